@@ -1,0 +1,32 @@
+"""What there is: `recipe list`, `show` and `diff`."""
+
+from typing import Any
+
+from . import config, paths, study
+
+
+def recipes() -> list[dict[str, Any]]:
+    """Every shipped recipe with its model, epochs, optimizer and published scores."""
+    rows = []
+    for name in paths.recipe_names():
+        recipe = config.read_yaml(paths.RECIPES / f"{name}.yaml")
+        of_study = study.of(name)
+        published = of_study.published.get(name) if of_study else None
+        rows.append(
+            {
+                "recipe": name,
+                "base_model": recipe.get("base_model"),
+                "epochs": recipe.get("num_epochs"),
+                "optimizer": recipe.get("optimizer"),
+                "published_bleu4": published.bleu4 if published else None,
+                "published_bertscore_f1": published.bertscore_f1 if published else None,
+            }
+        )
+    return rows
+
+
+def diff(a: str, b: str) -> list[dict[str, Any]]:
+    """The keys in which two recipes or configs differ, with both values."""
+    first, second = (config.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
+    changed = config.differences(first, second)
+    return [{"key": key, a: left, b: right} for key, (left, right) in changed.items()]

@@ -1,0 +1,269 @@
+"""The command `recipe`: its verbs and their options. The work is in the modules named after the verbs."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import UserError, WorkFailed
+
+app = typer.Typer(
+    help="Axolotl recipes for QLoRA studies: list, run, evaluate and compare them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Prepare the data that recipes train on.", no_args_is_help=True)
+
+RECIPES, BEFORE, RUNNING, AFTER, UPKEEP = "Recipes", "Before a run", "Running", "After", "Upkeep"
+
+Name = Annotated[
+    str, typer.Argument(metavar="NAME|FILE", help="A recipe's name (see `recipe list`) or a YAML file.")
+]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's folder, an unambiguous end of its name, or latest.")
+]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="The folder that holds the runs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RUNS = Path("runs")
+
+
+class InputFormat(StrEnum):
+    """The forms a patch can have in the input of a row."""
+
+    diff = "diff"
+    tagged = "tagged"
+
+
+@app.command("list", rich_help_panel=RECIPES)
+def list_(json: Json = False) -> None:
+    """The recipes, with model, epochs, optimizer and published scores."""
+    from . import catalogue, tables
+
+    rows = catalogue.recipes()
+    tables.print_json(rows) if json else tables.print_table(rows)
+
+
+@app.command(rich_help_panel=RECIPES)
+def show(name: Name, json: Json = False) -> None:
+    """A recipe's YAML, with the source of each setting."""
+    from . import config, paths, study, tables
+
+    found, file = paths.find_recipe(name)
+    if json:
+        of_study = study.of(found)
+        published = of_study.published.get(found) if of_study else None
+        scores = published.model_dump() if published else None
+        tables.print_json({"recipe": found, "config": config.read_yaml(file), "published": scores})
+    else:
+        print(file.read_text(encoding="utf-8"), end="")
+
+
+@app.command(rich_help_panel=RECIPES)
+def diff(
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="A recipe's name or a YAML file, such as a run's config.yaml.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    json: Json = False,
+) -> None:
+    """The keys in which two recipes or configs differ."""
+    from . import catalogue, tables
+
+    rows = catalogue.diff(a, b)
+    if json:
+        tables.print_json(rows)
+    elif rows:
+        tables.print_table(rows)
+
+
+app.add_typer(data_app, name="data", rich_help_panel=BEFORE)
+
+
+@data_app.command("prepare")
+def prepare(
+    raw: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RAW...", help="msg-train.jsonl, msg-valid.jsonl, msg-test.jsonl, or the zip."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write to.")] = Path(
+        "data/codereviewer"
+    ),
+    input_format: Annotated[
+        InputFormat,
+        typer.Option(
+            help="diff: the patch as it is. tagged: one line with tags, as the authors' code has it."
+        ),
+    ] = InputFormat.diff,
+    instruction: Annotated[str | None, typer.Option(help="Another instruction than the study's.")] = None,
+    valid_rows: Annotated[int, typer.Option(min=0, help="Rows to draw for validation; 0 keeps all.")] = 1000,
+    seed: Annotated[int, typer.Option(help="The seed of that draw.")] = 42,
+    study: Annotated[str, typer.Option(metavar="S", help="The study whose data it is.")] = "haider2024",
+    json: Json = False,
+) -> None:
+    """Turn CodeReviewer's rows into the files that the recipes train on, with a manifest."""
+    from . import data, paths, tables
+    from . import study as studies
+
+    folder = paths.RECIPES / study
+    if folder not in paths.studies():
+        raise UserError(f"--study {study}: there are {', '.join(f.name for f in paths.studies())}")
+    of_study = studies.load(folder)
+    manifest = data.prepare(raw, out, of_study.data, input_format.value, instruction, valid_rows, seed)
+    if json:
+        tables.print_json(manifest)
+        return
+    columns = ("file", "rows", "read", "kept", "dropped", "duplicates_kept", "is_the_study_file")
+    tables.print_table([{key: split[key] for key in columns} for split in manifest["splits"].values()])
+    print(out / data.MANIFEST)
+
+
+@app.command(rich_help_panel=RUNNING)
+def run(
+    name: Name,
+    axolotl_arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- AXOLOTL ARGUMENTS]", help="Passed on to `axolotl train`."),
+    ] = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Try it on the CPU: small model, shipped sample, no network.")
+    ] = False,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(metavar="P", help="Lay a profile over it: a shipped one or a file. Repeatable."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a key (a.b.0.c reaches below). Repeatable."
+        ),
+    ] = None,
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="Take an ungated copy of a gated base model.")
+    ] = False,
+    gpus: Annotated[int, typer.Option(help="How many GPUs to train on.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and start nothing.")] = False,
+    runs: Runs = RUNS,
+) -> None:
+    """Train a recipe with Axolotl, in a run folder of its own."""
+    from . import config
+    from . import run as launcher
+    from .compose import Request
+
+    request = Request(name, profile or [], set_ or [], rehearse, mirror, gpus, axolotl_arguments or [])
+    if dry_run:
+        print(config.write_yaml(launcher.prepare(request).config), end="")
+    else:
+        print(launcher.run(request, runs).path)
+
+
+@app.command(rich_help_panel=RUNNING)
+def resume(run: RunName, runs: Runs = RUNS) -> None:
+    """Go on with an interrupted run from its last whole checkpoint."""
+    from . import run as launcher
+
+    print(launcher.resume(run, runs).path)
+
+
+@app.command(rich_help_panel=AFTER)
+def evaluate(
+    run: RunName,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prepared rows; by default test.jsonl beside the training data."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate the first so many rows only.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="DIR|none", help="Another adapter, or none for the base model alone."),
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="By default the study's.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows generated at a time.")] = 16,
+    runs: Runs = RUNS,
+    json: Json = False,
+) -> None:
+    """Generate predictions for test rows with a run's adapter, and score them."""
+    from . import evaluate as evaluation
+    from .rundir import find_run
+
+    result = evaluation.evaluate(find_run(run, runs), data, limit, adapter, max_new_tokens, batch_size)
+    _print_scores(result["scores"], json)
+
+
+@app.command(rich_help_panel=AFTER)
+def score(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.jsonl", help="Rows with the fields reference and prediction.")
+    ],
+    json: Json = False,
+) -> None:
+    """Score predictions made anywhere."""
+    from . import score as scoring
+
+    _print_scores(scoring.score(scoring.read_pairs(file)), json)
+
+
+def _print_scores(scores: dict[str, Any], json: bool) -> None:
+    from . import tables
+
+    if json:
+        tables.print_json(scores)
+        return
+    for name, value in scores.items():
+        print(f"{name:22}{value:.2f}" if isinstance(value, float) else f"{name:22}{value}")
+
+
+@app.command(rich_help_panel=AFTER)
+def results(
+    runs: Runs = RUNS,
+    json: Json = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
+) -> None:
+    """A row a run: losses and scores, the published ones beside them."""
+    from . import results as gathered
+
+    gathered.show(runs, "json" if json else "csv" if csv else "md" if md else "table")
+
+
+@app.command(rich_help_panel=UPKEEP)
+def render(
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; fail with a diff where a recipe has drifted.")
+    ] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Write the list of Axolotl's keys instead, from Axolotl.")
+    ] = False,
+) -> None:
+    """Write the recipes from their templates."""
+    from . import render as rendering
+    from . import schema as keys
+
+    if schema:
+        keys.FILE.write_text(keys.generate(), encoding="utf-8")
+        print(keys.FILE)
+        return
+    recipes = rendering.rendered()
+    if not check:
+        for file in rendering.write(recipes):
+            print(file)
+    elif drift := rendering.drift(recipes):
+        print(drift)
+        raise WorkFailed("recipes differ from their templates; `recipe render` writes them anew")
+
+
+def main() -> None:
+    """Run the command; exit code 0 done, 1 the work failed, 2 the request was wrong."""
+    try:
+        app()
+    except UserError as error:
+        print(f"recipe: {error}", file=sys.stderr)
+        sys.exit(2)
+    except WorkFailed as error:
+        print(f"recipe: {error}", file=sys.stderr)
+        sys.exit(1)

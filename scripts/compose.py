@@ -1,0 +1,226 @@
+"""From a recipe to the config that Axolotl gets: profiles, overrides and rehearsal laid over it, all checked."""
+
+import hashlib
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import config, data, paths, provenance, schema, study
+from .config import Config
+from .errors import UserError
+from .files import CHUNK, sha256
+from .rundir import DataFile, Difference
+
+REHEARSAL = "rehearsal"
+PLUGIN = "qlora_recipes.plugin.RunPlugin"
+_LAUNCH_KEYS = ("output_dir", "dataset_prepared_path", "plugins", "resume_from_checkpoint")
+
+
+@dataclass
+class Request:
+    """What the user asked `recipe run` for."""
+
+    name: str
+    profiles: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+    rehearse: bool = False
+    mirror: bool = False
+    gpus: int = 1
+    axolotl_arguments: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Composed:
+    """A config that is ready to launch, and how it came about."""
+
+    recipe: str
+    recipe_file: Path
+    config: Config
+    differences: list[Difference]
+    data: list[DataFile]
+    profiles: list[str]
+    rehearsal: bool
+
+    @property
+    def digest(self) -> str:
+        """A hash of the config and of the data it names."""
+        content = [self.config, [file.sha256 for file in self.data]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def compose(request: Request, stand_in: Path | None = None) -> Composed:
+    """The config of a run, checked as far as that takes no model.
+
+    Args:
+        request: what the user asked for.
+        stand_in: the folder of the stand-in model, for rehearsals.
+
+    Raises:
+        UserError: a name, key, value or data file is wrong.
+    """
+    name, file = paths.find_recipe(request.name)
+    recipe = config.read_yaml(file)
+    _check_keys(recipe, str(file), file)
+    profiles = [paths.find_profile(profile) for profile in request.profiles]
+    if request.rehearse and REHEARSAL not in dict(profiles):
+        profiles.append(paths.find_profile(REHEARSAL))  # last, so that nothing takes the run off the CPU
+    rehearsal = REHEARSAL in dict(profiles)
+
+    composed, why = recipe, {}
+
+    def lay(changed: Config, reason: str) -> None:
+        nonlocal composed
+        why.update(dict.fromkeys(config.differences(composed, changed), reason))
+        composed = changed
+
+    if request.mirror:
+        lay(_mirrored(composed), "--mirror")
+    for profile, profile_file in profiles:
+        fragment = config.read_yaml(profile_file)
+        _check_keys(fragment, str(profile_file), profile_file)
+        if profile == REHEARSAL:
+            fragment = _fill(fragment, {"stand_in": str(stand_in), "sample": str(rehearsal_data())})
+            fragment["bf16"] = provenance.cpu_has_bf16()
+        lay(config.merge(composed, fragment), f"profile {profile}")
+    for text in request.overrides:
+        key, value = config.parse_override(text)
+        if key.partition(".")[0] in _LAUNCH_KEYS[:2]:
+            raise UserError(
+                f"--set {text}: {key} is set by the run, to its own folder; move runs with --runs"
+            )
+        changed = config.override(composed, key, value)
+        _check_keys(changed, f"--set {text}")
+        lay(changed, f"--set {text}")
+
+    files = data_files(composed)
+    if rehearsal:
+        lay(_few_steps(composed, files), "rehearsal: at most a tenth of the steps")
+    _check_device(composed)
+    differences = [
+        Difference(key=key, recipe=before, run=after, why=why.get(key, ""))
+        for key, (before, after) in config.differences(recipe, composed).items()
+    ]
+    return Composed(name, file, composed, differences, files, [p for p, _ in profiles], rehearsal)
+
+
+def launched(composed: Composed, output: Path) -> Config:
+    """The config with what a run adds to it: its output folder, its plugin, and where prepared data goes.
+
+    Axolotl keys its cache of prepared data by settings alone; the data's own hash in the path keeps a
+    changed file from being taken for the old one.
+    """
+    content = hashlib.sha256("".join(file.sha256 for file in composed.data).encode()).hexdigest()
+    return composed.config | {
+        "output_dir": str(output),
+        "dataset_prepared_path": str(paths.cache() / "prepared" / content[:16]),
+        "plugins": [*(composed.config.get("plugins") or []), PLUGIN],
+    }
+
+
+def rehearsal_data() -> Path:
+    """The folder with the shipped sample as prepared data; written to the cache the first time."""
+    raw = sorted(paths.SAMPLE.glob("msg-*.jsonl"))
+    key = hashlib.sha256("".join(map(sha256, [*raw, Path(data.__file__)])).encode()).hexdigest()
+    folder = paths.cache() / f"sample-{key[:16]}"
+    if not (folder / data.MANIFEST).is_file():
+        data.prepare(raw, folder, study.load(paths.RECIPES / "haider2024").data)
+    return folder
+
+
+def data_files(composed: Config) -> list[DataFile]:
+    """The local data files of a config with their content's hash; data sets on a hub are not among them.
+
+    Raises:
+        UserError: a file does not exist or is empty.
+    """
+    files = {}
+    for section in ("datasets", "test_datasets"):
+        for i, dataset in enumerate(composed.get(section) or ()):
+            path = Path(str(dataset.get("path", "")))
+            where = f"{section}.{i}.path"
+            if path.is_file():
+                if not path.stat().st_size:
+                    raise UserError(f"{where}: {path} is empty")
+                files[path] = DataFile(
+                    path=str(path), sha256=sha256(path), bytes=path.stat().st_size, rows=count_rows(path)
+                )
+            elif path.suffix in (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt"):
+                raise UserError(
+                    f"{where}: {path.absolute()} does not exist; `recipe data prepare` writes the study's data, "
+                    "--rehearse needs none"
+                )
+    return list(files.values())
+
+
+def count_rows(path: Path) -> int:
+    """The number of lines of a file that are not blank."""
+    with path.open("rb", buffering=CHUNK) as stream:
+        return sum(1 for line in stream if line.strip())
+
+
+def _check_keys(content: Config, where: str, file: Path | None = None) -> None:
+    """Refuse keys that Axolotl would ignore in silence."""
+    found = list(schema.unknown_keys(content))
+    if found:
+        raise UserError(
+            "\n".join(
+                f"{where}{f':{config.line_of(file, key)}' if file else ''}: {key} is not a key of Axolotl's{hint}"
+                for key, hint in found
+            )
+        )
+
+
+def _mirrored(composed: Config) -> Config:
+    """The config with its gated base model replaced by a copy that is not gated."""
+    model = composed.get("base_model")
+    entry = config.read_yaml(paths.TEMPLATES / "models.yaml").get(str(model), {})
+    if "mirror" not in entry:
+        reason = (
+            "it is not gated"
+            if entry.get("gated") is False
+            else f"{paths.TEMPLATES / 'models.yaml'} names none"
+        )
+        raise UserError(f"--mirror: no mirror for {model}: {reason}")
+    return config.merge(composed, {"base_model": entry["mirror"], "revision_of_model": None})
+
+
+def _fill(fragment: Any, values: dict[str, str]) -> Any:
+    """A profile with its {placeholders} filled in."""
+    if isinstance(fragment, dict):
+        return {key: _fill(value, values) for key, value in fragment.items()}
+    if isinstance(fragment, list):
+        return [_fill(item, values) for item in fragment]
+    return fragment.format(**values) if isinstance(fragment, str) else fragment
+
+
+def training_steps(composed: Config, files: list[DataFile]) -> int:
+    """The optimizer steps that a config takes on one device with its unpacked local data."""
+    rows = {file.path: file.rows for file in files}
+    total = 0
+    for dataset in composed.get("datasets") or ():
+        first = re.fullmatch(r"train\[:(\d+)\]", str(dataset.get("split")))
+        total += min(rows.get(str(dataset.get("path")), 0), int(first[1]) if first else sys.maxsize)
+    batches = math.ceil(total / composed.get("micro_batch_size", 1))
+    return math.ceil(
+        math.ceil(batches / composed.get("gradient_accumulation_steps", 1)) * composed.get("num_epochs", 1)
+    )
+
+
+def _few_steps(composed: Config, files: list[DataFile]) -> Config:
+    """The config with its warm-up capped at a tenth of the steps that its few rows give."""
+    warmup = composed.get("warmup_steps")
+    tenth = training_steps(composed, files) // 10
+    return config.merge(composed, {"warmup_steps": min(warmup, tenth)}) if warmup else composed
+
+
+def _check_device(composed: Config) -> None:
+    """Refuse half precision without a GPU: it fails after the model was loaded."""
+    if composed.get("fp16") and not provenance.gpus():
+        raise UserError(
+            "fp16: no NVIDIA GPU was found, and a CPU does not train in fp16; "
+            "--rehearse tries the recipe with a small model, --set fp16=false trains in fp32"
+        )

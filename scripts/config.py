@@ -1,0 +1,150 @@
+"""Reading Axolotl configs, laying profiles and overrides over them, and comparing two by key."""
+
+import re
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UserError
+
+Config = dict[str, Any]
+
+
+class _Loader(yaml.CSafeLoader):
+    """PyYAML's safe loader, which Axolotl uses too, but a key that stands twice is an error, and
+    `2e-4` is a number (PyYAML reads text, which Axolotl turns into that number later)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key.value, str) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(file: Path) -> Config:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: the file cannot be read, is no YAML (with the line), or holds something else.
+    """
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: not a text file in UTF-8") from None
+    except RecursionError:
+        raise UserError(f"{file}: nested too deeply to be a config") from None
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{file}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{file}: a config is a mapping of keys to values")
+    return content
+
+
+def write_yaml(config: Config) -> str:
+    """A config as YAML text, keys in the order they have."""
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110)
+
+
+def line_of(file: Path, key: str) -> int:
+    """The line, from 1, on which a dotted key of a YAML file stands; 1 where it cannot be told."""
+    node = yaml.compose(file.read_text(encoding="utf-8"), Loader=_Loader)
+    line = 1
+    for part in key.split("."):
+        if isinstance(node, yaml.SequenceNode) and part.isdigit():
+            node = node.value[int(part)]
+        elif isinstance(node, yaml.MappingNode):
+            found = [pair for pair in node.value if pair[0].value == part]
+            if not found:
+                break
+            line, node = found[-1][0].start_mark.line + 1, found[-1][1]
+    return line
+
+
+def merge(config: Config, changes: Config) -> Config:
+    """`config` with `changes` laid over it: mappings merge, anything else replaces, null deletes the key."""
+    merged = dict(config)
+    for key, value in changes.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict):
+            below = merged.get(key)
+            merged[key] = merge(below if isinstance(below, dict) else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """The dotted key and the YAML value of a `key=value`, as given to --set.
+
+    Raises:
+        UserError: it has another form.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {text}: expected key=value, as in --set num_epochs=3")
+    try:
+        return key.strip(), yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: {value} is not a YAML value") from None
+
+
+def override(config: Config, key: str, value: Any) -> Config:
+    """`config` with one dotted key set; a number in the key is a position in a list, null deletes.
+
+    Raises:
+        UserError: the key leads through something that has no keys.
+    """
+    part, _, rest = key.partition(".")
+    return merge(config, {part: _replaced(config.get(part), rest, value, key)})
+
+
+def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
+    """`current` with what stands at `path` below it replaced."""
+    if not path:
+        return value
+    part, _, rest = path.partition(".")
+    if isinstance(current, list):
+        if not part.isdigit() or int(part) >= len(current):
+            raise UserError(
+                f"--set {key}: {part} is not a position in a list of {len(current)}, counted from 0"
+            )
+        return [_replaced(old, rest, value, key) if i == int(part) else old for i, old in enumerate(current)]
+    if isinstance(current, dict) or current is None:
+        return merge(current or {}, {part: _replaced((current or {}).get(part), rest, value, key)})
+    raise UserError(f"--set {key}: {current!r} has no key {part}")
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys and values at the leaves of a config; a list of plain values is one leaf."""
+    if isinstance(config, dict) and config:
+        items: Any = config.items()
+    elif isinstance(config, list) and any(isinstance(item, dict | list) for item in config):
+        items = enumerate(config)
+    else:
+        yield prefix, config
+        return
+    for key, value in items:
+        yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Each dotted key in which two configs differ, with both values; None where one lacks it."""
+    left, right = dict(flatten(a)), dict(flatten(b))
+    keys = [*left, *(key for key in right if key not in left)]
+    return {key: (left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)}

@@ -1,0 +1,75 @@
+"""Where recipes, templates and caches are, and what a NAME, FILE or profile stands for."""
+
+import os
+from pathlib import Path
+
+from .errors import UserError, did_you_mean
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _shipped(folder: str) -> Path:
+    """A folder of the project: inside the installed package, or beside scripts/ in a checkout."""
+    inside = _PACKAGE / folder
+    return inside if inside.is_dir() else _PACKAGE.parent / folder
+
+
+RECIPES = _shipped("recipes")
+TEMPLATES = _shipped("templates")
+PROFILES = RECIPES / "profiles"
+SAMPLE = RECIPES / "sample"
+LOCK = _PACKAGE.parent / "requirements.lock"
+
+
+def cache() -> Path:
+    """The folder for what can be made again: the stand-in model and prepared data."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-recipes"
+
+
+def studies() -> list[Path]:
+    """The folders of recipes that belong to a study."""
+    return sorted(file.parent for file in RECIPES.glob("*/study.yaml"))
+
+
+def recipe_names() -> list[str]:
+    """Every shipped recipe's name: its path under recipes/ without suffix."""
+    files = (file for study in studies() for file in study.rglob("*.yaml") if file.name != "study.yaml")
+    return sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in files)
+
+
+def find_recipe(name: str) -> tuple[str, Path]:
+    """The name and file of a recipe given as NAME or FILE.
+
+    Raises:
+        UserError: there is neither a recipe nor a file of that name.
+    """
+    if name in recipe_names():
+        return name, RECIPES / f"{name}.yaml"
+    file = Path(name)
+    if file.suffix in (".yaml", ".yml"):
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
+        resolved = file.resolve()
+        if resolved.is_relative_to(RECIPES):
+            inside = str(resolved.relative_to(RECIPES).with_suffix(""))
+            if inside in recipe_names():
+                return inside, file
+        return file.stem, file
+    hint = did_you_mean(name, recipe_names()) or "; `recipe list` shows them all"
+    raise UserError(f"{name}: no recipe of that name{hint}")
+
+
+def find_profile(name: str) -> tuple[str, Path]:
+    """The name and file of a profile given as the name of a shipped one or as FILE.
+
+    Raises:
+        UserError: there is neither.
+    """
+    shipped = {file.stem: file for file in sorted(PROFILES.glob("*.yaml"))}
+    if name in shipped:
+        return name, shipped[name]
+    if Path(name).is_file():
+        return Path(name).stem, Path(name)
+    raise UserError(
+        f"{name}: no profile of that name{did_you_mean(name, shipped)} There are: {', '.join(shipped)}"
+    )

@@ -1,0 +1,107 @@
+"""The Axolotl plugin of a run: telemetry, a clean stop, and what training on a CPU needs.
+
+It is the only code of this project inside the training process; `recipe run` adds it to the config.
+"""
+
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from axolotl.integrations.base import BasePlugin
+from transformers import TrainerCallback
+
+GIB = 2**30
+
+
+class RunPlugin(BasePlugin):
+    """Writes metrics.jsonl beside the run's output folder, and lets NF4 train on a CPU."""
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
+        """transformers refuses bf16 without a GPU unless told that the CPU is meant."""
+        return None if torch.cuda.is_available() else {"use_cpu": True}
+
+    def post_model_load(self, cfg: Any, model: torch.nn.Module) -> None:
+        """Keep bitsandbytes from repacking 4-bit weights for CPU inference at the first evaluation.
+
+        On processors with AVX512-BF16, training would go on through the repacked weights, by a kernel
+        that has no gradient, and learn nothing from then on.
+        """
+        if torch.cuda.is_available():
+            return
+        from bitsandbytes.nn import Linear4bit
+
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
+        """The callback that records and stops."""
+        return [RunCallback(Path(cfg.output_dir).parent / "metrics.jsonl")]
+
+
+class RunCallback(TrainerCallback):
+    """Appends a record to metrics.jsonl for each thing that the trainer logs.
+
+    Fields: time (seconds since 1970), step, max_steps, epoch, and as the trainer logs them loss, eval_loss,
+    grad_norm, learning_rate; for training steps since the last record step_seconds (without evaluation
+    and saving) and tokens (padding not counted); memory in GiB, GPU utilization in percent.
+
+    SIGTERM ends training after the step in hand, with a checkpoint.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.stop = False
+        self.step_started = self.step_seconds = 0.0
+        self.tokens_seen = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, *_: Any) -> None:
+        self.stop = True
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_seconds += time.perf_counter() - self.step_started
+        if self.stop:
+            control.should_training_stop = control.should_save = True
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
+            return
+        record = {
+            "time": time.time(),
+            "step": state.global_step,
+            "max_steps": state.max_steps,
+            "epoch": state.epoch,
+        }
+        record |= {
+            key: logs[key] for key in ("loss", "eval_loss", "grad_norm", "learning_rate") if key in logs
+        }
+        if "loss" in logs:
+            record["step_seconds"], self.step_seconds = self.step_seconds, 0.0
+            if total := logs.get("tokens/total"):
+                record["tokens"], self.tokens_seen = total - self.tokens_seen, total
+        record |= _usage()
+        with self.file.open("ab") as stream:
+            stream.write(orjson.dumps(record) + b"\n")
+
+
+def _usage() -> dict[str, float]:
+    """Memory and, where there is a GPU, its utilization."""
+    if not torch.cuda.is_available():
+        return {"rss_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
+    return {
+        "memory_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+        "memory_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "gpu_utilization": torch.cuda.utilization(),
+    }

