@@ -6,10 +6,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .errors import UserError, WorkFailed
 
+
+class _Verbs(TyperGroup):
+    """The verbs in the order in which one uses them; Typer would put groups of verbs last."""
+
+    ORDER = ("list", "show", "diff", "data", "run", "resume", "evaluate", "score", "results", "render")
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=self.ORDER.index)
+
+
 app = typer.Typer(
+    cls=_Verbs,
     help="Axolotl recipes for QLoRA studies: list, run, evaluate and compare them.",
     no_args_is_help=True,
     add_completion=False,
@@ -20,9 +32,7 @@ data_app = typer.Typer(help="Prepare the data that recipes train on.", no_args_i
 
 RECIPES, BEFORE, RUNNING, AFTER, UPKEEP = "Recipes", "Before a run", "Running", "After", "Upkeep"
 
-Name = Annotated[
-    str, typer.Argument(metavar="NAME|FILE", help="A recipe's name (see `recipe list`) or a YAML file.")
-]
+Name = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A recipe's name (see `recipe list`) or a YAML file.")]
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's folder, an unambiguous end of its name, or latest.")
 ]
@@ -64,9 +74,7 @@ def show(name: Name, json: Json = False) -> None:
 
 @app.command(rich_help_panel=RECIPES)
 def diff(
-    a: Annotated[
-        str, typer.Argument(metavar="A", help="A recipe's name or a YAML file, such as a run's config.yaml.")
-    ],
+    a: Annotated[str, typer.Argument(metavar="A", help="A recipe's name or a YAML file, such as a run's config.yaml.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
     json: Json = False,
 ) -> None:
@@ -87,18 +95,12 @@ app.add_typer(data_app, name="data", rich_help_panel=BEFORE)
 def prepare(
     raw: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="RAW...", help="msg-train.jsonl, msg-valid.jsonl, msg-test.jsonl, or the zip."
-        ),
+        typer.Argument(metavar="RAW...", help="msg-train.jsonl, msg-valid.jsonl, msg-test.jsonl, or the zip."),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write to.")] = Path(
-        "data/codereviewer"
-    ),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write to.")] = Path("data/codereviewer"),
     input_format: Annotated[
         InputFormat,
-        typer.Option(
-            help="diff: the patch as it is. tagged: one line with tags, as the authors' code has it."
-        ),
+        typer.Option(help="diff: the patch as it is. tagged: one line with tags, as the authors' code has it."),
     ] = InputFormat.diff,
     instruction: Annotated[str | None, typer.Option(help="Another instruction than the study's.")] = None,
     valid_rows: Annotated[int, typer.Option(min=0, help="Rows to draw for validation; 0 keeps all.")] = 1000,
@@ -139,13 +141,9 @@ def run(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a key (a.b.0.c reaches below). Repeatable."
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key (a.b.0.c reaches below). Repeatable."),
     ] = None,
-    mirror: Annotated[
-        bool, typer.Option("--mirror", help="Take an ungated copy of a gated base model.")
-    ] = False,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Take an ungated copy of a gated base model.")] = False,
     gpus: Annotated[int, typer.Option(help="How many GPUs to train on.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and start nothing.")] = False,
     runs: Runs = RUNS,
@@ -197,9 +195,7 @@ def evaluate(
 
 @app.command(rich_help_panel=AFTER)
 def score(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE.jsonl", help="Rows with the fields reference and prediction.")
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with the fields reference and prediction.")],
     json: Json = False,
 ) -> None:
     """Score predictions made anywhere."""

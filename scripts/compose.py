@@ -89,9 +89,7 @@ def compose(request: Request, stand_in: Path | None = None) -> Composed:
     for text in request.overrides:
         key, value = config.parse_override(text)
         if key.partition(".")[0] in _LAUNCH_KEYS[:2]:
-            raise UserError(
-                f"--set {text}: {key} is set by the run, to its own folder; move runs with --runs"
-            )
+            raise UserError(f"--set {text}: {key} is set by the run, to its own folder; move runs with --runs")
         changed = config.override(composed, key, value)
         _check_keys(changed, f"--set {text}")
         lay(changed, f"--set {text}")
@@ -179,11 +177,7 @@ def _mirrored(composed: Config) -> Config:
     model = composed.get("base_model")
     entry = config.read_yaml(paths.TEMPLATES / "models.yaml").get(str(model), {})
     if "mirror" not in entry:
-        reason = (
-            "it is not gated"
-            if entry.get("gated") is False
-            else f"{paths.TEMPLATES / 'models.yaml'} names none"
-        )
+        reason = "it is not gated" if entry.get("gated") is False else f"{paths.TEMPLATES / 'models.yaml'} names none"
         raise UserError(f"--mirror: no mirror for {model}: {reason}")
     return config.merge(composed, {"base_model": entry["mirror"], "revision_of_model": None})
 

@@ -20,16 +20,19 @@ class _Loader(yaml.CSafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value} stands twice", problem_mark=key.start_mark
-                )
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key.value, str) else id(key))
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.CSafeDumper):
+    """Quotes text that `_Loader` would take for a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def read_yaml(file: Path) -> Config:
@@ -57,7 +60,7 @@ def read_yaml(file: Path) -> Config:
 
 def write_yaml(config: Config) -> str:
     """A config as YAML text, keys in the order they have."""
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def line_of(file: Path, key: str) -> int:
@@ -121,9 +124,7 @@ def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
     part, _, rest = path.partition(".")
     if isinstance(current, list):
         if not part.isdigit() or int(part) >= len(current):
-            raise UserError(
-                f"--set {key}: {part} is not a position in a list of {len(current)}, counted from 0"
-            )
+            raise UserError(f"--set {key}: {part} is not a position in a list of {len(current)}, counted from 0")
         return [_replaced(old, rest, value, key) if i == int(part) else old for i, old in enumerate(current)]
     if isinstance(current, dict) or current is None:
         return merge(current or {}, {part: _replaced((current or {}).get(part), rest, value, key)})
@@ -132,7 +133,7 @@ def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The dotted keys and values at the leaves of a config; a list of plain values is one leaf."""
-    if isinstance(config, dict) and config:
+    if isinstance(config, dict) and (config or not prefix):
         items: Any = config.items()
     elif isinstance(config, list) and any(isinstance(item, dict | list) for item in config):
         items = enumerate(config)

@@ -62,9 +62,7 @@ def _opened(raw: list[Path]) -> Iterator[dict[str, tuple[str, IO[bytes]]]]:
         def add(name: str, label: str, stream: IO[bytes]) -> None:
             match = re.search(r"(train|valid|test)[^/]*\.jsonl$", name)
             if not match:
-                raise UserError(
-                    f"{label}: the name of a raw file says train, valid or test, as msg-train.jsonl does"
-                )
+                raise UserError(f"{label}: the name of a raw file says train, valid or test, as msg-train.jsonl does")
             if match[1] in found:
                 raise UserError(f"{label}: a second file for {match[1]}, after {found[match[1]][0]}")
             found[match[1]] = label, stack.enter_context(stream)
@@ -79,9 +77,7 @@ def _opened(raw: list[Path]) -> Iterator[dict[str, tuple[str, IO[bytes]]]]:
                     archive = stack.enter_context(zipfile.ZipFile(file))
                 except zipfile.BadZipFile:
                     raise UserError(f"{file}: not a whole zip file; fetch it again") from None
-                members = [
-                    name for name in archive.namelist() if re.search(r"msg-(train|valid|test)\.jsonl$", name)
-                ]
+                members = [name for name in archive.namelist() if re.search(r"msg-(train|valid|test)\.jsonl$", name)]
                 if not members:
                     raise UserError(f"{file}: holds no msg-train.jsonl, msg-valid.jsonl or msg-test.jsonl")
                 for name in members:
@@ -91,9 +87,7 @@ def _opened(raw: list[Path]) -> Iterator[dict[str, tuple[str, IO[bytes]]]]:
         yield found
 
 
-def _rows(
-    stream: IO[bytes], split: Split, as_input: Callable[[str], str], instruction: str
-) -> Iterator[bytes]:
+def _rows(stream: IO[bytes], split: Split, as_input: Callable[[str], str], instruction: str) -> Iterator[bytes]:
     """The kept rows of a raw stream as JSON lines; counts into `split` as it goes."""
     seen: set[bytes] = set()
     digest = hashlib.sha256()

@@ -121,7 +121,7 @@ def _read_rows(file: Path, limit: int | None) -> list[dict[str, str]]:
     """The prepared rows of a file, at most `limit`."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; `recipe data prepare` writes test.jsonl")
-    rows = []
+    rows: list[dict[str, str]] = []
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if limit is not None and len(rows) == limit:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -12,15 +12,23 @@ CHUNK = 1 << 20
 
 @contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `file` when the block ends well, and is gone otherwise."""
+    """A file to write that takes the place of `file` when the block ends well.
+
+    Otherwise it is gone, and so are the folders that were made for it.
+    """
+    made = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as stream:
             yield stream
         part.replace(file)
-    finally:
+    except BaseException:
         part.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that meanwhile holds something else stays
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -74,9 +74,7 @@ class Generator:
         tokenized, _ = get_dataset_wrapper(
             DictDefault(self.cfg["datasets"][0]),
             self.tokenizer,
-            DictDefault(
-                self.cfg | {"train_on_inputs": False, "sequence_len": longest, "dataset_num_proc": 1}
-            ),
+            DictDefault(self.cfg | {"train_on_inputs": False, "sequence_len": longest, "dataset_num_proc": 1}),
             base,
             Dataset.from_list(list(rows)),
             style or None,

@@ -70,6 +70,4 @@ def find_profile(name: str) -> tuple[str, Path]:
         return name, shipped[name]
     if Path(name).is_file():
         return Path(name).stem, Path(name)
-    raise UserError(
-        f"{name}: no profile of that name{did_you_mean(name, shipped)} There are: {', '.join(shipped)}"
-    )
+    raise UserError(f"{name}: no profile of that name{did_you_mean(name, shipped)} There are: {', '.join(shipped)}")

@@ -32,7 +32,7 @@ class RunPlugin(BasePlugin):
         """
         if torch.cuda.is_available():
             return
-        from bitsandbytes.nn import Linear4bit
+        from bitsandbytes.nn.modules import Linear4bit
 
         for module in model.modules():
             if isinstance(module, Linear4bit):
@@ -73,9 +73,7 @@ class RunCallback(TrainerCallback):
         if self.stop:
             control.should_training_stop = control.should_save = True
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
             return
         record = {
@@ -84,9 +82,7 @@ class RunCallback(TrainerCallback):
             "max_steps": state.max_steps,
             "epoch": state.epoch,
         }
-        record |= {
-            key: logs[key] for key in ("loss", "eval_loss", "grad_norm", "learning_rate") if key in logs
-        }
+        record |= {key: logs[key] for key in ("loss", "eval_loss", "grad_norm", "learning_rate") if key in logs}
         if "loss" in logs:
             record["step_seconds"], self.step_seconds = self.step_seconds, 0.0
             if total := logs.get("tokens/total"):

@@ -10,9 +10,19 @@ from typing import Any
 from . import paths
 from .files import sha256
 
-PACKAGES = (
-    "qlora-recipes axolotl torch transformers peft trl accelerate bitsandbytes deepspeed datasets tokenizers"
-).split()
+PACKAGES = [
+    "qlora-recipes",
+    "axolotl",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "bitsandbytes",
+    "deepspeed",
+    "datasets",
+    "tokenizers",
+]
 
 
 def collect() -> dict[str, Any]:

@@ -32,9 +32,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
         template = file.relative_to(templates).as_posix()
         name = template.removesuffix(".yaml.j2")
         try:
-            text = environment.get_template(template).render(
-                name=name, template=f"templates/{template}", models=models
-            )
+            text = environment.get_template(template).render(name=name, template=f"templates/{template}", models=models)
         except jinja2.TemplateError as error:
             raise UserError(f"{_where(error, templates, file)}: {error.message}") from None
         recipes[name] = text

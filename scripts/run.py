@@ -88,9 +88,7 @@ def resume(name: str, runs: Path) -> RunDir:
             if not path.is_file() or sha256(path) != file.sha256:
                 raise UserError(f"{path}: not the data that the run began with; a resumed run would mix two")
         checkpoint = folder.last_checkpoint()
-        say(
-            f"resume {folder.path} from {checkpoint.name if checkpoint else 'the beginning: it has no checkpoint'}"
-        )
+        say(f"resume {folder.path} from {checkpoint.name if checkpoint else 'the beginning: it has no checkpoint'}")
         _train(folder, record, lock, checkpoint)
     return folder
 
@@ -127,7 +125,7 @@ def _environment(record: Run) -> dict[str, str]:
 def _train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
     """Run the training process of a held run to its end, and write how it ended."""
     command = _command(folder, record, checkpoint)
-    launch = Launch(command=command, started=now(), resumed_from=checkpoint and checkpoint.name)
+    launch = Launch(command=command, started=now(), resumed_from=checkpoint.name if checkpoint else None)
     record.launches.append(launch)
     record.state = "running"
     folder.write(record)

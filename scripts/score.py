@@ -38,7 +38,7 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
 
 def score(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """BLEU-4 of this line of work (see `bleu`), and sacrebleu's corpus BLEU with its signature."""
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     sacrebleu = BLEU()
     corpus = sacrebleu.corpus_score([given for _, given in pairs], [[wanted for wanted, _ in pairs]])

@@ -46,9 +46,7 @@ def model_folder() -> Path:
     try:
         source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
         unpacked = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.bfloat16, quantization_config=unpacked
-        )
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=unpacked)
         model.hf_quantizer = None  # the weights are plain now; transformers refuses to save while this stands
         model.save_pretrained(part)
         AutoTokenizer.from_pretrained(**source).save_pretrained(part)

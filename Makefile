@@ -1,0 +1,39 @@
+# Needs git, make and a Python of 3.11 or newer with pip; gets the rest from the package registry.
+PYTHON ?= python3
+UV := $(or $(shell command -v uv),.uv/bin/uv)
+RECIPE := .venv/bin/recipe
+
+.PHONY: setup demo test lint lock benchmark
+
+setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe
+
+demo: setup  ## Rehearse one recipe on the CPU from training to scores
+	$(RECIPE) run haider2024/code-llama-7b --rehearse
+	$(RECIPE) evaluate latest --limit 12
+	$(RECIPE) results
+
+test: setup  ## All tests; no GPU, no network
+	.venv/bin/pytest
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+benchmark: setup  ## How long the quick commands take to answer
+	.venv/bin/python tests/benchmark_startup.py
+
+lock: $(filter .uv/%,$(UV))  ## requirements.lock anew from pyproject.toml
+	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.12 --generate-hashes \
+		--no-annotate --no-emit-index-url --quiet -o requirements.lock
+
+.uv/bin/uv:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv
+
+# Byte-code is compiled at once: without it each start of Axolotl takes half a minute longer, and some
+# machines forbid Python to write it later.
+.venv/.complete: requirements.lock pyproject.toml $(filter .uv/%,$(UV))
+	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .venv
+	UV_COMPILE_BYTECODE=1 $(UV) pip sync --quiet --python .venv --require-hashes requirements.lock
+	UV_COMPILE_BYTECODE=1 $(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
+	touch $@

@@ -1,0 +1,102 @@
+"""What tests share: a cache of their own, no network, and a tiny random Llama with a tokenizer of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+from qlora_recipes import compose, config, paths
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+RECIPE = Path(sys.executable).with_name("recipe")
+
+Recipe = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache folder of the whole test session."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """Runs the command in an empty folder."""
+
+    def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+        command = [str(RECIPE), *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def sample(cache: Path) -> Path:
+    """The folder of the shipped sample as prepared data."""
+    return compose.rehearsal_data()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> Path:
+    """A random Llama of two layers, with a byte-level tokenizer trained on the sample that has Llama 2's
+    special tokens and its way of putting BOS first."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<unk>", "<s>", "</s>", "<|end_of_text|>", "<|finetune_right_pad_id|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train([str(sample / "train.jsonl")], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tokenizer.get_vocab_size(),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+        )
+    ).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_profile(tmp_path_factory: pytest.TempPathFactory, tiny: Path, sample: Path) -> Path:
+    """A profile that puts the tiny Llama and the sample in the place of a recipe's model and data."""
+    file = tmp_path_factory.mktemp("profile") / "tiny.yaml"
+    data = {"type": "alpaca"}
+    fragment = {
+        "base_model": str(tiny),
+        "revision_of_model": None,
+        "special_tokens": None,
+        "datasets": [{"path": str(sample / "train.jsonl"), "split": "train[:64]"} | data],
+        "test_datasets": [{"path": str(sample / "valid.jsonl"), "split": "train[:8]"} | data],
+        "fp16": False,
+        "bf16": True,
+    }
+    # null deletes a key, so it has to be written
+    file.write_text(config.write_yaml(fragment), encoding="utf-8")
+    return file
+
+
+def recipe_config(name: str) -> config.Config:
+    """A shipped recipe as a mapping."""
+    return config.read_yaml(paths.find_recipe(name)[1])

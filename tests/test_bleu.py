@@ -1,0 +1,33 @@
+import math
+
+import orjson
+import pytest
+from conftest import SHARED
+
+from qlora_recipes.bleu import corpus_bleu4, sentence_bleu4, tokens
+
+
+def test_known_scores() -> None:
+    assert sentence_bleu4("rename this variable please", "rename this variable please") == pytest.approx(1)
+    assert 100 * sentence_bleu4("please fix this typo now", "fix") == pytest.approx(13.53, abs=0.005)
+    assert sentence_bleu4("a b c", "") == pytest.approx(math.exp(-3))
+    assert sentence_bleu4("a b c", "x y z") == pytest.approx(0, abs=1e-70)
+
+
+def test_tokens() -> None:
+    assert tokens("Use `my_Var`, größe 2.5x!") == ["use", "`", "my", "_", "var", "`", ",", "größe", "2", ".", "5x", "!"]
+
+
+def test_by_hand() -> None:
+    # reference of 5 tokens, prediction of 4: matches 3, 1, 0, 0 of 4, 3, 2, 1 n-grams
+    expected = (3 / 4 * 2 / 4 * 1 / 3 * 1 / 2) ** 0.25 * math.exp(1 - 6 / 5)
+    assert sentence_bleu4("a b c d e", "a b x d") == pytest.approx(expected)
+
+
+@pytest.mark.skipif(
+    not SHARED.is_dir(), reason="needs CodeReviewer's published predictions, which are not ours to ship"
+)
+def test_published_predictions_of_codereviewer() -> None:
+    lines = (SHARED / "codereviewer-test-predictions.jsonl").read_bytes().splitlines()
+    rows = [orjson.loads(line) for line in lines]
+    assert round(corpus_bleu4((row["reference"], row["prediction"]) for row in rows), 2) == 5.44

@@ -1,0 +1,141 @@
+"""What a user sees of a mistake: exit code 2, one message, nothing left behind."""
+
+from pathlib import Path
+
+import orjson
+import pytest
+from conftest import Recipe
+
+from qlora_recipes import paths
+
+NAME = "haider2024/code-llama-7b"
+
+
+def prepare_files(folder: Path) -> None:
+    """The files that the mistakes below are made with."""
+    recipe = (paths.RECIPES / f"{NAME}.yaml").read_text()
+    (folder / "broken.yaml").write_text("base_model: x\nlora_r: [1, 2\nlora_alpha: 3\n")
+    (folder / "twice.yaml").write_text("base_model: x\nlora_r: 1\nlora_r: 2\n")
+    (folder / "typo.yaml").write_text(recipe.replace("lora_r: 32", "lora_rr: 32"))
+    (folder / "list.yaml").write_text("- a\n")
+    (folder / "empty.jsonl").touch()
+    (folder / "msg-train.jsonl").write_text('{"patch": "@@ -1 +1 @@", "msg": "a"}\n{"patch": "@@ -1 +1 @@"}\n')
+    (folder / "pairs.jsonl").write_text('{"reference": "a", "prediction": "b"}\n{"reference": "a"}\n')
+
+
+MISTAKES = [
+    ("run haider2024/code-lama-7b", "did you mean haider2024/code-llama-7b"),
+    ("show llama-2", "no recipe of that name"),
+    ("diff haider2024/llama-2-7b nowhere.yaml", "nowhere.yaml: no such file"),
+    ("run broken.yaml", "broken.yaml:3: not valid YAML"),
+    ("run twice.yaml", "twice.yaml:3: not valid YAML: the key lora_r stands twice"),
+    ("run list.yaml", "list.yaml: a config is a mapping"),
+    ("run typo.yaml", "lora_rr is not a key of Axolotl's; did you mean lora_r"),
+    (f"run {NAME} --set lora_rr=8", "--set lora_rr=8: lora_rr is not a key of Axolotl's; did you mean lora_r"),
+    (f"run {NAME} --rehearse --set lora_rr=8", "did you mean lora_r"),
+    (f"run {NAME} --set datasets.0.typ=x", "datasets.0.typ is not a key of Axolotl's; did you mean type"),
+    (f"run {NAME} --set lora_r", "--set lora_r: expected key=value"),
+    (f"run {NAME} --set output_dir=x", "move runs with --runs"),
+    (f"run {NAME} --profile zero9", "did you mean zero2"),
+    (f"run {NAME} --gpus 0", "--gpus 0: at least 1"),
+    (f"run {NAME} --mirror", "no mirror for codellama/CodeLlama-7b-hf: it is not gated"),
+    (f"run {NAME}", "data/codereviewer/train.jsonl does not exist; `recipe data prepare`"),
+    (f"run {NAME} --set datasets.0.path=empty.jsonl", "datasets.0.path: empty.jsonl is empty"),
+    ("data prepare msg-train.jsonl", "msg-train.jsonl:2: a row needs the text field msg"),
+    ("data prepare nowhere.zip", "nowhere.zip: no such file"),
+    ("data prepare msg-train.jsonl --study other", "--study other: there are haider2024"),
+    ("score nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ("score empty.jsonl", "empty.jsonl: has no rows"),
+    ("score pairs.jsonl", "pairs.jsonl:2: a row needs the text field prediction"),
+    ("resume latest", "latest: no run of that name"),
+    ("evaluate some/run", "some/run: no run of that name"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), MISTAKES, ids=[arguments for arguments, _ in MISTAKES])
+def test_a_mistake_ends_with_code_2_one_message_and_nothing_left(
+    recipe: Recipe, tmp_path: Path, arguments: str, says: str
+) -> None:
+    prepare_files(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    done = recipe(*arguments.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+    assert done.stderr.startswith("recipe: ")
+    assert done.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_fp16_without_a_gpu_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "codereviewer"
+    folder.mkdir(parents=True)
+    for name in ("train", "valid"):
+        (folder / f"{name}.jsonl").write_text('{"instruction": "a", "input": "b", "output": "c"}\n')
+    done = recipe("run", NAME)
+    assert done.returncode == 2
+    assert "fp16: no NVIDIA GPU was found" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments", ["run", f"run {NAME} --rehears", "frobnicate", "score"])
+def test_wrong_usage_ends_with_code_2(recipe: Recipe, arguments: str) -> None:
+    assert recipe(*arguments.split()).returncode == 2
+
+
+def test_list_show_and_diff_print_data(recipe: Recipe) -> None:
+    rows = orjson.loads(recipe("list", "--json").stdout)
+    assert [row["recipe"] for row in rows] == paths.recipe_names()
+    shown = recipe("show", NAME)
+    assert shown.stdout == (paths.RECIPES / f"{NAME}.yaml").read_text()
+    keys = {row["key"] for row in orjson.loads(recipe("diff", NAME, "haider2024/llama-3-8b", "--json").stdout)}
+    assert keys == {"base_model", "revision_of_model", "special_tokens.pad_token", "optimizer", "output_dir"}
+    assert recipe("diff", NAME, NAME).stdout == ""
+
+
+def test_results_without_runs(recipe: Recipe) -> None:
+    assert orjson.loads(recipe("results", "--json").stdout) == []
+    assert "no runs" in recipe("results").stderr
+
+
+def test_render_check(recipe: Recipe) -> None:
+    assert recipe("render", "--check").returncode == 0
+
+
+def test_data_prepare_and_a_dry_run(recipe: Recipe, tmp_path: Path) -> None:
+    done = recipe("data", "prepare", *sorted(paths.SAMPLE.glob("*.jsonl")))
+    assert done.returncode == 0
+    assert sorted(f.name for f in (tmp_path / "data/codereviewer").iterdir()) == [
+        "manifest.json",
+        "test.jsonl",
+        "train.jsonl",
+        "valid.jsonl",
+    ]
+    dry = recipe("run", "haider2024/llama-2-7b", "--mirror", "--set", "fp16=false", "--set", "lora_r=8", "--dry-run")
+    assert dry.returncode == 0
+    assert "base_model: NousResearch/Llama-2-7b-hf" in dry.stdout
+    assert "revision_of_model" not in dry.stdout
+    assert "lora_r: 8\n" in dry.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe: Recipe) -> None:
+    from qlora_recipes.compose import Request, compose
+
+    for name in paths.recipe_names():
+        composed = compose(Request(name, rehearse=True), Path("stand-in"))
+        changed = {difference.key for difference in composed.differences}
+        assert changed == {
+            "base_model",
+            "revision_of_model",
+            "special_tokens.pad_token",
+            "datasets.0.path",
+            "datasets.0.split",
+            "test_datasets.0.path",
+            "test_datasets.0.split",
+            "sequence_len",
+            "warmup_steps",
+            "fp16",
+        } | ({"bf16"} if composed.config["bf16"] else set())
+        steps = 5 * composed.config["num_epochs"]
+        assert composed.config["warmup_steps"] == min(10, steps // 10)
+        assert "max_steps" not in composed.config

@@ -1,0 +1,149 @@
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import SHARED
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_recipes import data, paths, study
+from qlora_recipes.errors import UserError
+
+DATA = study.load(paths.RECIPES / "haider2024").data
+PATCH = "@@ -1,3 +1,3 @@ def f():\n     a = 1\n-    b = 2\n+    b = 3 \n \n"
+
+
+def write(folder: Path, name: str, *rows: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    file = folder / name
+    file.write_bytes(b"".join((row if isinstance(row, bytes) else orjson.dumps(row)) + b"\n" for row in rows))
+    return file
+
+
+def row(msg: str = "Why?", patch: str = PATCH, **more: Any) -> dict[str, Any]:
+    return {"patch": patch, "msg": msg, "oldf": "x" * 100, "id": 1, "y": 1} | more
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    return [orjson.loads(line) for line in file.read_bytes().splitlines()]
+
+
+def test_rows_become_instruction_input_and_output(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw", "msg-train.jsonl", row("Why?\nReally."))
+    data.prepare([raw], tmp_path / "out", DATA)
+    assert read(tmp_path / "out" / "train.jsonl") == [
+        {
+            "instruction": "Generate a code review comment for the given code change.",
+            "input": PATCH,
+            "output": "Why?\nReally.",
+        }
+    ]
+
+
+def test_the_tagged_form() -> None:
+    assert data.tagged(PATCH) == "<keep>a = 1<del>b = 2<add>b = 3"
+    assert data.tagged("@@ -1 +1 @@\n-\tx\n+\n+ y\n\\ No newline at end of file\n") == (
+        "<del>x<add>y<keep>No newline at end of file"
+    )
+
+
+def test_the_manifest_accounts_for_every_row(tmp_path: Path) -> None:
+    rows = [row("a"), row(" \n"), row("b", patch=""), row("a"), row("c")]
+    raw = write(tmp_path / "raw", "msg-train.jsonl", *rows)
+    manifest = data.prepare([raw], tmp_path / "out", DATA)
+    split = manifest["splits"]["train"]
+    assert (split["read"], split["kept"], split["rows"]) == (5, 3, 3)
+    assert split["dropped"] == {"empty msg": 1, "empty patch": 1}
+    assert split["duplicates_kept"] == 1
+    assert split["source_sha256"] == hashlib.sha256(raw.read_bytes()).hexdigest()
+    assert split["sha256"] == hashlib.sha256((tmp_path / "out" / "train.jsonl").read_bytes()).hexdigest()
+    assert split["is_the_study_file"] is None
+    assert orjson.loads((tmp_path / "out" / "manifest.json").read_bytes()) == manifest
+
+
+def test_validation_rows_are_drawn_the_same_each_time_and_keep_their_order(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw", "msg-valid.jsonl", *(row(str(i)) for i in range(300)))
+    drawn = []
+    for out, seed in (("a", 42), ("b", 42), ("c", 7)):
+        data.prepare([raw], tmp_path / out, DATA, valid_rows=50, seed=seed)
+        drawn.append([int(r["output"]) for r in read(tmp_path / out / "valid.jsonl")])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(rows == sorted(set(rows)) and len(rows) == 50 for rows in drawn)
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_a_draw_has_as_many_rows_as_there_are_to_draw(rows: int, size: int) -> None:
+    assert len(list(data._sample(iter([b"x"] * rows), size, seed=0))) == min(rows, size)
+
+
+def test_a_zip_is_read_like_the_files_in_it(tmp_path: Path) -> None:
+    files = [write(tmp_path / "raw", f"msg-{name}.jsonl", row(name)) for name in data.SPLITS]
+    archive = tmp_path / "Comment_Generation.zip"
+    with zipfile.ZipFile(archive, "w") as stream:
+        for file in files:
+            stream.write(file, f"Comment_Generation/{file.name}")
+        stream.writestr("__MACOSX/other.txt", "x")
+    from_zip = data.prepare([archive], tmp_path / "a", DATA)["splits"]
+    from_files = data.prepare(files, tmp_path / "b", DATA)["splits"]
+    assert list(from_zip) == list(data.SPLITS)
+    assert [from_zip[s]["sha256"] for s in from_zip] == [from_files[s]["sha256"] for s in from_files]
+
+
+def test_splits_can_be_prepared_one_after_the_other(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        data.prepare([write(tmp_path / "raw", f"msg-{name}.jsonl", row())], tmp_path / "out", DATA)
+    assert set(orjson.loads((tmp_path / "out" / "manifest.json").read_bytes())["splits"]) == {"train", "test"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("msg-train.jsonl", [row(), {"patch": PATCH}], r"msg-train\.jsonl:2: a row needs the text field msg"),
+        ("msg-train.jsonl", [row(), row(patch=3)], r"msg-train\.jsonl:2: a row needs the text field patch"),
+        ("msg-train.jsonl", [b'{"msg": "a'], r"msg-train\.jsonl:1: not a JSON row"),
+        ("msg-train.jsonl", [b"[1]"], r"msg-train\.jsonl:1: a row needs the text field patch"),
+        ("msg-train.jsonl", [b"\xff\xfe"], r"msg-train\.jsonl:1: not a JSON row"),
+        ("msg-train.jsonl", [], r"msg-train\.jsonl: the file is empty"),
+        ("msg-train.jsonl", [row(" ")], r"no row is left to write; .*empty msg"),
+        ("rows.jsonl", [row()], r"rows\.jsonl: the name of a raw file says train, valid or test"),
+        ("some.zip", [b"no zip"], r"some\.zip: not a whole zip file"),
+    ],
+)
+def test_bad_input_is_told_with_its_place_and_leaves_nothing(
+    tmp_path: Path, name: str, content: list[Any], says: str
+) -> None:
+    good = write(tmp_path / "raw", "msg-test.jsonl", row())
+    bad = write(tmp_path / "raw", name, *content)
+    with pytest.raises(UserError, match=says):
+        data.prepare([good, bad], tmp_path / "out", DATA)
+    assert list(tmp_path.glob("out/*")) == []
+
+
+def test_missing_files_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        data.prepare([tmp_path / "msg-train.jsonl"], tmp_path / "out", DATA)
+
+
+def test_the_shipped_sample_is_what_it_says() -> None:
+    rows = {name: read(paths.SAMPLE / f"msg-{name}.jsonl") for name in data.SPLITS}
+    every = [r for split in rows.values() for r in split]
+    assert len(every) >= 150
+    assert {r["lang"] for r in rows["valid"]} == {"py", "java", "go", "cpp", "js", "c", ".cs", "php", "rb"}
+    assert not {r["proj"] for r in rows["valid"]} & {r["proj"] for r in rows["test"]}
+    assert len({r["msg"] for r in every}) == len({r["patch"] for r in every}) == len(every)
+    assert [r["id"] for r in every] == list(range(len(every)))
+    assert all(r["patch"].startswith("@@ -") and r["y"] == 1 and r["oldf"] for r in every)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs rows of CodeReviewer's data, which are not ours to ship")
+def test_real_rows(tmp_path: Path) -> None:
+    raw = tmp_path / "msg-test.jsonl"
+    raw.write_bytes((SHARED / "codereviewer-msg-test-60.jsonl").read_bytes())
+    for form in data.INPUT_FORMATS:
+        manifest = data.prepare([raw], tmp_path / form, DATA, input_format=form)
+        assert manifest["splits"]["test"]["kept"] == 60
+        assert manifest["splits"]["test"]["is_the_study_file"] is False
+    assert all("\n" not in r["input"] for r in read(tmp_path / "tagged" / "test.jsonl"))
