@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,8 @@ def _train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = Non
             preexec_fn=_end_with_parent,
         )
         _wait(child, folder, stops)
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # data loader workers outlive a killed parent by seconds
     metrics = folder.read_metrics()
     record.summary = summarise(metrics)
     launch.ended, launch.exit_code = now(), child.returncode
@@ -189,7 +191,7 @@ def _wait(child: "subprocess.Popen[bytes]", folder: RunDir, stops: list[int]) ->
             if stops and deadline is None:
                 deadline = time.monotonic() + GRACE
                 progress.say("stopping after this step, with a checkpoint; once more to stop at once")
-                os.killpg(child.pid, signal.SIGTERM)
+                child.terminate()  # not its group: it needs its data loader workers for the step in hand
             if deadline and (len(stops) > 1 or time.monotonic() > deadline):
                 os.killpg(child.pid, signal.SIGKILL)
         progress.read()

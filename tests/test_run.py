@@ -1,0 +1,166 @@
+"""Real runs of real Axolotl with a tiny Llama, through the command, from launch to results."""
+
+import hashlib
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+import psutil
+import pytest
+from conftest import RECIPE
+
+from qlora_recipes import config, rundir
+from qlora_recipes.rundir import RunDir
+
+PAGED = "haider2024/code-llama-7b"
+EIGHT_BIT = "haider2024/llama-3.2-3b"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that all runs of this module are started in."""
+    return tmp_path_factory.mktemp("place")
+
+
+def start(place: Path, *arguments: str | Path) -> "subprocess.Popen[str]":
+    command = [str(RECIPE), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    return out.strip() or err
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path, tiny_profile: Path) -> RunDir:
+    """A run of a recipe with the paged optimizer that nothing interrupts."""
+    return RunDir(place / finish(start(place, "run", PAGED, "--profile", tiny_profile)))
+
+
+def adapter_hash(run: RunDir) -> str:
+    return hashlib.sha256((run.output / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def interrupted_run(place: Path, profile: Path, runs: str, stop: Callable[["subprocess.Popen[str]"], None]) -> RunDir:
+    """A run that `stop` is called on once it has done ten of its sixteen steps; it ends with code 1."""
+    process = start(place, "run", PAGED, "--profile", profile, "--runs", runs)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            found = rundir.all_runs(place / runs)
+            if found and any(record["step"] >= 10 for record in found[0].read_metrics()):
+                assert found[0].read().state == "running"
+                stop(process)
+                break
+            time.sleep(0.01)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode in (1, -signal.SIGKILL), err
+    finally:
+        process.kill()
+    (run,) = rundir.all_runs(place / runs)
+    for _ in range(100):  # a data loader worker sees within 5 s that its parent was killed
+        if run.read().state != "running":
+            break
+        time.sleep(0.1)
+    return run
+
+
+def kill_child(process: "subprocess.Popen[str]") -> None:
+    (child,) = psutil.Process(process.pid).children()
+    child.kill()
+
+
+def kill_both(process: "subprocess.Popen[str]") -> None:
+    (child,) = psutil.Process(process.pid).children()
+    process.kill()
+    child.kill()
+    child.wait(30)
+
+
+def terminate(process: "subprocess.Popen[str]") -> None:
+    process.terminate()
+
+
+@pytest.mark.parametrize("stop", [kill_child, kill_both, terminate])
+def test_a_stopped_run_goes_on_to_the_same_adapter(
+    place: Path, tiny_profile: Path, undisturbed: RunDir, stop: Callable[["subprocess.Popen[str]"], None]
+) -> None:
+    run = interrupted_run(place, tiny_profile, stop.__name__, stop)
+    assert run.read().state == "interrupted"
+    done = [record["step"] for record in run.read_metrics() if "loss" in record]
+    assert done == list(range(1, done[-1] + 1))
+    assert 10 <= done[-1] < 16
+    assert run.read().summary.step == done[-1]
+    assert "Starting trainer" in run.log.read_text()
+    if stop is terminate:
+        assert run.last_checkpoint() == run.output / f"checkpoint-{done[-1]}"
+
+    resumed = finish(start(place, "resume", "latest", "--runs", stop.__name__))
+    assert place / resumed == run.path
+    record = run.read()
+    assert record.state == "finished"
+    assert [launch.exit_code for launch in record.launches][-1] == 0
+    assert record.launches[1].resumed_from
+    assert adapter_hash(run) == adapter_hash(undisturbed)
+    losses = [[(r["step"], r["loss"]) for r in x.read_metrics() if "loss" in r] for x in (run, undisturbed)]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_tells_all(undisturbed: RunDir, tiny_profile: Path) -> None:
+    record = undisturbed.read()
+    assert record.state == "finished"
+    assert record.recipe == PAGED
+    assert record.profiles == ["tiny"]
+    assert not record.rehearsal
+    assert record.summary.step == record.summary.max_steps == 16
+    assert record.summary.eval_loss is not None
+    assert record.summary.eval_loss_first is not None
+    assert record.summary.tokens_per_second
+    assert {"base_model", "fp16", "datasets.0.path"} <= {difference.key for difference in record.differences}
+    assert all(len(file.sha256) == 64 and file.rows for file in record.data)
+    assert record.provenance["packages"]["axolotl"].startswith("0.21")
+    assert record.provenance["git"] is None or len(record.provenance["git"]["revision"]) == 40
+    cfg = config.read_yaml(undisturbed.config)
+    assert cfg["optimizer"] == "paged_adamw_32bit"
+    assert "Dropping attention" not in undisturbed.log.read_text()
+
+
+def test_a_finished_run_is_not_resumed(place: Path, undisturbed: RunDir) -> None:
+    assert "is finished" in finish(start(place, "resume", undisturbed.path), code=2)
+
+
+def test_a_missing_adapter_is_told(place: Path, undisturbed: RunDir) -> None:
+    message = finish(start(place, "evaluate", undisturbed.path, "--adapter", "no/such/adapter"), code=2)
+    assert "no/such/adapter: no adapter" in message
+    assert not (undisturbed.path / "evaluations").exists()
+
+
+def test_the_eight_bit_recipe_from_run_to_results(place: Path, tiny_profile: Path) -> None:
+    name = finish(start(place, "run", EIGHT_BIT, "--profile", tiny_profile, "--set", "num_epochs=1", "--runs", "r"))
+    for more in ((), ("--adapter", "none")):
+        finish(start(place, "evaluate", name, "--limit", "5", "--max-new-tokens", "12", *more))
+    run = RunDir(place / name)
+    predictions = [orjson.loads(line) for line in (run.path / "predictions.jsonl").read_bytes().splitlines()]
+    assert [row["row"] for row in predictions] == list(range(5))
+    assert all(row["reference"] for row in predictions)
+    (row,) = orjson.loads(finish(start(place, "results", "--json", "--runs", "r")))
+    assert row["state"] == "finished"
+    assert row["bleu4_published"] == 4.54
+    assert row["rows_evaluated"] == 5
+    assert row["bleu4_base_model"] is not None
+    assert row["bleu4_difference"] == pytest.approx(row["bleu4"] - 4.54)
+    for form in ("--csv", "--md"):
+        assert EIGHT_BIT in finish(start(place, "results", form, "--runs", "r"))
+
+
+def test_a_failing_axolotl_fails_the_run(place: Path, tiny_profile: Path) -> None:
+    arguments = ("--profile", tiny_profile, "--set", "num_epochs=two", "--runs", "failing")
+    message = finish(start(place, "run", PAGED, *arguments), code=1)
+    assert "Axolotl failed" in message
+    (run,) = rundir.all_runs(place / "failing")
+    assert run.read().state == "failed"
