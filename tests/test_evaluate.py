@@ -1,0 +1,125 @@
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import recipe_config
+
+from qlora_recipes import config, evaluate
+from qlora_recipes.errors import UserError
+from qlora_recipes.rundir import Run, RunDir
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
+    """A finished run of the tiny Llama as far as an evaluation of its base model needs one."""
+    from transformers import AutoTokenizer
+
+    folder = RunDir(tmp_path / "run")
+    folder.output.mkdir(parents=True)
+    AutoTokenizer.from_pretrained(tiny, pad_token="</s>").save_pretrained(folder.output)  # as a training leaves it
+    cfg = config.merge(recipe_config("haider2024/llama-2-7b"), config.read_yaml(tiny_profile))
+    cfg = config.merge(cfg, {"bf16": False, "special_tokens": {"pad_token": "</s>"}})
+    folder.config.write_text(config.write_yaml(cfg))
+    folder.write(
+        Run(
+            state="finished",
+            recipe="haider2024/llama-2-7b",
+            recipe_file="x",
+            recipe_sha256="x",
+            cwd=str(tmp_path),
+            test_data=str(sample / "test.jsonl"),
+        )
+    )
+    return folder
+
+
+def predictions(run: RunDir) -> list[dict[str, Any]]:
+    file = run.path / "evaluations" / "base-model" / "predictions.jsonl"
+    return [orjson.loads(line) for line in file.read_bytes().splitlines()]
+
+
+def evaluated(run: RunDir, **more: Any) -> dict[str, Any]:
+    return evaluate.evaluate(run, adapter="none", max_new_tokens=8, **more)
+
+
+def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_recipes.generate import Generator
+
+    whole = evaluated(run, limit=10, batch_size=4)
+    expected = predictions(run)
+    assert [row["row"] for row in expected] == list(range(10))
+    (run.path / "evaluations" / "base-model" / "scores.json").unlink()
+
+    generate, calls = Generator.generate, []
+
+    def interrupted(self: Generator, prompts: list[list[int]]) -> list[str]:
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(self, prompts)
+
+    monkeypatch.setattr(Generator, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(run, limit=10, batch_size=4)
+    again = evaluated(run, limit=10, batch_size=4)
+    assert calls == [4, 4, 4, 2]  # the first batch was not done twice
+    assert predictions(run) == expected
+    assert again == whole
+
+
+def test_a_complete_evaluation_is_not_done_again_but_another_is(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = evaluated(run, limit=3)
+    other = evaluated(run, limit=4)
+    assert (first["scores"]["rows"], other["scores"]["rows"]) == (3, 4)
+    monkeypatch.setattr("qlora_recipes.generate.Generator.__init__", None)
+    assert evaluated(run, limit=4) == other
+
+
+def test_batched_predictions_are_those_of_one_row_at_a_time(run: RunDir) -> None:
+    evaluated(run, limit=6, batch_size=6)
+    batched = predictions(run)
+    evaluated(run, limit=6, batch_size=1)
+    assert predictions(run) == batched
+
+
+@pytest.mark.parametrize("on_inputs", [False, True])
+def test_prompts_are_those_of_the_training(run: RunDir, sample: Path, tmp_path: Path, on_inputs: bool) -> None:
+    from axolotl.common.datasets import load_datasets
+    from axolotl.utils.config import normalize_config, validate_config
+    from axolotl.utils.dict import DictDefault
+
+    from qlora_recipes.generate import Generator
+
+    cfg = config.read_yaml(run.config) | {"train_on_inputs": on_inputs, "dataset_prepared_path": str(tmp_path / "p")}
+    settings = evaluate.Settings(cfg["base_model"], "none", None, "", "", 0, 8, False, 1, True, "float32")
+    rows = [orjson.loads(line) for line in (sample / "train.jsonl").read_bytes().splitlines()][:64]
+    prompts = Generator(settings, cfg, run.output).prompts(rows)
+
+    capabilities = {"bf16": True, "fp8": False, "tf32": False, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_80"}
+    checked = validate_config(DictDefault(cfg), capabilities, {"torch_version": "2.14.1"})
+    normalize_config(checked)
+    trained = load_datasets(cfg=checked).train_dataset
+    by_prompt = {tuple(prompt): row["output"] for prompt, row in zip(prompts, rows, strict=True)}
+    assert len(trained) == len(rows)
+    tokenizer = Generator(settings, cfg, run.output).tokenizer
+    for ids in trained["input_ids"]:
+        ((prompt, answer),) = [(p, a) for p, a in by_prompt.items() if tuple(ids[: len(p)]) == p]
+        assert tokenizer.decode(ids[len(prompt) :]) == answer + "</s>"
+        assert ids[0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "no rows to evaluate"),
+        ('{"instruction": "a"}\n', "x.jsonl:1: a row needs the text field output"),
+        ("[\n", "x.jsonl:1: not a JSON row"),
+    ],
+)
+def test_bad_test_data_is_told_before_a_model_is_loaded(run: RunDir, tmp_path: Path, content: str, says: str) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(content)
+    with pytest.raises(UserError, match=says):
+        evaluated(run, data=file)
+    assert not (run.path / "evaluations").exists()
