@@ -161,7 +161,10 @@ def count_rows(path: Path) -> int:
 
 
 def _check_keys(content: Config, where: str, file: Path | None = None) -> None:
-    """Refuse keys that Axolotl would ignore in silence."""
+    """Refuse keys that Axolotl would ignore in silence, and secrets."""
+    for key, value in config.flatten(content):
+        if value and re.search(r"(api_key|secret|password)$", key):
+            raise UserError(f"{where}: {key} would stand in the run's folder; give it by an environment variable")
     found = list(schema.unknown_keys(content))
     if found:
         raise UserError(

@@ -66,6 +66,8 @@ def evaluate(
     if weights and not (weights / "adapter_model.safetensors").is_file():
         hint = "" if adapter else f"; the run is {run.state}"
         raise UserError(f"{weights}: no adapter (adapter_model.safetensors) there{hint}")
+    if run.state != "finished":
+        say(f"{folder.path}: the run is {run.state} at step {run.summary.step} of {run.summary.max_steps}")
     if data is None and run.test_data is None:
         raise UserError(f"{folder.path}: no test.jsonl lay beside its training data; name one with --data")
     file = data or Path(run.cwd, str(run.test_data))

@@ -21,7 +21,7 @@ def row(folder: RunDir) -> dict[str, Any]:
     if any(base_settings.get(key) != settings.get(key) for key in same):
         base = {}  # made on other rows or otherwise, so not to be shown beside
     bleu4, summary = scores.get("bleu4"), run.summary
-    changed = [d.key for d in run.differences]
+    changed = [d.key for d in run.differences] + run.axolotl_arguments
     return {
         "run": str(folder.path),
         "recipe": run.recipe,
@@ -47,7 +47,10 @@ def row(folder: RunDir) -> dict[str, Any]:
 
 def _evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The scores of an evaluation and the settings they were made with; both empty where there is none."""
+    adapter = folder / "output" / "adapter_model.safetensors"
     try:
+        if adapter.exists() and adapter.stat().st_mtime > (folder / "scores.json").stat().st_mtime:
+            return {}, {}  # of an adapter that a resumed run has trained on since
         content = orjson.loads((folder / "scores.json").read_bytes())
         return content["scores"], content["settings"]
     except (OSError, ValueError, KeyError):

@@ -26,6 +26,8 @@ def prepare(request: Request) -> Composed:
     if request.gpus < 1:
         raise UserError(f"--gpus {request.gpus}: at least 1")
     if request.rehearse or REHEARSAL in request.profiles:
+        if request.gpus > 1:
+            raise UserError(f"--gpus {request.gpus}: a rehearsal is one process on the CPU")
         compose(request, standin.folder())  # a mistake is told before the conversion
         return compose(request, standin.model_folder())
     return compose(request)
@@ -65,6 +67,12 @@ def run(request: Request, runs: Path) -> RunDir:
         say(f"run {folder.path}")
         for difference in composed.differences:
             say(f"  {difference.key}: {difference.recipe} -> {difference.run}  ({difference.why})")
+        if request.gpus > 1:
+            batch = ours.get("micro_batch_size", 1) * ours.get("gradient_accumulation_steps", 1)
+            say(
+                f"  {request.gpus} GPUs make an optimizer step {request.gpus * batch} rows instead of {batch}; "
+                "divide gradient_accumulation_steps to keep it"
+            )
         _train(folder, record, lock)
     return folder
 
@@ -83,6 +91,9 @@ def resume(name: str, runs: Path) -> RunDir:
             raise UserError(f"{folder.path}: the run is finished; `recipe evaluate {folder.path}` comes next")
         if not folder.config.is_file():
             raise UserError(f"{folder.path}: ended before its config was written; run the recipe anew")
+        output = Path(record.cwd, config.read_yaml(folder.config)["output_dir"])
+        if output.resolve() != folder.output.resolve():
+            raise UserError(f"{folder.path}: the run was moved; it writes to {output}, so move it back there first")
         for file in record.data:
             path = Path(record.cwd, file.path)
             if not path.is_file() or sha256(path) != file.sha256:
@@ -104,9 +115,9 @@ def _test_data(composed: Composed) -> str | None:
 def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
     """The command line of the training process."""
     axolotl = Path(sys.executable).with_name("axolotl")
-    command = [str(axolotl), "train", str(folder.config), *record.axolotl_arguments]
+    command = [str(axolotl), "train", str(folder.config.resolve()), *record.axolotl_arguments]
     if checkpoint:
-        command += ["--resume-from-checkpoint", str(checkpoint)]
+        command += ["--resume-from-checkpoint", str(checkpoint.resolve())]
     if record.gpus_used == 1:
         return [*command, "--launcher", "python"]
     return [*command, "--launcher", "torchrun", "--", f"--nproc-per-node={record.gpus_used}"]

@@ -38,6 +38,8 @@ MISTAKES = [
     (f"run {NAME} --set output_dir=x", "move runs with --runs"),
     (f"run {NAME} --profile zero9", "did you mean zero2"),
     (f"run {NAME} --gpus 0", "--gpus 0: at least 1"),
+    (f"run {NAME} --rehearse --gpus 2", "a rehearsal is one process"),
+    (f"run {NAME} --set wandb_api_key=x", "wandb_api_key would stand in the run's folder"),
     (f"run {NAME} --mirror", "no mirror for codellama/CodeLlama-7b-hf: it is not gated"),
     (f"run {NAME}", "data/codereviewer/train.jsonl does not exist; `recipe data prepare`"),
     (f"run {NAME} --set datasets.0.path=empty.jsonl", "datasets.0.path: empty.jsonl is empty"),
