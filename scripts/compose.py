@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,22 +137,29 @@ def data_files(composed: Config) -> list[DataFile]:
         UserError: a file does not exist or is empty.
     """
     files = {}
-    for section in ("datasets", "test_datasets"):
-        for i, dataset in enumerate(composed.get(section) or ()):
-            path = Path(str(dataset.get("path", "")))
-            where = f"{section}.{i}.path"
-            if path.is_file():
-                if not path.stat().st_size:
-                    raise UserError(f"{where}: {path} is empty")
-                files[path] = DataFile(
-                    path=str(path), sha256=sha256(path), bytes=path.stat().st_size, rows=count_rows(path)
-                )
-            elif path.suffix in (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt"):
-                raise UserError(
-                    f"{where}: {path.absolute()} does not exist; `recipe data prepare` writes the study's data, "
-                    "--rehearse needs none"
-                )
+    for where, dataset in _datasets(composed, "datasets", "test_datasets"):
+        path = Path(str(dataset.get("path", "")))
+        if path.is_file():
+            size = path.stat().st_size
+            if not size:
+                raise UserError(f"{where}.path: {path} is empty")
+            files[path] = DataFile(path=str(path), sha256=sha256(path), bytes=size, rows=count_rows(path))
+        elif path.suffix in (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt"):
+            raise UserError(
+                f"{where}.path: {path.absolute()} does not exist; `recipe data prepare` writes the study's data, "
+                "--rehearse needs none"
+            )
     return list(files.values())
+
+
+def _datasets(composed: Config, *sections: str) -> Iterator[tuple[str, Config]]:
+    """Each data set of some sections of a config, with the key it stands at."""
+    for section in sections:
+        entries = composed.get(section)
+        for i, dataset in enumerate(entries if isinstance(entries, list) else ()):
+            if not isinstance(dataset, dict):
+                raise UserError(f"{section}.{i}: a data set is a mapping with the key path, not {dataset!r}")
+            yield f"{section}.{i}", dataset
 
 
 def count_rows(path: Path) -> int:
@@ -195,23 +203,36 @@ def _fill(fragment: Any, values: dict[str, str]) -> Any:
 
 
 def training_steps(composed: Config, files: list[DataFile]) -> int:
-    """The optimizer steps that a config takes on one device with its unpacked local data."""
+    """The optimizer steps that a config takes on one device with its unpacked local data.
+
+    Raises:
+        UserError: a key that they depend on is no positive number.
+    """
     rows = {file.path: file.rows for file in files}
     total = 0
-    for dataset in composed.get("datasets") or ():
+    for _, dataset in _datasets(composed, "datasets"):
         first = re.fullmatch(r"train\[:(\d+)\]", str(dataset.get("split")))
         total += min(rows.get(str(dataset.get("path")), 0), int(first[1]) if first else sys.maxsize)
-    batches = math.ceil(total / composed.get("micro_batch_size", 1))
+    batches = math.ceil(total / _number(composed, "micro_batch_size"))
     return math.ceil(
-        math.ceil(batches / composed.get("gradient_accumulation_steps", 1)) * composed.get("num_epochs", 1)
+        math.ceil(batches / _number(composed, "gradient_accumulation_steps")) * _number(composed, "num_epochs")
     )
+
+
+def _number(composed: Config, key: str) -> float:
+    """A setting that has to be a positive number; 1 where it is not set."""
+    value = composed.get(key, 1)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise UserError(f"{key}: {value!r} is not a positive number")
+    return value
 
 
 def _few_steps(composed: Config, files: list[DataFile]) -> Config:
     """The config with its warm-up capped at a tenth of the steps that its few rows give."""
-    warmup = composed.get("warmup_steps")
+    if not composed.get("warmup_steps"):
+        return composed
     tenth = training_steps(composed, files) // 10
-    return config.merge(composed, {"warmup_steps": min(warmup, tenth)}) if warmup else composed
+    return config.merge(composed, {"warmup_steps": min(_number(composed, "warmup_steps"), tenth)})
 
 
 def _check_device(composed: Config) -> None:

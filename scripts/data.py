@@ -15,7 +15,7 @@ import orjson
 
 from . import __version__
 from .errors import UserError
-from .files import replacing
+from .files import json_rows, replacing
 from .study import Data
 
 SPLITS = ("train", "valid", "test")
@@ -91,18 +91,14 @@ def _rows(stream: IO[bytes], split: Split, as_input: Callable[[str], str], instr
     """The kept rows of a raw stream as JSON lines; counts into `split` as it goes."""
     seen: set[bytes] = set()
     digest = hashlib.sha256()
-    for number, line in enumerate(stream, start=1):
-        digest.update(line)
-        split.source_bytes += len(line)
-        if not line.strip():
-            continue
-        try:
-            row = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            raise UserError(f"{split.source}:{number}: not a JSON row: {error.msg}") from None
-        for name in ("patch", "msg"):
-            if not isinstance(row, dict) or not isinstance(row.get(name), str):
-                raise UserError(f"{split.source}:{number}: a row needs the text field {name}")
+
+    def lines() -> Iterator[bytes]:
+        for line in stream:
+            digest.update(line)
+            split.source_bytes += len(line)
+            yield line
+
+    for row in json_rows(lines(), split.source, ("patch", "msg")):
         split.read += 1
         patch, msg = row["patch"], row["msg"]
         if not msg.strip() or not patch.strip():

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import orjson
 
 from . import config, study
 from .errors import UserError
-from .files import replacing, sha256, write_atomically
+from .files import json_rows, replacing, sha256, write_atomically
 from .progress import Bar, say
 from .rundir import Run, RunDir
 from .score import score
@@ -123,18 +124,8 @@ def _read_rows(file: Path, limit: int | None) -> list[dict[str, str]]:
     """The prepared rows of a file, at most `limit`."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; `recipe data prepare` writes test.jsonl")
-    rows: list[dict[str, str]] = []
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if limit is not None and len(rows) == limit:
-                break
-            try:
-                row = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                raise UserError(f"{file}:{number}: not a JSON row: {error.msg}") from None
-            if not isinstance(row, dict) or not isinstance(row.get("output"), str):
-                raise UserError(f"{file}:{number}: a row needs the text field output, the reference")
-            rows.append(row)
+    with file.open("rb") as lines:
+        rows = list(islice(json_rows(lines, file, ("output",)), limit))
     if not rows:
         raise UserError(f"{file}: no rows to evaluate")
     return rows

@@ -2,10 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import orjson
+
+from .errors import UserError
 
 CHUNK = 1 << 20
 
@@ -29,6 +33,30 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
             for folder in made:
                 folder.rmdir()
         raise
+
+
+def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file; blank lines are passed over.
+
+    Args:
+        lines: its lines.
+        where: what messages call it.
+        fields: the fields that every row must have, as text.
+
+    Raises:
+        UserError: a line is no such row.
+    """
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            raise UserError(f"{where}:{number}: not a JSON row: {error.msg}") from None
+        for name in fields:
+            if not isinstance(row, dict) or not isinstance(row.get(name), str):
+                raise UserError(f"{where}:{number}: a row needs the text field {name}")
+        yield row
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import orjson
 
 from . import study, tables
+from .errors import UserError
 from .progress import say
 from .rundir import RunDir, all_runs
 
@@ -84,7 +85,12 @@ def _short(full: dict[str, Any]) -> dict[str, Any]:
 
 def show(runs: Path, form: str) -> None:
     """Print the results of all runs below a folder as `table`, `md`, `csv` or `json`."""
-    rows = [row(folder) for folder in all_runs(runs)]
+    rows = []
+    for folder in all_runs(runs):
+        try:
+            rows.append(row(folder))
+        except UserError as error:
+            say(str(error))
     if form == "json":
         tables.print_json(rows)
     elif not rows:

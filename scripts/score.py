@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from .bleu import corpus_bleu4
 from .errors import UserError
+from .files import json_rows
 
 
 def read_pairs(file: Path) -> list[tuple[str, str]]:
@@ -18,19 +17,9 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file")
-    pairs = []
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                raise UserError(f"{file}:{number}: not a JSON row: {error.msg}") from None
-            for name in ("reference", "prediction"):
-                if not isinstance(row, dict) or not isinstance(row.get(name), str):
-                    raise UserError(f"{file}:{number}: a row needs the text field {name}")
-            pairs.append((row["reference"], row["prediction"]))
+    with file.open("rb") as lines:
+        rows = json_rows(lines, file, ("reference", "prediction"))
+        pairs = [(row["reference"], row["prediction"]) for row in rows]
     if not pairs:
         raise UserError(f"{file}: has no rows")
     return pairs
