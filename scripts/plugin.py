@@ -6,12 +6,14 @@ It is the only code of this project inside the training process; `recipe run` ad
 import resource
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import orjson
 import torch
 from axolotl.integrations.base import BasePlugin
+from pynvml import NVMLError
 from transformers import TrainerCallback
 
 GIB = 2**30
@@ -96,8 +98,10 @@ def _usage() -> dict[str, float]:
     """Memory and, where there is a GPU, its utilization."""
     if not torch.cuda.is_available():
         return {"rss_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
-    return {
+    usage = {
         "memory_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
         "memory_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
-        "gpu_utilization": torch.cuda.utilization(),
     }
+    with suppress(NVMLError):  # a slice of a GPU (MIG) does not tell
+        usage["gpu_utilization"] = torch.cuda.utilization()
+    return usage

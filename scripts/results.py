@@ -62,13 +62,15 @@ def _short(full: dict[str, Any]) -> dict[str, Any]:
     """The columns of a row that fit a terminal."""
     step = f"{full['step']}/{full['steps'] or '?'}"
     minutes = full["train_seconds"] / 60
+    losses = None
+    if full["eval_loss"] is not None:
+        losses = f"{tables.text_of(full['eval_loss_first'])} → {tables.text_of(full['eval_loss'])}"
     short = {
         "run": Path(full["run"]).name,
         "recipe": full["recipe"],
         "state": full["state"],
         "step": step,
-        "eval loss": full["eval_loss"],
-        "at start": full["eval_loss_first"],
+        "eval loss": losses,
         "BLEU-4": full["bleu4"],
         "base model": full["bleu4_base_model"],
     }

@@ -17,20 +17,19 @@ def text_of(value: Any) -> str:
 
 
 def print_table(rows: Sequence[Row], title: str | None = None) -> None:
-    """A table on stdout, as wide as it needs to be where stdout is no terminal."""
-    from rich import box
+    """A table on stdout, without the columns that are empty; as wide as it needs where stdout is no terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for column in rows[0]:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    columns = [column for column in rows[0] if any(row.get(column) is not None for row in rows)]
+    for column in columns:
         numbers = any(isinstance(row[column], int | float) for row in rows)
-        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
+        table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(text_of(value)) for value in row.values()))
-    console = Console(width=None if sys.stdout.isatty() else 250)
-    console.print(table)
+        table.add_row(*(Text(text_of(row[column])) for column in columns))
+    Console(width=None if sys.stdout.isatty() else 250).print(table)
 
 
 def print_markdown(rows: Sequence[Row], title: str | None = None) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from conftest import recipe_config
 
-from qlora_recipes import config, paths
+from qlora_recipes import config, paths, schema
 
 TARGETS = {
     # Axolotl's probe says that Turing has bf16, because torch emulates it there
@@ -39,6 +39,7 @@ def test_axolotl_validates_the_recipe(name: str, target: str) -> None:
 @pytest.mark.parametrize("name", paths.recipe_names())
 def test_axolotl_validates_the_recipe_under_zero2(name: str) -> None:
     zero2 = config.read_yaml(paths.PROFILES / "zero2.yaml")
+    assert list(schema.unknown_keys(zero2)) == []
     assert validated(config.merge(recipe_config(name), zero2), "sm_75", gpus=2)["deepspeed"] == zero2["deepspeed"]
 
 

@@ -141,13 +141,29 @@ def test_a_missing_adapter_is_told(place: Path, undisturbed: RunDir) -> None:
 
 
 def test_the_eight_bit_recipe_from_run_to_results(place: Path, tiny_profile: Path) -> None:
-    name = finish(start(place, "run", EIGHT_BIT, "--profile", tiny_profile, "--set", "num_epochs=1", "--runs", "r"))
+    name = finish(
+        start(
+            place,
+            "run",
+            EIGHT_BIT,
+            "--profile",
+            tiny_profile,
+            "--set",
+            "num_epochs=1",
+            "--runs",
+            "r",
+            "--",
+            "--weight-decay",
+            "0.02",
+        )
+    )
     for more in ((), ("--adapter", "none")):
         finish(start(place, "evaluate", name, "--limit", "5", "--max-new-tokens", "12", *more))
     run = RunDir(place / name)
     predictions = [orjson.loads(line) for line in (run.path / "predictions.jsonl").read_bytes().splitlines()]
     assert [row["row"] for row in predictions] == list(range(5))
     assert all(row["reference"] for row in predictions)
+    assert '"weight_decay": 0.02' in run.log.read_text()
     (row,) = orjson.loads(finish(start(place, "results", "--json", "--runs", "r")))
     assert row["state"] == "finished"
     assert row["bleu4_published"] == 4.54
