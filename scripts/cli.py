@@ -1,5 +1,6 @@
 """The command `recipe`: its verbs and their options. The work is in the modules named after the verbs."""
 
+import errno
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -9,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from .errors import UserError, WorkFailed
+from .paths import RUNS
 
 
 class _Verbs(TyperGroup):
@@ -38,7 +40,6 @@ RunName = Annotated[
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="The folder that holds the runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-RUNS = Path("runs")
 
 
 class InputFormat(StrEnum):
@@ -69,7 +70,7 @@ def show(name: Name, json: Json = False) -> None:
         scores = published.model_dump() if published else None
         tables.print_json({"recipe": found, "config": config.read_yaml(file), "published": scores})
     else:
-        print(file.read_text(encoding="utf-8"), end="")
+        print(config.read_text(file), end="")
 
 
 @app.command(rich_help_panel=RECIPES)
@@ -153,6 +154,8 @@ def run(
     from . import run as launcher
     from .compose import Request
 
+    if axolotl_arguments and not axolotl_arguments[0].startswith("-"):
+        raise UserError(f"{axolotl_arguments[0]}: one recipe at a time; Axolotl's own options go behind --")
     request = Request(name, profile or [], set_ or [], rehearse, mirror, gpus, axolotl_arguments or [])
     if dry_run:
         print(config.write_yaml(launcher.prepare(request).config), end="")
@@ -190,7 +193,7 @@ def evaluate(
     from .rundir import find_run
 
     result = evaluation.evaluate(find_run(run, runs), data, limit, adapter, max_new_tokens, batch_size)
-    _print_scores(result["scores"], json)
+    _print_scores(result.scores, json)
 
 
 @app.command(rich_help_panel=AFTER)
@@ -239,9 +242,10 @@ def render(
     """Write the recipes from their templates."""
     from . import render as rendering
     from . import schema as keys
+    from .files import write_atomically
 
     if schema:
-        keys.FILE.write_text(keys.generate(), encoding="utf-8")
+        write_atomically(keys.FILE, keys.generate())
         print(keys.FILE)
         return
     recipes = rendering.rendered()
@@ -250,7 +254,7 @@ def render(
             print(file)
     elif drift := rendering.drift(recipes):
         print(drift)
-        raise WorkFailed("recipes differ from their templates; `recipe render` writes them anew")
+        raise WorkFailed("recipes differ from their templates: `recipe render` writes them anew; one without has to go")
 
 
 def main() -> None:
@@ -263,3 +267,8 @@ def main() -> None:
     except WorkFailed as error:
         print(f"recipe: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise  # not of a file that the user named
+        print(f"recipe: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2)

@@ -35,25 +35,63 @@ for _class in (_Loader, _Dumper):
     )
 
 
+_PLAIN = (type(None), bool, int, float, str, list, dict)
+_MOST_VALUES = 100_000  # a config has some hundred; aliases of aliases can make a short file explode
+
+
+def _parse(text: str, where: str) -> Any:
+    """The value of a YAML text: nothing but text keys, lists, text, numbers, booleans and null.
+
+    Raises:
+        UserError: it is no YAML (with the line) or holds something else.
+    """
+    try:
+        content = yaml.load(text, _Loader)
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply to be a config") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    waiting, seen = [content], 0
+    while waiting:
+        value, seen = waiting.pop(), seen + 1
+        if seen > _MOST_VALUES:
+            raise UserError(f"{where}: too large to be a config, or an alias that contains itself")
+        if not isinstance(value, _PLAIN) or (isinstance(value, int) and abs(value) >= 2**63):
+            raise UserError(f"{where}: {value!r:.50} is no value for a config; put it in quotes if it is text")
+        if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str):
+                    raise UserError(f"{where}: the key {key!r:.50} is no text; put it in quotes")
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return content
+
+
+def read_text(file: Path) -> str:
+    """A text file's content.
+
+    Raises:
+        UserError: it cannot be read or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: not a text file in UTF-8") from None
+
+
 def read_yaml(file: Path) -> Config:
     """The mapping in a YAML file.
 
     Raises:
         UserError: the file cannot be read, is no YAML (with the line), or holds something else.
     """
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: not a text file in UTF-8") from None
-    except RecursionError:
-        raise UserError(f"{file}: nested too deeply to be a config") from None
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{file}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    content = _parse(read_text(file), str(file))
+    if not isinstance(content, dict):
         raise UserError(f"{file}: a config is a mapping of keys to values")
     return content
 
@@ -68,7 +106,7 @@ def line_of(file: Path, key: str) -> int:
     node = yaml.compose(file.read_text(encoding="utf-8"), Loader=_Loader)
     line = 1
     for part in key.split("."):
-        if isinstance(node, yaml.SequenceNode) and part.isdigit():
+        if isinstance(node, yaml.SequenceNode) and part.isdecimal():
             node = node.value[int(part)]
         elif isinstance(node, yaml.MappingNode):
             found = [pair for pair in node.value if pair[0].value == part]
@@ -101,10 +139,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {text}: expected key=value, as in --set num_epochs=3")
-    try:
-        return key.strip(), yaml.load(value, _Loader)
-    except yaml.YAMLError:
-        raise UserError(f"--set {text}: {value} is not a YAML value") from None
+    return key.strip(), _parse(value, f"--set {text}")
 
 
 def override(config: Config, key: str, value: Any) -> Config:
@@ -113,8 +148,8 @@ def override(config: Config, key: str, value: Any) -> Config:
     Raises:
         UserError: the key leads through something that has no keys.
     """
-    part, _, rest = key.partition(".")
-    return merge(config, {part: _replaced(config.get(part), rest, value, key)})
+    changed: Config = _replaced(config, key, value, key)
+    return changed
 
 
 def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
@@ -123,11 +158,12 @@ def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
         return value
     part, _, rest = path.partition(".")
     if isinstance(current, list):
-        if not part.isdigit() or int(part) >= len(current):
+        if not part.isdecimal() or int(part) >= len(current):
             raise UserError(f"--set {key}: {part} is not a position in a list of {len(current)}, counted from 0")
         return [_replaced(old, rest, value, key) if i == int(part) else old for i, old in enumerate(current)]
     if isinstance(current, dict) or current is None:
-        return merge(current or {}, {part: _replaced((current or {}).get(part), rest, value, key)})
+        changed = (current or {}) | {part: _replaced((current or {}).get(part), rest, value, key)}
+        return {name: item for name, item in changed.items() if item is not None}
     raise UserError(f"--set {key}: {current!r} has no key {part}")
 
 
@@ -148,4 +184,9 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """Each dotted key in which two configs differ, with both values; None where one lacks it."""
     left, right = dict(flatten(a)), dict(flatten(b))
     keys = [*left, *(key for key in right if key not in left)]
-    return {key: (left.get(key), right.get(key)) for key in keys if left.get(key) != right.get(key)}
+    return {key: (left.get(key), right.get(key)) for key in keys if not _same(left.get(key), right.get(key))}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equality that tells true from 1."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)

@@ -4,11 +4,12 @@ import hashlib
 import random
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 import orjson
@@ -73,11 +74,9 @@ def _opened(raw: list[Path]) -> Iterator[dict[str, tuple[str, IO[bytes]]]]:
             if file.stat().st_size == 0:
                 raise UserError(f"{file}: the file is empty")
             if file.suffix == ".zip":
-                try:
-                    archive = stack.enter_context(zipfile.ZipFile(file))
-                except zipfile.BadZipFile:
-                    raise UserError(f"{file}: not a whole zip file; fetch it again") from None
-                members = [name for name in archive.namelist() if re.search(r"msg-(train|valid|test)\.jsonl$", name)]
+                archive = stack.enter_context(zipfile.ZipFile(file))
+                wanted = {f"msg-{split}.jsonl" for split in SPLITS}
+                members = [name for name in archive.namelist() if PurePath(name).name in wanted]
                 if not members:
                     raise UserError(f"{file}: holds no msg-train.jsonl, msg-valid.jsonl or msg-test.jsonl")
                 for name in members:
@@ -85,6 +84,17 @@ def _opened(raw: list[Path]) -> Iterator[dict[str, tuple[str, IO[bytes]]]]:
             else:
                 add(file.name, str(file), file.open("rb"))
         yield found
+
+
+@contextmanager
+def _zip_errors() -> Iterator[None]:
+    """Tell what can be wrong with a zip, which shows when it is opened or only while it is read."""
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise UserError(f"the zip is damaged ({error}); fetch it again") from None
+    except (RuntimeError, NotImplementedError) as error:  # encrypted, or packed by another method
+        raise UserError(f"the zip cannot be read: {error}") from None
 
 
 def _rows(stream: IO[bytes], split: Split, as_input: Callable[[str], str], instruction: str) -> Iterator[bytes]:
@@ -101,14 +111,15 @@ def _rows(stream: IO[bytes], split: Split, as_input: Callable[[str], str], instr
     for row in json_rows(lines(), split.source, ("patch", "msg")):
         split.read += 1
         patch, msg = row["patch"], row["msg"]
-        if not msg.strip() or not patch.strip():
+        shown = as_input(patch)
+        if not msg.strip() or not shown.strip():
             split.dropped["empty msg" if not msg.strip() else "empty patch"] += 1
             continue
         key = hashlib.blake2b(f"{patch}\0{msg}".encode(errors="surrogatepass"), digest_size=8).digest()
         split.duplicates += key in seen
         seen.add(key)
         split.kept += 1
-        yield orjson.dumps({"instruction": instruction, "input": as_input(patch), "output": msg}) + b"\n"
+        yield orjson.dumps({"instruction": instruction, "input": shown, "output": msg}) + b"\n"
     split.source_sha256 = digest.hexdigest()
 
 
@@ -135,7 +146,6 @@ def prepare(
     instruction: str | None = None,
     valid_rows: int = 1000,
     seed: int = 42,
-    progress: Callable[[str, int], None] = lambda split, rows: None,
 ) -> dict[str, Any]:
     """Write train.jsonl, valid.jsonl and test.jsonl, as far as raw files for them are given, and a manifest.
 
@@ -149,7 +159,6 @@ def prepare(
         instruction: another instruction than the study's.
         valid_rows: how many rows to draw for valid.jsonl; 0 keeps all.
         seed: the seed of that draw.
-        progress: called with the split's name and the rows written, every 1,000 rows.
 
     Returns:
         The manifest: per split the rows read, kept, dropped by reason and duplicate, and checksums of the
@@ -159,8 +168,11 @@ def prepare(
         UserError: a file is missing, empty, or has a row that is no CodeReviewer row.
     """
     instruction = instruction or data.instruction
+    for file in raw:
+        if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
+            raise UserError(f"{file}: would be overwritten; write to another folder with --out")
     splits: dict[str, Any] = {}
-    with ExitStack() as stack, _opened(raw) as found:
+    with ExitStack() as stack, _zip_errors(), _opened(raw) as found:
         for name in (split for split in SPLITS if split in found):
             label, stream = found[name]
             split = Split(label)
@@ -172,12 +184,12 @@ def prepare(
                 target.write(row)
                 digest.update(row)
                 written += 1
-                if written % 1000 == 0:
-                    progress(name, written)
             if not written:
                 raise UserError(f"{label}: no row is left to write; {dict(split.dropped) or 'it has none'}")
             known = data.files.get(f"msg-{name}.jsonl")
             splits[name] = {
+                "input_format": input_format,
+                "instruction": instruction,
                 "source": label,
                 "source_sha256": split.source_sha256,
                 "source_bytes": split.source_bytes,
@@ -193,8 +205,6 @@ def prepare(
             }
     manifest = {
         "made_by": f"qlora-recipes {__version__}",
-        "input_format": input_format,
-        "instruction": instruction,
         "splits": _former(out) | splits,
     }
     with replacing(out / MANIFEST) as stream:
@@ -205,6 +215,7 @@ def prepare(
 def _former(out: Path) -> dict[str, Any]:
     """The splits of an earlier manifest in the same folder, which stay."""
     try:
-        return orjson.loads((out / MANIFEST).read_bytes())["splits"]
-    except (OSError, orjson.JSONDecodeError, KeyError):
+        splits = orjson.loads((out / MANIFEST).read_bytes())["splits"]
+    except (OSError, orjson.JSONDecodeError, TypeError, KeyError):
         return {}
+    return splits if isinstance(splits, dict) else {}

@@ -11,8 +11,6 @@ import orjson
 
 from .errors import UserError
 
-CHUNK = 1 << 20
-
 
 @contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:

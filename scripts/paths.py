@@ -18,6 +18,7 @@ RECIPES = _shipped("recipes")
 TEMPLATES = _shipped("templates")
 PROFILES = RECIPES / "profiles"
 SAMPLE = RECIPES / "sample"
+RUNS = Path("runs")
 LOCK = _PACKAGE.parent / "requirements.lock"
 
 
@@ -60,7 +61,7 @@ def find_recipe(name: str) -> tuple[str, Path]:
 
 
 def find_profile(name: str) -> tuple[str, Path]:
-    """The name and file of a profile given as the name of a shipped one or as FILE.
+    """The name and file of a profile: a shipped one's name, or FILE, which is its own name.
 
     Raises:
         UserError: there is neither.
@@ -69,5 +70,6 @@ def find_profile(name: str) -> tuple[str, Path]:
     if name in shipped:
         return name, shipped[name]
     if Path(name).is_file():
-        return Path(name).stem, Path(name)
-    raise UserError(f"{name}: no profile of that name{did_you_mean(name, shipped)} There are: {', '.join(shipped)}")
+        return next(((s, f) for s, f in shipped.items() if f == Path(name).resolve()), (name, Path(name)))
+    hint = did_you_mean(name, shipped)
+    raise UserError(f"{name}: no profile of that name{hint}; there are {', '.join(shipped)}, or any YAML file")

@@ -50,7 +50,7 @@ class RunCallback(TrainerCallback):
 
     Fields: time (seconds since 1970), step, max_steps, epoch, and as the trainer logs them loss, eval_loss,
     grad_norm, learning_rate; for training steps since the last record step_seconds (without evaluation
-    and saving) and tokens (padding not counted); memory in GiB, GPU utilization in percent.
+    and saving), tokens (padding not counted) and tokens_per_second; memory in GiB, GPU utilization in percent.
 
     SIGTERM ends training after the step in hand, with a checkpoint.
     """
@@ -59,23 +59,29 @@ class RunCallback(TrainerCallback):
         self.file = file
         self.stop = False
         self.step_started = self.step_seconds = 0.0
-        self.tokens_seen = 0
+        self.tokens_seen: int | None = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From here on a checkpoint can be written, so a request to stop waits for one."""
         signal.signal(signal.SIGTERM, self._stop)
+        if state.global_step:
+            self.tokens_seen = None  # a resumed run counts on from a number that is not known here
 
     def _stop(self, *_: Any) -> None:
         self.stop = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock of a step."""
         self.step_started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock, and the training where that was asked for."""
         self.step_seconds += time.perf_counter() - self.step_started
         if self.stop:
             control.should_training_stop = control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Record what the trainer logs of a step or an evaluation."""
         if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
             return
         record = {
@@ -88,8 +94,18 @@ class RunCallback(TrainerCallback):
         if "loss" in logs:
             record["step_seconds"], self.step_seconds = self.step_seconds, 0.0
             if total := logs.get("tokens/total"):
-                record["tokens"], self.tokens_seen = total - self.tokens_seen, total
-        record |= _usage()
+                if self.tokens_seen is not None:
+                    record["tokens"] = total - self.tokens_seen
+                    record["tokens_per_second"] = record["tokens"] / record["step_seconds"]
+                self.tokens_seen = total
+        self._append(record | _usage())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the last step, which the trainer may not have logged."""
+        if state.is_world_process_zero:
+            self._append({"time": time.time(), "step": state.global_step, "max_steps": state.max_steps})
+
+    def _append(self, record: dict[str, Any]) -> None:
         with self.file.open("ab") as stream:
             stream.write(orjson.dumps(record) + b"\n")
 

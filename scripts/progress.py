@@ -67,7 +67,6 @@ class TrainingProgress(Bar):
         super().__init__("training")
         self.metrics = metrics
         self.position = metrics.stat().st_size if metrics.exists() else 0
-        self.eval_loss: float | None = None
 
     def read(self) -> None:
         """Take in what was appended since the last time."""
@@ -79,9 +78,13 @@ class TrainingProgress(Bar):
         for line in filter(None, lines):
             self.position += len(line) + 1
             record = orjson.loads(line)
-            if (eval_loss := record.get("eval_loss")) is not None:
-                self.eval_loss = eval_loss
-                self.say(f"  step {record['step']}: eval loss {eval_loss:.3f}")
-            else:
-                note = f"loss {record['loss']:.3f}  rate {record.get('learning_rate', 0):.2e}"
+            if "eval_loss" in record:
+                self.say(f"  step {record['step']}: eval loss {_number(record['eval_loss'], '.3f')}")
+            elif "loss" in record:
+                note = f"loss {_number(record['loss'], '.3f')}  rate {_number(record.get('learning_rate'), '.2e')}"
                 self.update(record["step"], record["max_steps"], note)
+
+
+def _number(value: float | None, form: str) -> str:
+    """A number of the metrics; JSON has null for one that is none."""
+    return "nan" if value is None else format(value, form)

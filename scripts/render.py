@@ -33,13 +33,13 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
         name = template.removesuffix(".yaml.j2")
         try:
             text = environment.get_template(template).render(name=name, template=f"templates/{template}", models=models)
-        except jinja2.TemplateError as error:
-            raise UserError(f"{_where(error, templates, file)}: {error.message}") from None
+        except Exception as error:  # an expression in a template can raise anything
+            raise UserError(f"{_where(error, templates, file)}: {error}") from None
         recipes[name] = text
     return recipes
 
 
-def _where(error: jinja2.TemplateError, templates: Path, file: Path) -> str:
+def _where(error: Exception, templates: Path, file: Path) -> str:
     """The template and line in which an error arose, which may be a base that `file` extends."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"{error.filename}:{error.lineno}"

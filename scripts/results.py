@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from . import study, tables
 from .errors import UserError
+from .evaluate import BASE_MODEL, Evaluation, read_scores
 from .progress import say
-from .rundir import RunDir, all_runs
+from .rundir import Run, RunDir, all_runs
 
 
 def row(folder: RunDir) -> dict[str, Any]:
@@ -16,12 +15,16 @@ def row(folder: RunDir) -> dict[str, Any]:
     run = folder.read()
     of_study = study.of(run.recipe)
     published = of_study.published.get(run.recipe) if of_study and not run.rehearsal else None
-    scores, settings = _evaluation(folder.path)
-    base, base_settings = _evaluation(folder.path / "evaluations" / "base-model")
-    same = ("data_sha256", "rows", "max_new_tokens", "do_sample")
-    if any(base_settings.get(key) != settings.get(key) for key in same):
-        base = {}  # made on other rows or otherwise, so not to be shown beside
-    bleu4, summary = scores.get("bleu4"), run.summary
+    own = _evaluation(folder.path, run)
+    base = _evaluation(folder.path / "evaluations" / BASE_MODEL, None)
+    if own and base and any(getattr(own.settings, key) != getattr(base.settings, key) for key in _ALIKE):
+        base = None  # made on other rows or otherwise, so not to be shown beside
+    scores: dict[str, Any] = dict(own.scores) if own else {}
+    summary = run.summary
+    bleu4: float | None = scores.get("bleu4")
+    difference = None
+    if bleu4 is not None and published and own and _whole_test_set(own, run):
+        difference = bleu4 - published.bleu4
     changed = [d.key for d in run.differences] + run.axolotl_arguments
     return {
         "run": str(folder.path),
@@ -34,9 +37,9 @@ def row(folder: RunDir) -> dict[str, Any]:
         "eval_loss": summary.eval_loss,
         "rows_evaluated": scores.get("rows"),
         "bleu4": bleu4,
-        "bleu4_base_model": base.get("bleu4"),
+        "bleu4_base_model": base.scores["bleu4"] if base else None,
         "bleu4_published": published.bleu4 if published else None,
-        "bleu4_difference": bleu4 - published.bleu4 if published and bleu4 is not None else None,
+        "bleu4_difference": difference,
         "sacrebleu": scores.get("sacrebleu"),
         "peak_memory_gib": summary.peak_memory,
         "memory_kind": summary.memory_kind,
@@ -46,16 +49,21 @@ def row(folder: RunDir) -> dict[str, Any]:
     }
 
 
-def _evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The scores of an evaluation and the settings they were made with; both empty where there is none."""
-    adapter = folder / "output" / "adapter_model.safetensors"
-    try:
-        if adapter.exists() and adapter.stat().st_mtime > (folder / "scores.json").stat().st_mtime:
-            return {}, {}  # of an adapter that a resumed run has trained on since
-        content = orjson.loads((folder / "scores.json").read_bytes())
-        return content["scores"], content["settings"]
-    except (OSError, ValueError, KeyError):
-        return {}, {}
+_ALIKE = ("data_sha256", "rows", "max_new_tokens", "do_sample")
+
+
+def _evaluation(folder: Path, run: Run | None) -> Evaluation | None:
+    """The evaluation in a folder; not one of an adapter that its run has trained on since."""
+    found = read_scores(folder)
+    if found and run and run.launches and found.made < (run.launches[-1].ended or found.made):
+        return None
+    return found
+
+
+def _whole_test_set(evaluation: Evaluation, run: Run) -> bool:
+    """Whether an evaluation is of all rows of the data that is prepared for it; others compare with nothing."""
+    test_data = Path(run.cwd, str(run.test_data)).resolve()
+    return evaluation.settings.limit is None and Path(evaluation.settings.data) == test_data
 
 
 def _short(full: dict[str, Any]) -> dict[str, Any]:
@@ -77,11 +85,13 @@ def _short(full: dict[str, Any]) -> dict[str, Any]:
     if not full["rehearsal"]:
         short |= {"published": full["bleu4_published"], "difference": full["bleu4_difference"]}
     speed = full["tokens_per_second"]
+    more = {} if full["rehearsal"] else {"changed": full["changed_keys"] or None}
     return short | {
         "rows": full["rows_evaluated"],
         "peak GiB": full["peak_memory_gib"],
         "tokens/s": round(speed) if speed else None,
         "minutes": f"{minutes:.1f}",
+        **more,
     }
 
 

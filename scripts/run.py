@@ -1,6 +1,7 @@
 """Launching Axolotl: `recipe run` and `recipe resume`."""
 
 import ctypes
+import hashlib
 import os
 import signal
 import subprocess
@@ -11,21 +12,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from . import config, paths, provenance, standin
-from .compose import REHEARSAL, Composed, Request, compose, launched
+from .compose import Composed, Request, compose, effective_batch, is_rehearsal, launched
 from .errors import UserError, WorkFailed
 from .files import sha256, write_atomically
 from .progress import TrainingProgress, say
 from .rundir import Launch, Run, RunDir, claim, find_run, now, summarise
-
-GRACE = 300.0  # seconds a training process has for the step in hand and its checkpoint when it is stopped
 
 
 def prepare(request: Request) -> Composed:
     """The checked config of a run; converts the stand-in model if a rehearsal needs it."""
     if request.gpus < 1:
         raise UserError(f"--gpus {request.gpus}: at least 1")
-    if request.rehearse or REHEARSAL in request.profiles:
+    if is_rehearsal(request):
         if request.gpus > 1:
             raise UserError(f"--gpus {request.gpus}: a rehearsal is one process on the CPU")
         compose(request, standin.folder())  # a mistake is told before the conversion
@@ -41,7 +42,7 @@ def run(request: Request, runs: Path) -> RunDir:
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
     composed = prepare(request)
-    template = paths.TEMPLATES / f"{composed.recipe}.yaml.j2"
+    batch = effective_batch(composed.config)
     folder = claim(runs, composed.recipe, composed.digest)
     with folder.held() as lock:
         ours = launched(composed, folder.output)
@@ -49,7 +50,7 @@ def run(request: Request, runs: Path) -> RunDir:
             recipe=composed.recipe,
             recipe_file=str(composed.recipe_file),
             recipe_sha256=sha256(composed.recipe_file),
-            template_sha256=sha256(template) if template.is_file() else None,
+            template_sha256=_template_sha256(composed.recipe),
             rehearsal=composed.rehearsal,
             profiles=composed.profiles,
             overrides=request.overrides,
@@ -68,9 +69,8 @@ def run(request: Request, runs: Path) -> RunDir:
         for difference in composed.differences:
             say(f"  {difference.key}: {difference.recipe} -> {difference.run}  ({difference.why})")
         if request.gpus > 1:
-            batch = ours.get("micro_batch_size", 1) * ours.get("gradient_accumulation_steps", 1)
             say(
-                f"  {request.gpus} GPUs make an optimizer step {request.gpus * batch} rows instead of {batch}; "
+                f"  {request.gpus} GPUs make an optimizer step {request.gpus * batch:g} rows instead of {batch:g}; "
                 "divide gradient_accumulation_steps to keep it"
             )
         _train(folder, record, lock)
@@ -91,7 +91,7 @@ def resume(name: str, runs: Path) -> RunDir:
             raise UserError(f"{folder.path}: the run is finished; `recipe evaluate {folder.path}` comes next")
         if not folder.config.is_file():
             raise UserError(f"{folder.path}: ended before its config was written; run the recipe anew")
-        output = Path(record.cwd, config.read_yaml(folder.config)["output_dir"])
+        output = Path(record.cwd, str(config.read_yaml(folder.config).get("output_dir")))
         if output.resolve() != folder.output.resolve():
             raise UserError(f"{folder.path}: the run was moved; it writes to {output}, so move it back there first")
         for file in record.data:
@@ -104,11 +104,18 @@ def resume(name: str, runs: Path) -> RunDir:
     return folder
 
 
+def _template_sha256(recipe: str) -> str | None:
+    """A hash of all that a recipe is rendered from; None where it has no template."""
+    template = paths.TEMPLATES / f"{recipe}.yaml.j2"
+    if not template.is_file():
+        return None
+    files = [template, *sorted(template.parent.glob("_*.j2")), paths.TEMPLATES / "models.yaml"]
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
 def _test_data(composed: Composed) -> str | None:
     """The test file that lies beside the training file, as `recipe data prepare` writes it."""
-    if not composed.data:
-        return None
-    file = Path(composed.data[0].path).with_name("test.jsonl")
+    file = Path(str(composed.config["datasets"][0]["path"])).with_name("test.jsonl")
     return str(file) if file.is_file() else None
 
 
@@ -159,7 +166,7 @@ def _train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = Non
     record.summary = summarise(metrics)
     launch.ended, launch.exit_code = now(), child.returncode
     complete = bool(metrics) and record.summary.step == record.summary.max_steps
-    if child.returncode < 0 or (stops and not complete):
+    if child.returncode in (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT) or (stops and not complete):
         record.state = "interrupted"
     elif child.returncode == 0 and (folder.output / "adapter_model.safetensors").is_file():
         record.state = "finished"
@@ -194,15 +201,17 @@ def _stop_requests() -> Iterator[list[int]]:
 
 def _wait(child: "subprocess.Popen[bytes]", folder: RunDir, stops: list[int]) -> None:
     """Show the child's progress until it ends; pass a request to stop on, the second time by force."""
-    deadline = None
+    asked = False
     with TrainingProgress(folder.metrics) as progress:
         while child.poll() is None:
             time.sleep(0.1)
             progress.read()
-            if stops and deadline is None:
-                deadline = time.monotonic() + GRACE
+            if stops and not asked:
+                asked = True
                 progress.say("stopping after this step, with a checkpoint; once more to stop at once")
                 child.terminate()  # not its group: it needs its data loader workers for the step in hand
-            if deadline and (len(stops) > 1 or time.monotonic() > deadline):
-                os.killpg(child.pid, signal.SIGKILL)
+            if len(stops) > 1:
+                with suppress(psutil.NoSuchProcess):
+                    for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+                        process.kill()
         progress.read()

@@ -3,7 +3,7 @@
 import fcntl
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +13,8 @@ from pydantic import BaseModel, Field
 
 from .errors import UserError
 from .files import write_atomically
+from .paths import RUNS
 
-RUNS = Path("runs")
 State = Literal["created", "running", "finished", "failed", "interrupted"]
 
 
@@ -38,7 +38,7 @@ class DataFile(BaseModel):
     path: str
     sha256: str
     bytes: int
-    rows: int
+    rows: int | None = None  # of JSON lines; other formats are not counted
 
 
 class Launch(BaseModel):
@@ -52,7 +52,7 @@ class Launch(BaseModel):
 
 
 class Summary(BaseModel):
-    """What the metrics say of the training so far. Times in seconds, memory in GiB."""
+    """What the metrics say of the training so far. Seconds and GiB; a loss that is no number is null."""
 
     step: int = 0
     max_steps: int | None = None
@@ -60,7 +60,6 @@ class Summary(BaseModel):
     loss: float | None = None
     eval_loss_first: float | None = None
     eval_loss: float | None = None
-    eval_loss_best: float | None = None
     train_seconds: float = 0.0
     tokens_per_second: float | None = None
     peak_memory: float | None = None
@@ -89,6 +88,29 @@ class Run(BaseModel):
     launches: list[Launch] = Field(default_factory=list)
     summary: Summary = Field(default_factory=Summary)
     provenance: dict[str, Any] = Field(default_factory=dict)
+
+
+@contextmanager
+def held(file: Path, otherwise: str) -> Iterator[int]:
+    """Hold a lock for this process and whoever inherits the yielded descriptor, until the last of them ends.
+
+    Args:
+        file: the lock's file.
+        otherwise: what to tell the user where another process holds it.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    with file.open("w") as lock:
+        for attempt in range(3):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 2:
+                    raise UserError(f"{file.parent}: {otherwise}") from None
+                time.sleep(0.1)  # somebody may only be looking whether it is held
+        yield lock.fileno()
 
 
 class RunDir:
@@ -122,21 +144,13 @@ class RunDir:
             run.summary = summarise(self.read_metrics())
         return run
 
-    @contextmanager
-    def held(self) -> Iterator[int]:
-        """Hold the run for this process and whoever inherits the yielded descriptor.
-
-        The lock goes when the last of them ends, however it ends, so that a state can be trusted.
+    def held(self) -> AbstractContextManager[int]:
+        """Hold the run for this process and whoever inherits the descriptor, so that its state can be trusted.
 
         Raises:
             UserError: another process holds it.
         """
-        with (self.path / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.path}: the run is still going on") from None
-            yield lock.fileno()
+        return held(self.path / ".lock", "the run is still going on")
 
     def _is_held(self) -> bool:
         try:
@@ -154,14 +168,15 @@ class RunDir:
             lines = self.metrics.read_bytes().split(b"\n")
         except OSError:
             return []
-        records: dict[tuple[int, bool], dict[str, Any]] = {}
+        records: dict[tuple[int, int], dict[str, Any]] = {}
         for line in filter(None, lines):
             try:
                 record = orjson.loads(line)
-            except orjson.JSONDecodeError:
+                kind = 0 if "loss" in record else 1 if "eval_loss" in record else 2  # in their order at a step
+                records[record["step"], kind] = record
+            except (orjson.JSONDecodeError, TypeError, KeyError):
                 continue  # the last line of a killed process
-            records[record["step"], "eval_loss" in record] = record
-        return sorted(records.values(), key=lambda record: (record["step"], "eval_loss" in record))
+        return [records[key] for key in sorted(records)]
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end, or None.
@@ -169,22 +184,24 @@ class RunDir:
         The trainer writes trainer_state.json last, so a checkpoint that has it, readable and for the
         folder's step, is whole.
         """
-        for folder in sorted(self.output.glob("checkpoint-*"), key=lambda f: -int(f.name.rpartition("-")[2])):
+        whole: dict[int, Path] = {}
+        for folder in self.output.glob("checkpoint-*"):
             try:
-                state = orjson.loads((folder / "trainer_state.json").read_bytes())
-            except (OSError, orjson.JSONDecodeError):
+                step = orjson.loads((folder / "trainer_state.json").read_bytes())["global_step"]
+            except (OSError, orjson.JSONDecodeError, TypeError, KeyError):
                 continue
-            if f"checkpoint-{state['global_step']}" == folder.name:
-                return folder
-        return None
+            if folder.name == f"checkpoint-{step}":
+                whole[step] = folder
+        return whole[max(whole)] if whole else None
 
 
 def claim(runs: Path, recipe: str, digest: str) -> RunDir:
     """A new folder runs/<recipe>/<time>-<digest>/ that no other launch has."""
+    (runs / recipe).mkdir(parents=True, exist_ok=True)
     while True:
         path = runs / recipe / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{digest[:7]}"
         try:
-            path.mkdir(parents=True)
+            path.mkdir()
             return RunDir(path)
         except FileExistsError:
             time.sleep(0.2)
@@ -206,7 +223,8 @@ def find_run(name: str, runs: Path = RUNS) -> RunDir:
     known = all_runs(runs)
     if name == "latest" and known:
         return known[-1]
-    meant = [run for run in known if str(run.path).endswith(name.rstrip("/"))]
+    end = name.rstrip("/")
+    meant = [run for run in known if end and str(run.path).endswith(end)]
     if len(meant) == 1:
         return meant[0]
     if meant:
@@ -218,20 +236,22 @@ def summarise(metrics: list[dict[str, Any]]) -> Summary:
     """The summary of a run's metrics."""
     summary = Summary()
     tokens = token_seconds = 0.0
+    evaluations = 0
     for record in metrics:
         summary.step = record["step"]
         summary.max_steps = record.get("max_steps", summary.max_steps)
         summary.epoch = record.get("epoch", summary.epoch)
         summary.loss = record.get("loss", summary.loss)
-        summary.train_seconds += record.get("step_seconds", 0.0)
+        seconds = record.get("step_seconds") or 0.0
+        summary.train_seconds += seconds
         if record.get("tokens"):
             tokens += record["tokens"]
-            token_seconds += record["step_seconds"]
-        if (eval_loss := record.get("eval_loss")) is not None:
-            if summary.eval_loss_first is None:
+            token_seconds += seconds
+        if "eval_loss" in record:
+            summary.eval_loss = eval_loss = record["eval_loss"]
+            if evaluations == 0:
                 summary.eval_loss_first = eval_loss
-            summary.eval_loss = eval_loss
-            summary.eval_loss_best = min(eval_loss, summary.eval_loss_best or eval_loss)
+            evaluations += 1
         for key, kind in (("memory_reserved_gib", "GPU, reserved"), ("rss_peak_gib", "resident")):
             if key in record and (summary.memory_kind in (None, kind)):
                 summary.peak_memory, summary.memory_kind = max(record[key], summary.peak_memory or 0), kind

@@ -68,7 +68,8 @@ def load() -> dict[str, Any]:
 
 def unknown_keys(config: Config) -> Iterator[tuple[str, str]]:
     """Each dotted key that Axolotl does not know, with a hint at the nearest ones; Axolotl ignores them."""
-    yield from _unknown(config, [load()], "", _plugin_keys(config.get("plugins") or ()))
+    plugins = config.get("plugins")
+    yield from _unknown(config, [load()], "", _plugin_keys(plugins if isinstance(plugins, list) else ()))
 
 
 def _plugin_keys(plugins: Iterable[str]) -> set[str]:

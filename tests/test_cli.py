@@ -17,6 +17,12 @@ def prepare_files(folder: Path) -> None:
     (folder / "broken.yaml").write_text("base_model: x\nlora_r: [1, 2\nlora_alpha: 3\n")
     (folder / "twice.yaml").write_text("base_model: x\nlora_r: 1\nlora_r: 2\n")
     (folder / "typo.yaml").write_text(recipe.replace("lora_r: 32", "lora_rr: 32"))
+    (folder / "cycle.yaml").write_text("deepspeed: &a {b: *a}\n")
+    (folder / "odd.yaml").write_text("? [a]\n: 1\n")
+    (folder / "number.yaml").write_text("special_tokens: {1: a}\n")
+    (folder / "latin.yaml").write_bytes(b"a: caf\xe9\n")
+    for name in ("train.jsonl", "good-train.jsonl"):
+        (folder / name).write_text('{"patch": "@@ -1 +1 @@\\n-a\\n+b", "msg": "a"}\n')
     (folder / "list.yaml").write_text("- a\n")
     (folder / "empty.jsonl").touch()
     (folder / "msg-train.jsonl").write_text('{"patch": "@@ -1 +1 @@", "msg": "a"}\n{"patch": "@@ -1 +1 @@"}\n')
@@ -35,7 +41,7 @@ MISTAKES = [
     (f"run {NAME} --rehearse --set lora_rr=8", "did you mean lora_r"),
     (f"run {NAME} --set datasets.0.typ=x", "datasets.0.typ is not a key of Axolotl's; did you mean type"),
     (f"run {NAME} --set lora_r", "--set lora_r: expected key=value"),
-    (f"run {NAME} --set output_dir=x", "move runs with --runs"),
+    (f"run {NAME} --set output_dir=x", "output_dir is the run's own"),
     (f"run {NAME} --profile zero9", "did you mean zero2"),
     (f"run {NAME} --gpus 0", "--gpus 0: at least 1"),
     (f"run {NAME} --rehearse --gpus 2", "a rehearsal is one process"),
@@ -43,9 +49,23 @@ MISTAKES = [
     (f"run {NAME} --mirror", "no mirror for codellama/CodeLlama-7b-hf: it is not gated"),
     (f"run {NAME}", "data/codereviewer/train.jsonl does not exist; `recipe data prepare`"),
     (f"run {NAME} --set datasets.0.path=empty.jsonl", "datasets.0.path: empty.jsonl is empty"),
-    (f"run {NAME} --set datasets=[a.jsonl]", "datasets.0: a data set is a mapping"),
-    (f"run {NAME} --rehearse --set num_epochs=two", "num_epochs: 'two' is not a positive number"),
     ("data prepare msg-train.jsonl", "msg-train.jsonl:2: a row needs the text field msg"),
+    (f"run {NAME} haider2024/llama-2-7b", "one recipe at a time"),
+    (f"run {NAME} -- --output-dir elsewhere", "output_dir is the run's own"),
+    (f"run {NAME} -- --wandb-api-key=x", "wandb_api_key would stand in the run's folder"),
+    (f"run {NAME} --set datasets=null", "datasets: the config names no data"),
+    (f"run {NAME} --set datasets.0.path=null", "datasets.0.path: None names no data"),
+    (f"run {NAME} --set lora_r=2024-99-01", "not valid YAML"),
+    (f"run {NAME} --set lora_r=2024-09-01", "no value for a config"),
+    (f"run {NAME} --set plugins=5 --set datasets=null", "datasets: the config names no data"),
+    (f"run {NAME} --rehearse --set num_epochs=.nan", "num_epochs: nan is not a positive number"),
+    (f"run {NAME} --rehearse --gpus 0", "--gpus 0: at least 1"),
+    ("run cycle.yaml", "an alias that contains itself"),
+    ("run odd.yaml", "not valid YAML"),
+    ("run number.yaml", "the key 1 is no text"),
+    ("show latin.yaml", "latin.yaml: not a text file in UTF-8"),
+    ("data prepare train.jsonl --out .", "would be overwritten"),
+    ("data prepare good-train.jsonl --out pairs.jsonl", "pairs.jsonl"),
     ("data prepare nowhere.zip", "nowhere.zip: no such file"),
     (f"run {NAME} --set datasets=[a.jsonl]", "datasets.0: a data set is a mapping"),
     (f"run {NAME} --rehearse --set num_epochs=two", "num_epochs: 'two' is not a positive number"),

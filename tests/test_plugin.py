@@ -42,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_profile: Path) -> dict[s
     found = {name: RunDir(folder / name) for name in configs}
     for name, run in found.items():
         run.path.mkdir()
-        content = config.merge(configs[name], {"output_dir": str(run.output), "saves_per_epoch": None})
+        content = configs[name] | {"output_dir": str(run.output)}
         run.config.write_text(config.write_yaml(content | {"dataset_prepared_path": str(folder / "prepared")}))
     command = [sys.executable, "train_many.py", *(str(run.config) for run in found.values())]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
