@@ -54,6 +54,8 @@ def _git() -> dict[str, Any] | None:
         command = ["git", "-C", str(paths.RECIPES), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
+    if not paths.LOCK.is_file():
+        return None  # installed from a wheel; a repository around it would be another's
     try:
         return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):

@@ -52,7 +52,7 @@ def test_the_settings_of_the_study() -> None:
         "fp16": True,
         "bf16": False,
     }
-    assert set(paths.recipe_names()) == set(expected)
+    assert set(expected) <= set(paths.recipe_names())
     for name, (model, epochs, optimizer) in expected.items():
         recipe = recipe_config(name)
         assert (recipe["base_model"], recipe["num_epochs"], recipe["optimizer"]) == (model, epochs, optimizer)
@@ -62,7 +62,7 @@ def test_the_settings_of_the_study() -> None:
 def test_the_gains_of_table_ii_follow_from_its_scores() -> None:
     of_study = study.of("haider2024/llama-2-7b")
     assert of_study
-    assert set(of_study.published) == set(paths.recipe_names())
+    assert set(of_study.published) <= set(paths.recipe_names())
     printed = of_study.baselines[0]
     for scores in of_study.published.values():
         assert 100 * (scores.bleu4 / printed.bleu4 - 1) == pytest.approx(scores.bleu4_gain, abs=0.02)
