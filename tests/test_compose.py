@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pytest
+from conftest import recipe_config
+
+from qlora_recipes import compose, config
+from qlora_recipes.compose import Request
+from qlora_recipes.errors import UserError
+
+NAME = "haider2024/llama-2-7b"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "more").mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl", "more/c.jsonl"):
+        (tmp_path / "data" / name).write_text(f'{{"output": "{name}"}}\n\n')
+    return tmp_path
+
+
+def composed(*overrides: str) -> compose.Composed:
+    sets = ["fp16=false", "test_datasets=null", *overrides]
+    return compose.compose(Request(NAME, overrides=sets))
+
+
+@pytest.mark.parametrize(
+    ("override", "files"),
+    [
+        ("datasets.0.path=data/a.jsonl", ["data/a.jsonl"]),
+        ("datasets.0.path=data", ["data/a.jsonl", "data/b.jsonl", "data/more/c.jsonl"]),
+        ("datasets.0={path: json, data_files: data/b.jsonl, type: alpaca}", ["data/b.jsonl"]),
+        ("datasets.0={path: data, data_files: [data/a.jsonl, data/b.jsonl]}", ["data/a.jsonl", "data/b.jsonl"]),
+        ("datasets.0={path: some/hub-dataset, data_files: train.jsonl}", []),
+        ("datasets.0={path: some/hub-dataset}", []),
+    ],
+)
+def test_every_local_file_is_recorded(place: Path, override: str, files: list[str]) -> None:
+    assert [file.path for file in composed(override).data] == files
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "datasets.0.path=data/no-such-folder",
+        "datasets.0.path=gone.jsonl.gz",
+        "datasets.0.path=/gone",
+        "datasets.0={path: json, data_files: [data/a.jsonl, gone.jsonl]}",
+    ],
+)
+def test_missing_local_data_is_told(place: Path, override: str) -> None:
+    with pytest.raises(UserError, match=r"datasets\.0\.path: .* does not exist"):
+        composed(override)
+
+
+def test_changed_data_is_prepared_anew(place: Path) -> None:
+    def prepared() -> str:
+        of_run = compose.launched(composed("datasets.0.path=data/a.jsonl"), Path("out"))
+        return str(of_run["dataset_prepared_path"])
+
+    before = prepared()
+    assert prepared() == before
+    (place / "data" / "a.jsonl").write_text('{"output": "other"}\n')
+    assert prepared() != before
+
+
+def test_differences_name_their_reason(place: Path) -> None:
+    found = {d.key: (d.recipe, d.run, d.why) for d in composed("datasets.0.path=data/a.jsonl", "lora_r=8").differences}
+    assert found["lora_r"] == (32, 8, "--set lora_r=8")
+    assert found["fp16"] == (True, False, "--set fp16=false")
+    assert found["test_datasets.0.path"][1] is None
+    assert "lora_alpha" not in found
+
+
+def test_a_mirror_is_a_difference(place: Path) -> None:
+    request = Request(NAME, overrides=["fp16=false", "datasets.0.path=data", "test_datasets=null"], mirror=True)
+    found = {d.key: (d.run, d.why) for d in compose.compose(request).differences}
+    assert found["base_model"] == ("NousResearch/Llama-2-7b-hf", "--mirror")
+    assert found["revision_of_model"] == (None, "--mirror")
+
+
+def test_the_shipped_rehearsal_profile_given_as_a_file_is_a_rehearsal(place: Path) -> None:
+    from qlora_recipes import paths
+
+    assert compose.is_rehearsal(Request(NAME, profiles=[str(paths.PROFILES / "rehearsal.yaml")]))
+    (place / "rehearsal.yaml").write_text("lora_r: 8\n")
+    assert not compose.is_rehearsal(Request(NAME, profiles=["rehearsal.yaml"]))
+
+
+def test_a_rehearsal_drops_deepspeed_and_caps_a_warm_up_ratio() -> None:
+    request = Request(NAME, profiles=["zero2"], overrides=["warmup_steps=null", "warmup_ratio=0.5"], rehearse=True)
+    of_run = compose.compose(request, Path("stand-in")).config
+    assert "deepspeed" not in of_run
+    assert of_run["warmup_ratio"] == 0.1
+
+
+def test_training_steps() -> None:
+    files = [compose.DataFile(path="t", sha256="", bytes=1, rows=109)]
+    base = recipe_config(NAME) | {"datasets": [{"path": "t"}]}
+    assert compose.training_steps(base, files) == 28  # 55 batches, 14 steps an epoch
+    assert compose.training_steps(config.override(base, "datasets.0.split", "train[:40]"), files) == 10
+    assert compose.training_steps(base | {"num_epochs": 0.5}, files) == 7
