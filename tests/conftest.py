@@ -7,10 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 from qlora_recipes import compose, config, paths
+
+# A busy machine is slow at times; that is no fault of the code under test.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 RECIPE = Path(sys.executable).with_name("recipe")
