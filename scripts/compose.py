@@ -100,6 +100,8 @@ def compose(request: Request, stand_in: Path | None = None) -> Composed:
         _check_keys(changed, f"--set {text}")
         lay(changed, f"--set {text}")
 
+    if not isinstance(composed.get("plugins") or [], list):
+        raise UserError(f"plugins: a list of plugins, not {composed['plugins']!r}")
     files = data_files(composed)
     if rehearsal:
         lay(_few_steps(composed, files), "rehearsal: at most a tenth of the steps")

@@ -23,15 +23,13 @@ from .rundir import Launch, Run, RunDir, claim, find_run, now, summarise
 
 
 def prepare(request: Request) -> Composed:
-    """The checked config of a run; converts the stand-in model if a rehearsal needs it."""
+    """The checked config of a run."""
     if request.gpus < 1:
         raise UserError(f"--gpus {request.gpus}: at least 1")
-    if is_rehearsal(request):
-        if request.gpus > 1:
-            raise UserError(f"--gpus {request.gpus}: a rehearsal is one process on the CPU")
-        compose(request, standin.folder())  # a mistake is told before the conversion
-        return compose(request, standin.model_folder())
-    return compose(request)
+    rehearsal = is_rehearsal(request)
+    if rehearsal and request.gpus > 1:
+        raise UserError(f"--gpus {request.gpus}: a rehearsal is one process on the CPU")
+    return compose(request, standin.folder() if rehearsal else None)
 
 
 def run(request: Request, runs: Path) -> RunDir:
@@ -43,6 +41,8 @@ def run(request: Request, runs: Path) -> RunDir:
     """
     composed = prepare(request)
     batch = effective_batch(composed.config)
+    if composed.rehearsal:
+        standin.model_folder()
     folder = claim(runs, composed.recipe, composed.digest)
     with folder.held() as lock:
         ours = launched(composed, folder.output)

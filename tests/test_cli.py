@@ -57,7 +57,7 @@ MISTAKES = [
     (f"run {NAME} --set datasets.0.path=null", "datasets.0.path: None names no data"),
     (f"run {NAME} --set lora_r=2024-99-01", "not valid YAML"),
     (f"run {NAME} --set lora_r=2024-09-01", "no value for a config"),
-    (f"run {NAME} --set plugins=5 --set datasets=null", "datasets: the config names no data"),
+    (f"run {NAME} --rehearse --set plugins=5", "plugins: a list of plugins, not 5"),
     (f"run {NAME} --rehearse --set num_epochs=.nan", "num_epochs: nan is not a positive number"),
     (f"run {NAME} --rehearse --gpus 0", "--gpus 0: at least 1"),
     ("run cycle.yaml", "an alias that contains itself"),
