@@ -6,23 +6,22 @@ from . import config, paths, study
 
 
 def recipes() -> list[dict[str, Any]]:
-    """Every shipped recipe with its model, epochs, optimizer and published scores."""
-    rows = []
-    for name in paths.recipe_names():
-        recipe = config.read_yaml(paths.RECIPES / f"{name}.yaml")
-        of_study = study.of(name)
-        published = of_study.published.get(name) if of_study else None
-        rows.append(
-            {
-                "recipe": name,
-                "base_model": recipe.get("base_model"),
-                "epochs": recipe.get("num_epochs"),
-                "optimizer": recipe.get("optimizer"),
-                "published_bleu4": published.bleu4 if published else None,
-                "published_bertscore_f1": published.bertscore_f1 if published else None,
-            }
-        )
-    return rows
+    """Every shipped recipe, as `entry` describes it."""
+    return [entry(name, config.read_yaml(paths.RECIPES / f"{name}.yaml")) for name in paths.recipe_names()]
+
+
+def entry(name: str, recipe: config.Config) -> dict[str, Any]:
+    """A recipe's model, epochs and optimizer, and its published scores."""
+    of_study = study.of(name)
+    published = of_study.published.get(name) if of_study else None
+    return {
+        "recipe": name,
+        "base_model": recipe.get("base_model"),
+        "epochs": recipe.get("num_epochs"),
+        "optimizer": recipe.get("optimizer"),
+        "published_bleu4": published.bleu4 if published else None,
+        "published_bertscore_f1": published.bertscore_f1 if published else None,
+    }
 
 
 def diff(a: str, b: str) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ _PLAIN = (type(None), bool, int, float, str, list, dict)
 _MOST_VALUES = 100_000  # a config has some hundred; aliases of aliases can make a short file explode
 
 
-def _parse(text: str, where: str) -> Any:
+def parse(text: str, where: str) -> Any:
     """The value of a YAML text: nothing but text keys, lists, text, numbers, booleans and null.
 
     Raises:
@@ -90,7 +90,7 @@ def read_yaml(file: Path) -> Config:
     Raises:
         UserError: the file cannot be read, is no YAML (with the line), or holds something else.
     """
-    content = _parse(read_text(file), str(file))
+    content = parse(read_text(file), str(file))
     if not isinstance(content, dict):
         raise UserError(f"{file}: a config is a mapping of keys to values")
     return content
@@ -139,7 +139,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {text}: expected key=value, as in --set num_epochs=3")
-    return key.strip(), _parse(value, f"--set {text}")
+    return key.strip(), parse(value, f"--set {text}")
 
 
 def override(config: Config, key: str, value: Any) -> Config:

@@ -2,17 +2,21 @@
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
-from . import config, paths
+from . import catalogue, config, paths, study
 from .errors import UserError
 from .files import write_atomically
+from .study import Study
+
+README = "README.md"
 
 
 def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
-    """The text of every recipe by its name, from the templates of one folder.
+    """The text of every recipe and of their table by file name below recipes/, from the templates of one folder.
 
     Raises:
         UserError: a template is broken or uses a variable that nothing sets.
@@ -24,19 +28,25 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+
+    def text_of(template: str, **variables: Any) -> str:
+        try:
+            return environment.get_template(template).render(template=f"templates/{template}", **variables)
+        except Exception as error:  # an expression in a template can raise anything
+            raise UserError(f"{_where(error, templates, templates / template)}: {error}") from None
+
     models = config.read_yaml(templates / "models.yaml")
     recipes = {}
+    by_study: dict[str, tuple[Study, list[dict[str, Any]]]] = {}
     for file in sorted(templates.rglob("*.yaml.j2")):
-        if file.name.startswith("_"):
-            continue
-        template = file.relative_to(templates).as_posix()
-        name = template.removesuffix(".yaml.j2")
-        try:
-            text = environment.get_template(template).render(name=name, template=f"templates/{template}", models=models)
-        except Exception as error:  # an expression in a template can raise anything
-            raise UserError(f"{_where(error, templates, file)}: {error}") from None
-        recipes[name] = text
-    return recipes
+        if not file.name.startswith("_"):
+            template = file.relative_to(templates).as_posix()
+            name = template.removesuffix(".yaml.j2")
+            text = recipes[f"{name}.yaml"] = text_of(template, name=name, models=models)
+            if of_study := study.of(name):
+                recipe = config.parse(text, f"recipes/{name}.yaml")
+                by_study.setdefault(of_study.title, (of_study, []))[1].append(catalogue.entry(name, recipe))
+    return recipes | {README: text_of(f"{README}.j2", studies=by_study.values())}
 
 
 def _where(error: Exception, templates: Path, file: Path) -> str:
@@ -51,25 +61,24 @@ def _where(error: Exception, templates: Path, file: Path) -> str:
     return place
 
 
-def drift(recipes: dict[str, str]) -> str:
-    """A unified diff from the recipes on disk to the rendered ones; empty where they agree."""
+def drift(files: dict[str, str]) -> str:
+    """A unified diff from the files on disk to the rendered ones; empty where they agree."""
     lines: list[str] = []
-    on_disk = {name: paths.RECIPES / f"{name}.yaml" for name in {*paths.recipe_names(), *recipes}}
-    for name, file in sorted(on_disk.items()):
-        old = file.read_text(encoding="utf-8") if file.exists() else ""
-        new = recipes.get(name, "")
-        before, after = f"recipes/{name}.yaml (on disk)", f"recipes/{name}.yaml (from its template)"
-        lines += difflib.unified_diff(old.splitlines(), new.splitlines(), before, after, lineterm="")
+    for name in sorted({f"{recipe}.yaml" for recipe in paths.recipe_names()} | files.keys()):
+        before, after = f"recipes/{name} (on disk)", f"recipes/{name} (from its template)"
+        old, new = _on_disk(name).splitlines(), files.get(name, "").splitlines()
+        lines += difflib.unified_diff(old, new, before, after, lineterm="")
     return "\n".join(lines)
 
 
-def write(recipes: dict[str, str]) -> list[Path]:
-    """Write each recipe that is not on disk as rendered; the files written."""
-    written = []
-    for name, text in recipes.items():
-        file = paths.RECIPES / f"{name}.yaml"
-        if not file.exists() or file.read_text(encoding="utf-8") != text:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, text)
-            written.append(file)
-    return written
+def write(files: dict[str, str]) -> list[Path]:
+    """Write each file that is not on disk as rendered; the files written."""
+    changed = {paths.RECIPES / name: text for name, text in files.items() if _on_disk(name) != text}
+    for file, text in changed.items():
+        write_atomically(file, text)
+    return list(changed)
+
+
+def _on_disk(name: str) -> str:
+    file = paths.RECIPES / name
+    return file.read_text(encoding="utf-8") if file.exists() else ""

@@ -15,7 +15,7 @@ def test_the_recipes_are_those_of_the_templates() -> None:
 
 def test_drift_shows_what_differs() -> None:
     recipes = render.rendered()
-    name = "haider2024/llama-2-7b"
+    name = "haider2024/llama-2-7b.yaml"
     recipes[name] = recipes[name].replace("num_epochs: 2", "num_epochs: 3")
     drift = render.drift(recipes)
     assert "-num_epochs: 2  # paper" in drift
@@ -94,5 +94,11 @@ def test_a_new_epoch_count_is_one_line_in_one_template(templates: Path) -> None:
     file = templates / "haider2024" / "llama-2-7b.yaml.j2"
     file.write_text(file.read_text().replace("num_epochs = 2", "num_epochs = 4"))
     name = "haider2024/llama-2-7b"
-    changed = config.yaml.safe_load(render.rendered(templates)[name])
+    changed = config.yaml.safe_load(render.rendered(templates)[f"{name}.yaml"])
     assert config.differences(recipe_config(name), changed) == {"num_epochs": (2, 4)}
+
+
+def test_the_table_names_every_recipe() -> None:
+    table = render.rendered()[render.README]
+    assert all(f"[{name}]({name}.yaml)" in table for name in paths.recipe_names())
+    assert "| 5.58 | 0.848 |" in table
