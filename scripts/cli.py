@@ -156,7 +156,7 @@ def run(
 
     if axolotl_arguments and not axolotl_arguments[0].startswith("-"):
         raise UserError(f"{axolotl_arguments[0]}: one recipe at a time; Axolotl's own options go behind --")
-    request = Request(name, profile or [], set_ or [], rehearse, mirror, gpus, axolotl_arguments or [])
+    request = Request(name, profile or [], set_ or [], rehearse, mirror, gpus, dry_run, axolotl_arguments or [])
     if dry_run:
         print(config.write_yaml(launcher.prepare(request).config), end="")
     else:

@@ -33,6 +33,7 @@ class Request:
     rehearse: bool = False
     mirror: bool = False
     gpus: int = 1
+    dry_run: bool = False
     axolotl_arguments: list[str] = field(default_factory=list)
 
 
@@ -69,6 +70,8 @@ def compose(request: Request, stand_in: Path | None = None) -> Composed:
         option = argument.lstrip("-").partition("=")[0].replace("-", "_")
         _check_not_of_the_run(option, argument)
         _check_no_secret(option, argument)
+        if argument.startswith("--") and not schema.is_option(option):
+            raise UserError(f"{argument}: `axolotl train` has no such option, and would ignore it")
     name, file = paths.find_recipe(request.name)
     recipe = config.read_yaml(file)
     _check_keys(recipe, str(file), file)
@@ -105,7 +108,8 @@ def compose(request: Request, stand_in: Path | None = None) -> Composed:
     files = data_files(composed)
     if rehearsal:
         lay(_few_steps(composed, files), "rehearsal: at most a tenth of the steps")
-    _check_device(composed, request.gpus)
+    if not request.dry_run:
+        _check_device(composed, request.gpus)
     differences = [
         Difference(key=key, recipe=before, run=after, why=why.get(key, ""))
         for key, (before, after) in config.differences(recipe, composed).items()

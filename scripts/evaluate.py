@@ -107,6 +107,10 @@ def evaluate(
         if former and former.settings.same_predictions() == settings.same_predictions() and predictions.is_file():
             say(f"{predictions}: complete, made with the same settings; scoring it anew")
             done = {row["row"]: row for row in map(orjson.loads, predictions.read_bytes().splitlines())}
+        elif former and former.settings.adapter_sha256 == settings.adapter_sha256 and former.settings.rows > len(rows):
+            raise UserError(
+                f"{where}: holds an evaluation of {former.settings.rows} rows; move it away to make a smaller"
+            )
         else:
             with redirect_stdout(sys.stderr):  # stdout is for the scores, whatever the libraries have to say
                 done = _predict(folder, where, rows, settings, cfg, run)

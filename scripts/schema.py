@@ -72,6 +72,16 @@ def unknown_keys(config: Config) -> Iterator[tuple[str, str]]:
     yield from _unknown(config, [load()], "", _plugin_keys(plugins if isinstance(plugins, list) else ()))
 
 
+_TRAIN_OPTIONS = {"debug", "debug_num_examples", "debug_text_only", "merge_lora", "prompter", "shard", "sweep", "cloud"}
+
+
+def is_option(name: str) -> bool:
+    """Whether `axolotl train` has an option of that name (with underscores): its own, or a config key, or its no_."""
+    key = name.partition(".")[0]
+    known = load()["properties"].keys() | _TRAIN_OPTIONS
+    return key in known or key.removeprefix("no_") in known
+
+
 def _plugin_keys(plugins: Iterable[str]) -> set[str]:
     """The top-level keys of the plugins that a config lists, and of those that Axolotl always loads."""
     always = ("axolotl.integrations.context_parallel.", "axolotl.integrations.expert_parallel.")

@@ -52,6 +52,7 @@ MISTAKES = [
     ("data prepare msg-train.jsonl", "msg-train.jsonl:2: a row needs the text field msg"),
     (f"run {NAME} haider2024/llama-2-7b", "one recipe at a time"),
     (f"run {NAME} -- --output-dir elsewhere", "output_dir is the run's own"),
+    (f"run {NAME} -- --learning-rat 1e-4", "--learning-rat: `axolotl train` has no such option"),
     (f"run {NAME} -- --wandb-api-key=x", "wandb_api_key would stand in the run's folder"),
     (f"run {NAME} --set datasets=null", "datasets: the config names no data"),
     (f"run {NAME} --set datasets.0.path=null", "datasets.0.path: None names no data"),
@@ -141,6 +142,7 @@ def test_data_prepare_and_a_dry_run(recipe: Recipe, tmp_path: Path) -> None:
     assert "base_model: NousResearch/Llama-2-7b-hf" in dry.stdout
     assert "revision_of_model" not in dry.stdout
     assert "lora_r: 8\n" in dry.stdout
+    assert "fp16: true\n" in recipe("run", NAME, "--gpus", "2", "--dry-run").stdout  # this needs no GPU
     assert not (tmp_path / "runs").exists()
 
 

@@ -73,6 +73,8 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run: RunDir, mon
     other = evaluated(run, limit=4)
     assert (first.scores["rows"], other.scores["rows"]) == (3, 4)
     monkeypatch.setattr("qlora_recipes.generate.Generator.__init__", None)
+    with pytest.raises(UserError, match="holds an evaluation of 4 rows"):
+        evaluated(run, limit=2)
     assert evaluated(run, limit=4).scores == other.scores
 
 
