@@ -79,7 +79,7 @@ def templates(tmp_path: Path) -> Path:
 
 def test_a_variable_that_is_not_set_is_an_error_with_its_place(templates: Path) -> None:
     file = templates / "haider2024" / "llama-2-7b.yaml.j2"
-    file.write_text(file.read_text().replace("{% set num_epochs = 2 %}\n", ""))
+    file.write_text(file.read_text().replace('{% set num_epochs, num_epochs_source = 2, "paper" %}\n', ""))
     with pytest.raises(UserError, match=r"_base\.yaml\.j2:\d+: 'num_epochs' is undefined"):
         render.rendered(templates)
 
@@ -92,7 +92,7 @@ def test_a_broken_template_is_an_error_with_its_line(templates: Path) -> None:
 
 def test_a_new_epoch_count_is_one_line_in_one_template(templates: Path) -> None:
     file = templates / "haider2024" / "llama-2-7b.yaml.j2"
-    file.write_text(file.read_text().replace("num_epochs = 2", "num_epochs = 4"))
+    file.write_text(file.read_text().replace("num_epochs_source = 2", "num_epochs_source = 4"))
     name = "haider2024/llama-2-7b"
     changed = config.yaml.safe_load(render.rendered(templates)[f"{name}.yaml"])
     assert config.differences(recipe_config(name), changed) == {"num_epochs": (2, 4)}
