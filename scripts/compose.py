@@ -19,7 +19,7 @@ from .rundir import DataFile, Difference
 REHEARSAL = "rehearsal"
 PLUGIN = "qlora_recipes.plugin.RunPlugin"
 _OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  # a run sets these itself
-_SECRET = re.compile(r"(api_key|secret|password|token)$")
+_SECRET = re.compile(r"(api_key|secret|password|(?<!auth_)token)$")
 _DATA_SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".arrow", ".text", ".txt", ".gz", ".zst"}
 
 
