@@ -157,7 +157,7 @@ def test_the_eight_bit_recipe_from_run_to_results(place: Path, tiny_profile: Pat
             "0.02",
         )
     )
-    (test_file,) = (place / "few.jsonl",)
+    test_file = place / "few.jsonl"
     rows = Path(RunDir(place / name).read().test_data or "").read_bytes().splitlines(keepends=True)[:5]
     test_file.write_bytes(b"".join(rows))
     for more in ((), ("--adapter", "none")):
