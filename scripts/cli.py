@@ -16,7 +16,7 @@ from .paths import RUNS
 class _Verbs(TyperGroup):
     """The verbs in the order in which one uses them; Typer would put groups of verbs last."""
 
-    ORDER = ("list", "show", "diff", "data", "run", "resume", "evaluate", "score", "results", "render")
+    ORDER = ("list", "show", "diff", "data", "check", "run", "resume", "evaluate", "score", "results", "render")
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=self.ORDER.index)
@@ -39,6 +39,15 @@ RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's folder, an unambiguous end of its name, or latest.")
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="The folder that holds the runs.")]
+Profiles = Annotated[
+    list[str] | None,
+    typer.Option("--profile", metavar="P", help="Lay a profile over it: a shipped one or a file. Repeatable."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key (a.b.0.c reaches below). Repeatable."),
+]
+Mirror = Annotated[bool, typer.Option("--mirror", help="Take an ungated copy of a gated base model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -126,6 +135,41 @@ def prepare(
     print(out / data.MANIFEST)
 
 
+@app.command(rich_help_panel=BEFORE)
+def check(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME|FILE]...", help="Recipes or YAML files; by default all recipes."),
+    ] = None,
+    profile: Profiles = None,
+    set_: Overrides = None,
+    mirror: Mirror = False,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="Check the rehearsal of it.")] = False,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The GPU it is for, as T4 or sm_75; by default this machine's.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """All that is wrong with a config, before it reaches a GPU. Exit code 2 if there is an error."""
+    from . import check as checking
+    from . import gpus, paths, tables
+    from .compose import Request
+
+    target = gpus.find(gpu) if gpu else gpus.here()
+    requests = [Request(name, profile or [], set_ or [], rehearse, mirror) for name in names or paths.recipe_names()]
+    reports = [checking.check(request, target) for request in requests]
+    if json:
+        tables.print_json([report.as_json() for report in reports])
+    else:
+        for report in reports:
+            for finding in report.findings:
+                print(finding)
+    counts = {level: sum(report.count(level) for report in reports) for level in ("error", "warning")}
+    print(f"{len(reports)} checked; errors: {counts['error']}, warnings: {counts['warning']}", file=sys.stderr)
+    if counts["error"]:
+        raise typer.Exit(2)
+
+
 @app.command(rich_help_panel=RUNNING)
 def run(
     name: Name,
@@ -136,16 +180,14 @@ def run(
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="Try it on the CPU: small model, shipped sample, no network.")
     ] = False,
-    profile: Annotated[
-        list[str] | None,
-        typer.Option(metavar="P", help="Lay a profile over it: a shipped one or a file. Repeatable."),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key (a.b.0.c reaches below). Repeatable."),
-    ] = None,
-    mirror: Annotated[bool, typer.Option("--mirror", help="Take an ungated copy of a gated base model.")] = False,
+    profile: Profiles = None,
+    set_: Overrides = None,
+    mirror: Mirror = False,
     gpus: Annotated[int, typer.Option(help="How many GPUs to train on.")] = 1,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FINDING", help="Start in spite of an error that `recipe check` names so. Repeatable."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and start nothing.")] = False,
     runs: Runs = RUNS,
 ) -> None:
@@ -156,7 +198,9 @@ def run(
 
     if axolotl_arguments and not axolotl_arguments[0].startswith("-"):
         raise UserError(f"{axolotl_arguments[0]}: one recipe at a time; Axolotl's own options go behind --")
-    request = Request(name, profile or [], set_ or [], rehearse, mirror, gpus, dry_run, axolotl_arguments or [])
+    request = Request(
+        name, profile or [], set_ or [], rehearse, mirror, gpus, dry_run, axolotl_arguments or [], force or []
+    )
     if dry_run:
         print(config.write_yaml(launcher.prepare(request).config), end="")
     else:
@@ -236,7 +280,7 @@ def render(
         bool, typer.Option("--check", help="Write nothing; fail with a diff where a recipe has drifted.")
     ] = False,
     schema: Annotated[
-        bool, typer.Option("--schema", help="Write the list of Axolotl's keys instead, from Axolotl.")
+        bool, typer.Option("--schema", help="Write the JSON Schema of Axolotl's configuration instead.")
     ] = False,
 ) -> None:
     """Write the recipes from their templates."""

@@ -58,7 +58,8 @@ def parse(text: str, where: str) -> Any:
         value, seen = waiting.pop(), seen + 1
         if seen > _MOST_VALUES:
             raise UserError(f"{where}: too large to be a config, or an alias that contains itself")
-        if not isinstance(value, _PLAIN) or (isinstance(value, int) and abs(value) >= 2**63):
+        too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # NaN is not in between either
+        if not isinstance(value, _PLAIN) or too_large:
             raise UserError(f"{where}: {value!r:.50} is no value for a config; put it in quotes if it is text")
         if isinstance(value, dict):
             for key in value:
@@ -102,12 +103,13 @@ def write_yaml(config: Config) -> str:
 
 
 def line_of(file: Path, key: str) -> int:
-    """The line, from 1, on which a dotted key of a YAML file stands; 1 where it cannot be told."""
+    """The line, from 1, on which a dotted key of a YAML file stands, or what it is part of; 1 for neither."""
     node = yaml.compose(file.read_text(encoding="utf-8"), Loader=_Loader)
     line = 1
     for part in key.split("."):
-        if isinstance(node, yaml.SequenceNode) and part.isdecimal():
+        if isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):
             node = node.value[int(part)]
+            line = node.start_mark.line + 1
         elif isinstance(node, yaml.MappingNode):
             found = [pair for pair in node.value if pair[0].value == part]
             if not found:

@@ -27,6 +27,12 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-recipes"
 
 
+def shown(file: Path) -> str:
+    """A file as messages name it: from here, where it is below."""
+    absolute = file.absolute()
+    return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else file)
+
+
 def studies() -> list[Path]:
     """The folders of recipes that belong to a study."""
     return sorted(file.parent for file in RECIPES.glob("*/study.yaml"))

@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 
-from . import config, paths, provenance, standin
-from .compose import Composed, Request, compose, effective_batch, is_rehearsal, launched
+from . import check, config, datafiles, gpus, paths, provenance, standin
+from .compose import Composed, Request, check_arguments, compose, is_rehearsal, launched
 from .errors import UserError, WorkFailed
 from .files import sha256, write_atomically
 from .progress import TrainingProgress, say
@@ -23,13 +23,25 @@ from .rundir import Launch, Run, RunDir, claim, find_run, now, summarise
 
 
 def prepare(request: Request) -> Composed:
-    """The checked config of a run."""
+    """The checked config of a run; what is worth knowing about it goes to stderr.
+
+    Raises:
+        UserError: the request or the config is wrong.
+    """
     if request.gpus < 1:
         raise UserError(f"--gpus {request.gpus}: at least 1")
     rehearsal = is_rehearsal(request)
     if rehearsal and request.gpus > 1:
         raise UserError(f"--gpus {request.gpus}: a rehearsal is one process on the CPU")
-    return compose(request, standin.folder() if rehearsal else None)
+    if not request.dry_run and request.gpus > max(available := len(provenance.gpus()), 1):
+        raise UserError(f"--gpus {request.gpus}: this machine has {available}")
+    check_arguments(request.axolotl_arguments)
+    composed = compose(request)
+    found = check.findings(composed, gpus.here(), launching=not request.dry_run)
+    for finding in check.refuse(found, request.force):
+        say(str(finding))
+    composed.data = datafiles.record(composed.config)
+    return composed
 
 
 def run(request: Request, runs: Path) -> RunDir:
@@ -40,7 +52,7 @@ def run(request: Request, runs: Path) -> RunDir:
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
     composed = prepare(request)
-    batch = effective_batch(composed.config)
+    batch = datafiles.effective_batch(composed.config)
     if composed.rehearsal:
         standin.model_folder()
     folder = claim(runs, composed.recipe, composed.digest)
@@ -54,6 +66,7 @@ def run(request: Request, runs: Path) -> RunDir:
             rehearsal=composed.rehearsal,
             profiles=composed.profiles,
             overrides=request.overrides,
+            forced=request.force,
             mirror=request.mirror,
             gpus_used=request.gpus,
             axolotl_arguments=request.axolotl_arguments,

@@ -77,6 +77,7 @@ class Run(BaseModel):
     rehearsal: bool = False
     profiles: list[str] = Field(default_factory=list)
     overrides: list[str] = Field(default_factory=list)
+    forced: list[str] = Field(default_factory=list)  # findings of the check that were overridden
     mirror: bool = False
     gpus_used: int = 1
     axolotl_arguments: list[str] = Field(default_factory=list)

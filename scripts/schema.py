@@ -1,61 +1,56 @@
-"""Axolotl's configuration keys: generated from the installed Axolotl, looked up without importing it."""
+"""The JSON Schema of Axolotl's configuration: written from the installed Axolotl, applied without importing it."""
 
-import json
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+from . import config
 from .config import Config
 from .errors import did_you_mean
+from .finding import Finding
+from .paths import RECIPES
 
-FILE = Path(__file__).with_name("axolotl.schema.json")
+FILE = RECIPES / "axolotl.schema.json"
+
+# Values that Axolotl takes and that cannot train: JSON Schema's bounds for a key. Axolotl 0.21 lets each of them pass.
+BOUNDS: dict[str, dict[str, float]] = {
+    "num_epochs": {"exclusiveMinimum": 0},
+    "max_steps": {"minimum": 1},
+    "micro_batch_size": {"minimum": 1},
+    "eval_batch_size": {"minimum": 1},
+    "batch_size": {"minimum": 1},
+    "gradient_accumulation_steps": {"minimum": 1},
+    "sequence_len": {"minimum": 2},
+    "warmup_steps": {"minimum": 0},
+    "warmup_ratio": {"minimum": 0, "exclusiveMaximum": 1},
+    "weight_decay": {"minimum": 0},
+    "learning_rate": {"exclusiveMinimum": 0},
+    "max_grad_norm": {"minimum": 0},
+    "val_set_size": {"minimum": 0},
+    "evals_per_epoch": {"minimum": 0},
+    "saves_per_epoch": {"minimum": 0},
+    "eval_steps": {"minimum": 0},
+    "save_steps": {"minimum": 0},
+    "save_total_limit": {"minimum": 1},
+    "logging_steps": {"minimum": 1},
+    "lora_r": {"minimum": 1},
+    "lora_alpha": {"exclusiveMinimum": 0},
+    "lora_dropout": {"minimum": 0, "exclusiveMaximum": 1},
+}
 
 
 def generate() -> str:
-    """The JSON Schema of the installed Axolotl's configuration, as text. Imports Axolotl, some 10 s.
+    """The schema of the installed Axolotl, as text. Imports Axolotl and transformers, some 15 s.
 
-    The keys of the plugins that come with Axolotl stand under `x-plugins`, by the plugin's name.
+    Keys are those of its pydantic models and of the plugins that come with it, and no others where Axolotl itself
+    defines the level. To the types are added the values that the installed stack accepts for optimizer, scheduler,
+    adapter, attention, data set type and bitsandbytes' options, and `BOUNDS`. A plugin's keys are allowed where the
+    config lists the plugin (`x-plugins` has which are whose).
     """
-    import enum
-    import importlib
-    import pkgutil
-    from importlib.metadata import version
+    from . import installed
 
-    import axolotl.integrations
-    from axolotl.integrations.base import BasePlugin
-    from axolotl.utils.schemas.config import AxolotlInputConfig
-    from pydantic.json_schema import GenerateJsonSchema
-
-    class Schema(GenerateJsonSchema):
-        """Spells out torch's dtypes, for which JSON has no form."""
-
-        def enum_schema(self, schema: Any) -> dict[str, Any]:
-            values = [member.value for member in schema["members"]]
-            if all(isinstance(value, str | int) for value in values):
-                return super().enum_schema(schema)
-            return {"enum": [str(value).removeprefix("torch.") for value in values]}
-
-        def encode_default(self, dft: Any) -> Any:
-            return str(dft.value) if isinstance(dft, enum.Enum) else super().encode_default(dft)
-
-    plugins = {}
-    for package in pkgutil.iter_modules(axolotl.integrations.__path__):
-        try:
-            module = importlib.import_module(f"axolotl.integrations.{package.name}")
-        except ImportError:  # a plugin whose own library is not installed cannot be used here either
-            continue
-        for name, found in list(vars(module).items()):
-            if isinstance(found, type) and issubclass(found, BasePlugin) and found is not BasePlugin:
-                where, _, arguments = (found().get_input_args() or "").rpartition(".")
-                keys = getattr(importlib.import_module(where), arguments).model_fields if where else ()
-                plugins[f"axolotl.integrations.{package.name}.{name}"] = sorted(keys)
-    schema = AxolotlInputConfig.model_json_schema(schema_generator=Schema)
-    for name, field in AxolotlInputConfig.model_fields.items():
-        if field.alias:  # Axolotl takes either name
-            schema["properties"][name] = schema["properties"][field.alias]
-    head = {"$comment": f"axolotl {version('axolotl')}, written by `recipe render --schema`"}
-    return json.dumps(head | schema | {"x-plugins": plugins}, indent=1) + "\n"
+    return installed.schema(BOUNDS)
 
 
 @cache
@@ -64,12 +59,6 @@ def load() -> dict[str, Any]:
     import orjson
 
     return orjson.loads(FILE.read_bytes())
-
-
-def unknown_keys(config: Config) -> Iterator[tuple[str, str]]:
-    """Each dotted key that Axolotl does not know, with a hint at the nearest ones; Axolotl ignores them."""
-    plugins = config.get("plugins")
-    yield from _unknown(config, [load()], "", _plugin_keys(plugins if isinstance(plugins, list) else ()))
 
 
 _TRAIN_OPTIONS = {"debug", "debug_num_examples", "debug_text_only", "merge_lora", "prompter", "shard", "sweep", "cloud"}
@@ -82,40 +71,135 @@ def is_option(name: str) -> bool:
     return key in known or key.removeprefix("no_") in known
 
 
-def _plugin_keys(plugins: Iterable[str]) -> set[str]:
-    """The top-level keys of the plugins that a config lists, and of those that Axolotl always loads."""
-    always = ("axolotl.integrations.context_parallel.", "axolotl.integrations.expert_parallel.")
-    shipped = load()["x-plugins"]
-    return {key for name in shipped if name in plugins or name.startswith(always) for key in shipped[name]}
+_SECRET = re.compile(r"(api_key|secret|password|(?<!auth_)token)$")
 
 
-def _unknown(
-    value: Any, schemas: list[dict[str, Any]], path: str, more: Iterable[str] = ()
-) -> Iterator[tuple[str, str]]:
-    """Unknown keys of a value that may follow any of the schemas; `more` are further keys of the top level."""
-    schemas = [alternative for schema in schemas for alternative in _alternatives(schema)]
-    if isinstance(value, list):
-        below = [schema["items"] for schema in schemas if "items" in schema]
-        for i, item in enumerate(value):
-            yield from _unknown(item, below, f"{path}{i}.")
-    elif isinstance(value, dict):
-        objects = [schema["properties"] for schema in schemas if "properties" in schema]
-        if not objects or any(schema.get("additionalProperties") for schema in schemas):
-            return  # a mapping that Axolotl hands on as it is
-        known = {key for properties in objects for key in properties} | set(more)
-        for key, item in value.items():
-            if key not in known:
-                yield f"{path}{key}", did_you_mean(key, known)
-            else:
-                yield from _unknown(item, [o[key] for o in objects if key in o], f"{path}{key}.")
+def is_secret(key: str) -> bool:
+    """Whether a dotted key is for something that must not stand in a file."""
+    return bool(_SECRET.search(key)) and not key.startswith("special_tokens.")
 
 
-def _alternatives(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A schema without its indirections: the targets of $ref and the members of anyOf."""
-    if "$ref" in schema:
-        yield from _alternatives(load()["$defs"][schema["$ref"].rpartition("/")[2]])
-    elif "anyOf" in schema:
-        for member in schema["anyOf"]:
-            yield from _alternatives(member)
+def findings(content: Config) -> Iterator[Finding]:
+    """Each place where a config breaks the schema, in the order of the config's keys."""
+    import jsonschema
+
+    plugins = content.get("plugins")
+    foreign = [name for name in plugins if _is_foreign(name)] if isinstance(plugins, list) else []
+    for error in jsonschema.Draft202012Validator(load()).iter_errors(content):
+        for found in _closest(error):
+            yield from _as_findings(found, foreign)
+
+
+def _is_foreign(plugin: Any) -> bool:
+    """Whether a plugin is neither Axolotl's nor this project's, so that its keys are not known here."""
+    return isinstance(plugin, str) and plugin not in load()["x-plugins"] and not plugin.startswith("qlora_recipes.")
+
+
+def _closest(error: Any) -> Iterator[Any]:
+    """The errors behind one of anyOf, in the alternative that the value comes nearest to."""
+    if not error.context or error.validator not in ("anyOf", "oneOf"):
+        yield error
+        return
+    alternatives: dict[int, list[Any]] = {}
+    for found in error.context:
+        alternatives.setdefault(found.schema_path[0], []).append(found)
+    # the wrong type says least about what was meant; then the fewest mistakes
+    nearest = min(alternatives.values(), key=lambda errors: (_is_other_type(errors), sum(map(_mistakes, errors))))
+    if _is_other_type(nearest):
+        yield error
     else:
-        yield schema
+        for found in nearest:
+            yield from _closest(found)
+
+
+def _mistakes(error: Any) -> int:
+    """How much one error weighs: an unknown key each."""
+    unknown = error.validator == "additionalProperties" and error.instance.keys() - error.schema.get("properties", {})
+    return len(unknown) if unknown else 1
+
+
+def _is_other_type(errors: list[Any]) -> bool:
+    return any(error.validator == "type" and len(error.relative_path) == 0 for error in errors)
+
+
+_TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "a mapping of keys",
+}
+
+
+def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
+    """What one of jsonschema's errors comes to for the one who wrote the config."""
+    path = ".".join(map(str, error.absolute_path))
+    value, wanted = error.instance, error.validator_value
+    if error.validator == "additionalProperties" and isinstance(value, dict):
+        known = error.schema.get("properties", {})
+        for key in value.keys() - known.keys():
+            below = f"{path}.{key}" if path else key
+            problem = f"no key of Axolotl's{did_you_mean(key, known) or '; it would be ignored'}"
+            if foreign and not path:  # it may be that plugin's
+                yield Finding("warning", "unknown-key", below, problem, f"or is it one of {foreign[0]}?")
+            else:
+                yield Finding("error", "unknown-key", below, problem)
+    elif error.validator == "not":
+        yield Finding("error", "plugin-key", path, error.schema["errorMessage"], "add it, or delete the key")
+    elif error.validator == "required":
+        for key in [key for key in wanted if key not in value]:
+            yield Finding("error", "missing-key", f"{path}.{key}" if path else key, "has to be set")
+    elif error.validator in ("anyOf", "type"):
+        yield Finding("error", "value", path, f"{_shown(value)} is not {_types(error.schema)}", _how_to_write(value))
+    elif error.validator in ("enum", "const"):
+        choices = [str(choice) for choice in (wanted if isinstance(wanted, list) else [wanted])]
+        near = did_you_mean(str(value), choices)
+        some = "" if near or len(choices) > 40 else f"one of {', '.join(choices)}"
+        yield Finding("error", "value", path, f"{_shown(value)} is no value for it{near}", some or _how_to_write(value))
+    elif error.validator in _BOUND_WORDS:
+        yield Finding("error", "value", path, f"{_shown(value)} is not {_BOUND_WORDS[error.validator]} {wanted}")
+    else:
+        yield Finding("error", "value", path, error.message[:200])
+
+
+_BOUND_WORDS = {
+    "minimum": "at least",
+    "exclusiveMinimum": "more than",
+    "maximum": "at most",
+    "exclusiveMaximum": "less than",
+}
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML would have it, shortened."""
+    text = config.write_yaml({"": value}).removeprefix("'':").strip() if isinstance(value, dict | list) else str(value)
+    if isinstance(value, bool) or value is None:
+        text = {True: "true", False: "false", None: "null"}[value]
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _how_to_write(value: Any) -> str:
+    """What to do about a value that YAML reads as another type than its writer meant."""
+    if isinstance(value, bool):
+        return "YAML reads yes, no, on and off as true or false; put text in quotes"
+    if isinstance(value, str) and re.fullmatch(r"[-+.\deE_]+|true|false|null", value):
+        return "write it without quotes"
+    return ""
+
+
+def _types(schema: dict[str, Any]) -> str:
+    """The types that a schema allows, in words."""
+    found = dict.fromkeys(_TYPES[name] for name in _type_names(schema) if name in _TYPES)
+    return " or ".join(found) or "what is allowed here"
+
+
+def _type_names(schema: Any) -> Iterable[str]:
+    if not isinstance(schema, dict):
+        return
+    if "$ref" in schema:
+        yield from _type_names(load()["$defs"][schema["$ref"].rpartition("/")[2]])
+    for member in schema.get("anyOf", []):
+        yield from _type_names(member)
+    names = schema.get("type", [])
+    yield from [names] if isinstance(names, str) else names

@@ -94,6 +94,7 @@ def tiny_profile(tmp_path_factory: pytest.TempPathFactory, tiny: Path, sample: P
         "special_tokens": None,
         "datasets": [{"path": str(sample / "train.jsonl"), "split": "train[:64]"} | data],
         "test_datasets": [{"path": str(sample / "valid.jsonl"), "split": "train[:8]"} | data],
+        "warmup_steps": 4,
         "fp16": False,
         "bf16": True,
     }

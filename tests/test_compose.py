@@ -1,11 +1,9 @@
 from pathlib import Path
 
 import pytest
-from conftest import recipe_config
 
-from qlora_recipes import compose, config
+from qlora_recipes import compose, datafiles
 from qlora_recipes.compose import Request
-from qlora_recipes.errors import UserError
 
 NAME = "haider2024/llama-2-7b"
 
@@ -20,37 +18,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def composed(*overrides: str) -> compose.Composed:
-    sets = ["fp16=false", "test_datasets=null", *overrides]
-    return compose.compose(Request(NAME, overrides=sets))
-
-
-@pytest.mark.parametrize(
-    ("override", "files"),
-    [
-        ("datasets.0.path=data/a.jsonl", ["data/a.jsonl"]),
-        ("datasets.0.path=data", ["data/a.jsonl", "data/b.jsonl", "data/more/c.jsonl"]),
-        ("datasets.0={path: json, data_files: data/b.jsonl, type: alpaca}", ["data/b.jsonl"]),
-        ("datasets.0={path: data, data_files: [data/a.jsonl, data/b.jsonl]}", ["data/a.jsonl", "data/b.jsonl"]),
-        ("datasets.0={path: some/hub-dataset, data_files: train.jsonl}", []),
-        ("datasets.0={path: some/hub-dataset}", []),
-    ],
-)
-def test_every_local_file_is_recorded(place: Path, override: str, files: list[str]) -> None:
-    assert [file.path for file in composed(override).data] == files
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "datasets.0.path=data/no-such-folder",
-        "datasets.0.path=gone.jsonl.gz",
-        "datasets.0.path=/gone",
-        "datasets.0={path: json, data_files: [data/a.jsonl, gone.jsonl]}",
-    ],
-)
-def test_missing_local_data_is_told(place: Path, override: str) -> None:
-    with pytest.raises(UserError, match=r"datasets\.0\.path: .* does not exist"):
-        composed(override)
+    of_request = compose.compose(Request(NAME, overrides=["fp16=false", "test_datasets=null", *overrides]))
+    of_request.data = datafiles.record(of_request.config)
+    return of_request
 
 
 def test_changed_data_is_prepared_anew(place: Path) -> None:
@@ -89,14 +59,6 @@ def test_the_shipped_rehearsal_profile_given_as_a_file_is_a_rehearsal(place: Pat
 
 def test_a_rehearsal_drops_deepspeed_and_caps_a_warm_up_ratio() -> None:
     request = Request(NAME, profiles=["zero2"], overrides=["warmup_steps=null", "warmup_ratio=0.5"], rehearse=True)
-    of_run = compose.compose(request, Path("stand-in")).config
+    of_run = compose.compose(request).config
     assert "deepspeed" not in of_run
     assert of_run["warmup_ratio"] == 0.1
-
-
-def test_training_steps() -> None:
-    files = [compose.DataFile(path="t", sha256="", bytes=1, rows=109)]
-    base = recipe_config(NAME) | {"datasets": [{"path": "t"}]}
-    assert compose.training_steps(base, files) == 28  # 55 batches, 14 steps an epoch
-    assert compose.training_steps(config.override(base, "datasets.0.split", "train[:40]"), files) == 10
-    assert compose.training_steps(base | {"num_epochs": 0.5}, files) == 7

@@ -178,7 +178,8 @@ def test_the_eight_bit_recipe_from_run_to_results(place: Path, tiny_profile: Pat
 
 
 def test_a_failing_axolotl_fails_the_run(place: Path, tiny_profile: Path) -> None:
-    arguments = ("--profile", tiny_profile, "--set", "num_epochs=two", "--runs", "failing")
+    no_such_option = "lr_scheduler_kwargs={nonsense: 1}"
+    arguments = ("--profile", tiny_profile, "--set", no_such_option, "--runs", "failing")
     message = finish(start(place, "run", PAGED, *arguments), code=1)
     assert "Axolotl failed" in message
     (run,) = rundir.all_runs(place / "failing")

@@ -1,0 +1,116 @@
+"""`recipe check`: all that is wrong with a config, found before anything starts."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import compose, config, paths, rules, schema
+from .compose import Composed, Request
+from .config import Config
+from .errors import UserError
+from .finding import Finding
+from .gpus import Gpu
+
+
+@dataclass
+class Report:
+    """What a check found of one recipe or file; `composed` is None where it could not be read."""
+
+    name: str
+    composed: Composed | None = None
+    findings: list[Finding] = field(default_factory=list)
+    data: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """The report for --json."""
+        found = [asdict(finding) | {"name": finding.name} for finding in self.findings]
+        return {"checked": self.name, "findings": found, "data": self.data}
+
+    def count(self, level: str) -> int:
+        """How many findings there are of a level."""
+        return sum(finding.level == level for finding in self.findings)
+
+
+def check(request: Request, gpu: Gpu | None = None) -> Report:
+    """Schema and rules over one recipe or file. Imports no torch."""
+    try:
+        composed = compose.compose(request)
+    except UserError as error:
+        return Report(request.name, None, [_unreadable(request.name, error)])
+    return Report(request.name, composed, findings(composed, gpu))
+
+
+def _unreadable(name: str, error: UserError) -> Finding:
+    """A finding for what keeps a config from being read: the place stands before the message."""
+    match = re.fullmatch(r"(?s)(.+?\.ya?ml)(?::(\d+))?: (.*)", str(error))
+    if not match:
+        return Finding("error", "unreadable", "", str(error), where=name)
+    return Finding("error", "unreadable", "", match[3], where=match[1], line=int(match[2]) if match[2] else None)
+
+
+def findings(composed: Composed, gpu: Gpu | None, launching: bool = False) -> list[Finding]:
+    """What the schema and the rules find in a config, each at its place, errors first. A rehearsal has no GPU."""
+    of_schema = list(schema.findings(composed.config))
+    wrong = [finding.key for finding in of_schema if finding.rule in ("value", "plugin-key")]
+    gpu = None if composed.rehearsal else gpu
+    case = rules.Case(_without(composed.config, wrong), set(composed.config), gpu, launching)
+    found = placed([*of_schema, *rules.findings(case)], composed)
+    return sorted(found, key=lambda finding: ("error", "warning", "note").index(finding.level))
+
+
+def refuse(found: list[Finding], force: list[str]) -> list[Finding]:
+    """The findings that are left to show once those named by --force are overridden.
+
+    Raises:
+        UserError: an error is left, or --force names none.
+    """
+    names = {finding.name for finding in found if finding.level == "error"}
+    for name in force:
+        if name not in names:
+            raise UserError(f"--force {name}: names no error of this config; they stand in brackets behind it")
+        if name.startswith("secret:"):
+            raise UserError(f"--force {name}: a secret never enters a run's folder")
+    left = [finding for finding in found if finding.name not in force]
+    if any(finding.level == "error" for finding in left):
+        raise UserError("\n".join(str(finding) for finding in left if finding.level == "error"))
+    return left
+
+
+def _without(content: Config, keys: list[str]) -> Config:
+    """A config without the values at some dotted keys."""
+    for key in sorted(keys, key=lambda key: [(part.isdecimal(), part.zfill(9)) for part in key.split(".")])[::-1]:
+        content = _removed(content, key.split("."))  # from the end, so that positions in lists stay
+    return content
+
+
+def _removed(value: Any, path: list[str]) -> Any:
+    first, rest = path[0], path[1:]
+    if isinstance(value, list) and first.isdecimal() and int(first) < len(value):
+        kept = [_removed(value[int(first)], rest)] if rest else []
+        return [*value[: int(first)], *kept, *value[int(first) + 1 :]]
+    if isinstance(value, dict) and first in value:
+        below = {first: _removed(value[first], rest)} if rest else {}
+        return {key: item for key, item in value.items() if key != first} | below
+    return value
+
+
+def placed(found: list[Finding], composed: Composed) -> Iterator[Finding]:
+    """The findings with the file and line, or the option, that their key is from.
+
+    A warning whose line says `accepts RULE: reason` in a comment becomes a note.
+    """
+    for finding in found:
+        file: Path | None = composed.recipe_file
+        for difference in composed.differences:
+            one, other = f"{difference.key}.", f"{finding.key}."
+            if one.startswith(other) or other.startswith(one):
+                file, finding.where = composed.files.get(difference.key), difference.why
+        if file:
+            finding.where, finding.line = paths.shown(file), config.line_of(file, finding.key)
+            comment = config.read_text(file).splitlines()[finding.line - 1].partition("#")[2]
+            accepted = re.search(rf"\baccepts {re.escape(finding.rule)}: (.+)", comment)
+            if accepted and finding.level == "warning":
+                finding.level, finding.remedy = "note", f"accepted: {accepted[1]}"
+        yield finding

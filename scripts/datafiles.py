@@ -1,0 +1,120 @@
+"""The data sets that a config names, as far as their files are on this machine."""
+
+import math
+import re
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .config import Config
+from .errors import UserError
+from .files import sha256
+from .rundir import DataFile
+
+_SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".arrow", ".text", ".txt", ".gz", ".zst"}
+
+
+def datasets(composed: Config, *sections: str) -> Iterator[tuple[str, Config]]:
+    """Each data set of some sections of a config, with the key that it stands at."""
+    for section in sections or ("datasets", "test_datasets"):
+        entries = composed.get(section)
+        for i, dataset in enumerate(entries if isinstance(entries, list) else ()):
+            if isinstance(dataset, dict):
+                yield f"{section}.{i}", dataset
+
+
+def local_files(dataset: Config) -> list[Path]:
+    """The files of a data set that is meant to be on this machine, there or not; none of one on a hub.
+
+    They are a file, those of a folder, or those that `data_files` lists.
+    """
+    name, listed = dataset.get("path"), dataset.get("data_files") or []
+    if not isinstance(name, str) or not name or "\0" in name:
+        return []
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    if path.is_dir() and not listed:
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    if listed and not path.is_dir() and f".{name}" not in _SUFFIXES:
+        return []  # files of a repository on a hub
+    files = [Path(str(file)) for file in (listed if isinstance(listed, list) else [listed])] or [path]
+    return [file for file in files if file.is_file() or _looks_local(file)]
+
+
+def _looks_local(path: Path) -> bool:
+    """Whether a path that is not there must have been meant for this machine, and not for a hub."""
+    in_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+    return path.is_absolute() or path.suffix in _SUFFIXES or in_a_folder
+
+
+def record(composed: Config) -> list[DataFile]:
+    """The local data files of a config with their content's hash.
+
+    Raises:
+        UserError: a file is not there.
+    """
+    files = {}
+    for where, dataset in datasets(composed):
+        for path in local_files(dataset):
+            if not path.is_file():
+                raise UserError(f"{where}.path: {path.absolute()} does not exist")
+            rows = count_rows(path) if path.suffix == ".jsonl" else None
+            files[path] = DataFile(path=str(path), sha256=sha256(path), bytes=path.stat().st_size, rows=rows)
+    return list(files.values())
+
+
+def first_rows(dataset: Config) -> int | None:
+    """How many rows a split such as `train[:40]` takes; None where it takes all."""
+    match = re.fullmatch(r"train\[:(\d+)\]", str(dataset.get("split")))
+    return int(match[1]) if match else None
+
+
+def count_rows(path: Path) -> int:
+    """The number of lines of a file that are not blank."""
+    status = path.stat()
+    return _count_rows(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache
+def _count_rows(path: Path, mtime_ns: int, size: int) -> int:
+    with path.open("rb") as stream:
+        return sum(1 for line in stream if line.strip())
+
+
+def training_steps(composed: Config) -> int | None:
+    """The optimizer steps of a config on one device; None where its unpacked, local JSONL rows do not tell."""
+    most, rows = int(_positive(composed, "max_steps", 0)) or None, _training_rows(composed)
+    micro_batch, accumulation, epochs = (_positive(composed, key) for key in _STEP_SIZES)
+    if rows is None or composed.get("sample_packing") or not (micro_batch and accumulation and epochs):
+        return most
+    steps = math.ceil(math.ceil(math.ceil(rows / micro_batch) / accumulation) * epochs)
+    return min(steps, most or steps)
+
+
+_STEP_SIZES = ("micro_batch_size", "gradient_accumulation_steps", "num_epochs")
+
+
+def _training_rows(composed: Config) -> int | None:
+    """The rows that are trained on; None where a data set is not one local JSONL file."""
+    rows = 0
+    for _, dataset in datasets(composed, "datasets"):
+        files = local_files(dataset)
+        if len(files) != 1 or files[0].suffix != ".jsonl" or not files[0].is_file():
+            return None
+        rows += min(count_rows(files[0]), first_rows(dataset) or sys.maxsize)
+    held_out = _positive(composed, "val_set_size", 0)  # a number of rows, or a share of them
+    return (rows - math.ceil(held_out * rows if held_out < 1 else held_out)) if rows else None
+
+
+def _positive(composed: Config, key: str, unset: float = 1) -> float:
+    """A setting that has to be a positive number; 0 where it is none."""
+    value: Any = composed.get(key, unset)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else 0
+
+
+def effective_batch(composed: Config) -> float:
+    """The rows of an optimizer step on one device."""
+    return _positive(composed, "micro_batch_size") * _positive(composed, "gradient_accumulation_steps")

@@ -1,0 +1,40 @@
+"""What a check has to say about a config."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["error", "warning", "note"]
+
+
+@dataclass
+class Finding:
+    """One thing that is wrong with a config or its data, or worth knowing.
+
+    Attributes:
+        level: error, which keeps a run from starting; warning; or note, which is no mistake.
+        rule: the name of what was broken.
+        key: the dotted key that it is about; empty for a whole file.
+        problem: what is wrong.
+        remedy: what to do about it.
+        where: the file, or the option, that the key is from.
+        line: the line of that file, from 1.
+    """
+
+    level: Level
+    rule: str
+    key: str
+    problem: str
+    remedy: str = ""
+    where: str = ""
+    line: int | None = None
+
+    @property
+    def name(self) -> str:
+        """How `--force` calls it."""
+        return f"{self.rule}:{self.key}" if self.key else self.rule
+
+    def __str__(self) -> str:
+        place = f"{self.where}:{self.line}" if self.line else self.where
+        about = f"{self.key}: " if self.key else ""
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"{place}: {self.level}: {about}{self.problem}{remedy} [{self.name}]"
