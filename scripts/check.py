@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import compose, config, paths, rules, schema
+from . import compose, config, models, paths, rows, rules, schema, standin
 from .compose import Composed, Request
 from .config import Config
 from .errors import UserError
-from .finding import Finding
+from .finding import LEVELS, Finding
 from .gpus import Gpu
+from .quiet import importing_axolotl
 
 
 @dataclass
@@ -28,18 +29,98 @@ class Report:
         found = [asdict(finding) | {"name": finding.name} for finding in self.findings]
         return {"checked": self.name, "findings": found, "data": self.data}
 
+    def data_table(self) -> list[dict[str, Any]]:
+        """Its data files, a row each: size, lengths in tokens, and what becomes of them."""
+        shares = ("50", "95", "100")
+        return [
+            {
+                "file": file["path"],
+                "rows": file["rows"],
+                "MB": file["bytes"] / 1e6,
+                "tokens": file.get("tokens"),
+                "with loss": file.get("tokens_with_loss"),
+                **{f"p{share}".replace("p100", "longest"): file.get("percentiles", {}).get(share) for share in shares},
+                "too long": file.get("longer_than_sequence_len"),
+                "padding": file.get("padding_share"),
+            }
+            for file in self.data
+        ]
+
     def count(self, level: str) -> int:
         """How many findings there are of a level."""
         return sum(finding.level == level for finding in self.findings)
 
 
-def check(request: Request, gpu: Gpu | None = None) -> Report:
-    """Schema and rules over one recipe or file. Imports no torch."""
+def check(request: Request, gpu: Gpu | None = None, data: bool = False, full: bool = False) -> Report:
+    """All that is wrong with one recipe or file.
+
+    Args:
+        request: the recipe or file, and what is laid over it.
+        gpu: the GPU that it is meant for.
+        data: also read every row of its data, and tokenize them where the tokenizer is on this machine.
+        full: also ask Axolotl's own validation.
+
+    Without data and full no torch is imported.
+    """
     try:
         composed = compose.compose(request)
     except UserError as error:
         return Report(request.name, None, [_unreadable(request.name, error)])
-    return Report(request.name, composed, findings(composed, gpu))
+    report = Report(request.name, composed, findings(composed, gpu))
+    if full:
+        with importing_axolotl():
+            from . import installed
+
+            of_axolotl = list(installed.validate(composed.config, gpu or installed.ANY_GPU))
+        report.findings += placed(of_axolotl, composed)
+    if data:
+        of_rows, report.data = rows.check(composed.config)
+        report.findings += of_rows
+        if not report.count("error"):
+            _measure_tokens(report, composed)
+    report.findings.sort(key=lambda finding: LEVELS.index(finding.level))
+    return report
+
+
+def tokens_of(request: Request, count: int) -> list[dict[str, Any]]:
+    """The first rows of a config's training data, token by token, as `tokens.shown` describes them.
+
+    Raises:
+        UserError: the config, its data or its tokenizer does not allow it.
+    """
+    composed = compose.compose(request)
+    refuse(findings(composed, None), [])
+    if composed.rehearsal:
+        standin.model_folder()
+    elif not models.find(composed.config).on_this_machine:
+        name = composed.config["base_model"]
+        raise UserError(
+            f"--show-tokens: the tokenizer of {name} is not on this machine; `hf download {name} config.json "
+            "--include 'tokenizer*'` fetches it, --rehearse shows it with a small model's"
+        )
+    with importing_axolotl():
+        from . import tokens
+
+        return tokens.shown(composed.config, count)
+
+
+def _measure_tokens(report: Report, composed: Composed) -> None:
+    """Add the lengths in tokens to a report."""
+    if composed.rehearsal:
+        standin.model_folder()
+    if not models.find(composed.config).on_this_machine:
+        problem = "lengths in tokens are not known: its tokenizer is not on this machine"
+        report.findings.append(Finding("note", "not-checked", "base_model", problem, where=report.name))
+        return
+    with importing_axolotl():
+        from . import tokens
+
+        of_tokens, lengths = tokens.lengths(composed.config)
+    report.findings += placed(of_tokens, composed)
+    for measured in lengths:
+        for file in report.data:
+            if file["key"] == measured["key"]:
+                file |= measured
 
 
 def _unreadable(name: str, error: UserError) -> Finding:
@@ -57,7 +138,7 @@ def findings(composed: Composed, gpu: Gpu | None, launching: bool = False) -> li
     gpu = None if composed.rehearsal else gpu
     case = rules.Case(_without(composed.config, wrong), set(composed.config), gpu, launching)
     found = placed([*of_schema, *rules.findings(case)], composed)
-    return sorted(found, key=lambda finding: ("error", "warning", "note").index(finding.level))
+    return sorted(found, key=lambda finding: LEVELS.index(finding.level))
 
 
 def refuse(found: list[Finding], force: list[str]) -> list[Finding]:

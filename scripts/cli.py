@@ -148,6 +148,15 @@ def check(
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME", help="The GPU it is for, as T4 or sm_75; by default this machine's.")
     ] = None,
+    data: Annotated[
+        bool,
+        typer.Option("--data", help="Read every row of the data too, and tokenize it where the tokenizer is here."),
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Ask Axolotl's own validation too (15 s).")] = False,
+    show_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Show instead what the model is trained on: N rows, token by token."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """All that is wrong with a config, before it reaches a GPU. Exit code 2 if there is an error."""
@@ -157,13 +166,21 @@ def check(
 
     target = gpus.find(gpu) if gpu else gpus.here()
     requests = [Request(name, profile or [], set_ or [], rehearse, mirror) for name in names or paths.recipe_names()]
-    reports = [checking.check(request, target) for request in requests]
+    if show_tokens:
+        if len(requests) != 1:
+            raise UserError("--show-tokens: name one recipe or file")
+        rows = checking.tokens_of(requests[0], show_tokens)
+        tables.print_json(rows) if json else tables.print_tokens(rows)
+        return
+    reports = [checking.check(request, target, data, full) for request in requests]
     if json:
         tables.print_json([report.as_json() for report in reports])
     else:
         for report in reports:
             for finding in report.findings:
                 print(finding)
+            if report.data:
+                tables.print_table(report.data_table(), report.name)
     counts = {level: sum(report.count(level) for report in reports) for level in ("error", "warning")}
     print(f"{len(reports)} checked; errors: {counts['error']}, warnings: {counts['warning']}", file=sys.stderr)
     if counts["error"]:

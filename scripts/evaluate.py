@@ -1,9 +1,7 @@
 """Predictions of a run's model on test rows, and their scores: `recipe evaluate`."""
 
 import os
-import sys
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +14,7 @@ from . import config, study
 from .errors import UserError
 from .files import json_rows, replacing, sha256, write_atomically
 from .progress import Bar, say
+from .quiet import importing_axolotl
 from .rundir import Run, RunDir, held, now
 from .score import score
 
@@ -112,7 +111,7 @@ def evaluate(
                 f"{where}: holds an evaluation of {former.settings.rows} rows; move it away to make a smaller"
             )
         else:
-            with redirect_stdout(sys.stderr):  # stdout is for the scores, whatever the libraries have to say
+            with importing_axolotl(offline=run.rehearsal):
                 done = _predict(folder, where, rows, settings, cfg, run)
         with replacing(predictions) as stream:
             for i in range(len(rows)):

@@ -1,31 +1,21 @@
 """Generating text with a run's base model and adapter, from the very prompts that it was trained on."""
 
-import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-logging.disable(logging.WARNING)  # what torch, bitsandbytes and trl say at import is about nothing used here
-
 import torch
-from axolotl.utils.data.wrappers import get_dataset_wrapper
 from axolotl.utils.dict import DictDefault
-from datasets import Dataset
-from datasets.utils.logging import disable_progress_bar
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
+from transformers.utils.logging import disable_progress_bar
 
 from .config import Config
+from .tokens import MASKED, tokenize
 
 if TYPE_CHECKING:
     from .evaluate import Settings
 
-logging.disable(logging.NOTSET)
 disable_progress_bar()
-disable_transformers_progress_bar()
 
 NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # Axolotl's defaults for qlora
 
@@ -69,19 +59,10 @@ class Generator:
         training did not. A prompt that leaves no room for an answer in the model's context loses its end.
         """
         longest = self.model.config.max_position_embeddings - self.settings.max_new_tokens
-        kind = self.cfg["datasets"][0]["type"]
-        base, _, style = kind.partition(":") if isinstance(kind, str) else ("", "", "")
-        tokenized, _ = get_dataset_wrapper(
-            DictDefault(self.cfg["datasets"][0]),
-            self.tokenizer,
-            DictDefault(self.cfg | {"train_on_inputs": False, "sequence_len": longest, "dataset_num_proc": 1}),
-            base,
-            Dataset.from_list(list(rows)),
-            style or None,
-        )
+        cfg = DictDefault(self.cfg | {"train_on_inputs": False})
         return [
-            [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
-            for row in tokenized
+            [token for token, label in zip(row.ids, row.labels, strict=True) if label == MASKED]
+            for row in tokenize(cfg, cfg.datasets[0], self.tokenizer, rows, longest)
         ]
 
     @torch.inference_mode()

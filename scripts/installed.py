@@ -1,9 +1,14 @@
-"""What the installed Axolotl accepts: its configuration as a JSON Schema. Importing this imports Axolotl, some 15 s."""
+"""What the installed Axolotl accepts: its configuration as a JSON Schema, and its own validation of a config.
 
+Importing this imports Axolotl, some 10 s.
+"""
+
+import copy
 import enum
 import importlib
 import inspect
 import json
+import logging
 import pkgutil
 import re
 import tempfile
@@ -17,8 +22,9 @@ import axolotl.integrations
 import torch
 from axolotl import prompt_strategies
 from axolotl.core.builders.base import TrainerBuilderBase
-from axolotl.integrations.base import BasePlugin
+from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.prompters import PromptStyle
+from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.data.wrappers import DATASET_HANDLERS
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
@@ -30,6 +36,10 @@ from pydantic.json_schema import GenerateJsonSchema
 from transformers import BitsAndBytesConfig, SchedulerType, Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
+
+from .config import Config
+from .finding import Finding
+from .gpus import Gpu
 
 ALWAYS = ("axolotl.integrations.context_parallel.", "axolotl.integrations.expert_parallel.")
 """Plugins that Axolotl loads whether or not a config lists them (`axolotl.integrations.base.get_builtin_plugins`)."""
@@ -234,3 +244,46 @@ def _functions(module: ModuleType, first: str) -> Iterator[str]:
         own = callable(found) and not isinstance(found, type) and found.__module__ == module.__name__
         if own and next(iter(inspect.signature(found).parameters), None) == first:
             yield name
+
+
+ANY_GPU = Gpu("A100", (8, 0))
+"""What a config is validated for where no GPU is named or there."""
+
+
+def capabilities(gpu: Gpu = ANY_GPU) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What Axolotl's probe (`axolotl.cli.config.gpu_capabilities`) would say of one GPU, and of this environment."""
+    of_gpu = {
+        "bf16": True,  # it says so of every GPU, as torch emulates it
+        "fp8": gpu.capability >= (9, 0),
+        "tf32": gpu.capability >= (8, 0),
+        "n_gpu": 1,
+        "n_node": 1,
+        "compute_capability": gpu.sm,
+    }
+    return of_gpu, {"torch_version": torch.__version__.partition("+")[0]}
+
+
+def validate(content: Config, gpu: Gpu) -> Iterator[Finding]:
+    """What Axolotl's own validation of a config says for a GPU: errors, and what it logs as warnings."""
+    logger, records = logging.getLogger("axolotl"), list[logging.LogRecord]()
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    former, logger.handlers, logger.propagate = logger.handlers, [handler], False
+    disabled = logging.root.manager.disable
+    logging.disable(logging.NOTSET)
+    PluginManager._instance = None  # plugins of a config validated before
+    try:
+        cfg = DictDefault(copy.deepcopy(content))
+        prepare_plugins(cfg)
+        validate_config(cfg, *capabilities(gpu))
+    except ValidationError as error:
+        for one in error.errors():
+            key = str(one["loc"][0]) if one["loc"] else ""  # below, pydantic names its classes too
+            yield Finding("error", "axolotl", key, one["msg"].removeprefix("Value error, "))
+    except Exception as error:  # validators, and plugins as they load, can raise anything
+        yield Finding("error", "axolotl", "", f"{type(error).__name__}: {error}")
+    finally:
+        logger.handlers, logger.propagate = former, True
+        logging.disable(disabled)
+    for record in records:
+        yield Finding("warning", "axolotl-warning", "", record.getMessage())

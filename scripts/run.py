@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from . import check, config, datafiles, gpus, paths, provenance, standin
+from . import check, config, datafiles, gpus, paths, provenance, rows, standin
 from .compose import Composed, Request, check_arguments, compose, is_rehearsal, launched
 from .errors import UserError, WorkFailed
 from .files import sha256, write_atomically
@@ -38,6 +38,8 @@ def prepare(request: Request) -> Composed:
     check_arguments(request.axolotl_arguments)
     composed = compose(request)
     found = check.findings(composed, gpus.here(), launching=not request.dry_run)
+    if not request.dry_run:
+        found += rows.check(composed.config)[0]
     for finding in check.refuse(found, request.force):
         say(str(finding))
     composed.data = datafiles.record(composed.config)

@@ -57,3 +57,24 @@ def print_json(value: Any) -> None:
     import orjson
 
     print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
+
+
+def print_tokens(rows: Sequence[Row]) -> None:
+    """Tokenized rows on stdout: what carries loss between marks, and in colour where there is one."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 250, highlight=False)
+    legend = Text.assemble(("⟪green⟫", "bold green"), " carries loss, ", ("dim", "dim"), " does not, ")
+    console.print(legend.append("reversed", "reverse").append(" is a special token"))
+    for row in rows:
+        about = f"{row['dataset']}, row {row['row']}: {row['length']} tokens, {row['learnt']} with loss"
+        console.print(f"\n[bold]{about}{', longer than sequence_len' if row['too_long'] else ''}[/]")
+        text, learnt = Text(), False
+        for token in row["tokens"]:
+            if token["loss"] != learnt:
+                learnt = token["loss"]
+                text.append("⟪" if learnt else "⟫", "bold green")
+            style = "bold green" if learnt else "dim"
+            text.append(token["text"], f"{style} reverse" if token["special"] else style)
+        console.print(text.append("⟫" if learnt else "", "bold green"))

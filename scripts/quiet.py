@@ -1,0 +1,29 @@
+"""Importing Axolotl without what its libraries have to say, and without asking a hub for anything."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
+
+@contextmanager
+def importing_axolotl(offline: bool = True) -> Iterator[None]:
+    """Import and use Axolotl within the block: stdout stays for data, and logs below errors are dropped.
+
+    Args:
+        offline: keep the hub out of it; bitsandbytes would fetch a kernel from there on a CPU.
+    """
+    import huggingface_hub.constants as hub
+
+    os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    before = hub.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE", "0")
+    if offline:
+        hub.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        hub.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = before
