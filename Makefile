@@ -20,8 +20,8 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-benchmark: setup  ## How long the quick commands take to answer
-	.venv/bin/python tests/benchmark_startup.py
+benchmark: setup  ## How long the quick commands take, and how fast data is checked
+	.venv/bin/python tests/benchmark.py
 
 lock: $(filter .uv/%,$(UV))  ## requirements.lock anew from pyproject.toml
 	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.12 --generate-hashes \

@@ -37,6 +37,8 @@ for _class in (_Loader, _Dumper):
 
 _PLAIN = (type(None), bool, int, float, str, list, dict)
 _MOST_VALUES = 100_000  # a config has some hundred; aliases of aliases can make a short file explode
+_MOST_LEVELS = 50
+_TOO_DEEP = "nested too deeply to be a config, or an alias that contains itself"
 
 
 def parse(text: str, where: str) -> Any:
@@ -48,16 +50,18 @@ def parse(text: str, where: str) -> Any:
     try:
         content = yaml.load(text, _Loader)
     except RecursionError:
-        raise UserError(f"{where}: nested too deeply to be a config") from None
+        raise UserError(f"{where}: {_TOO_DEEP}") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    waiting, seen = [content], 0
+    waiting, seen = [(content, 0)], 0
     while waiting:
-        value, seen = waiting.pop(), seen + 1
+        (value, depth), seen = waiting.pop(), seen + 1
         if seen > _MOST_VALUES:
-            raise UserError(f"{where}: too large to be a config, or an alias that contains itself")
+            raise UserError(f"{where}: too large to be a config")
+        if depth > _MOST_LEVELS:
+            raise UserError(f"{where}: {_TOO_DEEP}")
         too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # NaN is not in between either
         if not isinstance(value, _PLAIN) or too_large:
             raise UserError(f"{where}: {value!r:.50} is no value for a config; put it in quotes if it is text")
@@ -65,9 +69,9 @@ def parse(text: str, where: str) -> Any:
             for key in value:
                 if not isinstance(key, str):
                     raise UserError(f"{where}: the key {key!r:.50} is no text; put it in quotes")
-            waiting += value.values()
+            waiting += [(below, depth + 1) for below in value.values()]
         elif isinstance(value, list):
-            waiting += value
+            waiting += [(below, depth + 1) for below in value]
     return content
 
 

@@ -61,11 +61,12 @@ class _Schema(GenerateJsonSchema):
         return str(dft.value) if isinstance(dft, enum.Enum) else super().encode_default(dft)
 
 
-def schema(bounds: dict[str, dict[str, float]]) -> str:
+def schema(bounds: dict[str, dict[str, float]], descriptions: dict[str, str]) -> str:
     """The schema that `qlora_recipes.schema.generate` describes.
 
     Args:
         bounds: for some keys, JSON Schema's keywords that bound their numbers.
+        descriptions: for some keys that Axolotl does not describe, what they mean.
     """
     main = AxolotlInputConfig.model_json_schema(schema_generator=_Schema)
     keys, definitions = main["properties"], main["$defs"]
@@ -100,10 +101,16 @@ def schema(bounds: dict[str, dict[str, float]]) -> str:
         "properties": {key: {} for key in [*options, "blocksize"]} | {"bnb_4bit_quant_type": {"enum": ["nf4", "fp4"]}},
         "additionalProperties": False,  # transformers only logs an option that it does not know
     }
+    plugin_names = {"anyOf": [{"type": "string", "enum": sorted(plugins)}, {"type": "string"}]}  # or anyone's
+    keys["plugins"]["anyOf"][0]["items"] = plugin_names
     for name, bound in bounds.items():
-        for alternative in keys[name].get("anyOf", [keys[name]]):
+        alternatives = keys[name].get("anyOf", [keys[name]])
+        for alternative in alternatives:
             if alternative["type"] in ("integer", "number"):
                 alternative |= bound
+        alternatives.sort(key=lambda one: one["type"] == "string")  # editors judge by the first
+    for name, description in descriptions.items():
+        keys[name]["description"] = description
 
     for level in (main, *definitions.values()):
         if "properties" in level:
@@ -117,7 +124,17 @@ def schema(bounds: dict[str, dict[str, float]]) -> str:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$comment": f"axolotl {version('axolotl')}, written by `recipe render --schema`",
     }
-    return json.dumps(head | main | {"x-plugins": plugins}, indent=1) + "\n"
+    return json.dumps(_without_null_defaults(head | main | {"x-plugins": plugins}), indent=1) + "\n"
+
+
+def _without_null_defaults(value: Any) -> Any:
+    """A schema without its defaults of null, which editors would write into a config."""
+    if isinstance(value, list):
+        return [_without_null_defaults(item) for item in value]
+    if isinstance(value, dict):
+        kept = [(key, item) for key, item in value.items() if (key, item) != ("default", None)]
+        return {key: _without_null_defaults(item) for key, item in kept}
+    return value
 
 
 class _Told(Exception):
@@ -153,8 +170,8 @@ def _lists(plugin: str) -> dict[str, Any]:
 
 
 def _ignored(plugin: str) -> dict[str, Any]:
-    """A schema that nothing follows, with what an editor shows then."""
-    return {"not": {}, "errorMessage": f"ignored unless plugins lists {plugin}"}
+    """A schema that no value follows, with what an editor shows then."""
+    return {"type": "null", "errorMessage": f"ignored unless plugins lists {plugin}", "doNotSuggest": True}
 
 
 def _set_values(keys: dict[str, Any], key: str, values: list[str], pattern: str | None = None) -> None:

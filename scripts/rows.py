@@ -206,7 +206,7 @@ class _Reader:
                 file.found("bad-row", f"no list in the field {name}", number)
         if fields.reference and isinstance(reference := row.get(fields.reference), str) and not reference.strip():
             file.found("empty-reference", fields.reference, number)
-        text = "\0".join(texts) if self.fields and not fields.lists else line.decode()
+        text = "\n".join(texts) if self.fields and not fields.lists else line.decode()
         self._text(file, number, line, text)
 
     def _text(self, file: _File, number: int, line: bytes, text: str) -> None:
@@ -215,10 +215,9 @@ class _Reader:
                 file.found("prompt-marker", marker.strip(), number)
         if self.special and self.special_start in text and (match := self.special.search(text)):
             file.found("special-token", match[0], number)
-        # JSON escapes most control characters, so that a row without a backslash and beyond ASCII has none
-        if (b"\\u00" in line or b"\\b" in line or b"\\f" in line or b"\x7f" in line or not line.isascii()) and (
-            match := _CONTROL.search(text.replace("\0", ""))
-        ):
+        # JSON escapes nearly all of them, so that most rows need no search
+        may_have = not line.isascii() or any(sign in line for sign in (b"\\u", b"\\b", b"\\f", b"\x7f"))
+        if may_have and (match := _CONTROL.search(text)):
             file.found("control-character", f"U+{ord(match[0]):04X}", number)
         exact, folded = hash(text), hash(" ".join(text.split()))
         before = self.seen.get(exact)
@@ -254,7 +253,7 @@ _WORDS: dict[str, tuple[Level, str, str]] = {
 
 def _findings(file: _File) -> Iterator[Finding]:
     """One finding for each kind of mistake in a file, at the first row that has it."""
-    if not file.rows:
+    if file.bytes and not file.rows:  # a file of no bytes is a finding already
         yield Finding("error", "bad-row", f"{file.key}.path", "no rows", where=str(file.path))
     for (rule, about), kind in file.kinds.items():
         level, problem, remedy = _WORDS[rule]

@@ -375,27 +375,22 @@ def chat_model(case: Case) -> Found:
 
 
 @_rule
-def preference_data(case: Case) -> Found:
-    """Axolotl then looks for a prompt strategy of that name and finds none."""
+def prompt_strategy(case: Case) -> Found:
+    """Axolotl looks a data set's type up once training has begun: among its own, by whether it is preference data, and
+    for one with a dot also among the modules that can be imported."""
     definitions = schema.load()["$defs"]
-    fine_tuning, *preference = (
-        set(definitions[name]["properties"]["type"]["anyOf"][0]["enum"])
-        for name in ("SFTDataset", "DPODataset", "KTODataset")
-    )
-    for key, dataset in datafiles.datasets(case.config, "datasets"):
-        kind = dataset.get("type")
-        if not case["rl"] and isinstance(kind, str) and kind in set().union(*preference) - fine_tuning:
-            yield "error", f"{key}.type", f"{kind} is for preference training", "set rl, or a type such as alpaca"
-
-
-@_rule
-def missing_prompt_strategy(case: Case) -> Found:
-    """A dotted type names a module of the user's own, which Axolotl imports once training has begun."""
-    shipped = schema.load()["$defs"]["SFTDataset"]["properties"]["type"]["anyOf"][1]["pattern"]
+    types = {name: definitions[f"{name}Dataset"]["properties"]["type"]["anyOf"] for name in ("SFT", "DPO", "KTO")}
+    own_module = types["SFT"][1]["pattern"]
+    preference = {kind for name in ("DPO", "KTO") for kind in types[name][0]["enum"]} - set(types["SFT"][0]["enum"])
     for key, dataset in datafiles.datasets(case.config):
-        kind = str(dataset.get("type"))
-        if "." in kind and re.match(shipped, kind) and not case["rl"] and not _can_be_found(kind.partition(".")[0]):
-            yield "error", f"{key}.type", f"there is no module {kind.partition('.')[0]}", "put it on PYTHONPATH"
+        kind = dataset.get("type")
+        if case["rl"] or not isinstance(kind, str):
+            continue
+        module = kind.partition(".")[0]
+        if kind in preference:
+            yield "error", f"{key}.type", f"{kind} is for preference training", "set rl, or a type such as alpaca"
+        elif re.match(own_module, kind) and not _can_be_found(module):
+            yield "error", f"{key}.type", f"there is no module {module}", "put it on PYTHONPATH"
 
 
 def _can_be_found(module: str) -> bool:

@@ -39,6 +39,18 @@ BOUNDS: dict[str, dict[str, float]] = {
     "lora_dropout": {"minimum": 0, "exclusiveMaximum": 1},
 }
 
+# What Axolotl leaves undescribed of the keys that the recipes use.
+DESCRIPTIONS = {
+    "learning_rate": "The highest learning rate, which the warm-up ends at",
+    "lr_scheduler": "How the learning rate goes on after the warm-up: one of transformers' schedules, one_cycle or rex",
+    "num_epochs": "How often the training goes through the data; part of an epoch is possible",
+    "lora_r": "The rank of LoRA's update matrices: more can learn more, and takes more memory",
+    "lora_alpha": "LoRA's update counts lora_alpha / lora_r times (lora_alpha / sqrt(lora_r) with peft_use_rslora)",
+    "lora_dropout": "The share of LoRA's inputs that is dropped in training, from 0 to 1",
+    "lora_target_modules": "The layers that LoRA adapts: names, each the end of a layer's path, or one regular "
+    "expression for whole paths. lora_target_linear: true takes all linear layers",
+}
+
 
 def generate() -> str:
     """The schema of the installed Axolotl, as text. Imports Axolotl and transformers, some 15 s.
@@ -50,7 +62,7 @@ def generate() -> str:
     """
     from . import installed
 
-    return installed.schema(BOUNDS)
+    return installed.schema(BOUNDS, DESCRIPTIONS)
 
 
 @cache
@@ -145,7 +157,7 @@ def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
                 yield Finding("warning", "unknown-key", below, problem, f"or is it one of {foreign[0]}?")
             else:
                 yield Finding("error", "unknown-key", below, problem)
-    elif error.validator == "not":
+    elif "errorMessage" in error.schema:
         yield Finding("error", "plugin-key", path, error.schema["errorMessage"], "add it, or delete the key")
     elif error.validator == "required":
         for key in [key for key in wanted if key not in value]:

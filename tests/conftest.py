@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 from qlora_recipes import compose, config, paths
 
@@ -101,6 +102,11 @@ def tiny_profile(tmp_path_factory: pytest.TempPathFactory, tiny: Path, sample: P
     # null deletes a key, so it has to be written
     file.write_text(config.write_yaml(fragment), encoding="utf-8")
     return file
+
+
+def config_with(change: config.Config, name: str = "haider2024/code-llama-7b") -> config.Config:
+    """A shipped recipe with some keys changed; None deletes one."""
+    return {key: value for key, value in (recipe_config(name) | change).items() if value is not None}
 
 
 def recipe_config(name: str) -> config.Config:

@@ -1,0 +1,63 @@
+"""How long the quick commands take, and how fast rows are read. `make benchmark` prints it."""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from qlora_recipes import paths, rows
+
+RECIPE = str(Path(sys.executable).with_name("recipe"))
+COMMANDS = [
+    ["list"],
+    ["show", "haider2024/llama-2-7b"],
+    ["diff", "haider2024/llama-2-7b", "haider2024/llama-3-8b"],
+    ["check", "haider2024/llama-2-7b"],
+    ["check"],
+    ["render", "--check"],
+    ["results"],
+]
+
+
+def median(command: list[str]) -> float:
+    """Seconds of wall time over five calls."""
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run(command, capture_output=True)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def rows_per_second(folder: Path, count: int = 100_000, size: int = 2048) -> tuple[float, float]:
+    """Bytes a second of processor time for `count` rows of some `size`, made of the shipped sample: checked, and read."""
+    texts = [row["patch"] for file in sorted(paths.SAMPLE.glob("*.jsonl")) for row in map(json.loads, file.open())]
+    file = folder / "train.jsonl"
+    with file.open("w") as stream:
+        for i in range(count):
+            patch = ("\n".join(texts[(i + j) % len(texts)] for j in range(9)) * 3)[: size - 150]
+            row = {"instruction": "Review this change.", "input": patch, "output": f"Why {i}?"}
+            stream.write(json.dumps(row) + "\n")
+    started = time.process_time()
+    rows.check({"base_model": "meta-llama/Llama-2-7b-hf", "datasets": [{"path": str(file), "type": "alpaca"}]})
+    checked = time.process_time()
+    with file.open("rb") as lines:
+        for line in lines:
+            json.loads(line)
+    read = time.process_time()
+    return file.stat().st_size / (checked - started), file.stat().st_size / (read - checked)
+
+
+if __name__ == "__main__":
+    nothing = median([sys.executable, "-c", "pass"])
+    for arguments in COMMANDS:
+        name = "check, all recipes" if arguments == ["check"] else arguments[0]
+        print(f"{name:20}{median([RECIPE, *arguments]) - nothing:6.3f} s beyond `python -c pass`")
+    with tempfile.TemporaryDirectory() as folder:
+        check, read = rows_per_second(Path(folder))
+    print(
+        f"rows checked        {check / 1e6:6.0f} MB/s of processor time ({read / check:.1f} times that of json.loads alone)"
+    )
