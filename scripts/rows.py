@@ -246,7 +246,7 @@ _WORDS: dict[str, tuple[Level, str, str]] = {
     "prompt-marker": ("warning", "{n} with {about}, which the prompt uses itself", "drop them, or use another type"),
     "special-token": ("warning", "{n} with the text {about}, which the tokenizer reads as its special token", ""),
     "control-character": ("warning", "{n} with the control character {about}", "clean or drop them"),
-    "repeated-row": ("warning", "{n} that stand there before", ""),
+    "repeated-row": ("warning", "{n} seen before", ""),
     "leaked-row": ("warning", "{n} that the training data has too{about}: their score says little", "drop them there"),
 }
 

@@ -43,7 +43,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (GOOD | {"input": "a\x00b"}, "the control character U+0000"),
         (GOOD | {"input": "a\x1b[0m"}, "the control character U+001B"),
         (GOOD | {"input": "caf\ufffd"}, "the control character U+FFFD"),
-        (GOOD, "1 row that stand there before (train.jsonl:1) [repeated-row:datasets.0.path]"),
+        (GOOD, "1 row seen before (train.jsonl:1) [repeated-row:datasets.0.path]"),
     ],
 )
 def test_a_row_that_spoils_a_training_is_found_with_its_line(row: Any, says: str) -> None:
