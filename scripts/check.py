@@ -1,7 +1,7 @@
 """`recipe check`: all that is wrong with a config, found before anything starts."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,11 @@ from .quiet import importing_axolotl
 
 @dataclass
 class Report:
-    """What a check found of one recipe or file; `composed` is None where it could not be read."""
+    """What a check found of one recipe or file; `composed` is None where it could not be read.
+
+    Attributes:
+        data: for each data set that was read its files, rows and bytes, and its lengths in tokens where they are known.
+    """
 
     name: str
     composed: Composed | None = None
@@ -30,25 +34,30 @@ class Report:
         return {"checked": self.name, "findings": found, "data": self.data}
 
     def data_table(self) -> list[dict[str, Any]]:
-        """Its data files, a row each: size, lengths in tokens, and what becomes of them."""
-        shares = ("50", "95", "100")
+        """Its data sets, a row each: size, lengths in tokens, and what becomes of them."""
         return [
             {
-                "file": file["path"],
-                "rows": file["rows"],
-                "MB": file["bytes"] / 1e6,
-                "tokens": file.get("tokens"),
-                "with loss": file.get("tokens_with_loss"),
-                **{f"p{share}".replace("p100", "longest"): file.get("percentiles", {}).get(share) for share in shares},
-                "too long": file.get("longer_than_sequence_len"),
-                "padding": file.get("padding_share"),
+                "data": ", ".join(read["files"]),
+                "rows": read["rows"],
+                "MB": read["bytes"] / 1e6,
+                "tokens": read.get("tokens"),
+                "with loss": read.get("tokens_with_loss"),
+                "median": read.get("percentiles", {}).get("50"),
+                "95 %": read.get("percentiles", {}).get("95"),
+                "longest": read.get("percentiles", {}).get("100"),
+                "too long": read.get("longer_than_sequence_len"),
+                "padding": read.get("padding_share"),
             }
-            for file in self.data
+            for read in self.data
         ]
 
     def count(self, level: str) -> int:
         """How many findings there are of a level."""
         return sum(finding.level == level for finding in self.findings)
+
+    def add(self, found: Iterable[Finding]) -> None:
+        """Add findings, errors first."""
+        self.findings = sorted([*self.findings, *found], key=lambda finding: LEVELS.index(finding.level))
 
 
 def check(request: Request, gpu: Gpu | None = None, data: bool = False, full: bool = False) -> Report:
@@ -58,27 +67,47 @@ def check(request: Request, gpu: Gpu | None = None, data: bool = False, full: bo
         request: the recipe or file, and what is laid over it.
         gpu: the GPU that it is meant for.
         data: also read every row of its data, and tokenize them where the tokenizer is on this machine.
-        full: also ask Axolotl's own validation.
+        full: also ask Axolotl's own validation, which loads the plugins that the config lists.
 
     Without data and full no torch is imported.
     """
+    report = Report(request.name)
     try:
         composed = compose.compose(request)
-    except UserError as error:
-        return Report(request.name, None, [_unreadable(request.name, error)])
-    report = Report(request.name, composed, findings(composed, gpu))
-    if full:
-        with importing_axolotl():
-            from . import installed
+        report = examine(composed, gpu, data=data)
+        report.name = request.name
+        if full:
+            with importing_axolotl():
+                from . import installed
 
-            of_axolotl = list(installed.validate(composed.config, gpu or installed.ANY_GPU))
-        report.findings += placed(of_axolotl, composed)
-    if data:
-        of_rows, report.data = rows.check(composed.config)
-        report.findings += of_rows
-        if not report.count("error"):
+                of_axolotl = list(installed.validate(composed.config, gpu or installed.ANY_GPU))
+            report.add(placed(of_axolotl, composed))
+        if data and not report.count("error"):
             _measure_tokens(report, composed)
-    report.findings.sort(key=lambda finding: LEVELS.index(finding.level))
+    except UserError as error:
+        report.add([_unreadable(request.name, error)])
+    except OSError as error:
+        report.add([_unreadable(request.name, UserError(f"{error.filename}: {error.strerror}"))])
+    return report
+
+
+def examine(
+    composed: Composed, gpu: Gpu | None = None, gpus: int = 1, launching: bool = False, data: bool = False
+) -> Report:
+    """What the schema and the rules find in a config, each at its place, and with `data` what its rows have.
+
+    A rehearsal has no GPU.
+    """
+    of_schema = list(schema.findings(composed.config))
+    wrong = [finding.key for finding in of_schema if finding.rule in ("value", "plugin-key")]
+    sound = _without(composed.config, wrong)
+    parts = {key.partition(".")[0] for key in wrong}
+    case = rules.Case(sound, parts, None if composed.rehearsal else gpu, gpus, launching)
+    report = Report(composed.recipe, composed)
+    report.add(placed([*of_schema, *rules.findings(case)], composed))
+    if data:
+        of_rows, report.data = rows.check(sound)
+        report.add(of_rows)
     return report
 
 
@@ -89,10 +118,8 @@ def tokens_of(request: Request, count: int) -> list[dict[str, Any]]:
         UserError: the config, its data or its tokenizer does not allow it.
     """
     composed = compose.compose(request)
-    refuse(findings(composed, None), [])
-    if composed.rehearsal:
-        standin.model_folder()
-    elif not models.find(composed.config).on_this_machine:
+    refuse(examine(composed).findings, [])
+    if not _has_tokenizer(composed):
         name = composed.config["base_model"]
         raise UserError(
             f"--show-tokens: the tokenizer of {name} is not on this machine; `hf download {name} config.json "
@@ -104,23 +131,26 @@ def tokens_of(request: Request, count: int) -> list[dict[str, Any]]:
         return tokens.shown(composed.config, count)
 
 
-def _measure_tokens(report: Report, composed: Composed) -> None:
-    """Add the lengths in tokens to a report."""
+def _has_tokenizer(composed: Composed) -> bool:
+    """Whether a config's tokenizer is on this machine; a rehearsal's is put there."""
     if composed.rehearsal:
         standin.model_folder()
-    if not models.find(composed.config).on_this_machine:
+    return models.find(composed.config).tokenizer_here
+
+
+def _measure_tokens(report: Report, composed: Composed) -> None:
+    """Add the lengths in tokens to a report."""
+    if not _has_tokenizer(composed):
         problem = "lengths in tokens are not known: its tokenizer is not on this machine"
-        report.findings.append(Finding("note", "not-checked", "base_model", problem, where=report.name))
+        report.add([Finding("note", "not-checked", "base_model", problem, where=report.name)])
         return
     with importing_axolotl():
         from . import tokens
 
         of_tokens, lengths = tokens.lengths(composed.config)
-    report.findings += placed(of_tokens, composed)
-    for measured in lengths:
-        for file in report.data:
-            if file["key"] == measured["key"]:
-                file |= measured
+    report.add(placed(of_tokens, composed))
+    for read in report.data:
+        read |= next((measured for measured in lengths if measured["key"] == read["key"]), {})
 
 
 def _unreadable(name: str, error: UserError) -> Finding:
@@ -129,16 +159,6 @@ def _unreadable(name: str, error: UserError) -> Finding:
     if not match:
         return Finding("error", "unreadable", "", str(error), where=name)
     return Finding("error", "unreadable", "", match[3], where=match[1], line=int(match[2]) if match[2] else None)
-
-
-def findings(composed: Composed, gpu: Gpu | None, launching: bool = False) -> list[Finding]:
-    """What the schema and the rules find in a config, each at its place, errors first. A rehearsal has no GPU."""
-    of_schema = list(schema.findings(composed.config))
-    wrong = [finding.key for finding in of_schema if finding.rule in ("value", "plugin-key")]
-    gpu = None if composed.rehearsal else gpu
-    case = rules.Case(_without(composed.config, wrong), set(composed.config), gpu, launching)
-    found = placed([*of_schema, *rules.findings(case)], composed)
-    return sorted(found, key=lambda finding: LEVELS.index(finding.level))
 
 
 def refuse(found: list[Finding], force: list[str]) -> list[Finding]:
@@ -151,8 +171,8 @@ def refuse(found: list[Finding], force: list[str]) -> list[Finding]:
     for name in force:
         if name not in names:
             raise UserError(f"--force {name}: names no error of this config; they stand in brackets behind it")
-        if name.startswith("secret:"):
-            raise UserError(f"--force {name}: a secret never enters a run's folder")
+        if name.startswith(("secret:", "value:plugins", "value:datasets")):
+            raise UserError(f"--force {name}: a run cannot start with this")
     left = [finding for finding in found if finding.name not in force]
     if any(finding.level == "error" for finding in left):
         raise UserError("\n".join(str(finding) for finding in left if finding.level == "error"))

@@ -164,7 +164,7 @@ def check(
     from . import gpus, paths, tables
     from .compose import Request
 
-    target = gpus.find(gpu) if gpu else gpus.here()
+    target = gpus.here() if gpu is None else gpus.find(gpu)
     requests = [Request(name, profile or [], set_ or [], rehearse, mirror) for name in names or paths.recipe_names()]
     if show_tokens:
         if len(requests) != 1:
@@ -216,7 +216,15 @@ def run(
     if axolotl_arguments and not axolotl_arguments[0].startswith("-"):
         raise UserError(f"{axolotl_arguments[0]}: one recipe at a time; Axolotl's own options go behind --")
     request = Request(
-        name, profile or [], set_ or [], rehearse, mirror, gpus, dry_run, axolotl_arguments or [], force or []
+        name,
+        profiles=profile or [],
+        overrides=set_ or [],
+        rehearse=rehearse,
+        mirror=mirror,
+        gpus=gpus,
+        dry_run=dry_run,
+        axolotl_arguments=axolotl_arguments or [],
+        force=force or [],
     )
     if dry_run:
         print(config.write_yaml(launcher.prepare(request).config), end="")

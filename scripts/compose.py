@@ -112,10 +112,11 @@ def check_arguments(arguments: list[str]) -> None:
         _check_not_of_the_run(option, argument)
         if schema.is_secret(option):
             raise UserError(f"{argument}: would stand in the run's folder; give it by an environment variable")
-        if argument.startswith("--") and not schema.is_option(option):
+        key = schema.key_of_option(option)
+        if argument.startswith("--") and key:
+            raise UserError(f"{argument}: a key of the config; --set {key}=... is checked and recorded as well")
+        if argument.startswith("--") and option not in schema.TRAIN_OPTIONS:
             raise UserError(f"{argument}: `axolotl train` has no such option, and would ignore it")
-        if option.startswith(("datasets", "test_datasets")):
-            raise UserError(f"{argument}: Axolotl cannot follow this option; use --set datasets.0.path=FILE")
 
 
 def is_rehearsal(request: Request) -> bool:

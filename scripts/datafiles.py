@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ def datasets(composed: Config, *sections: str) -> Iterator[tuple[str, Config]]:
 
 
 def local_files(dataset: Config) -> list[Path]:
-    """The files of a data set that is meant to be on this machine, there or not; none of one on a hub.
+    """The files of a data set that is meant to be on this machine, there or not; none of one on a hub or in a cloud.
 
-    They are a file, those of a folder, or those that `data_files` lists.
+    They are a file, those of a folder, or those that `data_files` lists, by name or by pattern.
     """
     name, listed = dataset.get("path"), dataset.get("data_files") or []
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not isinstance(name, str) or not name or "\0" in name or "://" in name:
         return []
     path = Path(name)
     if path.is_file():
@@ -40,8 +41,19 @@ def local_files(dataset: Config) -> list[Path]:
         return sorted(file for file in path.rglob("*") if file.is_file())
     if listed and not path.is_dir() and f".{name}" not in _SUFFIXES:
         return []  # files of a repository on a hub
-    files = [Path(str(file)) for file in (listed if isinstance(listed, list) else [listed])] or [path]
+    patterns = [str(one) for one in (listed if isinstance(listed, list) else [listed])] or [name]
+    files = [
+        Path(file)
+        for pattern in patterns
+        if "://" not in pattern
+        for file in sorted(glob(pattern, recursive=True)) or [pattern]  # noqa: PTH207 (Path's takes no absolute one)
+    ]
     return [file for file in files if file.is_file() or _looks_local(file)]
+
+
+def jsonl_files(dataset: Config) -> list[Path]:
+    """Those of a data set's local files that are there and hold a JSON row a line."""
+    return [file for file in local_files(dataset) if file.suffix == ".jsonl" and file.is_file()]
 
 
 def _looks_local(path: Path) -> bool:
@@ -84,27 +96,32 @@ def _count_rows(path: Path, mtime_ns: int, size: int) -> int:
         return sum(1 for line in stream if line.strip())
 
 
-def training_steps(composed: Config) -> int | None:
-    """The optimizer steps of a config on one device; None where its unpacked, local JSONL rows do not tell."""
-    most, rows = int(_positive(composed, "max_steps", 0)) or None, _training_rows(composed)
-    micro_batch, accumulation, epochs = (_positive(composed, key) for key in _STEP_SIZES)
-    if rows is None or composed.get("sample_packing") or not (micro_batch and accumulation and epochs):
-        return most
-    steps = math.ceil(math.ceil(math.ceil(rows / micro_batch) / accumulation) * epochs)
-    return min(steps, most or steps)
+def training_steps(composed: Config, gpus: int = 1) -> int | None:
+    """The optimizer steps of a config, as Axolotl counts them (utils/trainer.py, calculate_total_num_steps).
 
-
-_STEP_SIZES = ("micro_batch_size", "gradient_accumulation_steps", "num_epochs")
+    None where its unpacked, local JSONL rows do not tell.
+    """
+    if most := int(_positive(composed, "max_steps", 0)):
+        return most  # Axolotl lets it win over the epochs
+    rows, batch, epochs = _training_rows(composed), effective_batch(composed) * gpus, _positive(composed, "num_epochs")
+    if rows is None or composed.get("sample_packing") or not (batch and epochs):
+        return None
+    return math.ceil(rows * epochs / batch)
 
 
 def _training_rows(composed: Config) -> int | None:
-    """The rows that are trained on; None where a data set is not one local JSONL file."""
+    """The rows that are trained on; None where a data set is not one local JSONL file, whole or its first rows."""
     rows = 0
     for _, dataset in datasets(composed, "datasets"):
-        files = local_files(dataset)
-        if len(files) != 1 or files[0].suffix != ".jsonl" or not files[0].is_file():
+        files, first = jsonl_files(dataset), first_rows(dataset)
+        part = (
+            dataset.get("shards")
+            or dataset.get("weight")
+            or (first is None and dataset.get("split", "train") != "train")
+        )
+        if len(files) != 1 or part:
             return None
-        rows += min(count_rows(files[0]), first_rows(dataset) or sys.maxsize)
+        rows += min(count_rows(files[0]), sys.maxsize if first is None else first)
     held_out = _positive(composed, "val_set_size", 0)  # a number of rows, or a share of them
     return (rows - math.ceil(held_out * rows if held_out < 1 else held_out)) if rows else None
 
@@ -117,4 +134,6 @@ def _positive(composed: Config, key: str, unset: float = 1) -> float:
 
 def effective_batch(composed: Config) -> float:
     """The rows of an optimizer step on one device."""
+    if composed.get("batch_size"):
+        return _positive(composed, "batch_size")
     return _positive(composed, "micro_batch_size") * _positive(composed, "gradient_accumulation_steps")

@@ -32,8 +32,8 @@ def find(name: str) -> Gpu:
     Raises:
         UserError: there is none of that name.
     """
-    if match := re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", name, re.IGNORECASE):
-        return Gpu(name, (int(match[1]), int(match[2])))
+    if match := re.fullmatch(r"sm_?(\d{1,2})(\d)|(\d{1,2})\.(\d)", name, re.IGNORECASE):
+        return Gpu(name, (int(match[1] or match[3]), int(match[2] or match[4])))
     known = {
         _plain(listed): Gpu(listed, _capability(number))
         for number, names in config.read_yaml(FILE).items()

@@ -76,12 +76,19 @@ def schema(bounds: dict[str, dict[str, float]], descriptions: dict[str, str]) ->
         elif told := _deprecation(name, field):
             keys[name] |= {"deprecated": True, "deprecationMessage": told[0], "x-removed": told[1]}
 
-    plugins, adapters = {}, ["lora", "qlora", "llama-adapter"]
+    plugins: dict[str, list[str]] = {}
+    adapters = ["lora", "qlora", "llama-adapter"]
+    spellings: dict[str, list[str]] = {}
     for name, plugin in _plugins():
         adapters += [capability.name for capability in plugin.get_adapter_capabilities()]
         arguments = _class(plugin.get_input_args())
         own = set(arguments.model_fields) - AxolotlInputConfig.model_fields.keys() if arguments else ()
-        plugins[name] = sorted(own)
+        module = type(plugin).__module__
+        names = [
+            f"{where}{sign}{type(plugin).__name__}" for where in (name.rpartition(".")[0], module) for sign in ".:"
+        ]
+        spellings[name] = list(dict.fromkeys(names))
+        plugins |= dict.fromkeys(spellings[name], sorted(own))
         if arguments:
             of_plugin = arguments.model_json_schema(schema_generator=_Schema)
             definitions |= of_plugin.get("$defs", {})
@@ -101,7 +108,7 @@ def schema(bounds: dict[str, dict[str, float]], descriptions: dict[str, str]) ->
         "properties": {key: {} for key in [*options, "blocksize"]} | {"bnb_4bit_quant_type": {"enum": ["nf4", "fp4"]}},
         "additionalProperties": False,  # transformers only logs an option that it does not know
     }
-    plugin_names = {"anyOf": [{"type": "string", "enum": sorted(plugins)}, {"type": "string"}]}  # or anyone's
+    plugin_names = {"anyOf": [{"type": "string", "enum": sorted(spellings)}, {"type": "string"}]}  # or anyone's
     keys["plugins"]["anyOf"][0]["items"] = plugin_names
     for name, bound in bounds.items():
         alternatives = keys[name].get("anyOf", [keys[name]])
@@ -112,13 +119,15 @@ def schema(bounds: dict[str, dict[str, float]], descriptions: dict[str, str]) ->
     for name, description in descriptions.items():
         keys[name]["description"] = description
 
+    of_fsdp = definitions["FSDPConfig"]["properties"]  # Axolotl takes its keys with their old prefix too
+    of_fsdp |= {f"fsdp_{key}": value | {"deprecated": True} for key, value in of_fsdp.items() if key != "fsdp_version"}
     for level in (main, *definitions.values()):
         if "properties" in level:
             level.setdefault("additionalProperties", False)
     main["allOf"] = [
-        {"if": {"not": _lists(name)}, "then": {"properties": dict.fromkeys(own, _ignored(name))}}
-        for name, own in plugins.items()
-        if own and not name.startswith(ALWAYS)
+        {"if": {"not": _lists(names)}, "then": {"properties": dict.fromkeys(plugins[name], _ignored(name))}}
+        for name, names in spellings.items()
+        if plugins[name] and not name.startswith(ALWAYS)
     ]
     head = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -164,9 +173,9 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def _lists(plugin: str) -> dict[str, Any]:
-    """A schema of the configs that list a plugin."""
-    return {"required": ["plugins"], "properties": {"plugins": {"type": "array", "contains": {"const": plugin}}}}
+def _lists(names: list[str]) -> dict[str, Any]:
+    """A schema of the configs that list a plugin by one of its names."""
+    return {"required": ["plugins"], "properties": {"plugins": {"type": "array", "contains": {"enum": names}}}}
 
 
 def _ignored(plugin: str) -> dict[str, Any]:
@@ -263,7 +272,7 @@ def _functions(module: ModuleType, first: str) -> Iterator[str]:
             yield name
 
 
-ANY_GPU = Gpu("A100", (8, 0))
+ANY_GPU = Gpu("H100", (9, 0))
 """What a config is validated for where no GPU is named or there."""
 
 
@@ -285,7 +294,7 @@ def validate(content: Config, gpu: Gpu) -> Iterator[Finding]:
     logger, records = logging.getLogger("axolotl"), list[logging.LogRecord]()
     handler = logging.Handler(logging.WARNING)
     handler.emit = records.append
-    former, logger.handlers, logger.propagate = logger.handlers, [handler], False
+    former, logger.handlers, logger.propagate = (logger.handlers, logger.propagate), [handler], False
     disabled = logging.root.manager.disable
     logging.disable(logging.NOTSET)
     PluginManager._instance = None  # plugins of a config validated before
@@ -300,7 +309,7 @@ def validate(content: Config, gpu: Gpu) -> Iterator[Finding]:
     except Exception as error:  # validators, and plugins as they load, can raise anything
         yield Finding("error", "axolotl", "", f"{type(error).__name__}: {error}")
     finally:
-        logger.handlers, logger.propagate = former, True
+        logger.handlers, logger.propagate = former
         logging.disable(disabled)
     for record in records:
         yield Finding("warning", "axolotl-warning", "", record.getMessage())

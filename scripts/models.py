@@ -1,5 +1,6 @@
 """What is known about a base model without loading it."""
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +12,8 @@ import orjson
 from . import config, paths
 from .config import Config
 
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LINEAR_LAYERS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 _SAME_LAYERS = {"llama", "mistral", "qwen2", "qwen3"}  # model types whose decoder layers have just these
 
 
@@ -21,17 +23,20 @@ class Model:
 
     Attributes:
         gated: whether the hub asks for an accepted licence and a token.
-        on_this_machine: whether its files are here, as a folder or in the hub's cache.
+        weights_here, tokenizer_here: whether they are on this machine, in a folder or in the hub's cache.
         context: the most tokens that it was made for.
-        layers: the names of the linear layers in its decoder that LoRA can adapt.
+        layers: how many layers its decoder has.
+        linear: the names of the linear layers in each of them that LoRA can adapt.
         special_tokens: a regular expression for its tokenizer's special tokens.
         chat: whether it was trained to follow a chat template.
     """
 
     gated: bool | None = None
-    on_this_machine: bool = False
+    weights_here: bool = False
+    tokenizer_here: bool = False
     context: int | None = None
-    layers: tuple[str, ...] | None = None
+    layers: int | None = None
+    linear: tuple[str, ...] | None = None
     special_tokens: str | None = None
     chat: bool | None = None
 
@@ -47,25 +52,34 @@ def find(composed: Config) -> Model:
     name, revision = composed.get("base_model"), composed.get("revision_of_model") or composed.get("model_revision")
     if not isinstance(name, str) or "\0" in name:
         return Model()
-    entry = catalogue().get(name, {})
     mirrored: dict[str, Any] = next((known for known in catalogue().values() if known.get("mirror") == name), {})
-    known = mirrored | {"gated": False} if mirrored else entry
+    known = mirrored | {"gated": False} if mirrored else catalogue().get(name, {})
+    sizes, tokens = known.get("config", {}), known.get("special_tokens")
     folder = Path(name) if Path(name).is_dir() else _in_hub_cache(name, revision)
-    kind, tokens = known.get("model_type"), known.get("special_tokens")
-    context, chat = known.get("context"), known.get("chat", False) if known else None
     if folder:
-        sizes = _json(folder / "config.json")
-        kind, context = sizes.get("model_type", kind), sizes.get("max_position_embeddings", context)
-        added = _json(folder / "tokenizer.json").get("added_tokens", [])
-        tokens = "|".join(re.escape(token["content"]) for token in added if token.get("special")) or tokens
+        sizes = sizes | _json(folder / "config.json")
+        tokens = _special_tokens(_json(folder / "tokenizer.json")) or tokens
+    context, layers = sizes.get("max_position_embeddings"), sizes.get("num_hidden_layers")
     return Model(
         gated=False if Path(name).is_dir() else known.get("gated"),
-        on_this_machine=folder is not None,
+        weights_here=folder is not None and any(any(folder.glob(f"*{suffix}")) for suffix in _WEIGHTS),
+        tokenizer_here=folder is not None and (folder / "config.json").is_file() and any(folder.glob("tokenizer*")),
         context=context if isinstance(context, int) else None,
-        layers=LINEAR_LAYERS if kind in _SAME_LAYERS else None,
+        layers=layers if isinstance(layers, int) else None,
+        linear=LINEAR_LAYERS if str(sizes.get("model_type")) in _SAME_LAYERS else None,
         special_tokens=tokens,
-        chat=chat,
+        chat=known.get("chat", False) if known else None,
     )
+
+
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
+
+
+def _special_tokens(tokenizer: dict[str, Any]) -> str | None:
+    """A regular expression for the special tokens in a tokenizer.json; None where it names none."""
+    added = tokenizer.get("added_tokens")
+    special = [token for token in added if isinstance(token, dict) and token.get("special")] if added else []
+    return "|".join(re.escape(str(token["content"])) for token in special if token.get("content")) or None
 
 
 def _in_hub_cache(name: str, revision: Any) -> Path | None:
@@ -78,17 +92,17 @@ def _in_hub_cache(name: str, revision: Any) -> Path | None:
         commit = (repository / "refs" / wanted).read_text() if not re.fullmatch("[0-9a-f]{40}", wanted) else wanted
     except (OSError, ValueError):
         return None
-    folder = repository / "snapshots" / commit
-    return folder if (folder / "config.json").is_file() else None
+    folder = repository / "snapshots" / commit.strip()
+    return folder if folder.is_dir() else None
 
 
 def has_token() -> bool:
     """Whether there is a token for the hub, as huggingface_hub looks for one."""
-    import os
-
     from huggingface_hub.constants import HF_TOKEN_PATH
 
-    return any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")) or Path(HF_TOKEN_PATH).is_file()
+    if any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")):
+        return True
+    return Path(HF_TOKEN_PATH).is_file() and bool(Path(HF_TOKEN_PATH).read_text().strip())
 
 
 def is_offline() -> bool:

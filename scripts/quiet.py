@@ -20,10 +20,11 @@ def importing_axolotl(offline: bool = True) -> Iterator[None]:
     before = hub.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE", "0")
     if offline:
         hub.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
+    disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
         hub.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = before

@@ -96,6 +96,9 @@ def markers_of(dataset: Config) -> tuple[str, ...]:
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd]")
 
 
+_BOM = b"\xef\xbb\xbf"
+
+
 @dataclass
 class _Kind:
     """Rows with the same mistake: how many, and the first of them."""
@@ -124,29 +127,36 @@ class _File:
 
 
 def check(config: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
-    """What is wrong with the rows of a config's local JSONL files, and how many rows and bytes each file has.
+    """What is wrong with the rows of a config's local JSONL files, and how many rows and bytes each data set has.
 
     Each file is read once, as a stream; of each row two hashes are kept (some 200 bytes), to find rows that repeat
     within the training data, or that evaluation data has in common with it.
+
+    Args:
+        config: a config without what breaks the schema.
     """
     special = models.find(config).special_tokens
-    found, files = [], []
+    found: list[Finding] = []
+    read: list[dict[str, Any]] = []
     seen: dict[int, str] = {}
     for key, dataset in datafiles.datasets(config):
         trained = key.startswith("datasets")
         reader = _Reader(dataset, special, seen, trained)
-        for path in datafiles.local_files(dataset):
-            if path.suffix not in (".jsonl", ".json") or not path.is_file():
-                found.append(Finding("note", "not-checked", f"{key}.path", f"{path} is no JSONL file", where=str(path)))
-                continue
-            file = _File(key, path)
+        jsonl = datafiles.jsonl_files(dataset)
+        files = [_File(key, path) for path in jsonl]
+        for file in files:
             reader.read(file, datafiles.first_rows(dataset))
             found += _findings(file)
-            files.append({"key": key, "path": str(path), "rows": file.rows, "bytes": file.bytes})
-        if reader.fields is None:
+        if files:
+            rows, size = sum(file.rows for file in files), sum(file.bytes for file in files)
+            read.append({"key": key, "files": [str(path) for path in jsonl], "rows": rows, "bytes": size})
+        for path in datafiles.local_files(dataset):
+            if path.is_file() and path not in jsonl:
+                found.append(Finding("note", "not-checked", f"{key}.path", f"{path} is no JSONL file", where=str(path)))
+        if files and reader.fields is None:
             problem = f"the fields that type {dataset.get('type')} reads are not known here, and not checked"
             found.append(Finding("note", "not-checked", f"{key}.type", problem, where=str(dataset.get("path"))))
-    return found, files
+    return found, read
 
 
 class _Reader:
@@ -162,9 +172,7 @@ class _Reader:
     def __init__(self, dataset: Config, special: str | None, seen: dict[int, str], trained: bool):
         self.fields, self.seen, self.trained = fields_of(dataset), seen, trained
         self.markers = markers_of(dataset)
-        # the first character rules most rows out without a search
         self.special = re.compile(special) if special else None
-        self.special_start = "<|" if special and special.startswith(r"<\|") else "<"
 
     def read(self, file: _File, limit: int | None) -> None:
         """Count a file's rows, or the first so many, and what is wrong with them."""
@@ -173,6 +181,9 @@ class _Reader:
                 if limit is not None and file.rows >= limit:
                     break
                 file.bytes += len(line)
+                if number == 1 and line.startswith(_BOM):
+                    file.found("byte-order-mark", "", number)
+                    line = line.removeprefix(_BOM)
                 if not line.strip():
                     continue
                 file.rows += 1
@@ -213,7 +224,7 @@ class _Reader:
         for marker in self.markers:
             if marker in text:
                 file.found("prompt-marker", marker.strip(), number)
-        if self.special and self.special_start in text and (match := self.special.search(text)):
+        if self.special and (match := self.special.search(text)):
             file.found("special-token", match[0], number)
         # JSON escapes nearly all of them, so that most rows need no search
         may_have = not line.isascii() or any(sign in line for sign in (b"\\u", b"\\b", b"\\f", b"\x7f"))
@@ -236,12 +247,13 @@ def _encoding(line: bytes) -> str:
         line.decode()
     except UnicodeDecodeError:
         return "not UTF-8"
-    return "a byte order mark before it" if line.startswith(b"\xef\xbb\xbf") else "no JSON"
+    return "no JSON"
 
 
 # level, problem and remedy by rule; {n} rows, {about} what the kind is, {example} of the first row
 _WORDS: dict[str, tuple[Level, str, str]] = {
     "bad-row": ("error", "{n} with {about}", "correct or drop them"),
+    "byte-order-mark": ("warning", "a byte order mark before {n}", "save the file as UTF-8 without one"),
     "empty-reference": ("warning", "{n} with an empty {about}: nothing is learnt from them", "drop them"),
     "prompt-marker": ("warning", "{n} with {about}, which the prompt uses itself", "drop them, or use another type"),
     "special-token": ("warning", "{n} with the text {about}, which the tokenizer reads as its special token", ""),

@@ -28,14 +28,16 @@ class Case:
 
     Attributes:
         config: the config, without what breaks the schema.
-        given: the top-level keys that are set, rightly or wrongly.
+        wrong: the top-level keys from which something was taken out.
         gpu: the GPU that it is meant for; None where none is named or there.
+        gpus: how many of them.
         launching: whether a run is about to start here, so that what only this machine lacks is an error.
     """
 
     config: Config
-    given: set[str]
+    wrong: set[str]
     gpu: Gpu | None = None
+    gpus: int = 1
     launching: bool = False
 
     def __getitem__(self, key: str) -> Any:
@@ -49,7 +51,7 @@ class Case:
     @cached_property
     def steps(self) -> int | None:
         """The optimizer steps of the training, where they can be told."""
-        return None if self.given - self.config.keys() else datafiles.training_steps(self.config)
+        return None if self.wrong else datafiles.training_steps(self.config, self.gpus)
 
     @property
     def attention(self) -> str:
@@ -63,8 +65,8 @@ class Case:
         return self["adapter"] in ("lora", "qlora")
 
     def is_set(self, *keys: str) -> bool:
-        """Whether one of some keys is there, even with a wrong value, which is a finding of its own."""
-        return any(key in self.given for key in keys)
+        """Whether one of some keys has a value, and not an empty one or false; a wrong one counts."""
+        return any(self.config.get(key) or key in self.wrong for key in keys)
 
 
 OLD_ATTENTION_KEYS = {
@@ -129,7 +131,7 @@ def missing_file(case: Case) -> Found:
 @_rule
 def no_batch_size(case: Case) -> Found:
     """Without it Axolotl trains with one row at a time, in silence (seen)."""
-    if not case.is_set("micro_batch_size", "batch_size"):
+    if not case.is_set("micro_batch_size"):
         yield "error", "micro_batch_size", "not set: Axolotl would take 1", "set it"
 
 
@@ -139,6 +141,8 @@ def excluding_keys(case: Case) -> Found:
     for one, other in _EXCLUDING:
         if case[one] and case[other]:
             yield "error", one, f"cannot stand beside {other}", "delete one of them"
+    if case["evals_per_epoch"] and case["eval_strategy"] not in (None, "steps"):
+        yield "error", "eval_strategy", "cannot stand beside evals_per_epoch", "delete one of them"
 
 
 _EXCLUDING = [
@@ -148,7 +152,7 @@ _EXCLUDING = [
     ("test_datasets", "val_set_size"),
     ("batch_size", "gradient_accumulation_steps"),
     ("deepspeed", "fsdp_config"),
-    ("load_in_8bit", "load_in_4bit"),
+    *((key, "attn_implementation") for key in OLD_ATTENTION_KEYS),
 ]
 
 
@@ -163,19 +167,20 @@ def deprecated(case: Case) -> Found:
 
 @_rule
 def no_lora_targets(case: Case) -> Found:
-    """PEFT then adapts q_proj and v_proj, in silence (its TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)."""
+    """Axolotl's validation lets it pass; PEFT fails once the model is loaded (NoMatchingPeftModuleError)."""
     if case.lora and not case.is_set("lora_target_modules", "lora_target_linear", "lora_target_parameters"):
-        yield "error", "adapter", "no layers named for LoRA: PEFT would choose", "set lora_target_modules"
+        yield "error", "adapter", "no layers are named for LoRA", "set lora_target_modules or lora_target_linear: true"
 
 
 @_rule
 def unknown_lora_target(case: Case) -> Found:
     """PEFT passes over a name that matches no layer, as long as another does (BaseTuner.inject_adapter)."""
-    targets, layers = case["lora_target_modules"], case.model.layers
-    if not (case.lora and targets and layers) or targets == "all-linear":
+    targets, linear = case["lora_target_modules"], case.model.linear
+    if not (case.lora and targets and linear) or targets == "all-linear":
         return
-    paths = [f"model.layers.0.{'mlp' if 'gate up down'.count(name[:2]) else 'self_attn'}.{name}" for name in layers]
-    paths += ["model.embed_tokens", "lm_head"]
+    paths = ["model.embed_tokens", "lm_head"]
+    for i in range(case.model.layers or 1000):
+        paths += [f"model.layers.{i}.{'self_attn' if name in models.ATTENTION else 'mlp'}.{name}" for name in linear]
     if isinstance(targets, str):
         try:
             if any(re.fullmatch(targets, path) for path in paths):
@@ -183,17 +188,17 @@ def unknown_lora_target(case: Case) -> Found:
         except re.error as error:
             yield "error", "lora_target_modules", f"{targets} is no regular expression: {error}", "use a list of names"
             return
-        yield "error", "lora_target_modules", f"{targets} matches no layer of this model", f"it has {', '.join(layers)}"
+        yield "error", "lora_target_modules", f"{targets} matches no layer of this model", f"it has {', '.join(linear)}"
         return
     for i, target in enumerate(targets):
         if not any(path == target or path.endswith(f".{target}") for path in paths):
-            hint = did_you_mean(target, layers) or f"; it has {', '.join(layers)}"
+            hint = did_you_mean(target, linear) or f"; it has {', '.join(linear)}"
             yield "error", f"lora_target_modules.{i}", f"no layer of this model is called {target}{hint}", ""
 
 
 @_rule
 def no_lora_rank(case: Case) -> Found:
-    """Axolotl hands None on to PEFT, which fails once the model is loaded."""
+    """PEFT gets None and fails once the model is loaded."""
     for key in ("lora_r", "lora_alpha"):
         if case.lora and not case.is_set(key, "lora_model_dir"):
             yield "error", "adapter", f"{key} is not set", f"set {key}"
@@ -206,8 +211,9 @@ def not_quantized(case: Case) -> Found:
         yield "error", "adapter", "lora leaves the base in 16 bits, load_in_4bit or not", "set adapter: qlora"
     if case["adapter"] == "qlora" and not case["load_in_4bit"]:
         yield "error", "adapter", "qlora needs load_in_4bit: true", "set it, or adapter: lora"
-    if not case.is_set("adapter") and (case["load_in_4bit"] or case["load_in_8bit"]):
-        yield "error", "load_in_4bit", "a quantized base cannot be trained without an adapter", "set adapter: qlora"
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if not case.is_set("adapter") and case[key]:
+            yield "error", key, "a quantized base cannot be trained without an adapter", "set adapter: qlora"
 
 
 @_rule
@@ -222,26 +228,37 @@ def gpu_lacks(case: Case) -> Found:
     """What a GPU has no hardware for.
 
     torch for CUDA 13 is built from compute capability 7.5 on. bf16 came with 8.0; below, torch emulates it slowly and
-    reports it as supported, so that Axolotl's bf16: auto, its default, turns it on (seen). FlashAttention 2 needs 8.0,
-    3 is for 9.0 alone (their READMEs), fp8 needs 8.9 and Axolotl asks for 9.0; transformers refuses tf32 below 8.0.
+    reports it as supported, so that Axolotl's bf16: auto, its default, turns it on (seen). FlashAttention 2 and
+    SageAttention need 8.0, FlashAttention 3 is for 9.0 alone, 4 for 9.0 and newer (their READMEs); Axolotl asks for 9.0
+    for fp8; transformers refuses tf32 below 8.0.
     """
     if not case.gpu:
         return
-    has, name, attention = case.gpu.capability, str(case.gpu), case.attention
+    has, name = case.gpu.capability, str(case.gpu)
     if has < (7, 5):
         yield "error", "base_model", f"torch for CUDA 13 does not run on {name}", "take a GPU from Turing (7.5) on"
-    bf16 = case.config.get("bf16", "auto")
+    bf16 = case["bfloat16"] or case.config.get("bf16", "auto")
     if has < (8, 0) and (bf16 is True or (bf16 == "auto" and not case["fp16"])):
         default = " (auto, the default, turns it on all the same)" if bf16 == "auto" else ""
         yield "error", "bf16", f"{name} emulates bf16, slowly{default}", "set fp16: true and bf16: false"
     if has < (8, 0) and case["tf32"] is True:
         yield "error", "tf32", f"{name} has no tf32", "set it to false"
-    if has < (8, 0) and (attention == "flash_attention_2" or "flash-attn2" in attention):
-        yield "error", "attn_implementation", f"FlashAttention 2 does not run on {name}", "set sdpa"
-    if has != (9, 0) and (attention == "flash_attention_3" or "flash-attn3" in attention):
-        yield "error", "attn_implementation", f"FlashAttention 3 runs on Hopper (9.0) only, not on {name}", "set sdpa"
+    least, most = _ATTENTION_RUNS_ON.get(case.attention, ((0, 0), (99, 0)))
+    if not least <= has <= most:
+        yield "error", "attn_implementation", f"{case.attention} does not run on {name}", "set sdpa"
     if has < (9, 0) and case["fp8"]:
         yield "error", "fp8", f"Axolotl trains in fp8 from 9.0 on, not on {name}", "delete it"
+
+
+_ATTENTION_RUNS_ON = {  # from and to which compute capability
+    "flash_attention_2": ((8, 0), (99, 0)),
+    "kernels-community/flash-attn2": ((8, 0), (99, 0)),
+    "flash_attention_3": ((9, 0), (9, 0)),
+    "kernels-community/flash-attn3": ((9, 0), (9, 0)),
+    "flash_attention_4": ((9, 0), (99, 0)),
+    "sage": ((8, 0), (99, 0)),
+    "fp8": ((9, 0), (99, 0)),
+}
 
 
 @_rule
@@ -254,10 +271,16 @@ def no_gpu(case: Case) -> Found:
 
 @_rule
 def packing_leaks(case: Case) -> Found:
-    """Rows packed into one then attend to each other; Axolotl only warns (attn_decontaminates_packing)."""
+    """Rows packed into one then attend to each other; Axolotl only warns (attn_decontaminates_packing).
+
+    It also warns that sdpa keeps them apart in bf16 at the cost of losses of 0 before Hopper.
+    """
     if case["sample_packing"] and case.attention not in KEEP_DOCUMENTS_APART:
         with_what = case.attention or "no attn_implementation"
-        yield "error", "sample_packing", f"with {with_what}, packed rows see each other", "sdpa keeps them apart"
+        yield "error", "sample_packing", f"with {with_what}, packed rows see each other", "set flash_attention_2"
+    before_hopper = case.gpu and case.gpu.capability < (9, 0)
+    if case["sample_packing"] and case.attention == "sdpa" and case["bf16"] is True and before_hopper:
+        yield "warning", "sample_packing", f"with sdpa and bf16 losses can be 0 on {case.gpu}", "set flash_attention_2"
 
 
 KEEP_DOCUMENTS_APART = {
@@ -272,7 +295,8 @@ def optimizer_and_engine(case: Case) -> Found:
     """bitsandbytes' optimizers know nothing of FSDP2's DTensors; Axolotl refuses only two of them. Muon and the flash
     optimizers do not divide among DeepSpeed's ranks (axolotl/utils/schemas/validation.py)."""
     optimizer = str(case["optimizer"] or "")
-    if case["fsdp_config"] and re.search(r"paged|bnb|_8bit$|_32bit$", optimizer) and optimizer != "adamw_torch_8bit":
+    of_bnb = re.search(r"paged|bnb|^(adamw|ademamix|lion|rmsprop)_(8|32)bit$", optimizer)
+    if case["fsdp_config"] and of_bnb:
         yield "error", "optimizer", f"{optimizer} does not work with FSDP2", "set adamw_torch_8bit or adamw_torch_fused"
     if case["deepspeed"] and re.match(r"muon|flash_|polora|q_galore", optimizer):
         yield "error", "optimizer", f"{optimizer} does not work with DeepSpeed", "set adamw_torch_fused"
@@ -310,7 +334,7 @@ def never_evaluated(case: Case) -> Found:
     evals_per_epoch becomes eval_steps = 1 / (evals_per_epoch * num_epochs), a share of the steps, and is dropped in
     silence where that is 1 or more (axolotl/utils/config, normalize_config).
     """
-    asked = [key for key in ("evals_per_epoch", "eval_steps", "eval_strategy") if case[key] not in (None, 0, "no")]
+    asked = [key for key in ("evals_per_epoch", "eval_steps", "eval_strategy") if case[key] and case[key] != "no"]
     has_data = bool(case["test_datasets"] or case["val_set_size"])
     if asked and not case.is_set("test_datasets", "val_set_size"):
         yield "error", asked[0], "there is no evaluation data", "set test_datasets or val_set_size, or delete the key"
@@ -321,7 +345,7 @@ def never_evaluated(case: Case) -> Found:
     if not asked and not case.is_set("evals_per_epoch", "eval_steps", "eval_strategy"):
         yield "warning", data, "nothing says when to evaluate, so that it never happens", "set evals_per_epoch"
     elif asked == ["evals_per_epoch"] and share <= 1:
-        yield "warning", "evals_per_epoch", "Axolotl drops it if it is one in all", "set eval_strategy: epoch"
+        yield "warning", "evals_per_epoch", "one in all, which Axolotl drops", "write eval_strategy: epoch in its place"
     elif case.steps and (case["eval_steps"] or 0) > case.steps:
         yield "warning", "eval_steps", f"the training has {case.steps} steps, so that it never evaluates", "lower it"
 
@@ -329,8 +353,8 @@ def never_evaluated(case: Case) -> Found:
 @_rule
 def never_saved(case: Case) -> Found:
     """Without a checkpoint an interrupted run starts anew; the adapter is saved at the end in any case."""
-    if case["save_strategy"] == "best" and not (case["test_datasets"] or case["val_set_size"]):
-        yield "error", "save_strategy", "without evaluation data no checkpoint is the best", "set it to epoch"
+    if case["save_strategy"] == "best" and not case["metric_for_best_model"]:
+        yield "error", "save_strategy", "nothing says what is the best", "set metric_for_best_model: eval_loss"
     if case.steps and (case["save_steps"] or 0) > case.steps:
         yield "warning", "save_steps", f"the training has {case.steps} steps, so that it never saves one", "lower it"
 
@@ -412,7 +436,8 @@ def does_not_divide(case: Case) -> Found:
 def output_in_use(case: Case) -> Found:
     """`axolotl train` writes over what is there, and saves its own checkpoints beside another run's."""
     folder = Path(str(case["output_dir"] or "model-out"))
-    if not case.launching and "\0" not in str(folder) and any(folder.glob("checkpoint-*")):
+    goes_on = case.launching or case["auto_resume_from_checkpoints"] or case["resume_from_checkpoint"]
+    if not goes_on and "\0" not in str(folder) and any(folder.glob("checkpoint-*")):
         yield "warning", "output_dir", f"{folder} holds another run's checkpoints", "`recipe run` has a folder a run"
 
 
@@ -421,9 +446,11 @@ def no_access(case: Case) -> Found:
     """The hub refuses a gated model without a token. On a laptop that checks for another machine it is no error."""
     level: Level = "error" if case.launching else "warning"
     model, name = case.model, case["base_model"]
-    if model.on_this_machine or not isinstance(name, str) or Path(name).is_relative_to(paths.cache()):
+    if model.weights_here or not isinstance(name, str) or Path(name).is_relative_to(paths.cache()):
         return  # what is in this project's cache is made when it is needed
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if Path(name).is_dir():
+        yield "error", "base_model", f"{name} has no weights in it", "give a folder that save_pretrained wrote"
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         yield "error", "base_model", f"{name} does not exist", "give a folder or a model of the hub as owner/name"
     elif models.is_offline():
         yield level, "base_model", f"{name} is not in the hub's cache, and HF_HUB_OFFLINE is set", "fetch it first"

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from . import check, config, datafiles, gpus, paths, provenance, rows, standin
+from . import check, config, datafiles, gpus, paths, provenance, standin
 from .compose import Composed, Request, check_arguments, compose, is_rehearsal, launched
 from .errors import UserError, WorkFailed
 from .files import sha256, write_atomically
@@ -37,10 +37,9 @@ def prepare(request: Request) -> Composed:
         raise UserError(f"--gpus {request.gpus}: this machine has {available}")
     check_arguments(request.axolotl_arguments)
     composed = compose(request)
-    found = check.findings(composed, gpus.here(), launching=not request.dry_run)
-    if not request.dry_run:
-        found += rows.check(composed.config)[0]
-    for finding in check.refuse(found, request.force):
+    starts = not request.dry_run
+    report = check.examine(composed, gpus.here(), request.gpus, launching=starts, data=starts)
+    for finding in check.refuse(report.findings, request.force):
         say(str(finding))
     composed.data = datafiles.record(composed.config)
     return composed
@@ -130,8 +129,10 @@ def _template_sha256(recipe: str) -> str | None:
 
 def _test_data(composed: Composed) -> str | None:
     """The test file that lies beside the training file, as `recipe data prepare` writes it."""
-    file = Path(str(composed.config["datasets"][0]["path"])).with_name("test.jsonl")
-    return str(file) if file.is_file() else None
+    for _, dataset in datafiles.datasets(composed.config, "datasets"):
+        file = Path(str(dataset.get("path"))).with_name("test.jsonl")
+        return str(file) if file.is_file() else None
+    return None
 
 
 def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:

@@ -73,22 +73,23 @@ def load() -> dict[str, Any]:
     return orjson.loads(FILE.read_bytes())
 
 
-_TRAIN_OPTIONS = {"debug", "debug_num_examples", "debug_text_only", "merge_lora", "prompter", "shard", "sweep", "cloud"}
+TRAIN_OPTIONS = {"debug", "debug_num_examples", "debug_text_only", "prompter", "shard"}
+"""The options of `axolotl train` that are no keys of the config and start one training, with underscores."""
 
 
-def is_option(name: str) -> bool:
-    """Whether `axolotl train` has an option of that name (with underscores): its own, or a config key, or its no_."""
-    key = name.partition(".")[0]
-    known = load()["properties"].keys() | _TRAIN_OPTIONS
-    return key in known or key.removeprefix("no_") in known
+def key_of_option(option: str) -> str | None:
+    """The config's key that an option of `axolotl train` sets, or unsets with no_ before it; None where it is none."""
+    return next(
+        (key for key in (option, option.removeprefix("no_")) if key.partition(".")[0] in load()["properties"]), None
+    )
 
 
-_SECRET = re.compile(r"(api_key|secret|password|(?<!auth_)token)$")
+_SECRET = re.compile(r"(api_key|secret|password)$|^[^.]*(?<!auth_)token$")
 
 
 def is_secret(key: str) -> bool:
     """Whether a dotted key is for something that must not stand in a file."""
-    return bool(_SECRET.search(key)) and not key.startswith("special_tokens.")
+    return bool(_SECRET.search(key))
 
 
 def findings(content: Config) -> Iterator[Finding]:
@@ -104,7 +105,8 @@ def findings(content: Config) -> Iterator[Finding]:
 
 def _is_foreign(plugin: Any) -> bool:
     """Whether a plugin is neither Axolotl's nor this project's, so that its keys are not known here."""
-    return isinstance(plugin, str) and plugin not in load()["x-plugins"] and not plugin.startswith("qlora_recipes.")
+    known = plugin in load()["x-plugins"] or str(plugin).startswith("qlora_recipes.")
+    return isinstance(plugin, str) and not known
 
 
 def _closest(error: Any) -> Iterator[Any]:
@@ -150,10 +152,12 @@ def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
     value, wanted = error.instance, error.validator_value
     if error.validator == "additionalProperties" and isinstance(value, dict):
         known = error.schema.get("properties", {})
-        for key in value.keys() - known.keys():
+        for key in (key for key in value if key not in known):
             below = f"{path}.{key}" if path else key
             problem = f"no key of Axolotl's{did_you_mean(key, known) or '; it would be ignored'}"
-            if foreign and not path:  # it may be that plugin's
+            if value[key] is None:
+                yield Finding("warning", "unknown-key", below, problem, "it is empty: delete it")
+            elif foreign and not path:  # it may be that plugin's
                 yield Finding("warning", "unknown-key", below, problem, f"or is it one of {foreign[0]}?")
             else:
                 yield Finding("error", "unknown-key", below, problem)

@@ -9,7 +9,6 @@ from itertools import batched, islice
 from pathlib import Path
 from typing import Any
 
-import orjson
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.config import normalize_cfg_datasets, normalize_config, prepare_plugins, validate_config
 from axolotl.utils.data.wrappers import get_dataset_wrapper
@@ -20,6 +19,7 @@ from datasets.utils.logging import disable_progress_bar
 from . import datafiles
 from .config import Config
 from .errors import UserError
+from .files import json_rows
 from .finding import Finding, Level
 from .installed import capabilities
 from .progress import Bar
@@ -55,8 +55,10 @@ def tokenize(cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[dict[str, An
     """
     kind = dataset["type"]
     base, _, style = kind.partition(":") if isinstance(kind, str) else ("", "", "")
-    limited = DictDefault(cfg | {"sequence_len": longest, "dataset_num_proc": 1})
-    made, _ = get_dataset_wrapper(dataset, tokenizer, limited, base, Dataset.from_list(list(rows)), style or None)
+    limited = DictDefault({**cfg, "sequence_len": longest, "dataset_num_proc": 1})  # its | would keep cfg's values
+    fields = dict.fromkeys(name for row in rows for name in row)
+    table = Dataset.from_list([{name: row.get(name) for name in fields} for row in rows])
+    made, _ = get_dataset_wrapper(dataset, tokenizer, limited, base, table, style or None)
     return [Tokens(row["input_ids"], row["labels"]) for row in made]
 
 
@@ -85,8 +87,12 @@ class Tokenizer:
             UserError: Axolotl cannot tokenize them.
         """
         section, _, position = key.partition(".")
+        dataset = self.cfg[section][int(position)]
+        longest = (
+            self.cfg.sequence_len if dataset["type"] == "completion" else _NO_LIMIT
+        )  # it makes rows of that length
         try:
-            return tokenize(self.cfg, self.cfg[section][int(position)], self.tokenizer, rows, _NO_LIMIT)
+            return tokenize(self.cfg, dataset, self.tokenizer, rows, longest)
         except Exception as error:  # a strategy can raise anything
             raise UserError(f"{key}: Axolotl cannot tokenize these rows: {type(error).__name__}: {error}") from None
 
@@ -143,7 +149,7 @@ def lengths(content: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
     measured = []
     for key, dataset in datafiles.datasets(content):
         sizes, learnt, learns_end = [], 0, False
-        total = sum(datafiles.count_rows(file) for file in datafiles.local_files(dataset))
+        total = sum(datafiles.count_rows(file) for file in datafiles.jsonl_files(dataset))
         with Bar(f"tokenize {key}", min(total, datafiles.first_rows(dataset) or total)) as bar:
             for some in batched(_rows(dataset), 1000):
                 for row in tokenizer.tokenize(key, some):
@@ -172,7 +178,8 @@ def _of_lengths(cfg: Any, key: str, sizes: list[int], learns_end: bool) -> Itera
     if long:
         becomes = {"truncate": "cut", "raise": "an error"}.get(cfg.excess_length_strategy, "dropped")
         problem = f"{long} of {len(sizes)} rows are longer than sequence_len, {cfg.sequence_len}, and will be {becomes}"
-        level: Level = "error" if long == len(sizes) or becomes == "an error" else "warning"
+        nothing_left = long == len(sizes) and becomes == "dropped"
+        level: Level = "error" if nothing_left or becomes == "an error" else "warning"
         yield Finding(level, "too-long", f"{key}.path", problem, f"the longest has {max(sizes)} tokens")
     if not learns_end and key.startswith("datasets"):
         problem = "the end-of-text token carries no loss in any row: the model would not learn to stop"
@@ -199,12 +206,10 @@ def _padding(cfg: Any, sizes: list[int]) -> float:
 
 def _rows(dataset: Config) -> Iterator[dict[str, Any]]:
     """The rows of a data set's local JSONL files, as far as its split goes."""
-    rows = (row for file in datafiles.local_files(dataset) for row in _of_file(file))
+    rows = (row for file in datafiles.jsonl_files(dataset) for row in _of_file(file))
     return islice(rows, datafiles.first_rows(dataset))
 
 
 def _of_file(file: Path) -> Iterator[dict[str, Any]]:
     with file.open("rb") as stream:
-        for line in stream:
-            if line.strip():
-                yield orjson.loads(line)
+        yield from json_rows(stream, file, ())

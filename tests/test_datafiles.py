@@ -58,12 +58,20 @@ def test_training_steps(place: Path) -> None:
     assert datafiles.training_steps(base) == 28  # 55 batches, 14 steps an epoch
     assert datafiles.training_steps(config.override(base, "datasets.0.split", "train[:40]")) == 10
     assert datafiles.training_steps(base | {"num_epochs": 0.5}) == 7
-    assert datafiles.training_steps(base | {"val_set_size": 0.1}) == 26  # 11 of 109 rows are held out
-    assert datafiles.training_steps(base | {"max_steps": 5}) == 5
-    assert datafiles.training_steps(base | {"max_steps": 50}) == 28
+    assert datafiles.training_steps(base | {"val_set_size": 0.1}) == 25  # 11 of 109 rows are held out
+    assert datafiles.training_steps(base | {"num_epochs": 5}) == 69  # not five times an epoch's 14
+    assert datafiles.training_steps(base, gpus=2) == 14
+    assert datafiles.training_steps(base | {"batch_size": 32}) == 7
+    assert datafiles.training_steps(base | {"max_steps": 50}) == 50  # Axolotl lets it win
 
 
-@pytest.mark.parametrize("change", [{"sample_packing": True}, {"num_epochs": "two"}, {"datasets": [{"path": "a/b"}]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"sample_packing": True}, {"num_epochs": "two"}, {"datasets": [{"path": "a/b"}]}]
+    + [
+        {"datasets": [{"path": "t.jsonl"} | more]} for more in ({"split": "train[5:9]"}, {"shards": 2}, {"weight": 0.5})
+    ],
+)
 def test_training_steps_that_nobody_can_tell(place: Path, change: config.Config) -> None:
     (place / "t.jsonl").write_text("{}\n")
     assert datafiles.training_steps(with_data("datasets=[{path: t.jsonl}]") | change) is None

@@ -86,7 +86,7 @@ def test_special_tokens_are_the_models() -> None:
 
 def test_a_byte_order_mark_is_named() -> None:
     (only,) = found([b"\xef\xbb\xbf" + json.dumps(GOOD).encode()])
-    assert "a byte order mark before it" in only
+    assert "train.jsonl:1: warning: datasets.0.path: a byte order mark before 1 row" in only
 
 
 def test_evaluation_rows_that_were_trained_on_are_found() -> None:
@@ -99,13 +99,13 @@ def test_evaluation_rows_that_were_trained_on_are_found() -> None:
         "datasets": [{"path": str(train), "type": "alpaca"}],
         "test_datasets": [{"path": str(test), "type": "alpaca"}],
     }
-    findings, files = rows.check(data)
+    findings, read = rows.check(data)
     exact, folded = map(str, findings)
     assert "test.jsonl:1: warning: test_datasets.0.path: 1 row that the training data has too: " in exact
     assert "train.jsonl:2" in exact
     assert "test.jsonl:2: " in folded
     assert "but for white space" in folded
-    assert [(file["rows"], file["bytes"]) for file in files] == [(2, train.stat().st_size), (3, test.stat().st_size)]
+    assert [(one["rows"], one["bytes"]) for one in read] == [(2, train.stat().st_size), (3, test.stat().st_size)]
 
 
 def test_what_is_not_checked_is_said() -> None:
@@ -115,14 +115,24 @@ def test_what_is_not_checked_is_said() -> None:
 
 
 def test_the_shipped_sample_has_none(sample: Path) -> None:
-    findings, files = rows.check(
+    findings, read = rows.check(
         {
             "base_model": LLAMA_3,
             "datasets": [{"path": str(sample / "train.jsonl"), "type": "alpaca"}],
             "test_datasets": [{"path": str(sample / "test.jsonl"), "type": "alpaca"}],
         }
     )
-    assert (findings, [file["rows"] for file in files]) == ([], [109, 26])
+    assert (findings, [one["rows"] for one in read]) == ([], [109, 26])
+
+
+def test_a_folder_is_read_file_by_file(place: Path) -> None:
+    (place / "rows").mkdir()
+    for i in range(2):
+        (place / "rows" / f"{i}.jsonl").write_text(json.dumps(GOOD | {"output": str(i)}) + "\n")
+    (place / "rows" / "manifest.json").write_text("{}")
+    findings, (read,) = rows.check({"datasets": [{"path": "rows", "type": "alpaca"}]})
+    assert (read["files"], read["rows"]) == (["rows/0.jsonl", "rows/1.jsonl"], 2)
+    assert ["manifest.json is no JSONL file" in str(finding) for finding in findings] == [True]
 
 
 @pytest.mark.parametrize("kind", sorted(rows.FIELDS))

@@ -29,10 +29,9 @@ def found(
     change: dict[str, Any], gpu: str | None = None, launching: bool = False, name: str = "haider2024/code-llama-7b"
 ) -> list[Finding]:
     cfg = config_with(change, name)
-    return list(rules.findings(rules.Case(cfg, set(cfg), gpus.find(gpu) if gpu else None, launching)))
+    return list(rules.findings(rules.Case(cfg, set(), gpus.find(gpu) if gpu else None, launching=launching)))
 
 
-QLORA_OFF = {"lora_target_modules": None}
 DATA = {"path": "data/codereviewer/train.jsonl", "type": "alpaca"}
 
 # what is changed in a recipe, and the level, name and some words of the one finding that it gives
@@ -44,11 +43,20 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"datasets": [{"type": "alpaca"}]}, "error", "missing-file:datasets.0.path", "names no data"),
     ({"deepspeed": "zero3.json"}, "error", "missing-file:deepspeed", "does not exist"),
     ({"micro_batch_size": None}, "error", "no-batch-size:micro_batch_size", "Axolotl would take 1"),
+    ({"datasets": []}, "error", "no-data:datasets", "no data"),
     ({"warmup_ratio": 0.1}, "error", "excluding-keys:warmup_steps", "beside warmup_ratio"),
     ({"val_set_size": 0.1}, "error", "excluding-keys:test_datasets", "beside val_set_size"),
+    ({"eval_strategy": "epoch"}, "error", "excluding-keys:eval_strategy", "beside evals_per_epoch"),
     ({"dataset_processes": 4}, "warning", "deprecated:dataset_processes", "dataset_num_proc"),
     ({"s2_attention": True}, "error", "deprecated:s2_attention", "no longer supported"),
     ({"lora_target_modules": None}, "error", "no-lora-targets:adapter", "set lora_target_modules"),
+    ({"lora_target_modules": []}, "error", "no-lora-targets:adapter", "set lora_target_modules"),
+    (
+        {"lora_target_modules": None, "lora_target_linear": False},
+        "error",
+        "no-lora-targets:adapter",
+        "lora_target_linear: true",
+    ),
     (
         {"lora_target_modules": ["q_proj", "v_prj"]},
         "error",
@@ -61,6 +69,12 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"adapter": "lora"}, "error", "not-quantized:adapter", "set adapter: qlora"),
     ({"load_in_4bit": None}, "error", "not-quantized:adapter", "needs load_in_4bit"),
     ({"adapter": None}, "error", "not-quantized:load_in_4bit", "without an adapter"),
+    (
+        {"adapter": None, "load_in_4bit": None, "load_in_8bit": True},
+        "error",
+        "not-quantized:load_in_8bit",
+        "without an adapter",
+    ),
     ({"bf16": True}, "error", "two-precisions:fp16", "both true"),
     ({"sample_packing": True, "attn_implementation": None}, "error", "packing-leaks:sample_packing", "see each other"),
     (
@@ -84,16 +98,13 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "beside cut_cross_entropy",
     ),
     ({"test_datasets": None}, "error", "never-evaluated:evals_per_epoch", "no evaluation data"),
+    ({"test_datasets": None, "val_set_size": 0}, "error", "never-evaluated:evals_per_epoch", "no evaluation data"),
     ({"evals_per_epoch": None}, "warning", "never-evaluated:test_datasets", "never happens"),
     ({"evals_per_epoch": 1, "num_epochs": 1}, "warning", "never-evaluated:evals_per_epoch", "one in all"),
     ({"evals_per_epoch": None, "eval_steps": 500}, "warning", "never-evaluated:eval_steps", "has 28 steps"),
     ({"saves_per_epoch": None, "save_steps": 500}, "warning", "never-saved:save_steps", "has 28 steps"),
-    (
-        {"save_strategy": "best", "test_datasets": None, "evals_per_epoch": None},
-        "error",
-        "never-saved:save_strategy",
-        "no checkpoint is the best",
-    ),
+    ({"save_strategy": "best"}, "error", "never-saved:save_strategy", "nothing says what is the best"),
+    ({"max_steps": 5}, "error", "long-warm-up:warmup_steps", "whole training of 5 steps"),
     ({"warmup_steps": 28}, "error", "long-warm-up:warmup_steps", "whole training of 28 steps"),
     ({"sequence_len": 16385}, "error", "beyond-context:sequence_len", "made for 16384"),
     ({"special_tokens": {"pad_token": "<pad>"}}, "warning", "missing-special-token:special_tokens.pad_token", "<pad>"),
@@ -135,7 +146,10 @@ def test_a_recipe_gives_no_error_and_no_warning(name: str, gpu: str) -> None:
         {"lora_target_modules": None, "lora_target_linear": True},
         {"lora_target_modules": r".*\.self_attn\.[qv]_proj"},
         {"lora_target_modules": "all-linear"},
-        {"lora_target_modules": ["self_attn.q_proj", "lm_head"]},
+        {"lora_target_modules": ["self_attn.q_proj", "lm_head", "model.layers.31.mlp.up_proj"]},
+        {"lora_target_modules": r".*layers\.(2[0-9]|3[01])\..*"},
+        {"max_steps": 500, "warmup_steps": 50},
+        {"lora_model_dir": None, "deepspeed": None, "wandb_project": ""},
         {"adapter": "lora", "load_in_4bit": None},
         {"adapter": None, "load_in_4bit": None, "learning_rate": 1e-5},
         {"sample_packing": True},
@@ -143,6 +157,7 @@ def test_a_recipe_gives_no_error_and_no_warning(name: str, gpu: str) -> None:
         | {"attn_implementation": "kernels-community/flash-attn2@v1"},
         {"optimizer": "adamw_torch_8bit", "fsdp_config": {"offload_params": False}},
         {"optimizer": "adamw_torch_fused", "fsdp_config": {"offload_params": False}},
+        {"optimizer": "muon_8bit", "fsdp_config": {"offload_params": False}},
         {"optimizer": "paged_adamw_8bit", "deepspeed": {"zero_optimization": {"stage": 2}}},
         {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
         {"test_datasets": None, "val_set_size": 0.05},
@@ -156,10 +171,13 @@ def test_a_recipe_gives_no_error_and_no_warning(name: str, gpu: str) -> None:
         {"special_tokens": {"eos_token": "<|im_end|>"}, "lora_modules_to_save": ["embed_tokens", "lm_head"]},
         {"datasets": [DATA | {"type": "chatml.intel"}], "rl": "dpo"},
         {"datasets": [{"path": "some/data-set", "type": "alpaca"}]},
+        {"datasets": [{"path": "s3://bucket/rows.jsonl", "type": "alpaca"}]},
+        {"datasets": [DATA | {"path": "json", "data_files": "data/codereviewer/t*.jsonl"}]},
         {"datasets": [DATA | {"type": "json.prompts"}]},  # a module that is there
         {"batch_size": 8, "gradient_accumulation_steps": None},
         {"flash_attention": False},  # an old key that is off
         {"output_dir": "elsewhere"},
+        {"output_dir": "outputs", "auto_resume_from_checkpoints": True},
     ],
 )
 def test_what_is_right_gives_none(change: dict[str, Any]) -> None:
@@ -174,10 +192,12 @@ def test_what_is_right_gives_none(change: dict[str, Any]) -> None:
         ("T4", {"fp16": None, "bf16": "auto"}, "auto, the default, turns it on"),
         ("T4", {"fp16": None, "bf16": None}, "auto, the default, turns it on"),
         ("T4", {"tf32": True}, "has no tf32"),
-        ("sm_75", {"attn_implementation": "flash_attention_2"}, "FlashAttention 2 does not run on sm_75"),
-        ("7.5", {"attn_implementation": None, "flash_attention": True}, "FlashAttention 2 does not run"),
-        ("A100", {"attn_implementation": "flash_attention_3"}, "FlashAttention 3 runs on Hopper"),
+        ("sm_75", {"attn_implementation": "flash_attention_2"}, "flash_attention_2 does not run on sm_75"),
+        ("7.5", {"attn_implementation": None, "flash_attention": True}, "flash_attention_2 does not run"),
+        ("A100", {"attn_implementation": "flash_attention_3"}, "flash_attention_3 does not run on A100"),
         ("rtx 4090", {"fp8": True}, "fp8 from 9.0 on"),
+        ("T4", {"fp16": None, "bf16": False, "bfloat16": True}, "emulates bf16"),
+        ("T4", {"attn_implementation": "sage"}, "sage does not run on T4"),
     ],
 )
 def test_what_a_gpu_lacks_is_an_error(gpu: str, change: dict[str, Any], says: str) -> None:
@@ -195,6 +215,12 @@ def test_what_a_gpu_lacks_is_an_error(gpu: str, change: dict[str, Any], says: st
 )
 def test_what_a_gpu_has_is_no_finding(gpu: str, change: dict[str, Any]) -> None:
     assert found(change, gpu) == []
+
+
+def test_packing_with_sdpa_and_bf16_before_hopper_is_a_warning() -> None:
+    change = {"fp16": False, "bf16": True, "sample_packing": True}
+    assert [(f.level, f.name) for f in found(change, "A100")] == [("warning", "packing-leaks:sample_packing")]
+    assert found(change, "H100") == []
 
 
 def test_fp16_needs_a_gpu_only_once_a_run_starts() -> None:
@@ -227,6 +253,8 @@ def test_a_model_that_is_not_in_the_cache_when_offline(monkeypatch: pytest.Monke
     folder = place / "hub" / "models--codellama--CodeLlama-7b-hf" / "snapshots" / revision
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"max_position_embeddings": 16384, "model_type": "llama"}')
+    assert [f.name for f in found({})] == ["no-access:base_model"]  # the weights are not there
+    (folder / "model.safetensors").touch()
     assert found({}) == []
     assert [f.name for f in found({"revision_of_model": "main"})] == ["no-access:base_model"]
 
@@ -237,3 +265,18 @@ def test_a_local_model_is_judged_by_its_own_files(tiny: Path) -> None:
     assert [f.name for f in found(local | {"sequence_len": 2049})] == ["beyond-context:sequence_len"]
     pad = {"special_tokens": {"pad_token": "<|im_end|>"}}
     assert [f.name for f in found(local | pad)] == ["missing-special-token:special_tokens.pad_token"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", '{"model_type": ["llama"], "max_position_embeddings": "x", "num_hidden_layers": null}'),
+        ("config.json", "[]"),
+        ("tokenizer.json", '{"added_tokens": null}'),
+        ("tokenizer.json", '{"added_tokens": [1, {"special": true}, {"special": true, "content": 5}]}'),
+    ],
+)
+def test_odd_files_of_a_local_model_do_no_harm(place: Path, file: str, content: str) -> None:
+    (place / "model").mkdir()
+    (place / "model" / file).write_text(content)
+    assert [f.name for f in found({"base_model": "model"})][-1] == "no-access:base_model"  # no weights

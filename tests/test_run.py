@@ -152,9 +152,8 @@ def test_the_eight_bit_recipe_from_run_to_results(place: Path, tiny_profile: Pat
             "num_epochs=1",
             "--runs",
             "r",
-            "--",
-            "--weight-decay",
-            "0.02",
+            "--set",
+            "weight_decay=0.02",
         )
     )
     test_file = place / "few.jsonl"

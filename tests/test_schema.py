@@ -78,6 +78,9 @@ def test_a_missing_key_is_found() -> None:
         {"deepspeed": {"zero_optimization": {"stage": 2}}},
         {"model_revision": "x", "revision_of_model": "x"},  # two names for one key
         {"liger_rope": True, "plugins": ["axolotl.integrations.liger.LigerPlugin"]},
+        {"liger_rope": True, "plugins": ["axolotl.integrations.liger.plugin.LigerPlugin"]},
+        {"liger_rope": True, "plugins": ["axolotl.integrations.liger:LigerPlugin"]},
+        {"fsdp_config": {"fsdp_offload_params": True}},  # the old prefix
         {"plugins": ["qlora_recipes.plugin.RunPlugin"]},
         {"attn_implementation": "kernels-community/flash-attn2"},
         {"datasets": [{"path": "x", "type": "my_package.my_strategy"}]},
@@ -90,6 +93,10 @@ def test_a_missing_key_is_found() -> None:
 )
 def test_what_axolotl_takes_is_no_finding(change: config.Config) -> None:
     assert found(change) == {}
+
+
+def test_an_unknown_key_without_a_value_is_a_warning() -> None:
+    assert "warning" in found({"fsdp": None})["unknown-key:fsdp"]
 
 
 def test_a_key_that_may_be_of_a_plugin_from_elsewhere_is_a_warning() -> None:

@@ -119,6 +119,25 @@ def test_a_character_of_several_tokens_is_shown_whole(llama: config.Config, tmp_
     assert "".join(token["text"] for token in row["tokens"] if token["loss"]) == "\u00e9\U0001f680</s>"
 
 
+def test_a_row_with_fields_that_the_first_lacks(llama: config.Config, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "input": "SEEN", "output": "b"}\n')
+    _, second = shown(llama | {"datasets": [{"path": str(file), "type": "alpaca"}]}, 2)
+    assert "SEEN" in "".join(token["text"] for token in second["tokens"])
+
+
+def test_a_long_row_is_measured_whole(llama: config.Config, tmp_path: Path) -> None:
+    from qlora_recipes.tokens import lengths
+
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(orjson.dumps({"instruction": "a b c " * 3000, "output": "d e f " * 3000}) + b"\n")
+    data = {"datasets": [{"path": str(file), "type": "alpaca"}]}
+    _, (measured,) = lengths(llama | data)
+    assert measured["percentiles"]["100"] > 2 * 2048
+    _, (pieces,) = lengths(llama | {"datasets": [{"path": str(file), "type": "completion", "field": "instruction"}]})
+    assert (pieces["percentiles"]["100"], pieces["longer_than_sequence_len"]) == (2048, 0)  # Axolotl makes rows of it
+
+
 def test_lengths(llama: config.Config, sample: Path) -> None:
     from qlora_recipes.tokens import lengths
 
