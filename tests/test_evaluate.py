@@ -111,6 +111,18 @@ def test_prompts_are_those_of_the_training(run: RunDir, sample: Path, tmp_path: 
         assert ids[0] == tokenizer.bos_token_id
 
 
+def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run: RunDir) -> None:
+    from qlora_recipes.generate import Generator
+
+    cfg = config.read_yaml(run.config) | {"sequence_len": 64}
+    settings = evaluate.Settings(cfg["base_model"], "none", None, "", "", 0, None, 8, False, 1, True, "float32")
+    patch = "+".join(f"line {i}" for i in range(40))
+    generator = Generator(settings, cfg, run.output)
+    (prompt,) = generator.prompts([{"instruction": "Review.", "input": patch, "output": "Fine."}])
+    assert len(prompt) > 64
+    assert patch in generator.tokenizer.decode(prompt)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
