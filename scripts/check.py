@@ -119,16 +119,20 @@ def tokens_of(request: Request, count: int) -> list[dict[str, Any]]:
     """
     composed = compose.compose(request)
     refuse(examine(composed).findings, [])
-    if not _has_tokenizer(composed):
-        name = composed.config["base_model"]
-        raise UserError(
-            f"--show-tokens: the tokenizer of {name} is not on this machine; `hf download {name} config.json "
-            "--include 'tokenizer*'` fetches it, --rehearse shows it with a small model's"
-        )
+    _need_tokenizer(composed, "--show-tokens")
     with importing_axolotl():
         from . import tokens
 
         return tokens.shown(composed.config, count)
+
+
+def _need_tokenizer(composed: Composed, option: str) -> None:
+    if not _has_tokenizer(composed):
+        name = composed.config["base_model"]
+        raise UserError(
+            f"{option}: the tokenizer of {name} is not on this machine; `hf download {name} config.json "
+            "--include 'tokenizer*'` fetches it, --rehearse takes a small model's"
+        )
 
 
 def _has_tokenizer(composed: Composed) -> bool:
@@ -144,13 +148,32 @@ def _measure_tokens(report: Report, composed: Composed) -> None:
         problem = "lengths in tokens are not known: its tokenizer is not on this machine"
         report.add([Finding("note", "not-checked", "base_model", problem, where=report.name)])
         return
+    of_tokens, measured = _lengths(composed)
+    report.add(placed(of_tokens, composed))
+    for read in report.data:
+        read |= next((one for one in measured if one["key"] == read["key"]), {})
+
+
+def lengths(composed: Composed) -> list[dict[str, Any]]:
+    """How long the rows of a config's training data are in tokens, as `tokens.lengths` describes them.
+
+    Raises:
+        UserError: the data or the tokenizer is not on this machine, or Axolotl refuses them.
+    """
+    _need_tokenizer(composed, "--data")
+    missing = [finding for finding in examine(composed).findings if finding.rule in ("missing-file", "no-data")]
+    refuse(missing, [])
+    measured = [one for one in _lengths(composed)[1] if one["key"].startswith("datasets")]
+    if not measured:
+        raise UserError("--data: the config has no local JSONL file to measure")
+    return measured
+
+
+def _lengths(composed: Composed) -> tuple[list[Finding], list[dict[str, Any]]]:
     with importing_axolotl():
         from . import tokens
 
-        of_tokens, lengths = tokens.lengths(composed.config)
-    report.add(placed(of_tokens, composed))
-    for read in report.data:
-        read |= next((measured for measured in lengths if measured["key"] == read["key"]), {})
+        return tokens.lengths(composed.config)
 
 
 def _unreadable(name: str, error: UserError) -> Finding:

@@ -187,6 +187,53 @@ def check(
         raise typer.Exit(2)
 
 
+@app.command(rich_help_panel=BEFORE)
+def plan(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME|FILE]...", help="Recipes or YAML files; by default all recipes."),
+    ] = None,
+    profile: Profiles = None,
+    set_: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The card, as T4; by default this machine's, or a table of memory sizes."),
+    ] = None,
+    vram: Annotated[float | None, typer.Option(metavar="GB", min=1, help="A card of this memory.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs to train on.")] = 1,
+    data: Annotated[
+        bool, typer.Option("--data", help="Measure the rows too, and plan for the longest of them (tokenizes all).")
+    ] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Full fine-tuning, LoRA and QLoRA side by side.")] = False,
+    price: Annotated[float | None, typer.Option(metavar="USD", min=0, help="What the card costs an hour.")] = None,
+    runs: Runs = RUNS,
+    json: Json = False,
+) -> None:
+    """Parameters, memory and work of a config, and the cards that hold it, without a GPU."""
+    from . import gpus as cards
+    from . import plan as planning
+    from . import tables
+    from .compose import Request
+    from .paths import recipe_names
+
+    target = cards.of_options(gpu, vram)
+    requests = [Request(name, profile or [], set_ or []) for name in names or recipe_names()]
+    if compare and len(requests) != 1:
+        raise UserError("--compare: name one recipe or file")
+    plans = {
+        request.name: planning.of_request(request, target, gpus, data, price, runs) for request in requests
+    }
+    compared = planning.compare(requests[0], target) if compare else None
+    if json:
+        tables.print_json([{"recipe": name, **planned} for name, planned in plans.items()] if not compared else compared)
+    elif compared:
+        tables.print_table(planning.comparison_rows(compared), requests[0].name)
+    elif len(plans) > 1:
+        tables.print_table([planning.summary_row(name, planned) for name, planned in plans.items()])
+    else:
+        planning.show(plans[requests[0].name])
+
+
 @app.command(rich_help_panel=RUNNING)
 def run(
     name: Name,

@@ -97,19 +97,22 @@ def _count_rows(path: Path, mtime_ns: int, size: int) -> int:
 
 
 def training_steps(composed: Config, gpus: int = 1) -> int | None:
-    """The optimizer steps of a config, as Axolotl counts them (utils/trainer.py, calculate_total_num_steps).
+    """The optimizer steps of a config, as `steps_of` counts them; None where its local JSONL rows do not tell."""
+    return steps_of(composed, training_rows(composed), gpus)
 
-    None where its unpacked, local JSONL rows do not tell.
-    """
+
+def steps_of(composed: Config, rows: int | None, gpus: int = 1) -> int | None:
+    """The optimizer steps of a config with some rows, as Axolotl counts them (utils/trainer.py,
+    calculate_total_num_steps); None where rows are packed, or the settings make none."""
     if most := int(_positive(composed, "max_steps", 0)):
         return most  # Axolotl lets it win over the epochs
-    rows, batch, epochs = _training_rows(composed), effective_batch(composed) * gpus, _positive(composed, "num_epochs")
+    batch, epochs = effective_batch(composed) * gpus, _positive(composed, "num_epochs")
     if rows is None or composed.get("sample_packing") or not (batch and epochs):
         return None
     return math.ceil(rows * epochs / batch)
 
 
-def _training_rows(composed: Config) -> int | None:
+def training_rows(composed: Config) -> int | None:
     """The rows that are trained on; None where a data set is not one local JSONL file, whole or its first rows."""
     rows = 0
     for _, dataset in datasets(composed, "datasets"):

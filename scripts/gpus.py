@@ -1,7 +1,8 @@
-"""The GPUs that a recipe can be checked for."""
+"""The GPUs that a recipe can be checked and planned for."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from . import config, provenance
@@ -12,10 +13,18 @@ FILE = Path(__file__).with_name("gpus.yaml")
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's name and its compute capability, as (8, 6)."""
+    """A GPU; what is not known of it is None.
+
+    Attributes:
+        capability: its compute capability, as (8, 6).
+        memory: in GiB, as on the label, or as its driver says where it is in this machine.
+        tflops: its peak rate in fp16 or bf16, in 10^12 operations a second.
+    """
 
     name: str
     capability: tuple[int, int]
+    memory: float | None = None
+    tflops: float | None = None
 
     @property
     def sm(self) -> str:
@@ -26,6 +35,16 @@ class Gpu:
         return f"{self.name} ({self.sm})"
 
 
+@cache
+def known() -> dict[str, Gpu]:
+    """The GPUs of gpus.yaml, by name."""
+    facts = config.read_yaml(FILE)
+    return {
+        name: Gpu(name, _capability(fact["capability"]), fact["memory"], fact.get("tflops"))
+        for name, fact in facts.items()
+    }
+
+
 def find(name: str) -> Gpu:
     """A GPU by its name, however it is spelt, or by its compute capability.
 
@@ -34,27 +53,46 @@ def find(name: str) -> Gpu:
     """
     if match := re.fullmatch(r"sm_?(\d{1,2})(\d)|(\d{1,2})\.(\d)", name, re.IGNORECASE):
         return Gpu(name, (int(match[1] or match[3]), int(match[2] or match[4])))
-    known = {
-        _plain(listed): Gpu(listed, _capability(number))
-        for number, names in config.read_yaml(FILE).items()
-        for listed in names
-    }
-    plain = _plain(name)
-    if plain in known:
-        return known[plain]
-    hint = did_you_mean(plain, known) or f"; there are {', '.join(gpu.name for gpu in known.values())}"
+    if found := named(name):
+        return found
+    hint = did_you_mean(name.upper(), known()) or f"; there are {', '.join(known())}"
     raise UserError(f"--gpu {name}: no GPU of that name{hint}; a compute capability such as sm_86 does as well")
+
+
+def of_options(name: str | None, memory: float | None) -> Gpu | None:
+    """The GPU that is meant by a name, a size of its memory, or both; by neither, this machine's, if it has one."""
+    if name:
+        found = find(name)
+        return replace(found, memory=memory) if memory else found
+    return Gpu(f"{memory:g} GB", (8, 0), memory) if memory else here()
 
 
 def here() -> Gpu | None:
     """This machine's first NVIDIA GPU."""
     found = provenance.gpus()
-    return Gpu(found[0]["name"], _capability(found[0]["compute_capability"])) if found else None
+    if not found:
+        return None
+    gpu = Gpu(found[0]["name"], _capability(found[0]["compute_capability"]), found[0]["memory_gib"])
+    listed = named(gpu.name)
+    return replace(gpu, tflops=listed.tflops) if listed else gpu
+
+
+def named(name: str) -> Gpu | None:
+    """The listed GPU of a name, with or without the size of its memory."""
+    for plain in (_plain(name), _without_memory(_plain(name))):
+        for listed, gpu in known().items():
+            if _plain(listed) == plain:
+                return gpu
+    return None
 
 
 def _plain(name: str) -> str:
     """A name without what is spelt now one way and now another."""
-    return re.sub(r"nvidia|geforce|tesla|-?(pcie|sxm\d?|hbm\d?e?)|\d+ ?gi?b|[^a-z0-9]", "", name.lower())
+    return re.sub(r"nvidia|geforce|tesla|pcie|sxm\d?|hbm\d?e?|[^a-z0-9]", "", name.lower()).replace("gib", "gb")
+
+
+def _without_memory(plain: str) -> str:
+    return re.sub(r"(16|24|32|40|48|64|80|94|96|141)gb$", "", plain)
 
 
 def _capability(text: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import orjson
 
 from . import config, paths
 from .config import Config
+from .errors import UserError
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEAR_LAYERS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -52,8 +53,7 @@ def find(composed: Config) -> Model:
     name, revision = composed.get("base_model"), composed.get("revision_of_model") or composed.get("model_revision")
     if not isinstance(name, str) or "\0" in name:
         return Model()
-    mirrored: dict[str, Any] = next((known for known in catalogue().values() if known.get("mirror") == name), {})
-    known = mirrored | {"gated": False} if mirrored else catalogue().get(name, {})
+    known = _known(name)
     sizes, tokens = known.get("config", {}), known.get("special_tokens")
     folder = Path(name) if Path(name).is_dir() else _in_hub_cache(name, revision)
     if folder:
@@ -70,6 +70,36 @@ def find(composed: Config) -> Model:
         special_tokens=tokens,
         chat=known.get("chat", False) if known else None,
     )
+
+
+def _known(name: str) -> dict[str, Any]:
+    """What models.yaml says of a model, or of the one that it is a copy of."""
+    mirrored: dict[str, Any] = next((known for known in catalogue().values() if known.get("mirror") == name), {})
+    return mirrored | {"gated": False} if mirrored else catalogue().get(name, {})
+
+
+def architecture(composed: Config) -> dict[str, Any]:
+    """The content of a base model's config.json: of its folder, of models.yaml, or from the hub or its cache.
+
+    Raises:
+        UserError: it is in none of them.
+    """
+    name, revision = composed.get("base_model"), composed.get("revision_of_model")
+    if not isinstance(name, str):
+        raise UserError("base_model: names no model")
+    if Path(name).is_dir():
+        if sizes := _json(Path(name) / "config.json"):
+            return sizes
+        raise UserError(f"base_model: {name} has no config.json")
+    if sizes := _known(name).get("config"):
+        return sizes
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return _json(Path(hf_hub_download(name, "config.json", revision=revision)))
+    except Exception as error:  # of the hub, of the network, or of the name
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"base_model: the config.json of {name} cannot be had: {reason}") from None
 
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")

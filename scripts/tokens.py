@@ -166,6 +166,7 @@ def lengths(content: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
                     "tokens": sum(sizes),
                     "tokens_with_loss": learnt,
                     "percentiles": {str(share): _percentile(sizes, share) for share in (50, 90, 95, 99, 100)},
+                    "longest_trained_on": max(_kept(tokenizer.cfg, sizes), default=0),
                     "longer_than_sequence_len": sum(size > tokenizer.cfg.sequence_len for size in sizes),
                     "padding_share": None if tokenizer.cfg.sample_packing else _padding(tokenizer.cfg, sizes),
                 }
@@ -191,10 +192,15 @@ def _percentile(sizes: list[int], share: int) -> int:
     return sorted(sizes)[math.ceil(len(sizes) * share / 100) - 1]
 
 
+def _kept(cfg: Any, sizes: list[int]) -> list[int]:
+    """The lengths of the rows that are trained on, once the long ones are dropped or cut."""
+    cuts = cfg.excess_length_strategy == "truncate"
+    return [min(size, cfg.sequence_len) for size in sizes if cuts or size <= cfg.sequence_len]
+
+
 def _padding(cfg: Any, sizes: list[int]) -> float:
     """The share of padding among all tokens, as Axolotl's collator pads batches (core/builders/causal.py)."""
-    cuts = cfg.excess_length_strategy == "truncate"
-    kept = [min(size, cfg.sequence_len) for size in sizes if cuts or size <= cfg.sequence_len]
+    kept = _kept(cfg, sizes)
     random.Random(cfg.seed).shuffle(kept)
     multiple = (cfg.pad_to_multiple_of or 64) if cfg.pad_to_sequence_len is not False else 1
     padded = 0

@@ -1,0 +1,437 @@
+"""What a training step allocates, found by running it on fake tensors: transformers' model, PEFT's adapters,
+bitsandbytes' layers and the optimizer, without their values, data or a GPU. Importing this imports torch and these.
+"""
+
+import gc
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+import transformers.masking_utils
+from accelerate.utils import convert_outputs_to_fp32
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from .allocator import MIB
+from .traces import Events, Shape, Step, Trace
+
+class Recorder(TorchDispatchMode):
+    """Sees every storage that operations inside the mode make, and when it is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events = Events()
+        self.kinds: dict[int, str] = {}
+        self.kind = "activations"
+        self.vocabulary: int | None = None
+        self._live: dict[int, int] = {}
+        self.storages = 0
+
+    def add(self, tensor: torch.Tensor, kind: str) -> None:
+        """Note what a tensor's storage holds, and that it was made if that was not seen."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            self.kinds[self._live[key]] = kind
+        elif storage.nbytes():
+            self._live[key] = self.made(storage.nbytes(), kind)
+            weakref.finalize(storage, self._freed, key)
+
+    def made(self, size: int, kind: str) -> int:
+        """Note some bytes; returns their id."""
+        self.storages += 1
+        self.kinds[self.storages] = kind
+        self.events.add(self.storages, size)
+        return self.storages
+
+    def _freed(self, key: int) -> None:
+        self.events.add(self._live.pop(key), -1)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata not in self._live:
+                self.add(value, "logits" if value.shape[-1:] == (self.vocabulary,) else self.kind)
+        return result
+
+
+class _CudaRecorder(Recorder):
+    """Also counts what CUDA kernels allocate inside, which no tensor outside shows."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inside = _INSIDE.get(function._opname if hasattr(function, "_opname") else "")
+        if inside and inside.before:
+            self._scratch(inside.bytes(args))
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        if inside and not inside.before:
+            self._scratch(inside.bytes(args))
+        return result
+
+    def _scratch(self, size: int) -> None:
+        self.events.add(self.made(size, "kernels' own"), -1)
+        self.events.ids[-1] = self.storages
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """Memory inside a CUDA kernel: its bytes, from the operation's arguments, and whether the result is made later."""
+
+    bytes: Callable[[Any], int]
+    before: bool = False
+
+
+def _dequantized(args: Any) -> int:
+    """bitsandbytes' fallback for more than 1,536 rows: the whole weight, and twice its constants where those are
+    quantized too (backends/cuda/ops.py, _dequant_linear_fallback)."""
+    (rows, columns), constants = args[2], args[3]
+    nested = constants.numel() * args[4] < rows * columns  # the constants are those of the constants then
+    return rows * columns * args[0].element_size() + (2 * rows * columns // args[4] * 4 if nested else 0)
+
+
+def _attention_backward(args: Any) -> int:
+    """Row sums, and below fp32 accumulators in fp32: of dq, and where a head is wider than 64 of dk and dv
+    (aten/src/ATen/native/transformers/cuda/attention_backward.cu)."""
+    query = args[1]
+    sums = query.shape[0] * query.shape[1] * query.shape[2] * 4
+    accumulators = 0 if query.dtype == torch.float32 else 4 * query.numel() * (3 if query.shape[-1] > 64 else 1)
+    return sums + accumulators
+
+
+_INSIDE = {
+    "gemm_4bit": _Inside(_dequantized, before=True),
+    # grad * output (aten/src/ATen/native/cuda/SoftMax.cu)
+    "_softmax_backward_data": _Inside(lambda args: args[0].numel() * args[0].element_size()),
+    # sorted indices and their like (aten/src/ATen/native/cuda/Embedding.cu)
+    "embedding_dense_backward": _Inside(lambda args: args[1].numel() * 8 * 4),
+    "_scaled_dot_product_efficient_attention_backward": _Inside(_attention_backward),
+}
+
+
+def _apply(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """nn.Module._apply without swapping tensors, which fake ones that are watched do not allow."""
+    for child in module.children() if recurse else ():
+        _apply(child, function)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            with torch.no_grad():
+                parameter.data = function(parameter)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = function(buffer)
+    return module
+
+
+@contextmanager
+def _fake(step: Step) -> Iterator[None]:
+    """Run code in it on fake tensors, on the CPU's as if they were on a GPU."""
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(patch.object(nn.Module, "_apply", _apply))
+        # a Params4bit cannot hold a fake tensor; a plain parameter with its attributes can
+        plain = patch("bitsandbytes.nn.modules.Params4bit", lambda data, **_: nn.Parameter(data, requires_grad=False))
+        stack.enter_context(plain)
+        # its 256 values are computed with real ones, and kept for the process
+        stack.enter_context(patch("bitsandbytes.functional.create_dynamic_map", lambda *_, **__: torch.empty(256)))
+        stack.enter_context(patch.dict(bnb.functional.name2qmap))
+        number = patch("torch.optim.adam._get_value", lambda value: 1.0 if isinstance(value, torch.Tensor) else value)
+        stack.enter_context(number)
+        if not step.packed:  # it takes a fake tensor for one of documents that share a row
+            stack.enter_context(
+                patch.object(transformers.masking_utils, "find_packed_sequence_indices", lambda *_, **__: None)
+            )
+        if step.capability:
+            autocast_on = torch.is_autocast_enabled
+            stack.enter_context(patch("torch.is_autocast_enabled", lambda device="cpu": autocast_on("cpu")))
+            stack.enter_context(patch.object(F, "scaled_dot_product_attention", _cuda_attention(step.capability)))
+            stack.enter_context(patch.object(F, "softmax", _cuda_softmax(F.softmax)))
+            stack.enter_context(patch.object(F, "dropout", _cuda_dropout))
+        yield
+
+
+def _cuda_attention(capability: tuple[int, int]) -> Callable[..., torch.Tensor]:
+    """torch's choice among CUDA's kernels: FlashAttention from 8.0 on where there is no mask, else memory-efficient."""
+
+    def attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        if capability >= (8, 0) and attn_mask is None and query.dtype != torch.float32:
+            flash = torch.ops.aten._scaled_dot_product_flash_attention
+            return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        groups = query.size(-3) // key.size(-3)
+        if groups > 1:
+            key, value = (part.repeat_interleave(groups, dim=-3) for part in (key, value))
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask, 0)
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(query.size(0), query.size(1), query.size(2), key.size(2))
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+
+    return attention
+
+
+def _cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """CUDA keeps a mask of bytes, where the CPU keeps one of the input's type."""
+    return torch.native_dropout(input, p, True)[0] if training and p else input
+
+
+def _cuda_softmax(on_cpu: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """CUDA casts fp16, and no other type, inside the kernel (aten/src/ATen/native/cuda/SoftMax.cu)."""
+
+    def softmax(
+        input: torch.Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        if dtype == torch.float32 and input.dtype == torch.float16:
+            return torch.ops.aten._softmax(input, dim, True)
+        return on_cpu(input, dim=dim, dtype=dtype)
+
+    return softmax
+
+
+def _build(step: Step, recorder: Recorder) -> nn.Module:
+    """The model with its adapters, as it is loaded: base weights one after the other, then what makes it trainable."""
+    config = AutoConfig.for_model(**json.loads(step.model))
+    config.use_cache = False
+    config._attn_implementation = "eager" if step.attention == "eager" else "sdpa"
+    dtype = getattr(torch, step.weights)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if step.adapter == "qlora" and isinstance(layer, nn.Linear) and name != "lm_head":
+                setattr(parent, name, _quantized(step, layer, recorder))
+    for tensor in (*model.parameters(), *model.buffers()):
+        recorder.add(tensor, "base weights")
+    with recorder:
+        model = _trainable(step, model, dtype)
+    model.train()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.requires_grad and step.adapter:
+            recorder.add(tensor, "adapters")
+        elif "embed_tokens" in name or "lm_head" in name:
+            recorder.add(tensor, "embeddings and head")
+        else:
+            recorder.add(tensor, "base weights")
+    return model
+
+
+def _quantized(step: Step, layer: nn.Linear, recorder: Recorder) -> nn.Module:
+    """A linear layer as bitsandbytes quantizes it while it is loaded."""
+    made = bnb.nn.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=layer.weight.dtype,
+        compress_statistics=step.double_quantization,
+        quant_type=step.quantization,
+    )
+    recorder.kind = "quantization constants"
+    with recorder:
+        loaded = torch.empty(layer.weight.shape, dtype=layer.weight.dtype)
+        packed, state = bnb.functional.quantize_4bit(
+            loaded, compress_statistics=step.double_quantization, quant_type=step.quantization
+        )
+        del loaded
+    recorder.kind = "activations"
+    recorder.add(packed, "base weights")
+    weight: Any = nn.Parameter(packed, requires_grad=False)
+    weight.quant_state, weight.bnb_quantized, weight.module = state, True, made
+    weight.compress_statistics, weight.quant_type, weight.blocksize = step.double_quantization, step.quantization, 64
+    made.weight, made.quant_state = weight, state
+    if layer.bias is not None:
+        made.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    return made
+
+
+def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
+    """The model as a training has it: with adapters or without, in its dtypes, with checkpointing."""
+    if step.adapter == "qlora":
+        model.is_loaded_in_4bit = model.is_quantized = True
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(step.checkpointing))
+    if step.axolotl:
+        # axolotl/loaders/model.py, _configure_embedding_dtypes
+        cast = dtype if step.adapter or step.attention not in ("sdpa", "eager") else torch.float32
+        for name, module in model.named_modules():
+            if "norm" in name or name.endswith(("embed_tokens", "lm_head")):
+                module.to(cast)
+    elif not step.adapter:
+        model.float()
+    if step.adapter:
+        targets = step.targets if isinstance(step.targets, str) else list(step.targets)
+        lora = LoraConfig(
+            r=step.rank,
+            lora_alpha=step.rank,
+            lora_dropout=step.dropout,
+            target_modules=targets,
+            modules_to_save=list(step.saved_modules) or None,
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, lora)
+    if step.checkpointing:
+        reentrant = {"use_reentrant": step.checkpointing == "reentrant"}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
+        if not step.axolotl:
+            model.enable_input_require_grads()
+    return model
+
+
+def _optimizer(step: Step, model: nn.Module, recorder: Recorder) -> tuple[Any, int]:
+    """The optimizer with its state, and how much of that is paged: bitsandbytes pages 100,000 values and more."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    paged = 0
+    if not uses_bitsandbytes(step.optimizer):
+        optimizer = torch.optim.AdamW(trained, fused="fused" in step.optimizer, foreach="fused" not in step.optimizer)
+        with recorder:
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+            recorder.kind = "optimizer"
+            optimizer.step()
+            optimizer.zero_grad()
+        recorder.kind = "activations"
+        return optimizer, paged
+    bits = 8 if "8bit" in step.optimizer else 32
+    optimizer = bnb.optim.AdamW(trained, optim_bits=bits)
+
+    def buffer(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        nonlocal paged
+        if not step.capability or "paged" not in step.optimizer or parameter.numel() < 100_000:
+            return torch.zeros_like(parameter, dtype=dtype)
+        paged += parameter.numel() * dtype.itemsize
+        return torch.empty(0, dtype=dtype)
+
+    recorder.kind = "optimizer"
+    with recorder, patch.object(optimizer, "get_state_buffer", buffer):
+        for number, parameter in enumerate(trained):
+            optimizer.init_state(optimizer.param_groups[0], parameter, 0, number)
+    recorder.kind = "activations"
+    return optimizer, paged
+
+
+def uses_bitsandbytes(optimizer: str) -> bool:
+    """Whether an optimizer is one of bitsandbytes', which update in place."""
+    return "8bit" in optimizer or "paged" in optimizer or "bnb" in optimizer
+
+
+def _run(step: Step, recorder: Recorder, model: Any, optimizer: Any, shape: Shape) -> None:
+    """One micro batch forward and backward, and the optimizer's step."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    forward = model.forward
+    if step.autocast:
+        forward = torch.autocast("cpu", dtype=getattr(torch, step.autocast))(forward)
+        forward = convert_outputs_to_fp32(forward)
+    if step.accumulates:
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+            recorder.add(parameter.grad, "gradients")
+    inputs: dict[str, Any] = {"input_ids": torch.zeros(shape, dtype=torch.long)}
+    if step.axolotl:
+        inputs |= {"labels": torch.zeros(shape, dtype=torch.long), "num_items_in_batch": torch.tensor(1)}
+    else:
+        inputs["labels"] = inputs["input_ids"]
+    if step.padded:
+        inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    if step.packed:
+        inputs["position_ids"] = torch.zeros(shape, dtype=torch.long)
+    outputs = forward(**inputs)
+    loss = outputs["loss"]
+    if step.axolotl:
+        del outputs, inputs  # they are local to Trainer.compute_loss and training_step
+    loss.backward()
+    del loss
+    for parameter in trained:
+        recorder.add(parameter.grad, "gradients")
+    if step.axolotl:
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    if not uses_bitsandbytes(step.optimizer):
+        optimizer.step()
+    for parameter in trained:
+        parameter.grad = None
+
+
+def trace(step: Step, shapes: list[Shape]) -> Trace:
+    """What a step allocates, for micro batches of some shapes."""
+    recorder = _CudaRecorder() if step.capability else Recorder()
+    collecting = gc.isenabled()
+    gc.disable()  # so that what is in a cycle is freed at the same place in every trace
+    gc.freeze()  # what was there before is not looked at each time
+    try:
+        with _fake(step), _loss(step):
+            model = _build(step, recorder)
+            parameters = _count(model)
+            if step.capability:
+                for _ in range(2):  # cuBLAS has a workspace for the thread of the forward and of the backward pass
+                    recorder.made(_workspace(step.capability), "kernels' own")
+            optimizer, paged = _optimizer(step, model, recorder)
+            gc.collect()
+            loaded, steps = recorder.events, {}
+            recorder.vocabulary = model.config.vocab_size
+            made = recorder.storages
+            for shape in shapes:
+                recorder.storages = made  # numbered alike in each step
+                recorder.events = steps[shape] = Events()
+                with recorder:
+                    _run(step, recorder, model, optimizer, shape)
+                gc.collect()
+            recorder.events = Events()
+            steps = {shape: events.ordered() for shape, events in steps.items()}
+    finally:
+        gc.unfreeze()
+        if collecting:
+            gc.enable()
+    return Trace(loaded, steps, recorder.kinds, parameters, paged, expandable=step.axolotl)
+
+
+@contextmanager
+def _loss(step: Step) -> Iterator[None]:
+    """Axolotl's chunked loss where it is asked for: eight chunks, here not fused by torch.compile, so an upper bound."""
+    if not step.chunked_loss:
+        yield
+        return
+    from transformers.loss import loss_utils
+
+    with patch("torch.compile", lambda function, **_: function):
+        from axolotl.monkeypatch.loss.chunked import get_causal_lm_loss
+
+        chunked = get_causal_lm_loss()
+    with patch.dict(loss_utils.LOSS_MAPPING, {"ForCausalLM": chunked}):
+        yield
+
+
+def _workspace(capability: tuple[int, int]) -> int:
+    """Bytes of cuBLAS' workspace (aten/src/ATen/cuda/CublasHandlePool.cpp): 32 MiB on Hopper, 4096 KiB and 8 times
+    16 KiB twice, that is 8.125 MiB, elsewhere."""
+    return 32 * MIB if capability[0] == 9 else 8 * MIB + 128 * 1024
+
+
+def _count(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Trainable and frozen parameters by the name of their layer; those in 4 bits as what they stand for."""
+    counts: dict[str, dict[str, int]] = {}
+    for name, parameter in model.named_parameters():
+        parts = [part for part in name.split(".") if part not in ("weight", "bias", "default", "base_layer")]
+        layer = next((part for part in reversed(parts) if not part.startswith("lora_")), name)
+        kind = "norm" if "norm" in layer else layer
+        state = getattr(parameter, "quant_state", None)
+        size = state.shape.numel() if state else parameter.numel()
+        count = counts.setdefault(kind, {"frozen": 0, "trainable": 0})
+        count["trainable" if parameter.requires_grad else "frozen"] += size
+    return counts

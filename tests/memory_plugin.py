@@ -1,0 +1,60 @@
+"""An Axolotl plugin that counts the storages of a real training's second step, as a plan counts those of a fake one."""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.integrations.base import BasePlugin
+from transformers import TrainerCallback
+
+from qlora_recipes.memory import Recorder
+from qlora_recipes.traces import Events, bytes_at_peak
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors in a module's parameters, 4-bit constants and buffers, or in an optimizer's state."""
+    if isinstance(value, torch.nn.Module):
+        parameters = list(value.parameters())
+        states = [parameter.quant_state for parameter in parameters if getattr(parameter, "quant_state", None)]
+        constants = [tensor for state in states for tensor in tensors_of(vars(state))]
+        return [*parameters, *value.buffers(), *constants]
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for below in value.values() for tensor in tensors_of(below)]
+    return tensors_of(vars(value)) if type(value).__name__ == "QuantState" else []
+
+
+class _Count(TrainerCallback):
+    def __init__(self, trainer: Any, file: Path):
+        self.trainer, self.file, self.recorder = trainer, file, Recorder()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step != 1:
+            return
+        for tensor in tensors_of(self.trainer.model):
+            self.recorder.add(tensor, "model")
+        loaded = bytes_at_peak(self.recorder.events)
+        optimizer = self.trainer.optimizer
+        for tensor in tensors_of(dict(getattr(optimizer, "optimizer", optimizer).state)):
+            self.recorder.add(tensor, "optimizer")
+        self.loaded, self.before = loaded, self.recorder.events
+        self.recorder.events = Events()
+        gc.collect()
+        gc.disable()
+        self.recorder.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step != 2:
+            return
+        self.recorder.__exit__(None, None, None)
+        gc.enable()
+        peak = bytes_at_peak(self.before, self.recorder.events)
+        self.file.write_text(json.dumps({"loaded": self.loaded, "peak": peak}))
+
+
+class MemoryPlugin(BasePlugin):
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
+        return [_Count(trainer, Path(cfg.output_dir) / "memory.json")]
