@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 RECIPE := .venv/bin/recipe
 
-.PHONY: setup demo test lint lock benchmark
+.PHONY: setup demo test lint lock benchmark compare-memory
 
 setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe
 
@@ -22,6 +22,9 @@ lint: setup
 
 benchmark: setup  ## How long the quick commands take, and how fast data is checked
 	.venv/bin/python tests/benchmark.py
+
+compare-memory: setup  ## Planned memory beside published figures, and another planner's
+	.venv/bin/python tests/compare_memory.py
 
 lock: $(filter .uv/%,$(UV))  ## requirements.lock anew from pyproject.toml
 	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.12 --generate-hashes \

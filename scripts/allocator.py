@@ -102,7 +102,7 @@ class Allocator:
             length = -(-size // _SMALL_SEGMENT) * _SMALL_SEGMENT
         self._reserve(length)
         self._address += length
-        return Block(self._address, length, pool)
+        return Block(self._address - length, length, pool)
 
     def _grow(self, pool: list[Block], size: int) -> Block:
         """The free end of the pool's growing segment, made long enough."""

@@ -220,12 +220,10 @@ def plan(
     requests = [Request(name, profile or [], set_ or []) for name in names or recipe_names()]
     if compare and len(requests) != 1:
         raise UserError("--compare: name one recipe or file")
-    plans = {
-        request.name: planning.of_request(request, target, gpus, data, price, runs) for request in requests
-    }
+    plans = {request.name: planning.of_request(request, target, gpus, data, price, runs) for request in requests}
     compared = planning.compare(requests[0], target) if compare else None
     if json:
-        tables.print_json([{"recipe": name, **planned} for name, planned in plans.items()] if not compared else compared)
+        tables.print_json(compared or [{"recipe": name, **planned} for name, planned in plans.items()])
     elif compared:
         tables.print_table(planning.comparison_rows(compared), requests[0].name)
     elif len(plans) > 1:

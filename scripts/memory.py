@@ -21,11 +21,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from .allocator import MIB
 from .traces import Events, Shape, Step, Trace
+
 
 class Recorder(TorchDispatchMode):
     """Sees every storage that operations inside the mode make, and when it is freed."""
@@ -207,7 +208,7 @@ def _cuda_softmax(on_cpu: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
     return softmax
 
 
-def _build(step: Step, recorder: Recorder) -> nn.Module:
+def _build(step: Step, recorder: Recorder) -> Any:
     """The model with its adapters, as it is loaded: base weights one after the other, then what makes it trainable."""
     config = AutoConfig.for_model(**json.loads(step.model))
     config.use_cache = False
@@ -295,35 +296,39 @@ def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _optimizer(step: Step, model: nn.Module, recorder: Recorder) -> tuple[Any, int]:
-    """The optimizer with its state, and how much of that is paged: bitsandbytes pages 100,000 values and more."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    paged = 0
-    if not uses_bitsandbytes(step.optimizer):
-        optimizer = torch.optim.AdamW(trained, fused="fused" in step.optimizer, foreach="fused" not in step.optimizer)
-        with recorder:
+def _optimizer(step: Step, trained: list[torch.Tensor], recorder: Recorder) -> tuple[Any, int]:
+    """The optimizer with its state, and how many bytes of that are paged."""
+    recorder.kind = "optimizer"
+    with recorder:
+        if uses_bitsandbytes(step.optimizer):
+            optimizer, paged = _of_bitsandbytes(step, trained)
+        else:
+            fused = "fused" in step.optimizer
+            optimizer, paged = torch.optim.AdamW(trained, fused=fused, foreach=not fused), 0
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
-            recorder.kind = "optimizer"
             optimizer.step()
             optimizer.zero_grad()
-        recorder.kind = "activations"
-        return optimizer, paged
-    bits = 8 if "8bit" in step.optimizer else 32
-    optimizer = bnb.optim.AdamW(trained, optim_bits=bits)
+    recorder.kind = "activations"
+    return optimizer, paged
+
+
+def _of_bitsandbytes(step: Step, trained: list[torch.Tensor]) -> tuple[Any, int]:
+    """An optimizer of bitsandbytes'; on a GPU it pages the state of a tensor from 100,000 values on."""
+    optimizer: Any = bnb.optim.AdamW(trained, optim_bits=8 if "8bit" in step.optimizer else 32)
+    pages = "paged" in step.optimizer and step.capability is not None
+    paged = 0
 
     def buffer(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         nonlocal paged
-        if not step.capability or "paged" not in step.optimizer or parameter.numel() < 100_000:
+        if not pages or parameter.numel() < 100_000:
             return torch.zeros_like(parameter, dtype=dtype)
         paged += parameter.numel() * dtype.itemsize
         return torch.empty(0, dtype=dtype)
 
-    recorder.kind = "optimizer"
-    with recorder, patch.object(optimizer, "get_state_buffer", buffer):
+    with patch.object(optimizer, "get_state_buffer", buffer):
         for number, parameter in enumerate(trained):
             optimizer.init_state(optimizer.param_groups[0], parameter, 0, number)
-    recorder.kind = "activations"
     return optimizer, paged
 
 
@@ -332,9 +337,8 @@ def uses_bitsandbytes(optimizer: str) -> bool:
     return "8bit" in optimizer or "paged" in optimizer or "bnb" in optimizer
 
 
-def _run(step: Step, recorder: Recorder, model: Any, optimizer: Any, shape: Shape) -> None:
+def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor], optimizer: Any, shape: Shape) -> None:
     """One micro batch forward and backward, and the optimizer's step."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     forward = model.forward
     if step.autocast:
         forward = torch.autocast("cpu", dtype=getattr(torch, step.autocast))(forward)
@@ -381,16 +385,17 @@ def trace(step: Step, shapes: list[Shape]) -> Trace:
             if step.capability:
                 for _ in range(2):  # cuBLAS has a workspace for the thread of the forward and of the backward pass
                     recorder.made(_workspace(step.capability), "kernels' own")
-            optimizer, paged = _optimizer(step, model, recorder)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            optimizer, paged = _optimizer(step, trained, recorder)
             gc.collect()
             loaded, steps = recorder.events, {}
-            recorder.vocabulary = model.config.vocab_size
+            recorder.vocabulary = json.loads(step.model).get("vocab_size")
             made = recorder.storages
             for shape in shapes:
                 recorder.storages = made  # numbered alike in each step
                 recorder.events = steps[shape] = Events()
                 with recorder:
-                    _run(step, recorder, model, optimizer, shape)
+                    _run(step, recorder, model, trained, optimizer, shape)
                 gc.collect()
             recorder.events = Events()
             steps = {shape: events.ordered() for shape, events in steps.items()}
@@ -403,7 +408,7 @@ def trace(step: Step, shapes: list[Shape]) -> Trace:
 
 @contextmanager
 def _loss(step: Step) -> Iterator[None]:
-    """Axolotl's chunked loss where it is asked for: eight chunks, here not fused by torch.compile, so an upper bound."""
+    """Axolotl's chunked loss where it is asked for: eight chunks, here not compiled, so an upper bound."""
     if not step.chunked_loss:
         yield
         return

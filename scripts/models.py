@@ -88,11 +88,11 @@ def architecture(composed: Config) -> dict[str, Any]:
     if not isinstance(name, str):
         raise UserError("base_model: names no model")
     if Path(name).is_dir():
-        if sizes := _json(Path(name) / "config.json"):
-            return sizes
+        if content := _json(Path(name) / "config.json"):
+            return content
         raise UserError(f"base_model: {name} has no config.json")
-    if sizes := _known(name).get("config"):
-        return sizes
+    if known := _known(name).get("config"):
+        return dict(known)
     from huggingface_hub import hf_hub_download
 
     try:

@@ -89,23 +89,28 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         reentrant = (config.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", False)
         checkpointing = "reentrant" if reentrant else "non-reentrant"
     rows, packed = int(config.get("micro_batch_size") or 1), bool(config.get("sample_packing"))
+    pads, masks = rows > 1 or bool(config.get("pad_to_sequence_len")), attention != "flash_attention_2"
     quantization = config.get("bnb_config_kwargs") or {}
-    targets = config.get("lora_target_modules") or ()
+    targets = "all-linear" if config.get("lora_target_linear") else config.get("lora_target_modules") or ()
     step = Step(
         model=json.dumps(architecture, sort_keys=True),
         adapter=adapter,
         weights=dtype,
         autocast=autocast,
         rank=int(config.get("lora_r") or 8),
-        targets="all-linear" if config.get("lora_target_linear") else targets if isinstance(targets, str) else tuple(targets),
+        targets="all-linear"
+        if config.get("lora_target_linear")
+        else targets
+        if isinstance(targets, str)
+        else tuple(targets),
         saved_modules=tuple(config.get("lora_modules_to_save") or ()),
         dropout=float(config.get("lora_dropout") or 0),
         quantization=quantization.get("bnb_4bit_quant_type", "nf4"),
         double_quantization=quantization.get("bnb_4bit_use_double_quant", True),
         checkpointing=checkpointing,
         attention=attention,
-        padded=not packed and (rows > 1 or bool(config.get("pad_to_sequence_len"))) and attention != "flash_attention_2",
-        packed=packed and attention != "flash_attention_2",
+        padded=pads and masks and not packed,
+        packed=packed and masks,
         accumulates=datafiles.effective_batch(config) > rows,
         optimizer=optimizer,
         chunked_loss=bool(config.get("chunked_cross_entropy")),

@@ -75,7 +75,8 @@ class Events:
         """The same with what is freed at one time in the order of ids; Python's, in a set, is by chance."""
         ids: list[int] = []
         for made, group in groupby(zip(self.ids, self.sizes, strict=True), key=lambda event: event[1] >= 0):
-            ids += [event[0] for event in group] if made else sorted(event[0] for event in group)
+            together = [event[0] for event in group]
+            ids += together if made else sorted(together)
         return Events(ids, self.sizes)
 
 

@@ -1,0 +1,166 @@
+"""Published memory figures beside what a plan says of the same step, and what fitcheck-llm does: `make compare-memory`.
+
+memory_figures.csv has the figures, each with its source. Those of the plain loop are of transformers and PEFT on a T4
+and name their protocol whole. The others are of frameworks with loops, losses and kernels of their own: they show how
+far a plan of Axolotl's loop is from them, and a reason stands beside what is more than 10 % off.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qlora_recipes import gpus, models, tables, traces
+from qlora_recipes.memory import trace
+from qlora_recipes.traces import Step
+
+FIGURES = Path(__file__).with_name("memory_figures.csv")
+MIB = 2**20
+
+_SIZES = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+_OTHER_MODELS = {  # from their config.json: the sizes above, the vocabulary, and whether head and embedding are one
+    "llama-160m": ("llama", 768, 3072, 12, 12, 12, 32000, False),
+    "llama-2-13b": ("llama", 5120, 13824, 40, 40, 40, 32000, False),
+    "tinyllama-1.1b": ("llama", 2048, 5632, 22, 32, 4, 32000, False),
+    "smollm2-135m": ("llama", 576, 1536, 30, 9, 3, 49152, True),
+    "smollm2-1.7b": ("llama", 2048, 8192, 24, 32, 32, 49152, True),
+    "qwen2.5-0.5b": ("qwen2", 896, 4864, 24, 14, 2, 151936, True),
+    "qwen2.5-1.5b": ("qwen2", 1536, 8960, 28, 12, 2, 151936, True),
+}
+_STUDY_MODELS = {
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+}
+_TRAINER = ("Trainer, by Unsloth", "LLaMA-Factory", "Unsloth")
+_SHIFT = "transformers of 2024 shifted the logits by a copy in fp32; now the labels are shifted"
+_IN_BF16 = "keeps norms, embedding and residual stream in bf16, which PEFT's preparation makes fp32"
+REASONS = {
+    ("Trainer, by Unsloth", "qlora"): f"{_SHIFT}; the figure is the card, filled up to a step of a search",
+    ("LLaMA-Factory", "qlora"): f"{_SHIFT}; whole GB of the process",
+    ("fsdp_qlora", "qlora"): _IN_BF16,
+    ("Unsloth", "qlora"): "kernels and a loss of its own, and checkpoints off the GPU",
+    ("litgpt", "qlora"): _IN_BF16,
+    ("lit-gpt", "qlora"): _IN_BF16,
+    ("torchtune", "qlora"): "a chunked loss, checkpoints off the GPU, torch.compile",
+    ("torchtune", "full"): "a chunked loss; weights and optimizer state in bf16, in the plain loop fp32",
+}
+
+
+def architecture(name: str) -> dict[str, Any]:
+    """What matters of a model's config.json."""
+    if name in _STUDY_MODELS:
+        return models.architecture({"base_model": _STUDY_MODELS[name]})
+    kind, *sizes, vocabulary, tied = _OTHER_MODELS[name]
+    return {
+        "model_type": kind,
+        **dict(zip(_SIZES, sizes, strict=True)),
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+    }
+
+
+def figures() -> list[dict[str, str]]:
+    """The published figures."""
+    with FIGURES.open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def step_of(figure: dict[str, str]) -> Step:
+    """The step that a figure is of, in the loop that comes nearest."""
+    dtype = {"fp16": "float16", "bf16": "bfloat16"}[figure["dtype"]]
+    trainer = figure["framework"] in _TRAINER
+    card = (8, 0) if figure["card"].endswith(" GB") else gpus.find(figure["card"]).capability
+    projections = [f"{name}_proj" for name in figure["targets"].split()]
+    return Step(
+        model=json.dumps(architecture(figure["model"])),
+        adapter={"full": None}.get(figure["method"], figure["method"]),
+        weights=dtype,
+        autocast=dtype if trainer else None,
+        rank=int(figure["rank"] or 8),
+        targets=tuple(projections),
+        double_quantization=figure["double_quantization"] == "yes",
+        checkpointing=None if figure["checkpointing"] == "no" else figure["checkpointing"],
+        attention=figure["attention"],
+        optimizer=figure["optimizer"],
+        accumulates=trainer,
+        axolotl=trainer,
+        capability=card,
+    )
+
+
+def planned(figure: dict[str, str]) -> float:
+    """MiB that a plan gives for a figure, of the same kind: allocated, reserved, or with CUDA's own."""
+    from qlora_recipes.plan import CONTEXT
+
+    shape = int(figure["rows"]), int(figure["tokens"])
+    used = traces.usage(trace(step_of(figure), [shape]), shape)
+    size = used.allocated if figure["kind"] == "allocated" else used.reserved
+    return (size + (CONTEXT if figure["kind"] in ("card", "process") else 0)) / MIB
+
+
+def fitcheck(figure: dict[str, str], cache: Path) -> float:
+    """MiB that fitcheck-llm predicts: the total, without its overhead where the figure is of allocated memory."""
+    folder = cache / "hub" / f"models--figures--{figure['model']}"
+    for below, name, text in (
+        ("refs", "main", "0"),
+        ("snapshots/0", "config.json", json.dumps(architecture(figure["model"]))),
+    ):
+        (folder / below).mkdir(parents=True, exist_ok=True)
+        (folder / below / name).write_text(text)
+    command = [
+        str(Path(sys.executable).with_name("fitcheck")),
+        *(f"figures/{figure['model']}", "--json", "--vram-mib", "81920"),
+        *("--precision", figure["dtype"], "--batch-size", figure["rows"], "--seq-len", figure["tokens"]),
+        *("--optimizer", "adam8bit" if "8bit" in figure["optimizer"] else "adamw"),
+        *(
+            ("--lora-r", figure["rank"], "--lora-targets", figure["targets"].replace(" ", ","))
+            if figure["rank"]
+            else ()
+        ),
+        *(("--no-lora",) if figure["method"] == "full" else ()),
+        *(("--quant", "nf4") if figure["method"] == "qlora" else ()),
+        *(("--double-quant",) if figure["double_quantization"] == "yes" else ()),
+        *(("--grad-checkpoint",) if figure["checkpointing"] != "no" else ()),
+        *(("--flash-attn",) if figure["attention"] != "eager" else ()),
+    ]
+    environment = os.environ | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    memory = json.loads(done.stdout)["memory_mib"]
+    return float(memory["total"] - (memory["overhead"] if figure["kind"] == "allocated" else 0))
+
+
+def main() -> None:
+    """Print the comparison as Markdown, and its mean and worst errors for the plain loop."""
+    errors, others, rows = [], [], []
+    with tempfile.TemporaryDirectory() as cache:
+        for figure in figures():
+            published, ours, theirs = float(figure["mib"]), planned(figure), fitcheck(figure, Path(cache))
+            error, other = ours / published - 1, theirs / published - 1
+            exact = figure["framework"] == "plain loop"
+            if exact:
+                errors.append(abs(error))
+                others.append(abs(other))
+            rows.append(
+                {
+                    "figure": f"{figure['framework']} {figure['id']}",
+                    "step": f"{figure['model']}, {figure['method']}, {figure['rows']} x {figure['tokens']}",
+                    "kind": figure["kind"],
+                    "published MiB": round(published),
+                    "plan MiB": round(ours),
+                    "error": f"{error:+.1%}",
+                    "fitcheck-llm": f"{other:+.1%}",
+                    "reason": REASONS[figure["framework"], figure["method"]] if abs(error) > 0.1 else "",
+                }
+            )
+    tables.print_markdown(rows)
+    for name, of in (("plan", errors), ("fitcheck-llm", others)):
+        print(f"{name}: plain loop, n = {len(of)}: mean error {sum(of) / len(of):.2%}, worst {max(of):.2%}")
+
+
+if __name__ == "__main__":
+    main()
