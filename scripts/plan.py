@@ -252,13 +252,12 @@ def of_request(
     composed = compose(request)
     found = check.examine(composed).findings
     check.refuse([finding for finding in found if finding.rule in _NOTHING_TO_PLAN], [])
+    measured = check.lengths(composed) if data else []
     planned = plan(composed.config, gpu, gpus)
-    tokens = None
-    if data:
-        measured = check.lengths(composed)
-        tokens = sum(one["tokens"] for one in measured)
-        rows, longest = planned["micro_batch"]["rows"], max(one["longest_trained_on"] for one in measured)
-        planned["longest_batch"] = longest_batch(composed.config, gpu, (rows, longest))
+    if measured:
+        longest = max(one["longest_trained_on"] for one in measured)
+        planned["longest_batch"] = longest_batch(composed.config, gpu, (planned["micro_batch"]["rows"], longest))
+    tokens = sum(one["tokens"] for one in measured) or None
     planned["work"] = work(composed.config, composed.recipe, gpu, gpus, tokens, price, runs)
     return planned
 
@@ -353,7 +352,11 @@ def _changes(config: Config, architecture: dict[str, Any], planner: Planner, gpu
             "the same loss, of an eighth of the tokens at a time",
             gpu.capability >= (8, 0) and not planner.step.chunked_loss,  # compiled with Triton, which asks for 8.0
         ),
-        ({"optimizer": paged}, "the same steps; its state leaves the GPU when that is full", "paged" not in optimizer),
+        (
+            {"optimizer": paged},
+            "the same steps; its state leaves the GPU when that is full",
+            optimizer in _OPTIMIZERS and "paged" not in optimizer,
+        ),
         (
             {"micro_batch_size": 1, "gradient_accumulation_steps": accumulation, "batch_size": None},
             "the same rows a step, one at a time",
@@ -365,6 +368,7 @@ def _changes(config: Config, architecture: dict[str, Any], planner: Planner, gpu
     for settings, effect, applies in steps:
         if not applies:
             continue
+        settings = {key: value for key, value in settings.items() if value is not None or key in config}
         changed = {key: value for key, value in (changed | settings).items() if value is not None}
         step, _ = step_of(changed, architecture, gpu.capability)
         tried = Planner(step, shape_of(changed, step))

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,7 +75,7 @@ def test_any_sequence_keeps_the_books(expandable: bool, requests: list[tuple[int
         if order == 5:
             allocator.empty_cache()
         spans = sorted((block.pool is allocator._small, block.address, block.size) for block in blocks)
-        for (pool, address, length), (other_pool, after, _) in zip(spans, spans[1:], strict=False):
+        for (pool, address, length), (other_pool, after, _) in pairwise(spans):
             assert pool != other_pool or address + length <= after
         assert allocator.allocated == sum(block.size for block in blocks)
         assert allocator.allocated <= allocator.reserved <= allocator.peak_reserved
