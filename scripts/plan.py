@@ -19,7 +19,7 @@ from . import check, datafiles, models, paths, rules, study, traces
 from .compose import Request, compose
 from .config import Config
 from .errors import UserError
-from .files import write_atomically
+from .files import read_json, write_atomically
 from .gpus import Gpu, named
 from .rundir import all_runs
 from .traces import Shape, Step, Trace
@@ -150,7 +150,7 @@ class Planner:
     def __init__(self, step: Step, shape: Shape):
         self.step, self.shape = step, shape
         self._file = paths.cache() / "plans" / f"{self._key()}.json"
-        self._kept: dict[str, Any] = orjson.loads(self._file.read_bytes()) if self._file.is_file() else {}
+        self._kept = read_json(self._file)
 
     @property
     def planned(self) -> bool:
@@ -298,6 +298,13 @@ def plan(config: Config, gpu: Gpu | None = None, gpus: int = 1) -> dict[str, Any
     }
     planner.save()
     return result
+
+
+def planned_gib(config: Config) -> float | None:
+    """GiB that a config needs, where the cache knows."""
+    step, _ = step_of(config, models.architecture(config), _least_capability(config))
+    planner = Planner(step, shape_of(config, step))
+    return _gib(planner.need()) if planner.planned else None
 
 
 def longest_batch(config: Config, gpu: Gpu | None, shape: Shape) -> dict[str, Any]:

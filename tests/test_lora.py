@@ -1,0 +1,34 @@
+import json
+from pathlib import Path
+
+import orjson
+import pytest
+from conftest import Recipe
+
+from qlora_recipes import lora, models
+from qlora_recipes.memory import trace
+from qlora_recipes.traces import Step
+
+
+@pytest.mark.parametrize("name", [name for name in models.catalogue()])
+def test_counts_are_those_of_peft(name: str) -> None:
+    architecture = models.architecture({"base_model": name})
+    small = architecture | {"num_hidden_layers": 2}
+    for targets in lora.TARGETS.values():
+        counts = trace(Step(model=json.dumps(small), rank=16, targets=targets), []).parameters
+        assert sum(count["trainable"] for count in counts.values()) == lora.trainable(small, targets, 16)
+        assert sum(count["frozen"] for count in counts.values()) == lora.total(small)
+
+
+def test_the_update_is_what_the_paper_says() -> None:
+    for rank, alpha in ((32, 16), (4, 64)):
+        assert max(lora.update_error(rank, alpha, 128).values()) < 1e-12
+
+
+def test_the_command(recipe: Recipe, tmp_path: Path) -> None:
+    done = recipe("analyze", "lora", "haider2024/llama-2-7b", "--json", "--figure", "l.svg")
+    assert done.returncode == 0, done.stderr
+    found = orjson.loads(done.stdout)
+    (row,) = [row for row in found["parameters"] if (row["layers"], row["rank"]) == ("all linear", 32)]
+    assert row["trainable"] == 79_953_920
+    assert "<svg" in (tmp_path / "l.svg").read_text()
