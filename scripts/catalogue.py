@@ -10,7 +10,7 @@ def recipes() -> list[dict[str, Any]]:
     found = []
     for name in paths.recipe_names():
         recipe = config.read_yaml(paths.RECIPES / f"{name}.yaml")
-        found.append(entry(name, recipe) | {"planned_gib": plan.planned_gib(recipe)})
+        found.append(entry(name, recipe) | {"planned_gib": plan.needed_gib(recipe)})
     return found
 
 

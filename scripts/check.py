@@ -74,7 +74,7 @@ def check(request: Request, gpu: Gpu | None = None, data: bool = False, full: bo
     report = Report(request.name)
     try:
         composed = compose.compose(request)
-        report = examine(composed, gpu, data=data)
+        report = examine(composed, gpu, data=data, plan=full)
         report.name = request.name
         if full:
             with importing_axolotl():
@@ -92,11 +92,21 @@ def check(request: Request, gpu: Gpu | None = None, data: bool = False, full: bo
 
 
 def examine(
-    composed: Composed, gpu: Gpu | None = None, gpus: int = 1, launching: bool = False, data: bool = False
+    composed: Composed,
+    gpu: Gpu | None = None,
+    gpus: int = 1,
+    launching: bool = False,
+    data: bool = False,
+    plan: bool = False,
 ) -> Report:
-    """What the schema and the rules find in a config, each at its place, and with `data` what its rows have.
+    """What the schema and the rules find in a config, each at its place, and whether it fits the GPU's memory.
 
     A rehearsal has no GPU.
+
+    Args:
+        launching: a run is about to start here.
+        data: also read its rows.
+        plan: also plan its memory, in 10 s, where no earlier plan is kept.
     """
     of_schema = list(schema.findings(composed.config))
     wrong = [finding.key for finding in of_schema if finding.rule in ("value", "plugin-key")]
@@ -105,10 +115,29 @@ def examine(
     case = rules.Case(sound, parts, None if composed.rehearsal else gpu, gpus, launching)
     report = Report(composed.recipe, composed)
     report.add(placed([*of_schema, *rules.findings(case)], composed))
+    if case.gpu and not report.count("error"):
+        report.add(placed(_too_big(composed.config, case.gpu, gpus, plan), composed))
     if data:
         of_rows, report.data = rows.check(sound)
         report.add(of_rows)
     return report
+
+
+def _too_big(content: Config, gpu: Gpu, gpus: int, plan: bool) -> list[Finding]:
+    """A finding where a config needs more memory than a GPU has, as far as that can be planned."""
+    from . import plan as planning
+
+    if not gpu.memory or (gpus > 1 and (content.get("deepspeed") or content.get("fsdp_config"))):
+        return []
+    try:
+        needed = planning.needed_gib(content, gpu.capability, anew=plan)
+    except UserError:  # it cannot be planned, or the model's sizes cannot be had
+        return []
+    usable = gpu.memory * planning.USABLE
+    if needed is None or needed <= usable:
+        return []
+    problem = f"a full batch needs {needed:.1f} GiB, and {usable:.1f} of {gpu} can be used"
+    return [Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan` with --gpu says what to change")]
 
 
 def tokens_of(request: Request, count: int) -> list[dict[str, Any]]:

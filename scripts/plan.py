@@ -46,6 +46,7 @@ _OPTIMIZERS = {
     "paged_adamw_32bit",
     "adamw_bnb_32bit",
 }
+_TAKE_MORE = ("peft_use_dora", "lora_target_parameters", "unfrozen_parameters")
 _FUSED_LOSSES = ("cut_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_entropy")
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
@@ -82,6 +83,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         notes.append(f"{attention}: planned as flash_attention_2")
         attention = "flash_attention_2"
     notes += [f"{key}: not traced; it takes less" for key in (*_FUSED_LOSSES, *_KERNELS) if config.get(key)]
+    notes += [f"{key}: not traced; it takes more" for key in _TAKE_MORE if config.get(key)]
     if config.get("gradient_checkpointing") == "offload" or config.get("activation_offloading"):
         notes.append("activation_offloading: not traced; it takes less")
     checkpointing = None
@@ -90,6 +92,8 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         checkpointing = "reentrant" if reentrant else "non-reentrant"
     rows, packed = int(config.get("micro_batch_size") or 1), bool(config.get("sample_packing"))
     pads, masks = rows > 1 or bool(config.get("pad_to_sequence_len")), attention != "flash_attention_2"
+    if int(config.get("eval_batch_size") or rows) > rows:
+        notes.append("eval_batch_size: evaluation is not traced, and with more rows than training may take more")
     quantization = config.get("bnb_config_kwargs") or {}
     targets = "all-linear" if config.get("lora_target_linear") else config.get("lora_target_modules") or ()
     step = Step(
@@ -193,7 +197,11 @@ class Planner:
             with importing_axolotl():
                 from .memory import trace
 
-                self._kept["trace"] = trace(self.step, self._shapes()).as_json()
+                try:
+                    self._kept["trace"] = trace(self.step, self._shapes()).as_json()
+                except Exception as error:  # any model's code runs in it
+                    problem = f"its training step cannot be traced: {type(error).__name__}: {error}"
+                    raise UserError(f"base_model: {problem}") from None
         return Trace.of_json(self._kept["trace"])
 
     def _shapes(self) -> list[Shape]:
@@ -300,11 +308,22 @@ def plan(config: Config, gpu: Gpu | None = None, gpus: int = 1) -> dict[str, Any
     return result
 
 
-def planned_gib(config: Config) -> float | None:
-    """GiB that a config needs, where the cache knows."""
-    step, _ = step_of(config, models.architecture(config), _least_capability(config))
+def needed_gib(config: Config, capability: tuple[int, int] | None = None, anew: bool = False) -> float | None:
+    """GiB that a config needs on a GPU, by default the oldest that has what it asks for.
+
+    Args:
+        anew: plan it where no plan is kept; else that gives None.
+
+    Raises:
+        UserError: it cannot be planned.
+    """
+    step, _ = step_of(config, models.architecture(config), capability or _least_capability(config))
     planner = Planner(step, shape_of(config, step))
-    return _gib(planner.need()) if planner.planned else None
+    if not (planner.planned or anew):
+        return None
+    needed = planner.need() / GIB
+    planner.save()
+    return needed
 
 
 def longest_batch(config: Config, gpu: Gpu | None, shape: Shape) -> dict[str, Any]:

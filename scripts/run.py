@@ -38,7 +38,7 @@ def prepare(request: Request) -> Composed:
     check_arguments(request.axolotl_arguments)
     composed = compose(request)
     starts = not request.dry_run
-    report = check.examine(composed, gpus.here(), request.gpus, launching=starts, data=starts)
+    report = check.examine(composed, gpus.here(), request.gpus, launching=starts, data=starts, plan=starts)
     for finding in check.refuse(report.findings, request.force):
         say(str(finding))
     composed.data = datafiles.record(composed.config)

@@ -10,7 +10,7 @@ from conftest import Recipe, config_with
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qlora_recipes import check, config, models, paths, schema
+from qlora_recipes import check, config, gpus, models, paths, schema
 from qlora_recipes.compose import Request
 from qlora_recipes.errors import UserError
 from qlora_recipes.finding import Finding
@@ -135,8 +135,20 @@ def test_a_run_refuses_bad_rows(place: Path, recipe: Recipe) -> None:
     assert not (place / "runs").exists()
 
 
+def test_what_is_too_big_for_a_card_is_an_error(place: Path, tiny: Path) -> None:
+    change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": {"pad_token": "</s>"}}
+    (place / "tiny.yaml").write_text(config.write_yaml(config_with(change)))
+    small, large = gpus.Gpu("small", (7, 5), 0.2), gpus.Gpu("large", (7, 5), 4)
+    assert not check.check(Request("tiny.yaml"), small).findings  # not planned yet, and a quick check does not
+    (finding,) = check.check(Request("tiny.yaml"), small, full=True).findings
+    assert (finding.name, finding.level) == ("too-big:micro_batch_size", "error")
+    assert (place / "tiny.yaml").read_text().splitlines()[finding.line - 1].startswith("micro_batch_size")
+    assert check.check(Request("tiny.yaml"), small).findings == [finding]  # from the cache
+    assert not check.check(Request("tiny.yaml"), large).findings
+
+
 def test_gpu_names(recipe: Recipe) -> None:
-    assert "did you mean rtx4090" in recipe("check", "--gpu", "RTX 4O90").stderr
+    assert "did you mean RTX 4090" in recipe("check", "--gpu", "RTX 4O90").stderr
     assert recipe("check", "--gpu", "RTX 4O90").returncode == 2
 
 

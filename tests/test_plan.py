@@ -82,6 +82,12 @@ def test_what_cannot_be_planned_is_refused(change: dict[str, Any], says: str) ->
         step_of(change)
 
 
+def test_a_model_that_cannot_be_traced_is_told(small: config.Config) -> None:
+    (Path(small["base_model"]) / "config.json").write_text(json.dumps({"model_type": "nobody_knows"}))
+    with pytest.raises(UserError, match=r"cannot be traced: .*nobody_knows"):
+        plan.plan(small)
+
+
 def test_packed_documents_make_one_row_where_flash_attention_keeps_them_apart() -> None:
     for attention, shape in (("sdpa", (2, 2048)), ("flash_attention_2", (1, 4096))):
         packed = config_with({"sample_packing": True, "attn_implementation": attention})
