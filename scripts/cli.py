@@ -16,7 +16,21 @@ from .paths import RUNS
 class _Verbs(TyperGroup):
     """The verbs in the order in which one uses them; Typer would put groups of verbs last."""
 
-    ORDER = ("list", "show", "diff", "data", "check", "run", "resume", "evaluate", "score", "results", "render")
+    ORDER = (
+        "list",
+        "show",
+        "diff",
+        "data",
+        "check",
+        "plan",
+        "analyze",
+        "run",
+        "resume",
+        "evaluate",
+        "score",
+        "results",
+        "render",
+    )
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=self.ORDER.index)

@@ -168,3 +168,18 @@ def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe: Recipe) -
         steps = 5 * composed.config["num_epochs"]
         assert composed.config["warmup_steps"] == min(10, steps // 10)
         assert "max_steps" not in composed.config
+
+
+def test_help_explains_every_verb_and_argument() -> None:
+    import typer.main
+
+    from qlora_recipes import cli
+
+    waiting = [("recipe", typer.main.get_command(cli.app))]
+    while waiting:
+        name, command = waiting.pop()
+        with command.make_context(name, [], resilient_parsing=True) as context:
+            assert command.get_help(context) is not None  # printed
+            assert command.help, name
+            assert [p.name for p in command.params if p.name != "help" and not getattr(p, "help", None)] == [], name
+            waiting += [(f"{name} {verb}", below) for verb, below in getattr(command, "commands", {}).items()]
