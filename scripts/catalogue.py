@@ -1,8 +1,10 @@
 """What there is: `recipe list`, `show` and `diff`."""
 
+from contextlib import suppress
 from typing import Any
 
 from . import config, paths, plan, study
+from .errors import UserError
 
 
 def recipes() -> list[dict[str, Any]]:
@@ -10,7 +12,10 @@ def recipes() -> list[dict[str, Any]]:
     found = []
     for name in paths.recipe_names():
         recipe = config.read_yaml(paths.RECIPES / f"{name}.yaml")
-        found.append(entry(name, recipe) | {"planned_gib": plan.needed_gib(recipe)})
+        with suppress(UserError):  # one that cannot be planned
+            planned = None
+            planned = plan.needed_gib(recipe)
+        found.append(entry(name, recipe) | {"planned_gib": planned})
     return found
 
 

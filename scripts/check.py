@@ -124,17 +124,20 @@ def examine(
 
 
 def _too_big(content: Config, gpu: Gpu, gpus: int, plan: bool) -> list[Finding]:
-    """A finding where a config needs more memory than a GPU has, as far as that can be planned."""
+    """A finding where a config needs more memory than a GPU has, or where that is not known."""
     from . import plan as planning
 
-    if not gpu.memory or (gpus > 1 and (content.get("deepspeed") or content.get("fsdp_config"))):
-        return []
+    if not gpu.memory or gpus > 1 or content.get("deepspeed") or content.get("fsdp_config"):
+        return []  # what an engine saves depends on how many GPUs there will be
     try:
-        needed = planning.needed_gib(content, gpu.capability, anew=plan)
-    except UserError:  # it cannot be planned, or the model's sizes cannot be had
-        return []
+        needed = planning.needed_gib(content, gpu, anew=plan)
+    except UserError as error:
+        return [Finding("note", "not-checked", "base_model", f"memory is not planned: {error}")]
     usable = gpu.memory * planning.USABLE
-    if needed is None or needed <= usable:
+    if needed is None:
+        problem = "memory is not planned: `recipe plan` and --full do that"
+        return [Finding("note", "not-checked", "micro_batch_size", problem)]
+    if needed <= usable:
         return []
     problem = f"a full batch needs {needed:.1f} GiB, and {usable:.1f} of {gpu} can be used"
     return [Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan` with --gpu says what to change")]

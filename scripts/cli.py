@@ -1,6 +1,7 @@
 """The command `recipe`: its verbs and their options. The work is in the modules named after the verbs."""
 
 import errno
+import math
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -230,24 +231,27 @@ def plan(
     """Parameters, memory and work of a config, and the cards that hold it, without a GPU."""
     from . import gpus as cards
     from . import plan as planning
-    from . import tables
+    from . import plan_tables, tables
     from .compose import Request
     from .paths import recipe_names
 
-    target = cards.of_options(gpu, vram)
+    if not all(math.isfinite(value) for value in (vram or 0, price or 0)):
+        raise UserError("--vram and --price: give a number")
+    target = cards.find(gpu) if gpu else None if vram else cards.here()
     requests = [Request(name, profile or [], set_ or []) for name in names or recipe_names()]
-    if compare and len(requests) != 1:
-        raise UserError("--compare: name one recipe or file")
-    plans = {request.name: planning.of_request(request, target, gpus, data, price, runs) for request in requests}
-    compared = planning.compare(requests[0], target) if compare else None
+    if compare:
+        if len(requests) != 1:
+            raise UserError("--compare: name one recipe or file")
+        compared = planning.compare(requests[0], target)
+        tables.print_json(compared) if json else plan_tables.comparison(compared, requests[0].name)
+        return
+    plans = {request.name: planning.of_request(request, target, vram, gpus, data, price, runs) for request in requests}
     if json:
-        tables.print_json(compared or [{"recipe": name, **planned} for name, planned in plans.items()])
-    elif compared:
-        tables.print_table(planning.comparison_rows(compared), requests[0].name)
+        tables.print_json([{"recipe": name, **planned} for name, planned in plans.items()])
     elif len(plans) > 1:
-        tables.print_table([planning.summary_row(name, planned) for name, planned in plans.items()])
+        plan_tables.summary(plans)
     else:
-        planning.show(plans[requests[0].name])
+        plan_tables.show(plans[requests[0].name])
 
 
 app.add_typer(analyze_app, name="analyze", rich_help_panel=BEFORE)
@@ -269,11 +273,15 @@ def analyze_quantization(
     from .quiet import importing_axolotl
 
     _check_figure(figure)
+    if model and synthetic:
+        raise UserError("--model and --synthetic: one of them")
     with importing_axolotl():
         from . import quantization
 
-        folder = model or standin.model_folder()
-        weights = quantization.synthetic() if synthetic else quantization.weights_of(folder, layers)
+        if synthetic:
+            weights = quantization.synthetic()
+        else:
+            weights = quantization.weights_of(model or standin.model_folder(), layers)
         rows = quantization.measure(weights)
         if figure:
             quantization.draw(weights, rows, figure)
@@ -300,7 +308,7 @@ def analyze_lora(
 
     _check_figure(figure)
     recipes = [config.read_yaml(find_recipe(name)[1]) for name in names or recipe_names()]
-    rows = lora.rows(list(dict.fromkeys(str(recipe.get("base_model")) for recipe in recipes)))
+    rows = lora.rows({str(recipe.get("base_model")): recipe for recipe in recipes})
     with importing_axolotl():
         error = lora.update_error()
     if figure:

@@ -17,7 +17,7 @@ class Gpu:
 
     Attributes:
         capability: its compute capability, as (8, 6).
-        memory: in GiB, as on the label, or as its driver says where it is in this machine.
+        memory: in GiB, as on the label; of a card in this machine that is not listed, as its driver says.
         tflops: its peak rate in fp16 or bf16, in 10^12 operations a second.
     """
 
@@ -59,22 +59,14 @@ def find(name: str) -> Gpu:
     raise UserError(f"--gpu {name}: no GPU of that name{hint}; a compute capability such as sm_86 does as well")
 
 
-def of_options(name: str | None, memory: float | None) -> Gpu | None:
-    """The GPU that is meant by a name, a size of its memory, or both; by neither, this machine's, if it has one."""
-    if name:
-        found = find(name)
-        return replace(found, memory=memory) if memory else found
-    return Gpu(f"{memory:g} GB", (8, 0), memory) if memory else here()
-
-
 def here() -> Gpu | None:
     """This machine's first NVIDIA GPU."""
     found = provenance.gpus()
     if not found:
         return None
     gpu = Gpu(found[0]["name"], _capability(found[0]["compute_capability"]), found[0]["memory_gib"])
-    listed = named(gpu.name)
-    return replace(gpu, tflops=listed.tflops) if listed else gpu
+    listed = named(gpu.name)  # its label's memory, from which plans take off what a driver does not show
+    return replace(gpu, memory=listed.memory, tflops=listed.tflops) if listed else gpu
 
 
 def named(name: str) -> Gpu | None:

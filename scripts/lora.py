@@ -1,9 +1,12 @@
 """`recipe analyze lora`: how many parameters LoRA trains, by layers and rank, and that its update is what it says."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import models
+from .config import Config
+from .errors import UserError
 
 RANKS = (4, 8, 16, 32, 64, 128)
 TARGETS = {
@@ -13,62 +16,86 @@ TARGETS = {
 }
 
 
-def trainable(architecture: dict[str, Any], targets: tuple[str, ...], rank: int) -> int:
-    """Parameters of LoRA's two matrices, of rank x in and out x rank, on some layers of every decoder layer.
+@dataclass(frozen=True)
+class Llama:
+    """The sizes of a model whose decoder layers are Llama's, from its config.json."""
+
+    width: int
+    inner: int
+    layers: int
+    queries: int
+    keys: int
+    vocabulary: int
+    tied: bool
+
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """Each linear layer's inputs and outputs."""
+        attention = {name: (self.width, self.keys) for name in ("k_proj", "v_proj")}
+        mlp = {name: (self.width, self.inner) for name in ("gate_proj", "up_proj")}
+        square = {"q_proj": (self.width, self.queries), "o_proj": (self.queries, self.width)}
+        return attention | mlp | square | {"down_proj": (self.inner, self.width)}
+
+
+def sizes(architecture: dict[str, Any]) -> Llama:
+    """The sizes in a config.json.
+
+    Raises:
+        UserError: it is of another kind of model.
+    """
+    if architecture.get("model_type") not in ("llama", "mistral"):
+        kind = architecture.get("model_type")
+        raise UserError(
+            f"base_model: of model type {kind}, and only Llama's layers are counted here; `recipe plan` does"
+        )
+    try:
+        width, heads = architecture["hidden_size"], architecture["num_attention_heads"]
+        head = architecture.get("head_dim") or width // heads
+        keys = architecture.get("num_key_value_heads") or heads
+        inner, layers = architecture["intermediate_size"], architecture["num_hidden_layers"]
+        vocabulary, tied = architecture["vocab_size"], bool(architecture.get("tie_word_embeddings"))
+    except KeyError as error:
+        raise UserError(
+            f"base_model: its config.json says nothing of {error}; `recipe plan` takes the default"
+        ) from None
+    return Llama(width, inner, layers, heads * head, keys * head, vocabulary, tied)
+
+
+def trainable(model: Llama, targets: tuple[str, ...], rank: int) -> int:
+    """Parameters of LoRA's two matrices, of rank x inputs and outputs x rank, on some layers of every decoder layer.
 
     Args:
-        architecture: the content of a Llama's config.json.
+        model: the model's sizes.
         targets: names of linear layers.
         rank: r, of arXiv 2106.09685.
     """
-    width, inner = architecture["hidden_size"], architecture["intermediate_size"]
-    head = architecture.get("head_dim") or width // architecture["num_attention_heads"]
-    queries, keys = head * architecture["num_attention_heads"], head * architecture["num_key_value_heads"]
-    in_and_out = {
-        "q_proj": width + queries,
-        "k_proj": width + keys,
-        "v_proj": width + keys,
-        "o_proj": queries + width,
-        "gate_proj": width + inner,
-        "up_proj": width + inner,
-        "down_proj": inner + width,
-    }
-    layers: int = architecture["num_hidden_layers"]
-    return rank * layers * sum(in_and_out[name] for name in targets)
+    linear = model.linear()
+    return rank * model.layers * sum(sum(linear[name]) for name in targets)
 
 
-def total(architecture: dict[str, Any]) -> int:
-    """All parameters of a Llama: embedding, head unless it is the embedding, linear layers, norms."""
-    width, layers = architecture["hidden_size"], architecture["num_hidden_layers"]
-    head = architecture.get("head_dim") or width // architecture["num_attention_heads"]
-    queries, keys = head * architecture["num_attention_heads"], head * architecture["num_key_value_heads"]
-    linear = 2 * width * queries + 2 * width * keys + 3 * width * architecture["intermediate_size"]
-    embeddings = architecture["vocab_size"] * width * (1 if architecture.get("tie_word_embeddings") else 2)
-    count: int = embeddings + layers * (linear + 2 * width) + width
-    return count
+def total(model: Llama) -> int:
+    """All parameters: embedding, head unless it is the embedding, linear layers, norms."""
+    linear = sum(inputs * outputs for inputs, outputs in model.linear().values())
+    embeddings = model.vocabulary * model.width * (1 if model.tied else 2)
+    return embeddings + model.layers * (linear + 2 * model.width) + model.width
 
 
-def rows(names: list[str]) -> list[dict[str, Any]]:
+def rows(recipes: dict[str, Config]) -> list[dict[str, Any]]:
     """Trainable parameters and their share of all, for each model, set of layers and rank.
+
+    Args:
+        recipes: a config for each model's name.
 
     Raises:
         UserError: a model's sizes cannot be had.
     """
     found = []
-    for name in names:
-        architecture = models.architecture({"base_model": name})
+    for name, recipe in recipes.items():
+        model = sizes(models.architecture(recipe))
         for label, targets in TARGETS.items():
             for rank in RANKS:
-                count = trainable(architecture, targets, rank)
-                found.append(
-                    {
-                        "model": name,
-                        "layers": label,
-                        "rank": rank,
-                        "trainable": count,
-                        "share": count / (count + total(architecture)),
-                    }
-                )
+                count = trainable(model, targets, rank)
+                share = count / (count + total(model))
+                found.append({"model": name, "layers": label, "rank": rank, "trainable": count, "share": share})
     return found
 
 

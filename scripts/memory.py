@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
+from warnings import catch_warnings
 
 import bitsandbytes as bnb
 import torch
@@ -82,7 +83,6 @@ class _CudaRecorder(Recorder):
 
     def _scratch(self, size: int) -> None:
         self.events.add(self.made(size, "kernels' own"), -1)
-        self.events.ids[-1] = self.storages
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class _Inside:
 
 
 def _dequantized(args: Any) -> int:
-    """bitsandbytes' fallback for more than 1,536 rows: the whole weight, and twice its constants where those are
-    quantized too (backends/cuda/ops.py, _dequant_linear_fallback)."""
+    """The whole weight, and twice its constants where those are quantized too (bitsandbytes/backends/cuda/ops.py,
+    _dequant_linear_fallback, which runs from 1,536 tokens on; below, a kernel may do without)."""
     (rows, columns), constants = args[2], args[3]
     nested = constants.numel() * args[4] < rows * columns  # the constants are those of the constants then
     return rows * columns * args[0].element_size() + (2 * rows * columns // args[4] * 4 if nested else 0)
@@ -138,6 +138,7 @@ def _apply(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], 
 def _fake(step: Step) -> Iterator[None]:
     """Run code in it on fake tensors, on the CPU's as if they were on a GPU."""
     with ExitStack() as stack:
+        stack.enter_context(catch_warnings(action="ignore"))  # that tensors are fake
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(patch.object(nn.Module, "_apply", _apply))
         # a Params4bit cannot hold a fake tensor; a plain parameter with its attributes can
@@ -302,13 +303,9 @@ def _optimizer(step: Step, trained: list[torch.Tensor], recorder: Recorder) -> t
     with recorder:
         if uses_bitsandbytes(step.optimizer):
             optimizer, paged = _of_bitsandbytes(step, trained)
-        else:
+        else:  # its state is made in the first step
             fused = "fused" in step.optimizer
             optimizer, paged = torch.optim.AdamW(trained, fused=fused, foreach=not fused), 0
-            for parameter in trained:
-                parameter.grad = torch.empty_like(parameter)
-            optimizer.step()
-            optimizer.zero_grad()
     recorder.kind = "activations"
     return optimizer, paged
 
@@ -381,16 +378,23 @@ def trace(step: Step, shapes: list[Shape]) -> Trace:
     try:
         with _fake(step), _loss(step):
             model = _build(step, recorder)
-            parameters = _count(model)
+            parameters, sizes = _count(model), _sizes(step)
             if step.capability:
                 for _ in range(2):  # cuBLAS has a workspace for the thread of the forward and of the backward pass
                     recorder.made(_workspace(step.capability), "kernels' own")
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimizer, paged = _optimizer(step, trained, recorder)
+            loaded, recorder.events = recorder.events, Events()
+            with recorder:  # the first step does what no other does, such as making the optimizer's state
+                _run(step, recorder, model, trained, optimizer, (1, 64))
+            for state in optimizer.state.values():
+                for value in state.values():
+                    if isinstance(value, torch.Tensor):
+                        recorder.add(value, "optimizer")
             gc.collect()
-            loaded, steps = recorder.events, {}
-            recorder.vocabulary = json.loads(step.model).get("vocab_size")
-            made = recorder.storages
+            loaded.extend(recorder.events.lasting())
+            recorder.vocabulary = sizes["vocabulary"]
+            made, steps = recorder.storages, {}
             for shape in shapes:
                 recorder.storages = made  # numbered alike in each step
                 recorder.events = steps[shape] = Events()
@@ -403,7 +407,7 @@ def trace(step: Step, shapes: list[Shape]) -> Trace:
         gc.unfreeze()
         if collecting:
             gc.enable()
-    return Trace(loaded, steps, recorder.kinds, parameters, paged, expandable=step.axolotl)
+    return Trace(loaded, steps, recorder.kinds, parameters, sizes, paged, expandable=step.axolotl)
 
 
 @contextmanager
@@ -428,11 +432,29 @@ def _workspace(capability: tuple[int, int]) -> int:
     return 32 * MIB if capability[0] == 9 else 8 * MIB + 128 * 1024
 
 
+def _sizes(step: Step) -> dict[str, int]:
+    """A model's sizes, with transformers' defaults for what its config.json leaves out."""
+    config = AutoConfig.for_model(**json.loads(step.model)).get_text_config()
+    heads = config.num_attention_heads
+    return {
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "attention_width": heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        "vocabulary": config.vocab_size,
+        "context": getattr(config, "max_position_embeddings", None) or 2**20,
+    }
+
+
 def _count(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Trainable and frozen parameters by the name of their layer; those in 4 bits as what they stand for."""
+    """Trainable and frozen parameters by the name of their layer; those in 4 bits as what they stand for.
+
+    Of a module that is trained whole beside LoRA, the frozen original is not counted a second time.
+    """
     counts: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
-        parts = [part for part in name.split(".") if part not in ("weight", "bias", "default", "base_layer")]
+        parts = [part for part in name.split(".") if part not in _NO_LAYER]
+        if "original_module" in parts:
+            continue
         layer = next((part for part in reversed(parts) if not part.startswith("lora_")), name)
         kind = "norm" if "norm" in layer else layer
         state = getattr(parameter, "quant_state", None)
@@ -440,3 +462,6 @@ def _count(model: nn.Module) -> dict[str, dict[str, int]]:
         count = counts.setdefault(kind, {"frozen": 0, "trainable": 0})
         count["trainable" if parameter.requires_grad else "frozen"] += size
     return counts
+
+
+_NO_LAYER = ("weight", "bias", "default", "base_layer", "modules_to_save")  # parts of a parameter's name

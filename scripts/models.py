@@ -77,28 +77,34 @@ def _known(name: str) -> dict[str, Any]:
     return mirrored | {"gated": False} if mirrored else catalogue().get(name, {})
 
 
-def architecture(composed: Config) -> dict[str, Any]:
-    """The content of a base model's config.json: of its folder, of models.yaml, or from the hub or its cache.
+def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
+    """The content of a base model's config.json: of its folder, of models.yaml, of the hub's cache or the hub.
+
+    Args:
+        composed: the config.
+        download: whether the hub may be asked.
 
     Raises:
-        UserError: it is in none of them.
+        UserError: it is in none of them, or says nothing of the model.
     """
     name, revision = composed.get("base_model"), composed.get("revision_of_model")
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name or "\0" in name:
         raise UserError("base_model: names no model")
-    if Path(name).is_dir():
-        if content := read_json(Path(name) / "config.json"):
-            return content
-        raise UserError(f"base_model: {name} has no config.json")
-    if known := _known(name).get("config"):
+    if not Path(name).is_dir() and (known := _known(name).get("config")):
         return dict(known)
-    from huggingface_hub import hf_hub_download
+    file = Path(name) / "config.json"
+    if not Path(name).is_dir():
+        from huggingface_hub import hf_hub_download
 
-    try:
-        return read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
-    except Exception as error:  # of the hub, of the network, or of the name
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"base_model: the config.json of {name} cannot be had: {reason}") from None
+        try:
+            file = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=not download))
+        except Exception as error:  # of the hub, of the network, or of the name
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"base_model: the config.json of {name} cannot be had: {reason}") from None
+    content = read_json(file)
+    if "model_type" not in content:
+        raise UserError(f"base_model: {file} is not there, or no JSON that names a model_type")
+    return content
 
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")

@@ -8,7 +8,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from . import models
 from .errors import UserError
@@ -50,7 +50,12 @@ def weights_of(folder: Path, layers: int) -> Weights:
         UserError: the folder holds no such model.
     """
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    found = [(file, name, match) for file in files for name in _names(file) if (match := _layer_of(name)) is not None]
+    try:
+        found = [
+            (file, name, match) for file in files for name in _names(file) if (match := _layer_of(name)) is not None
+        ]
+    except SafetensorError as error:
+        raise UserError(f"--model {folder}: its safetensors cannot be read: {error}") from None
     if not found:
         raise UserError(f"--model {folder}: no folder with a Llama's weights in safetensors")
     depth = 1 + max(layer for _, _, layer in found)
@@ -59,7 +64,12 @@ def weights_of(folder: Path, layers: int) -> Weights:
     for file, name, layer in found:
         if layer in chosen:
             with safe_open(file, "pt") as tensors:
-                weights.append((name.split(".")[-2], tensors.get_tensor(name).float()))
+                weight = tensors.get_tensor(name)
+            if not (weight.is_floating_point() and weight.isfinite().all() and weight.any()):
+                raise UserError(
+                    f"--model {folder}: {name} holds no weights to measure: quantized before, or no numbers"
+                )
+            weights.append((name.split(".")[-2], weight.float()))
     return weights
 
 

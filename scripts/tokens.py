@@ -166,6 +166,8 @@ def lengths(content: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
                     "tokens": sum(sizes),
                     "tokens_with_loss": learnt,
                     "percentiles": {str(share): _percentile(sizes, share) for share in (50, 90, 95, 99, 100)},
+                    "rows_trained_on": len(_kept(tokenizer.cfg, sizes)),
+                    "tokens_trained_on": sum(_kept(tokenizer.cfg, sizes)),
                     "longest_trained_on": max(_kept(tokenizer.cfg, sizes), default=0),
                     "longer_than_sequence_len": sum(size > tokenizer.cfg.sequence_len for size in sizes),
                     "padding_share": None if tokenizer.cfg.sample_packing else _padding(tokenizer.cfg, sizes),

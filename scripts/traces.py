@@ -71,6 +71,18 @@ class Events:
         self.ids.append(storage)
         self.sizes.append(size)
 
+    def extend(self, more: "Events") -> None:
+        """Note what comes after."""
+        self.ids += more.ids
+        self.sizes += more.sizes
+
+    def lasting(self) -> "Events":
+        """The same without storages that are both made and freed."""
+        freed = {storage for storage, size in zip(self.ids, self.sizes, strict=True) if size < 0}
+        passing = freed & {storage for storage, size in zip(self.ids, self.sizes, strict=True) if size >= 0}
+        kept = [(i, size) for i, size in zip(self.ids, self.sizes, strict=True) if i not in passing]
+        return Events([storage for storage, _ in kept], [size for _, size in kept])
+
     def ordered(self) -> "Events":
         """The same with what is freed at one time in the order of ids; Python's, in a set, is by chance."""
         ids: list[int] = []
@@ -78,6 +90,10 @@ class Events:
             together = [event[0] for event in group]
             ids += together if made else sorted(together)
         return Events(ids, self.sizes)
+
+
+class NotAlike(Exception):
+    """Steps of different shapes allocate so differently that none can be told from the others."""
 
 
 @dataclass
@@ -89,6 +105,7 @@ class Trace:
         steps: a step for each traced shape, alike but for the sizes.
         kinds: what each storage holds.
         parameters: frozen and trainable parameters by the kind of layer.
+        sizes: the model's: its layers, width, attention_width (heads times their size), vocabulary and context.
         paged: bytes of optimizer state that can leave the GPU.
         expandable: whether the allocator's segments are expandable, as Axolotl sets it.
     """
@@ -97,6 +114,7 @@ class Trace:
     steps: dict[Shape, Events]
     kinds: dict[int, str]
     parameters: dict[str, dict[str, int]]
+    sizes: dict[str, int]
     paged: int
     expandable: bool
 
@@ -107,6 +125,7 @@ class Trace:
             "steps": [[shape, step.ids, step.sizes] for shape, step in self.steps.items()],
             "kinds": list(self.kinds.items()),
             "parameters": self.parameters,
+            "sizes": self.sizes,
             "paged": self.paged,
             "expandable": self.expandable,
         }
@@ -115,7 +134,7 @@ class Trace:
     def of_json(cls, content: dict[str, Any]) -> "Trace":
         """A trace from what `as_json` made of it."""
         steps = {(shape[0], shape[1]): Events(ids, sizes) for shape, ids, sizes in content["steps"]}
-        rest = {name: content[name] for name in ("parameters", "paged", "expandable")}
+        rest = {name: content[name] for name in ("parameters", "sizes", "paged", "expandable")}
         return cls(Events(*content["loaded"]), steps, dict(content["kinds"]), **rest)
 
 
@@ -135,7 +154,11 @@ class Usage:
 
 
 def usage(trace: Trace, shape: Shape) -> Usage:
-    """The peaks of a step that follows one like it, from a model of CUDA's allocator."""
+    """The peaks of a step that follows one like it, from a model of CUDA's allocator.
+
+    Raises:
+        NotAlike: the shape was not traced, and does not follow from those that were.
+    """
     step = _at(trace, shape)
     allocator = Allocator(trace.expandable)
     blocks: dict[int, Block] = {}
@@ -163,8 +186,8 @@ def _at(trace: Trace, shape: Shape) -> Events:
     if not among or rows in {known[0] for known in trace.steps if length != known[1]}:
         among, axis = [known for known in trace.steps if rows == known[0]], 1
     points, wanted = [known[axis] for known in among], shape[axis]
-    if len({tuple(trace.steps[known].ids) for known in among}) > 1:
-        raise RuntimeError(f"steps of the shapes {among} do not allocate alike")
+    if not among or len({tuple(trace.steps[known].ids) for known in among}) > 1:
+        raise NotAlike(f"steps of the shapes {among} do not allocate alike")
     weights = [_lagrange(points, i, wanted) for i in range(len(points))]
     events = [trace.steps[known] for known in among]
     sizes = [

@@ -95,7 +95,7 @@ def step_of(figure: dict[str, str]) -> Step:
 
 def planned(figure: dict[str, str]) -> float:
     """MiB that a plan gives for a figure, of the same kind: allocated, reserved, or with CUDA's own."""
-    from qlora_recipes.plan import CONTEXT
+    from qlora_recipes.planner import CONTEXT
 
     shape = int(figure["rows"]), int(figure["tokens"])
     used = traces.usage(trace(step_of(figure), [shape]), shape)

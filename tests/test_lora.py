@@ -6,6 +6,7 @@ import pytest
 from conftest import Recipe
 
 from qlora_recipes import lora, models
+from qlora_recipes.errors import UserError
 from qlora_recipes.memory import trace
 from qlora_recipes.traces import Step
 
@@ -14,15 +15,25 @@ from qlora_recipes.traces import Step
 def test_counts_are_those_of_peft(name: str) -> None:
     architecture = models.architecture({"base_model": name})
     small = architecture | {"num_hidden_layers": 2}
+    sizes = lora.sizes(small)
     for targets in lora.TARGETS.values():
         counts = trace(Step(model=json.dumps(small), rank=16, targets=targets), []).parameters
-        assert sum(count["trainable"] for count in counts.values()) == lora.trainable(small, targets, 16)
-        assert sum(count["frozen"] for count in counts.values()) == lora.total(small)
+        assert sum(count["trainable"] for count in counts.values()) == lora.trainable(sizes, targets, 16)
+        assert sum(count["frozen"] for count in counts.values()) == lora.total(sizes)
 
 
 def test_the_update_is_what_the_paper_says() -> None:
     for rank, alpha in ((32, 16), (4, 64)):
         assert max(lora.update_error(rank, alpha, 128).values()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("architecture", "says"),
+    [({"model_type": "gpt2"}, "model type gpt2"), ({"model_type": "llama"}, "says nothing of")],
+)
+def test_other_models_are_refused(architecture: dict[str, str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        lora.sizes(architecture)
 
 
 def test_the_command(recipe: Recipe, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import orjson
 import pytest
@@ -12,18 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_memory import SMALL
 
-from qlora_recipes import config, gpus, models, paths, plan
+from qlora_recipes import config, gpus, paths, plan, planner, steps, work
+from qlora_recipes.compose import Request
 from qlora_recipes.errors import UserError
+from qlora_recipes.rundir import Run, RunDir, Summary
 
 TURING, AMPERE = (7, 5), (8, 0)
 
 
-def step_of(change: dict[str, Any], capability: tuple[int, int] = TURING) -> Any:
-    return plan.step_of(config_with(change), SMALL, capability)[0]
+def step_of(change: dict[str, Any]) -> Any:
+    return steps.step_of(config_with(change), SMALL, TURING)[0]
 
 
 def test_a_recipe_becomes_its_step() -> None:
-    step, notes = plan.step_of(recipe_config("haider2024/llama-3-8b"), SMALL, TURING)
+    step, notes = steps.step_of(recipe_config("haider2024/llama-3-8b"), SMALL, TURING)
     assert (step.adapter, step.rank, step.dropout) == ("qlora", 32, 0.05)
     assert (step.weights, step.autocast) == ("float16", "float16")
     assert (step.checkpointing, step.attention, step.optimizer) == ("non-reentrant", "sdpa", "adamw_bnb_8bit")
@@ -63,10 +66,13 @@ def test_settings_that_memory_depends_on(change: dict[str, Any], field: str, val
         ({"attn_implementation": "flex_attention"}, "flex_attention: planned as flash_attention_2"),
         ({"liger_cross_entropy": True}, "liger_cross_entropy: not traced; it takes less"),
         ({"lora_mlp_kernel": True}, "lora_mlp_kernel: not traced; it takes less"),
+        (dict.fromkeys(steps._KERNELS), "LoRA kernels, which Axolotl turns on"),
+        ({"peft_use_dora": True}, "peft_use_dora: not traced; it takes more"),
+        ({"eval_batch_size": 8}, "evaluation is not traced"),
     ],
 )
 def test_what_is_not_traced_is_said(change: dict[str, Any], says: str) -> None:
-    assert says in plan.step_of(config_with(change), SMALL, AMPERE)[1]
+    assert any(says in note for note in steps.step_of(config_with(change), SMALL, AMPERE)[1])
 
 
 @pytest.mark.parametrize(
@@ -84,14 +90,22 @@ def test_what_cannot_be_planned_is_refused(change: dict[str, Any], says: str) ->
 
 def test_a_model_that_cannot_be_traced_is_told(small: config.Config) -> None:
     (Path(small["base_model"]) / "config.json").write_text(json.dumps({"model_type": "nobody_knows"}))
-    with pytest.raises(UserError, match=r"cannot be traced: .*nobody_knows"):
+    with pytest.raises(UserError, match=r"cannot be planned: .*nobody_knows"):
         plan.plan(small)
 
 
 def test_packed_documents_make_one_row_where_flash_attention_keeps_them_apart() -> None:
-    for attention, shape in (("sdpa", (2, 2048)), ("flash_attention_2", (1, 4096))):
+    for attention, flat in (("sdpa", False), ("flash_attention_2", True)):
         packed = config_with({"sample_packing": True, "attn_implementation": attention})
-        assert plan.shape_of(packed, plan.step_of(packed, SMALL, AMPERE)[0]) == shape
+        step = steps.step_of(packed, SMALL, AMPERE)[0]
+        assert steps.is_flat(packed, step) == flat
+        shape = planner.Planner(step, 2, 2048, steps.is_flat(packed, step))._shape(2, 2048)
+        assert shape == ((1, 4096) if flat else (2, 2048))
+
+
+def test_lengths_are_planned_as_axolotl_pads_them() -> None:
+    assert planner.Planner(step_of({}), 2, 100)._shape(2, 100) == (2, 128)
+    assert steps.length_of({}) == 512
 
 
 @given(st.integers(0, 1000), st.integers(1, 300), st.sampled_from([1, 64]))
@@ -111,47 +125,62 @@ def small(tmp_path: Path) -> config.Config:
 
 
 def test_a_plan_adds_up(small: config.Config) -> None:
-    planned = plan.plan(small)
+    planned, _ = plan.plan(small)
     memory = planned["memory"]
     assert sum(memory["parts"].values()) == memory["allocated"] <= memory["reserved"]
-    assert memory["needed"] == memory["reserved"] + plan.CONTEXT
+    assert memory["needed"] == memory["reserved"] + planner.CONTEXT
     assert planned["frozen"] == sum(count["frozen"] for count in planned["parameters"].values())
     for card, larger in pairwise(planned["cards"]):
         assert card["fits"] == (memory["needed"] <= card["usable"])
         assert card["largest_micro_batch"] <= larger["largest_micro_batch"]
         assert card["longest_row"] <= larger["longest_row"] <= 8192
-        assert card["longest_row"] % plan.ROUND == 0
+        assert card["longest_row"] % planner.ROUND == 0
 
 
 def test_what_fits_and_what_does_not(small: config.Config) -> None:
-    need = plan.plan(small)["memory"]["needed"] / plan.GIB / plan.USABLE
-    fits, not_ = (plan.plan(small, gpus.Gpu("card", TURING, need * share)) for share in (1.001, 0.999))
+    need = plan.plan(small)[0]["memory"]["needed"] / planner.GIB / plan.USABLE
+    fits, not_ = (plan.plan(small, gpus.Gpu("card", TURING, need * share))[0] for share in (1.001, 0.999))
     assert (fits["cards"][0]["fits"], fits["changes"]) == (True, [])
     assert not not_["cards"][0]["fits"] and not_["cards"][0]["free"] < 0
-    assert not_["cards"][0]["longest_row"] == 2048 - plan.ROUND
+    assert not_["cards"][0]["longest_row"] == 2048 - planner.ROUND
 
 
 def test_changes_are_the_mildest_that_do(small: config.Config) -> None:
-    need = plan.plan(small)["memory"]["needed"] / plan.GIB / plan.USABLE
-    (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, need * 0.7))["changes"]
+    need = plan.plan(small)[0]["memory"]["needed"] / planner.GIB / plan.USABLE
+    (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, need * 0.7))[0]["changes"]
     assert last["set"] == {"micro_batch_size": 1, "gradient_accumulation_steps": 8}
     assert last["fits"]
-    ampere = plan.plan(small, gpus.Gpu("card", AMPERE, need * 0.7))["changes"]
+    ampere = plan.plan(small, gpus.Gpu("card", AMPERE, need * 0.7))[0]["changes"]
     assert ampere[0]["set"] == {"chunked_cross_entropy": True}
-    (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, need * 0.3))["changes"]
+    (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, need * 0.3))[0]["changes"]
     assert list(last["set"]) == ["sequence_len"]
 
 
 def test_ranks_divide_what_their_engine_divides(small: config.Config) -> None:
-    one, more = (plan.plan(small, gpus=n)["per_gpu"] for n in (1, 4))
+    one, more = (plan.plan(small, gpus=n)[0]["per_gpu"] for n in (1, 4))
     assert one == {}
-    sizes = list(more.values())
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+    assert more["DDP"] > more["ZeRO-1"] > more["ZeRO-2"] > more["ZeRO-3"]
+    assert plan.plan(small, gpus=8)[0]["per_gpu"]["FSDP"] < more["FSDP"]
+
+
+@pytest.mark.parametrize(
+    ("change", "engine"),
+    [
+        ({}, "DDP"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "ZeRO-3"),
+        ({"deepspeed": "deepspeed_configs/zero1.json"}, "ZeRO-1"),
+        ({"fsdp_config": {"reshard_after_forward": True}}, "FSDP"),
+    ],
+)
+def test_cards_are_judged_under_the_configs_engine(small: config.Config, change: dict[str, Any], engine: str) -> None:
+    planned, planned_step = plan.plan(small | change, gpus.find("T4"), gpus=4)
+    (card,) = planned["cards"]
+    assert card["free"] == pytest.approx(card["usable"] - planned["per_gpu"][engine])
+    assert plan.engine_of(small | change) == engine
+    assert planned_step.need() == planned["memory"]["needed"]
 
 
 def test_methods_compare(small: config.Config, tmp_path: Path) -> None:
-    from qlora_recipes.compose import Request
-
     file = tmp_path / "small.yaml"
     file.write_text(config.write_yaml(small))
     full, lora, qlora = plan.compare(Request(str(file)))
@@ -160,28 +189,66 @@ def test_methods_compare(small: config.Config, tmp_path: Path) -> None:
     assert full["needed"] > lora["needed"] > qlora["needed"]
 
 
-def test_the_operations_of_a_token() -> None:
-    architecture = models.architecture({"base_model": "meta-llama/Llama-2-7b-hf"})
-    counts = {
-        "q_proj": {"frozen": 6_607_077_376, "trainable": 0},
-        "embed_tokens": {"frozen": 131_072_000, "trainable": 0},
-    }
-    counts |= {"lm_head": {"frozen": 0, "trainable": 0}}
-    attention = 4 * 4096 * 1024 * 32
-    step = step_of({"gradient_checkpointing": None})
-    assert plan.flops_of_token(architecture, counts, step, 2048) == 2 * (2 * 6_607_077_376 + attention)
-    again = plan.flops_of_token(architecture, counts, step_of({}), 2048)
-    assert again == 3 * (2 * 6_607_077_376 + attention)
+def test_the_operations_of_a_token(small: config.Config) -> None:
+    """By hand, for the small model: matrices, LoRA's, scores and values, each as often as they are gone through."""
+    step = plan.planner_of(small, None)[0]
+    matrices = 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512)
+    head, lora = 128256 * 256, sum(count["trainable"] for count in step.parameters.values())
+    attention = 4 * 256 * 1024 * 2
+    told = work.flops_of_token(step, 2048)
+    assert told == 2 * (matrices + head) * 3 + 2 * lora * 4 + attention * 4
+    whole = plan.planner_of({k: v for k, v in small.items() if k not in ("adapter", "load_in_4bit")}, None)[0]
+    assert work.flops_of_token(whole, 2048) == 2 * (matrices + head) * 4 + attention * 4
+    saved = plan.planner_of(small | {"lora_modules_to_save": ["embed_tokens", "lm_head"]}, None)[0]
+    assert work.flops_of_token(saved, 2048) == told + 2 * head
 
 
-def test_work_counts_the_rows_that_are_there(small: config.Config, sample: Path) -> None:
+def told(change: config.Config, tmp_path: Path, *overrides: str, **more: Any) -> dict[str, Any]:
+    """The work of a config in a file."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(config.write_yaml(change))
+    found: dict[str, Any] = plan.of_request(Request(str(file), overrides=list(overrides)), **more)["work"]
+    return found
+
+
+def test_work_counts_the_rows_that_are_there(small: config.Config, sample: Path, tmp_path: Path) -> None:
     small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
-    told = plan.work(small, "mine", gpus.find("T4"))
-    assert (told["rows"], told["rows_are"]) == (109, "the config's data")
-    assert told["tokens"] == 109 * 2048 * 2
-    assert told["steps"] == 28
-    assert told["hours"] == pytest.approx(told["flops"] / (65e12 * plan.UTILIZATION) / 3600)
-    assert plan.work(small, "mine", gpus.find("T4"), tokens=1000, price=2.0)["tokens"] == 2000
+    found = told(small, tmp_path, gpu=gpus.find("T4"), price=2.0)
+    assert (found["rows"], found["rows_are"]) == (109, "the config's data")
+    assert found["tokens"] == 109 * 2048 * 2
+    assert found["steps"] == 28
+    assert found["hours"] == pytest.approx(found["flops"] / (65e12 * work.UTILIZATION) / 3600)
+    assert found["cost"] == found["hours"] * 2
+    few = told(small, tmp_path, "max_steps=3")
+    assert (few["steps"], few["tokens"]) == (3, 3 * 8 * 2048)
+
+
+def test_the_studys_rows_are_taken_for_its_own_data_only(small: config.Config, tmp_path: Path) -> None:
+    name, override = "haider2024/llama-3-8b", f"base_model={small['base_model']}"
+    own = plan.of_request(Request(name, overrides=[override]))["work"]
+    assert (own["rows"], own["rows_are"]) == (117739, "the study's data")
+    other = Request(name, overrides=[override, "datasets.0.path=tatsu-lab/alpaca"])
+    assert plan.of_request(other)["work"]["rows"] is None
+
+
+def test_speed_is_taken_from_runs_on_such_cards(small: config.Config, tmp_path: Path) -> None:
+    def run(name: str, card: str, count: int, speed: float) -> None:
+        folder = RunDir(tmp_path / "runs" / name)
+        folder.path.mkdir(parents=True)
+        provenance = {"gpus": [{"name": card}] * count if card else []}
+        summary = Summary(tokens_per_second=speed)
+        facts: dict[str, Any] = {"recipe_file": "x", "recipe_sha256": "x", "cwd": "x", "provenance": provenance}
+        folder.write(Run(state="finished", recipe="mine", gpus_used=count, summary=summary, **facts))
+
+    run("1", "Tesla T4", 1, 100.0)
+    run("2", "Tesla T4", 4, 400.0)
+    run("3", "", 1, 5.0)
+    run("4", "NVIDIA GeForce GTX 1080", 1, 50.0)
+    runs = tmp_path / "runs"
+    assert told(small, tmp_path, gpu=gpus.find("T4"), runs=runs)["tokens_per_second"] == 100
+    assert told(small, tmp_path, gpu=gpus.find("T4"), gpus=4, runs=runs)["tokens_per_second"] == 400
+    assert "peak" in told(small, tmp_path, gpu=gpus.find("T4"), gpus=2, runs=runs)["rate_is"]
+    assert told(small, tmp_path, vram=24, runs=runs)["tokens_per_second"] is None
 
 
 def test_a_second_plan_comes_from_the_cache_without_torch(small: config.Config, tmp_path: Path) -> None:
@@ -198,12 +265,66 @@ def test_a_second_plan_comes_from_the_cache_without_torch(small: config.Config, 
 
 
 def test_the_cache_knows_what_a_plan_depends_on(small: config.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = plan.step_of(small, SMALL, TURING)[0]
-    keys = {plan.Planner(step, (2, 64))._key(), plan.Planner(step, (3, 64))._key()}
-    keys.add(plan.Planner(plan.step_of(small | {"lora_r": 8}, SMALL, TURING)[0], (2, 64))._key())
-    monkeypatch.setattr(plan, "_packages", lambda: {"torch": "3"})
-    keys.add(plan.Planner(step, (2, 64))._key())
+    step = steps.step_of(small, SMALL, TURING)[0]
+    keys = {planner.Planner(step, 2, 64)._key(), planner.Planner(step, 3, 64)._key()}
+    keys.add(planner.Planner(steps.step_of(small | {"lora_r": 8}, SMALL, TURING)[0], 2, 64)._key())
+    monkeypatch.setattr(planner, "_packages", lambda: {"torch": "3"})
+    keys.add(planner.Planner(step, 2, 64)._key())
     assert len(keys) == 4
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"trace": {}}', '{"usage": {"2x2048": {}}, "trace": []}'])
+def test_a_damaged_cache_is_planned_anew(small: config.Config, content: str) -> None:
+    sound = plan.plan(small)[0]
+    plan.planner_of(small, None)[0]._file.write_text(content)
+    assert plan.plan(small)[0] == sound
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(small: config.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "write_atomically", Mock(side_effect=PermissionError))
+    assert plan.plan(small | {"lora_r": 5})[0]["cards"]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"model_type": "qwen2"},  # has biases, which bitsandbytes casts in the first step
+        {"model_type": "mistral", "sliding_window": 96},
+        {"model_type": "gemma2", "sliding_window": 4096, "head_dim": 64},
+        {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 512},
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_other_models_are_planned_too(small: config.Config, sizes: dict[str, Any], rows: int) -> None:
+    kept = {} if "n_embd" in sizes else SMALL
+    (Path(small["base_model"]) / "config.json").write_text(json.dumps(kept | sizes))
+    change: config.Config = {"micro_batch_size": rows, "sequence_len": 100}
+    if not kept:
+        change |= {"lora_target_modules": ["c_attn"]}
+    planned = plan.plan(small | change, gpus=2)[0]
+    assert planned["memory"]["needed"] > 0
+    assert planned["cards"][-1]["fits"]
+
+
+def test_a_single_row_needs_no_mask_but_several_do(small: config.Config) -> None:
+    one, two = (plan.planner_of(small | {"micro_batch_size": rows}, None)[0] for rows in (1, 2))
+    assert one.need(rows=2) == two.need()
+    assert one.need(rows=5) == two.need(rows=5)
+    assert one.need() <= two.need(rows=1)
+
+
+def test_a_full_fine_tuning_that_does_not_fit_gets_an_adapter(small: config.Config) -> None:
+    full = {key: value for key, value in small.items() if not key.startswith(("adapter", "lora_", "load_in"))}
+    changes = [change["set"] for change in plan.plan(full, gpus.Gpu("card", AMPERE, 0.9))[0]["changes"]]
+    (qlora,) = [change for change in changes if "adapter" in change]
+    assert qlora == {
+        "adapter": "qlora",
+        "load_in_4bit": True,
+        "lora_target_linear": True,
+        "lora_r": 16,
+        "lora_alpha": 32,
+    }
+    assert plan.plan(full, gpus.Gpu("card", AMPERE, 0.1))[0]["changes"][-1]["fits"] is False
 
 
 def test_plan_prints(recipe: Recipe, small: config.Config, tmp_path: Path, sample: Path) -> None:
@@ -228,7 +349,7 @@ def test_the_longest_batch_of_the_data(recipe: Recipe, small: config.Config, tin
     (planned,) = orjson.loads(done.stdout)
     assert 0 < planned["longest_batch"]["tokens"] < 2048
     assert planned["longest_batch"]["needed"] < planned["memory"]["needed"]
-    assert planned["work"]["tokens_are"] == "counted"
+    assert planned["work"]["tokens_are"] == "counted, without padding"
 
 
 @pytest.mark.parametrize(
@@ -242,6 +363,7 @@ def test_the_longest_batch_of_the_data(recipe: Recipe, small: config.Config, tin
         ),
         (["haider2024/llama-2-7b", "--data"], "the tokenizer of meta-llama/Llama-2-7b-hf is not on this machine"),
         (["--compare"], "name one recipe or file"),
+        (["haider2024/llama-2-7b", "--vram", "nan"], "give a number"),
     ],
 )
 def test_mistakes_are_told(recipe: Recipe, arguments: list[str], says: str) -> None:
@@ -255,6 +377,6 @@ def test_every_recipe_of_the_study_fits_its_card() -> None:
     """Four of five are traced anew here in 8 s each; two share a step but for the context."""
     card = gpus.find("Quadro RTX 5000")
     for name in paths.recipe_names():
-        planned = plan.plan(recipe_config(name), card)
+        planned, _ = plan.plan(recipe_config(name), card)
         assert planned["cards"][0]["fits"], name
-        assert planned["memory"]["needed"] <= 14.5 * plan.GIB
+        assert planned["memory"]["needed"] <= 14.5 * planner.GIB

@@ -132,6 +132,19 @@ def test_layers_are_spread_over_the_depth() -> None:
         quantization.weights_of(Path("nowhere"), 3)
 
 
+def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"junk" * 10)
+    with pytest.raises(UserError, match="cannot be read"):
+        quantization.weights_of(tmp_path, 0)
+    for weight in (torch.zeros(8, 8), torch.full((8, 8), torch.nan), torch.ones(8, 8, dtype=torch.uint8)):
+        save_file({"model.layers.0.self_attn.q_proj.weight": weight}, file)
+        with pytest.raises(UserError, match="no weights to measure"):
+            quantization.weights_of(tmp_path, 0)
+
+
 def test_the_command(recipe: Recipe, tmp_path: Path) -> None:
     done = recipe("analyze", "quantization", "--synthetic", "--json", "--figure", "q.png")
     assert done.returncode == 0, done.stderr

@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ def made_up(shapes: list[traces.Shape]) -> Trace:
         for rows, tokens in shapes
     }
     kinds = {1: "weights", 2: "activations", 3: "mask"}
-    return Trace(Events([1], [64 * MIB]), steps, kinds, {}, 0, expandable=True)
+    return Trace(Events([1], [64 * MIB]), steps, kinds, {}, {}, 0, expandable=True)
 
 
 def test_usage_says_what_is_there_at_the_peak() -> None:
@@ -36,6 +37,17 @@ def test_a_trace_goes_through_json() -> None:
 
 def test_what_is_freed_together_is_put_in_order() -> None:
     assert Events([5, 6, 6, 5, 7], [1, 1, -1, -1, 1]).ordered().ids == [5, 6, 5, 6, 7]
+
+
+def test_what_comes_and_goes_does_not_last() -> None:
+    assert Events([5, 6, 2, 5], [1, 7, -1, -1]).lasting() == Events([6, 2], [7, -1])
+
+
+def test_steps_that_differ_are_not_mixed() -> None:
+    trace = made_up([(2, 1024), (3, 1024)])
+    trace.steps[3, 1024].ids = [3, 2, 2, 3]
+    with pytest.raises(traces.NotAlike):
+        traces.usage(trace, (4, 1024))
 
 
 def test_bytes_at_peak_counts_what_lives_at_once() -> None:

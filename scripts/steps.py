@@ -1,0 +1,133 @@
+"""What Axolotl makes of a config, as far as a training step's memory depends on it."""
+
+import json
+from typing import Any
+
+from . import datafiles, rules
+from .config import Config
+from .errors import UserError
+from .traces import Step
+
+SEQUENCE_LEN = 512  # Axolotl's default (utils/schemas/config.py)
+
+OPTIMIZER = "adamw_torch_fused"  # Axolotl's default
+OPTIMIZERS = {
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "adamw_bnb_32bit",
+}
+_TAKE_MORE = ("peft_use_dora", "lora_target_parameters", "unfrozen_parameters")
+_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+_SPLIT = ("tensor_parallel_size", "context_parallel_size")
+_TAKE_LESS = (
+    *("cut_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_entropy", "activation_offloading"),
+    *("peft_layers_to_transform", "peft_layers_pattern", "lora_exclude_modules"),
+    *_KERNELS,
+)
+
+
+def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int, int]) -> tuple[Step, list[str]]:
+    """The training step that Axolotl makes of a config, and what of it cannot be traced.
+
+    Args:
+        config: a config that `recipe check` finds no error in.
+        architecture: the content of the model's config.json.
+        capability: the GPU's compute capability.
+
+    Raises:
+        UserError: it is of a kind that this project cannot plan.
+    """
+    adapter = config.get("adapter")
+    if adapter not in (None, "lora", "qlora"):
+        raise UserError(f"adapter: {adapter} cannot be planned; lora, qlora and none can")
+    if config.get("load_in_8bit") or "quantization_config" in architecture:
+        raise UserError("a base in 8 bits, or quantized before, cannot be planned")
+    if config.get("rl"):
+        raise UserError("rl: preference training cannot be planned")
+    notes = []
+    dtype, autocast = precision(config)
+    if not adapter and dtype == "float16":
+        dtype = "float32"
+        notes.append("weights in fp32: a gradient scaler refuses gradients in fp16")
+    optimizer = str(config.get("optimizer") or OPTIMIZER)
+    if optimizer not in OPTIMIZERS:
+        notes.append(f"optimizer {optimizer}: planned as {OPTIMIZER}")
+        optimizer = OPTIMIZER
+    attention = rules.Case(config, set()).attention or "sdpa"
+    if attention not in ("sdpa", "eager", "flash_attention_2"):
+        notes.append(f"{attention}: planned as flash_attention_2")
+        attention = "flash_attention_2"
+    notes += [f"{key}: not traced; it takes less" for key in _TAKE_LESS if config.get(key)]
+    notes += [f"{key}: not planned; as if it were 1" for key in _SPLIT if (config.get(key) or 1) > 1]
+    if adapter and all(config.get(key) is None for key in _KERNELS):
+        notes.append("LoRA kernels, which Axolotl turns on where none of their keys is set: not traced; they take less")
+    notes += [f"{key}: not traced; it takes more" for key in _TAKE_MORE if config.get(key)]
+    if config.get("gradient_checkpointing") in ("offload", "offload_disk"):
+        notes.append("offloading: not traced; it takes less")
+    checkpointing = None
+    if config.get("gradient_checkpointing"):
+        reentrant = (config.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", False)
+        checkpointing = "reentrant" if reentrant else "non-reentrant"
+    rows, packed = rows_of(config), bool(config.get("sample_packing"))
+    pads, masks = rows > 1 or bool(config.get("pad_to_sequence_len")), attention != "flash_attention_2"
+    if int(config.get("eval_batch_size") or rows) > rows:
+        notes.append("eval_batch_size: evaluation is not traced, and with more rows than training may take more")
+    quantization = config.get("bnb_config_kwargs") or {}
+    targets = "all-linear" if config.get("lora_target_linear") else config.get("lora_target_modules") or ()
+    step = Step(
+        model=json.dumps(architecture, sort_keys=True),
+        adapter=adapter,
+        weights=dtype,
+        autocast=autocast,
+        rank=int(config.get("lora_r") or 8),
+        targets="all-linear"
+        if config.get("lora_target_linear")
+        else targets
+        if isinstance(targets, str)
+        else tuple(targets),
+        saved_modules=tuple(config.get("lora_modules_to_save") or ()),
+        dropout=float(config.get("lora_dropout") or 0),
+        quantization=quantization.get("bnb_4bit_quant_type", "nf4"),
+        double_quantization=quantization.get("bnb_4bit_use_double_quant", True),
+        checkpointing=checkpointing,
+        attention=attention,
+        padded=pads and masks and not packed,
+        packed=packed and masks,
+        accumulates=datafiles.effective_batch(config) > rows,
+        optimizer=optimizer,
+        chunked_loss=bool(config.get("chunked_cross_entropy")),
+        capability=capability,
+    )
+    return step, notes
+
+
+def precision(config: Config) -> tuple[str, str | None]:
+    """The dtype of weights, and of the forward pass, as axolotl/utils/config.py and core/builders/base.py set them."""
+    bf16 = config.get("bf16", "auto")
+    if bf16 == "auto":
+        bf16 = not config.get("fp16")  # torch says of every GPU that it has bf16
+    if bf16 or config.get("bfloat16"):
+        return "bfloat16", "bfloat16"
+    if config.get("fp16"):
+        return "float16", "float16"
+    return ("float16", None) if config.get("float16") else ("float32", None)
+
+
+def rows_of(config: Config) -> int:
+    """The rows of a micro batch."""
+    return int(config.get("micro_batch_size") or 1)
+
+
+def length_of(config: Config) -> int:
+    """The most tokens of a row."""
+    return int(config.get("sequence_len") or SEQUENCE_LEN)
+
+
+def is_flat(config: Config, step: Step) -> bool:
+    """Whether the rows of a micro batch are laid end to end, as they are where FlashAttention keeps packed documents
+    apart (axolotl/core/trainers/base.py, multipack_real_batches)."""
+    return bool(config.get("sample_packing")) and not step.packed
