@@ -51,6 +51,10 @@ analyze_app = typer.Typer(help="What quantization loses, and what LoRA trains.",
 RECIPES, BEFORE, RUNNING, AFTER, UPKEEP = "Recipes", "Before a run", "Running", "After", "Upkeep"
 
 Name = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A recipe's name (see `recipe list`) or a YAML file.")]
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[NAME|FILE]...", help="Recipes or YAML files; by default all recipes."),
+]
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's folder, an unambiguous end of its name, or latest.")
 ]
@@ -156,10 +160,7 @@ def prepare(
 
 @app.command(rich_help_panel=BEFORE)
 def check(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME|FILE]...", help="Recipes or YAML files; by default all recipes."),
-    ] = None,
+    names: Names = None,
     profile: Profiles = None,
     set_: Overrides = None,
     mirror: Mirror = False,
@@ -208,10 +209,7 @@ def check(
 
 @app.command(rich_help_panel=BEFORE)
 def plan(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME|FILE]...", help="Recipes or YAML files; by default all recipes."),
-    ] = None,
+    names: Names = None,
     profile: Profiles = None,
     set_: Overrides = None,
     gpu: Annotated[
@@ -225,6 +223,7 @@ def plan(
     ] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Full fine-tuning, LoRA and QLoRA side by side.")] = False,
     price: Annotated[float | None, typer.Option(metavar="USD", min=0, help="What the card costs an hour.")] = None,
+    figure: FigureFile = None,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
@@ -237,6 +236,7 @@ def plan(
 
     if not all(math.isfinite(value) for value in (vram or 0, price or 0)):
         raise UserError("--vram and --price: give a number")
+    _check_figure(figure)
     target = cards.find(gpu) if gpu else None if vram else cards.here()
     requests = [Request(name, profile or [], set_ or []) for name in names or recipe_names()]
     if compare:
@@ -246,6 +246,8 @@ def plan(
         tables.print_json(compared) if json else plan_tables.comparison(compared, requests[0].name)
         return
     plans = {request.name: planning.of_request(request, target, vram, gpus, data, price, runs) for request in requests}
+    if figure:
+        plan_tables.draw(plans, figure)
     if json:
         tables.print_json([{"recipe": name, **planned} for name, planned in plans.items()])
     elif len(plans) > 1:
@@ -294,10 +296,7 @@ def analyze_quantization(
 
 @analyze_app.command("lora")
 def analyze_lora(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME|FILE]...", help="Recipes or YAML files; by default all recipes."),
-    ] = None,
+    names: Names = None,
     figure: FigureFile = None,
     json: Json = False,
 ) -> None:

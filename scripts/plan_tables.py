@@ -1,6 +1,7 @@
 """Plans as they are printed."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from . import tables
@@ -136,3 +137,34 @@ def _work(work: dict[str, Any]) -> list[dict[str, Any]]:
         ("cost", f"{cost:,.2f} USD" if cost else None),
     ]
     return [{"work": name, "": text} for name, text in lines if text]
+
+
+def draw(plans: dict[str, Plan], file: Path) -> None:
+    """What each plan's memory holds at the peak, a bar each, beside what its card has.
+
+    Args:
+        file: where to, as .png or .svg.
+    """
+    from matplotlib.figure import Figure
+
+    parts = {name: planned["memory"]["parts"] for name, planned in plans.items()}
+    for name, planned in plans.items():
+        memory = planned["memory"]
+        parts[name] = parts[name] | {"allocator and CUDA": memory["needed"] - memory["allocated"]}
+    kinds = sorted(
+        {kind for held in parts.values() for kind in held}, key=lambda kind: -parts[next(iter(plans))].get(kind, 0)
+    )
+    figure = Figure(figsize=(11, 1.6 + 0.5 * len(plans)), layout="constrained")
+    axes = figure.subplots()
+    left = [0.0] * len(plans)
+    for kind in kinds:
+        widths = [held.get(kind, 0) / GIB for held in parts.values()]
+        axes.barh(list(plans), widths, left=left, label=kind)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    (card, *more) = next(iter(plans.values()))["cards"]
+    if not more:
+        axes.axvline(card["usable"] / GIB, color="black", linestyle="--", label=f"usable of {card['card']}")
+    axes.set(xlabel="GiB")
+    axes.invert_yaxis()
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(file)

@@ -18,7 +18,6 @@ OPTIMIZERS = {
     "adamw_bnb_8bit",
     "paged_adamw_8bit",
     "paged_adamw_32bit",
-    "adamw_bnb_32bit",
 }
 _TAKE_MORE = ("peft_use_dora", "lora_target_parameters", "unfrozen_parameters")
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")

@@ -330,8 +330,9 @@ def test_a_full_fine_tuning_that_does_not_fit_gets_an_adapter(small: config.Conf
 def test_plan_prints(recipe: Recipe, small: config.Config, tmp_path: Path, sample: Path) -> None:
     small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
     (tmp_path / "small.yaml").write_text(config.write_yaml(small))
-    done = recipe("plan", "small.yaml", "--gpu", "t4", "--gpus", "2", "--price", "1")
+    done = recipe("plan", "small.yaml", "--gpu", "t4", "--gpus", "2", "--price", "1", "--figure", "plan.png")
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     for text in ("logits", "needed", "ZeRO-2", "longest row", "hours", "USD", "at most"):
         assert text in done.stdout
     as_json = orjson.loads(recipe("plan", "small.yaml", "--json").stdout)
