@@ -151,19 +151,20 @@ def tokens_of(request: Request, count: int) -> list[dict[str, Any]]:
     """
     composed = compose.compose(request)
     refuse(examine(composed).findings, [])
-    _need_tokenizer(composed, "--show-tokens")
+    _need_tokenizer(composed, "--show-tokens", ", --rehearse takes a small model's")
     with importing_axolotl():
         from . import tokens
 
         return tokens.shown(composed.config, count)
 
 
-def _need_tokenizer(composed: Composed, option: str) -> None:
+def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
     if not _has_tokenizer(composed):
-        name = composed.config["base_model"]
+        name, revision = composed.config["base_model"], composed.config.get("revision_of_model")
+        pinned = f" --revision {revision}" if revision else ""
         raise UserError(
-            f"{option}: the tokenizer of {name} is not on this machine; `hf download {name} config.json "
-            "--include 'tokenizer*'` fetches it, --rehearse takes a small model's"
+            f"{option}: the tokenizer of {name} is not on this machine; `hf download {name}{pinned} "
+            f"--include config.json --include 'tokenizer*'` fetches it{instead}"
         )
 
 

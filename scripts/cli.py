@@ -242,6 +242,8 @@ def plan(
     if compare:
         if len(requests) != 1:
             raise UserError("--compare: name one recipe or file")
+        if figure or data or vram or price or gpus > 1:
+            raise UserError("--compare: takes --gpu and --json, and none of the other options of a plan")
         compared = planning.compare(requests[0], target)
         tables.print_json(compared) if json else plan_tables.comparison(compared, requests[0].name)
         return

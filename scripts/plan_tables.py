@@ -127,7 +127,10 @@ def _summary(name: str, planned: Plan) -> dict[str, Any]:
 def _work(work: dict[str, Any]) -> list[dict[str, Any]]:
     rate, cost = work["tokens_per_second"], work["cost"]
     lines = [
-        ("rows", f"{work['rows']:,} ({work['rows_are']})" if work["rows"] else None),
+        (
+            "rows",
+            f"{work['rows']:,} ({work['rows_are']})" if work["rows"] else "not known: the training data is not here",
+        ),
         ("tokens in all epochs", f"{work['tokens']:,} ({work['tokens_are']})" if work["tokens"] else None),
         ("optimizer steps", f"{work['steps']:,}" if work["steps"] else None),
         ("operations a token", f"{work['flops_per_token']:.3g}"),
@@ -154,7 +157,7 @@ def draw(plans: dict[str, Plan], file: Path) -> None:
     kinds = sorted(
         {kind for held in parts.values() for kind in held}, key=lambda kind: -parts[next(iter(plans))].get(kind, 0)
     )
-    figure = Figure(figsize=(11, 1.6 + 0.5 * len(plans)), layout="constrained")
+    figure = Figure(figsize=(11, 3 + 0.4 * len(plans)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(plans)
     for kind in kinds:

@@ -129,6 +129,17 @@ def missing_file(case: Case) -> Found:
 
 
 @_rule
+def no_number(case: Case) -> Found:
+    """Axolotl takes a learning rate as text too, and turns it into a number once 15 s of imports are done."""
+    rate = case["learning_rate"]
+    if isinstance(rate, str):
+        try:
+            float(rate)
+        except ValueError:
+            yield "error", "learning_rate", f"{rate} is no number", "write it as 0.0002 or 2e-4"
+
+
+@_rule
 def no_batch_size(case: Case) -> Found:
     """Without it Axolotl trains with one row at a time, in silence (seen)."""
     if not case.is_set("micro_batch_size"):

@@ -170,6 +170,13 @@ def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe: Recipe) -
         assert "max_steps" not in composed.config
 
 
+def test_a_dry_run_shows_a_config_whose_data_are_not_there(recipe: Recipe) -> None:
+    dry = recipe("run", NAME, "--set", "datasets.0.path=mine.jsonl", "--dry-run")
+    assert dry.returncode == 0
+    assert "path: mine.jsonl" in dry.stdout
+    assert "mine.jsonl does not exist" in dry.stderr
+
+
 def test_help_explains_every_verb_and_argument() -> None:
     import typer.main
 
