@@ -427,8 +427,8 @@ def _loss(step: Step) -> Iterator[None]:
 
 
 def _workspace(capability: tuple[int, int]) -> int:
-    """Bytes of cuBLAS' workspace (aten/src/ATen/cuda/CublasHandlePool.cpp): 32 MiB on Hopper, 4096 KiB and 8 times
-    16 KiB twice, that is 8.125 MiB, elsewhere."""
+    """Bytes of cuBLAS' workspace (aten/src/ATen/cuda/CublasHandlePool.cpp): on Hopper 32 MiB, elsewhere two pieces of
+    4 MiB and eight of 16 KiB."""
     return 32 * MIB if capability[0] == 9 else 8 * MIB + 128 * 1024
 
 

@@ -1,6 +1,7 @@
 """`recipe plan`: parameters, memory and work of a config, known before it runs."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,16 @@ def of_request(
     lengths = check.lengths(composed) if data else []
     planned, planner = plan(composed.config, gpu, vram, gpus)
     if gpu:
-        lacks = [finding for finding in check.examine(composed, gpu, gpus).findings if finding.rule == "gpu-lacks"]
-        planned["notes"] += [f"{finding.key}: {finding.problem}; {finding.remedy}" for finding in lacks]
+        lacks = rules.gpu_lacks(rules.Case(composed.config, set(), gpu))
+        planned["notes"] += [f"{key}: {problem}; {remedy}" for _, key, problem, remedy in lacks]
     trained_on = None
     if lengths:
         trained_on = tuple(sum(one[f"{name}_trained_on"] for one in lengths) for name in ("rows", "tokens"))
         longest = max(one["longest_trained_on"] for one in lengths)
         if longest and not composed.config.get("sample_packing"):  # packed batches are always full
-            size = planner.need(length=longest)
-            planned["longest_batch"] = {"rows": planner.rows, "tokens": longest, "needed": size}
+            with suppress(NotAlike):
+                size = planner.need(length=longest)
+                planned["longest_batch"] = {"rows": planner.rows, "tokens": longest, "needed": size}
     planned["work"] = work.work(composed, planner, gpu, gpus, trained_on, price, runs)
     planner.save()
     return planned
