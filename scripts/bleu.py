@@ -9,7 +9,6 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
 
 _TINY = sys.float_info.min  # stands in for 0 in logarithms: an empty prediction scores exp(-len(reference))
 _TOKEN = re.compile(r"[^\W_]+|_|[^\w\s]")
@@ -25,7 +24,7 @@ def _ngrams(words: list[str], n: int) -> Counter[tuple[str, ...]]:
 
 
 def sentence_bleu4(reference: str, prediction: str) -> float:
-    """The score of one prediction against its one reference, from 0 to 1."""
+    """The score of one prediction against its one reference, from 0 to 1; BLEU-4 is 100 times their mean."""
     wanted, given = tokens(reference), tokens(prediction)
     log_precisions = 0.0
     for n in range(1, 5):
@@ -35,9 +34,3 @@ def sentence_bleu4(reference: str, prediction: str) -> float:
         log_precisions += math.log(matches + smooth or _TINY) - math.log(total + smooth or _TINY)
     brevity = min(0.0, 1 - (len(wanted) + 1) / (len(given) + 1))
     return math.exp(log_precisions / 4 + brevity)
-
-
-def corpus_bleu4(pairs: Iterable[tuple[str, str]]) -> float:
-    """The mean sentence score over (reference, prediction) pairs, from 0 to 100."""
-    scores = [sentence_bleu4(reference, prediction) for reference, prediction in pairs]
-    return 100 * math.fsum(scores) / len(scores)

@@ -45,7 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Prepare the data that recipes train on.", no_args_is_help=True)
+data_app = typer.Typer(help="Fetch and prepare the data that recipes train on.", no_args_is_help=True)
 analyze_app = typer.Typer(help="What quantization loses, and what LoRA trains.", no_args_is_help=True)
 
 RECIPES, BEFORE, RUNNING, AFTER, UPKEEP = "Recipes", "Before a run", "Running", "After", "Upkeep"
@@ -79,6 +79,21 @@ class InputFormat(StrEnum):
 
     diff = "diff"
     tagged = "tagged"
+
+
+class Group(StrEnum):
+    """What scores can be grouped by."""
+
+    lang = "lang"
+    length = "length"
+
+
+class CacheForm(StrEnum):
+    """The forms of a cache of keys and values."""
+
+    auto = "auto"
+    static = "static"
+    dynamic = "dynamic"
 
 
 @app.command("list", rich_help_panel=RECIPES)
@@ -124,38 +139,80 @@ def diff(
 app.add_typer(data_app, name="data", rich_help_panel=BEFORE)
 
 
+@data_app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="DATA", help="The data set.")] = "codereviewer",
+    from_: Annotated[
+        str | None,
+        typer.Option("--from", metavar="URL|FILE", help="A mirror's address, or the archive that you already have."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder; by default data/DATA-raw.")] = None,
+    json: Json = False,
+) -> None:
+    """Download a data set from where it is published, verified; goes on where it was interrupted."""
+    from . import fetch as fetching
+    from . import study, tables
+
+    data = study.with_data(name).data
+    rows = fetching.fetch(data, out or data.raw, from_)
+    tables.print_json(rows) if json else tables.print_table(rows)
+
+
 @data_app.command("prepare")
 def prepare(
     raw: Annotated[
-        list[Path],
-        typer.Argument(metavar="RAW...", help="msg-train.jsonl, msg-valid.jsonl, msg-test.jsonl, or the zip."),
-    ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write to.")] = Path("data/codereviewer"),
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RAW]...",
+            help="msg-train.jsonl, msg-valid.jsonl, msg-test.jsonl, or the zip; by default what `data fetch` left.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder to write to; by default the input format's.")
+    ] = None,
     input_format: Annotated[
         InputFormat,
         typer.Option(help="diff: the patch as it is. tagged: one line with tags, as the authors' code has it."),
     ] = InputFormat.diff,
     instruction: Annotated[str | None, typer.Option(help="Another instruction than the study's.")] = None,
     valid_rows: Annotated[int, typer.Option(min=0, help="Rows to draw for validation; 0 keeps all.")] = 1000,
-    seed: Annotated[int, typer.Option(help="The seed of that draw.")] = 42,
+    subset: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", min=1, help="Draw N test rows too, for test-N.jsonl. Repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The seed of these draws.")] = 42,
     study: Annotated[str, typer.Option(metavar="S", help="The study whose data it is.")] = "haider2024",
     json: Json = False,
 ) -> None:
     """Turn CodeReviewer's rows into the files that the recipes train on, with a manifest."""
-    from . import data, paths, tables
+    from . import data, tables
     from . import study as studies
+    from .progress import say
 
-    folder = paths.RECIPES / study
-    if folder not in paths.studies():
-        raise UserError(f"--study {study}: there are {', '.join(f.name for f in paths.studies())}")
-    of_study = studies.load(folder)
-    manifest = data.prepare(raw, out, of_study.data, input_format.value, instruction, valid_rows, seed)
+    of_study = studies.find(study)
+    form = of_study.data.input_formats[input_format.value]
+    folder = out or Path(form.folder)
+    manifest = data.prepare(
+        raw or data.fetched(of_study.data),
+        folder,
+        of_study,
+        input_format.value,
+        instruction,
+        valid_rows,
+        subset or [],
+        seed,
+    )
     if json:
         tables.print_json(manifest)
         return
     columns = ("file", "rows", "read", "kept", "dropped", "duplicates_kept", "is_the_study_file")
-    tables.print_table([{key: split[key] for key in columns} for split in manifest["splits"].values()])
-    print(out / data.MANIFEST)
+    files = []
+    for split in manifest["splits"].values():
+        files += [split, *split.get("subsets", {}).values()]
+        for name, reason in split.get("left_out", {}).items():
+            say(f"{name}.jsonl: not written: {reason}")
+    tables.print_table([{key: file.get(key) for key in columns} for file in files])
+    print(folder / data.MANIFEST)
 
 
 @app.command(rich_help_panel=BEFORE)
@@ -385,12 +442,23 @@ def resume(run: RunName, runs: Runs = RUNS) -> None:
     print(launcher.resume(run, runs).path)
 
 
+Judge = Annotated[
+    str | None,
+    typer.Option(
+        "--bertscore", metavar="MODEL|none", help="BERTScore's model; by default roberta-large if it is here."
+    ),
+]
+JudgeLayer = Annotated[
+    int | None, typer.Option("--bertscore-layer", min=1, help="Its layer, where bert-score knows no best one.")
+]
+
+
 @app.command(rich_help_panel=AFTER)
 def evaluate(
     run: RunName,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Prepared rows; by default test.jsonl beside the training data."),
+        typer.Option(metavar="FILE", help="Prepared rows; by default the study's test set beside the training data."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate the first so many rows only.")] = None,
     adapter: Annotated[
@@ -399,26 +467,54 @@ def evaluate(
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="By default the study's.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows generated at a time.")] = 16,
+    cache: Annotated[
+        CacheForm, typer.Option(help="Of keys and values. auto: static on a GPU, which compiles the decoding.")
+    ] = CacheForm.auto,
+    bertscore: Judge = None,
+    bertscore_layer: JudgeLayer = None,
+    export_prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the exact prompts instead, to make the predictions elsewhere."),
+    ] = None,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
     """Generate predictions for test rows with a run's adapter, and score them."""
     from . import evaluate as evaluation
+    from .progress import say
     from .rundir import find_run
 
-    result = evaluation.evaluate(find_run(run, runs), data, limit, adapter, max_new_tokens, batch_size)
-    _print_scores(result.scores, json)
+    request = evaluation.Request(
+        data, limit, adapter, max_new_tokens, batch_size, cache.value, bertscore, bertscore_layer
+    )
+    folder = find_run(run, runs)
+    if export_prompts:
+        count = evaluation.export_prompts(folder, request, export_prompts)
+        say(f"{count} prompts; add the field prediction to each row, then `recipe score {export_prompts}`")
+        print(export_prompts)
+    else:
+        _print_scores(evaluation.evaluate(folder, request).scores, json)
 
 
 @app.command(rich_help_panel=AFTER)
 def score(
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with the fields reference and prediction.")],
+    bertscore: Judge = None,
+    bertscore_layer: JudgeLayer = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the rows with their own scores to a JSONL file.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Score predictions made anywhere."""
     from . import score as scoring
+    from .bertscore import judge
+    from .files import write_rows
 
-    _print_scores(scoring.score(scoring.read_pairs(file)), json)
+    scores, rows = scoring.score(scoring.read_rows(file), judge(bertscore, bertscore_layer))
+    if out:
+        write_rows(out, rows)
+    _print_scores(scores, json)
 
 
 def _print_scores(scores: dict[str, Any], json: bool) -> None:
@@ -428,20 +524,53 @@ def _print_scores(scores: dict[str, Any], json: bool) -> None:
         tables.print_json(scores)
         return
     for name, value in scores.items():
-        print(f"{name:22}{value:.2f}" if isinstance(value, float) else f"{name:22}{value}")
+        if name == "bertscore" and value:
+            value = f"{value['model']}{' (stands in)' if value['stand_in'] else ''}, {value['hash']}"
+        if name != "intervals":
+            interval = scores["intervals"].get(name)
+            within = f"  [{tables.text_of(interval[0])}, {tables.text_of(interval[1])}]" if interval else ""
+            print(f"{name:22}{tables.text_of(value)}{within}")
 
 
 @app.command(rich_help_panel=AFTER)
 def results(
+    study: Annotated[
+        str | None, typer.Option(metavar="S", help="A study's table: its runs beside its published scores.")
+    ] = None,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="With --study: its rehearsals instead.")] = False,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Two runs, or a run and a file of predictions, on the same rows."),
+    ] = None,
+    by: Annotated[
+        Group | None, typer.Option(help="The latest run's scores by language, or by length of the reference.")
+    ] = None,
+    run: Annotated[
+        str, typer.Option(metavar="RUN", help="With --by: another run, or a file of predictions.")
+    ] = "latest",
     runs: Runs = RUNS,
     json: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
 ) -> None:
     """A row a run: losses and scores, the published ones beside them."""
+    from . import compare as comparing
     from . import results as gathered
+    from . import study as studies
+    from . import tables
 
-    gathered.show(runs, "json" if json else "csv" if csv else "md" if md else "table")
+    if sum(map(bool, (study, compare, by))) > 1:
+        raise UserError("--study, --compare and --by: one of them")
+    form = "json" if json else "csv" if csv else "md" if md else "table"
+    if compare:
+        rows = comparing.compare(*(comparing.predictions(name, runs) for name in compare))
+        tables.write(rows, form, f"a: {compare[0]}, b: {compare[1]}")
+    elif by:
+        tables.write(comparing.by_group(comparing.predictions(run, runs), by.value), form, run)
+    elif study:
+        gathered.show_study(studies.find(study), runs, rehearse, form)
+    else:
+        gathered.show(runs, form)
 
 
 @app.command(rich_help_panel=UPKEEP)

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import config, data, models, paths, provenance, schema, standin, study
+from . import config, data, datafiles, models, paths, provenance, schema, standin, study
 from .config import Config
-from .datafiles import training_steps
 from .errors import UserError
 from .files import sha256
 from .rundir import DataFile, Difference
@@ -89,7 +88,9 @@ def compose(request: Request) -> Composed:
     for profile, profile_file in profiles:
         fragment = config.read_yaml(profile_file)
         if profile == REHEARSAL:
-            fragment = _fill(fragment, {"stand_in": str(standin.folder()), "sample": str(rehearsal_data())})
+            fragment = _fill(
+                fragment, {"stand_in": str(standin.folder()), "sample": str(rehearsal_data(_input_format(recipe)))}
+            )
             fragment["bf16"] = provenance.cpu_has_bf16()
         lay(config.merge(composed, fragment), f"profile {profile}", profile_file)
     for text in request.overrides:
@@ -138,14 +139,23 @@ def launched(composed: Composed, output: Path) -> Config:
     }
 
 
-def rehearsal_data() -> Path:
+def rehearsal_data(input_format: str = "diff") -> Path:
     """The folder with the shipped sample as prepared data; written to the cache the first time."""
     raw = sorted(paths.SAMPLE.glob("msg-*.jsonl"))
     key = hashlib.sha256("".join(map(sha256, [*raw, Path(data.__file__)])).encode()).hexdigest()
-    folder = paths.cache() / f"sample-{key[:16]}"
+    folder = paths.cache() / f"sample-{input_format}-{key[:16]}"
     if not (folder / data.MANIFEST).is_file():
-        data.prepare(raw, folder, study.load(paths.RECIPES / "haider2024").data)
+        data.prepare(raw, folder, study.find("haider2024"), input_format)
     return folder
+
+
+def _input_format(recipe: Config) -> str:
+    """The form of the rows that a recipe trains on, told by the folder that they are in."""
+    folders = {
+        form.folder: name for folder in paths.studies() for name, form in study.load(folder).data.input_formats.items()
+    }
+    parents = [str(Path(str(dataset.get("path"))).parent) for _, dataset in datafiles.datasets(recipe, "datasets")]
+    return next((folders[parent] for parent in parents if parent in folders), "diff")
 
 
 def _check_not_of_the_run(key: str, where: str) -> None:
@@ -174,7 +184,11 @@ def _fill(fragment: Any, values: dict[str, str]) -> Any:
 
 def _few_steps(composed: Config) -> Config:
     """The config with its warm-up capped at a tenth of the steps that its few rows give."""
-    ratio, steps, all_steps = composed.get("warmup_ratio"), composed.get("warmup_steps"), training_steps(composed)
+    ratio, steps, all_steps = (
+        composed.get("warmup_ratio"),
+        composed.get("warmup_steps"),
+        datafiles.training_steps(composed),
+    )
     if isinstance(ratio, float) and ratio > 0.1:
         return config.merge(composed, {"warmup_ratio": 0.1})
     if isinstance(steps, int) and all_steps and steps > all_steps // 10:

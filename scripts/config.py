@@ -101,6 +101,11 @@ def read_yaml(file: Path) -> Config:
     return content
 
 
+def sources(file: Path) -> dict[str, str]:
+    """What the comment behind each top-level key of a recipe says, which is the setting's source."""
+    return dict(re.findall(r"^(\w+):.*?  # (.*)$", read_text(file), re.MULTILINE))
+
+
 def write_yaml(config: Config) -> str:
     """A config as YAML text, keys in the order they have."""
     return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

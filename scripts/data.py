@@ -6,7 +6,7 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -16,8 +16,8 @@ import orjson
 
 from . import __version__
 from .errors import UserError
-from .files import json_rows, replacing
-from .study import Data
+from .files import json_rows, read_json, replacing, sha256
+from .study import Data, Study
 
 SPLITS = ("train", "valid", "test")
 MANIFEST = "manifest.json"
@@ -97,8 +97,13 @@ def _zip_errors() -> Iterator[None]:
         raise UserError(f"the zip cannot be read: {error}") from None
 
 
-def _rows(stream: IO[bytes], split: Split, as_input: Callable[[str], str], instruction: str) -> Iterator[bytes]:
-    """The kept rows of a raw stream as JSON lines; counts into `split` as it goes."""
+def _rows(
+    stream: IO[bytes], split: Split, as_input: Callable[[str], str], instruction: str, for_scores: bool
+) -> Iterator[tuple[int, bytes]]:
+    """The kept rows of a raw stream as JSON lines, each with its position; counts into `split` as it goes.
+
+    Rows that scores are made of also carry that position, as `idx`, and their language.
+    """
     seen: set[bytes] = set()
     digest = hashlib.sha256()
 
@@ -108,7 +113,7 @@ def _rows(stream: IO[bytes], split: Split, as_input: Callable[[str], str], instr
             split.source_bytes += len(line)
             yield line
 
-    for row in json_rows(lines(), split.source, ("patch", "msg")):
+    for idx, row in enumerate(json_rows(lines(), split.source, ("patch", "msg"))):
         split.read += 1
         patch, msg = row["patch"], row["msg"]
         shown = as_input(patch)
@@ -119,46 +124,89 @@ def _rows(stream: IO[bytes], split: Split, as_input: Callable[[str], str], instr
         split.duplicates += key in seen
         seen.add(key)
         split.kept += 1
-        yield orjson.dumps({"instruction": instruction, "input": shown, "output": msg}) + b"\n"
+        made = {"instruction": instruction, "input": shown, "output": msg}
+        if for_scores:
+            made |= {"idx": idx, "lang": row.get("lang")}
+        yield idx, orjson.dumps(made) + b"\n"
     split.source_sha256 = digest.hexdigest()
 
 
-def _sample(rows: Iterator[bytes], size: int, seed: int) -> Iterator[bytes]:
-    """`size` rows drawn at random, each with the same chance, in their order; all of them where size is 0."""
-    if not size:
-        yield from rows
-        return
-    chance = random.Random(seed)
-    drawn: list[tuple[int, bytes]] = []
-    for i, row in enumerate(rows):
-        if i < size:
-            drawn.append((i, row))
-        elif (j := chance.randrange(i + 1)) < size:
-            drawn[j] = i, row
-    yield from (row for _, row in sorted(drawn))
+class _Draw:
+    """`size` rows drawn at random, each with the same chance, in their order; all where there are no more."""
+
+    def __init__(self, size: int, seed: int):
+        self.about = {"rows": size, "seed": seed}
+        self._size, self._chance = size, random.Random(seed)
+        self._offered = 0
+        self._drawn: list[tuple[int, bytes]] = []
+
+    def offer(self, idx: int, row: bytes) -> None:
+        self._offered += 1
+        if len(self._drawn) < self._size:
+            self._drawn.append((idx, row))
+        elif (place := self._chance.randrange(self._offered)) < self._size:
+            self._drawn[place] = idx, row
+
+    def missing(self, of_study_file: bool) -> str | None:
+        return f"only {self._offered} rows to draw from" if self._offered < self._size else None
+
+    def rows(self) -> list[bytes]:
+        return [row for _, row in sorted(self._drawn)]
+
+
+class _Listed:
+    """The rows at the positions that a file lists, in the order of that list; they count in the study's file only."""
+
+    def __init__(self, file: Path):
+        self.about = {"positions": file.name, "sha256_of_positions": sha256(file)}
+        self._positions: list[int] = read_json(file)["rows"]
+        self._wanted = set(self._positions)
+        self._found: dict[int, bytes] = {}
+
+    def offer(self, idx: int, row: bytes) -> None:
+        if idx in self._wanted:
+            self._found[idx] = row
+
+    def missing(self, of_study_file: bool) -> str | None:
+        return None if of_study_file else "its positions are of the study's msg-test.jsonl, which this is not"
+
+    def rows(self) -> list[bytes]:
+        return [self._found[idx] for idx in self._positions if idx in self._found]
+
+
+def _subsets(of_study: Study, sizes: Sequence[int], seed: int) -> dict[str, _Draw | _Listed]:
+    """The study's subsets of its test rows, and draws of other sizes."""
+    made: dict[str, _Draw | _Listed] = {f"test-{size}": _Draw(size, seed) for size in sizes}
+    for name, subset in of_study.data.subsets.items():
+        listed = subset.positions
+        made[name] = _Listed(of_study.folder / listed) if listed else _Draw(subset.rows, subset.seed or 0)
+    return made
 
 
 def prepare(
     raw: list[Path],
     out: Path,
-    data: Data,
+    of_study: Study,
     input_format: str = "diff",
     instruction: str | None = None,
     valid_rows: int = 1000,
+    subsets: Sequence[int] = (),
     seed: int = 42,
 ) -> dict[str, Any]:
     """Write train.jsonl, valid.jsonl and test.jsonl, as far as raw files for them are given, and a manifest.
 
-    Rows are read as a stream, and nothing is replaced before every row of every file was read well.
+    Beside test.jsonl go the study's subsets of it. Rows are read as a stream, and nothing is replaced before
+    every row of every file was read well.
 
     Args:
         raw: CodeReviewer's msg-{train,valid,test}.jsonl, or the zip that holds them.
         out: the folder to write to.
-        data: the study's data: its instruction and the checksums known of its files.
+        of_study: its data's instruction, subsets, and the checksums known of its files.
         input_format: `diff`, the patch as it is, or `tagged`, see `tagged`.
         instruction: another instruction than the study's.
         valid_rows: how many rows to draw for valid.jsonl; 0 keeps all.
-        seed: the seed of that draw.
+        subsets: sizes of further draws from the test rows, each for a test-<size>.jsonl.
+        seed: the seed of these draws.
 
     Returns:
         The manifest: per split the rows read, kept, dropped by reason and duplicate, and checksums of the
@@ -167,7 +215,7 @@ def prepare(
     Raises:
         UserError: a file is missing, empty, or has a row that is no CodeReviewer row.
     """
-    instruction = instruction or data.instruction
+    instruction = instruction or of_study.data.instruction
     for file in raw:
         if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
             raise UserError(f"{file}: would be overwritten; write to another folder with --out")
@@ -176,46 +224,89 @@ def prepare(
         for name in (split for split in SPLITS if split in found):
             label, stream = found[name]
             split = Split(label)
-            rows = _rows(stream, split, INPUT_FORMATS[input_format], instruction)
-            size = valid_rows if name == "valid" else 0
-            digest, written = hashlib.sha256(), 0
-            target = stack.enter_context(replacing(out / f"{name}.jsonl"))
-            for row in _sample(rows, size, seed):
-                target.write(row)
-                digest.update(row)
-                written += 1
-            if not written:
+            draw = _Draw(valid_rows, seed) if name == "valid" and valid_rows else None
+            chosen = _subsets(of_study, subsets, seed) if name == "test" else {}
+            whole = _Written(stack, out / f"{name}.jsonl")
+            for idx, row in _rows(stream, split, INPUT_FORMATS[input_format], instruction, name == "test"):
+                if draw:
+                    draw.offer(idx, row)
+                else:
+                    whole.add(row)
+                for subset in chosen.values():
+                    subset.offer(idx, row)
+            for row in draw.rows() if draw else ():
+                whole.add(row)
+            if not whole.rows:
                 raise UserError(f"{label}: no row is left to write; {dict(split.dropped) or 'it has none'}")
-            known = data.files.get(f"msg-{name}.jsonl")
+            known = of_study.data.files.get(f"msg-{name}.jsonl")
+            of_study_file = split.source_sha256 == known.sha256 if known and known.sha256 else None
+            made, left_out = {}, {}
+            for key, subset in chosen.items():
+                if reason := subset.missing(bool(of_study_file)):
+                    left_out[key] = reason
+                    continue
+                part = _Written(stack, out / f"{key}.jsonl")
+                for row in subset.rows():
+                    part.add(row)
+                made[key] = subset.about | part.as_json()
             splits[name] = {
                 "input_format": input_format,
                 "instruction": instruction,
                 "source": label,
                 "source_sha256": split.source_sha256,
                 "source_bytes": split.source_bytes,
-                "is_the_study_file": split.source_sha256 == known.sha256 if known and known.sha256 else None,
+                "is_the_study_file": of_study_file,
                 "read": split.read,
                 "kept": split.kept,
                 "dropped": dict(split.dropped),
                 "duplicates_kept": split.duplicates,
-                "drawn": {"rows": written, "seed": seed} if size and written < split.kept else None,
-                "file": f"{name}.jsonl",
-                "rows": written,
-                "sha256": digest.hexdigest(),
+                "drawn": draw.about if draw and whole.rows < split.kept else None,
+                **whole.as_json(),
+                **({"subsets": made, "left_out": left_out} if chosen else {}),
             }
+    former = _former(out)
     manifest = {
         "made_by": f"qlora-recipes {__version__}",
-        "splits": _former(out) | splits,
+        "splits": former | splits,
     }
     with replacing(out / MANIFEST) as stream:
         stream.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
+    if "test" in splits:
+        for key in former.get("test", {}).get("subsets", {}).keys() - splits["test"]["subsets"]:
+            (out / f"{key}.jsonl").unlink(missing_ok=True)  # of the test rows before these
     return manifest
+
+
+def fetched(data: Data) -> list[Path]:
+    """The raw files that `recipe data fetch` left.
+
+    Raises:
+        UserError: it left none.
+    """
+    files = [data.raw / name for name in data.files]
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(f"{missing[0]}: no such file; `recipe data fetch {data.key}` gets it, or name RAW files")
+    return files
+
+
+class _Written:
+    """A file that takes its place when the stack is left well, and what was written to it."""
+
+    def __init__(self, stack: ExitStack, file: Path):
+        self.rows = 0
+        self._file, self._digest = file, hashlib.sha256()
+        self._stream = stack.enter_context(replacing(file))
+
+    def add(self, row: bytes) -> None:
+        self._stream.write(row)
+        self._digest.update(row)
+        self.rows += 1
+
+    def as_json(self) -> dict[str, Any]:
+        return {"file": self._file.name, "rows": self.rows, "sha256": self._digest.hexdigest()}
 
 
 def _former(out: Path) -> dict[str, Any]:
     """The splits of an earlier manifest in the same folder, which stay."""
-    try:
-        splits = orjson.loads((out / MANIFEST).read_bytes())["splits"]
-    except (OSError, orjson.JSONDecodeError, TypeError, KeyError):
-        return {}
+    splits = read_json(out / MANIFEST).get("splits")
     return splits if isinstance(splits, dict) else {}

@@ -57,6 +57,12 @@ def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) 
         yield row
 
 
+def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Put rows, a JSON line each, in the place of whatever `file` held."""
+    with replacing(file) as stream:
+        stream.writelines(orjson.dumps(row) + b"\n" for row in rows)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The mapping in a JSON file; empty where there is no such file, or it holds something else."""
     try:

@@ -1,5 +1,6 @@
 """A row a run, ours beside the published scores: `recipe results`."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,31 @@ from .evaluate import BASE_MODEL, Evaluation, read_scores
 from .progress import say
 from .rundir import Run, RunDir, all_runs
 
+REHEARSALS = "Rehearsals (small stand-in model and sample; not comparable with any published score)"
 
-def row(folder: RunDir) -> dict[str, Any]:
+
+def readable(folders: Sequence[RunDir]) -> Iterator[tuple[RunDir, Run]]:
+    """Runs whose run.json can be read; of the others that is said."""
+    for folder in folders:
+        try:
+            yield folder, folder.read()
+        except UserError as error:
+            say(str(error))
+
+
+def row(folder: RunDir, run: Run) -> dict[str, Any]:
     """What one run is and reached. Rehearsals are not compared with published scores."""
-    run = folder.read()
     of_study = study.of(run.recipe)
-    published = of_study.published.get(run.recipe) if of_study and not run.rehearsal else None
-    own = _evaluation(folder.path, run)
-    base = _evaluation(folder.path / "evaluations" / BASE_MODEL, None)
+    published = of_study.aimed_at(run.recipe) if of_study and not run.rehearsal else None
+    own = evaluation(folder.path, run)
+    base = read_scores(folder.path / "evaluations" / BASE_MODEL)
     if own and base and any(getattr(own.settings, key) != getattr(base.settings, key) for key in _ALIKE):
         base = None  # made on other rows or otherwise, so not to be shown beside
     scores: dict[str, Any] = dict(own.scores) if own else {}
     summary = run.summary
     bleu4: float | None = scores.get("bleu4")
     difference = None
-    if bleu4 is not None and published and own and _whole_test_set(own, run):
+    if bleu4 is not None and published and own and comparable(own, run):
         difference = bleu4 - published.bleu4
     changed = [d.key for d in run.differences] + run.axolotl_arguments
     return {
@@ -36,10 +47,13 @@ def row(folder: RunDir) -> dict[str, Any]:
         "eval_loss_first": summary.eval_loss_first,
         "eval_loss": summary.eval_loss,
         "rows_evaluated": scores.get("rows"),
+        "test_set": own.settings.test_set if own else None,
         "bleu4": bleu4,
         "bleu4_base_model": base.scores["bleu4"] if base else None,
         "bleu4_published": published.bleu4 if published else None,
         "bleu4_difference": difference,
+        "bertscore_f1": scores.get("bertscore_f1"),
+        "rouge_l": scores.get("rouge_l"),
         "sacrebleu": scores.get("sacrebleu"),
         "peak_memory_gib": summary.peak_memory,
         "memory_kind": summary.memory_kind,
@@ -49,21 +63,22 @@ def row(folder: RunDir) -> dict[str, Any]:
     }
 
 
-_ALIKE = ("data_sha256", "rows", "max_new_tokens", "do_sample")
+_ALIKE = ("data_sha256", "rows", "decoding")
 
 
-def _evaluation(folder: Path, run: Run | None) -> Evaluation | None:
-    """The evaluation in a folder; not one of an adapter that its run has trained on since."""
+def evaluation(folder: Path, run: Run) -> Evaluation | None:
+    """The evaluation of a run's own adapter; none of one that the run has trained on since."""
     found = read_scores(folder)
-    if found and run and run.launches and found.made < (run.launches[-1].ended or found.made):
+    if found and run.launches and found.made < (run.launches[-1].ended or found.made):
         return None
     return found
 
 
-def _whole_test_set(evaluation: Evaluation, run: Run) -> bool:
-    """Whether an evaluation is of all rows of the data that is prepared for it; others compare with nothing."""
-    test_data = Path(run.cwd, str(run.test_data)).resolve()
-    return evaluation.settings.limit is None and Path(evaluation.settings.data) == test_data
+def comparable(scored: Evaluation, run: Run) -> bool:
+    """Whether an evaluation is of just the rows that the published scores of its study are of."""
+    of_study = study.of(run.recipe)
+    on_them = of_study and scored.settings.test_set == of_study.data.scored_on
+    return bool(on_them and scored.settings.limit is None and not run.rehearsal)
 
 
 def _short(full: dict[str, Any]) -> dict[str, Any]:
@@ -97,37 +112,51 @@ def _short(full: dict[str, Any]) -> dict[str, Any]:
 
 def show(runs: Path, form: str) -> None:
     """Print the results of all runs below a folder as `table`, `md`, `csv` or `json`."""
-    rows = []
-    for folder in all_runs(runs):
-        try:
-            rows.append(row(folder))
-        except UserError as error:
-            say(str(error))
-    if form == "json":
-        tables.print_json(rows)
-    elif not rows:
+    rows = [row(*one) for one in readable(all_runs(runs))]
+    if not rows and form != "json":
         say(f"no runs below {runs}/; `recipe run NAME --rehearse` makes one")
-    elif form == "csv":
-        tables.print_csv(rows)
+    elif form in ("json", "csv"):
+        tables.write(rows, form)
     else:
-        write = tables.print_markdown if form == "md" else tables.print_table
         real = [_short(r) for r in rows if not r["rehearsal"]]
         rehearsals = [_short(r) for r in rows if r["rehearsal"]]
         if real:
-            write(real, "Runs")
-            write(_baselines({r["recipe"] for r in rows if not r["rehearsal"]}), "To compare with")
+            tables.write(real, form, "Runs")
+            of_studies = {id(s): s for s in (study.of(r["recipe"]) for r in rows if not r["rehearsal"]) if s}
+            for of_study in of_studies.values():
+                tables.write(baselines(of_study), form, "To compare with")
         if rehearsals:
-            write(
-                rehearsals,
-                "Rehearsals (small stand-in model and sample; not comparable with any published score)",
-            )
+            tables.write(rehearsals, form, REHEARSALS)
 
 
-def _baselines(recipes: set[str]) -> list[dict[str, Any]]:
-    """The baselines of the studies that recipes belong to, each named."""
-    found = {id(s): s for s in map(study.of, sorted(recipes)) if s}
+def baselines(of_study: study.Study) -> list[dict[str, Any]]:
+    """A study's baselines, each named."""
     return [
         {"baseline": b.name, "BLEU-4": b.bleu4, "BERTScore F1": b.bertscore_f1, "on": b.test_set}
-        for s in found.values()
-        for b in s.baselines
-    ] or [{"baseline": "none: these recipes belong to no study"}]
+        for b in of_study.baselines
+    ]
+
+
+def show_study(of_study: study.Study, runs: Path, rehearsal: bool, form: str) -> None:
+    """Print a study's runs beside its published scores in the same forms."""
+    from . import verdict
+
+    rows = verdict.rows(of_study, runs, rehearsal)
+    if form in ("json", "csv"):
+        tables.write(rows if form == "json" else [_flat(full) for full in rows], form)
+        return
+    subset = of_study.data.subsets[of_study.data.scored_on].title
+    title = f"{of_study.paper['authors']}, arXiv {of_study.paper['arxiv']}; published scores are on {subset}"
+    shown = [verdict.table_row(full, of_study) for full in rows]
+    tables.write(shown, form, REHEARSALS if rehearsal else title, empty=True)
+    if not rehearsal:
+        tables.write(baselines(of_study), form, "To compare with")
+        for line in verdict.notes(rows):
+            print(line)
+
+
+def _flat(full: dict[str, Any]) -> dict[str, Any]:
+    """A row without anything below it, as CSV needs it."""
+    gains = {f"gain_percent over {name}": gain for name, gain in full["gains_percent"].items()}
+    texts = {key: "; ".join(full[key]) for key in ("differs", "open")}
+    return {key: value for key, value in full.items() if key != "gains_percent"} | gains | texts

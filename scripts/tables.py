@@ -13,17 +13,19 @@ def text_of(value: Any) -> str:
         return "–"
     if isinstance(value, float):
         return f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}"
+    if isinstance(value, list) and value and all(isinstance(item, float) for item in value):
+        return " to ".join(map(text_of, value))
     return str(value)
 
 
-def print_table(rows: Sequence[Row], title: str | None = None) -> None:
-    """A table on stdout, without the columns that are empty; as wide as it needs where stdout is no terminal."""
+def print_table(rows: Sequence[Row], title: str | None = None, empty: bool = False) -> None:
+    """A table on stdout, as wide as it needs where stdout is no terminal; columns that are empty only if asked for."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    columns = [column for column in rows[0] if any(row.get(column) is not None for row in rows)]
+    columns = [column for column in rows[0] if empty or any(row.get(column) is not None for row in rows)]
     for column in columns:
         numbers = any(isinstance(row[column], int | float) for row in rows)
         table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
@@ -57,6 +59,18 @@ def print_json(value: Any) -> None:
     import orjson
 
     print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
+
+
+def write(rows: Sequence[Row], form: str, title: str | None = None, empty: bool = False) -> None:
+    """Rows on stdout as `table`, `md`, `csv` or `json`; `empty` as in `print_table`."""
+    if form == "json":
+        print_json(rows)
+    elif form == "csv":
+        print_csv(rows)
+    elif form == "md":
+        print_markdown(rows, title)
+    else:
+        print_table(rows, title, empty)
 
 
 def print_tokens(rows: Sequence[Row]) -> None:

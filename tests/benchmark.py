@@ -1,6 +1,7 @@
 """How long the quick commands take, and how fast rows are read. `make benchmark` prints it."""
 
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -51,6 +52,25 @@ def rows_per_second(folder: Path, count: int = 100_000, size: int = 2048) -> tup
     return file.stat().st_size / (checked - started), file.stat().st_size / (read - checked)
 
 
+def preparation(folder: Path, count: int = 100_000, size: int = 17_000) -> tuple[float, float, bool]:
+    """Bytes a second of processor time for raw rows of some size, peak memory in MiB, and whether all are accounted
+    for."""
+    texts = [row for file in sorted(paths.SAMPLE.glob("*.jsonl")) for row in map(json.loads, file.open())]
+    file = folder / "msg-train.jsonl"
+    with file.open("w") as stream:
+        for i in range(count):
+            row = texts[i % len(texts)] | {"id": i, "oldf": "\n".join(texts[i % 7]["patch"] for _ in range(40))}
+            row["oldf"] = (row["oldf"] * 10)[: size - 1000]
+            stream.write(json.dumps(row) + "\n")
+    command = [RECIPE, "data", "prepare", str(file), "--out", str(folder / "prepared"), "--json"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    split = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["splits"]["train"]
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    whole = split["read"] == count == split["rows"] + sum(split["dropped"].values())
+    return file.stat().st_size / seconds, after.ru_maxrss / 1024, whole
+
+
 if __name__ == "__main__":
     nothing = median([sys.executable, "-c", "pass"])
     for arguments in COMMANDS:
@@ -58,6 +78,11 @@ if __name__ == "__main__":
         print(f"{name:20}{median([RECIPE, *arguments]) - nothing:6.3f} s beyond `python -c pass`")
     with tempfile.TemporaryDirectory() as folder:
         check, read = rows_per_second(Path(folder))
+        prepared, memory, whole = preparation(Path(folder))
     print(
         f"rows checked        {check / 1e6:6.0f} MB/s on one core, in {read / check:.1f} times the time of json.loads"
+    )
+    print(
+        f"rows prepared       {prepared / 1e6:6.0f} MB/s on one core, at most {memory:.0f} MiB, "
+        f"{'all' if whole else 'NOT all'} accounted for"
     )

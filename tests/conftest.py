@@ -1,18 +1,21 @@
 """What tests share: a cache of their own, no network, and a tiny random Llama with a tokenizer of its own."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import orjson
 import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
-from qlora_recipes import compose, config, paths
+from qlora_recipes import compose, config, paths, study
+from qlora_recipes.files import write_rows
 
 # A busy machine is slow at times; that is no fault of the code under test.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -102,6 +105,20 @@ def tiny_profile(tmp_path_factory: pytest.TempPathFactory, tiny: Path, sample: P
     # null deletes a key, so it has to be written
     file.write_text(config.write_yaml(fragment), encoding="utf-8")
     return file
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A folder with the shipped sample where recipes look for the study's data; in the form that is trained on with a
+    warm-up of 500 steps, often enough that these are a small part."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for name, form in study.find("haider2024").data.input_formats.items():
+        made = shutil.copytree(compose.rehearsal_data(name), folder / form.folder)
+        if name == "tagged":
+            rows = list(map(orjson.loads, (made / "train.jsonl").read_bytes().splitlines()))
+            again = (row | {"output": f"{row['output']} ({i})"} for i in range(200) for row in rows)
+            write_rows(made / "train.jsonl", again)
+    return folder / "data"
 
 
 def config_with(change: config.Config, name: str = "haider2024/code-llama-7b") -> config.Config:

@@ -19,11 +19,10 @@ NAME = "haider2024/code-llama-7b"
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: Path) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Path:
     """A folder with the data that recipes name, and a network."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "codereviewer").symlink_to(sample)
+    (tmp_path / "data").symlink_to(prepared)
     monkeypatch.setattr(models, "is_offline", lambda: False)
     monkeypatch.setenv("HF_TOKEN", "for the test")
     return tmp_path

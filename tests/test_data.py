@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qlora_recipes import data, paths, study
 from qlora_recipes.errors import UserError
 
-DATA = study.load(paths.RECIPES / "haider2024").data
+STUDY = study.find("haider2024")
 PATCH = "@@ -1,3 +1,3 @@ def f():\n     a = 1\n-    b = 2\n+    b = 3 \n \n"
 
 
@@ -33,7 +33,7 @@ def read(file: Path) -> list[dict[str, str]]:
 
 def test_rows_become_instruction_input_and_output(tmp_path: Path) -> None:
     raw = write(tmp_path / "raw", "msg-train.jsonl", row("Why?\nReally."))
-    data.prepare([raw], tmp_path / "out", DATA)
+    data.prepare([raw], tmp_path / "out", STUDY)
     assert read(tmp_path / "out" / "train.jsonl") == [
         {
             "instruction": "Generate a code review comment for the given code change.",
@@ -53,7 +53,7 @@ def test_the_tagged_form() -> None:
 def test_the_manifest_accounts_for_every_row(tmp_path: Path) -> None:
     rows = [row("a"), row(" \n"), row("b", patch=""), row("a"), row("c")]
     raw = write(tmp_path / "raw", "msg-train.jsonl", *rows)
-    manifest = data.prepare([raw], tmp_path / "out", DATA)
+    manifest = data.prepare([raw], tmp_path / "out", STUDY)
     split = manifest["splits"]["train"]
     assert (split["read"], split["kept"], split["rows"]) == (5, 3, 3)
     assert split["dropped"] == {"empty msg": 1, "empty patch": 1}
@@ -68,7 +68,7 @@ def test_validation_rows_are_drawn_the_same_each_time_and_keep_their_order(tmp_p
     raw = write(tmp_path / "raw", "msg-valid.jsonl", *(row(str(i)) for i in range(300)))
     drawn = []
     for out, seed in (("a", 42), ("b", 42), ("c", 7)):
-        data.prepare([raw], tmp_path / out, DATA, valid_rows=50, seed=seed)
+        data.prepare([raw], tmp_path / out, STUDY, valid_rows=50, seed=seed)
         drawn.append([int(r["output"]) for r in read(tmp_path / out / "valid.jsonl")])
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(rows == sorted(set(rows)) and len(rows) == 50 for rows in drawn)
@@ -76,7 +76,66 @@ def test_validation_rows_are_drawn_the_same_each_time_and_keep_their_order(tmp_p
 
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_a_draw_has_as_many_rows_as_there_are_to_draw(rows: int, size: int) -> None:
-    assert len(list(data._sample(iter([b"x"] * rows), size, seed=0))) == min(rows, size)
+    draw = data._Draw(size, seed=0)
+    for i in range(rows):
+        draw.offer(i, bytes([i]))
+    drawn = draw.rows()
+    assert len(drawn) == min(rows, size)
+    assert drawn == sorted(set(drawn))
+
+
+def small_study(raw: Path, **subsets: Any) -> study.Study:
+    """The study with `raw` as its test file."""
+    known = study.SourceFile(rows=0, sha256=hashlib.sha256(raw.read_bytes()).hexdigest())
+    made = {name: study.Subset(**{"title": name, "rows": 0} | subset) for name, subset in subsets.items()}
+    changed = STUDY.data.model_copy(update={"files": {"msg-test.jsonl": known}, "subsets": made})
+    return STUDY.model_copy(update={"data": changed, "folder": raw.parent})
+
+
+def test_test_rows_tell_their_position_and_language(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw", "msg-test.jsonl", row("a", lang="py"), row(" "), row("b"))
+    data.prepare([raw], tmp_path / "out", STUDY)
+    assert [(r["idx"], r["lang"]) for r in read(tmp_path / "out" / "test.jsonl")] == [(0, "py"), (2, None)]
+
+
+def test_a_listed_subset_has_its_rows_in_the_lists_order(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
+    (tmp_path / "raw" / "positions.json").write_text('{"rows": [7, 3, 7, 19]}')
+    of_study = small_study(raw, listed={"positions": "positions.json"})
+    split = data.prepare([raw], tmp_path / "out", of_study)["splits"]["test"]
+    file = tmp_path / "out" / "listed.jsonl"
+    assert [r["output"] for r in read(file)] == ["7", "3", "7", "19"]
+    assert split["subsets"]["listed"]["rows"] == 4
+    assert split["subsets"]["listed"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_a_listed_subset_of_another_file_is_left_out_and_an_earlier_one_goes(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
+    (tmp_path / "raw" / "positions.json").write_text('{"rows": [7, 3]}')
+    of_study = small_study(raw, listed={"positions": "positions.json"})
+    data.prepare([raw], tmp_path / "out", of_study)
+    write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(30)))
+    split = data.prepare([raw], tmp_path / "out", of_study)["splits"]["test"]
+    assert split["subsets"] == {}
+    assert "which this is not" in split["left_out"]["listed"]
+    assert not (tmp_path / "out" / "listed.jsonl").exists()
+
+
+def test_drawn_subsets_have_a_seed_and_are_left_out_where_rows_are_too_few(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
+    of_study = small_study(raw, few={"rows": 5, "seed": 1}, many={"rows": 50, "seed": 1})
+    split = data.prepare([raw], tmp_path / "out", of_study, subsets=[8], seed=3)["splits"]["test"]
+    assert {name: (s["rows"], s["seed"]) for name, s in split["subsets"].items()} == {"few": (5, 1), "test-8": (8, 3)}
+    assert split["left_out"] == {"many": "only 20 rows to draw from"}
+    assert len({r["idx"] for r in read(tmp_path / "out" / "test-8.jsonl")}) == 8
+
+
+def test_the_studys_subset_lists_as_many_rows_as_the_paper_has() -> None:
+    for name, subset in STUDY.data.subsets.items():
+        if subset.positions:
+            positions = orjson.loads((STUDY.folder / subset.positions).read_bytes())["rows"]
+            assert (name, len(positions)) == ("test-subset-1", subset.rows)
+            assert all(0 <= position < 10_169 for position in positions)
 
 
 def test_a_zip_is_read_like_the_files_in_it(tmp_path: Path) -> None:
@@ -86,15 +145,15 @@ def test_a_zip_is_read_like_the_files_in_it(tmp_path: Path) -> None:
         for file in files:
             stream.write(file, f"Comment_Generation/{file.name}")
         stream.writestr("__MACOSX/Comment_Generation/._msg-train.jsonl", "x")
-    from_zip = data.prepare([archive], tmp_path / "a", DATA)["splits"]
-    from_files = data.prepare(files, tmp_path / "b", DATA)["splits"]
+    from_zip = data.prepare([archive], tmp_path / "a", STUDY)["splits"]
+    from_files = data.prepare(files, tmp_path / "b", STUDY)["splits"]
     assert list(from_zip) == list(data.SPLITS)
     assert [from_zip[s]["sha256"] for s in from_zip] == [from_files[s]["sha256"] for s in from_files]
 
 
 def test_splits_can_be_prepared_one_after_the_other(tmp_path: Path) -> None:
     for name in ("train", "test"):
-        data.prepare([write(tmp_path / "raw", f"msg-{name}.jsonl", row())], tmp_path / "out", DATA)
+        data.prepare([write(tmp_path / "raw", f"msg-{name}.jsonl", row())], tmp_path / "out", STUDY)
     assert set(orjson.loads((tmp_path / "out" / "manifest.json").read_bytes())["splits"]) == {"train", "test"}
 
 
@@ -118,13 +177,13 @@ def test_bad_input_is_told_with_its_place_and_leaves_nothing(
     good = write(tmp_path / "raw", "msg-test.jsonl", row())
     bad = write(tmp_path / "raw", name, *content)
     with pytest.raises(UserError, match=says):
-        data.prepare([good, bad], tmp_path / "out", DATA)
+        data.prepare([good, bad], tmp_path / "out", STUDY)
     assert list(tmp_path.glob("out/*")) == []
 
 
 def test_missing_files_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        data.prepare([tmp_path / "msg-train.jsonl"], tmp_path / "out", DATA)
+        data.prepare([tmp_path / "msg-train.jsonl"], tmp_path / "out", STUDY)
 
 
 def test_the_shipped_sample_is_what_it_says() -> None:
@@ -143,7 +202,7 @@ def test_real_rows(tmp_path: Path) -> None:
     raw = tmp_path / "msg-test.jsonl"
     raw.write_bytes((SHARED / "codereviewer-msg-test-60.jsonl").read_bytes())
     for form in data.INPUT_FORMATS:
-        manifest = data.prepare([raw], tmp_path / form, DATA, input_format=form)
+        manifest = data.prepare([raw], tmp_path / form, STUDY, input_format=form)
         assert manifest["splits"]["test"]["kept"] == 60
         assert manifest["splits"]["test"]["is_the_study_file"] is False
     assert all("\n" not in r["input"] for r in read(tmp_path / "tagged" / "test.jsonl"))

@@ -8,6 +8,7 @@ from conftest import recipe_config
 from qlora_recipes import config, evaluate
 from qlora_recipes.errors import UserError
 from qlora_recipes.rundir import Run, RunDir
+from qlora_recipes.study import Decoding
 
 
 @pytest.fixture
@@ -40,7 +41,25 @@ def predictions(run: RunDir) -> list[dict[str, Any]]:
 
 
 def evaluated(run: RunDir, **more: Any) -> evaluate.Evaluation:
-    return evaluate.evaluate(run, adapter="none", max_new_tokens=8, **more)
+    request = evaluate.Request(adapter="none", max_new_tokens=8, judge="none", **more)
+    return evaluate.evaluate(run, request)
+
+
+def settings_of(cfg: config.Config) -> evaluate.Settings:
+    """What an evaluation of a config's base model without adapter and rows would depend on."""
+    return evaluate.Settings(
+        base_model=cfg["base_model"],
+        adapter="none",
+        adapter_sha256=None,
+        data="",
+        data_sha256="",
+        rows=0,
+        decoding=Decoding(max_new_tokens=8),
+        batch_size=1,
+        cache="dynamic",
+        quantized=True,
+        dtype="float32",
+    )
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,11 +72,11 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monke
 
     generate, calls = Generator.generate, []
 
-    def interrupted(self: Generator, prompts: list[list[int]]) -> list[str]:
+    def interrupted(self: Generator, prompts: list[list[int]], *how: int) -> list[str]:
         calls.append(len(prompts))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return generate(self, prompts)
+        return generate(self, prompts, *how)
 
     monkeypatch.setattr(Generator, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -85,6 +104,56 @@ def test_batched_predictions_are_those_of_one_row_at_a_time(run: RunDir) -> None
     assert predictions(run) == batched
 
 
+def test_a_static_cache_gives_the_same_predictions(run: RunDir) -> None:
+    evaluated(run, limit=6, batch_size=4)
+    dynamic = predictions(run)
+    assert evaluated(run, limit=6, batch_size=4, cache="static").settings.cache == "static"
+    assert predictions(run) == dynamic
+
+
+def test_decoding_is_the_studys_and_not_the_models_own(run: RunDir, tiny: Path) -> None:
+    from transformers import GenerationConfig
+
+    from qlora_recipes.generate import Generator
+
+    GenerationConfig(do_sample=True, temperature=5.0, max_new_tokens=3, eos_token_id=[7, 8]).save_pretrained(tiny)
+    try:
+        cfg = config.read_yaml(run.config)
+        generator = Generator(settings_of(cfg), cfg, run.output)
+    finally:
+        (tiny / "generation_config.json").unlink()
+    used = generator.model.generation_config
+    assert (used.do_sample, used.temperature, used.max_new_tokens) == (False, None, 8)
+    assert used.eos_token_id == [2, 7, 8]  # the tokenizer's, which the training taught, and the model's
+
+
+def test_sampled_predictions_depend_on_the_seed_and_not_on_the_batches_before(run: RunDir) -> None:
+    from qlora_recipes.generate import Generator
+
+    cfg = config.read_yaml(run.config)
+    settings = settings_of(cfg)
+    settings.decoding = Decoding(max_new_tokens=8, do_sample=True, seed=1)
+    generator = Generator(settings, cfg, run.output)
+    first = generator.generate([[1, 50, 60]], 0, 3)
+    second = generator.generate([[1, 50, 60]], 1, 3)
+    assert generator.generate([[1, 50, 60]], 0, 3) == first != second
+
+
+def test_exported_prompts_are_those_that_are_generated_from(run: RunDir, tmp_path: Path) -> None:
+    from qlora_recipes.generate import Prompter
+
+    file = tmp_path / "prompts.jsonl"
+    assert evaluate.export_prompts(run, evaluate.Request(limit=5), file) == 5
+    rows = [orjson.loads(line) for line in file.read_bytes().splitlines()]
+    task = evaluate.Task(run, evaluate.Request(adapter="none", limit=5))
+    prompter = Prompter(task.settings, task.cfg, run.output)
+    assert [row["prompt_token_ids"] for row in rows] == prompter.prompts(task.rows)
+    assert [row["reference"] for row in rows] == [row["output"] for row in task.rows]
+    for row in rows:
+        assert row["prompt"].startswith("<s>Below is an instruction") and row["prompt"].endswith("### Response:\n")
+        assert prompter.tokenizer.encode(row["prompt"], add_special_tokens=False) == row["prompt_token_ids"]
+
+
 @pytest.mark.parametrize("on_inputs", [False, True])
 def test_prompts_are_those_of_the_training(run: RunDir, sample: Path, tmp_path: Path, on_inputs: bool) -> None:
     from axolotl.common.datasets import load_datasets
@@ -94,7 +163,7 @@ def test_prompts_are_those_of_the_training(run: RunDir, sample: Path, tmp_path: 
     from qlora_recipes.generate import Generator
 
     cfg = config.read_yaml(run.config) | {"train_on_inputs": on_inputs, "dataset_prepared_path": str(tmp_path / "p")}
-    settings = evaluate.Settings(cfg["base_model"], "none", None, "", "", 0, None, 8, False, 1, True, "float32")
+    settings = settings_of(cfg)
     rows = [orjson.loads(line) for line in (sample / "train.jsonl").read_bytes().splitlines()][:64]
     prompts = Generator(settings, cfg, run.output).prompts(rows)
 
@@ -115,7 +184,7 @@ def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run: RunDir) -> Non
     from qlora_recipes.generate import Generator
 
     cfg = config.read_yaml(run.config) | {"sequence_len": 64}
-    settings = evaluate.Settings(cfg["base_model"], "none", None, "", "", 0, None, 8, False, 1, True, "float32")
+    settings = settings_of(cfg)
     patch = "+".join(f"line {i}" for i in range(40))
     generator = Generator(settings, cfg, run.output)
     (prompt,) = generator.prompts([{"instruction": "Review.", "input": patch, "output": "Fine."}])

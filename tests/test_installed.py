@@ -147,13 +147,12 @@ def test_one_evaluation_in_all_is_dropped(tiny: Path) -> None:
 
 
 def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "for the test")
     monkeypatch.setattr(models, "is_offline", lambda: False)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "codereviewer").symlink_to(sample)
+    (tmp_path / "data").symlink_to(prepared)
     profiles = [[], *([file.stem] for file in paths.PROFILES.glob("*.yaml"))]
     for name in paths.recipe_names():
         for profile in profiles:

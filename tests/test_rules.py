@@ -13,11 +13,10 @@ LLAMA_3 = "haider2024/llama-3-8b"
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: Path) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Path:
     """A folder with the data that recipes name, a token for the hub, and a network."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "codereviewer").symlink_to(sample)
+    (tmp_path / "data").symlink_to(prepared)
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "outputs" / "checkpoint-5").mkdir(parents=True)
     monkeypatch.setenv("HF_TOKEN", "for the test")

@@ -1,0 +1,112 @@
+"""BERTScore by the bert-score library, with what transformers 5 broke in it put right."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import standin
+from .errors import UserError, WorkFailed
+from .files import sha256
+from .quiet import importing_axolotl
+
+DEFAULT = "roberta-large"  # bert-score's own for English, and the published scores'
+NONE = "none"
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The model whose embeddings BERTScore compares.
+
+    Attributes:
+        model: its name on the hub, or its folder.
+        layer: the layer that the embeddings are of; None is the one that bert-score's authors tuned.
+        stand_in: whether it only stands in for the study's model, as in a rehearsal.
+    """
+
+    model: str
+    layer: int | None = None
+    stand_in: bool = False
+
+
+def judge(asked: str | None, layer: int | None, rehearsal: bool = False) -> Judge | None:
+    """The judge that a user asked for; None where there is to be no BERTScore.
+
+    Unless one is asked for, it is the default where that is on this machine, as it is large, and the stand-in in a
+    rehearsal.
+    """
+    if asked == NONE:
+        return None
+    if asked:
+        return Judge(asked, layer)
+    if rehearsal:
+        return Judge(str(standin.judge_folder()), standin.JUDGE_LAYERS, stand_in=True)
+    from huggingface_hub import try_to_load_from_cache
+
+    return Judge(DEFAULT, layer) if isinstance(try_to_load_from_cache(DEFAULT, "config.json"), str) else None
+
+
+def made_by(by: Judge | None, record: dict[str, Any] | None) -> bool:
+    """Whether a record of `f1` is of this judge."""
+    if by is None or record is None:
+        return by is None and record is None
+    return _name(by) == record["model"] and by.layer in (None, record["layer"])
+
+
+def _name(by: Judge) -> str:
+    return standin.JUDGE if by.stand_in else Path(by.model).name if Path(by.model).is_dir() else by.model
+
+
+def f1(pairs: Sequence[tuple[str, str]], by: Judge) -> tuple[list[float], dict[str, Any]]:
+    """The F1 of each (reference, prediction), without rescaling, 0 where one of them is empty; and how it was made.
+
+    The library asks a RoBERTa tokenizer for a space before the first word, which transformers 5 ignores in silence,
+    and breaks on empty texts: both are done here, so that scores are those of the library as it was published.
+
+    Raises:
+        UserError: the model has no layer that bert-score knows as the best, or not so many.
+        WorkFailed: the model cannot be loaded.
+    """
+    offline = Path(by.model).is_dir() or os.environ.get("HF_HUB_OFFLINE") == "1"
+    with importing_axolotl(offline=offline):
+        import bert_score
+        from transformers import AutoConfig, AutoTokenizer
+        from transformers.models.roberta import RobertaTokenizer
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        layer = by.layer or bert_score.utils.model2layers.get(by.model)
+        try:
+            config = AutoConfig.from_pretrained(by.model)
+            if layer is None or not 0 < layer <= config.num_hidden_layers:
+                raise UserError(f"--bertscore-layer: name one of the {config.num_hidden_layers} layers of {by.model}")
+            scorer = bert_score.BERTScorer(model_type=by.model, num_layers=layer, batch_size=BATCH)
+            tokenizer = scorer._tokenizer
+            spaced = isinstance(tokenizer, RobertaTokenizer)
+            if spaced:
+                scorer._tokenizer = tokenizer = AutoTokenizer.from_pretrained(by.model, add_prefix_space=True)
+        except (OSError, ValueError, AttributeError) as error:
+            raise WorkFailed(
+                f"BERTScore: {by.model} cannot be loaded: {str(error).splitlines()[0]}; `--bertscore none` leaves "
+                "it out, `--bertscore DIR --bertscore-layer N` takes a model's folder"
+            ) from None
+        longest = config.max_position_embeddings - (2 if spaced else 0)  # RoBERTa numbers positions from 2
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+        told = [(reference, given) for reference, given in pairs if reference.strip() and given.strip()]
+        scores: Any = iter(())
+        if told:
+            references, given = zip(*told, strict=True)
+            scores = iter(scorer.score(list(given), list(references), batch_size=BATCH)[2].tolist())
+    values = [next(scores) if reference.strip() and given.strip() else 0.0 for reference, given in pairs]
+    folder = Path(by.model)
+    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return values, {
+        "model": _name(by),
+        "stand_in": by.stand_in,
+        "layer": layer,
+        "revision": sha256(weights[0]) if weights else getattr(config, "_commit_hash", None),
+        "hash": scorer.hash.replace(by.model, _name(by)),
+    }

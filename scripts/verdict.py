@@ -1,0 +1,162 @@
+"""A study's runs beside its published scores: the rows of `recipe results --study`."""
+
+from pathlib import Path
+from typing import Any
+
+from . import config, paths, results
+from .rundir import Run, RunDir, all_runs
+from .study import Study
+
+WITHIN, ACCEPTABLE, OFF = "within the interval", "acceptable", "off"
+
+
+def rows(of_study: Study, runs: Path, rehearsal: bool) -> list[dict[str, Any]]:
+    """For each of a study's recipes the run that speaks for it, or none, and how its score compares.
+
+    That is the newest that was evaluated; one without overrides is preferred. Rehearsals are never mixed with real
+    runs, and compared with nothing.
+    """
+    by_recipe: dict[str, list[tuple[RunDir, Run]]] = {}
+    for folder, run in results.readable(all_runs(runs)):
+        if run.rehearsal == rehearsal:
+            by_recipe.setdefault(run.recipe, []).append((folder, run))
+    found = []
+    for recipe in [*of_study.published, *of_study.beside]:
+        of_recipe = by_recipe.get(recipe, [])
+        if of_recipe or recipe in of_study.published:
+            chosen = max(of_recipe, key=lambda one: _speaks_for(*one), default=None)
+            found.append(row(of_study, recipe, chosen, rehearsal))
+    return found
+
+
+def _speaks_for(folder: RunDir, run: Run) -> tuple[bool, bool, str]:
+    """What of a recipe's runs is preferred: an evaluation, the recipe's own settings, being new."""
+    plain = not run.overrides and not set(run.profiles) - {"rehearsal"} and not run.axolotl_arguments
+    return results.evaluation(folder.path, run) is not None, plain, folder.path.name
+
+
+def row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, rehearsal: bool) -> dict[str, Any]:
+    """What one run reached beside what was published.
+
+    Returns:
+        Scores and their intervals; `verdict`, whether the published BLEU-4 is in our interval, else whether it is
+        acceptably near; the gain over each baseline in percent; costs; `differs`, the settings that the paper states
+        and the run has otherwise; and `open`, those that the paper leaves open, as the run has them.
+    """
+    of_run = results.row(*chosen) if chosen else {}
+    scored = results.evaluation(chosen[0].path, chosen[1]) if chosen else None
+    scores = scored.scores if scored else {}
+    compared = bool(chosen and scored and results.comparable(scored, chosen[1]))
+    aim = None if rehearsal else of_study.aimed_at(recipe)
+    ours, interval = scores.get("bleu4"), scores.get("intervals", {}).get("bleu4") or [None, None]
+    difference = ours - aim.bleu4 if compared and aim and ours is not None else None
+    verdict = None
+    if aim and difference is not None:
+        near = abs(difference) <= of_study.acceptable_bleu4_difference
+        inside = interval[0] is not None and interval[0] <= aim.bleu4 <= interval[1]
+        verdict = WITHIN if inside else ACCEPTABLE if near else OFF
+    on_gpu = str(of_run.get("memory_kind")).startswith("GPU")
+    hours = chosen[1].summary.train_seconds * chosen[1].gpus_used / 3600 if chosen and on_gpu else None
+    differs, left_open = _settings(of_study, recipe, chosen) if chosen and not rehearsal else ([], [])
+    return {
+        "recipe": recipe,
+        "run": of_run.get("run"),
+        "state": of_run.get("state"),
+        "rehearsal": rehearsal,
+        "rows": scores.get("rows"),
+        "test_set": scored.settings.test_set if scored else None,
+        "bleu4": ours,
+        "bleu4_low": interval[0],
+        "bleu4_high": interval[1],
+        "bleu4_published": aim.bleu4 if aim else None,
+        "bleu4_difference": difference,
+        "verdict": verdict,
+        "gains_percent": {
+            b.name: 100 * (ours / b.bleu4 - 1) if compared and ours is not None else None for b in of_study.baselines
+        },
+        "bertscore_f1": scores.get("bertscore_f1"),
+        "bertscore_model": (scores.get("bertscore") or {}).get("model"),
+        "bertscore_f1_published": aim.bertscore_f1 if aim else None,
+        "rouge_l": scores.get("rouge_l"),
+        "sacrebleu": scores.get("sacrebleu"),
+        "bleu4_base_model": of_run.get("bleu4_base_model"),
+        "eval_loss": of_run.get("eval_loss"),
+        "peak_gpu_memory_gib": of_run.get("peak_memory_gib") if on_gpu else None,
+        "tokens_per_second": of_run.get("tokens_per_second"),
+        "gpu_hours": hours,
+        "differs": differs,
+        "open": left_open,
+    }
+
+
+def _settings(of_study: Study, recipe: str, chosen: tuple[RunDir, Run]) -> tuple[list[str], list[str]]:
+    """The settings that the paper states and a run has otherwise, and those that it leaves open, as the run has them.
+
+    Which of the two a setting is, the comment behind it in the study's own recipe says.
+    """
+    origin = of_study.origin(recipe)
+    file = paths.RECIPES / f"{origin}.yaml"
+    sources, paper = config.sources(file), config.read_yaml(file)
+    ours = config.read_yaml(chosen[0].config)
+    differs = [
+        f"{key}: {_shown(after)} instead of {_shown(before)}"
+        for key, (before, after) in config.differences(paper, ours).items()
+        if sources.get(key.partition(".")[0], "").startswith("paper")
+    ]
+    left_open = [
+        f"{key}: {_shown(ours[key])} ({sources.get(key, 'not in the recipe')})"
+        for key in of_study.open_settings
+        if key in ours and not sources.get(key, "").startswith("paper")
+    ]
+    published = of_study.published[origin]
+    if published.trainer != "Axolotl":
+        left_open.append(f"trainer: Axolotl (the paper used {published.trainer})")
+    decoding = of_study.decoding.model_dump(exclude_defaults=True)
+    left_open.append(f"decoding: {_shown(decoding)} (the paper gives none)")
+    return differs, left_open
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def table_row(full: dict[str, Any], of_study: Study) -> dict[str, Any]:
+    """The columns of a row that a table shows."""
+    interval = None
+    if full["bleu4_low"] is not None:
+        interval = f"{full['bleu4_low']:.2f} to {full['bleu4_high']:.2f}"
+    columns = {
+        "recipe": full["recipe"],
+        "rows": full["rows"],
+        "BLEU-4": full["bleu4"],
+        "95 %": interval,
+        "published": full["bleu4_published"],
+        "difference": full["bleu4_difference"],
+        "verdict": full["verdict"],
+    }
+    for baseline in of_study.baselines:
+        gain = full["gains_percent"][baseline.name]
+        columns[f"over {baseline.bleu4}"] = None if gain is None else f"{gain:+.1f} %"
+    speed = full["tokens_per_second"]
+    return columns | {
+        "BERTScore": full["bertscore_f1"],
+        "by": full["bertscore_model"],
+        "BERTScore published": full["bertscore_f1_published"],
+        "eval loss": full["eval_loss"],
+        "peak GiB": full["peak_gpu_memory_gib"],
+        "tokens/s": round(speed) if speed else None,
+        "GPU hours": full["gpu_hours"],
+    }
+
+
+def notes(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines under the table: where a run departs from the paper, and what may explain a score that is off."""
+    lines = []
+    for full in rows:
+        if full["differs"]:
+            lines.append(f"{full['recipe']} differs from the paper: {'; '.join(full['differs'])}")
+        if full["verdict"] == OFF:
+            lines.append(f"{full['recipe']} is off, and the paper leaves open: {'; '.join(full['open'])}")
+    return lines
