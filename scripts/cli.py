@@ -27,9 +27,11 @@ class _Verbs(TyperGroup):
         "analyze",
         "run",
         "resume",
+        "reproduce",
         "evaluate",
         "score",
         "results",
+        "publish",
         "render",
     )
 
@@ -71,6 +73,17 @@ Mirror = Annotated[bool, typer.Option("--mirror", help="Take an ungated copy of 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 FigureFile = Annotated[
     Path | None, typer.Option("--figure", metavar="FILE", help="Draw it too, to a .png or .svg file.")
+]
+
+
+Judge = Annotated[
+    str | None,
+    typer.Option(
+        "--bertscore", metavar="MODEL|none", help="BERTScore's model; by default roberta-large if it is here."
+    ),
+]
+JudgeLayer = Annotated[
+    int | None, typer.Option("--bertscore-layer", min=1, help="Its layer, where bert-score knows no best one.")
 ]
 
 
@@ -442,15 +455,50 @@ def resume(run: RunName, runs: Runs = RUNS) -> None:
     print(launcher.resume(run, runs).path)
 
 
-Judge = Annotated[
-    str | None,
-    typer.Option(
-        "--bertscore", metavar="MODEL|none", help="BERTScore's model; by default roberta-large if it is here."
-    ),
-]
-JudgeLayer = Annotated[
-    int | None, typer.Option("--bertscore-layer", min=1, help="Its layer, where bert-score knows no best one.")
-]
+@app.command(rich_help_panel=RUNNING)
+def reproduce(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A folder of recipes/ with a study.yaml.")],
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Try all of it on the CPU: small model, shipped sample, no network.")
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this recipe of it, which may be one beside the study's. Repeatable."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Recipes to work on at a time, each on a GPU of its own.")] = 1,
+    profile: Profiles = None,
+    set_: Overrides = None,
+    mirror: Mirror = False,
+    bertscore: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL|none", help="BERTScore's model; by default roberta-large, which is fetched."),
+    ] = None,
+    runs: Runs = RUNS,
+    json: Json = False,
+) -> None:
+    """Fetch, check, plan, train, evaluate and compare all of a study. What is done already is not done again."""
+    from . import reproduce as reproducing
+    from . import results as gathered
+    from . import study as studies
+    from . import tables, verdict
+    from .compose import Request
+
+    of_study = studies.find(study)
+    request = Request("", profiles=profile or [], overrides=set_ or [], rehearse=rehearse, mirror=mirror)
+    outcomes = reproducing.reproduce(of_study, only or [], request, runs, jobs, bertscore)
+    rows = verdict.rows(of_study, runs, rehearse, [outcome.run for outcome in outcomes if outcome.run])
+    if json:
+        steps = [outcome.as_row() | {"problem": outcome.problem} for outcome in outcomes]
+        tables.print_json({"steps": steps, "results": rows})
+    else:
+        tables.print_table([outcome.as_row() for outcome in outcomes], empty=True)
+        print()
+        gathered.show_study(of_study, rows, rehearse, "table")
+    for outcome in outcomes:
+        if outcome.problem:
+            print(f"{outcome.recipe}: {outcome.problem}", file=sys.stderr)
+    if code := reproducing.exit_code(outcomes):
+        raise typer.Exit(code)
 
 
 @app.command(rich_help_panel=AFTER)
@@ -557,7 +605,7 @@ def results(
     from . import compare as comparing
     from . import results as gathered
     from . import study as studies
-    from . import tables
+    from . import tables, verdict
 
     if sum(map(bool, (study, compare, by))) > 1:
         raise UserError("--study, --compare and --by: one of them")
@@ -568,9 +616,30 @@ def results(
     elif by:
         tables.write(comparing.by_group(comparing.predictions(run, runs), by.value), form, run)
     elif study:
-        gathered.show_study(studies.find(study), runs, rehearse, form)
+        of_study = studies.find(study)
+        gathered.show_study(of_study, verdict.rows(of_study, runs, rehearse), rehearse, form)
     else:
         gathered.show(runs, form)
+
+
+@app.command(rich_help_panel=AFTER)
+def publish(
+    run: RunName,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Make one model of base model and adapter too, in output/merged.")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of the hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A repository that is new is private.")] = False,
+    runs: Runs = RUNS,
+) -> None:
+    """Write a model card beside a run's adapter; merge it, or upload it, only when asked."""
+    from . import publish as publishing
+    from .rundir import find_run
+
+    for made in publishing.publish(find_run(run, runs), merge, push, private):
+        print(made)
 
 
 @app.command(rich_help_panel=UPKEEP)

@@ -130,6 +130,20 @@ class Task:
         self.where = folder.path if adapter is None else folder.path / "evaluations" / _label(self.settings)
 
 
+def complete(task: Task, judge: bertscore.Judge | None) -> Evaluation | None:
+    """The evaluation that a task comes to, where it was made before: of the same rows, by the same model and code."""
+    former = _same_predictions(task)
+    if former is None or former.code_sha256 != code_sha256():
+        return None
+    return former if bertscore.made_by(judge, former.scores.get("bertscore")) else None
+
+
+def _same_predictions(task: Task) -> Evaluation | None:
+    former = read_scores(task.where)
+    same = former and former.settings.same_predictions() == task.settings.same_predictions()
+    return former if same and (task.where / _PREDICTIONS).is_file() else None
+
+
 def evaluate(folder: RunDir, request: Request) -> Evaluation:
     """Generate a prediction for each test row and score them all.
 
@@ -150,19 +164,18 @@ def evaluate(folder: RunDir, request: Request) -> Evaluation:
             "fetches it (1.4 GB)")  # fmt: skip
     task.where.mkdir(parents=True, exist_ok=True)
     with held(task.where / ".evaluation.lock", "another evaluation is going on"):
-        former = read_scores(task.where)
         predictions = task.where / _PREDICTIONS
-        if former and former.settings.same_predictions() == task.settings.same_predictions() and predictions.is_file():
-            if former.code_sha256 == code_sha256() and bertscore.made_by(judge, former.scores.get("bertscore")):
-                say(f"{predictions}: complete, made and scored with the same settings")
-                return former
+        if former := complete(task, judge):
+            say(f"{predictions}: complete, made and scored with the same settings")
+            return former
+        if _same_predictions(task):
             say(f"{predictions}: complete, made with the same settings; scoring it anew")
-            rows = list(map(orjson.loads, predictions.read_bytes().splitlines()))
+            rows = read_predictions(task.where)
         else:
-            if _is_smaller(task.settings, former):
+            former = read_scores(task.where)
+            if former and _is_smaller(task.settings, former.settings):
                 raise UserError(
-                    f"{task.where}: holds an evaluation of {former.settings.rows if former else 0} rows; move it away "
-                    "to make a smaller"
+                    f"{task.where}: holds an evaluation of {former.settings.rows} rows; move it away to make a smaller"
                 )
             with importing_axolotl(offline=task.run.rehearsal):
                 done = _predict(task)
@@ -177,10 +190,9 @@ def evaluate(folder: RunDir, request: Request) -> Evaluation:
     return result
 
 
-def _is_smaller(settings: Settings, former: Evaluation | None) -> bool:
+def _is_smaller(settings: Settings, former: Settings) -> bool:
     """Whether an evaluation would take the place of one of more rows by the same adapter."""
-    same_adapter = former and former.settings.adapter_sha256 == settings.adapter_sha256
-    return bool(former and same_adapter and former.settings.rows > settings.rows)
+    return former.adapter_sha256 == settings.adapter_sha256 and former.rows > settings.rows
 
 
 def export_prompts(folder: RunDir, request: Request, file: Path) -> int:

@@ -137,16 +137,15 @@ def baselines(of_study: study.Study) -> list[dict[str, Any]]:
     ]
 
 
-def show_study(of_study: study.Study, runs: Path, rehearsal: bool, form: str) -> None:
-    """Print a study's runs beside its published scores in the same forms."""
-    from . import verdict
-
-    rows = verdict.rows(of_study, runs, rehearsal)
+def show_study(of_study: study.Study, rows: list[dict[str, Any]], rehearsal: bool, form: str) -> None:
+    """Print the rows of `verdict.rows` in the same forms."""
     if form in ("json", "csv"):
         tables.write(rows if form == "json" else [_flat(full) for full in rows], form)
         return
     subset = of_study.data.subsets[of_study.data.scored_on].title
     title = f"{of_study.paper['authors']}, arXiv {of_study.paper['arxiv']}; published scores are on {subset}"
+    from . import verdict
+
     shown = [verdict.table_row(full, of_study) for full in rows]
     tables.write(shown, form, REHEARSALS if rehearsal else title, empty=True)
     if not rehearsal:

@@ -67,6 +67,7 @@ def run(request: Request, runs: Path) -> RunDir:
             recipe=composed.recipe,
             recipe_file=str(composed.recipe_file),
             recipe_sha256=sha256(composed.recipe_file),
+            digest=composed.digest,
             template_sha256=_template_sha256(composed.recipe),
             rehearsal=composed.rehearsal,
             profiles=composed.profiles,
@@ -167,7 +168,7 @@ def _train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = Non
     record.launches.append(launch)
     record.state = "running"
     folder.write(record)
-    with _stop_requests() as stops, folder.log.open("ab") as log:
+    with stop_requests() as stops, folder.log.open("ab") as log:
         child = subprocess.Popen(
             command,
             cwd=record.cwd,
@@ -177,7 +178,7 @@ def _train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = Non
             stderr=subprocess.STDOUT,
             pass_fds=[lock],
             start_new_session=True,  # Ctrl-C reaches this process alone, which stops the child in order
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         _wait(child, folder, stops)
         with suppress(ProcessLookupError):
@@ -200,13 +201,13 @@ def _train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = Non
         raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl failed; the whole log is {folder.log}"]))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Have Linux send SIGTERM to this process when its parent is gone, however the parent ended."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 @contextmanager
-def _stop_requests() -> Iterator[list[int]]:
+def stop_requests() -> Iterator[list[int]]:
     """The signals to stop (SIGINT, SIGTERM) that arrive within the block, in a list that grows."""
     received: list[int] = []
     handlers: dict[signal.Signals, Any] = {}

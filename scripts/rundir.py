@@ -74,6 +74,7 @@ class Run(BaseModel):
     recipe_file: str
     recipe_sha256: str
     template_sha256: str | None = None
+    digest: str | None = None  # of the config, before a run adds its own keys, and of the data
     rehearsal: bool = False
     profiles: list[str] = Field(default_factory=list)
     overrides: list[str] = Field(default_factory=list)

@@ -1,5 +1,6 @@
 """A study's runs beside its published scores: the rows of `recipe results --study`."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from .study import Study
 WITHIN, ACCEPTABLE, OFF = "within the interval", "acceptable", "off"
 
 
-def rows(of_study: Study, runs: Path, rehearsal: bool) -> list[dict[str, Any]]:
+def rows(of_study: Study, runs: Path, rehearsal: bool, speakers: Collection[Path] = ()) -> list[dict[str, Any]]:
     """For each of a study's recipes the run that speaks for it, or none, and how its score compares.
 
-    That is the newest that was evaluated; one without overrides is preferred. Rehearsals are never mixed with real
-    runs, and compared with nothing.
+    That is the newest that was evaluated; one without overrides is preferred, and one of the folders `speakers` to
+    all. Rehearsals are never mixed with real runs, and compared with nothing.
     """
     by_recipe: dict[str, list[tuple[RunDir, Run]]] = {}
     for folder, run in results.readable(all_runs(runs)):
@@ -24,7 +25,8 @@ def rows(of_study: Study, runs: Path, rehearsal: bool) -> list[dict[str, Any]]:
     for recipe in [*of_study.published, *of_study.beside]:
         of_recipe = by_recipe.get(recipe, [])
         if of_recipe or recipe in of_study.published:
-            chosen = max(of_recipe, key=lambda one: _speaks_for(*one), default=None)
+            ranked = sorted(of_recipe, key=lambda one: (one[0].path in speakers, *_speaks_for(*one)))
+            chosen = ranked[-1] if ranked else None
             found.append(row(of_study, recipe, chosen, rehearsal))
     return found
 

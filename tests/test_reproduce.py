@@ -1,0 +1,144 @@
+"""A study of two recipes with a tiny Llama, through the command, from data to its table."""
+
+import random
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import RECIPE
+
+from qlora_recipes import evaluate, reproduce, rundir, study
+from qlora_recipes.errors import UserError
+from qlora_recipes.reproduce import Outcome
+
+STUDY = study.find("haider2024")
+TWO = ("llama-2-7b", "llama-3.2-3b")
+
+
+def command(profile: Path, *more: str | Path) -> list[str]:
+    only = [word for name in TWO for word in ("--only", name)]
+    words = [RECIPE, "reproduce", "haider2024", *only, "--profile", profile, "--bertscore", "none", "--json", *more]
+    return list(map(str, words))
+
+
+def reproduced(place: Path, profile: Path, *more: str | Path, code: int = 0) -> dict[str, Any]:
+    done = subprocess.run(command(profile, *more), cwd=place, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return orjson.loads(done.stdout)
+
+
+def scores_of(place: Path) -> dict[str, Any]:
+    """The scores and predictions of each recipe's one run."""
+    found = {}
+    for run in rundir.all_runs(place / "runs"):
+        scored = evaluate.read_scores(run.path)
+        if scored:
+            found[run.read().recipe] = scored.scores, evaluate.read_predictions(run.path)
+    return found
+
+
+@dataclass
+class Undisturbed:
+    """The folder of a reproduction that nothing disturbed, what it printed, and what its runs scored."""
+
+    place: Path
+    printed: dict[str, Any]
+    scores: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_profile: Path) -> Undisturbed:
+    place = tmp_path_factory.mktemp("undisturbed")
+    printed = reproduced(place, tiny_profile)
+    return Undisturbed(place, printed, scores_of(place))
+
+
+def test_all_steps_are_done_and_the_table_is_there(undisturbed: Undisturbed) -> None:
+    for row in undisturbed.printed["steps"]:
+        assert (row["check"], row["run"], row["evaluate"], row["problem"]) == ("done", "done", "done", None)
+        assert row["plan"].endswith("GiB")
+    scored = {row["recipe"]: row for row in undisturbed.printed["results"] if row["bleu4"] is not None}
+    assert set(scored) == {f"haider2024/{name}" for name in TWO}
+    for recipe, (scores, rows) in undisturbed.scores.items():
+        assert scored[recipe]["bleu4"] == scores["bleu4"]
+        assert len(rows) == 26
+
+
+def test_again_it_does_nothing(undisturbed: Undisturbed, tiny_profile: Path) -> None:
+    place = undisturbed.place
+    before = {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file() and file.suffix != ".lock"}
+    again = reproduced(place, tiny_profile)
+    assert all(set(row.values()) == {row["recipe"], "skipped", None} for row in again["steps"])
+    assert again["results"] == undisturbed.printed["results"]
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_scores(
+    undisturbed: Undisturbed, tiny_profile: Path, tmp_path: Path
+) -> None:
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    for _ in range(10):
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command(tiny_profile), cwd=tmp_path, **silent)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=chance.uniform(1, 14))
+        process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
+        process.wait()
+    printed = reproduced(tmp_path, tiny_profile)
+    assert [row["problem"] for row in printed["steps"]] == [None, None]
+    assert scores_of(tmp_path) == undisturbed.scores
+
+
+def test_a_changed_setting_is_run_anew_and_a_recipe_that_fails_does_not_stop_the_others(
+    undisturbed: Undisturbed, tiny_profile: Path
+) -> None:
+    """A warm-up longer than the training of one recipe has that one refused."""
+    before = len(rundir.all_runs(undisturbed.place / "runs"))
+    printed = reproduced(undisturbed.place, tiny_profile, "--set", "warmup_steps=20", "--set", "lora_r=4", code=1)
+    first, second = printed["steps"]
+    assert first["check"] == "failed" and "warmup_steps" in first["problem"] and first["run"] is None
+    assert (second["run"], second["evaluate"], second["problem"]) == ("done", "done", None)
+    assert len(rundir.all_runs(undisturbed.place / "runs")) == before + 1
+    (row,) = [row for row in printed["results"] if row["recipe"] == second["recipe"]]
+    assert "lora_r: 4 instead of 32" in row["differs"]  # the run that was asked for, not the plain one before
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["other"], "other: no study of that name"),
+        (["haider2024", "--only", "llama-2"], "--only llama-2: no recipe of the study; did you mean llama-2-7b"),
+        (["haider2024", "--jobs", "3"], "--jobs 3: one GPU a job, and this machine has 0"),
+        (["haider2024", "--rehearse", "--profile", "nowhere"], "nowhere: no profile of that name"),
+        (["haider2024", "--rehearse", "--set", "lora_rr=3"], "lora_rr: no key of Axolotl's"),
+    ],
+)
+def test_a_wrong_request_starts_nothing(tmp_path: Path, words: list[str], says: str) -> None:
+    done = subprocess.run([RECIPE, "reproduce", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert rundir.all_runs(tmp_path / "runs") == []
+
+
+def test_the_recipes_of_a_study() -> None:
+    assert reproduce.chosen(STUDY, []) == list(STUDY.published)
+    beside = "haider2024/all-linear/llama-2-7b"
+    assert reproduce.chosen(STUDY, ["all-linear/llama-2-7b", beside]) == [beside]
+    with pytest.raises(UserError, match="no recipe of the study"):
+        reproduce.chosen(STUDY, ["nothing"])
+
+
+def test_exit_codes() -> None:
+    fine, refused, failed = Outcome("a"), Outcome("b"), Outcome("c")
+    refused.fail("check", "wrong")
+    failed.fail("run", "broke")
+    codes = [reproduce.exit_code(some) for some in ([fine], [fine, refused], [refused], [refused, failed])]
+    assert codes == [0, 1, 2, 1]
