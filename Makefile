@@ -20,7 +20,7 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-benchmark: setup  ## How long the quick commands take, and how fast data is checked
+benchmark: setup  ## How long the quick commands take, and how fast data is checked and prepared
 	.venv/bin/python tests/benchmark.py
 
 compare-memory: setup  ## Planned memory beside published figures, and another planner's

@@ -146,8 +146,9 @@ def show_study(of_study: study.Study, rows: list[dict[str, Any]], rehearsal: boo
     title = f"{of_study.paper['authors']}, arXiv {of_study.paper['arxiv']}; published scores are on {subset}"
     from . import verdict
 
-    shown = [verdict.table_row(full, of_study) for full in rows]
-    tables.write(shown, form, REHEARSALS if rehearsal else title, empty=True)
+    for i, table in enumerate(verdict.tables_of(rows, of_study)):
+        heading = (REHEARSALS if rehearsal else title) if i == 0 else None
+        tables.write(table, form, heading, empty=True)
     if not rehearsal:
         tables.write(baselines(of_study), form, "To compare with")
         for line in verdict.notes(rows):

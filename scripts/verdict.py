@@ -124,33 +124,39 @@ def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def table_row(full: dict[str, Any], of_study: Study) -> dict[str, Any]:
-    """The columns of a row that a table shows."""
-    interval = None
-    if full["bleu4_low"] is not None:
-        interval = f"{full['bleu4_low']:.2f} to {full['bleu4_high']:.2f}"
-    columns = {
-        "recipe": full["recipe"],
-        "rows": full["rows"],
-        "BLEU-4": full["bleu4"],
-        "95 %": interval,
-        "published": full["bleu4_published"],
-        "difference": full["bleu4_difference"],
-        "verdict": full["verdict"],
-    }
-    for baseline in of_study.baselines:
-        gain = full["gains_percent"][baseline.name]
-        columns[f"over {baseline.bleu4}"] = None if gain is None else f"{gain:+.1f} %"
-    speed = full["tokens_per_second"]
-    return columns | {
-        "BERTScore": full["bertscore_f1"],
-        "by": full["bertscore_model"],
-        "BERTScore published": full["bertscore_f1_published"],
-        "eval loss": full["eval_loss"],
-        "peak GiB": full["peak_gpu_memory_gib"],
-        "tokens/s": round(speed) if speed else None,
-        "GPU hours": full["gpu_hours"],
-    }
+def tables_of(rows: list[dict[str, Any]], of_study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows as two tables that fit a terminal: BLEU-4 and its verdict, and everything else."""
+    bleu, more = [], []
+    for full in rows:
+        low, high = full["bleu4_low"], full["bleu4_high"]
+        gains = [(b.bleu4, full["gains_percent"][b.name]) for b in of_study.baselines]
+        bleu.append(
+            {
+                "recipe": full["recipe"],
+                "rows": full["rows"],
+                "BLEU-4": full["bleu4"],
+                "95 %": None if low is None else [low, high],
+                "published": full["bleu4_published"],
+                "difference": full["bleu4_difference"],
+                "verdict": full["verdict"],
+                **{f"over {bleu4}": None if gain is None else f"{gain:+.1f} %" for bleu4, gain in gains},
+            }
+        )
+        speed = full["tokens_per_second"]
+        more.append(
+            {
+                "recipe": full["recipe"],
+                "BERTScore": full["bertscore_f1"],
+                "published": full["bertscore_f1_published"],
+                "by": full["bertscore_model"],
+                "ROUGE-L": full["rouge_l"],
+                "eval loss": full["eval_loss"],
+                "peak GPU GiB": full["peak_gpu_memory_gib"],
+                "tokens/s": round(speed) if speed else None,
+                "GPU hours": full["gpu_hours"],
+            }
+        )
+    return bleu, more
 
 
 def notes(rows: list[dict[str, Any]]) -> list[str]:

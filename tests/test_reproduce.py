@@ -4,16 +4,22 @@ import random
 import signal
 import subprocess
 import time
+import zipfile
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import orjson
 import pytest
 from conftest import RECIPE
 
-from qlora_recipes import evaluate, reproduce, rundir, study
+from qlora_recipes import evaluate, paths, reproduce, rundir, study
+from qlora_recipes.compose import Request
 from qlora_recipes.errors import UserError
 from qlora_recipes.reproduce import Outcome
 
@@ -126,6 +132,47 @@ def test_a_wrong_request_starts_nothing(tmp_path: Path, words: list[str], says: 
     assert done.returncode == 2
     assert says in done.stderr
     assert rundir.all_runs(tmp_path / "runs") == []
+
+
+@pytest.fixture
+def published_data(tmp_path: Path) -> Iterator[study.Study]:
+    """The study with the shipped sample, zipped and on a server of this machine, as its data."""
+    archive = tmp_path / "server" / "Comment_Generation.zip"
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w") as stream:
+        for file in paths.SAMPLE.glob("msg-*.jsonl"):
+            stream.write(file, f"Comment_Generation/{file.name}")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(archive.parent)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    files = {name: study.SourceFile(rows=0) for name in STUDY.data.files}
+    url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
+    yield STUDY.model_copy(update={"data": STUDY.data.model_copy(update={"url": url, "files": files})})
+    server.shutdown()
+    server.server_close()
+
+
+def test_data_is_fetched_and_prepared_in_the_forms_that_recipes_read_and_only_once(
+    published_data: study.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    requests = [Request("haider2024/llama-2-7b"), Request("haider2024/as-released/llama-3-8b")]
+    reproduce._have_data(published_data, requests[:1])
+    assert sorted(file.name for file in Path("data").iterdir()) == ["codereviewer", "codereviewer-raw"]
+    reproduce._have_data(published_data, requests)
+    assert "<add>" in Path("data/codereviewer-tagged/train.jsonl").read_text()
+    capsys.readouterr()
+    reproduce._have_data(published_data, requests)
+    assert capsys.readouterr().err.count("is there, as its manifest says") == 2
+    Path("data/codereviewer/valid.jsonl").write_text("")  # damaged
+    reproduce._have_data(published_data, requests)
+    assert "fetching and preparing data/codereviewer\n" in capsys.readouterr().err
+    assert Path("data/codereviewer/valid.jsonl").stat().st_size > 0
+
+
+def test_a_rehearsal_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    reproduce._have_data(STUDY, [Request("haider2024/llama-2-7b", rehearse=True)])
+    assert not Path("data").exists()
 
 
 def test_the_recipes_of_a_study() -> None:
