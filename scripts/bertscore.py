@@ -1,5 +1,6 @@
 """BERTScore by the bert-score library, with what transformers 5 broke in it put right."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,11 +53,52 @@ def made_by(by: Judge | None, record: dict[str, Any] | None) -> bool:
     """Whether a record of `f1` is of this judge."""
     if by is None or record is None:
         return by is None and record is None
-    return _name(by) == record["model"] and by.layer in (None, record["layer"])
+    same_weights = not Path(by.model).is_dir() or _revision(by) == record["revision"]
+    return _name(by) == record["model"] and by.layer in (None, record["layer"]) and same_weights
+
+
+def layer_of(by: Judge) -> int:
+    """The layer that a judge's embeddings are of.
+
+    Raises:
+        UserError: bert-score knows no best layer of the model, or it has not so many.
+        WorkFailed: the model cannot be loaded.
+    """
+    with importing_axolotl(offline=_offline(by)):
+        import bert_score
+        from transformers import AutoConfig
+
+        try:
+            layers = AutoConfig.from_pretrained(by.model).num_hidden_layers
+        except (OSError, ValueError, AttributeError) as error:
+            raise _not_loaded(by, error) from None
+    layer = by.layer or bert_score.utils.model2layers.get(Path(by.model).name)
+    if layer is None or not 0 < layer <= layers:
+        raise UserError(f"--bertscore-layer: name one of the {layers} layers of {by.model}")
+    return int(layer)
+
+
+def _offline(by: Judge) -> bool:
+    return Path(by.model).is_dir() or os.environ.get("HF_HUB_OFFLINE") == "1"
+
+
+def _not_loaded(by: Judge, error: Exception) -> WorkFailed:
+    return WorkFailed(
+        f"BERTScore: {by.model} cannot be loaded: {str(error).splitlines()[0]}; `--bertscore none` leaves it out, "
+        "`--bertscore DIR --bertscore-layer N` takes a model's folder"
+    )
 
 
 def _name(by: Judge) -> str:
     return standin.JUDGE if by.stand_in else Path(by.model).name if Path(by.model).is_dir() else by.model
+
+
+def _revision(by: Judge) -> str | None:
+    """What tells the weights of a folder from others of that name."""
+    if by.stand_in:
+        return standin.judge_version()
+    files = sorted([*Path(by.model).glob("*.safetensors"), *Path(by.model).glob("*.bin")])
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
 def f1(pairs: Sequence[tuple[str, str]], by: Judge) -> tuple[list[float], dict[str, Any]]:
@@ -66,33 +108,25 @@ def f1(pairs: Sequence[tuple[str, str]], by: Judge) -> tuple[list[float], dict[s
     and breaks on empty texts: both are done here, so that scores are those of the library as it was published.
 
     Raises:
-        UserError: the model has no layer that bert-score knows as the best, or not so many.
-        WorkFailed: the model cannot be loaded.
+        UserError, WorkFailed: see `layer_of`.
     """
-    offline = Path(by.model).is_dir() or os.environ.get("HF_HUB_OFFLINE") == "1"
-    with importing_axolotl(offline=offline):
+    layer = layer_of(by)
+    with importing_axolotl(offline=_offline(by)):
         import bert_score
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
         from transformers.models.roberta import RobertaTokenizer
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        layer = by.layer or bert_score.utils.model2layers.get(by.model)
         try:
-            config = AutoConfig.from_pretrained(by.model)
-            if layer is None or not 0 < layer <= config.num_hidden_layers:
-                raise UserError(f"--bertscore-layer: name one of the {config.num_hidden_layers} layers of {by.model}")
             scorer = bert_score.BERTScorer(model_type=by.model, num_layers=layer, batch_size=BATCH)
-            tokenizer = scorer._tokenizer
+            tokenizer, config = scorer._tokenizer, scorer._model.config
             spaced = isinstance(tokenizer, RobertaTokenizer)
             if spaced:
                 scorer._tokenizer = tokenizer = AutoTokenizer.from_pretrained(by.model, add_prefix_space=True)
-        except (OSError, ValueError, AttributeError) as error:
-            raise WorkFailed(
-                f"BERTScore: {by.model} cannot be loaded: {str(error).splitlines()[0]}; `--bertscore none` leaves "
-                "it out, `--bertscore DIR --bertscore-layer N` takes a model's folder"
-            ) from None
+        except (OSError, ValueError) as error:
+            raise _not_loaded(by, error) from None
         longest = config.max_position_embeddings - (2 if spaced else 0)  # RoBERTa numbers positions from 2
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
         told = [(reference, given) for reference, given in pairs if reference.strip() and given.strip()]
@@ -101,12 +135,10 @@ def f1(pairs: Sequence[tuple[str, str]], by: Judge) -> tuple[list[float], dict[s
             references, given = zip(*told, strict=True)
             scores = iter(scorer.score(list(given), list(references), batch_size=BATCH)[2].tolist())
     values = [next(scores) if reference.strip() and given.strip() else 0.0 for reference, given in pairs]
-    folder = Path(by.model)
-    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     return values, {
         "model": _name(by),
         "stand_in": by.stand_in,
         "layer": layer,
-        "revision": sha256(weights[0]) if weights else getattr(config, "_commit_hash", None),
+        "revision": _revision(by) if Path(by.model).is_dir() else getattr(config, "_commit_hash", None),
         "hash": scorer.hash.replace(by.model, _name(by)),
     }

@@ -12,7 +12,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from . import config, datafiles, models, paths, schema, study, tables
 from .compose import PLUGIN
 from .data import MANIFEST
-from .evaluate import Evaluation
+from .evaluations import Evaluation
 from .files import read_json, sha256
 from .rundir import Run, RunDir
 

@@ -60,7 +60,9 @@ class Report:
         self.findings = sorted([*self.findings, *found], key=lambda finding: LEVELS.index(finding.level))
 
 
-def check(request: Request, gpu: Gpu | None = None, data: bool = False, full: bool = False) -> Report:
+def check(
+    request: Request, gpu: Gpu | None = None, data: bool = False, full: bool = False, launching: bool = False
+) -> Report:
     """All that is wrong with one recipe or file.
 
     Args:
@@ -68,13 +70,14 @@ def check(request: Request, gpu: Gpu | None = None, data: bool = False, full: bo
         gpu: the GPU that it is meant for.
         data: also read every row of its data, and tokenize them where the tokenizer is on this machine.
         full: also ask Axolotl's own validation, which loads the plugins that the config lists.
+        launching: a run is about to start here.
 
     Without data and full no torch is imported.
     """
     report = Report(request.name)
     try:
         composed = compose.compose(request)
-        report = examine(composed, gpu, data=data, plan=full)
+        report = examine(composed, gpu, launching=launching, data=data, plan=full)
         report.name = request.name
         if full:
             with importing_axolotl():

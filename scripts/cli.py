@@ -86,6 +86,8 @@ JudgeLayer = Annotated[
     int | None, typer.Option("--bertscore-layer", min=1, help="Its layer, where bert-score knows no best one.")
 ]
 
+BatchSize = Annotated[int, typer.Option(min=1, help="The most rows generated at a time; fewer where they are long.")]
+
 
 class InputFormat(StrEnum):
     """The forms a patch can have in the input of a row."""
@@ -473,27 +475,32 @@ def reproduce(
         str | None,
         typer.Option(metavar="MODEL|none", help="BERTScore's model; by default roberta-large, which is fetched."),
     ] = None,
+    bertscore_layer: JudgeLayer = None,
+    batch_size: BatchSize = 16,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
     """Fetch, check, plan, train, evaluate and compare all of a study. What is done already is not done again."""
+    from . import evaluate as evaluation
     from . import reproduce as reproducing
     from . import results as gathered
     from . import study as studies
     from . import tables, verdict
-    from .compose import Request
+    from .compose import Request, is_rehearsal
 
     of_study = studies.find(study)
     request = Request("", profiles=profile or [], overrides=set_ or [], rehearse=rehearse, mirror=mirror)
-    outcomes = reproducing.reproduce(of_study, only or [], request, runs, jobs, bertscore)
-    rows = verdict.rows(of_study, runs, rehearse, [outcome.run for outcome in outcomes if outcome.run])
+    request.rehearse = is_rehearsal(request)
+    judged = evaluation.Request(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
+    outcomes = reproducing.reproduce(of_study, reproducing.Options(request, only or [], jobs, judged, runs))
+    rows = verdict.rows(of_study, runs, request.rehearse, {outcome.recipe: outcome.run for outcome in outcomes})
     if json:
         steps = [outcome.as_row() | {"problem": outcome.problem} for outcome in outcomes]
         tables.print_json({"steps": steps, "results": rows})
     else:
         tables.print_table([outcome.as_row() for outcome in outcomes], empty=True)
         print()
-        gathered.show_study(of_study, rows, rehearse, "table")
+        gathered.show_study(of_study, rows, request.rehearse, "table")
     for outcome in outcomes:
         if outcome.problem:
             print(f"{outcome.recipe}: {outcome.problem}", file=sys.stderr)
@@ -514,7 +521,7 @@ def evaluate(
         typer.Option(metavar="DIR|none", help="Another adapter, or none for the base model alone."),
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="By default the study's.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows generated at a time.")] = 16,
+    batch_size: BatchSize = 16,
     cache: Annotated[
         CacheForm, typer.Option(help="Of keys and values. auto: static on a GPU, which compiles the decoding.")
     ] = CacheForm.auto,
@@ -594,8 +601,8 @@ def results(
         Group | None, typer.Option(help="The latest run's scores by language, or by length of the reference.")
     ] = None,
     run: Annotated[
-        str, typer.Option(metavar="RUN", help="With --by: another run, or a file of predictions.")
-    ] = "latest",
+        str | None, typer.Option(metavar="RUN", help="With --by: another run, or a file of predictions.")
+    ] = None,
     runs: Runs = RUNS,
     json: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
@@ -609,12 +616,14 @@ def results(
 
     if sum(map(bool, (study, compare, by))) > 1:
         raise UserError("--study, --compare and --by: one of them")
+    if (rehearse and not study) or (run and not by):
+        raise UserError("--rehearse: goes with --study" if rehearse else "--run: goes with --by")
     form = "json" if json else "csv" if csv else "md" if md else "table"
     if compare:
         rows = comparing.compare(*(comparing.predictions(name, runs) for name in compare))
         tables.write(rows, form, f"a: {compare[0]}, b: {compare[1]}")
     elif by:
-        tables.write(comparing.by_group(comparing.predictions(run, runs), by.value), form, run)
+        tables.write(comparing.by_group(comparing.predictions(run or "latest", runs).rows, by.value), form, run)
     elif study:
         of_study = studies.find(study)
         gathered.show_study(of_study, verdict.rows(of_study, runs, rehearse), rehearse, form)

@@ -1,46 +1,69 @@
 """Two sets of predictions on the same rows, and the scores of one by groups: `recipe results --compare`, `--by`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from . import bleu, intervals
 from .errors import UserError
-from .evaluate import read_predictions
+from .evaluations import read_predictions, read_scores
 from .rundir import find_run
 from .score import PER_ROW, Row, read_rows, with_scores
 
 LENGTHS = (10, 25, 50)  # tokens: the bounds between groups of references by length
 
 
-def predictions(name: str, runs: Path) -> list[Row]:
-    """The scored rows of a run, or of a JSONL file with the fields reference and prediction.
+@dataclass
+class Predictions:
+    """Scored rows, and of a run's whether it was a rehearsal and how their BERTScore was made.
+
+    Attributes:
+        bertscore: the judge's record; None where the rows are a file's, or have none.
+    """
+
+    rows: list[Row]
+    rehearsal: bool | None = None
+    bertscore: dict[str, Any] | None = None
+
+
+def predictions(name: str, runs: Path) -> Predictions:
+    """The rows of a run, or of a JSONL file with the fields reference and prediction, scored.
 
     Raises:
         UserError: there is neither, or the run was not evaluated.
     """
     if name.endswith(".jsonl"):
-        rows = read_rows(Path(name))
-    else:
-        folder = find_run(name, runs).path
-        rows = read_predictions(folder)
-        if not rows:
-            raise UserError(f"{folder}: not evaluated; `recipe evaluate {folder}` comes first")
-    return rows if "bleu4" in rows[0] else with_scores(rows)
+        return Predictions(with_scores(read_rows(Path(name))))
+    folder = find_run(name, runs).path
+    rows, made = read_predictions(folder), read_scores(folder)
+    if not rows or not made:
+        raise UserError(f"{folder}: not evaluated; `recipe evaluate {folder}` comes first")
+    judged = [row.get("bertscore_f1") for row in rows]
+    scored = with_scores(rows)
+    by = made.scores.get("bertscore")
+    if by:
+        scored = [row | {"bertscore_f1": value} for row, value in zip(scored, judged, strict=True)]
+    return Predictions(scored, made.rehearsal, by)
 
 
 def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
     """The rows that two sets of predictions have in common, in the order of the first.
 
-    Rows are told by `idx`, their position in the test file, where both sets have it, otherwise by their order.
+    Rows are told by `idx`, their position in the test file, where both sets have it, otherwise by their order. A
+    position that one set has more often counts so often.
 
     Raises:
         UserError: they have none in common, or the references of a pair differ.
     """
     if "idx" in a[0] and "idx" in b[0]:
-        by_idx = {row["idx"]: row for row in b}
-        pairs = [(row, by_idx[row["idx"]]) for row in a if row["idx"] in by_idx]
+        left, right = _by_idx(a), _by_idx(b)
+        pairs = []
+        for idx in (idx for idx in left if idx in right):
+            ours, theirs = left[idx], right[idx]
+            count = max(len(ours), len(theirs))
+            pairs += [(ours[min(i, len(ours) - 1)], theirs[min(i, len(theirs) - 1)]) for i in range(count)]
     elif len(a) == len(b):
         pairs = list(zip(a, b, strict=True))
     else:
@@ -54,15 +77,31 @@ def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
     return pairs
 
 
-def compare(a: Sequence[Row], b: Sequence[Row]) -> list[dict[str, Any]]:
-    """Per score: both means on the rows in common and what `intervals.paired` says of them."""
-    pairs = pair(a, b)
+def _by_idx(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["idx"], []).append(row)
+    return found
+
+
+def compare(a: Predictions, b: Predictions) -> list[dict[str, Any]]:
+    """Per score: both means on the rows in common and what `intervals.paired` says of them.
+
+    BERTScore is compared only where the same judge made both.
+
+    Raises:
+        UserError: one is a rehearsal's and the other a real run's, or they cannot be paired, see `pair`.
+    """
+    if {a.rehearsal, b.rehearsal} == {True, False}:
+        raise UserError("--compare: one of the runs is a rehearsal, which compares with rehearsals only")
+    pairs = pair(a.rows, b.rows)
     found = []
     for name in PER_ROW:
-        if all(name in row for rows in pairs for row in rows):
-            left, right = ([rows[side][name] for rows in pairs] for side in (0, 1))
-            means = {"a": sum(left) / len(pairs), "b": sum(right) / len(pairs)}
-            found.append({"score": name, "rows": len(pairs), **means, **intervals.paired(left, right)})
+        if name == "bertscore_f1" and (a.bertscore is None or a.bertscore != b.bertscore):
+            continue
+        left, right = ([rows[side][name] for rows in pairs] for side in (0, 1))
+        means = {"a": sum(left) / len(pairs), "b": sum(right) / len(pairs)}
+        found.append({"score": name, "rows": len(pairs), **means, **intervals.paired(left, right)})
     return found
 
 

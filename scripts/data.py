@@ -17,7 +17,7 @@ import orjson
 from . import __version__
 from .errors import UserError
 from .files import json_rows, read_json, replacing, sha256
-from .study import Data, Study
+from .study import Data, SourceFile, Study
 
 SPLITS = ("train", "valid", "test")
 MANIFEST = "manifest.json"
@@ -239,7 +239,7 @@ def prepare(
             if not whole.rows:
                 raise UserError(f"{label}: no row is left to write; {dict(split.dropped) or 'it has none'}")
             known = of_study.data.files.get(f"msg-{name}.jsonl")
-            of_study_file = split.source_sha256 == known.sha256 if known and known.sha256 else None
+            of_study_file = _is(known, split)
             made, left_out = {}, {}
             for key, subset in chosen.items():
                 if reason := subset.missing(bool(of_study_file)):
@@ -277,6 +277,13 @@ def prepare(
     return manifest
 
 
+def _is(known: SourceFile | None, split: Split) -> bool | None:
+    """Whether what was read is a file of the study; None where it has as many rows, and no checksum is known."""
+    if known is None or (known.sha256 is None and split.read == known.rows):
+        return None
+    return split.source_sha256 == known.sha256
+
+
 def fetched(data: Data) -> list[Path]:
     """The raw files that `recipe data fetch` left.
 
@@ -287,6 +294,31 @@ def fetched(data: Data) -> list[Path]:
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(f"{missing[0]}: no such file; `recipe data fetch {data.key}` gets it, or name RAW files")
     return files
+
+
+def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None:
+    """Why a folder does not hold the study's data in one form, as its manifest and the files themselves tell."""
+    splits = _former(out)
+    test = splits.get("test", {})
+    made: dict[str, Any] = test.get("subsets", {})
+    for name in SPLITS:
+        split = splits.get(name, {})
+        if not split:
+            return f"{MANIFEST} knows no {name}.jsonl"
+        if split.get("input_format") != input_format or split.get("instruction") != of_study.data.instruction:
+            return f"{name}.jsonl has another input format or instruction"
+        if split.get("is_the_study_file") is False:
+            return f"{name}.jsonl is made of another file than the study's"
+    for name, subset in _subsets(of_study, (), 0).items():
+        if name not in made and name not in test.get("left_out", {}):
+            return f"{name}.jsonl is missing"
+        if name in made and made[name] | subset.about != made[name]:
+            return f"{name}.jsonl has other rows"
+    for written in [*splits.values(), *made.values()]:
+        file = out / str(written.get("file"))
+        if not file.is_file() or sha256(file) != written.get("sha256"):
+            return f"{file.name} is not as {MANIFEST} says"
+    return None
 
 
 class _Written:

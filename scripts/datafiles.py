@@ -78,6 +78,14 @@ def record(composed: Config) -> list[DataFile]:
     return list(files.values())
 
 
+def test_file(composed: Config, folder: Path = Path()) -> str | None:
+    """The test file that lies beside the training file, as `recipe data prepare` writes it, seen from a folder."""
+    for _, dataset in datasets(composed, "datasets"):
+        file = Path(str(dataset.get("path"))).with_name("test.jsonl")
+        return str(file) if (folder / file).is_file() else None
+    return None
+
+
 def first_rows(dataset: Config) -> int | None:
     """How many rows a split such as `train[:40]` takes; None where it takes all."""
     match = re.fullmatch(r"train\[:(\d+)\]", str(dataset.get("split")))

@@ -1,18 +1,18 @@
 """Predictions of a run's model on test rows, and their scores: `recipe evaluate`."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import batched, groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import orjson
-from pydantic import BaseModel
 
-from . import bertscore, config, gpus, study
+from . import bertscore, config, datafiles, gpus, study
 from .data import MANIFEST
-from .errors import UserError
+from .errors import UserError, WorkFailed
+from .evaluations import BASE_MODEL, PREDICTIONS, SCORES, Evaluation, Settings, read_predictions, read_scores
 from .files import json_rows, read_json, sha256, write_atomically, write_rows
 from .progress import Bar, say
 from .quiet import importing_axolotl
@@ -21,45 +21,10 @@ from .score import Row, code_sha256, score
 from .study import Decoding
 
 BASE = "none"  # --adapter none: the base model without an adapter
-BASE_MODEL = "base-model"  # the folder of the base model's evaluation
-_PART, _PREDICTIONS, _SCORES = "predictions.part.jsonl", "predictions.jsonl", "scores.json"
-
-
-class Settings(BaseModel):
-    """All that predictions depend on besides the packages; recorded with them.
-
-    Attributes:
-        test_set: which of the study's sets of test rows they are, by their content: `test` is all of them, and None
-            is none of them.
-    """
-
-    base_model: str
-    adapter: str
-    adapter_sha256: str | None
-    data: str
-    data_sha256: str
-    test_set: str | None = None
-    rows: int
-    limit: int | None = None
-    decoding: Decoding
-    batch_size: int
-    cache: Literal["static", "dynamic"]
-    quantized: bool
-    dtype: str
-
-    def same_predictions(self) -> dict[str, Any]:
-        """What two evaluations with the same predictions have in common: all but how things were named."""
-        return self.model_dump(exclude={"adapter", "data", "limit", "test_set"})
-
-
-class Evaluation(BaseModel):
-    """The content of scores.json: when, what and how; see `score.score` for the scores."""
-
-    made: str
-    rehearsal: bool
-    scores: dict[str, Any]
-    code_sha256: str
-    settings: Settings
+BATCH_TOKENS = 8192
+"""The tokens that a batch has room for. Their keys and values take 4 GiB in a Llama 2 7B, the most of all the study's
+models, which a card of 16 GB has beside the weights."""
+_PART = "predictions.part.jsonl"
 
 
 @dataclass
@@ -71,7 +36,7 @@ class Request:
         limit: evaluate the first so many rows only.
         adapter: an adapter's folder, or `none` for the base model alone; by default the run's adapter.
         max_new_tokens: by default the study's.
-        batch_size: rows generated at a time.
+        batch_size: the most rows generated at a time; fewer where they are long, see `batches`.
         cache: the form of the cache of keys and values; `auto` is static on a GPU, where transformers compiles for it.
         judge: BERTScore's model, see `bertscore.judge`.
         judge_layer: its layer.
@@ -107,8 +72,12 @@ class Task:
                 f"{folder.path}: the run ended before it had a tokenizer and a model; it is {self.run.state}"
             )
         of_study = study.of(self.run.recipe)
-        file = request.data or _test_file(self.run, of_study, folder)
-        self.rows = _read_rows(file, request.limit)
+        usual = _usual_file(self.run, self.cfg, of_study)
+        file = request.data or usual
+        if file is None:
+            raise UserError(f"{folder.path}: no test.jsonl lies beside its training data; name one with --data")
+        every = _read_rows(file)
+        self.rows = every[: request.limit]
         decoding = of_study.decoding if of_study else Decoding(max_new_tokens=96)
         local = Path(self.run.cwd, str(self.cfg["base_model"]))
         data_sha256 = sha256(file)
@@ -120,39 +89,45 @@ class Task:
             data_sha256=data_sha256,
             test_set=_test_set(file, data_sha256),
             rows=len(self.rows),
-            limit=request.limit,
+            limit=request.limit if len(self.rows) < len(every) else None,
             decoding=decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or decoding.max_new_tokens}),
             batch_size=request.batch_size,
             cache=_cache(request, self.run),
             quantized=bool(self.cfg.get("load_in_4bit")),
             dtype="bfloat16" if self.cfg.get("bf16") else "float16" if self.cfg.get("fp16") else "float32",
         )
-        self.where = folder.path if adapter is None else folder.path / "evaluations" / _label(self.settings)
+        labels = [] if adapter is None else [_adapter_label(self.settings)]
+        if not (usual and usual.is_file() and sha256(usual) == data_sha256):
+            labels.append(_data_label(self.settings))
+        self.where = folder.path / "evaluations" / "-".join(labels) if labels else folder.path
 
 
 def complete(task: Task, judge: bertscore.Judge | None) -> Evaluation | None:
     """The evaluation that a task comes to, where it was made before: of the same rows, by the same model and code."""
-    former = _same_predictions(task)
+    former = _same_work(task)
     if former is None or former.code_sha256 != code_sha256():
         return None
-    return former if bertscore.made_by(judge, former.scores.get("bertscore")) else None
+    labels = [(s.limit, s.test_set) for s in (former.settings, task.settings)]
+    same_scores = bertscore.made_by(judge, former.scores.get("bertscore"))
+    return former if same_scores and labels[0] == labels[1] else None
 
 
-def _same_predictions(task: Task) -> Evaluation | None:
+def _same_work(task: Task) -> Evaluation | None:
     former = read_scores(task.where)
-    same = former and former.settings.same_predictions() == task.settings.same_predictions()
-    return former if same and (task.where / _PREDICTIONS).is_file() else None
+    same = former and former.settings.same_work() == task.settings.same_work()
+    return former if same and len(read_predictions(task.where)) == task.settings.rows else None
 
 
 def evaluate(folder: RunDir, request: Request) -> Evaluation:
     """Generate a prediction for each test row and score them all.
 
-    predictions.jsonl and scores.json go to the run's folder; those of the base model, or of another
-    adapter than the run's, to evaluations/<its name>/ below it. An evaluation that was interrupted goes on
-    where it was, one that is complete is not done again.
+    predictions.jsonl and scores.json go to the run's folder; those of the base model, of another adapter or of
+    other rows than the usual, to a folder below evaluations/. An evaluation that was interrupted goes on where it
+    was, one that is complete is not done again.
 
     Raises:
-        UserError: see `Task`.
+        UserError: see `Task`, and `bertscore.layer_of`.
+        WorkFailed: BERTScore's model cannot be loaded, or memory does not suffice.
     """
     task = Task(folder, request)
     judge = bertscore.judge(request.judge, request.judge_layer, task.run.rehearsal)
@@ -164,35 +139,48 @@ def evaluate(folder: RunDir, request: Request) -> Evaluation:
             "fetches it (1.4 GB)")  # fmt: skip
     task.where.mkdir(parents=True, exist_ok=True)
     with held(task.where / ".evaluation.lock", "another evaluation is going on"):
-        predictions = task.where / _PREDICTIONS
+        predictions, settings = task.where / PREDICTIONS, task.settings
         if former := complete(task, judge):
             say(f"{predictions}: complete, made and scored with the same settings")
             return former
-        if _same_predictions(task):
+        if judge:
+            bertscore.layer_of(judge)  # before hours are spent on what it is to score
+        if former := _same_work(task):
             say(f"{predictions}: complete, made with the same settings; scoring it anew")
             rows = read_predictions(task.where)
+            settings = settings.model_copy(update=former.settings.model_dump(include={"batch_size", "cache"}))
         else:
-            former = read_scores(task.where)
-            if former and _is_smaller(task.settings, former.settings):
-                raise UserError(
-                    f"{task.where}: holds an evaluation of {former.settings.rows} rows; move it away to make a smaller"
-                )
+            _make_way(task)
             with importing_axolotl(offline=task.run.rehearsal):
                 done = _predict(task)
             rows = [done[i] for i in range(len(task.rows))]
         scores, rows = score(rows, judge)
         write_rows(predictions, rows)
         result = Evaluation(
-            made=now(), rehearsal=task.run.rehearsal, scores=scores, code_sha256=code_sha256(), settings=task.settings
+            made=now(), rehearsal=task.run.rehearsal, scores=scores, code_sha256=code_sha256(), settings=settings
         )
-        write_atomically(task.where / _SCORES, result.model_dump_json(indent=1) + "\n")
+        write_atomically(task.where / SCORES, result.model_dump_json(indent=1) + "\n")
         (task.where / _PART).unlink(missing_ok=True)
     return result
 
 
-def _is_smaller(settings: Settings, former: Settings) -> bool:
-    """Whether an evaluation would take the place of one of more rows by the same adapter."""
-    return former.adapter_sha256 == settings.adapter_sha256 and former.rows > settings.rows
+def _make_way(task: Task) -> None:
+    """Keep an evaluation of the same adapter on other rows, which may have been the usual ones; refuse to lose rows."""
+    former = read_scores(task.where)
+    if former is None or former.settings.adapter_sha256 != task.settings.adapter_sha256:
+        return
+    if former.settings.data_sha256 != task.settings.data_sha256:
+        aside = task.where / "evaluations" / _data_label(former.settings)
+        aside.mkdir(parents=True, exist_ok=True)
+        for name in (PREDICTIONS, SCORES):
+            if (task.where / name).is_file():
+                (task.where / name).replace(aside / name)
+        say(f"{task.where / SCORES}: of other rows; it is now in {aside}")
+    elif former.settings.rows > task.settings.rows:
+        raise UserError(
+            f"{task.where / SCORES}: of {former.settings.rows} rows, more than the {task.settings.rows} asked for; "
+            f"move it and {PREDICTIONS} away to evaluate fewer"
+        )
 
 
 def export_prompts(folder: RunDir, request: Request, file: Path) -> int:
@@ -222,40 +210,30 @@ def export_prompts(folder: RunDir, request: Request, file: Path) -> int:
     return len(prompts)
 
 
-def read_scores(folder: Path) -> Evaluation | None:
-    """The evaluation in a folder, or None where there is none or its file is damaged."""
-    try:
-        return Evaluation.model_validate_json((folder / _SCORES).read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def read_predictions(folder: Path) -> list[Row]:
-    """The rows of the evaluation in a folder with their scores; none where there is none."""
-    try:
-        return list(map(orjson.loads, (folder / _PREDICTIONS).read_bytes().splitlines()))
-    except (OSError, ValueError):
-        return []
-
-
 def _cache(request: Request, run: Run) -> Literal["static", "dynamic"]:
     if request.cache == "auto":
         return "static" if gpus.here() and not run.rehearsal else "dynamic"
     return request.cache
 
 
-def _label(settings: Settings) -> str:
-    """The name of an evaluation that is not of the run's own adapter."""
+def _adapter_label(settings: Settings) -> str:
+    """How a folder below evaluations/ names an adapter other than the run's."""
     if settings.adapter_sha256 is None:
         return BASE_MODEL
     return f"{Path(settings.adapter).name}-{settings.adapter_sha256[:7]}"
 
 
-def _test_file(run: Run, of_study: study.Study | None, folder: RunDir) -> Path:
-    """The rows that a run is evaluated on unless others are named."""
-    if run.test_data is None:
-        raise UserError(f"{folder.path}: no test.jsonl lay beside its training data; name one with --data")
-    every = Path(run.cwd, run.test_data)
+def _data_label(settings: Settings) -> str:
+    """How a folder below evaluations/ names rows other than the usual ones."""
+    return f"{Path(settings.data).stem}-{settings.data_sha256[:7]}"
+
+
+def _usual_file(run: Run, cfg: config.Config, of_study: study.Study | None) -> Path | None:
+    """The rows that a run is evaluated on unless others are named; None where its training data has none beside it."""
+    name = run.test_data or datafiles.test_file(cfg, Path(run.cwd))
+    if name is None:
+        return None
+    every = Path(run.cwd, name)
     scored_on = every.with_name(f"{of_study.data.scored_on}.jsonl") if of_study else every
     return scored_on if scored_on.is_file() else every
 
@@ -268,12 +246,12 @@ def _test_set(file: Path, digest: str) -> str | None:
     return next((name for name, made in sets.items() if made["sha256"] == digest), None)
 
 
-def _read_rows(file: Path, limit: int | None) -> list[dict[str, Any]]:
-    """The prepared rows of a file, at most `limit`."""
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    """The prepared rows of a file."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; `recipe data prepare` writes test.jsonl")
     with file.open("rb") as lines:
-        rows = list(islice(json_rows(lines, file, ("output",)), limit))
+        rows = list(json_rows(lines, file, ("output",)))
     if not rows:
         raise UserError(f"{file}: no rows to evaluate")
     return rows
@@ -295,19 +273,25 @@ def _predict(task: Task) -> dict[int, Row]:
     if len(done) < len(rows):
         if task.run.rehearsal:
             os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        import torch
+
         from .generate import Generator
 
         generator = Generator(settings, task.cfg, task.folder.output)
         prompts = generator.prompts(rows)
-        # the longest first: if memory does not suffice, that shows at once
-        by_length = sorted(range(len(rows)), key=lambda i: (-len(prompts[i]), i))
-        longest = len(prompts[by_length[0]])
         with Bar("evaluating", len(rows)) as bar, part.open("ab") as stream:
             bar.update(len(done))
-            for number, batch in enumerate(_batches(by_length, settings.batch_size)):
+            lengths = [len(prompt) + settings.decoding.max_new_tokens for prompt in prompts]
+            for number, (room, batch) in enumerate(batches(lengths, settings.batch_size)):
                 if all(i in done for i in batch):
                     continue
-                texts = generator.generate([prompts[i] for i in batch], number, longest)
+                try:
+                    texts = generator.generate([prompts[i] for i in batch], number, room)
+                except torch.OutOfMemoryError:
+                    raise WorkFailed(
+                        f"{len(batch)} rows of up to {room} tokens do not fit the GPU's memory; --batch-size "
+                        f"{max(len(batch) // 2, 1)} takes fewer"
+                    ) from None
                 for i, text in zip(batch, texts, strict=True):
                     done[i] = _as_row(i, rows[i]) | {"prediction": text}
                 stream.write(b"".join(orjson.dumps(done[i]) + b"\n" for i in batch))
@@ -316,18 +300,32 @@ def _predict(task: Task) -> dict[int, Row]:
     return done
 
 
+def batches(lengths: Sequence[int], most: int) -> Iterator[tuple[int, list[int]]]:
+    """Which rows are generated together, the longest first: if memory does not suffice, that shows at once.
+
+    Rows that need about the same room are together, and there are few sizes of room, so that a static cache, and what
+    is compiled for it, can be used again.
+
+    Args:
+        lengths: for each row the tokens of its prompt and of the longest answer.
+        most: the most rows in a batch.
+
+    Yields:
+        The room, a power of two of tokens, and the positions of `most` rows, or of as many as `BATCH_TOKENS` have room.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    for room, same in groupby(by_length, key=lambda i: max(1 << (lengths[i] - 1).bit_length(), 256)):
+        for batch in batched(same, max(min(most, BATCH_TOKENS // room), 1)):
+            yield room, list(batch)
+
+
 def _continue(part: Path, settings: Settings) -> dict[int, Row]:
     """The rows of an interrupted evaluation with the same settings; otherwise a new file for them."""
     header = orjson.dumps(settings.same_predictions())
-    lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]
-    if lines[0] == header:
+    lines = part.read_bytes().split(b"\n") if part.is_file() else []
+    if len(lines) > 1 and lines[0] == header:
         whole = [orjson.loads(line) for line in lines[1:-1]]
         part.write_bytes(b"\n".join(lines[:-1]) + b"\n")  # without the last line of a killed process
         return {row["row"]: row for row in whole}
     part.write_bytes(header + b"\n")
     return {}
-
-
-def _batches(order: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(order), size):
-        yield order[start : start + size]

@@ -21,7 +21,7 @@ from .config import Config
 from .tokens import MASKED, tokenize
 
 if TYPE_CHECKING:
-    from .evaluate import Settings
+    from .evaluations import Settings
 
 disable_progress_bar()
 
@@ -98,20 +98,18 @@ class Generator(Prompter):
         )
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[list[int]], number: int, longest: int) -> list[str]:
+    def generate(self, prompts: Sequence[list[int]], number: int, room: int) -> list[str]:
         """One answer a prompt. They do not depend on the batches that came before.
 
         Args:
             prompts: the tokens of each.
             number: the batch's, which is added to the seed where the decoding samples.
-            longest: the length of the longest prompt of all batches. A static cache has room for it, so that its
-                shape, which transformers compiles the decoding for on a GPU, stays the same.
+            room: the tokens that a static cache is to have room for: prompt and answer of the longest at least.
         """
         batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.device)
         set_seed(self.settings.decoding.seed + number)
         cache = None
         if self.settings.cache == "static":
-            room = longest + self.settings.decoding.max_new_tokens
             cache = StaticCache(config=self.config, max_cache_len=room)
         output = self.model.generate(**batch, past_key_values=cache)
         answers = output[:, batch["input_ids"].shape[1] :]

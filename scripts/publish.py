@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from .card import ADAPTER, base_model, card
 from .errors import UserError, WorkFailed
-from .evaluate import read_scores
+from .evaluations import read_scores
 from .files import sha256, write_atomically
 from .progress import say
 from .rundir import Run, RunDir

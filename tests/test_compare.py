@@ -6,6 +6,7 @@ import pytest
 from conftest import Recipe
 
 from qlora_recipes import compare, intervals, score
+from qlora_recipes.compare import Predictions
 from qlora_recipes.errors import UserError
 
 
@@ -22,17 +23,39 @@ def rows(*predictions: str, **more: list[Any]) -> list[dict[str, Any]]:
 def test_a_comparison_is_of_the_same_rows() -> None:
     a = rows("rename variable", "why", "rename it please", "nit", idx=[7, 8, 9, 11])
     b = rows("nit", "x", "rename", "nit", idx=[7, 8, 9, 10])
-    compared = compare.compare(a, list(reversed(b)))
+    compared = compare.compare(Predictions(a), Predictions(list(reversed(b))))
     assert [row["score"] for row in compared] == ["bleu4", "rouge_l"]
     expected = intervals.paired([row["bleu4"] for row in a[:3]], [row["bleu4"] for row in b[:3]])
     assert compared[0] == {"score": "bleu4", "rows": 3, "a": pytest.approx(sum(r["bleu4"] for r in a[:3]) / 3),
                            "b": pytest.approx(sum(r["bleu4"] for r in b[:3]) / 3)} | expected  # fmt: skip
 
 
-def test_a_row_that_stands_twice_counts_twice() -> None:
-    a = rows("rename variable", "why")
-    twice = [row | {"idx": 3, "reference": "same"} for row in a]
-    assert len(compare.pair(twice, twice[:1])) == 2
+def test_a_row_that_stands_twice_counts_twice_from_either_side() -> None:
+    a = [row | {"idx": 3, "reference": "same"} for row in rows("rename variable", "why")]
+    there, back = compare.pair(a, a[:1]), compare.pair(a[:1], a)
+    assert len(there) == 2
+    assert back == [(one, other) for other, one in there]
+
+
+def test_bertscores_are_compared_only_where_one_judge_made_both() -> None:
+    a, b = ([row | {"bertscore_f1": value} for row in rows("x", "y")] for value in (0.8, 0.9))
+    judge, other = {"model": "m", "revision": "1"}, {"model": "m", "revision": "2"}
+    for left, right, count in ((judge, judge, 3), (judge, other, 2), (None, None, 2), (judge, None, 2)):
+        made = compare.compare(Predictions(a, False, left), Predictions(b, False, right))
+        assert len(made) == count
+
+
+def test_a_rehearsal_is_not_compared_with_a_run() -> None:
+    with pytest.raises(UserError, match="one of the runs is a rehearsal"):
+        compare.compare(Predictions(rows("x"), True), Predictions(rows("y"), False))
+    assert compare.compare(Predictions(rows("x"), True), Predictions(rows("y")))
+
+
+def test_scores_that_a_file_brings_along_are_not_believed(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(orjson.dumps({"reference": "a b c d", "prediction": "a b c d", "bleu4": 0.01, "bertscore_f1": 9}))
+    (row,) = compare.predictions(str(file), tmp_path).rows
+    assert row["bleu4"] == pytest.approx(100) and "bertscore_f1" not in row
 
 
 def test_rows_without_a_position_are_told_by_their_order() -> None:

@@ -1,14 +1,21 @@
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
 from conftest import recipe_config
+from hypothesis import given
+from hypothesis import strategies as st
 
-from qlora_recipes import config, evaluate
-from qlora_recipes.errors import UserError
+from qlora_recipes import config, evaluate, standin
+from qlora_recipes.errors import UserError, WorkFailed
+from qlora_recipes.evaluations import Evaluation, Settings, read_predictions, read_scores
 from qlora_recipes.rundir import Run, RunDir
 from qlora_recipes.study import Decoding
+
+if TYPE_CHECKING:
+    from qlora_recipes.generate import Generator
 
 
 @pytest.fixture
@@ -40,14 +47,14 @@ def predictions(run: RunDir) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in file.read_bytes().splitlines()]
 
 
-def evaluated(run: RunDir, **more: Any) -> evaluate.Evaluation:
+def evaluated(run: RunDir, **more: Any) -> Evaluation:
     request = evaluate.Request(adapter="none", max_new_tokens=8, judge="none", **more)
     return evaluate.evaluate(run, request)
 
 
-def settings_of(cfg: config.Config) -> evaluate.Settings:
+def settings_of(cfg: config.Config) -> Settings:
     """What an evaluation of a config's base model without adapter and rows would depend on."""
-    return evaluate.Settings(
+    return Settings(
         base_model=cfg["base_model"],
         adapter="none",
         adapter_sha256=None,
@@ -82,7 +89,8 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monke
     with pytest.raises(KeyboardInterrupt):
         evaluated(run, limit=10, batch_size=4)
     again = evaluated(run, limit=10, batch_size=4)
-    assert calls == [4, 4, 4, 2]  # the first batch was not done twice
+    assert calls[0] == 4 and calls[1] == calls[2]
+    assert calls[0] + sum(calls[2:]) == 10  # the first batch was not done twice
     assert predictions(run) == expected
     assert (again.scores, again.settings) == (whole.scores, whole.settings)
 
@@ -92,23 +100,94 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run: RunDir, mon
     other = evaluated(run, limit=4)
     assert (first.scores["rows"], other.scores["rows"]) == (3, 4)
     monkeypatch.setattr("qlora_recipes.generate.Generator.__init__", None)
-    with pytest.raises(UserError, match="holds an evaluation of 4 rows"):
+    with pytest.raises(UserError, match=r"scores\.json: of 4 rows, more than the 2 asked for"):
         evaluated(run, limit=2)
-    assert evaluated(run, limit=4).scores == other.scores
+    assert evaluated(run, limit=4) == other
+    assert evaluated(run, limit=4, batch_size=2, cache="static") == other  # the same work, done another way
+    (run.path / "evaluations" / "base-model" / "predictions.jsonl").write_bytes(b"")
+    with pytest.raises(TypeError):  # predictions that are lost are made anew
+        evaluated(run, limit=4)
 
 
-def test_batched_predictions_are_those_of_one_row_at_a_time(run: RunDir) -> None:
-    evaluated(run, limit=6, batch_size=6)
-    batched = predictions(run)
-    evaluated(run, limit=6, batch_size=1)
-    assert predictions(run) == batched
+@pytest.fixture
+def generator(run: RunDir) -> Callable[..., "Generator"]:
+    """A maker of generators for the run's base model, in fp32."""
+    from qlora_recipes.generate import Generator
+
+    cfg = config.read_yaml(run.config)
+    return lambda **settings: Generator(settings_of(cfg).model_copy(update=settings), cfg, run.output)
 
 
-def test_a_static_cache_gives_the_same_predictions(run: RunDir) -> None:
-    evaluated(run, limit=6, batch_size=4)
-    dynamic = predictions(run)
-    assert evaluated(run, limit=6, batch_size=4, cache="static").settings.cache == "static"
-    assert predictions(run) == dynamic
+def generated(generator: "Generator", rows: list[dict[str, Any]], most: int) -> list[str]:
+    """A prediction for each row, in the batches of an evaluation."""
+    prompts = generator.prompts(rows)
+    done: dict[int, str] = {}
+    for number, (room, batch) in enumerate(evaluate.batches([len(prompt) + 8 for prompt in prompts], most)):
+        done |= zip(batch, generator.generate([prompts[i] for i in batch], number, room), strict=True)
+    return [done[i] for i in range(len(rows))]
+
+
+def test_batched_predictions_are_those_of_one_row_at_a_time_whatever_the_cache(
+    generator: Callable[..., "Generator"], sample: Path
+) -> None:
+    rows = [orjson.loads(line) for line in (sample / "test.jsonl").read_bytes().splitlines()]
+    single = generated(generator(), rows, 1)
+    assert generated(generator(), rows, 16) == single
+    assert generated(generator(cache="static"), rows, 16) == single
+
+
+@given(st.lists(st.integers(1, 40_000), min_size=1, max_size=60), st.integers(1, 20))
+def test_batches(lengths: list[int], most: int) -> None:
+    made = list(evaluate.batches(lengths, most))
+    assert sorted(i for _, batch in made for i in batch) == list(range(len(lengths)))
+    rooms = [room for room, _ in made]
+    assert rooms == sorted(rooms, reverse=True)
+    for room, batch in made:
+        assert max(lengths[i] for i in batch) <= room
+        assert len(batch) <= most
+        assert len(batch) * room <= evaluate.BATCH_TOKENS or len(batch) == 1
+        assert room <= max(2 * min(lengths[i] for i in batch), 256)
+
+
+def test_other_rows_are_evaluated_beside_the_usual_ones(run: RunDir, sample: Path, tmp_path: Path) -> None:
+    usual = evaluated(run, limit=3)
+    few = tmp_path / "few.jsonl"
+    few.write_bytes(b"".join((sample / "valid.jsonl").read_bytes().splitlines(keepends=True)[:2]))
+    other = evaluated(run, data=few)
+    assert evaluate.Task(run, evaluate.Request(adapter="none", data=few)).where.name.startswith("base-model-few-")
+    assert (usual.scores["rows"], other.scores["rows"]) == (3, 2)
+    assert evaluated(run, limit=3) == usual
+
+
+def test_an_evaluation_of_rows_that_were_the_usual_ones_is_kept(run: RunDir, sample: Path) -> None:
+    before = evaluated(run, limit=3)
+    record = run.read()
+    record.test_data = str(sample / "valid.jsonl")
+    run.write(record)
+    evaluated(run, limit=2)
+    (kept,) = (run.path / "evaluations" / "base-model" / "evaluations").iterdir()
+    assert read_scores(kept) == before
+    assert len(read_predictions(kept)) == 3
+
+
+def test_a_limit_that_leaves_nothing_out_is_none(run: RunDir) -> None:
+    assert evaluate.Task(run, evaluate.Request(adapter="none", limit=26)).settings.limit is None
+    assert evaluate.Task(run, evaluate.Request(adapter="none", limit=25)).settings.limit == 25
+
+
+def test_a_judge_that_is_not_there_is_told_before_anything_is_generated(run: RunDir) -> None:
+    with pytest.raises(WorkFailed, match="nowhere cannot be loaded"):
+        evaluate.evaluate(run, evaluate.Request(adapter="none", judge="some/nowhere"))
+    assert not list(run.path.rglob("predictions*"))
+
+
+def test_scoring_anew_leaves_no_score_of_another_judge(run: RunDir) -> None:
+    request = evaluate.Request(adapter="none", max_new_tokens=8, limit=3)
+    request.judge, request.judge_layer = str(standin.judge_folder()), 6
+    assert evaluate.evaluate(run, request).scores["bertscore"]["model"] == "model"
+    without = evaluated(run, limit=3)
+    assert without.scores["bertscore"] is None and "bertscore_f1" not in without.scores
+    assert not any("bertscore_f1" in row for row in predictions(run))
 
 
 def test_decoding_is_the_studys_and_not_the_models_own(run: RunDir, tiny: Path) -> None:
@@ -127,16 +206,12 @@ def test_decoding_is_the_studys_and_not_the_models_own(run: RunDir, tiny: Path) 
     assert used.eos_token_id == [2, 7, 8]  # the tokenizer's, which the training taught, and the model's
 
 
-def test_sampled_predictions_depend_on_the_seed_and_not_on_the_batches_before(run: RunDir) -> None:
-    from qlora_recipes.generate import Generator
-
-    cfg = config.read_yaml(run.config)
-    settings = settings_of(cfg)
-    settings.decoding = Decoding(max_new_tokens=8, do_sample=True, seed=1)
-    generator = Generator(settings, cfg, run.output)
-    first = generator.generate([[1, 50, 60]], 0, 3)
-    second = generator.generate([[1, 50, 60]], 1, 3)
-    assert generator.generate([[1, 50, 60]], 0, 3) == first != second
+def test_sampled_predictions_depend_on_the_seed_and_not_on_the_batches_before(
+    generator: Callable[..., "Generator"],
+) -> None:
+    sampling = generator(decoding=Decoding(max_new_tokens=8, do_sample=True, seed=1))
+    first, second = (sampling.generate([[1, 50, 60]], number, 256) for number in (0, 1))
+    assert sampling.generate([[1, 50, 60]], 0, 256) == first != second
 
 
 def test_exported_prompts_are_those_that_are_generated_from(run: RunDir, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from conftest import recipe_config
 from huggingface_hub import close_session, constants
 from markdown_it import MarkdownIt
 
-from qlora_recipes import config, evaluate, models, publish
+from qlora_recipes import config, evaluations, models, publish
 from qlora_recipes.errors import UserError, WorkFailed
 from qlora_recipes.files import sha256
 from qlora_recipes.rundir import DataFile, Difference, Launch, Run, RunDir, Summary
@@ -93,7 +93,7 @@ def record(tmp_path: Path, **changes: Any) -> Run:
 
 def evaluated(run: RunDir, **settings: Any) -> None:
     """Give a run the scores of an evaluation."""
-    evaluation = evaluate.Evaluation(
+    evaluation = evaluations.Evaluation(
         made="2026-01-02T00:00:00+00:00",
         rehearsal=False,
         scores={
@@ -108,7 +108,7 @@ def evaluated(run: RunDir, **settings: Any) -> None:
             "exact": 0,
         },
         code_sha256="f" * 64,
-        settings=evaluate.Settings(
+        settings=evaluations.Settings(
             **{
                 "base_model": BASE,
                 "adapter": str(run.output),
@@ -612,6 +612,6 @@ def prompt(run: RunDir, cfg: config.Config, row: dict[str, Any]) -> list[int]:
     from qlora_recipes.generate import Prompter
 
     evaluated(run, base_model=cfg["base_model"])
-    scores = evaluate.read_scores(run.path)
+    scores = evaluations.read_scores(run.path)
     assert scores
     return Prompter(scores.settings, cfg, run.output).prompts([row])[0]

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +18,8 @@ import orjson
 import pytest
 from conftest import RECIPE
 
-from qlora_recipes import evaluate, paths, reproduce, rundir, study
-from qlora_recipes.compose import Request
+from qlora_recipes import compose, datafiles, evaluations, paths, reproduce, rundir, study
+from qlora_recipes.compose import Composed, Request
 from qlora_recipes.errors import UserError
 from qlora_recipes.reproduce import Outcome
 
@@ -43,9 +43,9 @@ def scores_of(place: Path) -> dict[str, Any]:
     """The scores and predictions of each recipe's one run."""
     found = {}
     for run in rundir.all_runs(place / "runs"):
-        scored = evaluate.read_scores(run.path)
+        scored = evaluations.read_scores(run.path)
         if scored:
-            found[run.read().recipe] = scored.scores, evaluate.read_predictions(run.path)
+            found[run.read().recipe] = scored.scores, evaluations.read_predictions(run.path)
     return found
 
 
@@ -78,11 +78,16 @@ def test_all_steps_are_done_and_the_table_is_there(undisturbed: Undisturbed) -> 
 
 def test_again_it_does_nothing(undisturbed: Undisturbed, tiny_profile: Path) -> None:
     place = undisturbed.place
-    before = {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file() and file.suffix != ".lock"}
+
+    def files() -> dict[Path, int]:
+        every = (file for file in place.rglob("*") if file.is_file() and file.suffix != ".lock")
+        return {file: file.stat().st_mtime_ns for file in every}
+
+    before = files()
     again = reproduced(place, tiny_profile)
     assert all(set(row.values()) == {row["recipe"], "skipped", None} for row in again["steps"])
     assert again["results"] == undisturbed.printed["results"]
-    assert before == {file: file.stat().st_mtime_ns for file in before}
+    assert files() == before
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_scores(
@@ -101,6 +106,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_scores(
     printed = reproduced(tmp_path, tiny_profile)
     assert [row["problem"] for row in printed["steps"]] == [None, None]
     assert scores_of(tmp_path) == undisturbed.scores
+    launches = [len(folder.read().launches) for folder in rundir.all_runs(tmp_path / "runs")]
+    assert sum(launches) > 2  # of two recipes: at least one training was killed, and went on or was begun anew
 
 
 def test_a_changed_setting_is_run_anew_and_a_recipe_that_fails_does_not_stop_the_others(
@@ -139,40 +146,119 @@ def published_data(tmp_path: Path) -> Iterator[study.Study]:
     """The study with the shipped sample, zipped and on a server of this machine, as its data."""
     archive = tmp_path / "server" / "Comment_Generation.zip"
     archive.parent.mkdir()
+    files = {}
     with zipfile.ZipFile(archive, "w") as stream:
         for file in paths.SAMPLE.glob("msg-*.jsonl"):
             stream.write(file, f"Comment_Generation/{file.name}")
+            files[file.name] = study.SourceFile(rows=datafiles.count_rows(file))
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(archive.parent)))
     Thread(target=server.serve_forever, daemon=True).start()
-    files = {name: study.SourceFile(rows=0) for name in STUDY.data.files}
     url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
     yield STUDY.model_copy(update={"data": STUDY.data.model_copy(update={"url": url, "files": files})})
     server.shutdown()
     server.server_close()
 
 
+def composed(*recipes: str, **more: Any) -> list[Composed]:
+    return [compose.compose(Request(f"haider2024/{recipe}", **more)) for recipe in recipes]
+
+
 def test_data_is_fetched_and_prepared_in_the_forms_that_recipes_read_and_only_once(
     published_data: study.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    requests = [Request("haider2024/llama-2-7b"), Request("haider2024/as-released/llama-3-8b")]
-    reproduce._have_data(published_data, requests[:1])
+    reproduce._have_data(published_data, composed("llama-2-7b"))
     assert sorted(file.name for file in Path("data").iterdir()) == ["codereviewer", "codereviewer-raw"]
-    reproduce._have_data(published_data, requests)
+    both = composed("llama-2-7b", "as-released/llama-3-8b")
+    reproduce._have_data(published_data, both)
     assert "<add>" in Path("data/codereviewer-tagged/train.jsonl").read_text()
     capsys.readouterr()
-    reproduce._have_data(published_data, requests)
-    assert capsys.readouterr().err.count("is there, as its manifest says") == 2
-    Path("data/codereviewer/valid.jsonl").write_text("")  # damaged
-    reproduce._have_data(published_data, requests)
-    assert "fetching and preparing data/codereviewer\n" in capsys.readouterr().err
-    assert Path("data/codereviewer/valid.jsonl").stat().st_size > 0
+    reproduce._have_data(published_data, both)
+    assert capsys.readouterr().err.count("is the study's") == 2
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda data: (data / "valid.jsonl").write_text(""), "valid.jsonl is not as manifest.json says"),
+        (lambda data: (data / "manifest.json").unlink(), "manifest.json knows no train.jsonl"),
+        (lambda data: change(data, "train", instruction="Other."), "another input format or instruction"),
+        (lambda data: change(data, "train", is_the_study_file=False), "made of another file than the study's"),
+        (lambda data: change(data, "test", left_out={}), "test-subset-1.jsonl is missing"),
+    ],
+)
+def test_data_that_is_not_the_studys_is_refused_and_left_as_it_is(
+    published_data: study.Study,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Path], object],
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    reproduce._have_data(published_data, composed("llama-2-7b"))
+    folder = Path("data/codereviewer")
+    spoil(folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(UserError, match=says):
+        reproduce._have_data(published_data, composed("llama-2-7b"))
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def change(folder: Path, split: str, **values: object) -> None:
+    manifest = orjson.loads((folder / "manifest.json").read_bytes())
+    manifest["splits"][split] |= values
+    (folder / "manifest.json").write_bytes(orjson.dumps(manifest))
 
 
 def test_a_rehearsal_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    reproduce._have_data(STUDY, [Request("haider2024/llama-2-7b", rehearse=True)])
+    reproduce._have_data(STUDY, composed("llama-2-7b", rehearse=True))
     assert not Path("data").exists()
+
+
+def test_a_mirror_is_taken_where_a_model_is_gated() -> None:
+    shared = Request("", mirror=True)
+    mirrored = {name: reproduce._request(shared, name).mirror for name in STUDY.published}
+    assert mirrored.pop("haider2024/code-llama-7b") is False
+    assert set(mirrored.values()) == {True}
+
+
+def test_without_a_gpu_nothing_is_fetched_or_started(tmp_path: Path) -> None:
+    done = subprocess.run([RECIPE, "reproduce", "haider2024"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no-gpu" in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_judge_that_is_not_there_is_told_before_anything_starts(tmp_path: Path, tiny_profile: Path) -> None:
+    words = command(tiny_profile, "--set", "lora_r=8", "--bertscore", "some/nowhere")
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "some/nowhere cannot be loaded" in done.stderr
+    assert rundir.all_runs(tmp_path / "runs") == []
+
+
+def commands(words: list[str], outcome: Outcome, codes: list[int]) -> reproduce._Commands:
+    """A recipe's commands, as `work` yields them; what became of each is noted."""
+    for _ in range(2):
+        code, _shown = yield words
+        codes.append(code)
+    outcome.steps["run"] = "done"
+
+
+def test_jobs_each_see_a_gpu_of_their_own_and_write_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    devices = reproduce._devices(2, rehearsal=False)
+    assert devices == ["5", "7"]
+    with pytest.raises(UserError, match="--jobs 3: one GPU a job, and this machine has 2"):
+        reproduce._devices(3, rehearsal=False)
+    assert reproduce._devices(3, rehearsal=True) == [None, None, None]
+    outcomes, codes = [Outcome("a"), Outcome("b"), Outcome("c")], list[int]()
+    works = [(outcome, commands(["show", "nothing"], outcome, codes)) for outcome in outcomes]
+    reproduce._work_off(works, devices, tmp_path)
+    assert codes == [2] * 6
+    assert [outcome.steps for outcome in outcomes] == [{"run": "done"}] * 3
+    assert "no recipe of that name" in (tmp_path / "c" / "reproduce.log").read_text()
 
 
 def test_the_recipes_of_a_study() -> None:

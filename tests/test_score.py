@@ -30,6 +30,11 @@ def test_rows_keep_their_own_scores_and_their_means_are_the_scores() -> None:
     assert scores["bertscore"] is None and "bertscore_f1" not in scores
 
 
+def test_older_scores_of_rows_are_dropped() -> None:
+    before = [row | {"bertscore_f1": 0.5, "bleu4": 1.0, "exact": True} for row in ROWS[:2]]
+    assert score.score([*before, *ROWS[2:]]) == score.score(ROWS)
+
+
 def test_shares_and_lengths() -> None:
     scores, rows = score.score(ROWS)
     assert [row["exact"] for row in rows] == [False, True, False, False, False]

@@ -8,8 +8,8 @@ import pytest
 from conftest import Recipe, recipe_config
 
 from qlora_recipes import config, paths, study, verdict
-from qlora_recipes.evaluate import Evaluation, Settings
-from qlora_recipes.rundir import Launch, Run, RunDir, Summary
+from qlora_recipes.evaluations import Evaluation, Settings
+from qlora_recipes.rundir import Difference, Launch, Run, RunDir, Summary
 
 STUDY = study.find("haider2024")
 LLAMA_2 = "haider2024/llama-2-7b"
@@ -38,7 +38,7 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
         "dtype": "float16",
     } | more.pop("settings", {})
     run = Run(
-        state="finished",
+        state=more.pop("state", "finished"),
         recipe=recipe,
         recipe_file="f",
         recipe_sha256="x",
@@ -46,6 +46,7 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
         launches=[ended],
         summary=more.pop("summary", summary),
         overrides=[f"{key}={value}" for key, value in changed.items()],
+        differences=[Difference(key=key, run=value, why=f"--set {key}") for key, value in changed.items()],
         **more,
     )
     folder.write(run)
@@ -88,9 +89,19 @@ def test_the_verdict(tmp_path: Path, bleu4: float, within: float, expected: str)
     assert (row["peak_gpu_memory_gib"], row["gpu_hours"]) == (7.5, 2.5)
 
 
-@pytest.mark.parametrize("settings", [{"test_set": "test"}, {"test_set": None}, {"limit": 100}])
-def test_scores_of_other_rows_are_compared_with_nothing(tmp_path: Path, settings: dict[str, Any]) -> None:
-    a_run(tmp_path, LLAMA_2, "a", 5.0, settings=settings)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"settings": {"test_set": "test"}},
+        {"settings": {"test_set": None}},
+        {"settings": {"limit": 100}},
+        {"settings": {"decoding": STUDY.decoding.model_copy(update={"max_new_tokens": 8})}},
+        {"state": "interrupted"},
+        {"state": "failed"},
+    ],
+)
+def test_scores_of_other_rows_or_half_a_run_are_compared_with_nothing(tmp_path: Path, more: dict[str, Any]) -> None:
+    a_run(tmp_path, LLAMA_2, "a", 5.0, **more)
     row = row_of(tmp_path)
     assert row["bleu4"] == 5.0
     assert row["verdict"] is row["bleu4_difference"] is None
@@ -113,7 +124,30 @@ def test_the_run_that_speaks_is_evaluated_without_overrides_and_new(tmp_path: Pa
     expected = a_run(tmp_path, LLAMA_2, "2", 5.2)
     a_run(tmp_path, LLAMA_2, "3", 5.3, set={"lora_r": 64})
     (a_run(tmp_path, LLAMA_2, "4", 5.4).path / "scores.json").unlink()
+    a_run(tmp_path, LLAMA_2, "5", 5.5, gpus_used=4)
+    a_run(tmp_path, LLAMA_2, "6", 5.6, state="failed")
     assert row_of(tmp_path)["run"] == str(expected.path)
+
+
+def test_a_named_run_speaks_or_none(tmp_path: Path) -> None:
+    changed = a_run(tmp_path, LLAMA_2, "1", 5.1, set={"lora_r": 64})
+    a_run(tmp_path, LLAMA_2, "2", 5.2)
+    for speaker, expected in ((changed.path, 5.1), (None, None)):
+        rows = verdict.rows(STUDY, tmp_path, False, {LLAMA_2: speaker})
+        assert [row["bleu4"] for row in rows if row["recipe"] == LLAMA_2] == [expected]
+
+
+def test_an_evaluation_before_a_resumed_training_speaks_no_more(tmp_path: Path) -> None:
+    folder = a_run(tmp_path, LLAMA_2, "1", 5.1)
+    run = folder.read()
+    run.launches.append(Launch(command=[], started="2026-01-02T00:00:00+00:00"))  # killed, so it has no end
+    folder.write(run)
+    assert row_of(tmp_path)["bleu4"] is None
+
+
+def test_more_gpus_are_a_difference(tmp_path: Path) -> None:
+    a_run(tmp_path, LLAMA_2, "1", 5.1, gpus_used=4)
+    assert row_of(tmp_path)["differs"] == ["GPUs: 4 instead of 1, with steps of so many times the rows"]
 
 
 def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path: Path) -> None:
@@ -121,7 +155,7 @@ def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path: Path) -> 
     row = row_of(tmp_path, "haider2024/llama-3-8b")
     assert row["differs"] == ["lora_r: 64 instead of 32"]
     assert row["open"][0].startswith("lora_target_modules: q_proj k_proj v_proj o_proj (notebook")
-    assert any(text.startswith("warmup_steps: 5") for text in row["open"])
+    assert "warmup_steps: 5 (--set warmup_steps)" in row["open"]
     assert "trainer: Axolotl (the paper used Unsloth)" in row["open"]
     assert any(text.startswith("base_model") for text in row["open"])
     stated = {text.partition(":")[0] for text in row["open"]}
@@ -143,6 +177,7 @@ def test_recipes_beside_the_studys(tmp_path: Path) -> None:
     likely_origin = row_of(tmp_path, "haider2024/all-linear/llama-2-7b")
     assert (likely_origin["bleu4_published"], likely_origin["verdict"]) == (5.02, verdict.WITHIN)
     assert likely_origin["differs"] == []
+    assert "lora_target_linear: True (Axolotl's example)" in likely_origin["open"]
     as_released = row_of(tmp_path, "haider2024/as-released/llama-3-8b")
     assert as_released["bleu4_published"] is as_released["verdict"] is None  # no reproduction of Table II
     assert "lora_dropout: 0 instead of 0.05" in as_released["differs"]
