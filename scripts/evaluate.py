@@ -97,7 +97,7 @@ class Task:
             dtype="bfloat16" if self.cfg.get("bf16") else "float16" if self.cfg.get("fp16") else "float32",
         )
         labels = [] if adapter is None else [_adapter_label(self.settings)]
-        if not (usual and usual.is_file() and sha256(usual) == data_sha256):
+        if usual and not (usual.is_file() and sha256(usual) == data_sha256):
             labels.append(_data_label(self.settings))
         self.where = folder.path / "evaluations" / "-".join(labels) if labels else folder.path
 

@@ -82,6 +82,7 @@ class Generator(Prompter):
 
             self.model = PeftModel.from_pretrained(self.model, settings.adapter)
         self.model.eval()
+        self._cache: tuple[tuple[int, int], StaticCache] | None = None
 
     def _decoding(self) -> GenerationConfig:
         """The settings' decoding and nothing of the model's own but the tokens that end an answer."""
@@ -97,6 +98,17 @@ class Generator(Prompter):
             **(sampling if decoding.do_sample else {}),
         )
 
+    def _static_cache(self, rows: int, room: int) -> StaticCache | None:
+        """An empty cache; the last one again where its shape is the same, as what is compiled is for its memory."""
+        if self.settings.cache != "static":
+            return None
+        if self._cache and self._cache[0] == (rows, room):
+            self._cache[1].reset()
+        else:
+            self._cache = None  # its memory, before the next takes some
+            self._cache = (rows, room), StaticCache(config=self.config, max_cache_len=room)
+        return self._cache[1]
+
     @torch.inference_mode()
     def generate(self, prompts: Sequence[list[int]], number: int, room: int) -> list[str]:
         """One answer a prompt. They do not depend on the batches that came before.
@@ -108,9 +120,6 @@ class Generator(Prompter):
         """
         batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.device)
         set_seed(self.settings.decoding.seed + number)
-        cache = None
-        if self.settings.cache == "static":
-            cache = StaticCache(config=self.config, max_cache_len=room)
-        output = self.model.generate(**batch, past_key_values=cache)
+        output = self.model.generate(**batch, past_key_values=self._static_cache(len(prompts), room))
         answers = output[:, batch["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]

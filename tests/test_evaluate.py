@@ -133,7 +133,9 @@ def test_batched_predictions_are_those_of_one_row_at_a_time_whatever_the_cache(
     rows = [orjson.loads(line) for line in (sample / "test.jsonl").read_bytes().splitlines()]
     single = generated(generator(), rows, 1)
     assert generated(generator(), rows, 16) == single
-    assert generated(generator(cache="static"), rows, 16) == single
+    static = generator(cache="static")
+    assert generated(static, rows, 16) == single
+    assert generated(static, rows, 4) == single  # some batches with the cache of the one before
 
 
 @given(st.lists(st.integers(1, 40_000), min_size=1, max_size=60), st.integers(1, 20))
@@ -157,6 +159,19 @@ def test_other_rows_are_evaluated_beside_the_usual_ones(run: RunDir, sample: Pat
     assert evaluate.Task(run, evaluate.Request(adapter="none", data=few)).where.name.startswith("base-model-few-")
     assert (usual.scores["rows"], other.scores["rows"]) == (3, 2)
     assert evaluated(run, limit=3) == usual
+
+
+def test_where_a_run_has_no_usual_rows_those_that_are_named_are_its_own(run: RunDir, sample: Path) -> None:
+    record = run.read()
+    record.test_data = None
+    run.write(record)
+    run.config.write_text(
+        config.write_yaml(config.read_yaml(run.config) | {"datasets": [{"path": "x/y", "type": "alpaca"}]})
+    )
+    with pytest.raises(UserError, match="no test.jsonl lies beside its training data"):
+        evaluate.Task(run, evaluate.Request(adapter="none"))
+    task = evaluate.Task(run, evaluate.Request(adapter="none", data=sample / "valid.jsonl"))
+    assert task.where == run.path / "evaluations" / "base-model"
 
 
 def test_an_evaluation_of_rows_that_were_the_usual_ones_is_kept(run: RunDir, sample: Path) -> None:

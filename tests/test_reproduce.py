@@ -100,7 +100,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_scores(
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen(command(tiny_profile), cwd=tmp_path, **silent)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=chance.uniform(1, 14))
+            process.wait(timeout=chance.uniform(1, 12))
         process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
         process.wait()
     printed = reproduced(tmp_path, tiny_profile)
