@@ -168,7 +168,7 @@ def test_where_a_run_has_no_usual_rows_those_that_are_named_are_its_own(run: Run
     run.config.write_text(
         config.write_yaml(config.read_yaml(run.config) | {"datasets": [{"path": "x/y", "type": "alpaca"}]})
     )
-    with pytest.raises(UserError, match="no test.jsonl lies beside its training data"):
+    with pytest.raises(UserError, match=r"no test\.jsonl lies beside its training data"):
         evaluate.Task(run, evaluate.Request(adapter="none"))
     task = evaluate.Task(run, evaluate.Request(adapter="none", data=sample / "valid.jsonl"))
     assert task.where == run.path / "evaluations" / "base-model"
