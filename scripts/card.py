@@ -40,7 +40,7 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
         merged: whether the card is that of the merged model.
         repository: where on the hub the model is to be.
     """
-    cwd, of_study, cfg = Path(run.cwd), study.of(run.recipe), config.read_yaml(folder.config)
+    cwd, of_study, cfg = Path(run.cwd), study.of(run.origin), config.read_yaml(folder.config)
     base, is_local = base_model(folder, run)
     known: dict[str, Any] = next(
         (about for name, about in models.catalogue().items() if base in (name, about.get("mirror"))), {}
@@ -50,7 +50,7 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
         shown["plugins"] = plugins
     other_data = run.rehearsal or any(re.match(r"datasets\..*path$", changed.key) for changed in run.differences)
     data = None if of_study is None or other_data else of_study.data
-    published = of_study.aimed_at(run.recipe) if of_study and not run.rehearsal else None
+    published = of_study.aimed_at(run.origin) if of_study and not run.rehearsal else None
     facts: dict[str, Any] = _public(
         {
             "run": run.model_dump(),

@@ -3,7 +3,7 @@
 from contextlib import suppress
 from typing import Any
 
-from . import config, paths, plan, study
+from . import config, paths, plan, study, variants
 from .errors import UserError
 
 
@@ -33,8 +33,26 @@ def entry(name: str, recipe: config.Config) -> dict[str, Any]:
     }
 
 
-def diff(a: str, b: str) -> list[dict[str, Any]]:
-    """The keys in which two recipes or configs differ, with both values."""
-    first, second = (config.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
-    changed = config.differences(first, second)
-    return [{"key": key, a: left, b: right} for key, (left, right) in changed.items()]
+def variants_table(tree: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`variants.tree` as a table shows it."""
+    return [
+        {"recipe": "  " * row["depth"] + row["recipe"], "changed": ", ".join(row["changed"]) or None} for row in tree
+    ]
+
+
+def diff(a: str, b: str | None) -> list[dict[str, Any]]:
+    """The keys in which two recipes or configs differ, with both values, but for where they write to.
+
+    Args:
+        a: a recipe's name or a file.
+        b: another; by default what the first is a variant of.
+
+    Raises:
+        UserError: there is no such recipe, or the first is no variant.
+    """
+    if b is None:
+        above = variants.parent(*paths.find_recipe(a))
+        if above is None:
+            raise UserError(f"{a}: no variant of another recipe; name two")
+        a, b = above, a
+    return [{"key": key, a: left, b: right} for key, (left, right) in variants.changed(a, b).items()]

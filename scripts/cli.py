@@ -21,6 +21,7 @@ class _Verbs(TyperGroup):
         "list",
         "show",
         "diff",
+        "new",
         "data",
         "check",
         "plan",
@@ -112,11 +113,19 @@ class CacheForm(StrEnum):
 
 
 @app.command("list", rich_help_panel=RECIPES)
-def list_(json: Json = False) -> None:
+def list_(
+    variants: Annotated[
+        bool, typer.Option("--variants", help="Which is a variant of which instead, yours in variants/ too.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """The recipes, with model, epochs, optimizer and published scores."""
     from . import catalogue, tables
+    from . import variants as lineage
 
-    rows = catalogue.recipes()
+    rows = lineage.tree() if variants else catalogue.recipes()
+    if variants and not json:
+        rows = catalogue.variants_table(rows)
     tables.print_json(rows) if json else tables.print_table(rows)
 
 
@@ -138,10 +147,10 @@ def show(name: Name, json: Json = False) -> None:
 @app.command(rich_help_panel=RECIPES)
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A recipe's name or a YAML file, such as a run's config.yaml.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    b: Annotated[str | None, typer.Argument(metavar="[B]", help="Another; by default what A is a variant of.")] = None,
     json: Json = False,
 ) -> None:
-    """The keys in which two recipes or configs differ."""
+    """The keys in which two recipes or configs differ, but for where they write to."""
     from . import catalogue, tables
 
     rows = catalogue.diff(a, b)
@@ -149,6 +158,21 @@ def diff(
         tables.print_json(rows)
     elif rows:
         tables.print_table(rows)
+
+
+@app.command(rich_help_panel=RECIPES)
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; it is written to variants/NAME.yaml.")],
+    from_: Annotated[str, typer.Option("--from", metavar="BASE", help="The recipe or YAML file to start from.")],
+    set_: Overrides = None,
+) -> None:
+    """Write a variant of a recipe: all of it, comments too, with what is changed marked."""
+    from . import check as checking
+    from . import compose, variants
+
+    found = checking.examine(compose.compose(compose.Request(from_, overrides=set_ or []))).findings
+    checking.refuse([finding for finding in found if finding.rule != "missing-file"], [])
+    print(variants.write(name, from_, set_ or []))
 
 
 app.add_typer(data_app, name="data", rich_help_panel=BEFORE)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import config, data, datafiles, models, paths, provenance, schema, standin, study
+from . import config, data, datafiles, models, paths, provenance, schema, standin, study, variants
 from .config import Config
 from .errors import UserError
 from .files import sha256
@@ -14,7 +14,6 @@ from .rundir import DataFile, Difference
 
 REHEARSAL = "rehearsal"
 PLUGIN = "qlora_recipes.plugin.RunPlugin"
-_OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  # a run sets these itself
 
 
 @dataclass
@@ -37,12 +36,14 @@ class Composed:
     """A config, and how it came about.
 
     Attributes:
-        files: for the keys that a profile changed, the profile's file.
+        origin: the shipped recipe that a variant or an edited copy is one of; the differences are from it.
+        files: for the keys that a variant or a profile changed, its file.
         data: the data files that it names, once they have been read.
     """
 
     recipe: str
     recipe_file: Path
+    origin: str | None
     config: Config
     differences: list[Difference]
     files: dict[str, Path]
@@ -70,7 +71,9 @@ def compose(request: Request) -> Composed:
     if rehearsal and REHEARSAL not in dict(profiles):
         profiles.append(paths.find_profile(REHEARSAL))  # last, so that nothing takes the run off the CPU
 
-    composed = recipe
+    origin = variants.origin(name, file)
+    first = recipe if origin in (name, None) else config.read_yaml(paths.RECIPES / f"{origin}.yaml")
+    composed = first
     why: dict[str, str] = {}
     files: dict[str, Path] = {}
 
@@ -83,6 +86,8 @@ def compose(request: Request) -> Composed:
                 files[key] = source
         composed = changed
 
+    of_a_run = {key: first.get(key) for key in config.OF_THE_RUN}
+    lay({key: value for key, value in (recipe | of_a_run).items() if value is not None}, paths.shown(file), file)
     if request.mirror:
         lay(_mirrored(composed), "--mirror")
     for profile, profile_file in profiles:
@@ -101,9 +106,9 @@ def compose(request: Request) -> Composed:
         lay(_few_steps(composed), "rehearsal: at most a tenth of the steps")
     differences = [
         Difference(key=key, recipe=before, run=after, why=why.get(key, ""))
-        for key, (before, after) in config.differences(recipe, composed).items()
+        for key, (before, after) in config.differences(first, composed).items()
     ]
-    return Composed(name, file, composed, differences, files, [p for p, _ in profiles], rehearsal)
+    return Composed(name, file, origin, composed, differences, files, [p for p, _ in profiles], rehearsal)
 
 
 def check_arguments(arguments: list[str]) -> None:
@@ -159,7 +164,7 @@ def _input_format(recipe: Config) -> str:
 
 
 def _check_not_of_the_run(key: str, where: str) -> None:
-    if key.partition(".")[0] in _OF_THE_RUN:
+    if key.partition(".")[0] in config.OF_THE_RUN:
         raise UserError(f"{where}: {key} is the run's own; --runs moves runs, `recipe resume` goes on with one")
 
 

@@ -1,5 +1,6 @@
 """Reading Axolotl configs, laying profiles and overrides over them, and comparing two by key."""
 
+import json
 import re
 from collections.abc import Hashable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from .errors import UserError
 
 Config = dict[str, Any]
+OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  # a run sets these itself
 
 
 class _Loader(yaml.CSafeLoader):
@@ -109,6 +111,15 @@ def sources(file: Path) -> dict[str, str]:
 def write_yaml(config: Config) -> str:
     """A config as YAML text, keys in the order they have."""
     return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def write_flow(value: Any) -> str:
+    """A value as YAML on one line."""
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9, default_flow_style=True
+    )
+    text = text.rstrip("\n")
+    return json.dumps(value) if "\n" in text else text  # which is YAML too; text of several lines comes so otherwise
 
 
 def line_of(file: Path, key: str) -> int:

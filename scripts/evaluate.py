@@ -71,7 +71,7 @@ class Task:
             raise UserError(
                 f"{folder.path}: the run ended before it had a tokenizer and a model; it is {self.run.state}"
             )
-        of_study = study.of(self.run.recipe)
+        of_study = study.of(self.run.origin)
         usual = _usual_file(self.run, self.cfg, of_study)
         file = request.data or usual
         if file is None:

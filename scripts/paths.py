@@ -19,6 +19,7 @@ TEMPLATES = _shipped("templates")
 PROFILES = RECIPES / "profiles"
 SAMPLE = RECIPES / "sample"
 RUNS = Path("runs")
+VARIANTS = Path("variants")
 LOCK = _PACKAGE.parent / "requirements.lock"
 
 
@@ -44,14 +45,21 @@ def recipe_names() -> list[str]:
     return sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in files)
 
 
+def variant_names() -> list[str]:
+    """Every variant's name: its path under variants/ without suffix."""
+    return sorted(file.relative_to(VARIANTS).with_suffix("").as_posix() for file in VARIANTS.rglob("*.yaml"))
+
+
 def find_recipe(name: str) -> tuple[str, Path]:
-    """The name and file of a recipe given as NAME or FILE.
+    """The name and file of a recipe or variant given as NAME or FILE.
 
     Raises:
         UserError: there is neither a recipe nor a file of that name.
     """
     if name in recipe_names():
         return name, RECIPES / f"{name}.yaml"
+    if name in variant_names():
+        return name, VARIANTS / f"{name}.yaml"
     file = Path(name)
     if file.suffix in (".yaml", ".yml"):
         if not file.is_file():
@@ -61,8 +69,10 @@ def find_recipe(name: str) -> tuple[str, Path]:
             inside = str(resolved.relative_to(RECIPES).with_suffix(""))
             if inside in recipe_names():
                 return inside, file
+        if resolved.is_relative_to(VARIANTS.resolve()):
+            return resolved.relative_to(VARIANTS.resolve()).with_suffix("").as_posix(), file
         return file.stem, file
-    hint = did_you_mean(name, recipe_names()) or "; `recipe list` shows them all"
+    hint = did_you_mean(name, [*recipe_names(), *variant_names()]) or "; `recipe list` shows them all"
     raise UserError(f"{name}: no recipe of that name{hint}")
 
 

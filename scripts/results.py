@@ -24,8 +24,8 @@ def readable(folders: Sequence[RunDir]) -> Iterator[tuple[RunDir, Run]]:
 
 def row(folder: RunDir, run: Run) -> dict[str, Any]:
     """What one run is and reached. Rehearsals are not compared with published scores."""
-    of_study = study.of(run.recipe)
-    published = of_study.aimed_at(run.recipe) if of_study and not run.rehearsal else None
+    of_study = study.of(run.origin)
+    published = of_study.aimed_at(run.origin) if of_study and not run.rehearsal else None
     own = evaluation(folder.path, run)
     base = read_scores(folder.path / "evaluations" / BASE_MODEL)
     if own and base and any(getattr(own.settings, key) != getattr(base.settings, key) for key in _ALIKE):
@@ -36,10 +36,11 @@ def row(folder: RunDir, run: Run) -> dict[str, Any]:
     difference = None
     if bleu4 is not None and published and own and comparable(own, run):
         difference = bleu4 - published.bleu4
-    changed = [d.key for d in run.differences] + run.axolotl_arguments
+    changed = [d.key for d in run.differences if not d.why.startswith(_REHEARSED)] + run.axolotl_arguments
     return {
         "run": str(folder.path),
         "recipe": run.recipe,
+        "variant_of": run.variant_of,
         "rehearsal": run.rehearsal,
         "state": run.state,
         "step": summary.step,
@@ -63,6 +64,7 @@ def row(folder: RunDir, run: Run) -> dict[str, Any]:
     }
 
 
+_REHEARSED = ("profile rehearsal", "rehearsal: ")  # what every rehearsal changes
 _ALIKE = ("data_sha256", "rows", "decoding")
 
 
@@ -76,7 +78,7 @@ def evaluation(folder: Path, run: Run) -> Evaluation | None:
 
 def comparable(scored: Evaluation, run: Run) -> bool:
     """Whether an evaluation is of a finished run, on just the rows of its study's published scores, decoded its way."""
-    of_study, made = study.of(run.recipe), scored.settings
+    of_study, made = study.of(run.origin), scored.settings
     if of_study is None or run.rehearsal or run.state != "finished" or made.limit is not None:
         return False
     return made.test_set == of_study.data.scored_on and made.decoding == of_study.decoding
@@ -101,13 +103,13 @@ def _short(full: dict[str, Any]) -> dict[str, Any]:
     if not full["rehearsal"]:
         short |= {"published": full["bleu4_published"], "difference": full["bleu4_difference"]}
     speed = full["tokens_per_second"]
-    more = {} if full["rehearsal"] else {"changed": full["changed_keys"] or None}
     return short | {
         "rows": full["rows_evaluated"],
         "peak GiB": full["peak_memory_gib"],
         "tokens/s": round(speed) if speed else None,
         "minutes": f"{minutes:.1f}",
-        **more,
+        "variant of": full["variant_of"],
+        "changed": full["changed_keys"] or None,
     }
 
 
@@ -123,7 +125,9 @@ def show(runs: Path, form: str) -> None:
         rehearsals = [_short(r) for r in rows if r["rehearsal"]]
         if real:
             tables.write(real, form, "Runs")
-            of_studies = {id(s): s for s in (study.of(r["recipe"]) for r in rows if not r["rehearsal"]) if s}
+            of_studies = {
+                id(s): s for s in (study.of(r["variant_of"] or r["recipe"]) for r in rows if not r["rehearsal"]) if s
+            }
             for of_study in of_studies.values():
                 tables.write(baselines(of_study), form, "To compare with")
         if rehearsals:

@@ -65,6 +65,7 @@ def run(request: Request, runs: Path) -> RunDir:
         ours = launched(composed, folder.output)
         record = Run(
             recipe=composed.recipe,
+            variant_of=composed.origin if composed.origin != composed.recipe else None,
             recipe_file=str(composed.recipe_file),
             recipe_sha256=sha256(composed.recipe_file),
             digest=composed.digest,

@@ -71,6 +71,7 @@ class Run(BaseModel):
 
     state: State = "created"
     recipe: str
+    variant_of: str | None = None  # the shipped recipe
     recipe_file: str
     recipe_sha256: str
     template_sha256: str | None = None
@@ -90,6 +91,11 @@ class Run(BaseModel):
     launches: list[Launch] = Field(default_factory=list)
     summary: Summary = Field(default_factory=Summary)
     provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def origin(self) -> str:
+        """The recipe whose study it belongs to."""
+        return self.variant_of or self.recipe
 
 
 @contextmanager
