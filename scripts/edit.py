@@ -4,6 +4,7 @@ A parser that carries comments along ties them to the value before, and loses th
 heading of the next section away. Here lines are edited where the parser says that the value stands.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -39,9 +40,10 @@ def edited(text: str, key: str, value: Any, where: str) -> str:
     else:
         _replace(lines, entry, node, _at(before, path[:at]), _at(after, path[:at]))
     made = "\n".join(lines)
-    if config.parse(made, where) != after:
-        raise UserError(f"--set {key}: {where} has a form there that cannot be edited; change a copy of it by hand")
-    return made
+    with suppress(UserError):
+        if config.parse(made, where) == after:
+            return made
+    raise UserError(f"--set {key}: {where} has a form there that cannot be edited; change a copy of it by hand")
 
 
 def _root(text: str) -> Any:
