@@ -506,10 +506,10 @@ def reproduce(
 ) -> None:
     """Fetch, check, plan, train, evaluate and compare all of a study. What is done already is not done again."""
     from . import evaluate as evaluation
+    from . import pipeline, tables, verdict
     from . import reproduce as reproducing
     from . import results as gathered
     from . import study as studies
-    from . import tables, verdict
     from .compose import Request, is_rehearsal
 
     of_study = studies.find(study)
@@ -528,7 +528,7 @@ def reproduce(
     for outcome in outcomes:
         if outcome.problem:
             print(f"{outcome.recipe}: {outcome.problem}", file=sys.stderr)
-    if code := reproducing.exit_code(outcomes):
+    if code := pipeline.exit_code(outcomes):
         raise typer.Exit(code)
 
 

@@ -21,7 +21,6 @@ from conftest import RECIPE
 from qlora_recipes import compose, datafiles, evaluations, paths, reproduce, rundir, study
 from qlora_recipes.compose import Composed, Request
 from qlora_recipes.errors import UserError
-from qlora_recipes.reproduce import Outcome
 
 STUDY = study.find("haider2024")
 TWO = ("llama-2-7b", "llama-3.2-3b")
@@ -238,40 +237,9 @@ def test_a_judge_that_is_not_there_is_told_before_anything_starts(tmp_path: Path
     assert rundir.all_runs(tmp_path / "runs") == []
 
 
-def commands(words: list[str], outcome: Outcome, codes: list[int]) -> reproduce._Commands:
-    """A recipe's commands, as `work` yields them; what became of each is noted."""
-    for _ in range(2):
-        code, _shown = yield words
-        codes.append(code)
-    outcome.steps["run"] = "done"
-
-
-def test_jobs_each_see_a_gpu_of_their_own_and_write_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    devices = reproduce._devices(2, rehearsal=False)
-    assert devices == ["5", "7"]
-    with pytest.raises(UserError, match="--jobs 3: one GPU a job, and this machine has 2"):
-        reproduce._devices(3, rehearsal=False)
-    assert reproduce._devices(3, rehearsal=True) == [None, None, None]
-    outcomes, codes = [Outcome("a"), Outcome("b"), Outcome("c")], list[int]()
-    works = [(outcome, commands(["show", "nothing"], outcome, codes)) for outcome in outcomes]
-    reproduce._work_off(works, devices, tmp_path)
-    assert codes == [2] * 6
-    assert [outcome.steps for outcome in outcomes] == [{"run": "done"}] * 3
-    assert "no recipe of that name" in (tmp_path / "c" / "reproduce.log").read_text()
-
-
 def test_the_recipes_of_a_study() -> None:
     assert reproduce.chosen(STUDY, []) == list(STUDY.published)
     beside = "haider2024/all-linear/llama-2-7b"
     assert reproduce.chosen(STUDY, ["all-linear/llama-2-7b", beside]) == [beside]
     with pytest.raises(UserError, match="no recipe of the study"):
         reproduce.chosen(STUDY, ["nothing"])
-
-
-def test_exit_codes() -> None:
-    fine, refused, failed = Outcome("a"), Outcome("b"), Outcome("c")
-    refused.fail("check", "wrong")
-    failed.fail("run", "broke")
-    codes = [reproduce.exit_code(some) for some in ([fine], [fine, refused], [refused], [refused, failed])]
-    assert codes == [0, 1, 2, 1]
