@@ -28,6 +28,7 @@ class _Verbs(TyperGroup):
         "analyze",
         "run",
         "resume",
+        "sweep",
         "reproduce",
         "evaluate",
         "score",
@@ -104,12 +105,27 @@ class Group(StrEnum):
     length = "length"
 
 
+class Criterion(StrEnum):
+    """By what a member of a sweep can be the best."""
+
+    eval_loss = "eval_loss"
+    bleu4 = "bleu4"
+    rouge_l = "rouge_l"
+    bertscore_f1 = "bertscore_f1"
+    memory = "memory"
+    time = "time"
+    bleu4_per_gib = "bleu4_per_gib"
+
+
 class CacheForm(StrEnum):
     """The forms of a cache of keys and values."""
 
     auto = "auto"
     static = "static"
     dynamic = "dynamic"
+
+
+Best = Annotated[Criterion | None, typer.Option("--best", help="Name the best member by this.")]
 
 
 @app.command("list", rich_help_panel=RECIPES)
@@ -482,6 +498,73 @@ def resume(run: RunName, runs: Runs = RUNS) -> None:
 
 
 @app.command(rich_help_panel=RUNNING)
+def sweep(
+    name: Name,
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SWEEP]", help="A YAML file in Axolotl's sweep format, or the name of one in recipes/sweeps."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=V,V,V", help="Try each value of a key, with each of the others. Repeatable."
+        ),
+    ] = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Try all of it on the CPU: small model, shipped sample, no network.")
+    ] = False,
+    profile: Profiles = None,
+    mirror: Mirror = False,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Run each member with N seeds.")] = 1,
+    max_runs: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Begin N members at most; the next time takes the others.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Members to work on at a time, each on a GPU of its own.")] = 1,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The GPU to plan for; by default this machine's.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate on the first so many test rows only.")] = None,
+    bertscore: Judge = None,
+    bertscore_layer: JudgeLayer = None,
+    batch_size: BatchSize = 16,
+    best: Best = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan all members, and start none.")] = False,
+    runs: Runs = RUNS,
+    json: Json = False,
+) -> None:
+    """Run a recipe with each of several settings, and compare them. What is done already is not done again."""
+    from . import evaluate as evaluation
+    from . import gpus, pipeline, sweep_tables, sweeps, tables
+    from . import sweep as sweeping
+    from .compose import Request, is_rehearsal
+
+    if not file and not set_:
+        raise UserError("name a sweep's file, or values to try, as in --set lora_r=16,32")
+    called, members = sweeps.read(sweeps.find_file(file) if file else None, set_ or [])
+    request = Request(name, profiles=profile or [], rehearse=rehearse, mirror=mirror)
+    request.rehearse = is_rehearsal(request)
+    judged = evaluation.Request(limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
+    target = gpus.find(gpu) if gpu else None
+    options = sweeping.Options(request, seeds, max_runs, jobs, target, judged, runs, dry_run)
+    made, outcomes = sweeping.sweep(called, members, options)
+    rows = sweeps.rows(made, runs, best.value if best else None)
+    if json:
+        steps = [outcome.as_row() | {"problem": outcome.problem} for outcome in outcomes]
+        tables.print_json({"sweep": made.label, "steps": steps, "results": rows})
+    else:
+        tables.print_table([outcome.as_row() for outcome in outcomes], empty=True)
+        print()
+        sweep_tables.show(made, rows, best.value if best else None, "table")
+    for outcome in outcomes:
+        if outcome.problem:
+            print(f"{outcome.label}: {outcome.problem}", file=sys.stderr)
+    if code := pipeline.exit_code(outcomes):
+        raise typer.Exit(code)
+
+
+@app.command(rich_help_panel=RUNNING)
 def reproduce(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="A folder of recipes/ with a study.yaml.")],
     rehearse: Annotated[
@@ -617,6 +700,11 @@ def results(
         str | None, typer.Option(metavar="S", help="A study's table: its runs beside its published scores.")
     ] = None,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="With --study: its rehearsals instead.")] = False,
+    sweep: Annotated[
+        str | None,
+        typer.Option(metavar="S", help="A sweep's members beside each other, by what varies; latest is the newest."),
+    ] = None,
+    best: Best = None,
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option(metavar="A B", help="Two runs, or a run and a file of predictions, on the same rows."),
@@ -636,10 +724,12 @@ def results(
     from . import compare as comparing
     from . import results as gathered
     from . import study as studies
-    from . import tables, verdict
+    from . import sweep_tables, sweeps, tables, verdict
 
-    if sum(map(bool, (study, compare, by))) > 1:
-        raise UserError("--study, --compare and --by: one of them")
+    if sum(map(bool, (study, sweep, compare, by))) > 1:
+        raise UserError("--study, --sweep, --compare and --by: one of them")
+    if best and not sweep:
+        raise UserError("--best: goes with --sweep")
     if (rehearse and not study) or (run and not by):
         raise UserError("--rehearse: goes with --study" if rehearse else "--run: goes with --by")
     form = "json" if json else "csv" if csv else "md" if md else "table"
@@ -648,6 +738,9 @@ def results(
         tables.write(rows, form, f"a: {compare[0]}, b: {compare[1]}")
     elif by:
         tables.write(comparing.by_group(comparing.predictions(run or "latest", runs).rows, by.value), form, run)
+    elif sweep:
+        made, by_what = sweeps.find(sweep, runs), best.value if best else None
+        sweep_tables.show(made, sweeps.rows(made, runs, by_what), by_what, form)
     elif study:
         of_study = studies.find(study)
         gathered.show_study(of_study, verdict.rows(of_study, runs, rehearse), rehearse, form)

@@ -114,11 +114,11 @@ def write_yaml(config: Config) -> str:
 
 
 def write_flow(value: Any) -> str:
-    """A value as YAML on one line."""
+    """A value as YAML on one line, as it may stand within brackets too."""
     text: str = yaml.dump(
-        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9, default_flow_style=True
+        [value], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9, default_flow_style=True
     )
-    text = text.rstrip("\n")
+    text = text.rstrip("\n")[1:-1]
     return json.dumps(value) if "\n" in text else text  # which is YAML too; text of several lines comes so otherwise
 
 

@@ -34,7 +34,9 @@ def edited(text: str, key: str, value: Any, where: str) -> str:
         for part in reversed(path[at + 1 :]):
             value = {part: value}
         indent = " " * node.value[0][0].start_mark.column
-        lines.insert(_last_line(node, lines) + 1, f"{indent}{path[at]}: {_flow(value)}  # variant, was not set")
+        lines.insert(
+            _last_line(node, lines) + 1, f"{indent}{path[at]}: {config.write_flow(value)}  # variant, was not set"
+        )
     elif value is None and at == len(path) and isinstance(entry, yaml.ScalarNode) and entry.start_mark.column == 0:
         _remove(lines, entry, node)
     else:
@@ -63,11 +65,6 @@ def _at(content: Any, path: list[str]) -> Any:
     for part in path:
         content = content[int(part)] if isinstance(content, list) else (content or {}).get(part)
     return content
-
-
-def _flow(value: Any) -> str:
-    """A value as YAML on one line, as it may stand within brackets too."""
-    return config.write_flow([value])[1:-1]
 
 
 def _is_block(node: Any) -> bool:
@@ -115,6 +112,6 @@ def _replace(lines: list[str], entry: Any, node: Any, old: Any, new: Any) -> Non
     code, _, comment = rest.partition(" #")
     code = "" if _is_block(node) else code.rstrip()
     kept = f"; {comment.strip()}" if comment else ""
-    marked = f"{head}{_flow(new)}{code}  # variant, was {_flow(old)}{kept}"
+    marked = f"{head}{config.write_flow(new)}{code}  # variant, was {config.write_flow(old)}{kept}"
     says_more = any("#" in line for line in below)
     lines[first : last + 1] = [marked, *(map(_commented, below) if says_more else ())]

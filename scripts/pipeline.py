@@ -112,12 +112,17 @@ class Pipeline:
         self.outcome.steps |= {"check": SKIPPED, "plan": SKIPPED}
         return True
 
-    def check(self, with_data: bool) -> bool:
-        """Whether nothing is wrong with it, as far as that can be told with or without its data."""
+    def check(self, with_data: bool, starts: bool = True) -> bool:
+        """Whether nothing is wrong with it, as far as that can be told with or without its data.
+
+        Args:
+            with_data: whether to read its rows.
+            starts: whether it is about to start here.
+        """
         if self.composed is None:
             return False
-        starts = not self.request.rehearse
-        found = check.check(self.request, gpus.here(), data=with_data, launching=starts).findings
+        here = starts and not self.request.rehearse
+        found = check.check(self.request, gpus.here(), data=with_data, launching=here).findings
         if not with_data:
             found = [finding for finding in found if finding.rule != "missing-file" or "datasets" not in finding.key]
         errors = [str(finding) for finding in found if finding.level == "error"]
@@ -164,7 +169,7 @@ class Pipeline:
 
     def _former(self) -> tuple[RunDir, Run] | None:
         """The newest run of this config on the same data; a finished one before others."""
-        digest, same = self._digest(), []
+        digest, same = self.digest(), []
         for folder in all_runs(self.runs / self.outcome.recipe) if digest else ():
             with suppress(UserError):  # a folder that is no run
                 run = folder.read()
@@ -172,7 +177,7 @@ class Pipeline:
                     same.append((folder, run))
         return max(same, key=lambda one: (one[1].state == "finished", one[0].path.name), default=None)
 
-    def _digest(self) -> str | None:
+    def digest(self) -> str | None:
         """The hash of its config and data; None where they are not there."""
         if self.composed and not self.composed.data:
             with suppress(UserError):

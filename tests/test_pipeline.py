@@ -1,4 +1,4 @@
-"""What a pipeline does with commands, jobs and failures; `recipe reproduce` and `recipe sweep` are tested as commands."""
+"""What a pipeline does with commands, jobs and failures; test_reproduce.py and test_sweep.py have the commands."""
 
 from pathlib import Path
 

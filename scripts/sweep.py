@@ -1,0 +1,140 @@
+"""Running all members of a sweep, each unless it was done before: `recipe sweep`."""
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from . import config, pipeline, sweeps
+from .compose import Request
+from .errors import UserError
+from .evaluate import Request as Evaluation
+from .gpus import Gpu
+from .paths import RUNS, find_recipe
+from .pipeline import DONE, Outcome, Pipeline
+from .planner import GIB
+from .progress import say
+from .rundir import held
+from .sweeps import Member, Sweep
+
+AXOLOTL_SEED = 42  # where a config names none
+_OF_ROWS = ("datasets", "test_datasets", "base_model", "special_tokens", "sequence_len")  # what decides on rows
+
+
+@dataclass
+class Options:
+    """How a sweep is to be run.
+
+    Attributes:
+        request: what is laid over the recipe for every member.
+        seeds: how many seeds each member is run with, from the recipe's own on.
+        max_runs: the most members that are begun; the others wait for the next time.
+        jobs: how many to work on at a time, each on a GPU of its own.
+        gpu: what they are planned for, by default this machine's GPU.
+        evaluation: how each run is evaluated.
+        runs: the folder for the runs.
+        dry_run: check and plan only.
+    """
+
+    request: Request
+    seeds: int = 1
+    max_runs: int | None = None
+    jobs: int = 1
+    gpu: Gpu | None = None
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    runs: Path = RUNS
+    dry_run: bool = False
+
+
+def sweep(name: str, members: list[Member], options: Options) -> tuple[Sweep, list[Outcome]]:
+    """Bring every member of a sweep to its scores.
+
+    All are checked and planned before the first starts. One that does not fit the GPU, or fails, does not keep the
+    others from going on.
+
+    Raises:
+        UserError: a member is wrong, or two come to the same; nothing was started.
+        WorkFailed: BERTScore's model cannot be loaded.
+    """
+    request, runs = options.request, options.runs
+    recipe, file = find_recipe(request.name)
+    devices = pipeline.devices_for(options.jobs, request.rehearse)
+    members = _seeded(members, options.seeds, config.read_yaml(file).get("seed", AXOLOTL_SEED))
+    pipelines = []
+    for member in members:
+        overrides = [*request.overrides, *member.overrides]
+        outcome = Outcome(recipe, re.sub(r"[/\0]", "-", member.label))
+        pipelines.append(Pipeline(outcome, replace(request, overrides=overrides), options.evaluation, runs))
+    _check(pipelines, starts=not options.dry_run)
+    for member, one in zip(members, pipelines, strict=True):
+        member.digest = one.digest()
+        one.plan(options.gpu)
+        if one.outcome.problem and not options.dry_run:
+            say(f"{member.label}: {one.outcome.problem}")
+        if one.planned:
+            member.planned_gib = one.planned["memory"]["needed"] / GIB
+    _refuse_twins(pipelines)
+    profiles = pipelines[0].composed.profiles if pipelines[0].composed else []
+    made = Sweep(
+        name=name,
+        recipe=recipe,
+        rehearsal=request.rehearse,
+        keys=sweeps.varying(members),
+        profiles=profiles,
+        members=members,
+    )
+    if not options.dry_run:
+        runs.mkdir(parents=True, exist_ok=True)
+        made.file(runs).parent.mkdir(parents=True, exist_ok=True)
+        with held(made.file(runs).with_suffix(".lock"), f"the sweep {made.label} is going on there"):
+            made.write(runs)
+            _run(pipelines, devices, options)
+    return made, [one.outcome for one in pipelines]
+
+
+def _seeded(members: list[Member], seeds: int, first: int) -> list[Member]:
+    if seeds == 1:
+        return members
+    if any("seed" in member.values for member in members):
+        raise UserError("--seeds: the sweep sets seed itself")
+    return [member.model_copy(update={"seed": first + i}) for member in members for i in range(seeds)]
+
+
+def _check(pipelines: list[Pipeline], starts: bool) -> None:
+    """Check every member, and rows that several are trained on once.
+
+    Raises:
+        UserError: something is wrong with some, told once for all of them.
+    """
+    wrong: dict[str, list[str]] = {}
+    seen = set()
+    for one in pipelines:
+        cfg = one.composed.config if one.composed else {}
+        data = config.write_yaml({key: cfg.get(key) for key in _OF_ROWS})
+        if not one.check(with_data=starts and data not in seen, starts=starts):
+            for problem in str(one.outcome.problem).splitlines():
+                wrong.setdefault(problem, []).append(one.outcome.label)
+        seen.add(data)
+        one.outcome.steps["check"] = DONE
+    if wrong:
+        everyone = len(pipelines)
+        told = (f"{'every member' if len(n) == everyone else '; '.join(n)}: {problem}" for problem, n in wrong.items())
+        raise UserError("\n".join(told))
+
+
+def _refuse_twins(pipelines: list[Pipeline]) -> None:
+    seen: dict[str, str] = {}
+    for one in pipelines:
+        content = config.write_yaml(one.composed.config) if one.composed else ""
+        if content in seen:
+            raise UserError(f"{seen[content]} and {one.outcome.label} come to the same config; leave one out")
+        seen[content] = one.outcome.label
+
+
+def _run(pipelines: list[Pipeline], devices: list[str | None], options: Options) -> None:
+    fitting = [one for one in pipelines if not one.outcome.problem]
+    pipeline.need_judge(fitting)
+    left = [one for one in fitting if not one.is_evaluated()][options.max_runs or len(fitting) :]
+    for one in left:
+        one.outcome.steps["run"] = "left for later"
+    works = [(one.outcome, one.work()) for one in fitting if one not in left]
+    pipeline.work_off(works, devices, options.runs)
