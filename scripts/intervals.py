@@ -30,7 +30,8 @@ def of_few(values: Sequence[float]) -> list[float]:
     """Student's 95 % interval of the mean of a few values, which a bootstrap makes too narrow; of two or more."""
     from scipy.stats import sem, t
 
-    found = t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=sem(values))
+    mean, error = float(np.mean(values)), float(sem(values))
+    found = t.interval(0.95, len(values) - 1, loc=mean, scale=error) if error else (mean, mean)
     return [float(found[0]), float(found[1])]
 
 

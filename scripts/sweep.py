@@ -1,5 +1,6 @@
 """Running all members of a sweep, each unless it was done before: `recipe sweep`."""
 
+import itertools
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,6 +66,7 @@ def sweep(name: str, members: list[Member], options: Options) -> tuple[Sweep, li
         outcome = Outcome(recipe, re.sub(r"[/\0]", "-", member.label))
         pipelines.append(Pipeline(outcome, replace(request, overrides=overrides), options.evaluation, runs))
     _check(pipelines, starts=not options.dry_run)
+    _refuse_twins(pipelines)
     for member, one in zip(members, pipelines, strict=True):
         member.digest = one.digest()
         one.plan(options.gpu)
@@ -72,7 +74,6 @@ def sweep(name: str, members: list[Member], options: Options) -> tuple[Sweep, li
             say(f"{member.label}: {one.outcome.problem}")
         if one.planned:
             member.planned_gib = one.planned["memory"]["needed"] / GIB
-    _refuse_twins(pipelines)
     profiles = pipelines[0].composed.profiles if pipelines[0].composed else []
     made = Sweep(
         name=name,
@@ -100,34 +101,33 @@ def _seeded(members: list[Member], seeds: int, first: int) -> list[Member]:
 
 
 def _check(pipelines: list[Pipeline], starts: bool) -> None:
-    """Check every member, and rows that several are trained on once.
+    """Check every member; then, if they are to start, the rows, those that several are trained on once.
 
     Raises:
         UserError: something is wrong with some, told once for all of them.
     """
-    wrong: dict[str, list[str]] = {}
-    seen = set()
-    for one in pipelines:
-        cfg = one.composed.config if one.composed else {}
-        data = config.write_yaml({key: cfg.get(key) for key in _OF_ROWS})
-        if not one.check(with_data=starts and data not in seen, starts=starts):
-            for problem in str(one.outcome.problem).splitlines():
-                wrong.setdefault(problem, []).append(one.outcome.label)
-        seen.add(data)
-        one.outcome.steps["check"] = DONE
-    if wrong:
-        everyone = len(pipelines)
-        told = (f"{'every member' if len(n) == everyone else '; '.join(n)}: {problem}" for problem, n in wrong.items())
-        raise UserError("\n".join(told))
+    by_rows = {
+        config.write_yaml({key: one.composed.config.get(key) for key in _OF_ROWS}): one
+        for one in pipelines
+        if one.composed
+    }
+    for some, rows in ((pipelines, False), (list(by_rows.values()) if starts else [], True)):
+        wrong: dict[str, list[str]] = {}
+        for one in some:
+            if not one.check(with_data=rows, starts=starts):
+                for problem in str(one.outcome.problem).splitlines():
+                    wrong.setdefault(problem, []).append(one.outcome.label)
+            one.outcome.steps["check"] = DONE
+        if wrong:
+            every = len(some)
+            told = (f"{'every member' if len(n) == every else '; '.join(n)}: {problem}" for problem, n in wrong.items())
+            raise UserError("\n".join(told))
 
 
 def _refuse_twins(pipelines: list[Pipeline]) -> None:
-    seen: dict[str, str] = {}
-    for one in pipelines:
-        content = config.write_yaml(one.composed.config) if one.composed else ""
-        if content in seen:
-            raise UserError(f"{seen[content]} and {one.outcome.label} come to the same config; leave one out")
-        seen[content] = one.outcome.label
+    for one, other in itertools.combinations(pipelines, 2):
+        if one.composed and other.composed and not config.differences(one.composed.config, other.composed.config):
+            raise UserError(f"{one.outcome.label} and {other.outcome.label} come to the same config; leave one out")
 
 
 def _run(pipelines: list[Pipeline], devices: list[str | None], options: Options) -> None:
