@@ -116,7 +116,7 @@ def test_list_show_and_diff_print_data(recipe: Recipe) -> None:
     shown = recipe("show", NAME)
     assert shown.stdout == (paths.RECIPES / f"{NAME}.yaml").read_text()
     keys = {row["key"] for row in orjson.loads(recipe("diff", NAME, "haider2024/llama-3-8b", "--json").stdout)}
-    assert keys == {"base_model", "revision_of_model", "special_tokens.pad_token", "optimizer", "output_dir"}
+    assert keys == {"base_model", "revision_of_model", "special_tokens.pad_token", "optimizer"}
     assert recipe("diff", NAME, NAME).stdout == ""
 
 
