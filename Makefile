@@ -13,7 +13,7 @@ demo: setup  ## Rehearse one recipe on the CPU from training to scores
 	$(RECIPE) results
 
 test: setup  ## All tests; no GPU, no network
-	.venv/bin/pytest
+	.venv/bin/pytest -n 2 --dist loadfile
 
 lint: setup
 	.venv/bin/ruff check .

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -797,6 +798,8 @@ def render(
 
 def main() -> None:
     """Run the command; exit code 0 done, 1 the work failed, 2 the request was wrong."""
+    # torch's threads wait for each other in busy loops, which beside any other work makes training many times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except UserError as error:

@@ -39,7 +39,7 @@ def work(
     """
     config, length = composed.config, steps.length_of(composed.config)
     rows, source = datafiles.training_rows(config), "the config's data"
-    of_study = study.of(composed.recipe)
+    of_study = study.of(composed.origin or composed.recipe)
     own_data = any(difference.key.startswith("datasets") for difference in composed.differences)
     if trained_on:
         rows, source = trained_on[0], "counted"

@@ -13,6 +13,9 @@ from hypothesis import HealthCheck, settings
 
 os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see cli.main
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its share of the processors, not all of them
+    os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // int(workers), 1))
 
 from qlora_recipes import compose, config, paths, study
 from qlora_recipes.files import write_rows
