@@ -90,11 +90,17 @@ def of_sweep(sweep: Any, rows: list[Row], analyze: bool) -> str:
     memory = draw.memory(rows)
     section = {
         "about": about,
-        "table": [report_runs.sweep_row(row) for row in rows],
+        "table": _without_empty([report_runs.sweep_row(row) for row in rows]),
         "figures": [*draw.sweep(rows), *([memory] if memory else [])],
     }
     found = members([RunDir(Path(run)) for _, run, _ in made], labels)
     return _page(sweep.name, f"Sweep of {sweep.recipe}", found, analyze, sweep=section)
+
+
+def _without_empty(rows: list[Row]) -> list[Row]:
+    """Rows without the columns that are empty in all of them."""
+    kept = [column for column in rows[0] if any(row[column] not in (None, "") for row in rows)]
+    return [{column: row[column] for column in kept} for row in rows]
 
 
 def write(file: Path, html: str) -> None:

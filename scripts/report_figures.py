@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import batched
+from itertools import batched, product
 from statistics import median
 from typing import Any
 
@@ -142,10 +142,11 @@ def memory(runs: Sequence[Row]) -> Figure | None:
     """Planned beside measured memory of rows with member, planned_gib, peak_memory_gib and memory_kind."""
     kinds = list(dict.fromkeys(row["memory_kind"] for row in runs if row["peak_memory_gib"] is not None))
     named = {"resident": "measured: resident memory of the process, on the CPU"}
-    bars = {"planned: for a GPU, reserved and CUDA's own": [(row["member"], row["planned_gib"]) for row in runs]}
+    bars = {}
     for kind in kinds:
         measured = [(row["member"], row["peak_memory_gib"]) for row in runs if row["memory_kind"] == kind]
         bars[named.get(kind, f"measured: {kind}")] = measured
+    bars["planned: for a GPU, reserved and CUDA's own"] = [(row["member"], row["planned_gib"]) for row in runs]
     traces = []
     for i, (name, values) in enumerate(bars.items()):
         if known := [(member, gib) for member, gib in values if gib is not None]:
@@ -169,7 +170,8 @@ def _bars(name: str, values: Sequence[tuple[str, float]], i: int) -> Trace:
         "x": [value for _, value in values],
         "y": [label for label, _ in values],
         "marker": marker,
-        "textposition": "auto",
+        "textposition": "outside",
+        "cliponaxis": False,
     }
 
 
@@ -225,6 +227,7 @@ def _points(name: str, rows: Sequence[tuple[float, float, str]], i: int, **more:
         "y": [y for _, y, _ in rows],
         "text": [text for _, _, text in rows],
         "textposition": "top center",
+        "cliponaxis": False,
         "marker": _style(i)["marker"] | {"size": 11} | more,
     }
 
@@ -276,7 +279,9 @@ def sweep(rows: Sequence[Row]) -> Iterator[Figure]:
         )
 
 
-_FRONT = "A diamond is on the Pareto front over memory and quality: no member is better in both."
+_FRONT = (
+    "A filled diamond is on the Pareto front: no other member is better in one of the two and as good in the other."
+)
 
 
 def _percent(row: Row) -> float | None:
@@ -284,22 +289,20 @@ def _percent(row: Row) -> float | None:
 
 
 def _against(rows: Sequence[Row], x: str, y: str) -> list[Trace]:
-    """Members by two of their values, those on the Pareto front apart."""
-    traces = []
-    for name, i, is_front in (("on the Pareto front", 2, True), ("not on it", 1, False)):
-        known = [
-            (row[x], row[y], row["member"])
-            for row in rows
-            if row.get(x) is not None and row.get(y) is not None and bool(row["pareto"]) == is_front
-        ]
-        if known:
-            form = {"color": COLOURS[2 if is_front else 1], "symbol": "diamond" if is_front else "circle-open"}
-            traces.append(_points(name, sorted(known), i, **form))
-    if traces and traces[0]["name"].startswith("on"):
-        traces[0] |= {"mode": "lines+markers+text", "line": {"dash": "dot", "color": COLOURS[2], "width": 1.5}}
-        if x == "percent":
-            traces[0]["mode"] = "markers+text"  # the front is over memory, so a line would mislead
-    return traces
+    """Members by a cost and a quality, those on the Pareto front of the two apart."""
+    known = [(row[x], row[y], row["member"]) for row in rows if row.get(x) is not None and row.get(y) is not None]
+    sign = 1 if y == "eval_loss" else -1
+
+    def beaten(point: tuple[float, float, str]) -> bool:
+        cost, loss = point[0], sign * point[1]
+        return any(a <= cost and sign * b <= loss and (a, sign * b) != (cost, loss) for a, b, _ in known)
+
+    front = sorted(point for point in known if not beaten(point))
+    others = [point for point in known if beaten(point)]
+    line = {"dash": "dot", "color": COLOURS[2], "width": 1.5}
+    traces = [_points("on the Pareto front", front, 2, symbol="diamond") | {"mode": "lines+markers+text", "line": line}]
+    traces.append(_points("not on it", others, 1, symbol="circle-open"))
+    return [trace for trace in traces if trace["x"]]
 
 
 def study(rows: Sequence[Row], baselines: Sequence[Row]) -> Figure | None:
@@ -332,7 +335,10 @@ def study(rows: Sequence[Row], baselines: Sequence[Row]) -> Figure | None:
         for row in rows
     )
     size = {"height": 220 + 34 * len(rows)}
-    x = _axis("BLEU-4")
+    every = [x for trace in traces for x in trace["x"]]
+    every += [row[end] for row in ours for end in ("bleu4_low", "bleu4_high") if row[end] is not None]
+    room = 0.05 * (max(every) - min(every)) or 1.0
+    x = _axis("BLEU-4", range=[min(every) - room, max(every) + room])  # a line alone would lie on the frame
     return Figure("study-bleu4", "BLEU-4 of the study's recipes", traces, x, _categories(), "", size, says)
 
 
@@ -345,11 +351,13 @@ def lora_share(rows: Sequence[Row], own: dict[str, tuple[int, float]]) -> Figure
     """
     traces = []
     models = list(dict.fromkeys(row["model"] for row in rows))
-    for i, (model, label) in enumerate((model, label) for model in models for label in lora.TARGETS):
+    for (i, model), (j, label) in product(enumerate(models), enumerate(lora.TARGETS)):
         of_line = [row for row in rows if (row["model"], row["layers"]) == (model, label)]
         xs, ys = [row["rank"] for row in of_line], [100 * row["share"] for row in of_line]
         name = label if len(models) == 1 else f"{model}, {label}"
-        traces.append({"type": "scatter", "mode": "lines+markers", "name": name, "x": xs, "y": ys, **_style(i)})
+        style = _style(j if len(models) == 1 else i)
+        style["line"]["dash"] = DASHES[j]
+        traces.append({"type": "scatter", "mode": "lines+markers", "name": name, "x": xs, "y": ys, **style})
     for name, (rank, share) in own.items():
         marker = {"color": "#767676", "symbol": "star", "size": 15}
         point = {"x": [rank], "y": [100 * share], "marker": marker}

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from . import config, paths, results, schema, tables
+from . import config, paths, results, schema, study, tables
 from .errors import UserError
 from .evaluations import BASE_MODEL, Evaluation, read_predictions, read_scores
 from .files import sha256
@@ -118,26 +118,42 @@ def overview(one: Member) -> Row:
         "of": row["memory_kind"],
         "tokens/s": None if row["tokens_per_second"] is None else round(row["tokens_per_second"]),
         "time in steps": _duration(row["train_seconds"]),
-        "folder": one.folder.path.name,
     }
 
 
 def scores(found: Sequence[Member]) -> list[Row]:
-    """A row for each run that was evaluated, and its base model's."""
-    rows = []
+    """A row for each score, with a column for each run that was evaluated, for its base model where that was, and for
+    what was published where runs aim at that."""
+    columns: dict[str, dict[str, str | None]] = {}
     for one in found:
+        if not one.evaluation:
+            continue
+        columns[one.label] = _column(one.evaluation)
         base = read_scores(one.folder.path / "evaluations" / BASE_MODEL)
-        for name, made in ((one.label, one.evaluation), (f"{one.label}: the base model alone", base)):
-            if made is None or (made is base and (base is None or not alike(one, base))):
-                continue
-            scores, within = made.scores, made.scores.get("intervals") or {}
-            row: Row = {"of": name, "rows": scores.get("rows")}
-            for score, title in SCORES.items():
-                row |= {title: scores.get(score), f"{title} 95 %": within.get(score)}
-            row |= {key: scores.get(key) for key in ("sacrebleu", "exact", "empty", "repeated", "length_ratio")}
-            judge = scores.get("bertscore") or {}
-            rows.append(row | {"BERTScore by": judge.get("model")})
-    return rows
+        if base and alike(one, base):
+            columns[f"{one.label}: base model alone"] = _column(base)
+        of_study = study.of(one.run.recipe)
+        if of_study and results.comparable(one.evaluation, one.run) and (aim := of_study.aimed_at(one.run.recipe)):
+            published: dict[str, str | None] = {}
+            for key in ("bleu4", "bertscore_f1"):
+                published[SCORES[key]] = tables.text_of(getattr(aim, key))
+            columns[f"{one.label}: published"] = published
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    return [{"score": name} | {label: column.get(name) for label, column in columns.items()} for name in names]
+
+
+def _column(made: Evaluation) -> dict[str, str | None]:
+    """An evaluation's scores as text, with their intervals."""
+    column: dict[str, str | None] = {}
+    intervals = made.scores.get("intervals") or {}
+    for key, value in made.scores.items():
+        if intervals.get(key):
+            column[SCORES.get(key, key)] = f"{tables.text_of(value)} ({tables.text_of(intervals[key])})"
+        elif isinstance(value, int | float | str):
+            column[SCORES.get(key, key)] = tables.text_of(value)
+        elif key == "bertscore" and value:
+            column["BERTScore by"] = str(value.get("model"))
+    return column
 
 
 def alike(one: Member, other: Evaluation) -> bool:

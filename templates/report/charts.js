@@ -76,7 +76,8 @@ async function drawFigures() {
     const figure = figures[box.dataset.figure];
     const { xaxis, yaxis, height, ...more } = figure.layout;
     const plot = box.querySelector(".plot");
-    if (height) plot.style.height = `${height}px`;
+    const legend = Math.ceil(figure.traces.length / (plot.clientWidth > 420 ? 2 : 1)) - 1;
+    plot.style.height = `${(height ?? 300) + 19 * legend}px`;
     const layout = { ...LAYOUT, ...more, xaxis: axis(xaxis), yaxis: axis(yaxis), showlegend: figure.traces.length > 1 };
     await Plotly.newPlot(plot, figure.traces, layout, DRAWN);
     const file = `${box.dataset.figure}`;

@@ -131,7 +131,8 @@ class Reader {
       found.sort((a, b) => sign * ((values[a] ?? -1) - (values[b] ?? -1)) || a - b);
     }
     this.found = found;
-    $("count").textContent = `${found.length.toLocaleString("en")} of ${set.reference.length.toLocaleString("en")} rows`;
+    const [some, all] = [found.length, set.reference.length].map((count) => count.toLocaleString("en"));
+    $("count").textContent = some === all ? `all ${all} rows` : `${some} of ${all} rows match`;
     this.go(0);
   }
 
@@ -144,7 +145,7 @@ class Reader {
     const row = this.found[at];
     $("before").disabled = at <= 0;
     $("after").disabled = at >= this.found.length - 1;
-    $("position").textContent = row === undefined ? "no row" : `${at + 1} of ${this.found.length}: row ${this.set.row[row]}`;
+    $("position").textContent = row === undefined ? "" : `${(at + 1).toLocaleString("en")} of`;
     this.list();
     this.read(row);
     this.highlight();
@@ -173,7 +174,7 @@ class Reader {
 
   /** The list was made anew; the keyboard stays where it was. */
   focus() {
-    $("matches").querySelector("[aria-current] ")?.focus();
+    $("matches").querySelector("[aria-current]")?.focus();
   }
 
   read(i) {
@@ -211,7 +212,6 @@ class Reader {
   said(title, values, text) {
     const part = element("div");
     const head = element("h4", "", title);
-    if (values) head.append(" ", element("span", "values", values));
     const said = element("div", "said");
     said.dir = "auto";
     said.tabIndex = 0;
@@ -220,6 +220,7 @@ class Reader {
     if (text) show(said, text);
     else said.append(element("span", "quiet", text === "" ? "(empty)" : "(no prediction)"));
     part.append(head, said);
+    if (values) part.append(element("p", "values", values));
     return part;
   }
 
