@@ -19,7 +19,7 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 PATTERNS = ("", "/", "x", ".", "-", "|")
 MOST_POINTS = 1000  # of a line; more are not told apart, and slow to draw
-_BINS = 40
+_BINS = 40, 20  # of one run, and of several
 
 
 @dataclass
@@ -187,13 +187,14 @@ def distributions(runs: dict[str, Sequence[Row]]) -> Iterator[Figure]:
         if not values:
             continue
         low, high = min(map(min, values.values())), max(map(max, values.values()))
-        width = (high - low) / _BINS or 1.0
+        bins = _BINS[len(values) > 1]
+        width = (high - low) / bins or 1.0
         traces, says = [], []
         for i, (name, found) in enumerate(values.items()):
-            counts = [0] * _BINS
+            counts = [0] * bins
             for value in found:
-                counts[min(int((value - low) / width), _BINS - 1)] += 1
-            middles = [round(low + (bin_ + 0.5) * width, 4) for bin_ in range(_BINS)]
+                counts[min(int((value - low) / width), bins - 1)] += 1
+            middles = [round(low + (bin_ + 0.5) * width, 4) for bin_ in range(bins)]
             shares = [round(100 * count / len(found), 4) for count in counts]
             form: Trace = {"type": "bar", "marker": {"color": COLOURS[0]}, "width": width}
             if len(values) > 1:
@@ -248,7 +249,7 @@ def sweep(rows: Sequence[Row]) -> Iterator[Figure]:
     """The trade-offs of a sweep's members: quality over memory and over the trainable share, and each score with its
     interval. What no member has is left out."""
     kinds = {row["memory_kind"] for row in rows if row["memory_kind"]}
-    peak = _axis(f"peak memory measured, GiB ({', '.join(sorted(kinds))})")
+    peak = _axis(f"peak GiB ({', '.join(sorted(kinds))})")
     share = _axis("trainable parameters, % of all", type="log")
     quality = {"eval_loss": "validation loss (lower is better)"} | {
         name: f"{title} (higher is better)" for name, title in SCORES.items()

@@ -3,8 +3,12 @@
 import gzip
 import math
 import random
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -219,7 +223,7 @@ def test_memory_of_different_kinds_is_said_to_be_that(tmp_path: Path) -> None:
     row = {"member": "a", "planned_gib": 7.0, "peak_memory_gib": 2.4, "memory_kind": "resident"}
     figure = report_figures.memory([row])
     assert figure
-    assert [trace["name"].partition(":")[0] for trace in figure.traces] == ["planned", "measured"]
+    assert [trace["name"].partition(":")[0] for trace in figure.traces] == ["measured", "planned"]
     assert "different kinds of memory" in figure.note
     on_gpu = report_figures.memory([row | {"memory_kind": "GPU, reserved"}])
     assert on_gpu and "different kinds" not in on_gpu.note
@@ -269,10 +273,10 @@ def test_a_sweep_shows_its_trade_offs(tmp_path: Path) -> None:
     assert "Validation loss against memory" in html
 
 
-def test_a_run_with_5000_predictions_is_below_8_mb(tmp_path: Path) -> None:
+def a_large_run(folder: Path, count: int = 5000) -> RunDir:
+    """A run with so many predictions for diffs as long, and as hard to compress, as CodeReviewer's."""
     data = random.Random(0)
-    run = a_run(tmp_path)
-    test = tmp_path / "data" / "test.jsonl"
+    run = a_run(folder)
     letters = "abcdefghijklmnopqrstuvwxyz_(){};=  "
     words = ["".join(data.choices(letters, k=data.randint(3, 12))) for _ in range(9000)]
     often = [1 / (i + 20) for i in range(len(words))]
@@ -280,18 +284,32 @@ def test_a_run_with_5000_predictions_is_below_8_mb(tmp_path: Path) -> None:
     def text(count: int) -> str:
         return " ".join(data.choices(words, often, k=count))
 
-    rows = [{"input": text(180), "output": text(20), "idx": i, "lang": "py"} for i in range(5000)]
-    assert 1400 < sum(len(row["input"]) for row in rows) / 5000 < 1700  # as in CodeReviewer
-    assert len(gzip.compress(orjson.dumps(rows), 9)) > 0.35 * sum(len(row["input"]) for row in rows)  # at least
+    def diff() -> str:
+        return "\n".join(data.choice(" +-") + text(9) for _ in range(20))
+
+    rows = [{"input": diff(), "output": text(20), "idx": i, "lang": ("py", "go")[i % 2]} for i in range(count)]
+    size = sum(len(row["input"]) for row in rows)
+    assert 1400 < size / count < 1700 and len(gzip.compress(orjson.dumps(rows), 9)) > 0.35 * size
+    test = folder / "data" / "test.jsonl"
     write_rows(test, rows)
-    score = {"bleu4": 5.1234, "rouge_l": 0.1234, "bertscore_f1": 0.8456}
-    predictions = ({"row": i, "reference": row["output"], "prediction": text(12)} | score for i, row in enumerate(rows))
-    write_rows(run.path / "predictions.jsonl", predictions)
+    scores = ({name: data.random() for name in PER_ROW} for _ in rows)
+    known = ({"row": i, "reference": row["output"], "prediction": text(12)} for i, row in enumerate(rows))
+    write_rows(run.path / "predictions.jsonl", (row | score for row, score in zip(known, scores, strict=True)))
+    of_other_rows(run, count)
+    return run
+
+
+def of_other_rows(run: RunDir, count: int) -> None:
+    """Have a run's evaluation be of the rows that its data file holds now."""
     made = report_runs.read_scores(run.path)
     assert made
-    settings = made.settings.model_copy(update={"data_sha256": sha256(test), "rows": 5000})
+    changed = {"data_sha256": sha256(Path(made.settings.data)), "rows": count}
+    settings = made.settings.model_copy(update=changed)
     (run.path / "scores.json").write_text(made.model_copy(update={"settings": settings}).model_dump_json())
-    assert len(html_of(run)) < 8e6
+
+
+def test_a_run_with_5000_predictions_is_below_8_mb(tmp_path: Path) -> None:
+    assert len(html_of(a_large_run(tmp_path)).encode()) < 8e6
 
 
 def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:
@@ -330,3 +348,184 @@ def test_a_report_imports_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's chromium."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("chromium is not installed; on Debian, `apt-get install chromium`")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+PHONE, DESKTOP = (390, 844), (1280, 900)
+
+
+@contextmanager
+def opened(
+    browser: Any, html: str, folder: Path, size: tuple[int, int] = DESKTOP, scheme: str = "light"
+) -> Iterator[Any]:
+    """A report, opened and drawn; at the end nothing may have been fetched, logged or raised."""
+    file = folder / "report.html"
+    file.write_text(html)
+    context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+    page, wrong = context.new_page(), []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: wrong.append(dialog.message) or dialog.dismiss())
+    local = (file.as_uri(), "data:", "blob:")
+    page.on("request", lambda request: request.url.startswith(local) or wrong.append(request.url))
+    page.goto(file.as_uri())
+    page.wait_for_selector("html[data-figures=drawn]", state="attached", timeout=60_000)
+    if "reader-data" in html:
+        page.wait_for_selector("html[data-reader=ready]", state="attached", timeout=60_000)
+    yield page
+    context.close()
+    assert wrong == []
+
+
+@pytest.fixture(scope="module")
+def run_html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return html_of(a_run(tmp_path_factory.mktemp("run")))
+
+
+def test_every_figure_is_drawn_and_nothing_overflows(browser: Any, run_html: str, tmp_path: Path) -> None:
+    for size in (PHONE, DESKTOP):
+        with opened(browser, run_html, tmp_path, size) as page:
+            figures = page.locator("figure")
+            assert figures.count() >= 10
+            assert page.locator("figure .main-svg").count() >= figures.count()
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_figures_can_be_saved_and_read_as_tables(browser: Any, run_html: str, tmp_path: Path) -> None:
+    with opened(browser, run_html, tmp_path) as page:
+        loss = page.locator("figure[data-figure=loss]")
+        loss.locator("summary").click()
+        assert loss.locator("tbody tr").count() == 34
+        assert loss.locator("thead th").all_inner_texts() == ["series", "optimizer step", "loss"]
+        for form, start in (("csv", b'"series","optimizer step"'), ("svg", b"<svg"), ("png", b"\x89PNG")):
+            with page.expect_download() as download:
+                loss.get_by_role("button", name=f"Save Loss as {form.upper()}").click()
+            assert download.value.suggested_filename == f"loss.{form}"
+            assert Path(download.value.path()).read_bytes().startswith(start)
+
+
+def test_reading_predictions(browser: Any, run_html: str, tmp_path: Path) -> None:
+    with opened(browser, run_html, tmp_path) as page:
+        position, row = page.locator("#position"), page.locator("#row")
+        assert row.locator("h3").inner_text() == "Row 0 · py · position 0 in the test file"
+        assert row.locator(".diff ins .sign").first.inner_text() == "+"
+        assert row.locator(".diff del").inner_text().startswith("-\nold = ")
+        page.locator("#after").click()
+        assert "Row 1 " in row.locator("h3").inner_text()
+        page.keyboard.press("j")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("k")
+        assert position.inner_text() == "3 of"
+        page.locator("#keys").uncheck()
+        page.keyboard.press("j")
+        assert position.inner_text() == "3 of"
+        page.locator("#keys").check()
+        page.keyboard.press("/")
+        page.keyboard.type("jk 12?")
+        assert page.locator("#count").inner_text() == "0 of 40 rows match"
+        assert "No row matches" in row.inner_text()
+        page.locator("#query").fill("OLD = ")
+        assert page.locator("#count").inner_text() == "all 40 rows"
+        page.locator("#query").fill("def f12()")
+        assert page.locator("#count").inner_text() == "1 of 40 rows match"
+        page.locator("#clear").click()
+        page.locator("#language").select_option("go")
+        assert page.locator("#count").inner_text() == "13 of 40 rows match"
+        page.locator("#low").fill("20")
+        page.locator("#high").fill("60")
+        page.locator("#order").select_option("down")
+        scores = [float(text) for text in page.locator("#matches .head span:last-child").all_inner_texts()]
+        assert scores and scores == sorted(scores, reverse=True) and 20 <= min(scores) <= max(scores) <= 60
+        page.locator("#score").select_option("ROUGE-L")
+        assert page.locator("#count").inner_text() == "0 of 40 rows match"
+        page.locator("#clear").click()
+        page.locator("#matches button").nth(5).click()
+        page.keyboard.press("End")
+        assert position.inner_text() == "40 of"
+        assert page.evaluate("document.activeElement.getAttribute('aria-current')") == "true"
+
+
+def test_what_others_wrote_is_shown_as_text(browser: Any, run_html: str, tmp_path: Path) -> None:
+    with opened(browser, run_html, tmp_path, PHONE) as page:
+        for i, attack in enumerate(ATTACKS):
+            said = page.locator("#row .said").nth(1)
+            marks = [f"U+{ord(mark):04X}" for mark in attack if mark in "\u2028\u2029\0\u202e\u202c\u2066\u2069\u200b"]
+            assert said.locator(".mark").all_inner_texts() == marks
+            shown = said.evaluate("one => one.textContent")
+            start = re.split("[\u2028\u202e]", attack)[0][:1000]
+            assert shown.startswith(start) if attack else shown == "(empty)"
+            if len(attack) > 9000:
+                while said.locator("button").count():
+                    said.locator("button").click()
+                assert said.evaluate("one => one.textContent") == attack
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            assert page.locator("main script, main img, main iframe, #row :is(b, a)").count() == 0
+            if i + 1 < len(ATTACKS):
+                page.keyboard.press("j")
+                assert page.locator("#row h3").inner_text().startswith(f"Row {i + 1} ")
+
+
+def test_the_tagged_form_is_shown_as_lines(browser: Any, tmp_path: Path) -> None:
+    run = a_run(tmp_path, rows=9)
+    test = tmp_path / "data" / "test.jsonl"
+    rows = list(map(orjson.loads, test.read_bytes().splitlines()))
+    write_rows(test, [row | {"input": "<keep>a<add>b <i>c</i><del>d"} for row in rows])
+    of_other_rows(run, 9)
+    with opened(browser, html_of(run), tmp_path) as page:
+        assert page.locator(".diff > *").all_text_contents() == [" a", "+b <i>c</i>", "-d"]
+
+
+def test_the_theme_can_be_chosen(browser: Any, run_html: str, tmp_path: Path) -> None:
+    ground = "getComputedStyle(document.body).backgroundColor"
+    with opened(browser, run_html, tmp_path, scheme="dark") as page:
+        button = page.locator("#theme")
+        dark = page.evaluate(ground)
+        button.click()
+        assert button.inner_text() == "Theme: light" and page.evaluate(ground) == "rgb(255, 255, 255)"
+        page.reload()
+        assert button.inner_text() == "Theme: light"
+        button.click()
+        assert button.inner_text() == "Theme: dark" and page.evaluate(ground) == dark
+        page.emulate_media(media="print")
+        assert page.evaluate(ground) == "rgb(255, 255, 255)"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_accessibility(browser: Any, run_html: str, tmp_path: Path, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    with opened(browser, run_html, tmp_path, PHONE, scheme) as page:
+        for details in page.locator("details > summary").all():
+            details.click()
+        for width, height in (PHONE, DESKTOP):
+            page.set_viewport_size({"width": width, "height": height})
+            found = axe.Axe().run(page).response
+            assert "color-contrast" in [one["id"] for one in found["passes"]]
+            grave = [one for one in found["violations"] if one["impact"] in ("serious", "critical")]
+            assert [(one["id"], one["nodes"][0]["html"]) for one in grave] == []
+
+
+def test_several_runs_the_study_and_a_sweep_open_too(browser: Any, tmp_path: Path) -> None:
+    one, other = a_run(tmp_path), a_run(tmp_path, "haider2024/llama-2-7b")
+    with opened(browser, html_of(one, other), tmp_path) as page:
+        assert page.locator("#row h4").all_inner_texts() == [
+            "Diff", "Reference", "Prediction of llama-3-8b", "Prediction of llama-2-7b"
+        ]  # fmt: skip
+        assert page.locator("#score option").count() == 6
+    a_run(tmp_path, name="real", rehearsal=False)
+    with opened(browser, report.of_study(STUDY, False, tmp_path / "runs", analyze=False), tmp_path) as page:
+        assert page.locator("figure[data-figure=study-bleu4] .main-svg").count()
+    with opened(browser, report.of_sweep(*a_sweep(tmp_path / "sweep"), analyze=False), tmp_path, PHONE) as page:
+        assert page.locator("figure[data-figure=sweep-memory-eval_loss] .main-svg").count()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -7,11 +7,12 @@ const LAYOUT = {
   paper_bgcolor: "#ffffff",
   plot_bgcolor: "#ffffff",
   legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
+  bargap: 0.4,
   hovermode: "closest",
   // a drag is for scrolling where there is no mouse
   dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
 };
-const AXIS = { gridcolor: "#d5d9df", zerolinecolor: "#d5d9df", title: { standoff: 8 } };
+const AXIS = { gridcolor: "#d5d9df", zerolinecolor: "#d5d9df", title: { standoff: 8, font: { size: 13 } } };
 
 function axis(own) {
   return { ...AXIS, ...own, title: { ...AXIS.title, ...own.title } };
@@ -60,7 +61,9 @@ function fillTable(figure, place) {
   for (const cell of top.querySelectorAll("th")) cell.scope = "col";
   const body = element("tbody");
   body.append(...rows.slice(0, MOST).map((row) => line(row, "td")));
-  table.append(element("caption", "", rows.length > MOST ? `The first ${MOST} of ${rows.length} rows` : `${rows.length} rows`));
+  const caption = element("caption");
+  caption.append(element("span", "", rows.length > MOST ? `The first ${MOST} of ${rows.length} rows` : `${rows.length} rows`));
+  table.append(caption);
   table.append(top, body);
   place.replaceChildren(table);
 }
