@@ -58,7 +58,7 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
         f"Published scores are on {subset.title}, {subset.rows:,} rows."
     )  # fmt: skip
     baselines = [] if rehearsal else results.baselines(study)
-    figure = draw.study(rows, baselines)
+    figure = draw.study([row | {"recipe": row["recipe"].removeprefix(f"{name}/")} for row in rows], baselines)
     section = {
         "about": about,
         "tables": verdict.tables_of(rows, study),
@@ -82,7 +82,7 @@ def of_sweep(sweep: Any, rows: list[Row], analyze: bool) -> str:
     made = [(row, run, i) for row in rows for i, run in enumerate(row["runs"])]
     if not made:
         raise UserError(f"--sweep {sweep.name}: no member has a run yet; `recipe sweep` makes them")
-    seeds = [f", seed {row['seeds'][i]}" if len(row["runs"]) > 1 else "" for row, _, i in made]
+    seeds = [f", seed {row['seeds'][i]}" if len(row["runs"]) == len(row["seeds"]) > 1 else "" for row, _, i in made]
     labels = [f"{row['member']}{seed}" for (row, _, _), seed in zip(made, seeds, strict=True)]
     best = next((row["member"] for row in rows if row["best"]), None)
     about = f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}."
@@ -132,7 +132,7 @@ def _page(title: str, kind: str, found: Sequence[Member], analyze: bool, **more:
         memory = draw.memory([_memory(one, analyze) for one in found])
         training += [memory] if memory else []
         if memory and all("planned" not in trace["name"] for trace in memory.traces):
-            notes.append("No plan of this config is kept: --analyze makes one, as `recipe plan` does.")
+            notes.append("No plan of this config is kept; `recipe report --analyze` makes one, as `recipe plan` does.")
     model_figures, model_notes = _model(found, analyze)
     spread = list(draw.distributions({one.label: one.predictions for one in found if one.predictions}))
     reader = report_reader.reader(found)
@@ -253,8 +253,8 @@ def _model(found: Sequence[Member], analyze: bool) -> tuple[list[draw.Figure], l
 
             measured = quantization.measure(quantization.weights_of(Path(local), LAYERS))
         figures += draw.quantization(measured, f"{LAYERS} decoder layers of {short[local]}")
+    elif local:
+        notes.append("`recipe report --analyze` measures what 4 bits lose of the weights too.")
     elif analyze:
-        notes.append("What 4 bits lose of the weights is not measured: no base model here is a local folder.")
-    else:
-        notes.append("--analyze measures what 4 bits lose of the weights, where they are a local folder.")
+        notes.append("What 4 bits lose of the weights is not measured: they are no local folder.")
     return figures, notes

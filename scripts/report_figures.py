@@ -51,8 +51,7 @@ class Figure:
 
     def as_json(self) -> dict[str, Any]:
         """What the page draws it from."""
-        axes = {"xaxis": {"automargin": True} | self.x, "yaxis": {"automargin": True} | self.y}
-        return {"title": self.title, "traces": self.traces, "layout": axes | self.layout}
+        return {"title": self.title, "traces": self.traces, "layout": {"xaxis": self.x, "yaxis": self.y} | self.layout}
 
 
 def _says(trace: Trace) -> str:
@@ -175,6 +174,12 @@ def _bars(name: str, values: Sequence[tuple[str, float]], i: int) -> Trace:
     }
 
 
+def _log(title: str) -> dict[str, Any]:
+    """An axis of percentages over several powers of ten; Plotly would leave out the zeros."""
+    ticks = [float(f"{digit}e{power}") for power in range(-4, 2) for digit in (1, 2, 5)]
+    return _axis(title, type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+
+
 def _categories() -> dict[str, Any]:
     return {"autorange": "reversed", "type": "category"}
 
@@ -250,7 +255,7 @@ def sweep(rows: Sequence[Row]) -> Iterator[Figure]:
     interval. What no member has is left out."""
     kinds = {row["memory_kind"] for row in rows if row["memory_kind"]}
     peak = _axis(f"peak GiB ({', '.join(sorted(kinds))})")
-    share = _axis("trainable parameters, % of all", type="log")
+    share = _log("trainable parameters, % of all")
     quality = {"eval_loss": "validation loss (lower is better)"} | {
         name: f"{title} (higher is better)" for name, title in SCORES.items()
     }
@@ -364,7 +369,7 @@ def lora_share(rows: Sequence[Row], own: dict[str, tuple[int, float]]) -> Figure
         point = {"x": [rank], "y": [100 * share], "marker": marker}
         traces.append({"type": "scatter", "mode": "markers", "name": name, **point})
     x = _axis("rank", type="log", tickvals=list(lora.RANKS), ticktext=list(map(str, lora.RANKS)))
-    y = _axis("trainable, % of all parameters", type="log")
+    y = _log("trainable, % of all parameters")
     title = f"What LoRA trains of {models[0] if len(models) == 1 else 'these models'}"
     return Figure("lora", title, traces, x, y, "Counted from the model's sizes; q, v and so on are the layers.")
 
@@ -386,7 +391,7 @@ def quantization(rows: Sequence[Row], weights: str) -> Iterator[Figure]:
     for i, (name, found) in enumerate(series.items()):
         points = [(row["bits"], 100 * row["relative_error"], str(row["block"])) for row in found]
         traces.append(_points(name, points, i) | {"mode": "lines+markers", "line": _style(i)["line"]})
-    x, y = _axis("bits a parameter"), _axis("error, % of the weights' power", type="log")
+    x, y = _axis("bits a parameter"), _log("error, % of the weights' power")
     note = f"Of {weights}. Points of a line are blocks of 64 to 4,096 values that share a scale."
     yield Figure("formats", "What formats lose, and what they take", traces, x, y, note)
     layers = [row for row in rows if (row["format"], row["block"], row["double"]) == ("nf4", 64, True)]

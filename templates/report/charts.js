@@ -14,6 +14,22 @@ const LAYOUT = {
 };
 const AXIS = { gridcolor: "#d5d9df", zerolinecolor: "#d5d9df", title: { standoff: 8, font: { size: 13 } } };
 
+/** Plotly takes text for markup; names are shown as they are, long ones on two lines. */
+function literal(value) {
+  return typeof value === "string" ? value.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replace(", ", ",<br>") : value;
+}
+
+function named(trace) {
+  const { name, x, y, text } = trace;
+  return { ...trace, name: name.length > 36 ? literal(name) : literal(name).replace("<br>", " "), x: x.map(literal), y: y.map(literal), text: text?.map(literal) };
+}
+
+/** Room for names at the left; Plotly's own way to find it draws a figure several times. */
+function leftMargin(traces) {
+  const lines = traces.flatMap((trace) => trace.y).filter((y) => typeof y === "string").flatMap((y) => y.split("<br>"));
+  return lines.length ? 20 + 7 * Math.max(...lines.map((line) => line.length)) : 66;
+}
+
 function axis(own) {
   return { ...AXIS, ...own, title: { ...AXIS.title, ...own.title } };
 }
@@ -81,9 +97,12 @@ async function drawFigures() {
     const plot = box.querySelector(".plot");
     const legend = Math.ceil(figure.traces.length / (plot.clientWidth > 420 ? 2 : 1)) - 1;
     plot.style.height = `${(height ?? 300) + 19 * legend}px`;
-    const layout = { ...LAYOUT, ...more, xaxis: axis(xaxis), yaxis: axis(yaxis), showlegend: figure.traces.length > 1 };
-    await Plotly.newPlot(plot, figure.traces, layout, DRAWN);
-    const file = `${box.dataset.figure}`;
+    const traces = figure.traces.map(named);
+    const layout = { ...LAYOUT, ...more, xaxis: axis(xaxis), yaxis: axis(yaxis), showlegend: traces.length > 1 };
+    const bars = traces.some((trace) => trace.orientation === "h");
+    layout.margin = { ...LAYOUT.margin, l: leftMargin(traces), r: bars ? 48 : LAYOUT.margin.r };
+    await Plotly.newPlot(plot, traces, layout, DRAWN);
+    const file = box.dataset.figure;
     for (const form of ["png", "svg"]) {
       box.querySelector(`[data-save="${form}"]`).addEventListener("click", () => {
         Plotly.downloadImage(plot, { format: form, filename: file, width: 900, height: height ?? 500, scale: 2 });

@@ -7,9 +7,9 @@ const MOST_CHARACTERS = 4000;
 const MARKS = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]|\udb40[\udc00-\udc7f]/g;
 
 /** Put text into an element, its invisible characters made visible, long ones behind a button. */
-function show(place, text) {
+function show(place, text, most = MOST_CHARACTERS) {
   let start = 0;
-  const head = text.length > MOST_CHARACTERS ? text.slice(0, MOST_CHARACTERS) : text;
+  const head = text.slice(0, most);
   for (const match of head.matchAll(MARKS)) {
     place.append(head.slice(start, match.index));
     const code = match[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
@@ -18,10 +18,10 @@ function show(place, text) {
   }
   place.append(head.slice(start));
   if (head.length < text.length) {
-    const rest = text.slice(MOST_CHARACTERS);
+    const rest = text.slice(most);
     const more = element("button", "more", `… ${rest.length.toLocaleString("en")} more characters`);
     more.type = "button";
-    more.addEventListener("click", () => { more.remove(); show(place, rest); });
+    more.addEventListener("click", () => { more.remove(); show(place, rest, 10 * most); });
     place.append(more);
   }
   return place;
@@ -132,7 +132,7 @@ class Reader {
     }
     this.found = found;
     const [some, all] = [found.length, set.reference.length].map((count) => count.toLocaleString("en"));
-    $("count").textContent = some === all ? `all ${all} rows` : `${some} of ${all} rows match`;
+    $("count").textContent = some === all ? `${all} rows` : `${some} of ${all} rows match`;
     this.go(0);
   }
 
@@ -145,7 +145,7 @@ class Reader {
     const row = this.found[at];
     $("before").disabled = at <= 0;
     $("after").disabled = at >= this.found.length - 1;
-    $("position").textContent = row === undefined ? "" : `${(at + 1).toLocaleString("en")} of`;
+    $("position").textContent = row === undefined ? "" : `${[at + 1, this.found.length].map((count) => count.toLocaleString("en")).join(" of ")}`;
     this.list();
     this.read(row);
     this.highlight();
