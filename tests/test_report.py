@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -279,10 +280,10 @@ def a_large_run(folder: Path, count: int = 5000) -> RunDir:
     run = a_run(folder)
     letters = "abcdefghijklmnopqrstuvwxyz_(){};=  "
     words = ["".join(data.choices(letters, k=data.randint(3, 12))) for _ in range(9000)]
-    often = [1 / (i + 20) for i in range(len(words))]
+    often = list(accumulate(1 / (i + 20) for i in range(len(words))))
 
     def text(count: int) -> str:
-        return " ".join(data.choices(words, often, k=count))
+        return " ".join(data.choices(words, cum_weights=often, k=count))
 
     def diff() -> str:
         return "\n".join(data.choice(" +-") + text(9) for _ in range(20))
@@ -310,6 +311,15 @@ def of_other_rows(run: RunDir, count: int) -> None:
 
 def test_a_run_with_5000_predictions_is_below_8_mb(tmp_path: Path) -> None:
     assert len(html_of(a_large_run(tmp_path)).encode()) < 8e6
+
+
+def test_weights_are_measured_and_a_plan_is_made_where_asked_for(tmp_path: Path, tiny: Path) -> None:
+    run = a_run(tmp_path)
+    run.config.write_text(config.write_yaml(config.read_yaml(run.config) | {"base_model": str(tiny), "lora_r": 8}))
+    assert "No plan of this config is kept" in html_of(run) and "What formats lose" not in html_of(run)
+    html = report.of_runs(report_runs.members([run]), analyze=True)
+    assert "No plan of this config is kept" not in html and "different kinds of memory" in html
+    assert "What formats lose" in html and "2 decoder layers of tiny-llama0" in html
 
 
 def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:

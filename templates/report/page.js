@@ -25,12 +25,12 @@ function save(name, blob) {
 }
 
 const THEMES = ["auto", "light", "dark"];
-const stored = (() => { try { return localStorage.getItem("theme"); } catch { return null; } })();
+const stored = (() => { try { return localStorage.getItem("recipe-report-theme"); } catch { return null; } })();
 
 function setTheme(name) {
   document.documentElement.dataset.theme = name;
   $("theme").textContent = `Theme: ${name}`;
-  try { localStorage.setItem("theme", name); } catch { /* a page without storage forgets it */ }
+  try { localStorage.setItem("recipe-report-theme", name); } catch { /* a page without storage forgets it */ }
 }
 
 $("theme").hidden = false;
