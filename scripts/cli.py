@@ -782,6 +782,7 @@ def report(
     from . import report as reporting
     from . import report_runs
     from . import study as studies
+    from .files import write_atomically
     from .rundir import find_run
 
     if run and study:
@@ -794,7 +795,7 @@ def report(
     else:
         folders = {folder.path: folder for folder in (find_run(name, runs) for name in run or ["latest"])}
         html = reporting.of_runs(report_runs.members(list(folders.values())), analyze)
-    reporting.write(out, html)
+    write_atomically(out, html)
     print(out)
 
 

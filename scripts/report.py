@@ -18,7 +18,6 @@ from markupsafe import Markup
 from . import gpus, lora, paths, plan, report_reader, report_runs, results, tables, verdict
 from . import report_figures as draw
 from .errors import UserError
-from .files import write_atomically
 from .report_runs import Member, members
 from .rundir import RunDir, now
 from .score import Row
@@ -35,9 +34,10 @@ _MARKS = re.compile(
 
 def of_runs(found: Sequence[Member], analyze: bool) -> str:
     """The report of runs, beside one another where there are several."""
-    title = found[0].run.recipe if len(found) == 1 else f"{len(found)} runs: {', '.join(one.label for one in found)}"
-    kind = f"Run {found[0].folder.path.name}" if len(found) == 1 else "Runs"
-    return _page(title, kind, found, analyze)
+    if len(found) == 1:
+        return _page(found[0].run.recipe, f"Run {found[0].folder.path.name}", found, analyze)
+    title = " and ".join(one.label for one in found) if len(found) == 2 else f"{len(found)} runs"
+    return _page(title, "Runs beside one another", found, analyze)
 
 
 def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
@@ -61,7 +61,7 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
     figure = draw.study([row | {"recipe": row["recipe"].removeprefix(f"{name}/")} for row in rows], baselines)
     section = {
         "about": about,
-        "tables": verdict.tables_of(rows, study),
+        "tables": [_without_empty(table) for table in verdict.tables_of(rows, study)],
         "baselines": baselines,
         "notes": [] if rehearsal else verdict.notes(rows),
         "figures": [figure] if figure else [],
@@ -101,11 +101,6 @@ def _without_empty(rows: list[Row]) -> list[Row]:
     """Rows without the columns that are empty in all of them."""
     kept = [column for column in rows[0] if any(row[column] not in (None, "") for row in rows)]
     return [{column: row[column] for column in kept} for row in rows]
-
-
-def write(file: Path, html: str) -> None:
-    """Put a report in the place of whatever the file held."""
-    write_atomically(file, html)
 
 
 def check_file(file: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import batched, product
-from statistics import median
+from statistics import quantiles
 from typing import Any
 
 from . import lora, tables
@@ -205,22 +205,15 @@ def distributions(runs: dict[str, Sequence[Row]]) -> Iterator[Figure]:
             if len(values) > 1:
                 form = {"type": "scatter", "mode": "lines", "line": _style(i)["line"] | {"shape": "hvh"}}
             traces.append({"name": name, "x": middles, "y": shares, **form})
-            quarters = ", ".join(tables.text_of(_quantile(found, share)) for share in (0.25, 0.5, 0.75))
-            says.append(f"{name}: {len(found)} rows, quartiles {quarters}")
+            says.append(f"{name}: {len(found):,} rows, quartiles {', '.join(map(tables.text_of, _quartiles(found)))}")
         title = f"{SCORES[score]} of single rows"
         y = _axis("% of rows", rangemode="tozero")
-        yield Figure(
-            f"spread-{score}", title, traces, _axis(SCORES[score]), y, f"{_sentence(says)}.", says=_sentence(says)
-        )
+        said = "; ".join(says)
+        yield Figure(f"spread-{score}", title, traces, _axis(SCORES[score]), y, f"{said}.", says=said)
 
 
-def _sentence(parts: list[str]) -> str:
-    return "; ".join(parts)
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return median(ordered) if share == 0.5 else ordered[round(share * (len(ordered) - 1))]
+def _quartiles(values: Sequence[float]) -> list[float]:
+    return quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
 
 
 def _points(name: str, rows: Sequence[tuple[float, float, str]], i: int, **more: Any) -> Trace:

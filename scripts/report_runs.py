@@ -84,7 +84,7 @@ def tiles(one: Member) -> Iterator[tuple[str, Any, str]]:
         scores = one.evaluation.scores
         for score, title in SCORES.items():
             if scores.get(score) is not None:
-                within = scores["intervals"].get(score)
+                within = (scores.get("intervals") or {}).get(score)
                 said = f"95 %: {tables.text_of(within)}" if within else ""
                 if score == "bleu4" and row["bleu4_difference"] is not None:
                     said += f"; published {tables.text_of(row['bleu4_published'])}"
@@ -162,6 +162,7 @@ def alike(one: Member, other: Evaluation) -> bool:
 
 
 def scored_on(one: Member) -> str:
+    """Which rows the evaluation of a run is of."""
     assert one.evaluation
     settings = one.evaluation.settings
     return f"{'the first ' if settings.limit else ''}{settings.rows:,} rows of {one.from_cwd(settings.data)}"
@@ -190,6 +191,7 @@ def settings(one: Member) -> dict[str, Any]:
     differs = [
         {"setting": d.key, "recipe": _shown(d.recipe), "this run": _shown(d.run), "why": d.why}
         for d in one.run.differences
+        if not schema.is_secret(d.key)
     ]
     return {"label": one.label, "recipe": one.run.recipe, "differs": differs, "all": shown, "note": note}
 
