@@ -380,13 +380,20 @@ def quantization(rows: Sequence[Row], weights: str) -> Iterator[Figure]:
             name = f"{row['format']}{' + double' if row['double'] else ''}"
             name = f"{row['format']}, one scale a tensor" if row["block"] == "tensor" else name
             series.setdefault(name, []).append(row)
+    eight = series.pop("int8", [])  # so far off that the others could not be told apart
     traces = []
     for i, (name, found) in enumerate(series.items()):
         points = [(row["bits"], 100 * row["relative_error"], str(row["block"])) for row in found]
         traces.append(_points(name, points, i) | {"mode": "lines+markers", "line": _style(i)["line"]})
     x, y = _axis("bits a parameter"), _log("error, % of the weights' power")
-    note = f"Of {weights}. Points of a line are blocks of 64 to 4,096 values that share a scale."
-    yield Figure("formats", "What formats lose, and what they take", traces, x, y, note)
+    note = (
+        f"Of {weights}. The points of a line are blocks of 64 to 4,096 values that share a scale, the smallest at the "
+    )
+    note += "right; double: the scales are quantized too."
+    if eight:
+        bits, errors = ([row[key] for row in eight] for key in ("bits", "relative_error"))
+        note += f" int8 takes {min(bits):.3g} to {max(bits):.3g} bits and loses {min(errors):.3%} to {max(errors):.3%}."
+    yield Figure("formats", "What 4 bits lose, and what they take", traces, x, y, note)
     layers = [row for row in rows if (row["format"], row["block"], row["double"]) == ("nf4", 64, True)]
     bars = _bars("NF4", [(row["layer"], 100 * row["relative_error"]) for row in layers], 0)
     bars |= {"text": [f"{row['snr_db']:.1f} dB" for row in layers]}

@@ -316,10 +316,10 @@ def test_a_run_with_5000_predictions_is_below_8_mb(tmp_path: Path) -> None:
 def test_weights_are_measured_and_a_plan_is_made_where_asked_for(tmp_path: Path, tiny: Path) -> None:
     run = a_run(tmp_path)
     run.config.write_text(config.write_yaml(config.read_yaml(run.config) | {"base_model": str(tiny), "lora_r": 8}))
-    assert "No plan of this config is kept" in html_of(run) and "What formats lose" not in html_of(run)
+    assert "No plan of this config is kept" in html_of(run) and "What 4 bits lose, and" not in html_of(run)
     html = report.of_runs(report_runs.members([run]), analyze=True)
     assert "No plan of this config is kept" not in html and "different kinds of memory" in html
-    assert "What formats lose" in html and "2 decoder layers of tiny-llama0" in html
+    assert "What 4 bits lose, and" in html and "2 decoder layers of tiny-llama0" in html
 
 
 def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:
