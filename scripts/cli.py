@@ -763,6 +763,9 @@ def report(
         str | None, typer.Option(metavar="S", help="A study instead: its table, and the runs that speak for it.")
     ] = None,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="With --study: its rehearsals instead.")] = False,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A sweep instead: what its members trade for what.")
+    ] = None,
     analyze: Annotated[
         bool,
         typer.Option(
@@ -774,7 +777,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="The file.")] = Path("report.html"),
     runs: Runs = RUNS,
 ) -> None:
-    """One HTML file of runs or a study: curves, scores, predictions to read, settings, provenance.
+    """One HTML file of runs, a study or a sweep: curves, scores, predictions to read, settings, provenance.
 
     It holds all that it needs, so it opens without a network and can be passed on. Mind that it shows the diffs and
     references of the test data, and names of folders of this machine.
@@ -785,13 +788,18 @@ def report(
     from .files import write_atomically
     from .rundir import find_run
 
-    if run and study:
-        raise UserError("RUN and --study: one of them")
+    if sum(map(bool, (run, study, sweep))) > 1:
+        raise UserError("RUN, --study and --sweep: one of them")
     if rehearse and not study:
         raise UserError("--rehearse: goes with --study")
     reporting.check_file(out)
     if study:
         html = reporting.of_study(studies.find(study), rehearse, runs, analyze)
+    elif sweep:
+        from . import sweeps  # type: ignore[attr-defined]
+
+        found = sweeps.find(sweep, runs)
+        html = reporting.of_sweep(found, sweeps.rows(found, runs), analyze)
     else:
         folders = {folder.path: folder for folder in (find_run(name, runs) for name in run or ["latest"])}
         html = reporting.of_runs(report_runs.members(list(folders.values())), analyze)

@@ -79,21 +79,19 @@ def of_sweep(sweep: Any, rows: list[Row], analyze: bool) -> str:
     Raises:
         UserError: no member has a run.
     """
-    made = [(row, run, i) for row in rows for i, run in enumerate(row["runs"])]
+    made = [(row["member"], RunDir(Path(run))) for row in rows for run in row["runs"]]
     if not made:
         raise UserError(f"--sweep {sweep.name}: no member has a run yet; `recipe sweep` makes them")
-    seeds = [f", seed {row['seeds'][i]}" if len(row["runs"]) == len(row["seeds"]) > 1 else "" for row, _, i in made]
-    labels = [f"{row['member']}{seed}" for (row, _, _), seed in zip(made, seeds, strict=True)]
     best = next((row["member"] for row in rows if row["best"]), None)
     about = f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}."
     about += f" Best by what was asked for: {best}." if best else ""
     memory = draw.memory(rows)
     section = {
         "about": about,
-        "table": _without_empty([report_runs.sweep_row(row) for row in rows]),
+        "table": _without_empty([report_runs.sweep_row(row, sweep.keys) for row in rows]),
         "figures": [*draw.sweep(rows), *([memory] if memory else [])],
     }
-    found = members([RunDir(Path(run)) for _, run, _ in made], labels)
+    found = members([folder for _, folder in made], [member for member, _ in made])
     return _page(sweep.name, f"Sweep of {sweep.recipe}", found, analyze, sweep=section)
 
 

@@ -113,9 +113,8 @@ def training(runs: dict[str, Metrics]) -> Iterator[Figure]:
     yield Figure("loss", "Loss", [one for one in losses if one["x"]], step, _axis("loss"), note)
 
     def panel(key: str, title: str, of: str, axis: dict[str, Any], note: str = "") -> Iterator[Figure]:
-        curves = [
-            _curve(name, metrics, lambda record: record.get(of), i) for i, (name, metrics) in enumerate(runs.items())
-        ]
+        steps = {name: [one for one in metrics if "loss" in one] for name, metrics in runs.items()}
+        curves = [_curve(name, metrics, lambda one: one.get(of), i) for i, (name, metrics) in enumerate(steps.items())]
         if drawn := [one for one in curves if one["x"]]:
             yield Figure(key, title, drawn, step, axis, note)
 

@@ -227,9 +227,9 @@ def provenance(one: Member) -> dict[str, Any]:
     return {"label": one.label, "data": data, "launches": launches, "record": pairs[0], "evaluation": pairs[1]}
 
 
-def sweep_row(row: Row) -> Row:
-    """A member as the table shows it."""
-    shown: Row = {"member": row["member"], **row["values"]}
+def sweep_row(row: Row, keys: Sequence[str]) -> Row:
+    """A member as the table shows it, with its values of the keys that vary."""
+    shown: Row = {"member": row["member"]} | {key: _shown(row["values"].get(key)) for key in keys}
     for score, title in {"eval_loss": "eval loss", **SCORES}.items():
         shown |= {title: row[score], f"{title} 95 %": row.get(f"{score}_interval")}
     share = row["trainable_share"]
