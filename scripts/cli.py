@@ -796,7 +796,7 @@ def report(
     if study:
         html = reporting.of_study(studies.find(study), rehearse, runs, analyze)
     elif sweep:
-        from . import sweeps  # type: ignore[attr-defined]
+        from . import sweeps
 
         found = sweeps.find(sweep, runs)
         html = reporting.of_sweep(found, sweeps.rows(found, runs), analyze)

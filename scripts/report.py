@@ -15,13 +15,14 @@ import orjson
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
-from . import gpus, lora, paths, plan, report_reader, report_runs, results, tables, verdict
+from . import gpus, lora, paths, plan, report_reader, report_runs, results, sweep_tables, tables, verdict
 from . import report_figures as draw
 from .errors import UserError
 from .report_runs import Member, members
 from .rundir import RunDir, now
 from .score import Row
 from .study import Study
+from .sweeps import Sweep
 
 TEMPLATES = paths.TEMPLATES / "report"
 SCRIPTS = ("page.js", "charts.js", "reader.js")
@@ -69,12 +70,12 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
     return _page(study.title, f"Study {name}", members(spoken), analyze, study=section)
 
 
-def of_sweep(sweep: Any, rows: list[Row], analyze: bool) -> str:
+def of_sweep(sweep: Sweep, rows: list[Row], analyze: bool) -> str:
     """The report of a sweep: what its members trade for what, and their runs.
 
     Args:
-        sweep: its name, recipe, whether it is a rehearsal, and `keys`, those that vary.
-        rows: `sweeps.rows`, a member each.
+        sweep: the sweep.
+        rows: those of `sweeps.rows`.
 
     Raises:
         UserError: no member has a run.
@@ -82,12 +83,11 @@ def of_sweep(sweep: Any, rows: list[Row], analyze: bool) -> str:
     made = [(row["member"], RunDir(Path(run))) for row in rows for run in row["runs"]]
     if not made:
         raise UserError(f"--sweep {sweep.name}: no member has a run yet; `recipe sweep` makes them")
-    best = next((row["member"] for row in rows if row["best"]), None)
     about = f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}."
-    about += f" Best by what was asked for: {best}." if best else ""
     memory = draw.memory(rows)
     section = {
         "about": about,
+        "notes": sweep_tables.notes(sweep, rows, None),
         "table": _without_empty([report_runs.sweep_row(row, sweep.keys) for row in rows]),
         "figures": [*draw.sweep(rows), *([memory] if memory else [])],
     }

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -23,6 +22,7 @@ from qlora_recipes.evaluations import Evaluation, Settings
 from qlora_recipes.files import sha256, write_rows
 from qlora_recipes.rundir import DataFile, Difference, Launch, Run, RunDir, Summary, summarise
 from qlora_recipes.score import PER_ROW
+from qlora_recipes.sweeps import Sweep
 
 STUDY = study.find("haider2024")
 LLAMA_3 = "haider2024/llama-3-8b"
@@ -132,7 +132,7 @@ MEMBERS = {
 }
 
 
-def a_sweep(folder: Path) -> tuple[Any, list[dict[str, Any]]]:
+def a_sweep(folder: Path) -> tuple[Sweep, list[dict[str, Any]]]:
     """A sweep as `sweeps` describes it, one of whose members has not run."""
     rows = []
     for i, (name, (rank, loss, gib)) in enumerate(MEMBERS.items()):
@@ -146,7 +146,7 @@ def a_sweep(folder: Path) -> tuple[Any, list[dict[str, Any]]]:
         row |= {"memory_kind": "resident" if has_run else None, "trainable": rank * 1000, "trainable_share": rank / 1e4}
         row |= {"train_seconds": 100.0 if has_run else None, "tokens_per_second": 190.0 if has_run else None}
         rows.append(row | {"pareto": i < 2, "best": i == 1})
-    return SimpleNamespace(name="ranks", recipe=LLAMA_3, rehearsal=True, keys=["lora_r", "lora_alpha"]), rows
+    return Sweep(name="ranks", recipe=LLAMA_3, rehearsal=True, keys=["lora_r", "lora_alpha"], members=[]), rows
 
 
 def test_a_report_says_what_the_run_was(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_the_study_stands_beside_what_is_published_and_rehearsals_do_not(tmp_pat
 
 def test_a_sweep_shows_its_trade_offs(tmp_path: Path) -> None:
     html = report.of_sweep(*a_sweep(tmp_path), analyze=False)
-    assert "High rank" in html and "Best by what was asked for: High rank" in html
+    assert "Pareto front over peak memory and bleu4: Paper; High rank" in html
     assert "Validation loss against memory" in html
 
 
@@ -332,6 +332,7 @@ def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:
         ("--study", "haider2024", "--rehearse"): "no rehearsals of it below runs/; `recipe reproduce haider2024`",
         ("x", "--study", "haider2024"): "one of them",
         ("--rehearse",): "--rehearse: goes with --study",
+        ("--sweep", "ranks"): "ranks: no sweep of that name below runs/",
     }
     for arguments, message in mistakes.items():
         done = recipe("report", *arguments)
