@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import orjson
 from jinja2.sandbox import SandboxedEnvironment
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from . import gpus, lora, paths, plan, report_reader, report_runs, results, sweep_tables, tables, verdict
 from . import report_figures as draw
@@ -178,6 +178,7 @@ def _render(facts: dict[str, Any]) -> str:
     )
     environment.filters |= {
         "text": visible,
+        "note": _note,
         "numbers": lambda rows, column: any(isinstance(row[column], int | float) for row in rows),
     }
     script = "\n".join((TEMPLATES / name).read_text() for name in SCRIPTS)
@@ -203,6 +204,11 @@ def _packed(content: bytes) -> str:
 def visible(value: Any) -> str:
     """A value as text, what cannot be seen in it by its number."""
     return _MARKS.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", tables.text_of(value))
+
+
+def _note(text: str) -> Markup:
+    """A sentence as HTML, what is between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(visible(text))))
 
 
 def _memory(one: Member, anew: bool) -> Row:

@@ -19,7 +19,7 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 PATTERNS = ("", "/", "x", ".", "-", "|")
 MOST_POINTS = 1000  # of a line; more are not told apart, and slow to draw
-_BINS = 40, 20  # of one run, and of several
+_BINS = 8, 40  # at least and at most
 
 
 @dataclass
@@ -191,7 +191,7 @@ def distributions(runs: dict[str, Sequence[Row]]) -> Iterator[Figure]:
         if not values:
             continue
         low, high = min(map(min, values.values())), max(map(max, values.values()))
-        bins = _BINS[len(values) > 1]
+        bins = min(max(round(2 * min(map(len, values.values())) ** 0.5), _BINS[0]), _BINS[1] // min(len(values), 2))
         width = (high - low) / bins or 1.0
         traces, says = [], []
         for i, (name, found) in enumerate(values.items()):

@@ -18,6 +18,15 @@ from .score import Row
 
 SCORES = {"bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "bertscore_f1": "BERTScore F1"}
 
+_OTHERS = {
+    "sacrebleu": "sacrebleu's corpus BLEU",
+    "sacrebleu_signature": "its signature",
+    "exact": "exact, share of rows",
+    "empty": "empty, share of rows",
+    "repeated": "as another row's, share of rows",
+    "length_ratio": "tokens, predicted over reference",
+}
+
 
 @dataclass(frozen=True)
 class Member:
@@ -147,10 +156,11 @@ def _column(made: Evaluation) -> dict[str, str | None]:
     column: dict[str, str | None] = {}
     intervals = made.scores.get("intervals") or {}
     for key, value in made.scores.items():
+        title = (SCORES | _OTHERS).get(key, key)
         if intervals.get(key):
-            column[SCORES.get(key, key)] = f"{tables.text_of(value)} ({tables.text_of(intervals[key])})"
+            column[title] = f"{tables.text_of(value)} ({tables.text_of(intervals[key])})"
         elif isinstance(value, int | float | str):
-            column[SCORES.get(key, key)] = tables.text_of(value)
+            column[title] = tables.text_of(value)
         elif key == "bertscore" and value:
             column["BERTScore by"] = str(value.get("model"))
     return column
