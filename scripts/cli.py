@@ -770,7 +770,7 @@ def report(
         bool,
         typer.Option(
             "--analyze",
-            help="Measure what takes torch too (half a minute): what 4 bits lose of the base model's weights, where "
+            help="Measure what takes torch too (a minute): what 4 bits lose of the base model's weights, where "
             "they are a local folder, and a plan of memory that was not made yet.",
         ),
     ] = False,
