@@ -34,6 +34,7 @@ class _Verbs(TyperGroup):
         "evaluate",
         "score",
         "results",
+        "report",
         "publish",
         "render",
     )
@@ -747,6 +748,63 @@ def results(
         gathered.show_study(of_study, verdict.rows(of_study, runs, rehearse), rehearse, form)
     else:
         gathered.show(runs, form)
+
+
+@app.command(rich_help_panel=AFTER)
+def report(
+    run: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN]...",
+            help="Runs, compared where there are several: folders, ends of their names; by default the latest.",
+        ),
+    ] = None,
+    study: Annotated[
+        str | None, typer.Option(metavar="S", help="A study instead: its table, and the runs that speak for it.")
+    ] = None,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="With --study: its rehearsals instead.")] = False,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A sweep instead: what its members trade for what.")
+    ] = None,
+    analyze: Annotated[
+        bool,
+        typer.Option(
+            "--analyze",
+            help="Measure what takes torch too (half a minute): what 4 bits lose of the base model's weights, where "
+            "they are a local folder, and a plan of memory that was not made yet.",
+        ),
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="The file.")] = Path("report.html"),
+    runs: Runs = RUNS,
+) -> None:
+    """One HTML file of runs, a study or a sweep: curves, scores, predictions to read, settings, provenance.
+
+    It holds all that it needs, so it opens without a network and can be passed on. Mind that it shows the diffs and
+    references of the test data, and names of folders of this machine.
+    """
+    from . import report as reporting
+    from . import report_runs
+    from . import study as studies
+    from .files import write_atomically
+    from .rundir import find_run
+
+    if sum(map(bool, (run, study, sweep))) > 1:
+        raise UserError("RUN, --study and --sweep: one of them")
+    if rehearse and not study:
+        raise UserError("--rehearse: goes with --study")
+    reporting.check_file(out)
+    if study:
+        html = reporting.of_study(studies.find(study), rehearse, runs, analyze)
+    elif sweep:
+        from . import sweeps
+
+        found = sweeps.find(sweep, runs)
+        html = reporting.of_sweep(found, sweeps.rows(found, runs), analyze)
+    else:
+        folders = {folder.path: folder for folder in (find_run(name, runs) for name in run or ["latest"])}
+        html = reporting.of_runs(report_runs.members(list(folders.values())), analyze)
+    write_atomically(out, html)
+    print(out)
 
 
 @app.command(rich_help_panel=AFTER)

@@ -79,18 +79,35 @@ def total(model: Llama) -> int:
     return embeddings + model.layers * (linear + 2 * model.width) + model.width
 
 
-def rows(recipes: dict[str, Config]) -> list[dict[str, Any]]:
+def share(recipe: Config) -> float | None:
+    """The share of all parameters that a config trains; None where it does not name linear layers.
+
+    Raises:
+        UserError: the model's sizes are not on this machine.
+    """
+    targets = (
+        models.LINEAR_LAYERS if recipe.get("lora_target_linear") else tuple(recipe.get("lora_target_modules") or ())
+    )
+    if not (targets and recipe.get("lora_r") and set(targets) <= set(models.LINEAR_LAYERS)):
+        return None
+    model = sizes(models.architecture(recipe, download=False))
+    count = trainable(model, targets, int(recipe["lora_r"]))
+    return count / (count + total(model))
+
+
+def rows(recipes: dict[str, Config], download: bool = True) -> list[dict[str, Any]]:
     """Trainable parameters and their share of all, for each model, set of layers and rank.
 
     Args:
         recipes: a config for each model's name.
+        download: whether a model's config.json may be fetched from the hub.
 
     Raises:
         UserError: a model's sizes cannot be had.
     """
     found = []
     for name, recipe in recipes.items():
-        model = sizes(models.architecture(recipe))
+        model = sizes(models.architecture(recipe, download))
         for label, targets in TARGETS.items():
             for rank in RANKS:
                 count = trainable(model, targets, rank)

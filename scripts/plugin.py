@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import psutil
 import torch
 from axolotl.integrations.base import BasePlugin
 from pynvml import NVMLError
@@ -74,7 +75,8 @@ class RunCallback(TrainerCallback):
 
     Fields: time (seconds since 1970), step, max_steps, epoch, and as the trainer logs them loss, eval_loss,
     grad_norm, learning_rate; for training steps since the last record step_seconds (without evaluation
-    and saving), tokens (padding not counted) and tokens_per_second; memory in GiB, GPU utilization in percent.
+    and saving), tokens (padding not counted) and tokens_per_second; memory in GiB, GPU utilization in percent,
+    and cpu_percent, the process's load since the last record, where 100 is one processor.
 
     SIGTERM ends training after the step in hand, with a checkpoint.
     """
@@ -84,12 +86,14 @@ class RunCallback(TrainerCallback):
         self.stop = False
         self.step_started = self.step_seconds = 0.0
         self.tokens_seen: int | None = 0
+        self.process = psutil.Process()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on a checkpoint can be written, so a request to stop waits for one."""
         signal.signal(signal.SIGTERM, self._stop)
         if state.global_step:
             self.tokens_seen = None  # a resumed run counts on from a number that is not known here
+        self.process.cpu_percent()  # the load since this call is what the next one tells
 
     def _stop(self, *_: Any) -> None:
         self.stop = True
@@ -122,7 +126,7 @@ class RunCallback(TrainerCallback):
                     record["tokens"] = total - self.tokens_seen
                     record["tokens_per_second"] = record["tokens"] / record["step_seconds"]
                 self.tokens_seen = total
-        self._append(record | _usage())
+        self._append(record | _usage() | {"cpu_percent": self.process.cpu_percent()})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the last step, which the trainer may not have logged."""

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -71,6 +72,37 @@ def preparation(folder: Path, count: int = 100_000, size: int = 17_000) -> tuple
     return file.stat().st_size / seconds, after.ru_maxrss / 1024, whole
 
 
+def report(folder: Path) -> tuple[int, float, float, float, float]:
+    """The bytes of a report with 5,000 predictions; and in chromium the seconds until its text is there, until all
+    its figures are drawn and its rows can be read, and those of the slowest filter."""
+    from playwright.sync_api import sync_playwright
+    from test_report import a_large_run, html_of
+
+    file = folder / "report.html"
+    file.write_text(html_of(a_large_run(folder)))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page()
+        started = time.perf_counter()
+        page.goto(file.as_uri())
+        text = time.perf_counter() - started
+        page.wait_for_selector("html[data-figures=drawn][data-reader=ready]", state="attached")
+        ready = time.perf_counter() - started
+        filters = page.evaluate(
+            """(steps) => steps.map(([id, value]) => {
+              const field = document.getElementById(id);
+              const started = performance.now();
+              field.value = value;
+              field.dispatchEvent(new Event("input"));
+              document.body.offsetHeight; // lay it out
+              return performance.now() - started;
+            })""",
+            [["query", "zz"], ["query", "re"], ["query", ""], ["low", "0.5"], ["order", "down"], ["query", "a"]],
+        )
+        browser.close()
+    return file.stat().st_size, text, ready, filters[0] / 1000, max(filters[1:]) / 1000
+
+
 if __name__ == "__main__":
     nothing = median([sys.executable, "-c", "pass"])
     for arguments in COMMANDS:
@@ -79,10 +111,17 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         check, read = rows_per_second(Path(folder))
         prepared, memory, whole = preparation(Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        size, text, ready, first, others = report(Path(folder))
     print(
         f"rows checked        {check / 1e6:6.0f} MB/s on one core, in {read / check:.1f} times the time of json.loads"
     )
     print(
         f"rows prepared       {prepared / 1e6:6.0f} MB/s on one core, at most {memory:.0f} MiB, "
         f"{'all' if whole else 'NOT all'} accounted for"
+    )
+    print(
+        f"report              {size / 1e6:6.1f} MB with 5,000 predictions; in chromium {text:.1f} s to its text, "
+        f"{ready:.1f} s to all figures and rows; first search {1000 * first:.0f} ms, then at most "
+        f"{1000 * others:.0f} ms a filter"
     )

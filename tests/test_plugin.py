@@ -74,4 +74,5 @@ def test_metrics_say_what_happened(runs: dict[str, RunDir]) -> None:
         assert record["tokens"] > 0
         assert record["step_seconds"] > 0
         assert record["rss_peak_gib"] > 0
+        assert record["cpu_percent"] > 0
         assert record["learning_rate"] <= 2e-4
