@@ -156,10 +156,10 @@ def _named_for_trackers(composed: Composed, folder: RunDir) -> Config:
     Axolotl hands each of these keys to its tracker in the environment variable of the same name. Where the user has
     set that one, it holds.
     """
-    runs, first = folder.runs(composed.recipe), composed.recipe.partition("/")[0]
+    runs, first = folder.runs(composed.recipe), (composed.origin or composed.recipe).partition("/")[0]
     values = {
         "project": f"{first}-rehearsal" if composed.rehearsal else first,
-        "run": str(folder.path.relative_to(runs / first)),
+        "run": str(folder.path.relative_to(runs)).removeprefix(f"{first}/"),
         "runs": str(runs),
     }
     content = dict(composed.config)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import RECIPE, Recipe
 
-from qlora_recipes import check, compose, config, rules
+from qlora_recipes import check, compose, config, rules, variants
 from qlora_recipes.compose import Request
 from qlora_recipes.rundir import RunDir
 
@@ -152,3 +152,11 @@ def test_a_run_with_a_tracker_that_is_not_installed_does_not_start(recipe: Recip
     assert done.returncode == 2
     assert "the package comet_ml is not installed; install it, or delete comet_project_name" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_variant_is_of_the_project_of_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    variants.write("wide", NAME, ["lora_r=64"])
+    composed = compose.compose(Request("wide", profiles=["wandb"]))
+    filled = compose.launched(composed, RunDir(Path("runs", "wide", "now")))
+    assert (filled["wandb_project"], filled["wandb_name"]) == ("haider2024", "wide/now")
