@@ -17,12 +17,22 @@ import orjson
 import pytest
 from conftest import Recipe, recipe_config
 
-from qlora_recipes import config, lora, paths, report, report_figures, report_reader, report_runs, study, verdict
+from qlora_recipes import (
+    config,
+    lora,
+    paths,
+    report,
+    report_figures,
+    report_reader,
+    report_runs,
+    study,
+    sweeps,
+    verdict,
+)
 from qlora_recipes.evaluations import Evaluation, Settings
 from qlora_recipes.files import sha256, write_rows
 from qlora_recipes.rundir import DataFile, Difference, Launch, Run, RunDir, Summary, summarise
 from qlora_recipes.score import PER_ROW
-from qlora_recipes.sweeps import Sweep
 
 STUDY = study.find("haider2024")
 LLAMA_3 = "haider2024/llama-3-8b"
@@ -124,29 +134,18 @@ def html_of(*runs: RunDir) -> str:
     return report.of_runs(report_runs.members(runs), analyze=False)
 
 
-MEMBERS = {
-    "Paper": (32, 3.91, 2.40),
-    "High rank": (64, 3.88, 2.61),
-    "Low rank": (16, 3.95, 2.31),
-    "Odd": (8, None, None),
-}
-
-
-def a_sweep(folder: Path) -> tuple[Sweep, list[dict[str, Any]]]:
-    """A sweep as `sweeps` describes it, one of whose members has not run."""
-    rows = []
-    for i, (name, (rank, loss, gib)) in enumerate(MEMBERS.items()):
-        has_run = loss is not None
-        bleu4 = 1.5 + i / 10 if has_run else None
-        row: dict[str, Any] = {"member": name, "values": {"lora_r": rank, "lora_alpha": 32}, "seeds": [42]}
-        row |= {"runs": [str(a_run(folder, name=f"s{i}").path)] if has_run else [], "states": ["finished"] * has_run}
-        row |= {"eval_loss": loss, "eval_loss_interval": None, "bleu4": bleu4, "rouge_l": None, "bertscore_f1": None}
-        row |= {"bleu4_interval": [bleu4 - 0.2, bleu4 + 0.3] if bleu4 else None}
-        row |= {"rouge_l_interval": None, "bertscore_f1_interval": None, "planned_gib": 7.1, "peak_memory_gib": gib}
-        row |= {"memory_kind": "resident" if has_run else None, "trainable": rank * 1000, "trainable_share": rank / 1e4}
-        row |= {"train_seconds": 100.0 if has_run else None, "tokens_per_second": 190.0 if has_run else None}
-        rows.append(row | {"pareto": i < 2, "best": i == 1})
-    return Sweep(name="ranks", recipe=LLAMA_3, rehearsal=True, keys=["lora_r", "lora_alpha"], members=[]), rows
+def a_sweep(folder: Path) -> sweeps.Sweep:
+    """A sweep of three members, of two seeds each, and a fourth that has not run."""
+    members = []
+    for name, rank in {"Paper": 32, "High rank": 64, "Low rank": 16, "Odd": 8}.items():
+        for seed in (42, 43):
+            values, digest = {"lora_r": rank, "lora_alpha": 32}, f"{name} {seed}"
+            members.append(sweeps.Member(name=name, values=values, seed=seed, digest=digest, planned_gib=7.1))
+            if name != "Odd":
+                a_run(folder, name=digest, digest=digest)
+    sweep = sweeps.Sweep(name="ranks", recipe=LLAMA_3, rehearsal=True, keys=["lora_r", "lora_alpha"], members=members)
+    sweep.write(folder / "runs")
+    return sweep
 
 
 def test_a_report_says_what_the_run_was(tmp_path: Path) -> None:
@@ -184,7 +183,7 @@ def test_a_run_with_nothing_yet(tmp_path: Path) -> None:
 def test_figures_are_what_plotly_draws(tmp_path: Path) -> None:
     from plotly.graph_objects import Figure
 
-    _, members = a_sweep(tmp_path)
+    members = sweeps.rows(a_sweep(tmp_path / "sweep"), tmp_path / "sweep" / "runs")
     runs = {"a": a_run(tmp_path), "b": a_run(tmp_path, "haider2024/llama-2-7b", rehearsal=False)}
     figures = list(report_figures.training({name: run.read_metrics() for name, run in runs.items()}))
     figures += report_figures.sweep(members)
@@ -268,9 +267,12 @@ def test_the_study_stands_beside_what_is_published_and_rehearsals_do_not(tmp_pat
     assert "5.27" not in html and "To compare with" not in html and "Rehearsal." in html
 
 
-def test_a_sweep_shows_its_trade_offs(tmp_path: Path) -> None:
-    html = report.of_sweep(*a_sweep(tmp_path), analyze=False)
-    assert "Pareto front over peak memory and bleu4: Paper; High rank" in html
+def test_a_sweep_shows_its_trade_offs(recipe: Recipe, tmp_path: Path) -> None:
+    a_sweep(tmp_path)
+    assert recipe("report", "--sweep", "ranks").returncode == 0
+    html = (tmp_path / "report.html").read_text()
+    assert "Low rank, Low rank 43" in html and "Odd" in html
+    assert "Pareto front over peak memory and bleu4: " in html and "Intervals are over seeds." in html
     assert "Validation loss against memory" in html
 
 
@@ -537,6 +539,8 @@ def test_several_runs_the_study_and_a_sweep_open_too(browser: Any, tmp_path: Pat
     a_run(tmp_path, name="real", rehearsal=False)
     with opened(browser, report.of_study(STUDY, False, tmp_path / "runs", analyze=False), tmp_path) as page:
         assert page.locator("figure[data-figure=study-bleu4] .main-svg").count()
-    with opened(browser, report.of_sweep(*a_sweep(tmp_path / "sweep"), analyze=False), tmp_path, PHONE) as page:
+    sweep = a_sweep(tmp_path / "sweep")
+    rows = sweeps.rows(sweep, tmp_path / "sweep" / "runs")
+    with opened(browser, report.of_sweep(sweep, rows, analyze=False), tmp_path, PHONE) as page:
         assert page.locator("figure[data-figure=sweep-memory-eval_loss] .main-svg").count()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
