@@ -26,7 +26,9 @@ _HUB_METRICS = {
     "sacrebleu": ("sacrebleu", "sacrebleu's corpus BLEU"),
 }
 # Keys for where this machine keeps things, and for the accounts and hosts that a run reports to
-_NOT_SHOWN = re.compile("output_dir|dataset_prepared_path|plugins|(wandb|mlflow|comet|trackio|swanlab|otel|hub)_")
+_NOT_SHOWN = re.compile(
+    "output_dir|dataset_prepared_path|plugins|(use_|hf_)?(wandb|mlflow|comet|trackio|swanlab|tensorboard|otel|hub)(_|$)"
+)
 _LOCAL_PATH = re.compile(r"(?<![\w.<>/~-])(?:\.\.(?:/[^\s/=,:'\")\]}]+)+|(?:file://)?(?:/[^\s/=,:'\")\]}]+){2,})")
 
 
@@ -51,9 +53,12 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
     other_data = run.rehearsal or any(re.match(r"datasets\..*path$", changed.key) for changed in run.differences)
     data = None if of_study is None or other_data else of_study.data
     published = of_study.aimed_at(run.origin) if of_study and not run.rehearsal else None
+    of_run = run.model_dump()
+    of_run["differences"] = [changed for changed in of_run["differences"] if not _NOT_SHOWN.match(changed["key"])]
+    of_run["overrides"] = [override for override in run.overrides if not _NOT_SHOWN.match(override)]
     facts: dict[str, Any] = _public(
         {
-            "run": run.model_dump(),
+            "run": of_run,
             "evaluation": evaluation.model_dump() if evaluation else None,
             "base": {"name": base, "local": is_local, "title": known.get("title", base)},
             "licence": known.get("licence"),

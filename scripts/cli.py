@@ -766,6 +766,7 @@ def report(
     sweep: Annotated[
         str | None, typer.Option(metavar="NAME", help="A sweep instead: what its members trade for what.")
     ] = None,
+    best: Best = None,
     analyze: Annotated[
         bool,
         typer.Option(
@@ -792,6 +793,8 @@ def report(
         raise UserError("RUN, --study and --sweep: one of them")
     if rehearse and not study:
         raise UserError("--rehearse: goes with --study")
+    if best and not sweep:
+        raise UserError("--best: goes with --sweep")
     reporting.check_file(out)
     if study:
         html = reporting.of_study(studies.find(study), rehearse, runs, analyze)
@@ -799,7 +802,7 @@ def report(
         from . import sweeps
 
         found = sweeps.find(sweep, runs)
-        html = reporting.of_sweep(found, sweeps.rows(found, runs), analyze)
+        html = reporting.of_sweep(found, sweeps.rows(found, runs, best.value if best else None), analyze)
     else:
         folders = {folder.path: folder for folder in (find_run(name, runs) for name in run or ["latest"])}
         html = reporting.of_runs(report_runs.members(list(folders.values())), analyze)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ from . import config, data, datafiles, models, paths, provenance, schema, standi
 from .config import Config
 from .errors import UserError
 from .files import sha256
-from .rundir import DataFile, Difference
+from .rundir import DataFile, Difference, RunDir
 
 REHEARSAL = "rehearsal"
+TRACKERS = {"tensorboard", "trackio", "mlflow", "wandb"}  # profiles that change nothing of the training
 PLUGIN = "qlora_recipes.plugin.RunPlugin"
 
 
@@ -130,18 +133,40 @@ def is_rehearsal(request: Request) -> bool:
     return request.rehearse or REHEARSAL in (paths.find_profile(profile)[0] for profile in request.profiles)
 
 
-def launched(composed: Composed, output: Path) -> Config:
-    """The config with what a run adds to it: its output folder, its plugin, and where prepared data goes.
+def launched(composed: Composed, folder: RunDir) -> Config:
+    """The config with what a run adds to it: its output folder, its plugin, where prepared data goes, and for trackers
+    its name.
 
     Axolotl keys its cache of prepared data by settings alone; the data's own hash in the path keeps a
     changed file from being taken for the old one.
     """
     content = hashlib.sha256("".join(file.sha256 for file in composed.data).encode()).hexdigest()
-    return composed.config | {
-        "output_dir": str(output),
+    return _named_for_trackers(composed, folder) | {
+        "output_dir": str(folder.output),
         "dataset_prepared_path": str(paths.cache() / "prepared" / content[:16]),
         "plugins": [*(composed.config.get("plugins") or []), PLUGIN],
     }
+
+
+def _named_for_trackers(composed: Composed, folder: RunDir) -> Config:
+    """The config with the {placeholders} of its trackers' keys filled in.
+
+    project is the recipe's study, or the recipe where it has none; rehearsals have one of their own. run is the run's
+    folder below that, an end of its path, so that the other verbs know the run by it too; runs is the folder of all.
+    Axolotl hands each of these keys to its tracker in the environment variable of the same name. Where the user has
+    set that one, it holds.
+    """
+    runs, first = folder.runs(composed.recipe), (composed.origin or composed.recipe).partition("/")[0]
+    values = {
+        "project": f"{first}-rehearsal" if composed.rehearsal else first,
+        "run": str(folder.path.relative_to(runs)).removeprefix(f"{first}/"),
+        "runs": str(runs),
+    }
+    content = dict(composed.config)
+    for key, value in composed.config.items():
+        if re.match("(wandb|mlflow|trackio)_", key) and (filled := _fill(value, values)) != value:
+            content[key] = None if key.upper() in os.environ else filled
+    return content
 
 
 def rehearsal_data(input_format: str = "diff") -> Path:
@@ -184,7 +209,9 @@ def _fill(fragment: Any, values: dict[str, str]) -> Any:
         return {key: _fill(value, values) for key, value in fragment.items()}
     if isinstance(fragment, list):
         return [_fill(item, values) for item in fragment]
-    return fragment.format(**values) if isinstance(fragment, str) else fragment
+    if isinstance(fragment, str):
+        return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), fragment)
+    return fragment
 
 
 def _few_steps(composed: Config) -> Config:

@@ -3,6 +3,8 @@
 It is the only code of this project inside the training process; `recipe run` adds it to the config.
 """
 
+import fcntl
+import os
 import resource
 import signal
 import time
@@ -21,11 +23,33 @@ GIB = 2**30
 
 
 class RunPlugin(BasePlugin):
-    """Writes metrics.jsonl beside the run's output folder, and lets NF4 train on a CPU."""
+    """Writes metrics.jsonl beside the run's output folder, lets NF4 train on a CPU, and sees to trackers."""
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
-        """transformers refuses bf16 without a GPU unless told that the CPU is meant."""
-        return None if torch.cuda.is_available() else {"use_cpu": True}
+        """What Axolotl does not pass on to transformers.
+
+        That refuses bf16 without a GPU unless told that the CPU is meant. It alone knows trackio's project, and after
+        a push to the hub it would publish the run as a Space that nobody asked for.
+        """
+        args: dict[str, Any] = {} if torch.cuda.is_available() else {"use_cpu": True}
+        if cfg.trackio_project_name:
+            args["project"] = cfg.trackio_project_name
+        if cfg.use_trackio and not os.environ.get("TRACKIO_SPACE_ID"):
+            args["trackio_static_space_id"] = False
+        return args
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """Open MLflow's store, one run at a time: two that find none at once and make it break each other."""
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")  # Axolotl puts the config's there
+        if not cfg.use_mlflow or not uri.startswith("sqlite:///"):
+            return
+        import mlflow
+
+        store = Path(uri.removeprefix("sqlite:///"))
+        store.parent.mkdir(parents=True, exist_ok=True)
+        with store.with_name(f".{store.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            mlflow.search_experiments(max_results=1)
 
     def post_model_load(self, cfg: Any, model: torch.nn.Module) -> None:
         """Keep bitsandbytes from repacking 4-bit weights for CPU inference at the first evaluation.

@@ -436,6 +436,26 @@ def _can_be_found(module: str) -> bool:
 
 
 @_rule
+def missing_tracker(case: Case) -> Found:
+    """transformers asks for a tracker's package once the model is loaded. Axolotl also turns on one whose project is
+    named (axolotl/utils/mlflow_.py and its like)."""
+    for package, keys in _TRACKERS.items():
+        on = [key for key in keys if case[key]]
+        if on and not _can_be_found(package):
+            yield "error", on[0], f"the package {package} is not installed", f"install it, or delete {' and '.join(on)}"
+
+
+_TRACKERS = {
+    "tensorboard": ("use_tensorboard",),
+    "trackio": ("use_trackio", "trackio_project_name"),
+    "mlflow": ("use_mlflow", "mlflow_experiment_name"),
+    "wandb": ("use_wandb", "wandb_project"),
+    "comet_ml": ("use_comet", "comet_project_name"),
+    "swanlab": ("use_swanlab", "swanlab_project"),
+}
+
+
+@_rule
 def does_not_divide(case: Case) -> Found:
     """The rest is dropped in silence: Axolotl divides batch_size by micro_batch_size and rounds down."""
     batch, micro_batch = case["batch_size"], case["micro_batch_size"]

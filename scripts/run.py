@@ -62,7 +62,9 @@ def run(request: Request, runs: Path) -> RunDir:
         standin.model_folder()
     folder = claim(runs, composed.recipe, composed.digest)
     with folder.held() as lock:
-        ours = launched(composed, folder.output)
+        ours = launched(composed, folder)
+        for difference in composed.differences:  # with a tracker's placeholders filled in
+            difference.run = ours.get(difference.key, difference.run)
         record = Run(
             recipe=composed.recipe,
             variant_of=composed.origin if composed.origin != composed.recipe else None,
@@ -144,14 +146,25 @@ def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
     return [*command, "--launcher", "torchrun", "--", f"--nproc-per-node={record.gpus_used}"]
 
 
-def _environment(record: Run) -> dict[str, str]:
-    """The environment of the training process; a rehearsal sees neither GPU nor network."""
+def _environment(folder: RunDir, record: Run) -> dict[str, str]:
+    """The environment of the training process; a rehearsal sees neither GPU nor network.
+
+    Trackers write into the run's folder, or where they compare runs, beside all runs; Axolotl has no keys for that.
+    """
+    path = folder.path.absolute()
+    trackers = {
+        "TENSORBOARD_LOGGING_DIR": str(path / "tensorboard"),
+        "TRACKIO_DIR": str(RunDir(path).runs(record.recipe) / "trackio"),
+        "WANDB_DIR": str(path),
+        "WANDB_DATA_DIR": str(path / "wandb"),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
     added = {"AXOLOTL_DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
     if record.rehearsal:
         added |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     elif record.gpus_used == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
         added["CUDA_VISIBLE_DEVICES"] = "0"  # with more in sight, transformers would use them all
-    return os.environ | added
+    return trackers | os.environ | added
 
 
 def _train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
@@ -165,7 +178,7 @@ def _train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = Non
         child = subprocess.Popen(
             command,
             cwd=record.cwd,
-            env=_environment(record),
+            env=_environment(folder, record),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -132,6 +132,10 @@ class RunDir:
         self.output = path / "output"
         self._json = path / "run.json"
 
+    def runs(self, recipe: str) -> Path:
+        """The folder of all runs that this one, of a recipe, is in."""
+        return self.path.parents[recipe.count("/") + 1]
+
     def write(self, run: Run) -> None:
         """Replace run.json."""
         write_atomically(self._json, run.model_dump_json(indent=1, exclude_none=True) + "\n")

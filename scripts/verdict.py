@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config, paths, results
+from .compose import REHEARSAL, TRACKERS
 from .evaluations import Evaluation
 from .rundir import Run, RunDir, all_runs
 from .study import Study
@@ -42,7 +43,7 @@ def rows(
 
 def _speaks_for(folder: RunDir, run: Run) -> tuple[bool, bool, bool, str]:
     """What of a recipe's runs is preferred: to be finished, an evaluation, the recipe's own settings, being new."""
-    plain = not run.overrides and not set(run.profiles) - {"rehearsal"} and not run.axolotl_arguments
+    plain = not run.overrides and not set(run.profiles) - {REHEARSAL, *TRACKERS} and not run.axolotl_arguments
     evaluated = results.evaluation(folder.path, run) is not None
     return run.state == "finished" and evaluated, evaluated, plain and run.gpus_used == 1, folder.path.name
 

@@ -10,7 +10,7 @@ from conftest import Recipe, config_with
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qlora_recipes import check, config, gpus, models, paths, schema
+from qlora_recipes import check, config, gpus, models, paths, rules, schema
 from qlora_recipes.compose import Request
 from qlora_recipes.errors import UserError
 from qlora_recipes.finding import Finding
@@ -20,10 +20,11 @@ NAME = "haider2024/code-llama-7b"
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Path:
-    """A folder with the data that recipes name, and a network."""
+    """A folder with the data that recipes name, a network, and the packages of all trackers."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(prepared)
     monkeypatch.setattr(models, "is_offline", lambda: False)
+    monkeypatch.setattr(rules, "_can_be_found", lambda module: True)
     monkeypatch.setenv("HF_TOKEN", "for the test")
     return tmp_path
 

@@ -4,6 +4,7 @@ import pytest
 
 from qlora_recipes import compose, datafiles
 from qlora_recipes.compose import Request
+from qlora_recipes.rundir import RunDir
 
 NAME = "haider2024/llama-2-7b"
 
@@ -25,7 +26,7 @@ def composed(*overrides: str) -> compose.Composed:
 
 def test_changed_data_is_prepared_anew(place: Path) -> None:
     def prepared() -> str:
-        of_run = compose.launched(composed("datasets.0.path=data/a.jsonl"), Path("out"))
+        of_run = compose.launched(composed("datasets.0.path=data/a.jsonl"), RunDir(Path("runs", NAME, "now")))
         return str(of_run["dataset_prepared_path"])
 
     before = prepared()

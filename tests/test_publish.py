@@ -56,7 +56,9 @@ def run(tmp_path: Path) -> RunDir:
         "dataset_prepared_path": "/home/someone/.cache/prepared",
         "plugins": ["qlora_recipes.plugin.RunPlugin"],
         "deepspeed": str(tmp_path / "elsewhere" / "zero2.json"),
+        "use_wandb": True,
         "wandb_entity": "someone",
+        "hf_mlflow_log_artifacts": True,
     }
     folder.config.write_text(config.write_yaml(recipe_config(RECIPE) | ours))
     folder.write(record(tmp_path))
@@ -216,10 +218,11 @@ def test_a_card_names_nothing_of_the_machine(run: RunDir, tmp_path: Path) -> Non
             tmp_path,
             recipe="mine",
             profiles=[str(tmp_path / "work" / "profiles" / "p.yaml"), "/home/someone/q.yaml"],
-            overrides=[f"datasets.0.path={absolute}", "deepspeed=../someone/zero.json"],
+            overrides=[f"datasets.0.path={absolute}", "deepspeed=../someone/zero.json", "wandb_entity=someone"],
             differences=[
                 Difference(key="datasets.0.path", recipe="a", run=absolute, why="profile /home/someone/q.yaml"),
                 Difference(key="special_tokens", run={"pad_token": "</s>", "url": "https://a.org/b/c"}, why="--set"),
+                Difference(key="wandb_entity", run="someone", why="--set wandb_entity=someone"),
             ],
             data=[DataFile(path=absolute, sha256="b" * 64, bytes=9)],
         )

@@ -111,6 +111,7 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"special_tokens": {"eos_token": "<|im_end|>"}}, "error", "missing-special-token:special_tokens.eos_token", "no"),
     ({"datasets": [DATA | {"type": "chatml.intel"}]}, "error", "prompt-strategy:datasets.0.type", "set rl"),
     ({"datasets": [DATA | {"type": "nowhere.prompts"}]}, "error", "prompt-strategy:datasets.0.type", "nowhere"),
+    ({"use_comet": True}, "error", "missing-tracker:use_comet", "comet_ml is not installed; install it"),
     (
         {"batch_size": 7, "gradient_accumulation_steps": None},
         "error",

@@ -121,7 +121,7 @@ def test_rehearsals_and_runs_are_apart(tmp_path: Path) -> None:
 
 def test_the_run_that_speaks_is_evaluated_without_overrides_and_new(tmp_path: Path) -> None:
     a_run(tmp_path, LLAMA_2, "1", 5.1)
-    expected = a_run(tmp_path, LLAMA_2, "2", 5.2)
+    expected = a_run(tmp_path, LLAMA_2, "2", 5.2, profiles=["mlflow"])
     a_run(tmp_path, LLAMA_2, "3", 5.3, set={"lora_r": 64})
     (a_run(tmp_path, LLAMA_2, "4", 5.4).path / "scores.json").unlink()
     a_run(tmp_path, LLAMA_2, "5", 5.5, gpus_used=4)
