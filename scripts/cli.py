@@ -801,8 +801,7 @@ def report(
     elif sweep:
         from . import sweeps
 
-        found = sweeps.find(sweep, runs)
-        html = reporting.of_sweep(found, sweeps.rows(found, runs, best.value if best else None), analyze)
+        html = reporting.of_sweep(sweeps.find(sweep, runs), runs, best.value if best else None, analyze)
     else:
         folders = {folder.path: folder for folder in (find_run(name, runs) for name in run or ["latest"])}
         html = reporting.of_runs(report_runs.members(list(folders.values())), analyze)

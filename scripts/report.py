@@ -15,7 +15,7 @@ import orjson
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup, escape
 
-from . import gpus, lora, paths, plan, report_reader, report_runs, results, sweep_tables, tables, verdict
+from . import gpus, lora, paths, plan, report_reader, report_runs, results, sweep_tables, sweeps, tables, verdict
 from . import report_figures as draw
 from .errors import UserError
 from .report_runs import Member, members
@@ -70,16 +70,18 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
     return _page(study.title, f"Study {name}", members(spoken), analyze, study=section)
 
 
-def of_sweep(sweep: Sweep, rows: list[Row], analyze: bool) -> str:
+def of_sweep(sweep: Sweep, runs: Path, best: str | None, analyze: bool) -> str:
     """The report of a sweep: what its members trade for what, and their runs.
 
     Args:
         sweep: the sweep.
-        rows: those of `sweeps.rows`.
+        runs: the folder with its runs.
+        best: one of `sweeps.CRITERIA`, by which a member is the best.
 
     Raises:
         UserError: no member has a run.
     """
+    rows = sweeps.rows(sweep, runs, best)
     made = [(row["member"], RunDir(Path(run))) for row in rows for run in row["runs"]]
     if not made:
         raise UserError(f"--sweep {sweep.name}: no member has a run yet; `recipe sweep` makes them")
@@ -87,7 +89,7 @@ def of_sweep(sweep: Sweep, rows: list[Row], analyze: bool) -> str:
     memory = draw.memory(rows)
     section = {
         "about": about,
-        "notes": sweep_tables.notes(sweep, rows, None),
+        "notes": sweep_tables.notes(sweep, rows, best),
         "table": _without_empty([report_runs.sweep_row(row, sweep.keys) for row in rows]),
         "figures": [*draw.sweep(rows), *([memory] if memory else [])],
     }

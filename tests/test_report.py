@@ -269,10 +269,11 @@ def test_the_study_stands_beside_what_is_published_and_rehearsals_do_not(tmp_pat
 
 def test_a_sweep_shows_its_trade_offs(recipe: Recipe, tmp_path: Path) -> None:
     a_sweep(tmp_path)
-    assert recipe("report", "--sweep", "ranks").returncode == 0
+    assert recipe("report", "--sweep", "ranks", "--best", "bleu4").returncode == 0
     html = (tmp_path / "report.html").read_text()
     assert "Low rank, Low rank 43" in html and "Odd" in html
     assert "Pareto front over peak memory and bleu4: " in html and "Intervals are over seeds." in html
+    assert "Best by bleu4: Paper" in html
     assert "Validation loss against memory" in html
 
 
@@ -334,6 +335,7 @@ def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:
         ("--study", "haider2024", "--rehearse"): "no rehearsals of it below runs/; `recipe reproduce haider2024`",
         ("x", "--study", "haider2024"): "one of them",
         ("--rehearse",): "--rehearse: goes with --study",
+        ("--best", "bleu4"): "--best: goes with --sweep",
         ("--sweep", "ranks"): "ranks: no sweep of that name below runs/",
     }
     for arguments, message in mistakes.items():
@@ -540,7 +542,7 @@ def test_several_runs_the_study_and_a_sweep_open_too(browser: Any, tmp_path: Pat
     with opened(browser, report.of_study(STUDY, False, tmp_path / "runs", analyze=False), tmp_path) as page:
         assert page.locator("figure[data-figure=study-bleu4] .main-svg").count()
     sweep = a_sweep(tmp_path / "sweep")
-    rows = sweeps.rows(sweep, tmp_path / "sweep" / "runs")
-    with opened(browser, report.of_sweep(sweep, rows, analyze=False), tmp_path, PHONE) as page:
+    html = report.of_sweep(sweep, tmp_path / "sweep" / "runs", None, analyze=False)
+    with opened(browser, html, tmp_path, PHONE) as page:
         assert page.locator("figure[data-figure=sweep-memory-eval_loss] .main-svg").count()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
