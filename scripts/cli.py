@@ -780,8 +780,8 @@ def report(
 ) -> None:
     """One HTML file of runs, a study or a sweep: curves, scores, predictions to read, settings, provenance.
 
-    It holds all that it needs, so it opens without a network and can be passed on. Mind that it shows the diffs and
-    references of the test data, and names of folders of this machine.
+    It holds all that it needs and opens without a network. Mind whom you give it to: it shows the diffs and references
+    of the test data, and names of folders of this machine.
     """
     from . import report as reporting
     from . import report_runs

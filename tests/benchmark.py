@@ -111,8 +111,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         check, read = rows_per_second(Path(folder))
         prepared, memory, whole = preparation(Path(folder))
-    with tempfile.TemporaryDirectory() as folder:
-        size, text, ready, first, others = report(Path(folder))
     print(
         f"rows checked        {check / 1e6:6.0f} MB/s on one core, in {read / check:.1f} times the time of json.loads"
     )
@@ -120,8 +118,11 @@ if __name__ == "__main__":
         f"rows prepared       {prepared / 1e6:6.0f} MB/s on one core, at most {memory:.0f} MiB, "
         f"{'all' if whole else 'NOT all'} accounted for"
     )
-    print(
-        f"report              {size / 1e6:6.1f} MB with 5,000 predictions; in chromium {text:.1f} s to its text, "
-        f"{ready:.1f} s to all figures and rows; first search {1000 * first:.0f} ms, then at most "
-        f"{1000 * others:.0f} ms a filter"
-    )
+    if shutil.which("chromium"):
+        with tempfile.TemporaryDirectory() as folder:
+            size, text, ready, first, others = report(Path(folder))
+        print(
+            f"report              {size / 1e6:6.1f} MB with 5,000 predictions; in chromium {text:.1f} s to its text, "
+            f"{ready:.1f} s to all figures and rows; first search {1000 * first:.0f} ms, then at most "
+            f"{1000 * others:.0f} ms a filter"
+        )
