@@ -26,9 +26,7 @@ _HUB_METRICS = {
     "sacrebleu": ("sacrebleu", "sacrebleu's corpus BLEU"),
 }
 # Keys for where this machine keeps things, and for the accounts and hosts that a run reports to
-_NOT_SHOWN = re.compile(
-    "output_dir|dataset_prepared_path|plugins|(use_|hf_)?(wandb|mlflow|comet|trackio|swanlab|tensorboard|otel|hub)(_|$)"
-)
+_NOT_SHOWN = re.compile(f"output_dir|dataset_prepared_path|plugins|hub_|{config.TRACKING.pattern}")
 _LOCAL_PATH = re.compile(r"(?<![\w.<>/~-])(?:\.\.(?:/[^\s/=,:'\")\]}]+)+|(?:file://)?(?:/[^\s/=,:'\")\]}]+){2,})")
 
 

@@ -56,8 +56,9 @@ class Composed:
 
     @property
     def digest(self) -> str:
-        """A hash of the config and of the data it names."""
-        content = [self.config, [file.sha256 for file in self.data]]
+        """A hash of the config, but for where it is tracked, and of the data it names."""
+        cfg = {key: value for key, value in self.config.items() if not config.TRACKING.match(key)}
+        content = [cfg, [file.sha256 for file in self.data]]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -11,6 +11,8 @@ import yaml
 from .errors import UserError
 
 Config = dict[str, Any]
+TRACKING = re.compile("(use_|hf_)?(wandb|mlflow|comet|trackio|swanlab|tensorboard|otel)(_|$)")
+"""Keys that say where a run is tracked, which changes nothing of the training."""
 OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  # a run sets these itself
 
 

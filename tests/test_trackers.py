@@ -160,3 +160,9 @@ def test_a_variant_is_of_the_project_of_its_recipe(tmp_path: Path, monkeypatch: 
     composed = compose.compose(Request("wide", profiles=["wandb"]))
     filled = compose.launched(composed, RunDir(Path("runs", "wide", "now")))
     assert (filled["wandb_project"], filled["wandb_name"]) == ("haider2024", "wide/now")
+
+
+def test_where_a_run_is_tracked_makes_it_no_other_run() -> None:
+    plain, tracked = (compose.compose(Request(NAME, profiles=profiles)) for profiles in ([], list(TRACKERS)))
+    assert plain.digest == tracked.digest
+    assert plain.digest != compose.compose(Request(NAME, overrides=["lora_r=8"])).digest
