@@ -121,7 +121,7 @@ def _page(title: str, kind: str, found: Sequence[Member], analyze: bool, **more:
     metrics = {one.label: one.folder.read_metrics() for one in found}
     training = [figure for figure in draw.training(metrics) if figure.traces]
     notes = []
-    if not any(figure.key == "load" for figure in training):
+    if training and not any(figure.key == "load" for figure in training):
         notes.append("The load of the processor was not recorded.")
     if "sweep" not in more:
         memory = draw.memory([_memory(one, analyze) for one in found])
