@@ -9,7 +9,7 @@ setup: .venv/.complete  ## The environment of requirements.lock in .venv, with t
 
 demo: setup  ## Rehearse one recipe on the CPU from training to scores
 	$(RECIPE) run haider2024/code-llama-7b --rehearse
-	$(RECIPE) evaluate latest --limit 12
+	$(RECIPE) evaluate latest
 	$(RECIPE) results
 
 test: setup  ## All tests; no GPU, no network

@@ -527,7 +527,9 @@ def sweep(
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME", help="The GPU to plan for; by default this machine's.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate on the first so many test rows only.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate on the first so many test rows only; 12 in a rehearsal.")
+    ] = None,
     bertscore: Judge = None,
     bertscore_layer: JudgeLayer = None,
     batch_size: BatchSize = 16,
@@ -624,7 +626,9 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="Prepared rows; by default the study's test set beside the training data."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate the first so many rows only.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate the first so many rows only; 12 of a rehearsal's.")
+    ] = None,
     adapter: Annotated[
         str | None,
         typer.Option(metavar="DIR|none", help="Another adapter, or none for the base model alone."),

@@ -24,6 +24,7 @@ BASE = "none"  # --adapter none: the base model without an adapter
 BATCH_TOKENS = 8192
 """The tokens that a batch has room for. Their keys and values take 4 GiB in a Llama 2 7B, the most of all the study's
 models, which a card of 16 GB has beside the weights."""
+REHEARSED = 12  # rows, which show that the path works
 _PART = "predictions.part.jsonl"
 
 
@@ -33,7 +34,7 @@ class Request:
 
     Attributes:
         data: prepared rows; by default the study's own test set beside the run's training data, else test.jsonl there.
-        limit: evaluate the first so many rows only.
+        limit: evaluate the first so many rows only; by default all, and `REHEARSED` of a rehearsal's own.
         adapter: an adapter's folder, or `none` for the base model alone; by default the run's adapter.
         max_new_tokens: by default the study's.
         batch_size: the most rows generated at a time; fewer where they are long, see `batches`.
@@ -77,7 +78,8 @@ class Task:
         if file is None:
             raise UserError(f"{folder.path}: no test.jsonl lies beside its training data; name one with --data")
         every = _read_rows(file)
-        self.rows = every[: request.limit]
+        limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
+        self.rows = every[:limit]
         decoding = of_study.decoding if of_study else Decoding(max_new_tokens=96)
         local = Path(self.run.cwd, str(self.cfg["base_model"]))
         data_sha256 = sha256(file)
@@ -89,7 +91,7 @@ class Task:
             data_sha256=data_sha256,
             test_set=_test_set(file, data_sha256),
             rows=len(self.rows),
-            limit=request.limit if len(self.rows) < len(every) else None,
+            limit=limit if len(self.rows) < len(every) else None,
             decoding=decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or decoding.max_new_tokens}),
             batch_size=request.batch_size,
             cache=_cache(request, self.run),
