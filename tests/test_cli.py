@@ -165,7 +165,7 @@ def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe: Recipe) -
             "warmup_steps",
             "fp16",
         } | ({"bf16"} if composed.config["bf16"] else set())
-        steps = 5 * composed.config["num_epochs"]
+        steps = 4 * composed.config["num_epochs"]
         assert composed.config["warmup_steps"] == min(10, steps // 10)
         assert "max_steps" not in composed.config
 
