@@ -727,10 +727,8 @@ def results(
     md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
 ) -> None:
     """A row a run: losses and scores, the published ones beside them."""
-    from . import compare as comparing
     from . import results as gathered
-    from . import study as studies
-    from . import sweep_tables, sweeps, tables, verdict
+    from . import tables
 
     if sum(map(bool, (study, sweep, compare, by))) > 1:
         raise UserError("--study, --sweep, --compare and --by: one of them")
@@ -740,14 +738,23 @@ def results(
         raise UserError("--rehearse: goes with --study" if rehearse else "--run: goes with --by")
     form = "json" if json else "csv" if csv else "md" if md else "table"
     if compare:
+        from . import compare as comparing
+
         rows = comparing.compare(*(comparing.predictions(name, runs) for name in compare))
         tables.write(rows, form, f"a: {compare[0]}, b: {compare[1]}")
     elif by:
+        from . import compare as comparing
+
         tables.write(comparing.by_group(comparing.predictions(run or "latest", runs).rows, by.value), form, run)
     elif sweep:
+        from . import sweep_tables, sweeps
+
         made, by_what = sweeps.find(sweep, runs), best.value if best else None
         sweep_tables.show(made, sweeps.rows(made, runs, by_what), by_what, form)
     elif study:
+        from . import study as studies
+        from . import verdict
+
         of_study = studies.find(study)
         gathered.show_study(of_study, verdict.rows(of_study, runs, rehearse), rehearse, form)
     else:
