@@ -216,7 +216,7 @@ def _quartiles(values: Sequence[float]) -> list[float]:
 
 
 def _points(name: str, rows: Sequence[tuple[float, float, str]], i: int, **more: Any) -> Trace:
-    """Points with their names beside them."""
+    """Points with their names beside them, in turn above and below, so that those of neighbours can be read."""
     return {
         "type": "scatter",
         "mode": "markers+text",
@@ -224,7 +224,7 @@ def _points(name: str, rows: Sequence[tuple[float, float, str]], i: int, **more:
         "x": [x for x, _, _ in rows],
         "y": [y for _, y, _ in rows],
         "text": [text for _, _, text in rows],
-        "textposition": "top center",
+        "textposition": [("top center", "bottom center")[place % 2] for place in range(len(rows))],
         "cliponaxis": False,
         "marker": _style(i)["marker"] | {"size": 11} | more,
     }
@@ -299,7 +299,9 @@ def _against(rows: Sequence[Row], x: str, y: str) -> list[Trace]:
     others = [point for point in known if beaten(point)]
     line = {"dash": "dot", "color": COLOURS[2], "width": 1.5}
     traces = [_points("on the Pareto front", front, 2, symbol="diamond") | {"mode": "lines+markers+text", "line": line}]
-    traces.append(_points("not on it", others, 1, symbol="circle-open"))
+    furthest = max((cost for cost, _, _ in known), default=None)
+    beside = ["middle left" if cost == furthest else "middle right" for cost, _, _ in others]
+    traces.append(_points("not on it", others, 1, symbol="circle-open") | {"textposition": beside})
     return [trace for trace in traces if trace["x"]]
 
 
