@@ -77,7 +77,7 @@ def check(
     report = Report(request.name)
     try:
         composed = compose.compose(request)
-        report = examine(composed, gpu, launching=launching, data=data, plan=full)
+        report = examine(composed, gpu, request.gpus, launching, data, full)
         report.name = request.name
         if full:
             with importing_axolotl():

@@ -352,7 +352,7 @@ def plan(
         raise UserError("--vram and --price: give a number")
     _check_figure(figure)
     target = cards.find(gpu) if gpu else None if vram else cards.here()
-    requests = [Request(name, profile or [], set_ or []) for name in names or recipe_names()]
+    requests = [Request(name, profile or [], set_ or [], gpus=gpus) for name in names or recipe_names()]
     if compare:
         if len(requests) != 1:
             raise UserError("--compare: name one recipe or file")
@@ -361,7 +361,7 @@ def plan(
         compared = planning.compare(requests[0], target)
         tables.print_json(compared) if json else plan_tables.comparison(compared, requests[0].name)
         return
-    plans = {request.name: planning.of_request(request, target, vram, gpus, data, price, runs) for request in requests}
+    plans = {request.name: planning.of_request(request, target, vram, data, price, runs) for request in requests}
     if figure:
         plan_tables.draw(plans, figure)
     if json:

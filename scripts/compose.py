@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import config, data, datafiles, models, paths, provenance, schema, standin, study, variants
+from . import config, data, datafiles, engines, models, paths, provenance, schema, standin, study, variants
 from .config import Config
 from .errors import UserError
 from .files import sha256
@@ -106,8 +106,11 @@ def compose(request: Request) -> Composed:
         key, value = config.parse_override(text)
         _check_not_of_the_run(key, f"--set {text}")
         lay(config.override(composed, key, value), f"--set {text}")
+    if rehearsal and request.gpus == 1:
+        lay(engines.without_engine(composed), "rehearsal in one process; --gpus 2 rehearses the engine too")
+    lay(engines.divided(composed, request.gpus), f"--gpus {request.gpus}: steps of as many rows as on one")
     if rehearsal:
-        lay(_few_steps(composed), "rehearsal: at most a tenth of the steps")
+        lay(_few_steps(composed, request.gpus), "rehearsal: at most a tenth of the steps")
     differences = [
         Difference(key=key, recipe=before, run=after, why=why.get(key, ""))
         for key, (before, after) in config.differences(first, composed).items()
@@ -215,12 +218,12 @@ def _fill(fragment: Any, values: dict[str, str]) -> Any:
     return fragment
 
 
-def _few_steps(composed: Config) -> Config:
+def _few_steps(composed: Config, gpus: int) -> Config:
     """The config with its warm-up capped at a tenth of the steps that its few rows give."""
     ratio, steps, all_steps = (
         composed.get("warmup_ratio"),
         composed.get("warmup_steps"),
-        datafiles.training_steps(composed),
+        datafiles.training_steps(composed, gpus),
     )
     if isinstance(ratio, float) and ratio > 0.1:
         return config.merge(composed, {"warmup_ratio": 0.1})

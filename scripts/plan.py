@@ -9,6 +9,7 @@ from typing import Any
 from . import check, datafiles, models, paths, rules, steps, work
 from .compose import Composed, Request, compose
 from .config import Config
+from .engines import engine_of
 from .gpus import Gpu
 from .planner import CONTEXT, GIB, ROUND, Planner
 from .traces import NotAlike
@@ -27,17 +28,15 @@ def of_request(
     request: Request,
     gpu: Gpu | None = None,
     vram: float | None = None,
-    gpus: int = 1,
     data: bool = False,
     price: float | None = None,
     runs: Path = paths.RUNS,
 ) -> dict[str, Any]:
-    """Parameters, memory and work of a recipe or file, and what is laid over it.
+    """Parameters, memory and work of a recipe or file, what is laid over it, and the GPUs that it is divided among.
 
     Args:
         gpu: the card that it is meant for.
         vram: its memory in GiB, where that is another than the card's, or all that is known of it.
-        gpus: how many of them.
         data: tokenize the training data, to count its tokens and to plan for its longest row.
         price: of a card, an hour.
         runs: the folder with earlier runs, whose speed is taken.
@@ -47,7 +46,7 @@ def of_request(
     """
     composed = composed_for(request)
     lengths = check.lengths(composed) if data else []
-    planned, planner = plan(composed.config, gpu, vram, gpus)
+    planned, planner = plan(composed.config, gpu, vram, request.gpus)
     if gpu:
         lacks = rules.gpu_lacks(rules.Case(composed.config, set(), gpu))
         planned["notes"] += [f"{key}: {problem}; {remedy}" for _, key, problem, remedy in lacks]
@@ -59,7 +58,7 @@ def of_request(
             with suppress(NotAlike):
                 size = planner.need(length=longest)
                 planned["longest_batch"] = {"rows": planner.rows, "tokens": longest, "needed": size}
-    planned["work"] = work.work(composed, planner, gpu, gpus, trained_on, price, runs)
+    planned["work"] = work.work(composed, planner, gpu, request.gpus, trained_on, price, runs)
     planner.save()
     return planned
 
@@ -71,7 +70,7 @@ def composed_for(request: Request) -> Composed:
         UserError: it is wrong in a way that leaves nothing to plan.
     """
     composed = compose(request)
-    found = check.examine(composed).findings
+    found = check.examine(composed, gpus=request.gpus).findings
     check.refuse([finding for finding in found if finding.rule in _NOTHING_TO_PLAN], [])
     return composed
 
@@ -249,18 +248,6 @@ def _with_adapter(config: Config, adapter: str) -> Config:
     if not (config.get("lora_target_modules") or config.get("lora_target_linear")):
         settings["lora_target_linear"] = True
     return settings | ({} if config.get("lora_r") else {"lora_r": 16, "lora_alpha": 32})
-
-
-def engine_of(config: Config) -> str:
-    """What divides a training among several GPUs, as `per_gpu` calls it."""
-    engine = config.get("deepspeed")
-    if isinstance(engine, str):
-        found = next((stage for stage in (3, 2, 1) if f"zero{stage}" in engine.lower()), 2)
-        return f"ZeRO-{found}"
-    if engine:
-        stage = (engine.get("zero_optimization") or {}).get("stage") if isinstance(engine, dict) else None
-        return f"ZeRO-{stage}" if stage in (1, 2, 3) else "DDP"
-    return "FSDP" if config.get("fsdp_config") or config.get("fsdp") else "DDP"
 
 
 def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:

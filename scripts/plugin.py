@@ -19,19 +19,36 @@ from axolotl.integrations.base import BasePlugin
 from pynvml import NVMLError
 from transformers import TrainerCallback
 
+from . import ranks
+from .engines import CPU_RANKS, KEYS, engine_of
+
 GIB = 2**30
 
 
 class RunPlugin(BasePlugin):
     """Writes metrics.jsonl beside the run's output folder, lets NF4 train on a CPU, and sees to trackers."""
 
+    engine: str | None = None
+
+    def register(self, cfg: Any) -> None:
+        """Note the engine that is asked for, before Axolotl writes over it, and let a rehearsal's ranks use the CPU."""
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if several:
+            ranks.end_with_launcher()
+        self.engine = engine_of(cfg) if several or any(cfg.get(key) for key in KEYS) else None
+        if CPU_RANKS in os.environ:
+            ranks.use_cpu(engine_of(cfg))
+
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """What Axolotl does not pass on to transformers.
 
-        That refuses bf16 without a GPU unless told that the CPU is meant. It alone knows trackio's project, and after
-        a push to the hub it would publish the run as a Space that nobody asked for.
+        That refuses bf16 without a GPU unless told that the CPU is meant. On several GPUs Axolotl has it weigh each
+        GPU's share of a step the same, few tokens or many; here every token weighs the same, as on one GPU. It alone
+        knows trackio's project, and after a push to the hub it would publish the run as a Space that nobody asked for.
         """
         args: dict[str, Any] = {} if torch.cuda.is_available() else {"use_cpu": True}
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            args["average_tokens_across_devices"] = True
         if cfg.trackio_project_name:
             args["project"] = cfg.trackio_project_name
         if cfg.use_trackio and not os.environ.get("TRACKIO_SPACE_ID"):
@@ -67,7 +84,7 @@ class RunPlugin(BasePlugin):
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         """The callback that records and stops."""
-        return [RunCallback(Path(cfg.output_dir).parent / "metrics.jsonl")]
+        return [RunCallback(Path(cfg.output_dir).parent / "metrics.jsonl", trainer, self.engine)]
 
 
 class RunCallback(TrainerCallback):
@@ -76,13 +93,19 @@ class RunCallback(TrainerCallback):
     Fields: time (seconds since 1970), step, max_steps, epoch, and as the trainer logs them loss, eval_loss,
     grad_norm, learning_rate; for training steps since the last record step_seconds (without evaluation
     and saving), tokens (padding not counted) and tokens_per_second; memory in GiB, GPU utilization in percent,
-    and cpu_percent, the process's load since the last record, where 100 is one processor.
+    and cpu_percent, the process's load since the last record, where 100 is one processor. Of several ranks the first
+    one writes; peak_gib_by_rank has the memory of each.
 
-    SIGTERM ends training after the step in hand, with a checkpoint.
+    SIGTERM ends training after the step in hand, with a checkpoint; that of one rank is enough.
+
+    Args:
+        file: metrics.jsonl.
+        trainer: the trainer.
+        engine: what is to divide the training, which is checked as it begins; None for one process without an engine.
     """
 
-    def __init__(self, file: Path):
-        self.file = file
+    def __init__(self, file: Path, trainer: Any, engine: str | None):
+        self.file, self.trainer, self.engine = file, trainer, engine
         self.stop = False
         self.step_started = self.step_seconds = 0.0
         self.tokens_seen: int | None = 0
@@ -91,6 +114,9 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on a checkpoint can be written, so a request to stop waits for one."""
         signal.signal(signal.SIGTERM, self._stop)
+        if self.engine:
+            ranks.check_engine(self.engine, self.trainer)
+            self._append(state, {"engine": self.engine})
         if state.global_step:
             self.tokens_seen = None  # a resumed run counts on from a number that is not known here
         self.process.cpu_percent()  # the load since this call is what the next one tells
@@ -105,19 +131,18 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the clock, and the training where that was asked for."""
         self.step_seconds += time.perf_counter() - self.step_started
-        if self.stop:
+        if any(ranks.of_all(self.stop, args.device)):
             control.should_training_stop = control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Record what the trainer logs of a step or an evaluation."""
-        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
+        if not logs or not {"loss", "eval_loss"} & logs.keys():
             return
-        record = {
-            "time": time.time(),
-            "step": state.global_step,
-            "max_steps": state.max_steps,
-            "epoch": state.epoch,
-        }
+        usage = _usage()
+        peaks = ranks.of_all(usage.get("memory_reserved_gib") or usage["rss_peak_gib"], args.device)
+        if len(peaks) > 1:
+            usage["peak_gib_by_rank"] = peaks
+        record = {"epoch": state.epoch}
         record |= {key: logs[key] for key in ("loss", "eval_loss", "grad_norm", "learning_rate") if key in logs}
         if "loss" in logs:
             record["step_seconds"], self.step_seconds = self.step_seconds, 0.0
@@ -126,19 +151,21 @@ class RunCallback(TrainerCallback):
                     record["tokens"] = total - self.tokens_seen
                     record["tokens_per_second"] = record["tokens"] / record["step_seconds"]
                 self.tokens_seen = total
-        self._append(record | _usage() | {"cpu_percent": self.process.cpu_percent()})
+        self._append(state, record | usage | {"cpu_percent": self.process.cpu_percent()})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the last step, which the trainer may not have logged."""
-        if state.is_world_process_zero:
-            self._append({"time": time.time(), "step": state.global_step, "max_steps": state.max_steps})
+        self._append(state, {})
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def _append(self, state: Any, record: dict[str, Any]) -> None:
+        if not state.is_world_process_zero:
+            return
+        when = {"time": time.time(), "step": state.global_step, "max_steps": state.max_steps}
         with self.file.open("ab") as stream:
-            stream.write(orjson.dumps(record) + b"\n")
+            stream.write(orjson.dumps(when | record) + b"\n")
 
 
-def _usage() -> dict[str, float]:
+def _usage() -> dict[str, Any]:
     """Memory and, where there is a GPU, its utilization."""
     if not torch.cuda.is_available():
         return {"rss_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}

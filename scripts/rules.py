@@ -304,13 +304,29 @@ KEEP_DOCUMENTS_APART = {
 @_rule
 def optimizer_and_engine(case: Case) -> Found:
     """bitsandbytes' optimizers know nothing of FSDP2's DTensors; Axolotl refuses only two of them. Muon and the flash
-    optimizers do not divide among DeepSpeed's ranks (axolotl/utils/schemas/validation.py)."""
+    optimizers do not divide among DeepSpeed's ranks (axolotl/utils/schemas/validation.py). Where DeepSpeed keeps the
+    optimizer's state in main memory, accelerate puts DeepSpeed's own Adam in the optimizer's place, which decays
+    weights as AdamW does only where it stands for one of 32 bits (map_pytorch_optim_to_deepspeed).
+    """
     optimizer = str(case["optimizer"] or "")
     of_bnb = re.search(r"paged|bnb|^(adamw|ademamix|lion|rmsprop)_(8|32)bit$", optimizer)
     if case["fsdp_config"] and of_bnb:
         yield "error", "optimizer", f"{optimizer} does not work with FSDP2", "set adamw_torch_8bit or adamw_torch_fused"
     if case["deepspeed"] and re.match(r"muon|flash_|polora|q_galore", optimizer):
         yield "error", "optimizer", f"{optimizer} does not work with DeepSpeed", "set adamw_torch_fused"
+    deepspeed = dict(flatten(case["deepspeed"] or {}))
+    offloaded = deepspeed.get("zero_optimization.offload_optimizer.device", "none") != "none"
+    replaced = offloaded and deepspeed.get("zero_force_ds_cpu_optimizer", True)
+    if replaced and not re.fullmatch("|adamw_torch|adamw_torch_fused|paged_adamw_32bit", optimizer):
+        problem = f"with offload_optimizer, Adam without AdamW's weight decay takes the place of {optimizer}"
+        yield "error", "optimizer", problem, "set adamw_torch, or take the profile zero3-offload"
+
+
+@_rule
+def engine_needs_gpus(case: Case) -> Found:
+    """FSDP in one process is passed over in silence (accelerate's AcceleratorState)."""
+    if case.launching and case["fsdp_config"] and case.gpus == 1:
+        yield "error", "fsdp_config", "FSDP2 divides a model among several GPUs, and this run has one", "--gpus N"
 
 
 @_rule

@@ -16,10 +16,13 @@ import psutil
 
 from . import check, config, datafiles, gpus, paths, provenance, standin
 from .compose import Composed, Request, check_arguments, compose, is_rehearsal, launched
+from .engines import CPU_RANKS
 from .errors import UserError, WorkFailed
 from .files import sha256, write_atomically
 from .progress import TrainingProgress, say
 from .rundir import Launch, Run, RunDir, claim, find_run, now, summarise
+
+LAST_SECONDS = 15  # that ranks have to end by themselves once one of them has failed
 
 
 def prepare(request: Request) -> Composed:
@@ -30,10 +33,8 @@ def prepare(request: Request) -> Composed:
     """
     if request.gpus < 1:
         raise UserError(f"--gpus {request.gpus}: at least 1")
-    rehearsal = is_rehearsal(request)
-    if rehearsal and request.gpus > 1:
-        raise UserError(f"--gpus {request.gpus}: a rehearsal is one process on the CPU")
-    if not request.dry_run and request.gpus > max(available := len(provenance.gpus()), 1):
+    on_gpus = not request.dry_run and not is_rehearsal(request)
+    if on_gpus and request.gpus > max(available := len(provenance.gpus()), 1):
         raise UserError(f"--gpus {request.gpus}: this machine has {available}")
     check_arguments(request.axolotl_arguments)
     composed = compose(request)
@@ -57,7 +58,6 @@ def run(request: Request, runs: Path) -> RunDir:
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
     composed = prepare(request)
-    batch = datafiles.effective_batch(composed.config)
     if composed.rehearsal:
         standin.model_folder()
     folder = claim(runs, composed.recipe, composed.digest)
@@ -90,11 +90,6 @@ def run(request: Request, runs: Path) -> RunDir:
         say(f"run {folder.path}")
         for difference in composed.differences:
             say(f"  {difference.key}: {difference.recipe} -> {difference.run}  ({difference.why})")
-        if request.gpus > 1:
-            say(
-                f"  {request.gpus} GPUs make an optimizer step {request.gpus * batch:g} rows instead of {batch:g}; "
-                "divide gradient_accumulation_steps to keep it"
-            )
         _train(folder, record, lock)
     return folder
 
@@ -143,7 +138,8 @@ def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
         command += ["--resume-from-checkpoint", str(checkpoint.resolve())]
     if record.gpus_used == 1:
         return [*command, "--launcher", "python"]
-    return [*command, "--launcher", "torchrun", "--", f"--nproc-per-node={record.gpus_used}"]
+    torchrun = ["--standalone", f"--nproc-per-node={record.gpus_used}", f"--shutdown-timeout={LAST_SECONDS}"]
+    return [*command, "--launcher", "torchrun", "--", *torchrun]
 
 
 def _environment(folder: RunDir, record: Run) -> dict[str, str]:
@@ -160,8 +156,12 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     added = {"AXOLOTL_DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+    added["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # has torchrun
     if record.rehearsal:
         added |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if record.gpus_used > 1:
+            share = (os.cpu_count() or 1) // record.gpus_used
+            added |= {CPU_RANKS: "1", "OMP_NUM_THREADS": str(max(share, 1))}
     elif record.gpus_used == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
         added["CUDA_VISIBLE_DEVICES"] = "0"  # with more in sight, transformers would use them all
     return trackers | os.environ | added
@@ -236,9 +236,19 @@ def _wait(child: "subprocess.Popen[bytes]", folder: RunDir, stops: list[int]) ->
             if stops and not asked:
                 asked = True
                 progress.say("stopping after this step, with a checkpoint; once more to stop at once")
-                child.terminate()  # not its group: it needs its data loader workers for the step in hand
+                for process in _training(child):  # not their groups: they need their data loaders for the step in hand
+                    with suppress(psutil.NoSuchProcess):
+                        process.terminate()
             if len(stops) > 1:
                 with suppress(psutil.NoSuchProcess):
                     for process in [*psutil.Process(child.pid).children(recursive=True), child]:
                         process.kill()
         progress.read()
+
+
+def _training(child: "subprocess.Popen[bytes]") -> "list[psutil.Process]":
+    """The processes that train: the ranks that a launcher has started, else the child itself."""
+    with suppress(psutil.Error):
+        process = psutil.Process(child.pid)
+        return [one for one in process.children() if "LOCAL_RANK" in one.environ()] or [process]
+    return []

@@ -64,6 +64,8 @@ class Summary(BaseModel):
     tokens_per_second: float | None = None
     peak_memory: float | None = None
     memory_kind: str | None = None
+    engine: str | None = None  # what divided the training among ranks, told by Axolotl's own objects
+    peak_memory_by_rank: list[float] | None = None
 
 
 class Run(BaseModel):
@@ -267,6 +269,9 @@ def summarise(metrics: list[dict[str, Any]]) -> Summary:
         for key, kind in (("memory_reserved_gib", "GPU, reserved"), ("rss_peak_gib", "resident")):
             if key in record and (summary.memory_kind in (None, kind)):
                 summary.peak_memory, summary.memory_kind = max(record[key], summary.peak_memory or 0), kind
+        if peaks := record.get("peak_gib_by_rank"):
+            summary.peak_memory_by_rank, summary.peak_memory = peaks, max(*peaks, summary.peak_memory or 0)
+        summary.engine = record.get("engine", summary.engine)
     if token_seconds:
         summary.tokens_per_second = tokens / token_seconds
     return summary

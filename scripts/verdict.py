@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import config, paths, results
+from . import config, datafiles, paths, results
 from .compose import REHEARSAL, TRACKERS
 from .evaluations import Evaluation
 from .rundir import Run, RunDir, all_runs
@@ -123,7 +123,9 @@ def _settings(
         if of_paper.get(key.partition(".")[0], "").startswith("paper")
     ]
     if run.gpus_used > 1:
-        differs.append(f"GPUs: {run.gpus_used} instead of 1, with steps of so many times the rows")
+        rows, of_paper_rows = run.gpus_used * datafiles.effective_batch(ours), datafiles.effective_batch(paper)
+        steps = "" if rows == of_paper_rows else f", with steps of {rows:g} rows instead of {of_paper_rows:g}"
+        differs.append(f"GPUs: {run.gpus_used} instead of 1{steps}")
     left_open = [
         f"{key}: {_shown(ours[key])} ({sources.get(key, 'Axolotl')})"
         for key in of_study.open_settings

@@ -1,9 +1,11 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qlora_recipes import compose, datafiles
 from qlora_recipes.compose import Request
+from qlora_recipes.errors import UserError
 from qlora_recipes.rundir import RunDir
 
 NAME = "haider2024/llama-2-7b"
@@ -58,8 +60,40 @@ def test_the_shipped_rehearsal_profile_given_as_a_file_is_a_rehearsal(place: Pat
     assert not compose.is_rehearsal(Request(NAME, profiles=["rehearsal.yaml"]))
 
 
-def test_a_rehearsal_drops_deepspeed_and_caps_a_warm_up_ratio() -> None:
+def test_a_rehearsal_in_one_process_drops_the_engine_and_caps_a_warm_up_ratio() -> None:
     request = Request(NAME, profiles=["zero2"], overrides=["warmup_steps=null", "warmup_ratio=0.5"], rehearse=True)
-    of_run = compose.compose(request).config
-    assert "deepspeed" not in of_run
-    assert of_run["warmup_ratio"] == 0.1
+    of_run = compose.compose(request)
+    assert "deepspeed" not in of_run.config
+    assert of_run.config["warmup_ratio"] == 0.1
+    assert compose.compose(replace(request, gpus=2)).config["deepspeed"]["zero_optimization"]["stage"] == 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "change", "key", "expected"),
+    [
+        (2, [], "gradient_accumulation_steps", 2),
+        (4, [], "gradient_accumulation_steps", 1),
+        (8, ["micro_batch_size=1", "gradient_accumulation_steps=8"], "gradient_accumulation_steps", 1),
+        (2, ["gradient_accumulation_steps=null", "batch_size=8"], "batch_size", 4),
+    ],
+)
+def test_steps_keep_their_rows_on_several_gpus(gpus: int, change: list[str], key: str, expected: int) -> None:
+    of_run = compose.compose(Request(NAME, overrides=change, gpus=gpus))
+    assert of_run.config[key] == expected
+    assert datafiles.effective_batch(of_run.config) * gpus == 8
+    (difference,) = (one for one in of_run.differences if one.key == key)
+    assert difference.why == f"--gpus {gpus}: steps of as many rows as on one"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "change", "remedy"),
+    [
+        (3, [], "is 4, which does not divide by 3; --set gradient_accumulation_steps=6 makes steps of 12 rows instead"),
+        (8, [], "--set micro_batch_size=1 --set gradient_accumulation_steps=8 keeps steps of 8 rows"),
+        (4, ["gradient_accumulation_steps=null", "batch_size=4"], "--set micro_batch_size=1 keeps steps of 4 rows"),
+        (3, ["gradient_accumulation_steps=null", "batch_size=4"], "--set batch_size=6 makes steps of 6 rows instead"),
+    ],
+)
+def test_steps_that_cannot_keep_their_rows_are_refused(gpus: int, change: list[str], remedy: str) -> None:
+    with pytest.raises(UserError, match=remedy):
+        compose.compose(Request(NAME, overrides=change, gpus=gpus))

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_memory import SMALL
 
-from qlora_recipes import config, gpus, paths, plan, planner, steps, work
+from qlora_recipes import config, engines, gpus, paths, plan, planner, steps, work
 from qlora_recipes.compose import Request
 from qlora_recipes.errors import UserError
 from qlora_recipes.rundir import Run, RunDir, Summary
@@ -176,7 +176,7 @@ def test_cards_are_judged_under_the_configs_engine(small: config.Config, change:
     planned, planned_step = plan.plan(small | change, gpus.find("T4"), gpus=4)
     (card,) = planned["cards"]
     assert card["free"] == pytest.approx(card["usable"] - planned["per_gpu"][engine])
-    assert plan.engine_of(small | change) == engine
+    assert engines.engine_of(small | change) == engine
     assert planned_step.need() == planned["memory"]["needed"]
 
 
@@ -203,11 +203,11 @@ def test_the_operations_of_a_token(small: config.Config) -> None:
     assert work.flops_of_token(saved, 2048) == told + 2 * head
 
 
-def told(change: config.Config, tmp_path: Path, *overrides: str, **more: Any) -> dict[str, Any]:
+def told(change: config.Config, tmp_path: Path, *overrides: str, gpus: int = 1, **more: Any) -> dict[str, Any]:
     """The work of a config in a file."""
     file = tmp_path / "mine.yaml"
     file.write_text(config.write_yaml(change))
-    found: dict[str, Any] = plan.of_request(Request(str(file), overrides=list(overrides)), **more)["work"]
+    found: dict[str, Any] = plan.of_request(Request(str(file), overrides=list(overrides), gpus=gpus), **more)["work"]
     return found
 
 

@@ -31,6 +31,7 @@ def found(
     return list(rules.findings(rules.Case(cfg, set(), gpus.find(gpu) if gpu else None, launching=launching)))
 
 
+OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 DATA = {"path": "data/codereviewer/train.jsonl", "type": "alpaca"}
 
 # what is changed in a recipe, and the level, name and some words of the one finding that it gives
@@ -90,6 +91,12 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "does not work with FSDP2",
     ),
     ({"optimizer": "muon", "deepspeed": {"a": 1}}, "error", "optimizer-and-engine:optimizer", "DeepSpeed"),
+    (
+        {"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED},
+        "error",
+        "optimizer-and-engine:optimizer",
+        "Adam without AdamW's weight decay takes the place of adamw_bnb_8bit",
+    ),
     ({"lr_scheduler": "cosine_with_min_lr"}, "error", "scheduler-needs:lr_scheduler", "min_lr or min_lr_rate"),
     (
         {"chunked_cross_entropy": True, "cut_cross_entropy": True},
@@ -130,8 +137,14 @@ def test_a_mistake_gives_one_finding(change: dict[str, Any], level: str, name: s
     assert says in str(only)
 
 
+def test_fsdp_is_not_started_on_one_gpu() -> None:
+    change = {"optimizer": "adamw_torch", "fsdp_config": {"reshard_after_forward": True}, "fp16": False}
+    assert [one.name for one in found(change, launching=True)] == ["engine-needs-gpus:fsdp_config"]
+    assert found(change) == []
+
+
 def test_every_rule_has_a_case() -> None:
-    tested = {case[2].partition(":")[0] for case in CASES} | {"gpu-lacks", "no-gpu", "chat-model"}
+    tested = {case[2].partition(":")[0] for case in CASES} | {"gpu-lacks", "no-gpu", "chat-model", "engine-needs-gpus"}
     assert tested == {rule.__name__.replace("_", "-") for rule in rules._RULES}
 
 
@@ -160,6 +173,8 @@ def test_a_recipe_gives_no_error_and_no_warning(name: str, gpu: str) -> None:
         {"optimizer": "adamw_torch_fused", "fsdp_config": {"offload_params": False}},
         {"optimizer": "muon_8bit", "fsdp_config": {"offload_params": False}},
         {"optimizer": "paged_adamw_8bit", "deepspeed": {"zero_optimization": {"stage": 2}}},
+        {"optimizer": "paged_adamw_32bit", "deepspeed": OFFLOADED},
+        {"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED | {"zero_force_ds_cpu_optimizer": False}},
         {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
         {"test_datasets": None, "val_set_size": 0.05},
         {"test_datasets": None, "evals_per_epoch": None},

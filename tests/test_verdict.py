@@ -147,7 +147,9 @@ def test_an_evaluation_before_a_resumed_training_speaks_no_more(tmp_path: Path) 
 
 def test_more_gpus_are_a_difference(tmp_path: Path) -> None:
     a_run(tmp_path, LLAMA_2, "1", 5.1, gpus_used=4)
-    assert row_of(tmp_path)["differs"] == ["GPUs: 4 instead of 1, with steps of so many times the rows"]
+    assert row_of(tmp_path)["differs"] == ["GPUs: 4 instead of 1, with steps of 32 rows instead of 8"]
+    a_run(tmp_path, LLAMA_2, "2", 5.1, gpus_used=4, set={"gradient_accumulation_steps": 1})
+    assert row_of(tmp_path)["differs"] == ["GPUs: 4 instead of 1"]
 
 
 def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path: Path) -> None:

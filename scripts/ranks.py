@@ -1,0 +1,90 @@
+"""A training of several processes (ranks): on a CPU, for rehearsals, and what they have to agree on."""
+
+import ctypes
+import os
+import signal
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def use_cpu(engine: str) -> None:
+    """Have Axolotl and accelerate train with an engine on the CPU, over gloo.
+
+    Left alone, Axolotl asks the driver about its GPUs, and gives each rank one. On a CPU accelerate knows DDP only, and
+    passes over DeepSpeed and FSDP in silence (AcceleratorState), so that it is told of GPUs, whose backend is gloo and
+    whose device is the CPU.
+    """
+    import axolotl.utils.trainer
+    from accelerate.parallelism_config import ParallelismConfig
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from axolotl.loaders.model import ModelLoader
+
+    axolotl.utils.trainer.check_cuda_p2p_ib_support = lambda: True
+    if engine == "DDP":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    else:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+        build_mesh = ParallelismConfig.build_device_mesh
+        ParallelismConfig.build_device_mesh = lambda config, _: build_mesh(config, "cpu")
+    set_device_map = ModelLoader._set_device_map_config
+
+    def set_cpu_device_map(loader: Any) -> None:
+        set_device_map(loader)
+        if "device_map" in loader.model_kwargs:
+            loader.model_kwargs["device_map"] = {"": "cpu"}
+
+    ModelLoader._set_device_map_config = set_cpu_device_map
+    if engine.startswith("ZeRO"):
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for most of a minute
+
+
+def end_with_launcher() -> None:
+    """Have Linux kill this rank when its launcher is gone; without that, ranks of a killed launcher would train on."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def engine_in_use(trainer: Any) -> str:
+    """What divides the training, as `engines.engine_of` calls it, told by the objects that do; or "one process"."""
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from torch.distributed.tensor import DTensor
+
+    model = trainer.model_wrapped
+    if isinstance(model, DeepSpeedEngine):
+        if isinstance(model.optimizer, DeepSpeedZeroOptimizer_Stage3):
+            return "ZeRO-3"
+        if isinstance(model.optimizer, DeepSpeedZeroOptimizer):
+            return "ZeRO-2" if model.optimizer.partition_gradients else "ZeRO-1"
+        return "DDP"
+    if all(isinstance(weight, DTensor) for weight in model.parameters()):
+        return "FSDP"
+    return "DDP" if isinstance(model, torch.nn.parallel.DistributedDataParallel) else "one process"
+
+
+def check_engine(asked: str, trainer: Any) -> None:
+    """Stop a training that is not divided as it was asked for, which Axolotl starts without a word.
+
+    Raises:
+        RuntimeError: it names what was asked for, and what is used.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    used, among = engine_in_use(trainer), trainer.accelerator.num_processes
+    if (used, among) != (asked, ranks):
+        raise RuntimeError(f"asked for {asked} among {ranks} processes, but Axolotl uses {used} among {among}")
+
+
+def of_all(value: float, device: torch.device) -> list[float]:
+    """A number of every rank, in their order, the same on each."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    mine = torch.tensor([value], dtype=torch.float64, device=device)
+    all_of_them = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_of_them, mine)
+    return [float(one) for one in all_of_them]
