@@ -6,15 +6,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2.sandbox import SandboxedEnvironment
-
 from . import config, datafiles, models, paths, schema, study, tables
 from .compose import PLUGIN
 from .data import MANIFEST
 from .evaluations import Evaluation
 from .files import read_json, sha256
 from .rundir import Run, RunDir
+from .templating import environment
 
 TEMPLATE, ADAPTER = "model-card.md.j2", "adapter_model.safetensors"
 # Those of https://huggingface.co/docs/hub/repositories-licenses that language models have
@@ -77,15 +75,9 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
     facts["scored_on"] = _scored_on(facts)
     facts["front_matter"] = _front_matter(facts)
     facts["command"] = _command(facts["run"])
-    environment = SandboxedEnvironment(
-        loader=jinja2.FileSystemLoader(paths.TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"code": _code, "fenced": _fenced, "text": tables.text_of, "yaml": config.write_yaml}
-    return environment.get_template(TEMPLATE).render(facts)
+    jinja = environment(paths.TEMPLATES)
+    jinja.filters |= {"code": _code, "fenced": _fenced, "text": tables.text_of, "yaml": config.write_yaml}
+    return jinja.get_template(TEMPLATE).render(facts)
 
 
 def base_model(folder: RunDir, run: Run) -> tuple[str, bool]:

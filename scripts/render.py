@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.sandbox import SandboxedEnvironment
 
 from . import catalogue, config, paths, study
 from .errors import UserError
 from .files import write_atomically
 from .study import Study
+from .templating import environment
 
 README = "README.md"
 
@@ -21,17 +21,11 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
     Raises:
         UserError: a template is broken or uses a variable that nothing sets.
     """
-    environment = SandboxedEnvironment(
-        loader=jinja2.FileSystemLoader(templates),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    jinja = environment(templates)
 
     def text_of(template: str, **variables: Any) -> str:
         try:
-            return environment.get_template(template).render(template=f"templates/{template}", **variables)
+            return jinja.get_template(template).render(template=f"templates/{template}", **variables)
         except Exception as error:  # an expression in a template can raise anything
             raise UserError(f"{_where(error, templates, templates / template)}: {error}") from None
 

@@ -10,9 +10,7 @@ from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import orjson
-from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup, escape
 
 from . import gpus, lora, paths, plan, report_reader, report_runs, results, sweep_tables, sweeps, tables, verdict
@@ -23,6 +21,7 @@ from .rundir import RunDir, now
 from .score import Row
 from .study import Study
 from .sweeps import Sweep
+from .templating import environment
 
 TEMPLATES = paths.TEMPLATES / "report"
 SCRIPTS = ("page.js", "charts.js", "reader.js")
@@ -171,14 +170,8 @@ def _page(title: str, kind: str, found: Sequence[Member], analyze: bool, **more:
 
 
 def _render(facts: dict[str, Any]) -> str:
-    environment = SandboxedEnvironment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
+    jinja = environment(TEMPLATES, escape=True)
+    jinja.filters |= {
         "text": visible,
         "note": _note,
         "numbers": lambda rows, column: any(isinstance(row[column], int | float) for row in rows),
@@ -191,7 +184,7 @@ def _render(facts: dict[str, Any]) -> str:
         "plotly_code": _packed(plotly.encode()),
         "script_hashes": " ".join(f"'sha256-{_hash(code)}'" for code in (script, plotly)),
     }
-    return environment.get_template("report.html.j2").render(facts | ours)
+    return jinja.get_template("report.html.j2").render(facts | ours)
 
 
 def _hash(code: str) -> str:

@@ -49,6 +49,19 @@ def recipe(tmp_path: Path) -> Recipe:
     return run
 
 
+def start(place: Path, *arguments: str | Path) -> "subprocess.Popen[str]":
+    """Start the command in a folder."""
+    command = [str(RECIPE), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
+    """What a started command prints, or says where it prints nothing."""
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == code, err
+    return out.strip() or err
+
+
 @pytest.fixture(scope="session")
 def sample(cache: Path) -> Path:
     """The folder of the shipped sample as prepared data."""

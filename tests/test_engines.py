@@ -14,7 +14,7 @@ import deepspeed
 import psutil
 import pytest
 import torch
-from conftest import RECIPE
+from conftest import finish, start
 
 from qlora_recipes import config, ranks, rundir
 from qlora_recipes.plugin import RunPlugin
@@ -41,17 +41,6 @@ class DdpAtMost(RunPlugin):
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that all runs of this module are started in."""
     return tmp_path_factory.mktemp("place")
-
-
-def start(place: Path, *arguments: str | Path) -> "subprocess.Popen[str]":
-    command = [str(RECIPE), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, err
-    return out.strip() or err
 
 
 def rehearsal(profile: Path, runs: str, *more: str) -> list[str | Path]:

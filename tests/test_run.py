@@ -10,7 +10,7 @@ from pathlib import Path
 import orjson
 import psutil
 import pytest
-from conftest import RECIPE
+from conftest import finish, start
 
 from qlora_recipes import config, rundir
 from qlora_recipes.rundir import RunDir
@@ -23,17 +23,6 @@ EIGHT_BIT = "haider2024/llama-3.2-3b"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that all runs of this module are started in."""
     return tmp_path_factory.mktemp("place")
-
-
-def start(place: Path, *arguments: str | Path) -> "subprocess.Popen[str]":
-    command = [str(RECIPE), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, err
-    return out.strip() or err
 
 
 @pytest.fixture(scope="module")

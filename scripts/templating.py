@@ -1,0 +1,23 @@
+"""Jinja as this project uses it: in a sandbox, and an error where a variable is not set."""
+
+from pathlib import Path
+
+import jinja2
+from jinja2.sandbox import SandboxedEnvironment
+
+
+def environment(folder: Path, escape: bool = False) -> SandboxedEnvironment:
+    """The environment for the templates of a folder.
+
+    Args:
+        folder: the folder.
+        escape: whether they make HTML, and what is filled in is text there.
+    """
+    return SandboxedEnvironment(
+        loader=jinja2.FileSystemLoader(folder),
+        undefined=jinja2.StrictUndefined,
+        autoescape=escape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
