@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,11 @@ from .files import json_rows
 from .finding import Finding, Level
 from .installed import capabilities
 from .progress import Bar
+from .run import end_with_parent
 
 disable_progress_bar()
+# Axolotl tokenizes in a process that it forks, which would outlive a killed command, and hold the locks it inherited
+os.register_at_fork(after_in_child=end_with_parent)
 
 MASKED = -100  # the label of a token without loss
 _NO_LIMIT = 2**24  # tokens
