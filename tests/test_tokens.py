@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import psutil
 import pytest
-from conftest import RECIPE, Recipe, config_with
+from conftest import Recipe, config_with
 
 from qlora_recipes import compose, config, standin
 from qlora_recipes.compose import Request
@@ -212,16 +211,3 @@ tables.print_tokens([row])
 def test_a_tokenizer_that_cannot_be_loaded_is_told(llama: config.Config, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its tokenizer cannot be loaded"):
         shown(llama | {"base_model": str(tmp_path)}, 1)
-
-
-def test_what_a_check_forks_ends_with_it(tmp_path: Path) -> None:
-    """It would hold the lock of a killed reproduction, so that the next one could not begin."""
-    command = [RECIPE, "check", "haider2024/code-llama-7b", "--rehearse", "--data"]
-    process = psutil.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    forked: list[psutil.Process] = []
-    while process.poll() is None and not forked:
-        forked = process.children(recursive=True)
-    assert forked
-    process.kill()
-    _, alive = psutil.wait_procs(forked, timeout=10)
-    assert alive == []
