@@ -240,7 +240,7 @@ def _parameters(folder: RunDir, run: Run) -> tuple[int | None, int | None]:
     trainable = total = None
     cfg: Config = config.read_yaml(folder.config)
     with suppress(OSError), safe_open(folder.output / "adapter_model.safetensors", "np") as adapter:
-        shapes = [adapter.get_slice(key).get_shape() for key in adapter.keys()]  # noqa: SIM118
+        shapes = [adapter.get_slice(key).get_shape() for key in adapter.keys()]  # noqa: SIM118 - it is no mapping, and cannot be iterated over
         trainable = sum(rows * columns for rows, columns in shapes)
     with suppress(UserError):
         local = Path(run.cwd, str(cfg.get("base_model")))
