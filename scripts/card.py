@@ -152,7 +152,8 @@ def _command(run: dict[str, Any]) -> str:
     for option, key in (("--profile", "profiles"), ("--set", "overrides"), ("--force", "forced")):
         words += [word for value in run[key] for word in (option, value)]
     words += ["--mirror"] if run["mirror"] else []
-    words += ["--gpus", str(run["gpus_used"])] if run["gpus_used"] > 1 else []
+    for option, key in (("--gpus", "gpus_used"), ("--nodes", "nodes")):
+        words += [option, str(run[key])] if run[key] > 1 else []
     return shlex.join([*words, *(["--", *run["axolotl_arguments"]] if run["axolotl_arguments"] else [])])
 
 

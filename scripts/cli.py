@@ -31,6 +31,7 @@ class _Verbs(TyperGroup):
         "resume",
         "sweep",
         "reproduce",
+        "cancel",
         "evaluate",
         "score",
         "results",
@@ -119,12 +120,33 @@ class Criterion(StrEnum):
     bleu4_per_gib = "bleu4_per_gib"
 
 
+class PlaceName(StrEnum):
+    """Where commands of runs can be carried out."""
+
+    local = "local"
+    slurm = "slurm"
+
+
 class CacheForm(StrEnum):
     """The forms of a cache of keys and values."""
 
     auto = "auto"
     static = "static"
     dynamic = "dynamic"
+
+
+On = Annotated[
+    PlaceName, typer.Option("--on", help="Where: this machine, or SLURM's queue, from which it is not waited for.")
+]
+SlurmOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--slurm",
+        metavar="KEY=VALUE",
+        help="With --on slurm: an option of sbatch, as in time=8:00:00, for one step in evaluate.time=1:00:00. "
+        "Repeatable; ~/.config/qlora-recipes/slurm.yaml holds those that are always meant.",
+    ),
+]
 
 
 Best = Annotated[Criterion | None, typer.Option("--best", help="Name the best member by this.")]
@@ -459,7 +481,10 @@ def run(
     profile: Profiles = None,
     set_: Overrides = None,
     mirror: Mirror = False,
-    gpus: Annotated[int, typer.Option(help="How many GPUs to train on.")] = 1,
+    gpus: Annotated[int, typer.Option(help="How many GPUs to train on; with --nodes on each of them.")] = 1,
+    nodes: Annotated[int, typer.Option(help="How many machines to train on, with --on slurm.")] = 1,
+    on: On = PlaceName.local,
+    slurm: SlurmOptions = None,
     force: Annotated[
         list[str] | None,
         typer.Option(metavar="FINDING", help="Start in spite of an error that `recipe check` names so. Repeatable."),
@@ -468,9 +493,9 @@ def run(
     runs: Runs = RUNS,
 ) -> None:
     """Train a recipe with Axolotl, in a run folder of its own."""
-    from . import config
+    from . import config, places
     from . import run as launcher
-    from .compose import Request
+    from .compose import Request, is_rehearsal
 
     if axolotl_arguments and not axolotl_arguments[0].startswith("-"):
         raise UserError(f"{axolotl_arguments[0]}: one recipe at a time; Axolotl's own options go behind --")
@@ -481,22 +506,32 @@ def run(
         rehearse=rehearse,
         mirror=mirror,
         gpus=gpus,
+        nodes=nodes,
         dry_run=dry_run,
         axolotl_arguments=axolotl_arguments or [],
         force=force or [],
     )
+    place = places.kind(on)(is_rehearsal(request), None, slurm or [])
     if dry_run:
-        print(config.write_yaml(launcher.prepare(request).config), end="")
-    else:
+        print(config.write_yaml(launcher.prepare(request, place).config), end="")
+    elif place.here:
         print(launcher.run(request, runs).path)
+    else:
+        print(launcher.submit(request, runs, place).path)
 
 
 @app.command(rich_help_panel=RUNNING)
-def resume(run: RunName, runs: Runs = RUNS) -> None:
+def resume(
+    run: RunName,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="Only tokenize its rows and fetch its base model; needs no GPU.")
+    ] = False,
+    runs: Runs = RUNS,
+) -> None:
     """Go on with an interrupted run from its last whole checkpoint."""
     from . import run as launcher
 
-    print(launcher.resume(run, runs).path)
+    print(launcher.resume(run, runs, prepare).path)
 
 
 @app.command(rich_help_panel=RUNNING)
@@ -523,7 +558,14 @@ def sweep(
     max_runs: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Begin N members at most; the next time takes the others.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Members to work on at a time, each on a GPU of its own.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Members to work on at a time, each on a GPU of its own; by default 1 here, all on SLURM."
+        ),
+    ] = None,
+    on: On = PlaceName.local,
+    slurm: SlurmOptions = None,
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME", help="The GPU to plan for; by default this machine's.")
     ] = None,
@@ -540,7 +582,7 @@ def sweep(
 ) -> None:
     """Run a recipe with each of several settings, and compare them. What is done already is not done again."""
     from . import evaluate as evaluation
-    from . import gpus, pipeline, sweep_tables, sweeps, tables
+    from . import gpus, pipeline, places, sweep_tables, sweeps, tables
     from . import sweep as sweeping
     from .compose import Request, is_rehearsal
 
@@ -551,7 +593,8 @@ def sweep(
     request.rehearse = is_rehearsal(request)
     judged = evaluation.Request(limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
     target = gpus.find(gpu) if gpu else None
-    options = sweeping.Options(request, seeds, max_runs, jobs, target, judged, runs, dry_run)
+    place = places.kind(on)(request.rehearse, jobs, slurm or [])
+    options = sweeping.Options(request, place, seeds, max_runs, target, judged, runs, dry_run)
     made, outcomes = sweeping.sweep(called, members, options)
     rows = sweeps.rows(made, runs, best.value if best else None)
     if json:
@@ -578,7 +621,14 @@ def reproduce(
         list[str] | None,
         typer.Option(metavar="NAME", help="Only this recipe of it, which may be one beside the study's. Repeatable."),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Recipes to work on at a time, each on a GPU of its own.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Recipes to work on at a time, each on a GPU of its own; by default 1 here, all on SLURM."
+        ),
+    ] = None,
+    on: On = PlaceName.local,
+    slurm: SlurmOptions = None,
     profile: Profiles = None,
     set_: Overrides = None,
     mirror: Mirror = False,
@@ -593,17 +643,18 @@ def reproduce(
 ) -> None:
     """Fetch, check, plan, train, evaluate and compare all of a study. What is done already is not done again."""
     from . import evaluate as evaluation
-    from . import pipeline, tables, verdict
+    from . import pipeline, places, tables, verdict
     from . import reproduce as reproducing
     from . import results as gathered
     from . import study as studies
     from .compose import Request, is_rehearsal
 
     of_study = studies.find(study)
-    request = Request("", profiles=profile or [], overrides=set_ or [], rehearse=rehearse, mirror=mirror)
+    request = Request(study, profiles=profile or [], overrides=set_ or [], rehearse=rehearse, mirror=mirror)
     request.rehearse = is_rehearsal(request)
     judged = evaluation.Request(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
-    outcomes = reproducing.reproduce(of_study, reproducing.Options(request, only or [], jobs, judged, runs))
+    place = places.kind(on)(request.rehearse, jobs, slurm or [])
+    outcomes = reproducing.reproduce(of_study, reproducing.Options(request, place, only or [], judged, runs))
     rows = verdict.rows(of_study, runs, request.rehearse, {outcome.recipe: outcome.run for outcome in outcomes})
     if json:
         steps = [outcome.as_row() | {"problem": outcome.problem} for outcome in outcomes]
@@ -617,6 +668,23 @@ def reproduce(
             print(f"{outcome.recipe}: {outcome.problem}", file=sys.stderr)
     if code := pipeline.exit_code(outcomes):
         raise typer.Exit(code)
+
+
+@app.command(rich_help_panel=RUNNING)
+def cancel(
+    run: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Runs: folders, unambiguous ends of their names, or latest."),
+    ] = None,
+    sweep: Annotated[str | None, typer.Option(metavar="NAME", help="Every run of a sweep instead.")] = None,
+    study: Annotated[str | None, typer.Option(metavar="S", help="Every run of a study's recipes instead.")] = None,
+    runs: Runs = RUNS,
+) -> None:
+    """Stop runs that are going on, at a checkpoint, and take those that are queued out of the queue."""
+    from . import cancel as cancelling
+
+    for line in cancelling.cancel(run or [], sweep, study, runs):
+        print(line)
 
 
 @app.command(rich_help_panel=AFTER)

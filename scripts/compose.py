@@ -28,10 +28,16 @@ class Request:
     overrides: list[str] = field(default_factory=list)
     rehearse: bool = False
     mirror: bool = False
-    gpus: int = 1
+    gpus: int = 1  # on each node
     dry_run: bool = False
     axolotl_arguments: list[str] = field(default_factory=list)
     force: list[str] = field(default_factory=list)
+    nodes: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """The processes that train, each with a GPU of its own."""
+        return self.gpus * self.nodes
 
 
 @dataclass
@@ -106,11 +112,12 @@ def compose(request: Request) -> Composed:
         key, value = config.parse_override(text)
         _check_not_of_the_run(key, f"--set {text}")
         lay(config.override(composed, key, value), f"--set {text}")
-    if rehearsal and request.gpus == 1:
+    if rehearsal and request.ranks == 1:
         lay(engines.without_engine(composed), "rehearsal in one process; --gpus 2 rehearses the engine too")
-    lay(engines.divided(composed, request.gpus), f"--gpus {request.gpus}: steps of as many rows as on one")
+    several = f"--gpus {request.gpus}" + (f" --nodes {request.nodes}" if request.nodes > 1 else "")
+    lay(engines.divided(composed, request.ranks, several), f"{several}: steps of as many rows as on one")
     if rehearsal:
-        lay(_few_steps(composed, request.gpus), "rehearsal: at most a tenth of the steps")
+        lay(_few_steps(composed, request.ranks), "rehearsal: at most a tenth of the steps")
     differences = [
         Difference(key=key, recipe=before, run=after, why=why.get(key, ""))
         for key, (before, after) in config.differences(first, composed).items()

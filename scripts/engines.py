@@ -34,8 +34,13 @@ def without_engine(config: Config) -> Config:
     return merge(config, dict.fromkeys(KEYS))
 
 
-def divided(config: Config, gpus: int) -> Config:
+def divided(config: Config, gpus: int, asked: str) -> Config:
     """A config whose optimizer steps have as many rows on several GPUs as it has on one.
+
+    Args:
+        config: the config for one.
+        gpus: how many there are in all.
+        asked: how they were asked for, for messages.
 
     Raises:
         UserError: the rows of a step do not divide so.
@@ -49,7 +54,7 @@ def divided(config: Config, gpus: int) -> Config:
         return merge(config, {key: accumulated // gpus})
     rows = accumulated if key == "batch_size" else micro * accumulated
     problem = f"{key} is {accumulated}, which does not divide by {gpus * unit}"
-    raise UserError(f"--gpus {gpus}: {problem}; {_instead(rows, micro, gpus, key)}")
+    raise UserError(f"{asked}: {problem}; {_instead(rows, micro, gpus, key)}")
 
 
 def _instead(rows: int, micro: int, gpus: int, key: str) -> str:

@@ -45,8 +45,12 @@ def known() -> dict[str, Gpu]:
     }
 
 
-def find(name: str) -> Gpu:
+def find(name: str, option: str = "--gpu") -> Gpu:
     """A GPU by its name, however it is spelt, or by its compute capability.
+
+    Args:
+        name: the name.
+        option: by what it was given, for messages.
 
     Raises:
         UserError: there is none of that name.
@@ -56,7 +60,7 @@ def find(name: str) -> Gpu:
     if found := named(name):
         return found
     hint = did_you_mean(name.upper(), known()) or f"; there are {', '.join(known())}"
-    raise UserError(f"--gpu {name}: no GPU of that name{hint}; a compute capability such as sm_86 does as well")
+    raise UserError(f"{option} {name}: no GPU of that name{hint}; a compute capability such as sm_86 does as well")
 
 
 def here() -> Gpu | None:

@@ -7,7 +7,8 @@ from . import bertscore, config, data, datafiles, evaluate, fetch, models, pipel
 from .compose import Composed, Request
 from .errors import UserError, did_you_mean
 from .paths import RUNS, find_recipe
-from .pipeline import Outcome, Pipeline
+from .pipeline import Pipeline
+from .places import Outcome, Place
 from .progress import say
 from .rundir import held
 from .study import Study
@@ -37,17 +38,17 @@ class Options:
     """How a study is to be reproduced.
 
     Attributes:
-        request: what is laid over each recipe; its name does not matter. A mirror is taken where a model is gated.
+        request: what is laid over each recipe, with the study's name. A mirror is taken where a model is gated.
         only: the recipes to take, by default those with published scores.
-        jobs: how many recipes to work on at a time, each on a GPU of its own.
+        place: where they are carried out.
         evaluation: how each run is evaluated; BERTScore's model is by default that of the published scores, and the
             stand-in in a rehearsal.
         runs: the folder for the runs.
     """
 
     request: Request
+    place: Place
     only: list[str] = field(default_factory=list)
-    jobs: int = 1
     evaluation: evaluate.Request = field(default_factory=evaluate.Request)
     runs: Path = RUNS
 
@@ -63,21 +64,28 @@ def reproduce(of_study: Study, options: Options) -> list[Outcome]:
     """
     recipes, runs = chosen(of_study, options.only), options.runs
     rehearsal = options.request.rehearse
-    devices = pipeline.devices_for(options.jobs, rehearsal)
     if not rehearsal and options.evaluation.judge is None:
         options.evaluation.judge = bertscore.DEFAULT
     runs.mkdir(parents=True, exist_ok=True)
     with held(runs / ".reproduce.lock", "another reproduction is going on there"):
         outcomes = [Outcome(name) for name in recipes]
         pipelines = [
-            Pipeline(outcome, _request(options.request, outcome.recipe), options.evaluation, runs)
+            Pipeline(outcome, _request(options.request, outcome.recipe), options.evaluation, runs, options.place)
             for outcome in outcomes
         ]
         begun = [one for one in pipelines if one.is_finished() or one.check(with_data=False)]
         _have_data(of_study, [one.composed for one in begun if one.composed])
         ready = [one for one in begun if one.is_finished() or (one.check(with_data=True) and one.plan())]
         pipeline.need_judge(ready)
-        pipeline.work_off([(one.outcome, one.work()) for one in ready], devices, runs)
+        results = [
+            "results",
+            "--study",
+            options.request.name,
+            *(["--rehearse"] if rehearsal else []),
+            "--runs",
+            str(runs),
+        ]
+        options.place.submit([one.work() for one in ready], options.request.name, runs, results)
     return outcomes
 
 

@@ -36,6 +36,7 @@ def row(folder: RunDir, run: Run) -> dict[str, Any]:
     difference = None
     if bleu4 is not None and published and own and comparable(own, run):
         difference = bleu4 - published.bleu4
+    jobs = (f"{step}: {state}" for step in ("run", "evaluate") if (state := folder.job_state(step)))
     changed = [d.key for d in run.differences if not d.why.startswith(_REHEARSED)] + run.axolotl_arguments
     return {
         "run": str(folder.path),
@@ -43,6 +44,7 @@ def row(folder: RunDir, run: Run) -> dict[str, Any]:
         "variant_of": run.variant_of,
         "rehearsal": run.rehearsal,
         "state": run.state,
+        "jobs": "; ".join(jobs) or None,
         "step": summary.step,
         "steps": summary.max_steps,
         "eval_loss_first": summary.eval_loss_first,
@@ -95,6 +97,7 @@ def _short(full: dict[str, Any]) -> dict[str, Any]:
         "run": Path(full["run"]).name,
         "recipe": full["recipe"],
         "state": full["state"],
+        "jobs": full["jobs"],
         "step": step,
         "eval loss": losses,
         "BLEU-4": full["bleu4"],

@@ -1,8 +1,13 @@
-"""Launching Axolotl: `recipe run` and `recipe resume`."""
+"""Launching Axolotl: `recipe run` and `recipe resume`.
+
+On several nodes a scheduler starts `recipe resume` on each of them. The first one's holds the run and keeps its record,
+the others' only launch their share of the ranks.
+"""
 
 import ctypes
 import hashlib
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -14,36 +19,46 @@ from typing import Any
 
 import psutil
 
-from . import check, config, datafiles, gpus, paths, provenance, standin
+from . import check, config, datafiles, gpus, paths, places, provenance, standin
 from .compose import Composed, Request, check_arguments, compose, is_rehearsal, launched
 from .engines import CPU_RANKS
 from .errors import UserError, WorkFailed
 from .files import sha256, write_atomically
+from .places import Command, Outcome, Place, Work
 from .progress import TrainingProgress, say
 from .rundir import Launch, Run, RunDir, claim, find_run, now, summarise
 
 LAST_SECONDS = 15  # that ranks have to end by themselves once one of them has failed
 
 
-def prepare(request: Request) -> Composed:
+def prepare(request: Request, place: Place | None = None) -> Composed:
     """The checked config of a run; what is worth knowing about it goes to stderr.
+
+    Args:
+        request: the run.
+        place: where it is to run; None for this machine.
 
     Raises:
         UserError: the request or the config is wrong.
     """
-    if request.gpus < 1:
-        raise UserError(f"--gpus {request.gpus}: at least 1")
-    on_gpus = not request.dry_run and not is_rehearsal(request)
+    here = place is None or place.here
+    for option, value in (("--gpus", request.gpus), ("--nodes", request.nodes)):
+        if value < 1:
+            raise UserError(f"{option} {value}: at least 1")
+    if here and request.nodes > 1:
+        raise UserError(f"--nodes {request.nodes}: goes with --on slurm, which starts the run on each of them")
+    on_gpus = here and not request.dry_run and not is_rehearsal(request)
     if on_gpus and request.gpus > max(available := len(provenance.gpus()), 1):
         raise UserError(f"--gpus {request.gpus}: this machine has {available}")
     check_arguments(request.axolotl_arguments)
     composed = compose(request)
     starts = not request.dry_run
-    report = check.examine(composed, gpus.here(), request.gpus, launching=starts, data=starts, plan=starts)
-    for finding in report.findings:
+    gpu = place.gpu() if place else gpus.here()
+    found = check.examine(composed, gpu, request.ranks, launching=starts, data=starts, plan=starts).findings
+    for finding in found:
         if not starts and finding.rule == "missing-file" and finding.key.startswith(("datasets", "test_datasets")):
             finding.level = "note"  # a dry run only shows the config
-    for finding in check.refuse(report.findings, request.force):
+    for finding in check.refuse(places.relevant(place, found) if place else found, request.force):
         say(str(finding))
     if starts:
         composed.data = datafiles.record(composed.config)
@@ -57,68 +72,130 @@ def run(request: Request, runs: Path) -> RunDir:
         UserError: the request is wrong; nothing was started.
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
-    composed = prepare(request)
+    folder = create(prepare(request), request, runs)
+    with folder.held() as lock:
+        _train(folder, folder.read(), lock)
+    return folder
+
+
+def submit(request: Request, runs: Path, place: Place) -> RunDir:
+    """Hand a recipe over to a place that trains it, in a new run folder.
+
+    Raises:
+        UserError: the request is wrong, or the place refuses it; nothing was started.
+    """
+    composed, made = prepare(request, place), list[RunDir]()
+
+    def commands() -> Iterator[Command]:
+        made.append(folder := create(composed, request, runs))
+        yield Command("run", folder, ["resume", str(folder.path), "--runs", str(runs)])
+
+    gpus_a_node = 0 if composed.rehearsal else request.gpus
+    place.submit([Work(Outcome(composed.recipe), commands(), gpus_a_node, request.nodes)], composed.recipe, runs, [])
+    return made[0]
+
+
+def create(composed: Composed, request: Request, runs: Path) -> RunDir:
+    """A new run folder with the config and the record of a run that has yet to be launched."""
     if composed.rehearsal:
         standin.model_folder()
     folder = claim(runs, composed.recipe, composed.digest)
-    with folder.held() as lock:
-        ours = launched(composed, folder)
-        for difference in composed.differences:  # with a tracker's placeholders filled in
-            difference.run = ours.get(difference.key, difference.run)
-        record = Run(
-            recipe=composed.recipe,
-            variant_of=composed.origin if composed.origin != composed.recipe else None,
-            recipe_file=str(composed.recipe_file),
-            recipe_sha256=sha256(composed.recipe_file),
-            digest=composed.digest,
-            template_sha256=_template_sha256(composed.recipe),
-            rehearsal=composed.rehearsal,
-            profiles=composed.profiles,
-            overrides=request.overrides,
-            forced=request.force,
-            mirror=request.mirror,
-            gpus_used=request.gpus,
-            axolotl_arguments=request.axolotl_arguments,
-            differences=composed.differences,
-            data=composed.data,
-            test_data=datafiles.test_file(composed.config),
-            cwd=str(Path.cwd()),
-            provenance=provenance.collect(),
-        )
-        folder.write(record)
-        write_atomically(folder.config, config.write_yaml(ours))
-        say(f"run {folder.path}")
-        for difference in composed.differences:
-            say(f"  {difference.key}: {difference.recipe} -> {difference.run}  ({difference.why})")
-        _train(folder, record, lock)
+    ours = launched(composed, folder)
+    for difference in composed.differences:  # with a tracker's placeholders filled in
+        difference.run = ours.get(difference.key, difference.run)
+    record = Run(
+        recipe=composed.recipe,
+        variant_of=composed.origin if composed.origin != composed.recipe else None,
+        recipe_file=str(composed.recipe_file),
+        recipe_sha256=sha256(composed.recipe_file),
+        digest=composed.digest,
+        template_sha256=_template_sha256(composed.recipe),
+        rehearsal=composed.rehearsal,
+        profiles=composed.profiles,
+        overrides=request.overrides,
+        forced=request.force,
+        mirror=request.mirror,
+        gpus_used=request.gpus,
+        nodes=request.nodes,
+        axolotl_arguments=request.axolotl_arguments,
+        differences=composed.differences,
+        data=composed.data,
+        test_data=datafiles.test_file(composed.config),
+        cwd=str(Path.cwd()),
+        provenance=provenance.collect(),
+    )
+    write_atomically(folder.config, config.write_yaml(ours))
+    folder.write(record)
+    say(f"run {folder.path}")
+    for difference in composed.differences:
+        say(f"  {difference.key}: {difference.recipe} -> {difference.run}  ({difference.why})")
     return folder
 
 
-def resume(name: str, runs: Path) -> RunDir:
+def resume(name: str, runs: Path, prepare_only: bool = False) -> RunDir:
     """Go on with an interrupted or failed run from its last whole checkpoint, in its own folder.
 
+    Args:
+        name: the run, see `find_run`.
+        runs: the folder with the runs.
+        prepare_only: only have its rows tokenized and its base model fetched.
+
     Raises:
-        UserError: there is no such run, or it is finished or still going on.
+        UserError: there is no such run, it is finished or still going on, or this machine cannot train it.
         WorkFailed: as in `run`.
     """
     folder = find_run(name, runs)
+    if folder.read().nodes > 1 and os.environ.get("SLURM_NODEID", "0") != "0":
+        _follow(folder)
+        return folder
     with folder.held() as lock:
         record = folder.read()
-        if record.state == "finished":
-            raise UserError(f"{folder.path}: the run is finished; `recipe evaluate {folder.path}` comes next")
-        if not folder.config.is_file():
-            raise UserError(f"{folder.path}: ended before its config was written; run the recipe anew")
-        output = Path(record.cwd, str(config.read_yaml(folder.config).get("output_dir")))
-        if output.resolve() != folder.output.resolve():
-            raise UserError(f"{folder.path}: the run was moved; it writes to {output}, so move it back there first")
-        for file in record.data:
-            path = Path(record.cwd, file.path)
-            if not path.is_file() or sha256(path) != file.sha256:
-                raise UserError(f"{path}: not the data that the run began with; a resumed run would mix two")
+        if reason := hindrance(folder, record):
+            raise UserError(f"{folder.path}: {reason}")
+        if prepare_only:
+            _preprocess(folder, record)
+            return folder
+        if not record.launches:
+            _check_here(folder, record)
         checkpoint = folder.last_checkpoint()
-        say(f"resume {folder.path} from {checkpoint.name if checkpoint else 'the beginning: it has no checkpoint'}")
+        if record.launches:
+            begin = checkpoint.name if checkpoint else "the beginning: it has no checkpoint"
+            say(f"resume {folder.path} from {begin}")
         _train(folder, record, lock, checkpoint)
     return folder
+
+
+def hindrance(folder: RunDir, record: Run) -> str | None:
+    """Why a run cannot be gone on with; None where it can."""
+    if record.state == "finished":
+        return f"the run is finished; `recipe evaluate {folder.path}` comes next"
+    if not folder.config.is_file():
+        return "ended before its config was written; run the recipe anew"
+    output = Path(record.cwd, str(config.read_yaml(folder.config).get("output_dir")))
+    if output.resolve() != folder.output.resolve():
+        return f"the run was moved; it writes to {output}, so move it back there first"
+    for file in record.data:
+        path = Path(record.cwd, file.path)
+        if not path.is_file() or sha256(path) != file.sha256:
+            return f"{path} is not the data that the run began with; a resumed run would mix two"
+    return None
+
+
+def _check_here(folder: RunDir, record: Run) -> None:
+    """Check a run that was created elsewhere, or a while ago, against the machine that is to train it.
+
+    Raises:
+        UserError: it cannot train it; the run is a failed one then.
+    """
+    content, recipe = config.read_yaml(folder.config), Path(record.recipe_file)
+    composed = Composed(record.recipe, recipe, record.variant_of, content, [], {}, record.profiles, record.rehearsal)
+    found = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal, plan=True).findings
+    try:
+        check.refuse(found, record.forced)
+    except UserError:
+        record.state = "failed"
+        folder.write(record)
+        raise
 
 
 def _template_sha256(recipe: str) -> str | None:
@@ -131,15 +208,25 @@ def _template_sha256(recipe: str) -> str | None:
 
 
 def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
-    """The command line of the training process."""
-    axolotl = Path(sys.executable).with_name("axolotl")
-    command = [str(axolotl), "train", str(folder.config.resolve()), *record.axolotl_arguments]
+    """The command line of this node's training process."""
+    command = [_axolotl(), "train", str(folder.config.resolve()), *record.axolotl_arguments]
     if checkpoint:
         command += ["--resume-from-checkpoint", str(checkpoint.resolve())]
-    if record.gpus_used == 1:
+    if record.ranks == 1:
         return [*command, "--launcher", "python"]
-    torchrun = ["--standalone", f"--nproc-per-node={record.gpus_used}", f"--shutdown-timeout={LAST_SECONDS}"]
+    torchrun = [f"--nproc-per-node={record.gpus_used}", f"--shutdown-timeout={LAST_SECONDS}"]
+    if record.nodes == 1:
+        torchrun.append("--standalone")
+    else:
+        head, job, node = (os.environ[f"SLURM_{name}"] for name in ("LAUNCH_NODE_IPADDR", "JOB_ID", "NODEID"))
+        port = 20000 + int(job) % 10000  # jobs that share a node do not share it
+        torchrun += [f"--nnodes={record.nodes}", f"--node-rank={node}", f"--master-addr={head}"]
+        torchrun += [f"--master-port={port}"]
     return [*command, "--launcher", "torchrun", "--", *torchrun]
+
+
+def _axolotl() -> str:
+    return str(Path(sys.executable).with_name("axolotl"))
 
 
 def _environment(folder: RunDir, record: Run) -> dict[str, str]:
@@ -159,43 +246,32 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
     added["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # has torchrun
     if record.rehearsal:
         added |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        if record.gpus_used > 1:
+        if record.ranks > 1:
             share = (os.cpu_count() or 1) // record.gpus_used
             added |= {CPU_RANKS: "1", "OMP_NUM_THREADS": str(max(share, 1))}
-    elif record.gpus_used == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+    elif record.ranks == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
         added["CUDA_VISIBLE_DEVICES"] = "0"  # with more in sight, transformers would use them all
     return trackers | os.environ | added
 
 
 def _train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
     """Run the training process of a held run to its end, and write how it ended."""
+    if not record.launches:
+        record.provenance = provenance.collect()  # of the machine that trains it
     command = _command(folder, record, checkpoint)
-    launch = Launch(command=command, started=now(), resumed_from=checkpoint.name if checkpoint else None)
+    resumed_from = checkpoint.name if checkpoint else None
+    launch = Launch(command=command, host=platform.node(), started=now(), resumed_from=resumed_from)
     record.launches.append(launch)
     record.state = "running"
     folder.write(record)
-    with stop_requests() as stops, folder.log.open("ab") as log:
-        child = subprocess.Popen(
-            command,
-            cwd=record.cwd,
-            env=_environment(folder, record),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[lock],
-            start_new_session=True,  # Ctrl-C reaches this process alone, which stops the child in order
-            preexec_fn=end_with_parent,
-        )
-        _wait(child, folder, stops)
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # data loader workers outlive a killed parent by seconds
+    code, stopped = _launch(command, folder, record, folder.log, lock)
     metrics = folder.read_metrics()
     record.summary = summarise(metrics)
-    launch.ended, launch.exit_code = now(), child.returncode
+    launch.ended, launch.exit_code = now(), code
     complete = bool(metrics) and record.summary.step == record.summary.max_steps
-    if child.returncode in (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT) or (stops and not complete):
+    if code in (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT) or (stopped and not complete):
         record.state = "interrupted"
-    elif child.returncode == 0 and (folder.output / "adapter_model.safetensors").is_file():
+    elif code == 0 and (folder.output / "adapter_model.safetensors").is_file():
         record.state = "finished"
     else:
         record.state = "failed"
@@ -203,8 +279,67 @@ def _train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = Non
     if record.state == "interrupted":
         raise WorkFailed(f"{folder.path}: interrupted; `recipe resume {folder.path}` goes on")
     if record.state == "failed":
-        tail = folder.log.read_text(errors="replace").splitlines()[-15:]
-        raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl failed; the whole log is {folder.log}"]))
+        raise _failed(folder.path, folder.log)
+
+
+def _follow(folder: RunDir) -> None:
+    """Run this node's share of a run that another node holds.
+
+    Raises:
+        WorkFailed: it ended in another way than well.
+    """
+    record, log = folder.read(), folder.path / f"node-{os.environ['SLURM_NODEID']}.log"
+    command = _command(folder, record, folder.last_checkpoint())
+    code, stopped = _launch(command, folder, record, log)
+    if code and not stopped:
+        raise _failed(folder.path, log)
+
+
+def _preprocess(folder: RunDir, record: Run) -> None:
+    """Have Axolotl tokenize the rows of a run and fetch its base model, for which it needs no GPU.
+
+    Raises:
+        WorkFailed: Axolotl failed.
+    """
+    command = [_axolotl(), "preprocess", str(folder.config.resolve())]
+    code, _ = _launch(command, folder, record, folder.log)
+    if code:
+        raise _failed(folder.path, folder.log)
+
+
+def _failed(folder: Path, log: Path) -> WorkFailed:
+    tail = log.read_text(errors="replace").splitlines()[-15:]
+    return WorkFailed("\n".join([*tail, f"{folder}: Axolotl failed; the whole log is {log}"]))
+
+
+def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: int) -> tuple[int, bool]:
+    """Run a process of Axolotl's to its end: its exit code, and whether it was asked to stop.
+
+    Args:
+        locks: descriptors that it inherits.
+    """
+    with stop_requests() as stops, log.open("ab") as stream:
+        child = subprocess.Popen(
+            command,
+            cwd=record.cwd,
+            env=_environment(folder, record),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            pass_fds=locks,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which stops the child in order
+            preexec_fn=_end_with_parent_and_ignore_warnings,
+        )
+        _wait(child, folder, stops)
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # data loader workers outlive a killed parent by seconds
+    return child.returncode, bool(stops)
+
+
+def _end_with_parent_and_ignore_warnings() -> None:
+    """What a training process does first: SLURM's warning of a time limit goes to all processes, and is for us."""
+    end_with_parent()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def end_with_parent() -> None:
@@ -214,10 +349,10 @@ def end_with_parent() -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """The signals to stop (SIGINT, SIGTERM) that arrive within the block, in a list that grows."""
+    """The signals to stop that arrive within the block, in a list that grows; SIGUSR1 is a scheduler's warning."""
     received: list[int] = []
     handlers: dict[signal.Signals, Any] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         handlers[number] = signal.signal(number, lambda n, _: received.append(n))
     try:
         yield received

@@ -15,7 +15,8 @@ from .errors import UserError
 from .files import write_atomically
 from .paths import RUNS
 
-State = Literal["created", "running", "finished", "failed", "interrupted"]
+UNKNOWN = "not known: its queue does not answer"
+State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
 
 
 def now() -> str:
@@ -41,10 +42,20 @@ class DataFile(BaseModel):
     rows: int | None = None  # of JSON lines; other formats are not counted
 
 
+class Job(BaseModel):
+    """A command of a run that a place was given to carry out; see `places`."""
+
+    place: str
+    id: str
+    step: str
+    submitted: str = Field(default_factory=now)
+
+
 class Launch(BaseModel):
     """One start of the training process: of a run's first, or of a resumed one."""
 
     command: list[str]
+    host: str | None = None
     started: str
     ended: str | None = None
     exit_code: int | None = None
@@ -83,7 +94,8 @@ class Run(BaseModel):
     overrides: list[str] = Field(default_factory=list)
     forced: list[str] = Field(default_factory=list)  # findings of the check that were overridden
     mirror: bool = False
-    gpus_used: int = 1
+    gpus_used: int = 1  # on each node
+    nodes: int = 1
     axolotl_arguments: list[str] = Field(default_factory=list)
     differences: list[Difference] = Field(default_factory=list)
     data: list[DataFile] = Field(default_factory=list)
@@ -98,6 +110,11 @@ class Run(BaseModel):
     def origin(self) -> str:
         """The recipe whose study it belongs to."""
         return self.variant_of or self.recipe
+
+    @property
+    def ranks(self) -> int:
+        """The processes that train, each with a GPU of its own."""
+        return self.gpus_used * self.nodes
 
 
 @contextmanager
@@ -133,6 +150,7 @@ class RunDir:
         self.log = path / "train.log"
         self.output = path / "output"
         self._json = path / "run.json"
+        self._jobs = path / "jobs.json"  # a file of its own: a job can begin, and write run.json, before it is noted
 
     def runs(self, recipe: str) -> Path:
         """The folder of all runs that this one, of a recipe, is in."""
@@ -143,7 +161,7 @@ class RunDir:
         write_atomically(self._json, run.model_dump_json(indent=1, exclude_none=True) + "\n")
 
     def read(self) -> Run:
-        """run.json, with the state that holds now: what says running but has no process is interrupted.
+        """run.json, with the state that holds now: what says running but has neither process nor job is interrupted.
 
         Raises:
             UserError: run.json is missing or damaged.
@@ -152,11 +170,43 @@ class RunDir:
             run = Run.model_validate_json(self._json.read_bytes())
         except (OSError, ValueError):
             raise UserError(f"{self._json}: missing or damaged; the folder is no run") from None
-        if run.state in ("created", "running"):
-            if not self._is_held():
-                run.state = "interrupted"
+        if run.state != "finished":
+            held = self._is_held()
+            if run.state == "created" or not held:
+                run.state = self._state_of_jobs(run.state, held)
             run.summary = summarise(self.read_metrics())
         return run
+
+    def _state_of_jobs(self, written: State, held: bool) -> State:
+        """The state of a run that no process here trains; what is written where its place does not tell."""
+        state = self.job_state("run")
+        if state == UNKNOWN or (state is None and held):
+            return written
+        if state is None:
+            return "interrupted" if written in ("created", "running") else written
+        return "queued" if state.startswith("queued") else "running"
+
+    def job_state(self, step: str) -> str | None:
+        """Whether a command of the run is queued or running as a job, in words; None where it is not."""
+        from . import places
+
+        jobs = [job for job in self.jobs() if job.step == step]
+        active = places.active(jobs)
+        if active is None:
+            return UNKNOWN
+        return next((f"{active[job.id]} (job {job.id})" for job in jobs if job.id in active), None)
+
+    def jobs(self) -> list[Job]:
+        """The jobs that places were given for the run, oldest first."""
+        try:
+            return [Job.model_validate(job) for job in orjson.loads(self._jobs.read_bytes())]
+        except (OSError, ValueError):
+            return []
+
+    def add_job(self, job: Job) -> None:
+        """Note a job."""
+        every = [one.model_dump() for one in [*self.jobs(), job]]
+        write_atomically(self._jobs, orjson.dumps(every, option=orjson.OPT_INDENT_2).decode() + "\n")
 
     def held(self) -> AbstractContextManager[int]:
         """Hold the run for this process and whoever inherits the descriptor, so that its state can be trusted.
@@ -211,12 +261,17 @@ class RunDir:
 
 def claim(runs: Path, recipe: str, digest: str) -> RunDir:
     """A new folder runs/<recipe>/<time>-<digest>/ that no other launch has."""
-    (runs / recipe).mkdir(parents=True, exist_ok=True)
+    return RunDir(new_folder(runs / recipe, digest[:7]))
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """A new folder <time>-<name> that nobody else has."""
+    parent.mkdir(parents=True, exist_ok=True)
     while True:
-        path = runs / recipe / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{digest[:7]}"
+        folder = parent / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}"
         try:
-            path.mkdir()
-            return RunDir(path)
+            folder.mkdir()
+            return folder
         except FileExistsError:
             time.sleep(0.2)
 

@@ -11,14 +11,14 @@ from .errors import UserError
 from .evaluate import Request as Evaluation
 from .gpus import Gpu
 from .paths import RUNS, find_recipe
-from .pipeline import DONE, Outcome, Pipeline
+from .pipeline import OF_ROWS, Pipeline
+from .places import DONE, Outcome, Place, Work
 from .planner import GIB
 from .progress import say
 from .rundir import held
 from .sweeps import Member, Sweep
 
 AXOLOTL_SEED = 42  # where a config names none
-_OF_ROWS = ("datasets", "test_datasets", "base_model", "special_tokens", "sequence_len")  # what decides on rows
 
 
 @dataclass
@@ -27,19 +27,19 @@ class Options:
 
     Attributes:
         request: what is laid over the recipe for every member.
+        place: where they are carried out.
         seeds: how many seeds each member is run with, from the recipe's own on.
         max_runs: the most members that are begun; the others wait for the next time.
-        jobs: how many to work on at a time, each on a GPU of its own.
-        gpu: what they are planned for, by default this machine's GPU.
+        gpu: what they are planned for, by default their place's GPU.
         evaluation: how each run is evaluated.
         runs: the folder for the runs.
         dry_run: check and plan only.
     """
 
     request: Request
+    place: Place
     seeds: int = 1
     max_runs: int | None = None
-    jobs: int = 1
     gpu: Gpu | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     runs: Path = RUNS
@@ -58,13 +58,13 @@ def sweep(name: str, members: list[Member], options: Options) -> tuple[Sweep, li
     """
     request, runs = options.request, options.runs
     recipe, file = find_recipe(request.name)
-    devices = pipeline.devices_for(options.jobs, request.rehearse)
     members = _seeded(members, options.seeds, config.read_yaml(file).get("seed", AXOLOTL_SEED))
     pipelines = []
     for member in members:
         overrides = [*request.overrides, *member.overrides]
         outcome = Outcome(recipe, re.sub(r"[/\0]", "-", member.label))
-        pipelines.append(Pipeline(outcome, replace(request, overrides=overrides), options.evaluation, runs))
+        asked = replace(request, overrides=overrides)
+        pipelines.append(Pipeline(outcome, asked, options.evaluation, runs, options.place))
     _check(pipelines, starts=not options.dry_run)
     _refuse_twins(pipelines)
     for member, one in zip(members, pipelines, strict=True):
@@ -88,7 +88,8 @@ def sweep(name: str, members: list[Member], options: Options) -> tuple[Sweep, li
         made.file(runs).parent.mkdir(parents=True, exist_ok=True)
         with held(made.file(runs).with_suffix(".lock"), f"the sweep {made.label} is going on there"):
             made.write(runs)
-            _run(pipelines, devices, options)
+            results = ["results", "--sweep", made.label, "--runs", str(runs)]
+            options.place.submit(_works(pipelines, options), name, runs, results)
     return made, [one.outcome for one in pipelines]
 
 
@@ -107,7 +108,7 @@ def _check(pipelines: list[Pipeline], starts: bool) -> None:
         UserError: something is wrong with some, told once for all of them.
     """
     by_rows = {
-        config.write_yaml({key: one.composed.config.get(key) for key in _OF_ROWS}): one
+        config.write_yaml({key: one.composed.config.get(key) for key in OF_ROWS}): one
         for one in pipelines
         if one.composed
     }
@@ -130,11 +131,10 @@ def _refuse_twins(pipelines: list[Pipeline]) -> None:
             raise UserError(f"{one.outcome.label} and {other.outcome.label} come to the same config; leave one out")
 
 
-def _run(pipelines: list[Pipeline], devices: list[str | None], options: Options) -> None:
+def _works(pipelines: list[Pipeline], options: Options) -> list[Work]:
     fitting = [one for one in pipelines if not one.outcome.problem]
     pipeline.need_judge(fitting)
     left = [one for one in fitting if not one.is_evaluated()][options.max_runs or len(fitting) :]
     for one in left:
         one.outcome.steps["run"] = "left for later"
-    works = [(one.outcome, one.work()) for one in fitting if one not in left]
-    pipeline.work_off(works, devices, options.runs)
+    return [one.work() for one in fitting if one not in left]

@@ -45,7 +45,7 @@ def _speaks_for(folder: RunDir, run: Run) -> tuple[bool, bool, bool, str]:
     """What of a recipe's runs is preferred: to be finished, an evaluation, the recipe's own settings, being new."""
     plain = not run.overrides and not set(run.profiles) - {REHEARSAL, *TRACKERS} and not run.axolotl_arguments
     evaluated = results.evaluation(folder.path, run) is not None
-    return run.state == "finished" and evaluated, evaluated, plain and run.gpus_used == 1, folder.path.name
+    return run.state == "finished" and evaluated, evaluated, plain and run.ranks == 1, folder.path.name
 
 
 def row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, rehearsal: bool) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, rehears
         inside = interval[0] is not None and interval[0] <= aim.bleu4 <= interval[1]
         verdict = WITHIN if inside else ACCEPTABLE if near else OFF
     on_gpu = str(of_run.get("memory_kind")).startswith("GPU")
-    hours = chosen[1].summary.train_seconds * chosen[1].gpus_used / 3600 if chosen and on_gpu else None
+    hours = chosen[1].summary.train_seconds * chosen[1].ranks / 3600 if chosen and on_gpu else None
     differs, left_open = _settings(of_study, recipe, chosen, scored) if chosen and not rehearsal else ([], [])
     return {
         "recipe": recipe,
@@ -122,10 +122,10 @@ def _settings(
         for key, (before, after) in config.differences(paper, ours).items()
         if of_paper.get(key.partition(".")[0], "").startswith("paper")
     ]
-    if run.gpus_used > 1:
-        rows, of_paper_rows = run.gpus_used * datafiles.effective_batch(ours), datafiles.effective_batch(paper)
+    if run.ranks > 1:
+        rows, of_paper_rows = run.ranks * datafiles.effective_batch(ours), datafiles.effective_batch(paper)
         steps = "" if rows == of_paper_rows else f", with steps of {rows:g} rows instead of {of_paper_rows:g}"
-        differs.append(f"GPUs: {run.gpus_used} instead of 1{steps}")
+        differs.append(f"GPUs: {run.ranks} instead of 1{steps}")
     left_open = [
         f"{key}: {_shown(ours[key])} ({sources.get(key, 'Axolotl')})"
         for key in of_study.open_settings

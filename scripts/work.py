@@ -79,7 +79,7 @@ def _measured_rate(recipe: str, gpu: Gpu, gpus: int, runs: Path) -> float | None
         run = folder.read()
         used = [str(one.get("name")) for one in run.provenance.get("gpus") or []]
         same = bool(used) and (used[0] == gpu.name or (named(used[0]) or used[0]) == named(gpu.name))
-        done = run.state == "finished" and not run.rehearsal and run.recipe == recipe and run.gpus_used == gpus
+        done = run.state == "finished" and not run.rehearsal and run.recipe == recipe and run.ranks == gpus
         if same and done and run.summary.tokens_per_second:
             return run.summary.tokens_per_second
     return None

@@ -14,6 +14,7 @@ import deepspeed
 import psutil
 import pytest
 import torch
+from cluster import Cluster
 from conftest import finish, start
 
 from qlora_recipes import config, ranks, rundir
@@ -142,6 +143,22 @@ def test_every_engine_leaves_an_ordinary_adapter(alone: RunDir, divided: tuple[s
     assert (expected - logits(None, tiny)).abs().max() > 10 * CLOSE
     for merged in (False, True):
         torch.testing.assert_close(logits(run.output, tiny, merged), expected, atol=CLOSE, rtol=0)
+
+
+def test_two_nodes_train_like_one_process(alone: RunDir, place: Path, tiny_profile: Path, slurm: Cluster) -> None:
+    """Each node's torchrun starts one rank; the second node's command only launches its share."""
+    words = rehearsal(tiny_profile, "nodes", "--profile", "fsdp2", "--nodes", "2", "--on", "slurm")
+    run = RunDir(place / finish(start(place, *words)))
+    slurm.wait_until_empty()
+    record = run.read()
+    assert record.state == "finished", run.log.read_text()
+    assert (record.nodes, record.gpus_used, record.summary.engine) == (2, 1, "FSDP")
+    assert "--nnodes=2" in record.launches[0].command
+    assert (run.path / "node-1.log").is_file()
+    expected, found = losses(alone, "loss"), losses(run, "loss")
+    assert {step: found[step] for step in expected} == pytest.approx(expected, abs=CLOSE)
+    (difference,) = (one for one in record.differences if one.key == "gradient_accumulation_steps")
+    assert difference.why == "--gpus 1 --nodes 2: steps of as many rows as on one"
 
 
 def test_an_engine_that_is_not_used_stops_the_run(place: Path, tiny_profile: Path) -> None:

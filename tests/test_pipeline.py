@@ -1,35 +1,51 @@
-"""What a pipeline does with commands, jobs and failures; test_reproduce.py and test_sweep.py have the commands."""
+"""What a place does with commands, jobs and failures; test_reproduce.py and test_sweep.py have the commands."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qlora_recipes import pipeline
 from qlora_recipes.errors import UserError
-from qlora_recipes.pipeline import Outcome
+from qlora_recipes.local import Local
+from qlora_recipes.places import Command, Outcome, Step, Work
+from qlora_recipes.rundir import RunDir
 
 
-def commands(words: list[str], outcome: Outcome, codes: list[int]) -> pipeline._Commands:
-    """A recipe's commands, as `work` yields them; what became of each is noted."""
-    for _ in range(2):
-        code, _shown = yield words
-        codes.append(code)
-    outcome.steps["run"] = "done"
+def work(folder: Path, words: dict[Step, list[str]], asked: list[str]) -> Work:
+    """Commands, each of which is noted once it is asked for."""
+    folder.mkdir()
+
+    def commands() -> Iterator[Command]:
+        for step, line in words.items():
+            asked.append(step)
+            yield Command(step, RunDir(folder), line)
+
+    return Work(Outcome(folder.name), commands(), gpus=0)
 
 
-def test_jobs_each_see_a_gpu_of_their_own_and_write_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_each_see_a_gpu_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    devices = pipeline.devices_for(2, rehearsal=False)
-    assert devices == ["5", "7"]
+    assert Local(rehearsal=False, jobs=2, options=[]).devices == ["5", "7"]
     with pytest.raises(UserError, match="--jobs 3: one GPU a job, and this machine has 2"):
-        pipeline.devices_for(3, rehearsal=False)
-    assert pipeline.devices_for(3, rehearsal=True) == [None, None, None]
-    outcomes, codes = [Outcome("a"), Outcome("b"), Outcome("c")], list[int]()
-    works = [(outcome, commands(["show", "nothing"], outcome, codes)) for outcome in outcomes]
-    pipeline.work_off(works, devices, tmp_path)
-    assert codes == [2] * 6
-    assert [outcome.steps for outcome in outcomes] == [{"run": "done"}] * 3
-    assert "no recipe of that name" in (tmp_path / "c" / "reproduce.log").read_text()
+        Local(rehearsal=False, jobs=3, options=[])
+    assert Local(rehearsal=True, jobs=3, options=[]).devices == [None, None, None]
+    with pytest.raises(UserError, match="--slurm time=1: goes with --on slurm"):
+        Local(rehearsal=True, jobs=None, options=["time=1"])
+
+
+def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(tmp_path: Path) -> None:
+    asked: list[str] = []
+    refused = work(tmp_path / "a", {"run": ["show", "nothing"], "evaluate": ["list"]}, asked)
+    fine = work(tmp_path / "b", {"run": ["list"], "evaluate": ["list"]}, asked)
+    Local(rehearsal=True, jobs=2, options=[]).submit([refused, fine], "two", tmp_path, [])
+    assert sorted(asked) == ["evaluate", "run", "run"]
+    assert (refused.outcome.steps, refused.outcome.run) == ({"run": "failed"}, None)
+    log = tmp_path / "a" / "run.log"
+    assert refused.outcome.problem == f"the training was refused; {log} has what was said"
+    assert "no recipe of that name" in log.read_text()
+    assert (fine.outcome.steps, fine.outcome.problem) == ({"run": "done", "evaluate": "done"}, None)
+    assert fine.outcome.run == tmp_path / "b"
 
 
 def test_exit_codes() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 import pytest
+from cluster import Cluster
 from conftest import RECIPE
 
 from qlora_recipes import compose, datafiles, evaluations, paths, reproduce, rundir, study
@@ -107,6 +108,24 @@ def test_killed_at_random_moments_it_ends_with_the_same_scores(
     assert scores_of(tmp_path) == undisturbed.scores
     launches = [len(folder.read().launches) for folder in rundir.all_runs(tmp_path / "runs")]
     assert sum(launches) > 2  # of two recipes: at least one training was killed, and went on or was begun anew
+
+
+def test_on_slurm_it_comes_to_the_same_table(
+    undisturbed: Undisturbed, tiny_profile: Path, tmp_path: Path, slurm: Cluster
+) -> None:
+    submitted = reproduced(tmp_path, tiny_profile, "--on", "slurm")
+    assert all(row["run"].startswith("queued (job ") for row in submitted["steps"])
+    slurm.wait_until_empty()
+    again = reproduced(tmp_path, tiny_profile, "--on", "slurm")
+    assert all((row["run"], row["evaluate"]) == ("skipped", "skipped") for row in again["steps"])
+    assert scores_of(tmp_path) == undisturbed.scores
+    here = {"run", "tokens_per_second"}  # a run's name, and what its machine measured
+    for one, other in zip(again["results"], undisturbed.printed["results"], strict=True):
+        assert one.keys() == other.keys() >= here
+        assert {key: one[key] for key in one.keys() - here} == {key: other[key] for key in other.keys() - here}
+    (shown,) = (tmp_path / "runs" / "slurm").glob("*/slurm-results.log")
+    for name in TWO:
+        assert f"haider2024/{name}" in shown.read_text()
 
 
 def test_a_changed_setting_is_run_anew_and_a_recipe_that_fails_does_not_stop_the_others(

@@ -71,11 +71,14 @@ def kill_both(process: "subprocess.Popen[str]") -> None:
     child.wait(30)
 
 
-def terminate(process: "subprocess.Popen[str]") -> None:
-    process.terminate()
+def cancel(process: "subprocess.Popen[str]") -> None:
+    (folder,) = (
+        Path(file.path).parent for file in psutil.Process(process.pid).open_files() if file.path.endswith("lock")
+    )
+    assert f"process {process.pid} is asked to stop" in finish(start(folder, "cancel", folder))
 
 
-@pytest.mark.parametrize("stop", [kill_child, kill_both, terminate])
+@pytest.mark.parametrize("stop", [kill_child, kill_both, cancel])
 def test_a_stopped_run_goes_on_to_the_same_adapter(
     place: Path, tiny_profile: Path, undisturbed: RunDir, stop: Callable[["subprocess.Popen[str]"], None]
 ) -> None:
@@ -86,7 +89,7 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(
     assert 10 <= done[-1] < 16
     assert run.read().summary.step == done[-1]
     assert "Starting trainer" in run.log.read_text()
-    if stop is terminate:
+    if stop is cancel:
         assert run.last_checkpoint() == run.output / f"checkpoint-{done[-1]}"
 
     resumed = finish(start(place, "resume", "latest", "--runs", stop.__name__))

@@ -1,0 +1,37 @@
+"""Stopping runs wherever they are going on or queued: `recipe cancel`."""
+
+from pathlib import Path
+
+from . import places, results, study, sweeps
+from .errors import UserError
+from .rundir import RunDir, all_runs, find_run
+
+
+def cancel(names: list[str], sweep: str | None, of_study: str | None, runs: Path) -> list[str]:
+    """Ask runs to end, and their evaluations; what was asked, a line each.
+
+    Args:
+        names: runs, see `find_run`.
+        sweep: every run of this sweep instead.
+        of_study: every run of this study's recipes instead.
+        runs: the folder with the runs.
+
+    Raises:
+        UserError: not just one of these is given, a name is wrong, nothing is going on, or a place does not answer.
+    """
+    if sum(map(bool, (names, sweep, of_study))) != 1:
+        raise UserError("RUN, --sweep and --study: one of them")
+    folders = [find_run(name, runs) for name in names] or list(_meant(sweep, of_study, runs))
+    asked = [f"{folder.path}: {what}" for folder in folders for what in places.cancel(folder)]
+    if not asked:
+        raise UserError(f"{', '.join(names) or sweep or of_study}: nothing of it is going on or queued")
+    return asked
+
+
+def _meant(sweep: str | None, of_study: str | None, runs: Path) -> list[RunDir]:
+    if sweep:
+        made = sweeps.find(sweep, runs)
+        digests = {member.digest for member in made.members}
+        return [folder for folder, run in results.readable(all_runs(runs / made.recipe)) if run.digest in digests]
+    study.find(str(of_study))  # that there is such a study
+    return [folder for folder, run in results.readable(all_runs(runs)) if run.origin.startswith(f"{of_study}/")]
