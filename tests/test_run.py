@@ -12,7 +12,8 @@ import psutil
 import pytest
 from conftest import finish, start
 
-from qlora_recipes import config, rundir
+from qlora_recipes import compose, config, run, rundir
+from qlora_recipes.compose import Request
 from qlora_recipes.rundir import RunDir
 
 PAGED = "haider2024/code-llama-7b"
@@ -172,3 +173,14 @@ def test_a_failing_axolotl_fails_the_run(place: Path, tiny_profile: Path) -> Non
     assert "Axolotl failed" in message
     (run,) = rundir.all_runs(place / "failing")
     assert run.read().state == "failed"
+
+
+def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
+    tmp_path: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    request = Request(PAGED, profiles=[str(tiny_profile)], overrides=["fp16=true", "bf16=false"])
+    folder = run.create(compose.compose(request), request, Path("runs"))
+    said = finish(start(tmp_path, "resume", folder.path), code=2)
+    assert "no NVIDIA GPU was found" in said
+    assert (folder.read().state, folder.read().launches) == ("failed", [])
