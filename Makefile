@@ -35,8 +35,11 @@ lock: $(filter .uv/%,$(UV))  ## requirements.lock anew from pyproject.toml
 
 # Byte-code is compiled at once: without it each start of Axolotl takes half a minute longer, and some
 # machines forbid Python to write it later.
-.venv/.complete: requirements.lock pyproject.toml $(filter .uv/%,$(UV))
+.venv/.locked: requirements.lock $(filter .uv/%,$(UV))
 	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .venv
 	UV_COMPILE_BYTECODE=1 $(UV) pip sync --quiet --python .venv --require-hashes requirements.lock
+	touch $@
+
+.venv/.complete: .venv/.locked pyproject.toml
 	UV_COMPILE_BYTECODE=1 $(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
 	touch $@
