@@ -125,13 +125,16 @@ def image() -> Iterator[Path]:
     """The project's folder as it is in the image, where others than its owner can get at it."""
     if os.getuid() != 0 or not (ROOT / ".uv").is_dir():
         pytest.skip("needs root, to be another user, and the uv that make installs")
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
+    place = Path(tempfile.mkdtemp())
+    try:
         place.chmod(0o755)
         (place / "root").mkdir()
         build(place / "image", place / "root")
         assert list((place / "root").iterdir()) == []  # no cache is left
         yield place / "image"
+    finally:
+        # new byte-code of 0.8 GB takes a disk a minute to give up, which no test has to wait for
+        subprocess.Popen(["rm", "-rf", place], start_new_session=True)
 
 
 def as_user(image: Path, *command: str) -> "subprocess.CompletedProcess[str]":
