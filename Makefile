@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 RECIPE := .venv/bin/recipe
 
-.PHONY: setup demo test lint lock benchmark compare-memory
+.PHONY: setup demo test test-image lint lock benchmark compare-memory
 
 setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe
 
@@ -14,6 +14,9 @@ demo: setup  ## Rehearse one recipe on the CPU from training to scores
 
 test: setup  ## All tests; no GPU, no network
 	.venv/bin/pytest -n 2 --dist loadfile
+
+test-image:  ## Build the container image on Debian and use it; needs root, buildah and debootstrap
+	tests/build_image.sh
 
 lint: setup
 	.venv/bin/ruff check .
@@ -35,8 +38,11 @@ lock: $(filter .uv/%,$(UV))  ## requirements.lock anew from pyproject.toml
 
 # Byte-code is compiled at once: without it each start of Axolotl takes half a minute longer, and some
 # machines forbid Python to write it later.
-.venv/.complete: requirements.lock pyproject.toml $(filter .uv/%,$(UV))
+.venv/.locked: requirements.lock $(filter .uv/%,$(UV))
 	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .venv
 	UV_COMPILE_BYTECODE=1 $(UV) pip sync --quiet --python .venv --require-hashes requirements.lock
+	touch $@
+
+.venv/.complete: .venv/.locked pyproject.toml
 	UV_COMPILE_BYTECODE=1 $(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
 	touch $@
