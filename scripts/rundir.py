@@ -325,7 +325,9 @@ def summarise(metrics: list[dict[str, Any]]) -> Summary:
             if key in record and (summary.memory_kind in (None, kind)):
                 summary.peak_memory, summary.memory_kind = max(record[key], summary.peak_memory or 0), kind
         if peaks := record.get("peak_gib_by_rank"):
-            summary.peak_memory_by_rank, summary.peak_memory = peaks, max(*peaks, summary.peak_memory or 0)
+            before = summary.peak_memory_by_rank or peaks  # a resumed run's processes count anew
+            summary.peak_memory_by_rank = [max(both) for both in zip(peaks, before, strict=True)]
+            summary.peak_memory = max(*peaks, summary.peak_memory or 0)
         summary.engine = record.get("engine", summary.engine)
     if token_seconds:
         summary.tokens_per_second = tokens / token_seconds

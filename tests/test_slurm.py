@@ -1,9 +1,9 @@
 """The command with `--on slurm`, on a real SLURM: arrays, dependencies, requeues, time limits, cancelling."""
 
 import re
-import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +18,7 @@ from qlora_recipes import slurm as place_module
 from qlora_recipes.errors import UserError
 from qlora_recipes.rundir import RunDir
 
+TOOLS = Path(sys.executable).parent
 NAME = "haider2024/code-llama-7b"
 MEMBERS = [{"name": f"rank {rank}", "lora_r": rank} for rank in (4, 8, 16, 32)]
 
@@ -232,6 +233,5 @@ def test_scripts_are_sound(tmp_path: Path, nodes: int, prefix: str | None) -> No
     for step in place_module.STEPS:
         script = batch(settings, nodes=nodes).script(step, tasks, 2)
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-        if shutil.which("shellcheck"):
-            done = subprocess.run(["shellcheck", "-"], input=script, text=True, capture_output=True)
-            assert done.returncode == 0, done.stdout
+        done = subprocess.run([TOOLS / "shellcheck", "-"], input=script, text=True, capture_output=True)
+        assert done.returncode == 0, done.stdout
