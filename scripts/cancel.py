@@ -4,6 +4,7 @@ from pathlib import Path
 
 from . import places, results, study, sweeps
 from .errors import UserError
+from .local import stop_holders
 from .rundir import RunDir, all_runs, find_run
 
 
@@ -21,8 +22,10 @@ def cancel(names: list[str], sweep: str | None, of_study: str | None, runs: Path
     """
     if sum(map(bool, (names, sweep, of_study))) != 1:
         raise UserError("RUN, --sweep and --study: one of them")
-    folders = [find_run(name, runs) for name in names] or list(_meant(sweep, of_study, runs))
-    asked = [f"{folder.path}: {what}" for folder in folders for what in places.cancel(folder)]
+    lock = sweeps.find(sweep, runs).lock(runs) if sweep else runs / ".reproduce.lock"
+    asked = [] if names else stop_holders([lock])  # a command that goes on with the next run when one ends
+    folders = [find_run(name, runs) for name in names] or ([] if asked else _meant(sweep, of_study, runs))
+    asked += [f"{folder.path}: {what}" for folder in folders for what in places.cancel(folder)]
     if not asked:
         raise UserError(f"{', '.join(names) or sweep or of_study}: nothing of it is going on or queued")
     return asked

@@ -526,12 +526,19 @@ def resume(
     prepare: Annotated[
         bool, typer.Option("--prepare", help="Only tokenize its rows and fetch its base model; needs no GPU.")
     ] = False,
+    on: On = PlaceName.local,
+    slurm: SlurmOptions = None,
     runs: Runs = RUNS,
 ) -> None:
     """Go on with an interrupted run from its last whole checkpoint."""
+    from . import places
     from . import run as launcher
 
-    print(launcher.resume(run, runs, prepare).path)
+    place = places.kind(on)(rehearsal=False, jobs=None, options=slurm or [])
+    if place.here:
+        print(launcher.resume(run, runs, prepare).path)
+    else:
+        print(launcher.resubmit(run, runs, place).path)
 
 
 @app.command(rich_help_panel=RUNNING)

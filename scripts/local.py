@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -15,10 +15,10 @@ import psutil
 from . import gpus, provenance
 from .errors import UserError
 from .gpus import Gpu
-from .places import DOES, DONE, Command, Step, Work
+from .places import DOES, DONE, Command, Work
 from .progress import say
 from .run import end_with_parent, stop_requests
-from .rundir import Job, RunDir
+from .rundir import Job, RunDir, this_job
 
 
 class Local:
@@ -68,38 +68,44 @@ class Local:
             work.outcome.problem = "interrupted before it was begun; the same command goes on"
 
     @classmethod
-    def active(cls) -> dict[str, str]:
-        """None: nothing is queued here."""
+    def active(cls, jobs: Sequence[Job]) -> dict[str, str]:
+        """Nothing is queued here."""
         return {}
 
     @classmethod
-    def log(cls, folder: RunDir, step: Step) -> Path:
+    def log(cls, folder: RunDir, step: str) -> Path:
         """Where several commands go on at a time; that of one goes to the terminal."""
         return folder.path / f"{step}.log"
 
     @classmethod
     def cancel(cls, folder: RunDir, jobs: Sequence[Job]) -> list[str]:
-        """Ask the process that holds one of the run's locks, and the others only through it."""
-        holding = {
-            process.pid: process
-            for process in psutil.process_iter()
-            if any(Path(file).name.endswith("lock") for file in _files_of(process, folder))
-        }
-        asked = []
-        for process in holding.values():
-            with suppress(psutil.Error):
-                if process.ppid() not in holding:
-                    process.terminate()
-                    asked.append(f"process {process.pid} is asked to stop")
-        return asked
+        """Ask the process that holds one of the run's locks; one of a job is asked by `slurm` already."""
+        return stop_holders(folder.path.rglob("*lock"), {job.id for job in jobs})
 
 
-def _files_of(process: psutil.Process, folder: RunDir) -> list[str]:
-    """The files in a run's folder that a process has open; none of another user's process."""
-    below = f"{folder.path.resolve()}{os.sep}"
-    with suppress(psutil.Error):
-        return [file.path for file in process.open_files() if file.path.startswith(below)]
-    return []
+def stop_holders(locks: Iterable[Path], jobs: Container[str] = ()) -> list[str]:
+    """Ask the processes on this machine that hold some locks to stop, their children only through them.
+
+    Args:
+        locks: the locks' files.
+        jobs: whose processes are not meant.
+
+    Returns:
+        What was asked, in words.
+    """
+    files = {str(lock.resolve()) for lock in locks}
+    holding = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # another user's, or gone
+            if files.intersection(file.path for file in process.open_files()):
+                holding[process.pid] = process
+    asked = []
+    for process in holding.values():
+        with suppress(psutil.Error):
+            if process.ppid() not in holding and this_job(process.environ()) not in jobs:
+                process.terminate()
+                asked.append(f"process {process.pid} is asked to stop")
+    return asked
 
 
 def devices_for(jobs: int, rehearsal: bool) -> list[str | None]:

@@ -13,7 +13,7 @@ from .errors import UserError
 from .gpus import Gpu
 from .places import DONE, FAILED, SKIPPED, Command, Outcome, Place, Work
 from .progress import say
-from .rundir import Run, RunDir, all_runs
+from .rundir import UNKNOWN, Run, RunDir, all_runs
 
 PATIENCE = 120  # seconds for a run to end that an earlier command had begun when it was killed
 OF_ROWS = ("datasets", "test_datasets", "base_model", "special_tokens", "sequence_len")  # what decides on rows
@@ -151,8 +151,11 @@ class Pipeline:
         """Its commands from where it is; steps that were done before, or wait in a queue, are noted in its outcome."""
         assert self.composed
         former = self._settled()
-        if former and former[1].state in ("created", "queued", "running"):
-            self.outcome.steps |= {step: former[0].job_state(step) or former[1].state for step in ("run", "evaluate")}
+        unknown = former and former[1].state != "finished" and former[0].job_state("run") == UNKNOWN
+        if former and (unknown or former[1].state in ("created", "queued", "running")):
+            self.outcome.steps["run"] = former[0].job_state("run") or former[1].state
+            later = "not queued; the same command does it once this is trained"
+            self.outcome.steps["evaluate"] = former[0].job_state("evaluate") or later
             return
         options = ["--runs", str(self.runs)]
         if former and former[1].state == "finished":
@@ -173,7 +176,8 @@ class Pipeline:
     def _state_of_evaluation(self, folder: RunDir) -> str | None:
         if evaluate.complete(evaluate.Task(folder, self.asked), self.judge()):
             return SKIPPED
-        return folder.job_state("evaluate")
+        state = folder.job_state("evaluate")
+        return None if state == UNKNOWN and self.place.here else state
 
 
 def need_judge(pipelines: Sequence[Pipeline]) -> None:
@@ -193,8 +197,8 @@ def _is_plain(former: Run) -> bool:
 
 
 def _goes_on(folder: RunDir, former: Run) -> bool:
-    """Whether an unfinished run is worth going on with: one that failed from a checkpoint on is begun anew."""
-    failed_again = former.state == "failed" and former.launches and former.launches[-1].resumed_from
+    """Whether an unfinished run is worth going on with: one that failed twice is begun anew."""
+    failed_again = former.state == "failed" and len(former.launches) > 1
     return not failed_again and run.hindrance(folder, former) is None
 
 

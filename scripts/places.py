@@ -105,19 +105,17 @@ class Place(Protocol):
         """
 
     @classmethod
-    def active(cls) -> dict[str, str] | None:
-        """The jobs that are there, by their id, as "queued: Priority" or "running"; None where that is not known."""
+    def active(cls, jobs: Sequence[Job]) -> dict[str, str] | None:
+        """The jobs that are there, those given if they are, as "queued: Priority" or "running" by their ids; None where
+        that is not known."""
 
     @classmethod
-    def log(cls, folder: RunDir, step: Step) -> Path:
+    def log(cls, folder: RunDir, step: str) -> Path:
         """The file with what a command of a run says there."""
 
     @classmethod
     def cancel(cls, folder: RunDir, jobs: Sequence[Job]) -> list[str]:
-        """Ask what is going on for a run to end, and whatever of its jobs is there; what was asked, in words."""
-
-
-NAMES = ("local", "slurm")
+        """Ask what is going on there for a run to end, and whatever of its jobs is there; what was asked, in words."""
 
 
 def kind(name: str) -> type[Place]:
@@ -139,10 +137,11 @@ def active(jobs: Iterable[Job]) -> dict[str, str] | None:
     """Those of some jobs that are not at their end, as `Place.active` has them; None where that is not known."""
     found: dict[str, str] = {}
     for name, of_place in groupby(sorted(jobs, key=lambda job: job.place), key=lambda job: job.place):
-        every = kind(name).active()
+        mine = list(of_place)
+        every = kind(name).active(mine)
         if every is None:
             return None
-        found |= {job.id: every[job.id] for job in of_place if job.id in every}
+        found |= {job.id: every[job.id] for job in mine if job.id in every}
     return found
 
 
@@ -152,7 +151,4 @@ def cancel(folder: RunDir) -> list[str]:
     Raises:
         UserError: a place does not answer.
     """
-    asked = []
-    for name in NAMES:
-        asked += kind(name).cancel(folder, [job for job in folder.jobs() if job.place == name])
-    return asked
+    return [asked for name in ("slurm", "local") for asked in kind(name).cancel(folder, folder.jobs())]

@@ -26,7 +26,7 @@ from .errors import UserError, WorkFailed
 from .files import sha256, write_atomically
 from .places import Command, Outcome, Place, Work
 from .progress import TrainingProgress, say
-from .rundir import Launch, Run, RunDir, claim, find_run, now, summarise
+from .rundir import UNKNOWN, Launch, Run, RunDir, claim, find_run, now, summarise, this_job
 
 LAST_SECONDS = 15  # that ranks have to end by themselves once one of them has failed
 
@@ -87,12 +87,36 @@ def submit(request: Request, runs: Path, place: Place) -> RunDir:
     composed, made = prepare(request, place), list[RunDir]()
 
     def commands() -> Iterator[Command]:
-        made.append(folder := create(composed, request, runs))
-        yield Command("run", folder, ["resume", str(folder.path), "--runs", str(runs)])
+        made.append(create(composed, request, runs))
+        yield _resume_command(made[0], runs)
 
     gpus_a_node = 0 if composed.rehearsal else request.gpus
     place.submit([Work(Outcome(composed.recipe), commands(), gpus_a_node, request.nodes)], composed.recipe, runs, [])
     return made[0]
+
+
+def resubmit(name: str, runs: Path, place: Place) -> RunDir:
+    """Hand an interrupted or failed run over to a place that goes on with it; see `resume`.
+
+    Raises:
+        UserError: it cannot be gone on with, or the place refuses it; nothing was started.
+    """
+    folder = find_run(name, runs)
+    record = folder.read()
+    if reason := "the run is still going on" if record.state == "running" else hindrance(folder, record):
+        raise UserError(f"{folder.path}: {reason}")
+    work = Work(
+        Outcome(record.recipe),
+        iter([_resume_command(folder, runs)]),
+        gpus=0 if record.rehearsal else record.gpus_used,
+        nodes=record.nodes,
+    )
+    place.submit([work], record.recipe, runs, [])
+    return folder
+
+
+def _resume_command(folder: RunDir, runs: Path) -> Command:
+    return Command("run", folder, ["resume", str(folder.path), "--runs", str(runs)])
 
 
 def create(composed: Composed, request: Request, runs: Path) -> RunDir:
@@ -150,11 +174,17 @@ def resume(name: str, runs: Path, prepare_only: bool = False) -> RunDir:
         return folder
     with folder.held() as lock:
         record = folder.read()
-        if reason := hindrance(folder, record):
+        in_a_job = this_job(os.environ) in {job.id for job in folder.jobs()}
+        if record.state == "finished" and in_a_job:
+            say(f"{folder.path}: the run is finished")  # of a job that was requeued after it
+            return folder
+        if reason := hindrance(folder, record, in_a_job):
             raise UserError(f"{folder.path}: {reason}")
         if prepare_only:
             _preprocess(folder, record)
             return folder
+        if record.nodes > 1 and "SLURM_LAUNCH_NODE_IPADDR" not in os.environ:
+            raise UserError(f"{folder.path}: a run on {record.nodes} machines; --on slurm starts it on each of them")
         if not record.launches:
             _check_here(folder, record)
         checkpoint = folder.last_checkpoint()
@@ -165,8 +195,15 @@ def resume(name: str, runs: Path, prepare_only: bool = False) -> RunDir:
     return folder
 
 
-def hindrance(folder: RunDir, record: Run) -> str | None:
-    """Why a run cannot be gone on with; None where it can."""
+def hindrance(folder: RunDir, record: Run, in_a_job: bool = False) -> str | None:
+    """Why a run cannot be gone on with; None where it can.
+
+    Args:
+        in_a_job: whether what asks is the job that is to go on with it, or one that comes before.
+    """
+    job = None if in_a_job else folder.job_state("run")
+    if job not in (None, UNKNOWN):
+        return f"the run is {job}; `recipe cancel {folder.path}` ends that"
     if record.state == "finished":
         return f"the run is finished; `recipe evaluate {folder.path}` comes next"
     if not folder.config.is_file():
@@ -190,8 +227,11 @@ def _check_here(folder: RunDir, record: Run) -> None:
     content, recipe = config.read_yaml(folder.config), Path(record.recipe_file)
     composed = Composed(record.recipe, recipe, record.variant_of, content, [], {}, record.profiles, record.rehearsal)
     found = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal, plan=True).findings
+    visible = len([*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))]) or len(provenance.gpus())
     try:
         check.refuse(found, record.forced)
+        if not record.rehearsal and record.gpus_used > max(visible, 1):
+            raise UserError(f"{folder.path}: a run on {record.gpus_used} GPUs, and there are {visible} here")
     except UserError:
         record.state = "failed"
         folder.write(record)
@@ -249,8 +289,8 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
         if record.ranks > 1:
             share = (os.cpu_count() or 1) // record.gpus_used
             added |= {CPU_RANKS: "1", "OMP_NUM_THREADS": str(max(share, 1))}
-    elif record.ranks == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        added["CUDA_VISIBLE_DEVICES"] = "0"  # with more in sight, transformers would use them all
+    elif record.ranks == 1:  # with more in sight, transformers would use them all
+        added["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     return trackers | os.environ | added
 
 

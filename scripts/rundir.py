@@ -2,7 +2,7 @@
 
 import fcntl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +48,7 @@ class Job(BaseModel):
     place: str
     id: str
     step: str
+    user: str
     submitted: str = Field(default_factory=now)
 
 
@@ -137,6 +138,9 @@ def held(file: Path, otherwise: str) -> Iterator[int]:
                 if attempt == 2:
                     raise UserError(f"{file.parent}: {otherwise}") from None
                 time.sleep(0.1)  # somebody may only be looking whether it is held
+            except OSError as error:
+                problem = f"its file system does not lock files (flock: {error.strerror}), which a run is held by"
+                raise UserError(f"{file.parent}: {problem}; --runs takes a folder on another") from None
         yield lock.fileno()
 
 
@@ -173,14 +177,14 @@ class RunDir:
         if run.state != "finished":
             held = self._is_held()
             if run.state == "created" or not held:
-                run.state = self._state_of_jobs(run.state, held)
+                run.state = self._state_of_jobs(run.state, held, run.created)
             run.summary = summarise(self.read_metrics())
         return run
 
-    def _state_of_jobs(self, written: State, held: bool) -> State:
+    def _state_of_jobs(self, written: State, held: bool, created: str) -> State:
         """The state of a run that no process here trains; what is written where its place does not tell."""
         state = self.job_state("run")
-        if state == UNKNOWN or (state is None and held):
+        if state == UNKNOWN or (state is None and held) or (written == "created" and _is_recent(created)):
             return written
         if state is None:
             return "interrupted" if written in ("created", "running") else written
@@ -257,6 +261,17 @@ class RunDir:
             if folder.name == f"checkpoint-{step}":
                 whole[step] = folder
         return whole[max(whole)] if whole else None
+
+
+def this_job(environment: Mapping[str, str]) -> str | None:
+    """The id of the job that a process of such an environment belongs to, as SLURM writes that of an array's task."""
+    array, task = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task else None
+
+
+def _is_recent(created: str) -> bool:
+    """Whether what takes a run up may not have got to it yet."""
+    return (datetime.now(UTC) - datetime.fromisoformat(created)).total_seconds() < 10
 
 
 def claim(runs: Path, recipe: str, digest: str) -> RunDir:

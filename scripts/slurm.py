@@ -8,11 +8,13 @@ whole checkpoint.
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from getpass import getuser
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,10 @@ from .templating import environment
 
 GRACE = 300  # seconds before a time limit in which a training can end at a checkpoint; --slurm signal=... sets others
 STEPS = ("prepare", "run", "evaluate", "results")
-_OURS = ("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "output", "wrap")
+_OURS = {  # options that each job has its own of, or that would keep its id from being known
+    *("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "output"),
+    *("clusters", "parsable", "test-only", "wait", "wrap"),
+}
 _OWN = ("card", "prefix", "setup")  # keys of the settings that are no options of sbatch
 
 
@@ -111,22 +116,20 @@ def _set(found: Settings, key: str, value: Any, where: str) -> None:
 def _check_option(option: str, where: str) -> None:
     if option in _OURS:
         instead = "; --nodes sets it" if option == "nodes" else ""
-        raise UserError(f"{where}: {option} is set for each job by this command{instead}")
+        raise UserError(f"{where}: {option} is not for jobs of this command to have from outside{instead}")
 
 
 @cache
-def queue() -> dict[str, str] | None:
-    """The user's jobs that are not at their end; None, with a word about it, where SLURM does not answer."""
-    try:
-        return {job: _state(state, reason) for job, state, reason in _squeue()}
-    except UserError as error:
-        say(str(error))
-        return None
+def queue(users: frozenset[str]) -> dict[str, str]:
+    """The jobs of users that are not at their end, as `places.Place.active` has them.
 
-
-def _squeue() -> list[list[str]]:
+    Raises:
+        UserError: SLURM does not answer.
+    """
     # %i is a task's id, as 12_0; -r gives each task a line of its own
-    return [line.split("|") for line in _ask("squeue", "--me", "--noheader", "-r", "--format=%i|%T|%r").splitlines()]
+    shown = _ask("squeue", f"--user={','.join(sorted(users))}", "--noheader", "-r", "--format=%i|%T|%r")
+    lines = (line.split("|") for line in shown.splitlines())
+    return {job: _state(state, reason) for job, state, reason in lines}
 
 
 def _state(state: str, reason: str) -> str:
@@ -171,7 +174,7 @@ class Slurm:
         self.settings, self.jobs = settings(options), jobs
         card = self.settings.card
         self._gpu = gpus.find(card, "card") if card and not rehearsal else None
-        _squeue()  # what is queued already is not submitted twice, so it has to be known
+        queue(frozenset([getuser()]))  # what is queued already is not submitted twice, so it has to be known
 
     def gpu(self) -> Gpu | None:
         """The settings' card."""
@@ -185,29 +188,39 @@ class Slurm:
         """
         if not works:
             return
+        queue.cache_clear()  # checks and plans take a while
         batch = Batch(self.settings, self.jobs, title, runs, works[0].gpus, works[0].nodes)
         batch.check(len(works))
         trained, evaluated, to_train = list[_Task](), list[_Task](), list[_Task]()
         for work in works:
-            commands = {command.step: command for command in work.commands}
+            try:
+                commands = {command.step: command for command in work.commands}
+            except UserError as error:
+                work.outcome.fail("run", str(error))
+                continue
             if "run" in commands:
                 to_train.append((work.outcome, commands["run"]))
             if "evaluate" in commands:
                 (trained if "run" in commands else evaluated).append((work.outcome, commands["evaluate"]))
         by_rows = {command.rows: (outcome, command) for outcome, command in to_train}
         prepared = batch.submit("prepare", list(by_rows.values()))
-        training = batch.submit("run", to_train, f"afterok:{prepared}")
+        training = batch.submit("run", to_train, f"afterany:{prepared}")  # it can prepare for itself
         scoring = [batch.submit("evaluate", trained, f"aftercorr:{training}"), batch.submit("evaluate", evaluated)]
         if last := [job for job in (training, *scoring) if job]:
             batch.submit_results(results, f"afterany:{':'.join(last)}")
 
     @classmethod
-    def active(cls) -> dict[str, str] | None:
+    def active(cls, jobs: Sequence[Job]) -> dict[str, str] | None:
         """See `queue`."""
-        return queue()
+        try:
+            return queue(frozenset(job.user for job in jobs))
+        except UserError as error:
+            if shutil.which("squeue"):
+                say(str(error))
+            return None
 
     @classmethod
-    def log(cls, folder: RunDir, step: Step) -> Path:
+    def log(cls, folder: RunDir, step: str) -> Path:
         """Of all tries of the step."""
         return folder.path / f"slurm-{step}.log"
 
@@ -216,7 +229,7 @@ class Slurm:
         """Cancel the jobs; a training that is going on ends at a checkpoint where it can in SLURM's KillWait."""
         if not jobs:
             return []
-        there = {job for job, *_ in _squeue()}
+        there = queue(frozenset(job.user for job in jobs))
         ids = [job.id for job in jobs if job.id in there]
         if ids:
             _ask("scancel", *ids)
@@ -252,8 +265,9 @@ class Batch:
             UserError: it would not.
         """
         for step in STEPS:
-            script = self.script(step, [], tasks if step != "results" else 1)
-            done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True)
+            count = tasks if step != "results" else 1
+            command = ["sbatch", "--test-only", *self._options(step, count)]
+            done = subprocess.run(command, input=self.script(step, [], count), capture_output=True, text=True)
             if done.returncode:
                 said = "; ".join(done.stderr.strip().replace("sbatch: error: ", "").splitlines())
                 shown = ("--array", "--gres", "--nodes", *(f"--{key}" for key in self._of_site(step)))
@@ -273,9 +287,8 @@ class Batch:
             return None
         job = self._sbatch(step, [(command.folder.path, _words(step, command)) for _, command in tasks], after)
         for i, (outcome, command) in enumerate(tasks):
-            if step != "prepare":
-                command.folder.add_job(Job(place="slurm", id=f"{job}_{i}", step=step))
-                outcome.steps[step] = f"queued (job {job}_{i})"
+            command.folder.add_job(Job(place="slurm", id=f"{job}_{i}", step=step, user=getuser()))
+            outcome.steps[step] = f"queued (job {job}_{i})"
         return job
 
     def submit_results(self, words: list[str], after: str) -> None:
@@ -284,15 +297,17 @@ class Batch:
             return
         folder = self._folder()
         self._sbatch("results", [(folder, words)], after)
-        say(f"once all is done, {folder / 'slurm-results.log'} has the results")
+        say(f"once all is done, {Slurm.log(RunDir(folder), 'results')} has the results")
 
     def _sbatch(self, step: str, tasks: list[tuple[Path, list[str]]], after: str | None) -> str:
-        name = step if not (self._folder() / f"{step}.sh").exists() else f"{step}-trained"
-        file = self._folder() / f"{name}.sh"
+        file = self._folder() / f"{len(self.submitted) + 1}-{step}.sh"
         write_atomically(file, self.script(step, tasks, len(tasks)))
         waits = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
         try:
-            job = _ask("sbatch", "--parsable", *waits, str(file)).strip().partition(";")[0]
+            options = self._options(
+                step, len(tasks)
+            )  # once more: SBATCH_ variables are stronger than those in a script
+            job = _ask("sbatch", "--parsable", *options, *waits, str(file)).strip().partition(";")[0]
         except UserError as error:
             queued = f"; job {', '.join(self.submitted)} is queued already" if self.submitted else ""
             raise WorkFailed(f"{error}{queued}; the same command goes on") from None
@@ -324,10 +339,17 @@ class Batch:
             .render(
                 title=self.title,
                 step=step,
-                options=self._options(step, count),
+                options=map(shlex.quote, self._options(step, count)),
                 setup=site.setup,
                 cwd=shlex.quote(str(Path.cwd())),
-                tasks=[{"folder": shlex.quote(str(folder)), "words": shlex.join(words)} for folder, words in tasks],
+                tasks=[
+                    {
+                        "folder": shlex.quote(str(folder)),
+                        "log": shlex.quote(str(Slurm.log(RunDir(folder), step))),
+                        "words": shlex.join(words),
+                    }
+                    for folder, words in tasks
+                ],
                 nodes=nodes,
                 launcher=recipe,
             )
@@ -351,10 +373,14 @@ class Batch:
             "requeue": "",
             "signal": f"B:USR1@{GRACE}",
         }
-        if gpus and not site.keys() & {"gres", "gpus", "gpus-per-node", "gpus-per-task"}:
-            options["gres"] = f"gpu:{gpus}"
+        asks_itself = site.keys() & {"gpus", "gpus-per-node", "gpus-per-task"} or "gpu" in site.get("gres", "")
+        if gpus and not asks_itself:
+            options["gres"] = ",".join(filter(None, (site.get("gres"), f"gpu:{gpus}")))
+            site = {key: value for key, value in site.items() if key != "gres"}
+        if not gpus and not asks_itself:  # sbatch refuses these where there is no GPU
+            site = {key: value for key, value in site.items() if not key.endswith("-per-gpu")}
         options |= {key: value.replace("{gpus}", str(gpus)) for key, value in site.items()}
-        return [shlex.quote(f"--{key}={value}" if value else f"--{key}") for key, value in options.items()]
+        return [f"--{key}={value}" if value else f"--{key}" for key, value in options.items()]
 
 
 def _words(step: str, command: Command) -> list[str]:

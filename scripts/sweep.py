@@ -86,7 +86,7 @@ def sweep(name: str, members: list[Member], options: Options) -> tuple[Sweep, li
     if not options.dry_run:
         runs.mkdir(parents=True, exist_ok=True)
         made.file(runs).parent.mkdir(parents=True, exist_ok=True)
-        with held(made.file(runs).with_suffix(".lock"), f"the sweep {made.label} is going on there"):
+        with held(made.lock(runs), f"the sweep {made.label} is going on there"):
             made.write(runs)
             results = ["results", "--sweep", made.label, "--runs", str(runs)]
             options.place.submit(_works(pipelines, options), name, runs, results)

@@ -73,6 +73,10 @@ class Sweep(BaseModel):
         kind = ".rehearsal" if self.rehearsal else ""
         return runs / "sweeps" / self.name / f"{self.recipe.replace('/', '--')}{kind}.json"
 
+    def lock(self, runs: Path) -> Path:
+        """What a command that carries it out holds."""
+        return self.file(runs).with_suffix(".lock")
+
     def write(self, runs: Path) -> None:
         """Write its record, in the place of one of an earlier start."""
         write_atomically(self.file(runs), self.model_dump_json(indent=1) + "\n")

@@ -58,7 +58,7 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     assert [run.read().state for run in runs] == ["queued"] * 4
     again = orjson.loads(submitted(tmp_path, *command))  # nothing is submitted twice
     assert all("job" in step["run"] for step in again["steps"])
-    assert [len(run.jobs()) for run in rundir.all_runs(tmp_path / "runs")] == [2] * 4
+    assert [len(run.jobs()) for run in runs] == [2, 2, 2, 3]  # the last one's rows are prepared for all
     slurm.wait_until_empty()
     place_module.queue.cache_clear()
     for run in runs:
@@ -70,7 +70,7 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     (shown,) = (tmp_path / "runs" / "slurm").glob("*/slurm-results.log")
     for row in last["results"]:
         assert row["bleu4"] is not None and row["member"] in shown.read_text()
-    (prepared,) = (tmp_path / "runs" / "slurm").glob("*/prepare.sh")
+    (prepared,) = (tmp_path / "runs" / "slurm").glob("*/1-prepare.sh")
     assert "--array=0-0" in prepared.read_text()  # the four train on the same rows
 
 
@@ -101,16 +101,22 @@ def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
     assert run.last_checkpoint()
     again = start(tmp_path, "cancel", "latest")
     assert "nothing of it is going on or queued" in finish(again, code=2)
+    submitted(tmp_path, "resume", "latest", "--on", "slurm", "--slurm", "begin=now+1hour")
+    wait_for(run, lambda record: record.state == "queued")
+    for place in ("local", "slurm"):
+        assert "the run is queued" in finish(start(tmp_path, "resume", "latest", "--on", place), code=2)
+    submitted(tmp_path, "cancel", "latest")
+    slurm.wait_until_empty(20)  # what prepares the rows is cancelled too
 
 
 def test_cancelling_a_sweep_takes_it_out_of_the_queue(tmp_path: Path, tiny_profile: Path, slurm: Cluster) -> None:
     rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--bertscore", "none")
     queue = ("--on", "slurm", "--slurm", "begin=now+1hour")
     submitted(tmp_path, "sweep", NAME, "--set", "lora_r=4,8", *rehearsed, *queue)
-    assert len(submitted(tmp_path, "cancel", "--sweep", "latest").splitlines()) == 4
+    assert len(submitted(tmp_path, "cancel", "--sweep", "latest").splitlines()) == 5
     for run in rundir.all_runs(tmp_path / "runs"):
         assert wait_for(run, lambda record: record.state == "interrupted").launches == []
-    slurm.ask("scancel", "--user=root")  # what prepares the rows and shows the results
+    slurm.ask("scancel", "--user=root")  # what shows the results
 
 
 @pytest.mark.parametrize(
@@ -125,7 +131,7 @@ def test_cancelling_a_sweep_takes_it_out_of_the_queue(tmp_path: Path, tiny_profi
         (["--slurm", "tyme=1:00:00"], "unrecognized option '--tyme"),
         (["--slurm", "time=later"], "Invalid --time specification"),
         (["--slurm", "partition"], "--slurm partition: expected key=value"),
-        (["--slurm", "array=1-5"], "array is set for each job by this command"),
+        (["--slurm", "array=1-5"], "array is not for jobs of this command"),
         (["--slurm", "nodes=2"], "--nodes sets it"),
         (["--slurm", "card=H1000"], "card H1000: no GPU of that name; did you mean H100"),
         (["--slurm", "card=T4", "--set", "micro_batch_size=4096"], "a full batch needs .* of T4"),
@@ -169,6 +175,10 @@ def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
         assert line in script.splitlines()
     assert "gres" not in script
     assert "\napptainer exec --nv image.sif recipe " in script
+    no_settings.unlink()
+    found = place_module.settings(["gres=nvme:1", "mem-per-gpu=40G"])
+    assert "--gres=nvme:1,gpu:4" in (script := batch(found, gpus=4).script("run", [], 2))
+    assert "mem-per-gpu" in script and "mem-per-gpu" not in batch(found, gpus=4).script("prepare", [], 2)
     for broken in ("[gpu]", "partition: [a]", "evaluate: gpu", "setup: {a: b}", "card: {"):
         no_settings.write_text(broken)
         with pytest.raises(UserError, match=r"slurm\.yaml"):
@@ -211,7 +221,7 @@ def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(
     settings = place_module.Settings(prefix=f"{tmp_path}/stub")
     monkeypatch.chdir(tmp_path)
     script = batch(settings).script("run", [(Path("a"), ["resume", "a b"])], 1)
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "12"}
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}
     process = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=env)
     while not (tmp_path / "started").exists():
         time.sleep(0.01)
@@ -222,6 +232,8 @@ def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(
     said = (tmp_path / "a" / "slurm-run.log").read_text()
     assert said.startswith("recipe resume a b\nstopped\n")
     assert (tmp_path / "asked").exists() == queued_again
+    if queued_again:
+        assert (tmp_path / "asked").read_text() == "requeue 12_0\n"  # not the whole array
     assert ("too short" in said) != queued_again
 
 
