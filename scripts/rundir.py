@@ -184,10 +184,12 @@ class RunDir:
     def _state_of_jobs(self, written: State, held: bool, created: str) -> State:
         """The state of a run that no process here trains; what is written where its place does not tell."""
         state = self.job_state("run")
-        if state == UNKNOWN or (state is None and held) or (written == "created" and _is_recent(created)):
+        if state == UNKNOWN:
             return written
         if state is None:
-            return "interrupted" if written in ("created", "running") else written
+            just_made = written == "created" and _is_recent(created)  # what takes it up may not have got to it yet
+            gone = written in ("created", "running") and not held and not just_made
+            return "interrupted" if gone else written
         return "queued" if state.startswith("queued") else "running"
 
     def job_state(self, step: str) -> str | None:
@@ -270,7 +272,6 @@ def this_job(environment: Mapping[str, str]) -> str | None:
 
 
 def _is_recent(created: str) -> bool:
-    """Whether what takes a run up may not have got to it yet."""
     return (datetime.now(UTC) - datetime.fromisoformat(created)).total_seconds() < 10
 
 

@@ -77,7 +77,7 @@ def test_published_figures_of_the_plain_loop_are_met() -> None:
     assert max(errors) <= 0.015
 
 
-CASES = [(bf16, checkpointing, times) for bf16 in (True, False) for checkpointing in (True, False) for times in (1, 4)]
+CASES = [(True, True, 1), (True, False, 4), (False, True, 4), (False, False, 1)]  # each pair of settings is among them
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """A study of two recipes with a tiny Llama, through the command, from data to its table."""
 
+import os
 import random
 import signal
 import subprocess
@@ -96,7 +97,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_scores(
     seed = time.time_ns()
     print(f"seed {seed}")
     chance = random.Random(seed)
-    for _ in range(10):
+    for _ in range(int(os.environ.get("KILLS", "4"))):
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen(command(tiny_profile), cwd=tmp_path, **silent)
         with suppress(subprocess.TimeoutExpired):
