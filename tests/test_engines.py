@@ -149,14 +149,21 @@ def test_every_engine_leaves_an_ordinary_adapter(alone: RunDir, divided: tuple[s
 
 
 def test_two_nodes_train_like_one_process(alone: RunDir, place: Path, tiny_profile: Path, slurm: Cluster) -> None:
-    """Each node's torchrun starts one rank; the second node's command only launches its share."""
+    """Each node's torchrun starts one rank; near its time limit the job stops them in order and goes on later."""
     words = rehearsal(tiny_profile, "nodes", "--profile", "fsdp2", "--nodes", "2", "--on", "slurm")
     run = RunDir(place / finish(start(place, *words)))
+    deadline = time.monotonic() + 180
+    while run.read().summary.step < 3:
+        assert time.monotonic() < deadline, run.log.read_text()
+        time.sleep(0.05)
+    (job,) = (one.id for one in run.jobs() if one.step == "run")
+    slurm.ask("scancel", "--batch", "--signal=USR1", job)  # as SLURM does near a time limit
     slurm.wait_until_empty()
     record = run.read()
     assert record.state == "finished", run.log.read_text()
     assert (record.nodes, record.gpus_used, record.summary.engine) == (2, 1, "FSDP")
-    assert "--nnodes=2" in record.launches[0].command
+    warned, last = record.launches
+    assert "--nnodes=2" in warned.command and warned.exit_code == 0 and last.resumed_from
     assert (run.path / "node-1.log").is_file()
     expected, found = losses(alone, "loss"), losses(run, "loss")
     assert {step: found[step] for step in expected} == pytest.approx(expected, abs=CLOSE)
