@@ -237,6 +237,36 @@ def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(
     assert ("too short" in said) != queued_again
 
 
+def test_near_its_time_limit_a_task_of_an_array_queues_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slurm: Cluster
+) -> None:
+    """The command is a stand-in that gets further, and when it is warned, ends."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stub").write_text(
+        "#!/bin/bash\ntrap 'exit 1' USR1\necho started >> $2/starts\necho a row >> $2/predictions.part.jsonl\n"
+        "until [ -e go ]; do sleep 0.05; done\n"
+    )
+    (tmp_path / "stub").chmod(0o755)
+    folders = [Path("a"), Path("b")]
+    for folder in folders:
+        folder.mkdir()
+    settings = place_module.Settings(prefix=f"{tmp_path}/stub")
+    Path("run.sh").write_text(batch(settings, gpus=0).script("run", [(one, [str(one)]) for one in folders], 2))
+    job = slurm.ask("sbatch", "--parsable", "run.sh")
+
+    def starts() -> list[int]:
+        return [len((one / "starts").read_text().splitlines()) if (one / "starts").exists() else 0 for one in folders]
+
+    for expected, then in (([1, 1], ("scancel", "--batch", "--signal=USR1", f"{job}_1")), ([1, 2], ("touch", "go"))):
+        deadline = time.monotonic() + 60
+        while starts() != expected:
+            assert time.monotonic() < deadline, (starts(), slurm.ask("scontrol", "show", "job", job))
+            time.sleep(0.1)
+        slurm.ask(*then)
+    slurm.wait_until_empty()
+    assert starts() == [1, 2]
+
+
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("prefix", [None, 'apptainer exec --nv --bind "$PWD" image.sif'])
 def test_scripts_are_sound(tmp_path: Path, nodes: int, prefix: str | None) -> None:
