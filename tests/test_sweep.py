@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(place: Path, tiny_profile: Path) -> dict[str, Any]:
-    """What a sweep printed that was killed several times and then ran to its end."""
+    """What a sweep printed that was killed twice, cancelled once, and then ran to its end."""
     seed = time.time_ns()
     print(f"seed {seed}")
     chance = random.Random(seed)
@@ -45,8 +45,12 @@ def finished(place: Path, tiny_profile: Path) -> dict[str, Any]:
     for limits in ((), ("--max-runs", "1"), ()):
         process = subprocess.Popen(command(tiny_profile, *limits), cwd=place, **silent)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=chance.uniform(15, 35))
-        process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
+            process.wait(timeout=chance.uniform(15, 30))
+        if limits:
+            asked = subprocess.run([RECIPE, "cancel", "--sweep", "latest"], cwd=place)
+            assert asked.returncode == 0 or process.poll() is not None
+        else:
+            process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
         process.wait()
     done = subprocess.run(command(tiny_profile), cwd=place, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr  # for the member that fails
