@@ -18,16 +18,17 @@ def cancel(names: list[str], sweep: str | None, of_study: str | None, runs: Path
         runs: the folder with the runs.
 
     Raises:
-        UserError: not just one of these is given, a name is wrong, nothing is going on, or a place does not answer.
+        UserError: not just one of these is given, a name is wrong, or nothing is going on.
     """
     if sum(map(bool, (names, sweep, of_study))) != 1:
-        raise UserError("RUN, --sweep and --study: one of them")
+        raise UserError("give RUNs, --sweep NAME or --study S")
     lock = sweeps.find(sweep, runs).lock(runs) if sweep else runs / ".reproduce.lock"
     asked = [] if names else stop_holders([lock])  # a command that goes on with the next run when one ends
     folders = [find_run(name, runs) for name in names] or ([] if asked else _meant(sweep, of_study, runs))
-    asked += [f"{folder.path}: {what}" for folder in folders for what in places.cancel(folder)]
+    asked += [f"{folder.path}: {what}" for folder in folders for what in places.cancel(folder, not names)]
     if not asked:
-        raise UserError(f"{', '.join(names) or sweep or of_study}: nothing of it is going on or queued")
+        of_runs = ", ".join(str(folder.path) for folder in folders) if names else sweep or of_study
+        raise UserError(f"{of_runs}: nothing of it is going on or queued")
     return asked
 
 

@@ -145,10 +145,12 @@ def active(jobs: Iterable[Job]) -> dict[str, str] | None:
     return found
 
 
-def cancel(folder: RunDir) -> list[str]:
+def cancel(folder: RunDir, together: bool) -> list[str]:
     """Ask whatever is queued or going on for a run to end; what was asked, in words.
 
-    Raises:
-        UserError: a place does not answer.
+    Args:
+        folder: the run.
+        together: whether those that were begun with it are to end too, so that there will be no results to show.
     """
-    return [asked for name in ("slurm", "local") for asked in kind(name).cancel(folder, folder.jobs())]
+    jobs = [job for job in folder.jobs() if together or job.step != "results"]
+    return [asked for name in ("slurm", "local") for asked in kind(name).cancel(folder, jobs)]

@@ -36,7 +36,8 @@ def row(folder: RunDir, run: Run) -> dict[str, Any]:
     difference = None
     if bleu4 is not None and published and own and comparable(own, run):
         difference = bleu4 - published.bleu4
-    due = [step for step, done in (("run", run.state == "finished"), ("evaluate", own)) if not done]
+    trained = run.state == "finished"
+    due = [step for step, done in (("prepare", trained), ("run", trained), ("evaluate", own)) if not done]
     jobs = (f"{step}: {state}" for step in due if (state := folder.job_state(step)))
     changed = [d.key for d in run.differences if not d.why.startswith(_REHEARSED)] + run.axolotl_arguments
     return {

@@ -317,7 +317,8 @@ def _train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = Non
         record.state = "failed"
     folder.write(record)
     if record.state == "interrupted":
-        raise WorkFailed(f"{folder.path}: interrupted; `recipe resume {folder.path}` goes on")
+        again = f"recipe resume {folder.path}" + (" --on slurm" if this_job(os.environ) else "")
+        raise WorkFailed(f"{folder.path}: interrupted; `{again}` goes on")
     if record.state == "failed":
         raise _failed(folder.path, folder.log)
 

@@ -49,6 +49,7 @@ class Job(BaseModel):
     id: str
     step: str
     user: str
+    script: str  # an id alone can be another cluster's, or come again
     submitted: str = Field(default_factory=now)
 
 
@@ -176,7 +177,7 @@ class RunDir:
             raise UserError(f"{self._json}: missing or damaged; the folder is no run") from None
         if run.state != "finished":
             held = self._is_held()
-            if run.state == "created" or not held:
+            if run.state != "running" or not held:  # what prepares the rows of a run that is queued holds it too
                 run.state = self._state_of_jobs(run.state, held, run.created)
             run.summary = summarise(self.read_metrics())
         return run

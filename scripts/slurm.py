@@ -104,6 +104,8 @@ def _set(found: Settings, key: str, value: Any, where: str) -> None:
         found.setup = value.splitlines() if isinstance(value, str) else value
         if not isinstance(found.setup, list) or any(not isinstance(line, str) for line in found.setup):
             raise UserError(f"{where}: expected lines of shell")
+    elif isinstance(value, dict):
+        raise UserError(f"{where}: no step of that name; there are {', '.join(STEPS)}")
     elif not isinstance(value, str) or "\n" in value:
         raise UserError(f"{where}: expected one line of text")
     elif key in _OWN:
@@ -120,21 +122,22 @@ def _check_option(option: str, where: str) -> None:
 
 
 @cache
-def queue(users: frozenset[str]) -> dict[str, str]:
-    """The jobs of users that are not at their end, as `places.Place.active` has them.
-
-    Raises:
-        UserError: SLURM does not answer.
-    """
+def queue(users: frozenset[str]) -> dict[tuple[str, str], str] | UserError:
+    """The states of the jobs of users that are not at their end, by id and script; an error where SLURM does not
+    answer, which it takes its time for."""
     # %i is a task's id, as 12_0; -r gives each task a line of its own
-    shown = _ask("squeue", f"--user={','.join(sorted(users))}", "--noheader", "-r", "--format=%i|%T|%r")
+    form = "--format=%i|%o|%T|%r"
+    try:
+        shown = _ask("squeue", f"--user={','.join(sorted(users))}", "--noheader", "-r", form)
+    except UserError as error:
+        return error
     lines = (line.split("|") for line in shown.splitlines())
-    return {job: _state(state, reason) for job, state, reason in lines}
+    return {(job, script): _state(state, reason) for job, script, state, reason in lines}
 
 
 def _state(state: str, reason: str) -> str:
     if state in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED"):
-        return "running"
+        return "running" if state == "RUNNING" else f"running: {state.lower()}"
     return f"queued: {reason}" if reason not in ("None", "Dependency") else "queued"
 
 
@@ -156,6 +159,13 @@ def _ask(*command: str) -> str:
     return done.stdout
 
 
+@cache
+def _tell(problem: str) -> None:
+    """Say, once, that SLURM does not answer; on a machine without it that is no news."""
+    if shutil.which("squeue"):
+        say(problem)
+
+
 class Slurm:
     """A `places.Place`.
 
@@ -173,8 +183,10 @@ class Slurm:
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]):
         self.settings, self.jobs = settings(options), jobs
         card = self.settings.card
-        self._gpu = gpus.find(card, "card") if card and not rehearsal else None
-        queue(frozenset([getuser()]))  # what is queued already is not submitted twice, so it has to be known
+        named = gpus.find(card, "card") if card else None
+        self._gpu = None if rehearsal else named
+        if isinstance(error := queue(frozenset([getuser()])), UserError):
+            raise error  # what is queued already is not submitted twice, so it has to be known
 
     def gpu(self) -> Gpu | None:
         """The settings' card."""
@@ -212,12 +224,11 @@ class Slurm:
     @classmethod
     def active(cls, jobs: Sequence[Job]) -> dict[str, str] | None:
         """See `queue`."""
-        try:
-            return queue(frozenset(job.user for job in jobs))
-        except UserError as error:
-            if shutil.which("squeue"):
-                say(str(error))
+        there = queue(frozenset(job.user for job in jobs))
+        if isinstance(there, UserError):
+            _tell(str(there))
             return None
+        return {job.id: there[job.id, job.script] for job in jobs if (job.id, job.script) in there}
 
     @classmethod
     def log(cls, folder: RunDir, step: str) -> Path:
@@ -229,8 +240,8 @@ class Slurm:
         """Cancel the jobs; a training that is going on ends at a checkpoint where it can in SLURM's KillWait."""
         if not jobs:
             return []
-        there = queue(frozenset(job.user for job in jobs))
-        ids = [job.id for job in jobs if job.id in there]
+        active = cls.active(jobs)
+        ids = list(dict.fromkeys(job.id for job in jobs if job.id in (active or {})))
         if ids:
             _ask("scancel", *ids)
             queue.cache_clear()
@@ -257,6 +268,8 @@ class Batch:
         self.gpus, self.nodes = gpus, nodes
         self.folder: Path | None = None
         self.submitted: list[str] = []
+        self.scripts: list[Path] = []
+        self.runs_of: dict[Path, RunDir] = {}
 
     def check(self, tasks: int) -> None:
         """Ask sbatch whether it would take the jobs.
@@ -287,16 +300,22 @@ class Batch:
             return None
         job = self._sbatch(step, [(command.folder.path, _words(step, command)) for _, command in tasks], after)
         for i, (outcome, command) in enumerate(tasks):
-            command.folder.add_job(Job(place="slurm", id=f"{job}_{i}", step=step, user=getuser()))
+            self._note(command.folder, step, f"{job}_{i}")
             outcome.steps[step] = f"queued (job {job}_{i})"
+        self.runs_of |= {command.folder.path: command.folder for _, command in tasks}
         return job
+
+    def _note(self, folder: RunDir, step: str, job: str) -> None:
+        folder.add_job(Job(place="slurm", id=job, step=step, user=getuser(), script=str(self.scripts[-1].resolve())))
 
     def submit_results(self, words: list[str], after: str) -> None:
         """Submit the command that shows the results, if there is one."""
         if not words:
             return
         folder = self._folder()
-        self._sbatch("results", [(folder, words)], after)
+        job = self._sbatch("results", [(folder, words)], after)
+        for run in self.runs_of.values():
+            self._note(run, "results", f"{job}_0")
         say(f"once all is done, {Slurm.log(RunDir(folder), 'results')} has the results")
 
     def _sbatch(self, step: str, tasks: list[tuple[Path, list[str]]], after: str | None) -> str:
@@ -307,11 +326,12 @@ class Batch:
             options = self._options(
                 step, len(tasks)
             )  # once more: SBATCH_ variables are stronger than those in a script
-            job = _ask("sbatch", "--parsable", *options, *waits, str(file)).strip().partition(";")[0]
+            job = _ask("sbatch", "--parsable", *options, *waits, str(file.resolve())).strip().partition(";")[0]
         except UserError as error:
             queued = f"; job {', '.join(self.submitted)} is queued already" if self.submitted else ""
             raise WorkFailed(f"{error}{queued}; the same command goes on") from None
         self.submitted.append(job)
+        self.scripts.append(file)
         say(f"job {job}: {_DOES[step]}, {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}; {file}")
         return job
 

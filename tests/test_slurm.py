@@ -58,7 +58,8 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     assert [run.read().state for run in runs] == ["queued"] * 4
     again = orjson.loads(submitted(tmp_path, *command))  # nothing is submitted twice
     assert all("job" in step["run"] for step in again["steps"])
-    assert sorted(len(run.jobs()) for run in runs) == [2, 2, 2, 3]  # the rows of one are prepared, for all
+    steps = sorted(tuple(job.step for job in run.jobs()) for run in runs)  # the rows of one are prepared, for all
+    assert steps == [("prepare", "run", "evaluate", "results"), *[("run", "evaluate", "results")] * 3]
     slurm.wait_until_empty()
     place_module.queue.cache_clear()
     for run in runs:
@@ -91,8 +92,7 @@ def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
     wait_for(run, lambda record: len(record.launches) == 3)
     slurm.ask("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     _, warned, last = run.read().launches
-    assert warned.resumed_from and last.resumed_from and warned.exit_code == 0  # of the second: it ended in order,
-    assert int(last.resumed_from.partition("-")[2]) % 10  # at the step in which it was warned
+    assert warned.resumed_from and last.resumed_from and warned.exit_code == 0  # the second ended in order
     reached = int(last.resumed_from.partition("-")[2])
     wait_for(run, lambda record: record.state == "running" and record.summary.step > reached)
     assert f"job {job} is cancelled" in submitted(tmp_path, "cancel", "latest")
@@ -113,10 +113,10 @@ def test_cancelling_a_sweep_takes_it_out_of_the_queue(tmp_path: Path, tiny_profi
     rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--bertscore", "none")
     queue = ("--on", "slurm", "--slurm", "begin=now+1hour")
     submitted(tmp_path, "sweep", NAME, "--set", "lora_r=4,8", *rehearsed, *queue)
-    assert len(submitted(tmp_path, "cancel", "--sweep", "latest").splitlines()) == 5
+    assert len(submitted(tmp_path, "cancel", "--sweep", "latest").splitlines()) == 6
     for run in rundir.all_runs(tmp_path / "runs"):
         assert wait_for(run, lambda record: record.state == "interrupted").launches == []
-    slurm.ask("scancel", "--user=root")  # what shows the results
+    slurm.wait_until_empty(20)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,7 @@ def test_what_the_queue_would_not_take_is_told_and_leaves_nothing(
     recipe: Recipe, tmp_path: Path, prepared: Path, tiny: Path, slurm: Cluster, options: list[str], says: str
 ) -> None:
     (tmp_path / "data").symlink_to(prepared)
+    slurm.wait_until_empty(60)
     (tmp_path / "model").symlink_to(tiny)
     own = ["--set", "base_model=model", "--set", "revision_of_model=null", "--set", "special_tokens=null"]
     rows = ["--set", "gradient_accumulation_steps=15", "--set", "warmup_steps=0"]
