@@ -13,7 +13,7 @@ demo: setup  ## Rehearse one recipe on the CPU from training to scores
 	$(RECIPE) results
 
 test: setup  ## All tests; no GPU, no network
-	.venv/bin/pytest -n 2 --dist loadfile
+	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-image:  ## Build the container image on Debian and use it; needs root, buildah and debootstrap
 	tests/build_image.sh

@@ -4,7 +4,6 @@ import errno
 import math
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,26 @@ import typer
 from typer.core import TyperGroup
 
 from .errors import UserError, WorkFailed
+from .options import (
+    BatchSize,
+    Best,
+    CacheForm,
+    FigureFile,
+    Group,
+    InputFormat,
+    Json,
+    Judge,
+    JudgeLayer,
+    Mirror,
+    Name,
+    Names,
+    On,
+    Overrides,
+    Profiles,
+    RunName,
+    Runs,
+    SlurmOptions,
+)
 from .paths import RUNS
 
 
@@ -56,100 +75,6 @@ data_app = typer.Typer(help="Fetch and prepare the data that recipes train on.",
 analyze_app = typer.Typer(help="What quantization loses, and what LoRA trains.", no_args_is_help=True)
 
 RECIPES, BEFORE, RUNNING, AFTER, UPKEEP = "Recipes", "Before a run", "Running", "After", "Upkeep"
-
-Name = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A recipe's name (see `recipe list`) or a YAML file.")]
-Names = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[NAME|FILE]...", help="Recipes or YAML files; by default all recipes."),
-]
-RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run's folder, an unambiguous end of its name, or latest.")
-]
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="The folder that holds the runs.")]
-Profiles = Annotated[
-    list[str] | None,
-    typer.Option("--profile", metavar="P", help="Lay a profile over it: a shipped one or a file. Repeatable."),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key (a.b.0.c reaches below). Repeatable."),
-]
-Mirror = Annotated[bool, typer.Option("--mirror", help="Take an ungated copy of a gated base model.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-FigureFile = Annotated[
-    Path | None, typer.Option("--figure", metavar="FILE", help="Draw it too, to a .png or .svg file.")
-]
-
-
-Judge = Annotated[
-    str | None,
-    typer.Option(
-        "--bertscore", metavar="MODEL|none", help="BERTScore's model; by default roberta-large if it is here."
-    ),
-]
-JudgeLayer = Annotated[
-    int | None, typer.Option("--bertscore-layer", min=1, help="Its layer, where bert-score knows no best one.")
-]
-
-BatchSize = Annotated[int, typer.Option(min=1, help="The most rows generated at a time; fewer where they are long.")]
-
-
-class InputFormat(StrEnum):
-    """The forms a patch can have in the input of a row."""
-
-    diff = "diff"
-    tagged = "tagged"
-
-
-class Group(StrEnum):
-    """What scores can be grouped by."""
-
-    lang = "lang"
-    length = "length"
-
-
-class Criterion(StrEnum):
-    """By what a member of a sweep can be the best."""
-
-    eval_loss = "eval_loss"
-    bleu4 = "bleu4"
-    rouge_l = "rouge_l"
-    bertscore_f1 = "bertscore_f1"
-    memory = "memory"
-    time = "time"
-    bleu4_per_gib = "bleu4_per_gib"
-
-
-class PlaceName(StrEnum):
-    """Where commands of runs can be carried out."""
-
-    local = "local"
-    slurm = "slurm"
-
-
-class CacheForm(StrEnum):
-    """The forms of a cache of keys and values."""
-
-    auto = "auto"
-    static = "static"
-    dynamic = "dynamic"
-
-
-On = Annotated[
-    PlaceName, typer.Option("--on", help="Where: this machine, or SLURM's queue, from which it is not waited for.")
-]
-SlurmOptions = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--slurm",
-        metavar="KEY=VALUE",
-        help="With --on slurm: an option of sbatch, as in time=8:00:00, for one step in evaluate.time=1:00:00. "
-        "Repeatable; ~/.config/qlora-recipes/slurm.yaml holds those that are always meant.",
-    ),
-]
-
-
-Best = Annotated[Criterion | None, typer.Option("--best", help="Name the best member by this.")]
 
 
 @app.command("list", rich_help_panel=RECIPES)
@@ -252,7 +177,7 @@ def prepare(
     input_format: Annotated[
         InputFormat,
         typer.Option(help="diff: the patch as it is. tagged: one line with tags, as the authors' code has it."),
-    ] = InputFormat.diff,
+    ] = "diff",
     instruction: Annotated[str | None, typer.Option(help="Another instruction than the study's.")] = None,
     valid_rows: Annotated[int, typer.Option(min=0, help="Rows to draw for validation; 0 keeps all.")] = 1000,
     subset: Annotated[
@@ -269,13 +194,13 @@ def prepare(
     from .progress import say
 
     of_study = studies.find(study)
-    form = of_study.data.input_formats[input_format.value]
+    form = of_study.data.input_formats[input_format]
     folder = out or Path(form.folder)
     manifest = data.prepare(
         raw or data.fetched(of_study.data),
         folder,
         of_study,
-        input_format.value,
+        input_format,
         instruction,
         valid_rows,
         subset or [],
@@ -483,7 +408,7 @@ def run(
     mirror: Mirror = False,
     gpus: Annotated[int, typer.Option(help="How many GPUs to train on; with --nodes on each of them.")] = 1,
     nodes: Annotated[int, typer.Option(help="How many machines to train on, with --on slurm.")] = 1,
-    on: On = PlaceName.local,
+    on: On = "local",
     slurm: SlurmOptions = None,
     force: Annotated[
         list[str] | None,
@@ -526,7 +451,7 @@ def resume(
     prepare: Annotated[
         bool, typer.Option("--prepare", help="Only tokenize its rows and fetch its base model; needs no GPU.")
     ] = False,
-    on: On = PlaceName.local,
+    on: On = "local",
     slurm: SlurmOptions = None,
     runs: Runs = RUNS,
 ) -> None:
@@ -571,7 +496,7 @@ def sweep(
             min=1, help="Members to work on at a time, each on a GPU of its own; by default 1 here, all on SLURM."
         ),
     ] = None,
-    on: On = PlaceName.local,
+    on: On = "local",
     slurm: SlurmOptions = None,
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME", help="The GPU to plan for; by default this machine's.")
@@ -603,14 +528,14 @@ def sweep(
     place = places.kind(on)(request.rehearse, jobs, slurm or [])
     options = sweeping.Options(request, place, seeds, max_runs, target, judged, runs, dry_run)
     made, outcomes = sweeping.sweep(called, members, options)
-    rows = sweeps.rows(made, runs, best.value if best else None)
+    rows = sweeps.rows(made, runs, best)
     if json:
         steps = [outcome.as_row() | {"problem": outcome.problem} for outcome in outcomes]
         tables.print_json({"sweep": made.label, "steps": steps, "results": rows})
     else:
         tables.print_table([outcome.as_row() for outcome in outcomes], empty=True)
         print()
-        sweep_tables.show(made, rows, best.value if best else None, "table")
+        sweep_tables.show(made, rows, best, "table")
     for outcome in outcomes:
         if outcome.problem:
             print(f"{outcome.label}: {outcome.problem}", file=sys.stderr)
@@ -634,7 +559,7 @@ def reproduce(
             min=1, help="Recipes to work on at a time, each on a GPU of its own; by default 1 here, all on SLURM."
         ),
     ] = None,
-    on: On = PlaceName.local,
+    on: On = "local",
     slurm: SlurmOptions = None,
     profile: Profiles = None,
     set_: Overrides = None,
@@ -712,26 +637,33 @@ def evaluate(
     batch_size: BatchSize = 16,
     cache: Annotated[
         CacheForm, typer.Option(help="Of keys and values. auto: static on a GPU, which compiles the decoding.")
-    ] = CacheForm.auto,
+    ] = "auto",
     bertscore: Judge = None,
     bertscore_layer: JudgeLayer = None,
     export_prompts: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the exact prompts instead, to make the predictions elsewhere."),
     ] = None,
+    on: On = "local",
+    slurm: SlurmOptions = None,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
     """Generate predictions for test rows with a run's adapter, and score them."""
     from . import evaluate as evaluation
+    from . import places
     from .progress import say
     from .rundir import find_run
 
-    request = evaluation.Request(
-        data, limit, adapter, max_new_tokens, batch_size, cache.value, bertscore, bertscore_layer
-    )
+    request = evaluation.Request(data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer)
     folder = find_run(run, runs)
-    if export_prompts:
+    place = places.kind(on)(rehearsal=False, jobs=None, options=slurm or [])
+    if export_prompts and not place.here:
+        raise UserError("--export-prompts: needs no GPU, and is done here")
+    if not place.here:
+        evaluation.submit(folder, request, runs, place)
+        print(folder.path)
+    elif export_prompts:
         count = evaluation.export_prompts(folder, request, export_prompts)
         say(f"{count} prompts; add the field prediction to each row, then `recipe score {export_prompts}`")
         print(export_prompts)
@@ -820,12 +752,12 @@ def results(
     elif by:
         from . import compare as comparing
 
-        tables.write(comparing.by_group(comparing.predictions(run or "latest", runs).rows, by.value), form, run)
+        tables.write(comparing.by_group(comparing.predictions(run or "latest", runs).rows, by), form, run)
     elif sweep:
         from . import sweep_tables, sweeps
 
-        made, by_what = sweeps.find(sweep, runs), best.value if best else None
-        sweep_tables.show(made, sweeps.rows(made, runs, by_what), by_what, form)
+        made = sweeps.find(sweep, runs)
+        sweep_tables.show(made, sweeps.rows(made, runs, best), best, form)
     elif study:
         from . import study as studies
         from . import verdict
@@ -887,7 +819,7 @@ def report(
     elif sweep:
         from . import sweeps
 
-        html = reporting.of_sweep(sweeps.find(sweep, runs), runs, best.value if best else None, analyze)
+        html = reporting.of_sweep(sweeps.find(sweep, runs), runs, best, analyze)
     else:
         folders = {folder.path: folder for folder in (find_run(name, runs) for name in run or ["latest"])}
         html = reporting.of_runs(report_runs.members(list(folders.values())), analyze)

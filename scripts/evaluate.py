@@ -14,6 +14,7 @@ from .data import MANIFEST
 from .errors import UserError, WorkFailed
 from .evaluations import BASE_MODEL, PREDICTIONS, SCORES, Evaluation, Settings, read_predictions, read_scores
 from .files import json_rows, read_json, sha256, write_atomically, write_rows
+from .places import Command, Outcome, Place, Work
 from .progress import Bar, say
 from .quiet import importing_axolotl
 from .rundir import Run, RunDir, held, now
@@ -51,6 +52,20 @@ class Request:
     cache: Literal["auto", "static", "dynamic"] = "auto"
     judge: str | None = None
     judge_layer: int | None = None
+
+    def options(self) -> list[str]:
+        """The request as options of `recipe evaluate`."""
+        options = {
+            "--data": self.data,
+            "--limit": self.limit,
+            "--adapter": self.adapter,
+            "--max-new-tokens": self.max_new_tokens,
+            "--batch-size": self.batch_size,
+            "--cache": self.cache,
+            "--bertscore": self.judge,
+            "--bertscore-layer": self.judge_layer,
+        }
+        return [word for option, value in options.items() if value is not None for word in (option, str(value))]
 
 
 class Task:
@@ -164,6 +179,23 @@ def evaluate(folder: RunDir, request: Request) -> Evaluation:
         write_atomically(task.where / SCORES, result.model_dump_json(indent=1) + "\n")
         (task.where / _PART).unlink(missing_ok=True)
     return result
+
+
+def submit(folder: RunDir, request: Request, runs: Path, place: Place) -> None:
+    """Hand an evaluation over to a place that does it, once the run is trained if it waits or goes on there.
+
+    Raises:
+        UserError: see `Task`, or the place refuses it; nothing was started.
+    """
+    record = folder.read()
+    if not folder.job_state("run"):
+        Task(folder, request)
+    elif request.data:
+        _read_rows(request.data)  # what else `Task` asks for is not there yet
+    command = Command("evaluate", folder, ["evaluate", str(folder.path), *request.options(), "--runs", str(runs)])
+    gpus = 0 if record.rehearsal else 1
+    work = Work(Outcome(record.recipe), iter([command]), gpus, steps=["evaluate"])
+    place.submit([work], record.recipe, runs, [])
 
 
 def _make_way(task: Task) -> None:

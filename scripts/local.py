@@ -15,9 +15,9 @@ import psutil
 from . import gpus, provenance
 from .errors import UserError
 from .gpus import Gpu
+from .launch import end_with_parent, stop_requests
 from .places import DOES, DONE, Command, Work
 from .progress import say
-from .run import end_with_parent, stop_requests
 from .rundir import Job, RunDir, this_job
 
 

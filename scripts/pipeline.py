@@ -1,7 +1,7 @@
 """From a config to its scores, each step unless it was done before: what `recipe reproduce` and `recipe sweep` do."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +11,9 @@ from . import bertscore, check, compose, config, datafiles, evaluate, places, pl
 from .compose import Composed, Request
 from .errors import UserError
 from .gpus import Gpu
-from .places import DONE, FAILED, SKIPPED, Command, Outcome, Place, Work
+from .places import DONE, FAILED, SKIPPED, Command, Outcome, Place, Step, Work
 from .progress import say
-from .rundir import UNKNOWN, Run, RunDir, all_runs
+from .rundir import UNKNOWN, Difference, Run, RunDir, all_runs
 
 PATIENCE = 120  # seconds for a run to end that an earlier command had begun when it was killed
 OF_ROWS = ("datasets", "test_datasets", "base_model", "special_tokens", "sequence_len")  # what decides on rows
@@ -43,6 +43,7 @@ class Pipeline:
         self.outcome, self.request, self.asked, self.runs, self.place = outcome, request, evaluation, runs, place
         self.composed: Composed | None = None
         self.planned: dict[str, Any] | None = None
+        self.told: Container[Difference] = ()  # differences from the recipe that are told for several together
         with self._failing("check"):
             self.composed = compose.compose(request)
 
@@ -145,20 +146,27 @@ class Pipeline:
 
     def work(self) -> Work:
         """What has to be carried out for it."""
-        return Work(self.outcome, self._commands(), gpus=0 if self.request.rehearse else 1)
+        former = self._former()
+        steps: list[Step] = [] if self.is_evaluated() else ["evaluate"]
+        if not former or former[1].state not in ("queued", "running", "finished"):
+            steps = ["prepare", "run", "evaluate"]
+        return Work(self.outcome, self._commands(), gpus=0 if self.request.rehearse else 1, steps=steps)
 
     def _commands(self) -> Iterator[Command]:
         """Its commands from where it is; steps that were done before, or wait in a queue, are noted in its outcome."""
         assert self.composed
         former = self._settled()
         unknown = former and former[1].state != "finished" and former[0].job_state("run") == UNKNOWN
-        if former and (unknown or former[1].state in ("created", "queued", "running")):
-            self.outcome.steps["run"] = former[0].job_state("run") or former[1].state
-            later = "not queued; the same command does it once this is trained"
-            self.outcome.steps["evaluate"] = former[0].job_state("evaluate") or later
-            return
         options = ["--runs", str(self.runs)]
-        if former and former[1].state == "finished":
+        if former and (unknown or former[1].state in ("created", "queued", "running")):
+            folder, job = former[0], former[0].job_state("run")
+            self.outcome.steps["run"] = job or former[1].state
+            later = "not queued; the same command does it once this is trained"
+            evaluation = folder.job_state("evaluate")
+            if evaluation or unknown or self.place.here or not job:
+                self.outcome.steps["evaluate"] = evaluation or later
+                return
+        elif former and former[1].state == "finished":
             folder = former[0]
             self.outcome.steps["run"], self.outcome.run = SKIPPED, folder.path
             with self._failing("evaluate"):
@@ -168,10 +176,10 @@ class Pipeline:
                 return
         else:
             goes_on = former and _goes_on(*former)
-            folder = former[0] if former and goes_on else run.create(self.composed, self.request, self.runs)
+            folder = former[0] if former and goes_on else run.create(self.composed, self.request, self.runs, self.told)
             rows = config.write_yaml({key: self.composed.config.get(key) for key in OF_ROWS})
             yield Command("run", folder, ["resume", str(folder.path), *options], rows)
-        yield Command("evaluate", folder, ["evaluate", str(folder.path), *_options(self.asked), *options])
+        yield Command("evaluate", folder, ["evaluate", str(folder.path), *self.asked.options(), *options])
 
     def _state_of_evaluation(self, folder: RunDir) -> str | None:
         if evaluate.complete(evaluate.Task(folder, self.asked), self.judge()):
@@ -200,15 +208,3 @@ def _goes_on(folder: RunDir, former: Run) -> bool:
     """Whether an unfinished run is worth going on with: one that failed twice is begun anew."""
     failed_again = former.state == "failed" and len(former.launches) > 1
     return not failed_again and run.hindrance(folder, former) is None
-
-
-def _options(asked: evaluate.Request) -> Iterator[str]:
-    """A request as options of `recipe evaluate`."""
-    yield from ("--batch-size", str(asked.batch_size))
-    for option, value in (
-        ("--bertscore", asked.judge),
-        ("--bertscore-layer", asked.judge_layer),
-        ("--limit", asked.limit),
-    ):
-        if value is not None:
-            yield from (option, str(value))

@@ -73,12 +73,14 @@ class Work:
         commands: asked for one at a time, since the first claims the run's folder.
         gpus: how many its training needs on each node.
         nodes: how many of those.
+        steps: what may be among the commands, and a place has to be able to do.
     """
 
     outcome: Outcome
     commands: Iterator[Command]
     gpus: int
     nodes: int = 1
+    steps: Sequence[Step] = ("prepare", "run")
 
 
 class Place(Protocol):

@@ -32,6 +32,9 @@ class Difference(BaseModel):
     run: Any = None
     why: str
 
+    def __str__(self) -> str:
+        return f"{self.key}: {self.recipe} -> {self.run}  ({self.why})"
+
 
 class DataFile(BaseModel):
     """A file that a run read: its content, by hash, and its size."""

@@ -6,119 +6,28 @@ last a job that shows the results. A job that nears its time limit, is preempted
 whole checkpoint.
 """
 
-import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from getpass import getuser
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from . import config, gpus, paths
+from . import gpus, paths
 from .errors import UserError, WorkFailed
 from .files import write_atomically
 from .gpus import Gpu
-from .places import Command, Outcome, Step, Work
+from .places import Command, Outcome, Work
 from .progress import say
 from .rundir import Job, RunDir, new_folder
+from .slurm_settings import STEPS, Settings, settings, settings_file
 from .templating import environment
 
 GRACE = 300  # seconds before a time limit in which a training can end at a checkpoint; --slurm signal=... sets others
-STEPS = ("prepare", "run", "evaluate", "results")
-_OURS = {  # options that each job has its own of, or that would keep its id from being known
-    *("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "output"),
-    *("clusters", "parsable", "test-only", "wait", "wrap"),
-}
-_OWN = ("card", "prefix", "setup")  # keys of the settings that are no options of sbatch
-
-
-def settings_file() -> Path:
-    """The user's settings for the clusters that they use."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "qlora-recipes" / "slurm.yaml"
-
-
-@dataclass
-class Settings:
-    """How jobs are submitted on a site.
-
-    Attributes:
-        card: the GPU that jobs get, to check and plan for.
-        prefix: what stands before `recipe` in a job, as a container's `apptainer exec --nv IMAGE`; None where the
-            environment of this command is there too.
-        setup: lines of shell for the beginning of a job.
-        options: sbatch's long options and their values, {gpus} in which is the number of GPUs on a node; an empty value
-            gives the option without one.
-        of_step: further options for a step alone.
-    """
-
-    card: str | None = None
-    prefix: str | None = None
-    setup: list[str] = field(default_factory=list)
-    options: dict[str, str] = field(default_factory=dict)
-    of_step: dict[str, dict[str, str]] = field(default_factory=dict)
-
-
-def settings(given: Sequence[str]) -> Settings:
-    """The settings of the user's file, with what was given to --slurm laid over.
-
-    Raises:
-        UserError: the file or an option has another form.
-    """
-    file, found = settings_file(), Settings()
-    for key, value in (_read(file) if file.is_file() else {}).items():
-        _set(found, key, value, f"{file}: {key}")
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UserError(f"--slurm {text}: expected key=value, as in --slurm partition=gpu")
-        step, dot, option = key.partition(".")
-        _set(found, step if dot else key, {option: value} if dot else value, f"--slurm {text}")
-    return found
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A mapping whose values are text, as they stand there: YAML would read 12:00:00 as a number."""
-    try:
-        content = yaml.load(config.read_text(file), yaml.BaseLoader) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a mapping of sbatch's long options to values")
-    return content
-
-
-def _set(found: Settings, key: str, value: Any, where: str) -> None:
-    if key in STEPS:
-        if not isinstance(value, dict) or any(not isinstance(text, str) for text in value.values()):
-            raise UserError(f"{where}: options for the step {key} are a mapping of their own")
-        for option in value:
-            _check_option(option, where)
-        found.of_step[key] = found.of_step.get(key, {}) | value
-    elif key == "setup":
-        found.setup = value.splitlines() if isinstance(value, str) else value
-        if not isinstance(found.setup, list) or any(not isinstance(line, str) for line in found.setup):
-            raise UserError(f"{where}: expected lines of shell")
-    elif isinstance(value, dict):
-        raise UserError(f"{where}: no step of that name; there are {', '.join(STEPS)}")
-    elif not isinstance(value, str) or "\n" in value:
-        raise UserError(f"{where}: expected one line of text")
-    elif key in _OWN:
-        setattr(found, key, value)
-    else:
-        _check_option(key, where)
-        found.options[key] = value
-
-
-def _check_option(option: str, where: str) -> None:
-    if option in _OURS:
-        instead = "; --nodes sets it" if option == "nodes" else ""
-        raise UserError(f"{where}: {option} is not for jobs of this command to have from outside{instead}")
 
 
 @cache
@@ -198,32 +107,46 @@ class Slurm:
         Raises:
             WorkFailed: SLURM took a part of them only, which is queued.
         """
-        if not works:
-            return
         queue.cache_clear()  # checks and plans take a while
-        batch = Batch(self.settings, self.jobs, title, runs, works[0].gpus, works[0].nodes)
-        batch.check(len(works))
-        trained, evaluated, to_train = list[_Task](), list[_Task](), list[_Task]()
+        batch = Batch(self.settings, self.jobs, title, runs, works)
+        steps: set[str] = {step for work in works for step in work.steps}
+        batch.check(steps | {"results"} if steps and results else steps, len(works))
+        to_train, trained = list[Task](), list[Task]()  # each of the second waits for that of the first in its place
+        by_training: dict[str | None, list[Task]] = {}  # what others train, or have trained
         for work in works:
             try:
-                commands = {command.step: command for command in work.commands}
+                tasks = {command.step: Task.of(command, work.outcome) for command in work.commands}
             except UserError as error:
                 work.outcome.fail("run", str(error))
                 continue
-            if "run" in commands:
-                to_train.append((work.outcome, commands["run"]))
-            if "evaluate" in commands:
-                (trained if "run" in commands else evaluated).append((work.outcome, commands["evaluate"]))
-        by_rows = {command.rows: (outcome, command) for outcome, command in to_train}
-        prepared = batch.submit("prepare", list(by_rows.values()))
-        training = batch.submit("run", to_train, f"afterany:{prepared}")  # it can prepare for itself
-        scoring = [batch.submit("evaluate", trained, f"aftercorr:{training}"), batch.submit("evaluate", evaluated)]
-        if last := [job for job in (training, *scoring) if job]:
-            batch.submit_results(results, f"afterany:{':'.join(last)}")
+            if "run" in tasks:
+                to_train.append(tasks["run"])
+            if "evaluate" in tasks:
+                task = tasks["evaluate"]
+                others = by_training.setdefault(None if "run" in tasks else self._training(task.runs[0]), [])
+                (trained if "run" in tasks else others).append(task)
+        preparing = {task.rows: replace(task, words=[*task.words, "--prepare"]) for task in to_train}
+        prepared = batch.submit("prepare", list(preparing.values()))
+        last = [batch.submit("run", to_train, f"afterany:{prepared}")]  # it can prepare for itself
+        last.append(batch.submit("evaluate", trained, f"aftercorr:{last[0]}"))
+        for job, others in by_training.items():
+            last.append(batch.submit("evaluate", others, f"afterok:{job}" if job else None))
+        if results and batch.folder:
+            submitted = (*to_train, *trained, *chain(*by_training.values()))
+            runs_of = {run.path: run for task in submitted for run in task.runs}
+            shows = Task(RunDir(batch.folder), results, list(runs_of.values()))
+            batch.submit("results", [shows], f"afterany:{':'.join(filter(None, last))}")
+            say(f"once all is done, {self.log(shows.folder, 'results')} has the results")
+
+    def _training(self, folder: RunDir) -> str | None:
+        """The job that trains a run, if there is one yet."""
+        return next(iter(self.active([job for job in folder.jobs() if job.step == "run"]) or ()), None)
 
     @classmethod
     def active(cls, jobs: Sequence[Job]) -> dict[str, str] | None:
         """See `queue`."""
+        if not jobs:
+            return {}
         there = queue(frozenset(job.user for job in jobs))
         if isinstance(there, UserError):
             _tell(str(there))
@@ -248,7 +171,28 @@ class Slurm:
         return [f"job {id_} is cancelled" for id_ in ids]
 
 
-_Task = tuple[Outcome, Command]
+@dataclass
+class Task:
+    """A task of an array.
+
+    Attributes:
+        folder: where its log goes.
+        words: the command line behind `recipe`.
+        runs: among whose jobs it is noted.
+        outcome: where it is noted, too.
+        rows: see `Command`.
+    """
+
+    folder: RunDir
+    words: list[str]
+    runs: list[RunDir]
+    outcome: Outcome | None = None
+    rows: str = ""
+
+    @classmethod
+    def of(cls, command: Command, outcome: Outcome) -> "Task":
+        """The task that carries out a command of a run."""
+        return cls(command.folder, command.words, [command.folder], outcome, command.rows)
 
 
 class Batch:
@@ -259,25 +203,28 @@ class Batch:
         jobs: how many tasks of an array run at a time; None leaves that to the queue.
         title: what is submitted.
         runs: the folder with the runs.
-        gpus: how many of them a training needs on each node.
-        nodes: how many of those.
+        works: what it is for; all of them train on as many GPUs and nodes.
     """
 
-    def __init__(self, settings: Settings, jobs: int | None, title: str, runs: Path, gpus: int, nodes: int):
+    def __init__(self, settings: Settings, jobs: int | None, title: str, runs: Path, works: Sequence[Work]):
         self.settings, self.jobs, self.title, self.runs = settings, jobs, title.replace("/", "-"), runs
-        self.gpus, self.nodes = gpus, nodes
+        self.gpus, self.nodes = (works[0].gpus, works[0].nodes) if works else (0, 1)
         self.folder: Path | None = None
         self.submitted: list[str] = []
-        self.scripts: list[Path] = []
-        self.runs_of: dict[Path, RunDir] = {}
 
-    def check(self, tasks: int) -> None:
+    def check(self, steps: Container[str], tasks: int) -> None:
         """Ask sbatch whether it would take the jobs.
+
+        Args:
+            steps: those that may come.
+            tasks: the most that each may have.
 
         Raises:
             UserError: it would not.
         """
         for step in STEPS:
+            if step not in steps:
+                continue
             count = tasks if step != "results" else 1
             command = ["sbatch", "--test-only", *self._options(step, count)]
             done = subprocess.run(command, input=self.script(step, [], count), capture_output=True, text=True)
@@ -290,62 +237,43 @@ class Batch:
                     f"--on slurm: sbatch refuses to {_DOES[step]}: {said}; it was asked for {asked}; {remedy}"
                 )
 
-    def submit(self, step: Step, tasks: list[_Task], after: str | None = None) -> str | None:
-        """Submit an array of which each task is a command; its id, or None where there is no task.
+    def submit(self, step: str, tasks: Sequence[Task], after: str | None = None) -> str | None:
+        """Submit an array; its id, or None where there is no task.
 
         Args:
             after: the jobs that have to come before, if there is any task to wait for them.
+
+        Raises:
+            WorkFailed: sbatch refuses it now.
         """
         if not tasks:
             return None
-        job = self._sbatch(step, [(command.folder.path, _words(step, command)) for _, command in tasks], after)
-        for i, (outcome, command) in enumerate(tasks):
-            self._note(command.folder, step, f"{job}_{i}")
-            outcome.steps[step] = f"queued (job {job}_{i})"
-        self.runs_of |= {command.folder.path: command.folder for _, command in tasks}
-        return job
-
-    def _note(self, folder: RunDir, step: str, job: str) -> None:
-        folder.add_job(Job(place="slurm", id=job, step=step, user=getuser(), script=str(self.scripts[-1].resolve())))
-
-    def submit_results(self, words: list[str], after: str) -> None:
-        """Submit the command that shows the results, if there is one."""
-        if not words:
-            return
-        folder = self._folder()
-        job = self._sbatch("results", [(folder, words)], after)
-        for run in self.runs_of.values():
-            self._note(run, "results", f"{job}_0")
-        say(f"once all is done, {Slurm.log(RunDir(folder), 'results')} has the results")
-
-    def _sbatch(self, step: str, tasks: list[tuple[Path, list[str]]], after: str | None) -> str:
-        file = self._folder() / f"{len(self.submitted) + 1}-{step}.sh"
+        self.folder = self.folder or new_folder(self.runs / "slurm", self.title)
+        file = self.folder / f"{len(self.submitted) + 1}-{step}.sh"
         write_atomically(file, self.script(step, tasks, len(tasks)))
         waits = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
+        options = self._options(step, len(tasks))  # once more: SBATCH_ variables are stronger than those in a script
         try:
-            options = self._options(
-                step, len(tasks)
-            )  # once more: SBATCH_ variables are stronger than those in a script
             job = _ask("sbatch", "--parsable", *options, *waits, str(file.resolve())).strip().partition(";")[0]
         except UserError as error:
             queued = f"; job {', '.join(self.submitted)} is queued already" if self.submitted else ""
             raise WorkFailed(f"{error}{queued}; the same command goes on") from None
         self.submitted.append(job)
-        self.scripts.append(file)
         say(f"job {job}: {_DOES[step]}, {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}; {file}")
+        for i, task in enumerate(tasks):
+            noted = Job(place="slurm", id=f"{job}_{i}", step=step, user=getuser(), script=str(file.resolve()))
+            for run in task.runs:
+                run.add_job(noted)
+            if task.outcome:
+                task.outcome.steps[step] = f"queued (job {noted.id})"
         return job
 
-    def _folder(self) -> Path:
-        """The folder for the scripts, and for what they say before their command begins."""
-        self.folder = self.folder or new_folder(self.runs / "slurm", self.title)
-        return self.folder
-
-    def script(self, step: str, tasks: list[tuple[Path, list[str]]], count: int) -> str:
+    def script(self, step: str, tasks: Sequence[Task], count: int) -> str:
         """The script of an array.
 
         Args:
             step: what its tasks do.
-            tasks: a run's folder and the words behind `recipe` for each.
+            tasks: the tasks.
             count: how many there are, or will be.
         """
         site, nodes = self.settings, self.nodes if step == "run" else 1
@@ -364,11 +292,11 @@ class Batch:
                 cwd=shlex.quote(str(Path.cwd())),
                 tasks=[
                     {
-                        "folder": shlex.quote(str(folder)),
-                        "log": shlex.quote(str(Slurm.log(RunDir(folder), step))),
-                        "words": shlex.join(words),
+                        "folder": shlex.quote(str(task.folder.path)),
+                        "log": shlex.quote(str(Slurm.log(task.folder, step))),
+                        "words": shlex.join(task.words),
                     }
-                    for folder, words in tasks
+                    for task in tasks
                 ],
                 nodes=nodes,
                 launcher=recipe,
@@ -401,10 +329,6 @@ class Batch:
             site = {key: value for key, value in site.items() if not key.endswith("-per-gpu")}
         options |= {key: value.replace("{gpus}", str(gpus)) for key, value in site.items()}
         return [f"--{key}={value}" if value else f"--{key}" for key, value in options.items()]
-
-
-def _words(step: str, command: Command) -> list[str]:
-    return [*command.words, "--prepare"] if step == "prepare" else command.words
 
 
 _DOES = {"prepare": "prepare rows", "run": "train", "evaluate": "evaluate", "results": "show the results"}

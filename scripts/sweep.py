@@ -88,6 +88,7 @@ def sweep(name: str, members: list[Member], options: Options) -> tuple[Sweep, li
         made.file(runs).parent.mkdir(parents=True, exist_ok=True)
         with held(made.lock(runs), f"the sweep {made.label} is going on there"):
             made.write(runs)
+            _tell_shared_differences(pipelines)
             results = ["results", "--sweep", made.label, "--runs", str(runs)]
             options.place.submit(_works(pipelines, options), name, runs, results)
     return made, [one.outcome for one in pipelines]
@@ -129,6 +130,19 @@ def _refuse_twins(pipelines: list[Pipeline]) -> None:
     for one, other in itertools.combinations(pipelines, 2):
         if one.composed and other.composed and not config.differences(one.composed.config, other.composed.config):
             raise UserError(f"{one.outcome.label} and {other.outcome.label} come to the same config; leave one out")
+
+
+def _tell_shared_differences(pipelines: list[Pipeline]) -> None:
+    """Say once, instead of for each run, in what all members differ from the recipe."""
+    first, *others = [one.composed.differences for one in pipelines if one.composed]
+    shared = [difference for difference in first if all(difference in other for other in others)]
+    for one in pipelines:
+        one.told = shared
+    if not shared or all(one.is_evaluated() for one in pipelines):
+        return
+    say("every member:")
+    for difference in shared:
+        say(f"  {difference}")
 
 
 def _works(pipelines: list[Pipeline], options: Options) -> list[Work]:

@@ -1,5 +1,6 @@
 """How the members of a sweep are printed."""
 
+from collections import Counter
 from typing import Any
 
 from . import config, results, sweeps, tables
@@ -40,12 +41,13 @@ def notes(sweep: Sweep, rows: list[dict[str, Any]], best: str | None) -> list[st
 def _short(sweep: Sweep, row: dict[str, Any]) -> dict[str, Any]:
     """The columns of a row that fit a terminal."""
     values = {key: _shown(row["values"].get(key)) for key in sweep.keys if not row["member"].startswith(f"{key}=")}
-    finished, wanted = row["states"].count("finished"), max(len(row["seeds"]), 1)
+    wanted = max(len(row["seeds"]), 1)
+    states = Counter(row["states"] + ["not begun"] * (wanted - len(row["states"])))
     share, seconds = row["trainable_share"], row["train_seconds"]
     return {
         "member": row["member"],
         **values,
-        "finished": f"{finished}/{wanted}",
+        "state": next(iter(states)) if wanted == 1 else ", ".join(f"{n} {state}" for state, n in states.items()),
         "eval loss": row["eval_loss"],
         "BLEU-4": row["bleu4"],
         "95 %": row["bleu4_interval"],

@@ -23,8 +23,8 @@ from .errors import UserError
 from .files import json_rows
 from .finding import Finding, Level
 from .installed import capabilities
+from .launch import end_with_parent
 from .progress import Bar
-from .run import end_with_parent
 
 disable_progress_bar()
 # Axolotl tokenizes in a process that it forks, which would outlive a killed command, and hold the locks it inherited

@@ -18,8 +18,8 @@ def rows(
 ) -> list[dict[str, Any]]:
     """For each of a study's recipes the run that speaks for it, or none, and how its score compares.
 
-    That is the newest that was evaluated; a finished one, and one without overrides, is preferred. Rehearsals are
-    never mixed with real runs, and compared with nothing.
+    The run is the newest that was evaluated; a finished one, and one without overrides, is preferred. Rehearsals are
+    never mixed with real runs, and compared with nothing; a recipe that has none has no row among them.
 
     Args:
         of_study: the study.
@@ -35,7 +35,7 @@ def rows(
     found = []
     for recipe in [*of_study.published, *of_study.beside]:
         of_recipe = by_recipe.get(recipe, [])
-        if of_recipe or recipe in of_study.published:
+        if of_recipe or (recipe in of_study.published and not rehearsal):
             chosen = max(of_recipe, key=lambda one: _speaks_for(*one), default=None)
             found.append(row(of_study, recipe, chosen, rehearsal))
     return found

@@ -31,6 +31,15 @@ RECIPE = Path(sys.executable).with_name("recipe")
 Recipe = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+LONGEST = ("engines", "memory", "reproduce", "slurm", "sweep", "plan", "run", "plugin", "docker")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take minutes, so that no process is left with one of them when the others are done."""
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache folder of the whole test session."""

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import pytest
 from cluster import Cluster
 from conftest import Recipe, finish, start
 
-from qlora_recipes import config, rundir
+from qlora_recipes import config, rundir, slurm_settings
 from qlora_recipes import slurm as place_module
 from qlora_recipes.errors import UserError
+from qlora_recipes.places import Outcome, Work
 from qlora_recipes.rundir import RunDir
 
 TOOLS = Path(sys.executable).parent
@@ -47,32 +49,42 @@ def wait_for(run: RunDir, holds: Callable[[rundir.Run], bool], seconds: float = 
 def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     tmp_path: Path, tiny_profile: Path, slurm: Cluster
 ) -> None:
+    """One member is trained by an earlier command, whose job is held for a while, and one is requeued."""
     (tmp_path / "four.yaml").write_text(config.write_yaml({"_": MEMBERS}))
-    rehearsed = ["--profile", "rehearsal", "--profile", tiny_profile, "--bertscore", "none", "--json"]
-    command = ["sweep", NAME, "four.yaml", *rehearsed, "--on", "slurm", "--slurm", "gres=gpu:1"]
+    queue = ("--on", "slurm", "--slurm", "gres=gpu:1")
+    rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, *queue)
+    earlier = submitted(tmp_path, "run", NAME, "--set", "lora_r=4", *rehearsed, "--slurm", "run.hold=")
+    alone = RunDir(tmp_path / earlier)
+    command = ["sweep", NAME, "four.yaml", *rehearsed, "--bertscore", "none", "--json"]
     first = orjson.loads(submitted(tmp_path, *command))
-    jobs = [(step["run"], step["evaluate"]) for step in first["steps"]]
-    arrays = [{state.partition("_")[0] for state in states} for states in zip(*jobs, strict=True)]
-    assert len(arrays[0]) == len(arrays[1]) == 1 and arrays[0] != arrays[1]
+    assert all("job" in step["run"] and step["evaluate"].startswith("queued (job") for step in first["steps"])
     runs = rundir.all_runs(tmp_path / "runs")
-    assert [run.read().state for run in runs] == ["queued"] * 4
+    jobs = {run.path: {job.step: job.id for job in run.jobs()} for run in runs}
+    for step, sizes in (("run", [1, 3]), ("evaluate", [1, 3]), ("results", [4])):
+        arrays = Counter(of_run[step].partition("_")[0] for of_run in jobs.values())
+        assert sorted(arrays.values()) == sizes, step
+    assert sum("prepare" in of_run for of_run in jobs.values()) == 2  # by each command once, for all that it trains
+    assert "afterok:" in slurm.ask("scontrol", "show", "job", jobs[alone.path]["evaluate"])
     again = orjson.loads(submitted(tmp_path, *command))  # nothing is submitted twice
-    assert all("job" in step["run"] for step in again["steps"])
-    steps = sorted(tuple(job.step for job in run.jobs()) for run in runs)  # the rows of one are prepared, for all
-    assert steps == [("prepare", "run", "evaluate", "results"), *[("run", "evaluate", "results")] * 3]
+    assert all("job" in step["run"] and "job" in step["evaluate"] for step in again["steps"])
+    assert {run.path: {job.step: job.id for job in run.jobs()} for run in runs} == jobs
+    slurm.ask("scontrol", "release", jobs[alone.path]["run"])
+    requeued = next(run for run in runs if run.path != alone.path)
+    wait_for(requeued, lambda record: bool(record.launches))
+    slurm.ask("scontrol", "requeue", jobs[requeued.path]["run"])
+    submitted(tmp_path, "evaluate", alone.path, "--adapter", "none", "--bertscore", "none", *queue)
     slurm.wait_until_empty()
     place_module.queue.cache_clear()
     for run in runs:
         record = run.read()
-        assert (record.state, len(record.launches)) == ("finished", 1)
+        assert (record.state, len(record.launches)) == ("finished", 2 if run is requeued else 1)
         assert (run.path / "scores.json").is_file()
+    assert list(alone.path.glob("evaluations/*/scores.json"))
     last = orjson.loads(submitted(tmp_path, *command))
     assert [(step["run"], step["evaluate"]) for step in last["steps"]] == [("skipped", "skipped")] * 4
     (shown,) = (tmp_path / "runs" / "slurm").glob("*/slurm-results.log")
     for row in last["results"]:
         assert row["bleu4"] is not None and row["member"] in shown.read_text()
-    (prepared,) = (tmp_path / "runs" / "slurm").glob("*/1-prepare.sh")
-    assert "--array=0-0" in prepared.read_text()  # the four train on the same rows
 
 
 def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
@@ -167,7 +179,7 @@ def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
         "partition: gpu\ntime: 12:00:00\ngpus-per-node: a100:{gpus}\nexclusive:\ncard: A100\n"
         "prefix: apptainer exec --nv image.sif\nsetup:\n- module load cuda\nevaluate: {time: 1:00:00}\n"
     )
-    found = place_module.settings(["partition=debug", "evaluate.qos=short"])
+    found = slurm_settings.settings(["partition=debug", "evaluate.qos=short"])
     assert found.options == {"partition": "debug", "time": "12:00:00", "gpus-per-node": "a100:{gpus}", "exclusive": ""}
     assert found.of_step == {"evaluate": {"time": "1:00:00", "qos": "short"}}
     assert (found.card, found.setup) == ("A100", ["module load cuda"])
@@ -177,17 +189,22 @@ def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
     assert "gres" not in script
     assert "\napptainer exec --nv image.sif recipe " in script
     no_settings.unlink()
-    found = place_module.settings(["gres=nvme:1", "mem-per-gpu=40G"])
+    found = slurm_settings.settings(["gres=nvme:1", "mem-per-gpu=40G"])
     assert "--gres=nvme:1,gpu:4" in (script := batch(found, gpus=4).script("run", [], 2))
     assert "mem-per-gpu" in script and "mem-per-gpu" not in batch(found, gpus=4).script("prepare", [], 2)
     for broken in ("[gpu]", "partition: [a]", "evaluate: gpu", "setup: {a: b}", "card: {"):
         no_settings.write_text(broken)
         with pytest.raises(UserError, match=r"slurm\.yaml"):
-            place_module.settings([])
+            slurm_settings.settings([])
 
 
-def batch(settings: place_module.Settings, gpus: int = 1, nodes: int = 1) -> place_module.Batch:
-    return place_module.Batch(settings, None, "title", Path("runs"), gpus, nodes)
+def batch(settings: slurm_settings.Settings, gpus: int = 1, nodes: int = 1) -> place_module.Batch:
+    work = Work(Outcome(""), iter(()), gpus, nodes)
+    return place_module.Batch(settings, None, "title", Path("runs"), [work])
+
+
+def task(folder: Path, *words: str) -> place_module.Task:
+    return place_module.Task(RunDir(folder), list(words), [])
 
 
 STUB = """#!/bin/bash
@@ -219,9 +236,9 @@ def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(
     ):
         (tmp_path / name).write_text(content)
         (tmp_path / name).chmod(0o755)
-    settings = place_module.Settings(prefix=f"{tmp_path}/stub")
+    settings = slurm_settings.Settings(prefix=f"{tmp_path}/stub")
     monkeypatch.chdir(tmp_path)
-    script = batch(settings).script("run", [(Path("a"), ["resume", "a b"])], 1)
+    script = batch(settings).script("run", [task(Path("a"), "resume", "a b")], 1)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}
     process = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=env)
     while not (tmp_path / "started").exists():
@@ -251,8 +268,8 @@ def test_near_its_time_limit_a_task_of_an_array_queues_itself_alone(
     folders = [Path("a"), Path("b")]
     for folder in folders:
         folder.mkdir()
-    settings = place_module.Settings(prefix=f"{tmp_path}/stub")
-    Path("run.sh").write_text(batch(settings, gpus=0).script("run", [(one, [str(one)]) for one in folders], 2))
+    settings = slurm_settings.Settings(prefix=f"{tmp_path}/stub")
+    Path("run.sh").write_text(batch(settings, gpus=0).script("run", [task(one, str(one)) for one in folders], 2))
     job = slurm.ask("sbatch", "--parsable", "run.sh")
 
     def starts() -> list[int]:
@@ -271,9 +288,9 @@ def test_near_its_time_limit_a_task_of_an_array_queues_itself_alone(
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("prefix", [None, 'apptainer exec --nv --bind "$PWD" image.sif'])
 def test_scripts_are_sound(tmp_path: Path, nodes: int, prefix: str | None) -> None:
-    settings = place_module.Settings(prefix=prefix, setup=["module load cuda"], options={"comment": "it's a test"})
-    tasks = [(Path("runs/a b"), ["resume", "runs/a b"]), (Path("runs/c"), ["resume", "runs/c"])]
-    for step in place_module.STEPS:
+    settings = slurm_settings.Settings(prefix=prefix, setup=["module load cuda"], options={"comment": "it's a test"})
+    tasks = [task(Path(folder), "resume", folder) for folder in ("runs/a b", "runs/c")]
+    for step in slurm_settings.STEPS:
         script = batch(settings, nodes=nodes).script(step, tasks, 2)
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
         done = subprocess.run([TOOLS / "shellcheck", "-"], input=script, text=True, capture_output=True)
