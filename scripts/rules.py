@@ -503,3 +503,14 @@ def no_access(case: Case) -> Found:
         yield level, "base_model", f"{name} is not in the hub's cache, and HF_HUB_OFFLINE is set", "fetch it first"
     elif model.gated and not models.has_token():
         yield level, "base_model", f"{name} is gated, and there is no token", "`hf auth login`, or --mirror"
+
+
+@_rule
+def unknown_model(case: Case) -> Found:
+    """Without a model's config.json and tokenizer some rules find nothing, which must not look as if all were well."""
+    name = case["base_model"]
+    if not isinstance(name, str) or not re.fullmatch(r"[^./~][^/]*(/[^/]+)?", name) or case.model != models.Model():
+        return
+    problem = f"{name} is not on this machine, so its layers, context and special tokens are not checked"
+    remedy = f"`hf download {name} --include config.json --include 'tokenizer*'` makes them known"
+    yield "note", "base_model", problem, remedy + did_you_mean(name, models.catalogue())

@@ -67,6 +67,12 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"lora_target_modules": ".*_projj"}, "error", "unknown-lora-target:lora_target_modules", "matches no layer"),
     ({"lora_target_modules": "(q"}, "error", "unknown-lora-target:lora_target_modules", "no regular expression"),
     ({"lora_r": None}, "error", "no-lora-rank:adapter", "lora_r is not set"),
+    (
+        {"base_model": "codelama/CodeLlama-7b-hf"},
+        "note",
+        "unknown-model:base_model",
+        "did you mean codellama/CodeLlama-7b-hf",
+    ),
     ({"adapter": "lora"}, "error", "not-quantized:adapter", "set adapter: qlora"),
     ({"load_in_4bit": None}, "error", "not-quantized:adapter", "needs load_in_4bit"),
     ({"adapter": None}, "error", "not-quantized:load_in_4bit", "without an adapter"),
