@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from . import places, results, study, sweeps
+from . import places, reproduce, results, study, sweeps
 from .errors import UserError
 from .local import stop_holders
 from .rundir import RunDir, all_runs, find_run
@@ -22,8 +22,12 @@ def cancel(names: list[str], sweep: str | None, of_study: str | None, runs: Path
     """
     if sum(map(bool, (names, sweep, of_study))) != 1:
         raise UserError("give RUNs, --sweep NAME or --study S")
-    lock = sweeps.find(sweep, runs).lock(runs) if sweep else runs / ".reproduce.lock"
-    asked = [] if names else stop_holders([lock])  # a command that goes on with the next run when one ends
+    asked = []  # first a command that goes on with the next run when one ends
+    if sweep:
+        asked = stop_holders([sweeps.find(sweep, runs).lock(runs)])
+    elif of_study:
+        study.find(of_study)  # that there is such a study
+        asked = stop_holders([reproduce.lock(of_study, runs)])
     folders = [find_run(name, runs) for name in names] or ([] if asked else _meant(sweep, of_study, runs))
     asked += [f"{folder.path}: {what}" for folder in folders for what in places.cancel(folder, not names)]
     if not asked:
@@ -37,5 +41,4 @@ def _meant(sweep: str | None, of_study: str | None, runs: Path) -> list[RunDir]:
         made = sweeps.find(sweep, runs)
         digests = {member.digest for member in made.members}
         return [folder for folder, run in results.readable(all_runs(runs / made.recipe)) if run.digest in digests]
-    study.find(str(of_study))  # that there is such a study
     return [folder for folder, run in results.readable(all_runs(runs)) if run.origin.startswith(f"{of_study}/")]

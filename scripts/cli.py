@@ -4,8 +4,9 @@ import errno
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -32,6 +33,9 @@ from .options import (
     SlurmOptions,
 )
 from .paths import RUNS
+
+if TYPE_CHECKING:
+    from .places import Outcome
 
 
 class _Verbs(TyperGroup):
@@ -436,7 +440,7 @@ def run(
         axolotl_arguments=axolotl_arguments or [],
         force=force or [],
     )
-    place = places.kind(on)(is_rehearsal(request), None, slurm or [])
+    place = places.kinds()[on](is_rehearsal(request), None, slurm or [])
     if dry_run:
         print(config.write_yaml(launcher.prepare(request, place).config), end="")
     elif place.here:
@@ -459,7 +463,9 @@ def resume(
     from . import places
     from . import run as launcher
 
-    place = places.kind(on)(rehearsal=False, jobs=None, options=slurm or [])
+    place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
+    if prepare and not place.here:
+        raise UserError("--prepare: is done here; jobs prepare by themselves")
     if place.here:
         print(launcher.resume(run, runs, prepare).path)
     else:
@@ -514,7 +520,7 @@ def sweep(
 ) -> None:
     """Run a recipe with each of several settings, and compare them. What is done already is not done again."""
     from . import evaluate as evaluation
-    from . import gpus, pipeline, places, sweep_tables, sweeps, tables
+    from . import gpus, places, sweep_tables, sweeps
     from . import sweep as sweeping
     from .compose import Request, is_rehearsal
 
@@ -525,17 +531,26 @@ def sweep(
     request.rehearse = is_rehearsal(request)
     judged = evaluation.Request(limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
     target = gpus.find(gpu) if gpu else None
-    place = places.kind(on)(request.rehearse, jobs, slurm or [])
+    place = places.kinds()[on](request.rehearse, jobs, slurm or [])
     options = sweeping.Options(request, place, seeds, max_runs, target, judged, runs, dry_run)
     made, outcomes = sweeping.sweep(called, members, options)
     rows = sweeps.rows(made, runs, best)
+    _end(outcomes, json, {"sweep": made.label}, rows, lambda: sweep_tables.show(made, rows, best, "table"))
+
+
+def _end(
+    outcomes: "list[Outcome]", json: bool, head: dict[str, Any], rows: list[dict[str, Any]], show: Callable[[], None]
+) -> None:
+    """Print what became of recipes or members and what they came to, and exit as their problems ask for."""
+    from . import pipeline, tables
+
     if json:
         steps = [outcome.as_row() | {"problem": outcome.problem} for outcome in outcomes]
-        tables.print_json({"sweep": made.label, "steps": steps, "results": rows})
+        tables.print_json(head | {"steps": steps, "results": rows})
     else:
         tables.print_table([outcome.as_row() for outcome in outcomes], empty=True)
         print()
-        sweep_tables.show(made, rows, best, "table")
+        show()
     for outcome in outcomes:
         if outcome.problem:
             print(f"{outcome.label}: {outcome.problem}", file=sys.stderr)
@@ -575,7 +590,7 @@ def reproduce(
 ) -> None:
     """Fetch, check, plan, train, evaluate and compare all of a study. What is done already is not done again."""
     from . import evaluate as evaluation
-    from . import pipeline, places, tables, verdict
+    from . import places, verdict
     from . import reproduce as reproducing
     from . import results as gathered
     from . import study as studies
@@ -585,21 +600,10 @@ def reproduce(
     request = Request(study, profiles=profile or [], overrides=set_ or [], rehearse=rehearse, mirror=mirror)
     request.rehearse = is_rehearsal(request)
     judged = evaluation.Request(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
-    place = places.kind(on)(request.rehearse, jobs, slurm or [])
+    place = places.kinds()[on](request.rehearse, jobs, slurm or [])
     outcomes = reproducing.reproduce(of_study, reproducing.Options(request, place, only or [], judged, runs))
     rows = verdict.rows(of_study, runs, request.rehearse, {outcome.recipe: outcome.run for outcome in outcomes})
-    if json:
-        steps = [outcome.as_row() | {"problem": outcome.problem} for outcome in outcomes]
-        tables.print_json({"steps": steps, "results": rows})
-    else:
-        tables.print_table([outcome.as_row() for outcome in outcomes], empty=True)
-        print()
-        gathered.show_study(of_study, rows, request.rehearse, "table")
-    for outcome in outcomes:
-        if outcome.problem:
-            print(f"{outcome.recipe}: {outcome.problem}", file=sys.stderr)
-    if code := pipeline.exit_code(outcomes):
-        raise typer.Exit(code)
+    _end(outcomes, json, {}, rows, lambda: gathered.show_study(of_study, rows, request.rehearse, "table"))
 
 
 @app.command(rich_help_panel=RUNNING)
@@ -657,7 +661,7 @@ def evaluate(
 
     request = evaluation.Request(data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer)
     folder = find_run(run, runs)
-    place = places.kind(on)(rehearsal=False, jobs=None, options=slurm or [])
+    place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
     if export_prompts and not place.here:
         raise UserError("--export-prompts: needs no GPU, and is done here")
     if not place.here:

@@ -181,20 +181,27 @@ def evaluate(folder: RunDir, request: Request) -> Evaluation:
     return result
 
 
+def command(folder: RunDir, request: Request, runs: Path) -> Command:
+    """The command that evaluates a run as it is asked for."""
+    return Command("evaluate", folder, ["evaluate", str(folder.path), *request.options(), "--runs", str(runs)])
+
+
 def submit(folder: RunDir, request: Request, runs: Path, place: Place) -> None:
     """Hand an evaluation over to a place that does it, once the run is trained if it waits or goes on there.
 
     Raises:
-        UserError: see `Task`, or the place refuses it; nothing was started.
+        UserError: it is queued already, see `Task`, or the place refuses it; nothing was started.
     """
     record = folder.read()
     if not folder.job_state("run"):
         Task(folder, request)
     elif request.data:
         _read_rows(request.data)  # what else `Task` asks for is not there yet
-    command = Command("evaluate", folder, ["evaluate", str(folder.path), *request.options(), "--runs", str(runs)])
+    evaluation = command(folder, request, runs)
+    if job := folder.job_state("evaluate", evaluation.words):
+        raise UserError(f"{folder.path}: that evaluation is {job}; `recipe cancel {folder.path}` ends that")
     gpus = 0 if record.rehearsal else 1
-    work = Work(Outcome(record.recipe), iter([command]), gpus, steps=["evaluate"])
+    work = Work(Outcome(record.recipe), iter([evaluation]), gpus, steps=["evaluate"])
     place.submit([work], record.recipe, runs, [])
 
 

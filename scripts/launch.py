@@ -79,10 +79,12 @@ def preprocess(folder: RunDir, record: Run) -> None:
     """Have Axolotl tokenize the rows of a run and fetch its base model, for which it needs no GPU.
 
     Raises:
-        WorkFailed: Axolotl failed.
+        WorkFailed: Axolotl failed, or was interrupted.
     """
     command = [_axolotl(), "preprocess", str(folder.config.resolve())]
-    code, _ = _launch(command, folder, record, folder.log)
+    code, stopped = _launch(command, folder, record, folder.log)
+    if stopped:
+        raise WorkFailed(f"{folder.path}: interrupted")
     if code:
         raise _failed(folder.path, folder.log)
 

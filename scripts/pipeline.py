@@ -5,7 +5,6 @@ from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from . import bertscore, check, compose, config, datafiles, evaluate, places, plan, run
 from .compose import Composed, Request
@@ -42,7 +41,7 @@ class Pipeline:
     def __init__(self, outcome: Outcome, request: Request, evaluation: evaluate.Request, runs: Path, place: Place):
         self.outcome, self.request, self.asked, self.runs, self.place = outcome, request, evaluation, runs, place
         self.composed: Composed | None = None
-        self.planned: dict[str, Any] | None = None
+        self.needed_gib: float | None = None
         self.told: Container[Difference] = ()  # differences from the recipe that are told for several together
         with self._failing("check"):
             self.composed = compose.compose(request)
@@ -93,13 +92,14 @@ class Pipeline:
         """
         gpu = gpu or self.place.gpu()
         try:
-            self.planned = plan.of_request(replace(self.request, rehearse=False), gpu, runs=self.runs)
+            planned = plan.composed_for(replace(self.request, rehearse=False)).config
+            self.needed_gib = plan.needed_gib(planned, gpu, anew=True)
         except UserError as error:
             say(f"{self.outcome.label}: not planned: {error}")
             self.outcome.steps["plan"] = "not known"
             return True
-        needed, card = f"{self.planned['memory']['needed'] / 2**30:.1f} GiB", self.planned["cards"][0]
-        if gpu and not card["fits"] and not self.request.rehearse:
+        needed = f"{self.needed_gib:.1f} GiB"
+        if gpu and gpu.memory and (self.needed_gib or 0) > gpu.memory * plan.USABLE and not self.request.rehearse:
             self.outcome.fail("plan", f"needs {needed}, more than {gpu} has; `recipe plan` says what to change")
             return False
         self.outcome.steps["plan"] = f"{DONE}: {needed}"
@@ -113,6 +113,11 @@ class Pipeline:
         with suppress(UserError):
             return evaluate.complete(evaluate.Task(former[0], self.asked), self.judge()) is not None
         return False
+
+    def has_failed(self) -> bool:
+        """Whether its training was tried before in vain."""
+        former = self._former()
+        return former is not None and former[1].state == "failed"
 
     def judge(self) -> bertscore.Judge | None:
         """Whose BERTScore its evaluation has."""
@@ -147,9 +152,11 @@ class Pipeline:
     def work(self) -> Work:
         """What has to be carried out for it."""
         former = self._former()
-        steps: list[Step] = [] if self.is_evaluated() else ["evaluate"]
+        steps: list[Step] = ["evaluate"]
         if not former or former[1].state not in ("queued", "running", "finished"):
             steps = ["prepare", "run", "evaluate"]
+        elif self.is_evaluated() or self._evaluation_job(former[0]):
+            steps = []
         return Work(self.outcome, self._commands(), gpus=0 if self.request.rehearse else 1, steps=steps)
 
     def _commands(self) -> Iterator[Command]:
@@ -157,12 +164,11 @@ class Pipeline:
         assert self.composed
         former = self._settled()
         unknown = former and former[1].state != "finished" and former[0].job_state("run") == UNKNOWN
-        options = ["--runs", str(self.runs)]
         if former and (unknown or former[1].state in ("created", "queued", "running")):
             folder, job = former[0], former[0].job_state("run")
             self.outcome.steps["run"] = job or former[1].state
             later = "not queued; the same command does it once this is trained"
-            evaluation = folder.job_state("evaluate")
+            evaluation = self._evaluation_job(folder)
             if evaluation or unknown or self.place.here or not job:
                 self.outcome.steps["evaluate"] = evaluation or later
                 return
@@ -178,13 +184,16 @@ class Pipeline:
             goes_on = former and _goes_on(*former)
             folder = former[0] if former and goes_on else run.create(self.composed, self.request, self.runs, self.told)
             rows = config.write_yaml({key: self.composed.config.get(key) for key in OF_ROWS})
-            yield Command("run", folder, ["resume", str(folder.path), *options], rows)
-        yield Command("evaluate", folder, ["evaluate", str(folder.path), *self.asked.options(), *options])
+            yield run.command(folder, self.runs, rows)
+        yield evaluate.command(folder, self.asked, self.runs)
+
+    def _evaluation_job(self, folder: RunDir) -> str | None:
+        return folder.job_state("evaluate", evaluate.command(folder, self.asked, self.runs).words)
 
     def _state_of_evaluation(self, folder: RunDir) -> str | None:
         if evaluate.complete(evaluate.Task(folder, self.asked), self.judge()):
             return SKIPPED
-        state = folder.job_state("evaluate")
+        state = self._evaluation_job(folder)
         return None if state == UNKNOWN and self.place.here else state
 
 

@@ -1,6 +1,6 @@
 """Where the commands of runs are carried out: this machine, or a cluster's queue.
 
-A further place is one more module with a class that does what `Place` says, and a name for it in `find`.
+A further place is one more module with a class that does what `Place` says, and a name for it in `kinds`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -120,14 +120,15 @@ class Place(Protocol):
         """Ask what is going on there for a run to end, and whatever of its jobs is there; what was asked, in words."""
 
 
-def kind(name: str) -> type[Place]:
-    """The class of places of a name; it is made of whether a rehearsal is to run, how many works at a time, and options
-    for it alone."""
+def kinds() -> dict[str, type[Place]]:
+    """The classes of places by their names, this machine last.
+
+    One is made of whether a rehearsal is to run, how many works at a time, and options for it alone.
+    """
     from .local import Local
     from .slurm import Slurm
 
-    kinds: dict[str, type[Place]] = {"local": Local, "slurm": Slurm}
-    return kinds[name]
+    return {"slurm": Slurm, "local": Local}
 
 
 def relevant(place: Place, found: Iterable[Finding]) -> list[Finding]:
@@ -140,7 +141,7 @@ def active(jobs: Iterable[Job]) -> dict[str, str] | None:
     found: dict[str, str] = {}
     for name, of_place in groupby(sorted(jobs, key=lambda job: job.place), key=lambda job: job.place):
         mine = list(of_place)
-        every = kind(name).active(mine)
+        every = kinds()[name].active(mine)
         if every is None:
             return None
         found |= {job.id: every[job.id] for job in mine if job.id in every}
@@ -155,4 +156,4 @@ def cancel(folder: RunDir, together: bool) -> list[str]:
         together: whether those that were begun with it are to end too, so that there will be no results to show.
     """
     jobs = [job for job in folder.jobs() if together or job.step != "results"]
-    return [asked for name in ("slurm", "local") for asked in kind(name).cancel(folder, jobs)]
+    return [asked for kind in kinds().values() for asked in kind.cancel(folder, jobs)]

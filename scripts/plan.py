@@ -112,17 +112,20 @@ def plan(
     return planned, planner
 
 
-def planner_of(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[Planner, list[str]]:
+def planner_of(
+    config: Config, gpu: Gpu | None, download: bool = True, alone: bool = False
+) -> tuple[Planner, list[str]]:
     """The planned step of a config, and what of it is not traced.
 
     Args:
         config: the config.
         gpu: the card; None takes the oldest that has what the config asks for.
         download: whether a model's config.json may be fetched from the hub.
+        alone: see `Planner`.
     """
     capability = gpu.capability if gpu else _least_capability(config)
     step, notes = steps.step_of(config, models.architecture(config, download), capability)
-    return Planner(step, steps.rows_of(config), steps.length_of(config), steps.is_flat(config, step)), notes
+    return Planner(step, steps.rows_of(config), steps.length_of(config), steps.is_flat(config, step), alone), notes
 
 
 def needed_gib(config: Config, gpu: Gpu | None = None, anew: bool = False) -> float | None:
@@ -131,7 +134,7 @@ def needed_gib(config: Config, gpu: Gpu | None = None, anew: bool = False) -> fl
     Raises:
         UserError: it cannot be planned.
     """
-    planner, _ = planner_of(config, gpu, download=anew)
+    planner, _ = planner_of(config, gpu, download=anew, alone=True)
     if not (planner.planned or anew):
         return None
     needed = planner.need() / GIB
@@ -228,7 +231,7 @@ def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[
             continue
         settings = {key: value for key, value in settings.items() if value is not None or key in config}
         changed = {key: value for key, value in (changed | settings).items() if value is not None}
-        tried, _ = planner_of(changed, card)
+        tried, _ = planner_of(changed, card, alone=True)
         found.append({"set": settings, "effect": effect, "needed": tried.need(), "fits": tried.need() <= usable})
         tried.save()
         if found[-1]["fits"]:
@@ -286,7 +289,7 @@ def compare(request: Request, gpu: Gpu | None = None) -> list[dict[str, Any]]:
     rows = []
     for adapter in (None, "lora", "qlora"):
         changed = {key: value for key, value in config.items() if key not in ("adapter", "load_in_4bit")}
-        planner, notes = planner_of(changed | (_with_adapter(config, adapter) if adapter else {}), gpu)
+        planner, notes = planner_of(changed | (_with_adapter(config, adapter) if adapter else {}), gpu, alone=True)
         parts = planner.usage().parts
         kinds = ("base weights", "quantization constants", "embeddings and head", "adapters")
         rows.append(

@@ -36,12 +36,14 @@ class Planner:
         rows: the rows of its micro batch.
         length: the tokens of each.
         flat: whether the rows are laid end to end.
+        alone: trace no others until they are asked for, which take most of the time.
     """
 
-    def __init__(self, step: Step, rows: int, length: int, flat: bool = False):
-        self.step, self.rows, self.length, self.flat = step, rows, length, flat
+    def __init__(self, step: Step, rows: int, length: int, flat: bool = False, alone: bool = False):
+        self.step, self.rows, self.length, self.flat, self.alone = step, rows, length, flat, alone
         self._file = paths.cache() / "plans" / f"{self._key()}.json"
         self._kept = read_json(self._file)
+        self._trace: Trace | None = None
         self._changed = False
 
     @property
@@ -52,17 +54,17 @@ class Planner:
     @property
     def parameters(self) -> dict[str, dict[str, int]]:
         """Frozen and trainable parameters by kind of layer."""
-        return self._trace.parameters
+        return self._traced().parameters
 
     @property
     def sizes(self) -> dict[str, int]:
         """The model's sizes, as `Trace` has them."""
-        return self._trace.sizes
+        return self._traced().sizes
 
     @property
     def paged(self) -> int:
         """Bytes of optimizer state that can leave the GPU."""
-        return self._trace.paged
+        return self._traced().paged
 
     def usage(self, rows: int | None = None, length: int | None = None) -> Usage:
         """Peaks at a number of rows and tokens, by default the step's own.
@@ -78,8 +80,8 @@ class Planner:
         of_shapes, name = self._kept.setdefault("usage", {}), "x".join(map(str, shape))
         with suppress(KeyError, TypeError):  # not kept, or something else
             return Usage(**of_shapes[name])
-        found = traces.usage(self._trace, shape)
-        of_shapes[name], self._changed = asdict(found), True
+        found = traces.usage(self._traced(shape), shape)
+        self._kept["usage"][name], self._changed = asdict(found), True
         return found
 
     def need(self, rows: int | None = None, length: int | None = None) -> float:
@@ -101,10 +103,19 @@ class Planner:
         masks = self.step.attention != "flash_attention_2" and not (self.step.padded or self.step.packed)
         return Planner(replace(self.step, padded=True), 2, self.length) if self.rows == 1 and masks else None
 
-    @cached_property
-    def _trace(self) -> Trace:
-        with suppress(KeyError, TypeError, ValueError):  # not kept, or something else
-            return Trace.of_json(self._kept["trace"])
+    def _traced(self, shape: Shape | None = None) -> Trace:
+        """The trace from which the memory at a shape is told, by default the step's own."""
+        shapes = self._shapes()
+        needed = set(shapes[:1] if self.alone and shape in (None, shapes[0]) else shapes)
+        if self._trace is None:
+            with suppress(KeyError, TypeError, ValueError):  # not kept, or something else
+                self._trace = Trace.of_json(self._kept["trace"])
+        if self._trace is None or not needed <= self._trace.steps.keys():
+            self._trace = self._trace_anew([one for one in shapes if one in needed])
+            self._kept, self._changed = {"trace": self._trace.as_json(), "usage": {}}, True
+        return self._trace
+
+    def _trace_anew(self, shapes: list[Shape]) -> Trace:
         from .quiet import importing_axolotl
 
         with importing_axolotl():
@@ -112,12 +123,10 @@ class Planner:
 
             logging.disable(logging.CRITICAL)  # torch would print its own traceback
             try:
-                found = trace(self.step, self._shapes())
+                return trace(self.step, shapes)
             except Exception as error:  # any model's code runs in it
                 problem = shorten(f"{type(error).__name__}: {error}", 200)
                 raise UserError(f"this model and adapter cannot be planned: {problem}") from None
-        self._kept, self._changed = {"trace": found.as_json()}, True
-        return found
 
     def _shape(self, rows: int, length: int) -> Shape:
         """What Axolotl gives the model, its length rounded up."""
@@ -126,7 +135,7 @@ class Planner:
         return rows, -(-length // ROUND) * ROUND
 
     def _shapes(self) -> list[Shape]:
-        """What has to be traced to know any other number of rows, or of tokens."""
+        """The step's own shape, and what else has to be traced to know any other number of rows, or of tokens."""
         rows, length = self._shape(self.rows, self.length)
         longer = [(rows, length + ROUND), (rows, length + 2 * ROUND)]
         if self.flat or self._several:

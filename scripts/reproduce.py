@@ -67,7 +67,7 @@ def reproduce(of_study: Study, options: Options) -> list[Outcome]:
     if not rehearsal and options.evaluation.judge is None:
         options.evaluation.judge = bertscore.DEFAULT
     runs.mkdir(parents=True, exist_ok=True)
-    with held(runs / ".reproduce.lock", "another reproduction is going on there"):
+    with held(lock(options.request.name, runs), "another reproduction of it is going on there"):
         outcomes = [Outcome(name) for name in recipes]
         pipelines = [
             Pipeline(outcome, _request(options.request, outcome.recipe), options.evaluation, runs, options.place)
@@ -87,6 +87,11 @@ def reproduce(of_study: Study, options: Options) -> list[Outcome]:
         ]
         options.place.submit([one.work() for one in ready], options.request.name, runs, results)
     return outcomes
+
+
+def lock(name: str, runs: Path) -> Path:
+    """What a command that reproduces the study of a name holds."""
+    return runs / f".reproduce-{name.replace('/', '--')}.lock"
 
 
 def _request(shared: Request, recipe: str) -> Request:

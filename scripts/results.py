@@ -149,6 +149,9 @@ def baselines(of_study: study.Study) -> list[dict[str, Any]]:
 
 def show_study(of_study: study.Study, rows: list[dict[str, Any]], rehearsal: bool, form: str) -> None:
     """Print the rows of `verdict.rows` in the same forms."""
+    if not rows and form != "json":
+        say("no run of its recipes is rehearsed yet; `recipe reproduce` with --rehearse does that")
+        return
     if form in ("json", "csv"):
         tables.write(rows if form == "json" else [_flat(full) for full in rows], form)
         return

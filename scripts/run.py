@@ -75,7 +75,7 @@ def submit(request: Request, runs: Path, place: Place) -> RunDir:
 
     def commands() -> Iterator[Command]:
         made.append(create(composed, request, runs))
-        yield _resume_command(made[0], runs)
+        yield command(made[0], runs)
 
     gpus_a_node = 0 if composed.rehearsal else request.gpus
     place.submit([Work(Outcome(composed.recipe), commands(), gpus_a_node, request.nodes)], composed.recipe, runs, [])
@@ -94,7 +94,7 @@ def resubmit(name: str, runs: Path, place: Place) -> RunDir:
         raise UserError(f"{folder.path}: {reason}")
     work = Work(
         Outcome(record.recipe),
-        iter([_resume_command(folder, runs)]),
+        iter([command(folder, runs)]),
         gpus=0 if record.rehearsal else record.gpus_used,
         nodes=record.nodes,
     )
@@ -102,8 +102,9 @@ def resubmit(name: str, runs: Path, place: Place) -> RunDir:
     return folder
 
 
-def _resume_command(folder: RunDir, runs: Path) -> Command:
-    return Command("run", folder, ["resume", str(folder.path), "--runs", str(runs)])
+def command(folder: RunDir, runs: Path, rows: str = "") -> Command:
+    """The command that trains a run, or goes on with it; see `Command` for `rows`."""
+    return Command("run", folder, ["resume", str(folder.path), "--runs", str(runs)], rows)
 
 
 def create(composed: Composed, request: Request, runs: Path, told: Container[Difference] = ()) -> RunDir:
@@ -164,8 +165,9 @@ def resume(name: str, runs: Path, prepare_only: bool = False) -> RunDir:
         WorkFailed: as in `run`.
     """
     folder = find_run(name, runs)
-    if folder.read().nodes > 1 and os.environ.get("SLURM_NODEID", "0") != "0":
-        launch.follow(folder)
+    if (record := folder.read()).nodes > 1 and os.environ.get("SLURM_NODEID", "0") != "0":
+        if record.state != "finished":
+            launch.follow(folder)
         return folder
     with folder.held() as lock:
         record = folder.read()
@@ -224,7 +226,8 @@ def _check_here(folder: RunDir, record: Run) -> None:
     found = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal, plan=True).findings
     visible = len([*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))]) or len(provenance.gpus())
     try:
-        check.refuse(found, record.forced)
+        there = {finding.name for finding in found}  # what was forced of the rows, or of another GPU, is not
+        check.refuse(found, [name for name in record.forced if name in there])
         if not record.rehearsal and record.gpus_used > max(visible, 1):
             raise UserError(f"{folder.path}: a run on {record.gpus_used} GPUs, and there are {visible} here")
     except UserError:

@@ -2,7 +2,7 @@
 
 import fcntl
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,6 +53,7 @@ class Job(BaseModel):
     step: str
     user: str
     script: str  # an id alone can be another cluster's, or come again
+    words: list[str] = Field(default_factory=list)  # the command line behind `recipe`
     submitted: str = Field(default_factory=now)
 
 
@@ -149,7 +150,7 @@ def held(file: Path, otherwise: str) -> Iterator[int]:
 
 
 class RunDir:
-    """The folder of one run; see the design for the files in it."""
+    """The folder of one run; README's "A run's folder" says what the files in it are."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -196,11 +197,16 @@ class RunDir:
             return "interrupted" if gone else written
         return "queued" if state.startswith("queued") else "running"
 
-    def job_state(self, step: str) -> str | None:
-        """Whether a command of the run is queued or running as a job, in words; None where it is not."""
+    def job_state(self, step: str, words: Sequence[str] | None = None) -> str | None:
+        """Whether a command of the run is queued or running as a job, in words; None where it is not.
+
+        Args:
+            step: what it does.
+            words: what it is, where only one of those that do so is meant.
+        """
         from . import places
 
-        jobs = [job for job in self.jobs() if job.step == step]
+        jobs = [job for job in self.jobs() if job.step == step and words in (None, job.words)]
         active = places.active(jobs)
         if active is None:
             return UNKNOWN

@@ -10,9 +10,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Container, Sequence
+import time
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from getpass import getuser
 from itertools import chain
 from pathlib import Path
@@ -30,18 +31,27 @@ from .templating import environment
 GRACE = 300  # seconds before a time limit in which a training can end at a checkpoint; --slurm signal=... sets others
 
 
-@cache
-def queue(users: frozenset[str]) -> dict[tuple[str, str], str] | UserError:
+def queue(users: Iterable[str]) -> dict[tuple[str, str], str] | UserError:
     """The states of the jobs of users that are not at their end, by id and script; an error where SLURM does not
-    answer, which it takes its time for."""
-    # %i is a task's id, as 12_0; -r gives each task a line of its own
-    form = "--format=%i|%o|%T|%r"
+    answer. It is asked once a minute, since it can take its time."""
+    return _queue(frozenset(users), int(time.monotonic() / 60))
+
+
+@lru_cache(maxsize=1)
+def _queue(users: frozenset[str], minute: int) -> dict[tuple[str, str], str] | UserError:
+    # %i is a task's id, as 12_0; -r gives each task a line of its own; a script can have any name
+    form = "--format=%i|%T|%r|%o"
     try:
         shown = _ask("squeue", f"--user={','.join(sorted(users))}", "--noheader", "-r", form)
     except UserError as error:
         return error
-    lines = (line.split("|") for line in shown.splitlines())
-    return {(job, script): _state(state, reason) for job, script, state, reason in lines}
+    lines = (line.split("|", 3) for line in shown.splitlines() if line.count("|") >= 3)
+    return {(job, script): _state(state, reason) for job, state, reason, script in lines}
+
+
+def forget_queue() -> None:
+    """Have SLURM asked anew, once something has changed."""
+    _queue.cache_clear()
 
 
 def _state(state: str, reason: str) -> str:
@@ -94,7 +104,7 @@ class Slurm:
         card = self.settings.card
         named = gpus.find(card, "card") if card else None
         self._gpu = None if rehearsal else named
-        if isinstance(error := queue(frozenset([getuser()])), UserError):
+        if isinstance(error := queue([getuser()]), UserError):
             raise error  # what is queued already is not submitted twice, so it has to be known
 
     def gpu(self) -> Gpu | None:
@@ -107,7 +117,7 @@ class Slurm:
         Raises:
             WorkFailed: SLURM took a part of them only, which is queued.
         """
-        queue.cache_clear()  # checks and plans take a while
+        forget_queue()  # checks and plans take a while
         batch = Batch(self.settings, self.jobs, title, runs, works)
         steps: set[str] = {step for work in works for step in work.steps}
         batch.check(steps | {"results"} if steps and results else steps, len(works))
@@ -119,12 +129,13 @@ class Slurm:
             except UserError as error:
                 work.outcome.fail("run", str(error))
                 continue
-            if "run" in tasks:
-                to_train.append(tasks["run"])
-            if "evaluate" in tasks:
-                task = tasks["evaluate"]
-                others = by_training.setdefault(None if "run" in tasks else self._training(task.runs[0]), [])
-                (trained if "run" in tasks else others).append(task)
+            training, scoring = tasks.get("run"), tasks.get("evaluate")
+            if training:
+                to_train.append(training)
+            if scoring and training:
+                trained.append(scoring)
+            elif scoring:
+                by_training.setdefault(self._training(scoring.folder), []).append(scoring)
         preparing = {task.rows: replace(task, words=[*task.words, "--prepare"]) for task in to_train}
         prepared = batch.submit("prepare", list(preparing.values()))
         last = [batch.submit("run", to_train, f"afterany:{prepared}")]  # it can prepare for itself
@@ -147,7 +158,7 @@ class Slurm:
         """See `queue`."""
         if not jobs:
             return {}
-        there = queue(frozenset(job.user for job in jobs))
+        there = queue(job.user for job in jobs)
         if isinstance(there, UserError):
             _tell(str(there))
             return None
@@ -161,13 +172,11 @@ class Slurm:
     @classmethod
     def cancel(cls, folder: RunDir, jobs: Sequence[Job]) -> list[str]:
         """Cancel the jobs; a training that is going on ends at a checkpoint where it can in SLURM's KillWait."""
-        if not jobs:
-            return []
         active = cls.active(jobs)
         ids = list(dict.fromkeys(job.id for job in jobs if job.id in (active or {})))
         if ids:
             _ask("scancel", *ids)
-            queue.cache_clear()
+            forget_queue()
         return [f"job {id_} is cancelled" for id_ in ids]
 
 
@@ -226,12 +235,13 @@ class Batch:
             if step not in steps:
                 continue
             count = tasks if step != "results" else 1
-            command = ["sbatch", "--test-only", *self._options(step, count)]
+            options = self._options(step, count)
+            command = ["sbatch", "--test-only", *options]
             done = subprocess.run(command, input=self.script(step, [], count), capture_output=True, text=True)
             if done.returncode:
                 said = "; ".join(done.stderr.strip().replace("sbatch: error: ", "").splitlines())
                 shown = ("--array", "--gres", "--nodes", *(f"--{key}" for key in self._of_site(step)))
-                asked = " ".join(option for option in self._options(step, tasks) if option.startswith(shown))
+                asked = " ".join(option for option in options if option.startswith(shown))
                 remedy = f"--slurm KEY=VALUE or {settings_file()} changes that"
                 raise UserError(
                     f"--on slurm: sbatch refuses to {_DOES[step]}: {said}; it was asked for {asked}; {remedy}"
@@ -261,11 +271,19 @@ class Batch:
         self.submitted.append(job)
         say(f"job {job}: {_DOES[step]}, {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}; {file}")
         for i, task in enumerate(tasks):
-            noted = Job(place="slurm", id=f"{job}_{i}", step=step, user=getuser(), script=str(file.resolve()))
+            noted = Job(
+                place="slurm",
+                id=f"{job}_{i}",
+                step=step,
+                user=getuser(),
+                script=str(file.resolve()),
+                words=task.words,
+            )
             for run in task.runs:
                 run.add_job(noted)
             if task.outcome:
                 task.outcome.steps[step] = f"queued (job {noted.id})"
+        forget_queue()
         return job
 
     def script(self, step: str, tasks: Sequence[Task], count: int) -> str:
@@ -310,7 +328,7 @@ class Batch:
         """The options of a step's job, as sbatch takes them."""
         gpus = {"run": self.gpus, "evaluate": min(self.gpus, 1)}.get(step, 0)
         limit = f"%{self.jobs}" if self.jobs and step in ("run", "evaluate") else ""
-        site = self._of_site(step)
+        site = {key: value for key, value in self._of_site(step).items() if gpus or "{gpus}" not in value}
         options = {
             "job-name": f"{self.title}-{step}",
             "output": str((self.folder or Path.cwd()) / "%x-%A_%a.log"),

@@ -13,7 +13,6 @@ from .gpus import Gpu
 from .paths import RUNS, find_recipe
 from .pipeline import OF_ROWS, Pipeline
 from .places import DONE, Outcome, Place, Work
-from .planner import GIB
 from .progress import say
 from .rundir import held
 from .sweeps import Member, Sweep
@@ -72,8 +71,7 @@ def sweep(name: str, members: list[Member], options: Options) -> tuple[Sweep, li
         one.plan(options.gpu)
         if one.outcome.problem and not options.dry_run:
             say(f"{member.label}: {one.outcome.problem}")
-        if one.planned:
-            member.planned_gib = one.planned["memory"]["needed"] / GIB
+        member.planned_gib = one.needed_gib
     profiles = pipelines[0].composed.profiles if pipelines[0].composed else []
     made = Sweep(
         name=name,
@@ -88,9 +86,11 @@ def sweep(name: str, members: list[Member], options: Options) -> tuple[Sweep, li
         made.file(runs).parent.mkdir(parents=True, exist_ok=True)
         with held(made.lock(runs), f"the sweep {made.label} is going on there"):
             made.write(runs)
-            _tell_shared_differences(pipelines)
+            works = _works(pipelines, options)
+            if any("run" in work.steps for work in works):
+                _tell_shared_differences(pipelines)
             results = ["results", "--sweep", made.label, "--runs", str(runs)]
-            options.place.submit(_works(pipelines, options), name, runs, results)
+            options.place.submit(works, name, runs, results)
     return made, [one.outcome for one in pipelines]
 
 
@@ -137,18 +137,18 @@ def _tell_shared_differences(pipelines: list[Pipeline]) -> None:
     first, *others = [one.composed.differences for one in pipelines if one.composed]
     shared = [difference for difference in first if all(difference in other for other in others)]
     for one in pipelines:
-        one.told = shared
-    if not shared or all(one.is_evaluated() for one in pipelines):
-        return
-    say("every member:")
-    for difference in shared:
-        say(f"  {difference}")
+        one.told = [difference.model_copy() for difference in shared]  # a run's own are filled in
+    if shared:
+        say("\n  ".join(["every member:", *map(str, shared)]))
 
 
 def _works(pipelines: list[Pipeline], options: Options) -> list[Work]:
     fitting = [one for one in pipelines if not one.outcome.problem]
     pipeline.need_judge(fitting)
-    left = [one for one in fitting if not one.is_evaluated()][options.max_runs or len(fitting) :]
-    for one in left:
+    works = {one: one.work() for one in fitting}
+    to_begin = [one for one in fitting if works[one].steps]
+    to_begin.sort(key=lambda one: one.has_failed())  # one that fails each time does not keep others waiting
+    for one in to_begin[options.max_runs or len(fitting) :]:
         one.outcome.steps["run"] = "left for later"
-    return [one.work() for one in fitting if one not in left]
+        del works[one]
+    return list(works.values())

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from qlora_recipes import pipeline
+from qlora_recipes import pipeline, sweep
 from qlora_recipes.errors import UserError
 from qlora_recipes.local import Local
 from qlora_recipes.places import Command, Outcome, Step, Work
@@ -46,6 +47,22 @@ def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(tmp_path: 
     assert "no recipe of that name" in log.read_text()
     assert (fine.outcome.steps, fine.outcome.problem) == ({"run": "done", "evaluate": "done"}, None)
     assert fine.outcome.run == tmp_path / "b"
+
+
+def test_what_failed_before_keeps_no_other_member_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "need_judge", Mock())
+
+    def member(name: str, steps: list[Step], failed: bool = False) -> Mock:
+        one = Mock(outcome=Outcome("recipe", name))
+        one.work.return_value = Work(one.outcome, iter(()), gpus=0, steps=steps)
+        one.has_failed.return_value = failed
+        return one
+
+    done, broken = member("done", []), member("broken", ["run"], failed=True)
+    members = [done, broken, member("queued", []), member("first", ["run"]), member("second", ["evaluate"])]
+    works = sweep._works(members, Mock(max_runs=1))
+    assert [work.outcome.member for work in works] == ["done", "queued", "first"]
+    assert broken.outcome.steps == {"run": "left for later"}
 
 
 def test_exit_codes() -> None:

@@ -179,7 +179,8 @@ def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
     tmp_path: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    request = Request(PAGED, profiles=[str(tiny_profile)], overrides=["fp16=true", "bf16=false"])
+    forced = ["bad-row:datasets.0.path"]  # not found a second time, when rows are not read
+    request = Request(PAGED, profiles=[str(tiny_profile)], overrides=["fp16=true", "bf16=false"], force=forced)
     folder = run.create(compose.compose(request), request, Path("runs"))
     said = finish(start(tmp_path, "resume", folder.path), code=2)
     assert "no NVIDIA GPU was found" in said

@@ -39,7 +39,7 @@ def submitted(place: Path, *arguments: str | Path) -> str:
 def wait_for(run: RunDir, holds: Callable[[rundir.Run], bool], seconds: float = 240) -> rundir.Run:
     deadline = time.monotonic() + seconds
     while not holds(record := run.read()):
-        place_module.queue.cache_clear()
+        place_module.forget_queue()
         said = [file.read_text(errors="replace")[-2000:] for file in run.path.glob("*.log")]
         assert time.monotonic() < deadline, (record.state, record.summary, *said)
         time.sleep(0.2)
@@ -49,12 +49,14 @@ def wait_for(run: RunDir, holds: Callable[[rundir.Run], bool], seconds: float = 
 def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     tmp_path: Path, tiny_profile: Path, slurm: Cluster
 ) -> None:
-    """One member is trained by an earlier command, whose job is held for a while, and one is requeued."""
+    """An earlier command trains one member, one is requeued, and all are held until there is no more to submit."""
     (tmp_path / "four.yaml").write_text(config.write_yaml({"_": MEMBERS}))
     queue = ("--on", "slurm", "--slurm", "gres=gpu:1")
-    rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, *queue)
-    earlier = submitted(tmp_path, "run", NAME, "--set", "lora_r=4", *rehearsed, "--slurm", "run.hold=")
-    alone = RunDir(tmp_path / earlier)
+    rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, *queue, "--slurm", "run.hold=")
+    alone = RunDir(tmp_path / submitted(tmp_path, "run", NAME, "--set", "lora_r=4", *rehearsed))
+    of_base_model = ("evaluate", alone.path, "--adapter", "none", "--bertscore", "none", *queue)
+    assert submitted(tmp_path, *of_base_model) == str(alone.path)
+    assert "that evaluation is queued" in finish(start(tmp_path, *of_base_model), code=2)
     command = ["sweep", NAME, "four.yaml", *rehearsed, "--bertscore", "none", "--json"]
     first = orjson.loads(submitted(tmp_path, *command))
     assert all("job" in step["run"] and step["evaluate"].startswith("queued (job") for step in first["steps"])
@@ -68,13 +70,12 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     again = orjson.loads(submitted(tmp_path, *command))  # nothing is submitted twice
     assert all("job" in step["run"] and "job" in step["evaluate"] for step in again["steps"])
     assert {run.path: {job.step: job.id for job in run.jobs()} for run in runs} == jobs
-    slurm.ask("scontrol", "release", jobs[alone.path]["run"])
+    slurm.ask("scontrol", "release", *{of_run["run"].partition("_")[0] for of_run in jobs.values()})
     requeued = next(run for run in runs if run.path != alone.path)
     wait_for(requeued, lambda record: bool(record.launches))
     slurm.ask("scontrol", "requeue", jobs[requeued.path]["run"])
-    submitted(tmp_path, "evaluate", alone.path, "--adapter", "none", "--bertscore", "none", *queue)
     slurm.wait_until_empty()
-    place_module.queue.cache_clear()
+    place_module.forget_queue()
     for run in runs:
         record = run.read()
         assert (record.state, len(record.launches)) == ("finished", 2 if run is requeued else 1)

@@ -217,5 +217,9 @@ def test_every_form_of_the_table(recipe: Recipe, tmp_path: Path) -> None:
     run = f"runs/{LLAMA_2}/a"
     expected = [row | {"run": row["run"] and run} for row in verdict.rows(STUDY, tmp_path / "runs", False)]
     assert orjson.loads(json.stdout) == expected
+    for form in forms:  # there is no rehearsal
+        none = recipe("results", "--study", "haider2024", "--rehearse", *form)
+        assert (none.returncode, none.stdout.strip()) == (0, "[]" if form == ("--json",) else "")
+        assert form == ("--json",) or "rehearsed yet" in none.stderr
     assert recipe("results", "--study", "other").returncode == 2
     assert recipe("results", "--study", "haider2024", "--by", "lang").returncode == 2
