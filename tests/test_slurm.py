@@ -52,7 +52,8 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     """An earlier command trains one member, one is requeued, and all are held until there is no more to submit."""
     (tmp_path / "four.yaml").write_text(config.write_yaml({"_": MEMBERS}))
     queue = ("--on", "slurm", "--slurm", "gres=gpu:1")
-    rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, *queue, "--slurm", "run.hold=")
+    rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--set", "num_epochs=1", *queue)
+    rehearsed += ("--slurm", "run.hold=")
     alone = RunDir(tmp_path / submitted(tmp_path, "run", NAME, "--set", "lora_r=4", *rehearsed))
     of_base_model = ("evaluate", alone.path, "--adapter", "none", "--bertscore", "none", *queue)
     assert submitted(tmp_path, *of_base_model) == str(alone.path)
