@@ -226,8 +226,8 @@ def _check_here(folder: RunDir, record: Run) -> None:
     found = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal, plan=True).findings
     visible = len([*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))]) or len(provenance.gpus())
     try:
-        there = {finding.name for finding in found}  # what was forced of the rows, or of another GPU, is not
-        check.refuse(found, [name for name in record.forced if name in there])
+        errors = {finding.name for finding in found if finding.level == "error"}
+        check.refuse(found, [name for name in record.forced if name in errors])  # not of the rows, or of another GPU
         if not record.rehearsal and record.gpus_used > max(visible, 1):
             raise UserError(f"{folder.path}: a run on {record.gpus_used} GPUs, and there are {visible} here")
     except UserError:
