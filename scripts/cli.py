@@ -463,9 +463,9 @@ def resume(
     from . import places
     from . import run as launcher
 
-    place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
-    if prepare and not place.here:
+    if prepare and on != "local":
         raise UserError("--prepare: is done here; jobs prepare by themselves")
+    place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
     if place.here:
         print(launcher.resume(run, runs, prepare).path)
     else:
@@ -659,11 +659,11 @@ def evaluate(
     from .progress import say
     from .rundir import find_run
 
+    if export_prompts and on != "local":
+        raise UserError("--export-prompts: needs no GPU, and is done here")
     request = evaluation.Request(data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer)
     folder = find_run(run, runs)
     place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
-    if export_prompts and not place.here:
-        raise UserError("--export-prompts: needs no GPU, and is done here")
     if not place.here:
         evaluation.submit(folder, request, runs, place)
         print(folder.path)

@@ -71,6 +71,11 @@ def find(composed: Config) -> Model:
     )
 
 
+def is_path(name: str) -> bool:
+    """Whether the name of a base model is that of a folder, there or not, and of no model of the hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def _known(name: str) -> dict[str, Any]:
     """What models.yaml says of a model, or of the one that it is a copy of."""
     mirrored: dict[str, Any] = next((known for known in catalogue().values() if known.get("mirror") == name), {})

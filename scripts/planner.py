@@ -77,11 +77,11 @@ class Planner:
         if rows > 1 and self._several:
             return self._several.usage(rows, length)
         shape = self._shape(rows, length)
-        of_shapes, name = self._kept.setdefault("usage", {}), "x".join(map(str, shape))
+        name = "x".join(map(str, shape))
         with suppress(KeyError, TypeError):  # not kept, or something else
-            return Usage(**of_shapes[name])
+            return Usage(**self._kept["usage"][name])
         found = traces.usage(self._traced(shape), shape)
-        self._kept["usage"][name], self._changed = asdict(found), True
+        self._kept.setdefault("usage", {})[name], self._changed = asdict(found), True
         return found
 
     def need(self, rows: int | None = None, length: int | None = None) -> float:
@@ -106,12 +106,13 @@ class Planner:
     def _traced(self, shape: Shape | None = None) -> Trace:
         """The trace from which the memory at a shape is told, by default the step's own."""
         shapes = self._shapes()
-        needed = set(shapes[:1] if self.alone and shape in (None, shapes[0]) else shapes)
+        if self.alone and shape in (None, shapes[0]):
+            shapes = shapes[:1]
         if self._trace is None:
             with suppress(KeyError, TypeError, ValueError):  # not kept, or something else
                 self._trace = Trace.of_json(self._kept["trace"])
-        if self._trace is None or not needed <= self._trace.steps.keys():
-            self._trace = self._trace_anew([one for one in shapes if one in needed])
+        if self._trace is None or not self._trace.steps.keys() >= set(shapes):
+            self._trace = self._trace_anew(shapes)
             self._kept, self._changed = {"trace": self._trace.as_json(), "usage": {}}, True
         return self._trace
 

@@ -497,7 +497,7 @@ def no_access(case: Case) -> Found:
         return  # what is in this project's cache is made when it is needed
     if Path(name).is_dir():
         yield "error", "base_model", f"{name} has no weights in it", "give a folder that save_pretrained wrote"
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif models.is_path(name):
         yield "error", "base_model", f"{name} does not exist", "give a folder or a model of the hub as owner/name"
     elif models.is_offline():
         yield level, "base_model", f"{name} is not in the hub's cache, and HF_HUB_OFFLINE is set", "fetch it first"
@@ -509,7 +509,7 @@ def no_access(case: Case) -> Found:
 def unknown_model(case: Case) -> Found:
     """Without a model's config.json and tokenizer some rules find nothing, which must not look as if all were well."""
     name = case["base_model"]
-    if not isinstance(name, str) or not re.fullmatch(r"[^./~][^/]*(/[^/]+)?", name) or case.model != models.Model():
+    if not isinstance(name, str) or not name or models.is_path(name) or case.model != models.Model():
         return
     problem = f"{name} is not on this machine, so its layers, context and special tokens are not checked"
     remedy = f"`hf download {name} --include config.json --include 'tokenizer*'` makes them known"

@@ -37,7 +37,7 @@ def queue(users: Iterable[str]) -> dict[tuple[str, str], str] | UserError:
     return _queue(frozenset(users), int(time.monotonic() / 60))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=16)  # runs in one folder can be of several users
 def _queue(users: frozenset[str], minute: int) -> dict[tuple[str, str], str] | UserError:
     # %i is a task's id, as 12_0; -r gives each task a line of its own; a script can have any name
     form = "--format=%i|%T|%r|%o"
@@ -259,30 +259,24 @@ class Batch:
         if not tasks:
             return None
         self.folder = self.folder or new_folder(self.runs / "slurm", self.title)
-        file = self.folder / f"{len(self.submitted) + 1}-{step}.sh"
+        file = (self.folder / f"{len(self.submitted) + 1}-{step}.sh").resolve()
         write_atomically(file, self.script(step, tasks, len(tasks)))
         waits = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
         options = self._options(step, len(tasks))  # once more: SBATCH_ variables are stronger than those in a script
         try:
-            job = _ask("sbatch", "--parsable", *options, *waits, str(file.resolve())).strip().partition(";")[0]
+            job = _ask("sbatch", "--parsable", *options, *waits, str(file)).strip().partition(";")[0]
         except UserError as error:
             queued = f"; job {', '.join(self.submitted)} is queued already" if self.submitted else ""
             raise WorkFailed(f"{error}{queued}; the same command goes on") from None
         self.submitted.append(job)
         say(f"job {job}: {_DOES[step]}, {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}; {file}")
         for i, task in enumerate(tasks):
-            noted = Job(
-                place="slurm",
-                id=f"{job}_{i}",
-                step=step,
-                user=getuser(),
-                script=str(file.resolve()),
-                words=task.words,
-            )
+            id_ = f"{job}_{i}"
+            noted = Job(place="slurm", id=id_, step=step, user=getuser(), script=str(file), words=task.words)
             for run in task.runs:
                 run.add_job(noted)
             if task.outcome:
-                task.outcome.steps[step] = f"queued (job {noted.id})"
+                task.outcome.steps[step] = f"queued (job {id_})"
         forget_queue()
         return job
 

@@ -36,6 +36,8 @@ MISTAKES = [
     ("run broken.yaml", "broken.yaml:3: not valid YAML"),
     ("run twice.yaml", "twice.yaml:3: not valid YAML: the key lora_r stands twice"),
     ("run list.yaml", "list.yaml: a config is a mapping"),
+    ("resume latest --on slurm --prepare", "--prepare: is done here"),
+    ("evaluate latest --on slurm --export-prompts f", "--export-prompts: needs no GPU, and is done here"),
     ("run typo.yaml --rehearse", "typo.yaml:64: error: weight_decai: no key of Axolotl's; did you mean weight_decay"),
     (f"run {NAME} --rehearse --set lora_rr=8", "--set lora_rr=8: error: lora_rr: no key of Axolotl's; did you mean"),
     (f"run {NAME} --rehearse --set lora_rr=8", "did you mean lora_r"),
