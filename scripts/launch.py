@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
-from . import provenance
+from . import config, provenance
 from .engines import CPU_RANKS
 from .errors import WorkFailed
 from .progress import TrainingProgress
@@ -37,6 +39,7 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     """
     if not record.launches:
         record.provenance = provenance.collect()  # of the machine that trains it
+    _drop_half_prepared(folder, record)
     command = _command(folder, record, checkpoint)
     resumed_from = checkpoint.name if checkpoint else None
     started = Launch(command=command, host=platform.node(), started=now(), resumed_from=resumed_from)
@@ -81,6 +84,7 @@ def preprocess(folder: RunDir, record: Run) -> None:
     Raises:
         WorkFailed: Axolotl failed, or was interrupted.
     """
+    _drop_half_prepared(folder, record)
     command = [_axolotl(), "preprocess", str(folder.config.resolve())]
     code, stopped = _launch(command, folder, record, folder.log)
     if stopped:
@@ -134,6 +138,20 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
     elif record.ranks == 1:  # with more in sight, transformers would use them all
         added["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     return trackers | os.environ | added
+
+
+def _drop_half_prepared(folder: RunDir, record: Run) -> None:
+    """Remove prepared rows that a killed process did not write to their end, which Axolotl would take for whole.
+
+    datasets writes dataset_info.json last. Whoever is writing holds Axolotl's lock (axolotl/utils/data/lock.py).
+    """
+    prepared = Path(record.cwd, str(config.read_yaml(folder.config).get("dataset_prepared_path")))
+    if not prepared.is_dir():
+        return
+    with suppress(Timeout), FileLock(prepared / "datasets_prep.lock", timeout=0):
+        for part in {shard.parent for shard in prepared.glob("*/data-*.arrow")}:
+            if not (part / "dataset_info.json").is_file():
+                shutil.rmtree(part)
 
 
 def _failed(folder: Path, log: Path) -> WorkFailed:

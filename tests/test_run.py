@@ -11,8 +11,9 @@ import orjson
 import psutil
 import pytest
 from conftest import finish, start
+from filelock import FileLock
 
-from qlora_recipes import compose, config, run, rundir
+from qlora_recipes import compose, config, launch, run, rundir
 from qlora_recipes.compose import Request
 from qlora_recipes.rundir import RunDir
 
@@ -173,6 +174,22 @@ def test_a_failing_axolotl_fails_the_run(place: Path, tiny_profile: Path) -> Non
     assert "Axolotl failed" in message
     (run,) = rundir.all_runs(place / "failing")
     assert run.read().state == "failed"
+
+
+def test_rows_that_a_killed_process_half_prepared_are_prepared_anew(tmp_path: Path) -> None:
+    half, whole = tmp_path / "prepared" / "half", tmp_path / "prepared" / "whole"
+    for part in (half, whole):
+        part.mkdir(parents=True)
+        (part / "data-00000-of-00001.arrow").touch()
+    (whole / "dataset_info.json").touch()
+    folder = RunDir(tmp_path)
+    folder.config.write_text("dataset_prepared_path: prepared\n")
+    record = rundir.Run(recipe="r", recipe_file="f", recipe_sha256="s", cwd=str(tmp_path))
+    with FileLock(tmp_path / "prepared" / "datasets_prep.lock"):  # of a process that is writing them
+        launch._drop_half_prepared(folder, record)
+        assert half.is_dir()
+    launch._drop_half_prepared(folder, record)
+    assert (half.is_dir(), whole.is_dir()) == (False, True)
 
 
 def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
