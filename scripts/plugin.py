@@ -19,7 +19,7 @@ from axolotl.integrations.base import BasePlugin
 from pynvml import NVMLError
 from transformers import TrainerCallback
 
-from . import ranks
+from . import eval_loss, ranks
 from .engines import CPU_RANKS, KEYS, engine_of
 
 GIB = 2**30
@@ -82,6 +82,10 @@ class RunPlugin(BasePlugin):
             if isinstance(module, Linear4bit):
                 module.support_avx512bf16_for_cpu = False
 
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Have evaluations measure a loss that does not depend on their batches."""
+        eval_loss.add_to(trainer)
+
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         """The callback that records and stops."""
         return [RunCallback(Path(cfg.output_dir).parent / "metrics.jsonl", trainer, self.engine)]
@@ -91,10 +95,10 @@ class RunCallback(TrainerCallback):
     """Appends a record to metrics.jsonl for each thing that the trainer logs.
 
     Fields: time (seconds since 1970), step, max_steps, epoch, and as the trainer logs them loss, eval_loss,
-    grad_norm, learning_rate; for training steps since the last record step_seconds (without evaluation
-    and saving), tokens (padding not counted) and tokens_per_second; memory in GiB, GPU utilization in percent,
-    and cpu_percent, the process's load since the last record, where 100 is one processor. Of several ranks the first
-    one writes; peak_gib_by_rank has the memory of each.
+    grad_norm, learning_rate; eval_loss_per_token, which the module `eval_loss` measures; for training steps since the
+    last record step_seconds (without evaluation and saving), tokens (padding not counted) and tokens_per_second; memory
+    in GiB, GPU utilization in percent, and cpu_percent, the process's load since the last record, where 100 is one
+    processor. Of several ranks the first one writes; peak_gib_by_rank has the memory of each.
 
     SIGTERM ends training after the step in hand, with a checkpoint; that of one rank is enough.
 
@@ -136,14 +140,15 @@ class RunCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Record what the trainer logs of a step or an evaluation."""
-        if not logs or not {"loss", "eval_loss"} & logs.keys():
+        if not logs or not {"loss", "eval_loss", eval_loss.NAME} & logs.keys():
             return
         usage = _usage()
         peaks = ranks.of_all(usage.get("memory_reserved_gib") or usage["rss_peak_gib"], args.device)
         if len(peaks) > 1:
             usage["peak_gib_by_rank"] = peaks
         record = {"epoch": state.epoch}
-        record |= {key: logs[key] for key in ("loss", "eval_loss", "grad_norm", "learning_rate") if key in logs}
+        kept = ("loss", "eval_loss", eval_loss.NAME, "grad_norm", "learning_rate")
+        record |= {key: logs[key] for key in kept if key in logs}
         if "loss" in logs:
             record["step_seconds"], self.step_seconds = self.step_seconds, 0.0
             if total := logs.get("tokens/total"):

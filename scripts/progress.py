@@ -78,8 +78,10 @@ class TrainingProgress(Bar):
         for line in filter(None, lines):
             self.position += len(line) + 1
             record = orjson.loads(line)
-            if "eval_loss" in record:
-                self.say(f"  step {record['step']}: eval loss {_number(record['eval_loss'], '.3f')}")
+            if "eval_loss" in record or "eval_loss_per_token" in record:
+                ours = "eval_loss_per_token" in record
+                name, key = ("eval loss", "eval_loss_per_token") if ours else ("Axolotl's eval loss", "eval_loss")
+                self.say(f"  step {record['step']}: {name} {_number(record[key], '.3f')}")
             elif "loss" in record:
                 note = f"loss {_number(record['loss'], '.3f')}  rate {_number(record.get('learning_rate'), '.2e')}"
                 self.update(record["step"], record["max_steps"], note)

@@ -1,6 +1,6 @@
 """The figures of a report: what Plotly draws, and the same in words for those who cannot see it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import batched, product
 from statistics import quantiles
@@ -80,9 +80,9 @@ def _style(i: int) -> dict[str, Any]:
     }
 
 
-def _curve(name: str, metrics: Metrics, value: Callable[[Row], float | None], i: int, points: bool = False) -> Trace:
+def _curve(name: str, metrics: Metrics, key: str, i: int, points: bool = False) -> Trace:
     """A value by step; where there are more than can be drawn, means over stretches of steps of the same length."""
-    known = [(record["step"], y) for record in metrics if (y := value(record)) is not None]
+    known = [(record["step"], y) for record in metrics if (y := record.get(key)) is not None]
     stretches = batched(known, max(-(-len(known) // MOST_POINTS), 1))
     means = [(stretch[-1][0], sum(y for _, y in stretch) / len(stretch)) for stretch in stretches]
     mode = "lines+markers" if points or len(means) < 2 else "lines"
@@ -103,10 +103,10 @@ def training(runs: dict[str, Metrics]) -> Iterator[Figure]:
     losses = []
     for i, (name, metrics) in enumerate(runs.items()):
         prefix = "" if alone else f"{name}, "
-        losses.append(_curve(f"{prefix}training", metrics, lambda record: record.get("loss"), i))
-        losses.append(
-            _curve(f"{prefix}validation", metrics, lambda record: record.get("eval_loss"), i + alone, points=True)
-        )
+        losses.append(_curve(f"{prefix}training", metrics, "loss", i))
+        per_token = any("eval_loss_per_token" in record for record in metrics)
+        title, key = ("validation", "eval_loss_per_token") if per_token else ("validation, by Axolotl", "eval_loss")
+        losses.append(_curve(f"{prefix}{title}", metrics, key, i + alone, points=True))
     thinned = any(len(metrics) > 2 * MOST_POINTS for metrics in runs.values())
     note = f"Long curves are drawn as at most {MOST_POINTS:,} means over steps." if thinned else ""
     step = {"title": {"text": "optimizer step"}, "rangemode": "tozero"}
@@ -114,7 +114,7 @@ def training(runs: dict[str, Metrics]) -> Iterator[Figure]:
 
     def panel(key: str, title: str, of: str, axis: dict[str, Any], note: str = "") -> Iterator[Figure]:
         steps = {name: [one for one in metrics if "loss" in one] for name, metrics in runs.items()}
-        curves = [_curve(name, metrics, lambda one: one.get(of), i) for i, (name, metrics) in enumerate(steps.items())]
+        curves = [_curve(name, metrics, of, i) for i, (name, metrics) in enumerate(steps.items())]
         if drawn := [one for one in curves if one["x"]]:
             yield Figure(key, title, drawn, step, axis, note)
 

@@ -69,7 +69,12 @@ class Launch(BaseModel):
 
 
 class Summary(BaseModel):
-    """What the metrics say of the training so far. Seconds and GiB; a loss that is no number is null."""
+    """What the metrics say of the training so far. Seconds and GiB; a loss that is no number is null.
+
+    Attributes:
+        eval_loss, eval_loss_first: Axolotl's own, a mean of the means of batches.
+        eval_loss_per_token, eval_loss_per_token_first: see the module `eval_loss`; runs made before it have none.
+    """
 
     step: int = 0
     max_steps: int | None = None
@@ -77,6 +82,8 @@ class Summary(BaseModel):
     loss: float | None = None
     eval_loss_first: float | None = None
     eval_loss: float | None = None
+    eval_loss_per_token_first: float | None = None
+    eval_loss_per_token: float | None = None
     train_seconds: float = 0.0
     tokens_per_second: float | None = None
     peak_memory: float | None = None
@@ -252,7 +259,7 @@ class RunDir:
         for line in filter(None, lines):
             try:
                 record = orjson.loads(line)
-                kind = 0 if "loss" in record else 1 if "eval_loss" in record else 2  # in their order at a step
+                kind = 0 if "loss" in record else 1 if is_evaluation(record) else 2  # in their order at a step
                 records[record["step"], kind] = record
             except (orjson.JSONDecodeError, TypeError, KeyError):
                 continue  # the last line of a killed process
@@ -327,6 +334,11 @@ def find_run(name: str, runs: Path = RUNS) -> RunDir:
     raise UserError(f"{name}: no run of that name below {runs}/; `recipe results` lists the runs")
 
 
+def is_evaluation(record: dict[str, Any]) -> bool:
+    """Whether a metrics record is of an evaluation; of rows too few for a packed batch Axolotl logs no loss."""
+    return "eval_loss" in record or "eval_loss_per_token" in record
+
+
 def summarise(metrics: list[dict[str, Any]]) -> Summary:
     """The summary of a run's metrics."""
     summary = Summary()
@@ -342,10 +354,11 @@ def summarise(metrics: list[dict[str, Any]]) -> Summary:
         if record.get("tokens"):
             tokens += record["tokens"]
             token_seconds += seconds
-        if "eval_loss" in record:
-            summary.eval_loss = eval_loss = record["eval_loss"]
+        if is_evaluation(record):
+            summary.eval_loss, summary.eval_loss_per_token = map(record.get, ("eval_loss", "eval_loss_per_token"))
             if evaluations == 0:
-                summary.eval_loss_first = eval_loss
+                summary.eval_loss_first = summary.eval_loss
+                summary.eval_loss_per_token_first = summary.eval_loss_per_token
             evaluations += 1
         for key, kind in (("memory_reserved_gib", "GPU, reserved"), ("rss_peak_gib", "resident")):
             if key in record and (summary.memory_kind in (None, kind)):

@@ -20,6 +20,7 @@ from datasets.utils.logging import disable_progress_bar
 from . import datafiles
 from .config import Config
 from .errors import UserError
+from .eval_loss import MASKED
 from .files import json_rows
 from .finding import Finding, Level
 from .installed import capabilities
@@ -30,7 +31,6 @@ disable_progress_bar()
 # Axolotl tokenizes in a process that it forks, which would outlive a killed command, and hold the locks it inherited
 os.register_at_fork(after_in_child=end_with_parent)
 
-MASKED = -100  # the label of a token without loss
 _NO_LIMIT = 2**24  # tokens
 
 

@@ -26,6 +26,7 @@ ENGINES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"
 KILLED = ("ddp", "zero3")  # of these a rank is killed, the others are asked to stop
 STEPS = 8
 CLOSE = 1e-2
+ODD = "test_datasets.0.split=train[:7]"  # rows for evaluation, which no two ranks can share evenly
 
 
 class DdpAtMost(RunPlugin):
@@ -47,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rehearsal(profile: Path, runs: str, *more: str) -> list[str | Path]:
     """The arguments of a run whose losses fall visibly, and depend on nothing random."""
     # the learning rate of a model without knowledge; dropout would differ from rank to rank
-    settings = ("num_epochs=1", "saves_per_epoch=4", "learning_rate=0.02", "lora_dropout=0", "bf16=false")
+    settings = ("num_epochs=1", "saves_per_epoch=4", "learning_rate=0.02", "lora_dropout=0", "bf16=false", ODD)
     sets = (word for setting in settings for word in ("--set", setting))
     return ["run", NAME, "--profile", "rehearsal", "--profile", profile, *sets, "--runs", runs, *more]
 
@@ -111,9 +112,12 @@ def test_every_engine_trains_like_one_process(alone: RunDir, divided: tuple[str,
     assert record.summary.engine == ENGINES[profile]  # told by the objects that divide it, and checked as it began
     assert len(record.summary.peak_memory_by_rank or []) == 2
     assert record.summary.peak_memory == max(record.summary.peak_memory_by_rank or [])
-    for kind in ("loss", "eval_loss"):
+    for kind in ("loss", "eval_loss_per_token"):
         expected, found = losses(alone, kind), losses(run, kind)
         assert {step: found[step] for step in expected} == pytest.approx(expected, abs=CLOSE)
+    before = [losses(one, "eval_loss_per_token")[0] for one in (alone, run)]
+    assert before[0] == pytest.approx(before[1], abs=1e-4)
+    assert abs(losses(alone, "eval_loss")[0] - losses(run, "eval_loss")[0]) > 1e-4  # Axolotl's own
     assert max(losses(alone, "loss").values()) - min(losses(alone, "loss").values()) > 5 * CLOSE
     changed = {difference.key: (difference.run, difference.why) for difference in record.differences}
     assert changed["gradient_accumulation_steps"] == (2, "--gpus 2: steps of as many rows as on one")
