@@ -6,11 +6,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from . import config, datafiles, models, paths, schema, study, tables
+from . import config, datafiles, models, paths, results, schema, study, tables
 from .compose import PLUGIN
 from .data import MANIFEST
 from .evaluations import Evaluation
-from .files import read_json, sha256
+from .files import embedding_rows, read_json, sha256
 from .rundir import Run, RunDir
 from .templating import environment
 
@@ -48,7 +48,7 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
         shown["plugins"] = plugins
     other_data = run.rehearsal or any(re.match(r"datasets\..*path$", changed.key) for changed in run.differences)
     data = None if of_study is None or other_data else of_study.data
-    published = of_study.aimed_at(run.origin) if of_study and not run.rehearsal else None
+    published = results.aim(run)
     of_run = run.model_dump()
     of_run["differences"] = [changed for changed in of_run["differences"] if not _NOT_SHOWN.match(changed["key"])]
     of_run["overrides"] = [override for override in run.overrides if not _NOT_SHOWN.match(override)]
@@ -69,6 +69,7 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
         "data": data,
         "instruction": _instruction(run) or (data.instruction if data else "..."),
         "published": published.model_dump() if published else {},
+        "embedding_rows": embedding_rows(folder.output / ADAPTER),
         "config_sha256": sha256(folder.config),
         "adapter_sha256": sha256(folder.output / ADAPTER),
     }

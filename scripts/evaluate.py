@@ -92,7 +92,7 @@ class Task:
         file = request.data or usual
         if file is None:
             raise UserError(f"{folder.path}: no test.jsonl lies beside its training data; name one with --data")
-        every = _read_rows(file)
+        every = _read_rows(file, self.cfg)
         limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
         self.rows = every[:limit]
         decoding = of_study.decoding if of_study else Decoding(max_new_tokens=96)
@@ -196,7 +196,7 @@ def submit(folder: RunDir, request: Request, runs: Path, place: Place) -> None:
     if not folder.job_state("run"):
         Task(folder, request)
     elif request.data:
-        _read_rows(request.data)  # what else `Task` asks for is not there yet
+        _read_rows(request.data, config.read_yaml(folder.config))  # what else `Task` asks for is not there yet
     evaluation = command(folder, request, runs)
     if job := folder.job_state("evaluate", evaluation.words):
         raise UserError(f"{folder.path}: that evaluation is {job}; `recipe cancel {folder.path}` ends that")
@@ -239,16 +239,16 @@ def export_prompts(folder: RunDir, request: Request, file: Path) -> int:
         from .generate import Prompter
 
         prompter = Prompter(task.settings, task.cfg, folder.output)
-        prompts = prompter.prompts(task.rows)
-        texts = prompter.tokenizer.batch_decode(prompts, skip_special_tokens=False)
+        examples = prompter.examples(task.rows)
+        texts = prompter.tokenizer.batch_decode([one.prompt for one in examples], skip_special_tokens=False)
     write_rows(
         file,
         (
-            _as_row(i, row) | {"prompt": text, "prompt_token_ids": ids}
-            for i, (row, text, ids) in enumerate(zip(task.rows, texts, prompts, strict=True))
+            _as_row(i, row, one.reference) | {"prompt": text, "prompt_token_ids": one.prompt}
+            for i, (row, text, one) in enumerate(zip(task.rows, texts, examples, strict=True))
         ),
     )
-    return len(prompts)
+    return len(examples)
 
 
 def _cache(request: Request, run: Run) -> Literal["static", "dynamic"]:
@@ -287,20 +287,21 @@ def _test_set(file: Path, digest: str) -> str | None:
     return next((name for name, made in sets.items() if made["sha256"] == digest), None)
 
 
-def _read_rows(file: Path) -> list[dict[str, Any]]:
-    """The prepared rows of a file."""
+def _read_rows(file: Path, cfg: config.Config) -> list[dict[str, Any]]:
+    """The rows of a file, of the type that a config trains on."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; `recipe data prepare` writes test.jsonl")
     with file.open("rb") as lines:
-        rows = list(json_rows(lines, file, ("output",)))
+        kinds = [dataset.get("type") for _, dataset in datafiles.datasets(cfg, "datasets")]
+        rows = list(json_rows(lines, file, ("output",) if datafiles.is_alpaca(kinds[0]) else ()))
     if not rows:
         raise UserError(f"{file}: no rows to evaluate")
     return rows
 
 
-def _as_row(i: int, row: dict[str, Any]) -> Row:
+def _as_row(i: int, row: dict[str, Any], reference: str) -> Row:
     """A test row as predictions.jsonl has it: its number, its reference, and its place and language where known."""
-    return {"row": i} | {key: row[key] for key in ("idx", "lang") if key in row} | {"reference": row["output"]}
+    return {"row": i} | {key: row[key] for key in ("idx", "lang") if key in row} | {"reference": reference}
 
 
 def _predict(task: Task) -> dict[int, Row]:
@@ -319,22 +320,22 @@ def _predict(task: Task) -> dict[int, Row]:
         from .generate import Generator
 
         generator = Generator(settings, task.cfg, task.folder.output)
-        prompts = generator.prompts(rows)
+        examples = generator.examples(rows)
         with Bar("evaluating", len(rows)) as bar, part.open("ab") as stream:
             bar.update(len(done))
-            lengths = [len(prompt) + settings.decoding.max_new_tokens for prompt in prompts]
+            lengths = [len(one.prompt) + settings.decoding.max_new_tokens for one in examples]
             for number, (room, batch) in enumerate(batches(lengths, settings.batch_size)):
                 if all(i in done for i in batch):
                     continue
                 try:
-                    texts = generator.generate([prompts[i] for i in batch], number, room)
+                    texts = generator.generate([examples[i].prompt for i in batch], number, room)
                 except torch.OutOfMemoryError:
                     raise WorkFailed(
                         f"{len(batch)} rows of up to {room} tokens do not fit the GPU's memory; --batch-size "
                         f"{max(len(batch) // 2, 1)} takes fewer"
                     ) from None
                 for i, text in zip(batch, texts, strict=True):
-                    done[i] = _as_row(i, rows[i]) | {"prediction": text}
+                    done[i] = _as_row(i, rows[i], examples[i].reference) | {"prediction": text}
                 stream.write(b"".join(orjson.dumps(done[i]) + b"\n" for i in batch))
                 stream.flush()
                 bar.update(len(done))

@@ -51,8 +51,10 @@ def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) 
             row = orjson.loads(line)
         except orjson.JSONDecodeError as error:
             raise UserError(f"{where}:{number}: not a JSON row: {error.msg}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}:{number}: not a JSON row: a row is a mapping of fields to values")
         for name in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(name), str):
+            if not isinstance(row.get(name), str):
                 raise UserError(f"{where}:{number}: a row needs the text field {name}")
         yield row
 
@@ -70,6 +72,22 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in a safetensors file by name, from its header; none where it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            header = orjson.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, OverflowError, MemoryError, AttributeError, TypeError, KeyError):
+        return {}
+
+
+def embedding_rows(adapter: Path) -> int | None:
+    """The rows of the embedding that an adapter's file brings with it; None where it has none."""
+    shapes = tensor_shapes(adapter)
+    return next((shape[0] for name, shape in shapes.items() if name.endswith("embed_tokens.weight")), None)
 
 
 def write_atomically(file: Path, text: str) -> None:

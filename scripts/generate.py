@@ -1,6 +1,7 @@
 """Generating text with a run's base model and adapter, from the very prompts that it was trained on."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +13,39 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedModel,
     StaticCache,
     set_seed,
 )
 from transformers.utils.logging import disable_progress_bar
 
 from .config import Config
-from .tokens import MASKED, tokenize
+from .datafiles import is_alpaca
+from .errors import UserError
+from .eval_loss import MASKED
+from .files import embedding_rows
+from .tokens import tokenize
 
 if TYPE_CHECKING:
     from .evaluations import Settings
 
 disable_progress_bar()
 
+_LOSS_ON_ANSWERS = {  # of a data set of chats, which can have it elsewhere
+    "roles_to_train": ["assistant"],
+    "train_on_eos": "turn",
+    "message_field_training": None,
+    "message_field_training_detail": None,
+}
 NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # Axolotl's defaults for qlora
+
+
+@dataclass
+class Example:
+    """A test row: the tokens that the model is given, and the text that it should answer with."""
+
+    prompt: list[int]
+    reference: str
 
 
 class Prompter:
@@ -43,18 +63,65 @@ class Prompter:
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, padding_side="left")
         self.config = AutoConfig.from_pretrained(settings.base_model, revision=self.revision)
 
-    def prompts(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
-        """The tokens that stand before each row's answer, as Axolotl's own code writes them in training.
+    def examples(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
+        """Each row's prompt, as Axolotl's own code writes it in training, and its reference.
 
-        They are what it masks from the loss; for this it is told to mask the prompt even where the
-        training did not. A prompt that leaves no room for an answer in the model's context loses its end.
+        The answer is the last stretch of tokens that carry loss, so in a chat the assistant's last turn; all before it
+        is the prompt, with the turns before whole. For this Axolotl is asked to have loss on just the answers, whatever
+        the training had it on. A prompt that leaves no room for an answer in the model's context is cut: by Axolotl at
+        its end, where that writes prompt and answer apart, else at its beginning.
+
+        Raises:
+            UserError: Axolotl cannot tokenize the rows, or one has nothing to answer or nothing to answer to.
         """
         longest = self.config.max_position_embeddings - self.settings.decoding.max_new_tokens
         cfg = DictDefault(self.cfg | {"train_on_inputs": False})
-        return [
-            [token for token, label in zip(row.ids, row.labels, strict=True) if label == MASKED]
-            for row in tokenize(cfg, cfg.datasets[0], self.tokenizer, rows, longest)
-        ]
+        dataset = DictDefault({**cfg.datasets[0], **_LOSS_ON_ANSWERS})  # its | would keep the values that are there
+        try:
+            tokenized = tokenize(cfg, dataset, self.tokenizer, rows, longest)
+        except Exception as error:  # a strategy can raise anything
+            problem = f"Axolotl cannot tokenize these rows as {dataset.type}: {type(error).__name__}: {error}"
+            raise UserError(f"{self.settings.data}: {problem}") from None
+        if len(tokenized) != len(rows):
+            problem = f"Axolotl makes {len(tokenized)} training rows of {len(rows)} ({dataset.type})"
+            raise UserError(f"{self.settings.data}: {problem}; they cannot be evaluated")
+        examples = []
+        for number, (row, tokens) in enumerate(zip(rows, tokenized, strict=True), start=1):
+            start, end = answer_of(tokens.labels)
+            if not 0 < start < end:
+                problem = (
+                    "has no answer that Axolotl would train on" if start == end else "is an answer without a prompt"
+                )
+                raise UserError(
+                    f"{self.settings.data}: row {number} {problem} ({dataset.type}); it cannot be evaluated"
+                )
+            own = row.get("output") if is_alpaca(dataset.type) else None  # as it was written, not as it was tokenized
+            trained = str(self.tokenizer.decode(tokens.ids[start:end], skip_special_tokens=True)).strip()
+            examples.append(Example(tokens.ids[:start][-longest:], trained if own is None else own))
+        return examples
+
+
+def answer_of(labels: Sequence[int]) -> tuple[int, int]:
+    """Where the last stretch of tokens that carry loss begins and ends; of none, both are 0."""
+    end = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != MASKED), 0)
+    start = next((i for i in range(end, 0, -1) if labels[i - 1] == MASKED), 0)
+    return start, end
+
+
+def grow_embedding(model: PreTrainedModel, tokens: int, adapter: str | None) -> None:
+    """Give a base model's embedding the rows that it was trained with, if it has fewer.
+
+    For tokens that a config adds to the tokenizer Axolotl adds rows (loaders/model.py), which PEFT saves with the
+    adapter, and misses when it loads that.
+
+    Args:
+        model: the base model.
+        tokens: those of the training's tokenizer.
+        adapter: the adapter's folder; None where it is not to be loaded.
+    """
+    saved = embedding_rows(Path(adapter) / "adapter_model.safetensors") if adapter else None
+    if (rows := saved or tokens) > len(model.get_input_embeddings().weight):
+        model.resize_token_embeddings(rows)
 
 
 class Generator(Prompter):
@@ -77,6 +144,7 @@ class Generator(Prompter):
             attn_implementation=cfg.get("attn_implementation"),
         )
         self.model.generation_config = self._decoding()
+        grow_embedding(self.model, len(self.tokenizer), settings.adapter if settings.adapter_sha256 else None)
         if settings.adapter_sha256:
             from peft import PeftModel
 

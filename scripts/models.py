@@ -28,6 +28,7 @@ class Model:
         layers: how many layers its decoder has.
         linear: the names of the linear layers in each of them that LoRA can adapt.
         special_tokens: a regular expression for its tokenizer's special tokens.
+        pad_token: the padding token that its tokenizer names.
         chat: whether it was trained to follow a chat template.
     """
 
@@ -38,6 +39,7 @@ class Model:
     layers: int | None = None
     linear: tuple[str, ...] | None = None
     special_tokens: str | None = None
+    pad_token: str | None = None
     chat: bool | None = None
 
 
@@ -67,8 +69,14 @@ def find(composed: Config) -> Model:
         layers=layers if isinstance(layers, int) else None,
         linear=LINEAR_LAYERS if str(sizes.get("model_type")) in _SAME_LAYERS else None,
         special_tokens=tokens,
+        pad_token=_pad_token(folder),
         chat=known.get("chat", False) if known else None,
     )
+
+
+def is_copy(name: Any, of: Any) -> bool:
+    """Whether two names are of the same model, as far as that is known by name."""
+    return name == of or (name is not None and name == catalogue().get(str(of), {}).get("mirror"))
 
 
 def is_path(name: str) -> bool:
@@ -113,6 +121,12 @@ def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
 
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
+
+
+def _pad_token(folder: Path | None) -> str | None:
+    named = read_json(folder / "tokenizer_config.json").get("pad_token") if folder else None
+    token = named.get("content") if isinstance(named, dict) else named
+    return token if isinstance(token, str) else None
 
 
 def _special_tokens(tokenizer: dict[str, Any]) -> str | None:

@@ -64,4 +64,4 @@ def _diffs(made: Member, settings: Settings) -> tuple[list[str], str]:
     if sha256(file) != settings.data_sha256:
         return [], f"The diffs are not shown: {name} is not what was evaluated (its SHA-256 is another)."
     with file.open("rb") as lines:
-        return [str(row.get("input", "")) for row in json_rows(lines, file, ("output",))], ""
+        return [str(row.get("input", "")) for row in json_rows(lines, file, ())], ""

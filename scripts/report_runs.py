@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from . import config, paths, results, schema, study, tables
+from . import config, paths, results, schema, tables
 from .errors import UserError
 from .evaluations import BASE_MODEL, Evaluation, read_predictions, read_scores
 from .files import sha256
@@ -85,8 +85,10 @@ def tiles(one: Member) -> Iterator[tuple[str, Any, str]]:
     row, summary = results.row(one.folder, one.run), one.run.summary
     epochs = f"{summary.epoch:.2f} epochs" if summary.epoch else ""
     yield "State", one.run.state, f"step {summary.step} of {summary.max_steps or '?'}; {epochs}".removesuffix("; ")
-    if summary.eval_loss is not None:
-        yield "Validation loss", summary.eval_loss, f"from {tables.text_of(summary.eval_loss_first)}"
+    if row["eval_loss"] is not None:
+        yield "Validation loss", row["eval_loss"], f"from {tables.text_of(row['eval_loss_first'])}"
+    elif summary.eval_loss is not None:
+        yield results.AXOLOTL_EVAL_LOSS, summary.eval_loss, f"from {tables.text_of(summary.eval_loss_first)}"
     elif summary.loss is not None:
         yield "Training loss", summary.loss, "of the last step"
     if one.evaluation:
@@ -122,6 +124,7 @@ def overview(one: Member) -> Row:
         "steps": f"{row['step']} of {row['steps'] or '?'}",
         "eval loss, first": row["eval_loss_first"],
         "last": row["eval_loss"],
+        results.AXOLOTL_EVAL_LOSS: row["eval_loss_axolotl"] if row["eval_loss"] is None else None,
         "BLEU-4": row["bleu4"],
         "peak GiB": row["peak_memory_gib"],
         "of": row["memory_kind"],
@@ -141,8 +144,7 @@ def scores(found: Sequence[Member]) -> list[Row]:
         base = read_scores(one.folder.path / "evaluations" / BASE_MODEL)
         if base and alike(one, base):
             columns[f"{one.label}: base model alone"] = _column(base)
-        of_study = study.of(one.run.recipe)
-        if of_study and results.comparable(one.evaluation, one.run) and (aim := of_study.aimed_at(one.run.recipe)):
+        if results.comparable(one.evaluation, one.run) and (aim := results.aim(one.run)):
             published: dict[str, str | None] = {}
             for key in ("bleu4", "bertscore_f1"):
                 published[SCORES[key]] = tables.text_of(getattr(aim, key))

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import study, tables
+from . import models, study, tables
 from .errors import UserError
 from .evaluations import BASE_MODEL, Evaluation, read_scores
 from .progress import say
 from .rundir import Run, RunDir, all_runs
 
+AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown of runs that were made before there was one per token
 REHEARSALS = "Rehearsals (small stand-in model and sample; not comparable with any published score)"
 
 
@@ -24,8 +25,7 @@ def readable(folders: Sequence[RunDir]) -> Iterator[tuple[RunDir, Run]]:
 
 def row(folder: RunDir, run: Run) -> dict[str, Any]:
     """What one run is and reached. Rehearsals are not compared with published scores."""
-    of_study = study.of(run.origin)
-    published = of_study.aimed_at(run.origin) if of_study and not run.rehearsal else None
+    published = aim(run)
     own = evaluation(folder.path, run)
     base = read_scores(folder.path / "evaluations" / BASE_MODEL)
     if own and base and any(getattr(own.settings, key) != getattr(base.settings, key) for key in _ALIKE):
@@ -49,8 +49,9 @@ def row(folder: RunDir, run: Run) -> dict[str, Any]:
         "jobs": "; ".join(jobs) or None,
         "step": summary.step,
         "steps": summary.max_steps,
-        "eval_loss_first": summary.eval_loss_first,
-        "eval_loss": summary.eval_loss,
+        "eval_loss_first": summary.eval_loss_per_token_first,
+        "eval_loss": summary.eval_loss_per_token,
+        "eval_loss_axolotl": summary.eval_loss,
         "rows_evaluated": scores.get("rows"),
         "test_set": own.settings.test_set if own else None,
         "bleu4": bleu4,
@@ -62,10 +63,23 @@ def row(folder: RunDir, run: Run) -> dict[str, Any]:
         "sacrebleu": scores.get("sacrebleu"),
         "peak_memory_gib": summary.peak_memory,
         "memory_kind": summary.memory_kind,
+        "other_base_model": None if run.rehearsal else other_model(run),
         "tokens_per_second": summary.tokens_per_second,
         "train_seconds": summary.train_seconds,
         "changed_keys": ", ".join(changed),
     }
+
+
+def aim(run: Run) -> study.Scores | None:
+    """The published scores that a run tries for; a rehearsal, or a run on another base model, tries for none."""
+    of_study = study.of(run.origin)
+    return of_study.aimed_at(run.origin) if of_study and not run.rehearsal and not other_model(run) else None
+
+
+def other_model(run: Run) -> str | None:
+    """The base model of a run that is not its recipe's, nor a copy of that on the hub."""
+    changed = next((difference for difference in run.differences if difference.key == "base_model"), None)
+    return str(changed.run) if changed and not models.is_copy(changed.run, changed.recipe) else None
 
 
 _REHEARSED = ("profile rehearsal", "rehearsal: ")  # what every rehearsal changes
@@ -83,7 +97,7 @@ def evaluation(folder: Path, run: Run) -> Evaluation | None:
 def comparable(scored: Evaluation, run: Run) -> bool:
     """Whether an evaluation is of a finished run, on just the rows of its study's published scores, decoded its way."""
     of_study, made = study.of(run.origin), scored.settings
-    if of_study is None or run.rehearsal or run.state != "finished" or made.limit is not None:
+    if of_study is None or run.rehearsal or other_model(run) or run.state != "finished" or made.limit is not None:
         return False
     return made.test_set == of_study.data.scored_on and made.decoding == of_study.decoding
 
@@ -102,6 +116,7 @@ def _short(full: dict[str, Any]) -> dict[str, Any]:
         "jobs": full["jobs"],
         "step": step,
         "eval loss": losses,
+        AXOLOTL_EVAL_LOSS: None if losses else full["eval_loss_axolotl"],
         "BLEU-4": full["bleu4"],
         "base model": full["bleu4_base_model"],
     }
@@ -130,9 +145,8 @@ def show(runs: Path, form: str) -> None:
         rehearsals = [_short(r) for r in rows if r["rehearsal"]]
         if real:
             tables.write(real, form, "Runs")
-            of_studies = {
-                id(s): s for s in (study.of(r["variant_of"] or r["recipe"]) for r in rows if not r["rehearsal"]) if s
-            }
+            comparable_ones = (r for r in rows if not r["rehearsal"] and not r["other_base_model"])
+            of_studies = {id(s): s for r in comparable_ones if (s := study.of(r["variant_of"] or r["recipe"]))}
             for of_study in of_studies.values():
                 tables.write(baselines(of_study), form, "To compare with")
         if rehearsals:

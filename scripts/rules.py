@@ -405,7 +405,8 @@ def beyond_context(case: Case) -> Found:
 def missing_special_token(case: Case) -> Found:
     """Axolotl adds it to the tokenizer and a row to the embedding, which LoRA does not train (loaders/tokenizer.py).
 
-    A padding token carries no loss, so that its untrained row does not matter, but the saved model has another size.
+    A padding token carries no loss, so that its untrained row does not matter, but whoever loads the adapter has to
+    add the row too; PEFT fails otherwise (seen).
     """
     tokens = case["special_tokens"] or {}
     trained = {"embed_tokens", "lm_head"} <= set(case["lora_modules_to_save"] or [])
@@ -413,8 +414,18 @@ def missing_special_token(case: Case) -> Found:
     for name, token in tokens.items():
         if known and isinstance(token, str) and not re.fullmatch(known, token) and not trained:
             level: Level = "warning" if name == "pad_token" else "error"
-            remedy = "name one that it has, or set lora_modules_to_save: [embed_tokens, lm_head]"
-            yield level, f"special_tokens.{name}", f"{token} is no special token of this model", remedy
+            problem = (
+                f"{token} is no special token of this model: Axolotl adds it, and a row to an embedding that has no "
+                "spare one, which is saved with the adapter and has to be added to the base model to load that"
+            )
+            own = case.model.pad_token if name == "pad_token" else None
+            remedy = f"name one that it has{f', as its own {own}' if own else ''}"
+            if level == "error":
+                problem, remedy = f"{problem}; LoRA does not train it", f"{remedy}, or set {_TRAINED_EMBEDDING}"
+            yield level, f"special_tokens.{name}", problem, remedy
+
+
+_TRAINED_EMBEDDING = "lora_modules_to_save: [embed_tokens, lm_head]"
 
 
 @_rule

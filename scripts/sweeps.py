@@ -1,6 +1,7 @@
 """Sweeps: the members of one, the record that it leaves, and how its members compare."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from . import config, intervals, lora, models, paths, results
 from .config import Config
 from .errors import UserError, did_you_mean
-from .files import write_atomically
+from .files import tensor_shapes, write_atomically
 from .rundir import Run, RunDir, all_runs, now
 
 PAIRED, NAME = "_", "name"
@@ -239,13 +240,12 @@ def _row(name: str, members: Sequence[Member], of_runs: Sequence[tuple[RunDir, R
 
 def _parameters(folder: RunDir, run: Run) -> tuple[int | None, int | None]:
     """What a run trained, counted in its adapter, and its base model's parameters; None where they are not told."""
-    from safetensors import safe_open
-
-    trainable = total = None
+    total = None
     cfg: Config = config.read_yaml(folder.config)
-    with suppress(OSError), safe_open(folder.output / "adapter_model.safetensors", "np") as adapter:
-        shapes = [adapter.get_slice(key).get_shape() for key in adapter.keys()]  # noqa: SIM118 - it is no mapping, and cannot be iterated over
-        trainable = sum(rows * columns for rows, columns in shapes)
+    shapes = tensor_shapes(folder.output / "adapter_model.safetensors")
+    saved = cfg.get("lora_modules_to_save") or []  # an embedding that only grew is in the file and was not trained
+    trained = [name for name in shapes if "lora_" in name or any(f".{module}." in name for module in saved)]
+    trainable = sum(math.prod(shapes[name]) for name in trained) or None
     with suppress(UserError):
         local = Path(run.cwd, str(cfg.get("base_model")))
         named = cfg | {"base_model": str(local)} if local.is_dir() else cfg

@@ -18,8 +18,9 @@ def rows(
 ) -> list[dict[str, Any]]:
     """For each of a study's recipes the run that speaks for it, or none, and how its score compares.
 
-    The run is the newest that was evaluated; a finished one, and one without overrides, is preferred. Rehearsals are
-    never mixed with real runs, and compared with nothing; a recipe that has none has no row among them.
+    The run is the newest that was evaluated; a finished one, and one without overrides, is preferred. A run on another
+    base model speaks for no recipe. Rehearsals are never mixed with real runs, and compared with nothing; a recipe that
+    has none has no row among them.
 
     Args:
         of_study: the study.
@@ -30,7 +31,7 @@ def rows(
     by_recipe: dict[str, list[tuple[RunDir, Run]]] = {}
     for folder, run in results.readable(all_runs(runs)):
         chosen_one = speakers is None or run.recipe not in speakers or speakers[run.recipe] == folder.path
-        if run.rehearsal == rehearsal and chosen_one:
+        if run.rehearsal == rehearsal and chosen_one and (rehearsal or not results.other_model(run)):
             by_recipe.setdefault(run.recipe, []).append((folder, run))
     found = []
     for recipe in [*of_study.published, *of_study.beside]:

@@ -163,7 +163,7 @@ def test_splits_can_be_prepared_one_after_the_other(tmp_path: Path) -> None:
         ("msg-train.jsonl", [row(), {"patch": PATCH}], r"msg-train\.jsonl:2: a row needs the text field msg"),
         ("msg-train.jsonl", [row(), row(patch=3)], r"msg-train\.jsonl:2: a row needs the text field patch"),
         ("msg-train.jsonl", [b'{"msg": "a'], r"msg-train\.jsonl:1: not a JSON row"),
-        ("msg-train.jsonl", [b"[1]"], r"msg-train\.jsonl:1: a row needs the text field patch"),
+        ("msg-train.jsonl", [b"[1]"], r"msg-train\.jsonl:1: not a JSON row: a row is a mapping"),
         ("msg-train.jsonl", [b"\xff\xfe"], r"msg-train\.jsonl:1: not a JSON row"),
         ("msg-train.jsonl", [], r"msg-train\.jsonl: the file is empty"),
         ("msg-train.jsonl", [row(" ")], r"no row is left to write; .*empty msg"),

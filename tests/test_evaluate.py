@@ -120,7 +120,7 @@ def generator(run: RunDir) -> Callable[..., "Generator"]:
 
 def generated(generator: "Generator", rows: list[dict[str, Any]], most: int) -> list[str]:
     """A prediction for each row, in the batches of an evaluation."""
-    prompts = generator.prompts(rows)
+    prompts = [example.prompt for example in generator.examples(rows)]
     done: dict[int, str] = {}
     for number, (room, batch) in enumerate(evaluate.batches([len(prompt) + 8 for prompt in prompts], most)):
         done |= zip(batch, generator.generate([prompts[i] for i in batch], number, room), strict=True)
@@ -237,37 +237,105 @@ def test_exported_prompts_are_those_that_are_generated_from(run: RunDir, tmp_pat
     rows = [orjson.loads(line) for line in file.read_bytes().splitlines()]
     task = evaluate.Task(run, evaluate.Request(adapter="none", limit=5))
     prompter = Prompter(task.settings, task.cfg, run.output)
-    assert [row["prompt_token_ids"] for row in rows] == prompter.prompts(task.rows)
+    assert [row["prompt_token_ids"] for row in rows] == [one.prompt for one in prompter.examples(task.rows)]
     assert [row["reference"] for row in rows] == [row["output"] for row in task.rows]
     for row in rows:
         assert row["prompt"].startswith("<s>Below is an instruction") and row["prompt"].endswith("### Response:\n")
         assert prompter.tokenizer.encode(row["prompt"], add_special_tokens=False) == row["prompt_token_ids"]
 
 
+def turns(*pairs: str) -> dict[str, Any]:
+    """A chat of user and assistant, by turns; a system message comes first where it is an odd number."""
+    roles = ["system"] * (len(pairs) % 2) + ["user", "assistant"] * (len(pairs) // 2)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, pairs, strict=True)]}
+
+
+ALPACA = [{"instruction": "Add.", "input": "1 + 1", "output": " 2\n"}, {"instruction": "Wait.", "output": "I do."}]
+CHATS = [
+    turns("Is 1 odd?", "Yes."),
+    turns("Is 1 odd?", "Yes.", "And 2?", "No, even."),
+    turns("You are terse.", "Is 3 odd?", "Yes.", "And 4?", "No."),
+]
+SEGMENTS = [
+    {"segments": [{"label": False, "text": "<s>Q: 1 + 1\n"}, {"label": True, "text": "A: 2</s>"}]},
+    {"segments": [{"label": False, "text": "<s>Q: 1\n"}, {"label": True, "text": "A: 1</s>"},
+                  {"label": False, "text": "Q: 2\n"}, {"label": True, "text": "A: 2</s>"}]},
+]  # fmt: skip
+OWN = {"field_instruction": "question", "field_output": "answer"} | dict.fromkeys(
+    ("format", "no_input_format"), "Q: {instruction}\nA: "
+)
+ROW_TYPES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], list[str]]] = {
+    "alpaca": ({"type": "alpaca"}, ALPACA, [" 2\n", "I do."]),
+    "input_output": ({"type": "input_output"}, SEGMENTS, ["A: 2", "A: 2"]),
+    "chatml": ({"type": "chat_template", "chat_template": "chatml"}, CHATS, ["Yes.", "No, even.", "No."]),
+    "llama3": ({"type": "chat_template", "chat_template": "llama3"}, CHATS, ["Yes.", "No, even.", "No."]),
+    "chats with loss on the first answer alone": (
+        {"type": "chat_template", "chat_template": "chatml", "roles_to_train": ["user"], "train_on_eos": "all"},
+        CHATS,
+        ["Yes.", "No, even.", "No."],
+    ),
+    "own": ({"type": OWN}, [{"question": "1 + 1?", "answer": "Two."}], ["Two."]),
+}
+
+
 @pytest.mark.parametrize("on_inputs", [False, True])
-def test_prompts_are_those_of_the_training(run: RunDir, sample: Path, tmp_path: Path, on_inputs: bool) -> None:
+@pytest.mark.parametrize("kind", ROW_TYPES)
+def test_prompt_and_answer_are_what_was_trained(run: RunDir, tmp_path: Path, kind: str, on_inputs: bool) -> None:
     from axolotl.common.datasets import load_datasets
-    from axolotl.utils.config import normalize_config, validate_config
-    from axolotl.utils.dict import DictDefault
 
-    from qlora_recipes.generate import Generator
+    from qlora_recipes.generate import Prompter
+    from qlora_recipes.tokens import Tokenizer
 
+    dataset, rows, references = ROW_TYPES[kind]
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     cfg = config.read_yaml(run.config) | {"train_on_inputs": on_inputs, "dataset_prepared_path": str(tmp_path / "p")}
-    settings = settings_of(cfg)
-    rows = [orjson.loads(line) for line in (sample / "train.jsonl").read_bytes().splitlines()][:64]
-    prompts = Generator(settings, cfg, run.output).prompts(rows)
+    cfg |= {"datasets": [{"path": str(file), **dataset}], "test_datasets": None, "evals_per_epoch": None}
+    prompter = Prompter(settings_of(cfg), cfg, run.output)
+    examples = prompter.examples(rows)
+    assert [example.reference for example in examples] == references
 
-    capabilities = {"bf16": True, "fp8": False, "tf32": False, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_80"}
-    checked = validate_config(DictDefault(cfg), capabilities, {"torch_version": "2.14.1"})
-    normalize_config(checked)
-    trained = load_datasets(cfg=checked).train_dataset
-    by_prompt = {tuple(prompt): row["output"] for prompt, row in zip(prompts, rows, strict=True)}
+    trained = load_datasets(cfg=Tokenizer({k: v for k, v in cfg.items() if v is not None}).cfg).train_dataset
     assert len(trained) == len(rows)
-    tokenizer = Generator(settings, cfg, run.output).tokenizer
-    for ids in trained["input_ids"]:
-        ((prompt, answer),) = [(p, a) for p, a in by_prompt.items() if tuple(ids[: len(p)]) == p]
-        assert tokenizer.decode(ids[len(prompt) :]) == answer + "</s>"
-        assert ids[0] == tokenizer.bos_token_id
+    left = [list(ids) for ids in trained["input_ids"]]  # in an order of their own
+    for row, example in sorted(zip(rows, examples, strict=True), key=lambda pair: -len(pair[1].prompt)):
+        (ids,) = (ids for ids in left if ids[: len(example.prompt)] == example.prompt)
+        left.remove(ids)
+        prompt, answer = (prompter.tokenizer.decode(part) for part in (example.prompt, ids[len(example.prompt) :]))
+        assert answer.strip().startswith(example.reference.strip())
+        assert answer.count("</s>") <= 1
+        for turn in row.get("messages", [])[:-1]:
+            assert prompt.count(turn["content"]) >= 1  # the turns before are whole
+        if kind in ("chatml", "llama3"):
+            assert prompt == rendered(kind, row["messages"][:-1])
+
+
+def rendered(template: str, messages: list[dict[str, str]]) -> str:
+    """A chat as its template writes it, up to where the assistant is to answer."""
+    from axolotl.utils.chat_templates import get_chat_template
+    from jinja2 import Environment
+
+    text = get_chat_template(template)
+    return Environment().from_string(text).render(messages=messages, add_generation_prompt=True, bos_token="<s>")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "row", "says"),
+    [
+        ({"type": "completion"}, {"text": "All of it."}, "is an answer without a prompt"),
+        ({"type": "chat_template", "chat_template": "chatml"}, {"messages": [{"role": "user", "content": "?"}]},
+         "has no answer"),
+        ({"type": "chat_template", "chat_template": "chatml"}, {"chat": []}, "Axolotl cannot tokenize these rows"),
+    ],
+)  # fmt: skip
+def test_rows_without_prompt_or_answer_are_refused(
+    run: RunDir, dataset: dict[str, Any], row: dict[str, Any], says: str
+) -> None:
+    from qlora_recipes.generate import Prompter
+
+    cfg = config.read_yaml(run.config) | {"datasets": [{"path": "x.jsonl", **dataset}]}
+    with pytest.raises(UserError, match=says):
+        Prompter(settings_of(cfg), cfg, run.output).examples([row])
 
 
 def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run: RunDir) -> None:
@@ -277,9 +345,9 @@ def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run: RunDir) -> Non
     settings = settings_of(cfg)
     patch = "+".join(f"line {i}" for i in range(40))
     generator = Generator(settings, cfg, run.output)
-    (prompt,) = generator.prompts([{"instruction": "Review.", "input": patch, "output": "Fine."}])
-    assert len(prompt) > 64
-    assert patch in generator.tokenizer.decode(prompt)
+    (example,) = generator.examples([{"instruction": "Review.", "input": patch, "output": "Fine."}])
+    assert len(example.prompt) > 64
+    assert patch in generator.tokenizer.decode(example.prompt)
 
 
 @pytest.mark.parametrize(

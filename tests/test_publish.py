@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
@@ -26,6 +26,9 @@ from qlora_recipes.errors import UserError, WorkFailed
 from qlora_recipes.files import sha256
 from qlora_recipes.rundir import DataFile, Difference, Launch, Run, RunDir, Summary
 from qlora_recipes.study import Decoding
+
+if TYPE_CHECKING:
+    from qlora_recipes.generate import Generator
 
 RECIPE = "haider2024/llama-3-8b"
 BASE = "meta-llama/Meta-Llama-3-8B"
@@ -561,8 +564,9 @@ def test_a_merge_that_fails_shows_the_end_of_its_log(
     assert not list(run.path.glob(".merge-*"))
 
 
+@pytest.mark.parametrize("pad_token", ["</s>", "<|a token that the model lacks|>"])
 def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
-    tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path
+    tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path, pad_token: str
 ) -> None:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -570,13 +574,15 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run = RunDir(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tiny, pad_token=pad_token)
     base = AutoModelForCausalLM.from_pretrained(tiny)
+    base.resize_token_embeddings(len(tokenizer))  # as Axolotl does
     layers = ["q_proj", "k_proj", "v_proj", "o_proj"]
     # weights that are not zero at the start, as lora_B otherwise is
     get_peft_model(base, LoraConfig(target_modules=layers, init_lora_weights=False)).save_pretrained(run.output)
-    AutoTokenizer.from_pretrained(tiny, pad_token="</s>").save_pretrained(run.output)
+    tokenizer.save_pretrained(run.output)
     cfg = config.merge(recipe_config("haider2024/llama-2-7b"), config.read_yaml(tiny_profile))
-    cfg = config.merge(cfg, {"bf16": False, "special_tokens": {"pad_token": "</s>"}, "output_dir": "elsewhere"})
+    cfg = config.merge(cfg, {"bf16": False, "special_tokens": {"pad_token": pad_token}, "output_dir": "elsewhere"})
     run.config.write_text(config.write_yaml(cfg))
     data = [DataFile(path=str(sample / "train.jsonl"), sha256=sha256(sample / "train.jsonl"), bytes=9)]
     run.write(record(tmp_path, recipe="haider2024/llama-2-7b", rehearsal=True, data=data, cwd=str(tmp_path)))
@@ -585,6 +591,7 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
 
     ids = torch.arange(5, 50)[None]
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    plain.resize_token_embeddings(len(tokenizer))
     with torch.inference_mode():
         of_base = plain(ids).logits
         for name, module in plain.named_modules():
@@ -597,7 +604,7 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
         merged = AutoModelForCausalLM.from_pretrained(run.output / "merged", dtype=torch.float32)(ids).logits
     assert (merged - expected).abs().max() < 1e-2
     assert (expected - of_base).abs().max() > 0.1
-    assert AutoTokenizer.from_pretrained(run.output / "merged").pad_token == "</s>"
+    assert AutoTokenizer.from_pretrained(run.output / "merged").pad_token == pad_token
 
     # the cards' own instructions work, and prompt as the training did
     row = orjson.loads((sample / "train.jsonl").read_bytes().splitlines()[0])
@@ -609,12 +616,32 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
         assert printed.getvalue().strip()
         assert scope["inputs"]["input_ids"][0].tolist() == prompt(run, cfg, row | {"input": scope["patch"]})
 
+    # and so does an evaluation, with the adapter and without
+    for adapter in (run.output, None):
+        of_adapter = generator(run, cfg, adapter)
+        answers = of_adapter.generate([[1, 50, 60], [1, 50, 60, 70, 80]], 0, 256)  # the first one is padded
+        assert answers == [of_adapter.generate([ids], 0, 256)[0] for ids in ([1, 50, 60], [1, 50, 60, 70, 80])]
+        assert of_adapter.model.get_input_embeddings().num_embeddings == len(tokenizer)
+
+
+def settings(run: RunDir, cfg: config.Config, **changes: Any) -> evaluations.Settings:
+    """Those of an evaluation of the run."""
+    evaluated(run, base_model=cfg["base_model"])
+    scores = evaluations.read_scores(run.path)
+    assert scores
+    return scores.settings.model_copy(update=changes)
+
 
 def prompt(run: RunDir, cfg: config.Config, row: dict[str, Any]) -> list[int]:
     """The tokens of a row's prompt as an evaluation of the run makes them."""
     from qlora_recipes.generate import Prompter
 
-    evaluated(run, base_model=cfg["base_model"])
-    scores = evaluations.read_scores(run.path)
-    assert scores
-    return Prompter(scores.settings, cfg, run.output).prompts([row])[0]
+    return Prompter(settings(run, cfg), cfg, run.output).examples([row])[0].prompt
+
+
+def generator(run: RunDir, cfg: config.Config, adapter: Path | None) -> "Generator":
+    """What an evaluation generates with."""
+    from qlora_recipes.generate import Generator
+
+    of_adapter = {"adapter": str(adapter), "adapter_sha256": "9" * 64 if adapter else None, "dtype": "float32"}
+    return Generator(settings(run, cfg, **of_adapter), cfg, run.output)

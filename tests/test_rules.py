@@ -286,7 +286,9 @@ def test_a_local_model_is_judged_by_its_own_files(tiny: Path) -> None:
     assert found(local) == []
     assert [f.name for f in found(local | {"sequence_len": 2049})] == ["beyond-context:sequence_len"]
     pad = {"special_tokens": {"pad_token": "<|im_end|>"}}
-    assert [f.name for f in found(local | pad)] == ["missing-special-token:special_tokens.pad_token"]
+    (adds,) = found(local | pad)
+    assert adds.name == "missing-special-token:special_tokens.pad_token"
+    assert "a row to an embedding that has no spare one" in adds.problem
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import orjson
 import pytest
 from conftest import Recipe, recipe_config
 
-from qlora_recipes import config, paths, study, verdict
+from qlora_recipes import card, config, evaluations, paths, report_runs, results, study, verdict
 from qlora_recipes.evaluations import Evaluation, Settings
 from qlora_recipes.rundir import Difference, Launch, Run, RunDir, Summary
 
@@ -87,6 +87,32 @@ def test_the_verdict(tmp_path: Path, bleu4: float, within: float, expected: str)
     assert printed == pytest.approx(100 * (bleu4 / 4.28 - 1))
     assert recomputed == pytest.approx(100 * (bleu4 / 5.47 - 1))
     assert (row["peak_gpu_memory_gib"], row["gpu_hours"]) == (7.5, 2.5)
+
+
+@pytest.mark.parametrize("model", ["HuggingFaceTB/SmolLM2-135M", "/models/Llama-2-7b-hf", "NousResearch/Llama-2-7b-hf"])
+def test_only_a_run_on_the_recipes_model_or_its_mirror_is_set_beside_published_scores(
+    tmp_path: Path, recipe: Recipe, model: str
+) -> None:
+    folder = a_run(tmp_path / "runs", LLAMA_2, "a", 5.0)
+    run = folder.read()
+    run.differences = [
+        Difference(key="base_model", recipe="meta-llama/Llama-2-7b-hf", run=model, why="--set base_model")
+    ]
+    folder.write(run)
+    (folder.output / card.ADAPTER).parent.mkdir()
+    (folder.output / card.ADAPTER).write_bytes(b"")
+    same = model.startswith("NousResearch")
+    listed, (member,) = results.row(folder, run), report_runs.members([folder])
+    assert listed["bleu4"] == 5.0
+    assert (listed["bleu4_published"], listed["other_base_model"]) == ((5.02, None) if same else (None, model))
+    assert row_of(tmp_path / "runs")["run"] == (str(folder.path) if same else None)
+    texts = [
+        recipe("results").stdout,
+        card.card(folder, run, evaluations.read_scores(folder.path), False, None),
+        str(report_runs.scores([member])),
+        str(list(report_runs.tiles(member))),
+    ]
+    assert [any(score in text for score in ("5.02", "4.28", "5.47")) for text in texts] == [same] * len(texts)
 
 
 @pytest.mark.parametrize(
