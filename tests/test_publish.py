@@ -80,7 +80,8 @@ def record(tmp_path: Path, **changes: Any) -> Run:
             "cwd": str(tmp_path / "work"),
             "launches": [Launch(command=["/home/someone/axolotl"], started="2026-01-01T00:00:00+00:00")],
             "summary": Summary(
-                step=70, max_steps=70, epoch=2.0, loss=1.5, eval_loss_first=2.5, eval_loss=1.25, train_seconds=7200,
+                step=70, max_steps=70, epoch=2.0, loss=1.5, eval_loss_first=2.6, eval_loss=1.3, train_seconds=7200,
+                eval_loss_per_token_first=2.5, eval_loss_per_token=1.25,
                 tokens_per_second=1234.5, peak_memory=13.2, memory_kind="GPU, reserved",
             ),
             "provenance": {

@@ -77,7 +77,8 @@ def a_run(
             on_cpu if rehearsal else on_gpu
         )
         if step % 10 == 0:
-            records.append(record | {"eval_loss": 4 * math.exp(-step / 60) + data.random() / 10})
+            loss = 4 * math.exp(-step / 60) + data.random() / 10
+            records.append(record | {"eval_loss": loss + 0.1, "eval_loss_per_token": loss})
         if step:
             loss = 4 * math.exp(-step / 50) + data.random() / 5
             more_of = {"loss": loss, "grad_norm": 1 + data.random(), "learning_rate": 2e-4 * (1 - step / 31)}

@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 import pytest
 
-from qlora_recipes import rundir
+from qlora_recipes import results, rundir
 from qlora_recipes.errors import UserError
 from qlora_recipes.progress import TrainingProgress
 from qlora_recipes.rundir import Run, RunDir
@@ -53,9 +53,9 @@ def test_a_loss_that_is_no_number_is_shown_and_kept_as_such(tmp_path: Path, caps
     progress = TrainingProgress(run.metrics)
     nothing = float("nan")
     records: list[dict[str, Any]] = [
-        {"step": 0, "max_steps": 1, "eval_loss": 2.0},
+        {"step": 0, "max_steps": 1, "eval_loss": 2.0, "eval_loss_per_token": 2.1},
         {"step": 1, "max_steps": 1, "loss": nothing, "learning_rate": 0.1},
-        {"step": 1, "max_steps": 1, "eval_loss": nothing},
+        {"step": 1, "max_steps": 1, "eval_loss": nothing, "eval_loss_per_token": nothing},
     ]
     write_metrics(run, *map(orjson.dumps, records))
     progress.read()
@@ -63,6 +63,19 @@ def test_a_loss_that_is_no_number_is_shown_and_kept_as_such(tmp_path: Path, caps
     assert progress.note == "loss nan  rate 1.00e-01"
     summary = rundir.summarise(run.read_metrics())
     assert (summary.eval_loss_first, summary.eval_loss) == (2.0, None)
+    assert (summary.eval_loss_per_token_first, summary.eval_loss_per_token) == (2.1, None)
+
+
+def test_the_loss_of_a_run_that_has_axolotls_alone_bears_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = a_run(tmp_path / "r")
+    progress = TrainingProgress(run.metrics)
+    write_metrics(run, b'{"step":0,"max_steps":1,"eval_loss":2.0}')
+    progress.read()
+    assert "step 0: Axolotl's eval loss 2.000" in capsys.readouterr().err
+    listed = results.row(run, run.read())
+    assert (listed["eval_loss"], listed["eval_loss_axolotl"]) == (None, 2.0)
 
 
 def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:

@@ -136,10 +136,13 @@ def a_sweep(runs: Path, finished: dict[str, list[tuple[float, float, float]]], s
         for seed, (bleu4, loss, memory) in enumerate(of_seeds):
             digest = f"{name}-{seed}"
             members.append(Member(name=name, values={"lora_r": 8 << i}, seed=seed if seeds else None, digest=digest))
-            summary = Summary(eval_loss=loss, peak_memory=memory, memory_kind="GPU, reserved", train_seconds=60)
+            summary = Summary(
+                eval_loss_per_token=loss, peak_memory=memory, memory_kind="GPU, reserved", train_seconds=60
+            )
             folder = a_run(runs, BASE, f"2026-{digest}", bleu4, digest=digest, summary=summary)
             folder.output.mkdir()
-            weights = {"a": np.zeros((8 << i, 10), np.float32), "b": np.zeros((20, 8 << i), np.float32)}
+            weights = {"lora_A": np.zeros((8 << i, 10), np.float32), "lora_B": np.zeros((20, 8 << i), np.float32)}
+            weights["embed_tokens.weight"] = np.zeros((100, 10), np.float32)  # grown, but not trained
             save_file(weights, folder.output / "adapter_model.safetensors")
     return Sweep(name="ranks", recipe=BASE, rehearsal=False, keys=["lora_r"], members=members)
 
