@@ -20,7 +20,7 @@ from . import config, provenance
 from .engines import CPU_RANKS
 from .errors import WorkFailed
 from .progress import TrainingProgress
-from .rundir import Launch, Run, RunDir, now, summarise, this_job
+from .rundir import Ended, Launch, Run, RunDir, State, now, summarise, this_job
 
 LAST_SECONDS = 15  # that ranks have to end by themselves once one of them has failed
 
@@ -46,23 +46,41 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     record.launches.append(started)
     record.state = "running"
     folder.write(record)
+    written = folder.metrics.stat().st_size if folder.metrics.exists() else 0
     code, stopped = _launch(command, folder, record, folder.log, lock)
-    metrics = folder.read_metrics()
-    record.summary = summarise(metrics)
+    ended = summarise(folder.read_metrics(since=written)).ended  # an earlier launch may have got further than this one
+    record.summary = summarise(folder.read_metrics())
+    record.summary.ended = ended
     started.ended, started.exit_code = now(), code
-    complete = bool(metrics) and record.summary.step == record.summary.max_steps
-    if code in (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT) or (stopped and not complete):
-        record.state = "interrupted"
-    elif code == 0 and (folder.output / "adapter_model.safetensors").is_file():
-        record.state = "finished"
-    else:
-        record.state = "failed"
+    record.state = _state(code, stopped, ended, (folder.output / "adapter_model.safetensors").is_file())
     folder.write(record)
     if record.state == "interrupted":
         again = f"recipe resume {folder.path}" + (" --on slurm" if this_job(os.environ) else "")
         raise WorkFailed(f"{folder.path}: interrupted; `{again}` goes on")
+    if record.state == "failed" and ended == "callback":
+        where = f"step {record.summary.step} of {record.summary.max_steps}"
+        raise WorkFailed(f"{folder.path}: a callback stopped the training at {where}; {folder.log} says why")
     if record.state == "failed":
         raise _failed(folder.path, folder.log)
+
+
+def _state(code: int, stopped: bool, ended: Ended | None, has_adapter: bool) -> State:
+    """The state of a run whose training process has exited.
+
+    On SIGINT, Axolotl saves the adapter as it is and exits with code 0, and the training has no recorded end.
+
+    Args:
+        code: the exit code of the process.
+        stopped: whether `recipe` was asked to stop.
+        ended: how the training ended, as the process recorded it.
+        has_adapter: whether there is an adapter in the output folder.
+    """
+    trained = ended in ("complete", "early stopping")
+    if code == 0 and trained and has_adapter:
+        return "finished"
+    killed = code in (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
+    left_off = not trained and (stopped or (code == 0 and ended is None and has_adapter))
+    return "interrupted" if killed or ended == "signal" or left_off else "failed"
 
 
 def follow(folder: RunDir) -> None:

@@ -17,10 +17,11 @@ import psutil
 import torch
 from axolotl.integrations.base import BasePlugin
 from pynvml import NVMLError
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from . import eval_loss, ranks
 from .engines import CPU_RANKS, KEYS, engine_of
+from .rundir import Ended
 
 GIB = 2**30
 
@@ -98,7 +99,8 @@ class RunCallback(TrainerCallback):
     grad_norm, learning_rate; eval_loss_per_token, which the module `eval_loss` measures; for training steps since the
     last record step_seconds (without evaluation and saving), tokens (padding not counted) and tokens_per_second; memory
     in GiB, GPU utilization in percent, and cpu_percent, the process's load since the last record, where 100 is one
-    processor. Of several ranks the first one writes; peak_gib_by_rank has the memory of each.
+    processor. Of several ranks the first one writes; peak_gib_by_rank has the memory of each. The last record has
+    `ended`, see `rundir.Ended`.
 
     SIGTERM ends training after the step in hand, with a checkpoint; that of one rank is enough.
 
@@ -110,7 +112,7 @@ class RunCallback(TrainerCallback):
 
     def __init__(self, file: Path, trainer: Any, engine: str | None):
         self.file, self.trainer, self.engine = file, trainer, engine
-        self.stop = False
+        self.stop = self.stopped = False
         self.step_started = self.step_seconds = 0.0
         self.tokens_seen: int | None = 0
         self.process = psutil.Process()
@@ -136,7 +138,7 @@ class RunCallback(TrainerCallback):
         """Stop the clock, and the training where that was asked for."""
         self.step_seconds += time.perf_counter() - self.step_started
         if any(ranks.of_all(self.stop, args.device)):
-            control.should_training_stop = control.should_save = True
+            self.stopped = control.should_training_stop = control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Record what the trainer logs of a step or an evaluation."""
@@ -159,8 +161,17 @@ class RunCallback(TrainerCallback):
         self._append(state, record | usage | {"cpu_percent": self.process.cpu_percent()})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the last step, which the trainer may not have logged."""
-        self._append(state, {})
+        """Record the last step, which the trainer may not have logged, and why it was the last."""
+        self._append(state, {"ended": self._how_it_ended(state, control)})
+
+    def _how_it_ended(self, state: Any, control: Any) -> Ended:
+        """How the training ended. Unstopped, it is complete, even if packing took fewer steps than planned."""
+        if state.global_step >= state.max_steps or not control.should_training_stop:
+            return "complete"
+        callbacks = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+        if any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in callbacks):
+            return "early stopping"
+        return "signal" if self.stopped else "callback"
 
     def _append(self, state: Any, record: dict[str, Any]) -> None:
         if not state.is_world_process_zero:

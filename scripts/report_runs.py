@@ -84,7 +84,9 @@ def tiles(one: Member) -> Iterator[tuple[str, Any, str]]:
     """What one looks for first in a run: a name, a value, and what there is to say of it."""
     row, summary = results.row(one.folder, one.run), one.run.summary
     epochs = f"{summary.epoch:.2f} epochs" if summary.epoch else ""
-    yield "State", one.run.state, f"step {summary.step} of {summary.max_steps or '?'}; {epochs}".removesuffix("; ")
+    early = "early stopping" if summary.ended == "early stopping" else ""
+    of_all = f"step {summary.step} of {summary.max_steps or '?'}"
+    yield "State", one.run.state, "; ".join(filter(None, (of_all, epochs, early)))
     if row["eval_loss"] is not None:
         yield "Validation loss", row["eval_loss"], f"from {tables.text_of(row['eval_loss_first'])}"
     elif summary.eval_loss is not None:

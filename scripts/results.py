@@ -49,6 +49,7 @@ def row(folder: RunDir, run: Run) -> dict[str, Any]:
         "jobs": "; ".join(jobs) or None,
         "step": summary.step,
         "steps": summary.max_steps,
+        "ended": summary.ended,
         "eval_loss_first": summary.eval_loss_per_token_first,
         "eval_loss": summary.eval_loss_per_token,
         "eval_loss_axolotl": summary.eval_loss,
@@ -105,6 +106,8 @@ def comparable(scored: Evaluation, run: Run) -> bool:
 def _short(full: dict[str, Any]) -> dict[str, Any]:
     """The columns of a row that fit a terminal."""
     step = f"{full['step']}/{full['steps'] or '?'}"
+    if full["ended"] == "early stopping":
+        step += ", early stopping"
     minutes = full["train_seconds"] / 60
     losses = None
     if full["eval_loss"] is not None:

@@ -17,6 +17,9 @@ from .paths import RUNS
 
 UNKNOWN = "not known: its queue does not answer"
 State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
+Ended = Literal["complete", "early stopping", "signal", "callback"]
+"""How a training ended: with its last step, or before it, stopped by what this says; callback is any other of Axolotl's
+callbacks, such as its loss watchdog."""
 
 
 def now() -> str:
@@ -90,6 +93,7 @@ class Summary(BaseModel):
     memory_kind: str | None = None
     engine: str | None = None  # what divided the training among ranks, told by Axolotl's own objects
     peak_memory_by_rank: list[float] | None = None
+    ended: Ended | None = None  # None also of a training that was killed, or is from before this was recorded
 
 
 class Run(BaseModel):
@@ -249,10 +253,14 @@ class RunDir:
             return False
         return False
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl by step. Steps that a resumed run did again count once, the last time."""
+    def read_metrics(self, since: int = 0) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl by step. Steps that a resumed run did again count once, the last time.
+
+        Args:
+            since: pass over so many bytes, which an earlier launch wrote.
+        """
         try:
-            lines = self.metrics.read_bytes().split(b"\n")
+            lines = self.metrics.read_bytes()[since:].split(b"\n")
         except OSError:
             return []
         records: dict[tuple[int, int], dict[str, Any]] = {}
@@ -368,6 +376,7 @@ def summarise(metrics: list[dict[str, Any]]) -> Summary:
             summary.peak_memory_by_rank = [max(both) for both in zip(peaks, before, strict=True)]
             summary.peak_memory = max(*peaks, summary.peak_memory or 0)
         summary.engine = record.get("engine", summary.engine)
+        summary.ended = record.get("ended")  # of the last record
     if token_seconds:
         summary.tokens_per_second = tokens / token_seconds
     return summary

@@ -66,6 +66,16 @@ def kill_child(process: "subprocess.Popen[str]") -> None:
     child.kill()
 
 
+def terminate_child(process: "subprocess.Popen[str]") -> None:
+    (child,) = psutil.Process(process.pid).children()
+    child.terminate()
+
+
+def interrupt_child(process: "subprocess.Popen[str]") -> None:
+    (child,) = psutil.Process(process.pid).children()
+    child.send_signal(signal.SIGINT)
+
+
 def kill_both(process: "subprocess.Popen[str]") -> None:
     (child,) = psutil.Process(process.pid).children()
     process.kill()
@@ -80,7 +90,7 @@ def cancel(process: "subprocess.Popen[str]") -> None:
     assert f"process {process.pid} is asked to stop" in finish(start(folder, "cancel", folder))
 
 
-@pytest.mark.parametrize("stop", [kill_child, kill_both, cancel])
+@pytest.mark.parametrize("stop", [kill_child, terminate_child, interrupt_child, kill_both, cancel])
 def test_a_stopped_run_goes_on_to_the_same_adapter(
     place: Path, tiny_profile: Path, undisturbed: RunDir, stop: Callable[["subprocess.Popen[str]"], None]
 ) -> None:
@@ -91,7 +101,7 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(
     assert 5 <= done[-1] < 16
     assert run.read().summary.step == done[-1]
     assert "Starting trainer" in run.log.read_text()
-    if stop is cancel:
+    if stop in (terminate_child, cancel):
         assert run.last_checkpoint() == run.output / f"checkpoint-{done[-1]}"
 
     resumed = finish(start(place, "resume", "latest", "--runs", stop.__name__))
@@ -165,6 +175,39 @@ def test_the_eight_bit_recipe_from_run_to_results(place: Path, tiny_profile: Pat
     assert row["bleu4_difference"] is None  # the first five rows compare with nothing
     for form in ("--csv", "--md"):
         assert EIGHT_BIT in finish(start(place, "results", form, "--runs", "r"))
+
+
+def test_early_stopping_finishes_a_run_and_is_named(place: Path, tiny_profile: Path) -> None:
+    settings = ("learning_rate=1e-30", "early_stopping_patience=1", "evals_per_epoch=null", "saves_per_epoch=null")
+    sets = [word for one in (*settings, "eval_steps=2", "save_steps=2") for word in ("--set", one)]
+    name = finish(start(place, "run", PAGED, "--profile", tiny_profile, *sets, "--runs", "early"))
+    record = RunDir(place / name).read()
+    assert (record.state, record.summary.ended) == ("finished", "early stopping")
+    assert record.summary.step == 4
+    assert "4/16, early stopping" in finish(start(place, "results", "--md", "--runs", "early"))
+
+
+@pytest.mark.parametrize(
+    ("code", "stopped", "ended", "has_adapter", "state"),
+    [
+        (0, False, "complete", True, "finished"),
+        (0, True, "complete", True, "finished"),  # asked to stop at its last step
+        (0, False, "complete", False, "failed"),
+        (1, False, "complete", True, "failed"),
+        (-signal.SIGKILL, False, "complete", True, "interrupted"),  # while it saved the adapter
+        (0, False, "early stopping", True, "finished"),
+        (0, False, "signal", True, "interrupted"),
+        (1, False, "signal", True, "interrupted"),  # to torchrun, which then exits with 1
+        (0, False, "callback", True, "failed"),
+        (0, False, None, True, "interrupted"),  # by SIGINT
+        (1, True, None, False, "interrupted"),
+        (1, False, None, False, "failed"),
+    ],
+)
+def test_a_run_is_finished_only_when_its_training_says_so(
+    code: int, stopped: bool, ended: rundir.Ended | None, has_adapter: bool, state: str
+) -> None:
+    assert launch._state(code, stopped, ended, has_adapter) == state
 
 
 def test_a_failing_axolotl_fails_the_run(place: Path, tiny_profile: Path) -> None:
