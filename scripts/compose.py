@@ -17,6 +17,7 @@ from .rundir import DataFile, Difference, RunDir
 REHEARSAL = "rehearsal"
 TRACKERS = {"tensorboard", "trackio", "mlflow", "wandb"}  # profiles that change nothing of the training
 PLUGIN = "qlora_recipes.plugin.RunPlugin"
+AUTO_RESUME = "auto_resume_from_checkpoints"
 
 
 @dataclass
@@ -149,13 +150,14 @@ def launched(composed: Composed, folder: RunDir) -> Config:
     its name.
 
     Axolotl keys its cache of prepared data by settings alone; the data's own hash in the path keeps a
-    changed file from being taken for the old one.
+    changed file from being taken for the old one. Left to itself, it would resume from a damaged checkpoint.
     """
     content = hashlib.sha256("".join(file.sha256 for file in composed.data).encode()).hexdigest()
     return _named_for_trackers(composed, folder) | {
         "output_dir": str(folder.output),
         "dataset_prepared_path": str(paths.cache() / "prepared" / content[:16]),
         "plugins": [*(composed.config.get("plugins") or []), PLUGIN],
+        **({AUTO_RESUME: False} if composed.config.get(AUTO_RESUME) else {}),
     }
 
 

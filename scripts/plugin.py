@@ -19,7 +19,7 @@ from axolotl.integrations.base import BasePlugin
 from pynvml import NVMLError
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from . import eval_loss, ranks
+from . import checkpoints, eval_loss, ranks
 from .engines import CPU_RANKS, KEYS, engine_of
 from .rundir import Ended
 
@@ -139,6 +139,12 @@ class RunCallback(TrainerCallback):
         self.step_seconds += time.perf_counter() - self.step_started
         if any(ranks.of_all(self.stop, args.device)):
             self.stopped = control.should_training_stop = control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the manifest to a checkpoint that the trainer has saved."""
+        ranks.of_all(0, args.device)  # each rank writes files of its own, and returns from this when all are here
+        if state.is_world_process_zero:
+            checkpoints.write_manifest(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Record what the trainer logs of a step or an evaluation."""

@@ -186,7 +186,7 @@ def resume(name: str, runs: Path, prepare_only: bool = False) -> RunDir:
             _check_here(folder, record)
         checkpoint = folder.last_checkpoint()
         if record.launches:
-            begin = checkpoint.name if checkpoint else "the beginning: it has no checkpoint"
+            begin = checkpoint.name if checkpoint else "the beginning: it has no whole checkpoint"
             say(f"resume {folder.path} from {begin}")
         launch.train(folder, record, lock, checkpoint)
     return folder

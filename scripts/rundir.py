@@ -11,9 +11,11 @@ from typing import Any, Literal
 import orjson
 from pydantic import BaseModel, Field
 
+from . import checkpoints
 from .errors import UserError
 from .files import write_atomically
 from .paths import RUNS
+from .progress import say
 
 UNKNOWN = "not known: its queue does not answer"
 State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
@@ -186,16 +188,20 @@ class RunDir:
         Raises:
             UserError: run.json is missing or damaged.
         """
-        try:
-            run = Run.model_validate_json(self._json.read_bytes())
-        except (OSError, ValueError):
-            raise UserError(f"{self._json}: missing or damaged; the folder is no run") from None
+        run = self._written()
         if run.state != "finished":
             held = self._is_held()
             if run.state != "running" or not held:  # what prepares the rows of a run that is queued holds it too
                 run.state = self._state_of_jobs(run.state, held, run.created)
             run.summary = summarise(self.read_metrics())
         return run
+
+    def _written(self) -> Run:
+        """run.json as it stands."""
+        try:
+            return Run.model_validate_json(self._json.read_bytes())
+        except (OSError, ValueError):
+            raise UserError(f"{self._json}: missing or damaged; the folder is no run") from None
 
     def _state_of_jobs(self, written: State, held: bool, created: str) -> State:
         """The state of a run that no process here trains; what is written where its place does not tell."""
@@ -274,20 +280,18 @@ class RunDir:
         return [records[key] for key in sorted(records)]
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end, or None.
+        """The newest checkpoint that training can be resumed from, or None; damaged ones are named on stderr.
 
-        The trainer writes trainer_state.json last, so a checkpoint that has it, readable and for the
-        folder's step, is whole.
+        Raises:
+            UserError: run.json is missing or damaged.
         """
-        whole: dict[int, Path] = {}
-        for folder in self.output.glob("checkpoint-*"):
-            try:
-                step = orjson.loads((folder / "trainer_state.json").read_bytes())["global_step"]
-            except (OSError, orjson.JSONDecodeError, TypeError, KeyError):
-                continue
-            if folder.name == f"checkpoint-{step}":
-                whole[step] = folder
-        return whole[max(whole)] if whole else None
+        by_step = {checkpoints.step_of(folder): folder for folder in self.output.glob("checkpoint-*")}
+        for step in sorted((step for step in by_step if step is not None), reverse=True):
+            problem = checkpoints.damage(by_step[step], self._written().ranks)
+            if problem is None:
+                return by_step[step]
+            say(f"{by_step[step].name} is damaged: {problem}; it is skipped")
+        return None
 
 
 def this_job(environment: Mapping[str, str]) -> str | None:

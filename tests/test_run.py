@@ -115,6 +115,18 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(
     assert losses[0] == losses[1]
 
 
+def test_a_damaged_checkpoint_is_skipped(place: Path, tiny_profile: Path, undisturbed: RunDir) -> None:
+    run = interrupted_run(place, tiny_profile, "damaged", cancel)
+    before, last = sorted(run.output.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2]))
+    (last / "optimizer.pt").unlink()  # without it, the trainer would go on with a new one
+    resuming = start(place, "resume", run.path)
+    _, said = resuming.communicate(timeout=600)
+    assert f"{last.name} is damaged: optimizer.pt is missing; it is skipped" in said
+    record = run.read()
+    assert (record.state, record.launches[-1].resumed_from) == ("finished", before.name)
+    assert adapter_hash(run) == adapter_hash(undisturbed)
+
+
 def test_a_run_tells_all(undisturbed: RunDir, tiny_profile: Path) -> None:
     record = undisturbed.read()
     assert record.state == "finished"

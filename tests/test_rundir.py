@@ -5,6 +5,7 @@ from typing import Any
 
 import orjson
 import pytest
+from test_checkpoints import a_checkpoint
 
 from qlora_recipes import results, rundir
 from qlora_recipes.errors import UserError
@@ -78,16 +79,19 @@ def test_the_loss_of_a_run_that_has_axolotls_alone_bears_its_name(
     assert (listed["eval_loss"], listed["eval_loss_axolotl"]) == (None, 2.0)
 
 
-def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:
+def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = a_run(tmp_path / "r")
     assert run.last_checkpoint() is None
-    for name, state in {"9": '{"global_step": 9}', "10": '{"global_step": 10}', "11": '{"glob', "12": "{}"}.items():
-        folder = run.output / f"checkpoint-{name}"
-        folder.mkdir(parents=True)
-        (folder / "trainer_state.json").write_text(state)
-    (run.output / "checkpoint-13").mkdir()
-    (run.output / "checkpoint-x").mkdir()
+    for step in (9, 10, 11):
+        a_checkpoint(run.output, step)
+    (run.output / "checkpoint-11" / "optimizer.pt").unlink()
+    for name in ("12", "x"):
+        (run.output / f"checkpoint-{name}").mkdir()
     assert run.last_checkpoint() == run.output / "checkpoint-10"
+    assert capsys.readouterr().err.splitlines() == [
+        "checkpoint-12 is damaged: trainer_state.json is missing or damaged; it is skipped",
+        "checkpoint-11 is damaged: optimizer.pt is missing; it is skipped",
+    ]
 
 
 def test_runs_are_found_by_folder_end_and_latest(tmp_path: Path) -> None:
