@@ -96,6 +96,16 @@ def write_atomically(file: Path, text: str) -> None:
         stream.write(text.encode())
 
 
+def append_line(file: Path, line: bytes) -> None:
+    """Add a line to a file. One that a killed process left unfinished stays a line of its own, for readers to skip."""
+    with file.open("a+b") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read() != b"\n":
+                line = b"\n" + line
+        stream.write(line + b"\n")
+
+
 def sha256(file: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with file.open("rb") as stream:

@@ -21,6 +21,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from . import checkpoints, eval_loss, ranks
 from .engines import CPU_RANKS, KEYS, engine_of
+from .files import append_line
 from .rundir import Ended
 
 GIB = 2**30
@@ -183,8 +184,7 @@ class RunCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         when = {"time": time.time(), "step": state.global_step, "max_steps": state.max_steps}
-        with self.file.open("ab") as stream:
-            stream.write(orjson.dumps(when | record) + b"\n")
+        append_line(self.file, orjson.dumps(when | record))
 
 
 def _usage() -> dict[str, Any]:

@@ -74,9 +74,9 @@ class TrainingProgress(Bar):
             return
         with self.metrics.open("rb") as stream:
             stream.seek(self.position)
-            lines = stream.read().rpartition(b"\n")[0].split(b"\n")
-        for line in filter(None, lines):
-            self.position += len(line) + 1
+            whole = b"".join(line for line in stream if line.endswith(b"\n"))
+        self.position += len(whole)
+        for line in filter(None, whole.split(b"\n")):
             record = orjson.loads(line)
             if "eval_loss" in record or "eval_loss_per_token" in record:
                 ours = "eval_loss_per_token" in record

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from conftest import recipe_config
 
 from qlora_recipes import config
 from qlora_recipes.compose import PLUGIN
-from qlora_recipes.plugin import RunPlugin
+from qlora_recipes.plugin import RunCallback, RunPlugin
+from qlora_recipes.progress import TrainingProgress
 from qlora_recipes.rundir import RunDir
 
 USE_CPU = "test_plugin.UseCpuOnly"
@@ -61,6 +63,18 @@ def test_without_the_cure_it_would(runs: dict[str, RunDir]) -> None:
     if not has_avx512bf16():
         pytest.skip("this processor has no AVX512-BF16, so bitsandbytes does not repack weights")
     assert steps(runs["uncured"]) != steps(runs["not evaluated"])
+
+
+def test_a_record_after_a_torn_line_is_kept(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.metrics.write_bytes(b'{"step":4,"max_steps":8,"loss":3.0}\n{"step":5,"max_st')  # of a killed process
+    progress = TrainingProgress(run.metrics)
+    callback = RunCallback(run.metrics, None, None)
+    for step in (5, 6):
+        callback._append(SimpleNamespace(is_world_process_zero=True, global_step=step, max_steps=8), {"loss": 2.0})
+        progress.read()
+        assert progress.done == step
+    assert [record["step"] for record in run.read_metrics()] == [4, 5, 6]
 
 
 def test_metrics_say_what_happened(runs: dict[str, RunDir]) -> None:
