@@ -12,7 +12,7 @@ from . import config, data, datafiles, engines, models, paths, provenance, schem
 from .config import Config
 from .errors import UserError
 from .files import sha256
-from .rundir import DataFile, Difference, RunDir
+from .rundir import DataFile, Difference, RunDir, make_once
 
 REHEARSAL = "rehearsal"
 TRACKERS = {"tensorboard", "trackio", "mlflow", "wandb"}  # profiles that change nothing of the training
@@ -187,9 +187,7 @@ def rehearsal_data(input_format: str = "diff") -> Path:
     raw = sorted(paths.SAMPLE.glob("msg-*.jsonl"))
     key = hashlib.sha256("".join(map(sha256, [*raw, Path(data.__file__)])).encode()).hexdigest()
     folder = paths.cache() / f"sample-{input_format}-{key[:16]}"
-    if not (folder / data.MANIFEST).is_file():
-        data.prepare(raw, folder, study.find("haider2024"), input_format)
-    return folder
+    return make_once(folder, lambda out: data.prepare(raw, out, study.find("haider2024"), input_format))
 
 
 def _input_format(recipe: Config) -> str:

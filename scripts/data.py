@@ -3,6 +3,7 @@
 import hashlib
 import random
 import re
+import time
 import zipfile
 import zlib
 from collections import Counter
@@ -16,11 +17,14 @@ import orjson
 
 from . import __version__
 from .errors import UserError
-from .files import json_rows, read_json, replacing, sha256
+from .files import clear_parts, json_rows, making, read_json, replacing, sha256
+from .progress import say
+from .rundir import LOOK, PATIENCE, held, is_held
 from .study import Data, SourceFile, Study
 
 SPLITS = ("train", "valid", "test")
 MANIFEST = "manifest.json"
+LOCK = ".prepare.lock"
 
 
 def tagged(patch: str) -> str:
@@ -192,6 +196,7 @@ def prepare(
     valid_rows: int = 1000,
     subsets: Sequence[int] = (),
     seed: int = 42,
+    patience: float = LOOK,
 ) -> dict[str, Any]:
     """Write train.jsonl, valid.jsonl and test.jsonl, as far as raw files for them are given, and a manifest.
 
@@ -207,20 +212,22 @@ def prepare(
         valid_rows: how many rows to draw for valid.jsonl; 0 keeps all.
         subsets: sizes of further draws from the test rows, each for a test-<size>.jsonl.
         seed: the seed of these draws.
+        patience: seconds to wait for another process that is preparing data in the same folder.
 
     Returns:
         The manifest: per split the rows read, kept, dropped by reason and duplicate, and checksums of the
         raw file and of what was written. Duplicates are counted and kept, as in the study.
 
     Raises:
-        UserError: a file is missing, empty, or has a row that is no CodeReviewer row.
+        UserError: a file is missing, empty, or has a row that is no CodeReviewer row, or another process is preparing
+            data in the folder.
     """
     instruction = instruction or of_study.data.instruction
     for file in raw:
         if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
             raise UserError(f"{file}: would be overwritten; write to another folder with --out")
     splits: dict[str, Any] = {}
-    with ExitStack() as stack, _zip_errors(), _opened(raw) as found:
+    with _zip_errors(), _opened(raw) as found, _held(out, patience), ExitStack() as stack:
         for name in (split for split in SPLITS if split in found):
             label, stream = found[name]
             split = Split(label)
@@ -264,7 +271,30 @@ def prepare(
                 **whole.as_json(),
                 **({"subsets": made, "left_out": left_out} if chosen else {}),
             }
+        stack.close()  # puts the files in place
+        return _account(out, splits)
+
+
+@contextmanager
+def _held(out: Path, patience: float) -> Iterator[None]:
+    """Let no other process prepare data in a folder meanwhile."""
+    with making(out), held(out / LOCK, "another preparation is going on", patience, remove=True):
+        yield
+
+
+def wait_for_others(out: Path) -> None:
+    """Return once no other process is preparing data in a folder, or after `PATIENCE` seconds."""
+    deadline = time.monotonic() + PATIENCE
+    if is_held(out / LOCK):
+        say(f"{out}: waiting for another process that prepares it")
+    while is_held(out / LOCK) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _account(out: Path, splits: dict[str, Any]) -> dict[str, Any]:
+    """The manifest, written anew with some splits in the place of those before, whose further subsets are removed."""
     former = _former(out)
+    clear_parts(out / MANIFEST)
     manifest = {
         "made_by": f"qlora-recipes {__version__}",
         "splits": former | splits,
@@ -327,6 +357,7 @@ class _Written:
     def __init__(self, stack: ExitStack, file: Path):
         self.rows = 0
         self._file, self._digest = file, hashlib.sha256()
+        clear_parts(file)
         self._stream = stack.enter_context(replacing(file))
 
     def add(self, row: bytes) -> None:

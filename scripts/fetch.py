@@ -17,7 +17,7 @@ import requests
 
 from . import __version__
 from .errors import UserError, WorkFailed
-from .files import read_json, replacing, sha256, write_atomically
+from .files import clear_parts, read_json, replacing, sha256, write_atomically
 from .progress import Bar, say
 from .rundir import held, now
 from .study import Data, SourceFile
@@ -263,8 +263,7 @@ def _extract(data: Data, file: Path, out: Path) -> list[dict[str, Any]]:
     """Put the wanted files of an archive in place, after all of them were verified."""
     rows = []
     for name in data.files:
-        for left in out.glob(f".{name}.*.part"):  # by a fetch that was killed
-            left.unlink()
+        clear_parts(out / name)
     with ExitStack() as stack:
         archive = stack.enter_context(zipfile.ZipFile(file))
         members = _members(archive, data)

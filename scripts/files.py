@@ -1,7 +1,9 @@
 """Writing files so that nobody ever sees half of one, and telling what is in them."""
 
+import glob
 import hashlib
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,24 +15,40 @@ from .errors import UserError
 
 
 @contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Make a folder, and those above it, where need be; if the block fails, those made are removed, unless in use."""
+    made = [above for above in (folder, *folder.parents) if not above.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # a folder that meanwhile holds something else stays
+            for above in made:
+                above.rmdir()
+        raise
+
+
+@contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `file` when the block ends well.
 
     Otherwise it is gone, and so are the folders that were made for it.
     """
-    made = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as stream:
-            yield stream
-        part.replace(file)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        with suppress(OSError):  # a folder that meanwhile holds something else stays
-            for folder in made:
-                folder.rmdir()
-        raise
+    part = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")  # containers can share a folder and process ids
+    with making(file.parent):
+        try:
+            with part.open("xb") as stream:
+                yield stream
+            part.replace(file)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def clear_parts(file: Path) -> None:
+    """Remove what killed processes left of a file that they were to replace; for who holds the lock of its folder."""
+    for part in file.parent.glob(f".{glob.escape(file.name)}.*.part"):
+        part.unlink()
 
 
 def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:

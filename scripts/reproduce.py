@@ -10,7 +10,7 @@ from .paths import RUNS, find_recipe
 from .pipeline import Pipeline
 from .places import Outcome, Place
 from .progress import say
-from .rundir import held
+from .rundir import PATIENCE, held
 from .study import Study
 
 
@@ -112,11 +112,12 @@ def _have_data(of_study: Study, configs: list[Composed]) -> None:
         folder = Path(form.folder)
         if folder not in needed:
             continue
-        if not folder.exists():
+        data.wait_for_others(folder)
+        if not any(folder.glob("[!.]*")):
             say(f"data: fetching and preparing {folder}")
             if not all((of_study.data.raw / file).is_file() for file in of_study.data.files):
                 fetch.fetch(of_study.data, of_study.data.raw)
-            data.prepare(data.fetched(of_study.data), folder, of_study, name)
+            data.prepare(data.fetched(of_study.data), folder, of_study, name, patience=PATIENCE)
         if reason := data.is_not_prepared(of_study, folder, name):
             raise UserError(
                 f"{folder}: not the study's data: {reason}; move it away to have it prepared, or run the recipes on it "

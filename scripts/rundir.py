@@ -1,8 +1,10 @@
 """A run's folder: how it is claimed, what run.json and metrics.jsonl say, and how runs are found."""
 
 import fcntl
+import os
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +20,8 @@ from .paths import RUNS
 from .progress import say
 
 UNKNOWN = "not known: its queue does not answer"
+LOOK = 0.2  # seconds at most for which a process holds a lock that only looks whether it is held
+PATIENCE = 600  # seconds to wait for a process that prepares what this one needs too
 State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
 Ended = Literal["complete", "early stopping", "signal", "callback"]
 """How a training ended: with its last step, or before it, stopped by what this says; callback is any other of Axolotl's
@@ -137,29 +141,85 @@ class Run(BaseModel):
 
 
 @contextmanager
-def held(file: Path, otherwise: str) -> Iterator[int]:
+def held(file: Path, otherwise: str, patience: float = LOOK, remove: bool = False) -> Iterator[int]:
     """Hold a lock for this process and whoever inherits the yielded descriptor, until the last of them ends.
 
     Args:
-        file: the lock's file.
+        file: the lock's file; its folder is made if need be.
         otherwise: what to tell the user where another process holds it.
+        patience: seconds to wait for that process.
+        remove: whether to remove the file in the end.
 
     Raises:
         UserError: another process holds it.
     """
-    with file.open("w") as lock:
-        for attempt in range(3):
+    deadline = time.monotonic() + patience
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
             except BlockingIOError:
-                if attempt == 2:
+                if time.monotonic() > deadline:
                     raise UserError(f"{file.parent}: {otherwise}") from None
-                time.sleep(0.1)  # somebody may only be looking whether it is held
+                time.sleep(0.1)
+                continue
             except OSError as error:
-                problem = f"its file system does not lock files (flock: {error.strerror}), which a run is held by"
-                raise UserError(f"{file.parent}: {problem}; --runs takes a folder on another") from None
-        yield lock.fileno()
+                problem = f"its file system does not lock files (flock: {error.strerror})"
+                raise UserError(f"{file.parent}: {problem}; choose a folder on another, for runs with --runs") from None
+            if not _is_at(lock.fileno(), file):
+                continue  # whoever held it has removed it
+            try:
+                yield lock.fileno()
+            finally:
+                if remove:
+                    file.unlink(missing_ok=True)
+            return
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    """Whether an open file is still the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def is_held(file: Path) -> bool:
+    """Whether a process holds a lock, as far as this one may look."""
+    try:
+        with file.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """A folder that is made the first time it is needed, and by one process where several need it at once.
+
+    Args:
+        folder: the folder; none of it is to be seen before all of it is there.
+        make: writes what it is to hold into the folder that it is given.
+
+    Raises:
+        UserError: another process has been making it for `PATIENCE` seconds.
+    """
+    if folder.is_dir():
+        return folder
+    part = folder.with_name(f".{folder.name}.part")
+    lock = folder.with_name(f".{folder.name}.lock")
+    with held(lock, f"another process has not finished {folder.name} in {PATIENCE} s", PATIENCE, remove=True):
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        if not folder.is_dir():
+            try:
+                make(part)
+                part.rename(folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    return folder
 
 
 class RunDir:
@@ -190,7 +250,7 @@ class RunDir:
         """
         run = self._written()
         if run.state != "finished":
-            held = self._is_held()
+            held = is_held(self.path / ".lock")
             if run.state != "running" or not held:  # what prepares the rows of a run that is queued holds it too
                 run.state = self._state_of_jobs(run.state, held, run.created)
             run.summary = summarise(self.read_metrics())
@@ -248,16 +308,6 @@ class RunDir:
             UserError: another process holds it.
         """
         return held(self.path / ".lock", "the run is still going on")
-
-    def _is_held(self) -> bool:
-        try:
-            with (self.path / ".lock").open() as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
 
     def read_metrics(self, since: int = 0) -> list[dict[str, Any]]:
         """The records of metrics.jsonl by step. Steps that a resumed run did again count once, the last time.

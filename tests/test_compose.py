@@ -1,9 +1,11 @@
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qlora_recipes import compose, datafiles
+from qlora_recipes import compose, data, datafiles
 from qlora_recipes.compose import Request
 from qlora_recipes.errors import UserError
 from qlora_recipes.rundir import RunDir
@@ -97,3 +99,22 @@ def test_steps_keep_their_rows_on_several_gpus(gpus: int, change: list[str], key
 def test_steps_that_cannot_keep_their_rows_are_refused(gpus: int, change: list[str], remedy: str) -> None:
     with pytest.raises(UserError, match=remedy):
         compose.compose(Request(NAME, overrides=change, gpus=gpus))
+
+
+def test_rehearsals_that_start_at_once_prepare_the_sample_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    prepare, began, others = data.prepare, list[Path](), list[Future[Path]]()
+
+    def prepare_while_others_start(raw: list[Path], out: Path, *more: Any) -> dict[str, Any]:
+        began.append(out)
+        if len(began) == 1:
+            others.extend(pool.submit(compose.rehearsal_data) for _ in range(2))
+            assert not wait(others, timeout=0.5).done
+        return prepare(raw, out, *more)
+
+    monkeypatch.setattr(data, "prepare", prepare_while_others_start)
+    with ThreadPoolExecutor() as pool:
+        folder = compose.rehearsal_data()
+        assert [other.result() for other in others] == [folder, folder]
+    assert len(began) == 1
+    assert data.read_json(folder / data.MANIFEST)["splits"].keys() == set(data.SPLITS)

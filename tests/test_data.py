@@ -9,7 +9,7 @@ from conftest import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_recipes import data, paths, study
+from qlora_recipes import data, files, paths, study
 from qlora_recipes.errors import UserError
 
 STUDY = study.find("haider2024")
@@ -179,6 +179,39 @@ def test_bad_input_is_told_with_its_place_and_leaves_nothing(
     with pytest.raises(UserError, match=says):
         data.prepare([good, bad], tmp_path / "out", STUDY)
     assert list(tmp_path.glob("out/*")) == []
+
+
+def test_two_preparations_in_one_folder_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second starts in the midst of the first, with the same process id, as in two containers."""
+    raws = [write(tmp_path / name, "msg-train.jsonl", row(name), row(name)) for name in ("a", "b")]
+    refused = []
+
+    def patch_while_another_starts(patch: str) -> str:
+        if not refused:
+            refused.append("")
+            with pytest.raises(UserError, match="another preparation is going on") as error:
+                data.prepare([raws[1]], tmp_path / "out", STUDY)
+            refused[0] = str(error.value)
+        return patch
+
+    monkeypatch.setitem(data.INPUT_FORMATS, "diff", patch_while_another_starts)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".train.jsonl.123.part").touch()  # of a process that was killed
+    manifest = data.prepare([raws[0]], tmp_path / "out", STUDY)
+    train = tmp_path / "out" / "train.jsonl"
+    assert [r["output"] for r in read(train)] == ["a", "a"]
+    assert manifest["splits"]["train"]["sha256"] == hashlib.sha256(train.read_bytes()).hexdigest()
+    assert not list((tmp_path / "out").glob(".*.part"))
+
+
+def test_two_writers_of_a_file_with_one_process_id_are_kept_apart(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    with files.replacing(file) as first:
+        first.write(b"first")
+        with files.replacing(file) as second:
+            second.write(b"2nd")
+        assert file.read_bytes() == b"2nd"
+    assert file.read_bytes() == b"first"
 
 
 def test_missing_files_are_told(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ import pytest
 from cluster import Cluster
 from conftest import RECIPE
 
-from qlora_recipes import compose, datafiles, evaluations, paths, reproduce, rundir, study
+from qlora_recipes import compose, data, datafiles, evaluations, paths, reproduce, rundir, study
 from qlora_recipes.compose import Composed, Request
 from qlora_recipes.errors import UserError
 
@@ -225,6 +226,20 @@ def test_data_that_is_not_the_studys_is_refused_and_left_as_it_is(
     with pytest.raises(UserError, match=says):
         reproduce._have_data(published_data, composed("llama-2-7b"))
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_data_that_another_process_is_preparing_is_waited_for(
+    published_data: study.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("data/codereviewer")
+    folder.mkdir(parents=True)
+    with ThreadPoolExecutor() as pool:
+        with rundir.held(folder / data.LOCK, ""):
+            waiting = pool.submit(reproduce._have_data, published_data, composed("llama-2-7b"))
+            assert not wait([waiting], timeout=0.5).done
+        waiting.result()
+    assert (folder / "train.jsonl").is_file()
 
 
 def change(folder: Path, split: str, **values: object) -> None:
