@@ -15,6 +15,7 @@ from .errors import UserError, WorkFailed
 from .evaluations import BASE_MODEL, PREDICTIONS, SCORES, Evaluation, Settings, read_predictions, read_scores
 from .files import json_rows, read_json, sha256, write_atomically, write_rows
 from .places import Command, Outcome, Place, Work
+from .precision import precision
 from .progress import Bar, say
 from .quiet import importing_axolotl
 from .rundir import Run, RunDir, held, now
@@ -111,7 +112,7 @@ class Task:
             batch_size=request.batch_size,
             cache=_cache(request, self.run),
             quantized=bool(self.cfg.get("load_in_4bit")),
-            dtype="bfloat16" if self.cfg.get("bf16") else "float16" if self.cfg.get("fp16") else "float32",
+            dtype=precision(self.cfg, on_gpu=_trained_on_gpu(self.run)).weights,
         )
         labels = [] if adapter is None else [_adapter_label(self.settings)]
         if usual and not (usual.is_file() and sha256(usual) == data_sha256):
@@ -255,6 +256,11 @@ def _cache(request: Request, run: Run) -> Literal["static", "dynamic"]:
     if request.cache == "auto":
         return "static" if gpus.here() and not run.rehearsal else "dynamic"
     return request.cache
+
+
+def _trained_on_gpu(run: Run) -> bool:
+    """Whether a run was trained on a GPU, which decides what bf16: auto became; assumed where not recorded."""
+    return not run.rehearsal and bool(run.provenance.get("gpus", True))
 
 
 def _adapter_label(settings: Settings) -> str:

@@ -12,6 +12,7 @@ from .config import Config
 from .engines import engine_of
 from .gpus import Gpu
 from .planner import CONTEXT, GIB, ROUND, Planner
+from .precision import precision
 from .traces import NotAlike
 
 USABLE = 14.5 / 16
@@ -145,7 +146,7 @@ def needed_gib(config: Config, gpu: Gpu | None = None, anew: bool = False) -> fl
 def _least_capability(config: Config) -> tuple[int, int]:
     """The oldest GPUs that have what a config asks for: Turing, or Ampere for bf16 and FlashAttention."""
     attention = rules.Case(config, set()).attention
-    newer = steps.precision(config)[0] == "bfloat16" or attention == "flash_attention_2"
+    newer = precision(config, on_gpu=True).weights == "bfloat16" or attention == "flash_attention_2"
     return (8, 0) if newer else (7, 5)
 
 

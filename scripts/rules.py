@@ -18,6 +18,7 @@ from .config import Config, flatten
 from .errors import did_you_mean
 from .finding import Finding, Level
 from .gpus import Gpu
+from .precision import precision
 
 Found = Iterator[tuple[Level, str, str, str]]
 
@@ -229,9 +230,18 @@ def not_quantized(case: Case) -> Found:
 
 @_rule
 def two_precisions(case: Case) -> Found:
-    """bf16 wins and fp16 is dropped, in silence (axolotl/core/builders/base.py)."""
-    if case["fp16"] and case["bf16"] is True:
-        yield "error", "fp16", "fp16 and bf16 are both true: Axolotl would take bf16", "set one of them to false"
+    """bf16 wins and fp16 or float16 is dropped without a message; float16 needs bf16: false, because the default, auto,
+    is on for every GPU (see `precision`). transformers' TrainingArguments refuses fp16 beside bfloat16."""
+    ignored = next((key for key in ("fp16", "float16") if case[key]), None)
+    if not ignored or precision(case.config, on_gpu=True).weights != "bfloat16":
+        return
+    if case["bf16"] is True:
+        problem = f"{ignored} and bf16 are both true: Axolotl would take bf16"
+    elif case["bfloat16"]:
+        problem = f"{ignored} and bfloat16 are both true: Axolotl would load the model in bfloat16"
+    else:
+        problem = f"{ignored} is true, but bf16 is auto, the default: Axolotl would take bf16"
+    yield "error", ignored, problem, f"set {ignored} or {'bfloat16' if case['bfloat16'] else 'bf16'} to false"
 
 
 @_rule
@@ -248,9 +258,9 @@ def gpu_lacks(case: Case) -> Found:
     has, name = case.gpu.capability, str(case.gpu)
     if has < (7, 5):
         yield "error", "base_model", f"torch for CUDA 13 does not run on {name}", "take a GPU from Turing (7.5) on"
-    bf16 = case["bfloat16"] or case.config.get("bf16", "auto")
-    if has < (8, 0) and (bf16 is True or (bf16 == "auto" and not case["fp16"])):
-        default = " (auto, the default, turns it on all the same)" if bf16 == "auto" else ""
+    if has < (8, 0) and precision(case.config, on_gpu=True).weights == "bfloat16":
+        asked = case["bf16"] is True or case["bfloat16"]
+        default = "" if asked else " (auto, the default, turns it on all the same)"
         yield "error", "bf16", f"{name} emulates bf16, slowly{default}", "set fp16: true and bf16: false"
     if has < (8, 0) and case["tf32"] is True:
         yield "error", "tf32", f"{name} has no tf32", "set it to false"
@@ -274,10 +284,13 @@ _ATTENTION_RUNS_ON = {  # from and to which compute capability
 
 @_rule
 def no_gpu(case: Case) -> Found:
-    """A CPU does not train in fp16; transformers says so once the model is loaded."""
-    if case.launching and not case.gpu and case["fp16"]:
-        remedy = "--rehearse tries the recipe with a small model, --set fp16=false trains in fp32"
-        yield "error", "fp16", "no NVIDIA GPU was found, and a CPU does not train in fp16", remedy
+    """A CPU does not train in fp16, into which Axolotl also turns bf16: auto, its default, there; transformers says so
+    once the model is loaded."""
+    if case.launching and not case.gpu and precision(case.config, on_gpu=False).autocast == "float16":
+        key, default = ("fp16", "") if case["fp16"] else ("bf16", ", which bf16: auto, the default, becomes there")
+        problem = f"no NVIDIA GPU was found, and a CPU does not train in fp16{default}"
+        remedy = f"--rehearse tries the recipe with a small model, --set {key}=false trains in fp32"
+        yield "error", key, problem, remedy
 
 
 @_rule
@@ -290,7 +303,8 @@ def packing_leaks(case: Case) -> Found:
         with_what = case.attention or "no attn_implementation"
         yield "error", "sample_packing", f"with {with_what}, packed rows see each other", "set flash_attention_2"
     before_hopper = case.gpu and case.gpu.capability < (9, 0)
-    if case["sample_packing"] and case.attention == "sdpa" and case["bf16"] is True and before_hopper:
+    in_bf16 = precision(case.config, on_gpu=True).weights == "bfloat16"
+    if case["sample_packing"] and case.attention == "sdpa" and in_bf16 and before_hopper:
         yield "warning", "sample_packing", f"with sdpa and bf16 losses can be 0 on {case.gpu}", "set flash_attention_2"
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from . import datafiles, rules
 from .config import Config
 from .errors import UserError
+from .precision import precision
 from .traces import Step
 
 SEQUENCE_LEN = 512  # Axolotl's default (utils/schemas/config.py)
@@ -48,8 +49,9 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
     if config.get("rl"):
         raise UserError("rl: preference training cannot be planned")
     notes = []
-    dtype, autocast = precision(config)
-    if not adapter and dtype == "float16":
+    formats = precision(config, on_gpu=True)
+    dtype = formats.weights
+    if not adapter and formats.autocast == "float16":
         dtype = "float32"
         notes.append("weights in fp32: a gradient scaler refuses gradients in fp16")
     optimizer = str(config.get("optimizer") or OPTIMIZER)
@@ -81,7 +83,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         model=json.dumps(architecture, sort_keys=True),
         adapter=adapter,
         weights=dtype,
-        autocast=autocast,
+        autocast=formats.autocast,
         rank=int(config.get("lora_r") or 8),
         targets="all-linear"
         if config.get("lora_target_linear")
@@ -102,18 +104,6 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         capability=capability,
     )
     return step, notes
-
-
-def precision(config: Config) -> tuple[str, str | None]:
-    """The dtype of weights, and of the forward pass, as axolotl/utils/config.py and core/builders/base.py set them."""
-    bf16 = config.get("bf16", "auto")
-    if bf16 == "auto":
-        bf16 = not config.get("fp16")  # torch says of every GPU that it has bf16
-    if bf16 or config.get("bfloat16"):
-        return "bfloat16", "bfloat16"
-    if config.get("fp16"):
-        return "float16", "float16"
-    return ("float16", None) if config.get("float16") else ("float32", None)
 
 
 def rows_of(config: Config) -> int:

@@ -69,6 +69,27 @@ def settings_of(cfg: config.Config) -> Settings:
     )
 
 
+@pytest.mark.parametrize(
+    ("formats", "on_gpu", "dtype"),
+    [
+        ({"fp16": True, "bf16": False}, True, "float16"),  # the study's recipes
+        ({"fp16": False, "bf16": True}, False, "bfloat16"),  # their rehearsal
+        ({"fp16": True, "bf16": "auto"}, True, "float16"),
+        ({}, True, "bfloat16"),
+        ({"fp16": False}, False, "float32"),
+    ],
+)
+def test_a_run_is_evaluated_in_the_precision_that_it_was_trained_in(
+    run: RunDir, formats: config.Config, on_gpu: bool, dtype: str
+) -> None:
+    cfg = {key: value for key, value in config.read_yaml(run.config).items() if key not in ("fp16", "bf16")}
+    run.config.write_text(config.write_yaml(cfg | formats))
+    record = run.read()
+    record.provenance["gpus"] = [{"name": "Tesla T4"}] if on_gpu else []
+    run.write(record)
+    assert evaluate.Task(run, evaluate.Request(adapter="none")).settings.dtype == dtype
+
+
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     from qlora_recipes.generate import Generator
 

@@ -42,6 +42,7 @@ def test_a_recipe_becomes_its_step() -> None:
         ({"bf16": "auto", "fp16": None}, "autocast", "bfloat16"),
         ({"fp16": False}, "autocast", None),
         ({"fp16": False}, "weights", "float32"),
+        ({"fp16": None, "float16": True, "adapter": None, "load_in_4bit": None}, "weights", "float16"),  # no scaler
         ({"gradient_checkpointing": None}, "checkpointing", None),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "checkpointing", "reentrant"),
         ({"lora_target_linear": True}, "targets", "all-linear"),

@@ -83,6 +83,8 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "without an adapter",
     ),
     ({"bf16": True}, "error", "two-precisions:fp16", "both true"),
+    ({"bfloat16": True}, "error", "two-precisions:fp16", "would load the model in bfloat16"),
+    ({"fp16": None, "float16": True, "bf16": "auto"}, "error", "two-precisions:float16", "bf16 is auto, the default"),
     ({"sample_packing": True, "attn_implementation": None}, "error", "packing-leaks:sample_packing", "see each other"),
     (
         {"optimizer": "paged_adamw_32bit", "fsdp_config": {"offload_params": False}},
@@ -241,12 +243,17 @@ def test_what_a_gpu_has_is_no_finding(gpu: str, change: dict[str, Any]) -> None:
 
 def test_packing_with_sdpa_and_bf16_before_hopper_is_a_warning() -> None:
     change = {"fp16": False, "bf16": True, "sample_packing": True}
-    assert [(f.level, f.name) for f in found(change, "A100")] == [("warning", "packing-leaks:sample_packing")]
+    by_default = {"fp16": None, "bf16": "auto", "sample_packing": True}
+    for in_bf16 in (change, by_default):
+        assert [(f.level, f.name) for f in found(in_bf16, "A100")] == [("warning", "packing-leaks:sample_packing")]
     assert found(change, "H100") == []
 
 
 def test_fp16_needs_a_gpu_only_once_a_run_starts() -> None:
     assert found({}) == []
+    by_default = {"fp16": None, "bf16": "auto"}  # which becomes fp16 on a CPU
+    assert [finding.name for finding in found(by_default, launching=True)] == ["no-gpu:bf16"]
+    assert found(by_default | {"fp16": False}, launching=True) == []
     assert [finding.name for finding in found({}, launching=True)] == ["no-gpu:fp16"]
     assert found({}, "T4", launching=True) == []
 
