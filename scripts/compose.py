@@ -226,14 +226,20 @@ def _fill(fragment: Any, values: dict[str, str]) -> Any:
 
 
 def _few_steps(composed: Config, gpus: int) -> Config:
-    """The config with its warm-up capped at a tenth of the steps that its few rows give."""
-    ratio, steps, all_steps = (
-        composed.get("warmup_ratio"),
-        composed.get("warmup_steps"),
-        datafiles.training_steps(composed, gpus),
-    )
-    if isinstance(ratio, float) and ratio > 0.1:
+    """The config with its warm-up capped at a tenth of the steps that its few rows give.
+
+    Where rows are packed, or not counted because they are on a hub, the steps are not known before Axolotl has prepared
+    the rows. A ratio then takes the place of the number: Axolotl takes it of the steps that it counts itself, after
+    packing (axolotl/core/builders/base.py, _configure_warmup_and_logging).
+    """
+    ratio, steps = composed.get("warmup_ratio"), composed.get("warmup_steps")
+    all_steps = datafiles.training_steps(composed, gpus)
+    if isinstance(ratio, int | float) and ratio > 0.1:
         return config.merge(composed, {"warmup_ratio": 0.1})
-    if isinstance(steps, int) and all_steps and steps > all_steps // 10:
+    if not isinstance(steps, int) or steps <= 0:
+        return composed
+    if all_steps is None:
+        return config.merge(composed, {"warmup_steps": None, "warmup_ratio": 0.1})
+    if steps > all_steps // 10:
         return config.merge(composed, {"warmup_steps": all_steps // 10})
     return composed
