@@ -51,8 +51,13 @@ class Case:
 
     @cached_property
     def steps(self) -> int | None:
-        """The optimizer steps of the training, where they can be told."""
-        return None if self.wrong else datafiles.training_steps(self.config, self.gpus)
+        """The optimizer steps of the training, where they can be counted; at most so many where rows are packed."""
+        return None if self.wrong else datafiles.most_steps(self.config, self.gpus)
+
+    @property
+    def number_of_steps(self) -> str:
+        """The steps in words."""
+        return f"{'at most ' if self['sample_packing'] and not self['max_steps'] else ''}{self.steps} steps"
 
     @property
     def attention(self) -> str:
@@ -388,7 +393,7 @@ def never_evaluated(case: Case) -> Found:
     elif asked == ["evals_per_epoch"] and share <= 1:
         yield "warning", "evals_per_epoch", "one in all, which Axolotl drops", "write eval_strategy: epoch in its place"
     elif case.steps and (case["eval_steps"] or 0) > case.steps:
-        yield "warning", "eval_steps", f"the training has {case.steps} steps, so that it never evaluates", "lower it"
+        yield "warning", "eval_steps", f"the training has {case.number_of_steps}, so that it never evaluates", "lower it"
 
 
 @_rule
@@ -397,14 +402,14 @@ def never_saved(case: Case) -> Found:
     if case["save_strategy"] == "best" and not case["metric_for_best_model"]:
         yield "error", "save_strategy", "nothing says what is the best", "set metric_for_best_model: eval_loss"
     if case.steps and (case["save_steps"] or 0) > case.steps:
-        yield "warning", "save_steps", f"the training has {case.steps} steps, so that it never saves one", "lower it"
+        yield "warning", "save_steps", f"the training has {case.number_of_steps}, so that it never saves one", "lower it"
 
 
 @_rule
 def long_warm_up(case: Case) -> Found:
     """The learning rate then never reaches its value."""
     if case.steps and (case["warmup_steps"] or 0) >= case.steps:
-        yield "error", "warmup_steps", f"as long as the whole training of {case.steps} steps", "lower it"
+        yield "error", "warmup_steps", f"as long as the whole training of {case.number_of_steps}", "lower it"
 
 
 @_rule

@@ -120,6 +120,7 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"saves_per_epoch": None, "save_steps": 500}, "warning", "never-saved:save_steps", "has 28 steps"),
     ({"save_strategy": "best"}, "error", "never-saved:save_strategy", "nothing says what is the best"),
     ({"max_steps": 5}, "error", "long-warm-up:warmup_steps", "whole training of 5 steps"),
+    ({"sample_packing": True, "warmup_steps": 28}, "error", "long-warm-up:warmup_steps", "of at most 28 steps"),
     ({"warmup_steps": 28}, "error", "long-warm-up:warmup_steps", "whole training of 28 steps"),
     ({"sequence_len": 16385}, "error", "beyond-context:sequence_len", "made for 16384"),
     ({"special_tokens": {"pad_token": "<pad>"}}, "warning", "missing-special-token:special_tokens.pad_token", "<pad>"),
