@@ -393,7 +393,7 @@ def never_evaluated(case: Case) -> Found:
     elif asked == ["evals_per_epoch"] and share <= 1:
         yield "warning", "evals_per_epoch", "one in all, which Axolotl drops", "write eval_strategy: epoch in its place"
     elif case.steps and (case["eval_steps"] or 0) > case.steps:
-        yield "warning", "eval_steps", f"the training has {case.number_of_steps}, so that it never evaluates", "lower it"
+        yield "warning", "eval_steps", f"the training has {case.number_of_steps}, so it never evaluates", "lower it"
 
 
 @_rule
@@ -402,7 +402,7 @@ def never_saved(case: Case) -> Found:
     if case["save_strategy"] == "best" and not case["metric_for_best_model"]:
         yield "error", "save_strategy", "nothing says what is the best", "set metric_for_best_model: eval_loss"
     if case.steps and (case["save_steps"] or 0) > case.steps:
-        yield "warning", "save_steps", f"the training has {case.number_of_steps}, so that it never saves one", "lower it"
+        yield "warning", "save_steps", f"the training has {case.number_of_steps}, so it never saves one", "lower it"
 
 
 @_rule

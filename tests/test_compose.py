@@ -71,7 +71,8 @@ def test_a_rehearsal_in_one_process_drops_the_engine_and_caps_a_warm_up_ratio() 
 
 
 @pytest.mark.parametrize(
-    "override", ["sample_packing=true", "datasets=[{path: some/data-set, type: alpaca}]", "datasets.0.split=train[8:40]"]
+    "override",
+    ["sample_packing=true", "datasets=[{path: some/data-set, type: alpaca}]", "datasets.0.split=train[8:40]"],
 )
 def test_a_rehearsal_caps_a_warm_up_also_where_its_steps_are_not_known(override: str) -> None:
     of_run = compose.compose(Request(NAME, overrides=[override], rehearse=True))
