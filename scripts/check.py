@@ -142,7 +142,8 @@ def _too_big(content: Config, gpu: Gpu, gpus: int, plan: bool) -> list[Finding]:
         return [Finding("note", "not-checked", "micro_batch_size", problem)]
     if needed <= usable:
         return []
-    problem = f"a full batch needs {needed:.1f} GiB, and {usable:.1f} of {gpu} can be used"
+    aside = " beside its paged optimizer state" if "paged" in str(content.get("optimizer")) else ""
+    problem = f"a full batch needs {needed:.1f} GiB{aside}, and {usable:.1f} of {gpu} can be used"
     return [Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan` with --gpu says what to change")]
 
 

@@ -88,6 +88,7 @@ def plan(
     usage, engines = planner.usage(), per_gpu(planner, gpus)
     if gpus > 1:
         notes.append(f"cards are judged under {engine_of(config)}")
+    notes += _of_paged(planner)
     planned = {
         "model": config["base_model"],
         "adapter": planner.step.adapter,
@@ -141,6 +142,17 @@ def needed_gib(config: Config, gpu: Gpu | None = None, anew: bool = False) -> fl
     needed = planner.need() / GIB
     planner.save()
     return needed
+
+
+def _of_paged(planner: Planner) -> list[str]:
+    """A note on the optimizer state that no figure for a GPU counts: bitsandbytes allocates it in CUDA's unified memory
+    (cudaMallocManaged), whose pages the driver moves to main memory where the GPU has no room for them."""
+    if not planner.paged:
+        return []
+    return [
+        f"{planner.paged / GIB:.2f} GiB of optimizer state is paged, and not part of what a GPU needs: it stays on the "
+        "GPU while there is room, and moves to main memory, which must hold all of it, when there is none"
+    ]
 
 
 def _least_capability(config: Config) -> tuple[int, int]:
@@ -285,7 +297,11 @@ def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:
 
 
 def compare(request: Request, gpu: Gpu | None = None) -> list[dict[str, Any]]:
-    """Full fine-tuning, LoRA and QLoRA of a config's model side by side."""
+    """Full fine-tuning, LoRA and QLoRA of a config's model side by side, in bytes.
+
+    `weights`, `gradients`, `optimizer` and `activations` are what a GPU holds at the peak, and `other` is what kernels,
+    the allocator and CUDA take; together they are `needed`. `optimizer_paged` comes on top, in main memory if need be.
+    """
     config = composed_for(request).config
     rows = []
     for adapter in (None, "lora", "qlora"):
@@ -293,16 +309,21 @@ def compare(request: Request, gpu: Gpu | None = None) -> list[dict[str, Any]]:
         planner, notes = planner_of(changed | (_with_adapter(config, adapter) if adapter else {}), gpu, alone=True)
         parts = planner.usage().parts
         kinds = ("base weights", "quantization constants", "embeddings and head", "adapters")
+        held = {
+            "weights": sum(parts.get(kind, 0) for kind in kinds),
+            "gradients": parts.get("gradients", 0),
+            "optimizer": parts.get("optimizer", 0),
+            "activations": parts.get("activations", 0) + parts.get("logits", 0),
+        }
         rows.append(
             {
                 "method": {None: "full", "lora": "LoRA", "qlora": "QLoRA"}[adapter],
                 **_totals(planner.parameters),
-                "weights": sum(parts.get(kind, 0) for kind in kinds),
-                "gradients": parts.get("gradients", 0),
-                "optimizer": parts.get("optimizer", 0) + planner.paged,
-                "activations": parts.get("activations", 0) + parts.get("logits", 0),
+                **held,
+                "other": planner.need() - sum(held.values()),
                 "needed": planner.need(),
-                "notes": notes,
+                "optimizer_paged": planner.paged,
+                "notes": notes + _of_paged(planner),
             }
         )
         planner.save()

@@ -51,14 +51,15 @@ def summary(plans: dict[str, Plan]) -> None:
 
 
 def comparison(compared: list[dict[str, Any]], name: str) -> None:
-    """The methods on stdout, a row each."""
-    sizes = ("weights", "gradients", "optimizer", "activations", "needed")
+    """The methods on stdout, a row each: what adds up to what a GPU needs, and the optimizer state that is paged."""
+    sizes = ("weights", "gradients", "optimizer", "activations", "other", "needed")
     rows = [
         {
             "method": row["method"],
             "trainable": f"{row['trainable']:,}",
             "share": f"{row['trainable_share']:.2%}",
             **{f"{size} GiB": row[size] / GIB for size in sizes},
+            "beside it, paged GiB": row["optimizer_paged"] / GIB,
         }
         for row in compared
     ]
@@ -84,7 +85,7 @@ def _memory(planned: Plan) -> list[dict[str, Any]]:
         ("held back by the allocator", memory["reserved"] - memory["allocated"]),
         ("CUDA's own", memory["context"]),
         ("needed", memory["needed"]),
-        ("paged optimizer state, beside", memory["paged"]),
+        ("paged optimizer state, not part of it", memory["paged"]),
         *((f"needed on each GPU with {method}", size) for method, size in planned["per_gpu"].items()),
     ]
     return [{"memory": name, "GiB": f"{size / GIB:.2f}"} for name, size in lines if size]

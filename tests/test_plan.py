@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_memory import SMALL
 
-from qlora_recipes import config, engines, gpus, paths, plan, planner, steps, traces, work
+from qlora_recipes import config, engines, gpus, paths, plan, plan_tables, planner, steps, traces, work
 from qlora_recipes.compose import Request
 from qlora_recipes.errors import UserError
 from qlora_recipes.memory import trace
@@ -196,6 +196,22 @@ def test_methods_compare(small: config.Config, tmp_path: Path) -> None:
     assert full["trainable_share"] == 1
     assert lora["trainable"] == qlora["trainable"] < full["trainable"] / 10
     assert full["needed"] > lora["needed"] > qlora["needed"]
+
+
+def test_compared_methods_add_up_with_paged_optimizer_state_beside(
+    small: config.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(config.write_yaml(small | {"optimizer": "paged_adamw_32bit"}))
+    compared = plan.compare(Request(str(file)))
+    for row in compared:
+        parts = sum(row[part] for part in ("weights", "gradients", "optimizer", "activations", "other"))
+        assert parts == pytest.approx(row["needed"])
+    full = compared[0]
+    of_large_tensors = 2 * 128256 * 256 * 2 * 4  # embedding and head alone, two states of 4 bytes
+    assert of_large_tensors < full["optimizer_paged"] <= full["trainable"] * 2 * 4
+    plan_tables.comparison(compared, "small")
+    assert f"{full['optimizer_paged'] / planner.GIB:.2f} GiB of optimizer state is paged" in capsys.readouterr().out
 
 
 def test_the_operations_of_a_token(small: config.Config) -> None:
