@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import config, data, datafiles, engines, models, paths, provenance, schema, standin, study, variants
-from .config import Config
+from . import config, data, datafiles, engines, machine, models, paths, schema, standin, study, variants
+from .config import Config, Difference
+from .datafiles import DataFile
 from .errors import UserError
 from .files import sha256
-from .rundir import DataFile, Difference, RunDir, make_once
+from .locks import make_once
+from .rundir import RunDir
 
 REHEARSAL = "rehearsal"
 TRACKERS = {"tensorboard", "trackio", "mlflow", "wandb"}  # profiles that change nothing of the training
@@ -107,7 +109,7 @@ def compose(request: Request) -> Composed:
             fragment = _fill(
                 fragment, {"stand_in": str(standin.folder()), "sample": str(rehearsal_data(_input_format(recipe)))}
             )
-            fragment["bf16"] = provenance.cpu_has_bf16()
+            fragment["bf16"] = machine.cpu_has_bf16()
         lay(config.merge(composed, fragment), f"profile {profile}", profile_file)
     for text in request.overrides:
         key, value = config.parse_override(text)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from .errors import UserError
 
@@ -214,3 +215,15 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
 def _same(a: Any, b: Any) -> bool:
     """Equality that tells true from 1."""
     return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+class Difference(BaseModel):
+    """One key in which a run's config differs from its recipe, and why."""
+
+    key: str
+    recipe: Any = None
+    run: Any = None
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.recipe} -> {self.run}  ({self.why})"

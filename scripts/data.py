@@ -18,8 +18,8 @@ import orjson
 from . import __version__
 from .errors import UserError
 from .files import clear_parts, json_rows, making, read_json, replacing, sha256
+from .locks import LOOK, PATIENCE, held, is_held
 from .progress import say
-from .rundir import LOOK, PATIENCE, held, is_held
 from .study import Data, SourceFile, Study
 
 SPLITS = ("train", "valid", "test")

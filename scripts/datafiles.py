@@ -9,12 +9,22 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from .config import Config
 from .errors import UserError
 from .files import sha256
-from .rundir import DataFile
 
 _SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".arrow", ".text", ".txt", ".gz", ".zst"}
+
+
+class DataFile(BaseModel):
+    """A file that a run read: its content, by hash, and its size."""
+
+    path: str
+    sha256: str
+    bytes: int
+    rows: int | None = None  # of JSON lines; other formats are not counted
 
 
 def datasets(composed: Config, *sections: str) -> Iterator[tuple[str, Config]]:

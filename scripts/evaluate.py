@@ -14,11 +14,13 @@ from .data import MANIFEST
 from .errors import UserError, WorkFailed
 from .evaluations import BASE_MODEL, PREDICTIONS, SCORES, Evaluation, Settings, read_predictions, read_scores
 from .files import json_rows, read_json, sha256, write_atomically, write_rows
+from .locks import held
+from .machine import now
 from .places import Command, Outcome, Place, Work
 from .precision import precision
 from .progress import Bar, say
 from .quiet import importing_axolotl
-from .rundir import Run, RunDir, held, now
+from .rundir import Run, RunDir
 from .score import Row, code_sha256, score
 from .study import Decoding
 

@@ -18,8 +18,9 @@ import requests
 from . import __version__
 from .errors import UserError, WorkFailed
 from .files import clear_parts, read_json, replacing, sha256, write_atomically
+from .locks import held
+from .machine import now
 from .progress import Bar, say
-from .rundir import held, now
 from .study import Data, SourceFile
 
 RECORD = "fetched.json"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from . import config, provenance
+from . import config, machine
 from .errors import UserError, did_you_mean
 
 FILE = Path(__file__).with_name("gpus.yaml")
@@ -65,7 +65,7 @@ def find(name: str, option: str = "--gpu") -> Gpu:
 
 def here() -> Gpu | None:
     """This machine's first NVIDIA GPU."""
-    found = provenance.gpus()
+    found = machine.gpus()
     if not found:
         return None
     gpu = Gpu(found[0]["name"], _capability(found[0]["compute_capability"]), found[0]["memory_gib"])

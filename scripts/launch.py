@@ -1,6 +1,5 @@
 """Axolotl's processes that train a run: how they are started, stopped, and what is kept of their end."""
 
-import ctypes
 import os
 import platform
 import shutil
@@ -8,10 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
@@ -19,8 +16,10 @@ from filelock import FileLock, Timeout
 from . import config, provenance
 from .engines import CPU_RANKS
 from .errors import WorkFailed
+from .machine import now
+from .processes import end_with_parent, stop_requests
 from .progress import TrainingProgress
-from .rundir import Ended, Launch, Run, RunDir, State, now, summarise, this_job
+from .rundir import Ended, Launch, Run, RunDir, State, summarise, this_job
 
 LAST_SECONDS = 15  # that ranks have to end by themselves once one of them has failed
 
@@ -205,25 +204,6 @@ def _end_with_parent_and_ignore_warnings() -> None:
     """What a training process does first: SLURM's warning of a time limit goes to all processes, and is for us."""
     end_with_parent()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-
-def end_with_parent() -> None:
-    """Have Linux send SIGTERM to this process when its parent is gone, however the parent ended."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """The signals to stop that arrive within the block, in a list that grows; SIGUSR1 is a scheduler's warning."""
-    received: list[int] = []
-    handlers: dict[signal.Signals, Any] = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        handlers[number] = signal.signal(number, lambda n, _: received.append(n))
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _wait(child: "subprocess.Popen[bytes]", folder: RunDir, stops: list[int]) -> None:

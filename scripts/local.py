@@ -12,11 +12,11 @@ from pathlib import Path
 
 import psutil
 
-from . import gpus, provenance
+from . import gpus, machine
 from .errors import UserError
 from .gpus import Gpu
-from .launch import end_with_parent, stop_requests
 from .places import DOES, DONE, Command, Work
+from .processes import end_with_parent, stop_requests
 from .progress import say
 from .rundir import Job, RunDir, this_job
 
@@ -117,7 +117,7 @@ def devices_for(jobs: int, rehearsal: bool) -> list[str | None]:
     if jobs == 1 or rehearsal:
         return [None] * jobs
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    seen = named.split(",") if named else [str(i) for i in range(len(provenance.gpus()))]
+    seen = named.split(",") if named else [str(i) for i in range(len(machine.gpus()))]
     if jobs > len(seen):
         raise UserError(f"--jobs {jobs}: one GPU a job, and this machine has {len(seen)}")
     return [*seen[:jobs]]

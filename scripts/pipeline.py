@@ -8,11 +8,12 @@ from pathlib import Path
 
 from . import bertscore, check, compose, config, datafiles, evaluate, places, plan, run
 from .compose import Composed, Request
+from .config import Difference
 from .errors import UserError
 from .gpus import Gpu
 from .places import DONE, FAILED, SKIPPED, Command, Outcome, Place, Step, Work
 from .progress import say
-from .rundir import UNKNOWN, Difference, Run, RunDir, all_runs
+from .rundir import UNKNOWN, Run, RunDir, all_runs
 
 PATIENCE = 120  # seconds for a run to end that an earlier command had begun when it was killed
 OF_ROWS = ("datasets", "test_datasets", "base_model", "special_tokens", "sequence_len")  # what decides on rows

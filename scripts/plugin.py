@@ -22,6 +22,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from . import checkpoints, eval_loss, ranks
 from .engines import CPU_RANKS, KEYS, engine_of
 from .files import append_line
+from .processes import end_with_parent
 from .rundir import Ended
 
 GIB = 2**30
@@ -36,7 +37,7 @@ class RunPlugin(BasePlugin):
         """Note the engine that is asked for, before Axolotl writes over it, and let a rehearsal's ranks use the CPU."""
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if several:
-            ranks.end_with_launcher()
+            end_with_parent(signal.SIGKILL)  # ranks of a killed launcher would train on
         self.engine = engine_of(cfg) if several or any(cfg.get(key) for key in KEYS) else None
         if CPU_RANKS in os.environ:
             ranks.use_cpu(engine_of(cfg))

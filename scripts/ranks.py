@@ -1,8 +1,6 @@
 """A training of several processes (ranks): on a CPU, for rehearsals, and what they have to agree on."""
 
-import ctypes
 import os
-import signal
 from typing import Any
 
 import torch
@@ -42,11 +40,6 @@ def use_cpu(engine: str) -> None:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for most of a minute
-
-
-def end_with_launcher() -> None:
-    """Have Linux kill this rank when its launcher is gone; without that, ranks of a killed launcher would train on."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def engine_in_use(trainer: Any) -> str:

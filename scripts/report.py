@@ -16,8 +16,9 @@ from markupsafe import Markup, escape
 from . import gpus, lora, paths, plan, report_reader, report_runs, results, sweep_tables, sweeps, tables, verdict
 from . import report_figures as draw
 from .errors import UserError
+from .machine import now
 from .report_runs import Member, members
-from .rundir import RunDir, now
+from .rundir import RunDir
 from .score import Row
 from .study import Study
 from .sweeps import Sweep

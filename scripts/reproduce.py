@@ -6,11 +6,11 @@ from pathlib import Path
 from . import bertscore, config, data, datafiles, evaluate, fetch, models, pipeline
 from .compose import Composed, Request
 from .errors import UserError, did_you_mean
+from .locks import PATIENCE, held
 from .paths import RUNS, find_recipe
 from .pipeline import Pipeline
 from .places import Outcome, Place
 from .progress import say
-from .rundir import PATIENCE, held
 from .study import Study
 
 

@@ -9,13 +9,14 @@ import os
 from collections.abc import Container, Iterator
 from pathlib import Path
 
-from . import check, config, datafiles, gpus, launch, paths, places, provenance, standin
+from . import check, config, datafiles, gpus, launch, machine, paths, places, provenance, standin
 from .compose import Composed, Request, check_arguments, compose, is_rehearsal, launched
+from .config import Difference
 from .errors import UserError
 from .files import sha256, write_atomically
 from .places import Command, Outcome, Place, Work
 from .progress import say
-from .rundir import UNKNOWN, Difference, Run, RunDir, claim, find_run, this_job
+from .rundir import UNKNOWN, Run, RunDir, claim, find_run, this_job
 
 
 def prepare(request: Request, place: Place | None = None) -> Composed:
@@ -35,7 +36,7 @@ def prepare(request: Request, place: Place | None = None) -> Composed:
     if here and request.nodes > 1:
         raise UserError(f"--nodes {request.nodes}: goes with --on slurm, which starts the run on each of them")
     on_gpus = here and not request.dry_run and not is_rehearsal(request)
-    if on_gpus and request.gpus > max(available := len(provenance.gpus()), 1):
+    if on_gpus and request.gpus > max(available := len(machine.gpus()), 1):
         raise UserError(f"--gpus {request.gpus}: this machine has {available}")
     check_arguments(request.axolotl_arguments)
     composed = compose(request)
@@ -224,7 +225,7 @@ def _check_here(folder: RunDir, record: Run) -> None:
     content, recipe = config.read_yaml(folder.config), Path(record.recipe_file)
     composed = Composed(record.recipe, recipe, record.variant_of, content, [], {}, record.profiles, record.rehearsal)
     found = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal, plan=True).findings
-    visible = len([*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))]) or len(provenance.gpus())
+    visible = len([*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))]) or len(machine.gpus())
     try:
         errors = {finding.name for finding in found if finding.level == "error"}
         check.refuse(found, [name for name in record.forced if name in errors])  # not of the rows, or of another GPU

@@ -1,11 +1,8 @@
 """A run's folder: how it is claimed, what run.json and metrics.jsonl say, and how runs are found."""
 
-import fcntl
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -14,44 +11,20 @@ import orjson
 from pydantic import BaseModel, Field
 
 from . import checkpoints
+from .config import Difference
+from .datafiles import DataFile
 from .errors import UserError
 from .files import write_atomically
+from .locks import held, is_held
+from .machine import now
 from .paths import RUNS
 from .progress import say
 
 UNKNOWN = "not known: its queue does not answer"
-LOOK = 0.2  # seconds at most for which a process holds a lock that only looks whether it is held
-PATIENCE = 600  # seconds to wait for a process that prepares what this one needs too
 State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
 Ended = Literal["complete", "early stopping", "signal", "callback"]
 """How a training ended: with its last step, or before it, stopped by what this says; callback is any other of Axolotl's
 callbacks, such as its loss watchdog."""
-
-
-def now() -> str:
-    """The time in UTC, as run.json writes it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-class Difference(BaseModel):
-    """One key in which a run's config differs from its recipe, and why."""
-
-    key: str
-    recipe: Any = None
-    run: Any = None
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.recipe} -> {self.run}  ({self.why})"
-
-
-class DataFile(BaseModel):
-    """A file that a run read: its content, by hash, and its size."""
-
-    path: str
-    sha256: str
-    bytes: int
-    rows: int | None = None  # of JSON lines; other formats are not counted
 
 
 class Job(BaseModel):
@@ -138,88 +111,6 @@ class Run(BaseModel):
     def ranks(self) -> int:
         """The processes that train, each with a GPU of its own."""
         return self.gpus_used * self.nodes
-
-
-@contextmanager
-def held(file: Path, otherwise: str, patience: float = LOOK, remove: bool = False) -> Iterator[int]:
-    """Hold a lock for this process and whoever inherits the yielded descriptor, until the last of them ends.
-
-    Args:
-        file: the lock's file; its folder is made if need be.
-        otherwise: what to tell the user where another process holds it.
-        patience: seconds to wait for that process.
-        remove: whether to remove the file in the end.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    deadline = time.monotonic() + patience
-    while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(f"{file.parent}: {otherwise}") from None
-                time.sleep(0.1)
-                continue
-            except OSError as error:
-                problem = f"its file system does not lock files (flock: {error.strerror})"
-                raise UserError(f"{file.parent}: {problem}; choose a folder on another, for runs with --runs") from None
-            if not _is_at(lock.fileno(), file):
-                continue  # whoever held it has removed it
-            try:
-                yield lock.fileno()
-            finally:
-                if remove:
-                    file.unlink(missing_ok=True)
-            return
-
-
-def _is_at(descriptor: int, file: Path) -> bool:
-    """Whether an open file is still the one at a path."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), file.stat())
-    except FileNotFoundError:
-        return False
-
-
-def is_held(file: Path) -> bool:
-    """Whether a process holds a lock, as far as this one may look."""
-    try:
-        with file.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """A folder that is made the first time it is needed, and by one process where several need it at once.
-
-    Args:
-        folder: the folder; none of it is to be seen before all of it is there.
-        make: writes what it is to hold into the folder that it is given.
-
-    Raises:
-        UserError: another process has been making it for `PATIENCE` seconds.
-    """
-    if folder.is_dir():
-        return folder
-    part = folder.with_name(f".{folder.name}.part")
-    lock = folder.with_name(f".{folder.name}.lock")
-    with held(lock, f"another process has not finished {folder.name} in {PATIENCE} s", PATIENCE, remove=True):
-        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-        if not folder.is_dir():
-            try:
-                make(part)
-                part.rename(folder)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-    return folder
 
 
 class RunDir:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from . import paths
 from .errors import WorkFailed
+from .locks import make_once
 from .progress import say
 from .quiet import importing_axolotl
-from .rundir import make_once
 
 NAME = "SmolLM2-135M-Instruct"
 JUDGE, JUDGE_LAYERS = "all-MiniLM-L6-v2", 6

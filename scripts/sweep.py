@@ -10,11 +10,11 @@ from .compose import Request
 from .errors import UserError
 from .evaluate import Request as Evaluation
 from .gpus import Gpu
+from .locks import held
 from .paths import RUNS, find_recipe
 from .pipeline import OF_ROWS, Pipeline
 from .places import DONE, Outcome, Place, Work
 from .progress import say
-from .rundir import held
 from .sweeps import Member, Sweep
 
 AXOLOTL_SEED = 42  # where a config names none

@@ -13,7 +13,8 @@ from . import config, intervals, lora, models, paths, results
 from .config import Config
 from .errors import UserError, did_you_mean
 from .files import tensor_shapes, write_atomically
-from .rundir import Run, RunDir, all_runs, now
+from .machine import now
+from .rundir import Run, RunDir, all_runs
 
 PAIRED, NAME = "_", "name"
 QUALITY = {"eval_loss": min, "bleu4": max, "rouge_l": max, "bertscore_f1": max}

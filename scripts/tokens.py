@@ -24,7 +24,7 @@ from .eval_loss import MASKED
 from .files import json_rows
 from .finding import Finding, Level
 from .installed import capabilities
-from .launch import end_with_parent
+from .processes import end_with_parent
 from .progress import Bar
 
 disable_progress_bar()

@@ -22,7 +22,7 @@ import orjson
 import pytest
 
 from qlora_recipes import fetch as fetching
-from qlora_recipes import rundir, study
+from qlora_recipes import locks, study
 from qlora_recipes.errors import UserError, WorkFailed
 from qlora_recipes.fetch import fetch
 
@@ -510,7 +510,7 @@ def test_a_full_disk_keeps_no_half_of_a_file(tmp_path: Path) -> None:
 
 
 def test_two_fetches_at_once(tmp_path: Path, server: Server) -> None:
-    with rundir.held(tmp_path / ".fetch.lock", ""), pytest.raises(UserError, match="another fetch is going on"):
+    with locks.held(tmp_path / ".fetch.lock", ""), pytest.raises(UserError, match="another fetch is going on"):
         fetch(data(server.url), tmp_path)
     assert not server.seen
 

@@ -22,9 +22,11 @@ from huggingface_hub import close_session, constants
 from markdown_it import MarkdownIt
 
 from qlora_recipes import config, evaluations, models, publish
+from qlora_recipes.config import Difference
+from qlora_recipes.datafiles import DataFile
 from qlora_recipes.errors import UserError, WorkFailed
 from qlora_recipes.files import sha256
-from qlora_recipes.rundir import DataFile, Difference, Launch, Run, RunDir, Summary
+from qlora_recipes.rundir import Launch, Run, RunDir, Summary
 from qlora_recipes.study import Decoding
 
 if TYPE_CHECKING:

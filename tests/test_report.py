@@ -29,9 +29,11 @@ from qlora_recipes import (
     sweeps,
     verdict,
 )
+from qlora_recipes.config import Difference
+from qlora_recipes.datafiles import DataFile
 from qlora_recipes.evaluations import Evaluation, Settings
 from qlora_recipes.files import sha256, write_rows
-from qlora_recipes.rundir import DataFile, Difference, Launch, Run, RunDir, Summary, summarise
+from qlora_recipes.rundir import Launch, Run, RunDir, Summary, summarise
 from qlora_recipes.score import PER_ROW
 
 STUDY = study.find("haider2024")

@@ -8,8 +8,9 @@ import pytest
 from conftest import Recipe, recipe_config
 
 from qlora_recipes import card, config, evaluations, paths, report_runs, results, study, verdict
+from qlora_recipes.config import Difference
 from qlora_recipes.evaluations import Evaluation, Settings
-from qlora_recipes.rundir import Difference, Launch, Run, RunDir, Summary
+from qlora_recipes.rundir import Launch, Run, RunDir, Summary
 
 STUDY = study.find("haider2024")
 LLAMA_2 = "haider2024/llama-2-7b"
