@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from . import places, reproduce, results, study, sweeps
+from . import lookup, places, reproduce, study, sweeps
 from .errors import UserError
 from .local import stop_holders
-from .rundir import RunDir, all_runs, find_run
+from .lookup import all_runs, find_run
+from .rundir import RunDir
 
 
 def cancel(names: list[str], sweep: str | None, of_study: str | None, runs: Path) -> list[str]:
@@ -40,5 +41,5 @@ def _meant(sweep: str | None, of_study: str | None, runs: Path) -> list[RunDir]:
     if sweep:
         made = sweeps.find(sweep, runs)
         digests = {member.digest for member in made.members}
-        return [folder for folder, run in results.readable(all_runs(runs / made.recipe)) if run.digest in digests]
-    return [folder for folder, run in results.readable(all_runs(runs)) if run.origin.startswith(f"{of_study}/")]
+        return [folder for folder, run in lookup.readable(all_runs(runs / made.recipe)) if run.digest in digests]
+    return [folder for folder, run in lookup.readable(all_runs(runs)) if run.origin.startswith(f"{of_study}/")]

@@ -6,11 +6,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from . import config, datafiles, models, paths, results, schema, study, tables
-from .compose import PLUGIN
+from . import config, datafiles, models, paths, run_rows, schema, study, tables
 from .data import MANIFEST
 from .evaluations import Evaluation
 from .files import embedding_rows, read_json, sha256
+from .handover import PLUGIN
 from .rundir import Run, RunDir
 from .templating import environment
 
@@ -48,7 +48,7 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
         shown["plugins"] = plugins
     other_data = run.rehearsal or any(re.match(r"datasets\..*path$", changed.key) for changed in run.differences)
     data = None if of_study is None or other_data else of_study.data
-    published = results.aim(run)
+    published = run_rows.aim(run)
     of_run = run.model_dump()
     of_run["differences"] = [changed for changed in of_run["differences"] if not _NOT_SHOWN.match(changed["key"])]
     of_run["overrides"] = [override for override in run.overrides if not _NOT_SHOWN.match(override)]

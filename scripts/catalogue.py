@@ -3,8 +3,9 @@
 from contextlib import suppress
 from typing import Any
 
-from . import config, paths, plan, study, variants
+from . import config, paths, plan, variants
 from .errors import UserError
+from .study import entry
 
 
 def recipes() -> list[dict[str, Any]]:
@@ -17,20 +18,6 @@ def recipes() -> list[dict[str, Any]]:
             planned = plan.needed_gib(recipe)
         found.append(entry(name, recipe) | {"planned_gib": planned})
     return found
-
-
-def entry(name: str, recipe: config.Config) -> dict[str, Any]:
-    """A recipe's model, epochs and optimizer, and its published scores."""
-    of_study = study.of(name)
-    published = of_study.published.get(name) if of_study else None
-    return {
-        "recipe": name,
-        "base_model": recipe.get("base_model"),
-        "epochs": recipe.get("num_epochs"),
-        "optimizer": recipe.get("optimizer"),
-        "published_bleu4": published.bleu4 if published else None,
-        "published_bertscore_f1": published.bertscore_f1 if published else None,
-    }
 
 
 def variants_table(tree: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import compose, config, models, paths, rows, rules, schema, standin
 from .compose import Composed, Request
-from .config import Config
+from .config import Config, check_not_of_the_run
 from .errors import UserError
 from .finding import LEVELS, Finding
 from .gpus import Gpu
@@ -77,7 +77,7 @@ def check(
     report = Report(request.name)
     try:
         composed = compose.compose(request)
-        report = examine(composed, gpu, request.gpus, launching, data, full)
+        report = examine(composed, gpu, request.gpus, launching, data)
         report.name = request.name
         if full:
             with importing_axolotl():
@@ -100,16 +100,12 @@ def examine(
     gpus: int = 1,
     launching: bool = False,
     data: bool = False,
-    plan: bool = False,
 ) -> Report:
-    """What the schema and the rules find in a config, each at its place, and whether it fits the GPU's memory.
-
-    A rehearsal has no GPU.
+    """What the schema and the rules find in a config, each at its place. A rehearsal has no GPU.
 
     Args:
         launching: a run is about to start here.
         data: also read its rows.
-        plan: also plan its memory, in 5 s, where no earlier plan is kept.
     """
     of_schema = list(schema.findings(composed.config))
     wrong = [finding.key for finding in of_schema if finding.rule in ("value", "plugin-key")]
@@ -118,33 +114,10 @@ def examine(
     case = rules.Case(sound, parts, None if composed.rehearsal else gpu, gpus, launching)
     report = Report(composed.recipe, composed)
     report.add(placed([*of_schema, *rules.findings(case)], composed))
-    if case.gpu and not report.count("error"):
-        report.add(placed(_too_big(composed.config, case.gpu, gpus, plan), composed))
     if data:
         of_rows, report.data = rows.check(sound)
         report.add(of_rows)
     return report
-
-
-def _too_big(content: Config, gpu: Gpu, gpus: int, plan: bool) -> list[Finding]:
-    """A finding where a config needs more memory than a GPU has, or where that is not known."""
-    from . import plan as planning
-
-    if not gpu.memory or gpus > 1 or content.get("deepspeed") or content.get("fsdp_config"):
-        return []  # what an engine saves depends on how many GPUs there will be
-    try:
-        needed = planning.needed_gib(content, gpu, anew=plan)
-    except UserError as error:
-        return [Finding("note", "not-checked", "base_model", f"memory is not planned: {error}")]
-    usable = gpu.memory * planning.USABLE
-    if needed is None:
-        problem = "memory is not planned: `recipe plan` and --full do that"
-        return [Finding("note", "not-checked", "micro_batch_size", problem)]
-    if needed <= usable:
-        return []
-    aside = " beside its paged optimizer state" if "paged" in str(content.get("optimizer")) else ""
-    problem = f"a full batch needs {needed:.1f} GiB{aside}, and {usable:.1f} of {gpu} can be used"
-    return [Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan` with --gpu says what to change")]
 
 
 def tokens_of(request: Request, count: int) -> list[dict[str, Any]]:
@@ -277,3 +250,17 @@ def placed(found: list[Finding], composed: Composed) -> Iterator[Finding]:
             if accepted and finding.level == "warning":
                 finding.level, finding.remedy = "note", f"accepted: {accepted[1]}"
         yield finding
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Refuse options for `axolotl train` that it does not have, and what must not be given to it."""
+    for argument in arguments:
+        option = argument.lstrip("-").partition("=")[0].replace("-", "_")
+        check_not_of_the_run(option, argument)
+        if schema.is_secret(option):
+            raise UserError(f"{argument}: would stand in the run's folder; give it by an environment variable")
+        key = schema.key_of_option(option)
+        if argument.startswith("--") and key:
+            raise UserError(f"{argument}: a key of the config; --set {key}=... is checked and recorded as well")
+        if argument.startswith("--") and option not in schema.TRAIN_OPTIONS:
+            raise UserError(f"{argument}: `axolotl train` has no such option, and would ignore it")

@@ -35,7 +35,7 @@ from .options import (
 from .paths import RUNS
 
 if TYPE_CHECKING:
-    from .places import Outcome
+    from .tasks import Outcome
 
 
 class _Verbs(TyperGroup):
@@ -246,7 +246,7 @@ def check(
 ) -> None:
     """All that is wrong with a config, before it reaches a GPU. Exit code 2 if there is an error."""
     from . import check as checking
-    from . import gpus, paths, tables
+    from . import fit, gpus, paths, tables
     from .compose import Request
 
     target = gpus.here() if gpu is None else gpus.find(gpu)
@@ -258,6 +258,8 @@ def check(
         tables.print_json(rows) if json else tables.print_tokens(rows)
         return
     reports = [checking.check(request, target, data, full) for request in requests]
+    for report in reports:
+        fit.add_to(report, target, anew=full)
     if json:
         tables.print_json([report.as_json() for report in reports])
     else:
@@ -422,7 +424,7 @@ def run(
     runs: Runs = RUNS,
 ) -> None:
     """Train a recipe with Axolotl, in a run folder of its own."""
-    from . import config, places
+    from . import config, places, queueing
     from . import run as launcher
     from .compose import Request, is_rehearsal
 
@@ -446,7 +448,7 @@ def run(
     elif place.here:
         print(launcher.run(request, runs).path)
     else:
-        print(launcher.submit(request, runs, place).path)
+        print(queueing.submit(request, runs, place).path)
 
 
 @app.command(rich_help_panel=RUNNING)
@@ -460,7 +462,7 @@ def resume(
     runs: Runs = RUNS,
 ) -> None:
     """Go on with an interrupted run from its last whole checkpoint."""
-    from . import places
+    from . import places, queueing
     from . import run as launcher
 
     if prepare and on != "local":
@@ -469,7 +471,7 @@ def resume(
     if place.here:
         print(launcher.resume(run, runs, prepare).path)
     else:
-        print(launcher.resubmit(run, runs, place).path)
+        print(queueing.resubmit(run, runs, place).path)
 
 
 @app.command(rich_help_panel=RUNNING)
@@ -592,7 +594,6 @@ def reproduce(
     from . import evaluate as evaluation
     from . import places, verdict
     from . import reproduce as reproducing
-    from . import results as gathered
     from . import study as studies
     from .compose import Request, is_rehearsal
 
@@ -603,7 +604,7 @@ def reproduce(
     place = places.kinds()[on](request.rehearse, jobs, slurm or [])
     outcomes = reproducing.reproduce(of_study, reproducing.Options(request, place, only or [], judged, runs))
     rows = verdict.rows(of_study, runs, request.rehearse, {outcome.recipe: outcome.run for outcome in outcomes})
-    _end(outcomes, json, {}, rows, lambda: gathered.show_study(of_study, rows, request.rehearse, "table"))
+    _end(outcomes, json, {}, rows, lambda: verdict.show_study(of_study, rows, request.rehearse, "table"))
 
 
 @app.command(rich_help_panel=RUNNING)
@@ -655,9 +656,9 @@ def evaluate(
 ) -> None:
     """Generate predictions for test rows with a run's adapter, and score them."""
     from . import evaluate as evaluation
-    from . import places
+    from . import places, queueing
+    from .lookup import find_run
     from .progress import say
-    from .rundir import find_run
 
     if export_prompts and on != "local":
         raise UserError("--export-prompts: needs no GPU, and is done here")
@@ -665,7 +666,7 @@ def evaluate(
     folder = find_run(run, runs)
     place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
     if not place.here:
-        evaluation.submit(folder, request, runs, place)
+        queueing.submit_evaluation(folder, request, runs, place)
         print(folder.path)
     elif export_prompts:
         count = evaluation.export_prompts(folder, request, export_prompts)
@@ -767,7 +768,7 @@ def results(
         from . import verdict
 
         of_study = studies.find(study)
-        gathered.show_study(of_study, verdict.rows(of_study, runs, rehearse), rehearse, form)
+        verdict.show_study(of_study, verdict.rows(of_study, runs, rehearse), rehearse, form)
     else:
         gathered.show(runs, form)
 
@@ -809,7 +810,7 @@ def report(
     from . import report_runs
     from . import study as studies
     from .files import write_atomically
-    from .rundir import find_run
+    from .lookup import find_run
 
     if sum(map(bool, (run, study, sweep))) > 1:
         raise UserError("RUN, --study and --sweep: one of them")
@@ -845,7 +846,7 @@ def publish(
 ) -> None:
     """Write a model card beside a run's adapter; merge it, or upload it, only when asked."""
     from . import publish as publishing
-    from .rundir import find_run
+    from .lookup import find_run
 
     for made in publishing.publish(find_run(run, runs), merge, push, private):
         print(made)

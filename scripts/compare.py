@@ -9,7 +9,7 @@ from typing import Any
 from . import bleu, intervals
 from .errors import UserError
 from .evaluations import read_predictions, read_scores
-from .rundir import find_run
+from .lookup import find_run
 from .score import PER_ROW, Row, read_rows, with_scores
 
 LENGTHS = (10, 25, 50)  # tokens: the bounds between groups of references by length

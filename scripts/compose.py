@@ -2,24 +2,19 @@
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import config, data, datafiles, engines, machine, models, paths, schema, standin, study, variants
-from .config import Config, Difference
+from . import config, datafiles, engines, machine, models, paths, standin, study, variants
+from .config import Config, Difference, check_not_of_the_run
 from .datafiles import DataFile
 from .errors import UserError
-from .files import sha256
-from .locks import make_once
-from .rundir import RunDir
+from .sample import rehearsal_data
 
 REHEARSAL = "rehearsal"
 TRACKERS = {"tensorboard", "trackio", "mlflow", "wandb"}  # profiles that change nothing of the training
-PLUGIN = "qlora_recipes.plugin.RunPlugin"
-AUTO_RESUME = "auto_resume_from_checkpoints"
 
 
 @dataclass
@@ -113,7 +108,7 @@ def compose(request: Request) -> Composed:
         lay(config.merge(composed, fragment), f"profile {profile}", profile_file)
     for text in request.overrides:
         key, value = config.parse_override(text)
-        _check_not_of_the_run(key, f"--set {text}")
+        check_not_of_the_run(key, f"--set {text}")
         lay(config.override(composed, key, value), f"--set {text}")
     if rehearsal and request.ranks == 1:
         lay(engines.without_engine(composed), "rehearsal in one process; --gpus 2 rehearses the engine too")
@@ -128,68 +123,9 @@ def compose(request: Request) -> Composed:
     return Composed(name, file, origin, composed, differences, files, [p for p, _ in profiles], rehearsal)
 
 
-def check_arguments(arguments: list[str]) -> None:
-    """Refuse options for `axolotl train` that it does not have, and what must not be given to it."""
-    for argument in arguments:
-        option = argument.lstrip("-").partition("=")[0].replace("-", "_")
-        _check_not_of_the_run(option, argument)
-        if schema.is_secret(option):
-            raise UserError(f"{argument}: would stand in the run's folder; give it by an environment variable")
-        key = schema.key_of_option(option)
-        if argument.startswith("--") and key:
-            raise UserError(f"{argument}: a key of the config; --set {key}=... is checked and recorded as well")
-        if argument.startswith("--") and option not in schema.TRAIN_OPTIONS:
-            raise UserError(f"{argument}: `axolotl train` has no such option, and would ignore it")
-
-
 def is_rehearsal(request: Request) -> bool:
     """Whether a run is asked for that only tries the recipe."""
     return request.rehearse or REHEARSAL in (paths.find_profile(profile)[0] for profile in request.profiles)
-
-
-def launched(composed: Composed, folder: RunDir) -> Config:
-    """The config with what a run adds to it: its output folder, its plugin, where prepared data goes, and for trackers
-    its name.
-
-    Axolotl keys its cache of prepared data by settings alone; the data's own hash in the path keeps a
-    changed file from being taken for the old one. Left to itself, it would resume from a damaged checkpoint.
-    """
-    content = hashlib.sha256("".join(file.sha256 for file in composed.data).encode()).hexdigest()
-    return _named_for_trackers(composed, folder) | {
-        "output_dir": str(folder.output),
-        "dataset_prepared_path": str(paths.cache() / "prepared" / content[:16]),
-        "plugins": [*(composed.config.get("plugins") or []), PLUGIN],
-        **({AUTO_RESUME: False} if composed.config.get(AUTO_RESUME) else {}),
-    }
-
-
-def _named_for_trackers(composed: Composed, folder: RunDir) -> Config:
-    """The config with the {placeholders} of its trackers' keys filled in.
-
-    project is the recipe's study, or the recipe where it has none; rehearsals have one of their own. run is the run's
-    folder below that, an end of its path, so that the other verbs know the run by it too; runs is the folder of all.
-    Axolotl hands each of these keys to its tracker in the environment variable of the same name. Where the user has
-    set that one, it holds.
-    """
-    runs, first = folder.runs(composed.recipe), (composed.origin or composed.recipe).partition("/")[0]
-    values = {
-        "project": f"{first}-rehearsal" if composed.rehearsal else first,
-        "run": str(folder.path.relative_to(runs)).removeprefix(f"{first}/"),
-        "runs": str(runs),
-    }
-    content = dict(composed.config)
-    for key, value in composed.config.items():
-        if re.match("(wandb|mlflow|trackio)_", key) and (filled := _fill(value, values)) != value:
-            content[key] = None if key.upper() in os.environ else filled
-    return content
-
-
-def rehearsal_data(input_format: str = "diff") -> Path:
-    """The folder with the shipped sample as prepared data; written to the cache the first time."""
-    raw = sorted(paths.SAMPLE.glob("msg-*.jsonl"))
-    key = hashlib.sha256("".join(map(sha256, [*raw, Path(data.__file__)])).encode()).hexdigest()
-    folder = paths.cache() / f"sample-{input_format}-{key[:16]}"
-    return make_once(folder, lambda out: data.prepare(raw, out, study.find("haider2024"), input_format))
 
 
 def _input_format(recipe: Config) -> str:
@@ -199,11 +135,6 @@ def _input_format(recipe: Config) -> str:
     }
     parents = [str(Path(str(dataset.get("path"))).parent) for _, dataset in datafiles.datasets(recipe, "datasets")]
     return next((folders[parent] for parent in parents if parent in folders), "diff")
-
-
-def _check_not_of_the_run(key: str, where: str) -> None:
-    if key.partition(".")[0] in config.OF_THE_RUN:
-        raise UserError(f"{where}: {key} is the run's own; --runs moves runs, `recipe resume` goes on with one")
 
 
 def _mirrored(composed: Config) -> Config:

@@ -227,3 +227,8 @@ class Difference(BaseModel):
 
     def __str__(self) -> str:
         return f"{self.key}: {self.recipe} -> {self.run}  ({self.why})"
+
+
+def check_not_of_the_run(key: str, where: str) -> None:
+    if key.partition(".")[0] in OF_THE_RUN:
+        raise UserError(f"{where}: {key} is the run's own; --runs moves runs, `recipe resume` goes on with one")

@@ -16,13 +16,13 @@ from .evaluations import BASE_MODEL, PREDICTIONS, SCORES, Evaluation, Settings, 
 from .files import json_rows, read_json, sha256, write_atomically, write_rows
 from .locks import held
 from .machine import now
-from .places import Command, Outcome, Place, Work
 from .precision import precision
 from .progress import Bar, say
 from .quiet import importing_axolotl
 from .rundir import Run, RunDir
 from .score import Row, code_sha256, score
 from .study import Decoding
+from .tasks import Command
 
 BASE = "none"  # --adapter none: the base model without an adapter
 BATCH_TOKENS = 8192
@@ -95,7 +95,7 @@ class Task:
         file = request.data or usual
         if file is None:
             raise UserError(f"{folder.path}: no test.jsonl lies beside its training data; name one with --data")
-        every = _read_rows(file, self.cfg)
+        every = read_rows(file, self.cfg)
         limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
         self.rows = every[:limit]
         decoding = of_study.decoding if of_study else Decoding(max_new_tokens=96)
@@ -189,25 +189,6 @@ def command(folder: RunDir, request: Request, runs: Path) -> Command:
     return Command("evaluate", folder, ["evaluate", str(folder.path), *request.options(), "--runs", str(runs)])
 
 
-def submit(folder: RunDir, request: Request, runs: Path, place: Place) -> None:
-    """Hand an evaluation over to a place that does it, once the run is trained if it waits or goes on there.
-
-    Raises:
-        UserError: it is queued already, see `Task`, or the place refuses it; nothing was started.
-    """
-    record = folder.read()
-    if not folder.job_state("run"):
-        Task(folder, request)
-    elif request.data:
-        _read_rows(request.data, config.read_yaml(folder.config))  # what else `Task` asks for is not there yet
-    evaluation = command(folder, request, runs)
-    if job := folder.job_state("evaluate", evaluation.words):
-        raise UserError(f"{folder.path}: that evaluation is {job}; `recipe cancel {folder.path}` ends that")
-    gpus = 0 if record.rehearsal else 1
-    work = Work(Outcome(record.recipe), iter([evaluation]), gpus, steps=["evaluate"])
-    place.submit([work], record.recipe, runs, [])
-
-
 def _make_way(task: Task) -> None:
     """Keep an evaluation of the same adapter on other rows, which may have been the usual ones; refuse to lose rows."""
     former = read_scores(task.where)
@@ -295,7 +276,7 @@ def _test_set(file: Path, digest: str) -> str | None:
     return next((name for name, made in sets.items() if made["sha256"] == digest), None)
 
 
-def _read_rows(file: Path, cfg: config.Config) -> list[dict[str, Any]]:
+def read_rows(file: Path, cfg: config.Config) -> list[dict[str, Any]]:
     """The rows of a file, of the type that a config trains on."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; `recipe data prepare` writes test.jsonl")

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import orjson
 from pydantic import BaseModel
 
+from .rundir import Run
 from .score import Row
 from .study import Decoding
 
@@ -73,3 +74,11 @@ def read_predictions(folder: Path) -> list[Row]:
         return list(map(orjson.loads, (folder / PREDICTIONS).read_bytes().splitlines()))
     except (OSError, ValueError):
         return []
+
+
+def of_run(folder: Path, run: Run) -> Evaluation | None:
+    """The evaluation of a run's own adapter; none of one that the run has trained on since."""
+    found, last = read_scores(folder), run.launches[-1] if run.launches else None
+    if found and last and found.made < (last.ended or last.started):
+        return None
+    return found

@@ -15,10 +15,10 @@ import psutil
 from . import gpus, machine
 from .errors import UserError
 from .gpus import Gpu
-from .places import DOES, DONE, Command, Work
 from .processes import end_with_parent, stop_requests
 from .progress import say
-from .rundir import Job, RunDir, this_job
+from .rundir import Job, JobState, RunDir, this_job
+from .tasks import DOES, DONE, Command, Work
 
 
 class Local:
@@ -68,7 +68,7 @@ class Local:
             work.outcome.problem = "interrupted before it was begun; the same command goes on"
 
     @classmethod
-    def active(cls, jobs: Sequence[Job]) -> dict[str, str]:
+    def active(cls, jobs: Sequence[Job]) -> dict[str, JobState]:
         """Nothing is queued here."""
         return {}
 

@@ -6,14 +6,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from . import bertscore, check, compose, config, datafiles, evaluate, places, plan, run
+from . import bertscore, check, compose, config, datafiles, evaluate, fit, places, plan, run
 from .compose import Composed, Request
 from .config import Difference
 from .errors import UserError
 from .gpus import Gpu
-from .places import DONE, FAILED, SKIPPED, Command, Outcome, Place, Step, Work
+from .lookup import all_runs
+from .places import Place
 from .progress import say
-from .rundir import UNKNOWN, Run, RunDir, all_runs
+from .rundir import JobState, Run, RunDir
+from .tasks import DONE, FAILED, SKIPPED, Command, Outcome, Step, Work
 
 PATIENCE = 120  # seconds for a run to end that an earlier command had begun when it was killed
 OF_ROWS = ("datasets", "test_datasets", "base_model", "special_tokens", "sequence_len")  # what decides on rows
@@ -100,7 +102,7 @@ class Pipeline:
             self.outcome.steps["plan"] = "not known"
             return True
         needed = f"{self.needed_gib:.1f} GiB"
-        if gpu and gpu.memory and (self.needed_gib or 0) > gpu.memory * plan.USABLE and not self.request.rehearse:
+        if gpu and gpu.memory and (self.needed_gib or 0) > fit.usable_gib(gpu) and not self.request.rehearse:
             self.outcome.fail("plan", f"needs {needed}, more than {gpu} has; `recipe plan` says what to change")
             return False
         self.outcome.steps["plan"] = f"{DONE}: {needed}"
@@ -129,7 +131,7 @@ class Pipeline:
         digest, same = self.digest(), []
         for folder in all_runs(self.runs / self.outcome.recipe) if digest else ():
             with suppress(UserError):  # a folder that is no run
-                record = folder.read()
+                record = places.read(folder)
                 if (record.digest, record.recipe) == (digest, self.outcome.recipe) and _is_plain(record):
                     same.append((folder, record))
         return max(same, key=lambda one: (one[1].state == "finished", one[0].path.name), default=None)
@@ -164,14 +166,15 @@ class Pipeline:
         """Its commands from where it is; steps that were done before, or wait in a queue, are noted in its outcome."""
         assert self.composed
         former = self._settled()
-        unknown = former and former[1].state != "finished" and former[0].job_state("run") == UNKNOWN
+        job = places.job_state(former[0], "run") if former and former[1].state != "finished" else None
+        unknown = job is not None and job.kind == "unknown"
         if former and (unknown or former[1].state in ("created", "queued", "running")):
-            folder, job = former[0], former[0].job_state("run")
-            self.outcome.steps["run"] = job or former[1].state
+            folder = former[0]
+            self.outcome.steps["run"] = str(job or former[1].state)
             later = "not queued; the same command does it once this is trained"
             evaluation = self._evaluation_job(folder)
             if evaluation or unknown or self.place.here or not job:
-                self.outcome.steps["evaluate"] = evaluation or later
+                self.outcome.steps["evaluate"] = str(evaluation or later)
                 return
         elif former and former[1].state == "finished":
             folder = former[0]
@@ -188,14 +191,14 @@ class Pipeline:
             yield run.command(folder, self.runs, rows)
         yield evaluate.command(folder, self.asked, self.runs)
 
-    def _evaluation_job(self, folder: RunDir) -> str | None:
-        return folder.job_state("evaluate", evaluate.command(folder, self.asked, self.runs).words)
+    def _evaluation_job(self, folder: RunDir) -> JobState | None:
+        return places.job_state(folder, "evaluate", evaluate.command(folder, self.asked, self.runs).words)
 
     def _state_of_evaluation(self, folder: RunDir) -> str | None:
         if evaluate.complete(evaluate.Task(folder, self.asked), self.judge()):
             return SKIPPED
         state = self._evaluation_job(folder)
-        return None if state == UNKNOWN and self.place.here else state
+        return None if state is None or (state.kind == "unknown" and self.place.here) else str(state)
 
 
 def need_judge(pipelines: Sequence[Pipeline]) -> None:

@@ -3,84 +3,15 @@
 A further place is one more module with a class that does what `Place` says, and a name for it in `kinds`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 from .finding import Finding
 from .gpus import Gpu
-from .rundir import Job, RunDir
-
-DONE, SKIPPED, FAILED = "done", "skipped", "failed"
-Step = Literal["prepare", "run", "evaluate"]
-DOES = {"run": "the training", "evaluate": "the evaluation"}
-
-
-@dataclass
-class Outcome:
-    """What became of a recipe: each step done, skipped because its inputs are as they were, or failed, and why.
-
-    Attributes:
-        member: which of a sweep over the recipe it is.
-        run: its finished run.
-    """
-
-    recipe: str
-    member: str | None = None
-    steps: dict[str, str] = field(default_factory=dict)
-    problem: str | None = None
-    run: Path | None = None
-
-    def fail(self, step: str, problem: str) -> None:
-        """Note that a step failed, which is the last then."""
-        self.steps[step], self.problem = FAILED, problem
-
-    @property
-    def label(self) -> str:
-        """How messages name it."""
-        return self.member or self.recipe
-
-    def as_row(self) -> dict[str, Any]:
-        """The row of a summary."""
-        name = {"member" if self.member else "recipe": self.label}
-        return name | {step: self.steps.get(step) for step in ("check", "plan", "run", "evaluate")}
-
-
-@dataclass
-class Command:
-    """One command of a run.
-
-    Attributes:
-        step: what it does for the run.
-        folder: the run's.
-        words: the command line behind `recipe`.
-        rows: what commands that prepare the same rows for training have in common.
-    """
-
-    step: Step
-    folder: RunDir
-    words: list[str]
-    rows: str = ""
-
-
-@dataclass
-class Work:
-    """The commands that bring a run to its end, in their order; each is worth carrying out once the one before is done.
-
-    Attributes:
-        commands: asked for one at a time, since the first claims the run's folder.
-        gpus: how many its training needs on each node.
-        nodes: how many of those.
-        steps: what may be among the commands, and a place has to be able to do.
-    """
-
-    outcome: Outcome
-    commands: Iterator[Command]
-    gpus: int
-    nodes: int = 1
-    steps: Sequence[Step] = ("prepare", "run")
+from .rundir import Job, JobState, Run, RunDir
+from .tasks import Work
 
 
 class Place(Protocol):
@@ -107,9 +38,8 @@ class Place(Protocol):
         """
 
     @classmethod
-    def active(cls, jobs: Sequence[Job]) -> dict[str, str] | None:
-        """The jobs that are there, those given if they are, as "queued: Priority" or "running" by their ids; None where
-        that is not known."""
+    def active(cls, jobs: Sequence[Job]) -> dict[str, JobState] | None:
+        """Those of some jobs that are there, by their ids; None where that is not known."""
 
     @classmethod
     def log(cls, folder: RunDir, step: str) -> Path:
@@ -136,9 +66,33 @@ def relevant(place: Place, found: Iterable[Finding]) -> list[Finding]:
     return [finding for finding in found if place.here or finding.rule != "no-gpu"]
 
 
-def active(jobs: Iterable[Job]) -> dict[str, str] | None:
+def read(folder: RunDir) -> Run:
+    """The record of a run, with the state that holds now, wherever it is trained or waits for that.
+
+    Raises:
+        UserError: run.json is missing or damaged.
+    """
+    return folder.read(job_state(folder, "run") if folder.jobs() else None)
+
+
+def job_state(folder: RunDir, step: str, words: Sequence[str] | None = None) -> JobState | None:
+    """The state of the job that carries out a command of a run; None where there is none.
+
+    Args:
+        folder: the run.
+        step: what the command does.
+        words: its words, where only one of those that do so is meant.
+    """
+    jobs = [job for job in folder.jobs() if job.step == step and words in (None, job.words)]
+    known = active(jobs)
+    if known is None:
+        return JobState("unknown")
+    return next((known[job.id] for job in jobs if job.id in known), None)
+
+
+def active(jobs: Iterable[Job]) -> dict[str, JobState] | None:
     """Those of some jobs that are not at their end, as `Place.active` has them; None where that is not known."""
-    found: dict[str, str] = {}
+    found: dict[str, JobState] = {}
     for name, of_place in groupby(sorted(jobs, key=lambda job: job.place), key=lambda job: job.place):
         mine = list(of_place)
         every = kinds()[name].active(mine)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import check, datafiles, models, paths, rules, steps, work
+from .attention import attention
 from .compose import Composed, Request, compose
 from .config import Config
 from .engines import engine_of
@@ -157,8 +158,7 @@ def _of_paged(planner: Planner) -> list[str]:
 
 def _least_capability(config: Config) -> tuple[int, int]:
     """The oldest GPUs that have what a config asks for: Turing, or Ampere for bf16 and FlashAttention."""
-    attention = rules.Case(config, set()).attention
-    newer = precision(config, on_gpu=True).weights == "bfloat16" or attention == "flash_attention_2"
+    newer = precision(config, on_gpu=True).weights == "bfloat16" or attention(config) == "flash_attention_2"
     return (8, 0) if newer else (7, 5)
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from . import places
 from .card import ADAPTER, base_model, card
 from .errors import UserError, WorkFailed
 from .evaluations import read_scores
@@ -37,7 +38,7 @@ def publish(folder: RunDir, merge: bool = False, push: str | None = None, privat
         UserError: the run has nothing to publish or nothing that may be pushed, or the hub refuses the token.
         WorkFailed: Axolotl cannot merge, or the hub cannot be reached or fails.
     """
-    run, adapter = folder.read(), folder.output / ADAPTER
+    run, adapter = places.read(folder), folder.output / ADAPTER
     if run.state != "finished":
         first = "wait for its end" if run.state in ("created", "running") else f"`recipe resume {folder.path}` first"
         raise UserError(f"{folder.path}: the run is {run.state}; {first}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from . import catalogue, config, paths, study
+from . import config, paths, study
 from .errors import UserError
 from .files import write_atomically
 from .study import Study
@@ -39,7 +39,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
             text = recipes[f"{name}.yaml"] = text_of(template, name=name, models=models)
             if of_study := study.of(name):
                 recipe = config.parse(text, f"recipes/{name}.yaml")
-                by_study.setdefault(of_study.title, (of_study, []))[1].append(catalogue.entry(name, recipe))
+                by_study.setdefault(of_study.title, (of_study, []))[1].append(study.entry(name, recipe))
     return recipes | {README: text_of(f"{README}.j2", studies=by_study.values())}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from . import config, paths, results, schema, tables
+from . import config, evaluations, paths, places, results, run_rows, schema, tables
 from .errors import UserError
 from .evaluations import BASE_MODEL, Evaluation, read_predictions, read_scores
 from .files import sha256
@@ -50,7 +50,7 @@ class Member:
     @cached_property
     def evaluation(self) -> Evaluation | None:
         """The evaluation of its adapter."""
-        return results.evaluation(self.folder.path, self.run)
+        return evaluations.of_run(self.folder.path, self.run)
 
     @cached_property
     def predictions(self) -> list[Row]:
@@ -69,7 +69,7 @@ def members(folders: Sequence[RunDir], labels: Sequence[str] | None = None) -> l
     Raises:
         UserError: a folder holds no run, or rehearsals and real runs are mixed.
     """
-    runs = [(folder, folder.read()) for folder in folders]
+    runs = [(folder, places.read(folder)) for folder in folders]
     if len({run.rehearsal for _, run in runs}) > 1:
         raise UserError("rehearsals and real runs compare with nothing of the other kind: a report has one of them")
     named = list(labels or [run.recipe.rpartition("/")[2] for _, run in runs])
@@ -82,7 +82,7 @@ def members(folders: Sequence[RunDir], labels: Sequence[str] | None = None) -> l
 
 def tiles(one: Member) -> Iterator[tuple[str, Any, str]]:
     """What one looks for first in a run: a name, a value, and what there is to say of it."""
-    row, summary = results.row(one.folder, one.run), one.run.summary
+    row, summary = run_rows.row(one.folder, one.run), one.run.summary
     epochs = f"{summary.epoch:.2f} epochs" if summary.epoch else ""
     early = "early stopping" if summary.ended == "early stopping" else ""
     of_all = f"step {summary.step} of {summary.max_steps or '?'}"
@@ -118,7 +118,7 @@ def _duration(seconds: float) -> str:
 
 def overview(one: Member) -> Row:
     """A run among others."""
-    row = results.row(one.folder, one.run)
+    row = run_rows.row(one.folder, one.run)
     return {
         "run": one.label,
         "recipe": row["recipe"],
@@ -146,7 +146,7 @@ def scores(found: Sequence[Member]) -> list[Row]:
         base = read_scores(one.folder.path / "evaluations" / BASE_MODEL)
         if base and alike(one, base):
             columns[f"{one.label}: base model alone"] = _column(base)
-        if results.comparable(one.evaluation, one.run) and (aim := results.aim(one.run)):
+        if run_rows.comparable(one.evaluation, one.run) and (aim := run_rows.aim(one.run)):
             published: dict[str, str | None] = {}
             for key in ("bleu4", "bertscore_f1"):
                 published[SCORES[key]] = tables.text_of(getattr(aim, key))

@@ -9,9 +9,10 @@ from .errors import UserError, did_you_mean
 from .locks import PATIENCE, held
 from .paths import RUNS, find_recipe
 from .pipeline import Pipeline
-from .places import Outcome, Place
+from .places import Place
 from .progress import say
 from .study import Study
+from .tasks import Outcome
 
 
 def chosen(of_study: Study, only: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import datafiles, models, paths, schema
+from .attention import OLD_KEYS, attention
 from .config import Config, flatten
 from .errors import did_you_mean
 from .finding import Finding, Level
@@ -61,9 +62,8 @@ class Case:
 
     @property
     def attention(self) -> str:
-        """The attention, also where one of the old keys names it; a hub's kernel without its revision and function."""
-        old = next((name for key, name in OLD_ATTENTION_KEYS.items() if self[key]), "")
-        return re.split("[:@]", self["attn_implementation"] or old)[0].strip()
+        """The attention that it asks for."""
+        return attention(self.config)
 
     @property
     def lora(self) -> bool:
@@ -73,16 +73,6 @@ class Case:
     def is_set(self, *keys: str) -> bool:
         """Whether one of some keys has a value, and not an empty one or false; a wrong one counts."""
         return any(self.config.get(key) or key in self.wrong for key in keys)
-
-
-OLD_ATTENTION_KEYS = {
-    "xformers_attention": "xformers",
-    "sage_attention": "sage",
-    "flex_attention": "flex_attention",
-    "flash_attention": "flash_attention_2",
-    "sdp_attention": "sdpa",
-    "eager_attention": "eager",
-}
 
 
 def findings(case: Case) -> Iterator[Finding]:
@@ -169,7 +159,7 @@ _EXCLUDING = [
     ("test_datasets", "val_set_size"),
     ("batch_size", "gradient_accumulation_steps"),
     ("deepspeed", "fsdp_config"),
-    *((key, "attn_implementation") for key in OLD_ATTENTION_KEYS),
+    *((key, "attn_implementation") for key in OLD_KEYS),
 ]
 
 

@@ -6,17 +6,21 @@ the others' only launch their share of the ranks.
 
 import hashlib
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from pathlib import Path
 
-from . import check, config, datafiles, gpus, launch, machine, paths, places, provenance, standin
-from .compose import Composed, Request, check_arguments, compose, is_rehearsal, launched
+from . import check, config, datafiles, fit, gpus, launch, machine, paths, places, provenance, standin
+from .check import check_arguments
+from .compose import Composed, Request, compose, is_rehearsal
 from .config import Difference
 from .errors import UserError
 from .files import sha256, write_atomically
-from .places import Command, Outcome, Place, Work
+from .handover import launched
+from .lookup import find_run
+from .places import Place
 from .progress import say
-from .rundir import UNKNOWN, Run, RunDir, claim, find_run, this_job
+from .rundir import Run, RunDir, claim, this_job
+from .tasks import Command
 
 
 def prepare(request: Request, place: Place | None = None) -> Composed:
@@ -42,7 +46,9 @@ def prepare(request: Request, place: Place | None = None) -> Composed:
     composed = compose(request)
     starts = not request.dry_run
     gpu = place.gpu() if place else gpus.here()
-    found = check.examine(composed, gpu, request.ranks, launching=starts, data=starts, plan=starts).findings
+    report = check.examine(composed, gpu, request.ranks, launching=starts, data=starts)
+    fit.add_to(report, gpu, request.ranks, anew=starts)
+    found = report.findings
     for finding in found:
         if not starts and finding.rule == "missing-file" and finding.key.startswith(("datasets", "test_datasets")):
             finding.level = "note"  # a dry run only shows the config
@@ -64,48 +70,6 @@ def run(request: Request, runs: Path) -> RunDir:
     with folder.held() as lock:
         launch.train(folder, folder.read(), lock)
     return folder
-
-
-def submit(request: Request, runs: Path, place: Place) -> RunDir:
-    """Hand a recipe over to a place that trains it, in a new run folder.
-
-    Raises:
-        UserError: the request is wrong, or the place refuses it; nothing was started.
-    """
-    composed, made = prepare(request, place), list[RunDir]()
-
-    def commands() -> Iterator[Command]:
-        made.append(create(composed, request, runs))
-        yield command(made[0], runs)
-
-    gpus_a_node = 0 if composed.rehearsal else request.gpus
-    place.submit([Work(Outcome(composed.recipe), commands(), gpus_a_node, request.nodes)], composed.recipe, runs, [])
-    return made[0]
-
-
-def resubmit(name: str, runs: Path, place: Place) -> RunDir:
-    """Hand an interrupted or failed run over to a place that goes on with it; see `resume`.
-
-    Raises:
-        UserError: it cannot be gone on with, or the place refuses it; nothing was started.
-    """
-    folder = find_run(name, runs)
-    record = folder.read()
-    if reason := "the run is still going on" if record.state == "running" else hindrance(folder, record):
-        raise UserError(f"{folder.path}: {reason}")
-    work = Work(
-        Outcome(record.recipe),
-        iter([command(folder, runs)]),
-        gpus=0 if record.rehearsal else record.gpus_used,
-        nodes=record.nodes,
-    )
-    place.submit([work], record.recipe, runs, [])
-    return folder
-
-
-def command(folder: RunDir, runs: Path, rows: str = "") -> Command:
-    """The command that trains a run, or goes on with it; see `Command` for `rows`."""
-    return Command("run", folder, ["resume", str(folder.path), "--runs", str(runs)], rows)
 
 
 def create(composed: Composed, request: Request, runs: Path, told: Container[Difference] = ()) -> RunDir:
@@ -199,8 +163,8 @@ def hindrance(folder: RunDir, record: Run, in_a_job: bool = False) -> str | None
     Args:
         in_a_job: whether what asks is the job that is to go on with it, or one that comes before.
     """
-    job = None if in_a_job else folder.job_state("run")
-    if job not in (None, UNKNOWN):
+    job = None if in_a_job else places.job_state(folder, "run")
+    if job and job.kind != "unknown":
         return f"the run is {job}; `recipe cancel {folder.path}` ends that"
     if record.state == "finished":
         return f"the run is finished; `recipe evaluate {folder.path}` comes next"
@@ -224,7 +188,9 @@ def _check_here(folder: RunDir, record: Run) -> None:
     """
     content, recipe = config.read_yaml(folder.config), Path(record.recipe_file)
     composed = Composed(record.recipe, recipe, record.variant_of, content, [], {}, record.profiles, record.rehearsal)
-    found = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal, plan=True).findings
+    report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
+    fit.add_to(report, gpus.here(), record.ranks, anew=True)
+    found = report.findings
     visible = len([*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))]) or len(machine.gpus())
     try:
         errors = {finding.name for finding in found if finding.level == "error"}
@@ -244,3 +210,8 @@ def _template_sha256(recipe: str) -> str | None:
         return None
     files = [template, *sorted(template.parent.glob("_*.j2")), paths.TEMPLATES / "models.yaml"]
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
+def command(folder: RunDir, runs: Path, rows: str = "") -> Command:
+    """The command that trains a run, or goes on with it; see `Command` for `rows`."""
+    return Command("run", folder, ["resume", str(folder.path), "--runs", str(runs)], rows)

@@ -1,8 +1,9 @@
 """A run's folder: how it is claimed, what run.json and metrics.jsonl say, and how runs are found."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +18,8 @@ from .errors import UserError
 from .files import write_atomically
 from .locks import held, is_held
 from .machine import now
-from .paths import RUNS
 from .progress import say
 
-UNKNOWN = "not known: its queue does not answer"
 State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
 Ended = Literal["complete", "early stopping", "signal", "callback"]
 """How a training ended: with its last step, or before it, stopped by what this says; callback is any other of Axolotl's
@@ -37,6 +36,26 @@ class Job(BaseModel):
     script: str  # an id alone can be another cluster's, or come again
     words: list[str] = Field(default_factory=list)  # the command line behind `recipe`
     submitted: str = Field(default_factory=now)
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What a queue says of a job that is not at its end.
+
+    Attributes:
+        kind: unknown where the queue does not answer.
+        reason: why it waits, in the queue's own word, where that says anything.
+        job: its id.
+    """
+
+    kind: Literal["queued", "running", "unknown"]
+    reason: str = ""
+    job: str = ""
+
+    def __str__(self) -> str:
+        if self.kind == "unknown":
+            return "not known: its queue does not answer"
+        return f"{self.kind}{f': {self.reason}' if self.reason else ''} (job {self.job})"
 
 
 class Launch(BaseModel):
@@ -133,17 +152,18 @@ class RunDir:
         """Replace run.json."""
         write_atomically(self._json, run.model_dump_json(indent=1, exclude_none=True) + "\n")
 
-    def read(self) -> Run:
+    def read(self, job: JobState | None = None) -> Run:
         """run.json, with the state that holds now: what says running but has neither process nor job is interrupted.
+
+        Args:
+            job: the state of the job that is to train it; `places.read` asks for that, where it has one.
 
         Raises:
             UserError: run.json is missing or damaged.
         """
         run = self._written()
         if run.state != "finished":
-            held = is_held(self.path / ".lock")
-            if run.state != "running" or not held:  # what prepares the rows of a run that is queued holds it too
-                run.state = self._state_of_jobs(run.state, held, run.created)
+            run.state = self._state(run, job)
             run.summary = summarise(self.read_metrics())
         return run
 
@@ -154,31 +174,15 @@ class RunDir:
         except (OSError, ValueError):
             raise UserError(f"{self._json}: missing or damaged; the folder is no run") from None
 
-    def _state_of_jobs(self, written: State, held: bool, created: str) -> State:
-        """The state of a run that no process here trains; what is written where its place does not tell."""
-        state = self.job_state("run")
-        if state == UNKNOWN:
-            return written
-        if state is None:
-            just_made = written == "created" and _is_recent(created)  # what takes it up may not have got to it yet
-            gone = written in ("created", "running") and not held and not just_made
-            return "interrupted" if gone else written
-        return "queued" if state.startswith("queued") else "running"
-
-    def job_state(self, step: str, words: Sequence[str] | None = None) -> str | None:
-        """Whether a command of the run is queued or running as a job, in words; None where it is not.
-
-        Args:
-            step: what it does.
-            words: what it is, where only one of those that do so is meant.
-        """
-        from . import places
-
-        jobs = [job for job in self.jobs() if job.step == step and words in (None, job.words)]
-        active = places.active(jobs)
-        if active is None:
-            return UNKNOWN
-        return next((f"{active[job.id]} (job {job.id})" for job in jobs if job.id in active), None)
+    def _state(self, run: Run, job: JobState | None) -> State:
+        held = is_held(self.path / ".lock")
+        if run.state == "running" and held:  # what prepares the rows of a run that is queued holds it too
+            return "running"
+        if job:
+            return run.state if job.kind == "unknown" else job.kind
+        just_made = run.state == "created" and _is_recent(run.created)  # what takes it up may not have got to it yet
+        gone = run.state in ("created", "running") and not held and not just_made
+        return "interrupted" if gone else run.state
 
     def jobs(self) -> list[Job]:
         """The jobs that places were given for the run, oldest first."""
@@ -260,31 +264,6 @@ def new_folder(parent: Path, name: str) -> Path:
             return folder
         except FileExistsError:
             time.sleep(0.2)
-
-
-def all_runs(runs: Path = RUNS) -> list[RunDir]:
-    """Every run folder below `runs`, oldest first."""
-    return sorted((RunDir(file.parent) for file in runs.rglob("run.json")), key=lambda run: run.path.name)
-
-
-def find_run(name: str, runs: Path = RUNS) -> RunDir:
-    """The run given as its folder, as an end of its path that no other run has, or as `latest`.
-
-    Raises:
-        UserError: no run, or more than one, is meant.
-    """
-    if (Path(name) / "run.json").is_file():
-        return RunDir(Path(name))
-    known = all_runs(runs)
-    if name == "latest" and known:
-        return known[-1]
-    end = name.rstrip("/")
-    meant = [run for run in known if end and str(run.path).endswith(end)]
-    if len(meant) == 1:
-        return meant[0]
-    if meant:
-        raise UserError(f"{name}: several runs end so: {', '.join(str(run.path) for run in meant)}")
-    raise UserError(f"{name}: no run of that name below {runs}/; `recipe results` lists the runs")
 
 
 def is_evaluation(record: dict[str, Any]) -> bool:

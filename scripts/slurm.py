@@ -22,23 +22,23 @@ from . import gpus, paths
 from .errors import UserError, WorkFailed
 from .files import write_atomically
 from .gpus import Gpu
-from .places import Command, Outcome, Work
 from .progress import say
-from .rundir import Job, RunDir, new_folder
+from .rundir import Job, JobState, RunDir, new_folder
 from .slurm_settings import STEPS, Settings, settings, settings_file
+from .tasks import Command, Outcome, Work
 from .templating import environment
 
 GRACE = 300  # seconds before a time limit in which a training can end at a checkpoint; --slurm signal=... sets others
 
 
-def queue(users: Iterable[str]) -> dict[tuple[str, str], str] | UserError:
+def queue(users: Iterable[str]) -> dict[tuple[str, str], JobState] | UserError:
     """The states of the jobs of users that are not at their end, by id and script; an error where SLURM does not
     answer. It is asked once a minute, since it can take its time."""
     return _queue(frozenset(users), int(time.monotonic() / 60))
 
 
 @lru_cache(maxsize=16)  # runs in one folder can be of several users
-def _queue(users: frozenset[str], minute: int) -> dict[tuple[str, str], str] | UserError:
+def _queue(users: frozenset[str], minute: int) -> dict[tuple[str, str], JobState] | UserError:
     # %i is a task's id, as 12_0; -r gives each task a line of its own; a script can have any name
     form = "--format=%i|%T|%r|%o"
     try:
@@ -46,7 +46,7 @@ def _queue(users: frozenset[str], minute: int) -> dict[tuple[str, str], str] | U
     except UserError as error:
         return error
     lines = (line.split("|", 3) for line in shown.splitlines() if line.count("|") >= 3)
-    return {(job, script): _state(state, reason) for job, state, reason, script in lines}
+    return {(job, script): _state(job, state, reason) for job, state, reason, script in lines}
 
 
 def forget_queue() -> None:
@@ -54,10 +54,10 @@ def forget_queue() -> None:
     _queue.cache_clear()
 
 
-def _state(state: str, reason: str) -> str:
+def _state(job: str, state: str, reason: str) -> JobState:
     if state in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED"):
-        return "running" if state == "RUNNING" else f"running: {state.lower()}"
-    return f"queued: {reason}" if reason not in ("None", "Dependency") else "queued"
+        return JobState("running", "" if state == "RUNNING" else state.lower(), job)
+    return JobState("queued", "" if reason in ("None", "Dependency") else reason, job)
 
 
 def _ask(*command: str) -> str:
@@ -154,7 +154,7 @@ class Slurm:
         return next(iter(self.active([job for job in folder.jobs() if job.step == "run"]) or ()), None)
 
     @classmethod
-    def active(cls, jobs: Sequence[Job]) -> dict[str, str] | None:
+    def active(cls, jobs: Sequence[Job]) -> dict[str, JobState] | None:
         """See `queue`."""
         if not jobs:
             return {}

@@ -1,9 +1,11 @@
 """What Axolotl makes of a config, as far as a training step's memory depends on it."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
-from . import datafiles, rules
+from . import datafiles
+from .attention import attention
 from .config import Config
 from .errors import UserError
 from .precision import precision
@@ -58,25 +60,13 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
     if optimizer not in OPTIMIZERS:
         notes.append(f"optimizer {optimizer}: planned as {OPTIMIZER}")
         optimizer = OPTIMIZER
-    attention = rules.Case(config, set()).attention or "sdpa"
-    if attention not in ("sdpa", "eager", "flash_attention_2"):
-        notes.append(f"{attention}: planned as flash_attention_2")
-        attention = "flash_attention_2"
-    notes += [f"{key}: not traced; it takes less" for key in _TAKE_LESS if config.get(key)]
-    notes += [f"{key}: not planned; as if it were 1" for key in _SPLIT if (config.get(key) or 1) > 1]
-    if adapter and all(config.get(key) is None for key in _KERNELS):
-        notes.append("LoRA kernels, which Axolotl turns on where none of their keys is set: not traced; they take less")
-    notes += [f"{key}: not traced; it takes more" for key in _TAKE_MORE if config.get(key)]
-    if config.get("gradient_checkpointing") in ("offload", "offload_disk"):
-        notes.append("offloading: not traced; it takes less")
-    checkpointing = None
-    if config.get("gradient_checkpointing"):
-        reentrant = (config.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", False)
-        checkpointing = "reentrant" if reentrant else "non-reentrant"
+    implementation = attention(config) or "sdpa"
+    if implementation not in ("sdpa", "eager", "flash_attention_2"):
+        notes.append(f"{implementation}: planned as flash_attention_2")
+        implementation = "flash_attention_2"
+    notes += _not_traced(config)
     rows, packed = rows_of(config), bool(config.get("sample_packing"))
-    pads, masks = rows > 1 or bool(config.get("pad_to_sequence_len")), attention != "flash_attention_2"
-    if int(config.get("eval_batch_size") or rows) > rows:
-        notes.append("eval_batch_size: evaluation is not traced, and with more rows than training may take more")
+    pads, masks = rows > 1 or bool(config.get("pad_to_sequence_len")), implementation != "flash_attention_2"
     quantization = config.get("bnb_config_kwargs") or {}
     targets = "all-linear" if config.get("lora_target_linear") else config.get("lora_target_modules") or ()
     step = Step(
@@ -85,17 +75,13 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         weights=dtype,
         autocast=formats.autocast,
         rank=int(config.get("lora_r") or 8),
-        targets="all-linear"
-        if config.get("lora_target_linear")
-        else targets
-        if isinstance(targets, str)
-        else tuple(targets),
+        targets=targets if isinstance(targets, str) else tuple(targets),
         saved_modules=tuple(config.get("lora_modules_to_save") or ()),
         dropout=float(config.get("lora_dropout") or 0),
         quantization=quantization.get("bnb_4bit_quant_type", "nf4"),
         double_quantization=quantization.get("bnb_4bit_use_double_quant", True),
-        checkpointing=checkpointing,
-        attention=attention,
+        checkpointing=_checkpointing(config),
+        attention=implementation,
         padded=pads and masks and not packed,
         packed=packed and masks,
         accumulates=datafiles.effective_batch(config) > rows,
@@ -104,6 +90,26 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         capability=capability,
     )
     return step, notes
+
+
+def _not_traced(config: Config) -> Iterator[str]:
+    """What a config uses that a trace leaves out, and which way the figures are off for it."""
+    yield from (f"{key}: not traced; it takes less" for key in _TAKE_LESS if config.get(key))
+    yield from (f"{key}: not planned; as if it were 1" for key in _SPLIT if (config.get(key) or 1) > 1)
+    if config.get("adapter") and all(config.get(key) is None for key in _KERNELS):
+        yield "LoRA kernels, which Axolotl turns on where none of their keys is set: not traced; they take less"
+    yield from (f"{key}: not traced; it takes more" for key in _TAKE_MORE if config.get(key))
+    if config.get("gradient_checkpointing") in ("offload", "offload_disk"):
+        yield "offloading: not traced; it takes less"
+    if int(config.get("eval_batch_size") or 0) > rows_of(config):
+        yield "eval_batch_size: evaluation is not traced, and with more rows than training may take more"
+
+
+def _checkpointing(config: Config) -> str | None:
+    if not config.get("gradient_checkpointing"):
+        return None
+    reentrant = (config.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", False)
+    return "reentrant" if reentrant else "non-reentrant"
 
 
 def rows_of(config: Config) -> int:

@@ -186,3 +186,17 @@ def of(recipe: str) -> Study | None:
         if recipe.startswith(f"{folder.relative_to(paths.RECIPES)}/"):
             return load(folder)
     return None
+
+
+def entry(name: str, recipe: config.Config) -> dict[str, Any]:
+    """A recipe's model, epochs and optimizer, and its published scores."""
+    of_study = of(name)
+    published = of_study.published.get(name) if of_study else None
+    return {
+        "recipe": name,
+        "base_model": recipe.get("base_model"),
+        "epochs": recipe.get("num_epochs"),
+        "optimizer": recipe.get("optimizer"),
+        "published_bleu4": published.bleu4 if published else None,
+        "published_bertscore_f1": published.bertscore_f1 if published else None,
+    }

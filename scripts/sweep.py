@@ -13,9 +13,10 @@ from .gpus import Gpu
 from .locks import held
 from .paths import RUNS, find_recipe
 from .pipeline import OF_ROWS, Pipeline
-from .places import DONE, Outcome, Place, Work
+from .places import Place
 from .progress import say
 from .sweeps import Member, Sweep
+from .tasks import DONE, Outcome, Work
 
 AXOLOTL_SEED = 42  # where a config names none
 

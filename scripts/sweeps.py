@@ -9,12 +9,13 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from . import config, intervals, lora, models, paths, results
+from . import config, evaluations, intervals, lookup, lora, models, paths, places, run_rows
 from .config import Config
 from .errors import UserError, did_you_mean
 from .files import tensor_shapes, write_atomically
+from .lookup import all_runs
 from .machine import now
-from .rundir import Run, RunDir, all_runs
+from .rundir import Run, RunDir
 
 PAIRED, NAME = "_", "name"
 QUALITY = {"eval_loss": min, "bleu4": max, "rouge_l": max, "bertscore_f1": max}
@@ -182,7 +183,7 @@ def rows(sweep: Sweep, runs: Path, best: str | None = None) -> list[dict[str, An
         best: one of `CRITERIA`, by which one row is the best.
     """
     by_digest: dict[str | None, tuple[RunDir, Run]] = {}
-    for folder, run in results.readable(all_runs(runs / sweep.recipe)):
+    for folder, run in lookup.readable(all_runs(runs / sweep.recipe), places.read):
         former = by_digest.get(run.digest)
         if former is None or former[1].state != "finished" or run.state == "finished":
             by_digest[run.digest] = folder, run
@@ -209,8 +210,8 @@ def quality_of(found: Sequence[dict[str, Any]], best: str | None = None) -> str:
 
 def _row(name: str, members: Sequence[Member], of_runs: Sequence[tuple[RunDir, Run]]) -> dict[str, Any]:
     done = [(folder, run) for folder, run in of_runs if run.state == "finished"]
-    measured = [results.row(*one) for one in done]
-    scored = [results.evaluation(folder.path, run) for folder, run in done]
+    measured = [run_rows.row(*one) for one in done]
+    scored = [evaluations.of_run(folder.path, run) for folder, run in done]
     row: dict[str, Any] = {
         "member": name,
         "values": members[0].values,

@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import config, datafiles, paths, results
+from . import config, datafiles, evaluations, lookup, paths, places, run_rows, study, tables
 from .compose import REHEARSAL, TRACKERS
 from .evaluations import Evaluation
-from .rundir import Run, RunDir, all_runs
+from .lookup import all_runs
+from .progress import say
+from .results import REHEARSALS, baselines
+from .rundir import Run, RunDir
 from .study import Study
 
 WITHIN, ACCEPTABLE, OFF = "within the interval", "acceptable", "off"
@@ -29,9 +32,9 @@ def rows(
         speakers: the folders of the runs that speak for some recipes; None has nothing speak for one.
     """
     by_recipe: dict[str, list[tuple[RunDir, Run]]] = {}
-    for folder, run in results.readable(all_runs(runs)):
+    for folder, run in lookup.readable(all_runs(runs), places.read):
         chosen_one = speakers is None or run.recipe not in speakers or speakers[run.recipe] == folder.path
-        if run.rehearsal == rehearsal and chosen_one and (rehearsal or not results.other_model(run)):
+        if run.rehearsal == rehearsal and chosen_one and (rehearsal or not run_rows.other_model(run)):
             by_recipe.setdefault(run.recipe, []).append((folder, run))
     found = []
     for recipe in [*of_study.published, *of_study.beside]:
@@ -45,7 +48,7 @@ def rows(
 def _speaks_for(folder: RunDir, run: Run) -> tuple[bool, bool, bool, str]:
     """What of a recipe's runs is preferred: to be finished, an evaluation, the recipe's own settings, being new."""
     plain = not run.overrides and not set(run.profiles) - {REHEARSAL, *TRACKERS} and not run.axolotl_arguments
-    evaluated = results.evaluation(folder.path, run) is not None
+    evaluated = evaluations.of_run(folder.path, run) is not None
     return run.state == "finished" and evaluated, evaluated, plain and run.ranks == 1, folder.path.name
 
 
@@ -57,10 +60,10 @@ def row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, rehears
         acceptably near; the gain over each baseline in percent; costs; `differs`, the settings that the paper states
         and the run has otherwise; and `open`, those that the paper leaves open, as the run has them.
     """
-    of_run = results.row(*chosen) if chosen else {}
-    scored = results.evaluation(chosen[0].path, chosen[1]) if chosen else None
+    of_run = run_rows.row(*chosen) if chosen else {}
+    scored = evaluations.of_run(chosen[0].path, chosen[1]) if chosen else None
     scores = scored.scores if scored else {}
-    compared = bool(chosen and scored and results.comparable(scored, chosen[1]))
+    compared = bool(chosen and scored and run_rows.comparable(scored, chosen[1]))
     aim = None if rehearsal else of_study.aimed_at(recipe)
     ours, interval = scores.get("bleu4"), scores.get("intervals", {}).get("bleu4") or [None, None]
     difference = ours - aim.bleu4 if compared and aim and ours is not None else None
@@ -190,3 +193,29 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
         if full["verdict"] == OFF:
             lines.append(f"{full['recipe']} is off, and the paper leaves open: {'; '.join(full['open'])}")
     return lines
+
+
+def show_study(of_study: study.Study, rows: list[dict[str, Any]], rehearsal: bool, form: str) -> None:
+    """Print the rows of `verdict.rows` in the same forms."""
+    if not rows and form != "json":
+        say("no run of its recipes is rehearsed yet; `recipe reproduce` with --rehearse does that")
+        return
+    if form in ("json", "csv"):
+        tables.write(rows if form == "json" else [_flat(full) for full in rows], form)
+        return
+    subset = of_study.data.subsets[of_study.data.scored_on].title
+    title = f"{of_study.paper['authors']}, arXiv {of_study.paper['arxiv']}; published scores are on {subset}"
+    for i, table in enumerate(tables_of(rows, of_study)):
+        heading = (REHEARSALS if rehearsal else title) if i == 0 else None
+        tables.write(table, form, heading, empty=True)
+    if not rehearsal:
+        tables.write(baselines(of_study), form, "To compare with")
+        for line in notes(rows):
+            print(line)
+
+
+def _flat(full: dict[str, Any]) -> dict[str, Any]:
+    """A row without anything below it, as CSV needs it."""
+    gains = {f"gain_percent over {name}": gain for name, gain in full["gains_percent"].items()}
+    texts = {key: "; ".join(full[key]) for key in ("differs", "open")}
+    return {key: value for key, value in full.items() if key != "gains_percent"} | gains | texts

@@ -6,8 +6,8 @@ from typing import Any
 from . import datafiles, steps, study
 from .compose import Composed
 from .gpus import Gpu, named
+from .lookup import all_runs
 from .planner import Planner
-from .rundir import all_runs
 
 UTILIZATION = 0.3
 """The share of the peak rate that is assumed where nothing was measured."""

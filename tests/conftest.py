@@ -18,8 +18,9 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see cli.main
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its share of the processors, not all of them
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // int(workers), 1))
 
-from qlora_recipes import compose, config, paths, study
+from qlora_recipes import config, paths, study
 from qlora_recipes.files import write_rows
+from qlora_recipes.sample import rehearsal_data
 
 # A busy machine is slow at times; that is no fault of the code under test.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -82,7 +83,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def sample(cache: Path) -> Path:
     """The folder of the shipped sample as prepared data."""
-    return compose.rehearsal_data()
+    return rehearsal_data()
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +147,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     warm-up of 500 steps, often enough that these are a small part."""
     folder = tmp_path_factory.mktemp("prepared")
     for name, form in study.find("haider2024").data.input_formats.items():
-        made = shutil.copytree(compose.rehearsal_data(name), folder / form.folder)
+        made = shutil.copytree(rehearsal_data(name), folder / form.folder)
         if name == "tagged":
             rows = list(map(orjson.loads, (made / "train.jsonl").read_bytes().splitlines()))
             again = (row | {"output": f"{row['output']} ({i})"} for i in range(200) for row in rows)

@@ -139,13 +139,19 @@ def test_what_is_too_big_for_a_card_is_an_error(place: Path, tiny: Path) -> None
     change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": {"pad_token": "</s>"}}
     (place / "tiny.yaml").write_text(config.write_yaml(config_with(change)))
     small, large = gpus.Gpu("small", (7, 5), 0.2), gpus.Gpu("large", (7, 5), 4)
-    (unplanned,) = check.check(Request("tiny.yaml"), small).findings
+
+    def found(gpu: gpus.Gpu, anew: bool = False) -> list[Finding]:
+        report = check.check(Request("tiny.yaml"), gpu)
+        fit.add_to(report, gpu, anew=anew)
+        return report.findings
+
+    (unplanned,) = found(small)
     assert unplanned.name == "not-checked:micro_batch_size"
-    (finding,) = check.check(Request("tiny.yaml"), small, full=True).findings
+    (finding,) = found(small, anew=True)
     assert (finding.name, finding.level) == ("too-big:micro_batch_size", "error")
     assert (place / "tiny.yaml").read_text().splitlines()[finding.line - 1].startswith("micro_batch_size")
-    assert check.check(Request("tiny.yaml"), small).findings == [finding]  # from the cache
-    assert not check.check(Request("tiny.yaml"), large).findings
+    assert found(small) == [finding]  # from the cache
+    assert not found(large)
 
 
 def test_gpu_names(recipe: Recipe) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qlora_recipes import compose, data, datafiles
+from qlora_recipes import compose, data, datafiles, handover, sample
 from qlora_recipes.compose import Request
 from qlora_recipes.errors import UserError
 from qlora_recipes.rundir import RunDir
@@ -30,7 +30,7 @@ def composed(*overrides: str) -> compose.Composed:
 
 def test_changed_data_is_prepared_anew(place: Path) -> None:
     def prepared() -> str:
-        of_run = compose.launched(composed("datasets.0.path=data/a.jsonl"), RunDir(Path("runs", NAME, "now")))
+        of_run = handover.launched(composed("datasets.0.path=data/a.jsonl"), RunDir(Path("runs", NAME, "now")))
         return str(of_run["dataset_prepared_path"])
 
     before = prepared()
@@ -119,13 +119,13 @@ def test_rehearsals_that_start_at_once_prepare_the_sample_once(tmp_path: Path, m
     def prepare_while_others_start(raw: list[Path], out: Path, *more: Any) -> dict[str, Any]:
         began.append(out)
         if len(began) == 1:
-            others.extend(pool.submit(compose.rehearsal_data) for _ in range(2))
+            others.extend(pool.submit(sample.rehearsal_data) for _ in range(2))
             assert not wait(others, timeout=0.5).done
         return prepare(raw, out, *more)
 
     monkeypatch.setattr(data, "prepare", prepare_while_others_start)
     with ThreadPoolExecutor() as pool:
-        folder = compose.rehearsal_data()
+        folder = sample.rehearsal_data()
         assert [other.result() for other in others] == [folder, folder]
     assert len(began) == 1
     assert data.read_json(folder / data.MANIFEST)["splits"].keys() == set(data.SPLITS)

@@ -17,7 +17,7 @@ import torch
 from cluster import Cluster
 from conftest import finish, start
 
-from qlora_recipes import config, ranks, rundir
+from qlora_recipes import config, lookup, ranks
 from qlora_recipes.plugin import RunPlugin
 from qlora_recipes.rundir import RunDir
 
@@ -63,7 +63,7 @@ def broken_off(process: "subprocess.Popen[str]", runs: Path, kill: bool) -> RunD
     """A run that is stopped, or loses a rank, once it has done three steps."""
     deadline = time.monotonic() + 180
     try:
-        while not any(record["step"] >= 3 for run in rundir.all_runs(runs) for record in run.read_metrics()):
+        while not any(record["step"] >= 3 for run in lookup.all_runs(runs) for record in run.read_metrics()):
             assert process.poll() is None, finish(process)
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -79,7 +79,7 @@ def broken_off(process: "subprocess.Popen[str]", runs: Path, kill: bool) -> RunD
         finish(process, code=1)
     finally:
         process.kill()
-    (run,) = rundir.all_runs(runs)
+    (run,) = lookup.all_runs(runs)
     return run
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import recipe_config
 
 from qlora_recipes import config
-from qlora_recipes.compose import PLUGIN
+from qlora_recipes.handover import PLUGIN
 from qlora_recipes.rundir import RunDir, summarise
 
 ROWS = 7  # so that the last batch is not full

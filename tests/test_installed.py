@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from conftest import config_with, recipe_config
 
-from qlora_recipes import check, config, gpus, installed, models, paths, rules
+from qlora_recipes import attention, check, config, gpus, installed, models, paths, rules
 from qlora_recipes.compose import Request
 
 V100 = gpus.find("V100")
@@ -90,7 +90,7 @@ def test_attention() -> None:
     from axolotl.utils.schemas.enums import ATTN_IMPLS_SUPPORTING_PACKING, LEGACY_ATTN_FLAG_TO_IMPL
 
     assert ATTN_IMPLS_SUPPORTING_PACKING | {"sdpa", "eager"} == rules.KEEP_DOCUMENTS_APART
-    assert LEGACY_ATTN_FLAG_TO_IMPL == rules.OLD_ATTENTION_KEYS
+    assert LEGACY_ATTN_FLAG_TO_IMPL == attention.OLD_KEYS
 
 
 def test_plugins_that_are_always_loaded() -> None:
@@ -152,7 +152,6 @@ def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "for the test")
     monkeypatch.setattr(models, "is_offline", lambda: False)
-    monkeypatch.setattr(check, "_too_big", lambda *_: [])  # which test_plan.py is about
     (tmp_path / "data").symlink_to(prepared)
     profiles = [[], *([file.stem] for file in paths.PROFILES.glob("*.yaml"))]
     one_of_each_optimizer = {str(config_with({}, name)["optimizer"]): name for name in paths.recipe_names()}.values()

@@ -9,8 +9,8 @@ import pytest
 from qlora_recipes import pipeline, sweep
 from qlora_recipes.errors import UserError
 from qlora_recipes.local import Local
-from qlora_recipes.places import Command, Outcome, Step, Work
 from qlora_recipes.rundir import RunDir
+from qlora_recipes.tasks import Command, Outcome, Step, Work
 
 
 def work(folder: Path, words: dict[Step, list[str]], asked: list[str]) -> Work:

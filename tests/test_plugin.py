@@ -8,7 +8,7 @@ import pytest
 from conftest import recipe_config
 
 from qlora_recipes import config
-from qlora_recipes.compose import PLUGIN
+from qlora_recipes.handover import PLUGIN
 from qlora_recipes.plugin import RunCallback, RunPlugin
 from qlora_recipes.progress import TrainingProgress
 from qlora_recipes.rundir import RunDir

@@ -21,7 +21,7 @@ import pytest
 from cluster import Cluster
 from conftest import RECIPE
 
-from qlora_recipes import compose, data, datafiles, evaluations, locks, paths, reproduce, rundir, study
+from qlora_recipes import compose, data, datafiles, evaluations, locks, lookup, paths, reproduce, study
 from qlora_recipes.compose import Composed, Request
 from qlora_recipes.errors import UserError
 
@@ -44,7 +44,7 @@ def reproduced(place: Path, profile: Path, *more: str | Path, code: int = 0) -> 
 def scores_of(place: Path) -> dict[str, Any]:
     """The scores and predictions of each recipe's one run."""
     found = {}
-    for run in rundir.all_runs(place / "runs"):
+    for run in lookup.all_runs(place / "runs"):
         scored = evaluations.read_scores(run.path)
         if scored:
             found[run.read().recipe] = scored.scores, evaluations.read_predictions(run.path)
@@ -102,7 +102,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_scores(
     for kill in range(int(os.environ.get("KILLS", "4"))):
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen(command(tiny_profile), cwd=tmp_path, **silent)
-        while kill == 0 and not any(run.read().launches for run in rundir.all_runs(runs)):
+        while kill == 0 and not any(run.read().launches for run in lookup.all_runs(runs)):
             assert process.poll() is None  # the first kill meets a training, however slow the machine is today
             time.sleep(0.05)
         with suppress(subprocess.TimeoutExpired):
@@ -112,7 +112,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_scores(
     printed = reproduced(tmp_path, tiny_profile)
     assert [row["problem"] for row in printed["steps"]] == [None, None]
     assert scores_of(tmp_path) == undisturbed.scores
-    launches = [len(folder.read().launches) for folder in rundir.all_runs(runs)]
+    launches = [len(folder.read().launches) for folder in lookup.all_runs(runs)]
     assert sum(launches) > 2  # of two recipes: at least one training was killed, and went on or was begun anew
 
 
@@ -138,12 +138,12 @@ def test_a_changed_setting_is_run_anew_and_a_recipe_that_fails_does_not_stop_the
     undisturbed: Undisturbed, tiny_profile: Path
 ) -> None:
     """A warm-up longer than the training of one recipe has that one refused."""
-    before = len(rundir.all_runs(undisturbed.place / "runs"))
+    before = len(lookup.all_runs(undisturbed.place / "runs"))
     printed = reproduced(undisturbed.place, tiny_profile, "--set", "warmup_steps=20", "--set", "lora_r=4", code=1)
     first, second = printed["steps"]
     assert first["check"] == "failed" and "warmup_steps" in first["problem"] and first["run"] is None
     assert (second["run"], second["evaluate"], second["problem"]) == ("done", "done", None)
-    assert len(rundir.all_runs(undisturbed.place / "runs")) == before + 1
+    assert len(lookup.all_runs(undisturbed.place / "runs")) == before + 1
     (row,) = [row for row in printed["results"] if row["recipe"] == second["recipe"]]
     assert "lora_r: 4 instead of 32" in row["differs"]  # the run that was asked for, not the plain one before
 
@@ -162,7 +162,7 @@ def test_a_wrong_request_starts_nothing(tmp_path: Path, words: list[str], says: 
     done = subprocess.run([RECIPE, "reproduce", *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert says in done.stderr
-    assert rundir.all_runs(tmp_path / "runs") == []
+    assert lookup.all_runs(tmp_path / "runs") == []
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_a_judge_that_is_not_there_is_told_before_anything_starts(tmp_path: Path
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert "some/nowhere cannot be loaded" in done.stderr
-    assert rundir.all_runs(tmp_path / "runs") == []
+    assert lookup.all_runs(tmp_path / "runs") == []
 
 
 def test_the_recipes_of_a_study() -> None:

@@ -13,7 +13,7 @@ import pytest
 from conftest import finish, start
 from filelock import FileLock
 
-from qlora_recipes import compose, config, launch, run, rundir
+from qlora_recipes import compose, config, launch, lookup, run, rundir
 from qlora_recipes.compose import Request
 from qlora_recipes.rundir import RunDir
 
@@ -43,7 +43,7 @@ def interrupted_run(place: Path, profile: Path, runs: str, stop: Callable[["subp
     try:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
-            found = rundir.all_runs(place / runs)
+            found = lookup.all_runs(place / runs)
             if found and any(record["step"] >= 5 for record in found[0].read_metrics()):
                 assert found[0].read().state == "running"
                 stop(process)
@@ -53,7 +53,7 @@ def interrupted_run(place: Path, profile: Path, runs: str, stop: Callable[["subp
         assert process.returncode in (1, -signal.SIGKILL), err
     finally:
         process.kill()
-    (run,) = rundir.all_runs(place / runs)
+    (run,) = lookup.all_runs(place / runs)
     for _ in range(100):  # a data loader worker sees within 5 s that its parent was killed
         if run.read().state != "running":
             break
@@ -227,7 +227,7 @@ def test_a_failing_axolotl_fails_the_run(place: Path, tiny_profile: Path) -> Non
     arguments = ("--profile", tiny_profile, "--set", no_such_option, "--runs", "failing")
     message = finish(start(place, "run", PAGED, *arguments), code=1)
     assert "Axolotl failed" in message
-    (run,) = rundir.all_runs(place / "failing")
+    (run,) = lookup.all_runs(place / "failing")
     assert run.read().state == "failed"
 
 

@@ -7,7 +7,7 @@ import orjson
 import pytest
 from test_checkpoints import a_checkpoint
 
-from qlora_recipes import results, rundir
+from qlora_recipes import lookup, run_rows, rundir
 from qlora_recipes.errors import UserError
 from qlora_recipes.progress import TrainingProgress
 from qlora_recipes.rundir import Run, RunDir
@@ -75,7 +75,7 @@ def test_the_loss_of_a_run_that_has_axolotls_alone_bears_its_name(
     write_metrics(run, b'{"step":0,"max_steps":1,"eval_loss":2.0}')
     progress.read()
     assert "step 0: Axolotl's eval loss 2.000" in capsys.readouterr().err
-    listed = results.row(run, run.read())
+    listed = run_rows.row(run, run.read())
     assert (listed["eval_loss"], listed["eval_loss_axolotl"]) == (None, 2.0)
 
 
@@ -96,11 +96,11 @@ def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path: Path, capsys: pyt
 
 def test_runs_are_found_by_folder_end_and_latest(tmp_path: Path) -> None:
     runs = [a_run(tmp_path / "runs" / "s" / name).path for name in ("20260101-a1", "20260102-b1", "20260103-b2")]
-    found = [rundir.find_run(name, tmp_path / "runs").path for name in (str(runs[0]), "b2", "latest", "s/20260102-b1/")]
+    found = [lookup.find_run(name, tmp_path / "runs").path for name in (str(runs[0]), "b2", "latest", "s/20260102-b1/")]
     assert found == [runs[0], runs[2], runs[2], runs[1]]
     for name in ("1", "c", "", "/"):
         with pytest.raises(UserError):
-            rundir.find_run(name, tmp_path / "runs")
+            lookup.find_run(name, tmp_path / "runs")
 
 
 def test_a_claimed_folder_is_nobody_elses(tmp_path: Path) -> None:

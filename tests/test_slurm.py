@@ -14,11 +14,11 @@ import pytest
 from cluster import Cluster
 from conftest import Recipe, finish, start
 
-from qlora_recipes import config, rundir, slurm_settings
+from qlora_recipes import config, lookup, rundir, slurm_settings
 from qlora_recipes import slurm as place_module
 from qlora_recipes.errors import UserError
-from qlora_recipes.places import Outcome, Work
 from qlora_recipes.rundir import RunDir
+from qlora_recipes.tasks import Outcome, Work
 
 TOOLS = Path(sys.executable).parent
 NAME = "haider2024/code-llama-7b"
@@ -38,7 +38,7 @@ def submitted(place: Path, *arguments: str | Path) -> str:
 
 def wait_for(run: RunDir, holds: Callable[[rundir.Run], bool], seconds: float = 240) -> rundir.Run:
     deadline = time.monotonic() + seconds
-    while not holds(record := run.read()):
+    while not holds(record := places.read(run)):
         place_module.forget_queue()
         said = [file.read_text(errors="replace")[-2000:] for file in run.path.glob("*.log")]
         assert time.monotonic() < deadline, (record.state, record.summary, *said)
@@ -61,7 +61,7 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     command = ["sweep", NAME, "four.yaml", *rehearsed, "--bertscore", "none", "--json"]
     first = orjson.loads(submitted(tmp_path, *command))
     assert all("job" in step["run"] and step["evaluate"].startswith("queued (job") for step in first["steps"])
-    runs = rundir.all_runs(tmp_path / "runs")
+    runs = lookup.all_runs(tmp_path / "runs")
     jobs = {run.path: {job.step: job.id for job in run.jobs()} for run in runs}
     for step, sizes in (("run", [1, 3]), ("evaluate", [1, 3]), ("results", [4])):
         arrays = Counter(of_run[step].partition("_")[0] for of_run in jobs.values())
@@ -128,7 +128,7 @@ def test_cancelling_a_sweep_takes_it_out_of_the_queue(tmp_path: Path, tiny_profi
     queue = ("--on", "slurm", "--slurm", "begin=now+1hour")
     submitted(tmp_path, "sweep", NAME, "--set", "lora_r=4,8", *rehearsed, *queue)
     assert len(submitted(tmp_path, "cancel", "--sweep", "latest").splitlines()) == 6
-    for run in rundir.all_runs(tmp_path / "runs"):
+    for run in lookup.all_runs(tmp_path / "runs"):
         assert wait_for(run, lambda record: record.state == "interrupted").launches == []
     slurm.wait_until_empty(20)
 

@@ -13,7 +13,7 @@ import orjson
 import pytest
 from conftest import RECIPE
 
-from qlora_recipes import config, rundir
+from qlora_recipes import config, lookup
 
 BASE = "haider2024/code-llama-7b"
 MEMBERS = [
@@ -61,7 +61,7 @@ def finished(place: Path, tiny_profile: Path) -> dict[str, Any]:
 def test_killed_and_started_again_it_has_its_members_and_none_ran_twice(place: Path, finished: dict[str, Any]) -> None:
     assert [step["member"] for step in finished["steps"]] == [member["name"] for member in MEMBERS]
     assert [step["problem"] for step in finished["steps"][:2]] == [None, None]
-    records = [folder.read() for folder in rundir.all_runs(place / "runs" / BASE)]
+    records = [folder.read() for folder in lookup.all_runs(place / "runs" / BASE)]
     ended_well = Counter(record.digest for record in records if record.state == "finished")
     assert sorted(ended_well.values()) == [1, 1]
 
@@ -79,7 +79,7 @@ def test_its_members_compare_and_one_that_failed_has_nothing(finished: dict[str,
 
 def test_what_is_finished_is_not_run_again(place: Path, finished: dict[str, Any], tiny_profile: Path) -> None:
     def folders() -> set[Path]:
-        return {folder.path for folder in rundir.all_runs(place / "runs" / BASE)}
+        return {folder.path for folder in lookup.all_runs(place / "runs" / BASE)}
 
     (place / "two.yaml").write_text(config.write_yaml({"_": MEMBERS[:2]}))
     before = folders()

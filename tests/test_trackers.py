@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import RECIPE, Recipe
 
-from qlora_recipes import check, compose, config, rules, variants
+from qlora_recipes import check, compose, config, handover, rules, variants
 from qlora_recipes.compose import Request
 from qlora_recipes.rundir import RunDir
 
@@ -121,7 +121,7 @@ def test_runs_that_begin_at_once_share_a_new_mlflow_store(tmp_path: Path, monkey
 
 def launched(*profiles: str, overrides: list[str] | None = None, rehearse: bool = False) -> config.Config:
     request = Request(NAME, profiles=list(profiles), overrides=overrides or [], rehearse=rehearse)
-    return compose.launched(compose.compose(request), RunDir(Path("runs", NAME, "now")))
+    return handover.launched(compose.compose(request), RunDir(Path("runs", NAME, "now")))
 
 
 def test_what_the_user_says_of_a_tracker_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_a_variant_is_of_the_project_of_its_recipe(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     variants.write("wide", NAME, ["lora_r=64"])
     composed = compose.compose(Request("wide", profiles=["wandb"]))
-    filled = compose.launched(composed, RunDir(Path("runs", "wide", "now")))
+    filled = handover.launched(composed, RunDir(Path("runs", "wide", "now")))
     assert (filled["wandb_project"], filled["wandb_name"]) == ("haider2024", "wide/now")
 
 

@@ -7,7 +7,7 @@ import orjson
 import pytest
 from conftest import Recipe, recipe_config
 
-from qlora_recipes import card, config, evaluations, paths, report_runs, results, study, verdict
+from qlora_recipes import card, config, evaluations, paths, report_runs, run_rows, study, verdict
 from qlora_recipes.config import Difference
 from qlora_recipes.evaluations import Evaluation, Settings
 from qlora_recipes.rundir import Launch, Run, RunDir, Summary
@@ -103,7 +103,7 @@ def test_only_a_run_on_the_recipes_model_or_its_mirror_is_set_beside_published_s
     (folder.output / card.ADAPTER).parent.mkdir()
     (folder.output / card.ADAPTER).write_bytes(b"")
     same = model.startswith("NousResearch")
-    listed, (member,) = results.row(folder, run), report_runs.members([folder])
+    listed, (member,) = run_rows.row(folder, run), report_runs.members([folder])
     assert listed["bleu4"] == 5.0
     assert (listed["bleu4_published"], listed["other_base_model"]) == ((5.02, None) if same else (None, model))
     assert row_of(tmp_path / "runs")["run"] == (str(folder.path) if same else None)

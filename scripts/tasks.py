@@ -1,0 +1,81 @@
+"""The commands that bring a run to its end, and what becomes of them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .rundir import RunDir
+
+DONE, SKIPPED, FAILED = "done", "skipped", "failed"
+
+
+Step = Literal["prepare", "run", "evaluate"]
+
+
+DOES = {"run": "the training", "evaluate": "the evaluation"}
+
+
+@dataclass
+class Outcome:
+    """What became of a recipe: each step done, skipped because its inputs are as they were, or failed, and why.
+
+    Attributes:
+        member: which of a sweep over the recipe it is.
+        run: its finished run.
+    """
+
+    recipe: str
+    member: str | None = None
+    steps: dict[str, str] = field(default_factory=dict)
+    problem: str | None = None
+    run: Path | None = None
+
+    def fail(self, step: str, problem: str) -> None:
+        """Note that a step failed, which is the last then."""
+        self.steps[step], self.problem = FAILED, problem
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return self.member or self.recipe
+
+    def as_row(self) -> dict[str, Any]:
+        """The row of a summary."""
+        name = {"member" if self.member else "recipe": self.label}
+        return name | {step: self.steps.get(step) for step in ("check", "plan", "run", "evaluate")}
+
+
+@dataclass
+class Command:
+    """One command of a run.
+
+    Attributes:
+        step: what it does for the run.
+        folder: the run's.
+        words: the command line behind `recipe`.
+        rows: what commands that prepare the same rows for training have in common.
+    """
+
+    step: Step
+    folder: RunDir
+    words: list[str]
+    rows: str = ""
+
+
+@dataclass
+class Work:
+    """The commands that bring a run to its end, in their order; each is worth carrying out once the one before is done.
+
+    Attributes:
+        commands: asked for one at a time, since the first claims the run's folder.
+        gpus: how many its training needs on each node.
+        nodes: how many of those.
+        steps: what may be among the commands, and a place has to be able to do.
+    """
+
+    outcome: Outcome
+    commands: Iterator[Command]
+    gpus: int
+    nodes: int = 1
+    steps: Sequence[Step] = ("prepare", "run")
