@@ -2,7 +2,7 @@
 
 import re
 
-from .config import Config
+from .yamlfiles import Config
 
 OLD_KEYS = {
     "xformers_attention": "xformers",

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from . import config, datafiles, models, paths, run_rows, schema, study, tables
+from . import config, datafiles, models, paths, run_rows, schema, study, tables, yamlfiles
 from .data import MANIFEST
 from .evaluations import Evaluation
 from .files import embedding_rows, read_json, sha256
@@ -38,7 +38,7 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
         merged: whether the card is that of the merged model.
         repository: where on the hub the model is to be.
     """
-    cwd, of_study, cfg = Path(run.cwd), study.of(run.origin), config.read_yaml(folder.config)
+    cwd, of_study, cfg = Path(run.cwd), study.of(run.origin), yamlfiles.read_yaml(folder.config)
     base, is_local = base_model(folder, run)
     known: dict[str, Any] = next(
         (about for name, about in models.catalogue().items() if base in (name, about.get("mirror"))), {}
@@ -77,14 +77,14 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
     facts["front_matter"] = _front_matter(facts)
     facts["command"] = _command(facts["run"])
     jinja = environment(paths.TEMPLATES)
-    jinja.filters |= {"code": _code, "fenced": _fenced, "text": tables.text_of, "yaml": config.write_yaml}
+    jinja.filters |= {"code": _code, "fenced": _fenced, "text": tables.text_of, "yaml": yamlfiles.write_yaml}
     return jinja.get_template(TEMPLATE).render(facts)
 
 
 def base_model(folder: RunDir, run: Run) -> tuple[str, bool]:
     """The name of the model that the adapter is for, and whether that is a folder of this machine."""
     named = read_json(folder.output / "adapter_config.json").get("base_model_name_or_path")
-    name = str(named or config.read_yaml(folder.config).get("base_model"))
+    name = str(named or yamlfiles.read_yaml(folder.config).get("base_model"))
     return name, Path(name).is_absolute() or Path(run.cwd, name).is_dir()
 
 

@@ -3,7 +3,7 @@
 from contextlib import suppress
 from typing import Any
 
-from . import config, paths, plan, variants
+from . import paths, plan, variants, yamlfiles
 from .errors import UserError
 from .study import entry
 
@@ -12,7 +12,7 @@ def recipes() -> list[dict[str, Any]]:
     """Every shipped recipe, as `entry` describes it, and the memory that it needs where that was planned before."""
     found = []
     for name in paths.recipe_names():
-        recipe = config.read_yaml(paths.RECIPES / f"{name}.yaml")
+        recipe = yamlfiles.read_yaml(paths.RECIPES / f"{name}.yaml")
         with suppress(UserError):  # one that cannot be planned
             planned = None
             planned = plan.needed_gib(recipe)

@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import compose, config, models, paths, rows, rules, schema, standin
+from . import compose, models, paths, rows, rules, schema, standin, yamlfiles
 from .compose import Composed, Request
-from .config import Config, check_not_of_the_run
+from .config import check_not_of_the_run
 from .errors import UserError
 from .finding import LEVELS, Finding
 from .gpus import Gpu
 from .quiet import importing_axolotl
+from .yamlfiles import Config
 
 
 @dataclass
@@ -244,8 +245,8 @@ def placed(found: list[Finding], composed: Composed) -> Iterator[Finding]:
             if one.startswith(other) or other.startswith(one):
                 file, finding.where = composed.files.get(difference.key), difference.why
         if file:
-            finding.where, finding.line = paths.shown(file), config.line_of(file, finding.key)
-            comment = config.read_text(file).splitlines()[finding.line - 1].partition("#")[2]
+            finding.where, finding.line = paths.shown(file), yamlfiles.line_of(file, finding.key)
+            comment = yamlfiles.read_text(file).splitlines()[finding.line - 1].partition("#")[2]
             accepted = re.search(rf"\baccepts {re.escape(finding.rule)}: (.+)", comment)
             if accepted and finding.level == "warning":
                 finding.level, finding.remedy = "note", f"accepted: {accepted[1]}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from . import yamlfiles
 from .errors import UserError, WorkFailed
 from .options import (
     BatchSize,
@@ -101,16 +102,16 @@ def list_(
 @app.command(rich_help_panel=RECIPES)
 def show(name: Name, json: Json = False) -> None:
     """A recipe's YAML, with the source of each setting."""
-    from . import config, paths, study, tables
+    from . import paths, study, tables
 
     found, file = paths.find_recipe(name)
     if json:
         of_study = study.of(found)
         published = of_study.published.get(found) if of_study else None
         scores = published.model_dump() if published else None
-        tables.print_json({"recipe": found, "config": config.read_yaml(file), "published": scores})
+        tables.print_json({"recipe": found, "config": yamlfiles.read_yaml(file), "published": scores})
     else:
-        print(config.read_text(file), end="")
+        print(yamlfiles.read_text(file), end="")
 
 
 @app.command(rich_help_panel=RECIPES)
@@ -370,12 +371,12 @@ def analyze_lora(
     json: Json = False,
 ) -> None:
     """How many parameters LoRA trains, by layers and rank, and a check of its update against PEFT."""
-    from . import config, lora, tables
+    from . import lora, tables
     from .paths import find_recipe, recipe_names
     from .quiet import importing_axolotl
 
     _check_figure(figure)
-    recipes = [config.read_yaml(find_recipe(name)[1]) for name in names or recipe_names()]
+    recipes = [yamlfiles.read_yaml(find_recipe(name)[1]) for name in names or recipe_names()]
     rows = lora.rows({str(recipe.get("base_model")): recipe for recipe in recipes})
     with importing_axolotl():
         error = lora.update_error()
@@ -424,7 +425,7 @@ def run(
     runs: Runs = RUNS,
 ) -> None:
     """Train a recipe with Axolotl, in a run folder of its own."""
-    from . import config, places, queueing
+    from . import places, queueing
     from . import run as launcher
     from .compose import Request, is_rehearsal
 
@@ -444,7 +445,7 @@ def run(
     )
     place = places.kinds()[on](is_rehearsal(request), None, slurm or [])
     if dry_run:
-        print(config.write_yaml(launcher.prepare(request, place).config), end="")
+        print(yamlfiles.write_yaml(launcher.prepare(request, place).config), end="")
     elif place.here:
         print(launcher.run(request, runs).path)
     else:

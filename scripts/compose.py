@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import config, datafiles, engines, machine, models, paths, standin, study, variants
-from .config import Config, Difference, check_not_of_the_run
+from . import config, datafiles, engines, machine, models, paths, standin, study, variants, yamlfiles
+from .config import Difference, check_not_of_the_run
 from .datafiles import DataFile
 from .errors import UserError
 from .sample import rehearsal_data
+from .yamlfiles import Config
 
 REHEARSAL = "rehearsal"
 TRACKERS = {"tensorboard", "trackio", "mlflow", "wandb"}  # profiles that change nothing of the training
@@ -73,14 +74,14 @@ def compose(request: Request) -> Composed:
         UserError: a name or file is wrong, or what was asked cannot be laid over the recipe.
     """
     name, file = paths.find_recipe(request.name)
-    recipe = config.read_yaml(file)
+    recipe = yamlfiles.read_yaml(file)
     profiles = [paths.find_profile(profile) for profile in request.profiles]
     rehearsal = is_rehearsal(request)
     if rehearsal and REHEARSAL not in dict(profiles):
         profiles.append(paths.find_profile(REHEARSAL))  # last, so that nothing takes the run off the CPU
 
     origin = variants.origin(name, file)
-    first = recipe if origin in (name, None) else config.read_yaml(paths.RECIPES / f"{origin}.yaml")
+    first = recipe if origin in (name, None) else yamlfiles.read_yaml(paths.RECIPES / f"{origin}.yaml")
     composed = first
     why: dict[str, str] = {}
     files: dict[str, Path] = {}
@@ -99,7 +100,7 @@ def compose(request: Request) -> Composed:
     if request.mirror:
         lay(_mirrored(composed), "--mirror")
     for profile, profile_file in profiles:
-        fragment = config.read_yaml(profile_file)
+        fragment = yamlfiles.read_yaml(profile_file)
         if profile == REHEARSAL:
             fragment = _fill(
                 fragment, {"stand_in": str(standin.folder()), "sample": str(rehearsal_data(_input_format(recipe)))}

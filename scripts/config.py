@@ -1,144 +1,17 @@
 """Reading Axolotl configs, laying profiles and overrides over them, and comparing two by key."""
 
-import json
 import re
-from collections.abc import Hashable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from .errors import UserError
+from .yamlfiles import Config, parse
 
-Config = dict[str, Any]
 TRACKING = re.compile("(use_|hf_)?(wandb|mlflow|comet|trackio|swanlab|tensorboard|otel)(_|$)")
 """Keys that say where a run is tracked, which changes nothing of the training."""
 OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  # a run sets these itself
-
-
-class _Loader(yaml.CSafeLoader):
-    """PyYAML's safe loader, which Axolotl uses too, but a key that stands twice is an error, and
-    `2e-4` is a number (PyYAML reads text, which Axolotl turns into that number later)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
-            seen.add(key.value if isinstance(key.value, str) else id(key))
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.CSafeDumper):
-    """Quotes text that `_Loader` would take for a number."""
-
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-
-
-_PLAIN = (type(None), bool, int, float, str, list, dict)
-_MOST_VALUES = 100_000  # a config has some hundred; aliases of aliases can make a short file explode
-_MOST_LEVELS = 50
-_TOO_DEEP = "nested too deeply to be a config, or an alias that contains itself"
-
-
-def parse(text: str, where: str) -> Any:
-    """The value of a YAML text: nothing but text keys, lists, text, numbers, booleans and null.
-
-    Raises:
-        UserError: it is no YAML (with the line) or holds something else.
-    """
-    try:
-        content = yaml.load(text, _Loader)
-    except RecursionError:
-        raise UserError(f"{where}: {_TOO_DEEP}") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    waiting, seen = [(content, 0)], 0
-    while waiting:
-        (value, depth), seen = waiting.pop(), seen + 1
-        if seen > _MOST_VALUES:
-            raise UserError(f"{where}: too large to be a config")
-        if depth > _MOST_LEVELS:
-            raise UserError(f"{where}: {_TOO_DEEP}")
-        too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # NaN is not in between either
-        if not isinstance(value, _PLAIN) or too_large:
-            raise UserError(f"{where}: {value!r:.50} is no value for a config; put it in quotes if it is text")
-        if isinstance(value, dict):
-            for key in value:
-                if not isinstance(key, str):
-                    raise UserError(f"{where}: the key {key!r:.50} is no text; put it in quotes")
-            waiting += [(below, depth + 1) for below in value.values()]
-        elif isinstance(value, list):
-            waiting += [(below, depth + 1) for below in value]
-    return content
-
-
-def read_text(file: Path) -> str:
-    """A text file's content.
-
-    Raises:
-        UserError: it cannot be read or is not UTF-8.
-    """
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: not a text file in UTF-8") from None
-
-
-def read_yaml(file: Path) -> Config:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: the file cannot be read, is no YAML (with the line), or holds something else.
-    """
-    content = parse(read_text(file), str(file))
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: a config is a mapping of keys to values")
-    return content
-
-
-def sources(file: Path) -> dict[str, str]:
-    """What the comment behind each top-level key of a recipe says, which is the setting's source."""
-    return dict(re.findall(r"^(\w+):.*?  # (.*)$", read_text(file), re.MULTILINE))
-
-
-def write_yaml(config: Config) -> str:
-    """A config as YAML text, keys in the order they have."""
-    return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-
-
-def write_flow(value: Any) -> str:
-    """A value as YAML on one line, as it may stand within brackets too."""
-    text: str = yaml.dump(
-        [value], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9, default_flow_style=True
-    )
-    text = text.rstrip("\n")[1:-1]
-    return json.dumps(value) if "\n" in text else text  # which is YAML too; text of several lines comes so otherwise
-
-
-def line_of(file: Path, key: str) -> int:
-    """The line, from 1, on which a dotted key of a YAML file stands, or what it is part of; 1 for neither."""
-    node = yaml.compose(file.read_text(encoding="utf-8"), Loader=_Loader)
-    line = 1
-    for part in key.split("."):
-        if isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):
-            node = node.value[int(part)]
-            line = node.start_mark.line + 1
-        elif isinstance(node, yaml.MappingNode):
-            found = [pair for pair in node.value if pair[0].value == part]
-            if not found:
-                break
-            line, node = found[-1][0].start_mark.line + 1, found[-1][1]
-    return line
 
 
 def merge(config: Config, changes: Config) -> Config:

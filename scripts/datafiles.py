@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from .config import Config
 from .errors import UserError
 from .files import sha256
+from .yamlfiles import Config
 
 _SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".arrow", ".text", ".txt", ".gz", ".zst"}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from . import config
+from . import config, yamlfiles
 from .errors import UserError
 
 
@@ -21,7 +21,7 @@ def edited(text: str, key: str, value: Any, where: str) -> str:
     Raises:
         UserError: the key leads through something that has no keys, or the text has a form that cannot be edited.
     """
-    before = config.parse(text, where)
+    before = yamlfiles.parse(text, where)
     after = config.override(before, key, value)
     if after == before:
         return text
@@ -35,7 +35,7 @@ def edited(text: str, key: str, value: Any, where: str) -> str:
             value = {part: value}
         indent = " " * node.value[0][0].start_mark.column
         lines.insert(
-            _last_line(node, lines) + 1, f"{indent}{path[at]}: {config.write_flow(value)}  # variant, was not set"
+            _last_line(node, lines) + 1, f"{indent}{path[at]}: {yamlfiles.write_flow(value)}  # variant, was not set"
         )
     elif value is None and at == len(path) and isinstance(entry, yaml.ScalarNode) and entry.start_mark.column == 0:
         _remove(lines, entry, node)
@@ -43,7 +43,7 @@ def edited(text: str, key: str, value: Any, where: str) -> str:
         _replace(lines, entry, node, _at(before, path[:at]), _at(after, path[:at]))
     made = "\n".join(lines)
     with suppress(UserError):
-        if config.parse(made, where) == after:
+        if yamlfiles.parse(made, where) == after:
             return made
     raise UserError(f"--set {key}: {where} has a form there that cannot be edited; change a copy of it by hand")
 
@@ -112,6 +112,6 @@ def _replace(lines: list[str], entry: Any, node: Any, old: Any, new: Any) -> Non
     code, _, comment = rest.partition(" #")
     code = "" if _is_block(node) else code.rstrip()
     kept = f"; {comment.strip()}" if comment else ""
-    marked = f"{head}{config.write_flow(new)}{code}  # variant, was {config.write_flow(old)}{kept}"
+    marked = f"{head}{yamlfiles.write_flow(new)}{code}  # variant, was {yamlfiles.write_flow(old)}{kept}"
     says_more = any("#" in line for line in below)
     lines[first : last + 1] = [marked, *(map(_commented, below) if says_more else ())]

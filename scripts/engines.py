@@ -5,8 +5,9 @@ from typing import Any
 
 import orjson
 
-from .config import Config, merge
+from .config import merge
 from .errors import UserError
+from .yamlfiles import Config
 
 KEYS = ("deepspeed", "fsdp_version", "fsdp_config")  # of a config, that choose an engine
 CPU_RANKS = "QLORA_RECIPES_CPU_RANKS"  # the environment variable that has several processes train on the CPU

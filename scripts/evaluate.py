@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import orjson
 
-from . import bertscore, config, datafiles, gpus, study
+from . import bertscore, datafiles, gpus, study, yamlfiles
 from .data import MANIFEST
 from .errors import UserError, WorkFailed
 from .evaluations import BASE_MODEL, PREDICTIONS, SCORES, Evaluation, Settings, read_predictions, read_scores
@@ -20,7 +20,7 @@ from .precision import precision
 from .progress import Bar, say
 from .quiet import importing_axolotl
 from .rundir import Run, RunDir
-from .score import Row, code_sha256, score
+from .score import VERSION, Row, code_sha256, score
 from .study import Decoding
 from .tasks import Command
 
@@ -80,7 +80,7 @@ class Task:
 
     def __init__(self, folder: RunDir, request: Request):
         self.folder, self.run = folder, folder.read()
-        self.cfg = config.read_yaml(folder.config)
+        self.cfg = yamlfiles.read_yaml(folder.config)
         adapter = request.adapter
         weights = None if adapter == BASE else folder.output if adapter is None else Path(adapter)
         if weights and not (weights / "adapter_model.safetensors").is_file():
@@ -125,7 +125,7 @@ class Task:
 def complete(task: Task, judge: bertscore.Judge | None) -> Evaluation | None:
     """The evaluation that a task comes to, where it was made before: of the same rows, by the same model and code."""
     former = _same_work(task)
-    if former is None or former.code_sha256 != code_sha256():
+    if former is None or former.version != VERSION:
         return None
     labels = [(s.limit, s.test_set) for s in (former.settings, task.settings)]
     same_scores = bertscore.made_by(judge, former.scores.get("bertscore"))
@@ -177,7 +177,12 @@ def evaluate(folder: RunDir, request: Request) -> Evaluation:
         scores, rows = score(rows, judge)
         write_rows(predictions, rows)
         result = Evaluation(
-            made=now(), rehearsal=task.run.rehearsal, scores=scores, code_sha256=code_sha256(), settings=settings
+            made=now(),
+            rehearsal=task.run.rehearsal,
+            scores=scores,
+            version=VERSION,
+            code_sha256=code_sha256(),
+            settings=settings,
         )
         write_atomically(task.where / SCORES, result.model_dump_json(indent=1) + "\n")
         (task.where / _PART).unlink(missing_ok=True)
@@ -258,7 +263,7 @@ def _data_label(settings: Settings) -> str:
     return f"{Path(settings.data).stem}-{settings.data_sha256[:7]}"
 
 
-def _usual_file(run: Run, cfg: config.Config, of_study: study.Study | None) -> Path | None:
+def _usual_file(run: Run, cfg: yamlfiles.Config, of_study: study.Study | None) -> Path | None:
     """The rows that a run is evaluated on unless others are named; None where its training data has none beside it."""
     name = run.test_data or datafiles.test_file(cfg, Path(run.cwd))
     if name is None:
@@ -276,7 +281,7 @@ def _test_set(file: Path, digest: str) -> str | None:
     return next((name for name, made in sets.items() if made["sha256"] == digest), None)
 
 
-def read_rows(file: Path, cfg: config.Config) -> list[dict[str, Any]]:
+def read_rows(file: Path, cfg: yamlfiles.Config) -> list[dict[str, Any]]:
     """The rows of a file, of the type that a config trains on."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; `recipe data prepare` writes test.jsonl")

@@ -51,11 +51,17 @@ class Settings(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """The content of scores.json: when, what and how; see `score.score` for the scores."""
+    """The content of scores.json: when, what and how; see `score.score` for the scores.
+
+    Attributes:
+        version: of the scores, see `score.VERSION`.
+        code_sha256: of the code that scored; it says more than the version, which is what counts.
+    """
 
     made: str
     rehearsal: bool
     scores: dict[str, Any]
+    version: int = 1
     code_sha256: str
     settings: Settings
 

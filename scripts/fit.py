@@ -1,10 +1,10 @@
 """Whether a config fits a GPU's memory."""
 
 from . import check, plan
-from .config import Config
 from .errors import UserError
 from .finding import Finding
 from .gpus import Gpu
+from .yamlfiles import Config
 
 
 def add_to(report: check.Report, gpu: Gpu | None, gpus: int = 1, anew: bool = False) -> None:

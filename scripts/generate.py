@@ -19,12 +19,12 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from .config import Config
 from .datafiles import is_alpaca
 from .errors import UserError
 from .eval_loss import MASKED
 from .files import embedding_rows
 from .tokens import tokenize
+from .yamlfiles import Config
 
 if TYPE_CHECKING:
     from .evaluations import Settings

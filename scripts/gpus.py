@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from . import config, machine
+from . import machine, yamlfiles
 from .errors import UserError, did_you_mean
 
 FILE = Path(__file__).with_name("gpus.yaml")
@@ -38,7 +38,7 @@ class Gpu:
 @cache
 def known() -> dict[str, Gpu]:
     """The GPUs of gpus.yaml, by name."""
-    facts = config.read_yaml(FILE)
+    facts = yamlfiles.read_yaml(FILE)
     return {
         name: Gpu(name, _capability(fact["capability"]), fact["memory"], fact.get("tflops"))
         for name, fact in facts.items()

@@ -6,12 +6,10 @@ import re
 
 from . import paths
 from .compose import Composed, _fill
-from .config import Config
 from .rundir import RunDir
+from .yamlfiles import Config
 
 PLUGIN = "qlora_recipes.plugin.RunPlugin"
-
-
 AUTO_RESUME = "auto_resume_from_checkpoints"
 
 

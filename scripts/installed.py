@@ -37,9 +37,9 @@ from transformers import BitsAndBytesConfig, SchedulerType, Trainer, TrainingArg
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
-from .config import Config
 from .finding import Finding
 from .gpus import Gpu
+from .yamlfiles import Config
 
 ALWAYS = ("axolotl.integrations.context_parallel.", "axolotl.integrations.expert_parallel.")
 """Plugins that Axolotl loads whether or not a config lists them (`axolotl.integrations.base.get_builtin_plugins`)."""

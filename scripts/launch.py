@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from . import config, provenance
+from . import provenance, yamlfiles
 from .engines import CPU_RANKS
 from .errors import WorkFailed
 from .machine import now
@@ -162,7 +162,7 @@ def _drop_half_prepared(folder: RunDir, record: Run) -> None:
 
     datasets writes dataset_info.json last. Whoever is writing holds Axolotl's lock (axolotl/utils/data/lock.py).
     """
-    prepared = Path(record.cwd, str(config.read_yaml(folder.config).get("dataset_prepared_path")))
+    prepared = Path(record.cwd, str(yamlfiles.read_yaml(folder.config).get("dataset_prepared_path")))
     if not prepared.is_dir():
         return
     with suppress(Timeout), FileLock(prepared / "datasets_prep.lock", timeout=0):

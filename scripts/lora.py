@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from . import models
-from .config import Config
 from .errors import UserError
+from .yamlfiles import Config
 
 RANKS = (4, 8, 16, 32, 64, 128)
 TARGETS = {

@@ -7,10 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from . import config, paths
-from .config import Config
+from . import paths, yamlfiles
 from .errors import UserError
 from .files import read_json
+from .yamlfiles import Config
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEAR_LAYERS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -46,7 +46,7 @@ class Model:
 @cache
 def catalogue() -> dict[str, Any]:
     """The models of templates/models.yaml."""
-    return config.read_yaml(paths.TEMPLATES / "models.yaml")
+    return yamlfiles.read_yaml(paths.TEMPLATES / "models.yaml")
 
 
 def find(composed: Config) -> Model:

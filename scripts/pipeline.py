@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from . import bertscore, check, compose, config, datafiles, evaluate, fit, places, plan, run
+from . import bertscore, check, compose, datafiles, evaluate, fit, places, plan, run, yamlfiles
 from .compose import Composed, Request
 from .config import Difference
 from .errors import UserError
@@ -187,7 +187,7 @@ class Pipeline:
         else:
             goes_on = former and _goes_on(*former)
             folder = former[0] if former and goes_on else run.create(self.composed, self.request, self.runs, self.told)
-            rows = config.write_yaml({key: self.composed.config.get(key) for key in OF_ROWS})
+            rows = yamlfiles.write_yaml({key: self.composed.config.get(key) for key in OF_ROWS})
             yield run.command(folder, self.runs, rows)
         yield evaluate.command(folder, self.asked, self.runs)
 

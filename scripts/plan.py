@@ -9,12 +9,12 @@ from typing import Any
 from . import check, datafiles, models, paths, rules, steps, work
 from .attention import attention
 from .compose import Composed, Request, compose
-from .config import Config
 from .engines import engine_of
 from .gpus import Gpu
 from .planner import CONTEXT, GIB, ROUND, Planner
 from .precision import precision
 from .traces import NotAlike
+from .yamlfiles import Config
 
 USABLE = 14.5 / 16
 """The share of a card's memory that is planned with. Of 16 GB, torch finds 14.56 GiB on a T4 (its ECC takes the rest)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import config, evaluate, places, run
+from . import evaluate, places, run, yamlfiles
 from .compose import Request
 from .errors import UserError
 from .lookup import find_run
@@ -59,7 +59,7 @@ def submit_evaluation(folder: RunDir, request: evaluate.Request, runs: Path, pla
     if not places.job_state(folder, "run"):
         evaluate.Task(folder, request)
     elif request.data:
-        evaluate.read_rows(request.data, config.read_yaml(folder.config))  # what else it asks for is not there yet
+        evaluate.read_rows(request.data, yamlfiles.read_yaml(folder.config))  # what else it asks for is not there yet
     evaluation = evaluate.command(folder, request, runs)
     if job := places.job_state(folder, "evaluate", evaluation.words):
         raise UserError(f"{folder.path}: that evaluation is {job}; `recipe cancel {folder.path}` ends that")

@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from . import config, paths, study
+from . import paths, study, yamlfiles
 from .errors import UserError
 from .files import write_atomically
 from .study import Study
@@ -29,7 +29,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
         except Exception as error:  # an expression in a template can raise anything
             raise UserError(f"{_where(error, templates, templates / template)}: {error}") from None
 
-    models = config.read_yaml(templates / "models.yaml")
+    models = yamlfiles.read_yaml(templates / "models.yaml")
     recipes = {}
     by_study: dict[str, tuple[Study, list[dict[str, Any]]]] = {}
     for file in sorted(templates.rglob("*.yaml.j2")):
@@ -38,7 +38,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
             name = template.removesuffix(".yaml.j2")
             text = recipes[f"{name}.yaml"] = text_of(template, name=name, models=models)
             if of_study := study.of(name):
-                recipe = config.parse(text, f"recipes/{name}.yaml")
+                recipe = yamlfiles.parse(text, f"recipes/{name}.yaml")
                 by_study.setdefault(of_study.title, (of_study, []))[1].append(study.entry(name, recipe))
     return recipes | {README: text_of(f"{README}.j2", studies=by_study.values())}
 

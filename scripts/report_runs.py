@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from . import config, evaluations, paths, places, results, run_rows, schema, tables
+from . import config, evaluations, paths, places, results, run_rows, schema, tables, yamlfiles
 from .errors import UserError
 from .evaluations import BASE_MODEL, Evaluation, read_predictions, read_scores
 from .files import sha256
@@ -41,10 +41,10 @@ class Member:
     run: Run
 
     @cached_property
-    def config(self) -> config.Config:
+    def config(self) -> yamlfiles.Config:
         """What Axolotl was given; empty where that cannot be read any more."""
         with suppress(UserError):
-            return config.read_yaml(self.folder.config)
+            return yamlfiles.read_yaml(self.folder.config)
         return {}
 
     @cached_property
@@ -189,7 +189,7 @@ def settings(one: Member) -> dict[str, Any]:
     file = paths.RECIPES / f"{one.run.recipe}.yaml"
     file = file if file.is_file() else Path(one.run.cwd, one.run.recipe_file)
     if file.is_file():
-        of_recipe = config.sources(file)
+        of_recipe = yamlfiles.sources(file)
         if sha256(file) != one.run.recipe_sha256:
             note = "The recipe has changed since the run; the sources are those of today."
     else:

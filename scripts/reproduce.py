@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from . import bertscore, config, data, datafiles, evaluate, fetch, models, pipeline
+from . import bertscore, data, datafiles, evaluate, fetch, models, pipeline, yamlfiles
 from .compose import Composed, Request
 from .errors import UserError, did_you_mean
 from .locks import PATIENCE, held
@@ -97,7 +97,7 @@ def lock(name: str, runs: Path) -> Path:
 
 def _request(shared: Request, recipe: str) -> Request:
     """What is laid over all recipes, for one; a mirror only where the model is gated."""
-    base_model = str(config.read_yaml(find_recipe(recipe)[1]).get("base_model"))
+    base_model = str(yamlfiles.read_yaml(find_recipe(recipe)[1]).get("base_model"))
     return replace(shared, name=recipe, mirror=shared.mirror and bool(models.catalogue()[base_model]["gated"]))
 
 

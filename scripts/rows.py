@@ -10,8 +10,8 @@ from typing import Any
 import orjson
 
 from . import datafiles, models
-from .config import Config
 from .finding import Finding, Level
+from .yamlfiles import Config
 
 
 @dataclass(frozen=True)

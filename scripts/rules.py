@@ -15,11 +15,12 @@ from typing import Any
 
 from . import datafiles, models, paths, schema
 from .attention import OLD_KEYS, attention
-from .config import Config, flatten
+from .config import flatten
 from .errors import did_you_mean
 from .finding import Finding, Level
 from .gpus import Gpu
 from .precision import precision
+from .yamlfiles import Config
 
 Found = Iterator[tuple[Level, str, str, str]]
 

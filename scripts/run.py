@@ -9,7 +9,7 @@ import os
 from collections.abc import Container
 from pathlib import Path
 
-from . import check, config, datafiles, fit, gpus, launch, machine, paths, places, provenance, standin
+from . import check, datafiles, fit, gpus, launch, machine, paths, places, provenance, standin, yamlfiles
 from .check import check_arguments
 from .compose import Composed, Request, compose, is_rehearsal
 from .config import Difference
@@ -109,7 +109,7 @@ def create(composed: Composed, request: Request, runs: Path, told: Container[Dif
         cwd=str(Path.cwd()),
         provenance=provenance.collect(),
     )
-    write_atomically(folder.config, config.write_yaml(ours))
+    write_atomically(folder.config, yamlfiles.write_yaml(ours))
     folder.write(record)
     say(f"run {folder.path}")
     for difference in new:
@@ -170,7 +170,7 @@ def hindrance(folder: RunDir, record: Run, in_a_job: bool = False) -> str | None
         return f"the run is finished; `recipe evaluate {folder.path}` comes next"
     if not folder.config.is_file():
         return "ended before its config was written; run the recipe anew"
-    output = Path(record.cwd, str(config.read_yaml(folder.config).get("output_dir")))
+    output = Path(record.cwd, str(yamlfiles.read_yaml(folder.config).get("output_dir")))
     if output.resolve() != folder.output.resolve():
         return f"the run was moved; it writes to {output}, so move it back there first"
     for file in record.data:
@@ -186,7 +186,7 @@ def _check_here(folder: RunDir, record: Run) -> None:
     Raises:
         UserError: it cannot train it; the run is a failed one then.
     """
-    content, recipe = config.read_yaml(folder.config), Path(record.recipe_file)
+    content, recipe = yamlfiles.read_yaml(folder.config), Path(record.recipe_file)
     composed = Composed(record.recipe, recipe, record.variant_of, content, [], {}, record.profiles, record.rehearsal)
     report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
     fit.add_to(report, gpus.here(), record.ranks, anew=True)

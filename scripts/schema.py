@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
-from . import config
-from .config import Config
+from . import yamlfiles
 from .errors import did_you_mean
 from .finding import Finding
 from .paths import RECIPES
+from .yamlfiles import Config
 
 FILE = RECIPES / "axolotl.schema.json"
 
@@ -189,7 +189,9 @@ _BOUND_WORDS = {
 
 def _shown(value: Any) -> str:
     """A value as YAML would have it, shortened."""
-    text = config.write_yaml({"": value}).removeprefix("'':").strip() if isinstance(value, dict | list) else str(value)
+    text = (
+        yamlfiles.write_yaml({"": value}).removeprefix("'':").strip() if isinstance(value, dict | list) else str(value)
+    )
     if isinstance(value, bool) or value is None:
         text = {True: "true", False: "false", None: "null"}[value]
     return text if len(text) <= 60 else f"{text[:57]}..."

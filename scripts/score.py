@@ -13,6 +13,9 @@ from .errors import UserError
 from .files import json_rows
 
 Row = dict[str, Any]
+VERSION = 1
+"""Of what scores mean. To be raised with any change after which the same texts score otherwise; scores of another
+version are made anew."""
 PER_ROW = ("bleu4", "rouge_l", "bertscore_f1")  # those whose mean is the score
 
 

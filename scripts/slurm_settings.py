@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from . import config
+from . import yamlfiles
 from .errors import UserError
 
 STEPS = ("prepare", "run", "evaluate", "results")
@@ -66,7 +66,7 @@ def settings(given: Sequence[str]) -> Settings:
 def _read(file: Path) -> dict[str, Any]:
     """A mapping whose values are text, as they stand there: YAML would read 12:00:00 as a number."""
     try:
-        content = yaml.load(config.read_text(file), yaml.BaseLoader) or {}
+        content = yaml.load(yamlfiles.read_text(file), yaml.BaseLoader) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(content, dict):

@@ -6,10 +6,10 @@ from typing import Any
 
 from . import datafiles
 from .attention import attention
-from .config import Config
 from .errors import UserError
 from .precision import precision
 from .traces import Step
+from .yamlfiles import Config
 
 SEQUENCE_LEN = 512  # Axolotl's default (utils/schemas/config.py)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from . import config, paths
+from . import paths, yamlfiles
 from .errors import UserError
 
 
@@ -148,11 +148,11 @@ def load(folder: Path) -> Study:
     """
     file = folder / "study.yaml"
     try:
-        return Study.model_validate(config.read_yaml(file) | {"folder": folder})
+        return Study.model_validate(yamlfiles.read_yaml(file) | {"folder": folder})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}:{config.line_of(file, key)}: {key}: {first['msg']}") from None
+        raise UserError(f"{file}:{yamlfiles.line_of(file, key)}: {key}: {first['msg']}") from None
 
 
 def find(name: str) -> Study:
@@ -188,7 +188,7 @@ def of(recipe: str) -> Study | None:
     return None
 
 
-def entry(name: str, recipe: config.Config) -> dict[str, Any]:
+def entry(name: str, recipe: yamlfiles.Config) -> dict[str, Any]:
     """A recipe's model, epochs and optimizer, and its published scores."""
     of_study = of(name)
     published = of_study.published.get(name) if of_study else None

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from . import config, pipeline, sweeps
+from . import config, pipeline, sweeps, yamlfiles
 from .compose import Request
 from .errors import UserError
 from .evaluate import Request as Evaluation
@@ -58,7 +58,7 @@ def sweep(name: str, members: list[Member], options: Options) -> tuple[Sweep, li
     """
     request, runs = options.request, options.runs
     recipe, file = find_recipe(request.name)
-    members = _seeded(members, options.seeds, config.read_yaml(file).get("seed", AXOLOTL_SEED))
+    members = _seeded(members, options.seeds, yamlfiles.read_yaml(file).get("seed", AXOLOTL_SEED))
     pipelines = []
     for member in members:
         overrides = [*request.overrides, *member.overrides]
@@ -110,7 +110,7 @@ def _check(pipelines: list[Pipeline], starts: bool) -> None:
         UserError: something is wrong with some, told once for all of them.
     """
     by_rows = {
-        config.write_yaml({key: one.composed.config.get(key) for key in OF_ROWS}): one
+        yamlfiles.write_yaml({key: one.composed.config.get(key) for key in OF_ROWS}): one
         for one in pipelines
         if one.composed
     }

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from . import config, results, sweeps, tables
+from . import results, sweeps, tables, yamlfiles
 from .sweeps import Sweep
 
 
@@ -63,7 +63,7 @@ def _short(sweep: Sweep, row: dict[str, Any]) -> dict[str, Any]:
 def _shown(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    return None if value is None else config.write_flow(value)
+    return None if value is None else yamlfiles.write_flow(value)
 
 
 def _flat(sweep: Sweep, row: dict[str, Any]) -> dict[str, Any]:

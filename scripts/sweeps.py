@@ -9,13 +9,13 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from . import config, evaluations, intervals, lookup, lora, models, paths, places, run_rows
-from .config import Config
+from . import evaluations, intervals, lookup, lora, models, paths, places, run_rows, yamlfiles
 from .errors import UserError, did_you_mean
 from .files import tensor_shapes, write_atomically
 from .lookup import all_runs
 from .machine import now
 from .rundir import Run, RunDir
+from .yamlfiles import Config
 
 PAIRED, NAME = "_", "name"
 QUALITY = {"eval_loss": min, "bleu4": max, "rouge_l": max, "bertscore_f1": max}
@@ -47,7 +47,7 @@ class Member(BaseModel):
     def overrides(self) -> list[str]:
         """Its values as --set takes them."""
         values = self.values if self.seed is None else self.values | {"seed": self.seed}
-        return [f"{key}={config.write_flow(value)}" for key, value in values.items()]
+        return [f"{key}={yamlfiles.write_flow(value)}" for key, value in values.items()]
 
 
 class Sweep(BaseModel):
@@ -95,18 +95,18 @@ def read(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Member]]:
     Raises:
         UserError: it has another form, or two members have one name.
     """
-    content = config.read_yaml(file) if file else {}
+    content = yamlfiles.read_yaml(file) if file else {}
     paired = content.pop(PAIRED, [{}])
     grid = {}
     for key, values in content.items():
         if not isinstance(values, list) or not values:
-            raise UserError(f"{file}:{config.line_of(file, key) if file else 0}: {key}: expected a list of values")
+            raise UserError(f"{file}:{yamlfiles.line_of(file, key) if file else 0}: {key}: expected a list of values")
         grid[key] = values
     for text in sets:
         key, equals, value = text.partition("=")
         if not equals or not key.strip() or not value:
             raise UserError(f"--set {text}: expected key=value,value, as in --set lora_r=16,32")
-        grid[key.strip()] = config.parse(f"[{value}]", f"--set {text}")
+        grid[key.strip()] = yamlfiles.parse(f"[{value}]", f"--set {text}")
     if not isinstance(paired, list) or not paired or not all(isinstance(entry, dict) for entry in paired):
         raise UserError(f"{file}: {PAIRED}: expected a list of mappings, as in `- {{name: Wide, lora_r: 64}}`")
     several = [key for key, values in grid.items() if len(values) > 1]
@@ -125,7 +125,7 @@ def read(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Member]]:
 
 
 def _said(key: str, value: Any) -> str:
-    return f"{key}={config.write_flow(value)}"
+    return f"{key}={yamlfiles.write_flow(value)}"
 
 
 def varying(members: Sequence[Member]) -> list[str]:
@@ -243,7 +243,7 @@ def _row(name: str, members: Sequence[Member], of_runs: Sequence[tuple[RunDir, R
 def _parameters(folder: RunDir, run: Run) -> tuple[int | None, int | None]:
     """What a run trained, counted in its adapter, and its base model's parameters; None where they are not told."""
     total = None
-    cfg: Config = config.read_yaml(folder.config)
+    cfg: Config = yamlfiles.read_yaml(folder.config)
     shapes = tensor_shapes(folder.output / "adapter_model.safetensors")
     saved = cfg.get("lora_modules_to_save") or []  # an embedding that only grew is in the file and was not trained
     trained = [name for name in shapes if "lora_" in name or any(f".{module}." in name for module in saved)]

@@ -11,8 +11,6 @@ DONE, SKIPPED, FAILED = "done", "skipped", "failed"
 
 
 Step = Literal["prepare", "run", "evaluate"]
-
-
 DOES = {"run": "the training", "evaluate": "the evaluation"}
 
 

@@ -18,7 +18,6 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 
 from . import datafiles
-from .config import Config
 from .errors import UserError
 from .eval_loss import MASKED
 from .files import json_rows
@@ -26,6 +25,7 @@ from .finding import Finding, Level
 from .installed import capabilities
 from .processes import end_with_parent
 from .progress import Bar
+from .yamlfiles import Config
 
 disable_progress_bar()
 # Axolotl tokenizes in a process that it forks, which would outlive a killed command, and hold the locks it inherited

@@ -6,7 +6,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from . import config, paths, study
+from . import config, paths, study, yamlfiles
 from .edit import edited
 from .errors import UserError
 from .files import write_atomically
@@ -17,7 +17,7 @@ _SCHEMA = re.compile(r"(# yaml-language-server: \$schema=)\S+")
 
 def ancestors(file: Path) -> list[str]:
     """The recipes that the comments at the head of a file name as what it is a variant or a copy of, nearest first."""
-    header = takewhile(lambda line: not line or line.startswith("#"), config.read_text(file).splitlines())
+    header = takewhile(lambda line: not line or line.startswith("#"), yamlfiles.read_text(file).splitlines())
     return [found[1] or found[2] for line in header if (found := _NAMED.fullmatch(line))]
 
 
@@ -61,7 +61,7 @@ def tree() -> list[dict[str, Any]]:
 
 def changed(a: str, b: str) -> dict[str, tuple[Any, Any]]:
     """The dotted keys in which two recipes or files differ, with both values, but for where they write to."""
-    first, second = (config.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
+    first, second = (yamlfiles.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
     found = config.differences(first, second)
     return {key: values for key, values in found.items() if key not in config.OF_THE_RUN}
 
@@ -83,7 +83,7 @@ def write(name: str, base: str, overrides: list[str]) -> Path:
     if name in paths.recipe_names() or file.exists():
         raise UserError(f"{name}: there is a recipe of that name; choose another")
     base_name, base_file = paths.find_recipe(base)
-    text, content = config.read_text(base_file), config.read_yaml(base_file)
+    text, content = yamlfiles.read_text(base_file), yamlfiles.read_yaml(base_file)
     if base_name not in (*paths.recipe_names(), *paths.variant_names()):
         base_name = paths.shown(base_file)
     changes = dict(map(config.parse_override, overrides))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import config, datafiles, evaluations, lookup, paths, places, run_rows, study, tables
+from . import config, datafiles, evaluations, lookup, paths, places, run_rows, study, tables, yamlfiles
 from .compose import REHEARSAL, TRACKERS
 from .evaluations import Evaluation
 from .lookup import all_runs
@@ -117,10 +117,10 @@ def _settings(
     folder, run = chosen
     origin = of_study.origin(recipe)
     file = paths.RECIPES / f"{origin}.yaml"
-    of_paper, paper = config.sources(file), config.read_yaml(file)
-    sources = config.sources(paths.RECIPES / f"{recipe}.yaml")
+    of_paper, paper = yamlfiles.sources(file), yamlfiles.read_yaml(file)
+    sources = yamlfiles.sources(paths.RECIPES / f"{recipe}.yaml")
     sources |= {difference.key.partition(".")[0]: difference.why for difference in run.differences}
-    ours = config.read_yaml(folder.config)
+    ours = yamlfiles.read_yaml(folder.config)
     differs = [
         f"{key}: {_shown(after)} instead of {_shown(before)}"
         for key, (before, after) in config.differences(paper, ours).items()

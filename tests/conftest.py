@@ -12,13 +12,15 @@ import pytest
 from cluster import Cluster, running
 from hypothesis import HealthCheck, settings
 
+from qlora_recipes import yamlfiles
+
 os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see cli.main
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its share of the processors, not all of them
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // int(workers), 1))
 
-from qlora_recipes import config, paths, study
+from qlora_recipes import paths, study
 from qlora_recipes.files import write_rows
 from qlora_recipes.sample import rehearsal_data
 
@@ -137,7 +139,7 @@ def tiny_profile(tmp_path_factory: pytest.TempPathFactory, tiny: Path, sample: P
         "bf16": True,
     }
     # null deletes a key, so it has to be written
-    file.write_text(config.write_yaml(fragment), encoding="utf-8")
+    file.write_text(yamlfiles.write_yaml(fragment), encoding="utf-8")
     return file
 
 
@@ -155,11 +157,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     return folder / "data"
 
 
-def config_with(change: config.Config, name: str = "haider2024/code-llama-7b") -> config.Config:
+def config_with(change: yamlfiles.Config, name: str = "haider2024/code-llama-7b") -> yamlfiles.Config:
     """A shipped recipe with some keys changed; None deletes one."""
     return {key: value for key, value in (recipe_config(name) | change).items() if value is not None}
 
 
-def recipe_config(name: str) -> config.Config:
+def recipe_config(name: str) -> yamlfiles.Config:
     """A shipped recipe as a mapping."""
-    return config.read_yaml(paths.find_recipe(name)[1])
+    return yamlfiles.read_yaml(paths.find_recipe(name)[1])

@@ -10,7 +10,7 @@ from conftest import Recipe, config_with
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qlora_recipes import check, config, gpus, models, paths, rules, schema
+from qlora_recipes import check, fit, gpus, models, paths, rules, schema, yamlfiles
 from qlora_recipes.compose import Request
 from qlora_recipes.errors import UserError
 from qlora_recipes.finding import Finding
@@ -59,7 +59,7 @@ def test_every_finding_is_told_at_once_with_its_place(place: Path, recipe: Recip
 
 
 def test_json(place: Path, recipe: Recipe) -> None:
-    (place / "mine.yaml").write_text(config.write_yaml(config_with({"lora_rr": 1})))
+    (place / "mine.yaml").write_text(yamlfiles.write_yaml(config_with({"lora_rr": 1})))
     (place / "broken.yaml").write_text("a: [\n")
     done = recipe("check", "mine.yaml", "broken.yaml", "nowhere", "--json", "--data")
     mine, broken, nowhere = orjson.loads(done.stdout)
@@ -96,7 +96,7 @@ def test_recipes_and_profiles_laid_over_them_are_clean(place: Path, name: str, p
 
 def test_a_warning_that_its_line_accepts_is_a_note(place: Path) -> None:
     old, reason = "dataset_processes: 4", "the old key, on purpose"
-    base = config.write_yaml(config_with({}))
+    base = yamlfiles.write_yaml(config_with({}))
     (place / "mine.yaml").write_text(f"{base}{old}  # accepts deprecated: {reason}\ngc_steps: 5  # accepts x: y\n")
     found = {finding.name: finding for finding in check.check(Request("mine.yaml")).findings}
     accepted = found["deprecated:dataset_processes"]
@@ -106,7 +106,7 @@ def test_a_warning_that_its_line_accepts_is_a_note(place: Path) -> None:
 
 def test_an_error_cannot_be_accepted_in_a_file(place: Path) -> None:
     (place / "mine.yaml").write_text(
-        "lora_rr: 1  # accepts unknown-key: why not\n" + config.write_yaml(config_with({}))
+        "lora_rr: 1  # accepts unknown-key: why not\n" + yamlfiles.write_yaml(config_with({}))
     )
     assert check.check(Request("mine.yaml")).count("error") == 1
 
@@ -137,7 +137,7 @@ def test_a_run_refuses_bad_rows(place: Path, recipe: Recipe) -> None:
 
 def test_what_is_too_big_for_a_card_is_an_error(place: Path, tiny: Path) -> None:
     change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": {"pad_token": "</s>"}}
-    (place / "tiny.yaml").write_text(config.write_yaml(config_with(change)))
+    (place / "tiny.yaml").write_text(yamlfiles.write_yaml(config_with(change)))
     small, large = gpus.Gpu("small", (7, 5), 0.2), gpus.Gpu("large", (7, 5), 4)
 
     def found(gpu: gpus.Gpu, anew: bool = False) -> list[Finding]:

@@ -2,10 +2,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_recipes import config
+from qlora_recipes import config, yamlfiles
 from qlora_recipes.errors import UserError
 
 leaves = st.one_of(st.integers(), st.booleans(), st.text(max_size=5), st.floats(allow_nan=False))
@@ -22,7 +23,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def test_numbers_are_read_as_meant(tmp_path: Path) -> None:
-    read = config.read_yaml(write(tmp_path, "a: 2e-4\nb: 1E3\nc: 0.05\nd: 12\ne: 2e\nf: '2e-4'\n"))
+    read = yamlfiles.read_yaml(write(tmp_path, "a: 2e-4\nb: 1E3\nc: 0.05\nd: 12\ne: 2e\nf: '2e-4'\n"))
     assert read == {"a": 0.0002, "b": 1000.0, "c": 0.05, "d": 12, "e": "2e", "f": "2e-4"}
 
 
@@ -38,14 +39,14 @@ def test_numbers_are_read_as_meant(tmp_path: Path) -> None:
 def test_a_malformed_file_is_told_with_its_line(tmp_path: Path, text: str, line: int, says: str) -> None:
     file = write(tmp_path, text)
     with pytest.raises(UserError, match=says) as error:
-        config.read_yaml(file)
+        yamlfiles.read_yaml(file)
     assert str(error.value).startswith(f"{file}:{line}:")
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "just text\n", "", "1: a\n", "[" * 5000, "\x00"])
 def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError):
-        config.read_yaml(write(tmp_path, text))
+        yamlfiles.read_yaml(write(tmp_path, text))
 
 
 def test_merge_reaches_below_replaces_lists_and_deletes_by_null() -> None:
@@ -65,7 +66,7 @@ def test_merge_reaches_below_replaces_lists_and_deletes_by_null() -> None:
         ("a=null", {"d": [{"p": "x"}, {"p": "y"}]}),
     ],
 )
-def test_override_sets_what_it_names(text: str, expected: config.Config) -> None:
+def test_override_sets_what_it_names(text: str, expected: yamlfiles.Config) -> None:
     base = {"a": 1, "d": [{"p": "x"}, {"p": "y"}]}
     assert config.override(base, *config.parse_override(text)) == expected
 
@@ -77,12 +78,12 @@ def test_override_refuses_what_it_cannot_set(text: str) -> None:
 
 
 @given(configs)
-def test_a_config_written_and_read_again_is_the_same(content: config.Config) -> None:
-    assert config.yaml.load(config.write_yaml(content), config._Loader) == content
+def test_a_config_written_and_read_again_is_the_same(content: yamlfiles.Config) -> None:
+    assert yaml.load(yamlfiles.write_yaml(content), yamlfiles._Loader) == content
 
 
 @given(configs, keys, leaves)
-def test_an_override_changes_its_key_and_no_other(content: config.Config, key: str, value: Any) -> None:
+def test_an_override_changes_its_key_and_no_other(content: yamlfiles.Config, key: str, value: Any) -> None:
     changed = config.override(content, key, value)
     assert changed[key] == value
     assert {name.partition(".")[0] for name in config.differences(content, changed)} <= {key}
@@ -90,4 +91,4 @@ def test_an_override_changes_its_key_and_no_other(content: config.Config, key: s
 
 def test_the_line_of_a_nested_key_is_found(tmp_path: Path) -> None:
     file = write(tmp_path, "# head\na: 1\nd:\n  - p: x\n  - p: y\n    q: 1\n")
-    assert [config.line_of(file, key) for key in ("a", "d.0.p", "d.1.q", "d")] == [2, 4, 6, 3]
+    assert [yamlfiles.line_of(file, key) for key in ("a", "d.0.p", "d.1.q", "d")] == [2, 4, 6, 3]

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from conftest import recipe_config
 
-from qlora_recipes import config, datafiles
+from qlora_recipes import config, datafiles, yamlfiles
 from qlora_recipes.errors import UserError
 
 NAME = "haider2024/llama-2-7b"
@@ -18,7 +18,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def with_data(override: str) -> config.Config:
+def with_data(override: str) -> yamlfiles.Config:
     key, value = config.parse_override(override)
     return config.override(config.merge(recipe_config(NAME), {"test_datasets": None}), key, value)
 
@@ -72,6 +72,6 @@ def test_training_steps(place: Path) -> None:
         {"datasets": [{"path": "t.jsonl"} | more]} for more in ({"split": "train[5:9]"}, {"shards": 2}, {"weight": 0.5})
     ],
 )
-def test_training_steps_that_nobody_can_tell(place: Path, change: config.Config) -> None:
+def test_training_steps_that_nobody_can_tell(place: Path, change: yamlfiles.Config) -> None:
     (place / "t.jsonl").write_text("{}\n")
     assert datafiles.training_steps(with_data("datasets=[{path: t.jsonl}]") | change) is None

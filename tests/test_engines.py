@@ -17,7 +17,7 @@ import torch
 from cluster import Cluster
 from conftest import finish, start
 
-from qlora_recipes import config, lookup, ranks
+from qlora_recipes import lookup, ranks, yamlfiles
 from qlora_recipes.plugin import RunPlugin
 from qlora_recipes.rundir import RunDir
 
@@ -32,7 +32,7 @@ ODD = "test_datasets.0.split=train[:7]"  # rows for evaluation, which no two ran
 class DdpAtMost(RunPlugin):
     """The plugin of a run that is adapted to the CPU as for DDP, whatever the engine."""
 
-    def register(self, cfg: config.Config) -> None:
+    def register(self, cfg: yamlfiles.Config) -> None:
         """Note the engine that is asked for, and adapt to DDP."""
         super().register(cfg)
         ranks.use_cpu("DDP")
@@ -178,10 +178,10 @@ def test_two_nodes_train_like_one_process(alone: RunDir, place: Path, tiny_profi
 def test_an_engine_that_is_not_used_stops_the_run(place: Path, tiny_profile: Path) -> None:
     profile = "zero3"
     shown = start(place, *rehearsal(tiny_profile, "none", "--profile", profile, "--gpus", "2", "--dry-run"))
-    content = config.parse(finish(shown), "--dry-run")
+    content = yamlfiles.parse(finish(shown), "--dry-run")
     file = place / f"{profile}.yaml"
     plugin = {"plugins": [f"{__name__}.{DdpAtMost.__name__}"], "output_dir": str(place / "fallen-back" / profile)}
-    file.write_text(config.write_yaml(content | plugin | {"dataset_prepared_path": str(place / "prepared")}))
+    file.write_text(yamlfiles.write_yaml(content | plugin | {"dataset_prepared_path": str(place / "prepared")}))
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*torchrun, "-m", "axolotl.cli.train", str(file)],

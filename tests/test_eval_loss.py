@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import recipe_config
 
-from qlora_recipes import config
+from qlora_recipes import config, yamlfiles
 from qlora_recipes.handover import PLUGIN
 from qlora_recipes.rundir import RunDir, summarise
 
@@ -37,23 +37,23 @@ def decided(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(tiny_profile: Path, decided: Path) -> config.Config:
+def base(tiny_profile: Path, decided: Path) -> yamlfiles.Config:
     """A short training in fp32 that evaluates the base model before its first step."""
-    base = config.merge(recipe_config("haider2024/llama-2-7b"), config.read_yaml(tiny_profile))
+    base = config.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(tiny_profile))
     base |= {"base_model": str(decided), "bf16": False, "plugins": [PLUGIN], "save_strategy": "no", "num_epochs": 1}
     base["datasets"][0]["split"], base["test_datasets"][0]["split"] = "train[:16]", f"train[:{ROWS}]"
     return config.merge(base, {"saves_per_epoch": None, "warmup_steps": None, "special_tokens": {"pad_token": "</s>"}})
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory: pytest.TempPathFactory, base: config.Config) -> dict[str, RunDir]:
+def evaluated(tmp_path_factory: pytest.TempPathFactory, base: yamlfiles.Config) -> dict[str, RunDir]:
     """A run for each of EVALUATIONS."""
     folder = tmp_path_factory.mktemp("eval-loss")
     runs = {name: RunDir(folder / name) for name in EVALUATIONS}
     for name, run in runs.items():
         run.path.mkdir()
         here = {"output_dir": str(run.output), "dataset_prepared_path": str(folder / "prepared")}
-        run.config.write_text(config.write_yaml(base | here | EVALUATIONS[name]))
+        run.config.write_text(yamlfiles.write_yaml(base | here | EVALUATIONS[name]))
     command = [sys.executable, "train_many.py", *(str(run.config) for run in runs.values())]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -66,7 +66,7 @@ def before_training(run: RunDir) -> dict[str, float]:
     return first
 
 
-def expected_loss(base: config.Config) -> float:
+def expected_loss(base: yamlfiles.Config) -> float:
     """The loss a token of the quantized base model, one row at a time, by transformers alone."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -88,7 +88,7 @@ def expected_loss(base: config.Config) -> float:
     return total / tokens
 
 
-def test_however_rows_are_batched_and_packed(evaluated: dict[str, RunDir], base: config.Config) -> None:
+def test_however_rows_are_batched_and_packed(evaluated: dict[str, RunDir], base: yamlfiles.Config) -> None:
     losses = {name: before_training(run) for name, run in evaluated.items()}
     own = [loss["eval_loss"] for loss in losses.values() if "eval_loss" in loss]
     assert max(own) - min(own) > 1e-2  # Axolotl's differ

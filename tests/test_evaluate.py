@@ -8,7 +8,7 @@ from conftest import recipe_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_recipes import config, evaluate, standin
+from qlora_recipes import config, evaluate, standin, yamlfiles
 from qlora_recipes.errors import UserError, WorkFailed
 from qlora_recipes.evaluations import Evaluation, Settings, read_predictions, read_scores
 from qlora_recipes.rundir import Run, RunDir
@@ -26,9 +26,9 @@ def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
     folder = RunDir(tmp_path / "run")
     folder.output.mkdir(parents=True)
     AutoTokenizer.from_pretrained(tiny, pad_token="</s>").save_pretrained(folder.output)  # as a training leaves it
-    cfg = config.merge(recipe_config("haider2024/llama-2-7b"), config.read_yaml(tiny_profile))
+    cfg = config.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(tiny_profile))
     cfg = config.merge(cfg, {"bf16": False, "special_tokens": {"pad_token": "</s>"}})
-    folder.config.write_text(config.write_yaml(cfg))
+    folder.config.write_text(yamlfiles.write_yaml(cfg))
     folder.write(
         Run(
             state="finished",
@@ -52,7 +52,7 @@ def evaluated(run: RunDir, **more: Any) -> Evaluation:
     return evaluate.evaluate(run, request)
 
 
-def settings_of(cfg: config.Config) -> Settings:
+def settings_of(cfg: yamlfiles.Config) -> Settings:
     """What an evaluation of a config's base model without adapter and rows would depend on."""
     return Settings(
         base_model=cfg["base_model"],
@@ -80,10 +80,10 @@ def settings_of(cfg: config.Config) -> Settings:
     ],
 )
 def test_a_run_is_evaluated_in_the_precision_that_it_was_trained_in(
-    run: RunDir, formats: config.Config, on_gpu: bool, dtype: str
+    run: RunDir, formats: yamlfiles.Config, on_gpu: bool, dtype: str
 ) -> None:
-    cfg = {key: value for key, value in config.read_yaml(run.config).items() if key not in ("fp16", "bf16")}
-    run.config.write_text(config.write_yaml(cfg | formats))
+    cfg = {key: value for key, value in yamlfiles.read_yaml(run.config).items() if key not in ("fp16", "bf16")}
+    run.config.write_text(yamlfiles.write_yaml(cfg | formats))
     record = run.read()
     record.provenance["gpus"] = [{"name": "Tesla T4"}] if on_gpu else []
     run.write(record)
@@ -135,7 +135,7 @@ def generator(run: RunDir) -> Callable[..., "Generator"]:
     """A maker of generators for the run's base model, in fp32."""
     from qlora_recipes.generate import Generator
 
-    cfg = config.read_yaml(run.config)
+    cfg = yamlfiles.read_yaml(run.config)
     return lambda **settings: Generator(settings_of(cfg).model_copy(update=settings), cfg, run.output)
 
 
@@ -187,7 +187,7 @@ def test_where_a_run_has_no_usual_rows_those_that_are_named_are_its_own(run: Run
     record.test_data = None
     run.write(record)
     run.config.write_text(
-        config.write_yaml(config.read_yaml(run.config) | {"datasets": [{"path": "x/y", "type": "alpaca"}]})
+        yamlfiles.write_yaml(yamlfiles.read_yaml(run.config) | {"datasets": [{"path": "x/y", "type": "alpaca"}]})
     )
     with pytest.raises(UserError, match=r"no test\.jsonl lies beside its training data"):
         evaluate.Task(run, evaluate.Request(adapter="none"))
@@ -233,7 +233,7 @@ def test_decoding_is_the_studys_and_not_the_models_own(run: RunDir, tiny: Path) 
 
     GenerationConfig(do_sample=True, temperature=5.0, max_new_tokens=3, eos_token_id=[7, 8]).save_pretrained(tiny)
     try:
-        cfg = config.read_yaml(run.config)
+        cfg = yamlfiles.read_yaml(run.config)
         generator = Generator(settings_of(cfg), cfg, run.output)
     finally:
         (tiny / "generation_config.json").unlink()
@@ -310,7 +310,7 @@ def test_prompt_and_answer_are_what_was_trained(run: RunDir, tmp_path: Path, kin
     dataset, rows, references = ROW_TYPES[kind]
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
-    cfg = config.read_yaml(run.config) | {"train_on_inputs": on_inputs, "dataset_prepared_path": str(tmp_path / "p")}
+    cfg = yamlfiles.read_yaml(run.config) | {"train_on_inputs": on_inputs, "dataset_prepared_path": str(tmp_path / "p")}
     cfg |= {"datasets": [{"path": str(file), **dataset}], "test_datasets": None, "evals_per_epoch": None}
     prompter = Prompter(settings_of(cfg), cfg, run.output)
     examples = prompter.examples(rows)
@@ -354,7 +354,7 @@ def test_rows_without_prompt_or_answer_are_refused(
 ) -> None:
     from qlora_recipes.generate import Prompter
 
-    cfg = config.read_yaml(run.config) | {"datasets": [{"path": "x.jsonl", **dataset}]}
+    cfg = yamlfiles.read_yaml(run.config) | {"datasets": [{"path": "x.jsonl", **dataset}]}
     with pytest.raises(UserError, match=says):
         Prompter(settings_of(cfg), cfg, run.output).examples([row])
 
@@ -362,7 +362,7 @@ def test_rows_without_prompt_or_answer_are_refused(
 def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run: RunDir) -> None:
     from qlora_recipes.generate import Generator
 
-    cfg = config.read_yaml(run.config) | {"sequence_len": 64}
+    cfg = yamlfiles.read_yaml(run.config) | {"sequence_len": 64}
     settings = settings_of(cfg)
     patch = "+".join(f"line {i}" for i in range(40))
     generator = Generator(settings, cfg, run.output)

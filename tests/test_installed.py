@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from conftest import config_with, recipe_config
 
-from qlora_recipes import attention, check, config, gpus, installed, models, paths, rules
+from qlora_recipes import attention, check, gpus, installed, models, paths, rules, yamlfiles
 from qlora_recipes.compose import Request
 
 V100 = gpus.find("V100")
@@ -48,7 +48,7 @@ def test_what_axolotl_accepts_in_silence_is_an_error_with_key_line_and_remedy(
     assert [found for found in installed.validate(cfg, V100) if found.level == "error"] == []
 
     file = tmp_path / "mine.yaml"
-    file.write_text(config.write_yaml(cfg))
+    file.write_text(yamlfiles.write_yaml(cfg))
     report = check.check(Request("mine.yaml"), V100)
     card = {"gpu-lacks:base_model"} if "attn_implementation" not in change and "bf16" not in change else set()
     errors = [found for found in report.findings if found.level == "error" and found.name not in card]

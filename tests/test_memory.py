@@ -15,7 +15,7 @@ from conftest import SHARED, config_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_recipes import config, models, standin, traces
+from qlora_recipes import models, standin, traces, yamlfiles
 from qlora_recipes.memory import trace
 from qlora_recipes.traces import Step
 
@@ -113,7 +113,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> dict[Any
             "plugins": ["qlora_recipes.plugin.RunPlugin", "memory_plugin.MemoryPlugin"],
         }
         files[bf16, checkpointing, times] = output / "config.yaml"
-        files[bf16, checkpointing, times].write_text(config.write_yaml(config_with(change)))
+        files[bf16, checkpointing, times].write_text(yamlfiles.write_yaml(config_with(change)))
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "train_many.py", *map(str, files.values())],

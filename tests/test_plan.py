@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_memory import SMALL
 
-from qlora_recipes import config, engines, gpus, paths, plan, plan_tables, planner, steps, traces, work
+from qlora_recipes import engines, gpus, paths, plan, plan_tables, planner, steps, traces, work, yamlfiles
 from qlora_recipes.compose import Request
 from qlora_recipes.errors import UserError
 from qlora_recipes.memory import trace
@@ -90,7 +90,7 @@ def test_what_cannot_be_planned_is_refused(change: dict[str, Any], says: str) ->
         step_of(change)
 
 
-def test_a_model_that_cannot_be_traced_is_told(small: config.Config) -> None:
+def test_a_model_that_cannot_be_traced_is_told(small: yamlfiles.Config) -> None:
     (Path(small["base_model"]) / "config.json").write_text(json.dumps({"model_type": "nobody_knows"}))
     with pytest.raises(UserError, match=r"cannot be planned: .*nobody_knows"):
         plan.plan(small)
@@ -117,7 +117,7 @@ def test_largest_finds_the_last_that_fits(limit: int, most: int, unit: int) -> N
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> config.Config:
+def small(tmp_path: Path) -> yamlfiles.Config:
     """The recipe for Llama 3, of a small model with a large vocabulary."""
     folder = tmp_path / "model"
     folder.mkdir()
@@ -126,7 +126,7 @@ def small(tmp_path: Path) -> config.Config:
     return {key: value for key, value in (recipe_config("haider2024/llama-3-8b") | change).items() if value is not None}
 
 
-def test_a_plan_adds_up(small: config.Config) -> None:
+def test_a_plan_adds_up(small: yamlfiles.Config) -> None:
     planned, _ = plan.plan(small)
     memory = planned["memory"]
     assert sum(memory["parts"].values()) == memory["allocated"] <= memory["reserved"]
@@ -139,14 +139,14 @@ def test_a_plan_adds_up(small: config.Config) -> None:
         assert card["longest_row"] % planner.ROUND == 0
 
 
-def test_a_config_alone_is_planned_as_among_other_sizes(small: config.Config) -> None:
+def test_a_config_alone_is_planned_as_among_other_sizes(small: yamlfiles.Config) -> None:
     alone = plan.needed_gib(small, anew=True)
     shapes = plan.planner_of(small, None)[0]._traced().steps  # kept, then traced anew with those that are missing
     assert len(shapes) == 4
     assert plan.plan(small)[0]["memory"]["needed"] / planner.GIB == alone == plan.needed_gib(small)
 
 
-def test_what_fits_and_what_does_not(small: config.Config) -> None:
+def test_what_fits_and_what_does_not(small: yamlfiles.Config) -> None:
     need = plan.plan(small)[0]["memory"]["needed"] / planner.GIB / plan.USABLE
     fits, not_ = (plan.plan(small, gpus.Gpu("card", TURING, need * share))[0] for share in (1.001, 0.999))
     assert (fits["cards"][0]["fits"], fits["changes"]) == (True, [])
@@ -154,7 +154,7 @@ def test_what_fits_and_what_does_not(small: config.Config) -> None:
     assert not_["cards"][0]["longest_row"] == 2048 - planner.ROUND
 
 
-def test_changes_are_the_mildest_that_do(small: config.Config) -> None:
+def test_changes_are_the_mildest_that_do(small: yamlfiles.Config) -> None:
     need = plan.plan(small)[0]["memory"]["needed"] / planner.GIB / plan.USABLE
     (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, need * 0.7))[0]["changes"]
     assert last["set"] == {"micro_batch_size": 1, "gradient_accumulation_steps": 8}
@@ -165,7 +165,7 @@ def test_changes_are_the_mildest_that_do(small: config.Config) -> None:
     assert list(last["set"]) == ["sequence_len"]
 
 
-def test_ranks_divide_what_their_engine_divides(small: config.Config) -> None:
+def test_ranks_divide_what_their_engine_divides(small: yamlfiles.Config) -> None:
     one, more = (plan.plan(small, gpus=n)[0]["per_gpu"] for n in (1, 4))
     assert one == {}
     assert more["DDP"] > more["ZeRO-1"] > more["ZeRO-2"] > more["ZeRO-3"]
@@ -181,7 +181,9 @@ def test_ranks_divide_what_their_engine_divides(small: config.Config) -> None:
         ({"fsdp_config": {"reshard_after_forward": True}}, "FSDP"),
     ],
 )
-def test_cards_are_judged_under_the_configs_engine(small: config.Config, change: dict[str, Any], engine: str) -> None:
+def test_cards_are_judged_under_the_configs_engine(
+    small: yamlfiles.Config, change: dict[str, Any], engine: str
+) -> None:
     planned, planned_step = plan.plan(small | change, gpus.find("T4"), gpus=4)
     (card,) = planned["cards"]
     assert card["free"] == pytest.approx(card["usable"] - planned["per_gpu"][engine])
@@ -189,9 +191,9 @@ def test_cards_are_judged_under_the_configs_engine(small: config.Config, change:
     assert planned_step.need() == planned["memory"]["needed"]
 
 
-def test_methods_compare(small: config.Config, tmp_path: Path) -> None:
+def test_methods_compare(small: yamlfiles.Config, tmp_path: Path) -> None:
     file = tmp_path / "small.yaml"
-    file.write_text(config.write_yaml(small))
+    file.write_text(yamlfiles.write_yaml(small))
     full, lora, qlora = plan.compare(Request(str(file)))
     assert full["trainable_share"] == 1
     assert lora["trainable"] == qlora["trainable"] < full["trainable"] / 10
@@ -199,10 +201,10 @@ def test_methods_compare(small: config.Config, tmp_path: Path) -> None:
 
 
 def test_compared_methods_add_up_with_paged_optimizer_state_beside(
-    small: config.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: yamlfiles.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "small.yaml"
-    file.write_text(config.write_yaml(small | {"optimizer": "paged_adamw_32bit"}))
+    file.write_text(yamlfiles.write_yaml(small | {"optimizer": "paged_adamw_32bit"}))
     compared = plan.compare(Request(str(file)))
     for row in compared:
         parts = sum(row[part] for part in ("weights", "gradients", "optimizer", "activations", "other"))
@@ -214,7 +216,7 @@ def test_compared_methods_add_up_with_paged_optimizer_state_beside(
     assert f"{full['optimizer_paged'] / planner.GIB:.2f} GiB of optimizer state is paged" in capsys.readouterr().out
 
 
-def test_the_operations_of_a_token(small: config.Config) -> None:
+def test_the_operations_of_a_token(small: yamlfiles.Config) -> None:
     """By hand, for the small model: matrices, LoRA's, scores and values, each as often as they are gone through."""
     step = plan.planner_of(small, None)[0]
     matrices = 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512)
@@ -228,15 +230,15 @@ def test_the_operations_of_a_token(small: config.Config) -> None:
     assert work.flops_of_token(saved, 2048) == told + 2 * head
 
 
-def told(change: config.Config, tmp_path: Path, *overrides: str, gpus: int = 1, **more: Any) -> dict[str, Any]:
+def told(change: yamlfiles.Config, tmp_path: Path, *overrides: str, gpus: int = 1, **more: Any) -> dict[str, Any]:
     """The work of a config in a file."""
     file = tmp_path / "mine.yaml"
-    file.write_text(config.write_yaml(change))
+    file.write_text(yamlfiles.write_yaml(change))
     found: dict[str, Any] = plan.of_request(Request(str(file), overrides=list(overrides), gpus=gpus), **more)["work"]
     return found
 
 
-def test_work_counts_the_rows_that_are_there(small: config.Config, sample: Path, tmp_path: Path) -> None:
+def test_work_counts_the_rows_that_are_there(small: yamlfiles.Config, sample: Path, tmp_path: Path) -> None:
     small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
     found = told(small, tmp_path, gpu=gpus.find("T4"), price=2.0)
     assert (found["rows"], found["rows_are"]) == (109, "the config's data")
@@ -248,7 +250,7 @@ def test_work_counts_the_rows_that_are_there(small: config.Config, sample: Path,
     assert (few["steps"], few["tokens"]) == (3, 3 * 8 * 2048)
 
 
-def test_the_studys_rows_are_taken_for_its_own_data_only(small: config.Config, tmp_path: Path) -> None:
+def test_the_studys_rows_are_taken_for_its_own_data_only(small: yamlfiles.Config, tmp_path: Path) -> None:
     name, override = "haider2024/llama-3-8b", f"base_model={small['base_model']}"
     own = plan.of_request(Request(name, overrides=[override]))["work"]
     assert (own["rows"], own["rows_are"]) == (117739, "the study's data")
@@ -256,7 +258,7 @@ def test_the_studys_rows_are_taken_for_its_own_data_only(small: config.Config, t
     assert plan.of_request(other)["work"]["rows"] is None
 
 
-def test_speed_is_taken_from_runs_on_such_cards(small: config.Config, tmp_path: Path) -> None:
+def test_speed_is_taken_from_runs_on_such_cards(small: yamlfiles.Config, tmp_path: Path) -> None:
     def run(name: str, card: str, count: int, speed: float) -> None:
         folder = RunDir(tmp_path / "runs" / name)
         folder.path.mkdir(parents=True)
@@ -276,9 +278,9 @@ def test_speed_is_taken_from_runs_on_such_cards(small: config.Config, tmp_path: 
     assert told(small, tmp_path, vram=24, runs=runs)["tokens_per_second"] is None
 
 
-def test_a_second_plan_comes_from_the_cache_without_torch(small: config.Config, tmp_path: Path) -> None:
+def test_a_second_plan_comes_from_the_cache_without_torch(small: yamlfiles.Config, tmp_path: Path) -> None:
     file = tmp_path / "small.yaml"
-    file.write_text(config.write_yaml(small))
+    file.write_text(yamlfiles.write_yaml(small))
     code = (
         "import sys; from qlora_recipes import cli\n"
         "sys.argv = ['recipe', 'plan', sys.argv[1], '--json', '--set', 'lora_r=7']\n"
@@ -289,7 +291,7 @@ def test_a_second_plan_comes_from_the_cache_without_torch(small: config.Config, 
     assert runs[0].stdout == runs[1].stdout
 
 
-def test_the_cache_knows_what_a_plan_depends_on(small: config.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_knows_what_a_plan_depends_on(small: yamlfiles.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     step = steps.step_of(small, SMALL, TURING)[0]
     keys = {planner.Planner(step, 2, 64)._key(), planner.Planner(step, 3, 64)._key()}
     keys.add(planner.Planner(steps.step_of(small | {"lora_r": 8}, SMALL, TURING)[0], 2, 64)._key())
@@ -299,13 +301,13 @@ def test_the_cache_knows_what_a_plan_depends_on(small: config.Config, monkeypatc
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"trace": {}}', '{"usage": {"2x2048": {}}, "trace": []}'])
-def test_a_damaged_cache_is_planned_anew(small: config.Config, content: str) -> None:
+def test_a_damaged_cache_is_planned_anew(small: yamlfiles.Config, content: str) -> None:
     sound = plan.plan(small)[0]
     plan.planner_of(small, None)[0]._file.write_text(content)
     assert plan.plan(small)[0] == sound
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(small: config.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_no_error(small: yamlfiles.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "write_atomically", Mock(side_effect=PermissionError))
     assert plan.plan(small | {"lora_r": 5})[0]["cards"]
 
@@ -320,10 +322,10 @@ def test_a_cache_that_cannot_be_written_is_no_error(small: config.Config, monkey
     ],
 )
 @pytest.mark.parametrize("rows", [1, 2])
-def test_other_models_are_planned_too(small: config.Config, sizes: dict[str, Any], rows: int) -> None:
+def test_other_models_are_planned_too(small: yamlfiles.Config, sizes: dict[str, Any], rows: int) -> None:
     kept = {} if "n_embd" in sizes else SMALL
     (Path(small["base_model"]) / "config.json").write_text(json.dumps(kept | sizes))
-    change: config.Config = {"micro_batch_size": rows, "sequence_len": 100}
+    change: yamlfiles.Config = {"micro_batch_size": rows, "sequence_len": 100}
     if not kept:
         change |= {"lora_target_modules": ["c_attn"]}
     planned = plan.plan(small | change, gpus=2)[0]
@@ -331,14 +333,14 @@ def test_other_models_are_planned_too(small: config.Config, sizes: dict[str, Any
     assert planned["cards"][-1]["fits"]
 
 
-def test_a_single_row_needs_no_mask_but_several_do(small: config.Config) -> None:
+def test_a_single_row_needs_no_mask_but_several_do(small: yamlfiles.Config) -> None:
     one, two = (plan.planner_of(small | {"micro_batch_size": rows}, None)[0] for rows in (1, 2))
     assert one.need(rows=2) == two.need()
     assert one.need(rows=5) == two.need(rows=5)
     assert one.need() <= two.need(rows=1)
 
 
-def test_a_full_fine_tuning_that_does_not_fit_gets_an_adapter(small: config.Config) -> None:
+def test_a_full_fine_tuning_that_does_not_fit_gets_an_adapter(small: yamlfiles.Config) -> None:
     full = {key: value for key, value in small.items() if not key.startswith(("adapter", "lora_", "load_in"))}
     changes = [change["set"] for change in plan.plan(full, gpus.Gpu("card", AMPERE, 0.9))[0]["changes"]]
     (qlora,) = [change for change in changes if "adapter" in change]
@@ -352,9 +354,9 @@ def test_a_full_fine_tuning_that_does_not_fit_gets_an_adapter(small: config.Conf
     assert plan.plan(full, gpus.Gpu("card", AMPERE, 0.1))[0]["changes"][-1]["fits"] is False
 
 
-def test_plan_prints(recipe: Recipe, small: config.Config, tmp_path: Path, sample: Path) -> None:
+def test_plan_prints(recipe: Recipe, small: yamlfiles.Config, tmp_path: Path, sample: Path) -> None:
     small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
-    (tmp_path / "small.yaml").write_text(config.write_yaml(small))
+    (tmp_path / "small.yaml").write_text(yamlfiles.write_yaml(small))
     done = recipe("plan", "small.yaml", "--gpu", "t4", "--gpus", "2", "--price", "1", "--figure", "plan.png")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
@@ -366,10 +368,10 @@ def test_plan_prints(recipe: Recipe, small: config.Config, tmp_path: Path, sampl
     assert [line.split()[0] for line in table.splitlines()[2:5]] == ["full", "LoRA", "QLoRA"]
 
 
-def test_the_longest_batch_of_the_data(recipe: Recipe, small: config.Config, tiny: Path, sample: Path) -> None:
+def test_the_longest_batch_of_the_data(recipe: Recipe, small: yamlfiles.Config, tiny: Path, sample: Path) -> None:
     small |= {"base_model": str(tiny), "special_tokens": {"pad_token": "</s>"}}
     small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
-    (sample.parent / "tiny.yaml").write_text(config.write_yaml(small))
+    (sample.parent / "tiny.yaml").write_text(yamlfiles.write_yaml(small))
     done = recipe("plan", sample.parent / "tiny.yaml", "--data", "--json")
     assert done.returncode == 0, done.stderr
     (planned,) = orjson.loads(done.stdout)

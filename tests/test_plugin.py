@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import recipe_config
 
-from qlora_recipes import config
+from qlora_recipes import config, yamlfiles
 from qlora_recipes.handover import PLUGIN
 from qlora_recipes.plugin import RunCallback, RunPlugin
 from qlora_recipes.progress import TrainingProgress
@@ -32,7 +32,7 @@ def steps(run: RunDir) -> list[tuple[float, float]]:
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_profile: Path) -> dict[str, RunDir]:
     """The same training with and without evaluation, and with evaluation but without the cure."""
     folder = tmp_path_factory.mktemp("plugin")
-    base = config.merge(recipe_config("haider2024/llama-2-7b"), config.read_yaml(tiny_profile))
+    base = config.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(tiny_profile))
     # an evaluation's data loader draws from the generator that dropout draws from, so dropout is off
     base |= {"save_strategy": "no", "saves_per_epoch": None, "num_epochs": 1, "lora_dropout": 0.0}
     without = {"evals_per_epoch": None, "test_datasets": None}
@@ -45,7 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_profile: Path) -> dict[s
     for name, run in found.items():
         run.path.mkdir()
         content = configs[name] | {"output_dir": str(run.output)}
-        run.config.write_text(config.write_yaml(content | {"dataset_prepared_path": str(folder / "prepared")}))
+        run.config.write_text(yamlfiles.write_yaml(content | {"dataset_prepared_path": str(folder / "prepared")}))
     command = [sys.executable, "train_many.py", *(str(run.config) for run in found.values())]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -21,7 +21,7 @@ from conftest import recipe_config
 from huggingface_hub import close_session, constants
 from markdown_it import MarkdownIt
 
-from qlora_recipes import config, evaluations, models, publish
+from qlora_recipes import config, evaluations, models, publish, yamlfiles
 from qlora_recipes.config import Difference
 from qlora_recipes.datafiles import DataFile
 from qlora_recipes.errors import UserError, WorkFailed
@@ -65,7 +65,7 @@ def run(tmp_path: Path) -> RunDir:
         "wandb_entity": "someone",
         "hf_mlflow_log_artifacts": True,
     }
-    folder.config.write_text(config.write_yaml(recipe_config(RECIPE) | ours))
+    folder.config.write_text(yamlfiles.write_yaml(recipe_config(RECIPE) | ours))
     folder.write(record(tmp_path))
     return folder
 
@@ -260,7 +260,7 @@ def test_text_of_a_run_does_not_break_its_card(run: RunDir, tmp_path: Path) -> N
             data=[DataFile(path=odd, sha256="b" * 64, bytes=9)],
         )
     )
-    run.config.write_text(config.write_yaml(recipe_config(RECIPE) | {"chat_template": odd, "base_model": BASE}))
+    run.config.write_text(yamlfiles.write_yaml(recipe_config(RECIPE) | {"chat_template": odd, "base_model": BASE}))
     evaluated(run, test_set=None, data="|`.jsonl")
     publish.publish(run)
     front, text = card(run.output)
@@ -336,7 +336,7 @@ def test_scores_of_other_rows_are_not_set_beside_the_published_without_a_word(ru
 def test_a_recipe_of_ones_own_has_a_card_without_a_study(run: RunDir, tmp_path: Path) -> None:
     run.write(record(tmp_path, recipe="mine", data=[]))
     own = {"base_model": "owner/model", "datasets": [{"path": "owner/data", "type": "chat_template"}]}
-    run.config.write_text(config.write_yaml(recipe_config(RECIPE) | own))
+    run.config.write_text(yamlfiles.write_yaml(recipe_config(RECIPE) | own))
     (run.output / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/model"}))
     evaluated(run)
     publish.publish(run)
@@ -584,9 +584,9 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
     # weights that are not zero at the start, as lora_B otherwise is
     get_peft_model(base, LoraConfig(target_modules=layers, init_lora_weights=False)).save_pretrained(run.output)
     tokenizer.save_pretrained(run.output)
-    cfg = config.merge(recipe_config("haider2024/llama-2-7b"), config.read_yaml(tiny_profile))
+    cfg = config.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(tiny_profile))
     cfg = config.merge(cfg, {"bf16": False, "special_tokens": {"pad_token": pad_token}, "output_dir": "elsewhere"})
-    run.config.write_text(config.write_yaml(cfg))
+    run.config.write_text(yamlfiles.write_yaml(cfg))
     data = [DataFile(path=str(sample / "train.jsonl"), sha256=sha256(sample / "train.jsonl"), bytes=9)]
     run.write(record(tmp_path, recipe="haider2024/llama-2-7b", rehearsal=True, data=data, cwd=str(tmp_path)))
     assert publish.publish(run, merge=True) == [str(run.output / "README.md"), str(run.output / "merged" / "README.md")]
@@ -627,7 +627,7 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
         assert of_adapter.model.get_input_embeddings().num_embeddings == len(tokenizer)
 
 
-def settings(run: RunDir, cfg: config.Config, **changes: Any) -> evaluations.Settings:
+def settings(run: RunDir, cfg: yamlfiles.Config, **changes: Any) -> evaluations.Settings:
     """Those of an evaluation of the run."""
     evaluated(run, base_model=cfg["base_model"])
     scores = evaluations.read_scores(run.path)
@@ -635,14 +635,14 @@ def settings(run: RunDir, cfg: config.Config, **changes: Any) -> evaluations.Set
     return scores.settings.model_copy(update=changes)
 
 
-def prompt(run: RunDir, cfg: config.Config, row: dict[str, Any]) -> list[int]:
+def prompt(run: RunDir, cfg: yamlfiles.Config, row: dict[str, Any]) -> list[int]:
     """The tokens of a row's prompt as an evaluation of the run makes them."""
     from qlora_recipes.generate import Prompter
 
     return Prompter(settings(run, cfg), cfg, run.output).examples([row])[0].prompt
 
 
-def generator(run: RunDir, cfg: config.Config, adapter: Path | None) -> "Generator":
+def generator(run: RunDir, cfg: yamlfiles.Config, adapter: Path | None) -> "Generator":
     """What an evaluation generates with."""
     from qlora_recipes.generate import Generator
 

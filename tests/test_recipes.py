@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 from conftest import recipe_config
 
-from qlora_recipes import config, gpus, paths
+from qlora_recipes import config, gpus, paths, yamlfiles
 
 CARDS = ("T4", "H100")
 
 
-def validated(cfg: config.Config, gpu: str) -> dict[str, Any]:
+def validated(cfg: yamlfiles.Config, gpu: str) -> dict[str, Any]:
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
 
@@ -33,7 +33,7 @@ def test_axolotl_validates_the_recipe(name: str, gpu: str) -> None:
 
 @pytest.mark.parametrize("name", paths.recipe_names())
 def test_axolotl_validates_the_recipe_under_zero2(name: str) -> None:
-    zero2 = config.read_yaml(paths.PROFILES / "zero2.yaml")
+    zero2 = yamlfiles.read_yaml(paths.PROFILES / "zero2.yaml")
     assert validated(config.merge(recipe_config(name), zero2), "T4")["deepspeed"] == zero2["deepspeed"]
 
 

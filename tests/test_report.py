@@ -18,7 +18,6 @@ import pytest
 from conftest import Recipe, recipe_config
 
 from qlora_recipes import (
-    config,
     lora,
     paths,
     report,
@@ -28,6 +27,7 @@ from qlora_recipes import (
     study,
     sweeps,
     verdict,
+    yamlfiles,
 )
 from qlora_recipes.config import Difference
 from qlora_recipes.datafiles import DataFile
@@ -69,7 +69,7 @@ def a_run(
     """A finished and evaluated run, with telemetry of 30 steps."""
     run = RunDir(folder / "runs" / recipe / name)
     run.path.mkdir(parents=True)
-    run.config.write_text(config.write_yaml(recipe_config(recipe) | {"lora_r": 64, "hub_token": "the-secret"}))
+    run.config.write_text(yamlfiles.write_yaml(recipe_config(recipe) | {"lora_r": 64, "hub_token": "the-secret"}))
     data = random.Random(name)
     on_gpu = {"memory_reserved_gib": 7.25, "gpu_utilization": 97}
     on_cpu = {"rss_peak_gib": 2.42, "cpu_percent": 187.5}
@@ -321,7 +321,9 @@ def test_a_run_with_5000_predictions_is_below_8_mb(tmp_path: Path) -> None:
 
 def test_weights_are_measured_and_a_plan_is_made_where_asked_for(tmp_path: Path, tiny: Path) -> None:
     run = a_run(tmp_path)
-    run.config.write_text(config.write_yaml(config.read_yaml(run.config) | {"base_model": str(tiny), "lora_r": 8}))
+    run.config.write_text(
+        yamlfiles.write_yaml(yamlfiles.read_yaml(run.config) | {"base_model": str(tiny), "lora_r": 8})
+    )
     assert "No plan of this config is kept" in html_of(run) and "What 4 bits lose, and" not in html_of(run)
     html = report.of_runs(report_runs.members([run]), analyze=True)
     assert "No plan of this config is kept" not in html and "different kinds of memory" in html

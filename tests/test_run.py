@@ -13,7 +13,7 @@ import pytest
 from conftest import finish, start
 from filelock import FileLock
 
-from qlora_recipes import compose, config, launch, lookup, run, rundir
+from qlora_recipes import compose, launch, lookup, run, rundir, yamlfiles
 from qlora_recipes.compose import Request
 from qlora_recipes.rundir import RunDir
 
@@ -141,7 +141,7 @@ def test_a_run_tells_all(undisturbed: RunDir, tiny_profile: Path) -> None:
     assert all(len(file.sha256) == 64 and file.rows for file in record.data)
     assert record.provenance["packages"]["axolotl"].startswith("0.21")
     assert record.provenance["git"] is None or len(record.provenance["git"]["revision"]) == 40
-    cfg = config.read_yaml(undisturbed.config)
+    cfg = yamlfiles.read_yaml(undisturbed.config)
     assert cfg["optimizer"] == "paged_adamw_32bit"
     assert "Dropping attention" not in undisturbed.log.read_text()
 

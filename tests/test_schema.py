@@ -4,7 +4,7 @@ import string
 import pytest
 from conftest import recipe_config
 
-from qlora_recipes import config, paths, schema
+from qlora_recipes import paths, schema, yamlfiles
 from qlora_recipes.errors import did_you_mean
 
 
@@ -15,7 +15,7 @@ def test_the_committed_schema_is_that_of_the_installed_axolotl() -> None:
 BASE = recipe_config("haider2024/llama-2-7b")
 
 
-def found(change: config.Config) -> dict[str, str]:
+def found(change: yamlfiles.Config) -> dict[str, str]:
     """What the schema finds wrong with a recipe that is changed in some keys, by name."""
     return {finding.name: str(finding) for finding in schema.findings(BASE | change)}
 
@@ -57,7 +57,7 @@ def test_a_recipe_follows_the_schema(name: str) -> None:
         ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf5"}}, "value:bnb_config_kwargs.bnb_4bit_quant_type", "nf4"),
     ],
 )
-def test_what_breaks_the_schema_is_found(change: config.Config, name: str, says: str) -> None:
+def test_what_breaks_the_schema_is_found(change: yamlfiles.Config, name: str, says: str) -> None:
     ((only, text),) = found(change).items()
     assert only == name
     assert says in text
@@ -91,7 +91,7 @@ def test_a_missing_key_is_found() -> None:
         {"deepspeed": None, "wandb_project": None},  # keys left empty
     ],
 )
-def test_what_axolotl_takes_is_no_finding(change: config.Config) -> None:
+def test_what_axolotl_takes_is_no_finding(change: yamlfiles.Config) -> None:
     assert found(change) == {}
 
 

@@ -14,7 +14,7 @@ import pytest
 from cluster import Cluster
 from conftest import Recipe, finish, start
 
-from qlora_recipes import config, lookup, rundir, slurm_settings
+from qlora_recipes import lookup, places, rundir, slurm_settings, yamlfiles
 from qlora_recipes import slurm as place_module
 from qlora_recipes.errors import UserError
 from qlora_recipes.rundir import RunDir
@@ -50,7 +50,7 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     tmp_path: Path, tiny_profile: Path, slurm: Cluster
 ) -> None:
     """An earlier command trains one member, one is requeued, and all are held until there is no more to submit."""
-    (tmp_path / "four.yaml").write_text(config.write_yaml({"_": MEMBERS}))
+    (tmp_path / "four.yaml").write_text(yamlfiles.write_yaml({"_": MEMBERS}))
     queue = ("--on", "slurm", "--slurm", "gres=gpu:1")
     rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--set", "num_epochs=1", *queue)
     rehearsed += ("--slurm", "run.hold=")

@@ -13,7 +13,7 @@ import orjson
 import pytest
 from conftest import RECIPE
 
-from qlora_recipes import config, lookup
+from qlora_recipes import lookup, yamlfiles
 
 BASE = "haider2024/code-llama-7b"
 MEMBERS = [
@@ -31,7 +31,7 @@ def command(profile: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
-    (folder / "s.yaml").write_text(config.write_yaml({"_": MEMBERS}))
+    (folder / "s.yaml").write_text(yamlfiles.write_yaml({"_": MEMBERS}))
     return folder
 
 
@@ -81,7 +81,7 @@ def test_what_is_finished_is_not_run_again(place: Path, finished: dict[str, Any]
     def folders() -> set[Path]:
         return {folder.path for folder in lookup.all_runs(place / "runs" / BASE)}
 
-    (place / "two.yaml").write_text(config.write_yaml({"_": MEMBERS[:2]}))
+    (place / "two.yaml").write_text(yamlfiles.write_yaml({"_": MEMBERS[:2]}))
     before = folders()
     words = [word.replace("s.yaml", "two.yaml") for word in command(tiny_profile)]
     done = subprocess.run(words, cwd=place, capture_output=True, text=True)

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from scipy import stats
 from test_verdict import a_run
 
-from qlora_recipes import check, compose, config, paths, sweeps
+from qlora_recipes import check, compose, paths, sweeps, yamlfiles
 from qlora_recipes.compose import Request
 from qlora_recipes.errors import UserError
 from qlora_recipes.rundir import Summary
@@ -57,7 +57,7 @@ def test_members_are_those_of_axolotl(tmp_path: Path) -> None:
     from axolotl.cli.utils.sweeps import generate_sweep_configs
 
     content = {"_": [{"lora_r": 8, "lora_alpha": 4}, {"lora_r": 16, "lora_alpha": 8}], "learning_rate": [1e-4, 2e-4]}
-    (tmp_path / "s.yaml").write_text(config.write_yaml(content))
+    (tmp_path / "s.yaml").write_text(yamlfiles.write_yaml(content))
     _, members = sweeps.read(tmp_path / "s.yaml", [])
     ours = [{**recipe_config(BASE), **member.values} for member in members]
     theirs = generate_sweep_configs(recipe_config(BASE), content)

@@ -10,14 +10,14 @@ import orjson
 import pytest
 from conftest import Recipe, config_with
 
-from qlora_recipes import compose, config, standin
+from qlora_recipes import compose, standin, yamlfiles
 from qlora_recipes.compose import Request
 from qlora_recipes.errors import UserError
 
 NAME = "haider2024/code-llama-7b"
 
 
-def trained(content: config.Config, cache: Path) -> list[tuple[list[int], list[int]]]:
+def trained(content: yamlfiles.Config, cache: Path) -> list[tuple[list[int], list[int]]]:
     """The ids and labels of the training data as Axolotl prepares it for its trainer."""
     from axolotl.common.datasets import load_datasets
 
@@ -28,21 +28,21 @@ def trained(content: config.Config, cache: Path) -> list[tuple[list[int], list[i
     return sorted(zip(map(list, data["input_ids"]), map(list, data["labels"]), strict=True))
 
 
-def shown(content: config.Config, count: int) -> list[dict[str, Any]]:
+def shown(content: yamlfiles.Config, count: int) -> list[dict[str, Any]]:
     from qlora_recipes.tokens import shown
 
     return shown(content, count)
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> config.Config:
+def smollm2() -> yamlfiles.Config:
     """A recipe's rehearsal."""
     standin.model_folder()
     return compose.compose(Request(NAME, rehearse=True)).config
 
 
 @pytest.fixture
-def llama(tiny: Path, sample: Path) -> config.Config:
+def llama(tiny: Path, sample: Path) -> yamlfiles.Config:
     """A recipe with a tokenizer that puts BOS first and has no padding token."""
     data = {"path": str(sample / "train.jsonl"), "type": "alpaca"}
     change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": None, "test_datasets": None}
@@ -62,14 +62,14 @@ CHANGES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=map(str, CHANGES))
 def test_shown_labels_are_the_trainers_for_a_llama_tokenizer(
-    llama: config.Config, tmp_path: Path, change: dict[str, Any]
+    llama: yamlfiles.Config, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     agree(llama, tmp_path, dict(change))
 
 
 @pytest.mark.parametrize("change", [{}, {"train_on_inputs": True}, {"type": "chat_template"}], ids=str)
 def test_shown_labels_are_the_trainers_for_smollm2(
-    smollm2: config.Config, tmp_path: Path, change: dict[str, Any]
+    smollm2: yamlfiles.Config, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     if change.get("type") == "chat_template":
         rows = [{"messages": [{"role": "user", "content": f"Is {i} odd?"}, {"role": "assistant", "content": "Yes"}]}
@@ -80,7 +80,7 @@ def test_shown_labels_are_the_trainers_for_smollm2(
     agree(smollm2, tmp_path, dict(change))
 
 
-def agree(content: config.Config, folder: Path, change: dict[str, Any]) -> None:
+def agree(content: yamlfiles.Config, folder: Path, change: dict[str, Any]) -> None:
     kind = change.pop("type", content["datasets"][0]["type"])
     content = content | change | {"datasets": [content["datasets"][0] | {"type": kind}]}
     rows = shown(content, 200)
@@ -100,7 +100,7 @@ def agree(content: config.Config, folder: Path, change: dict[str, Any]) -> None:
     assert any(row["too_long"] for row in rows) == (limit == 300)
 
 
-def test_texts_add_up_to_the_row_and_mark_what_is_special(llama: config.Config) -> None:
+def test_texts_add_up_to_the_row_and_mark_what_is_special(llama: yamlfiles.Config) -> None:
     row = shown(llama, 1)[0]
     texts = [token["text"] for token in row["tokens"]]
     assert (texts[0], texts[-1]) == ("<s>", "</s>")
@@ -111,7 +111,7 @@ def test_texts_add_up_to_the_row_and_mark_what_is_special(llama: config.Config) 
     assert (row["learnt"], row["length"]) == (sum(token["loss"] for token in row["tokens"]), len(texts))
 
 
-def test_a_character_of_several_tokens_is_shown_whole(llama: config.Config, tmp_path: Path) -> None:
+def test_a_character_of_several_tokens_is_shown_whole(llama: yamlfiles.Config, tmp_path: Path) -> None:
     file = tmp_path / "odd.jsonl"
     file.write_text('{"instruction": "\U0001f600 \u4e2d", "output": "\u00e9\U0001f680"}\n')
     (row,) = shown(llama | {"datasets": [{"path": str(file), "type": "alpaca"}]}, 5)
@@ -119,14 +119,14 @@ def test_a_character_of_several_tokens_is_shown_whole(llama: config.Config, tmp_
     assert "".join(token["text"] for token in row["tokens"] if token["loss"]) == "\u00e9\U0001f680</s>"
 
 
-def test_a_row_with_fields_that_the_first_lacks(llama: config.Config, tmp_path: Path) -> None:
+def test_a_row_with_fields_that_the_first_lacks(llama: yamlfiles.Config, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "input": "SEEN", "output": "b"}\n')
     _, second = shown(llama | {"datasets": [{"path": str(file), "type": "alpaca"}]}, 2)
     assert "SEEN" in "".join(token["text"] for token in second["tokens"])
 
 
-def test_a_long_row_is_measured_whole(llama: config.Config, tmp_path: Path) -> None:
+def test_a_long_row_is_measured_whole(llama: yamlfiles.Config, tmp_path: Path) -> None:
     from qlora_recipes.tokens import lengths
 
     file = tmp_path / "rows.jsonl"
@@ -138,7 +138,7 @@ def test_a_long_row_is_measured_whole(llama: config.Config, tmp_path: Path) -> N
     assert (pieces["percentiles"]["100"], pieces["longer_than_sequence_len"]) == (2048, 0)  # Axolotl makes rows of it
 
 
-def test_lengths(llama: config.Config, sample: Path) -> None:
+def test_lengths(llama: yamlfiles.Config, sample: Path) -> None:
     from qlora_recipes.tokens import lengths
 
     found, (measured,) = lengths(llama)
@@ -154,7 +154,7 @@ def test_lengths(llama: config.Config, sample: Path) -> None:
     assert lengths(llama | {"sample_packing": True})[1][0]["padding_share"] is None
 
 
-def test_long_rows_and_a_masked_end_are_findings(llama: config.Config, tmp_path: Path) -> None:
+def test_long_rows_and_a_masked_end_are_findings(llama: yamlfiles.Config, tmp_path: Path) -> None:
     from qlora_recipes.tokens import lengths
 
     def names(change: dict[str, Any]) -> list[tuple[str, str]]:
@@ -175,7 +175,7 @@ def test_the_command(recipe: Recipe, tmp_path: Path, tiny: Path, sample: Path) -
     data = {"path": str(sample / "train.jsonl"), "type": "alpaca"}
     change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": None, "test_datasets": None}
     (tmp_path / "mine.yaml").write_text(
-        config.write_yaml(config_with(change | {"datasets": [data], "evals_per_epoch": None}))
+        yamlfiles.write_yaml(config_with(change | {"datasets": [data], "evals_per_epoch": None}))
     )
     done = recipe("check", "mine.yaml", "--show-tokens", "2")
     assert done.returncode == 0, done.stderr
@@ -208,6 +208,6 @@ tables.print_tokens([row])
     assert "\x1b[2;7m<s>" in out
 
 
-def test_a_tokenizer_that_cannot_be_loaded_is_told(llama: config.Config, tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_loaded_is_told(llama: yamlfiles.Config, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="its tokenizer cannot be loaded"):
         shown(llama | {"base_model": str(tmp_path)}, 1)

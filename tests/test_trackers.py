@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import RECIPE, Recipe
 
-from qlora_recipes import check, compose, config, handover, rules, variants
+from qlora_recipes import check, compose, handover, rules, variants, yamlfiles
 from qlora_recipes.compose import Request
 from qlora_recipes.rundir import RunDir
 
@@ -119,7 +119,7 @@ def test_runs_that_begin_at_once_share_a_new_mlflow_store(tmp_path: Path, monkey
     assert MlflowClient(uri).search_experiments()
 
 
-def launched(*profiles: str, overrides: list[str] | None = None, rehearse: bool = False) -> config.Config:
+def launched(*profiles: str, overrides: list[str] | None = None, rehearse: bool = False) -> yamlfiles.Config:
     request = Request(NAME, profiles=list(profiles), overrides=overrides or [], rehearse=rehearse)
     return handover.launched(compose.compose(request), RunDir(Path("runs", NAME, "now")))
 

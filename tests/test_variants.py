@@ -10,7 +10,7 @@ from conftest import Recipe
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_recipes import check, compose, config, edit, paths, variants
+from qlora_recipes import check, compose, config, edit, paths, variants, yamlfiles
 from qlora_recipes.compose import Request
 from qlora_recipes.errors import UserError
 
@@ -60,8 +60,8 @@ def test_a_variant_keeps_every_comment_is_clean_and_differs_in_just_what_was_cha
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("variant"))
-        base = expected = config.parse(TEXT, "")
-        words = [f"{key}={config.write_flow(value)}" for key, value in overrides]
+        base = expected = yamlfiles.parse(TEXT, "")
+        words = [f"{key}={yamlfiles.write_flow(value)}" for key, value in overrides]
         try:
             for key, value in overrides:
                 expected = config.override(expected, key, value)
@@ -131,7 +131,7 @@ KEYS = st.sampled_from([*"abefgjlmnorz", "new"]) | st.sampled_from(
 def test_any_text_is_edited_right_or_refused(lines: list[str], key: str, value: Any) -> None:
     text = "\n".join(lines)
     try:
-        before = config.parse(text, "t.yaml") or {}
+        before = yamlfiles.parse(text, "t.yaml") or {}
         expected = config.override(before, key, value)
     except UserError:
         return
@@ -140,7 +140,7 @@ def test_any_text_is_edited_right_or_refused(lines: list[str], key: str, value: 
     except UserError as error:
         assert "has a form there that cannot be edited" in str(error)
         return
-    assert (config.parse(made, "t.yaml") or {}) == expected
+    assert (yamlfiles.parse(made, "t.yaml") or {}) == expected
     for comment in ("one", "list", "three", "between", "yes", "first", "alone", "deep", "s"):
         assert len(re.findall(rf"# {comment}\b|; {comment}\b", made)) >= len(re.findall(rf"# {comment}\b", text))
 
@@ -203,7 +203,7 @@ def test_a_copy_edited_by_hand_is_known_by_the_recipe_in_its_header(place: Path)
         ("lora_r", 32, 8, "copy.yaml"),
         ("lora_alpha", 16, 8, "--set lora_alpha=8"),
     ]
-    (place / "own.yaml").write_text(config.write_yaml(config.parse(TEXT, "")))
+    (place / "own.yaml").write_text(yamlfiles.write_yaml(yamlfiles.parse(TEXT, "")))
     assert compose.compose(Request("own.yaml")).origin is None
     assert compose.compose(Request("own.yaml")).differences == []
 

@@ -7,7 +7,7 @@ import orjson
 import pytest
 from conftest import Recipe, recipe_config
 
-from qlora_recipes import card, config, evaluations, paths, report_runs, run_rows, study, verdict
+from qlora_recipes import card, config, evaluations, paths, report_runs, run_rows, study, verdict, yamlfiles
 from qlora_recipes.config import Difference
 from qlora_recipes.evaluations import Evaluation, Settings
 from qlora_recipes.rundir import Launch, Run, RunDir, Summary
@@ -21,7 +21,7 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
     folder = RunDir(runs / recipe / name)
     folder.path.mkdir(parents=True)
     changed = more.pop("set", {})
-    folder.config.write_text(config.write_yaml(recipe_config(recipe) | changed))
+    folder.config.write_text(yamlfiles.write_yaml(recipe_config(recipe) | changed))
     ended = Launch(command=[], started="2026-01-01T00:00:00+00:00", ended="2026-01-01T10:00:00+00:00", exit_code=0)
     summary = Summary(train_seconds=9000, peak_memory=7.5, memory_kind="GPU, reserved", tokens_per_second=812.0)
     settings: dict[str, Any] = {
@@ -229,7 +229,7 @@ def test_ports_are_the_recipes_of_another_trainer() -> None:
 
 def test_the_open_settings_are_some_recipes_and_not_the_papers() -> None:
     for key in STUDY.open_settings:
-        found = [config.sources(paths.RECIPES / f"{name}.yaml").get(key) for name in paths.recipe_names()]
+        found = [yamlfiles.sources(paths.RECIPES / f"{name}.yaml").get(key) for name in paths.recipe_names()]
         assert any(source and not source.startswith("paper") for source in found), key
 
 
