@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config, datafiles, models, paths, run_rows, schema, study, tables, yamlfiles
-from .data import MANIFEST
+from .codereviewer import MANIFEST
 from .evaluations import Evaluation
 from .files import embedding_rows, read_json, sha256
 from .handover import PLUGIN

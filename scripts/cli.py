@@ -194,15 +194,15 @@ def prepare(
     json: Json = False,
 ) -> None:
     """Turn CodeReviewer's rows into the files that the recipes train on, with a manifest."""
-    from . import data, tables
+    from . import codereviewer, tables
     from . import study as studies
     from .progress import say
 
     of_study = studies.find(study)
     form = of_study.data.input_formats[input_format]
     folder = out or Path(form.folder)
-    manifest = data.prepare(
-        raw or data.fetched(of_study.data),
+    manifest = codereviewer.prepare(
+        raw or codereviewer.fetched(of_study.data),
         folder,
         of_study,
         input_format,
@@ -221,7 +221,7 @@ def prepare(
         for name, reason in split.get("left_out", {}).items():
             say(f"{name}.jsonl: not written: {reason}")
     tables.print_table([{key: file.get(key) for key in columns} for file in files])
-    print(folder / data.MANIFEST)
+    print(folder / codereviewer.MANIFEST)
 
 
 @app.command(rich_help_panel=BEFORE)
@@ -740,7 +740,7 @@ def results(
     md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
 ) -> None:
     """A row a run: losses and scores, the published ones beside them."""
-    from . import results as gathered
+    from . import listing as gathered
     from . import tables
 
     if sum(map(bool, (study, sweep, compare, by))) > 1:

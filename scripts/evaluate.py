@@ -10,7 +10,7 @@ from typing import Any, Literal
 import orjson
 
 from . import bertscore, datafiles, gpus, study, yamlfiles
-from .data import MANIFEST
+from .codereviewer import MANIFEST
 from .errors import UserError, WorkFailed
 from .evaluations import BASE_MODEL, PREDICTIONS, SCORES, Evaluation, Settings, read_predictions, read_scores
 from .files import json_rows, read_json, sha256, write_atomically, write_rows

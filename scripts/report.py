@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 from markupsafe import Markup, escape
 
-from . import gpus, lora, paths, plan, report_reader, report_runs, results, sweep_tables, sweeps, tables, verdict
+from . import gpus, listing, lora, paths, plan, report_reader, report_runs, sweep_tables, sweeps, tables, verdict
 from . import report_figures as draw
 from .errors import UserError
 from .machine import now
@@ -58,7 +58,7 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
     about += "Published scores are left out: rehearsals compare with none." if rehearsal else (
         f"Published scores are on {subset.title}, {subset.rows:,} rows."
     )  # fmt: skip
-    baselines = [] if rehearsal else results.baselines(study)
+    baselines = [] if rehearsal else listing.baselines(study)
     figure = draw.study([row | {"recipe": row["recipe"].removeprefix(f"{name}/")} for row in rows], baselines)
     section = {
         "about": about,

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from . import config, evaluations, paths, places, results, run_rows, schema, tables, yamlfiles
+from . import config, evaluations, listing, paths, places, run_rows, schema, tables, yamlfiles
 from .errors import UserError
 from .evaluations import BASE_MODEL, Evaluation, read_predictions, read_scores
 from .files import sha256
@@ -90,7 +90,7 @@ def tiles(one: Member) -> Iterator[tuple[str, Any, str]]:
     if row["eval_loss"] is not None:
         yield "Validation loss", row["eval_loss"], f"from {tables.text_of(row['eval_loss_first'])}"
     elif summary.eval_loss is not None:
-        yield results.AXOLOTL_EVAL_LOSS, summary.eval_loss, f"from {tables.text_of(summary.eval_loss_first)}"
+        yield listing.AXOLOTL_EVAL_LOSS, summary.eval_loss, f"from {tables.text_of(summary.eval_loss_first)}"
     elif summary.loss is not None:
         yield "Training loss", summary.loss, "of the last step"
     if one.evaluation:
@@ -126,7 +126,7 @@ def overview(one: Member) -> Row:
         "steps": f"{row['step']} of {row['steps'] or '?'}",
         "eval loss, first": row["eval_loss_first"],
         "last": row["eval_loss"],
-        results.AXOLOTL_EVAL_LOSS: row["eval_loss_axolotl"] if row["eval_loss"] is None else None,
+        listing.AXOLOTL_EVAL_LOSS: row["eval_loss_axolotl"] if row["eval_loss"] is None else None,
         "BLEU-4": row["bleu4"],
         "peak GiB": row["peak_memory_gib"],
         "of": row["memory_kind"],

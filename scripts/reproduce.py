@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from . import bertscore, data, datafiles, evaluate, fetch, models, pipeline, yamlfiles
+from . import bertscore, codereviewer, datafiles, evaluate, fetch, models, pipeline, yamlfiles
 from .compose import Composed, Request
 from .errors import UserError, did_you_mean
 from .locks import PATIENCE, held
@@ -113,13 +113,13 @@ def _have_data(of_study: Study, configs: list[Composed]) -> None:
         folder = Path(form.folder)
         if folder not in needed:
             continue
-        data.wait_for_others(folder)
+        codereviewer.wait_for_others(folder)
         if not any(folder.glob("[!.]*")):
             say(f"data: fetching and preparing {folder}")
             if not all((of_study.data.raw / file).is_file() for file in of_study.data.files):
                 fetch.fetch(of_study.data, of_study.data.raw)
-            data.prepare(data.fetched(of_study.data), folder, of_study, name, patience=PATIENCE)
-        if reason := data.is_not_prepared(of_study, folder, name):
+            codereviewer.prepare(codereviewer.fetched(of_study.data), folder, of_study, name, patience=PATIENCE)
+        if reason := codereviewer.is_not_prepared(of_study, folder, name):
             raise UserError(
                 f"{folder}: not the study's data: {reason}; move it away to have it prepared, or run the recipes on it "
                 "one by one"

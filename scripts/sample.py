@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from . import data, paths, study
+from . import codereviewer, paths, study
 from .files import sha256
 from .locks import make_once
 
@@ -11,6 +11,6 @@ from .locks import make_once
 def rehearsal_data(input_format: str = "diff") -> Path:
     """The folder with the shipped sample as prepared data; written to the cache the first time."""
     raw = sorted(paths.SAMPLE.glob("msg-*.jsonl"))
-    key = hashlib.sha256("".join(map(sha256, [*raw, Path(data.__file__)])).encode()).hexdigest()
+    key = hashlib.sha256("".join(map(sha256, [*raw, Path(codereviewer.__file__)])).encode()).hexdigest()
     folder = paths.cache() / f"sample-{input_format}-{key[:16]}"
-    return make_once(folder, lambda out: data.prepare(raw, out, study.find("haider2024"), input_format))
+    return make_once(folder, lambda out: codereviewer.prepare(raw, out, study.find("haider2024"), input_format))

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from . import results, sweeps, tables, yamlfiles
+from . import listing, sweeps, tables, yamlfiles
 from .sweeps import Sweep
 
 
@@ -17,7 +17,7 @@ def show(sweep: Sweep, rows: list[dict[str, Any]], best: str | None, form: str) 
         return
     title = f"{sweep.name}: {sweep.recipe}"
     tables.write(
-        [_short(sweep, row) for row in rows], form, f"{title}. {results.REHEARSALS}" if sweep.rehearsal else title
+        [_short(sweep, row) for row in rows], form, f"{title}. {listing.REHEARSALS}" if sweep.rehearsal else title
     )
     for line in notes(sweep, rows, best):
         print(line)

@@ -7,9 +7,9 @@ from typing import Any
 from . import config, datafiles, evaluations, lookup, paths, places, run_rows, study, tables, yamlfiles
 from .compose import REHEARSAL, TRACKERS
 from .evaluations import Evaluation
+from .listing import REHEARSALS, baselines
 from .lookup import all_runs
 from .progress import say
-from .results import REHEARSALS, baselines
 from .rundir import Run, RunDir
 from .study import Study
 

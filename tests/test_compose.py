@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qlora_recipes import compose, data, datafiles, handover, sample
+from qlora_recipes import codereviewer, compose, datafiles, handover, sample
 from qlora_recipes.compose import Request
 from qlora_recipes.errors import UserError
 from qlora_recipes.rundir import RunDir
@@ -114,7 +114,7 @@ def test_steps_that_cannot_keep_their_rows_are_refused(gpus: int, change: list[s
 
 def test_rehearsals_that_start_at_once_prepare_the_sample_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    prepare, began, others = data.prepare, list[Path](), list[Future[Path]]()
+    prepare, began, others = codereviewer.prepare, list[Path](), list[Future[Path]]()
 
     def prepare_while_others_start(raw: list[Path], out: Path, *more: Any) -> dict[str, Any]:
         began.append(out)
@@ -123,9 +123,9 @@ def test_rehearsals_that_start_at_once_prepare_the_sample_once(tmp_path: Path, m
             assert not wait(others, timeout=0.5).done
         return prepare(raw, out, *more)
 
-    monkeypatch.setattr(data, "prepare", prepare_while_others_start)
+    monkeypatch.setattr(codereviewer, "prepare", prepare_while_others_start)
     with ThreadPoolExecutor() as pool:
         folder = sample.rehearsal_data()
         assert [other.result() for other in others] == [folder, folder]
     assert len(began) == 1
-    assert data.read_json(folder / data.MANIFEST)["splits"].keys() == set(data.SPLITS)
+    assert codereviewer.read_json(folder / codereviewer.MANIFEST)["splits"].keys() == set(codereviewer.SPLITS)

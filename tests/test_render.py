@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import recipe_config
 
 from qlora_recipes import config, paths, render, study
@@ -94,7 +95,7 @@ def test_a_new_epoch_count_is_one_line_in_one_template(templates: Path) -> None:
     file = templates / "haider2024" / "llama-2-7b.yaml.j2"
     file.write_text(file.read_text().replace("num_epochs_source = 2", "num_epochs_source = 4"))
     name = "haider2024/llama-2-7b"
-    changed = config.yaml.safe_load(render.rendered(templates)[f"{name}.yaml"])
+    changed = yaml.safe_load(render.rendered(templates)[f"{name}.yaml"])
     assert config.differences(recipe_config(name), changed) == {"num_epochs": (2, 4)}
 
 

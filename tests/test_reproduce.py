@@ -21,7 +21,7 @@ import pytest
 from cluster import Cluster
 from conftest import RECIPE
 
-from qlora_recipes import compose, data, datafiles, evaluations, locks, lookup, paths, reproduce, study
+from qlora_recipes import codereviewer, compose, datafiles, evaluations, locks, lookup, paths, reproduce, study
 from qlora_recipes.compose import Composed, Request
 from qlora_recipes.errors import UserError
 
@@ -235,7 +235,7 @@ def test_data_that_another_process_is_preparing_is_waited_for(
     folder = Path("data/codereviewer")
     folder.mkdir(parents=True)
     with ThreadPoolExecutor() as pool:
-        with locks.held(folder / data.LOCK, ""):
+        with locks.held(folder / codereviewer.LOCK, ""):
             waiting = pool.submit(reproduce._have_data, published_data, composed("llama-2-7b"))
             assert not wait([waiting], timeout=0.5).done
         waiting.result()
