@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import yamlfiles
-from .errors import UserError, WorkFailed
-from .options import (
+from .base import yamlfiles
+from .base.errors import UserError, WorkFailed
+from .base.paths import RUNS
+from .commands.options import (
     BatchSize,
     Best,
     CacheForm,
@@ -33,10 +34,9 @@ from .options import (
     Runs,
     SlurmOptions,
 )
-from .paths import RUNS
 
 if TYPE_CHECKING:
-    from .tasks import Outcome
+    from .runs.tasks import Outcome
 
 
 class _Verbs(TyperGroup):
@@ -90,8 +90,9 @@ def list_(
     json: Json = False,
 ) -> None:
     """The recipes, with model, epochs, optimizer and published scores."""
-    from . import catalogue, tables
-    from . import variants as lineage
+    from .base import tables
+    from .configs import variants as lineage
+    from .results import catalogue
 
     rows = lineage.tree() if variants else catalogue.recipes()
     if variants and not json:
@@ -102,7 +103,8 @@ def list_(
 @app.command(rich_help_panel=RECIPES)
 def show(name: Name, json: Json = False) -> None:
     """A recipe's YAML, with the source of each setting."""
-    from . import paths, study, tables
+    from .base import paths, tables
+    from .data import study
 
     found, file = paths.find_recipe(name)
     if json:
@@ -121,7 +123,8 @@ def diff(
     json: Json = False,
 ) -> None:
     """The keys in which two recipes or configs differ, but for where they write to."""
-    from . import catalogue, tables
+    from .base import tables
+    from .results import catalogue
 
     rows = catalogue.diff(a, b)
     if json:
@@ -137,8 +140,8 @@ def new(
     set_: Overrides = None,
 ) -> None:
     """Write a variant of a recipe: all of it, comments too, with what is changed marked."""
-    from . import check as checking
-    from . import compose, variants
+    from .checks import check as checking
+    from .configs import compose, variants
 
     found = checking.examine(compose.compose(compose.Request(from_, overrides=set_ or []))).findings
     checking.refuse([finding for finding in found if finding.rule != "missing-file"], [])
@@ -159,8 +162,9 @@ def fetch(
     json: Json = False,
 ) -> None:
     """Download a data set from where it is published, verified; goes on where it was interrupted."""
-    from . import fetch as fetching
-    from . import study, tables
+    from .base import tables
+    from .data import fetch as fetching
+    from .data import study
 
     data = study.with_data(name).data
     rows = fetching.fetch(data, out or data.raw, from_)
@@ -194,9 +198,10 @@ def prepare(
     json: Json = False,
 ) -> None:
     """Turn CodeReviewer's rows into the files that the recipes train on, with a manifest."""
-    from . import codereviewer, tables
-    from . import study as studies
-    from .progress import say
+    from .base import tables
+    from .base.progress import say
+    from .data import codereviewer
+    from .data import study as studies
 
     of_study = studies.find(study)
     form = of_study.data.input_formats[input_format]
@@ -246,9 +251,11 @@ def check(
     json: Json = False,
 ) -> None:
     """All that is wrong with a config, before it reaches a GPU. Exit code 2 if there is an error."""
-    from . import check as checking
-    from . import fit, gpus, paths, tables
-    from .compose import Request
+    from .base import paths, tables
+    from .checks import check as checking
+    from .configs import gpus
+    from .configs.compose import Request
+    from .planning import fit
 
     target = gpus.here() if gpu is None else gpus.find(gpu)
     requests = [Request(name, profile or [], set_ or [], rehearse, mirror) for name in names or paths.recipe_names()]
@@ -296,11 +303,12 @@ def plan(
     json: Json = False,
 ) -> None:
     """Parameters, memory and work of a config, and the cards that hold it, without a GPU."""
-    from . import gpus as cards
-    from . import plan as planning
-    from . import plan_tables, tables
-    from .compose import Request
-    from .paths import recipe_names
+    from .base import tables
+    from .base.paths import recipe_names
+    from .configs import gpus as cards
+    from .configs.compose import Request
+    from .planning import plan as planning
+    from .planning import plan_tables
 
     if not all(math.isfinite(value) for value in (vram or 0, price or 0)):
         raise UserError("--vram and --price: give a number")
@@ -341,14 +349,15 @@ def analyze_quantization(
     json: Json = False,
 ) -> None:
     """What bitsandbytes' formats lose of real weights, and the bits that they take."""
-    from . import standin, tables
-    from .quiet import importing_axolotl
+    from .base import tables
+    from .base.quiet import importing_axolotl
+    from .configs import standin
 
     _check_figure(figure)
     if model and synthetic:
         raise UserError("--model and --synthetic: one of them")
     with importing_axolotl():
-        from . import quantization
+        from .planning import quantization
 
         if synthetic:
             weights = quantization.synthetic()
@@ -371,9 +380,10 @@ def analyze_lora(
     json: Json = False,
 ) -> None:
     """How many parameters LoRA trains, by layers and rank, and a check of its update against PEFT."""
-    from . import lora, tables
-    from .paths import find_recipe, recipe_names
-    from .quiet import importing_axolotl
+    from .base import tables
+    from .base.paths import find_recipe, recipe_names
+    from .base.quiet import importing_axolotl
+    from .planning import lora
 
     _check_figure(figure)
     recipes = [yamlfiles.read_yaml(find_recipe(name)[1]) for name in names or recipe_names()]
@@ -425,9 +435,10 @@ def run(
     runs: Runs = RUNS,
 ) -> None:
     """Train a recipe with Axolotl, in a run folder of its own."""
-    from . import places, queueing
-    from . import run as launcher
-    from .compose import Request, is_rehearsal
+    from . import places
+    from .configs.compose import Request, is_rehearsal
+    from .running import queueing
+    from .running import run as launcher
 
     if axolotl_arguments and not axolotl_arguments[0].startswith("-"):
         raise UserError(f"{axolotl_arguments[0]}: one recipe at a time; Axolotl's own options go behind --")
@@ -463,8 +474,9 @@ def resume(
     runs: Runs = RUNS,
 ) -> None:
     """Go on with an interrupted run from its last whole checkpoint."""
-    from . import places, queueing
-    from . import run as launcher
+    from . import places
+    from .running import queueing
+    from .running import run as launcher
 
     if prepare and on != "local":
         raise UserError("--prepare: is done here; jobs prepare by themselves")
@@ -522,10 +534,12 @@ def sweep(
     json: Json = False,
 ) -> None:
     """Run a recipe with each of several settings, and compare them. What is done already is not done again."""
-    from . import evaluate as evaluation
-    from . import gpus, places, sweep_tables, sweeps
-    from . import sweep as sweeping
-    from .compose import Request, is_rehearsal
+    from . import places
+    from .configs import gpus
+    from .configs.compose import Request, is_rehearsal
+    from .running import sweep as sweeping
+    from .running import sweep_tables, sweeps
+    from .scores import evaluate as evaluation
 
     if not file and not set_:
         raise UserError("name a sweep's file, or values to try, as in --set lora_r=16,32")
@@ -545,7 +559,8 @@ def _end(
     outcomes: "list[Outcome]", json: bool, head: dict[str, Any], rows: list[dict[str, Any]], show: Callable[[], None]
 ) -> None:
     """Print what became of recipes or members and what they came to, and exit as their problems ask for."""
-    from . import pipeline, tables
+    from .base import tables
+    from .running import pipeline
 
     if json:
         steps = [outcome.as_row() | {"problem": outcome.problem} for outcome in outcomes]
@@ -592,11 +607,12 @@ def reproduce(
     json: Json = False,
 ) -> None:
     """Fetch, check, plan, train, evaluate and compare all of a study. What is done already is not done again."""
-    from . import evaluate as evaluation
-    from . import places, verdict
-    from . import reproduce as reproducing
-    from . import study as studies
-    from .compose import Request, is_rehearsal
+    from . import places
+    from .configs.compose import Request, is_rehearsal
+    from .data import study as studies
+    from .results import verdict
+    from .running import reproduce as reproducing
+    from .scores import evaluate as evaluation
 
     of_study = studies.find(study)
     request = Request(study, profiles=profile or [], overrides=set_ or [], rehearse=rehearse, mirror=mirror)
@@ -619,7 +635,7 @@ def cancel(
     runs: Runs = RUNS,
 ) -> None:
     """Stop runs that are going on, at a checkpoint, and take those that are queued out of the queue."""
-    from . import cancel as cancelling
+    from .running import cancel as cancelling
 
     for line in cancelling.cancel(run or [], sweep, study, runs):
         print(line)
@@ -656,10 +672,11 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Generate predictions for test rows with a run's adapter, and score them."""
-    from . import evaluate as evaluation
-    from . import places, queueing
-    from .lookup import find_run
-    from .progress import say
+    from . import places
+    from .base.progress import say
+    from .running import queueing
+    from .runs.lookup import find_run
+    from .scores import evaluate as evaluation
 
     if export_prompts and on != "local":
         raise UserError("--export-prompts: needs no GPU, and is done here")
@@ -688,9 +705,9 @@ def score(
     json: Json = False,
 ) -> None:
     """Score predictions made anywhere."""
-    from . import score as scoring
-    from .bertscore import judge
-    from .files import write_rows
+    from .base.files import write_rows
+    from .scores import score as scoring
+    from .scores.bertscore import judge
 
     scores, rows = scoring.score(scoring.read_rows(file), judge(bertscore, bertscore_layer))
     if out:
@@ -699,7 +716,7 @@ def score(
 
 
 def _print_scores(scores: dict[str, Any], json: bool) -> None:
-    from . import tables
+    from .base import tables
 
     if json:
         tables.print_json(scores)
@@ -740,8 +757,8 @@ def results(
     md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
 ) -> None:
     """A row a run: losses and scores, the published ones beside them."""
-    from . import listing as gathered
-    from . import tables
+    from .base import tables
+    from .results import listing as gathered
 
     if sum(map(bool, (study, sweep, compare, by))) > 1:
         raise UserError("--study, --sweep, --compare and --by: one of them")
@@ -751,22 +768,22 @@ def results(
         raise UserError("--rehearse: goes with --study" if rehearse else "--run: goes with --by")
     form = "json" if json else "csv" if csv else "md" if md else "table"
     if compare:
-        from . import compare as comparing
+        from .scores import compare as comparing
 
         rows = comparing.compare(*(comparing.predictions(name, runs) for name in compare))
         tables.write(rows, form, f"a: {compare[0]}, b: {compare[1]}")
     elif by:
-        from . import compare as comparing
+        from .scores import compare as comparing
 
         tables.write(comparing.by_group(comparing.predictions(run or "latest", runs).rows, by), form, run)
     elif sweep:
-        from . import sweep_tables, sweeps
+        from .running import sweep_tables, sweeps
 
         made = sweeps.find(sweep, runs)
         sweep_tables.show(made, sweeps.rows(made, runs, best), best, form)
     elif study:
-        from . import study as studies
-        from . import verdict
+        from .data import study as studies
+        from .results import verdict
 
         of_study = studies.find(study)
         verdict.show_study(of_study, verdict.rows(of_study, runs, rehearse), rehearse, form)
@@ -807,11 +824,11 @@ def report(
     It holds all that it needs and opens without a network. Mind whom you give it to: it shows the diffs and references
     of the test data, and names of folders of this machine.
     """
-    from . import report as reporting
-    from . import report_runs
-    from . import study as studies
-    from .files import write_atomically
-    from .lookup import find_run
+    from .base.files import write_atomically
+    from .data import study as studies
+    from .reports import report as reporting
+    from .reports import report_runs
+    from .runs.lookup import find_run
 
     if sum(map(bool, (run, study, sweep))) > 1:
         raise UserError("RUN, --study and --sweep: one of them")
@@ -823,7 +840,7 @@ def report(
     if study:
         html = reporting.of_study(studies.find(study), rehearse, runs, analyze)
     elif sweep:
-        from . import sweeps
+        from .running import sweeps
 
         html = reporting.of_sweep(sweeps.find(sweep, runs), runs, best, analyze)
     else:
@@ -846,8 +863,8 @@ def publish(
     runs: Runs = RUNS,
 ) -> None:
     """Write a model card beside a run's adapter; merge it, or upload it, only when asked."""
-    from . import publish as publishing
-    from .lookup import find_run
+    from .results import publish as publishing
+    from .runs.lookup import find_run
 
     for made in publishing.publish(find_run(run, runs), merge, push, private):
         print(made)
@@ -863,9 +880,9 @@ def render(
     ] = False,
 ) -> None:
     """Write the recipes from their templates."""
-    from . import render as rendering
-    from . import schema as keys
-    from .files import write_atomically
+    from .base.files import write_atomically
+    from .checks import schema as keys
+    from .configs import render as rendering
 
     if schema:
         write_atomically(keys.FILE, keys.generate())

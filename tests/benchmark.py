@@ -10,7 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from qlora_recipes import paths, rows
+from qlora_recipes.base import paths
+from qlora_recipes.checks import rows
 
 RECIPE = str(Path(sys.executable).with_name("recipe"))
 COMMANDS = [

@@ -14,9 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from qlora_recipes import gpus, models, tables, traces
-from qlora_recipes.memory import trace
-from qlora_recipes.traces import Step
+from qlora_recipes.base import tables
+from qlora_recipes.configs import gpus, models
+from qlora_recipes.planning import traces
+from qlora_recipes.planning.memory import trace
+from qlora_recipes.planning.traces import Step
 
 FIGURES = Path(__file__).with_name("memory_figures.csv")
 MIB = 2**20
@@ -95,7 +97,7 @@ def step_of(figure: dict[str, str]) -> Step:
 
 def planned(figure: dict[str, str]) -> float:
     """MiB that a plan gives for a figure, of the same kind: allocated, reserved, or with CUDA's own."""
-    from qlora_recipes.planner import CONTEXT
+    from qlora_recipes.planning.planner import CONTEXT
 
     shape = int(figure["rows"]), int(figure["tokens"])
     used = traces.usage(trace(step_of(figure), [shape]), shape)

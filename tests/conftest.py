@@ -12,7 +12,7 @@ import pytest
 from cluster import Cluster, running
 from hypothesis import HealthCheck, settings
 
-from qlora_recipes import yamlfiles
+from qlora_recipes.base import yamlfiles
 
 os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -20,16 +20,29 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see cli.main
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its share of the processors, not all of them
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // int(workers), 1))
 
-from qlora_recipes import paths, study
-from qlora_recipes.files import write_rows
-from qlora_recipes.sample import rehearsal_data
+from qlora_recipes.base import paths
+from qlora_recipes.base.files import write_rows
+from qlora_recipes.data import study
+from qlora_recipes.data.sample import rehearsal_data
 
 # A busy machine is slow at times; that is no fault of the code under test.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+TESTS = Path(__file__).parent
+SHARED = TESTS.parents[1] / "shared" / "data"
 RECIPE = Path(sys.executable).with_name("recipe")
+
+SMALL = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 4096,
+}
+"""The architecture of a small Llama, for plans."""
 
 Recipe = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -60,6 +73,23 @@ def recipe(tmp_path: Path) -> Recipe:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     return run
+
+
+def path_of(plugins: str) -> dict[str, str]:
+    """The environment of a process that can import the Axolotl plugins in a test's file."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(Path(plugins).parent)])}
+
+
+def train_many(*configs: Path, plugins: str = __file__) -> None:
+    """Train configs one after the other in one process, because importing Axolotl takes most of a tiny run.
+
+    Args:
+        configs: their files.
+        plugins: the test's file, where they name plugins of that.
+    """
+    command = [sys.executable, str(TESTS / "train_many.py"), *map(str, configs)]
+    done = subprocess.run(command, cwd=TESTS, env=path_of(plugins), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def start(place: Path, *arguments: str | Path) -> "subprocess.Popen[str]":

@@ -9,8 +9,8 @@ import torch
 from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
 
-from qlora_recipes.memory import Recorder
-from qlora_recipes.traces import Events, bytes_at_peak
+from qlora_recipes.planning.memory import Recorder
+from qlora_recipes.planning.traces import Events, bytes_at_peak
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:

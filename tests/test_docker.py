@@ -12,7 +12,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from qlora_recipes import paths
+from qlora_recipes.base import paths
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qlora_recipes import paths
+from qlora_recipes.base import paths
 
 # `axolotl`, in an interpreter to which this project's package does not exist
 AXOLOTL = "import sys; sys.modules['qlora_recipes'] = None; from axolotl.cli.main import main; main()"

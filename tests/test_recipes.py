@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from conftest import recipe_config
 
-from qlora_recipes import config, gpus, paths, yamlfiles
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.configs import config, gpus
 
 CARDS = ("T4", "H100")
 
@@ -14,7 +15,7 @@ def validated(cfg: yamlfiles.Config, gpu: str) -> dict[str, Any]:
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
 
-    from qlora_recipes.installed import capabilities
+    from qlora_recipes.checks.installed import capabilities
 
     return validate_config(DictDefault(cfg), *capabilities(gpus.find(gpu)))
 

@@ -1,0 +1,227 @@
+"""What a config trains on: its rows as Axolotl's own code tokenizes them. Importing this imports Axolotl, some 10 s."""
+
+import copy
+import math
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import batched, islice
+from pathlib import Path
+from typing import Any
+
+from axolotl.loaders import load_tokenizer
+from axolotl.utils.config import normalize_cfg_datasets, normalize_config, prepare_plugins, validate_config
+from axolotl.utils.data.wrappers import get_dataset_wrapper
+from axolotl.utils.dict import DictDefault
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+
+from ..base.errors import UserError
+from ..base.files import json_rows
+from ..base.processes import end_with_parent
+from ..base.progress import Bar
+from ..base.yamlfiles import Config
+from ..configs import datafiles
+from ..runs.eval_loss import MASKED
+from .finding import Finding, Level
+from .installed import capabilities
+
+disable_progress_bar()
+# Axolotl tokenizes in a process that it forks, which would outlive a killed command, and hold the locks it inherited
+os.register_at_fork(after_in_child=end_with_parent)
+
+_NO_LIMIT = 2**24  # tokens
+
+
+@dataclass
+class Tokens:
+    """A tokenized row: token ids, and for each the id that is to be learnt there, or MASKED."""
+
+    ids: list[int]
+    labels: list[int]
+
+    @property
+    def learnt(self) -> int:
+        """How many tokens carry loss."""
+        return sum(label != MASKED for label in self.labels)
+
+
+def tokenize(cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], longest: int) -> list[Tokens]:
+    """Rows as Axolotl tokenizes them for training, before it drops or cuts the long ones.
+
+    Args:
+        cfg: a config, as Axolotl's DictDefault.
+        dataset: the entry of the rows' data set in it.
+        tokenizer: the tokenizer.
+        rows: fields by name.
+        longest: the most tokens of a prompt, and of an answer, which Axolotl cuts each for itself.
+    """
+    kind = dataset["type"]
+    base, _, style = kind.partition(":") if isinstance(kind, str) else ("", "", "")
+    limited = DictDefault({**cfg, "sequence_len": longest, "dataset_num_proc": 1})  # its | would keep cfg's values
+    fields = dict.fromkeys(name for row in rows for name in row)
+    table = Dataset.from_list([{name: row.get(name) for name in fields} for row in rows])
+    made, _ = get_dataset_wrapper(dataset, tokenizer, limited, base, table, style or None)
+    return [Tokens(row["input_ids"], row["labels"]) for row in made]
+
+
+class Tokenizer:
+    """A config's tokenizer with its special tokens set, as a training has it.
+
+    Raises:
+        UserError: Axolotl refuses the config, or the tokenizer is not on this machine.
+    """
+
+    def __init__(self, content: Config):
+        cfg = DictDefault(copy.deepcopy(content))
+        try:
+            prepare_plugins(cfg)
+            self.cfg = validate_config(cfg, *capabilities())
+            normalize_config(self.cfg)
+            normalize_cfg_datasets(self.cfg)
+            self.tokenizer = load_tokenizer(self.cfg)
+        except Exception as error:  # plugins, validators and tokenizers can raise anything
+            raise UserError(f"{content.get('base_model')}: its tokenizer cannot be loaded: {error}") from None
+
+    def tokenize(self, key: str, rows: Sequence[dict[str, Any]]) -> list[Tokens]:
+        """Rows of the data set at a key such as `datasets.0`, not cut.
+
+        Raises:
+            UserError: Axolotl cannot tokenize them.
+        """
+        section, _, position = key.partition(".")
+        dataset = self.cfg[section][int(position)]
+        longest = (
+            self.cfg.sequence_len if dataset["type"] == "completion" else _NO_LIMIT
+        )  # it makes rows of that length
+        try:
+            return tokenize(self.cfg, dataset, self.tokenizer, rows, longest)
+        except Exception as error:  # a strategy can raise anything
+            raise UserError(f"{key}: Axolotl cannot tokenize these rows: {type(error).__name__}: {error}") from None
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """The text that each token adds; a character of several tokens is the last one's."""
+        texts, before = [], ""
+        for end in range(1, len(ids) + 1):
+            now = self.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            whole = not now.endswith("\ufffd") or end == len(ids)
+            texts.append(now[len(before) :] if whole else "")
+            before = now if whole else before
+        return texts
+
+
+def shown(content: Config, count: int) -> list[dict[str, Any]]:
+    """The first rows of each training data set, token by token.
+
+    Returns:
+        For each row the data set's key, the row's number, its length and how many tokens carry loss, whether it is
+        longer than sequence_len, and its tokens: id, text, whether it is special, and whether it carries loss.
+    """
+    tokenizer = Tokenizer(content)
+    special = set(tokenizer.tokenizer.all_special_ids) | set(tokenizer.tokenizer.added_tokens_decoder)
+    rows = []
+    for key, dataset in datafiles.datasets(content, "datasets"):
+        read = list(islice(_rows(dataset), count))
+        for number, row in enumerate(tokenizer.tokenize(key, read) if read else [], start=1):
+            parts = zip(row.ids, tokenizer.texts(row.ids), row.labels, strict=True)
+            rows.append(
+                {
+                    "dataset": key,
+                    "row": number,
+                    "length": len(row.ids),
+                    "learnt": row.learnt,
+                    "too_long": len(row.ids) > tokenizer.cfg.sequence_len,
+                    "tokens": [
+                        {"id": token, "text": text, "special": token in special, "loss": label != MASKED}
+                        for token, text, label in parts
+                    ],
+                }
+            )
+    return rows
+
+
+def lengths(content: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
+    """How long the rows of each data set are in tokens, and what sequence_len and the batches do to them.
+
+    Returns:
+        Findings, and for each data set: rows, tokens, tokens with loss, percentiles of the length, rows longer than
+        sequence_len, and the share of padding in batches of micro_batch_size rows in the order of one shuffle.
+    """
+    tokenizer = Tokenizer(content)
+    found: list[Finding] = []
+    measured = []
+    for key, dataset in datafiles.datasets(content):
+        sizes, learnt, learns_end = [], 0, False
+        total = sum(datafiles.count_rows(file) for file in datafiles.jsonl_files(dataset))
+        with Bar(f"tokenize {key}", min(total, datafiles.first_rows(dataset) or total)) as bar:
+            for some in batched(_rows(dataset), 1000):
+                for row in tokenizer.tokenize(key, some):
+                    sizes.append(len(row.ids))
+                    learnt += row.learnt
+                    learns_end = learns_end or tokenizer.tokenizer.eos_token_id in row.labels
+                bar.update(len(sizes))
+        if sizes:
+            found += _of_lengths(tokenizer.cfg, key, sizes, learns_end)
+            measured.append(
+                {
+                    "key": key,
+                    "rows": len(sizes),
+                    "tokens": sum(sizes),
+                    "tokens_with_loss": learnt,
+                    "percentiles": {str(share): _percentile(sizes, share) for share in (50, 90, 95, 99, 100)},
+                    "rows_trained_on": len(_kept(tokenizer.cfg, sizes)),
+                    "tokens_trained_on": sum(_kept(tokenizer.cfg, sizes)),
+                    "longest_trained_on": max(_kept(tokenizer.cfg, sizes), default=0),
+                    "longer_than_sequence_len": sum(size > tokenizer.cfg.sequence_len for size in sizes),
+                    "padding_share": None if tokenizer.cfg.sample_packing else _padding(tokenizer.cfg, sizes),
+                }
+            )
+    return found, measured
+
+
+def _of_lengths(cfg: Any, key: str, sizes: list[int], learns_end: bool) -> Iterator[Finding]:
+    long = sum(size > cfg.sequence_len for size in sizes)
+    if long:
+        becomes = {"truncate": "cut", "raise": "an error"}.get(cfg.excess_length_strategy, "dropped")
+        problem = f"{long} of {len(sizes)} rows are longer than sequence_len, {cfg.sequence_len}, and will be {becomes}"
+        nothing_left = long == len(sizes) and becomes == "dropped"
+        level: Level = "error" if nothing_left or becomes == "an error" else "warning"
+        yield Finding(level, "too-long", f"{key}.path", problem, f"the longest has {max(sizes)} tokens")
+    if not learns_end and key.startswith("datasets"):
+        problem = "the end-of-text token carries no loss in any row: the model would not learn to stop"
+        yield Finding("warning", "eos-masked", f"{key}.type", problem, "see --show-tokens")
+
+
+def _percentile(sizes: list[int], share: int) -> int:
+    """The length that so many percent of the rows do not exceed."""
+    return sorted(sizes)[math.ceil(len(sizes) * share / 100) - 1]
+
+
+def _kept(cfg: Any, sizes: list[int]) -> list[int]:
+    """The lengths of the rows that are trained on, once the long ones are dropped or cut."""
+    cuts = cfg.excess_length_strategy == "truncate"
+    return [min(size, cfg.sequence_len) for size in sizes if cuts or size <= cfg.sequence_len]
+
+
+def _padding(cfg: Any, sizes: list[int]) -> float:
+    """The share of padding among all tokens, as Axolotl's collator pads batches (core/builders/causal.py)."""
+    kept = _kept(cfg, sizes)
+    random.Random(cfg.seed).shuffle(kept)
+    multiple = (cfg.pad_to_multiple_of or 64) if cfg.pad_to_sequence_len is not False else 1
+    padded = 0
+    for batch in batched(kept, cfg.micro_batch_size):
+        longest = cfg.sequence_len if cfg.pad_to_sequence_len else max(batch)
+        padded += math.ceil(longest / multiple) * multiple * len(batch)
+    return 1 - sum(kept) / padded if kept else 0.0
+
+
+def _rows(dataset: Config) -> Iterator[dict[str, Any]]:
+    """The rows of a data set's local JSONL files, as far as its split goes."""
+    rows = (row for file in datafiles.jsonl_files(dataset) for row in _of_file(file))
+    return islice(rows, datafiles.first_rows(dataset))
+
+
+def _of_file(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open("rb") as stream:
+        yield from json_rows(stream, file, ())

@@ -1,0 +1,107 @@
+"""Reading Axolotl configs, laying profiles and overrides over them, and comparing two by key."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from ..base.errors import UserError
+from ..base.yamlfiles import Config, parse
+
+TRACKING = re.compile("(use_|hf_)?(wandb|mlflow|comet|trackio|swanlab|tensorboard|otel)(_|$)")
+"""Keys that say where a run is tracked, which changes nothing of the training."""
+OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  # a run sets these itself
+
+
+def merge(config: Config, changes: Config) -> Config:
+    """`config` with `changes` laid over it: mappings merge, anything else replaces, null deletes the key."""
+    merged = dict(config)
+    for key, value in changes.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict):
+            below = merged.get(key)
+            merged[key] = merge(below if isinstance(below, dict) else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """The dotted key and the YAML value of a `key=value`, as given to --set.
+
+    Raises:
+        UserError: it has another form.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {text}: expected key=value, as in --set num_epochs=3")
+    return key.strip(), parse(value, f"--set {text}")
+
+
+def override(config: Config, key: str, value: Any) -> Config:
+    """`config` with one dotted key set; a number in the key is a position in a list, null deletes.
+
+    Raises:
+        UserError: the key leads through something that has no keys.
+    """
+    changed: Config = _replaced(config, key, value, key)
+    return changed
+
+
+def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
+    """`current` with what stands at `path` below it replaced."""
+    if not path:
+        return value
+    part, _, rest = path.partition(".")
+    if isinstance(current, list):
+        if not part.isdecimal() or int(part) >= len(current):
+            raise UserError(f"--set {key}: {part} is not a position in a list of {len(current)}, counted from 0")
+        return [_replaced(old, rest, value, key) if i == int(part) else old for i, old in enumerate(current)]
+    if isinstance(current, dict) or current is None:
+        changed = (current or {}) | {part: _replaced((current or {}).get(part), rest, value, key)}
+        return {name: item for name, item in changed.items() if item is not None}
+    raise UserError(f"--set {key}: {current!r} has no key {part}")
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys and values at the leaves of a config; a list of plain values is one leaf."""
+    if isinstance(config, dict) and (config or not prefix):
+        items: Any = config.items()
+    elif isinstance(config, list) and any(isinstance(item, dict | list) for item in config):
+        items = enumerate(config)
+    else:
+        yield prefix, config
+        return
+    for key, value in items:
+        yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Each dotted key in which two configs differ, with both values; None where one lacks it."""
+    left, right = dict(flatten(a)), dict(flatten(b))
+    keys = [*left, *(key for key in right if key not in left)]
+    return {key: (left.get(key), right.get(key)) for key in keys if not _same(left.get(key), right.get(key))}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equality that tells true from 1."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+class Difference(BaseModel):
+    """One key in which a run's config differs from its recipe, and why."""
+
+    key: str
+    recipe: Any = None
+    run: Any = None
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.recipe} -> {self.run}  ({self.why})"
+
+
+def check_not_of_the_run(key: str, where: str) -> None:
+    if key.partition(".")[0] in OF_THE_RUN:
+        raise UserError(f"{where}: {key} is the run's own; --runs moves runs, `recipe resume` goes on with one")

@@ -1,0 +1,170 @@
+"""The data sets that a config names, as far as their files are on this machine."""
+
+import math
+import re
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from ..base.errors import UserError
+from ..base.files import sha256
+from ..base.yamlfiles import Config
+
+_SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".arrow", ".text", ".txt", ".gz", ".zst"}
+
+
+class DataFile(BaseModel):
+    """A file that a run read: its content, by hash, and its size."""
+
+    path: str
+    sha256: str
+    bytes: int
+    rows: int | None = None  # of JSON lines; other formats are not counted
+
+
+def datasets(composed: Config, *sections: str) -> Iterator[tuple[str, Config]]:
+    """Each data set of some sections of a config, with the key that it stands at."""
+    for section in sections or ("datasets", "test_datasets"):
+        entries = composed.get(section)
+        for i, dataset in enumerate(entries if isinstance(entries, list) else ()):
+            if isinstance(dataset, dict):
+                yield f"{section}.{i}", dataset
+
+
+def local_files(dataset: Config) -> list[Path]:
+    """The files of a data set that is meant to be on this machine, there or not; none of one on a hub or in a cloud.
+
+    They are a file, those of a folder, or those that `data_files` lists, by name or by pattern.
+    """
+    name, listed = dataset.get("path"), dataset.get("data_files") or []
+    if not isinstance(name, str) or not name or "\0" in name or "://" in name:
+        return []
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    if path.is_dir() and not listed:
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    if listed and not path.is_dir() and f".{name}" not in _SUFFIXES:
+        return []  # files of a repository on a hub
+    patterns = [str(one) for one in (listed if isinstance(listed, list) else [listed])] or [name]
+    files = [
+        Path(file)
+        for pattern in patterns
+        if "://" not in pattern
+        for file in sorted(glob(pattern, recursive=True)) or [pattern]  # noqa: PTH207 (Path's takes no absolute one)
+    ]
+    return [file for file in files if file.is_file() or _looks_local(file)]
+
+
+def jsonl_files(dataset: Config) -> list[Path]:
+    """Those of a data set's local files that are there and hold a JSON row a line."""
+    return [file for file in local_files(dataset) if file.suffix == ".jsonl" and file.is_file()]
+
+
+def _looks_local(path: Path) -> bool:
+    """Whether a path that is not there must have been meant for this machine, and not for a hub."""
+    in_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+    return path.is_absolute() or path.suffix in _SUFFIXES or in_a_folder
+
+
+def record(composed: Config) -> list[DataFile]:
+    """The local data files of a config with their content's hash.
+
+    Raises:
+        UserError: a file is not there.
+    """
+    files = {}
+    for where, dataset in datasets(composed):
+        for path in local_files(dataset):
+            if not path.is_file():
+                raise UserError(f"{where}.path: {path.absolute()} does not exist")
+            rows = count_rows(path) if path.suffix == ".jsonl" else None
+            files[path] = DataFile(path=str(path), sha256=sha256(path), bytes=path.stat().st_size, rows=rows)
+    return list(files.values())
+
+
+def test_file(composed: Config, folder: Path = Path()) -> str | None:
+    """The test file that lies beside the training file, as `recipe data prepare` writes it, seen from a folder."""
+    for _, dataset in datasets(composed, "datasets"):
+        file = Path(str(dataset.get("path"))).with_name("test.jsonl")
+        return str(file) if (folder / file).is_file() else None
+    return None
+
+
+def is_alpaca(kind: Any) -> bool:
+    """Whether the type of a data set is one whose rows have the fields instruction, input and output."""
+    return isinstance(kind, str) and kind.partition(":")[0] == "alpaca"
+
+
+def first_rows(dataset: Config) -> int | None:
+    """How many rows a split such as `train[:40]` takes; None where it takes all."""
+    match = re.fullmatch(r"train\[:(\d+)\]", str(dataset.get("split")))
+    return int(match[1]) if match else None
+
+
+def count_rows(path: Path) -> int:
+    """The number of lines of a file that are not blank."""
+    status = path.stat()
+    return _count_rows(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache
+def _count_rows(path: Path, mtime_ns: int, size: int) -> int:
+    with path.open("rb") as stream:
+        return sum(1 for line in stream if line.strip())
+
+
+def training_steps(composed: Config, gpus: int = 1) -> int | None:
+    """The optimizer steps of a config, as `steps_of` counts them; None where its local JSONL rows do not tell."""
+    return steps_of(composed, training_rows(composed), gpus)
+
+
+def most_steps(composed: Config, gpus: int = 1) -> int | None:
+    """`training_steps`, or where rows are packed those of the same rows unpacked, which are at least as many."""
+    return training_steps(composed | {"sample_packing": False}, gpus)
+
+
+def steps_of(composed: Config, rows: int | None, gpus: int = 1) -> int | None:
+    """The optimizer steps of a config with some rows, as Axolotl counts them (utils/trainer.py,
+    calculate_total_num_steps); None where rows are packed, or the settings make none."""
+    if most := int(_positive(composed, "max_steps", 0)):
+        return most  # Axolotl lets it win over the epochs
+    batch, epochs = effective_batch(composed) * gpus, _positive(composed, "num_epochs")
+    if rows is None or composed.get("sample_packing") or not (batch and epochs):
+        return None
+    return math.ceil(rows * epochs / batch)
+
+
+def training_rows(composed: Config) -> int | None:
+    """The rows that are trained on; None where a data set is not one local JSONL file, whole or its first rows."""
+    rows = 0
+    for _, dataset in datasets(composed, "datasets"):
+        files, first = jsonl_files(dataset), first_rows(dataset)
+        part = (
+            dataset.get("shards")
+            or dataset.get("weight")
+            or (first is None and dataset.get("split", "train") != "train")
+        )
+        if len(files) != 1 or part:
+            return None
+        rows += min(count_rows(files[0]), sys.maxsize if first is None else first)
+    held_out = _positive(composed, "val_set_size", 0)  # a number of rows, or a share of them
+    return (rows - math.ceil(held_out * rows if held_out < 1 else held_out)) if rows else None
+
+
+def _positive(composed: Config, key: str, unset: float = 1) -> float:
+    """A setting that has to be a positive number; 0 where it is none."""
+    value: Any = composed.get(key, unset)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else 0
+
+
+def effective_batch(composed: Config) -> float:
+    """The rows of an optimizer step on one device."""
+    if composed.get("batch_size"):
+        return _positive(composed, "batch_size")
+    return _positive(composed, "micro_batch_size") * _positive(composed, "gradient_accumulation_steps")

@@ -1,0 +1,69 @@
+"""What divides a training among several GPUs, and the steps it makes there."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from ..base.errors import UserError
+from ..base.yamlfiles import Config
+from .config import merge
+
+KEYS = ("deepspeed", "fsdp_version", "fsdp_config")  # of a config, that choose an engine
+CPU_RANKS = "QLORA_RECIPES_CPU_RANKS"  # the environment variable that has several processes train on the CPU
+
+
+def engine_of(config: Any) -> str:
+    """What divides a training among several GPUs: DDP, ZeRO-1, ZeRO-2, ZeRO-3 or FSDP."""
+    engine = config.get("deepspeed")
+    if isinstance(engine, str):
+        if not Path(engine).is_file():
+            found = next((stage for stage in (3, 2, 1) if f"zero{stage}" in engine.lower()), 2)
+            return f"ZeRO-{found}"
+        try:
+            engine = orjson.loads(Path(engine).read_bytes())
+        except orjson.JSONDecodeError:
+            engine = None
+    if engine:
+        stage = (engine.get("zero_optimization") or {}).get("stage") if isinstance(engine, dict) else None
+        return f"ZeRO-{stage}" if stage in (1, 2, 3) else "DDP"
+    return "FSDP" if config.get("fsdp_config") or config.get("fsdp") else "DDP"
+
+
+def without_engine(config: Config) -> Config:
+    """A config for one process."""
+    return merge(config, dict.fromkeys(KEYS))
+
+
+def divided(config: Config, gpus: int, asked: str) -> Config:
+    """A config whose optimizer steps have as many rows on several GPUs as it has on one.
+
+    Args:
+        config: the config for one.
+        gpus: how many there are in all.
+        asked: how they were asked for, for messages.
+
+    Raises:
+        UserError: the rows of a step do not divide so.
+    """
+    key = "batch_size" if config.get("batch_size") else "gradient_accumulation_steps"
+    micro, accumulated = config.get("micro_batch_size"), config.get(key) or 1
+    if gpus == 1 or not isinstance(micro, int) or not isinstance(accumulated, int) or micro < 1 or accumulated < 1:
+        return config  # what is no number, the schema says
+    unit = micro if key == "batch_size" else 1
+    if accumulated % (gpus * unit) == 0:
+        return merge(config, {key: accumulated // gpus})
+    rows = accumulated if key == "batch_size" else micro * accumulated
+    problem = f"{key} is {accumulated}, which does not divide by {gpus * unit}"
+    raise UserError(f"{asked}: {problem}; {_instead(rows, micro, gpus, key)}")
+
+
+def _instead(rows: int, micro: int, gpus: int, key: str) -> str:
+    """What to do where the rows of a step do not divide among the GPUs with this micro batch."""
+    if rows % gpus:
+        more = -(-rows // (micro * gpus)) * gpus
+        value = more * micro if key == "batch_size" else more
+        return f"--set {key}={value} makes steps of {more * micro} rows instead of {rows}"
+    largest = max(size for size in range(1, micro + 1) if (rows // gpus) % size == 0)
+    also = "" if key == "batch_size" else f" --set {key}={rows // largest}"
+    return f"--set micro_batch_size={largest}{also} keeps steps of {rows} rows"

@@ -1,0 +1,79 @@
+"""Recipes from templates: the only way a shipped recipe is written."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..base import paths, yamlfiles
+from ..base.errors import UserError
+from ..base.files import write_atomically
+from ..base.templating import environment
+from ..data import study
+from ..data.study import Study
+
+README = "README.md"
+
+
+def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
+    """The text of every recipe and of their table by file name below recipes/, from the templates of one folder.
+
+    Raises:
+        UserError: a template is broken or uses a variable that nothing sets.
+    """
+    jinja = environment(templates)
+
+    def text_of(template: str, **variables: Any) -> str:
+        try:
+            return jinja.get_template(template).render(template=f"templates/{template}", **variables)
+        except Exception as error:  # an expression in a template can raise anything
+            raise UserError(f"{_where(error, templates, templates / template)}: {error}") from None
+
+    models = yamlfiles.read_yaml(templates / "models.yaml")
+    recipes = {}
+    by_study: dict[str, tuple[Study, list[dict[str, Any]]]] = {}
+    for file in sorted(templates.rglob("*.yaml.j2")):
+        if not file.name.startswith("_"):
+            template = file.relative_to(templates).as_posix()
+            name = template.removesuffix(".yaml.j2")
+            text = recipes[f"{name}.yaml"] = text_of(template, name=name, models=models)
+            if of_study := study.of(name):
+                recipe = yamlfiles.parse(text, f"recipes/{name}.yaml")
+                by_study.setdefault(of_study.title, (of_study, []))[1].append(study.entry(name, recipe))
+    return recipes | {README: text_of(f"{README}.j2", studies=by_study.values())}
+
+
+def _where(error: Exception, templates: Path, file: Path) -> str:
+    """The template and line in which an error arose, which may be a base that `file` extends."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    trace, place = error.__traceback__, str(file)
+    while trace:
+        if trace.tb_frame.f_code.co_filename.startswith(str(templates)):
+            place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
+
+
+def drift(files: dict[str, str]) -> str:
+    """A unified diff from the files on disk to the rendered ones; empty where they agree."""
+    lines: list[str] = []
+    for name in sorted({f"{recipe}.yaml" for recipe in paths.recipe_names()} | files.keys()):
+        before, after = f"recipes/{name} (on disk)", f"recipes/{name} (from its template)"
+        old, new = _on_disk(name).splitlines(), files.get(name, "").splitlines()
+        lines += difflib.unified_diff(old, new, before, after, lineterm="")
+    return "\n".join(lines)
+
+
+def write(files: dict[str, str]) -> list[Path]:
+    """Write each file that is not on disk as rendered; the files written."""
+    changed = {paths.RECIPES / name: text for name, text in files.items() if _on_disk(name) != text}
+    for file, text in changed.items():
+        write_atomically(file, text)
+    return list(changed)
+
+
+def _on_disk(name: str) -> str:
+    file = paths.RECIPES / name
+    return file.read_text(encoding="utf-8") if file.exists() else ""

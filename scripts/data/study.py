@@ -1,0 +1,202 @@
+"""A study: the paper behind a folder of recipes, its data, its metrics and its published scores."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..base import paths, yamlfiles
+from ..base.errors import UserError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class SourceFile(_Strict):
+    """A file of the data set: its size, and its checksum where one is known."""
+
+    rows: int
+    bytes: int | None = None
+    sha256: str | None = None
+
+
+class InputFormat(_Strict):
+    """A form that the input of a row can have, the folder for rows of it, and what speaks for it."""
+
+    folder: str
+    what: str
+    why: str
+
+
+class Subset(_Strict):
+    """Rows of the test file: those that a file beside study.yaml lists, or a draw with a seed."""
+
+    title: str
+    rows: int
+    positions: str | None = None
+    seed: int | None = None
+
+
+class Data(_Strict):
+    """Where a study's data is from, and what is made of it.
+
+    Attributes:
+        key: the name by which `recipe data fetch` knows it.
+        url: where the archive is, which holds `files`.
+        instruction: the text that every row carries.
+        input_formats: by name, the study's own first.
+        subsets: of the test file, by the name of what `recipe data prepare` writes.
+        scored_on: the subset on which the published scores are.
+    """
+
+    key: str
+    name: str
+    source: str
+    url: str
+    archive: str
+    archive_bytes: int
+    licence: str
+    paper: str
+    instruction: str
+    files: dict[str, SourceFile]
+    input_formats: dict[str, InputFormat]
+    subsets: dict[str, Subset]
+    scored_on: str
+
+    @property
+    def raw(self) -> Path:
+        """The folder for the files as they are published."""
+        return Path("data", f"{self.key}-raw")
+
+
+class Decoding(_Strict):
+    """How predictions are generated, in transformers' terms; temperature, top_p and seed count where it samples."""
+
+    max_new_tokens: int
+    do_sample: bool = False
+    num_beams: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 42
+
+
+class Scores(_Strict):
+    """Published scores of one recipe. BLEU-4 from 0 to 100, BERTScore F1 from 0 to 1, gains in percent."""
+
+    trainer: str = "Axolotl"
+    bleu4: float
+    bleu4_gain: float
+    bertscore_f1: float
+    bertscore_f1_gain: float
+
+
+class Beside(_Strict):
+    """A recipe that is not among the study's own.
+
+    Attributes:
+        of: the study's recipe that it is a variant of.
+        reproduces: whether its score is meant to be that recipe's published one.
+    """
+
+    of: str
+    reproduces: bool
+
+
+class Baseline(_Strict):
+    """Scores to compare with, and what they are scores of."""
+
+    name: str
+    bleu4: float
+    bertscore_f1: float | None = None
+    test_set: str
+
+
+class Study(_Strict):
+    """The content of a study.yaml, and the folder that it is in."""
+
+    folder: Path
+    title: str
+    paper: dict[str, Any]
+    data: Data
+    decoding: Decoding
+    metrics: dict[str, str]
+    published: dict[str, Scores]
+    beside: dict[str, Beside]
+    open_settings: list[str]
+    acceptable_bleu4_difference: float
+    baselines: list[Baseline]
+
+    def origin(self, recipe: str) -> str:
+        """The study's own recipe that a recipe is a variant of, or is."""
+        return self.beside[recipe].of if recipe in self.beside else recipe
+
+    def aimed_at(self, recipe: str) -> Scores | None:
+        """The published scores that a recipe tries for."""
+        if recipe in self.beside and not self.beside[recipe].reproduces:
+            return None
+        return self.published.get(self.origin(recipe))
+
+
+@cache
+def load(folder: Path) -> Study:
+    """The study of a folder of recipes.
+
+    Raises:
+        UserError: its study.yaml is malformed.
+    """
+    file = folder / "study.yaml"
+    try:
+        return Study.model_validate(yamlfiles.read_yaml(file) | {"folder": folder})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file}:{yamlfiles.line_of(file, key)}: {key}: {first['msg']}") from None
+
+
+def find(name: str) -> Study:
+    """The study of a name, which is its folder's below recipes/.
+
+    Raises:
+        UserError: there is none.
+    """
+    folders = {folder.relative_to(paths.RECIPES).as_posix(): folder for folder in paths.studies()}
+    if name not in folders:
+        raise UserError(f"{name}: no study of that name; there are {', '.join(folders)}")
+    return load(folders[name])
+
+
+def with_data(key: str) -> Study:
+    """The first study on a data set.
+
+    Raises:
+        UserError: there is none.
+    """
+    studies = [load(folder) for folder in paths.studies()]
+    for one in studies:
+        if one.data.key == key:
+            return one
+    raise UserError(f"{key}: no data set of that name; there are {', '.join(sorted({s.data.key for s in studies}))}")
+
+
+def of(recipe: str) -> Study | None:
+    """The study that a recipe belongs to by its name, or None."""
+    for folder in paths.studies():
+        if recipe.startswith(f"{folder.relative_to(paths.RECIPES)}/"):
+            return load(folder)
+    return None
+
+
+def entry(name: str, recipe: yamlfiles.Config) -> dict[str, Any]:
+    """A recipe's model, epochs and optimizer, and its published scores."""
+    of_study = of(name)
+    published = of_study.published.get(name) if of_study else None
+    return {
+        "recipe": name,
+        "base_model": recipe.get("base_model"),
+        "epochs": recipe.get("num_epochs"),
+        "optimizer": recipe.get("optimizer"),
+        "published_bleu4": published.bleu4 if published else None,
+        "published_bertscore_f1": published.bertscore_f1 if published else None,
+    }

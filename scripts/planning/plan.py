@@ -1,0 +1,333 @@
+"""`recipe plan`: parameters, memory and work of a config, known before it runs."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..base import paths
+from ..base.yamlfiles import Config
+from ..checks import check, rules
+from ..configs import datafiles, models
+from ..configs.attention import attention
+from ..configs.compose import Composed, Request, compose
+from ..configs.engines import engine_of
+from ..configs.gpus import Gpu
+from ..configs.precision import precision
+from . import steps, work
+from .planner import CONTEXT, GIB, ROUND, Planner
+from .traces import NotAlike
+
+USABLE = 14.5 / 16
+"""The share of a card's memory that is planned with. Of 16 GB, torch finds 14.56 GiB on a T4 (its ECC takes the rest)
+and 15.56 GiB on a Quadro RTX 5000; a display and what allocator and driver lose need room too."""
+SIZES = (8, 12, 16, 24, 40, 48, 80)
+"""Cards by their memory in GB, for a plan that names none."""
+_MOST_ROWS = 1024
+
+_NOTHING_TO_PLAN = ("value", "unknown-key", "no-lora-targets", "unknown-lora-target", "no-lora-rank", "not-quantized")
+
+
+def of_request(
+    request: Request,
+    gpu: Gpu | None = None,
+    vram: float | None = None,
+    data: bool = False,
+    price: float | None = None,
+    runs: Path = paths.RUNS,
+) -> dict[str, Any]:
+    """Parameters, memory and work of a recipe or file, what is laid over it, and the GPUs that it is divided among.
+
+    Args:
+        gpu: the card that it is meant for.
+        vram: its memory in GiB, where that is another than the card's, or all that is known of it.
+        data: tokenize the training data, to count its tokens and to plan for its longest row.
+        price: of a card, an hour.
+        runs: the folder with earlier runs, whose speed is taken.
+
+    Raises:
+        UserError: it is wrong in a way that leaves nothing to plan, or cannot be planned.
+    """
+    composed = composed_for(request)
+    lengths = check.lengths(composed) if data else []
+    planned, planner = plan(composed.config, gpu, vram, request.gpus)
+    if gpu:
+        lacks = rules.gpu_lacks(rules.Case(composed.config, set(), gpu))
+        planned["notes"] += [f"{key}: {problem}; {remedy}" for _, key, problem, remedy in lacks]
+    trained_on = None
+    if lengths:
+        trained_on = tuple(sum(one[f"{name}_trained_on"] for one in lengths) for name in ("rows", "tokens"))
+        longest = max(one["longest_trained_on"] for one in lengths)
+        if longest and not composed.config.get("sample_packing"):  # packed batches are always full
+            with suppress(NotAlike):
+                size = planner.need(length=longest)
+                planned["longest_batch"] = {"rows": planner.rows, "tokens": longest, "needed": size}
+    planned["work"] = work.work(composed, planner, gpu, request.gpus, trained_on, price, runs)
+    planner.save()
+    return planned
+
+
+def composed_for(request: Request) -> Composed:
+    """A request's config.
+
+    Raises:
+        UserError: it is wrong in a way that leaves nothing to plan.
+    """
+    composed = compose(request)
+    found = check.examine(composed, gpus=request.gpus).findings
+    check.refuse([finding for finding in found if finding.rule in _NOTHING_TO_PLAN], [])
+    return composed
+
+
+def plan(
+    config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus: int = 1
+) -> tuple[dict[str, Any], Planner]:
+    """What a config needs, in bytes: parameters, memory at a full micro batch, which cards hold it.
+
+    Raises:
+        UserError: it cannot be planned.
+    """
+    planner, notes = planner_of(config, gpu)
+    usage, engines = planner.usage(), per_gpu(planner, gpus)
+    if gpus > 1:
+        notes.append(f"cards are judged under {engine_of(config)}")
+    notes += _of_paged(planner)
+    planned = {
+        "model": config["base_model"],
+        "adapter": planner.step.adapter,
+        "loop": "Axolotl's",
+        "micro_batch": {"rows": planner.rows, "tokens": planner.length},
+        "parameters": planner.parameters,
+        **_totals(planner.parameters),
+        "memory": asdict(usage) | {"paged": planner.paged, "context": CONTEXT, "needed": planner.need()},
+        "cards": [],
+        "changes": [],
+        "per_gpu": engines,
+        "notes": notes,
+    }
+    saved = planner.need() - engines[engine_of(config)] if engines else 0
+    size = vram or (gpu.memory if gpu else None)
+    capability = planner.step.capability or (0, 0)
+    named = replace(gpu, memory=size) if gpu else Gpu(f"{size:g} GB" if size else "", capability, size)
+    cards = [named] if size else [Gpu(f"{one} GB", capability, one) for one in SIZES]
+    planned["cards"] = [_verdict(planner, card, saved) for card in cards]
+    if size and not planned["cards"][0]["fits"]:
+        planned["changes"] = _changes(config, planner, named, saved)
+    planner.save()
+    return planned, planner
+
+
+def planner_of(
+    config: Config, gpu: Gpu | None, download: bool = True, alone: bool = False
+) -> tuple[Planner, list[str]]:
+    """The planned step of a config, and what of it is not traced.
+
+    Args:
+        config: the config.
+        gpu: the card; None takes the oldest that has what the config asks for.
+        download: whether a model's config.json may be fetched from the hub.
+        alone: see `Planner`.
+    """
+    capability = gpu.capability if gpu else _least_capability(config)
+    step, notes = steps.step_of(config, models.architecture(config, download), capability)
+    return Planner(step, steps.rows_of(config), steps.length_of(config), steps.is_flat(config, step), alone), notes
+
+
+def needed_gib(config: Config, gpu: Gpu | None = None, anew: bool = False) -> float | None:
+    """GiB that a config needs, as `planner_of` plans it; None where no plan is kept, and none is to be made.
+
+    Raises:
+        UserError: it cannot be planned.
+    """
+    planner, _ = planner_of(config, gpu, download=anew, alone=True)
+    if not (planner.planned or anew):
+        return None
+    needed = planner.need() / GIB
+    planner.save()
+    return needed
+
+
+def _of_paged(planner: Planner) -> list[str]:
+    """A note on the optimizer state that no figure for a GPU counts: bitsandbytes allocates it in CUDA's unified memory
+    (cudaMallocManaged), whose pages the driver moves to main memory where the GPU has no room for them."""
+    if not planner.paged:
+        return []
+    return [
+        f"{planner.paged / GIB:.2f} GiB of optimizer state is paged, and not part of what a GPU needs: it stays on the "
+        "GPU while there is room, and moves to main memory, which must hold all of it, when there is none"
+    ]
+
+
+def _least_capability(config: Config) -> tuple[int, int]:
+    """The oldest GPUs that have what a config asks for: Turing, or Ampere for bf16 and FlashAttention."""
+    newer = precision(config, on_gpu=True).weights == "bfloat16" or attention(config) == "flash_attention_2"
+    return (8, 0) if newer else (7, 5)
+
+
+def _totals(parameters: dict[str, dict[str, int]]) -> dict[str, Any]:
+    frozen = sum(count["frozen"] for count in parameters.values())
+    trainable = sum(count["trainable"] for count in parameters.values())
+    return {"frozen": frozen, "trainable": trainable, "trainable_share": trainable / (frozen + trainable)}
+
+
+def _usable(card: Gpu) -> float:
+    return (card.memory or 0) * GIB * USABLE
+
+
+def _verdict(planner: Planner, card: Gpu, saved: float) -> dict[str, Any]:
+    """Whether a card holds a step, and how far rows and tokens could grow; None where that cannot be told.
+
+    Args:
+        saved: bytes that an engine saves on each of several cards.
+    """
+    usable = _usable(card) + saved
+    return {
+        "card": card.name,
+        "usable": usable - saved,
+        "fits": planner.need() <= usable,
+        "free": usable - planner.need(),
+        "largest_micro_batch": largest(lambda n: planner.need(rows=n) <= usable, _MOST_ROWS),
+        "longest_row": largest(lambda n: planner.need(length=n) <= usable, planner.sizes["context"], ROUND),
+    }
+
+
+def largest(fits: Callable[[int], bool], most: int, unit: int = 1) -> int | None:
+    """The largest multiple of a unit up to `most` that fits, given that smaller ones fit too; 0 where none does.
+
+    None where shapes on the way allocate so differently that they cannot be told from those that were traced.
+    """
+    low, high = 0, 1
+    try:
+        while high * unit < most and fits(high * unit):
+            low, high = high, high * 2
+        high = min(high, most // unit)
+        if high > low and fits(high * unit):
+            return high * unit
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle * unit) else (low, middle)
+    except NotAlike:
+        return None
+    return low * unit
+
+
+def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[dict[str, Any]]:
+    """What to change where a step does not fit, the mildest first, one upon the other until it does."""
+    usable = _usable(card) + saved
+    rows, step = planner.rows, planner.step
+    optimizer = str(config.get("optimizer") or steps.OPTIMIZER)
+    paged = "paged_adamw_8bit" if "8bit" in optimizer else "paged_adamw_32bit"
+    candidates: list[tuple[Config, str, bool]] = [
+        ({"gradient_checkpointing": True}, "the same gradients, a third more time", not step.checkpointing),
+        (
+            {"chunked_cross_entropy": True},
+            "the same loss, of an eighth of the tokens at a time",
+            card.capability >= (8, 0) and not step.chunked_loss,  # compiled with Triton, which asks for 8.0
+        ),
+        (
+            {"optimizer": paged},
+            "the same steps; its state leaves the GPU when that is full",
+            optimizer in steps.OPTIMIZERS and "paged" not in optimizer,
+        ),
+        (
+            {
+                "micro_batch_size": 1,
+                "gradient_accumulation_steps": max(int(datafiles.effective_batch(config)), rows),
+                "batch_size": None,
+            },
+            "the same rows a step, one at a time",
+            rows > 1,
+        ),
+        (_with_adapter(config, "qlora"), "a base in 4 bits", step.adapter != "qlora"),
+    ]
+    found, changed, tried = [], config, planner
+    for settings, effect, applies in candidates:
+        if not applies:
+            continue
+        settings = {key: value for key, value in settings.items() if value is not None or key in config}
+        changed = {key: value for key, value in (changed | settings).items() if value is not None}
+        tried, _ = planner_of(changed, card, alone=True)
+        found.append({"set": settings, "effect": effect, "needed": tried.need(), "fits": tried.need() <= usable})
+        tried.save()
+        if found[-1]["fits"]:
+            return found
+    longest = largest(lambda n: tried.need(length=n) <= usable, planner.length, ROUND)
+    if longest:
+        settings = {"sequence_len": longest}
+        found.append(
+            {"set": settings, "effect": "longer rows are lost", "needed": tried.need(length=longest), "fits": True}
+        )
+    return found
+
+
+def _with_adapter(config: Config, adapter: str) -> Config:
+    """The settings that turn a config into one with an adapter, on all linear layers where it names none."""
+    settings: Config = {"adapter": adapter, "load_in_4bit": adapter == "qlora"}
+    if not (config.get("lora_target_modules") or config.get("lora_target_linear")):
+        settings["lora_target_linear"] = True
+    return settings | ({} if config.get("lora_r") else {"lora_r": 16, "lora_alpha": 32})
+
+
+def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:
+    """Bytes that each of several GPUs needs, by the engine; from the parts of the peak on one.
+
+    Data parallelism keeps a second copy of the gradients in its buckets. ZeRO (arXiv 1910.02054) holds trained
+    weights and gradients in 16 bits, and a copy of the weights in fp32 beside the optimizer's state; it divides these
+    two (stage 1), the gradients too (2), and the weights, frozen ones too (3). FSDP trains in fp32 (accelerate) and
+    divides all of it. Stage 3 and FSDP gather a layer, or an embedding, at a time. Activations and logits stay. Other
+    buffers are not counted, nor that stage 3 leaves norms in 16 bits.
+    """
+    if gpus == 1:
+        return {}
+    parts, trained = planner.usage().parts, _totals(planner.parameters)["trainable"]
+    kinds = ("base weights", "quantization constants", "embeddings and head", "adapters")
+    weights = sum(parts.get(kind, 0) for kind in kinds)
+    gradients, optimizer = parts.get("gradients", 0), parts.get("optimizer", 0)
+    frozen = weights - parts.get("adapters", 0) if planner.step.adapter else 0
+    rest = planner.need() - weights - gradients - optimizer
+    gathered = max((frozen + 2 * trained) / planner.sizes["layers"], parts.get("embeddings and head", 0)) * (
+        1 - 1 / gpus
+    )
+    state = (optimizer + 4 * trained) / gpus
+    return {
+        "DDP": planner.need() + gradients,
+        "ZeRO-1": rest + frozen + 2 * trained + 2 * trained + state,
+        "ZeRO-2": rest + frozen + 2 * trained + 2 * trained / gpus + state,
+        "ZeRO-3": rest + (frozen + 4 * trained) / gpus + state + gathered,
+        "FSDP": rest + (frozen + 8 * trained + optimizer) / gpus + gathered,
+    }
+
+
+def compare(request: Request, gpu: Gpu | None = None) -> list[dict[str, Any]]:
+    """Full fine-tuning, LoRA and QLoRA of a config's model side by side, in bytes.
+
+    `weights`, `gradients`, `optimizer` and `activations` are what a GPU holds at the peak, and `other` is what kernels,
+    the allocator and CUDA take; together they are `needed`. `optimizer_paged` comes on top, in main memory if need be.
+    """
+    config = composed_for(request).config
+    rows = []
+    for adapter in (None, "lora", "qlora"):
+        changed = {key: value for key, value in config.items() if key not in ("adapter", "load_in_4bit")}
+        planner, notes = planner_of(changed | (_with_adapter(config, adapter) if adapter else {}), gpu, alone=True)
+        parts = planner.usage().parts
+        kinds = ("base weights", "quantization constants", "embeddings and head", "adapters")
+        held = {
+            "weights": sum(parts.get(kind, 0) for kind in kinds),
+            "gradients": parts.get("gradients", 0),
+            "optimizer": parts.get("optimizer", 0),
+            "activations": parts.get("activations", 0) + parts.get("logits", 0),
+        }
+        rows.append(
+            {
+                "method": {None: "full", "lora": "LoRA", "qlora": "QLoRA"}[adapter],
+                **_totals(planner.parameters),
+                **held,
+                "other": planner.need() - sum(held.values()),
+                "needed": planner.need(),
+                "optimizer_paged": planner.paged,
+                "notes": notes + _of_paged(planner),
+            }
+        )
+        planner.save()
+    return rows

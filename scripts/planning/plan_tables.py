@@ -1,0 +1,174 @@
+"""Plans as they are printed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..base import tables
+from .planner import GIB
+
+Plan = dict[str, Any]
+
+
+def show(planned: Plan) -> None:
+    """A plan on stdout."""
+    batch = "{rows} x {tokens} tokens"
+    of_batch = batch.format(**planned["micro_batch"])
+    print(f"{planned['model']}, {planned['adapter'] or 'all weights'}, {of_batch} a micro batch\n")
+    tables.print_table(_parameters(planned))
+    print(f"{planned['trainable_share']:.3%} trainable\n")
+    tables.print_table(_memory(planned))
+    if longest := planned.get("longest_batch"):
+        print(f"{longest['needed'] / GIB:.2f} GiB at the longest batch of the data, {batch.format(**longest)}")
+    print()
+    tables.print_table(_cards(planned))
+    for change in planned["changes"]:
+        settings = " ".join(f"--set {key}={json.dumps(value)}" for key, value in change["set"].items())
+        verdict = "then it fits" if change["fits"] else "not enough"
+        print(f"{verdict}, {change['needed'] / GIB:.2f} GiB: {settings} ({change['effect']})")
+    if (
+        len(planned["cards"]) == 1
+        and not planned["cards"][0]["fits"]
+        and not any(c["fits"] for c in planned["changes"])
+    ):
+        print("nothing that is known here makes it fit: take a larger card or a smaller model")
+    print()
+    tables.print_table(_work(planned["work"]))
+    show_notes(planned["notes"])
+
+
+def show_notes(notes: list[str], where: str = "") -> None:
+    """What a plan leaves out."""
+    for note in notes:
+        print(f"note: {f'{where}: ' if where else ''}{note}")
+
+
+def summary(plans: dict[str, Plan]) -> None:
+    """Several plans on stdout, a row each."""
+    tables.print_table([_summary(name, planned) for name, planned in plans.items()])
+    for name, planned in plans.items():
+        show_notes(planned["notes"], name)
+
+
+def comparison(compared: list[dict[str, Any]], name: str) -> None:
+    """The methods on stdout, a row each: what adds up to what a GPU needs, and the optimizer state that is paged."""
+    sizes = ("weights", "gradients", "optimizer", "activations", "other", "needed")
+    rows = [
+        {
+            "method": row["method"],
+            "trainable": f"{row['trainable']:,}",
+            "share": f"{row['trainable_share']:.2%}",
+            **{f"{size} GiB": row[size] / GIB for size in sizes},
+            "beside it, paged GiB": row["optimizer_paged"] / GIB,
+        }
+        for row in compared
+    ]
+    tables.print_table(rows, name)
+    for row in compared:
+        show_notes(row["notes"], row["method"])
+
+
+def _parameters(planned: Plan) -> list[dict[str, Any]]:
+    counts = planned["parameters"] | {"all": {key: planned[key] for key in ("frozen", "trainable")}}
+    return [
+        {"parameters": kind, "frozen": f"{count['frozen']:,}", "trainable": f"{count['trainable']:,}"}
+        for kind, count in counts.items()
+    ]
+
+
+def _memory(planned: Plan) -> list[dict[str, Any]]:
+    """What is allocated at the peak, and what that comes to on the card."""
+    memory = planned["memory"]
+    lines = sorted(memory["parts"].items(), key=lambda part: -part[1])
+    lines += [
+        ("allocated at the peak", memory["allocated"]),
+        ("held back by the allocator", memory["reserved"] - memory["allocated"]),
+        ("CUDA's own", memory["context"]),
+        ("needed", memory["needed"]),
+        ("paged optimizer state, not part of it", memory["paged"]),
+        *((f"needed on each GPU with {method}", size) for method, size in planned["per_gpu"].items()),
+    ]
+    return [{"memory": name, "GiB": f"{size / GIB:.2f}"} for name, size in lines if size]
+
+
+def _cards(planned: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "card": card["card"],
+            "usable GiB": f"{card['usable'] / GIB:.2f}",
+            "fits": "yes" if card["fits"] else "no",
+            "free GiB": f"{card['free'] / GIB:.2f}",
+            "largest micro batch": card["largest_micro_batch"],
+            "longest row": card["longest_row"],
+        }
+        for card in planned["cards"]
+    ]
+
+
+def _summary(name: str, planned: Plan) -> dict[str, Any]:
+    memory, cards = planned["memory"], planned["cards"]
+    if len(cards) == 1:
+        verdict = {f"fits {cards[0]['card']}": "yes" if cards[0]["fits"] else "no"}
+        verdict["free GiB"] = f"{cards[0]['free'] / GIB:.2f}"
+    else:
+        verdict = {"smallest card": next((card["card"] for card in cards if card["fits"]), "none")}
+    sizes = {"logits": memory["parts"].get("logits", 0)} | {
+        key: memory[key] for key in ("allocated", "reserved", "needed")
+    }
+    return {
+        "recipe": name,
+        "trainable": f"{planned['trainable']:,}",
+        "share": f"{planned['trainable_share']:.2%}",
+        "micro batch": "{rows} x {tokens}".format(**planned["micro_batch"]),
+        **{f"{size} GiB": f"{value / GIB:.2f}" for size, value in sizes.items()},
+        **verdict,
+    }
+
+
+def _work(work: dict[str, Any]) -> list[dict[str, Any]]:
+    rate, cost = work["tokens_per_second"], work["cost"]
+    lines = [
+        (
+            "rows",
+            f"{work['rows']:,} ({work['rows_are']})" if work["rows"] else "not known: the training data is not here",
+        ),
+        ("tokens in all epochs", f"{work['tokens']:,} ({work['tokens_are']})" if work["tokens"] else None),
+        ("optimizer steps", f"{work['steps']:,}" if work["steps"] else None),
+        ("operations a token", f"{work['flops_per_token']:.3g}"),
+        ("operations", f"{work['flops']:.3g}" if work["flops"] else None),
+        ("tokens a second", f"{rate:,.0f} ({work['rate_is']})" if rate else None),
+        ("hours", f"{work['hours']:,.1f}" if work["hours"] else None),
+        ("cost", f"{cost:,.2f} USD" if cost else None),
+    ]
+    return [{"work": name, "": text} for name, text in lines if text]
+
+
+def draw(plans: dict[str, Plan], file: Path) -> None:
+    """What each plan's memory holds at the peak, a bar each, beside what its card has.
+
+    Args:
+        file: where to, as .png or .svg.
+    """
+    from matplotlib.figure import Figure
+
+    parts = {name: planned["memory"]["parts"] for name, planned in plans.items()}
+    for name, planned in plans.items():
+        memory = planned["memory"]
+        parts[name] = parts[name] | {"allocator and CUDA": memory["needed"] - memory["allocated"]}
+    kinds = sorted(
+        {kind for held in parts.values() for kind in held}, key=lambda kind: -parts[next(iter(plans))].get(kind, 0)
+    )
+    figure = Figure(figsize=(11, 3 + 0.4 * len(plans)), layout="constrained")
+    axes = figure.subplots()
+    left = [0.0] * len(plans)
+    for kind in kinds:
+        widths = [held.get(kind, 0) / GIB for held in parts.values()]
+        axes.barh(list(plans), widths, left=left, label=kind)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    (card, *more) = next(iter(plans.values()))["cards"]
+    if not more:
+        axes.axvline(card["usable"] / GIB, color="black", linestyle="--", label=f"usable of {card['card']}")
+    axes.set(xlabel="GiB")
+    axes.invert_yaxis()
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(file)

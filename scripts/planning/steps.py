@@ -1,0 +1,128 @@
+"""What Axolotl makes of a config, as far as a training step's memory depends on it."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from ..base.errors import UserError
+from ..base.yamlfiles import Config
+from ..configs import datafiles
+from ..configs.attention import attention
+from ..configs.precision import precision
+from .traces import Step
+
+SEQUENCE_LEN = 512  # Axolotl's default (utils/schemas/config.py)
+
+OPTIMIZER = "adamw_torch_fused"  # Axolotl's default
+OPTIMIZERS = {
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+}
+_TAKE_MORE = ("peft_use_dora", "lora_target_parameters", "unfrozen_parameters")
+_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+_SPLIT = ("tensor_parallel_size", "context_parallel_size")
+_TAKE_LESS = (
+    *("cut_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_entropy", "activation_offloading"),
+    *("peft_layers_to_transform", "peft_layers_pattern", "lora_exclude_modules"),
+    *_KERNELS,
+)
+
+
+def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int, int]) -> tuple[Step, list[str]]:
+    """The training step that Axolotl makes of a config, and what of it cannot be traced.
+
+    Args:
+        config: a config that `recipe check` finds no error in.
+        architecture: the content of the model's config.json.
+        capability: the GPU's compute capability.
+
+    Raises:
+        UserError: it is of a kind that this project cannot plan.
+    """
+    adapter = config.get("adapter")
+    if adapter not in (None, "lora", "qlora"):
+        raise UserError(f"adapter: {adapter} cannot be planned; lora, qlora and none can")
+    if config.get("load_in_8bit") or "quantization_config" in architecture:
+        raise UserError("a base in 8 bits, or quantized before, cannot be planned")
+    if config.get("rl"):
+        raise UserError("rl: preference training cannot be planned")
+    notes = []
+    formats = precision(config, on_gpu=True)
+    dtype = formats.weights
+    if not adapter and formats.autocast == "float16":
+        dtype = "float32"
+        notes.append("weights in fp32: a gradient scaler refuses gradients in fp16")
+    optimizer = str(config.get("optimizer") or OPTIMIZER)
+    if optimizer not in OPTIMIZERS:
+        notes.append(f"optimizer {optimizer}: planned as {OPTIMIZER}")
+        optimizer = OPTIMIZER
+    implementation = attention(config) or "sdpa"
+    if implementation not in ("sdpa", "eager", "flash_attention_2"):
+        notes.append(f"{implementation}: planned as flash_attention_2")
+        implementation = "flash_attention_2"
+    notes += _not_traced(config)
+    rows, packed = rows_of(config), bool(config.get("sample_packing"))
+    pads, masks = rows > 1 or bool(config.get("pad_to_sequence_len")), implementation != "flash_attention_2"
+    quantization = config.get("bnb_config_kwargs") or {}
+    targets = "all-linear" if config.get("lora_target_linear") else config.get("lora_target_modules") or ()
+    step = Step(
+        model=json.dumps(architecture, sort_keys=True),
+        adapter=adapter,
+        weights=dtype,
+        autocast=formats.autocast,
+        rank=int(config.get("lora_r") or 8),
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        saved_modules=tuple(config.get("lora_modules_to_save") or ()),
+        dropout=float(config.get("lora_dropout") or 0),
+        quantization=quantization.get("bnb_4bit_quant_type", "nf4"),
+        double_quantization=quantization.get("bnb_4bit_use_double_quant", True),
+        checkpointing=_checkpointing(config),
+        attention=implementation,
+        padded=pads and masks and not packed,
+        packed=packed and masks,
+        accumulates=datafiles.effective_batch(config) > rows,
+        optimizer=optimizer,
+        chunked_loss=bool(config.get("chunked_cross_entropy")),
+        capability=capability,
+    )
+    return step, notes
+
+
+def _not_traced(config: Config) -> Iterator[str]:
+    """What a config uses that a trace leaves out, and which way the figures are off for it."""
+    yield from (f"{key}: not traced; it takes less" for key in _TAKE_LESS if config.get(key))
+    yield from (f"{key}: not planned; as if it were 1" for key in _SPLIT if (config.get(key) or 1) > 1)
+    if config.get("adapter") and all(config.get(key) is None for key in _KERNELS):
+        yield "LoRA kernels, which Axolotl turns on where none of their keys is set: not traced; they take less"
+    yield from (f"{key}: not traced; it takes more" for key in _TAKE_MORE if config.get(key))
+    if config.get("gradient_checkpointing") in ("offload", "offload_disk"):
+        yield "offloading: not traced; it takes less"
+    if int(config.get("eval_batch_size") or 0) > rows_of(config):
+        yield "eval_batch_size: evaluation is not traced, and with more rows than training may take more"
+
+
+def _checkpointing(config: Config) -> str | None:
+    if not config.get("gradient_checkpointing"):
+        return None
+    reentrant = (config.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", False)
+    return "reentrant" if reentrant else "non-reentrant"
+
+
+def rows_of(config: Config) -> int:
+    """The rows of a micro batch."""
+    return int(config.get("micro_batch_size") or 1)
+
+
+def length_of(config: Config) -> int:
+    """The most tokens of a row."""
+    return int(config.get("sequence_len") or SEQUENCE_LEN)
+
+
+def is_flat(config: Config, step: Step) -> bool:
+    """Whether the rows of a micro batch are laid end to end, as they are where FlashAttention keeps packed documents
+    apart (axolotl/core/trainers/base.py, multipack_real_batches)."""
+    return bool(config.get("sample_packing")) and not step.packed

@@ -1,0 +1,107 @@
+"""What a training takes: tokens, steps, operations, and on a known card time and cost."""
+
+from pathlib import Path
+from typing import Any
+
+from ..configs import datafiles
+from ..configs.compose import Composed
+from ..configs.gpus import Gpu, named
+from ..data import study
+from ..runs.lookup import all_runs
+from . import steps
+from .planner import Planner
+
+UTILIZATION = 0.3
+"""The share of the peak rate that is assumed where nothing was measured."""
+
+
+def work(
+    composed: Composed,
+    planner: Planner,
+    gpu: Gpu | None,
+    gpus: int,
+    trained_on: tuple[int, int] | None,
+    price: float | None,
+    runs: Path,
+) -> dict[str, Any]:
+    """What a config's training takes.
+
+    Args:
+        composed: the config.
+        planner: its planned step.
+        gpu: the card, if one is named or there.
+        gpus: how many of them.
+        trained_on: rows and tokens of the training data, where those were counted; else every row counts as a full one.
+        price: of a card, an hour.
+        runs: the folder with earlier runs.
+
+    Returns:
+        Among others `tokens_per_second`: of the newest run of this recipe on as many such cards, else from the card's
+        peak rate and UTILIZATION.
+    """
+    config, length = composed.config, steps.length_of(composed.config)
+    rows, source = datafiles.training_rows(config), "the config's data"
+    of_study = study.of(composed.origin or composed.recipe)
+    own_data = any(difference.key.startswith("datasets") for difference in composed.differences)
+    if trained_on:
+        rows, source = trained_on[0], "counted"
+    elif rows is None and of_study and not own_data:
+        rows, source = of_study.data.files["msg-train.jsonl"].rows, "the study's data"
+    all_steps = datafiles.steps_of(config, rows, gpus)
+    tokens = trained_on[1] if trained_on else rows * length if rows else None
+    epochs = float(config.get("num_epochs") or 1)
+    if rows and all_steps and config.get("max_steps"):  # it wins over the epochs
+        epochs = all_steps * datafiles.effective_batch(config) * gpus / rows
+    tokens = round(tokens * epochs) if tokens else None
+    per_token = flops_of_token(planner, length)
+    rate, of_rate = (
+        (_measured_rate(composed.recipe, gpu, gpus, runs), "measured in an earlier run") if gpu else (None, "")
+    )
+    if gpu and gpu.tflops and not rate:
+        rate, of_rate = gpu.tflops * 1e12 * UTILIZATION * gpus / per_token, f"{UTILIZATION:.0%} of the card's peak"
+    hours = tokens / rate / 3600 if tokens and rate else None
+    return {
+        "rows": rows,
+        "rows_are": source if rows else None,
+        "tokens": tokens,
+        "tokens_are": "counted, without padding" if trained_on else "at most: every row counted as a full one",
+        "steps": all_steps,
+        "flops_per_token": per_token,
+        "flops": tokens * per_token if tokens else None,
+        "tokens_per_second": rate,
+        "rate_is": of_rate if rate else None,
+        "hours": hours,
+        "cost": hours * gpus * price if hours and price is not None else None,
+    }
+
+
+def _measured_rate(recipe: str, gpu: Gpu, gpus: int, runs: Path) -> float | None:
+    """Tokens a second, padding not counted, of the newest finished run of a recipe on as many such cards."""
+    for folder in reversed(all_runs(runs)):
+        run = folder.read()
+        used = [str(one.get("name")) for one in run.provenance.get("gpus") or []]
+        same = bool(used) and (used[0] == gpu.name or (named(used[0]) or used[0]) == named(gpu.name))
+        done = run.state == "finished" and not run.rehearsal and run.recipe == recipe and run.ranks == gpus
+        if same and done and run.summary.tokens_per_second:
+            return run.summary.tokens_per_second
+    return None
+
+
+def flops_of_token(planner: Planner, length: int) -> float:
+    """Floating-point operations that a training step spends on one token of a full row.
+
+    A matrix takes 2 for each of its weights forward, as much for the gradient of its input, and again as much for its
+    own where it is trained; the head's matrix counts, the embedding's not. Attention takes, in each layer, 4 times
+    its width times the tokens before, on average half the length, forward, and twice that backward. With
+    checkpointing all of it is computed forward once more. LoRA's matrices are trained ones.
+    """
+    sizes, again = planner.sizes, bool(planner.step.checkpointing)
+    passes = 0.0
+    for kind, count in planner.parameters.items():
+        if kind in ("norm", "embed_tokens"):
+            continue
+        passes += 2 * count["frozen"] * (2 + again) + 2 * count["trainable"] * (3 + again)
+    if "lm_head" not in planner.parameters:  # the embedding's matrix is the head's too
+        passes += 2 * sizes["vocabulary"] * sizes["width"] * (2 + again + (planner.step.adapter is None))
+    attention = 4 * sizes["attention_width"] * length / 2 * sizes["layers"]
+    return passes + attention * (3 + again)

@@ -1,0 +1,260 @@
+"""`recipe report`: runs, a study or a sweep in one HTML file that needs no network."""
+
+import gzip
+import hashlib
+import re
+from base64 import b64encode
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import distribution, version
+from pathlib import Path
+from typing import Any
+
+import orjson
+from markupsafe import Markup, escape
+
+from ..base import paths, tables
+from ..base.errors import UserError
+from ..base.machine import now
+from ..base.templating import environment
+from ..configs import gpus
+from ..data.study import Study
+from ..planning import lora, plan
+from ..results import listing, verdict
+from ..running import sweep_tables, sweeps
+from ..running.sweeps import Sweep
+from ..runs.rundir import RunDir
+from ..scores.score import Row
+from . import report_figures as draw
+from . import report_reader, report_runs
+from .report_runs import Member, members
+
+TEMPLATES = paths.TEMPLATES / "report"
+SCRIPTS = ("page.js", "charts.js", "reader.js")
+LAYERS = 2  # of the base model, whose weights are measured
+# What cannot be seen, or turns the direction of the text behind it; reader.js has the same
+_MARKS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
+
+def of_runs(found: Sequence[Member], analyze: bool) -> str:
+    """The report of runs, beside one another where there are several."""
+    if len(found) == 1:
+        return _page(found[0].run.recipe, f"Run {found[0].folder.path.name}", found, analyze)
+    title = " and ".join(one.label for one in found) if len(found) == 2 else f"{len(found)} runs"
+    return _page(title, "Runs beside one another", found, analyze)
+
+
+def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
+    """The report of a study: its table, and the runs that speak for its recipes.
+
+    Raises:
+        UserError: it has no run.
+    """
+    rows = verdict.rows(study, runs, rehearsal)
+    spoken = [RunDir(Path(row["run"])) for row in rows if row["run"]]
+    name = study.folder.name
+    if not spoken:
+        kind, other = ("rehearsals", "") if rehearsal else ("runs", "; --rehearse takes its rehearsals")
+        raise UserError(f"--study {name}: no {kind} of it below {runs}/{other}; `recipe reproduce {name}` makes them")
+    subset = study.data.subsets[study.data.scored_on]
+    about = f"{study.paper['authors']}, {study.paper['title']}, arXiv {study.paper['arxiv']}. "
+    about += "Published scores are left out: rehearsals compare with none." if rehearsal else (
+        f"Published scores are on {subset.title}, {subset.rows:,} rows."
+    )  # fmt: skip
+    baselines = [] if rehearsal else listing.baselines(study)
+    figure = draw.study([row | {"recipe": row["recipe"].removeprefix(f"{name}/")} for row in rows], baselines)
+    section = {
+        "about": about,
+        "tables": [_without_empty(table) for table in verdict.tables_of(rows, study)],
+        "baselines": baselines,
+        "notes": [] if rehearsal else verdict.notes(rows),
+        "figures": [figure] if figure else [],
+    }
+    return _page(study.title, f"Study {name}", members(spoken), analyze, study=section)
+
+
+def of_sweep(sweep: Sweep, runs: Path, best: str | None, analyze: bool) -> str:
+    """The report of a sweep: what its members trade for what, and their runs.
+
+    Args:
+        sweep: the sweep.
+        runs: the folder with its runs.
+        best: one of `sweeps.CRITERIA`, by which a member is the best.
+
+    Raises:
+        UserError: no member has a run.
+    """
+    rows = sweeps.rows(sweep, runs, best)
+    made = [(row["member"], RunDir(Path(run))) for row in rows for run in row["runs"]]
+    if not made:
+        raise UserError(f"--sweep {sweep.name}: no member has a run yet; `recipe sweep` makes them")
+    about = f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}."
+    memory = draw.memory(rows)
+    section = {
+        "about": about,
+        "notes": sweep_tables.notes(sweep, rows, best),
+        "table": _without_empty([report_runs.sweep_row(row, sweep.keys) for row in rows]),
+        "figures": [*draw.sweep(rows), *([memory] if memory else [])],
+    }
+    found = members([folder for _, folder in made], [member for member, _ in made])
+    return _page(sweep.name, f"Sweep of {sweep.recipe}", found, analyze, sweep=section)
+
+
+def _without_empty(rows: list[Row]) -> list[Row]:
+    """Rows without the columns that are empty in all of them."""
+    kept = [column for column in rows[0] if any(row[column] not in (None, "") for row in rows)]
+    return [{column: row[column] for column in kept} for row in rows]
+
+
+def check_file(file: Path) -> None:
+    """Tell that a report cannot be written before anything is read.
+
+    Raises:
+        UserError: it is not named as HTML, or its folder is missing.
+    """
+    if file.suffix not in (".html", ".htm"):
+        raise UserError(f"-o {file}: name an .html file")
+    if not file.parent.is_dir():
+        raise UserError(f"-o {file}: there is no folder {file.parent}")
+
+
+def _page(title: str, kind: str, found: Sequence[Member], analyze: bool, **more: Any) -> str:
+    """The HTML of everything that reports have in common, and of what this one has besides."""
+    alone = found[0] if len(found) == 1 else None
+    metrics = {one.label: one.folder.read_metrics() for one in found}
+    training = [figure for figure in draw.training(metrics) if figure.traces]
+    notes = []
+    if training and not any(figure.key == "load" for figure in training):
+        notes.append("The load of the processor was not recorded.")
+    if "sweep" not in more:
+        memory = draw.memory([_memory(one, analyze) for one in found])
+        training += [memory] if memory else []
+        if memory and all("planned" not in trace["name"] for trace in memory.traces):
+            notes.append("No plan of this config is kept; `recipe report --analyze` makes one, as `recipe plan` does.")
+    model_figures, model_notes = _model(found, analyze)
+    spread = list(draw.distributions({one.label: one.predictions for one in found if one.predictions}))
+    reader = report_reader.reader(found)
+    of = {one.label: "" if alone else f" of {one.label}" for one in found}
+    facts: dict[str, Any] = {"study": None, "sweep": None} | more
+    figures = [*training, *spread, *model_figures, *(f for part in more.values() for f in part["figures"])]
+    facts |= {
+        "title": title,
+        "kind": kind,
+        "rehearsal": found[0].run.rehearsal,
+        "made": now(),
+        "version": version("qlora-recipes"),
+        "tiles": list(report_runs.tiles(alone)) if alone else [],
+        "overview": [report_runs.overview(one) for one in found],
+        "training": training,
+        "training_notes": notes,
+        "scores": report_runs.scores(found),
+        "scored_on": "; ".join(dict.fromkeys(report_runs.scored_on(one) for one in found if one.evaluation)),
+        "spread": spread,
+        "reader": bool(reader),
+        "reader_data": _packed(orjson.dumps(reader)),
+        "model_figures": model_figures,
+        "model_notes": model_notes,
+        "settings": [report_runs.settings(one) | {"of": of[one.label]} for one in found],
+        "provenance": [report_runs.provenance(one) | {"of": of[one.label]} for one in found],
+        "figures_data": _packed(orjson.dumps({figure.key: figure.as_json() for figure in figures})),
+    }
+    sections = {
+        "overview": ("At a glance", True),
+        "study": ("Study", facts["study"]),
+        "sweep": ("Trade-offs", facts["sweep"]),
+        "training": ("Training", True),
+        "scores": ("Scores", True),
+        "predictions": ("Predictions", reader),
+        "model": ("Quantization and LoRA", model_figures),
+        "settings": ("Settings", True),
+        "provenance": ("Provenance", True),
+    }
+    facts["contents"] = [(key, name) for key, (name, there) in sections.items() if there]
+    return _render(facts)
+
+
+def _render(facts: dict[str, Any]) -> str:
+    jinja = environment(TEMPLATES, escape=True)
+    jinja.filters |= {
+        "text": visible,
+        "note": _note,
+        "numbers": lambda rows, column: any(isinstance(row[column], int | float) for row in rows),
+    }
+    script = "\n".join((TEMPLATES / name).read_text() for name in SCRIPTS)
+    plotly = Path(str(distribution("plotly").locate_file("plotly/package_data/plotly.min.js"))).read_text()
+    ours = {
+        "script": Markup(script),
+        "style": Markup((TEMPLATES / "report.css").read_text()),
+        "plotly_code": _packed(plotly.encode()),
+        "script_hashes": " ".join(f"'sha256-{_hash(code)}'" for code in (script, plotly)),
+    }
+    return jinja.get_template("report.html.j2").render(facts | ours)
+
+
+def _hash(code: str) -> str:
+    return b64encode(hashlib.sha256(code.encode()).digest()).decode()
+
+
+def _packed(content: bytes) -> str:
+    """Bytes as the page's script unpacks them; in this form no text in them can end the element that holds it."""
+    return b64encode(gzip.compress(content, 9, mtime=0)).decode()
+
+
+def visible(value: Any) -> str:
+    """A value as text, what cannot be seen in it by its number."""
+    return _MARKS.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", tables.text_of(value))
+
+
+def _note(text: str) -> Markup:
+    """A sentence as HTML, what is between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(visible(text))))
+
+
+def _memory(one: Member, anew: bool) -> Row:
+    """A run's memory, planned and measured."""
+    planned = None
+    cards = one.run.provenance.get("gpus") or [{}]
+    capability = cards[0].get("compute_capability")
+    with suppress(UserError):  # a config that cannot be planned has no plan
+        planned = plan.needed_gib(one.config, gpus.find(capability) if capability else None, anew)
+    summary = one.run.summary
+    return {
+        "member": one.label,
+        "planned_gib": planned,
+        "peak_memory_gib": summary.peak_memory,
+        "memory_kind": summary.memory_kind,
+    }
+
+
+def _model(found: Sequence[Member], analyze: bool) -> tuple[list[draw.Figure], list[str]]:
+    """Figures of the base models: what LoRA trains of them, and, where asked for, what 4 bits lose of the weights."""
+    rows, own, notes = [], {}, []
+    by_model: dict[str, Member] = {}
+    for one in found:
+        name = str(one.config.get("base_model"))
+        with suppress(UserError):  # of another kind of model, or nowhere on this machine
+            if name not in by_model:
+                rows += lora.rows({name: one.config}, download=False)
+            by_model[name] = one
+            share = lora.share(one.config)
+            if share is not None:
+                own[one.label] = (int(one.config["lora_r"]), share)
+    short = {name: Path(name).name if Path(name).is_dir() else name for name in by_model}
+    rows = [row | {"model": short[row["model"]]} for row in rows]
+    figures = [draw.lora_share(rows, own)] if rows else []
+    local = next((name for name in by_model if Path(name).is_dir()), None)
+    if analyze and local:
+        from ..base.quiet import importing_axolotl
+
+        with importing_axolotl():
+            from ..planning import quantization
+
+            measured = quantization.measure(quantization.weights_of(Path(local), LAYERS))
+        figures += draw.quantization(measured, f"{LAYERS} decoder layers of {short[local]}")
+    elif local:
+        notes.append("`recipe report --analyze` measures what 4 bits lose of the weights too.")
+    elif analyze:
+        notes.append("What 4 bits lose of the weights is not measured: they are no local folder.")
+    return figures, notes

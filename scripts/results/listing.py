@@ -1,0 +1,87 @@
+"""A row a run, ours beside the published scores: `recipe results`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import places
+from ..base import tables
+from ..base.progress import say
+from ..data import study
+from ..runs.lookup import all_runs, readable
+from ..runs.rundir import Run, RunDir
+from ..scores.evaluations import of_run
+from .run_rows import row
+
+AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown of runs that were made before there was one per token
+REHEARSALS = "Rehearsals (small stand-in model and sample; not comparable with any published score)"
+
+
+def _jobs(folder: RunDir, run: Run) -> Iterator[str]:
+    """The jobs of what is still to be done for a run, in words."""
+    trained = run.state == "finished"
+    steps = (("prepare", trained), ("run", trained), ("evaluate", of_run(folder.path, run)))
+    for step, done in steps:
+        if not done and (state := places.job_state(folder, step)):
+            yield f"{step}: {state}"
+
+
+def _short(full: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row that fit a terminal."""
+    step = f"{full['step']}/{full['steps'] or '?'}"
+    if full["ended"] == "early stopping":
+        step += ", early stopping"
+    minutes = full["train_seconds"] / 60
+    losses = None
+    if full["eval_loss"] is not None:
+        losses = f"{tables.text_of(full['eval_loss_first'])} → {tables.text_of(full['eval_loss'])}"
+    short = {
+        "run": Path(full["run"]).name,
+        "recipe": full["recipe"],
+        "state": full["state"],
+        "jobs": full["jobs"],
+        "step": step,
+        "eval loss": losses,
+        AXOLOTL_EVAL_LOSS: None if losses else full["eval_loss_axolotl"],
+        "BLEU-4": full["bleu4"],
+        "base model": full["bleu4_base_model"],
+    }
+    if not full["rehearsal"]:
+        short |= {"published": full["bleu4_published"], "difference": full["bleu4_difference"]}
+    speed = full["tokens_per_second"]
+    return short | {
+        "rows": full["rows_evaluated"],
+        "peak GiB": full["peak_memory_gib"],
+        "tokens/s": round(speed) if speed else None,
+        "minutes": f"{minutes:.1f}",
+        "variant of": full["variant_of"],
+        "changed": full["changed_keys"] or None,
+    }
+
+
+def show(runs: Path, form: str) -> None:
+    """Print the results of all runs below a folder as `table`, `md`, `csv` or `json`."""
+    rows = [row(folder, run, _jobs(folder, run)) for folder, run in readable(all_runs(runs), places.read)]
+    if not rows and form != "json":
+        say(f"no runs below {runs}/; `recipe run NAME --rehearse` makes one")
+    elif form in ("json", "csv"):
+        tables.write(rows, form)
+    else:
+        real = [_short(r) for r in rows if not r["rehearsal"]]
+        rehearsals = [_short(r) for r in rows if r["rehearsal"]]
+        if real:
+            tables.write(real, form, "Runs")
+            comparable_ones = (r for r in rows if not r["rehearsal"] and not r["other_base_model"])
+            of_studies = {id(s): s for r in comparable_ones if (s := study.of(r["variant_of"] or r["recipe"]))}
+            for of_study in of_studies.values():
+                tables.write(baselines(of_study), form, "To compare with")
+        if rehearsals:
+            tables.write(rehearsals, form, REHEARSALS)
+
+
+def baselines(of_study: study.Study) -> list[dict[str, Any]]:
+    """A study's baselines, each named."""
+    return [
+        {"baseline": b.name, "BLEU-4": b.bleu4, "BERTScore F1": b.bertscore_f1, "on": b.test_set}
+        for b in of_study.baselines
+    ]

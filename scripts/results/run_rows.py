@@ -1,0 +1,86 @@
+"""What one run is and reached, as a row of a table, and what it may be compared with."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..configs import models
+from ..data import study
+from ..runs.rundir import Run, RunDir
+from ..scores.evaluations import BASE_MODEL, Evaluation, of_run, read_scores
+
+
+def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
+    """What one run is and reached. Rehearsals are not compared with published scores.
+
+    Args:
+        folder: the run.
+        run: its record.
+        jobs: its jobs that are not at their end, in words.
+    """
+    published = aim(run)
+    own = of_run(folder.path, run)
+    base = read_scores(folder.path / "evaluations" / BASE_MODEL)
+    if own and base and any(getattr(own.settings, key) != getattr(base.settings, key) for key in _ALIKE):
+        base = None  # made on other rows or otherwise, so not to be shown beside
+    scores: dict[str, Any] = dict(own.scores) if own else {}
+    summary = run.summary
+    bleu4: float | None = scores.get("bleu4")
+    difference = None
+    if bleu4 is not None and published and own and comparable(own, run):
+        difference = bleu4 - published.bleu4
+    changed = [d.key for d in run.differences if not d.why.startswith(_REHEARSED)] + run.axolotl_arguments
+    return {
+        "run": str(folder.path),
+        "recipe": run.recipe,
+        "variant_of": run.variant_of,
+        "rehearsal": run.rehearsal,
+        "state": run.state,
+        "jobs": "; ".join(jobs) or None,
+        "step": summary.step,
+        "steps": summary.max_steps,
+        "ended": summary.ended,
+        "eval_loss_first": summary.eval_loss_per_token_first,
+        "eval_loss": summary.eval_loss_per_token,
+        "eval_loss_axolotl": summary.eval_loss,
+        "rows_evaluated": scores.get("rows"),
+        "test_set": own.settings.test_set if own else None,
+        "bleu4": bleu4,
+        "bleu4_base_model": base.scores["bleu4"] if base else None,
+        "bleu4_published": published.bleu4 if published else None,
+        "bleu4_difference": difference,
+        "bertscore_f1": scores.get("bertscore_f1"),
+        "rouge_l": scores.get("rouge_l"),
+        "sacrebleu": scores.get("sacrebleu"),
+        "peak_memory_gib": summary.peak_memory,
+        "memory_kind": summary.memory_kind,
+        "other_base_model": None if run.rehearsal else other_model(run),
+        "tokens_per_second": summary.tokens_per_second,
+        "train_seconds": summary.train_seconds,
+        "changed_keys": ", ".join(changed),
+    }
+
+
+def aim(run: Run) -> study.Scores | None:
+    """The published scores that a run tries for; a rehearsal, or a run on another base model, tries for none."""
+    of_study = study.of(run.origin)
+    return of_study.aimed_at(run.origin) if of_study and not run.rehearsal and not other_model(run) else None
+
+
+def other_model(run: Run) -> str | None:
+    """The base model of a run that is not its recipe's, nor a copy of that on the hub."""
+    changed = next((difference for difference in run.differences if difference.key == "base_model"), None)
+    return str(changed.run) if changed and not models.is_copy(changed.run, changed.recipe) else None
+
+
+_REHEARSED = ("profile rehearsal", "rehearsal: ")  # what every rehearsal changes
+
+
+_ALIKE = ("data_sha256", "rows", "decoding")
+
+
+def comparable(scored: Evaluation, run: Run) -> bool:
+    """Whether an evaluation is of a finished run, on just the rows of its study's published scores, decoded its way."""
+    of_study, made = study.of(run.origin), scored.settings
+    if of_study is None or run.rehearsal or other_model(run) or run.state != "finished" or made.limit is not None:
+        return False
+    return made.test_set == of_study.data.scored_on and made.decoding == of_study.decoding

@@ -1,0 +1,222 @@
+"""Runs of recipes, from the request to the trained adapter: `recipe run` and `recipe resume`.
+
+On several nodes a scheduler starts `recipe resume` on each of them. The first one's holds the run and keeps its record,
+the others' only launch their share of the ranks.
+"""
+
+import hashlib
+import os
+from collections.abc import Container
+from pathlib import Path
+
+from .. import places
+from ..base import machine, paths, yamlfiles
+from ..base.errors import UserError
+from ..base.files import sha256, write_atomically
+from ..base.progress import say
+from ..checks import check
+from ..checks.check import check_arguments
+from ..configs import datafiles, gpus, standin
+from ..configs.compose import Composed, Request, compose, is_rehearsal
+from ..configs.config import Difference
+from ..places import Place
+from ..planning import fit
+from ..runs import launch, provenance
+from ..runs.handover import launched
+from ..runs.lookup import find_run
+from ..runs.rundir import Run, RunDir, claim, this_job
+from ..runs.tasks import Command
+
+
+def prepare(request: Request, place: Place | None = None) -> Composed:
+    """The checked config of a run; what is worth knowing about it goes to stderr.
+
+    Args:
+        request: the run.
+        place: where it is to run; None for this machine.
+
+    Raises:
+        UserError: the request or the config is wrong.
+    """
+    here = place is None or place.here
+    for option, value in (("--gpus", request.gpus), ("--nodes", request.nodes)):
+        if value < 1:
+            raise UserError(f"{option} {value}: at least 1")
+    if here and request.nodes > 1:
+        raise UserError(f"--nodes {request.nodes}: goes with --on slurm, which starts the run on each of them")
+    on_gpus = here and not request.dry_run and not is_rehearsal(request)
+    if on_gpus and request.gpus > max(available := len(machine.gpus()), 1):
+        raise UserError(f"--gpus {request.gpus}: this machine has {available}")
+    check_arguments(request.axolotl_arguments)
+    composed = compose(request)
+    starts = not request.dry_run
+    gpu = place.gpu() if place else gpus.here()
+    report = check.examine(composed, gpu, request.ranks, launching=starts, data=starts)
+    fit.add_to(report, gpu, request.ranks, anew=starts)
+    found = report.findings
+    for finding in found:
+        if not starts and finding.rule == "missing-file" and finding.key.startswith(("datasets", "test_datasets")):
+            finding.level = "note"  # a dry run only shows the config
+    for finding in check.refuse(places.relevant(place, found) if place else found, request.force):
+        say(str(finding))
+    if starts:
+        composed.data = datafiles.record(composed.config)
+    return composed
+
+
+def run(request: Request, runs: Path) -> RunDir:
+    """Launch a recipe in a new run folder and wait for it.
+
+    Raises:
+        UserError: the request is wrong; nothing was started.
+        WorkFailed: Axolotl failed, or the run was interrupted.
+    """
+    folder = create(prepare(request), request, runs)
+    with folder.held() as lock:
+        launch.train(folder, folder.read(), lock)
+    return folder
+
+
+def create(composed: Composed, request: Request, runs: Path, told: Container[Difference] = ()) -> RunDir:
+    """A new run folder with the config and the record of a run that has yet to be launched.
+
+    Args:
+        composed: the run's checked config.
+        request: what it was composed from.
+        runs: the folder for it.
+        told: differences from the recipe that the user knows already.
+    """
+    if composed.rehearsal:
+        standin.model_folder()
+    folder = claim(runs, composed.recipe, composed.digest)
+    ours = launched(composed, folder)
+    new = [difference for difference in composed.differences if difference not in told]
+    for difference in composed.differences:  # with a tracker's placeholders filled in
+        difference.run = ours.get(difference.key, difference.run)
+    record = Run(
+        recipe=composed.recipe,
+        variant_of=composed.origin if composed.origin != composed.recipe else None,
+        recipe_file=str(composed.recipe_file),
+        recipe_sha256=sha256(composed.recipe_file),
+        digest=composed.digest,
+        template_sha256=_template_sha256(composed.recipe),
+        rehearsal=composed.rehearsal,
+        profiles=composed.profiles,
+        overrides=request.overrides,
+        forced=request.force,
+        mirror=request.mirror,
+        gpus_used=request.gpus,
+        nodes=request.nodes,
+        axolotl_arguments=request.axolotl_arguments,
+        differences=composed.differences,
+        data=composed.data,
+        test_data=datafiles.test_file(composed.config),
+        cwd=str(Path.cwd()),
+        provenance=provenance.collect(),
+    )
+    write_atomically(folder.config, yamlfiles.write_yaml(ours))
+    folder.write(record)
+    say(f"run {folder.path}")
+    for difference in new:
+        say(f"  {difference}")
+    return folder
+
+
+def resume(name: str, runs: Path, prepare_only: bool = False) -> RunDir:
+    """Go on with an interrupted or failed run from its last whole checkpoint, in its own folder.
+
+    Args:
+        name: the run, see `find_run`.
+        runs: the folder with the runs.
+        prepare_only: only have its rows tokenized and its base model fetched.
+
+    Raises:
+        UserError: there is no such run, it is finished or still going on, or this machine cannot train it.
+        WorkFailed: as in `run`.
+    """
+    folder = find_run(name, runs)
+    if (record := folder.read()).nodes > 1 and os.environ.get("SLURM_NODEID", "0") != "0":
+        if record.state != "finished":
+            launch.follow(folder)
+        return folder
+    with folder.held() as lock:
+        record = folder.read()
+        in_a_job = this_job(os.environ) in {job.id for job in folder.jobs()}
+        if record.state == "finished" and in_a_job:
+            say(f"{folder.path}: the run is finished")  # of a job that was requeued after it
+            return folder
+        if reason := hindrance(folder, record, in_a_job):
+            raise UserError(f"{folder.path}: {reason}")
+        if prepare_only:
+            launch.preprocess(folder, record)
+            return folder
+        if record.nodes > 1 and "SLURM_LAUNCH_NODE_IPADDR" not in os.environ:
+            raise UserError(f"{folder.path}: a run on {record.nodes} machines; --on slurm starts it on each of them")
+        if not record.launches:
+            _check_here(folder, record)
+        checkpoint = folder.last_checkpoint()
+        if record.launches:
+            begin = checkpoint.name if checkpoint else "the beginning: it has no whole checkpoint"
+            say(f"resume {folder.path} from {begin}")
+        launch.train(folder, record, lock, checkpoint)
+    return folder
+
+
+def hindrance(folder: RunDir, record: Run, in_a_job: bool = False) -> str | None:
+    """Why a run cannot be gone on with; None where it can.
+
+    Args:
+        in_a_job: whether what asks is the job that is to go on with it, or one that comes before.
+    """
+    job = None if in_a_job else places.job_state(folder, "run")
+    if job and job.kind != "unknown":
+        return f"the run is {job}; `recipe cancel {folder.path}` ends that"
+    if record.state == "finished":
+        return f"the run is finished; `recipe evaluate {folder.path}` comes next"
+    if not folder.config.is_file():
+        return "ended before its config was written; run the recipe anew"
+    output = Path(record.cwd, str(yamlfiles.read_yaml(folder.config).get("output_dir")))
+    if output.resolve() != folder.output.resolve():
+        return f"the run was moved; it writes to {output}, so move it back there first"
+    for file in record.data:
+        path = Path(record.cwd, file.path)
+        if not path.is_file() or sha256(path) != file.sha256:
+            return f"{path} is not the data that the run began with; a resumed run would mix two"
+    return None
+
+
+def _check_here(folder: RunDir, record: Run) -> None:
+    """Check a run that was created elsewhere, or a while ago, against the machine that is to train it.
+
+    Raises:
+        UserError: it cannot train it; the run is a failed one then.
+    """
+    content, recipe = yamlfiles.read_yaml(folder.config), Path(record.recipe_file)
+    composed = Composed(record.recipe, recipe, record.variant_of, content, [], {}, record.profiles, record.rehearsal)
+    report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
+    fit.add_to(report, gpus.here(), record.ranks, anew=True)
+    found = report.findings
+    visible = len([*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))]) or len(machine.gpus())
+    try:
+        errors = {finding.name for finding in found if finding.level == "error"}
+        check.refuse(found, [name for name in record.forced if name in errors])  # not of the rows, or of another GPU
+        if not record.rehearsal and record.gpus_used > max(visible, 1):
+            raise UserError(f"{folder.path}: a run on {record.gpus_used} GPUs, and there are {visible} here")
+    except UserError:
+        record.state = "failed"
+        folder.write(record)
+        raise
+
+
+def _template_sha256(recipe: str) -> str | None:
+    """A hash of all that a recipe is rendered from; None where it has no template."""
+    template = paths.TEMPLATES / f"{recipe}.yaml.j2"
+    if not template.is_file():
+        return None
+    files = [template, *sorted(template.parent.glob("_*.j2")), paths.TEMPLATES / "models.yaml"]
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
+def command(folder: RunDir, runs: Path, rows: str = "") -> Command:
+    """The command that trains a run, or goes on with it; see `Command` for `rows`."""
+    return Command("run", folder, ["resume", str(folder.path), "--runs", str(runs)], rows)

@@ -1,0 +1,76 @@
+"""How the members of a sweep are printed."""
+
+from collections import Counter
+from typing import Any
+
+from ..base import tables, yamlfiles
+from ..results import listing
+from . import sweeps
+from .sweeps import Sweep
+
+
+def show(sweep: Sweep, rows: list[dict[str, Any]], best: str | None, form: str) -> None:
+    """Print the rows of `sweeps.rows` as `table`, `md`, `csv` or `json`."""
+    if form == "json":
+        tables.print_json(rows)
+        return
+    if form == "csv":
+        tables.print_csv([_flat(sweep, row) for row in rows])
+        return
+    title = f"{sweep.name}: {sweep.recipe}"
+    tables.write(
+        [_short(sweep, row) for row in rows], form, f"{title}. {listing.REHEARSALS}" if sweep.rehearsal else title
+    )
+    for line in notes(sweep, rows, best):
+        print(line)
+
+
+def notes(sweep: Sweep, rows: list[dict[str, Any]], best: str | None) -> list[str]:
+    """What has to be said under the table."""
+    quality = sweeps.quality_of(rows, best)
+    front = [row["member"] for row in rows if row["pareto"]]
+    lines = [f"Pareto front over peak memory and {quality}: {'; '.join(front)}"] if front else []
+    lines += [f"Best by {best}: {row['member']}" for row in rows if row["best"]]
+    if any(row["planned_gib"] is not None for row in rows):
+        of_what = "Memory planned is the recipe's on a GPU"
+        lines.append(f"{of_what}, measured the rehearsal's process on the CPU." if sweep.rehearsal else f"{of_what}.")
+    if any(row["bleu4_interval"] for row in rows):
+        several = len(sweep.members) > len(rows)
+        lines.append(f"Intervals are over {'seeds' if several else 'the rows of one run'}.")
+    return lines
+
+
+def _short(sweep: Sweep, row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row that fit a terminal."""
+    values = {key: _shown(row["values"].get(key)) for key in sweep.keys if not row["member"].startswith(f"{key}=")}
+    wanted = max(len(row["seeds"]), 1)
+    states = Counter(row["states"] + ["not begun"] * (wanted - len(row["states"])))
+    share, seconds = row["trainable_share"], row["train_seconds"]
+    return {
+        "member": row["member"],
+        **values,
+        "state": next(iter(states)) if wanted == 1 else ", ".join(f"{n} {state}" for state, n in states.items()),
+        "eval loss": row["eval_loss"],
+        "BLEU-4": row["bleu4"],
+        "95 %": row["bleu4_interval"],
+        "trained": None if share is None else f"{share:.2%}",
+        "planned GiB": row["planned_gib"],
+        "measured GiB": row["peak_memory_gib"],
+        "minutes": None if seconds is None else f"{seconds / 60:.1f}",
+        "front": "*" if row["pareto"] else None,
+        "best": "*" if row["best"] else None,
+    }
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return None if value is None else yamlfiles.write_flow(value)
+
+
+def _flat(sweep: Sweep, row: dict[str, Any]) -> dict[str, Any]:
+    """A row without anything below it, as CSV needs it."""
+    flat = {key: value for key, value in row.items() if key not in ("values", "runs", "states", "seeds")}
+    for score in sweeps.QUALITY:
+        flat[f"{score}_low"], flat[f"{score}_high"] = flat.pop(f"{score}_interval") or (None, None)
+    return {"member": flat.pop("member")} | {key: _shown(row["values"].get(key)) for key in sweep.keys} | flat

@@ -1,0 +1,118 @@
+"""Whether training can be resumed from a checkpoint: the manifest of its files, and what is compared with it."""
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from ..base.files import read_json, write_atomically
+
+MANIFEST = "manifest.json"
+CHUNK = 1 << 22  # bytes
+
+
+def step_of(folder: Path) -> int | None:
+    """The step after which a checkpoint was saved, from its name; None for a folder of another name."""
+    number = folder.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() and number != folder.name else None
+
+
+def write_manifest(folder: Path) -> None:
+    """List all files of a checkpoint with their sizes and checksums, after the last of them was written.
+
+    A crash of the machine can leave a file at its full size with zeros in place of what had not reached the disk. Only
+    a checksum over all of it finds that. CRC-32 does, at more than 4 GB/s of what is still in memory, so that an
+    adapter and its optimizer of some 2 GB delay a save by half a second; SHA-256 would take four times as long.
+    """
+    files = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "crc32": _crc32(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST and file.suffix != ".part"
+    }
+    write_atomically(folder / MANIFEST, orjson.dumps({"files": files}, option=orjson.OPT_INDENT_2).decode() + "\n")
+
+
+def damage(folder: Path, ranks: int) -> str | None:
+    """What keeps training from being resumed from a checkpoint, as in `optimizer.pt is missing`; None if nothing does.
+
+    A checkpoint has no manifest if an earlier version saved it, or if its process was killed just before writing one.
+    Its files are then checked for what any whole file of their kind has, which finds all but zeros within an adapter.
+
+    Args:
+        folder: the checkpoint.
+        ranks: the processes that saved it.
+    """
+    state = read_json(folder / "trainer_state.json")
+    if state.get("global_step") != step_of(folder):
+        return "trainer_state.json is missing or damaged"
+    if missing := _missing(folder, ranks):
+        return f"{missing} is missing"
+    listed = read_json(folder / MANIFEST).get("files")
+    return _difference(folder, listed) if listed else _unreadable(folder)
+
+
+def _missing(folder: Path, ranks: int) -> str | None:
+    """A file that training cannot be resumed without, where neither it is there nor what an engine has in its place.
+
+    The trainer itself begins with a new optimizer, schedule or random state where it finds none, without an error.
+    """
+    rng_states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    deepspeed, fsdp = "latest", ".metadata"  # what each of them writes last, the latter in every folder of its shards
+    needed = [
+        ("adapter_model.safetensors", "model*.safetensors", f"pytorch_model_fsdp_0/{fsdp}"),
+        ("optimizer.pt", "optimizer.bin", f"optimizer_0/{fsdp}", deepspeed),
+        ("scheduler.pt", deepspeed),
+        *((name,) for name in rng_states),
+    ]
+    return next((names[0] for names in needed if not any(any(folder.glob(name)) for name in names)), None)
+
+
+def _difference(folder: Path, listed: dict[str, Any]) -> str | None:
+    """The first file that is not as the manifest lists it."""
+    for name, saved in listed.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if (size := file.stat().st_size) != saved["bytes"]:
+            return f"{name} has {size:,} bytes, and was saved with {saved['bytes']:,}"
+        if _crc32(file) != saved["crc32"]:
+            return f"{name} is not as it was saved"
+    return None
+
+
+def _unreadable(folder: Path) -> str | None:
+    """The first file of weights or of torch's that is cut off or no such file."""
+    checks = {".safetensors": _is_whole_safetensors} | dict.fromkeys((".pt", ".pth", ".bin"), _is_whole_zip)
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix in checks]
+    return next((f"{file.relative_to(folder)} cannot be read" for file in files if not checks[file.suffix](file)), None)
+
+
+def _is_whole_safetensors(file: Path) -> bool:
+    """Whether a file is as long as its header says: 8 bytes with the header's length, JSON, and the tensors."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = orjson.loads(stream.read(min(length, file.stat().st_size)))
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        except (ValueError, AttributeError, TypeError, KeyError, IndexError):
+            return False
+    return file.stat().st_size == 8 + length + max(ends, default=0)
+
+
+def _is_whole_zip(file: Path) -> bool:
+    """Whether a file that torch.save wrote, which is a zip, holds what its own checksums say."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
+        return False
+
+
+def _crc32(file: Path) -> int:
+    value = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value

@@ -1,0 +1,50 @@
+"""The config that a run hands to Axolotl: its own folders, the plugin, and what its trackers are called."""
+
+import hashlib
+import os
+import re
+
+from ..base import paths
+from ..base.yamlfiles import Config
+from ..configs.compose import Composed, _fill
+from .rundir import RunDir
+
+PLUGIN = "qlora_recipes.plugin.RunPlugin"
+AUTO_RESUME = "auto_resume_from_checkpoints"
+
+
+def launched(composed: Composed, folder: RunDir) -> Config:
+    """The config with what a run adds to it: its output folder, its plugin, where prepared data goes, and for trackers
+    its name.
+
+    Axolotl keys its cache of prepared data by settings alone; the data's own hash in the path keeps a
+    changed file from being taken for the old one. Left to itself, it would resume from a damaged checkpoint.
+    """
+    content = hashlib.sha256("".join(file.sha256 for file in composed.data).encode()).hexdigest()
+    return _named_for_trackers(composed, folder) | {
+        "output_dir": str(folder.output),
+        "dataset_prepared_path": str(paths.cache() / "prepared" / content[:16]),
+        "plugins": [*(composed.config.get("plugins") or []), PLUGIN],
+        **({AUTO_RESUME: False} if composed.config.get(AUTO_RESUME) else {}),
+    }
+
+
+def _named_for_trackers(composed: Composed, folder: RunDir) -> Config:
+    """The config with the {placeholders} of its trackers' keys filled in.
+
+    project is the recipe's study, or the recipe where it has none; rehearsals have one of their own. run is the run's
+    folder below that, an end of its path, so that the other verbs know the run by it too; runs is the folder of all.
+    Axolotl hands each of these keys to its tracker in the environment variable of the same name. Where the user has
+    set that one, it holds.
+    """
+    runs, first = folder.runs(composed.recipe), (composed.origin or composed.recipe).partition("/")[0]
+    values = {
+        "project": f"{first}-rehearsal" if composed.rehearsal else first,
+        "run": str(folder.path.relative_to(runs)).removeprefix(f"{first}/"),
+        "runs": str(runs),
+    }
+    content = dict(composed.config)
+    for key, value in composed.config.items():
+        if re.match("(wandb|mlflow|trackio)_", key) and (filled := _fill(value, values)) != value:
+            content[key] = None if key.upper() in os.environ else filled
+    return content

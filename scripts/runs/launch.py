@@ -1,0 +1,235 @@
+"""Axolotl's processes that train a run: how they are started, stopped, and what is kept of their end."""
+
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+
+from ..base import yamlfiles
+from ..base.errors import WorkFailed
+from ..base.machine import now
+from ..base.processes import end_with_parent, stop_requests
+from ..base.progress import TrainingProgress
+from ..configs.engines import CPU_RANKS
+from . import provenance
+from .rundir import Ended, Launch, Run, RunDir, State, summarise, this_job
+
+LAST_SECONDS = 15  # that ranks have to end by themselves once one of them has failed
+
+
+def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
+    """Run the training process of a held run to its end, and write how it ended.
+
+    Args:
+        folder: the run's.
+        record: the content of its run.json.
+        lock: the descriptor that holds it, which the process inherits.
+        checkpoint: where to go on from; None for the beginning.
+
+    Raises:
+        WorkFailed: Axolotl failed, or the run was interrupted.
+    """
+    if not record.launches:
+        record.provenance = provenance.collect()  # of the machine that trains it
+    _drop_half_prepared(folder, record)
+    command = _command(folder, record, checkpoint)
+    resumed_from = checkpoint.name if checkpoint else None
+    started = Launch(command=command, host=platform.node(), started=now(), resumed_from=resumed_from)
+    record.launches.append(started)
+    record.state = "running"
+    folder.write(record)
+    written = folder.metrics.stat().st_size if folder.metrics.exists() else 0
+    code, stopped = _launch(command, folder, record, folder.log, lock)
+    ended = summarise(folder.read_metrics(since=written)).ended  # an earlier launch may have got further than this one
+    record.summary = summarise(folder.read_metrics())
+    record.summary.ended = ended
+    started.ended, started.exit_code = now(), code
+    record.state = _state(code, stopped, ended, (folder.output / "adapter_model.safetensors").is_file())
+    folder.write(record)
+    if record.state == "interrupted":
+        again = f"recipe resume {folder.path}" + (" --on slurm" if this_job(os.environ) else "")
+        raise WorkFailed(f"{folder.path}: interrupted; `{again}` goes on")
+    if record.state == "failed" and ended == "callback":
+        where = f"step {record.summary.step} of {record.summary.max_steps}"
+        raise WorkFailed(f"{folder.path}: a callback stopped the training at {where}; {folder.log} says why")
+    if record.state == "failed":
+        raise _failed(folder.path, folder.log)
+
+
+def _state(code: int, stopped: bool, ended: Ended | None, has_adapter: bool) -> State:
+    """The state of a run whose training process has exited.
+
+    On SIGINT, Axolotl saves the adapter as it is and exits with code 0, and the training has no recorded end.
+
+    Args:
+        code: the exit code of the process.
+        stopped: whether `recipe` was asked to stop.
+        ended: how the training ended, as the process recorded it.
+        has_adapter: whether there is an adapter in the output folder.
+    """
+    trained = ended in ("complete", "early stopping")
+    if code == 0 and trained and has_adapter:
+        return "finished"
+    killed = code in (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
+    left_off = not trained and (stopped or (code == 0 and ended is None and has_adapter))
+    return "interrupted" if killed or ended == "signal" or left_off else "failed"
+
+
+def follow(folder: RunDir) -> None:
+    """Run this node's share of a run that another node holds.
+
+    Raises:
+        WorkFailed: it ended in another way than well.
+    """
+    record, log = folder.read(), folder.path / f"node-{os.environ['SLURM_NODEID']}.log"
+    command = _command(folder, record, folder.last_checkpoint())
+    code, stopped = _launch(command, folder, record, log)
+    if code and not stopped:
+        raise _failed(folder.path, log)
+
+
+def preprocess(folder: RunDir, record: Run) -> None:
+    """Have Axolotl tokenize the rows of a run and fetch its base model, for which it needs no GPU.
+
+    Raises:
+        WorkFailed: Axolotl failed, or was interrupted.
+    """
+    _drop_half_prepared(folder, record)
+    command = [_axolotl(), "preprocess", str(folder.config.resolve())]
+    code, stopped = _launch(command, folder, record, folder.log)
+    if stopped:
+        raise WorkFailed(f"{folder.path}: interrupted")
+    if code:
+        raise _failed(folder.path, folder.log)
+
+
+def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
+    """The command line of this node's training process."""
+    command = [_axolotl(), "train", str(folder.config.resolve()), *record.axolotl_arguments]
+    if checkpoint:
+        command += ["--resume-from-checkpoint", str(checkpoint.resolve())]
+    if record.ranks == 1:
+        return [*command, "--launcher", "python"]
+    torchrun = [f"--nproc-per-node={record.gpus_used}", f"--shutdown-timeout={LAST_SECONDS}"]
+    if record.nodes == 1:
+        torchrun.append("--standalone")
+    else:
+        head, job, node = (os.environ[f"SLURM_{name}"] for name in ("LAUNCH_NODE_IPADDR", "JOB_ID", "NODEID"))
+        port = 20000 + int(job) % 10000  # jobs that share a node do not share it
+        torchrun += [f"--nnodes={record.nodes}", f"--node-rank={node}", f"--master-addr={head}"]
+        torchrun += [f"--master-port={port}"]
+    return [*command, "--launcher", "torchrun", "--", *torchrun]
+
+
+def _axolotl() -> str:
+    return str(Path(sys.executable).with_name("axolotl"))
+
+
+def _environment(folder: RunDir, record: Run) -> dict[str, str]:
+    """The environment of the training process; a rehearsal sees neither GPU nor network.
+
+    Trackers write into the run's folder, or where they compare runs, beside all runs; Axolotl has no keys for that.
+    """
+    path = folder.path.absolute()
+    trackers = {
+        "TENSORBOARD_LOGGING_DIR": str(path / "tensorboard"),
+        "TRACKIO_DIR": str(RunDir(path).runs(record.recipe) / "trackio"),
+        "WANDB_DIR": str(path),
+        "WANDB_DATA_DIR": str(path / "wandb"),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    added = {"AXOLOTL_DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+    added["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # has torchrun
+    if record.rehearsal:
+        added |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if record.ranks > 1:
+            share = (os.cpu_count() or 1) // record.gpus_used
+            added |= {CPU_RANKS: "1", "OMP_NUM_THREADS": str(max(share, 1))}
+    elif record.ranks == 1:  # with more in sight, transformers would use them all
+        added["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    return trackers | os.environ | added
+
+
+def _drop_half_prepared(folder: RunDir, record: Run) -> None:
+    """Remove prepared rows that a killed process did not write to their end, which Axolotl would take for whole.
+
+    datasets writes dataset_info.json last. Whoever is writing holds Axolotl's lock (axolotl/utils/data/lock.py).
+    """
+    prepared = Path(record.cwd, str(yamlfiles.read_yaml(folder.config).get("dataset_prepared_path")))
+    if not prepared.is_dir():
+        return
+    with suppress(Timeout), FileLock(prepared / "datasets_prep.lock", timeout=0):
+        for part in {shard.parent for shard in prepared.glob("*/data-*.arrow")}:
+            if not (part / "dataset_info.json").is_file():
+                shutil.rmtree(part)
+
+
+def _failed(folder: Path, log: Path) -> WorkFailed:
+    tail = log.read_text(errors="replace").splitlines()[-15:]
+    return WorkFailed("\n".join([*tail, f"{folder}: Axolotl failed; the whole log is {log}"]))
+
+
+def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: int) -> tuple[int, bool]:
+    """Run a process of Axolotl's to its end: its exit code, and whether it was asked to stop.
+
+    Args:
+        locks: descriptors that it inherits.
+    """
+    with stop_requests() as stops, log.open("ab") as stream:
+        child = subprocess.Popen(
+            command,
+            cwd=record.cwd,
+            env=_environment(folder, record),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            pass_fds=locks,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which stops the child in order
+            preexec_fn=_end_with_parent_and_ignore_warnings,
+        )
+        _wait(child, folder, stops)
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # data loader workers outlive a killed parent by seconds
+    return child.returncode, bool(stops)
+
+
+def _end_with_parent_and_ignore_warnings() -> None:
+    """What a training process does first: SLURM's warning of a time limit goes to all processes, and is for us."""
+    end_with_parent()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _wait(child: "subprocess.Popen[bytes]", folder: RunDir, stops: list[int]) -> None:
+    """Show the child's progress until it ends; pass a request to stop on, the second time by force."""
+    asked = False
+    with TrainingProgress(folder.metrics) as progress:
+        while child.poll() is None:
+            time.sleep(0.1)
+            progress.read()
+            if stops and not asked:
+                asked = True
+                progress.say("stopping after this step, with a checkpoint; once more to stop at once")
+                for process in _training(child):  # not their groups: they need their data loaders for the step in hand
+                    with suppress(psutil.NoSuchProcess):
+                        process.terminate()
+            if len(stops) > 1:
+                with suppress(psutil.NoSuchProcess):
+                    for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+                        process.kill()
+        progress.read()
+
+
+def _training(child: "subprocess.Popen[bytes]") -> "list[psutil.Process]":
+    """The processes that train: the ranks that a launcher has started, else the child itself."""
+    with suppress(psutil.Error):
+        process = psutil.Process(child.pid)
+        return [one for one in process.children() if "LOCAL_RANK" in one.environ()] or [process]
+    return []

@@ -1,0 +1,62 @@
+"""What a run was made of: source, packages, machine."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from ..base import paths
+from ..base.files import sha256
+from ..base.machine import cpu, gpus
+
+PACKAGES = [
+    "qlora-recipes",
+    "axolotl",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "bitsandbytes",
+    "deepspeed",
+    "datasets",
+    "tokenizers",
+]
+
+
+def collect() -> dict[str, Any]:
+    """Git state, lock, package versions and machine, for run.json."""
+    return {
+        "git": _git(),
+        "lock_sha256": sha256(paths.LOCK) if paths.LOCK.is_file() else None,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "os": platform.platform(),
+        "cpu": cpu(),
+        "cores": os.cpu_count(),
+        "gpus": gpus(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Revision of the checkout that the recipes are from, and whether it had changes; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(paths.RECIPES), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    if not paths.LOCK.is_file():
+        return None  # installed from a wheel; a repository around it would be another's
+    try:
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,370 @@
+"""Predictions of a run's model on test rows, and their scores: `recipe evaluate`."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import batched, groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+from ..base import yamlfiles
+from ..base.errors import UserError, WorkFailed
+from ..base.files import json_rows, read_json, sha256, write_atomically, write_rows
+from ..base.locks import held
+from ..base.machine import now
+from ..base.progress import Bar, say
+from ..base.quiet import importing_axolotl
+from ..configs import datafiles, gpus
+from ..configs.precision import precision
+from ..data import study
+from ..data.codereviewer import MANIFEST
+from ..data.study import Decoding
+from ..runs.rundir import Run, RunDir
+from ..runs.tasks import Command
+from . import bertscore
+from .evaluations import BASE_MODEL, PREDICTIONS, SCORES, Evaluation, Settings, read_predictions, read_scores
+from .score import VERSION, Row, code_sha256, score
+
+BASE = "none"  # --adapter none: the base model without an adapter
+BATCH_TOKENS = 8192
+"""The tokens that a batch has room for. Their keys and values take 4 GiB in a Llama 2 7B, the most of all the study's
+models, which a card of 16 GB has beside the weights."""
+REHEARSED = 12  # rows, which show that the path works
+_PART = "predictions.part.jsonl"
+
+
+@dataclass
+class Request:
+    """What is to be evaluated.
+
+    Attributes:
+        data: prepared rows; by default the study's own test set beside the run's training data, else test.jsonl there.
+        limit: evaluate the first so many rows only; by default all, and `REHEARSED` of a rehearsal's own.
+        adapter: an adapter's folder, or `none` for the base model alone; by default the run's adapter.
+        max_new_tokens: by default the study's.
+        batch_size: the most rows generated at a time; fewer where they are long, see `batches`.
+        cache: the form of the cache of keys and values; `auto` is static on a GPU, where transformers compiles for it.
+        judge: BERTScore's model, see `bertscore.judge`.
+        judge_layer: its layer.
+    """
+
+    data: Path | None = None
+    limit: int | None = None
+    adapter: str | None = None
+    max_new_tokens: int | None = None
+    batch_size: int = 16
+    cache: Literal["auto", "static", "dynamic"] = "auto"
+    judge: str | None = None
+    judge_layer: int | None = None
+
+    def options(self) -> list[str]:
+        """The request as options of `recipe evaluate`."""
+        options = {
+            "--data": self.data,
+            "--limit": self.limit,
+            "--adapter": self.adapter,
+            "--max-new-tokens": self.max_new_tokens,
+            "--batch-size": self.batch_size,
+            "--cache": self.cache,
+            "--bertscore": self.judge,
+            "--bertscore-layer": self.judge_layer,
+        }
+        return [word for option, value in options.items() if value is not None for word in (option, str(value))]
+
+
+class Task:
+    """A checked request: the run, its config, the rows, and what their predictions will depend on.
+
+    Raises:
+        UserError: the adapter or the data is missing, or a row has no output.
+    """
+
+    def __init__(self, folder: RunDir, request: Request):
+        self.folder, self.run = folder, folder.read()
+        self.cfg = yamlfiles.read_yaml(folder.config)
+        adapter = request.adapter
+        weights = None if adapter == BASE else folder.output if adapter is None else Path(adapter)
+        if weights and not (weights / "adapter_model.safetensors").is_file():
+            hint = "" if adapter else f"; the run is {self.run.state}"
+            raise UserError(f"{weights}: no adapter (adapter_model.safetensors) there{hint}")
+        if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
+            raise UserError(
+                f"{folder.path}: the run ended before it had a tokenizer and a model; it is {self.run.state}"
+            )
+        of_study = study.of(self.run.origin)
+        usual = _usual_file(self.run, self.cfg, of_study)
+        file = request.data or usual
+        if file is None:
+            raise UserError(f"{folder.path}: no test.jsonl lies beside its training data; name one with --data")
+        every = read_rows(file, self.cfg)
+        limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
+        self.rows = every[:limit]
+        decoding = of_study.decoding if of_study else Decoding(max_new_tokens=96)
+        local = Path(self.run.cwd, str(self.cfg["base_model"]))
+        data_sha256 = sha256(file)
+        self.settings = Settings(
+            base_model=str(local) if local.is_dir() else self.cfg["base_model"],
+            adapter=str(weights.resolve()) if weights else BASE,
+            adapter_sha256=sha256(weights / "adapter_model.safetensors") if weights else None,
+            data=str(file.resolve()),
+            data_sha256=data_sha256,
+            test_set=_test_set(file, data_sha256),
+            rows=len(self.rows),
+            limit=limit if len(self.rows) < len(every) else None,
+            decoding=decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or decoding.max_new_tokens}),
+            batch_size=request.batch_size,
+            cache=_cache(request, self.run),
+            quantized=bool(self.cfg.get("load_in_4bit")),
+            dtype=precision(self.cfg, on_gpu=_trained_on_gpu(self.run)).weights,
+        )
+        labels = [] if adapter is None else [_adapter_label(self.settings)]
+        if usual and not (usual.is_file() and sha256(usual) == data_sha256):
+            labels.append(_data_label(self.settings))
+        self.where = folder.path / "evaluations" / "-".join(labels) if labels else folder.path
+
+
+def complete(task: Task, judge: bertscore.Judge | None) -> Evaluation | None:
+    """The evaluation that a task comes to, where it was made before: of the same rows, by the same model and code."""
+    former = _same_work(task)
+    if former is None or former.version != VERSION:
+        return None
+    labels = [(s.limit, s.test_set) for s in (former.settings, task.settings)]
+    same_scores = bertscore.made_by(judge, former.scores.get("bertscore"))
+    return former if same_scores and labels[0] == labels[1] else None
+
+
+def _same_work(task: Task) -> Evaluation | None:
+    former = read_scores(task.where)
+    same = former and former.settings.same_work() == task.settings.same_work()
+    return former if same and len(read_predictions(task.where)) == task.settings.rows else None
+
+
+def evaluate(folder: RunDir, request: Request) -> Evaluation:
+    """Generate a prediction for each test row and score them all.
+
+    predictions.jsonl and scores.json go to the run's folder; those of the base model, of another adapter or of
+    other rows than the usual, to a folder below evaluations/. An evaluation that was interrupted goes on where it
+    was, one that is complete is not done again.
+
+    Raises:
+        UserError: see `Task`, and `bertscore.layer_of`.
+        WorkFailed: BERTScore's model cannot be loaded, or memory does not suffice.
+    """
+    task = Task(folder, request)
+    judge = bertscore.judge(request.judge, request.judge_layer, task.run.rehearsal)
+    if task.run.state != "finished":
+        summary = task.run.summary
+        say(f"{folder.path}: the run is {task.run.state} at step {summary.step} of {summary.max_steps}")
+    if judge is None and request.judge is None:
+        say(f"BERTScore is left out: {bertscore.DEFAULT} is not on this machine; `--bertscore {bertscore.DEFAULT}` "
+            "fetches it (1.4 GB)")  # fmt: skip
+    task.where.mkdir(parents=True, exist_ok=True)
+    with held(task.where / ".evaluation.lock", "another evaluation is going on"):
+        predictions, settings = task.where / PREDICTIONS, task.settings
+        if former := complete(task, judge):
+            say(f"{predictions}: complete, made and scored with the same settings")
+            return former
+        if judge:
+            bertscore.layer_of(judge)  # before hours are spent on what it is to score
+        if former := _same_work(task):
+            say(f"{predictions}: complete, made with the same settings; scoring it anew")
+            rows = read_predictions(task.where)
+            settings = settings.model_copy(update=former.settings.model_dump(include={"batch_size", "cache"}))
+        else:
+            _make_way(task)
+            with importing_axolotl(offline=task.run.rehearsal):
+                done = _predict(task)
+            rows = [done[i] for i in range(len(task.rows))]
+        scores, rows = score(rows, judge)
+        write_rows(predictions, rows)
+        result = Evaluation(
+            made=now(),
+            rehearsal=task.run.rehearsal,
+            scores=scores,
+            version=VERSION,
+            code_sha256=code_sha256(),
+            settings=settings,
+        )
+        write_atomically(task.where / SCORES, result.model_dump_json(indent=1) + "\n")
+        (task.where / _PART).unlink(missing_ok=True)
+    return result
+
+
+def command(folder: RunDir, request: Request, runs: Path) -> Command:
+    """The command that evaluates a run as it is asked for."""
+    return Command("evaluate", folder, ["evaluate", str(folder.path), *request.options(), "--runs", str(runs)])
+
+
+def _make_way(task: Task) -> None:
+    """Keep an evaluation of the same adapter on other rows, which may have been the usual ones; refuse to lose rows."""
+    former = read_scores(task.where)
+    if former is None or former.settings.adapter_sha256 != task.settings.adapter_sha256:
+        return
+    if former.settings.data_sha256 != task.settings.data_sha256:
+        aside = task.where / "evaluations" / _data_label(former.settings)
+        aside.mkdir(parents=True, exist_ok=True)
+        for name in (PREDICTIONS, SCORES):
+            if (task.where / name).is_file():
+                (task.where / name).replace(aside / name)
+        say(f"{task.where / SCORES}: of other rows; it is now in {aside}")
+    elif former.settings.rows > task.settings.rows:
+        raise UserError(
+            f"{task.where / SCORES}: of {former.settings.rows} rows, more than the {task.settings.rows} asked for; "
+            f"move it and {PREDICTIONS} away to evaluate fewer"
+        )
+
+
+def export_prompts(folder: RunDir, request: Request, file: Path) -> int:
+    """Write what the model would be given for each test row, to make predictions elsewhere; how many there are.
+
+    A row has `row`, `reference`, what else the test row carries, `prompt` and `prompt_token_ids`. The ids are what
+    counts: they begin with the token that starts a text, which a server adds to a `prompt` once more or not at all.
+    With the field `prediction` added, `recipe score` takes the file.
+
+    Raises:
+        UserError: see `Task`.
+    """
+    task = Task(folder, replace(request, adapter=BASE))
+    with importing_axolotl(offline=task.run.rehearsal):
+        from .generate import Prompter
+
+        prompter = Prompter(task.settings, task.cfg, folder.output)
+        examples = prompter.examples(task.rows)
+        texts = prompter.tokenizer.batch_decode([one.prompt for one in examples], skip_special_tokens=False)
+    write_rows(
+        file,
+        (
+            _as_row(i, row, one.reference) | {"prompt": text, "prompt_token_ids": one.prompt}
+            for i, (row, text, one) in enumerate(zip(task.rows, texts, examples, strict=True))
+        ),
+    )
+    return len(examples)
+
+
+def _cache(request: Request, run: Run) -> Literal["static", "dynamic"]:
+    if request.cache == "auto":
+        return "static" if gpus.here() and not run.rehearsal else "dynamic"
+    return request.cache
+
+
+def _trained_on_gpu(run: Run) -> bool:
+    """Whether a run was trained on a GPU, which decides what bf16: auto became; assumed where not recorded."""
+    return not run.rehearsal and bool(run.provenance.get("gpus", True))
+
+
+def _adapter_label(settings: Settings) -> str:
+    """How a folder below evaluations/ names an adapter other than the run's."""
+    if settings.adapter_sha256 is None:
+        return BASE_MODEL
+    return f"{Path(settings.adapter).name}-{settings.adapter_sha256[:7]}"
+
+
+def _data_label(settings: Settings) -> str:
+    """How a folder below evaluations/ names rows other than the usual ones."""
+    return f"{Path(settings.data).stem}-{settings.data_sha256[:7]}"
+
+
+def _usual_file(run: Run, cfg: yamlfiles.Config, of_study: study.Study | None) -> Path | None:
+    """The rows that a run is evaluated on unless others are named; None where its training data has none beside it."""
+    name = run.test_data or datafiles.test_file(cfg, Path(run.cwd))
+    if name is None:
+        return None
+    every = Path(run.cwd, name)
+    scored_on = every.with_name(f"{of_study.data.scored_on}.jsonl") if of_study else every
+    return scored_on if scored_on.is_file() else every
+
+
+def _test_set(file: Path, digest: str) -> str | None:
+    """The name of the study's set that a file holds, as the manifest beside it tells by its content."""
+    test = read_json(file.with_name(MANIFEST)).get("splits", {}).get("test", {})
+    sets = {"test": test} if test.get("is_the_study_file") else {}
+    sets |= {name: made for name, made in test.get("subsets", {}).items() if "positions" in made}
+    return next((name for name, made in sets.items() if made["sha256"] == digest), None)
+
+
+def read_rows(file: Path, cfg: yamlfiles.Config) -> list[dict[str, Any]]:
+    """The rows of a file, of the type that a config trains on."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; `recipe data prepare` writes test.jsonl")
+    with file.open("rb") as lines:
+        kinds = [dataset.get("type") for _, dataset in datafiles.datasets(cfg, "datasets")]
+        rows = list(json_rows(lines, file, ("output",) if datafiles.is_alpaca(kinds[0]) else ()))
+    if not rows:
+        raise UserError(f"{file}: no rows to evaluate")
+    return rows
+
+
+def _as_row(i: int, row: dict[str, Any], reference: str) -> Row:
+    """A test row as predictions.jsonl has it: its number, its reference, and its place and language where known."""
+    return {"row": i} | {key: row[key] for key in ("idx", "lang") if key in row} | {"reference": reference}
+
+
+def _predict(task: Task) -> dict[int, Row]:
+    """Predictions by row number. Finished batches are kept in a file, so that a second call goes on there.
+
+    Batches are the same whether or not an earlier call did some of them: in half precision a row's
+    prediction can depend on what it is batched with.
+    """
+    part, rows, settings = task.where / _PART, task.rows, task.settings
+    done = _continue(part, settings)
+    if len(done) < len(rows):
+        if task.run.rehearsal:
+            os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        import torch
+
+        from .generate import Generator
+
+        generator = Generator(settings, task.cfg, task.folder.output)
+        examples = generator.examples(rows)
+        with Bar("evaluating", len(rows)) as bar, part.open("ab") as stream:
+            bar.update(len(done))
+            lengths = [len(one.prompt) + settings.decoding.max_new_tokens for one in examples]
+            for number, (room, batch) in enumerate(batches(lengths, settings.batch_size)):
+                if all(i in done for i in batch):
+                    continue
+                try:
+                    texts = generator.generate([examples[i].prompt for i in batch], number, room)
+                except torch.OutOfMemoryError:
+                    raise WorkFailed(
+                        f"{len(batch)} rows of up to {room} tokens do not fit the GPU's memory; --batch-size "
+                        f"{max(len(batch) // 2, 1)} takes fewer"
+                    ) from None
+                for i, text in zip(batch, texts, strict=True):
+                    done[i] = _as_row(i, rows[i], examples[i].reference) | {"prediction": text}
+                stream.write(b"".join(orjson.dumps(done[i]) + b"\n" for i in batch))
+                stream.flush()
+                bar.update(len(done))
+    return done
+
+
+def batches(lengths: Sequence[int], most: int) -> Iterator[tuple[int, list[int]]]:
+    """Which rows are generated together, the longest first: if memory does not suffice, that shows at once.
+
+    Rows that need about the same room are together, and there are few sizes of room, so that a static cache, and what
+    is compiled for it, can be used again.
+
+    Args:
+        lengths: for each row the tokens of its prompt and of the longest answer.
+        most: the most rows in a batch.
+
+    Yields:
+        The room, a power of two of tokens, and the positions of `most` rows, or of as many as `BATCH_TOKENS` have room.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    for room, same in groupby(by_length, key=lambda i: max(1 << (lengths[i] - 1).bit_length(), 256)):
+        for batch in batched(same, max(min(most, BATCH_TOKENS // room), 1)):
+            yield room, list(batch)
+
+
+def _continue(part: Path, settings: Settings) -> dict[int, Row]:
+    """The rows of an interrupted evaluation with the same settings; otherwise a new file for them."""
+    header = orjson.dumps(settings.same_predictions())
+    lines = part.read_bytes().split(b"\n") if part.is_file() else []
+    if len(lines) > 1 and lines[0] == header:
+        whole = [orjson.loads(line) for line in lines[1:-1]]
+        part.write_bytes(b"\n".join(lines[:-1]) + b"\n")  # without the last line of a killed process
+        return {row["row"]: row for row in whole}
+    part.write_bytes(header + b"\n")
+    return {}

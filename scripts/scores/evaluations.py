@@ -1,0 +1,90 @@
+"""What an evaluation leaves in a folder: predictions.jsonl, and scores.json with the settings that they depend on."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+from pydantic import BaseModel
+
+from ..data.study import Decoding
+from ..runs.rundir import Run
+from .score import Row
+
+PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
+BASE_MODEL = "base-model"  # the folder, below evaluations/, of the base model's
+
+
+class Settings(BaseModel):
+    """All that predictions depend on besides the packages and this project's code; recorded with them.
+
+    Attributes:
+        limit: where only the first rows of the data are taken, how many.
+        test_set: which of the study's sets of test rows they are, by their content: `test` is all of them, and None
+            is none of them.
+        batch_size: the most rows generated at a time.
+    """
+
+    base_model: str
+    adapter: str
+    adapter_sha256: str | None
+    data: str
+    data_sha256: str
+    test_set: str | None = None
+    rows: int
+    limit: int | None = None
+    decoding: Decoding
+    batch_size: int
+    cache: Literal["static", "dynamic"]
+    quantized: bool
+    dtype: str
+
+    def same_predictions(self) -> dict[str, Any]:
+        """What two evaluations with the same predictions, to the last token, have in common."""
+        return self.model_dump(exclude={"adapter", "data", "limit", "test_set"})
+
+    def same_work(self) -> dict[str, Any]:
+        """What two evaluations of the same model on the same rows have in common, however fast they were made.
+
+        Batches and caches change predictions by rounding alone, so that neither has to be done for the other.
+        """
+        return self.model_dump(exclude={"adapter", "data", "limit", "test_set", "batch_size", "cache"})
+
+
+class Evaluation(BaseModel):
+    """The content of scores.json: when, what and how; see `score.score` for the scores.
+
+    Attributes:
+        version: of the scores, see `score.VERSION`.
+        code_sha256: of the code that scored; it says more than the version, which is what counts.
+    """
+
+    made: str
+    rehearsal: bool
+    scores: dict[str, Any]
+    version: int = 1
+    code_sha256: str
+    settings: Settings
+
+
+def read_scores(folder: Path) -> Evaluation | None:
+    """The evaluation in a folder, or None where there is none or its file is damaged."""
+    try:
+        return Evaluation.model_validate_json((folder / SCORES).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def read_predictions(folder: Path) -> list[Row]:
+    """The rows of the evaluation in a folder with their scores; none where there is none."""
+    try:
+        return list(map(orjson.loads, (folder / PREDICTIONS).read_bytes().splitlines()))
+    except (OSError, ValueError):
+        return []
+
+
+def of_run(folder: Path, run: Run) -> Evaluation | None:
+    """The evaluation of a run's own adapter; none of one that the run has trained on since."""
+    found, last = read_scores(folder), run.launches[-1] if run.launches else None
+    if found and last and found.made < (last.ended or last.started):
+        return None
+    return found

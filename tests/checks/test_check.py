@@ -1,0 +1,222 @@
+"""`recipe check` as a user meets it, and whatever a file may hold."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import yaml
+from conftest import Recipe, config_with
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.checks import check, rules, schema
+from qlora_recipes.checks.finding import Finding
+from qlora_recipes.configs import gpus, models
+from qlora_recipes.configs.compose import Request
+from qlora_recipes.planning import fit
+
+NAME = "haider2024/code-llama-7b"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Path:
+    """A folder with the data that recipes name, a network, and the packages of all trackers."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(prepared)
+    monkeypatch.setattr(models, "is_offline", lambda: False)
+    monkeypatch.setattr(rules, "_can_be_found", lambda module: True)
+    monkeypatch.setenv("HF_TOKEN", "for the test")
+    return tmp_path
+
+
+def test_every_finding_is_told_at_once_with_its_place(place: Path, recipe: Recipe) -> None:
+    text = (paths.RECIPES / f"{NAME}.yaml").read_text()
+    (place / "mine.yaml").write_text(
+        text.replace("weight_decay: 0.01", "weight_decai: 0.01")
+        .replace("optimizer: paged_adamw_32bit", "optimizer: adamwx")
+        .replace("  - v_proj", "  - v_prj")
+    )
+    (place / "more.yaml").write_text("bf16: true\nlogging_step: 1\n")
+
+    def at(start: str) -> str:
+        lines = (place / "mine.yaml").read_text().splitlines()
+        return f"mine.yaml:{next(i for i, line in enumerate(lines, 1) if line.startswith(start))}: error: "
+
+    done = recipe("check", "mine.yaml", "--profile", "more.yaml", "--set", "lora_dropout=2", "--gpu", "T4")
+    assert done.returncode == 2
+    lines = done.stdout.splitlines()
+    for start, end in (
+        (f"{at('optimizer')}optimizer: adamwx is no value for it", "[value:optimizer]"),
+        (f"{at('weight_decai')}weight_decai: no key of Axolotl's; did you mean weight_decay?", "[unknown-key:"),
+        (f"{at('  - v_prj')}lora_target_modules.2: no layer of this model is called v_prj", "[unknown-lora-target:"),
+        ("more.yaml:1: error: bf16: T4 (sm_75) emulates bf16", "[gpu-lacks:bf16]"),
+        (f"{at('fp16')}fp16: fp16 and bf16 are both true", "[two-precisions:fp16]"),
+        ("more.yaml:2: error: logging_step: no key of Axolotl's; did you mean logging_steps", "[unknown-key:"),
+        ("--set lora_dropout=2: error: lora_dropout: 2 is not less than 1", "[value:lora_dropout]"),
+    ):
+        assert any(line.startswith(start) and end in line for line in lines), (start, done.stdout)
+    assert "1 checked; errors: 7," in done.stderr
+
+
+def test_json(place: Path, recipe: Recipe) -> None:
+    (place / "mine.yaml").write_text(yamlfiles.write_yaml(config_with({"lora_rr": 1})))
+    (place / "broken.yaml").write_text("a: [\n")
+    done = recipe("check", "mine.yaml", "broken.yaml", "nowhere", "--json", "--data")
+    mine, broken, nowhere = orjson.loads(done.stdout)
+    assert mine["checked"] == "mine.yaml"
+    (error,) = [finding for finding in mine["findings"] if finding["level"] == "error"]
+    assert error == {
+        "level": "error",
+        "rule": "unknown-key",
+        "name": "unknown-key:lora_rr",
+        "key": "lora_rr",
+        "problem": "no key of Axolotl's; did you mean lora_r or lora_dropout or relora?",
+        "remedy": "",
+        "where": "mine.yaml",
+        "line": (place / "mine.yaml").read_text().splitlines().index("lora_rr: 1") + 1,
+    }
+    assert [read["rows"] for read in mine["data"]] == [109, 27]
+    assert (broken["findings"][0]["where"], broken["findings"][0]["line"]) == ("broken.yaml", 2)
+    assert "no recipe of that name" in nowhere["findings"][0]["problem"]
+    assert done.returncode == 2
+
+
+def test_all_recipes_are_checked_where_none_is_named(place: Path, recipe: Recipe) -> None:
+    done = recipe("check", "--gpu", "T4", "--json")  # offline, as the whole test session is
+    assert [report["checked"] for report in orjson.loads(done.stdout)] == paths.recipe_names()
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("profile", [None, *(file.stem for file in paths.PROFILES.glob("*.yaml"))])
+@pytest.mark.parametrize("name", paths.recipe_names())
+def test_recipes_and_profiles_laid_over_them_are_clean(place: Path, name: str, profile: str | None) -> None:
+    report = check.check(Request(name, profiles=[profile] if profile else []), data=True)
+    assert [str(finding) for finding in report.findings if finding.level != "note"] == []
+
+
+def test_a_warning_that_its_line_accepts_is_a_note(place: Path) -> None:
+    old, reason = "dataset_processes: 4", "the old key, on purpose"
+    base = yamlfiles.write_yaml(config_with({}))
+    (place / "mine.yaml").write_text(f"{base}{old}  # accepts deprecated: {reason}\ngc_steps: 5  # accepts x: y\n")
+    found = {finding.name: finding for finding in check.check(Request("mine.yaml")).findings}
+    accepted = found["deprecated:dataset_processes"]
+    assert (accepted.level, accepted.remedy) == ("note", f"accepted: {reason}")
+    assert found["deprecated:gc_steps"].level == "warning"
+
+
+def test_an_error_cannot_be_accepted_in_a_file(place: Path) -> None:
+    (place / "mine.yaml").write_text(
+        "lora_rr: 1  # accepts unknown-key: why not\n" + yamlfiles.write_yaml(config_with({}))
+    )
+    assert check.check(Request("mine.yaml")).count("error") == 1
+
+
+def test_force_overrides_a_named_finding_only(place: Path, recipe: Recipe) -> None:
+    wrong = ("run", NAME, "--rehearse", "--dry-run", "--set", "lora_rr=1", "--set", "num_epochs=-1")
+    assert "[unknown-key:lora_rr]" in recipe(*wrong).stderr
+    one = recipe(*wrong, "--force", "unknown-key:lora_rr")
+    assert (one.returncode, "lora_rr" in one.stderr, "num_epochs" in one.stderr) == (2, False, True)
+    both = recipe(*wrong, "--force", "unknown-key:lora_rr", "--force", "value:num_epochs")
+    assert (both.returncode, "lora_rr: 1\n" in both.stdout) == (0, True)
+    other = recipe(*wrong, "--force", "unknown-key:lora_r")
+    assert (other.returncode, "--force unknown-key:lora_r: names no error" in other.stderr) == (2, True)
+
+
+def test_a_secret_cannot_be_forced() -> None:
+    with pytest.raises(UserError, match="a run cannot start with this"):
+        check.refuse([Finding("error", "secret", "hub_token", "x")], ["secret:hub_token"])
+
+
+def test_a_run_refuses_bad_rows(place: Path, recipe: Recipe) -> None:
+    (place / "bad.jsonl").write_text('{"instruction": "a"}\n')
+    done = recipe("run", NAME, "--rehearse", "--set", "datasets.0.path=bad.jsonl")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "bad.jsonl:1: error: datasets.0.path: 1 row with nothing in the field output" in done.stderr
+    assert not (place / "runs").exists()
+
+
+def test_what_is_too_big_for_a_card_is_an_error(place: Path, tiny: Path) -> None:
+    change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": {"pad_token": "</s>"}}
+    (place / "tiny.yaml").write_text(yamlfiles.write_yaml(config_with(change)))
+    small, large = gpus.Gpu("small", (7, 5), 0.2), gpus.Gpu("large", (7, 5), 4)
+
+    def found(gpu: gpus.Gpu, anew: bool = False) -> list[Finding]:
+        report = check.check(Request("tiny.yaml"), gpu)
+        fit.add_to(report, gpu, anew=anew)
+        return report.findings
+
+    (unplanned,) = found(small)
+    assert unplanned.name == "not-checked:micro_batch_size"
+    (finding,) = found(small, anew=True)
+    assert (finding.name, finding.level) == ("too-big:micro_batch_size", "error")
+    assert (place / "tiny.yaml").read_text().splitlines()[finding.line - 1].startswith("micro_batch_size")
+    assert found(small) == [finding]  # from the cache
+    assert not found(large)
+
+
+def test_gpu_names(recipe: Recipe) -> None:
+    assert "did you mean RTX 4090" in recipe("check", "--gpu", "RTX 4O90").stderr
+    assert recipe("check", "--gpu", "RTX 4O90").returncode == 2
+
+
+def checked(content: bytes) -> list[Finding]:
+    file = Path("any.yaml")
+    file.write_bytes(content)
+    return check.check(Request("any.yaml"), data=True).findings
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"a: !!python/object/apply:os.system ['touch hit']\n", "could not determine a constructor"),
+        (b"!!python/object/new:pathlib.Path [x]\n", "could not determine a constructor"),
+        (b"a: !other {}\n", "could not determine a constructor"),
+        (b"[" * 5000, "not"),
+        (b"a: " + b"{b: " * 3000 + b"}" * 3000, "nested too deeply"),
+        (b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
+            f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n".encode() for i in range(9)
+        ), "too large"),
+        (b"a: &a {b: *a}\n", "alias that contains itself"),
+        (b"lora_r: 1\nlora_r: 2\n", "the key lora_r stands twice"),
+        (b"\x00\xff\xfe", "not a text file in UTF-8"),
+        (b"a\x00b: 1\n", "not valid YAML"),
+        (b"- a\n", "a config is a mapping"),
+        (b"", "a config is a mapping"),
+        (b"? [a]\n: 1\n", "not valid YAML"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_config_is_one_finding(place: Path, content: bytes, says: str) -> None:
+    (only,) = checked(content)
+    assert (only.level, only.rule) == ("error", "unreadable")
+    assert says in only.problem
+    assert not (place / "hit").exists()
+
+
+KEYS = st.sampled_from(sorted(schema.load()["properties"])) | st.text(max_size=5) | st.sampled_from(["path", "type"])
+LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    | st.sampled_from(["alpaca", "qlora", "x.jsonl", "train[:3]", "auto", "no", "a/b", "..", "\0", "data", "(", "a.b"])
+)  # fmt: skip
+VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=3) | st.dictionaries(KEYS, v, max_size=3), max_leaves=8)
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=8), st.booleans())
+@example({"datasets": [{"path": ["a"], "type": {"b": 1}}, None, [[]]], "base_model": 3}, False)
+@example({"lora_target_modules": [None, {}], "adapter": "lora", "base_model": "codellama/CodeLlama-7b-hf"}, True)
+def test_any_mapping_gives_findings_only(
+    tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any], over: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.getbasetemp())
+        base = config_with({}) if over else {}
+        checked(yaml.safe_dump(base | content, allow_unicode=True).encode())
+
+
+@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+def test_any_bytes_give_findings_only(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.getbasetemp())
+        checked(content)

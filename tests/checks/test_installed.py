@@ -1,0 +1,165 @@
+"""What rules say of Axolotl and its stack, asked of those that are installed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import config_with, recipe_config
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.checks import check, installed, rules
+from qlora_recipes.configs import attention, gpus, models
+from qlora_recipes.configs.compose import Request
+
+V100 = gpus.find("V100")
+
+# What shared notes of this project, and trials with Axolotl 0.21, found it to accept in silence. Each is an error here.
+SILENT: list[dict[str, Any]] = [
+    {"lora_rr": 8},
+    {"learning_rte": 0.1},
+    {"datasets": [{"path": "sample.jsonl", "type": "alpaca", "typ": "alpaca"}]},
+    {"lora_rr": 8, "strict": True},
+    {"optimizer": "adamwx"},
+    {"lr_scheduler": "cosinus"},
+    {"num_epochs": -1},
+    {"micro_batch_size": None},
+    {"lora_target_modules": None},
+    {"deepspeed": "no/such/zero3.json"},
+    {"attn_implementation": "flash_attention_2"},  # on sm_70
+    {"fp16": False, "bf16": True},  # on sm_70
+    {"adapter": "lora"},  # beside load_in_4bit
+    {"fp16": True, "bf16": True},
+    {"lora_r": -1},
+    {"lora_dropout": 2.0},
+    {"weight_decay": -1},
+    {"gradient_accumulation_steps": 0},
+    {"datasets": [{"path": "sample.jsonl", "type": "alpacca"}]},
+    {"test_datasets": None},  # with evals_per_epoch
+    {"optimizer": "paged_adamw_32bit", "fsdp_version": 2, "fsdp_config": {"offload_params": False}},
+]
+
+
+@pytest.mark.parametrize("change", SILENT, ids=map(str, SILENT))
+def test_what_axolotl_accepts_in_silence_is_an_error_with_key_line_and_remedy(
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sample.jsonl").symlink_to(sample / "train.jsonl")
+    data = {"datasets": [{"path": "sample.jsonl", "type": "alpaca"}], "test_datasets": [{"path": "sample.jsonl"}]}
+    cfg = config_with(data | change)
+    assert [found for found in installed.validate(cfg, V100) if found.level == "error"] == []
+
+    file = tmp_path / "mine.yaml"
+    file.write_text(yamlfiles.write_yaml(cfg))
+    report = check.check(Request("mine.yaml"), V100)
+    card = {"gpu-lacks:base_model"} if "attn_implementation" not in change and "bf16" not in change else set()
+    errors = [found for found in report.findings if found.level == "error" and found.name not in card]
+    assert errors
+    for found in errors:
+        assert found.key
+        assert (found.where, found.line is not None) == ("mine.yaml", True)
+        line = file.read_text().splitlines()[(found.line or 0) - 1]
+        key = found.key.rpartition(".")[2]
+        assert key in line or found.rule in ("no-batch-size", "missing-file")
+        assert found.remedy or "did you mean" in found.problem or found.rule == "value"
+
+
+def test_what_axolotl_says_is_a_finding() -> None:
+    base = recipe_config("haider2024/llama-2-7b")
+    for change, level, key, says in (
+        ({"load_in_4bit": False}, "error", "", "load_in_4bit to be True"),
+        ({"num_epochs": "two"}, "error", "num_epochs", "valid number"),
+        ({"plugins": ["nowhere.Plugin"]}, "error", "", "No module named 'nowhere'"),
+        ({"sample_packing": True, "attn_implementation": "fp8"}, "warning", "", "decontamination"),
+    ):
+        found = list(installed.validate(base | change, V100))
+        assert any((f.level, f.key) == (level, key) and says in f.problem for f in found), change
+
+
+def test_gpus_differ_in_what_axolotl_is_told() -> None:
+    assert installed.capabilities(gpus.find("T4"))[0] | {"n_gpu": 0} == {
+        "bf16": True,
+        "fp8": False,
+        "tf32": False,
+        "n_gpu": 0,
+        "n_node": 1,
+        "compute_capability": "sm_75",
+    }
+    assert installed.capabilities(gpus.find("H100"))[0]["fp8"]
+
+
+def test_attention() -> None:
+    from axolotl.utils.schemas.enums import ATTN_IMPLS_SUPPORTING_PACKING, LEGACY_ATTN_FLAG_TO_IMPL
+
+    assert ATTN_IMPLS_SUPPORTING_PACKING | {"sdpa", "eager"} == rules.KEEP_DOCUMENTS_APART
+    assert LEGACY_ATTN_FLAG_TO_IMPL == attention.OLD_KEYS
+
+
+def test_plugins_that_are_always_loaded() -> None:
+    from axolotl.integrations.base import get_builtin_plugins
+
+    assert {name.rpartition(".")[0] + "." for name in get_builtin_plugins()} <= {*installed.ALWAYS} | {
+        f"{name}plugin." for name in installed.ALWAYS
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(models._SAME_LAYERS))
+def test_layers_that_lora_can_adapt(kind: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, num_hidden_layers=1))
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert linear == {*models.LINEAR_LAYERS, "lm_head"}
+
+
+def test_peft_fails_where_no_layer_is_named(tiny: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(ValueError, match="No `target_modules` passed"):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(target_modules=[]))
+
+
+def test_schedulers_that_need_options() -> None:
+    import torch
+    from transformers import SchedulerType, get_scheduler
+
+    def works(kind: SchedulerType, **options: Any) -> bool:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        try:
+            get_scheduler(kind, optimizer, num_warmup_steps=1, num_training_steps=9, scheduler_specific_kwargs=options)
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    assert {kind.value for kind in SchedulerType if not works(kind)} == rules._SCHEDULER_NEEDS.keys()
+    for kind, options in rules._SCHEDULER_NEEDS.items():
+        assert all(works(SchedulerType(kind), **{option: 1}) for option in options)
+
+
+def test_one_evaluation_in_all_is_dropped(tiny: Path) -> None:
+    from qlora_recipes.checks.tokens import Tokenizer
+
+    change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": None, "num_epochs": 1}
+    once = Tokenizer(config_with(change | {"evals_per_epoch": 1})).cfg
+    assert (once.eval_steps, once.eval_strategy) == (None, None)
+    assert Tokenizer(config_with(change | {"evals_per_epoch": 2})).cfg.eval_steps == 0.5
+
+
+def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "for the test")
+    monkeypatch.setattr(models, "is_offline", lambda: False)
+    (tmp_path / "data").symlink_to(prepared)
+    profiles = [[], *([file.stem] for file in paths.PROFILES.glob("*.yaml"))]
+    one_of_each_optimizer = {str(config_with({}, name)["optimizer"]): name for name in paths.recipe_names()}.values()
+    for name in paths.recipe_names():
+        for profile in profiles:
+            for gpu in ("T4", "H100"):
+                asked = profile == [] or (name in one_of_each_optimizer and gpu == "H100")  # which takes a second
+                report = check.check(Request(name, profiles=profile), gpus.find(gpu), data=profile == [], full=asked)
+                assert [str(found) for found in report.findings if found.level != "note"] == []

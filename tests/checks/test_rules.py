@@ -1,0 +1,316 @@
+"""One case or more for each rule, and none for a recipe as it is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import config_with
+
+from qlora_recipes.base import paths
+from qlora_recipes.checks import rules
+from qlora_recipes.checks.finding import Finding
+from qlora_recipes.configs import gpus, models
+
+LLAMA_3 = "haider2024/llama-3-8b"
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Path:
+    """A folder with the data that recipes name, a token for the hub, and a network."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(prepared)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "outputs" / "checkpoint-5").mkdir(parents=True)
+    monkeypatch.setenv("HF_TOKEN", "for the test")
+    monkeypatch.setattr(models, "is_offline", lambda: False)
+    return tmp_path
+
+
+def found(
+    change: dict[str, Any], gpu: str | None = None, launching: bool = False, name: str = "haider2024/code-llama-7b"
+) -> list[Finding]:
+    cfg = config_with(change, name)
+    return list(rules.findings(rules.Case(cfg, set(), gpus.find(gpu) if gpu else None, launching=launching)))
+
+
+OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+DATA = {"path": "data/codereviewer/train.jsonl", "type": "alpaca"}
+
+# what is changed in a recipe, and the level, name and some words of the one finding that it gives
+CASES: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"hub_model_id": "x", "wandb_api_key": "x"}, "error", "secret:wandb_api_key", "environment variable"),
+    ({"datasets": None}, "error", "no-data:datasets", "no data"),
+    ({"datasets": [DATA | {"path": "gone.jsonl"}]}, "error", "missing-file:datasets.0.path", "does not exist"),
+    ({"datasets": [DATA | {"path": "empty.jsonl"}]}, "error", "missing-file:datasets.0.path", "is empty"),
+    ({"datasets": [{"type": "alpaca"}]}, "error", "missing-file:datasets.0.path", "names no data"),
+    ({"deepspeed": "zero3.json"}, "error", "missing-file:deepspeed", "does not exist"),
+    ({"learning_rate": "0,0002"}, "error", "no-number:learning_rate", "2e-4"),
+    ({"micro_batch_size": None}, "error", "no-batch-size:micro_batch_size", "Axolotl would take 1"),
+    ({"datasets": []}, "error", "no-data:datasets", "no data"),
+    ({"warmup_ratio": 0.1}, "error", "excluding-keys:warmup_steps", "beside warmup_ratio"),
+    ({"val_set_size": 0.1}, "error", "excluding-keys:test_datasets", "beside val_set_size"),
+    ({"eval_strategy": "epoch"}, "error", "excluding-keys:eval_strategy", "beside evals_per_epoch"),
+    ({"dataset_processes": 4}, "warning", "deprecated:dataset_processes", "dataset_num_proc"),
+    ({"s2_attention": True}, "error", "deprecated:s2_attention", "no longer supported"),
+    ({"lora_target_modules": None}, "error", "no-lora-targets:adapter", "set lora_target_modules"),
+    ({"lora_target_modules": []}, "error", "no-lora-targets:adapter", "set lora_target_modules"),
+    (
+        {"lora_target_modules": None, "lora_target_linear": False},
+        "error",
+        "no-lora-targets:adapter",
+        "lora_target_linear: true",
+    ),
+    (
+        {"lora_target_modules": ["q_proj", "v_prj"]},
+        "error",
+        "unknown-lora-target:lora_target_modules.1",
+        "did you mean v_proj",
+    ),
+    ({"lora_target_modules": ".*_projj"}, "error", "unknown-lora-target:lora_target_modules", "matches no layer"),
+    ({"lora_target_modules": "(q"}, "error", "unknown-lora-target:lora_target_modules", "no regular expression"),
+    ({"lora_r": None}, "error", "no-lora-rank:adapter", "lora_r is not set"),
+    (
+        {"base_model": "codelama/CodeLlama-7b-hf"},
+        "note",
+        "unknown-model:base_model",
+        "did you mean codellama/CodeLlama-7b-hf",
+    ),
+    ({"adapter": "lora"}, "error", "not-quantized:adapter", "set adapter: qlora"),
+    ({"load_in_4bit": None}, "error", "not-quantized:adapter", "needs load_in_4bit"),
+    ({"adapter": None}, "error", "not-quantized:load_in_4bit", "without an adapter"),
+    (
+        {"adapter": None, "load_in_4bit": None, "load_in_8bit": True},
+        "error",
+        "not-quantized:load_in_8bit",
+        "without an adapter",
+    ),
+    ({"bf16": True}, "error", "two-precisions:fp16", "both true"),
+    ({"bfloat16": True}, "error", "two-precisions:fp16", "would load the model in bfloat16"),
+    ({"fp16": None, "float16": True, "bf16": "auto"}, "error", "two-precisions:float16", "bf16 is auto, the default"),
+    ({"sample_packing": True, "attn_implementation": None}, "error", "packing-leaks:sample_packing", "see each other"),
+    (
+        {"optimizer": "paged_adamw_32bit", "fsdp_config": {"offload_params": False}},
+        "error",
+        "optimizer-and-engine:optimizer",
+        "does not work with FSDP2",
+    ),
+    (
+        {"optimizer": "adamw_bnb_8bit", "fsdp_config": {"offload_params": False}},
+        "error",
+        "optimizer-and-engine:optimizer",
+        "does not work with FSDP2",
+    ),
+    ({"optimizer": "muon", "deepspeed": {"a": 1}}, "error", "optimizer-and-engine:optimizer", "DeepSpeed"),
+    (
+        {"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED},
+        "error",
+        "optimizer-and-engine:optimizer",
+        "Adam without AdamW's weight decay takes the place of adamw_bnb_8bit",
+    ),
+    ({"lr_scheduler": "cosine_with_min_lr"}, "error", "scheduler-needs:lr_scheduler", "min_lr or min_lr_rate"),
+    (
+        {"chunked_cross_entropy": True, "cut_cross_entropy": True},
+        "error",
+        "two-cross-entropies:chunked_cross_entropy",
+        "beside cut_cross_entropy",
+    ),
+    ({"test_datasets": None}, "error", "never-evaluated:evals_per_epoch", "no evaluation data"),
+    ({"test_datasets": None, "val_set_size": 0}, "error", "never-evaluated:evals_per_epoch", "no evaluation data"),
+    ({"evals_per_epoch": None}, "warning", "never-evaluated:test_datasets", "never happens"),
+    ({"evals_per_epoch": 1, "num_epochs": 1}, "warning", "never-evaluated:evals_per_epoch", "one in all"),
+    ({"evals_per_epoch": None, "eval_steps": 500}, "warning", "never-evaluated:eval_steps", "has 28 steps"),
+    ({"saves_per_epoch": None, "save_steps": 500}, "warning", "never-saved:save_steps", "has 28 steps"),
+    ({"save_strategy": "best"}, "error", "never-saved:save_strategy", "nothing says what is the best"),
+    ({"max_steps": 5}, "error", "long-warm-up:warmup_steps", "whole training of 5 steps"),
+    ({"sample_packing": True, "warmup_steps": 28}, "error", "long-warm-up:warmup_steps", "of at most 28 steps"),
+    ({"warmup_steps": 28}, "error", "long-warm-up:warmup_steps", "whole training of 28 steps"),
+    ({"sequence_len": 16385}, "error", "beyond-context:sequence_len", "made for 16384"),
+    ({"special_tokens": {"pad_token": "<pad>"}}, "warning", "missing-special-token:special_tokens.pad_token", "<pad>"),
+    ({"special_tokens": {"eos_token": "<|im_end|>"}}, "error", "missing-special-token:special_tokens.eos_token", "no"),
+    ({"datasets": [DATA | {"type": "chatml.intel"}]}, "error", "prompt-strategy:datasets.0.type", "set rl"),
+    ({"datasets": [DATA | {"type": "nowhere.prompts"}]}, "error", "prompt-strategy:datasets.0.type", "nowhere"),
+    ({"use_comet": True}, "error", "missing-tracker:use_comet", "comet_ml is not installed; install it"),
+    (
+        {"batch_size": 7, "gradient_accumulation_steps": None},
+        "error",
+        "does-not-divide:batch_size",
+        "no multiple of micro_batch_size",
+    ),
+    ({"output_dir": "outputs"}, "warning", "output-in-use:output_dir", "another run's checkpoints"),
+    ({"base_model": "./models/llama"}, "error", "no-access:base_model", "does not exist"),
+]
+
+
+@pytest.mark.parametrize(("change", "level", "name", "says"), CASES, ids=[f"{c[2]} {c[0]}" for c in CASES])
+def test_a_mistake_gives_one_finding(change: dict[str, Any], level: str, name: str, says: str) -> None:
+    (only,) = found(change)
+    assert (only.level, only.name) == (level, name)
+    assert says in str(only)
+
+
+def test_fsdp_is_not_started_on_one_gpu() -> None:
+    change = {"optimizer": "adamw_torch", "fsdp_config": {"reshard_after_forward": True}, "fp16": False}
+    assert [one.name for one in found(change, launching=True)] == ["engine-needs-gpus:fsdp_config"]
+    assert found(change) == []
+
+
+def test_every_rule_has_a_case() -> None:
+    tested = {case[2].partition(":")[0] for case in CASES} | {"gpu-lacks", "no-gpu", "chat-model", "engine-needs-gpus"}
+    assert tested == {rule.__name__.replace("_", "-") for rule in rules._RULES}
+
+
+@pytest.mark.parametrize("name", paths.recipe_names())
+@pytest.mark.parametrize("gpu", ["T4", "H100"])
+def test_a_recipe_gives_no_error_and_no_warning(name: str, gpu: str) -> None:
+    assert [finding for finding in found({}, gpu, name=name) if finding.level != "note"] == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_target_modules": None, "lora_target_linear": True},
+        {"lora_target_modules": r".*\.self_attn\.[qv]_proj"},
+        {"lora_target_modules": "all-linear"},
+        {"lora_target_modules": ["self_attn.q_proj", "lm_head", "model.layers.31.mlp.up_proj"]},
+        {"lora_target_modules": r".*layers\.(2[0-9]|3[01])\..*"},
+        {"max_steps": 500, "warmup_steps": 50},
+        {"lora_model_dir": None, "deepspeed": None, "wandb_project": ""},
+        {"adapter": "lora", "load_in_4bit": None},
+        {"adapter": None, "load_in_4bit": None, "learning_rate": 1e-5},
+        {"sample_packing": True},
+        {"sample_packing": True, "attn_implementation": None, "flash_attention": False, "flex_attention": False}
+        | {"attn_implementation": "kernels-community/flash-attn2@v1"},
+        {"optimizer": "adamw_torch_8bit", "fsdp_config": {"offload_params": False}},
+        {"optimizer": "adamw_torch_fused", "fsdp_config": {"offload_params": False}},
+        {"optimizer": "muon_8bit", "fsdp_config": {"offload_params": False}},
+        {"optimizer": "paged_adamw_8bit", "deepspeed": {"zero_optimization": {"stage": 2}}},
+        {"optimizer": "paged_adamw_32bit", "deepspeed": OFFLOADED},
+        {"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED | {"zero_force_ds_cpu_optimizer": False}},
+        {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
+        {"test_datasets": None, "val_set_size": 0.05},
+        {"test_datasets": None, "evals_per_epoch": None},
+        {"evals_per_epoch": None, "eval_strategy": "no"},
+        {"evals_per_epoch": None, "eval_strategy": "epoch"},
+        {"warmup_steps": 27},
+        {"sequence_len": 16384},
+        {"sequence_len": 32768, "overrides_of_model_config": {"rope_scaling": {"type": "linear", "factor": 2}}},
+        {"special_tokens": {"pad_token": "<unk>"}},
+        {"special_tokens": {"eos_token": "<|im_end|>"}, "lora_modules_to_save": ["embed_tokens", "lm_head"]},
+        {"datasets": [DATA | {"type": "chatml.intel"}], "rl": "dpo"},
+        {"datasets": [{"path": "some/data-set", "type": "alpaca"}]},
+        {"datasets": [{"path": "s3://bucket/rows.jsonl", "type": "alpaca"}]},
+        {"datasets": [DATA | {"path": "json", "data_files": "data/codereviewer/t*.jsonl"}]},
+        {"datasets": [DATA | {"type": "json.prompts"}]},  # a module that is there
+        {"batch_size": 8, "gradient_accumulation_steps": None},
+        {"flash_attention": False},  # an old key that is off
+        {"output_dir": "elsewhere"},
+        {"output_dir": "outputs", "auto_resume_from_checkpoints": True},
+    ],
+)
+def test_what_is_right_gives_none(change: dict[str, Any]) -> None:
+    assert found(change) == []
+
+
+@pytest.mark.parametrize(
+    ("gpu", "change", "says"),
+    [
+        ("V100", {}, "torch for CUDA 13 does not run on V100 (sm_70)"),
+        ("T4", {"fp16": False, "bf16": True}, "T4 (sm_75) emulates bf16"),
+        ("T4", {"fp16": None, "bf16": "auto"}, "auto, the default, turns it on"),
+        ("T4", {"fp16": None, "bf16": None}, "auto, the default, turns it on"),
+        ("T4", {"tf32": True}, "has no tf32"),
+        ("sm_75", {"attn_implementation": "flash_attention_2"}, "flash_attention_2 does not run on sm_75"),
+        ("7.5", {"attn_implementation": None, "flash_attention": True}, "flash_attention_2 does not run"),
+        ("A100", {"attn_implementation": "flash_attention_3"}, "flash_attention_3 does not run on A100"),
+        ("rtx 4090", {"fp8": True}, "fp8 from 9.0 on"),
+        ("T4", {"fp16": None, "bf16": False, "bfloat16": True}, "emulates bf16"),
+        ("T4", {"attn_implementation": "sage"}, "sage does not run on T4"),
+    ],
+)
+def test_what_a_gpu_lacks_is_an_error(gpu: str, change: dict[str, Any], says: str) -> None:
+    errors = [str(finding) for finding in found(change, gpu) if finding.level == "error"]
+    assert [says in error and "[gpu-lacks:" in error for error in errors] == [True]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "change"),
+    [
+        ("H100", {"fp16": False, "bf16": True, "tf32": True, "attn_implementation": "flash_attention_3", "fp8": True}),
+        ("A100", {"fp16": None, "bf16": None, "attn_implementation": "flash_attention_2"}),
+        ("T4", {"fp16": True, "bf16": "auto"}),  # Axolotl then leaves bf16 off
+    ],
+)
+def test_what_a_gpu_has_is_no_finding(gpu: str, change: dict[str, Any]) -> None:
+    assert found(change, gpu) == []
+
+
+def test_packing_with_sdpa_and_bf16_before_hopper_is_a_warning() -> None:
+    change = {"fp16": False, "bf16": True, "sample_packing": True}
+    by_default = {"fp16": None, "bf16": "auto", "sample_packing": True}
+    for in_bf16 in (change, by_default):
+        assert [(f.level, f.name) for f in found(in_bf16, "A100")] == [("warning", "packing-leaks:sample_packing")]
+    assert found(change, "H100") == []
+
+
+def test_fp16_needs_a_gpu_only_once_a_run_starts() -> None:
+    assert found({}) == []
+    by_default = {"fp16": None, "bf16": "auto"}  # which becomes fp16 on a CPU
+    assert [finding.name for finding in found(by_default, launching=True)] == ["no-gpu:bf16"]
+    assert found(by_default | {"fp16": False}, launching=True) == []
+    assert [finding.name for finding in found({}, launching=True)] == ["no-gpu:fp16"]
+    assert found({}, "T4", launching=True) == []
+
+
+def test_a_chat_model_with_a_base_models_prompt_is_a_note() -> None:
+    (only,) = found({}, name="haider2024/llama-3.2-3b")
+    assert (only.level, only.name) == ("note", "chat-model:datasets.0.type")
+    assert found({"chat_template": "llama3"}, name="haider2024/llama-3.2-3b") == []
+
+
+def test_a_gated_model_without_a_token(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(place / "token"))
+    assert [(f.level, f.name) for f in found({}, name=LLAMA_3)] == [("warning", "no-access:base_model")]
+    assert [f.level for f in found({}, "T4", launching=True, name=LLAMA_3)] == ["error"]
+    assert found({"base_model": "NousResearch/Meta-Llama-3-8B"}, name=LLAMA_3) == []
+    (place / "token").write_text("x")
+    assert found({}, name=LLAMA_3) == []
+
+
+def test_a_model_that_is_not_in_the_cache_when_offline(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    monkeypatch.setattr(models, "is_offline", lambda: True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub"))
+    assert [(f.level, f.name) for f in found({})] == [("warning", "no-access:base_model")]
+    revision = str(config_with({})["revision_of_model"])
+    folder = place / "hub" / "models--codellama--CodeLlama-7b-hf" / "snapshots" / revision
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"max_position_embeddings": 16384, "model_type": "llama"}')
+    assert [f.name for f in found({})] == ["no-access:base_model"]  # the weights are not there
+    (folder / "model.safetensors").touch()
+    assert found({}) == []
+    assert [f.name for f in found({"revision_of_model": "main"})] == ["no-access:base_model"]
+
+
+def test_a_local_model_is_judged_by_its_own_files(tiny: Path) -> None:
+    local = {"base_model": str(tiny), "revision_of_model": None}
+    assert found(local) == []
+    assert [f.name for f in found(local | {"sequence_len": 2049})] == ["beyond-context:sequence_len"]
+    pad = {"special_tokens": {"pad_token": "<|im_end|>"}}
+    (adds,) = found(local | pad)
+    assert adds.name == "missing-special-token:special_tokens.pad_token"
+    assert "a row to an embedding that has no spare one" in adds.problem
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", '{"model_type": ["llama"], "max_position_embeddings": "x", "num_hidden_layers": null}'),
+        ("config.json", "[]"),
+        ("tokenizer.json", '{"added_tokens": null}'),
+        ("tokenizer.json", '{"added_tokens": [1, {"special": true}, {"special": true, "content": 5}]}'),
+    ],
+)
+def test_odd_files_of_a_local_model_do_no_harm(place: Path, file: str, content: str) -> None:
+    (place / "model").mkdir()
+    (place / "model" / file).write_text(content)
+    assert [f.name for f in found({"base_model": "model"})][-1] == "no-access:base_model"  # no weights

@@ -1,0 +1,134 @@
+import random
+import string
+
+import pytest
+from conftest import recipe_config
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.errors import did_you_mean
+from qlora_recipes.checks import schema
+
+
+def test_the_committed_schema_is_that_of_the_installed_axolotl() -> None:
+    assert schema.FILE.read_text(encoding="utf-8") == schema.generate()
+
+
+BASE = recipe_config("haider2024/llama-2-7b")
+
+
+def found(change: yamlfiles.Config) -> dict[str, str]:
+    """What the schema finds wrong with a recipe that is changed in some keys, by name."""
+    return {finding.name: str(finding) for finding in schema.findings(BASE | change)}
+
+
+@pytest.mark.parametrize("name", paths.recipe_names())
+def test_a_recipe_follows_the_schema(name: str) -> None:
+    assert list(schema.findings(recipe_config(name))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "says"),
+    [
+        ({"lora_rr": 8}, "unknown-key:lora_rr", "did you mean lora_r"),
+        ({"learning_rte": 1}, "unknown-key:learning_rte", "did you mean learning_rate"),
+        ({"datasets": [{"path": "x", "typ": "alpaca"}]}, "unknown-key:datasets.0.typ", "did you mean type"),
+        ({"special_tokens": {"pad_tokn": "x"}}, "unknown-key:special_tokens.pad_tokn", "did you mean pad_token"),
+        ({"fsdp_config": {"offload_param": True}}, "unknown-key:fsdp_config.offload_param", "offload_params"),
+        ({"bnb_config_kwargs": {"quant_type": "nf4"}}, "unknown-key:bnb_config_kwargs.quant_type", "bnb_4bit_quant"),
+        ({"liger_rope": True}, "plugin-key:liger_rope", "ignored unless plugins lists axolotl.integrations.liger"),
+        ({"optimizer": "adamwx"}, "value:optimizer", "adamwx is no value for it; did you mean"),
+        ({"optimizer": "galore_adamw"}, "value:optimizer", "galore_adamw is no value"),  # needs a package not locked
+        ({"optimizer": "ao_adamw_4bit"}, "value:optimizer", "is no value"),  # Axolotl lists it and never handles it
+        ({"lr_scheduler": "cosinus"}, "value:lr_scheduler", "did you mean cosine"),
+        ({"adapter": "qlra"}, "value:adapter", "did you mean qlora"),
+        ({"attn_implementation": "flash"}, "value:attn_implementation", "flash_attention_2"),
+        ({"datasets": [{"path": "x", "type": "alpacca"}]}, "value:datasets.0.type", "did you mean alpaca"),
+        ({"datasets": [{"path": "x", "type": "alpaca_chat.load_q"}]}, "value:datasets.0.type", "alpaca_chat.load_qa"),
+        ({"datasets": ["x"]}, "value:datasets.0", "x is not a mapping of keys"),
+        ({"chat_template": "llama33"}, "value:chat_template", "did you mean llama3"),
+        ({"num_epochs": "two"}, "value:num_epochs", "two is not a number"),
+        ({"num_epochs": "2"}, "value:num_epochs", "write it without quotes"),
+        ({"eval_strategy": False}, "value:eval_strategy", "put text in quotes"),
+        ({"num_epochs": -1}, "value:num_epochs", "-1 is not more than 0"),
+        ({"lora_r": -1}, "value:lora_r", "-1 is not at least 1"),
+        ({"lora_alpha": 0}, "value:lora_alpha", "0 is not more than 0"),
+        ({"lora_dropout": 2.0}, "value:lora_dropout", "2.0 is not less than 1"),
+        ({"weight_decay": -1}, "value:weight_decay", "-1 is not at least 0"),
+        ({"gradient_accumulation_steps": 0}, "value:gradient_accumulation_steps", "0 is not at least 1"),
+        ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf5"}}, "value:bnb_config_kwargs.bnb_4bit_quant_type", "nf4"),
+    ],
+)
+def test_what_breaks_the_schema_is_found(change: yamlfiles.Config, name: str, says: str) -> None:
+    ((only, text),) = found(change).items()
+    assert only == name
+    assert says in text
+
+
+def test_a_missing_key_is_found() -> None:
+    content = {key: value for key, value in BASE.items() if key not in ("base_model", "learning_rate")}
+    assert {finding.name for finding in schema.findings(content)} == {
+        "missing-key:base_model",
+        "missing-key:learning_rate",
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bnb_config_kwargs": {"bnb_4bit_quant_storage": "uint8"}},
+        {"deepspeed": {"zero_optimization": {"stage": 2}}},
+        {"model_revision": "x", "revision_of_model": "x"},  # two names for one key
+        {"liger_rope": True, "plugins": ["axolotl.integrations.liger.LigerPlugin"]},
+        {"liger_rope": True, "plugins": ["axolotl.integrations.liger.plugin.LigerPlugin"]},
+        {"liger_rope": True, "plugins": ["axolotl.integrations.liger:LigerPlugin"]},
+        {"fsdp_config": {"fsdp_offload_params": True}},  # the old prefix
+        {"plugins": ["qlora_recipes.plugin.RunPlugin"]},
+        {"attn_implementation": "kernels-community/flash-attn2"},
+        {"datasets": [{"path": "x", "type": "my_package.my_strategy"}]},
+        {"datasets": [{"path": "x", "type": {"field_output": "msg"}}]},
+        {"datasets": [{"path": "x", "type": "chat_template", "field_messages": "m"}]},
+        {"rl": "dpo", "datasets": [{"path": "x", "type": "chatml.intel"}]},
+        {"learning_rate": "1e-4"},
+        {"deepspeed": None, "wandb_project": None},  # keys left empty
+    ],
+)
+def test_what_axolotl_takes_is_no_finding(change: yamlfiles.Config) -> None:
+    assert found(change) == {}
+
+
+def test_an_unknown_key_without_a_value_is_a_warning() -> None:
+    assert "warning" in found({"fsdp": None})["unknown-key:fsdp"]
+
+
+def test_a_key_that_may_be_of_a_plugin_from_elsewhere_is_a_warning() -> None:
+    assert "warning" in found({"plugins": ["other.Plugin"], "other_key": 1})["unknown-key:other_key"]
+
+
+def test_typos_of_one_edit_are_found_with_the_right_key(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every key of every level; letters left out, doubled, swapped and replaced."""
+    chance = random.Random(0)
+    levels = [schema.load(), *schema.load()["$defs"].values()]
+    tried = right = 0
+    for keys in (level["properties"] for level in levels if "properties" in level):
+        for key in keys:
+            for typo in {_typo(key, chance) for _ in range(5)} - keys.keys():
+                tried += 1
+                right += did_you_mean(typo, keys).startswith((f"; did you mean {key}?", f"; did you mean {key} or"))
+    with capsys.disabled():
+        print(
+            f"\n{right} of {tried} typos of {len(schema.load()['properties'])} keys and those below: "
+            f"the key that was meant is named first ({right / tried:.1%})"
+        )
+    assert right / tried >= 0.95
+
+
+def _typo(word: str, chance: random.Random) -> str:
+    i, letter = chance.randrange(len(word)), chance.choice(string.ascii_lowercase + "_")
+    return chance.choice(
+        [
+            word[:i] + word[i + 1 :],
+            word[:i] + letter + word[i:],
+            word[:i] + letter + word[i + 1 :],
+            word[:i] + word[i + 1 : i + 2] + word[i : i + 1] + word[i + 2 :],
+        ]
+    )

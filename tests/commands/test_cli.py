@@ -1,0 +1,195 @@
+"""What a user sees of a mistake: exit code 2, one message, nothing left behind."""
+
+from pathlib import Path
+
+import orjson
+import pytest
+from conftest import Recipe
+
+from qlora_recipes.base import paths
+
+NAME = "haider2024/code-llama-7b"
+
+
+def prepare_files(folder: Path) -> None:
+    """The files that the mistakes below are made with."""
+    recipe = (paths.RECIPES / f"{NAME}.yaml").read_text()
+    (folder / "broken.yaml").write_text("base_model: x\nlora_r: [1, 2\nlora_alpha: 3\n")
+    (folder / "twice.yaml").write_text("base_model: x\nlora_r: 1\nlora_r: 2\n")
+    (folder / "typo.yaml").write_text(recipe.replace("weight_decay:", "weight_decai:"))
+    (folder / "cycle.yaml").write_text("deepspeed: &a {b: *a}\n")
+    (folder / "odd.yaml").write_text("? [a]\n: 1\n")
+    (folder / "number.yaml").write_text("special_tokens: {1: a}\n")
+    (folder / "latin.yaml").write_bytes(b"a: caf\xe9\n")
+    for name in ("train.jsonl", "good-train.jsonl"):
+        (folder / name).write_text('{"patch": "@@ -1 +1 @@\\n-a\\n+b", "msg": "a"}\n')
+    (folder / "list.yaml").write_text("- a\n")
+    (folder / "empty.jsonl").touch()
+    (folder / "msg-train.jsonl").write_text('{"patch": "@@ -1 +1 @@", "msg": "a"}\n{"patch": "@@ -1 +1 @@"}\n')
+    (folder / "pairs.jsonl").write_text('{"reference": "a", "prediction": "b"}\n{"reference": "a"}\n')
+
+
+MISTAKES = [
+    ("run haider2024/code-lama-7b", "did you mean haider2024/code-llama-7b"),
+    ("show llama-2", "no recipe of that name"),
+    ("diff haider2024/llama-2-7b nowhere.yaml", "nowhere.yaml: no such file"),
+    ("run broken.yaml", "broken.yaml:3: not valid YAML"),
+    ("run twice.yaml", "twice.yaml:3: not valid YAML: the key lora_r stands twice"),
+    ("run list.yaml", "list.yaml: a config is a mapping"),
+    ("resume latest --on slurm --prepare", "--prepare: is done here"),
+    ("evaluate latest --on slurm --export-prompts f", "--export-prompts: needs no GPU, and is done here"),
+    ("run typo.yaml --rehearse", "typo.yaml:64: error: weight_decai: no key of Axolotl's; did you mean weight_decay"),
+    (f"run {NAME} --rehearse --set lora_rr=8", "--set lora_rr=8: error: lora_rr: no key of Axolotl's; did you mean"),
+    (f"run {NAME} --rehearse --set lora_rr=8", "did you mean lora_r"),
+    (f"run {NAME} --rehearse --set datasets.0.typ=x", "datasets.0.typ: no key of Axolotl's; did you mean type"),
+    (f"run {NAME} --set lora_r", "--set lora_r: expected key=value"),
+    (f"run {NAME} --set output_dir=x", "output_dir is the run's own"),
+    (f"run {NAME} --profile zero9", "did you mean zero"),
+    (f"run {NAME} --gpus 0", "--gpus 0: at least 1"),
+    (f"run {NAME} --rehearse --gpus 3", "gradient_accumulation_steps is 4, which does not divide by 3; --set grad"),
+    (f"run {NAME} --rehearse --gpus 8", "--set micro_batch_size=1 --set gradient_accumulation_steps=8 keeps"),
+    (f"run {NAME} --mirror", "no mirror for codellama/CodeLlama-7b-hf: it is not gated"),
+    (f"run {NAME} --rehearse --set datasets.0.path=gone/train.jsonl", "train.jsonl does not exist; `recipe data"),
+    (f"run {NAME} --rehearse --set datasets.0.path=empty.jsonl", "datasets.0.path: empty.jsonl is empty"),
+    ("data prepare msg-train.jsonl", "msg-train.jsonl:2: a row needs the text field msg"),
+    (f"run {NAME} haider2024/llama-2-7b", "one recipe at a time"),
+    (f"run {NAME} -- --output-dir elsewhere", "output_dir is the run's own"),
+    (f"run {NAME} -- --learning-rat 1e-4", "--learning-rat: `axolotl train` has no such option"),
+    (f"run {NAME} -- --learning-rate 1e-4", "--learning-rate: a key of the config; --set learning_rate=..."),
+    (f"run {NAME} -- --no-fp16", "--no-fp16: a key of the config; --set fp16=..."),
+    (f"run {NAME} -- --wandb-api-key=x", "--wandb-api-key=x: would stand in the run's folder"),
+    (f"run {NAME} --rehearse --set datasets=null", "datasets: the config names no data"),
+    (f"run {NAME} --rehearse --set datasets.0.path=null", "datasets.0.path: None names no data"),
+    (f"run {NAME} --set lora_r=2024-99-01", "not valid YAML"),
+    (f"run {NAME} --set lora_r=2024-09-01", "no value for a config"),
+    (f"run {NAME} --rehearse --set plugins=5", "plugins: 5 is not a list"),
+    (f"run {NAME} --rehearse --set num_epochs=.nan", "nan is no value for a config"),
+    (f"run {NAME} --rehearse --gpus 0", "--gpus 0: at least 1"),
+    ("run cycle.yaml", "an alias that contains itself"),
+    ("run odd.yaml", "not valid YAML"),
+    ("run number.yaml", "the key 1 is no text"),
+    ("show latin.yaml", "latin.yaml: not a text file in UTF-8"),
+    ("data prepare train.jsonl --out .", "would be overwritten"),
+    ("data prepare good-train.jsonl --out pairs.jsonl", "pairs.jsonl"),
+    ("data prepare nowhere.zip", "nowhere.zip: no such file"),
+    (f"run {NAME} --rehearse --set datasets=[a.jsonl]", "datasets.0: a.jsonl is not a mapping of keys"),
+    (f"run {NAME} --rehearse --set num_epochs=two", "num_epochs: two is not a number"),
+    ("data prepare msg-train.jsonl --study other", "other: no study of that name; there are haider2024"),
+    ("score nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ("score empty.jsonl", "empty.jsonl: has no rows"),
+    ("score pairs.jsonl", "pairs.jsonl:2: a row needs the text field prediction"),
+    ("resume latest", "latest: no run of that name"),
+    ("evaluate some/run", "some/run: no run of that name"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), MISTAKES, ids=[arguments for arguments, _ in MISTAKES])
+def test_a_mistake_ends_with_code_2_one_message_and_nothing_left(
+    recipe: Recipe, tmp_path: Path, arguments: str, says: str
+) -> None:
+    prepare_files(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    done = recipe(*arguments.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+    assert done.stderr.startswith("recipe: ")
+    assert done.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_fp16_without_a_gpu_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "codereviewer"
+    folder.mkdir(parents=True)
+    for name in ("train", "valid"):
+        (folder / f"{name}.jsonl").write_text('{"instruction": "a", "input": "b", "output": "c"}\n')
+    done = recipe("run", NAME)
+    assert done.returncode == 2
+    assert "fp16: no NVIDIA GPU was found" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments", ["run", f"run {NAME} --rehears", "frobnicate", "score"])
+def test_wrong_usage_ends_with_code_2(recipe: Recipe, arguments: str) -> None:
+    assert recipe(*arguments.split()).returncode == 2
+
+
+def test_list_show_and_diff_print_data(recipe: Recipe) -> None:
+    rows = orjson.loads(recipe("list", "--json").stdout)
+    assert [row["recipe"] for row in rows] == paths.recipe_names()
+    shown = recipe("show", NAME)
+    assert shown.stdout == (paths.RECIPES / f"{NAME}.yaml").read_text()
+    keys = {row["key"] for row in orjson.loads(recipe("diff", NAME, "haider2024/llama-3-8b", "--json").stdout)}
+    assert keys == {"base_model", "revision_of_model", "special_tokens.pad_token", "optimizer"}
+    assert recipe("diff", NAME, NAME).stdout == ""
+
+
+def test_results_without_runs(recipe: Recipe) -> None:
+    assert orjson.loads(recipe("results", "--json").stdout) == []
+    assert "no runs" in recipe("results").stderr
+
+
+def test_render_check(recipe: Recipe) -> None:
+    assert recipe("render", "--check").returncode == 0
+
+
+def test_data_prepare_and_a_dry_run(recipe: Recipe, tmp_path: Path) -> None:
+    done = recipe("data", "prepare", *sorted(paths.SAMPLE.glob("*.jsonl")))
+    assert done.returncode == 0
+    assert sorted(f.name for f in (tmp_path / "data/codereviewer").iterdir()) == [
+        "manifest.json",
+        "test.jsonl",
+        "train.jsonl",
+        "valid.jsonl",
+    ]
+    dry = recipe("run", "haider2024/llama-2-7b", "--mirror", "--set", "fp16=false", "--set", "lora_r=8", "--dry-run")
+    assert dry.returncode == 0
+    assert "base_model: NousResearch/Llama-2-7b-hf" in dry.stdout
+    assert "revision_of_model" not in dry.stdout
+    assert "lora_r: 8\n" in dry.stdout
+    assert "fp16: true\n" in recipe("run", NAME, "--gpus", "2", "--dry-run").stdout  # this needs no GPU
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe: Recipe) -> None:
+    from qlora_recipes.configs.compose import Request, compose
+
+    for name in paths.recipe_names():
+        composed = compose(Request(name, rehearse=True))
+        changed = {difference.key for difference in composed.differences}
+        assert changed == {
+            "base_model",
+            "revision_of_model",
+            "special_tokens.pad_token",
+            "datasets.0.path",
+            "datasets.0.split",
+            "test_datasets.0.path",
+            "test_datasets.0.split",
+            "sequence_len",
+            "warmup_steps",
+            "fp16",
+        } | ({"bf16"} if composed.config["bf16"] else set())
+        steps = 4 * composed.config["num_epochs"]
+        assert composed.config["warmup_steps"] == min(10, steps // 10)
+        assert "max_steps" not in composed.config
+
+
+def test_a_dry_run_shows_a_config_whose_data_are_not_there(recipe: Recipe) -> None:
+    dry = recipe("run", NAME, "--set", "datasets.0.path=mine.jsonl", "--dry-run")
+    assert dry.returncode == 0
+    assert "path: mine.jsonl" in dry.stdout
+    assert "mine.jsonl does not exist" in dry.stderr
+
+
+def test_help_explains_every_verb_and_argument() -> None:
+    import typer.main
+
+    from qlora_recipes import cli
+
+    waiting = [("recipe", typer.main.get_command(cli.app))]
+    while waiting:
+        name, command = waiting.pop()
+        with command.make_context(name, [], resilient_parsing=True) as context:
+            assert command.get_help(context) is not None  # printed
+            assert command.help, name
+            assert [p.name for p in command.params if p.name != "help" and not getattr(p, "help", None)] == [], name
+            waiting += [(f"{name} {verb}", below) for verb, below in getattr(command, "commands", {}).items()]

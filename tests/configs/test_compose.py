@@ -1,0 +1,133 @@
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.configs import compose, datafiles
+from qlora_recipes.configs.compose import Request
+from qlora_recipes.data import codereviewer, sample
+from qlora_recipes.runs import handover
+from qlora_recipes.runs.rundir import RunDir
+
+NAME = "haider2024/llama-2-7b"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "more").mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl", "more/c.jsonl"):
+        (tmp_path / "data" / name).write_text(f'{{"output": "{name}"}}\n\n')
+    return tmp_path
+
+
+def composed(*overrides: str) -> compose.Composed:
+    of_request = compose.compose(Request(NAME, overrides=["fp16=false", "test_datasets=null", *overrides]))
+    of_request.data = datafiles.record(of_request.config)
+    return of_request
+
+
+def test_changed_data_is_prepared_anew(place: Path) -> None:
+    def prepared() -> str:
+        of_run = handover.launched(composed("datasets.0.path=data/a.jsonl"), RunDir(Path("runs", NAME, "now")))
+        return str(of_run["dataset_prepared_path"])
+
+    before = prepared()
+    assert prepared() == before
+    (place / "data" / "a.jsonl").write_text('{"output": "other"}\n')
+    assert prepared() != before
+
+
+def test_differences_name_their_reason(place: Path) -> None:
+    found = {d.key: (d.recipe, d.run, d.why) for d in composed("datasets.0.path=data/a.jsonl", "lora_r=8").differences}
+    assert found["lora_r"] == (32, 8, "--set lora_r=8")
+    assert found["fp16"] == (True, False, "--set fp16=false")
+    assert found["test_datasets.0.path"][1] is None
+    assert "lora_alpha" not in found
+
+
+def test_a_mirror_is_a_difference(place: Path) -> None:
+    request = Request(NAME, overrides=["fp16=false", "datasets.0.path=data", "test_datasets=null"], mirror=True)
+    found = {d.key: (d.run, d.why) for d in compose.compose(request).differences}
+    assert found["base_model"] == ("NousResearch/Llama-2-7b-hf", "--mirror")
+    assert found["revision_of_model"] == (None, "--mirror")
+
+
+def test_the_shipped_rehearsal_profile_given_as_a_file_is_a_rehearsal(place: Path) -> None:
+    from qlora_recipes.base import paths
+
+    assert compose.is_rehearsal(Request(NAME, profiles=[str(paths.PROFILES / "rehearsal.yaml")]))
+    (place / "rehearsal.yaml").write_text("lora_r: 8\n")
+    assert not compose.is_rehearsal(Request(NAME, profiles=["rehearsal.yaml"]))
+
+
+def test_a_rehearsal_in_one_process_drops_the_engine_and_caps_a_warm_up_ratio() -> None:
+    request = Request(NAME, profiles=["zero2"], overrides=["warmup_steps=null", "warmup_ratio=0.5"], rehearse=True)
+    of_run = compose.compose(request)
+    assert "deepspeed" not in of_run.config
+    assert of_run.config["warmup_ratio"] == 0.1
+    assert compose.compose(replace(request, gpus=2)).config["deepspeed"]["zero_optimization"]["stage"] == 2
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["sample_packing=true", "datasets=[{path: some/data-set, type: alpaca}]", "datasets.0.split=train[8:40]"],
+)
+def test_a_rehearsal_caps_a_warm_up_also_where_its_steps_are_not_known(override: str) -> None:
+    of_run = compose.compose(Request(NAME, overrides=[override], rehearse=True))
+    assert datafiles.training_steps(of_run.config) is None
+    changed = {d.key: (d.recipe, d.run) for d in of_run.differences if d.why.endswith("a tenth of the steps")}
+    assert changed == {"warmup_steps": (10, None), "warmup_ratio": (None, 0.1)}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "change", "key", "expected"),
+    [
+        (2, [], "gradient_accumulation_steps", 2),
+        (4, [], "gradient_accumulation_steps", 1),
+        (8, ["micro_batch_size=1", "gradient_accumulation_steps=8"], "gradient_accumulation_steps", 1),
+        (2, ["gradient_accumulation_steps=null", "batch_size=8"], "batch_size", 4),
+    ],
+)
+def test_steps_keep_their_rows_on_several_gpus(gpus: int, change: list[str], key: str, expected: int) -> None:
+    of_run = compose.compose(Request(NAME, overrides=change, gpus=gpus))
+    assert of_run.config[key] == expected
+    assert datafiles.effective_batch(of_run.config) * gpus == 8
+    (difference,) = (one for one in of_run.differences if one.key == key)
+    assert difference.why == f"--gpus {gpus}: steps of as many rows as on one"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "change", "remedy"),
+    [
+        (3, [], "is 4, which does not divide by 3; --set gradient_accumulation_steps=6 makes steps of 12 rows instead"),
+        (8, [], "--set micro_batch_size=1 --set gradient_accumulation_steps=8 keeps steps of 8 rows"),
+        (4, ["gradient_accumulation_steps=null", "batch_size=4"], "--set micro_batch_size=1 keeps steps of 4 rows"),
+        (3, ["gradient_accumulation_steps=null", "batch_size=4"], "--set batch_size=6 makes steps of 6 rows instead"),
+    ],
+)
+def test_steps_that_cannot_keep_their_rows_are_refused(gpus: int, change: list[str], remedy: str) -> None:
+    with pytest.raises(UserError, match=remedy):
+        compose.compose(Request(NAME, overrides=change, gpus=gpus))
+
+
+def test_rehearsals_that_start_at_once_prepare_the_sample_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    prepare, began, others = codereviewer.prepare, list[Path](), list[Future[Path]]()
+
+    def prepare_while_others_start(raw: list[Path], out: Path, *more: Any) -> dict[str, Any]:
+        began.append(out)
+        if len(began) == 1:
+            others.extend(pool.submit(sample.rehearsal_data) for _ in range(2))
+            assert not wait(others, timeout=0.5).done
+        return prepare(raw, out, *more)
+
+    monkeypatch.setattr(codereviewer, "prepare", prepare_while_others_start)
+    with ThreadPoolExecutor() as pool:
+        folder = sample.rehearsal_data()
+        assert [other.result() for other in others] == [folder, folder]
+    assert len(began) == 1
+    assert codereviewer.read_json(folder / codereviewer.MANIFEST)["splits"].keys() == set(codereviewer.SPLITS)

@@ -1,0 +1,95 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.configs import config
+
+leaves = st.one_of(st.integers(), st.booleans(), st.text(max_size=5), st.floats(allow_nan=False))
+keys = st.text("abcdef_", min_size=1, max_size=4)
+configs = st.dictionaries(
+    keys, st.recursive(leaves, lambda v: st.dictionaries(keys, v, max_size=3), max_leaves=8), max_size=4
+)
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "some.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_numbers_are_read_as_meant(tmp_path: Path) -> None:
+    read = yamlfiles.read_yaml(write(tmp_path, "a: 2e-4\nb: 1E3\nc: 0.05\nd: 12\ne: 2e\nf: '2e-4'\n"))
+    assert read == {"a": 0.0002, "b": 1000.0, "c": 0.05, "d": 12, "e": "2e", "f": "2e-4"}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ("a: 1\nb: [1, 2\nc: 3\n", 3, "not valid YAML"),
+        ("a: 1\n\ta: 2\n", 2, "not valid YAML"),
+        ("a: 1\nb: 2\na: 3\n", 3, "a stands twice"),
+        ("a: !!python/object/apply:os.system [id]\n", 1, "not valid YAML"),
+    ],
+)
+def test_a_malformed_file_is_told_with_its_line(tmp_path: Path, text: str, line: int, says: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(UserError, match=says) as error:
+        yamlfiles.read_yaml(file)
+    assert str(error.value).startswith(f"{file}:{line}:")
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "just text\n", "", "1: a\n", "[" * 5000, "\x00"])
+def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError):
+        yamlfiles.read_yaml(write(tmp_path, text))
+
+
+def test_merge_reaches_below_replaces_lists_and_deletes_by_null() -> None:
+    base = {"a": {"x": 1, "y": 2}, "b": [1, 2], "c": 3}
+    assert config.merge(base, {"a": {"y": None, "z": 4}, "b": [9], "c": None}) == {"a": {"x": 1, "z": 4}, "b": [9]}
+    assert base == {"a": {"x": 1, "y": 2}, "b": [1, 2], "c": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a=2e-4", {"a": 0.0002, "d": [{"p": "x"}, {"p": "y"}]}),
+        ("d.1.p=z", {"a": 1, "d": [{"p": "x"}, {"p": "z"}]}),
+        ("d.0.q=[1, two]", {"a": 1, "d": [{"p": "x", "q": [1, "two"]}, {"p": "y"}]}),
+        ("d.0.p=null", {"a": 1, "d": [{}, {"p": "y"}]}),
+        ("n.o.p=true", {"a": 1, "d": [{"p": "x"}, {"p": "y"}], "n": {"o": {"p": True}}}),
+        ("a=null", {"d": [{"p": "x"}, {"p": "y"}]}),
+    ],
+)
+def test_override_sets_what_it_names(text: str, expected: yamlfiles.Config) -> None:
+    base = {"a": 1, "d": [{"p": "x"}, {"p": "y"}]}
+    assert config.override(base, *config.parse_override(text)) == expected
+
+
+@pytest.mark.parametrize("text", ["novalue", "=1", "d.7.p=1", "d.x=1", "a.b=1", "a=[1"])
+def test_override_refuses_what_it_cannot_set(text: str) -> None:
+    with pytest.raises(UserError, match="--set"):
+        config.override({"a": 1, "d": [{"p": "x"}]}, *config.parse_override(text))
+
+
+@given(configs)
+def test_a_config_written_and_read_again_is_the_same(content: yamlfiles.Config) -> None:
+    assert yaml.load(yamlfiles.write_yaml(content), yamlfiles._Loader) == content
+
+
+@given(configs, keys, leaves)
+def test_an_override_changes_its_key_and_no_other(content: yamlfiles.Config, key: str, value: Any) -> None:
+    changed = config.override(content, key, value)
+    assert changed[key] == value
+    assert {name.partition(".")[0] for name in config.differences(content, changed)} <= {key}
+
+
+def test_the_line_of_a_nested_key_is_found(tmp_path: Path) -> None:
+    file = write(tmp_path, "# head\na: 1\nd:\n  - p: x\n  - p: y\n    q: 1\n")
+    assert [yamlfiles.line_of(file, key) for key in ("a", "d.0.p", "d.1.q", "d")] == [2, 4, 6, 3]

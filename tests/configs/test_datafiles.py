@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import pytest
+from conftest import recipe_config
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.configs import config, datafiles
+
+NAME = "haider2024/llama-2-7b"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "more").mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl", "more/c.jsonl"):
+        (tmp_path / "data" / name).write_text(f'{{"output": "{name}"}}\n\n')
+    return tmp_path
+
+
+def with_data(override: str) -> yamlfiles.Config:
+    key, value = config.parse_override(override)
+    return config.override(config.merge(recipe_config(NAME), {"test_datasets": None}), key, value)
+
+
+@pytest.mark.parametrize(
+    ("override", "files"),
+    [
+        ("datasets.0.path=data/a.jsonl", ["data/a.jsonl"]),
+        ("datasets.0.path=data", ["data/a.jsonl", "data/b.jsonl", "data/more/c.jsonl"]),
+        ("datasets.0={path: json, data_files: data/b.jsonl, type: alpaca}", ["data/b.jsonl"]),
+        ("datasets.0={path: data, data_files: [data/a.jsonl, data/b.jsonl]}", ["data/a.jsonl", "data/b.jsonl"]),
+        ("datasets.0={path: some/hub-dataset, data_files: train.jsonl}", []),
+        ("datasets.0={path: some/hub-dataset}", []),
+    ],
+)
+def test_every_local_file_is_recorded(place: Path, override: str, files: list[str]) -> None:
+    assert [file.path for file in datafiles.record(with_data(override))] == files
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "datasets.0.path=data/no-such-folder",
+        "datasets.0.path=gone.jsonl.gz",
+        "datasets.0.path=/gone",
+        "datasets.0={path: json, data_files: [data/a.jsonl, gone.jsonl]}",
+    ],
+)
+def test_missing_local_data_is_told(place: Path, override: str) -> None:
+    with pytest.raises(UserError, match=r"datasets\.0\.path: .* does not exist"):
+        datafiles.record(with_data(override))
+
+
+def test_training_steps(place: Path) -> None:
+    (place / "t.jsonl").write_text("{}\n" * 109 + "\n")
+    base = with_data("datasets=[{path: t.jsonl}]")
+    assert datafiles.training_steps(base) == 28  # 55 batches, 14 steps an epoch
+    assert datafiles.training_steps(config.override(base, "datasets.0.split", "train[:40]")) == 10
+    assert datafiles.training_steps(base | {"num_epochs": 0.5}) == 7
+    assert datafiles.training_steps(base | {"val_set_size": 0.1}) == 25  # 11 of 109 rows are held out
+    assert datafiles.training_steps(base | {"num_epochs": 5}) == 69  # not five times an epoch's 14
+    assert datafiles.training_steps(base, gpus=2) == 14
+    assert datafiles.training_steps(base | {"batch_size": 32}) == 7
+    assert datafiles.training_steps(base | {"max_steps": 50}) == 50  # Axolotl lets it win
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sample_packing": True}, {"num_epochs": "two"}, {"datasets": [{"path": "a/b"}]}]
+    + [
+        {"datasets": [{"path": "t.jsonl"} | more]} for more in ({"split": "train[5:9]"}, {"shards": 2}, {"weight": 0.5})
+    ],
+)
+def test_training_steps_that_nobody_can_tell(place: Path, change: yamlfiles.Config) -> None:
+    (place / "t.jsonl").write_text("{}\n")
+    assert datafiles.training_steps(with_data("datasets=[{path: t.jsonl}]") | change) is None

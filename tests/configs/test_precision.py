@@ -1,0 +1,54 @@
+"""Precision, beside what Axolotl's own code makes of the same settings."""
+
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import config_with
+
+from qlora_recipes.configs.precision import Precision, precision
+
+UNSET = object()
+VALUES = {
+    "bf16": (UNSET, None, True, False, "auto"),
+    "fp16": (UNSET, None, True, False),
+    "bfloat16": (UNSET, True, False),
+    "float16": (UNSET, True, False),
+    "load_in_8bit": (UNSET, True),
+}
+SETTINGS: list[dict[str, Any]] = [
+    {key: value for key, value in zip(VALUES, values, strict=True) if value is not UNSET}
+    for values in product(*VALUES.values())
+]
+
+
+def of_axolotl(settings: dict[str, Any], on_gpu: bool) -> Precision | None:
+    """What Axolotl's validation, its choice of dtypes and its arguments for transformers come to; None for arguments
+    that transformers refuses."""
+    from axolotl.core.builders.base import TrainerBuilderBase
+    from axolotl.utils.config import resolve_dtype, validate_config
+    from axolotl.utils.dict import DictDefault
+
+    of_recipe = config_with({"fp16": None, "bf16": None, "adapter": "lora", "load_in_4bit": None})
+    cfg = validate_config(DictDefault(of_recipe | settings))
+    cfg.device = "cuda:0" if on_gpu else "cpu"
+    resolve_dtype(cfg)
+    arguments: dict[str, Any] = {}
+    TrainerBuilderBase._configure_precision_settings(SimpleNamespace(cfg=cfg), arguments)
+    if arguments["fp16"] and arguments["bf16"]:
+        return None
+    autocast = "bfloat16" if arguments["bf16"] else "float16" if arguments["fp16"] else None
+    return Precision(str(cfg.torch_dtype).removeprefix("torch."), autocast)
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_precision_is_what_axolotl_resolves(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    supported = on_gpu  # torch reports bf16 as supported on every NVIDIA GPU, because it counts emulation
+    monkeypatch.setattr("axolotl.utils.config.is_torch_bf16_gpu_available", lambda: supported)
+    differ = {
+        str(settings): (ours, theirs)
+        for settings in SETTINGS
+        if (theirs := of_axolotl(settings, on_gpu)) and (ours := precision(settings, on_gpu)) != theirs
+    }
+    assert differ == {}

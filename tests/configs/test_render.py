@@ -1,0 +1,107 @@
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import recipe_config
+
+from qlora_recipes.base import paths
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.configs import config, render
+from qlora_recipes.data import study
+
+
+def test_the_recipes_are_those_of_the_templates() -> None:
+    assert render.drift(render.rendered()) == ""
+
+
+def test_drift_shows_what_differs() -> None:
+    recipes = render.rendered()
+    name = "haider2024/llama-2-7b.yaml"
+    recipes[name] = recipes[name].replace("num_epochs: 2", "num_epochs: 3")
+    drift = render.drift(recipes)
+    assert "-num_epochs: 2  # paper" in drift
+    assert "+num_epochs: 3  # paper" in drift
+
+
+@pytest.mark.parametrize("name", paths.recipe_names())
+def test_every_setting_names_its_source(name: str) -> None:
+    text = (paths.RECIPES / f"{name}.yaml").read_text()
+    body = [line for line in text.splitlines() if line and not line.startswith("#")]
+    settings = [line for line in body if not re.match(r" +- \w+_proj$", line)]
+    assert [line for line in settings if "  # " not in line] == []
+
+
+def test_the_settings_of_the_study() -> None:
+    expected = {
+        "haider2024/llama-2-7b": ("meta-llama/Llama-2-7b-hf", 2, "paged_adamw_32bit"),
+        "haider2024/code-llama-7b": ("codellama/CodeLlama-7b-hf", 2, "paged_adamw_32bit"),
+        "haider2024/llama-3-8b": ("meta-llama/Meta-Llama-3-8B", 2, "adamw_bnb_8bit"),
+        "haider2024/llama-3.1-8b": ("meta-llama/Llama-3.1-8B", 2, "adamw_bnb_8bit"),
+        "haider2024/llama-3.2-3b": ("meta-llama/Llama-3.2-3B-Instruct", 5, "adamw_bnb_8bit"),
+    }
+    common = {
+        "adapter": "qlora",
+        "load_in_4bit": True,
+        "lora_r": 32,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "micro_batch_size": 2,
+        "learning_rate": 0.0002,
+        "weight_decay": 0.01,
+        "sequence_len": 2048,
+        "fp16": True,
+        "bf16": False,
+    }
+    assert set(expected) <= set(paths.recipe_names())
+    for name, (model, epochs, optimizer) in expected.items():
+        recipe = recipe_config(name)
+        assert (recipe["base_model"], recipe["num_epochs"], recipe["optimizer"]) == (model, epochs, optimizer)
+        assert recipe | common == recipe
+
+
+def test_the_gains_of_table_ii_follow_from_its_scores() -> None:
+    of_study = study.of("haider2024/llama-2-7b")
+    assert of_study
+    assert set(of_study.published) <= set(paths.recipe_names())
+    printed = of_study.baselines[0]
+    for scores in of_study.published.values():
+        assert 100 * (scores.bleu4 / printed.bleu4 - 1) == pytest.approx(scores.bleu4_gain, abs=0.02)
+        assert printed.bertscore_f1
+        assert 100 * (scores.bertscore_f1 / printed.bertscore_f1 - 1) == pytest.approx(
+            scores.bertscore_f1_gain, abs=0.02
+        )
+
+
+@pytest.fixture
+def templates(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(paths.TEMPLATES, tmp_path / "templates"))
+
+
+def test_a_variable_that_is_not_set_is_an_error_with_its_place(templates: Path) -> None:
+    file = templates / "haider2024" / "llama-2-7b.yaml.j2"
+    file.write_text(file.read_text().replace('{% set num_epochs, num_epochs_source = 2, "paper" %}\n', ""))
+    with pytest.raises(UserError, match=r"_base\.yaml\.j2:\d+: 'num_epochs' is undefined"):
+        render.rendered(templates)
+
+
+def test_a_broken_template_is_an_error_with_its_line(templates: Path) -> None:
+    (templates / "haider2024" / "other.yaml.j2").write_text("a: 1\nb: {{ name\n")
+    with pytest.raises(UserError, match=r"other\.yaml\.j2:2: "):
+        render.rendered(templates)
+
+
+def test_a_new_epoch_count_is_one_line_in_one_template(templates: Path) -> None:
+    file = templates / "haider2024" / "llama-2-7b.yaml.j2"
+    file.write_text(file.read_text().replace("num_epochs_source = 2", "num_epochs_source = 4"))
+    name = "haider2024/llama-2-7b"
+    changed = yaml.safe_load(render.rendered(templates)[f"{name}.yaml"])
+    assert config.differences(recipe_config(name), changed) == {"num_epochs": (2, 4)}
+
+
+def test_the_table_names_every_recipe() -> None:
+    table = render.rendered()[render.README]
+    assert all(f"[{name}]({name}.yaml)" in table for name in paths.recipe_names())
+    assert "| 5.58 | 0.848 |" in table

@@ -1,0 +1,217 @@
+"""`recipe new`, `recipe diff` and `recipe list --variants`, and files edited by hand."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import Recipe
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.checks import check
+from qlora_recipes.configs import compose, config, edit, variants
+from qlora_recipes.configs.compose import Request
+
+BASE = "haider2024/code-llama-7b"
+TEXT = (paths.RECIPES / f"{BASE}.yaml").read_text()
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "lora_r": st.integers(1, 256),
+    "lora_alpha": st.integers(1, 256),
+    "lora_dropout": st.floats(0, 0.5),
+    "lora_target_modules": st.lists(st.sampled_from(LAYERS), min_size=1, unique=True),
+    "lora_target_modules.2": st.just("up_proj"),
+    "learning_rate": st.floats(1e-6, 1e-2),
+    "weight_decay": st.floats(0, 0.1) | st.none(),
+    "num_epochs": st.integers(1, 9),
+    "optimizer": st.sampled_from(["adamw_torch", "adamw_8bit"]),
+    "lr_scheduler": st.sampled_from(["linear", "constant"]) | st.none(),
+    "datasets.0.path": st.sampled_from(["mine.jsonl", "data/é, [x] # y.jsonl"]),
+    "special_tokens": st.none() | st.just({"pad_token": "<unk>"}),
+    "special_tokens.pad_token": st.sampled_from(["<unk>", "# no comment", "a: 'b'"]),
+    "gradient_checkpointing_kwargs": st.none(),
+    "bnb_config_kwargs.bnb_4bit_quant_storage": st.just("uint8"),
+    "save_total_limit": st.integers(1, 9) | st.none(),
+    "early_stopping_patience": st.integers(1, 9),
+    "eval_sample_packing": st.booleans(),
+}
+OVERRIDES = st.lists(st.sampled_from(sorted(VALUES)), unique=True, max_size=8).flatmap(
+    lambda keys: st.tuples(*(st.tuples(st.just(key), VALUES[key]) for key in keys))
+)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def comments(text: str) -> list[str]:
+    """The comments of a YAML text that has no # elsewhere, but for the line for editors."""
+    found = re.findall(r"(?:^|\s)#+ ?(.*)", text)
+    return [comment.strip() for comment in found if "yaml-language-server" not in comment]
+
+
+@given(OVERRIDES)
+def test_a_variant_keeps_every_comment_is_clean_and_differs_in_just_what_was_changed(
+    tmp_path_factory: pytest.TempPathFactory, overrides: tuple[tuple[str, Any], ...]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("variant"))
+        base = expected = yamlfiles.parse(TEXT, "")
+        words = [f"{key}={yamlfiles.write_flow(value)}" for key, value in overrides]
+        try:
+            for key, value in overrides:
+                expected = config.override(expected, key, value)
+        except UserError:  # an earlier one took the list away that a later one reaches into
+            with pytest.raises(UserError):
+                variants.write("mine", BASE, words)
+            return
+        file = variants.write("mine", BASE, words)
+        text = file.read_text()
+        assert all(comment in text for comment in comments(TEXT))
+        differing = set(config.differences(base, expected))
+        assert set(variants.changed(BASE, "mine")) == differing
+        composed = compose.compose(Request("mine"))
+        assert composed.config == expected
+        assert {difference.key for difference in composed.differences} == differing
+        assert {difference.why for difference in composed.differences} <= {"variants/mine.yaml"}
+        found = check.examine(composed).findings
+        assert [str(one) for one in found if one.level == "error" and one.rule != "missing-file"] == []
+        for line in set(text.splitlines()) - set(TEXT.splitlines()):
+            assert line.startswith("#") or "  # variant, " in line
+
+
+LINES = st.lists(
+    st.sampled_from(
+        [
+            "a: 1  # one",
+            "a: [1, {b: 2}]  # list",
+            "b:\n  c: 3  # three\n  # between\n  d: [x]\n",
+            "e: |\n  text # no comment\n  more\n",
+            "f: 'quoted # no comment'  # yes",
+            "g:\n- 1\n# first\n- h: 2\n  i: {}\n",
+            "j: &x {k: 1}",
+            "l: *x",
+            "# alone",
+            "",
+            "m:",
+            "n: >-\n  folded\n\n\n",
+            "o: {p: {q: 1}}  # deep",
+            '"r": 1 # s',
+        ]
+    ),
+    max_size=8,
+    unique=True,
+).map(lambda lines: ["z: 0", *lines])
+KEYS = st.sampled_from([*"abefgjlmnorz", "new"]) | st.sampled_from(
+    [
+        "a.0",
+        "a.1.b",
+        "b.c",
+        "b.d.0",
+        "b.x",
+        "e.f",
+        "g.0",
+        "g.1.h",
+        "g.1.z",
+        "j.k",
+        "l.k",
+        "m.a.b",
+        "n.x",
+        "o.p.q",
+        "o.p.z",
+    ]
+)
+
+
+@given(LINES, KEYS, st.none() | st.integers(-9, 9) | st.text(max_size=5) | st.just([1, {"a": "# no, [x"}]))
+def test_any_text_is_edited_right_or_refused(lines: list[str], key: str, value: Any) -> None:
+    text = "\n".join(lines)
+    try:
+        before = yamlfiles.parse(text, "t.yaml") or {}
+        expected = config.override(before, key, value)
+    except UserError:
+        return
+    try:
+        made = edit.edited(text, key, value, "t.yaml")
+    except UserError as error:
+        assert "has a form there that cannot be edited" in str(error)
+        return
+    assert (yamlfiles.parse(made, "t.yaml") or {}) == expected
+    for comment in ("one", "list", "three", "between", "yes", "first", "alone", "deep", "s"):
+        assert len(re.findall(rf"# {comment}\b|; {comment}\b", made)) >= len(re.findall(rf"# {comment}\b", text))
+
+
+def test_a_variant_from_the_command_line_to_its_config(place: Path, recipe: Recipe) -> None:
+    made = recipe("new", "ideas/wide", "--from", BASE, "--set", "lora_r=64", "--set", "weight_decay=null")
+    assert (made.returncode, made.stdout) == (0, "variants/ideas/wide.yaml\n")
+    text = (place / "variants/ideas/wide.yaml").read_text()
+    assert "\nlora_r: 64  # variant, was 32; paper\n" in text
+    assert "\n# variant, removed: weight_decay: 0.01  # paper\n" in text
+    assert "\noutput_dir: outputs/ideas/wide  # variant, was outputs/haider2024/code-llama-7b; this project\n" in text
+    assert text.splitlines()[1] == f"# ideas/wide: a variant of {BASE}"
+    again = recipe("new", "wider", "--from", "ideas/wide", "--set", "lora_r=128")
+    assert again.returncode == 0
+    assert "lora_r: 128  # variant, was 64; variant, was 32; paper" in (place / "variants/wider.yaml").read_text()
+    rows = orjson.loads(recipe("diff", "wider", "--json").stdout)
+    assert rows == [{"key": "lora_r", "ideas/wide": 64, "wider": 128}]
+    tree = {row["recipe"]: row for row in orjson.loads(recipe("list", "--variants", "--json").stdout)}
+    assert (tree["ideas/wide"]["of"], tree["wider"]["of"], tree["wider"]["depth"]) == (BASE, "ideas/wide", 2)
+    assert tree["haider2024/all-linear/code-llama-7b"]["of"] == BASE
+    assert "    wider" in recipe("list", "--variants").stdout
+    dry = recipe("run", "wider", "--dry-run").stdout
+    assert "lora_r: 128\n" in dry and "weight_decay" not in dry
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["x", "--from", "haider2024/code-lama-7b"], "did you mean haider2024/code-llama-7b"),
+        (["x", "--from", BASE, "--set", "lora_rr=3"], "lora_rr: no key of Axolotl's; did you mean lora_r"),
+        (["x", "--from", BASE, "--set", "lora_r=-1"], "lora_r"),
+        (["x", "--from", BASE, "--set", "lora_target_modules.9=q_proj"], "9 is not a position in a list of 4"),
+        (["x", "--from", BASE, "--set", "output_dir=x"], "output_dir is the run's own"),
+        (["../x", "--from", BASE], "../x: no name for a variant"),
+        ([BASE, "--from", BASE], f"{BASE}: there is a recipe of that name"),
+        (["x"], "Missing option '--from'"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_written(
+    tmp_path: Path, recipe: Recipe, arguments: list[str], says: str
+) -> None:
+    done = recipe("new", *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_variant_that_is_there_is_not_overwritten(place: Path, recipe: Recipe) -> None:
+    recipe("new", "mine", "--from", BASE)
+    (place / "variants/mine.yaml").write_text("mine: 1\n")
+    assert recipe("new", "mine", "--from", BASE).returncode == 2
+    assert (place / "variants/mine.yaml").read_text() == "mine: 1\n"
+
+
+def test_a_copy_edited_by_hand_is_known_by_the_recipe_in_its_header(place: Path) -> None:
+    (place / "copy.yaml").write_text(TEXT.replace("lora_r: 32", "lora_r: 8"))
+    composed = compose.compose(Request("copy.yaml", overrides=["lora_alpha=8"]))
+    assert composed.origin == BASE
+    assert [(d.key, d.recipe, d.run, d.why) for d in composed.differences] == [
+        ("lora_r", 32, 8, "copy.yaml"),
+        ("lora_alpha", 16, 8, "--set lora_alpha=8"),
+    ]
+    (place / "own.yaml").write_text(yamlfiles.write_yaml(yamlfiles.parse(TEXT, "")))
+    assert compose.compose(Request("own.yaml")).origin is None
+    assert compose.compose(Request("own.yaml")).differences == []
+
+
+def test_headers_that_go_in_a_circle_are_listed(place: Path) -> None:
+    (place / "variants").mkdir()
+    for name, of in (("a", "b"), ("b", "a")):
+        (place / f"variants/{name}.yaml").write_text(f"# {name}: a variant of {of}\nlora_r: 1\n")
+    assert {"a", "b"} <= {row["recipe"] for row in variants.tree()}

@@ -1,0 +1,242 @@
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import SHARED
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_recipes.base import files, paths
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.data import codereviewer, study
+
+STUDY = study.find("haider2024")
+PATCH = "@@ -1,3 +1,3 @@ def f():\n     a = 1\n-    b = 2\n+    b = 3 \n \n"
+
+
+def write(folder: Path, name: str, *rows: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    file = folder / name
+    file.write_bytes(b"".join((row if isinstance(row, bytes) else orjson.dumps(row)) + b"\n" for row in rows))
+    return file
+
+
+def row(msg: str = "Why?", patch: str = PATCH, **more: Any) -> dict[str, Any]:
+    return {"patch": patch, "msg": msg, "oldf": "x" * 100, "id": 1, "y": 1} | more
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    return [orjson.loads(line) for line in file.read_bytes().splitlines()]
+
+
+def test_rows_become_instruction_input_and_output(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw", "msg-train.jsonl", row("Why?\nReally."))
+    codereviewer.prepare([raw], tmp_path / "out", STUDY)
+    assert read(tmp_path / "out" / "train.jsonl") == [
+        {
+            "instruction": "Generate a code review comment for the given code change.",
+            "input": PATCH,
+            "output": "Why?\nReally.",
+        }
+    ]
+
+
+def test_the_tagged_form() -> None:
+    assert codereviewer.tagged(PATCH) == "<keep>a = 1<del>b = 2<add>b = 3"
+    assert codereviewer.tagged("@@ -1 +1 @@\n-\tx\n+\n+ y\n\\ No newline at end of file\n") == (
+        "<del>x<add>y<keep>No newline at end of file"
+    )
+
+
+def test_the_manifest_accounts_for_every_row(tmp_path: Path) -> None:
+    rows = [row("a"), row(" \n"), row("b", patch=""), row("a"), row("c")]
+    raw = write(tmp_path / "raw", "msg-train.jsonl", *rows)
+    manifest = codereviewer.prepare([raw], tmp_path / "out", STUDY)
+    split = manifest["splits"]["train"]
+    assert (split["read"], split["kept"], split["rows"]) == (5, 3, 3)
+    assert split["dropped"] == {"empty msg": 1, "empty patch": 1}
+    assert split["duplicates_kept"] == 1
+    assert split["source_sha256"] == hashlib.sha256(raw.read_bytes()).hexdigest()
+    assert split["sha256"] == hashlib.sha256((tmp_path / "out" / "train.jsonl").read_bytes()).hexdigest()
+    assert split["is_the_study_file"] is False  # too few rows
+    assert orjson.loads((tmp_path / "out" / "manifest.json").read_bytes()) == manifest
+
+
+def test_validation_rows_are_drawn_the_same_each_time_and_keep_their_order(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw", "msg-valid.jsonl", *(row(str(i)) for i in range(300)))
+    drawn = []
+    for out, seed in (("a", 42), ("b", 42), ("c", 7)):
+        codereviewer.prepare([raw], tmp_path / out, STUDY, valid_rows=50, seed=seed)
+        drawn.append([int(r["output"]) for r in read(tmp_path / out / "valid.jsonl")])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(rows == sorted(set(rows)) and len(rows) == 50 for rows in drawn)
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_a_draw_has_as_many_rows_as_there_are_to_draw(rows: int, size: int) -> None:
+    draw = codereviewer._Draw(size, seed=0)
+    for i in range(rows):
+        draw.offer(i, bytes([i]))
+    drawn = draw.rows()
+    assert len(drawn) == min(rows, size)
+    assert drawn == sorted(set(drawn))
+
+
+def small_study(raw: Path, **subsets: Any) -> study.Study:
+    """The study with `raw` as its test file."""
+    known = study.SourceFile(rows=0, sha256=hashlib.sha256(raw.read_bytes()).hexdigest())
+    made = {name: study.Subset(**{"title": name, "rows": 0} | subset) for name, subset in subsets.items()}
+    changed = STUDY.data.model_copy(update={"files": {"msg-test.jsonl": known}, "subsets": made})
+    return STUDY.model_copy(update={"data": changed, "folder": raw.parent})
+
+
+def test_test_rows_tell_their_position_and_language(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw", "msg-test.jsonl", row("a", lang="py"), row(" "), row("b"))
+    codereviewer.prepare([raw], tmp_path / "out", STUDY)
+    assert [(r["idx"], r["lang"]) for r in read(tmp_path / "out" / "test.jsonl")] == [(0, "py"), (2, None)]
+
+
+def test_a_listed_subset_has_its_rows_in_the_lists_order(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
+    (tmp_path / "raw" / "positions.json").write_text('{"rows": [7, 3, 7, 19]}')
+    of_study = small_study(raw, listed={"positions": "positions.json"})
+    split = codereviewer.prepare([raw], tmp_path / "out", of_study)["splits"]["test"]
+    file = tmp_path / "out" / "listed.jsonl"
+    assert [r["output"] for r in read(file)] == ["7", "3", "7", "19"]
+    assert split["subsets"]["listed"]["rows"] == 4
+    assert split["subsets"]["listed"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_a_listed_subset_of_another_file_is_left_out_and_an_earlier_one_goes(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
+    (tmp_path / "raw" / "positions.json").write_text('{"rows": [7, 3]}')
+    of_study = small_study(raw, listed={"positions": "positions.json"})
+    codereviewer.prepare([raw], tmp_path / "out", of_study)
+    write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(30)))
+    split = codereviewer.prepare([raw], tmp_path / "out", of_study)["splits"]["test"]
+    assert split["subsets"] == {}
+    assert "which this is not" in split["left_out"]["listed"]
+    assert not (tmp_path / "out" / "listed.jsonl").exists()
+
+
+def test_drawn_subsets_have_a_seed_and_are_left_out_where_rows_are_too_few(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
+    of_study = small_study(raw, few={"rows": 5, "seed": 1}, many={"rows": 50, "seed": 1})
+    split = codereviewer.prepare([raw], tmp_path / "out", of_study, subsets=[8], seed=3)["splits"]["test"]
+    assert {name: (s["rows"], s["seed"]) for name, s in split["subsets"].items()} == {"few": (5, 1), "test-8": (8, 3)}
+    assert split["left_out"] == {"many": "only 20 rows to draw from"}
+    assert len({r["idx"] for r in read(tmp_path / "out" / "test-8.jsonl")}) == 8
+
+
+def test_the_studys_subset_lists_as_many_rows_as_the_paper_has() -> None:
+    for name, subset in STUDY.data.subsets.items():
+        if subset.positions:
+            positions = orjson.loads((STUDY.folder / subset.positions).read_bytes())["rows"]
+            assert (name, len(positions)) == ("test-subset-1", subset.rows)
+            assert all(0 <= position < 10_169 for position in positions)
+
+
+def test_a_zip_is_read_like_the_files_in_it(tmp_path: Path) -> None:
+    files = [write(tmp_path / "raw", f"msg-{name}.jsonl", row(name)) for name in codereviewer.SPLITS]
+    archive = tmp_path / "Comment_Generation.zip"
+    with zipfile.ZipFile(archive, "w") as stream:
+        for file in files:
+            stream.write(file, f"Comment_Generation/{file.name}")
+        stream.writestr("__MACOSX/Comment_Generation/._msg-train.jsonl", "x")
+    from_zip = codereviewer.prepare([archive], tmp_path / "a", STUDY)["splits"]
+    from_files = codereviewer.prepare(files, tmp_path / "b", STUDY)["splits"]
+    assert list(from_zip) == list(codereviewer.SPLITS)
+    assert [from_zip[s]["sha256"] for s in from_zip] == [from_files[s]["sha256"] for s in from_files]
+
+
+def test_splits_can_be_prepared_one_after_the_other(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        codereviewer.prepare([write(tmp_path / "raw", f"msg-{name}.jsonl", row())], tmp_path / "out", STUDY)
+    assert set(orjson.loads((tmp_path / "out" / "manifest.json").read_bytes())["splits"]) == {"train", "test"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("msg-train.jsonl", [row(), {"patch": PATCH}], r"msg-train\.jsonl:2: a row needs the text field msg"),
+        ("msg-train.jsonl", [row(), row(patch=3)], r"msg-train\.jsonl:2: a row needs the text field patch"),
+        ("msg-train.jsonl", [b'{"msg": "a'], r"msg-train\.jsonl:1: not a JSON row"),
+        ("msg-train.jsonl", [b"[1]"], r"msg-train\.jsonl:1: not a JSON row: a row is a mapping"),
+        ("msg-train.jsonl", [b"\xff\xfe"], r"msg-train\.jsonl:1: not a JSON row"),
+        ("msg-train.jsonl", [], r"msg-train\.jsonl: the file is empty"),
+        ("msg-train.jsonl", [row(" ")], r"no row is left to write; .*empty msg"),
+        ("rows.jsonl", [row()], r"rows\.jsonl: the name of a raw file says train, valid or test"),
+        ("some.zip", [b"no zip"], r"the zip is damaged"),
+    ],
+)
+def test_bad_input_is_told_with_its_place_and_leaves_nothing(
+    tmp_path: Path, name: str, content: list[Any], says: str
+) -> None:
+    good = write(tmp_path / "raw", "msg-test.jsonl", row())
+    bad = write(tmp_path / "raw", name, *content)
+    with pytest.raises(UserError, match=says):
+        codereviewer.prepare([good, bad], tmp_path / "out", STUDY)
+    assert list(tmp_path.glob("out/*")) == []
+
+
+def test_two_preparations_in_one_folder_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second starts in the midst of the first, with the same process id, as in two containers."""
+    raws = [write(tmp_path / name, "msg-train.jsonl", row(name), row(name)) for name in ("a", "b")]
+    refused = []
+
+    def patch_while_another_starts(patch: str) -> str:
+        if not refused:
+            refused.append("")
+            with pytest.raises(UserError, match="another preparation is going on") as error:
+                codereviewer.prepare([raws[1]], tmp_path / "out", STUDY)
+            refused[0] = str(error.value)
+        return patch
+
+    monkeypatch.setitem(codereviewer.INPUT_FORMATS, "diff", patch_while_another_starts)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".train.jsonl.123.part").touch()  # of a process that was killed
+    manifest = codereviewer.prepare([raws[0]], tmp_path / "out", STUDY)
+    train = tmp_path / "out" / "train.jsonl"
+    assert [r["output"] for r in read(train)] == ["a", "a"]
+    assert manifest["splits"]["train"]["sha256"] == hashlib.sha256(train.read_bytes()).hexdigest()
+    assert not list((tmp_path / "out").glob(".*.part"))
+
+
+def test_two_writers_of_a_file_with_one_process_id_are_kept_apart(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    with files.replacing(file) as first:
+        first.write(b"first")
+        with files.replacing(file) as second:
+            second.write(b"2nd")
+        assert file.read_bytes() == b"2nd"
+    assert file.read_bytes() == b"first"
+
+
+def test_missing_files_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        codereviewer.prepare([tmp_path / "msg-train.jsonl"], tmp_path / "out", STUDY)
+
+
+def test_the_shipped_sample_is_what_it_says() -> None:
+    rows = {name: read(paths.SAMPLE / f"msg-{name}.jsonl") for name in codereviewer.SPLITS}
+    every = [r for split in rows.values() for r in split]
+    assert len(every) >= 150
+    assert {r["lang"] for r in rows["valid"]} == {"py", "java", "go", "cpp", "js", "c", ".cs", "php", "rb"}
+    assert not {r["proj"] for r in rows["valid"]} & {r["proj"] for r in rows["test"]}
+    assert len({r["msg"] for r in every}) == len({r["patch"] for r in every}) == len(every)
+    assert [r["id"] for r in every] == list(range(len(every)))
+    assert all(r["patch"].startswith("@@ -") and r["y"] == 1 and r["oldf"] for r in every)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs rows of CodeReviewer's data, which are not ours to ship")
+def test_real_rows(tmp_path: Path) -> None:
+    raw = tmp_path / "msg-test.jsonl"
+    raw.write_bytes((SHARED / "codereviewer-msg-test-60.jsonl").read_bytes())
+    for form in codereviewer.INPUT_FORMATS:
+        manifest = codereviewer.prepare([raw], tmp_path / form, STUDY, input_format=form)
+        assert manifest["splits"]["test"]["kept"] == 60
+        assert manifest["splits"]["test"]["is_the_study_file"] is False
+    assert all("\n" not in r["input"] for r in read(tmp_path / "tagged" / "test.jsonl"))

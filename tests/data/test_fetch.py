@@ -1,0 +1,533 @@
+import base64
+import hashlib
+import io
+import os
+import random
+import re
+import resource
+import shutil
+import socket
+import stat
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from qlora_recipes.base import locks
+from qlora_recipes.base.errors import UserError, WorkFailed
+from qlora_recipes.data import fetch as fetching
+from qlora_recipes.data import study
+from qlora_recipes.data.fetch import fetch
+
+FILES = {f"msg-{split}.jsonl": random.Random(split).randbytes(400_000) for split in ("train", "valid", "test")}
+UNKNOWN = "msg-train.jsonl"  # whose checksum the study does not know
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def packed(files: dict[str, bytes] = FILES, *more: zipfile.ZipInfo | str) -> bytes:
+    """A zip as the published one is, with further members."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as stream:
+        stream.writestr("Comment_Generation/", b"")
+        for name, content in files.items():
+            stream.writestr(f"Comment_Generation/{name}", content)
+            stream.writestr(f"__MACOSX/Comment_Generation/._{name}", b"x")
+        for member in more:
+            stream.writestr(member, b"x")
+    return buffer.getvalue()
+
+
+ARCHIVE = packed()
+
+
+@dataclass
+class Server:
+    """A file server: what it is told to do, and what it saw."""
+
+    url: str
+    content: bytes = ARCHIVE
+    etag: str = '"1"'
+    ranges: bool = True
+    compares: bool = True  # If-Range
+    length: bool = True
+    breaks_after: list[int] = field(default_factory=list)  # bytes, each for one request
+    answers: list[int] = field(default_factory=list)  # statuses instead of the file, each for one request
+    stalls: float = 0.0  # seconds, where it breaks off
+    seen: list[dict[str, str]] = field(default_factory=list)  # the requests' headers
+    sent: int = 0
+
+    def asked_for(self) -> list[str | None]:
+        return [headers.get("Range") for headers in self.seen]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Any
+
+    def do_GET(self) -> None:
+        told: Server = self.server.told
+        told.seen.append(dict(self.headers))
+        if told.answers:
+            self.send_error(told.answers.pop(0))
+            return
+        start, size = 0, len(told.content)
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if asked and told.ranges and (self.headers["If-Range"] == told.etag or not told.compares):
+            start = int(asked[1])
+            if start >= size:
+                self.send_error(416)
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+        else:
+            self.send_response(200)
+        if told.length:
+            self.send_header("Content-Length", str(size - start))
+        self.send_header("ETag", told.etag)
+        self.end_headers()
+        body = told.content[start:]
+        if told.breaks_after:
+            body = body[: told.breaks_after.pop(0)]
+        told.sent += len(body)
+        self.wfile.write(body)
+        if start + len(body) < size:
+            time.sleep(told.stalls)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(fetching, "PAUSES", (0,) * 5)
+    monkeypatch.setattr(fetching, "CHUNK", 10_000)
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.told = told = Server(f"http://127.0.0.1:{http.server_port}/files/Comment_Generation.zip")
+    thread = threading.Thread(target=http.serve_forever, args=(0.01,))
+    thread.start()
+    yield told
+    http.shutdown()
+    http.server_close()
+    thread.join()
+
+
+def data(url: str, **changed: str | None) -> study.Data:
+    """The study's data, with small files; `changed` are other checksums, by split."""
+    known = {}
+    for name, content in FILES.items():
+        checksum = changed.get(name.removeprefix("msg-").removesuffix(".jsonl"), digest(content))
+        known[name] = study.SourceFile(rows=1, bytes=len(content), sha256=checksum)
+    known[UNKNOWN] = study.SourceFile(rows=1)
+    return study.find("haider2024").data.model_copy(update={"url": url, "files": known})
+
+
+def wanted(out: Path) -> dict[str, bytes]:
+    """The wanted files that are there. None may be there in part."""
+    assert not list(out.glob(".*.part"))
+    return {file.name: file.read_bytes() for file in out.glob("msg-*")}
+
+
+def part(out: Path) -> Path:
+    return out / "Comment_Generation.zip.part"
+
+
+def mine(folder: Path, content: bytes = ARCHIVE) -> Path:
+    file = folder / "mine.zip"
+    file.write_bytes(content)
+    return file
+
+
+def test_the_files_are_put_in_place_and_recorded(tmp_path: Path, server: Server) -> None:
+    out = tmp_path / "data" / "raw"
+    rows = fetch(data(server.url), out)
+    assert wanted(out) == FILES
+    assert [(row["file"], row["bytes"], row["verified"]) for row in rows] == [
+        ("msg-train.jsonl", 400_000, None),
+        ("msg-valid.jsonl", 400_000, True),
+        ("msg-test.jsonl", 400_000, True),
+    ]
+    assert [row["sha256"] for row in rows] == [digest(content) for content in FILES.values()]
+    record = orjson.loads((out / "fetched.json").read_bytes())
+    assert record["source"] == server.url
+    assert record["archive"] == {"bytes": len(ARCHIVE), "sha256": digest(ARCHIVE)}
+    assert [{key: file[key] for key in rows[0]} for file in record["files"]] == rows
+    assert not list(out.glob("Comment_Generation*"))
+
+
+def test_a_connection_that_breaks_off_is_resumed(tmp_path: Path, server: Server) -> None:
+    server.breaks_after = [300_000, 200_000]
+    fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == FILES
+    assert server.asked_for() == [None, "bytes=300000-", "bytes=500000-"]
+    assert server.seen[1]["If-Range"] == '"1"'
+    assert server.sent == len(ARCHIVE)
+
+
+def test_one_that_stalls_is_resumed(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "TIMEOUT", (5, 0.2))
+    server.breaks_after, server.stalls = [300_000], 0.5
+    fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == FILES
+    assert server.asked_for() == [None, "bytes=300000-"]
+
+
+def test_one_that_breaks_off_too_often_says_what_is_there_and_goes_on_next_time(tmp_path: Path, server: Server) -> None:
+    server.breaks_after = [50_000] * 6
+    with pytest.raises(WorkFailed, match=r"6 tries; run it again, which goes on from the 300,000 bytes"):
+        fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == {}
+    fetch(data(server.url), tmp_path)
+    assert server.asked_for()[-1] == "bytes=300000-"
+    assert server.sent == len(ARCHIVE)
+
+
+def test_a_killed_download_goes_on(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def update(bar: fetching.Bar, *_: Any) -> None:
+        if part(tmp_path).stat().st_size >= 200_000:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(fetching.Bar, "update", update)
+        fetch(data(server.url), tmp_path)
+    there = part(tmp_path).stat().st_size
+    assert wanted(tmp_path) == {}
+    assert 200_000 <= there < len(ARCHIVE)
+    fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == FILES
+    assert server.asked_for() == [None, f"bytes={there}-"]
+
+
+def test_what_is_downloaded_is_not_asked_for_again(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def extract(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(fetching, "_extract", extract)
+        fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == {}
+    fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == FILES
+    assert len(server.seen) == 1
+
+
+def test_what_a_killed_extraction_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".msg-train.jsonl.123.part").write_bytes(b"x")
+    fetch(data(""), tmp_path, str(mine(tmp_path)))
+    assert wanted(tmp_path) == FILES
+
+
+@pytest.mark.parametrize("compares", [True, False])
+@pytest.mark.parametrize("there", [100_000, 1_500_000])
+def test_a_file_that_changed_on_the_server_is_fetched_from_the_beginning(
+    tmp_path: Path, server: Server, there: int, compares: bool
+) -> None:
+    server.content, server.etag = bytes(2_000_000), '"0"'
+    server.breaks_after = [there] + [0] * 5
+    with pytest.raises(WorkFailed):
+        fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == {}
+    server.content, server.etag, server.compares = ARCHIVE, '"1"', compares
+    fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == FILES
+    assert server.seen[6]["If-Range"] == '"0"'
+
+
+@pytest.mark.parametrize("change", [{"ranges": False}, {"etag": 'W/"1"'}, {"etag": ""}])
+def test_a_server_that_cannot_send_the_rest_sends_all(tmp_path: Path, server: Server, change: dict[str, Any]) -> None:
+    vars(server).update(change)
+    server.breaks_after = [300_000]
+    fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == FILES
+    assert server.sent == 300_000 + len(ARCHIVE)
+
+
+def test_a_server_that_does_not_tell_the_length(tmp_path: Path, server: Server) -> None:
+    server.length = False
+    fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == FILES
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_a_server_in_trouble_is_asked_again(tmp_path: Path, server: Server, status: int) -> None:
+    server.answers = [status] * 6
+    with pytest.raises(WorkFailed, match=f"the server answers {status} .*`recipe data fetch codereviewer --from FILE`"):
+        fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == {}
+    server.answers = [status]
+    fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == FILES
+    assert len(server.seen) == 8
+
+
+@pytest.mark.parametrize("status", [404, 403])
+def test_a_server_that_refuses_is_not_asked_again(tmp_path: Path, server: Server, status: int) -> None:
+    server.answers = [status]
+    says = f"{server.url}: the server answers {status} .*; name another address with --from, or download .*zenodo"
+    with pytest.raises(UserError, match=says):
+        fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == {}
+    assert len(server.seen) == 1
+
+
+def test_without_a_network_the_way_by_hand_is_told(tmp_path: Path, server: Server) -> None:
+    says = "the connection failed: Connection refused; download http.* on another machine, copy it here, and run"
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        with pytest.raises(WorkFailed, match=says):
+            fetch(data(f"http://127.0.0.1:{closed.getsockname()[1]}/a.zip"), tmp_path)
+    assert wanted(tmp_path) == {}
+
+
+def test_a_mirror_is_taken_in_the_place_of_the_studys_address(tmp_path: Path, server: Server) -> None:
+    fetch(data("http://127.0.0.1:9/none.zip"), tmp_path, server.url)
+    assert wanted(tmp_path) == FILES
+    assert orjson.loads((tmp_path / "fetched.json").read_bytes())["source"] == server.url
+
+
+def test_what_is_there_of_another_address_is_not_gone_on_from(tmp_path: Path, server: Server) -> None:
+    server.breaks_after = [100_000] * 6
+    with pytest.raises(WorkFailed):
+        fetch(data(server.url), tmp_path)
+    fetch(data(server.url), tmp_path, f"{server.url}.mirror")
+    assert server.asked_for()[6:] == [None]
+    assert wanted(tmp_path) == FILES
+
+
+def test_the_users_own_archive_is_only_read(tmp_path: Path) -> None:
+    archive = mine(tmp_path)
+    fetch(data(""), tmp_path / "raw", str(archive))
+    assert wanted(tmp_path / "raw") == FILES
+    assert archive.read_bytes() == ARCHIVE
+    record = orjson.loads((tmp_path / "raw" / "fetched.json").read_bytes())
+    assert (record["source"], record["archive"]["sha256"]) == (str(archive), digest(ARCHIVE))
+
+
+@pytest.mark.parametrize("source", ["missing.zip", "ftp://127.0.0.1/a.zip", ".", ""])
+def test_a_source_that_is_none_is_told(tmp_path: Path, source: str) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        fetch(data(""), tmp_path / "raw", source)
+    assert not (tmp_path / "raw").exists()
+
+
+@pytest.mark.parametrize("url", ["http://", "http://me:secret@/a.zip", "https://me:secret@[b/a.zip"])
+def test_an_unusable_address_is_told(tmp_path: Path, url: str) -> None:
+    with pytest.raises(UserError, match="not a usable address") as told:
+        fetch(data(""), tmp_path, url)
+    assert "secret" not in str(told.value)
+    assert wanted(tmp_path) == {}
+
+
+def test_what_is_there_as_recorded_is_not_fetched_again(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = fetch(data(server.url), tmp_path)
+    os.utime(tmp_path / UNKNOWN)
+    assert fetch(data(server.url), tmp_path) == rows
+    assert len(server.seen) == 1
+    assert "nothing is fetched" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"short", bytes(400_000), None])
+def test_a_file_that_is_not_as_recorded_is_fetched_again(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    fetch(data(server.url), tmp_path)
+    file = tmp_path / "msg-valid.jsonl"
+    file.write_bytes(content) if content else file.unlink()
+    fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == FILES
+    assert f"{file}: not as fetched.json records it" in capsys.readouterr().err
+    assert len(server.seen) == 2
+
+
+def test_checksums_that_the_study_has_meanwhile_are_compared(tmp_path: Path, server: Server) -> None:
+    fetch(data(server.url, test=None), tmp_path)
+    assert [row["verified"] for row in fetch(data(server.url), tmp_path)] == [None, True, True]
+    with pytest.raises(UserError, match=r"msg-test.jsonl in it is not the study's"):
+        fetch(data(server.url, test=digest(b"")), tmp_path)
+    assert len(server.seen) == 2
+
+
+def test_a_wrong_checksum_is_told_and_puts_the_download_aside(tmp_path: Path, server: Server) -> None:
+    aside = tmp_path / "Comment_Generation.zip.rejected"
+    test = FILES["msg-test.jsonl"]
+    says = f"msg-test.jsonl .*: sha256 {digest(b'')} expected, {digest(test)} found; it is now {aside}"
+    with pytest.raises(UserError, match=says):
+        fetch(data(server.url, test=digest(b"")), tmp_path)
+    assert wanted(tmp_path) == {}
+    assert aside.read_bytes() == ARCHIVE
+    fetch(data(server.url), tmp_path)
+    assert server.asked_for() == [None, None]
+
+
+def test_files_stay_where_the_archive_is_rejected(tmp_path: Path) -> None:
+    fetch(data(""), tmp_path, str(mine(tmp_path)))
+    (tmp_path / "msg-valid.jsonl").write_bytes(b"edited")
+    before = wanted(tmp_path)
+    other = mine(tmp_path, packed(FILES | {"msg-test.jsonl": b"x"}))
+    with pytest.raises(UserError, match=r"msg-test\.jsonl in it is not the study's: bytes 400000 expected, 1 found"):
+        fetch(data(""), tmp_path, str(other))
+    assert wanted(tmp_path) == before
+
+
+def test_a_damaged_download_is_removed(tmp_path: Path, server: Server) -> None:
+    server.content = ARCHIVE[:-1000]
+    with pytest.raises(UserError, match=r"no zip, or a damaged one .*; it is removed; fetch it again"):
+        fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == {}
+    assert not list(tmp_path.glob("Comment_Generation*"))
+
+
+TEST = FILES["msg-test.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (ARCHIVE[:-1000], "no zip, or a damaged one"),
+        (b"<html>", "no zip, or a damaged one"),
+        (ARCHIVE.replace(TEST[-9:], b"x" * 9), "a damaged one .*CRC.*msg-test"),
+        (packed({"msg-test.jsonl": TEST}), "msg-train.jsonl, msg-valid.jsonl: not in it"),
+        (packed(FILES, "b/msg-test.jsonl"), "msg-test.jsonl is in it twice: .*, b/msg-test.jsonl"),
+    ],
+)
+def test_what_is_wrong_with_ones_own_archive_is_told_and_it_stays(tmp_path: Path, content: bytes, says: str) -> None:
+    archive = mine(tmp_path, content)
+    with pytest.raises(UserError, match=f"{archive}: .*{says}"):
+        fetch(data(""), tmp_path / "raw", str(archive))
+    assert wanted(tmp_path / "raw") == {}
+    assert archive.read_bytes() == content
+
+
+def changed_directory(name: str, at: int, field: bytes) -> bytes:
+    """The archive with another field in a member's entry of its directory, `at` so many bytes from its start."""
+    start = ARCHIVE.rindex(b"PK\1\2", 0, ARCHIVE.rindex(f"Comment_Generation/{name}".encode()))
+    return ARCHIVE[: start + at] + field + ARCHIVE[start + at + len(field) :]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (changed_directory("msg-test.jsonl", 8, b"\1\0"), "encrypted"),
+        (changed_directory("msg-test.jsonl", 10, b"\x61\0"), "compression method is not supported"),
+        (changed_directory("msg-test.jsonl", 24, (399_999).to_bytes(4, "little")), "damaged one .*CRC"),
+        (changed_directory("msg-test.jsonl", 24, (400_001).to_bytes(4, "little")), "shorter than it says"),
+        (ARCHIVE[:-6] + b"\xff\xff\xff\x7f" + ARCHIVE[-2:], "damaged one .*begins before the file"),
+    ],
+)
+def test_a_directory_that_does_not_fit_is_told(tmp_path: Path, content: bytes, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        fetch(data(""), tmp_path / "raw", str(mine(tmp_path, content)))
+    assert wanted(tmp_path / "raw") == {}
+
+
+def link() -> zipfile.ZipInfo:
+    member = zipfile.ZipInfo("Comment_Generation/link")
+    member.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return member
+
+
+@pytest.mark.parametrize(
+    "member", ["../evil", "a/../../evil", "/evil", "C:evil", "C:\\evil", "..\\evil", "\\\\host\\evil", link()], ids=str
+)
+def test_an_archive_with_a_member_that_leads_elsewhere_is_refused_whole(
+    tmp_path: Path, server: Server, member: zipfile.ZipInfo | str
+) -> None:
+    server.content = packed(FILES, member)
+    name = re.escape(repr(member if isinstance(member, str) else member.filename))
+    with pytest.raises(UserError, match=f"{name} in it is a link or leads out of the folder"):
+        fetch(data(server.url), tmp_path / "raw")
+    assert wanted(tmp_path / "raw") == {}
+    assert not list(tmp_path.rglob("*evil*"))
+    assert (tmp_path / "raw" / "Comment_Generation.zip.rejected").exists()
+
+
+def leave_free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    usage = shutil.disk_usage(".")._replace(free=size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+
+def test_a_download_that_would_not_fit_is_not_begun(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.breaks_after = [300_000] + [0] * 5
+    with pytest.raises(WorkFailed):
+        fetch(data(server.url), tmp_path)
+    leave_free(monkeypatch, len(ARCHIVE) - 300_001)
+    with pytest.raises(UserError, match=rf"{tmp_path}: the download needs 0.00 GB, and 0.00 GB are free; make room"):
+        fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == {}
+    assert part(tmp_path).stat().st_size == 300_000
+    leave_free(monkeypatch, sum(map(len, FILES.values())) - 1)  # the rest of the download fits, the files do not
+    with pytest.raises(UserError, match=rf"{tmp_path}: extracting needs"):
+        fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == {}
+    leave_free(monkeypatch, 10**9)
+    fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == FILES
+    assert server.asked_for()[6:] == ["bytes=300000-"] * 2
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Lets a write fail, as one to a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_keeps_what_is_downloaded(tmp_path: Path, server: Server) -> None:
+    says = f"{tmp_path}: File too large; what is downloaded stays"
+    with files_no_larger_than(300_000), pytest.raises(WorkFailed, match=says):
+        fetch(data(server.url), tmp_path)
+    assert wanted(tmp_path) == {}
+    assert part(tmp_path).stat().st_size == 300_000
+    fetch(data(server.url), tmp_path)
+    assert server.asked_for() == [None, "bytes=300000-"]
+    assert wanted(tmp_path) == FILES
+
+
+def test_a_full_disk_keeps_no_half_of_a_file(tmp_path: Path) -> None:
+    archive = mine(tmp_path)
+    with files_no_larger_than(399_999), pytest.raises(WorkFailed, match="File too large"):
+        fetch(data(""), tmp_path / "raw", str(archive))
+    assert wanted(tmp_path / "raw") == {}
+
+
+def test_two_fetches_at_once(tmp_path: Path, server: Server) -> None:
+    with locks.held(tmp_path / ".fetch.lock", ""), pytest.raises(UserError, match="another fetch is going on"):
+        fetch(data(server.url), tmp_path)
+    assert not server.seen
+
+
+def test_a_password_is_used_and_nowhere_told(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = server.url.replace("//", "//me:se@cret@") + "?token=secret"
+    server.answers = [500, 404]
+    with pytest.raises(UserError) as refused:
+        fetch(data(url), tmp_path)
+    server.breaks_after = [300_000] + [0] * 5
+    with pytest.raises(WorkFailed) as failed:
+        fetch(data(url), tmp_path)
+    told = [str(refused.value), str(failed.value), part(tmp_path).with_suffix(".part.json").read_text()]
+    fetch(data(url), tmp_path)
+    told += [(tmp_path / "fetched.json").read_text(), capsys.readouterr().err]
+    assert all(server.url in text and "cret" not in text for text in told)
+    assert server.seen[0]["Authorization"] == "Basic " + base64.b64encode(b"me:se@cret").decode()

@@ -1,0 +1,302 @@
+"""The command with `--on slurm`, on a real SLURM: arrays, dependencies, requeues, time limits, cancelling."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+import pytest
+from cluster import Cluster
+from conftest import Recipe, finish, start
+
+from qlora_recipes import places
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.places import slurm as place_module
+from qlora_recipes.places import slurm_settings
+from qlora_recipes.runs import lookup, rundir
+from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.runs.tasks import Outcome, Work
+
+TOOLS = Path(sys.executable).parent
+NAME = "haider2024/code-llama-7b"
+MEMBERS = [{"name": f"rank {rank}", "lora_r": rank} for rank in (4, 8, 16, 32)]
+
+
+@pytest.fixture(autouse=True)
+def no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The settings file of a user who has none."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    return tmp_path / "config" / "qlora-recipes" / "slurm.yaml"
+
+
+def submitted(place: Path, *arguments: str | Path) -> str:
+    return finish(start(place, *arguments))
+
+
+def wait_for(run: RunDir, holds: Callable[[rundir.Run], bool], seconds: float = 240) -> rundir.Run:
+    deadline = time.monotonic() + seconds
+    while not holds(record := places.read(run)):
+        place_module.forget_queue()
+        said = [file.read_text(errors="replace")[-2000:] for file in run.path.glob("*.log")]
+        assert time.monotonic() < deadline, (record.state, record.summary, *said)
+        time.sleep(0.2)
+    return record
+
+
+def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
+    tmp_path: Path, tiny_profile: Path, slurm: Cluster
+) -> None:
+    """An earlier command trains one member, one is requeued, and all are held until there is no more to submit."""
+    (tmp_path / "four.yaml").write_text(yamlfiles.write_yaml({"_": MEMBERS}))
+    queue = ("--on", "slurm", "--slurm", "gres=gpu:1")
+    rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--set", "num_epochs=1", *queue)
+    rehearsed += ("--slurm", "run.hold=")
+    alone = RunDir(tmp_path / submitted(tmp_path, "run", NAME, "--set", "lora_r=4", *rehearsed))
+    of_base_model = ("evaluate", alone.path, "--adapter", "none", "--bertscore", "none", *queue)
+    assert submitted(tmp_path, *of_base_model) == str(alone.path)
+    assert "that evaluation is queued" in finish(start(tmp_path, *of_base_model), code=2)
+    command = ["sweep", NAME, "four.yaml", *rehearsed, "--bertscore", "none", "--json"]
+    first = orjson.loads(submitted(tmp_path, *command))
+    assert all("job" in step["run"] and step["evaluate"].startswith("queued (job") for step in first["steps"])
+    runs = lookup.all_runs(tmp_path / "runs")
+    jobs = {run.path: {job.step: job.id for job in run.jobs()} for run in runs}
+    for step, sizes in (("run", [1, 3]), ("evaluate", [1, 3]), ("results", [4])):
+        arrays = Counter(of_run[step].partition("_")[0] for of_run in jobs.values())
+        assert sorted(arrays.values()) == sizes, step
+    assert sum("prepare" in of_run for of_run in jobs.values()) == 2  # by each command once, for all that it trains
+    assert "afterok:" in slurm.ask("scontrol", "show", "job", jobs[alone.path]["evaluate"])
+    again = orjson.loads(submitted(tmp_path, *command))  # nothing is submitted twice
+    assert all("job" in step["run"] and "job" in step["evaluate"] for step in again["steps"])
+    assert {run.path: {job.step: job.id for job in run.jobs()} for run in runs} == jobs
+    slurm.ask("scontrol", "release", *{of_run["run"].partition("_")[0] for of_run in jobs.values()})
+    requeued = next(run for run in runs if run.path != alone.path)
+    wait_for(requeued, lambda record: bool(record.launches))
+    slurm.ask("scontrol", "requeue", jobs[requeued.path]["run"])
+    slurm.wait_until_empty()
+    place_module.forget_queue()
+    for run in runs:
+        record = run.read()
+        assert (record.state, len(record.launches)) == ("finished", 2 if run is requeued else 1)
+        assert (run.path / "scores.json").is_file()
+    assert list(alone.path.glob("evaluations/*/scores.json"))
+    last = orjson.loads(submitted(tmp_path, *command))
+    assert [(step["run"], step["evaluate"]) for step in last["steps"]] == [("skipped", "skipped")] * 4
+    (shown,) = (tmp_path / "runs" / "slurm").glob("*/slurm-results.log")
+    for row in last["results"]:
+        assert row["bleu4"] is not None and row["member"] in shown.read_text()
+
+
+def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
+    tmp_path: Path, tiny_profile: Path, slurm: Cluster
+) -> None:
+    steps = ("--set", "num_epochs=80", "--set", "save_steps=10", "--set", "saves_per_epoch=null")
+    queue = ("--on", "slurm", "--slurm", "signal=B:USR1@60")
+    run = RunDir(tmp_path / submitted(tmp_path, "run", NAME, "--profile", tiny_profile, *steps, *queue))
+    (job,) = (one.id for one in run.jobs() if one.step == "run")
+    assert "gres/gpu:1" in slurm.ask("scontrol", "show", "job", job)  # a run that is no rehearsal asks for a GPU
+    wait_for(run, lambda record: record.summary.step >= 12)
+    slurm.ask("scontrol", "requeue", job)
+    wait_for(run, lambda record: record.state == "queued")
+    wait_for(run, lambda record: len(record.launches) == 2 and record.summary.step >= 24)
+    minutes = int(slurm.ask("squeue", "--noheader", "--format=%M", f"--job={job}").split(":")[-2])
+    slurm.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 2}")  # it has one or two left
+    wait_for(run, lambda record: len(record.launches) == 3)
+    slurm.ask("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    _, warned, last = run.read().launches
+    assert warned.resumed_from and last.resumed_from and warned.exit_code == 0  # the second ended in order
+    reached = int(last.resumed_from.partition("-")[2])
+    wait_for(run, lambda record: record.state == "running" and record.summary.step > reached)
+    assert f"job {job} is cancelled" in submitted(tmp_path, "cancel", "latest")
+    slurm.wait_until_empty()
+    wait_for(run, lambda record: record.state == "interrupted")
+    assert run.last_checkpoint()
+    again = start(tmp_path, "cancel", "latest")
+    assert "nothing of it is going on or queued" in finish(again, code=2)
+    submitted(tmp_path, "resume", "latest", "--on", "slurm", "--slurm", "begin=now+1hour")
+    wait_for(run, lambda record: record.state == "queued")
+    for place in ("local", "slurm"):
+        assert "the run is queued" in finish(start(tmp_path, "resume", "latest", "--on", place), code=2)
+    submitted(tmp_path, "cancel", "latest")
+    slurm.wait_until_empty(20)  # what prepares the rows is cancelled too
+
+
+def test_cancelling_a_sweep_takes_it_out_of_the_queue(tmp_path: Path, tiny_profile: Path, slurm: Cluster) -> None:
+    rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--bertscore", "none")
+    queue = ("--on", "slurm", "--slurm", "begin=now+1hour")
+    submitted(tmp_path, "sweep", NAME, "--set", "lora_r=4,8", *rehearsed, *queue)
+    assert len(submitted(tmp_path, "cancel", "--sweep", "latest").splitlines()) == 6
+    for run in lookup.all_runs(tmp_path / "runs"):
+        assert wait_for(run, lambda record: record.state == "interrupted").launches == []
+    slurm.wait_until_empty(20)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ["--gpus", "5", "--profile", "zero2"],
+            "sbatch refuses to train: .*Requested node configuration is not available",
+        ),
+        (["--nodes", "3"], "sbatch refuses to train: .*node.*; it was asked for .*--nodes=3"),
+        (["--slurm", "partition=nowhere"], "[Ii]nvalid partition.*nowhere; .* --partition=nowhere; .*slurm.yaml"),
+        (["--slurm", "tyme=1:00:00"], "unrecognized option '--tyme"),
+        (["--slurm", "time=later"], "Invalid --time specification"),
+        (["--slurm", "partition"], "--slurm partition: expected key=value"),
+        (["--slurm", "array=1-5"], "array is not for jobs of this command"),
+        (["--slurm", "nodes=2"], "--nodes sets it"),
+        (["--slurm", "card=H1000"], "card H1000: no GPU of that name; did you mean H100"),
+        (["--slurm", "card=T4", "--set", "micro_batch_size=4096"], "a full batch needs .* of T4"),
+    ],
+)
+def test_what_the_queue_would_not_take_is_told_and_leaves_nothing(
+    recipe: Recipe, tmp_path: Path, prepared: Path, tiny: Path, slurm: Cluster, options: list[str], says: str
+) -> None:
+    (tmp_path / "data").symlink_to(prepared)
+    slurm.wait_until_empty(60)
+    (tmp_path / "model").symlink_to(tiny)
+    own = ["--set", "base_model=model", "--set", "revision_of_model=null", "--set", "special_tokens=null"]
+    rows = ["--set", "gradient_accumulation_steps=15", "--set", "warmup_steps=0"]
+    done = recipe("run", NAME, "--on", "slurm", *own, *rows, *options)
+    assert done.returncode == 2, done.stderr
+    assert re.search(says, done.stderr), done.stderr
+    assert not (tmp_path / "runs").exists()
+    assert slurm.ask("squeue", "--noheader") == ""
+
+
+def test_without_slurm_that_is_told(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = recipe("run", NAME, "--rehearse", "--on", "slurm")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "there is no squeue on this machine" in done.stderr
+    done = recipe("run", NAME, "--rehearse", "--slurm", "time=1:00:00")
+    assert "--slurm time=1:00:00: goes with --on slurm" in done.stderr
+
+
+def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
+    no_settings.parent.mkdir(parents=True)
+    no_settings.write_text(
+        "partition: gpu\ntime: 12:00:00\ngpus-per-node: a100:{gpus}\nexclusive:\ncard: A100\n"
+        "prefix: apptainer exec --nv image.sif\nsetup:\n- module load cuda\nevaluate: {time: 1:00:00}\n"
+    )
+    found = slurm_settings.settings(["partition=debug", "evaluate.qos=short"])
+    assert found.options == {"partition": "debug", "time": "12:00:00", "gpus-per-node": "a100:{gpus}", "exclusive": ""}
+    assert found.of_step == {"evaluate": {"time": "1:00:00", "qos": "short"}}
+    assert (found.card, found.setup) == ("A100", ["module load cuda"])
+    script = batch(found, gpus=4).script("run", [], 2)
+    for line in ("#SBATCH --gpus-per-node=a100:4", "#SBATCH --exclusive", "module load cuda"):
+        assert line in script.splitlines()
+    assert "gres" not in script
+    assert "\napptainer exec --nv image.sif recipe " in script
+    no_settings.unlink()
+    found = slurm_settings.settings(["gres=nvme:1", "mem-per-gpu=40G"])
+    assert "--gres=nvme:1,gpu:4" in (script := batch(found, gpus=4).script("run", [], 2))
+    assert "mem-per-gpu" in script and "mem-per-gpu" not in batch(found, gpus=4).script("prepare", [], 2)
+    for broken in ("[gpu]", "partition: [a]", "evaluate: gpu", "setup: {a: b}", "card: {"):
+        no_settings.write_text(broken)
+        with pytest.raises(UserError, match=r"slurm\.yaml"):
+            slurm_settings.settings([])
+
+
+def batch(settings: slurm_settings.Settings, gpus: int = 1, nodes: int = 1) -> place_module.Batch:
+    work = Work(Outcome(""), iter(()), gpus, nodes)
+    return place_module.Batch(settings, None, "title", Path("runs"), [work])
+
+
+def task(folder: Path, *words: str) -> place_module.Task:
+    return place_module.Task(RunDir(folder), list(words), [])
+
+
+STUB = """#!/bin/bash
+trap 'echo stopped; exit 1' USR1
+trap : TERM
+echo "$@"
+{progress}
+touch started
+for _ in $(seq 100); do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize(
+    ("progress", "queued_again"),
+    [
+        ("mkdir -p a/checkpoint-9; sleep 0.01; echo {} > a/checkpoint-9/trainer_state.json", True),
+        ("echo a row >> a/predictions.part.jsonl", True),
+        ("", False),
+    ],
+)
+def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: str, queued_again: bool
+) -> None:
+    """The script alone; the test before has SLURM send the signals."""
+    (tmp_path / "a").mkdir()
+    for name, content in (
+        ("stub", STUB.replace("{progress}", progress)),
+        ("scontrol", '#!/bin/bash\necho "$@" >> asked'),
+    ):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    settings = slurm_settings.Settings(prefix=f"{tmp_path}/stub")
+    monkeypatch.chdir(tmp_path)
+    script = batch(settings).script("run", [task(Path("a"), "resume", "a b")], 1)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}
+    process = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=env)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.01)
+    process.terminate()  # which the script leaves to its command
+    time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 1
+    said = (tmp_path / "a" / "slurm-run.log").read_text()
+    assert said.startswith("recipe resume a b\nstopped\n")
+    assert (tmp_path / "asked").exists() == queued_again
+    if queued_again:
+        assert (tmp_path / "asked").read_text() == "requeue 12_0\n"  # not the whole array
+    assert ("too short" in said) != queued_again
+
+
+def test_near_its_time_limit_a_task_of_an_array_queues_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slurm: Cluster
+) -> None:
+    """The command is a stand-in that gets further, and when it is warned, ends."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stub").write_text(
+        "#!/bin/bash\ntrap 'exit 1' USR1\necho started >> $2/starts\necho a row >> $2/predictions.part.jsonl\n"
+        "until [ -e go ]; do sleep 0.05; done\n"
+    )
+    (tmp_path / "stub").chmod(0o755)
+    folders = [Path("a"), Path("b")]
+    for folder in folders:
+        folder.mkdir()
+    settings = slurm_settings.Settings(prefix=f"{tmp_path}/stub")
+    Path("run.sh").write_text(batch(settings, gpus=0).script("run", [task(one, str(one)) for one in folders], 2))
+    job = slurm.ask("sbatch", "--parsable", "run.sh")
+
+    def starts() -> list[int]:
+        return [len((one / "starts").read_text().splitlines()) if (one / "starts").exists() else 0 for one in folders]
+
+    for expected, then in (([1, 1], ("scancel", "--batch", "--signal=USR1", f"{job}_1")), ([1, 2], ("touch", "go"))):
+        deadline = time.monotonic() + 60
+        while starts() != expected:
+            assert time.monotonic() < deadline, (starts(), slurm.ask("scontrol", "show", "job", job))
+            time.sleep(0.1)
+        slurm.ask(*then)
+    slurm.wait_until_empty()
+    assert starts() == [1, 2]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("prefix", [None, 'apptainer exec --nv --bind "$PWD" image.sif'])
+def test_scripts_are_sound(tmp_path: Path, nodes: int, prefix: str | None) -> None:
+    settings = slurm_settings.Settings(prefix=prefix, setup=["module load cuda"], options={"comment": "it's a test"})
+    tasks = [task(Path(folder), "resume", folder) for folder in ("runs/a b", "runs/c")]
+    for step in slurm_settings.STEPS:
+        script = batch(settings, nodes=nodes).script(step, tasks, 2)
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        done = subprocess.run([TOOLS / "shellcheck", "-"], input=script, text=True, capture_output=True)
+        assert done.returncode == 0, done.stdout

@@ -1,0 +1,205 @@
+"""A plan's memory against measured memory: published figures, and real Axolotl trainings on this CPU."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import compare_memory
+import orjson
+import pytest
+from conftest import SHARED, SMALL, config_with, train_many
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.configs import models, standin
+from qlora_recipes.planning import traces
+from qlora_recipes.planning.memory import trace
+from qlora_recipes.planning.traces import Step
+
+STEP = Step(model=json.dumps(SMALL), autocast="float16", rank=8, padded=True)
+ALL_LINEAR = models.LINEAR_LAYERS
+
+
+def trainable(step: Step) -> int:
+    return sum(count["trainable"] for count in trace(step, []).parameters.values())
+
+
+# shared/paper.md and models.json; the last is the notebook's targets
+@pytest.mark.parametrize(
+    ("model", "rank", "targets", "expected"),
+    [
+        ("meta-llama/Llama-2-7b-hf", 32, ALL_LINEAR, 79_953_920),
+        ("meta-llama/Meta-Llama-3-8B", 32, ALL_LINEAR, 83_886_080),
+        ("meta-llama/Llama-3.2-3B-Instruct", 32, ALL_LINEAR, 48_627_712),
+        ("meta-llama/Llama-2-7b-hf", 8, "all-linear", 19_988_480),
+        ("meta-llama/Llama-2-7b-hf", 32, ("q_proj", "v_proj"), 16_777_216),
+    ],
+)
+def test_trainable_parameters_are_the_published_ones(model: str, rank: int, targets: Any, expected: int) -> None:
+    architecture = json.dumps(models.architecture({"base_model": model}))
+    assert trainable(Step(model=architecture, rank=rank, targets=targets)) == expected
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the sizes that this project was given, which are not in it")
+def test_parameters_equal_those_of_every_known_model() -> None:
+    known = orjson.loads((SHARED / "models.json").read_bytes())
+    checked = 0
+    for name, facts in known.items():
+        if not isinstance(facts, dict) or "param_count" not in facts or facts["hidden_size"] > 4096:
+            continue
+        architecture = {"model_type": "llama"} | {
+            key: facts[key] for key in (*compare_memory._SIZES, "vocab_size", "head_dim", "tie_word_embeddings")
+        }
+        counts = trace(Step(model=json.dumps(architecture), targets=ALL_LINEAR), []).parameters
+        assert sum(count["frozen"] for count in counts.values()) == facts["param_count"], name
+        assert sum(count["trainable"] for count in counts.values()) == facts["lora_r32_all7_trainable"], name
+        checked += 1
+    assert checked >= 5
+
+
+def test_published_figures_of_the_plain_loop_are_met() -> None:
+    figures = [figure for figure in compare_memory.figures() if figure["framework"] == "plain loop"]
+    errors = [abs(compare_memory.planned(figure) / float(figure["mib"]) - 1) for figure in figures]
+    assert len(errors) == 8
+    assert sum(errors) / len(errors) <= 0.005
+    assert max(errors) <= 0.015
+
+
+CASES = [(True, True, 1), (True, False, 4), (False, True, 4), (False, False, 1)]  # each pair of settings is among them
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> dict[Any, dict[str, int]]:
+    """What the plugin counts in real trainings of SmolLM2-135M, each of two steps, by their case."""
+    folder = tmp_path_factory.mktemp("real")
+    files = {}
+    for bf16, checkpointing, times in CASES:
+        output = folder / f"{bf16}-{checkpointing}-{times}"
+        output.mkdir()
+        change = {
+            "base_model": str(standin.model_folder()),
+            "revision_of_model": None,
+            "special_tokens": None,
+            "datasets": [{"path": str(sample / "train.jsonl"), "type": "alpaca"}],
+            "test_datasets": None,
+            "evals_per_epoch": None,
+            "saves_per_epoch": None,
+            "save_strategy": "no",
+            "sequence_len": 256,  # some rows are shorter, so that there is a mask
+            "excess_length_strategy": "truncate",
+            "pad_to_sequence_len": True,
+            "fp16": False,
+            "bf16": bf16,
+            "max_steps": 2,
+            "warmup_steps": 1,
+            "gradient_accumulation_steps": times,
+            "gradient_checkpointing": checkpointing,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+            "optimizer": optimizer(times),
+            "output_dir": str(output),
+            "dataset_prepared_path": str(folder / "prepared"),
+            "plugins": ["qlora_recipes.plugin.RunPlugin", "memory_plugin.MemoryPlugin"],
+        }
+        files[bf16, checkpointing, times] = output / "config.yaml"
+        files[bf16, checkpointing, times].write_text(yamlfiles.write_yaml(config_with(change)))
+    train_many(*files.values())
+    return {case: orjson.loads(file.with_name("memory.json").read_bytes()) for case, file in files.items()}
+
+
+def optimizer(times: int) -> str:
+    return "paged_adamw_32bit" if times == 1 else "adamw_bnb_8bit"
+
+
+@pytest.mark.parametrize(("bf16", "checkpointing", "times"), CASES)
+def test_a_real_training_of_axolotls_allocates_what_the_fake_one_does(
+    measured: dict[Any, dict[str, int]], bf16: bool, checkpointing: bool, times: int
+) -> None:
+    real = measured[bf16, checkpointing, times]
+    step = Step(
+        model=(standin.model_folder() / "config.json").read_text(),
+        weights="bfloat16" if bf16 else "float32",
+        autocast="bfloat16" if bf16 else None,
+        dropout=0.05,
+        checkpointing="non-reentrant" if checkpointing else None,
+        padded=True,
+        accumulates=times > 1,
+        optimizer=optimizer(times),
+        capability=None,
+    )
+    fake = trace(step, [(2, 256)])
+    made = dict(zip(fake.loaded.ids, fake.loaded.sizes, strict=True))  # a size of -1 where freed again
+    loaded = sum(size for i, size in made.items() if size > 0 and fake.kinds[i] != "optimizer")
+    assert loaded == pytest.approx(real["loaded"], rel=0.005)
+    assert traces.bytes_at_peak(fake.loaded, fake.steps[2, 256]) == pytest.approx(real["peak"], rel=0.01)
+
+
+def peak(step: Step, shape: traces.Shape = (2, 128)) -> int:
+    return traces.usage(trace(step, [shape]), shape).allocated
+
+
+steps = st.builds(
+    lambda **changed: replace(STEP, **changed),
+    adapter=st.sampled_from(["qlora", "lora", None]),
+    checkpointing=st.sampled_from([None, "reentrant", "non-reentrant"]),
+    attention=st.sampled_from(["sdpa", "eager", "flash_attention_2"]),
+    optimizer=st.sampled_from(["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_32bit"]),
+    accumulates=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.05]),
+    capability=st.sampled_from([(7, 5), (8, 0), (9, 0)]),
+)
+
+
+@settings(max_examples=8)
+@given(steps)
+def test_the_peak_grows_with_rows_and_tokens(step: Step) -> None:
+    least = peak(step, (2, 128))
+    assert least <= peak(step, (3, 128))
+    assert least <= peak(step, (2, 192))
+
+
+@settings(max_examples=6)
+@given(steps.filter(lambda step: step.adapter))
+def test_the_peak_grows_with_the_rank(step: Step) -> None:
+    assert peak(step) <= peak(replace(step, rank=64))
+
+
+@settings(max_examples=6)
+@given(steps)
+def test_checkpointing_lowers_the_peak(step: Step) -> None:
+    deep = replace(step, model=json.dumps(SMALL | {"num_hidden_layers": 6, "vocab_size": 512}))
+    least, most = (peak(replace(deep, checkpointing=how), (4, 512)) for how in ("non-reentrant", None))
+    assert least < most
+
+
+@settings(max_examples=4)
+@given(steps)
+def test_other_shapes_are_those_that_a_trace_of_them_gives(step: Step) -> None:
+    known = trace(step, [(2, 256), (3, 256), (2, 128), (2, 64)])
+    for shape in ((5, 256), (2, 512)):
+        assert traces.usage(known, shape) == traces.usage(trace(step, [shape]), shape)
+
+
+def test_packed_rows_need_at_least_what_full_ones_do() -> None:
+    full = replace(STEP, padded=False)
+    assert peak(full) <= peak(replace(full, packed=True))
+
+
+def test_a_chunked_loss_holds_fewer_logits() -> None:
+    large = replace(STEP, model=json.dumps(SMALL | {"vocab_size": 65536}))
+    whole, chunked = (
+        traces.usage(trace(replace(large, chunked_loss=chunks), [(2, 128)]), (2, 128)) for chunks in (False, True)
+    )
+    assert chunked.parts["logits"] < whole.parts["logits"]
+
+
+def test_tracing_leaves_no_fake_tensor_behind() -> None:
+    import bitsandbytes as bnb
+    import torch
+
+    trace(STEP, [(2, 64)])
+    layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
+    out = layer(torch.ones(1, 64))
+    assert type(out) is torch.Tensor and out.isfinite().all()
+    assert type(torch.nn.Linear(2, 2).half().weight.data) is torch.Tensor

@@ -1,0 +1,411 @@
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import orjson
+import pytest
+from conftest import SMALL, Recipe, config_with, recipe_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.configs import engines, gpus
+from qlora_recipes.configs.compose import Request
+from qlora_recipes.planning import plan, plan_tables, planner, steps, traces, work
+from qlora_recipes.planning.memory import trace
+from qlora_recipes.runs.rundir import Run, RunDir, Summary
+
+TURING, AMPERE = (7, 5), (8, 0)
+
+
+def step_of(change: dict[str, Any]) -> Any:
+    return steps.step_of(config_with(change), SMALL, TURING)[0]
+
+
+def test_a_recipe_becomes_its_step() -> None:
+    step, notes = steps.step_of(recipe_config("haider2024/llama-3-8b"), SMALL, TURING)
+    assert (step.adapter, step.rank, step.dropout) == ("qlora", 32, 0.05)
+    assert (step.weights, step.autocast) == ("float16", "float16")
+    assert (step.checkpointing, step.attention, step.optimizer) == ("non-reentrant", "sdpa", "adamw_bnb_8bit")
+    assert (step.padded, step.packed, step.accumulates, step.double_quantization) == (True, False, True, True)
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "value"),
+    [
+        ({"bf16": True, "fp16": None}, "weights", "bfloat16"),
+        ({"bf16": "auto", "fp16": None}, "autocast", "bfloat16"),
+        ({"fp16": False}, "autocast", None),
+        ({"fp16": False}, "weights", "float32"),
+        ({"fp16": None, "float16": True, "adapter": None, "load_in_4bit": None}, "weights", "float16"),  # no scaler
+        ({"gradient_checkpointing": None}, "checkpointing", None),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "checkpointing", "reentrant"),
+        ({"lora_target_linear": True}, "targets", "all-linear"),
+        ({"gradient_accumulation_steps": 1}, "accumulates", False),
+        ({"micro_batch_size": 1}, "padded", False),
+        ({"sample_packing": True}, "packed", True),
+        ({"sample_packing": True, "attn_implementation": "flash_attention_2"}, "packed", False),
+        ({"chunked_cross_entropy": True}, "chunked_loss", True),
+        ({"bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}}, "double_quantization", False),
+        ({"attn_implementation": None, "flash_attention": True}, "attention", "flash_attention_2"),
+        ({"adapter": None, "load_in_4bit": None}, "weights", "float32"),
+        ({"optimizer": "lion_8bit"}, "optimizer", "adamw_torch_fused"),
+    ],
+)
+def test_settings_that_memory_depends_on(change: dict[str, Any], field: str, value: Any) -> None:
+    assert getattr(step_of(change), field) == value
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"optimizer": "lion_8bit"}, "optimizer lion_8bit: planned as adamw_torch_fused"),
+        ({"attn_implementation": "flex_attention"}, "flex_attention: planned as flash_attention_2"),
+        ({"liger_cross_entropy": True}, "liger_cross_entropy: not traced; it takes less"),
+        ({"lora_mlp_kernel": True}, "lora_mlp_kernel: not traced; it takes less"),
+        (dict.fromkeys(steps._KERNELS), "LoRA kernels, which Axolotl turns on"),
+        ({"peft_use_dora": True}, "peft_use_dora: not traced; it takes more"),
+        ({"eval_batch_size": 8}, "evaluation is not traced"),
+    ],
+)
+def test_what_is_not_traced_is_said(change: dict[str, Any], says: str) -> None:
+    assert any(says in note for note in steps.step_of(config_with(change), SMALL, AMPERE)[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"adapter": "llama-adapter"}, "cannot be planned"),
+        ({"load_in_8bit": True, "adapter": "lora"}, "8 bits"),
+        ({"rl": "dpo"}, "preference training"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        step_of(change)
+
+
+def test_a_model_that_cannot_be_traced_is_told(small: yamlfiles.Config) -> None:
+    (Path(small["base_model"]) / "config.json").write_text(json.dumps({"model_type": "nobody_knows"}))
+    with pytest.raises(UserError, match=r"cannot be planned: .*nobody_knows"):
+        plan.plan(small)
+
+
+def test_packed_documents_make_one_row_where_flash_attention_keeps_them_apart() -> None:
+    for attention, flat in (("sdpa", False), ("flash_attention_2", True)):
+        packed = config_with({"sample_packing": True, "attn_implementation": attention})
+        step = steps.step_of(packed, SMALL, AMPERE)[0]
+        assert steps.is_flat(packed, step) == flat
+        shape = planner.Planner(step, 2, 2048, steps.is_flat(packed, step))._shape(2, 2048)
+        assert shape == ((1, 4096) if flat else (2, 2048))
+
+
+def test_lengths_are_planned_as_axolotl_pads_them() -> None:
+    assert planner.Planner(step_of({}), 2, 100)._shape(2, 100) == (2, 128)
+    assert steps.length_of({}) == 512
+
+
+@given(st.integers(0, 1000), st.integers(1, 300), st.sampled_from([1, 64]))
+def test_largest_finds_the_last_that_fits(limit: int, most: int, unit: int) -> None:
+    found = plan.largest(lambda n: n <= limit, most * unit, unit)
+    assert found == min(limit // unit, most) * unit
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> yamlfiles.Config:
+    """The recipe for Llama 3, of a small model with a large vocabulary."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SMALL | {"vocab_size": 128256, "max_position_embeddings": 8192}))
+    change = {"base_model": str(folder), "revision_of_model": None}
+    return {key: value for key, value in (recipe_config("haider2024/llama-3-8b") | change).items() if value is not None}
+
+
+def test_a_plan_adds_up(small: yamlfiles.Config) -> None:
+    planned, _ = plan.plan(small)
+    memory = planned["memory"]
+    assert sum(memory["parts"].values()) == memory["allocated"] <= memory["reserved"]
+    assert memory["needed"] == memory["reserved"] + planner.CONTEXT
+    assert planned["frozen"] == sum(count["frozen"] for count in planned["parameters"].values())
+    for card, larger in pairwise(planned["cards"]):
+        assert card["fits"] == (memory["needed"] <= card["usable"])
+        assert card["largest_micro_batch"] <= larger["largest_micro_batch"]
+        assert card["longest_row"] <= larger["longest_row"] <= 8192
+        assert card["longest_row"] % planner.ROUND == 0
+
+
+def test_a_config_alone_is_planned_as_among_other_sizes(small: yamlfiles.Config) -> None:
+    alone = plan.needed_gib(small, anew=True)
+    shapes = plan.planner_of(small, None)[0]._traced().steps  # kept, then traced anew with those that are missing
+    assert len(shapes) == 4
+    assert plan.plan(small)[0]["memory"]["needed"] / planner.GIB == alone == plan.needed_gib(small)
+
+
+def test_what_fits_and_what_does_not(small: yamlfiles.Config) -> None:
+    need = plan.plan(small)[0]["memory"]["needed"] / planner.GIB / plan.USABLE
+    fits, not_ = (plan.plan(small, gpus.Gpu("card", TURING, need * share))[0] for share in (1.001, 0.999))
+    assert (fits["cards"][0]["fits"], fits["changes"]) == (True, [])
+    assert not not_["cards"][0]["fits"] and not_["cards"][0]["free"] < 0
+    assert not_["cards"][0]["longest_row"] == 2048 - planner.ROUND
+
+
+def test_changes_are_the_mildest_that_do(small: yamlfiles.Config) -> None:
+    need = plan.plan(small)[0]["memory"]["needed"] / planner.GIB / plan.USABLE
+    (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, need * 0.7))[0]["changes"]
+    assert last["set"] == {"micro_batch_size": 1, "gradient_accumulation_steps": 8}
+    assert last["fits"]
+    ampere = plan.plan(small, gpus.Gpu("card", AMPERE, need * 0.7))[0]["changes"]
+    assert ampere[0]["set"] == {"chunked_cross_entropy": True}
+    (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, need * 0.3))[0]["changes"]
+    assert list(last["set"]) == ["sequence_len"]
+
+
+def test_ranks_divide_what_their_engine_divides(small: yamlfiles.Config) -> None:
+    one, more = (plan.plan(small, gpus=n)[0]["per_gpu"] for n in (1, 4))
+    assert one == {}
+    assert more["DDP"] > more["ZeRO-1"] > more["ZeRO-2"] > more["ZeRO-3"]
+    assert plan.plan(small, gpus=8)[0]["per_gpu"]["FSDP"] < more["FSDP"]
+
+
+@pytest.mark.parametrize(
+    ("change", "engine"),
+    [
+        ({}, "DDP"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "ZeRO-3"),
+        ({"deepspeed": "deepspeed_configs/zero1.json"}, "ZeRO-1"),
+        ({"fsdp_config": {"reshard_after_forward": True}}, "FSDP"),
+    ],
+)
+def test_cards_are_judged_under_the_configs_engine(
+    small: yamlfiles.Config, change: dict[str, Any], engine: str
+) -> None:
+    planned, planned_step = plan.plan(small | change, gpus.find("T4"), gpus=4)
+    (card,) = planned["cards"]
+    assert card["free"] == pytest.approx(card["usable"] - planned["per_gpu"][engine])
+    assert engines.engine_of(small | change) == engine
+    assert planned_step.need() == planned["memory"]["needed"]
+
+
+def test_methods_compare(small: yamlfiles.Config, tmp_path: Path) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(yamlfiles.write_yaml(small))
+    full, lora, qlora = plan.compare(Request(str(file)))
+    assert full["trainable_share"] == 1
+    assert lora["trainable"] == qlora["trainable"] < full["trainable"] / 10
+    assert full["needed"] > lora["needed"] > qlora["needed"]
+
+
+def test_compared_methods_add_up_with_paged_optimizer_state_beside(
+    small: yamlfiles.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(yamlfiles.write_yaml(small | {"optimizer": "paged_adamw_32bit"}))
+    compared = plan.compare(Request(str(file)))
+    for row in compared:
+        parts = sum(row[part] for part in ("weights", "gradients", "optimizer", "activations", "other"))
+        assert parts == pytest.approx(row["needed"])
+    full = compared[0]
+    of_large_tensors = 2 * 128256 * 256 * 2 * 4  # embedding and head alone, two states of 4 bytes
+    assert of_large_tensors < full["optimizer_paged"] <= full["trainable"] * 2 * 4
+    plan_tables.comparison(compared, "small")
+    assert f"{full['optimizer_paged'] / planner.GIB:.2f} GiB of optimizer state is paged" in capsys.readouterr().out
+
+
+def test_the_operations_of_a_token(small: yamlfiles.Config) -> None:
+    """By hand, for the small model: matrices, LoRA's, scores and values, each as often as they are gone through."""
+    step = plan.planner_of(small, None)[0]
+    matrices = 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512)
+    head, lora = 128256 * 256, sum(count["trainable"] for count in step.parameters.values())
+    attention = 4 * 256 * 1024 * 2
+    told = work.flops_of_token(step, 2048)
+    assert told == 2 * (matrices + head) * 3 + 2 * lora * 4 + attention * 4
+    whole = plan.planner_of({k: v for k, v in small.items() if k not in ("adapter", "load_in_4bit")}, None)[0]
+    assert work.flops_of_token(whole, 2048) == 2 * (matrices + head) * 4 + attention * 4
+    saved = plan.planner_of(small | {"lora_modules_to_save": ["embed_tokens", "lm_head"]}, None)[0]
+    assert work.flops_of_token(saved, 2048) == told + 2 * head
+
+
+def told(change: yamlfiles.Config, tmp_path: Path, *overrides: str, gpus: int = 1, **more: Any) -> dict[str, Any]:
+    """The work of a config in a file."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(yamlfiles.write_yaml(change))
+    found: dict[str, Any] = plan.of_request(Request(str(file), overrides=list(overrides), gpus=gpus), **more)["work"]
+    return found
+
+
+def test_work_counts_the_rows_that_are_there(small: yamlfiles.Config, sample: Path, tmp_path: Path) -> None:
+    small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
+    found = told(small, tmp_path, gpu=gpus.find("T4"), price=2.0)
+    assert (found["rows"], found["rows_are"]) == (109, "the config's data")
+    assert found["tokens"] == 109 * 2048 * 2
+    assert found["steps"] == 28
+    assert found["hours"] == pytest.approx(found["flops"] / (65e12 * work.UTILIZATION) / 3600)
+    assert found["cost"] == found["hours"] * 2
+    few = told(small, tmp_path, "max_steps=3")
+    assert (few["steps"], few["tokens"]) == (3, 3 * 8 * 2048)
+
+
+def test_the_studys_rows_are_taken_for_its_own_data_only(small: yamlfiles.Config, tmp_path: Path) -> None:
+    name, override = "haider2024/llama-3-8b", f"base_model={small['base_model']}"
+    own = plan.of_request(Request(name, overrides=[override]))["work"]
+    assert (own["rows"], own["rows_are"]) == (117739, "the study's data")
+    other = Request(name, overrides=[override, "datasets.0.path=tatsu-lab/alpaca"])
+    assert plan.of_request(other)["work"]["rows"] is None
+
+
+def test_speed_is_taken_from_runs_on_such_cards(small: yamlfiles.Config, tmp_path: Path) -> None:
+    def run(name: str, card: str, count: int, speed: float) -> None:
+        folder = RunDir(tmp_path / "runs" / name)
+        folder.path.mkdir(parents=True)
+        provenance = {"gpus": [{"name": card}] * count if card else []}
+        summary = Summary(tokens_per_second=speed)
+        facts: dict[str, Any] = {"recipe_file": "x", "recipe_sha256": "x", "cwd": "x", "provenance": provenance}
+        folder.write(Run(state="finished", recipe="mine", gpus_used=count, summary=summary, **facts))
+
+    run("1", "Tesla T4", 1, 100.0)
+    run("2", "Tesla T4", 4, 400.0)
+    run("3", "", 1, 5.0)
+    run("4", "NVIDIA GeForce GTX 1080", 1, 50.0)
+    runs = tmp_path / "runs"
+    assert told(small, tmp_path, gpu=gpus.find("T4"), runs=runs)["tokens_per_second"] == 100
+    assert told(small, tmp_path, gpu=gpus.find("T4"), gpus=4, runs=runs)["tokens_per_second"] == 400
+    assert "peak" in told(small, tmp_path, gpu=gpus.find("T4"), gpus=2, runs=runs)["rate_is"]
+    assert told(small, tmp_path, vram=24, runs=runs)["tokens_per_second"] is None
+
+
+def test_a_second_plan_comes_from_the_cache_without_torch(small: yamlfiles.Config, tmp_path: Path) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(yamlfiles.write_yaml(small))
+    code = (
+        "import sys; from qlora_recipes import cli\n"
+        "sys.argv = ['recipe', 'plan', sys.argv[1], '--json', '--set', 'lora_r=7']\n"
+        "try: cli.main()\nexcept SystemExit: pass\nprint('torch' in sys.modules, file=sys.stderr)"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True) for _ in range(2)]
+    assert [run.stderr.splitlines()[-1] for run in runs] == ["True", "False"]
+    assert runs[0].stdout == runs[1].stdout
+
+
+def test_the_cache_knows_what_a_plan_depends_on(small: yamlfiles.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = steps.step_of(small, SMALL, TURING)[0]
+    keys = {planner.Planner(step, 2, 64)._key(), planner.Planner(step, 3, 64)._key()}
+    keys.add(planner.Planner(steps.step_of(small | {"lora_r": 8}, SMALL, TURING)[0], 2, 64)._key())
+    monkeypatch.setattr(planner, "_packages", lambda: {"torch": "3"})
+    keys.add(planner.Planner(step, 2, 64)._key())
+    assert len(keys) == 4
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"trace": {}}', '{"usage": {"2x2048": {}}, "trace": []}'])
+def test_a_damaged_cache_is_planned_anew(small: yamlfiles.Config, content: str) -> None:
+    sound = plan.plan(small)[0]
+    plan.planner_of(small, None)[0]._file.write_text(content)
+    assert plan.plan(small)[0] == sound
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(small: yamlfiles.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "write_atomically", Mock(side_effect=PermissionError))
+    assert plan.plan(small | {"lora_r": 5})[0]["cards"]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"model_type": "qwen2"},  # has biases, which bitsandbytes casts in the first step
+        {"model_type": "mistral", "sliding_window": 96},
+        {"model_type": "gemma2", "sliding_window": 4096, "head_dim": 64},
+        {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 512},
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_other_models_are_planned_too(small: yamlfiles.Config, sizes: dict[str, Any], rows: int) -> None:
+    kept = {} if "n_embd" in sizes else SMALL
+    (Path(small["base_model"]) / "config.json").write_text(json.dumps(kept | sizes))
+    change: yamlfiles.Config = {"micro_batch_size": rows, "sequence_len": 100}
+    if not kept:
+        change |= {"lora_target_modules": ["c_attn"]}
+    planned = plan.plan(small | change, gpus=2)[0]
+    assert planned["memory"]["needed"] > 0
+    assert planned["cards"][-1]["fits"]
+
+
+def test_a_single_row_needs_no_mask_but_several_do(small: yamlfiles.Config) -> None:
+    one, two = (plan.planner_of(small | {"micro_batch_size": rows}, None)[0] for rows in (1, 2))
+    assert one.need(rows=2) == two.need()
+    assert one.need(rows=5) == two.need(rows=5)
+    assert one.need() <= two.need(rows=1)
+
+
+def test_a_full_fine_tuning_that_does_not_fit_gets_an_adapter(small: yamlfiles.Config) -> None:
+    full = {key: value for key, value in small.items() if not key.startswith(("adapter", "lora_", "load_in"))}
+    changes = [change["set"] for change in plan.plan(full, gpus.Gpu("card", AMPERE, 0.9))[0]["changes"]]
+    (qlora,) = [change for change in changes if "adapter" in change]
+    assert qlora == {
+        "adapter": "qlora",
+        "load_in_4bit": True,
+        "lora_target_linear": True,
+        "lora_r": 16,
+        "lora_alpha": 32,
+    }
+    assert plan.plan(full, gpus.Gpu("card", AMPERE, 0.1))[0]["changes"][-1]["fits"] is False
+
+
+def test_plan_prints(recipe: Recipe, small: yamlfiles.Config, tmp_path: Path, sample: Path) -> None:
+    small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
+    (tmp_path / "small.yaml").write_text(yamlfiles.write_yaml(small))
+    done = recipe("plan", "small.yaml", "--gpu", "t4", "--gpus", "2", "--price", "1", "--figure", "plan.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    for text in ("logits", "needed", "ZeRO-2", "longest row", "hours", "USD", "at most"):
+        assert text in done.stdout
+    as_json = orjson.loads(recipe("plan", "small.yaml", "--json").stdout)
+    assert as_json[0]["recipe"] == "small.yaml" and as_json[0]["memory"]["needed"] > 0
+    table = recipe("plan", "small.yaml", "--compare").stdout
+    assert [line.split()[0] for line in table.splitlines()[2:5]] == ["full", "LoRA", "QLoRA"]
+
+
+def test_the_longest_batch_of_the_data(recipe: Recipe, small: yamlfiles.Config, tiny: Path, sample: Path) -> None:
+    small |= {"base_model": str(tiny), "special_tokens": {"pad_token": "</s>"}}
+    small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
+    (sample.parent / "tiny.yaml").write_text(yamlfiles.write_yaml(small))
+    done = recipe("plan", sample.parent / "tiny.yaml", "--data", "--json")
+    assert done.returncode == 0, done.stderr
+    (planned,) = orjson.loads(done.stdout)
+    assert 0 < planned["longest_batch"]["tokens"] < 2048
+    assert planned["longest_batch"]["needed"] < planned["memory"]["needed"]
+    assert planned["work"]["tokens_are"] == "counted, without padding"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["haider2024/llama-2-7b", "--gpu", "T5"], "no GPU of that name"),
+        (["haider2024/llama-2-7b", "--set", "optimizer=adamwx"], "optimizer"),
+        (
+            ["haider2024/llama-2-7b", "--set", "base_model=nobody/nothing"],
+            "config.json of nobody/nothing cannot be had",
+        ),
+        (["haider2024/llama-2-7b", "--data"], "the tokenizer of meta-llama/Llama-2-7b-hf is not on this machine"),
+        (["--compare"], "name one recipe or file"),
+        (["haider2024/llama-2-7b", "--vram", "nan"], "give a number"),
+    ],
+)
+def test_mistakes_are_told(recipe: Recipe, arguments: list[str], says: str) -> None:
+    done = recipe("plan", *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_recipe_of_the_study_fits_its_card() -> None:
+    card = gpus.find("Quadro RTX 5000")
+    for name in paths.recipe_names():
+        planned, _ = plan.planner_of(recipe_config(name), card)
+        shape = planned.rows, planned.length  # alone: other rows and lengths take most of a plan's time
+        needed = traces.usage(trace(planned.step, [shape]), shape).reserved + planner.CONTEXT
+        assert needed <= plan.USABLE * 16 * planner.GIB, name

@@ -1,0 +1,156 @@
+"""bitsandbytes' formats against an independent computation of them, in numpy."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+import torch
+from conftest import Recipe
+from scipy.stats import norm
+
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.configs import standin
+from qlora_recipes.planning import quantization
+from qlora_recipes.planning.quantization import Format
+
+
+def nf4_levels() -> np.ndarray:
+    """QLoRA (arXiv 2305.14314, appendix E): quantiles of a normal distribution, eight below zero's and nine above."""
+    offset = 0.9677083
+    positive, negative = norm.ppf(np.linspace(offset, 0.5, 9)[:-1]), -norm.ppf(np.linspace(offset, 0.5, 8)[:-1])
+    values = np.sort(np.concatenate([positive, [0], negative]))
+    return values / values.max()
+
+
+def dynamic_map() -> np.ndarray:
+    """bitsandbytes' signed 8-bit data type (arXiv 1511.04561, 2110.02861): 2^i fractions a decade."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        borders = np.linspace(0.1, 1, 2**i + 1)
+        values += [sign * 10.0 ** (i - 6) * mean for mean in (borders[1:] + borders[:-1]) / 2 for sign in (1, -1)]
+    return np.sort(values)
+
+
+def nearest(values: np.ndarray, table: np.ndarray) -> np.ndarray:
+    return table[np.abs(values[..., None] - table).argmin(-1)]
+
+
+def in_blocks(values: np.ndarray, block: int, table: np.ndarray, constants: np.ndarray | None = None) -> np.ndarray:
+    """Values as multiples of their block's largest, or of given constants, rounded to a table's."""
+    blocks = values.reshape(-1, block)
+    exact = np.abs(blocks).max(1, keepdims=True)
+    scale = exact if constants is None else constants.reshape(-1, 1)
+    return (nearest(blocks / exact, table) * scale).reshape(values.shape)
+
+
+def weight(size: int = 64 * 512) -> np.ndarray:
+    return (np.random.default_rng(3).standard_normal(size) * 0.1).astype(np.float32)
+
+
+def stored(values: np.ndarray, how: Format) -> np.ndarray:
+    return quantization.stored(torch.from_numpy(values), how)[0].numpy()
+
+
+def test_the_levels_are_those_of_the_paper() -> None:
+    assert np.allclose(quantization.levels("nf4"), nf4_levels(), atol=1e-6)
+
+
+@pytest.mark.parametrize("block", [64, 256, 4096])
+def test_nf4(block: int) -> None:
+    values = weight()
+    expected = in_blocks(values, block, np.array(quantization.levels("nf4")))
+    assert np.allclose(stored(values, Format("nf4", block)), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_fp4() -> None:
+    magnitudes = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12  # of its eight codes
+    values = weight()
+    expected = in_blocks(values, 64, np.unique(np.concatenate([magnitudes, -magnitudes])))
+    off = ~np.isclose(stored(values, Format("fp4", 64)), expected, rtol=1e-3, atol=1e-4)
+    assert off.mean() < 0.01  # bitsandbytes rounds at borders of its own, not half-way
+
+
+def test_double_quantization() -> None:
+    values = weight()
+    constants = np.abs(values.reshape(-1, 64)).max(1)
+    offset = constants.mean(dtype=np.float32)
+    rounded = in_blocks(constants - offset, 256, dynamic_map()) + offset
+    expected = in_blocks(values, 64, np.array(quantization.levels("nf4")), rounded)
+    assert np.allclose(stored(values, Format("nf4", 64, True)), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_int8() -> None:
+    values = weight()
+    found, expected = stored(values, Format("int8", 256)), in_blocks(values, 256, dynamic_map())
+    other_code = ~np.isclose(found, expected, rtol=1e-5, atol=1e-7)
+    assert other_code.mean() < 0.002  # half-way between two codes either is as near
+    assert (np.abs(found - values) - np.abs(expected - values)).max() < 1e-5
+
+
+def test_one_scale_for_a_tensor() -> None:
+    values = weight()
+    expected = in_blocks(values, values.size, np.array(quantization.levels("nf4")))
+    assert np.allclose(stored(values, Format("nf4", None)), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("how", "bits"),
+    [
+        (Format("nf4", 64), 4.5),
+        (Format("nf4", 64, True), 4.127),
+        (Format("fp4", 128), 4.25),
+        (Format("int8", 256), 8.125),
+    ],
+)
+def test_bits_count_the_constants(how: Format, bits: float) -> None:
+    tensor = torch.randn(1024, 1024)
+    assert quantization.stored(tensor, how)[1] / tensor.numel() == pytest.approx(bits, abs=1e-3)
+
+
+def test_rows_that_are_no_multiple_of_the_block() -> None:
+    """bitsandbytes' kernel for the CPU reads such a matrix back wrongly; `stored` goes round that."""
+    matrix = torch.randn(64, 576)
+    errors = [((quantization.stored(matrix, Format("nf4", block))[0] - matrix) ** 2).mean() for block in (64, 128, 512)]
+    assert errors == sorted(errors) and errors[-1] < 2 * errors[0]
+
+
+def test_larger_blocks_lose_more_and_one_scale_most() -> None:
+    rows = quantization.measure(quantization.weights_of(standin.model_folder(), 1))
+    of_all = {(r["format"], r["block"], r["double"]): r["snr_db"] for r in rows if r["layer"] == "all"}
+    nf4 = [of_all["nf4", block, False] for block in quantization.BLOCKS]
+    assert all(smaller > larger for smaller, larger in itertools.pairwise(nf4))
+    assert of_all["nf4", "tensor", False] < min(nf4)
+    assert of_all["nf4", 64, False] > of_all["fp4", 64, False]
+    assert of_all["nf4", 64, False] - of_all["nf4", 64, True] < 0.1
+    assert {row["layer"] for row in rows} == {*quantization.models.LINEAR_LAYERS, "all"}
+
+
+def test_layers_are_spread_over_the_depth() -> None:
+    assert len(quantization.weights_of(standin.model_folder(), 3)) == 3 * 7
+    with pytest.raises(UserError, match="no folder with a Llama's weights"):
+        quantization.weights_of(Path("nowhere"), 3)
+
+
+def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"junk" * 10)
+    with pytest.raises(UserError, match="cannot be read"):
+        quantization.weights_of(tmp_path, 0)
+    for weight in (torch.zeros(8, 8), torch.full((8, 8), torch.nan), torch.ones(8, 8, dtype=torch.uint8)):
+        save_file({"model.layers.0.self_attn.q_proj.weight": weight}, file)
+        with pytest.raises(UserError, match="no weights to measure"):
+            quantization.weights_of(tmp_path, 0)
+
+
+def test_the_command(recipe: Recipe, tmp_path: Path) -> None:
+    done = recipe("analyze", "quantization", "--synthetic", "--json", "--figure", "q.png")
+    assert done.returncode == 0, done.stderr
+    assert {row["format"] for row in orjson.loads(done.stdout)} == {"nf4", "fp4", "int8"}
+    assert (tmp_path / "q.png").read_bytes().startswith(b"\x89PNG")
+    for wrong in ("q.gif", "nowhere/q.png"):
+        refused = recipe("analyze", "quantization", "--figure", wrong)
+        assert refused.returncode == 2 and "--figure" in refused.stderr

@@ -1,0 +1,547 @@
+"""Reports in a browser, of runs written by hand."""
+
+import gzip
+import math
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import Recipe, recipe_config
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.files import sha256, write_rows
+from qlora_recipes.configs.config import Difference
+from qlora_recipes.configs.datafiles import DataFile
+from qlora_recipes.data import study
+from qlora_recipes.planning import lora
+from qlora_recipes.reports import report, report_figures, report_reader, report_runs
+from qlora_recipes.results import verdict
+from qlora_recipes.running import sweeps
+from qlora_recipes.runs.rundir import Launch, Run, RunDir, Summary, summarise
+from qlora_recipes.scores.evaluations import Evaluation, Settings
+from qlora_recipes.scores.score import PER_ROW
+
+STUDY = study.find("haider2024")
+LLAMA_3 = "haider2024/llama-3-8b"
+ATTACKS = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(2)>",
+    "</script><script>alert(3)</script><!-- ",
+    "a\u2028b\u2029c\u0000d",
+    "\u202egnirts\u202c \u2066x\u2069 \u200b",
+    "{{ 7 * 7 }} {% raw %} ${7*7}",
+    "x" * 100_000,
+    "word " * 20_000,
+    "",
+]
+
+
+def some_rows(count: int, data: random.Random) -> list[dict[str, Any]]:
+    """Prepared test rows; the first carry what must be shown as text only."""
+    rows = []
+    for i in range(count):
+        words = " ".join(data.choices(["value", "return", "index", "cache", "why", "not", "rename", "nit"], k=8))
+        lines = [f"@@ -{i},4 +{i},5 @@ def f{i}():", " kept = 1", f"-old = {words}", f"+new = {words}", "+", " end"]
+        output, attack = f"Why {words} {i}?", ATTACKS[i] if i < len(ATTACKS) else ""
+        rows.append({"input": "\n".join([*lines, f"+{attack}"]), "output": f"{output} {attack}", "idx": 7 * i})
+        rows[-1]["lang"] = ("py", "go", "cpp")[i % 3]
+    return rows
+
+
+def a_run(
+    folder: Path, recipe: str = LLAMA_3, name: str = "1", rows: int = 40, rehearsal: bool = True, **more: Any
+) -> RunDir:
+    """A finished and evaluated run, with telemetry of 30 steps."""
+    run = RunDir(folder / "runs" / recipe / name)
+    run.path.mkdir(parents=True)
+    run.config.write_text(yamlfiles.write_yaml(recipe_config(recipe) | {"lora_r": 64, "hub_token": "the-secret"}))
+    data = random.Random(name)
+    on_gpu = {"memory_reserved_gib": 7.25, "gpu_utilization": 97}
+    on_cpu = {"rss_peak_gib": 2.42, "cpu_percent": 187.5}
+    records = []
+    for step in range(31):
+        record = {"time": 1.0 + step, "step": step, "max_steps": 30, "epoch": step / 15} | (
+            on_cpu if rehearsal else on_gpu
+        )
+        if step % 10 == 0:
+            loss = 4 * math.exp(-step / 60) + data.random() / 10
+            records.append(record | {"eval_loss": loss + 0.1, "eval_loss_per_token": loss})
+        if step:
+            loss = 4 * math.exp(-step / 50) + data.random() / 5
+            more_of = {"loss": loss, "grad_norm": 1 + data.random(), "learning_rate": 2e-4 * (1 - step / 31)}
+            records.append(record | more_of | {"step_seconds": 2.0, "tokens": 600, "tokens_per_second": 300.0})
+    write_rows(run.metrics, records)
+    test = folder / "data" / "test.jsonl"
+    if not test.exists():
+        write_rows(test, some_rows(rows, random.Random(1)))
+    made = list(map(orjson.loads, test.read_bytes().splitlines()))
+    predictions = []
+    for i, row in enumerate(made):
+        score = round(100 * data.random() ** 3, 3)
+        text = ATTACKS[i] if i < len(ATTACKS) else f"Rename {row['output'][4:20]}"
+        predictions.append(
+            {"row": i, "idx": row["idx"], "lang": row["lang"], "reference": row["output"], "prediction": text}
+            | {"bleu4": score, "rouge_l": score / 100, "exact": False, "bertscore_f1": 0.8 + score / 1000}
+        )
+    write_rows(run.path / "predictions.jsonl", predictions)
+    means = {key: sum(row[key] for row in predictions) / len(made) for key in PER_ROW}
+    intervals = {key: [0.9 * mean, 1.1 * mean] for key, mean in means.items()}
+    settings: dict[str, Any] = {"base_model": "m", "adapter": "a", "adapter_sha256": "x", "data": str(test)}
+    settings |= {"data_sha256": sha256(test), "rows": len(made)}
+    settings |= {"decoding": STUDY.decoding, "batch_size": 16, "cache": "static", "quantized": True, "dtype": "float16"}
+    settings |= more.pop("settings", {})
+    ended = {"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T10:00:00+00:00", "exit_code": 0}
+    record = Run(
+        state="finished",
+        recipe=recipe,
+        recipe_file=f"recipes/{recipe}.yaml",
+        recipe_sha256=sha256(paths.RECIPES / f"{recipe}.yaml"),
+        rehearsal=rehearsal,
+        cwd=str(folder),
+        overrides=["lora_r=64"],
+        differences=[Difference(key="lora_r", recipe=32, run=64, why="--set lora_r <b>\u202e</b>")],
+        data=[DataFile(path="data/codereviewer/train.jsonl", sha256="f" * 64, bytes=123456, rows=1000)],
+        launches=[Launch(command=["axolotl", "train", "config.yaml"], **ended)],
+        summary=summarise(run.read_metrics()),
+        provenance={"python": "3.13.5", "packages": {"axolotl": "0.21.0"}, "cpu": "a <processor>"},
+    )
+    run.write(record.model_copy(update=more))
+    scores = {"rows": len(made), **means, "intervals": intervals, "bertscore": {"model": "a-judge"}, "exact": 0.0}
+    evaluation = Evaluation(
+        made="2026-01-01T11:00:00+00:00",
+        rehearsal=rehearsal,
+        scores=scores,
+        code_sha256="x",
+        settings=Settings(**settings),
+    )
+    (run.path / "scores.json").write_text(evaluation.model_dump_json())
+    return run
+
+
+def html_of(*runs: RunDir) -> str:
+    return report.of_runs(report_runs.members(runs), analyze=False)
+
+
+def a_sweep(folder: Path) -> sweeps.Sweep:
+    """A sweep of three members, of two seeds each, and a fourth that has not run."""
+    members = []
+    for name, rank in {"Paper": 32, "High rank": 64, "Low rank": 16, "Odd": 8}.items():
+        for seed in (42, 43):
+            values, digest = {"lora_r": rank, "lora_alpha": 32}, f"{name} {seed}"
+            members.append(sweeps.Member(name=name, values=values, seed=seed, digest=digest, planned_gib=7.1))
+            if name != "Odd":
+                a_run(folder, name=digest, digest=digest)
+    sweep = sweeps.Sweep(name="ranks", recipe=LLAMA_3, rehearsal=True, keys=["lora_r", "lora_alpha"], members=members)
+    sweep.write(folder / "runs")
+    return sweep
+
+
+def test_a_report_says_what_the_run_was(tmp_path: Path) -> None:
+    html = html_of(a_run(tmp_path))
+    for said in (
+        LLAMA_3,
+        "Rehearsal.",
+        "--set lora_r &lt;b&gt;⟨U+202E⟩&lt;/b&gt;",
+        "f" * 64,
+        "a &lt;processor&gt;",
+        "a-judge",
+    ):
+        assert said in html
+    assert "paper: its card" in html  # the source of fp16
+    assert "the-secret" not in html
+    assert "5.27" not in html  # published, and nothing for a rehearsal to stand beside
+    assert "<script>alert" not in html
+
+
+def test_the_same_run_gives_the_same_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "now", lambda: "now")
+    run = a_run(tmp_path)
+    assert html_of(run) == html_of(run)
+
+
+def test_a_run_with_nothing_yet(tmp_path: Path) -> None:
+    run = a_run(tmp_path, summary=Summary())
+    for file in (run.metrics, run.path / "scores.json", run.path / "predictions.jsonl", run.config):
+        file.unlink()
+    html = html_of(run)
+    assert "No step is recorded yet" in html and "Not evaluated yet" in html
+    assert "reader-data" not in html.partition("<script>")[0]
+
+
+def test_figures_are_what_plotly_draws(tmp_path: Path) -> None:
+    from plotly.graph_objects import Figure
+
+    members = sweeps.rows(a_sweep(tmp_path / "sweep"), tmp_path / "sweep" / "runs")
+    runs = {"a": a_run(tmp_path), "b": a_run(tmp_path, "haider2024/llama-2-7b", rehearsal=False)}
+    figures = list(report_figures.training({name: run.read_metrics() for name, run in runs.items()}))
+    figures += report_figures.sweep(members)
+    rows = [report_runs.read_predictions(run.path) for run in runs.values()]
+    figures += report_figures.distributions(dict(zip("ab", rows, strict=True)))
+    figures += report_figures.distributions({"a": rows[0]})
+    table = verdict.rows(STUDY, tmp_path / "runs", False)
+    baselines = [{"baseline": b.name, "BLEU-4": b.bleu4} for b in STUDY.baselines]
+    figures += [report_figures.memory(members), report_figures.study(table, baselines)]
+    figures += [report_figures.lora_share(lora.rows({"m": recipe_config(LLAMA_3)}), {"a": (64, 0.01)})]
+    measured = {"format": "nf4", "block": 64, "double": True, "layer": "all", "bits": 4.1, "relative_error": 0.01}
+    figures += report_figures.quantization([measured | {"snr_db": 20.5}], "a model")
+    assert len({figure.key for figure in figures}) >= 18
+    for figure in figures:
+        drawn = figure.as_json()
+        Figure(drawn["traces"], drawn["layout"])  # knows all keys and values
+        assert figure.says and figure.title
+
+
+def test_curves_are_the_telemetry(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    metrics = run.read_metrics()
+    figures = {figure.key: figure for figure in report_figures.training({"a": metrics})}
+    assert set(figures) == {"loss", "rate", "load", "norm", "speed"}
+    training, validation = figures["loss"].traces
+    assert training["x"] == list(range(1, 31))
+    assert training["y"] == pytest.approx([record["loss"] for record in metrics if "loss" in record], rel=1e-5)
+    assert validation["x"] == [0, 10, 20, 30]
+    assert figures["load"].title == "CPU load" and figures["load"].traces[0]["y"][0] == 187.5
+    many = [{"step": i, "loss": float(i)} for i in range(10_000)]
+    thinned = next(report_figures.training({"a": many})).traces[0]
+    assert len(thinned["x"]) == report_figures.MOST_POINTS
+    assert (thinned["x"][0], thinned["y"][0]) == (9, 4.5)
+
+
+def test_memory_of_different_kinds_is_said_to_be_that(tmp_path: Path) -> None:
+    row = {"member": "a", "planned_gib": 7.0, "peak_memory_gib": 2.4, "memory_kind": "resident"}
+    figure = report_figures.memory([row])
+    assert figure
+    assert [trace["name"].partition(":")[0] for trace in figure.traces] == ["measured", "planned"]
+    assert "different kinds of memory" in figure.note
+    on_gpu = report_figures.memory([row | {"memory_kind": "GPU, reserved"}])
+    assert on_gpu and "different kinds" not in on_gpu.note
+
+
+def test_diffs_are_those_that_were_evaluated(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    (shown,) = report_reader.reader(report_runs.members([run]))
+    assert shown["diff"][3].startswith("@@ -3,4") and shown["data"] == "data/test.jsonl"
+    test = tmp_path / "data" / "test.jsonl"
+    test.write_bytes(test.read_bytes() + b"\n")
+    (shown,) = report_reader.reader(report_runs.members([run]))
+    assert shown["diff"] is None and "its SHA-256 is another" in shown["why"]
+    test.unlink()
+    (shown,) = report_reader.reader(report_runs.members([run]))
+    assert shown["diff"] is None and "not there any more" in shown["why"]
+
+
+def test_runs_on_the_same_rows_share_them(tmp_path: Path) -> None:
+    one, other = a_run(tmp_path), a_run(tmp_path, "haider2024/llama-2-7b")
+    (shown,) = report_reader.reader(report_runs.members([one, other]))
+    assert [model["label"] for model in shown["models"]] == ["llama-3-8b", "llama-2-7b"]
+    (tmp_path / "data" / "test.jsonl").unlink()
+    third = a_run(tmp_path, "haider2024/llama-2-7b", "3", rows=7)
+    assert len(report_reader.reader(report_runs.members([one, other, third]))) == 2
+
+
+def test_labels_tell_runs_apart(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path, name="1"), a_run(tmp_path, name="2"), a_run(tmp_path, "haider2024/llama-2-7b")]
+    labels = [member.label for member in report_runs.members(runs)]
+    assert labels == ["llama-3-8b, 1", "llama-3-8b, 2", "llama-2-7b"]
+
+
+def test_the_study_stands_beside_what_is_published_and_rehearsals_do_not(tmp_path: Path) -> None:
+    a_run(tmp_path, rehearsal=False)
+    runs = tmp_path / "runs"
+    html = report.of_study(STUDY, False, runs, analyze=False)
+    assert "5.27" in html and "To compare with" in html and "Rehearsal." not in html
+    a_run(tmp_path, name="2")
+    html = report.of_study(STUDY, True, runs, analyze=False)
+    assert "5.27" not in html and "To compare with" not in html and "Rehearsal." in html
+
+
+def test_a_sweep_shows_its_trade_offs(recipe: Recipe, tmp_path: Path) -> None:
+    a_sweep(tmp_path)
+    assert recipe("report", "--sweep", "ranks", "--best", "bleu4").returncode == 0
+    html = (tmp_path / "report.html").read_text()
+    assert "Low rank, Low rank 43" in html and "Odd" in html
+    assert "Pareto front over peak memory and bleu4: " in html and "Intervals are over seeds." in html
+    assert "Best by bleu4: Paper" in html
+    assert "Validation loss against memory" in html
+
+
+def a_large_run(folder: Path, count: int = 5000) -> RunDir:
+    """A run with so many predictions for diffs as long, and as hard to compress, as CodeReviewer's."""
+    data = random.Random(0)
+    run = a_run(folder)
+    letters = "abcdefghijklmnopqrstuvwxyz_(){};=  "
+    words = ["".join(data.choices(letters, k=data.randint(3, 12))) for _ in range(9000)]
+    often = list(accumulate(1 / (i + 20) for i in range(len(words))))
+
+    def text(count: int) -> str:
+        return " ".join(data.choices(words, cum_weights=often, k=count))
+
+    def diff() -> str:
+        return "\n".join(data.choice(" +-") + text(9) for _ in range(20))
+
+    rows = [{"input": diff(), "output": text(20), "idx": i, "lang": ("py", "go")[i % 2]} for i in range(count)]
+    size = sum(len(row["input"]) for row in rows)
+    assert 1400 < size / count < 1700 and len(gzip.compress(orjson.dumps(rows), 9)) > 0.35 * size
+    test = folder / "data" / "test.jsonl"
+    write_rows(test, rows)
+    scores = ({name: data.random() for name in PER_ROW} for _ in rows)
+    known = ({"row": i, "reference": row["output"], "prediction": text(12)} for i, row in enumerate(rows))
+    write_rows(run.path / "predictions.jsonl", (row | score for row, score in zip(known, scores, strict=True)))
+    of_other_rows(run, count)
+    return run
+
+
+def of_other_rows(run: RunDir, count: int) -> None:
+    """Have a run's evaluation be of the rows that its data file holds now."""
+    made = report_runs.read_scores(run.path)
+    assert made
+    changed = {"data_sha256": sha256(Path(made.settings.data)), "rows": count}
+    settings = made.settings.model_copy(update=changed)
+    (run.path / "scores.json").write_text(made.model_copy(update={"settings": settings}).model_dump_json())
+
+
+def test_a_run_with_5000_predictions_is_below_8_mb(tmp_path: Path) -> None:
+    assert len(html_of(a_large_run(tmp_path)).encode()) < 8e6
+
+
+def test_weights_are_measured_and_a_plan_is_made_where_asked_for(tmp_path: Path, tiny: Path) -> None:
+    run = a_run(tmp_path)
+    run.config.write_text(
+        yamlfiles.write_yaml(yamlfiles.read_yaml(run.config) | {"base_model": str(tiny), "lora_r": 8})
+    )
+    assert "No plan of this config is kept" in html_of(run) and "What 4 bits lose, and" not in html_of(run)
+    html = report.of_runs(report_runs.members([run]), analyze=True)
+    assert "No plan of this config is kept" not in html and "different kinds of memory" in html
+    assert "What 4 bits lose, and" in html and "2 decoder layers of tiny-llama0" in html
+
+
+def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    mistakes = {
+        (): "latest: no run of that name below runs/",
+        ("-o", "gone/report.html"): "-o gone/report.html: there is no folder gone",
+        ("-o", "report.pdf"): "-o report.pdf: name an .html file",
+        ("--study", "other"): "other: no study of that name; there are haider2024",
+        ("--study", "haider2024"): "no runs of it below runs/; --rehearse takes its rehearsals",
+        ("--study", "haider2024", "--rehearse"): "no rehearsals of it below runs/; `recipe reproduce haider2024`",
+        ("x", "--study", "haider2024"): "one of them",
+        ("--rehearse",): "--rehearse: goes with --study",
+        ("--best", "bleu4"): "--best: goes with --sweep",
+        ("--sweep", "ranks"): "ranks: no sweep of that name below runs/",
+    }
+    for arguments, message in mistakes.items():
+        done = recipe("report", *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr
+    a_run(tmp_path)
+    a_run(tmp_path, name="2", rehearsal=False)
+    assert "compare with nothing of the other kind" in recipe("report", "llama-3-8b/1", "llama-3-8b/2").stderr
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_the_command_writes_the_file_and_says_where(recipe: Recipe, tmp_path: Path) -> None:
+    a_run(tmp_path)
+    done = recipe("report", "-o", "mine.html")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "mine.html\n", "")
+    assert (tmp_path / "mine.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_report_imports_no_torch(tmp_path: Path) -> None:
+    a_run(tmp_path)
+    code = (
+        "import sys; from qlora_recipes import cli\nsys.argv = ['recipe', 'report']\n"
+        "try: cli.main()\nexcept SystemExit as end: assert not end.code\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's chromium."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("chromium is not installed; on Debian, `apt-get install chromium`")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+PHONE, DESKTOP = (390, 844), (1280, 900)
+
+
+@contextmanager
+def opened(
+    browser: Any, html: str, folder: Path, size: tuple[int, int] = DESKTOP, scheme: str = "light"
+) -> Iterator[Any]:
+    """A report, opened and drawn; at the end nothing may have been fetched, logged or raised."""
+    file = folder / "report.html"
+    file.write_text(html)
+    context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+    page, wrong = context.new_page(), []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: wrong.append(dialog.message) or dialog.dismiss())
+    local = (file.as_uri(), "data:", "blob:")
+    page.on("request", lambda request: request.url.startswith(local) or wrong.append(request.url))
+    page.goto(file.as_uri())
+    page.wait_for_selector("html[data-figures=drawn]", state="attached", timeout=60_000)
+    if "reader-data" in html:
+        page.wait_for_selector("html[data-reader=ready]", state="attached", timeout=60_000)
+    yield page
+    context.close()
+    assert wrong == []
+
+
+@pytest.fixture(scope="module")
+def run_html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return html_of(a_run(tmp_path_factory.mktemp("run")))
+
+
+def test_every_figure_is_drawn_and_nothing_overflows(browser: Any, run_html: str, tmp_path: Path) -> None:
+    for size in (PHONE, DESKTOP):
+        with opened(browser, run_html, tmp_path, size) as page:
+            figures = page.locator("figure")
+            assert figures.count() >= 10
+            assert page.locator("figure .main-svg").count() >= figures.count()
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_figures_can_be_saved_and_read_as_tables(browser: Any, run_html: str, tmp_path: Path) -> None:
+    with opened(browser, run_html, tmp_path) as page:
+        loss = page.locator("figure[data-figure=loss]")
+        loss.locator("summary").click()
+        assert loss.locator("tbody tr").count() == 34
+        assert loss.locator("thead th").all_inner_texts() == ["series", "optimizer step", "loss"]
+        for form, start in (("csv", b'"series","optimizer step"'), ("svg", b"<svg"), ("png", b"\x89PNG")):
+            with page.expect_download() as download:
+                loss.get_by_role("button", name=f"Save Loss as {form.upper()}").click()
+            assert download.value.suggested_filename == f"loss.{form}"
+            assert Path(download.value.path()).read_bytes().startswith(start)
+
+
+def test_reading_predictions(browser: Any, run_html: str, tmp_path: Path) -> None:
+    with opened(browser, run_html, tmp_path) as page:
+        position, row = page.locator("#position"), page.locator("#row")
+        assert row.locator("h3").inner_text() == "Row 0 · py · position 0 in the test file"
+        assert row.locator(".diff ins .sign").first.inner_text() == "+"
+        assert row.locator(".diff del").inner_text().startswith("-\nold = ")
+        page.locator("#after").click()
+        assert "Row 1 " in row.locator("h3").inner_text()
+        page.keyboard.press("j")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("k")
+        assert position.inner_text() == "3 of 40"
+        page.locator("#keys").uncheck()
+        page.keyboard.press("j")
+        assert position.inner_text() == "3 of 40"
+        page.locator("#keys").check()
+        page.keyboard.press("/")
+        page.keyboard.type("jk 12?")
+        assert page.locator("#count").inner_text() == "0 of 40 rows match"
+        assert "No row matches" in row.inner_text()
+        page.locator("#query").fill("OLD = ")
+        assert page.locator("#count").inner_text() == "40 rows"
+        page.locator("#query").fill("def f12()")
+        assert page.locator("#count").inner_text() == "1 of 40 rows match"
+        page.locator("#clear").click()
+        page.locator("#language").select_option("go")
+        assert page.locator("#count").inner_text() == "13 of 40 rows match"
+        page.locator("#low").fill("20")
+        page.locator("#high").fill("60")
+        page.locator("#order").select_option("down")
+        scores = [float(text) for text in page.locator("#matches .head span:last-child").all_inner_texts()]
+        assert scores and scores == sorted(scores, reverse=True) and 20 <= min(scores) <= max(scores) <= 60
+        page.locator("#score").select_option("ROUGE-L")
+        assert page.locator("#count").inner_text() == "0 of 40 rows match"
+        page.locator("#clear").click()
+        page.locator("#matches button").nth(5).click()
+        page.keyboard.press("End")
+        assert position.inner_text() == "40 of 40"
+        assert page.evaluate("document.activeElement.getAttribute('aria-current')") == "true"
+
+
+def test_what_others_wrote_is_shown_as_text(browser: Any, run_html: str, tmp_path: Path) -> None:
+    with opened(browser, run_html, tmp_path, PHONE) as page:
+        for i, attack in enumerate(ATTACKS):
+            said = page.locator("#row .said").nth(1)
+            marks = [f"U+{ord(mark):04X}" for mark in attack if mark in "\u2028\u2029\0\u202e\u202c\u2066\u2069\u200b"]
+            assert said.locator(".mark").all_inner_texts() == marks
+            shown = said.evaluate("one => one.textContent")
+            start = re.split("[\u2028\u202e]", attack)[0][:1000]
+            assert shown.startswith(start) if attack else shown == "(empty)"
+            if len(attack) > 9000:
+                while said.locator("button").count():
+                    said.locator("button").click()
+                assert said.evaluate("one => one.textContent") == attack
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            assert page.locator("main script, main img, main iframe, #row :is(b, a)").count() == 0
+            if i + 1 < len(ATTACKS):
+                page.keyboard.press("j")
+                assert page.locator("#row h3").inner_text().startswith(f"Row {i + 1} ")
+
+
+def test_the_tagged_form_is_shown_as_lines(browser: Any, tmp_path: Path) -> None:
+    run = a_run(tmp_path, rows=9)
+    test = tmp_path / "data" / "test.jsonl"
+    rows = list(map(orjson.loads, test.read_bytes().splitlines()))
+    write_rows(test, [row | {"input": "<keep>a<add>b <i>c</i><del>d"} for row in rows])
+    of_other_rows(run, 9)
+    with opened(browser, html_of(run), tmp_path) as page:
+        assert page.locator(".diff > *").all_text_contents() == [" a", "+b <i>c</i>", "-d"]
+
+
+def test_the_theme_can_be_chosen(browser: Any, run_html: str, tmp_path: Path) -> None:
+    ground = "getComputedStyle(document.body).backgroundColor"
+    with opened(browser, run_html, tmp_path, scheme="dark") as page:
+        button = page.locator("#theme")
+        dark = page.evaluate(ground)
+        button.click()
+        assert button.inner_text() == "Theme: light" and page.evaluate(ground) == "rgb(255, 255, 255)"
+        page.reload()
+        assert button.inner_text() == "Theme: light"
+        button.click()
+        assert button.inner_text() == "Theme: dark" and page.evaluate(ground) == dark
+        page.emulate_media(media="print")
+        assert page.evaluate(ground) == "rgb(255, 255, 255)"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_accessibility(browser: Any, run_html: str, tmp_path: Path, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    with opened(browser, run_html, tmp_path, PHONE, scheme) as page:
+        for details in page.locator("details > summary").all():
+            details.click()
+        for width, height in (PHONE, DESKTOP):
+            page.set_viewport_size({"width": width, "height": height})
+            found = axe.Axe().run(page).response
+            assert "color-contrast" in [one["id"] for one in found["passes"]]
+            grave = [one for one in found["violations"] if one["impact"] in ("serious", "critical")]
+            assert [(one["id"], one["nodes"][0]["html"]) for one in grave] == []
+
+
+def test_several_runs_the_study_and_a_sweep_open_too(browser: Any, tmp_path: Path) -> None:
+    one, other = a_run(tmp_path), a_run(tmp_path, "haider2024/llama-2-7b")
+    with opened(browser, html_of(one, other), tmp_path) as page:
+        assert page.locator("#row h4").all_inner_texts() == [
+            "Diff", "Reference", "Prediction of llama-3-8b", "Prediction of llama-2-7b"
+        ]  # fmt: skip
+        assert page.locator("#score option").count() == 6
+    a_run(tmp_path, name="real", rehearsal=False)
+    with opened(browser, report.of_study(STUDY, False, tmp_path / "runs", analyze=False), tmp_path) as page:
+        assert page.locator("figure[data-figure=study-bleu4] .main-svg").count()
+    sweep = a_sweep(tmp_path / "sweep")
+    html = report.of_sweep(sweep, tmp_path / "sweep" / "runs", None, analyze=False)
+    with opened(browser, html, tmp_path, PHONE) as page:
+        assert page.locator("figure[data-figure=sweep-memory-eval_loss] .main-svg").count()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

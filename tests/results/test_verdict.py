@@ -1,0 +1,208 @@
+"""A study's table from run folders as runs leave them."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import Recipe, recipe_config
+from run_folders import STUDY, a_run
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.configs import config
+from qlora_recipes.configs.config import Difference
+from qlora_recipes.reports import report_runs
+from qlora_recipes.results import card, run_rows, verdict
+from qlora_recipes.runs.rundir import Launch, Summary
+from qlora_recipes.scores import evaluations
+
+LLAMA_2 = "haider2024/llama-2-7b"
+
+
+def row_of(runs: Path, recipe: str = LLAMA_2, rehearsal: bool = False) -> dict[str, Any]:
+    (found,) = [row for row in verdict.rows(STUDY, runs, rehearsal) if row["recipe"] == recipe]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("bleu4", "within", "expected"),
+    [
+        (5.02, 0.1, verdict.WITHIN),
+        (5.40, 0.5, verdict.WITHIN),
+        (5.17, 0.1, verdict.ACCEPTABLE),
+        (4.87, 0.1, verdict.ACCEPTABLE),
+        (5.30, 0.1, verdict.OFF),
+        (4.00, 0.1, verdict.OFF),
+    ],
+)
+def test_the_verdict(tmp_path: Path, bleu4: float, within: float, expected: str) -> None:
+    a_run(tmp_path, LLAMA_2, "a", bleu4, within)
+    row = row_of(tmp_path)
+    assert row["verdict"] == expected
+    assert row["bleu4_difference"] == pytest.approx(bleu4 - 5.02)
+    printed, recomputed = row["gains_percent"].values()
+    assert printed == pytest.approx(100 * (bleu4 / 4.28 - 1))
+    assert recomputed == pytest.approx(100 * (bleu4 / 5.47 - 1))
+    assert (row["peak_gpu_memory_gib"], row["gpu_hours"]) == (7.5, 2.5)
+
+
+@pytest.mark.parametrize("model", ["HuggingFaceTB/SmolLM2-135M", "/models/Llama-2-7b-hf", "NousResearch/Llama-2-7b-hf"])
+def test_only_a_run_on_the_recipes_model_or_its_mirror_is_set_beside_published_scores(
+    tmp_path: Path, recipe: Recipe, model: str
+) -> None:
+    folder = a_run(tmp_path / "runs", LLAMA_2, "a", 5.0)
+    run = folder.read()
+    run.differences = [
+        Difference(key="base_model", recipe="meta-llama/Llama-2-7b-hf", run=model, why="--set base_model")
+    ]
+    folder.write(run)
+    (folder.output / card.ADAPTER).parent.mkdir()
+    (folder.output / card.ADAPTER).write_bytes(b"")
+    same = model.startswith("NousResearch")
+    listed, (member,) = run_rows.row(folder, run), report_runs.members([folder])
+    assert listed["bleu4"] == 5.0
+    assert (listed["bleu4_published"], listed["other_base_model"]) == ((5.02, None) if same else (None, model))
+    assert row_of(tmp_path / "runs")["run"] == (str(folder.path) if same else None)
+    texts = [
+        recipe("results").stdout,
+        card.card(folder, run, evaluations.read_scores(folder.path), False, None),
+        str(report_runs.scores([member])),
+        str(list(report_runs.tiles(member))),
+    ]
+    assert [any(score in text for score in ("5.02", "4.28", "5.47")) for text in texts] == [same] * len(texts)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"settings": {"test_set": "test"}},
+        {"settings": {"test_set": None}},
+        {"settings": {"limit": 100}},
+        {"settings": {"decoding": STUDY.decoding.model_copy(update={"max_new_tokens": 8})}},
+        {"state": "interrupted"},
+        {"state": "failed"},
+    ],
+)
+def test_scores_of_other_rows_or_half_a_run_are_compared_with_nothing(tmp_path: Path, more: dict[str, Any]) -> None:
+    a_run(tmp_path, LLAMA_2, "a", 5.0, **more)
+    row = row_of(tmp_path)
+    assert row["bleu4"] == 5.0
+    assert row["verdict"] is row["bleu4_difference"] is None
+    assert set(row["gains_percent"].values()) == {None}
+
+
+def test_rehearsals_and_runs_are_apart(tmp_path: Path) -> None:
+    on_cpu = Summary(train_seconds=90, peak_memory=2.4, memory_kind="resident", tokens_per_second=150.0)
+    a_run(tmp_path, LLAMA_2, "a", 1.5, rehearsal=True, profiles=["rehearsal"], summary=on_cpu)
+    assert row_of(tmp_path)["run"] is None
+    row = row_of(tmp_path, rehearsal=True)
+    assert row["bleu4"] == 1.5
+    kept = ("bleu4_published", "verdict", "peak_gpu_memory_gib", "gpu_hours", "bertscore_f1_published")
+    assert {row[key] for key in kept} == {None}
+    assert row["differs"] == row["open"] == []
+
+
+def test_the_run_that_speaks_is_evaluated_without_overrides_and_new(tmp_path: Path) -> None:
+    a_run(tmp_path, LLAMA_2, "1", 5.1)
+    expected = a_run(tmp_path, LLAMA_2, "2", 5.2, profiles=["mlflow"])
+    a_run(tmp_path, LLAMA_2, "3", 5.3, set={"lora_r": 64})
+    (a_run(tmp_path, LLAMA_2, "4", 5.4).path / "scores.json").unlink()
+    a_run(tmp_path, LLAMA_2, "5", 5.5, gpus_used=4)
+    a_run(tmp_path, LLAMA_2, "6", 5.6, state="failed")
+    assert row_of(tmp_path)["run"] == str(expected.path)
+
+
+def test_a_named_run_speaks_or_none(tmp_path: Path) -> None:
+    changed = a_run(tmp_path, LLAMA_2, "1", 5.1, set={"lora_r": 64})
+    a_run(tmp_path, LLAMA_2, "2", 5.2)
+    for speaker, expected in ((changed.path, 5.1), (None, None)):
+        rows = verdict.rows(STUDY, tmp_path, False, {LLAMA_2: speaker})
+        assert [row["bleu4"] for row in rows if row["recipe"] == LLAMA_2] == [expected]
+
+
+def test_an_evaluation_before_a_resumed_training_speaks_no_more(tmp_path: Path) -> None:
+    folder = a_run(tmp_path, LLAMA_2, "1", 5.1)
+    run = folder.read()
+    run.launches.append(Launch(command=[], started="2026-01-02T00:00:00+00:00"))  # killed, so it has no end
+    folder.write(run)
+    assert row_of(tmp_path)["bleu4"] is None
+
+
+def test_more_gpus_are_a_difference(tmp_path: Path) -> None:
+    a_run(tmp_path, LLAMA_2, "1", 5.1, gpus_used=4)
+    assert row_of(tmp_path)["differs"] == ["GPUs: 4 instead of 1, with steps of 32 rows instead of 8"]
+    a_run(tmp_path, LLAMA_2, "2", 5.1, gpus_used=4, set={"gradient_accumulation_steps": 1})
+    assert row_of(tmp_path)["differs"] == ["GPUs: 4 instead of 1"]
+
+
+def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path: Path) -> None:
+    a_run(tmp_path, "haider2024/llama-3-8b", "a", 3.0, set={"lora_r": 64, "warmup_steps": 5})
+    row = row_of(tmp_path, "haider2024/llama-3-8b")
+    assert row["differs"] == ["lora_r: 64 instead of 32"]
+    assert row["open"][0].startswith("lora_target_modules: q_proj k_proj v_proj o_proj (notebook")
+    assert "warmup_steps: 5 (--set warmup_steps)" in row["open"]
+    assert "trainer: Axolotl (the paper used Unsloth)" in row["open"]
+    assert any(text.startswith("base_model") for text in row["open"])
+    stated = {text.partition(":")[0] for text in row["open"]}
+    assert not stated & {"lora_r", "num_epochs", "optimizer"}
+    off, left_open = verdict.notes([row])
+    assert "lora_r: 64 instead of 32" in off
+    assert left_open.startswith("haider2024/llama-3-8b is off, and the paper leaves open: lora_target_modules")
+
+
+def test_the_base_model_is_open_only_where_the_paper_names_none(tmp_path: Path) -> None:
+    a_run(tmp_path, LLAMA_2, "a", 3.0)
+    assert not any(text.startswith("base_model") for text in row_of(tmp_path)["open"])
+
+
+def test_recipes_beside_the_studys(tmp_path: Path) -> None:
+    assert {row["recipe"] for row in verdict.rows(STUDY, tmp_path, False)} == set(STUDY.published)
+    a_run(tmp_path, "haider2024/all-linear/llama-2-7b", "a", 5.0)
+    a_run(tmp_path, "haider2024/as-released/llama-3-8b", "b", 5.2)
+    likely_origin = row_of(tmp_path, "haider2024/all-linear/llama-2-7b")
+    assert (likely_origin["bleu4_published"], likely_origin["verdict"]) == (5.02, verdict.WITHIN)
+    assert likely_origin["differs"] == []
+    assert "lora_target_linear: True (Axolotl's example)" in likely_origin["open"]
+    as_released = row_of(tmp_path, "haider2024/as-released/llama-3-8b")
+    assert as_released["bleu4_published"] is as_released["verdict"] is None  # no reproduction of Table II
+    assert "lora_dropout: 0 instead of 0.05" in as_released["differs"]
+
+
+def test_the_headers_of_recipes_beside_list_what_differs() -> None:
+    assert set(paths.recipe_names()) == set(STUDY.published) | set(STUDY.beside)
+    for name, beside in STUDY.beside.items():
+        differing = config.differences(recipe_config(beside.of), recipe_config(name))
+        header = (paths.RECIPES / f"{name}.yaml").read_text().partition("# Differs ")[2].partition("# Each setting")[0]
+        listed = {key.strip() for line in header.splitlines()[1:-1] for key in line[1:].partition(":")[0].split(",")}
+        assert listed == {key.partition(".")[0] for key in differing} - {"output_dir"}
+
+
+def test_ports_are_the_recipes_of_another_trainer() -> None:
+    for name, scores in STUDY.published.items():
+        is_port = "this is a port of their" in (paths.RECIPES / f"{name}.yaml").read_text()
+        assert is_port == (scores.trainer != "Axolotl")
+
+
+def test_the_open_settings_are_some_recipes_and_not_the_papers() -> None:
+    for key in STUDY.open_settings:
+        found = [yamlfiles.sources(paths.RECIPES / f"{name}.yaml").get(key) for name in paths.recipe_names()]
+        assert any(source and not source.startswith("paper") for source in found), key
+
+
+def test_every_form_of_the_table(recipe: Recipe, tmp_path: Path) -> None:
+    a_run(tmp_path / "runs", LLAMA_2, "a", 5.0)
+    forms = ((), ("--md",), ("--csv",), ("--json",))
+    table, md, csv, json = (recipe("results", "--study", "haider2024", *form) for form in forms)
+    assert verdict.WITHIN in table.stdout and "over 5.47" in table.stdout and "4.90 to 5.10" in table.stdout
+    assert md.stdout.startswith("**Haider") and f"| {LLAMA_2} | 5000 | 5.00 |" in md.stdout
+    header, *lines = csv.stdout.splitlines()
+    assert "gain_percent over CodeReviewer (223M), as the paper prints it" in header and len(lines) == 5
+    run = f"runs/{LLAMA_2}/a"
+    expected = [row | {"run": row["run"] and run} for row in verdict.rows(STUDY, tmp_path / "runs", False)]
+    assert orjson.loads(json.stdout) == expected
+    for form in forms:  # there is no rehearsal
+        none = recipe("results", "--study", "haider2024", "--rehearse", *form)
+        assert (none.returncode, none.stdout.strip()) == (0, "[]" if form == ("--json",) else "")
+        assert form == ("--json",) or "rehearsed yet" in none.stderr
+    assert recipe("results", "--study", "other").returncode == 2
+    assert recipe("results", "--study", "haider2024", "--by", "lang").returncode == 2

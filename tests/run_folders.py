@@ -1,0 +1,77 @@
+"""Run folders and checkpoints as real runs leave them, for tests that need no training."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from conftest import recipe_config
+from safetensors.torch import save_file
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.configs.config import Difference
+from qlora_recipes.data import study
+from qlora_recipes.runs.rundir import Launch, Run, RunDir, Summary
+from qlora_recipes.scores.evaluations import Evaluation, Settings
+
+STUDY = study.find("haider2024")
+ADAPTER = "adapter_model.safetensors"
+
+
+def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1, **more: Any) -> RunDir:
+    """A finished and evaluated run; `set` changes keys of its config, `settings` what it was evaluated on."""
+    folder = RunDir(runs / recipe / name)
+    folder.path.mkdir(parents=True)
+    changed = more.pop("set", {})
+    folder.config.write_text(yamlfiles.write_yaml(recipe_config(recipe) | changed))
+    ended = Launch(command=[], started="2026-01-01T00:00:00+00:00", ended="2026-01-01T10:00:00+00:00", exit_code=0)
+    summary = Summary(train_seconds=9000, peak_memory=7.5, memory_kind="GPU, reserved", tokens_per_second=812.0)
+    settings: dict[str, Any] = {
+        "base_model": "m",
+        "adapter": "a",
+        "adapter_sha256": "x",
+        "data": "d",
+        "data_sha256": "x",
+        "test_set": "test-subset-1",
+        "rows": 5000,
+        "decoding": STUDY.decoding,
+        "batch_size": 16,
+        "cache": "static",
+        "quantized": True,
+        "dtype": "float16",
+    } | more.pop("settings", {})
+    run = Run(
+        state=more.pop("state", "finished"),
+        recipe=recipe,
+        recipe_file="f",
+        recipe_sha256="x",
+        cwd="/",
+        launches=[ended],
+        summary=more.pop("summary", summary),
+        overrides=[f"{key}={value}" for key, value in changed.items()],
+        differences=[Difference(key=key, run=value, why=f"--set {key}") for key, value in changed.items()],
+        **more,
+    )
+    folder.write(run)
+    scores = {"rows": 5000, "bleu4": bleu4, "intervals": {"bleu4": [bleu4 - within, bleu4 + within]}}
+    made = Evaluation(
+        made="2026-01-01T11:00:00+00:00",
+        rehearsal=run.rehearsal,
+        scores=scores,
+        code_sha256="x",
+        settings=Settings(**settings),
+    )
+    (folder.path / "scores.json").write_text(made.model_dump_json())
+    return folder
+
+
+def a_checkpoint(output: Path, step: int, ranks: int = 1) -> Path:
+    """A checkpoint with the files that a trainer saves, but for the manifest."""
+    folder = output / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    save_file({"lora_A": torch.ones(8, 64), "lora_B": torch.ones(64, 8)}, folder / ADAPTER)
+    rng_states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    for name in ("optimizer.pt", "scheduler.pt", *rng_states):
+        torch.save({"state": torch.ones(1000)}, folder / name)
+    (folder / "trainer_state.json").write_bytes(orjson.dumps({"global_step": step}))
+    return folder

@@ -1,0 +1,93 @@
+"""A sweep over a tiny Llama through the command: killed, started again, and compared."""
+
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import RECIPE
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.runs import lookup
+
+BASE = "haider2024/code-llama-7b"
+MEMBERS = [
+    {"name": "low", "lora_r": 4},
+    {"name": "high", "lora_r": 8},
+    {"name": "broken", "lr_scheduler_kwargs": {"nonsense": 1}},
+]
+
+
+def command(profile: Path, *more: str) -> list[str]:
+    fixed = ["--profile", str(profile), "--set", "num_epochs=1", "--limit", "4", "--bertscore", "none"]
+    return [str(RECIPE), "sweep", BASE, "s.yaml", *fixed, "--json", *more]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "s.yaml").write_text(yamlfiles.write_yaml({"_": MEMBERS}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path, tiny_profile: Path) -> dict[str, Any]:
+    """What a sweep printed that was killed twice, cancelled once, and then ran to its end."""
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for limits in ((), ("--max-runs", "1"), ()):
+        process = subprocess.Popen(command(tiny_profile, *limits), cwd=place, **silent)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=chance.uniform(10, 22))
+        if limits:
+            asked = subprocess.run([RECIPE, "cancel", "--sweep", "latest"], cwd=place)
+            assert asked.returncode == 0 or process.poll() is not None
+        else:
+            process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
+        process.wait()
+    done = subprocess.run(command(tiny_profile), cwd=place, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr  # for the member that fails
+    assert "broken: the training failed" in done.stderr
+    return orjson.loads(done.stdout)
+
+
+def test_killed_and_started_again_it_has_its_members_and_none_ran_twice(place: Path, finished: dict[str, Any]) -> None:
+    assert [step["member"] for step in finished["steps"]] == [member["name"] for member in MEMBERS]
+    assert [step["problem"] for step in finished["steps"][:2]] == [None, None]
+    records = [folder.read() for folder in lookup.all_runs(place / "runs" / BASE)]
+    ended_well = Counter(record.digest for record in records if record.state == "finished")
+    assert sorted(ended_well.values()) == [1, 1]
+
+
+def test_its_members_compare_and_one_that_failed_has_nothing(finished: dict[str, Any]) -> None:
+    low, high, broken = finished["results"]
+    assert [row["member"] for row in (low, high, broken)] == ["low", "high", "broken"]
+    assert high["trainable"] == 2 * low["trainable"] > 0
+    for row in (low, high):
+        assert row["bleu4"] is not None and row["eval_loss"] > 0 and row["peak_memory_gib"] > 0
+        assert row["planned_gib"] > 0
+    assert (broken["bleu4"], broken["eval_loss"], broken["pareto"]) == (None, None, False)
+    assert any(row["pareto"] for row in (low, high))
+
+
+def test_what_is_finished_is_not_run_again(place: Path, finished: dict[str, Any], tiny_profile: Path) -> None:
+    def folders() -> set[Path]:
+        return {folder.path for folder in lookup.all_runs(place / "runs" / BASE)}
+
+    (place / "two.yaml").write_text(yamlfiles.write_yaml({"_": MEMBERS[:2]}))
+    before = folders()
+    words = [word.replace("s.yaml", "two.yaml") for word in command(tiny_profile)]
+    done = subprocess.run(words, cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    steps = orjson.loads(done.stdout)["steps"]
+    assert [(step["run"], step["evaluate"]) for step in steps] == [("skipped", "skipped")] * 2
+    assert folders() == before
+    assert orjson.loads(done.stdout)["results"][0]["runs"] == finished["results"][0]["runs"]

@@ -1,0 +1,209 @@
+"""What a sweep's members are, and how they compare, without training."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from conftest import Recipe, recipe_config
+from hypothesis import given
+from hypothesis import strategies as st
+from run_folders import a_run
+from safetensors.numpy import save_file
+from scipy import stats
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.checks import check
+from qlora_recipes.configs import compose
+from qlora_recipes.configs.compose import Request
+from qlora_recipes.running import sweeps
+from qlora_recipes.running.sweeps import Member, Sweep
+from qlora_recipes.runs.rundir import Summary
+
+BASE = "haider2024/code-llama-7b"
+SHIPPED = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml"))
+
+
+def test_the_notebooks_five_are_there() -> None:
+    _, members = sweeps.read(sweeps.find_file("lora-tradeoffs"), [])
+    assert [(m.name, *m.values.values()) for m in members] == [
+        ("Paper", 32, 16, 0.05),
+        ("High rank", 64, 32, 0.05),
+        ("Low rank", 16, 8, 0.05),
+        ("Conservative", 32, 16, 0.1),
+        ("Aggressive", 128, 64, 0.0),
+    ]
+    assert sweeps.varying(members) == ["lora_r", "lora_alpha", "lora_dropout"]
+
+
+@pytest.mark.parametrize("name", paths.recipe_names())
+@pytest.mark.parametrize("sweep", SHIPPED)
+def test_members_of_shipped_sweeps_are_clean_over_every_recipe(
+    sweep: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(prepared)
+    configs = []
+    for member in sweeps.read(sweeps.find_file(sweep), [])[1]:
+        composed = compose.compose(Request(name, overrides=member.overrides))
+        found = check.examine(composed).findings
+        assert [str(finding) for finding in found if finding.level == "error"] == []
+        configs.append(composed.config)
+    assert all(a != b for a, b in itertools.combinations(configs, 2))
+
+
+def test_members_are_those_of_axolotl(tmp_path: Path) -> None:
+    """In another order, since Axolotl's is by chance."""
+    from axolotl.cli.utils.sweeps import generate_sweep_configs
+
+    content = {"_": [{"lora_r": 8, "lora_alpha": 4}, {"lora_r": 16, "lora_alpha": 8}], "learning_rate": [1e-4, 2e-4]}
+    (tmp_path / "s.yaml").write_text(yamlfiles.write_yaml(content))
+    _, members = sweeps.read(tmp_path / "s.yaml", [])
+    ours = [{**recipe_config(BASE), **member.values} for member in members]
+    theirs = generate_sweep_configs(recipe_config(BASE), content)
+    assert sorted(map(str, map(sorted, map(dict.items, map(strings, ours))))) == sorted(
+        map(str, map(sorted, map(dict.items, map(strings, theirs))))
+    )
+    assert [member.name for member in members] == [
+        "lora_r=8, lora_alpha=4, learning_rate=0.0001",
+        "lora_r=8, lora_alpha=4, learning_rate=0.0002",
+        "lora_r=16, lora_alpha=8, learning_rate=0.0001",
+        "lora_r=16, lora_alpha=8, learning_rate=0.0002",
+    ]
+
+
+def strings(content: dict[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in content.items()}
+
+
+def test_values_come_from_the_command_line_too() -> None:
+    name, members = sweeps.read(None, ["lora_target_modules=[q_proj],[q_proj, v_proj]", "num_epochs=1"])
+    assert name == "lora_target_modules"
+    assert [(m.name, m.values) for m in members] == [
+        ("lora_target_modules=[q_proj]", {"lora_target_modules": ["q_proj"], "num_epochs": 1}),
+        ("lora_target_modules=[q_proj, v_proj]", {"lora_target_modules": ["q_proj", "v_proj"], "num_epochs": 1}),
+    ]
+    assert sweeps.varying(members) == ["lora_target_modules"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sets", "says"),
+    [
+        ("lora_r: 16", [], "s.yaml:1: lora_r: expected a list of values"),
+        ("a: [1]\nlora_r: []", [], "s.yaml:2: lora_r: expected a list of values"),
+        ("_: {lora_r: 1}", [], "_: expected a list of mappings"),
+        ("_: [1]", [], "_: expected a list of mappings"),
+        ("_:\n- {name: a, lora_r: 1}\n- {name: a, lora_r: 2}", [], "two members are called a"),
+        ("[", [], "s.yaml:2: not valid YAML"),
+        ("{}", ["lora_r"], "--set lora_r: expected key=value,value"),
+        ("{}", ["lora_r=[1"], "--set lora_r=[1"),
+    ],
+)
+def test_what_is_no_sweep_is_refused_with_its_place(tmp_path: Path, text: str, sets: list[str], says: str) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        sweeps.read(tmp_path / "s.yaml", sets)
+    assert says in str(error.value)
+
+
+def test_nothing_is_started_where_a_member_is_wrong(tmp_path: Path, recipe: Recipe) -> None:
+    done = recipe("sweep", BASE, "--set", "lora_r=8,16", "--set", "lora_alpha=4,x", "--rehearse")
+    assert done.returncode == 2
+    assert done.stderr.count("lora_alpha: x is not a whole number") == 1
+    assert "lora_r=8, lora_alpha=x; lora_r=16, lora_alpha=x: --set lora_alpha=x: error" in done.stderr
+    same = recipe("sweep", BASE, "--set", "lora_r=32,32.0", "--rehearse", "--dry-run")
+    assert (same.returncode, "come to the same config; leave one out" in same.stderr) == (2, True)
+    assert not (tmp_path / "runs").exists()
+    assert "name a sweep's file" in recipe("sweep", BASE).stderr
+    assert "did you mean targets" in recipe("sweep", BASE, "target").stderr
+
+
+def test_what_does_not_fit_is_told_before_anything_starts(tmp_path: Path, recipe: Recipe, tiny_profile: Path) -> None:
+    profile = ("--profile", tiny_profile, "--set", "warmup_steps=0", "--dry-run", "--gpu", "T4", "--json")
+    done = recipe("sweep", BASE, "--set", "micro_batch_size=1,4096", *profile)
+    assert done.returncode == 1, done.stderr
+    fits, not_fits = orjson.loads(done.stdout)["steps"]
+    assert (fits["problem"], not_fits["plan"]) == (None, "failed")
+    assert "more than T4 (sm_75) has" in not_fits["problem"]
+    assert recipe("sweep", BASE, "--set", "micro_batch_size=4096,8192", *profile).returncode == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def a_sweep(runs: Path, finished: dict[str, list[tuple[float, float, float]]], seeds: bool = False) -> Sweep:
+    """A sweep over lora_r; for each member the BLEU-4, eval loss and memory of each of its seeds' runs."""
+    members = []
+    for i, (name, of_seeds) in enumerate(finished.items()):
+        for seed, (bleu4, loss, memory) in enumerate(of_seeds):
+            digest = f"{name}-{seed}"
+            members.append(Member(name=name, values={"lora_r": 8 << i}, seed=seed if seeds else None, digest=digest))
+            summary = Summary(
+                eval_loss_per_token=loss, peak_memory=memory, memory_kind="GPU, reserved", train_seconds=60
+            )
+            folder = a_run(runs, BASE, f"2026-{digest}", bleu4, digest=digest, summary=summary)
+            folder.output.mkdir()
+            weights = {"lora_A": np.zeros((8 << i, 10), np.float32), "lora_B": np.zeros((20, 8 << i), np.float32)}
+            weights["embed_tokens.weight"] = np.zeros((100, 10), np.float32)  # grown, but not trained
+            save_file(weights, folder.output / "adapter_model.safetensors")
+    return Sweep(name="ranks", recipe=BASE, rehearsal=False, keys=["lora_r"], members=members)
+
+
+def test_members_compare_by_what_their_runs_measured(tmp_path: Path) -> None:
+    sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "bad": [(5.0, 1.3, 7.5)]})
+    sweep.members.append(Member(name="not yet", values={"lora_r": 1}, digest="none"))
+    rows = {row["member"]: row for row in sweeps.rows(sweep, tmp_path, "bleu4")}
+    assert [(name, row["pareto"], row["best"]) for name, row in rows.items()] == [
+        ("low", True, False),
+        ("high", True, True),
+        ("bad", False, False),
+        ("not yet", False, False),
+    ]
+    high = rows["high"]
+    assert (high["bleu4"], high["bleu4_interval"], high["peak_memory_gib"]) == (5.5, [5.4, 5.6], 8.0)
+    assert high["trainable"] == 16 * 30
+    assert high["trainable_share"] == pytest.approx(480 / (480 + 6_738_546_688))
+    assert rows["not yet"]["bleu4"] is None
+    for criterion, name in (("memory", "low"), ("eval_loss", "high"), ("bleu4_per_gib", "low"), ("time", "low")):
+        assert [row["member"] for row in sweeps.rows(sweep, tmp_path, criterion) if row["best"]] == [name]
+
+
+def test_scores_over_seeds_have_students_interval(tmp_path: Path) -> None:
+    values = [5.0, 5.3, 5.1]
+    sweep = a_sweep(tmp_path, {"low": [(bleu4, 1.0, 7.0) for bleu4 in values]}, seeds=True)
+    (row,) = sweeps.rows(sweep, tmp_path)
+    assert row["seeds"] == [0, 1, 2]
+    assert row["bleu4"] == pytest.approx(np.mean(values))
+    expected = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    assert row["bleu4_interval"] == pytest.approx(list(expected))
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=8))
+def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
+    rows = [{"peak_memory_gib": float(memory), "bleu4": float(bleu4)} for memory, bleu4 in points]
+    for (memory, bleu4), row in zip(points, rows, strict=True):
+        beaten = any(m <= memory and b >= bleu4 and (m, b) != (memory, bleu4) for m, b in points)
+        assert sweeps._on_front(row, rows, "bleu4") != beaten
+
+
+def test_results_of_a_sweep_in_every_form(tmp_path: Path, recipe: Recipe) -> None:
+    runs = tmp_path / "runs"
+    sweep = a_sweep(runs, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
+    sweep.file(runs).parent.mkdir(parents=True)
+    sweep.write(runs)
+    table = recipe("results", "--sweep", "ranks", "--best", "memory")
+    assert "Best by memory: low" in table.stdout
+    assert "Pareto front over peak memory and bleu4: low; high" in table.stdout
+    rows = orjson.loads(recipe("results", "--sweep", "latest", "--json").stdout)
+    assert [row["values"] for row in rows] == [{"lora_r": 8}, {"lora_r": 16}]
+    assert recipe("results", "--sweep", f"ranks/{BASE}", "--csv").stdout.startswith("member,lora_r,eval_loss,")
+    assert "| high | 16 |" in recipe("results", "--sweep", "ranks", "--md").stdout
+    wrong = recipe("results", "--sweep", "rank")
+    assert (wrong.returncode, "no sweep of that name" in wrong.stderr) == (2, True)
+    assert recipe("results", "--best", "memory").returncode == 2
+    assert "several" not in recipe("results", "--sweep", "ranks").stderr
+    sweep.model_copy(update={"rehearsal": True}).write(runs)
+    several = recipe("results", "--sweep", "ranks")
+    assert (several.returncode, "several sweeps are called so" in several.stderr) == (2, True)
+    assert recipe("results", "--sweep", f"ranks/{BASE}/rehearsal").returncode == 0

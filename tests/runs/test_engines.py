@@ -1,0 +1,193 @@
+"""Two real ranks on the CPU, through the command, under every engine: a tiny Llama in NF4 with LoRA.
+
+Each engine's run is broken off, by a request to stop or by killing a rank, and resumed; its losses and its adapter are
+then compared with those of one process that nothing disturbed.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import deepspeed
+import psutil
+import pytest
+import torch
+from cluster import Cluster
+from conftest import finish, path_of, start
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.runs import lookup, ranks
+from qlora_recipes.runs.plugin import RunPlugin
+from qlora_recipes.runs.rundir import RunDir
+
+NAME = "haider2024/code-llama-7b"
+ENGINES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP"}
+KILLED = ("ddp", "zero3")  # of these a rank is killed, the others are asked to stop
+STEPS = 8
+CLOSE = 1e-2
+ODD = "test_datasets.0.split=train[:7]"  # rows for evaluation, which no two ranks can share evenly
+
+
+class DdpAtMost(RunPlugin):
+    """The plugin of a run that is adapted to the CPU as for DDP, whatever the engine."""
+
+    def register(self, cfg: yamlfiles.Config) -> None:
+        """Note the engine that is asked for, and adapt to DDP."""
+        super().register(cfg)
+        ranks.use_cpu("DDP")
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as `use_cpu` does for ZeRO
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that all runs of this module are started in."""
+    return tmp_path_factory.mktemp("place")
+
+
+def rehearsal(profile: Path, runs: str, *more: str) -> list[str | Path]:
+    """The arguments of a run whose losses fall visibly, and depend on nothing random."""
+    # the learning rate of a model without knowledge; dropout would differ from rank to rank
+    settings = ("num_epochs=1", "saves_per_epoch=4", "learning_rate=0.02", "lora_dropout=0", "bf16=false", ODD)
+    sets = (word for setting in settings for word in ("--set", setting))
+    return ["run", NAME, "--profile", "rehearsal", "--profile", profile, *sets, "--runs", runs, *more]
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path, tiny_profile: Path) -> RunDir:
+    """The same training in one process."""
+    return RunDir(place / finish(start(place, *rehearsal(tiny_profile, "one"))))
+
+
+def broken_off(process: "subprocess.Popen[str]", runs: Path, kill: bool) -> RunDir:
+    """A run that is stopped, or loses a rank, once it has done three steps."""
+    deadline = time.monotonic() + 180
+    try:
+        while not any(record["step"] >= 3 for run in lookup.all_runs(runs) for record in run.read_metrics()):
+            assert process.poll() is None, finish(process)
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        (launcher,) = psutil.Process(process.pid).children()
+        both = sorted(launcher.children(), key=lambda one: one.environ()["LOCAL_RANK"])
+        assert len(both) == 2
+        if kill:
+            both[1].kill()
+        else:
+            process.terminate()
+        psutil.wait_procs(both, timeout=20)
+        assert not any(one.is_running() for one in both)
+        finish(process, code=1)
+    finally:
+        process.kill()
+    (run,) = lookup.all_runs(runs)
+    return run
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def divided(place: Path, tiny_profile: Path, request: pytest.FixtureRequest) -> tuple[str, RunDir]:
+    """A profile, and a run under it on two ranks that was broken off and resumed."""
+    profile = request.param
+    process = start(place, *rehearsal(tiny_profile, profile, "--profile", profile, "--gpus", "2"))
+    run = broken_off(process, place / profile, profile in KILLED)
+    state, done = run.read().state, run.read().summary.step
+    assert state == ("failed" if profile in KILLED else "interrupted")
+    assert 3 <= done < STEPS
+    checkpoint = run.last_checkpoint()
+    assert checkpoint is not None
+    if profile not in KILLED:
+        assert checkpoint.name == f"checkpoint-{done}"  # of the step at which both ranks stopped
+    finish(start(place, "resume", "latest", "--runs", profile))
+    assert run.read().launches[1].resumed_from == checkpoint.name
+    return profile, run
+
+
+def losses(run: RunDir, kind: str) -> dict[int, float]:
+    return {record["step"]: record[kind] for record in run.read_metrics() if kind in record}
+
+
+def test_every_engine_trains_like_one_process(alone: RunDir, divided: tuple[str, RunDir]) -> None:
+    profile, run = divided
+    record = run.read()
+    assert (record.state, record.rehearsal, record.gpus_used) == ("finished", True, 2)
+    assert record.summary.engine == ENGINES[profile]  # told by the objects that divide it, and checked as it began
+    assert len(record.summary.peak_memory_by_rank or []) == 2
+    assert record.summary.peak_memory == max(record.summary.peak_memory_by_rank or [])
+    for kind in ("loss", "eval_loss_per_token"):
+        expected, found = losses(alone, kind), losses(run, kind)
+        assert {step: found[step] for step in expected} == pytest.approx(expected, abs=CLOSE)
+    before = [losses(one, "eval_loss_per_token")[0] for one in (alone, run)]
+    assert before[0] == pytest.approx(before[1], abs=1e-4)
+    assert abs(losses(alone, "eval_loss")[0] - losses(run, "eval_loss")[0]) > 1e-4  # Axolotl's own
+    assert max(losses(alone, "loss").values()) - min(losses(alone, "loss").values()) > 5 * CLOSE
+    changed = {difference.key: (difference.run, difference.why) for difference in record.differences}
+    assert changed["gradient_accumulation_steps"] == (2, "--gpus 2: steps of as many rows as on one")
+    if profile == "fsdp2":
+        assert changed["optimizer"] == ("adamw_torch_fused", "profile fsdp2")
+    else:
+        assert "optimizer" not in changed
+
+
+def logits(adapter: Path | None, model: Path, merged: bool = False) -> torch.Tensor:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    of_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if adapter:
+        of_model = PeftModel.from_pretrained(of_model, adapter)
+    if merged:
+        of_model = of_model.merge_and_unload()
+    with torch.no_grad():
+        found: torch.Tensor = of_model(torch.arange(5, 205)[None]).logits
+    return found
+
+
+def test_every_engine_leaves_an_ordinary_adapter(alone: RunDir, divided: tuple[str, RunDir], tiny: Path) -> None:
+    profile, run = divided
+    expected = logits(alone.output, tiny)
+    assert (expected - logits(None, tiny)).abs().max() > 10 * CLOSE
+    for merged in (False, True):
+        torch.testing.assert_close(logits(run.output, tiny, merged), expected, atol=CLOSE, rtol=0)
+    if profile == "fsdp2":  # Axolotl's own merging, into bf16 as the base model's, which rounds single values
+        finish(start(run.path, "publish", run.path, "--merge"))
+        assert (logits(None, run.output / "merged") - expected).abs().mean() < CLOSE
+
+
+def test_two_nodes_train_like_one_process(alone: RunDir, place: Path, tiny_profile: Path, slurm: Cluster) -> None:
+    """Each node's torchrun starts one rank; near its time limit the job stops them in order and goes on later."""
+    words = rehearsal(tiny_profile, "nodes", "--profile", "fsdp2", "--nodes", "2", "--on", "slurm")
+    run = RunDir(place / finish(start(place, *words)))
+    deadline = time.monotonic() + 180
+    while run.read().summary.step < 3:
+        assert time.monotonic() < deadline, run.log.read_text()
+        time.sleep(0.05)
+    (job,) = (one.id for one in run.jobs() if one.step == "run")
+    slurm.ask("scancel", "--batch", "--signal=USR1", job)  # as SLURM does near a time limit
+    slurm.wait_until_empty()
+    record = run.read()
+    assert record.state == "finished", run.log.read_text()
+    assert (record.nodes, record.gpus_used, record.summary.engine) == (2, 1, "FSDP")
+    warned, last = record.launches
+    assert "--nnodes=2" in warned.command and warned.exit_code == 0 and last.resumed_from
+    assert (run.path / "node-1.log").is_file()
+    expected, found = losses(alone, "loss"), losses(run, "loss")
+    assert {step: found[step] for step in expected} == pytest.approx(expected, abs=CLOSE)
+    (difference,) = (one for one in record.differences if one.key == "gradient_accumulation_steps")
+    assert difference.why == "--gpus 1 --nodes 2: steps of as many rows as on one"
+
+
+def test_an_engine_that_is_not_used_stops_the_run(place: Path, tiny_profile: Path) -> None:
+    profile = "zero3"
+    shown = start(place, *rehearsal(tiny_profile, "none", "--profile", profile, "--gpus", "2", "--dry-run"))
+    content = yamlfiles.parse(finish(shown), "--dry-run")
+    file = place / f"{profile}.yaml"
+    plugin = {"plugins": [f"{__name__}.{DdpAtMost.__name__}"], "output_dir": str(place / "fallen-back" / profile)}
+    file.write_text(yamlfiles.write_yaml(content | plugin | {"dataset_prepared_path": str(place / "prepared")}))
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "axolotl.cli.train", str(file)],
+        env=path_of(__file__),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert f"asked for {ENGINES[profile]} among 2 processes, but Axolotl uses DDP among 2" in done.stderr

@@ -1,0 +1,104 @@
+"""The eval loss of the same weights on the same rows is the same however they are batched, packed or divided."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import recipe_config, train_many
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.configs import config
+from qlora_recipes.runs.handover import PLUGIN
+from qlora_recipes.runs.rundir import RunDir, summarise
+
+ROWS = 7  # so that the last batch is not full
+PACKED = {"sample_packing": True, "pad_to_sequence_len": True, "sequence_len": 1024, "dataset_num_proc": 1}
+EVALUATIONS = {
+    "1": {"eval_batch_size": 1},
+    "2": {"eval_batch_size": 2},
+    "8": {"eval_batch_size": 8},
+    "packed, 1": PACKED | {"eval_batch_size": 1},
+    "packed, 8": PACKED | {"eval_batch_size": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def decided(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """The tiny Llama with a head that makes its loss differ from token to token, as a trained model's does."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("decided")
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    model.lm_head.weight.data *= 40
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tiny_profile: Path, decided: Path) -> yamlfiles.Config:
+    """A short training in fp32 that evaluates the base model before its first step."""
+    base = config.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(tiny_profile))
+    base |= {"base_model": str(decided), "bf16": False, "plugins": [PLUGIN], "save_strategy": "no", "num_epochs": 1}
+    base["datasets"][0]["split"], base["test_datasets"][0]["split"] = "train[:16]", f"train[:{ROWS}]"
+    return config.merge(base, {"saves_per_epoch": None, "warmup_steps": None, "special_tokens": {"pad_token": "</s>"}})
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory, base: yamlfiles.Config) -> dict[str, RunDir]:
+    """A run for each of EVALUATIONS."""
+    folder = tmp_path_factory.mktemp("eval-loss")
+    runs = {name: RunDir(folder / name) for name in EVALUATIONS}
+    for name, run in runs.items():
+        run.path.mkdir()
+        here = {"output_dir": str(run.output), "dataset_prepared_path": str(folder / "prepared")}
+        run.config.write_text(yamlfiles.write_yaml(base | here | EVALUATIONS[name]))
+    train_many(*(run.config for run in runs.values()))
+    return runs
+
+
+def before_training(run: RunDir) -> dict[str, float]:
+    first = run.read_metrics()[0]
+    assert first["step"] == 0
+    return first
+
+
+def expected_loss(base: yamlfiles.Config) -> float:
+    """The loss a token of the quantized base model, one row at a time, by transformers alone."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from qlora_recipes.checks.tokens import Tokenizer, _rows
+
+    test = base["test_datasets"][0]
+    tokenized = Tokenizer(base).tokenize("test_datasets.0", list(_rows(test)))
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                             bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(base["base_model"], quantization_config=nf4, dtype=torch.float32)
+    total = tokens = 0.0
+    for row in tokenized:
+        with torch.no_grad():
+            logits = model(torch.tensor([row.ids])).logits[0, :-1]
+        labels = torch.tensor(row.labels[1:])
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        tokens += int((labels != -100).sum())
+    assert len(tokenized) == ROWS
+    return total / tokens
+
+
+def test_however_rows_are_batched_and_packed(evaluated: dict[str, RunDir], base: yamlfiles.Config) -> None:
+    losses = {name: before_training(run) for name, run in evaluated.items()}
+    own = [loss["eval_loss"] for loss in losses.values() if "eval_loss" in loss]
+    assert max(own) - min(own) > 1e-2  # Axolotl's differ
+    assert len(own) == len(losses) - 1  # and of rows that do not fill a packed batch it has none
+    ours = [loss["eval_loss_per_token"] for loss in losses.values()]
+    assert max(ours) - min(ours) < 1e-4
+    assert ours[0] == pytest.approx(expected_loss(base), rel=1e-4)
+
+
+def test_a_summary_has_both(evaluated: dict[str, RunDir]) -> None:
+    records = [record for record in evaluated["2"].read_metrics() if "eval_loss" in record]
+    assert len(records) > 1
+    summary = summarise(records)
+    for key in ("eval_loss", "eval_loss_per_token"):
+        assert getattr(summary, f"{key}_first") == records[0][key]
+        assert getattr(summary, key) == records[-1][key]

@@ -1,0 +1,89 @@
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import recipe_config, train_many
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.progress import TrainingProgress
+from qlora_recipes.configs import config
+from qlora_recipes.runs.handover import PLUGIN
+from qlora_recipes.runs.plugin import RunCallback, RunPlugin
+from qlora_recipes.runs.rundir import RunDir
+
+USE_CPU = "test_plugin.UseCpuOnly"
+
+
+class UseCpuOnly(RunPlugin):
+    """The plugin of a run without its cure."""
+
+    def post_model_load(self, cfg: Any, model: Any) -> None:
+        """Do nothing."""
+
+
+def steps(run: RunDir) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each training step."""
+    return [(record["loss"], record["grad_norm"]) for record in run.read_metrics() if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_profile: Path) -> dict[str, RunDir]:
+    """The same training with and without evaluation, and with evaluation but without the cure."""
+    folder = tmp_path_factory.mktemp("plugin")
+    base = config.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(tiny_profile))
+    # an evaluation's data loader draws from the generator that dropout draws from, so dropout is off
+    base |= {"save_strategy": "no", "saves_per_epoch": None, "num_epochs": 1, "lora_dropout": 0.0}
+    without = {"evals_per_epoch": None, "test_datasets": None}
+    configs = {
+        "evaluated": base | {"plugins": [PLUGIN]},
+        "not evaluated": config.merge(base | {"plugins": [PLUGIN]}, without),
+        "uncured": base | {"plugins": [USE_CPU]},
+    }
+    found = {name: RunDir(folder / name) for name in configs}
+    for name, run in found.items():
+        run.path.mkdir()
+        content = configs[name] | {"output_dir": str(run.output)}
+        run.config.write_text(yamlfiles.write_yaml(content | {"dataset_prepared_path": str(folder / "prepared")}))
+    train_many(*(run.config for run in found.values()), plugins=__file__)
+    return found
+
+
+def test_evaluating_during_training_does_not_change_the_training(runs: dict[str, RunDir]) -> None:
+    assert len(steps(runs["evaluated"])) == 8
+    assert steps(runs["evaluated"]) == steps(runs["not evaluated"])
+
+
+def test_without_the_cure_it_would(runs: dict[str, RunDir]) -> None:
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("this processor has no AVX512-BF16, so bitsandbytes does not repack weights")
+    assert steps(runs["uncured"]) != steps(runs["not evaluated"])
+
+
+def test_a_record_after_a_torn_line_is_kept(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.metrics.write_bytes(b'{"step":4,"max_steps":8,"loss":3.0}\n{"step":5,"max_st')  # of a killed process
+    progress = TrainingProgress(run.metrics)
+    callback = RunCallback(run.metrics, None, None)
+    for step in (5, 6):
+        callback._append(SimpleNamespace(is_world_process_zero=True, global_step=step, max_steps=8), {"loss": 2.0})
+        progress.read()
+        assert progress.done == step
+    assert [record["step"] for record in run.read_metrics()] == [4, 5, 6]
+
+
+def test_metrics_say_what_happened(runs: dict[str, RunDir]) -> None:
+    records = runs["evaluated"].read_metrics()
+    evaluated = [record["step"] for record in records if "eval_loss" in record]
+    assert evaluated == [0, 4, 8]
+    training = [record for record in records if "loss" in record]
+    assert [record["step"] for record in training] == list(range(1, 9))
+    for record in training:
+        assert record["max_steps"] == 8
+        assert record["tokens"] > 0
+        assert record["step_seconds"] > 0
+        assert record["rss_peak_gib"] > 0
+        assert record["cpu_percent"] > 0
+        assert record["learning_rate"] <= 2e-4

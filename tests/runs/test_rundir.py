@@ -1,0 +1,121 @@
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from run_folders import a_checkpoint
+
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.progress import TrainingProgress
+from qlora_recipes.results import run_rows
+from qlora_recipes.runs import lookup, rundir
+from qlora_recipes.runs.rundir import Run, RunDir
+
+
+def a_run(path: Path, **fields: Any) -> RunDir:
+    path.mkdir(parents=True)
+    run = RunDir(path)
+    run.write(Run(recipe="x", recipe_file="x", recipe_sha256="x", cwd="/", **fields))
+    return run
+
+
+def write_metrics(run: RunDir, *lines: bytes) -> None:
+    run.metrics.write_bytes(b"\n".join(lines) + b"\n")
+
+
+def test_a_run_that_says_running_is_so_only_while_a_process_holds_it(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "r", state="running")
+    assert run.read().state == "interrupted"
+    code = "import sys; from qlora_recipes.rundir import RunDir; from pathlib import Path\n"
+    code += "with RunDir(Path(sys.argv[1])).held(): print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout and holder.stdout.readline() == "held\n"
+    assert run.read().state == "running"
+    with pytest.raises(UserError, match="still going on"), run.held():
+        pass
+    holder.kill()
+    holder.wait()
+    assert run.read().state == "interrupted"
+
+
+def test_metrics_are_read_past_damage_and_count_a_repeated_step_once(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "r")
+    lines = [b'{"step":1,"loss":3.0}', b'{"step":2,"loss":2.0}', b"[]", b"{}", b'{"step":2,"eval_loss":2.5}']
+    write_metrics(run, *lines, b'{"step":2,"loss":1.9}', b'{"step":3,"max_steps":3}', b'{"step":3,"lo')
+    assert [record.get("loss", record.get("eval_loss")) for record in run.read_metrics()] == [3.0, 1.9, 2.5, None]
+    assert rundir.summarise(run.read_metrics()).step == 3
+
+
+def test_a_loss_that_is_no_number_is_shown_and_kept_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = a_run(tmp_path / "r")
+    progress = TrainingProgress(run.metrics)
+    nothing = float("nan")
+    records: list[dict[str, Any]] = [
+        {"step": 0, "max_steps": 1, "eval_loss": 2.0, "eval_loss_per_token": 2.1},
+        {"step": 1, "max_steps": 1, "loss": nothing, "learning_rate": 0.1},
+        {"step": 1, "max_steps": 1, "eval_loss": nothing, "eval_loss_per_token": nothing},
+    ]
+    write_metrics(run, *map(orjson.dumps, records))
+    progress.read()
+    assert "step 1: eval loss nan" in capsys.readouterr().err
+    assert progress.note == "loss nan  rate 1.00e-01"
+    summary = rundir.summarise(run.read_metrics())
+    assert (summary.eval_loss_first, summary.eval_loss) == (2.0, None)
+    assert (summary.eval_loss_per_token_first, summary.eval_loss_per_token) == (2.1, None)
+
+
+def test_the_loss_of_a_run_that_has_axolotls_alone_bears_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = a_run(tmp_path / "r")
+    progress = TrainingProgress(run.metrics)
+    write_metrics(run, b'{"step":0,"max_steps":1,"eval_loss":2.0}')
+    progress.read()
+    assert "step 0: Axolotl's eval loss 2.000" in capsys.readouterr().err
+    listed = run_rows.row(run, run.read())
+    assert (listed["eval_loss"], listed["eval_loss_axolotl"]) == (None, 2.0)
+
+
+def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = a_run(tmp_path / "r")
+    assert run.last_checkpoint() is None
+    for step in (9, 10, 11):
+        a_checkpoint(run.output, step)
+    (run.output / "checkpoint-11" / "optimizer.pt").unlink()
+    for name in ("12", "x"):
+        (run.output / f"checkpoint-{name}").mkdir()
+    assert run.last_checkpoint() == run.output / "checkpoint-10"
+    assert capsys.readouterr().err.splitlines() == [
+        "checkpoint-12 is damaged: trainer_state.json is missing or damaged; it is skipped",
+        "checkpoint-11 is damaged: optimizer.pt is missing; it is skipped",
+    ]
+
+
+def test_runs_are_found_by_folder_end_and_latest(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path / "runs" / "s" / name).path for name in ("20260101-a1", "20260102-b1", "20260103-b2")]
+    found = [lookup.find_run(name, tmp_path / "runs").path for name in (str(runs[0]), "b2", "latest", "s/20260102-b1/")]
+    assert found == [runs[0], runs[2], runs[2], runs[1]]
+    for name in ("1", "c", "", "/"):
+        with pytest.raises(UserError):
+            lookup.find_run(name, tmp_path / "runs")
+
+
+def test_a_claimed_folder_is_nobody_elses(tmp_path: Path) -> None:
+    claimed = {rundir.claim(tmp_path / "runs", "s/r", "0123456789").path for _ in range(3)}
+    assert len(claimed) == 3
+    (tmp_path / "file").touch()
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere" / "at" / "all")
+    for name in ("file", "gone"):
+        with pytest.raises(OSError):
+            rundir.claim(tmp_path / name, "s/r", "0123456789")
+
+
+def test_a_damaged_run_is_told(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "r")
+    (run.path / "run.json").write_text('{"state": ')
+    with pytest.raises(UserError, match="missing or damaged"):
+        run.read()

@@ -1,0 +1,135 @@
+from pathlib import Path
+
+import pytest
+
+from qlora_recipes.base.errors import UserError, WorkFailed
+from qlora_recipes.configs import standin
+from qlora_recipes.scores import bertscore
+from qlora_recipes.scores.bertscore import Judge
+
+PAIRS = [
+    ("please fix this typo now", "fix this typo"),
+    ("Why not use a constant here?", "I would use a constant."),
+    ("nit: remove this blank line", "LGTM!"),
+    ("x " * 900, "y"),
+]
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random RoBERTa with a byte-level tokenizer, which tells a word at the start from one behind a space."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
+
+    folder = tmp_path_factory.mktemp("roberta")
+    tokenizer = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer.train_from_iterator([text for pair in PAIRS[:3] for text in pair] * 20, 400, special_tokens=special)
+    tokenizer.save_model(str(folder))
+    RobertaTokenizer.from_pretrained(folder).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    RobertaModel(RobertaConfig(vocab_size=400, max_position_embeddings=514, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def test_scores_are_the_librarys() -> None:
+    from bert_score import BERTScorer
+
+    folder = str(standin.judge_folder())
+    library = BERTScorer(model_type=folder, num_layers=6, lang="en")
+    short = PAIRS[:3]  # of a text beyond the model's context, the library would make an error
+    expected = library.score([given for _, given in short], [wanted for wanted, _ in short])[2].tolist()
+    found, made = bertscore.f1(short, Judge(folder, 6))
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert made["hash"] == library.hash.replace(folder, "model")
+    assert made["layer"] == 6 and not made["stand_in"]
+
+
+def test_empty_texts_score_nothing_and_change_nothing() -> None:
+    judge = bertscore.judge(None, None, rehearsal=True)
+    assert judge
+    alone, _ = bertscore.f1(PAIRS, judge)
+    among, made = bertscore.f1([("", "a"), *PAIRS[:2], ("a", " \n"), *PAIRS[2:], ("", "")], judge)
+    assert (among[0], among[3], among[6]) == (0, 0, 0)
+    assert among[1:3] + among[4:6] == pytest.approx(alone, abs=1e-6)
+    assert (made["model"], made["stand_in"]) == ("all-MiniLM-L6-v2", True)
+    assert bertscore.f1([("a", "")], judge)[0] == [0]
+
+
+def test_a_roberta_gets_the_space_before_the_first_word_that_the_published_scores_had(roberta: Path) -> None:
+    """transformers 4 put it there when bert-score asked for it; 5 ignores the request."""
+    import torch
+    from bert_score.utils import get_bert_embedding, greedy_cos_idf
+    from transformers import AutoTokenizer, RobertaModel
+
+    tokenizer = AutoTokenizer.from_pretrained(roberta)
+    model = RobertaModel.from_pretrained(roberta)
+    model.encoder.layer = torch.nn.ModuleList(model.encoder.layer[:2])
+
+    class Spaced:
+        """The tokenizer with a space written before each text, after bert-score has stripped it."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(tokenizer, name)
+
+        def encode(self, text: str, **more: object) -> list[int]:
+            return tokenizer.encode(f" {text}", **more | {"max_length": 512})
+
+    weights = dict.fromkeys(range(400), 1.0) | {tokenizer.cls_token_id: 0.0, tokenizer.sep_token_id: 0.0}
+    for wanted, given in PAIRS[:3]:
+        sides = [get_bert_embedding([text], model.eval(), Spaced(), weights, device="cpu") for text in (wanted, given)]
+        (ref, ref_mask, ref_idf), (hyp, hyp_mask, hyp_idf) = sides
+        expected = greedy_cos_idf(ref, ref_mask, ref_idf, hyp, hyp_mask, hyp_idf)[2].item()
+        assert bertscore.f1([(wanted, given)], Judge(str(roberta), 2))[0][0] == pytest.approx(expected, abs=1e-5)
+    assert bertscore.f1(PAIRS, Judge(str(roberta), 2))[0][3] > 0  # longer than its positions
+
+
+@pytest.mark.parametrize("layer", [None, 9])
+def test_a_layer_that_is_not_there_is_told(layer: int | None) -> None:
+    with pytest.raises(UserError, match="--bertscore-layer: name one of the 6 layers"):
+        bertscore.f1(PAIRS, Judge(str(standin.judge_folder()), layer))
+
+
+def test_a_model_that_is_not_there_is_told() -> None:
+    with pytest.raises(WorkFailed, match=r"roberta-large cannot be loaded.*--bertscore none"):
+        bertscore.f1(PAIRS, Judge(bertscore.DEFAULT))
+
+
+def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta: Path, tmp_path: Path) -> None:
+    judge = Judge(str(roberta), 2)
+    _, made = bertscore.f1(PAIRS[:1], judge)
+    assert bertscore.made_by(judge, made) and bertscore.made_by(Judge(str(roberta)), made)
+    assert not bertscore.made_by(Judge(str(roberta), 1), made)
+    other = tmp_path / roberta.name
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(b"others")
+    assert not bertscore.made_by(Judge(str(other), 2), made)
+    assert bertscore.made_by(None, None) and not bertscore.made_by(judge, None) and not bertscore.made_by(None, made)
+    stand_in = bertscore.judge(None, None, rehearsal=True)
+    assert stand_in and bertscore.made_by(stand_in, bertscore.f1(PAIRS[:1], stand_in)[1])
+
+
+def test_a_folder_of_a_model_that_bert_score_knows_needs_no_layer(roberta: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "distilroberta-base"  # its best layer is 5, more than this one has
+    folder.symlink_to(roberta)
+    with pytest.raises(UserError, match="name one of the 3 layers"):
+        bertscore.layer_of(Judge(str(folder)))
+    small = tmp_path / "roberta-base"
+    small.symlink_to(roberta)
+    assert bertscore.layer_of(Judge(str(small), 3)) == 3
+
+
+def test_the_judge_is_the_default_only_where_it_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bertscore.judge(None, None) is None
+    assert bertscore.judge("none", None, rehearsal=True) is None
+    assert bertscore.judge("some/model", 3) == Judge("some/model", 3)
+    folder = tmp_path / "models--roberta-large"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "snapshots" / "abc" / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    assert bertscore.judge(None, None) == Judge("roberta-large")

@@ -1,0 +1,98 @@
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import Recipe
+
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.scores import compare, intervals, score
+from qlora_recipes.scores.compare import Predictions
+
+
+def rows(*predictions: str, **more: list[Any]) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = [
+        {"row": i, "reference": f"rename variable number {i} please", "prediction": text}
+        for i, text in enumerate(predictions)
+    ]
+    for name, values in more.items():
+        made = [row | {name: value} for row, value in zip(made, values, strict=True)]
+    return score.with_scores(made)
+
+
+def test_a_comparison_is_of_the_same_rows() -> None:
+    a = rows("rename variable", "why", "rename it please", "nit", idx=[7, 8, 9, 11])
+    b = rows("nit", "x", "rename", "nit", idx=[7, 8, 9, 10])
+    compared = compare.compare(Predictions(a), Predictions(list(reversed(b))))
+    assert [row["score"] for row in compared] == ["bleu4", "rouge_l"]
+    expected = intervals.paired([row["bleu4"] for row in a[:3]], [row["bleu4"] for row in b[:3]])
+    assert compared[0] == {"score": "bleu4", "rows": 3, "a": pytest.approx(sum(r["bleu4"] for r in a[:3]) / 3),
+                           "b": pytest.approx(sum(r["bleu4"] for r in b[:3]) / 3)} | expected  # fmt: skip
+
+
+def test_a_row_that_stands_twice_counts_twice_from_either_side() -> None:
+    a = [row | {"idx": 3, "reference": "same"} for row in rows("rename variable", "why")]
+    there, back = compare.pair(a, a[:1]), compare.pair(a[:1], a)
+    assert len(there) == 2
+    assert back == [(one, other) for other, one in there]
+
+
+def test_bertscores_are_compared_only_where_one_judge_made_both() -> None:
+    a, b = ([row | {"bertscore_f1": value} for row in rows("x", "y")] for value in (0.8, 0.9))
+    judge, other = {"model": "m", "revision": "1"}, {"model": "m", "revision": "2"}
+    for left, right, count in ((judge, judge, 3), (judge, other, 2), (None, None, 2), (judge, None, 2)):
+        made = compare.compare(Predictions(a, False, left), Predictions(b, False, right))
+        assert len(made) == count
+
+
+def test_a_rehearsal_is_not_compared_with_a_run() -> None:
+    with pytest.raises(UserError, match="one of the runs is a rehearsal"):
+        compare.compare(Predictions(rows("x"), True), Predictions(rows("y"), False))
+    assert compare.compare(Predictions(rows("x"), True), Predictions(rows("y")))
+
+
+def test_scores_that_a_file_brings_along_are_not_believed(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(orjson.dumps({"reference": "a b c d", "prediction": "a b c d", "bleu4": 0.01, "bertscore_f1": 9}))
+    (row,) = compare.predictions(str(file), tmp_path).rows
+    assert row["bleu4"] == pytest.approx(100) and "bertscore_f1" not in row
+
+
+def test_rows_without_a_position_are_told_by_their_order() -> None:
+    assert len(compare.pair(rows("a", "b"), rows("c", "d"))) == 2
+    with pytest.raises(UserError, match="2 rows and 1"):
+        compare.pair(rows("a", "b"), rows("c"))
+
+
+def test_other_rows_are_refused() -> None:
+    other = [row | {"reference": "something else"} for row in rows("a", "b")]
+    with pytest.raises(UserError, match="row 0 has another reference"):
+        compare.pair(rows("a", "b"), other)
+    with pytest.raises(UserError, match="no row is in both"):
+        compare.pair(rows("a", idx=[1]), rows("a", idx=[2]))
+
+
+def test_groups_by_language_and_length() -> None:
+    found = compare.by_group(rows("rename", "why", "x", lang=["py", "go", "py"]), "lang")
+    assert [(group["lang"], group["rows"]) for group in found] == [("go", 1), ("py", 2)]
+    lengths = [
+        row | {"reference": "word " * n} for row, n in zip(rows("a", "b", "c", "d"), (3, 10, 11, 60), strict=True)
+    ]
+    groups = compare.by_group(lengths, "length")
+    assert [(g["length"], g["rows"]) for g in groups] == [
+        ("0 to 10 tokens", 2),
+        ("11 to 25 tokens", 1),
+        ("more than 50 tokens", 1),
+    ]
+    with pytest.raises(UserError, match="do not tell their language"):
+        compare.by_group(rows("a"), "lang")
+
+
+def test_the_command_compares_files(recipe: Recipe, tmp_path: Path) -> None:
+    for name, made in (("a.jsonl", rows("rename variable", "why")), ("b.jsonl", rows("x", "y"))):
+        (tmp_path / name).write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in made))
+    done = recipe("results", "--compare", "a.jsonl", "b.jsonl", "--json")
+    assert done.returncode == 0, done.stderr
+    assert orjson.loads(done.stdout)[0]["better"] == 1
+    assert recipe("results", "--compare", "a.jsonl", "nowhere.jsonl").returncode == 2
+    assert "a: a.jsonl, b: b.jsonl" in recipe("results", "--compare", "a.jsonl", "b.jsonl").stdout

@@ -1,0 +1,389 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+from conftest import recipe_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.errors import UserError, WorkFailed
+from qlora_recipes.configs import config, standin
+from qlora_recipes.data.study import Decoding
+from qlora_recipes.runs.rundir import Run, RunDir
+from qlora_recipes.scores import evaluate
+from qlora_recipes.scores.evaluations import Evaluation, Settings, read_predictions, read_scores
+
+if TYPE_CHECKING:
+    from qlora_recipes.scores.generate import Generator
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
+    """A finished run of the tiny Llama as far as an evaluation of its base model needs one."""
+    from transformers import AutoTokenizer
+
+    folder = RunDir(tmp_path / "run")
+    folder.output.mkdir(parents=True)
+    AutoTokenizer.from_pretrained(tiny, pad_token="</s>").save_pretrained(folder.output)  # as a training leaves it
+    cfg = config.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(tiny_profile))
+    cfg = config.merge(cfg, {"bf16": False, "special_tokens": {"pad_token": "</s>"}})
+    folder.config.write_text(yamlfiles.write_yaml(cfg))
+    folder.write(
+        Run(
+            state="finished",
+            recipe="haider2024/llama-2-7b",
+            recipe_file="x",
+            recipe_sha256="x",
+            cwd=str(tmp_path),
+            test_data=str(sample / "test.jsonl"),
+        )
+    )
+    return folder
+
+
+def predictions(run: RunDir) -> list[dict[str, Any]]:
+    file = run.path / "evaluations" / "base-model" / "predictions.jsonl"
+    return [orjson.loads(line) for line in file.read_bytes().splitlines()]
+
+
+def evaluated(run: RunDir, **more: Any) -> Evaluation:
+    request = evaluate.Request(adapter="none", max_new_tokens=8, judge="none", **more)
+    return evaluate.evaluate(run, request)
+
+
+def settings_of(cfg: yamlfiles.Config) -> Settings:
+    """What an evaluation of a config's base model without adapter and rows would depend on."""
+    return Settings(
+        base_model=cfg["base_model"],
+        adapter="none",
+        adapter_sha256=None,
+        data="",
+        data_sha256="",
+        rows=0,
+        decoding=Decoding(max_new_tokens=8),
+        batch_size=1,
+        cache="dynamic",
+        quantized=True,
+        dtype="float32",
+    )
+
+
+@pytest.mark.parametrize(
+    ("formats", "on_gpu", "dtype"),
+    [
+        ({"fp16": True, "bf16": False}, True, "float16"),  # the study's recipes
+        ({"fp16": False, "bf16": True}, False, "bfloat16"),  # their rehearsal
+        ({"fp16": True, "bf16": "auto"}, True, "float16"),
+        ({}, True, "bfloat16"),
+        ({"fp16": False}, False, "float32"),
+    ],
+)
+def test_a_run_is_evaluated_in_the_precision_that_it_was_trained_in(
+    run: RunDir, formats: yamlfiles.Config, on_gpu: bool, dtype: str
+) -> None:
+    cfg = {key: value for key, value in yamlfiles.read_yaml(run.config).items() if key not in ("fp16", "bf16")}
+    run.config.write_text(yamlfiles.write_yaml(cfg | formats))
+    record = run.read()
+    record.provenance["gpus"] = [{"name": "Tesla T4"}] if on_gpu else []
+    run.write(record)
+    assert evaluate.Task(run, evaluate.Request(adapter="none")).settings.dtype == dtype
+
+
+def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_recipes.scores.generate import Generator
+
+    whole = evaluated(run, limit=10, batch_size=4)
+    expected = predictions(run)
+    assert [row["row"] for row in expected] == list(range(10))
+    (run.path / "evaluations" / "base-model" / "scores.json").unlink()
+
+    generate, calls = Generator.generate, []
+
+    def interrupted(self: Generator, prompts: list[list[int]], *how: int) -> list[str]:
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(self, prompts, *how)
+
+    monkeypatch.setattr(Generator, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(run, limit=10, batch_size=4)
+    again = evaluated(run, limit=10, batch_size=4)
+    assert calls[0] == 4 and calls[1] == calls[2]
+    assert calls[0] + sum(calls[2:]) == 10  # the first batch was not done twice
+    assert predictions(run) == expected
+    assert (again.scores, again.settings) == (whole.scores, whole.settings)
+
+
+def test_a_complete_evaluation_is_not_done_again_but_another_is(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = evaluated(run, limit=3)
+    other = evaluated(run, limit=4)
+    assert (first.scores["rows"], other.scores["rows"]) == (3, 4)
+    monkeypatch.setattr("qlora_recipes.scores.generate.Generator.__init__", None)
+    with pytest.raises(UserError, match=r"scores\.json: of 4 rows, more than the 2 asked for"):
+        evaluated(run, limit=2)
+    assert evaluated(run, limit=4) == other
+    assert evaluated(run, limit=4, batch_size=2, cache="static") == other  # the same work, done another way
+    (run.path / "evaluations" / "base-model" / "predictions.jsonl").write_bytes(b"")
+    with pytest.raises(TypeError):  # predictions that are lost are made anew
+        evaluated(run, limit=4)
+
+
+@pytest.fixture
+def generator(run: RunDir) -> Callable[..., "Generator"]:
+    """A maker of generators for the run's base model, in fp32."""
+    from qlora_recipes.scores.generate import Generator
+
+    cfg = yamlfiles.read_yaml(run.config)
+    return lambda **settings: Generator(settings_of(cfg).model_copy(update=settings), cfg, run.output)
+
+
+def generated(generator: "Generator", rows: list[dict[str, Any]], most: int) -> list[str]:
+    """A prediction for each row, in the batches of an evaluation."""
+    prompts = [example.prompt for example in generator.examples(rows)]
+    done: dict[int, str] = {}
+    for number, (room, batch) in enumerate(evaluate.batches([len(prompt) + 8 for prompt in prompts], most)):
+        done |= zip(batch, generator.generate([prompts[i] for i in batch], number, room), strict=True)
+    return [done[i] for i in range(len(rows))]
+
+
+def test_batched_predictions_are_those_of_one_row_at_a_time_whatever_the_cache(
+    generator: Callable[..., "Generator"], sample: Path
+) -> None:
+    rows = [orjson.loads(line) for line in (sample / "test.jsonl").read_bytes().splitlines()]
+    single = generated(generator(), rows, 1)
+    assert generated(generator(), rows, 16) == single
+    static = generator(cache="static")
+    assert generated(static, rows, 16) == single
+    assert generated(static, rows, 4) == single  # some batches with the cache of the one before
+
+
+@given(st.lists(st.integers(1, 40_000), min_size=1, max_size=60), st.integers(1, 20))
+def test_batches(lengths: list[int], most: int) -> None:
+    made = list(evaluate.batches(lengths, most))
+    assert sorted(i for _, batch in made for i in batch) == list(range(len(lengths)))
+    rooms = [room for room, _ in made]
+    assert rooms == sorted(rooms, reverse=True)
+    for room, batch in made:
+        assert max(lengths[i] for i in batch) <= room
+        assert len(batch) <= most
+        assert len(batch) * room <= evaluate.BATCH_TOKENS or len(batch) == 1
+        assert room <= max(2 * min(lengths[i] for i in batch), 256)
+
+
+def test_other_rows_are_evaluated_beside_the_usual_ones(run: RunDir, sample: Path, tmp_path: Path) -> None:
+    usual = evaluated(run, limit=3)
+    few = tmp_path / "few.jsonl"
+    few.write_bytes(b"".join((sample / "valid.jsonl").read_bytes().splitlines(keepends=True)[:2]))
+    other = evaluated(run, data=few)
+    assert evaluate.Task(run, evaluate.Request(adapter="none", data=few)).where.name.startswith("base-model-few-")
+    assert (usual.scores["rows"], other.scores["rows"]) == (3, 2)
+    assert evaluated(run, limit=3) == usual
+
+
+def test_where_a_run_has_no_usual_rows_those_that_are_named_are_its_own(run: RunDir, sample: Path) -> None:
+    record = run.read()
+    record.test_data = None
+    run.write(record)
+    run.config.write_text(
+        yamlfiles.write_yaml(yamlfiles.read_yaml(run.config) | {"datasets": [{"path": "x/y", "type": "alpaca"}]})
+    )
+    with pytest.raises(UserError, match=r"no test\.jsonl lies beside its training data"):
+        evaluate.Task(run, evaluate.Request(adapter="none"))
+    task = evaluate.Task(run, evaluate.Request(adapter="none", data=sample / "valid.jsonl"))
+    assert task.where == run.path / "evaluations" / "base-model"
+
+
+def test_an_evaluation_of_rows_that_were_the_usual_ones_is_kept(run: RunDir, sample: Path) -> None:
+    before = evaluated(run, limit=3)
+    record = run.read()
+    record.test_data = str(sample / "valid.jsonl")
+    run.write(record)
+    evaluated(run, limit=2)
+    (kept,) = (run.path / "evaluations" / "base-model" / "evaluations").iterdir()
+    assert read_scores(kept) == before
+    assert len(read_predictions(kept)) == 3
+
+
+def test_a_limit_that_leaves_nothing_out_is_none(run: RunDir) -> None:
+    assert evaluate.Task(run, evaluate.Request(adapter="none", limit=26)).settings.limit is None
+    assert evaluate.Task(run, evaluate.Request(adapter="none", limit=25)).settings.limit == 25
+
+
+def test_a_judge_that_is_not_there_is_told_before_anything_is_generated(run: RunDir) -> None:
+    with pytest.raises(WorkFailed, match="nowhere cannot be loaded"):
+        evaluate.evaluate(run, evaluate.Request(adapter="none", judge="some/nowhere"))
+    assert not list(run.path.rglob("predictions*"))
+
+
+def test_scoring_anew_leaves_no_score_of_another_judge(run: RunDir) -> None:
+    request = evaluate.Request(adapter="none", max_new_tokens=8, limit=3)
+    request.judge, request.judge_layer = str(standin.judge_folder()), 6
+    assert evaluate.evaluate(run, request).scores["bertscore"]["model"] == "model"
+    without = evaluated(run, limit=3)
+    assert without.scores["bertscore"] is None and "bertscore_f1" not in without.scores
+    assert not any("bertscore_f1" in row for row in predictions(run))
+
+
+def test_decoding_is_the_studys_and_not_the_models_own(run: RunDir, tiny: Path) -> None:
+    from transformers import GenerationConfig
+
+    from qlora_recipes.scores.generate import Generator
+
+    GenerationConfig(do_sample=True, temperature=5.0, max_new_tokens=3, eos_token_id=[7, 8]).save_pretrained(tiny)
+    try:
+        cfg = yamlfiles.read_yaml(run.config)
+        generator = Generator(settings_of(cfg), cfg, run.output)
+    finally:
+        (tiny / "generation_config.json").unlink()
+    used = generator.model.generation_config
+    assert (used.do_sample, used.temperature, used.max_new_tokens) == (False, None, 8)
+    assert used.eos_token_id == [2, 7, 8]  # the tokenizer's, which the training taught, and the model's
+
+
+def test_sampled_predictions_depend_on_the_seed_and_not_on_the_batches_before(
+    generator: Callable[..., "Generator"],
+) -> None:
+    sampling = generator(decoding=Decoding(max_new_tokens=8, do_sample=True, seed=1))
+    first, second = (sampling.generate([[1, 50, 60]], number, 256) for number in (0, 1))
+    assert sampling.generate([[1, 50, 60]], 0, 256) == first != second
+
+
+def test_exported_prompts_are_those_that_are_generated_from(run: RunDir, tmp_path: Path) -> None:
+    from qlora_recipes.scores.generate import Prompter
+
+    file = tmp_path / "prompts.jsonl"
+    assert evaluate.export_prompts(run, evaluate.Request(limit=5), file) == 5
+    rows = [orjson.loads(line) for line in file.read_bytes().splitlines()]
+    task = evaluate.Task(run, evaluate.Request(adapter="none", limit=5))
+    prompter = Prompter(task.settings, task.cfg, run.output)
+    assert [row["prompt_token_ids"] for row in rows] == [one.prompt for one in prompter.examples(task.rows)]
+    assert [row["reference"] for row in rows] == [row["output"] for row in task.rows]
+    for row in rows:
+        assert row["prompt"].startswith("<s>Below is an instruction") and row["prompt"].endswith("### Response:\n")
+        assert prompter.tokenizer.encode(row["prompt"], add_special_tokens=False) == row["prompt_token_ids"]
+
+
+def turns(*pairs: str) -> dict[str, Any]:
+    """A chat of user and assistant, by turns; a system message comes first where it is an odd number."""
+    roles = ["system"] * (len(pairs) % 2) + ["user", "assistant"] * (len(pairs) // 2)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, pairs, strict=True)]}
+
+
+ALPACA = [{"instruction": "Add.", "input": "1 + 1", "output": " 2\n"}, {"instruction": "Wait.", "output": "I do."}]
+CHATS = [
+    turns("Is 1 odd?", "Yes."),
+    turns("Is 1 odd?", "Yes.", "And 2?", "No, even."),
+    turns("You are terse.", "Is 3 odd?", "Yes.", "And 4?", "No."),
+]
+SEGMENTS = [
+    {"segments": [{"label": False, "text": "<s>Q: 1 + 1\n"}, {"label": True, "text": "A: 2</s>"}]},
+    {"segments": [{"label": False, "text": "<s>Q: 1\n"}, {"label": True, "text": "A: 1</s>"},
+                  {"label": False, "text": "Q: 2\n"}, {"label": True, "text": "A: 2</s>"}]},
+]  # fmt: skip
+OWN = {"field_instruction": "question", "field_output": "answer"} | dict.fromkeys(
+    ("format", "no_input_format"), "Q: {instruction}\nA: "
+)
+ROW_TYPES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], list[str]]] = {
+    "alpaca": ({"type": "alpaca"}, ALPACA, [" 2\n", "I do."]),
+    "input_output": ({"type": "input_output"}, SEGMENTS, ["A: 2", "A: 2"]),
+    "chatml": ({"type": "chat_template", "chat_template": "chatml"}, CHATS, ["Yes.", "No, even.", "No."]),
+    "llama3": ({"type": "chat_template", "chat_template": "llama3"}, CHATS, ["Yes.", "No, even.", "No."]),
+    "chats with loss on the first answer alone": (
+        {"type": "chat_template", "chat_template": "chatml", "roles_to_train": ["user"], "train_on_eos": "all"},
+        CHATS,
+        ["Yes.", "No, even.", "No."],
+    ),
+    "own": ({"type": OWN}, [{"question": "1 + 1?", "answer": "Two."}], ["Two."]),
+}
+
+
+@pytest.mark.parametrize("on_inputs", [False, True])
+@pytest.mark.parametrize("kind", ROW_TYPES)
+def test_prompt_and_answer_are_what_was_trained(run: RunDir, tmp_path: Path, kind: str, on_inputs: bool) -> None:
+    from axolotl.common.datasets import load_datasets
+
+    from qlora_recipes.checks.tokens import Tokenizer
+    from qlora_recipes.scores.generate import Prompter
+
+    dataset, rows, references = ROW_TYPES[kind]
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    cfg = yamlfiles.read_yaml(run.config) | {"train_on_inputs": on_inputs, "dataset_prepared_path": str(tmp_path / "p")}
+    cfg |= {"datasets": [{"path": str(file), **dataset}], "test_datasets": None, "evals_per_epoch": None}
+    prompter = Prompter(settings_of(cfg), cfg, run.output)
+    examples = prompter.examples(rows)
+    assert [example.reference for example in examples] == references
+
+    trained = load_datasets(cfg=Tokenizer({k: v for k, v in cfg.items() if v is not None}).cfg).train_dataset
+    assert len(trained) == len(rows)
+    left = [list(ids) for ids in trained["input_ids"]]  # in an order of their own
+    for row, example in sorted(zip(rows, examples, strict=True), key=lambda pair: -len(pair[1].prompt)):
+        (ids,) = (ids for ids in left if ids[: len(example.prompt)] == example.prompt)
+        left.remove(ids)
+        prompt, answer = (prompter.tokenizer.decode(part) for part in (example.prompt, ids[len(example.prompt) :]))
+        assert answer.strip().startswith(example.reference.strip())
+        assert answer.count("</s>") <= 1
+        for turn in row.get("messages", [])[:-1]:
+            assert prompt.count(turn["content"]) >= 1  # the turns before are whole
+        if kind in ("chatml", "llama3"):
+            assert prompt == rendered(kind, row["messages"][:-1])
+
+
+def rendered(template: str, messages: list[dict[str, str]]) -> str:
+    """A chat as its template writes it, up to where the assistant is to answer."""
+    from axolotl.utils.chat_templates import get_chat_template
+    from jinja2 import Environment
+
+    text = get_chat_template(template)
+    return Environment().from_string(text).render(messages=messages, add_generation_prompt=True, bos_token="<s>")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "row", "says"),
+    [
+        ({"type": "completion"}, {"text": "All of it."}, "is an answer without a prompt"),
+        ({"type": "chat_template", "chat_template": "chatml"}, {"messages": [{"role": "user", "content": "?"}]},
+         "has no answer"),
+        ({"type": "chat_template", "chat_template": "chatml"}, {"chat": []}, "Axolotl cannot tokenize these rows"),
+    ],
+)  # fmt: skip
+def test_rows_without_prompt_or_answer_are_refused(
+    run: RunDir, dataset: dict[str, Any], row: dict[str, Any], says: str
+) -> None:
+    from qlora_recipes.scores.generate import Prompter
+
+    cfg = yamlfiles.read_yaml(run.config) | {"datasets": [{"path": "x.jsonl", **dataset}]}
+    with pytest.raises(UserError, match=says):
+        Prompter(settings_of(cfg), cfg, run.output).examples([row])
+
+
+def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run: RunDir) -> None:
+    from qlora_recipes.scores.generate import Generator
+
+    cfg = yamlfiles.read_yaml(run.config) | {"sequence_len": 64}
+    settings = settings_of(cfg)
+    patch = "+".join(f"line {i}" for i in range(40))
+    generator = Generator(settings, cfg, run.output)
+    (example,) = generator.examples([{"instruction": "Review.", "input": patch, "output": "Fine."}])
+    assert len(example.prompt) > 64
+    assert patch in generator.tokenizer.decode(example.prompt)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "no rows to evaluate"),
+        ('{"instruction": "a"}\n', "x.jsonl:1: a row needs the text field output"),
+        ("[\n", "x.jsonl:1: not a JSON row"),
+    ],
+)
+def test_bad_test_data_is_told_before_a_model_is_loaded(run: RunDir, tmp_path: Path, content: str, says: str) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(content)
+    with pytest.raises(UserError, match=says):
+        evaluated(run, data=file)
+    assert not (run.path / "evaluations").exists()
