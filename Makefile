@@ -22,6 +22,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo --no-cache
 
 benchmark: setup  ## How long the quick commands take, and how fast data is checked and prepared
 	.venv/bin/python tests/benchmark.py
