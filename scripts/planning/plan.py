@@ -9,6 +9,7 @@ from typing import Any
 from ..base import paths
 from ..base.yamlfiles import Config
 from ..checks import check, rules
+from ..checks.rules import hardware
 from ..configs import datafiles, models
 from ..configs.attention import attention
 from ..configs.compose import Composed, Request, compose
@@ -53,7 +54,7 @@ def of_request(
     lengths = check.lengths(composed) if data else []
     planned, planner = plan(composed.config, gpu, vram, request.gpus)
     if gpu:
-        lacks = rules.gpu_lacks(rules.Case(composed.config, set(), gpu))
+        lacks = hardware.gpu_lacks(rules.Case(composed.config, set(), gpu))
         planned["notes"] += [f"{key}: {problem}; {remedy}" for _, key, problem, remedy in lacks]
     trained_on = None
     if lengths:

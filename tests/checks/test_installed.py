@@ -7,7 +7,8 @@ import pytest
 from conftest import config_with, recipe_config
 
 from qlora_recipes.base import paths, yamlfiles
-from qlora_recipes.checks import check, installed, rules
+from qlora_recipes.checks import check, installed
+from qlora_recipes.checks.rules import data, schedule
 from qlora_recipes.configs import attention, gpus, models
 from qlora_recipes.configs.compose import Request
 
@@ -91,7 +92,7 @@ def test_gpus_differ_in_what_axolotl_is_told() -> None:
 def test_attention() -> None:
     from axolotl.utils.schemas.enums import ATTN_IMPLS_SUPPORTING_PACKING, LEGACY_ATTN_FLAG_TO_IMPL
 
-    assert ATTN_IMPLS_SUPPORTING_PACKING | {"sdpa", "eager"} == rules.KEEP_DOCUMENTS_APART
+    assert ATTN_IMPLS_SUPPORTING_PACKING | {"sdpa", "eager"} == data.KEEP_DOCUMENTS_APART
     assert LEGACY_ATTN_FLAG_TO_IMPL == attention.OLD_KEYS
 
 
@@ -134,8 +135,8 @@ def test_schedulers_that_need_options() -> None:
             return False
         return True
 
-    assert {kind.value for kind in SchedulerType if not works(kind)} == rules._SCHEDULER_NEEDS.keys()
-    for kind, options in rules._SCHEDULER_NEEDS.items():
+    assert {kind.value for kind in SchedulerType if not works(kind)} == schedule._SCHEDULER_NEEDS.keys()
+    for kind, options in schedule._SCHEDULER_NEEDS.items():
         assert all(works(SchedulerType(kind), **{option: 1}) for option in options)
 
 

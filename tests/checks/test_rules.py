@@ -9,6 +9,7 @@ from conftest import config_with
 from qlora_recipes.base import paths
 from qlora_recipes.checks import rules
 from qlora_recipes.checks.finding import Finding
+from qlora_recipes.checks.rules import case
 from qlora_recipes.configs import gpus, models
 
 LLAMA_3 = "haider2024/llama-3-8b"
@@ -156,7 +157,7 @@ def test_fsdp_is_not_started_on_one_gpu() -> None:
 
 def test_every_rule_has_a_case() -> None:
     tested = {case[2].partition(":")[0] for case in CASES} | {"gpu-lacks", "no-gpu", "chat-model", "engine-needs-gpus"}
-    assert tested == {rule.__name__.replace("_", "-") for rule in rules._RULES}
+    assert tested == {rule.__name__.replace("_", "-") for rule in case.RULES}
 
 
 @pytest.mark.parametrize("name", paths.recipe_names())

@@ -1,0 +1,80 @@
+"""What rules judge, and how one is written."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ...base.yamlfiles import Config
+from ...configs import datafiles, models
+from ...configs.attention import attention
+from ...configs.gpus import Gpu
+from ..finding import Level
+
+Found = Iterator[tuple[Level, str, str, str]]
+RULES: list[Callable[["Case"], Found]] = []
+
+
+def rule(function: Callable[["Case"], Found]) -> Callable[["Case"], Found]:
+    """Make a rule of a function; it is named after that, with dashes."""
+    RULES.append(function)
+    return function
+
+
+@dataclass
+class Case:
+    """What rules judge.
+
+    Attributes:
+        config: the config, without what breaks the schema.
+        wrong: the top-level keys from which something was taken out.
+        gpu: the GPU that it is meant for; None where none is named or there.
+        gpus: how many of them.
+        launching: whether a run is about to start here, so that what only this machine lacks is an error.
+    """
+
+    config: Config
+    wrong: set[str]
+    gpu: Gpu | None = None
+    gpus: int = 1
+    launching: bool = False
+
+    def __getitem__(self, key: str) -> Any:
+        return self.config.get(key)
+
+    @cached_property
+    def model(self) -> models.Model:
+        """The base model, as far as it is known."""
+        return models.find(self.config)
+
+    @cached_property
+    def steps(self) -> int | None:
+        """The optimizer steps of the training, where they can be counted; at most so many where rows are packed."""
+        return None if self.wrong else datafiles.most_steps(self.config, self.gpus)
+
+    @property
+    def number_of_steps(self) -> str:
+        """The steps in words."""
+        return f"{'at most ' if self['sample_packing'] and not self['max_steps'] else ''}{self.steps} steps"
+
+    @property
+    def attention(self) -> str:
+        """The attention that it asks for."""
+        return attention(self.config)
+
+    @property
+    def lora(self) -> bool:
+        """Whether an adapter of PEFT's LoRA is trained."""
+        return self["adapter"] in ("lora", "qlora")
+
+    def is_set(self, *keys: str) -> bool:
+        """Whether one of some keys has a value, and not an empty one or false; a wrong one counts."""
+        return any(self.config.get(key) or key in self.wrong for key in keys)
+
+    def can_import(self, module: str) -> bool:
+        """Whether a module or package is installed."""
+        try:
+            return importlib.util.find_spec(module) is not None
+        except (ImportError, ValueError):
+            return False

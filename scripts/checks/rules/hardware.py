@@ -1,0 +1,100 @@
+"""Whether the GPUs have what a config needs, in precision, attention and engine."""
+
+import re
+
+from ...configs.config import flatten
+from ...configs.precision import precision
+from .case import Case, Found, rule
+
+
+@rule
+def two_precisions(case: Case) -> Found:
+    """bf16 wins and fp16 or float16 is dropped without a message; float16 needs bf16: false, because the default, auto,
+    is on for every GPU (see `precision`). transformers' TrainingArguments refuses fp16 beside bfloat16."""
+    ignored = next((key for key in ("fp16", "float16") if case[key]), None)
+    if not ignored or precision(case.config, on_gpu=True).weights != "bfloat16":
+        return
+    if case["bf16"] is True:
+        problem = f"{ignored} and bf16 are both true: Axolotl would take bf16"
+    elif case["bfloat16"]:
+        problem = f"{ignored} and bfloat16 are both true: Axolotl would load the model in bfloat16"
+    else:
+        problem = f"{ignored} is true, but bf16 is auto, the default: Axolotl would take bf16"
+    yield "error", ignored, problem, f"set {ignored} or {'bfloat16' if case['bfloat16'] else 'bf16'} to false"
+
+
+@rule
+def gpu_lacks(case: Case) -> Found:
+    """What a GPU has no hardware for.
+
+    torch for CUDA 13 is built from compute capability 7.5 on. bf16 came with 8.0; below, torch emulates it slowly and
+    reports it as supported, so that Axolotl's bf16: auto, its default, turns it on (seen). FlashAttention 2 and
+    SageAttention need 8.0, FlashAttention 3 is for 9.0 alone, 4 for 9.0 and newer (their READMEs); Axolotl asks for 9.0
+    for fp8; transformers refuses tf32 below 8.0.
+    """
+    if not case.gpu:
+        return
+    has, name = case.gpu.capability, str(case.gpu)
+    if has < (7, 5):
+        yield "error", "base_model", f"torch for CUDA 13 does not run on {name}", "take a GPU from Turing (7.5) on"
+    if has < (8, 0) and precision(case.config, on_gpu=True).weights == "bfloat16":
+        asked = case["bf16"] is True or case["bfloat16"]
+        default = "" if asked else " (auto, the default, turns it on all the same)"
+        yield "error", "bf16", f"{name} emulates bf16, slowly{default}", "set fp16: true and bf16: false"
+    if has < (8, 0) and case["tf32"] is True:
+        yield "error", "tf32", f"{name} has no tf32", "set it to false"
+    least, most = _ATTENTION_RUNS_ON.get(case.attention, ((0, 0), (99, 0)))
+    if not least <= has <= most:
+        yield "error", "attn_implementation", f"{case.attention} does not run on {name}", "set sdpa"
+    if has < (9, 0) and case["fp8"]:
+        yield "error", "fp8", f"Axolotl trains in fp8 from 9.0 on, not on {name}", "delete it"
+
+
+_ATTENTION_RUNS_ON = {  # from and to which compute capability
+    "flash_attention_2": ((8, 0), (99, 0)),
+    "kernels-community/flash-attn2": ((8, 0), (99, 0)),
+    "flash_attention_3": ((9, 0), (9, 0)),
+    "kernels-community/flash-attn3": ((9, 0), (9, 0)),
+    "flash_attention_4": ((9, 0), (99, 0)),
+    "sage": ((8, 0), (99, 0)),
+    "fp8": ((9, 0), (99, 0)),
+}
+
+
+@rule
+def no_gpu(case: Case) -> Found:
+    """A CPU does not train in fp16, into which Axolotl also turns bf16: auto, its default, there; transformers says so
+    once the model is loaded."""
+    if case.launching and not case.gpu and precision(case.config, on_gpu=False).autocast == "float16":
+        key, default = ("fp16", "") if case["fp16"] else ("bf16", ", which bf16: auto, the default, becomes there")
+        problem = f"no NVIDIA GPU was found, and a CPU does not train in fp16{default}"
+        remedy = f"--rehearse tries the recipe with a small model, --set {key}=false trains in fp32"
+        yield "error", key, problem, remedy
+
+
+@rule
+def optimizer_and_engine(case: Case) -> Found:
+    """bitsandbytes' optimizers know nothing of FSDP2's DTensors; Axolotl refuses only two of them. Muon and the flash
+    optimizers do not divide among DeepSpeed's ranks (axolotl/utils/schemas/validation.py). Where DeepSpeed keeps the
+    optimizer's state in main memory, accelerate puts DeepSpeed's own Adam in the optimizer's place, which decays
+    weights as AdamW does only where it stands for one of 32 bits (map_pytorch_optim_to_deepspeed).
+    """
+    optimizer = str(case["optimizer"] or "")
+    of_bnb = re.search(r"paged|bnb|^(adamw|ademamix|lion|rmsprop)_(8|32)bit$", optimizer)
+    if case["fsdp_config"] and of_bnb:
+        yield "error", "optimizer", f"{optimizer} does not work with FSDP2", "set adamw_torch_8bit or adamw_torch_fused"
+    if case["deepspeed"] and re.match(r"muon|flash_|polora|q_galore", optimizer):
+        yield "error", "optimizer", f"{optimizer} does not work with DeepSpeed", "set adamw_torch_fused"
+    deepspeed = dict(flatten(case["deepspeed"] or {}))
+    offloaded = deepspeed.get("zero_optimization.offload_optimizer.device", "none") != "none"
+    replaced = offloaded and deepspeed.get("zero_force_ds_cpu_optimizer", True)
+    if replaced and not re.fullmatch("|adamw_torch|adamw_torch_fused|paged_adamw_32bit", optimizer):
+        problem = f"with offload_optimizer, Adam without AdamW's weight decay takes the place of {optimizer}"
+        yield "error", "optimizer", problem, "set adamw_torch, or take the profile zero3-offload"
+
+
+@rule
+def engine_needs_gpus(case: Case) -> Found:
+    """FSDP in one process is passed over in silence (accelerate's AcceleratorState)."""
+    if case.launching and case["fsdp_config"] and case.gpus == 1:
+        yield "error", "fsdp_config", "FSDP2 divides a model among several GPUs, and this run has one", "--gpus N"
