@@ -76,24 +76,7 @@ def schema(bounds: dict[str, dict[str, float]], descriptions: dict[str, str]) ->
         elif told := _deprecation(name, field):
             keys[name] |= {"deprecated": True, "deprecationMessage": told[0], "x-removed": told[1]}
 
-    plugins: dict[str, list[str]] = {}
-    adapters = ["lora", "qlora", "llama-adapter"]
-    spellings: dict[str, list[str]] = {}
-    for name, plugin in _plugins():
-        adapters += [capability.name for capability in plugin.get_adapter_capabilities()]
-        arguments = _class(plugin.get_input_args())
-        own = set(arguments.model_fields) - AxolotlInputConfig.model_fields.keys() if arguments else ()
-        module = type(plugin).__module__
-        names = [
-            f"{where}{sign}{type(plugin).__name__}" for where in (name.rpartition(".")[0], module) for sign in ".:"
-        ]
-        spellings[name] = list(dict.fromkeys(names))
-        plugins |= dict.fromkeys(spellings[name], sorted(own))
-        if arguments:
-            of_plugin = arguments.model_json_schema(schema_generator=_Schema)
-            definitions |= of_plugin.get("$defs", {})
-            keys |= {key: value for key, value in of_plugin["properties"].items() if key not in keys}
-
+    plugins, spellings, adapters = _add_plugins(keys, definitions)
     _set_values(keys, "optimizer", _optimizers())
     _set_values(keys, "lr_scheduler", [*SchedulerType, "one_cycle", "rex"])
     _set_values(keys, "adapter", adapters)
@@ -134,6 +117,33 @@ def schema(bounds: dict[str, dict[str, float]], descriptions: dict[str, str]) ->
         "$comment": f"axolotl {version('axolotl')}, written by `recipe render --schema`",
     }
     return json.dumps(_without_null_defaults(head | main | {"x-plugins": plugins}), indent=1) + "\n"
+
+
+def _add_plugins(
+    keys: dict[str, Any], definitions: dict[str, Any]
+) -> tuple[dict[str, list[str]], dict[str, list[str]], list[str]]:
+    """Add the keys of Axolotl's own plugins, and what they refer to, to those of the schema.
+
+    Returns:
+        The keys of each plugin, by each of the names that a config can call it; those names by the first of them; and
+        the adapters that there are with all plugins.
+    """
+    plugins: dict[str, list[str]] = {}
+    spellings: dict[str, list[str]] = {}
+    adapters = ["lora", "qlora", "llama-adapter"]
+    for name, plugin in _plugins():
+        adapters += [capability.name for capability in plugin.get_adapter_capabilities()]
+        arguments = _class(plugin.get_input_args())
+        own = set(arguments.model_fields) - AxolotlInputConfig.model_fields.keys() if arguments else ()
+        modules = (name.rpartition(".")[0], type(plugin).__module__)
+        names = [f"{module}{sign}{type(plugin).__name__}" for module in modules for sign in ".:"]
+        spellings[name] = list(dict.fromkeys(names))
+        plugins |= dict.fromkeys(spellings[name], sorted(own))
+        if arguments:
+            of_plugin = arguments.model_json_schema(schema_generator=_Schema)
+            definitions |= of_plugin.get("$defs", {})
+            keys |= {key: value for key, value in of_plugin["properties"].items() if key not in keys}
+    return plugins, spellings, adapters
 
 
 def _without_null_defaults(value: Any) -> Any:

@@ -105,8 +105,9 @@ def findings(content: Config) -> Iterator[Finding]:
 
 def _is_foreign(plugin: Any) -> bool:
     """Whether a plugin is neither Axolotl's nor this project's, so that its keys are not known here."""
-    known = plugin in load()["x-plugins"] or str(plugin).startswith("qlora_recipes.")
-    return isinstance(plugin, str) and not known
+    if not isinstance(plugin, str):
+        return False
+    return plugin not in load()["x-plugins"] and not plugin.startswith("qlora_recipes.")
 
 
 def _closest(error: Any) -> Iterator[Any]:

@@ -19,6 +19,12 @@ Names = Annotated[
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's folder, an unambiguous end of its name, or latest.")
 ]
+SweepFile = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[SWEEP]", help="A YAML file in Axolotl's sweep format, or the name of one in recipes/sweeps."
+    ),
+]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="The folder that holds the runs.")]
 Profiles = Annotated[
     list[str] | None,

@@ -23,6 +23,7 @@ from .options import (
     RunName,
     Runs,
     SlurmOptions,
+    SweepFile,
 )
 
 if TYPE_CHECKING:
@@ -112,12 +113,7 @@ def resume(
 @verbs.command(rich_help_panel=HEADING)
 def sweep(
     name: Name,
-    file: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[SWEEP]", help="A YAML file in Axolotl's sweep format, or the name of one in recipes/sweeps."
-        ),
-    ] = None,
+    file: SweepFile = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -163,8 +159,6 @@ def sweep(
     from ..running import sweep_tables, sweeps
     from ..scores import evaluate as evaluation
 
-    if not file and not set_:
-        raise UserError("name a sweep's file, or values to try, as in --set lora_r=16,32")
     called, members = sweeps.read(sweeps.find_file(file) if file else None, set_ or [])
     request = Request(name, profiles=profile or [], rehearse=rehearse, mirror=mirror)
     request.rehearse = is_rehearsal(request)

@@ -1,7 +1,6 @@
 """CodeReviewer rows into the instruction, input and output that Axolotl's `alpaca` type reads."""
 
 import hashlib
-import random
 import re
 import time
 import zipfile
@@ -20,6 +19,7 @@ from ..base.errors import UserError
 from ..base.files import clear_parts, json_rows, making, read_json, replacing, sha256
 from ..base.locks import LOOK, PATIENCE, held, is_held
 from ..base.progress import say
+from .draws import Draw, Listed, Written, draws
 from .study import Data, SourceFile, Study
 
 SPLITS = ("train", "valid", "test")
@@ -43,6 +43,16 @@ def tagged(patch: str) -> str:
 
 
 INPUT_FORMATS: dict[str, Callable[[str], str]] = {"diff": lambda patch: patch, "tagged": tagged}
+
+
+@dataclass
+class Source:
+    """The raw rows of a split, and what rows are to be made of them."""
+
+    label: str
+    stream: IO[bytes]
+    input_format: str
+    instruction: str
 
 
 @dataclass
@@ -101,10 +111,8 @@ def _zip_errors() -> Iterator[None]:
         raise UserError(f"the zip cannot be read: {error}") from None
 
 
-def _rows(
-    stream: IO[bytes], split: Split, as_input: Callable[[str], str], instruction: str, for_scores: bool
-) -> Iterator[tuple[int, bytes]]:
-    """The kept rows of a raw stream as JSON lines, each with its position; counts into `split` as it goes.
+def _rows(source: Source, split: Split, for_scores: bool) -> Iterator[tuple[int, bytes]]:
+    """The kept rows of a source as JSON lines, each with its position; counts into `split` as it goes.
 
     Rows that scores are made of also carry that position, as `idx`, and their language.
     """
@@ -112,7 +120,7 @@ def _rows(
     digest = hashlib.sha256()
 
     def lines() -> Iterator[bytes]:
-        for line in stream:
+        for line in source.stream:
             digest.update(line)
             split.source_bytes += len(line)
             yield line
@@ -120,7 +128,7 @@ def _rows(
     for idx, row in enumerate(json_rows(lines(), split.source, ("patch", "msg"))):
         split.read += 1
         patch, msg = row["patch"], row["msg"]
-        shown = as_input(patch)
+        shown = INPUT_FORMATS[source.input_format](patch)
         if not msg.strip() or not shown.strip():
             split.dropped["empty msg" if not msg.strip() else "empty patch"] += 1
             continue
@@ -128,63 +136,11 @@ def _rows(
         split.duplicates += key in seen
         seen.add(key)
         split.kept += 1
-        made = {"instruction": instruction, "input": shown, "output": msg}
+        made = {"instruction": source.instruction, "input": shown, "output": msg}
         if for_scores:
             made |= {"idx": idx, "lang": row.get("lang")}
         yield idx, orjson.dumps(made) + b"\n"
     split.source_sha256 = digest.hexdigest()
-
-
-class _Draw:
-    """`size` rows drawn at random, each with the same chance, in their order; all where there are no more."""
-
-    def __init__(self, size: int, seed: int):
-        self.about = {"rows": size, "seed": seed}
-        self._size, self._chance = size, random.Random(seed)
-        self._offered = 0
-        self._drawn: list[tuple[int, bytes]] = []
-
-    def offer(self, idx: int, row: bytes) -> None:
-        self._offered += 1
-        if len(self._drawn) < self._size:
-            self._drawn.append((idx, row))
-        elif (place := self._chance.randrange(self._offered)) < self._size:
-            self._drawn[place] = idx, row
-
-    def missing(self, of_study_file: bool) -> str | None:
-        return f"only {self._offered} rows to draw from" if self._offered < self._size else None
-
-    def rows(self) -> list[bytes]:
-        return [row for _, row in sorted(self._drawn)]
-
-
-class _Listed:
-    """The rows at the positions that a file lists, in the order of that list; they count in the study's file only."""
-
-    def __init__(self, file: Path):
-        self.about = {"positions": file.name, "sha256_of_positions": sha256(file)}
-        self._positions: list[int] = read_json(file)["rows"]
-        self._wanted = set(self._positions)
-        self._found: dict[int, bytes] = {}
-
-    def offer(self, idx: int, row: bytes) -> None:
-        if idx in self._wanted:
-            self._found[idx] = row
-
-    def missing(self, of_study_file: bool) -> str | None:
-        return None if of_study_file else "its positions are of the study's msg-test.jsonl, which this is not"
-
-    def rows(self) -> list[bytes]:
-        return [self._found[idx] for idx in self._positions if idx in self._found]
-
-
-def _subsets(of_study: Study, sizes: Sequence[int], seed: int) -> dict[str, _Draw | _Listed]:
-    """The study's subsets of its test rows, and draws of other sizes."""
-    made: dict[str, _Draw | _Listed] = {f"test-{size}": _Draw(size, seed) for size in sizes}
-    for name, subset in of_study.data.subsets.items():
-        listed = subset.positions
-        made[name] = _Listed(of_study.folder / listed) if listed else _Draw(subset.rows, subset.seed or 0)
-    return made
 
 
 def prepare(
@@ -229,50 +185,66 @@ def prepare(
     splits: dict[str, Any] = {}
     with _zip_errors(), _opened(raw) as found, _held(out, patience), ExitStack() as stack:
         for name in (split for split in SPLITS if split in found):
-            label, stream = found[name]
-            split = Split(label)
-            draw = _Draw(valid_rows, seed) if name == "valid" and valid_rows else None
-            chosen = _subsets(of_study, subsets, seed) if name == "test" else {}
-            whole = _Written(stack, out / f"{name}.jsonl")
-            for idx, row in _rows(stream, split, INPUT_FORMATS[input_format], instruction, name == "test"):
-                if draw:
-                    draw.offer(idx, row)
-                else:
-                    whole.add(row)
-                for subset in chosen.values():
-                    subset.offer(idx, row)
-            for row in draw.rows() if draw else ():
-                whole.add(row)
-            if not whole.rows:
-                raise UserError(f"{label}: no row is left to write; {dict(split.dropped) or 'it has none'}")
-            known = of_study.data.files.get(f"msg-{name}.jsonl")
-            of_study_file = _is(known, split)
-            made, left_out = {}, {}
-            for key, subset in chosen.items():
-                if reason := subset.missing(bool(of_study_file)):
-                    left_out[key] = reason
-                    continue
-                part = _Written(stack, out / f"{key}.jsonl")
-                for row in subset.rows():
-                    part.add(row)
-                made[key] = subset.about | part.as_json()
-            splits[name] = {
-                "input_format": input_format,
-                "instruction": instruction,
-                "source": label,
-                "source_sha256": split.source_sha256,
-                "source_bytes": split.source_bytes,
-                "is_the_study_file": of_study_file,
-                "read": split.read,
-                "kept": split.kept,
-                "dropped": dict(split.dropped),
-                "duplicates_kept": split.duplicates,
-                "drawn": draw.about if draw and whole.rows < split.kept else None,
-                **whole.as_json(),
-                **({"subsets": made, "left_out": left_out} if chosen else {}),
-            }
+            source = Source(*found[name], input_format, instruction)
+            draw = Draw(valid_rows, seed) if name == "valid" and valid_rows else None
+            chosen = draws(of_study, subsets, seed) if name == "test" else {}
+            splits[name] = _write_split(stack, out, name, source, draw, chosen, of_study)
         stack.close()  # puts the files in place
         return _account(out, splits)
+
+
+def _write_split(
+    stack: ExitStack,
+    out: Path,
+    name: str,
+    source: Source,
+    draw: Draw | None,
+    chosen: dict[str, Draw | Listed],
+    of_study: Study,
+) -> dict[str, Any]:
+    """Write a split's file, and those of its subsets, once the stack is left; what the manifest says of it.
+
+    Args:
+        draw: what draws the rows to keep; None keeps all.
+        chosen: the subsets, by the names of their files.
+    """
+    split, whole = Split(source.label), Written(stack, out / f"{name}.jsonl")
+    for idx, row in _rows(source, split, for_scores=name == "test"):
+        if draw:
+            draw.offer(idx, row)
+        else:
+            whole.add(row)
+        for subset in chosen.values():
+            subset.offer(idx, row)
+    for row in draw.rows() if draw else ():
+        whole.add(row)
+    if not whole.rows:
+        raise UserError(f"{source.label}: no row is left to write; {dict(split.dropped) or 'it has none'}")
+    of_study_file = _is(of_study.data.files.get(f"msg-{name}.jsonl"), split)
+    made, left_out = {}, {}
+    for key, subset in chosen.items():
+        if reason := subset.missing(bool(of_study_file)):
+            left_out[key] = reason
+            continue
+        part = Written(stack, out / f"{key}.jsonl")
+        for row in subset.rows():
+            part.add(row)
+        made[key] = subset.about | part.as_json()
+    return {
+        "input_format": source.input_format,
+        "instruction": source.instruction,
+        "source": source.label,
+        "source_sha256": split.source_sha256,
+        "source_bytes": split.source_bytes,
+        "is_the_study_file": of_study_file,
+        "read": split.read,
+        "kept": split.kept,
+        "dropped": dict(split.dropped),
+        "duplicates_kept": split.duplicates,
+        "drawn": draw.about if draw and whole.rows < split.kept else None,
+        **whole.as_json(),
+        **({"subsets": made, "left_out": left_out} if chosen else {}),
+    }
 
 
 @contextmanager
@@ -339,7 +311,7 @@ def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None
             return f"{name}.jsonl has another input format or instruction"
         if split.get("is_the_study_file") is False:
             return f"{name}.jsonl is made of another file than the study's"
-    for name, subset in _subsets(of_study, (), 0).items():
+    for name, subset in draws(of_study, (), 0).items():
         if name not in made and name not in test.get("left_out", {}):
             return f"{name}.jsonl is missing"
         if name in made and made[name] | subset.about != made[name]:
@@ -349,24 +321,6 @@ def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None
         if not file.is_file() or sha256(file) != written.get("sha256"):
             return f"{file.name} is not as {MANIFEST} says"
     return None
-
-
-class _Written:
-    """A file that takes its place when the stack is left well, and what was written to it."""
-
-    def __init__(self, stack: ExitStack, file: Path):
-        self.rows = 0
-        self._file, self._digest = file, hashlib.sha256()
-        clear_parts(file)
-        self._stream = stack.enter_context(replacing(file))
-
-    def add(self, row: bytes) -> None:
-        self._stream.write(row)
-        self._digest.update(row)
-        self.rows += 1
-
-    def as_json(self) -> dict[str, Any]:
-        return {"file": self._file.name, "rows": self.rows, "sha256": self._digest.hexdigest()}
 
 
 def _former(out: Path) -> dict[str, Any]:

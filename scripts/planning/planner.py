@@ -147,7 +147,7 @@ class Planner:
 
     def _key(self) -> str:
         """A hash of all that a trace depends on: the step, the shapes, the packages that run it, and this code."""
-        names = ("allocator", "memory", "planner", "traces")
+        names = ("allocator", "cuda", "memory", "planner", "traces")
         sources = [Path(__file__).with_name(f"{name}.py").read_text() for name in names]
         content = [asdict(self.step), self.rows, self.length, self.flat, _packages(), sources]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]

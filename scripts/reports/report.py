@@ -25,6 +25,7 @@ from ..running import sweep_tables, sweeps
 from ..running.sweeps import Sweep
 from ..runs.rundir import RunDir
 from ..scores.score import Row
+from . import report_comparisons as comparisons
 from . import report_figures as draw
 from . import report_reader, report_runs
 from .report_runs import Member, members
@@ -64,7 +65,7 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
         f"Published scores are on {subset.title}, {subset.rows:,} rows."
     )  # fmt: skip
     baselines = [] if rehearsal else listing.baselines(study)
-    figure = draw.study([row | {"recipe": row["recipe"].removeprefix(f"{name}/")} for row in rows], baselines)
+    figure = comparisons.study([row | {"recipe": row["recipe"].removeprefix(f"{name}/")} for row in rows], baselines)
     section = {
         "about": about,
         "tables": [_without_empty(table) for table in verdict.tables_of(rows, study)],
@@ -96,7 +97,7 @@ def of_sweep(sweep: Sweep, runs: Path, best: str | None, analyze: bool) -> str:
         "about": about,
         "notes": sweep_tables.notes(sweep, rows, best),
         "table": _without_empty([report_runs.sweep_row(row, sweep.keys) for row in rows]),
-        "figures": [*draw.sweep(rows), *([memory] if memory else [])],
+        "figures": [*comparisons.sweep(rows), *([memory] if memory else [])],
     }
     found = members([folder for _, folder in made], [member for member, _ in made])
     return _page(sweep.name, f"Sweep of {sweep.recipe}", found, analyze, sweep=section)

@@ -99,8 +99,10 @@ def read(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Member]]:
         sets: `key=value,value` as given to --set.
 
     Raises:
-        UserError: it has another form, or two members have one name.
+        UserError: there is neither, it has another form, or two members have one name.
     """
+    if not file and not sets:
+        raise UserError("name a sweep's file, or values to try, as in --set lora_r=16,32")
     content = yamlfiles.read_yaml(file) if file else {}
     paired = content.pop(PAIRED, [{}])
     grid = {}

@@ -1,20 +1,15 @@
 """Predictions of a run's model on test rows, and their scores: `recipe evaluate`."""
 
-import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import batched, groupby
 from pathlib import Path
 from typing import Any, Literal
 
-import orjson
-
 from ..base import yamlfiles
-from ..base.errors import UserError, WorkFailed
+from ..base.errors import UserError
 from ..base.files import json_rows, read_json, sha256, write_atomically, write_rows
 from ..base.locks import held
 from ..base.machine import now
-from ..base.progress import Bar, say
+from ..base.progress import say
 from ..base.quiet import importing_axolotl
 from ..configs import datafiles, gpus
 from ..configs.precision import precision
@@ -25,14 +20,11 @@ from ..runs.rundir import Run, RunDir
 from ..runs.tasks import Command
 from . import bertscore
 from .evaluations import BASE_MODEL, PREDICTIONS, SCORES, Evaluation, Settings, read_predictions, read_scores
-from .score import VERSION, Row, code_sha256, score
+from .predict import as_row, predict
+from .score import VERSION, code_sha256, score
 
 BASE = "none"  # --adapter none: the base model without an adapter
-BATCH_TOKENS = 8192
-"""The tokens that a batch has room for. Their keys and values take 4 GiB in a Llama 2 7B, the most of all the study's
-models, which a card of 16 GB has beside the weights."""
 REHEARSED = 12  # rows, which show that the path works
-_PART = "predictions.part.jsonl"
 
 
 @dataclass
@@ -163,6 +155,7 @@ def evaluate(folder: RunDir, request: Request) -> Evaluation:
     task.where.mkdir(parents=True, exist_ok=True)
     with held(task.where / ".evaluation.lock", "another evaluation is going on"):
         predictions, settings = task.where / PREDICTIONS, task.settings
+        part = task.where / "predictions.part.jsonl"
         if former := complete(task, judge):
             say(f"{predictions}: complete, made and scored with the same settings")
             return former
@@ -175,7 +168,7 @@ def evaluate(folder: RunDir, request: Request) -> Evaluation:
         else:
             _make_way(task)
             with importing_axolotl(offline=task.run.rehearsal):
-                done = _predict(task)
+                done = predict(task.rows, settings, task.cfg, folder.output, part, on_cpu=task.run.rehearsal)
             rows = [done[i] for i in range(len(task.rows))]
         scores, rows = score(rows, judge)
         write_rows(predictions, rows)
@@ -188,7 +181,7 @@ def evaluate(folder: RunDir, request: Request) -> Evaluation:
             settings=settings,
         )
         write_atomically(task.where / SCORES, result.model_dump_json(indent=1) + "\n")
-        (task.where / _PART).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     return result
 
 
@@ -236,7 +229,7 @@ def export_prompts(folder: RunDir, request: Request, file: Path) -> int:
     write_rows(
         file,
         (
-            _as_row(i, row, one.reference) | {"prompt": text, "prompt_token_ids": one.prompt}
+            as_row(i, row, one.reference) | {"prompt": text, "prompt_token_ids": one.prompt}
             for i, (row, text, one) in enumerate(zip(task.rows, texts, examples, strict=True))
         ),
     )
@@ -294,77 +287,3 @@ def read_rows(file: Path, cfg: yamlfiles.Config) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"{file}: no rows to evaluate")
     return rows
-
-
-def _as_row(i: int, row: dict[str, Any], reference: str) -> Row:
-    """A test row as predictions.jsonl has it: its number, its reference, and its place and language where known."""
-    return {"row": i} | {key: row[key] for key in ("idx", "lang") if key in row} | {"reference": reference}
-
-
-def _predict(task: Task) -> dict[int, Row]:
-    """Predictions by row number. Finished batches are kept in a file, so that a second call goes on there.
-
-    Batches are the same whether or not an earlier call did some of them: in half precision a row's
-    prediction can depend on what it is batched with.
-    """
-    part, rows, settings = task.where / _PART, task.rows, task.settings
-    done = _continue(part, settings)
-    if len(done) < len(rows):
-        if task.run.rehearsal:
-            os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        import torch
-
-        from .generate import Generator
-
-        generator = Generator(settings, task.cfg, task.folder.output)
-        examples = generator.examples(rows)
-        with Bar("evaluating", len(rows)) as bar, part.open("ab") as stream:
-            bar.update(len(done))
-            lengths = [len(one.prompt) + settings.decoding.max_new_tokens for one in examples]
-            for number, (room, batch) in enumerate(batches(lengths, settings.batch_size)):
-                if all(i in done for i in batch):
-                    continue
-                try:
-                    texts = generator.generate([examples[i].prompt for i in batch], number, room)
-                except torch.OutOfMemoryError:
-                    raise WorkFailed(
-                        f"{len(batch)} rows of up to {room} tokens do not fit the GPU's memory; --batch-size "
-                        f"{max(len(batch) // 2, 1)} takes fewer"
-                    ) from None
-                for i, text in zip(batch, texts, strict=True):
-                    done[i] = _as_row(i, rows[i], examples[i].reference) | {"prediction": text}
-                stream.write(b"".join(orjson.dumps(done[i]) + b"\n" for i in batch))
-                stream.flush()
-                bar.update(len(done))
-    return done
-
-
-def batches(lengths: Sequence[int], most: int) -> Iterator[tuple[int, list[int]]]:
-    """Which rows are generated together, the longest first: if memory does not suffice, that shows at once.
-
-    Rows that need about the same room are together, and there are few sizes of room, so that a static cache, and what
-    is compiled for it, can be used again.
-
-    Args:
-        lengths: for each row the tokens of its prompt and of the longest answer.
-        most: the most rows in a batch.
-
-    Yields:
-        The room, a power of two of tokens, and the positions of `most` rows, or of as many as `BATCH_TOKENS` have room.
-    """
-    by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    for room, same in groupby(by_length, key=lambda i: max(1 << (lengths[i] - 1).bit_length(), 256)):
-        for batch in batched(same, max(min(most, BATCH_TOKENS // room), 1)):
-            yield room, list(batch)
-
-
-def _continue(part: Path, settings: Settings) -> dict[int, Row]:
-    """The rows of an interrupted evaluation with the same settings; otherwise a new file for them."""
-    header = orjson.dumps(settings.same_predictions())
-    lines = part.read_bytes().split(b"\n") if part.is_file() else []
-    if len(lines) > 1 and lines[0] == header:
-        whole = [orjson.loads(line) for line in lines[1:-1]]
-        part.write_bytes(b"\n".join(lines[:-1]) + b"\n")  # without the last line of a killed process
-        return {row["row"]: row for row in whole}
-    part.write_bytes(header + b"\n")
-    return {}

@@ -204,6 +204,7 @@ VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=3) | st.dictionarie
 
 
 @given(st.dictionaries(KEYS, VALUES, max_size=8), st.booleans())
+@example({"plugins": [["a"]], "b": 1}, False)
 @example({"datasets": [{"path": ["a"], "type": {"b": 1}}, None, [[]]], "base_model": 3}, False)
 @example({"lora_target_modules": [None, {}], "adapter": "lora", "base_model": "codellama/CodeLlama-7b-hf"}, True)
 def test_any_mapping_gives_findings_only(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qlora_recipes.base import files, paths
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.data import codereviewer, study
+from qlora_recipes.data import codereviewer, draws, study
 
 STUDY = study.find("haider2024")
 PATCH = "@@ -1,3 +1,3 @@ def f():\n     a = 1\n-    b = 2\n+    b = 3 \n \n"
@@ -77,7 +77,7 @@ def test_validation_rows_are_drawn_the_same_each_time_and_keep_their_order(tmp_p
 
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_a_draw_has_as_many_rows_as_there_are_to_draw(rows: int, size: int) -> None:
-    draw = codereviewer._Draw(size, seed=0)
+    draw = draws.Draw(size, seed=0)
     for i in range(rows):
         draw.offer(i, bytes([i]))
     drawn = draw.rows()

@@ -23,7 +23,7 @@ from qlora_recipes.configs.config import Difference
 from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data import study
 from qlora_recipes.planning import lora
-from qlora_recipes.reports import report, report_figures, report_reader, report_runs
+from qlora_recipes.reports import report, report_comparisons, report_figures, report_reader, report_runs
 from qlora_recipes.results import verdict
 from qlora_recipes.running import sweeps
 from qlora_recipes.runs.rundir import Launch, Run, RunDir, Summary, summarise
@@ -183,13 +183,13 @@ def test_figures_are_what_plotly_draws(tmp_path: Path) -> None:
     members = sweeps.rows(a_sweep(tmp_path / "sweep"), tmp_path / "sweep" / "runs")
     runs = {"a": a_run(tmp_path), "b": a_run(tmp_path, "haider2024/llama-2-7b", rehearsal=False)}
     figures = list(report_figures.training({name: run.read_metrics() for name, run in runs.items()}))
-    figures += report_figures.sweep(members)
+    figures += report_comparisons.sweep(members)
     rows = [report_runs.read_predictions(run.path) for run in runs.values()]
     figures += report_figures.distributions(dict(zip("ab", rows, strict=True)))
     figures += report_figures.distributions({"a": rows[0]})
     table = verdict.rows(STUDY, tmp_path / "runs", False)
     baselines = [{"baseline": b.name, "BLEU-4": b.bleu4} for b in STUDY.baselines]
-    figures += [report_figures.memory(members), report_figures.study(table, baselines)]
+    figures += [report_figures.memory(members), report_comparisons.study(table, baselines)]
     figures += [report_figures.lora_share(lora.rows({"m": recipe_config(LLAMA_3)}), {"a": (64, 0.01)})]
     measured = {"format": "nf4", "block": 64, "double": True, "layer": "all", "bits": 4.1, "relative_error": 0.01}
     figures += report_figures.quantization([measured | {"snr_db": 20.5}], "a model")

@@ -13,7 +13,7 @@ from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.configs import config, standin
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import Run, RunDir
-from qlora_recipes.scores import evaluate
+from qlora_recipes.scores import evaluate, predict
 from qlora_recipes.scores.evaluations import Evaluation, Settings, read_predictions, read_scores
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def generated(generator: "Generator", rows: list[dict[str, Any]], most: int) -> 
     """A prediction for each row, in the batches of an evaluation."""
     prompts = [example.prompt for example in generator.examples(rows)]
     done: dict[int, str] = {}
-    for number, (room, batch) in enumerate(evaluate.batches([len(prompt) + 8 for prompt in prompts], most)):
+    for number, (room, batch) in enumerate(predict.batches([len(prompt) + 8 for prompt in prompts], most)):
         done |= zip(batch, generator.generate([prompts[i] for i in batch], number, room), strict=True)
     return [done[i] for i in range(len(rows))]
 
@@ -163,14 +163,14 @@ def test_batched_predictions_are_those_of_one_row_at_a_time_whatever_the_cache(
 
 @given(st.lists(st.integers(1, 40_000), min_size=1, max_size=60), st.integers(1, 20))
 def test_batches(lengths: list[int], most: int) -> None:
-    made = list(evaluate.batches(lengths, most))
+    made = list(predict.batches(lengths, most))
     assert sorted(i for _, batch in made for i in batch) == list(range(len(lengths)))
     rooms = [room for room, _ in made]
     assert rooms == sorted(rooms, reverse=True)
     for room, batch in made:
         assert max(lengths[i] for i in batch) <= room
         assert len(batch) <= most
-        assert len(batch) * room <= evaluate.BATCH_TOKENS or len(batch) == 1
+        assert len(batch) * room <= predict.BATCH_TOKENS or len(batch) == 1
         assert room <= max(2 * min(lengths[i] for i in batch), 256)
 
 
