@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 RECIPE := .venv/bin/recipe
 
-.PHONY: setup demo test test-image lint lock benchmark compare-memory
+.PHONY: setup demo test test-image lint core lock benchmark compare-memory
 
 setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe
 
@@ -23,6 +23,9 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo --no-cache
+
+core:  ## How many lines the core path has, from a recipe to the row of its run
+	@cat scripts/base/*.py scripts/configs/*.py scripts/runs/*.py scripts/results/run_rows.py | wc -l
 
 benchmark: setup  ## How long the quick commands take, and how fast data is checked and prepared
 	.venv/bin/python tests/benchmark.py

@@ -133,7 +133,7 @@ class Run(BaseModel):
 
 
 class RunDir:
-    """The folder of one run; README's "A run's folder" says what the files in it are."""
+    """The folder of one run; recipes/GUIDE.md says what the files in it are."""
 
     def __init__(self, path: Path):
         self.path = path
