@@ -49,4 +49,5 @@ lock: $(filter .uv/%,$(UV))  ## requirements.lock anew from pyproject.toml
 
 .venv/.complete: .venv/.locked pyproject.toml
 	UV_COMPILE_BYTECODE=1 $(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
+	.venv/bin/python -m compileall -q scripts  # uv leaves out what is installed as editable
 	touch $@

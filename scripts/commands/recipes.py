@@ -53,9 +53,9 @@ def diff(
 ) -> None:
     """The keys in which two recipes or configs differ, but for where they write to."""
     from ..base import tables
-    from ..results import catalogue
+    from ..configs import variants
 
-    rows = catalogue.diff(a, b)
+    rows = variants.diff(a, b)
     if json:
         tables.print_json(rows)
     elif rows:

@@ -108,3 +108,21 @@ def _with_header(name: str, base: str, file: Path, text: str) -> str:
         f"# `recipe diff {name}` lists what it changes, `recipe run {name}` trains it.\n"
         f"# Changed lines say what was there before; all else, from here on, is as it was.\n#\n{rest}"
     )
+
+
+def diff(a: str, b: str | None) -> list[dict[str, Any]]:
+    """The keys in which two recipes or configs differ, with both values, but for where they write to.
+
+    Args:
+        a: a recipe's name or a file.
+        b: another; by default what the first is a variant of.
+
+    Raises:
+        UserError: there is no such recipe, or the first is no variant.
+    """
+    if b is None:
+        above = parent(*paths.find_recipe(a))
+        if above is None:
+            raise UserError(f"{a}: no variant of another recipe; name two")
+        a, b = above, a
+    return [{"key": key, a: left, b: right} for key, (left, right) in changed(a, b).items()]

@@ -5,7 +5,7 @@ from ..base.yamlfiles import Config
 from ..checks import check
 from ..checks.finding import Finding
 from ..configs.gpus import Gpu
-from . import plan
+from . import need
 
 
 def add_to(report: check.Report, gpu: Gpu | None, gpus: int = 1, anew: bool = False) -> None:
@@ -29,7 +29,7 @@ def _findings(content: Config, gpu: Gpu, gpus: int, anew: bool) -> list[Finding]
     if not gpu.memory or gpus > 1 or content.get("deepspeed") or content.get("fsdp_config"):
         return []  # what an engine saves depends on how many GPUs there will be
     try:
-        needed = plan.needed_gib(content, gpu, anew)
+        needed = need.needed_gib(content, gpu, anew)
     except UserError as error:
         return [Finding("note", "not-checked", "base_model", f"memory is not planned: {error}")]
     if needed is None:
@@ -45,4 +45,4 @@ def _findings(content: Config, gpu: Gpu, gpus: int, anew: bool) -> list[Finding]
 
 def usable_gib(gpu: Gpu) -> float:
     """The GiB of a GPU that torch can use; 0 where its size is not known."""
-    return (gpu.memory or 0) * plan.USABLE
+    return (gpu.memory or 0) * need.USABLE

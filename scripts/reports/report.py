@@ -19,12 +19,12 @@ from ..base.machine import now
 from ..base.templating import environment
 from ..configs import gpus
 from ..data.study import Study
-from ..planning import lora, plan
+from ..planning import lora, need
 from ..results import listing, verdict
 from ..running import sweep_tables, sweeps
 from ..running.sweeps import Sweep
 from ..runs.rundir import RunDir
-from ..scores.score import Row
+from ..scores.evaluations import Row
 from . import report_comparisons as comparisons
 from . import report_figures as draw
 from . import report_reader, report_runs
@@ -219,7 +219,7 @@ def _memory(one: Member, anew: bool) -> Row:
     cards = one.run.provenance.get("gpus") or [{}]
     capability = cards[0].get("compute_capability")
     with suppress(UserError):  # a config that cannot be planned has no plan
-        planned = plan.needed_gib(one.config, gpus.find(capability) if capability else None, anew)
+        planned = need.needed_gib(one.config, gpus.find(capability) if capability else None, anew)
     summary = one.run.summary
     return {
         "member": one.label,

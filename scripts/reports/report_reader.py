@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import json_rows, sha256
-from ..scores.evaluations import BASE_MODEL, Settings, read_predictions, read_scores
-from ..scores.score import PER_ROW, Row
+from ..scores.evaluations import BASE_MODEL, Row, Settings, read_predictions, read_scores
+from ..scores.score import PER_ROW
 from .report_runs import SCORES, Member, alike
 
 

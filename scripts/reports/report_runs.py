@@ -18,8 +18,7 @@ from ..configs import config
 from ..results import listing, run_rows
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
-from ..scores.evaluations import BASE_MODEL, Evaluation, read_predictions, read_scores
-from ..scores.score import Row
+from ..scores.evaluations import BASE_MODEL, Evaluation, Row, read_predictions, read_scores
 
 SCORES = {"bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "bertscore_f1": "BERTScore F1"}
 

@@ -16,7 +16,7 @@ from ..configs.compose import Composed, Request
 from ..configs.config import Difference
 from ..configs.gpus import Gpu
 from ..places import Place
-from ..planning import fit, plan
+from ..planning import fit, need, plan
 from ..runs.lookup import all_runs
 from ..runs.rundir import JobState, Run, RunDir
 from ..runs.tasks import DONE, FAILED, SKIPPED, Command, Outcome, Step, Work
@@ -102,7 +102,7 @@ class Pipeline:
         gpu = gpu or self.place.gpu()
         try:
             planned = plan.composed_for(replace(self.request, rehearse=False)).config
-            self.needed_gib = plan.needed_gib(planned, gpu, anew=True)
+            self.needed_gib = need.needed_gib(planned, gpu, anew=True)
         except UserError as error:
             say(f"{self.outcome.label}: not planned: {error}")
             self.outcome.steps["plan"] = "not known"

@@ -9,8 +9,8 @@ from typing import Any
 from ..base.errors import UserError
 from ..runs.lookup import find_run
 from . import bleu, intervals
-from .evaluations import read_predictions, read_scores
-from .score import PER_ROW, Row, read_rows, with_scores
+from .evaluations import Row, read_predictions, read_scores
+from .score import PER_ROW, read_rows, with_scores
 
 LENGTHS = (10, 25, 50)  # tokens: the bounds between groups of references by length
 

@@ -8,8 +8,8 @@ from pydantic import BaseModel
 
 from ..data.study import Decoding
 from ..runs.rundir import Run
-from .score import Row
 
+Row = dict[str, Any]
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
 BASE_MODEL = "base-model"  # the folder, below evaluations/, of the base model's
 

@@ -11,8 +11,7 @@ import orjson
 from ..base.errors import WorkFailed
 from ..base.progress import Bar
 from ..base.yamlfiles import Config
-from .evaluations import Settings
-from .score import Row
+from .evaluations import Row, Settings
 
 BATCH_TOKENS = 8192
 """The tokens that a batch has room for. Their keys and values take 4 GiB in a Llama 2 7B, the most of all the study's

@@ -11,8 +11,8 @@ from typing import Any
 from ..base.errors import UserError
 from ..base.files import json_rows
 from . import bertscore, bleu, intervals
+from .evaluations import Row
 
-Row = dict[str, Any]
 VERSION = 1
 """Of what scores mean. To be raised with any change after which the same texts score otherwise; scores of another
 version are made anew."""

@@ -16,7 +16,7 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import engines, gpus
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.planning import plan, plan_tables, planner, steps, traces, work
+from qlora_recipes.planning import need, plan, plan_tables, planner, steps, traces, work
 from qlora_recipes.planning.memory import trace
 from qlora_recipes.runs.rundir import Run, RunDir, Summary
 
@@ -141,28 +141,28 @@ def test_a_plan_adds_up(small: yamlfiles.Config) -> None:
 
 
 def test_a_config_alone_is_planned_as_among_other_sizes(small: yamlfiles.Config) -> None:
-    alone = plan.needed_gib(small, anew=True)
-    shapes = plan.planner_of(small, None)[0]._traced().steps  # kept, then traced anew with those that are missing
+    alone = need.needed_gib(small, anew=True)
+    shapes = need.planner_of(small, None)[0]._traced().steps  # kept, then traced anew with those that are missing
     assert len(shapes) == 4
-    assert plan.plan(small)[0]["memory"]["needed"] / planner.GIB == alone == plan.needed_gib(small)
+    assert plan.plan(small)[0]["memory"]["needed"] / planner.GIB == alone == need.needed_gib(small)
 
 
 def test_what_fits_and_what_does_not(small: yamlfiles.Config) -> None:
-    need = plan.plan(small)[0]["memory"]["needed"] / planner.GIB / plan.USABLE
-    fits, not_ = (plan.plan(small, gpus.Gpu("card", TURING, need * share))[0] for share in (1.001, 0.999))
+    size = plan.plan(small)[0]["memory"]["needed"] / planner.GIB / need.USABLE
+    fits, not_ = (plan.plan(small, gpus.Gpu("card", TURING, size * share))[0] for share in (1.001, 0.999))
     assert (fits["cards"][0]["fits"], fits["changes"]) == (True, [])
     assert not not_["cards"][0]["fits"] and not_["cards"][0]["free"] < 0
     assert not_["cards"][0]["longest_row"] == 2048 - planner.ROUND
 
 
 def test_changes_are_the_mildest_that_do(small: yamlfiles.Config) -> None:
-    need = plan.plan(small)[0]["memory"]["needed"] / planner.GIB / plan.USABLE
-    (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, need * 0.7))[0]["changes"]
+    size = plan.plan(small)[0]["memory"]["needed"] / planner.GIB / need.USABLE
+    (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, size * 0.7))[0]["changes"]
     assert last["set"] == {"micro_batch_size": 1, "gradient_accumulation_steps": 8}
     assert last["fits"]
-    ampere = plan.plan(small, gpus.Gpu("card", AMPERE, need * 0.7))[0]["changes"]
+    ampere = plan.plan(small, gpus.Gpu("card", AMPERE, size * 0.7))[0]["changes"]
     assert ampere[0]["set"] == {"chunked_cross_entropy": True}
-    (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, need * 0.3))[0]["changes"]
+    (*_, last) = plan.plan(small, gpus.Gpu("card", TURING, size * 0.3))[0]["changes"]
     assert list(last["set"]) == ["sequence_len"]
 
 
@@ -219,15 +219,15 @@ def test_compared_methods_add_up_with_paged_optimizer_state_beside(
 
 def test_the_operations_of_a_token(small: yamlfiles.Config) -> None:
     """By hand, for the small model: matrices, LoRA's, scores and values, each as often as they are gone through."""
-    step = plan.planner_of(small, None)[0]
+    step = need.planner_of(small, None)[0]
     matrices = 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512)
     head, lora = 128256 * 256, sum(count["trainable"] for count in step.parameters.values())
     attention = 4 * 256 * 1024 * 2
     told = work.flops_of_token(step, 2048)
     assert told == 2 * (matrices + head) * 3 + 2 * lora * 4 + attention * 4
-    whole = plan.planner_of({k: v for k, v in small.items() if k not in ("adapter", "load_in_4bit")}, None)[0]
+    whole = need.planner_of({k: v for k, v in small.items() if k not in ("adapter", "load_in_4bit")}, None)[0]
     assert work.flops_of_token(whole, 2048) == 2 * (matrices + head) * 4 + attention * 4
-    saved = plan.planner_of(small | {"lora_modules_to_save": ["embed_tokens", "lm_head"]}, None)[0]
+    saved = need.planner_of(small | {"lora_modules_to_save": ["embed_tokens", "lm_head"]}, None)[0]
     assert work.flops_of_token(saved, 2048) == told + 2 * head
 
 
@@ -304,7 +304,7 @@ def test_the_cache_knows_what_a_plan_depends_on(small: yamlfiles.Config, monkeyp
 @pytest.mark.parametrize("content", ["{", "[]", '{"trace": {}}', '{"usage": {"2x2048": {}}, "trace": []}'])
 def test_a_damaged_cache_is_planned_anew(small: yamlfiles.Config, content: str) -> None:
     sound = plan.plan(small)[0]
-    plan.planner_of(small, None)[0]._file.write_text(content)
+    need.planner_of(small, None)[0]._file.write_text(content)
     assert plan.plan(small)[0] == sound
 
 
@@ -335,7 +335,7 @@ def test_other_models_are_planned_too(small: yamlfiles.Config, sizes: dict[str, 
 
 
 def test_a_single_row_needs_no_mask_but_several_do(small: yamlfiles.Config) -> None:
-    one, two = (plan.planner_of(small | {"micro_batch_size": rows}, None)[0] for rows in (1, 2))
+    one, two = (need.planner_of(small | {"micro_batch_size": rows}, None)[0] for rows in (1, 2))
     assert one.need(rows=2) == two.need()
     assert one.need(rows=5) == two.need(rows=5)
     assert one.need() <= two.need(rows=1)
@@ -405,7 +405,7 @@ def test_mistakes_are_told(recipe: Recipe, arguments: list[str], says: str) -> N
 def test_every_recipe_of_the_study_fits_its_card() -> None:
     card = gpus.find("Quadro RTX 5000")
     for name in paths.recipe_names():
-        planned, _ = plan.planner_of(recipe_config(name), card)
+        planned, _ = need.planner_of(recipe_config(name), card)
         shape = planned.rows, planned.length  # alone: other rows and lengths take most of a plan's time
         needed = traces.usage(trace(planned.step, [shape]), shape).reserved + planner.CONTEXT
-        assert needed <= plan.USABLE * 16 * planner.GIB, name
+        assert needed <= need.USABLE * 16 * planner.GIB, name
