@@ -28,7 +28,7 @@ def write_metrics(run: RunDir, *lines: bytes) -> None:
 def test_a_run_that_says_running_is_so_only_while_a_process_holds_it(tmp_path: Path) -> None:
     run = a_run(tmp_path / "r", state="running")
     assert run.read().state == "interrupted"
-    code = "import sys; from qlora_recipes.rundir import RunDir; from pathlib import Path\n"
+    code = "import sys; from qlora_recipes.runs.rundir import RunDir; from pathlib import Path\n"
     code += "with RunDir(Path(sys.argv[1])).held(): print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
