@@ -284,8 +284,8 @@ def test_a_second_plan_comes_from_the_cache_without_torch(small: yamlfiles.Confi
     file.write_text(yamlfiles.write_yaml(small))
     code = (
         "import sys; from qlora_recipes import cli\n"
-        "sys.argv = ['recipe', 'plan', sys.argv[1], '--json', '--set', 'lora_r=7']\n"
-        "try: cli.main()\nexcept SystemExit: pass\nprint('torch' in sys.modules, file=sys.stderr)"
+        "assert cli.main(['plan', sys.argv[1], '--json', '--set', 'lora_r=7']) == 0\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
     )
     runs = [subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True) for _ in range(2)]
     assert [run.stderr.splitlines()[-1] for run in runs] == ["True", "False"]

@@ -42,9 +42,11 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: Callable[[Pa
         checkpoints.write_manifest(folder)
     assert checkpoints.damage(folder, ranks=1) is None
     damage(folder / name)
+    found = checkpoints.damage(folder, ranks=1)
     if (name, damage, has_manifest) == (ADAPTER, zeros_within, False):
-        pytest.xfail("an adapter has no checksum of its own")
-    assert (checkpoints.damage(folder, ranks=1) or "").startswith(f"{name} ")
+        assert found is None  # an adapter has no checksum of its own, as torch's files have
+    else:
+        assert (found or "").startswith(f"{name} ")
 
 
 def test_every_file_counts_that_the_manifest_lists(tmp_path: Path) -> None:
