@@ -356,10 +356,7 @@ def test_the_command_writes_the_file_and_says_where(recipe: Recipe, tmp_path: Pa
 
 def test_a_report_imports_no_torch(tmp_path: Path) -> None:
     a_run(tmp_path)
-    code = (
-        "import sys; from qlora_recipes import cli\n"
-        "assert cli.main(['report']) == 0 and 'torch' not in sys.modules"
-    )
+    code = "import sys; from qlora_recipes import cli\nassert cli.main(['report']) == 0 and 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
