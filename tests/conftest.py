@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -92,10 +94,18 @@ def train_many(*configs: Path, plugins: str = __file__) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-def start(place: Path, *arguments: str | Path) -> "subprocess.Popen[str]":
-    """Start the command in a folder."""
-    command = [str(RECIPE), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(place: Path, *arguments: str | Path, command: Path = RECIPE, **env: str) -> "subprocess.Popen[str]":
+    """Start the command in a folder.
+
+    Args:
+        place: the folder.
+        arguments: what follows the command's name.
+        command: which one, see `stand_in`.
+        env: environment variables to add.
+    """
+    words = [str(command), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(words, cwd=place, env=os.environ | env, text=True, **pipes)
 
 
 def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
@@ -103,6 +113,23 @@ def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
     out, err = process.communicate(timeout=600)
     assert process.returncode == code, err
     return out.strip() or err
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command in an environment whose `axolotl`, which it looks for beside its own Python, trains nothing.
+
+    See stand_in/axolotl.py. For all else that environment is this one.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "all.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    entry = "import sys\nfrom qlora_recipes.cli import main\nsys.exit(main())\n"
+    for name, source in (("axolotl", (TESTS / "stand_in" / "axolotl.py").read_text()), ("recipe", entry)):
+        (folder / "bin" / name).write_text(f"#!{folder / 'bin' / 'python'}\n{source}")
+        (folder / "bin" / name).chmod(0o755)
+    return folder / "bin" / "recipe"
 
 
 @pytest.fixture(scope="session")

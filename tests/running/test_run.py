@@ -1,10 +1,13 @@
-"""Real runs of real Axolotl with a tiny Llama, through the command, from launch to results."""
+"""Runs of a tiny Llama through the command, from launch to results; where they are stopped, mostly of a stand-in."""
 
 import hashlib
+import os
+import random
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import orjson
@@ -17,11 +20,13 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.running import run
-from qlora_recipes.runs import launch, lookup, rundir
+from qlora_recipes.runs import checkpoints, launch, lookup, rundir
 from qlora_recipes.runs.rundir import RunDir
 
 PAGED = "haider2024/code-llama-7b"
 EIGHT_BIT = "haider2024/llama-3.2-3b"
+
+Stop = Callable[["subprocess.Popen[str]"], None]
 
 
 @pytest.fixture(scope="module")
@@ -40,50 +45,78 @@ def adapter_hash(run: RunDir) -> str:
     return hashlib.sha256((run.output / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def interrupted_run(place: Path, profile: Path, runs: str, stop: Callable[["subprocess.Popen[str]"], None]) -> RunDir:
-    """A run that `stop` is called on once it has done five of its sixteen steps; it ends with code 1."""
-    process = start(place, "run", PAGED, "--profile", profile, "--runs", runs)
+def wait_until(holds: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    """Wait until something holds, while the command goes on."""
+    deadline = time.monotonic() + 300
+    while not holds():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.003)
+
+
+def training(process: "subprocess.Popen[str]") -> psutil.Process:
+    """The process that trains; there is just one."""
+    (child,) = psutil.Process(process.pid).children()
+    return child
+
+
+def trains(process: "subprocess.Popen[str]") -> bool:
+    return len(psutil.Process(process.pid).children()) == 1
+
+
+def end_of(process: "subprocess.Popen[str]", run: RunDir) -> None:
+    """Wait for the end of a command that was stopped, and of what it left behind."""
+    process.communicate(timeout=120)
+    deadline = time.monotonic() + 60
+    while run.read().state == "running":  # whoever still holds its lock
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def interrupted_run(process: "subprocess.Popen[str]", runs: Path, stop: Stop) -> RunDir:
+    """A run that `stop` is called on once it has done five of its sixteen steps."""
+
+    def has_done_five() -> bool:
+        found = lookup.all_runs(runs)
+        return bool(found) and any(record["step"] >= 5 for record in found[0].read_metrics())
+
     try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            found = lookup.all_runs(place / runs)
-            if found and any(record["step"] >= 5 for record in found[0].read_metrics()):
-                assert found[0].read().state == "running"
-                stop(process)
-                break
-            time.sleep(0.01)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode in (1, -signal.SIGKILL), err
+        wait_until(has_done_five, process)
+        (run,) = lookup.all_runs(runs)
+        assert run.read().state == "running"
+        stop(process)
+        end_of(process, run)
     finally:
         process.kill()
-    (run,) = lookup.all_runs(place / runs)
-    for _ in range(100):  # a data loader worker sees within 5 s that its parent was killed
-        if run.read().state != "running":
-            break
-        time.sleep(0.1)
+    assert process.returncode in (1, -signal.SIGKILL)
     return run
 
 
 def kill_child(process: "subprocess.Popen[str]") -> None:
-    (child,) = psutil.Process(process.pid).children()
-    child.kill()
+    training(process).kill()
 
 
 def terminate_child(process: "subprocess.Popen[str]") -> None:
-    (child,) = psutil.Process(process.pid).children()
-    child.terminate()
+    training(process).terminate()
 
 
 def interrupt_child(process: "subprocess.Popen[str]") -> None:
-    (child,) = psutil.Process(process.pid).children()
-    child.send_signal(signal.SIGINT)
+    training(process).send_signal(signal.SIGINT)
 
 
 def kill_both(process: "subprocess.Popen[str]") -> None:
-    (child,) = psutil.Process(process.pid).children()
+    child = training(process)
     process.kill()
     child.kill()
     child.wait(30)
+
+
+def kill_command(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+
+
+def terminate_command(process: "subprocess.Popen[str]") -> None:
+    process.terminate()
 
 
 def cancel(process: "subprocess.Popen[str]") -> None:
@@ -93,41 +126,154 @@ def cancel(process: "subprocess.Popen[str]") -> None:
     assert f"process {process.pid} is asked to stop" in finish(start(folder, "cancel", folder))
 
 
-@pytest.mark.parametrize("stop", [kill_child, terminate_child, interrupt_child, kill_both, cancel])
-def test_a_stopped_run_goes_on_to_the_same_adapter(
-    place: Path, tiny_profile: Path, undisturbed: RunDir, stop: Callable[["subprocess.Popen[str]"], None]
-) -> None:
-    run = interrupted_run(place, tiny_profile, stop.__name__, stop)
+STOPS: list[Stop] = [kill_child, terminate_child, interrupt_child, kill_both, kill_command, terminate_command, cancel]
+IN_ORDER = (terminate_child, kill_command, terminate_command, cancel)
+"""After these the training ends by itself, with a checkpoint; with its parent gone Linux sends it SIGTERM."""
+
+
+def losses(run: RunDir) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in run.read_metrics() if "loss" in record]
+
+
+def check_interrupted(run: RunDir, stop: Stop) -> None:
+    """A run that was stopped within a step tells how far it got, and has a checkpoint."""
     assert run.read().state == "interrupted"
-    done = [record["step"] for record in run.read_metrics() if "loss" in record]
+    done = [step for step, _ in losses(run)]
     assert done == list(range(1, done[-1] + 1))
     assert 5 <= done[-1] < 16
     assert run.read().summary.step == done[-1]
     assert "Starting trainer" in run.log.read_text()
-    if stop in (terminate_child, cancel):
-        assert run.last_checkpoint() == run.output / f"checkpoint-{done[-1]}"
+    checkpoint = run.last_checkpoint()
+    assert checkpoint == run.output / f"checkpoint-{done[-1] if stop in IN_ORDER else 4}"
 
-    resumed = finish(start(place, "resume", "latest", "--runs", stop.__name__))
-    assert place / resumed == run.path
+
+def check_resumed(run: RunDir, undisturbed: RunDir) -> None:
+    """A run that was interrupted and resumed is the same as one that was not."""
     record = run.read()
     assert record.state == "finished"
     assert [launch.exit_code for launch in record.launches][-1] == 0
     assert record.launches[1].resumed_from
     assert adapter_hash(run) == adapter_hash(undisturbed)
-    losses = [[(r["step"], r["loss"]) for r in x.read_metrics() if "loss" in r] for x in (run, undisturbed)]
-    assert losses[0] == losses[1]
+    assert losses(run) == losses(undisturbed)
 
 
-def test_a_damaged_checkpoint_is_skipped(place: Path, tiny_profile: Path, undisturbed: RunDir) -> None:
-    run = interrupted_run(place, tiny_profile, "damaged", cancel)
+@pytest.fixture(scope="module")
+def stand_in_undisturbed(place: Path, tiny_profile: Path, stand_in: Path) -> RunDir:
+    """The same run with a stand-in for Axolotl."""
+    words = ("run", PAGED, "--profile", tiny_profile, "--runs", "stand-in")
+    return RunDir(place / finish(start(place, *words, command=stand_in)))
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_stopped_run_goes_on_to_the_same_adapter(
+    place: Path, tiny_profile: Path, stand_in: Path, stand_in_undisturbed: RunDir, stop: Stop
+) -> None:
+    runs = stop.__name__
+    words = ("run", PAGED, "--profile", tiny_profile, "--runs", runs)
+    run = interrupted_run(start(place, *words, command=stand_in, STAND_IN_HOLD="5"), place / runs, stop)
+    check_interrupted(run, stop)
+    resumed = finish(start(place, "resume", "latest", "--runs", runs, command=stand_in))
+    assert place / resumed == run.path
+    check_resumed(run, stand_in_undisturbed)
+
+
+def test_a_killed_training_goes_on_to_the_same_adapter(place: Path, tiny_profile: Path, undisturbed: RunDir) -> None:
+    """The same with real Axolotl."""
+    process = start(place, "run", PAGED, "--profile", tiny_profile, "--runs", "real")
+    run = interrupted_run(process, place / "real", kill_both)
+    assert run.read().state == "interrupted"
+    assert 5 <= run.read().summary.step < 16
+    finish(start(place, "resume", "latest", "--runs", "real"))
+    check_resumed(run, undisturbed)
+
+
+def test_a_damaged_checkpoint_is_skipped(
+    place: Path, tiny_profile: Path, stand_in: Path, stand_in_undisturbed: RunDir
+) -> None:
+    words = ("run", PAGED, "--profile", tiny_profile, "--runs", "damaged")
+    run = interrupted_run(start(place, *words, command=stand_in, STAND_IN_HOLD="5"), place / "damaged", cancel)
     before, last = sorted(run.output.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2]))
     (last / "optimizer.pt").unlink()  # without it, the trainer would go on with a new one
-    resuming = start(place, "resume", run.path)
+    resuming = start(place, "resume", run.path, command=stand_in)
     _, said = resuming.communicate(timeout=600)
     assert f"{last.name} is damaged: optimizer.pt is missing; it is skipped" in said
     record = run.read()
     assert (record.state, record.launches[-1].resumed_from) == ("finished", before.name)
-    assert adapter_hash(run) == adapter_hash(undisturbed)
+    assert adapter_hash(run) == adapter_hash(stand_in_undisturbed)
+
+
+STEPS_OF_A_LAUNCH = 45
+
+
+def moment(chance: random.Random, run: RunDir, launches: int, written: int) -> Callable[[], bool]:
+    """A moment of a launch: when it begins, when it has got somewhere, while it saves."""
+
+    def launched() -> bool:
+        return len(run.read().launches) > launches
+
+    def got_somewhere() -> bool:
+        return run.metrics.exists() and run.metrics.stat().st_size > written
+
+    def is_saving() -> bool:
+        """On a machine too busy to see that, when it has got as far as it gets."""
+        folders = run.output.glob("checkpoint-*")
+        saving = any(not (folder / checkpoints.MANIFEST).exists() for folder in folders)
+        return got_somewhere() and (saving or run.metrics.read_bytes()[written:].count(b"\n") >= STEPS_OF_A_LAUNCH)
+
+    return chance.choice([launched, got_somewhere, got_somewhere, is_saving])
+
+
+def tear(run: RunDir, chance: random.Random) -> bool:
+    """Cut the last line of the metrics, as a crash of the machine does; not that of a step that is in a checkpoint."""
+    records, checkpoint = run.read_metrics(), run.last_checkpoint()
+    if not records or records[-1]["step"] <= (int(checkpoint.name.partition("-")[2]) if checkpoint else 0):
+        return False
+    content = run.metrics.read_bytes()
+    last = content.splitlines()[-1]
+    run.metrics.write_bytes(content[: -chance.randrange(2, len(last))])
+    return True
+
+
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(
+    place: Path, tmp_path: Path, tiny_profile: Path, stand_in: Path
+) -> None:
+    """Each kill meets a training: its process is there, and the run is interrupted afterwards, not at its end."""
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    sets = ("max_steps=2000", "evals_per_epoch=null", "saves_per_epoch=null", "eval_steps=50", "save_steps=10")
+    words = ["run", PAGED, "--profile", tiny_profile, *(word for one in sets for word in ("--set", one))]
+    whole = RunDir(tmp_path / finish(start(tmp_path, *words, "--runs", "whole", command=stand_in, STAND_IN_STEP="0")))
+    kills, torn, runs = int(os.environ.get("KILLS", "40")), 0, tmp_path / "runs"
+    slow = {"STAND_IN_STEP": "0.004", "STAND_IN_HOLD": str(STEPS_OF_A_LAUNCH)}  # so that no launch comes to the end
+    process = start(tmp_path, *words, command=stand_in, **slow)
+    wait_until(lambda: bool(lookup.all_runs(runs)) and bool(lookup.all_runs(runs)[0].read().launches), process)
+    (run,) = lookup.all_runs(runs)
+    for kill in range(kills):
+        written = 0
+        if kill:
+            written = run.metrics.stat().st_size if run.metrics.exists() else 0
+            process = start(tmp_path, "resume", "latest", command=stand_in, **slow)
+        wait_until(moment(chance, run, kill, written), process)
+        wait_until(partial(trains, process), process)
+        time.sleep(chance.uniform(0, 0.05))
+        child, stop = (
+            training(process),
+            chance.choice([kill_child, kill_both, kill_both, terminate_child, kill_command]),
+        )
+        assert child.is_running() and process.poll() is None
+        stop(process)
+        end_of(process, run)
+        record = run.read()
+        assert (record.state, len(record.launches)) == ("interrupted", kill + 1), stop
+        assert record.summary.step < 2000
+        torn += stop is kill_both and tear(run, chance)
+    finish(start(tmp_path, "resume", "latest", command=stand_in, STAND_IN_STEP="0"))
+    record = run.read()
+    assert (record.state, record.summary.step, len(record.launches)) == ("finished", 2000, kills + 1)
+    assert adapter_hash(run) == adapter_hash(whole)
+    assert losses(run) == losses(whole)
+    assert sum(launch.resumed_from is not None for launch in record.launches) > kills // 2
 
 
 def test_a_run_tells_all(undisturbed: RunDir, tiny_profile: Path) -> None:

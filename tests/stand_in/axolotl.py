@@ -1,0 +1,236 @@
+"""A stand-in for the command `axolotl`: it trains nothing, and leaves in milliseconds what a training leaves.
+
+Files are written in the order in which Axolotl, transformers and this project's plugin write them, piece by piece, so
+that a killed process leaves half of one. What it learns is a chain of hashes with a link for each step. Checkpoints
+hold the link, as in a real one spread over the optimizer, the scheduler and the random state, and as in real life a
+missing one is replaced by a new one in silence. So a resumed run ends with the adapter of an undisturbed one only if it
+began at a whole checkpoint, with the step after it.
+
+Environment variables:
+    STAND_IN_STEP: seconds that a step takes.
+    STAND_IN_HOLD: after how many steps of this launch to wait, within a step, for a signal.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from array import array
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import orjson
+from filelock import FileLock
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.files import append_line
+from qlora_recipes.runs import checkpoints
+
+ADAPTER = "adapter_model.safetensors"
+STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+STEP = float(os.environ.get("STAND_IN_STEP", "0.001"))
+HOLD = int(os.environ.get("STAND_IN_HOLD", sys.maxsize))
+
+
+def write(file: Path, content: bytes) -> None:
+    """Write a file piece by piece."""
+    with file.open("wb") as stream:
+        for begin in range(0, len(content), quarter := -(-len(content) // 4)):
+            stream.write(content[begin : begin + quarter])
+            stream.flush()
+            time.sleep(STEP / 8)
+
+
+class Training:
+    """One launch of a training.
+
+    Attributes:
+        link: what was learnt.
+    """
+
+    def __init__(self, cfg: yamlfiles.Config):
+        self.cfg, self.output = cfg, Path(str(cfg["output_dir"]))
+        self.step, self.stop = 0, False
+        own = {"output_dir", "dataset_prepared_path"}
+        content = orjson.dumps({key: cfg[key] for key in sorted(cfg.keys() - own)})
+        self.link = hashlib.sha256(content).hexdigest()
+        rows = self._rows() // (cfg["micro_batch_size"] * cfg["gradient_accumulation_steps"])
+        self.max_steps = cfg.get("max_steps") or rows * math.ceil(cfg["num_epochs"])
+
+    def _rows(self) -> int:
+        (data,) = self.cfg["datasets"]
+        split = str(data.get("split", "train"))
+        if "[:" in split:
+            return int(split.partition("[:")[2].rstrip("]"))
+        return len(Path(data["path"]).read_bytes().splitlines())
+
+    def _due(self, what: str, per_epoch: str) -> bool:
+        steps = self.cfg.get(what)
+        if not steps and (times := self.cfg.get(per_epoch)):
+            steps = math.ceil(self.max_steps / (times * self.cfg["num_epochs"]))
+        return bool(steps) and self.step % int(steps) == 0
+
+    def run(self) -> None:
+        """Train to the end, or until SIGTERM asks for it, and save the adapter."""
+        signal.signal(signal.SIGTERM, self._asked)
+        signal.signal(signal.SIGINT, self._interrupted)
+        self.output.mkdir(parents=True, exist_ok=True)
+        if not self.step:
+            self._evaluate()
+        begun = self.step
+        while self.step < self.max_steps and not self.stop:
+            started = time.perf_counter()
+            time.sleep(STEP)
+            if self.step - begun >= HOLD:
+                self._hold()
+            self.step += 1
+            self.link = hashlib.sha256(f"{self.link} {self.step}".encode()).hexdigest()
+            tokens, seconds = 100, time.perf_counter() - started
+            measured = {"step_seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
+            self._record(loss=self._number(), grad_norm=1.0, learning_rate=1e-4, **measured)
+            if self._due("eval_steps", "evals_per_epoch"):
+                self._evaluate()
+            if self.stop or self._due("save_steps", "saves_per_epoch"):
+                self._save()
+        self._record(ended="complete" if self.step >= self.max_steps else "signal")
+        self.save_adapter(self.output)
+
+    def _asked(self, *_: Any) -> None:
+        self.stop = True
+
+    def _interrupted(self, *_: Any) -> None:
+        """Do as Axolotl: save the adapter as it is, and end as if all were done."""
+        self.save_adapter(self.output)
+        sys.exit(0)
+
+    def _hold(self) -> None:
+        for _ in range(60_000):
+            if self.stop:
+                return
+            time.sleep(0.01)
+        sys.exit("held, and no signal came")
+
+    def _number(self) -> float:
+        return int(self.link[:8], 16) / 2**32
+
+    def _record(self, **what: Any) -> None:
+        usage = {"rss_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "cpu_percent": 1.0}
+        epoch = self.cfg["num_epochs"] * self.step / self.max_steps
+        when = {"time": time.time(), "step": self.step, "max_steps": self.max_steps, "epoch": epoch}
+        append_line(self.output.parent / "metrics.jsonl", orjson.dumps(when | what | usage))
+
+    def _evaluate(self) -> None:
+        if self.cfg.get("test_datasets"):
+            self._record(eval_loss=1 + self._number(), eval_loss_per_token=1 + self._number())
+
+    def _save(self) -> None:
+        folder = self.output / f"checkpoint-{self.step}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        self.save_adapter(folder)
+        for name in STATES:
+            stream = BytesIO()
+            with zipfile.ZipFile(stream, "w") as archive:
+                archive.writestr("link", self.link)
+            write(folder / name, stream.getvalue())
+        write(folder / "trainer_state.json", orjson.dumps({"global_step": self.step}))
+        if limit := self.cfg.get("save_total_limit"):
+            for old in sorted(self.output.glob("checkpoint-*"), key=lambda one: checkpoints.step_of(one) or 0)[:-limit]:
+                shutil.rmtree(old)
+        checkpoints.write_manifest(folder)
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint; a file of it that cannot be read ends the process, one that is missing does not."""
+        self.step = orjson.loads((folder / "trainer_state.json").read_bytes())["global_step"]
+        links = []
+        for file in (folder / name for name in STATES):
+            links.append(zipfile.ZipFile(file).read("link").decode() if file.is_file() else "new")
+        self.link = links[0] if len(set(links)) == 1 else hashlib.sha256(str(links).encode()).hexdigest()
+        if len(set(links)) == 1 and (folder / ADAPTER).read_bytes() != self._adapter():
+            raise ValueError(f"{folder / ADAPTER} is not what was learnt by then")
+
+    def save_adapter(self, folder: Path) -> None:
+        """Save a LoRA adapter that PEFT loads."""
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.cfg["base_model"],
+            "r": self.cfg["lora_r"],
+            "lora_alpha": self.cfg["lora_alpha"],
+            "target_modules": self._targets(),
+            "inference_mode": True,
+        }
+        write(folder / "adapter_config.json", orjson.dumps(config))
+        write(folder / ADAPTER, self._adapter())
+
+    def _targets(self) -> list[str]:
+        return [*LINEAR] if self.cfg.get("lora_target_linear") else list(self.cfg["lora_target_modules"])
+
+    def _adapter(self) -> bytes:
+        """A safetensors file: the length of a header, the header, numbers."""
+        of = orjson.loads(Path(self.cfg["base_model"], "config.json").read_bytes())
+        hidden, rank = of["hidden_size"], self.cfg["lora_r"]
+        keys = hidden * of["num_key_value_heads"] // of["num_attention_heads"]
+        mlp = of["intermediate_size"]
+        outputs = dict(zip(LINEAR, (hidden, keys, keys, hidden, mlp, mlp, hidden), strict=True))
+        header, end = {}, 0
+        for layer in range(of["num_hidden_layers"]):
+            for name in self._targets():
+                shapes = [rank, mlp if name == "down_proj" else hidden], [outputs[name], rank]
+                room = "mlp" if name in LINEAR[4:] else "self_attn"
+                for matrix, shape in zip("AB", shapes, strict=True):
+                    begin, end = end, end + 4 * math.prod(shape)
+                    full = f"base_model.model.model.layers.{layer}.{room}.{name}.lora_{matrix}.weight"
+                    header[full] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+        chance = random.Random(self.link)
+        numbers = array("f", (chance.gauss(0, 0.02) for _ in range(1009))).tobytes()
+        text = orjson.dumps(header)
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text + (numbers * (end // len(numbers) + 1))[:end]
+
+
+def prepare(cfg: yamlfiles.Config) -> None:
+    """Prepare rows as datasets does; like Axolotl, take a folder that is there for whole."""
+    folder = Path(str(cfg["dataset_prepared_path"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = folder / "stand-in"
+    with FileLock(folder / "datasets_prep.lock"):
+        if not rows.is_dir():
+            rows.mkdir()
+            write(rows / "data-00000-of-00001.arrow", b"rows" * 100)
+            write(rows / "dataset_info.json", b"{}")
+        if not (rows / "dataset_info.json").is_file():
+            sys.exit(f"{rows} is half of what it should be")
+
+
+def main() -> None:
+    """Do as `axolotl preprocess CONFIG` or `axolotl train CONFIG [--resume-from-checkpoint FOLDER]`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("verb", choices=("preprocess", "train"))
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--resume-from-checkpoint", type=Path)
+    words, _ = parser.parse_known_args()
+    cfg = yamlfiles.read_yaml(words.config)
+    prepare(cfg)
+    if words.verb == "preprocess":
+        return
+    if cfg.get("lr_scheduler_kwargs"):
+        raise TypeError("the scheduler got an unexpected keyword argument")
+    training = Training(cfg)
+    if words.resume_from_checkpoint:
+        training.resume(words.resume_from_checkpoint)
+    print("Starting trainer...", flush=True)
+    training.run()
+
+
+if __name__ == "__main__":
+    main()
