@@ -225,11 +225,12 @@ def moment(chance: random.Random, run: RunDir, launches: int, written: int) -> C
 
 def tear(run: RunDir, chance: random.Random) -> bool:
     """Cut the last line of the metrics, as a crash of the machine does; not that of a step that is in a checkpoint."""
-    records, checkpoint = run.read_metrics(), run.last_checkpoint()
-    if not records or records[-1]["step"] <= (int(checkpoint.name.partition("-")[2]) if checkpoint else 0):
+    content, checkpoint = run.metrics.read_bytes() if run.metrics.exists() else b"", run.last_checkpoint()
+    if not content.endswith(b"\n"):  # cut before, and nothing was added
         return False
-    content = run.metrics.read_bytes()
     last = content.splitlines()[-1]
+    if checkpoint and orjson.loads(last)["step"] <= int(checkpoint.name.partition("-")[2]):
+        return False
     run.metrics.write_bytes(content[: -chance.randrange(2, len(last))])
     return True
 
@@ -305,7 +306,7 @@ def test_a_missing_adapter_is_told(place: Path, undisturbed: RunDir) -> None:
     assert not (undisturbed.path / "evaluations").exists()
 
 
-def test_the_eight_bit_recipe_from_run_to_results(place: Path, tiny_profile: Path) -> None:
+def test_the_eight_bit_recipe_from_run_to_results(place: Path, tiny: Path, tiny_profile: Path) -> None:
     name = finish(
         start(
             place,
@@ -330,7 +331,7 @@ def test_the_eight_bit_recipe_from_run_to_results(place: Path, tiny_profile: Pat
     assert '"weight_decay": 0.02' in run.log.read_text()
     (row,) = orjson.loads(finish(start(place, "results", "--json", "--runs", "r")))
     assert row["state"] == "finished"
-    assert row["bleu4_published"] == 4.54
+    assert (row["bleu4_published"], row["other_base_model"]) == (None, str(tiny))  # of another model
     assert row["rows_evaluated"] == 5
     assert row["bleu4_base_model"] is not None
     assert row["bleu4_difference"] is None  # the first five rows compare with nothing

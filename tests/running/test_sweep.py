@@ -1,11 +1,13 @@
-"""A sweep over a tiny Llama through the command: killed, started again, and compared."""
+"""A sweep over a tiny Llama through the command: stopped, started again, and compared.
 
+A stand-in trains its members; their evaluations are real.
+"""
+
+import os
 import random
-import signal
 import subprocess
 import time
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ MEMBERS = [
 ]
 
 
-def command(profile: Path, *more: str) -> list[str]:
-    fixed = ["--profile", str(profile), "--set", "num_epochs=1", "--limit", "4", "--bertscore", "none"]
-    return [str(RECIPE), "sweep", BASE, "s.yaml", *fixed, "--json", *more]
+def command(recipe: Path, profile: Path, *more: str) -> list[str]:
+    fixed = ["--profile", str(profile), "--limit", "4", "--bertscore", "none"]
+    return [str(recipe), "sweep", BASE, "s.yaml", *fixed, "--json", *more]
 
 
 @pytest.fixture(scope="module")
@@ -36,24 +38,47 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def kill(process: "subprocess.Popen[bytes]", place: Path) -> None:
+    process.kill()
+
+
+def terminate(process: "subprocess.Popen[bytes]", place: Path) -> None:
+    process.terminate()
+
+
+def cancel(process: "subprocess.Popen[bytes]", place: Path) -> None:
+    done = subprocess.run([RECIPE, "cancel", "--sweep", "latest"], cwd=place, capture_output=True, text=True)
+    assert done.stdout == f"process {process.pid} is asked to stop\n", done.stderr
+
+
+STOPS = (kill, terminate, cancel)
+
+
 @pytest.fixture(scope="module")
-def finished(place: Path, tiny_profile: Path) -> dict[str, Any]:
-    """What a sweep printed that was killed twice, cancelled once, and then ran to its end."""
+def finished(place: Path, tiny_profile: Path, stand_in: Path) -> dict[str, Any]:
+    """What a sweep printed that was stopped in every way while it trained a member, and then ran to its end."""
     seed = time.time_ns()
     print(f"seed {seed}")
     chance = random.Random(seed)
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    for limits in ((), ("--max-runs", "1"), ()):
-        process = subprocess.Popen(command(tiny_profile, *limits), cwd=place, **silent)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=chance.uniform(10, 22))
-        if limits:
-            asked = subprocess.run([RECIPE, "cancel", "--sweep", "latest"], cwd=place)
-            assert asked.returncode == 0 or process.poll() is not None
-        else:
-            process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
-        process.wait()
-    done = subprocess.run(command(tiny_profile), cwd=place, capture_output=True, text=True)
+    held = os.environ | {"STAND_IN_STEP": "0.02", "STAND_IN_HOLD": "3"}  # of sixteen steps
+    for launches, stop in enumerate(chance.sample(STOPS, len(STOPS))):
+        limits = chance.choice([(), ("--max-runs", "1")])
+        with (place / "said").open("w") as said:
+            process = subprocess.Popen(command(stand_in, tiny_profile, *limits), cwd=place, env=held, stderr=said)
+        deadline = time.monotonic() + 300
+        while not (folders := lookup.all_runs(place / "runs" / BASE)) or len(folders[0].read().launches) == launches:
+            assert process.poll() is None and time.monotonic() < deadline, (place / "said").read_text()
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.5))
+        assert process.poll() is None
+        stop(process, place)
+        process.wait(120)
+        while (record := folders[0].read()).state == "running":  # ends by itself when the sweep was killed
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert (record.state, len(record.launches)) == ("interrupted", launches + 1), stop
+        assert len(folders) == 1
+    done = subprocess.run(command(stand_in, tiny_profile), cwd=place, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr  # for the member that fails
     assert "broken: the training failed" in done.stderr
     return orjson.loads(done.stdout)
@@ -65,6 +90,8 @@ def test_killed_and_started_again_it_has_its_members_and_none_ran_twice(place: P
     records = [folder.read() for folder in lookup.all_runs(place / "runs" / BASE)]
     ended_well = Counter(record.digest for record in records if record.state == "finished")
     assert sorted(ended_well.values()) == [1, 1]
+    launches = sorted(len(record.launches) for record in records if record.state == "finished")
+    assert launches == [1, len(STOPS) + 1]
 
 
 def test_its_members_compare_and_one_that_failed_has_nothing(finished: dict[str, Any]) -> None:
@@ -78,13 +105,15 @@ def test_its_members_compare_and_one_that_failed_has_nothing(finished: dict[str,
     assert any(row["pareto"] for row in (low, high))
 
 
-def test_what_is_finished_is_not_run_again(place: Path, finished: dict[str, Any], tiny_profile: Path) -> None:
+def test_what_is_finished_is_not_run_again(
+    place: Path, finished: dict[str, Any], tiny_profile: Path, stand_in: Path
+) -> None:
     def folders() -> set[Path]:
         return {folder.path for folder in lookup.all_runs(place / "runs" / BASE)}
 
     (place / "two.yaml").write_text(yamlfiles.write_yaml({"_": MEMBERS[:2]}))
     before = folders()
-    words = [word.replace("s.yaml", "two.yaml") for word in command(tiny_profile)]
+    words = [word.replace("s.yaml", "two.yaml") for word in command(stand_in, tiny_profile)]
     done = subprocess.run(words, cwd=place, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     steps = orjson.loads(done.stdout)["steps"]

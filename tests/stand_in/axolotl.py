@@ -84,6 +84,7 @@ class Training:
         signal.signal(signal.SIGTERM, self._asked)
         signal.signal(signal.SIGINT, self._interrupted)
         self.output.mkdir(parents=True, exist_ok=True)
+        self._save_tokenizer()
         if not self.step:
             self._evaluate()
         begun = self.step
@@ -103,6 +104,13 @@ class Training:
                 self._save()
         self._record(ended="complete" if self.step >= self.max_steps else "signal")
         self.save_adapter(self.output)
+
+    def _save_tokenizer(self) -> None:
+        """Save the base model's, with the padding token that Axolotl falls back to."""
+        model = Path(self.cfg["base_model"])
+        write(self.output / "tokenizer.json", (model / "tokenizer.json").read_bytes())
+        config = orjson.loads((model / "tokenizer_config.json").read_bytes())
+        write(self.output / "tokenizer_config.json", orjson.dumps({"pad_token": config["eos_token"]} | config))
 
     def _asked(self, *_: Any) -> None:
         self.stop = True
