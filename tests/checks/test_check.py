@@ -213,11 +213,21 @@ def test_any_mapping_gives_findings_only(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.getbasetemp())
         base = config_with({}) if over else {}
-        checked(yaml.safe_dump(base | content, allow_unicode=True).encode())
+        well_formed(checked(yaml.safe_dump(base | content, allow_unicode=True).encode()))
+
+
+def well_formed(findings: list[Finding]) -> None:
+    """A config that is no recipe has findings, each with a rule, a problem, and the file's line where it has one."""
+    lines = len(Path("any.yaml").read_text(errors="replace").splitlines()) + 1
+    for finding in findings:
+        assert finding.rule and finding.problem
+        assert finding.level in ("error", "warning", "note")
+        assert finding.line is None or (finding.where == "any.yaml" and 1 <= finding.line <= lines)
+    assert any(finding.level == "error" for finding in findings)
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
 def test_any_bytes_give_findings_only(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.getbasetemp())
-        checked(content)
+        well_formed(checked(content))
