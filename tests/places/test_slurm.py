@@ -7,12 +7,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import orjson
 import pytest
 from cluster import Cluster
-from conftest import Recipe, finish, start
+from conftest import RECIPE, Recipe, finish, start
 
 from qlora_recipes import places
 from qlora_recipes.base import yamlfiles
@@ -25,7 +26,7 @@ from qlora_recipes.runs.tasks import Outcome, Work
 
 TOOLS = Path(sys.executable).parent
 NAME = "haider2024/code-llama-7b"
-MEMBERS = [{"name": f"rank {rank}", "lora_r": rank} for rank in (4, 8, 16, 32)]
+MEMBERS = [{"name": f"rank {rank}", "lora_r": rank} for rank in (4, 8, 16)]
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +36,8 @@ def no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "config" / "qlora-recipes" / "slurm.yaml"
 
 
-def submitted(place: Path, *arguments: str | Path) -> str:
-    return finish(start(place, *arguments))
+def submitted(place: Path, *arguments: str | Path, command: Path = RECIPE, **env: str) -> str:
+    return finish(start(place, *arguments, command=command, **env))
 
 
 def wait_for(run: RunDir, holds: Callable[[rundir.Run], bool], seconds: float = 240) -> rundir.Run:
@@ -50,34 +51,41 @@ def wait_for(run: RunDir, holds: Callable[[rundir.Run], bool], seconds: float = 
 
 
 def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
-    tmp_path: Path, tiny_profile: Path, slurm: Cluster
+    tmp_path: Path, tiny_profile: Path, stand_in: Path, slurm: Cluster
 ) -> None:
-    """An earlier command trains one member, one is requeued, and all are held until there is no more to submit."""
-    (tmp_path / "four.yaml").write_text(yamlfiles.write_yaml({"_": MEMBERS}))
+    """An earlier command trains one member, one is requeued, and all are held until there is no more to submit.
+
+    A stand-in trains, and waits within its fourth step for the requeue.
+    """
+    asked = partial(submitted, tmp_path, command=stand_in, STAND_IN_HOLD="3", STAND_IN_GO=str(tmp_path / "go"))
+    (tmp_path / "three.yaml").write_text(yamlfiles.write_yaml({"_": MEMBERS}))
     queue = ("--on", "slurm", "--slurm", "gres=gpu:1")
     rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--set", "num_epochs=1", *queue)
     rehearsed += ("--slurm", "run.hold=")
-    alone = RunDir(tmp_path / submitted(tmp_path, "run", NAME, "--set", "lora_r=4", *rehearsed))
+    alone = RunDir(tmp_path / asked("run", NAME, "--set", "lora_r=4", *rehearsed))
     of_base_model = ("evaluate", alone.path, "--adapter", "none", "--bertscore", "none", *queue)
-    assert submitted(tmp_path, *of_base_model) == str(alone.path)
+    assert asked(*of_base_model) == str(alone.path)
     assert "that evaluation is queued" in finish(start(tmp_path, *of_base_model), code=2)
-    command = ["sweep", NAME, "four.yaml", *rehearsed, "--bertscore", "none", "--json"]
-    first = orjson.loads(submitted(tmp_path, *command))
+    command = ["sweep", NAME, "three.yaml", *rehearsed, "--bertscore", "none", "--json"]
+    first = orjson.loads(asked(*command))
     assert all("job" in step["run"] and step["evaluate"].startswith("queued (job") for step in first["steps"])
     runs = lookup.all_runs(tmp_path / "runs")
     jobs = {run.path: {job.step: job.id for job in run.jobs()} for run in runs}
-    for step, sizes in (("run", [1, 3]), ("evaluate", [1, 3]), ("results", [4])):
+    for step, sizes in (("run", [1, 2]), ("evaluate", [1, 2]), ("results", [3])):
         arrays = Counter(of_run[step].partition("_")[0] for of_run in jobs.values())
         assert sorted(arrays.values()) == sizes, step
     assert sum("prepare" in of_run for of_run in jobs.values()) == 2  # by each command once, for all that it trains
     assert "afterok:" in slurm.ask("scontrol", "show", "job", jobs[alone.path]["evaluate"])
-    again = orjson.loads(submitted(tmp_path, *command))  # nothing is submitted twice
+    again = orjson.loads(asked(*command))  # nothing is submitted twice
     assert all("job" in step["run"] and "job" in step["evaluate"] for step in again["steps"])
     assert {run.path: {job.step: job.id for job in run.jobs()} for run in runs} == jobs
     slurm.ask("scontrol", "release", *{of_run["run"].partition("_")[0] for of_run in jobs.values()})
-    requeued = next(run for run in runs if run.path != alone.path)
-    wait_for(requeued, lambda record: bool(record.launches))
+    first_two = [run for run in runs if jobs[run.path]["run"].endswith("_0")]  # there are two GPUs
+    (requeued,) = (run for run in first_two if run.path != alone.path)
+    wait_for(requeued, lambda record: record.summary.step == 3)
     slurm.ask("scontrol", "requeue", jobs[requeued.path]["run"])
+    wait_for(requeued, lambda record: record.state == "queued" or len(record.launches) == 2)
+    (tmp_path / "go").touch()
     slurm.wait_until_empty()
     place_module.forget_queue()
     for run in runs:
@@ -85,19 +93,34 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
         assert (record.state, len(record.launches)) == ("finished", 2 if run is requeued else 1)
         assert (run.path / "scores.json").is_file()
     assert list(alone.path.glob("evaluations/*/scores.json"))
-    last = orjson.loads(submitted(tmp_path, *command))
-    assert [(step["run"], step["evaluate"]) for step in last["steps"]] == [("skipped", "skipped")] * 4
+    last = orjson.loads(asked(*command))
+    assert [(step["run"], step["evaluate"]) for step in last["steps"]] == [("skipped", "skipped")] * 3
     (shown,) = (tmp_path / "runs" / "slurm").glob("*/slurm-results.log")
     for row in last["results"]:
         assert row["bleu4"] is not None and row["member"] in shown.read_text()
 
 
+def test_an_array_trains(tmp_path: Path, tiny_profile: Path, slurm: Cluster) -> None:
+    """With real Axolotl."""
+    rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--set", "num_epochs=1", "--on", "slurm")
+    words = ("sweep", NAME, "--set", "lora_r=4,8", *rehearsed, "--bertscore", "none", "--json")
+    assert len(orjson.loads(submitted(tmp_path, *words))["steps"]) == 2
+    slurm.wait_until_empty()
+    runs = lookup.all_runs(tmp_path / "runs")
+    assert [run.read().state for run in runs] == ["finished"] * 2, [run.log.read_text() for run in runs]
+    assert len({job.id.partition("_")[0] for run in runs for job in run.jobs() if job.step == "run"}) == 1
+    results = orjson.loads(submitted(tmp_path, *words))["results"]
+    assert all(row["bleu4"] is not None for row in results) and len(results) == 2
+
+
 def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
-    tmp_path: Path, tiny_profile: Path, slurm: Cluster
+    tmp_path: Path, tiny_profile: Path, stand_in: Path, slurm: Cluster
 ) -> None:
-    steps = ("--set", "num_epochs=80", "--set", "save_steps=10", "--set", "saves_per_epoch=null")
+    """A stand-in trains, for as long as the shortest time limit takes."""
+    steps = ("--set", "num_epochs=800", "--set", "save_steps=10", "--set", "saves_per_epoch=null")
     queue = ("--on", "slurm", "--slurm", "signal=B:USR1@60")
-    run = RunDir(tmp_path / submitted(tmp_path, "run", NAME, "--profile", tiny_profile, *steps, *queue))
+    words = ("run", NAME, "--profile", tiny_profile, *steps, *queue)
+    run = RunDir(tmp_path / submitted(tmp_path, *words, command=stand_in, STAND_IN_STEP="0.2"))
     (job,) = (one.id for one in run.jobs() if one.step == "run")
     assert "gres/gpu:1" in slurm.ask("scontrol", "show", "job", job)  # a run that is no rehearsal asks for a GPU
     wait_for(run, lambda record: record.summary.step >= 12)
@@ -118,7 +141,7 @@ def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
     assert run.last_checkpoint()
     again = start(tmp_path, "cancel", "latest")
     assert "nothing of it is going on or queued" in finish(again, code=2)
-    submitted(tmp_path, "resume", "latest", "--on", "slurm", "--slurm", "begin=now+1hour")
+    submitted(tmp_path, "resume", "latest", "--on", "slurm", "--slurm", "begin=now+1hour", command=stand_in)
     wait_for(run, lambda record: record.state == "queued")
     for place in ("local", "slurm"):
         assert "the run is queued" in finish(start(tmp_path, "resume", "latest", "--on", place), code=2)

@@ -8,7 +8,8 @@ began at a whole checkpoint, with the step after it.
 
 Environment variables:
     STAND_IN_STEP: seconds that a step takes.
-    STAND_IN_HOLD: after how many steps of this launch to wait, within a step, for a signal.
+    STAND_IN_HOLD: after how many steps of this launch to wait, within a step, for a signal
+    STAND_IN_GO: or for this file.
 """
 
 import argparse
@@ -39,6 +40,7 @@ STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STEP = float(os.environ.get("STAND_IN_STEP", "0.001"))
 HOLD = int(os.environ.get("STAND_IN_HOLD", sys.maxsize))
+GO = Path(os.environ.get("STAND_IN_GO", os.devnull + "/none"))
 
 
 def write(file: Path, content: bytes) -> None:
@@ -122,7 +124,7 @@ class Training:
 
     def _hold(self) -> None:
         for _ in range(60_000):
-            if self.stop:
+            if self.stop or GO.exists():
                 return
             time.sleep(0.01)
         sys.exit("held, and no signal came")
