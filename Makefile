@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 RECIPE := .venv/bin/recipe
 
-.PHONY: setup demo test test-image lint core lock benchmark compare-memory
+.PHONY: setup demo test test-long test-image lint core lock benchmark compare-memory
 
 setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe
 
@@ -12,8 +12,11 @@ demo: setup  ## Rehearse one recipe on the CPU from training to scores
 	$(RECIPE) evaluate latest
 	$(RECIPE) results
 
-test: setup  ## All tests; no GPU, no network
+test: setup  ## All tests but the long ones; no GPU, no network
 	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-long: setup  ## The tests of what takes minutes: every engine, every kind of training that memory is planned for
+	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m long
 
 test-image:  ## Build the container image on Debian and use it; needs root, buildah and debootstrap
 	tests/build_image.sh

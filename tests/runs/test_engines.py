@@ -24,6 +24,7 @@ from qlora_recipes.runs.rundir import RunDir
 NAME = "haider2024/code-llama-7b"
 ENGINES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP"}
 KILLED = ("ddp", "zero3")  # of these a rank is killed, the others are asked to stop
+QUICK = ("ddp", "zero3")  # the others' trainings are for `make test-long`
 STEPS = 8
 CLOSE = 1e-2
 ODD = "test_datasets.0.split=train[:7]"  # rows for evaluation, which no two ranks can share evenly
@@ -83,7 +84,10 @@ def broken_off(process: "subprocess.Popen[str]", runs: Path, kill: bool) -> RunD
     return run
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in ENGINES],
+)
 def divided(place: Path, tiny_profile: Path, request: pytest.FixtureRequest) -> tuple[str, RunDir]:
     """A profile, and a run under it on two ranks that was broken off and resumed."""
     profile = request.param
@@ -152,6 +156,7 @@ def test_every_engine_leaves_an_ordinary_adapter(alone: RunDir, divided: tuple[s
         assert (logits(None, run.output / "merged") - expected).abs().mean() < CLOSE
 
 
+@pytest.mark.long
 def test_two_nodes_train_like_one_process(alone: RunDir, place: Path, tiny_profile: Path, slurm: Cluster) -> None:
     """Each node's torchrun starts one rank; near its time limit the job stops them in order and goes on later."""
     words = rehearsal(tiny_profile, "nodes", "--profile", "fsdp2", "--nodes", "2", "--on", "slurm")
