@@ -22,6 +22,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see cli.main
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its share of the processors, not all of them
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // int(workers), 1))
 
+from qlora_recipes import cli
 from qlora_recipes.base import paths
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.data import study
@@ -66,13 +67,24 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+LIGHT = ("list", "show", "diff", "new", "results", "render", "study", "cancel", "resume", "run")
+"""Verbs that load no model, so that calling them changes nothing in this process."""
+
+
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    """Runs the command in an empty folder."""
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Recipe:
+    """Runs the command in an empty folder; where that loads no model and trains nothing, in this process."""
 
     def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-        command = [str(RECIPE), *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        words = [*map(str, arguments)]
+        if words[0] not in LIGHT or "--on" in words:  # what is known of a queue is kept for a process
+            return subprocess.run([str(RECIPE), *words], cwd=tmp_path, capture_output=True, text=True)
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            code = cli.main(words)
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(words, code, said.out, said.err)
 
     return run
 

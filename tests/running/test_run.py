@@ -88,7 +88,7 @@ def interrupted_run(process: "subprocess.Popen[str]", runs: Path, stop: Stop) ->
         end_of(process, run)
     finally:
         process.kill()
-    assert process.returncode in (1, -signal.SIGKILL)
+    assert process.returncode == (-signal.SIGKILL if stop in (kill_both, kill_command) else 1)
     return run
 
 
