@@ -8,7 +8,6 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -34,14 +33,15 @@ STUDY = study.find("haider2024")
 TWO = ("llama-2-7b", "llama-3.2-3b")
 
 
-def command(profile: Path, *more: str | Path) -> list[str]:
+def command(recipe: Path, profile: Path, *more: str | Path) -> list[str]:
     only = [word for name in TWO for word in ("--only", name)]
-    words = [RECIPE, "reproduce", "haider2024", *only, "--profile", profile, "--bertscore", "none", "--json", *more]
+    words = [recipe, "reproduce", "haider2024", *only, "--bertscore", "none", *more, "--profile", profile, "--json"]
     return list(map(str, words))
 
 
-def reproduced(place: Path, profile: Path, *more: str | Path, code: int = 0) -> dict[str, Any]:
-    done = subprocess.run(command(profile, *more), cwd=place, capture_output=True, text=True)
+def reproduced(place: Path, recipe: Path, profile: Path, *more: str | Path, code: int = 0) -> dict[str, Any]:
+    more = "--profile", "rehearsal", *more  # of another model, only rehearsals are in the table
+    done = subprocess.run(command(recipe, profile, *more), cwd=place, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     return orjson.loads(done.stdout)
 
@@ -66,9 +66,9 @@ class Undisturbed:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_profile: Path) -> Undisturbed:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_profile: Path, stand_in: Path) -> Undisturbed:
     place = tmp_path_factory.mktemp("undisturbed")
-    printed = reproduced(place, tiny_profile)
+    printed = reproduced(place, stand_in, tiny_profile)
     return Undisturbed(place, printed, scores_of(place))
 
 
@@ -80,10 +80,10 @@ def test_all_steps_are_done_and_the_table_is_there(undisturbed: Undisturbed) -> 
     assert set(scored) == {f"haider2024/{name}" for name in TWO}
     for recipe, (scores, rows) in undisturbed.scores.items():
         assert scored[recipe]["bleu4"] == scores["bleu4"]
-        assert len(rows) == 26
+        assert len(rows) == 12
 
 
-def test_again_it_does_nothing(undisturbed: Undisturbed, tiny_profile: Path) -> None:
+def test_again_it_does_nothing(undisturbed: Undisturbed, tiny_profile: Path, stand_in: Path) -> None:
     place = undisturbed.place
 
     def files() -> dict[Path, int]:
@@ -91,43 +91,80 @@ def test_again_it_does_nothing(undisturbed: Undisturbed, tiny_profile: Path) -> 
         return {file: file.stat().st_mtime_ns for file in every}
 
     before = files()
-    again = reproduced(place, tiny_profile)
+    again = reproduced(place, stand_in, tiny_profile)
     assert all(set(row.values()) == {row["recipe"], "skipped", None} for row in again["steps"])
     assert again["results"] == undisturbed.printed["results"]
     assert files() == before
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_scores(
-    undisturbed: Undisturbed, tiny_profile: Path, tmp_path: Path
+def has_launch(runs: Path, launches: int) -> bool:
+    return sum(len(run.read().launches) for run in lookup.all_runs(runs)) > launches
+
+
+def evaluates(runs: Path) -> bool:
+    return any(locks.is_held(run.path / ".evaluation.lock") for run in lookup.all_runs(runs))
+
+
+def predicts(runs: Path) -> bool:
+    parts = [run.path / "predictions.part.jsonl" for run in lookup.all_runs(runs)]
+    return any(part.exists() and part.stat().st_size for part in parts)
+
+
+def wait_until(holds: Callable[[], bool], process: "subprocess.Popen[bytes] | None", said: Path) -> None:
+    deadline = time.monotonic() + 300
+    while not holds():
+        assert time.monotonic() < deadline and (process is None or process.poll() is None), said.read_text()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "terminate"])
+def test_killed_while_it_trains_or_evaluates_it_ends_with_the_same_scores(
+    undisturbed: Undisturbed, tiny_profile: Path, stand_in: Path, tmp_path: Path, by: signal.Signals
 ) -> None:
     seed = time.time_ns()
     print(f"seed {seed}")
     chance = random.Random(seed)
-    runs = tmp_path / "runs"
-    for kill in range(int(os.environ.get("KILLS", "4"))):
-        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command(tiny_profile), cwd=tmp_path, **silent)
-        while kill == 0 and not any(run.read().launches for run in lookup.all_runs(runs)):
-            assert process.poll() is None  # the first kill meets a training, however slow the machine is today
-            time.sleep(0.05)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=chance.uniform(0, 4 if kill == 0 else 12))
-        process.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
-        process.wait()
-    printed = reproduced(tmp_path, tiny_profile)
+    runs, said = tmp_path / "runs", tmp_path / "said"
+    held = {"STAND_IN_STEP": "0.02", "STAND_IN_HOLD": "3"}  # of sixteen steps
+    moments = (
+        (held, partial(has_launch, runs, 0)),
+        (held, partial(has_launch, runs, 1)),
+        ({}, partial(evaluates, runs)),
+        ({}, partial(predicts, runs)),
+    )
+    for hold, holds in moments:
+        with said.open("w") as stream:
+            env = os.environ | hold
+            process = subprocess.Popen(
+                command(stand_in, tiny_profile, "--profile", "rehearsal"),
+                cwd=tmp_path,
+                env=env,
+                stdout=stream,
+                stderr=stream,
+            )
+        wait_until(holds, process, said)
+        (run,) = lookup.all_runs(runs)  # the first recipe's
+        time.sleep(chance.uniform(0, 0.3 if hold else 0))
+        process.send_signal(by)
+        process.wait(120)
+        wait_until(lambda path=run.path: not any(map(locks.is_held, path.rglob("*lock"))), None, said)
+        if hold:
+            assert run.read().state == "interrupted"
+        else:
+            assert run.read().state == "finished" and evaluations.read_scores(run.path) is None
+    assert len(run.read().launches) == 3
+    printed = reproduced(tmp_path, stand_in, tiny_profile)
     assert [row["problem"] for row in printed["steps"]] == [None, None]
     assert scores_of(tmp_path) == undisturbed.scores
-    launches = [len(folder.read().launches) for folder in lookup.all_runs(runs)]
-    assert sum(launches) > 2  # of two recipes: at least one training was killed, and went on or was begun anew
 
 
 def test_on_slurm_it_comes_to_the_same_table(
-    undisturbed: Undisturbed, tiny_profile: Path, tmp_path: Path, slurm: Cluster
+    undisturbed: Undisturbed, tiny_profile: Path, stand_in: Path, tmp_path: Path, slurm: Cluster
 ) -> None:
-    submitted = reproduced(tmp_path, tiny_profile, "--on", "slurm")
+    submitted = reproduced(tmp_path, stand_in, tiny_profile, "--on", "slurm")
     assert all(row["run"].startswith("queued (job ") for row in submitted["steps"])
     slurm.wait_until_empty()
-    again = reproduced(tmp_path, tiny_profile, "--on", "slurm")
+    again = reproduced(tmp_path, stand_in, tiny_profile, "--on", "slurm")
     assert all((row["run"], row["evaluate"]) == ("skipped", "skipped") for row in again["steps"])
     assert scores_of(tmp_path) == undisturbed.scores
     here = {"run", "tokens_per_second"}  # a run's name, and what its machine measured
@@ -140,17 +177,20 @@ def test_on_slurm_it_comes_to_the_same_table(
 
 
 def test_a_changed_setting_is_run_anew_and_a_recipe_that_fails_does_not_stop_the_others(
-    undisturbed: Undisturbed, tiny_profile: Path
+    undisturbed: Undisturbed, tiny_profile: Path, stand_in: Path
 ) -> None:
-    """A warm-up longer than the training of one recipe has that one refused."""
-    before = len(lookup.all_runs(undisturbed.place / "runs"))
-    printed = reproduced(undisturbed.place, tiny_profile, "--set", "warmup_steps=20", "--set", "lora_r=4", code=1)
-    first, second = printed["steps"]
+    """A warm-up longer than the training of one recipe has that one refused; a rehearsal would cap it."""
+    before = {run.path for run in lookup.all_runs(undisturbed.place / "runs")}
+    words = command(stand_in, tiny_profile, "--set", "warmup_steps=20", "--set", "lora_r=4")
+    done = subprocess.run(words, cwd=undisturbed.place, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    first, second = orjson.loads(done.stdout)["steps"]
     assert first["check"] == "failed" and "warmup_steps" in first["problem"] and first["run"] is None
     assert (second["run"], second["evaluate"], second["problem"]) == ("done", "done", None)
-    assert len(lookup.all_runs(undisturbed.place / "runs")) == before + 1
-    (row,) = [row for row in printed["results"] if row["recipe"] == second["recipe"]]
-    assert "lora_r: 4 instead of 32" in row["differs"]  # the run that was asked for, not the plain one before
+    (new,) = (run for run in lookup.all_runs(undisturbed.place / "runs") if run.path not in before)
+    record = new.read()
+    assert (record.recipe, record.state) == (second["recipe"], "finished")
+    assert "lora_r=4" in record.overrides
 
 
 @pytest.mark.parametrize(
@@ -274,7 +314,7 @@ def test_without_a_gpu_nothing_is_fetched_or_started(tmp_path: Path) -> None:
 
 
 def test_a_judge_that_is_not_there_is_told_before_anything_starts(tmp_path: Path, tiny_profile: Path) -> None:
-    words = command(tiny_profile, "--set", "lora_r=8", "--bertscore", "some/nowhere")
+    words = command(RECIPE, tiny_profile, "--set", "lora_r=8", "--bertscore", "some/nowhere")
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert "some/nowhere cannot be loaded" in done.stderr
