@@ -149,7 +149,13 @@ class RunCallback(TrainerCallback):
             checkpoints.write_manifest(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Record what the trainer logs of a step or an evaluation."""
+        """Record what the trainer logs of a step or an evaluation.
+
+        The loss per token does not stay in the trainer's own history: transformers' card of a model fails where some
+        evaluations have it and some do not, as in a run that was begun before there was one.
+        """
+        if state.log_history:
+            state.log_history[-1].pop(eval_loss.NAME, None)
         if not logs or not {"loss", "eval_loss", eval_loss.NAME} & logs.keys():
             return
         usage = _usage()

@@ -95,6 +95,11 @@ def test_however_rows_are_batched_and_packed(evaluated: dict[str, RunDir], base:
     assert ours[0] == pytest.approx(expected_loss(base), rel=1e-4)
 
 
+def test_the_trainers_own_history_is_as_without_it(evaluated: dict[str, RunDir]) -> None:
+    card = (evaluated["2"].output / "README.md").read_text()
+    assert "Validation Loss" in card and "Per Token" not in card
+
+
 def test_a_summary_has_both(evaluated: dict[str, RunDir]) -> None:
     records = [record for record in evaluated["2"].read_metrics() if "eval_loss" in record]
     assert len(records) > 1
