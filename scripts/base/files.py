@@ -92,13 +92,26 @@ def read_json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of each of its tensors by name, and the byte at which they begin.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such file.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = orjson.loads(stream.read(min(length, file.stat().st_size)))
+    if not isinstance(header, dict):
+        raise ValueError(f"{file}: its header is no mapping")
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}, 8 + length
+
+
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """The shapes of the tensors in a safetensors file by name, from its header; none where it cannot be read."""
+    """The shapes of the tensors in a safetensors file by name; none where it cannot be read."""
     try:
-        with file.open("rb") as stream:
-            header = orjson.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, OverflowError, MemoryError, AttributeError, TypeError, KeyError):
+        return {name: tensor["shape"] for name, tensor in safetensors_header(file)[0].items()}
+    except (OSError, ValueError, TypeError, KeyError):
         return {}
 
 

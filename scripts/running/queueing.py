@@ -33,10 +33,10 @@ def submit(request: Request, runs: Path, place: Place) -> RunDir:
 
 
 def resubmit(name: str, runs: Path, place: Place) -> RunDir:
-    """Hand an interrupted or failed run over to a place that goes on with it; see `resume`.
+    """Hand an interrupted or failed run over to a place that resumes it; see `resume`.
 
     Raises:
-        UserError: it cannot be gone on with, or the place refuses it; nothing was started.
+        UserError: it cannot be resumed, or the place refuses it; nothing was started.
     """
     folder = find_run(name, runs)
     record = places.read(folder)

@@ -218,5 +218,5 @@ def _template_sha256(recipe: str) -> str | None:
 
 
 def command(folder: RunDir, runs: Path, rows: str = "") -> Command:
-    """The command that trains a run, or goes on with it; see `Command` for `rows`."""
+    """The command that trains or resumes a run; see `Command` for `rows`."""
     return Command("run", folder, ["resume", str(folder.path), "--runs", str(runs)], rows)

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from ..base.files import read_json, write_atomically
+from ..base.files import read_json, safetensors_header, write_atomically
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 22  # bytes
@@ -90,19 +90,21 @@ def _unreadable(folder: Path) -> str | None:
 
 
 def _is_whole_safetensors(file: Path) -> bool:
-    """Whether a file is as long as its header says: 8 bytes with the header's length, JSON, and the tensors."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            header = orjson.loads(stream.read(min(length, file.stat().st_size)))
-            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        except (ValueError, AttributeError, TypeError, KeyError, IndexError):
-            return False
-    return file.stat().st_size == 8 + length + max(ends, default=0)
+    """Whether a file is as long as its header says."""
+    try:
+        tensors, start = safetensors_header(file)
+        ends = [tensor["data_offsets"][1] for tensor in tensors.values()]
+    except (ValueError, TypeError, KeyError, IndexError):
+        return False
+    return file.stat().st_size == start + max(ends, default=0)
 
 
 def _is_whole_zip(file: Path) -> bool:
-    """Whether a file that torch.save wrote, which is a zip, holds what its own checksums say."""
+    """Whether a file that torch.save wrote, which is a zip, holds what its own checksums say.
+
+    zipfile raises NotImplementedError or RuntimeError where damage makes a member look encrypted or packed by a method
+    that it does not know.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.testzip() is None

@@ -52,7 +52,7 @@ def _of_rows(trainer: Any, rows: Any) -> float | None:
         # ranks do the same number of steps, because engines exchange weights in each; what comes too often is masked
         batch = _collated(trainer, [rows[i] for i in batches[min(mine, len(batches) - 1)]], mine >= len(batches))
         loss = _mean_loss(trainer, batch)
-        if count := int((batch["labels"][:, 1:] != MASKED).sum()):  # without one the mean is no number
+        if count := int((batch["labels"][:, 1:] != MASKED).sum()):  # without one the mean is NaN
             total, tokens = total + loss * count, tokens + count
     sums = torch.tensor([total, tokens], dtype=torch.float64, device=trainer.args.device)
     total, tokens = trainer.accelerator.reduce(sums, "sum").tolist()
