@@ -154,7 +154,8 @@ class Training:
             write(folder / name, stream.getvalue())
         write(folder / "trainer_state.json", orjson.dumps({"global_step": self.step}))
         if limit := self.cfg.get("save_total_limit"):
-            for old in sorted(self.output.glob("checkpoint-*"), key=lambda one: checkpoints.step_of(one) or 0)[:-limit]:
+            # by age, as transformers does: a damaged checkpoint of a later step has to go before what is saved now
+            for old in sorted(self.output.glob("checkpoint-*"), key=lambda folder: folder.stat().st_mtime)[:-limit]:
                 shutil.rmtree(old)
         checkpoints.write_manifest(folder)
 
