@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 RECIPE := .venv/bin/recipe
 
-.PHONY: setup demo test test-long test-image lint core lock benchmark compare-memory
+.PHONY: setup demo test test-long coverage test-image lint core lock benchmark compare-memory
 
 setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe
 
@@ -17,6 +17,9 @@ test: setup  ## All tests but the long ones; no GPU, no network
 
 test-long: setup  ## The tests of what takes minutes: every engine, every kind of training that memory is planned for
 	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m long
+
+coverage: setup  ## How much of scripts/ the tests reach, branches and started processes included; slower than the tests alone
+	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 test-image:  ## Build the container image on Debian and use it; needs root, buildah and debootstrap
 	tests/build_image.sh
