@@ -1,0 +1,45 @@
+"""A run folder that an earlier version left is still listed, scored and reported.
+
+tests/old_run is a rehearsal by revision 24b9ed8, before there was a loss per token, a reason for a run's end or the
+version of a score; its folders are placeholders, and its adapter and checkpoints are left out.
+"""
+
+import shutil
+from pathlib import Path
+
+import orjson
+import pytest
+from conftest import TESTS, Recipe
+
+NAME = "haider2024/code-llama-7b"
+
+
+@pytest.fixture
+def old_run(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / NAME / "20261126-101023-e5c4a94"
+    shutil.copytree(TESTS / "old_run", folder)
+    return folder
+
+
+def test_an_old_run_is_listed(recipe: Recipe, old_run: Path) -> None:
+    (row,) = orjson.loads(recipe("results", "--json").stdout)
+    assert (row["recipe"], row["state"], row["ended"]) == (NAME, "finished", None)
+    assert (row["eval_loss"], row["eval_loss_axolotl"]) == (None, pytest.approx(4.1054, abs=1e-4))
+    assert (row["rehearsal"], row["rows_evaluated"]) == (True, 12)
+    assert row["bleu4"] == pytest.approx(1.4204, abs=1e-4)
+    assert "1.42" in recipe("results").stdout
+    assert NAME in recipe("results", "--study", "haider2024", "--rehearse").stdout
+
+
+def test_an_old_run_is_reported_and_compared(recipe: Recipe, old_run: Path, tmp_path: Path) -> None:
+    assert recipe("results", "--by", "length").returncode == 0
+    compared = recipe("results", "--compare", str(old_run), str(old_run), "--json")
+    assert compared.returncode == 0, compared.stderr
+    assert recipe("report", str(old_run)).returncode == 0
+    assert "4.105" in (tmp_path / "report.html").read_text()
+
+
+def test_an_old_run_without_its_adapter_is_not_published(recipe: Recipe, old_run: Path) -> None:
+    done = recipe("publish", str(old_run))
+    assert done.returncode == 2
+    assert "no adapter" in done.stderr
