@@ -60,6 +60,7 @@ def test_parameters_equal_those_of_every_known_model() -> None:
     assert checked >= 5
 
 
+@pytest.mark.long
 def test_published_figures_of_the_plain_loop_are_met() -> None:
     figures = [figure for figure in compare_memory.figures() if figure["framework"] == "plain loop"]
     errors = [abs(compare_memory.planned(figure) / float(figure["mib"]) - 1) for figure in figures]

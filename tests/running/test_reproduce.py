@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 import pytest
 from cluster import Cluster
-from conftest import RECIPE
+from conftest import Recipe
 
 from qlora_recipes.base import locks, paths
 from qlora_recipes.base.errors import UserError
@@ -117,9 +117,8 @@ def wait_until(holds: Callable[[], bool], process: "subprocess.Popen[bytes] | No
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "terminate"])
 def test_killed_while_it_trains_or_evaluates_it_ends_with_the_same_scores(
-    undisturbed: Undisturbed, tiny_profile: Path, stand_in: Path, tmp_path: Path, by: signal.Signals
+    undisturbed: Undisturbed, tiny_profile: Path, stand_in: Path, tmp_path: Path
 ) -> None:
     seed = time.time_ns()
     print(f"seed {seed}")
@@ -127,12 +126,12 @@ def test_killed_while_it_trains_or_evaluates_it_ends_with_the_same_scores(
     runs, said = tmp_path / "runs", tmp_path / "said"
     held = {"STAND_IN_STEP": "0.02", "STAND_IN_HOLD": "3"}  # of sixteen steps
     moments = (
-        (held, partial(has_launch, runs, 0)),
-        (held, partial(has_launch, runs, 1)),
-        ({}, partial(evaluates, runs)),
-        ({}, partial(predicts, runs)),
+        (held, partial(has_launch, runs, 0), signal.SIGKILL),
+        (held, partial(has_launch, runs, 1), signal.SIGTERM),
+        ({}, partial(evaluates, runs), signal.SIGTERM),
+        ({}, partial(predicts, runs), signal.SIGKILL),
     )
-    for hold, holds in moments:
+    for hold, holds, by in moments:
         with said.open("w") as stream:
             env = os.environ | hold
             process = subprocess.Popen(
@@ -203,8 +202,8 @@ def test_a_changed_setting_is_run_anew_and_a_recipe_that_fails_does_not_stop_the
         (["haider2024", "--rehearse", "--set", "lora_rr=3"], "lora_rr: no key of Axolotl's"),
     ],
 )
-def test_a_wrong_request_starts_nothing(tmp_path: Path, words: list[str], says: str) -> None:
-    done = subprocess.run([RECIPE, "reproduce", *words], cwd=tmp_path, capture_output=True, text=True)
+def test_a_wrong_request_starts_nothing(recipe: Recipe, tmp_path: Path, words: list[str], says: str) -> None:
+    done = recipe("reproduce", *words)
     assert done.returncode == 2
     assert says in done.stderr
     assert lookup.all_runs(tmp_path / "runs") == []
@@ -306,16 +305,18 @@ def test_a_mirror_is_taken_where_a_model_is_gated() -> None:
     assert set(mirrored.values()) == {True}
 
 
-def test_without_a_gpu_nothing_is_fetched_or_started(tmp_path: Path) -> None:
-    done = subprocess.run([RECIPE, "reproduce", "haider2024"], cwd=tmp_path, capture_output=True, text=True)
+def test_without_a_gpu_nothing_is_fetched_or_started(recipe: Recipe, tmp_path: Path) -> None:
+    done = recipe("reproduce", "haider2024")
     assert done.returncode == 2
     assert "no-gpu" in done.stderr
     assert not (tmp_path / "data").exists()
 
 
-def test_a_judge_that_is_not_there_is_told_before_anything_starts(tmp_path: Path, tiny_profile: Path) -> None:
-    words = command(RECIPE, tiny_profile, "--set", "lora_r=8", "--bertscore", "some/nowhere")
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+def test_a_judge_that_is_not_there_is_told_before_anything_starts(
+    recipe: Recipe, tmp_path: Path, tiny_profile: Path
+) -> None:
+    _, *words = command(Path("recipe"), tiny_profile, "--set", "lora_r=8", "--bertscore", "some/nowhere")
+    done = recipe(*words)
     assert done.returncode == 1
     assert "some/nowhere cannot be loaded" in done.stderr
     assert lookup.all_runs(tmp_path / "runs") == []
