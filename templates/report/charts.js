@@ -9,7 +9,7 @@ const LAYOUT = {
   legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
   bargap: 0.4,
   hovermode: "closest",
-  // a drag is for scrolling where there is no mouse
+  // without a mouse, dragging scrolls
   dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
 };
 const AXIS = { gridcolor: "#d5d9df", zerolinecolor: "#d5d9df", title: { standoff: 8, font: { size: 13 } } };
