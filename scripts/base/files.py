@@ -4,6 +4,8 @@ import glob
 import hashlib
 import os
 import secrets
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -13,6 +15,8 @@ import orjson
 from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
+
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeError)  # what zipfile raises for one
 
 
 @contextmanager

@@ -1,22 +1,20 @@
-"""Draws from the rows of a file, rows at listed positions, and files of rows that take their place together."""
+"""Subsets of the rows of a file: random draws, and rows at listed positions."""
 
-import hashlib
 import random
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from ..base.files import clear_parts, read_json, replacing, sha256
+from ..base.files import read_json, sha256
 from .study import Study
 
 
 class Draw:
-    """`size` rows drawn at random, each with the same chance, in their order; all where there are no more."""
+    """`size` rows drawn at random, each with the same chance, in their order; all if there are no more."""
 
     def __init__(self, size: int, seed: int):
         self.about = {"rows": size, "seed": seed}
-        self._size, self._chance = size, random.Random(seed)
+        self._size = size
+        self._random = random.Random(seed)
         self._offered = 0
         self._drawn: list[tuple[int, bytes]] = []
 
@@ -24,7 +22,7 @@ class Draw:
         self._offered += 1
         if len(self._drawn) < self._size:
             self._drawn.append((idx, row))
-        elif (place := self._chance.randrange(self._offered)) < self._size:
+        elif (place := self._random.randrange(self._offered)) < self._size:
             self._drawn[place] = idx, row
 
     def missing(self, of_study_file: bool) -> str | None:
@@ -35,47 +33,28 @@ class Draw:
 
 
 class Listed:
-    """The rows at the positions that a file lists, in the order of that list; they count in the study's file only."""
+    """The rows at the positions that a file lists, in the order of that list; positions in the study's own file."""
 
     def __init__(self, file: Path):
         self.about = {"positions": file.name, "sha256_of_positions": sha256(file)}
         self._positions: list[int] = read_json(file)["rows"]
-        self._wanted = set(self._positions)
-        self._found: dict[int, bytes] = {}
+        self._found = dict.fromkeys(self._positions, b"")
 
     def offer(self, idx: int, row: bytes) -> None:
-        if idx in self._wanted:
+        if idx in self._found:
             self._found[idx] = row
 
     def missing(self, of_study_file: bool) -> str | None:
         return None if of_study_file else "its positions are of the study's msg-test.jsonl, which this is not"
 
     def rows(self) -> list[bytes]:
-        return [self._found[idx] for idx in self._positions if idx in self._found]
+        return [self._found[idx] for idx in self._positions if self._found[idx]]
 
 
 def draws(of_study: Study, sizes: Sequence[int], seed: int) -> dict[str, Draw | Listed]:
-    """The study's subsets of its test rows, and draws of other sizes."""
-    made: dict[str, Draw | Listed] = {f"test-{size}": Draw(size, seed) for size in sizes}
+    """The study's subsets of its test rows, and draws of other sizes, by the names of their files."""
+    subsets: dict[str, Draw | Listed] = {f"test-{size}": Draw(size, seed) for size in sizes}
     for name, subset in of_study.data.subsets.items():
-        listed = subset.positions
-        made[name] = Listed(of_study.folder / listed) if listed else Draw(subset.rows, subset.seed or 0)
-    return made
-
-
-class Written:
-    """A file that takes its place when the stack is left well, and what was written to it."""
-
-    def __init__(self, stack: ExitStack, file: Path):
-        self.rows = 0
-        self._file, self._digest = file, hashlib.sha256()
-        clear_parts(file)
-        self._stream = stack.enter_context(replacing(file))
-
-    def add(self, row: bytes) -> None:
-        self._stream.write(row)
-        self._digest.update(row)
-        self.rows += 1
-
-    def as_json(self) -> dict[str, Any]:
-        return {"file": self._file.name, "rows": self.rows, "sha256": self._digest.hexdigest()}
+        positions = subset.positions
+        subsets[name] = Listed(of_study.folder / positions) if positions else Draw(subset.rows, subset.seed or 0)
+    return subsets

@@ -190,7 +190,7 @@ def test_two_preparations_in_one_folder_are_kept_apart(tmp_path: Path, monkeypat
     def patch_while_another_starts(patch: str) -> str:
         if not refused:
             refused.append("")
-            with pytest.raises(UserError, match="another preparation is going on") as error:
+            with pytest.raises(UserError, match="another preparation is running") as error:
                 codereviewer.prepare([raws[1]], tmp_path / "out", STUDY)
             refused[0] = str(error.value)
         return patch
