@@ -93,7 +93,7 @@ def small_study(raw: Path, **subsets: Any) -> study.Study:
     return STUDY.model_copy(update={"data": changed, "folder": raw.parent})
 
 
-def test_test_rows_tell_their_position_and_language(tmp_path: Path) -> None:
+def test_test_rows_have_their_position_and_language(tmp_path: Path) -> None:
     raw = write(tmp_path / "raw", "msg-test.jsonl", row("a", lang="py"), row(" "), row("b"))
     codereviewer.prepare([raw], tmp_path / "out", STUDY)
     assert [(r["idx"], r["lang"]) for r in read(tmp_path / "out" / "test.jsonl")] == [(0, "py"), (2, None)]
@@ -172,7 +172,7 @@ def test_splits_can_be_prepared_one_after_the_other(tmp_path: Path) -> None:
         ("some.zip", [b"no zip"], r"the zip is damaged"),
     ],
 )
-def test_bad_input_is_told_with_its_place_and_leaves_nothing(
+def test_bad_input_is_reported_with_its_place_and_leaves_nothing(
     tmp_path: Path, name: str, content: list[Any], says: str
 ) -> None:
     good = write(tmp_path / "raw", "msg-test.jsonl", row())
@@ -215,7 +215,7 @@ def test_two_writers_of_a_file_with_one_process_id_are_kept_apart(tmp_path: Path
     assert file.read_bytes() == b"first"
 
 
-def test_missing_files_are_told(tmp_path: Path) -> None:
+def test_missing_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         codereviewer.prepare([tmp_path / "msg-train.jsonl"], tmp_path / "out", STUDY)
 
