@@ -1,4 +1,4 @@
-"""Importing Axolotl without what its libraries have to say, and without asking a hub for anything."""
+"""Importing Axolotl without its libraries' messages, and without asking a hub for anything."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ def importing_axolotl(offline: bool = True) -> Iterator[None]:
     """Import and use Axolotl within the block: stdout stays for data, and logs below errors are dropped.
 
     Args:
-        offline: keep the hub out of it; bitsandbytes would fetch a kernel from there on a CPU.
+        offline: do not contact the hub, from which bitsandbytes would fetch a kernel on a CPU.
     """
     import huggingface_hub.constants as hub
 
