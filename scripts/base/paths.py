@@ -79,6 +79,6 @@ def find_profile(name: str) -> tuple[str, Path]:
     if name in shipped:
         return name, shipped[name]
     if Path(name).is_file():
-        return next(((s, f) for s, f in shipped.items() if f == Path(name).resolve()), (name, Path(name)))
+        return next((profile for profile in shipped.items() if profile[1].samefile(name)), (name, Path(name)))
     hint = did_you_mean(name, shipped)
     raise UserError(f"{name}: no profile of that name{hint}; there are {', '.join(shipped)}, or any YAML file")

@@ -53,8 +53,7 @@ class Bar:
 
     def _line(self) -> None:
         self.last_line = time.monotonic()
-        task = self.task
-        say(f"{task.description} {task.completed}/{task.total or '?'}  {task.fields['note']}")
+        say(f"{self.task.description} {self.task.completed}/{self.task.total or '?'}  {self.task.fields['note']}")
 
 
 class TrainingProgress(Bar):
@@ -85,5 +84,4 @@ class TrainingProgress(Bar):
 
 
 def _number(value: float | None, form: str) -> str:
-    """A number of the metrics; for NaN, JSON has null."""
-    return "nan" if value is None else format(value, form)
+    return "nan" if value is None else format(value, form)  # JSON has null for NaN

@@ -68,14 +68,15 @@ def print_json(value: Any) -> None:
 
 def write(rows: Sequence[TableRow], form: str, title: str | None = None, empty: bool = False) -> None:
     """Rows on stdout as `table`, `md`, `csv` or `json`; `empty` as in `print_table`."""
-    if form == "json":
-        print_json(rows)
-    elif form == "csv":
-        print_csv(rows)
-    elif form == "md":
-        print_markdown(rows, title)
-    else:
-        print_table(rows, title, empty)
+    match form:
+        case "json":
+            print_json(rows)
+        case "csv":
+            print_csv(rows)
+        case "md":
+            print_markdown(rows, title)
+        case _:
+            print_table(rows, title, empty)
 
 
 def print_tokens(rows: Sequence[TableRow]) -> None:

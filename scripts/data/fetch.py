@@ -61,14 +61,16 @@ def fetch(data: Data, out: Path, source: str | None = None) -> list[dict[str, An
         archive = part.file if part else Path(source)
         with _archive_errors(archive, part):
             rows = _extract(data, archive, out)
-        record = {
-            "made_by": f"qlora-recipes {__version__}",
-            "source": _public(source) if part else str(archive.resolve()),
-            "time": now(),
-            "archive": {"bytes": archive.stat().st_size, "sha256": sha256(archive)},
-            "files": [row | {"mtime_ns": (out / row["file"]).stat().st_mtime_ns} for row in rows],
-        }
-        write_json(out / RECORD, record)
+        write_json(
+            out / RECORD,
+            {
+                "made_by": f"qlora-recipes {__version__}",
+                "source": _public(source) if part else str(archive.resolve()),
+                "time": now(),
+                "archive": {"bytes": archive.stat().st_size, "sha256": sha256(archive)},
+                "files": [row | {"mtime_ns": (out / row["file"]).stat().st_mtime_ns} for row in rows],
+            },
+        )
         if part:
             part.remove()
         return rows
@@ -108,7 +110,8 @@ def _present(data: Data, out: Path) -> list[dict[str, Any]]:
     recorded = {was["file"]: was for was in read_json(out / RECORD).get("files", [])}
     rows = []
     for name, known in data.files.items():
-        file, was = out / name, recorded.get(name)
+        file = out / name
+        was = recorded.get(name)
         if (
             was
             and known.sha256 in (None, was["sha256"])
