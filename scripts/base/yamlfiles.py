@@ -126,13 +126,19 @@ def line_of(file: Path, key: str) -> int:
     node = yaml.compose(file.read_text(encoding="utf-8"), Loader=_Loader)
     line = 1
     for part in key.split("."):
-        if isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):
-            node = node.value[int(part)]
-            line = node.start_mark.line + 1
-        elif isinstance(node, yaml.MappingNode):
-            pair = next((pair for pair in reversed(node.value) if pair[0].value == part), None)
-            if not pair:
-                break
-            line = pair[0].start_mark.line + 1
-            node = pair[1]
+        entry = inside(node, part)
+        if not entry:
+            break
+        start = entry[0] if isinstance(node, yaml.MappingNode) else entry[1]
+        line = start.start_mark.line + 1
+        node = entry[1]
     return line
+
+
+def inside(node: Any, part: str) -> tuple[Any, Any] | None:
+    """The node of a key in a mapping, and of its value; or a list's node, and that of the item at a position in it."""
+    if isinstance(node, yaml.MappingNode):
+        return next((pair for pair in node.value if pair[0].value == part), None)
+    if isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):
+        return node, node.value[int(part)]
+    return None
