@@ -167,9 +167,7 @@ class _Part:
         _check_space(self.file.parent, (total or expected) - self.size, "the download")
         if response.status_code == 200:
             if self.size:
-                bar.say(
-                    f"{self.file}: starting over: the file on the server has changed, or it cannot send a part of it"
-                )
+                bar.say(f"{self.file}: starting over; the server has another file now, or cannot send a part of it")
             self.remove()  # before the new version is recorded, which would else seem to be that of the old bytes
             write_json(self._about, about)
         with self.file.open("ab") as stream:

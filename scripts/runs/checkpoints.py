@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from ..base.files import read_json, tensor_shapes, write_atomically
+from ..base.files import read_json, tensor_shapes, write_json
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 22  # bytes
@@ -32,7 +30,7 @@ def write_manifest(folder: Path) -> None:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != MANIFEST and file.suffix != ".part"
     }
-    write_atomically(folder / MANIFEST, orjson.dumps({"files": files}, option=orjson.OPT_INDENT_2).decode() + "\n")
+    write_json(folder / MANIFEST, {"files": files})
 
 
 def damage(folder: Path, ranks: int) -> str | None:
