@@ -5,7 +5,7 @@ import re
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -18,8 +18,8 @@ from ..base.errors import UserError
 from ..base.files import DAMAGED_ZIP, Output, clear_parts, json_rows, making, read_json, sha256, write_json
 from ..base.locks import LOOK, PATIENCE, held, is_held
 from ..base.progress import say
-from .draws import Draw, Listed, draws
-from .study import Data, SourceFile, Study
+from .draws import PlacedRow, choose, draw, method, obstacle
+from .study import Data, SourceFile, Study, Subset
 
 SPLITS = ("train", "valid", "test")
 MANIFEST = "manifest.json"
@@ -98,7 +98,7 @@ def _zip_errors() -> Iterator[None]:
         raise UserError(f"the zip cannot be read: {error}") from None
 
 
-def _rows(split: RawSplit, for_scores: bool) -> Iterator[tuple[int, bytes]]:
+def _rows(split: RawSplit, for_scores: bool) -> Iterator[PlacedRow]:
     """The rows of a split to keep as JSON lines, each with its position in the raw file.
 
     Rows that are to be scored also carry that position, as `idx`, and their language.
@@ -140,8 +140,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Write train.jsonl, valid.jsonl and test.jsonl, those for which there are raw files, and a manifest.
 
-    The study's subsets of test.jsonl are written beside it. Rows are read as a stream, and no file is replaced before
-    every row of every raw file was read without an error.
+    The study's subsets of test.jsonl are written beside it. Rows are read as a stream, of which only the prepared rows
+    of test.jsonl are held in memory, and no file is replaced before every raw file was read without an error.
 
     Args:
         raw: CodeReviewer's msg-{train,valid,test}.jsonl, or the zip that holds them.
@@ -168,12 +168,11 @@ def prepare(
     lock = held(out / PREPARE_LOCK, "another preparation is running", patience, remove=True)
     with _zip_errors(), making(out), lock, ExitStack() as stack:
         streams = _by_split(raw, stack)
+        draws = {f"test-{size}": Subset(title=f"{size} rows", rows=size, seed=seed) for size in subsets}
         splits: dict[str, Any] = {}
         for name in (split for split in SPLITS if split in streams):
             split = RawSplit(*streams[name], input_format, instruction or of_study.data.instruction)
-            draw = Draw(valid_rows, seed) if name == "valid" and valid_rows else None
-            selections = draws(of_study, subsets, seed) if name == "test" else {}
-            splits[name] = _write_split(stack, out, name, split, draw, selections, of_study)
+            splits[name] = _write_split(stack, out, name, split, of_study, valid_rows, draws, seed)
         stack.close()  # puts the files in place
         return _update_manifest(out, splits)
 
@@ -183,42 +182,27 @@ def _write_split(
     out: Path,
     name: str,
     split: RawSplit,
-    draw: Draw | None,
-    subsets: Mapping[str, Draw | Listed],
     of_study: Study,
+    valid_rows: int,
+    draws: dict[str, Subset],
+    seed: int,
 ) -> dict[str, Any]:
-    """Write a split's file, and those of its subsets, which take their places when the stack is closed.
+    """Write a split's file, and subsets of the test rows, which take their places when the stack is closed.
 
     Args:
-        draw: draws the rows to keep; None keeps all.
-        subsets: by the names of their files.
+        draws: subsets that are not the study's, by the names of their files.
 
     Returns:
         The manifest's entry.
     """
-
-    def rows() -> Iterator[bytes]:
-        for idx, row in _rows(split, for_scores=name == "test"):
-            for selection in (*subsets.values(), draw):
-                if selection:
-                    selection.offer(idx, row)
-            if not draw:
-                yield row
-        if draw:
-            yield from draw.rows()
-
-    whole = _write(stack, out / f"{name}.jsonl", rows())
+    kept = _rows(split, for_scores=name == "test")
+    test_rows = list(kept) if name == "test" else []
+    rows = draw(kept, valid_rows, seed) if name == "valid" and valid_rows else test_rows or kept
+    whole = _write(stack, out / f"{name}.jsonl", rows)
     if not whole["rows"]:
         raise UserError(f"{split.label}: no row is left to write; {dict(split.dropped) or 'it has none'}")
     is_study_file = _is(of_study.data.files.get(f"msg-{name}.jsonl"), split)
-    written = {}
-    left_out = {}
-    for key, subset in subsets.items():
-        if reason := subset.missing(bool(is_study_file)):
-            left_out[key] = reason
-        else:
-            written[key] = subset.about | _write(stack, out / f"{key}.jsonl", subset.rows())
-    return {
+    entry = {
         "input_format": split.input_format,
         "instruction": split.instruction,
         "source": split.label,
@@ -229,17 +213,25 @@ def _write_split(
         "kept": split.kept,
         "dropped": dict(split.dropped),
         "duplicates_kept": split.duplicates,
-        "drawn": draw.about if draw and whole["rows"] < split.kept else None,
+        "drawn": {"rows": valid_rows, "seed": seed} if whole["rows"] < split.kept else None,
         **whole,
-        **({"subsets": written, "left_out": left_out} if subsets else {}),
     }
+    if name == "test":
+        entry |= {"subsets": {}, "left_out": {}}
+        for key, subset in (draws | of_study.data.subsets).items():
+            if reason := obstacle(subset, len(test_rows), bool(is_study_file)):
+                entry["left_out"][key] = reason
+            else:
+                chosen = choose(subset, of_study.folder, test_rows)
+                entry["subsets"][key] = method(subset, of_study.folder) | _write(stack, out / f"{key}.jsonl", chosen)
+    return entry
 
 
-def _write(stack: ExitStack, file: Path, rows: Iterable[bytes]) -> dict[str, Any]:
+def _write(stack: ExitStack, file: Path, rows: Iterable[PlacedRow]) -> dict[str, Any]:
     """Write a file of rows, which takes its place when the stack is closed; what the manifest says of it."""
     output = Output(stack, file)
     count = 0
-    for row in rows:
+    for _, row in rows:
         output.write(row)
         count += 1
     return {"file": file.name, "rows": count, "sha256": output.sha256()}
@@ -297,10 +289,10 @@ def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None
         if split.get("is_the_study_file") is False:
             return f"{name}.jsonl is made of another file than the study's"
     subsets = splits["test"].get("subsets", {})
-    for name, wanted in draws(of_study, (), 0).items():
+    for name, subset in of_study.data.subsets.items():
         if name not in subsets and name not in splits["test"].get("left_out", {}):
             return f"{name}.jsonl is missing"
-        if name in subsets and not wanted.about.items() <= subsets[name].items():
+        if name in subsets and not method(subset, of_study.folder).items() <= subsets[name].items():
             return f"{name}.jsonl has other rows"
     for written in (*splits.values(), *subsets.values()):
         file = out / str(written.get("file"))

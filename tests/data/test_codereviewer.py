@@ -77,10 +77,7 @@ def test_validation_rows_are_drawn_the_same_each_time_and_keep_their_order(tmp_p
 
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_a_draw_has_as_many_rows_as_there_are_to_draw(rows: int, size: int) -> None:
-    draw = draws.Draw(size, seed=0)
-    for i in range(rows):
-        draw.offer(i, bytes([i]))
-    drawn = draw.rows()
+    drawn = draws.draw([(i, bytes([i])) for i in range(rows)], size, seed=0)
     assert len(drawn) == min(rows, size)
     assert drawn == sorted(set(drawn))
 
