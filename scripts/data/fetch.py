@@ -155,21 +155,22 @@ class _Part:
         about = self.resumable()
         etag = response.headers.get("ETag", "W/")
         version = response.headers.get("Last-Modified") if etag.startswith("W/") else etag  # If-Range takes no weak one
-        if response.status_code == 200:
-            about = {"url": self._url, "version": version, "bytes": int(response.headers.get("Content-Length", 0))}
-        else:
-            rest = rf"bytes {self.size}-\d+/{about.get('bytes') or '.+'}"
-            is_rest = re.fullmatch(rest, response.headers.get("Content-Range", ""))
-            if not about or not is_rest or version not in (None, about["version"]):
-                self.remove()
-                return "the file on the server has changed"
-        total = about["bytes"]
-        _check_space(self.file.parent, (total or expected) - self.size, "the download")
+        rest = rf"bytes {self.size}-\d+/{about.get('bytes') or '.+'}"
         if response.status_code == 200:
             if self.size:
                 bar.say(f"{self.file}: starting over; the server has another file now, or cannot send a part of it")
+            about = {"url": self._url, "version": version, "bytes": int(response.headers.get("Content-Length", 0))}
             self.remove()  # before the new version is recorded, which would else seem to be that of the old bytes
             write_json(self._about, about)
+        elif (
+            not about
+            or not re.fullmatch(rest, response.headers.get("Content-Range", ""))
+            or version not in (None, about["version"])
+        ):
+            self.remove()
+            return "the file on the server has changed"
+        total = about["bytes"]
+        _check_space(self.file.parent, (total or expected) - self.size, "the download")
         with self.file.open("ab") as stream:
             for chunk in response.iter_content(CHUNK):
                 stream.write(chunk)
