@@ -112,7 +112,8 @@ def _rows(split: RawSplit, for_scores: bool) -> Iterator[PlacedRow]:
 
     for idx, row in enumerate(json_rows(lines(), split.label, ("patch", "msg"))):
         split.read += 1
-        patch, msg = row["patch"], row["msg"]
+        patch = row["patch"]
+        msg = row["msg"]
         shown = INPUT_FORMATS[split.input_format](patch)
         if not msg.strip() or not shown.strip():
             split.dropped["empty msg" if not msg.strip() else "empty patch"] += 1

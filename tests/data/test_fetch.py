@@ -53,7 +53,7 @@ ARCHIVE = packed()
 
 @dataclass
 class Server:
-    """A file server: what it is told to do, and what it saw."""
+    """A file server: how it is to behave, and what it received."""
 
     url: str
     content: bytes = ARCHIVE
@@ -75,14 +75,15 @@ class Handler(BaseHTTPRequestHandler):
     server: Any
 
     def do_GET(self) -> None:
-        told: Server = self.server.told
-        told.seen.append(dict(self.headers))
-        if told.answers:
-            self.send_error(told.answers.pop(0))
+        orders: Server = self.server.orders
+        orders.seen.append(dict(self.headers))
+        if orders.answers:
+            self.send_error(orders.answers.pop(0))
             return
-        start, size = 0, len(told.content)
+        start = 0
+        size = len(orders.content)
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if asked and told.ranges and (self.headers["If-Range"] == told.etag or not told.compares):
+        if asked and orders.ranges and (self.headers["If-Range"] == orders.etag or not orders.compares):
             start = int(asked[1])
             if start >= size:
                 self.send_error(416)
@@ -91,17 +92,17 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
         else:
             self.send_response(200)
-        if told.length:
+        if orders.length:
             self.send_header("Content-Length", str(size - start))
-        self.send_header("ETag", told.etag)
+        self.send_header("ETag", orders.etag)
         self.end_headers()
-        body = told.content[start:]
-        if told.breaks_after:
-            body = body[: told.breaks_after.pop(0)]
-        told.sent += len(body)
+        body = orders.content[start:]
+        if orders.breaks_after:
+            body = body[: orders.breaks_after.pop(0)]
+        orders.sent += len(body)
         self.wfile.write(body)
         if start + len(body) < size:
-            time.sleep(told.stalls)
+            time.sleep(orders.stalls)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -113,10 +114,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(fetching, "PAUSES", (0,) * 5)
     monkeypatch.setattr(fetching, "CHUNK", 10_000)
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.told = told = Server(f"http://127.0.0.1:{http.server_port}/files/Comment_Generation.zip")
+    http.orders = orders = Server(f"http://127.0.0.1:{http.server_port}/files/Comment_Generation.zip")
     thread = threading.Thread(target=http.serve_forever, args=(0.01,))
     thread.start()
-    yield told
+    yield orders
     http.shutdown()
     http.server_close()
     thread.join()
@@ -176,7 +177,8 @@ def test_a_connection_that_breaks_off_is_resumed(tmp_path: Path, server: Server)
 
 def test_one_that_stalls_is_resumed(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "TIMEOUT", (5, 0.2))
-    server.breaks_after, server.stalls = [300_000], 0.5
+    server.breaks_after = [300_000]
+    server.stalls = 0.5
     fetch(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
     assert server.asked_for() == [None, "bytes=300000-"]
@@ -234,12 +236,15 @@ def test_what_a_killed_extraction_left_is_removed(tmp_path: Path) -> None:
 def test_a_file_that_changed_on_the_server_is_fetched_from_the_beginning(
     tmp_path: Path, server: Server, there: int, compares: bool
 ) -> None:
-    server.content, server.etag = bytes(2_000_000), '"0"'
+    server.content = bytes(2_000_000)
+    server.etag = '"0"'
     server.breaks_after = [there] + [0] * 5
     with pytest.raises(WorkFailed):
         fetch(data(server.url), tmp_path)
     assert wanted(tmp_path) == {}
-    server.content, server.etag, server.compares = ARCHIVE, '"1"', compares
+    server.content = ARCHIVE
+    server.etag = '"1"'
+    server.compares = compares
     fetch(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
     assert server.seen[6]["If-Range"] == '"0"'
@@ -324,9 +329,9 @@ def test_a_source_that_does_not_exist_is_reported(tmp_path: Path, source: str) -
 
 @pytest.mark.parametrize("url", ["http://", "http://me:secret@/a.zip", "https://me:secret@[b/a.zip"])
 def test_an_unusable_address_is_reported(tmp_path: Path, url: str) -> None:
-    with pytest.raises(UserError, match="not a usable address") as told:
+    with pytest.raises(UserError, match="not a usable address") as refused:
         fetch(data(""), tmp_path, url)
-    assert "secret" not in str(told.value)
+    assert "secret" not in str(refused.value)
     assert wanted(tmp_path) == {}
 
 
@@ -526,8 +531,8 @@ def test_a_password_is_used_and_shown_nowhere(
     server.breaks_after = [300_000] + [0] * 5
     with pytest.raises(WorkFailed) as failed:
         fetch(data(url), tmp_path)
-    told = [str(refused.value), str(failed.value), part(tmp_path).with_suffix(".part.json").read_text()]
+    texts = [str(refused.value), str(failed.value), part(tmp_path).with_suffix(".part.json").read_text()]
     fetch(data(url), tmp_path)
-    told += [(tmp_path / "fetched.json").read_text(), capsys.readouterr().err]
-    assert all(server.url in text and "cret" not in text for text in told)
+    texts += [(tmp_path / "fetched.json").read_text(), capsys.readouterr().err]
+    assert all(server.url in text and "cret" not in text for text in texts)
     assert server.seen[0]["Authorization"] == "Basic " + base64.b64encode(b"me:se@cret").decode()
