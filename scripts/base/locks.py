@@ -43,7 +43,7 @@ def held(file: Path, otherwise: str, patience: float = LOOK, remove: bool = Fals
                     f"{file.parent}: its file system does not lock files (flock: {error.strerror}); "
                     "choose a folder on another, for runs with --runs"
                 ) from None
-            if not os.fstat(lock.fileno()).st_nlink:
+            if not _is_at(lock.fileno(), file):
                 continue  # the process that held it has removed it
             try:
                 yield lock.fileno()
@@ -51,6 +51,14 @@ def held(file: Path, otherwise: str, patience: float = LOOK, remove: bool = Fals
                 if remove:
                     file.unlink(missing_ok=True)
             return
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    """Whether an open file is still the one at a path; its link count would not show that on NFS."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def is_held(file: Path) -> bool:
