@@ -1,4 +1,4 @@
-"""The one exception that ends a command because of what the user asked for."""
+"""The exceptions that end a command with a message instead of a traceback."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -12,10 +12,10 @@ class UserError(Exception):
 
 
 class WorkFailed(Exception):
-    """The work that was asked for could not be done: message on stderr, exit code 1."""
+    """The request was right, but the work failed: the command prints the message and ends with exit code 1."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A half-sentence that names the nearest known words, or nothing where none is near."""
-    near = get_close_matches(word, list(known), n=3, cutoff=0.6)
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """A half-sentence that names the nearest choices, or nothing if none is near."""
+    near = get_close_matches(word, list(choices), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -1,38 +1,43 @@
-"""Writing files so that nobody ever sees half of one, and telling what is in them."""
+"""Files that are never seen half-written, and what is in them."""
 
 import glob
 import hashlib
 import os
 import secrets
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import orjson
+from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
+
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeError)  # what zipfile raises for one
 
 
 @contextmanager
 def making(folder: Path) -> Iterator[None]:
-    """Make a folder, and those above it, where need be; if the block fails, those made are removed, unless in use."""
-    made = [above for above in (folder, *folder.parents) if not above.exists()]
+    """Make a folder, with its parents; if the block fails, those that did not exist are removed, unless in use."""
+    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
         with suppress(OSError):  # a folder that meanwhile holds something else stays
-            for above in made:
-                above.rmdir()
+            for parent in new:
+                parent.rmdir()
         raise
 
 
 @contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `file` when the block ends well.
+    """A file to write that replaces `file` when the block ends without an error.
 
-    Otherwise it is gone, and so are the folders that were made for it.
+    Otherwise it is removed, and so are the folders that were made for it.
     """
     part = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")  # containers can share a folder and process ids
     with making(file.parent):
@@ -46,21 +51,41 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
 
 
 def clear_parts(file: Path) -> None:
-    """Remove what killed processes left of a file that they were to replace; for who holds the lock of its folder."""
+    """Remove what killed processes left of `file`; only while holding the lock of its folder."""
     for part in file.parent.glob(f".{glob.escape(file.name)}.*.part"):
         part.unlink()
 
 
+class Output:
+    """A file that replaces `file` when the stack is left without an error, and the size and hash of its content.
+
+    Only while holding the lock of its folder.
+    """
+
+    def __init__(self, stack: ExitStack, file: Path):
+        clear_parts(file)
+        self.bytes = 0
+        self.stream = stack.enter_context(replacing(file))
+        self._digest = hashlib.sha256()
+
+    def write(self, content: bytes) -> None:
+        self.bytes += self.stream.write(content)
+        self._digest.update(content)
+
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
 def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file; blank lines are passed over.
+    """The rows of a JSONL file; blank lines are skipped.
 
     Args:
         lines: its lines.
-        where: what messages call it.
-        fields: the fields that every row must have, as text.
+        where: its name in messages.
+        fields: the text fields that every row must have.
 
     Raises:
-        UserError: a line is no such row.
+        UserError: a line is not such a row.
     """
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -78,13 +103,13 @@ def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) 
 
 
 def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Put rows, a JSON line each, in the place of whatever `file` held."""
+    """Replace the content of `file` by rows, a JSON line each."""
     with replacing(file) as stream:
         stream.writelines(orjson.dumps(row) + b"\n" for row in rows)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; empty where there is no such file, or it holds something else."""
+    """The mapping in a JSON file; empty if there is no such file or it holds something else."""
     try:
         content = orjson.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -92,43 +117,35 @@ def read_json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of each of its tensors by name, and the byte at which they begin.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such file.
-    """
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = orjson.loads(stream.read(min(length, file.stat().st_size)))
-    if not isinstance(header, dict):
-        raise ValueError(f"{file}: its header is no mapping")
-    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}, 8 + length
+def write_json(file: Path, value: Any) -> None:
+    """Replace the content of `file` by a value as indented JSON."""
+    with replacing(file) as stream:
+        stream.write(orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n")
 
 
-def tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """The shapes of the tensors in a safetensors file by name; none where it cannot be read."""
+def tensor_shapes(file: Path) -> dict[str, list[int]] | None:
+    """The shapes of the tensors in a safetensors file by name; None if it cannot be read or is not whole."""
     try:
-        return {name: tensor["shape"] for name, tensor in safetensors_header(file)[0].items()}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
+        with safe_open(file, "numpy") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.offset_keys()}
+    except (OSError, SafetensorError):
+        return None
 
 
 def embedding_rows(adapter: Path) -> int | None:
-    """The rows of the embedding that an adapter's file brings with it; None where it has none."""
-    shapes = tensor_shapes(adapter)
+    """The rows of the embedding in an adapter's file; None if it has none."""
+    shapes = tensor_shapes(adapter) or {}
     return next((shape[0] for name, shape in shapes.items() if name.endswith("embed_tokens.weight")), None)
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Put `text` in the place of whatever `file` held."""
+    """Replace the content of `file` by `text`."""
     with replacing(file) as stream:
         stream.write(text.encode())
 
 
 def append_line(file: Path, line: bytes) -> None:
-    """Add a line to a file. One that a killed process left unfinished stays a line of its own, for readers to skip."""
+    """Add a line to a file. An unfinished one of a killed process stays a line of its own, for readers to skip."""
     with file.open("a+b") as stream:
         if stream.tell():
             stream.seek(-1, os.SEEK_END)

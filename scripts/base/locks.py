@@ -10,19 +10,19 @@ from pathlib import Path
 
 from .errors import UserError
 
-LOOK = 0.2  # seconds at most for which a process holds a lock that only looks whether it is held
+LOOK = 0.2  # seconds; `is_held` holds a lock for less
 PATIENCE = 600  # seconds to wait for a process that prepares what this one needs too
 
 
 @contextmanager
 def held(file: Path, otherwise: str, patience: float = LOOK, remove: bool = False) -> Iterator[int]:
-    """Hold a lock for this process and whoever inherits the yielded descriptor, until the last of them ends.
+    """Hold a lock for this process and those that inherit the yielded descriptor, until the last of them ends.
 
     Args:
         file: the lock's file; its folder is made if need be.
-        otherwise: what to tell the user where another process holds it.
+        otherwise: the message if another process holds it.
         patience: seconds to wait for that process.
-        remove: whether to remove the file in the end.
+        remove: whether to remove the file at the end.
 
     Raises:
         UserError: another process holds it.
@@ -39,10 +39,12 @@ def held(file: Path, otherwise: str, patience: float = LOOK, remove: bool = Fals
                 time.sleep(0.1)
                 continue
             except OSError as error:
-                problem = f"its file system does not lock files (flock: {error.strerror})"
-                raise UserError(f"{file.parent}: {problem}; choose a folder on another, for runs with --runs") from None
+                raise UserError(
+                    f"{file.parent}: its file system does not lock files (flock: {error.strerror}); "
+                    "choose a folder on another, for runs with --runs"
+                ) from None
             if not _is_at(lock.fileno(), file):
-                continue  # whoever held it has removed it
+                continue  # the process that held it has removed it
             try:
                 yield lock.fileno()
             finally:
@@ -52,7 +54,7 @@ def held(file: Path, otherwise: str, patience: float = LOOK, remove: bool = Fals
 
 
 def _is_at(descriptor: int, file: Path) -> bool:
-    """Whether an open file is still the one at a path."""
+    """Whether an open file is still the one at a path; its link count would not show that on NFS."""
     try:
         return os.path.samestat(os.fstat(descriptor), file.stat())
     except FileNotFoundError:
@@ -60,23 +62,21 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 
 def is_held(file: Path) -> bool:
-    """Whether a process holds a lock, as far as this one may look."""
+    """Whether a process holds a lock; False too if this one may not read the lock's file."""
     try:
         with file.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False
 
 
 def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """A folder that is made the first time it is needed, and by one process where several need it at once.
+    """A folder that is made the first time it is needed, and by one process if several need it at once.
 
     Args:
-        folder: the folder; none of it is to be seen before all of it is there.
-        make: writes what it is to hold into the folder that it is given.
+        folder: the folder; it appears once it is complete.
+        make: writes the content into the folder that it is given.
 
     Raises:
         UserError: another process has been making it for `PATIENCE` seconds.

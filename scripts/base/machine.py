@@ -1,6 +1,7 @@
-"""What is known of this machine: its clock, processor and GPUs."""
+"""This machine: its clock, processor and GPUs."""
 
 import platform
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -8,24 +9,24 @@ from typing import Any
 
 def cpu() -> str:
     """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
+    name = re.search(r"^model name\s*:\s*(.+)", _cpuinfo(), re.MULTILINE)
+    return name[1].strip() if name else platform.machine()
 
 
 def cpu_has_bf16() -> bool:
     """Whether the processor has instructions for bf16; without them it is slower than fp32."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_cpuinfo().split())
+
+
+def _cpuinfo() -> str:
     try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
+        return Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+        return ""
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Name, memory in GiB, compute capability and driver of each NVIDIA GPU; empty where there is none."""
+    """Name, memory in GiB, compute capability and driver of each NVIDIA GPU; empty if there is none."""
     import pynvml
 
     try:
@@ -33,11 +34,11 @@ def gpus() -> list[dict[str, Any]]:
     except pynvml.NVMLError:
         return []
     try:
-        found = []
+        cards = []
         for i in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(i)
             major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-            found.append(
+            cards.append(
                 {
                     "name": pynvml.nvmlDeviceGetName(handle),
                     "memory_gib": round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30, 1),
@@ -45,11 +46,11 @@ def gpus() -> list[dict[str, Any]]:
                     "driver": pynvml.nvmlSystemGetDriverVersion(),
                 }
             )
-        return found
+        return cards
     finally:
         pynvml.nvmlShutdown()
 
 
 def now() -> str:
-    """The time in UTC, as run.json writes it."""
+    """The time in UTC, in the form of run.json."""
     return datetime.now(UTC).isoformat(timespec="seconds")

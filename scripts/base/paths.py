@@ -1,4 +1,4 @@
-"""Where recipes, templates and caches are, and what a NAME, FILE or profile stands for."""
+"""Where recipes, templates and caches are, and which file a NAME, FILE or profile stands for."""
 
 import os
 from pathlib import Path
@@ -24,12 +24,12 @@ LOCK = _PACKAGE.parent / "requirements.lock"
 
 
 def cache() -> Path:
-    """The folder for what can be made again: the stand-in model and prepared data."""
+    """The folder for what can be regenerated: the stand-in model and prepared data."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-recipes"
 
 
 def shown(file: Path) -> str:
-    """A file as messages name it: from here, where it is below."""
+    """A file's path in messages: relative if it is below the current folder."""
     absolute = file.absolute()
     return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else file)
 
@@ -51,28 +51,21 @@ def variant_names() -> list[str]:
 
 
 def find_recipe(name: str) -> tuple[str, Path]:
-    """The name and file of a recipe or variant given as NAME or FILE.
+    """The name and file of a recipe or variant given as NAME or FILE; a file that is neither is named by its stem.
 
     Raises:
-        UserError: there is neither a recipe nor a file of that name.
+        UserError: there is no recipe, variant or file of that name.
     """
-    if name in recipe_names():
-        return name, RECIPES / f"{name}.yaml"
-    if name in variant_names():
-        return name, VARIANTS / f"{name}.yaml"
-    file = Path(name)
-    if file.suffix in (".yaml", ".yml"):
-        if not file.is_file():
-            raise UserError(f"{file}: no such file")
-        resolved = file.resolve()
-        if resolved.is_relative_to(RECIPES):
-            inside = str(resolved.relative_to(RECIPES).with_suffix(""))
-            if inside in recipe_names():
-                return inside, file
-        if resolved.is_relative_to(VARIANTS.resolve()):
-            return resolved.relative_to(VARIANTS.resolve()).with_suffix("").as_posix(), file
-        return file.stem, file
-    hint = did_you_mean(name, [*recipe_names(), *variant_names()]) or "; `recipe list` shows them all"
+    variants = {variant: VARIANTS / f"{variant}.yaml" for variant in variant_names()}
+    files = variants | {recipe: RECIPES / f"{recipe}.yaml" for recipe in recipe_names()}
+    if name in files:
+        return name, files[name]
+    given = Path(name)
+    if given.suffix in (".yaml", ".yml"):
+        if not given.is_file():
+            raise UserError(f"{given}: no such file")
+        return next((name for name, file in files.items() if file.samefile(given)), given.stem), given
+    hint = did_you_mean(name, files) or "; `recipe list` shows them all"
     raise UserError(f"{name}: no recipe of that name{hint}")
 
 
@@ -86,6 +79,6 @@ def find_profile(name: str) -> tuple[str, Path]:
     if name in shipped:
         return name, shipped[name]
     if Path(name).is_file():
-        return next(((s, f) for s, f in shipped.items() if f == Path(name).resolve()), (name, Path(name)))
+        return next((profile for profile in shipped.items() if profile[1].samefile(name)), (name, Path(name)))
     hint = did_you_mean(name, shipped)
     raise UserError(f"{name}: no profile of that name{hint}; there are {', '.join(shipped)}, or any YAML file")

@@ -1,4 +1,4 @@
-"""What a command says while it works, on stderr."""
+"""Messages and progress of a command, on stderr."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ def say(text: str) -> None:
 
 
 class Bar:
-    """A progress bar on a terminal; elsewhere a line now and then, which is what a log file can hold."""
+    """A progress bar on a terminal; elsewhere a line now and then, as suits a log file."""
 
     EVERY = 30.0  # seconds between two lines
 
@@ -22,33 +22,29 @@ class Bar:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.title, self.total, self.done, self.note = title, total, 0, ""
         self.console = Console(stderr=True)
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"), TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
-        self.progress = Progress(*columns, console=self.console) if self.console.is_terminal else None
-        self.task = self.progress.add_task(title, total=total, note="") if self.progress else None
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.progress.add_task(title, total=total, note="")
+        self.task = self.progress.tasks[0]
         self.last_line = time.monotonic()
 
     def __enter__(self) -> Self:
-        if self.progress:
-            self.progress.start()
+        self.progress.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self.progress:
-            self.progress.stop()
-        elif self.done:
+        self.progress.stop()
+        if self.progress.disable and self.task.completed:
             self._line()
 
     def update(self, done: int, total: int | None = None, note: str = "") -> None:
         """Set how far the work is."""
-        self.done, self.total, self.note = done, total or self.total, note or self.note
-        if self.progress and self.task is not None:
-            self.progress.update(self.task, completed=done, total=self.total, note=self.note)
-        elif time.monotonic() - self.last_line > self.EVERY:
+        self.progress.update(self.task.id, completed=done, total=total or None, note=note or self.task.fields["note"])
+        if self.progress.disable and time.monotonic() - self.last_line > self.EVERY:
             self._line()
 
     def say(self, text: str) -> None:
@@ -57,11 +53,11 @@ class Bar:
 
     def _line(self) -> None:
         self.last_line = time.monotonic()
-        say(f"{self.title} {self.done}/{self.total or '?'}  {self.note}")
+        say(f"{self.task.description} {self.task.completed}/{self.task.total or '?'}  {self.task.fields['note']}")
 
 
 class TrainingProgress(Bar):
-    """The bar of a training process, fed from the metrics that it appends to a file."""
+    """The bar of a training process, updated from the metrics that it appends to a file."""
 
     def __init__(self, metrics: Path):
         super().__init__("training")
@@ -69,7 +65,7 @@ class TrainingProgress(Bar):
         self.position = metrics.stat().st_size if metrics.exists() else 0
 
     def read(self) -> None:
-        """Take in what was appended since the last time."""
+        """Read what was appended since the last call."""
         if not self.metrics.exists() or self.metrics.stat().st_size == self.position:
             return
         with self.metrics.open("rb") as stream:
@@ -78,15 +74,14 @@ class TrainingProgress(Bar):
         self.position += len(whole)
         for line in filter(None, whole.split(b"\n")):
             record = orjson.loads(line)
-            if "eval_loss" in record or "eval_loss_per_token" in record:
-                ours = "eval_loss_per_token" in record
-                name, key = ("eval loss", "eval_loss_per_token") if ours else ("Axolotl's eval loss", "eval_loss")
-                self.say(f"  step {record['step']}: {name} {_number(record[key], '.3f')}")
+            if "eval_loss_per_token" in record:
+                self.say(f"  step {record['step']}: eval loss {_number(record['eval_loss_per_token'], '.3f')}")
+            elif "eval_loss" in record:
+                self.say(f"  step {record['step']}: Axolotl's eval loss {_number(record['eval_loss'], '.3f')}")
             elif "loss" in record:
                 note = f"loss {_number(record['loss'], '.3f')}  rate {_number(record.get('learning_rate'), '.2e')}"
                 self.update(record["step"], record["max_steps"], note)
 
 
 def _number(value: float | None, form: str) -> str:
-    """A number of the metrics; JSON has null for one that is none."""
-    return "nan" if value is None else format(value, form)
+    return "nan" if value is None else format(value, form)  # JSON has null for NaN

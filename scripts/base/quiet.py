@@ -1,4 +1,4 @@
-"""Importing Axolotl without what its libraries have to say, and without asking a hub for anything."""
+"""Importing Axolotl without its libraries' messages, and without asking a hub for anything."""
 
 import logging
 import os
@@ -12,14 +12,16 @@ def importing_axolotl(offline: bool = True) -> Iterator[None]:
     """Import and use Axolotl within the block: stdout stays for data, and logs below errors are dropped.
 
     Args:
-        offline: keep the hub out of it; bitsandbytes would fetch a kernel from there on a CPU.
+        offline: do not contact the hub, from which bitsandbytes would fetch a kernel on a CPU.
     """
     import huggingface_hub.constants as hub
 
     os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    before = hub.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE", "0")
+    was_offline = hub.HF_HUB_OFFLINE
+    variable = os.environ.get("HF_HUB_OFFLINE", "0")
     if offline:
-        hub.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
+        hub.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -27,4 +29,5 @@ def importing_axolotl(offline: bool = True) -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-        hub.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = before
+        hub.HF_HUB_OFFLINE = was_offline
+        os.environ["HF_HUB_OFFLINE"] = variable

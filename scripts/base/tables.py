@@ -1,14 +1,19 @@
-"""The forms in which rows are printed: table, Markdown, CSV and JSON."""
+"""Prints rows as table, Markdown, CSV or JSON."""
 
+import csv
 import sys
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
-Row = dict[str, Any]
+import orjson
+
+TableRow = dict[str, Any]
 
 
 def text_of(value: Any) -> str:
-    """A value as a table shows it; a dash where there is none."""
+    """A value as a table shows it; a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -18,8 +23,12 @@ def text_of(value: Any) -> str:
     return str(value)
 
 
-def print_table(rows: Sequence[Row], title: str | None = None, empty: bool = False) -> None:
-    """A table on stdout, as wide as it needs where stdout is no terminal; columns that are empty only if asked for."""
+def print_table(rows: Sequence[TableRow], title: str | None = None, empty: bool = False) -> None:
+    """A table on stdout, as wide as it needs if stdout is not a terminal.
+
+    Args:
+        empty: whether to show columns without values too.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -34,7 +43,7 @@ def print_table(rows: Sequence[Row], title: str | None = None, empty: bool = Fal
     Console(width=None if sys.stdout.isatty() else 250).print(table)
 
 
-def print_markdown(rows: Sequence[Row], title: str | None = None) -> None:
+def print_markdown(rows: Sequence[TableRow], title: str | None = None) -> None:
     """A Markdown table on stdout."""
     if title:
         print(f"**{title}**\n")
@@ -45,10 +54,8 @@ def print_markdown(rows: Sequence[Row], title: str | None = None) -> None:
     print()
 
 
-def print_csv(rows: Sequence[Row]) -> None:
+def print_csv(rows: Sequence[TableRow]) -> None:
     """CSV with a header on stdout; numbers in full."""
-    import csv
-
     writer = csv.DictWriter(sys.stdout, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -56,39 +63,37 @@ def print_csv(rows: Sequence[Row]) -> None:
 
 def print_json(value: Any) -> None:
     """JSON on stdout."""
-    import orjson
-
     print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
 
 
-def write(rows: Sequence[Row], form: str, title: str | None = None, empty: bool = False) -> None:
+def write(rows: Sequence[TableRow], form: str, title: str | None = None, empty: bool = False) -> None:
     """Rows on stdout as `table`, `md`, `csv` or `json`; `empty` as in `print_table`."""
-    if form == "json":
-        print_json(rows)
-    elif form == "csv":
-        print_csv(rows)
-    elif form == "md":
-        print_markdown(rows, title)
-    else:
-        print_table(rows, title, empty)
+    match form:
+        case "json":
+            print_json(rows)
+        case "csv":
+            print_csv(rows)
+        case "md":
+            print_markdown(rows, title)
+        case _:
+            print_table(rows, title, empty)
 
 
-def print_tokens(rows: Sequence[Row]) -> None:
-    """Tokenized rows on stdout: what carries loss between marks, and in colour where there is one."""
+def print_tokens(rows: Sequence[TableRow]) -> None:
+    """Tokenized rows on stdout: those tokens that carry loss between marks, and in colour on a terminal."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else 250, highlight=False)
-    legend = Text.assemble(("⟪green⟫", "bold green"), " carries loss, ", ("dim", "dim"), " does not, ")
-    console.print(legend.append("reversed", "reverse").append(" is a special token"))
+    loss = "bold green"
+    console.print(f"[{loss}]⟪green⟫[/] carries loss, [dim]dim[/] does not, [reverse]reversed[/] is a special token")
     for row in rows:
         about = f"{row['dataset']}, row {row['row']}: {row['length']} tokens, {row['learnt']} with loss"
         console.print(f"\n[bold]{about}{', longer than sequence_len' if row['too_long'] else ''}[/]")
-        text, learnt = Text(), False
-        for token in row["tokens"]:
-            if token["loss"] != learnt:
-                learnt = token["loss"]
-                text.append("⟪" if learnt else "⟫", "bold green")
-            style = "bold green" if learnt else "dim"
-            text.append(token["text"], f"{style} reverse" if token["special"] else style)
-        console.print(text.append("⟫" if learnt else "", "bold green"))
+        text = Text()
+        for learnt, tokens in groupby(row["tokens"], itemgetter("loss")):
+            text.append("⟪" if learnt else "", loss)
+            for token in tokens:
+                text.append(token["text"], f"{loss if learnt else 'dim'} {'reverse' if token['special'] else ''}")
+            text.append("⟫" if learnt else "", loss)
+        console.print(text)

@@ -1,4 +1,4 @@
-"""Jinja as this project uses it: in a sandbox, and an error where a variable is not set."""
+"""Jinja as this project uses it: in a sandbox, with an error for a variable that is not set."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def environment(folder: Path, escape: bool = False) -> SandboxedEnvironment:
 
     Args:
         folder: the folder.
-        escape: whether they make HTML, and what is filled in is text there.
+        escape: whether they are HTML, in which variables are text.
     """
     return SandboxedEnvironment(
         loader=jinja2.FileSystemLoader(folder),

@@ -1,8 +1,8 @@
-"""YAML files: read strictly, written, and on which line a key stands."""
+"""Reads YAML files strictly, writes them, and finds the line of a key."""
 
 import json
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ Config = dict[str, Any]
 
 
 class _Loader(yaml.CSafeLoader):
-    """PyYAML's safe loader, which Axolotl uses too, but a key that stands twice is an error, and
+    """PyYAML's safe loader, which Axolotl uses too, but a duplicate key is an error, and
     `2e-4` is a number (PyYAML reads text, which Axolotl turns into that number later)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} occurs twice", problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key.value, str) else id(key))
         return super().construct_mapping(node, deep)
 
@@ -37,16 +37,16 @@ for _class in (_Loader, _Dumper):
 
 
 _PLAIN = (type(None), bool, int, float, str, list, dict)
-_MOST_VALUES = 100_000  # a config has some hundred; aliases of aliases can make a short file explode
+_MOST_VALUES = 100_000  # a config has about a hundred; aliases of aliases can make a short file explode
 _MOST_LEVELS = 50
 _TOO_DEEP = "nested too deeply to be a config, or an alias that contains itself"
 
 
 def parse(text: str, where: str) -> Any:
-    """The value of a YAML text: nothing but text keys, lists, text, numbers, booleans and null.
+    """The value of a YAML text: text, numbers, booleans, null, lists, and mappings with text keys.
 
     Raises:
-        UserError: it is no YAML (with the line) or holds something else.
+        UserError: it is not YAML (with the line) or holds something else.
     """
     try:
         content = yaml.load(text, _Loader)
@@ -56,24 +56,25 @@ def parse(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    waiting, seen = [(content, 0)], 0
-    while waiting:
-        (value, depth), seen = waiting.pop(), seen + 1
-        if seen > _MOST_VALUES:
+    for count, (value, depth) in enumerate(_values(content)):
+        if count == _MOST_VALUES:
             raise UserError(f"{where}: too large to be a config")
         if depth > _MOST_LEVELS:
             raise UserError(f"{where}: {_TOO_DEEP}")
-        too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # NaN is not in between either
+        too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # nor is NaN in between
         if not isinstance(value, _PLAIN) or too_large:
-            raise UserError(f"{where}: {value!r:.50} is no value for a config; put it in quotes if it is text")
-        if isinstance(value, dict):
-            for key in value:
-                if not isinstance(key, str):
-                    raise UserError(f"{where}: the key {key!r:.50} is no text; put it in quotes")
-            waiting += [(below, depth + 1) for below in value.values()]
-        elif isinstance(value, list):
-            waiting += [(below, depth + 1) for below in value]
+            raise UserError(f"{where}: {value!r:.50} is not a value for a config; put it in quotes if it is text")
+        for key in value if isinstance(value, dict) else ():
+            if not isinstance(key, str):
+                raise UserError(f"{where}: the key {key!r:.50} is not text; put it in quotes")
     return content
+
+
+def _values(value: Any, depth: int = 0) -> Iterator[tuple[Any, int]]:
+    """A value and all within it, each with its depth."""
+    yield value, depth
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _values(item, depth + 1)
 
 
 def read_text(file: Path) -> str:
@@ -94,7 +95,7 @@ def read_yaml(file: Path) -> Config:
     """The mapping in a YAML file.
 
     Raises:
-        UserError: the file cannot be read, is no YAML (with the line), or holds something else.
+        UserError: the file cannot be read, is not YAML (with the line), or holds something else.
     """
     content = parse(read_text(file), str(file))
     if not isinstance(content, dict):
@@ -103,35 +104,41 @@ def read_yaml(file: Path) -> Config:
 
 
 def sources(file: Path) -> dict[str, str]:
-    """What the comment behind each top-level key of a recipe says, which is the setting's source."""
+    """The comment behind each top-level key of a recipe, which is the setting's source."""
     return dict(re.findall(r"^(\w+):.*?  # (.*)$", read_text(file), re.MULTILINE))
 
 
 def write_yaml(config: Config) -> str:
-    """A config as YAML text, keys in the order they have."""
+    """A config as YAML text, keys in their order."""
     return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def write_flow(value: Any) -> str:
-    """A value as YAML on one line, as it may stand within brackets too."""
+    """A value as YAML on one line, valid within brackets too."""
     text: str = yaml.dump(
         [value], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9, default_flow_style=True
-    )
-    text = text.rstrip("\n")[1:-1]
-    return json.dumps(value) if "\n" in text else text  # which is YAML too; text of several lines comes so otherwise
+    ).rstrip("\n")[1:-1]
+    return json.dumps(value) if "\n" in text else text  # JSON is YAML too; PyYAML breaks text of several lines
 
 
 def line_of(file: Path, key: str) -> int:
-    """The line, from 1, on which a dotted key of a YAML file stands, or what it is part of; 1 for neither."""
+    """The line, from 1, of a dotted key in a YAML file, or of what it is part of; 1 if there is neither."""
     node = yaml.compose(file.read_text(encoding="utf-8"), Loader=_Loader)
     line = 1
     for part in key.split("."):
-        if isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):
-            node = node.value[int(part)]
-            line = node.start_mark.line + 1
-        elif isinstance(node, yaml.MappingNode):
-            found = [pair for pair in node.value if pair[0].value == part]
-            if not found:
-                break
-            line, node = found[-1][0].start_mark.line + 1, found[-1][1]
+        entry = inside(node, part)
+        if not entry:
+            break
+        start = entry[0] if isinstance(node, yaml.MappingNode) else entry[1]
+        line = start.start_mark.line + 1
+        node = entry[1]
     return line
+
+
+def inside(node: Any, part: str) -> tuple[Any, Any] | None:
+    """The node of a key in a mapping, and of its value; or a list's node, and that of the item at a position in it."""
+    if isinstance(node, yaml.MappingNode):
+        return next((pair for pair in node.value if pair[0].value == part), None)
+    if isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):
+        return node, node.value[int(part)]
+    return None

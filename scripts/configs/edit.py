@@ -28,7 +28,7 @@ def edited(text: str, key: str, value: Any, where: str) -> str:
         return text
     node, path = _root(text), key.split(".")
     entry, at = node, 0
-    while at < len(path) and (found := _inside(node, path[at])):
+    while at < len(path) and (found := yamlfiles.inside(node, path[at])):
         (entry, node), at = found, at + 1
     lines = text.split("\n")
     if at < len(path) and isinstance(node, yaml.MappingNode) and node.value and not node.flow_style:
@@ -51,15 +51,6 @@ def edited(text: str, key: str, value: Any, where: str) -> str:
 
 def _root(text: str) -> Any:
     return yaml.compose(text, Loader=yaml.CSafeLoader)
-
-
-def _inside(node: Any, part: str) -> tuple[Any, Any] | None:
-    """What is at a key of a mapping, and the key's node; or what is at a position of a list, and the list's node."""
-    if isinstance(node, yaml.MappingNode):
-        return next((pair for pair in node.value if pair[0].value == part), None)
-    if isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):
-        return node, node.value[int(part)]
-    return None
 
 
 def _at(content: Any, path: list[str]) -> Any:

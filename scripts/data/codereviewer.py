@@ -1,12 +1,11 @@
-"""CodeReviewer rows into the instruction, input and output that Axolotl's `alpaca` type reads."""
+"""Turns CodeReviewer's rows into the instruction, input and output that Axolotl's `alpaca` type reads."""
 
 import hashlib
 import re
 import time
 import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -16,119 +15,106 @@ import orjson
 
 from .. import __version__
 from ..base.errors import UserError
-from ..base.files import clear_parts, json_rows, making, read_json, replacing, sha256
+from ..base.files import DAMAGED_ZIP, Output, clear_parts, json_rows, making, read_json, sha256, write_json
 from ..base.locks import LOOK, PATIENCE, held, is_held
 from ..base.progress import say
-from .draws import Draw, Listed, Written, draws
-from .study import Data, SourceFile, Study
+from .draws import PlacedRow, choose, draw, method, obstacle
+from .study import Data, SourceFile, Study, Subset
 
 SPLITS = ("train", "valid", "test")
 MANIFEST = "manifest.json"
-LOCK = ".prepare.lock"
+PREPARE_LOCK = ".prepare.lock"
 
 
 def tagged(patch: str) -> str:
-    """A patch as the authors' released code writes it: one line, each line of the patch behind a tag.
+    """A patch as the authors' released code writes it: on one line, with a tag before each line of the patch.
 
     The hunk header and blank lines are dropped, the others stripped; `<add>` stands for +, `<del>` for -,
     `<keep>` for the rest.
     """
     tags = {"+": "<add>", "-": "<del>"}
-    parts = []
-    for line in patch.splitlines():
-        content = line[1:].strip()
-        if content and not line.startswith("@@"):
-            parts.append(tags.get(line[0], "<keep>") + content)
-    return "".join(parts)
+    lines = (line for line in patch.splitlines() if line[1:].strip() and not line.startswith("@@"))
+    return "".join(tags.get(line[0], "<keep>") + line[1:].strip() for line in lines)
 
 
-INPUT_FORMATS: dict[str, Callable[[str], str]] = {"diff": lambda patch: patch, "tagged": tagged}
+INPUT_FORMATS: dict[str, Callable[[str], str]] = {"diff": str, "tagged": tagged}
 
 
 @dataclass
-class Source:
-    """The raw rows of a split, and what rows are to be made of them."""
+class RawSplit:
+    """A raw file of one split, the format to write its rows in, and a count of what became of those read so far."""
 
     label: str
     stream: IO[bytes]
     input_format: str
     instruction: str
-
-
-@dataclass
-class Split:
-    """What was read of one split and what became of it."""
-
-    source: str
+    digest: Any = field(default_factory=hashlib.sha256)
     read: int = 0
     kept: int = 0
     duplicates: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    source_sha256: str = ""
-    source_bytes: int = 0
 
 
-@contextmanager
-def _opened(raw: list[Path]) -> Iterator[dict[str, tuple[str, IO[bytes]]]]:
-    """The splits found in raw files and zips: each one's label and stream."""
-    with ExitStack() as stack:
-        found: dict[str, tuple[str, IO[bytes]]] = {}
+def _raw_files(raw: list[Path], stack: ExitStack) -> Iterator[tuple[str, IO[bytes]]]:
+    """The label and stream of each raw file, and of those within zips; the stack closes them."""
+    for file in raw:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
+        if file.stat().st_size == 0:
+            raise UserError(f"{file}: the file is empty")
+        if file.suffix != ".zip":
+            yield str(file), stack.enter_context(file.open("rb"))
+            continue
+        archive = stack.enter_context(zipfile.ZipFile(file))
+        wanted = {f"msg-{split}.jsonl" for split in SPLITS}
+        members = [name for name in archive.namelist() if PurePath(name).name in wanted]
+        if not members:
+            raise UserError(f"{file}: holds no msg-train.jsonl, msg-valid.jsonl or msg-test.jsonl")
+        for name in members:
+            yield f"{file}:{name}", stack.enter_context(archive.open(name))
 
-        def add(name: str, label: str, stream: IO[bytes]) -> None:
-            match = re.search(r"(train|valid|test)[^/]*\.jsonl$", name)
-            if not match:
-                raise UserError(f"{label}: the name of a raw file says train, valid or test, as msg-train.jsonl does")
-            if match[1] in found:
-                raise UserError(f"{label}: a second file for {match[1]}, after {found[match[1]][0]}")
-            found[match[1]] = label, stack.enter_context(stream)
 
-        for file in raw:
-            if not file.is_file():
-                raise UserError(f"{file}: no such file")
-            if file.stat().st_size == 0:
-                raise UserError(f"{file}: the file is empty")
-            if file.suffix == ".zip":
-                archive = stack.enter_context(zipfile.ZipFile(file))
-                wanted = {f"msg-{split}.jsonl" for split in SPLITS}
-                members = [name for name in archive.namelist() if PurePath(name).name in wanted]
-                if not members:
-                    raise UserError(f"{file}: holds no msg-train.jsonl, msg-valid.jsonl or msg-test.jsonl")
-                for name in members:
-                    add(name, f"{file}:{name}", archive.open(name))
-            else:
-                add(file.name, str(file), file.open("rb"))
-        yield found
+def _by_split(raw: list[Path], stack: ExitStack) -> dict[str, tuple[str, IO[bytes]]]:
+    """The label and stream of the raw file of each split."""
+    splits: dict[str, tuple[str, IO[bytes]]] = {}
+    for label, stream in _raw_files(raw, stack):
+        match = re.search(r"(train|valid|test)[^/]*\.jsonl$", stream.name)
+        if not match:
+            raise UserError(f"{label}: the name of a raw file says train, valid or test, as msg-train.jsonl does")
+        if match[1] in splits:
+            raise UserError(f"{label}: a second file for {match[1]}, after {splits[match[1]][0]}")
+        splits[match[1]] = label, stream
+    return splits
 
 
 @contextmanager
 def _zip_errors() -> Iterator[None]:
-    """Tell what can be wrong with a zip, which shows when it is opened or only while it is read."""
+    """Report what can be wrong with a zip, which shows when it is opened or only while it is read."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except DAMAGED_ZIP as error:
         raise UserError(f"the zip is damaged ({error}); fetch it again") from None
-    except (RuntimeError, NotImplementedError) as error:  # encrypted, or packed by another method
+    except RuntimeError as error:  # encrypted, or packed by another method
         raise UserError(f"the zip cannot be read: {error}") from None
 
 
-def _rows(source: Source, split: Split, for_scores: bool) -> Iterator[tuple[int, bytes]]:
-    """The kept rows of a source as JSON lines, each with its position; counts into `split` as it goes.
+def _rows(split: RawSplit, for_scores: bool) -> Iterator[PlacedRow]:
+    """The rows of a split to keep as JSON lines, each with its position in the raw file.
 
-    Rows that scores are made of also carry that position, as `idx`, and their language.
+    Rows that are to be scored also carry that position, as `idx`, and their language.
     """
     seen: set[bytes] = set()
-    digest = hashlib.sha256()
 
     def lines() -> Iterator[bytes]:
-        for line in source.stream:
-            digest.update(line)
-            split.source_bytes += len(line)
+        for line in split.stream:
+            split.digest.update(line)
             yield line
 
-    for idx, row in enumerate(json_rows(lines(), split.source, ("patch", "msg"))):
+    for idx, row in enumerate(json_rows(lines(), split.label, ("patch", "msg"))):
         split.read += 1
-        patch, msg = row["patch"], row["msg"]
-        shown = INPUT_FORMATS[source.input_format](patch)
+        patch = row["patch"]
+        msg = row["msg"]
+        shown = INPUT_FORMATS[split.input_format](patch)
         if not msg.strip() or not shown.strip():
             split.dropped["empty msg" if not msg.strip() else "empty patch"] += 1
             continue
@@ -136,11 +122,10 @@ def _rows(source: Source, split: Split, for_scores: bool) -> Iterator[tuple[int,
         split.duplicates += key in seen
         seen.add(key)
         split.kept += 1
-        made = {"instruction": source.instruction, "input": shown, "output": msg}
+        prepared = {"instruction": split.instruction, "input": shown, "output": msg}
         if for_scores:
-            made |= {"idx": idx, "lang": row.get("lang")}
-        yield idx, orjson.dumps(made) + b"\n"
-    split.source_sha256 = digest.hexdigest()
+            prepared |= {"idx": idx, "lang": row.get("lang")}
+        yield idx, orjson.dumps(prepared) + b"\n"
 
 
 def prepare(
@@ -154,136 +139,131 @@ def prepare(
     seed: int = 42,
     patience: float = LOOK,
 ) -> dict[str, Any]:
-    """Write train.jsonl, valid.jsonl and test.jsonl, as far as raw files for them are given, and a manifest.
+    """Write train.jsonl, valid.jsonl and test.jsonl, those for which there are raw files, and a manifest.
 
-    Beside test.jsonl go the study's subsets of it. Rows are read as a stream, and nothing is replaced before
-    every row of every file was read well.
+    The study's subsets of test.jsonl are written beside it. Rows are read as a stream, of which only the prepared rows
+    of test.jsonl are held in memory, and no file is replaced before every raw file was read without an error.
 
     Args:
         raw: CodeReviewer's msg-{train,valid,test}.jsonl, or the zip that holds them.
         out: the folder to write to.
-        of_study: its data's instruction, subsets, and the checksums known of its files.
+        of_study: gives the instruction, the subsets, and the known checksums of the raw files.
         input_format: `diff`, the patch as it is, or `tagged`, see `tagged`.
-        instruction: another instruction than the study's.
+        instruction: replaces the study's.
         valid_rows: how many rows to draw for valid.jsonl; 0 keeps all.
         subsets: sizes of further draws from the test rows, each for a test-<size>.jsonl.
         seed: the seed of these draws.
         patience: seconds to wait for another process that is preparing data in the same folder.
 
     Returns:
-        The manifest: per split the rows read, kept, dropped by reason and duplicate, and checksums of the
+        The manifest: for each split the rows read, kept, dropped by reason and duplicate, and checksums of the
         raw file and of what was written. Duplicates are counted and kept, as in the study.
 
     Raises:
-        UserError: a file is missing, empty, or has a row that is no CodeReviewer row, or another process is preparing
-            data in the folder.
+        UserError: a file is missing, empty, or has a row that is not one of CodeReviewer's, or another process is
+            preparing data in the folder.
     """
-    instruction = instruction or of_study.data.instruction
     for file in raw:
         if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
             raise UserError(f"{file}: would be overwritten; write to another folder with --out")
-    splits: dict[str, Any] = {}
-    with _zip_errors(), _opened(raw) as found, _held(out, patience), ExitStack() as stack:
-        for name in (split for split in SPLITS if split in found):
-            source = Source(*found[name], input_format, instruction)
-            draw = Draw(valid_rows, seed) if name == "valid" and valid_rows else None
-            chosen = draws(of_study, subsets, seed) if name == "test" else {}
-            splits[name] = _write_split(stack, out, name, source, draw, chosen, of_study)
+    lock = held(out / PREPARE_LOCK, "another preparation is running", patience, remove=True)
+    with _zip_errors(), making(out), lock, ExitStack() as stack:
+        streams = _by_split(raw, stack)
+        draws = {f"test-{size}": Subset(title=f"{size} rows", rows=size, seed=seed) for size in subsets}
+        splits: dict[str, Any] = {}
+        for name in (split for split in SPLITS if split in streams):
+            split = RawSplit(*streams[name], input_format, instruction or of_study.data.instruction)
+            splits[name] = _write_split(stack, out, name, split, of_study, valid_rows, draws, seed)
         stack.close()  # puts the files in place
-        return _account(out, splits)
+        return _update_manifest(out, splits)
 
 
 def _write_split(
     stack: ExitStack,
     out: Path,
     name: str,
-    source: Source,
-    draw: Draw | None,
-    chosen: dict[str, Draw | Listed],
+    split: RawSplit,
     of_study: Study,
+    valid_rows: int,
+    draws: dict[str, Subset],
+    seed: int,
 ) -> dict[str, Any]:
-    """Write a split's file, and those of its subsets, once the stack is left; what the manifest says of it.
+    """Write a split's file, and subsets of the test rows, which take their places when the stack is closed.
 
     Args:
-        draw: what draws the rows to keep; None keeps all.
-        chosen: the subsets, by the names of their files.
+        draws: subsets that are not the study's, by the names of their files.
+
+    Returns:
+        The manifest's entry.
     """
-    split, whole = Split(source.label), Written(stack, out / f"{name}.jsonl")
-    for idx, row in _rows(source, split, for_scores=name == "test"):
-        if draw:
-            draw.offer(idx, row)
-        else:
-            whole.add(row)
-        for subset in chosen.values():
-            subset.offer(idx, row)
-    for row in draw.rows() if draw else ():
-        whole.add(row)
-    if not whole.rows:
-        raise UserError(f"{source.label}: no row is left to write; {dict(split.dropped) or 'it has none'}")
-    of_study_file = _is(of_study.data.files.get(f"msg-{name}.jsonl"), split)
-    made, left_out = {}, {}
-    for key, subset in chosen.items():
-        if reason := subset.missing(bool(of_study_file)):
-            left_out[key] = reason
-            continue
-        part = Written(stack, out / f"{key}.jsonl")
-        for row in subset.rows():
-            part.add(row)
-        made[key] = subset.about | part.as_json()
-    return {
-        "input_format": source.input_format,
-        "instruction": source.instruction,
-        "source": source.label,
-        "source_sha256": split.source_sha256,
-        "source_bytes": split.source_bytes,
-        "is_the_study_file": of_study_file,
+    kept = _rows(split, for_scores=name == "test")
+    test_rows = list(kept) if name == "test" else []
+    rows = draw(kept, valid_rows, seed) if name == "valid" and valid_rows else test_rows or kept
+    whole = _write(stack, out / f"{name}.jsonl", rows)
+    if not whole["rows"]:
+        raise UserError(f"{split.label}: no row is left to write; {dict(split.dropped) or 'it has none'}")
+    is_study_file = _is(of_study.data.files.get(f"msg-{name}.jsonl"), split)
+    entry = {
+        "input_format": split.input_format,
+        "instruction": split.instruction,
+        "source": split.label,
+        "source_sha256": split.digest.hexdigest(),
+        "source_bytes": split.stream.tell(),
+        "is_the_study_file": is_study_file,
         "read": split.read,
         "kept": split.kept,
         "dropped": dict(split.dropped),
         "duplicates_kept": split.duplicates,
-        "drawn": draw.about if draw and whole.rows < split.kept else None,
-        **whole.as_json(),
-        **({"subsets": made, "left_out": left_out} if chosen else {}),
+        "drawn": {"rows": valid_rows, "seed": seed} if whole["rows"] < split.kept else None,
+        **whole,
     }
+    if name == "test":
+        entry |= {"subsets": {}, "left_out": {}}
+        for key, subset in (draws | of_study.data.subsets).items():
+            if reason := obstacle(subset, len(test_rows), bool(is_study_file)):
+                entry["left_out"][key] = reason
+            else:
+                chosen = choose(subset, of_study.folder, test_rows)
+                entry["subsets"][key] = method(subset, of_study.folder) | _write(stack, out / f"{key}.jsonl", chosen)
+    return entry
 
 
-@contextmanager
-def _held(out: Path, patience: float) -> Iterator[None]:
-    """Let no other process prepare data in a folder meanwhile."""
-    with making(out), held(out / LOCK, "another preparation is going on", patience, remove=True):
-        yield
+def _write(stack: ExitStack, file: Path, rows: Iterable[PlacedRow]) -> dict[str, Any]:
+    """Write a file of rows, which takes its place when the stack is closed; what the manifest says of it."""
+    output = Output(stack, file)
+    count = 0
+    for _, row in rows:
+        output.write(row)
+        count += 1
+    return {"file": file.name, "rows": count, "sha256": output.sha256()}
 
 
 def wait_for_others(out: Path) -> None:
     """Return once no other process is preparing data in a folder, or after `PATIENCE` seconds."""
     deadline = time.monotonic() + PATIENCE
-    if is_held(out / LOCK):
+    if is_held(out / PREPARE_LOCK):
         say(f"{out}: waiting for another process that prepares it")
-    while is_held(out / LOCK) and time.monotonic() < deadline:
+    while is_held(out / PREPARE_LOCK) and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
-def _account(out: Path, splits: dict[str, Any]) -> dict[str, Any]:
-    """The manifest, written anew with some splits in the place of those before, whose further subsets are removed."""
-    former = _former(out)
+def _update_manifest(out: Path, splits: dict[str, Any]) -> dict[str, Any]:
+    """Put the entries of some splits into the manifest; removes earlier subsets that there are no more."""
+    former = read_json(out / MANIFEST).get("splits", {})
     clear_parts(out / MANIFEST)
-    manifest = {
-        "made_by": f"qlora-recipes {__version__}",
-        "splits": former | splits,
-    }
-    with replacing(out / MANIFEST) as stream:
-        stream.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
+    manifest = {"made_by": f"qlora-recipes {__version__}", "splits": former | splits}
+    write_json(out / MANIFEST, manifest)
     if "test" in splits:
         for key in former.get("test", {}).get("subsets", {}).keys() - splits["test"]["subsets"]:
             (out / f"{key}.jsonl").unlink(missing_ok=True)  # of the test rows before these
     return manifest
 
 
-def _is(known: SourceFile | None, split: Split) -> bool | None:
-    """Whether what was read is a file of the study; None where it has as many rows, and no checksum is known."""
+def _is(known: SourceFile | None, split: RawSplit) -> bool | None:
+    """Whether what was read is a file of the study; None if it has as many rows, and no checksum is known."""
     if known is None or (known.sha256 is None and split.read == known.rows):
         return None
-    return split.source_sha256 == known.sha256
+    return split.digest.hexdigest() == known.sha256
 
 
 def fetched(data: Data) -> list[Path]:
@@ -299,31 +279,24 @@ def fetched(data: Data) -> list[Path]:
 
 
 def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None:
-    """Why a folder does not hold the study's data in one form, as its manifest and the files themselves tell."""
-    splits = _former(out)
-    test = splits.get("test", {})
-    made: dict[str, Any] = test.get("subsets", {})
+    """Why a folder does not hold the study's data in an input format, by its manifest and the files' checksums."""
+    splits = read_json(out / MANIFEST).get("splits", {})
     for name in SPLITS:
-        split = splits.get(name, {})
+        split = splits.get(name)
         if not split:
-            return f"{MANIFEST} knows no {name}.jsonl"
+            return f"{MANIFEST} lists no {name}.jsonl"
         if split.get("input_format") != input_format or split.get("instruction") != of_study.data.instruction:
             return f"{name}.jsonl has another input format or instruction"
         if split.get("is_the_study_file") is False:
             return f"{name}.jsonl is made of another file than the study's"
-    for name, subset in draws(of_study, (), 0).items():
-        if name not in made and name not in test.get("left_out", {}):
+    subsets = splits["test"].get("subsets", {})
+    for name, subset in of_study.data.subsets.items():
+        if name not in subsets and name not in splits["test"].get("left_out", {}):
             return f"{name}.jsonl is missing"
-        if name in made and made[name] | subset.about != made[name]:
+        if name in subsets and not method(subset, of_study.folder).items() <= subsets[name].items():
             return f"{name}.jsonl has other rows"
-    for written in [*splits.values(), *made.values()]:
+    for written in (*splits.values(), *subsets.values()):
         file = out / str(written.get("file"))
         if not file.is_file() or sha256(file) != written.get("sha256"):
             return f"{file.name} is not as {MANIFEST} says"
     return None
-
-
-def _former(out: Path) -> dict[str, Any]:
-    """The splits of an earlier manifest in the same folder, which stay."""
-    splits = read_json(out / MANIFEST).get("splits")
-    return splits if isinstance(splits, dict) else {}

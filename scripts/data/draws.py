@@ -1,81 +1,47 @@
-"""Draws from the rows of a file, rows at listed positions, and files of rows that take their place together."""
+"""Subsets of the rows of a file: random draws, and rows at listed positions."""
 
-import hashlib
 import random
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..base.files import clear_parts, read_json, replacing, sha256
-from .study import Study
+from ..base.files import read_json, sha256
+from .study import Subset
+
+PlacedRow = tuple[int, bytes]  # the row's position in the raw file, and its line
 
 
-class Draw:
-    """`size` rows drawn at random, each with the same chance, in their order; all where there are no more."""
-
-    def __init__(self, size: int, seed: int):
-        self.about = {"rows": size, "seed": seed}
-        self._size, self._chance = size, random.Random(seed)
-        self._offered = 0
-        self._drawn: list[tuple[int, bytes]] = []
-
-    def offer(self, idx: int, row: bytes) -> None:
-        self._offered += 1
-        if len(self._drawn) < self._size:
-            self._drawn.append((idx, row))
-        elif (place := self._chance.randrange(self._offered)) < self._size:
-            self._drawn[place] = idx, row
-
-    def missing(self, of_study_file: bool) -> str | None:
-        return f"only {self._offered} rows to draw from" if self._offered < self._size else None
-
-    def rows(self) -> list[bytes]:
-        return [row for _, row in sorted(self._drawn)]
+def draw(rows: Iterable[PlacedRow], size: int, seed: int) -> list[PlacedRow]:
+    """`size` rows drawn at random, each with the same chance, in their order; all if there are no more."""
+    chance = random.Random(seed)
+    drawn: list[PlacedRow] = []
+    for count, row in enumerate(rows, start=1):
+        if len(drawn) < size:
+            drawn.append(row)
+        elif (place := chance.randrange(count)) < size:
+            drawn[place] = row
+    return sorted(drawn)
 
 
-class Listed:
-    """The rows at the positions that a file lists, in the order of that list; they count in the study's file only."""
-
-    def __init__(self, file: Path):
-        self.about = {"positions": file.name, "sha256_of_positions": sha256(file)}
-        self._positions: list[int] = read_json(file)["rows"]
-        self._wanted = set(self._positions)
-        self._found: dict[int, bytes] = {}
-
-    def offer(self, idx: int, row: bytes) -> None:
-        if idx in self._wanted:
-            self._found[idx] = row
-
-    def missing(self, of_study_file: bool) -> str | None:
-        return None if of_study_file else "its positions are of the study's msg-test.jsonl, which this is not"
-
-    def rows(self) -> list[bytes]:
-        return [self._found[idx] for idx in self._positions if idx in self._found]
+def method(subset: Subset, folder: Path) -> dict[str, Any]:
+    """How the rows of a subset are chosen, as the manifest records it; `folder` is the study's."""
+    if subset.positions is None:
+        return {"rows": subset.rows, "seed": subset.seed or 0}
+    file = folder / subset.positions
+    return {"positions": file.name, "sha256_of_positions": sha256(file)}
 
 
-def draws(of_study: Study, sizes: Sequence[int], seed: int) -> dict[str, Draw | Listed]:
-    """The study's subsets of its test rows, and draws of other sizes."""
-    made: dict[str, Draw | Listed] = {f"test-{size}": Draw(size, seed) for size in sizes}
-    for name, subset in of_study.data.subsets.items():
-        listed = subset.positions
-        made[name] = Listed(of_study.folder / listed) if listed else Draw(subset.rows, subset.seed or 0)
-    return made
+def choose(subset: Subset, folder: Path, rows: list[PlacedRow]) -> list[PlacedRow]:
+    """The rows of a subset: drawn, or at the positions that a file in the study's folder lists, in that order."""
+    if subset.positions is None:
+        return draw(rows, subset.rows, subset.seed or 0)
+    by_position = dict(rows)
+    positions = read_json(folder / subset.positions)["rows"]
+    return [(position, by_position[position]) for position in positions if position in by_position]
 
 
-class Written:
-    """A file that takes its place when the stack is left well, and what was written to it."""
-
-    def __init__(self, stack: ExitStack, file: Path):
-        self.rows = 0
-        self._file, self._digest = file, hashlib.sha256()
-        clear_parts(file)
-        self._stream = stack.enter_context(replacing(file))
-
-    def add(self, row: bytes) -> None:
-        self._stream.write(row)
-        self._digest.update(row)
-        self.rows += 1
-
-    def as_json(self) -> dict[str, Any]:
-        return {"file": self._file.name, "rows": self.rows, "sha256": self._digest.hexdigest()}
+def obstacle(subset: Subset, rows: int, is_study_file: bool) -> str | None:
+    """Why a subset cannot be chosen from so many rows, or None."""
+    if subset.positions is None:
+        return f"only {rows} rows to draw from" if rows < subset.rows else None
+    return None if is_study_file else "its positions are of the study's msg-test.jsonl, which this is not"

@@ -1,4 +1,4 @@
-"""The shipped sample as prepared data, which rehearsals train on."""
+"""Prepares the shipped sample, which rehearsals train on."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from . import codereviewer, study
 
 
 def rehearsal_data(input_format: str = "diff") -> Path:
-    """The folder with the shipped sample as prepared data; written to the cache the first time."""
+    """The folder of the prepared sample; written to the cache the first time."""
     raw = sorted(paths.SAMPLE.glob("msg-*.jsonl"))
     key = hashlib.sha256("".join(map(sha256, [*raw, Path(codereviewer.__file__)])).encode()).hexdigest()
     folder = paths.cache() / f"sample-{input_format}-{key[:16]}"

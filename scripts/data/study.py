@@ -15,15 +15,15 @@ class _Strict(BaseModel):
 
 
 class SourceFile(_Strict):
-    """A file of the data set: its size, and its checksum where one is known."""
+    """A file of the data set: its size, and its checksum if it is known."""
 
     rows: int
     bytes: int | None = None
     sha256: str | None = None
 
 
-class InputFormat(_Strict):
-    """A form that the input of a row can have, the folder for rows of it, and what speaks for it."""
+class PreparedFormat(_Strict):
+    """A format that the input of rows can have, the folder for them, and the reason to use it."""
 
     folder: str
     what: str
@@ -40,15 +40,15 @@ class Subset(_Strict):
 
 
 class Data(_Strict):
-    """Where a study's data is from, and what is made of it.
+    """Where a study's data is published, and how it is prepared.
 
     Attributes:
-        key: the name by which `recipe data fetch` knows it.
-        url: where the archive is, which holds `files`.
-        instruction: the text that every row carries.
+        key: its name in `recipe data fetch`.
+        url: the address of the archive that holds `files`.
+        instruction: the instruction of every row.
         input_formats: by name, the study's own first.
-        subsets: of the test file, by the name of what `recipe data prepare` writes.
-        scored_on: the subset on which the published scores are.
+        subsets: of the test file, by the name of the file that `recipe data prepare` writes.
+        scored_on: the subset that the published scores are on.
     """
 
     key: str
@@ -61,7 +61,7 @@ class Data(_Strict):
     paper: str
     instruction: str
     files: dict[str, SourceFile]
-    input_formats: dict[str, InputFormat]
+    input_formats: dict[str, PreparedFormat]
     subsets: dict[str, Subset]
     scored_on: str
 
@@ -72,7 +72,7 @@ class Data(_Strict):
 
 
 class Decoding(_Strict):
-    """How predictions are generated, in transformers' terms; temperature, top_p and seed count where it samples."""
+    """How predictions are generated, in transformers' terms; temperature, top_p and seed matter only when sampling."""
 
     max_new_tokens: int
     do_sample: bool = False
@@ -105,7 +105,7 @@ class Beside(_Strict):
 
 
 class Baseline(_Strict):
-    """Scores to compare with, and what they are scores of."""
+    """Scores to compare with, and the model and test set that they are of."""
 
     name: str
     bleu4: float
@@ -114,7 +114,7 @@ class Baseline(_Strict):
 
 
 class Study(_Strict):
-    """The content of a study.yaml, and the folder that it is in."""
+    """The content of a study.yaml, and its folder."""
 
     folder: Path
     title: str
@@ -133,7 +133,7 @@ class Study(_Strict):
         return self.beside[recipe].of if recipe in self.beside else recipe
 
     def aimed_at(self, recipe: str) -> Scores | None:
-        """The published scores that a recipe tries for."""
+        """The published scores that a recipe aims at."""
         if recipe in self.beside and not self.beside[recipe].reproduces:
             return None
         return self.published.get(self.origin(recipe))
@@ -156,12 +156,12 @@ def load(folder: Path) -> Study:
 
 
 def find(name: str) -> Study:
-    """The study of a name, which is its folder's below recipes/.
+    """The study of a name, which is that of its folder below recipes/.
 
     Raises:
         UserError: there is none.
     """
-    folders = {folder.relative_to(paths.RECIPES).as_posix(): folder for folder in paths.studies()}
+    folders = {folder.name: folder for folder in paths.studies()}
     if name not in folders:
         raise UserError(f"{name}: no study of that name; there are {', '.join(folders)}")
     return load(folders[name])
@@ -173,19 +173,16 @@ def with_data(key: str) -> Study:
     Raises:
         UserError: there is none.
     """
-    studies = [load(folder) for folder in paths.studies()]
-    for one in studies:
-        if one.data.key == key:
-            return one
-    raise UserError(f"{key}: no data set of that name; there are {', '.join(sorted({s.data.key for s in studies}))}")
+    studies = {study.data.key: study for study in map(load, reversed(paths.studies()))}
+    if key not in studies:
+        raise UserError(f"{key}: no data set of that name; there are {', '.join(sorted(studies))}")
+    return studies[key]
 
 
 def of(recipe: str) -> Study | None:
     """The study that a recipe belongs to by its name, or None."""
-    for folder in paths.studies():
-        if recipe.startswith(f"{folder.relative_to(paths.RECIPES)}/"):
-            return load(folder)
-    return None
+    folder = next((folder for folder in paths.studies() if recipe.startswith(f"{folder.name}/")), None)
+    return load(folder) if folder else None
 
 
 def entry(name: str, recipe: yamlfiles.Config) -> dict[str, Any]:

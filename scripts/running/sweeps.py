@@ -252,7 +252,7 @@ def _parameters(folder: RunDir, run: Run) -> tuple[int | None, int | None]:
     """What a run trained, counted in its adapter, and its base model's parameters; None where they are not told."""
     total = None
     cfg: Config = yamlfiles.read_yaml(folder.config)
-    shapes = tensor_shapes(folder.output / "adapter_model.safetensors")
+    shapes = tensor_shapes(folder.output / "adapter_model.safetensors") or {}
     saved = cfg.get("lora_modules_to_save") or []  # an embedding that only grew is in the file and was not trained
     trained = [name for name in shapes if "lora_" in name or any(f".{module}." in name for module in saved)]
     trainable = sum(math.prod(shapes[name]) for name in trained) or None

@@ -2,12 +2,11 @@
 
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from ..base.files import read_json, safetensors_header, write_atomically
+from ..base.files import read_json, tensor_shapes, write_json
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 22  # bytes
@@ -31,7 +30,7 @@ def write_manifest(folder: Path) -> None:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != MANIFEST and file.suffix != ".part"
     }
-    write_atomically(folder / MANIFEST, orjson.dumps({"files": files}, option=orjson.OPT_INDENT_2).decode() + "\n")
+    write_json(folder / MANIFEST, {"files": files})
 
 
 def damage(folder: Path, ranks: int) -> str | None:
@@ -84,19 +83,10 @@ def _difference(folder: Path, listed: dict[str, Any]) -> str | None:
 
 def _unreadable(folder: Path) -> str | None:
     """The first file of weights or of torch's that is cut off or no such file."""
-    checks = {".safetensors": _is_whole_safetensors} | dict.fromkeys((".pt", ".pth", ".bin"), _is_whole_zip)
+    checks: dict[str, Callable[[Path], bool]] = dict.fromkeys((".pt", ".pth", ".bin"), _is_whole_zip)
+    checks[".safetensors"] = lambda file: tensor_shapes(file) is not None
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix in checks]
     return next((f"{file.relative_to(folder)} cannot be read" for file in files if not checks[file.suffix](file)), None)
-
-
-def _is_whole_safetensors(file: Path) -> bool:
-    """Whether a file is as long as its header says."""
-    try:
-        tensors, start = safetensors_header(file)
-        ends = [tensor["data_offsets"][1] for tensor in tensors.values()]
-    except (ValueError, TypeError, KeyError, IndexError):
-        return False
-    return file.stat().st_size == start + max(ends, default=0)
 
 
 def _is_whole_zip(file: Path) -> bool:

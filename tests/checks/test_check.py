@@ -180,7 +180,7 @@ def checked(content: bytes) -> list[Finding]:
             f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n".encode() for i in range(9)
         ), "too large"),
         (b"a: &a {b: *a}\n", "alias that contains itself"),
-        (b"lora_r: 1\nlora_r: 2\n", "the key lora_r stands twice"),
+        (b"lora_r: 1\nlora_r: 2\n", "the key lora_r occurs twice"),
         (b"\x00\xff\xfe", "not a text file in UTF-8"),
         (b"a\x00b: 1\n", "not valid YAML"),
         (b"- a\n", "a config is a mapping"),

@@ -77,10 +77,7 @@ def test_validation_rows_are_drawn_the_same_each_time_and_keep_their_order(tmp_p
 
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_a_draw_has_as_many_rows_as_there_are_to_draw(rows: int, size: int) -> None:
-    draw = draws.Draw(size, seed=0)
-    for i in range(rows):
-        draw.offer(i, bytes([i]))
-    drawn = draw.rows()
+    drawn = draws.draw([(i, bytes([i])) for i in range(rows)], size, seed=0)
     assert len(drawn) == min(rows, size)
     assert drawn == sorted(set(drawn))
 
@@ -93,7 +90,7 @@ def small_study(raw: Path, **subsets: Any) -> study.Study:
     return STUDY.model_copy(update={"data": changed, "folder": raw.parent})
 
 
-def test_test_rows_tell_their_position_and_language(tmp_path: Path) -> None:
+def test_test_rows_have_their_position_and_language(tmp_path: Path) -> None:
     raw = write(tmp_path / "raw", "msg-test.jsonl", row("a", lang="py"), row(" "), row("b"))
     codereviewer.prepare([raw], tmp_path / "out", STUDY)
     assert [(r["idx"], r["lang"]) for r in read(tmp_path / "out" / "test.jsonl")] == [(0, "py"), (2, None)]
@@ -172,7 +169,7 @@ def test_splits_can_be_prepared_one_after_the_other(tmp_path: Path) -> None:
         ("some.zip", [b"no zip"], r"the zip is damaged"),
     ],
 )
-def test_bad_input_is_told_with_its_place_and_leaves_nothing(
+def test_bad_input_is_reported_with_its_place_and_leaves_nothing(
     tmp_path: Path, name: str, content: list[Any], says: str
 ) -> None:
     good = write(tmp_path / "raw", "msg-test.jsonl", row())
@@ -190,7 +187,7 @@ def test_two_preparations_in_one_folder_are_kept_apart(tmp_path: Path, monkeypat
     def patch_while_another_starts(patch: str) -> str:
         if not refused:
             refused.append("")
-            with pytest.raises(UserError, match="another preparation is going on") as error:
+            with pytest.raises(UserError, match="another preparation is running") as error:
                 codereviewer.prepare([raws[1]], tmp_path / "out", STUDY)
             refused[0] = str(error.value)
         return patch
@@ -215,7 +212,7 @@ def test_two_writers_of_a_file_with_one_process_id_are_kept_apart(tmp_path: Path
     assert file.read_bytes() == b"first"
 
 
-def test_missing_files_are_told(tmp_path: Path) -> None:
+def test_missing_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         codereviewer.prepare([tmp_path / "msg-train.jsonl"], tmp_path / "out", STUDY)
 

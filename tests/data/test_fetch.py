@@ -53,7 +53,7 @@ ARCHIVE = packed()
 
 @dataclass
 class Server:
-    """A file server: what it is told to do, and what it saw."""
+    """A file server: how it is to behave, and what it received."""
 
     url: str
     content: bytes = ARCHIVE
@@ -75,14 +75,15 @@ class Handler(BaseHTTPRequestHandler):
     server: Any
 
     def do_GET(self) -> None:
-        told: Server = self.server.told
-        told.seen.append(dict(self.headers))
-        if told.answers:
-            self.send_error(told.answers.pop(0))
+        orders: Server = self.server.orders
+        orders.seen.append(dict(self.headers))
+        if orders.answers:
+            self.send_error(orders.answers.pop(0))
             return
-        start, size = 0, len(told.content)
+        start = 0
+        size = len(orders.content)
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if asked and told.ranges and (self.headers["If-Range"] == told.etag or not told.compares):
+        if asked and orders.ranges and (self.headers["If-Range"] == orders.etag or not orders.compares):
             start = int(asked[1])
             if start >= size:
                 self.send_error(416)
@@ -91,17 +92,17 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
         else:
             self.send_response(200)
-        if told.length:
+        if orders.length:
             self.send_header("Content-Length", str(size - start))
-        self.send_header("ETag", told.etag)
+        self.send_header("ETag", orders.etag)
         self.end_headers()
-        body = told.content[start:]
-        if told.breaks_after:
-            body = body[: told.breaks_after.pop(0)]
-        told.sent += len(body)
+        body = orders.content[start:]
+        if orders.breaks_after:
+            body = body[: orders.breaks_after.pop(0)]
+        orders.sent += len(body)
         self.wfile.write(body)
         if start + len(body) < size:
-            time.sleep(told.stalls)
+            time.sleep(orders.stalls)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -113,10 +114,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(fetching, "PAUSES", (0,) * 5)
     monkeypatch.setattr(fetching, "CHUNK", 10_000)
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.told = told = Server(f"http://127.0.0.1:{http.server_port}/files/Comment_Generation.zip")
+    http.orders = orders = Server(f"http://127.0.0.1:{http.server_port}/files/Comment_Generation.zip")
     thread = threading.Thread(target=http.serve_forever, args=(0.01,))
     thread.start()
-    yield told
+    yield orders
     http.shutdown()
     http.server_close()
     thread.join()
@@ -176,15 +177,16 @@ def test_a_connection_that_breaks_off_is_resumed(tmp_path: Path, server: Server)
 
 def test_one_that_stalls_is_resumed(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "TIMEOUT", (5, 0.2))
-    server.breaks_after, server.stalls = [300_000], 0.5
+    server.breaks_after = [300_000]
+    server.stalls = 0.5
     fetch(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
     assert server.asked_for() == [None, "bytes=300000-"]
 
 
-def test_one_that_breaks_off_too_often_says_what_is_there_and_goes_on_next_time(tmp_path: Path, server: Server) -> None:
+def test_one_that_breaks_off_too_often_says_what_is_there_and_resumes_next_time(tmp_path: Path, server: Server) -> None:
     server.breaks_after = [50_000] * 6
-    with pytest.raises(WorkFailed, match=r"6 tries; run it again, which goes on from the 300,000 bytes"):
+    with pytest.raises(WorkFailed, match=r"6 tries; run it again to resume from 300,000 bytes"):
         fetch(data(server.url), tmp_path)
     assert wanted(tmp_path) == {}
     fetch(data(server.url), tmp_path)
@@ -192,7 +194,7 @@ def test_one_that_breaks_off_too_often_says_what_is_there_and_goes_on_next_time(
     assert server.sent == len(ARCHIVE)
 
 
-def test_a_killed_download_goes_on(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_download_is_resumed(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def update(bar: fetching.Bar, *_: Any) -> None:
         if part(tmp_path).stat().st_size >= 200_000:
             raise KeyboardInterrupt
@@ -234,12 +236,15 @@ def test_what_a_killed_extraction_left_is_removed(tmp_path: Path) -> None:
 def test_a_file_that_changed_on_the_server_is_fetched_from_the_beginning(
     tmp_path: Path, server: Server, there: int, compares: bool
 ) -> None:
-    server.content, server.etag = bytes(2_000_000), '"0"'
+    server.content = bytes(2_000_000)
+    server.etag = '"0"'
     server.breaks_after = [there] + [0] * 5
     with pytest.raises(WorkFailed):
         fetch(data(server.url), tmp_path)
     assert wanted(tmp_path) == {}
-    server.content, server.etag, server.compares = ARCHIVE, '"1"', compares
+    server.content = ARCHIVE
+    server.etag = '"1"'
+    server.compares = compares
     fetch(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
     assert server.seen[6]["If-Range"] == '"0"'
@@ -254,7 +259,7 @@ def test_a_server_that_cannot_send_the_rest_sends_all(tmp_path: Path, server: Se
     assert server.sent == 300_000 + len(ARCHIVE)
 
 
-def test_a_server_that_does_not_tell_the_length(tmp_path: Path, server: Server) -> None:
+def test_a_server_that_does_not_send_the_length(tmp_path: Path, server: Server) -> None:
     server.length = False
     fetch(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
@@ -282,7 +287,7 @@ def test_a_server_that_refuses_is_not_asked_again(tmp_path: Path, server: Server
     assert len(server.seen) == 1
 
 
-def test_without_a_network_the_way_by_hand_is_told(tmp_path: Path, server: Server) -> None:
+def test_without_a_network_the_way_by_hand_is_shown(tmp_path: Path, server: Server) -> None:
     says = "the connection failed: Connection refused; download http.* on another machine, copy it here, and run"
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # and does not listen
@@ -297,7 +302,7 @@ def test_a_mirror_is_taken_in_the_place_of_the_studys_address(tmp_path: Path, se
     assert orjson.loads((tmp_path / "fetched.json").read_bytes())["source"] == server.url
 
 
-def test_what_is_there_of_another_address_is_not_gone_on_from(tmp_path: Path, server: Server) -> None:
+def test_what_is_there_of_another_address_is_not_resumed_from(tmp_path: Path, server: Server) -> None:
     server.breaks_after = [100_000] * 6
     with pytest.raises(WorkFailed):
         fetch(data(server.url), tmp_path)
@@ -316,17 +321,17 @@ def test_the_users_own_archive_is_only_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["missing.zip", "ftp://127.0.0.1/a.zip", ".", ""])
-def test_a_source_that_is_none_is_told(tmp_path: Path, source: str) -> None:
+def test_a_source_that_does_not_exist_is_reported(tmp_path: Path, source: str) -> None:
     with pytest.raises(UserError, match="no such file"):
         fetch(data(""), tmp_path / "raw", source)
     assert not (tmp_path / "raw").exists()
 
 
 @pytest.mark.parametrize("url", ["http://", "http://me:secret@/a.zip", "https://me:secret@[b/a.zip"])
-def test_an_unusable_address_is_told(tmp_path: Path, url: str) -> None:
-    with pytest.raises(UserError, match="not a usable address") as told:
+def test_an_unusable_address_is_reported(tmp_path: Path, url: str) -> None:
+    with pytest.raises(UserError, match="not a usable address") as refused:
         fetch(data(""), tmp_path, url)
-    assert "secret" not in str(told.value)
+    assert "secret" not in str(refused.value)
     assert wanted(tmp_path) == {}
 
 
@@ -349,7 +354,7 @@ def test_a_file_that_is_not_as_recorded_is_fetched_again(
     file.write_bytes(content) if content else file.unlink()
     fetch(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
-    assert f"{file}: not as fetched.json records it" in capsys.readouterr().err
+    assert f"{file}: not as recorded in fetched.json" in capsys.readouterr().err
     assert len(server.seen) == 2
 
 
@@ -361,7 +366,7 @@ def test_checksums_that_the_study_has_meanwhile_are_compared(tmp_path: Path, ser
     assert len(server.seen) == 2
 
 
-def test_a_wrong_checksum_is_told_and_puts_the_download_aside(tmp_path: Path, server: Server) -> None:
+def test_a_wrong_checksum_is_reported_and_puts_the_download_aside(tmp_path: Path, server: Server) -> None:
     aside = tmp_path / "Comment_Generation.zip.rejected"
     test = FILES["msg-test.jsonl"]
     says = f"msg-test.jsonl .*: sha256 {digest(b'')} expected, {digest(test)} found; it is now {aside}"
@@ -385,7 +390,7 @@ def test_files_stay_where_the_archive_is_rejected(tmp_path: Path) -> None:
 
 def test_a_damaged_download_is_removed(tmp_path: Path, server: Server) -> None:
     server.content = ARCHIVE[:-1000]
-    with pytest.raises(UserError, match=r"no zip, or a damaged one .*; it is removed; fetch it again"):
+    with pytest.raises(UserError, match=r"not a zip, or a damaged one .*; it is removed; fetch it again"):
         fetch(data(server.url), tmp_path)
     assert wanted(tmp_path) == {}
     assert not list(tmp_path.glob("Comment_Generation*"))
@@ -397,14 +402,14 @@ TEST = FILES["msg-test.jsonl"]
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (ARCHIVE[:-1000], "no zip, or a damaged one"),
-        (b"<html>", "no zip, or a damaged one"),
+        (ARCHIVE[:-1000], "not a zip, or a damaged one"),
+        (b"<html>", "not a zip, or a damaged one"),
         (ARCHIVE.replace(TEST[-9:], b"x" * 9), "a damaged one .*CRC.*msg-test"),
         (packed({"msg-test.jsonl": TEST}), "msg-train.jsonl, msg-valid.jsonl: not in it"),
         (packed(FILES, "b/msg-test.jsonl"), "msg-test.jsonl is in it twice: .*, b/msg-test.jsonl"),
     ],
 )
-def test_what_is_wrong_with_ones_own_archive_is_told_and_it_stays(tmp_path: Path, content: bytes, says: str) -> None:
+def test_what_is_wrong_with_an_own_archive_is_reported_and_it_stays(tmp_path: Path, content: bytes, says: str) -> None:
     archive = mine(tmp_path, content)
     with pytest.raises(UserError, match=f"{archive}: .*{says}"):
         fetch(data(""), tmp_path / "raw", str(archive))
@@ -428,7 +433,7 @@ def changed_directory(name: str, at: int, field: bytes) -> bytes:
         (ARCHIVE[:-6] + b"\xff\xff\xff\x7f" + ARCHIVE[-2:], "damaged one .*begins before the file"),
     ],
 )
-def test_a_directory_that_does_not_fit_is_told(tmp_path: Path, content: bytes, says: str) -> None:
+def test_a_directory_that_does_not_fit_is_reported(tmp_path: Path, content: bytes, says: str) -> None:
     with pytest.raises(UserError, match=says):
         fetch(data(""), tmp_path / "raw", str(mine(tmp_path, content)))
     assert wanted(tmp_path / "raw") == {}
@@ -467,7 +472,7 @@ def test_a_download_that_would_not_fit_is_not_begun(
     with pytest.raises(WorkFailed):
         fetch(data(server.url), tmp_path)
     leave_free(monkeypatch, len(ARCHIVE) - 300_001)
-    with pytest.raises(UserError, match=rf"{tmp_path}: the download needs 0.00 GB, and 0.00 GB are free; make room"):
+    with pytest.raises(UserError, match=rf"{tmp_path}: the download needs 0.00 GB, but only 0.00 GB are free"):
         fetch(data(server.url), tmp_path)
     assert wanted(tmp_path) == {}
     assert part(tmp_path).stat().st_size == 300_000
@@ -511,12 +516,12 @@ def test_a_full_disk_keeps_no_half_of_a_file(tmp_path: Path) -> None:
 
 
 def test_two_fetches_at_once(tmp_path: Path, server: Server) -> None:
-    with locks.held(tmp_path / ".fetch.lock", ""), pytest.raises(UserError, match="another fetch is going on"):
+    with locks.held(tmp_path / ".fetch.lock", ""), pytest.raises(UserError, match="another fetch is running"):
         fetch(data(server.url), tmp_path)
     assert not server.seen
 
 
-def test_a_password_is_used_and_nowhere_told(
+def test_a_password_is_used_and_shown_nowhere(
     tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = server.url.replace("//", "//me:se@cret@") + "?token=secret"
@@ -526,8 +531,8 @@ def test_a_password_is_used_and_nowhere_told(
     server.breaks_after = [300_000] + [0] * 5
     with pytest.raises(WorkFailed) as failed:
         fetch(data(url), tmp_path)
-    told = [str(refused.value), str(failed.value), part(tmp_path).with_suffix(".part.json").read_text()]
+    texts = [str(refused.value), str(failed.value), part(tmp_path).with_suffix(".part.json").read_text()]
     fetch(data(url), tmp_path)
-    told += [(tmp_path / "fetched.json").read_text(), capsys.readouterr().err]
-    assert all(server.url in text and "cret" not in text for text in told)
+    texts += [(tmp_path / "fetched.json").read_text(), capsys.readouterr().err]
+    assert all(server.url in text and "cret" not in text for text in texts)
     assert server.seen[0]["Authorization"] == "Basic " + base64.b64encode(b"me:se@cret").decode()

@@ -249,7 +249,7 @@ def test_data_is_fetched_and_prepared_in_the_forms_that_recipes_read_and_only_on
     ("spoil", "says"),
     [
         (lambda data: (data / "valid.jsonl").write_text(""), "valid.jsonl is not as manifest.json says"),
-        (lambda data: (data / "manifest.json").unlink(), "manifest.json knows no train.jsonl"),
+        (lambda data: (data / "manifest.json").unlink(), "manifest.json lists no train.jsonl"),
         (lambda data: change(data, "train", instruction="Other."), "another input format or instruction"),
         (lambda data: change(data, "train", is_the_study_file=False), "made of another file than the study's"),
         (lambda data: change(data, "test", left_out={}), "test-subset-1.jsonl is missing"),
@@ -279,7 +279,7 @@ def test_data_that_another_process_is_preparing_is_waited_for(
     folder = Path("data/codereviewer")
     folder.mkdir(parents=True)
     with ThreadPoolExecutor() as pool:
-        with locks.held(folder / codereviewer.LOCK, ""):
+        with locks.held(folder / codereviewer.PREPARE_LOCK, ""):
             waiting = pool.submit(reproduce._have_data, published_data, composed("llama-2-7b"))
             assert not wait([waiting], timeout=0.5).done
         waiting.result()

@@ -70,7 +70,7 @@ def test_a_record_after_a_torn_line_is_kept(tmp_path: Path) -> None:
     for step in (5, 6):
         callback._append(SimpleNamespace(is_world_process_zero=True, global_step=step, max_steps=8), {"loss": 2.0})
         progress.read()
-        assert progress.done == step
+        assert progress.task.completed == step
     assert [record["step"] for record in run.read_metrics()] == [4, 5, 6]
 
 
