@@ -17,7 +17,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.events = Events()
+        self.events: Events = []
         self.kinds: dict[int, str] = {}
         self.kind = "activations"
         self.vocabulary: int | None = None
@@ -38,11 +38,11 @@ class Recorder(TorchDispatchMode):
         """Note some bytes; returns their id."""
         self.storages += 1
         self.kinds[self.storages] = kind
-        self.events.add(self.storages, size)
+        self.events.append((self.storages, size))
         return self.storages
 
     def _freed(self, key: int) -> None:
-        self.events.add(self._live.pop(key), -1)
+        self.events.append((self._live.pop(key), -1))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -65,7 +65,7 @@ class _CudaRecorder(Recorder):
         return result
 
     def _scratch(self, size: int) -> None:
-        self.events.add(self.made(size, "kernels' own"), -1)
+        self.events.append((self.made(size, "kernels' own"), -1))
 
 
 @dataclass(frozen=True)

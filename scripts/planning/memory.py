@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 
 from .allocator import MIB
 from .cuda import Recorder, _cuda_attention, _cuda_dropout, _cuda_softmax, _CudaRecorder
-from .traces import Events, Shape, Step, Trace
+from .traces import Events, MemoryTrace, Shape, Step, lasting, ordered
 
 
 def _apply(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
@@ -228,7 +228,7 @@ def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor]
         parameter.grad = None
 
 
-def trace(step: Step, shapes: list[Shape]) -> Trace:
+def trace(step: Step, shapes: list[Shape]) -> MemoryTrace:
     """What a step allocates, for micro batches of some shapes."""
     recorder = _CudaRecorder() if step.capability else Recorder()
     collecting = gc.isenabled()
@@ -243,7 +243,8 @@ def trace(step: Step, shapes: list[Shape]) -> Trace:
                     recorder.made(_workspace(step.capability), "kernels' own")
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimizer, paged = _optimizer(step, trained, recorder)
-            loaded, recorder.events = recorder.events, Events()
+            loaded = recorder.events
+            recorder.events = []
             with recorder:  # the first step does what no other does, such as making the optimizer's state
                 _run(step, recorder, model, trained, optimizer, (1, 64))
             for state in optimizer.state.values():
@@ -251,22 +252,23 @@ def trace(step: Step, shapes: list[Shape]) -> Trace:
                     if isinstance(value, torch.Tensor):
                         recorder.add(value, "optimizer")
             gc.collect()
-            loaded.extend(recorder.events.lasting())
+            loaded += lasting(recorder.events)
             recorder.vocabulary = sizes["vocabulary"]
-            made, steps = recorder.storages, {}
+            made = recorder.storages
+            steps: dict[Shape, Events] = {}
             for shape in shapes:
                 recorder.storages = made  # numbered alike in each step
-                recorder.events = steps[shape] = Events()
+                recorder.events = steps[shape] = []
                 with recorder:
                     _run(step, recorder, model, trained, optimizer, shape)
                 gc.collect()
-            recorder.events = Events()
-            steps = {shape: events.ordered() for shape, events in steps.items()}
+            recorder.events = []
+            steps = {shape: ordered(events) for shape, events in steps.items()}
     finally:
         gc.unfreeze()
         if collecting:
             gc.enable()
-    return Trace(loaded, steps, recorder.kinds, parameters, sizes, paged, expandable=step.axolotl)
+    return MemoryTrace(loaded, steps, recorder.kinds, parameters, sizes, paged, expandable=step.axolotl)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ..base import paths
 from ..base.errors import UserError
 from ..base.files import read_json, write_atomically
 from . import traces
-from .traces import Shape, Step, Trace, Usage
+from .traces import MemoryTrace, Shape, Step, Usage
 
 GIB = 2**30
 CONTEXT = 0.14 * GIB
@@ -44,7 +44,7 @@ class Planner:
         self.step, self.rows, self.length, self.flat, self.alone = step, rows, length, flat, alone
         self._file = paths.cache() / "plans" / f"{self._key()}.json"
         self._kept = read_json(self._file)
-        self._trace: Trace | None = None
+        self._trace: MemoryTrace | None = None
         self._changed = False
 
     @property
@@ -59,7 +59,7 @@ class Planner:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The model's sizes, as `Trace` has them."""
+        """The model's sizes, as `MemoryTrace` has them."""
         return self._traced().sizes
 
     @property
@@ -104,20 +104,20 @@ class Planner:
         masks = self.step.attention != "flash_attention_2" and not (self.step.padded or self.step.packed)
         return Planner(replace(self.step, padded=True), 2, self.length) if self.rows == 1 and masks else None
 
-    def _traced(self, shape: Shape | None = None) -> Trace:
+    def _traced(self, shape: Shape | None = None) -> MemoryTrace:
         """The trace from which the memory at a shape is told, by default the step's own."""
         shapes = self._shapes()
         if self.alone and shape in (None, shapes[0]):
             shapes = shapes[:1]
         if self._trace is None:
             with suppress(KeyError, TypeError, ValueError):  # not kept, or something else
-                self._trace = Trace.of_json(self._kept["trace"])
+                self._trace = MemoryTrace.of_json(self._kept["trace"])
         if self._trace is None or not self._trace.steps.keys() >= set(shapes):
             self._trace = self._trace_anew(shapes)
             self._kept, self._changed = {"trace": self._trace.as_json(), "usage": {}}, True
         return self._trace
 
-    def _trace_anew(self, shapes: list[Shape]) -> Trace:
+    def _trace_anew(self, shapes: list[Shape]) -> MemoryTrace:
         from ..base.quiet import importing_axolotl
 
         with importing_axolotl():
