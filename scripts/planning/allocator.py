@@ -64,7 +64,7 @@ class Allocator:
 
     def allocate(self, size: int) -> Block:
         """A block of at least some bytes."""
-        size = max(_ROUND, _rounded(size, _ROUND))
+        size = max(_ROUND, rounded(size, _ROUND))
         pool = self._small if size <= _SMALL else self._large
         position = bisect_left(pool.free, size, key=lambda block: block.size)
         if position < len(pool.free):
@@ -109,7 +109,7 @@ class Allocator:
 
     def _segment(self, pool: Pool, size: int) -> Block:
         """A segment of its own for a block that fits nowhere."""
-        length = pool.segment if size < _OWN_SEGMENT else _rounded(size, _SMALL_SEGMENT)
+        length = pool.segment if size < _OWN_SEGMENT else rounded(size, _SMALL_SEGMENT)
         self._reserve(length)
         self._address += length
         return Block(length, self._address - length, pool)
@@ -124,7 +124,7 @@ class Allocator:
             if block.before:
                 block.before.after = block
             pool.last = block
-        added = _rounded(size - block.size, pool.segment)
+        added = rounded(size - block.size, pool.segment)
         self._reserve(added)
         block.size += added
         return block
@@ -143,8 +143,8 @@ class Allocator:
                 block.before.after = None
 
 
-def _rounded(size: int, unit: int) -> int:
-    """A size rounded up to a multiple of a unit."""
+def rounded(size: int, unit: int) -> int:
+    """A number rounded up to a multiple of a unit."""
     return -(-size // unit) * unit
 
 

@@ -26,7 +26,7 @@ def planner_of(
     """
     capability = gpu.capability if gpu else _least_capability(config)
     step, notes = steps.step_of(config, models.architecture(config, download), capability)
-    return Planner(step, steps.rows_of(config), steps.length_of(config), steps.is_flat(config, step), alone), notes
+    return Planner(step, steps.rows_of(config), steps.length_of(config), alone), notes
 
 
 def needed_gib(config: Config, gpu: Gpu | None = None, anew: bool = False) -> float | None:

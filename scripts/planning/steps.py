@@ -65,8 +65,10 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         notes.append(f"{implementation}: planned as flash_attention_2")
         implementation = "flash_attention_2"
     notes += _not_traced(config)
-    rows, packed = rows_of(config), bool(config.get("sample_packing"))
-    pads, masks = rows > 1 or bool(config.get("pad_to_sequence_len")), implementation != "flash_attention_2"
+    rows = rows_of(config)
+    packed = bool(config.get("sample_packing"))
+    pads = rows > 1 or bool(config.get("pad_to_sequence_len"))
+    masks = implementation != "flash_attention_2"
     quantization = config.get("bnb_config_kwargs") or {}
     targets = "all-linear" if config.get("lora_target_linear") else config.get("lora_target_modules") or ()
     step = Step(
@@ -84,6 +86,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         attention=implementation,
         padded=pads and masks and not packed,
         packed=packed and masks,
+        flat=packed and not masks,
         accumulates=datafiles.effective_batch(config) > rows,
         optimizer=optimizer,
         chunked_loss=bool(config.get("chunked_cross_entropy")),
@@ -120,9 +123,3 @@ def rows_of(config: Config) -> int:
 def length_of(config: Config) -> int:
     """The most tokens of a row."""
     return int(config.get("sequence_len") or SEQUENCE_LEN)
-
-
-def is_flat(config: Config, step: Step) -> bool:
-    """Whether the rows of a micro batch are laid end to end, as they are where FlashAttention keeps packed documents
-    apart (axolotl/core/trainers/base.py, multipack_real_batches)."""
-    return bool(config.get("sample_packing")) and not step.packed

@@ -33,6 +33,8 @@ class Step:
         attention: sdpa, eager or flash_attention_2.
         padded: whether rows of unequal length make a batch, so that attention needs a mask.
         packed: whether documents share a row, so that sdpa and eager need a mask.
+        flat: whether the rows of a micro batch are laid end to end, as they are where FlashAttention keeps packed
+            documents apart (axolotl/core/trainers/base.py, multipack_real_batches).
         accumulates: whether gradients of an earlier micro batch are there already.
         optimizer: its name, as in Axolotl.
         chunked_loss: whether the loss is computed on an eighth of the tokens at a time.
@@ -55,6 +57,7 @@ class Step:
     attention: str = "sdpa"
     padded: bool = False
     packed: bool = False
+    flat: bool = False
     accumulates: bool = False
     optimizer: str = "adamw_torch_fused"
     chunked_loss: bool = False

@@ -101,8 +101,8 @@ def test_packed_documents_make_one_row_where_flash_attention_keeps_them_apart() 
     for attention, flat in (("sdpa", False), ("flash_attention_2", True)):
         packed = config_with({"sample_packing": True, "attn_implementation": attention})
         step = steps.step_of(packed, SMALL, AMPERE)[0]
-        assert steps.is_flat(packed, step) == flat
-        shape = planner.Planner(step, 2, 2048, steps.is_flat(packed, step))._shape(2, 2048)
+        assert step.flat == flat
+        shape = planner.Planner(step, 2, 2048)._shape(2, 2048)
         assert shape == ((1, 4096) if flat else (2, 2048))
 
 
@@ -142,7 +142,7 @@ def test_a_plan_adds_up(small: yamlfiles.Config) -> None:
 
 def test_a_config_alone_is_planned_as_among_other_sizes(small: yamlfiles.Config) -> None:
     alone = need.needed_gib(small, anew=True)
-    shapes = need.planner_of(small, None)[0]._traced().steps  # kept, then traced anew with those that are missing
+    shapes = need.planner_of(small, None)[0].trace.steps  # kept, then traced anew with those that are missing
     assert len(shapes) == 4
     assert plan.plan(small)[0]["memory"]["needed"] / planner.GIB == alone == need.needed_gib(small)
 
@@ -221,7 +221,7 @@ def test_the_operations_of_a_token(small: yamlfiles.Config) -> None:
     """By hand, for the small model: matrices, LoRA's, scores and values, each as often as they are gone through."""
     step = need.planner_of(small, None)[0]
     matrices = 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512)
-    head, lora = 128256 * 256, sum(count["trainable"] for count in step.parameters.values())
+    head, lora = 128256 * 256, sum(count["trainable"] for count in step.trace.parameters.values())
     attention = 4 * 256 * 1024 * 2
     told = work.flops_of_token(step, 2048)
     assert told == 2 * (matrices + head) * 3 + 2 * lora * 4 + attention * 4
