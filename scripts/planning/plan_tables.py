@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base import tables
+from .drawing import drawing
 from .planner import GIB
 
 Plan = dict[str, Any]
@@ -149,26 +150,20 @@ def draw(plans: dict[str, Plan], file: Path) -> None:
     Args:
         file: where to, as .png or .svg.
     """
-    from matplotlib.figure import Figure
-
-    parts = {name: planned["memory"]["parts"] for name, planned in plans.items()}
-    for name, planned in plans.items():
-        memory = planned["memory"]
-        parts[name] = parts[name] | {"allocator and CUDA": memory["needed"] - memory["allocated"]}
-    kinds = sorted(
-        {kind for held in parts.values() for kind in held}, key=lambda kind: -parts[next(iter(plans))].get(kind, 0)
-    )
-    figure = Figure(figsize=(11, 3 + 0.4 * len(plans)), layout="constrained")
-    axes = figure.subplots()
-    left = [0.0] * len(plans)
-    for kind in kinds:
-        widths = [held.get(kind, 0) / GIB for held in parts.values()]
-        axes.barh(list(plans), widths, left=left, label=kind)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    (card, *more) = next(iter(plans.values()))["cards"]
-    if not more:
-        axes.axvline(card["usable"] / GIB, color="black", linestyle="--", label=f"usable of {card['card']}")
-    axes.set(xlabel="GiB")
-    axes.invert_yaxis()
-    figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(file)
+    bars = {
+        name: plan["memory"]["parts"] | {"allocator and CUDA": plan["memory"]["needed"] - plan["memory"]["allocated"]}
+        for name, plan in plans.items()
+    }
+    first = next(iter(plans))
+    kinds = sorted(set().union(*bars.values()), key=lambda kind: -plans[first]["memory"]["parts"].get(kind, 0))
+    with drawing(file, (11, 3 + 0.4 * len(plans))) as axes:
+        left = [0.0] * len(plans)
+        for kind in kinds:
+            widths = [parts.get(kind, 0) / GIB for parts in bars.values()]
+            axes.barh(list(plans), widths, left=left, label=kind)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        if len(plans[first]["cards"]) == 1:
+            (card,) = plans[first]["cards"]
+            axes.axvline(card["usable"] / GIB, color="black", linestyle="--", label=f"usable of {card['card']}")
+        axes.set(xlabel="GiB")
+        axes.invert_yaxis()

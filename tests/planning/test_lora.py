@@ -16,11 +16,10 @@ from qlora_recipes.planning.traces import Step
 def test_counts_are_those_of_peft(name: str) -> None:
     architecture = models.architecture({"base_model": name})
     small = architecture | {"num_hidden_layers": 2}
-    sizes = lora.sizes(small)
     for targets in lora.TARGETS.values():
         counts = trace(Step(model=json.dumps(small), rank=16, targets=targets), []).parameters
-        assert sum(count["trainable"] for count in counts.values()) == lora.trainable(sizes, targets, 16)
-        assert sum(count["frozen"] for count in counts.values()) == lora.total(sizes)
+        assert sum(count["trainable"] for count in counts.values()) == lora.trainable(small, targets, 16)
+        assert sum(count["frozen"] for count in counts.values()) == lora.total(small)
 
 
 def test_the_update_is_what_the_paper_says() -> None:
@@ -30,11 +29,11 @@ def test_the_update_is_what_the_paper_says() -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "says"),
-    [({"model_type": "gpt2"}, "model type gpt2"), ({"model_type": "llama"}, "says nothing of")],
+    [({"model_type": "gpt2"}, "model type gpt2"), ({"model_type": "llama"}, "lacks hidden_size")],
 )
 def test_other_models_are_refused(architecture: dict[str, str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        lora.sizes(architecture)
+        lora.linear_layers(architecture)
 
 
 def test_the_command(recipe: Recipe, tmp_path: Path) -> None:
