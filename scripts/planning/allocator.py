@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 MIB = 2**20
 _ROUND = 512  # block sizes are multiples of it
 _SMALL = MIB  # the largest block of the pool for small ones
-_SMALL_SEGMENT, _LARGE_SEGMENT = 2 * MIB, 20 * MIB
+_SMALL_SEGMENT = 2 * MIB
+_LARGE_SEGMENT = 20 * MIB
 _OWN_SEGMENT = 10 * MIB  # from this size on a segment is made to measure
 
 

@@ -1,4 +1,4 @@
-"""What a training step allocates on a GPU and not on a CPU, inside kernels and by operations of CUDA's own."""
+"""What a training step allocates on a GPU but not on a CPU: inside kernels, and by operations that CUDA has."""
 
 import math
 import weakref
@@ -63,7 +63,7 @@ class Recorder(TorchDispatchMode):
 
 
 class CudaRecorder(Recorder):
-    """Also counts what CUDA kernels allocate inside, which no tensor outside shows."""
+    """Also records what CUDA kernels allocate inside, which no tensor outside shows."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         operation = getattr(function, "_opname", "")
@@ -120,8 +120,9 @@ def cuda_attention(
 ) -> torch.Tensor:
     """torch's choice among CUDA's kernels: FlashAttention from 8.0 on where there is no mask, else memory-efficient."""
     if capability >= (8, 0) and attn_mask is None and query.dtype != torch.float32:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[
+            0
+        ]
     groups = query.size(-3) // key.size(-3)
     if groups > 1:
         key, value = (part.repeat_interleave(groups, dim=-3) for part in (key, value))
@@ -129,8 +130,9 @@ def cuda_attention(
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask, 0)
         attn_mask = attn_mask.expand(*query.shape[:-1], key.size(-2))
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    return efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+    )[0]
 
 
 def cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:

@@ -1,9 +1,10 @@
-"""What a training step allocates, found by running it on fake tensors: transformers' model, PEFT's adapters,
+"""What a training step allocates, seen by running it on fake tensors: transformers' model, PEFT's adapters,
 bitsandbytes' layers and the optimizer, without their values, data or a GPU. Importing this imports torch and these.
 """
 
 import gc
 import json
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -29,7 +30,7 @@ from .traces import Events, MemoryTrace, Shape, Step, lasting, ordered
 
 @contextmanager
 def _fake(step: Step) -> Iterator[None]:
-    """Run code in it on fake tensors, on the CPU's as if they were on a GPU."""
+    """Run the block on fake tensors: on the CPU's, as if they were on a GPU."""
     patches: list[AbstractContextManager[Any]] = [
         catch_warnings(action="ignore"),  # that tensors are fake
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -53,8 +54,7 @@ def _fake(step: Step) -> Iterator[None]:
             patch.object(F, "dropout", cuda_dropout),
         ]
     if step.chunked_loss:
-        loss = {"ForCausalLM": _chunked_loss()}
-        patches.append(patch.dict("transformers.loss.loss_utils.LOSS_MAPPING", loss))
+        patches.append(patch.dict("transformers.loss.loss_utils.LOSS_MAPPING", {"ForCausalLM": _chunked_loss()}))
     with ExitStack() as stack:
         for each in patches:
             stack.enter_context(each)
@@ -116,7 +116,7 @@ def _quantized(step: Step, layer: nn.Linear, recorder: Recorder) -> nn.Module:
 
 
 def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
-    """The model as a training has it: with adapters or without, in its dtypes, with checkpointing."""
+    """The model as it is trained: with adapters or without, in its dtypes, with checkpointing."""
     if step.adapter == "qlora":
         model.is_loaded_in_4bit = model.is_quantized = True
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(step.checkpointing))
@@ -129,19 +129,17 @@ def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
     elif not step.adapter:
         model.float()
     if step.adapter:
-        targets = step.targets if isinstance(step.targets, str) else list(step.targets)
         lora = LoraConfig(
             r=step.rank,
             lora_alpha=step.rank,
             lora_dropout=step.dropout,
-            target_modules=targets,
+            target_modules=step.targets if isinstance(step.targets, str) else list(step.targets),
             modules_to_save=list(step.saved_modules) or None,
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)
     if step.checkpointing:
-        reentrant = {"use_reentrant": step.checkpointing == "reentrant"}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
+        model.gradient_checkpointing_enable({"use_reentrant": step.checkpointing == "reentrant"})
         if not step.axolotl:
             model.enable_input_require_grads()
     return model
@@ -177,8 +175,7 @@ def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor]
     """One micro batch forward and backward, and the optimizer's step."""
     forward = model.forward
     if step.autocast:
-        forward = torch.autocast("cpu", dtype=getattr(torch, step.autocast))(forward)
-        forward = convert_outputs_to_fp32(forward)
+        forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=getattr(torch, step.autocast))(forward))
     if step.accumulates:
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
@@ -204,8 +201,7 @@ def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
     if not _uses_bitsandbytes(step.optimizer):
         optimizer.step()
-    for parameter in trained:
-        parameter.grad = None
+    model.zero_grad()
 
 
 def trace(step: Step, shapes: list[Shape]) -> MemoryTrace:
@@ -213,7 +209,7 @@ def trace(step: Step, shapes: list[Shape]) -> MemoryTrace:
     recorder = CudaRecorder() if step.capability else Recorder()
     collecting = gc.isenabled()
     gc.disable()  # so that what is in a cycle is freed at the same place in every trace
-    gc.freeze()  # what was there before is not looked at each time
+    gc.freeze()  # so that collecting does not go through older objects each time
     try:
         with _fake(step):
             model = _build(step, recorder)
@@ -229,7 +225,7 @@ def trace(step: Step, shapes: list[Shape]) -> MemoryTrace:
             recorder.kind = "activations"
             loaded = recorder.events
             recorder.events = []
-            with recorder:  # the first step does what no other does, such as making the optimizer's state
+            with recorder:  # only the first step makes, for instance, the optimizer's state
                 _run(step, recorder, model, trained, optimizer, (1, 64))
             for value in tree_iter(list(optimizer.state.values())):
                 if isinstance(value, torch.Tensor):
@@ -280,17 +276,16 @@ def _sizes(config: PreTrainedConfig) -> dict[str, int]:
 
 
 def _count(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Trainable and frozen parameters by the name of their layer; those in 4 bits as what they stand for.
+    """Trainable and frozen parameters by the name of their layer, those in 4 bits before they were packed.
 
-    Of a module that is trained whole beside LoRA, the frozen original is not counted a second time.
+    Of a module that is trained whole beside LoRA, the frozen original is not counted too.
     """
     counts: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
-        parts = [part for part in name.split(".") if part not in _NO_LAYER]
-        if "original_module" in parts:
+        layer = _LAYER.search(name)
+        if "original_module" in name or not layer:
             continue
-        layer = next((part for part in reversed(parts) if not part.startswith("lora_")), name)
-        kind = "norm" if "norm" in layer else layer
+        kind = "norm" if "norm" in layer["name"] else layer["name"]
         state = getattr(parameter, "quant_state", None)
         size = state.shape.numel() if state else parameter.numel()
         count = counts.setdefault(kind, {"frozen": 0, "trainable": 0})
@@ -298,4 +293,5 @@ def _count(model: nn.Module) -> dict[str, dict[str, int]]:
     return counts
 
 
-_NO_LAYER = ("weight", "bias", "default", "base_layer", "modules_to_save")  # parts of a parameter's name
+_LAYER = re.compile(r"(?P<name>\w+)(\.(weight|bias|default|base_layer|modules_to_save|lora_\w+))*$")
+"""A parameter's name from that of its layer on."""

@@ -57,8 +57,8 @@ def of_request(
         planned["notes"] += [f"{key}: {problem}; {remedy}" for _, key, problem, remedy in lacks]
     trained_on = None
     if lengths:
-        trained_on = tuple(sum(one[f"{name}_trained_on"] for one in lengths) for name in ("rows", "tokens"))
-        longest = max(one["longest_trained_on"] for one in lengths)
+        trained_on = tuple(sum(data_set[f"{unit}_trained_on"] for data_set in lengths) for unit in ("rows", "tokens"))
+        longest = max(data_set["longest_trained_on"] for data_set in lengths)
         if longest and not composed.config.get("sample_packing"):  # packed batches are always full
             with suppress(NotAlike):
                 size = planner.need(length=longest)
@@ -75,15 +75,15 @@ def composed_for(request: Request) -> Composed:
         UserError: it has an error that leaves nothing to plan.
     """
     composed = compose(request)
-    found = check.examine(composed, gpus=request.gpus).findings
-    check.refuse([finding for finding in found if finding.rule in _NOTHING_TO_PLAN], [])
+    findings = check.examine(composed, gpus=request.gpus).findings
+    check.refuse([finding for finding in findings if finding.rule in _NOTHING_TO_PLAN], [])
     return composed
 
 
 def plan(
     config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus: int = 1
 ) -> tuple[dict[str, Any], Planner]:
-    """What a config needs, in bytes: parameters, memory at a full micro batch, which cards hold it.
+    """What a config needs: parameters, bytes of memory at a full micro batch, and the cards that hold it.
 
     Raises:
         UserError: it cannot be planned.
@@ -175,9 +175,8 @@ def largest(fits: Callable[[int], bool], most: int, unit: int = 1) -> int | None
 
 
 def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[dict[str, Any]]:
-    """What to change where a step does not fit, the mildest first, one upon the other until it does."""
+    """What to change where a step does not fit: the mildest first, each on top of those before, until it fits."""
     usable = usable_gib(card) * GIB + saved
-    rows = planner.rows
     step = planner.step
     optimizer = str(config.get("optimizer") or steps.OPTIMIZER)
     paged = "paged_adamw_8bit" if "8bit" in optimizer else "paged_adamw_32bit"
@@ -196,11 +195,11 @@ def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[
         (
             {
                 "micro_batch_size": 1,
-                "gradient_accumulation_steps": max(int(datafiles.effective_batch(config)), rows),
+                "gradient_accumulation_steps": max(int(datafiles.effective_batch(config)), planner.rows),
                 "batch_size": None,
             },
             "the same rows a step, one at a time",
-            rows > 1,
+            planner.rows > 1,
         ),
         (_with_adapter(config, "qlora"), "a base in 4 bits", step.adapter != "qlora"),
     ]
@@ -219,14 +218,19 @@ def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[
             return changes
     longest = largest(lambda n: tried.need(length=n) <= usable, planner.length, ROUND)
     if longest:
-        needed = tried.need(length=longest)
-        effect = "longer rows are lost"
-        changes.append({"set": {"sequence_len": longest}, "effect": effect, "needed": needed, "fits": True})
+        changes.append(
+            {
+                "set": {"sequence_len": longest},
+                "effect": "longer rows are lost",
+                "needed": tried.need(length=longest),
+                "fits": True,
+            }
+        )
     return changes
 
 
 def _with_adapter(config: Config, adapter: str) -> Config:
-    """The settings that turn a config into one with an adapter, on all linear layers where it names none."""
+    """The settings that give a config an adapter, on all linear layers where it names none."""
     settings: Config = {"adapter": adapter, "load_in_4bit": adapter == "qlora"}
     if not (config.get("lora_target_modules") or config.get("lora_target_linear")):
         settings["lora_target_linear"] = True
@@ -234,7 +238,7 @@ def _with_adapter(config: Config, adapter: str) -> Config:
 
 
 def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:
-    """Bytes that each of several GPUs needs, by the engine; from the parts of the peak on one.
+    """Bytes that each of several GPUs needs, by engine, from the parts of the peak on one GPU.
 
     Data parallelism keeps a second copy of the gradients in its buckets. ZeRO (arXiv 1910.02054) holds trained
     weights and gradients in 16 bits, and a copy of the weights in fp32 beside the optimizer's state; it divides these
