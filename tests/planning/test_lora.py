@@ -22,6 +22,18 @@ def test_counts_are_those_of_peft(name: str) -> None:
         assert sum(count["frozen"] for count in counts.values()) == lora.total(small)
 
 
+@pytest.mark.parametrize("key", ["revision_of_model", "model_revision"])
+def test_sizes_are_those_of_the_configs_revision(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "a" * 40
+    folder = tmp_path / "models--codellama--CodeLlama-7b-hf" / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 3}')
+    config = {"base_model": "codellama/CodeLlama-7b-hf"}
+    assert models.architecture(config | {key: commit})["num_hidden_layers"] == 3
+    assert models.architecture(config)["num_hidden_layers"] == 32
+
+
 def test_the_update_is_what_the_paper_says() -> None:
     for rank, alpha in ((32, 16), (4, 64)):
         assert max(lora.update_error(rank, alpha, 128).values()) < 1e-12
