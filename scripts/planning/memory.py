@@ -207,7 +207,6 @@ def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor]
 def trace(step: Step, shapes: list[Shape]) -> MemoryTrace:
     """What a step allocates, for micro batches of some shapes."""
     recorder = CudaRecorder() if step.capability else Recorder()
-    collecting = gc.isenabled()
     gc.disable()  # so that what is in a cycle is freed at the same place in every trace
     gc.freeze()  # so that collecting does not go through older objects each time
     try:
@@ -244,8 +243,7 @@ def trace(step: Step, shapes: list[Shape]) -> MemoryTrace:
                 steps[shape] = ordered(recorder.events)
     finally:
         gc.unfreeze()
-        if collecting:
-            gc.enable()
+        gc.enable()
     return MemoryTrace(loaded, steps, recorder.kinds, parameters, sizes, recorder.paged, expandable=step.axolotl)
 
 

@@ -64,7 +64,6 @@ def of_request(
                 size = planner.need(length=longest)
                 planned["longest_batch"] = {"rows": planner.rows, "tokens": longest, "needed": size}
     planned["work"] = work.work(composed, planner, gpu, request.gpus, trained_on, price, runs)
-    planner.save()
     return planned
 
 
@@ -114,7 +113,6 @@ def plan(
     }
     if size and not planned["cards"][0]["fits"]:
         planned["changes"] = _changes(config, planner, cards[0], saved)
-    planner.save()
     return planned, planner
 
 
@@ -213,7 +211,6 @@ def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[
         changed = {key: value for key, value in (changed | settings).items() if value is not None}
         tried, _ = planner_of(changed, card, alone=True)
         changes.append({"set": settings, "effect": effect, "needed": tried.need(), "fits": tried.need() <= usable})
-        tried.save()
         if changes[-1]["fits"]:
             return changes
     longest = largest(lambda n: tried.need(length=n) <= usable, planner.length, ROUND)
@@ -289,5 +286,4 @@ def compare(request: Request, gpu: Gpu | None = None) -> list[dict[str, Any]]:
                 "notes": notes + _of_paged(planner.trace.paged),
             }
         )
-        planner.save()
     return rows

@@ -12,6 +12,7 @@ from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import orjson
 
@@ -47,11 +48,11 @@ class Planner:
     alone: bool = False
 
     def __post_init__(self) -> None:
-        self._file = paths.cache() / "plans" / f"{self._key()}.json"
-        self._kept = read_json(self._file)
-        self.planned = bool(self._kept)
+        self._usage_file = paths.cache() / "plans" / f"{self._key()}.json"
+        self._trace_file = self._usage_file.with_suffix(".trace.json")
+        self._usages = read_json(self._usage_file)
+        self.planned = bool(self._usages)
         self._trace: MemoryTrace | None = None
-        self._changed = False
 
     @property
     def trace(self) -> MemoryTrace:
@@ -72,24 +73,15 @@ class Planner:
         shape = self._shape(rows, length)
         name = "x".join(map(str, shape))
         with suppress(KeyError, TypeError):  # not kept, or damaged
-            return Usage(**self._kept["usage"][name])
+            return Usage(**self._usages[name])
         usage = traces.usage(self._traced(shape), shape)
-        self._kept.setdefault("usage", {})[name] = asdict(usage)
-        self._changed = True
+        self._usages[name] = asdict(usage)
+        _keep(self._usage_file, self._usages)
         return usage
 
     def need(self, rows: int | None = None, length: int | None = None) -> float:
-        """Bytes that a GPU needs, as `usage`: what is reserved at the peak, and CUDA's own."""
+        """Bytes that a GPU needs: what is reserved at the peak, as `usage` gives it, and CUDA's own."""
         return self.usage(rows, length).reserved + CONTEXT
-
-    def save(self) -> None:
-        """Keep what was planned for the next time, where it can be written."""
-        if self._changed:
-            with suppress(OSError):
-                write_atomically(self._file, orjson.dumps(self._kept).decode())
-            self._changed = False
-        if self._several:
-            self._several.save()
 
     @cached_property
     def _several(self) -> "Planner | None":
@@ -104,11 +96,10 @@ class Planner:
             shapes = shapes[:1]
         if self._trace is None:
             with suppress(KeyError, TypeError, ValueError):  # not kept, or damaged
-                self._trace = MemoryTrace.of_json(self._kept["trace"])
+                self._trace = MemoryTrace.of_json(read_json(self._trace_file))
         if self._trace is None or not self._trace.steps.keys() >= set(shapes):
             self._trace = self._trace_anew(shapes)
-            self._kept = {"trace": self._trace.as_json()}
-            self._changed = True
+            _keep(self._trace_file, self._trace.as_json())
         return self._trace
 
     def _trace_anew(self, shapes: list[Shape]) -> MemoryTrace:
@@ -125,11 +116,11 @@ class Planner:
                 raise UserError(f"this model and adapter cannot be planned: {problem}") from None
 
     def _shape(self, rows: int, length: int) -> Shape:
-        """What Axolotl gives the model, its length rounded up."""
+        """The shape that Axolotl gives the model, its length rounded up."""
         return (1, rounded(rows * length, ROUND)) if self.step.flat else (rows, rounded(length, ROUND))
 
     def _shapes(self) -> list[Shape]:
-        """The step's own shape, and what else has to be traced to know any other number of rows, or of tokens."""
+        """The step's own shape, and the others to trace so that any number of rows, or of tokens, follows from them."""
         rows, length = self._shape(self.rows, self.length)
         longer = [(rows, length + ROUND), (rows, length + 2 * ROUND)]
         if self.step.flat or self._several:
@@ -143,6 +134,12 @@ class Planner:
         sources = [Path(__file__).with_name(f"{name}.py").read_text() for name in names]
         content = [asdict(self.step), self.rows, self.length, _packages(), sources]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+
+def _keep(file: Path, content: dict[str, Any]) -> None:
+    """Cache something, where the cache can be written."""
+    with suppress(OSError):
+        write_atomically(file, orjson.dumps(content).decode())
 
 
 @cache

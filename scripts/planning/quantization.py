@@ -108,9 +108,9 @@ def stored(weight: torch.Tensor, how: Format) -> tuple[torch.Tensor, int]:
     return bnb.functional.dequantize_4bit(packed, state).view_as(weight), 8 * size
 
 
-def levels(name: str = "nf4") -> list[float]:
-    """The 16 values of a 4-bit format, in order."""
-    return sorted(bnb.functional.get_4bit_type(name, device="cpu").tolist())
+def levels() -> list[float]:
+    """The 16 values of NF4, in order."""
+    return sorted(bnb.functional.get_4bit_type("nf4", device="cpu").tolist())
 
 
 def _with_one_scale(weight: torch.Tensor) -> torch.Tensor:

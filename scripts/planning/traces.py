@@ -1,4 +1,4 @@
-"""The storages that a training step makes and frees, and what they come to on a GPU. Needs no torch.
+"""The storages that a training step makes and frees, and what they take on a GPU. Needs no torch.
 
 `memory.trace` makes a trace; `usage` replays it through a model of CUDA's allocator.
 """
@@ -18,13 +18,13 @@ Events = list[tuple[int, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A training step, as far as its memory depends on it.
+    """What the memory of a training step depends on.
 
     Attributes:
         model: the content of the model's config.json, as JSON.
         adapter: qlora, lora, or None where all weights are trained.
         weights: the dtype of what is not quantized, as torch names it.
-        autocast: the dtype of the forward pass, where it is another or mixed precision.
+        autocast: the dtype of the forward pass under autocast; None where there is no autocast.
         targets: the linear layers with LoRA, or a regular expression or all-linear, as in PEFT.
         saved_modules: what is trained whole beside LoRA.
         double_quantization: whether the quantization constants are quantized too.
@@ -35,11 +35,11 @@ class Step:
         packed: whether documents share a row, so that sdpa and eager need a mask.
         flat: whether the rows of a micro batch are laid end to end, as they are where FlashAttention keeps packed
             documents apart (axolotl/core/trainers/base.py, multipack_real_batches).
-        accumulates: whether gradients of an earlier micro batch are there already.
+        accumulates: whether there are gradients of an earlier micro batch.
         optimizer: its name, as in Axolotl.
         chunked_loss: whether the loss is computed on an eighth of the tokens at a time.
         axolotl: whether transformers' Trainer runs it, as Axolotl sets it up; else a plain loop, which keeps the
-            outputs until the next step, knows no autocast, and leaves in fp32 what PEFT has put there.
+            outputs until the next step, has no autocast, and leaves in fp32 what PEFT has put there.
         capability: the GPU's compute capability; None for the CPU, where what kernels allocate inside is not counted.
     """
 
@@ -78,7 +78,7 @@ def ordered(events: Events) -> Events:
 
 
 class NotAlike(Exception):
-    """Steps of different shapes allocate so differently that none can be told from the others."""
+    """Steps of different shapes allocate so differently that none follows from the others."""
 
 
 @dataclass
@@ -86,8 +86,8 @@ class MemoryTrace:
     """What a step allocates.
 
     Attributes:
-        loaded: until the first step begins: weights, adapters, optimizer state.
-        steps: a step for each traced shape, alike but for the sizes.
+        loaded: the events before the first step: weights, adapters, optimizer state.
+        steps: the events of a step for each traced shape, alike but for the sizes.
         kinds: what each storage holds.
         parameters: frozen and trainable parameters by the kind of layer.
         sizes: the model's: its layers, width, attention_width (heads times their size), vocabulary and context.
@@ -104,12 +104,12 @@ class MemoryTrace:
     expandable: bool
 
     def as_json(self) -> dict[str, Any]:
-        """The trace as JSON can hold it."""
+        """The trace in types that JSON has."""
         return vars(self) | {"steps": list(self.steps.items()), "kinds": list(self.kinds.items())}
 
     @classmethod
     def of_json(cls, content: dict[str, Any]) -> "MemoryTrace":
-        """A trace from what `as_json` made of it."""
+        """The trace that `as_json` was called on."""
         steps = {(rows, length): events for (rows, length), events in content["steps"]}
         return cls(**content | {"steps": steps, "kinds": dict(content["kinds"])})
 
@@ -142,17 +142,16 @@ def usage(trace: MemoryTrace, shape: Shape) -> Usage:
     parts: dict[str, int] = {}
     for events in (trace.loaded, step, step):
         allocator.reset_peaks()
-        most = 0
         for storage, size in events:
             if size < 0:
                 block = blocks.pop(storage)
                 held[trace.kinds[storage]] -= block.size
                 allocator.release(block)
                 continue
+            peak = allocator.peak
             block = blocks[storage] = allocator.allocate(size)
             held[trace.kinds[storage]] += block.size
-            if allocator.allocated > most:
-                most = allocator.allocated
+            if allocator.peak > peak:
                 parts = dict(held)
         if events is trace.loaded:
             allocator.empty_cache()  # axolotl/loaders/model.py does so once the model is loaded, PEFT before
