@@ -80,9 +80,7 @@ def share(recipe: Config) -> float | None:
     )
     if not (targets and recipe.get("lora_r") and set(targets) <= set(models.LINEAR_LAYERS)):
         return None
-    architecture = models.architecture(recipe, download=False)
-    count = trainable(architecture, targets, int(recipe["lora_r"]))
-    return count / (count + total(architecture))
+    return _count(models.architecture(recipe, download=False), targets, int(recipe["lora_r"]))["share"]
 
 
 def rows(recipes: dict[str, Config], download: bool = True) -> list[dict[str, Any]]:
@@ -93,16 +91,18 @@ def rows(recipes: dict[str, Config], download: bool = True) -> list[dict[str, An
         download: whether a model's config.json may be fetched from the hub.
 
     Raises:
-        UserError: a model's sizes cannot be had.
+        UserError: a model's sizes are not available.
     """
-    counts = []
-    for name, recipe in recipes.items():
-        architecture = models.architecture(recipe, download)
-        for (label, targets), rank in product(TARGETS.items(), RANKS):
-            count = trainable(architecture, targets, rank)
-            row = {"model": name, "layers": label, "rank": rank, "trainable": count}
-            counts.append(row | {"share": count / (count + total(architecture))})
-    return counts
+    architectures = {name: models.architecture(recipe, download) for name, recipe in recipes.items()}
+    return [
+        {"model": name, "layers": label, "rank": rank, **_count(architecture, targets, rank)}
+        for (name, architecture), (label, targets), rank in product(architectures.items(), TARGETS.items(), RANKS)
+    ]
+
+
+def _count(architecture: dict[str, Any], targets: tuple[str, ...], rank: int) -> dict[str, Any]:
+    count = trainable(architecture, targets, rank)
+    return {"trainable": count, "share": count / (count + total(architecture))}
 
 
 def table(counts: list[dict[str, Any]]) -> list[dict[str, Any]]:
