@@ -1,4 +1,4 @@
-"""An Axolotl plugin that counts the storages of a real training's second step, as a plan counts those of a fake one."""
+"""An Axolotl plugin that records the storages of a real training's second step, as a plan does those of a fake one."""
 
 import gc
 import json
@@ -10,7 +10,6 @@ from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
 
 from qlora_recipes.planning.memory import Recorder
-from qlora_recipes.planning.traces import Events, bytes_at_peak
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
@@ -36,12 +35,10 @@ class _Count(TrainerCallback):
             return
         for tensor in tensors_of(self.trainer.model):
             self.recorder.add(tensor, "model")
-        loaded = bytes_at_peak(self.recorder.events)
+        self.loaded = list(self.recorder.events)
         optimizer = self.trainer.optimizer
         for tensor in tensors_of(dict(getattr(optimizer, "optimizer", optimizer).state)):
             self.recorder.add(tensor, "optimizer")
-        self.loaded, self.before = loaded, self.recorder.events
-        self.recorder.events = Events()
         gc.collect()
         gc.disable()
         self.recorder.__enter__()
@@ -51,8 +48,7 @@ class _Count(TrainerCallback):
             return
         self.recorder.__exit__(None, None, None)
         gc.enable()
-        peak = bytes_at_peak(self.before, self.recorder.events)
-        self.file.write_text(json.dumps({"loaded": self.loaded, "peak": peak}))
+        self.file.write_text(json.dumps({"loaded": self.loaded, "all": self.recorder.events}))
 
 
 class MemoryPlugin(BasePlugin):

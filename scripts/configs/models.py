@@ -51,14 +51,13 @@ def catalogue() -> dict[str, Any]:
 
 def find(composed: Config) -> Model:
     """The base model of a config: its files where they are on this machine, else what models.yaml says."""
-    name, revision = composed.get("base_model"), composed.get("revision_of_model") or composed.get("model_revision")
+    name = composed.get("base_model")
     if not isinstance(name, str) or "\0" in name:
         return Model()
     known = _known(name)
-    sizes, tokens = known.get("config", {}), known.get("special_tokens")
-    folder = Path(name) if Path(name).is_dir() else _in_hub_cache(name, revision)
+    tokens = known.get("special_tokens")
+    folder, sizes = _sizes(name, _revision(composed))
     if folder:
-        sizes = sizes | read_json(folder / "config.json")
         tokens = _special_tokens(read_json(folder / "tokenizer.json")) or tokens
     context, layers = sizes.get("max_position_embeddings"), sizes.get("num_hidden_layers")
     return Model(
@@ -91,33 +90,43 @@ def _known(name: str) -> dict[str, Any]:
 
 
 def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
-    """The content of a base model's config.json: of its folder, of models.yaml, of the hub's cache or the hub.
+    """The content of a base model's config.json at the config's revision: of its folder, of the hub's cache, of
+    models.yaml or of the hub.
 
     Args:
         composed: the config.
         download: whether the hub may be asked.
 
     Raises:
-        UserError: it is in none of them, or says nothing of the model.
+        UserError: it is in none of them, or names no kind of model.
     """
-    name, revision = composed.get("base_model"), composed.get("revision_of_model")
+    name = composed.get("base_model")
     if not isinstance(name, str) or not name or "\0" in name:
         raise UserError("base_model: names no model")
-    if not Path(name).is_dir() and (known := _known(name).get("config")):
-        return dict(known)
-    file = Path(name) / "config.json"
-    if not Path(name).is_dir():
+    folder, content = _sizes(name, _revision(composed))
+    if "model_type" not in content and not Path(name).is_dir():
         from huggingface_hub import hf_hub_download
 
         try:
-            file = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=not download))
+            file = hf_hub_download(name, "config.json", revision=_revision(composed), local_files_only=not download)
         except Exception as error:  # of the hub, of the network, or of the name
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"base_model: the config.json of {name} cannot be had: {reason}") from None
-    content = read_json(file)
+        folder = Path(file).parent
+        content = read_json(Path(file))
     if "model_type" not in content:
-        raise UserError(f"base_model: {file} is not there, or no JSON that names a model_type")
+        raise UserError(f"base_model: {folder}/config.json is not there, or no JSON that names a model_type")
     return content
+
+
+def _revision(composed: Config) -> Any:
+    return composed.get("revision_of_model") or composed.get("model_revision")
+
+
+def _sizes(name: str, revision: Any) -> tuple[Path | None, dict[str, Any]]:
+    """The folder of a base model where it is on this machine, and its config.json there over what models.yaml says."""
+    folder = Path(name) if Path(name).is_dir() else _in_hub_cache(name, revision)
+    return folder, _known(name).get("config", {}) | (read_json(folder / "config.json") if folder else {})
 
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")

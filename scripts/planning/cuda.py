@@ -1,8 +1,8 @@
-"""What a training step allocates on a GPU and not on a CPU, inside kernels and by operations of CUDA's own."""
+"""What a training step allocates on a GPU but not on a CPU: inside kernels, and by operations that CUDA has."""
 
+import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,19 +13,29 @@ from .traces import Events
 
 
 class Recorder(TorchDispatchMode):
-    """Sees every storage that operations inside the mode make, and when it is freed."""
+    """Records every storage that operations inside the mode make, and when it is freed.
+
+    Attributes:
+        events: what was made and freed.
+        kinds: what each storage holds, by its id.
+        kind: what storages that are made from here on hold.
+        vocabulary: the size of the last dimension by which logits are recognized.
+        storages: how many there were.
+        paged: bytes of optimizer state that can leave the GPU.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.events = Events()
+        self.events: Events = []
         self.kinds: dict[int, str] = {}
         self.kind = "activations"
         self.vocabulary: int | None = None
-        self._live: dict[int, int] = {}
         self.storages = 0
+        self.paged = 0
+        self._live: dict[int, int] = {}
 
     def add(self, tensor: torch.Tensor, kind: str) -> None:
-        """Note what a tensor's storage holds, and that it was made if that was not seen."""
+        """Record what a tensor's storage holds, and that it was made if that was not seen."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
@@ -35,14 +45,14 @@ class Recorder(TorchDispatchMode):
             weakref.finalize(storage, self._freed, key)
 
     def made(self, size: int, kind: str) -> int:
-        """Note some bytes; returns their id."""
+        """Record that a storage of some bytes was made; returns its id."""
         self.storages += 1
         self.kinds[self.storages] = kind
-        self.events.add(self.storages, size)
+        self.events.append((self.storages, size))
         return self.storages
 
     def _freed(self, key: int) -> None:
-        self.events.add(self._live.pop(key), -1)
+        self.events.append((self._live.pop(key), -1))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -52,99 +62,86 @@ class Recorder(TorchDispatchMode):
         return result
 
 
-class _CudaRecorder(Recorder):
-    """Also counts what CUDA kernels allocate inside, which no tensor outside shows."""
+class CudaRecorder(Recorder):
+    """Also records what CUDA kernels allocate inside, which no tensor outside shows."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inside = _INSIDE.get(function._opname if hasattr(function, "_opname") else "")
-        if inside and inside.before:
-            self._scratch(inside.bytes(args))
+        operation = getattr(function, "_opname", "")
+        if operation in _BEFORE:
+            self._scratch(_BEFORE[operation](args))
         result = super().__torch_dispatch__(function, types, args, kwargs)
-        if inside and not inside.before:
-            self._scratch(inside.bytes(args))
+        if operation in _AFTER:
+            self._scratch(_AFTER[operation](args))
         return result
 
     def _scratch(self, size: int) -> None:
-        self.events.add(self.made(size, "kernels' own"), -1)
-
-
-@dataclass(frozen=True)
-class _Inside:
-    """Memory inside a CUDA kernel: its bytes, from the operation's arguments, and whether the result is made later."""
-
-    bytes: Callable[[Any], int]
-    before: bool = False
+        self.events.append((self.made(size, "kernels' own"), -1))
 
 
 def _dequantized(args: Any) -> int:
     """The whole weight, and twice its constants where those are quantized too (bitsandbytes/backends/cuda/ops.py,
     _dequant_linear_fallback, which runs from 1,536 tokens on; below, a kernel may do without)."""
-    (rows, columns), constants = args[2], args[3]
-    nested = constants.numel() * args[4] < rows * columns  # the constants are those of the constants then
-    return rows * columns * args[0].element_size() + (2 * rows * columns // args[4] * 4 if nested else 0)
+    inputs, _, shape, constants, block = args[:5]
+    size = math.prod(shape)
+    nested = constants.numel() * block < size  # the constants are those of the constants then
+    return size * inputs.element_size() + (2 * size // block * 4 if nested else 0)
 
 
 def _attention_backward(args: Any) -> int:
     """Row sums, and below fp32 accumulators in fp32: of dq, and where a head is wider than 64 of dk and dv
     (aten/src/ATen/native/transformers/cuda/attention_backward.cu)."""
     query = args[1]
-    sums = query.shape[0] * query.shape[1] * query.shape[2] * 4
+    sums = query.shape[:-1].numel() * 4
     accumulators = 0 if query.dtype == torch.float32 else 4 * query.numel() * (3 if query.shape[-1] > 64 else 1)
     return sums + accumulators
 
 
-_INSIDE = {
-    "gemm_4bit": _Inside(_dequantized, before=True),
+# Bytes inside a CUDA kernel, from the arguments of its operation: before the result is allocated, and after.
+_BEFORE: dict[str, Callable[[Any], int]] = {"gemm_4bit": _dequantized}
+_AFTER: dict[str, Callable[[Any], int]] = {
     # grad * output (aten/src/ATen/native/cuda/SoftMax.cu)
-    "_softmax_backward_data": _Inside(lambda args: args[0].numel() * args[0].element_size()),
+    "_softmax_backward_data": lambda args: args[0].nbytes,
     # sorted indices and their like (aten/src/ATen/native/cuda/Embedding.cu)
-    "embedding_dense_backward": _Inside(lambda args: args[1].numel() * 8 * 4),
-    "_scaled_dot_product_efficient_attention_backward": _Inside(_attention_backward),
+    "embedding_dense_backward": lambda args: args[1].numel() * 8 * 4,
+    "_scaled_dot_product_efficient_attention_backward": _attention_backward,
 }
 
 
-def _cuda_attention(capability: tuple[int, int]) -> Callable[..., torch.Tensor]:
+def cuda_attention(
+    capability: tuple[int, int],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
     """torch's choice among CUDA's kernels: FlashAttention from 8.0 on where there is no mask, else memory-efficient."""
-
-    def attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
-        if capability >= (8, 0) and attn_mask is None and query.dtype != torch.float32:
-            flash = torch.ops.aten._scaled_dot_product_flash_attention
-            return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
-        groups = query.size(-3) // key.size(-3)
-        if groups > 1:
-            key, value = (part.repeat_interleave(groups, dim=-3) for part in (key, value))
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
+    if capability >= (8, 0) and attn_mask is None and query.dtype != torch.float32:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[
+            0
+        ]
+    groups = query.size(-3) // key.size(-3)
+    if groups > 1:
+        key, value = (part.repeat_interleave(groups, dim=-3) for part in (key, value))
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask, 0)
-        if attn_mask is not None:
-            attn_mask = attn_mask.expand(query.size(0), query.size(1), query.size(2), key.size(2))
-        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-        return efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
-
-    return attention
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.size(-2))
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+    )[0]
 
 
-def _cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+def cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     """CUDA keeps a mask of bytes, where the CPU keeps one of the input's type."""
     return torch.native_dropout(input, p, True)[0] if training and p else input
 
 
-def _cuda_softmax(on_cpu: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def cuda_softmax(input: torch.Tensor, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> torch.Tensor:
     """CUDA casts fp16, and no other type, inside the kernel (aten/src/ATen/native/cuda/SoftMax.cu)."""
-
-    def softmax(
-        input: torch.Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
-        if dtype == torch.float32 and input.dtype == torch.float16:
-            return torch.ops.aten._softmax(input, dim, True)
-        return on_cpu(input, dim=dim, dtype=dtype)
-
-    return softmax
+    if dtype == torch.float32 and input.dtype == torch.float16:
+        return torch.ops.aten._softmax(input, dim, True)
+    return input.softmax(dim, dtype=dtype)

@@ -9,15 +9,15 @@ from . import need
 
 
 def add_to(report: check.Report, gpu: Gpu | None, gpus: int = 1, anew: bool = False) -> None:
-    """Add to what a check found whether its config fits a GPU's memory, unless there is an error already.
+    """Add to a check's report whether its config fits a GPU's memory, unless there is an error already.
 
     A rehearsal has no GPU.
 
     Args:
-        report: what the check found.
-        gpu: the GPU; None where none is named or there.
+        report: the check's.
+        gpu: the GPU; None where none is named, and this machine has none.
         gpus: how many of them.
-        anew: also plan its memory, in 5 s, where no earlier plan is kept.
+        anew: also plan its memory, in 5 s, where no earlier plan is cached.
     """
     composed = report.composed
     if composed and gpu and not composed.rehearsal and not report.count("error"):

@@ -1,12 +1,14 @@
 """`recipe analyze lora`: how many parameters LoRA trains, by layers and rank, and that its update is what it says."""
 
-from dataclasses import dataclass
+from itertools import groupby, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..configs import models
+from .drawing import drawing
 
 RANKS = (4, 8, 16, 32, 64, 128)
 TARGETS = {
@@ -16,67 +18,55 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class Llama:
-    """The sizes of a model whose decoder layers are Llama's, from its config.json."""
+def linear_layers(architecture: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each linear layer in a decoder layer of a Llama.
 
-    width: int
-    inner: int
-    layers: int
-    queries: int
-    keys: int
-    vocabulary: int
-    tied: bool
-
-    def linear(self) -> dict[str, tuple[int, int]]:
-        """Each linear layer's inputs and outputs."""
-        attention = {name: (self.width, self.keys) for name in ("k_proj", "v_proj")}
-        mlp = {name: (self.width, self.inner) for name in ("gate_proj", "up_proj")}
-        square = {"q_proj": (self.width, self.queries), "o_proj": (self.queries, self.width)}
-        return attention | mlp | square | {"down_proj": (self.inner, self.width)}
-
-
-def sizes(architecture: dict[str, Any]) -> Llama:
-    """The sizes in a config.json.
+    Args:
+        architecture: the content of the model's config.json.
 
     Raises:
-        UserError: it is of another kind of model.
+        UserError: it is another kind of model.
     """
-    if architecture.get("model_type") not in ("llama", "mistral"):
-        kind = architecture.get("model_type")
-        raise UserError(
-            f"base_model: of model type {kind}, and only Llama's layers are counted here; `recipe plan` does"
-        )
-    try:
-        width, heads = architecture["hidden_size"], architecture["num_attention_heads"]
-        head = architecture.get("head_dim") or width // heads
-        keys = architecture.get("num_key_value_heads") or heads
-        inner, layers = architecture["intermediate_size"], architecture["num_hidden_layers"]
-        vocabulary, tied = architecture["vocab_size"], bool(architecture.get("tie_word_embeddings"))
-    except KeyError as error:
-        raise UserError(
-            f"base_model: its config.json says nothing of {error}; `recipe plan` takes the default"
-        ) from None
-    return Llama(width, inner, layers, heads * head, keys * head, vocabulary, tied)
+    kind = architecture.get("model_type")
+    if kind not in ("llama", "mistral"):
+        raise UserError(f"base_model: model type {kind}, and only Llama's layers are counted here; `recipe plan` does")
+    for size in ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "vocab_size"):
+        if size not in architecture:
+            raise UserError(f"base_model: its config.json lacks {size}; `recipe plan` takes the default")
+    width = architecture["hidden_size"]
+    inner = architecture["intermediate_size"]
+    heads = architecture["num_attention_heads"]
+    head = architecture.get("head_dim") or width // heads
+    keys = head * (architecture.get("num_key_value_heads") or heads)
+    return {
+        "q_proj": (width, heads * head),
+        "k_proj": (width, keys),
+        "v_proj": (width, keys),
+        "o_proj": (heads * head, width),
+        "gate_proj": (width, inner),
+        "up_proj": (width, inner),
+        "down_proj": (inner, width),
+    }
 
 
-def trainable(model: Llama, targets: tuple[str, ...], rank: int) -> int:
+def trainable(architecture: dict[str, Any], targets: tuple[str, ...], rank: int) -> int:
     """Parameters of LoRA's two matrices, of rank x inputs and outputs x rank, on some layers of every decoder layer.
 
     Args:
-        model: the model's sizes.
+        architecture: as for `linear_layers`.
         targets: names of linear layers.
         rank: r, of arXiv 2106.09685.
     """
-    linear = model.linear()
-    return rank * model.layers * sum(sum(linear[name]) for name in targets)
+    layers = linear_layers(architecture)
+    return rank * architecture["num_hidden_layers"] * sum(sum(layers[name]) for name in targets)
 
 
-def total(model: Llama) -> int:
+def total(architecture: dict[str, Any]) -> int:
     """All parameters: embedding, head unless it is the embedding, linear layers, norms."""
-    linear = sum(inputs * outputs for inputs, outputs in model.linear().values())
-    embeddings = model.vocabulary * model.width * (1 if model.tied else 2)
-    return embeddings + model.layers * (linear + 2 * model.width) + model.width
+    linear = sum(inputs * outputs for inputs, outputs in linear_layers(architecture).values())
+    width = architecture["hidden_size"]
+    embeddings = architecture["vocab_size"] * width * (1 if architecture.get("tie_word_embeddings") else 2)
+    return embeddings + architecture["num_hidden_layers"] * (linear + 2 * width) + width
 
 
 def share(recipe: Config) -> float | None:
@@ -90,9 +80,7 @@ def share(recipe: Config) -> float | None:
     )
     if not (targets and recipe.get("lora_r") and set(targets) <= set(models.LINEAR_LAYERS)):
         return None
-    model = sizes(models.architecture(recipe, download=False))
-    count = trainable(model, targets, int(recipe["lora_r"]))
-    return count / (count + total(model))
+    return _count(models.architecture(recipe, download=False), targets, int(recipe["lora_r"]))["share"]
 
 
 def rows(recipes: dict[str, Config], download: bool = True) -> list[dict[str, Any]]:
@@ -103,26 +91,27 @@ def rows(recipes: dict[str, Config], download: bool = True) -> list[dict[str, An
         download: whether a model's config.json may be fetched from the hub.
 
     Raises:
-        UserError: a model's sizes cannot be had.
+        UserError: a model's sizes are not available.
     """
-    found = []
-    for name, recipe in recipes.items():
-        model = sizes(models.architecture(recipe, download))
-        for label, targets in TARGETS.items():
-            for rank in RANKS:
-                count = trainable(model, targets, rank)
-                share = count / (count + total(model))
-                found.append({"model": name, "layers": label, "rank": rank, "trainable": count, "share": share})
-    return found
+    architectures = {name: models.architecture(recipe, download) for name, recipe in recipes.items()}
+    return [
+        {"model": name, "layers": label, "rank": rank, **_count(architecture, targets, rank)}
+        for (name, architecture), (label, targets), rank in product(architectures.items(), TARGETS.items(), RANKS)
+    ]
 
 
-def table(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _count(architecture: dict[str, Any], targets: tuple[str, ...], rank: int) -> dict[str, Any]:
+    count = trainable(architecture, targets, rank)
+    return {"trainable": count, "share": count / (count + total(architecture))}
+
+
+def table(counts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each model and set of layers, a column for each rank."""
-    wide: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in found:
-        line = wide.setdefault((row["model"], row["layers"]), {"model": row["model"], "layers": row["layers"]})
-        line[f"r {row['rank']}"] = f"{row['trainable']:,} ({row['share']:.2%})"
-    return list(wide.values())
+    return [
+        {"model": model, "layers": layers}
+        | {f"r {row['rank']}": f"{row['trainable']:,} ({row['share']:.2%})" for row in line}
+        for (model, layers), line in groupby(counts, itemgetter("model", "layers"))
+    ]
 
 
 def update_error(rank: int = 32, alpha: int = 16, width: int = 576) -> dict[str, float]:
@@ -140,37 +129,25 @@ def update_error(rank: int = 32, alpha: int = 16, width: int = 576) -> dict[str,
     weight = layer.weight.detach().clone()
     lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], init_lora_weights=False)
     model: Any = get_peft_model(torch.nn.Sequential(layer), lora)
-    state = model.state_dict()
-    a, b = (next(tensor for name, tensor in state.items() if f"lora_{which}" in name) for which in "AB")
+    a, b = (next(value for name, value in model.state_dict().items() if f"lora_{matrix}" in name) for matrix in "AB")
     expected = inputs @ (weight + alpha / rank * b @ a).T
     with torch.no_grad():
-        unmerged = model(inputs)
-        merged = model.merge_and_unload()(inputs)
-    largest = expected.abs().max()
-    return {
-        "unmerged": ((unmerged - expected).abs().max() / largest).item(),
-        "merged": ((merged - expected).abs().max() / largest).item(),
-    }
+        outputs = {"unmerged": model(inputs), "merged": model.merge_and_unload()(inputs)}
+    return {how: ((output - expected).abs().max() / expected.abs().max()).item() for how, output in outputs.items()}
 
 
-def draw(found: list[dict[str, Any]], file: Path) -> None:
+def draw(counts: list[dict[str, Any]], file: Path) -> None:
     """The share of trainable parameters by rank, a line for each model and set of layers.
 
     Args:
         file: where to, as .png or .svg.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    axes = figure.subplots()
+    names = list(dict.fromkeys(row["model"] for row in counts))
     styles = dict(zip(TARGETS, (":", "--", "-"), strict=True))
-    names = list(dict.fromkeys(row["model"] for row in found))
-    for i, name in enumerate(names):
-        for label, style in styles.items():
-            of_line = [row for row in found if (row["model"], row["layers"]) == (name, label)]
-            ranks, shares = [row["rank"] for row in of_line], [100 * row["share"] for row in of_line]
-            axes.plot(ranks, shares, style, marker=".", color=f"C{i}", label=f"{name}, {label}")
-    axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="trainable, in percent of all parameters")
-    axes.set_xticks(RANKS, [str(rank) for rank in RANKS])
-    figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(file)
+    with drawing(file, (11, 6)) as axes:
+        for (model, layers), line in groupby(counts, itemgetter("model", "layers")):
+            ranks, shares = zip(*((row["rank"], 100 * row["share"]) for row in line), strict=True)
+            colour = f"C{names.index(model)}"
+            axes.plot(ranks, shares, styles[layers], marker=".", color=colour, label=f"{model}, {layers}")
+        axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="trainable, in percent of all parameters")
+        axes.set_xticks(RANKS, [str(rank) for rank in RANKS])

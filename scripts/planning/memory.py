@@ -1,11 +1,13 @@
-"""What a training step allocates, found by running it on fake tensors: transformers' model, PEFT's adapters,
+"""What a training step allocates, seen by running it on fake tensors: transformers' model, PEFT's adapters,
 bitsandbytes' layers and the optimizer, without their values, data or a GPU. Importing this imports torch and these.
 """
 
 import gc
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 from warnings import catch_warnings
@@ -13,58 +15,49 @@ from warnings import catch_warnings
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
-import transformers.masking_utils
 from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.utils._pytree import tree_iter
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from .allocator import MIB
-from .cuda import Recorder, _cuda_attention, _cuda_dropout, _cuda_softmax, _CudaRecorder
-from .traces import Events, Shape, Step, Trace
-
-
-def _apply(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-    """nn.Module._apply without swapping tensors, which fake ones that are watched do not allow."""
-    for child in module.children() if recurse else ():
-        _apply(child, function)
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            with torch.no_grad():
-                parameter.data = function(parameter)
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            module._buffers[name] = function(buffer)
-    return module
+from .cuda import CudaRecorder, Recorder, cuda_attention, cuda_dropout, cuda_softmax
+from .traces import Events, MemoryTrace, Shape, Step, lasting, ordered
 
 
 @contextmanager
 def _fake(step: Step) -> Iterator[None]:
-    """Run code in it on fake tensors, on the CPU's as if they were on a GPU."""
-    with ExitStack() as stack:
-        stack.enter_context(catch_warnings(action="ignore"))  # that tensors are fake
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(patch.object(nn.Module, "_apply", _apply))
+    """Run the block on fake tensors: on the CPU's, as if they were on a GPU."""
+    patches: list[AbstractContextManager[Any]] = [
+        catch_warnings(action="ignore"),  # that tensors are fake
+        FakeTensorMode(allow_non_fake_inputs=True),
+        # in nn.Module._apply; fake tensors that are recorded cannot be swapped
+        patch("torch.utils.swap_tensors", lambda old, new: setattr(old, "data", new.data)),
         # a Params4bit cannot hold a fake tensor; a plain parameter with its attributes can
-        plain = patch("bitsandbytes.nn.modules.Params4bit", lambda data, **_: nn.Parameter(data, requires_grad=False))
-        stack.enter_context(plain)
+        patch("bitsandbytes.nn.modules.Params4bit", lambda data, **_: nn.Parameter(data, requires_grad=False)),
         # its 256 values are computed with real ones, and kept for the process
-        stack.enter_context(patch("bitsandbytes.functional.create_dynamic_map", lambda *_, **__: torch.empty(256)))
-        stack.enter_context(patch.dict(bnb.functional.name2qmap))
-        number = patch("torch.optim.adam._get_value", lambda value: 1.0 if isinstance(value, torch.Tensor) else value)
-        stack.enter_context(number)
-        if not step.packed:  # it takes a fake tensor for one of documents that share a row
-            stack.enter_context(
-                patch.object(transformers.masking_utils, "find_packed_sequence_indices", lambda *_, **__: None)
-            )
-        if step.capability:
-            autocast_on = torch.is_autocast_enabled
-            stack.enter_context(patch("torch.is_autocast_enabled", lambda device="cpu": autocast_on("cpu")))
-            stack.enter_context(patch.object(F, "scaled_dot_product_attention", _cuda_attention(step.capability)))
-            stack.enter_context(patch.object(F, "softmax", _cuda_softmax(F.softmax)))
-            stack.enter_context(patch.object(F, "dropout", _cuda_dropout))
+        patch("bitsandbytes.functional.create_dynamic_map", lambda *_, **__: torch.empty(256)),
+        patch.dict(bnb.functional.name2qmap),
+        patch("torch.optim.adam._get_value", lambda value: 1.0 if isinstance(value, torch.Tensor) else value),
+    ]
+    if not step.packed:  # it takes a fake tensor for one of documents that share a row
+        patches.append(patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_, **__: None))
+    if step.capability:
+        autocast_on = torch.is_autocast_enabled
+        patches += [
+            patch("torch.is_autocast_enabled", lambda device="cpu": autocast_on("cpu")),
+            patch.object(F, "scaled_dot_product_attention", partial(cuda_attention, step.capability)),
+            patch.object(F, "softmax", cuda_softmax),
+            patch.object(F, "dropout", cuda_dropout),
+        ]
+    if step.chunked_loss:
+        patches.append(patch.dict("transformers.loss.loss_utils.LOSS_MAPPING", {"ForCausalLM": _chunked_loss()}))
+    with ExitStack() as stack:
+        for each in patches:
+            stack.enter_context(each)
         yield
 
 
@@ -98,34 +91,32 @@ def _build(step: Step, recorder: Recorder) -> Any:
 
 def _quantized(step: Step, layer: nn.Linear, recorder: Recorder) -> nn.Module:
     """A linear layer as bitsandbytes quantizes it while it is loaded."""
-    made = bnb.nn.Linear4bit(
+    statistics = {"compress_statistics": step.double_quantization, "quant_type": step.quantization}
+    quantized = bnb.nn.Linear4bit(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
         compute_dtype=layer.weight.dtype,
-        compress_statistics=step.double_quantization,
-        quant_type=step.quantization,
+        **statistics,
     )
     recorder.kind = "quantization constants"
     with recorder:
         loaded = torch.empty(layer.weight.shape, dtype=layer.weight.dtype)
-        packed, state = bnb.functional.quantize_4bit(
-            loaded, compress_statistics=step.double_quantization, quant_type=step.quantization
-        )
+        packed, state = bnb.functional.quantize_4bit(loaded, **statistics)
         del loaded
     recorder.kind = "activations"
     recorder.add(packed, "base weights")
-    weight: Any = nn.Parameter(packed, requires_grad=False)
-    weight.quant_state, weight.bnb_quantized, weight.module = state, True, made
-    weight.compress_statistics, weight.quant_type, weight.blocksize = step.double_quantization, step.quantization, 64
-    made.weight, made.quant_state = weight, state
+    weight = nn.Parameter(packed, requires_grad=False)
+    vars(weight).update(quant_state=state, bnb_quantized=True, module=quantized, blocksize=64, **statistics)
+    quantized.weight = weight
+    quantized.quant_state = state
     if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
-    return made
+        quantized.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    return quantized
 
 
 def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
-    """The model as a training has it: with adapters or without, in its dtypes, with checkpointing."""
+    """The model as it is trained: with adapters or without, in its dtypes, with checkpointing."""
     if step.adapter == "qlora":
         model.is_loaded_in_4bit = model.is_quantized = True
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(step.checkpointing))
@@ -138,57 +129,44 @@ def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
     elif not step.adapter:
         model.float()
     if step.adapter:
-        targets = step.targets if isinstance(step.targets, str) else list(step.targets)
         lora = LoraConfig(
             r=step.rank,
             lora_alpha=step.rank,
             lora_dropout=step.dropout,
-            target_modules=targets,
+            target_modules=step.targets if isinstance(step.targets, str) else list(step.targets),
             modules_to_save=list(step.saved_modules) or None,
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)
     if step.checkpointing:
-        reentrant = {"use_reentrant": step.checkpointing == "reentrant"}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
+        model.gradient_checkpointing_enable({"use_reentrant": step.checkpointing == "reentrant"})
         if not step.axolotl:
             model.enable_input_require_grads()
     return model
 
 
-def _optimizer(step: Step, trained: list[torch.Tensor], recorder: Recorder) -> tuple[Any, int]:
-    """The optimizer with its state, and how many bytes of that are paged."""
-    recorder.kind = "optimizer"
-    with recorder:
-        if uses_bitsandbytes(step.optimizer):
-            optimizer, paged = _of_bitsandbytes(step, trained)
-        else:  # its state is made in the first step
-            fused = "fused" in step.optimizer
-            optimizer, paged = torch.optim.AdamW(trained, fused=fused, foreach=not fused), 0
-    recorder.kind = "activations"
-    return optimizer, paged
-
-
-def _of_bitsandbytes(step: Step, trained: list[torch.Tensor]) -> tuple[Any, int]:
-    """An optimizer of bitsandbytes'; on a GPU it pages the state of a tensor from 100,000 values on."""
+def _optimizer(step: Step, trained: list[torch.Tensor], recorder: Recorder) -> Any:
+    """The optimizer. One of bitsandbytes' has its state already, which on a GPU a paged one pages for tensors from
+    100,000 values on; torch makes its state in the first step."""
+    if not _uses_bitsandbytes(step.optimizer):
+        fused = "fused" in step.optimizer
+        return torch.optim.AdamW(trained, fused=fused, foreach=not fused)
     optimizer: Any = bnb.optim.AdamW(trained, optim_bits=8 if "8bit" in step.optimizer else 32)
     pages = "paged" in step.optimizer and step.capability is not None
-    paged = 0
 
     def buffer(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        nonlocal paged
         if not pages or parameter.numel() < 100_000:
             return torch.zeros_like(parameter, dtype=dtype)
-        paged += parameter.numel() * dtype.itemsize
+        recorder.paged += parameter.numel() * dtype.itemsize
         return torch.empty(0, dtype=dtype)
 
     with patch.object(optimizer, "get_state_buffer", buffer):
         for number, parameter in enumerate(trained):
             optimizer.init_state(optimizer.param_groups[0], parameter, 0, number)
-    return optimizer, paged
+    return optimizer
 
 
-def uses_bitsandbytes(optimizer: str) -> bool:
+def _uses_bitsandbytes(optimizer: str) -> bool:
     """Whether an optimizer is one of bitsandbytes', which update in place."""
     return "8bit" in optimizer or "paged" in optimizer or "bnb" in optimizer
 
@@ -197,8 +175,7 @@ def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor]
     """One micro batch forward and backward, and the optimizer's step."""
     forward = model.forward
     if step.autocast:
-        forward = torch.autocast("cpu", dtype=getattr(torch, step.autocast))(forward)
-        forward = convert_outputs_to_fp32(forward)
+        forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=getattr(torch, step.autocast))(forward))
     if step.accumulates:
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
@@ -222,67 +199,60 @@ def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor]
         recorder.add(parameter.grad, "gradients")
     if step.axolotl:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-    if not uses_bitsandbytes(step.optimizer):
+    if not _uses_bitsandbytes(step.optimizer):
         optimizer.step()
-    for parameter in trained:
-        parameter.grad = None
+    model.zero_grad()
 
 
-def trace(step: Step, shapes: list[Shape]) -> Trace:
+def trace(step: Step, shapes: list[Shape]) -> MemoryTrace:
     """What a step allocates, for micro batches of some shapes."""
-    recorder = _CudaRecorder() if step.capability else Recorder()
-    collecting = gc.isenabled()
+    recorder = CudaRecorder() if step.capability else Recorder()
     gc.disable()  # so that what is in a cycle is freed at the same place in every trace
-    gc.freeze()  # what was there before is not looked at each time
+    gc.freeze()  # so that collecting does not go through older objects each time
     try:
-        with _fake(step), _loss(step):
+        with _fake(step):
             model = _build(step, recorder)
-            parameters, sizes = _count(model), _sizes(step)
+            parameters = _count(model)
+            sizes = _sizes(model.config.get_text_config())
             if step.capability:
                 for _ in range(2):  # cuBLAS has a workspace for the thread of the forward and of the backward pass
                     recorder.made(_workspace(step.capability), "kernels' own")
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            optimizer, paged = _optimizer(step, trained, recorder)
-            loaded, recorder.events = recorder.events, Events()
-            with recorder:  # the first step does what no other does, such as making the optimizer's state
+            recorder.kind = "optimizer"
+            with recorder:
+                optimizer = _optimizer(step, trained, recorder)
+            recorder.kind = "activations"
+            loaded = recorder.events
+            recorder.events = []
+            with recorder:  # only the first step makes, for instance, the optimizer's state
                 _run(step, recorder, model, trained, optimizer, (1, 64))
-            for state in optimizer.state.values():
-                for value in state.values():
-                    if isinstance(value, torch.Tensor):
-                        recorder.add(value, "optimizer")
+            for value in tree_iter(list(optimizer.state.values())):
+                if isinstance(value, torch.Tensor):
+                    recorder.add(value, "optimizer")
             gc.collect()
-            loaded.extend(recorder.events.lasting())
+            loaded += lasting(recorder.events)
             recorder.vocabulary = sizes["vocabulary"]
-            made, steps = recorder.storages, {}
+            count = recorder.storages
+            steps: dict[Shape, Events] = {}
             for shape in shapes:
-                recorder.storages = made  # numbered alike in each step
-                recorder.events = steps[shape] = Events()
+                recorder.storages = count  # numbered alike in each step
+                recorder.events = []
                 with recorder:
                     _run(step, recorder, model, trained, optimizer, shape)
                 gc.collect()
-            recorder.events = Events()
-            steps = {shape: events.ordered() for shape, events in steps.items()}
+                steps[shape] = ordered(recorder.events)
     finally:
         gc.unfreeze()
-        if collecting:
-            gc.enable()
-    return Trace(loaded, steps, recorder.kinds, parameters, sizes, paged, expandable=step.axolotl)
+        gc.enable()
+    return MemoryTrace(loaded, steps, recorder.kinds, parameters, sizes, recorder.paged, expandable=step.axolotl)
 
 
-@contextmanager
-def _loss(step: Step) -> Iterator[None]:
-    """Axolotl's chunked loss where it is asked for: eight chunks, here not compiled, so an upper bound."""
-    if not step.chunked_loss:
-        yield
-        return
-    from transformers.loss import loss_utils
-
+def _chunked_loss() -> Any:
+    """Axolotl's loss of eight chunks, here not compiled, so an upper bound."""
     with patch("torch.compile", lambda function, **_: function):
         from axolotl.monkeypatch.loss.chunked import get_causal_lm_loss
 
-        chunked = get_causal_lm_loss()
-    with patch.dict(loss_utils.LOSS_MAPPING, {"ForCausalLM": chunked}):
-        yield
+        return get_causal_lm_loss()
 
 
 def _workspace(capability: tuple[int, int]) -> int:
@@ -291,9 +261,8 @@ def _workspace(capability: tuple[int, int]) -> int:
     return 32 * MIB if capability[0] == 9 else 8 * MIB + 128 * 1024
 
 
-def _sizes(step: Step) -> dict[str, int]:
+def _sizes(config: PreTrainedConfig) -> dict[str, int]:
     """A model's sizes, with transformers' defaults for what its config.json leaves out."""
-    config = AutoConfig.for_model(**json.loads(step.model)).get_text_config()
     heads = config.num_attention_heads
     return {
         "layers": config.num_hidden_layers,
@@ -305,17 +274,16 @@ def _sizes(step: Step) -> dict[str, int]:
 
 
 def _count(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Trainable and frozen parameters by the name of their layer; those in 4 bits as what they stand for.
+    """Trainable and frozen parameters by the name of their layer, those in 4 bits before they were packed.
 
-    Of a module that is trained whole beside LoRA, the frozen original is not counted a second time.
+    Of a module that is trained whole beside LoRA, the frozen original is not counted too.
     """
     counts: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
-        parts = [part for part in name.split(".") if part not in _NO_LAYER]
-        if "original_module" in parts:
+        layer = _LAYER.search(name)
+        if "original_module" in name or not layer:
             continue
-        layer = next((part for part in reversed(parts) if not part.startswith("lora_")), name)
-        kind = "norm" if "norm" in layer else layer
+        kind = "norm" if "norm" in layer["name"] else layer["name"]
         state = getattr(parameter, "quant_state", None)
         size = state.shape.numel() if state else parameter.numel()
         count = counts.setdefault(kind, {"frozen": 0, "trainable": 0})
@@ -323,4 +291,5 @@ def _count(model: nn.Module) -> dict[str, dict[str, int]]:
     return counts
 
 
-_NO_LAYER = ("weight", "bias", "default", "base_layer", "modules_to_save")  # parts of a parameter's name
+_LAYER = re.compile(r"(?P<name>\w+)(\.(weight|bias|default|base_layer|modules_to_save|lora_\w+))*$")
+"""A parameter's name from that of its layer on."""

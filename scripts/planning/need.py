@@ -1,4 +1,4 @@
-"""The memory that a config needs, planned or from an earlier plan."""
+"""The memory that a config needs, planned now or earlier."""
 
 from ..base.yamlfiles import Config
 from ..configs import models
@@ -10,7 +10,7 @@ from .planner import GIB, Planner
 
 USABLE = 14.5 / 16
 """The share of a card's memory that is planned with. Of 16 GB, torch finds 14.56 GiB on a T4 (its ECC takes the rest)
-and 15.56 GiB on a Quadro RTX 5000; a display and what allocator and driver lose need room too."""
+and 15.56 GiB on a Quadro RTX 5000; a display, and what the allocator and the driver lose, need room too."""
 
 
 def planner_of(
@@ -26,24 +26,21 @@ def planner_of(
     """
     capability = gpu.capability if gpu else _least_capability(config)
     step, notes = steps.step_of(config, models.architecture(config, download), capability)
-    return Planner(step, steps.rows_of(config), steps.length_of(config), steps.is_flat(config, step), alone), notes
+    return Planner(step, steps.rows_of(config), steps.length_of(config), alone), notes
 
 
 def needed_gib(config: Config, gpu: Gpu | None = None, anew: bool = False) -> float | None:
-    """GiB that a config needs, as `planner_of` plans it; None where no plan is kept, and none is to be made.
+    """GiB that a config needs, as `planner_of` plans it; None where it was not planned before, and is not to be now.
 
     Raises:
         UserError: it cannot be planned.
     """
     planner, _ = planner_of(config, gpu, download=anew, alone=True)
-    if not (planner.planned or anew):
-        return None
-    needed = planner.need() / GIB
-    planner.save()
-    return needed
+    return planner.need() / GIB if planner.planned or anew else None
 
 
 def _least_capability(config: Config) -> tuple[int, int]:
-    """The oldest GPUs that have what a config asks for: Turing, or Ampere for bf16 and FlashAttention."""
+    """The capability of the oldest GPUs that have what a config asks for: Turing's, or Ampere's for bf16 and
+    FlashAttention."""
     newer = precision(config, on_gpu=True).weights == "bfloat16" or attention(config) == "flash_attention_2"
     return (8, 0) if newer else (7, 5)

@@ -1,8 +1,10 @@
-"""`recipe plan`: parameters, memory and work of a config, known before it runs."""
+"""`recipe plan`: parameters, memory and work of a config before it runs."""
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from ..configs.compose import Composed, Request, compose
 from ..configs.engines import engine_of
 from ..configs.gpus import Gpu
 from . import steps, work
-from .need import USABLE, planner_of
+from .fit import usable_gib
+from .need import planner_of
 from .planner import CONTEXT, GIB, ROUND, Planner
 from .traces import NotAlike
 
@@ -34,17 +37,17 @@ def of_request(
     price: float | None = None,
     runs: Path = paths.RUNS,
 ) -> dict[str, Any]:
-    """Parameters, memory and work of a recipe or file, what is laid over it, and the GPUs that it is divided among.
+    """Parameters, memory and work of a request.
 
     Args:
         gpu: the card that it is meant for.
-        vram: its memory in GiB, where that is another than the card's, or all that is known of it.
+        vram: its memory in GiB, if different from the card's, or if nothing else is known.
         data: tokenize the training data, to count its tokens and to plan for its longest row.
-        price: of a card, an hour.
-        runs: the folder with earlier runs, whose speed is taken.
+        price: of a card for an hour.
+        runs: the folder with earlier runs, whose speed is used.
 
     Raises:
-        UserError: it is wrong in a way that leaves nothing to plan, or cannot be planned.
+        UserError: it has an error that leaves nothing to plan, or it cannot be planned.
     """
     composed = composed_for(request)
     lengths = check.lengths(composed) if data else []
@@ -54,14 +57,13 @@ def of_request(
         planned["notes"] += [f"{key}: {problem}; {remedy}" for _, key, problem, remedy in lacks]
     trained_on = None
     if lengths:
-        trained_on = tuple(sum(one[f"{name}_trained_on"] for one in lengths) for name in ("rows", "tokens"))
-        longest = max(one["longest_trained_on"] for one in lengths)
+        trained_on = tuple(sum(data_set[f"{unit}_trained_on"] for data_set in lengths) for unit in ("rows", "tokens"))
+        longest = max(data_set["longest_trained_on"] for data_set in lengths)
         if longest and not composed.config.get("sample_packing"):  # packed batches are always full
             with suppress(NotAlike):
                 size = planner.need(length=longest)
                 planned["longest_batch"] = {"rows": planner.rows, "tokens": longest, "needed": size}
     planned["work"] = work.work(composed, planner, gpu, request.gpus, trained_on, price, runs)
-    planner.save()
     return planned
 
 
@@ -69,61 +71,59 @@ def composed_for(request: Request) -> Composed:
     """A request's config.
 
     Raises:
-        UserError: it is wrong in a way that leaves nothing to plan.
+        UserError: it has an error that leaves nothing to plan.
     """
     composed = compose(request)
-    found = check.examine(composed, gpus=request.gpus).findings
-    check.refuse([finding for finding in found if finding.rule in _NOTHING_TO_PLAN], [])
+    findings = check.examine(composed, gpus=request.gpus).findings
+    check.refuse([finding for finding in findings if finding.rule in _NOTHING_TO_PLAN], [])
     return composed
 
 
 def plan(
     config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus: int = 1
 ) -> tuple[dict[str, Any], Planner]:
-    """What a config needs, in bytes: parameters, memory at a full micro batch, which cards hold it.
+    """What a config needs: parameters, bytes of memory at a full micro batch, and the cards that hold it.
 
     Raises:
         UserError: it cannot be planned.
     """
     planner, notes = planner_of(config, gpu)
-    usage, engines = planner.usage(), per_gpu(planner, gpus)
+    trace = planner.trace
+    engines = per_gpu(planner, gpus)
     if gpus > 1:
         notes.append(f"cards are judged under {engine_of(config)}")
-    notes += _of_paged(planner)
+    saved = planner.need() - engines[engine_of(config)] if engines else 0
+    size = vram or (gpu and gpu.memory)
+    cards = [
+        Gpu(gpu.name if gpu and size else f"{gib:g} GB", planner.step.capability or (0, 0), gib)
+        for gib in ([size] if size else SIZES)
+    ]
     planned = {
         "model": config["base_model"],
         "adapter": planner.step.adapter,
         "loop": "Axolotl's",
         "micro_batch": {"rows": planner.rows, "tokens": planner.length},
-        "parameters": planner.parameters,
-        **_totals(planner.parameters),
-        "memory": asdict(usage) | {"paged": planner.paged, "context": CONTEXT, "needed": planner.need()},
-        "cards": [],
+        "parameters": trace.parameters,
+        **_totals(trace.parameters),
+        "memory": asdict(planner.usage()) | {"paged": trace.paged, "context": CONTEXT, "needed": planner.need()},
+        "cards": [_verdict(planner, card, saved) for card in cards],
         "changes": [],
         "per_gpu": engines,
-        "notes": notes,
+        "notes": notes + _of_paged(trace.paged),
     }
-    saved = planner.need() - engines[engine_of(config)] if engines else 0
-    size = vram or (gpu.memory if gpu else None)
-    capability = planner.step.capability or (0, 0)
-    named = replace(gpu, memory=size) if gpu else Gpu(f"{size:g} GB" if size else "", capability, size)
-    cards = [named] if size else [Gpu(f"{one} GB", capability, one) for one in SIZES]
-    planned["cards"] = [_verdict(planner, card, saved) for card in cards]
     if size and not planned["cards"][0]["fits"]:
-        planned["changes"] = _changes(config, planner, named, saved)
-    planner.save()
+        planned["changes"] = _changes(config, planner, cards[0], saved)
     return planned, planner
 
 
-def _of_paged(planner: Planner) -> list[str]:
+def _of_paged(paged: int) -> list[str]:
     """A note on the optimizer state that no figure for a GPU counts: bitsandbytes allocates it in CUDA's unified memory
     (cudaMallocManaged), whose pages the driver moves to main memory where the GPU has no room for them."""
-    if not planner.paged:
-        return []
-    return [
-        f"{planner.paged / GIB:.2f} GiB of optimizer state is paged, and not part of what a GPU needs: it stays on the "
+    note = (
+        f"{paged / GIB:.2f} GiB of optimizer state is paged, and not part of what a GPU needs: it stays on the "
         "GPU while there is room, and moves to main memory, which must hold all of it, when there is none"
-    ]
+    )
+    return [note] if paged else []
 
 
 def _totals(parameters: dict[str, dict[str, int]]) -> dict[str, Any]:
@@ -132,51 +132,50 @@ def _totals(parameters: dict[str, dict[str, int]]) -> dict[str, Any]:
     return {"frozen": frozen, "trainable": trainable, "trainable_share": trainable / (frozen + trainable)}
 
 
-def _usable(card: Gpu) -> float:
-    return (card.memory or 0) * GIB * USABLE
+def _held(planner: Planner) -> dict[str, int]:
+    """Bytes that a GPU holds at the peak, in four parts."""
+    parts = Counter(planner.usage().parts)
+    weights = ("base weights", "quantization constants", "embeddings and head", "adapters")
+    return {
+        "weights": sum(parts[kind] for kind in weights),
+        "gradients": parts["gradients"],
+        "optimizer": parts["optimizer"],
+        "activations": parts["activations"] + parts["logits"],
+    }
 
 
 def _verdict(planner: Planner, card: Gpu, saved: float) -> dict[str, Any]:
-    """Whether a card holds a step, and how far rows and tokens could grow; None where that cannot be told.
+    """Whether a card holds a step, and how far rows and tokens could grow, None where that is not known.
 
     Args:
         saved: bytes that an engine saves on each of several cards.
     """
-    usable = _usable(card) + saved
+    usable = usable_gib(card) * GIB + saved
     return {
         "card": card.name,
         "usable": usable - saved,
         "fits": planner.need() <= usable,
         "free": usable - planner.need(),
         "largest_micro_batch": largest(lambda n: planner.need(rows=n) <= usable, _MOST_ROWS),
-        "longest_row": largest(lambda n: planner.need(length=n) <= usable, planner.sizes["context"], ROUND),
+        "longest_row": largest(lambda n: planner.need(length=n) <= usable, planner.trace.sizes["context"], ROUND),
     }
 
 
 def largest(fits: Callable[[int], bool], most: int, unit: int = 1) -> int | None:
     """The largest multiple of a unit up to `most` that fits, given that smaller ones fit too; 0 where none does.
 
-    None where shapes on the way allocate so differently that they cannot be told from those that were traced.
+    None where shapes on the way do not follow from those that were traced.
     """
-    low, high = 0, 1
     try:
-        while high * unit < most and fits(high * unit):
-            low, high = high, high * 2
-        high = min(high, most // unit)
-        if high > low and fits(high * unit):
-            return high * unit
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle * unit) else (low, middle)
+        return unit * bisect_left(range(1, most // unit + 1), True, key=lambda n: not fits(n * unit))
     except NotAlike:
         return None
-    return low * unit
 
 
 def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[dict[str, Any]]:
-    """What to change where a step does not fit, the mildest first, one upon the other until it does."""
-    usable = _usable(card) + saved
-    rows, step = planner.rows, planner.step
+    """What to change where a step does not fit: the mildest first, each on top of those before, until it fits."""
+    usable = usable_gib(card) * GIB + saved
+    step = planner.step
     optimizer = str(config.get("optimizer") or steps.OPTIMIZER)
     paged = "paged_adamw_8bit" if "8bit" in optimizer else "paged_adamw_32bit"
     candidates: list[tuple[Config, str, bool]] = [
@@ -194,36 +193,41 @@ def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[
         (
             {
                 "micro_batch_size": 1,
-                "gradient_accumulation_steps": max(int(datafiles.effective_batch(config)), rows),
+                "gradient_accumulation_steps": max(int(datafiles.effective_batch(config)), planner.rows),
                 "batch_size": None,
             },
             "the same rows a step, one at a time",
-            rows > 1,
+            planner.rows > 1,
         ),
         (_with_adapter(config, "qlora"), "a base in 4 bits", step.adapter != "qlora"),
     ]
-    found, changed, tried = [], config, planner
+    changes: list[dict[str, Any]] = []
+    changed = config
+    tried = planner
     for settings, effect, applies in candidates:
         if not applies:
             continue
         settings = {key: value for key, value in settings.items() if value is not None or key in config}
         changed = {key: value for key, value in (changed | settings).items() if value is not None}
         tried, _ = planner_of(changed, card, alone=True)
-        found.append({"set": settings, "effect": effect, "needed": tried.need(), "fits": tried.need() <= usable})
-        tried.save()
-        if found[-1]["fits"]:
-            return found
+        changes.append({"set": settings, "effect": effect, "needed": tried.need(), "fits": tried.need() <= usable})
+        if changes[-1]["fits"]:
+            return changes
     longest = largest(lambda n: tried.need(length=n) <= usable, planner.length, ROUND)
     if longest:
-        settings = {"sequence_len": longest}
-        found.append(
-            {"set": settings, "effect": "longer rows are lost", "needed": tried.need(length=longest), "fits": True}
+        changes.append(
+            {
+                "set": {"sequence_len": longest},
+                "effect": "longer rows are lost",
+                "needed": tried.need(length=longest),
+                "fits": True,
+            }
         )
-    return found
+    return changes
 
 
 def _with_adapter(config: Config, adapter: str) -> Config:
-    """The settings that turn a config into one with an adapter, on all linear layers where it names none."""
+    """The settings that give a config an adapter, on all linear layers where it names none."""
     settings: Config = {"adapter": adapter, "load_in_4bit": adapter == "qlora"}
     if not (config.get("lora_target_modules") or config.get("lora_target_linear")):
         settings["lora_target_linear"] = True
@@ -231,7 +235,7 @@ def _with_adapter(config: Config, adapter: str) -> Config:
 
 
 def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:
-    """Bytes that each of several GPUs needs, by the engine; from the parts of the peak on one.
+    """Bytes that each of several GPUs needs, by engine, from the parts of the peak on one GPU.
 
     Data parallelism keeps a second copy of the gradients in its buckets. ZeRO (arXiv 1910.02054) holds trained
     weights and gradients in 16 bits, and a copy of the weights in fp32 beside the optimizer's state; it divides these
@@ -241,18 +245,17 @@ def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:
     """
     if gpus == 1:
         return {}
-    parts, trained = planner.usage().parts, _totals(planner.parameters)["trainable"]
-    kinds = ("base weights", "quantization constants", "embeddings and head", "adapters")
-    weights = sum(parts.get(kind, 0) for kind in kinds)
-    gradients, optimizer = parts.get("gradients", 0), parts.get("optimizer", 0)
-    frozen = weights - parts.get("adapters", 0) if planner.step.adapter else 0
-    rest = planner.need() - weights - gradients - optimizer
-    gathered = max((frozen + 2 * trained) / planner.sizes["layers"], parts.get("embeddings and head", 0)) * (
-        1 - 1 / gpus
-    )
+    parts = planner.usage().parts
+    held = _held(planner)
+    optimizer = held["optimizer"]
+    trained = _totals(planner.trace.parameters)["trainable"]
+    frozen = held["weights"] - parts.get("adapters", 0) if planner.step.adapter else 0
+    rest = planner.need() - held["weights"] - held["gradients"] - optimizer
+    largest_layer = max((frozen + 2 * trained) / planner.trace.sizes["layers"], parts.get("embeddings and head", 0))
+    gathered = largest_layer * (1 - 1 / gpus)
     state = (optimizer + 4 * trained) / gpus
     return {
-        "DDP": planner.need() + gradients,
+        "DDP": planner.need() + held["gradients"],
         "ZeRO-1": rest + frozen + 2 * trained + 2 * trained + state,
         "ZeRO-2": rest + frozen + 2 * trained + 2 * trained / gpus + state,
         "ZeRO-3": rest + (frozen + 4 * trained) / gpus + state + gathered,
@@ -271,24 +274,16 @@ def compare(request: Request, gpu: Gpu | None = None) -> list[dict[str, Any]]:
     for adapter in (None, "lora", "qlora"):
         changed = {key: value for key, value in config.items() if key not in ("adapter", "load_in_4bit")}
         planner, notes = planner_of(changed | (_with_adapter(config, adapter) if adapter else {}), gpu, alone=True)
-        parts = planner.usage().parts
-        kinds = ("base weights", "quantization constants", "embeddings and head", "adapters")
-        held = {
-            "weights": sum(parts.get(kind, 0) for kind in kinds),
-            "gradients": parts.get("gradients", 0),
-            "optimizer": parts.get("optimizer", 0),
-            "activations": parts.get("activations", 0) + parts.get("logits", 0),
-        }
+        held = _held(planner)
         rows.append(
             {
                 "method": {None: "full", "lora": "LoRA", "qlora": "QLoRA"}[adapter],
-                **_totals(planner.parameters),
+                **_totals(planner.trace.parameters),
                 **held,
                 "other": planner.need() - sum(held.values()),
                 "needed": planner.need(),
-                "optimizer_paged": planner.paged,
-                "notes": notes + _of_paged(planner),
+                "optimizer_paged": planner.trace.paged,
+                "notes": notes + _of_paged(planner.trace.paged),
             }
         )
-        planner.save()
     return rows

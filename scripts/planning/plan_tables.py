@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base import tables
+from .drawing import drawing
 from .planner import GIB
 
 Plan = dict[str, Any]
@@ -26,12 +27,8 @@ def show(planned: Plan) -> None:
         settings = " ".join(f"--set {key}={json.dumps(value)}" for key, value in change["set"].items())
         verdict = "then it fits" if change["fits"] else "not enough"
         print(f"{verdict}, {change['needed'] / GIB:.2f} GiB: {settings} ({change['effect']})")
-    if (
-        len(planned["cards"]) == 1
-        and not planned["cards"][0]["fits"]
-        and not any(c["fits"] for c in planned["changes"])
-    ):
-        print("nothing that is known here makes it fit: take a larger card or a smaller model")
+    if len(planned["cards"]) == 1 and not any(way["fits"] for way in (*planned["cards"], *planned["changes"])):
+        print("no known change makes it fit: take a larger card or a smaller model")
     print()
     tables.print_table(_work(planned["work"]))
     show_notes(planned["notes"])
@@ -106,7 +103,8 @@ def _cards(planned: Plan) -> list[dict[str, Any]]:
 
 
 def _summary(name: str, planned: Plan) -> dict[str, Any]:
-    memory, cards = planned["memory"], planned["cards"]
+    memory = planned["memory"]
+    cards = planned["cards"]
     if len(cards) == 1:
         verdict = {f"fits {cards[0]['card']}": "yes" if cards[0]["fits"] else "no"}
         verdict["free GiB"] = f"{cards[0]['free'] / GIB:.2f}"
@@ -126,7 +124,6 @@ def _summary(name: str, planned: Plan) -> dict[str, Any]:
 
 
 def _work(work: dict[str, Any]) -> list[dict[str, Any]]:
-    rate, cost = work["tokens_per_second"], work["cost"]
     lines = [
         (
             "rows",
@@ -136,9 +133,12 @@ def _work(work: dict[str, Any]) -> list[dict[str, Any]]:
         ("optimizer steps", f"{work['steps']:,}" if work["steps"] else None),
         ("operations a token", f"{work['flops_per_token']:.3g}"),
         ("operations", f"{work['flops']:.3g}" if work["flops"] else None),
-        ("tokens a second", f"{rate:,.0f} ({work['rate_is']})" if rate else None),
+        (
+            "tokens a second",
+            f"{work['tokens_per_second']:,.0f} ({work['rate_is']})" if work["tokens_per_second"] else None,
+        ),
         ("hours", f"{work['hours']:,.1f}" if work["hours"] else None),
-        ("cost", f"{cost:,.2f} USD" if cost else None),
+        ("cost", f"{work['cost']:,.2f} USD" if work["cost"] else None),
     ]
     return [{"work": name, "": text} for name, text in lines if text]
 
@@ -149,26 +149,20 @@ def draw(plans: dict[str, Plan], file: Path) -> None:
     Args:
         file: where to, as .png or .svg.
     """
-    from matplotlib.figure import Figure
-
-    parts = {name: planned["memory"]["parts"] for name, planned in plans.items()}
-    for name, planned in plans.items():
-        memory = planned["memory"]
-        parts[name] = parts[name] | {"allocator and CUDA": memory["needed"] - memory["allocated"]}
-    kinds = sorted(
-        {kind for held in parts.values() for kind in held}, key=lambda kind: -parts[next(iter(plans))].get(kind, 0)
-    )
-    figure = Figure(figsize=(11, 3 + 0.4 * len(plans)), layout="constrained")
-    axes = figure.subplots()
-    left = [0.0] * len(plans)
-    for kind in kinds:
-        widths = [held.get(kind, 0) / GIB for held in parts.values()]
-        axes.barh(list(plans), widths, left=left, label=kind)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    (card, *more) = next(iter(plans.values()))["cards"]
-    if not more:
-        axes.axvline(card["usable"] / GIB, color="black", linestyle="--", label=f"usable of {card['card']}")
-    axes.set(xlabel="GiB")
-    axes.invert_yaxis()
-    figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(file)
+    bars = {
+        name: plan["memory"]["parts"] | {"allocator and CUDA": plan["memory"]["needed"] - plan["memory"]["allocated"]}
+        for name, plan in plans.items()
+    }
+    first = next(iter(plans))
+    kinds = sorted(set().union(*bars.values()), key=lambda kind: -plans[first]["memory"]["parts"].get(kind, 0))
+    with drawing(file, (11, 3 + 0.4 * len(plans))) as axes:
+        left = [0.0] * len(plans)
+        for kind in kinds:
+            widths = [parts.get(kind, 0) / GIB for parts in bars.values()]
+            axes.barh(list(plans), widths, left=left, label=kind)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        card, *more = plans[first]["cards"]
+        if not more:
+            axes.axvline(card["usable"] / GIB, color="black", linestyle="--", label=f"usable of {card['card']}")
+        axes.set(xlabel="GiB")
+        axes.invert_yaxis()

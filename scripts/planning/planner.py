@@ -1,18 +1,18 @@
-"""The memory of a training step at any shape, kept in the cache once it was traced.
+"""The memory of a training step at any shape, cached once it was traced.
 
-torch is imported only where a step was not traced before. What a trace says is kept under a hash of all that it
-depends on.
+torch is imported only where a step was not traced before. A trace is kept under a hash of all that it depends on.
 """
 
 import hashlib
 import json
 import logging
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import orjson
 
@@ -20,83 +20,68 @@ from ..base import paths
 from ..base.errors import UserError
 from ..base.files import read_json, write_atomically
 from . import traces
-from .traces import Shape, Step, Trace, Usage
+from .allocator import rounded
+from .traces import MemoryTrace, Shape, Step, Usage
 
 GIB = 2**30
 CONTEXT = 0.14 * GIB
-"""What CUDA itself takes: 133 to 147 MiB, as fitcheck's published runs on a T4 tell process and allocator apart."""
+"""What CUDA itself takes: 133 to 147 MiB, by fitcheck's published runs on a T4, process less allocator."""
 ROUND = 64
 """Lengths are planned in multiples of so many tokens, to which Axolotl pads unless told otherwise."""
 
 
+@dataclass
 class Planner:
     """The memory of one step.
 
-    Args:
+    Attributes:
         step: the step.
         rows: the rows of its micro batch.
         length: the tokens of each.
-        flat: whether the rows are laid end to end.
-        alone: trace no others until they are asked for, which take most of the time.
+        alone: whether to trace no other shapes, which take most of the time, before they are asked for.
+        planned: whether the step was planned before.
     """
 
-    def __init__(self, step: Step, rows: int, length: int, flat: bool = False, alone: bool = False):
-        self.step, self.rows, self.length, self.flat, self.alone = step, rows, length, flat, alone
-        self._file = paths.cache() / "plans" / f"{self._key()}.json"
-        self._kept = read_json(self._file)
-        self._trace: Trace | None = None
-        self._changed = False
+    step: Step
+    rows: int
+    length: int
+    alone: bool = False
+
+    def __post_init__(self) -> None:
+        self._usage_file = paths.cache() / "plans" / f"{self._key()}.json"
+        self._trace_file = self._usage_file.with_suffix(".trace.json")
+        self._usages = read_json(self._usage_file)
+        self.planned = bool(self._usages)
+        self._trace: MemoryTrace | None = None
 
     @property
-    def planned(self) -> bool:
-        """Whether the step was planned before."""
-        return bool(self._kept)
-
-    @property
-    def parameters(self) -> dict[str, dict[str, int]]:
-        """Frozen and trainable parameters by kind of layer."""
-        return self._traced().parameters
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The model's sizes, as `Trace` has them."""
-        return self._traced().sizes
-
-    @property
-    def paged(self) -> int:
-        """Bytes of optimizer state that can leave the GPU."""
-        return self._traced().paged
+    def trace(self) -> MemoryTrace:
+        """The trace of the step at its own shape."""
+        return self._traced(self._shapes()[0])
 
     def usage(self, rows: int | None = None, length: int | None = None) -> Usage:
         """Peaks at a number of rows and tokens, by default the step's own.
 
         Raises:
-            traces.NotAlike: they cannot be told from those that were traced.
+            traces.NotAlike: they do not follow from the shapes that were traced.
             UserError: the step cannot be traced.
         """
-        rows, length = rows or self.rows, length or self.length
+        rows = rows or self.rows
+        length = length or self.length
         if rows > 1 and self._several:
             return self._several.usage(rows, length)
         shape = self._shape(rows, length)
         name = "x".join(map(str, shape))
-        with suppress(KeyError, TypeError):  # not kept, or something else
-            return Usage(**self._kept["usage"][name])
-        found = traces.usage(self._traced(shape), shape)
-        self._kept.setdefault("usage", {})[name], self._changed = asdict(found), True
-        return found
+        with suppress(KeyError, TypeError):  # not kept, or damaged
+            return Usage(**self._usages[name])
+        usage = traces.usage(self._traced(shape), shape)
+        self._usages[name] = asdict(usage)
+        _keep(self._usage_file, self._usages)
+        return usage
 
     def need(self, rows: int | None = None, length: int | None = None) -> float:
-        """Bytes that a GPU needs, as `usage`: what is reserved at the peak, and CUDA's own."""
+        """Bytes that a GPU needs: what is reserved at the peak, as `usage` gives it, and CUDA's own."""
         return self.usage(rows, length).reserved + CONTEXT
-
-    def save(self) -> None:
-        """Keep what was found for the next time, where that can be written."""
-        if self._changed:
-            with suppress(OSError):
-                write_atomically(self._file, orjson.dumps(self._kept).decode())
-            self._changed = False
-        if "_several" in self.__dict__ and self._several:
-            self._several.save()
 
     @cached_property
     def _several(self) -> "Planner | None":
@@ -104,20 +89,20 @@ class Planner:
         masks = self.step.attention != "flash_attention_2" and not (self.step.padded or self.step.packed)
         return Planner(replace(self.step, padded=True), 2, self.length) if self.rows == 1 and masks else None
 
-    def _traced(self, shape: Shape | None = None) -> Trace:
-        """The trace from which the memory at a shape is told, by default the step's own."""
+    def _traced(self, shape: Shape) -> MemoryTrace:
+        """The trace from which the memory at a shape follows."""
         shapes = self._shapes()
-        if self.alone and shape in (None, shapes[0]):
+        if self.alone and shape == shapes[0]:
             shapes = shapes[:1]
         if self._trace is None:
-            with suppress(KeyError, TypeError, ValueError):  # not kept, or something else
-                self._trace = Trace.of_json(self._kept["trace"])
+            with suppress(KeyError, TypeError, ValueError):  # not kept, or damaged
+                self._trace = MemoryTrace.of_json(read_json(self._trace_file))
         if self._trace is None or not self._trace.steps.keys() >= set(shapes):
             self._trace = self._trace_anew(shapes)
-            self._kept, self._changed = {"trace": self._trace.as_json(), "usage": {}}, True
+            _keep(self._trace_file, self._trace.as_json())
         return self._trace
 
-    def _trace_anew(self, shapes: list[Shape]) -> Trace:
+    def _trace_anew(self, shapes: list[Shape]) -> MemoryTrace:
         from ..base.quiet import importing_axolotl
 
         with importing_axolotl():
@@ -131,16 +116,14 @@ class Planner:
                 raise UserError(f"this model and adapter cannot be planned: {problem}") from None
 
     def _shape(self, rows: int, length: int) -> Shape:
-        """What Axolotl gives the model, its length rounded up."""
-        if self.flat:
-            rows, length = 1, rows * length
-        return rows, -(-length // ROUND) * ROUND
+        """The shape that Axolotl gives the model, its length rounded up."""
+        return (1, rounded(rows * length, ROUND)) if self.step.flat else (rows, rounded(length, ROUND))
 
     def _shapes(self) -> list[Shape]:
-        """The step's own shape, and what else has to be traced to know any other number of rows, or of tokens."""
+        """The step's own shape, and the others to trace so that any number of rows, or of tokens, follows from them."""
         rows, length = self._shape(self.rows, self.length)
         longer = [(rows, length + ROUND), (rows, length + 2 * ROUND)]
-        if self.flat or self._several:
+        if self.step.flat or self._several:
             return [(rows, length), *longer]
         more = [(rows + 1, length)] if rows > 1 else [(2, length), (3, length)]
         return [(rows, length), *more, *longer]
@@ -149,8 +132,14 @@ class Planner:
         """A hash of all that a trace depends on: the step, the shapes, the packages that run it, and this code."""
         names = ("allocator", "cuda", "memory", "planner", "traces")
         sources = [Path(__file__).with_name(f"{name}.py").read_text() for name in names]
-        content = [asdict(self.step), self.rows, self.length, self.flat, _packages(), sources]
+        content = [asdict(self.step), self.rows, self.length, _packages(), sources]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+
+def _keep(file: Path, content: dict[str, Any]) -> None:
+    """Cache something, where the cache can be written."""
+    with suppress(OSError):
+        write_atomically(file, orjson.dumps(content).decode())
 
 
 @cache

@@ -1,21 +1,22 @@
 """`recipe analyze quantization`: what bitsandbytes' formats lose of real weights, and what they take. Imports torch."""
 
 import math
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..base.errors import UserError
 from ..configs import models
+from .drawing import drawing
 
 Weights = list[tuple[str, torch.Tensor]]  # kind of layer and fp32 weight, of any shape
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
-SYNTHETIC = (1000, 512, 0.1)  # rows, columns and standard deviation of the notebook's example
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,11 @@ class Format:
     double: bool = False
 
 
-def formats() -> list[Format]:
-    """The formats that are measured."""
-    four_bits = [Format(name, block, double) for name in ("nf4", "fp4") for block in BLOCKS for double in (False, True)]
-    return [*four_bits, *(Format("int8", block) for block in BLOCKS), Format("nf4", None)]
+FORMATS = (
+    *(Format(name, block, double) for name in ("nf4", "fp4") for block in BLOCKS for double in (False, True)),
+    *(Format("int8", block) for block in BLOCKS),
+    Format("nf4", None),
+)
 
 
 def weights_of(folder: Path, layers: int) -> Weights:
@@ -49,48 +51,38 @@ def weights_of(folder: Path, layers: int) -> Weights:
     Raises:
         UserError: the folder holds no such model.
     """
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     try:
-        found = [
-            (file, name, match) for file in files for name in _names(file) if (match := _layer_of(name)) is not None
+        layers_at = [
+            (file, layer)
+            for file in sorted(folder.glob("*.safetensors"))
+            for name in safe_open(file, "pt").keys()  # noqa: SIM118 (it is no mapping)
+            if (layer := _LINEAR.search(name))
         ]
     except SafetensorError as error:
         raise UserError(f"--model {folder}: its safetensors cannot be read: {error}") from None
-    if not found:
+    if not layers_at:
         raise UserError(f"--model {folder}: no folder with a Llama's weights in safetensors")
-    depth = 1 + max(layer for _, _, layer in found)
-    chosen = range(depth) if not layers else {round(i * (depth - 1) / max(layers - 1, 1)) for i in range(layers)}
+    last = max(int(layer["number"]) for _, layer in layers_at)
+    chosen = {round(i * last / max(layers - 1, 1)) for i in range(layers)} or range(last + 1)
     weights = []
-    for file, name, layer in found:
-        if layer in chosen:
-            with safe_open(file, "pt") as tensors:
-                weight = tensors.get_tensor(name)
+    for file, layer in layers_at:
+        if int(layer["number"]) in chosen:
+            weight = safe_open(file, "pt").get_tensor(layer.string)
             if not (weight.is_floating_point() and weight.isfinite().all() and weight.any()):
-                raise UserError(
-                    f"--model {folder}: {name} holds no weights to measure: quantized before, or no numbers"
-                )
-            weights.append((name.split(".")[-2], weight.float()))
+                problem = "holds no weights to measure: quantized before, or not numbers"
+                raise UserError(f"--model {folder}: {layer.string} {problem}")
+            weights.append((layer["kind"], weight.float()))
     return weights
 
 
-def _names(file: Path) -> list[str]:
-    with safe_open(file, "pt") as tensors:
-        return list(tensors.keys())
+_LINEAR = re.compile(rf"\.(?P<number>\d+)\.[^.]+\.(?P<kind>{'|'.join(models.LINEAR_LAYERS)})\.weight$")
+"""The name of a linear layer's weight in a decoder layer of that number."""
 
 
-def _layer_of(name: str) -> int | None:
-    """The number of the decoder layer that a linear layer's weight is in; None for any other tensor."""
-    parts = name.split(".")
-    if len(parts) < 5 or parts[-1] != "weight" or parts[-2] not in models.LINEAR_LAYERS or not parts[-4].isdecimal():
-        return None
-    return int(parts[-4])
-
-
-def synthetic(seed: int = 42) -> Weights:
-    """A tensor of normally distributed values, as the notebook has it."""
-    rows, columns, deviation = SYNTHETIC
-    generator = torch.Generator().manual_seed(seed)
-    return [("synthetic", torch.randn(rows, columns, generator=generator) * deviation)]
+def synthetic() -> Weights:
+    """A tensor of normally distributed values, of the notebook's size and standard deviation."""
+    generator = torch.Generator().manual_seed(42)
+    return [("synthetic", torch.randn(1000, 512, generator=generator) * 0.1)]
 
 
 def stored(weight: torch.Tensor, how: Format) -> tuple[torch.Tensor, int]:
@@ -116,9 +108,9 @@ def stored(weight: torch.Tensor, how: Format) -> tuple[torch.Tensor, int]:
     return bnb.functional.dequantize_4bit(packed, state).view_as(weight), 8 * size
 
 
-def levels(name: str = "nf4") -> list[float]:
-    """The 16 values of a 4-bit format, in order."""
-    return sorted(bnb.functional.get_4bit_type(name, device="cpu").tolist())
+def levels() -> list[float]:
+    """The 16 values of NF4, in order."""
+    return sorted(bnb.functional.get_4bit_type("nf4", device="cpu").tolist())
 
 
 def _with_one_scale(weight: torch.Tensor) -> torch.Tensor:
@@ -135,17 +127,15 @@ def measure(weights: Weights) -> list[dict[str, Any]]:
     mse is the mean squared error, relative_error that over the weights' mean square, snr_db its inverse in decibels.
     """
     rows = []
-    for how in formats():
-        sums: dict[str, list[float]] = {}
+    for how in FORMATS:
+        sums: dict[str, Any] = {kind: np.zeros(4) for kind in (*dict(weights), "all")}
         for kind, weight in weights:
             back, bits = stored(weight, how)
-            error, power = ((back - weight) ** 2).sum().item(), (weight**2).sum().item()
-            for of in (kind, "all"):
-                total = sums.setdefault(of, [0.0, 0.0, 0.0, 0.0])
-                for i, value in enumerate((error, power, bits, weight.numel())):
-                    total[i] += value
-        sums["all"] = sums.pop("all")  # last
-        for kind, (error, power, bits, count) in sums.items():
+            losses = (((back - weight) ** 2).sum().item(), (weight**2).sum().item(), bits, weight.numel())
+            sums[kind] += losses
+            sums["all"] += losses
+        for kind, of_kind in sums.items():
+            error, power, bits, count = of_kind.tolist()
             rows.append(
                 {
                     "format": how.name,
@@ -178,16 +168,18 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def by_layer(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def by_layer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each kind of layer the relative error of the recipes' format, NF4 in doubly quantized blocks of 64."""
-    for row in rows:
-        if (row["format"], row["block"], row["double"]) == ("nf4", 64, True):
-            yield {
-                "layer": row["layer"],
-                "parameters": f"{row['parameters']:,}",
-                "relative error": f"{row['relative_error']:.5f}",
-                "signal to noise dB": f"{row['snr_db']:.2f}",
-            }
+    return [
+        {
+            "layer": row["layer"],
+            "parameters": f"{row['parameters']:,}",
+            "relative error": f"{row['relative_error']:.5f}",
+            "signal to noise dB": f"{row['snr_db']:.2f}",
+        }
+        for row in rows
+        if (row["format"], row["block"], row["double"]) == ("nf4", 64, True)
+    ]
 
 
 def draw(weights: Weights, rows: list[dict[str, Any]], file: Path) -> None:
@@ -196,32 +188,30 @@ def draw(weights: Weights, rows: list[dict[str, Any]], file: Path) -> None:
     Args:
         file: where to, as .png or .svg.
     """
-    from matplotlib.figure import Figure
-
     kind, weight = max(weights, key=lambda named: named[1].numel())
     back, _ = stored(weight, Format("nf4", 64, True))
     one_scale, _ = stored(weight, Format("nf4", None))
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    (before, of_levels), (errors, memory) = figure.subplots(2, 2)
     edge = 4 * weight.std().item()
-    for values, name in ((weight, "before"), (back, "after NF4, blocks of 64"), (one_scale, "after one scale")):
-        before.hist(values.flatten().numpy(), bins=120, range=(-edge, edge), histtype="step", label=name)
-    before.set(title=f"Weights of a {kind}", xlabel="value", ylabel="count", yscale="log")
-    before.legend()
-    of_levels.stem(range(16), levels())
-    of_levels.set(title="The 16 levels of NF4", xlabel="code", ylabel="value, as a share of the block's largest")
-    for values, name in ((back, "blocks of 64"), (one_scale, "one scale")):
-        error = ((values - weight) / weight.std()).flatten().numpy()
-        errors.hist(error, bins=120, range=(-1, 1), histtype="step", density=True, label=name)
-    errors.set(title="Error of NF4", xlabel="error, in standard deviations of the weights", ylabel="density")
-    errors.legend()
-    shown = [(row["format"], row["block"], row["double"]) for row in rows]
-    bits = {"fp32": 32.0, "fp16": 16.0} | {
-        f"{name}, {block}{', double' if double else ''}": rows[shown.index((name, block, double))]["bits"]
-        for name, block, double in (("int8", 4096, False), ("nf4", 64, False), ("nf4", 64, True))
+    bits = {(row["format"], row["block"], row["double"]): row["bits"] for row in rows}
+    bars = {
+        "fp32": 32.0,
+        "fp16": 16.0,
+        "int8, 4096": bits["int8", 4096, False],
+        "nf4, 64": bits["nf4", 64, False],
+        "nf4, 64, double": bits["nf4", 64, True],
     }
-    bars = memory.barh(list(bits), list(bits.values()))
-    memory.bar_label(bars, fmt="%.3g", padding=3)
-    memory.set(title="Memory", xlabel="bits a parameter", xlim=(0, 37))
-    memory.invert_yaxis()
-    figure.savefig(file)
+    with drawing(file, (11, 7.5), panels=2) as ((before, of_levels), (errors, memory)):
+        for values, name in ((weight, "before"), (back, "after NF4, blocks of 64"), (one_scale, "after one scale")):
+            before.hist(values.flatten().numpy(), bins=120, range=(-edge, edge), histtype="step", label=name)
+        before.set(title=f"Weights of a {kind}", xlabel="value", ylabel="count", yscale="log")
+        before.legend()
+        of_levels.stem(range(16), levels())
+        of_levels.set(title="The 16 levels of NF4", xlabel="code", ylabel="value, as a share of the block's largest")
+        for values, name in ((back, "blocks of 64"), (one_scale, "one scale")):
+            error = ((values - weight) / weight.std()).flatten().numpy()
+            errors.hist(error, bins=120, range=(-1, 1), histtype="step", density=True, label=name)
+        errors.set(title="Error of NF4", xlabel="error, in standard deviations of the weights", ylabel="density")
+        errors.legend()
+        memory.bar_label(memory.barh(list(bars), list(bars.values())), fmt="%.3g", padding=3)
+        memory.set(title="Memory", xlabel="bits a parameter", xlim=(0, 37))
+        memory.invert_yaxis()

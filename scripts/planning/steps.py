@@ -1,4 +1,4 @@
-"""What Axolotl makes of a config, as far as a training step's memory depends on it."""
+"""The training step that Axolotl makes of a config, as far as its memory is concerned."""
 
 import json
 from collections.abc import Iterator
@@ -10,8 +10,6 @@ from ..configs import datafiles
 from ..configs.attention import attention
 from ..configs.precision import precision
 from .traces import Step
-
-SEQUENCE_LEN = 512  # Axolotl's default (utils/schemas/config.py)
 
 OPTIMIZER = "adamw_torch_fused"  # Axolotl's default
 OPTIMIZERS = {
@@ -41,7 +39,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         capability: the GPU's compute capability.
 
     Raises:
-        UserError: it is of a kind that this project cannot plan.
+        UserError: it cannot be planned.
     """
     adapter = config.get("adapter")
     if adapter not in (None, "lora", "qlora"):
@@ -65,9 +63,13 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         notes.append(f"{implementation}: planned as flash_attention_2")
         implementation = "flash_attention_2"
     notes += _not_traced(config)
-    rows, packed = rows_of(config), bool(config.get("sample_packing"))
-    pads, masks = rows > 1 or bool(config.get("pad_to_sequence_len")), implementation != "flash_attention_2"
+    rows = rows_of(config)
+    packed = bool(config.get("sample_packing"))
+    pads = rows > 1 or bool(config.get("pad_to_sequence_len"))
+    masks = implementation != "flash_attention_2"
     quantization = config.get("bnb_config_kwargs") or {}
+    reentrant = (config.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant")
+    checkpointing = "reentrant" if reentrant else "non-reentrant"
     targets = "all-linear" if config.get("lora_target_linear") else config.get("lora_target_modules") or ()
     step = Step(
         model=json.dumps(architecture, sort_keys=True),
@@ -80,10 +82,11 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         dropout=float(config.get("lora_dropout") or 0),
         quantization=quantization.get("bnb_4bit_quant_type", "nf4"),
         double_quantization=quantization.get("bnb_4bit_use_double_quant", True),
-        checkpointing=_checkpointing(config),
+        checkpointing=checkpointing if config.get("gradient_checkpointing") else None,
         attention=implementation,
         padded=pads and masks and not packed,
         packed=packed and masks,
+        flat=packed and not masks,
         accumulates=datafiles.effective_batch(config) > rows,
         optimizer=optimizer,
         chunked_loss=bool(config.get("chunked_cross_entropy")),
@@ -93,7 +96,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
 
 
 def _not_traced(config: Config) -> Iterator[str]:
-    """What a config uses that a trace leaves out, and which way the figures are off for it."""
+    """What a config uses that a trace leaves out, and in which direction that puts the figures off."""
     yield from (f"{key}: not traced; it takes less" for key in _TAKE_LESS if config.get(key))
     yield from (f"{key}: not planned; as if it were 1" for key in _SPLIT if (config.get(key) or 1) > 1)
     if config.get("adapter") and all(config.get(key) is None for key in _KERNELS):
@@ -105,13 +108,6 @@ def _not_traced(config: Config) -> Iterator[str]:
         yield "eval_batch_size: evaluation is not traced, and with more rows than training may take more"
 
 
-def _checkpointing(config: Config) -> str | None:
-    if not config.get("gradient_checkpointing"):
-        return None
-    reentrant = (config.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", False)
-    return "reentrant" if reentrant else "non-reentrant"
-
-
 def rows_of(config: Config) -> int:
     """The rows of a micro batch."""
     return int(config.get("micro_batch_size") or 1)
@@ -119,10 +115,4 @@ def rows_of(config: Config) -> int:
 
 def length_of(config: Config) -> int:
     """The most tokens of a row."""
-    return int(config.get("sequence_len") or SEQUENCE_LEN)
-
-
-def is_flat(config: Config, step: Step) -> bool:
-    """Whether the rows of a micro batch are laid end to end, as they are where FlashAttention keeps packed documents
-    apart (axolotl/core/trainers/base.py, multipack_real_batches)."""
-    return bool(config.get("sample_packing")) and not step.packed
+    return int(config.get("sequence_len") or 512)  # Axolotl's default (utils/schemas/config.py)

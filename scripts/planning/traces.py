@@ -1,27 +1,30 @@
-"""The storages that a training step makes and frees, and what they come to on a GPU. Needs no torch.
+"""The storages that a training step makes and frees, and what they take on a GPU. Needs no torch.
 
 `memory.trace` makes a trace; `usage` replays it through a model of CUDA's allocator.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
+from math import prod, sumprod
 from typing import Any
 
 from .allocator import Allocator, Block
 
 Shape = tuple[int, int]  # the rows of a micro batch, and the tokens of each
+Events = list[tuple[int, int]]
+"""Storages being made (their id and size in bytes) and freed (their id and -1), in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A training step, as far as its memory depends on it.
+    """What the memory of a training step depends on.
 
     Attributes:
         model: the content of the model's config.json, as JSON.
         adapter: qlora, lora, or None where all weights are trained.
         weights: the dtype of what is not quantized, as torch names it.
-        autocast: the dtype of the forward pass, where it is another or mixed precision.
+        autocast: the dtype of the forward pass under autocast; None where there is no autocast.
         targets: the linear layers with LoRA, or a regular expression or all-linear, as in PEFT.
         saved_modules: what is trained whole beside LoRA.
         double_quantization: whether the quantization constants are quantized too.
@@ -30,11 +33,13 @@ class Step:
         attention: sdpa, eager or flash_attention_2.
         padded: whether rows of unequal length make a batch, so that attention needs a mask.
         packed: whether documents share a row, so that sdpa and eager need a mask.
-        accumulates: whether gradients of an earlier micro batch are there already.
+        flat: whether the rows of a micro batch are laid end to end, as they are where FlashAttention keeps packed
+            documents apart (axolotl/core/trainers/base.py, multipack_real_batches).
+        accumulates: whether there are gradients of an earlier micro batch.
         optimizer: its name, as in Axolotl.
         chunked_loss: whether the loss is computed on an eighth of the tokens at a time.
         axolotl: whether transformers' Trainer runs it, as Axolotl sets it up; else a plain loop, which keeps the
-            outputs until the next step, knows no autocast, and leaves in fp32 what PEFT has put there.
+            outputs until the next step, has no autocast, and leaves in fp32 what PEFT has put there.
         capability: the GPU's compute capability; None for the CPU, where what kernels allocate inside is not counted.
     """
 
@@ -52,6 +57,7 @@ class Step:
     attention: str = "sdpa"
     padded: bool = False
     packed: bool = False
+    flat: bool = False
     accumulates: bool = False
     optimizer: str = "adamw_torch_fused"
     chunked_loss: bool = False
@@ -59,50 +65,29 @@ class Step:
     capability: tuple[int, int] | None = (7, 5)
 
 
-@dataclass
-class Events:
-    """Storages being made (their id and size in bytes) and freed (their id and -1), in order."""
+def lasting(events: Events) -> Events:
+    """Events without storages that are both made and freed."""
+    passing = {storage for storage, size in events if size < 0} & {storage for storage, size in events if size >= 0}
+    return [event for event in events if event[0] not in passing]
 
-    ids: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
 
-    def add(self, storage: int, size: int) -> None:
-        """Note that a storage was made, or with a size of -1 that it was freed."""
-        self.ids.append(storage)
-        self.sizes.append(size)
-
-    def extend(self, more: "Events") -> None:
-        """Note what comes after."""
-        self.ids += more.ids
-        self.sizes += more.sizes
-
-    def lasting(self) -> "Events":
-        """The same without storages that are both made and freed."""
-        freed = {storage for storage, size in zip(self.ids, self.sizes, strict=True) if size < 0}
-        passing = freed & {storage for storage, size in zip(self.ids, self.sizes, strict=True) if size >= 0}
-        kept = [(i, size) for i, size in zip(self.ids, self.sizes, strict=True) if i not in passing]
-        return Events([storage for storage, _ in kept], [size for _, size in kept])
-
-    def ordered(self) -> "Events":
-        """The same with what is freed at one time in the order of ids; Python's, in a set, is by chance."""
-        ids: list[int] = []
-        for made, group in groupby(zip(self.ids, self.sizes, strict=True), key=lambda event: event[1] >= 0):
-            together = [event[0] for event in group]
-            ids += together if made else sorted(together)
-        return Events(ids, self.sizes)
+def ordered(events: Events) -> Events:
+    """Events with what is freed at one time in the order of ids; Python's, in a set, is by chance."""
+    groups = groupby(events, key=lambda event: event[1] >= 0)
+    return [event for made, group in groups for event in (group if made else sorted(group))]
 
 
 class NotAlike(Exception):
-    """Steps of different shapes allocate so differently that none can be told from the others."""
+    """Steps of different shapes allocate so differently that none follows from the others."""
 
 
 @dataclass
-class Trace:
+class MemoryTrace:
     """What a step allocates.
 
     Attributes:
-        loaded: until the first step begins: weights, adapters, optimizer state.
-        steps: a step for each traced shape, alike but for the sizes.
+        loaded: the events before the first step: weights, adapters, optimizer state.
+        steps: the events of a step for each traced shape, alike but for the sizes.
         kinds: what each storage holds.
         parameters: frozen and trainable parameters by the kind of layer.
         sizes: the model's: its layers, width, attention_width (heads times their size), vocabulary and context.
@@ -119,23 +104,14 @@ class Trace:
     expandable: bool
 
     def as_json(self) -> dict[str, Any]:
-        """The trace as JSON can hold it."""
-        return {
-            "loaded": [self.loaded.ids, self.loaded.sizes],
-            "steps": [[shape, step.ids, step.sizes] for shape, step in self.steps.items()],
-            "kinds": list(self.kinds.items()),
-            "parameters": self.parameters,
-            "sizes": self.sizes,
-            "paged": self.paged,
-            "expandable": self.expandable,
-        }
+        """The trace in types that JSON has."""
+        return vars(self) | {"steps": list(self.steps.items()), "kinds": list(self.kinds.items())}
 
     @classmethod
-    def of_json(cls, content: dict[str, Any]) -> "Trace":
-        """A trace from what `as_json` made of it."""
-        steps = {(shape[0], shape[1]): Events(ids, sizes) for shape, ids, sizes in content["steps"]}
-        rest = {name: content[name] for name in ("parameters", "sizes", "paged", "expandable")}
-        return cls(Events(*content["loaded"]), steps, dict(content["kinds"]), **rest)
+    def of_json(cls, content: dict[str, Any]) -> "MemoryTrace":
+        """The trace that `as_json` was called on."""
+        steps = {(rows, length): events for (rows, length), events in content["steps"]}
+        return cls(**content | {"steps": steps, "kinds": dict(content["kinds"])})
 
 
 @dataclass(frozen=True)
@@ -153,7 +129,7 @@ class Usage:
     parts: dict[str, int]
 
 
-def usage(trace: Trace, shape: Shape) -> Usage:
+def usage(trace: MemoryTrace, shape: Shape) -> Usage:
     """The peaks of a step that follows one like it, from a model of CUDA's allocator.
 
     Raises:
@@ -163,15 +139,26 @@ def usage(trace: Trace, shape: Shape) -> Usage:
     allocator = Allocator(trace.expandable)
     blocks: dict[int, Block] = {}
     held: Counter[str] = Counter()
-    _replay(trace.loaded, allocator, blocks, held, trace.kinds)
-    allocator.empty_cache()  # axolotl/loaders/model.py does so once the model is loaded, PEFT before
-    _replay(step, allocator, blocks, held, trace.kinds)
-    allocator.reset_peaks()
-    parts = _replay(step, allocator, blocks, held, trace.kinds)
+    parts: dict[str, int] = {}
+    for events in (trace.loaded, step, step):
+        allocator.reset_peaks()
+        for storage, size in events:
+            if size < 0:
+                block = blocks.pop(storage)
+                held[trace.kinds[storage]] -= block.size
+                allocator.release(block)
+                continue
+            peak = allocator.peak
+            block = blocks[storage] = allocator.allocate(size)
+            held[trace.kinds[storage]] += block.size
+            if allocator.peak > peak:
+                parts = dict(held)
+        if events is trace.loaded:
+            allocator.empty_cache()  # axolotl/loaders/model.py does so once the model is loaded, PEFT before
     return Usage(allocator.peak, allocator.peak_reserved, parts)
 
 
-def _at(trace: Trace, shape: Shape) -> Events:
+def _at(trace: MemoryTrace, shape: Shape) -> Events:
     """A step's events at a shape: as traced, or with each size extrapolated from traced ones.
 
     Sizes are linear in the rows, and at most quadratic in the length (masks and scores), so that two and three traced
@@ -181,59 +168,22 @@ def _at(trace: Trace, shape: Shape) -> Events:
         return trace.steps[shape]
     rows, length = shape
     # a single row needs no copies where several do, so that it is no point on their line
-    among = [known for known in trace.steps if length == known[1] and known[0] > 1]
+    among = [traced for traced in trace.steps if traced[1] == length and traced[0] > 1]
     axis = 0
-    if not among or rows in {known[0] for known in trace.steps if length != known[1]}:
-        among, axis = [known for known in trace.steps if rows == known[0]], 1
-    points, wanted = [known[axis] for known in among], shape[axis]
-    if not among or len({tuple(trace.steps[known].ids) for known in among}) > 1:
+    if not among or rows in {traced[0] for traced in trace.steps if traced[1] != length}:
+        among = [traced for traced in trace.steps if traced[0] == rows]
+        axis = 1
+    columns = [tuple(zip(*trace.steps[traced], strict=True)) for traced in among]
+    if len({storages for storages, _ in columns}) != 1:
         raise NotAlike(f"steps of the shapes {among} do not allocate alike")
-    weights = [_lagrange(points, i, wanted) for i in range(len(points))]
-    events = [trace.steps[known] for known in among]
-    sizes = [
-        -1 if one[0] < 0 else round(sum(weight * size for weight, size in zip(weights, one, strict=True)))
-        for one in zip(*(step.sizes for step in events), strict=True)
+    weights = _lagrange([traced[axis] for traced in among], shape[axis])
+    storages = columns[0][0]
+    return [
+        (storage, -1 if sizes[0] < 0 else round(sumprod(weights, sizes)))
+        for storage, *sizes in zip(storages, *(sizes for _, sizes in columns), strict=True)
     ]
-    return Events(events[0].ids, sizes)
 
 
-def _lagrange(points: list[int], i: int, at: int) -> float:
-    """The weight of the i-th of some points in the polynomial through all of them."""
-    weight = 1.0
-    for j, point in enumerate(points):
-        if j != i:
-            weight *= (at - point) / (points[i] - point)
-    return weight
-
-
-def _replay(
-    events: Events, allocator: Allocator, blocks: dict[int, Block], held: Counter[str], kinds: dict[int, str]
-) -> dict[str, int]:
-    """Give events to an allocator; returns what its blocks hold when most is allocated."""
-    most, parts = 0, dict(held)
-    for storage, size in zip(events.ids, events.sizes, strict=True):
-        if size < 0:
-            block = blocks.pop(storage)
-            held[kinds[storage]] -= block.size
-            allocator.release(block)
-        else:
-            block = blocks[storage] = allocator.allocate(size)
-            held[kinds[storage]] += block.size
-            if allocator.allocated > most:
-                most, parts = allocator.allocated, dict(held)
-    return parts
-
-
-def bytes_at_peak(*events: Events) -> int:
-    """The most bytes that storages have at once, not rounded to any allocator's blocks."""
-    live: dict[int, int] = {}
-    most = now = 0
-    for part in events:
-        for storage, size in zip(part.ids, part.sizes, strict=True):
-            if size < 0:
-                now -= live.pop(storage, 0)
-            else:
-                live[storage] = size
-                now += size
-                most = max(most, now)
-    return most
+def _lagrange(points: list[int], at: int) -> list[float]:
+    """The weight of each of some points in the polynomial through all of them."""
+    return [prod((at - other) / (point - other) for other in points if other != point) for point in points]

@@ -31,22 +31,17 @@ def work(
         planner: its planned step.
         gpu: the card, if one is named or there.
         gpus: how many of them.
-        trained_on: rows and tokens of the training data, where those were counted; else every row counts as a full one.
-        price: of a card, an hour.
+        trained_on: rows and tokens of the training data where they were counted; else every row counts as a full one.
+        price: of a card for an hour.
         runs: the folder with earlier runs.
 
     Returns:
         Among others `tokens_per_second`: of the newest run of this recipe on as many such cards, else from the card's
         peak rate and UTILIZATION.
     """
-    config, length = composed.config, steps.length_of(composed.config)
-    rows, source = datafiles.training_rows(config), "the config's data"
-    of_study = study.of(composed.origin or composed.recipe)
-    own_data = any(difference.key.startswith("datasets") for difference in composed.differences)
-    if trained_on:
-        rows, source = trained_on[0], "counted"
-    elif rows is None and of_study and not own_data:
-        rows, source = of_study.data.files["msg-train.jsonl"].rows, "the study's data"
+    config = composed.config
+    length = steps.length_of(config)
+    rows, source = (trained_on[0], "counted") if trained_on else _rows(composed)
     all_steps = datafiles.steps_of(config, rows, gpus)
     tokens = trained_on[1] if trained_on else rows * length if rows else None
     epochs = float(config.get("num_epochs") or 1)
@@ -54,11 +49,7 @@ def work(
         epochs = all_steps * datafiles.effective_batch(config) * gpus / rows
     tokens = round(tokens * epochs) if tokens else None
     per_token = flops_of_token(planner, length)
-    rate, of_rate = (
-        (_measured_rate(composed.recipe, gpu, gpus, runs), "measured in an earlier run") if gpu else (None, "")
-    )
-    if gpu and gpu.tflops and not rate:
-        rate, of_rate = gpu.tflops * 1e12 * UTILIZATION * gpus / per_token, f"{UTILIZATION:.0%} of the card's peak"
+    rate, rate_source = _rate(composed.recipe, gpu, gpus, per_token, runs) if gpu else (None, None)
     hours = tokens / rate / 3600 if tokens and rate else None
     return {
         "rows": rows,
@@ -69,22 +60,34 @@ def work(
         "flops_per_token": per_token,
         "flops": tokens * per_token if tokens else None,
         "tokens_per_second": rate,
-        "rate_is": of_rate if rate else None,
+        "rate_is": rate_source,
         "hours": hours,
         "cost": hours * gpus * price if hours and price is not None else None,
     }
 
 
-def _measured_rate(recipe: str, gpu: Gpu, gpus: int, runs: Path) -> float | None:
-    """Tokens a second, padding not counted, of the newest finished run of a recipe on as many such cards."""
+def _rows(composed: Composed) -> tuple[int | None, str]:
+    """The rows that are trained on, where that is known, and what from."""
+    rows = datafiles.training_rows(composed.config)
+    of_study = study.of(composed.origin or composed.recipe)
+    if rows is None and of_study and not any(change.key.startswith("datasets") for change in composed.differences):
+        return of_study.data.files["msg-train.jsonl"].rows, "the study's data"
+    return rows, "the config's data"
+
+
+def _rate(recipe: str, gpu: Gpu, gpus: int, per_token: float, runs: Path) -> tuple[float | None, str | None]:
+    """Tokens a second, padding not counted, where that is known, and what from: the newest finished run of a recipe on
+    as many such cards, else the card's peak rate."""
     for folder in reversed(all_runs(runs)):
         run = folder.read()
-        used = [str(one.get("name")) for one in run.provenance.get("gpus") or []]
-        same = bool(used) and (used[0] == gpu.name or (named(used[0]) or used[0]) == named(gpu.name))
+        card = str((run.provenance.get("gpus") or [{}])[0].get("name"))
+        same = card == gpu.name or (named(card) or card) == named(gpu.name)
         done = run.state == "finished" and not run.rehearsal and run.recipe == recipe and run.ranks == gpus
         if same and done and run.summary.tokens_per_second:
-            return run.summary.tokens_per_second
-    return None
+            return run.summary.tokens_per_second, "measured in an earlier run"
+    if gpu.tflops:
+        return gpu.tflops * 1e12 * UTILIZATION * gpus / per_token, f"{UTILIZATION:.0%} of the card's peak"
+    return None, None
 
 
 def flops_of_token(planner: Planner, length: int) -> float:
@@ -95,13 +98,14 @@ def flops_of_token(planner: Planner, length: int) -> float:
     its width times the tokens before, on average half the length, forward, and twice that backward. With
     checkpointing all of it is computed forward once more. LoRA's matrices are trained ones.
     """
-    sizes, again = planner.sizes, bool(planner.step.checkpointing)
+    sizes = planner.trace.sizes
+    again = bool(planner.step.checkpointing)
     passes = 0.0
-    for kind, count in planner.parameters.items():
+    for kind, count in planner.trace.parameters.items():
         if kind in ("norm", "embed_tokens"):
             continue
         passes += 2 * count["frozen"] * (2 + again) + 2 * count["trainable"] * (3 + again)
-    if "lm_head" not in planner.parameters:  # the embedding's matrix is the head's too
+    if "lm_head" not in planner.trace.parameters:  # the embedding's matrix is the head's too
         passes += 2 * sizes["vocabulary"] * sizes["width"] * (2 + again + (planner.step.adapter is None))
     attention = 4 * sizes["attention_width"] * length / 2 * sizes["layers"]
     return passes + attention * (3 + again)

@@ -259,7 +259,7 @@ def _parameters(folder: RunDir, run: Run) -> tuple[int | None, int | None]:
     with suppress(UserError):
         local = Path(run.cwd, str(cfg.get("base_model")))
         named = cfg | {"base_model": str(local)} if local.is_dir() else cfg
-        total = lora.total(lora.sizes(models.architecture(named, download=False)))
+        total = lora.total(models.architecture(named, download=False))
     return trainable, total
 
 

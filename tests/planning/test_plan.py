@@ -74,7 +74,7 @@ def test_settings_that_memory_depends_on(change: dict[str, Any], field: str, val
         ({"eval_batch_size": 8}, "evaluation is not traced"),
     ],
 )
-def test_what_is_not_traced_is_said(change: dict[str, Any], says: str) -> None:
+def test_what_is_not_traced_is_noted(change: dict[str, Any], says: str) -> None:
     assert any(says in note for note in steps.step_of(config_with(change), SMALL, AMPERE)[1])
 
 
@@ -91,7 +91,7 @@ def test_what_cannot_be_planned_is_refused(change: dict[str, Any], says: str) ->
         step_of(change)
 
 
-def test_a_model_that_cannot_be_traced_is_told(small: yamlfiles.Config) -> None:
+def test_a_model_that_cannot_be_traced_is_reported(small: yamlfiles.Config) -> None:
     (Path(small["base_model"]) / "config.json").write_text(json.dumps({"model_type": "nobody_knows"}))
     with pytest.raises(UserError, match=r"cannot be planned: .*nobody_knows"):
         plan.plan(small)
@@ -101,8 +101,8 @@ def test_packed_documents_make_one_row_where_flash_attention_keeps_them_apart() 
     for attention, flat in (("sdpa", False), ("flash_attention_2", True)):
         packed = config_with({"sample_packing": True, "attn_implementation": attention})
         step = steps.step_of(packed, SMALL, AMPERE)[0]
-        assert steps.is_flat(packed, step) == flat
-        shape = planner.Planner(step, 2, 2048, steps.is_flat(packed, step))._shape(2, 2048)
+        assert step.flat == flat
+        shape = planner.Planner(step, 2, 2048)._shape(2, 2048)
         assert shape == ((1, 4096) if flat else (2, 2048))
 
 
@@ -142,7 +142,7 @@ def test_a_plan_adds_up(small: yamlfiles.Config) -> None:
 
 def test_a_config_alone_is_planned_as_among_other_sizes(small: yamlfiles.Config) -> None:
     alone = need.needed_gib(small, anew=True)
-    shapes = need.planner_of(small, None)[0]._traced().steps  # kept, then traced anew with those that are missing
+    shapes = need.planner_of(small, None)[0].trace.steps  # kept, then traced anew with those that are missing
     assert len(shapes) == 4
     assert plan.plan(small)[0]["memory"]["needed"] / planner.GIB == alone == need.needed_gib(small)
 
@@ -221,17 +221,17 @@ def test_the_operations_of_a_token(small: yamlfiles.Config) -> None:
     """By hand, for the small model: matrices, LoRA's, scores and values, each as often as they are gone through."""
     step = need.planner_of(small, None)[0]
     matrices = 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512)
-    head, lora = 128256 * 256, sum(count["trainable"] for count in step.parameters.values())
+    head, lora = 128256 * 256, sum(count["trainable"] for count in step.trace.parameters.values())
     attention = 4 * 256 * 1024 * 2
-    told = work.flops_of_token(step, 2048)
-    assert told == 2 * (matrices + head) * 3 + 2 * lora * 4 + attention * 4
+    operations = work.flops_of_token(step, 2048)
+    assert operations == 2 * (matrices + head) * 3 + 2 * lora * 4 + attention * 4
     whole = need.planner_of({k: v for k, v in small.items() if k not in ("adapter", "load_in_4bit")}, None)[0]
     assert work.flops_of_token(whole, 2048) == 2 * (matrices + head) * 4 + attention * 4
     saved = need.planner_of(small | {"lora_modules_to_save": ["embed_tokens", "lm_head"]}, None)[0]
-    assert work.flops_of_token(saved, 2048) == told + 2 * head
+    assert work.flops_of_token(saved, 2048) == operations + 2 * head
 
 
-def told(change: yamlfiles.Config, tmp_path: Path, *overrides: str, gpus: int = 1, **more: Any) -> dict[str, Any]:
+def work_of(change: yamlfiles.Config, tmp_path: Path, *overrides: str, gpus: int = 1, **more: Any) -> dict[str, Any]:
     """The work of a config in a file."""
     file = tmp_path / "mine.yaml"
     file.write_text(yamlfiles.write_yaml(change))
@@ -241,13 +241,13 @@ def told(change: yamlfiles.Config, tmp_path: Path, *overrides: str, gpus: int = 
 
 def test_work_counts_the_rows_that_are_there(small: yamlfiles.Config, sample: Path, tmp_path: Path) -> None:
     small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
-    found = told(small, tmp_path, gpu=gpus.find("T4"), price=2.0)
+    found = work_of(small, tmp_path, gpu=gpus.find("T4"), price=2.0)
     assert (found["rows"], found["rows_are"]) == (109, "the config's data")
     assert found["tokens"] == 109 * 2048 * 2
     assert found["steps"] == 28
     assert found["hours"] == pytest.approx(found["flops"] / (65e12 * work.UTILIZATION) / 3600)
     assert found["cost"] == found["hours"] * 2
-    few = told(small, tmp_path, "max_steps=3")
+    few = work_of(small, tmp_path, "max_steps=3")
     assert (few["steps"], few["tokens"]) == (3, 3 * 8 * 2048)
 
 
@@ -273,10 +273,10 @@ def test_speed_is_taken_from_runs_on_such_cards(small: yamlfiles.Config, tmp_pat
     run("3", "", 1, 5.0)
     run("4", "NVIDIA GeForce GTX 1080", 1, 50.0)
     runs = tmp_path / "runs"
-    assert told(small, tmp_path, gpu=gpus.find("T4"), runs=runs)["tokens_per_second"] == 100
-    assert told(small, tmp_path, gpu=gpus.find("T4"), gpus=4, runs=runs)["tokens_per_second"] == 400
-    assert "peak" in told(small, tmp_path, gpu=gpus.find("T4"), gpus=2, runs=runs)["rate_is"]
-    assert told(small, tmp_path, vram=24, runs=runs)["tokens_per_second"] is None
+    assert work_of(small, tmp_path, gpu=gpus.find("T4"), runs=runs)["tokens_per_second"] == 100
+    assert work_of(small, tmp_path, gpu=gpus.find("T4"), gpus=4, runs=runs)["tokens_per_second"] == 400
+    assert "peak" in work_of(small, tmp_path, gpu=gpus.find("T4"), gpus=2, runs=runs)["rate_is"]
+    assert work_of(small, tmp_path, vram=24, runs=runs)["tokens_per_second"] is None
 
 
 def test_a_second_plan_comes_from_the_cache_without_torch(small: yamlfiles.Config, tmp_path: Path) -> None:
@@ -301,10 +301,13 @@ def test_the_cache_knows_what_a_plan_depends_on(small: yamlfiles.Config, monkeyp
     assert len(keys) == 4
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"trace": {}}', '{"usage": {"2x2048": {}}, "trace": []}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"2x2048": {}}', '{"steps": [], "kinds": 1}'])
 def test_a_damaged_cache_is_planned_anew(small: yamlfiles.Config, content: str) -> None:
     sound = plan.plan(small)[0]
-    need.planner_of(small, None)[0]._file.write_text(content)
+    cached = need.planner_of(small, None)[0]
+    for file in (cached._usage_file, cached._trace_file):
+        assert file.is_file()
+        file.write_text(content)
     assert plan.plan(small)[0] == sound
 
 
@@ -395,7 +398,7 @@ def test_the_longest_batch_of_the_data(recipe: Recipe, small: yamlfiles.Config, 
         (["haider2024/llama-2-7b", "--vram", "nan"], "give a number"),
     ],
 )
-def test_mistakes_are_told(recipe: Recipe, arguments: list[str], says: str) -> None:
+def test_mistakes_are_reported(recipe: Recipe, arguments: list[str], says: str) -> None:
     done = recipe("plan", *arguments)
     assert done.returncode == 2
     assert says in done.stderr

@@ -54,13 +54,13 @@ def stored(values: np.ndarray, how: Format) -> np.ndarray:
 
 
 def test_the_levels_are_those_of_the_paper() -> None:
-    assert np.allclose(quantization.levels("nf4"), nf4_levels(), atol=1e-6)
+    assert np.allclose(quantization.levels(), nf4_levels(), atol=1e-6)
 
 
 @pytest.mark.parametrize("block", [64, 256, 4096])
 def test_nf4(block: int) -> None:
     values = weight()
-    expected = in_blocks(values, block, np.array(quantization.levels("nf4")))
+    expected = in_blocks(values, block, np.array(quantization.levels()))
     assert np.allclose(stored(values, Format("nf4", block)), expected, rtol=1e-6, atol=1e-8)
 
 
@@ -77,7 +77,7 @@ def test_double_quantization() -> None:
     constants = np.abs(values.reshape(-1, 64)).max(1)
     offset = constants.mean(dtype=np.float32)
     rounded = in_blocks(constants - offset, 256, dynamic_map()) + offset
-    expected = in_blocks(values, 64, np.array(quantization.levels("nf4")), rounded)
+    expected = in_blocks(values, 64, np.array(quantization.levels()), rounded)
     assert np.allclose(stored(values, Format("nf4", 64, True)), expected, rtol=1e-5, atol=1e-7)
 
 
@@ -91,7 +91,7 @@ def test_int8() -> None:
 
 def test_one_scale_for_a_tensor() -> None:
     values = weight()
-    expected = in_blocks(values, values.size, np.array(quantization.levels("nf4")))
+    expected = in_blocks(values, values.size, np.array(quantization.levels()))
     assert np.allclose(stored(values, Format("nf4", None)), expected, rtol=1e-6, atol=1e-8)
 
 

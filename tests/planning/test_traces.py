@@ -4,17 +4,17 @@ from hypothesis import strategies as st
 
 from qlora_recipes.planning import traces
 from qlora_recipes.planning.allocator import MIB
-from qlora_recipes.planning.traces import Events, Trace
+from qlora_recipes.planning.traces import MemoryTrace
 
 
-def made_up(shapes: list[traces.Shape]) -> Trace:
+def made_up(shapes: list[traces.Shape]) -> MemoryTrace:
     """A trace of a weight, and of a step with an activation linear in rows and tokens beside a square mask."""
     steps = {
-        (rows, tokens): Events([2, 3, 3, 2], [rows * tokens * 1024, rows * tokens**2 + MIB, -1, -1])
+        (rows, tokens): [(2, rows * tokens * 1024), (3, rows * tokens**2 + MIB), (3, -1), (2, -1)]
         for rows, tokens in shapes
     }
     kinds = {1: "weights", 2: "activations", 3: "mask"}
-    return Trace(Events([1], [64 * MIB]), steps, kinds, {}, {}, 0, expandable=True)
+    return MemoryTrace([(1, 64 * MIB)], steps, kinds, {}, {}, 0, expandable=True)
 
 
 def test_usage_says_what_is_there_at_the_peak() -> None:
@@ -32,23 +32,19 @@ def test_other_shapes_follow_from_the_traced_ones(rows: int, units: int) -> None
 
 def test_a_trace_goes_through_json() -> None:
     trace = made_up([(2, 1024), (3, 1024)])
-    assert Trace.of_json(trace.as_json()) == trace
+    assert MemoryTrace.of_json(trace.as_json()) == trace
 
 
 def test_what_is_freed_together_is_put_in_order() -> None:
-    assert Events([5, 6, 6, 5, 7], [1, 1, -1, -1, 1]).ordered().ids == [5, 6, 5, 6, 7]
+    assert traces.ordered([(5, 1), (6, 1), (6, -1), (5, -1), (7, 1)]) == [(5, 1), (6, 1), (5, -1), (6, -1), (7, 1)]
 
 
 def test_what_comes_and_goes_does_not_last() -> None:
-    assert Events([5, 6, 2, 5], [1, 7, -1, -1]).lasting() == Events([6, 2], [7, -1])
+    assert traces.lasting([(5, 1), (6, 7), (2, -1), (5, -1)]) == [(6, 7), (2, -1)]
 
 
 def test_steps_that_differ_are_not_mixed() -> None:
     trace = made_up([(2, 1024), (3, 1024)])
-    trace.steps[3, 1024].ids = [3, 2, 2, 3]
+    trace.steps[3, 1024] = [(3, 1), (2, 1), (2, -1), (3, -1)]
     with pytest.raises(traces.NotAlike):
         traces.usage(trace, (4, 1024))
-
-
-def test_bytes_at_peak_counts_what_lives_at_once() -> None:
-    assert traces.bytes_at_peak(Events([1, 2, 2, 3], [10, 5, -1, 4]), Events([1, 4], [-1, 12])) == 16
