@@ -6,7 +6,7 @@ import re
 
 from ..base import paths
 from ..base.yamlfiles import Config
-from ..configs.compose import Composed, _fill
+from ..configs.compose import Composed, filled
 from .rundir import RunDir
 
 PLUGIN = "qlora_recipes.plugin.RunPlugin"
@@ -37,14 +37,13 @@ def _named_for_trackers(composed: Composed, folder: RunDir) -> Config:
     Axolotl hands each of these keys to its tracker in the environment variable of the same name. Where the user has
     set that one, it holds.
     """
-    runs, first = folder.runs(composed.recipe), (composed.origin or composed.recipe).partition("/")[0]
+    runs = folder.runs(composed.recipe)
+    study = (composed.origin or composed.recipe).partition("/")[0]
     values = {
-        "project": f"{first}-rehearsal" if composed.rehearsal else first,
-        "run": str(folder.path.relative_to(runs)).removeprefix(f"{first}/"),
+        "project": f"{study}-rehearsal" if composed.rehearsal else study,
+        "run": str(folder.path.relative_to(runs)).removeprefix(f"{study}/"),
         "runs": str(runs),
     }
-    content = dict(composed.config)
-    for key, value in composed.config.items():
-        if re.match("(wandb|mlflow|trackio)_", key) and (filled := _fill(value, values)) != value:
-            content[key] = None if key.upper() in os.environ else filled
-    return content
+    trackers = {key: value for key, value in composed.config.items() if re.match("(wandb|mlflow|trackio)_", key)}
+    named = {key: text for key, value in trackers.items() if (text := filled(value, values)) != value}
+    return composed.config | {key: None if key.upper() in os.environ else text for key, text in named.items()}
