@@ -124,11 +124,6 @@ def training_steps(composed: Config, gpus: int = 1) -> int | None:
     return steps_of(composed, training_rows(composed), gpus)
 
 
-def most_steps(composed: Config, gpus: int = 1) -> int | None:
-    """`training_steps`, or where rows are packed those of the same rows unpacked, which are at least as many."""
-    return training_steps(composed | {"sample_packing": False}, gpus)
-
-
 def steps_of(composed: Config, rows: int | None, gpus: int = 1) -> int | None:
     """The optimizer steps of a config with some rows, as Axolotl counts them (utils/trainer.py,
     calculate_total_num_steps); None where rows are packed, or the settings make none."""

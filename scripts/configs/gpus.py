@@ -8,8 +8,6 @@ from pathlib import Path
 from ..base import machine, yamlfiles
 from ..base.errors import UserError, did_you_mean
 
-FILE = Path(__file__).with_name("gpus.yaml")
-
 
 @dataclass(frozen=True)
 class Gpu:
@@ -36,11 +34,11 @@ class Gpu:
 
 
 @cache
-def known() -> dict[str, Gpu]:
+def catalogue() -> dict[str, Gpu]:
     """The GPUs of gpus.yaml, by name."""
     return {
         name: Gpu(name, _capability(facts["capability"]), facts["memory"], facts.get("tflops"))
-        for name, facts in yamlfiles.read_yaml(FILE).items()
+        for name, facts in yamlfiles.read_yaml(Path(__file__).with_name("gpus.yaml")).items()
     }
 
 
@@ -58,7 +56,7 @@ def find(name: str, option: str = "--gpu") -> Gpu:
         return Gpu(name, (int(match[1] or match[3]), int(match[2] or match[4])))
     if gpu := named(name):
         return gpu
-    hint = did_you_mean(name.upper(), known()) or f"; there are {', '.join(known())}"
+    hint = did_you_mean(name.upper(), catalogue()) or f"; there are {', '.join(catalogue())}"
     raise UserError(f"{option} {name}: no GPU of that name{hint}; a compute capability such as sm_86 is accepted too")
 
 
@@ -75,7 +73,7 @@ def here() -> Gpu | None:
 def named(name: str) -> Gpu | None:
     """The listed GPU of a name, with or without the size of its memory."""
     plain = _plain(name)
-    listed = {_plain(gpu.name): gpu for gpu in reversed(known().values())}
+    listed = {_plain(gpu.name): gpu for gpu in reversed(catalogue().values())}
     return listed.get(plain) or listed.get(re.sub(r"(16|24|32|40|48|64|80|94|96|141)gb$", "", plain))
 
 
