@@ -107,7 +107,10 @@ def compose(request: Request) -> Composed:
         check_not_of_the_run(key, f"--set {text}")
         lay(config.override(composed, key, value), f"--set {text}")
     if rehearsal and request.ranks == 1:
-        lay(engines.without_engine(composed), "rehearsal in one process; --gpus 2 rehearses the engine too")
+        lay(
+            config.merge(composed, dict.fromkeys(engines.KEYS)),
+            "rehearsal in one process; --gpus 2 rehearses the engine too",
+        )
     several = f"--gpus {request.gpus}" + (f" --nodes {request.nodes}" if request.nodes > 1 else "")
     lay(engines.divided(composed, request.ranks, several), f"{several}: steps of as many rows as on one")
     if rehearsal:

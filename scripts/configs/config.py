@@ -81,12 +81,11 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     left = dict(flatten(a))
     right = dict(flatten(b))
     pairs = {key: (left.get(key), right.get(key)) for key in left | right}
-    return {key: pair for key, pair in pairs.items() if not _same(*pair)}
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equality for which true is not 1."""
-    return a == b and isinstance(a, bool) == isinstance(b, bool)
+    return {
+        key: (old, new)
+        for key, (old, new) in pairs.items()
+        if old != new or isinstance(old, bool) != isinstance(new, bool)  # for Python, true equals 1
+    }
 
 
 class Difference(BaseModel):

@@ -25,11 +25,6 @@ def engine_of(config: Any) -> str:
     return "FSDP" if config.get("fsdp_config") or config.get("fsdp") else "DDP"
 
 
-def without_engine(config: Config) -> Config:
-    """A config for one process."""
-    return merge(config, dict.fromkeys(KEYS))
-
-
 def divided(config: Config, gpus: int, asked: str) -> Config:
     """A config whose optimizer steps have as many rows on several GPUs as it has on one.
 

@@ -61,8 +61,8 @@ def tree() -> list[dict[str, Any]]:
 def changed(a: str, b: str) -> dict[str, tuple[Any, Any]]:
     """The dotted keys in which two recipes or files differ, with both values, except for where they write to."""
     first, second = (yamlfiles.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
-    differing = config.differences(first, second)
-    return {key: values for key, values in differing.items() if key not in config.OF_THE_RUN}
+    differing = config.differences(first, second).items()
+    return {key: values for key, values in differing if key not in config.OF_THE_RUN}
 
 
 def write(name: str, base: str, overrides: list[str]) -> Path:

@@ -52,7 +52,11 @@ def _of_rows(trainer: Any, rows: Any) -> float | None:
         mine = first + trainer.accelerator.process_index
         # all ranks make as many steps, because engines exchange weights in each; a batch that comes again is masked
         batch = _collated(trainer, [rows[i] for i in batches[min(mine, len(batches) - 1)]], mine >= len(batches))
-        loss = _mean_loss(trainer, batch)
+        with (
+            torch.no_grad(),
+            trainer.compute_loss_context_manager(),
+        ):  # in the precision of the trainer's own evaluation
+            loss = float(trainer.model(**batch).loss)
         if count := int((batch["labels"][:, 1:] != MASKED).sum()):  # without one the mean is NaN
             total += loss * count
             tokens += count
@@ -78,9 +82,3 @@ def _collated(trainer: Any, rows: Sequence[dict[str, Any]], masked: bool) -> dic
         if not masked:
             batch["labels"][i, :end] = torch.as_tensor(row["labels"])
     return trainer._prepare_inputs(batch)
-
-
-def _mean_loss(trainer: Any, batch: dict[str, torch.Tensor]) -> float:
-    """The model's mean loss over a batch's tokens that carry loss, in the precision of the trainer's own evaluation."""
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        return float(trainer.model(**batch).loss)

@@ -3,7 +3,6 @@
 `recipe run` adds it to the config. No other code of this project runs in the training process.
 """
 
-import fcntl
 import os
 import resource
 import signal
@@ -21,6 +20,7 @@ from pynvml import NVMLError
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..base.files import append_line
+from ..base.locks import PATIENCE, held
 from ..base.processes import end_with_parent
 from ..configs.engines import CPU_RANKS, KEYS, engine_of
 from . import checkpoints, eval_loss, ranks
@@ -67,9 +67,7 @@ class RunPlugin(BasePlugin):
         import mlflow
 
         store = Path(uri.removeprefix("sqlite:///"))
-        store.parent.mkdir(parents=True, exist_ok=True)
-        with store.with_name(f".{store.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with held(store.with_name(f".{store.name}.lock"), "another run is opening MLflow's store", PATIENCE):
             mlflow.search_experiments(max_results=1)
 
     def post_lora_load(self, cfg: Any, model: Any) -> None:

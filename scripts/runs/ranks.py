@@ -6,8 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-"""The number of ranks, as their launcher sets it."""
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # the number of ranks, as their launcher sets it
 
 
 def use_cpu(engine: str) -> None:
