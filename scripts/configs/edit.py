@@ -24,7 +24,7 @@ def edited(text: str, key: str, value: Any, where: str) -> str:
     """
     before = yamlfiles.parse(text, where)
     after = config.override(before, key, value)
-    if after == before:
+    if _is_same(before, after):
         return text
     path = key.split(".")
     entry: Any = yaml.compose(text, Loader=yaml.CSafeLoader)
@@ -46,9 +46,13 @@ def edited(text: str, key: str, value: Any, where: str) -> str:
         _replace(lines, entry, node, _at(before, path[:depth]), _at(after, path[:depth]))
     changed = "\n".join(lines)
     with suppress(UserError):
-        if yamlfiles.parse(changed, where) == after:
+        if _is_same(yamlfiles.parse(changed, where), after):
             return changed
     raise UserError(f"--set {key}: {where} has a form there that cannot be edited; change a copy of it by hand")
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return a == b and not config.differences(a, b)  # Python alone takes true for 1
 
 
 def _below(node: Any, part: str) -> tuple[Any, Any] | None:
@@ -91,7 +95,6 @@ def _commented(line: str) -> str:
 
 
 def _remove(lines: list[str], entry: Any, node: Any) -> None:
-    """Make comments of the lines of a key and its value."""
     first = entry.start_mark.line
     end = _last_line(node, lines) + 1
     lines[first:end] = [f"# variant, removed: {lines[first]}", *map(_commented, lines[first + 1 : end])]

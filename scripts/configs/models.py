@@ -133,8 +133,7 @@ def _entry(name: str) -> dict[str, Any]:
 
 
 def _revision(composed: Config) -> Any:
-    """The revision that a config names, maybe by the key that Axolotl has deprecated."""
-    return composed.get("revision_of_model") or composed.get("model_revision")
+    return composed.get("revision_of_model") or composed.get("model_revision")  # the latter is deprecated
 
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")

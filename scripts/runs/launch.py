@@ -116,7 +116,6 @@ def preprocess(folder: RunDir, record: Run) -> None:
 
 
 def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
-    """The command line of this node's training process."""
     command = [str(AXOLOTL), "train", str(folder.config.resolve()), *record.axolotl_arguments]
     if checkpoint:
         command += ["--resume-from-checkpoint", str(checkpoint.resolve())]

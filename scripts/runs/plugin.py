@@ -205,7 +205,6 @@ class RunCallback(TrainerCallback):
 
 
 def _usage() -> dict[str, Any]:
-    """Memory and, where there is a GPU, its utilization."""
     if not torch.cuda.is_available():
         return {"rss_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
     usage = {
