@@ -184,10 +184,8 @@ class RunDir:
         if job:
             return run.state if job.kind == "unknown" else job.kind
         age = datetime.now(UTC) - datetime.fromisoformat(run.created)
-        just_made = (
-            run.state == "created" and age.total_seconds() < 10
-        )  # the process that is to train it may be starting
-        is_gone = run.state in ("created", "running") and not is_in_use and not just_made
+        is_starting = run.state == "created" and age.total_seconds() < 10
+        is_gone = run.state in ("created", "running") and not is_in_use and not is_starting
         return "interrupted" if is_gone else run.state
 
     def summary(self, run: Run) -> Summary:
