@@ -17,7 +17,7 @@ from .config import Difference, check_not_of_the_run
 from .datafiles import DataFile
 
 REHEARSAL = "rehearsal"
-TRACKERS = {"tensorboard", "trackio", "mlflow", "wandb"}  # profiles that change nothing of the training
+TRACKERS = {"tensorboard", "trackio", "mlflow", "wandb"}  # profiles that do not affect the training
 
 
 @dataclass
@@ -43,11 +43,11 @@ class Request:
 
 @dataclass
 class Composed:
-    """A config, and how it came about.
+    """A config, and where it comes from.
 
     Attributes:
         origin: the shipped recipe that a variant or an edited copy is one of; the differences are from it.
-        files: for the keys that a variant or a profile changed, its file.
+        files: for each key that a variant or a profile changed, its file.
         data: the data files that it names, once they have been read.
     """
 
@@ -63,7 +63,7 @@ class Composed:
 
     @property
     def digest(self) -> str:
-        """A hash of the config, but for where it is tracked, and of the data it names."""
+        """A hash of the config, without the keys of trackers, and of the data it names."""
         cfg = {key: value for key, value in self.config.items() if not config.TRACKING.match(key)}
         content = [cfg, [file.sha256 for file in self.data]]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
@@ -77,62 +77,59 @@ def compose(request: Request) -> Composed:
     """
     name, file = paths.find_recipe(request.name)
     recipe = yamlfiles.read_yaml(file)
-    profiles = [paths.find_profile(profile) for profile in request.profiles]
-    rehearsal = is_rehearsal(request)
-    if rehearsal and REHEARSAL not in dict(profiles):
-        profiles.append(paths.find_profile(REHEARSAL))  # last, so that nothing takes the run off the CPU
-
     origin = variants.origin(name, file)
-    first = recipe if origin in (name, None) else yamlfiles.read_yaml(paths.RECIPES / f"{origin}.yaml")
-    composed = first
-    why: dict[str, str] = {}
-    files: dict[str, Path] = {}
+    base = recipe if origin in (name, None) else yamlfiles.read_yaml(paths.RECIPES / f"{origin}.yaml")
+    profiles = [paths.find_profile(profile) for profile in request.profiles]
+    if request.rehearse and REHEARSAL not in dict(profiles):
+        profiles.append(paths.find_profile(REHEARSAL))  # last, so that nothing takes the run off the CPU
+    rehearsal = REHEARSAL in dict(profiles)
+
+    composed = base
+    reasons: dict[str, tuple[str, Path | None]] = {}  # why a key was last changed, and by which file
 
     def lay(changed: Config, reason: str, source: Path | None = None) -> None:
         nonlocal composed
-        for key in config.differences(composed, changed):
-            why[key] = reason
-            files.pop(key, None)
-            if source:
-                files[key] = source
+        reasons.update(dict.fromkeys(config.differences(composed, changed), (reason, source)))
         composed = changed
 
-    of_a_run = {key: first.get(key) for key in config.OF_THE_RUN}
-    lay({key: value for key, value in (recipe | of_a_run).items() if value is not None}, paths.shown(file), file)
+    own = recipe | {key: base.get(key) for key in config.OF_THE_RUN}
+    lay({key: value for key, value in own.items() if value is not None}, paths.shown(file), file)
     if request.mirror:
         lay(_mirrored(composed), "--mirror")
     for profile, profile_file in profiles:
         fragment = yamlfiles.read_yaml(profile_file)
         if profile == REHEARSAL:
-            fragment = _fill(
-                fragment, {"stand_in": str(standin.folder()), "sample": str(rehearsal_data(_input_format(recipe)))}
-            )
-            fragment["bf16"] = machine.cpu_has_bf16()
+            folders = {"stand_in": str(standin.folder()), "sample": str(rehearsal_data(_input_format(recipe)))}
+            fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
         lay(config.merge(composed, fragment), f"profile {profile}", profile_file)
     for text in request.overrides:
         key, value = config.parse_override(text)
         check_not_of_the_run(key, f"--set {text}")
         lay(config.override(composed, key, value), f"--set {text}")
     if rehearsal and request.ranks == 1:
-        lay(engines.without_engine(composed), "rehearsal in one process; --gpus 2 rehearses the engine too")
+        lay(
+            config.merge(composed, dict.fromkeys(engines.KEYS)),
+            "rehearsal in one process; --gpus 2 rehearses the engine too",
+        )
     several = f"--gpus {request.gpus}" + (f" --nodes {request.nodes}" if request.nodes > 1 else "")
     lay(engines.divided(composed, request.ranks, several), f"{several}: steps of as many rows as on one")
     if rehearsal:
         lay(_few_steps(composed, request.ranks), "rehearsal: at most a tenth of the steps")
     differences = [
-        Difference(key=key, recipe=before, run=after, why=why.get(key, ""))
-        for key, (before, after) in config.differences(first, composed).items()
+        Difference(key=key, recipe=before, run=after, why=reasons[key][0])
+        for key, (before, after) in config.differences(base, composed).items()
     ]
-    return Composed(name, file, origin, composed, differences, files, [p for p, _ in profiles], rehearsal)
+    files = {key: source for key, (_, source) in reasons.items() if source}
+    return Composed(name, file, origin, composed, differences, files, [*dict(profiles)], rehearsal)
 
 
 def is_rehearsal(request: Request) -> bool:
-    """Whether a run is asked for that only tries the recipe."""
+    """Whether the run that is asked for only tries the recipe."""
     return request.rehearse or REHEARSAL in (paths.find_profile(profile)[0] for profile in request.profiles)
 
 
 def _input_format(recipe: Config) -> str:
-    """The form of the rows that a recipe trains on, told by the folder that they are in."""
+    """The form of the rows that a recipe trains on, identified by the folder that they are in."""
     folders = {
         form.folder: name for folder in paths.studies() for name, form in study.load(folder).data.input_formats.items()
     }
@@ -150,14 +147,14 @@ def _mirrored(composed: Config) -> Config:
     return config.merge(composed, {"base_model": entry["mirror"], "revision_of_model": None})
 
 
-def _fill(fragment: Any, values: dict[str, str]) -> Any:
-    """A profile with its {placeholders} filled in."""
+def filled(fragment: Any, values: dict[str, str]) -> Any:
+    """A part of a config with its {placeholders} filled in; those without a value stay."""
     if isinstance(fragment, dict):
-        return {key: _fill(value, values) for key, value in fragment.items()}
+        return {key: filled(value, values) for key, value in fragment.items()}
     if isinstance(fragment, list):
-        return [_fill(item, values) for item in fragment]
+        return [filled(item, values) for item in fragment]
     if isinstance(fragment, str):
-        return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), fragment)
+        return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), fragment)
     return fragment
 
 
@@ -168,14 +165,13 @@ def _few_steps(composed: Config, gpus: int) -> Config:
     the rows. A ratio then takes the place of the number: Axolotl takes it of the steps that it counts itself, after
     packing (axolotl/core/builders/base.py, _configure_warmup_and_logging).
     """
-    ratio, steps = composed.get("warmup_ratio"), composed.get("warmup_steps")
-    all_steps = datafiles.training_steps(composed, gpus)
+    ratio = composed.get("warmup_ratio")
+    steps = composed.get("warmup_steps")
     if isinstance(ratio, int | float) and ratio > 0.1:
         return config.merge(composed, {"warmup_ratio": 0.1})
     if not isinstance(steps, int) or steps <= 0:
         return composed
+    all_steps = datafiles.training_steps(composed, gpus)
     if all_steps is None:
         return config.merge(composed, {"warmup_steps": None, "warmup_ratio": 0.1})
-    if steps > all_steps // 10:
-        return config.merge(composed, {"warmup_steps": all_steps // 10})
-    return composed
+    return config.merge(composed, {"warmup_steps": min(steps, all_steps // 10)})

@@ -1,4 +1,4 @@
-"""Reading Axolotl configs, laying profiles and overrides over them, and comparing two by key."""
+"""Axolotl configs: changes laid over them, and two compared by key."""
 
 import re
 from collections.abc import Iterator
@@ -10,21 +10,19 @@ from ..base.errors import UserError
 from ..base.yamlfiles import Config, parse
 
 TRACKING = re.compile("(use_|hf_)?(wandb|mlflow|comet|trackio|swanlab|tensorboard|otel)(_|$)")
-"""Keys that say where a run is tracked, which changes nothing of the training."""
+"""Keys that say where a run is tracked, which does not affect the training."""
 OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  # a run sets these itself
 
 
 def merge(config: Config, changes: Config) -> Config:
     """`config` with `changes` laid over it: mappings merge, anything else replaces, null deletes the key."""
-    merged = dict(config)
+    merged = config | changes
     for key, value in changes.items():
-        if value is None:
-            merged.pop(key, None)
-        elif isinstance(value, dict):
-            below = merged.get(key)
+        if isinstance(value, dict):
+            below = config.get(key)
             merged[key] = merge(below if isinstance(below, dict) else {}, value)
-        else:
-            merged[key] = value
+        elif value is None:
+            del merged[key]
     return merged
 
 
@@ -46,23 +44,23 @@ def override(config: Config, key: str, value: Any) -> Config:
     Raises:
         UserError: the key leads through something that has no keys.
     """
-    changed: Config = _replaced(config, key, value, key)
-    return changed
+    return _replaced(config, key, value, key)
 
 
 def _replaced(current: Any, path: str, value: Any, key: str) -> Any:
-    """`current` with what stands at `path` below it replaced."""
+    """`current` with `value` at a path below it; `key` is the whole path, for messages."""
     if not path:
         return value
     part, _, rest = path.partition(".")
     if isinstance(current, list):
         if not part.isdecimal() or int(part) >= len(current):
             raise UserError(f"--set {key}: {part} is not a position in a list of {len(current)}, counted from 0")
-        return [_replaced(old, rest, value, key) if i == int(part) else old for i, old in enumerate(current)]
-    if isinstance(current, dict) or current is None:
-        changed = (current or {}) | {part: _replaced((current or {}).get(part), rest, value, key)}
-        return {name: item for name, item in changed.items() if item is not None}
-    raise UserError(f"--set {key}: {current!r} has no key {part}")
+        return [_replaced(item, rest, value, key) if i == int(part) else item for i, item in enumerate(current)]
+    if not isinstance(current, dict | None):
+        raise UserError(f"--set {key}: {current!r} has no key {part}")
+    mapping = current or {}
+    changed = mapping | {part: _replaced(mapping.get(part), rest, value, key)}
+    return {name: item for name, item in changed.items() if item is not None}
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -80,14 +78,14 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """Each dotted key in which two configs differ, with both values; None where one lacks it."""
-    left, right = dict(flatten(a)), dict(flatten(b))
-    keys = [*left, *(key for key in right if key not in left)]
-    return {key: (left.get(key), right.get(key)) for key in keys if not _same(left.get(key), right.get(key))}
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equality that tells true from 1."""
-    return a == b and isinstance(a, bool) == isinstance(b, bool)
+    left = dict(flatten(a))
+    right = dict(flatten(b))
+    pairs = {key: (left.get(key), right.get(key)) for key in left | right}
+    return {
+        key: (old, new)
+        for key, (old, new) in pairs.items()
+        if old != new or isinstance(old, bool) != isinstance(new, bool)  # for Python, true equals 1
+    }
 
 
 class Difference(BaseModel):
@@ -103,5 +101,6 @@ class Difference(BaseModel):
 
 
 def check_not_of_the_run(key: str, where: str) -> None:
+    """Raise UserError for a key that a run sets itself; `where` it was given begins the message."""
     if key.partition(".")[0] in OF_THE_RUN:
-        raise UserError(f"{where}: {key} is the run's own; --runs moves runs, `recipe resume` goes on with one")
+        raise UserError(f"{where}: {key} is the run's own; --runs moves runs, `recipe resume` continues one")

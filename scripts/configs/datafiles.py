@@ -37,11 +37,12 @@ def datasets(composed: Config, *sections: str) -> Iterator[tuple[str, Config]]:
 
 
 def local_files(dataset: Config) -> list[Path]:
-    """The files of a data set that is meant to be on this machine, there or not; none of one on a hub or in a cloud.
+    """The files of a data set that is meant to be on this machine, existing or not; none of one on a hub or in a cloud.
 
-    They are a file, those of a folder, or those that `data_files` lists, by name or by pattern.
+    They are a single file, those of a folder, or those that `data_files` lists, by name or by pattern.
     """
-    name, listed = dataset.get("path"), dataset.get("data_files") or []
+    name = dataset.get("path")
+    listed = dataset.get("data_files") or []
     if not isinstance(name, str) or not name or "\0" in name or "://" in name:
         return []
     path = Path(name)
@@ -51,7 +52,7 @@ def local_files(dataset: Config) -> list[Path]:
         return sorted(file for file in path.rglob("*") if file.is_file())
     if listed and not path.is_dir() and f".{name}" not in _SUFFIXES:
         return []  # files of a repository on a hub
-    patterns = [str(one) for one in (listed if isinstance(listed, list) else [listed])] or [name]
+    patterns = map(str, listed if isinstance(listed, list) else [listed]) if listed else [name]
     files = [
         Path(file)
         for pattern in patterns
@@ -62,21 +63,21 @@ def local_files(dataset: Config) -> list[Path]:
 
 
 def jsonl_files(dataset: Config) -> list[Path]:
-    """Those of a data set's local files that are there and hold a JSON row a line."""
+    """Those of a data set's local files that exist and hold a JSON row a line."""
     return [file for file in local_files(dataset) if file.suffix == ".jsonl" and file.is_file()]
 
 
 def _looks_local(path: Path) -> bool:
-    """Whether a path that is not there must have been meant for this machine, and not for a hub."""
+    """Whether a path that does not exist must have been meant for this machine, and not for a hub."""
     in_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
     return path.is_absolute() or path.suffix in _SUFFIXES or in_a_folder
 
 
 def record(composed: Config) -> list[DataFile]:
-    """The local data files of a config with their content's hash.
+    """The local data files of a config, each with a hash of its content.
 
     Raises:
-        UserError: a file is not there.
+        UserError: a file does not exist.
     """
     files = {}
     for where, dataset in datasets(composed):
@@ -90,10 +91,9 @@ def record(composed: Config) -> list[DataFile]:
 
 def test_file(composed: Config, folder: Path = Path()) -> str | None:
     """The test file that lies beside the training file, as `recipe data prepare` writes it, seen from a folder."""
-    for _, dataset in datasets(composed, "datasets"):
-        file = Path(str(dataset.get("path"))).with_name("test.jsonl")
-        return str(file) if (folder / file).is_file() else None
-    return None
+    training_files = (Path(str(dataset.get("path"))) for _, dataset in datasets(composed, "datasets"))
+    test = next((file.with_name("test.jsonl") for file in training_files), None)
+    return str(test) if test and (folder / test).is_file() else None
 
 
 def is_alpaca(kind: Any) -> bool:
@@ -120,13 +120,8 @@ def _count_rows(path: Path, mtime_ns: int, size: int) -> int:
 
 
 def training_steps(composed: Config, gpus: int = 1) -> int | None:
-    """The optimizer steps of a config, as `steps_of` counts them; None where its local JSONL rows do not tell."""
+    """The optimizer steps of a config, as `steps_of` counts them; None where its local JSONL rows cannot say."""
     return steps_of(composed, training_rows(composed), gpus)
-
-
-def most_steps(composed: Config, gpus: int = 1) -> int | None:
-    """`training_steps`, or where rows are packed those of the same rows unpacked, which are at least as many."""
-    return training_steps(composed | {"sample_packing": False}, gpus)
 
 
 def steps_of(composed: Config, rows: int | None, gpus: int = 1) -> int | None:
@@ -134,7 +129,8 @@ def steps_of(composed: Config, rows: int | None, gpus: int = 1) -> int | None:
     calculate_total_num_steps); None where rows are packed, or the settings make none."""
     if most := int(_positive(composed, "max_steps", 0)):
         return most  # Axolotl lets it win over the epochs
-    batch, epochs = effective_batch(composed) * gpus, _positive(composed, "num_epochs")
+    batch = effective_batch(composed) * gpus
+    epochs = _positive(composed, "num_epochs")
     if rows is None or composed.get("sample_packing") or not (batch and epochs):
         return None
     return math.ceil(rows * epochs / batch)
@@ -144,13 +140,14 @@ def training_rows(composed: Config) -> int | None:
     """The rows that are trained on; None where a data set is not one local JSONL file, whole or its first rows."""
     rows = 0
     for _, dataset in datasets(composed, "datasets"):
-        files, first = jsonl_files(dataset), first_rows(dataset)
-        part = (
+        files = jsonl_files(dataset)
+        first = first_rows(dataset)
+        is_part = (
             dataset.get("shards")
             or dataset.get("weight")
             or (first is None and dataset.get("split", "train") != "train")
         )
-        if len(files) != 1 or part:
+        if len(files) != 1 or is_part:
             return None
         rows += min(count_rows(files[0]), sys.maxsize if first is None else first)
     held_out = _positive(composed, "val_set_size", 0)  # a number of rows, or a share of them
@@ -158,7 +155,7 @@ def training_rows(composed: Config) -> int | None:
 
 
 def _positive(composed: Config, key: str, unset: float = 1) -> float:
-    """A setting that has to be a positive number; 0 where it is none."""
+    """A setting that has to be a positive number; 0 where it is not."""
     value: Any = composed.get(key, unset)
     return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else 0
 

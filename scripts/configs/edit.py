@@ -24,46 +24,48 @@ def edited(text: str, key: str, value: Any, where: str) -> str:
     """
     before = yamlfiles.parse(text, where)
     after = config.override(before, key, value)
-    if after == before:
+    if _is_same(before, after):
         return text
-    node, path = _root(text), key.split(".")
-    entry, at = node, 0
-    while at < len(path) and (found := yamlfiles.inside(node, path[at])):
-        (entry, node), at = found, at + 1
+    path = key.split(".")
+    entry: Any = yaml.compose(text, Loader=yaml.CSafeLoader)
+    node = entry
+    depth = 0  # parts of the path that are there
+    while depth < len(path) and (below := yamlfiles.inside(node, path[depth])):
+        entry, node = below
+        depth += 1
     lines = text.split("\n")
-    if at < len(path) and isinstance(node, yaml.MappingNode) and node.value and not node.flow_style:
-        for part in reversed(path[at + 1 :]):
+    if depth < len(path) and isinstance(node, yaml.MappingNode) and node.value and not node.flow_style:
+        for part in reversed(path[depth + 1 :]):
             value = {part: value}
         indent = " " * node.value[0][0].start_mark.column
-        lines.insert(
-            _last_line(node, lines) + 1, f"{indent}{path[at]}: {yamlfiles.write_flow(value)}  # variant, was not set"
-        )
-    elif value is None and at == len(path) and isinstance(entry, yaml.ScalarNode) and entry.start_mark.column == 0:
+        added = f"{indent}{path[depth]}: {yamlfiles.write_flow(value)}  # variant, was not set"
+        lines.insert(_last_line(node, lines) + 1, added)
+    elif value is None and depth == len(path) and isinstance(entry, yaml.ScalarNode) and entry.start_mark.column == 0:
         _remove(lines, entry, node)
     else:
-        _replace(lines, entry, node, _at(before, path[:at]), _at(after, path[:at]))
-    made = "\n".join(lines)
+        _replace(lines, entry, node, _at(before, path[:depth]), _at(after, path[:depth]))
+    changed = "\n".join(lines)
     with suppress(UserError):
-        if yamlfiles.parse(made, where) == after:
-            return made
+        if _is_same(yamlfiles.parse(changed, where), after):
+            return changed
     raise UserError(f"--set {key}: {where} has a form there that cannot be edited; change a copy of it by hand")
 
 
-def _root(text: str) -> Any:
-    return yaml.compose(text, Loader=yaml.CSafeLoader)
+def _is_same(a: Any, b: Any) -> bool:
+    return a == b and not config.differences(a, b)  # Python alone takes true for 1
 
 
 def _at(content: Any, path: list[str]) -> Any:
     for part in path:
-        content = content[int(part)] if isinstance(content, list) else (content or {}).get(part)
+        content = content[int(part)] if isinstance(content, list) else content.get(part)
     return content
 
 
 def _is_block(node: Any) -> bool:
     """Whether a node has lines of its own."""
-    if isinstance(node, yaml.ScalarNode):
-        return node.style in ("|", ">") or node.start_mark.line != node.end_mark.line
-    return not node.flow_style or node.start_mark.line != node.end_mark.line
+    several_lines = node.start_mark.line != node.end_mark.line
+    in_block_style = node.style in ("|", ">") if isinstance(node, yaml.ScalarNode) else not node.flow_style
+    return in_block_style or several_lines
 
 
 def _last_line(node: Any, lines: list[str]) -> int:
@@ -71,9 +73,9 @@ def _last_line(node: Any, lines: list[str]) -> int:
     if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
         return _last_line(last[1] if isinstance(last, tuple) else last, lines)
-    line: int = node.end_mark.line - (
-        node.end_mark.column == 0
-    )  # a text that is a block ends where the next line begins
+    line: int = node.end_mark.line
+    if node.end_mark.column == 0:  # a text that is a block ends where the next line begins
+        line -= 1
     while line > node.start_mark.line and not lines[line].strip():
         line -= 1
     return line
@@ -84,26 +86,29 @@ def _commented(line: str) -> str:
 
 
 def _remove(lines: list[str], entry: Any, node: Any) -> None:
-    first, last = entry.start_mark.line, _last_line(node, lines)
-    gone = [f"# variant, removed: {lines[first]}", *map(_commented, lines[first + 1 : last + 1])]
-    lines[first : last + 1] = gone
+    first = entry.start_mark.line
+    end = _last_line(node, lines) + 1
+    lines[first:end] = [f"# variant, removed: {lines[first]}", *map(_commented, lines[first + 1 : end])]
 
 
 def _replace(lines: list[str], entry: Any, node: Any, old: Any, new: Any) -> None:
     """Put another value in the place of a node, at a key or a position of a list."""
-    first, last = node.start_mark.line, _last_line(node, lines)
-    if _is_block(node) and isinstance(entry, yaml.ScalarNode):
-        first = entry.start_mark.line
-        head, rest = lines[first][: entry.end_mark.column] + ": ", lines[first]
-        below = lines[first + 1 : last + 1]
-    elif _is_block(node):
-        head, rest, below = lines[first][: node.start_mark.column], "", lines[first : last + 1]
-    else:
-        head, rest, below = lines[first][: node.start_mark.column], lines[first][node.end_mark.column :], []
+    first = node.start_mark.line
+    end = _last_line(node, lines) + 1
+    head = lines[first][: node.start_mark.column]
+    code, comment = "", ""
+    below: list[str] = []
+    if not _is_block(node):
         head += "" if head.endswith((" ", "[", "{", ",")) else " "
-    code, _, comment = rest.partition(" #")
-    code = "" if _is_block(node) else code.rstrip()
+        code, _, comment = lines[first][node.end_mark.column :].partition(" #")
+    elif isinstance(entry, yaml.ScalarNode):
+        first = entry.start_mark.line
+        head = f"{lines[first][: entry.end_mark.column]}: "
+        comment = lines[first].partition(" #")[2]
+        below = lines[first + 1 : end]
+    else:
+        below = lines[first:end]
     kept = f"; {comment.strip()}" if comment else ""
-    marked = f"{head}{yamlfiles.write_flow(new)}{code}  # variant, was {yamlfiles.write_flow(old)}{kept}"
-    says_more = any("#" in line for line in below)
-    lines[first : last + 1] = [marked, *(map(_commented, below) if says_more else ())]
+    marked = f"{head}{yamlfiles.write_flow(new)}{code.rstrip()}  # variant, was {yamlfiles.write_flow(old)}{kept}"
+    has_comments = any("#" in line for line in below)
+    lines[first:end] = [marked, *(map(_commented, below) if has_comments else ())]

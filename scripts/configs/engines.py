@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from ..base.errors import UserError
+from ..base.files import read_json
 from ..base.yamlfiles import Config
 from .config import merge
 
-KEYS = ("deepspeed", "fsdp_version", "fsdp_config")  # of a config, that choose an engine
-CPU_RANKS = "QLORA_RECIPES_CPU_RANKS"  # the environment variable that has several processes train on the CPU
+KEYS = ("deepspeed", "fsdp_version", "fsdp_config")  # of a config, which choose an engine
+CPU_RANKS = "QLORA_RECIPES_CPU_RANKS"  # the environment variable that makes several processes train on the CPU
 
 
 def engine_of(config: Any) -> str:
@@ -18,21 +17,12 @@ def engine_of(config: Any) -> str:
     engine = config.get("deepspeed")
     if isinstance(engine, str):
         if not Path(engine).is_file():
-            found = next((stage for stage in (3, 2, 1) if f"zero{stage}" in engine.lower()), 2)
-            return f"ZeRO-{found}"
-        try:
-            engine = orjson.loads(Path(engine).read_bytes())
-        except orjson.JSONDecodeError:
-            engine = None
+            return f"ZeRO-{next((stage for stage in (3, 2, 1) if f'zero{stage}' in engine.lower()), 2)}"
+        engine = read_json(Path(engine))
     if engine:
         stage = (engine.get("zero_optimization") or {}).get("stage") if isinstance(engine, dict) else None
         return f"ZeRO-{stage}" if stage in (1, 2, 3) else "DDP"
     return "FSDP" if config.get("fsdp_config") or config.get("fsdp") else "DDP"
-
-
-def without_engine(config: Config) -> Config:
-    """A config for one process."""
-    return merge(config, dict.fromkeys(KEYS))
 
 
 def divided(config: Config, gpus: int, asked: str) -> Config:
@@ -41,15 +31,16 @@ def divided(config: Config, gpus: int, asked: str) -> Config:
     Args:
         config: the config for one.
         gpus: how many there are in all.
-        asked: how they were asked for, for messages.
+        asked: the options that asked for them, for messages.
 
     Raises:
-        UserError: the rows of a step do not divide so.
+        UserError: the rows of a step cannot be divided like that.
     """
     key = "batch_size" if config.get("batch_size") else "gradient_accumulation_steps"
-    micro, accumulated = config.get("micro_batch_size"), config.get(key) or 1
+    micro = config.get("micro_batch_size")
+    accumulated = config.get(key) or 1
     if gpus == 1 or not isinstance(micro, int) or not isinstance(accumulated, int) or micro < 1 or accumulated < 1:
-        return config  # what is no number, the schema says
+        return config  # the schema reports what is not a number
     unit = micro if key == "batch_size" else 1
     if accumulated % (gpus * unit) == 0:
         return merge(config, {key: accumulated // gpus})
@@ -59,7 +50,7 @@ def divided(config: Config, gpus: int, asked: str) -> Config:
 
 
 def _instead(rows: int, micro: int, gpus: int, key: str) -> str:
-    """What to do where the rows of a step do not divide among the GPUs with this micro batch."""
+    """What to do where the rows of a step cannot be divided among the GPUs with this micro batch."""
     if rows % gpus:
         more = -(-rows // (micro * gpus)) * gpus
         value = more * micro if key == "batch_size" else more

@@ -8,16 +8,14 @@ from pathlib import Path
 from ..base import machine, yamlfiles
 from ..base.errors import UserError, did_you_mean
 
-FILE = Path(__file__).with_name("gpus.yaml")
-
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU; what is not known of it is None.
+    """A GPU; what is not known about it is None.
 
     Attributes:
         capability: its compute capability, as (8, 6).
-        memory: in GiB, as on the label; of a card in this machine that is not listed, as its driver says.
+        memory: in GiB, as on the label; of a card in this machine that is not listed, as its driver reports it.
         tflops: its peak rate in fp16 or bf16, in 10^12 operations a second.
     """
 
@@ -36,59 +34,52 @@ class Gpu:
 
 
 @cache
-def known() -> dict[str, Gpu]:
+def catalogue() -> dict[str, Gpu]:
     """The GPUs of gpus.yaml, by name."""
-    facts = yamlfiles.read_yaml(FILE)
     return {
-        name: Gpu(name, _capability(fact["capability"]), fact["memory"], fact.get("tflops"))
-        for name, fact in facts.items()
+        name: Gpu(name, _capability(facts["capability"]), facts["memory"], facts.get("tflops"))
+        for name, facts in yamlfiles.read_yaml(Path(__file__).with_name("gpus.yaml")).items()
     }
 
 
 def find(name: str, option: str = "--gpu") -> Gpu:
-    """A GPU by its name, however it is spelt, or by its compute capability.
+    """A GPU by its name, in any spelling, or by its compute capability.
 
     Args:
         name: the name.
-        option: by what it was given, for messages.
+        option: the option that gave it, for messages.
 
     Raises:
         UserError: there is none of that name.
     """
     if match := re.fullmatch(r"sm_?(\d{1,2})(\d)|(\d{1,2})\.(\d)", name, re.IGNORECASE):
         return Gpu(name, (int(match[1] or match[3]), int(match[2] or match[4])))
-    if found := named(name):
-        return found
-    hint = did_you_mean(name.upper(), known()) or f"; there are {', '.join(known())}"
-    raise UserError(f"{option} {name}: no GPU of that name{hint}; a compute capability such as sm_86 does as well")
+    if gpu := named(name):
+        return gpu
+    hint = did_you_mean(name.upper(), catalogue()) or f"; there are {', '.join(catalogue())}"
+    raise UserError(f"{option} {name}: no GPU of that name{hint}; a compute capability such as sm_86 is accepted too")
 
 
 def here() -> Gpu | None:
     """This machine's first NVIDIA GPU."""
-    found = machine.gpus()
-    if not found:
+    first = next(iter(machine.gpus()), None)
+    if first is None:
         return None
-    gpu = Gpu(found[0]["name"], _capability(found[0]["compute_capability"]), found[0]["memory_gib"])
+    gpu = Gpu(first["name"], _capability(first["compute_capability"]), first["memory_gib"])
     listed = named(gpu.name)  # its label's memory, from which plans take off what a driver does not show
     return replace(gpu, memory=listed.memory, tflops=listed.tflops) if listed else gpu
 
 
 def named(name: str) -> Gpu | None:
     """The listed GPU of a name, with or without the size of its memory."""
-    for plain in (_plain(name), _without_memory(_plain(name))):
-        for listed, gpu in known().items():
-            if _plain(listed) == plain:
-                return gpu
-    return None
+    plain = _plain(name)
+    listed = {_plain(gpu.name): gpu for gpu in reversed(catalogue().values())}
+    return listed.get(plain) or listed.get(re.sub(r"(16|24|32|40|48|64|80|94|96|141)gb$", "", plain))
 
 
 def _plain(name: str) -> str:
-    """A name without what is spelt now one way and now another."""
+    """A name without the parts that are spelt differently from place to place."""
     return re.sub(r"nvidia|geforce|tesla|pcie|sxm\d?|hbm\d?e?|[^a-z0-9]", "", name.lower()).replace("gib", "gb")
-
-
-def _without_memory(plain: str) -> str:
-    return re.sub(r"(16|24|32|40|48|64|80|94|96|141)gb$", "", plain)
 
 
 def _capability(text: str) -> tuple[int, int]:

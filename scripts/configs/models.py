@@ -1,4 +1,4 @@
-"""What is known about a base model without loading it."""
+"""Facts about base models, without loading them: from files on this machine, from models.yaml and from the hub."""
 
 import os
 import re
@@ -19,7 +19,7 @@ _SAME_LAYERS = {"llama", "mistral", "qwen2", "qwen3"}  # model types whose decod
 
 @dataclass
 class Model:
-    """A base model, as far as it is known; None is unknown.
+    """What is known about a base model; None is unknown.
 
     Attributes:
         gated: whether the hub asks for an accepted licence and a token.
@@ -54,79 +54,86 @@ def find(composed: Config) -> Model:
     name = composed.get("base_model")
     if not isinstance(name, str) or "\0" in name:
         return Model()
-    known = _known(name)
-    tokens = known.get("special_tokens")
-    folder, sizes = _sizes(name, _revision(composed))
+    entry = _entry(name)
+    sizes = entry.get("config", {})
+    special_tokens = entry.get("special_tokens")
+    folder = Path(name) if Path(name).is_dir() else _in_hub_cache(name, _revision(composed))
     if folder:
-        tokens = _special_tokens(read_json(folder / "tokenizer.json")) or tokens
-    context, layers = sizes.get("max_position_embeddings"), sizes.get("num_hidden_layers")
+        sizes = sizes | read_json(folder / "config.json")
+        special_tokens = _special_tokens(folder) or special_tokens
+    context = sizes.get("max_position_embeddings")
+    layers = sizes.get("num_hidden_layers")
     return Model(
-        gated=False if Path(name).is_dir() else known.get("gated"),
+        gated=False if Path(name).is_dir() else entry.get("gated"),
         weights_here=folder is not None and any(any(folder.glob(f"*{suffix}")) for suffix in _WEIGHTS),
         tokenizer_here=folder is not None and (folder / "config.json").is_file() and any(folder.glob("tokenizer*")),
         context=context if isinstance(context, int) else None,
         layers=layers if isinstance(layers, int) else None,
         linear=LINEAR_LAYERS if str(sizes.get("model_type")) in _SAME_LAYERS else None,
-        special_tokens=tokens,
+        special_tokens=special_tokens,
         pad_token=_pad_token(folder),
-        chat=known.get("chat", False) if known else None,
+        chat=entry.get("chat", False) if entry else None,
     )
 
 
-def is_copy(name: Any, of: Any) -> bool:
-    """Whether two names are of the same model, as far as that is known by name."""
-    return name == of or (name is not None and name == catalogue().get(str(of), {}).get("mirror"))
-
-
-def is_path(name: str) -> bool:
-    """Whether the name of a base model is that of a folder, there or not, and of no model of the hub."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def _known(name: str) -> dict[str, Any]:
-    """What models.yaml says of a model, or of the one that it is a copy of."""
-    mirrored: dict[str, Any] = next((known for known in catalogue().values() if known.get("mirror") == name), {})
-    return mirrored | {"gated": False} if mirrored else catalogue().get(name, {})
-
-
 def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
-    """The content of a base model's config.json at the config's revision: of its folder, of the hub's cache, of
-    models.yaml or of the hub.
+    """The content of a base model's config.json at the revision that a config names.
+
+    It is that of the model's folder; of models.yaml, where the config names its revision or none; or of the hub's cache
+    or the hub. Where neither of these has that revision, models.yaml stands in for it.
 
     Args:
         composed: the config.
         download: whether the hub may be asked.
 
     Raises:
-        UserError: it is in none of them, or names no kind of model.
+        UserError: it is in none of them, or does not name the type of the model.
     """
     name = composed.get("base_model")
     if not isinstance(name, str) or not name or "\0" in name:
         raise UserError("base_model: names no model")
-    folder, content = _sizes(name, _revision(composed))
-    if "model_type" not in content and not Path(name).is_dir():
+    revision = _revision(composed)
+    entry = _entry(name)
+    listed = entry.get("config")
+    file = Path(name) / "config.json"
+    if not Path(name).is_dir():
+        if listed and revision in (None, entry.get("revision")):
+            return dict(listed)
         from huggingface_hub import hf_hub_download
 
         try:
-            file = hf_hub_download(name, "config.json", revision=_revision(composed), local_files_only=not download)
+            file = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=not download))
         except Exception as error:  # of the hub, of the network, or of the name
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"base_model: the config.json of {name} cannot be had: {reason}") from None
-        folder = Path(file).parent
-        content = read_json(Path(file))
+            if listed:
+                return dict(listed)
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise UserError(f"base_model: the config.json of {name} is not available: {reason}") from None
+    content = read_json(file)
     if "model_type" not in content:
-        raise UserError(f"base_model: {folder}/config.json is not there, or no JSON that names a model_type")
+        raise UserError(f"base_model: {file} is missing, or not JSON that names a model_type")
     return content
 
 
+def is_copy(name: Any, of: Any) -> bool:
+    """Whether two names are of the same model, or the first is that of the other's mirror in models.yaml."""
+    return name == of or (name is not None and name == catalogue().get(str(of), {}).get("mirror"))
+
+
+def is_path(name: str) -> bool:
+    """Whether the name of a base model is that of a folder, whether it exists or not, and not of a model on the hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _entry(name: str) -> dict[str, Any]:
+    """What models.yaml says of a model, or of the one that it is a mirror of; empty where it has neither."""
+    for entry in catalogue().values():
+        if entry.get("mirror") == name:
+            return entry | {"gated": False}
+    return catalogue().get(name, {})
+
+
 def _revision(composed: Config) -> Any:
-    return composed.get("revision_of_model") or composed.get("model_revision")
-
-
-def _sizes(name: str, revision: Any) -> tuple[Path | None, dict[str, Any]]:
-    """The folder of a base model where it is on this machine, and its config.json there over what models.yaml says."""
-    folder = Path(name) if Path(name).is_dir() else _in_hub_cache(name, revision)
-    return folder, _known(name).get("config", {}) | (read_json(folder / "config.json") if folder else {})
+    return composed.get("revision_of_model") or composed.get("model_revision")  # the latter is deprecated
 
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
@@ -138,34 +145,34 @@ def _pad_token(folder: Path | None) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _special_tokens(tokenizer: dict[str, Any]) -> str | None:
+def _special_tokens(folder: Path) -> str | None:
     """A regular expression for the special tokens in a tokenizer.json; None where it names none."""
-    added = tokenizer.get("added_tokens")
-    special = [token for token in added if isinstance(token, dict) and token.get("special")] if added else []
+    added = read_json(folder / "tokenizer.json").get("added_tokens") or ()
+    special = [token for token in added if isinstance(token, dict) and token.get("special")]
     return "|".join(re.escape(str(token["content"])) for token in special if token.get("content")) or None
 
 
 def _in_hub_cache(name: str, revision: Any) -> Path | None:
-    """The folder of a model that was fetched from the hub before, at a revision (by default main); None without."""
+    """The cached snapshot of a model from the hub at a revision (main by default), or None.
+
+    huggingface_hub has a function for this, which takes as long to import as `recipe check` may take in all.
+    """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     repository = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     wanted = str(revision or "main")
-    try:
-        commit = (repository / "refs" / wanted).read_text() if not re.fullmatch("[0-9a-f]{40}", wanted) else wanted
-    except (OSError, ValueError):
-        return None
-    folder = repository / "snapshots" / commit.strip()
-    return folder if folder.is_dir() else None
+    ref = repository / "refs" / wanted
+    snapshot = repository / "snapshots" / (ref.read_text().strip() if ref.is_file() else wanted)
+    return snapshot if snapshot.is_dir() else None
 
 
 def has_token() -> bool:
-    """Whether there is a token for the hub, as huggingface_hub looks for one."""
+    """Whether there is a token for the hub, where huggingface_hub looks for one."""
     from huggingface_hub.constants import HF_TOKEN_PATH
 
-    if any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")):
-        return True
-    return Path(HF_TOKEN_PATH).is_file() and bool(Path(HF_TOKEN_PATH).read_text().strip())
+    file = Path(HF_TOKEN_PATH)
+    in_environment = any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
+    return in_environment or (file.is_file() and bool(file.read_text().strip()))
 
 
 def is_offline() -> bool:

@@ -1,6 +1,7 @@
 """Recipes from templates: the only way a shipped recipe is written."""
 
 import difflib
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
         if not file.name.startswith("_"):
             template = file.relative_to(templates).as_posix()
             name = template.removesuffix(".yaml.j2")
-            text = recipes[f"{name}.yaml"] = text_of(template, name=name, models=models)
+            text = text_of(template, name=name, models=models)
+            recipes[f"{name}.yaml"] = text
             if of_study := study.of(name):
                 recipe = yamlfiles.parse(text, f"recipes/{name}.yaml")
                 by_study.setdefault(of_study.title, (of_study, []))[1].append(study.entry(name, recipe))
@@ -48,21 +50,22 @@ def _where(error: Exception, templates: Path, file: Path) -> str:
     """The template and line in which an error arose, which may be a base that `file` extends."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"{error.filename}:{error.lineno}"
-    trace, place = error.__traceback__, str(file)
-    while trace:
-        if trace.tb_frame.f_code.co_filename.startswith(str(templates)):
-            place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return place
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename.startswith(str(templates))]
+    return places[-1] if places else str(file)
 
 
 def drift(files: dict[str, str]) -> str:
     """A unified diff from the files on disk to the rendered ones; empty where they agree."""
     lines: list[str] = []
     for name in sorted({f"{recipe}.yaml" for recipe in paths.recipe_names()} | files.keys()):
-        before, after = f"recipes/{name} (on disk)", f"recipes/{name} (from its template)"
-        old, new = _on_disk(name).splitlines(), files.get(name, "").splitlines()
-        lines += difflib.unified_diff(old, new, before, after, lineterm="")
+        lines += difflib.unified_diff(
+            _on_disk(name).splitlines(),
+            files.get(name, "").splitlines(),
+            f"recipes/{name} (on disk)",
+            f"recipes/{name} (from its template)",
+            lineterm="",
+        )
     return "\n".join(lines)
 
 

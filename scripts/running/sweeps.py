@@ -236,21 +236,24 @@ def _row(name: str, members: Sequence[Member], of_runs: Sequence[tuple[RunDir, R
             within = scored[0].scores["intervals"].get(score)
         row |= {score: sum(values) / len(values) if values else None, f"{score}_interval": within}
     memory = [one["peak_memory_gib"] for one in measured if one["peak_memory_gib"] is not None]
-    trainable, total = _parameters(*done[0]) if done else (None, None)
+    trainable, frozen = _parameters(*done[0]) if done else (None, None)
     return row | {
         "planned_gib": members[0].planned_gib,
         "peak_memory_gib": max(memory, default=None),
         "memory_kind": measured[0]["memory_kind"] if measured else None,
         "trainable": trainable,
-        "trainable_share": trainable / (trainable + total) if trainable and total else None,
+        "trainable_share": trainable / (trainable + frozen) if trainable and frozen else None,
         "train_seconds": sum(one["train_seconds"] for one in measured) / len(measured) if measured else None,
         "tokens_per_second": measured[0]["tokens_per_second"] if measured else None,
     }
 
 
 def _parameters(folder: RunDir, run: Run) -> tuple[int | None, int | None]:
-    """What a run trained, counted in its adapter, and its base model's parameters; None where they are not told."""
-    total = None
+    """A run's trainable and frozen parameters; those of an older run, which has no record of them, are counted in its
+    adapter and from its base model's sizes. None where they are not known."""
+    if run.summary.trainable_parameters and run.summary.parameters:
+        return run.summary.trainable_parameters, run.summary.parameters - run.summary.trainable_parameters
+    frozen = None
     cfg: Config = yamlfiles.read_yaml(folder.config)
     shapes = tensor_shapes(folder.output / "adapter_model.safetensors") or {}
     saved = cfg.get("lora_modules_to_save") or []  # an embedding that only grew is in the file and was not trained
@@ -259,8 +262,8 @@ def _parameters(folder: RunDir, run: Run) -> tuple[int | None, int | None]:
     with suppress(UserError):
         local = Path(run.cwd, str(cfg.get("base_model")))
         named = cfg | {"base_model": str(local)} if local.is_dir() else cfg
-        total = lora.total(models.architecture(named, download=False))
-    return trainable, total
+        frozen = lora.total(models.architecture(named, download=False))
+    return trainable, frozen
 
 
 def _criterion(row: dict[str, Any], name: str) -> float | None:

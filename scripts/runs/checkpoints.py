@@ -1,4 +1,4 @@
-"""Whether training can be resumed from a checkpoint: the manifest of its files, and what is compared with it."""
+"""Whether training can be resumed from a checkpoint: the manifest of its files, and checks against it."""
 
 import zipfile
 import zlib
@@ -21,9 +21,9 @@ def step_of(folder: Path) -> int | None:
 def write_manifest(folder: Path) -> None:
     """List all files of a checkpoint with their sizes and checksums, after the last of them was written.
 
-    A crash of the machine can leave a file at its full size with zeros in place of what had not reached the disk. Only
-    a checksum over all of it finds that. CRC-32 does, at more than 4 GB/s of what is still in memory, so that an
-    adapter and its optimizer of some 2 GB delay a save by half a second; SHA-256 would take four times as long.
+    A crash of the machine can leave a file at its full size with zeros in place of what had not reached the disk, which
+    only a checksum over all of it detects. CRC-32 takes in more than 4 GB/s from the page cache, so that an adapter and
+    its optimizer of some 2 GB delay a save by half a second; SHA-256 would take four times as long.
     """
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "crc32": _crc32(file)}
@@ -37,7 +37,8 @@ def damage(folder: Path, ranks: int) -> str | None:
     """What keeps training from being resumed from a checkpoint, as in `optimizer.pt is missing`; None if nothing does.
 
     A checkpoint has no manifest if an earlier version saved it, or if its process was killed just before writing one.
-    Its files are then checked for what any whole file of their kind has, which finds all but zeros within an adapter.
+    Its files are then checked by what is in any whole file of their kind, which finds all damage but zeros within an
+    adapter.
 
     Args:
         folder: the checkpoint.
@@ -53,23 +54,23 @@ def damage(folder: Path, ranks: int) -> str | None:
 
 
 def _missing(folder: Path, ranks: int) -> str | None:
-    """A file that training cannot be resumed without, where neither it is there nor what an engine has in its place.
+    """The first file that resuming needs and that is missing, without what an engine writes in its place.
 
     The trainer itself begins with a new optimizer, schedule or random state where it finds none, without an error.
+    `latest` is what DeepSpeed writes last, and `.metadata` what FSDP writes last in each folder of shards.
     """
     rng_states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
-    deepspeed, fsdp = "latest", ".metadata"  # what each of them writes last, the latter in every folder of its shards
     needed = [
-        ("adapter_model.safetensors", "model*.safetensors", f"pytorch_model_fsdp_0/{fsdp}"),
-        ("optimizer.pt", "optimizer.bin", f"optimizer_0/{fsdp}", deepspeed),
-        ("scheduler.pt", deepspeed),
+        ("adapter_model.safetensors", "model*.safetensors", "pytorch_model_fsdp_0/.metadata"),
+        ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata", "latest"),
+        ("scheduler.pt", "latest"),
         *((name,) for name in rng_states),
     ]
     return next((names[0] for names in needed if not any(any(folder.glob(name)) for name in names)), None)
 
 
 def _difference(folder: Path, listed: dict[str, Any]) -> str | None:
-    """The first file that is not as the manifest lists it."""
+    """The first file that differs from what the manifest lists, and how."""
     for name, saved in listed.items():
         file = folder / name
         if not file.is_file():
@@ -82,7 +83,7 @@ def _difference(folder: Path, listed: dict[str, Any]) -> str | None:
 
 
 def _unreadable(folder: Path) -> str | None:
-    """The first file of weights or of torch's that is cut off or no such file."""
+    """The first file of weights or of torch that is truncated or not of its kind."""
     checks: dict[str, Callable[[Path], bool]] = dict.fromkeys((".pt", ".pth", ".bin"), _is_whole_zip)
     checks[".safetensors"] = lambda file: tensor_shapes(file) is not None
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix in checks]
@@ -90,10 +91,10 @@ def _unreadable(folder: Path) -> str | None:
 
 
 def _is_whole_zip(file: Path) -> bool:
-    """Whether a file that torch.save wrote, which is a zip, holds what its own checksums say.
+    """Whether a file from torch.save, which is a zip, matches its own checksums.
 
-    zipfile raises NotImplementedError or RuntimeError where damage makes a member look encrypted or packed by a method
-    that it does not know.
+    zipfile raises NotImplementedError or RuntimeError where damage makes a member look encrypted or compressed by an
+    unknown method.
     """
     try:
         with zipfile.ZipFile(file) as archive:

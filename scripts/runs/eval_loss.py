@@ -3,7 +3,7 @@
 Axolotl's own (`eval_loss`) is a mean of the means of batches: a token of a batch with few of them weighs more, rows
 that fill up the last batch of several ranks count twice, and packing drops some, or all of few. So it depends on the
 size of a batch, on the order of the rows and on the number of ranks, and two runs can be compared by it only where all
-these are the same.
+of these are the same.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ _MULTIPLE = 64  # of tokens in a batch, so that there are few shapes
 def add_to(trainer: Any) -> None:
     """Have a trainer log the eval loss of each evaluation, in nats, as NAME beside its own.
 
-    It is measured by a second pass, which eval_runtime counts too, over the rows as they are before packing. Where it
-    is not known how rows are divided among ranks or what carries loss in them, nothing is added: under tensor and
-    context parallelism, for streamed rows, and for those of another kind than tokens with labels.
+    It is measured in a second pass, which eval_runtime includes, over the rows as they are before packing. Where it
+    is not known how rows are divided among ranks or which tokens carry loss, nothing is added: under tensor and
+    context parallelism, for streamed rows, and for rows other than tokens with labels.
     """
     evaluate = trainer.evaluation_loop
 
@@ -45,15 +45,21 @@ def _of_rows(trainer: Any, rows: Any) -> float | None:
     longest_first = sorted(range(len(rows)), key=lambda i: -lengths[i])  # rows of like lengths need little padding
     size = trainer.args.per_device_eval_batch_size
     batches = [longest_first[start : start + size] for start in range(0, len(rows), size)]
-    ranks, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-    total, tokens = 0.0, 0
+    ranks = trainer.accelerator.num_processes
+    total = 0.0
+    tokens = 0
     for first in range(0, len(batches), ranks):
-        mine = first + rank
-        # ranks do the same number of steps, because engines exchange weights in each; what comes too often is masked
+        mine = first + trainer.accelerator.process_index
+        # all ranks make as many steps, because engines exchange weights in each; a batch that comes again is masked
         batch = _collated(trainer, [rows[i] for i in batches[min(mine, len(batches) - 1)]], mine >= len(batches))
-        loss = _mean_loss(trainer, batch)
+        with (
+            torch.no_grad(),
+            trainer.compute_loss_context_manager(),
+        ):  # in the precision of the trainer's own evaluation
+            loss = float(trainer.model(**batch).loss)
         if count := int((batch["labels"][:, 1:] != MASKED).sum()):  # without one the mean is NaN
-            total, tokens = total + loss * count, tokens + count
+            total += loss * count
+            tokens += count
     sums = torch.tensor([total, tokens], dtype=torch.float64, device=trainer.args.device)
     total, tokens = trainer.accelerator.reduce(sums, "sum").tolist()
     return total / tokens if tokens else None
@@ -75,11 +81,4 @@ def _collated(trainer: Any, rows: Sequence[dict[str, Any]], masked: bool) -> dic
         batch["attention_mask"][i, :end] = 1
         if not masked:
             batch["labels"][i, :end] = torch.as_tensor(row["labels"])
-    prepared: dict[str, torch.Tensor] = trainer._prepare_inputs(batch)
-    return prepared
-
-
-def _mean_loss(trainer: Any, batch: dict[str, torch.Tensor]) -> float:
-    """The model's mean loss over a batch's tokens that carry loss, in the precision of the trainer's own evaluation."""
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        return float(trainer.model(**batch).loss)
+    return trainer._prepare_inputs(batch)

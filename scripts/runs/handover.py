@@ -1,4 +1,4 @@
-"""The config that a run hands to Axolotl: its own folders, the plugin, and what its trackers are called."""
+"""The config that a run hands to Axolotl: with its own folders, the plugin, and names for its trackers."""
 
 import hashlib
 import os
@@ -6,7 +6,7 @@ import re
 
 from ..base import paths
 from ..base.yamlfiles import Config
-from ..configs.compose import Composed, _fill
+from ..configs.compose import Composed, filled
 from .rundir import RunDir
 
 PLUGIN = "qlora_recipes.plugin.RunPlugin"
@@ -14,11 +14,11 @@ AUTO_RESUME = "auto_resume_from_checkpoints"
 
 
 def launched(composed: Composed, folder: RunDir) -> Config:
-    """The config with what a run adds to it: its output folder, its plugin, where prepared data goes, and for trackers
-    its name.
+    """The config with what a run adds to it: its output folder, its plugin, the folder for prepared data, and its name
+    for trackers.
 
-    Axolotl keys its cache of prepared data by settings alone; the data's own hash in the path keeps a
-    changed file from being taken for the old one. Left to itself, it would resume from a damaged checkpoint.
+    Axolotl keys its cache of prepared data by settings alone; a hash of the data in the path keeps a changed file from
+    being taken for the old one. Axolotl's own resuming is off, because it would take a damaged checkpoint.
     """
     content = hashlib.sha256("".join(file.sha256 for file in composed.data).encode()).hexdigest()
     return _named_for_trackers(composed, folder) | {
@@ -33,18 +33,17 @@ def _named_for_trackers(composed: Composed, folder: RunDir) -> Config:
     """The config with the {placeholders} of its trackers' keys filled in.
 
     project is the recipe's study, or the recipe where it has none; rehearsals have one of their own. run is the run's
-    folder below that, an end of its path, so that the other verbs know the run by it too; runs is the folder of all.
-    Axolotl hands each of these keys to its tracker in the environment variable of the same name. Where the user has
-    set that one, it holds.
+    folder below that, the end of its path, so that other verbs find the run by it too; runs is the folder of all runs.
+    Axolotl hands each of these keys to its tracker in the environment variable of the same name. A variable that the
+    user has set takes precedence.
     """
-    runs, first = folder.runs(composed.recipe), (composed.origin or composed.recipe).partition("/")[0]
+    runs = folder.runs(composed.recipe)
+    study = (composed.origin or composed.recipe).partition("/")[0]
     values = {
-        "project": f"{first}-rehearsal" if composed.rehearsal else first,
-        "run": str(folder.path.relative_to(runs)).removeprefix(f"{first}/"),
+        "project": f"{study}-rehearsal" if composed.rehearsal else study,
+        "run": str(folder.path.relative_to(runs)).removeprefix(f"{study}/"),
         "runs": str(runs),
     }
-    content = dict(composed.config)
-    for key, value in composed.config.items():
-        if re.match("(wandb|mlflow|trackio)_", key) and (filled := _fill(value, values)) != value:
-            content[key] = None if key.upper() in os.environ else filled
-    return content
+    trackers = {key: value for key, value in composed.config.items() if re.match("(wandb|mlflow|trackio)_", key)}
+    named = {key: text for key, value in trackers.items() if (text := filled(value, values)) != value}
+    return composed.config | {key: None if key.upper() in os.environ else text for key, text in named.items()}

@@ -1,4 +1,4 @@
-"""Axolotl's processes that train a run: how they are started, stopped, and what is kept of their end."""
+"""Axolotl's processes that train a run: how they are started and stopped, and how their end is recorded."""
 
 import os
 import platform
@@ -22,17 +22,18 @@ from ..configs.engines import CPU_RANKS
 from . import provenance
 from .rundir import Ended, Launch, Run, RunDir, State, summarise, this_job
 
-LAST_SECONDS = 15  # that ranks have to end by themselves once one of them has failed
+AXOLOTL = Path(sys.executable).with_name("axolotl")
+LAST_SECONDS = 15  # for ranks to end by themselves once one of them has failed
 
 
 def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
-    """Run the training process of a held run to its end, and write how it ended.
+    """Run the training process of a held run to its end, and record how it ended.
 
     Args:
         folder: the run's.
         record: the content of its run.json.
         lock: the descriptor that holds it, which the process inherits.
-        checkpoint: where to go on from; None for the beginning.
+        checkpoint: where to resume; None for the beginning.
 
     Raises:
         WorkFailed: Axolotl failed, or the run was interrupted.
@@ -40,24 +41,27 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     if not record.launches:
         record.provenance = provenance.collect()  # of the machine that trains it
     _drop_half_prepared(folder, record)
-    command = _command(folder, record, checkpoint)
-    resumed_from = checkpoint.name if checkpoint else None
-    started = Launch(command=command, host=platform.node(), started=now(), resumed_from=resumed_from)
-    record.launches.append(started)
+    launch = Launch(
+        command=_command(folder, record, checkpoint),
+        host=platform.node(),
+        started=now(),
+        resumed_from=checkpoint.name if checkpoint else None,
+    )
+    record.launches.append(launch)
     record.state = "running"
     folder.write(record)
     written = folder.metrics.stat().st_size if folder.metrics.exists() else 0
-    code, stopped = _launch(command, folder, record, folder.log, lock)
-    ended = summarise(folder.read_metrics(since=written)).ended  # an earlier launch may have got further than this one
+    launch.exit_code, stopped = _launch(launch.command, folder, record, folder.log, lock)
+    launch.ended = now()
     record.summary = summarise(folder.read_metrics())
-    record.summary.ended = ended
-    started.ended, started.exit_code = now(), code
-    record.state = _state(code, stopped, ended, (folder.output / "adapter_model.safetensors").is_file())
+    record.summary.ended = summarise(folder.read_metrics(since=written)).ended  # not of an earlier launch
+    has_adapter = (folder.output / "adapter_model.safetensors").is_file()
+    record.state = _state(launch.exit_code, stopped, record.summary.ended, has_adapter)
     folder.write(record)
     if record.state == "interrupted":
         again = f"recipe resume {folder.path}" + (" --on slurm" if this_job(os.environ) else "")
-        raise WorkFailed(f"{folder.path}: interrupted; `{again}` goes on")
-    if record.state == "failed" and ended == "callback":
+        raise WorkFailed(f"{folder.path}: interrupted; `{again}` continues it")
+    if record.state == "failed" and record.summary.ended == "callback":
         where = f"step {record.summary.step} of {record.summary.max_steps}"
         raise WorkFailed(f"{folder.path}: a callback stopped the training at {where}; {folder.log} says why")
     if record.state == "failed":
@@ -87,9 +91,10 @@ def follow(folder: RunDir) -> None:
     """Run this node's share of a run that another node holds.
 
     Raises:
-        WorkFailed: it ended in another way than well.
+        WorkFailed: it failed, without having been asked to stop.
     """
-    record, log = folder.read(), folder.path / f"node-{os.environ['SLURM_NODEID']}.log"
+    record = folder.read()
+    log = folder.path / f"node-{os.environ['SLURM_NODEID']}.log"
     command = _command(folder, record, folder.last_checkpoint())
     code, stopped = _launch(command, folder, record, log)
     if code and not stopped:
@@ -103,8 +108,7 @@ def preprocess(folder: RunDir, record: Run) -> None:
         WorkFailed: Axolotl failed, or was interrupted.
     """
     _drop_half_prepared(folder, record)
-    command = [_axolotl(), "preprocess", str(folder.config.resolve())]
-    code, stopped = _launch(command, folder, record, folder.log)
+    code, stopped = _launch([str(AXOLOTL), "preprocess", str(folder.config.resolve())], folder, record, folder.log)
     if stopped:
         raise WorkFailed(f"{folder.path}: interrupted")
     if code:
@@ -112,8 +116,7 @@ def preprocess(folder: RunDir, record: Run) -> None:
 
 
 def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
-    """The command line of this node's training process."""
-    command = [_axolotl(), "train", str(folder.config.resolve()), *record.axolotl_arguments]
+    command = [str(AXOLOTL), "train", str(folder.config.resolve()), *record.axolotl_arguments]
     if checkpoint:
         command += ["--resume-from-checkpoint", str(checkpoint.resolve())]
     if record.ranks == 1:
@@ -129,14 +132,10 @@ def _command(folder: RunDir, record: Run, checkpoint: Path | None) -> list[str]:
     return [*command, "--launcher", "torchrun", "--", *torchrun]
 
 
-def _axolotl() -> str:
-    return str(Path(sys.executable).with_name("axolotl"))
-
-
 def _environment(folder: RunDir, record: Run) -> dict[str, str]:
     """The environment of the training process; a rehearsal sees neither GPU nor network.
 
-    Trackers write into the run's folder, or where they compare runs, beside all runs; Axolotl has no keys for that.
+    Trackers write into the run's folder, or beside all runs where they compare them; Axolotl has no keys for that.
     """
     path = folder.path.absolute()
     trackers = {
@@ -146,20 +145,23 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
         "WANDB_DATA_DIR": str(path / "wandb"),
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
-    added = {"AXOLOTL_DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
-    added["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # has torchrun
+    added = {
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PATH": f"{AXOLOTL.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # has torchrun
+    }
     if record.rehearsal:
         added |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         if record.ranks > 1:
-            share = (os.cpu_count() or 1) // record.gpus_used
-            added |= {CPU_RANKS: "1", "OMP_NUM_THREADS": str(max(share, 1))}
+            threads = max((os.cpu_count() or 1) // record.gpus_used, 1)
+            added |= {CPU_RANKS: "1", "OMP_NUM_THREADS": str(threads)}
     elif record.ranks == 1:  # with more in sight, transformers would use them all
         added["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     return trackers | os.environ | added
 
 
 def _drop_half_prepared(folder: RunDir, record: Run) -> None:
-    """Remove prepared rows that a killed process did not write to their end, which Axolotl would take for whole.
+    """Remove prepared rows that a killed process did not finish writing, which Axolotl would take for complete.
 
     datasets writes dataset_info.json last. Whoever is writing holds Axolotl's lock (axolotl/utils/data/lock.py).
     """
@@ -178,7 +180,7 @@ def _failed(folder: Path, log: Path) -> WorkFailed:
 
 
 def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: int) -> tuple[int, bool]:
-    """Run a process of Axolotl's to its end: its exit code, and whether it was asked to stop.
+    """Run a process of Axolotl to its end: its exit code, and whether it was asked to stop.
 
     Args:
         locks: descriptors that it inherits.
@@ -192,7 +194,7 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
             stdout=stream,
             stderr=subprocess.STDOUT,
             pass_fds=locks,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which stops the child in order
+            start_new_session=True,  # Ctrl-C reaches only this process, which stops the child in order
             preexec_fn=_end_with_parent_and_ignore_warnings,
         )
         _wait(child, folder, stops)
@@ -202,13 +204,13 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
 
 
 def _end_with_parent_and_ignore_warnings() -> None:
-    """What a training process does first: SLURM's warning of a time limit goes to all processes, and is for us."""
+    """What a training process does first. SLURM warns all processes of a time limit, which concerns only ours."""
     end_with_parent()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _wait(child: "subprocess.Popen[bytes]", folder: RunDir, stops: list[int]) -> None:
-    """Show the child's progress until it ends; pass a request to stop on, the second time by force."""
+    """Show the child's progress until it ends; forward a request to stop, and at the second one kill it."""
     asked = False
     with TrainingProgress(folder.metrics) as progress:
         while child.poll() is None:
@@ -217,7 +219,7 @@ def _wait(child: "subprocess.Popen[bytes]", folder: RunDir, stops: list[int]) ->
             if stops and not asked:
                 asked = True
                 progress.say("stopping after this step, with a checkpoint; once more to stop at once")
-                for process in _training(child):  # not their groups: they need their data loaders for the step in hand
+                for process in _training(child):  # not their groups: they need their data loaders for the current step
                     with suppress(psutil.NoSuchProcess):
                         process.terminate()
             if len(stops) > 1:
@@ -231,5 +233,5 @@ def _training(child: "subprocess.Popen[bytes]") -> "list[psutil.Process]":
     """The processes that train: the ranks that a launcher has started, else the child itself."""
     with suppress(psutil.Error):
         process = psutil.Process(child.pid)
-        return [one for one in process.children() if "LOCAL_RANK" in one.environ()] or [process]
+        return [rank for rank in process.children() if "LOCAL_RANK" in rank.environ()] or [process]
     return []

@@ -1,4 +1,4 @@
-"""None"""
+"""Run folders: all below a folder, and the one that a user means."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,24 +18,22 @@ def find_run(name: str, runs: Path = RUNS) -> RunDir:
     """The run given as its folder, as an end of its path that no other run has, or as `latest`.
 
     Raises:
-        UserError: no run, or more than one, is meant.
+        UserError: no run, or more than one, matches.
     """
     if (Path(name) / "run.json").is_file():
         return RunDir(Path(name))
-    known = all_runs(runs)
-    if name == "latest" and known:
-        return known[-1]
+    folders = all_runs(runs)
     end = name.rstrip("/")
-    meant = [run for run in known if end and str(run.path).endswith(end)]
-    if len(meant) == 1:
-        return meant[0]
-    if meant:
-        raise UserError(f"{name}: several runs end so: {', '.join(str(run.path) for run in meant)}")
+    matches = folders[-1:] if name == "latest" else [run for run in folders if end and str(run.path).endswith(end)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UserError(f"{name}: several runs end like that: {', '.join(str(run.path) for run in matches)}")
     raise UserError(f"{name}: no run of that name below {runs}/; `recipe results` lists the runs")
 
 
 def readable(folders: Sequence[RunDir], read: Callable[[RunDir], Run] = RunDir.read) -> Iterator[tuple[RunDir, Run]]:
-    """Runs whose run.json can be read, by `RunDir.read` or `places.read`; of the others that is said."""
+    """Runs whose run.json can be read, by `RunDir.read` or `places.read`; the others are reported on stderr."""
     for folder in folders:
         try:
             yield folder, read(folder)

@@ -1,9 +1,8 @@
-"""The Axolotl plugin of a run: telemetry, a clean stop, and what training on a CPU needs.
+"""The Axolotl plugin of a run: telemetry, an orderly stop, and what training on a CPU needs.
 
-It is the only code of this project inside the training process; `recipe run` adds it to the config.
+`recipe run` adds it to the config. No other code of this project runs in the training process.
 """
 
-import fcntl
 import os
 import resource
 import signal
@@ -16,10 +15,12 @@ import orjson
 import psutil
 import torch
 from axolotl.integrations.base import BasePlugin
+from peft import PeftModel
 from pynvml import NVMLError
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..base.files import append_line
+from ..base.locks import PATIENCE, held
 from ..base.processes import end_with_parent
 from ..configs.engines import CPU_RANKS, KEYS, engine_of
 from . import checkpoints, eval_loss, ranks
@@ -29,28 +30,28 @@ GIB = 2**30
 
 
 class RunPlugin(BasePlugin):
-    """Writes metrics.jsonl beside the run's output folder, lets NF4 train on a CPU, and sees to trackers."""
+    """Writes metrics.jsonl beside the run's output folder, lets NF4 train on a CPU, and prepares trackers."""
 
     engine: str | None = None
+    parameters: dict[str, int] | None = None
 
     def register(self, cfg: Any) -> None:
-        """Note the engine that is asked for, before Axolotl writes over it, and let a rehearsal's ranks use the CPU."""
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if several:
-            end_with_parent(signal.SIGKILL)  # ranks of a killed launcher would train on
-        self.engine = engine_of(cfg) if several or any(cfg.get(key) for key in KEYS) else None
+        """Note the engine that is asked for, before Axolotl overwrites it, and let a rehearsal's ranks use the CPU."""
+        if ranks.WORLD_SIZE > 1:
+            end_with_parent(signal.SIGKILL)  # ranks of a killed launcher would keep training
+        self.engine = engine_of(cfg) if ranks.WORLD_SIZE > 1 or any(cfg.get(key) for key in KEYS) else None
         if CPU_RANKS in os.environ:
             ranks.use_cpu(engine_of(cfg))
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
-        """What Axolotl does not pass on to transformers.
+        """Arguments of transformers' trainer that Axolotl does not set.
 
-        That refuses bf16 without a GPU unless told that the CPU is meant. On several GPUs Axolotl has it weigh each
-        GPU's share of a step the same, few tokens or many; here every token weighs the same, as on one GPU. It alone
-        knows trackio's project, and after a push to the hub it would publish the run as a Space that nobody asked for.
+        transformers refuses bf16 without a GPU unless `use_cpu` is set. On several GPUs Axolotl has it weigh each GPU's
+        share of a step the same, few tokens or many; here every token weighs the same, as on one GPU. trackio's project
+        is an argument only; and after a push to the hub the run would be published as a Space that nobody asked for.
         """
         args: dict[str, Any] = {} if torch.cuda.is_available() else {"use_cpu": True}
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if ranks.WORLD_SIZE > 1:
             args["average_tokens_across_devices"] = True
         if cfg.trackio_project_name:
             args["project"] = cfg.trackio_project_name
@@ -59,22 +60,26 @@ class RunPlugin(BasePlugin):
         return args
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Open MLflow's store, one run at a time: two that find none at once and make it break each other."""
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")  # Axolotl puts the config's there
+        """Open MLflow's store, one run at a time: two runs that create it at the same time break each other."""
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")  # set by Axolotl from the config
         if not cfg.use_mlflow or not uri.startswith("sqlite:///"):
             return
         import mlflow
 
         store = Path(uri.removeprefix("sqlite:///"))
-        store.parent.mkdir(parents=True, exist_ok=True)
-        with store.with_name(f".{store.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with held(store.with_name(f".{store.name}.lock"), "another run is opening MLflow's store", PATIENCE):
             mlflow.search_experiments(max_results=1)
+
+    def post_lora_load(self, cfg: Any, model: Any) -> None:
+        """Count the parameters, before an engine divides them among ranks; PEFT knows how 4-bit weights are packed."""
+        if isinstance(model, PeftModel):
+            trainable, every = model.get_nb_trainable_parameters()
+            self.parameters = {"trainable_parameters": trainable, "parameters": every}
 
     def post_model_load(self, cfg: Any, model: torch.nn.Module) -> None:
         """Keep bitsandbytes from repacking 4-bit weights for CPU inference at the first evaluation.
 
-        On processors with AVX512-BF16, training would go on through the repacked weights, by a kernel
+        On processors with AVX512-BF16, training would continue through the repacked weights, with a kernel
         that has no gradient, and learn nothing from then on.
         """
         if torch.cuda.is_available():
@@ -86,12 +91,12 @@ class RunPlugin(BasePlugin):
                 module.support_avx512bf16_for_cpu = False
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Have evaluations measure a loss that does not depend on their batches."""
+        """Make evaluations measure a loss that does not depend on their batches."""
         eval_loss.add_to(trainer)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         """The callback that records and stops."""
-        return [RunCallback(Path(cfg.output_dir).parent / "metrics.jsonl", trainer, self.engine)]
+        return [RunCallback(Path(cfg.output_dir).parent / "metrics.jsonl", trainer, self.engine, self.parameters)]
 
 
 class RunCallback(TrainerCallback):
@@ -101,19 +106,23 @@ class RunCallback(TrainerCallback):
     grad_norm, learning_rate; eval_loss_per_token, which the module `eval_loss` measures; for training steps since the
     last record step_seconds (without evaluation and saving), tokens (padding not counted) and tokens_per_second; memory
     in GiB, GPU utilization in percent, and cpu_percent, the process's load since the last record, where 100 is one
-    processor. Of several ranks the first one writes; peak_gib_by_rank has the memory of each. The last record has
-    `ended`, see `rundir.Ended`.
+    processor. Of several ranks the first one writes; peak_gib_by_rank has the memory of each. A launch's first record
+    has engine, trainable_parameters and parameters (all of them), its last one `ended`, see `rundir.Ended`.
 
-    SIGTERM ends training after the step in hand, with a checkpoint; that of one rank is enough.
+    SIGTERM, to any rank, ends training after the current step, with a checkpoint.
 
     Args:
         file: metrics.jsonl.
         trainer: the trainer.
         engine: what is to divide the training, which is checked as it begins; None for one process without an engine.
+        parameters: the fields with their numbers; None without an adapter.
     """
 
-    def __init__(self, file: Path, trainer: Any, engine: str | None):
-        self.file, self.trainer, self.engine = file, trainer, engine
+    def __init__(self, file: Path, trainer: Any, engine: str | None, parameters: dict[str, int] | None = None):
+        self.file = file
+        self.trainer = trainer
+        self.engine = engine
+        self.parameters = parameters
         self.stop = self.stopped = False
         self.step_started = self.step_seconds = 0.0
         self.tokens_seen: int | None = 0
@@ -122,12 +131,14 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on a checkpoint can be written, so a request to stop waits for one."""
         signal.signal(signal.SIGTERM, self._stop)
+        begun: dict[str, Any] = self.parameters or {}
         if self.engine:
             ranks.check_engine(self.engine, self.trainer)
-            self._append(state, {"engine": self.engine})
+            begun = begun | {"engine": self.engine}
+        self._append(state, begun)
         if state.global_step:
-            self.tokens_seen = None  # a resumed run counts on from a number that is not known here
-        self.process.cpu_percent()  # the load since this call is what the next one tells
+            self.tokens_seen = None  # a resumed run continues a count whose start is not known here
+        self.process.cpu_percent()  # the next call returns the load since this one
 
     def _stop(self, *_: Any) -> None:
         self.stop = True
@@ -137,22 +148,22 @@ class RunCallback(TrainerCallback):
         self.step_started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the clock, and the training where that was asked for."""
+        """Stop the clock, and the training if that was requested."""
         self.step_seconds += time.perf_counter() - self.step_started
         if any(ranks.of_all(self.stop, args.device)):
             self.stopped = control.should_training_stop = control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the manifest to a checkpoint that the trainer has saved."""
-        ranks.of_all(0, args.device)  # each rank writes files of its own, and returns from this when all are here
+        ranks.of_all(0, args.device)  # a barrier: each rank writes files of its own
         if state.is_world_process_zero:
             checkpoints.write_manifest(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Record what the trainer logs of a step or an evaluation.
 
-        The loss per token does not stay in the trainer's own history: transformers' card of a model fails where some
-        evaluations have it and some do not, as in a run that was begun before there was one.
+        The loss per token does not stay in the trainer's own history: transformers' model card fails where only some
+        evaluations have it, as in a run that began before this loss was measured.
         """
         if state.log_history:
             state.log_history[-1].pop(eval_loss.NAME, None)
@@ -162,11 +173,11 @@ class RunCallback(TrainerCallback):
         peaks = ranks.of_all(usage.get("memory_reserved_gib") or usage["rss_peak_gib"], args.device)
         if len(peaks) > 1:
             usage["peak_gib_by_rank"] = peaks
-        record = {"epoch": state.epoch}
         kept = ("loss", "eval_loss", eval_loss.NAME, "grad_norm", "learning_rate")
-        record |= {key: logs[key] for key in kept if key in logs}
+        record = {"epoch": state.epoch} | {key: logs[key] for key in kept if key in logs}
         if "loss" in logs:
-            record["step_seconds"], self.step_seconds = self.step_seconds, 0.0
+            record["step_seconds"] = self.step_seconds
+            self.step_seconds = 0.0
             if total := logs.get("tokens/total"):
                 if self.tokens_seen is not None:
                     record["tokens"] = total - self.tokens_seen
@@ -179,29 +190,27 @@ class RunCallback(TrainerCallback):
         self._append(state, {"ended": self._how_it_ended(state, control)})
 
     def _how_it_ended(self, state: Any, control: Any) -> Ended:
-        """How the training ended. Unstopped, it is complete, even if packing took fewer steps than planned."""
+        """How the training ended. Unless stopped, it is complete, even if packing made fewer steps than planned."""
         if state.global_step >= state.max_steps or not control.should_training_stop:
             return "complete"
-        callbacks = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
-        if any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in callbacks):
+        stoppers = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        if any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in stoppers):
             return "early stopping"
         return "signal" if self.stopped else "callback"
 
     def _append(self, state: Any, record: dict[str, Any]) -> None:
-        if not state.is_world_process_zero:
-            return
-        when = {"time": time.time(), "step": state.global_step, "max_steps": state.max_steps}
-        append_line(self.file, orjson.dumps(when | record))
+        if state.is_world_process_zero:
+            when = {"time": time.time(), "step": state.global_step, "max_steps": state.max_steps}
+            append_line(self.file, orjson.dumps(when | record))
 
 
 def _usage() -> dict[str, Any]:
-    """Memory and, where there is a GPU, its utilization."""
     if not torch.cuda.is_available():
         return {"rss_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
     usage = {
         "memory_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
         "memory_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
     }
-    with suppress(NVMLError):  # a slice of a GPU (MIG) does not tell
+    with suppress(NVMLError):  # a slice of a GPU (MIG) does not report it
         usage["gpu_utilization"] = torch.cuda.utilization()
     return usage

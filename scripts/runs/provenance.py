@@ -1,4 +1,4 @@
-"""What a run was made of: source, packages, machine."""
+"""Provenance of a run: source, packages, machine."""
 
 import os
 import platform
@@ -49,13 +49,13 @@ def _version(package: str) -> str | None:
 
 def _git() -> dict[str, Any] | None:
     """Revision of the checkout that the recipes are from, and whether it had changes; None outside of one."""
+    if not paths.LOCK.is_file():
+        return None  # installed from a wheel; a repository around it would be another's
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(paths.RECIPES), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    if not paths.LOCK.is_file():
-        return None  # installed from a wheel; a repository around it would be another's
     try:
         return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):

@@ -6,13 +6,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # the number of ranks, as their launcher sets it
+
 
 def use_cpu(engine: str) -> None:
     """Have Axolotl and accelerate train with an engine on the CPU, over gloo.
 
-    Left alone, Axolotl asks the driver about its GPUs, and gives each rank one. On a CPU accelerate knows DDP only, and
-    passes over DeepSpeed and FSDP in silence (AcceleratorState), so that it is told of GPUs, whose backend is gloo and
-    whose device is the CPU.
+    By default Axolotl asks the driver about its GPUs, and gives each rank one. Accelerate on a CPU has only DDP and
+    silently ignores DeepSpeed and FSDP (AcceleratorState). So it is made to see GPUs, with gloo as their backend and
+    the CPU as their device.
     """
     import axolotl.utils.trainer
     from accelerate.parallelism_config import ParallelismConfig
@@ -43,7 +45,7 @@ def use_cpu(engine: str) -> None:
 
 
 def engine_in_use(trainer: Any) -> str:
-    """What divides the training, as `engines.engine_of` calls it, told by the objects that do; or "one process"."""
+    """What divides the training, as `engines.engine_of` calls it, from the objects that do so; or "one process"."""
     from deepspeed import DeepSpeedEngine
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -62,15 +64,15 @@ def engine_in_use(trainer: Any) -> str:
 
 
 def check_engine(asked: str, trainer: Any) -> None:
-    """Stop a training that is not divided as it was asked for, which Axolotl starts without a word.
+    """Stop a training that is not divided as requested, which Axolotl starts without a warning.
 
     Raises:
-        RuntimeError: it names what was asked for, and what is used.
+        RuntimeError: it names what was requested, and what is used.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    used, among = engine_in_use(trainer), trainer.accelerator.num_processes
-    if (used, among) != (asked, ranks):
-        raise RuntimeError(f"asked for {asked} among {ranks} processes, but Axolotl uses {used} among {among}")
+    used = engine_in_use(trainer)
+    among = trainer.accelerator.num_processes
+    if (used, among) != (asked, WORLD_SIZE):
+        raise RuntimeError(f"asked for {asked} among {WORLD_SIZE} processes, but Axolotl uses {used} among {among}")
 
 
 def of_all(value: float, device: torch.device) -> list[float]:
@@ -78,6 +80,6 @@ def of_all(value: float, device: torch.device) -> list[float]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     mine = torch.tensor([value], dtype=torch.float64, device=device)
-    all_of_them = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_of_them, mine)
-    return [float(one) for one in all_of_them]
+    gathered = [mine.clone() for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    return [float(number) for number in gathered]

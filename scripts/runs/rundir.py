@@ -1,4 +1,4 @@
-"""A run's folder: how it is claimed, what run.json and metrics.jsonl say, and how runs are found."""
+"""A run's folder: run.json, its state, its jobs and its metrics."""
 
 import time
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import orjson
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 
 from ..base.errors import UserError
 from ..base.files import write_atomically
-from ..base.locks import held, is_held
+from ..base.locks import PATIENCE, held, is_held
 from ..base.machine import now
 from ..base.progress import say
 from ..configs.config import Difference
@@ -27,7 +27,7 @@ callbacks, such as its loss watchdog."""
 
 
 class Job(BaseModel):
-    """A command of a run that a place was given to carry out; see `places`."""
+    """A command of a run that was handed to a place to carry out; see `places`."""
 
     place: str
     id: str
@@ -40,11 +40,11 @@ class Job(BaseModel):
 
 @dataclass(frozen=True)
 class JobState:
-    """What a queue says of a job that is not at its end.
+    """What a queue reports about a job that has not ended.
 
     Attributes:
         kind: unknown where the queue does not answer.
-        reason: why it waits, in the queue's own word, where that says anything.
+        reason: why it waits, in the queue's own word, where that is informative.
         job: its id.
     """
 
@@ -59,7 +59,7 @@ class JobState:
 
 
 class Launch(BaseModel):
-    """One start of the training process: of a run's first, or of a resumed one."""
+    """One start of the training process: a run's first, or to resume it."""
 
     command: list[str]
     host: str | None = None
@@ -70,11 +70,12 @@ class Launch(BaseModel):
 
 
 class Summary(BaseModel):
-    """What the metrics say of the training so far. Seconds and GiB; a loss that is no number is null.
+    """What the metrics say about the training so far. Seconds and GiB; a loss that is not a number is null.
 
     Attributes:
         eval_loss, eval_loss_first: Axolotl's own, a mean of the means of batches.
         eval_loss_per_token, eval_loss_per_token_first: see the module `eval_loss`; runs made before it have none.
+        trainable_parameters, parameters: as PEFT counts them; older runs, and those without an adapter, have none.
     """
 
     step: int = 0
@@ -89,9 +90,16 @@ class Summary(BaseModel):
     tokens_per_second: float | None = None
     peak_memory: float | None = None
     memory_kind: str | None = None
-    engine: str | None = None  # what divided the training among ranks, told by Axolotl's own objects
+    engine: str | None = None  # what divided the training among ranks, as seen from Axolotl's own objects
     peak_memory_by_rank: list[float] | None = None
-    ended: Ended | None = None  # None also of a training that was killed, or is from before this was recorded
+    trainable_parameters: int | None = None
+    parameters: int | None = None
+    ended: Ended | None = None  # None also for a training that was killed, or that is older than this record
+
+    @property
+    def trainable_share(self) -> float | None:
+        """The trainable share of all parameters, where both are recorded."""
+        return self.trainable_parameters / self.parameters if self.trainable_parameters and self.parameters else None
 
 
 class Run(BaseModel):
@@ -103,7 +111,7 @@ class Run(BaseModel):
     recipe_file: str
     recipe_sha256: str
     template_sha256: str | None = None
-    digest: str | None = None  # of the config, before a run adds its own keys, and of the data
+    digest: str | None = None  # of the config, before a run adds its own keys, and the data
     rehearsal: bool = False
     profiles: list[str] = Field(default_factory=list)
     overrides: list[str] = Field(default_factory=list)
@@ -118,7 +126,7 @@ class Run(BaseModel):
     cwd: str
     created: str = Field(default_factory=now)
     launches: list[Launch] = Field(default_factory=list)
-    summary: Summary = Field(default_factory=Summary)
+    summary: Summary = Field(default_factory=Summary)  # as of the last launch's end; `RunDir.summary` is up to date
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -142,7 +150,7 @@ class RunDir:
         self.log = path / "train.log"
         self.output = path / "output"
         self._json = path / "run.json"
-        self._jobs = path / "jobs.json"  # a file of its own: a job can begin, and write run.json, before it is noted
+        self._jobs = path / "jobs.json"  # a file of its own: a job can start, and write run.json, before it is noted
 
     def runs(self, recipe: str) -> Path:
         """The folder of all runs that this one, of a recipe, is in."""
@@ -153,7 +161,7 @@ class RunDir:
         write_atomically(self._json, run.model_dump_json(indent=1, exclude_none=True) + "\n")
 
     def read(self, job: JobState | None = None) -> Run:
-        """run.json, with the state that holds now: what says running but has neither process nor job is interrupted.
+        """run.json, with the current state: a run that says running but has neither process nor job is interrupted.
 
         Args:
             job: the state of the job that is to train it; `places.read` asks for that, where it has one.
@@ -161,43 +169,47 @@ class RunDir:
         Raises:
             UserError: run.json is missing or damaged.
         """
-        run = self._written()
+        try:
+            run = Run.model_validate_json(self._json.read_bytes())
+        except (OSError, ValueError):
+            raise UserError(f"{self._json}: missing or damaged; the folder does not hold a run") from None
         if run.state != "finished":
             run.state = self._state(run, job)
-            run.summary = summarise(self.read_metrics())
         return run
 
-    def _written(self) -> Run:
-        """run.json as it stands."""
-        try:
-            return Run.model_validate_json(self._json.read_bytes())
-        except (OSError, ValueError):
-            raise UserError(f"{self._json}: missing or damaged; the folder is no run") from None
-
     def _state(self, run: Run, job: JobState | None) -> State:
-        held = is_held(self.path / ".lock")
-        if run.state == "running" and held:  # what prepares the rows of a run that is queued holds it too
+        is_in_use = is_held(self.path / ".lock")
+        if run.state == "running" and is_in_use:  # what prepares the rows of a run that is queued holds it too
             return "running"
         if job:
             return run.state if job.kind == "unknown" else job.kind
-        just_made = run.state == "created" and _is_recent(run.created)  # what takes it up may not have got to it yet
-        gone = run.state in ("created", "running") and not held and not just_made
-        return "interrupted" if gone else run.state
+        age = datetime.now(UTC) - datetime.fromisoformat(run.created)
+        is_starting = run.state == "created" and age.total_seconds() < 10
+        is_gone = run.state in ("created", "running") and not is_in_use and not is_starting
+        return "interrupted" if is_gone else run.state
+
+    def summary(self, run: Run) -> Summary:
+        """The summary of the run's metrics so far, which run.json has for a finished run.
+
+        Args:
+            run: the content of its run.json.
+        """
+        return run.summary if run.state == "finished" else summarise(self.read_metrics())
 
     def jobs(self) -> list[Job]:
         """The jobs that places were given for the run, oldest first."""
         try:
-            return [Job.model_validate(job) for job in orjson.loads(self._jobs.read_bytes())]
+            return _JOBS.validate_json(self._jobs.read_bytes())
         except (OSError, ValueError):
             return []
 
     def add_job(self, job: Job) -> None:
         """Note a job."""
-        every = [one.model_dump() for one in [*self.jobs(), job]]
-        write_atomically(self._jobs, orjson.dumps(every, option=orjson.OPT_INDENT_2).decode() + "\n")
+        with held(self.path / ".jobs.lock", "another process is noting a job", PATIENCE, remove=True):
+            write_atomically(self._jobs, _JOBS.dump_json([*self.jobs(), job], indent=2).decode() + "\n")
 
     def held(self) -> AbstractContextManager[int]:
-        """Hold the run for this process and whoever inherits the descriptor, so that its state can be trusted.
+        """Hold the run for this process and those that inherit the descriptor, so that its state can be trusted.
 
         Raises:
             UserError: another process holds it.
@@ -205,57 +217,56 @@ class RunDir:
         return held(self.path / ".lock", "the run is still going on")
 
     def read_metrics(self, since: int = 0) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl by step. Steps that a resumed run did again count once, the last time.
+        """The records of metrics.jsonl by step, without those of steps that a resumed run does again.
 
         Args:
-            since: pass over so many bytes, which an earlier launch wrote.
+            since: skip this many bytes, which an earlier launch wrote.
         """
         try:
             lines = self.metrics.read_bytes()[since:].split(b"\n")
         except OSError:
             return []
         records: dict[tuple[int, int], dict[str, Any]] = {}
+        previous = 0
         for line in filter(None, lines):
             try:
                 record = orjson.loads(line)
-                kind = 0 if "loss" in record else 1 if is_evaluation(record) else 2  # in their order at a step
-                records[record["step"], kind] = record
+                step = record["step"]
             except (orjson.JSONDecodeError, TypeError, KeyError):
                 continue  # the last line of a killed process
+            if step < previous:
+                records = {key: kept for key, kept in records.items() if key[0] <= step}
+            previous = step
+            kind = 0 if "loss" in record else 1 if is_evaluation(record) else 2  # in their order at a step
+            records[step, kind] = record
         return [records[key] for key in sorted(records)]
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that training can be resumed from, or None; damaged ones are named on stderr.
+        """The newest checkpoint that training can be resumed from, or None; damaged ones are reported on stderr.
 
         Raises:
             UserError: run.json is missing or damaged.
         """
         by_step = {checkpoints.step_of(folder): folder for folder in self.output.glob("checkpoint-*")}
         for step in sorted((step for step in by_step if step is not None), reverse=True):
-            problem = checkpoints.damage(by_step[step], self._written().ranks)
+            problem = checkpoints.damage(by_step[step], self.read().ranks)
             if problem is None:
                 return by_step[step]
             say(f"{by_step[step].name} is damaged: {problem}; it is skipped")
         return None
 
 
+_JOBS = TypeAdapter(list[Job])
+
+
 def this_job(environment: Mapping[str, str]) -> str | None:
-    """The id of the job that a process of such an environment belongs to, as SLURM writes that of an array's task."""
+    """The id of the job that a process with such an environment belongs to, as SLURM writes that of an array's task."""
     array, task = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
     return f"{array}_{task}" if array and task else None
 
 
-def _is_recent(created: str) -> bool:
-    return (datetime.now(UTC) - datetime.fromisoformat(created)).total_seconds() < 10
-
-
-def claim(runs: Path, recipe: str, digest: str) -> RunDir:
-    """A new folder runs/<recipe>/<time>-<digest>/ that no other launch has."""
-    return RunDir(new_folder(runs / recipe, digest[:7]))
-
-
 def new_folder(parent: Path, name: str) -> Path:
-    """A new folder <time>-<name> that nobody else has."""
+    """A new folder <time>-<name> that no other process has."""
     parent.mkdir(parents=True, exist_ok=True)
     while True:
         folder = parent / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}"
@@ -267,40 +278,42 @@ def new_folder(parent: Path, name: str) -> Path:
 
 
 def is_evaluation(record: dict[str, Any]) -> bool:
-    """Whether a metrics record is of an evaluation; of rows too few for a packed batch Axolotl logs no loss."""
+    """Whether a metrics record is of an evaluation; Axolotl logs no loss for rows too few for a packed batch."""
     return "eval_loss" in record or "eval_loss_per_token" in record
+
+
+_MEMORY = {"memory_reserved_gib": "GPU, reserved", "rss_peak_gib": "resident"}
 
 
 def summarise(metrics: list[dict[str, Any]]) -> Summary:
     """The summary of a run's metrics."""
-    summary = Summary()
-    tokens = token_seconds = 0.0
-    evaluations = 0
-    for record in metrics:
-        summary.step = record["step"]
-        summary.max_steps = record.get("max_steps", summary.max_steps)
-        summary.epoch = record.get("epoch", summary.epoch)
-        summary.loss = record.get("loss", summary.loss)
-        seconds = record.get("step_seconds") or 0.0
-        summary.train_seconds += seconds
-        if record.get("tokens"):
-            tokens += record["tokens"]
-            token_seconds += seconds
-        if is_evaluation(record):
-            summary.eval_loss, summary.eval_loss_per_token = map(record.get, ("eval_loss", "eval_loss_per_token"))
-            if evaluations == 0:
-                summary.eval_loss_first = summary.eval_loss
-                summary.eval_loss_per_token_first = summary.eval_loss_per_token
-            evaluations += 1
-        for key, kind in (("memory_reserved_gib", "GPU, reserved"), ("rss_peak_gib", "resident")):
-            if key in record and (summary.memory_kind in (None, kind)):
-                summary.peak_memory, summary.memory_kind = max(record[key], summary.peak_memory or 0), kind
-        if peaks := record.get("peak_gib_by_rank"):
-            before = summary.peak_memory_by_rank or peaks  # a resumed run's processes count anew
-            summary.peak_memory_by_rank = [max(both) for both in zip(peaks, before, strict=True)]
-            summary.peak_memory = max(*peaks, summary.peak_memory or 0)
-        summary.engine = record.get("engine", summary.engine)
-        summary.ended = record.get("ended")  # of the last record
-    if token_seconds:
-        summary.tokens_per_second = tokens / token_seconds
-    return summary
+
+    def last(key: str) -> Any:
+        return next((record[key] for record in reversed(metrics) if key in record), None)
+
+    newest = metrics[-1] if metrics else {}
+    evaluations = [record for record in metrics if is_evaluation(record)] or [{}]
+    counted = [record for record in metrics if record.get("tokens")]
+    counted_seconds = sum(record.get("step_seconds") or 0.0 for record in counted)
+    memory = next((key for record in metrics for key in _MEMORY if key in record), "")
+    of_ranks = [record["peak_gib_by_rank"] for record in metrics if record.get("peak_gib_by_rank")]
+    by_rank = [max(of_rank) for of_rank in zip(*of_ranks, strict=True)]  # a resumed run's processes start over
+    return Summary(
+        step=newest.get("step", 0),
+        max_steps=last("max_steps"),
+        epoch=last("epoch"),
+        loss=last("loss"),
+        eval_loss_first=evaluations[0].get("eval_loss"),
+        eval_loss=evaluations[-1].get("eval_loss"),
+        eval_loss_per_token_first=evaluations[0].get("eval_loss_per_token"),
+        eval_loss_per_token=evaluations[-1].get("eval_loss_per_token"),
+        train_seconds=sum(record.get("step_seconds") or 0.0 for record in metrics),
+        tokens_per_second=sum(record["tokens"] for record in counted) / counted_seconds if counted_seconds else None,
+        peak_memory=max([record[memory] for record in metrics if memory in record] + by_rank, default=None),
+        memory_kind=_MEMORY.get(memory),
+        engine=last("engine"),
+        peak_memory_by_rank=by_rank or None,
+        trainable_parameters=last("trainable_parameters"),
+        parameters=last("parameters"),
+        ended=newest.get("ended"),
+    )

@@ -147,7 +147,7 @@ def evaluate(folder: RunDir, request: Request) -> Evaluation:
     task = Task(folder, request)
     judge = bertscore.judge(request.judge, request.judge_layer, task.run.rehearsal)
     if task.run.state != "finished":
-        summary = task.run.summary
+        summary = folder.summary(task.run)
         say(f"{folder.path}: the run is {task.run.state} at step {summary.step} of {summary.max_steps}")
     if judge is None and request.judge is None:
         say(f"BERTScore is left out: {bertscore.DEFAULT} is not on this machine; `--bertscore {bertscore.DEFAULT}` "

@@ -147,6 +147,12 @@ def test_any_text_is_edited_right_or_refused(lines: list[str], key: str, value: 
         assert len(re.findall(rf"# {comment}\b|; {comment}\b", made)) >= len(re.findall(rf"# {comment}\b", text))
 
 
+def test_true_in_the_place_of_1_is_a_change() -> None:
+    assert edit.edited("a: 1\n", "a", True, "t.yaml") == "a: true  # variant, was 1\n"
+    with pytest.raises(UserError, match="cannot be edited"):
+        edit.edited("a: &x {k: 1}\nb: *x\n", "a.k", True, "t.yaml")
+
+
 def test_a_variant_from_the_command_line_to_its_config(place: Path, recipe: Recipe) -> None:
     made = recipe("new", "ideas/wide", "--from", BASE, "--set", "lora_r=64", "--set", "weight_decay=null")
     assert (made.returncode, made.stdout) == (0, "variants/ideas/wide.yaml\n")

@@ -41,8 +41,12 @@ def submitted(place: Path, *arguments: str | Path, command: Path = RECIPE, **env
 
 
 def wait_for(run: RunDir, holds: Callable[[rundir.Run], bool], seconds: float = 240) -> rundir.Run:
+    def read() -> rundir.Run:
+        record = places.read(run)
+        return record.model_copy(update={"summary": run.summary(record)})
+
     deadline = time.monotonic() + seconds
-    while not holds(record := places.read(run)):
+    while not holds(record := read()):
         place_module.forget_queue()
         said = [file.read_text(errors="replace")[-2000:] for file in run.path.glob("*.log")]
         assert time.monotonic() < deadline, (record.state, record.summary, *said)

@@ -391,7 +391,7 @@ def test_the_longest_batch_of_the_data(recipe: Recipe, small: yamlfiles.Config, 
         (["haider2024/llama-2-7b", "--set", "optimizer=adamwx"], "optimizer"),
         (
             ["haider2024/llama-2-7b", "--set", "base_model=nobody/nothing"],
-            "config.json of nobody/nothing cannot be had",
+            "config.json of nobody/nothing is not available",
         ),
         (["haider2024/llama-2-7b", "--data"], "the tokenizer of meta-llama/Llama-2-7b-hf is not on this machine"),
         (["--compare"], "name one recipe or file"),

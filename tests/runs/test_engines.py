@@ -93,7 +93,7 @@ def divided(place: Path, tiny_profile: Path, request: pytest.FixtureRequest) -> 
     profile = request.param
     process = start(place, *rehearsal(tiny_profile, profile, "--profile", profile, "--gpus", "2"))
     run = broken_off(process, place / profile, profile in KILLED)
-    state, done = run.read().state, run.read().summary.step
+    state, done = run.read().state, run.summary(run.read()).step
     assert state == ("failed" if profile in KILLED else "interrupted")
     assert 3 <= done < STEPS
     checkpoint = run.last_checkpoint()
@@ -162,7 +162,7 @@ def test_two_nodes_train_like_one_process(alone: RunDir, place: Path, tiny_profi
     words = rehearsal(tiny_profile, "nodes", "--profile", "fsdp2", "--nodes", "2", "--on", "slurm")
     run = RunDir(place / finish(start(place, *words)))
     deadline = time.monotonic() + 180
-    while run.read().summary.step < 3:
+    while run.summary(run.read()).step < 3:
         assert time.monotonic() < deadline, run.log.read_text()
         time.sleep(0.05)
     (job,) = (one.id for one in run.jobs() if one.step == "run")

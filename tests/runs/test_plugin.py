@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -6,11 +7,13 @@ import pytest
 from conftest import recipe_config, train_many
 
 from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.files import read_json, tensor_shapes
 from qlora_recipes.base.progress import TrainingProgress
 from qlora_recipes.configs import config
+from qlora_recipes.planning import lora
 from qlora_recipes.runs.handover import PLUGIN
 from qlora_recipes.runs.plugin import RunCallback, RunPlugin
-from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.runs.rundir import RunDir, summarise
 
 USE_CPU = "test_plugin.UseCpuOnly"
 
@@ -72,6 +75,16 @@ def test_a_record_after_a_torn_line_is_kept(tmp_path: Path) -> None:
         progress.read()
         assert progress.task.completed == step
     assert [record["step"] for record in run.read_metrics()] == [4, 5, 6]
+
+
+def test_the_parameters_are_counted(runs: dict[str, RunDir], tiny: Path) -> None:
+    run = runs["evaluated"]
+    summary = summarise(run.read_metrics())
+    adapter = tensor_shapes(run.output / "adapter_model.safetensors").values()
+    assert summary.trainable_parameters == sum(map(math.prod, adapter)) > 0
+    base_model = lora.total(read_json(tiny / "config.json"))
+    assert summary.parameters == base_model + summary.trainable_parameters
+    assert summary.trainable_share == summary.trainable_parameters / summary.parameters
 
 
 def test_metrics_say_what_happened(runs: dict[str, RunDir]) -> None:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.progress import TrainingProgress
 from qlora_recipes.results import run_rows
 from qlora_recipes.runs import lookup, rundir
-from qlora_recipes.runs.rundir import Run, RunDir
+from qlora_recipes.runs.rundir import Job, Run, RunDir
 
 
 def a_run(path: Path, **fields: Any) -> RunDir:
@@ -105,13 +106,13 @@ def test_runs_are_found_by_folder_end_and_latest(tmp_path: Path) -> None:
 
 
 def test_a_claimed_folder_is_nobody_elses(tmp_path: Path) -> None:
-    claimed = {rundir.claim(tmp_path / "runs", "s/r", "0123456789").path for _ in range(3)}
+    claimed = {rundir.new_folder(tmp_path / "runs/s/r", "0123456") for _ in range(3)}
     assert len(claimed) == 3
     (tmp_path / "file").touch()
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere" / "at" / "all")
     for name in ("file", "gone"):
         with pytest.raises(OSError):
-            rundir.claim(tmp_path / name, "s/r", "0123456789")
+            rundir.new_folder(tmp_path / name / "s/r", "0123456")
 
 
 def test_a_damaged_run_is_told(tmp_path: Path) -> None:
@@ -119,3 +120,34 @@ def test_a_damaged_run_is_told(tmp_path: Path) -> None:
     (run.path / "run.json").write_text('{"state": ')
     with pytest.raises(UserError, match="missing or damaged"):
         run.read()
+
+
+def test_a_run_that_was_resumed_from_before_its_newest_records_is_at_its_own_step(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "r", state="interrupted")
+    before = [b'{"step":%d,"loss":%d.0,"step_seconds":1.0}' % (step, 9 - step) for step in range(1, 6)]
+    again = [b'{"step":3,"engine":"DDP"}', b'{"step":4,"loss":1.0,"step_seconds":1.0}']  # from checkpoint-3
+    write_metrics(run, *before, *again)
+    summary = run.summary(run.read())
+    assert (summary.step, summary.loss, summary.train_seconds) == (4, 1.0, 4.0)
+    assert [(record["step"], record.get("loss")) for record in run.read_metrics()] == [
+        (1, 8.0), (2, 7.0), (3, 6.0), (3, None), (4, 1.0)
+    ]  # fmt: skip
+
+
+def test_metrics_are_read_for_a_summary_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = a_run(tmp_path / "r", state="interrupted")
+    finished = a_run(tmp_path / "f", state="finished", summary=rundir.Summary(step=8))
+    write_metrics(running, b'{"step":3,"loss":1.0}')
+    assert running.summary(running.read()).step == 3
+    monkeypatch.setattr(RunDir, "read_metrics", lambda *_: pytest.fail("metrics are read"))
+    assert (running.read().state, finished.summary(finished.read()).step) == ("interrupted", 8)
+
+
+def test_jobs_that_are_noted_at_once_are_all_kept(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "r")
+    with ThreadPoolExecutor() as pool:
+        list(
+            pool.map(lambda i: run.add_job(Job(place="slurm", id=str(i), step="run", user="u", script="s")), range(20))
+        )
+    assert {job.id for job in run.jobs()} == {str(i) for i in range(20)}
+    assert sorted(file.name for file in run.path.iterdir()) == ["jobs.json", "run.json"]

@@ -51,7 +51,7 @@ class Case:
     @cached_property
     def steps(self) -> int | None:
         """The optimizer steps of the training, where they can be counted; at most so many where rows are packed."""
-        return None if self.wrong else datafiles.most_steps(self.config, self.gpus)
+        return None if self.wrong else datafiles.training_steps(self.config | {"sample_packing": False}, self.gpus)
 
     @property
     def number_of_steps(self) -> str:
