@@ -9,7 +9,6 @@ from typing import Any
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.quiet import importing_axolotl
-from ..base.yamlfiles import Config
 from ..configs import compose, models, standin
 from ..configs.compose import Composed, Request
 from ..configs.config import check_not_of_the_run
@@ -111,14 +110,12 @@ def examine(
         data: also read its rows.
     """
     of_schema = list(schema.findings(composed.config))
-    wrong = [finding.key for finding in of_schema if finding.rule in ("value", "plugin-key")]
-    sound = _without(composed.config, wrong)
-    parts = {key.partition(".")[0] for key in wrong}
-    case = rules.Case(sound, parts, None if composed.rehearsal else gpu, gpus, launching)
+    usable, wrong = schema.usable(composed.config, of_schema)
+    case = rules.Case(usable, wrong, None if composed.rehearsal else gpu, gpus, launching)
     report = Report(composed.recipe, composed)
     report.add(placed([*of_schema, *rules.findings(case)], composed))
     if data:
-        of_rows, report.data = rows.check(sound)
+        of_rows, report.data = rows.check(usable)
         report.add(of_rows)
     return report
 
@@ -174,10 +171,7 @@ def lengths(composed: Composed) -> list[dict[str, Any]]:
         UserError: the data or the tokenizer is not on this machine, or Axolotl refuses them.
     """
     _need_tokenizer(composed, "--data")
-    found = examine(composed).findings
-    refuse(
-        [finding for finding in found if finding.rule in ("missing-file", "no-data") and "test" not in finding.key], []
-    )
+    refuse([finding for finding in examine(composed).findings if finding.key.startswith("datasets")], [])
     measured = [one for one in _lengths(composed)[1] if one["key"].startswith("datasets")]
     if not measured:
         raise UserError("--data: the config has no local JSONL file to measure")
@@ -215,24 +209,6 @@ def refuse(found: list[Finding], force: list[str]) -> list[Finding]:
     if any(finding.level == "error" for finding in left):
         raise UserError("\n".join(str(finding) for finding in left if finding.level == "error"))
     return left
-
-
-def _without(content: Config, keys: list[str]) -> Config:
-    """A config without the values at some dotted keys."""
-    for key in sorted(keys, key=lambda key: [(part.isdecimal(), part.zfill(9)) for part in key.split(".")])[::-1]:
-        content = _removed(content, key.split("."))  # from the end, so that positions in lists stay
-    return content
-
-
-def _removed(value: Any, path: list[str]) -> Any:
-    first, rest = path[0], path[1:]
-    if isinstance(value, list) and first.isdecimal() and int(first) < len(value):
-        kept = [_removed(value[int(first)], rest)] if rest else []
-        return [*value[: int(first)], *kept, *value[int(first) + 1 :]]
-    if isinstance(value, dict) and first in value:
-        below = {first: _removed(value[first], rest)} if rest else {}
-        return {key: item for key, item in value.items() if key != first} | below
-    return value
 
 
 def placed(found: list[Finding], composed: Composed) -> Iterator[Finding]:

@@ -6,6 +6,20 @@ from typing import Literal, get_args
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
+Scope = Literal["step", "config", "data", "file", "gpu", "machine"]
+_SCOPES: dict[str, Scope] = {
+    "value": "step",
+    "unknown-key": "step",
+    "no-lora-targets": "step",
+    "unknown-lora-target": "step",
+    "no-lora-rank": "step",
+    "not-quantized": "step",
+    "missing-file": "file",
+    "gpu-lacks": "gpu",
+    "too-big": "gpu",
+    "no-gpu": "machine",
+}
+
 
 @dataclass
 class Finding:
@@ -30,8 +44,15 @@ class Finding:
     line: int | None = None
 
     @property
+    def scope(self) -> Scope:
+        """What it is about: the training step, which cannot be planned then; another part of the config; a file of
+        data or its rows; another file; the GPU that the config is meant for; or the hardware of this machine."""
+        scope = _SCOPES.get(self.rule, "config")
+        return "data" if self.key.endswith(".path") and scope != "step" else scope
+
+    @property
     def name(self) -> str:
-        """How `--force` calls it."""
+        """What `--force` calls it."""
         return f"{self.rule}:{self.key}" if self.key else self.rule
 
     def __str__(self) -> str:

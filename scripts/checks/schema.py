@@ -9,6 +9,7 @@ from ..base import yamlfiles
 from ..base.errors import did_you_mean
 from ..base.paths import RECIPES
 from ..base.yamlfiles import Config
+from ..configs.config import override
 from .finding import Finding
 
 FILE = RECIPES / "axolotl.schema.json"
@@ -101,6 +102,15 @@ def findings(content: Config) -> Iterator[Finding]:
     for error in jsonschema.Draft202012Validator(load()).iter_errors(content):
         for found in _closest(error):
             yield from _as_findings(found, foreign)
+
+
+def usable(content: Config, broken: Iterable[Finding]) -> tuple[Config, set[str]]:
+    """What rules can rely on: a config without the values that break the schema, and the top-level keys that these are
+    part of. An item of a list becomes None, so that the others keep their positions."""
+    keys = [finding.key for finding in broken if finding.rule in ("value", "plugin-key")]
+    for key in keys:
+        content = override(content, key, None)
+    return content, {key.partition(".")[0] for key in keys}
 
 
 def _is_foreign(plugin: Any) -> bool:

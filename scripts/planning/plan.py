@@ -8,8 +8,7 @@ from typing import Any
 
 from ..base import paths
 from ..base.yamlfiles import Config
-from ..checks import check, rules
-from ..checks.rules import hardware
+from ..checks import check
 from ..configs import datafiles
 from ..configs.compose import Composed, Request, compose
 from ..configs.engines import engine_of
@@ -22,8 +21,6 @@ from .traces import NotAlike
 SIZES = (8, 12, 16, 24, 40, 48, 80)
 """Cards by their memory in GB, for a plan that names none."""
 _MOST_ROWS = 1024
-
-_NOTHING_TO_PLAN = ("value", "unknown-key", "no-lora-targets", "unknown-lora-target", "no-lora-rank", "not-quantized")
 
 
 def of_request(
@@ -49,9 +46,8 @@ def of_request(
     composed = composed_for(request)
     lengths = check.lengths(composed) if data else []
     planned, planner = plan(composed.config, gpu, vram, request.gpus)
-    if gpu:
-        lacks = hardware.gpu_lacks(rules.Case(composed.config, set(), gpu))
-        planned["notes"] += [f"{key}: {problem}; {remedy}" for _, key, problem, remedy in lacks]
+    of_gpu = [finding for finding in check.examine(composed, gpu).findings if finding.scope == "gpu"]
+    planned["notes"] += [f"{finding.key}: {finding.problem}; {finding.remedy}" for finding in of_gpu]
     trained_on = None
     if lengths:
         trained_on = tuple(sum(one[f"{name}_trained_on"] for one in lengths) for name in ("rows", "tokens"))
@@ -73,7 +69,7 @@ def composed_for(request: Request) -> Composed:
     """
     composed = compose(request)
     found = check.examine(composed, gpus=request.gpus).findings
-    check.refuse([finding for finding in found if finding.rule in _NOTHING_TO_PLAN], [])
+    check.refuse([finding for finding in found if finding.scope == "step"], [])
     return composed
 
 

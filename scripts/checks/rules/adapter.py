@@ -33,7 +33,7 @@ def unknown_lora_target(case: Case) -> Found:
         yield "error", "lora_target_modules", f"{targets} matches no layer of this model", f"it has {', '.join(linear)}"
         return
     for i, target in enumerate(targets):
-        if not any(path == target or path.endswith(f".{target}") for path in paths):
+        if target is not None and not any(f".{path}".endswith(f".{target}") for path in paths):
             hint = did_you_mean(target, linear) or f"; it has {', '.join(linear)}"
             yield "error", f"lora_target_modules.{i}", f"no layer of this model is called {target}{hint}", ""
 
