@@ -112,7 +112,7 @@ def test_evaluation_rows_that_were_trained_on_are_found() -> None:
 def test_what_is_not_checked_is_said() -> None:
     assert "orcamini reads are not known here" in found([GOOD], {"type": "orcamini"})[0]
     Path("x.parquet").touch()
-    assert "is no JSONL file" in found([GOOD], {"path": "x.parquet"})[0]
+    assert "is not a JSONL file" in found([GOOD], {"path": "x.parquet"})[0]
 
 
 def test_the_shipped_sample_has_none(sample: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_folder_is_read_file_by_file(place: Path) -> None:
     (place / "rows" / "manifest.json").write_text("{}")
     findings, (read,) = rows.check({"datasets": [{"path": "rows", "type": "alpaca"}]})
     assert (read["files"], read["rows"]) == (["rows/0.jsonl", "rows/1.jsonl"], 2)
-    assert ["manifest.json is no JSONL file" in str(finding) for finding in findings] == [True]
+    assert ["manifest.json is not a JSONL file" in str(finding) for finding in findings] == [True]
 
 
 @pytest.mark.parametrize("kind", sorted(rows.FIELDS))
