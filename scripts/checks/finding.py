@@ -1,4 +1,4 @@
-"""What a check has to say about a config."""
+"""A finding of a check."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -26,8 +26,8 @@ class Finding:
     """One thing that is wrong with a config or its data, or worth knowing.
 
     Attributes:
-        level: error, which keeps a run from starting; warning; or note, which is no mistake.
-        rule: the name of what was broken.
+        level: error, which keeps a run from starting; warning; or note, which is not a mistake.
+        rule: the name of the rule that was broken.
         key: the dotted key that it is about; empty for a whole file.
         problem: what is wrong.
         remedy: what to do about it.
@@ -45,8 +45,9 @@ class Finding:
 
     @property
     def scope(self) -> Scope:
-        """What it is about: the training step, which cannot be planned then; another part of the config; a file of
-        data or its rows; another file; the GPU that the config is meant for; or the hardware of this machine."""
+        """What it is about: `step`, the training step, which cannot be planned then; `config`, another setting;
+        `data`, a data file or its rows; `file`, another file; `gpu`, the GPU that the config is meant for; `machine`,
+        the hardware of this machine."""
         scope = _SCOPES.get(self.rule, "config")
         return "data" if self.key.endswith(".path") and scope != "step" else scope
 
