@@ -44,7 +44,7 @@ def of_request(
         UserError: it is wrong in a way that leaves nothing to plan, or cannot be planned.
     """
     composed = composed_for(request)
-    lengths = check.lengths(composed) if data else []
+    lengths = check.training_lengths(composed) if data else []
     planned, planner = plan(composed.config, gpu, vram, request.gpus)
     of_gpu = [finding for finding in check.examine(composed, gpu).findings if finding.scope == "gpu"]
     planned["notes"] += [f"{finding.key}: {finding.problem}; {finding.remedy}" for finding in of_gpu]
@@ -69,7 +69,7 @@ def composed_for(request: Request) -> Composed:
     """
     composed = compose(request)
     found = check.examine(composed, gpus=request.gpus).findings
-    check.refuse([finding for finding in found if finding.scope == "step"], [])
+    check.refuse([finding for finding in found if finding.scope == "step"])
     return composed
 
 

@@ -49,7 +49,7 @@ def test_every_finding_is_told_at_once_with_its_place(place: Path, recipe: Recip
     assert done.returncode == 2
     lines = done.stdout.splitlines()
     for start, end in (
-        (f"{at('optimizer')}optimizer: adamwx is no value for it", "[value:optimizer]"),
+        (f"{at('optimizer')}optimizer: adamwx is not an allowed value", "[value:optimizer]"),
         (f"{at('weight_decai')}weight_decai: no key of Axolotl's; did you mean weight_decay?", "[unknown-key:"),
         (f"{at('  - v_prj')}lora_target_modules.2: no layer of this model is called v_prj", "[unknown-lora-target:"),
         ("more.yaml:1: error: bf16: T4 (sm_75) emulates bf16", "[gpu-lacks:bf16]"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_recipes.base import paths
+from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import rows
 
 LLAMA_2, LLAMA_3 = "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"
@@ -150,14 +151,14 @@ def test_fields_are_those_that_axolotl_reads(kind: str, tiny: Path) -> None:
     cfg = DictDefault(sequence_len=512, train_on_inputs=False)
 
     def tokenized(row: dict[str, str]) -> str:
-        (only,) = tokenize(cfg, DictDefault(path="x", type=kind), tokenizer, [row], 512)
+        (only,) = tokenize(kind, cfg, DictDefault(path="x", type=kind), tokenizer, [row], 512)
         return str(tokenizer.decode(only.ids))
 
     whole = tokenized(row | {name: f"the {name}" for name in fields.optional})
     assert all(f"the {name}" in whole for name in (*needed, *fields.optional))
     assert tokenized(row)  # optional fields may be missing
     for name in needed:
-        with pytest.raises(KeyError):
+        with pytest.raises(UserError, match="KeyError"):
             tokenized({other: text for other, text in row.items() if other != name} | {"some": "x"})
 
 
@@ -171,7 +172,7 @@ def test_markers_are_those_of_the_prompt(kind: str, tiny: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     row = GOOD | {"response": "x"}
     cfg = DictDefault(sequence_len=512, train_on_inputs=False)
-    (only,) = tokenize(cfg, DictDefault(path="x", type=kind), tokenizer, [row], 512)
+    (only,) = tokenize(kind, cfg, DictDefault(path="x", type=kind), tokenizer, [row], 512)
     markers = rows.markers_of({"type": kind})
     assert markers
     assert all(marker in tokenizer.decode(only.ids) for marker in markers)
