@@ -107,7 +107,7 @@ def generate_schema() -> str:
         for alternative in alternatives:
             if alternative["type"] in ("integer", "number"):
                 alternative |= bound
-        alternatives.sort(key=lambda one: one["type"] == "string")  # editors judge by the first
+        alternatives.sort(key=lambda alternative: alternative["type"] == "string")  # editors judge by the first
     for name, description in DESCRIPTIONS.items():
         keys[name]["description"] = description
 
@@ -185,8 +185,8 @@ def _set_values(keys: dict[str, Any], key: str, values: list[str], pattern: str 
     text: list[dict[str, Any]] = [{"type": "string", "enum": [str(getattr(value, "value", value)) for value in values]}]
     if pattern:
         text.append({"type": "string", "pattern": pattern})
-    others = [one for one in keys[key]["anyOf"] if one.get("type") != "string" and "CustomSupported" not in str(one)]
-    keys[key]["anyOf"] = text + others
+    kept = [kind for kind in keys[key]["anyOf"] if kind.get("type") != "string" and "CustomSupported" not in str(kind)]
+    keys[key]["anyOf"] = text + kept
 
 
 def _plugins() -> Iterator[tuple[str, BasePlugin]]:
@@ -196,9 +196,9 @@ def _plugins() -> Iterator[tuple[str, BasePlugin]]:
             module = importlib.import_module(f"axolotl.integrations.{package.name}")
         except ImportError:  # a plugin whose own library is not installed cannot be used here either
             continue
-        for name, found in list(vars(module).items()):
-            if isinstance(found, type) and issubclass(found, BasePlugin) and found is not BasePlugin:
-                yield f"axolotl.integrations.{package.name}.{name}", found()
+        for name, value in list(vars(module).items()):
+            if isinstance(value, type) and issubclass(value, BasePlugin) and value is not BasePlugin:
+                yield f"axolotl.integrations.{package.name}.{name}", value()
 
 
 def _optimizers() -> list[str]:

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from itertools import groupby
 from typing import Any
 
 from ..base import yamlfiles
-from ..base.errors import did_you_mean
+from ..base.errors import UserError, did_you_mean
 from ..base.paths import RECIPES
 from ..base.yamlfiles import Config
 from ..configs.config import override
@@ -44,7 +45,7 @@ BOUNDS: dict[str, dict[str, float]] = {
 # What Axolotl leaves undescribed of the keys that the recipes use.
 DESCRIPTIONS = {
     "learning_rate": "The highest learning rate, which the warm-up ends at",
-    "lr_scheduler": "How the learning rate goes on after the warm-up: one of transformers' schedules, one_cycle or rex",
+    "lr_scheduler": "How the learning rate changes after the warm-up: one of transformers' schedules, one_cycle or rex",
     "num_epochs": "How often the training goes through the data; part of an epoch is possible",
     "lora_r": "The rank of LoRA's update matrices: more can learn more, and takes more memory",
     "lora_alpha": "LoRA's update counts lora_alpha / lora_r times (lora_alpha / sqrt(lora_r) with peft_use_rslora)",
@@ -63,7 +64,7 @@ def load() -> dict[str, Any]:
 
 
 TRAIN_OPTIONS = {"debug", "debug_num_examples", "debug_text_only", "prompter", "shard"}
-"""The options of `axolotl train` that are no keys of the config and start one training, with underscores."""
+"""The options of `axolotl train` that are not keys of the config and start one training, with underscores."""
 
 
 def key_of_option(option: str) -> str | None:
@@ -98,7 +99,8 @@ def usable(content: Config, broken: Iterable[Finding]) -> tuple[Config, set[str]
     part of. An item of a list becomes None, so that the others keep their positions."""
     keys = [finding.key for finding in broken if finding.rule in ("value", "plugin-key")]
     for key in keys:
-        content = override(content, key, None)
+        with suppress(UserError):  # a key with a dot in it
+            content = override(content, key, None)
     return content, {key.partition(".")[0] for key in keys}
 
 
