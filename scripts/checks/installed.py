@@ -102,15 +102,7 @@ def generate_schema() -> str:
     }
     plugin_names = {"anyOf": [{"type": "string", "enum": sorted(spellings)}, {"type": "string"}]}  # or anyone's
     keys["plugins"]["anyOf"][0]["items"] = plugin_names
-    for name, bound in BOUNDS.items():
-        alternatives = keys[name].get("anyOf", [keys[name]])
-        for alternative in alternatives:
-            if alternative["type"] in ("integer", "number"):
-                alternative |= bound
-        alternatives.sort(key=lambda alternative: alternative["type"] == "string")  # editors judge by the first
-    for name, description in DESCRIPTIONS.items():
-        keys[name]["description"] = description
-
+    _bound_and_describe(keys)
     of_fsdp = definitions["FSDPConfig"]["properties"]  # Axolotl takes its keys with their old prefix too
     of_fsdp |= {f"fsdp_{key}": value | {"deprecated": True} for key, value in of_fsdp.items() if key != "fsdp_version"}
     for level in (main, *definitions.values()):
@@ -126,6 +118,18 @@ def generate_schema() -> str:
         "$comment": f"axolotl {version('axolotl')}, written by `recipe render --schema`",
     }
     return json.dumps(head | main | {"x-plugins": plugins}, indent=1) + "\n"
+
+
+def _bound_and_describe(keys: dict[str, Any]) -> None:
+    """Add to keys what Axolotl leaves out of them: bounds of numbers, and descriptions."""
+    for name, bound in BOUNDS.items():
+        alternatives = keys[name].get("anyOf", [keys[name]])
+        for alternative in alternatives:
+            if alternative["type"] in ("integer", "number"):
+                alternative |= bound
+        alternatives.sort(key=lambda alternative: alternative["type"] == "string")  # editors judge by the first
+    for name, description in DESCRIPTIONS.items():
+        keys[name]["description"] = description
 
 
 def _add_plugins(
