@@ -203,7 +203,7 @@ def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
     names = {finding.name for finding in findings if finding.level == "error"}
     for name in force:
         if name not in names:
-            raise UserError(f"--force {name}: no error of this config has that name; it is in brackets after each")
+            raise UserError(f"--force {name}: no error of this config has that name; each ends with its name")
         if name.startswith(("secret:", "value:plugins", "value:datasets")):
             raise UserError(f"--force {name}: a run cannot start with this")
     left = [finding for finding in findings if finding.name not in force]
