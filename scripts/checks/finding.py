@@ -1,4 +1,4 @@
-"""What a check has to say about a config."""
+"""A finding of a check."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -6,14 +6,28 @@ from typing import Literal, get_args
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
+Scope = Literal["step", "config", "data", "file", "gpu", "machine"]
+_SCOPES: dict[str, Scope] = {
+    "value": "step",
+    "unknown-key": "step",
+    "no-lora-targets": "step",
+    "unknown-lora-target": "step",
+    "no-lora-rank": "step",
+    "not-quantized": "step",
+    "missing-file": "file",
+    "gpu-lacks": "gpu",
+    "too-big": "gpu",
+    "no-gpu": "machine",
+}
+
 
 @dataclass
 class Finding:
     """One thing that is wrong with a config or its data, or worth knowing.
 
     Attributes:
-        level: error, which keeps a run from starting; warning; or note, which is no mistake.
-        rule: the name of what was broken.
+        level: error, which keeps a run from starting; warning; or note, which is not a mistake.
+        rule: the name of the rule that was broken.
         key: the dotted key that it is about; empty for a whole file.
         problem: what is wrong.
         remedy: what to do about it.
@@ -30,8 +44,16 @@ class Finding:
     line: int | None = None
 
     @property
+    def scope(self) -> Scope:
+        """What it is about: `step`, the training step, which cannot be planned then; `config`, another setting;
+        `data`, a data file or its rows; `file`, another file; `gpu`, the GPU that the config is meant for; `machine`,
+        the hardware of this machine."""
+        scope = _SCOPES.get(self.rule, "config")
+        return "data" if self.key.endswith(".path") and scope != "step" else scope
+
+    @property
     def name(self) -> str:
-        """How `--force` calls it."""
+        """What `--force` calls it."""
         return f"{self.rule}:{self.key}" if self.key else self.rule
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
 """The rows of a config's data: read as a stream, counted, and checked for what would spoil a training."""
 
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +61,7 @@ FIELDS = {
 
 
 def fields_of(dataset: Config) -> Fields | None:
-    """The fields that a data set's type reads; None where this project does not know them."""
+    """The fields that a data set's type reads; None for a type that is not known here."""
     kind = dataset.get("type")
     if isinstance(kind, dict):
         named = {name: kind.get(f"field_{name}") or name for name in ("output", "instruction", "input", "system")}
@@ -84,7 +84,7 @@ _STYLES = {
 
 
 def markers_of(dataset: Config) -> tuple[str, ...]:
-    """What an alpaca prompt sets its parts off with; within a row's text it would end a part too early."""
+    """What separates the parts of an alpaca prompt; within a row's text it would end a part too early."""
     kind, _, style = str(dataset.get("type")).partition(":")
     if kind in ("alpaca", "alpaca_instruct", "gpteacher", "alpaca_w_system.load_instruct"):
         return _STYLES.get(style, _INSTRUCT)
@@ -94,36 +94,24 @@ def markers_of(dataset: Config) -> tuple[str, ...]:
 # What no text of a review or a program should hold: control characters but tab and line ends, and U+FFFD, which is
 # what is left of a character in another encoding.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd]")
-
-
 _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass
-class _Kind:
-    """Rows with the same mistake: how many, and the first of them."""
-
-    count: int = 0
-    first: int = 0
-    example: str = ""
-
-
-@dataclass
 class _File:
-    """What was read of one file of a data set."""
+    """What was read of one file of a data set; a kind of mistake is a rule, and what in a row breaks it."""
 
     key: str
     path: Path
     rows: int = 0
     bytes: int = 0
-    kinds: dict[tuple[str, str], _Kind] = field(default_factory=lambda: defaultdict(_Kind))
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    first: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
 
-    def found(self, rule: str, about: str, line: int, example: str = "") -> None:
-        """Count a row of a kind."""
-        kind = self.kinds[rule, about]
-        kind.count += 1
-        if kind.count == 1:
-            kind.first, kind.example = line, example
+    def count(self, rule: str, about: str, line: int, example: str = "") -> None:
+        """Count a row with a kind of mistake."""
+        self.counts[rule, about] += 1
+        self.first.setdefault((rule, about), (line, example))
 
 
 def check(config: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
@@ -136,31 +124,30 @@ def check(config: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
         config: a config without what breaks the schema.
     """
     special = models.find(config).special_tokens
-    found: list[Finding] = []
+    findings: list[Finding] = []
     read: list[dict[str, Any]] = []
     seen: dict[int, str] = {}
     for key, dataset in datafiles.datasets(config):
-        trained = key.startswith("datasets")
-        reader = _Reader(dataset, special, seen, trained)
-        jsonl = datafiles.jsonl_files(dataset)
-        files = [_File(key, path) for path in jsonl]
+        reader = _Reader(dataset, special, seen, trained=key.startswith("datasets"))
+        files = [_File(key, path) for path in datafiles.jsonl_files(dataset)]
         for file in files:
             reader.read(file, datafiles.first_rows(dataset))
-            found += _findings(file)
-        if files:
-            rows, size = sum(file.rows for file in files), sum(file.bytes for file in files)
-            read.append({"key": key, "files": [str(path) for path in jsonl], "rows": rows, "bytes": size})
+            findings += _findings(file)
         for path in datafiles.local_files(dataset):
-            if path.is_file() and path not in jsonl:
-                found.append(Finding("note", "not-checked", f"{key}.path", f"{path} is no JSONL file", where=str(path)))
-        if files and reader.fields is None:
-            problem = f"the fields that type {dataset.get('type')} reads are not known here, and not checked"
-            found.append(Finding("note", "not-checked", f"{key}.type", problem, where=str(dataset.get("path"))))
-    return found, read
+            if path.is_file() and path.suffix != ".jsonl":
+                problem = f"{path} is not a JSONL file"
+                findings.append(Finding("note", "not-checked", f"{key}.path", problem, where=str(path)))
+        if files:
+            size = {"rows": sum(file.rows for file in files), "bytes": sum(file.bytes for file in files)}
+            read.append({"key": key, "files": [str(file.path) for file in files]} | size)
+            if fields_of(dataset) is None:
+                problem = f"the fields that type {dataset.get('type')} reads are not known here, and not checked"
+                findings.append(Finding("note", "not-checked", f"{key}.type", problem, where=str(dataset.get("path"))))
+    return findings, read
 
 
 class _Reader:
-    """Reads the rows of one data set.
+    """Reads and checks the rows of one data set.
 
     Args:
         dataset: its entry in the config.
@@ -170,19 +157,21 @@ class _Reader:
     """
 
     def __init__(self, dataset: Config, special: str | None, seen: dict[int, str], trained: bool):
-        self.fields, self.seen, self.trained = fields_of(dataset), seen, trained
+        self.fields = fields_of(dataset) or Fields()
         self.markers = markers_of(dataset)
         self.special = re.compile(special) if special else None
+        self.seen = seen
+        self.trained = trained
 
     def read(self, file: _File, limit: int | None) -> None:
-        """Count a file's rows, or the first so many, and what is wrong with them."""
+        """Count a file's rows, or only the first ones up to a limit, and their mistakes."""
         with file.path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if limit is not None and file.rows >= limit:
                     break
                 file.bytes += len(line)
                 if number == 1 and line.startswith(_BOM):
-                    file.found("byte-order-mark", "", number)
+                    file.count("byte-order-mark", "", number)
                     line = line.removeprefix(_BOM)
                 if not line.strip():
                     continue
@@ -190,64 +179,48 @@ class _Reader:
                 try:
                     row = orjson.loads(line)
                 except orjson.JSONDecodeError as error:
-                    file.found("bad-row", "no JSON" if line.isascii() else _encoding(line), number, str(error)[:60])
+                    file.count("bad-row", "not UTF-8" if "UTF-8" in error.msg else "no JSON", number, str(error)[:60])
                     continue
                 if isinstance(row, dict):
                     self._row(file, number, line, row)
                 else:
-                    file.found("bad-row", "no mapping of fields to values", number)
+                    file.count("bad-row", "no mapping of fields to values", number)
 
     def _row(self, file: _File, number: int, line: bytes, row: dict[str, Any]) -> None:
-        fields = self.fields or Fields()
+        fields = self.fields
         texts = []
-        for name in (*fields.texts, *((fields.reference,) if fields.reference else ())):
+        for name in filter(None, (*fields.texts, fields.reference, *fields.optional)):
             value = row.get(name)
             if isinstance(value, str):
                 texts.append(value)
-            else:
-                file.found("bad-row", f"{'no text' if name in row else 'nothing'} in the field {name}", number)
-        for name in fields.optional:
-            value = row.get(name)
-            if isinstance(value, str):
-                texts.append(value)
-            elif value is not None:
-                file.found("bad-row", f"no text in the field {name}", number)
+                if name == fields.reference and not value.strip():
+                    file.count("empty-reference", name, number)
+            elif value is not None or name not in fields.optional:
+                file.count("bad-row", f"{'no text' if name in row else 'nothing'} in the field {name}", number)
         for name in fields.lists:
             if not isinstance(row.get(name), list) or not row[name]:
-                file.found("bad-row", f"no list in the field {name}", number)
-        if fields.reference and isinstance(reference := row.get(fields.reference), str) and not reference.strip():
-            file.found("empty-reference", fields.reference, number)
-        text = "\n".join(texts) if self.fields and not fields.lists else line.decode()
-        self._text(file, number, line, text)
+                file.count("bad-row", f"no list in the field {name}", number)
+        self._text(file, number, line, "\n".join(texts) if fields.texts or fields.reference else line.decode())
 
     def _text(self, file: _File, number: int, line: bytes, text: str) -> None:
         for marker in self.markers:
             if marker in text:
-                file.found("prompt-marker", marker.strip(), number)
+                file.count("prompt-marker", marker.strip(), number)
         if self.special and (match := self.special.search(text)):
-            file.found("special-token", match[0], number)
+            file.count("special-token", match[0], number)
         # JSON escapes nearly all of them, so that most rows need no search
         may_have = not line.isascii() or any(sign in line for sign in (b"\\u", b"\\b", b"\\f", b"\x7f"))
         if may_have and (match := _CONTROL.search(text)):
-            file.found("control-character", f"U+{ord(match[0]):04X}", number)
-        exact, folded = hash(text), hash(" ".join(text.split()))
-        before = self.seen.get(exact)
-        if before:
-            file.found("repeated-row" if self.trained else "leaked-row", "", number, before)
+            file.count("control-character", f"U+{ord(match[0]):04X}", number)
+        exact = hash(text)
+        folded = hash(" ".join(text.split()))
+        if before := self.seen.get(exact):
+            file.count("repeated-row" if self.trained else "leaked-row", "", number, before)
         elif not self.trained and (before := self.seen.get(folded)):
-            file.found("leaked-row", " but for white space", number, before)
+            file.count("leaked-row", " but for white space", number, before)
         if self.trained:
-            where = f"{file.path}:{number}"
-            self.seen.setdefault(exact, where)
-            self.seen.setdefault(folded, where)
-
-
-def _encoding(line: bytes) -> str:
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    return "no JSON"
+            for key in (exact, folded):
+                self.seen.setdefault(key, f"{file.path}:{number}")
 
 
 # level, problem and remedy by rule; {n} rows, {about} what the kind is, {example} of the first row
@@ -267,8 +240,9 @@ def _findings(file: _File) -> Iterator[Finding]:
     """One finding for each kind of mistake in a file, at the first row that has it."""
     if file.bytes and not file.rows:  # a file of no bytes is a finding already
         yield Finding("error", "bad-row", f"{file.key}.path", "no rows", where=str(file.path))
-    for (rule, about), kind in file.kinds.items():
+    for (rule, about), (line, example) in file.first.items():
         level, problem, remedy = _WORDS[rule]
-        rows = "1 row" if kind.count == 1 else f"{kind.count} rows"
-        text = problem.format(n=rows, about=about) + (f" ({kind.example})" if kind.example else "")
-        yield Finding(level, rule, f"{file.key}.path", text, remedy, str(file.path), kind.first)
+        count = file.counts[rule, about]
+        text = problem.format(n="1 row" if count == 1 else f"{count} rows", about=about)
+        text += f" ({example})" if example else ""
+        yield Finding(level, rule, f"{file.key}.path", text, remedy, str(file.path), line)

@@ -1,6 +1,5 @@
-"""What a config trains on: its rows as Axolotl's own code tokenizes them. Importing this imports Axolotl, some 10 s."""
+"""What a config trains on: its rows as Axolotl's own code tokenizes them. Importing this imports Axolotl: some 10 s."""
 
-import copy
 import math
 import os
 import random
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.loaders import load_tokenizer
-from axolotl.utils.config import normalize_cfg_datasets, normalize_config, prepare_plugins, validate_config
+from axolotl.utils.config import normalize_cfg_datasets, normalize_config
 from axolotl.utils.data.wrappers import get_dataset_wrapper
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
@@ -25,10 +24,10 @@ from ..base.yamlfiles import Config
 from ..configs import datafiles
 from ..runs.eval_loss import MASKED
 from .finding import Finding, Level
-from .installed import capabilities
+from .installed import validated
 
 disable_progress_bar()
-# Axolotl tokenizes in a process that it forks, which would outlive a killed command, and hold the locks it inherited
+# Axolotl tokenizes in a process that it forks, which would outlive a killed command and keep the locks it inherited
 os.register_at_fork(after_in_child=end_with_parent)
 
 _NO_LIMIT = 2**24  # tokens
@@ -47,23 +46,33 @@ class Tokens:
         return sum(label != MASKED for label in self.labels)
 
 
-def tokenize(cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], longest: int) -> list[Tokens]:
+def tokenize(
+    where: str, cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], longest: int
+) -> list[Tokens]:
     """Rows as Axolotl tokenizes them for training, before it drops or cuts the long ones.
 
     Args:
+        where: what messages call the rows.
         cfg: a config, as Axolotl's DictDefault.
         dataset: the entry of the rows' data set in it.
         tokenizer: the tokenizer.
         rows: fields by name.
-        longest: the most tokens of a prompt, and of an answer, which Axolotl cuts each for itself.
+        longest: the most tokens of a prompt, and of an answer, which Axolotl cuts separately.
+
+    Raises:
+        UserError: Axolotl cannot tokenize them.
     """
     kind = dataset["type"]
     base, _, style = kind.partition(":") if isinstance(kind, str) else ("", "", "")
     limited = DictDefault({**cfg, "sequence_len": longest, "dataset_num_proc": 1})  # its | would keep cfg's values
     fields = dict.fromkeys(name for row in rows for name in row)
     table = Dataset.from_list([{name: row.get(name) for name in fields} for row in rows])
-    made, _ = get_dataset_wrapper(dataset, tokenizer, limited, base, table, style or None)
-    return [Tokens(row["input_ids"], row["labels"]) for row in made]
+    try:
+        tokenized, _ = get_dataset_wrapper(dataset, tokenizer, limited, base, table, style or None)
+    except Exception as error:  # a strategy can raise anything
+        problem = f"Axolotl cannot tokenize these rows as {kind}: {type(error).__name__}: {error}"
+        raise UserError(f"{where}: {problem}") from None
+    return [Tokens(row["input_ids"], row["labels"]) for row in tokenized]
 
 
 class Tokenizer:
@@ -74,10 +83,8 @@ class Tokenizer:
     """
 
     def __init__(self, content: Config):
-        cfg = DictDefault(copy.deepcopy(content))
         try:
-            prepare_plugins(cfg)
-            self.cfg = validate_config(cfg, *capabilities())
+            self.cfg = validated(content)
             normalize_config(self.cfg)
             normalize_cfg_datasets(self.cfg)
             self.tokenizer = load_tokenizer(self.cfg)
@@ -85,24 +92,17 @@ class Tokenizer:
             raise UserError(f"{content.get('base_model')}: its tokenizer cannot be loaded: {error}") from None
 
     def tokenize(self, key: str, rows: Sequence[dict[str, Any]]) -> list[Tokens]:
-        """Rows of the data set at a key such as `datasets.0`, not cut.
-
-        Raises:
-            UserError: Axolotl cannot tokenize them.
-        """
+        """Rows of the data set at a key such as `datasets.0`, not cut. Raises as `tokenize`."""
         section, _, position = key.partition(".")
         dataset = self.cfg[section][int(position)]
-        longest = (
-            self.cfg.sequence_len if dataset["type"] == "completion" else _NO_LIMIT
-        )  # it makes rows of that length
-        try:
-            return tokenize(self.cfg, dataset, self.tokenizer, rows, longest)
-        except Exception as error:  # a strategy can raise anything
-            raise UserError(f"{key}: Axolotl cannot tokenize these rows: {type(error).__name__}: {error}") from None
+        pieces = dataset["type"] == "completion"  # which Axolotl makes rows of sequence_len tokens from
+        longest = self.cfg.sequence_len if pieces else _NO_LIMIT
+        return tokenize(key, self.cfg, dataset, self.tokenizer, rows, longest)
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """The text that each token adds; a character of several tokens is the last one's."""
-        texts, before = [], ""
+        """The text that each token adds; a character of several tokens is counted to the last of them."""
+        texts = []
+        before = ""
         for end in range(1, len(ids) + 1):
             now = self.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
             whole = not now.endswith("\ufffd") or end == len(ids)
@@ -111,7 +111,7 @@ class Tokenizer:
         return texts
 
 
-def shown(content: Config, count: int) -> list[dict[str, Any]]:
+def by_token(content: Config, count: int) -> list[dict[str, Any]]:
     """The first rows of each training data set, token by token.
 
     Returns:
@@ -142,17 +142,19 @@ def shown(content: Config, count: int) -> list[dict[str, Any]]:
 
 
 def lengths(content: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
-    """How long the rows of each data set are in tokens, and what sequence_len and the batches do to them.
+    """How long the rows of each data set are in tokens, and the effect of sequence_len and of batches on them.
 
     Returns:
         Findings, and for each data set: rows, tokens, tokens with loss, percentiles of the length, rows longer than
         sequence_len, and the share of padding in batches of micro_batch_size rows in the order of one shuffle.
     """
     tokenizer = Tokenizer(content)
-    found: list[Finding] = []
+    findings: list[Finding] = []
     measured = []
     for key, dataset in datafiles.datasets(content):
-        sizes, learnt, learns_end = [], 0, False
+        sizes = []
+        learnt = 0
+        learns_end = False
         total = sum(datafiles.count_rows(file) for file in datafiles.jsonl_files(dataset))
         with Bar(f"tokenize {key}", min(total, datafiles.first_rows(dataset) or total)) as bar:
             for some in batched(_rows(dataset), 1000):
@@ -162,7 +164,8 @@ def lengths(content: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
                     learns_end = learns_end or tokenizer.tokenizer.eos_token_id in row.labels
                 bar.update(len(sizes))
         if sizes:
-            found += _of_lengths(tokenizer.cfg, key, sizes, learns_end)
+            findings += _of_lengths(tokenizer.cfg, key, sizes, learns_end)
+            kept = _kept(tokenizer.cfg, sizes)
             measured.append(
                 {
                     "key": key,
@@ -170,14 +173,14 @@ def lengths(content: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
                     "tokens": sum(sizes),
                     "tokens_with_loss": learnt,
                     "percentiles": {str(share): _percentile(sizes, share) for share in (50, 90, 95, 99, 100)},
-                    "rows_trained_on": len(_kept(tokenizer.cfg, sizes)),
-                    "tokens_trained_on": sum(_kept(tokenizer.cfg, sizes)),
-                    "longest_trained_on": max(_kept(tokenizer.cfg, sizes), default=0),
+                    "rows_trained_on": len(kept),
+                    "tokens_trained_on": sum(kept),
+                    "longest_trained_on": max(kept, default=0),
                     "longer_than_sequence_len": sum(size > tokenizer.cfg.sequence_len for size in sizes),
-                    "padding_share": None if tokenizer.cfg.sample_packing else _padding(tokenizer.cfg, sizes),
+                    "padding_share": None if tokenizer.cfg.sample_packing else _padding(tokenizer.cfg, kept),
                 }
             )
-    return found, measured
+    return findings, measured
 
 
 def _of_lengths(cfg: Any, key: str, sizes: list[int], learns_end: bool) -> Iterator[Finding]:
@@ -194,7 +197,7 @@ def _of_lengths(cfg: Any, key: str, sizes: list[int], learns_end: bool) -> Itera
 
 
 def _percentile(sizes: list[int], share: int) -> int:
-    """The length that so many percent of the rows do not exceed."""
+    """The length that a share of the rows, in percent, does not exceed."""
     return sorted(sizes)[math.ceil(len(sizes) * share / 100) - 1]
 
 
@@ -204,9 +207,8 @@ def _kept(cfg: Any, sizes: list[int]) -> list[int]:
     return [min(size, cfg.sequence_len) for size in sizes if cuts or size <= cfg.sequence_len]
 
 
-def _padding(cfg: Any, sizes: list[int]) -> float:
+def _padding(cfg: Any, kept: list[int]) -> float:
     """The share of padding among all tokens, as Axolotl's collator pads batches (core/builders/causal.py)."""
-    kept = _kept(cfg, sizes)
     random.Random(cfg.seed).shuffle(kept)
     multiple = (cfg.pad_to_multiple_of or 64) if cfg.pad_to_sequence_len is not False else 1
     padded = 0
@@ -217,7 +219,7 @@ def _padding(cfg: Any, sizes: list[int]) -> float:
 
 
 def _rows(dataset: Config) -> Iterator[dict[str, Any]]:
-    """The rows of a data set's local JSONL files, as far as its split goes."""
+    """The rows of a data set's local JSONL files that its split takes."""
     rows = (row for file in datafiles.jsonl_files(dataset) for row in _of_file(file))
     return islice(rows, datafiles.first_rows(dataset))
 

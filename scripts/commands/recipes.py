@@ -73,5 +73,5 @@ def new(
     from ..configs import compose, variants
 
     found = checking.examine(compose.compose(compose.Request(from_, overrides=set_ or []))).findings
-    checking.refuse([finding for finding in found if finding.rule != "missing-file"], [])
+    checking.refuse([finding for finding in found if finding.scope not in ("data", "file")])
     print(variants.write(name, from_, set_ or []))

@@ -21,12 +21,14 @@ def render(
 ) -> None:
     """Write the recipes from their templates."""
     from ..base.files import write_atomically
-    from ..checks import schema as keys
+    from ..checks.schema import FILE
     from ..configs import render as rendering
 
     if schema:
-        write_atomically(keys.FILE, keys.generate())
-        print(keys.FILE)
+        from ..checks import installed
+
+        write_atomically(FILE, installed.generate_schema())
+        print(FILE)
         return
     recipes = rendering.rendered()
     if not check:

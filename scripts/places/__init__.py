@@ -63,7 +63,7 @@ def kinds() -> dict[str, type[Place]]:
 
 def relevant(place: Place, found: Iterable[Finding]) -> list[Finding]:
     """The findings of a check that hold at a place: elsewhere, this machine's lack of a GPU is none."""
-    return [finding for finding in found if place.here or finding.rule != "no-gpu"]
+    return [finding for finding in found if place.here or finding.scope != "machine"]
 
 
 def read(folder: RunDir) -> Run:

@@ -10,8 +10,7 @@ from typing import Any
 
 from ..base import paths
 from ..base.yamlfiles import Config
-from ..checks import check, rules
-from ..checks.rules import hardware
+from ..checks import check
 from ..configs import datafiles
 from ..configs.compose import Composed, Request, compose
 from ..configs.engines import engine_of
@@ -25,8 +24,6 @@ from .traces import NotAlike
 SIZES = (8, 12, 16, 24, 40, 48, 80)
 """Cards by their memory in GB, for a plan that names none."""
 _MOST_ROWS = 1024
-
-_NOTHING_TO_PLAN = ("value", "unknown-key", "no-lora-targets", "unknown-lora-target", "no-lora-rank", "not-quantized")
 
 
 def of_request(
@@ -50,11 +47,10 @@ def of_request(
         UserError: it has an error that leaves nothing to plan, or it cannot be planned.
     """
     composed = composed_for(request)
-    lengths = check.lengths(composed) if data else []
+    lengths = check.training_lengths(composed) if data else []
     planned, planner = plan(composed.config, gpu, vram, request.gpus)
-    if gpu:
-        lacks = hardware.gpu_lacks(rules.Case(composed.config, set(), gpu))
-        planned["notes"] += [f"{key}: {problem}; {remedy}" for _, key, problem, remedy in lacks]
+    of_gpu = [finding for finding in check.examine(composed, gpu).findings if finding.scope == "gpu"]
+    planned["notes"] += [f"{finding.key}: {finding.problem}; {finding.remedy}" for finding in of_gpu]
     trained_on = None
     if lengths:
         trained_on = tuple(sum(data_set[f"{unit}_trained_on"] for data_set in lengths) for unit in ("rows", "tokens"))
@@ -75,7 +71,7 @@ def composed_for(request: Request) -> Composed:
     """
     composed = compose(request)
     findings = check.examine(composed, gpus=request.gpus).findings
-    check.refuse([finding for finding in findings if finding.rule in _NOTHING_TO_PLAN], [])
+    check.refuse([finding for finding in findings if finding.scope == "step"])
     return composed
 
 

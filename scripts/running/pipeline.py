@@ -83,7 +83,7 @@ class Pipeline:
         found = check.check(self.request, self.place.gpu(), data=with_data, launching=launching).findings
         found = places.relevant(self.place, found)
         if not with_data:
-            found = [finding for finding in found if finding.rule != "missing-file" or "datasets" not in finding.key]
+            found = [finding for finding in found if finding.scope != "data"]
         errors = [str(finding) for finding in found if finding.level == "error"]
         if errors:
             self.outcome.fail("check", "\n".join(errors))

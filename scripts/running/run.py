@@ -55,7 +55,7 @@ def prepare(request: Request, place: Place | None = None) -> Composed:
     fit.add_to(report, gpu, request.ranks, anew=starts)
     found = report.findings
     for finding in found:
-        if not starts and finding.rule == "missing-file" and finding.key.startswith(("datasets", "test_datasets")):
+        if not starts and finding.scope == "data":
             finding.level = "note"  # a dry run only shows the config
     for finding in check.refuse(places.relevant(place, found) if place else found, request.force):
         say(str(finding))

@@ -77,11 +77,7 @@ class Prompter:
         longest = self.config.max_position_embeddings - self.settings.decoding.max_new_tokens
         cfg = DictDefault(self.cfg | {"train_on_inputs": False})
         dataset = DictDefault({**cfg.datasets[0], **_LOSS_ON_ANSWERS})  # its | would keep the values that are there
-        try:
-            tokenized = tokenize(cfg, dataset, self.tokenizer, rows, longest)
-        except Exception as error:  # a strategy can raise anything
-            problem = f"Axolotl cannot tokenize these rows as {dataset.type}: {type(error).__name__}: {error}"
-            raise UserError(f"{self.settings.data}: {problem}") from None
+        tokenized = tokenize(self.settings.data, cfg, dataset, self.tokenizer, rows, longest)
         if len(tokenized) != len(rows):
             problem = f"Axolotl makes {len(tokenized)} training rows of {len(rows)} ({dataset.type})"
             raise UserError(f"{self.settings.data}: {problem}; they cannot be evaluated")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_recipes.base import paths
+from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import rows
 
 LLAMA_2, LLAMA_3 = "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"
@@ -112,7 +113,7 @@ def test_evaluation_rows_that_were_trained_on_are_found() -> None:
 def test_what_is_not_checked_is_said() -> None:
     assert "orcamini reads are not known here" in found([GOOD], {"type": "orcamini"})[0]
     Path("x.parquet").touch()
-    assert "is no JSONL file" in found([GOOD], {"path": "x.parquet"})[0]
+    assert "is not a JSONL file" in found([GOOD], {"path": "x.parquet"})[0]
 
 
 def test_the_shipped_sample_has_none(sample: Path) -> None:
@@ -133,7 +134,7 @@ def test_a_folder_is_read_file_by_file(place: Path) -> None:
     (place / "rows" / "manifest.json").write_text("{}")
     findings, (read,) = rows.check({"datasets": [{"path": "rows", "type": "alpaca"}]})
     assert (read["files"], read["rows"]) == (["rows/0.jsonl", "rows/1.jsonl"], 2)
-    assert ["manifest.json is no JSONL file" in str(finding) for finding in findings] == [True]
+    assert ["manifest.json is not a JSONL file" in str(finding) for finding in findings] == [True]
 
 
 @pytest.mark.parametrize("kind", sorted(rows.FIELDS))
@@ -150,14 +151,14 @@ def test_fields_are_those_that_axolotl_reads(kind: str, tiny: Path) -> None:
     cfg = DictDefault(sequence_len=512, train_on_inputs=False)
 
     def tokenized(row: dict[str, str]) -> str:
-        (only,) = tokenize(cfg, DictDefault(path="x", type=kind), tokenizer, [row], 512)
+        (only,) = tokenize(kind, cfg, DictDefault(path="x", type=kind), tokenizer, [row], 512)
         return str(tokenizer.decode(only.ids))
 
     whole = tokenized(row | {name: f"the {name}" for name in fields.optional})
     assert all(f"the {name}" in whole for name in (*needed, *fields.optional))
     assert tokenized(row)  # optional fields may be missing
     for name in needed:
-        with pytest.raises(KeyError):
+        with pytest.raises(UserError, match="KeyError"):
             tokenized({other: text for other, text in row.items() if other != name} | {"some": "x"})
 
 
@@ -171,7 +172,7 @@ def test_markers_are_those_of_the_prompt(kind: str, tiny: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     row = GOOD | {"response": "x"}
     cfg = DictDefault(sequence_len=512, train_on_inputs=False)
-    (only,) = tokenize(cfg, DictDefault(path="x", type=kind), tokenizer, [row], 512)
+    (only,) = tokenize(kind, cfg, DictDefault(path="x", type=kind), tokenizer, [row], 512)
     markers = rows.markers_of({"type": kind})
     assert markers
     assert all(marker in tokenizer.decode(only.ids) for marker in markers)

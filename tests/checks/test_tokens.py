@@ -30,9 +30,9 @@ def trained(content: yamlfiles.Config, cache: Path) -> list[tuple[list[int], lis
 
 
 def shown(content: yamlfiles.Config, count: int) -> list[dict[str, Any]]:
-    from qlora_recipes.checks.tokens import shown
+    from qlora_recipes.checks.tokens import by_token
 
-    return shown(content, count)
+    return by_token(content, count)
 
 
 @pytest.fixture(scope="session")

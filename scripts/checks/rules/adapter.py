@@ -4,20 +4,21 @@ import re
 
 from ...base.errors import did_you_mean
 from ...configs import models
-from .case import Case, Found, rule
+from .case import Case, Problems, rule
 
 
 @rule
-def no_lora_targets(case: Case) -> Found:
+def no_lora_targets(case: Case) -> Problems:
     """Axolotl's validation lets it pass; PEFT fails once the model is loaded (NoMatchingPeftModuleError)."""
     if case.lora and not case.is_set("lora_target_modules", "lora_target_linear", "lora_target_parameters"):
         yield "error", "adapter", "no layers are named for LoRA", "set lora_target_modules or lora_target_linear: true"
 
 
 @rule
-def unknown_lora_target(case: Case) -> Found:
+def unknown_lora_target(case: Case) -> Problems:
     """PEFT passes over a name that matches no layer, as long as another does (BaseTuner.inject_adapter)."""
-    targets, linear = case["lora_target_modules"], case.model.linear
+    targets = case["lora_target_modules"]
+    linear = case.model.linear
     if not (case.lora and targets and linear) or targets == "all-linear":
         return
     paths = ["model.embed_tokens", "lm_head"]
@@ -25,21 +26,21 @@ def unknown_lora_target(case: Case) -> Found:
         paths += [f"model.layers.{i}.{'self_attn' if name in models.ATTENTION else 'mlp'}.{name}" for name in linear]
     if isinstance(targets, str):
         try:
-            if any(re.fullmatch(targets, path) for path in paths):
-                return
+            if not any(re.fullmatch(targets, path) for path in paths):
+                problem = f"{targets} matches no layer of this model"
+                yield "error", "lora_target_modules", problem, f"it has {', '.join(linear)}"
         except re.error as error:
-            yield "error", "lora_target_modules", f"{targets} is no regular expression: {error}", "use a list of names"
-            return
-        yield "error", "lora_target_modules", f"{targets} matches no layer of this model", f"it has {', '.join(linear)}"
+            problem = f"{targets} is not a regular expression: {error}"
+            yield "error", "lora_target_modules", problem, "use a list of names"
         return
     for i, target in enumerate(targets):
-        if not any(path == target or path.endswith(f".{target}") for path in paths):
+        if target is not None and not any(f".{path}".endswith(f".{target}") for path in paths):
             hint = did_you_mean(target, linear) or f"; it has {', '.join(linear)}"
             yield "error", f"lora_target_modules.{i}", f"no layer of this model is called {target}{hint}", ""
 
 
 @rule
-def no_lora_rank(case: Case) -> Found:
+def no_lora_rank(case: Case) -> Problems:
     """PEFT gets None and fails once the model is loaded."""
     for key in ("lora_r", "lora_alpha"):
         if case.lora and not case.is_set(key, "lora_model_dir"):
@@ -47,7 +48,7 @@ def no_lora_rank(case: Case) -> Found:
 
 
 @rule
-def not_quantized(case: Case) -> Found:
+def not_quantized(case: Case) -> Problems:
     """Axolotl quantizes to 4 bits for the adapters qlora and mixlora only (axolotl/loaders/model.py)."""
     if case["adapter"] == "lora" and case["load_in_4bit"]:
         yield "error", "adapter", "lora leaves the base in 16 bits, load_in_4bit or not", "set adapter: qlora"

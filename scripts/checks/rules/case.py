@@ -1,4 +1,4 @@
-"""What rules judge, and how one is written."""
+"""What rules judge, and the decorator that makes one."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -12,12 +12,12 @@ from ...configs.attention import attention
 from ...configs.gpus import Gpu
 from ..finding import Level
 
-Found = Iterator[tuple[Level, str, str, str]]
-RULES: list[Callable[["Case"], Found]] = []
+Problems = Iterator[tuple[Level, str, str, str]]
+RULES: list[Callable[["Case"], Problems]] = []
 
 
-def rule(function: Callable[["Case"], Found]) -> Callable[["Case"], Found]:
-    """Make a rule of a function; it is named after that, with dashes."""
+def rule(function: Callable[["Case"], Problems]) -> Callable[["Case"], Problems]:
+    """Register a function as a rule, which has its name, with hyphens."""
     RULES.append(function)
     return function
 
@@ -27,8 +27,8 @@ class Case:
     """What rules judge.
 
     Attributes:
-        config: the config, without what breaks the schema.
-        wrong: the top-level keys from which something was taken out.
+        config: the config, without the values that break the schema.
+        wrong: the top-level keys from which a value was removed.
         gpu: the GPU that it is meant for; None where none is named or there.
         gpus: how many of them.
         launching: whether a run is about to start here, so that what only this machine lacks is an error.
@@ -45,12 +45,12 @@ class Case:
 
     @cached_property
     def model(self) -> models.Model:
-        """The base model, as far as it is known."""
+        """What is known about the base model."""
         return models.find(self.config)
 
     @cached_property
     def steps(self) -> int | None:
-        """The optimizer steps of the training, where they can be counted; at most so many where rows are packed."""
+        """The optimizer steps of the training, where they can be counted; an upper bound where rows are packed."""
         return None if self.wrong else datafiles.training_steps(self.config | {"sample_packing": False}, self.gpus)
 
     @property
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def attention(self) -> str:
-        """The attention that it asks for."""
+        """The attention that the config asks for."""
         return attention(self.config)
 
     @property
@@ -69,7 +69,7 @@ class Case:
         return self["adapter"] in ("lora", "qlora")
 
     def is_set(self, *keys: str) -> bool:
-        """Whether one of some keys has a value, and not an empty one or false; a wrong one counts."""
+        """Whether one of some keys has a value that is neither empty nor false; a wrong one counts."""
         return any(self.config.get(key) or key in self.wrong for key in keys)
 
     def can_import(self, module: str) -> bool:

@@ -1,4 +1,4 @@
-"""Whether there is data, and whether it can be read and packed as the config asks."""
+"""Whether there is data that can be read and packed as the config asks."""
 
 import re
 from pathlib import Path
@@ -6,18 +6,18 @@ from pathlib import Path
 from ...configs import datafiles
 from ...configs.precision import precision
 from .. import schema
-from .case import Case, Found, rule
+from .case import Case, Problems, rule
 
 
 @rule
-def no_data(case: Case) -> Found:
+def no_data(case: Case) -> Problems:
     """Axolotl refuses such a config, after 15 s of imports."""
     if not case.is_set("datasets", "pretraining_dataset"):
         yield "error", "datasets", "the config names no data to train on", "list a data set with path and type"
 
 
 @rule
-def missing_file(case: Case) -> Found:
+def missing_file(case: Case) -> Problems:
     """Axolotl validates a DeepSpeed file's name only (seen); other files fail it once the model is loaded."""
     for key, dataset in datafiles.datasets(case.config):
         name = dataset.get("path")
@@ -36,14 +36,14 @@ def missing_file(case: Case) -> Found:
 
 
 @rule
-def packing_leaks(case: Case) -> Found:
+def packing_leaks(case: Case) -> Problems:
     """Rows packed into one then attend to each other; Axolotl only warns (attn_decontaminates_packing).
 
     It also warns that sdpa keeps them apart in bf16 at the cost of losses of 0 before Hopper.
     """
     if case["sample_packing"] and case.attention not in KEEP_DOCUMENTS_APART:
-        with_what = case.attention or "no attn_implementation"
-        yield "error", "sample_packing", f"with {with_what}, packed rows see each other", "set flash_attention_2"
+        problem = f"with {case.attention or 'no attn_implementation'}, packed rows see each other"
+        yield "error", "sample_packing", problem, "set flash_attention_2"
     before_hopper = case.gpu and case.gpu.capability < (9, 0)
     in_bf16 = precision(case.config, on_gpu=True).weights == "bfloat16"
     if case["sample_packing"] and case.attention == "sdpa" and in_bf16 and before_hopper:
@@ -58,7 +58,7 @@ KEEP_DOCUMENTS_APART = {
 
 
 @rule
-def prompt_strategy(case: Case) -> Found:
+def prompt_strategy(case: Case) -> Problems:
     """Axolotl looks a data set's type up once training has begun: among its own, by whether it is preference data, and
     for one with a dot also among the modules that can be imported."""
     definitions = schema.load()["$defs"]

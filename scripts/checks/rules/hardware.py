@@ -1,14 +1,14 @@
-"""Whether the GPUs have what a config needs, in precision, attention and engine."""
+"""Whether the GPUs support a config's precision, attention and engine."""
 
 import re
 
 from ...configs.config import flatten
 from ...configs.precision import precision
-from .case import Case, Found, rule
+from .case import Case, Problems, rule
 
 
 @rule
-def two_precisions(case: Case) -> Found:
+def two_precisions(case: Case) -> Problems:
     """bf16 wins and fp16 or float16 is dropped without a message; float16 needs bf16: false, because the default, auto,
     is on for every GPU (see `precision`). transformers' TrainingArguments refuses fp16 beside bfloat16."""
     ignored = next((key for key in ("fp16", "float16") if case[key]), None)
@@ -24,7 +24,7 @@ def two_precisions(case: Case) -> Found:
 
 
 @rule
-def gpu_lacks(case: Case) -> Found:
+def gpu_lacks(case: Case) -> Problems:
     """What a GPU has no hardware for.
 
     torch for CUDA 13 is built from compute capability 7.5 on. bf16 came with 8.0; below, torch emulates it slowly and
@@ -34,7 +34,8 @@ def gpu_lacks(case: Case) -> Found:
     """
     if not case.gpu:
         return
-    has, name = case.gpu.capability, str(case.gpu)
+    has = case.gpu.capability
+    name = str(case.gpu)
     if has < (7, 5):
         yield "error", "base_model", f"torch for CUDA 13 does not run on {name}", "take a GPU from Turing (7.5) on"
     if has < (8, 0) and precision(case.config, on_gpu=True).weights == "bfloat16":
@@ -62,20 +63,20 @@ _ATTENTION_RUNS_ON = {  # from and to which compute capability
 
 
 @rule
-def no_gpu(case: Case) -> Found:
+def no_gpu(case: Case) -> Problems:
     """A CPU does not train in fp16, into which Axolotl also turns bf16: auto, its default, there; transformers says so
     once the model is loaded."""
     if case.launching and not case.gpu and precision(case.config, on_gpu=False).autocast == "float16":
-        key, default = ("fp16", "") if case["fp16"] else ("bf16", ", which bf16: auto, the default, becomes there")
+        key = "fp16" if case["fp16"] else "bf16"
+        default = "" if case["fp16"] else ", which bf16: auto, the default, becomes there"
         problem = f"no NVIDIA GPU was found, and a CPU does not train in fp16{default}"
-        remedy = f"--rehearse tries the recipe with a small model, --set {key}=false trains in fp32"
-        yield "error", key, problem, remedy
+        yield "error", key, problem, f"--rehearse tries the recipe with a small model, --set {key}=false trains in fp32"
 
 
 @rule
-def optimizer_and_engine(case: Case) -> Found:
-    """bitsandbytes' optimizers know nothing of FSDP2's DTensors; Axolotl refuses only two of them. Muon and the flash
-    optimizers do not divide among DeepSpeed's ranks (axolotl/utils/schemas/validation.py). Where DeepSpeed keeps the
+def optimizer_and_engine(case: Case) -> Problems:
+    """bitsandbytes' optimizers do not support FSDP2's DTensors; Axolotl refuses only two of them. Muon and the flash
+    optimizers cannot be split among DeepSpeed's ranks (axolotl/utils/schemas/validation.py). Where DeepSpeed keeps the
     optimizer's state in main memory, accelerate puts DeepSpeed's own Adam in the optimizer's place, which decays
     weights as AdamW does only where it stands for one of 32 bits (map_pytorch_optim_to_deepspeed).
     """
@@ -94,7 +95,7 @@ def optimizer_and_engine(case: Case) -> Found:
 
 
 @rule
-def engine_needs_gpus(case: Case) -> Found:
-    """FSDP in one process is passed over in silence (accelerate's AcceleratorState)."""
+def engine_needs_gpus(case: Case) -> Problems:
+    """FSDP in one process is silently ignored (accelerate's AcceleratorState)."""
     if case.launching and case["fsdp_config"] and case.gpus == 1:
         yield "error", "fsdp_config", "FSDP2 divides a model among several GPUs, and this run has one", "--gpus N"

@@ -1,12 +1,13 @@
 """Whether the steps are enough for warm-up, evaluations and checkpoints."""
 
-from .case import Case, Found, rule
+from .case import Case, Problems, rule
 
 
 @rule
-def scheduler_needs(case: Case) -> Found:
+def scheduler_needs(case: Case) -> Problems:
     """transformers.get_scheduler fails without these, once the model is loaded."""
-    scheduler, options = case["lr_scheduler"], case["lr_scheduler_kwargs"] or {}
+    scheduler = case["lr_scheduler"]
+    options = case["lr_scheduler_kwargs"] or {}
     needed = _SCHEDULER_NEEDS.get(str(scheduler), ())
     if needed and not any(options.get(name) is not None for name in needed):
         yield "error", "lr_scheduler", f"{scheduler} needs {' or '.join(needed)}", "set it under lr_scheduler_kwargs"
@@ -20,7 +21,7 @@ _SCHEDULER_NEEDS = {
 
 
 @rule
-def never_evaluated(case: Case) -> Found:
+def never_evaluated(case: Case) -> Problems:
     """Axolotl evaluates only where there is data for it and a step at which to do so (axolotl/core/builders/base.py).
 
     evals_per_epoch becomes eval_steps = 1 / (evals_per_epoch * num_epochs), a share of the steps, and is dropped in
@@ -35,7 +36,7 @@ def never_evaluated(case: Case) -> Found:
     data = "test_datasets" if case["test_datasets"] else "val_set_size"
     share = (case["evals_per_epoch"] or 0) * case.config.get("num_epochs", 1)
     if not asked and not case.is_set("evals_per_epoch", "eval_steps", "eval_strategy"):
-        yield "warning", data, "nothing says when to evaluate, so that it never happens", "set evals_per_epoch"
+        yield "warning", data, "nothing says when to evaluate, so it never happens", "set evals_per_epoch"
     elif asked == ["evals_per_epoch"] and share <= 1:
         yield "warning", "evals_per_epoch", "one in all, which Axolotl drops", "write eval_strategy: epoch in its place"
     elif case.steps and (case["eval_steps"] or 0) > case.steps:
@@ -43,16 +44,16 @@ def never_evaluated(case: Case) -> Found:
 
 
 @rule
-def never_saved(case: Case) -> Found:
-    """Without a checkpoint an interrupted run starts anew; the adapter is saved at the end in any case."""
+def never_saved(case: Case) -> Problems:
+    """Without a checkpoint an interrupted run starts over; the adapter is saved at the end in any case."""
     if case["save_strategy"] == "best" and not case["metric_for_best_model"]:
-        yield "error", "save_strategy", "nothing says what is the best", "set metric_for_best_model: eval_loss"
+        yield "error", "save_strategy", "nothing says what the best is", "set metric_for_best_model: eval_loss"
     if case.steps and (case["save_steps"] or 0) > case.steps:
         yield "warning", "save_steps", f"the training has {case.number_of_steps}, so it never saves one", "lower it"
 
 
 @rule
-def long_warm_up(case: Case) -> Found:
+def long_warm_up(case: Case) -> Problems:
     """The learning rate then never reaches its value."""
     if case.steps and (case["warmup_steps"] or 0) >= case.steps:
         yield "error", "warmup_steps", f"as long as the whole training of {case.number_of_steps}", "lower it"
