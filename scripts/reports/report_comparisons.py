@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from ..base import tables
+from ..scores.metrics import PER_ROW
 from .report_figures import (
     COLOURS,
     DASHES,
@@ -16,7 +17,6 @@ from .report_figures import (
     _points,
     _style,
 )
-from .report_runs import SCORES
 
 
 def sweep(rows: Sequence[Row]) -> Iterator[Figure]:
@@ -26,7 +26,8 @@ def sweep(rows: Sequence[Row]) -> Iterator[Figure]:
     peak = _axis(f"peak GiB ({', '.join(sorted(kinds))})")
     share = _log("trainable parameters, % of all")
     quality = {"eval_loss": "validation loss (lower is better)"} | {
-        name: f"{title} (higher is better)" for name, title in SCORES.items()
+        name: f"{metric.label} ({'higher' if metric.higher_is_better else 'lower'} is better)"
+        for name, metric in PER_ROW.items()
     }
     for score in ("eval_loss", "bleu4"):
         y = _axis(quality[score])

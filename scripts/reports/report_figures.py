@@ -8,8 +8,7 @@ from typing import Any
 
 from ..base import tables
 from ..planning import lora
-from ..scores.score import PER_ROW
-from .report_runs import SCORES
+from ..scores.metrics import PER_ROW
 
 Trace = dict[str, Any]
 Row = dict[str, Any]
@@ -186,7 +185,7 @@ def _categories() -> dict[str, Any]:
 
 def distributions(runs: dict[str, Sequence[Row]]) -> Iterator[Figure]:
     """How the rows of each run spread over each score."""
-    for score in PER_ROW:
+    for score, metric in PER_ROW.items():
         values = {name: [row[score] for row in rows if row.get(score) is not None] for name, rows in runs.items()}
         values = {name: found for name, found in values.items() if found}
         if not values:
@@ -206,10 +205,10 @@ def distributions(runs: dict[str, Sequence[Row]]) -> Iterator[Figure]:
                 form = {"type": "scatter", "mode": "lines", "line": _style(i)["line"] | {"shape": "hvh"}}
             traces.append({"name": name, "x": middles, "y": shares, **form})
             says.append(f"{name}: {len(found):,} rows, quartiles {', '.join(map(tables.text_of, _quartiles(found)))}")
-        title = f"{SCORES[score]} of single rows"
+        title = f"{metric.label} of single rows"
         y = _axis("% of rows", rangemode="tozero")
         said = "; ".join(says)
-        yield Figure(f"spread-{score}", title, traces, _axis(SCORES[score]), y, f"{said}.", says=said)
+        yield Figure(f"spread-{score}", title, traces, _axis(metric.label), y, f"{said}.", says=said)
 
 
 def _quartiles(values: Sequence[float]) -> list[float]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from ..base.files import json_rows, sha256
 from ..scores.evaluations import BASE_MODEL, Row, Settings, read_predictions, read_scores
-from ..scores.score import PER_ROW
-from .report_runs import SCORES, Member, alike
+from ..scores.metrics import PER_ROW
+from .report_runs import Member, alike
 
 
 def reader(found: Sequence[Member]) -> list[dict[str, Any]]:
@@ -38,8 +38,8 @@ def _columns(made: Member, settings: Settings, rows: dict[int, Row], models: lis
     for label, by_number in models:
         values = [by_number.get(number, {}) for number in numbers]
         scores = {
-            SCORES[name]: [None if row.get(name) is None else round(row[name], 4) for row in values]
-            for name in PER_ROW
+            metric.label: [None if row.get(name) is None else round(row[name], 4) for row in values]
+            for name, metric in PER_ROW.items()
             if any(row.get(name) is not None for row in values)
         }
         shown.append({"label": label, "predictions": [row.get("prediction") for row in values], "scores": scores})

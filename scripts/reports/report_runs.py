@@ -19,11 +19,9 @@ from ..results import listing, run_rows
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
 from ..scores.evaluations import BASE_MODEL, Evaluation, Row, read_predictions, read_scores
-
-SCORES = {"bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "bertscore_f1": "BERTScore F1"}
+from ..scores.metrics import METRICS, PER_ROW
 
 _OTHERS = {
-    "sacrebleu": "sacrebleu's corpus BLEU",
     "sacrebleu_signature": "its signature",
     "exact": "exact, share of rows",
     "empty": "empty, share of rows",
@@ -99,13 +97,13 @@ def tiles(one: Member) -> Iterator[tuple[str, Any, str]]:
         yield "Training loss", summary.loss, "of the last step"
     if one.evaluation:
         scores = one.evaluation.scores
-        for score, title in SCORES.items():
+        for score, metric in PER_ROW.items():
             if scores.get(score) is not None:
                 within = (scores.get("intervals") or {}).get(score)
                 said = f"95 %: {tables.text_of(within)}" if within else ""
                 if score == "bleu4" and row["bleu4_difference"] is not None:
                     said += f"; published {tables.text_of(row['bleu4_published'])}"
-                yield title, scores[score], said
+                yield metric.label, scores[score], said
     if summary.peak_memory is not None:
         yield "Peak memory", f"{summary.peak_memory:.2f} GiB", f"measured: {summary.memory_kind}"
     if summary.tokens_per_second:
@@ -153,7 +151,7 @@ def scores(found: Sequence[Member]) -> list[Row]:
         if run_rows.comparable(one.evaluation, one.run) and (aim := run_rows.aim(one.run)):
             published: dict[str, str | None] = {}
             for key in ("bleu4", "bertscore_f1"):
-                published[SCORES[key]] = tables.text_of(getattr(aim, key))
+                published[METRICS[key].label] = tables.text_of(getattr(aim, key))
             columns[f"{one.label}: published"] = published
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     return [{"score": name} | {label: column.get(name) for label, column in columns.items()} for name in names]
@@ -164,7 +162,7 @@ def _column(made: Evaluation) -> dict[str, str | None]:
     column: dict[str, str | None] = {}
     intervals = made.scores.get("intervals") or {}
     for key, value in made.scores.items():
-        title = (SCORES | _OTHERS).get(key, key)
+        title = METRICS[key].label if key in METRICS else _OTHERS.get(key, key)
         if intervals.get(key):
             column[title] = f"{tables.text_of(value)} ({tables.text_of(intervals[key])})"
         elif isinstance(value, int | float | str):
@@ -248,7 +246,8 @@ def provenance(one: Member) -> dict[str, Any]:
 def sweep_row(row: Row, keys: Sequence[str]) -> Row:
     """A member as the table shows it, with its values of the keys that vary."""
     shown: Row = {"member": row["member"]} | {key: _shown(row["values"].get(key)) for key in keys}
-    for score, title in {"eval_loss": "eval loss", **SCORES}.items():
+    titles = {"eval_loss": "eval loss"} | {name: metric.label for name, metric in PER_ROW.items()}
+    for score, title in titles.items():
         shown |= {title: row[score], f"{title} 95 %": row.get(f"{score}_interval")}
     share = row["trainable_share"]
     shown |= {

@@ -16,17 +16,12 @@ from ..data.codereviewer import MANIFEST
 from ..runs.handover import PLUGIN
 from ..runs.rundir import Run, RunDir
 from ..scores.evaluations import Evaluation
+from ..scores.metrics import METRICS
 from . import run_rows
 
 TEMPLATE, ADAPTER = "model-card.md.j2", "adapter_model.safetensors"
 # Those of https://huggingface.co/docs/hub/repositories-licenses that language models have
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")
-_HUB_METRICS = {
-    "bleu4": ("bleu", "BLEU-4, mean over rows"),
-    "rouge_l": ("rouge", "ROUGE-L F1, mean over rows"),
-    "bertscore_f1": ("bertscore", "BERTScore F1, mean over rows"),
-    "sacrebleu": ("sacrebleu", "sacrebleu's corpus BLEU"),
-}
 # Keys for where this machine keeps things, and for the accounts and hosts that a run reports to
 _NOT_SHOWN = re.compile(f"output_dir|dataset_prepared_path|plugins|hub_|{config.TRACKING.pattern}")
 _LOCAL_PATH = re.compile(r"(?<![\w.<>/~-])(?:\.\.(?:/[^\s/=,:'\")\]}]+)+|(?:file://)?(?:/[^\s/=,:'\")\]}]+){2,})")
@@ -125,11 +120,11 @@ def _front_matter(facts: dict[str, Any]) -> str:
                 task_type="text-generation",
                 dataset_type="json",
                 dataset_name=facts["scored_on"],
-                metric_type=metric,
-                metric_name=title,
+                metric_type=metric.hub_type,
+                metric_name=metric.title,
                 metric_value=round(scores[name], 4),
             )
-            for name, (metric, title) in _HUB_METRICS.items()
+            for name, metric in METRICS.items()
             if scores.get(name) is not None
         ]
     tags = ["axolotl", "lora"]

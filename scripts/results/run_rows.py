@@ -7,6 +7,7 @@ from ..configs import models
 from ..data import study
 from ..runs.rundir import Run, RunDir
 from ..scores.evaluations import BASE_MODEL, Evaluation, of_run, read_scores
+from ..scores.metrics import METRICS
 
 
 def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
@@ -48,9 +49,7 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
         "bleu4_base_model": base.scores["bleu4"] if base else None,
         "bleu4_published": published.bleu4 if published else None,
         "bleu4_difference": difference,
-        "bertscore_f1": scores.get("bertscore_f1"),
-        "rouge_l": scores.get("rouge_l"),
-        "sacrebleu": scores.get("sacrebleu"),
+        **{name: scores.get(name) for name in sorted(METRICS)},
         "peak_memory_gib": summary.peak_memory,
         "memory_kind": summary.memory_kind,
         "other_base_model": None if run.rehearsal else other_model(run),

@@ -10,7 +10,8 @@ from ..base.errors import UserError
 from ..runs.lookup import find_run
 from . import bleu, intervals
 from .evaluations import Row, read_predictions, read_scores
-from .score import PER_ROW, read_rows, with_scores
+from .metrics import PER_ROW
+from .score import read_rows, with_scores
 
 LENGTHS = (10, 25, 50)  # tokens: the bounds between groups of references by length
 

@@ -28,7 +28,7 @@ from qlora_recipes.results import verdict
 from qlora_recipes.running import sweeps
 from qlora_recipes.runs.rundir import Launch, Run, RunDir, Summary, summarise
 from qlora_recipes.scores.evaluations import Evaluation, Settings
-from qlora_recipes.scores.score import PER_ROW
+from qlora_recipes.scores.metrics import PER_ROW
 
 STUDY = study.find("haider2024")
 LLAMA_3 = "haider2024/llama-3-8b"

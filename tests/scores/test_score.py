@@ -6,7 +6,7 @@ import pytest
 from conftest import SHARED, Recipe
 
 from qlora_recipes.scores import bertscore, score
-from qlora_recipes.scores.bleu import sentence_bleu4
+from qlora_recipes.scores.bleu import bleu4
 
 ROWS = [
     {"reference": "please fix this typo now", "prediction": "fix"},
@@ -19,9 +19,7 @@ ROWS = [
 
 def test_rows_keep_their_own_scores_and_their_means_are_the_scores() -> None:
     scores, rows = score.score(ROWS)
-    assert [row["bleu4"] for row in rows] == [
-        pytest.approx(100 * sentence_bleu4(row["reference"], row["prediction"])) for row in ROWS
-    ]
+    assert [row["bleu4"] for row in rows] == [pytest.approx(bleu4(row["reference"], row["prediction"])) for row in ROWS]
     assert scores["bleu4"] == pytest.approx(statistics.fmean(row["bleu4"] for row in rows))
     assert scores["rouge_l"] == pytest.approx(statistics.fmean(row["rouge_l"] for row in rows))
     assert rows[1]["lang"] == "py"
