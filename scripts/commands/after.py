@@ -52,7 +52,9 @@ def evaluate(
 
     if export_prompts and on != "local":
         raise UserError("--export-prompts: needs no GPU, and is done here")
-    request = evaluation.Request(data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer)
+    request = evaluation.EvaluationRequest(
+        data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer
+    )
     folder = find_run(run, runs)
     place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
     if not place.here:

@@ -28,7 +28,7 @@ from ..scores.evaluations import Row
 from . import report_comparisons as comparisons
 from . import report_figures as draw
 from . import report_reader, report_runs
-from .report_runs import Member, members
+from .report_runs import ReportedRun, members
 
 TEMPLATES = paths.TEMPLATES / "report"
 SCRIPTS = ("page.js", "charts.js", "reader.js")
@@ -39,7 +39,7 @@ _MARKS = re.compile(
 )
 
 
-def of_runs(found: Sequence[Member], analyze: bool) -> str:
+def of_runs(found: Sequence[ReportedRun], analyze: bool) -> str:
     """The report of runs, beside one another where there are several."""
     if len(found) == 1:
         return _page(found[0].run.recipe, f"Run {found[0].folder.path.name}", found, analyze)
@@ -121,7 +121,7 @@ def check_file(file: Path) -> None:
         raise UserError(f"-o {file}: there is no folder {file.parent}")
 
 
-def _page(title: str, kind: str, found: Sequence[Member], analyze: bool, **more: Any) -> str:
+def _page(title: str, kind: str, found: Sequence[ReportedRun], analyze: bool, **more: Any) -> str:
     """The HTML of everything that reports have in common, and of what this one has besides."""
     alone = found[0] if len(found) == 1 else None
     metrics = {one.label: one.folder.read_metrics() for one in found}
@@ -213,7 +213,7 @@ def _note(text: str) -> Markup:
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(visible(text))))
 
 
-def _memory(one: Member, anew: bool) -> Row:
+def _memory(one: ReportedRun, anew: bool) -> Row:
     """A run's memory, planned and measured."""
     planned = None
     cards = one.run.provenance.get("gpus") or [{}]
@@ -229,10 +229,10 @@ def _memory(one: Member, anew: bool) -> Row:
     }
 
 
-def _model(found: Sequence[Member], analyze: bool) -> tuple[list[draw.Figure], list[str]]:
+def _model(found: Sequence[ReportedRun], analyze: bool) -> tuple[list[draw.Figure], list[str]]:
     """Figures of the base models: what LoRA trains of them, and, where asked for, what 4 bits lose of the weights."""
     rows, own, notes = [], {}, []
-    by_model: dict[str, Member] = {}
+    by_model: dict[str, ReportedRun] = {}
     for one in found:
         name = str(one.config.get("base_model"))
         with suppress(UserError):  # of another kind of model, or nowhere on this machine

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import json_rows, sha256
-from ..scores.evaluations import BASE_MODEL, Row, Settings, read_predictions, read_scores
+from ..scores.evaluations import BASE_MODEL, EvaluationSettings, Row, read_predictions, read_scores
 from ..scores.metrics import PER_ROW
-from .report_runs import Member, alike
+from .report_runs import ReportedRun, alike
 
 
-def reader(found: Sequence[Member]) -> list[dict[str, Any]]:
+def reader(found: Sequence[ReportedRun]) -> list[dict[str, Any]]:
     """What the reader shows: for each file of rows its references and diffs, and every model's predictions."""
     sets: dict[str, dict[str, Any]] = {}
     for one in found:
@@ -30,7 +30,9 @@ def reader(found: Sequence[Member]) -> list[dict[str, Any]]:
     return [_columns(**of_file) for of_file in sets.values()]
 
 
-def _columns(made: Member, settings: Settings, rows: dict[int, Row], models: list[tuple[str, dict[int, Row]]]) -> Row:
+def _columns(
+    made: ReportedRun, settings: EvaluationSettings, rows: dict[int, Row], models: list[tuple[str, dict[int, Row]]]
+) -> Row:
     """A file's rows as columns, which is small and quick to search."""
     numbers = sorted(rows)
     diffs, why = _diffs(made, settings)
@@ -55,7 +57,7 @@ def _columns(made: Member, settings: Settings, rows: dict[int, Row], models: lis
     }
 
 
-def _diffs(made: Member, settings: Settings) -> tuple[list[str], str]:
+def _diffs(made: ReportedRun, settings: EvaluationSettings) -> tuple[list[str], str]:
     """The inputs of the rows that were evaluated, in their order, or why they cannot be shown."""
     file = Path(made.run.cwd, settings.data)
     name = made.from_cwd(settings.data)

@@ -31,7 +31,7 @@ _OTHERS = {
 
 
 @dataclass(frozen=True)
-class Member:
+class ReportedRun:
     """A run of a report.
 
     Attributes:
@@ -65,7 +65,7 @@ class Member:
         return str(Path(path).relative_to(cwd)) if Path(path).is_relative_to(cwd) else path
 
 
-def members(folders: Sequence[RunDir], labels: Sequence[str] | None = None) -> list[Member]:
+def members(folders: Sequence[RunDir], labels: Sequence[str] | None = None) -> list[ReportedRun]:
     """The runs of some folders, each with a label of its own: its recipe's name, and its folder's where that is needed.
 
     Raises:
@@ -79,10 +79,10 @@ def members(folders: Sequence[RunDir], labels: Sequence[str] | None = None) -> l
         for i, name in enumerate(named):
             if name == label:
                 named[i] = f"{label}, {folders[i].path.name}"
-    return [Member(label, folder, run) for label, (folder, run) in zip(named, runs, strict=True)]
+    return [ReportedRun(label, folder, run) for label, (folder, run) in zip(named, runs, strict=True)]
 
 
-def tiles(one: Member) -> Iterator[tuple[str, Any, str]]:
+def tiles(one: ReportedRun) -> Iterator[tuple[str, Any, str]]:
     """What one looks for first in a run: a name, a value, and what there is to say of it."""
     row, summary = run_rows.row(one.folder, one.run), one.run.summary
     epochs = f"{summary.epoch:.2f} epochs" if summary.epoch else ""
@@ -118,7 +118,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def overview(one: Member) -> Row:
+def overview(one: ReportedRun) -> Row:
     """A run among others."""
     row = run_rows.row(one.folder, one.run)
     return {
@@ -137,7 +137,7 @@ def overview(one: Member) -> Row:
     }
 
 
-def scores(found: Sequence[Member]) -> list[Row]:
+def scores(found: Sequence[ReportedRun]) -> list[Row]:
     """A row for each score, with a column for each run that was evaluated, for its base model where that was, and for
     what was published where runs aim at that."""
     columns: dict[str, dict[str, str | None]] = {}
@@ -172,19 +172,19 @@ def _column(made: Evaluation) -> dict[str, str | None]:
     return column
 
 
-def alike(one: Member, other: Evaluation) -> bool:
+def alike(one: ReportedRun, other: Evaluation) -> bool:
     """Whether another evaluation is of the same rows as the run's own."""
     return bool(one.evaluation and one.evaluation.settings.data_sha256 == other.settings.data_sha256)
 
 
-def scored_on(one: Member) -> str:
+def scored_on(one: ReportedRun) -> str:
     """Which rows the evaluation of a run is of."""
     assert one.evaluation
     settings = one.evaluation.settings
     return f"{'the first ' if settings.limit else ''}{settings.rows:,} rows of {one.from_cwd(settings.data)}"
 
 
-def settings(one: Member) -> dict[str, Any]:
+def settings(one: ReportedRun) -> dict[str, Any]:
     """What a run was set to, where each setting is from, and what differs from its recipe."""
     of_recipe: dict[str, str] = {}
     note = ""
@@ -217,7 +217,7 @@ def _shown(value: Any) -> Any:
     return None if value is None else value if isinstance(value, str) else orjson.dumps(value).decode()
 
 
-def provenance(one: Member) -> dict[str, Any]:
+def provenance(one: ReportedRun) -> dict[str, Any]:
     """All that is recorded of how a run came to be."""
     kept = {"differences", "data", "launches"}  # have tables of their own
     record = one.run.model_dump(exclude=kept)

@@ -19,7 +19,7 @@ from ..data.study import Decoding
 from ..runs.rundir import Run, RunDir
 from ..runs.tasks import Command
 from . import bertscore
-from .evaluations import BASE_MODEL, PREDICTIONS, SCORES, Evaluation, Settings, read_predictions, read_scores
+from .evaluations import BASE_MODEL, PREDICTIONS, SCORES, Evaluation, EvaluationSettings, read_predictions, read_scores
 from .predict import as_row, predict
 from .score import VERSION, code_sha256, score
 
@@ -28,7 +28,7 @@ REHEARSED = 12  # rows, which show that the path works
 
 
 @dataclass
-class Request:
+class EvaluationRequest:
     """What is to be evaluated.
 
     Attributes:
@@ -66,14 +66,14 @@ class Request:
         return [word for option, value in options.items() if value is not None for word in (option, str(value))]
 
 
-class Task:
+class EvaluationTask:
     """A checked request: the run, its config, the rows, and what their predictions will depend on.
 
     Raises:
         UserError: the adapter or the data is missing, or a row has no output.
     """
 
-    def __init__(self, folder: RunDir, request: Request):
+    def __init__(self, folder: RunDir, request: EvaluationRequest):
         self.folder, self.run = folder, folder.read()
         self.cfg = yamlfiles.read_yaml(folder.config)
         adapter = request.adapter
@@ -90,13 +90,13 @@ class Task:
         file = request.data or usual
         if file is None:
             raise UserError(f"{folder.path}: no test.jsonl lies beside its training data; name one with --data")
-        every = read_rows(file, self.cfg)
+        every = read_test_rows(file, self.cfg)
         limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
         self.rows = every[:limit]
         decoding = of_study.decoding if of_study else Decoding(max_new_tokens=96)
         local = Path(self.run.cwd, str(self.cfg["base_model"]))
         data_sha256 = sha256(file)
-        self.settings = Settings(
+        self.settings = EvaluationSettings(
             base_model=str(local) if local.is_dir() else self.cfg["base_model"],
             adapter=str(weights.resolve()) if weights else BASE,
             adapter_sha256=sha256(weights / "adapter_model.safetensors") if weights else None,
@@ -117,7 +117,7 @@ class Task:
         self.where = folder.path / "evaluations" / "-".join(labels) if labels else folder.path
 
 
-def complete(task: Task, judge: bertscore.Judge | None) -> Evaluation | None:
+def complete(task: EvaluationTask, judge: bertscore.Judge | None) -> Evaluation | None:
     """The evaluation that a task comes to, where it was made before: of the same rows, by the same model and code."""
     former = _same_work(task)
     if former is None or former.version != VERSION:
@@ -127,13 +127,13 @@ def complete(task: Task, judge: bertscore.Judge | None) -> Evaluation | None:
     return former if same_scores and labels[0] == labels[1] else None
 
 
-def _same_work(task: Task) -> Evaluation | None:
+def _same_work(task: EvaluationTask) -> Evaluation | None:
     former = read_scores(task.where)
     same = former and former.settings.same_work() == task.settings.same_work()
     return former if same and len(read_predictions(task.where)) == task.settings.rows else None
 
 
-def evaluate(folder: RunDir, request: Request) -> Evaluation:
+def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     """Generate a prediction for each test row and score them all.
 
     predictions.jsonl and scores.json go to the run's folder; those of the base model, of another adapter or of
@@ -141,10 +141,10 @@ def evaluate(folder: RunDir, request: Request) -> Evaluation:
     was, one that is complete is not done again.
 
     Raises:
-        UserError: see `Task`, and `bertscore.layer_of`.
+        UserError: see `EvaluationTask`, and `bertscore.layer_of`.
         WorkFailed: BERTScore's model cannot be loaded, or memory does not suffice.
     """
-    task = Task(folder, request)
+    task = EvaluationTask(folder, request)
     judge = bertscore.judge(request.judge, request.judge_layer, task.run.rehearsal)
     if task.run.state != "finished":
         summary = task.run.summary
@@ -185,12 +185,12 @@ def evaluate(folder: RunDir, request: Request) -> Evaluation:
     return result
 
 
-def command(folder: RunDir, request: Request, runs: Path) -> Command:
+def command(folder: RunDir, request: EvaluationRequest, runs: Path) -> Command:
     """The command that evaluates a run as it is asked for."""
     return Command("evaluate", folder, ["evaluate", str(folder.path), *request.options(), "--runs", str(runs)])
 
 
-def _make_way(task: Task) -> None:
+def _make_way(task: EvaluationTask) -> None:
     """Keep an evaluation of the same adapter on other rows, which may have been the usual ones; refuse to lose rows."""
     former = read_scores(task.where)
     if former is None or former.settings.adapter_sha256 != task.settings.adapter_sha256:
@@ -209,7 +209,7 @@ def _make_way(task: Task) -> None:
         )
 
 
-def export_prompts(folder: RunDir, request: Request, file: Path) -> int:
+def export_prompts(folder: RunDir, request: EvaluationRequest, file: Path) -> int:
     """Write what the model would be given for each test row, to make predictions elsewhere; how many there are.
 
     A row has `row`, `reference`, what else the test row carries, `prompt` and `prompt_token_ids`. The ids are what
@@ -217,9 +217,9 @@ def export_prompts(folder: RunDir, request: Request, file: Path) -> int:
     With the field `prediction` added, `recipe score` takes the file.
 
     Raises:
-        UserError: see `Task`.
+        UserError: see `EvaluationTask`.
     """
-    task = Task(folder, replace(request, adapter=BASE))
+    task = EvaluationTask(folder, replace(request, adapter=BASE))
     with importing_axolotl(offline=task.run.rehearsal):
         from .generate import Prompter
 
@@ -236,7 +236,7 @@ def export_prompts(folder: RunDir, request: Request, file: Path) -> int:
     return len(examples)
 
 
-def _cache(request: Request, run: Run) -> Literal["static", "dynamic"]:
+def _cache(request: EvaluationRequest, run: Run) -> Literal["static", "dynamic"]:
     if request.cache == "auto":
         return "static" if gpus.here() and not run.rehearsal else "dynamic"
     return request.cache
@@ -247,14 +247,14 @@ def _trained_on_gpu(run: Run) -> bool:
     return not run.rehearsal and bool(run.provenance.get("gpus", True))
 
 
-def _adapter_label(settings: Settings) -> str:
+def _adapter_label(settings: EvaluationSettings) -> str:
     """How a folder below evaluations/ names an adapter other than the run's."""
     if settings.adapter_sha256 is None:
         return BASE_MODEL
     return f"{Path(settings.adapter).name}-{settings.adapter_sha256[:7]}"
 
 
-def _data_label(settings: Settings) -> str:
+def _data_label(settings: EvaluationSettings) -> str:
     """How a folder below evaluations/ names rows other than the usual ones."""
     return f"{Path(settings.data).stem}-{settings.data_sha256[:7]}"
 
@@ -277,7 +277,7 @@ def _test_set(file: Path, digest: str) -> str | None:
     return next((name for name, made in sets.items() if made["sha256"] == digest), None)
 
 
-def read_rows(file: Path, cfg: yamlfiles.Config) -> list[dict[str, Any]]:
+def read_test_rows(file: Path, cfg: yamlfiles.Config) -> list[dict[str, Any]]:
     """The rows of a file, of the type that a config trains on."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; `recipe data prepare` writes test.jsonl")

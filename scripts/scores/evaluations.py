@@ -14,7 +14,7 @@ PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
 BASE_MODEL = "base-model"  # the folder, below evaluations/, of the base model's
 
 
-class Settings(BaseModel):
+class EvaluationSettings(BaseModel):
     """All that predictions depend on besides the packages and this project's code; recorded with them.
 
     Attributes:
@@ -63,7 +63,7 @@ class Evaluation(BaseModel):
     scores: dict[str, Any]
     version: int = 1
     code_sha256: str
-    settings: Settings
+    settings: EvaluationSettings
 
 
 def read_scores(folder: Path) -> Evaluation | None:

@@ -27,7 +27,7 @@ from ..configs.datafiles import is_alpaca
 from ..runs.eval_loss import MASKED
 
 if TYPE_CHECKING:
-    from .evaluations import Settings
+    from .evaluations import EvaluationSettings
 
 disable_progress_bar()
 
@@ -57,7 +57,7 @@ class Prompter:
         tokenizer: the folder in which the training left its tokenizer, special tokens set.
     """
 
-    def __init__(self, settings: "Settings", cfg: Config, tokenizer: Path):
+    def __init__(self, settings: "EvaluationSettings", cfg: Config, tokenizer: Path):
         self.settings, self.cfg = settings, cfg
         self.revision = cfg.get("revision_of_model", "main")
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, padding_side="left")
@@ -127,7 +127,7 @@ def grow_embedding(model: PreTrainedModel, tokens: int, adapter: str | None) -> 
 class Generator(Prompter):
     """A run's base model, quantized as in training, with or without an adapter; see `Prompter`."""
 
-    def __init__(self, settings: "Settings", cfg: Config, tokenizer: Path):
+    def __init__(self, settings: "EvaluationSettings", cfg: Config, tokenizer: Path):
         super().__init__(settings, cfg, tokenizer)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, settings.dtype)

@@ -11,7 +11,7 @@ import orjson
 from ..base.errors import WorkFailed
 from ..base.progress import Bar
 from ..base.yamlfiles import Config
-from .evaluations import Row, Settings
+from .evaluations import EvaluationSettings, Row
 
 BATCH_TOKENS = 8192
 """The tokens that a batch has room for. Their keys and values take 4 GiB in a Llama 2 7B, the most of all the study's
@@ -24,7 +24,7 @@ def as_row(i: int, row: dict[str, Any], reference: str) -> Row:
 
 
 def predict(
-    rows: Sequence[dict[str, Any]], settings: Settings, cfg: Config, tokenizer: Path, part: Path, on_cpu: bool
+    rows: Sequence[dict[str, Any]], settings: EvaluationSettings, cfg: Config, tokenizer: Path, part: Path, on_cpu: bool
 ) -> dict[int, Row]:
     """Predictions by row number.
 
@@ -93,7 +93,7 @@ def batches(lengths: Sequence[int], most: int) -> Iterator[tuple[int, list[int]]
             yield room, list(batch)
 
 
-def _continue(part: Path, settings: Settings) -> dict[int, Row]:
+def _continue(part: Path, settings: EvaluationSettings) -> dict[int, Row]:
     """The rows of an interrupted evaluation with the same settings; otherwise a new file for them."""
     header = orjson.dumps(settings.same_predictions())
     lines = part.read_bytes().split(b"\n") if part.is_file() else []

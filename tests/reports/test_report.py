@@ -27,7 +27,7 @@ from qlora_recipes.reports import report, report_comparisons, report_figures, re
 from qlora_recipes.results import verdict
 from qlora_recipes.running import sweeps
 from qlora_recipes.runs.rundir import Launch, Run, RunDir, Summary, summarise
-from qlora_recipes.scores.evaluations import Evaluation, Settings
+from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings
 from qlora_recipes.scores.metrics import PER_ROW
 
 STUDY = study.find("haider2024")
@@ -121,7 +121,7 @@ def a_run(
         rehearsal=rehearsal,
         scores=scores,
         code_sha256="x",
-        settings=Settings(**settings),
+        settings=EvaluationSettings(**settings),
     )
     (run.path / "scores.json").write_text(evaluation.model_dump_json())
     return run

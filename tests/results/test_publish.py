@@ -119,7 +119,7 @@ def evaluated(run: RunDir, **settings: Any) -> None:
             "exact": 0,
         },
         code_sha256="f" * 64,
-        settings=evaluations.Settings(
+        settings=evaluations.EvaluationSettings(
             **{
                 "base_model": BASE,
                 "adapter": str(run.output),
@@ -630,7 +630,7 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
         assert of_adapter.model.get_input_embeddings().num_embeddings == len(tokenizer)
 
 
-def settings(run: RunDir, cfg: yamlfiles.Config, **changes: Any) -> evaluations.Settings:
+def settings(run: RunDir, cfg: yamlfiles.Config, **changes: Any) -> evaluations.EvaluationSettings:
     """Those of an evaluation of the run."""
     evaluated(run, base_model=cfg["base_model"])
     scores = evaluations.read_scores(run.path)
