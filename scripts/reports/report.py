@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from ..base import paths, tables
 from ..base.errors import UserError
 from ..base.machine import now
+from ..base.tables import Row
 from ..base.templating import environment
 from ..configs import gpus
 from ..data.study import Study
@@ -24,7 +25,6 @@ from ..results import listing, verdict
 from ..running import sweep_tables, sweeps
 from ..running.sweeps import Sweep
 from ..runs.rundir import RunDir
-from ..scores.evaluations import Row
 from . import report_comparisons as comparisons
 from . import report_figures as draw
 from . import report_reader, report_runs

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import json_rows, sha256
-from ..scores.evaluations import BASE_MODEL, EvaluationSettings, Row, read_predictions, read_scores
+from ..base.tables import Row
+from ..scores.evaluations import BASE_MODEL, EvaluationSettings, read_predictions, read_scores
 from ..scores.metrics import PER_ROW
 from .report_runs import ReportedRun, alike
 

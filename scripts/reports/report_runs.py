@@ -13,12 +13,13 @@ from .. import places
 from ..base import paths, tables, yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256
+from ..base.tables import Row
 from ..checks import schema
 from ..configs import config
 from ..results import listing, run_rows
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
-from ..scores.evaluations import BASE_MODEL, Evaluation, Row, read_predictions, read_scores
+from ..scores.evaluations import BASE_MODEL, Evaluation, read_predictions, read_scores
 from ..scores.metrics import METRICS, PER_ROW
 
 _OTHERS = {

@@ -378,7 +378,7 @@ def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run: RunDir) -> Non
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("", "no rows to evaluate"),
+        ("", "has no rows"),
         ('{"instruction": "a"}\n', "x.jsonl:1: a row needs the text field output"),
         ("[\n", "x.jsonl:1: not a JSON row"),
     ],
