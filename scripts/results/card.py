@@ -15,11 +15,10 @@ from ..data import study
 from ..data.codereviewer import MANIFEST
 from ..runs.handover import PLUGIN
 from ..runs.rundir import Run, RunDir
-from ..scores.evaluations import Evaluation
+from ..scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
 from ..scores.metrics import METRICS
 from . import run_rows
 
-ADAPTER = "adapter_model.safetensors"
 # The licences of https://huggingface.co/docs/hub/repositories-licenses that language models have
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")
 # Keys for folders of this machine, and for the accounts and hosts that a run reports to
@@ -72,7 +71,7 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
         "config_sha256": sha256(folder.config),
         "adapter_sha256": sha256(folder.output / ADAPTER),
     }
-    facts["scored_on"] = _scored_on(facts)
+    facts["scored_on"] = _scored_on(evaluation.settings, of_study) if evaluation else None
     facts |= {"front_matter": _front_matter(facts), "command": _command(facts["run"])}
     jinja = environment(paths.TEMPLATES)
     jinja.filters |= {"code": _code, "fenced": _fenced, "text": tables.text_of, "yaml": yamlfiles.write_yaml}
@@ -99,49 +98,49 @@ def _front_matter(facts: dict[str, Any]) -> str:
     """The metadata that the hub reads from a card, as YAML; where it wants an id of the hub, nothing else is given."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    run, base, licence = facts["run"], facts["base"], facts["licence"]
-    relation = "finetune" if facts["merged"] else "adapter"  # what the hub calls a merge is of several models
-    fields: dict[str, Any] = {} if base["local"] else {"base_model": base["name"], "base_model_relation": relation}
-    if licence in _HUB_LICENCES:
-        fields["license"] = licence
-    elif licence:
-        page = f"https://huggingface.co/{base['name']}"
-        fields |= {"license": "other", "license_name": licence, "license_link": page}
+    run = facts["run"]
+    base = facts["base"]
+    licence = facts["licence"]
+    other_licence = None if licence in _HUB_LICENCES else licence
     named = [str(dataset.get("path")) for _, dataset in datafiles.datasets(facts["config"], "datasets")]
     local = [file["path"] for file in run["data"]]
-    if on_hub := [n for n in named if re.fullmatch(r"[\w.-]+/[\w.-]+", n) and not any(p.startswith(n) for p in local)]:
-        fields["datasets"] = on_hub
-    if facts["evaluation"] and not run["rehearsal"]:
-        scores = facts["evaluation"]["scores"]
-        fields["model_name"] = run["recipe"]
-        fields["eval_results"] = [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="json",
-                dataset_name=facts["scored_on"],
-                metric_type=metric.hub_type,
-                metric_name=metric.title,
-                metric_value=round(scores[name], 4),
-            )
-            for name, metric in METRICS.items()
-            if scores.get(name) is not None
-        ]
+    on_hub = [n for n in named if re.fullmatch(r"[\w.-]+/[\w.-]+", n) and not any(p.startswith(n) for p in local)]
+    scores = facts["evaluation"]["scores"] if facts["evaluation"] and not run["rehearsal"] else {}
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="json",
+            dataset_name=facts["scored_on"],
+            metric_type=metric.hub_type,
+            metric_name=metric.title,
+            metric_value=round(scores[name], 4),
+        )
+        for name, metric in METRICS.items()
+        if scores.get(name) is not None
+    ]
     qlora = ["qlora"] if facts["config"].get("adapter") == "qlora" else []
-    tags = ["axolotl", "lora", *qlora, *(["code-review"] if facts["study"] else [])]
-    library = "transformers" if facts["merged"] else "peft"
-    return ModelCardData(library_name=library, pipeline_tag="text-generation", tags=tags, **fields).to_yaml()
+    relation = "finetune" if facts["merged"] else "adapter"  # what the hub calls a merge is of several models
+    return ModelCardData(
+        base_model=None if base["local"] else base["name"],
+        base_model_relation=None if base["local"] else relation,
+        license="other" if other_licence else licence,
+        license_name=other_licence,
+        license_link=f"https://huggingface.co/{base['name']}" if other_licence else None,
+        datasets=on_hub or None,
+        model_name=run["recipe"] if results else None,
+        eval_results=results or None,
+        library_name="transformers" if facts["merged"] else "peft",
+        pipeline_tag="text-generation",
+        tags=["axolotl", "lora", *qlora, *(["code-review"] if facts["study"] else [])],
+    ).to_yaml()
 
 
-def _scored_on(facts: dict[str, Any]) -> str | None:
-    """Which rows the scores are of."""
-    if not facts["evaluation"]:
-        return None
-    settings, of_study = facts["evaluation"]["settings"], facts["study"]
-    rows = f"{'the first ' if settings['limit'] else ''}{settings['rows']:,} rows"
-    if not (settings["test_set"] and of_study):
-        return f"{Path(settings['data']).name}, {rows}"
-    subset = of_study.data.subsets.get(settings["test_set"])
-    return f"{of_study.data.name}, {subset.title if subset else 'the test set'}, {rows}"
+def _scored_on(settings: EvaluationSettings, of_study: study.Study | None) -> str:
+    """The rows that scores are of."""
+    if not (settings.test_set and of_study):
+        return f"{Path(settings.data).name}, {settings.rows_in_words}"
+    subset = of_study.data.subsets.get(settings.test_set)
+    return f"{of_study.data.name}, {subset.title if subset else 'the test set'}, {settings.rows_in_words}"
 
 
 def _command(run: dict[str, Any]) -> str:

@@ -12,8 +12,8 @@ from ..base.errors import UserError, WorkFailed
 from ..base.files import sha256, write_atomically
 from ..base.progress import say
 from ..runs.rundir import Run, RunDir
-from ..scores.evaluations import read_scores
-from .card import ADAPTER, base_model, card
+from ..scores.evaluations import ADAPTER, read_scores
+from .card import base_model, card
 
 CARD = "README.md"
 _TOKENIZER = ["tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]

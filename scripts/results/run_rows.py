@@ -82,6 +82,12 @@ def comparable(scored: Evaluation, run: Run) -> bool:
     """Whether an evaluation is of a finished run, on exactly the rows and with the decoding of the published scores."""
     of_study = study.of(run.origin)
     settings = scored.settings
-    if of_study is None or run.rehearsal or other_model(run) or run.state != "finished" or settings.limit is not None:
-        return False
-    return settings.test_set == of_study.data.scored_on and settings.decoding == of_study.decoding
+    return bool(
+        of_study
+        and run.state == "finished"
+        and not run.rehearsal
+        and not other_model(run)
+        and settings.limit is None
+        and settings.test_set == of_study.data.scored_on
+        and settings.decoding == of_study.decoding
+    )

@@ -1,6 +1,6 @@
 """A study's runs beside its published scores: the rows of `recipe results --study`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -190,15 +190,13 @@ def tables_of(rows: list[dict[str, Any]], of_study: Study) -> tuple[list[dict[st
     return bleu, more
 
 
-def notes(rows: list[dict[str, Any]]) -> list[str]:
+def notes(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The lines under the table: where a run departs from the paper, and what may explain a score that is off."""
-    lines = []
     for full in rows:
         if full["differs"]:
-            lines.append(f"{full['recipe']} differs from the paper: {'; '.join(full['differs'])}")
+            yield f"{full['recipe']} differs from the paper: {'; '.join(full['differs'])}"
         if full["verdict"] == OFF:
-            lines.append(f"{full['recipe']} is off, and the paper leaves open: {'; '.join(full['open'])}")
-    return lines
+            yield f"{full['recipe']} is off, and the paper leaves open: {'; '.join(full['open'])}"
 
 
 def show_study(of_study: study.Study, rows: list[dict[str, Any]], rehearsal: bool, form: str) -> None:

@@ -13,7 +13,6 @@ from ..base.quiet import importing_axolotl
 from ..configs import standin
 
 DEFAULT = "roberta-large"  # bert-score's own for English, and the published scores'
-NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def judge(asked: str | None, layer: int | None, rehearsal: bool = False) -> Judg
 
     By default it is the stand-in in a rehearsal, otherwise `DEFAULT` if that is on this machine, as it is large.
     """
-    if asked == NONE:
+    if asked == "none":
         return None
     if asked:
         return Judge(asked, layer)
@@ -116,10 +115,9 @@ def f1(pairs: Sequence[tuple[str, str]], by: Judge) -> tuple[list[float], dict[s
         import bert_score
         from transformers import AutoTokenizer
         from transformers.models.roberta import RobertaTokenizer
-        from transformers.utils import logging
+        from transformers.utils.logging import disable_progress_bar
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        disable_progress_bar()
         try:
             scorer = bert_score.BERTScorer(model_type=by.model, num_layers=layer)
             is_roberta = isinstance(scorer._tokenizer, RobertaTokenizer)

@@ -20,7 +20,16 @@ from ..data.study import Decoding
 from ..runs.rundir import Run, RunDir
 from ..runs.tasks import Command
 from . import bertscore
-from .evaluations import BASE_MODEL, PREDICTIONS, SCORES, Evaluation, EvaluationSettings, read_predictions, read_scores
+from .evaluations import (
+    ADAPTER,
+    BASE_MODEL,
+    PREDICTIONS,
+    SCORES,
+    Evaluation,
+    EvaluationSettings,
+    read_predictions,
+    read_scores,
+)
 from .predict import as_row, predict
 from .score import VERSION, code_sha256, read_rows, score
 
@@ -86,9 +95,9 @@ class EvaluationTask:
         self.cfg = yamlfiles.read_yaml(folder.config)
         adapter = request.adapter
         weights = None if adapter == BASE else folder.output if adapter is None else Path(adapter)
-        if weights and not (weights / "adapter_model.safetensors").is_file():
+        if weights and not (weights / ADAPTER).is_file():
             hint = "" if adapter else f"; the run is {self.run.state}"
-            raise UserError(f"{weights}: no adapter (adapter_model.safetensors) there{hint}")
+            raise UserError(f"{weights}: no adapter ({ADAPTER}) there{hint}")
         if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
             raise UserError(
                 f"{folder.path}: the run ended before it had a tokenizer and a model; it is {self.run.state}"
@@ -110,7 +119,7 @@ class EvaluationTask:
         self.settings = EvaluationSettings(
             base_model=str(local) if local.is_dir() else self.cfg["base_model"],
             adapter=str(weights.resolve()) if weights else BASE,
-            adapter_sha256=sha256(weights / "adapter_model.safetensors") if weights else None,
+            adapter_sha256=sha256(weights / ADAPTER) if weights else None,
             data=str(file.resolve()),
             data_sha256=data_sha256,
             test_set=_test_set(file, data_sha256),
@@ -164,8 +173,10 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     task = EvaluationTask(folder, request)
     judge = bertscore.judge(request.judge, request.judge_layer, task.run.rehearsal)
     if task.run.state != "finished":
-        summary = task.run.summary
-        say(f"{folder.path}: the run is {task.run.state} at step {summary.step} of {summary.max_steps}")
+        say(
+            f"{folder.path}: the run is {task.run.state} at step {task.run.summary.step} of "
+            f"{task.run.summary.max_steps}"
+        )
     if judge is None and request.judge is None:
         say(f"BERTScore is left out: {bertscore.DEFAULT} is not on this machine; `--bertscore {bertscore.DEFAULT}` "
             "fetches it (1.4 GB)")  # fmt: skip
@@ -186,8 +197,7 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         else:
             _make_way(task)
             with importing_axolotl(offline=task.run.rehearsal):
-                done = predict(task.rows, settings, task.cfg, folder.output, part, on_cpu=task.run.rehearsal)
-            rows = [done[i] for i in range(len(task.rows))]
+                rows = predict(task.rows, settings, task.cfg, folder.output, part, on_cpu=task.run.rehearsal)
         scores, rows = score(rows, judge)
         write_rows(predictions, rows)
         result = Evaluation(

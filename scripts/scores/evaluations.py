@@ -10,7 +10,9 @@ from ..base.tables import Row
 from ..data.study import Decoding
 from ..runs.rundir import Run
 
-PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
+PREDICTIONS = "predictions.jsonl"
+SCORES = "scores.json"
+ADAPTER = "adapter_model.safetensors"
 BASE_MODEL = "base-model"  # the base model's folder below evaluations/
 
 
@@ -37,6 +39,10 @@ class EvaluationSettings(BaseModel):
     cache: Literal["static", "dynamic"]
     quantized: bool
     dtype: str
+
+    @property
+    def rows_in_words(self) -> str:
+        return f"{'the first ' if self.limit else ''}{self.rows:,} rows"
 
     def same_predictions(self) -> dict[str, Any]:
         """What makes two evaluations have the same predictions, to the last token."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from axolotl.utils.dict import DictDefault
@@ -25,9 +25,7 @@ from ..base.yamlfiles import Config
 from ..checks.tokens import tokenize
 from ..configs.datafiles import is_alpaca
 from ..runs.eval_loss import MASKED
-
-if TYPE_CHECKING:
-    from .evaluations import EvaluationSettings
+from .evaluations import ADAPTER, EvaluationSettings
 
 disable_progress_bar()
 
@@ -57,8 +55,9 @@ class Prompter:
         tokenizer: the folder in which the training left its tokenizer, special tokens set.
     """
 
-    def __init__(self, settings: "EvaluationSettings", cfg: Config, tokenizer: Path):
-        self.settings, self.cfg = settings, cfg
+    def __init__(self, settings: EvaluationSettings, cfg: Config, tokenizer: Path):
+        self.settings = settings
+        self.cfg = cfg
         self.revision = cfg.get("revision_of_model", "main")
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, padding_side="left")
         self.config = AutoConfig.from_pretrained(settings.base_model, revision=self.revision)
@@ -119,7 +118,7 @@ def grow_embedding(model: PreTrainedModel, tokens: int, adapter: str | None) -> 
         tokens: how many the training's tokenizer has.
         adapter: the adapter's folder; None where it is not to be loaded.
     """
-    saved = embedding_rows(Path(adapter) / "adapter_model.safetensors") if adapter else None
+    saved = embedding_rows(Path(adapter) / ADAPTER) if adapter else None
     if (rows := saved or tokens) > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(rows)
 
@@ -127,7 +126,7 @@ def grow_embedding(model: PreTrainedModel, tokens: int, adapter: str | None) -> 
 class Generator(Prompter):
     """A run's base model, quantized as in training, with or without an adapter; see `Prompter`."""
 
-    def __init__(self, settings: "EvaluationSettings", cfg: Config, tokenizer: Path):
+    def __init__(self, settings: EvaluationSettings, cfg: Config, tokenizer: Path):
         super().__init__(settings, cfg, tokenizer)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, settings.dtype)

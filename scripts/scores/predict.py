@@ -25,8 +25,8 @@ def as_row(i: int, row: Row, reference: str) -> Row:
 
 def predict(
     rows: Sequence[Row], settings: EvaluationSettings, cfg: Config, tokenizer: Path, part: Path, on_cpu: bool
-) -> dict[int, Row]:
-    """Predictions by row number.
+) -> list[Row]:
+    """The test rows with their predictions.
 
     Batches are the same whether or not an earlier call generated some of them: in half precision a row's
     prediction can depend on the other rows of its batch.
@@ -37,7 +37,7 @@ def predict(
         cfg: the run's config.
         tokenizer: the folder in which the training left its tokenizer.
         part: a file that keeps finished batches, from which a second call continues.
-        on_cpu: whether to leave the GPU and the hub alone, as a rehearsal does.
+        on_cpu: whether to leave the GPU alone, as a rehearsal does.
 
     Raises:
         UserError: see `Prompter.examples`.
@@ -46,7 +46,7 @@ def predict(
     done = _continue(part, settings)
     if len(done) < len(rows):
         if on_cpu:
-            os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         import torch
 
         from .generate import Generator
@@ -71,7 +71,7 @@ def predict(
                 stream.write(b"".join(orjson.dumps(done[i]) + b"\n" for i in batch))
                 stream.flush()
                 bar.update(len(done))
-    return done
+    return [done[i] for i in range(len(rows))]
 
 
 def batches(lengths: Sequence[int], most: int) -> Iterator[tuple[int, list[int]]]:

@@ -27,7 +27,7 @@ from qlora_recipes.reports import report, report_comparisons, report_figures, re
 from qlora_recipes.results import verdict
 from qlora_recipes.running import sweeps
 from qlora_recipes.runs.rundir import Launch, Run, RunDir, Summary, summarise
-from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings
+from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings, read_predictions, read_scores
 from qlora_recipes.scores.metrics import PER_ROW
 
 STUDY = study.find("haider2024")
@@ -184,7 +184,7 @@ def test_figures_are_what_plotly_draws(tmp_path: Path) -> None:
     runs = {"a": a_run(tmp_path), "b": a_run(tmp_path, "haider2024/llama-2-7b", rehearsal=False)}
     figures = list(report_figures.training({name: run.read_metrics() for name, run in runs.items()}))
     figures += report_comparisons.sweep(members)
-    rows = [report_runs.read_predictions(run.path) for run in runs.values()]
+    rows = [read_predictions(run.path) for run in runs.values()]
     figures += report_figures.distributions(dict(zip("ab", rows, strict=True)))
     figures += report_figures.distributions({"a": rows[0]})
     table = verdict.rows(STUDY, tmp_path / "runs", False)
@@ -233,10 +233,10 @@ def test_diffs_are_those_that_were_evaluated(tmp_path: Path) -> None:
     test = tmp_path / "data" / "test.jsonl"
     test.write_bytes(test.read_bytes() + b"\n")
     (shown,) = report_reader.reader(report_runs.members([run]))
-    assert shown["diff"] is None and "its SHA-256 is another" in shown["why"]
+    assert shown["diff"] is None and "its SHA-256 differs" in shown["why"]
     test.unlink()
     (shown,) = report_reader.reader(report_runs.members([run]))
-    assert shown["diff"] is None and "not there any more" in shown["why"]
+    assert shown["diff"] is None and "no longer there" in shown["why"]
 
 
 def test_runs_on_the_same_rows_share_them(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def a_large_run(folder: Path, count: int = 5000) -> RunDir:
 
 def of_other_rows(run: RunDir, count: int) -> None:
     """Have a run's evaluation be of the rows that its data file holds now."""
-    made = report_runs.read_scores(run.path)
+    made = read_scores(run.path)
     assert made
     changed = {"data_sha256": sha256(Path(made.settings.data)), "rows": count}
     settings = made.settings.model_copy(update=changed)
