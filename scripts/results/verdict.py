@@ -98,9 +98,10 @@ def row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, rehears
         "gains_percent": {
             b.name: 100 * (ours["bleu4"] / b.bleu4 - 1) if compared else None for b in of_study.baselines
         },
-        **{name: ours.get(name) for name in sorted(METRICS)},
+        "bertscore_f1": ours.get("bertscore_f1"),
         "bertscore_model": (scores.get("bertscore") or {}).get("model"),
         "bertscore_f1_published": aim.bertscore_f1 if aim else None,
+        **{name: ours.get(name) for name in sorted(METRICS)},
         "bleu4_base_model": ours.get("bleu4_base_model"),
         "eval_loss": ours.get("eval_loss"),
         "peak_gpu_memory_gib": ours.get("peak_memory_gib") if on_gpu else None,
@@ -177,9 +178,10 @@ def tables_of(rows: list[dict[str, Any]], of_study: Study) -> tuple[list[dict[st
     more = [
         {
             "recipe": full["recipe"],
-            **{metric.label: full[name] for name, metric in PER_ROW.items() if name != "bleu4"},
+            "BERTScore": full["bertscore_f1"],
             "published": full["bertscore_f1_published"],
             "by": full["bertscore_model"],
+            **{metric.label: full[name] for name, metric in PER_ROW.items() if name not in ("bleu4", "bertscore_f1")},
             "eval loss": full["eval_loss"],
             "peak GPU GiB": full["peak_gpu_memory_gib"],
             "tokens/s": round(full["tokens_per_second"]) if full["tokens_per_second"] else None,
