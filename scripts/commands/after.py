@@ -219,7 +219,7 @@ def report(
         html = reporting.of_sweep(sweeps.find(sweep, runs), runs, best, analyze)
     else:
         folders = {folder.path: folder for folder in (find_run(name, runs) for name in run or ["latest"])}
-        html = reporting.of_runs(report_runs.members(list(folders.values())), analyze)
+        html = reporting.of_runs(report_runs.reported_runs(list(folders.values())), analyze)
     write_atomically(out, html)
     print(out)
 

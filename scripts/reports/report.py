@@ -28,7 +28,7 @@ from ..runs.rundir import RunDir
 from . import report_comparisons as comparisons
 from . import report_figures as draw
 from . import report_reader, report_runs
-from .report_runs import ReportedRun, members
+from .report_runs import ReportedRun, reported_runs
 
 TEMPLATES = paths.TEMPLATES / "report"
 SCRIPTS = ("page.js", "charts.js", "reader.js")
@@ -73,7 +73,7 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
         "notes": [] if rehearsal else verdict.notes(rows),
         "figures": [figure] if figure else [],
     }
-    return _page(study.title, f"Study {name}", members(folders), analyze, study=section)
+    return _page(study.title, f"Study {name}", reported_runs(folders), analyze, study=section)
 
 
 def of_sweep(sweep: Sweep, runs: Path, best: str | None, analyze: bool) -> str:
@@ -99,7 +99,7 @@ def of_sweep(sweep: Sweep, runs: Path, best: str | None, analyze: bool) -> str:
         "figures": [*comparisons.sweep(rows), *([memory] if memory else [])],
     }
     labels = [row["member"] for row in rows for _ in row["runs"]]
-    return _page(sweep.name, f"Sweep of {sweep.recipe}", members(folders, labels), analyze, sweep=section)
+    return _page(sweep.name, f"Sweep of {sweep.recipe}", reported_runs(folders, labels), analyze, sweep=section)
 
 
 def _without_empty(rows: list[Row]) -> list[Row]:

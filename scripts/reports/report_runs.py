@@ -71,7 +71,7 @@ class ReportedRun:
         return str(Path(path).relative_to(self.run.cwd)) if Path(path).is_relative_to(self.run.cwd) else path
 
 
-def members(folders: Sequence[RunDir], labels: Sequence[str] | None = None) -> list[ReportedRun]:
+def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None) -> list[ReportedRun]:
     """The runs of some folders, each with its own label: its recipe's name, with its folder's where runs share that.
 
     Raises:
@@ -92,28 +92,32 @@ def tiles(reported: ReportedRun) -> Iterator[tuple[str, Any, str]]:
     """What a reader looks for first in a run: a name, a value, and a remark."""
     row = run_rows.row(reported.folder, reported.run)
     summary = reported.run.summary
-    progress = f"step {row['step']} of {row['steps'] or '?'}"
-    progress += f"; {summary.epoch:.2f} epochs" if summary.epoch else ""
-    yield "State", row["state"], progress + ("; early stopping" if row["ended"] == "early stopping" else "")
-    if row["eval_loss"] is not None:
-        yield "Validation loss", row["eval_loss"], f"from {tables.text_of(row['eval_loss_first'])}"
-    elif row["eval_loss_axolotl"] is not None:
-        yield listing.AXOLOTL_EVAL_LOSS, row["eval_loss_axolotl"], f"from {tables.text_of(summary.eval_loss_first)}"
-    elif summary.loss is not None:
-        yield "Training loss", summary.loss, "of the last step"
+    epochs = f"{summary.epoch:.2f} epochs" if summary.epoch else ""
+    early = "early stopping" if row["ended"] == "early stopping" else ""
+    yield (
+        "State",
+        row["state"],
+        "; ".join(filter(None, [f"step {row['step']} of {row['steps'] or '?'}", epochs, early])),
+    )
+    losses = [
+        ("Validation loss", row["eval_loss"], f"from {tables.text_of(row['eval_loss_first'])}"),
+        (listing.AXOLOTL_EVAL_LOSS, row["eval_loss_axolotl"], f"from {tables.text_of(summary.eval_loss_first)}"),
+        ("Training loss", summary.loss, "of the last step"),
+    ]
+    yield from [loss for loss in losses if loss[1] is not None][:1]
     intervals = (reported.evaluation.scores.get("intervals") if reported.evaluation else None) or {}
     for score, metric in PER_ROW.items():
         if row[score] is not None:
-            remark = f"95 %: {tables.text_of(intervals[score])}" if intervals.get(score) else ""
-            if score == "bleu4" and row["bleu4_difference"] is not None:
-                remark += f"; published {tables.text_of(row['bleu4_published'])}"
-            yield metric.label, row[score], remark
-    if row["peak_memory_gib"] is not None:
-        yield "Peak memory", f"{row['peak_memory_gib']:.2f} GiB", f"measured: {row['memory_kind']}"
-    if row["tokens_per_second"]:
-        yield "Throughput", f"{row['tokens_per_second']:,.0f} tokens/s", "without padding"
-    if row["train_seconds"]:
-        yield "Time in steps", _duration(row["train_seconds"]), ""
+            within = f"95 %: {tables.text_of(intervals[score])}" if intervals.get(score) else ""
+            compared = score == "bleu4" and row["bleu4_difference"] is not None
+            published = f"published {tables.text_of(row['bleu4_published'])}" if compared else ""
+            yield metric.label, row[score], "; ".join(filter(None, [within, published]))
+    costs = [
+        ("Peak memory", row["peak_memory_gib"], "{:.2f} GiB", f"measured: {row['memory_kind']}"),
+        ("Throughput", row["tokens_per_second"], "{:,.0f} tokens/s", "without padding"),
+        ("Time in steps", row["train_seconds"] and _duration(row["train_seconds"]), "{}", ""),
+    ]
+    yield from ((name, form.format(value), remark) for name, value, form, remark in costs if value)
 
 
 def _duration(seconds: float) -> str:
@@ -169,12 +173,11 @@ def _column(evaluation: Evaluation) -> dict[str, str | None]:
     intervals = evaluation.scores.get("intervals") or {}
     for key, value in evaluation.scores.items():
         title = METRICS[key].label if key in METRICS else _OTHERS.get(key, key)
-        if intervals.get(key):
-            column[title] = f"{tables.text_of(value)} ({tables.text_of(intervals[key])})"
-        elif isinstance(value, int | float | str):
-            column[title] = tables.text_of(value)
-        elif key == "bertscore" and value:
+        if key == "bertscore" and value:
             column["BERTScore by"] = str(value.get("model"))
+        elif isinstance(value, int | float | str):
+            within = f" ({tables.text_of(intervals[key])})" if intervals.get(key) else ""
+            column[title] = f"{tables.text_of(value)}{within}"
     return column
 
 

@@ -48,11 +48,10 @@ def publish(folder: RunDir, merge: bool = False, push: str | None = None, privat
     if push is not None:
         _check_push(folder, run, push)
     elif private:
-        raise UserError("--private: is about a repository, but there is no --push")
+        raise UserError("--private: works only with --push")
     evaluation = read_scores(folder.path)
-    if evaluation and evaluation.settings.adapter_sha256 != sha256(adapter):
-        evaluation = None  # of an adapter that the run has trained on since
-    if evaluation is None:
+    if not evaluation or evaluation.settings.adapter_sha256 != sha256(adapter):
+        evaluation = None  # or of an adapter that the run has trained on since
         say(f"{folder.path}: not evaluated; `recipe evaluate {folder.path}` and this command again add scores")
     models = [folder.output, *([_merge(folder, run)] if merge else [])]
     for model in models:

@@ -9,10 +9,8 @@ from ..base import paths, tables, yamlfiles
 from ..base.progress import say
 from ..configs import config, datafiles
 from ..configs.compose import REHEARSAL, TRACKERS
-from ..data import study
 from ..data.study import Study
 from ..runs import lookup
-from ..runs.lookup import all_runs
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
 from ..scores.evaluations import Evaluation
@@ -38,16 +36,18 @@ def rows(
         rehearsal: whether it is about rehearsals.
         speakers: for some recipes, the folder of the run that speaks for it, or None for none.
     """
-    by_recipe: dict[str, list[tuple[RunDir, Run]]] = {}
-    for folder, run in lookup.readable(all_runs(runs), places.read):
-        may_speak = speakers is None or run.recipe not in speakers or speakers[run.recipe] == folder.path
-        if run.rehearsal == rehearsal and may_speak and (rehearsal or not run_rows.other_model(run)):
-            by_recipe.setdefault(run.recipe, []).append((folder, run))
+    candidates = [
+        (folder, run)
+        for folder, run in lookup.readable(lookup.all_runs(runs), places.read)
+        if run.rehearsal == rehearsal
+        and (rehearsal or not run_rows.other_model(run))
+        and (speakers or {}).get(run.recipe, folder.path) == folder.path
+    ]
     table = []
     for recipe in [*of_study.published, *of_study.beside]:
-        of_recipe = by_recipe.get(recipe, [])
+        of_recipe = [candidate for candidate in candidates if candidate[1].recipe == recipe]
         if of_recipe or (recipe in of_study.published and not rehearsal):
-            chosen = max(of_recipe, key=lambda run: _preference(*run), default=None)
+            chosen = max(of_recipe, key=lambda candidate: _preference(*candidate), default=None)
             table.append(row(of_study, recipe, chosen, rehearsal))
     return table
 
@@ -201,7 +201,7 @@ def notes(rows: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{full['recipe']} is off, and the paper leaves open: {'; '.join(full['open'])}"
 
 
-def show_study(of_study: study.Study, rows: list[dict[str, Any]], rehearsal: bool, form: str) -> None:
+def show_study(of_study: Study, rows: list[dict[str, Any]], rehearsal: bool, form: str) -> None:
     """Print the rows of `verdict.rows` as `table`, `md`, `csv` or `json`."""
     if form == "json":
         tables.write(rows, form)

@@ -219,16 +219,16 @@ def command(folder: RunDir, request: EvaluationRequest, runs: Path) -> Command:
 
 
 def _make_way(task: EvaluationTask) -> None:
-    """Keep an evaluation of the same adapter on other rows, which may have been the usual ones; refuse to lose rows."""
+    """Move an evaluation of the same adapter on other rows aside, as they may have been the usual ones; refuse to lose
+    rows of the same data."""
     former = read_scores(task.where)
     if former is None or former.settings.adapter_sha256 != task.settings.adapter_sha256:
         return
     if former.settings.data_sha256 != task.settings.data_sha256:
         aside = task.where / "evaluations" / _data_label(former.settings)
         aside.mkdir(parents=True, exist_ok=True)
-        for name in (PREDICTIONS, SCORES):
-            if (task.where / name).is_file():
-                (task.where / name).replace(aside / name)
+        for file in filter(Path.is_file, (task.where / PREDICTIONS, task.where / SCORES)):
+            file.replace(aside / file.name)
         say(f"{task.where / SCORES}: of other rows; it is now in {aside}")
     elif former.settings.rows > task.settings.rows:
         raise UserError(

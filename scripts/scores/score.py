@@ -92,5 +92,5 @@ def score(rows: Sequence[Row], judge: bertscore.Judge | None = None) -> tuple[di
 def code_sha256() -> str:
     """A hash of the code that scores, which shows whether other code made a score."""
     of_rows = [inspect.getfile(metric.of_row) for metric in METRICS.values() if metric.of_row]
-    modules = (__file__, bertscore.__file__, intervals.__file__, *of_rows)
-    return sha256(b"".join(Path(str(file)).read_bytes() for file in modules)).hexdigest()
+    files = map(Path, (__file__, bertscore.__file__, intervals.__file__, *of_rows))
+    return sha256(b"".join(map(Path.read_bytes, files))).hexdigest()

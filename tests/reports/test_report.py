@@ -128,7 +128,7 @@ def a_run(
 
 
 def html_of(*runs: RunDir) -> str:
-    return report.of_runs(report_runs.members(runs), analyze=False)
+    return report.of_runs(report_runs.reported_runs(runs), analyze=False)
 
 
 def a_sweep(folder: Path) -> sweeps.Sweep:
@@ -228,29 +228,29 @@ def test_memory_of_different_kinds_is_said_to_be_that(tmp_path: Path) -> None:
 
 def test_diffs_are_those_that_were_evaluated(tmp_path: Path) -> None:
     run = a_run(tmp_path)
-    (shown,) = report_reader.reader(report_runs.members([run]))
+    (shown,) = report_reader.reader(report_runs.reported_runs([run]))
     assert shown["diff"][3].startswith("@@ -3,4") and shown["data"] == "data/test.jsonl"
     test = tmp_path / "data" / "test.jsonl"
     test.write_bytes(test.read_bytes() + b"\n")
-    (shown,) = report_reader.reader(report_runs.members([run]))
+    (shown,) = report_reader.reader(report_runs.reported_runs([run]))
     assert shown["diff"] is None and "its SHA-256 differs" in shown["why"]
     test.unlink()
-    (shown,) = report_reader.reader(report_runs.members([run]))
+    (shown,) = report_reader.reader(report_runs.reported_runs([run]))
     assert shown["diff"] is None and "no longer there" in shown["why"]
 
 
 def test_runs_on_the_same_rows_share_them(tmp_path: Path) -> None:
     one, other = a_run(tmp_path), a_run(tmp_path, "haider2024/llama-2-7b")
-    (shown,) = report_reader.reader(report_runs.members([one, other]))
+    (shown,) = report_reader.reader(report_runs.reported_runs([one, other]))
     assert [model["label"] for model in shown["models"]] == ["llama-3-8b", "llama-2-7b"]
     (tmp_path / "data" / "test.jsonl").unlink()
     third = a_run(tmp_path, "haider2024/llama-2-7b", "3", rows=7)
-    assert len(report_reader.reader(report_runs.members([one, other, third]))) == 2
+    assert len(report_reader.reader(report_runs.reported_runs([one, other, third]))) == 2
 
 
 def test_labels_tell_runs_apart(tmp_path: Path) -> None:
     runs = [a_run(tmp_path, name="1"), a_run(tmp_path, name="2"), a_run(tmp_path, "haider2024/llama-2-7b")]
-    labels = [member.label for member in report_runs.members(runs)]
+    labels = [member.label for member in report_runs.reported_runs(runs)]
     assert labels == ["llama-3-8b, 1", "llama-3-8b, 2", "llama-2-7b"]
 
 
@@ -319,7 +319,7 @@ def test_weights_are_measured_and_a_plan_is_made_where_asked_for(tmp_path: Path,
         yamlfiles.write_yaml(yamlfiles.read_yaml(run.config) | {"base_model": str(tiny), "lora_r": 8})
     )
     assert "No plan of this config is kept" in html_of(run) and "What 4 bits lose, and" not in html_of(run)
-    html = report.of_runs(report_runs.members([run]), analyze=True)
+    html = report.of_runs(report_runs.reported_runs([run]), analyze=True)
     assert "No plan of this config is kept" not in html and "different kinds of memory" in html
     assert "What 4 bits lose, and" in html and "2 decoder layers of tiny-llama0" in html
 

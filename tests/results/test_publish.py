@@ -509,7 +509,7 @@ def test_what_is_to_be_private_is_not_pushed_to_a_public_repository(run: RunDir,
     with pytest.raises(UserError, match="there already and public"):
         publish.publish(run, push="owner/model", private=True)
     assert hub.files == {}
-    with pytest.raises(UserError, match="there is no --push"):
+    with pytest.raises(UserError, match="works only with --push"):
         publish.publish(run, private=True)
 
 
