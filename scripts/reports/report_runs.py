@@ -27,7 +27,7 @@ _OTHERS = {
     "sacrebleu_signature": "its signature",
     "exact": "exact, share of rows",
     "empty": "empty, share of rows",
-    "repeated": "as another row's, share of rows",
+    "repeated": "the same as another row's, share of rows",
     "length_ratio": "tokens, predicted over reference",
 }
 
@@ -79,7 +79,7 @@ def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None
     """
     runs = [(folder, places.read(folder)) for folder in folders]
     if len({run.rehearsal for _, run in runs}) > 1:
-        raise UserError("rehearsals and real runs compare with nothing of the other kind: a report has one of them")
+        raise UserError("rehearsals and real runs do not compare: a report shows one kind or the other")
     names = labels or [run.recipe.rpartition("/")[2] for _, run in runs]
     times = Counter(names)
     return [

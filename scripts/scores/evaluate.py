@@ -238,11 +238,11 @@ def _make_way(task: EvaluationTask) -> None:
 
 
 def export_prompts(folder: RunDir, request: EvaluationRequest, file: Path) -> int:
-    """Write what the model would be given for each test row, to make predictions elsewhere; how many there are.
+    """Write the model's exact input for each test row, to make predictions elsewhere; returns how many there are.
 
-    A row has `row`, `reference`, what else the test row carries, `prompt` and `prompt_token_ids`. The ids are what
-    counts: they begin with the token that starts a text, which a server adds to a `prompt` once more or not at all.
-    With the field `prediction` added, `recipe score` takes the file.
+    A row has `row`, `reference`, `idx` and `lang` if known, `prompt` and `prompt_token_ids`. Use the ids: they begin
+    with the token that starts a text, which a server may add to a `prompt` a second time, or not at all.
+    `recipe score` takes the file once each row has the field `prediction`.
 
     Raises:
         UserError: see `EvaluationTask`.
@@ -253,12 +253,12 @@ def export_prompts(folder: RunDir, request: EvaluationRequest, file: Path) -> in
 
         prompter = Prompter(task.settings, task.cfg, folder.output)
         examples = prompter.examples(task.rows)
-        texts = prompter.tokenizer.batch_decode([one.prompt for one in examples], skip_special_tokens=False)
+        texts = prompter.tokenizer.batch_decode([example.prompt for example in examples], skip_special_tokens=False)
     write_rows(
         file,
         (
-            as_row(i, row, one.reference) | {"prompt": text, "prompt_token_ids": one.prompt}
-            for i, (row, text, one) in enumerate(zip(task.rows, texts, examples, strict=True))
+            as_row(i, row, example.reference) | {"prompt": text, "prompt_token_ids": example.prompt}
+            for i, (row, text, example) in enumerate(zip(task.rows, texts, examples, strict=True))
         ),
     )
     return len(examples)
@@ -283,8 +283,8 @@ def _test_set(file: Path, digest: str) -> str | None:
     """The name of the study's set that a file holds, which the manifest beside it identifies by its hash."""
     test = read_json(file.with_name(MANIFEST)).get("splits", {}).get("test", {})
     sets = {"test": test} if test.get("is_the_study_file") else {}
-    sets |= {name: made for name, made in test.get("subsets", {}).items() if "positions" in made}
-    return next((name for name, made in sets.items() if made["sha256"] == digest), None)
+    sets |= {name: subset for name, subset in test.get("subsets", {}).items() if "positions" in subset}
+    return next((name for name, rows in sets.items() if rows["sha256"] == digest), None)
 
 
 def read_test_rows(file: Path, cfg: yamlfiles.Config) -> list[Row]:

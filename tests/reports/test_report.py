@@ -343,7 +343,7 @@ def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:
         assert message in done.stderr
     a_run(tmp_path)
     a_run(tmp_path, name="2", rehearsal=False)
-    assert "compare with nothing of the other kind" in recipe("report", "llama-3-8b/1", "llama-3-8b/2").stderr
+    assert "rehearsals and real runs do not compare" in recipe("report", "llama-3-8b/1", "llama-3-8b/2").stderr
     assert not list(tmp_path.glob("*.html"))
 
 
