@@ -1,7 +1,6 @@
 """BERTScore by the bert-score library, with what transformers 5 broke in it repaired."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +36,6 @@ class Judge:
     def name(self) -> str:
         """Its name in scores, which names no folder of this machine."""
         return standin.JUDGE if self.stand_in else Path(self.model).name if self.is_local else self.model
-
-    @property
-    def is_offline(self) -> bool:
-        return self.is_local or os.environ.get("HF_HUB_OFFLINE") == "1"
 
     def local_revision(self) -> str:
         """The hash that distinguishes the weights in its folder from others of that name."""
@@ -87,7 +82,7 @@ def layer_of(by: Judge) -> int:
         UserError: bert-score knows no best layer of the model, or the model has fewer layers.
         WorkFailed: the model cannot be loaded.
     """
-    with importing_axolotl(offline=by.is_offline):
+    with importing_axolotl(offline=by.is_local):
         import bert_score
         from transformers import AutoConfig
 
@@ -111,7 +106,7 @@ def f1(pairs: Sequence[tuple[str, str]], by: Judge) -> tuple[list[float], dict[s
         UserError, WorkFailed: see `layer_of`.
     """
     layer = layer_of(by)
-    with importing_axolotl(offline=by.is_offline):
+    with importing_axolotl(offline=by.is_local):
         import bert_score
         from transformers import AutoTokenizer
         from transformers.models.roberta import RobertaTokenizer
