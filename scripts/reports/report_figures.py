@@ -48,14 +48,14 @@ class Figure:
     says: str = ""
 
     def __post_init__(self) -> None:
-        self.says = self.says or "; ".join(map(_in_words, self.traces))
+        self.says = self.says or "; ".join(map(_sentence, self.traces))
 
     def as_json(self) -> dict[str, Any]:
         """What the page draws it from."""
         return {"title": self.title, "traces": self.traces, "layout": {"xaxis": self.x, "yaxis": self.y} | self.layout}
 
 
-def _in_words(trace: Trace) -> str:
+def _sentence(trace: Trace) -> str:
     """A line by its ends, any other trace point by point."""
     mode = trace.get("mode", "")
     order = ("y", "x") if trace.get("orientation") == "h" else ("x", "y")

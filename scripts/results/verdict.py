@@ -48,7 +48,7 @@ def rows(
         of_recipe = [candidate for candidate in candidates if candidate[1].recipe == recipe]
         if of_recipe or (recipe in of_study.published and not rehearsal):
             chosen = max(of_recipe, key=lambda candidate: _preference(*candidate), default=None)
-            table.append(row(of_study, recipe, chosen, rehearsal))
+            table.append(study_row(of_study, recipe, chosen, rehearsal))
     return table
 
 
@@ -59,7 +59,7 @@ def _preference(folder: RunDir, run: Run) -> tuple[bool, bool, bool, str]:
     return run.state == "finished" and evaluated, evaluated, plain and run.ranks == 1, folder.path.name
 
 
-def row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, rehearsal: bool) -> dict[str, Any]:
+def study_row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, rehearsal: bool) -> dict[str, Any]:
     """A run's results beside what was published.
 
     Returns:
