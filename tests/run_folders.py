@@ -12,7 +12,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.data import study
 from qlora_recipes.runs.rundir import Launch, Run, RunDir, Summary
-from qlora_recipes.scores.evaluations import Evaluation, Settings
+from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings
 
 STUDY = study.find("haider2024")
 ADAPTER = "adapter_model.safetensors"
@@ -59,7 +59,7 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
         rehearsal=run.rehearsal,
         scores=scores,
         code_sha256="x",
-        settings=Settings(**settings),
+        settings=EvaluationSettings(**settings),
     )
     (folder.path / "scores.json").write_text(made.model_dump_json())
     return folder

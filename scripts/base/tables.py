@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-TableRow = dict[str, Any]
+Row = dict[str, Any]
 
 
 def text_of(value: Any) -> str:
@@ -23,7 +23,7 @@ def text_of(value: Any) -> str:
     return str(value)
 
 
-def print_table(rows: Sequence[TableRow], title: str | None = None, empty: bool = False) -> None:
+def print_table(rows: Sequence[Row], title: str | None = None, empty: bool = False) -> None:
     """A table on stdout, as wide as it needs if stdout is not a terminal.
 
     Args:
@@ -43,7 +43,7 @@ def print_table(rows: Sequence[TableRow], title: str | None = None, empty: bool 
     Console(width=None if sys.stdout.isatty() else 250).print(table)
 
 
-def print_markdown(rows: Sequence[TableRow], title: str | None = None) -> None:
+def print_markdown(rows: Sequence[Row], title: str | None = None) -> None:
     """A Markdown table on stdout."""
     if title:
         print(f"**{title}**\n")
@@ -54,7 +54,7 @@ def print_markdown(rows: Sequence[TableRow], title: str | None = None) -> None:
     print()
 
 
-def print_csv(rows: Sequence[TableRow]) -> None:
+def print_csv(rows: Sequence[Row]) -> None:
     """CSV with a header on stdout; numbers in full."""
     writer = csv.DictWriter(sys.stdout, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
@@ -66,7 +66,7 @@ def print_json(value: Any) -> None:
     print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
 
 
-def write(rows: Sequence[TableRow], form: str, title: str | None = None, empty: bool = False) -> None:
+def write(rows: Sequence[Row], form: str, title: str | None = None, empty: bool = False) -> None:
     """Rows on stdout as `table`, `md`, `csv` or `json`; `empty` as in `print_table`."""
     match form:
         case "json":
@@ -79,7 +79,7 @@ def write(rows: Sequence[TableRow], form: str, title: str | None = None, empty: 
             print_table(rows, title, empty)
 
 
-def print_tokens(rows: Sequence[TableRow]) -> None:
+def print_tokens(rows: Sequence[Row]) -> None:
     """Tokenized rows on stdout: those tokens that carry loss between marks, and in colour on a terminal."""
     from rich.console import Console
     from rich.text import Text

@@ -52,7 +52,9 @@ def evaluate(
 
     if export_prompts and on != "local":
         raise UserError("--export-prompts: needs no GPU, and is done here")
-    request = evaluation.Request(data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer)
+    request = evaluation.EvaluationRequest(
+        data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer
+    )
     folder = find_run(run, runs)
     place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
     if not place.here:
@@ -217,7 +219,7 @@ def report(
         html = reporting.of_sweep(sweeps.find(sweep, runs), runs, best, analyze)
     else:
         folders = {folder.path: folder for folder in (find_run(name, runs) for name in run or ["latest"])}
-        html = reporting.of_runs(report_runs.members(list(folders.values())), analyze)
+        html = reporting.of_runs(report_runs.reported_runs(list(folders.values())), analyze)
     write_atomically(out, html)
     print(out)
 

@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
+import click
 import typer
+
+from ..scores.metrics import PER_ROW
 
 PlaceName = Literal["local", "slurm"]
 InputFormat = Literal["diff", "tagged"]
 CacheForm = Literal["auto", "static", "dynamic"]
 Group = Literal["lang", "length"]
-Criterion = Literal["eval_loss", "bleu4", "rouge_l", "bertscore_f1", "memory", "time", "bleu4_per_gib"]
+CRITERIA = ["eval_loss", *PER_ROW, "memory", "time", "bleu4_per_gib"]
 
 Name = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A recipe's name (see `recipe list`) or a YAML file.")]
 Names = Annotated[
@@ -61,4 +64,6 @@ SlurmOptions = Annotated[
         "Repeatable; ~/.config/qlora-recipes/slurm.yaml holds those that are always meant.",
     ),
 ]
-Best = Annotated[Criterion | None, typer.Option("--best", help="Name the best member by this.")]
+Best = Annotated[
+    str | None, typer.Option("--best", click_type=click.Choice(CRITERIA), help="Name the best member by this.")
+]

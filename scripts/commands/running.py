@@ -162,7 +162,9 @@ def sweep(
     called, members = sweeps.read(sweeps.find_file(file) if file else None, set_ or [])
     request = Request(name, profiles=profile or [], rehearse=rehearse, mirror=mirror)
     request.rehearse = is_rehearsal(request)
-    judged = evaluation.Request(limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
+    judged = evaluation.EvaluationRequest(
+        limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size
+    )
     target = gpus.find(gpu) if gpu else None
     place = places.kinds()[on](request.rehearse, jobs, slurm or [])
     options = sweeping.Options(request, place, seeds, max_runs, target, judged, runs, dry_run)
@@ -233,7 +235,7 @@ def reproduce(
     of_study = studies.find(study)
     request = Request(study, profiles=profile or [], overrides=set_ or [], rehearse=rehearse, mirror=mirror)
     request.rehearse = is_rehearsal(request)
-    judged = evaluation.Request(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
+    judged = evaluation.EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
     place = places.kinds()[on](request.rehearse, jobs, slurm or [])
     outcomes = reproducing.reproduce(of_study, reproducing.Options(request, place, only or [], judged, runs))
     rows = verdict.rows(of_study, runs, request.rehearse, {outcome.recipe: outcome.run for outcome in outcomes})

@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from ..base import paths, tables
 from ..base.errors import UserError
 from ..base.machine import now
+from ..base.tables import Row
 from ..base.templating import environment
 from ..configs import gpus
 from ..data.study import Study
@@ -24,27 +25,26 @@ from ..results import listing, verdict
 from ..running import sweep_tables, sweeps
 from ..running.sweeps import Sweep
 from ..runs.rundir import RunDir
-from ..scores.evaluations import Row
 from . import report_comparisons as comparisons
 from . import report_figures as draw
 from . import report_reader, report_runs
-from .report_runs import Member, members
+from .report_runs import ReportedRun, reported_runs
 
 TEMPLATES = paths.TEMPLATES / "report"
 SCRIPTS = ("page.js", "charts.js", "reader.js")
 LAYERS = 2  # of the base model, whose weights are measured
-# What cannot be seen, or turns the direction of the text behind it; reader.js has the same
+# Characters that are invisible, or change the direction of the text behind them; reader.js has the same
 _MARKS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 
 
-def of_runs(found: Sequence[Member], analyze: bool) -> str:
-    """The report of runs, beside one another where there are several."""
-    if len(found) == 1:
-        return _page(found[0].run.recipe, f"Run {found[0].folder.path.name}", found, analyze)
-    title = " and ".join(one.label for one in found) if len(found) == 2 else f"{len(found)} runs"
-    return _page(title, "Runs beside one another", found, analyze)
+def of_runs(runs: Sequence[ReportedRun], analyze: bool) -> str:
+    """The report of one run, or of several side by side."""
+    if len(runs) == 1:
+        return _page(runs[0].run.recipe, f"Run {runs[0].folder.path.name}", runs, analyze)
+    title = " and ".join(reported.label for reported in runs) if len(runs) == 2 else f"{len(runs)} runs"
+    return _page(title, "Runs side by side", runs, analyze)
 
 
 def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
@@ -54,9 +54,9 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
         UserError: it has no run.
     """
     rows = verdict.rows(study, runs, rehearsal)
-    spoken = [RunDir(Path(row["run"])) for row in rows if row["run"]]
+    folders = [RunDir(Path(row["run"])) for row in rows if row["run"]]
     name = study.folder.name
-    if not spoken:
+    if not folders:
         kind, other = ("rehearsals", "") if rehearsal else ("runs", "; --rehearse takes its rehearsals")
         raise UserError(f"--study {name}: no {kind} of it below {runs}/{other}; `recipe reproduce {name}` makes them")
     subset = study.data.subsets[study.data.scored_on]
@@ -73,11 +73,11 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
         "notes": [] if rehearsal else verdict.notes(rows),
         "figures": [figure] if figure else [],
     }
-    return _page(study.title, f"Study {name}", members(spoken), analyze, study=section)
+    return _page(study.title, f"Study {name}", reported_runs(folders), analyze, study=section)
 
 
 def of_sweep(sweep: Sweep, runs: Path, best: str | None, analyze: bool) -> str:
-    """The report of a sweep: what its members trade for what, and their runs.
+    """The report of a sweep: the trade-offs of its members, and their runs.
 
     Args:
         sweep: the sweep.
@@ -88,19 +88,18 @@ def of_sweep(sweep: Sweep, runs: Path, best: str | None, analyze: bool) -> str:
         UserError: no member has a run.
     """
     rows = sweeps.rows(sweep, runs, best)
-    made = [(row["member"], RunDir(Path(run))) for row in rows for run in row["runs"]]
-    if not made:
+    folders = [RunDir(Path(run)) for row in rows for run in row["runs"]]
+    if not folders:
         raise UserError(f"--sweep {sweep.name}: no member has a run yet; `recipe sweep` makes them")
-    about = f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}."
     memory = draw.memory(rows)
     section = {
-        "about": about,
+        "about": f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}.",
         "notes": sweep_tables.notes(sweep, rows, best),
         "table": _without_empty([report_runs.sweep_row(row, sweep.keys) for row in rows]),
         "figures": [*comparisons.sweep(rows), *([memory] if memory else [])],
     }
-    found = members([folder for _, folder in made], [member for member, _ in made])
-    return _page(sweep.name, f"Sweep of {sweep.recipe}", found, analyze, sweep=section)
+    labels = [row["member"] for row in rows for _ in row["runs"]]
+    return _page(sweep.name, f"Sweep of {sweep.recipe}", reported_runs(folders, labels), analyze, sweep=section)
 
 
 def _without_empty(rows: list[Row]) -> list[Row]:
@@ -110,10 +109,10 @@ def _without_empty(rows: list[Row]) -> list[Row]:
 
 
 def check_file(file: Path) -> None:
-    """Tell that a report cannot be written before anything is read.
+    """Refuse a file that a report cannot be written to, before anything is read.
 
     Raises:
-        UserError: it is not named as HTML, or its folder is missing.
+        UserError: its name is not that of an HTML file, or its folder is missing.
     """
     if file.suffix not in (".html", ".htm"):
         raise UserError(f"-o {file}: name an .html file")
@@ -121,46 +120,22 @@ def check_file(file: Path) -> None:
         raise UserError(f"-o {file}: there is no folder {file.parent}")
 
 
-def _page(title: str, kind: str, found: Sequence[Member], analyze: bool, **more: Any) -> str:
-    """The HTML of everything that reports have in common, and of what this one has besides."""
-    alone = found[0] if len(found) == 1 else None
-    metrics = {one.label: one.folder.read_metrics() for one in found}
-    training = [figure for figure in draw.training(metrics) if figure.traces]
+def _page(title: str, kind: str, runs: Sequence[ReportedRun], analyze: bool, **more: Any) -> str:
+    """The HTML of what all reports have in common, and of what this one has besides."""
+    alone = len(runs) == 1
+    training = [figure for figure in draw.training({r.label: r.folder.read_metrics() for r in runs}) if figure.traces]
     notes = []
     if training and not any(figure.key == "load" for figure in training):
         notes.append("The load of the processor was not recorded.")
-    if "sweep" not in more:
-        memory = draw.memory([_memory(one, analyze) for one in found])
-        training += [memory] if memory else []
-        if memory and all("planned" not in trace["name"] for trace in memory.traces):
+    if "sweep" not in more and (memory := draw.memory([_memory(reported, analyze) for reported in runs])):
+        training.append(memory)
+        if all("planned" not in trace["name"] for trace in memory.traces):
             notes.append("No plan of this config is kept; `recipe report --analyze` makes one, as `recipe plan` does.")
-    model_figures, model_notes = _model(found, analyze)
-    spread = list(draw.distributions({one.label: one.predictions for one in found if one.predictions}))
-    reader = report_reader.reader(found)
-    of = {one.label: "" if alone else f" of {one.label}" for one in found}
+    model_figures, model_notes = _model(runs, analyze)
+    spread = list(draw.distributions({r.label: r.predictions for r in runs if r.predictions}))
+    reader = report_reader.reader(runs)
+    figures = [*training, *spread, *model_figures, *(figure for part in more.values() for figure in part["figures"])]
     facts: dict[str, Any] = {"study": None, "sweep": None} | more
-    figures = [*training, *spread, *model_figures, *(f for part in more.values() for f in part["figures"])]
-    facts |= {
-        "title": title,
-        "kind": kind,
-        "rehearsal": found[0].run.rehearsal,
-        "made": now(),
-        "version": version("qlora-recipes"),
-        "tiles": list(report_runs.tiles(alone)) if alone else [],
-        "overview": [report_runs.overview(one) for one in found],
-        "training": training,
-        "training_notes": notes,
-        "scores": report_runs.scores(found),
-        "scored_on": "; ".join(dict.fromkeys(report_runs.scored_on(one) for one in found if one.evaluation)),
-        "spread": spread,
-        "reader": bool(reader),
-        "reader_data": _packed(orjson.dumps(reader)),
-        "model_figures": model_figures,
-        "model_notes": model_notes,
-        "settings": [report_runs.settings(one) | {"of": of[one.label]} for one in found],
-        "provenance": [report_runs.provenance(one) | {"of": of[one.label]} for one in found],
-        "figures_data": _packed(orjson.dumps({figure.key: figure.as_json() for figure in figures})),
-    }
     sections = {
         "overview": ("At a glance", True),
         "study": ("Study", facts["study"]),
@@ -172,7 +147,28 @@ def _page(title: str, kind: str, found: Sequence[Member], analyze: bool, **more:
         "settings": ("Settings", True),
         "provenance": ("Provenance", True),
     }
-    facts["contents"] = [(key, name) for key, (name, there) in sections.items() if there]
+    facts |= {
+        "title": title,
+        "kind": kind,
+        "rehearsal": runs[0].run.rehearsal,
+        "made": now(),
+        "version": version("qlora-recipes"),
+        "tiles": list(report_runs.tiles(runs[0])) if alone else [],
+        "overview": _without_empty([report_runs.overview(reported) for reported in runs]),
+        "training": training,
+        "training_notes": notes,
+        "scores": report_runs.scores(runs),
+        "scored_on": "; ".join(dict.fromkeys(report_runs.scored_on(r) for r in runs if r.evaluation)),
+        "spread": spread,
+        "reader": bool(reader),
+        "reader_data": _packed(orjson.dumps(reader)),
+        "model_figures": model_figures,
+        "model_notes": model_notes,
+        "settings": [report_runs.settings(r) | {"of": "" if alone else f" of {r.label}"} for r in runs],
+        "provenance": [report_runs.provenance(r) | {"of": "" if alone else f" of {r.label}"} for r in runs],
+        "figures_data": _packed(orjson.dumps({figure.key: figure.as_json() for figure in figures})),
+        "contents": [(key, name) for key, (name, there) in sections.items() if there],
+    }
     return _render(facts)
 
 
@@ -199,63 +195,62 @@ def _hash(code: str) -> str:
 
 
 def _packed(content: bytes) -> str:
-    """Bytes as the page's script unpacks them; in this form no text in them can end the element that holds it."""
+    """Bytes for the page's script to unpack; in this form no text in them can end the element that holds it."""
     return b64encode(gzip.compress(content, 9, mtime=0)).decode()
 
 
 def visible(value: Any) -> str:
-    """A value as text, what cannot be seen in it by its number."""
-    return _MARKS.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", tables.text_of(value))
+    """A value as text, with the code points of its invisible characters."""
+    return _MARKS.sub(lambda mark: f"⟨U+{ord(mark[0]):04X}⟩", tables.text_of(value))
 
 
 def _note(text: str) -> Markup:
-    """A sentence as HTML, what is between backticks as code."""
+    """A sentence as HTML, with code between backticks."""
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(visible(text))))
 
 
-def _memory(one: Member, anew: bool) -> Row:
-    """A run's memory, planned and measured."""
+def _memory(reported: ReportedRun, plan: bool) -> Row:
+    """A run's memory, planned and measured; a plan that is not kept is made only if asked for."""
     planned = None
-    cards = one.run.provenance.get("gpus") or [{}]
+    cards = reported.run.provenance.get("gpus") or [{}]
     capability = cards[0].get("compute_capability")
-    with suppress(UserError):  # a config that cannot be planned has no plan
-        planned = need.needed_gib(one.config, gpus.find(capability) if capability else None, anew)
-    summary = one.run.summary
+    with suppress(UserError):  # some configs cannot be planned
+        planned = need.needed_gib(reported.config, gpus.find(capability) if capability else None, plan)
+    measured = reported.run.summary
     return {
-        "member": one.label,
+        "member": reported.label,
         "planned_gib": planned,
-        "peak_memory_gib": summary.peak_memory,
-        "memory_kind": summary.memory_kind,
+        "peak_memory_gib": measured.peak_memory,
+        "memory_kind": measured.memory_kind,
     }
 
 
-def _model(found: Sequence[Member], analyze: bool) -> tuple[list[draw.Figure], list[str]]:
-    """Figures of the base models: what LoRA trains of them, and, where asked for, what 4 bits lose of the weights."""
-    rows, own, notes = [], {}, []
-    by_model: dict[str, Member] = {}
-    for one in found:
-        name = str(one.config.get("base_model"))
-        with suppress(UserError):  # of another kind of model, or nowhere on this machine
-            if name not in by_model:
-                rows += lora.rows({name: one.config}, download=False)
-            by_model[name] = one
-            share = one.run.summary.trainable_share or lora.share(one.config)  # counted, for a run without a record
+def _model(runs: Sequence[ReportedRun], analyze: bool) -> tuple[list[draw.Figure], list[str]]:
+    """Figures of the base models: what LoRA trains of them, and, if asked for, what 4 bits lose of the weights."""
+    names: dict[str, str] = {}
+    rows: list[Row] = []
+    own = {}
+    for reported in runs:
+        model = str(reported.config.get("base_model"))
+        with suppress(UserError):  # another kind of model, or not on this machine
+            if model not in names:
+                short = Path(model).name if Path(model).is_dir() else model
+                rows += [row | {"model": short} for row in lora.rows({model: reported.config}, download=False)]
+                names[model] = short
+            # computed for a run without a record of it
+            share = reported.run.summary.trainable_share or lora.share(reported.config)
             if share is not None:
-                own[one.label] = (int(one.config["lora_r"]), share)
-    short = {name: Path(name).name if Path(name).is_dir() else name for name in by_model}
-    rows = [row | {"model": short[row["model"]]} for row in rows]
+                own[reported.label] = (int(reported.config["lora_r"]), share)
     figures = [draw.lora_share(rows, own)] if rows else []
-    local = next((name for name in by_model if Path(name).is_dir()), None)
-    if analyze and local:
-        from ..base.quiet import importing_axolotl
+    local = next((model for model in names if Path(model).is_dir()), None)
+    if not analyze:
+        return figures, ["`recipe report --analyze` measures what 4 bits lose of the weights too."] if local else []
+    if not local:
+        return figures, ["What 4 bits lose of the weights is not measured: they are no local folder."]
+    from ..base.quiet import importing_axolotl
 
-        with importing_axolotl():
-            from ..planning import quantization
+    with importing_axolotl():
+        from ..planning import quantization
 
-            measured = quantization.measure(quantization.weights_of(Path(local), LAYERS))
-        figures += draw.quantization(measured, f"{LAYERS} decoder layers of {short[local]}")
-    elif local:
-        notes.append("`recipe report --analyze` measures what 4 bits lose of the weights too.")
-    elif analyze:
-        notes.append("What 4 bits lose of the weights is not measured: they are no local folder.")
-    return figures, notes
+        measured = quantization.measure(quantization.weights_of(Path(local), LAYERS))
+    return [*figures, *draw.quantization(measured, f"{LAYERS} decoder layers of {names[local]}")], []

@@ -3,20 +3,22 @@
 from collections.abc import Iterator, Sequence
 
 from ..base import tables
+from ..base.tables import Row
+from ..scores.metrics import PER_ROW
 from .report_figures import (
     COLOURS,
     DASHES,
+    GREY,
     Figure,
-    Row,
     Trace,
     _axis,
     _categories,
     _interval,
     _log,
     _points,
+    _scatter,
     _style,
 )
-from .report_runs import SCORES
 
 
 def sweep(rows: Sequence[Row]) -> Iterator[Figure]:
@@ -25,33 +27,30 @@ def sweep(rows: Sequence[Row]) -> Iterator[Figure]:
     kinds = {row["memory_kind"] for row in rows if row["memory_kind"]}
     peak = _axis(f"peak GiB ({', '.join(sorted(kinds))})")
     share = _log("trainable parameters, % of all")
-    quality = {"eval_loss": "validation loss (lower is better)"} | {
-        name: f"{title} (higher is better)" for name, title in SCORES.items()
+    qualities = {"eval_loss": "Validation loss (lower is better)"} | {
+        name: f"{metric.label} ({'higher' if metric.higher_is_better else 'lower'} is better)"
+        for name, metric in PER_ROW.items()
     }
+    with_percent = [row | {"percent": _percent(row)} for row in rows]
     for score in ("eval_loss", "bleu4"):
-        y = _axis(quality[score])
-        name = quality[score].partition(" (")[0]
-        title = name[0].upper() + name[1:]
-        against = _against(rows, "peak_memory_gib", score)
-        if against:
-            yield Figure(f"sweep-memory-{score}", f"{title} against memory", against, peak, y, _FRONT)
-        against = _against([row | {"percent": _percent(row)} for row in rows], "percent", score)
-        if against:
-            yield Figure(f"sweep-share-{score}", f"{title} against what is trained", against, share, y, _FRONT)
-    for score, title in quality.items():
-        known = [row for row in rows if row.get(score) is not None]
-        if not known:
-            continue
-        values, within = [row[score] for row in known], [row.get(f"{score}_interval") for row in known]
-        trace = _points(title, [(row[score], row["member"], "") for row in known], 0)
-        trace |= {"mode": "markers", "error_x": _interval(values, within)}
-        del trace["text"]
-        says = ", ".join(f"{row['member']} {tables.text_of(row[score])}" for row in known)
-        note = "" if any(within) else "No intervals: they need seeds, or rows that were evaluated."
-        size = {"height": 140 + 32 * len(known)}
-        yield Figure(
-            f"sweep-{score}", title[0].upper() + title[1:], [trace], _axis(title), _categories(), note, size, says
-        )
+        for key, cost, title, x in (
+            ("memory", "peak_memory_gib", "memory", peak),
+            ("share", "percent", "what is trained", share),
+        ):
+            if against := _against(with_percent, cost, score):
+                title = f"{qualities[score].partition(' (')[0]} against {title}"
+                yield Figure(f"sweep-{key}-{score}", title, against, x, _axis(qualities[score]), _FRONT)
+    for score, title in qualities.items():
+        if measured := [row for row in rows if row.get(score) is not None]:
+            points = [(row[score], row["member"]) for row in measured]
+            within = [row.get(f"{score}_interval") for row in measured]
+            errors = _interval([value for value, _ in points], within)
+            marker = _style(0)["marker"] | {"size": 11}
+            trace = _scatter(title, "markers", points, marker=marker, error_x=errors, cliponaxis=False)
+            says = ", ".join(f"{member} {tables.text_of(value)}" for value, member in points)
+            note = "" if any(within) else "No intervals: they need seeds, or rows that were evaluated."
+            layout = {"height": 140 + 32 * len(measured)}
+            yield Figure(f"sweep-{score}", title, [trace], _axis(title), _categories(), note, layout, says)
 
 
 _FRONT = (
@@ -87,33 +86,24 @@ def study(rows: Sequence[Row], baselines: Sequence[Row]) -> Figure | None:
     ours = [row for row in rows if row["bleu4"] is not None]
     if not ours:
         return None
+    points = [(row["bleu4"], row["recipe"]) for row in ours]
     within = [None if row["bleu4_low"] is None else (row["bleu4_low"], row["bleu4_high"]) for row in ours]
-    measured = {
-        "type": "scatter",
-        "mode": "markers",
-        "name": "ours, with its 95 % interval",
-        "x": [row["bleu4"] for row in ours],
-        "y": [row["recipe"] for row in ours],
-        "marker": _style(0)["marker"] | {"size": 11},
-        "error_x": _interval([row["bleu4"] for row in ours], within),
-    }
-    traces = [measured]
-    if published := [row for row in rows if row["bleu4_published"] is not None]:
+    errors = _interval([bleu4 for bleu4, _ in points], within)
+    marker = _style(0)["marker"] | {"size": 11}
+    traces = [_scatter("ours, with its 95 % interval", "markers", points, marker=marker, error_x=errors)]
+    if published := [(row["bleu4_published"], row["recipe"]) for row in rows if row["bleu4_published"] is not None]:
         marker = {"color": COLOURS[1], "symbol": "diamond-open", "size": 12, "line": {"width": 2}}
-        points = {"x": [row["bleu4_published"] for row in published], "y": [row["recipe"] for row in published]}
-        traces.append({"type": "scatter", "mode": "markers", "name": "published", "marker": marker, **points})
-        recipes = [row["recipe"] for row in rows]
-        for i, one in enumerate(baselines):
-            line = {"color": "#767676", "dash": DASHES[2 + i % 2], "width": 2}
-            ends = {"x": [one["BLEU-4"]] * 2, "y": [recipes[0], recipes[-1]]}
-            traces.append({"type": "scatter", "mode": "lines", "name": one["baseline"], "line": line, **ends})
+        traces.append(_scatter("published", "markers", published, marker=marker))
+        for i, baseline in enumerate(baselines):
+            line = {"color": GREY, "dash": DASHES[2 + i % 2], "width": 2}
+            ends = [(baseline["BLEU-4"], row["recipe"]) for row in (rows[0], rows[-1])]
+            traces.append(_scatter(baseline["baseline"], "lines", ends, line=line))
     says = "; ".join(
         f"{row['recipe']} {tables.text_of(row['bleu4'])}, published {tables.text_of(row['bleu4_published'])}"
         for row in rows
     )
-    size = {"height": 220 + 34 * len(rows)}
-    every = [x for trace in traces for x in trace["x"]]
-    every += [row[end] for row in ours for end in ("bleu4_low", "bleu4_high") if row[end] is not None]
-    room = 0.05 * (max(every) - min(every)) or 1.0
-    x = _axis("BLEU-4", range=[min(every) - room, max(every) + room])  # a line alone would lie on the frame
-    return Figure("study-bleu4", "BLEU-4 of the study's recipes", traces, x, _categories(), "", size, says)
+    layout = {"height": 220 + 34 * len(rows)}
+    values = [x for trace in traces for x in trace["x"]] + [end for interval in within for end in interval or ()]
+    room = 0.05 * (max(values) - min(values)) or 1.0
+    x = _axis("BLEU-4", range=[min(values) - room, max(values) + room])  # a line alone would lie on the frame
+    return Figure("study-bleu4", "BLEU-4 of the study's recipes", traces, x, _categories(), "", layout, says)

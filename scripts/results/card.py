@@ -15,37 +15,32 @@ from ..data import study
 from ..data.codereviewer import MANIFEST
 from ..runs.handover import PLUGIN
 from ..runs.rundir import Run, RunDir
-from ..scores.evaluations import Evaluation
+from ..scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
+from ..scores.metrics import METRICS
 from . import run_rows
 
-TEMPLATE, ADAPTER = "model-card.md.j2", "adapter_model.safetensors"
-# Those of https://huggingface.co/docs/hub/repositories-licenses that language models have
+# The licences of https://huggingface.co/docs/hub/repositories-licenses that language models have
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")
-_HUB_METRICS = {
-    "bleu4": ("bleu", "BLEU-4, mean over rows"),
-    "rouge_l": ("rouge", "ROUGE-L F1, mean over rows"),
-    "bertscore_f1": ("bertscore", "BERTScore F1, mean over rows"),
-    "sacrebleu": ("sacrebleu", "sacrebleu's corpus BLEU"),
-}
-# Keys for where this machine keeps things, and for the accounts and hosts that a run reports to
+# Keys for folders of this machine, and for the accounts and hosts that a run reports to
 _NOT_SHOWN = re.compile(f"output_dir|dataset_prepared_path|plugins|hub_|{config.TRACKING.pattern}")
 _LOCAL_PATH = re.compile(r"(?<![\w.<>/~-])(?:\.\.(?:/[^\s/=,:'\")\]}]+)+|(?:file://)?(?:/[^\s/=,:'\")\]}]+){2,})")
 
 
 def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, repository: str | None) -> str:
-    """The text of a model card, without what names this machine, its folders or its users.
+    """The text of a model card, without anything that names this machine, its folders or its users.
 
     Args:
         folder: the run's folder.
         run: its record.
         evaluation: the evaluation of its adapter.
         merged: whether the card is that of the merged model.
-        repository: where on the hub the model is to be.
+        repository: the model's future place on the hub.
     """
-    cwd, of_study, cfg = Path(run.cwd), study.of(run.origin), yamlfiles.read_yaml(folder.config)
+    of_study = study.of(run.origin)
+    cfg = yamlfiles.read_yaml(folder.config)
     base, is_local = base_model(folder, run)
-    known: dict[str, Any] = next(
-        (about for name, about in models.catalogue().items() if base in (name, about.get("mirror"))), {}
+    about: dict[str, Any] = next(
+        (entry for name, entry in models.catalogue().items() if base in (name, entry.get("mirror"))), {}
     )
     shown = {key: value for key, value in cfg.items() if not _NOT_SHOWN.match(key) and not schema.is_secret(key)}
     if plugins := [name for name in cfg.get("plugins") or [] if name != PLUGIN]:
@@ -53,18 +48,17 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
     other_data = run.rehearsal or any(re.match(r"datasets\..*path$", changed.key) for changed in run.differences)
     data = None if of_study is None or other_data else of_study.data
     published = run_rows.aim(run)
-    of_run = run.model_dump()
-    of_run["differences"] = [changed for changed in of_run["differences"] if not _NOT_SHOWN.match(changed["key"])]
-    of_run["overrides"] = [override for override in run.overrides if not _NOT_SHOWN.match(override)]
+    differences = [difference for difference in run.differences if not _NOT_SHOWN.match(difference.key)]
+    overrides = [override for override in run.overrides if not _NOT_SHOWN.match(override)]
     facts: dict[str, Any] = _public(
         {
-            "run": of_run,
+            "run": run.model_copy(update={"differences": differences, "overrides": overrides}).model_dump(),
             "evaluation": evaluation.model_dump() if evaluation else None,
-            "base": {"name": base, "local": is_local, "title": known.get("title", base)},
-            "licence": known.get("licence"),
+            "base": {"name": base, "local": is_local, "title": about.get("title", base)},
+            "licence": about.get("licence"),
             "config": shown,
         },
-        cwd,
+        Path(run.cwd),
     )
     facts |= {
         "merged": merged,
@@ -77,23 +71,22 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
         "config_sha256": sha256(folder.config),
         "adapter_sha256": sha256(folder.output / ADAPTER),
     }
-    facts["scored_on"] = _scored_on(facts)
-    facts["front_matter"] = _front_matter(facts)
-    facts["command"] = _command(facts["run"])
+    facts["scored_on"] = _scored_on(evaluation.settings, of_study) if evaluation else None
+    facts |= {"front_matter": _front_matter(facts), "command": _command(facts["run"])}
     jinja = environment(paths.TEMPLATES)
     jinja.filters |= {"code": _code, "fenced": _fenced, "text": tables.text_of, "yaml": yamlfiles.write_yaml}
-    return jinja.get_template(TEMPLATE).render(facts)
+    return jinja.get_template("model-card.md.j2").render(facts)
 
 
 def base_model(folder: RunDir, run: Run) -> tuple[str, bool]:
-    """The name of the model that the adapter is for, and whether that is a folder of this machine."""
+    """The name of the adapter's base model, and whether that is a folder of this machine."""
     named = read_json(folder.output / "adapter_config.json").get("base_model_name_or_path")
     name = str(named or yamlfiles.read_yaml(folder.config).get("base_model"))
     return name, Path(name).is_absolute() or Path(run.cwd, name).is_dir()
 
 
 def _instruction(run: Run) -> str | None:
-    """The instruction that a run's rows carry, where a manifest beside them knows them by their content."""
+    """The instruction in a run's rows, where a manifest beside them identifies them by their hash."""
     for file in run.data:
         for split in read_json(Path(run.cwd, file.path).with_name(MANIFEST)).get("splits", {}).values():
             if split.get("sha256") == file.sha256:
@@ -102,57 +95,56 @@ def _instruction(run: Run) -> str | None:
 
 
 def _front_matter(facts: dict[str, Any]) -> str:
-    """What the hub reads of a card, as YAML. Where it wants an id of its own, there is nothing else."""
+    """The metadata that the hub reads from a card, as YAML; where it wants an id of the hub, nothing else is given."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    run, base, licence = facts["run"], facts["base"], facts["licence"]
-    relation = "finetune" if facts["merged"] else "adapter"  # what the hub calls a merge is of several models
-    fields: dict[str, Any] = {} if base["local"] else {"base_model": base["name"], "base_model_relation": relation}
-    if licence in _HUB_LICENCES:
-        fields["license"] = licence
-    elif licence:
-        page = f"https://huggingface.co/{base['name']}"
-        fields |= {"license": "other", "license_name": licence, "license_link": page}
+    run = facts["run"]
+    base = facts["base"]
+    licence = facts["licence"]
+    other_licence = None if licence in _HUB_LICENCES else licence
     named = [str(dataset.get("path")) for _, dataset in datafiles.datasets(facts["config"], "datasets")]
     local = [file["path"] for file in run["data"]]
-    if on_hub := [n for n in named if re.fullmatch(r"[\w.-]+/[\w.-]+", n) and not any(p.startswith(n) for p in local)]:
-        fields["datasets"] = on_hub
-    if facts["evaluation"] and not run["rehearsal"]:
-        scores = facts["evaluation"]["scores"]
-        fields["model_name"] = run["recipe"]
-        fields["eval_results"] = [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="json",
-                dataset_name=facts["scored_on"],
-                metric_type=metric,
-                metric_name=title,
-                metric_value=round(scores[name], 4),
-            )
-            for name, (metric, title) in _HUB_METRICS.items()
-            if scores.get(name) is not None
-        ]
-    tags = ["axolotl", "lora"]
-    tags += ["qlora"] if facts["config"].get("adapter") == "qlora" else []
-    tags += ["code-review"] if facts["study"] else []
-    library = "transformers" if facts["merged"] else "peft"
-    return ModelCardData(library_name=library, pipeline_tag="text-generation", tags=tags, **fields).to_yaml()
+    on_hub = [n for n in named if re.fullmatch(r"[\w.-]+/[\w.-]+", n) and not any(p.startswith(n) for p in local)]
+    scores = facts["evaluation"]["scores"] if facts["evaluation"] and not run["rehearsal"] else {}
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="json",
+            dataset_name=facts["scored_on"],
+            metric_type=metric.hub_type,
+            metric_name=metric.title,
+            metric_value=round(scores[name], 4),
+        )
+        for name, metric in METRICS.items()
+        if scores.get(name) is not None
+    ]
+    qlora = ["qlora"] if facts["config"].get("adapter") == "qlora" else []
+    relation = "finetune" if facts["merged"] else "adapter"  # what the hub calls a merge is of several models
+    return ModelCardData(
+        base_model=None if base["local"] else base["name"],
+        base_model_relation=None if base["local"] else relation,
+        license="other" if other_licence else licence,
+        license_name=other_licence,
+        license_link=f"https://huggingface.co/{base['name']}" if other_licence else None,
+        datasets=on_hub or None,
+        model_name=run["recipe"] if results else None,
+        eval_results=results or None,
+        library_name="transformers" if facts["merged"] else "peft",
+        pipeline_tag="text-generation",
+        tags=["axolotl", "lora", *qlora, *(["code-review"] if facts["study"] else [])],
+    ).to_yaml()
 
 
-def _scored_on(facts: dict[str, Any]) -> str | None:
-    """Which rows the scores are of."""
-    if not facts["evaluation"]:
-        return None
-    settings, of_study = facts["evaluation"]["settings"], facts["study"]
-    rows = f"{'the first ' if settings['limit'] else ''}{settings['rows']:,} rows"
-    if not (settings["test_set"] and of_study):
-        return f"{Path(settings['data']).name}, {rows}"
-    subset = of_study.data.subsets.get(settings["test_set"])
-    return f"{of_study.data.name}, {subset.title if subset else 'the test set'}, {rows}"
+def _scored_on(settings: EvaluationSettings, of_study: study.Study | None) -> str:
+    """The rows that scores are of."""
+    if not (settings.test_set and of_study):
+        return f"{Path(settings.data).name}, {settings.rows_in_words}"
+    subset = of_study.data.subsets.get(settings.test_set)
+    return f"{of_study.data.name}, {subset.title if subset else 'the test set'}, {settings.rows_in_words}"
 
 
 def _command(run: dict[str, Any]) -> str:
-    """The command that makes such a run again."""
+    """The command that repeats a run."""
     words = ["recipe", "run", run["recipe"] if run["recipe"] in paths.recipe_names() else run["recipe_file"]]
     for option, key in (("--profile", "profiles"), ("--set", "overrides"), ("--force", "forced")):
         words += [word for value in run[key] for word in (option, value)]
@@ -163,7 +155,7 @@ def _command(run: dict[str, Any]) -> str:
 
 
 def _public(value: Any, cwd: Path) -> Any:
-    """`value` with each path of this machine in it named from the folder `cwd`, or else by its last part."""
+    """`value` with each path of this machine in it relative to the folder `cwd`, or else cut to its last part."""
     if isinstance(value, dict):
         return {key: _public(below, cwd) for key, below in value.items()}
     if isinstance(value, list):
@@ -177,7 +169,7 @@ def _public(value: Any, cwd: Path) -> Any:
 
 
 def _code(value: Any) -> str:
-    """A value as Markdown's code, on one line; a dash for none."""
+    """A value as code in Markdown, on one line; a dash for None."""
     if value is None:
         return "–"
     text = " ".join(value.split()) if isinstance(value, str) else ""
@@ -187,6 +179,6 @@ def _code(value: Any) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """A text as a block of Markdown's code, which no line of it can end."""
+    """A text as a code block in Markdown, which no line of it can end."""
     fence = "`" * (1 + max(map(len, re.findall("``+", text)), default=2))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

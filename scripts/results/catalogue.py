@@ -1,4 +1,4 @@
-"""What there is: `recipe list`, `show` and `diff`."""
+"""The shipped recipes and the variants of them: `recipe list`."""
 
 from contextlib import suppress
 from typing import Any
@@ -10,19 +10,18 @@ from ..planning import need
 
 
 def recipes() -> list[dict[str, Any]]:
-    """Every shipped recipe, as `entry` describes it, and the memory that it needs where that was planned before."""
-    found = []
+    """Every shipped recipe, as `entry` describes it, with the memory that it needs if that was planned before."""
+    rows = []
     for name in paths.recipe_names():
         recipe = yamlfiles.read_yaml(paths.RECIPES / f"{name}.yaml")
-        with suppress(UserError):  # one that cannot be planned
-            planned = None
-            planned = need.needed_gib(recipe)
-        found.append(entry(name, recipe) | {"planned_gib": planned})
-    return found
+        rows.append(entry(name, recipe) | {"planned_gib": None})
+        with suppress(UserError):  # some cannot be planned
+            rows[-1]["planned_gib"] = need.needed_gib(recipe)
+    return rows
 
 
 def variants_table(tree: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`variants.tree` as a table shows it."""
+    """`variants.tree` as the rows of a table."""
     return [
         {"recipe": "  " * row["depth"] + row["recipe"], "changed": ", ".join(row["changed"]) or None} for row in tree
     ]

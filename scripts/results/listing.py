@@ -13,25 +13,21 @@ from ..runs.rundir import Run, RunDir
 from ..scores.evaluations import of_run
 from .run_rows import row
 
-AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown of runs that were made before there was one per token
+AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown for runs from before there was one per token
 REHEARSALS = "Rehearsals (small stand-in model and sample; not comparable with any published score)"
 
 
 def _jobs(folder: RunDir, run: Run) -> Iterator[str]:
-    """The jobs of what is still to be done for a run, in words."""
+    """The jobs that have not ended of a run's next steps, in words."""
     trained = run.state == "finished"
-    steps = (("prepare", trained), ("run", trained), ("evaluate", of_run(folder.path, run)))
-    for step, done in steps:
+    for step, done in {"prepare": trained, "run": trained, "evaluate": of_run(folder.path, run)}.items():
         if not done and (state := places.job_state(folder, step)):
             yield f"{step}: {state}"
 
 
 def _short(full: dict[str, Any]) -> dict[str, Any]:
     """The columns of a row that fit a terminal."""
-    step = f"{full['step']}/{full['steps'] or '?'}"
-    if full["ended"] == "early stopping":
-        step += ", early stopping"
-    minutes = full["train_seconds"] / 60
+    early = ", early stopping" if full["ended"] == "early stopping" else ""
     losses = None
     if full["eval_loss"] is not None:
         losses = f"{tables.text_of(full['eval_loss_first'])} → {tables.text_of(full['eval_loss'])}"
@@ -40,7 +36,7 @@ def _short(full: dict[str, Any]) -> dict[str, Any]:
         "recipe": full["recipe"],
         "state": full["state"],
         "jobs": full["jobs"],
-        "step": step,
+        "step": f"{full['step']}/{full['steps'] or '?'}{early}",
         "eval loss": losses,
         AXOLOTL_EVAL_LOSS: None if losses else full["eval_loss_axolotl"],
         "BLEU-4": full["bleu4"],
@@ -48,12 +44,11 @@ def _short(full: dict[str, Any]) -> dict[str, Any]:
     }
     if not full["rehearsal"]:
         short |= {"published": full["bleu4_published"], "difference": full["bleu4_difference"]}
-    speed = full["tokens_per_second"]
     return short | {
         "rows": full["rows_evaluated"],
         "peak GiB": full["peak_memory_gib"],
-        "tokens/s": round(speed) if speed else None,
-        "minutes": f"{minutes:.1f}",
+        "tokens/s": round(full["tokens_per_second"]) if full["tokens_per_second"] else None,
+        "minutes": f"{full['train_seconds'] / 60:.1f}",
         "variant of": full["variant_of"],
         "changed": full["changed_keys"] or None,
     }
@@ -71,8 +66,8 @@ def show(runs: Path, form: str) -> None:
         rehearsals = [_short(r) for r in rows if r["rehearsal"]]
         if real:
             tables.write(real, form, "Runs")
-            comparable_ones = (r for r in rows if not r["rehearsal"] and not r["other_base_model"])
-            of_studies = {id(s): s for r in comparable_ones if (s := study.of(r["variant_of"] or r["recipe"]))}
+            comparable = [r for r in rows if not r["rehearsal"] and not r["other_base_model"]]
+            of_studies = {s.folder: s for r in comparable if (s := study.of(r["variant_of"] or r["recipe"]))}
             for of_study in of_studies.values():
                 tables.write(baselines(of_study), form, "To compare with")
         if rehearsals:

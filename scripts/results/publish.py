@@ -12,8 +12,8 @@ from ..base.errors import UserError, WorkFailed
 from ..base.files import sha256, write_atomically
 from ..base.progress import say
 from ..runs.rundir import Run, RunDir
-from ..scores.evaluations import read_scores
-from .card import ADAPTER, base_model, card
+from ..scores.evaluations import ADAPTER, read_scores
+from .card import base_model, card
 
 CARD = "README.md"
 _TOKENIZER = ["tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
@@ -23,11 +23,11 @@ _PUSHED_MERGED = [CARD, "model*.safetensors*", "config.json", "generation_config
 
 
 def publish(folder: RunDir, merge: bool = False, push: str | None = None, private: bool = False) -> list[str]:
-    """Write a model card beside a finished run's adapter; merge it and push it to the hub where that is asked for.
+    """Write a model card beside a finished run's adapter; merge it and push it to the hub if asked to.
 
     Args:
         folder: the run.
-        merge: make one model of base model and adapter, in output/merged; a push is then of that one.
+        merge: make one model of base model and adapter, in output/merged; a push then uploads that one.
         push: the repository on the hub, as owner/name.
         private: the repository is to be private.
 
@@ -38,7 +38,8 @@ def publish(folder: RunDir, merge: bool = False, push: str | None = None, privat
         UserError: the run has nothing to publish or nothing that may be pushed, or the hub refuses the token.
         WorkFailed: Axolotl cannot merge, or the hub cannot be reached or fails.
     """
-    run, adapter = places.read(folder), folder.output / ADAPTER
+    run = places.read(folder)
+    adapter = folder.output / ADAPTER
     if run.state != "finished":
         first = "wait for its end" if run.state in ("created", "running") else f"`recipe resume {folder.path}` first"
         raise UserError(f"{folder.path}: the run is {run.state}; {first}")
@@ -47,23 +48,23 @@ def publish(folder: RunDir, merge: bool = False, push: str | None = None, privat
     if push is not None:
         _check_push(folder, run, push)
     elif private:
-        raise UserError("--private: says what a repository is to be, but there is no --push")
+        raise UserError("--private: works only with --push")
     evaluation = read_scores(folder.path)
-    if evaluation and evaluation.settings.adapter_sha256 != sha256(adapter):
-        evaluation = None  # of an adapter that the run has trained on since
-    if evaluation is None:
+    if not evaluation or evaluation.settings.adapter_sha256 != sha256(adapter):
+        evaluation = None  # or of an adapter that the run has trained on since
         say(f"{folder.path}: not evaluated; `recipe evaluate {folder.path}` and this command again add scores")
-    made = [folder.output, *([_merge(folder, run)] if merge else [])]
-    for model in made:
-        merged, repository = model != folder.output, push if model == made[-1] else None
-        write_atomically(model / CARD, card(folder, run, evaluation, merged, repository))
-    cards = [str(model / CARD) for model in made]
-    return cards if push is None else [*cards, _push(made[-1], push, private, run.recipe)]
+    models = [folder.output, *([_merge(folder, run)] if merge else [])]
+    for model in models:
+        repository = push if model == models[-1] else None
+        write_atomically(model / CARD, card(folder, run, evaluation, model != folder.output, repository))
+    cards = [str(model / CARD) for model in models]
+    return cards if push is None else [*cards, _push(models[-1], push, private, run.recipe)]
 
 
 def _merge(folder: RunDir, run: Run) -> Path:
     """The folder of base model and adapter as one model; made by Axolotl unless it is newer than the adapter."""
-    merged, log = folder.output / "merged", folder.path / "merge.log"
+    merged = folder.output / "merged"
+    log = folder.path / "merge.log"
     weights = [file.stat().st_mtime for file in merged.glob("*.safetensors")]
     if weights and min(weights) >= (folder.output / ADAPTER).stat().st_mtime:
         say(f"{merged}: merged already, after the adapter's last change")
@@ -72,29 +73,27 @@ def _merge(folder: RunDir, run: Run) -> Path:
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
     if run.rehearsal:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # Elsewhere first: half a model must not look like one, and Axolotl would put its log in the place of the training's
+    # In a folder of its own: half a model must not look like one, and Axolotl would replace the training's log
     with TemporaryDirectory(dir=folder.path, prefix=".merge-") as scratch, log.open("wb") as stream:
-        axolotl, cwd = Path(sys.executable).with_name("axolotl"), Path(run.cwd)
         code = subprocess.run(
-            [axolotl, "merge-lora", folder.config.resolve(), "--lora-model-dir", folder.output.resolve(),
-             "--output-dir", Path(scratch).resolve()],
-            cwd=cwd if cwd.is_dir() else None, env=environment,
+            [Path(sys.executable).with_name("axolotl"), "merge-lora", folder.config.resolve(),
+             "--lora-model-dir", folder.output.resolve(), "--output-dir", Path(scratch).resolve()],
+            cwd=run.cwd if Path(run.cwd).is_dir() else None, env=environment,
             stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
         ).returncode  # fmt: skip
-        made = Path(scratch, "merged")
-        if code or not any(made.glob("*.safetensors")):
+        new = Path(scratch, "merged")
+        if code or not any(new.glob("*.safetensors")):
             tail = log.read_text(errors="replace").splitlines()[-15:]
             raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not merge; the whole log is {log}"]))
         for file in (file for pattern in _TOKENIZER for file in folder.output.glob(pattern)):
-            shutil.copy2(file, made)  # Axolotl copies the base model's, which lacks what the config adds to it
-        if merged.exists():
-            shutil.rmtree(merged)
-        made.rename(merged)
+            shutil.copy2(file, new)  # Axolotl copies the base model's, which lacks what the config adds to it
+        shutil.rmtree(merged, ignore_errors=True)
+        new.rename(merged)
     return merged
 
 
 def _check_push(folder: RunDir, run: Run, repository: str) -> None:
-    """Refuse to push what others could not use, or to no repository."""
+    """Refuse to push what others could not use, or to an invalid repository."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -109,12 +108,12 @@ def _check_push(folder: RunDir, run: Run, repository: str) -> None:
     base, is_local = base_model(folder, run)
     if is_local:
         raise UserError(
-            f"--push: the adapter is for {base}, a folder of this machine, which others cannot load; train with "
-            "base_model as the hub names it"
+            f"--push: the adapter is for {base}, a folder of this machine, which others cannot load; train with the "
+            "name of base_model on the hub"
         )
 
 
-def _push(made: Path, repository: str, private: bool, recipe: str) -> str:
+def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
     """Upload a model's folder; the repository's address."""
     from huggingface_hub import HfApi
 
@@ -124,9 +123,9 @@ def _push(made: Path, repository: str, private: bool, recipe: str) -> str:
         address = api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.repo_info(repository).private:
             raise UserError(f"--private: {repository} is there already and public; make it private on the hub first")
-        files = _PUSHED if (made / ADAPTER).is_file() else _PUSHED_MERGED
+        files = _PUSHED if (model / ADAPTER).is_file() else _PUSHED_MERGED
         api.upload_folder(
-            repo_id=repository, folder_path=made, allow_patterns=files, commit_message=f"Model of {recipe}"
+            repo_id=repository, folder_path=model, allow_patterns=files, commit_message=f"Model of {recipe}"
         )
     except UserError:
         raise
@@ -137,6 +136,6 @@ def _push(made: Path, repository: str, private: bool, recipe: str) -> str:
             ) from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WorkFailed(
-            f"{repository}: not pushed: {reason}\n{made / CARD} is written; the same command tries the push again"
+            f"{repository}: not pushed: {reason}\n{model / CARD} is written; the same command tries the push again"
         ) from None
     return str(address)

@@ -1,4 +1,4 @@
-"""What one run is and reached, as a row of a table, and what it may be compared with."""
+"""A run and what it reached as a row of a table, and what it may be compared with."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,27 +7,28 @@ from ..configs import models
 from ..data import study
 from ..runs.rundir import Run, RunDir
 from ..scores.evaluations import BASE_MODEL, Evaluation, of_run, read_scores
+from ..scores.metrics import METRICS
+
+_REHEARSED = ("profile rehearsal", "rehearsal: ")  # the reasons for what every rehearsal changes
+_ALIKE = {"data_sha256", "rows", "decoding"}  # settings of two evaluations that may be compared
 
 
 def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
-    """What one run is and reached. Rehearsals are not compared with published scores.
+    """A run and what it reached. Rehearsals are not compared with published scores.
 
     Args:
-        folder: the run.
+        folder: the run's folder.
         run: its record.
-        jobs: its jobs that are not at their end, in words.
+        jobs: its jobs that have not ended, in words.
     """
-    published = aim(run)
     own = of_run(folder.path, run)
-    base = read_scores(folder.path / "evaluations" / BASE_MODEL)
-    if own and base and any(getattr(own.settings, key) != getattr(base.settings, key) for key in _ALIKE):
-        base = None  # made on other rows or otherwise, so not to be shown beside
-    scores: dict[str, Any] = dict(own.scores) if own else {}
+    base = of_base_model(folder, own)
+    published = aim(run)
     summary = folder.summary(run)
-    bleu4: float | None = scores.get("bleu4")
+    scores: dict[str, Any] = own.scores if own else {}
     difference = None
-    if bleu4 is not None and published and own and comparable(own, run):
-        difference = bleu4 - published.bleu4
+    if published and own and "bleu4" in scores and comparable(own, run):
+        difference = scores["bleu4"] - published.bleu4
     changed = [d.key for d in run.differences if not d.why.startswith(_REHEARSED)] + run.axolotl_arguments
     return {
         "run": str(folder.path),
@@ -44,13 +45,11 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
         "eval_loss_axolotl": summary.eval_loss,
         "rows_evaluated": scores.get("rows"),
         "test_set": own.settings.test_set if own else None,
-        "bleu4": bleu4,
+        "bleu4": scores.get("bleu4"),
         "bleu4_base_model": base.scores["bleu4"] if base else None,
         "bleu4_published": published.bleu4 if published else None,
         "bleu4_difference": difference,
-        "bertscore_f1": scores.get("bertscore_f1"),
-        "rouge_l": scores.get("rouge_l"),
-        "sacrebleu": scores.get("sacrebleu"),
+        **{name: scores.get(name) for name in sorted(METRICS)},
         "peak_memory_gib": summary.peak_memory,
         "memory_kind": summary.memory_kind,
         "other_base_model": None if run.rehearsal else other_model(run),
@@ -60,6 +59,13 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
+def of_base_model(folder: RunDir, own: Evaluation | None) -> Evaluation | None:
+    """The evaluation of a run's base model alone; None where it is of other rows, or decoded otherwise, than `own`."""
+    base = read_scores(folder.path / "evaluations" / BASE_MODEL)
+    alike = not (own and base) or own.settings.model_dump(include=_ALIKE) == base.settings.model_dump(include=_ALIKE)
+    return base if alike else None
+
+
 def aim(run: Run) -> study.Scores | None:
     """The published scores that a run tries for; a rehearsal, or a run on another base model, tries for none."""
     of_study = study.of(run.origin)
@@ -67,20 +73,21 @@ def aim(run: Run) -> study.Scores | None:
 
 
 def other_model(run: Run) -> str | None:
-    """The base model of a run that is not its recipe's, nor a copy of that on the hub."""
+    """The base model of a run that is neither its recipe's nor a copy of that on the hub."""
     changed = next((difference for difference in run.differences if difference.key == "base_model"), None)
     return str(changed.run) if changed and not models.is_copy(changed.run, changed.recipe) else None
 
 
-_REHEARSED = ("profile rehearsal", "rehearsal: ")  # what every rehearsal changes
-
-
-_ALIKE = ("data_sha256", "rows", "decoding")
-
-
 def comparable(scored: Evaluation, run: Run) -> bool:
-    """Whether an evaluation is of a finished run, on just the rows of its study's published scores, decoded its way."""
-    of_study, made = study.of(run.origin), scored.settings
-    if of_study is None or run.rehearsal or other_model(run) or run.state != "finished" or made.limit is not None:
-        return False
-    return made.test_set == of_study.data.scored_on and made.decoding == of_study.decoding
+    """Whether an evaluation is of a finished run, on exactly the rows and with the decoding of the published scores."""
+    of_study = study.of(run.origin)
+    settings = scored.settings
+    return bool(
+        of_study
+        and run.state == "finished"
+        and not run.rehearsal
+        and not other_model(run)
+        and settings.limit is None
+        and settings.test_set == of_study.data.scored_on
+        and settings.decoding == of_study.decoding
+    )

@@ -47,7 +47,9 @@ class Pipeline:
         place: where it is carried out.
     """
 
-    def __init__(self, outcome: Outcome, request: Request, evaluation: evaluate.Request, runs: Path, place: Place):
+    def __init__(
+        self, outcome: Outcome, request: Request, evaluation: evaluate.EvaluationRequest, runs: Path, place: Place
+    ):
         self.outcome, self.request, self.asked, self.runs, self.place = outcome, request, evaluation, runs, place
         self.composed: Composed | None = None
         self.needed_gib: float | None = None
@@ -120,7 +122,7 @@ class Pipeline:
         if not former or former[1].state != "finished":
             return False
         with suppress(UserError):
-            return evaluate.complete(evaluate.Task(former[0], self.asked), self.judge()) is not None
+            return evaluate.complete(evaluate.EvaluationTask(former[0], self.asked), self.judge()) is not None
         return False
 
     def has_failed(self) -> bool:
@@ -201,7 +203,7 @@ class Pipeline:
         return places.job_state(folder, "evaluate", evaluate.command(folder, self.asked, self.runs).words)
 
     def _state_of_evaluation(self, folder: RunDir) -> str | None:
-        if evaluate.complete(evaluate.Task(folder, self.asked), self.judge()):
+        if evaluate.complete(evaluate.EvaluationTask(folder, self.asked), self.judge()):
             return SKIPPED
         state = self._evaluation_job(folder)
         return None if state is None or (state.kind == "unknown" and self.place.here) else str(state)

@@ -52,17 +52,19 @@ def resubmit(name: str, runs: Path, place: Place) -> RunDir:
     return folder
 
 
-def submit_evaluation(folder: RunDir, request: evaluate.Request, runs: Path, place: Place) -> None:
+def submit_evaluation(folder: RunDir, request: evaluate.EvaluationRequest, runs: Path, place: Place) -> None:
     """Hand an evaluation over to a place that does it, once the run is trained if it waits or goes on there.
 
     Raises:
-        UserError: it is queued already, see `evaluate.Task`, or the place refuses it; nothing was started.
+        UserError: it is queued already, see `evaluate.EvaluationTask`, or the place refuses it; nothing was started.
     """
     record = folder.read()
     if not places.job_state(folder, "run"):
-        evaluate.Task(folder, request)
+        evaluate.EvaluationTask(folder, request)
     elif request.data:
-        evaluate.read_rows(request.data, yamlfiles.read_yaml(folder.config))  # what else it asks for is not there yet
+        evaluate.read_test_rows(
+            request.data, yamlfiles.read_yaml(folder.config)
+        )  # what else it asks for is not there yet
     evaluation = evaluate.command(folder, request, runs)
     if job := places.job_state(folder, "evaluate", evaluation.words):
         raise UserError(f"{folder.path}: that evaluation is {job}; `recipe cancel {folder.path}` ends that")

@@ -54,7 +54,7 @@ class Options:
     request: Request
     place: Place
     only: list[str] = field(default_factory=list)
-    evaluation: evaluate.Request = field(default_factory=evaluate.Request)
+    evaluation: evaluate.EvaluationRequest = field(default_factory=evaluate.EvaluationRequest)
     runs: Path = RUNS
 
 

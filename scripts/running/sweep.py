@@ -15,7 +15,7 @@ from ..configs.compose import Request
 from ..configs.gpus import Gpu
 from ..places import Place
 from ..runs.tasks import DONE, Outcome, Work
-from ..scores.evaluate import Request as Evaluation
+from ..scores.evaluate import EvaluationRequest
 from . import pipeline, sweeps
 from .pipeline import OF_ROWS, Pipeline
 from .sweeps import Member, Sweep
@@ -43,7 +43,7 @@ class Options:
     seeds: int = 1
     max_runs: int | None = None
     gpu: Gpu | None = None
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    evaluation: EvaluationRequest = field(default_factory=EvaluationRequest)
     runs: Path = RUNS
     dry_run: bool = False
 

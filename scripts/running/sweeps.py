@@ -22,9 +22,10 @@ from ..runs import lookup
 from ..runs.lookup import all_runs
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations, intervals
+from ..scores.metrics import PER_ROW
 
 PAIRED, NAME = "_", "name"
-QUALITY = {"eval_loss": min, "bleu4": max, "rouge_l": max, "bertscore_f1": max}
+QUALITY = {"eval_loss": min} | {name: max if metric.higher_is_better else min for name, metric in PER_ROW.items()}
 CRITERIA: dict[str, Callable[..., dict[str, Any]]] = {**QUALITY, "memory": min, "time": min, "bleu4_per_gib": max}
 """By what a member can be the best, and whether the least or the most of it is."""
 

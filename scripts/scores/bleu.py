@@ -10,12 +10,12 @@ import re
 import sys
 from collections import Counter
 
-_TINY = sys.float_info.min  # stands in for 0 in logarithms: an empty prediction scores exp(-len(reference))
+_TINY = sys.float_info.min  # stands in for 0 in logarithms: an empty prediction scores 100 exp(-len(reference))
 _TOKEN = re.compile(r"[^\W_]+|_|[^\w\s]")
 
 
 def tokens(text: str) -> list[str]:
-    """Lower-case words, underscores and single other signs."""
+    """Lower-case words, underscores and other single characters."""
     return _TOKEN.findall(text.lower())
 
 
@@ -23,9 +23,10 @@ def _ngrams(words: list[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(zip(*(words[i:] for i in range(n)), strict=False))
 
 
-def sentence_bleu4(reference: str, prediction: str) -> float:
-    """The score of one prediction against its one reference, from 0 to 1; BLEU-4 is 100 times their mean."""
-    wanted, given = tokens(reference), tokens(prediction)
+def bleu4(reference: str, prediction: str) -> float:
+    """The score of one prediction against its one reference, from 0 to 100."""
+    wanted = tokens(reference)
+    given = tokens(prediction)
     log_precisions = 0.0
     for n in range(1, 5):
         matches = (_ngrams(wanted, n) & _ngrams(given, n)).total()
@@ -33,4 +34,4 @@ def sentence_bleu4(reference: str, prediction: str) -> float:
         smooth = n > 1
         log_precisions += math.log(matches + smooth or _TINY) - math.log(total + smooth or _TINY)
     brevity = min(0.0, 1 - (len(wanted) + 1) / (len(given) + 1))
-    return math.exp(log_precisions / 4 + brevity)
+    return 100 * math.exp(log_precisions / 4 + brevity)

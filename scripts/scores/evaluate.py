@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..base import yamlfiles
 from ..base.errors import UserError
-from ..base.files import json_rows, read_json, sha256, write_atomically, write_rows
+from ..base.files import read_json, sha256, write_atomically, write_rows
 from ..base.locks import held
 from ..base.machine import now
 from ..base.progress import say
 from ..base.quiet import importing_axolotl
+from ..base.tables import Row
 from ..configs import datafiles, gpus
 from ..configs.precision import precision
 from ..data import study
@@ -19,25 +20,34 @@ from ..data.study import Decoding
 from ..runs.rundir import Run, RunDir
 from ..runs.tasks import Command
 from . import bertscore
-from .evaluations import BASE_MODEL, PREDICTIONS, SCORES, Evaluation, Settings, read_predictions, read_scores
+from .evaluations import (
+    ADAPTER,
+    BASE_MODEL,
+    PREDICTIONS,
+    SCORES,
+    Evaluation,
+    EvaluationSettings,
+    read_predictions,
+    read_scores,
+)
 from .predict import as_row, predict
-from .score import VERSION, code_sha256, score
+from .score import VERSION, code_sha256, read_rows, score
 
 BASE = "none"  # --adapter none: the base model without an adapter
 REHEARSED = 12  # rows, which show that the path works
 
 
 @dataclass
-class Request:
-    """What is to be evaluated.
+class EvaluationRequest:
+    """What to evaluate, and how.
 
     Attributes:
         data: prepared rows; by default the study's own test set beside the run's training data, else test.jsonl there.
-        limit: evaluate the first so many rows only; by default all, and `REHEARSED` of a rehearsal's own.
+        limit: evaluate only this many rows, from the first; by default all, or `REHEARSED` of a rehearsal's own.
         adapter: an adapter's folder, or `none` for the base model alone; by default the run's adapter.
         max_new_tokens: by default the study's.
         batch_size: the most rows generated at a time; fewer where they are long, see `batches`.
-        cache: the form of the cache of keys and values; `auto` is static on a GPU, where transformers compiles for it.
+        cache: the form of the key-value cache; `auto` is static on a GPU, where transformers compiles for it.
         judge: BERTScore's model, see `bertscore.judge`.
         judge_layer: its layer.
     """
@@ -66,21 +76,28 @@ class Request:
         return [word for option, value in options.items() if value is not None for word in (option, str(value))]
 
 
-class Task:
-    """A checked request: the run, its config, the rows, and what their predictions will depend on.
+class EvaluationTask:
+    """A checked request.
+
+    Attributes:
+        run: the run.
+        cfg: its config.
+        rows: the test rows.
+        settings: what their predictions depend on.
+        where: the folder for predictions and scores.
 
     Raises:
         UserError: the adapter or the data is missing, or a row has no output.
     """
 
-    def __init__(self, folder: RunDir, request: Request):
-        self.folder, self.run = folder, folder.read()
+    def __init__(self, folder: RunDir, request: EvaluationRequest):
+        self.run = folder.read()
         self.cfg = yamlfiles.read_yaml(folder.config)
         adapter = request.adapter
         weights = None if adapter == BASE else folder.output if adapter is None else Path(adapter)
-        if weights and not (weights / "adapter_model.safetensors").is_file():
+        if weights and not (weights / ADAPTER).is_file():
             hint = "" if adapter else f"; the run is {self.run.state}"
-            raise UserError(f"{weights}: no adapter (adapter_model.safetensors) there{hint}")
+            raise UserError(f"{weights}: no adapter ({ADAPTER}) there{hint}")
         if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
             raise UserError(
                 f"{folder.path}: the run ended before it had a tokenizer and a model; it is {self.run.state}"
@@ -90,61 +107,70 @@ class Task:
         file = request.data or usual
         if file is None:
             raise UserError(f"{folder.path}: no test.jsonl lies beside its training data; name one with --data")
-        every = read_rows(file, self.cfg)
+        all_rows = read_test_rows(file, self.cfg)
         limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
-        self.rows = every[:limit]
+        self.rows = all_rows[:limit]
         decoding = of_study.decoding if of_study else Decoding(max_new_tokens=96)
         local = Path(self.run.cwd, str(self.cfg["base_model"]))
         data_sha256 = sha256(file)
-        self.settings = Settings(
+        caching: Literal["static", "dynamic"] = "static" if gpus.here() and not self.run.rehearsal else "dynamic"
+        # what bf16: auto became in the training; runs from before their GPUs were recorded had one
+        on_gpu = not self.run.rehearsal and bool(self.run.provenance.get("gpus", True))
+        self.settings = EvaluationSettings(
             base_model=str(local) if local.is_dir() else self.cfg["base_model"],
             adapter=str(weights.resolve()) if weights else BASE,
-            adapter_sha256=sha256(weights / "adapter_model.safetensors") if weights else None,
+            adapter_sha256=sha256(weights / ADAPTER) if weights else None,
             data=str(file.resolve()),
             data_sha256=data_sha256,
             test_set=_test_set(file, data_sha256),
             rows=len(self.rows),
-            limit=limit if len(self.rows) < len(every) else None,
+            limit=limit if len(self.rows) < len(all_rows) else None,
             decoding=decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or decoding.max_new_tokens}),
             batch_size=request.batch_size,
-            cache=_cache(request, self.run),
+            cache=caching if request.cache == "auto" else request.cache,
             quantized=bool(self.cfg.get("load_in_4bit")),
-            dtype=precision(self.cfg, on_gpu=_trained_on_gpu(self.run)).weights,
+            dtype=precision(self.cfg, on_gpu).weights,
         )
-        labels = [] if adapter is None else [_adapter_label(self.settings)]
+        labels = []
+        if adapter is not None:
+            digest = self.settings.adapter_sha256
+            labels.append(f"{Path(self.settings.adapter).name}-{digest[:7]}" if digest else BASE_MODEL)
         if usual and not (usual.is_file() and sha256(usual) == data_sha256):
             labels.append(_data_label(self.settings))
         self.where = folder.path / "evaluations" / "-".join(labels) if labels else folder.path
 
 
-def complete(task: Task, judge: bertscore.Judge | None) -> Evaluation | None:
-    """The evaluation that a task comes to, where it was made before: of the same rows, by the same model and code."""
+def complete(task: EvaluationTask, judge: bertscore.Judge | None) -> Evaluation | None:
+    """The evaluation that a task asks for, if it is there: of the same rows, by the same model and code."""
     former = _same_work(task)
-    if former is None or former.version != VERSION:
-        return None
-    labels = [(s.limit, s.test_set) for s in (former.settings, task.settings)]
-    same_scores = bertscore.made_by(judge, former.scores.get("bertscore"))
-    return former if same_scores and labels[0] == labels[1] else None
+    current = (
+        former
+        and former.version == VERSION
+        and bertscore.made_by(judge, former.scores.get("bertscore"))
+        and former.settings.limit == task.settings.limit
+        and former.settings.test_set == task.settings.test_set
+    )
+    return former if current else None
 
 
-def _same_work(task: Task) -> Evaluation | None:
+def _same_work(task: EvaluationTask) -> Evaluation | None:
     former = read_scores(task.where)
     same = former and former.settings.same_work() == task.settings.same_work()
     return former if same and len(read_predictions(task.where)) == task.settings.rows else None
 
 
-def evaluate(folder: RunDir, request: Request) -> Evaluation:
+def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     """Generate a prediction for each test row and score them all.
 
     predictions.jsonl and scores.json go to the run's folder; those of the base model, of another adapter or of
-    other rows than the usual, to a folder below evaluations/. An evaluation that was interrupted goes on where it
-    was, one that is complete is not done again.
+    other rows than the usual, to a folder below evaluations/. An interrupted evaluation continues where it
+    stopped, a complete one is not repeated.
 
     Raises:
-        UserError: see `Task`, and `bertscore.layer_of`.
+        UserError: see `EvaluationTask`, and `bertscore.layer_of`.
         WorkFailed: BERTScore's model cannot be loaded, or memory does not suffice.
     """
-    task = Task(folder, request)
+    task = EvaluationTask(folder, request)
     judge = bertscore.judge(request.judge, request.judge_layer, task.run.rehearsal)
     if task.run.state != "finished":
         summary = folder.summary(task.run)
@@ -154,7 +180,8 @@ def evaluate(folder: RunDir, request: Request) -> Evaluation:
             "fetches it (1.4 GB)")  # fmt: skip
     task.where.mkdir(parents=True, exist_ok=True)
     with held(task.where / ".evaluation.lock", "another evaluation is going on"):
-        predictions, settings = task.where / PREDICTIONS, task.settings
+        predictions = task.where / PREDICTIONS
+        settings = task.settings
         part = task.where / "predictions.part.jsonl"
         if former := complete(task, judge):
             say(f"{predictions}: complete, made and scored with the same settings")
@@ -168,8 +195,7 @@ def evaluate(folder: RunDir, request: Request) -> Evaluation:
         else:
             _make_way(task)
             with importing_axolotl(offline=task.run.rehearsal):
-                done = predict(task.rows, settings, task.cfg, folder.output, part, on_cpu=task.run.rehearsal)
-            rows = [done[i] for i in range(len(task.rows))]
+                rows = predict(task.rows, settings, task.cfg, folder.output, part, on_cpu=task.run.rehearsal)
         scores, rows = score(rows, judge)
         write_rows(predictions, rows)
         result = Evaluation(
@@ -185,22 +211,22 @@ def evaluate(folder: RunDir, request: Request) -> Evaluation:
     return result
 
 
-def command(folder: RunDir, request: Request, runs: Path) -> Command:
-    """The command that evaluates a run as it is asked for."""
+def command(folder: RunDir, request: EvaluationRequest, runs: Path) -> Command:
+    """The command that evaluates a run as requested."""
     return Command("evaluate", folder, ["evaluate", str(folder.path), *request.options(), "--runs", str(runs)])
 
 
-def _make_way(task: Task) -> None:
-    """Keep an evaluation of the same adapter on other rows, which may have been the usual ones; refuse to lose rows."""
+def _make_way(task: EvaluationTask) -> None:
+    """Move an evaluation of the same adapter on other rows aside, as they may have been the usual ones; refuse to lose
+    rows of the same data."""
     former = read_scores(task.where)
     if former is None or former.settings.adapter_sha256 != task.settings.adapter_sha256:
         return
     if former.settings.data_sha256 != task.settings.data_sha256:
         aside = task.where / "evaluations" / _data_label(former.settings)
         aside.mkdir(parents=True, exist_ok=True)
-        for name in (PREDICTIONS, SCORES):
-            if (task.where / name).is_file():
-                (task.where / name).replace(aside / name)
+        for file in filter(Path.is_file, (task.where / PREDICTIONS, task.where / SCORES)):
+            file.replace(aside / file.name)
         say(f"{task.where / SCORES}: of other rows; it is now in {aside}")
     elif former.settings.rows > task.settings.rows:
         raise UserError(
@@ -209,53 +235,35 @@ def _make_way(task: Task) -> None:
         )
 
 
-def export_prompts(folder: RunDir, request: Request, file: Path) -> int:
-    """Write what the model would be given for each test row, to make predictions elsewhere; how many there are.
+def export_prompts(folder: RunDir, request: EvaluationRequest, file: Path) -> int:
+    """Write the model's exact input for each test row, to make predictions elsewhere; returns how many there are.
 
-    A row has `row`, `reference`, what else the test row carries, `prompt` and `prompt_token_ids`. The ids are what
-    counts: they begin with the token that starts a text, which a server adds to a `prompt` once more or not at all.
-    With the field `prediction` added, `recipe score` takes the file.
+    A row has `row`, `reference`, `idx` and `lang` if known, `prompt` and `prompt_token_ids`. Use the ids: they begin
+    with the token that starts a text, which a server may add to a `prompt` a second time, or not at all.
+    `recipe score` takes the file once each row has the field `prediction`.
 
     Raises:
-        UserError: see `Task`.
+        UserError: see `EvaluationTask`.
     """
-    task = Task(folder, replace(request, adapter=BASE))
+    task = EvaluationTask(folder, replace(request, adapter=BASE))
     with importing_axolotl(offline=task.run.rehearsal):
         from .generate import Prompter
 
         prompter = Prompter(task.settings, task.cfg, folder.output)
         examples = prompter.examples(task.rows)
-        texts = prompter.tokenizer.batch_decode([one.prompt for one in examples], skip_special_tokens=False)
+        texts = prompter.tokenizer.batch_decode([example.prompt for example in examples], skip_special_tokens=False)
     write_rows(
         file,
         (
-            as_row(i, row, one.reference) | {"prompt": text, "prompt_token_ids": one.prompt}
-            for i, (row, text, one) in enumerate(zip(task.rows, texts, examples, strict=True))
+            as_row(i, row, example.reference) | {"prompt": text, "prompt_token_ids": example.prompt}
+            for i, (row, text, example) in enumerate(zip(task.rows, texts, examples, strict=True))
         ),
     )
     return len(examples)
 
 
-def _cache(request: Request, run: Run) -> Literal["static", "dynamic"]:
-    if request.cache == "auto":
-        return "static" if gpus.here() and not run.rehearsal else "dynamic"
-    return request.cache
-
-
-def _trained_on_gpu(run: Run) -> bool:
-    """Whether a run was trained on a GPU, which decides what bf16: auto became; assumed where not recorded."""
-    return not run.rehearsal and bool(run.provenance.get("gpus", True))
-
-
-def _adapter_label(settings: Settings) -> str:
-    """How a folder below evaluations/ names an adapter other than the run's."""
-    if settings.adapter_sha256 is None:
-        return BASE_MODEL
-    return f"{Path(settings.adapter).name}-{settings.adapter_sha256[:7]}"
-
-
-def _data_label(settings: Settings) -> str:
-    """How a folder below evaluations/ names rows other than the usual ones."""
+def _data_label(settings: EvaluationSettings) -> str:
+    """The name, of a folder below evaluations/, for rows other than the usual ones."""
     return f"{Path(settings.data).stem}-{settings.data_sha256[:7]}"
 
 
@@ -270,20 +278,19 @@ def _usual_file(run: Run, cfg: yamlfiles.Config, of_study: study.Study | None) -
 
 
 def _test_set(file: Path, digest: str) -> str | None:
-    """The name of the study's set that a file holds, as the manifest beside it tells by its content."""
+    """The name of the study's set that a file holds, which the manifest beside it identifies by its hash."""
     test = read_json(file.with_name(MANIFEST)).get("splits", {}).get("test", {})
     sets = {"test": test} if test.get("is_the_study_file") else {}
-    sets |= {name: made for name, made in test.get("subsets", {}).items() if "positions" in made}
-    return next((name for name, made in sets.items() if made["sha256"] == digest), None)
+    sets |= {name: subset for name, subset in test.get("subsets", {}).items() if "positions" in subset}
+    return next((name for name, rows in sets.items() if rows["sha256"] == digest), None)
 
 
-def read_rows(file: Path, cfg: yamlfiles.Config) -> list[dict[str, Any]]:
-    """The rows of a file, of the type that a config trains on."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; `recipe data prepare` writes test.jsonl")
-    with file.open("rb") as lines:
-        kinds = [dataset.get("type") for _, dataset in datafiles.datasets(cfg, "datasets")]
-        rows = list(json_rows(lines, file, ("output",) if datafiles.is_alpaca(kinds[0]) else ()))
-    if not rows:
-        raise UserError(f"{file}: no rows to evaluate")
-    return rows
+def read_test_rows(file: Path, cfg: yamlfiles.Config) -> list[Row]:
+    """The rows of a file, of the type that a config trains on.
+
+    Raises:
+        UserError: see `read_rows`.
+    """
+    _, dataset = next(datafiles.datasets(cfg, "datasets"))
+    fields = ("output",) if datafiles.is_alpaca(dataset.get("type")) else ()
+    return read_rows(file, fields, "; `recipe data prepare` writes test.jsonl")

@@ -6,21 +6,23 @@ from typing import Any, Literal
 import orjson
 from pydantic import BaseModel
 
+from ..base.tables import Row
 from ..data.study import Decoding
 from ..runs.rundir import Run
 
-Row = dict[str, Any]
-PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
-BASE_MODEL = "base-model"  # the folder, below evaluations/, of the base model's
+PREDICTIONS = "predictions.jsonl"
+SCORES = "scores.json"
+ADAPTER = "adapter_model.safetensors"
+BASE_MODEL = "base-model"  # the base model's folder below evaluations/
 
 
-class Settings(BaseModel):
+class EvaluationSettings(BaseModel):
     """All that predictions depend on besides the packages and this project's code; recorded with them.
 
     Attributes:
-        limit: where only the first rows of the data are taken, how many.
+        limit: how many rows where only the first ones of the data are taken.
         test_set: which of the study's sets of test rows they are, by their content: `test` is all of them, and None
-            is none of them.
+            is another one.
         batch_size: the most rows generated at a time.
     """
 
@@ -38,14 +40,18 @@ class Settings(BaseModel):
     quantized: bool
     dtype: str
 
+    @property
+    def rows_in_words(self) -> str:
+        return f"{'the first ' if self.limit else ''}{self.rows:,} rows"
+
     def same_predictions(self) -> dict[str, Any]:
-        """What two evaluations with the same predictions, to the last token, have in common."""
+        """What makes two evaluations have the same predictions, to the last token."""
         return self.model_dump(exclude={"adapter", "data", "limit", "test_set"})
 
     def same_work(self) -> dict[str, Any]:
-        """What two evaluations of the same model on the same rows have in common, however fast they were made.
+        """What makes two evaluations be of the same model on the same rows, in whatever batches.
 
-        Batches and caches change predictions by rounding alone, so that neither has to be done for the other.
+        Batches and caches change predictions by rounding alone, so that one evaluation stands for the other.
         """
         return self.model_dump(exclude={"adapter", "data", "limit", "test_set", "batch_size", "cache"})
 
@@ -54,8 +60,8 @@ class Evaluation(BaseModel):
     """The content of scores.json: when, what and how; see `score.score` for the scores.
 
     Attributes:
-        version: of the scores, see `score.VERSION`.
-        code_sha256: of the code that scored; it says more than the version, which is what counts.
+        version: of the scores, see `score.VERSION`; it decides whether they are current.
+        code_sha256: of the code that scored, for the record.
     """
 
     made: str
@@ -63,7 +69,7 @@ class Evaluation(BaseModel):
     scores: dict[str, Any]
     version: int = 1
     code_sha256: str
-    settings: Settings
+    settings: EvaluationSettings
 
 
 def read_scores(folder: Path) -> Evaluation | None:
@@ -83,8 +89,7 @@ def read_predictions(folder: Path) -> list[Row]:
 
 
 def of_run(folder: Path, run: Run) -> Evaluation | None:
-    """The evaluation of a run's own adapter; none of one that the run has trained on since."""
-    found, last = read_scores(folder), run.launches[-1] if run.launches else None
-    if found and last and found.made < (last.ended or last.started):
-        return None
-    return found
+    """The evaluation of a run's own adapter; None where the run has trained on since."""
+    evaluation = read_scores(folder)
+    last = run.launches[-1] if run.launches else None
+    return None if evaluation and last and evaluation.made < (last.ended or last.started) else evaluation

@@ -1,35 +1,35 @@
-"""Generating the predictions of an evaluation, in batches, so that an interrupted one can continue."""
+"""The predictions of an evaluation, generated in batches, so that an interrupted one can continue."""
 
 import os
 from collections.abc import Iterator, Sequence
 from itertools import batched, groupby
 from pathlib import Path
-from typing import Any
 
 import orjson
 
 from ..base.errors import WorkFailed
 from ..base.progress import Bar
+from ..base.tables import Row
 from ..base.yamlfiles import Config
-from .evaluations import Row, Settings
+from .evaluations import EvaluationSettings
 
 BATCH_TOKENS = 8192
-"""The tokens that a batch has room for. Their keys and values take 4 GiB in a Llama 2 7B, the most of all the study's
-models, which a card of 16 GB has beside the weights."""
+"""The most tokens of a batch. Their keys and values take 4 GiB in a Llama 2 7B, more than in any other of the study's
+models; a card of 16 GB has that beside the weights."""
 
 
-def as_row(i: int, row: dict[str, Any], reference: str) -> Row:
-    """A test row as predictions.jsonl has it: its number, its reference, and its place and language where known."""
+def as_row(i: int, row: Row, reference: str) -> Row:
+    """A test row as in predictions.jsonl: its number and reference, and its position and language where known."""
     return {"row": i} | {key: row[key] for key in ("idx", "lang") if key in row} | {"reference": reference}
 
 
 def predict(
-    rows: Sequence[dict[str, Any]], settings: Settings, cfg: Config, tokenizer: Path, part: Path, on_cpu: bool
-) -> dict[int, Row]:
-    """Predictions by row number.
+    rows: Sequence[Row], settings: EvaluationSettings, cfg: Config, tokenizer: Path, part: Path, on_cpu: bool
+) -> list[Row]:
+    """The test rows with their predictions.
 
-    Batches are the same whether or not an earlier call did some of them: in half precision a row's
-    prediction can depend on what it is batched with.
+    Batches are the same whether or not an earlier call generated some of them: in half precision a row's
+    prediction can depend on the other rows of its batch.
 
     Args:
         rows: the test rows.
@@ -37,7 +37,7 @@ def predict(
         cfg: the run's config.
         tokenizer: the folder in which the training left its tokenizer.
         part: a file that keeps finished batches, from which a second call continues.
-        on_cpu: whether to leave a GPU and the hub alone, as a rehearsal does.
+        on_cpu: whether to leave the GPU alone, as a rehearsal does.
 
     Raises:
         UserError: see `Prompter.examples`.
@@ -46,7 +46,7 @@ def predict(
     done = _continue(part, settings)
     if len(done) < len(rows):
         if on_cpu:
-            os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         import torch
 
         from .generate import Generator
@@ -55,7 +55,7 @@ def predict(
         examples = generator.examples(rows)
         with Bar("evaluating", len(rows)) as bar, part.open("ab") as stream:
             bar.update(len(done))
-            lengths = [len(one.prompt) + settings.decoding.max_new_tokens for one in examples]
+            lengths = [len(example.prompt) + settings.decoding.max_new_tokens for example in examples]
             for number, (room, batch) in enumerate(batches(lengths, settings.batch_size)):
                 if all(i in done for i in batch):
                     continue
@@ -71,21 +71,21 @@ def predict(
                 stream.write(b"".join(orjson.dumps(done[i]) + b"\n" for i in batch))
                 stream.flush()
                 bar.update(len(done))
-    return done
+    return [done[i] for i in range(len(rows))]
 
 
 def batches(lengths: Sequence[int], most: int) -> Iterator[tuple[int, list[int]]]:
-    """Which rows are generated together, the longest first: if memory does not suffice, that shows at once.
+    """Which rows are generated together, the longest first: too little memory shows at once.
 
     Rows that need about the same room are together, and there are few sizes of room, so that a static cache, and what
-    is compiled for it, can be used again.
+    is compiled for it, can be reused.
 
     Args:
         lengths: for each row the tokens of its prompt and of the longest answer.
         most: the most rows in a batch.
 
     Yields:
-        The room, a power of two of tokens, and the positions of `most` rows, or of as many as `BATCH_TOKENS` have room.
+        The room, a power of two of tokens, and the positions of `most` rows, or of as many as `BATCH_TOKENS` allow.
     """
     by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     for room, same in groupby(by_length, key=lambda i: max(1 << (lengths[i] - 1).bit_length(), 256)):
@@ -93,13 +93,11 @@ def batches(lengths: Sequence[int], most: int) -> Iterator[tuple[int, list[int]]
             yield room, list(batch)
 
 
-def _continue(part: Path, settings: Settings) -> dict[int, Row]:
+def _continue(part: Path, settings: EvaluationSettings) -> dict[int, Row]:
     """The rows of an interrupted evaluation with the same settings; otherwise a new file for them."""
     header = orjson.dumps(settings.same_predictions())
-    lines = part.read_bytes().split(b"\n") if part.is_file() else []
-    if len(lines) > 1 and lines[0] == header:
-        whole = [orjson.loads(line) for line in lines[1:-1]]
-        part.write_bytes(b"\n".join(lines[:-1]) + b"\n")  # without the last line of a killed process
-        return {row["row"]: row for row in whole}
-    part.write_bytes(header + b"\n")
-    return {}
+    lines = part.read_bytes().split(b"\n")[:-1] if part.is_file() else []  # without what a killed process left
+    if lines[:1] != [header]:
+        lines = [header]
+    part.write_bytes(b"\n".join(lines) + b"\n")
+    return {row["row"]: row for row in map(orjson.loads, lines[1:])}

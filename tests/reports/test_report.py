@@ -27,8 +27,8 @@ from qlora_recipes.reports import report, report_comparisons, report_figures, re
 from qlora_recipes.results import verdict
 from qlora_recipes.running import sweeps
 from qlora_recipes.runs.rundir import Launch, Run, RunDir, Summary, summarise
-from qlora_recipes.scores.evaluations import Evaluation, Settings
-from qlora_recipes.scores.score import PER_ROW
+from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings, read_predictions, read_scores
+from qlora_recipes.scores.metrics import PER_ROW
 
 STUDY = study.find("haider2024")
 LLAMA_3 = "haider2024/llama-3-8b"
@@ -121,14 +121,14 @@ def a_run(
         rehearsal=rehearsal,
         scores=scores,
         code_sha256="x",
-        settings=Settings(**settings),
+        settings=EvaluationSettings(**settings),
     )
     (run.path / "scores.json").write_text(evaluation.model_dump_json())
     return run
 
 
 def html_of(*runs: RunDir) -> str:
-    return report.of_runs(report_runs.members(runs), analyze=False)
+    return report.of_runs(report_runs.reported_runs(runs), analyze=False)
 
 
 def a_sweep(folder: Path) -> sweeps.Sweep:
@@ -184,7 +184,7 @@ def test_figures_are_what_plotly_draws(tmp_path: Path) -> None:
     runs = {"a": a_run(tmp_path), "b": a_run(tmp_path, "haider2024/llama-2-7b", rehearsal=False)}
     figures = list(report_figures.training({name: run.read_metrics() for name, run in runs.items()}))
     figures += report_comparisons.sweep(members)
-    rows = [report_runs.read_predictions(run.path) for run in runs.values()]
+    rows = [read_predictions(run.path) for run in runs.values()]
     figures += report_figures.distributions(dict(zip("ab", rows, strict=True)))
     figures += report_figures.distributions({"a": rows[0]})
     table = verdict.rows(STUDY, tmp_path / "runs", False)
@@ -228,29 +228,29 @@ def test_memory_of_different_kinds_is_said_to_be_that(tmp_path: Path) -> None:
 
 def test_diffs_are_those_that_were_evaluated(tmp_path: Path) -> None:
     run = a_run(tmp_path)
-    (shown,) = report_reader.reader(report_runs.members([run]))
+    (shown,) = report_reader.reader(report_runs.reported_runs([run]))
     assert shown["diff"][3].startswith("@@ -3,4") and shown["data"] == "data/test.jsonl"
     test = tmp_path / "data" / "test.jsonl"
     test.write_bytes(test.read_bytes() + b"\n")
-    (shown,) = report_reader.reader(report_runs.members([run]))
-    assert shown["diff"] is None and "its SHA-256 is another" in shown["why"]
+    (shown,) = report_reader.reader(report_runs.reported_runs([run]))
+    assert shown["diff"] is None and "its SHA-256 differs" in shown["why"]
     test.unlink()
-    (shown,) = report_reader.reader(report_runs.members([run]))
-    assert shown["diff"] is None and "not there any more" in shown["why"]
+    (shown,) = report_reader.reader(report_runs.reported_runs([run]))
+    assert shown["diff"] is None and "no longer there" in shown["why"]
 
 
 def test_runs_on_the_same_rows_share_them(tmp_path: Path) -> None:
     one, other = a_run(tmp_path), a_run(tmp_path, "haider2024/llama-2-7b")
-    (shown,) = report_reader.reader(report_runs.members([one, other]))
+    (shown,) = report_reader.reader(report_runs.reported_runs([one, other]))
     assert [model["label"] for model in shown["models"]] == ["llama-3-8b", "llama-2-7b"]
     (tmp_path / "data" / "test.jsonl").unlink()
     third = a_run(tmp_path, "haider2024/llama-2-7b", "3", rows=7)
-    assert len(report_reader.reader(report_runs.members([one, other, third]))) == 2
+    assert len(report_reader.reader(report_runs.reported_runs([one, other, third]))) == 2
 
 
 def test_labels_tell_runs_apart(tmp_path: Path) -> None:
     runs = [a_run(tmp_path, name="1"), a_run(tmp_path, name="2"), a_run(tmp_path, "haider2024/llama-2-7b")]
-    labels = [member.label for member in report_runs.members(runs)]
+    labels = [member.label for member in report_runs.reported_runs(runs)]
     assert labels == ["llama-3-8b, 1", "llama-3-8b, 2", "llama-2-7b"]
 
 
@@ -302,7 +302,7 @@ def a_large_run(folder: Path, count: int = 5000) -> RunDir:
 
 def of_other_rows(run: RunDir, count: int) -> None:
     """Have a run's evaluation be of the rows that its data file holds now."""
-    made = report_runs.read_scores(run.path)
+    made = read_scores(run.path)
     assert made
     changed = {"data_sha256": sha256(Path(made.settings.data)), "rows": count}
     settings = made.settings.model_copy(update=changed)
@@ -319,7 +319,7 @@ def test_weights_are_measured_and_a_plan_is_made_where_asked_for(tmp_path: Path,
         yamlfiles.write_yaml(yamlfiles.read_yaml(run.config) | {"base_model": str(tiny), "lora_r": 8})
     )
     assert "No plan of this config is kept" in html_of(run) and "What 4 bits lose, and" not in html_of(run)
-    html = report.of_runs(report_runs.members([run]), analyze=True)
+    html = report.of_runs(report_runs.reported_runs([run]), analyze=True)
     assert "No plan of this config is kept" not in html and "different kinds of memory" in html
     assert "What 4 bits lose, and" in html and "2 decoder layers of tiny-llama0" in html
 
@@ -343,7 +343,7 @@ def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:
         assert message in done.stderr
     a_run(tmp_path)
     a_run(tmp_path, name="2", rehearsal=False)
-    assert "compare with nothing of the other kind" in recipe("report", "llama-3-8b/1", "llama-3-8b/2").stderr
+    assert "rehearsals and real runs do not compare" in recipe("report", "llama-3-8b/1", "llama-3-8b/2").stderr
     assert not list(tmp_path.glob("*.html"))
 
 

@@ -119,7 +119,7 @@ def evaluated(run: RunDir, **settings: Any) -> None:
             "exact": 0,
         },
         code_sha256="f" * 64,
-        settings=evaluations.Settings(
+        settings=evaluations.EvaluationSettings(
             **{
                 "base_model": BASE,
                 "adapter": str(run.output),
@@ -509,7 +509,7 @@ def test_what_is_to_be_private_is_not_pushed_to_a_public_repository(run: RunDir,
     with pytest.raises(UserError, match="there already and public"):
         publish.publish(run, push="owner/model", private=True)
     assert hub.files == {}
-    with pytest.raises(UserError, match="there is no --push"):
+    with pytest.raises(UserError, match="works only with --push"):
         publish.publish(run, private=True)
 
 
@@ -630,7 +630,7 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
         assert of_adapter.model.get_input_embeddings().num_embeddings == len(tokenizer)
 
 
-def settings(run: RunDir, cfg: yamlfiles.Config, **changes: Any) -> evaluations.Settings:
+def settings(run: RunDir, cfg: yamlfiles.Config, **changes: Any) -> evaluations.EvaluationSettings:
     """Those of an evaluation of the run."""
     evaluated(run, base_model=cfg["base_model"])
     scores = evaluations.read_scores(run.path)

@@ -56,10 +56,10 @@ def test_only_a_run_on_the_recipes_model_or_its_mirror_is_set_beside_published_s
         Difference(key="base_model", recipe="meta-llama/Llama-2-7b-hf", run=model, why="--set base_model")
     ]
     folder.write(run)
-    (folder.output / card.ADAPTER).parent.mkdir()
-    (folder.output / card.ADAPTER).write_bytes(b"")
+    (folder.output / evaluations.ADAPTER).parent.mkdir()
+    (folder.output / evaluations.ADAPTER).write_bytes(b"")
     same = model.startswith("NousResearch")
-    listed, (member,) = run_rows.row(folder, run), report_runs.members([folder])
+    listed, (member,) = run_rows.row(folder, run), report_runs.reported_runs([folder])
     assert listed["bleu4"] == 5.0
     assert (listed["bleu4_published"], listed["other_base_model"]) == ((5.02, None) if same else (None, model))
     assert row_of(tmp_path / "runs")["run"] == (str(folder.path) if same else None)

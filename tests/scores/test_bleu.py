@@ -2,14 +2,14 @@ import math
 
 import pytest
 
-from qlora_recipes.scores.bleu import sentence_bleu4, tokens
+from qlora_recipes.scores.bleu import bleu4, tokens
 
 
 def test_known_scores() -> None:
-    assert sentence_bleu4("rename this variable please", "rename this variable please") == pytest.approx(1)
-    assert 100 * sentence_bleu4("please fix this typo now", "fix") == pytest.approx(13.53, abs=0.005)
-    assert sentence_bleu4("a b c", "") == pytest.approx(math.exp(-3))
-    assert sentence_bleu4("a b c", "x y z") == pytest.approx(0, abs=1e-70)
+    assert bleu4("rename this variable please", "rename this variable please") == pytest.approx(100)
+    assert bleu4("please fix this typo now", "fix") == pytest.approx(13.53, abs=0.005)
+    assert bleu4("a b c", "") == pytest.approx(100 * math.exp(-3))
+    assert bleu4("a b c", "x y z") == pytest.approx(0, abs=1e-70)
 
 
 def test_tokens() -> None:
@@ -19,4 +19,4 @@ def test_tokens() -> None:
 def test_by_hand() -> None:
     # reference of 5 tokens, prediction of 4: matches 3, 1, 0, 0 of 4, 3, 2, 1 n-grams
     expected = (3 / 4 * 2 / 4 * 1 / 3 * 1 / 2) ** 0.25 * math.exp(1 - 6 / 5)
-    assert sentence_bleu4("a b c d e", "a b x d") == pytest.approx(expected)
+    assert bleu4("a b c d e", "a b x d") == pytest.approx(100 * expected)

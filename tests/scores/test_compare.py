@@ -84,7 +84,7 @@ def test_groups_by_language_and_length() -> None:
         ("11 to 25 tokens", 1),
         ("more than 50 tokens", 1),
     ]
-    with pytest.raises(UserError, match="do not tell their language"):
+    with pytest.raises(UserError, match="have no field lang"):
         compare.by_group(rows("a"), "lang")
 
 

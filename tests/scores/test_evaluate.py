@@ -14,7 +14,7 @@ from qlora_recipes.configs import config, standin
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import Run, RunDir
 from qlora_recipes.scores import evaluate, predict
-from qlora_recipes.scores.evaluations import Evaluation, Settings, read_predictions, read_scores
+from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings, read_predictions, read_scores
 
 if TYPE_CHECKING:
     from qlora_recipes.scores.generate import Generator
@@ -50,13 +50,13 @@ def predictions(run: RunDir) -> list[dict[str, Any]]:
 
 
 def evaluated(run: RunDir, **more: Any) -> Evaluation:
-    request = evaluate.Request(adapter="none", max_new_tokens=8, judge="none", **more)
+    request = evaluate.EvaluationRequest(adapter="none", max_new_tokens=8, judge="none", **more)
     return evaluate.evaluate(run, request)
 
 
-def settings_of(cfg: yamlfiles.Config) -> Settings:
+def settings_of(cfg: yamlfiles.Config) -> EvaluationSettings:
     """What an evaluation of a config's base model without adapter and rows would depend on."""
-    return Settings(
+    return EvaluationSettings(
         base_model=cfg["base_model"],
         adapter="none",
         adapter_sha256=None,
@@ -89,7 +89,7 @@ def test_a_run_is_evaluated_in_the_precision_that_it_was_trained_in(
     record = run.read()
     record.provenance["gpus"] = [{"name": "Tesla T4"}] if on_gpu else []
     run.write(record)
-    assert evaluate.Task(run, evaluate.Request(adapter="none")).settings.dtype == dtype
+    assert evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none")).settings.dtype == dtype
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,9 @@ def test_other_rows_are_evaluated_beside_the_usual_ones(run: RunDir, sample: Pat
     few = tmp_path / "few.jsonl"
     few.write_bytes(b"".join((sample / "valid.jsonl").read_bytes().splitlines(keepends=True)[:2]))
     other = evaluated(run, data=few)
-    assert evaluate.Task(run, evaluate.Request(adapter="none", data=few)).where.name.startswith("base-model-few-")
+    assert evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none", data=few)).where.name.startswith(
+        "base-model-few-"
+    )
     assert (usual.scores["rows"], other.scores["rows"]) == (3, 2)
     assert evaluated(run, limit=3) == usual
 
@@ -192,8 +194,8 @@ def test_where_a_run_has_no_usual_rows_those_that_are_named_are_its_own(run: Run
         yamlfiles.write_yaml(yamlfiles.read_yaml(run.config) | {"datasets": [{"path": "x/y", "type": "alpaca"}]})
     )
     with pytest.raises(UserError, match=r"no test\.jsonl lies beside its training data"):
-        evaluate.Task(run, evaluate.Request(adapter="none"))
-    task = evaluate.Task(run, evaluate.Request(adapter="none", data=sample / "valid.jsonl"))
+        evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none"))
+    task = evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none", data=sample / "valid.jsonl"))
     assert task.where == run.path / "evaluations" / "base-model"
 
 
@@ -209,18 +211,18 @@ def test_an_evaluation_of_rows_that_were_the_usual_ones_is_kept(run: RunDir, sam
 
 
 def test_a_limit_that_leaves_nothing_out_is_none(run: RunDir) -> None:
-    assert evaluate.Task(run, evaluate.Request(adapter="none", limit=26)).settings.limit is None
-    assert evaluate.Task(run, evaluate.Request(adapter="none", limit=25)).settings.limit == 25
+    assert evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none", limit=26)).settings.limit is None
+    assert evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none", limit=25)).settings.limit == 25
 
 
 def test_a_judge_that_is_not_there_is_told_before_anything_is_generated(run: RunDir) -> None:
     with pytest.raises(WorkFailed, match="nowhere cannot be loaded"):
-        evaluate.evaluate(run, evaluate.Request(adapter="none", judge="some/nowhere"))
+        evaluate.evaluate(run, evaluate.EvaluationRequest(adapter="none", judge="some/nowhere"))
     assert not list(run.path.rglob("predictions*"))
 
 
 def test_scoring_anew_leaves_no_score_of_another_judge(run: RunDir) -> None:
-    request = evaluate.Request(adapter="none", max_new_tokens=8, limit=3)
+    request = evaluate.EvaluationRequest(adapter="none", max_new_tokens=8, limit=3)
     request.judge, request.judge_layer = str(standin.judge_folder()), 6
     assert evaluate.evaluate(run, request).scores["bertscore"]["model"] == "model"
     without = evaluated(run, limit=3)
@@ -256,9 +258,9 @@ def test_exported_prompts_are_those_that_are_generated_from(run: RunDir, tmp_pat
     from qlora_recipes.scores.generate import Prompter
 
     file = tmp_path / "prompts.jsonl"
-    assert evaluate.export_prompts(run, evaluate.Request(limit=5), file) == 5
+    assert evaluate.export_prompts(run, evaluate.EvaluationRequest(limit=5), file) == 5
     rows = [orjson.loads(line) for line in file.read_bytes().splitlines()]
-    task = evaluate.Task(run, evaluate.Request(adapter="none", limit=5))
+    task = evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none", limit=5))
     prompter = Prompter(task.settings, task.cfg, run.output)
     assert [row["prompt_token_ids"] for row in rows] == [one.prompt for one in prompter.examples(task.rows)]
     assert [row["reference"] for row in rows] == [row["output"] for row in task.rows]
@@ -376,7 +378,7 @@ def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run: RunDir) -> Non
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("", "no rows to evaluate"),
+        ("", "has no rows"),
         ('{"instruction": "a"}\n', "x.jsonl:1: a row needs the text field output"),
         ("[\n", "x.jsonl:1: not a JSON row"),
     ],

@@ -5,8 +5,9 @@ import orjson
 import pytest
 from conftest import SHARED, Recipe
 
-from qlora_recipes.scores import bertscore, score
-from qlora_recipes.scores.bleu import sentence_bleu4
+from qlora_recipes.scores import bertscore, compare, score
+from qlora_recipes.scores.bleu import bleu4
+from qlora_recipes.scores.metrics import METRICS, PER_ROW, Metric
 
 ROWS = [
     {"reference": "please fix this typo now", "prediction": "fix"},
@@ -19,15 +20,25 @@ ROWS = [
 
 def test_rows_keep_their_own_scores_and_their_means_are_the_scores() -> None:
     scores, rows = score.score(ROWS)
-    assert [row["bleu4"] for row in rows] == [
-        pytest.approx(100 * sentence_bleu4(row["reference"], row["prediction"])) for row in ROWS
-    ]
+    assert [row["bleu4"] for row in rows] == [pytest.approx(bleu4(row["reference"], row["prediction"])) for row in ROWS]
     assert scores["bleu4"] == pytest.approx(statistics.fmean(row["bleu4"] for row in rows))
     assert scores["rouge_l"] == pytest.approx(statistics.fmean(row["rouge_l"] for row in rows))
     assert rows[1]["lang"] == "py"
     low, high = scores["intervals"]["bleu4"]
     assert low <= scores["bleu4"] <= high
     assert scores["bertscore"] is None and "bertscore_f1" not in scores
+
+
+def test_a_metric_is_an_entry_in_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    length = Metric("length", "length in characters", "length", lambda _, prediction: float(len(prediction)))
+    for metrics in (METRICS, PER_ROW):
+        monkeypatch.setitem(metrics, "length", length)
+    scores, rows = score.score(ROWS)
+    assert scores["length"] == statistics.fmean(len(row["prediction"]) for row in ROWS)
+    low, high = scores["intervals"]["length"]
+    assert low <= scores["length"] <= high
+    compared = compare.compare(compare.Predictions(rows), compare.Predictions(rows))
+    assert [row["score"] for row in compared] == ["bleu4", "rouge_l", "length"]
 
 
 def test_older_scores_of_rows_are_dropped() -> None:
