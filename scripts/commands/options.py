@@ -1,9 +1,12 @@
-"""Arguments and options that several verbs of the command have, and the values that they take."""
+"""Arguments and options that several verbs share, the values that they take, and which exclude or need one another."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from ..base.errors import UserError
 
 PlaceName = Literal["local", "slurm"]
 InputFormat = Literal["diff", "tagged"]
@@ -36,8 +39,27 @@ Overrides = Annotated[
 ]
 Mirror = Annotated[bool, typer.Option("--mirror", help="Take an ungated copy of a gated base model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _check_figure(file: Path | None) -> Path | None:
+    """Refuse what matplotlib cannot write before anything is measured."""
+    if file and file.suffix not in (".png", ".svg"):
+        raise UserError(f"--figure {file}: name a .png or .svg file")
+    if file and not file.parent.is_dir():
+        raise UserError(f"--figure {file}: there is no folder {file.parent}")
+    return file
+
+
+def check_finite(param: typer.CallbackParam, value: float | None) -> float | None:
+    """Refuse inf and nan, which a range of numbers lets pass."""
+    if value is not None and not math.isfinite(value):
+        raise UserError(f"{param.opts[0]} {value}: give a number")
+    return value
+
+
 FigureFile = Annotated[
-    Path | None, typer.Option("--figure", metavar="FILE", help="Draw it too, to a .png or .svg file.")
+    Path | None,
+    typer.Option("--figure", metavar="FILE", callback=_check_figure, help="Draw it too, to a .png or .svg file."),
 ]
 Judge = Annotated[
     str | None,
@@ -62,3 +84,44 @@ SlurmOptions = Annotated[
     ),
 ]
 Best = Annotated[Criterion | None, typer.Option("--best", help="Name the best member by this.")]
+RehearseAll = Annotated[
+    bool, typer.Option("--rehearse", help="Try all of it on the CPU: small model, shipped sample, no network.")
+]
+RehearsalsOfStudy = Annotated[bool, typer.Option("--rehearse", help="With --study: its rehearsals instead.")]
+
+
+def exclusive(options: dict[str, object], required: bool = False) -> None:
+    """Refuse more than one of several options, and where one is required also none.
+
+    Args:
+        options: their values by what the user writes.
+        required: whether one of them has to be given.
+
+    Raises:
+        UserError: there are too many of them, or none.
+    """
+    given = sum(map(bool, options.values()))
+    if given > 1 or (required and not given):
+        *names, last = options
+        raise UserError(f"{', '.join(names)} and {last}: give {'just' if required else 'only'} one of them")
+
+
+def only_with(option: str, given: object, other: str, needed: object, why: str = "") -> None:
+    """Refuse an option that is given without another.
+
+    Raises:
+        UserError: it is.
+    """
+    if given and not needed:
+        raise UserError(f"{option}: works only with {other}{f'; {why}' if why else ''}")
+
+
+def single_name(names: list[str] | None, option: str) -> str:
+    """The only recipe or file that is named.
+
+    Raises:
+        UserError: it is not just one, which an option needs.
+    """
+    if not names or len(names) > 1:
+        raise UserError(f"{option}: name one recipe or file")
+    return names[0]

@@ -333,8 +333,8 @@ def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:
         ("--study", "haider2024"): "no runs of it below runs/; --rehearse takes its rehearsals",
         ("--study", "haider2024", "--rehearse"): "no rehearsals of it below runs/; `recipe reproduce haider2024`",
         ("x", "--study", "haider2024"): "one of them",
-        ("--rehearse",): "--rehearse: goes with --study",
-        ("--best", "bleu4"): "--best: goes with --sweep",
+        ("--rehearse",): "--rehearse: works only with --study",
+        ("--best", "bleu4"): "--best: works only with --sweep",
         ("--sweep", "ranks"): "ranks: no sweep of that name below runs/",
     }
     for arguments, message in mistakes.items():
