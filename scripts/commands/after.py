@@ -42,7 +42,8 @@ def evaluate_verb(
         typer.Option(metavar="FILE", help="Prepared rows; by default the study's test set beside the training data."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Evaluate the first so many rows only; 12 of a rehearsal's.")
+        int | None,
+        typer.Option(min=1, help="Evaluate at most this many rows, from the first on; by default 12 in a rehearsal."),
     ] = None,
     adapter: Annotated[
         str | None,
@@ -123,7 +124,7 @@ def results_verb(
     sweep_name: Annotated[
         str | None,
         typer.Option(
-            "--sweep", metavar="S", help="A sweep's members beside each other, by what varies; latest is the newest."
+            "--sweep", metavar="S", help="A sweep's members side by side, by what varies; latest is the newest."
         ),
     ] = None,
     best: Best = None,
@@ -144,7 +145,7 @@ def results_verb(
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
 ) -> None:
-    """A row a run: losses and scores, the published ones beside them."""
+    """One row per run: losses and scores, beside the published ones."""
     exclusive({"--study": study_name, "--sweep": sweep_name, "--compare": pair, "--by": by})
     only_with("--best", best, "--sweep", sweep_name)
     only_with("--rehearse", rehearse, "--study", study_name)
@@ -186,19 +187,19 @@ def report_verb(
     ] = None,
     study_name: Annotated[
         str | None,
-        typer.Option("--study", metavar="S", help="A study instead: its table, and the runs that speak for it."),
+        typer.Option("--study", metavar="S", help="A study instead: its table, and the runs behind it."),
     ] = None,
     rehearse: RehearsalsOfStudy = False,
     sweep_name: Annotated[
-        str | None, typer.Option("--sweep", metavar="NAME", help="A sweep instead: what its members trade for what.")
+        str | None, typer.Option("--sweep", metavar="NAME", help="A sweep instead: the trade-offs among its members.")
     ] = None,
     best: Best = None,
     analyze: Annotated[
         bool,
         typer.Option(
             "--analyze",
-            help="Measure what takes torch too (a minute): what 4 bits lose of the base model's weights, where "
-            "they are a local folder, and a plan of memory that was not made yet.",
+            help="Also measure what needs torch (a minute): what 4 bits lose of the base model's weights, where "
+            "they are a local folder, and a memory plan that is not made yet.",
         ),
     ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="The file.")] = Path("report.html"),
@@ -206,7 +207,7 @@ def report_verb(
 ) -> None:
     """One HTML file of runs, a study or a sweep: curves, scores, predictions to read, settings, provenance.
 
-    It holds all that it needs and opens without a network. Mind whom you give it to: it shows the diffs and references
+    It is self-contained and opens without a network. Mind whom you give it to: it shows the diffs and references
     of the test data, and names of folders of this machine.
     """
     from ..reports import report, report_runs
@@ -231,12 +232,12 @@ def report_verb(
 def publish_verb(
     run: RunName,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Make one model of base model and adapter too, in output/merged.")
+        bool, typer.Option("--merge", help="Also merge base model and adapter into one model, in output/merged.")
     ] = False,
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of the hub.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="A repository that is new is private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     runs: Runs = RUNS,
 ) -> None:
     """Write a model card beside a run's adapter; merge it, or upload it, only when asked."""

@@ -70,11 +70,11 @@ def prepare_verb(
         InputFormat,
         typer.Option(help="diff: the patch as it is. tagged: one line with tags, as the authors' code has it."),
     ] = "diff",
-    instruction: Annotated[str | None, typer.Option(help="Another instruction than the study's.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="An instruction other than the study's.")] = None,
     valid_rows: Annotated[int, typer.Option(min=0, help="Rows to draw for validation; 0 keeps all.")] = 1000,
     subset: Annotated[
         list[int] | None,
-        typer.Option(metavar="N", min=1, help="Draw N test rows too, for test-N.jsonl. Repeatable."),
+        typer.Option(metavar="N", min=1, help="Also draw N test rows, for test-N.jsonl. Repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(help="The seed of these draws.")] = 42,
     study_name: Annotated[str, typer.Option("--study", metavar="S", help="The study whose data it is.")] = "haider2024",
@@ -121,9 +121,9 @@ def check_verb(
     ] = None,
     data: Annotated[
         bool,
-        typer.Option("--data", help="Read every row of the data too, and tokenize it where the tokenizer is here."),
+        typer.Option("--data", help="Also read every row of the data, and tokenize it if the tokenizer is here."),
     ] = False,
-    full: Annotated[bool, typer.Option("--full", help="Ask Axolotl's own validation too (15 s).")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also run Axolotl's own validation (15 s).")] = False,
     show_tokens: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Show instead what the model is trained on: N rows, token by token."),
@@ -172,7 +172,7 @@ def plan_verb(
     ] = None,
     gpu_count: Annotated[int, typer.Option("--gpus", min=1, help="How many GPUs to train on.")] = 1,
     data: Annotated[
-        bool, typer.Option("--data", help="Measure the rows too, and plan for the longest of them (tokenizes all).")
+        bool, typer.Option("--data", help="Also measure the rows, and plan for the longest (tokenizes all).")
     ] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Full fine-tuning, LoRA and QLoRA side by side.")] = False,
     price: Annotated[
@@ -182,7 +182,7 @@ def plan_verb(
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
-    """Parameters, memory and work of a config, and the cards that hold it, without a GPU."""
+    """Parameters, memory and work of a config, and the cards that it fits, without a GPU."""
     from ..planning import plan, plan_tables
 
     target = gpus.find(gpu) if gpu else None if vram else gpus.here()

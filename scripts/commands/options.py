@@ -37,7 +37,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key (a.b.0.c reaches below). Repeatable."),
 ]
-Mirror = Annotated[bool, typer.Option("--mirror", help="Take an ungated copy of a gated base model.")]
+Mirror = Annotated[bool, typer.Option("--mirror", help="Use an ungated copy of a gated base model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -59,7 +59,7 @@ def check_finite(param: typer.CallbackParam, value: float | None) -> float | Non
 
 FigureFile = Annotated[
     Path | None,
-    typer.Option("--figure", metavar="FILE", callback=_check_figure, help="Draw it too, to a .png or .svg file."),
+    typer.Option("--figure", metavar="FILE", callback=_check_figure, help="Also draw it, to a .png or .svg file."),
 ]
 Judge = Annotated[
     str | None,
@@ -68,22 +68,22 @@ Judge = Annotated[
     ),
 ]
 JudgeLayer = Annotated[
-    int | None, typer.Option("--bertscore-layer", min=1, help="Its layer, where bert-score knows no best one.")
+    int | None, typer.Option("--bertscore-layer", min=1, help="Its layer, where bert-score has no default for it.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="The most rows generated at a time; fewer where they are long.")]
 On = Annotated[
-    PlaceName, typer.Option("--on", help="Where: this machine, or SLURM's queue, from which it is not waited for.")
+    PlaceName, typer.Option("--on", help="Where: this machine, or SLURM's queue; returns once the job is queued.")
 ]
 SlurmOptions = Annotated[
     list[str] | None,
     typer.Option(
         "--slurm",
         metavar="KEY=VALUE",
-        help="With --on slurm: an option of sbatch, as in time=8:00:00, for one step in evaluate.time=1:00:00. "
-        "Repeatable; ~/.config/qlora-recipes/slurm.yaml holds those that are always meant.",
+        help="With --on slurm: an option of sbatch, as in time=8:00:00, or for one step, as in evaluate.time=1:00:00. "
+        "Repeatable; ~/.config/qlora-recipes/slurm.yaml holds those that always apply.",
     ),
 ]
-Best = Annotated[Criterion | None, typer.Option("--best", help="Name the best member by this.")]
+Best = Annotated[Criterion | None, typer.Option("--best", help="Mark the best member by this.")]
 RehearseAll = Annotated[
     bool, typer.Option("--rehearse", help="Try all of it on the CPU: small model, shipped sample, no network.")
 ]

@@ -16,7 +16,8 @@ verbs = typer.Typer()
 @verbs.command("list", rich_help_panel=HEADING)
 def list_verb(
     as_tree: Annotated[
-        bool, typer.Option("--variants", help="Which is a variant of which instead, yours in variants/ too.")
+        bool,
+        typer.Option("--variants", help="Show instead which recipes are variants of which, with yours in variants/."),
     ] = False,
     json: Json = False,
 ) -> None:
@@ -48,7 +49,7 @@ def diff_verb(
     b: Annotated[str | None, typer.Argument(metavar="[B]", help="Another; by default what A is a variant of.")] = None,
     json: Json = False,
 ) -> None:
-    """The keys in which two recipes or configs differ, but for where they write to."""
+    """The keys in which two recipes or configs differ, except where they write to."""
     rows = variants.diff(a, b)
     if json:
         tables.print_json(rows)
@@ -62,7 +63,7 @@ def new_verb(
     from_: Annotated[str, typer.Option("--from", metavar="BASE", help="The recipe or YAML file to start from.")],
     set_: Overrides = None,
 ) -> None:
-    """Write a variant of a recipe: all of it, comments too, with what is changed marked."""
+    """Write a variant of a recipe: the whole file with its comments, changed lines marked."""
     from ..checks import check
 
     found = check.examine(compose.compose(compose.Request(from_, overrides=set_ or []))).findings

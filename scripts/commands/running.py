@@ -58,7 +58,7 @@ def run_verb(
     slurm: SlurmOptions = None,
     force: Annotated[
         list[str] | None,
-        typer.Option(metavar="FINDING", help="Start in spite of an error that `recipe check` names so. Repeatable."),
+        typer.Option(metavar="FINDING", help="Start despite the error of this name in `recipe check`. Repeatable."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and start nothing.")] = False,
     runs: Runs = RUNS,
@@ -67,7 +67,7 @@ def run_verb(
     from ..running import run
 
     if axolotl_arguments and not axolotl_arguments[0].startswith("-"):
-        raise UserError(f"{axolotl_arguments[0]}: one recipe at a time; Axolotl's own options go behind --")
+        raise UserError(f"{axolotl_arguments[0]}: one recipe at a time; Axolotl's own options go after --")
     request = Request(
         name,
         profiles=profile or [],
@@ -120,7 +120,7 @@ def sweep_verb(
     mirror: Mirror = False,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Run each member with N seeds.")] = 1,
     max_runs: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Begin N members at most; the next time takes the others.")
+        int | None, typer.Option(metavar="N", min=1, help="Begin at most N members; the next call begins the others.")
     ] = None,
     jobs: Annotated[
         int | None,
@@ -134,7 +134,10 @@ def sweep_verb(
         str | None, typer.Option(metavar="NAME", help="The GPU to plan for; by default this machine's.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Evaluate on the first so many test rows only; 12 in a rehearsal.")
+        int | None,
+        typer.Option(
+            min=1, help="Evaluate on at most this many test rows, from the first on; by default 12 in a rehearsal."
+        ),
     ] = None,
     bertscore: Judge = None,
     bertscore_layer: JudgeLayer = None,
@@ -151,7 +154,7 @@ def sweep_verb(
     sweep_name, members = sweeps.read(sweeps.find_file(file) if file else None, set_ or [])
     request = Request(name, profiles=profile or [], rehearse=rehearse, mirror=mirror)
     request.rehearse = is_rehearsal(request)
-    made, outcomes = sweep.sweep(
+    record, outcomes = sweep.sweep(
         sweep_name,
         members,
         request,
@@ -163,8 +166,8 @@ def sweep_verb(
         gpu=gpus.find(gpu) if gpu else None,
         dry_run=dry_run,
     )
-    rows = sweeps.rows(made, runs, best)
-    _end(outcomes, json, {"sweep": made.label}, rows, lambda: sweep_tables.show(made, rows, best, "table"))
+    rows = sweeps.rows(record, runs, best)
+    _end(outcomes, json, {"sweep": record.label}, rows, lambda: sweep_tables.show(record, rows, best, "table"))
 
 
 def _end(
@@ -193,7 +196,7 @@ def reproduce_verb(
     rehearse: RehearseAll = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Only this recipe of it, which may be one beside the study's. Repeatable."),
+        typer.Option(metavar="NAME", help="Only this recipe, which may be one that accompanies the study. Repeatable."),
     ] = None,
     jobs: Annotated[
         int | None,

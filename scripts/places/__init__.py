@@ -63,10 +63,6 @@ class Place(Protocol):
         """The states of those jobs that have not ended, by id; None where that cannot be determined."""
 
     @classmethod
-    def log(cls, folder: RunDir, step: str) -> Path:
-        """The file with the output of a command of a run."""
-
-    @classmethod
     def cancel(cls, folder: RunDir, jobs: Sequence[Job]) -> list[str]:
         """Ask what is running there for a run to stop, and cancel its jobs; a message for each."""
 

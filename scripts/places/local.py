@@ -126,8 +126,8 @@ class Local:
             )
 
     def _log(self, command: Command) -> Path | None:
-        """Where the messages of a command go; None for the terminal."""
-        return self.log(command.folder, command.step) if len(self.devices) > 1 else None
+        """The file for a command's messages where several run at a time; None for the terminal."""
+        return command.folder.path / f"{command.step}.log" if len(self.devices) > 1 else None
 
     def can_follow(self, job: JobState | None) -> bool:
         """Nothing waits here."""
@@ -137,11 +137,6 @@ class Local:
     def active(cls, jobs: Sequence[Job]) -> dict[str, JobState]:
         """Nothing is queued here."""
         return {}
-
-    @classmethod
-    def log(cls, folder: RunDir, step: str) -> Path:
-        """Used where several works run at a time; otherwise messages go to the terminal."""
-        return folder.path / f"{step}.log"
 
     @classmethod
     def cancel(cls, folder: RunDir, jobs: Sequence[Job]) -> list[str]:

@@ -155,13 +155,13 @@ class Slurm:
             tasks = {
                 command.step: ArrayTask(command.folder, command.words, outcome, command.rows) for command in commands
             }
-            training, scoring = tasks.get("run"), tasks.get("evaluate")
-            if training:
-                to_train.append(training)
-            if scoring and training:
-                trained.append(scoring)
+            scoring = tasks.get("evaluate")
+            if "run" in tasks:
+                to_train.append(tasks["run"])
+                trained += [scoring] if scoring else []
             elif scoring:
-                by_training.setdefault(self._training(scoring.folder), []).append(scoring)
+                trainings = self.active([job for job in scoring.folder.jobs() if job.step == "run"])
+                by_training.setdefault(next(iter(trainings or ()), None), []).append(scoring)
         preparing = {task.rows: replace(task, words=[*task.words, "--prepare"]) for task in to_train}
         prepared = batch.submit("prepare", list(preparing.values()))
         last = [batch.submit("run", to_train, f"afterany:{prepared}")]  # it can prepare for itself
@@ -172,15 +172,11 @@ class Slurm:
             submitted = {task.folder.path: task.folder for task in (*to_train, *chain(*by_training.values()))}
             showing = ArrayTask(RunDir(batch.folder), results, runs=list(submitted.values()))
             batch.submit("results", [showing], f"afterany:{':'.join(filter(None, last))}")
-            say(f"once all is done, {self.log(showing.folder, 'results')} has the results")
+            say(f"once all is done, {showing.log('results')} has the results")
 
     def can_follow(self, job: JobState | None) -> bool:
         """A job can wait for any that the queue reports."""
         return job is not None and job.kind != "unknown"
-
-    def _training(self, folder: RunDir) -> str | None:
-        """The job that is to train a run, or does; None where there is none."""
-        return next(iter(self.active([job for job in folder.jobs() if job.step == "run"]) or ()), None)
 
     @classmethod
     def active(cls, jobs: Sequence[Job]) -> dict[str, JobState] | None:
@@ -192,11 +188,6 @@ class Slurm:
             _report_once(str(states))
             return None
         return {job.id: states[job.id, job.script] for job in jobs if (job.id, job.script) in states}
-
-    @classmethod
-    def log(cls, folder: RunDir, step: str) -> Path:
-        """One file for all attempts at the step."""
-        return folder.path / f"slurm-{step}.log"
 
     @classmethod
     def cancel(cls, folder: RunDir, jobs: Sequence[Job]) -> list[str]:
@@ -226,6 +217,10 @@ class ArrayTask:
     outcome: Outcome | None = None
     rows: str = ""
     runs: list[RunDir] = field(default_factory=list)
+
+    def log(self, step: str) -> Path:
+        """The file for the messages of all attempts at the task."""
+        return self.folder.path / f"slurm-{step}.log"
 
 
 @dataclass
@@ -334,7 +329,7 @@ class Batch:
                 tasks=[
                     {
                         "folder": shlex.quote(str(task.folder.path)),
-                        "log": shlex.quote(str(Slurm.log(task.folder, step))),
+                        "log": shlex.quote(str(task.log(step))),
                         "words": shlex.join(task.words),
                     }
                     for task in tasks

@@ -39,7 +39,7 @@ def cancel(names: list[str], sweep: str | None, of_study: str | None, runs: Path
 
 def _meant(sweep: str | None, of_study: str | None, runs: Path) -> list[RunDir]:
     if sweep:
-        made = sweeps.find(sweep, runs)
-        digests = {member.digest for member in made.members}
-        return [folder for folder, run in readable(all_runs(runs / made.recipe)) if run.digest in digests]
+        record = sweeps.find(sweep, runs)
+        digests = {member.digest for member in record.members}
+        return [folder for folder, run in readable(all_runs(runs / record.recipe)) if run.digest in digests]
     return [folder for folder, run in readable(all_runs(runs)) if run.origin.startswith(f"{of_study}/")]

@@ -79,7 +79,8 @@ class Pipeline:
 
     def look_up(self) -> None:
         """Read its former run from the run folders."""
-        self.former = former.by_digest(self.runs, self.outcome.recipe).get(self.digest() or "")
+        if digest := self.digest():
+            self.former = former.by_digest(self.runs, self.outcome.recipe).get(digest)
 
     def is_finished(self) -> bool:
         """Whether it was trained before on the data that is there."""

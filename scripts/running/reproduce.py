@@ -15,8 +15,7 @@ from ..data.study import Study
 from ..places import Place
 from ..runs.tasks import Outcome
 from ..scores import bertscore, evaluate
-from . import pipeline
-from .pipeline import Pipeline
+from .pipeline import Pipeline, need_judge
 
 
 def chosen(of_study: Study, only: list[str]) -> list[str]:
@@ -56,21 +55,24 @@ def reproduce(
     outcomes = [Outcome(recipe) for recipe in chosen(of_study, only)]
     if not request.rehearse and evaluation.judge is None:
         evaluation.judge = bertscore.DEFAULT
-    runs.mkdir(parents=True, exist_ok=True)
     with held(lock(request.name, runs), "another reproduction of it is running there"):
         pipelines = [
             Pipeline(outcome, _request(request, outcome.recipe), evaluation, runs, place) for outcome in outcomes
         ]
-        for one in pipelines:
-            one.look_up()
-        begun = [one for one in pipelines if one.is_finished() or one.check(with_data=False)]
-        _have_data(of_study, [one.composed for one in begun if one.composed])
-        for one in begun:
-            if not one.former:  # without the data it could not be found
-                one.look_up()
-        ready = [one for one in begun if one.is_finished() or (one.check(with_data=True) and one.plan())]
-        works = [one.work() for one in ready]
-        pipeline.need_judge(works, evaluation, request.rehearse)
+        for pipeline in pipelines:
+            pipeline.look_up()
+        begun = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check(with_data=False)]
+        _have_data(of_study, [pipeline.composed for pipeline in begun if pipeline.composed])
+        for pipeline in begun:
+            if not pipeline.former:  # without the data it could not be found
+                pipeline.look_up()
+        ready = [
+            pipeline
+            for pipeline in begun
+            if pipeline.is_finished() or (pipeline.check(with_data=True) and pipeline.plan())
+        ]
+        works = [pipeline.work() for pipeline in ready]
+        need_judge(works, evaluation, request.rehearse)
         rehearsed = ["--rehearse"] if request.rehearse else []
         place.submit(works, request.name, runs, ["results", "--study", request.name, *rehearsed, "--runs", str(runs)])
     return outcomes

@@ -225,12 +225,11 @@ def _check_here(folder: RunDir, record: Run) -> None:
     )
     report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
     fit.add_to(report, gpus.here(), record.ranks, anew=True)
-    found = report.findings
-    visible = len(visible_gpus())
+    errors = {finding.name for finding in report.findings if finding.level == "error"}
+    forced = [name for name in record.forced if name in errors]  # not those of the rows, or of another GPU
     try:
-        errors = {finding.name for finding in found if finding.level == "error"}
-        check.refuse(found, [name for name in record.forced if name in errors])  # not of the rows, or of another GPU
-        if not record.rehearsal and record.gpus_used > max(visible, 1):
+        check.refuse(report.findings, forced)
+        if not record.rehearsal and record.gpus_used > max(visible := len(visible_gpus()), 1):
             raise UserError(f"{folder.path}: a run on {record.gpus_used} GPUs, and there are {visible} here")
     except UserError:
         record.state = "failed"

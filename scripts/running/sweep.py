@@ -16,8 +16,8 @@ from ..configs.gpus import Gpu
 from ..places import Place
 from ..runs.tasks import DONE, Outcome, Work
 from ..scores import evaluate
-from . import former, pipeline, sweeps
-from .pipeline import Pipeline
+from . import former, sweeps
+from .pipeline import Pipeline, need_judge
 from .sweeps import Member, Sweep
 
 AXOLOTL_SEED = 42  # where a config names none
@@ -71,13 +71,13 @@ def sweep(
     ]
     _check(pipelines, starts=not dry_run)
     _refuse_twins(pipelines)
-    for member, one in zip(members, pipelines, strict=True):
-        member.digest = one.digest()
-        one.plan(gpu)
-        if one.outcome.problem and not dry_run:
-            say(f"{member.label}: {one.outcome.problem}")
-        member.planned_gib = one.needed_gib
-    made = Sweep(
+    for member, pipeline in zip(members, pipelines, strict=True):
+        member.digest = pipeline.digest()
+        pipeline.plan(gpu)
+        if pipeline.outcome.problem and not dry_run:
+            say(f"{member.label}: {pipeline.outcome.problem}")
+        member.planned_gib = pipeline.needed_gib
+    record = Sweep(
         name=name,
         recipe=recipe,
         rehearsal=request.rehearse,
@@ -86,19 +86,18 @@ def sweep(
         members=members,
     )
     if not dry_run:
-        made.file(runs).parent.mkdir(parents=True, exist_ok=True)
-        with held(made.lock(runs), f"the sweep {made.label} is already running there"):
-            made.write(runs)
-            fitting = [one for one in pipelines if not one.outcome.problem]
+        with held(record.lock(runs), f"the sweep {record.label} is already running there"):
+            record.write(runs)
+            fitting = [pipeline for pipeline in pipelines if not pipeline.outcome.problem]
             former_runs = former.by_digest(runs, recipe)
-            for one in fitting:
-                one.former = former_runs.get(one.digest() or "")
+            for pipeline in fitting:
+                pipeline.former = former_runs.get(pipeline.digest() or "")
             works = _works(fitting, max_runs)
-            pipeline.need_judge(works, evaluation, request.rehearse)
+            need_judge(works, evaluation, request.rehearse)
             if any("run" in work.steps for work in works):
                 _show_shared_differences(pipelines)
-            place.submit(works, name, runs, ["results", "--sweep", made.label, "--runs", str(runs)])
-    return made, [one.outcome for one in pipelines]
+            place.submit(works, name, runs, ["results", "--sweep", record.label, "--runs", str(runs)])
+    return record, [pipeline.outcome for pipeline in pipelines]
 
 
 def _seeded(members: list[Member], seeds: int, first: int) -> list[Member]:
@@ -115,14 +114,14 @@ def _check(pipelines: list[Pipeline], starts: bool) -> None:
     Raises:
         UserError: some members are wrong; each problem is given once.
     """
-    one_for_each_rows = list({one.rows: one for one in pipelines}.values())
-    for some, with_data in ((pipelines, False), (one_for_each_rows if starts else [], True)):
+    of_distinct_rows = list({pipeline.rows: pipeline for pipeline in pipelines}.values())
+    for some, with_data in ((pipelines, False), (of_distinct_rows if starts else [], True)):
         wrong: dict[str, list[str]] = {}
-        for one in some:
-            if not one.check(with_data, starts):
-                for problem in str(one.outcome.problem).splitlines():
-                    wrong.setdefault(problem, []).append(one.outcome.label)
-            one.outcome.steps["check"] = DONE
+        for pipeline in some:
+            if not pipeline.check(with_data, starts):
+                for problem in str(pipeline.outcome.problem).splitlines():
+                    wrong.setdefault(problem, []).append(pipeline.outcome.label)
+            pipeline.outcome.steps["check"] = DONE
         if wrong:
             raise UserError(
                 "\n".join(
@@ -133,27 +132,27 @@ def _check(pipelines: list[Pipeline], starts: bool) -> None:
 
 
 def _refuse_twins(pipelines: list[Pipeline]) -> None:
-    for one, other in itertools.combinations(pipelines, 2):
-        if one.composed and other.composed and not config.differences(one.composed.config, other.composed.config):
-            raise UserError(f"{one.outcome.label} and {other.outcome.label} come to the same config; leave one out")
+    for a, b in itertools.combinations(pipelines, 2):
+        if a.composed and b.composed and not config.differences(a.composed.config, b.composed.config):
+            raise UserError(f"{a.outcome.label} and {b.outcome.label} come to the same config; leave one out")
 
 
 def _show_shared_differences(pipelines: list[Pipeline]) -> None:
     """Show once, instead of for each run, how all members differ from the recipe."""
-    first, *others = [one.composed.differences for one in pipelines if one.composed]
+    first, *others = [pipeline.composed.differences for pipeline in pipelines if pipeline.composed]
     shared = [difference for difference in first if all(difference in other for other in others)]
-    for one in pipelines:
-        one.shared = [difference.model_copy() for difference in shared]  # a run's own get trackers' names filled in
+    for pipeline in pipelines:
+        pipeline.shared = [difference.model_copy() for difference in shared]  # a run fills in its own
     if shared:
         say("\n  ".join(["every member:", *map(str, shared)]))
 
 
 def _works(fitting: list[Pipeline], max_runs: int | None) -> list[Work]:
     """What has to be carried out for members, of which at most `max_runs` are begun."""
-    works = {one: one.work() for one in fitting}
-    to_begin = [one for one in fitting if works[one].steps]
-    to_begin.sort(key=lambda one: one.state == "failed")  # one that fails each time does not keep others waiting
-    for one in to_begin[max_runs or len(fitting) :]:
-        one.outcome.steps["run"] = "left for later"
-        del works[one]
+    works = {pipeline: pipeline.work() for pipeline in fitting}
+    to_begin = [pipeline for pipeline in fitting if works[pipeline].steps]
+    to_begin.sort(key=lambda pipeline: pipeline.state == "failed")  # so that these do not keep others waiting
+    for pipeline in to_begin[max_runs or len(fitting) :]:
+        pipeline.outcome.steps["run"] = "left for later"
+        del works[pipeline]
     return list(works.values())

@@ -11,11 +11,8 @@ from .sweeps import Sweep
 
 def show(sweep: Sweep, rows: list[dict[str, Any]], best: str | None, form: str) -> None:
     """Print the rows of `sweeps.rows` as `table`, `md`, `csv` or `json`."""
-    if form == "json":
-        tables.print_json(rows)
-        return
-    if form == "csv":
-        tables.print_csv([_flat(sweep, row) for row in rows])
+    if form in ("json", "csv"):
+        tables.write(rows if form == "json" else [_flat(sweep, row) for row in rows], form)
         return
     title = f"{sweep.name}: {sweep.recipe}"
     tables.write(

@@ -79,8 +79,8 @@ class Sweep(BaseModel):
 
     def file(self, runs: Path) -> Path:
         """The file of its record."""
-        kind = ".rehearsal" if self.rehearsal else ""
-        return runs / "sweeps" / self.name / f"{self.recipe.replace('/', '--')}{kind}.json"
+        kind = ".rehearsal.json" if self.rehearsal else ".json"
+        return runs / "sweeps" / self.name / f"{self.recipe.replace('/', '--')}{kind}"
 
     def lock(self, runs: Path) -> Path:
         """The lock that a command holds while it carries the sweep out."""
@@ -189,9 +189,9 @@ def rows(sweep: Sweep, runs: Path, best: str | None = None) -> list[dict[str, An
         runs: the folder with the runs.
         best: one of `CRITERIA`, to mark the best row by.
     """
-    made = former.by_digest(runs, sweep.recipe)
+    of_digest = former.by_digest(runs, sweep.recipe)
     by_name = [list(of_name) for _, of_name in itertools.groupby(sweep.members, key=lambda member: member.name)]
-    compared = [_row(of_name, [made[m.digest] for m in of_name if m.digest in made]) for of_name in by_name]
+    compared = [_row(of_name, [of_digest[m.digest] for m in of_name if m.digest in of_digest]) for of_name in by_name]
     quality = quality_of(compared, best)
     for row in compared:
         row["pareto"] = on_front(row, compared, "peak_memory_gib", quality)
@@ -213,8 +213,8 @@ def on_front(row: dict[str, Any], compared: Sequence[dict[str, Any]], cost: str,
     """Whether a row is on the Pareto front: no other is as good in both a cost and a quality, and better in one."""
     sign = 1 if QUALITY[quality] is min else -1
 
-    def losses(one: dict[str, Any]) -> tuple[float, float] | None:
-        return None if None in (one.get(cost), one.get(quality)) else (one[cost], sign * one[quality])
+    def losses(some: dict[str, Any]) -> tuple[float, float] | None:
+        return None if None in (some.get(cost), some.get(quality)) else (some[cost], sign * some[quality])
 
     own = losses(row)
     rivals = [other for other in map(losses, compared) if other not in (None, own)]
@@ -268,8 +268,8 @@ def _parameters(folder: RunDir, run: Run) -> tuple[int | None, int | None]:
 
 
 def _criterion(row: dict[str, Any], name: str) -> float | None:
-    memory, bleu4 = row["peak_memory_gib"], row["bleu4"]
     if name == "bleu4_per_gib":
-        return bleu4 / memory if memory and bleu4 is not None else None
+        memory = row["peak_memory_gib"]
+        return row["bleu4"] / memory if memory and row["bleu4"] is not None else None
     value: float | None = row[{"memory": "peak_memory_gib", "time": "train_seconds"}.get(name, name)]
     return value

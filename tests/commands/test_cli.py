@@ -79,6 +79,12 @@ MISTAKES = [
     ("score empty.jsonl", "empty.jsonl: has no rows"),
     ("score pairs.jsonl", "pairs.jsonl:2: a row needs the text field prediction"),
     ("resume latest", "latest: no run of that name"),
+    ("cancel", "RUN, --sweep and --study: give just one of them"),
+    ("cancel latest --sweep latest", "RUN, --sweep and --study: give just one of them"),
+    ("results --by lang --study haider2024", "--study, --sweep, --compare and --by: give only one of them"),
+    ("results --run latest", "--run: works only with --by"),
+    (f"run {NAME} --nodes 2", "--nodes 2: works only with --on slurm"),
+    (f"run {NAME} --gpus 2", "--gpus 2: this machine has 0"),
     ("evaluate some/run", "some/run: no run of that name"),
 ]
 
