@@ -19,8 +19,8 @@ from .options import (
     CacheForm,
     Group,
     Json,
-    Judge,
     JudgeLayer,
+    JudgeModel,
     On,
     RehearsalsOfStudy,
     RunName,
@@ -54,7 +54,7 @@ def evaluate_verb(
     cache: Annotated[
         CacheForm, typer.Option(help="Of keys and values. auto: static on a GPU, which compiles the decoding.")
     ] = "auto",
-    bertscore: Judge = None,
+    bertscore: JudgeModel = None,
     bertscore_layer: JudgeLayer = None,
     export_prompts: Annotated[
         Path | None,
@@ -85,7 +85,7 @@ def evaluate_verb(
 @verbs.command("score", rich_help_panel=HEADING)
 def score_verb(
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with the fields reference and prediction.")],
-    bertscore: Judge = None,
+    bertscore: JudgeModel = None,
     bertscore_layer: JudgeLayer = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the rows with their own scores to a JSONL file.")

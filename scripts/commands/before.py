@@ -16,7 +16,7 @@ from ..configs.compose import Request
 from ..data import study
 from .options import (
     FigureFile,
-    InputFormat,
+    InputFormatName,
     Json,
     Mirror,
     Names,
@@ -67,7 +67,7 @@ def prepare_verb(
         Path | None, typer.Option(metavar="DIR", help="The folder to write to; by default the input format's.")
     ] = None,
     input_format: Annotated[
-        InputFormat,
+        InputFormatName,
         typer.Option(help="diff: the patch as it is. tagged: one line with tags, as the authors' code has it."),
     ] = "diff",
     instruction: Annotated[str | None, typer.Option(help="An instruction other than the study's.")] = None,

@@ -9,7 +9,7 @@ import typer
 from ..base.errors import UserError
 
 PlaceName = Literal["local", "slurm"]
-InputFormat = Literal["diff", "tagged"]
+InputFormatName = Literal["diff", "tagged"]
 CacheForm = Literal["auto", "static", "dynamic"]
 Group = Literal["lang", "length"]
 Criterion = Literal["eval_loss", "bleu4", "rouge_l", "bertscore_f1", "memory", "time", "bleu4_per_gib"]
@@ -61,7 +61,7 @@ FigureFile = Annotated[
     Path | None,
     typer.Option("--figure", metavar="FILE", callback=_check_figure, help="Also draw it, to a .png or .svg file."),
 ]
-Judge = Annotated[
+JudgeModel = Annotated[
     str | None,
     typer.Option(
         "--bertscore", metavar="MODEL|none", help="BERTScore's model; by default roberta-large if it is here."

@@ -17,8 +17,8 @@ from .options import (
     BatchSize,
     Best,
     Json,
-    Judge,
     JudgeLayer,
+    JudgeModel,
     Mirror,
     Name,
     On,
@@ -139,7 +139,7 @@ def sweep_verb(
             min=1, help="Evaluate on at most this many test rows, from the first on; by default 12 in a rehearsal."
         ),
     ] = None,
-    bertscore: Judge = None,
+    bertscore: JudgeModel = None,
     bertscore_layer: JudgeLayer = None,
     batch_size: BatchSize = 16,
     best: Best = None,

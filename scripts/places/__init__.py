@@ -5,14 +5,12 @@ Another place is one more module, with a class that implements `Place`, and an e
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from ..checks.finding import Finding
 from ..configs.gpus import Gpu
 from ..runs.rundir import Job, JobState, Run, RunDir
 from ..runs.tasks import Work
-
-T = TypeVar("T")
 
 
 class Place(Protocol):
@@ -32,7 +30,7 @@ class Place(Protocol):
             UserError: it is too big.
         """
 
-    def carry_out(self, work: Work, title: str, runs: Path, here: Callable[[], T]) -> T | RunDir:
+    def carry_out[T](self, work: Work, title: str, runs: Path, here: Callable[[], T]) -> T | RunDir:
         """Carry out one work: in this process, by calling `here`, or as a job.
 
         Returns:

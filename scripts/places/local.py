@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 
@@ -21,8 +20,6 @@ from ..configs import gpus
 from ..configs.gpus import Gpu
 from ..runs.rundir import Job, JobState, RunDir, this_job
 from ..runs.tasks import DOES, DONE, Command, Work
-
-T = TypeVar("T")
 
 
 class Local:
@@ -59,7 +56,7 @@ class Local:
         if gpus > max(available := len(visible_gpus()), 1):
             raise UserError(f"--gpus {gpus}: this machine has {available}")
 
-    def carry_out(self, work: Work, title: str, runs: Path, here: Callable[[], T]) -> T:
+    def carry_out[T](self, work: Work, title: str, runs: Path, here: Callable[[], T]) -> T:
         """In this process."""
         return here()
 

@@ -18,14 +18,14 @@ from ..runs.tasks import DONE, Outcome, Work
 from ..scores import evaluate
 from . import former, sweeps
 from .pipeline import Pipeline, need_judge
-from .sweeps import Member, Sweep
+from .sweeps import Sweep, SweepMember
 
 AXOLOTL_SEED = 42  # where a config names none
 
 
 def sweep(
     name: str,
-    members: list[Member],
+    members: list[SweepMember],
     request: Request,
     evaluation: evaluate.Request,
     runs: Path,
@@ -100,7 +100,7 @@ def sweep(
     return record, [pipeline.outcome for pipeline in pipelines]
 
 
-def _seeded(members: list[Member], seeds: int, first: int) -> list[Member]:
+def _seeded(members: list[SweepMember], seeds: int, first: int) -> list[SweepMember]:
     if seeds == 1:
         return members
     if any("seed" in member.values for member in members):

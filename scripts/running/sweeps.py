@@ -23,13 +23,12 @@ from ..scores import evaluations, intervals
 from . import former
 
 PAIRED = "_"
-NAME = "name"
 QUALITY = {"eval_loss": min, "bleu4": max, "rouge_l": max, "bertscore_f1": max}
 CRITERIA: dict[str, Callable[..., dict[str, Any]]] = {**QUALITY, "memory": min, "time": min, "bleu4_per_gib": max}
 """What a member can be the best by, and whether the least or the most of it is the best."""
 
 
-class Member(BaseModel):
+class SweepMember(BaseModel):
     """One config of a sweep; with several seeds there are as many members of a name.
 
     Attributes:
@@ -69,7 +68,7 @@ class Sweep(BaseModel):
     rehearsal: bool
     keys: list[str]
     profiles: list[str] = Field(default_factory=list)
-    members: list[Member]
+    members: list[SweepMember]
     made: str = Field(default_factory=now)
 
     @property
@@ -91,7 +90,7 @@ class Sweep(BaseModel):
         write_atomically(self.file(runs), self.model_dump_json(indent=1) + "\n")
 
 
-def read(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Member]]:
+def read(file: Path | None, sets: Sequence[str]) -> tuple[str, list[SweepMember]]:
     """The name and the members of a sweep, in order: every entry of `_` with every combination of the lists.
 
     Args:
@@ -121,10 +120,10 @@ def read(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Member]]:
     members = []
     for entry, combination in itertools.product(paired, itertools.product(*grid.values())):
         chosen = dict(zip(grid, combination, strict=True))
-        own = {key: value for key, value in entry.items() if key != NAME}
-        named = [str(entry[NAME])] if NAME in entry else [_setting(key, value) for key, value in own.items()]
+        own = {key: value for key, value in entry.items() if key != "name"}
+        named = [str(entry["name"])] if "name" in entry else [_setting(key, value) for key, value in own.items()]
         named += [_setting(key, chosen[key]) for key in several]
-        members.append(Member(name=", ".join(named) or "as it is", values=chosen | own))
+        members.append(SweepMember(name=", ".join(named) or "as it is", values=chosen | own))
     for name, count in Counter(member.name for member in members).items():
         if count > 1:
             raise UserError(f"{file or '--set'}: two members are called {name}; give each entry of _ its own name")
@@ -135,7 +134,7 @@ def _setting(key: str, value: Any) -> str:
     return f"{key}={yamlfiles.write_flow(value)}"
 
 
-def varying(members: Sequence[Member]) -> list[str]:
+def varying(members: Sequence[SweepMember]) -> list[str]:
     """The keys in whose values some members differ."""
     keys = dict.fromkeys(key for member in members for key in member.values)
     return [key for key in keys if any(m.values.get(key) != members[0].values.get(key) for m in members)]
@@ -221,7 +220,7 @@ def on_front(row: dict[str, Any], compared: Sequence[dict[str, Any]], cost: str,
     return own is not None and not any(rival[0] <= own[0] and rival[1] <= own[1] for rival in rivals if rival)
 
 
-def _row(members: Sequence[Member], of_runs: Sequence[tuple[RunDir, Run]]) -> dict[str, Any]:
+def _row(members: Sequence[SweepMember], of_runs: Sequence[tuple[RunDir, Run]]) -> dict[str, Any]:
     """The row of the members of a name; of the finished runs of these, the first stands for what is alike in all."""
     done = [(folder, run) for folder, run in of_runs if run.state == "finished"]
     measured = [run_rows.row(folder, run) for folder, run in done]

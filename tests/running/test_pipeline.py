@@ -4,10 +4,11 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from run_folders import a_run
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.places.local import Local
-from qlora_recipes.running import pipeline, sweep
+from qlora_recipes.running import former, pipeline, sweep
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.runs.tasks import Command, Outcome, Step, Work
 
@@ -58,6 +59,23 @@ def test_what_failed_before_keeps_no_other_member_waiting() -> None:
     works = sweep._works(members, max_runs=1)
     assert [work.outcome.member for work in works] == ["done", "queued", "first"]
     assert broken.outcome.steps == {"run": "left for later"}
+
+
+def test_the_former_run_of_a_config_is_the_newest_but_a_finished_one_before_others(tmp_path: Path) -> None:
+    recipe = "haider2024/llama-2-7b"
+    for name, digest, more in (
+        ("1-old", "a", {}),
+        ("2-newer", "a", {}),
+        ("3-failed", "a", {"state": "failed"}),
+        ("4-on-two-gpus", "a", {"gpus_used": 2}),
+        ("5-with-arguments", "a", {"axolotl_arguments": ["--debug"]}),
+        ("1-failed", "b", {"state": "failed"}),
+        ("2-failed", "b", {"state": "failed"}),
+        ("1-before-digests", None, {}),
+    ):
+        a_run(tmp_path, recipe, f"{name}-{digest}", 5.0, digest=digest, **more)
+    found = former.by_digest(tmp_path, recipe)
+    assert {digest: folder.path.name for digest, (folder, _) in found.items()} == {"a": "2-newer-a", "b": "2-failed-b"}
 
 
 def test_exit_codes() -> None:

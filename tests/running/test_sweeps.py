@@ -20,7 +20,7 @@ from qlora_recipes.checks import check
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.running import sweeps
-from qlora_recipes.running.sweeps import Member, Sweep
+from qlora_recipes.running.sweeps import Sweep, SweepMember
 from qlora_recipes.runs.rundir import Summary
 
 BASE = "haider2024/code-llama-7b"
@@ -138,7 +138,9 @@ def a_sweep(runs: Path, finished: dict[str, list[tuple[float, float, float]]], s
     for i, (name, of_seeds) in enumerate(finished.items()):
         for seed, (bleu4, loss, memory) in enumerate(of_seeds):
             digest = f"{name}-{seed}"
-            members.append(Member(name=name, values={"lora_r": 8 << i}, seed=seed if seeds else None, digest=digest))
+            members.append(
+                SweepMember(name=name, values={"lora_r": 8 << i}, seed=seed if seeds else None, digest=digest)
+            )
             summary = Summary(
                 eval_loss_per_token=loss, peak_memory=memory, memory_kind="GPU, reserved", train_seconds=60
             )
@@ -152,7 +154,7 @@ def a_sweep(runs: Path, finished: dict[str, list[tuple[float, float, float]]], s
 
 def test_members_compare_by_what_their_runs_measured(tmp_path: Path) -> None:
     sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "bad": [(5.0, 1.3, 7.5)]})
-    sweep.members.append(Member(name="not yet", values={"lora_r": 1}, digest="none"))
+    sweep.members.append(SweepMember(name="not yet", values={"lora_r": 1}, digest="none"))
     rows = {row["member"]: row for row in sweeps.rows(sweep, tmp_path, "bleu4")}
     assert [(name, row["pareto"], row["best"]) for name, row in rows.items()] == [
         ("low", True, False),
