@@ -154,17 +154,11 @@ def sweep_verb(
     sweep_name, members = sweeps.read(sweeps.find_file(file) if file else None, set_ or [])
     request = Request(name, profiles=profile or [], rehearse=rehearse, mirror=mirror)
     request.rehearse = is_rehearsal(request)
+    evaluation = evaluate.Request(limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
+    place = places.kinds()[on](request.rehearse, jobs, slurm or [])
+    card = gpus.find(gpu) if gpu else None
     record, outcomes = sweep.sweep(
-        sweep_name,
-        members,
-        request,
-        evaluate.Request(limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size),
-        runs,
-        places.kinds()[on](request.rehearse, jobs, slurm or []),
-        seeds=seeds,
-        max_runs=max_runs,
-        gpu=gpus.find(gpu) if gpu else None,
-        dry_run=dry_run,
+        sweep_name, members, request, evaluation, runs, place, seeds=seeds, max_runs=max_runs, gpu=card, dry_run=dry_run
     )
     rows = sweeps.rows(record, runs, best)
     _end(outcomes, json, {"sweep": record.label}, rows, lambda: sweep_tables.show(record, rows, best, "table"))

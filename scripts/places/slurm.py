@@ -7,13 +7,10 @@ whole checkpoint.
 """
 
 import shlex
-import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
 from getpass import getuser
 from itertools import chain
 from pathlib import Path
@@ -27,63 +24,10 @@ from ..configs import gpus
 from ..configs.gpus import Gpu
 from ..runs.rundir import Job, JobState, RunDir, new_folder
 from ..runs.tasks import Command, Outcome, Work
+from .slurm_queue import ask, forget_queue, queue, report_once
 from .slurm_settings import STEPS, Site, settings_file, site_settings
 
 GRACE = 300  # seconds before a time limit in which a training can end at a checkpoint; --slurm signal=... sets others
-
-
-def queue(users: Iterable[str]) -> dict[tuple[str, str], JobState] | UserError:
-    """The states of users' jobs that have not ended, by id and script; an error where SLURM does not answer. It is
-    asked once a minute, since it can be slow."""
-    return _queue(frozenset(users), int(time.monotonic() / 60))
-
-
-@lru_cache(maxsize=16)  # runs in one folder can be of several users
-def _queue(users: frozenset[str], minute: int) -> dict[tuple[str, str], JobState] | UserError:
-    # %i is a task's id, as 12_0; -r gives each task a line of its own; a script can have any name
-    form = "--format=%i|%T|%r|%o"
-    try:
-        shown = _ask("squeue", f"--user={','.join(sorted(users))}", "--noheader", "-r", form)
-    except UserError as error:
-        return error
-    lines = (line.split("|", 3) for line in shown.splitlines() if line.count("|") >= 3)
-    return {(job, script): _state(job, state, reason) for job, state, reason, script in lines}
-
-
-def forget_queue() -> None:
-    """Have SLURM asked again, once something has changed."""
-    _queue.cache_clear()
-
-
-def _state(job: str, state: str, reason: str) -> JobState:
-    if state in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED"):
-        return JobState("running", "" if state == "RUNNING" else state.lower(), job)
-    return JobState("queued", "" if reason in ("None", "Dependency") else reason, job)
-
-
-def _ask(*command: str) -> str:
-    """The output of one of SLURM's commands.
-
-    Raises:
-        UserError: it is missing, or refuses.
-    """
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise UserError(
-            f"--on slurm: there is no {command[0]} on this machine; log in to one of the cluster's"
-        ) from None
-    if done.returncode:
-        problem = done.stderr.strip().replace(f"{command[0]}: error: ", "")
-        raise UserError(f"--on slurm: {command[0]}: {problem}")
-    return done.stdout
-
-
-@cache
-def _report_once(problem: str) -> None:
-    """Report that SLURM does not answer, unless this machine has no SLURM."""
-    if shutil.which("squeue"):
-        say(problem)
 
 
 class Slurm:
@@ -185,7 +129,7 @@ class Slurm:
             return {}
         states = queue(job.user for job in jobs)
         if isinstance(states, UserError):
-            _report_once(str(states))
+            report_once(str(states))
             return None
         return {job.id: states[job.id, job.script] for job in jobs if (job.id, job.script) in states}
 
@@ -195,7 +139,7 @@ class Slurm:
         active = cls.active(jobs) or {}
         ids = list(dict.fromkeys(job.id for job in jobs if job.id in active))
         if ids:
-            _ask("scancel", *ids)
+            ask("scancel", *ids)
             forget_queue()
         return [f"job {id_} is cancelled" for id_ in ids]
 
@@ -288,7 +232,7 @@ class Batch:
         waits = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
         options = self._options(step, len(tasks))  # once more: SBATCH_ variables are stronger than those in a script
         try:
-            job = _ask("sbatch", "--parsable", *options, *waits, str(file)).strip().partition(";")[0]
+            job = ask("sbatch", "--parsable", *options, *waits, str(file)).strip().partition(";")[0]
         except UserError as error:
             queued = f"; job {', '.join(self.submitted)} is already queued" if self.submitted else ""
             raise WorkFailed(f"{error}{queued}; run the same command again to continue") from None

@@ -71,12 +71,7 @@ def sweep(
     ]
     _check(pipelines, starts=not dry_run)
     _refuse_twins(pipelines)
-    for member, pipeline in zip(members, pipelines, strict=True):
-        member.digest = pipeline.digest()
-        pipeline.plan(gpu)
-        if pipeline.outcome.problem and not dry_run:
-            say(f"{member.label}: {pipeline.outcome.problem}")
-        member.planned_gib = pipeline.needed_gib
+    _plan(members, pipelines, gpu, starts=not dry_run)
     record = Sweep(
         name=name,
         recipe=recipe,
@@ -86,18 +81,38 @@ def sweep(
         members=members,
     )
     if not dry_run:
-        with held(record.lock(runs), f"the sweep {record.label} is already running there"):
-            record.write(runs)
-            fitting = [pipeline for pipeline in pipelines if not pipeline.outcome.problem]
-            former_runs = former.by_digest(runs, recipe)
-            for pipeline in fitting:
-                pipeline.former = former_runs.get(pipeline.digest() or "")
-            works = _works(fitting, max_runs)
-            need_judge(works, evaluation, request.rehearse)
-            if any("run" in work.steps for work in works):
-                _show_shared_differences(pipelines)
-            place.submit(works, name, runs, ["results", "--sweep", record.label, "--runs", str(runs)])
+        _carry_out(record, pipelines, evaluation, runs, place, max_runs)
     return record, [pipeline.outcome for pipeline in pipelines]
+
+
+def _plan(members: list[SweepMember], pipelines: list[Pipeline], gpu: Gpu | None, starts: bool) -> None:
+    for member, pipeline in zip(members, pipelines, strict=True):
+        member.digest = pipeline.digest()
+        pipeline.plan(gpu)
+        if pipeline.outcome.problem and starts:
+            say(f"{member.label}: {pipeline.outcome.problem}")
+        member.planned_gib = pipeline.needed_gib
+
+
+def _carry_out(
+    record: Sweep,
+    pipelines: list[Pipeline],
+    evaluation: evaluate.Request,
+    runs: Path,
+    place: Place,
+    max_runs: int | None,
+) -> None:
+    with held(record.lock(runs), f"the sweep {record.label} is already running there"):
+        record.write(runs)
+        fitting = [pipeline for pipeline in pipelines if not pipeline.outcome.problem]
+        former_runs = former.by_digest(runs, record.recipe)
+        for pipeline in fitting:
+            pipeline.former = former_runs.get(pipeline.digest() or "")
+        works = _works(fitting, max_runs)
+        need_judge(works, evaluation, record.rehearsal)
+        if any("run" in work.steps for work in works):
+            _show_shared_differences(pipelines)
+        place.submit(works, record.name, runs, ["results", "--sweep", record.label, "--runs", str(runs)])
 
 
 def _seeded(members: list[SweepMember], seeds: int, first: int) -> list[SweepMember]:
