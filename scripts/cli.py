@@ -1,4 +1,4 @@
-"""The command `recipe`: its verbs, which lie in commands/ by the headings of `recipe --help`."""
+"""The command `recipe`; its verbs are in commands/, by the headings of `recipe --help`."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from .commands import after, before, recipes, running, upkeep
 
 
 class _Verbs(TyperGroup):
-    """The verbs in the order in which one uses them; Typer would put groups of verbs last."""
+    """The verbs in the order of use; Typer would put groups of verbs last."""
 
     ORDER = (
         *("list", "show", "diff", "new"),

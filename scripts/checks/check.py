@@ -63,7 +63,12 @@ class Report:
 
 
 def check(
-    request: Request, gpu: Gpu | None = None, data: bool = False, full: bool = False, launching: bool = False
+    request: Request,
+    gpu: Gpu | None = None,
+    data: bool = False,
+    full: bool = False,
+    launching: bool = False,
+    composed: Composed | None = None,
 ) -> Report:
     """All that is wrong with one recipe or file.
 
@@ -73,12 +78,13 @@ def check(
         data: also read every row of its data, and tokenize them where the tokenizer is on this machine.
         full: also ask Axolotl's own validation, which loads the plugins that the config lists.
         launching: a run is about to start here.
+        composed: the request's config, where it is composed already.
 
     Without data and full no torch is imported.
     """
     report = Report(request.name)
     try:
-        composed = compose.compose(request)
+        composed = composed or compose.compose(request)
         report = examine(composed, gpu, request.gpus, launching, data)
         report.name = request.name
         if full:

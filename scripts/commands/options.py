@@ -1,15 +1,17 @@
-"""Arguments and options that several verbs of the command have, and the values that they take."""
+"""Arguments and options that several verbs share, the values that they take, and which exclude or need one another."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
 import click
 import typer
 
+from ..base.errors import UserError
 from ..scores.metrics import PER_ROW
 
 PlaceName = Literal["local", "slurm"]
-InputFormat = Literal["diff", "tagged"]
+InputFormatName = Literal["diff", "tagged"]
 CacheForm = Literal["auto", "static", "dynamic"]
 Group = Literal["lang", "length"]
 CRITERIA = ["eval_loss", *PER_ROW, "memory", "time", "bleu4_per_gib"]
@@ -37,33 +39,93 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key (a.b.0.c reaches below). Repeatable."),
 ]
-Mirror = Annotated[bool, typer.Option("--mirror", help="Take an ungated copy of a gated base model.")]
+Mirror = Annotated[bool, typer.Option("--mirror", help="Use an ungated copy of a gated base model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _check_figure(file: Path | None) -> Path | None:
+    """Refuse what matplotlib cannot write before anything is measured."""
+    if file and file.suffix not in (".png", ".svg"):
+        raise UserError(f"--figure {file}: name a .png or .svg file")
+    if file and not file.parent.is_dir():
+        raise UserError(f"--figure {file}: there is no folder {file.parent}")
+    return file
+
+
+def check_finite(param: typer.CallbackParam, value: float | None) -> float | None:
+    """Refuse inf and nan, which a range of numbers lets pass."""
+    if value is not None and not math.isfinite(value):
+        raise UserError(f"{param.opts[0]} {value}: give a number")
+    return value
+
+
 FigureFile = Annotated[
-    Path | None, typer.Option("--figure", metavar="FILE", help="Draw it too, to a .png or .svg file.")
+    Path | None,
+    typer.Option("--figure", metavar="FILE", callback=_check_figure, help="Also draw it, to a .png or .svg file."),
 ]
-Judge = Annotated[
+JudgeModel = Annotated[
     str | None,
     typer.Option(
         "--bertscore", metavar="MODEL|none", help="BERTScore's model; by default roberta-large if it is here."
     ),
 ]
 JudgeLayer = Annotated[
-    int | None, typer.Option("--bertscore-layer", min=1, help="Its layer, where bert-score knows no best one.")
+    int | None, typer.Option("--bertscore-layer", min=1, help="Its layer, where bert-score has no default for it.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="The most rows generated at a time; fewer where they are long.")]
 On = Annotated[
-    PlaceName, typer.Option("--on", help="Where: this machine, or SLURM's queue, from which it is not waited for.")
+    PlaceName, typer.Option("--on", help="Where: this machine, or SLURM's queue; returns once the job is queued.")
 ]
 SlurmOptions = Annotated[
     list[str] | None,
     typer.Option(
         "--slurm",
         metavar="KEY=VALUE",
-        help="With --on slurm: an option of sbatch, as in time=8:00:00, for one step in evaluate.time=1:00:00. "
-        "Repeatable; ~/.config/qlora-recipes/slurm.yaml holds those that are always meant.",
+        help="With --on slurm: an option of sbatch, as in time=8:00:00, or for one step, as in evaluate.time=1:00:00. "
+        "Repeatable; ~/.config/qlora-recipes/slurm.yaml holds those that always apply.",
     ),
 ]
 Best = Annotated[
-    str | None, typer.Option("--best", click_type=click.Choice(CRITERIA), help="Name the best member by this.")
+    str | None, typer.Option("--best", click_type=click.Choice(CRITERIA), help="Mark the best member by this.")
 ]
+RehearseAll = Annotated[
+    bool, typer.Option("--rehearse", help="Try all of it on the CPU: small model, shipped sample, no network.")
+]
+RehearsalsOfStudy = Annotated[bool, typer.Option("--rehearse", help="With --study: its rehearsals instead.")]
+
+
+def exclusive(options: dict[str, object], required: bool = False) -> None:
+    """Refuse more than one of several options, and where one is required also none.
+
+    Args:
+        options: their values by what the user writes.
+        required: whether one of them has to be given.
+
+    Raises:
+        UserError: there are too many of them, or none.
+    """
+    given = sum(map(bool, options.values()))
+    if given > 1 or (required and not given):
+        *names, last = options
+        raise UserError(f"{', '.join(names)} and {last}: give {'just' if required else 'only'} one of them")
+
+
+def only_with(option: str, given: object, other: str, needed: object, why: str = "") -> None:
+    """Refuse an option that is given without another.
+
+    Raises:
+        UserError: it is.
+    """
+    if given and not needed:
+        raise UserError(f"{option}: works only with {other}{f'; {why}' if why else ''}")
+
+
+def single_name(names: list[str] | None, option: str) -> str:
+    """The only recipe or file that is named.
+
+    Raises:
+        UserError: it is not just one, which an option needs.
+    """
+    if not names or len(names) > 1:
+        raise UserError(f"{option}: name one recipe or file")
+    return names[0]

@@ -4,7 +4,9 @@ from typing import Annotated
 
 import typer
 
-from ..base import yamlfiles
+from ..base import paths, tables, yamlfiles
+from ..configs import compose, variants
+from ..data import study
 from .options import Json, Name, Overrides
 
 HEADING = "Recipes"
@@ -12,49 +14,42 @@ verbs = typer.Typer()
 
 
 @verbs.command("list", rich_help_panel=HEADING)
-def list_(
-    variants: Annotated[
-        bool, typer.Option("--variants", help="Which is a variant of which instead, yours in variants/ too.")
+def list_verb(
+    as_tree: Annotated[
+        bool,
+        typer.Option("--variants", help="Show instead which recipes are variants of which, with yours in variants/."),
     ] = False,
     json: Json = False,
 ) -> None:
     """The recipes, with model, epochs, optimizer and published scores."""
-    from ..base import tables
-    from ..configs import variants as lineage
     from ..results import catalogue
 
-    rows = lineage.tree() if variants else catalogue.recipes()
-    if variants and not json:
+    rows = variants.tree() if as_tree else catalogue.recipes()
+    if as_tree and not json:
         rows = catalogue.variants_table(rows)
     tables.print_json(rows) if json else tables.print_table(rows)
 
 
-@verbs.command(rich_help_panel=HEADING)
-def show(name: Name, json: Json = False) -> None:
+@verbs.command("show", rich_help_panel=HEADING)
+def show_verb(name: Name, json: Json = False) -> None:
     """A recipe's YAML, with the source of each setting."""
-    from ..base import paths, tables
-    from ..data import study
-
-    found, file = paths.find_recipe(name)
+    recipe, file = paths.find_recipe(name)
     if json:
-        of_study = study.of(found)
-        published = of_study.published.get(found) if of_study else None
+        of_study = study.of(recipe)
+        published = of_study.published.get(recipe) if of_study else None
         scores = published.model_dump() if published else None
-        tables.print_json({"recipe": found, "config": yamlfiles.read_yaml(file), "published": scores})
+        tables.print_json({"recipe": recipe, "config": yamlfiles.read_yaml(file), "published": scores})
     else:
         print(yamlfiles.read_text(file), end="")
 
 
-@verbs.command(rich_help_panel=HEADING)
-def diff(
+@verbs.command("diff", rich_help_panel=HEADING)
+def diff_verb(
     a: Annotated[str, typer.Argument(metavar="A", help="A recipe's name or a YAML file, such as a run's config.yaml.")],
     b: Annotated[str | None, typer.Argument(metavar="[B]", help="Another; by default what A is a variant of.")] = None,
     json: Json = False,
 ) -> None:
-    """The keys in which two recipes or configs differ, but for where they write to."""
-    from ..base import tables
-    from ..configs import variants
-
+    """The keys in which two recipes or configs differ, except where they write to."""
     rows = variants.diff(a, b)
     if json:
         tables.print_json(rows)
@@ -62,16 +57,15 @@ def diff(
         tables.print_table(rows)
 
 
-@verbs.command(rich_help_panel=HEADING)
-def new(
+@verbs.command("new", rich_help_panel=HEADING)
+def new_verb(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; it is written to variants/NAME.yaml.")],
     from_: Annotated[str, typer.Option("--from", metavar="BASE", help="The recipe or YAML file to start from.")],
     set_: Overrides = None,
 ) -> None:
-    """Write a variant of a recipe: all of it, comments too, with what is changed marked."""
-    from ..checks import check as checking
-    from ..configs import compose, variants
+    """Write a variant of a recipe: the whole file with its comments, changed lines marked."""
+    from ..checks import check
 
-    found = checking.examine(compose.compose(compose.Request(from_, overrides=set_ or []))).findings
-    checking.refuse([finding for finding in found if finding.scope not in ("data", "file")])
+    found = check.examine(compose.compose(compose.Request(from_, overrides=set_ or []))).findings
+    check.refuse([finding for finding in found if finding.scope not in ("data", "file")])
     print(variants.write(name, from_, set_ or []))

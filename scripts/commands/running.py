@@ -2,39 +2,43 @@
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from ..base import yamlfiles
+from .. import places
+from ..base import tables, yamlfiles
 from ..base.errors import UserError
 from ..base.paths import RUNS
+from ..configs import gpus
+from ..configs.compose import Request, is_rehearsal
+from ..runs.tasks import Outcome
 from .options import (
     BatchSize,
     Best,
     Json,
-    Judge,
     JudgeLayer,
+    JudgeModel,
     Mirror,
     Name,
     On,
     Overrides,
     Profiles,
+    RehearseAll,
     RunName,
     Runs,
     SlurmOptions,
     SweepFile,
+    exclusive,
+    only_with,
 )
-
-if TYPE_CHECKING:
-    from ..runs.tasks import Outcome
 
 HEADING = "Running"
 verbs = typer.Typer()
 
 
-@verbs.command(rich_help_panel=HEADING)
-def run(
+@verbs.command("run", rich_help_panel=HEADING)
+def run_verb(
     name: Name,
     axolotl_arguments: Annotated[
         list[str] | None,
@@ -46,32 +50,31 @@ def run(
     profile: Profiles = None,
     set_: Overrides = None,
     mirror: Mirror = False,
-    gpus: Annotated[int, typer.Option(help="How many GPUs to train on; with --nodes on each of them.")] = 1,
+    gpu_count: Annotated[
+        int, typer.Option("--gpus", help="How many GPUs to train on; with --nodes on each of them.")
+    ] = 1,
     nodes: Annotated[int, typer.Option(help="How many machines to train on, with --on slurm.")] = 1,
     on: On = "local",
     slurm: SlurmOptions = None,
     force: Annotated[
         list[str] | None,
-        typer.Option(metavar="FINDING", help="Start in spite of an error that `recipe check` names so. Repeatable."),
+        typer.Option(metavar="FINDING", help="Start despite the error of this name in `recipe check`. Repeatable."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and start nothing.")] = False,
     runs: Runs = RUNS,
 ) -> None:
     """Train a recipe with Axolotl, in a run folder of its own."""
-    from .. import places
-    from ..configs.compose import Request, is_rehearsal
-    from ..running import queueing
-    from ..running import run as launcher
+    from ..running import run
 
     if axolotl_arguments and not axolotl_arguments[0].startswith("-"):
-        raise UserError(f"{axolotl_arguments[0]}: one recipe at a time; Axolotl's own options go behind --")
+        raise UserError(f"{axolotl_arguments[0]}: one recipe at a time; Axolotl's own options go after --")
     request = Request(
         name,
         profiles=profile or [],
         overrides=set_ or [],
         rehearse=rehearse,
         mirror=mirror,
-        gpus=gpus,
+        gpus=gpu_count,
         nodes=nodes,
         dry_run=dry_run,
         axolotl_arguments=axolotl_arguments or [],
@@ -79,15 +82,13 @@ def run(
     )
     place = places.kinds()[on](is_rehearsal(request), None, slurm or [])
     if dry_run:
-        print(yamlfiles.write_yaml(launcher.prepare(request, place).config), end="")
-    elif place.here:
-        print(launcher.run(request, runs).path)
+        print(yamlfiles.write_yaml(run.prepare(request, place).config), end="")
     else:
-        print(queueing.submit(request, runs, place).path)
+        print(run.start(request, runs, place).path)
 
 
-@verbs.command(rich_help_panel=HEADING)
-def resume(
+@verbs.command("resume", rich_help_panel=HEADING)
+def resume_verb(
     run: RunName,
     prepare: Annotated[
         bool, typer.Option("--prepare", help="Only tokenize its rows and fetch its base model; needs no GPU.")
@@ -96,22 +97,16 @@ def resume(
     slurm: SlurmOptions = None,
     runs: Runs = RUNS,
 ) -> None:
-    """Go on with an interrupted run from its last whole checkpoint."""
-    from .. import places
-    from ..running import queueing
-    from ..running import run as launcher
+    """Resume an interrupted run from its last whole checkpoint."""
+    from ..running.run import resume
 
-    if prepare and on != "local":
-        raise UserError("--prepare: is done here; jobs prepare by themselves")
+    only_with("--prepare", prepare, "--on local", on == "local", "jobs prepare by themselves")
     place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
-    if place.here:
-        print(launcher.resume(run, runs, prepare).path)
-    else:
-        print(queueing.resubmit(run, runs, place).path)
+    print(resume(run, runs, place, prepare).path)
 
 
-@verbs.command(rich_help_panel=HEADING)
-def sweep(
+@verbs.command("sweep", rich_help_panel=HEADING)
+def sweep_verb(
     name: Name,
     file: SweepFile = None,
     set_: Annotated[
@@ -120,14 +115,12 @@ def sweep(
             "--set", metavar="KEY=V,V,V", help="Try each value of a key, with each of the others. Repeatable."
         ),
     ] = None,
-    rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Try all of it on the CPU: small model, shipped sample, no network.")
-    ] = False,
+    rehearse: RehearseAll = False,
     profile: Profiles = None,
     mirror: Mirror = False,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Run each member with N seeds.")] = 1,
     max_runs: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Begin N members at most; the next time takes the others.")
+        int | None, typer.Option(metavar="N", min=1, help="Begin at most N members; the next call begins the others.")
     ] = None,
     jobs: Annotated[
         int | None,
@@ -141,9 +134,12 @@ def sweep(
         str | None, typer.Option(metavar="NAME", help="The GPU to plan for; by default this machine's.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Evaluate on the first so many test rows only; 12 in a rehearsal.")
+        int | None,
+        typer.Option(
+            min=1, help="Evaluate on at most this many test rows, from the first on; by default 12 in a rehearsal."
+        ),
     ] = None,
-    bertscore: Judge = None,
+    bertscore: JudgeModel = None,
     bertscore_layer: JudgeLayer = None,
     batch_size: BatchSize = 16,
     best: Best = None,
@@ -152,32 +148,28 @@ def sweep(
     json: Json = False,
 ) -> None:
     """Run a recipe with each of several settings, and compare them. What is done already is not done again."""
-    from .. import places
-    from ..configs import gpus
-    from ..configs.compose import Request, is_rehearsal
-    from ..running import sweep as sweeping
-    from ..running import sweep_tables, sweeps
-    from ..scores import evaluate as evaluation
+    from ..running import sweep, sweep_tables, sweeps
+    from ..scores import evaluate
 
-    called, members = sweeps.read(sweeps.find_file(file) if file else None, set_ or [])
+    sweep_name, members = sweeps.read(sweeps.find_file(file) if file else None, set_ or [])
     request = Request(name, profiles=profile or [], rehearse=rehearse, mirror=mirror)
     request.rehearse = is_rehearsal(request)
-    judged = evaluation.EvaluationRequest(
+    evaluation = evaluate.EvaluationRequest(
         limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size
     )
-    target = gpus.find(gpu) if gpu else None
     place = places.kinds()[on](request.rehearse, jobs, slurm or [])
-    options = sweeping.Options(request, place, seeds, max_runs, target, judged, runs, dry_run)
-    made, outcomes = sweeping.sweep(called, members, options)
-    rows = sweeps.rows(made, runs, best)
-    _end(outcomes, json, {"sweep": made.label}, rows, lambda: sweep_tables.show(made, rows, best, "table"))
+    card = gpus.find(gpu) if gpu else None
+    record, outcomes = sweep.sweep(
+        sweep_name, members, request, evaluation, runs, place, seeds=seeds, max_runs=max_runs, gpu=card, dry_run=dry_run
+    )
+    rows = sweeps.rows(record, runs, best)
+    _end(outcomes, json, {"sweep": record.label}, rows, lambda: sweep_tables.show(record, rows, best, "table"))
 
 
 def _end(
-    outcomes: "list[Outcome]", json: bool, head: dict[str, Any], rows: list[dict[str, Any]], show: Callable[[], None]
+    outcomes: list[Outcome], json: bool, head: dict[str, Any], rows: list[dict[str, Any]], show: Callable[[], None]
 ) -> None:
-    """Print what became of recipes or members and what they came to, and exit as their problems ask for."""
-    from ..base import tables
+    """Print the outcomes of recipes or members and their results, and exit with the code that the outcomes give."""
     from ..running import pipeline
 
     if json:
@@ -194,15 +186,13 @@ def _end(
         raise typer.Exit(code)
 
 
-@verbs.command(rich_help_panel=HEADING)
-def reproduce(
+@verbs.command("reproduce", rich_help_panel=HEADING)
+def reproduce_verb(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="A folder of recipes/ with a study.yaml.")],
-    rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Try all of it on the CPU: small model, shipped sample, no network.")
-    ] = False,
+    rehearse: RehearseAll = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Only this recipe of it, which may be one beside the study's. Repeatable."),
+        typer.Option(metavar="NAME", help="Only this recipe, which may be one that accompanies the study. Repeatable."),
     ] = None,
     jobs: Annotated[
         int | None,
@@ -225,35 +215,38 @@ def reproduce(
     json: Json = False,
 ) -> None:
     """Fetch, check, plan, train, evaluate and compare all of a study. What is done already is not done again."""
-    from .. import places
-    from ..configs.compose import Request, is_rehearsal
-    from ..data import study as studies
+    from ..data.study import find
     from ..results import verdict
-    from ..running import reproduce as reproducing
-    from ..scores import evaluate as evaluation
+    from ..running import reproduce
+    from ..scores import evaluate
 
-    of_study = studies.find(study)
+    of_study = find(study)
     request = Request(study, profiles=profile or [], overrides=set_ or [], rehearse=rehearse, mirror=mirror)
     request.rehearse = is_rehearsal(request)
-    judged = evaluation.EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
+    evaluation = evaluate.EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
     place = places.kinds()[on](request.rehearse, jobs, slurm or [])
-    outcomes = reproducing.reproduce(of_study, reproducing.Options(request, place, only or [], judged, runs))
+    outcomes = reproduce.reproduce(of_study, request, only or [], evaluation, runs, place)
     rows = verdict.rows(of_study, runs, request.rehearse, {outcome.recipe: outcome.run for outcome in outcomes})
     _end(outcomes, json, {}, rows, lambda: verdict.show_study(of_study, rows, request.rehearse, "table"))
 
 
-@verbs.command(rich_help_panel=HEADING)
-def cancel(
+@verbs.command("cancel", rich_help_panel=HEADING)
+def cancel_verb(
     run: Annotated[
         list[str] | None,
         typer.Argument(metavar="[RUN]...", help="Runs: folders, unambiguous ends of their names, or latest."),
     ] = None,
-    sweep: Annotated[str | None, typer.Option(metavar="NAME", help="Every run of a sweep instead.")] = None,
-    study: Annotated[str | None, typer.Option(metavar="S", help="Every run of a study's recipes instead.")] = None,
+    sweep_name: Annotated[
+        str | None, typer.Option("--sweep", metavar="NAME", help="Every run of a sweep instead.")
+    ] = None,
+    study_name: Annotated[
+        str | None, typer.Option("--study", metavar="S", help="Every run of a study's recipes instead.")
+    ] = None,
     runs: Runs = RUNS,
 ) -> None:
-    """Stop runs that are going on, at a checkpoint, and take those that are queued out of the queue."""
-    from ..running import cancel as cancelling
+    """Stop runs at a checkpoint, and take queued ones out of the queue."""
+    from ..running import cancel
 
-    for line in cancelling.cancel(run or [], sweep, study, runs):
-        print(line)
+    exclusive({"RUN": run, "--sweep": sweep_name, "--study": study_name}, required=True)
+    for message in cancel.cancel(run or [], sweep_name, study_name, runs):
+        print(message)

@@ -5,35 +5,37 @@ from typing import Annotated
 import typer
 
 from ..base.errors import WorkFailed
+from ..base.files import write_atomically
 
 HEADING = "Upkeep"
 verbs = typer.Typer()
 
 
-@verbs.command(rich_help_panel=HEADING)
-def render(
+@verbs.command("render", rich_help_panel=HEADING)
+def render_verb(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; fail with a diff where a recipe has drifted.")
     ] = False,
-    schema: Annotated[
+    write_schema: Annotated[
         bool, typer.Option("--schema", help="Write the JSON Schema of Axolotl's configuration instead.")
     ] = False,
 ) -> None:
     """Write the recipes from their templates."""
-    from ..base.files import write_atomically
-    from ..checks.schema import FILE
-    from ..configs import render as rendering
+    from ..checks import schema
+    from ..configs import render
 
-    if schema:
+    if write_schema:
         from ..checks import installed
 
-        write_atomically(FILE, installed.generate_schema())
-        print(FILE)
+        write_atomically(schema.FILE, installed.generate_schema())
+        print(schema.FILE)
         return
-    recipes = rendering.rendered()
+    recipes = render.rendered()
     if not check:
-        for file in rendering.write(recipes):
+        for file in render.write(recipes):
             print(file)
-    elif drift := rendering.drift(recipes):
+    elif drift := render.drift(recipes):
         print(drift)
-        raise WorkFailed("recipes differ from their templates: `recipe render` writes them anew; one without has to go")
+        raise WorkFailed(
+            "recipes differ from their templates: `recipe render` rewrites them; delete those without a template"
+        )

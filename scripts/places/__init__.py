@@ -1,10 +1,9 @@
 """Where the commands of runs are carried out: this machine, or a cluster's queue.
 
-A further place is one more module with a class that does what `Place` says, and a name for it in `kinds`.
+Another place is one more module, with a class that implements `Place`, and an entry in `kinds`.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -24,36 +23,52 @@ class Place(Protocol):
     def gpu(self) -> Gpu | None:
         """The GPU that runs get there; None where there is none, or it is not known."""
 
+    def check_size(self, gpus: int, nodes: int) -> None:
+        """Refuse a run on more GPUs, or nodes, than can be had there, as far as that is known before submitting it.
+
+        Raises:
+            UserError: it is too big.
+        """
+
+    def carry_out[T](self, work: Work, title: str, runs: Path, here: Callable[[], T]) -> T | RunDir:
+        """Carry out one work: in this process, by calling `here`, or as a job.
+
+        Returns:
+            What `here` returns, or the run's folder once the work is queued.
+
+        Raises:
+            UserError: the place refuses it; nothing was started.
+        """
+
     def submit(self, works: Sequence[Work], title: str, runs: Path, results: list[str]) -> None:
-        """Carry works out, or hand them over to be carried out; what becomes of each is noted in its outcome.
+        """Carry out several works, or queue them; what becomes of each is noted in its outcome.
 
         Args:
-            works: each goes on alone, and one that fails does not keep the others from going on.
+            works: each is independent of the others: one that fails does not keep them from being carried out.
             title: what they are together, in a word or two.
             runs: the folder with the runs.
-            results: the command that shows what they came to, for a place where nobody waits for that.
+            results: the arguments of `recipe` that show the results, for a place where nobody waits for them.
 
         Raises:
             UserError: the place refuses them; nothing was started.
         """
 
-    @classmethod
-    def active(cls, jobs: Sequence[Job]) -> dict[str, JobState] | None:
-        """Those of some jobs that are there, by their ids; None where that is not known."""
+    def can_follow(self, job: JobState | None) -> bool:
+        """Whether an evaluation can be queued there behind the job that trains its run."""
 
     @classmethod
-    def log(cls, folder: RunDir, step: str) -> Path:
-        """The file with what a command of a run says there."""
+    def active(cls, jobs: Sequence[Job]) -> dict[str, JobState] | None:
+        """The states of those jobs that have not ended, by id; None where that cannot be determined."""
 
     @classmethod
     def cancel(cls, folder: RunDir, jobs: Sequence[Job]) -> list[str]:
-        """Ask what is going on there for a run to end, and whatever of its jobs is there; what was asked, in words."""
+        """Ask what is running there for a run to stop, and cancel its jobs; a message for each."""
 
 
 def kinds() -> dict[str, type[Place]]:
-    """The classes of places by their names, this machine last.
+    """The classes of places by name, this machine last.
 
-    One is made of whether a rehearsal is to run, how many works at a time, and options for it alone.
+    The arguments: whether a rehearsal is to run, how many works to carry out at a time, and the place's own options.
     """
     from .local import Local
     from .slurm import Slurm
@@ -67,7 +82,7 @@ def relevant(place: Place, found: Iterable[Finding]) -> list[Finding]:
 
 
 def read(folder: RunDir) -> Run:
-    """The record of a run, with the state that holds now, wherever it is trained or waits for that.
+    """The record of a run with its current state, wherever it is trained or queued.
 
     Raises:
         UserError: run.json is missing or damaged.
@@ -81,33 +96,32 @@ def job_state(folder: RunDir, step: str, words: Sequence[str] | None = None) -> 
     Args:
         folder: the run.
         step: what the command does.
-        words: its words, where only one of those that do so is meant.
+        words: its arguments, where only a job with these is meant.
     """
     jobs = [job for job in folder.jobs() if job.step == step and words in (None, job.words)]
-    known = active(jobs)
-    if known is None:
+    states = active(jobs)
+    if states is None:
         return JobState("unknown")
-    return next((known[job.id] for job in jobs if job.id in known), None)
+    return next((states[job.id] for job in jobs if job.id in states), None)
 
 
-def active(jobs: Iterable[Job]) -> dict[str, JobState] | None:
-    """Those of some jobs that are not at their end, as `Place.active` has them; None where that is not known."""
-    found: dict[str, JobState] = {}
-    for name, of_place in groupby(sorted(jobs, key=lambda job: job.place), key=lambda job: job.place):
-        mine = list(of_place)
-        every = kinds()[name].active(mine)
-        if every is None:
+def active(jobs: Sequence[Job]) -> dict[str, JobState] | None:
+    """`Place.active` of jobs at any places; None where one place does not answer."""
+    states: dict[str, JobState] = {}
+    for place in {job.place for job in jobs}:
+        of_place = kinds()[place].active([job for job in jobs if job.place == place])
+        if of_place is None:
             return None
-        found |= {job.id: every[job.id] for job in mine if job.id in every}
-    return found
+        states |= of_place
+    return states
 
 
 def cancel(folder: RunDir, together: bool) -> list[str]:
-    """Ask whatever is queued or going on for a run to end; what was asked, in words.
+    """Ask whatever is queued or running for a run to stop; a message for each.
 
     Args:
         folder: the run.
-        together: whether those that were begun with it are to end too, so that there will be no results to show.
+        together: whether all runs that were started with it are cancelled, so that there will be no results to show.
     """
     jobs = [job for job in folder.jobs() if together or job.step != "results"]
-    return [asked for kind in kinds().values() for asked in kind.cancel(folder, jobs)]
+    return [message for kind in kinds().values() for message in kind.cancel(folder, jobs)]

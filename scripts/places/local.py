@@ -1,4 +1,4 @@
-"""This machine, which carries out the commands of runs while one waits."""
+"""This machine, which carries out the commands of runs while the user waits."""
 
 import os
 import shlex
@@ -6,8 +6,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Container, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import psutil
@@ -26,9 +26,9 @@ class Local:
     """A `places.Place`.
 
     Args:
-        rehearsal: whether what runs here is one, which needs no GPU.
+        rehearsal: whether a rehearsal is to run, which needs no GPU.
         jobs: how many works to carry out at a time, each on a GPU of its own; None for one.
-        options: there are none.
+        options: it has none.
 
     Raises:
         UserError: there are fewer GPUs than jobs.
@@ -38,35 +38,97 @@ class Local:
 
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]):
         if options:
-            raise UserError(f"--slurm {options[0]}: goes with --on slurm")
-        self.devices = devices_for(jobs or 1, rehearsal)
+            raise UserError(f"--slurm {options[0]}: works only with --on slurm")
+        jobs = jobs or 1
+        visible = [None] * jobs if jobs == 1 or rehearsal else visible_gpus()
+        if jobs > len(visible):
+            raise UserError(f"--jobs {jobs}: one GPU a job, and this machine has {len(visible)}")
+        self.devices = visible[:jobs]  # the GPU that each job sees; None leaves it to the run
 
     def gpu(self) -> Gpu | None:
-        """This machine's first."""
+        """The first GPU of this machine."""
         return gpus.here()
+
+    def check_size(self, gpus: int, nodes: int) -> None:
+        """See `places.Place`."""
+        if nodes > 1:
+            raise UserError(f"--nodes {nodes}: works only with --on slurm, which starts the run on each of them")
+        if gpus > max(available := len(visible_gpus()), 1):
+            raise UserError(f"--gpus {gpus}: this machine has {available}")
+
+    def carry_out[T](self, work: Work, title: str, runs: Path, here: Callable[[], T]) -> T:
+        """In this process."""
+        return here()
 
     def submit(self, works: Sequence[Work], title: str, runs: Path, results: list[str]) -> None:
         """Carry works out, as many at a time as there are devices.
 
-        A request to stop is passed on to what is running, which ends in order, and nothing more is begun.
+        A request to stop is passed on to the running commands, which end at a checkpoint, and nothing more is begun.
         """
-        waiting, free, running = deque(works), list(self.devices), list[_Child]()
+        waiting = deque(works)
         with stop_requests() as stops:
             passed_on = 0
-            while running or (waiting and not stops):
-                while waiting and free and not stops:
-                    running.append(_Child(waiting.popleft(), free.pop(0), with_log=len(self.devices) > 1))
-                for child in list(running):
-                    if not child.goes_on(may_begin=not stops):
-                        running.remove(child)
-                        free.append(child.device)
+            workers = [self._worker(device, waiting, stops) for device in self.devices]
+            while running := [process for worker in workers if (process := next(worker, None))]:
                 for _ in stops[passed_on:]:
                     passed_on += 1
-                    for child in running:
-                        child.terminate()
+                    for process in running:
+                        process.terminate()
                 time.sleep(0.05)
         for work in waiting:
-            work.outcome.problem = "interrupted before it was begun; the same command goes on"
+            work.outcome.problem = "interrupted before it was begun; run the same command again to continue"
+
+    def _worker(
+        self, device: str | None, waiting: deque[Work], stops: list[int]
+    ) -> Iterator["subprocess.Popen[bytes]"]:
+        """Carry out waiting works on a device, one after another; yields the running process."""
+        while waiting and not stops:
+            yield from self._commands(waiting.popleft(), device, stops)
+
+    def _commands(self, work: Work, device: str | None, stops: list[int]) -> Iterator["subprocess.Popen[bytes]"]:
+        try:
+            commands = work.commands()
+        except UserError as error:
+            work.outcome.fail("run", str(error))
+            return
+        for command in commands:
+            process = self._start(command, work.outcome.label, device)
+            while process.poll() is None:
+                yield process
+            if not process.returncode:
+                work.outcome.steps[command.step] = DONE
+                if command.step == "run":
+                    work.outcome.run = command.folder.path
+            elif not stops:
+                problem = f"{DOES[command.step]} {'was refused' if process.returncode == 2 else 'failed'}"
+                log = self._log(command)
+                work.outcome.fail(command.step, f"{problem}; the messages are in {log}" if log else problem)
+                return
+            if stops:
+                work.outcome.problem = "interrupted; run the same command again to continue"
+                return
+
+    def _start(self, command: Command, label: str, device: str | None) -> "subprocess.Popen[bytes]":
+        say(f"{label}: recipe {shlex.join(command.words)}")
+        log = self._log(command)
+        with log.open("ab") if log else nullcontext() as stream:
+            return subprocess.Popen(
+                [str(Path(sys.executable).with_name("recipe")), *command.words],
+                env=os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {}),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stream,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which stops the others in order
+                preexec_fn=end_with_parent,
+            )
+
+    def _log(self, command: Command) -> Path | None:
+        """The file for a command's messages where several run at a time; None for the terminal."""
+        return command.folder.path / f"{command.step}.log" if len(self.devices) > 1 else None
+
+    def can_follow(self, job: JobState | None) -> bool:
+        """Nothing waits here."""
+        return False
 
     @classmethod
     def active(cls, jobs: Sequence[Job]) -> dict[str, JobState]:
@@ -74,13 +136,8 @@ class Local:
         return {}
 
     @classmethod
-    def log(cls, folder: RunDir, step: str) -> Path:
-        """Where several commands go on at a time; that of one goes to the terminal."""
-        return folder.path / f"{step}.log"
-
-    @classmethod
     def cancel(cls, folder: RunDir, jobs: Sequence[Job]) -> list[str]:
-        """Ask the process that holds one of the run's locks; one of a job is asked by `slurm` already."""
+        """Ask the process that holds one of the run's locks to stop; `slurm` has already cancelled those of jobs."""
         return stop_holders(folder.path.rglob("*lock"), {job.id for job in jobs})
 
 
@@ -89,103 +146,27 @@ def stop_holders(locks: Iterable[Path], jobs: Container[str] = ()) -> list[str]:
 
     Args:
         locks: the locks' files.
-        jobs: whose processes are not meant.
+        jobs: ids of jobs whose processes are left alone.
 
     Returns:
-        What was asked, in words.
+        A message for each process.
     """
     files = {str(lock.resolve()) for lock in locks}
-    holding = {}
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):  # another user's, or gone
-            if files.intersection(file.path for file in process.open_files()):
-                holding[process.pid] = process
-    asked = []
+    holding = {
+        process.pid: process
+        for process in psutil.process_iter(["open_files"])  # None of another user's process
+        if files.intersection(file.path for file in process.info["open_files"] or ())
+    }
+    messages = []
     for process in holding.values():
         with suppress(psutil.Error):
             if process.ppid() not in holding and this_job(process.environ()) not in jobs:
                 process.terminate()
-                asked.append(f"process {process.pid} is asked to stop")
-    return asked
+                messages.append(f"process {process.pid} is asked to stop")
+    return messages
 
 
-def devices_for(jobs: int, rehearsal: bool) -> list[str | None]:
-    """For each job the GPU that it sees; None leaves it to the run.
-
-    Raises:
-        UserError: there are fewer GPUs than jobs.
-    """
-    if jobs == 1 or rehearsal:
-        return [None] * jobs
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    seen = named.split(",") if named else [str(i) for i in range(len(machine.gpus()))]
-    if jobs > len(seen):
-        raise UserError(f"--jobs {jobs}: one GPU a job, and this machine has {len(seen)}")
-    return [*seen[:jobs]]
-
-
-class _Child:
-    """The commands of one work, of which one is running at a time.
-
-    Args:
-        work: the work.
-        device: the GPU that they see; None leaves it to them.
-        with_log: whether what they say goes to files in the run's folder, instead of this process's own stderr.
-    """
-
-    def __init__(self, work: Work, device: str | None, with_log: bool):
-        self.device, self._outcome, self._commands = device, work.outcome, work.commands
-        self._with_log = with_log
-        self._command: Command | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def goes_on(self, may_begin: bool) -> bool:
-        """Begin the next command once the one before has ended; False where there is none, or may be none, any more."""
-        if self._process and self._command:
-            if (code := self._process.poll()) is None:
-                return True
-            if code and may_begin:
-                self._fail(self._command, code)
-                return False
-            if not code:
-                self._outcome.steps[self._command.step] = DONE
-                if self._command.step == "run":
-                    self._outcome.run = self._command.folder.path
-        if not may_begin:
-            self._outcome.problem = "interrupted; the same command goes on"
-            return False
-        try:
-            self._command = next(self._commands, None)
-        except UserError as error:
-            self._outcome.fail("run", str(error))
-            return False
-        if self._command is None:
-            return False
-        self._start(self._command)
-        return True
-
-    def _fail(self, command: Command, code: int) -> None:
-        problem = f"{DOES[command.step]} {'was refused' if code == 2 else 'failed'}"
-        said = f"; {Local.log(command.folder, command.step)} has what was said" if self._with_log else ""
-        self._outcome.fail(command.step, problem + said)
-
-    def _start(self, command: Command) -> None:
-        say(f"{self._outcome.label}: recipe {shlex.join(command.words)}")
-        with ExitStack() as stack:
-            log = None
-            if self._with_log:
-                log = stack.enter_context(Local.log(command.folder, command.step).open("ab"))
-            self._process = subprocess.Popen(
-                [str(Path(sys.executable).with_name("recipe")), *command.words],
-                env=os.environ | ({"CUDA_VISIBLE_DEVICES": self.device} if self.device else {}),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which stops the others in order
-                preexec_fn=end_with_parent,
-            )
-
-    def terminate(self) -> None:
-        """Pass a request to stop on."""
-        if self._process:
-            self._process.terminate()
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use: those that CUDA_VISIBLE_DEVICES lists, else all of this machine."""
+    listed = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+    return listed or [str(i) for i in range(len(machine.gpus()))]

@@ -1,4 +1,4 @@
-"""How jobs are submitted on a site of SLURM: the user's file of settings, and what is given to --slurm."""
+"""How jobs are submitted at a SLURM site: the user's settings file, overridden by --slurm."""
 
 import os
 from collections.abc import Sequence
@@ -12,30 +12,30 @@ from ..base import yamlfiles
 from ..base.errors import UserError
 
 STEPS = ("prepare", "run", "evaluate", "results")
-_OURS = {  # options that each job has its own of, or that would keep its id from being known
+_OURS = {  # options that this project sets for each job, or that would hide its id
     *("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "output"),
     *("clusters", "parsable", "test-only", "wait", "wrap"),
 }
-_OWN = ("card", "prefix", "setup")  # keys of the settings that are no options of sbatch
+_TEXTS = ("card", "prefix")  # keys of the settings that are not options of sbatch
 
 
 def settings_file() -> Path:
-    """The user's settings for the clusters that they use."""
+    """The user's settings for their clusters."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "qlora-recipes" / "slurm.yaml"
 
 
 @dataclass
-class Settings:
-    """How jobs are submitted on a site.
+class Site:
+    """How jobs are submitted at a site.
 
     Attributes:
         card: the GPU that jobs get, to check and plan for.
-        prefix: what stands before `recipe` in a job, as a container's `apptainer exec --nv IMAGE`; None where the
-            environment of this command is there too.
-        setup: lines of shell for the beginning of a job.
-        options: sbatch's long options and their values, {gpus} in which is the number of GPUs on a node; an empty value
-            gives the option without one.
-        of_step: further options for a step alone.
+        prefix: what stands before `recipe` in a job, such as a container's `apptainer exec --nv IMAGE`; None where jobs
+            have the environment of this command.
+        setup: lines of shell at the start of each job.
+        options: sbatch's long options and their values, in which {gpus} stands for the number of GPUs on a node; an
+            empty value gives the option without one.
+        of_step: further options for single steps.
     """
 
     card: str | None = None
@@ -45,26 +45,27 @@ class Settings:
     of_step: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-def settings(given: Sequence[str]) -> Settings:
-    """The settings of the user's file, with what was given to --slurm laid over.
+def site_settings(overrides: Sequence[str]) -> Site:
+    """The settings of the user's file, with the values of --slurm laid over them.
 
     Raises:
-        UserError: the file or an option has another form.
+        UserError: the file or an option is malformed.
     """
-    file, found = settings_file(), Settings()
+    file = settings_file()
+    site = Site()
     for key, value in (_read(file) if file.is_file() else {}).items():
-        _set(found, key, value, f"{file}: {key}")
-    for text in given:
+        _set(site, key, value, f"{file}: {key}")
+    for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise UserError(f"--slurm {text}: expected key=value, as in --slurm partition=gpu")
         step, dot, option = key.partition(".")
-        _set(found, step if dot else key, {option: value} if dot else value, f"--slurm {text}")
-    return found
+        _set(site, step, {option: value} if dot else value, f"--slurm {text}")
+    return site
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A mapping whose values are text, as they stand there: YAML would read 12:00:00 as a number."""
+    """The file's mapping, with values as text: YAML would read 12:00:00 as a number."""
     try:
         content = yaml.load(yamlfiles.read_text(file), yaml.BaseLoader) or {}
     except yaml.YAMLError as error:
@@ -74,29 +75,29 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _set(found: Settings, key: str, value: Any, where: str) -> None:
+def _set(site: Site, key: str, value: Any, where: str) -> None:
     if key in STEPS:
         if not isinstance(value, dict) or any(not isinstance(text, str) for text in value.values()):
             raise UserError(f"{where}: options for the step {key} are a mapping of their own")
         for option in value:
             _check_option(option, where)
-        found.of_step[key] = found.of_step.get(key, {}) | value
+        site.of_step[key] = site.of_step.get(key, {}) | value
     elif key == "setup":
-        found.setup = value.splitlines() if isinstance(value, str) else value
-        if not isinstance(found.setup, list) or any(not isinstance(line, str) for line in found.setup):
+        site.setup = value.splitlines() if isinstance(value, str) else value
+        if not isinstance(site.setup, list) or any(not isinstance(line, str) for line in site.setup):
             raise UserError(f"{where}: expected lines of shell")
     elif isinstance(value, dict):
-        raise UserError(f"{where}: no step of that name; there are {', '.join(STEPS)}")
+        raise UserError(f"{where}: not the name of a step; there are {', '.join(STEPS)}")
     elif not isinstance(value, str) or "\n" in value:
         raise UserError(f"{where}: expected one line of text")
-    elif key in _OWN:
-        setattr(found, key, value)
+    elif key in _TEXTS:
+        setattr(site, key, value)
     else:
         _check_option(key, where)
-        found.options[key] = value
+        site.options[key] = value
 
 
 def _check_option(option: str, where: str) -> None:
     if option in _OURS:
         instead = "; --nodes sets it" if option == "nodes" else ""
-        raise UserError(f"{where}: {option} is not for jobs of this command to have from outside{instead}")
+        raise UserError(f"{where}: {option} is set for each job by this command{instead}")

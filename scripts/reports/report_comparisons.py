@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from ..base import tables
 from ..base.tables import Row
+from ..running import sweeps
 from ..scores.metrics import PER_ROW
 from .report_figures import (
     COLOURS,
@@ -63,19 +64,14 @@ def _percent(row: Row) -> float | None:
 
 
 def _against(rows: Sequence[Row], x: str, y: str) -> list[Trace]:
-    """Members by a cost and a quality, those on the Pareto front of the two apart."""
-    known = [(row[x], row[y], row["member"]) for row in rows if row.get(x) is not None and row.get(y) is not None]
-    sign = 1 if y == "eval_loss" else -1
-
-    def beaten(point: tuple[float, float, str]) -> bool:
-        cost, loss = point[0], sign * point[1]
-        return any(a <= cost and sign * b <= loss and (a, sign * b) != (cost, loss) for a, b, _ in known)
-
-    front = sorted(point for point in known if not beaten(point))
-    others = [point for point in known if beaten(point)]
+    """Members by a cost and a quality, with those on the Pareto front of the two set apart."""
+    known = [row for row in rows if row.get(x) is not None and row.get(y) is not None]
+    points = {(row[x], row[y], row["member"]): sweeps.on_front(row, known, x, y) for row in known}
+    front = sorted(point for point, is_on_front in points.items() if is_on_front)
+    others = [point for point, is_on_front in points.items() if not is_on_front]
     line = {"dash": "dot", "color": COLOURS[2], "width": 1.5}
     traces = [_points("on the Pareto front", front, 2, symbol="diamond") | {"mode": "lines+markers+text", "line": line}]
-    furthest = max((cost for cost, _, _ in known), default=None)
+    furthest = max((cost for cost, _, _ in points), default=None)
     beside = ["middle left" if cost == furthest else "middle right" for cost, _, _ in others]
     traces.append(_points("not on it", others, 1, symbol="circle-open") | {"textposition": beside})
     return [trace for trace in traces if trace["x"]]

@@ -1,4 +1,4 @@
-"""Stopping runs wherever they are going on or queued: `recipe cancel`."""
+"""Stopping runs wherever they are running or queued: `recipe cancel`."""
 
 from pathlib import Path
 
@@ -6,14 +6,13 @@ from .. import places
 from ..base.errors import UserError
 from ..data import study
 from ..places.local import stop_holders
-from ..runs import lookup
-from ..runs.lookup import all_runs, find_run
+from ..runs.lookup import all_runs, find_run, readable
 from ..runs.rundir import RunDir
 from . import reproduce, sweeps
 
 
 def cancel(names: list[str], sweep: str | None, of_study: str | None, runs: Path) -> list[str]:
-    """Ask runs to end, and their evaluations; what was asked, a line each.
+    """Ask runs to stop, and their evaluations; a message for each thing that was asked.
 
     Args:
         names: runs, see `find_run`.
@@ -22,27 +21,25 @@ def cancel(names: list[str], sweep: str | None, of_study: str | None, runs: Path
         runs: the folder with the runs.
 
     Raises:
-        UserError: not just one of these is given, a name is wrong, or nothing is going on.
+        UserError: a name is wrong, or nothing is running or queued.
     """
-    if sum(map(bool, (names, sweep, of_study))) != 1:
-        raise UserError("give RUNs, --sweep NAME or --study S")
-    asked = []  # first a command that goes on with the next run when one ends
+    messages = []  # first those of a command that begins the next run when one ends
     if sweep:
-        asked = stop_holders([sweeps.find(sweep, runs).lock(runs)])
+        messages = stop_holders([sweeps.find(sweep, runs).lock(runs)])
     elif of_study:
-        study.find(of_study)  # that there is such a study
-        asked = stop_holders([reproduce.lock(of_study, runs)])
-    folders = [find_run(name, runs) for name in names] or ([] if asked else _meant(sweep, of_study, runs))
-    asked += [f"{folder.path}: {what}" for folder in folders for what in places.cancel(folder, not names)]
-    if not asked:
+        study.find(of_study)  # refuses a name that is not a study's
+        messages = stop_holders([reproduce.lock(of_study, runs)])
+    folders = [find_run(name, runs) for name in names] or ([] if messages else _meant(sweep, of_study, runs))
+    messages += [f"{folder.path}: {message}" for folder in folders for message in places.cancel(folder, not names)]
+    if not messages:
         of_runs = ", ".join(str(folder.path) for folder in folders) if names else sweep or of_study
-        raise UserError(f"{of_runs}: nothing of it is going on or queued")
-    return asked
+        raise UserError(f"{of_runs}: nothing is running or queued")
+    return messages
 
 
 def _meant(sweep: str | None, of_study: str | None, runs: Path) -> list[RunDir]:
     if sweep:
-        made = sweeps.find(sweep, runs)
-        digests = {member.digest for member in made.members}
-        return [folder for folder, run in lookup.readable(all_runs(runs / made.recipe)) if run.digest in digests]
-    return [folder for folder, run in lookup.readable(all_runs(runs)) if run.origin.startswith(f"{of_study}/")]
+        record = sweeps.find(sweep, runs)
+        digests = {member.digest for member in record.members}
+        return [folder for folder, run in readable(all_runs(runs / record.recipe)) if run.digest in digests]
+    return [folder for folder, run in readable(all_runs(runs)) if run.origin.startswith(f"{of_study}/")]

@@ -1,12 +1,12 @@
-"""A study from its data to its table, each step unless it was done before: `recipe reproduce`."""
+"""A study from its data to its table, skipping the steps that were done before: `recipe reproduce`."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.locks import PATIENCE, held
-from ..base.paths import RUNS, find_recipe
+from ..base.paths import find_recipe
 from ..base.progress import say
 from ..configs import datafiles, models
 from ..configs.compose import Composed, Request
@@ -15,101 +15,85 @@ from ..data.study import Study
 from ..places import Place
 from ..runs.tasks import Outcome
 from ..scores import bertscore, evaluate
-from . import pipeline
-from .pipeline import Pipeline
+from .pipeline import Pipeline, need_judge
 
 
 def chosen(of_study: Study, only: list[str]) -> list[str]:
-    """The recipes of a study to run: those that it published scores of, or those of its recipes that are named.
+    """The recipes of a study to run: those with published scores, or those of its recipes that are named.
 
     Raises:
-        UserError: a name is that of no recipe of the study.
+        UserError: a name is not that of a recipe of the study.
     """
-    known = [*of_study.published, *of_study.beside]
-    recipes = []
+    of_name = {recipe.partition("/")[2]: recipe for recipe in (*of_study.published, *of_study.beside)}
     for name in only:
-        meant = [recipe for recipe in known if name in (recipe, recipe.partition("/")[2])]
-        if not meant:
-            short = [recipe.partition("/")[2] for recipe in known]
-            raise UserError(
-                f"--only {name}: no recipe of the study{did_you_mean(name, short)}; it has {', '.join(short)}"
-            )
-        recipes += meant
-    return list(dict.fromkeys(recipes)) or list(of_study.published)
+        if name not in of_name and name not in of_name.values():
+            hint = did_you_mean(name, of_name)
+            raise UserError(f"--only {name}: not a recipe of the study{hint}; it has {', '.join(of_name)}")
+    return list(dict.fromkeys(of_name.get(name, name) for name in only)) or list(of_study.published)
 
 
-@dataclass
-class Options:
-    """How a study is to be reproduced.
+def reproduce(
+    of_study: Study, request: Request, only: list[str], evaluation: evaluate.EvaluationRequest, runs: Path, place: Place
+) -> list[Outcome]:
+    """Bring every recipe of a study to its scores; what was done before with the same inputs is not done again.
 
-    Attributes:
-        request: what is laid over each recipe, with the study's name. A mirror is taken where a model is gated.
-        only: the recipes to take, by default those with published scores.
-        place: where they are carried out.
+    All recipes are checked and planned before the first starts. One that fails does not stop the others.
+
+    Args:
+        of_study: the study.
+        request: what is laid over each recipe, with the study's name. A mirror is used only where a model is gated.
+        only: the recipes to run; by default those with published scores.
         evaluation: how each run is evaluated; BERTScore's model is by default that of the published scores, and the
             stand-in in a rehearsal.
         runs: the folder for the runs.
-    """
-
-    request: Request
-    place: Place
-    only: list[str] = field(default_factory=list)
-    evaluation: evaluate.EvaluationRequest = field(default_factory=evaluate.EvaluationRequest)
-    runs: Path = RUNS
-
-
-def reproduce(of_study: Study, options: Options) -> list[Outcome]:
-    """Bring every recipe of a study to its scores; what was done before with the same inputs is not done again.
-
-    All recipes are checked and planned before the first starts. One that fails does not keep the others from going on.
+        place: where the recipes are carried out.
 
     Raises:
-        UserError: what was asked for is wrong, or the data there is not the study's; nothing was started.
-        WorkFailed: the data cannot be fetched, or BERTScore's model not be loaded.
+        UserError: the request is wrong, or the data there is not the study's; nothing was started.
+        WorkFailed: the data cannot be fetched, or BERTScore's model cannot be loaded.
     """
-    recipes, runs = chosen(of_study, options.only), options.runs
-    rehearsal = options.request.rehearse
-    if not rehearsal and options.evaluation.judge is None:
-        options.evaluation.judge = bertscore.DEFAULT
-    runs.mkdir(parents=True, exist_ok=True)
-    with held(lock(options.request.name, runs), "another reproduction of it is going on there"):
-        outcomes = [Outcome(name) for name in recipes]
+    outcomes = [Outcome(recipe) for recipe in chosen(of_study, only)]
+    if not request.rehearse and evaluation.judge is None:
+        evaluation.judge = bertscore.DEFAULT
+    with held(lock(request.name, runs), "another reproduction of it is running there"):
         pipelines = [
-            Pipeline(outcome, _request(options.request, outcome.recipe), options.evaluation, runs, options.place)
-            for outcome in outcomes
+            Pipeline(outcome, _request(request, outcome.recipe), evaluation, runs, place) for outcome in outcomes
         ]
-        begun = [one for one in pipelines if one.is_finished() or one.check(with_data=False)]
-        _have_data(of_study, [one.composed for one in begun if one.composed])
-        ready = [one for one in begun if one.is_finished() or (one.check(with_data=True) and one.plan())]
-        pipeline.need_judge(ready)
-        results = [
-            "results",
-            "--study",
-            options.request.name,
-            *(["--rehearse"] if rehearsal else []),
-            "--runs",
-            str(runs),
+        for pipeline in pipelines:
+            pipeline.look_up()
+        begun = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check(with_data=False)]
+        _have_data(of_study, [pipeline.composed for pipeline in begun if pipeline.composed])
+        for pipeline in begun:
+            if not pipeline.former:  # without the data it could not be found
+                pipeline.look_up()
+        ready = [
+            pipeline
+            for pipeline in begun
+            if pipeline.is_finished() or (pipeline.check(with_data=True) and pipeline.plan())
         ]
-        options.place.submit([one.work() for one in ready], options.request.name, runs, results)
+        works = [pipeline.work() for pipeline in ready]
+        need_judge(works, evaluation, request.rehearse)
+        rehearsed = ["--rehearse"] if request.rehearse else []
+        place.submit(works, request.name, runs, ["results", "--study", request.name, *rehearsed, "--runs", str(runs)])
     return outcomes
 
 
 def lock(name: str, runs: Path) -> Path:
-    """What a command that reproduces the study of a name holds."""
+    """The lock that a command holds while it reproduces the study of a name."""
     return runs / f".reproduce-{name.replace('/', '--')}.lock"
 
 
 def _request(shared: Request, recipe: str) -> Request:
-    """What is laid over all recipes, for one; a mirror only where the model is gated."""
+    """The request for one recipe, with a mirror only where the model is gated."""
     base_model = str(yamlfiles.read_yaml(find_recipe(recipe)[1]).get("base_model"))
     return replace(shared, name=recipe, mirror=shared.mirror and bool(models.catalogue()[base_model]["gated"]))
 
 
 def _have_data(of_study: Study, configs: list[Composed]) -> None:
-    """Fetch and prepare the study's data in the forms that some configs read, where they are not there.
+    """Fetch and prepare the study's data in the forms that some configs read, unless they are there.
 
     Raises:
-        UserError: what is there is not the study's data.
+        UserError: the data there is not the study's.
     """
     entries = [entry for composed in configs for _, entry in datafiles.datasets(composed.config)]
     needed = {Path(str(entry.get("path"))).parent for entry in entries}

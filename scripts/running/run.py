@@ -1,7 +1,7 @@
 """Runs of recipes, from the request to the trained adapter: `recipe run` and `recipe resume`.
 
-On several nodes a scheduler starts `recipe resume` on each of them. The first one's holds the run and keeps its record,
-the others' only launch their share of the ranks.
+On several nodes a scheduler starts `recipe resume` on each of them. The one on the first node holds the run and keeps
+its record; the others only launch their share of the ranks.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Container
 from pathlib import Path
 
 from .. import places
-from ..base import machine, paths, yamlfiles
+from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256, write_atomically
 from ..base.progress import say
@@ -20,77 +20,84 @@ from ..configs import datafiles, gpus, standin
 from ..configs.compose import Composed, Request, compose, is_rehearsal
 from ..configs.config import Difference
 from ..places import Place
+from ..places.local import visible_gpus
 from ..planning import fit
 from ..runs import launch, provenance
 from ..runs.handover import launched
 from ..runs.lookup import find_run
 from ..runs.rundir import Run, RunDir, new_folder, this_job
-from ..runs.tasks import Command
+from ..runs.tasks import Command, Outcome, Work
 
 
-def prepare(request: Request, place: Place | None = None) -> Composed:
+def prepare(request: Request, place: Place) -> Composed:
     """The checked config of a run; what is worth knowing about it goes to stderr.
 
     Args:
         request: the run.
-        place: where it is to run; None for this machine.
+        place: where it is to run.
 
     Raises:
         UserError: the request or the config is wrong.
     """
-    here = place is None or place.here
     for option, value in (("--gpus", request.gpus), ("--nodes", request.nodes)):
         if value < 1:
             raise UserError(f"{option} {value}: at least 1")
-    if here and request.nodes > 1:
-        raise UserError(f"--nodes {request.nodes}: goes with --on slurm, which starts the run on each of them")
-    on_gpus = here and not request.dry_run and not is_rehearsal(request)
-    if on_gpus and request.gpus > max(available := len(machine.gpus()), 1):
-        raise UserError(f"--gpus {request.gpus}: this machine has {available}")
+    place.check_size(1 if request.dry_run or is_rehearsal(request) else request.gpus, request.nodes)
     check_arguments(request.axolotl_arguments)
     composed = compose(request)
     starts = not request.dry_run
-    gpu = place.gpu() if place else gpus.here()
+    gpu = place.gpu()
     report = check.examine(composed, gpu, request.ranks, launching=starts, data=starts)
     fit.add_to(report, gpu, request.ranks, anew=starts)
     found = report.findings
     for finding in found:
         if not starts and finding.scope == "data":
             finding.level = "note"  # a dry run only shows the config
-    for finding in check.refuse(places.relevant(place, found) if place else found, request.force):
+    for finding in check.refuse(places.relevant(place, found), request.force):
         say(str(finding))
     if starts:
         composed.data = datafiles.record(composed.config)
     return composed
 
 
-def run(request: Request, runs: Path) -> RunDir:
-    """Launch a recipe in a new run folder and wait for it.
+def start(request: Request, runs: Path, place: Place) -> RunDir:
+    """Train a recipe in a new run folder, in this process or as a job.
 
     Raises:
-        UserError: the request is wrong; nothing was started.
+        UserError: the request is wrong, or the place refuses it; nothing was started.
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
-    folder = create(prepare(request), request, runs)
-    with folder.held() as lock:
-        launch.train(folder, folder.read(), lock)
-    return folder
+    composed = prepare(request, place)
+
+    def train() -> RunDir:
+        folder = create(composed, request, runs)
+        with folder.held() as lock:
+            launch.train(folder, folder.read(), lock)
+        return folder
+
+    work = Work(
+        Outcome(composed.recipe),
+        lambda: [command(create(composed, request, runs), runs)],
+        gpus=0 if composed.rehearsal else request.gpus,
+        nodes=request.nodes,
+    )
+    return place.carry_out(work, composed.recipe, runs, train)
 
 
-def create(composed: Composed, request: Request, runs: Path, told: Container[Difference] = ()) -> RunDir:
-    """A new run folder with the config and the record of a run that has yet to be launched.
+def create(composed: Composed, request: Request, runs: Path, shared: Container[Difference] = ()) -> RunDir:
+    """A new run folder with the config and the record of a run that is yet to be launched.
 
     Args:
         composed: the run's checked config.
         request: what it was composed from.
         runs: the folder for it.
-        told: differences from the recipe that the user knows already.
+        shared: differences from the recipe that have been shown already, for several runs together.
     """
     if composed.rehearsal:
         standin.model_folder()
     folder = RunDir(new_folder(runs / composed.recipe, composed.digest[:7]))
     ours = launched(composed, folder)
-    new = [difference for difference in composed.differences if difference not in told]
+    new = [difference for difference in composed.differences if difference not in shared]
     for difference in composed.differences:  # with a tracker's placeholders filled in
         difference.run = ours.get(difference.key, difference.run)
     record = Run(
@@ -122,19 +129,34 @@ def create(composed: Composed, request: Request, runs: Path, told: Container[Dif
     return folder
 
 
-def resume(name: str, runs: Path, prepare_only: bool = False) -> RunDir:
-    """Go on with an interrupted or failed run from its last whole checkpoint, in its own folder.
+def resume(name: str, runs: Path, place: Place, prepare_only: bool = False) -> RunDir:
+    """Resume an interrupted or failed run from its last whole checkpoint, in this process or as a job.
 
     Args:
         name: the run, see `find_run`.
         runs: the folder with the runs.
-        prepare_only: only have its rows tokenized and its base model fetched.
+        place: where it is to run.
+        prepare_only: only have its rows tokenized and its base model fetched, in this process.
 
     Raises:
-        UserError: there is no such run, it is finished or still going on, or this machine cannot train it.
-        WorkFailed: as in `run`.
+        UserError: there is no such run, it is finished or still running, or the place cannot train it.
+        WorkFailed: as in `start`.
     """
     folder = find_run(name, runs)
+    record = folder.read()
+
+    def commands() -> list[Command]:
+        current = places.read(folder)
+        if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):
+            raise UserError(f"{folder.path}: {reason}")
+        return [command(folder, runs)]
+
+    gpus_a_node = 0 if record.rehearsal else record.gpus_used
+    work = Work(Outcome(record.recipe), commands, gpus_a_node, record.nodes)
+    return place.carry_out(work, record.recipe, runs, lambda: _resume_here(folder, prepare_only))
+
+
+def _resume_here(folder: RunDir, prepare_only: bool) -> RunDir:
     if (record := folder.read()).nodes > 1 and os.environ.get("SLURM_NODEID", "0") != "0":
         if record.state != "finished":
             launch.follow(folder)
@@ -143,7 +165,7 @@ def resume(name: str, runs: Path, prepare_only: bool = False) -> RunDir:
         record = folder.read()
         in_a_job = this_job(os.environ) in {job.id for job in folder.jobs()}
         if record.state == "finished" and in_a_job:
-            say(f"{folder.path}: the run is finished")  # of a job that was requeued after it
+            say(f"{folder.path}: the run is finished")  # and its job was requeued after that
             return folder
         if reason := hindrance(folder, record, in_a_job):
             raise UserError(f"{folder.path}: {reason}")
@@ -163,10 +185,10 @@ def resume(name: str, runs: Path, prepare_only: bool = False) -> RunDir:
 
 
 def hindrance(folder: RunDir, record: Run, in_a_job: bool = False) -> str | None:
-    """Why a run cannot be gone on with; None where it can.
+    """Why a run cannot be resumed; None where it can.
 
     Args:
-        in_a_job: whether what asks is the job that is to go on with it, or one that comes before.
+        in_a_job: whether this process belongs to the job that is to resume it, or to one that prepares for that.
     """
     job = None if in_a_job else places.job_state(folder, "run")
     if job and job.kind != "unknown":
@@ -181,7 +203,7 @@ def hindrance(folder: RunDir, record: Run, in_a_job: bool = False) -> str | None
     for file in record.data:
         path = Path(record.cwd, file.path)
         if not path.is_file() or sha256(path) != file.sha256:
-            return f"{path} is not the data that the run began with; a resumed run would mix two"
+            return f"{path} is not the data that the run began with; a resumed run would mix the two"
     return None
 
 
@@ -189,18 +211,25 @@ def _check_here(folder: RunDir, record: Run) -> None:
     """Check a run that was created elsewhere, or a while ago, against the machine that is to train it.
 
     Raises:
-        UserError: it cannot train it; the run is a failed one then.
+        UserError: this machine cannot train it; the run's state is then failed.
     """
-    content, recipe = yamlfiles.read_yaml(folder.config), Path(record.recipe_file)
-    composed = Composed(record.recipe, recipe, record.variant_of, content, [], {}, record.profiles, record.rehearsal)
+    composed = Composed(
+        recipe=record.recipe,
+        recipe_file=Path(record.recipe_file),
+        origin=record.variant_of,
+        config=yamlfiles.read_yaml(folder.config),
+        differences=[],
+        files={},
+        profiles=record.profiles,
+        rehearsal=record.rehearsal,
+    )
     report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
     fit.add_to(report, gpus.here(), record.ranks, anew=True)
-    found = report.findings
-    visible = len([*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))]) or len(machine.gpus())
+    errors = {finding.name for finding in report.findings if finding.level == "error"}
+    forced = [name for name in record.forced if name in errors]  # not those of the rows, or of another GPU
     try:
-        errors = {finding.name for finding in found if finding.level == "error"}
-        check.refuse(found, [name for name in record.forced if name in errors])  # not of the rows, or of another GPU
-        if not record.rehearsal and record.gpus_used > max(visible, 1):
+        check.refuse(report.findings, forced)
+        if not record.rehearsal and record.gpus_used > max(visible := len(visible_gpus()), 1):
             raise UserError(f"{folder.path}: a run on {record.gpus_used} GPUs, and there are {visible} here")
     except UserError:
         record.state = "failed"
@@ -209,7 +238,7 @@ def _check_here(folder: RunDir, record: Run) -> None:
 
 
 def _template_sha256(recipe: str) -> str | None:
-    """A hash of all that a recipe is rendered from; None where it has no template."""
+    """A hash of everything that a recipe is rendered from; None where it has no template."""
     template = paths.TEMPLATES / f"{recipe}.yaml.j2"
     if not template.is_file():
         return None

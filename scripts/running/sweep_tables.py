@@ -11,11 +11,8 @@ from .sweeps import Sweep
 
 def show(sweep: Sweep, rows: list[dict[str, Any]], best: str | None, form: str) -> None:
     """Print the rows of `sweeps.rows` as `table`, `md`, `csv` or `json`."""
-    if form == "json":
-        tables.print_json(rows)
-        return
-    if form == "csv":
-        tables.print_csv([_flat(sweep, row) for row in rows])
+    if form in ("json", "csv"):
+        tables.write(rows if form == "json" else [_flat(sweep, row) for row in rows], form)
         return
     title = f"{sweep.name}: {sweep.recipe}"
     tables.write(
@@ -26,7 +23,7 @@ def show(sweep: Sweep, rows: list[dict[str, Any]], best: str | None, form: str) 
 
 
 def notes(sweep: Sweep, rows: list[dict[str, Any]], best: str | None) -> list[str]:
-    """What has to be said under the table."""
+    """The notes below the table."""
     quality = sweeps.quality_of(rows, best)
     front = [row["member"] for row in rows if row["pareto"]]
     lines = [f"Pareto front over peak memory and {quality}: {'; '.join(front)}"] if front else []
@@ -42,10 +39,11 @@ def notes(sweep: Sweep, rows: list[dict[str, Any]], best: str | None) -> list[st
 
 def _short(sweep: Sweep, row: dict[str, Any]) -> dict[str, Any]:
     """The columns of a row that fit a terminal."""
-    values = {key: _shown(row["values"].get(key)) for key in sweep.keys if not row["member"].startswith(f"{key}=")}
+    values = {key: _yaml(row["values"].get(key)) for key in sweep.keys if not row["member"].startswith(f"{key}=")}
     wanted = max(len(row["seeds"]), 1)
     states = Counter(row["states"] + ["not begun"] * (wanted - len(row["states"])))
-    share, seconds = row["trainable_share"], row["train_seconds"]
+    share = row["trainable_share"]
+    seconds = row["train_seconds"]
     return {
         "member": row["member"],
         **values,
@@ -62,15 +60,15 @@ def _short(sweep: Sweep, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shown(value: Any) -> Any:
+def _yaml(value: Any) -> str | None:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     return None if value is None else yamlfiles.write_flow(value)
 
 
 def _flat(sweep: Sweep, row: dict[str, Any]) -> dict[str, Any]:
-    """A row without anything below it, as CSV needs it."""
+    """A row without nested values, as CSV needs it."""
     flat = {key: value for key, value in row.items() if key not in ("values", "runs", "states", "seeds")}
     for score in sweeps.QUALITY:
         flat[f"{score}_low"], flat[f"{score}_high"] = flat.pop(f"{score}_interval") or (None, None)
-    return {"member": flat.pop("member")} | {key: _shown(row["values"].get(key)) for key in sweep.keys} | flat
+    return {"member": flat.pop("member")} | {key: _yaml(row["values"].get(key)) for key in sweep.keys} | flat

@@ -1,7 +1,8 @@
-"""Sweeps: the members of one, the record that it leaves, and how its members compare."""
+"""Sweeps: the members of a sweep, its record, and how its members compare."""
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from .. import places
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.files import tensor_shapes, write_atomically
@@ -18,25 +18,24 @@ from ..base.yamlfiles import Config
 from ..configs import models
 from ..planning import lora
 from ..results import run_rows
-from ..runs import lookup
-from ..runs.lookup import all_runs
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations, intervals
 from ..scores.metrics import PER_ROW
+from . import former
 
-PAIRED, NAME = "_", "name"
+PAIRED = "_"
 QUALITY = {"eval_loss": min} | {name: max if metric.higher_is_better else min for name, metric in PER_ROW.items()}
 CRITERIA: dict[str, Callable[..., dict[str, Any]]] = {**QUALITY, "memory": min, "time": min, "bleu4_per_gib": max}
-"""By what a member can be the best, and whether the least or the most of it is."""
+"""What a member can be the best by, and whether the least or the most of it is the best."""
 
 
-class Member(BaseModel):
+class SweepMember(BaseModel):
     """One config of a sweep; with several seeds there are as many members of a name.
 
     Attributes:
         values: what it sets, by dotted key.
-        digest: of its config and data, by which its run is found.
-        planned_gib: what the recipe itself needs so on a GPU.
+        digest: of its config and data; it identifies its run.
+        planned_gib: what the recipe itself needs on a GPU with these values.
     """
 
     name: str
@@ -54,7 +53,7 @@ class Member(BaseModel):
     def overrides(self) -> list[str]:
         """Its values as --set takes them."""
         values = self.values if self.seed is None else self.values | {"seed": self.seed}
-        return [f"{key}={yamlfiles.write_flow(value)}" for key, value in values.items()]
+        return [_setting(key, value) for key, value in values.items()]
 
 
 class Sweep(BaseModel):
@@ -70,7 +69,7 @@ class Sweep(BaseModel):
     rehearsal: bool
     keys: list[str]
     profiles: list[str] = Field(default_factory=list)
-    members: list[Member]
+    members: list[SweepMember]
     made: str = Field(default_factory=now)
 
     @property
@@ -79,28 +78,28 @@ class Sweep(BaseModel):
         return f"{self.name}/{self.recipe}{'/rehearsal' if self.rehearsal else ''}"
 
     def file(self, runs: Path) -> Path:
-        """Where its record is."""
-        kind = ".rehearsal" if self.rehearsal else ""
-        return runs / "sweeps" / self.name / f"{self.recipe.replace('/', '--')}{kind}.json"
+        """The file of its record."""
+        kind = ".rehearsal.json" if self.rehearsal else ".json"
+        return runs / "sweeps" / self.name / f"{self.recipe.replace('/', '--')}{kind}"
 
     def lock(self, runs: Path) -> Path:
-        """What a command that carries it out holds."""
+        """The lock that a command holds while it carries the sweep out."""
         return self.file(runs).with_suffix(".lock")
 
     def write(self, runs: Path) -> None:
-        """Write its record, in the place of one of an earlier start."""
+        """Write its record, replacing that of an earlier start."""
         write_atomically(self.file(runs), self.model_dump_json(indent=1) + "\n")
 
 
-def read(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Member]]:
-    """The name and the members of a sweep, in their order: every entry of `_` with every combination of the lists.
+def read(file: Path | None, sets: Sequence[str]) -> tuple[str, list[SweepMember]]:
+    """The name and the members of a sweep, in order: every entry of `_` with every combination of the lists.
 
     Args:
         file: a YAML file in Axolotl's sweep format; an entry of `_` can have a `name`.
         sets: `key=value,value` as given to --set.
 
     Raises:
-        UserError: there is neither, it has another form, or two members have one name.
+        UserError: neither is given, one is malformed, or two members have the same name.
     """
     if not file and not sets:
         raise UserError("name a sweep's file, or values to try, as in --set lora_r=16,32")
@@ -122,53 +121,52 @@ def read(file: Path | None, sets: Sequence[str]) -> tuple[str, list[Member]]:
     members = []
     for entry, combination in itertools.product(paired, itertools.product(*grid.values())):
         chosen = dict(zip(grid, combination, strict=True))
-        own = {key: value for key, value in entry.items() if key != NAME}
-        named = [str(entry[NAME])] if NAME in entry else [_said(key, value) for key, value in own.items()]
-        named += [_said(key, chosen[key]) for key in several]
-        members.append(Member(name=", ".join(named) or "as it is", values=chosen | own))
-    names = [member.name for member in members]
-    for name in names:
-        if names.count(name) > 1:
+        own = {key: value for key, value in entry.items() if key != "name"}
+        named = [str(entry["name"])] if "name" in entry else [_setting(key, value) for key, value in own.items()]
+        named += [_setting(key, chosen[key]) for key in several]
+        members.append(SweepMember(name=", ".join(named) or "as it is", values=chosen | own))
+    for name, count in Counter(member.name for member in members).items():
+        if count > 1:
             raise UserError(f"{file or '--set'}: two members are called {name}; give each entry of _ its own name")
     return file.stem if file else "+".join(several or grid), members
 
 
-def _said(key: str, value: Any) -> str:
+def _setting(key: str, value: Any) -> str:
     return f"{key}={yamlfiles.write_flow(value)}"
 
 
-def varying(members: Sequence[Member]) -> list[str]:
+def varying(members: Sequence[SweepMember]) -> list[str]:
     """The keys in whose values some members differ."""
     keys = dict.fromkeys(key for member in members for key in member.values)
     return [key for key in keys if any(m.values.get(key) != members[0].values.get(key) for m in members)]
 
 
 def find(name: str, runs: Path) -> Sweep:
-    """The sweep of a name: as it was given, the whole of its label or an end of that, or `latest`.
+    """The sweep of a name: the one it was given, its label or the end of that, or `latest`.
 
     Raises:
-        UserError: none, or more than one, is meant.
+        UserError: there is none, or more than one.
     """
-    known = []
+    recorded = []
     for file in runs.glob("sweeps/*/*.json"):
         with suppress(OSError, ValidationError):
-            known.append(Sweep.model_validate_json(file.read_bytes()))
-    known.sort(key=lambda sweep: sweep.made)
-    if name == "latest" and known:
-        return known[-1]
+            recorded.append(Sweep.model_validate_json(file.read_bytes()))
+    recorded.sort(key=lambda sweep: sweep.made)
+    if name == "latest" and recorded:
+        return recorded[-1]
     wanted = Path(name).stem if name.endswith((".yaml", ".yml")) else name
-    meant = [sweep for sweep in known if f"/{wanted}/" in f"/{sweep.label}/"]
+    meant = [sweep for sweep in recorded if f"/{wanted}/" in f"/{sweep.label}/"]
     if len(meant) == 1:
         return meant[0]
-    labels = [sweep.label for sweep in meant or known]
+    labels = [sweep.label for sweep in meant or recorded]
     if meant:
-        raise UserError(f"{name}: several sweeps are called so: {', '.join(labels)}")
+        raise UserError(f"{name}: several sweeps have that name: {', '.join(labels)}")
     there = f"; there are {', '.join(labels)}" if labels else "; `recipe sweep` makes one"
     raise UserError(f"{name}: no sweep of that name below {runs}/{did_you_mean(name, labels) or there}")
 
 
 def find_file(name: str) -> Path:
-    """The file of a sweep given as a shipped one's name or as FILE.
+    """The file of a sweep given by the name of a shipped one, or as FILE.
 
     Raises:
         UserError: there is neither.
@@ -183,69 +181,74 @@ def find_file(name: str) -> Path:
 def rows(sweep: Sweep, runs: Path, best: str | None = None) -> list[dict[str, Any]]:
     """A row for each name among the members: what it sets and what its finished runs measured.
 
-    Scores are means over its seeds, with Student's interval of 95 %, or of one run with the bootstrap's over rows.
-    The front is Pareto's over peak memory and a quality, see `quality_of`.
+    Scores are means over seeds with Student's 95 % interval, or a single run's with the bootstrap's over rows. The
+    Pareto front is over peak memory and a quality, see `quality_of`.
 
     Args:
         sweep: the sweep.
         runs: the folder with the runs.
-        best: one of `CRITERIA`, by which one row is the best.
+        best: one of `CRITERIA`, to mark the best row by.
     """
-    by_digest: dict[str | None, tuple[RunDir, Run]] = {}
-    for folder, run in lookup.readable(all_runs(runs / sweep.recipe), places.read):
-        former = by_digest.get(run.digest)
-        if former is None or former[1].state != "finished" or run.state == "finished":
-            by_digest[run.digest] = folder, run
-    found = []
-    for name, members in itertools.groupby(sweep.members, key=lambda member: member.name):
-        of_name = list(members)
-        found.append(_row(name, of_name, [by_digest[m.digest] for m in of_name if m.digest in by_digest]))
-    quality = quality_of(found, best)
-    for row in found:
-        row["pareto"] = _on_front(row, found, quality)
+    of_digest = former.by_digest(runs, sweep.recipe)
+    by_name = [list(of_name) for _, of_name in itertools.groupby(sweep.members, key=lambda member: member.name)]
+    compared = [_row(of_name, [of_digest[m.digest] for m in of_name if m.digest in of_digest]) for of_name in by_name]
+    quality = quality_of(compared, best)
+    for row in compared:
+        row["pareto"] = on_front(row, compared, "peak_memory_gib", quality)
         row["best"] = False
-    if best and (ranked := [row for row in found if _criterion(row, best) is not None]):
+    if best and (ranked := [row for row in compared if _criterion(row, best) is not None]):
         CRITERIA[best](ranked, key=lambda row: _criterion(row, best) or 0.0)["best"] = True
-    return found
+    return compared
 
 
-def quality_of(found: Sequence[dict[str, Any]], best: str | None = None) -> str:
-    """The quality that the front is over: what was asked for, else BLEU-4 where all are scored, else the loss."""
+def quality_of(compared: Sequence[dict[str, Any]], best: str | None = None) -> str:
+    """The quality that the front is over: the one asked for, else BLEU-4 where all are scored, else the loss."""
     if best in QUALITY:
         return str(best)
-    measured = [row for row in found if row["eval_loss"] is not None]
+    measured = [row for row in compared if row["eval_loss"] is not None]
     return "bleu4" if measured and all(row["bleu4"] is not None for row in measured) else "eval_loss"
 
 
-def _row(name: str, members: Sequence[Member], of_runs: Sequence[tuple[RunDir, Run]]) -> dict[str, Any]:
+def on_front(row: dict[str, Any], compared: Sequence[dict[str, Any]], cost: str, quality: str) -> bool:
+    """Whether a row is on the Pareto front: no other is as good in both a cost and a quality, and better in one."""
+    sign = 1 if QUALITY[quality] is min else -1
+
+    def losses(some: dict[str, Any]) -> tuple[float, float] | None:
+        return None if None in (some.get(cost), some.get(quality)) else (some[cost], sign * some[quality])
+
+    own = losses(row)
+    rivals = [other for other in map(losses, compared) if other not in (None, own)]
+    return own is not None and not any(rival[0] <= own[0] and rival[1] <= own[1] for rival in rivals if rival)
+
+
+def _row(members: Sequence[SweepMember], of_runs: Sequence[tuple[RunDir, Run]]) -> dict[str, Any]:
+    """The row of the members of a name; of the finished runs of these, the first stands for what is alike in all."""
     done = [(folder, run) for folder, run in of_runs if run.state == "finished"]
-    measured = [run_rows.row(*one) for one in done]
-    scored = [evaluations.of_run(folder.path, run) for folder, run in done]
+    measured = [run_rows.row(folder, run) for folder, run in done]
     row: dict[str, Any] = {
-        "member": name,
+        "member": members[0].name,
         "values": members[0].values,
         "seeds": [member.seed for member in members if member.seed is not None],
         "runs": [str(folder.path) for folder, _ in of_runs],
         "states": [run.state for _, run in of_runs],
     }
     for score in QUALITY:
-        values = [one[score] for one in measured if one[score] is not None]
-        within = None
+        values = [run[score] for run in measured if run[score] is not None]
+        row |= {score: sum(values) / len(values) if values else None, f"{score}_interval": None}
         if len(values) > 1:
-            within = intervals.of_few(values)
-        elif values and scored[0] and len(members) == 1:
-            within = scored[0].scores["intervals"].get(score)
-        row |= {score: sum(values) / len(values) if values else None, f"{score}_interval": within}
-    memory = [one["peak_memory_gib"] for one in measured if one["peak_memory_gib"] is not None]
+            row[f"{score}_interval"] = intervals.of_few(values)
+        elif values and len(members) == 1 and (scored := evaluations.of_run(done[0][0].path, done[0][1])):
+            row[f"{score}_interval"] = scored.scores["intervals"].get(score)
     trainable, frozen = _parameters(*done[0]) if done else (None, None)
+    first = measured[0] if measured else {}
     return row | {
         "planned_gib": members[0].planned_gib,
-        "peak_memory_gib": max(memory, default=None),
-        "memory_kind": measured[0]["memory_kind"] if measured else None,
+        "peak_memory_gib": max((run["peak_memory_gib"] for run in measured if run["peak_memory_gib"]), default=None),
+        "memory_kind": first.get("memory_kind"),
         "trainable": trainable,
         "trainable_share": trainable / (trainable + frozen) if trainable and frozen else None,
-        "train_seconds": sum(one["train_seconds"] for one in measured) / len(measured) if measured else None,
-        "tokens_per_second": measured[0]["tokens_per_second"] if measured else None,
+        "train_seconds": sum(run["train_seconds"] for run in measured) / len(measured) if measured else None,
+        "tokens_per_second": first.get("tokens_per_second"),
     }
 
 
@@ -257,7 +260,7 @@ def _parameters(folder: RunDir, run: Run) -> tuple[int | None, int | None]:
     frozen = None
     cfg: Config = yamlfiles.read_yaml(folder.config)
     shapes = tensor_shapes(folder.output / "adapter_model.safetensors") or {}
-    saved = cfg.get("lora_modules_to_save") or []  # an embedding that only grew is in the file and was not trained
+    saved = cfg.get("lora_modules_to_save") or []  # an embedding that only grew is in the file, but was not trained
     trained = [name for name in shapes if "lora_" in name or any(f".{module}." in name for module in saved)]
     trainable = sum(math.prod(shapes[name]) for name in trained) or None
     with suppress(UserError):
@@ -268,24 +271,8 @@ def _parameters(folder: RunDir, run: Run) -> tuple[int | None, int | None]:
 
 
 def _criterion(row: dict[str, Any], name: str) -> float | None:
-    memory, bleu4 = row["peak_memory_gib"], row["bleu4"]
     if name == "bleu4_per_gib":
-        return bleu4 / memory if memory and bleu4 is not None else None
+        memory = row["peak_memory_gib"]
+        return row["bleu4"] / memory if memory and row["bleu4"] is not None else None
     value: float | None = row[{"memory": "peak_memory_gib", "time": "train_seconds"}.get(name, name)]
     return value
-
-
-def _on_front(row: dict[str, Any], others: Sequence[dict[str, Any]], quality: str) -> bool:
-    """Whether no other row is as good in both memory and quality, and better in one."""
-    sign = 1 if QUALITY[quality] is min else -1
-
-    def costs(one: dict[str, Any]) -> tuple[float, float] | None:
-        if one["peak_memory_gib"] is None or one[quality] is None:
-            return None
-        return one["peak_memory_gib"], sign * one[quality]
-
-    own = costs(row)
-    if own is None:
-        return False
-    rivals = (other for other in map(costs, others) if other is not None and other != own)
-    return not any(memory <= own[0] and loss <= own[1] for memory, loss in rivals)

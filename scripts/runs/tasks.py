@@ -1,6 +1,6 @@
 """The commands that bring a run to its end, and what becomes of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +51,7 @@ class Command:
     Attributes:
         step: what it does for the run.
         folder: the run's.
-        words: the command line behind `recipe`.
+        words: the arguments of `recipe`.
         rows: what commands that prepare the same rows for training have in common.
     """
 
@@ -63,17 +63,18 @@ class Command:
 
 @dataclass
 class Work:
-    """The commands that bring a run to its end, in their order; each is worth carrying out once the one before is done.
+    """The commands that bring a run to its end, in order; each is worth carrying out once the one before is done.
 
     Attributes:
-        commands: asked for one at a time, since the first claims the run's folder.
+        commands: claims the run's folder where it has none yet, and returns the commands; a place calls it once, when
+            it has accepted the work and is about to begin.
         gpus: how many its training needs on each node.
         nodes: how many of those.
-        steps: what may be among the commands, and a place has to be able to do.
+        steps: those that may be among the commands, all of which a place has to be able to do.
     """
 
     outcome: Outcome
-    commands: Iterator[Command]
+    commands: Callable[[], list[Command]]
     gpus: int
     nodes: int = 1
     steps: Sequence[Step] = ("prepare", "run")

@@ -36,8 +36,8 @@ MISTAKES = [
     ("run broken.yaml", "broken.yaml:3: not valid YAML"),
     ("run twice.yaml", "twice.yaml:3: not valid YAML: the key lora_r occurs twice"),
     ("run list.yaml", "list.yaml: a config is a mapping"),
-    ("resume latest --on slurm --prepare", "--prepare: is done here"),
-    ("evaluate latest --on slurm --export-prompts f", "--export-prompts: needs no GPU, and is done here"),
+    ("resume latest --on slurm --prepare", "--prepare: works only with --on local; jobs prepare"),
+    ("evaluate latest --on slurm --export-prompts f", "--export-prompts: works only with --on local; it needs no GPU"),
     ("run typo.yaml --rehearse", "typo.yaml:64: error: weight_decai: no key of Axolotl's; did you mean weight_decay"),
     (f"run {NAME} --rehearse --set lora_rr=8", "--set lora_rr=8: error: lora_rr: no key of Axolotl's; did you mean"),
     (f"run {NAME} --rehearse --set lora_rr=8", "did you mean lora_r"),
@@ -79,6 +79,12 @@ MISTAKES = [
     ("score empty.jsonl", "empty.jsonl: has no rows"),
     ("score pairs.jsonl", "pairs.jsonl:2: a row needs the text field prediction"),
     ("resume latest", "latest: no run of that name"),
+    ("cancel", "RUN, --sweep and --study: give just one of them"),
+    ("cancel latest --sweep latest", "RUN, --sweep and --study: give just one of them"),
+    ("results --by lang --study haider2024", "--study, --sweep, --compare and --by: give only one of them"),
+    ("results --run latest", "--run: works only with --by"),
+    (f"run {NAME} --nodes 2", "--nodes 2: works only with --on slurm"),
+    (f"run {NAME} --gpus 2", "--gpus 2: this machine has 0"),
     ("evaluate some/run", "some/run: no run of that name"),
 ]
 

@@ -22,7 +22,6 @@ from qlora_recipes.places import slurm as place_module
 from qlora_recipes.places import slurm_settings
 from qlora_recipes.runs import lookup, rundir
 from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.runs.tasks import Outcome, Work
 
 TOOLS = Path(sys.executable).parent
 NAME = "haider2024/code-llama-7b"
@@ -144,7 +143,7 @@ def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
     wait_for(run, lambda record: record.state == "interrupted")
     assert run.last_checkpoint()
     again = start(tmp_path, "cancel", "latest")
-    assert "nothing of it is going on or queued" in finish(again, code=2)
+    assert "nothing is running or queued" in finish(again, code=2)
     submitted(tmp_path, "resume", "latest", "--on", "slurm", "--slurm", "begin=now+1hour", command=stand_in)
     wait_for(run, lambda record: record.state == "queued")
     for place in ("local", "slurm"):
@@ -175,7 +174,7 @@ def test_cancelling_a_sweep_takes_it_out_of_the_queue(tmp_path: Path, tiny_profi
         (["--slurm", "tyme=1:00:00"], "unrecognized option '--tyme"),
         (["--slurm", "time=later"], "Invalid --time specification"),
         (["--slurm", "partition"], "--slurm partition: expected key=value"),
-        (["--slurm", "array=1-5"], "array is not for jobs of this command"),
+        (["--slurm", "array=1-5"], "array is set for each job by this command"),
         (["--slurm", "nodes=2"], "--nodes sets it"),
         (["--slurm", "card=H1000"], "card H1000: no GPU of that name; did you mean H100"),
         (["--slurm", "card=T4", "--set", "micro_batch_size=4096"], "a full batch needs .* of T4"),
@@ -202,7 +201,7 @@ def test_without_slurm_that_is_told(recipe: Recipe, tmp_path: Path, monkeypatch:
     assert (done.returncode, done.stdout) == (2, "")
     assert "there is no squeue on this machine" in done.stderr
     done = recipe("run", NAME, "--rehearse", "--slurm", "time=1:00:00")
-    assert "--slurm time=1:00:00: goes with --on slurm" in done.stderr
+    assert "--slurm time=1:00:00: works only with --on slurm" in done.stderr
 
 
 def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
@@ -211,7 +210,7 @@ def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
         "partition: gpu\ntime: 12:00:00\ngpus-per-node: a100:{gpus}\nexclusive:\ncard: A100\n"
         "prefix: apptainer exec --nv image.sif\nsetup:\n- module load cuda\nevaluate: {time: 1:00:00}\n"
     )
-    found = slurm_settings.settings(["partition=debug", "evaluate.qos=short"])
+    found = slurm_settings.site_settings(["partition=debug", "evaluate.qos=short"])
     assert found.options == {"partition": "debug", "time": "12:00:00", "gpus-per-node": "a100:{gpus}", "exclusive": ""}
     assert found.of_step == {"evaluate": {"time": "1:00:00", "qos": "short"}}
     assert (found.card, found.setup) == ("A100", ["module load cuda"])
@@ -221,22 +220,21 @@ def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
     assert "gres" not in script
     assert "\napptainer exec --nv image.sif recipe " in script
     no_settings.unlink()
-    found = slurm_settings.settings(["gres=nvme:1", "mem-per-gpu=40G"])
+    found = slurm_settings.site_settings(["gres=nvme:1", "mem-per-gpu=40G"])
     assert "--gres=nvme:1,gpu:4" in (script := batch(found, gpus=4).script("run", [], 2))
     assert "mem-per-gpu" in script and "mem-per-gpu" not in batch(found, gpus=4).script("prepare", [], 2)
     for broken in ("[gpu]", "partition: [a]", "evaluate: gpu", "setup: {a: b}", "card: {"):
         no_settings.write_text(broken)
         with pytest.raises(UserError, match=r"slurm\.yaml"):
-            slurm_settings.settings([])
+            slurm_settings.site_settings([])
 
 
-def batch(settings: slurm_settings.Settings, gpus: int = 1, nodes: int = 1) -> place_module.Batch:
-    work = Work(Outcome(""), iter(()), gpus, nodes)
-    return place_module.Batch(settings, None, "title", Path("runs"), [work])
+def batch(site: slurm_settings.Site, gpus: int = 1, nodes: int = 1) -> place_module.Batch:
+    return place_module.Batch(site, None, "title", Path("runs"), gpus, nodes)
 
 
-def task(folder: Path, *words: str) -> place_module.Task:
-    return place_module.Task(RunDir(folder), list(words), [])
+def task(folder: Path, *words: str) -> place_module.ArrayTask:
+    return place_module.ArrayTask(RunDir(folder), list(words))
 
 
 STUB = """#!/bin/bash
@@ -268,7 +266,7 @@ def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(
     ):
         (tmp_path / name).write_text(content)
         (tmp_path / name).chmod(0o755)
-    settings = slurm_settings.Settings(prefix=f"{tmp_path}/stub")
+    settings = slurm_settings.Site(prefix=f"{tmp_path}/stub")
     monkeypatch.chdir(tmp_path)
     script = batch(settings).script("run", [task(Path("a"), "resume", "a b")], 1)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}
@@ -300,7 +298,7 @@ def test_near_its_time_limit_a_task_of_an_array_queues_itself_alone(
     folders = [Path("a"), Path("b")]
     for folder in folders:
         folder.mkdir()
-    settings = slurm_settings.Settings(prefix=f"{tmp_path}/stub")
+    settings = slurm_settings.Site(prefix=f"{tmp_path}/stub")
     Path("run.sh").write_text(batch(settings, gpus=0).script("run", [task(one, str(one)) for one in folders], 2))
     job = slurm.ask("sbatch", "--parsable", "run.sh")
 
@@ -320,7 +318,7 @@ def test_near_its_time_limit_a_task_of_an_array_queues_itself_alone(
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("prefix", [None, 'apptainer exec --nv --bind "$PWD" image.sif'])
 def test_scripts_are_sound(tmp_path: Path, nodes: int, prefix: str | None) -> None:
-    settings = slurm_settings.Settings(prefix=prefix, setup=["module load cuda"], options={"comment": "it's a test"})
+    settings = slurm_settings.Site(prefix=prefix, setup=["module load cuda"], options={"comment": "it's a test"})
     tasks = [task(Path(folder), "resume", folder) for folder in ("runs/a b", "runs/c")]
     for step in slurm_settings.STEPS:
         script = batch(settings, nodes=nodes).script(step, tasks, 2)

@@ -137,7 +137,7 @@ def a_sweep(folder: Path) -> sweeps.Sweep:
     for name, rank in {"Paper": 32, "High rank": 64, "Low rank": 16, "Odd": 8}.items():
         for seed in (42, 43):
             values, digest = {"lora_r": rank, "lora_alpha": 32}, f"{name} {seed}"
-            members.append(sweeps.Member(name=name, values=values, seed=seed, digest=digest, planned_gib=7.1))
+            members.append(sweeps.SweepMember(name=name, values=values, seed=seed, digest=digest, planned_gib=7.1))
             if name != "Odd":
                 a_run(folder, name=digest, digest=digest)
     sweep = sweeps.Sweep(name="ranks", recipe=LLAMA_3, rehearsal=True, keys=["lora_r", "lora_alpha"], members=members)
@@ -333,8 +333,8 @@ def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:
         ("--study", "haider2024"): "no runs of it below runs/; --rehearse takes its rehearsals",
         ("--study", "haider2024", "--rehearse"): "no rehearsals of it below runs/; `recipe reproduce haider2024`",
         ("x", "--study", "haider2024"): "one of them",
-        ("--rehearse",): "--rehearse: goes with --study",
-        ("--best", "bleu4"): "--best: goes with --sweep",
+        ("--rehearse",): "--rehearse: works only with --study",
+        ("--best", "bleu4"): "--best: works only with --sweep",
         ("--sweep", "ranks"): "ranks: no sweep of that name below runs/",
     }
     for arguments, message in mistakes.items():

@@ -1,28 +1,27 @@
 """What a place does with commands, jobs and failures; test_reproduce.py and test_sweep.py have the commands."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from run_folders import a_run
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.places.local import Local
-from qlora_recipes.running import pipeline, sweep
+from qlora_recipes.running import former, pipeline, sweep
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.runs.tasks import Command, Outcome, Step, Work
 
 
 def work(folder: Path, words: dict[Step, list[str]], asked: list[str]) -> Work:
-    """Commands, each of which is noted once it is asked for."""
+    """Commands; that they are asked for is noted."""
     folder.mkdir()
 
-    def commands() -> Iterator[Command]:
-        for step, line in words.items():
-            asked.append(step)
-            yield Command(step, RunDir(folder), line)
+    def commands() -> list[Command]:
+        asked.append(folder.name)
+        return [Command(step, RunDir(folder), line) for step, line in words.items()]
 
-    return Work(Outcome(folder.name), commands(), gpus=0)
+    return Work(Outcome(folder.name), commands, gpus=0)
 
 
 def test_jobs_each_see_a_gpu_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +30,7 @@ def test_jobs_each_see_a_gpu_of_their_own(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UserError, match="--jobs 3: one GPU a job, and this machine has 2"):
         Local(rehearsal=False, jobs=3, options=[])
     assert Local(rehearsal=True, jobs=3, options=[]).devices == [None, None, None]
-    with pytest.raises(UserError, match="--slurm time=1: goes with --on slurm"):
+    with pytest.raises(UserError, match="--slurm time=1: works only with --on slurm"):
         Local(rehearsal=True, jobs=None, options=["time=1"])
 
 
@@ -40,29 +39,43 @@ def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(tmp_path: 
     refused = work(tmp_path / "a", {"run": ["show", "nothing"], "evaluate": ["list"]}, asked)
     fine = work(tmp_path / "b", {"run": ["list"], "evaluate": ["list"]}, asked)
     Local(rehearsal=True, jobs=2, options=[]).submit([refused, fine], "two", tmp_path, [])
-    assert sorted(asked) == ["evaluate", "run", "run"]
+    assert asked == ["a", "b"]  # once each
     assert (refused.outcome.steps, refused.outcome.run) == ({"run": "failed"}, None)
     log = tmp_path / "a" / "run.log"
-    assert refused.outcome.problem == f"the training was refused; {log} has what was said"
+    assert refused.outcome.problem == f"the training was refused; the messages are in {log}"
     assert "no recipe of that name" in log.read_text()
     assert (fine.outcome.steps, fine.outcome.problem) == ({"run": "done", "evaluate": "done"}, None)
     assert fine.outcome.run == tmp_path / "b"
 
 
-def test_what_failed_before_keeps_no_other_member_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "need_judge", Mock())
-
+def test_what_failed_before_keeps_no_other_member_waiting() -> None:
     def member(name: str, steps: list[Step], failed: bool = False) -> Mock:
-        one = Mock(outcome=Outcome("recipe", name))
-        one.work.return_value = Work(one.outcome, iter(()), gpus=0, steps=steps)
-        one.has_failed.return_value = failed
+        one = Mock(outcome=Outcome("recipe", name), state="failed" if failed else None)
+        one.work.return_value = Work(one.outcome, list, gpus=0, steps=steps)
         return one
 
     done, broken = member("done", []), member("broken", ["run"], failed=True)
     members = [done, broken, member("queued", []), member("first", ["run"]), member("second", ["evaluate"])]
-    works = sweep._works(members, Mock(max_runs=1))
+    works = sweep._works(members, max_runs=1)
     assert [work.outcome.member for work in works] == ["done", "queued", "first"]
     assert broken.outcome.steps == {"run": "left for later"}
+
+
+def test_the_former_run_of_a_config_is_the_newest_but_a_finished_one_before_others(tmp_path: Path) -> None:
+    recipe = "haider2024/llama-2-7b"
+    for name, digest, more in (
+        ("1-old", "a", {}),
+        ("2-newer", "a", {}),
+        ("3-failed", "a", {"state": "failed"}),
+        ("4-on-two-gpus", "a", {"gpus_used": 2}),
+        ("5-with-arguments", "a", {"axolotl_arguments": ["--debug"]}),
+        ("1-failed", "b", {"state": "failed"}),
+        ("2-failed", "b", {"state": "failed"}),
+        ("1-before-digests", None, {}),
+    ):
+        a_run(tmp_path, recipe, f"{name}-{digest}", 5.0, digest=digest, **more)
+    found = former.by_digest(tmp_path, recipe)
+    assert {digest: folder.path.name for digest, (folder, _) in found.items()} == {"a": "2-newer-a", "b": "2-failed-b"}
 
 
 def test_exit_codes() -> None:

@@ -20,7 +20,7 @@ from qlora_recipes.checks import check
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.running import sweeps
-from qlora_recipes.running.sweeps import Member, Sweep
+from qlora_recipes.running.sweeps import Sweep, SweepMember
 from qlora_recipes.runs.rundir import Summary
 
 BASE = "haider2024/code-llama-7b"
@@ -138,7 +138,9 @@ def a_sweep(runs: Path, finished: dict[str, list[tuple[float, float, float]]], s
     for i, (name, of_seeds) in enumerate(finished.items()):
         for seed, (bleu4, loss, memory) in enumerate(of_seeds):
             digest = f"{name}-{seed}"
-            members.append(Member(name=name, values={"lora_r": 8 << i}, seed=seed if seeds else None, digest=digest))
+            members.append(
+                SweepMember(name=name, values={"lora_r": 8 << i}, seed=seed if seeds else None, digest=digest)
+            )
             summary = Summary(
                 eval_loss_per_token=loss, peak_memory=memory, memory_kind="GPU, reserved", train_seconds=60
             )
@@ -152,7 +154,7 @@ def a_sweep(runs: Path, finished: dict[str, list[tuple[float, float, float]]], s
 
 def test_members_compare_by_what_their_runs_measured(tmp_path: Path) -> None:
     sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "bad": [(5.0, 1.3, 7.5)]})
-    sweep.members.append(Member(name="not yet", values={"lora_r": 1}, digest="none"))
+    sweep.members.append(SweepMember(name="not yet", values={"lora_r": 1}, digest="none"))
     rows = {row["member"]: row for row in sweeps.rows(sweep, tmp_path, "bleu4")}
     assert [(name, row["pareto"], row["best"]) for name, row in rows.items()] == [
         ("low", True, False),
@@ -184,7 +186,7 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
     rows = [{"peak_memory_gib": float(memory), "bleu4": float(bleu4)} for memory, bleu4 in points]
     for (memory, bleu4), row in zip(points, rows, strict=True):
         beaten = any(m <= memory and b >= bleu4 and (m, b) != (memory, bleu4) for m, b in points)
-        assert sweeps._on_front(row, rows, "bleu4") != beaten
+        assert sweeps.on_front(row, rows, "peak_memory_gib", "bleu4") != beaten
 
 
 def test_results_of_a_sweep_in_every_form(tmp_path: Path, recipe: Recipe) -> None:
@@ -205,5 +207,5 @@ def test_results_of_a_sweep_in_every_form(tmp_path: Path, recipe: Recipe) -> Non
     assert "several" not in recipe("results", "--sweep", "ranks").stderr
     sweep.model_copy(update={"rehearsal": True}).write(runs)
     several = recipe("results", "--sweep", "ranks")
-    assert (several.returncode, "several sweeps are called so" in several.stderr) == (2, True)
+    assert (several.returncode, "several sweeps have that name" in several.stderr) == (2, True)
     assert recipe("results", "--sweep", f"ranks/{BASE}/rehearsal").returncode == 0

@@ -1,0 +1,65 @@
+"""What SLURM's commands say, and the states of the jobs in its queue."""
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from functools import cache, lru_cache
+
+from ..base.errors import UserError
+from ..base.progress import say
+from ..runs.rundir import JobState
+
+
+def queue(users: Iterable[str]) -> dict[tuple[str, str], JobState] | UserError:
+    """The states of users' jobs that have not ended, by id and script; an error where SLURM does not answer. It is
+    asked once a minute, since it can be slow."""
+    return _queue(frozenset(users), int(time.monotonic() / 60))
+
+
+@lru_cache(maxsize=16)  # runs in one folder can be of several users
+def _queue(users: frozenset[str], minute: int) -> dict[tuple[str, str], JobState] | UserError:
+    # %i is a task's id, as 12_0; -r gives each task a line of its own; a script can have any name
+    form = "--format=%i|%T|%r|%o"
+    try:
+        shown = ask("squeue", f"--user={','.join(sorted(users))}", "--noheader", "-r", form)
+    except UserError as error:
+        return error
+    lines = (line.split("|", 3) for line in shown.splitlines() if line.count("|") >= 3)
+    return {(job, script): _state(job, state, reason) for job, state, reason, script in lines}
+
+
+def forget_queue() -> None:
+    """Have SLURM asked again, once something has changed."""
+    _queue.cache_clear()
+
+
+def _state(job: str, state: str, reason: str) -> JobState:
+    if state in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED"):
+        return JobState("running", "" if state == "RUNNING" else state.lower(), job)
+    return JobState("queued", "" if reason in ("None", "Dependency") else reason, job)
+
+
+def ask(*command: str) -> str:
+    """The output of one of SLURM's commands.
+
+    Raises:
+        UserError: it is missing, or refuses.
+    """
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError(
+            f"--on slurm: there is no {command[0]} on this machine; log in to one of the cluster's"
+        ) from None
+    if done.returncode:
+        problem = done.stderr.strip().replace(f"{command[0]}: error: ", "")
+        raise UserError(f"--on slurm: {command[0]}: {problem}")
+    return done.stdout
+
+
+@cache
+def report_once(problem: str) -> None:
+    """Report that SLURM does not answer, unless this machine has no SLURM."""
+    if shutil.which("squeue"):
+        say(problem)

@@ -1,0 +1,38 @@
+"""The evaluation of a run, in this process or as a job: `recipe evaluate`."""
+
+from pathlib import Path
+
+from .. import places
+from ..base import yamlfiles
+from ..base.errors import UserError
+from ..places import Place
+from ..runs.rundir import RunDir
+from ..runs.tasks import Command, Outcome, Work
+from ..scores import evaluate
+from ..scores.evaluations import Evaluation
+
+
+def start(folder: RunDir, request: evaluate.EvaluationRequest, runs: Path, place: Place) -> Evaluation | RunDir:
+    """Evaluate a run, or queue that behind its training if the run is queued or running there.
+
+    Returns:
+        The evaluation, or the run's folder once the evaluation is queued.
+
+    Raises:
+        UserError: it is already queued, see `evaluate.EvaluationTask`, or the place refuses it; nothing was started.
+        WorkFailed: see `evaluate.evaluate`.
+    """
+    record = folder.read()
+    evaluation = evaluate.command(folder, request, runs)
+
+    def commands() -> list[Command]:
+        if not places.job_state(folder, "run"):
+            evaluate.EvaluationTask(folder, request)
+        elif request.data:
+            evaluate.read_test_rows(request.data, yamlfiles.read_yaml(folder.config))  # all else is not there yet
+        if job := places.job_state(folder, "evaluate", evaluation.words):
+            raise UserError(f"{folder.path}: that evaluation is {job}; `recipe cancel {folder.path}` ends that")
+        return [evaluation]
+
+    work = Work(Outcome(record.recipe), commands, gpus=0 if record.rehearsal else 1, steps=["evaluate"])
+    return place.carry_out(work, record.recipe, runs, lambda: evaluate.evaluate(folder, request))
