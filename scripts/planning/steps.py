@@ -41,13 +41,8 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
     Raises:
         UserError: it cannot be planned.
     """
+    _refuse_unplannable(config, architecture)
     adapter = config.get("adapter")
-    if adapter not in (None, "lora", "qlora"):
-        raise UserError(f"adapter: {adapter} cannot be planned; lora, qlora and none can")
-    if config.get("load_in_8bit") or "quantization_config" in architecture:
-        raise UserError("a base in 8 bits, or quantized before, cannot be planned")
-    if config.get("rl"):
-        raise UserError("rl: preference training cannot be planned")
     notes = []
     formats = precision(config, on_gpu=True)
     dtype = formats.weights
@@ -93,6 +88,16 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         capability=capability,
     )
     return step, notes
+
+
+def _refuse_unplannable(config: Config, architecture: dict[str, Any]) -> None:
+    adapter = config.get("adapter")
+    if adapter not in (None, "lora", "qlora"):
+        raise UserError(f"adapter: {adapter} cannot be planned; lora, qlora and none can")
+    if config.get("load_in_8bit") or "quantization_config" in architecture:
+        raise UserError("a base model in 8 bits, or quantized before, cannot be planned")
+    if config.get("rl"):
+        raise UserError("rl: preference training cannot be planned")
 
 
 def _not_traced(config: Config) -> Iterator[str]:
