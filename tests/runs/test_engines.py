@@ -180,6 +180,7 @@ def test_two_nodes_train_like_one_process(alone: RunDir, place: Path, tiny_profi
     assert difference.why == "--gpus 1 --nodes 2: steps of as many rows as on one"
 
 
+@pytest.mark.long
 def test_an_engine_that_is_not_used_stops_the_run(place: Path, tiny_profile: Path) -> None:
     profile = "zero3"
     shown = start(place, *rehearsal(tiny_profile, "none", "--profile", profile, "--gpus", "2", "--dry-run"))
