@@ -145,6 +145,7 @@ def as_user(image: Path, *command: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.long
 def test_the_image_has_the_command_with_recipes_templates_and_sample(image: Path) -> None:
     listed = as_user(image, "recipe", "list", "--json")
     assert [row["recipe"] for row in orjson.loads(listed.stdout)] == paths.recipe_names()
@@ -156,6 +157,7 @@ def test_the_image_has_the_command_with_recipes_templates_and_sample(image: Path
     assert (shown.returncode, "axolotl" in shown.stdout) == (0, True)
 
 
+@pytest.mark.long
 def test_make_works_in_the_image_for_a_user_who_cannot_change_it(image: Path) -> None:
     assert as_user(image, "make", "--question", "setup").returncode == 0
     for command in ("touch scripts/new.py", "rm README.md", "touch .venv/new", "mv scripts other"):
@@ -164,6 +166,7 @@ def test_make_works_in_the_image_for_a_user_who_cannot_change_it(image: Path) ->
         assert as_user(image, *command.split()).returncode == 0
 
 
+@pytest.mark.long
 def test_the_image_has_byte_code_of_all_packages_and_of_the_project(image: Path) -> None:
     (packages,) = (image / ".venv/lib").glob("python3*/site-packages")
     for folder in (image / "scripts", packages / "axolotl", packages / "transformers"):

@@ -5,14 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import places
 from ..base import tables
 from ..base.files import write_atomically, write_rows
 from ..base.paths import RUNS
 from ..base.progress import say
-from ..data import study
-from ..runs.lookup import find_run
-from ..runs.rundir import RunDir
 from .options import (
     BatchSize,
     Best,
@@ -52,7 +48,8 @@ def evaluate_verb(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="By default the study's.")] = None,
     batch_size: BatchSize = 16,
     cache: Annotated[
-        CacheForm, typer.Option(help="Of keys and values. auto: static on a GPU, which compiles the decoding.")
+        CacheForm,
+        typer.Option(help="The form of the key-value cache. auto: static on a GPU, so that decoding is compiled."),
     ] = "auto",
     bertscore: JudgeModel = None,
     bertscore_layer: JudgeLayer = None,
@@ -66,7 +63,10 @@ def evaluate_verb(
     json: Json = False,
 ) -> None:
     """Generate predictions for test rows with a run's adapter, and score them."""
+    from .. import places
     from ..running import evaluation
+    from ..runs.lookup import find_run
+    from ..runs.rundir import RunDir
     from ..scores import evaluate
 
     only_with("--export-prompts", export_prompts, "--on local", on == "local", "it needs no GPU")
@@ -148,6 +148,8 @@ def results_verb(
     md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
 ) -> None:
     """One row per run: losses and scores, beside the published ones."""
+    from ..data import study
+
     exclusive({"--study": study_name, "--sweep": sweep_name, "--compare": pair, "--by": by})
     only_with("--best", best, "--sweep", sweep_name)
     only_with("--rehearse", rehearse, "--study", study_name)
@@ -200,8 +202,8 @@ def report_verb(
         bool,
         typer.Option(
             "--analyze",
-            help="Also measure what needs torch (a minute): what 4 bits lose of the base model's weights, where "
-            "they are a local folder, and a memory plan that is not made yet.",
+            help="Also compute what needs torch (a minute): what 4 bits lose of the base model's weights, if it is a "
+            "local folder, and the memory plan, if there is none yet.",
         ),
     ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="The file.")] = Path("report.html"),
@@ -212,8 +214,10 @@ def report_verb(
     It is self-contained and opens without a network. Mind whom you give it to: it shows the diffs and references
     of the test data, and names of folders of this machine.
     """
+    from ..data import study
     from ..reports import report, report_runs
     from ..running import sweeps
+    from ..runs.lookup import find_run
 
     exclusive({"RUN": run, "--study": study_name, "--sweep": sweep_name})
     only_with("--rehearse", rehearse, "--study", study_name)
@@ -244,6 +248,7 @@ def publish_verb(
 ) -> None:
     """Write a model card beside a run's adapter; merge it, or upload it, only when asked."""
     from ..results import publish
+    from ..runs.lookup import find_run
 
     for published in publish.publish(find_run(run, runs), merge, push, private):
         print(published)

@@ -10,10 +10,6 @@ from ..base import tables, yamlfiles
 from ..base.errors import UserError
 from ..base.paths import RUNS, find_recipe, recipe_names
 from ..base.progress import say
-from ..base.quiet import importing_axolotl
-from ..configs import gpus, standin
-from ..configs.compose import Request
-from ..data import study
 from .options import (
     FigureFile,
     InputFormatName,
@@ -46,8 +42,8 @@ def fetch_verb(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder; by default data/DATA-raw.")] = None,
     json: Json = False,
 ) -> None:
-    """Download a data set from where it is published, and verify it; resumes where it was interrupted."""
-    from ..data import fetch
+    """Download a data set from where it is published, and verify it; an interrupted download is resumed."""
+    from ..data import fetch, study
 
     data = study.with_data(name).data
     rows = fetch.fetch(data, out or data.raw, from_)
@@ -81,7 +77,7 @@ def prepare_verb(
     json: Json = False,
 ) -> None:
     """Turn CodeReviewer's rows into the files that the recipes train on, with a manifest."""
-    from ..data import codereviewer
+    from ..data import codereviewer, study
 
     of_study = study.find(study_name)
     form = of_study.data.input_formats[input_format]
@@ -132,6 +128,8 @@ def check_verb(
 ) -> None:
     """All that is wrong with a config, before it reaches a GPU. Exit code 2 if there is an error."""
     from ..checks import check
+    from ..configs import gpus
+    from ..configs.compose import Request
     from ..planning import fit
 
     target = gpus.here() if gpu is None else gpus.find(gpu)
@@ -183,6 +181,8 @@ def plan_verb(
     json: Json = False,
 ) -> None:
     """Parameters, memory and work of a config, and the cards that it fits, without a GPU."""
+    from ..configs import gpus
+    from ..configs.compose import Request
     from ..planning import plan, plan_tables
 
     target = gpus.find(gpu) if gpu else None if vram else gpus.here()
@@ -217,6 +217,9 @@ def quantization_verb(
     json: Json = False,
 ) -> None:
     """What bitsandbytes' formats lose of real weights, and the bits that they take."""
+    from ..base.quiet import importing_axolotl
+    from ..configs import standin
+
     exclusive({"--model": model, "--synthetic": synthetic})
     with importing_axolotl():
         from ..planning import quantization
@@ -236,6 +239,7 @@ def quantization_verb(
 @analyze_verbs.command("lora")
 def lora_verb(names: Names = None, figure: FigureFile = None, json: Json = False) -> None:
     """How many parameters LoRA trains, by layers and rank, and a check of its update against PEFT."""
+    from ..base.quiet import importing_axolotl
     from ..planning import lora
 
     recipes = [yamlfiles.read_yaml(find_recipe(name)[1]) for name in names or recipe_names()]

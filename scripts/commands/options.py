@@ -55,7 +55,7 @@ def _check_figure(file: Path | None) -> Path | None:
 def check_finite(param: typer.CallbackParam, value: float | None) -> float | None:
     """Refuse inf and nan, which a range of numbers lets pass."""
     if value is not None and not math.isfinite(value):
-        raise UserError(f"{param.opts[0]} {value}: give a number")
+        raise UserError(f"{param.opts[0]} {value}: give a finite number")
     return value
 
 
@@ -74,7 +74,8 @@ JudgeLayer = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="The most rows generated at a time; fewer where they are long.")]
 On = Annotated[
-    PlaceName, typer.Option("--on", help="Where: this machine, or SLURM's queue; returns once the job is queued.")
+    PlaceName,
+    typer.Option("--on", help="Where to run it: on this machine, or in SLURM's queue, without waiting for the job."),
 ]
 SlurmOptions = Annotated[
     list[str] | None,

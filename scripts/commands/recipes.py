@@ -5,8 +5,6 @@ from typing import Annotated
 import typer
 
 from ..base import paths, tables, yamlfiles
-from ..configs import compose, variants
-from ..data import study
 from .options import Json, Name, Overrides
 
 HEADING = "Recipes"
@@ -22,6 +20,7 @@ def list_verb(
     json: Json = False,
 ) -> None:
     """The recipes, with model, epochs, optimizer and published scores."""
+    from ..configs import variants
     from ..results import catalogue
 
     rows = variants.tree() if as_tree else catalogue.recipes()
@@ -33,6 +32,8 @@ def list_verb(
 @verbs.command("show", rich_help_panel=HEADING)
 def show_verb(name: Name, json: Json = False) -> None:
     """A recipe's YAML, with the source of each setting."""
+    from ..data import study
+
     recipe, file = paths.find_recipe(name)
     if json:
         of_study = study.of(recipe)
@@ -50,6 +51,8 @@ def diff_verb(
     json: Json = False,
 ) -> None:
     """The keys in which two recipes or configs differ, except where they write to."""
+    from ..configs import variants
+
     rows = variants.diff(a, b)
     if json:
         tables.print_json(rows)
@@ -65,6 +68,7 @@ def new_verb(
 ) -> None:
     """Write a variant of a recipe: the whole file with its comments, changed lines marked."""
     from ..checks import check
+    from ..configs import compose, variants
 
     found = check.examine(compose.compose(compose.Request(from_, overrides=set_ or []))).findings
     check.refuse([finding for finding in found if finding.scope not in ("data", "file")])

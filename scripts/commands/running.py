@@ -2,17 +2,13 @@
 
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import places
 from ..base import tables, yamlfiles
 from ..base.errors import UserError
 from ..base.paths import RUNS
-from ..configs import gpus
-from ..configs.compose import Request, is_rehearsal
-from ..runs.tasks import Outcome
 from .options import (
     BatchSize,
     Best,
@@ -33,6 +29,9 @@ from .options import (
     only_with,
 )
 
+if TYPE_CHECKING:
+    from ..runs.tasks import Outcome
+
 HEADING = "Running"
 verbs = typer.Typer()
 
@@ -51,7 +50,7 @@ def run_verb(
     set_: Overrides = None,
     mirror: Mirror = False,
     gpu_count: Annotated[
-        int, typer.Option("--gpus", help="How many GPUs to train on; with --nodes on each of them.")
+        int, typer.Option("--gpus", help="How many GPUs to train on; with --nodes, on each node.")
     ] = 1,
     nodes: Annotated[int, typer.Option(help="How many machines to train on, with --on slurm.")] = 1,
     on: On = "local",
@@ -64,6 +63,8 @@ def run_verb(
     runs: Runs = RUNS,
 ) -> None:
     """Train a recipe with Axolotl, in a run folder of its own."""
+    from .. import places
+    from ..configs.compose import Request, is_rehearsal
     from ..running import run
 
     if axolotl_arguments and not axolotl_arguments[0].startswith("-"):
@@ -98,6 +99,7 @@ def resume_verb(
     runs: Runs = RUNS,
 ) -> None:
     """Resume an interrupted run from its last whole checkpoint."""
+    from .. import places
     from ..running.run import resume
 
     only_with("--prepare", prepare, "--on local", on == "local", "jobs prepare by themselves")
@@ -148,6 +150,9 @@ def sweep_verb(
     json: Json = False,
 ) -> None:
     """Run a recipe with each of several settings, and compare them. What is done already is not done again."""
+    from .. import places
+    from ..configs import gpus
+    from ..configs.compose import Request, is_rehearsal
     from ..running import sweep, sweep_tables, sweeps
     from ..scores import evaluate
 
@@ -167,7 +172,7 @@ def sweep_verb(
 
 
 def _end(
-    outcomes: list[Outcome], json: bool, head: dict[str, Any], rows: list[dict[str, Any]], show: Callable[[], None]
+    outcomes: "list[Outcome]", json: bool, head: dict[str, Any], rows: list[dict[str, Any]], show: Callable[[], None]
 ) -> None:
     """Print the outcomes of recipes or members and their results, and exit with the code that the outcomes give."""
     from ..running import pipeline
@@ -215,6 +220,8 @@ def reproduce_verb(
     json: Json = False,
 ) -> None:
     """Fetch, check, plan, train, evaluate and compare all of a study. What is done already is not done again."""
+    from .. import places
+    from ..configs.compose import Request, is_rehearsal
     from ..data.study import find
     from ..results import verdict
     from ..running import reproduce

@@ -42,7 +42,7 @@ class Local:
         jobs = jobs or 1
         visible = [None] * jobs if jobs == 1 or rehearsal else visible_gpus()
         if jobs > len(visible):
-            raise UserError(f"--jobs {jobs}: one GPU a job, and this machine has {len(visible)}")
+            raise UserError(f"--jobs {jobs}: one GPU per job, and only {len(visible)} can be used here")
         self.devices = visible[:jobs]  # the GPU that each job sees; None leaves it to the run
 
     def gpu(self) -> Gpu | None:
@@ -54,7 +54,7 @@ class Local:
         if nodes > 1:
             raise UserError(f"--nodes {nodes}: works only with --on slurm, which starts the run on each of them")
         if gpus > max(available := len(visible_gpus()), 1):
-            raise UserError(f"--gpus {gpus}: this machine has {available}")
+            raise UserError(f"--gpus {gpus}: only {available} can be used here")
 
     def carry_out[T](self, work: Work, title: str, runs: Path, here: Callable[[], T]) -> T:
         """In this process."""

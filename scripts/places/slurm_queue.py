@@ -50,7 +50,7 @@ def ask(*command: str) -> str:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except FileNotFoundError:
         raise UserError(
-            f"--on slurm: there is no {command[0]} on this machine; log in to one of the cluster's"
+            f"--on slurm: there is no {command[0]} on this machine; log in to a machine of the cluster"
         ) from None
     if done.returncode:
         problem = done.stderr.strip().replace(f"{command[0]}: error: ", "")

@@ -100,4 +100,4 @@ def _set(site: Site, key: str, value: Any, where: str) -> None:
 def _check_option(option: str, where: str) -> None:
     if option in _OURS:
         instead = "; --nodes sets it" if option == "nodes" else ""
-        raise UserError(f"{where}: {option} is set for each job by this command{instead}")
+        raise UserError(f"{where}: {option} cannot be set for the jobs of this command{instead}")

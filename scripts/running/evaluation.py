@@ -7,7 +7,7 @@ from ..base import yamlfiles
 from ..base.errors import UserError
 from ..places import Place
 from ..runs.rundir import RunDir
-from ..runs.tasks import Command, Outcome, Work
+from ..runs.tasks import Outcome, Work
 from ..scores import evaluate
 from ..scores.evaluations import Evaluation
 
@@ -24,15 +24,13 @@ def start(folder: RunDir, request: evaluate.EvaluationRequest, runs: Path, place
     """
     record = folder.read()
     evaluation = evaluate.command(folder, request, runs)
-
-    def commands() -> list[Command]:
+    if not place.here:
         if not places.job_state(folder, "run"):
             evaluate.EvaluationTask(folder, request)
         elif request.data:
             evaluate.read_test_rows(request.data, yamlfiles.read_yaml(folder.config))  # all else is not there yet
         if job := places.job_state(folder, "evaluate", evaluation.words):
-            raise UserError(f"{folder.path}: that evaluation is {job}; `recipe cancel {folder.path}` ends that")
-        return [evaluation]
-
-    work = Work(Outcome(record.recipe), commands, gpus=0 if record.rehearsal else 1, steps=["evaluate"])
+            remedy = f"`recipe cancel {folder.path}` cancels all jobs of the run"
+            raise UserError(f"{folder.path}: this evaluation is already {job}; {remedy}")
+    work = Work(Outcome(record.recipe), lambda: [evaluation], gpus=0 if record.rehearsal else 1, steps=["evaluate"])
     return place.carry_out(work, record.recipe, runs, lambda: evaluate.evaluate(folder, request))

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from .. import places
-from ..runs.lookup import all_runs, readable
+from ..base.errors import UserError
+from ..runs.lookup import all_runs
 from ..runs.rundir import Run, RunDir
 
 
@@ -13,7 +14,11 @@ def by_digest(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
     Runs with several ranks or with arguments for Axolotl are left out: their digests do not cover these.
     """
     former: dict[str, tuple[RunDir, Run]] = {}
-    for folder, run in readable(all_runs(runs / recipe), places.read):
+    for folder in all_runs(runs / recipe):
+        try:
+            run = places.read(folder)
+        except UserError:  # damaged, which `recipe results` reports
+            continue
         plain = run.recipe == recipe and run.ranks == 1 and not run.axolotl_arguments
         if run.digest is None or not plain:
             continue

@@ -177,7 +177,7 @@ class Pipeline:
             self.outcome.fail("evaluate", str(error))
             return []
         if not evaluation and self.state != "finished" and not self.place.can_follow(job):
-            evaluation = "not queued; the same command does it once this is trained"
+            evaluation = "not queued; run the same command again once this is trained"
         if evaluation:
             self.outcome.steps["evaluate"] = evaluation
             return []

@@ -145,14 +145,12 @@ def resume(name: str, runs: Path, place: Place, prepare_only: bool = False) -> R
     folder = find_run(name, runs)
     record = folder.read()
 
-    def commands() -> list[Command]:
+    if not place.here:  # here, what holds the run decides
         current = places.read(folder)
         if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):
             raise UserError(f"{folder.path}: {reason}")
-        return [command(folder, runs)]
-
     gpus_a_node = 0 if record.rehearsal else record.gpus_used
-    work = Work(Outcome(record.recipe), commands, gpus_a_node, record.nodes)
+    work = Work(Outcome(record.recipe), lambda: [command(folder, runs)], gpus_a_node, record.nodes)
     return place.carry_out(work, record.recipe, runs, lambda: _resume_here(folder, prepare_only))
 
 

@@ -214,7 +214,7 @@ class RunDir:
         Raises:
             UserError: another process holds it.
         """
-        return held(self.path / ".lock", "the run is still going on")
+        return held(self.path / ".lock", "the run is still running")
 
     def read_metrics(self, since: int = 0) -> list[dict[str, Any]]:
         """The records of metrics.jsonl by step, without those of steps that a resumed run does again.

@@ -179,7 +179,7 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         say(f"BERTScore is left out: {bertscore.DEFAULT} is not on this machine; `--bertscore {bertscore.DEFAULT}` "
             "fetches it (1.4 GB)")  # fmt: skip
     task.where.mkdir(parents=True, exist_ok=True)
-    with held(task.where / ".evaluation.lock", "another evaluation is going on"):
+    with held(task.where / ".evaluation.lock", "another evaluation is running"):
         predictions = task.where / PREDICTIONS
         settings = task.settings
         part = task.where / "predictions.part.jsonl"

@@ -84,7 +84,7 @@ MISTAKES = [
     ("results --by lang --study haider2024", "--study, --sweep, --compare and --by: give only one of them"),
     ("results --run latest", "--run: works only with --by"),
     (f"run {NAME} --nodes 2", "--nodes 2: works only with --on slurm"),
-    (f"run {NAME} --gpus 2", "--gpus 2: this machine has 0"),
+    (f"run {NAME} --gpus 2", "--gpus 2: only 0 can be used here"),
     ("evaluate some/run", "some/run: no run of that name"),
 ]
 

@@ -1,5 +1,6 @@
 """Precision, beside what Axolotl's own code makes of the same settings."""
 
+import copy
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -23,15 +24,23 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def of_axolotl(settings: dict[str, Any], on_gpu: bool) -> Precision | None:
-    """What Axolotl's validation, its choice of dtypes and its arguments for transformers come to; None for arguments
-    that transformers refuses."""
-    from axolotl.core.builders.base import TrainerBuilderBase
-    from axolotl.utils.config import resolve_dtype, validate_config
+@pytest.fixture(scope="module")
+def validated() -> list[Any]:
+    """The settings in a config, after Axolotl's validation."""
+    from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
 
     of_recipe = config_with({"fp16": None, "bf16": None, "adapter": "lora", "load_in_4bit": None})
-    cfg = validate_config(DictDefault(of_recipe | settings))
+    return [validate_config(DictDefault(of_recipe | settings)) for settings in SETTINGS]
+
+
+def of_axolotl(validated: Any, on_gpu: bool) -> Precision | None:
+    """What Axolotl's choice of dtypes and its arguments for transformers come to; None for arguments that transformers
+    refuses."""
+    from axolotl.core.builders.base import TrainerBuilderBase
+    from axolotl.utils.config import resolve_dtype
+
+    cfg = copy.deepcopy(validated)
     cfg.device = "cuda:0" if on_gpu else "cpu"
     resolve_dtype(cfg)
     arguments: dict[str, Any] = {}
@@ -43,12 +52,14 @@ def of_axolotl(settings: dict[str, Any], on_gpu: bool) -> Precision | None:
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_precision_is_what_axolotl_resolves(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_is_what_axolotl_resolves(
+    validated: list[Any], on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     supported = on_gpu  # torch reports bf16 as supported on every NVIDIA GPU, because it counts emulation
     monkeypatch.setattr("axolotl.utils.config.is_torch_bf16_gpu_available", lambda: supported)
     differ = {
         str(settings): (ours, theirs)
-        for settings in SETTINGS
-        if (theirs := of_axolotl(settings, on_gpu)) and (ours := precision(settings, on_gpu)) != theirs
+        for settings, cfg in zip(SETTINGS, validated, strict=True)
+        if (theirs := of_axolotl(cfg, on_gpu)) and (ours := precision(settings, on_gpu)) != theirs
     }
     assert differ == {}

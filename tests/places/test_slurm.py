@@ -68,7 +68,7 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     alone = RunDir(tmp_path / asked("run", NAME, "--set", "lora_r=4", *rehearsed))
     of_base_model = ("evaluate", alone.path, "--adapter", "none", "--bertscore", "none", *queue)
     assert asked(*of_base_model) == str(alone.path)
-    assert "that evaluation is queued" in finish(start(tmp_path, *of_base_model), code=2)
+    assert "this evaluation is already queued" in finish(start(tmp_path, *of_base_model), code=2)
     command = ["sweep", NAME, "three.yaml", *rehearsed, "--bertscore", "none", "--json"]
     first = orjson.loads(asked(*command))
     assert all("job" in step["run"] and step["evaluate"].startswith("queued (job") for step in first["steps"])
@@ -174,7 +174,7 @@ def test_cancelling_a_sweep_takes_it_out_of_the_queue(tmp_path: Path, tiny_profi
         (["--slurm", "tyme=1:00:00"], "unrecognized option '--tyme"),
         (["--slurm", "time=later"], "Invalid --time specification"),
         (["--slurm", "partition"], "--slurm partition: expected key=value"),
-        (["--slurm", "array=1-5"], "array is set for each job by this command"),
+        (["--slurm", "array=1-5"], "array cannot be set for the jobs of this command"),
         (["--slurm", "nodes=2"], "--nodes sets it"),
         (["--slurm", "card=H1000"], "card H1000: no GPU of that name; did you mean H100"),
         (["--slurm", "card=T4", "--set", "micro_batch_size=4096"], "a full batch needs .* of T4"),
@@ -217,7 +217,7 @@ def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
     script = batch(found, gpus=4).script("run", [], 2)
     for line in ("#SBATCH --gpus-per-node=a100:4", "#SBATCH --exclusive", "module load cuda"):
         assert line in script.splitlines()
-    assert "gres" not in script
+    assert "--gres" not in script
     assert "\napptainer exec --nv image.sif recipe " in script
     no_settings.unlink()
     found = slurm_settings.site_settings(["gres=nvme:1", "mem-per-gpu=40G"])

@@ -395,7 +395,7 @@ def test_the_longest_batch_of_the_data(recipe: Recipe, small: yamlfiles.Config, 
         ),
         (["haider2024/llama-2-7b", "--data"], "the tokenizer of meta-llama/Llama-2-7b-hf is not on this machine"),
         (["--compare"], "name one recipe or file"),
-        (["haider2024/llama-2-7b", "--vram", "nan"], "give a number"),
+        (["haider2024/llama-2-7b", "--vram", "nan"], "give a finite number"),
     ],
 )
 def test_mistakes_are_reported(recipe: Recipe, arguments: list[str], says: str) -> None:

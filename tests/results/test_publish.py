@@ -187,7 +187,7 @@ def test_the_card_says_how_the_model_was_made(run: RunDir, capsys: pytest.Captur
     assert data[1] == ["data/codereviewer/train.jsonl", "117,739", "b" * 64]
     assert ["validation loss, first and last", "2.50, 1.25"] in training
     assert ["peak memory", "13.20 GiB (GPU, reserved)"] in training
-    assert ["hours in steps", "2.00"] in training
+    assert ["hours of training steps", "2.00"] in training
     assert ["GPU", "1 x NVIDIA T4"] in training
     assert scores[:2] == [["score", "value", "95 % interval", "published"], ["bleu4", "5.12", "4.90 to 5.30", "5.27"]]
     assert ["sacrebleu", "1.50", "–", "–"] in scores

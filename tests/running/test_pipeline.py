@@ -27,7 +27,7 @@ def work(folder: Path, words: dict[Step, list[str]], asked: list[str]) -> Work:
 def test_jobs_each_see_a_gpu_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert Local(rehearsal=False, jobs=2, options=[]).devices == ["5", "7"]
-    with pytest.raises(UserError, match="--jobs 3: one GPU a job, and this machine has 2"):
+    with pytest.raises(UserError, match="--jobs 3: one GPU per job, and only 2 can be used here"):
         Local(rehearsal=False, jobs=3, options=[])
     assert Local(rehearsal=True, jobs=3, options=[]).devices == [None, None, None]
     with pytest.raises(UserError, match="--slurm time=1: works only with --on slurm"):

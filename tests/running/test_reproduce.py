@@ -197,7 +197,7 @@ def test_a_changed_setting_is_run_anew_and_a_recipe_that_fails_does_not_stop_the
     [
         (["other"], "other: no study of that name"),
         (["haider2024", "--only", "llama-2"], "--only llama-2: not a recipe of the study; did you mean llama-2-7b"),
-        (["haider2024", "--jobs", "3"], "--jobs 3: one GPU a job, and this machine has 0"),
+        (["haider2024", "--jobs", "3"], "--jobs 3: one GPU per job, and only 0 can be used here"),
         (["haider2024", "--rehearse", "--profile", "nowhere"], "nowhere: no profile of that name"),
         (["haider2024", "--rehearse", "--set", "lora_rr=3"], "lora_rr: no key of Axolotl's"),
     ],

@@ -36,7 +36,7 @@ def test_a_run_that_says_running_is_so_only_while_a_process_holds_it(tmp_path: P
     )
     assert holder.stdout and holder.stdout.readline() == "held\n"
     assert run.read().state == "running"
-    with pytest.raises(UserError, match="still going on"), run.held():
+    with pytest.raises(UserError, match="still running"), run.held():
         pass
     holder.kill()
     holder.wait()
