@@ -2,6 +2,7 @@
 PYTHON ?= python3
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 RECIPE := .venv/bin/recipe
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder  # for two cores: some tests wait for a queue or a process
 
 .PHONY: setup demo test test-long coverage test-image lint core lock benchmark compare-memory
 
@@ -13,13 +14,13 @@ demo: setup  ## Rehearse one recipe on the CPU from training to scores
 	$(RECIPE) results
 
 test: setup  ## All tests but the long ones; no GPU, no network
-	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	.venv/bin/pytest $(PARALLEL)
 
 test-long: setup  ## The tests of what takes minutes: every engine, every kind of training that memory is planned for
-	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m long
+	.venv/bin/pytest $(PARALLEL) -m long
 
 coverage: setup  ## How much of scripts/ the tests reach, branches and started processes included; slower than the tests alone
-	.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
+	.venv/bin/pytest $(PARALLEL) --cov --cov-report=term:skip-covered
 
 test-image:  ## Build the container image on Debian and use it; needs root, buildah and debootstrap
 	tests/build_image.sh
