@@ -103,6 +103,7 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
         assert row["bleu4"] is not None and row["member"] in shown.read_text()
 
 
+@pytest.mark.long
 def test_an_array_trains(tmp_path: Path, tiny_profile: Path, slurm: Cluster) -> None:
     """With real Axolotl."""
     rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--set", "num_epochs=1", "--on", "slurm")

@@ -21,10 +21,11 @@ from qlora_recipes.runs import lookup, ranks
 from qlora_recipes.runs.plugin import RunPlugin
 from qlora_recipes.runs.rundir import RunDir
 
+pytestmark = pytest.mark.long
+
 NAME = "haider2024/code-llama-7b"
 ENGINES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP"}
 KILLED = ("ddp", "zero3")  # of these a rank is killed, the others are asked to stop
-QUICK = ("ddp",)  # the others' trainings are for `make test-long`
 STEPS = 8
 CLOSE = 1e-2
 ODD = "test_datasets.0.split=train[:7]"  # rows for evaluation, which no two ranks can share evenly
@@ -84,10 +85,7 @@ def broken_off(process: "subprocess.Popen[str]", runs: Path, kill: bool) -> RunD
     return run
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in ENGINES],
-)
+@pytest.fixture(scope="module", params=ENGINES)
 def divided(place: Path, tiny_profile: Path, request: pytest.FixtureRequest) -> tuple[str, RunDir]:
     """A profile, and a run under it on two ranks that was broken off and resumed."""
     profile = request.param
@@ -156,7 +154,6 @@ def test_every_engine_leaves_an_ordinary_adapter(alone: RunDir, divided: tuple[s
         assert (logits(None, run.output / "merged") - expected).abs().mean() < CLOSE
 
 
-@pytest.mark.long
 def test_two_nodes_train_like_one_process(alone: RunDir, place: Path, tiny_profile: Path, slurm: Cluster) -> None:
     """Each node's torchrun starts one rank; near its time limit the job stops them in order and goes on later."""
     words = rehearsal(tiny_profile, "nodes", "--profile", "fsdp2", "--nodes", "2", "--on", "slurm")
@@ -180,7 +177,6 @@ def test_two_nodes_train_like_one_process(alone: RunDir, place: Path, tiny_profi
     assert difference.why == "--gpus 1 --nodes 2: steps of as many rows as on one"
 
 
-@pytest.mark.long
 def test_an_engine_that_is_not_used_stops_the_run(place: Path, tiny_profile: Path) -> None:
     profile = "zero3"
     shown = start(place, *rehearsal(tiny_profile, "none", "--profile", profile, "--gpus", "2", "--dry-run"))
