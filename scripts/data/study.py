@@ -83,11 +83,13 @@ class Decoding(_Strict):
 
 
 class Scores(_Strict):
-    """Published scores of one recipe. BLEU-4 from 0 to 100, BERTScore F1 from 0 to 1."""
+    """Published scores of one recipe. BLEU-4 from 0 to 100, BERTScore F1 from 0 to 1, gains in percent."""
 
     trainer: str = "Axolotl"
     bleu4: float
+    bleu4_gain: float
     bertscore_f1: float
+    bertscore_f1_gain: float
 
 
 class Beside(_Strict):

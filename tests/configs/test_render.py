@@ -9,6 +9,7 @@ from conftest import recipe_config
 from qlora_recipes.base import paths
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import config, render
+from qlora_recipes.data import study
 
 
 def test_the_recipes_are_those_of_the_templates() -> None:
@@ -59,6 +60,19 @@ def test_the_settings_of_the_study() -> None:
         recipe = recipe_config(name)
         assert (recipe["base_model"], recipe["num_epochs"], recipe["optimizer"]) == (model, epochs, optimizer)
         assert recipe | common == recipe
+
+
+def test_the_gains_of_table_ii_follow_from_its_scores() -> None:
+    of_study = study.of("haider2024/llama-2-7b")
+    assert of_study
+    assert set(of_study.published) <= set(paths.recipe_names())
+    printed = of_study.baselines[0]
+    for scores in of_study.published.values():
+        assert 100 * (scores.bleu4 / printed.bleu4 - 1) == pytest.approx(scores.bleu4_gain, abs=0.02)
+        assert printed.bertscore_f1
+        assert 100 * (scores.bertscore_f1 / printed.bertscore_f1 - 1) == pytest.approx(
+            scores.bertscore_f1_gain, abs=0.02
+        )
 
 
 @pytest.fixture
