@@ -136,10 +136,7 @@ def sweep_verb(
         str | None, typer.Option(metavar="NAME", help="The GPU to plan for; by default this machine's.")
     ] = None,
     limit: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Evaluate on at most this many test rows, from the first on; by default 12 in a rehearsal."
-        ),
+        int | None, typer.Option(metavar="N", min=1, help="Evaluate the first N test rows; in a rehearsal 12.")
     ] = None,
     bertscore: JudgeModel = None,
     bertscore_layer: JudgeLayer = None,
