@@ -75,7 +75,7 @@ def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
     """A folder that is made the first time it is needed, and by one process if several need it at once.
 
     Args:
-        folder: the folder; it appears once it is complete.
+        folder: the folder; it appears only when it is complete.
         make: writes the content into the folder that it is given.
 
     Raises:

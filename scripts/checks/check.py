@@ -209,7 +209,7 @@ def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
     names = {finding.name for finding in findings if finding.level == "error"}
     for name in force:
         if name not in names:
-            raise UserError(f"--force {name}: no error of this config has that name; each ends with its name")
+            raise UserError(f"--force {name}: no error of this config has that name; names are in brackets")
         if name.startswith(("secret:", "value:plugins", "value:datasets")):
             raise UserError(f"--force {name}: a run cannot start with this")
     left = [finding for finding in findings if finding.name not in force]

@@ -66,10 +66,10 @@ def tokenize(
     base, _, style = kind.partition(":") if isinstance(kind, str) else ("", "", "")
     limited = DictDefault({**cfg, "sequence_len": longest, "dataset_num_proc": 1})  # its | would keep cfg's values
     fields = dict.fromkeys(name for row in rows for name in row)
-    table = Dataset.from_list([{name: row.get(name) for name in fields} for row in rows])
     try:
+        table = Dataset.from_list([{name: row.get(name) for name in fields} for row in rows])
         tokenized, _ = get_dataset_wrapper(dataset, tokenizer, limited, base, table, style or None)
-    except Exception as error:  # a strategy can raise anything
+    except Exception as error:  # a strategy can raise anything, and so can values of several types in a field
         problem = f"Axolotl cannot tokenize these rows as {kind}: {type(error).__name__}: {error}"
         raise UserError(f"{where}: {problem}") from None
     return [Tokens(row["input_ids"], row["labels"]) for row in tokenized]

@@ -249,7 +249,7 @@ def wait_for_others(out: Path) -> None:
 
 def _update_manifest(out: Path, splits: dict[str, Any]) -> dict[str, Any]:
     """Put the entries of some splits into the manifest; removes earlier subsets that there are no more."""
-    former = read_json(out / MANIFEST).get("splits", {})
+    former = _former(out)
     clear_parts(out / MANIFEST)
     manifest = {"made_by": f"qlora-recipes {__version__}", "splits": former | splits}
     write_json(out / MANIFEST, manifest)
@@ -257,6 +257,12 @@ def _update_manifest(out: Path, splits: dict[str, Any]) -> dict[str, Any]:
         for key in former.get("test", {}).get("subsets", {}).keys() - splits["test"]["subsets"]:
             (out / f"{key}.jsonl").unlink(missing_ok=True)  # of the test rows before these
     return manifest
+
+
+def _former(out: Path) -> dict[str, Any]:
+    """The splits in a folder's manifest; empty if it has no such mapping."""
+    splits = read_json(out / MANIFEST).get("splits")
+    return splits if isinstance(splits, dict) else {}
 
 
 def _is(known: SourceFile | None, split: RawSplit) -> bool | None:
@@ -280,7 +286,7 @@ def fetched(data: Data) -> list[Path]:
 
 def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None:
     """Why a folder does not hold the study's data in an input format, by its manifest and the files' checksums."""
-    splits = read_json(out / MANIFEST).get("splits", {})
+    splits = _former(out)
     for name in SPLITS:
         split = splits.get(name)
         if not split:

@@ -1,4 +1,4 @@
-"""What a training step allocates on a GPU but not on a CPU: inside kernels, and by operations that CUDA has."""
+"""What a training step allocates on a GPU but not on a CPU: inside kernels, and by operations that only CUDA has."""
 
 import math
 import weakref

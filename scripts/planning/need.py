@@ -30,7 +30,7 @@ def planner_of(
 
 
 def needed_gib(config: Config, gpu: Gpu | None = None, anew: bool = False) -> float | None:
-    """GiB that a config needs, as `planner_of` plans it; None where it was not planned before, and is not to be now.
+    """GiB that a config needs, as `planner_of` plans it; None where it was not planned before, without `anew`.
 
     Raises:
         UserError: it cannot be planned.

@@ -154,7 +154,7 @@ def draw(plans: dict[str, Plan], file: Path) -> None:
         for name, plan in plans.items()
     }
     first = next(iter(plans))
-    kinds = sorted(set().union(*bars.values()), key=lambda kind: -plans[first]["memory"]["parts"].get(kind, 0))
+    kinds = sorted(set().union(*bars.values()), key=lambda kind: (-bars[first].get(kind, 0), kind))
     with drawing(file, (11, 3 + 0.4 * len(plans))) as axes:
         left = [0.0] * len(plans)
         for kind in kinds:

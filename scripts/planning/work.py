@@ -67,7 +67,7 @@ def work(
 
 
 def _rows(composed: Composed) -> tuple[int | None, str]:
-    """The rows that are trained on, where that is known, and what from."""
+    """The number of rows that are trained on, where it is known, and where it comes from."""
     rows = datafiles.training_rows(composed.config)
     of_study = study.of(composed.origin or composed.recipe)
     if rows is None and of_study and not any(change.key.startswith("datasets") for change in composed.differences):
@@ -76,7 +76,7 @@ def _rows(composed: Composed) -> tuple[int | None, str]:
 
 
 def _rate(recipe: str, gpu: Gpu, gpus: int, per_token: float, runs: Path) -> tuple[float | None, str | None]:
-    """Tokens a second, padding not counted, where that is known, and what from: the newest finished run of a recipe on
+    """Tokens a second, padding not counted, where that is known, and the source: the newest finished run of a recipe on
     as many such cards, else the card's peak rate."""
     for folder in reversed(all_runs(runs)):
         run = folder.read()

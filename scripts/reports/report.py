@@ -239,8 +239,9 @@ def _model(runs: Sequence[ReportedRun], analyze: bool) -> tuple[list[draw.Figure
                 names[model] = short
             # computed for a run without a record of it
             share = reported.run.summary.trainable_share or lora.share(reported.config)
-            if share is not None:
-                own[reported.label] = (int(reported.config["lora_r"]), share)
+            rank = reported.config.get("lora_r")  # none where training continues with an adapter
+            if rank and share is not None:
+                own[reported.label] = (int(rank), share)
     figures = [draw.lora_share(rows, own)] if rows else []
     local = next((model for model in names if Path(model).is_dir()), None)
     if not analyze:

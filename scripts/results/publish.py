@@ -87,7 +87,8 @@ def _merge(folder: RunDir, run: Run) -> Path:
             raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not merge; the whole log is {log}"]))
         for file in (file for pattern in _TOKENIZER for file in folder.output.glob(pattern)):
             shutil.copy2(file, new)  # Axolotl copies the base model's, which lacks what the config adds to it
-        shutil.rmtree(merged, ignore_errors=True)
+        if merged.exists():
+            shutil.rmtree(merged)
         new.rename(merged)
     return merged
 

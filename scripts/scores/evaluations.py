@@ -21,8 +21,8 @@ class EvaluationSettings(BaseModel):
 
     Attributes:
         limit: how many rows where only the first ones of the data are taken.
-        test_set: which of the study's sets of test rows they are, by their content: `test` is all of them, and None
-            is another one.
+        test_set: which of the study's sets of test rows they are, by their content: `test` is all of them; None
+            for other rows.
         batch_size: the most rows generated at a time.
     """
 

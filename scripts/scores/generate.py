@@ -40,7 +40,7 @@ NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # Axolo
 
 @dataclass
 class Example:
-    """A test row: the tokens that the model is given, and the text that it should answer."""
+    """A test row: the tokens that the model is given, and the answer that it should give."""
 
     prompt: list[int]
     reference: str

@@ -17,7 +17,7 @@ def _resampled(values: Sequence[float]) -> Any:
 
 
 def interval(values: Sequence[float]) -> list[float] | None:
-    """The 95 % bootstrap interval (percentiles) of the mean of values; None of fewer than two, which show nothing."""
+    """The 95 % bootstrap interval (percentiles) of the mean of values; None for fewer than two values."""
     return [*map(float, _resampled(values).confidence_interval)] if len(values) > 1 else None
 
 

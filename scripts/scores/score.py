@@ -12,7 +12,7 @@ from ..base.errors import UserError
 from ..base.files import json_rows
 from ..base.tables import Row
 from . import bertscore, bleu, intervals
-from .metrics import METRICS, PER_ROW
+from .metrics import METRICS, PER_ROW, Metric
 
 VERSION = 1
 """Of what scores mean. To be raised with any change after which the same texts score otherwise; scores of another
@@ -92,5 +92,5 @@ def score(rows: Sequence[Row], judge: bertscore.Judge | None = None) -> tuple[di
 def code_sha256() -> str:
     """A hash of the code that scores, which shows whether other code made a score."""
     of_rows = [inspect.getfile(metric.of_row) for metric in METRICS.values() if metric.of_row]
-    files = map(Path, (__file__, bertscore.__file__, intervals.__file__, *of_rows))
+    files = map(Path, (__file__, inspect.getfile(Metric), bertscore.__file__, intervals.__file__, *of_rows))
     return sha256(b"".join(map(Path.read_bytes, files))).hexdigest()

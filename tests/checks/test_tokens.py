@@ -127,6 +127,13 @@ def test_a_row_with_fields_that_the_first_lacks(llama: yamlfiles.Config, tmp_pat
     assert "SEEN" in "".join(token["text"] for token in second["tokens"])
 
 
+def test_a_field_of_several_types_is_an_error_of_the_data(llama: yamlfiles.Config, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"instruction": "a", "output": "b", "id": 1}\n{"instruction": "a", "output": "b", "id": "x"}\n')
+    with pytest.raises(UserError, match=r"Axolotl cannot tokenize these rows as alpaca: .*Could not convert 'x'"):
+        shown(llama | {"datasets": [{"path": str(file), "type": "alpaca"}]}, 2)
+
+
 def test_a_long_row_is_measured_whole(llama: yamlfiles.Config, tmp_path: Path) -> None:
     from qlora_recipes.checks.tokens import lengths
 

@@ -250,6 +250,7 @@ def test_data_is_fetched_and_prepared_in_the_forms_that_recipes_read_and_only_on
     [
         (lambda data: (data / "valid.jsonl").write_text(""), "valid.jsonl is not as manifest.json says"),
         (lambda data: (data / "manifest.json").unlink(), "manifest.json lists no train.jsonl"),
+        (lambda data: (data / "manifest.json").write_text('{"splits": null}'), "manifest.json lists no train.jsonl"),
         (lambda data: change(data, "train", instruction="Other."), "another input format or instruction"),
         (lambda data: change(data, "train", is_the_study_file=False), "made of another file than the study's"),
         (lambda data: change(data, "test", left_out={}), "test-subset-1.jsonl is missing"),
