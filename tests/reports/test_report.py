@@ -418,6 +418,7 @@ def test_figures_can_be_saved_and_read_as_tables(browser: Any, run_html: str, tm
     with opened(browser, run_html, tmp_path) as page:
         loss = page.locator("figure[data-figure=loss]")
         loss.locator("summary").click()
+        loss.locator("tbody tr").first.wait_for()  # a table is filled once it is opened
         assert loss.locator("tbody tr").count() == 34
         assert loss.locator("thead th").all_inner_texts() == ["series", "optimizer step", "loss"]
         for form, start in (("csv", b'"series","optimizer step"'), ("svg", b"<svg"), ("png", b"\x89PNG")):
