@@ -42,7 +42,7 @@ INPUT_FORMATS: dict[str, Callable[[str], str]] = {"diff": str, "tagged": tagged}
 
 @dataclass
 class RawSplit:
-    """A raw file of one split, the format to write its rows in, and a count of what became of those read so far."""
+    """A raw file of one split, the format to write its rows in, and how many were read, kept and dropped so far."""
 
     label: str
     stream: IO[bytes]

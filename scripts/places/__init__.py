@@ -41,7 +41,7 @@ class Place(Protocol):
         """
 
     def submit(self, works: Sequence[Work], title: str, runs: Path, results: list[str]) -> None:
-        """Carry out several works, or queue them; what becomes of each is noted in its outcome.
+        """Carry out several works, or queue them; the result of each is noted in its outcome.
 
         Args:
             works: each is independent of the others: one that fails does not keep them from being carried out.

@@ -55,7 +55,7 @@ def weights_of(folder: Path, layers: int) -> Weights:
         layers_at = [
             (file, layer)
             for file in sorted(folder.glob("*.safetensors"))
-            for name in safe_open(file, "pt").keys()  # noqa: SIM118 (it is no mapping)
+            for name in safe_open(file, "pt").keys()  # noqa: SIM118 (not iterable itself)
             if (layer := _LINEAR.search(name))
         ]
     except SafetensorError as error:
