@@ -14,7 +14,7 @@ import psutil
 
 from ..base import machine
 from ..base.errors import UserError
-from ..base.processes import end_with_parent, stop_requests
+from ..base.processes import start_child, stop_requests
 from ..base.progress import say
 from ..configs import gpus
 from ..configs.gpus import Gpu
@@ -112,14 +112,11 @@ class Local:
         say(f"{label}: recipe {shlex.join(command.words)}")
         log = self._log(command)
         with log.open("ab") if log else nullcontext() as stream:
-            return subprocess.Popen(
+            return start_child(
                 [str(Path(sys.executable).with_name("recipe")), *command.words],
                 env=os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {}),
-                stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stream,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which stops the others in order
-                preexec_fn=end_with_parent,
             )
 
     def _log(self, command: Command) -> Path | None:

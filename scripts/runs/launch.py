@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from ..base import yamlfiles
 from ..base.errors import WorkFailed
 from ..base.machine import now
-from ..base.processes import end_with_parent, stop_requests
+from ..base.processes import start_child, stop_requests
 from ..base.progress import TrainingProgress
 from ..configs.engines import CPU_RANKS
 from . import provenance
@@ -186,27 +186,18 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
         locks: descriptors that it inherits.
     """
     with stop_requests() as stops, log.open("ab") as stream:
-        child = subprocess.Popen(
+        child = start_child(
             command,
             cwd=record.cwd,
             env=_environment(folder, record),
-            stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
             pass_fds=locks,
-            start_new_session=True,  # Ctrl-C reaches only this process, which stops the child in order
-            preexec_fn=_end_with_parent_and_ignore_warnings,
         )
         _wait(child, folder, stops)
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # data loader workers outlive a killed parent by seconds
     return child.returncode, bool(stops)
-
-
-def _end_with_parent_and_ignore_warnings() -> None:
-    """What a training process does first. SLURM warns all processes of a time limit, which concerns only ours."""
-    end_with_parent()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _wait(child: "subprocess.Popen[bytes]", folder: RunDir, stops: list[int]) -> None:
