@@ -65,24 +65,25 @@ def lacking(composed: Config) -> Iterator[tuple[Config, str]]:
         yield old | {"attn_implementation": "sdpa"}, f"{wanted} needs a GPU"
     plugins = composed.get("plugins")
     if isinstance(plugins, list) and (kept := [name for name in plugins if not _PLUGINS.search(str(name))]) != plugins:
-        yield {"plugins": kept or None}, "kernels for a GPU"
+        yield {"plugins": kept or None}, "their kernels need a GPU"
     for pattern, instead, reason in _LACKING:
-        found = [key for key, value in composed.items() if value and re.fullmatch(pattern, key)]
+        found = [key for key, value in composed.items() if value and re.fullmatch(pattern, f"{key}={value}")]
         if found:
             yield dict.fromkeys(found, instead), reason
-    if composed.get("adapter") in ("lora", "qlora") and not any(key in composed for key in _LORA_KERNELS):
-        yield dict.fromkeys(_LORA_KERNELS, False), "Axolotl turns them on where none is set, and they need a GPU"
+    if composed.get("adapter") in ("lora", "qlora") and not any(map(re.compile(_LORA_KERNELS).fullmatch, composed)):
+        yield {"lora_mlp_kernel": False}, "unless one is set, Axolotl turns the LoRA kernels on, which need a GPU"
 
 
-_LORA_KERNELS = tuple(f"lora_{part}_kernel" for part in ("qkv", "o", "mlp", "embedding"))
+_LORA_KERNELS = "lora_(qkv|o|mlp|embedding)_kernel"
 _PLUGINS = re.compile("integrations[.](liger|cut_cross_entropy|kernels)[.]")
-_LACKING = (  # patterns of keys that are on, what takes their place, and why
-    ("liger_.*|cut_cross_entropy.*|use_kernels|fused_attn_kernel", None, "kernels for a GPU"),
-    ("|".join(_LORA_KERNELS), False, "kernels for a GPU"),
-    ("torch_compile.*|deepcompile", None, "compiled for a GPU"),
-    ("(activation|layer)_offloading", None, "there is no GPU to move it from"),
-    ("fp8.*", None, "a CPU does not train in fp8"),
-    ("fp16|float16|tf32", False, "a CPU trains in bf16 or fp32"),
+_LACKING = (  # keys and values, what takes their place, and why
+    ("(liger_.*|cut_cross_entropy.*|use_kernels|fused_attn_kernel)=.*", None, "its kernels need a GPU"),
+    (f"{_LORA_KERNELS}=.*", False, "its kernels need a GPU"),
+    ("(torch_compile.*|deepcompile)=.*", None, "compiling for a CPU takes longer than the training"),
+    ("activation_offloading=(True|disk)", None, "there is no GPU to spare the memory of"),
+    ("gradient_checkpointing=offload.*", True, "there is no GPU to spare the memory of"),
+    ("fp8.*=.*", None, "a CPU does not train in fp8"),
+    ("(fp16|float16|tf32)=.*", False, "a CPU trains in bf16 or fp32"),
 )
 
 

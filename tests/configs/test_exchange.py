@@ -159,10 +159,14 @@ def test_the_stand_in_has_the_context_that_is_assumed() -> None:
             {"plugins": None, "cut_cross_entropy": None},
         ),
         ({"lora_mlp_kernel": True}, {"lora_mlp_kernel": False}),
-        ({"lora_qkv_kernel": None}, {"lora_qkv_kernel": False, "lora_embedding_kernel": False}),
+        ({"lora_qkv_kernel": None}, {"lora_mlp_kernel": False}),
         ({"fp16": True, "bf16": False}, {"fp16": False}),
         ({"tf32": True}, {"tf32": False}),
         ({"fp8": True}, {"fp8": None}),
+        ({"torch_compile": True, "torch_compile_mode": "default"}, {"torch_compile": None, "torch_compile_mode": None}),
+        ({"activation_offloading": True}, {"activation_offloading": None}),
+        ({"activation_offloading": "legacy"}, {"activation_offloading": "legacy"}),  # a CPU has that
+        ({"gradient_checkpointing": "offload_disk"}, {"gradient_checkpointing": True}),
     ],
 )
 def test_what_a_cpu_lacks_is_exchanged_and_listed(change: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -178,3 +182,8 @@ def test_what_a_cpu_lacks_is_exchanged_and_listed(change: dict[str, Any], expect
 @pytest.mark.parametrize("attention", ["sdpa", "eager", None])
 def test_an_attention_that_a_cpu_has_stays(attention: str | None) -> None:
     assert rehearsed({"attn_implementation": attention}).config.get("attn_implementation") == attention
+
+
+def test_what_belongs_to_the_base_model_goes_with_it() -> None:
+    of_model = {"eot_tokens": ["<|eot_id|>"], "type_of_model": "MistralForCausalLM", "tokenizer_config": "some/llama"}
+    assert not of_model.keys() & rehearsed(of_model).config.keys()
