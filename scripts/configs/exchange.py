@@ -21,7 +21,7 @@ def exchanges(composed: Config, sample: Config, given: Container[str], ranks: in
         given: dotted keys that were laid over the profile's; they stay.
         ranks: the processes that train.
     """
-    for change, reason in (*_rows(composed, sample, given), *lacking(composed)):
+    for change, reason in (*_rows(composed, sample, given), *_layers(composed), *lacking(composed)):
         composed = merge(composed, change)
         yield change, reason
     held_out = composed.get("val_set_size")
@@ -35,17 +35,17 @@ def exchanges(composed: Config, sample: Config, given: Container[str], ranks: in
 def _rows(composed: Config, sample: Config, given: Container[str]) -> Iterator[tuple[Config, str]]:
     """A few of the config's own rows where they are on this machine, else those of the sample."""
     for section, most in _MOST_ROWS.items():
-        entries = [entry for _, entry in datafiles.datasets(composed, section)]
-        here = [entry for entry in entries if datafiles.can_be_rehearsed(entry)]
+        entries = dict(datafiles.datasets(composed, section))
+        here = {key: entry for key, entry in entries.items() if datafiles.can_be_rehearsed(entry)}
         if here:
             each = max(most // len(here), 1)
             kept = [
-                entry if f"{section}.{i}.split" in given else datafiles.at_most(entry, each, section)
-                for i, entry in enumerate(here)
+                entry if f"{key}.split" in given else datafiles.at_most(entry, each, section)
+                for key, entry in here.items()
             ]
             yield {section: kept}, f"the first rows of its own data, at most {most}"
         elif entries or section == "datasets":
-            missing = entries[0].get("path") if entries else "data of its own"
+            missing = next(iter(entries.values())).get("path") if entries else "data of its own"
             yield {section: sample[section]}, f"rows of the shipped sample, as {missing} is not on this machine"
         length = composed.get("sequence_len")
         if section == "datasets" and "sequence_len" not in given:
@@ -53,6 +53,17 @@ def _rows(composed: Config, sample: Config, given: Container[str]) -> Iterator[t
                 yield {"sequence_len": sample["sequence_len"]}, "every row of the shipped sample is shorter"
             elif isinstance(length, int) and composed.get("base_model") == str(standin.folder()):
                 yield {"sequence_len": min(length, standin.CONTEXT)}, "the context of the stand-in model"
+
+
+def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
+    """The stand-in's layers in the place of those that Phi-3 has fused."""
+    targets = composed.get("lora_target_modules")
+    if isinstance(targets, list) and composed.get("base_model") == str(standin.folder()):
+        parts = [part for target in targets for part in _FUSED.get(target, [target])]
+        yield {"lora_target_modules": parts}, "the stand-in has these layers apart"
+
+
+_FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
 def lacking(composed: Config) -> Iterator[tuple[Config, str]]:

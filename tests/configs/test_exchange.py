@@ -82,6 +82,8 @@ def test_several_data_sets_share_the_rows_and_those_elsewhere_are_left_out() -> 
     own = rehearsed({"datasets": [ROWS, hub, OWN["datasets"][0]]})
     assert [dataset["path"] for dataset in own.config["datasets"]] == ["rows.jsonl", "chats.jsonl"]
     assert splits(own) == ["train[:16]", "train[:16]"]
+    given = rehearsed({"datasets": [hub, ROWS, OWN["datasets"][0]]}, "datasets.2.split=train[:40]")
+    assert splits(given) == ["train[:16]", "train[:40]"]
 
 
 @pytest.mark.parametrize("path", ["gone.jsonl", "some/data-set", "s3://bucket/rows.jsonl", "saved"])
@@ -187,3 +189,9 @@ def test_an_attention_that_a_cpu_has_stays(attention: str | None) -> None:
 def test_what_belongs_to_the_base_model_goes_with_it() -> None:
     of_model = {"eot_tokens": ["<|eot_id|>"], "type_of_model": "MistralForCausalLM", "tokenizer_config": "some/llama"}
     assert not of_model.keys() & rehearsed(of_model).config.keys()
+
+
+def test_layers_that_the_stand_in_has_apart_are_named_apart() -> None:
+    fused = {"lora_target_modules": ["qkv_proj", "o_proj", "gate_up_prj"]}
+    assert rehearsed(fused).config["lora_target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_prj"]
+    assert rehearsed(fused, "base_model=./phi").config["lora_target_modules"] == fused["lora_target_modules"]
