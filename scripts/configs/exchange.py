@@ -91,7 +91,7 @@ def lacking(composed: Config) -> Iterator[tuple[Config, str]]:
 
 
 _LORA_KERNELS = "lora_(qkv|o|mlp|embedding)_kernel"
-_PLUGINS = re.compile("integrations[.](liger|cut_cross_entropy|kernels)[.]")
+_PLUGINS = re.compile("integrations[.](liger|cut_cross_entropy|kernels)[.:]")
 _LACKING = (  # keys and values, what takes their place, and why
     ("(liger_.*|cut_cross_entropy.*|use_kernels|fused_attn_kernel)=.*", None, "its kernels need a GPU"),
     (f"{_LORA_KERNELS}=.*", False, "its kernels need a GPU"),

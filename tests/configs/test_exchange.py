@@ -164,7 +164,7 @@ def test_the_stand_in_has_the_context_that_is_assumed() -> None:
             {"plugins": ["mine.Plugin"], "liger_rope": None},
         ),
         (
-            {"plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"], "cut_cross_entropy": True},
+            {"plugins": ["axolotl.integrations.cut_cross_entropy:CutCrossEntropyPlugin"], "cut_cross_entropy": True},
             {"plugins": None, "cut_cross_entropy": None},
         ),
         ({"lora_mlp_kernel": True}, {"lora_mlp_kernel": False}),
