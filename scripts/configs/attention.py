@@ -18,4 +18,4 @@ def attention(config: Config) -> str:
     """Its name as in transformers, also where one of the old keys sets it, and of a kernel on the hub without revision
     and function; empty where the config leaves it to Axolotl."""
     old = next((name for key, name in OLD_KEYS.items() if config.get(key)), "")
-    return re.split("[:@]", config.get("attn_implementation") or old)[0].strip()
+    return re.split("[:@]", str(config.get("attn_implementation") or old))[0].strip()

@@ -30,9 +30,9 @@ def exchanges(composed: Config, sample: Config, given: Container[str], ranks: in
         rows = datafiles.training_rows(composed | {"val_set_size": 0}) or _MOST_ROWS["datasets"]
         composed = composed | {"val_set_size": min(int(held_out), max(rows // 4, 1))}
         yield {"val_set_size": composed["val_set_size"]}, "so that rows to train on are left"
-    if composed.get("max_steps") and "max_steps" not in given:
+    if isinstance(composed.get("max_steps"), int) and "max_steps" not in given:
         composed = merge(composed, {"max_steps": None})
-        yield {"max_steps": None}, "the recipe's epochs of few rows"
+        yield {"max_steps": None}, "as many steps as its few rows give"
     yield _few_steps(composed, ranks), "at most a tenth of the steps"
 
 
@@ -64,7 +64,7 @@ def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
     """The stand-in's layers in the place of those that Phi-3 has fused."""
     targets = composed.get("lora_target_modules")
     if isinstance(targets, list) and composed.get("base_model") == str(standin.folder()):
-        parts = [part for target in targets for part in _FUSED.get(target, [target])]
+        parts = [part for target in targets for part in _FUSED.get(str(target), [target])]
         yield {"lora_target_modules": parts}, "the stand-in has these layers apart"
 
 
@@ -74,7 +74,7 @@ _FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_pro
 def lacking(composed: Config) -> Iterator[tuple[Config, str]]:
     """What a config asks for that no CPU has, as the changes that do without it, each with the reason.
 
-    Seen with Axolotl 0.21: with any of these a training on a CPU ends in an error, most once the model is loaded.
+    Seen with Axolotl 0.21: nearly all of these end a training on a CPU with an error, most once the model is loaded.
     """
     if (wanted := attention(composed)) not in ("", "sdpa", "eager"):
         old = dict.fromkeys(key for key in OLD_KEYS if key in composed)
@@ -86,14 +86,15 @@ def lacking(composed: Config) -> Iterator[tuple[Config, str]]:
         found = [key for key, value in composed.items() if value and re.fullmatch(pattern, f"{key}={value}")]
         if found:
             yield dict.fromkeys(found, instead), reason
-    if composed.get("adapter") in ("lora", "qlora") and not any(map(re.compile(_LORA_KERNELS).fullmatch, composed)):
+    kernels = (value for key, value in composed.items() if re.fullmatch(_LORA_KERNELS, str(key)))
+    if composed.get("adapter") in ("lora", "qlora") and all(value is None for value in kernels):
         yield {"lora_mlp_kernel": False}, "unless one is set, Axolotl turns the LoRA kernels on, which need a GPU"
 
 
 _LORA_KERNELS = "lora_(qkv|o|mlp|embedding)_kernel"
-_PLUGINS = re.compile("integrations[.](liger|cut_cross_entropy|kernels)[.:]")
+_PLUGINS = re.compile("integrations[.](liger|cut_cross_entropy)[.:]")
 _LACKING = (  # keys and values, what takes their place, and why
-    ("(liger_.*|cut_cross_entropy.*|use_kernels|fused_attn_kernel)=.*", None, "its kernels need a GPU"),
+    ("(liger_|cut_cross_entropy).*", None, "its kernels need a GPU"),
     (f"{_LORA_KERNELS}=.*", False, "its kernels need a GPU"),
     ("(torch_compile.*|deepcompile)=.*", None, "compiling for a CPU takes longer than the training"),
     ("activation_offloading=(True|disk)", None, "there is no GPU to spare the memory of"),

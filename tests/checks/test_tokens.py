@@ -42,6 +42,11 @@ def smollm2() -> yamlfiles.Config:
     return compose.compose(Request(NAME, rehearse=True)).config
 
 
+def test_the_stand_in_has_the_context_that_rehearsals_assume(smollm2: yamlfiles.Config) -> None:
+    sizes = orjson.loads(Path(smollm2["base_model"], "config.json").read_bytes())
+    assert sizes["max_position_embeddings"] == standin.CONTEXT
+
+
 @pytest.fixture
 def llama(tiny: Path, sample: Path) -> yamlfiles.Config:
     """A recipe with a tokenizer that puts BOS first and has no padding token."""

@@ -46,6 +46,9 @@ def chat(number: int) -> dict[str, list[dict[str, str]]]:
 def test_chats_for_flash_attention_train_on_a_cpu(recipe: Recipe, tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "mine.yaml").write_text(RECIPE)
     write_rows(tmp_path / "chats.jsonl", map(chat, range(0, 900, 3)))
+    refused = recipe("run", "mine.yaml")
+    assert refused.returncode == 2
+    assert "no NVIDIA GPU was found: flash_attention_2 needs a GPU; --rehearse does without it" in refused.stderr
     checked = recipe("check", "mine.yaml", "--rehearse")
     assert checked.returncode == 0, checked.stdout
     done = recipe("run", "mine.yaml", "--rehearse", "--set", f"base_model={tiny}", "--set", "bf16=false")
