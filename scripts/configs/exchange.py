@@ -48,7 +48,7 @@ def _rows(composed: Config, sample: Config, given: Container[str]) -> Iterator[t
                 for key, entry in here.items()
             ]
             yield {section: kept}, f"the first rows of its own data, at most {most}"
-        elif entries or section == "datasets":
+        elif section == "datasets" or (entries and not composed.get("val_set_size")):
             missing = str(next(iter(entries.values())).get("path")) if entries else "data of its own"
             lacks = "cannot be loaded in part" if Path(missing).exists() else "is not on this machine"
             yield {section: sample[section]}, f"rows of the shipped sample, as {missing} {lacks}"

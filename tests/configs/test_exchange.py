@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Recipe
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import write_rows
@@ -112,6 +113,14 @@ def test_rows_to_evaluate_on_are_its_own_too() -> None:
     ]
     gone = rehearsed({"test_datasets": [{"path": "gone.jsonl", "type": "completion"}]})
     assert gone.config["test_datasets"][0]["path"].endswith("valid.jsonl")
+
+
+def test_nothing_is_laid_beside_a_share_that_is_held_out(recipe: Recipe, place: Path) -> None:
+    gone = {"test_datasets": [{"path": "gone.jsonl", "type": "completion"}], "val_set_size": 0.1}
+    assert rehearsed(gone).config["test_datasets"] == gone["test_datasets"]
+    checked = recipe("check", "mine.yaml", "--rehearse")  # the file itself is wrong, with and without a rehearsal
+    (line,) = (line for line in checked.stdout.splitlines() if "[excluding-keys:test_datasets]" in line)
+    assert line.startswith("mine.yaml:")
 
 
 @pytest.mark.parametrize(
