@@ -3,7 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import read_json
 from ..base.yamlfiles import Config
+from . import hub
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEAR_LAYERS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -30,6 +31,7 @@ class Model:
         special_tokens: a regular expression for its tokenizer's special tokens.
         pad_token: the padding token that its tokenizer names.
         chat: whether it was trained to follow a chat template.
+        chat_template: the chat template of its tokenizer.
     """
 
     gated: bool | None = None
@@ -41,6 +43,7 @@ class Model:
     special_tokens: str | None = None
     pad_token: str | None = None
     chat: bool | None = None
+    chat_template: str | None = None
 
 
 @cache
@@ -73,6 +76,7 @@ def find(composed: Config) -> Model:
         special_tokens=special_tokens,
         pad_token=_pad_token(folder),
         chat=entry.get("chat", False) if entry else None,
+        chat_template=_chat_template(folder),
     )
 
 
@@ -80,7 +84,7 @@ def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
     """The content of a base model's config.json at the revision that a config names.
 
     It is that of the model's folder; of models.yaml, where the config names its revision or none; or of the hub's cache
-    or the hub. Where neither of these has that revision, models.yaml stands in for it.
+    or the hub, which is waited for 10 s at most. Where they do not have that revision, models.yaml stands in for it.
 
     Args:
         composed: the config.
@@ -99,19 +103,30 @@ def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
     if not Path(name).is_dir():
         if listed and revision in (None, entry.get("revision")):
             return dict(listed)
-        from huggingface_hub import hf_hub_download
-
         try:
-            file = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=not download))
+            file = _config_file(name, revision, download)
         except Exception as error:  # of the hub, of the network, or of the name
             if listed:
                 return dict(listed)
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = hub.reason(error)
             raise UserError(f"base_model: the config.json of {name} is not available: {reason}") from None
     content = read_json(file)
     if "model_type" not in content:
         raise UserError(f"base_model: {file} is missing, or not JSON that names a model_type")
     return content
+
+
+def _config_file(name: str, revision: Any, download: bool) -> Path:
+    """The config.json of a model in the hub's cache, or fetched from the hub, which is waited for in all 10 s."""
+    cached = _in_hub_cache(name, revision)
+    if cached and (cached / "config.json").is_file():
+        return cached / "config.json"
+    from huggingface_hub import hf_hub_download
+
+    if download and (answer := hub.access(name)).access != "open":
+        raise ConnectionError(answer.says)
+    fetch = partial(hf_hub_download, name, "config.json", revision=revision, local_files_only=not download)
+    return Path(hub.within(hub.PATIENCE, fetch))
 
 
 def is_copy(name: Any, of: Any) -> bool:
@@ -143,6 +158,20 @@ def _pad_token(folder: Path | None) -> str | None:
     named = read_json(folder / "tokenizer_config.json").get("pad_token") if folder else None
     token = named.get("content") if isinstance(named, dict) else named
     return token if isinstance(token, str) else None
+
+
+def _chat_template(folder: Path | None) -> str | None:
+    """Where transformers looks for it: a file of its own, else the tokenizer's config, in which several have names."""
+    if not folder:
+        return None
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    named = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(named, list):
+        named = next(
+            (one.get("template") for one in named if isinstance(one, dict) and one.get("name") == "default"), None
+        )
+    return named if isinstance(named, str) else None
 
 
 def _special_tokens(folder: Path) -> str | None:
