@@ -1,6 +1,5 @@
 """Facts about base models, without loading them: from files on this machine, from models.yaml and from the hub."""
 
-import os
 import re
 from dataclasses import dataclass
 from functools import cache, partial
@@ -11,7 +10,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import read_json
 from ..base.yamlfiles import Config
-from . import hub
+from ..data import hub
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEAR_LAYERS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -117,16 +116,17 @@ def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
 
 
 def _config_file(name: str, revision: Any, download: bool) -> Path:
-    """The config.json of a model in the hub's cache, or fetched from the hub, which is waited for in all 10 s."""
+    """The config.json of a model in the hub's cache, or fetched from the hub, which is waited for 10 s in all."""
     cached = _in_hub_cache(name, revision)
     if cached and (cached / "config.json").is_file():
         return cached / "config.json"
+    if not download:
+        raise FileNotFoundError("it is not on this machine")
+    if (answer := hub.access(name)).access != "open":
+        raise ConnectionError(answer.says)
     from huggingface_hub import hf_hub_download
 
-    if download and (answer := hub.access(name)).access != "open":
-        raise ConnectionError(answer.says)
-    fetch = partial(hf_hub_download, name, "config.json", revision=revision, local_files_only=not download)
-    return Path(hub.within(hub.PATIENCE, fetch))
+    return Path(hub.within(hub.PATIENCE, partial(hf_hub_download, name, "config.json", revision=revision)))
 
 
 def is_copy(name: Any, of: Any) -> bool:
@@ -165,7 +165,7 @@ def _chat_template(folder: Path | None) -> str | None:
     if not folder:
         return None
     if (file := folder / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8", errors="replace")
     named = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(named, list):
         named = next(
@@ -193,19 +193,3 @@ def _in_hub_cache(name: str, revision: Any) -> Path | None:
     ref = repository / "refs" / wanted
     snapshot = repository / "snapshots" / (ref.read_text().strip() if ref.is_file() else wanted)
     return snapshot if snapshot.is_dir() else None
-
-
-def has_token() -> bool:
-    """Whether there is a token for the hub, where huggingface_hub looks for one."""
-    from huggingface_hub.constants import HF_TOKEN_PATH
-
-    file = Path(HF_TOKEN_PATH)
-    in_environment = any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
-    return in_environment or (file.is_file() and bool(file.read_text().strip()))
-
-
-def is_offline() -> bool:
-    """Whether the hub must not be asked."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    return bool(HF_HUB_OFFLINE)

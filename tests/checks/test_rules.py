@@ -10,7 +10,8 @@ from qlora_recipes.base import paths
 from qlora_recipes.checks import rules
 from qlora_recipes.checks.finding import Finding
 from qlora_recipes.checks.rules import case
-from qlora_recipes.configs import gpus, models
+from qlora_recipes.configs import gpus
+from qlora_recipes.data import hub
 
 LLAMA_3 = "haider2024/llama-3-8b"
 
@@ -23,7 +24,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Pa
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "outputs" / "checkpoint-5").mkdir(parents=True)
     monkeypatch.setenv("HF_TOKEN", "for the test")
-    monkeypatch.setattr(models, "is_offline", lambda: False)
+    monkeypatch.setattr(hub, "is_offline", lambda: False)
     return tmp_path
 
 
@@ -279,7 +280,7 @@ def test_a_gated_model_without_a_token(monkeypatch: pytest.MonkeyPatch, place: P
 
 
 def test_a_model_that_is_not_in_the_cache_when_offline(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
-    monkeypatch.setattr(models, "is_offline", lambda: True)
+    monkeypatch.setattr(hub, "is_offline", lambda: True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub"))
     assert [(f.level, f.name) for f in found({})] == [("warning", "no-access:base_model")]
     revision = str(config_with({})["revision_of_model"])

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ...base import paths
 from ...base.errors import did_you_mean
-from ...configs import datafiles, hub, models
+from ...configs import datafiles, models
+from ...data import hub
 from ..finding import Level
 from .case import Case, Problems, rule
 
@@ -67,9 +68,9 @@ def no_access(case: Case) -> Problems:
         yield "error", "base_model", f"{name} has no weights in it", "give a folder that save_pretrained wrote"
     elif models.is_path(name):
         yield "error", "base_model", f"{name} does not exist", "give a folder or a model of the hub as owner/name"
-    elif models.is_offline():
+    elif hub.is_offline():
         yield level, "base_model", f"{name} is not in the hub's cache, and HF_HUB_OFFLINE is set", "fetch it first"
-    elif case.model.gated and not models.has_token():
+    elif case.model.gated and not hub.has_token():
         yield level, "base_model", f"{name} is gated, and there is no token", _how_to_get(name)
     elif case.ask_hub and case.model.gated is not False:
         yield from _of_the_hub(name, level, case.launching)

@@ -1,9 +1,11 @@
 """What the hub says about a model, within seconds. Name resolution and huggingface_hub's own client know no limit."""
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 PATIENCE = 5.0
@@ -44,19 +46,18 @@ def _ask(name: str) -> Answer:
     Without a token the hub answers 401 for a model that does not exist, too, which huggingface_hub takes for missing.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     try:
         within(PATIENCE, lambda: HfApi().auth_check(name))
-    except HFValidationError:
-        return Answer("missing", "this is no name of a model")
     except HfHubHTTPError as error:
-        says = error.response.headers.get("X-Error-Message") or f"status {error.response.status_code}"
+        status = error.response.status_code
+        says = error.response.headers.get("X-Error-Message") or f"status {status}"
         if isinstance(error, GatedRepoError):  # which is a RepositoryNotFoundError, too
             return Answer("gated", says)
-        if isinstance(error, RepositoryNotFoundError):
+        if isinstance(error, RepositoryNotFoundError) or status == 404:
             return Answer("missing", says)
-        return Answer("refused" if error.response.status_code in (401, 403) else "unknown", says)
+        return Answer("refused" if status in (401, 403) else "unknown", says)
     except Exception as error:  # of the network, which httpx has many of
         return Answer("unknown", reason(error))
     return Answer("open")
@@ -95,3 +96,19 @@ def page(name: str) -> str:
     from huggingface_hub.constants import ENDPOINT
 
     return f"{ENDPOINT}/{name}"
+
+
+def has_token() -> bool:
+    """Whether there is a token for the hub, where huggingface_hub looks for one."""
+    from huggingface_hub.constants import HF_TOKEN_PATH
+
+    file = Path(HF_TOKEN_PATH)
+    in_environment = any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
+    return in_environment or (file.is_file() and bool(file.read_text().strip()))
+
+
+def is_offline() -> bool:
+    """Whether the hub must not be asked."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return bool(HF_HUB_OFFLINE)
