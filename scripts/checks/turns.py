@@ -42,8 +42,8 @@ def misspelt(names: tuple[str, ...], known: tuple[str, ...]) -> dict[str, str]:
     """
     missing = [name for name in known if name not in names]
     unknown = [name for name in names if name not in known]
-    near = {name: get_close_matches(name, unknown, 1, 0.75) for name in missing}
-    return {name: close[0] for name, close in near.items() if close}
+    near = {name: get_close_matches(name, missing, 1, 0.75) for name in unknown}
+    return {close[0]: name for name, close in near.items() if close}
 
 
 def template_files() -> dict[str, Path]:
@@ -132,13 +132,16 @@ class Chats:
     def __init__(self, config: Config, dataset: Config, template: str | None):
         self.field = str(dataset.get("field_messages") or "messages")
         older = {name: dataset.get(f"message_field_{name}") or name for name in ("role", "content")}
-        self.names: dict[str, str] = older | (dataset.get("message_property_mappings") or {})
+        mapped = (dataset.get("message_property_mappings") or {}).items()
+        self.names: dict[str, str] = older | {name: field for name, field in mapped if field}
         roles = dataset.get("roles") or _ROLES
-        self.roles = {source: target for target, sources in roles.items() for source in sources}
+        self.roles = {source: target for target, sources in roles.items() for source in sources or ()}
         to_train = dataset.get("roles_to_train")
-        self.trained = [self.roles.get(role, role) for role in (["assistant"] if to_train is None else to_train)]
+        self.trained = [
+            self.roles.get(role, role) for role in (["assistant"] if to_train is None else to_train) if role
+        ]
         self.train_all = bool(config.get("train_on_inputs"))
-        self.flags = [dataset.get("message_field_training"), dataset.get("message_field_training_detail")]
+        self.flags = [name for key in ("training", "training_detail") if (name := dataset.get(f"message_field_{key}"))]
         self.drops_system = bool(dataset.get("drop_system_message"))
         self.template = template or ""
         self.refusals: dict[Sequence[Any], str] = {}
@@ -198,15 +201,14 @@ class Chats:
         ]
         parts = content if isinstance(content, list) else []
         if any(not isinstance(part, dict) for part in parts):
-            mistakes.append(_bad("a content in parts that are no mappings, whose text Axolotl leaves out"))
-        texts = [part.get("text") or part.get("content") or part.get("value") for part in parts if _is_mapping(part)]
+            return None, [_bad("a content in parts that are no mappings, whose text Axolotl leaves out")]
+        texts = [part.get("text") or part.get("content") or part.get("value") for part in parts]
         text = content if isinstance(content, str) else "".join(text for text in texts if isinstance(text, str))
         role = self.roles.get(str(role), str(role))
-        flags = [message.get(name) for name in self.flags if name] + [
-            part[name] for part in parts if _is_mapping(part) for name in ("train", "weight") if name in part
-        ]
-        set_ = [flag for flag in flags if flag is not None]
-        trained = any(set_) if set_ else self.train_all or role in self.trained
+        flags = [message.get(name) for name in self.flags]
+        flags += [part.get(name) for part in parts for name in ("train", "weight")]
+        given = [flag for flag in flags if flag is not None]
+        trained = any(given) if given else self.train_all or role in self.trained
         more = calls or bool(message.get("reasoning_content"))
         return _Turn(role, text, content is not None, more, trained), mistakes
 
@@ -295,10 +297,6 @@ def _from_json(value: Any) -> Any:
         return orjson.loads(value)
     except orjson.JSONDecodeError:
         return None
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 def _is_template(text: str) -> bool:
