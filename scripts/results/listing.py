@@ -66,7 +66,7 @@ def show(runs: Path, form: str) -> None:
         rehearsals = [_short(r) for r in rows if r["rehearsal"]]
         if real:
             tables.write(real, form, "Runs")
-            comparable = [r for r in rows if not r["rehearsal"] and not r["other_base_model"]]
+            comparable = [r for r in rows if not (r["rehearsal"] or r["other_base_model"] or r["other_data"])]
             of_studies = {s.folder: s for r in comparable if (s := study.of(r["variant_of"] or r["recipe"]))}
             for of_study in of_studies.values():
                 tables.write(baselines(of_study), form, "To compare with")
