@@ -282,7 +282,11 @@ _WORDS: dict[str, tuple[Level, str, str]] = {
         "{n} without text in system, which other rows have: Axolotl makes it None",
         'add it, or ""',
     ),
-    "no-format": ("warning", "{n} without {about}, and no no_input_format: Axolotl's own is {{instruction}}", "set it"),
+    "no-format": (
+        "error",
+        "{n} without {about}: no_input_format is not set, so that Axolotl takes its own prompt, and not format",
+        "set it, too",
+    ),
     "misspelt-field": ("warning", "{n} with the field {about}", ""),
     "prompt-marker": ("warning", "{n} with {about}, which the prompt uses itself", "drop them, or use another type"),
     "special-token": ("warning", "{n} with the text {about}, which the tokenizer reads as its special token", ""),

@@ -89,7 +89,7 @@ def test_rows_of_a_prompt_of_ones_own_are_checked_like_others() -> None:
     (misspelt,) = found([row | {"sytem": "c"}], {"type": FORMATS})
     assert "the field sytem, which is not read; did you mean system?" in misspelt
     (without,) = found([row | {"input": "c"}, row], {"type": FORMATS | {"no_input_format": None}})
-    assert "train.jsonl:2: warning: datasets.0.path: 1 row without input, and no no_input_format" in without
+    assert "train.jsonl:2: error: datasets.0.path: 1 row without input: no_input_format is not set" in without
 
 
 def test_rows_that_differ_in_the_order_of_their_keys_are_the_same() -> None:
