@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Recipe, config_with
 
+from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import rows, turns
 
@@ -224,6 +226,19 @@ def test_axolotl_fails_and_drops_as_is_said(kind: str, row: Row, outcome: str, t
     else:
         nothing = "nothing is learnt" in says or "bad-row" in says
         assert nothing == (outcome == "drops" or row["messages" if "messages" in row else "segments"][-1] == ASKED)
+
+
+def test_a_run_does_not_start_with_a_chat_that_would_fail_it(recipe: Recipe, tiny: Path, tmp_path: Path) -> None:
+    data = [{"path": "rows.jsonl", "type": "chat_template"}]
+    change = {"base_model": str(tiny), "revision_of_model": None, "chat_template": "gemma"}
+    own = config_with(change | {"datasets": data, "test_datasets": None, "val_set_size": 0.5})
+    (tmp_path / "own.yaml").write_text(yamlfiles.write_yaml(own))
+    lines = [chat(ASKED, ANSWER), chat(SYSTEM, ASKED, ANSWER)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    done = recipe("run", "own.yaml")
+    assert done.returncode == 2
+    assert "rows.jsonl:2: error: datasets.0.path: 1 row that the chat template refuses: System role" in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_templates_are_axolotls() -> None:
