@@ -58,14 +58,13 @@ def template_files() -> dict[str, Path]:
 def chosen_template(config: Config, dataset: Config) -> tuple[str, str | None]:
     """The name of the chat template that a data set uses, and the one written out (chat_template_jinja), or its file.
 
-    As in utils/chat_templates/base.py and schemas/datasets.py: the data set's own setting comes first, then the
-    config's, then the tokenizer's template.
+    As in utils/chat_templates/base.py and schemas/datasets.py: what the data set names comes first, then the config's,
+    then the tokenizer's template. A template written out in a data set that names none is not used (seen).
     """
-    for content in (dataset, config):
-        written = content.get("chat_template_jinja")
-        if name := content.get("chat_template") or (written and "jinja"):
-            return str(name), written
-    return "tokenizer_default", None
+    if name := dataset.get("chat_template"):
+        return str(name), dataset.get("chat_template_jinja")
+    written = config.get("chat_template_jinja")
+    return str(config.get("chat_template") or ("jinja" if written else "tokenizer_default")), written
 
 
 FALLBACK = "tokenizer_default_fallback_"
@@ -252,14 +251,12 @@ class Chats:
         if self.judge is None:
             return ""
         if shape not in self.refusals:
-            from jinja2 import TemplateError
-
             messages = [{"role": role} | ({"content": "x"} if content else {}) for role, content, _ in shape]
             special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "")
             problem = ""
             try:
                 self.judge.render(messages=messages, add_generation_prompt=False, tools=None, **special)
-            except (TemplateError, TypeError, ValueError) as error:
+            except Exception as error:  # a template may do anything
                 problem = str(error)
             tools = any(more or role == "tool" for role, _, more in shape)
             self.refusals[shape] = "" if tools and "'content'" not in problem else problem[:150]

@@ -168,9 +168,7 @@ def _chat_template(folder: Path | None) -> str | None:
         return file.read_text(encoding="utf-8", errors="replace")
     named = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(named, list):
-        named = next(
-            (one.get("template") for one in named if isinstance(one, dict) and one.get("name") == "default"), None
-        )
+        named = {str(one.get("name")): one.get("template") for one in named if isinstance(one, dict)}.get("default")
     return named if isinstance(named, str) else None
 
 

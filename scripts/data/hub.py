@@ -44,6 +44,7 @@ def _ask(name: str) -> Answer:
     """The answer as huggingface_hub 1.x raises it (utils/_http.py, hf_raise_for_status).
 
     Without a token the hub answers 401 for a model that does not exist, too, which huggingface_hub takes for missing.
+    A 404 that does not speak of a repository is that of a mirror of the hub which has no such call.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -55,7 +56,7 @@ def _ask(name: str) -> Answer:
         says = error.response.headers.get("X-Error-Message") or f"status {status}"
         if isinstance(error, GatedRepoError):  # which is a RepositoryNotFoundError, too
             return Answer("gated", says)
-        if isinstance(error, RepositoryNotFoundError) or status == 404:
+        if isinstance(error, RepositoryNotFoundError):
             return Answer("missing", says)
         return Answer("refused" if status in (401, 403) else "unknown", says)
     except Exception as error:  # of the network, which httpx has many of

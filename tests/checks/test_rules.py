@@ -98,6 +98,12 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "gone.jinja is neither a file nor a template",
     ),
     (CHAT | {"chat_template_jinja": "{% for %}"}, "error", "chat-template:datasets.0.type", "line 1 is no Jinja"),
+    (
+        {"datasets": [CHATS | {"chat_template_jinja": "{{ messages }}"}]},
+        "error",
+        "chat-template:datasets.0.chat_template_jinja",
+        "set chat_template: jinja",
+    ),
     (CHAT, "warning", "chat-template:datasets.0.type", "no chat model, may have no chat template"),
     (
         {"datasets": [CHATS | {"chat_template": "chatml", "field_tools": "functions"}]},

@@ -27,7 +27,7 @@ ANSWERS: dict[str, tuple[int, str, str]] = {
     "owner/login": (401, "GatedRepo", "Access to model owner/login is restricted. Please log in."),
     "owner/private": (401, "RepoNotFound", "Repository not found"),
     "owner/none": (404, "RepoNotFound", "Repository not found"),
-    "owner/a/b": (404, "", ""),
+    "owner/mirrored": (404, "", ""),
     "owner/token": (401, "", "Invalid credentials in Authorization header"),
     "owner/rights": (403, "", "Please enable access to public gated repositories in your fine-grained token."),
     "owner/broken": (503, "", "Down for maintenance"),
@@ -114,7 +114,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
         ("owner/rights", "refused", "enable access to public gated repositories"),
         ("owner/broken", "unknown", "maintenance"),
         ("owner/never", "unknown", "no answer within 1 s"),
-        ("owner/a/b", "missing", "status 404"),
+        ("owner/mirrored", "unknown", "status 404"),
     ],
 )
 def test_each_answer_of_the_hub_is_told_apart(server: Server, name: str, access: str, says: str) -> None:

@@ -89,6 +89,10 @@ def chat_template(case: Case) -> Problems:
     for key, dataset in datafiles.datasets(case.config):
         if dataset.get("type") != "chat_template":
             continue
+        if dataset.get("chat_template_jinja") and not dataset.get("chat_template"):
+            problem = "Axolotl does not use it where the data set names no chat_template"
+            yield "error", f"{key}.chat_template_jinja", problem, "set chat_template: jinja beside it"
+            continue
         name, written = turns.chosen_template(case.config, dataset)
         where = f"{key}.type"
         if dataset.get("chat_template") or case["chat_template"]:
