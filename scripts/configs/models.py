@@ -13,8 +13,15 @@ from ..base.files import read_json
 from ..base.yamlfiles import Config
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-LINEAR_LAYERS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
-_SAME_LAYERS = {"llama", "mistral", "qwen2", "qwen3"}  # model types whose decoder layers have just these
+MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+LINEAR_LAYERS = (*ATTENTION, *MLP[:3])
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""The layers of some families that hold several of Llama's in one."""
+_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "smollm3")
+LAYERS = dict.fromkeys(_LIKE_LLAMA, LINEAR_LAYERS) | {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
+"""The linear layers in each decoder layer, by model type; from transformers/models/<type>/modeling_<type>.py."""
+NEEDED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""What an entry of models.yaml has to say of a model's config.json to stand in for it."""
 
 
 @dataclass
@@ -54,10 +61,10 @@ def find(composed: Config) -> Model:
     name = composed.get("base_model")
     if not isinstance(name, str) or "\0" in name:
         return Model()
-    entry = _entry(name)
-    sizes = entry.get("config", {})
+    entry = entry_of(name)
+    sizes = entry.get("config") or {}
     special_tokens = entry.get("special_tokens")
-    folder = Path(name) if Path(name).is_dir() else _in_hub_cache(name, _revision(composed))
+    folder = folder_of(composed)
     if folder:
         sizes = sizes | read_json(folder / "config.json")
         special_tokens = _special_tokens(folder) or special_tokens
@@ -69,9 +76,9 @@ def find(composed: Config) -> Model:
         tokenizer_here=folder is not None and (folder / "config.json").is_file() and any(folder.glob("tokenizer*")),
         context=context if isinstance(context, int) else None,
         layers=layers if isinstance(layers, int) else None,
-        linear=LINEAR_LAYERS if str(sizes.get("model_type")) in _SAME_LAYERS else None,
+        linear=LAYERS.get(str(sizes.get("model_type"))),
         special_tokens=special_tokens,
-        pad_token=_pad_token(folder),
+        pad_token=token(folder, "pad_token") or entry.get("own_pad_token"),
         chat=entry.get("chat", False) if entry else None,
     )
 
@@ -93,21 +100,23 @@ def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
     if not isinstance(name, str) or not name or "\0" in name:
         raise UserError("base_model: names no model")
     revision = _revision(composed)
-    entry = _entry(name)
-    listed = entry.get("config")
+    entry = entry_of(name)
+    listed: dict[str, Any] = entry.get("config") or {}
+    missing = [size for size in NEEDED if size not in listed]
     file = Path(name) / "config.json"
     if not Path(name).is_dir():
-        if listed and revision in (None, entry.get("revision")):
+        if not missing and revision in (None, entry.get("revision")):
             return dict(listed)
         from huggingface_hub import hf_hub_download
 
         try:
             file = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=not download))
         except Exception as error:  # of the hub, of the network, or of the name
-            if listed:
+            if not missing:
                 return dict(listed)
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise UserError(f"base_model: the config.json of {name} is not available: {reason}") from None
+            lacks = f", and its entry in {paths.TEMPLATES / 'models.yaml'} lacks {', '.join(missing)}" if listed else ""
+            raise UserError(f"base_model: the config.json of {name} is not available{lacks}: {reason}") from None
     content = read_json(file)
     if "model_type" not in content:
         raise UserError(f"base_model: {file} is missing, or not JSON that names a model_type")
@@ -124,12 +133,18 @@ def is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _entry(name: str) -> dict[str, Any]:
+def entry_of(name: str) -> dict[str, Any]:
     """What models.yaml says of a model, or of the one that it is a mirror of; empty where it has neither."""
     for entry in catalogue().values():
         if entry.get("mirror") == name:
-            return entry | {"gated": False}
+            return {key: fact for key, fact in entry.items() if key not in ("mirror", "revision")} | {"gated": False}
     return catalogue().get(name, {})
+
+
+def folder_of(composed: Config) -> Path | None:
+    """The folder with the files of a config's base model, its own or that in the hub's cache, or None."""
+    name = str(composed.get("base_model"))
+    return Path(name) if Path(name).is_dir() else _in_hub_cache(name, _revision(composed))
 
 
 def _revision(composed: Config) -> Any:
@@ -139,10 +154,11 @@ def _revision(composed: Config) -> Any:
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 
 
-def _pad_token(folder: Path | None) -> str | None:
-    named = read_json(folder / "tokenizer_config.json").get("pad_token") if folder else None
-    token = named.get("content") if isinstance(named, dict) else named
-    return token if isinstance(token, str) else None
+def token(folder: Path | None, name: str) -> str | None:
+    """The token, such as pad_token, that the tokenizer_config.json in a folder names, or None."""
+    named = read_json(folder / "tokenizer_config.json").get(name) if folder else None
+    content = named.get("content") if isinstance(named, dict) else named
+    return content if isinstance(content, str) else None
 
 
 def _special_tokens(folder: Path) -> str | None:

@@ -67,6 +67,12 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "unknown-lora-target:lora_target_modules.1",
         "did you mean v_proj",
     ),
+    (
+        {"base_model": "microsoft/Phi-3-mini-4k-instruct", "lora_target_modules": ["q_proj", "o_proj"]},
+        "error",
+        "unknown-lora-target:lora_target_modules.0",
+        "did you mean qkv_proj",
+    ),
     ({"lora_target_modules": ".*_projj"}, "error", "unknown-lora-target:lora_target_modules", "matches no layer"),
     ({"lora_target_modules": "(q"}, "error", "unknown-lora-target:lora_target_modules", "not a regular"),
     ({"lora_r": None}, "error", "no-lora-rank:adapter", "lora_r is not set"),
