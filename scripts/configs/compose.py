@@ -102,6 +102,9 @@ def compose(request: Request) -> Composed:
             folders = {"stand_in": str(standin.folder()), "sample": str(rehearsal_data(_input_format(recipe)))}
             fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
         lay(config.merge(composed, fragment), f"profile {profile}", profile_file)
+        if profile == REHEARSAL and isinstance(targets := composed.get("lora_target_modules"), list):
+            names = {"lora_target_modules": models.renamed(targets, models.LAYERS["llama"])}
+            lay(config.merge(composed, names), "rehearsal: the small model's names of the layers")
     for text in request.overrides:
         key, value = config.parse_override(text)
         check_not_of_the_run(key, f"--set {text}")

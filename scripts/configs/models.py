@@ -123,6 +123,23 @@ def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
     return content
 
 
+def renamed(targets: list[str], layers: tuple[str, ...]) -> list[str]:
+    """Layers for LoRA under the names that they have in another family; what it has no counterpart for stays.
+
+    A layer that is part of a larger one there becomes that one, and a fused layer its parts.
+
+    Args:
+        targets: their names.
+        layers: those of the other family, as in LAYERS.
+    """
+    whole = {part: name for name, parts in FUSED.items() if name in layers for part in parts}
+    found: list[str] = []
+    for name in targets:
+        parts = [part for part in FUSED.get(name, ()) if part in layers]
+        found += [name] if name in layers else parts or [whole.get(name, name)]
+    return list(dict.fromkeys(found))
+
+
 def is_copy(name: Any, of: Any) -> bool:
     """Whether two names are of the same model, or the first is that of the other's mirror in models.yaml."""
     return name == of or (name is not None and name == catalogue().get(str(of), {}).get("mirror"))

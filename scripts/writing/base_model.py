@@ -41,18 +41,8 @@ class BaseModel:
     unknown: list[str] = field(default_factory=list)
 
     def targets(self, wanted: list[str]) -> list[str]:
-        """Layers for LoRA under the names that they have in this model; what it has no counterpart for stays.
-
-        A layer that is part of a larger one in this model becomes that one, and a fused layer its parts.
-        """
-        if not self.layers:
-            return wanted
-        whole = {part: name for name, parts in models.FUSED.items() if name in self.layers for part in parts}
-        found = []
-        for name in wanted:
-            parts = [part for part in models.FUSED.get(name, ()) if part in self.layers]
-            found += [name] if name in self.layers else parts or [whole.get(name, name)]
-        return list(dict.fromkeys(found))
+        """Layers for LoRA under the names that they have in this model, as `models.renamed` gives them."""
+        return models.renamed(wanted, self.layers) if self.layers else wanted
 
 
 def describe(entry: dict[str, Any], name: str, folder: Path | None = None) -> BaseModel:

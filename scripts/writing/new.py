@@ -12,7 +12,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.files import read_json, write_atomically
 from ..base.yamlfiles import Config
-from ..configs import config, models, variants
+from ..configs import config, datafiles, models, variants
 from ..data import study
 from .base_model import SPECIAL_TOKENS, BaseModel, describe
 from .edit import edited
@@ -89,7 +89,7 @@ def for_model(base: str, name: str) -> OtherModel:
         changes["attn_implementation"] = Change("eager", about.soft_caps)
     elif not about.soft_caps and attention == "eager" and describe(models.entry_of(before), before).soft_caps:
         changes["attn_implementation"] = Change("sdpa", "as for models that put no cap on attention scores")
-    lines = _template(recipe, folder, entry, changes)
+    lines = _chat_templates(recipe, folder, entry, changes)
     if about.unknown:
         pinned = f" --revision {about.revision}" if about.revision else ""
         fetch = f"; `hf download {name}{pinned} --include '*.json'` fetches what says more, for a second try"
@@ -99,18 +99,21 @@ def for_model(base: str, name: str) -> OtherModel:
     return OtherModel(about, changes, lines)
 
 
-def _template(recipe: Config, folder: Path | None, entry: Config, changes: dict[str, Change]) -> list[str]:
-    """Replace another model's chat template by the tokenizer's own, and say so where it is not known to have one."""
-    template = recipe.get("chat_template")
-    if template is None or str(template).startswith(("tokenizer_default", "jinja")):
-        return []
+def _chat_templates(recipe: Config, folder: Path | None, entry: Config, changes: dict[str, Change]) -> list[str]:
+    """Replace another model's chat template by the tokenizer's own; a line for each that stays."""
+    named = {"chat_template": recipe.get("chat_template")}
+    for key, dataset in datafiles.datasets(recipe):
+        named[f"{key}.chat_template"] = dataset.get("chat_template")
+    foreign = {
+        key: name for key, name in named.items() if name and not str(name).startswith(("tokenizer_default", "jinja"))
+    }
     in_files = folder is not None and (
         (folder / "chat_template.jinja").is_file() or "chat_template" in read_json(folder / "tokenizer_config.json")
     )
-    if entry.get("chat") or in_files:
+    if "chat_template" in foreign and (entry.get("chat") or in_files):
         changes["chat_template"] = Change("tokenizer_default", "the one that comes with the model")
-        return []
-    return [f"chat_template stays {template}: not known whether the model's tokenizer has one of its own"]
+        del foreign["chat_template"]
+    return [f"{key} stays {name}: see whether it is the model's" for key, name in foreign.items()]
 
 
 def write(name: str, base: str, overrides: list[str], other: OtherModel | None = None) -> Path:
@@ -176,7 +179,7 @@ def _beside_model(text: str, changes: dict[str, Change], recipe: Config) -> str:
     """
     lines = ""
     for key in ("revision_of_model", "special_tokens"):
-        if key not in recipe:
+        if "base_model" in recipe and key not in recipe:
             change = changes.pop(key)
             if change.value is None:
                 lines += f"# {key} is not set: {change.source}\n"
@@ -185,9 +188,8 @@ def _beside_model(text: str, changes: dict[str, Change], recipe: Config) -> str:
     return re.sub(r"(?m)^base_model:.*\n", lambda line: line[0] + lines, _ABSENT.sub("", text), count=1)
 
 
-_LABEL = re.compile(
-    r"# (Study|Run|Rehearse|Change|Data|Model|Note|Differs|Not known) +\S"
-)  # as in templates/*/_base.yaml.j2
+# As in templates/*/_base.yaml.j2
+_LABEL = re.compile(r"# ((Study|Run|Rehearse|Change|Data|Model|Note|Differs) {2,}|Not known )\S")
 _VARIANT = re.compile(r"# (\S+): a variant of (\S+)")
 
 
@@ -217,7 +219,8 @@ def _for_other_model(text: str, base: str, base_name: str, about: BaseModel, bef
     if origin and origin != base_name and not any(line.endswith(f" {origin}") for line in lines):
         lines.append(f"# {base_name}: a variant of {origin}")
     lines += [*_labelled("Model", f"{about.title}: {about.about}")]
-    lines += [line for line in head.splitlines() if re.match("# Data +", line)]
+    data = [str(dataset.get("path")) for _, dataset in datafiles.datasets(yamlfiles.parse(text, base), "datasets")]
+    lines += [line for line in head.splitlines() if line.startswith("# Data  ") and any(path in line for path in data)]
     if about.unknown:
         lines += _labelled("Not known", ", ".join(about.unknown))
     if of_study := study.of(origin) if origin else None:

@@ -9,7 +9,8 @@ import pytest
 from conftest import Recipe
 
 from qlora_recipes.base import paths, yamlfiles
-from qlora_recipes.configs import config, models, standin
+from qlora_recipes.checks import check
+from qlora_recipes.configs import compose, config, models, standin
 
 BASE = "haider2024/llama-3.2-3b"
 PHI = {"model_type": "phi3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2} | {
@@ -222,7 +223,7 @@ def test_a_chat_template_of_another_family_gives_way_to_the_models_own(tmp_path:
     text, _ = written(recipe, tmp_path, "Qwen/Qwen3-8B", base="chat")
     assert "chat_template: tokenizer_default  # variant, was llama3; the one that comes with the model" in text
     done = recipe("new", "other", "--from", "chat", "--model", "mistralai/Mistral-7B-v0.3")
-    assert "chat_template stays llama3: not known whether" in done.stderr
+    assert "chat_template stays llama3: see whether" in done.stderr
 
 
 def test_keys_about_the_model_before_go(tmp_path: Path, recipe: Recipe) -> None:
@@ -263,3 +264,11 @@ def test_what_cannot_be_is_refused_and_nothing_written(
     assert done.returncode == 2
     assert says in done.stderr
     assert not (tmp_path / "variants").exists()
+
+
+def test_a_rehearsal_names_the_layers_as_the_small_model_does(tmp_path: Path, recipe: Recipe) -> None:
+    written(recipe, tmp_path, "microsoft/Phi-3-mini-4k-instruct")
+    composed = compose.compose(compose.Request(str(tmp_path / "variants/mine.yaml"), rehearse=True))
+    assert composed.config["lora_target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    findings = check.examine(composed).findings
+    assert [str(finding) for finding in findings if finding.level != "note"] == []
