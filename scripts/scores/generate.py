@@ -29,7 +29,7 @@ from .evaluations import ADAPTER, EvaluationSettings
 
 disable_progress_bar()
 
-_LOSS_ON_ANSWERS = {  # of a data set of chats, which can have it elsewhere
+LOSS_ON_ANSWERS = {  # of a data set of chats, which can have it elsewhere
     "roles_to_train": ["assistant"],
     "train_on_eos": "turn",
     "message_field_training": None,
@@ -75,7 +75,7 @@ class Prompter:
         """
         longest = self.config.max_position_embeddings - self.settings.decoding.max_new_tokens
         cfg = DictDefault(self.cfg | {"train_on_inputs": False})
-        dataset = DictDefault({**cfg.datasets[0], **_LOSS_ON_ANSWERS})  # its | would keep the values that are there
+        dataset = DictDefault({**cfg.datasets[0], **LOSS_ON_ANSWERS})  # its | would keep the values that are there
         data = self.settings.data
         tokenized = tokenize(data, cfg, dataset, self.tokenizer, rows, longest)
         if len(tokenized) != len(rows):
