@@ -21,10 +21,10 @@ PHI = {"model_type": "phi3", "hidden_size": 64, "intermediate_size": 128, "num_h
 }
 
 
-def write_model(folder: Path, sizes: dict[str, Any], tokenizer: dict[str, Any] | None, **files: Any) -> Path:
+def write_model(folder: Path, sizes: dict[str, Any], tokenizer_config: dict[str, Any] | None, **files: Any) -> Path:
     """A model's folder without real weights."""
     folder.mkdir(parents=True)
-    contents = {"config": sizes, "tokenizer_config": tokenizer} | files
+    contents = {"config": sizes, "tokenizer_config": tokenizer_config} | files
     for name, content in contents.items():
         if content is not None:
             (folder / f"{name}.json").write_bytes(orjson.dumps(content))
@@ -40,9 +40,16 @@ def written(recipe: Recipe, tmp_path: Path, model: str | Path, *options: str, ba
     return (tmp_path / "variants/mine.yaml").read_text(), done.stderr
 
 
-def about_the_model(text: str) -> str:
+def wrong(recipe: Recipe) -> list[str]:
+    """What `recipe check` finds in the new variant, but for data and a hub that are not here."""
+    (report,) = orjson.loads(recipe("check", "mine", "--json").stdout)
+    names = [finding["name"] for finding in report["findings"] if finding["level"] != "note"]
+    return [name for name in names if not name.startswith(("missing-file", "no-access"))]
+
+
+def about_the_model(text: str, base: str) -> str:
     """The head of a variant and the comments on its model, without the settings that stay as they were."""
-    before = (paths.RECIPES / f"{BASE}.yaml").read_text().splitlines()
+    before = (paths.RECIPES / f"{base}.yaml").read_text().splitlines()
     return "\n".join(line for line in text.splitlines() if line not in before)
 
 
@@ -68,12 +75,11 @@ def test_a_known_model_takes_the_place_of_another_with_true_comments(tmp_path: P
     assert "\n# variant, removed: special_tokens; the tokenizer has a padding token, <|endoftext|>\n" in text
     assert "\n# Model     Qwen2.5 Coder 7B: licence apache-2.0, not gated\n" in text
     assert "\nlora_r: 32  # paper\n" in text
-    changed = re.sub(r"variant, was .*?;|a variant of .*", "", about_the_model(text))
+    changed = re.sub(r"variant, was .*?;|a variant of .*", "", about_the_model(text, base))
     assert not re.search(
         r"paper\b(?! names none)|Table II|Llama[ -][23]|Code Llama|no padding token|Unsloth|Not known", changed
     )
-    found = recipe("check", "mine").stderr
-    assert "warning" not in found and "special_tokens" not in found
+    assert wrong(recipe) == []
 
 
 def test_what_is_changed_is_all_that_list_and_diff_name(tmp_path: Path, recipe: Recipe) -> None:
@@ -84,8 +90,7 @@ def test_what_is_changed_is_all_that_list_and_diff_name(tmp_path: Path, recipe: 
     changed = {row["key"]: row["mine"] for row in orjson.loads(recipe("diff", "mine", "--json").stdout)}
     assert changed["lora_target_modules"] == ["qkv_proj", "o_proj"]
     assert recipe("show", "mine").stdout.startswith("# yaml-language-server")
-    findings = orjson.loads(recipe("check", "mine", "--json").stdout)[0]["findings"]
-    assert [finding["rule"] for finding in findings if finding["level"] != "note"] == ["missing-file"] * 2
+    assert wrong(recipe) == []
 
 
 def test_a_model_that_nothing_is_known_of_is_taken_with_its_missing_facts_named(tmp_path: Path, recipe: Recipe) -> None:
@@ -105,7 +110,7 @@ def test_facts_of_a_folder_are_read_from_its_files(tmp_path: Path, recipe: Recip
     assert said == f"not known of {standin.model_folder()}: licence\n"
     assert "\n# variant, removed: revision_of_model; a folder has none\n" in text
     assert "\n# variant, removed: special_tokens; the tokenizer has a padding token, <|im_end|>\n" in text
-    assert "a folder of this machine" in text
+    assert "a folder of this machine" in re.sub("\n# +", " ", text)
 
 
 ADDED = [
@@ -137,7 +142,7 @@ def test_a_padding_token_is_set_only_where_the_tokenizer_is_known_to_name_none(
     assert reason in line
     assert ("the tokenizer names no padding token" in line) == bool(pad_token)
     assert ("padding token" in said) == reason.startswith("not known")
-    assert "warning" not in recipe("check", "mine").stderr
+    assert wrong(recipe) == []
 
 
 def test_facts_of_a_model_in_the_hubs_cache_alone_are_read_there(
