@@ -68,7 +68,8 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "did you mean v_proj",
     ),
     (
-        {"base_model": "microsoft/Phi-3-mini-4k-instruct", "lora_target_modules": ["q_proj", "o_proj"]},
+        {"base_model": "microsoft/Phi-3-mini-4k-instruct", "lora_target_modules": ["q_proj", "o_proj"]}
+        | {"special_tokens": None, "chat_template": "tokenizer_default"},
         "error",
         "unknown-lora-target:lora_target_modules.0",
         "did you mean qkv_proj",
