@@ -171,9 +171,20 @@ def _revision(composed: Config) -> Any:
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 
 
+DEFAULT_TOKENS = {"Qwen2Tokenizer": {"pad_token": "<|endoftext|>"}, "GemmaTokenizer": {"pad_token": "<pad>"}}
+"""What these classes of transformers take for a token that no file names."""
+
+
 def token(folder: Path | None, name: str) -> str | None:
-    """The token, such as pad_token, that the tokenizer_config.json in a folder names, or None."""
-    named = read_json(folder / "tokenizer_config.json").get(name) if folder else None
+    """The token, such as pad_token, that the tokenizer in a folder names, or None.
+
+    A special_tokens_map.json counts where transformers reads it (tokenization_utils_base.py, _from_pretrained).
+    """
+    settings = read_json(folder / "tokenizer_config.json") if folder else {}
+    if folder and "added_tokens_decoder" not in settings:
+        settings |= read_json(folder / "special_tokens_map.json")
+    kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    named = settings.get(name, DEFAULT_TOKENS.get(kind, {}).get(name))
     content = named.get("content") if isinstance(named, dict) else named
     return content if isinstance(content, str) else None
 

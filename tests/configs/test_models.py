@@ -113,3 +113,13 @@ def test_the_layers_of_each_family_are_those_that_transformers_builds(kind: str)
     built = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
     parts = {layer: "mlp" if layer in models.MLP else "self_attn" for layer in models.LAYERS[kind]}
     assert built == {f"model.layers.0.{part}.{layer}" for layer, part in parts.items()}
+
+
+def test_the_tokens_that_no_file_names_are_the_defaults_of_transformers() -> None:
+    import inspect
+
+    import transformers
+
+    for kind, tokens in models.DEFAULT_TOKENS.items():
+        defaults = inspect.signature(getattr(transformers, kind).__init__).parameters
+        assert {name: defaults[name].default for name in tokens} == tokens

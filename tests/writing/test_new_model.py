@@ -123,6 +123,7 @@ ADDED = [
 @pytest.mark.parametrize(
     ("tokenizer", "generation", "pad_token", "reason"),
     [
+        ({"tokenizer_class": "Qwen2TokenizerFast"}, None, None, "the tokenizer has a padding token, <|endoftext|>"),
         ({"pad_token": {"content": "<unused>"}}, None, None, "the tokenizer has a padding token, <unused>"),
         ({"pad_token": None, "eos_token": "</s>"}, None, "</s>", "EOS, as Axolotl falls back to"),
         ({"eos_token": "</s>"}, {"pad_token_id": 2}, "<unused>", "pad_token_id of the model's generation_config.json"),
@@ -142,6 +143,8 @@ def test_a_padding_token_is_set_only_where_the_tokenizer_is_known_to_name_none(
     assert reason in line
     assert ("the tokenizer names no padding token" in line) == bool(pad_token)
     assert ("padding token" in said) == reason.startswith("not known")
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "<s>"}')
+    assert models.find({"base_model": str(folder)}).pad_token == "<s>"
     assert wrong(recipe) == []
 
 
