@@ -96,11 +96,6 @@ def test_file(composed: Config, folder: Path = Path()) -> str | None:
     return str(test) if test and (folder / test).is_file() else None
 
 
-def is_alpaca(kind: Any) -> bool:
-    """Whether the type of a data set is one whose rows have the fields instruction, input and output."""
-    return isinstance(kind, str) and kind.partition(":")[0] == "alpaca"
-
-
 def first_rows(dataset: Config) -> int | None:
     """How many rows a split such as `train[:40]` takes; None where it takes all."""
     match = re.fullmatch(r"train\[:(\d+)\]", str(dataset.get("split")))
