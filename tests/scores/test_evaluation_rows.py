@@ -358,7 +358,7 @@ def test_completion_rows_that_are_named_have_no_answer_either(own: OwnRun, tmp_p
     ("form", "rows", "says"),
     [
         ({"type": "alpaca"}, [*alpaca(1), {"instruction": "x", "output": " "}, *alpaca(1)], "row 2 has no answer"),
-        ({"type": USER_DEFINED}, [{"question": "x", "answer": ""}] * 12, "rows 1, 2, 3.*, 10 and 2 more have no answer"),
+        ({"type": USER_DEFINED}, [{"question": "x", "answer": ""}] * 12, "rows 1, 2.*, 10 and 2 more have no"),
         (CHATML, [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]}],
          "row 1 has no answer"),
         (CHATML, [{"messages": chats(1)[0]}, {"messages": chats(1)[0][:1]}], "row 2 has no answer"),
@@ -389,11 +389,12 @@ CARD = "---\nconfigs:\n" + "".join(
 ) + "---\n"  # fmt: skip
 
 
+FILES = {name: b"".join(orjson.dumps(row) + b"\n" for row in rows) for name, rows in ON_HUB.items()}
+FILES["README.md"] = CARD.encode()
+
+
 class _Hub(BaseHTTPRequestHandler):
     """The little of the hub's API that loading a data set takes: what there is, at which commit, and its content."""
-
-    FILES = {name: b"".join(orjson.dumps(row) + b"\n" for row in rows) for name, rows in ON_HUB.items()}
-    FILES["README.md"] = CARD.encode()
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -410,13 +411,13 @@ class _Hub(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = self.path.partition("?")[0]
         if path.startswith("/api/datasets/somebody/sums"):
-            files = [{"type": "file", "path": name, "size": len(text)} for name, text in self.FILES.items()]
-            about = {"id": "somebody/sums", "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.FILES]}
+            files = [{"type": "file", "path": name, "size": len(text)} for name, text in FILES.items()]
+            about = {"id": "somebody/sums", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
             listed = "/tree/" in path or "/paths-info/" in path
             self._answer(200, orjson.dumps([one | {"oid": COMMIT} for one in files] if listed else about))
         elif "/resolve/" in path:
             name = path.partition("/resolve/")[2].partition("/")[2]
-            content = self.FILES.get(name)
+            content = FILES.get(name)
             found = {"ETag": f'"{name}"'} if content else {"X_Error_Code": "EntryNotFound"}
             self._answer(200 if content else 404, content or b"", X_Repo_Commit=COMMIT, **found)
         else:
