@@ -14,7 +14,7 @@ from ..scores.evaluations import of_run
 from .run_rows import row
 
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown for runs from before there was one per token
-REHEARSALS = "Rehearsals (small stand-in model and sample; not comparable with any published score)"
+REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
 
 
 def _jobs(folder: RunDir, run: Run) -> Iterator[str]:

@@ -29,8 +29,8 @@ def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
         known: texts of some fields; others are left to be filled in.
     """
     dataset = next((dataset for _, dataset in datafiles.datasets(cfg, "datasets")), {})
-    row = _placeholders(dataset)
-    if row is None:
+    row, names = _placeholders(dataset)
+    if not names:
         return None
     with importing_axolotl(offline=True):
         from transformers import AutoTokenizer
@@ -42,7 +42,7 @@ def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
             return None
     if dataset.get("type") == "chat_template":
         return _chat(loaded, ids)
-    return _text(loaded, ids, [name for name in row if f"{{{name}}}" in str(row[name])], known)
+    return _text(loaded, ids, names, known)
 
 
 def _prompt(row: dict[str, Any], cfg: Config, dataset: Config, tokenizer: Any) -> list[int]:
@@ -57,8 +57,9 @@ def _prompt(row: dict[str, Any], cfg: Config, dataset: Config, tokenizer: Any) -
     return tokens.ids[: answer_of(tokens.labels)[0]]
 
 
-def _placeholders(dataset: Config) -> dict[str, Any] | None:
-    """A row of a data set with placeholders for what a prompt is made of; None for a type that is not known here.
+def _placeholders(dataset: Config) -> tuple[dict[str, Any], list[str]]:
+    """A row of a data set with {placeholders} for what a prompt is made of, and their names; none for a type that is
+    not known here.
 
     It has the optional fields that the first row has, as prompts can be worded otherwise without them.
     """
@@ -67,16 +68,18 @@ def _placeholders(dataset: Config) -> dict[str, Any] | None:
         user, assistant = ((dataset.get("roles") or {}).get(role, [role])[0] for role in ("user", "assistant"))
         turns = ((user, "{question}"), (assistant, ANSWER))
         messages = [{names["role"]: role, names["content"]: text} for role, text in turns]
-        return {dataset.get("field_messages") or "messages": messages}
+        return {dataset.get("field_messages") or "messages": messages}, ["question"]
+    if dataset.get("type") == "input_output":
+        return {"segments": [{"label": False, "text": "{text}"}, {"label": True, "text": ANSWER}]}, ["text"]
     fields = fields_of(dataset)
     if not fields or not fields.reference or not fields.texts:
-        return None
+        return {}, []
     first: dict[str, Any] = {}
     for file in datafiles.jsonl_files(dataset)[:1]:
         with file.open("rb") as lines:
             first = next(islice(json_rows(lines, file, ()), 1), {})
     named = [name for name in (*fields.texts, *fields.optional) if not first or first.get(name)]
-    return {name: f"{{{name}}}" for name in named} | {fields.reference: ANSWER}
+    return {name: f"{{{name}}}" for name in named} | {fields.reference: ANSWER}, named
 
 
 def _chat(tokenizer: Any, ids: Sequence[int]) -> str | None:

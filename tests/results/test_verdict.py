@@ -84,6 +84,7 @@ def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores
         str(report_runs.scores([member])),
         str(list(report_runs.tiles(member))),
     ]
+    assert ("not the recipe's: no published score compares" in texts[-1]) != same
     assert [any(score in text for score in ("5.02", "4.28", "5.47")) for text in texts] == [same] * len(texts)
 
 

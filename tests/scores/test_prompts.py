@@ -43,6 +43,11 @@ def trained(cfg: dict[str, Any], row: dict[str, Any], tokenizer: Any) -> list[in
         ({"type": "alpaca:chatml"}, {"instruction": "Do it.", "input": "", "output": "Yes."}, ["instruction"]),
         ({"type": "gpteacher"}, {"instruction": "Do.", "input": "Now", "response": "Yes."}, ["instruction", "input"]),
         ({"type": FORMAT}, {"ask": "Why \"it\"?", "reply": "So."}, ["ask"]),
+        (
+            {"type": "input_output"},
+            {"segments": [{"label": False, "text": "Q: Why?\nA: "}, {"label": True, "text": "So."}]},
+            ["text"],
+        ),
         (CHAT, {"talk": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}, None),
         (SHAREGPT, {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}, None),
     ],
@@ -63,9 +68,10 @@ def test_the_code_gives_the_tokens_of_the_training(
     code = prompts.as_code(cfg, folder, {})
     assert code
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = row | {"text": "Q: Why?\nA: "}
     for name in values or ():
         assert f'{name} = "..."' in code
-        code = code.replace(f'{name} = "..."', f"{name} = {row[name]!r}")
+        code = code.replace(f'{name} = "..."', f"{name} = {texts[name]!r}")
     if values is None:
         code = code.replace('"..."', '"Why?"')
     scope: dict[str, Any] = {"tokenizer": tokenizer}
