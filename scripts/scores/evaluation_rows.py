@@ -58,10 +58,12 @@ class EvaluationRows:
 
 
 def named(file: Path, cfg: Config, folder: Path) -> Source:
-    """A file that the user names: rows like those of the config's data set with that path, or else of its first."""
+    """A file that the user names, with rows like those of the config's data set of that path, or else of its first for
+    evaluation, or of its first."""
     path = file.resolve()
-    same = (key for key, entry in datafiles.datasets(cfg) if Path(folder, str(entry.get("path"))).resolve() == path)
-    return Source(str(path), [next(same, "datasets.0")], file)
+    entries = dict(datafiles.datasets(cfg, "test_datasets", "datasets"))
+    same = (key for key, entry in entries.items() if Path(folder, str(entry.get("path"))).resolve() == path)
+    return Source(str(path), [next(same, next(iter(entries), "datasets.0"))], file)
 
 
 def usual(run: Run, cfg: Config) -> Source | None:
@@ -78,10 +80,9 @@ def usual(run: Run, cfg: Config) -> Source | None:
         scored_on = beside.with_name(f"{of_study.data.scored_on}.jsonl") if of_study else beside
         beside = scored_on if scored_on.is_file() else beside
     elif tests := dict(datafiles.datasets(cfg, "test_datasets")):
-        whole = [file for entry in tests.values() if not entry.get("split") and (file := _jsonl(entry, folder))]
-        if len(tests) == len(whole) == 1:
-            return Source(str(whole[0].resolve()), [*tests], whole[0])
-        return Source(_in_words(tests, folder), [*tests])
+        [entry, *more] = tests.values()
+        file = None if more or datafiles.first_rows(entry) else _jsonl(entry, folder)
+        return Source(str(file.resolve()) if file else _in_words(tests, folder), [*tests], file)
     elif cfg.get("val_set_size"):
         trained = dict(datafiles.datasets(cfg, "datasets"))
         words = f"val_set_size {cfg['val_set_size']} of {_in_words(trained, folder)}"
@@ -111,8 +112,10 @@ def require_reference(folder: RunDir, run: Run, cfg: Config, source: Source | No
     """
     entries = [entry for key, entry in datafiles.datasets(cfg) if source is None or key in source.keys]
     kind = None
-    if cfg.get("rl") or cfg.get("reward_model") or cfg.get("process_reward_model"):
-        kind = "preference data"
+    if cfg.get("rl"):
+        kind = f"data for rl: {cfg['rl']}"
+    elif cfg.get("reward_model") or cfg.get("process_reward_model"):
+        kind = "data for a reward model"
     elif cfg.get("pretraining_dataset"):
         kind = "data for pretraining"
     elif any(str(entry.get("type")).partition(":")[0] == "completion" for entry in entries):

@@ -331,7 +331,7 @@ def test_a_data_set_of_other_files_with_a_split(own: OwnRun, tmp_path: Path) -> 
          "completion data has no answer .* eval loss: 3.25 at the end of the run, as `recipe results` shows"),
         ({"datasets": [{"path": "a.jsonl", "type": "completion"}]}, Summary(),
          "completion data .* the run has not measured; test_datasets or val_set_size has the next one do that"),
-        ({"datasets": [{"path": "a.jsonl", "type": "chatml.intel"}], "rl": "dpo"}, Summary(), "preference data has no"),
+        ({"datasets": [{"path": "a.jsonl", "type": "chatml.intel"}], "rl": "dpo"}, Summary(), "rl: dpo has no"),
         ({"datasets": None, "pretraining_dataset": [{"path": "a.jsonl"}]}, Summary(), "data for pretraining has no"),
         ({"datasets": [{"path": "a.jsonl", "type": "alpaca"}]}, Summary(),
          "neither test_datasets nor val_set_size.* --data, and give the recipe test_datasets"),
