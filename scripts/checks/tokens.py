@@ -149,7 +149,8 @@ class Tokenizer:
             UserError: they cannot be loaded, or be told from the others.
         """
         try:
-            held_out = prepare_datasets(self.cfg, self.tokenizer)[1]
+            with patch.dict(os.environ, AXOLOTL_IS_PREPROCESS="1"):  # it need not count the steps of packed rows
+                held_out = prepare_datasets(self.cfg, self.tokenizer)[1]
         except Exception as error:
             problem = f"the rows that it holds out cannot be had: {type(error).__name__}: {error}"
             raise UserError(f"val_set_size: {problem}") from None

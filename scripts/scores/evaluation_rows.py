@@ -249,4 +249,4 @@ def _require_same_data(run: Run) -> None:
 
 def slug(data: str) -> str:
     """What rows are as a part of a folder's name."""
-    return re.sub(r"[^\w.-]+", "-", Path(data).stem if Path(data).is_absolute() else data)[:80]
+    return re.sub(r"[^\w.-]+", "-", Path(data).stem if Path(data).is_absolute() else data)[:80].strip("-")
