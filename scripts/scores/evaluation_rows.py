@@ -14,7 +14,6 @@ import orjson
 
 from ..base.errors import UserError
 from ..base.files import json_rows, read_json, sha256, write_rows
-from ..base.progress import say
 from ..base.quiet import importing_axolotl
 from ..base.tables import Row, text_of
 from ..base.yamlfiles import Config
@@ -221,7 +220,6 @@ def _loaded(source: Source, folder: RunDir, run: Run, cfg: Config) -> list[tuple
             return [(line["dataset"], line["row"]) for line in json_rows(lines, kept, ("dataset",))]
     if source.held_out:
         _require_same_data(run)
-        say(f"{folder.path}: looking for the rows that val_set_size held out")
     if run.rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with importing_axolotl(offline=run.rehearsal), chdir(run.cwd):

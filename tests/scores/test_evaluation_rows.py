@@ -17,6 +17,8 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import sha256, write_rows
 from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.configs import config, datafiles
+from qlora_recipes.reports import report_reader
+from qlora_recipes.reports.report_runs import reported_runs
 from qlora_recipes.runs.rundir import Run, RunDir, Summary
 from qlora_recipes.scores import evaluate, evaluation_rows
 from qlora_recipes.scores.evaluations import Evaluation, read_predictions, read_scores
@@ -189,6 +191,23 @@ def test_results_tables_compare_and_groups_take_own_rows(own: OwnRun, tmp_path: 
     assert {one["rows"] for one in json.loads(compared.stdout)} == {3}
     (group,) = json.loads(recipe("results", "--by", "length", "--json").stdout)
     assert (group["length"], group["rows"]) == ("0 to 10 tokens", 3)
+    assert reported(run) == "These rows have no field input."
+
+
+def reported(run: RunDir) -> str:
+    """Why a report does not show the inputs of a run's rows."""
+    (shown,) = report_reader.reader(reported_runs([run]))
+    assert shown["diff"] is None
+    return str(shown["why"])
+
+
+def test_a_report_says_why_it_shows_no_inputs_of_rows_that_are_no_file(own: OwnRun, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", alpaca(20))
+    run = own(datasets=[{"path": "train.jsonl", "type": "alpaca"}], val_set_size=2)
+    evaluate.evaluate(run, BASE)
+    for file in ("predictions.jsonl", "scores.json"):
+        shutil.copy(run.path / "evaluations" / "base-model" / file, run.path)
+    assert reported(run) == "Inputs are shown of rows in one JSONL file; these are val_set_size 2 of train.jsonl."
 
 
 def test_what_the_config_names_wins_over_a_test_file_that_happens_to_lie_there(own: OwnRun, tmp_path: Path) -> None:
