@@ -144,17 +144,17 @@ def test_rehearsals_have_a_project_of_their_own() -> None:
 
 @pytest.mark.parametrize("profile", TRACKERS)
 def test_a_tracker_without_its_package_is_an_error_at_its_line(monkeypatch: pytest.MonkeyPatch, profile: str) -> None:
-    monkeypatch.setattr(rules.Case, "can_import", lambda _, module: module != profile)
-    report = check.check(Request(NAME, profiles=[profile]))
-    (found,) = [finding for finding in report.findings if finding.rule == "missing-tracker"]
-    assert (found.level, found.name) == ("error", f"missing-tracker:use_{profile}")
+    monkeypatch.setattr(rules.Case, "is_installed", lambda _, package: package != profile)
+    report = check.check(Request(NAME, profiles=[profile]), launching=True)
+    (found,) = [finding for finding in report.findings if finding.rule == "missing-package"]
+    assert (found.level, found.name) == ("error", f"missing-package:use_{profile}")
     assert found.where.endswith(f"{profile}.yaml")
 
 
 def test_a_run_with_a_tracker_that_is_not_installed_does_not_start(recipe: Recipe, tmp_path: Path) -> None:
     done = recipe("run", NAME, "--rehearse", "--set", "comet_project_name=x")
     assert done.returncode == 2
-    assert "the package comet_ml is not installed; install it, or delete comet_project_name" in done.stderr
+    assert "the package comet-ml is not installed; install it, or delete comet_project_name" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
