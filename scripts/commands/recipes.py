@@ -84,3 +84,5 @@ def new_verb(
     print(new.write(name, from_, overrides, other))
     for line in other.not_known if other else []:
         say(line)
+    if not model and any(override.startswith("base_model=") for override in overrides):
+        say("revision, special tokens, layers and comments are still those of the model before; --model replaces them")

@@ -280,3 +280,9 @@ def test_a_rehearsal_names_the_layers_as_the_small_model_does(tmp_path: Path, re
     assert composed.config["lora_target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
     findings = check.examine(composed).findings
     assert [str(finding) for finding in findings if finding.level != "note"] == []
+
+
+def test_a_base_model_that_is_only_set_is_said_to_leave_the_rest(tmp_path: Path, recipe: Recipe) -> None:
+    done = recipe("new", "mine", "--from", BASE, "--set", "base_model=Qwen/Qwen3-4B")
+    assert done.returncode == 0
+    assert "still those of the model before; --model replaces them" in done.stderr
