@@ -13,8 +13,15 @@ from ..base.yamlfiles import Config
 from ..data import hub
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-LINEAR_LAYERS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
-_SAME_LAYERS = {"llama", "mistral", "qwen2", "qwen3"}  # model types whose decoder layers have just these
+MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+LINEAR_LAYERS = (*ATTENTION, *MLP[:3])
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""The layers of some families that hold several of Llama's in one."""
+_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "smollm3")
+LAYERS = dict.fromkeys(_LIKE_LLAMA, LINEAR_LAYERS) | {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
+"""The linear layers in each decoder layer, by model type; from transformers/models/<type>/modeling_<type>.py."""
+NEEDED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""What an entry of models.yaml has to say of a model's config.json to stand in for it."""
 
 
 @dataclass
@@ -56,10 +63,10 @@ def find(composed: Config) -> Model:
     name = composed.get("base_model")
     if not isinstance(name, str) or "\0" in name:
         return Model()
-    entry = _entry(name)
-    sizes = entry.get("config", {})
+    entry = entry_of(name)
+    sizes = entry.get("config") or {}
     special_tokens = entry.get("special_tokens")
-    folder = Path(name) if Path(name).is_dir() else _in_hub_cache(name, _revision(composed))
+    folder = folder_of(composed)
     if folder:
         sizes = sizes | read_json(folder / "config.json")
         special_tokens = _special_tokens(folder) or special_tokens
@@ -71,9 +78,9 @@ def find(composed: Config) -> Model:
         tokenizer_here=folder is not None and (folder / "config.json").is_file() and any(folder.glob("tokenizer*")),
         context=context if isinstance(context, int) else None,
         layers=layers if isinstance(layers, int) else None,
-        linear=LINEAR_LAYERS if str(sizes.get("model_type")) in _SAME_LAYERS else None,
+        linear=LAYERS.get(str(sizes.get("model_type"))),
         special_tokens=special_tokens,
-        pad_token=_pad_token(folder),
+        pad_token=token(folder, "pad_token") or entry.get("own_pad_token"),
         chat=entry.get("chat", False) if entry else None,
         chat_template=_chat_template(folder),
     )
@@ -96,19 +103,21 @@ def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
     if not isinstance(name, str) or not name or "\0" in name:
         raise UserError("base_model: names no model")
     revision = _revision(composed)
-    entry = _entry(name)
-    listed = entry.get("config")
+    entry = entry_of(name)
+    listed: dict[str, Any] = entry.get("config") or {}
+    missing = [size for size in NEEDED if size not in listed]
     file = Path(name) / "config.json"
     if not Path(name).is_dir():
-        if listed and revision in (None, entry.get("revision")):
+        if not missing and revision in (None, entry.get("revision")):
             return dict(listed)
         try:
             file = _config_file(name, revision, download)
         except Exception as error:  # of the hub, of the network, or of the name
-            if listed:
+            if not missing:
                 return dict(listed)
             reason = hub.reason(error)
-            raise UserError(f"base_model: the config.json of {name} is not available: {reason}") from None
+            lacks = f", and its entry in {paths.TEMPLATES / 'models.yaml'} lacks {', '.join(missing)}" if listed else ""
+            raise UserError(f"base_model: the config.json of {name} is not available{lacks}: {reason}") from None
     content = read_json(file)
     if "model_type" not in content:
         raise UserError(f"base_model: {file} is missing, or not JSON that names a model_type")
@@ -129,6 +138,23 @@ def _config_file(name: str, revision: Any, download: bool) -> Path:
     return Path(hub.within(hub.PATIENCE, partial(hf_hub_download, name, "config.json", revision=revision)))
 
 
+def renamed(targets: list[str], layers: tuple[str, ...]) -> list[str]:
+    """Layers for LoRA under the names that they have in another family; what it has no counterpart for stays.
+
+    A layer that is part of a larger one there becomes that one, and a fused layer its parts.
+
+    Args:
+        targets: their names.
+        layers: those of the other family, as in LAYERS.
+    """
+    whole = {part: name for name, parts in FUSED.items() if name in layers for part in parts}
+    found: list[str] = []
+    for name in targets:
+        parts = [part for part in FUSED.get(name, ()) if part in layers]
+        found += [name] if name in layers else parts or [whole.get(name, name)]
+    return list(dict.fromkeys(found))
+
+
 def is_copy(name: Any, of: Any) -> bool:
     """Whether two names are of the same model, or the first is that of the other's mirror in models.yaml."""
     return name == of or (name is not None and name == catalogue().get(str(of), {}).get("mirror"))
@@ -139,12 +165,18 @@ def is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _entry(name: str) -> dict[str, Any]:
+def entry_of(name: str) -> dict[str, Any]:
     """What models.yaml says of a model, or of the one that it is a mirror of; empty where it has neither."""
     for entry in catalogue().values():
         if entry.get("mirror") == name:
-            return entry | {"gated": False}
+            return {key: fact for key, fact in entry.items() if key not in ("mirror", "revision")} | {"gated": False}
     return catalogue().get(name, {})
+
+
+def folder_of(composed: Config) -> Path | None:
+    """The folder with the files of a config's base model, its own or that in the hub's cache, or None."""
+    name = str(composed.get("base_model"))
+    return Path(name) if Path(name).is_dir() else _in_hub_cache(name, _revision(composed))
 
 
 def _revision(composed: Config) -> Any:
@@ -154,10 +186,22 @@ def _revision(composed: Config) -> Any:
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 
 
-def _pad_token(folder: Path | None) -> str | None:
-    named = read_json(folder / "tokenizer_config.json").get("pad_token") if folder else None
-    token = named.get("content") if isinstance(named, dict) else named
-    return token if isinstance(token, str) else None
+DEFAULT_TOKENS = {"Qwen2Tokenizer": {"pad_token": "<|endoftext|>"}, "GemmaTokenizer": {"pad_token": "<pad>"}}
+"""What these classes of transformers take for a token that no file names."""
+
+
+def token(folder: Path | None, name: str) -> str | None:
+    """The token, such as pad_token, that the tokenizer in a folder names, or None.
+
+    A special_tokens_map.json counts where transformers reads it (tokenization_utils_base.py, _from_pretrained).
+    """
+    settings = read_json(folder / "tokenizer_config.json") if folder else {}
+    if folder and "added_tokens_decoder" not in settings:
+        settings |= read_json(folder / "special_tokens_map.json")
+    kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    named = settings.get(name, DEFAULT_TOKENS.get(kind, {}).get(name))
+    content = named.get("content") if isinstance(named, dict) else named
+    return content if isinstance(content, str) else None
 
 
 def _chat_template(folder: Path | None) -> str | None:

@@ -146,7 +146,7 @@ def _front_matter(facts: dict[str, Any]) -> str:
 def _scored_on(settings: EvaluationSettings, of_study: study.Study | None) -> str:
     """The rows that scores are of."""
     if not (settings.test_set and of_study):
-        return f"{Path(settings.data).name}, {settings.rows_in_words}"
+        return f"{settings.data_name}, {settings.rows_in_words}"
     subset = of_study.data.subsets.get(settings.test_set)
     return f"{of_study.data.name}, {subset.title if subset else 'the test set'}, {settings.rows_in_words}"
 

@@ -28,7 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(prepared)
     monkeypatch.setattr(hub, "is_offline", lambda: False)
-    monkeypatch.setattr(rules.Case, "can_import", lambda *_: True)
+    monkeypatch.setattr(rules.Case, "is_installed", lambda *_: True)
     monkeypatch.setenv("HF_TOKEN", "for the test")
     return tmp_path
 

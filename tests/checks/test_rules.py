@@ -79,6 +79,13 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "unknown-lora-target:lora_target_modules.1",
         "did you mean v_proj",
     ),
+    (
+        {"base_model": "microsoft/Phi-3-mini-4k-instruct", "lora_target_modules": ["q_proj", "o_proj"]}
+        | {"special_tokens": None, "chat_template": "tokenizer_default"},
+        "error",
+        "unknown-lora-target:lora_target_modules.0",
+        "did you mean qkv_proj",
+    ),
     ({"lora_target_modules": ".*_projj"}, "error", "unknown-lora-target:lora_target_modules", "matches no layer"),
     ({"lora_target_modules": "(q"}, "error", "unknown-lora-target:lora_target_modules", "not a regular"),
     ({"lora_r": None}, "error", "no-lora-rank:adapter", "lora_r is not set"),
@@ -168,7 +175,25 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"special_tokens": {"eos_token": "<|im_end|>"}}, "error", "missing-special-token:special_tokens.eos_token", "no"),
     ({"datasets": [DATA | {"type": "chatml.intel"}]}, "error", "prompt-strategy:datasets.0.type", "set rl"),
     ({"datasets": [DATA | {"type": "nowhere.prompts"}]}, "error", "prompt-strategy:datasets.0.type", "nowhere"),
-    ({"use_comet": True}, "error", "missing-tracker:use_comet", "comet_ml is not installed; install it"),
+    ({"use_comet": True}, "warning", "missing-package:use_comet", "comet-ml is not installed; install it"),
+    (
+        {"attn_implementation": "sage"},
+        "warning",
+        "missing-package:attn_implementation",
+        "sage needs the package sageattention, which is not installed; install it from github.com/thu-ml",
+    ),
+    (
+        {"attn_implementation": "flash_attention_2"},
+        "note",
+        "missing-package:attn_implementation",
+        "flash-attn is not installed, so that transformers takes the kernel kernels-community/flash-attn2 from the hub",
+    ),
+    (
+        {"plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]},
+        "warning",
+        "missing-package:plugins",
+        "install Axolotl's fork",
+    ),
     (
         {"batch_size": 7, "gradient_accumulation_steps": None},
         "error",
@@ -274,13 +299,85 @@ def test_what_a_gpu_lacks_is_an_error(gpu: str, change: dict[str, Any], says: st
 @pytest.mark.parametrize(
     ("gpu", "change"),
     [
-        ("H100", {"fp16": False, "bf16": True, "tf32": True, "attn_implementation": "flash_attention_3", "fp8": True}),
-        ("A100", {"fp16": None, "bf16": None, "attn_implementation": "flash_attention_2"}),
+        (
+            "H100",
+            {"fp16": False, "bf16": True, "tf32": True, "fp8": True}
+            | {"attn_implementation": "kernels-community/flash-attn3"},
+        ),
+        ("A100", {"fp16": None, "bf16": None, "attn_implementation": "kernels-community/flash-attn2"}),
         ("T4", {"fp16": True, "bf16": "auto"}),  # Axolotl then leaves bf16 off
     ],
 )
 def test_what_a_gpu_has_is_no_finding(gpu: str, change: dict[str, Any]) -> None:
     assert found(change, gpu) == []
+
+
+FLASH = {"attn_implementation": "flash_attention_2"}
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    monkeypatch.setattr(rules.Case, "is_installed", lambda _, package: package in packages)
+
+
+def test_a_missing_package_is_an_error_once_a_run_starts() -> None:
+    change = {"fp16": False, "bf16": True, "attn_implementation": "sage", "use_comet": True}
+    levels = {f.name: f.level for f in found(change, "A100", launching=True)}
+    assert levels == {"missing-package:attn_implementation": "error", "missing-package:use_comet": "error"}
+
+
+def test_a_package_that_is_installed_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "flash-attn", "cut-cross-entropy", "wandb")
+    plugins = ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]
+    assert found(FLASH | {"plugins": plugins, "use_wandb": True}) == []
+    assert found({"plugins": plugins, "cut_cross_entropy": False}) == []
+    (only,) = found({"attn_implementation": "flash_attention_4"})  # flash-attn is another package of the same name
+    assert "needs the package flash-attn-4" in only.problem
+
+
+def test_a_plugin_that_is_listed_and_off_needs_no_package() -> None:
+    plugins = ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]
+    assert found({"plugins": plugins, "cut_cross_entropy": False}) == []
+
+
+def test_without_flash_attn_a_kernel_of_the_hub_has_to_be_within_reach(
+    monkeypatch: pytest.MonkeyPatch, place: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub"))
+    from_hub = {"attn_implementation": "kernels-community/flash-attn3@v1"}
+    assert (found(FLASH)[0].level, found(from_hub)) == ("note", [])
+    monkeypatch.setattr(hub, "is_offline", lambda: True)
+
+    def levels(change: dict[str, Any]) -> list[str]:
+        return [f.level for f in found(change, launching=True, gpu="H100") if f.name.startswith("missing-package")]
+
+    assert (levels(FLASH), levels(from_hub)) == (["error"], ["error"])
+    (place / "hub" / "kernels--kernels-community--flash-attn2").mkdir(parents=True)
+    assert (levels(FLASH), levels(from_hub)) == (["note"], ["error"])
+    installed(monkeypatch)  # the package kernels is missing too
+    assert levels(FLASH) == ["error"]
+    assert "needs the package kernels" in found(from_hub)[0].problem
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_implementation": "flash_attention_2"},
+        {"attn_implementation": "eager", "torch_compile": True},
+        {"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rope": True},
+        {"lora_mlp_kernel": True},
+    ],
+)
+def test_what_a_cpu_lacks_is_an_error_only_once_a_run_starts(change: dict[str, Any]) -> None:
+    in_fp32 = change | {"fp16": False}
+
+    def errors(launching: bool, gpu: str | None) -> list[str]:
+        return [str(f) for f in found(in_fp32, gpu, launching) if f.name.startswith("no-gpu:")]
+
+    assert errors(launching=False, gpu=None) == errors(launching=True, gpu="A100") == []
+    assert all("--rehearse does without it" in error for error in errors(launching=True, gpu=None))
+    assert {
+        error.rpartition("no-gpu:")[2].rstrip("]") for error in errors(launching=True, gpu=None)
+    } >= change.keys() - {"attn_implementation" if "eager" in change.values() else ""}
 
 
 def test_packing_with_sdpa_and_bf16_before_hopper_is_a_warning() -> None:

@@ -1,5 +1,6 @@
 """What rules judge, and the decorator that makes one."""
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -79,4 +80,11 @@ class Case:
         try:
             return importlib.util.find_spec(module) is not None
         except (ImportError, ValueError):
+            return False
+
+    def is_installed(self, package: str) -> bool:
+        """Whether a package is installed, by its name in the registry."""
+        try:
+            return bool(importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
             return False
