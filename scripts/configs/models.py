@@ -1,9 +1,8 @@
 """Facts about base models, without loading them: from files on this machine, from models.yaml and from the hub."""
 
-import os
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import read_json
 from ..base.yamlfiles import Config
+from ..data import hub
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
@@ -37,6 +37,7 @@ class Model:
         special_tokens: a regular expression for its tokenizer's special tokens.
         pad_token: the padding token that its tokenizer names.
         chat: whether it was trained to follow a chat template.
+        chat_template: the chat template of its tokenizer.
     """
 
     gated: bool | None = None
@@ -48,6 +49,7 @@ class Model:
     special_tokens: str | None = None
     pad_token: str | None = None
     chat: bool | None = None
+    chat_template: str | None = None
 
 
 @cache
@@ -80,6 +82,7 @@ def find(composed: Config) -> Model:
         special_tokens=special_tokens,
         pad_token=token(folder, "pad_token") or entry.get("own_pad_token"),
         chat=entry.get("chat", False) if entry else None,
+        chat_template=_chat_template(folder),
     )
 
 
@@ -87,7 +90,7 @@ def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
     """The content of a base model's config.json at the revision that a config names.
 
     It is that of the model's folder; of models.yaml, where the config names its revision or none; or of the hub's cache
-    or the hub. Where neither of these has that revision, models.yaml stands in for it.
+    or the hub, which is waited for 10 s at most. Where they do not have that revision, models.yaml stands in for it.
 
     Args:
         composed: the config.
@@ -107,14 +110,12 @@ def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
     if not Path(name).is_dir():
         if not missing and revision in (None, entry.get("revision")):
             return dict(listed)
-        from huggingface_hub import hf_hub_download
-
         try:
-            file = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=not download))
+            file = _config_file(name, revision, download)
         except Exception as error:  # of the hub, of the network, or of the name
             if not missing:
                 return dict(listed)
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = hub.reason(error)
             lacks = f", and its entry in {paths.TEMPLATES / 'models.yaml'} lacks {', '.join(missing)}" if listed else ""
             raise UserError(f"base_model: the config.json of {name} is not available{lacks}: {reason}") from None
     content = read_json(file)
@@ -138,6 +139,20 @@ def renamed(targets: list[str], layers: tuple[str, ...]) -> list[str]:
         parts = [part for part in FUSED.get(name, ()) if part in layers]
         found += [name] if name in layers else parts or [whole.get(name, name)]
     return list(dict.fromkeys(found))
+
+
+def _config_file(name: str, revision: Any, download: bool) -> Path:
+    """The config.json of a model in the hub's cache, or fetched from the hub, which is waited for 10 s in all."""
+    cached = _in_hub_cache(name, revision)
+    if cached and (cached / "config.json").is_file():
+        return cached / "config.json"
+    if not download:
+        raise FileNotFoundError("it is not on this machine")
+    if (answer := hub.access(name)).access != "open":
+        raise ConnectionError(answer.says)
+    from huggingface_hub import hf_hub_download
+
+    return Path(hub.within(hub.PATIENCE, partial(hf_hub_download, name, "config.json", revision=revision)))
 
 
 def is_copy(name: Any, of: Any) -> bool:
@@ -189,6 +204,18 @@ def token(folder: Path | None, name: str) -> str | None:
     return content if isinstance(content, str) else None
 
 
+def _chat_template(folder: Path | None) -> str | None:
+    """Where transformers looks for it: a file of its own, else the tokenizer's config, in which several have names."""
+    if not folder:
+        return None
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8", errors="replace")
+    named = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(named, list):
+        named = {str(one.get("name")): one.get("template") for one in named if isinstance(one, dict)}.get("default")
+    return named if isinstance(named, str) else None
+
+
 def _special_tokens(folder: Path) -> str | None:
     """A regular expression for the special tokens in a tokenizer.json; None where it names none."""
     added = read_json(folder / "tokenizer.json").get("added_tokens") or ()
@@ -208,19 +235,3 @@ def _in_hub_cache(name: str, revision: Any) -> Path | None:
     ref = repository / "refs" / wanted
     snapshot = repository / "snapshots" / (ref.read_text().strip() if ref.is_file() else wanted)
     return snapshot if snapshot.is_dir() else None
-
-
-def has_token() -> bool:
-    """Whether there is a token for the hub, where huggingface_hub looks for one."""
-    from huggingface_hub.constants import HF_TOKEN_PATH
-
-    file = Path(HF_TOKEN_PATH)
-    in_environment = any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
-    return in_environment or (file.is_file() and bool(file.read_text().strip()))
-
-
-def is_offline() -> bool:
-    """Whether the hub must not be asked."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    return bool(HF_HUB_OFFLINE)
