@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Container, Iterator
+from pathlib import Path
 
 from ..base.yamlfiles import Config
 from . import datafiles, models, standin
@@ -29,6 +30,9 @@ def exchanges(composed: Config, sample: Config, given: Container[str], ranks: in
         rows = datafiles.training_rows(composed | {"val_set_size": 0}) or _MOST_ROWS["datasets"]
         composed = composed | {"val_set_size": min(int(held_out), max(rows // 4, 1))}
         yield {"val_set_size": composed["val_set_size"]}, "so that rows to train on are left"
+    if composed.get("max_steps") and "max_steps" not in given:
+        composed = merge(composed, {"max_steps": None})
+        yield {"max_steps": None}, "the recipe's epochs of few rows"
     yield _few_steps(composed, ranks), "at most a tenth of the steps"
 
 
@@ -45,8 +49,9 @@ def _rows(composed: Config, sample: Config, given: Container[str]) -> Iterator[t
             ]
             yield {section: kept}, f"the first rows of its own data, at most {most}"
         elif entries or section == "datasets":
-            missing = next(iter(entries.values())).get("path") if entries else "data of its own"
-            yield {section: sample[section]}, f"rows of the shipped sample, as {missing} is not on this machine"
+            missing = str(next(iter(entries.values())).get("path")) if entries else "data of its own"
+            lacks = "cannot be loaded in part" if Path(missing).exists() else "is not on this machine"
+            yield {section: sample[section]}, f"rows of the shipped sample, as {missing} {lacks}"
         length = composed.get("sequence_len")
         if section == "datasets" and "sequence_len" not in given:
             if not here:
@@ -83,7 +88,7 @@ def lacking(composed: Config) -> Iterator[tuple[Config, str]]:
 
 
 _LORA_KERNELS = "lora_(qkv|o|mlp|embedding)_kernel"
-_PLUGINS = re.compile("integrations[.](liger|cut_cross_entropy|kernels)[.]")
+_PLUGINS = re.compile("integrations[.](liger|cut_cross_entropy|kernels)[.:]")
 _LACKING = (  # keys and values, what takes their place, and why
     ("(liger_.*|cut_cross_entropy.*|use_kernels|fused_attn_kernel)=.*", None, "its kernels need a GPU"),
     (f"{_LORA_KERNELS}=.*", False, "its kernels need a GPU"),

@@ -124,20 +124,6 @@ def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
     return content
 
 
-def _config_file(name: str, revision: Any, download: bool) -> Path:
-    """The config.json of a model in the hub's cache, or fetched from the hub, which is waited for 10 s in all."""
-    cached = _in_hub_cache(name, revision)
-    if cached and (cached / "config.json").is_file():
-        return cached / "config.json"
-    if not download:
-        raise FileNotFoundError("it is not on this machine")
-    if (answer := hub.access(name)).access != "open":
-        raise ConnectionError(answer.says)
-    from huggingface_hub import hf_hub_download
-
-    return Path(hub.within(hub.PATIENCE, partial(hf_hub_download, name, "config.json", revision=revision)))
-
-
 def renamed(targets: list[str], layers: tuple[str, ...]) -> list[str]:
     """Layers for LoRA under the names that they have in another family; what it has no counterpart for stays.
 
@@ -153,6 +139,20 @@ def renamed(targets: list[str], layers: tuple[str, ...]) -> list[str]:
         parts = [part for part in FUSED.get(name, ()) if part in layers]
         found += [name] if name in layers else parts or [whole.get(name, name)]
     return list(dict.fromkeys(found))
+
+
+def _config_file(name: str, revision: Any, download: bool) -> Path:
+    """The config.json of a model in the hub's cache, or fetched from the hub, which is waited for 10 s in all."""
+    cached = _in_hub_cache(name, revision)
+    if cached and (cached / "config.json").is_file():
+        return cached / "config.json"
+    if not download:
+        raise FileNotFoundError("it is not on this machine")
+    if (answer := hub.access(name)).access != "open":
+        raise ConnectionError(answer.says)
+    from huggingface_hub import hf_hub_download
+
+    return Path(hub.within(hub.PATIENCE, partial(hf_hub_download, name, "config.json", revision=revision)))
 
 
 def is_copy(name: Any, of: Any) -> bool:

@@ -160,6 +160,13 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "two-cross-entropies:chunked_cross_entropy",
         "beside cut_cross_entropy",
     ),
+    (
+        {"plugins": ["axolotl.integrations.liger:LigerPlugin", "x.CutCrossEntropyPlugin"], "liger_cross_entropy": True}
+        | {"cut_cross_entropy": False, "chunked_cross_entropy": True},
+        "error",
+        "two-cross-entropies:liger_cross_entropy",
+        "beside chunked_cross_entropy",
+    ),
     ({"test_datasets": None}, "error", "never-evaluated:evals_per_epoch", "no evaluation data"),
     ({"test_datasets": None, "val_set_size": 0}, "error", "never-evaluated:evals_per_epoch", "no evaluation data"),
     ({"evals_per_epoch": None}, "warning", "never-evaluated:test_datasets", "never happens"),
@@ -192,7 +199,7 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         {"plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]},
         "warning",
         "missing-package:plugins",
-        "install Axolotl's fork",
+        "Axolotl's fork, or drop the plugin",
     ),
     (
         {"batch_size": 7, "gradient_accumulation_steps": None},
@@ -332,6 +339,16 @@ def test_a_package_that_is_installed_is_no_finding(monkeypatch: pytest.MonkeyPat
     assert found({"plugins": plugins, "cut_cross_entropy": False}) == []
     (only,) = found({"attn_implementation": "flash_attention_4"})  # flash-attn is another package of the same name
     assert "needs the package flash-attn-4" in only.problem
+
+
+def test_cut_cross_entropy_is_on_once_its_plugin_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "cut-cross-entropy")
+    change = {
+        "plugins": ["axolotl.integrations.cut_cross_entropy:CutCrossEntropyPlugin"],
+        "chunked_cross_entropy": True,
+    }
+    assert [f.name for f in found(change)] == ["two-cross-entropies:chunked_cross_entropy"]
+    assert found(change | {"cut_cross_entropy": False}) == []
 
 
 def test_a_plugin_that_is_listed_and_off_needs_no_package() -> None:

@@ -86,14 +86,21 @@ def test_several_data_sets_share_the_rows_and_those_elsewhere_are_left_out() -> 
     assert splits(given) == ["train[:16]", "train[:40]"]
 
 
-@pytest.mark.parametrize("path", ["gone.jsonl", "some/data-set", "s3://bucket/rows.jsonl", "saved"])
-def test_the_sample_takes_the_place_of_rows_that_are_not_there(path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "lacks"),
+    [
+        ("gone.jsonl", "is not on this machine"),
+        ("some/data-set", "is not on this machine"),
+        ("s3://bucket/rows.jsonl", "is not on this machine"),
+        ("saved", "cannot be loaded in part"),
+    ],
+)
+def test_the_sample_takes_the_place_of_rows_that_are_not_there(path: str, lacks: str) -> None:
     own = rehearsed({"datasets": [{"path": path, "type": "completion"}]})
     (dataset,) = own.config["datasets"]
     assert Path(dataset["path"]).is_file() and dataset["type"] == "alpaca"
     assert own.config["sequence_len"] == 512
-    expected = f"rehearsal: rows of the shipped sample, as {path} is not on this machine"
-    assert why(own, "datasets.0.path") == expected
+    assert why(own, "datasets.0.path") == f"rehearsal: rows of the shipped sample, as {path} {lacks}"
     assert "test_datasets" not in own.config
 
 
@@ -157,7 +164,7 @@ def test_the_stand_in_has_the_context_that_is_assumed() -> None:
             {"plugins": ["mine.Plugin"], "liger_rope": None},
         ),
         (
-            {"plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"], "cut_cross_entropy": True},
+            {"plugins": ["axolotl.integrations.cut_cross_entropy:CutCrossEntropyPlugin"], "cut_cross_entropy": True},
             {"plugins": None, "cut_cross_entropy": None},
         ),
         ({"lora_mlp_kernel": True}, {"lora_mlp_kernel": False}),
@@ -195,3 +202,10 @@ def test_layers_that_the_stand_in_has_apart_are_named_apart() -> None:
     fused = {"lora_target_modules": ["qkv_proj", "o_proj", "gate_up_prj"]}
     assert rehearsed(fused).config["lora_target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_prj"]
     assert rehearsed(fused, "base_model=./phi").config["lora_target_modules"] == fused["lora_target_modules"]
+
+
+def test_a_rehearsal_makes_as_many_steps_as_its_rows() -> None:
+    own = rehearsed({"max_steps": 5000, "warmup_steps": 100})
+    assert "max_steps" not in own.config
+    assert own.config["warmup_steps"] == 1  # of 16 steps
+    assert rehearsed({"max_steps": 5000}, "max_steps=3").config["max_steps"] == 3

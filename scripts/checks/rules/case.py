@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,6 +66,13 @@ class Case:
     def attention(self) -> str:
         """The attention that the config asks for."""
         return attention(self.config)
+
+    @property
+    def plugins(self) -> set[str]:
+        """The classes of the plugins that are on; cut cross entropy's is, once it is listed, unless its key is false
+        (axolotl/integrations/cut_cross_entropy/args.py)."""
+        listed = {re.split("[.:]", str(name))[-1] for name in self["plugins"] or ()}
+        return listed - ({"CutCrossEntropyPlugin"} if self["cut_cross_entropy"] is False else set())
 
     @property
     def lora(self) -> bool:

@@ -74,17 +74,18 @@ def missing_package(case: Case) -> Problems:
 
     Instead of a missing flash-attn transformers takes a kernel of the hub, with the package kernels
     (`_check_and_adjust_attn_implementation` in modeling_utils.py); Axolotl refuses that where the hub has no build for
-    the installed torch. Axolotl also turns on a tracker whose project is named (axolotl/utils/mlflow_.py and its like),
-    and cut cross entropy where its plugin is listed (axolotl/integrations/cut_cross_entropy/args.py).
+    the installed torch. Axolotl also turns on a tracker whose project is named (axolotl/utils/mlflow_.py and its like).
     """
     level: Level = "error" if case.launching else "warning"
-    plugins = {str(name).rpartition(".")[2]: "plugins" for name in case["plugins"] or ()}
-    if case["cut_cross_entropy"] is False:
-        plugins.pop("CutCrossEntropyPlugin", None)
-    for package, (keys, how) in _PACKAGES.items():
-        on = [plugins.get(key, key) for key in keys if case[key] or key in plugins]
+    for package, keys in _PACKAGES.items():
+        on = [key for key in keys if case[key]]
         if on and not case.is_installed(package):
-            yield level, on[0], f"the package {package} is not installed", f"{how}, or delete {' and '.join(on)}"
+            problem = f"the package {package} is not installed"
+            yield level, on[0], problem, f"install it, or delete {' and '.join(on)}"
+    for plugin, package in _PLUGIN_NEEDS.items():
+        if plugin in case.plugins and not case.is_installed(package):
+            problem = f"{plugin} needs the package {package}, which is not installed"
+            yield level, "plugins", problem, f"install it{_FROM.get(package, '')}, or drop the plugin"
     key = next((old for old in OLD_KEYS if case[old]), "attn_implementation")
     package, kernel = _ATTENTION_NEEDS.get(case.attention, ("", case.attention if "/" in case.attention else ""))
     if (package and case.is_installed(package)) or not (package or kernel):
@@ -97,23 +98,21 @@ def missing_package(case: Case) -> Problems:
         yield level, key, problem, f"install {package}, or set sdpa" if package else "fetch it first, or set sdpa"
     elif package:
         problem = f"{package} is not installed, so that transformers takes the kernel {kernel} from the hub"
-        yield "note", key, problem, "the hub needs a build for the installed torch"
+        yield "note", key, problem, "the hub must have a build for the installed torch"
 
 
-_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {  # the keys or plugins that need a package, and how to get it
-    "tensorboard": (("use_tensorboard",), "install it"),
-    "trackio": (("use_trackio", "trackio_project_name"), "install it"),
-    "mlflow": (("use_mlflow", "mlflow_experiment_name"), "install it"),
-    "wandb": (("use_wandb", "wandb_project"), "install it"),
-    "comet-ml": (("use_comet", "comet_project_name"), "install it"),
-    "swanlab": (("use_swanlab", "swanlab_project"), "install it"),
-    "liger-kernel": (("LigerPlugin",), "install it"),
-    "cut-cross-entropy": (
-        ("CutCrossEntropyPlugin",),
-        "install Axolotl's fork: \"cut-cross-entropy[transformers] @ "
-        'git+https://github.com/axolotl-ai-cloud/ml-cross-entropy.git@v0.1.1"',
-    ),
-    "densemixer": (("DenseMixerPlugin",), "install it"),
+_PACKAGES = {  # the keys that ask for it
+    "tensorboard": ("use_tensorboard",),
+    "trackio": ("use_trackio", "trackio_project_name"),
+    "mlflow": ("use_mlflow", "mlflow_experiment_name"),
+    "wandb": ("use_wandb", "wandb_project"),
+    "comet-ml": ("use_comet", "comet_project_name"),
+    "swanlab": ("use_swanlab", "swanlab_project"),
+}
+_PLUGIN_NEEDS = {
+    "LigerPlugin": "liger-kernel",
+    "CutCrossEntropyPlugin": "cut-cross-entropy",
+    "DenseMixerPlugin": "densemixer",
 }
 _ATTENTION_NEEDS = {  # a package, and the hub's kernel that transformers takes without it
     "flash_attention_2": ("flash-attn", f"{_HUB}flash-attn2"),
@@ -123,7 +122,11 @@ _ATTENTION_NEEDS = {  # a package, and the hub's kernel that transformers takes 
     "sage": ("sageattention", ""),
     "fp8": ("torchao", ""),
 }
-_FROM = {"sageattention": " from github.com/thu-ml/SageAttention"}
+_FROM = {  # where the registry does not have it, or not the one that is needed
+    "cut-cross-entropy": " from git+https://github.com/axolotl-ai-cloud/ml-cross-entropy.git@v0.1.1, Axolotl's fork",
+    "flash-attn-3": " from the folder hopper of github.com/Dao-AILab/flash-attention",
+    "sageattention": " from github.com/thu-ml/SageAttention",
+}
 
 
 def _kernel_here(name: str) -> bool:

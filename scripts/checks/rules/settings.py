@@ -73,9 +73,11 @@ def does_not_divide(case: Case) -> Problems:
 
 @rule
 def two_cross_entropies(case: Case) -> Problems:
-    """Each replaces the loss function; Axolotl refuses them together, after 15 s of imports."""
+    """Each replaces the loss function; Axolotl refuses them together, after 15 s of imports, but for cut cross entropy
+    that its plugin turns on by itself."""
     options = ("cut_cross_entropy", "chunked_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_entropy")
-    on = [key for key in options if case[key]]
+    by_itself = {"cut_cross_entropy"} if "CutCrossEntropyPlugin" in case.plugins else set()
+    on = [key for key in options if case[key] or key in by_itself]
     if len(on) > 1:
         yield "error", on[1], f"cannot be on beside {on[0]}", "set one of them to false"
 
