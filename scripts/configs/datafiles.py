@@ -96,11 +96,6 @@ def test_file(composed: Config, folder: Path = Path()) -> str | None:
     return str(test) if test and (folder / test).is_file() else None
 
 
-def is_alpaca(kind: Any) -> bool:
-    """Whether the type of a data set is one whose rows have the fields instruction, input and output."""
-    return isinstance(kind, str) and kind.partition(":")[0] == "alpaca"
-
-
 def can_be_rehearsed(dataset: Config) -> bool:
     """Whether Axolotl finds the rows of a data set on this machine and can load some of them: those of a file, or of a
     folder that `save_to_disk` has not written, which is loaded whole (axolotl/utils/data/shared.py)."""

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..base.yamlfiles import Config
-from . import datafiles, standin
+from . import datafiles, models, standin
 from .attention import OLD_KEYS, attention
 from .config import merge
 
@@ -61,14 +62,12 @@ def _rows(composed: Config, sample: Config, given: Container[str]) -> Iterator[t
 
 
 def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
-    """The stand-in's layers in the place of those that Phi-3 has fused."""
-    targets = composed.get("lora_target_modules")
-    if isinstance(targets, list) and composed.get("base_model") == str(standin.folder()):
-        parts = [part for target in targets for part in _FUSED.get(str(target), [target])]
-        yield {"lora_target_modules": parts}, "the stand-in has these layers apart"
-
-
-_FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    """The stand-in's layers in the place of those of another family, as Phi-3's fused ones."""
+    targets: Any = composed.get("lora_target_modules")
+    named = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    if named and composed.get("base_model") == str(standin.folder()):
+        renamed = models.renamed(targets, models.LAYERS["llama"])
+        yield {"lora_target_modules": renamed}, "the stand-in has these layers apart"
 
 
 def lacking(composed: Config) -> Iterator[tuple[Config, str]]:

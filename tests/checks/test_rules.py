@@ -1,5 +1,7 @@
 """One case or more for each rule, and none for a recipe as it is."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from qlora_recipes.base import paths
 from qlora_recipes.checks import rules
 from qlora_recipes.checks.finding import Finding
 from qlora_recipes.checks.rules import case
-from qlora_recipes.configs import gpus, models
+from qlora_recipes.configs import gpus
+from qlora_recipes.data import hub
 
 LLAMA_3 = "haider2024/llama-3-8b"
 
@@ -23,7 +26,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Pa
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "outputs" / "checkpoint-5").mkdir(parents=True)
     monkeypatch.setenv("HF_TOKEN", "for the test")
-    monkeypatch.setattr(models, "is_offline", lambda: False)
+    monkeypatch.setattr(hub, "is_offline", lambda: False)
     return tmp_path
 
 
@@ -36,6 +39,15 @@ def found(
 
 OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 DATA = {"path": "data/codereviewer/train.jsonl", "type": "alpaca"}
+
+CHATS = DATA | {"type": "chat_template"}
+CHAT = {"datasets": [CHATS]}
+
+
+def own(**formats: str) -> dict[str, Any]:
+    """Data with a prompt of one's own."""
+    return {"datasets": [DATA | {"type": formats}]}
+
 
 # what is changed in a recipe, and the level, name and some words of the one finding that it gives
 CASES: list[tuple[dict[str, Any], str, str, str]] = [
@@ -67,6 +79,13 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "unknown-lora-target:lora_target_modules.1",
         "did you mean v_proj",
     ),
+    (
+        {"base_model": "microsoft/Phi-3-mini-4k-instruct", "lora_target_modules": ["q_proj", "o_proj"]}
+        | {"special_tokens": None, "chat_template": "tokenizer_default"},
+        "error",
+        "unknown-lora-target:lora_target_modules.0",
+        "did you mean qkv_proj",
+    ),
     ({"lora_target_modules": ".*_projj"}, "error", "unknown-lora-target:lora_target_modules", "matches no layer"),
     ({"lora_target_modules": "(q"}, "error", "unknown-lora-target:lora_target_modules", "not a regular"),
     ({"lora_r": None}, "error", "no-lora-rank:adapter", "lora_r is not set"),
@@ -76,6 +95,32 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "unknown-model:base_model",
         "did you mean codellama/CodeLlama-7b-hf",
     ),
+    (CHAT | {"chat_template": "tokenizer_default_fallback_chatlm"}, "error", "chat-template:chat_template", "chatml"),
+    ({"datasets": [CHATS | {"chat_template": "lama3"}]}, "error", "chat-template:datasets.0.chat_template", "llama3"),
+    (CHAT | {"chat_template": "jinja"}, "error", "chat-template:chat_template", "chat_template_jinja is not set"),
+    (
+        CHAT | {"chat_template_jinja": "gone.jinja"},
+        "error",
+        "chat-template:datasets.0.type",
+        "gone.jinja is neither a file nor a template",
+    ),
+    (CHAT | {"chat_template_jinja": "{% for %}"}, "error", "chat-template:datasets.0.type", "line 1 is no Jinja"),
+    (
+        {"datasets": [CHATS | {"chat_template_jinja": "{{ messages }}"}]},
+        "error",
+        "chat-template:datasets.0.chat_template_jinja",
+        "set chat_template: jinja",
+    ),
+    (CHAT, "warning", "chat-template:datasets.0.type", "no chat model, may have no chat template"),
+    (
+        {"datasets": [CHATS | {"chat_template": "chatml", "field_tools": "functions"}]},
+        "error",
+        "unread-tools:datasets.0.field_tools",
+        "Axolotl ignores this key",
+    ),
+    (own(format="{instrution}{instruction}"), "error", "prompt-format:datasets.0.type.format", "did you mean"),
+    (own(format="Q: "), "error", "prompt-format:datasets.0.type.format", "{instruction} is not in it"),
+    (own(no_input_format="{instruction} }"), "error", "prompt-format:datasets.0.type.no_input_format", "Single"),
     ({"adapter": "lora"}, "error", "not-quantized:adapter", "set adapter: qlora"),
     ({"load_in_4bit": None}, "error", "not-quantized:adapter", "needs load_in_4bit"),
     ({"adapter": None}, "error", "not-quantized:load_in_4bit", "without an adapter"),
@@ -317,7 +362,7 @@ def test_without_flash_attn_a_kernel_of_the_hub_has_to_be_within_reach(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub"))
     from_hub = {"attn_implementation": "kernels-community/flash-attn3@v1"}
     assert (found(FLASH)[0].level, found(from_hub)) == ("note", [])
-    monkeypatch.setattr(models, "is_offline", lambda: True)
+    monkeypatch.setattr(hub, "is_offline", lambda: True)
 
     def levels(change: dict[str, Any]) -> list[str]:
         return [f.level for f in found(change, launching=True, gpu="H100") if f.name.startswith("missing-package")]
@@ -386,7 +431,7 @@ def test_a_gated_model_without_a_token(monkeypatch: pytest.MonkeyPatch, place: P
 
 
 def test_a_model_that_is_not_in_the_cache_when_offline(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
-    monkeypatch.setattr(models, "is_offline", lambda: True)
+    monkeypatch.setattr(hub, "is_offline", lambda: True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub"))
     assert [(f.level, f.name) for f in found({})] == [("warning", "no-access:base_model")]
     revision = str(config_with({})["revision_of_model"])
@@ -397,6 +442,31 @@ def test_a_model_that_is_not_in_the_cache_when_offline(monkeypatch: pytest.Monke
     (folder / "model.safetensors").touch()
     assert found({}) == []
     assert [f.name for f in found({"revision_of_model": "main"})] == ["no-access:base_model"]
+
+
+def test_base_models_that_have_a_chat_template_are_not_warned_of() -> None:
+    change = CHAT | {"revision_of_model": None}
+    for model, names in (("Qwen/Qwen2.5-7B", []), ("google/gemma-2-9b", ["chat-template"])):
+        assert [f.rule for f in found(change | {"base_model": model}) if f.rule == "chat-template"] == names
+
+
+def test_chats_need_a_template_of_the_tokenizer_or_the_config(tiny: Path, place: Path) -> None:
+    local = {"base_model": str(tiny), "revision_of_model": None} | CHAT
+    (only,) = found(local)
+    assert (only.level, only.name) == ("error", "chat-template:datasets.0.type")
+    assert only.remedy == "set chat_template, as chatml"
+    for name in ("chatml", "tokenizer_default_fallback_chatml"):
+        assert found(local | {"chat_template": name}) == []
+    model = place / "model"
+    shutil.copytree(tiny, model)
+    named = [{"name": "default", "template": "{{ messages }}"}]
+    for template in ("{{ messages }}", named):
+        settings = json.loads((tiny / "tokenizer_config.json").read_text()) | {"chat_template": template}
+        (model / "tokenizer_config.json").write_text(json.dumps(settings))
+        assert found(local | {"base_model": str(model)}) == []
+    shutil.copy(tiny / "tokenizer_config.json", model)
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    assert found(local | {"base_model": str(model)}) == []
 
 
 def test_a_local_model_is_judged_by_its_own_files(tiny: Path) -> None:

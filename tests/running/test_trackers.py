@@ -12,10 +12,11 @@ from conftest import RECIPE, Recipe
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.checks import check, rules
-from qlora_recipes.configs import compose, variants
+from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.runs import handover
 from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.writing import new
 
 NAME = "haider2024/code-llama-7b"
 TRACKERS = ("tensorboard", "trackio", "mlflow", "wandb")
@@ -159,7 +160,7 @@ def test_a_run_with_a_tracker_that_is_not_installed_does_not_start(recipe: Recip
 
 def test_a_variant_is_of_the_project_of_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    variants.write("wide", NAME, ["lora_r=64"])
+    new.write("wide", NAME, ["lora_r=64"])
     composed = compose.compose(Request("wide", profiles=["wandb"]))
     filled = handover.launched(composed, RunDir(Path("runs", "wide", "now")))
     assert (filled["wandb_project"], filled["wandb_name"]) == ("haider2024", "wide/now")

@@ -34,6 +34,7 @@ class Case:
         gpu: the GPU that it is meant for; None where none is named or there.
         gpus: how many of them.
         launching: whether a run is about to start here, so that what only this machine lacks is an error.
+        ask_hub: whether the hub may be asked about a model that is not here.
     """
 
     config: Config
@@ -41,6 +42,7 @@ class Case:
     gpu: Gpu | None = None
     gpus: int = 1
     launching: bool = False
+    ask_hub: bool = False
 
     def __getitem__(self, key: str) -> Any:
         return self.config.get(key)

@@ -4,10 +4,11 @@ import os
 import re
 from pathlib import Path
 
-from ...configs import exchange, models
+from ...configs import exchange
 from ...configs.attention import OLD_KEYS
 from ...configs.config import flatten
 from ...configs.precision import precision
+from ...data import hub
 from ..finding import Level
 from .case import Case, Problems, rule
 
@@ -92,7 +93,7 @@ def missing_package(case: Case) -> Problems:
     if not kernel or not case.is_installed("kernels"):
         problem = f"{case.attention} needs the package {package or 'kernels'}, which is not installed"
         yield level, key, problem, f"install it{_FROM.get(package, '')}, or set sdpa"
-    elif models.is_offline() and not _kernel_here(kernel):
+    elif hub.is_offline() and not _kernel_here(kernel):
         problem = f"{case.attention} takes the kernel {kernel} from the hub, and HF_HUB_OFFLINE is set"
         yield level, key, problem, f"install {package}, or set sdpa" if package else "fetch it first, or set sdpa"
     elif package:
