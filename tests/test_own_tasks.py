@@ -67,7 +67,7 @@ TASKS = {
     ),
     "own prompt": Task(
         lambda question, answer: {"ask": question, "reply": answer},
-        {"type": {"field_instruction": "ask", "field_output": "reply", "format": "Q: {instruction}\nA: "}},
+        {"type": {"field_instruction": "ask", "field_output": "reply", "no_input_format": "Q: {instruction}\nA: "}},
     ),
     "completion": Task(
         lambda question, answer: {"text": f"{question} {answer}"}, {"type": "completion"}, scored=False
