@@ -444,6 +444,12 @@ def test_a_model_that_is_not_in_the_cache_when_offline(monkeypatch: pytest.Monke
     assert [f.name for f in found({"revision_of_model": "main"})] == ["no-access:base_model"]
 
 
+def test_base_models_that_have_a_chat_template_are_not_warned_of() -> None:
+    change = CHAT | {"revision_of_model": None}
+    for model, names in (("Qwen/Qwen2.5-7B", []), ("google/gemma-2-9b", ["chat-template"])):
+        assert [f.rule for f in found(change | {"base_model": model}) if f.rule == "chat-template"] == names
+
+
 def test_chats_need_a_template_of_the_tokenizer_or_the_config(tiny: Path, place: Path) -> None:
     local = {"base_model": str(tiny), "revision_of_model": None} | CHAT
     (only,) = found(local)

@@ -83,7 +83,7 @@ def chat_template(case: Case) -> Problems:
     """Axolotl fails on a template that is not there once the tokenizer is loaded; seen: a misspelt name of a template's
     file is taken for the template itself, so that every prompt is that name, and no row has anything to learn.
 
-    The template of the tokenizer is the default. Base models have none; Qwen's are an exception.
+    The template of the tokenizer is the default. Base models have none, but for Qwen's.
     """
     known = [*turns.template_files(), "tokenizer_default", "jinja"]
     for key, dataset in datafiles.datasets(case.config):
@@ -109,7 +109,7 @@ def chat_template(case: Case) -> Problems:
             remedy = "set chat_template, as chatml"
             if model.tokenizer_here:
                 yield "error", where, "the tokenizer of the base model has no chat template", remedy
-            elif model.chat is False:
+            elif model.chat is False and not str(case["base_model"]).startswith("Qwen/"):
                 problem = "the tokenizer of this model, which is no chat model, may have no chat template"
                 yield "warning", where, problem, remedy
 
