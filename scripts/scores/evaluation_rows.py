@@ -75,7 +75,8 @@ def usual(run: Run, cfg: Config) -> Source | None:
     of_study = study.of(run.origin)
     name = run.test_data or datafiles.test_file(cfg, folder)
     beside = Path(folder, name) if name else None
-    if beside and test_entry(beside):
+    forms = of_study.data.input_formats.values() if of_study else ()
+    if beside and (test_entry(beside) or Path(str(name)).parent in [Path(form.folder) for form in forms]):
         scored_on = beside.with_name(f"{of_study.data.scored_on}.jsonl") if of_study else beside
         beside = scored_on if scored_on.is_file() else beside
     elif tests := dict(datafiles.datasets(cfg, "test_datasets")):
@@ -150,7 +151,8 @@ def read(source: Source, folder: RunDir, run: Run, cfg: Config) -> EvaluationRow
     if source.file:
         kind = fields_of(entries.get(source.keys[0], {}))
         fields = (kind.reference,) if kind and kind.reference else ()
-        rows = read_rows(source.file, fields, "; `recipe data prepare` writes test.jsonl")
+        hint = "; `recipe data prepare` writes test.jsonl" if source == usual(run, cfg) else ""
+        rows = read_rows(source.file, fields, hint)
         read = EvaluationRows(source.data, sha256(source.file), rows, source.keys * len(rows))
     else:
         files = {key: _jsonl(entries[key], Path(run.cwd)) for key in source.keys}
@@ -223,6 +225,10 @@ def _loaded(source: Source, folder: RunDir, run: Run, cfg: Config) -> list[tuple
     if run.rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with importing_axolotl(offline=run.rehearsal), chdir(run.cwd):
+        for key, entry in datafiles.datasets(cfg):
+            for file in datafiles.local_files(entry) if key in source.keys else ():
+                if not file.is_file():
+                    raise UserError(f"{key}.path: {file.absolute()} does not exist")
         from ..checks.tokens import Tokenizer
 
         tokenizer = Tokenizer(cfg)

@@ -479,6 +479,21 @@ def test_a_data_set_that_cannot_be_loaded_is_an_error_of_the_data(own: OwnRun, t
         task(run)
 
 
+def test_files_that_are_gone_are_named(own: OwnRun, tmp_path: Path, sample: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", asked(4))
+    write_rows(tmp_path / "check.jsonl", asked(4))
+    entry = {"type": "alpaca"}
+    run = own(datasets=[{"path": "train.jsonl"} | entry], test_datasets=[{"path": "check.jsonl"} | entry])
+    (tmp_path / "check.jsonl").unlink()
+    with pytest.raises(UserError, match=r"test_datasets\.0\.path: .*/check\.jsonl does not exist"):
+        task(run)
+    record = run.read()
+    record.recipe, record.test_data = "haider2024/llama-2-7b", "data/codereviewer/test.jsonl"
+    run.write(record)
+    with pytest.raises(UserError, match=r"test\.jsonl: no such file; `recipe data prepare` writes"):
+        task(run)
+
+
 def test_scores_of_earlier_versions_are_read(own: OwnRun, tmp_path: Path) -> None:
     settings = {
         "base_model": "m", "adapter": "none", "adapter_sha256": None, "data": "/x/test.jsonl", "data_sha256": "x",
