@@ -1,26 +1,28 @@
 """What a rehearsal exchanges in the config that all else comes to: rows that are not there, and what a CPU lacks."""
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from . import datafiles, models, standin
 from .attention import OLD_KEYS, attention
-from .config import merge
+from .config import flatten, merge, override
 
 OF_SAMPLE = ("datasets", "test_datasets", "sequence_len")  # keys of the profile that fit the shipped sample only
 _MOST_ROWS = {"datasets": 32, "test_datasets": 8}  # few enough for a rehearsal of minutes
 
 
-def exchanges(composed: Config, sample: Config, given: Container[str], ranks: int) -> Iterator[tuple[Config, str]]:
+def exchanges(composed: Config, sample: Config, given: Config, ranks: int) -> Iterator[tuple[Config, str]]:
     """Changes to lay over the config of a rehearsal, each with its reason.
 
     Args:
         composed: the config.
         sample: the shipped sample, as the profile's values of `OF_SAMPLE`.
-        given: dotted keys that were laid over the profile's; they stay.
+        given: what was laid over the profile, by dotted key; it stays.
         ranks: the processes that train.
     """
     for change, reason in (*_rows(composed, sample, given), *_layers(composed), *lacking(composed)):
@@ -37,28 +39,43 @@ def exchanges(composed: Config, sample: Config, given: Container[str], ranks: in
     yield _few_steps(composed, ranks), "at most a tenth of the steps"
 
 
-def _rows(composed: Config, sample: Config, given: Container[str]) -> Iterator[tuple[Config, str]]:
+def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
     """A few of the config's own rows where they are on this machine, else those of the sample."""
+    given_keys = dict(flatten(given)).keys()
     for section, most in _MOST_ROWS.items():
         entries = dict(datafiles.datasets(composed, section))
         here = {key: entry for key, entry in entries.items() if datafiles.can_be_rehearsed(entry)}
         if here:
             each = max(most // len(here), 1)
             kept = [
-                entry if f"{key}.split" in given else datafiles.at_most(entry, each, section)
+                entry if f"{key}.split" in given_keys else datafiles.at_most(entry, each, section)
                 for key, entry in here.items()
             ]
             yield {section: kept}, f"the first rows of its own data, at most {most}"
         elif section == "datasets" or (entries and not composed.get("val_set_size")):
             missing = str(next(iter(entries.values())).get("path")) if entries else "data of its own"
             lacks = "cannot be loaded in part" if Path(missing).exists() else "is not on this machine"
-            yield {section: sample[section]}, f"rows of the shipped sample, as {missing} {lacks}"
+            yield {section: _with_given(sample, given, section)}, f"rows of the shipped sample, as {missing} {lacks}"
         length = composed.get("sequence_len")
         if section == "datasets" and "sequence_len" not in given:
             if not here:
                 yield {"sequence_len": sample["sequence_len"]}, "every row of the shipped sample is shorter"
             elif isinstance(length, int) and composed.get("base_model") == str(standin.folder()):
                 yield {"sequence_len": min(length, standin.CONTEXT)}, "the context of the stand-in model"
+
+
+def _with_given(sample: Config, given: Config, section: str) -> Any:
+    """A section of the sample with what was given of it, so that a path that does not exist is an error and no other
+    rows take its place in silence; only those of a hub, which a rehearsal does not ask, give way."""
+    changed = {section: sample[section]}
+    for key, value in given.items():
+        if key.partition(".")[0] == section:
+            with suppress(UserError):  # a position in another list
+                changed = override(changed, key, value)
+    paths = [
+        dataset.get("path") for _, dataset in datafiles.datasets(changed, section) if not datafiles.local_files(dataset)
+    ]
+    return sample[section] if paths and all(paths) else changed.get(section)
 
 
 def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
