@@ -85,7 +85,7 @@ def check(
     report = Report(request.name)
     try:
         composed = composed or compose.compose(request)
-        report = examine(composed, gpu, request.gpus, launching, data)
+        report = examine(composed, gpu, request.gpus, launching, data, ask_hub=True)
         report.name = request.name
         if full:
             with importing_axolotl():
@@ -107,16 +107,18 @@ def examine(
     gpus: int = 1,
     launching: bool = False,
     data: bool = False,
+    ask_hub: bool = False,
 ) -> Report:
     """The findings of the schema and the rules about a config, each with its place. A rehearsal has no GPU.
 
     Args:
         launching: a run is about to start here.
         data: also read its rows.
+        ask_hub: also ask the hub about a base model that is not here, as before a run.
     """
     of_schema = list(schema.findings(composed.config))
     usable, wrong = schema.usable(composed.config, of_schema)
-    case = rules.Case(usable, wrong, None if composed.rehearsal else gpu, gpus, launching)
+    case = rules.Case(usable, wrong, None if composed.rehearsal else gpu, gpus, launching, ask_hub or launching)
     report = Report(composed.recipe, composed)
     report.add(placed([*of_schema, *rules.findings(case)], composed))
     if data:

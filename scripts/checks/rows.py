@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import orjson
 
 from ..base.yamlfiles import Config
 from ..configs import datafiles, models
+from . import turns
 from .finding import Finding, Level
 
 
@@ -71,7 +72,9 @@ def fields_of(dataset: Config) -> Fields | None:
     if kind == "completion":
         return Fields(dataset.get("field") or "text")
     if kind == "chat_template":
-        return Fields(lists=(dataset.get("field_messages") or "messages",))
+        return Fields(optional=("system", "tools"), lists=(dataset.get("field_messages") or "messages",))
+    if kind == "input_output":
+        return Fields(lists=("segments",))
     return FIELDS.get(str(kind).partition(":")[0])
 
 
@@ -84,8 +87,10 @@ _STYLES = {
 
 
 def markers_of(dataset: Config) -> tuple[str, ...]:
-    """What separates the parts of an alpaca prompt; within a row's text it would end a part too early."""
-    kind, _, style = str(dataset.get("type")).partition(":")
+    """What separates the parts of a prompt; within a row's text it would end a part too early."""
+    if isinstance(kind := dataset.get("type"), dict):
+        return turns.markers_in("\n".join(str(kind.get(name)) for name in ("format", "no_input_format")))
+    kind, _, style = str(kind).partition(":")
     if kind in ("alpaca", "alpaca_instruct", "gpteacher", "alpaca_w_system.load_instruct"):
         return _STYLES.get(style, _INSTRUCT)
     return _STYLES["chat"] if kind.startswith("alpaca_chat") else ()
@@ -105,6 +110,7 @@ class _File:
     path: Path
     rows: int = 0
     bytes: int = 0
+    has_system: bool = False
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     first: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
 
@@ -123,12 +129,12 @@ def check(config: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
     Args:
         config: a config without what breaks the schema.
     """
-    special = models.find(config).special_tokens
+    model = models.find(config)
     findings: list[Finding] = []
     read: list[dict[str, Any]] = []
     seen: dict[int, str] = {}
     for key, dataset in datafiles.datasets(config):
-        reader = _Reader(dataset, special, seen, trained=key.startswith("datasets"))
+        reader = _Reader(config, dataset, model, seen, trained=key.startswith("datasets"))
         files = [_File(key, path) for path in datafiles.jsonl_files(dataset)]
         for file in files:
             reader.read(file, datafiles.first_rows(dataset))
@@ -150,16 +156,30 @@ class _Reader:
     """Reads and checks the rows of one data set.
 
     Args:
+        config: the config.
         dataset: its entry in the config.
-        special: a regular expression for the model's special tokens.
+        model: the base model.
         seen: where a row of the training data was seen first, by the hash of its text, as it is and folded.
         trained: whether it is training data, whose rows are added to `seen`.
     """
 
-    def __init__(self, dataset: Config, special: str | None, seen: dict[int, str], trained: bool):
+    def __init__(self, config: Config, dataset: Config, model: models.Model, seen: dict[int, str], trained: bool):
+        kind = dataset.get("type")
         self.fields = fields_of(dataset) or Fields()
-        self.markers = markers_of(dataset)
+        self.parts: Callable[[dict[str, Any]], tuple[str, list[turns.Mistake]]] | None = None
+        markers = markers_of(dataset)
+        special = model.special_tokens
+        if kind == "chat_template":
+            template = turns.template_text(config, dataset, model.chat_template)
+            self.parts = turns.Chats(config, dataset, template).read
+            markers = turns.markers_in(template or "")
+        elif kind == "input_output":  # whose writer puts special tokens where they belong
+            self.parts = turns.read_segments
+            special = None
         self.special = re.compile(special) if special else None
+        self.markers = [marker for marker in markers if not (self.special and self.special.fullmatch(marker))]
+        # what Axolotl makes the prompt of where the type has no format for rows without input (user_defined.py)
+        self.needs_input = isinstance(kind, dict) and kind.get("format") and not kind.get("no_input_format")
         self.seen = seen
         self.trained = trained
 
@@ -188,6 +208,20 @@ class _Reader:
 
     def _row(self, file: _File, number: int, line: bytes, row: dict[str, Any]) -> None:
         fields = self.fields
+        known = tuple(filter(None, (*fields.texts, fields.reference, *fields.optional, *fields.lists)))
+        meant = turns.misspelt(tuple(row), known)
+        for name in fields.optional:
+            if name in meant:
+                problem = f"{meant[name]}, which is not read; did you mean {name}?"
+                file.count("misspelt-field", problem, number)
+        if self.parts:
+            text, mistakes = self.parts(row)
+            for rule, about, example in mistakes:
+                file.count(rule, about, number, example)
+            file.has_system = file.has_system or isinstance(row.get("system"), str)
+            if text:
+                self._text(file, number, line, text)
+            return
         texts = []
         for name in filter(None, (*fields.texts, fields.reference, *fields.optional)):
             value = row.get(name)
@@ -196,11 +230,16 @@ class _Reader:
                 if name == fields.reference and not value.strip():
                     file.count("empty-reference", name, number)
             elif value is not None or name not in fields.optional:
-                file.count("bad-row", f"{'no text' if name in row else 'nothing'} in the field {name}", number)
+                hint = f", but with {meant[name]}" if name in meant else ""
+                file.count("bad-row", f"{'no text' if name in row else 'nothing'} in the field {name}{hint}", number)
+        if self.needs_input and not row.get(fields.optional[0]):
+            file.count("no-format", fields.optional[0], number)
         for name in fields.lists:
             if not isinstance(row.get(name), list) or not row[name]:
                 file.count("bad-row", f"no list in the field {name}", number)
-        self._text(file, number, line, "\n".join(texts) if fields.texts or fields.reference else line.decode())
+        if not (fields.texts or fields.reference):  # compared whatever the order of its keys
+            texts = [orjson.dumps(row, option=orjson.OPT_SORT_KEYS).decode()]
+        self._text(file, number, line, "\n".join(texts))
 
     def _text(self, file: _File, number: int, line: bytes, text: str) -> None:
         for marker in self.markers:
@@ -228,6 +267,27 @@ _WORDS: dict[str, tuple[Level, str, str]] = {
     "bad-row": ("error", "{n} with {about}", "correct or drop them"),
     "byte-order-mark": ("warning", "a byte order mark before {n}", "save the file as UTF-8 without one"),
     "empty-reference": ("warning", "{n} with an empty {about}: nothing is learnt from them", "drop them"),
+    "empty-turn": ("warning", "{n} with an empty turn of {about}, of which nothing is learnt", "drop them"),
+    "nothing-learnt": ("warning", "{n} without any {about}: nothing is learnt from them, and Axolotl drops them", ""),
+    "unlearnt-end": (
+        "warning",
+        "{n} ending with a turn of {about}, of which nothing is learnt",
+        "end with an answer",
+    ),
+    "unknown-role": ("warning", "{n} with the role {about}", "name it under roles of the data set, or correct it"),
+    "odd-turns": ("warning", "{n} with {about}", ""),
+    "refused-turns": ("error", "{n} that the chat template refuses: {about}", "correct them, or use another template"),
+    "lacks-system": (
+        "error",
+        "{n} without text in system, which other rows have: Axolotl makes it None",
+        'add it, or ""',
+    ),
+    "no-format": (
+        "error",
+        "{n} without {about}: no_input_format is not set, so that Axolotl takes its own prompt, and not format",
+        "set it, too",
+    ),
+    "misspelt-field": ("warning", "{n} with the field {about}", ""),
     "prompt-marker": ("warning", "{n} with {about}, which the prompt uses itself", "drop them, or use another type"),
     "special-token": ("warning", "{n} with the text {about}, which the tokenizer reads as its special token", ""),
     "control-character": ("warning", "{n} with the control character {about}", "clean or drop them"),
@@ -243,6 +303,10 @@ def _findings(file: _File) -> Iterator[Finding]:
     for (rule, about), (line, example) in file.first.items():
         level, problem, remedy = _WORDS[rule]
         count = file.counts[rule, about]
+        if rule == "lacks-system" and not file.has_system:
+            continue
+        if rule == "nothing-learnt" and count == file.rows:
+            level = "error"  # Axolotl drops all of them, and fails
         text = problem.format(n="1 row" if count == 1 else f"{count} rows", about=about)
         text += f" ({example})" if example else ""
         yield Finding(level, rule, f"{file.key}.path", text, remedy, str(file.path), line)

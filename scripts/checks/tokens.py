@@ -3,14 +3,18 @@
 import math
 import os
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import batched, islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from axolotl.loaders import load_tokenizer
 from axolotl.utils.config import normalize_cfg_datasets, normalize_config
+from axolotl.utils.data import prepare_datasets, sft
+from axolotl.utils.data.shared import datasets_with_name_generator
 from axolotl.utils.data.wrappers import get_dataset_wrapper
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
@@ -75,6 +79,21 @@ def tokenize(
     return [Tokens(row["input_ids"], row["labels"]) for row in tokenized]
 
 
+def require_one_each(where: str, dataset: Any, rows: Sequence[Any], tokenized: Sequence[Tokens]) -> None:
+    """Raise UserError where a data set's type does not make one training row of each row."""
+    if len(tokenized) != len(rows):
+        problem = f"Axolotl makes {len(tokenized)} training rows of {len(rows)} ({dataset['type']})"
+        raise UserError(f"{where}: {problem}; they cannot be evaluated")
+
+
+def as_trained(content: Config) -> Any:
+    """A config as a training has it: validated, with defaults, and each data set's chat template. Raises anything."""
+    cfg = validated(content)
+    normalize_config(cfg)
+    normalize_cfg_datasets(cfg)
+    return cfg
+
+
 class Tokenizer:
     """A config's tokenizer with its special tokens set, as a training has it.
 
@@ -84,9 +103,7 @@ class Tokenizer:
 
     def __init__(self, content: Config):
         try:
-            self.cfg = validated(content)
-            normalize_config(self.cfg)
-            normalize_cfg_datasets(self.cfg)
+            self.cfg = as_trained(content)
             self.tokenizer = load_tokenizer(self.cfg)
         except Exception as error:  # plugins, validators and tokenizers can raise anything
             raise UserError(f"{content.get('base_model')}: its tokenizer cannot be loaded: {error}") from None
@@ -98,6 +115,65 @@ class Tokenizer:
         pieces = dataset["type"] == "completion"  # which Axolotl makes rows of sequence_len tokens from
         longest = self.cfg.sequence_len if pieces else _NO_LIMIT
         return tokenize(key, self.cfg, dataset, self.tokenizer, rows, longest)
+
+    def load(self, key: str) -> list[dict[str, Any]]:
+        """The rows of the data set at a key as Axolotl loads them, from wherever they are: its split, shard and weight.
+
+        That is Axolotl's own code (axolotl/utils/data/sft.py), stopped before it tokenizes them.
+
+        Raises:
+            UserError: they cannot be loaded.
+        """
+        section, _, position = key.partition(".")
+        dataset = self.cfg[section][int(position)]
+        split = "train" if section == "datasets" else "test"
+        rows = []
+        try:
+            with patch.object(sft, "get_dataset_wrapper", lambda dataset, **_: (dataset, None)):
+                for part in datasets_with_name_generator([dataset]):
+                    rows += sft._load_and_process_single_dataset(part, self.cfg, self.tokenizer, split, self.cfg.seed)[
+                        0
+                    ]
+        except Exception as error:  # anything between a file and a hub
+            problem = f"its rows cannot be loaded: {type(error).__name__}: {error}"
+            raise UserError(f"{key}: {dataset['path']}: {problem}") from None
+        return rows
+
+    def held_out(self) -> list[tuple[str, dict[str, Any]]]:
+        """The rows that val_set_size holds out of the training data, in their order, each with the key of its data set.
+
+        Axolotl divides tokenized rows, after it has merged, shuffled and filtered them. So it is asked for those, which
+        it has on disk after a training, and the rows as written are found by their tokens.
+
+        Raises:
+            UserError: they cannot be loaded, or be told from the others.
+        """
+        try:
+            with patch.dict(os.environ, AXOLOTL_IS_PREPROCESS="1"):  # it need not count the steps of packed rows
+                held_out = prepare_datasets(self.cfg, self.tokenizer)[1]
+        except Exception as error:
+            problem = f"the rows that it holds out cannot be had: {type(error).__name__}: {error}"
+            raise UserError(f"val_set_size: {problem}") from None
+        positions = defaultdict(list)
+        for position, ids in enumerate(held_out["input_ids"]):
+            positions[tuple(ids)].append(position)
+        truncates = str(self.cfg.excess_length_strategy).lower() == "truncate"
+        cut = self.cfg.sequence_len if truncates else None
+        found: dict[int, tuple[str, dict[str, Any]]] = {}
+        loaded = {f"datasets.{i}": self.load(f"datasets.{i}") for i in range(len(self.cfg.datasets))}
+        seen = 0
+        with Bar("find held-out rows", sum(map(len, loaded.values()))) as bar:
+            for dataset, (key, every) in zip(self.cfg.datasets, loaded.items(), strict=True):
+                for rows in batched(every, 1000):
+                    tokenized = tokenize(key, self.cfg, dataset, self.tokenizer, rows, self.cfg.sequence_len)
+                    require_one_each(key, dataset, rows, tokenized)
+                    for row, tokens in zip(rows, tokenized, strict=True):
+                        if same := positions.get(tuple(tokens.ids[:cut])):
+                            found[same.pop(0)] = key, row
+                    bar.update(seen := seen + len(rows))
+        if len(found) < len(held_out):
+            raise UserError(f"val_set_size: {len(held_out) - len(found)} rows that it holds out are not in the data")
+        return [found[position] for position in range(len(held_out))]
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         """The text that each token adds; a character of several tokens is counted to the last of them."""

@@ -35,7 +35,7 @@ def evaluate_verb(
     run: RunName,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Prepared rows; by default the study's test set beside the training data."),
+        typer.Option(metavar="FILE", help="JSONL rows; by default the study's test set or the config's own rows."),
     ] = None,
     limit: Annotated[
         int | None,

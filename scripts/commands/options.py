@@ -90,7 +90,7 @@ Best = Annotated[
     str | None, typer.Option("--best", click_type=click.Choice(CRITERIA), help="Mark the best member by this.")
 ]
 RehearseAll = Annotated[
-    bool, typer.Option("--rehearse", help="Try all of it on the CPU: small model, shipped sample, no network.")
+    bool, typer.Option("--rehearse", help="Try all of it on the CPU: small model, few rows, no network.")
 ]
 RehearsalsOfStudy = Annotated[bool, typer.Option("--rehearse", help="With --study: its rehearsals instead.")]
 

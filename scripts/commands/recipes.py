@@ -64,12 +64,25 @@ def diff_verb(
 def new_verb(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; it is written to variants/NAME.yaml.")],
     from_: Annotated[str, typer.Option("--from", metavar="BASE", help="The recipe or YAML file to start from.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Another base model: owner/name on the hub, or a folder."),
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """Write a variant of a recipe: the whole file with its comments, changed lines marked."""
+    from ..base.progress import say
     from ..checks import check
-    from ..configs import compose, variants
+    from ..configs import compose
+    from ..writing import new
 
-    found = check.examine(compose.compose(compose.Request(from_, overrides=set_ or []))).findings
+    overrides = set_ or []
+    other = new.for_model(from_, model) if model else None
+    request = compose.Request(from_, overrides=[*(other.overrides if other else []), *overrides])
+    found = check.examine(compose.compose(request)).findings
     check.refuse([finding for finding in found if finding.scope not in ("data", "file")])
-    print(variants.write(name, from_, set_ or []))
+    print(new.write(name, from_, overrides, other))
+    for line in other.not_known if other else []:
+        say(line)
+    if not model and any(override.startswith("base_model=") for override in overrides):
+        say("revision, special tokens, layers and comments are still those of the model before; --model replaces them")

@@ -44,7 +44,7 @@ def run_verb(
         typer.Argument(metavar="[-- AXOLOTL ARGUMENTS]", help="Passed on to `axolotl train`."),
     ] = None,
     rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Try it on the CPU: small model, shipped sample, no network.")
+        bool, typer.Option("--rehearse", help="Try it on the CPU: small model, few rows, no network.")
     ] = False,
     profile: Profiles = None,
     set_: Overrides = None,

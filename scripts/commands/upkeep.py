@@ -22,7 +22,7 @@ def render_verb(
 ) -> None:
     """Write the recipes from their templates."""
     from ..checks import schema
-    from ..configs import render
+    from ..writing import render
 
     if write_schema:
         from ..checks import installed

@@ -12,7 +12,7 @@ from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..data import study
 from ..data.sample import rehearsal_data
-from . import config, datafiles, engines, models, standin, variants
+from . import config, datafiles, engines, exchange, models, standin, variants
 from .config import Difference, check_not_of_the_run
 from .datafiles import DataFile
 
@@ -86,6 +86,8 @@ def compose(request: Request) -> Composed:
 
     composed = base
     reasons: dict[str, tuple[str, Path | None]] = {}  # why a key was last changed, and by which file
+    sample: Config = {}
+    given: set[str] = set()  # keys that were laid over a rehearsal's own
 
     def lay(changed: Config, reason: str, source: Path | None = None) -> None:
         nonlocal composed
@@ -101,11 +103,15 @@ def compose(request: Request) -> Composed:
         if profile == REHEARSAL:
             folders = {"stand_in": str(standin.folder()), "sample": str(rehearsal_data(_input_format(recipe)))}
             fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
+            sample = {key: fragment.pop(key) for key in exchange.OF_SAMPLE}
+        elif sample:
+            given |= dict(config.flatten(fragment)).keys()
         lay(config.merge(composed, fragment), f"profile {profile}", profile_file)
     for text in request.overrides:
         key, value = config.parse_override(text)
         check_not_of_the_run(key, f"--set {text}")
         lay(config.override(composed, key, value), f"--set {text}")
+        given |= dict(config.flatten({key: value})).keys()
     if rehearsal and request.ranks == 1:
         lay(
             config.merge(composed, dict.fromkeys(engines.KEYS)),
@@ -114,7 +120,8 @@ def compose(request: Request) -> Composed:
     several = f"--gpus {request.gpus}" + (f" --nodes {request.nodes}" if request.nodes > 1 else "")
     lay(engines.divided(composed, request.ranks, several), f"{several}: steps of as many rows as on one")
     if rehearsal:
-        lay(_few_steps(composed, request.ranks), "rehearsal: at most a tenth of the steps")
+        for changes, reason in exchange.exchanges(composed, sample, given, request.ranks):
+            lay(config.merge(composed, changes), f"rehearsal: {reason}")
     differences = [
         Difference(key=key, recipe=before, run=after, why=reasons[key][0])
         for key, (before, after) in config.differences(base, composed).items()
@@ -156,22 +163,3 @@ def filled(fragment: Any, values: dict[str, str]) -> Any:
     if isinstance(fragment, str):
         return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), fragment)
     return fragment
-
-
-def _few_steps(composed: Config, gpus: int) -> Config:
-    """The config with its warm-up capped at a tenth of the steps that its few rows give.
-
-    Where rows are packed, or not counted because they are on a hub, the steps are not known before Axolotl has prepared
-    the rows. A ratio then takes the place of the number: Axolotl takes it of the steps that it counts itself, after
-    packing (axolotl/core/builders/base.py, _configure_warmup_and_logging).
-    """
-    ratio = composed.get("warmup_ratio")
-    steps = composed.get("warmup_steps")
-    if isinstance(ratio, int | float) and ratio > 0.1:
-        return config.merge(composed, {"warmup_ratio": 0.1})
-    if not isinstance(steps, int) or steps <= 0:
-        return composed
-    all_steps = datafiles.training_steps(composed, gpus)
-    if all_steps is None:
-        return config.merge(composed, {"warmup_steps": None, "warmup_ratio": 0.1})
-    return config.merge(composed, {"warmup_steps": min(steps, all_steps // 10)})

@@ -96,9 +96,22 @@ def test_file(composed: Config, folder: Path = Path()) -> str | None:
     return str(test) if test and (folder / test).is_file() else None
 
 
-def is_alpaca(kind: Any) -> bool:
-    """Whether the type of a data set is one whose rows have the fields instruction, input and output."""
-    return isinstance(kind, str) and kind.partition(":")[0] == "alpaca"
+def can_be_rehearsed(dataset: Config) -> bool:
+    """Whether Axolotl finds the rows of a data set on this machine and can load some of them: those of a file, or of a
+    folder that `save_to_disk` has not written, which is loaded whole (axolotl/utils/data/shared.py)."""
+    files = local_files(dataset)
+    whole = {"state.json", "dataset_dict.json"} & {file.name for file in files}
+    return bool(files) and not whole and all(file.is_file() for file in files) and Path(dataset["path"]).exists()
+
+
+def at_most(dataset: Config, rows: int, section: str) -> Config:
+    """A data set of some section with only the first of its rows; one whose split is a share or a sum stays whole."""
+    only_split = "test" if section == "test_datasets" and Path(dataset["path"]).is_dir() else "train"
+    match = re.fullmatch(r"(\w+)(?:\[(\d*):(\d*)\])?", str(dataset.get("split") or only_split))
+    if not match:
+        return dataset
+    name, begin, end = match.groups(default="")
+    return dataset | {"split": f"{name}[{begin}:{min(int(begin or 0) + rows, int(end or sys.maxsize))}]"}
 
 
 def first_rows(dataset: Config) -> int | None:

@@ -1,9 +1,8 @@
 """Facts about base models, without loading them: from files on this machine, from models.yaml and from the hub."""
 
-import os
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,18 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import read_json
 from ..base.yamlfiles import Config
+from ..data import hub
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-LINEAR_LAYERS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
-_SAME_LAYERS = {"llama", "mistral", "qwen2", "qwen3"}  # model types whose decoder layers have just these
+MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+LINEAR_LAYERS = (*ATTENTION, *MLP[:3])
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""The layers of some families that hold several of Llama's in one."""
+_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "smollm3")
+LAYERS = dict.fromkeys(_LIKE_LLAMA, LINEAR_LAYERS) | {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
+"""The linear layers in each decoder layer, by model type; from transformers/models/<type>/modeling_<type>.py."""
+NEEDED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""What an entry of models.yaml has to say of a model's config.json to stand in for it."""
 
 
 @dataclass
@@ -30,6 +37,7 @@ class Model:
         special_tokens: a regular expression for its tokenizer's special tokens.
         pad_token: the padding token that its tokenizer names.
         chat: whether it was trained to follow a chat template.
+        chat_template: the chat template of its tokenizer.
     """
 
     gated: bool | None = None
@@ -41,6 +49,7 @@ class Model:
     special_tokens: str | None = None
     pad_token: str | None = None
     chat: bool | None = None
+    chat_template: str | None = None
 
 
 @cache
@@ -54,10 +63,10 @@ def find(composed: Config) -> Model:
     name = composed.get("base_model")
     if not isinstance(name, str) or "\0" in name:
         return Model()
-    entry = _entry(name)
-    sizes = entry.get("config", {})
+    entry = entry_of(name)
+    sizes = entry.get("config") or {}
     special_tokens = entry.get("special_tokens")
-    folder = Path(name) if Path(name).is_dir() else _in_hub_cache(name, _revision(composed))
+    folder = folder_of(composed)
     if folder:
         sizes = sizes | read_json(folder / "config.json")
         special_tokens = _special_tokens(folder) or special_tokens
@@ -69,10 +78,11 @@ def find(composed: Config) -> Model:
         tokenizer_here=folder is not None and (folder / "config.json").is_file() and any(folder.glob("tokenizer*")),
         context=context if isinstance(context, int) else None,
         layers=layers if isinstance(layers, int) else None,
-        linear=LINEAR_LAYERS if str(sizes.get("model_type")) in _SAME_LAYERS else None,
+        linear=LAYERS.get(str(sizes.get("model_type"))),
         special_tokens=special_tokens,
-        pad_token=_pad_token(folder),
+        pad_token=token(folder, "pad_token") or entry.get("own_pad_token"),
         chat=entry.get("chat", False) if entry else None,
+        chat_template=_chat_template(folder),
     )
 
 
@@ -80,7 +90,7 @@ def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
     """The content of a base model's config.json at the revision that a config names.
 
     It is that of the model's folder; of models.yaml, where the config names its revision or none; or of the hub's cache
-    or the hub. Where neither of these has that revision, models.yaml stands in for it.
+    or the hub, which is waited for 10 s at most. Where they do not have that revision, models.yaml stands in for it.
 
     Args:
         composed: the config.
@@ -93,25 +103,56 @@ def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
     if not isinstance(name, str) or not name or "\0" in name:
         raise UserError("base_model: names no model")
     revision = _revision(composed)
-    entry = _entry(name)
-    listed = entry.get("config")
+    entry = entry_of(name)
+    listed: dict[str, Any] = entry.get("config") or {}
+    missing = [size for size in NEEDED if size not in listed]
     file = Path(name) / "config.json"
     if not Path(name).is_dir():
-        if listed and revision in (None, entry.get("revision")):
+        if not missing and revision in (None, entry.get("revision")):
             return dict(listed)
-        from huggingface_hub import hf_hub_download
-
         try:
-            file = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=not download))
+            file = _config_file(name, revision, download)
         except Exception as error:  # of the hub, of the network, or of the name
-            if listed:
+            if not missing:
                 return dict(listed)
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise UserError(f"base_model: the config.json of {name} is not available: {reason}") from None
+            reason = hub.reason(error)
+            lacks = f", and its entry in {paths.TEMPLATES / 'models.yaml'} lacks {', '.join(missing)}" if listed else ""
+            raise UserError(f"base_model: the config.json of {name} is not available{lacks}: {reason}") from None
     content = read_json(file)
     if "model_type" not in content:
         raise UserError(f"base_model: {file} is missing, or not JSON that names a model_type")
     return content
+
+
+def renamed(targets: list[str], layers: tuple[str, ...]) -> list[str]:
+    """Layers for LoRA under the names that they have in another family; what it has no counterpart for stays.
+
+    A layer that is part of a larger one there becomes that one, and a fused layer its parts.
+
+    Args:
+        targets: their names.
+        layers: those of the other family, as in LAYERS.
+    """
+    whole = {part: name for name, parts in FUSED.items() if name in layers for part in parts}
+    found: list[str] = []
+    for name in targets:
+        parts = [part for part in FUSED.get(name, ()) if part in layers]
+        found += [name] if name in layers else parts or [whole.get(name, name)]
+    return list(dict.fromkeys(found))
+
+
+def _config_file(name: str, revision: Any, download: bool) -> Path:
+    """The config.json of a model in the hub's cache, or fetched from the hub, which is waited for 10 s in all."""
+    cached = _in_hub_cache(name, revision)
+    if cached and (cached / "config.json").is_file():
+        return cached / "config.json"
+    if not download:
+        raise FileNotFoundError("it is not on this machine")
+    if (answer := hub.access(name)).access != "open":
+        raise ConnectionError(answer.says)
+    from huggingface_hub import hf_hub_download
+
+    return Path(hub.within(hub.PATIENCE, partial(hf_hub_download, name, "config.json", revision=revision)))
 
 
 def is_copy(name: Any, of: Any) -> bool:
@@ -124,12 +165,18 @@ def is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _entry(name: str) -> dict[str, Any]:
+def entry_of(name: str) -> dict[str, Any]:
     """What models.yaml says of a model, or of the one that it is a mirror of; empty where it has neither."""
     for entry in catalogue().values():
         if entry.get("mirror") == name:
-            return entry | {"gated": False}
+            return {key: fact for key, fact in entry.items() if key not in ("mirror", "revision")} | {"gated": False}
     return catalogue().get(name, {})
+
+
+def folder_of(composed: Config) -> Path | None:
+    """The folder with the files of a config's base model, its own or that in the hub's cache, or None."""
+    name = str(composed.get("base_model"))
+    return Path(name) if Path(name).is_dir() else _in_hub_cache(name, _revision(composed))
 
 
 def _revision(composed: Config) -> Any:
@@ -139,10 +186,34 @@ def _revision(composed: Config) -> Any:
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 
 
-def _pad_token(folder: Path | None) -> str | None:
-    named = read_json(folder / "tokenizer_config.json").get("pad_token") if folder else None
-    token = named.get("content") if isinstance(named, dict) else named
-    return token if isinstance(token, str) else None
+DEFAULT_TOKENS = {"Qwen2Tokenizer": {"pad_token": "<|endoftext|>"}, "GemmaTokenizer": {"pad_token": "<pad>"}}
+"""What these classes of transformers take for a token that no file names."""
+
+
+def token(folder: Path | None, name: str) -> str | None:
+    """The token, such as pad_token, that the tokenizer in a folder names, or None.
+
+    A special_tokens_map.json counts where transformers reads it (tokenization_utils_base.py, _from_pretrained).
+    """
+    settings = read_json(folder / "tokenizer_config.json") if folder else {}
+    if folder and "added_tokens_decoder" not in settings:
+        settings |= read_json(folder / "special_tokens_map.json")
+    kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    named = settings.get(name, DEFAULT_TOKENS.get(kind, {}).get(name))
+    content = named.get("content") if isinstance(named, dict) else named
+    return content if isinstance(content, str) else None
+
+
+def _chat_template(folder: Path | None) -> str | None:
+    """Where transformers looks for it: a file of its own, else the tokenizer's config, in which several have names."""
+    if not folder:
+        return None
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8", errors="replace")
+    named = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(named, list):
+        named = {str(one.get("name")): one.get("template") for one in named if isinstance(one, dict)}.get("default")
+    return named if isinstance(named, str) else None
 
 
 def _special_tokens(folder: Path) -> str | None:
@@ -164,19 +235,3 @@ def _in_hub_cache(name: str, revision: Any) -> Path | None:
     ref = repository / "refs" / wanted
     snapshot = repository / "snapshots" / (ref.read_text().strip() if ref.is_file() else wanted)
     return snapshot if snapshot.is_dir() else None
-
-
-def has_token() -> bool:
-    """Whether there is a token for the hub, where huggingface_hub looks for one."""
-    from huggingface_hub.constants import HF_TOKEN_PATH
-
-    file = Path(HF_TOKEN_PATH)
-    in_environment = any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
-    return in_environment or (file.is_file() and bool(file.read_text().strip()))
-
-
-def is_offline() -> bool:
-    """Whether the hub must not be asked."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    return bool(HF_HUB_OFFLINE)

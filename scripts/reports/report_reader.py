@@ -61,9 +61,12 @@ def _diffs(reported: ReportedRun, settings: EvaluationSettings) -> tuple[list[st
     """The inputs of the rows that were evaluated, in their order, or the reason why they cannot be shown."""
     file = Path(reported.run.cwd, settings.data)
     name = reported.from_cwd(settings.data)
+    if not Path(settings.data).is_absolute() and not file.is_file():
+        return [], f"Inputs are shown of rows in one JSONL file; these are {name}."
     if not file.is_file():
         return [], f"The diffs are not shown: {name} is no longer there."
     if sha256(file) != settings.data_sha256:
         return [], f"The diffs are not shown: {name} has changed since the evaluation (its SHA-256 differs)."
     with file.open("rb") as lines:
-        return [str(row.get("input", "")) for row in json_rows(lines, file, ())], ""
+        inputs = [str(row.get("input", "")) for row in json_rows(lines, file, ())]
+    return (inputs, "") if any(inputs) else ([], "These rows have no field input.")

@@ -16,7 +16,7 @@ from ..base.errors import UserError
 from ..base.files import sha256
 from ..base.tables import Row
 from ..checks import schema
-from ..configs import config
+from ..configs import config, datafiles
 from ..results import listing, run_rows
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
@@ -120,6 +120,12 @@ def tiles(reported: ReportedRun) -> Iterator[tuple[str, Any, str]]:
         ("Time in steps", row["train_seconds"] and _duration(row["train_seconds"]), "{}", ""),
     ]
     yield from ((name, form.format(value), remark) for name, value, form, remark in costs if value)
+    others = "not the recipe's: no published score compares"
+    if row["other_base_model"]:
+        yield "Base model", reported.from_cwd(row["other_base_model"]), others
+    if row["other_data"]:
+        named = [str(dataset.get("path")) for _, dataset in datafiles.datasets(reported.config, "datasets")]
+        yield "Data", ", ".join(map(reported.from_cwd, named)), others
 
 
 def _duration(seconds: float) -> str:

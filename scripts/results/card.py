@@ -12,17 +12,19 @@ from ..base.templating import environment
 from ..checks import schema
 from ..configs import config, datafiles, models
 from ..data import study
-from ..data.codereviewer import MANIFEST
 from ..runs.handover import PLUGIN
 from ..runs.rundir import Run, RunDir
+from ..scores import prompts
 from ..scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
 from ..scores.metrics import METRICS
 from . import run_rows
+from .run_rows import REHEARSED
 
 # The licences of https://huggingface.co/docs/hub/repositories-licenses that language models have
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")
 # Keys for folders of this machine, and for the accounts and hosts that a run reports to
 _NOT_SHOWN = re.compile(f"output_dir|dataset_prepared_path|plugins|hub_|{config.TRACKING.pattern}")
+_PATCH = "@@ -1 +1 @@\n-x = 1\n+x = 2"
 _LOCAL_PATH = re.compile(r"(?<![\w.<>/~-])(?:\.\.(?:/[^\s/=,:'\")\]}]+)+|(?:file://)?(?:/[^\s/=,:'\")\]}]+){2,})")
 
 
@@ -45,8 +47,7 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
     shown = {key: value for key, value in cfg.items() if not _NOT_SHOWN.match(key) and not schema.is_secret(key)}
     if plugins := [name for name in cfg.get("plugins") or [] if name != PLUGIN]:
         shown["plugins"] = plugins
-    other_data = run.rehearsal or any(re.match(r"datasets\..*path$", changed.key) for changed in run.differences)
-    data = None if of_study is None or other_data else of_study.data
+    data = None if of_study is None or run_rows.other_data(run) else of_study.data
     published = run_rows.aim(run)
     differences = [difference for difference in run.differences if not _NOT_SHOWN.match(difference.key)]
     overrides = [override for override in run.overrides if not _NOT_SHOWN.match(override)]
@@ -65,7 +66,12 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
         "repository": repository or ".",
         "study": of_study,
         "data": data,
-        "instruction": _instruction(run) or (data.instruction if data else "..."),
+        "sample": any(
+            changed.key.startswith("datasets") and changed.key.endswith("path") and changed.why.startswith(REHEARSED)
+            for changed in run.differences
+        ),
+        "other_model": None if run.rehearsal else run_rows.other_model(run),
+        "prompt": prompts.as_code(cfg, folder.output, _known(run, data)),
         "published": published.model_dump() if published else {},
         "embedding_rows": embedding_rows(folder.output / ADAPTER),
         "config_sha256": sha256(folder.config),
@@ -85,13 +91,15 @@ def base_model(folder: RunDir, run: Run) -> tuple[str, bool]:
     return name, Path(name).is_absolute() or Path(run.cwd, name).is_dir()
 
 
-def _instruction(run: Run) -> str | None:
-    """The instruction in a run's rows, where a manifest beside them identifies them by their hash."""
-    for file in run.data:
-        for split in read_json(Path(run.cwd, file.path).with_name(MANIFEST)).get("splits", {}).values():
-            if split.get("sha256") == file.sha256:
-                return str(split["instruction"])
-    return None
+def _known(run: Run, data: study.Data | None) -> dict[str, str]:
+    """What the prompts of a run on a study's data have in common, and an example of the rest.
+
+    The instruction is that of the run's rows, where a manifest tells it.
+    """
+    instructions = [str(entry["instruction"]) for entry in run_rows.manifest_entries(run)]
+    if data:
+        instructions.append(data.instruction)
+    return {"instruction": instructions[0], "input": _PATCH} if instructions else {}
 
 
 def _front_matter(facts: dict[str, Any]) -> str:
@@ -131,14 +139,14 @@ def _front_matter(facts: dict[str, Any]) -> str:
         eval_results=results or None,
         library_name="transformers" if facts["merged"] else "peft",
         pipeline_tag="text-generation",
-        tags=["axolotl", "lora", *qlora, *(["code-review"] if facts["study"] else [])],
+        tags=["axolotl", "lora", *qlora, *(["code-review"] if facts["data"] else [])],
     ).to_yaml()
 
 
 def _scored_on(settings: EvaluationSettings, of_study: study.Study | None) -> str:
     """The rows that scores are of."""
     if not (settings.test_set and of_study):
-        return f"{Path(settings.data).name}, {settings.rows_in_words}"
+        return f"{settings.data_name}, {settings.rows_in_words}"
     subset = of_study.data.subsets.get(settings.test_set)
     return f"{of_study.data.name}, {subset.title if subset else 'the test set'}, {settings.rows_in_words}"
 

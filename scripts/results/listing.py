@@ -14,7 +14,7 @@ from ..scores.evaluations import of_run
 from .run_rows import row
 
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown for runs from before there was one per token
-REHEARSALS = "Rehearsals (small stand-in model and sample; not comparable with any published score)"
+REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
 
 
 def _jobs(folder: RunDir, run: Run) -> Iterator[str]:
@@ -66,7 +66,7 @@ def show(runs: Path, form: str) -> None:
         rehearsals = [_short(r) for r in rows if r["rehearsal"]]
         if real:
             tables.write(real, form, "Runs")
-            comparable = [r for r in rows if not r["rehearsal"] and not r["other_base_model"]]
+            comparable = [r for r in rows if not (r["rehearsal"] or r["other_base_model"] or r["other_data"])]
             of_studies = {s.folder: s for r in comparable if (s := study.of(r["variant_of"] or r["recipe"]))}
             for of_study in of_studies.values():
                 tables.write(baselines(of_study), form, "To compare with")

@@ -27,8 +27,8 @@ def rows(
     """For each of a study's recipes the run that speaks for it, or none, and how its score compares.
 
     The run is the newest that was evaluated; a finished one, and one without overrides, is preferred. A run on another
-    base model speaks for no recipe. Rehearsals are never mixed with real runs, and compared with nothing; a recipe
-    without a rehearsal has no row among them.
+    base model or on other data speaks for no recipe. Rehearsals are never mixed with real runs, and compared with
+    nothing; a recipe without a rehearsal has no row among them.
 
     Args:
         of_study: the study.
@@ -40,7 +40,7 @@ def rows(
         (folder, run)
         for folder, run in lookup.readable(lookup.all_runs(runs), places.read)
         if run.rehearsal == rehearsal
-        and (rehearsal or not run_rows.other_model(run))
+        and (rehearsal or not run_rows.of_something_else(run))
         and (speakers or {}).get(run.recipe, folder.path) == folder.path
     ]
     table = []

@@ -8,7 +8,7 @@ from ..base.errors import UserError
 from ..places import Place
 from ..runs.rundir import RunDir
 from ..runs.tasks import Outcome, Work
-from ..scores import evaluate
+from ..scores import evaluate, evaluation_rows
 from ..scores.evaluations import Evaluation
 
 
@@ -27,8 +27,9 @@ def start(folder: RunDir, request: evaluate.EvaluationRequest, runs: Path, place
     if not place.here:
         if not places.job_state(folder, "run"):
             evaluate.EvaluationTask(folder, request)
-        elif request.data:
-            evaluate.read_test_rows(request.data, yamlfiles.read_yaml(folder.config))  # all else is not there yet
+        elif request.data:  # all else is not there yet
+            cfg = yamlfiles.read_yaml(folder.config)
+            evaluation_rows.read(evaluation_rows.named(request.data, cfg, Path(record.cwd)), folder, record, cfg)
         if job := places.job_state(folder, "evaluate", evaluation.words):
             remedy = f"`recipe cancel {folder.path}` cancels all jobs of the run"
             raise UserError(f"{folder.path}: this evaluation is already {job}; {remedy}")

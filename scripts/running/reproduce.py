@@ -86,7 +86,7 @@ def lock(name: str, runs: Path) -> Path:
 def _request(shared: Request, recipe: str) -> Request:
     """The request for one recipe, with a mirror only where the model is gated."""
     base_model = str(yamlfiles.read_yaml(find_recipe(recipe)[1]).get("base_model"))
-    return replace(shared, name=recipe, mirror=shared.mirror and bool(models.catalogue()[base_model]["gated"]))
+    return replace(shared, name=recipe, mirror=shared.mirror and bool(models.entry_of(base_model).get("gated")))
 
 
 def _have_data(of_study: Study, configs: list[Composed]) -> None:

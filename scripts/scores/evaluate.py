@@ -6,20 +6,18 @@ from typing import Literal
 
 from ..base import yamlfiles
 from ..base.errors import UserError
-from ..base.files import read_json, sha256, write_atomically, write_rows
+from ..base.files import sha256, write_atomically, write_rows
 from ..base.locks import held
 from ..base.machine import now
 from ..base.progress import say
 from ..base.quiet import importing_axolotl
-from ..base.tables import Row
-from ..configs import datafiles, gpus
+from ..configs import gpus
 from ..configs.precision import precision
 from ..data import study
-from ..data.codereviewer import MANIFEST
 from ..data.study import Decoding
-from ..runs.rundir import Run, RunDir
+from ..runs.rundir import RunDir
 from ..runs.tasks import Command
-from . import bertscore
+from . import bertscore, evaluation_rows
 from .evaluations import (
     ADAPTER,
     BASE_MODEL,
@@ -31,7 +29,7 @@ from .evaluations import (
     read_scores,
 )
 from .predict import as_row, predict
-from .score import VERSION, code_sha256, read_rows, score
+from .score import VERSION, code_sha256, score
 
 BASE = "none"  # --adapter none: the base model without an adapter
 REHEARSED = 12  # rows, which show that the path works
@@ -42,7 +40,7 @@ class EvaluationRequest:
     """What to evaluate, and how.
 
     Attributes:
-        data: prepared rows; by default the study's own test set beside the run's training data, else test.jsonl there.
+        data: a JSONL file; by default see `evaluation_rows.usual`.
         limit: evaluate only this many rows, from the first; by default all, or `REHEARSED` of a rehearsal's own.
         adapter: an adapter's folder, or `none` for the base model alone; by default the run's adapter.
         max_new_tokens: by default the study's.
@@ -82,12 +80,12 @@ class EvaluationTask:
     Attributes:
         run: the run.
         cfg: its config.
-        rows: the test rows.
+        rows: the rows, as many as are evaluated.
         settings: what their predictions depend on.
         where: the folder for predictions and scores.
 
     Raises:
-        UserError: the adapter or the data is missing, or a row has no output.
+        UserError: the adapter or the data is missing, or there is no answer to compare a prediction with.
     """
 
     def __init__(self, folder: RunDir, request: EvaluationRequest):
@@ -103,16 +101,15 @@ class EvaluationTask:
                 f"{folder.path}: the run ended before it had a tokenizer and a model; it is {self.run.state}"
             )
         of_study = study.of(self.run.origin)
-        usual = _usual_file(self.run, self.cfg, of_study)
-        file = request.data or usual
-        if file is None:
-            raise UserError(f"{folder.path}: no test.jsonl lies beside its training data; name one with --data")
-        all_rows = read_test_rows(file, self.cfg)
+        usual = evaluation_rows.usual(self.run, self.cfg)
+        source = evaluation_rows.named(request.data, self.cfg, Path(self.run.cwd)) if request.data else usual
+        source = evaluation_rows.require_reference(folder, self.run, self.cfg, source)
+        every = evaluation_rows.read(source, folder, self.run, self.cfg)
         limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
-        self.rows = all_rows[:limit]
+        self.rows = replace(every, rows=every.rows[:limit], keys=every.keys[:limit])
+        evaluation_rows.require_answers(self.rows, self.cfg)
         decoding = of_study.decoding if of_study else Decoding(max_new_tokens=96)
         local = Path(self.run.cwd, str(self.cfg["base_model"]))
-        data_sha256 = sha256(file)
         caching: Literal["static", "dynamic"] = "static" if gpus.here() and not self.run.rehearsal else "dynamic"
         # what bf16: auto became in the training; runs from before their GPUs were recorded had one
         on_gpu = not self.run.rehearsal and bool(self.run.provenance.get("gpus", True))
@@ -120,11 +117,11 @@ class EvaluationTask:
             base_model=str(local) if local.is_dir() else self.cfg["base_model"],
             adapter=str(weights.resolve()) if weights else BASE,
             adapter_sha256=sha256(weights / ADAPTER) if weights else None,
-            data=str(file.resolve()),
-            data_sha256=data_sha256,
-            test_set=_test_set(file, data_sha256),
-            rows=len(self.rows),
-            limit=limit if len(self.rows) < len(all_rows) else None,
+            data=source.data,
+            data_sha256=every.sha256,
+            test_set=evaluation_rows.test_set(source.file, every.sha256) if source.file else None,
+            rows=len(self.rows.rows),
+            limit=limit if len(self.rows.rows) < len(every.rows) else None,
             decoding=decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or decoding.max_new_tokens}),
             batch_size=request.batch_size,
             cache=caching if request.cache == "auto" else request.cache,
@@ -135,7 +132,7 @@ class EvaluationTask:
         if adapter is not None:
             digest = self.settings.adapter_sha256
             labels.append(f"{Path(self.settings.adapter).name}-{digest[:7]}" if digest else BASE_MODEL)
-        if usual and not (usual.is_file() and sha256(usual) == data_sha256):
+        if usual and source != usual and not _is_of(usual.file, every.sha256):
             labels.append(_data_label(self.settings))
         self.where = folder.path / "evaluations" / "-".join(labels) if labels else folder.path
 
@@ -250,13 +247,13 @@ def export_prompts(folder: RunDir, request: EvaluationRequest, file: Path) -> in
         from .generate import Prompter
 
         prompter = Prompter(task.settings, task.cfg, folder.output)
-        examples = prompter.examples(task.rows)
+        examples = prompter.examples(task.rows.rows, task.rows.keys)
         texts = prompter.tokenizer.batch_decode([example.prompt for example in examples], skip_special_tokens=False)
     write_rows(
         file,
         (
             as_row(i, row, example.reference) | {"prompt": text, "prompt_token_ids": example.prompt}
-            for i, (row, text, example) in enumerate(zip(task.rows, texts, examples, strict=True))
+            for i, (row, text, example) in enumerate(zip(task.rows.rows, texts, examples, strict=True))
         ),
     )
     return len(examples)
@@ -264,33 +261,8 @@ def export_prompts(folder: RunDir, request: EvaluationRequest, file: Path) -> in
 
 def _data_label(settings: EvaluationSettings) -> str:
     """The name, of a folder below evaluations/, for rows other than the usual ones."""
-    return f"{Path(settings.data).stem}-{settings.data_sha256[:7]}"
+    return f"{evaluation_rows.slug(settings.data)}-{settings.data_sha256[:7]}"
 
 
-def _usual_file(run: Run, cfg: yamlfiles.Config, of_study: study.Study | None) -> Path | None:
-    """The rows that a run is evaluated on unless others are named; None where its training data has none beside it."""
-    name = run.test_data or datafiles.test_file(cfg, Path(run.cwd))
-    if name is None:
-        return None
-    every = Path(run.cwd, name)
-    scored_on = every.with_name(f"{of_study.data.scored_on}.jsonl") if of_study else every
-    return scored_on if scored_on.is_file() else every
-
-
-def _test_set(file: Path, digest: str) -> str | None:
-    """The name of the study's set that a file holds, which the manifest beside it identifies by its hash."""
-    test = read_json(file.with_name(MANIFEST)).get("splits", {}).get("test", {})
-    sets = {"test": test} if test.get("is_the_study_file") else {}
-    sets |= {name: subset for name, subset in test.get("subsets", {}).items() if "positions" in subset}
-    return next((name for name, rows in sets.items() if rows["sha256"] == digest), None)
-
-
-def read_test_rows(file: Path, cfg: yamlfiles.Config) -> list[Row]:
-    """The rows of a file, of the type that a config trains on.
-
-    Raises:
-        UserError: see `read_rows`.
-    """
-    _, dataset = next(datafiles.datasets(cfg, "datasets"))
-    fields = ("output",) if datafiles.is_alpaca(dataset.get("type")) else ()
-    return read_rows(file, fields, "; `recipe data prepare` writes test.jsonl")
+def _is_of(file: Path | None, digest: str) -> bool:
+    return file is not None and file.is_file() and sha256(file) == digest

@@ -20,6 +20,8 @@ class EvaluationSettings(BaseModel):
     """All that predictions depend on besides the packages and this project's code; recorded with them.
 
     Attributes:
+        data: the rows' file; or, where they are not one file, what they are in words.
+        data_sha256: of that file, or of the rows.
         limit: how many rows where only the first ones of the data are taken.
         test_set: which of the study's sets of test rows they are, by their content: `test` is all of them; None
             for other rows.
@@ -39,6 +41,11 @@ class EvaluationSettings(BaseModel):
     cache: Literal["static", "dynamic"]
     quantized: bool
     dtype: str
+
+    @property
+    def data_name(self) -> str:
+        """The rows' file, without its folder, or what they are in words."""
+        return Path(self.data).name if Path(self.data).is_absolute() else self.data
 
     @property
     def rows_in_words(self) -> str:

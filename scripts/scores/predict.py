@@ -11,6 +11,7 @@ from ..base.errors import WorkFailed
 from ..base.progress import Bar
 from ..base.tables import Row
 from ..base.yamlfiles import Config
+from .evaluation_rows import EvaluationRows
 from .evaluations import EvaluationSettings
 
 BATCH_TOKENS = 8192
@@ -24,7 +25,7 @@ def as_row(i: int, row: Row, reference: str) -> Row:
 
 
 def predict(
-    rows: Sequence[Row], settings: EvaluationSettings, cfg: Config, tokenizer: Path, part: Path, on_cpu: bool
+    evaluated: EvaluationRows, settings: EvaluationSettings, cfg: Config, tokenizer: Path, part: Path, on_cpu: bool
 ) -> list[Row]:
     """The test rows with their predictions.
 
@@ -32,7 +33,7 @@ def predict(
     prediction can depend on the other rows of its batch.
 
     Args:
-        rows: the test rows.
+        evaluated: the test rows.
         settings: what the predictions depend on.
         cfg: the run's config.
         tokenizer: the folder in which the training left its tokenizer.
@@ -43,6 +44,7 @@ def predict(
         UserError: see `Prompter.examples`.
         WorkFailed: a batch does not fit the GPU's memory.
     """
+    rows = evaluated.rows
     done = _continue(part, settings)
     if len(done) < len(rows):
         if on_cpu:
@@ -52,7 +54,7 @@ def predict(
         from .generate import Generator
 
         generator = Generator(settings, cfg, tokenizer)
-        examples = generator.examples(rows)
+        examples = generator.examples(rows, evaluated.keys)
         with Bar("evaluating", len(rows)) as bar, part.open("ab") as stream:
             bar.update(len(done))
             lengths = [len(example.prompt) + settings.decoding.max_new_tokens for example in examples]

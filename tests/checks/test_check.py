@@ -14,8 +14,9 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check, rules, schema
 from qlora_recipes.checks.finding import Finding
-from qlora_recipes.configs import gpus, models
+from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request
+from qlora_recipes.data import hub
 from qlora_recipes.planning import fit
 
 NAME = "haider2024/code-llama-7b"
@@ -26,8 +27,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Pa
     """A folder with the data that recipes name, a network, and the packages of all trackers."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(prepared)
-    monkeypatch.setattr(models, "is_offline", lambda: False)
-    monkeypatch.setattr(rules.Case, "can_import", lambda *_: True)
+    monkeypatch.setattr(hub, "is_offline", lambda: False)
+    monkeypatch.setattr(rules.Case, "is_installed", lambda *_: True)
     monkeypatch.setenv("HF_TOKEN", "for the test")
     return tmp_path
 

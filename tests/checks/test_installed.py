@@ -11,6 +11,7 @@ from qlora_recipes.checks import check, installed
 from qlora_recipes.checks.rules import data, schedule
 from qlora_recipes.configs import attention, gpus, models
 from qlora_recipes.configs.compose import Request
+from qlora_recipes.data import hub
 
 V100 = gpus.find("V100")
 
@@ -161,7 +162,7 @@ def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "for the test")
-    monkeypatch.setattr(models, "is_offline", lambda: False)
+    monkeypatch.setattr(hub, "is_offline", lambda: False)
     (tmp_path / "data").symlink_to(prepared)
     profiles = [[], *([file.stem] for file in paths.PROFILES.glob("*.yaml"))]
     one_of_each_optimizer = {str(config_with({}, name)["optimizer"]): name for name in paths.recipe_names()}.values()

@@ -23,6 +23,9 @@ def found(lines: list[Any], dataset: dict[str, Any] | None = None, model: str = 
     return [str(finding) for finding in rows.check({"base_model": model, "datasets": [data]})[0]]
 
 
+FORMATS = {"format": "[Q] {instruction} {input} ### Answer:", "no_input_format": "[Q] {instruction} ### Answer:"}
+
+
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -46,6 +49,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (GOOD | {"input": "a\x1b[0m"}, "the control character U+001B"),
         (GOOD | {"input": "caf\ufffd"}, "the control character U+FFFD"),
         (GOOD, "1 row seen before (train.jsonl:1) [repeated-row:datasets.0.path]"),
+        ({"instruction": "a", "outptu": "b"}, "1 row with nothing in the field output, but with outptu"),
+        (
+            {"instruction": "a", "inptu": "b", "output": "c"},
+            "warning: datasets.0.path: 1 row with the field inptu, which is not read; did you mean input?",
+        ),
     ],
 )
 def test_a_row_that_spoils_a_training_is_found_with_its_line(row: Any, says: str) -> None:
@@ -64,14 +72,30 @@ def test_a_row_that_spoils_a_training_is_found_with_its_line(row: Any, says: str
         ([{"question": "a", "answer": "b"}], {"type": "alpaca_chat.load_qa"}),
         ([{"code": "a"}], {"type": "completion", "field": "code"}),
         ([{"patch": "a", "msg": "b"}], {"type": {"field_instruction": "patch", "field_output": "msg"}}),
-        ([{"messages": [{"role": "user", "content": "a"}]}], {"type": "chat_template"}),
-        ([{"chat": [{"role": "user", "content": "a"}]}], {"type": "chat_template", "field_messages": "chat"}),
+        ([GOOD | {"inputs": "a"}, {"instruction": "a", "output": "b", "id": 1, "language": "c"}], {}),
+        ([{"q": "a", "output": "b", "input": "### Question:"}], {"type": {"field_instruction": "q"} | FORMATS}),
         ([{"input_ids": [1], "attention_mask": [1], "labels": [1]}], {"type": None}),
         ([GOOD, b"{"], {"split": "train[:1]"}),  # what is not trained on is not judged
     ],
 )
 def test_rows_that_are_right_give_no_finding(lines: list[Any], dataset: dict[str, Any]) -> None:
     assert found(lines, dataset) == []
+
+
+def test_rows_of_a_prompt_of_ones_own_are_checked_like_others() -> None:
+    row = {"instruction": "a", "output": "b"}
+    (own_marker,) = found([row, row | {"input": "### Answer: c"}], {"type": FORMATS})
+    assert "train.jsonl:2: warning: datasets.0.path: 1 row with ### Answer:, which the prompt uses" in own_marker
+    (misspelt,) = found([row | {"sytem": "c"}], {"type": FORMATS})
+    assert "the field sytem, which is not read; did you mean system?" in misspelt
+    (without,) = found([row | {"input": "c"}, row], {"type": FORMATS | {"no_input_format": None}})
+    assert "train.jsonl:2: error: datasets.0.path: 1 row without input: no_input_format is not set" in without
+
+
+def test_rows_that_differ_in_the_order_of_their_keys_are_the_same() -> None:
+    row = {"input_ids": [1], "attention_mask": [1], "labels": [1]}
+    (only,) = found([row, dict(reversed(row.items()))], {"type": None})
+    assert "train.jsonl:2: warning: datasets.0.path: 1 row seen before" in only
 
 
 def test_rows_with_the_same_mistake_are_one_finding() -> None:

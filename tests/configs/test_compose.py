@@ -74,9 +74,13 @@ def test_a_rehearsal_in_one_process_drops_the_engine_and_caps_a_warm_up_ratio() 
 
 @pytest.mark.parametrize(
     "override",
-    ["sample_packing=true", "datasets=[{path: some/data-set, type: alpaca}]", "datasets.0.split=train[8:40]"],
+    [
+        "sample_packing=true",
+        "datasets=[{path: data, type: alpaca}]",
+        "datasets.0={path: data/a.jsonl, split: 'train[:9%]'}",
+    ],
 )
-def test_a_rehearsal_caps_a_warm_up_also_where_its_steps_are_not_known(override: str) -> None:
+def test_a_rehearsal_caps_a_warm_up_also_where_its_steps_are_not_known(place: Path, override: str) -> None:
     of_run = compose.compose(Request(NAME, overrides=[override], rehearse=True))
     assert datafiles.training_steps(of_run.config) is None
     changed = {d.key: (d.recipe, d.run) for d in of_run.differences if d.why.endswith("a tenth of the steps")}

@@ -34,3 +34,92 @@ def test_the_listed_facts_stand_in_for_a_revision_that_is_not_there(snapshot: Pa
     assert models.architecture(config, download=False)["num_hidden_layers"] == 32
     with pytest.raises(UserError, match=r"the config.json of nobody/nothing is not available"):
         models.architecture({"base_model": "nobody/nothing"}, download=False)
+
+
+def test_an_entry_that_lacks_sizes_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"title": "Some model", "config": {"model_type": "llama", "hidden_size": 64}}
+    monkeypatch.setattr(models, "catalogue", lambda: {"some/model": entry})
+    lacks = "lacks intermediate_size, num_hidden_layers, num_attention_heads, vocab_size"
+    with pytest.raises(UserError, match=lacks):
+        models.architecture({"base_model": "some/model"}, download=False)
+    found = models.find({"base_model": "some/model"})
+    assert (found.linear, found.layers, found.context, found.gated) == (models.LINEAR_LAYERS, None, None, None)
+
+
+def test_a_mirror_has_its_models_facts_but_for_the_revision() -> None:
+    entry = models.entry_of("unsloth/Llama-3.2-3B-Instruct")
+    assert (entry["title"], entry["gated"]) == ("Llama 3.2 3B Instruct", False)
+    assert not {"revision", "mirror"} & set(entry)
+
+
+# In billions, as the makers give them: arXiv 2412.15115 and the models' cards (Qwen2.5), 2505.09388 (Qwen3), the hub's
+# count (Mistral), 2408.00118 (Gemma 2), 2503.19786 (Gemma 3), 2404.14219 (Phi-3)
+PARAMETERS = {
+    "Qwen/Qwen2.5-0.5B": 0.49,
+    "Qwen/Qwen2.5-1.5B": 1.54,
+    "Qwen/Qwen2.5-3B": 3.09,
+    "Qwen/Qwen2.5-7B": 7.61,
+    "Qwen/Qwen2.5-14B": 14.7,
+    "Qwen/Qwen2.5-32B": 32.5,
+    "Qwen/Qwen2.5-72B": 72.7,
+    "Qwen/Qwen3-0.6B": 0.6,
+    "Qwen/Qwen3-1.7B": 1.7,
+    "Qwen/Qwen3-4B": 4.0,
+    "Qwen/Qwen3-8B": 8.2,
+    "Qwen/Qwen3-14B": 14.8,
+    "Qwen/Qwen3-32B": 32.8,
+    "mistralai/Mistral-7B-v0.1": 7.24,
+    "mistralai/Mistral-7B-v0.3": 7.25,
+    "google/gemma-2-2b": 2.61,
+    "google/gemma-2-9b": 9.24,
+    "google/gemma-2-27b": 27.2,
+    "google/gemma-3-1b-it": 1.0,
+    "microsoft/Phi-3-mini-4k-instruct": 3.8,
+}
+
+
+def test_the_listed_sizes_make_models_of_the_published_size() -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for name, billions in PARAMETERS.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**models.catalogue()[name]["config"]))
+        model.tie_weights()
+        assert model.num_parameters() == pytest.approx(billions * 1e9, rel=0.015), name
+
+
+def test_entries_of_a_family_share_sizes_and_never_a_revision() -> None:
+    listed = models.catalogue()
+    revisions = [entry["revision"] for entry in listed.values() if "revision" in entry]
+    assert len(revisions) == len(set(revisions))
+    assert {"Qwen/Qwen2.5-Coder-7B-Instruct", "Qwen/Qwen3-8B-Base", "google/gemma-2-27b-it"} < set(listed)
+    for name, entry in listed.items():
+        assert entry["title"] and entry["licence"], name
+        assert set(models.NEEDED) <= set(entry["config"]), name
+        assert models.find({"base_model": name}).linear, name
+        assert not {"own_pad_token", "pad_token"} <= set(entry), name
+
+
+@pytest.mark.parametrize("kind", models.LAYERS)
+def test_the_layers_of_each_family_are_those_that_transformers_builds(kind: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    tiny = AutoConfig.for_model(kind, **sizes, num_key_value_heads=2, vocab_size=128, pad_token_id=0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny)
+    built = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
+    parts = {layer: "mlp" if layer in models.MLP else "self_attn" for layer in models.LAYERS[kind]}
+    assert built == {f"model.layers.0.{part}.{layer}" for layer, part in parts.items()}
+
+
+def test_the_tokens_that_no_file_names_are_the_defaults_of_transformers() -> None:
+    import inspect
+
+    import transformers
+
+    for kind, tokens in models.DEFAULT_TOKENS.items():
+        defaults = inspect.signature(getattr(transformers, kind).__init__).parameters
+        assert {name: defaults[name].default for name in tokens} == tokens

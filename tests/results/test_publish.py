@@ -279,10 +279,12 @@ def test_text_of_a_run_does_not_break_its_card(run: RunDir, tmp_path: Path) -> N
 
 
 def test_a_rehearsal_is_marked_and_never_pushed(run: RunDir, tmp_path: Path) -> None:
-    run.write(record(tmp_path, rehearsal=True))
+    path = {"key": "datasets.0.path", "recipe": "data/codereviewer/train.jsonl", "run": "sample/train.jsonl"}
+    run.write(record(tmp_path, rehearsal=True, differences=[Difference(**path, why="profile rehearsal")]))
     evaluated(run)
     publish.publish(run)
     front, text = card(run.output)
+    assert "The sample of reviews" in text
     assert text.lstrip().startswith("> [!WARNING]\n> **A rehearsal with a stand-in model")
     assert "model-index" not in front
     assert "published" not in text
@@ -350,6 +352,22 @@ def test_a_recipe_of_ones_own_has_a_card_without_a_study(run: RunDir, tmp_path: 
     assert "code-review" not in front["tags"]
     assert "licence of [owner/model](https://huggingface.co/owner/model) is not known" in text
     for absent in ("study", "arXiv", "CC-BY", "published", "Below is an instruction"):
+        assert absent not in text
+
+
+def test_the_card_of_a_variant_on_other_data_claims_nothing_of_its_study(run: RunDir, tmp_path: Path) -> None:
+    changed = Difference(
+        key="datasets.0.path", recipe="data/codereviewer/train.jsonl", run="mine.jsonl", why="mine.yaml"
+    )
+    data = [DataFile(path="mine.jsonl", sha256="b" * 64, bytes=9, rows=40)]
+    run.write(record(tmp_path, recipe="mine", variant_of=RECIPE, data=data, differences=[changed]))
+    evaluated(run, test_set=None)
+    publish.publish(run)
+    front, text = card(run.output)
+    assert "code-review" not in front["tags"]
+    assert "It is on other data than the study's, whose results say nothing about it." in " ".join(text.split())
+    assert "Data other than the study's." in text
+    for absent in ("CC-BY", "published", "not the authors' own"):
         assert absent not in text
 
 
@@ -620,7 +638,7 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
         with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(snippet, scope)
         assert printed.getvalue().strip()
-        assert scope["inputs"]["input_ids"][0].tolist() == prompt(run, cfg, row | {"input": scope["patch"]})
+        assert scope["inputs"]["input_ids"][0].tolist() == prompt(run, cfg, row | {"input": scope["input"]})
 
     # and so does an evaluation, with the adapter and without
     for adapter in (run.output, None):

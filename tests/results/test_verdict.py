@@ -11,6 +11,7 @@ from run_folders import STUDY, a_run
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.configs import config
 from qlora_recipes.configs.config import Difference
+from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.reports import report_runs
 from qlora_recipes.results import card, run_rows, verdict
 from qlora_recipes.runs.rundir import Launch, Summary
@@ -46,22 +47,36 @@ def test_the_verdict(tmp_path: Path, bleu4: float, within: float, expected: str)
     assert (row["peak_gpu_memory_gib"], row["gpu_hours"]) == (7.5, 2.5)
 
 
-@pytest.mark.parametrize("model", ["HuggingFaceTB/SmolLM2-135M", "/models/Llama-2-7b-hf", "NousResearch/Llama-2-7b-hf"])
-def test_only_a_run_on_the_recipes_model_or_its_mirror_is_set_beside_published_scores(
-    tmp_path: Path, recipe: Recipe, model: str
+@pytest.mark.parametrize(
+    ("key", "value", "same"),
+    [
+        ("base_model", "HuggingFaceTB/SmolLM2-135M", False),
+        ("base_model", "/models/Llama-2-7b-hf", False),
+        ("base_model", "NousResearch/Llama-2-7b-hf", True),
+        ("datasets.0.path", "mine.jsonl", False),
+        ("datasets.0.path", "moved/train.jsonl", True),
+    ],
+)
+def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores(
+    tmp_path: Path, recipe: Recipe, key: str, value: str, same: bool
 ) -> None:
     folder = a_run(tmp_path / "runs", LLAMA_2, "a", 5.0)
     run = folder.read()
-    run.differences = [
-        Difference(key="base_model", recipe="meta-llama/Llama-2-7b-hf", run=model, why="--set base_model")
-    ]
+    before = {"base_model": "meta-llama/Llama-2-7b-hf"}.get(key, "data/codereviewer/train.jsonl")
+    run.differences = [Difference(key=key, recipe=before, run=value, why=f"--set {key}")]
+    run.data = [DataFile(path=value, sha256="a" * 64, bytes=9)] if key != "base_model" else []
+    (tmp_path / "moved").mkdir()
+    known = {"train": {"sha256": "a" * 64, "is_the_study_file": True, "instruction": "Review it."}}
+    (tmp_path / "moved" / "manifest.json").write_bytes(orjson.dumps({"splits": known}))
+    run.cwd = str(tmp_path)
     folder.write(run)
     (folder.output / evaluations.ADAPTER).parent.mkdir()
     (folder.output / evaluations.ADAPTER).write_bytes(b"")
-    same = model.startswith("NousResearch")
     listed, (member,) = run_rows.row(folder, run), report_runs.reported_runs([folder])
     assert listed["bleu4"] == 5.0
-    assert (listed["bleu4_published"], listed["other_base_model"]) == ((5.02, None) if same else (None, model))
+    assert listed["bleu4_published"] == (5.02 if same else None)
+    other_model = value if key == "base_model" and not same else None
+    assert (listed["other_base_model"], listed["other_data"]) == (other_model, value == "mine.jsonl")
     assert row_of(tmp_path / "runs")["run"] == (str(folder.path) if same else None)
     texts = [
         recipe("results").stdout,
@@ -69,6 +84,7 @@ def test_only_a_run_on_the_recipes_model_or_its_mirror_is_set_beside_published_s
         str(report_runs.scores([member])),
         str(list(report_runs.tiles(member))),
     ]
+    assert ("not the recipe's: no published score compares" in texts[-1]) != same
     assert [any(score in text for score in ("5.02", "4.28", "5.47")) for text in texts] == [same] * len(texts)
 
 

@@ -88,7 +88,8 @@ def interrupted_run(process: "subprocess.Popen[str]", runs: Path, stop: Stop) ->
         end_of(process, run)
     finally:
         process.kill()
-    assert process.returncode == (-signal.SIGKILL if stop in (kill_both, kill_command) else 1)
+    ends = {kill_both: -signal.SIGKILL, kill_command: -signal.SIGKILL, hang_up_command: -signal.SIGHUP}
+    assert process.returncode == ends.get(stop, 1)
     return run
 
 
@@ -115,6 +116,11 @@ def kill_command(process: "subprocess.Popen[str]") -> None:
     process.kill()
 
 
+def hang_up_command(process: "subprocess.Popen[str]") -> None:
+    """As when its terminal is closed."""
+    process.send_signal(signal.SIGHUP)
+
+
 def terminate_command(process: "subprocess.Popen[str]") -> None:
     process.terminate()
 
@@ -126,8 +132,11 @@ def cancel(process: "subprocess.Popen[str]") -> None:
     assert f"process {process.pid} is asked to stop" in finish(start(folder, "cancel", folder))
 
 
-STOPS: list[Stop] = [kill_child, terminate_child, interrupt_child, kill_both, kill_command, terminate_command, cancel]
-IN_ORDER = (terminate_child, kill_command, terminate_command, cancel)
+STOPS: list[Stop] = [
+    *(kill_child, terminate_child, interrupt_child, kill_both),
+    *(kill_command, hang_up_command, terminate_command, cancel),
+]
+IN_ORDER = (terminate_child, kill_command, hang_up_command, terminate_command, cancel)
 """After these the training ends by itself, with a checkpoint; with its parent gone Linux sends it SIGTERM."""
 
 

@@ -12,10 +12,11 @@ from conftest import RECIPE, Recipe
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.checks import check, rules
-from qlora_recipes.configs import compose, variants
+from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.runs import handover
 from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.writing import new
 
 NAME = "haider2024/code-llama-7b"
 TRACKERS = ("tensorboard", "trackio", "mlflow", "wandb")
@@ -143,23 +144,23 @@ def test_rehearsals_have_a_project_of_their_own() -> None:
 
 @pytest.mark.parametrize("profile", TRACKERS)
 def test_a_tracker_without_its_package_is_an_error_at_its_line(monkeypatch: pytest.MonkeyPatch, profile: str) -> None:
-    monkeypatch.setattr(rules.Case, "can_import", lambda _, module: module != profile)
-    report = check.check(Request(NAME, profiles=[profile]))
-    (found,) = [finding for finding in report.findings if finding.rule == "missing-tracker"]
-    assert (found.level, found.name) == ("error", f"missing-tracker:use_{profile}")
+    monkeypatch.setattr(rules.Case, "is_installed", lambda _, package: package != profile)
+    report = check.check(Request(NAME, profiles=[profile]), launching=True)
+    (found,) = [finding for finding in report.findings if finding.rule == "missing-package"]
+    assert (found.level, found.name) == ("error", f"missing-package:use_{profile}")
     assert found.where.endswith(f"{profile}.yaml")
 
 
 def test_a_run_with_a_tracker_that_is_not_installed_does_not_start(recipe: Recipe, tmp_path: Path) -> None:
     done = recipe("run", NAME, "--rehearse", "--set", "comet_project_name=x")
     assert done.returncode == 2
-    assert "the package comet_ml is not installed; install it, or delete comet_project_name" in done.stderr
+    assert "the package comet-ml is not installed; install it, or delete comet_project_name" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_variant_is_of_the_project_of_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    variants.write("wide", NAME, ["lora_r=64"])
+    new.write("wide", NAME, ["lora_r=64"])
     composed = compose.compose(Request("wide", profiles=["wandb"]))
     filled = handover.launched(composed, RunDir(Path("runs", "wide", "now")))
     assert (filled["wandb_project"], filled["wandb_name"]) == ("haider2024", "wide/now")

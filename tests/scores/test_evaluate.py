@@ -190,10 +190,9 @@ def test_where_a_run_has_no_usual_rows_those_that_are_named_are_its_own(run: Run
     record = run.read()
     record.test_data = None
     run.write(record)
-    run.config.write_text(
-        yamlfiles.write_yaml(yamlfiles.read_yaml(run.config) | {"datasets": [{"path": "x/y", "type": "alpaca"}]})
-    )
-    with pytest.raises(UserError, match=r"no test\.jsonl lies beside its training data"):
+    cfg = yamlfiles.read_yaml(run.config) | {"datasets": [{"path": "x/y", "type": "alpaca"}], "test_datasets": []}
+    run.config.write_text(yamlfiles.write_yaml(cfg))
+    with pytest.raises(UserError, match=r"neither test_datasets nor val_set_size, and no test\.jsonl"):
         evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none"))
     task = evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none", data=sample / "valid.jsonl"))
     assert task.where == run.path / "evaluations" / "base-model"
@@ -262,8 +261,8 @@ def test_exported_prompts_are_those_that_are_generated_from(run: RunDir, tmp_pat
     rows = [orjson.loads(line) for line in file.read_bytes().splitlines()]
     task = evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none", limit=5))
     prompter = Prompter(task.settings, task.cfg, run.output)
-    assert [row["prompt_token_ids"] for row in rows] == [one.prompt for one in prompter.examples(task.rows)]
-    assert [row["reference"] for row in rows] == [row["output"] for row in task.rows]
+    assert [row["prompt_token_ids"] for row in rows] == [one.prompt for one in prompter.examples(task.rows.rows)]
+    assert [row["reference"] for row in rows] == [row["output"] for row in task.rows.rows]
     for row in rows:
         assert row["prompt"].startswith("<s>Below is an instruction") and row["prompt"].endswith("### Response:\n")
         assert prompter.tokenizer.encode(row["prompt"], add_special_tokens=False) == row["prompt_token_ids"]

@@ -23,7 +23,7 @@ def unknown_lora_target(case: Case) -> Problems:
         return
     paths = ["model.embed_tokens", "lm_head"]
     for i in range(case.model.layers or 1000):
-        paths += [f"model.layers.{i}.{'self_attn' if name in models.ATTENTION else 'mlp'}.{name}" for name in linear]
+        paths += [f"model.layers.{i}.{'mlp' if name in models.MLP else 'self_attn'}.{name}" for name in linear]
     if isinstance(targets, str):
         try:
             if not any(re.fullmatch(targets, path) for path in paths):

@@ -1,6 +1,8 @@
 """What rules judge, and the decorator that makes one."""
 
+import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +34,7 @@ class Case:
         gpu: the GPU that it is meant for; None where none is named or there.
         gpus: how many of them.
         launching: whether a run is about to start here, so that what only this machine lacks is an error.
+        ask_hub: whether the hub may be asked about a model that is not here.
     """
 
     config: Config
@@ -39,6 +42,7 @@ class Case:
     gpu: Gpu | None = None
     gpus: int = 1
     launching: bool = False
+    ask_hub: bool = False
 
     def __getitem__(self, key: str) -> Any:
         return self.config.get(key)
@@ -64,6 +68,13 @@ class Case:
         return attention(self.config)
 
     @property
+    def plugins(self) -> set[str]:
+        """The classes of the plugins that are on; cut cross entropy's is, once it is listed, unless its key is false
+        (axolotl/integrations/cut_cross_entropy/args.py)."""
+        listed = {re.split("[.:]", str(name))[-1] for name in self["plugins"] or ()}
+        return listed - ({"CutCrossEntropyPlugin"} if self["cut_cross_entropy"] is False else set())
+
+    @property
     def lora(self) -> bool:
         """Whether an adapter of PEFT's LoRA is trained."""
         return self["adapter"] in ("lora", "qlora")
@@ -77,4 +88,11 @@ class Case:
         try:
             return importlib.util.find_spec(module) is not None
         except (ImportError, ValueError):
+            return False
+
+    def is_installed(self, package: str) -> bool:
+        """Whether a package is installed, by its name in the registry."""
+        try:
+            return bool(importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
             return False

@@ -1,11 +1,13 @@
 """Whether there is data that can be read and packed as the config asks."""
 
 import re
+import string
 from pathlib import Path
 
+from ...base.errors import did_you_mean
 from ...configs import datafiles
 from ...configs.precision import precision
-from .. import schema
+from .. import schema, turns
 from .case import Case, Problems, rule
 
 
@@ -74,3 +76,87 @@ def prompt_strategy(case: Case) -> Problems:
             yield "error", f"{key}.type", f"{kind} is for preference training", "set rl, or a type such as alpaca"
         elif re.match(own_module, kind) and not case.can_import(module):
             yield "error", f"{key}.type", f"there is no module {module}", "put it on PYTHONPATH"
+
+
+@rule
+def chat_template(case: Case) -> Problems:
+    """Axolotl fails on a template that is not there once the tokenizer is loaded; seen: a misspelt name of a template's
+    file is taken for the template itself, so that every prompt is that name, and no row has anything to learn.
+
+    The template of the tokenizer is the default. Base models have none, but for Qwen's.
+    """
+    known = [*turns.template_files(), "tokenizer_default", "jinja"]
+    for key, dataset in datafiles.datasets(case.config):
+        if dataset.get("type") != "chat_template":
+            continue
+        if dataset.get("chat_template_jinja") and not dataset.get("chat_template"):
+            problem = "Axolotl does not use it where the data set names no chat_template"
+            yield "error", f"{key}.chat_template_jinja", problem, "set chat_template: jinja beside it"
+            continue
+        name, written = turns.chosen_template(case.config, dataset)
+        where = f"{key}.type"
+        if dataset.get("chat_template") or case["chat_template"]:
+            where = f"{key}.chat_template" if dataset.get("chat_template") else "chat_template"
+        given = name.removeprefix(turns.FALLBACK)
+        model = case.model
+        if name == "jinja":
+            if problem := _wrong_template(written):
+                yield "error", where, problem, "write a template, or the name of a file that holds one"
+        elif given not in known and len(known) > 2:
+            near = did_you_mean(given, known)
+            yield "error", where, f"Axolotl has no chat template {given}{near}", "" if near else "chatml is one"
+        elif name == "tokenizer_default" and not model.chat_template:
+            remedy = "set chat_template, as chatml"
+            if model.tokenizer_here:
+                yield "error", where, "the tokenizer of the base model has no chat template", remedy
+            elif model.chat is False and not str(case["base_model"]).startswith("Qwen/"):
+                problem = "the tokenizer of this model, which is no chat model, may have no chat template"
+                yield "warning", where, problem, remedy
+
+
+@rule
+def unread_tools(case: Case) -> Problems:
+    """Axolotl 0.21 does not pass field_tools on to what reads the rows (prompt_strategies/chat_template.py; seen)."""
+    for key, dataset in datafiles.datasets(case.config):
+        if dataset.get("field_tools") not in (None, "tools"):
+            problem = "Axolotl ignores this key, and reads the field tools"
+            yield "error", f"{key}.field_tools", problem, "call the field tools in the rows"
+
+
+def _wrong_template(written: object) -> str:
+    """What is wrong with a chat template that is written out, or with the file that it names."""
+    if not isinstance(written, str) or not written:
+        return "jinja, and chat_template_jinja is not set"
+    if "{" not in (text := turns.read_template(written)):
+        return f"chat_template_jinja: {written[:80]} is neither a file nor a template"
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        turns.compiled(text)
+    except TemplateSyntaxError as error:
+        return f"chat_template_jinja: line {error.lineno} is no Jinja: {error.message}"
+    return ""
+
+
+@rule
+def prompt_format(case: Case) -> Problems:
+    """Axolotl fills these in with str.format, once it tokenizes the rows (prompt_strategies/user_defined.py)."""
+    names = {"format": ["instruction", "input"], "no_input_format": ["instruction"], "system_format": ["system"]}
+    for key, dataset in datafiles.datasets(case.config):
+        kind = dataset.get("type")
+        for name, allowed in names.items():
+            text = kind.get(name) if isinstance(kind, dict) else None
+            if not isinstance(text, str) or not text:
+                continue
+            where = f"{key}.type.{name}"
+            try:
+                used = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
+            except ValueError as error:
+                yield "error", where, f"cannot be filled in: {error}", "write {{ and }} for braces in the text"
+                continue
+            for field in (field for field in used if field not in allowed):
+                near = did_you_mean(field, allowed)
+                known = " and ".join(f"{{{one}}}" for one in allowed)
+                yield "error", where, f"{{{field}}} stands for nothing{near}", f"it takes {known}"
+            if allowed[0] not in used:
+                yield "error", where, f"{{{allowed[0]}}} is not in it: no row's text would be", "add it"

@@ -1,9 +1,15 @@
-"""Whether the GPUs support a config's precision, attention and engine."""
+"""Whether the GPUs and the installed packages support a config's precision, attention and engine."""
 
+import os
 import re
+from pathlib import Path
 
+from ...configs import exchange
+from ...configs.attention import OLD_KEYS
 from ...configs.config import flatten
 from ...configs.precision import precision
+from ...data import hub
+from ..finding import Level
 from .case import Case, Problems, rule
 
 
@@ -51,22 +57,98 @@ def gpu_lacks(case: Case) -> Problems:
         yield "error", "fp8", f"Axolotl trains in fp8 from 9.0 on, not on {name}", "delete it"
 
 
+_HUB = "kernels-community/"
 _ATTENTION_RUNS_ON = {  # from and to which compute capability
-    "flash_attention_2": ((8, 0), (99, 0)),
-    "kernels-community/flash-attn2": ((8, 0), (99, 0)),
-    "flash_attention_3": ((9, 0), (9, 0)),
-    "kernels-community/flash-attn3": ((9, 0), (9, 0)),
-    "flash_attention_4": ((9, 0), (99, 0)),
-    "sage": ((8, 0), (99, 0)),
+    **dict.fromkeys(("flash_attention_2", f"{_HUB}flash-attn2"), ((8, 0), (99, 0))),
+    **dict.fromkeys(("flash_attention_3", f"{_HUB}flash-attn3", f"{_HUB}vllm-flash-attn3"), ((9, 0), (9, 0))),
+    **dict.fromkeys(("flash_attention_4", f"{_HUB}flash-attn4"), ((9, 0), (99, 0))),
+    **dict.fromkeys(("sage", f"{_HUB}sage-attention"), ((8, 0), (12, 0))),
     "fp8": ((9, 0), (99, 0)),
 }
 
 
 @rule
+def missing_package(case: Case) -> Problems:
+    """Axolotl and transformers ask for these once the model is loaded; on a laptop that checks for another machine
+    their absence is no error.
+
+    Instead of a missing flash-attn transformers takes a kernel of the hub, with the package kernels
+    (`_check_and_adjust_attn_implementation` in modeling_utils.py); Axolotl refuses that where the hub has no build for
+    the installed torch. Axolotl also turns on a tracker whose project is named (axolotl/utils/mlflow_.py and its like).
+    """
+    level: Level = "error" if case.launching else "warning"
+    for package, keys in _PACKAGES.items():
+        on = [key for key in keys if case[key]]
+        if on and not case.is_installed(package):
+            problem = f"the package {package} is not installed"
+            yield level, on[0], problem, f"install it, or delete {' and '.join(on)}"
+    for plugin, package in _PLUGIN_NEEDS.items():
+        if plugin in case.plugins and not case.is_installed(package):
+            problem = f"{plugin} needs the package {package}, which is not installed"
+            yield level, "plugins", problem, f"install it{_FROM.get(package, '')}, or drop the plugin"
+    key = next((old for old in OLD_KEYS if case[old]), "attn_implementation")
+    package, kernel = _ATTENTION_NEEDS.get(case.attention, ("", case.attention if "/" in case.attention else ""))
+    if (package and case.is_installed(package)) or not (package or kernel):
+        return
+    if not kernel or not case.is_installed("kernels"):
+        problem = f"{case.attention} needs the package {package or 'kernels'}, which is not installed"
+        yield level, key, problem, f"install it{_FROM.get(package, '')}, or set sdpa"
+    elif hub.is_offline() and not _kernel_here(kernel):
+        problem = f"{case.attention} takes the kernel {kernel} from the hub, and HF_HUB_OFFLINE is set"
+        yield level, key, problem, f"install {package}, or set sdpa" if package else "fetch it first, or set sdpa"
+    elif package:
+        problem = f"{package} is not installed, so that transformers takes the kernel {kernel} from the hub"
+        yield "note", key, problem, "the hub must have a build for the installed torch"
+
+
+_PACKAGES = {  # the keys that ask for it
+    "tensorboard": ("use_tensorboard",),
+    "trackio": ("use_trackio", "trackio_project_name"),
+    "mlflow": ("use_mlflow", "mlflow_experiment_name"),
+    "wandb": ("use_wandb", "wandb_project"),
+    "comet-ml": ("use_comet", "comet_project_name"),
+    "swanlab": ("use_swanlab", "swanlab_project"),
+}
+_PLUGIN_NEEDS = {
+    "LigerPlugin": "liger-kernel",
+    "CutCrossEntropyPlugin": "cut-cross-entropy",
+    "DenseMixerPlugin": "densemixer",
+}
+_ATTENTION_NEEDS = {  # a package, and the hub's kernel that transformers takes without it
+    "flash_attention_2": ("flash-attn", f"{_HUB}flash-attn2"),
+    "flash_attention_3": ("flash-attn-3", f"{_HUB}vllm-flash-attn3"),
+    "flash_attention_4": ("flash-attn-4", f"{_HUB}flash-attn4"),
+    "xformers": ("xformers", ""),
+    "sage": ("sageattention", ""),
+    "fp8": ("torchao", ""),
+}
+_FROM = {  # where the registry does not have it, or not the one that is needed
+    "cut-cross-entropy": " from git+https://github.com/axolotl-ai-cloud/ml-cross-entropy.git@v0.1.1, Axolotl's fork",
+    "flash-attn-3": " from the folder hopper of github.com/Dao-AILab/flash-attention",
+    "sageattention": " from github.com/thu-ml/SageAttention",
+}
+
+
+def _kernel_here(name: str) -> bool:
+    """Whether the package kernels finds a kernel of the hub in its cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(os.environ.get("KERNELS_CACHE") or HF_HUB_CACHE)
+    return any((cache / f"{kind}--{name.replace('/', '--')}").is_dir() for kind in ("kernels", "models"))
+
+
+@rule
 def no_gpu(case: Case) -> Problems:
     """A CPU does not train in fp16, into which Axolotl also turns bf16: auto, its default, there; transformers says so
-    once the model is loaded."""
-    if case.launching and not case.gpu and precision(case.config, on_gpu=False).autocast == "float16":
+    once the model is loaded. What else it lacks is in `exchange`, where a rehearsal does without it."""
+    if not case.launching or case.gpu:
+        return
+    for change, reason in exchange.lacking(case.config):
+        keys = [key for key in change if key not in ("fp16", "float16")]
+        if keys:
+            key = next(filter(case.__getitem__, keys), keys[0])
+            yield "error", key, f"no NVIDIA GPU was found: {reason}", "--rehearse does without it"
+    if precision(case.config, on_gpu=False).autocast == "float16":
         key = "fp16" if case["fp16"] else "bf16"
         default = "" if case["fp16"] else ", which bf16: auto, the default, becomes there"
         problem = f"no NVIDIA GPU was found, and a CPU does not train in fp16{default}"

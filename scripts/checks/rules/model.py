@@ -6,6 +6,7 @@ from pathlib import Path
 from ...base import paths
 from ...base.errors import did_you_mean
 from ...configs import datafiles, models
+from ...data import hub
 from ..finding import Level
 from .case import Case, Problems, rule
 
@@ -54,7 +55,11 @@ def chat_model(case: Case) -> Problems:
 
 @rule
 def no_access(case: Case) -> Problems:
-    """The hub refuses a gated model without a token. On a laptop that checks for another machine that is no error."""
+    """The hub refuses a gated model without a token, and with one whose owner has not accepted its licence.
+
+    On a laptop that checks for another machine that is no error. The hub is asked only about a model that is not here,
+    and not about one that models.yaml knows to be ungated.
+    """
     level: Level = "error" if case.launching else "warning"
     name = case["base_model"]
     if case.model.weights_here or not isinstance(name, str) or Path(name).is_relative_to(paths.cache()):
@@ -63,10 +68,35 @@ def no_access(case: Case) -> Problems:
         yield "error", "base_model", f"{name} has no weights in it", "give a folder that save_pretrained wrote"
     elif models.is_path(name):
         yield "error", "base_model", f"{name} does not exist", "give a folder or a model of the hub as owner/name"
-    elif models.is_offline():
+    elif hub.is_offline():
         yield level, "base_model", f"{name} is not in the hub's cache, and HF_HUB_OFFLINE is set", "fetch it first"
-    elif case.model.gated and not models.has_token():
-        yield level, "base_model", f"{name} is gated, and there is no token", "`hf auth login`, or --mirror"
+    elif case.model.gated and not hub.has_token():
+        yield level, "base_model", f"{name} is gated, and there is no token", _how_to_get(name)
+    elif case.ask_hub and case.model.gated is not False:
+        yield from _of_the_hub(name, level, case.launching)
+
+
+def _of_the_hub(name: str, level: Level, launching: bool) -> Problems:
+    """What the hub itself says of access to a model: that it takes the token, and that the licence is accepted."""
+    answer = hub.access(name)
+    if answer.access == "gated":
+        yield level, "base_model", f"{name} is gated, and the hub refuses it: {answer.says}", _how_to_get(name)
+    elif answer.access == "missing":
+        near = did_you_mean(name, models.catalogue())
+        problem = f"the hub has no model {name}, or a private one: {answer.says}{near}"
+        yield "error", "base_model", problem, "correct the name, or `hf auth login` if it is private"
+    elif answer.access == "refused":
+        problem = f"the hub refuses to be asked about {name}: {answer.says}"
+        yield level, "base_model", problem, "`hf auth login` with a token that is valid and may read this model"
+    elif answer.access == "unknown" and launching:
+        problem = f"the hub did not say whether {name} may be downloaded: {answer.says}"
+        yield "warning", "base_model", problem, "without it the run fails when it loads the model"
+
+
+def _how_to_get(name: str) -> str:
+    """What gives access to a gated model."""
+    mirror = ", or take its ungated copy by --mirror" if models.catalogue().get(name, {}).get("mirror") else ""
+    return f"accept its licence at {hub.page(name)} and `hf auth login`{mirror}"
 
 
 @rule

@@ -73,9 +73,11 @@ def does_not_divide(case: Case) -> Problems:
 
 @rule
 def two_cross_entropies(case: Case) -> Problems:
-    """Each replaces the loss function; Axolotl refuses them together, after 15 s of imports."""
+    """Each replaces the loss function; Axolotl refuses them together, after 15 s of imports, but for cut cross entropy
+    that its plugin turns on by itself."""
     options = ("cut_cross_entropy", "chunked_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_entropy")
-    on = [key for key in options if case[key]]
+    by_itself = {"cut_cross_entropy"} if "CutCrossEntropyPlugin" in case.plugins else set()
+    on = [key for key in options if case[key] or key in by_itself]
     if len(on) > 1:
         yield "error", on[1], f"cannot be on beside {on[0]}", "set one of them to false"
 
@@ -87,23 +89,3 @@ def output_in_use(case: Case) -> Problems:
     resumes = case["auto_resume_from_checkpoints"] or case["resume_from_checkpoint"]
     if not (case.launching or resumes) and "\0" not in str(folder) and any(folder.glob("checkpoint-*")):
         yield "warning", "output_dir", f"{folder} holds another run's checkpoints", "`recipe run` has a folder per run"
-
-
-@rule
-def missing_tracker(case: Case) -> Problems:
-    """transformers asks for a tracker's package once the model is loaded. Axolotl also turns on one whose project is
-    named (axolotl/utils/mlflow_.py and its like)."""
-    for package, keys in _TRACKERS.items():
-        on = [key for key in keys if case[key]]
-        if on and not case.can_import(package):
-            yield "error", on[0], f"the package {package} is not installed", f"install it, or delete {' and '.join(on)}"
-
-
-_TRACKERS = {
-    "tensorboard": ("use_tensorboard",),
-    "trackio": ("use_trackio", "trackio_project_name"),
-    "mlflow": ("use_mlflow", "mlflow_experiment_name"),
-    "wandb": ("use_wandb", "wandb_project"),
-    "comet_ml": ("use_comet", "comet_project_name"),
-    "swanlab": ("use_swanlab", "swanlab_project"),
-}

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check
-from qlora_recipes.configs import compose, config, edit, variants
+from qlora_recipes.configs import compose, config, variants
 from qlora_recipes.configs.compose import Request
+from qlora_recipes.writing import edit, new
 
 BASE = "haider2024/code-llama-7b"
 TEXT = (paths.RECIPES / f"{BASE}.yaml").read_text()
@@ -69,9 +70,9 @@ def test_a_variant_keeps_every_comment_is_clean_and_differs_in_just_what_was_cha
                 expected = config.override(expected, key, value)
         except UserError:  # an earlier one took the list away that a later one reaches into
             with pytest.raises(UserError):
-                variants.write("mine", BASE, words)
+                new.write("mine", BASE, words)
             return
-        file = variants.write("mine", BASE, words)
+        file = new.write("mine", BASE, words)
         text = file.read_text()
         assert all(comment in text for comment in comments(TEXT))
         differing = set(config.differences(base, expected))

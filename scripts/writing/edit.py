@@ -11,20 +11,28 @@ import yaml
 
 from ..base import yamlfiles
 from ..base.errors import UserError
-from . import config
+from ..configs import config
 
 
-def edited(text: str, key: str, value: Any, where: str) -> str:
+def edited(text: str, key: str, value: Any, where: str, source: str | None = None) -> str:
     """A config's text with one dotted key set as `config.override` sets it, and marked with what it was.
 
     What is deleted, and lines that had comments, are left as comments.
+
+    Args:
+        text: the text.
+        key: the key.
+        value: its value; None deletes it.
+        where: the text's name in messages.
+        source: of a top-level key, the source of the value, or why it is deleted, where the comments that are there
+            would not be true any more; it takes their place.
 
     Raises:
         UserError: the key leads through something that has no keys, or the text has a form that cannot be edited.
     """
     before = yamlfiles.parse(text, where)
     after = config.override(before, key, value)
-    if _is_same(before, after):
+    if _is_same(before, after) and (source is None or key not in before):
         return text
     path = key.split(".")
     entry: Any = yaml.compose(text, Loader=yaml.CSafeLoader)
@@ -38,12 +46,13 @@ def edited(text: str, key: str, value: Any, where: str) -> str:
         for part in reversed(path[depth + 1 :]):
             value = {part: value}
         indent = " " * node.value[0][0].start_mark.column
-        added = f"{indent}{path[depth]}: {yamlfiles.write_flow(value)}  # variant, was not set"
+        remark = "; ".join(filter(None, ("variant, was not set", source)))
+        added = f"{indent}{path[depth]}: {yamlfiles.write_flow(value)}  # {remark}"
         lines.insert(_last_line(node, lines) + 1, added)
     elif value is None and depth == len(path) and isinstance(entry, yaml.ScalarNode) and entry.start_mark.column == 0:
-        _remove(lines, entry, node)
+        _remove(lines, entry, node, source)
     else:
-        _replace(lines, entry, node, _at(before, path[:depth]), _at(after, path[:depth]))
+        _replace(lines, entry, node, _at(before, path[:depth]), _at(after, path[:depth]), source)
     changed = "\n".join(lines)
     with suppress(UserError):
         if _is_same(yamlfiles.parse(changed, where), after):
@@ -85,13 +94,16 @@ def _commented(line: str) -> str:
     return line if line.lstrip().startswith("#") or not line.strip() else f"# {line}"
 
 
-def _remove(lines: list[str], entry: Any, node: Any) -> None:
+def _remove(lines: list[str], entry: Any, node: Any, source: str | None) -> None:
     first = entry.start_mark.line
     end = _last_line(node, lines) + 1
-    lines[first:end] = [f"# variant, removed: {lines[first]}", *map(_commented, lines[first + 1 : end])]
+    if source:
+        lines[first:end] = [f"# variant, removed: {entry.value}; {source}"]
+    else:
+        lines[first:end] = [f"# variant, removed: {lines[first]}", *map(_commented, lines[first + 1 : end])]
 
 
-def _replace(lines: list[str], entry: Any, node: Any, old: Any, new: Any) -> None:
+def _replace(lines: list[str], entry: Any, node: Any, old: Any, new: Any, source: str | None) -> None:
     """Put another value in the place of a node, at a key or a position of a list."""
     first = node.start_mark.line
     end = _last_line(node, lines) + 1
@@ -108,7 +120,8 @@ def _replace(lines: list[str], entry: Any, node: Any, old: Any, new: Any) -> Non
         below = lines[first + 1 : end]
     else:
         below = lines[first:end]
-    kept = f"; {comment.strip()}" if comment else ""
-    marked = f"{head}{yamlfiles.write_flow(new)}{code.rstrip()}  # variant, was {yamlfiles.write_flow(old)}{kept}"
-    has_comments = any("#" in line for line in below)
+    was = "" if _is_same(old, new) else f"variant, was {yamlfiles.write_flow(old)}"
+    remarks = "; ".join(filter(None, (was, source or comment.strip())))
+    has_comments = not source and any("#" in line for line in below)
+    marked = f"{head}{yamlfiles.write_flow(new)}{code.rstrip()}  # {remarks}"
     lines[first:end] = [marked, *(map(_commented, below) if has_comments else ())]

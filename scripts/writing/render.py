@@ -8,13 +8,15 @@ from typing import Any
 import jinja2
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError
+from ..base.errors import UserError, did_you_mean
 from ..base.files import write_atomically
 from ..base.templating import environment
 from ..data import study
 from ..data.study import Study
+from .base_model import BaseModel, describe
 
 README = "README.md"
+_REQUIRED = {"title": "Qwen2.5 7B", "licence": "apache-2.0"}  # what a recipe states of every model
 
 
 def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
@@ -28,17 +30,40 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
     def text_of(template: str, **variables: Any) -> str:
         try:
             return jinja.get_template(template).render(template=f"templates/{template}", **variables)
+        except UserError:
+            raise
         except Exception as error:  # an expression in a template can raise anything
             raise UserError(f"{_where(error, templates, templates / template)}: {error}") from None
 
-    models = yamlfiles.read_yaml(templates / "models.yaml")
+    listed = templates / "models.yaml"
+    models = yamlfiles.read_yaml(listed)
+
+    def facts(base_model: str) -> BaseModel:
+        """What the templates' models.yaml says of a model.
+
+        Raises:
+            UserError: it has no entry, or the entry lacks what every recipe states.
+        """
+        if base_model not in models:
+            hint = did_you_mean(base_model, models) or "; add an entry with its title, licence and config"
+            raise UserError(f"{listed}: no entry for {base_model}{hint}")
+        entry = models[base_model] or {}
+        for fact, example in _REQUIRED.items():
+            if not entry.get(fact):
+                lines = yamlfiles.read_text(listed).splitlines()
+                line = 1 + next(
+                    (i for i, line in enumerate(lines) if line.strip("\"'").startswith(f"{base_model}:")), 0
+                )
+                raise UserError(f"{listed}:{line}: {base_model}: no {fact}; add it, as in `{fact}: {example}`")
+        return describe(entry, base_model)
+
     recipes = {}
     by_study: dict[str, tuple[Study, list[dict[str, Any]]]] = {}
     for file in sorted(templates.rglob("*.yaml.j2")):
         if not file.name.startswith("_"):
             template = file.relative_to(templates).as_posix()
             name = template.removesuffix(".yaml.j2")
-            text = text_of(template, name=name, models=models)
+            text = text_of(template, name=name, facts=facts)
             recipes[f"{name}.yaml"] = text
             if of_study := study.of(name):
                 recipe = yamlfiles.parse(text, f"recipes/{name}.yaml")

@@ -8,8 +8,9 @@ from conftest import recipe_config
 
 from qlora_recipes.base import paths
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.configs import config, render
+from qlora_recipes.configs import config
 from qlora_recipes.data import study
+from qlora_recipes.writing import render
 
 
 def test_the_recipes_are_those_of_the_templates() -> None:
@@ -105,3 +106,54 @@ def test_the_table_names_every_recipe() -> None:
     table = render.rendered()[render.README]
     assert all(f"[{name}]({name}.yaml)" in table for name in paths.recipe_names())
     assert "| 5.58 | 0.848 |" in table
+
+
+PHI = "microsoft/Phi-3-mini-4k-instruct"
+
+
+def template_for(templates: Path, model: str) -> str:
+    """What a template like the study's renders for a model that the paper did not train."""
+    lines = [
+        '{% extends "haider2024/_base.yaml.j2" %}',
+        f'{{% set base_model, base_model_source = "{model}", "this project: to compare" %}}',
+        '{% set num_epochs, num_epochs_source = 2, "this project: as for the 7B models" %}',
+        '{% set optimizer, optimizer_source = "adamw_bnb_8bit", "this project: as for Llama 3" %}',
+        "{% set port = none %}",
+    ]
+    (templates / "haider2024" / "other.yaml.j2").write_text("\n".join(lines) + "\n")
+    return render.rendered(templates)["haider2024/other.yaml"]
+
+
+def test_a_template_for_a_model_of_another_family_says_what_is_true_of_that(templates: Path) -> None:
+    text = template_for(templates, PHI)
+    recipe = yaml.safe_load(text)
+    assert recipe["lora_target_modules"] == ["qkv_proj", "o_proj"]
+    assert "special_tokens" not in recipe
+    assert "\n# special_tokens is not set: the tokenizer has a padding token, <|endoftext|>\n" in text
+    assert "\n# Model     licence mit, not gated\n# Not known special tokens\n" in text
+    assert "Table II" not in text and "Unsloth" not in text and "not one of the paper's runs" in text
+    body = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert [line for line in body if "  # " not in line and not re.match(r" +- \w+_proj$", line)] == []
+    assert "| [haider2024/other](haider2024/other.yaml) |" in render.rendered(templates)[render.README]
+
+
+def test_what_an_entry_does_not_say_of_a_model_is_named_in_the_recipe(templates: Path) -> None:
+    listed = templates / "models.yaml"
+    listed.write_text(listed.read_text() + "some/model: {title: Some model, licence: mit}\n")
+    text = template_for(templates, "some/model")
+    assert not {"revision_of_model", "special_tokens"} & set(yaml.safe_load(text))
+    assert "\n# revision_of_model is not set: no commit of this model is listed" in text
+    assert "\n# special_tokens is not set: not known whether the tokenizer names a padding token" in text
+    assert "\n# Not known whether it is gated, revision, padding token, special tokens, type and sizes, " in text
+
+
+def test_a_model_without_an_entry_or_without_what_every_recipe_states_is_an_error_with_its_place(
+    templates: Path,
+) -> None:
+    listed = templates / "models.yaml"
+    with pytest.raises(UserError, match=r"models\.yaml: no entry for microsoft/Phi-3-mini; did you mean microsoft/Phi"):
+        template_for(templates, "microsoft/Phi-3-mini")
+    lines = len(listed.read_text().splitlines())
+    listed.write_text(listed.read_text() + "some/model:\n  title: Some model\n")
+    with pytest.raises(UserError, match=rf"models\.yaml:{lines + 1}: some/model: no licence; add it, as in `licence: "):
+        template_for(templates, "some/model")

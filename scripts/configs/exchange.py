@@ -1,0 +1,119 @@
+"""What a rehearsal exchanges in the config that all else comes to: rows that are not there, and what a CPU lacks."""
+
+import re
+from collections.abc import Container, Iterator
+from pathlib import Path
+
+from ..base.yamlfiles import Config
+from . import datafiles, models, standin
+from .attention import OLD_KEYS, attention
+from .config import merge
+
+OF_SAMPLE = ("datasets", "test_datasets", "sequence_len")  # keys of the profile that fit the shipped sample only
+_MOST_ROWS = {"datasets": 32, "test_datasets": 8}  # few enough for a rehearsal of minutes
+
+
+def exchanges(composed: Config, sample: Config, given: Container[str], ranks: int) -> Iterator[tuple[Config, str]]:
+    """Changes to lay over the config of a rehearsal, each with its reason.
+
+    Args:
+        composed: the config.
+        sample: the shipped sample, as the profile's values of `OF_SAMPLE`.
+        given: dotted keys that were laid over the profile's; they stay.
+        ranks: the processes that train.
+    """
+    for change, reason in (*_rows(composed, sample, given), *_layers(composed), *lacking(composed)):
+        composed = merge(composed, change)
+        yield change, reason
+    held_out = composed.get("val_set_size")
+    if isinstance(held_out, int | float) and held_out > 1:  # a number of rows, not a share
+        rows = datafiles.training_rows(composed | {"val_set_size": 0}) or _MOST_ROWS["datasets"]
+        composed = composed | {"val_set_size": min(int(held_out), max(rows // 4, 1))}
+        yield {"val_set_size": composed["val_set_size"]}, "so that rows to train on are left"
+    if composed.get("max_steps") and "max_steps" not in given:
+        composed = merge(composed, {"max_steps": None})
+        yield {"max_steps": None}, "the recipe's epochs of few rows"
+    yield _few_steps(composed, ranks), "at most a tenth of the steps"
+
+
+def _rows(composed: Config, sample: Config, given: Container[str]) -> Iterator[tuple[Config, str]]:
+    """A few of the config's own rows where they are on this machine, else those of the sample."""
+    for section, most in _MOST_ROWS.items():
+        entries = dict(datafiles.datasets(composed, section))
+        here = {key: entry for key, entry in entries.items() if datafiles.can_be_rehearsed(entry)}
+        if here:
+            each = max(most // len(here), 1)
+            kept = [
+                entry if f"{key}.split" in given else datafiles.at_most(entry, each, section)
+                for key, entry in here.items()
+            ]
+            yield {section: kept}, f"the first rows of its own data, at most {most}"
+        elif entries or section == "datasets":
+            missing = str(next(iter(entries.values())).get("path")) if entries else "data of its own"
+            lacks = "cannot be loaded in part" if Path(missing).exists() else "is not on this machine"
+            yield {section: sample[section]}, f"rows of the shipped sample, as {missing} {lacks}"
+        length = composed.get("sequence_len")
+        if section == "datasets" and "sequence_len" not in given:
+            if not here:
+                yield {"sequence_len": sample["sequence_len"]}, "every row of the shipped sample is shorter"
+            elif isinstance(length, int) and composed.get("base_model") == str(standin.folder()):
+                yield {"sequence_len": min(length, standin.CONTEXT)}, "the context of the stand-in model"
+
+
+def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
+    """The stand-in's layers in the place of those that Phi-3 has fused."""
+    targets = composed.get("lora_target_modules")
+    if isinstance(targets, list) and composed.get("base_model") == str(standin.folder()):
+        renamed = models.renamed(targets, models.LAYERS["llama"])
+        yield {"lora_target_modules": renamed}, "the stand-in has these layers apart"
+
+
+def lacking(composed: Config) -> Iterator[tuple[Config, str]]:
+    """What a config asks for that no CPU has, as the changes that do without it, each with the reason.
+
+    Seen with Axolotl 0.21: with any of these a training on a CPU ends in an error, most once the model is loaded.
+    """
+    if (wanted := attention(composed)) not in ("", "sdpa", "eager"):
+        old = dict.fromkeys(key for key in OLD_KEYS if key in composed)
+        yield old | {"attn_implementation": "sdpa"}, f"{wanted} needs a GPU"
+    plugins = composed.get("plugins")
+    if isinstance(plugins, list) and (kept := [name for name in plugins if not _PLUGINS.search(str(name))]) != plugins:
+        yield {"plugins": kept or None}, "their kernels need a GPU"
+    for pattern, instead, reason in _LACKING:
+        found = [key for key, value in composed.items() if value and re.fullmatch(pattern, f"{key}={value}")]
+        if found:
+            yield dict.fromkeys(found, instead), reason
+    if composed.get("adapter") in ("lora", "qlora") and not any(map(re.compile(_LORA_KERNELS).fullmatch, composed)):
+        yield {"lora_mlp_kernel": False}, "unless one is set, Axolotl turns the LoRA kernels on, which need a GPU"
+
+
+_LORA_KERNELS = "lora_(qkv|o|mlp|embedding)_kernel"
+_PLUGINS = re.compile("integrations[.](liger|cut_cross_entropy|kernels)[.:]")
+_LACKING = (  # keys and values, what takes their place, and why
+    ("(liger_.*|cut_cross_entropy.*|use_kernels|fused_attn_kernel)=.*", None, "its kernels need a GPU"),
+    (f"{_LORA_KERNELS}=.*", False, "its kernels need a GPU"),
+    ("(torch_compile.*|deepcompile)=.*", None, "compiling for a CPU takes longer than the training"),
+    ("activation_offloading=(True|disk)", None, "there is no GPU to spare the memory of"),
+    ("gradient_checkpointing=offload.*", True, "there is no GPU to spare the memory of"),
+    ("fp8.*=.*", None, "a CPU does not train in fp8"),
+    ("(fp16|float16|tf32)=.*", False, "a CPU trains in bf16 or fp32"),
+)
+
+
+def _few_steps(composed: Config, gpus: int) -> Config:
+    """The change that caps the warm-up of a config at a tenth of the steps that its few rows give.
+
+    Where rows are packed, or not counted because they are on a hub, the steps are not known before Axolotl has prepared
+    the rows. A ratio then takes the place of the number: Axolotl takes it of the steps that it counts itself, after
+    packing (axolotl/core/builders/base.py, _configure_warmup_and_logging).
+    """
+    ratio = composed.get("warmup_ratio")
+    steps = composed.get("warmup_steps")
+    if isinstance(ratio, int | float) and ratio > 0.1:
+        return {"warmup_ratio": 0.1}
+    if not isinstance(steps, int) or steps <= 0:
+        return {}
+    all_steps = datafiles.training_steps(composed, gpus)
+    if all_steps is None:
+        return {"warmup_steps": None, "warmup_ratio": 0.1}
+    return {"warmup_steps": min(steps, all_steps // 10)}

@@ -1,0 +1,115 @@
+"""What the hub says about a model, within seconds. Name resolution and huggingface_hub's own client know no limit."""
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+PATIENCE = 5.0
+"""How many seconds the hub is waited for."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whether a user may have a model.
+
+    Attributes:
+        access: `open`, it may be downloaded; `gated`, not with this token, or not without one; `missing`, there is none
+            of this name, or a private one; `refused`, the hub takes no request with this token; `unknown`, no answer.
+        says: the hub's own words, or what kept it from answering.
+    """
+
+    access: Literal["open", "gated", "missing", "refused", "unknown"]
+    says: str = ""
+
+
+_answers: dict[str, Answer] = {}
+
+
+def access(name: str) -> Answer:
+    """Whether this user may have a model, with the token that huggingface_hub finds.
+
+    The hub is asked once for each model in a process, and no more once it did not answer.
+    """
+    silent = next((answer for answer in _answers.values() if answer.access == "unknown"), None)
+    if name not in _answers:
+        _answers[name] = silent or _ask(name)
+    return _answers[name]
+
+
+def _ask(name: str) -> Answer:
+    """The answer as huggingface_hub 1.x raises it (utils/_http.py, hf_raise_for_status).
+
+    Without a token the hub answers 401 for a model that does not exist, too, which huggingface_hub takes for missing.
+    A 404 that does not speak of a repository is that of a mirror of the hub which has no such call.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        within(PATIENCE, lambda: HfApi().auth_check(name))
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        says = error.response.headers.get("X-Error-Message") or f"status {status}"
+        if isinstance(error, GatedRepoError):  # which is a RepositoryNotFoundError, too
+            return Answer("gated", says)
+        if isinstance(error, RepositoryNotFoundError):
+            return Answer("missing", says)
+        return Answer("refused" if status in (401, 403) else "unknown", says)
+    except Exception as error:  # of the network, which httpx has many of
+        return Answer("unknown", reason(error))
+    return Answer("open")
+
+
+def within[T](seconds: float, ask: Callable[[], T]) -> T:
+    """The result of a function that asks the hub, or what it raises. When it takes longer its thread is left behind.
+
+    Raises:
+        TimeoutError: it takes longer.
+    """
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(ask())
+        except Exception as error:  # for the caller
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        if future.done():
+            raise  # the function's own
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+
+
+def reason(error: Exception) -> str:
+    """What an error says in one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def page(name: str) -> str:
+    """The address of a model's page."""
+    from huggingface_hub.constants import ENDPOINT
+
+    return f"{ENDPOINT}/{name}"
+
+
+def has_token() -> bool:
+    """Whether there is a token for the hub, where huggingface_hub looks for one."""
+    from huggingface_hub.constants import HF_TOKEN_PATH
+
+    file = Path(HF_TOKEN_PATH)
+    in_environment = any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
+    return in_environment or (file.is_file() and bool(file.read_text().strip()))
+
+
+def is_offline() -> bool:
+    """Whether the hub must not be asked."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return bool(HF_HUB_OFFLINE)

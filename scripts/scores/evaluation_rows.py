@@ -1,0 +1,250 @@
+"""The rows that a run is evaluated on: which they are, and what is in them."""
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from contextlib import chdir
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from ..base.errors import UserError
+from ..base.files import json_rows, read_json, sha256, write_rows
+from ..base.quiet import importing_axolotl
+from ..base.tables import Row, text_of
+from ..base.yamlfiles import Config
+from ..checks.rows import fields_of
+from ..configs import datafiles
+from ..data import study
+from ..data.codereviewer import MANIFEST
+from ..runs.rundir import Run, RunDir
+from .score import read_rows
+
+KEPT = "evaluation-rows.jsonl"
+"""In a run's folder: rows that only Axolotl can load, as they were at the first evaluation, with their data sets."""
+_ELSEWHERE = "name a file with such rows with --data"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows are.
+
+    Attributes:
+        data: their file, or what they are in words.
+        keys: the data sets of the config that they come from, or in whose form they are.
+        file: the JSONL file, if they are all of one.
+        held_out: whether they are those that val_set_size held out of the training data.
+    """
+
+    data: str
+    keys: list[str]
+    file: Path | None = None
+    held_out: bool = False
+
+
+@dataclass
+class EvaluationRows:
+    """Rows of a source, a hash of all of them, and for each its data set in the config, such as `datasets.0`."""
+
+    data: str
+    sha256: str
+    rows: list[Row]
+    keys: list[str]
+
+
+def named(file: Path, cfg: Config, folder: Path) -> Source:
+    """A file that the user names, with rows like those of the config's data set of that path, or else of its first for
+    evaluation, or of its first."""
+    path = file.resolve()
+    entries = dict(datafiles.datasets(cfg, "test_datasets", "datasets"))
+    same = (key for key, entry in entries.items() if Path(folder, str(entry.get("path"))).resolve() == path)
+    return Source(str(path), [next(same, next(iter(entries), "datasets.0"))], file)
+
+
+def usual(run: Run, cfg: Config) -> Source | None:
+    """The rows that a run is evaluated on unless others are named; None where there are none.
+
+    For a study's prepared data they are the study's test set. Else what the config names counts more than a test.jsonl
+    that happens to lie beside the training data: its test_datasets, or what val_set_size held out.
+    """
+    folder = Path(run.cwd)
+    of_study = study.of(run.origin)
+    name = run.test_data or datafiles.test_file(cfg, folder)
+    beside = Path(folder, name) if name else None
+    if beside and test_entry(beside):
+        scored_on = beside.with_name(f"{of_study.data.scored_on}.jsonl") if of_study else beside
+        beside = scored_on if scored_on.is_file() else beside
+    elif tests := dict(datafiles.datasets(cfg, "test_datasets")):
+        [entry, *more] = tests.values()
+        file = None if more or datafiles.first_rows(entry) else _jsonl(entry, folder)
+        return Source(str(file.resolve()) if file else _in_words(tests, folder), [*tests], file)
+    elif cfg.get("val_set_size"):
+        trained = dict(datafiles.datasets(cfg, "datasets"))
+        words = f"val_set_size {cfg['val_set_size']} of {_in_words(trained, folder)}"
+        return Source(words, [*trained], held_out=True)
+    return Source(str(beside.resolve()), ["datasets.0"], beside) if beside else None
+
+
+def test_entry(file: Path) -> dict[str, Any]:
+    """What the manifest that `recipe data prepare` writes says of the test rows in a file's folder."""
+    entry = read_json(file.with_name(MANIFEST)).get("splits", {}).get("test", {})
+    return entry if isinstance(entry, dict) else {}
+
+
+def test_set(file: Path, digest: str) -> str | None:
+    """The name of the study's set that a file holds, which the manifest beside it identifies by its hash."""
+    test = test_entry(file)
+    sets = {"test": test} if test.get("is_the_study_file") else {}
+    sets |= {name: subset for name, subset in test.get("subsets", {}).items() if "positions" in subset}
+    return next((name for name, entry in sets.items() if entry["sha256"] == digest), None)
+
+
+def require_reference(folder: RunDir, run: Run, cfg: Config, source: Source | None) -> Source:
+    """The source, if its rows have answers to compare predictions with.
+
+    Raises:
+        UserError: they have none, or there is no source.
+    """
+    entries = [entry for key, entry in datafiles.datasets(cfg) if source is None or key in source.keys]
+    kind = None
+    if cfg.get("rl"):
+        kind = f"data for rl: {cfg['rl']}"
+    elif cfg.get("reward_model") or cfg.get("process_reward_model"):
+        kind = "data for a reward model"
+    elif cfg.get("pretraining_dataset"):
+        kind = "data for pretraining"
+    elif any(str(entry.get("type")).partition(":")[0] == "completion" for entry in entries):
+        kind = "completion data"
+    if kind:
+        problem = f"{kind} has no answer to compare a prediction with; its measure is the eval loss"
+        raise UserError(f"{folder.path}: {problem}{_eval_loss(folder, run)}")
+    if source is None:
+        problem = (
+            "its config has neither test_datasets nor val_set_size, and no test.jsonl lies beside its training data"
+        )
+        remedy = f"{_ELSEWHERE}, and give the recipe test_datasets for the next run"
+        raise UserError(f"{folder.path}: no rows to evaluate it on: {problem}; {remedy}")
+    return source
+
+
+def _eval_loss(folder: RunDir, run: Run) -> str:
+    """A run's eval loss as the rest of a sentence about it."""
+    summary = folder.summary(run)
+    loss = summary.eval_loss if summary.eval_loss_per_token is None else summary.eval_loss_per_token
+    if loss is None:
+        return ", which the run has not measured; test_datasets or val_set_size has the next one do that"
+    return f": {text_of(loss)} at the end of the run, as `recipe results` shows"
+
+
+def read(source: Source, folder: RunDir, run: Run, cfg: Config) -> EvaluationRows:
+    """The rows of a source. Those that are not in local JSONL files are loaded by Axolotl, once for a run.
+
+    Raises:
+        UserError: they cannot be read, or there are none.
+    """
+    entries = dict(datafiles.datasets(cfg))
+    if source.file:
+        kind = fields_of(entries.get(source.keys[0], {}))
+        fields = (kind.reference,) if kind and kind.reference else ()
+        rows = read_rows(source.file, fields, "; `recipe data prepare` writes test.jsonl")
+        read = EvaluationRows(source.data, sha256(source.file), rows, source.keys * len(rows))
+    else:
+        files = {key: _jsonl(entries[key], Path(run.cwd)) for key in source.keys}
+        if source.held_out or not all(files.values()):
+            pairs = _loaded(source, folder, run, cfg)
+        else:
+            pairs = [(key, row) for key, file in files.items() for row in _first_rows(entries[key], file)]
+        digest = hashlib.sha256(orjson.dumps(pairs)).hexdigest()
+        read = EvaluationRows(source.data, digest, [row for _, row in pairs], [key for key, _ in pairs])
+    if not read.rows:
+        raise UserError(f"{source.data}: has no rows; {_ELSEWHERE}")
+    return read
+
+
+def require_answers(rows: EvaluationRows, cfg: Config) -> None:
+    """Raise UserError for rows whose type has a field for the answer, and that have nothing there."""
+    kinds = {key: fields_of(entry) for key, entry in datafiles.datasets(cfg)}
+    references = [kind.reference if (kind := kinds.get(key)) else None for key in rows.keys]
+    refuse_empty(
+        rows.data,
+        [
+            number
+            for number, (row, name) in enumerate(zip(rows.rows, references, strict=True), start=1)
+            if name and not str(row.get(name) or "").strip()
+        ],
+    )
+
+
+def refuse_empty(data: str, numbers: Sequence[int]) -> None:
+    """Raise UserError for rows without an answer, by their numbers, counted from 1."""
+    if numbers:
+        some = ", ".join(map(str, numbers[:10])) + (f" and {len(numbers) - 10} more" if len(numbers) > 10 else "")
+        which, them = (f"row {some} has", "it") if len(numbers) == 1 else (f"rows {some} have", "them")
+        problem = f"{which} no answer to compare a prediction with"
+        raise UserError(f"{data}: {problem}; leave {them} out of a copy, and name that with --data")
+
+
+def _jsonl(entry: Config, folder: Path) -> Path | None:
+    """The JSONL file that a data set is, whole or its first rows; None where only Axolotl can tell its rows."""
+    file = Path(folder, str(entry.get("path")))
+    parts = any(entry.get(key) for key in ("shards", "weight", "preprocess_shards", "name", "ds_type"))
+    whole = entry.get("split") in (None, "train") or datafiles.first_rows(entry) is not None
+    return file if file.suffix == ".jsonl" and file.is_file() and whole and not parts else None
+
+
+def _first_rows(entry: Config, file: Path | None) -> list[Row]:
+    assert file
+    with file.open("rb") as lines:
+        return list(islice(json_rows(lines, file, ()), datafiles.first_rows(entry)))
+
+
+def _in_words(entries: dict[str, Config], folder: Path) -> str:
+    """Data sets by name: a local one by that of its file, one of a hub by its own, with what is taken of each."""
+    named = []
+    for entry in entries.values():
+        path = str(entry.get("path"))
+        taken = [f"{key} {entry[key]}" for key in ("name", "data_files", "split") if entry.get(key)]
+        named.append(", ".join([Path(path).name if Path(folder, path).exists() else path, *taken]))
+    return " and ".join(named)
+
+
+def _loaded(source: Source, folder: RunDir, run: Run, cfg: Config) -> list[tuple[str, Row]]:
+    """The rows of a source with their data sets, as Axolotl loads them."""
+    kept = folder.path / KEPT
+    if kept.is_file():
+        with kept.open("rb") as lines:
+            return [(line["dataset"], line["row"]) for line in json_rows(lines, kept, ("dataset",))]
+    if source.held_out:
+        _require_same_data(run)
+    if run.rehearsal:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with importing_axolotl(offline=run.rehearsal), chdir(run.cwd):
+        from ..checks.tokens import Tokenizer
+
+        tokenizer = Tokenizer(cfg)
+        if source.held_out:
+            pairs = tokenizer.held_out()
+        else:
+            pairs = [(key, row) for key in source.keys for row in tokenizer.load(key)]
+    # JSON has no dates and no bytes; no text that is trained on is in such a field
+    write_rows(kept, orjson.loads(orjson.dumps([{"dataset": key, "row": row} for key, row in pairs], default=str)))
+    return _loaded(source, folder, run, cfg)
+
+
+def _require_same_data(run: Run) -> None:
+    for file in run.data:
+        path = Path(run.cwd, file.path)
+        if not path.is_file() or sha256(path) != file.sha256:
+            raise UserError(
+                f"{path}: not the data that the run trained on, of which val_set_size held rows out; put that back, or "
+                f"{_ELSEWHERE}"
+            )
+
+
+def slug(data: str) -> str:
+    """What rows are as a part of a folder's name."""
+    return re.sub(r"[^\w.-]+", "-", Path(data).stem if Path(data).is_absolute() else data)[:80].strip("-")

@@ -1,0 +1,211 @@
+"""What a rehearsal exchanges: rows that are not there, and what a CPU lacks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.files import write_rows
+from qlora_recipes.configs import compose, standin
+from qlora_recipes.configs.compose import Composed, Request
+
+OWN: dict[str, Any] = {
+    "base_model": "some/llama",
+    "adapter": "qlora",
+    "load_in_4bit": True,
+    "lora_target_modules": ["q_proj"],
+    "datasets": [{"path": "chats.jsonl", "type": "chat_template", "field_messages": "turns"}],
+    "sequence_len": 4096,
+    "micro_batch_size": 2,
+    "num_epochs": 1,
+    "lora_qkv_kernel": False,
+}
+ROWS = {"path": "rows.jsonl", "type": "completion"}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("chats.jsonl"), ({"turns": [{"role": "user", "content": str(i)}]} for i in range(50)))
+    write_rows(Path("rows.jsonl"), ({"text": str(i)} for i in range(6)))
+    Path("folder").mkdir()
+    write_rows(Path("folder", "train.jsonl"), [{"text": "a"}])
+    Path("saved").mkdir()
+    Path("saved", "state.json").write_text("{}")
+    return tmp_path
+
+
+def rehearsed(change: dict[str, Any] | None = None, *overrides: str, profiles: tuple[str, ...] = ()) -> Composed:
+    """The rehearsal of a recipe of one's own."""
+    content = {key: value for key, value in (OWN | (change or {})).items() if value is not None}
+    Path("mine.yaml").write_text(yamlfiles.write_yaml(content))
+    return compose.compose(Request("mine.yaml", profiles=[*profiles], overrides=[*overrides], rehearse=True))
+
+
+def why(composed: Composed, key: str) -> str:
+    return next(difference.why for difference in composed.differences if difference.key == key)
+
+
+def splits(composed: Composed, section: str = "datasets") -> list[str | None]:
+    return [dataset.get("split") for dataset in composed.config[section]]
+
+
+def test_a_rehearsal_takes_the_first_of_its_own_rows_and_says_so() -> None:
+    own = rehearsed()
+    assert own.config["datasets"] == [OWN["datasets"][0] | {"split": "train[:32]"}]
+    assert own.config["sequence_len"] == 4096
+    assert why(own, "datasets.0.split") == "rehearsal: the first rows of its own data, at most 32"
+    assert not {"test_datasets", "val_set_size"} & own.config.keys()  # no evaluation was asked for
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        (None, "train[:32]"),
+        ("train", "train[:32]"),
+        ("validation", "validation[:32]"),
+        ("train[:10]", "train[:10]"),
+        ("train[:1000]", "train[:32]"),
+        ("train[100:]", "train[100:132]"),
+        ("train[100:110]", "train[100:110]"),
+        ("train[90%:]", "train[90%:]"),
+    ],
+)
+def test_a_split_is_cut_to_its_first_rows(split: str | None, expected: str) -> None:
+    data = OWN["datasets"][0] | ({"split": split} if split else {})
+    assert splits(rehearsed({"datasets": [data]})) == [expected]
+
+
+def test_several_data_sets_share_the_rows_and_those_elsewhere_are_left_out() -> None:
+    hub = {"path": "some/data-set", "type": "alpaca"}
+    own = rehearsed({"datasets": [ROWS, hub, OWN["datasets"][0]]})
+    assert [dataset["path"] for dataset in own.config["datasets"]] == ["rows.jsonl", "chats.jsonl"]
+    assert splits(own) == ["train[:16]", "train[:16]"]
+    given = rehearsed({"datasets": [hub, ROWS, OWN["datasets"][0]]}, "datasets.2.split=train[:40]")
+    assert splits(given) == ["train[:16]", "train[:40]"]
+
+
+@pytest.mark.parametrize(
+    ("path", "lacks"),
+    [
+        ("gone.jsonl", "is not on this machine"),
+        ("some/data-set", "is not on this machine"),
+        ("s3://bucket/rows.jsonl", "is not on this machine"),
+        ("saved", "cannot be loaded in part"),
+    ],
+)
+def test_the_sample_takes_the_place_of_rows_that_are_not_there(path: str, lacks: str) -> None:
+    own = rehearsed({"datasets": [{"path": path, "type": "completion"}]})
+    (dataset,) = own.config["datasets"]
+    assert Path(dataset["path"]).is_file() and dataset["type"] == "alpaca"
+    assert own.config["sequence_len"] == 512
+    assert why(own, "datasets.0.path") == f"rehearsal: rows of the shipped sample, as {path} {lacks}"
+    assert "test_datasets" not in own.config
+
+
+def test_rows_to_evaluate_on_are_its_own_too() -> None:
+    own = rehearsed({"test_datasets": [ROWS]})
+    assert own.config["test_datasets"] == [ROWS | {"split": "train[:8]"}]
+    assert splits(rehearsed({"test_datasets": [{"path": "folder", "type": "completion"}]}), "test_datasets") == [
+        "test[:8]"
+    ]
+    gone = rehearsed({"test_datasets": [{"path": "gone.jsonl", "type": "completion"}]})
+    assert gone.config["test_datasets"][0]["path"].endswith("valid.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows", "expected"),
+    [(0.05, "chats", 0.05), (2000, "chats", 8), (3, "chats", 3), (100, "rows", 1), (0, "rows", 0)],
+)
+def test_a_share_that_is_held_out_stays(asked: float, rows: str, expected: float) -> None:
+    for own in (
+        rehearsed({"val_set_size": asked, "datasets": [{"path": f"{rows}.jsonl", "type": "completion"}]}),
+        rehearsed({"datasets": [{"path": f"{rows}.jsonl", "type": "completion"}]}, f"val_set_size={asked}"),
+    ):
+        assert own.config["val_set_size"] == expected
+        assert "test_datasets" not in own.config
+
+
+def test_what_is_set_wins_over_the_profile(place: Path) -> None:
+    given = rehearsed(None, "datasets.0.split=train[:48]", "sequence_len=16384", "bf16=false", "base_model=some/other")
+    assert splits(given) == ["train[:48]"]
+    assert (given.config["sequence_len"], given.config["bf16"]) == (16384, False)
+    Path("later.yaml").write_text(
+        "datasets: [{path: rows.jsonl, type: completion, split: 'train[:40]'}]\nsequence_len: 100\n"
+    )
+    later = rehearsed(None, profiles=("rehearsal", "later.yaml"))
+    assert (splits(later), later.config["sequence_len"]) == (["train[:40]"], 100)
+    earlier = rehearsed(None, profiles=("later.yaml",))
+    assert (splits(earlier), earlier.config["sequence_len"]) == (["train[:32]"], 100)
+
+
+def test_rows_are_cut_at_the_context_of_the_stand_in() -> None:
+    assert rehearsed({"sequence_len": 32768}).config["sequence_len"] == 8192
+    assert rehearsed({"sequence_len": 32768}, "base_model=./other").config["sequence_len"] == 32768
+
+
+def test_the_stand_in_has_the_context_that_is_assumed() -> None:
+    from qlora_recipes.base.files import read_json
+
+    assert read_json(standin.model_folder() / "config.json")["max_position_embeddings"] == standin.CONTEXT
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, {"attn_implementation": "sdpa"}),
+        ({"attn_implementation": "kernels-community/flash-attn3"}, {"attn_implementation": "sdpa"}),
+        ({"attn_implementation": "flex_attention"}, {"attn_implementation": "sdpa"}),
+        ({"flash_attention": True}, {"flash_attention": None, "attn_implementation": "sdpa"}),
+        ({"xformers_attention": True}, {"xformers_attention": None, "attn_implementation": "sdpa"}),
+        (
+            {"plugins": ["axolotl.integrations.liger.LigerPlugin", "mine.Plugin"], "liger_rope": True},
+            {"plugins": ["mine.Plugin"], "liger_rope": None},
+        ),
+        (
+            {"plugins": ["axolotl.integrations.cut_cross_entropy:CutCrossEntropyPlugin"], "cut_cross_entropy": True},
+            {"plugins": None, "cut_cross_entropy": None},
+        ),
+        ({"lora_mlp_kernel": True}, {"lora_mlp_kernel": False}),
+        ({"lora_qkv_kernel": None}, {"lora_mlp_kernel": False}),
+        ({"fp16": True, "bf16": False}, {"fp16": False}),
+        ({"tf32": True}, {"tf32": False}),
+        ({"fp8": True}, {"fp8": None}),
+        ({"torch_compile": True, "torch_compile_mode": "default"}, {"torch_compile": None, "torch_compile_mode": None}),
+        ({"activation_offloading": True}, {"activation_offloading": None}),
+        ({"activation_offloading": "legacy"}, {"activation_offloading": "legacy"}),  # a CPU has that
+        ({"gradient_checkpointing": "offload_disk"}, {"gradient_checkpointing": True}),
+    ],
+)
+def test_what_a_cpu_lacks_is_exchanged_and_listed(change: dict[str, Any], expected: dict[str, Any]) -> None:
+    as_recipe = rehearsed(change)
+    overrides = [f"{key}={yamlfiles.write_flow(value)}" for key, value in change.items()]
+    for own in (as_recipe, rehearsed(None, *overrides)):
+        assert {key: own.config.get(key) for key in expected} == expected
+    for key in expected.keys() & change.keys():
+        if expected[key] != change[key] and key != "plugins":
+            assert why(as_recipe, key).startswith(("rehearsal: ", "profile rehearsal"))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", None])
+def test_an_attention_that_a_cpu_has_stays(attention: str | None) -> None:
+    assert rehearsed({"attn_implementation": attention}).config.get("attn_implementation") == attention
+
+
+def test_what_belongs_to_the_base_model_goes_with_it() -> None:
+    of_model = {"eot_tokens": ["<|eot_id|>"], "type_of_model": "MistralForCausalLM", "tokenizer_config": "some/llama"}
+    assert not of_model.keys() & rehearsed(of_model).config.keys()
+
+
+def test_layers_that_the_stand_in_has_apart_are_named_apart() -> None:
+    fused = {"lora_target_modules": ["qkv_proj", "o_proj", "gate_up_prj"]}
+    assert rehearsed(fused).config["lora_target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_prj"]
+    assert rehearsed(fused, "base_model=./phi").config["lora_target_modules"] == fused["lora_target_modules"]
+
+
+def test_a_rehearsal_makes_as_many_steps_as_its_rows() -> None:
+    own = rehearsed({"max_steps": 5000, "warmup_steps": 100})
+    assert "max_steps" not in own.config
+    assert own.config["warmup_steps"] == 1  # of 16 steps
+    assert rehearsed({"max_steps": 5000}, "max_steps=3").config["max_steps"] == 3

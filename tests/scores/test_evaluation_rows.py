@@ -1,0 +1,491 @@
+"""Which rows a run is evaluated on, for own data of every type, against what Axolotl itself does with them."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import Recipe, finish, recipe_config, start
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.files import sha256, write_rows
+from qlora_recipes.base.yamlfiles import Config
+from qlora_recipes.configs import config, datafiles
+from qlora_recipes.reports import report_reader
+from qlora_recipes.reports.report_runs import reported_runs
+from qlora_recipes.runs.rundir import Run, RunDir, Summary
+from qlora_recipes.scores import evaluate, evaluation_rows
+from qlora_recipes.scores.evaluations import Evaluation, read_predictions, read_scores
+
+OwnRun = Callable[..., RunDir]
+BASE = evaluate.EvaluationRequest(adapter="none", max_new_tokens=4, judge="none")
+
+
+@pytest.fixture
+def own(tmp_path: Path, tiny: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch) -> OwnRun:
+    """A maker of finished runs of an own task, in a folder with own files, as far as their base model needs one."""
+    from transformers import AutoTokenizer
+
+    monkeypatch.chdir(tmp_path)
+
+    def make(rehearsal: bool = False, summary: Summary | None = None, **changes: Any) -> RunDir:
+        folder = RunDir(tmp_path / "runs" / "mine" / "1")
+        folder.output.mkdir(parents=True)
+        AutoTokenizer.from_pretrained(tiny, pad_token="</s>").save_pretrained(folder.output)
+        cfg = config.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(tiny_profile))
+        cfg |= {"bf16": False, "special_tokens": {"pad_token": "</s>"}, "sequence_len": 256}
+        cfg |= {"dataset_prepared_path": str(tmp_path / "prepared"), "evals_per_epoch": None, "eval_steps": 5}
+        cfg |= {"test_datasets": None} | changes
+        cfg = {key: value for key, value in cfg.items() if value is not None}
+        if not cfg.get("test_datasets") and not cfg.get("val_set_size"):
+            cfg.pop("eval_steps")
+        folder.config.write_text(yamlfiles.write_yaml(cfg))
+        record = Run(
+            state="finished",
+            recipe="mine",
+            recipe_file="mine.yaml",
+            recipe_sha256="x",
+            rehearsal=rehearsal,
+            cwd=str(tmp_path),
+            test_data=datafiles.test_file(cfg),
+            data=[file for file in datafiles.record(cfg)] if "pretraining_dataset" not in cfg else [],
+            summary=summary or Summary(),
+        )
+        folder.write(record)
+        return folder
+
+    return make
+
+
+def task(run: RunDir, **more: Any) -> evaluate.EvaluationTask:
+    return evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none", **more))
+
+
+def alpaca(count: int, start: int = 0) -> list[dict[str, Any]]:
+    return [
+        {"instruction": f"Add {i} and {i}.", "output": f"{i} and {i} is {2 * i}."} for i in range(start, start + count)
+    ]
+
+
+def asked(count: int, start: int = 0) -> list[dict[str, Any]]:
+    return [{"question": f"Double {i}?", "answer": f" {2 * i}, I say."} for i in range(start, start + count)]
+
+
+def chats(count: int, turns: int = 1, role: str = "role", text: str = "content", who: str = "assistant") -> Any:
+    return [
+        [
+            {role: said_by, text: f"{said} {turn} of chat {i}."}
+            for turn in range(turns)
+            for said_by, said in (("user", "Question"), (who, "Answer"))
+        ]
+        for i in range(count)
+    ]
+
+
+USER_DEFINED = {"field_instruction": "question", "field_output": "answer", "format": "Q: {instruction}\nA: "} | {
+    "no_input_format": "Q: {instruction}\nA: "
+}
+CHATML = {"type": "chat_template", "chat_template": "chatml"}
+SEGMENTS = [
+    {"segments": [{"label": False, "text": f"<s>Q{i} and"}, {"label": True, "text": "so"},
+                  {"label": False, "text": "\nA: "}, {"label": True, "text": f"A{i}</s>"}]}
+    for i in range(3)
+]  # fmt: skip
+TYPES: dict[str, tuple[Config, list[dict[str, Any]], list[str]]] = {
+    "alpaca": ({"type": "alpaca"}, alpaca(2, 1), ["1 and 1 is 2.", "2 and 2 is 4."]),
+    "alpaca with other names": (
+        {"type": "alpaca_chat.load_qa"}, asked(2), [" 0, I say.", " 2, I say."],
+    ),
+    "user-defined": ({"type": USER_DEFINED}, asked(2), [" 0, I say.", " 2, I say."]),
+    "messages": (CHATML, [{"messages": chat} for chat in chats(2)], ["Answer 0 of chat 0.", "Answer 0 of chat 1."]),
+    "messages of several turns": (
+        CHATML, [{"messages": chat} for chat in chats(1, 3)], ["Answer 2 of chat 0."],
+    ),
+    "conversations": (
+        CHATML | {"field_messages": "conversations", "message_property_mappings": {"role": "from", "content": "value"}},
+        [{"conversations": chat} for chat in chats(1, 2, "from", "value", "gpt")],
+        ["Answer 1 of chat 0."],
+    ),
+    "conversations with a role of their own, and the names of before": (
+        CHATML | {"field_messages": "talk", "message_field_role": "by", "message_field_content": "said"}
+        | {"roles": {"user": ["user"], "assistant": ["bot"]}},
+        [{"talk": chat} for chat in chats(1, 1, "by", "said", "bot")],
+        ["Answer 0 of chat 0."],
+    ),
+    "input_output": ({"type": "input_output"}, SEGMENTS, ["A0", "A1", "A2"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("kind", TYPES)
+def test_prompts_and_references_of_own_rows(own: OwnRun, tmp_path: Path, kind: str, named: bool) -> None:
+    form, rows, references = TYPES[kind]
+    write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "mine.jsonl", rows)
+    run = own(
+        datasets=[{"path": "train.jsonl", **form}],
+        test_datasets=None if named else [{"path": "mine.jsonl", "split": "train", **form}],
+    )
+    request = evaluate.EvaluationRequest(data=tmp_path / "mine.jsonl" if named else None)
+    file = tmp_path / "prompts.jsonl"
+    assert evaluate.export_prompts(run, request, file) == len(rows)
+    exported = [orjson.loads(line) for line in file.read_bytes().splitlines()]
+    assert [row["reference"] for row in exported] == references
+    for row, reference in zip(exported, references, strict=True):
+        assert reference.strip() not in row["prompt"]
+    if kind in ("messages of several turns", "conversations"):
+        assert "Answer 0 of chat 0." in exported[0]["prompt"]
+
+
+def test_own_rows_are_evaluated_and_recognised_without_axolotl(
+    own: OwnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+) -> None:
+    write_rows(tmp_path / "train.jsonl", alpaca(4))
+    write_rows(tmp_path / "check.jsonl", [{"messages": chat} for chat in chats(5)])
+    test = {"path": "check.jsonl", "split": "train[:3]", **CHATML}  # of another type than the training data
+    run = own(datasets=[{"path": "train.jsonl", "type": "alpaca"}], test_datasets=[test])
+    first = evaluate.evaluate(run, BASE)
+    assert first.settings.data == first.settings.data_name == "check.jsonl, split train[:3]"
+    assert (first.settings.rows, first.settings.limit, first.settings.test_set) == (3, None, None)
+    where = run.path / "evaluations" / "base-model"
+    assert [row["reference"] for row in read_predictions(where)] == [f"Answer 0 of chat {i}." for i in range(3)]
+
+    monkeypatch.setattr(evaluate, "importing_axolotl", None)
+    monkeypatch.setattr(evaluation_rows, "importing_axolotl", None)
+    assert evaluate.evaluate(run, BASE) == first
+    write_rows(tmp_path / "check.jsonl", [{"messages": chat} for chat in chats(3)])
+    assert evaluate.evaluate(run, BASE) == first  # the rows that the split takes are the same
+    write_rows(tmp_path / "check.jsonl", [{"messages": chat} for chat in chats(2)])
+    with pytest.raises(TypeError):
+        evaluate.evaluate(run, BASE)
+    (kept,) = (where / "evaluations").iterdir()  # made way for other rows
+    assert kept.name == f"check.jsonl-split-train-3-{first.settings.data_sha256[:7]}"
+    assert read_scores(kept) == first
+
+
+def test_results_tables_compare_and_groups_take_own_rows(own: OwnRun, tmp_path: Path, recipe: Recipe) -> None:
+    write_rows(tmp_path / "train.jsonl", asked(4))
+    write_rows(tmp_path / "check.jsonl", asked(3, 50))
+    entry = {"type": USER_DEFINED}
+    run = own(
+        datasets=[{"path": "train.jsonl"} | entry],
+        test_datasets=[{"path": "check.jsonl"} | entry],
+    )
+    made = evaluate.evaluate(run, BASE)
+    assert made.settings.data == str(tmp_path / "check.jsonl") and made.settings.data_name == "check.jsonl"
+    assert made.settings.data_sha256 == sha256(tmp_path / "check.jsonl")
+    for file in ("predictions.jsonl", "scores.json"):  # as if they were the adapter's
+        shutil.copy(run.path / "evaluations" / "base-model" / file, run.path)
+    (row,) = json.loads(recipe("results", "--json").stdout)
+    assert (row["rows_evaluated"], row["test_set"], row["bleu4_published"]) == (3, None, None)
+    other = tmp_path / "baseline.jsonl"
+    write_rows(other, [{"reference": row["answer"], "prediction": row["answer"]} for row in asked(3, 50)])
+    compared = recipe("results", "--compare", run.path, other, "--json")
+    assert compared.returncode == 0, compared.stderr
+    assert {one["rows"] for one in json.loads(compared.stdout)} == {3}
+    (group,) = json.loads(recipe("results", "--by", "length", "--json").stdout)
+    assert (group["length"], group["rows"]) == ("0 to 10 tokens", 3)
+    assert reported(run) == "These rows have no field input."
+
+
+def reported(run: RunDir) -> str:
+    """Why a report does not show the inputs of a run's rows."""
+    (shown,) = report_reader.reader(reported_runs([run]))
+    assert shown["diff"] is None
+    return str(shown["why"])
+
+
+def test_a_report_says_why_it_shows_no_inputs_of_rows_that_are_no_file(own: OwnRun, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", alpaca(20))
+    run = own(datasets=[{"path": "train.jsonl", "type": "alpaca"}], val_set_size=2)
+    evaluate.evaluate(run, BASE)
+    for file in ("predictions.jsonl", "scores.json"):
+        shutil.copy(run.path / "evaluations" / "base-model" / file, run.path)
+    assert reported(run) == "Inputs are shown of rows in one JSONL file; these are val_set_size 2 of train.jsonl."
+
+
+def test_what_the_config_names_wins_over_a_test_file_that_happens_to_lie_there(own: OwnRun, tmp_path: Path) -> None:
+    for name, count in (("train", 4), ("test", 2), ("check", 3)):
+        write_rows(tmp_path / f"{name}.jsonl", alpaca(count))
+    entry = {"path": "train.jsonl", "type": "alpaca"}
+    named = own(datasets=[entry], test_datasets=[{"path": "check.jsonl", "type": "alpaca"}])
+    assert task(named).settings.data == str(tmp_path / "check.jsonl")
+    shutil.rmtree(named.path)
+    assert task(own(datasets=[entry])).settings.data == str(tmp_path / "test.jsonl")
+
+
+def test_a_studys_data_is_evaluated_on_its_test_set_whatever_the_config_evaluates(own: OwnRun, sample: Path) -> None:
+    entry = {"type": "alpaca"}
+    run = own(
+        datasets=[{"path": str(sample / "train.jsonl")} | entry],
+        test_datasets=[{"path": str(sample / "valid.jsonl")} | entry],
+    )
+    assert task(run).settings.data == str(sample / "test.jsonl")
+
+
+def test_a_rehearsal_takes_the_first_of_its_own_rows(own: OwnRun, tmp_path: Path) -> None:
+    for name in ("train", "check"):
+        write_rows(tmp_path / f"{name}.jsonl", alpaca(30))
+    data = {"path": "train.jsonl", "type": "alpaca", "split": "train[:20]"}
+    run = own(rehearsal=True, datasets=[data], test_datasets=[{**data, "path": "check.jsonl"}])
+    assert (task(run).settings.rows, task(run).settings.limit) == (12, 12)
+    assert task(run).rows.rows == alpaca(12)
+    assert (task(run, limit=30).settings.rows, task(run, limit=30).settings.limit) == (20, None)
+
+
+def outputs(rows: Any, tokenizer: Any) -> set[str]:
+    """The numbers of rows that were tokenized, each of which is in its text alone."""
+    return {word for ids in rows["input_ids"] for word in tokenizer.decode(ids).split() if word.startswith("row")}
+
+
+HELD_OUT: dict[str, Config] = {
+    "share": {"val_set_size": 0.2},
+    "number": {"val_set_size": 7},
+    "packed": {
+        "val_set_size": 0.2,
+        "sample_packing": True,
+        "eval_sample_packing": False,
+        "attn_implementation": "sdpa",
+    },
+    "not shuffled": {"val_set_size": 0.2, "shuffle_merged_datasets": False},
+    "each shuffled first": {"val_set_size": 0.2, "shuffle_before_merging_datasets": True, "seed": 7},
+    "without duplicates": {"val_set_size": 0.2, "dataset_exact_deduplication": True},
+    "cut": {"val_set_size": 0.2, "excess_length_strategy": "truncate"},
+    "loss on all": {"val_set_size": 0.2, "train_on_inputs": True},
+}
+
+
+@pytest.mark.parametrize(("how", "two"), [("share", False), ("number", False), *((how, True) for how in HELD_OUT)])
+def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(
+    own: OwnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, two: bool
+) -> None:
+    from axolotl.common.datasets import load_datasets
+
+    from qlora_recipes.checks.tokens import Tokenizer
+
+    rows = [{"instruction": f"Say row{i} please.", "output": f"Here: row{i} now."} for i in range(40)]
+    rows[3]["output"] += " and more" * 300  # longer than sequence_len
+    if how == "without duplicates":
+        rows += rows[10:20]
+    write_rows(tmp_path / "train.jsonl", rows)
+    texts = [f"row{i}" for i in range(100, 130)]
+    turns = [(("user", f"Say {text} ."), ("assistant", f"Here: {text} now.")) for text in texts]
+    write_rows(tmp_path / "chats.jsonl", [{"messages": [{"role": r, "content": t} for r, t in turn]} for turn in turns])
+    datasets: list[Config] = [{"path": "train.jsonl", "type": "alpaca", "split": "train[:35]"}]
+    if how == "without duplicates":
+        datasets[0].pop("split")
+    if two:
+        datasets.append({"path": "chats.jsonl", **CHATML})
+    run = own(datasets=datasets, **HELD_OUT[how])
+    axolotl = Tokenizer(yamlfiles.read_yaml(run.config))
+    with monkeypatch.context() as patch:
+        patch.setenv("AXOLOTL_IS_PREPROCESS", "1")  # does not count steps
+        split = load_datasets(cfg=axolotl.cfg)  # as the training does
+
+    evaluated = task(run)
+    trained, held_out = (outputs(rows, axolotl.tokenizer) for rows in (split.train_dataset, split.eval_dataset))
+    texts_of = [row.get("output") or row["messages"][1]["content"] for row in evaluated.rows.rows]
+    assert {text.split()[1] for text in texts_of} == held_out
+    assert len(evaluated.rows.rows) == len(split.eval_dataset) == len(held_out)
+    assert not held_out & trained
+    if HELD_OUT[how]["val_set_size"] == 7:
+        assert len(held_out) == 7
+    assert two == ("datasets.1" in evaluated.rows.keys)
+    names = "train.jsonl" + ("" if how == "without duplicates" else ", split train[:35]")
+    names += " and chats.jsonl" if two else ""
+    assert evaluated.settings.data == f"val_set_size {HELD_OUT[how]['val_set_size']} of {names}"
+    examples = prompts(run, evaluated)
+    for text, ids in zip(texts_of, examples, strict=True):
+        assert text.split()[1] in axolotl.tokenizer.decode(ids)
+
+
+def prompts(run: RunDir, of_task: evaluate.EvaluationTask) -> list[list[int]]:
+    from qlora_recipes.scores.generate import Prompter
+
+    prompter = Prompter(of_task.settings, of_task.cfg, run.output)
+    return [example.prompt for example in prompter.examples(of_task.rows.rows, of_task.rows.keys)]
+
+
+def test_held_out_rows_are_kept_and_not_looked_for_in_data_that_has_changed(own: OwnRun, tmp_path: Path) -> None:
+    train = tmp_path / "train.jsonl"
+    write_rows(train, alpaca(20))
+    run = own(datasets=[{"path": "train.jsonl", "type": "alpaca"}], val_set_size=0.2)
+    write_rows(train, alpaca(21))
+    with pytest.raises(UserError, match=r"train\.jsonl: not the data that the run trained on"):
+        task(run)
+    write_rows(train, alpaca(20))
+    first = evaluate.evaluate(run, BASE)
+    assert first.scores["rows"] == 4
+    train.unlink()
+    assert evaluate.evaluate(run, BASE) == first
+
+
+def test_a_data_set_of_other_files_with_a_split(own: OwnRun, tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    write_rows(tmp_path / "train.jsonl", asked(4))
+    Dataset.from_list(asked(6)).to_parquet(tmp_path / "check.parquet")
+    DatasetDict(
+        {name: Dataset.from_list(asked(3, start)) for name, start in (("test", 70), ("train", 80))}
+    ).save_to_disk(tmp_path / "saved")
+    entry = {"type": USER_DEFINED}
+    tests = [{"path": "check.parquet", "split": "train[2:4]"} | entry, {"path": "saved", "split": "test"} | entry]
+    run = own(datasets=[{"path": "train.jsonl"} | entry], test_datasets=tests)
+    made = task(run)
+    assert made.rows.rows == [*asked(6)[2:4], *asked(3, 70)]
+    assert made.settings.data == "check.parquet, split train[2:4] and saved, split test"
+    assert made.rows.keys == ["test_datasets.0"] * 2 + ["test_datasets.1"] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "summary", "says"),
+    [
+        ({"datasets": [{"path": "a.jsonl", "type": "completion"}], "val_set_size": 0.1},
+         Summary(eval_loss=3.5, eval_loss_per_token=3.25),
+         "completion data has no answer .* eval loss: 3.25 at the end of the run, as `recipe results` shows"),
+        ({"datasets": [{"path": "a.jsonl", "type": "completion"}]}, Summary(),
+         "completion data .* the run has not measured; test_datasets or val_set_size has the next one do that"),
+        ({"datasets": [{"path": "a.jsonl", "type": "chatml.intel"}], "rl": "dpo"}, Summary(), "rl: dpo has no"),
+        ({"datasets": None, "pretraining_dataset": [{"path": "a.jsonl"}]}, Summary(), "data for pretraining has no"),
+        ({"datasets": [{"path": "a.jsonl", "type": "alpaca"}]}, Summary(),
+         "neither test_datasets nor val_set_size.* --data, and give the recipe test_datasets"),
+    ],
+)  # fmt: skip
+def test_where_there_is_nothing_to_score_that_is_said(
+    own: OwnRun, tmp_path: Path, changes: Config, summary: Summary, says: str
+) -> None:
+    write_rows(tmp_path / "a.jsonl", [{"text": "All of it."}])
+    run = own(summary=summary, **changes)
+    with pytest.raises(UserError, match=says):
+        task(run)
+    assert not list(run.path.glob("evaluation*"))
+
+
+def test_completion_rows_that_are_named_have_no_answer_either(own: OwnRun, tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", [{"text": "All of it."}])
+    run = own(datasets=[{"path": "a.jsonl", "type": "completion"}])
+    with pytest.raises(UserError, match="completion data has no answer"):
+        task(run, data=tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("form", "rows", "says"),
+    [
+        ({"type": "alpaca"}, [*alpaca(1), {"instruction": "x", "output": " "}, *alpaca(1)], "row 2 has no answer"),
+        ({"type": USER_DEFINED}, [{"question": "x", "answer": ""}] * 12, "rows 1, 2.*, 10 and 2 more have no"),
+        (CHATML, [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]}],
+         "row 1 has no answer"),
+        (CHATML, [{"messages": chats(1)[0]}, {"messages": chats(1)[0][:1]}], "row 2 has no answer"),
+        ({"type": "input_output"}, [{"segments": [{"label": True, "text": "All of it."}]}], "row 1 is an answer"),
+    ],
+)  # fmt: skip
+def test_rows_without_an_answer_are_named(
+    own: OwnRun, tmp_path: Path, form: Config, rows: list[dict[str, Any]], says: str
+) -> None:
+    write_rows(tmp_path / "check.jsonl", rows)
+    run = own(datasets=[{"path": "check.jsonl", **form}], test_datasets=[{"path": "check.jsonl", **form}])
+    with pytest.raises(UserError, match=rf"check\.jsonl: {says}"):
+        evaluate.export_prompts(run, BASE, tmp_path / "prompts.jsonl")
+    with pytest.raises(UserError, match=rf"check\.jsonl: {says}"):
+        evaluate.evaluate(run, BASE)
+
+
+COMMIT = f"{1:040}"
+ON_HUB = {
+    "easy/train.jsonl": asked(4),
+    "easy/test.jsonl": asked(3, 10),
+    "hard/test.jsonl": asked(2, 100),
+}
+CARD = "---\nconfigs:\n" + "".join(
+    f"- config_name: {name}\n  data_files:\n"
+    + "".join(f"  - split: {Path(file).stem}\n    path: {file}\n" for file in ON_HUB if file.startswith(name))
+    for name in ("easy", "hard")
+) + "---\n"  # fmt: skip
+
+
+FILES = {name: b"".join(orjson.dumps(row) + b"\n" for row in rows) for name, rows in ON_HUB.items()}
+FILES["README.md"] = CARD.encode()
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """The little of the hub's API that loading a data set takes: what there is, at which commit, and its content."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _answer(self, code: int, content: bytes, **headers: str) -> None:
+        self.send_response(code)
+        for name, value in (headers | {"Content_Length": str(len(content))}).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/datasets/somebody/sums"):
+            files = [{"type": "file", "path": name, "size": len(text)} for name, text in FILES.items()]
+            about = {"id": "somebody/sums", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
+            listed = "/tree/" in path or "/paths-info/" in path
+            self._answer(200, orjson.dumps([one | {"oid": COMMIT} for one in files] if listed else about))
+        elif "/resolve/" in path:
+            name = path.partition("/resolve/")[2].partition("/")[2]
+            content = FILES.get(name)
+            found = {"ETag": f'"{name}"'} if content else {"X_Error_Code": "EntryNotFound"}
+            self._answer(200 if content else 404, content or b"", X_Repo_Commit=COMMIT, **found)
+        else:
+            self._answer(404, b"")
+
+    do_HEAD = do_POST = do_GET
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """The address of a hub with one data set."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_data_set_of_the_hub_with_name_and_split(own: OwnRun, tmp_path: Path, hub: str) -> None:
+    form = {"path": "somebody/sums", "type": USER_DEFINED}
+    tests = [form | {"name": "easy", "split": "test[:2]"}, form | {"name": "hard", "split": "test"}]
+    run = own(datasets=[form | {"name": "easy", "split": "train"}], test_datasets=tests)
+    prompts_file = tmp_path / "prompts.jsonl"
+    words = ("evaluate", run.path, "--export-prompts", prompts_file)
+    # a process of its own, as the libraries read where the hub is when they are imported
+    finish(start(tmp_path, *words, HF_ENDPOINT=hub, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf")))
+    exported = [orjson.loads(line) for line in prompts_file.read_bytes().splitlines()]
+    assert [row["reference"] for row in exported] == [row["answer"] for row in [*asked(2, 10), *asked(2, 100)]]
+    settings = task(run).settings  # without the hub, from the rows that were kept
+    assert settings.data == "somebody/sums, name easy, split test[:2] and somebody/sums, name hard, split test"
+
+
+def test_a_data_set_that_cannot_be_loaded_is_an_error_of_the_data(own: OwnRun, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", asked(4))
+    form = {"type": USER_DEFINED}
+    run = own(
+        datasets=[{"path": "train.jsonl"} | form], test_datasets=[{"path": "somebody/none", "split": "test"} | form]
+    )
+    with pytest.raises(UserError, match=r"test_datasets\.0: somebody/none: its rows cannot be loaded"):
+        task(run)
+
+
+def test_scores_of_earlier_versions_are_read(own: OwnRun, tmp_path: Path) -> None:
+    settings = {
+        "base_model": "m", "adapter": "none", "adapter_sha256": None, "data": "/x/test.jsonl", "data_sha256": "x",
+        "rows": 2, "decoding": {"max_new_tokens": 4}, "batch_size": 1, "cache": "dynamic", "quantized": True,
+        "dtype": "float32",
+    }  # fmt: skip
+    content = {"made": "x", "rehearsal": False, "scores": {}, "code_sha256": "x", "settings": settings}
+    (tmp_path / "scores.json").write_bytes(orjson.dumps(content))
+    old = read_scores(tmp_path)
+    assert isinstance(old, Evaluation) and old.settings.data_name == "test.jsonl"

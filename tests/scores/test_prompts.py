@@ -1,0 +1,86 @@
+"""The prompt of a run as code: run, it gives the tokens that the training had."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_recipes.base.files import write_rows
+from qlora_recipes.configs import standin
+from qlora_recipes.scores import prompts
+
+CHAT = {"type": "chat_template", "field_messages": "talk"}
+SHAREGPT = {
+    "type": "chat_template",
+    "field_messages": "conversations",
+    "message_property_mappings": {"role": "from", "content": "value"},
+    "roles": {"user": ["human"], "assistant": ["gpt"]},
+}
+FORMAT = {
+    "field_instruction": "ask",
+    "field_output": "reply",
+    "format": "Q: {instruction} {{}}\nA:",
+    "no_input_format": "Q: {instruction}\nA:",
+}
+
+
+def trained(cfg: dict[str, Any], row: dict[str, Any], tokenizer: Any) -> list[int]:
+    """The tokens of a row that carry no loss at its beginning."""
+    from axolotl.utils.dict import DictDefault
+
+    from qlora_recipes.checks.tokens import tokenize
+    from qlora_recipes.runs.eval_loss import MASKED
+
+    (tokens,) = tokenize("rows", DictDefault(cfg), DictDefault(cfg["datasets"][0]), tokenizer, [row], 4096)
+    return tokens.ids[: next(i for i, label in enumerate(tokens.labels) if label != MASKED)]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "row", "values"),
+    [
+        ({"type": "alpaca"}, {"instruction": "Do {this}.", "input": "Now", "output": "Yes."}, ["instruction", "input"]),
+        ({"type": "alpaca"}, {"instruction": "Do it.", "output": "Yes."}, ["instruction"]),
+        ({"type": "alpaca:chatml"}, {"instruction": "Do it.", "input": "", "output": "Yes."}, ["instruction"]),
+        ({"type": "gpteacher"}, {"instruction": "Do.", "input": "Now", "response": "Yes."}, ["instruction", "input"]),
+        ({"type": FORMAT}, {"ask": "Why \"it\"?", "reply": "So."}, ["ask"]),
+        (
+            {"type": "input_output"},
+            {"segments": [{"label": False, "text": "Q: Why?\nA: "}, {"label": True, "text": "So."}]},
+            ["text"],
+        ),
+        (CHAT, {"talk": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}, None),
+        (SHAREGPT, {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}, None),
+    ],
+)  # fmt: skip
+def test_the_code_gives_the_tokens_of_the_training(
+    dataset: dict[str, Any], row: dict[str, Any], values: list[str] | None, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    write_rows(tmp_path / "own.jsonl", [row])
+    folder = standin.model_folder()
+    cfg = {
+        "base_model": str(folder),
+        "sequence_len": 512,
+        "chat_template": "tokenizer_default",
+        "datasets": [{"path": str(tmp_path / "own.jsonl")} | dataset],
+    }
+    code = prompts.as_code(cfg, folder, {})
+    assert code
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = row | {"text": "Q: Why?\nA: "}
+    for name in values or ():
+        assert f'{name} = "..."' in code
+        code = code.replace(f'{name} = "..."', f"{name} = {texts[name]!r}")
+    if values is None:
+        code = code.replace('"..."', '"Why?"')
+    scope: dict[str, Any] = {"tokenizer": tokenizer}
+    exec(code, scope)
+    assert scope["inputs"]["input_ids"][0].tolist() == trained(cfg, row, tokenizer)
+
+
+def test_a_type_that_is_not_known_has_no_code(tmp_path: Path) -> None:
+    cfg = {"datasets": [{"path": "mine.jsonl", "type": "my_module.strategy"}]}
+    assert prompts.as_code(cfg, tmp_path, {}) is None
+    assert prompts.as_code({"datasets": [{"path": "mine.jsonl", "type": "completion"}]}, tmp_path, {}) is None
+    assert prompts.as_code({"datasets": [{"path": "mine.jsonl", "type": "alpaca"}]}, tmp_path, {}) is None

@@ -1,0 +1,145 @@
+"""Tasks of one's own, the whole way: from `recipe new` to a model card, with rows of every form and no study."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import Recipe
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.files import write_rows
+
+pytestmark = pytest.mark.long
+
+QUESTIONS = [f"What is {a} times {b}?" for a in range(2, 7) for b in range(2, 10)]
+ANSWERS = [f"It is {a * b}, as {a} times {b} is." for a in range(2, 7) for b in range(2, 10)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of one's own.
+
+    Attributes:
+        row: its row for a question and its answer.
+        keys: the keys of its data set.
+        sets: the keys of the config that it needs.
+        of: the recipe that it begins from.
+        scored: whether its rows have an answer to score.
+    """
+
+    row: Callable[[str, str], dict[str, Any]]
+    keys: dict[str, Any]
+    sets: tuple[str, ...] = ()
+    of: str = "haider2024/llama-3-8b"
+    scored: bool = True
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    """Turns of a user and an assistant, who take them in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+CHAT = {
+    "keys": {"type": "chat_template"},
+    "sets": ("chat_template=tokenizer_default",),
+    "of": "haider2024/llama-3.2-3b",
+}
+TASKS = {
+    "alpaca": Task(
+        lambda question, answer: {"instruction": "Multiply.", "input": question, "output": answer}, {"type": "alpaca"}
+    ),
+    "chat": Task(lambda question, answer: {"messages": turns(question, answer)}, **CHAT),
+    "several turns": Task(
+        lambda question, answer: {
+            "messages": [{"role": "system", "content": "Be brief."}, *turns("Hello.", "Hi!", question, answer)]
+        },
+        **CHAT,
+    ),
+    "input_output": Task(
+        lambda question, answer: {
+            "segments": [{"label": False, "text": f"Q: {question}\nA: "}, {"label": True, "text": answer}]
+        },
+        {"type": "input_output"},
+    ),
+    "own prompt": Task(
+        lambda question, answer: {"ask": question, "reply": answer},
+        {"type": {"field_instruction": "ask", "field_output": "reply", "no_input_format": "Q: {instruction}\nA: "}},
+    ),
+    "completion": Task(
+        lambda question, answer: {"text": f"{question} {answer}"}, {"type": "completion"}, scored=False
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("evaluation_file", [True, False], ids=["evaluation file", "share"])
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_of_ones_own_goes_the_whole_way(
+    name: str, evaluation_file: bool, recipe: Recipe, tmp_path: Path
+) -> None:
+    task = TASKS[name]
+    rows = [task.row(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
+    write_rows(tmp_path / "mine.jsonl", rows[:32])
+    write_rows(tmp_path / "mine-eval.jsonl", rows[32:])
+    sets = [f"datasets={yamlfiles.write_flow([{'path': 'mine.jsonl'} | task.keys])}", *task.sets]
+    if evaluation_file:
+        sets.append(
+            f"test_datasets={yamlfiles.write_flow([{'path': 'mine-eval.jsonl', 'split': 'train'} | task.keys])}"
+        )
+    else:
+        sets += ["test_datasets=null", "val_set_size=0.25"]
+
+    def done(*words: str | Path) -> str:
+        finished = recipe(*words)
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout + finished.stderr
+
+    done("new", "mine", "--from", task.of, *(word for one in sets for word in ("--set", one)))
+    checked = orjson.loads(recipe("check", "mine", "--data", "--json").stdout)
+    (report,) = checked if isinstance(checked, list) else [checked]
+    assert [found for found in report["findings"] if found["level"] == "error"] == []
+    assert {file: read["rows"] for read in report["data"] for file in read["files"]} == {"mine.jsonl": 32} | (
+        {"mine-eval.jsonl": 8} if evaluation_file else {}
+    )
+    assert "fits" in done("plan", "mine", "--gpu", "A100")
+
+    said = done("run", "mine", "--rehearse")
+    assert "mine.jsonl" in said and "sample" not in said
+    (run,) = (tmp_path / "runs" / "mine").iterdir()
+    metrics = [orjson.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
+    losses = [record["eval_loss_per_token"] for record in metrics if "eval_loss_per_token" in record]
+    assert len(losses) > 1
+    assert losses[-1] < losses[0]
+
+    evaluated = recipe("evaluate", "latest", "--max-new-tokens", "16")
+    (row,) = orjson.loads(recipe("results", "--json").stdout)
+    assert (row["recipe"], row["state"], row["eval_loss"]) == ("mine", "finished", pytest.approx(losses[-1]))
+    assert (row["bleu4_published"], row["test_set"]) == (None, None)
+    if task.scored:
+        assert evaluated.returncode == 0, evaluated.stderr
+        predicted = [orjson.loads(line) for line in (run / "predictions.jsonl").read_bytes().splitlines()]
+        references = [prediction["reference"] for prediction in predicted]
+        assert len(references) == 8
+        assert (references == ANSWERS[32:]) if evaluation_file else (set(references) < set(ANSWERS[:32]))
+        assert (row["rows_evaluated"], row["bleu4"] is None) == (8, False)
+        done("evaluate", "latest", "--export-prompts", "prompts.jsonl")
+        prompts = [orjson.loads(line) for line in (tmp_path / "prompts.jsonl").read_bytes().splitlines()]
+        for prompt in prompts:
+            assert QUESTIONS[ANSWERS.index(prompt["reference"])] in prompt["prompt"]
+            assert prompt["reference"] not in prompt["prompt"]
+    else:
+        assert evaluated.returncode == 2
+        assert re.search(r"completion.*eval loss", evaluated.stderr), evaluated.stderr
+        assert row["bleu4"] is None
+
+    done("report", "latest", "-o", "mine.html")
+    page = (tmp_path / "mine.html").read_text()
+    assert "mine.jsonl" in page and "Rehearsal." in page
+    done("publish", "latest")
+    card = (run / "output" / "README.md").read_text()
+    assert "mine.jsonl" in card and "code-review" not in card
+    assert ("apply_chat_template" in card) == (task.keys["type"] == "chat_template")
+    assert "as Axolotl's dataset type writes it" in card if not task.scored else "inputs = tokenizer" in card

@@ -1,0 +1,288 @@
+"""`recipe new --model`: a recipe rewritten for another base model, with comments that are true of that."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import Recipe
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.checks import check
+from qlora_recipes.configs import compose, config, models, standin
+
+BASE = "haider2024/llama-3.2-3b"
+PHI = {"model_type": "phi3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2} | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+}
+
+
+def write_model(folder: Path, sizes: dict[str, Any], tokenizer_config: dict[str, Any] | None, **files: Any) -> Path:
+    """A model's folder without real weights."""
+    folder.mkdir(parents=True)
+    contents = {"config": sizes, "tokenizer_config": tokenizer_config} | files
+    for name, content in contents.items():
+        if content is not None:
+            (folder / f"{name}.json").write_bytes(orjson.dumps(content))
+    (folder / "model.safetensors").write_bytes(b"")
+    return folder
+
+
+def written(recipe: Recipe, tmp_path: Path, model: str | Path, *options: str, base: str = BASE) -> tuple[str, str]:
+    """The text of a new variant, and what the command said."""
+    done = recipe("new", "mine", "--from", base, "--model", model, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "variants/mine.yaml\n"
+    return (tmp_path / "variants/mine.yaml").read_text(), done.stderr
+
+
+def wrong(recipe: Recipe) -> list[str]:
+    """What `recipe check` finds in the new variant, but for data and a hub that are not here."""
+    (report,) = orjson.loads(recipe("check", "mine", "--json").stdout)
+    names = [finding["name"] for finding in report["findings"] if finding["level"] != "note"]
+    return [name for name in names if not name.startswith(("missing-file", "no-access"))]
+
+
+def about_the_model(text: str, base: str) -> str:
+    """The head of a variant and the comments on its model, without the settings that stay as they were."""
+    before = (paths.RECIPES / f"{base}.yaml").read_text().splitlines()
+    return "\n".join(line for line in text.splitlines() if line not in before)
+
+
+@pytest.mark.parametrize(
+    "base", ["haider2024/llama-3.2-3b", "haider2024/code-llama-7b", "haider2024/as-released/llama-3-8b"]
+)
+def test_a_known_model_takes_the_place_of_another_with_true_comments(tmp_path: Path, recipe: Recipe, base: str) -> None:
+    text, said = written(recipe, tmp_path, "Qwen/Qwen2.5-Coder-7B", base=base)
+    assert said == ""
+    pinned = models.catalogue()["Qwen/Qwen2.5-Coder-7B"]["revision"]
+    before = yamlfiles.read_yaml(paths.RECIPES / f"{base}.yaml")
+    expected = before | {
+        "base_model": "Qwen/Qwen2.5-Coder-7B",
+        "revision_of_model": pinned,
+        "output_dir": "outputs/mine",
+    }
+    del expected["special_tokens"]
+    assert yamlfiles.parse(text, "") == expected
+    assert f"\nbase_model: Qwen/Qwen2.5-Coder-7B  # variant, was {before['base_model']}; chosen by --model\n" in text
+    assert (
+        f"\nrevision_of_model: {pinned}  # variant, was {before['revision_of_model']}; this project: pinned\n" in text
+    )
+    assert "\n# variant, removed: special_tokens; the tokenizer has a padding token, <|endoftext|>\n" in text
+    assert "\n# Model     Qwen2.5 Coder 7B: licence apache-2.0, not gated\n" in text
+    assert "\nlora_r: 32  # paper\n" in text
+    changed = re.sub(r"variant, was .*?;|a variant of .*", "", about_the_model(text, base))
+    assert not re.search(
+        r"paper\b(?! names none)|Table II|Llama[ -][23]|Code Llama|no padding token|Unsloth|Not known", changed
+    )
+    assert wrong(recipe) == []
+
+
+def test_what_is_changed_is_all_that_list_and_diff_name(tmp_path: Path, recipe: Recipe) -> None:
+    written(recipe, tmp_path, "microsoft/Phi-3-mini-4k-instruct", "--set", "lora_r=8")
+    keys = ["base_model", "revision_of_model", "special_tokens.pad_token", "lora_r", "lora_target_modules"]
+    rows = {row["recipe"]: row for row in orjson.loads(recipe("list", "--variants", "--json").stdout)}
+    assert (rows["mine"]["of"], sorted(rows["mine"]["changed"])) == (BASE, sorted(keys))
+    changed = {row["key"]: row["mine"] for row in orjson.loads(recipe("diff", "mine", "--json").stdout)}
+    assert changed["lora_target_modules"] == ["qkv_proj", "o_proj"]
+    assert recipe("show", "mine").stdout.startswith("# yaml-language-server")
+    assert wrong(recipe) == []
+
+
+def test_a_model_that_nothing_is_known_of_is_taken_with_its_missing_facts_named(tmp_path: Path, recipe: Recipe) -> None:
+    text, said = written(recipe, tmp_path, "nobody/some-7b")
+    facts = (
+        "licence, whether it is gated, revision, padding token, special tokens, type and sizes, context, linear layers"
+    )
+    assert said.startswith(f"not known of nobody/some-7b: {facts}; `hf download nobody/some-7b --include '*.json'`")
+    assert facts in " ".join(re.sub(r"\n# +", " ", text).split())
+    assert "\n# variant, removed: revision_of_model; no commit of this model is listed" in text
+    assert "\n# variant, removed: special_tokens; not known whether the tokenizer names a padding token" in text
+    assert "did you mean Qwen/Qwen3-8B" in recipe("new", "other", "--from", BASE, "--model", "Qwen/Qwen3-8B-B").stderr
+
+
+def test_facts_of_a_folder_are_read_from_its_files(tmp_path: Path, recipe: Recipe) -> None:
+    text, said = written(recipe, tmp_path, standin.model_folder())
+    assert said == f"not known of {standin.model_folder()}: licence\n"
+    assert "\n# variant, removed: revision_of_model; a folder has none\n" in text
+    assert "\n# variant, removed: special_tokens; the tokenizer has a padding token, <|im_end|>\n" in text
+    assert "a folder of this machine" in re.sub("\n# +", " ", text)
+
+
+ADDED = [
+    {"id": 0, "content": "<s>", "special": True},
+    {"id": 1, "content": "</s>", "special": True},
+    {"id": 2, "content": "<unused>", "special": True},
+]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "generation", "pad_token", "reason"),
+    [
+        ({"tokenizer_class": "Qwen2TokenizerFast"}, None, None, "the tokenizer has a padding token, <|endoftext|>"),
+        ({"pad_token": {"content": "<unused>"}}, None, None, "the tokenizer has a padding token, <unused>"),
+        ({"pad_token": None, "eos_token": "</s>"}, None, "</s>", "EOS, as Axolotl falls back to"),
+        ({"eos_token": "</s>"}, {"pad_token_id": 2}, "<unused>", "pad_token_id of the model's generation_config.json"),
+        ({}, None, None, "not known whether the tokenizer names a padding token"),
+        (None, None, None, "not known whether the tokenizer names a padding token"),
+    ],
+)
+def test_a_padding_token_is_set_only_where_the_tokenizer_is_known_to_name_none(
+    tmp_path: Path, recipe: Recipe, tokenizer: Any, generation: Any, pad_token: str | None, reason: str
+) -> None:
+    files = {"tokenizer": {"added_tokens": ADDED}, "generation_config": generation}
+    folder = write_model(tmp_path / "phi", PHI, tokenizer, **files)
+    text, said = written(recipe, tmp_path, folder)
+    tokens = {"pad_token": pad_token} if pad_token else None
+    assert yamlfiles.parse(text, "").get("special_tokens") == tokens
+    (line,) = [line for line in text.splitlines() if "special_tokens" in line]
+    assert reason in line
+    assert ("the tokenizer names no padding token" in line) == bool(pad_token)
+    assert ("padding token" in said) == reason.startswith("not known")
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "<s>"}')
+    assert models.find({"base_model": str(folder)}).pad_token == "<s>"
+    assert wrong(recipe) == []
+
+
+def test_facts_of_a_model_in_the_hubs_cache_alone_are_read_there(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    repository = hub / "models--nobody--tiny-phi"
+    write_model(repository / "snapshots" / "abc", PHI, {"pad_token": "<unused>"}, tokenizer={"added_tokens": ADDED})
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    text, said = written(recipe, tmp_path, "nobody/tiny-phi")
+    assert said == "not known of nobody/tiny-phi: licence, whether it is gated, revision\n"
+    assert yamlfiles.parse(text, "")["lora_target_modules"] == ["qkv_proj", "o_proj"]
+    assert "the tokenizer has a padding token, <unused>" in text
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["q_proj", "v_proj"], ["qkv_proj"]),
+        (["gate_proj", "down_proj", "up_proj"], ["gate_up_proj", "down_proj"]),
+        (["qkv_proj"], ["qkv_proj"]),
+    ],
+)
+def test_layers_get_the_names_of_the_family(
+    tmp_path: Path, recipe: Recipe, targets: list[str], expected: list[str]
+) -> None:
+    text = (paths.RECIPES / f"{BASE}.yaml").read_text()
+    base = tmp_path / "base.yaml"
+    was = re.search(r"lora_target_modules:.*?(?=lora_qkv)", text, re.DOTALL)
+    assert was
+    base.write_text(text.replace(was[0], f"lora_target_modules: [{', '.join(targets)}]  # mine\n"))
+    made, _ = written(recipe, tmp_path, "microsoft/Phi-3.5-mini-instruct", base=str(base))
+    assert yamlfiles.parse(made, "")["lora_target_modules"] == expected
+    again = recipe("new", "back", "--from", "mine", "--model", "Qwen/Qwen3-4B")
+    assert again.returncode == 0, again.stderr
+    back = yamlfiles.read_yaml(tmp_path / "variants/back.yaml")["lora_target_modules"]
+    assert set(targets) - {"qkv_proj"} <= set(back) <= set(models.LINEAR_LAYERS)
+
+
+def test_a_model_after_a_model_leaves_no_comment_on_the_first(tmp_path: Path, recipe: Recipe) -> None:
+    for name, base, model in (
+        ("one", BASE, "google/gemma-2-2b"),
+        ("two", "one", "nobody/some-7b"),
+        ("three", "two", "mistralai/Mistral-7B-Instruct-v0.3"),
+        ("four", "three", "meta-llama/Llama-2-7b-hf"),
+    ):
+        assert recipe("new", name, "--from", base, "--model", model).returncode == 0
+    one, two, three, four = (
+        (tmp_path / f"variants/{name}.yaml").read_text() for name in ("one", "two", "three", "four")
+    )
+    assert re.search("(?m)^attn_implementation: eager  # variant, was sdpa; .*cap on attention scores", one)
+    assert "the tokenizer has a padding token, <pad>" in one and "<pad>" not in two
+    assert re.search("(?m)^attn_implementation: sdpa  # variant, was eager; ", two)
+    assert "Gemma" not in two and "licence gemma" not in two
+    assert "revision_of_model: c170c708c41dac9275d15a8fff4eca08d52bab71  # variant, was not set; this project" in three
+    assert "some-7b" not in re.sub("was nobody/some-7b;", "", three)
+    assert (
+        "special_tokens: {pad_token: </s>}  # variant, was not set; this project: the tokenizer names no padding"
+        in four
+    )
+    assert "not known" not in four.lower()
+    for text in (one, two, three, four):
+        assert f"a variant of {BASE}\n" in text
+        assert len(re.findall("(?m)^#.*special_tokens|^special_tokens", text)) == 1
+    dry = recipe("run", "four", "--dry-run")
+    assert dry.returncode == 0 and "base_model: meta-llama/Llama-2-7b-hf" in dry.stdout
+
+
+def test_set_has_the_last_word_beside_a_model(tmp_path: Path, recipe: Recipe) -> None:
+    options = ["--set", "revision_of_model=v1", "--set", "special_tokens.pad_token=<|endoftext|>"]
+    text, _ = written(recipe, tmp_path, "Qwen/Qwen3-8B", *options, "--set", "num_epochs=1")
+    assert "\nnum_epochs: 1  # variant, was 5; paper\n" in text
+    assert re.search(r"\nrevision_of_model: v1  # variant, was \w+; chosen by --set\n", text)
+    assert re.search(r"\nspecial_tokens: {pad_token: <\|endoftext\|>}  # variant, was .*; chosen by --set\n", text)
+    assert "padding token" not in text
+
+
+def test_a_chat_template_of_another_family_gives_way_to_the_models_own(tmp_path: Path, recipe: Recipe) -> None:
+    chat = ["--set", "chat_template=llama3", "--set", "datasets.0.type=chat_template"]
+    assert recipe("new", "chat", "--from", BASE, *chat).returncode == 0
+    text, _ = written(recipe, tmp_path, "Qwen/Qwen3-8B", base="chat")
+    assert "chat_template: tokenizer_default  # variant, was llama3; the one that comes with the model" in text
+    done = recipe("new", "other", "--from", "chat", "--model", "mistralai/Mistral-7B-v0.3")
+    assert "chat_template stays llama3: see whether" in done.stderr
+
+
+def test_keys_about_the_model_before_go(tmp_path: Path, recipe: Recipe) -> None:
+    keys = ["tokenizer_type=LlamaTokenizer", "is_llama_derived_model=true", "tokenizer_config=meta-llama/Llama-3.2-3B"]
+    made = recipe("new", "llama", "--from", BASE, *(word for key in keys for word in ("--set", key)))
+    assert made.returncode == 0, made.stderr
+    text, _ = written(recipe, tmp_path, "Qwen/Qwen3-8B", base="llama")
+    assert not {"tokenizer_type", "is_llama_derived_model", "tokenizer_config"} & set(yamlfiles.parse(text, ""))
+
+
+def test_comments_of_ones_own_stay_but_for_those_on_the_model_before(tmp_path: Path, recipe: Recipe) -> None:
+    text = (paths.RECIPES / f"{BASE}.yaml").read_text()
+    head = "# Ask Kim before you change this.\n#\n# Chosen because Llama 3.2 3B Instruct fits our card.\n#\n"
+    (tmp_path / "copy.yaml").write_text(head + text.partition("\n")[2])
+    made, _ = written(recipe, tmp_path, "Qwen/Qwen3-4B", base="copy.yaml")
+    assert "# Ask Kim before you change this.\n" in made
+    assert "fits our card" not in made
+    assert f"# copy.yaml: a variant of {BASE}\n" in made
+    dry = recipe("run", "mine", "--dry-run")
+    assert dry.returncode == 0 and config.parse_override("base_model=Qwen/Qwen3-4B")[1] in dry.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--model", "meta-llama/Llama-3.2-3B-Instruct"], f"it is the model of {BASE}"),
+        (["--model", "./nowhere"], "--model ./nowhere: no such folder"),
+        (["--model", "Qwen/Qwen3-4B", "--set", "base_model=x/y"], "--set base_model: --model names it already"),
+        (["--model", "microsoft/Phi-3-mini-4k-instruct", "--set", "sequence_len=8192"], "made for 4096 tokens"),
+        (["--model", "Qwen/Qwen3-4B", "--set", "lora_target_modules=[qkv_proj]"], "no layer of this model is called"),
+        (["--model", "Qwen/Qwen3-4B", "--set", "lora_rr=1"], "no key of Axolotl's"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_written(
+    tmp_path: Path, recipe: Recipe, options: list[str], says: str
+) -> None:
+    done = recipe("new", "mine", "--from", BASE, *options)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert not (tmp_path / "variants").exists()
+
+
+def test_a_rehearsal_names_the_layers_as_the_small_model_does(tmp_path: Path, recipe: Recipe) -> None:
+    written(recipe, tmp_path, "microsoft/Phi-3-mini-4k-instruct")
+    composed = compose.compose(compose.Request(str(tmp_path / "variants/mine.yaml"), rehearse=True))
+    assert composed.config["lora_target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    findings = check.examine(composed).findings
+    assert [str(finding) for finding in findings if finding.level != "note"] == []
+
+
+def test_a_base_model_that_is_only_set_is_said_to_leave_the_rest(tmp_path: Path, recipe: Recipe) -> None:
+    done = recipe("new", "mine", "--from", BASE, "--set", "base_model=Qwen/Qwen3-4B")
+    assert done.returncode == 0
+    assert "still those of the model before; --model replaces them" in done.stderr
