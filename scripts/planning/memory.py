@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
 
 from .allocator import MIB
@@ -45,6 +45,9 @@ def _fake(step: Step) -> Iterator[None]:
     ]
     if not step.packed:  # it takes a fake tensor for one of documents that share a row
         patches.append(patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_, **__: None))
+    if step.attention == "flash_attention_2":  # traced as sdpa, it makes no mask, for a sliding window neither
+        masks = masking_utils.AttentionMaskInterface._global_mapping
+        patches.append(patch.dict(masks, {"sdpa": masking_utils.flash_attention_mask}))
     if step.capability:
         autocast_on = torch.is_autocast_enabled
         patches += [
@@ -70,6 +73,9 @@ def _build(step: Step, recorder: Recorder) -> Any:
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
+    for module in model.modules():
+        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):  # its few frequencies depend on positions
+            module.rope_type = "default"
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if step.adapter == "qlora" and isinstance(layer, nn.Linear) and name != "lm_head":
@@ -140,8 +146,8 @@ def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
         model = get_peft_model(model, lora)
     if step.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": step.checkpointing == "reentrant"})
-        if not step.axolotl:
-            model.enable_input_require_grads()
+    if step.adapter if step.axolotl else step.checkpointing:  # axolotl/loaders/adapter.py, load_adapter
+        model.enable_input_require_grads()
     return model
 
 
@@ -217,7 +223,11 @@ def trace(step: Step, shapes: list[Shape]) -> MemoryTrace:
             if step.capability:
                 for _ in range(2):  # cuBLAS has a workspace for the thread of the forward and of the backward pass
                     recorder.made(_workspace(step.capability), "kernels' own")
-            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            trained = [
+                parameter
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad and _VISION not in name  # rows of text do not reach it
+            ]
             recorder.kind = "optimizer"
             with recorder:
                 optimizer = _optimizer(step, trained, recorder)
@@ -283,13 +293,16 @@ def _count(model: nn.Module) -> dict[str, dict[str, int]]:
         layer = _LAYER.search(name)
         if "original_module" in name or not layer:
             continue
-        kind = "norm" if "norm" in layer["name"] else layer["name"]
+        kind = _VISION if _VISION in name else "norm" if "norm" in layer["name"] else layer["name"]
         state = getattr(parameter, "quant_state", None)
         size = state.shape.numel() if state else parameter.numel()
         count = counts.setdefault(kind, {"frozen": 0, "trainable": 0})
         count["trainable" if parameter.requires_grad else "frozen"] += size
     return counts
 
+
+_VISION = "vision_tower"
+"""The name of a model's part for images, as Gemma 3 has one."""
 
 _LAYER = re.compile(r"(?P<name>\w+)(\.(weight|bias|default|base_layer|modules_to_save|lora_\w+))*$")
 """A parameter's name from that of its layer on."""

@@ -1,11 +1,14 @@
 """The memory that a config needs, planned now or earlier."""
 
+from contextlib import suppress
+
+from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..configs import models
 from ..configs.attention import attention
 from ..configs.gpus import Gpu
 from ..configs.precision import precision
-from . import steps
+from . import lora, steps
 from .planner import GIB, Planner
 
 USABLE = 14.5 / 16
@@ -36,6 +39,9 @@ def needed_gib(config: Config, gpu: Gpu | None = None, anew: bool = False) -> fl
         UserError: it cannot be planned.
     """
     planner, _ = planner_of(config, gpu, download=anew, alone=True)
+    if anew and not planner.planned:
+        with suppress(UserError):  # for reports, which import no torch
+            lora.total(models.architecture(config))
     return planner.need() / GIB if planner.planned or anew else None
 
 

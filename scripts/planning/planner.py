@@ -70,13 +70,15 @@ class Planner:
         length = length or self.length
         if rows > 1 and self._several:
             return self._several.usage(rows, length)
+        if self._is_past_window(length) != self._is_past_window(self.length):
+            return self._beyond_window.usage(rows, length)
         shape = self._shape(rows, length)
         name = "x".join(map(str, shape))
         with suppress(KeyError, TypeError):  # not kept, or damaged
             return Usage(**self._usages[name])
         usage = traces.usage(self._traced(shape), shape)
         self._usages[name] = asdict(usage)
-        _keep(self._usage_file, self._usages)
+        keep(self._usage_file, self._usages)
         return usage
 
     def need(self, rows: int | None = None, length: int | None = None) -> float:
@@ -89,6 +91,27 @@ class Planner:
         masks = self.step.attention != "flash_attention_2" and not (self.step.padded or self.step.packed)
         return Planner(replace(self.step, padded=True), 2, self.length) if self.rows == 1 and masks else None
 
+    @cached_property
+    def _window(self) -> int:
+        """The length of a sliding window, from which on sdpa needs a mask where shorter rows need none; 0 where there
+        is no such length."""
+        step = self.step
+        if step.attention != "sdpa" or step.padded or step.packed:
+            return 0
+        architecture = json.loads(step.model)
+        text = architecture.get("text_config", architecture)
+        return int(text.get("sliding_window") or 0) if text.get("use_sliding_window", True) else 0
+
+    def _is_past_window(self, length: int) -> bool:
+        return 0 < self._window <= rounded(length, ROUND)
+
+    @cached_property
+    def _beyond_window(self) -> "Planner":
+        """The same step with the shortest rows that are as long as the window, or the longest that are not."""
+        shorter = (self._window - 1) // ROUND * ROUND
+        length = shorter if self._is_past_window(self.length) else rounded(self._window, ROUND)
+        return Planner(self.step, self.rows, length)
+
     def _traced(self, shape: Shape) -> MemoryTrace:
         """The trace from which the memory at a shape follows."""
         shapes = self._shapes()
@@ -99,7 +122,7 @@ class Planner:
                 self._trace = MemoryTrace.of_json(read_json(self._trace_file))
         if self._trace is None or not self._trace.steps.keys() >= set(shapes):
             self._trace = self._trace_anew(shapes)
-            _keep(self._trace_file, self._trace.as_json())
+            keep(self._trace_file, self._trace.as_json())
         return self._trace
 
     def _trace_anew(self, shapes: list[Shape]) -> MemoryTrace:
@@ -122,27 +145,30 @@ class Planner:
     def _shapes(self) -> list[Shape]:
         """The step's own shape, and the others to trace so that any number of rows, or of tokens, follows from them."""
         rows, length = self._shape(self.rows, self.length)
-        longer = [(rows, length + ROUND), (rows, length + 2 * ROUND)]
+        crosses = self._is_past_window(length + 2 * ROUND) and not self._is_past_window(length)
+        apart = -ROUND if crosses and length > 2 * ROUND else ROUND
+        others = [(rows, length + apart), (rows, length + 2 * apart)]
         if self.step.flat or self._several:
-            return [(rows, length), *longer]
+            return [(rows, length), *others]
         more = [(rows + 1, length)] if rows > 1 else [(2, length), (3, length)]
-        return [(rows, length), *more, *longer]
+        return [(rows, length), *more, *others]
 
     def _key(self) -> str:
         """A hash of all that a trace depends on: the step, the shapes, the packages that run it, and this code."""
         names = ("allocator", "cuda", "memory", "planner", "traces")
         sources = [Path(__file__).with_name(f"{name}.py").read_text() for name in names]
-        content = [asdict(self.step), self.rows, self.length, _packages(), sources]
+        content = [asdict(self.step), self.rows, self.length, packages(), sources]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 
-def _keep(file: Path, content: dict[str, Any]) -> None:
+def keep(file: Path, content: dict[str, Any]) -> None:
     """Cache something, where the cache can be written."""
     with suppress(OSError):
         write_atomically(file, orjson.dumps(content).decode())
 
 
 @cache
-def _packages() -> dict[str, str]:
+def packages() -> dict[str, str]:
+    """The versions of what builds models and trains them."""
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "axolotl")
     return {name: version(name) for name in names}

@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..base.errors import UserError
-from ..configs import models
 from .drawing import drawing
 
 Weights = list[tuple[str, torch.Tensor]]  # kind of layer and fp32 weight, of any shape
@@ -55,13 +54,14 @@ def weights_of(folder: Path, layers: int) -> Weights:
         layers_at = [
             (file, layer)
             for file in sorted(folder.glob("*.safetensors"))
-            for name in safe_open(file, "pt").keys()  # noqa: SIM118 (not iterable itself)
-            if (layer := _LINEAR.search(name))
+            for opened in [safe_open(file, "pt")]
+            for name in opened.keys()  # noqa: SIM118 (not iterable itself)
+            if (layer := _IN_A_LAYER.match(name)) and len(opened.get_slice(name).get_shape()) == 2
         ]
     except SafetensorError as error:
         raise UserError(f"--model {folder}: its safetensors cannot be read: {error}") from None
     if not layers_at:
-        raise UserError(f"--model {folder}: no folder with a Llama's weights in safetensors")
+        raise UserError(f"--model {folder}: no folder with a model's decoder layers in safetensors")
     last = max(int(layer["number"]) for _, layer in layers_at)
     chosen = {round(i * last / max(layers - 1, 1)) for i in range(layers)} or range(last + 1)
     weights = []
@@ -75,8 +75,8 @@ def weights_of(folder: Path, layers: int) -> Weights:
     return weights
 
 
-_LINEAR = re.compile(rf"\.(?P<number>\d+)\.[^.]+\.(?P<kind>{'|'.join(models.LINEAR_LAYERS)})\.weight$")
-"""The name of a linear layer's weight in a decoder layer of that number."""
+_IN_A_LAYER = re.compile(r"(?!.*vision).*?\.(?P<number>\d+)\..*?(?P<kind>\w+)\.weight$")
+"""The name of a weight in a decoder layer of that number; with two dimensions it is a linear layer's."""
 
 
 def synthetic() -> Weights:

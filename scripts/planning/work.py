@@ -102,7 +102,7 @@ def flops_of_token(planner: Planner, length: int) -> float:
     again = bool(planner.step.checkpointing)
     passes = 0.0
     for kind, count in planner.trace.parameters.items():
-        if kind in ("norm", "embed_tokens"):
+        if kind in ("norm", "embed_tokens", "vision_tower"):
             continue
         passes += 2 * count["frozen"] * (2 + again) + 2 * count["trainable"] * (3 + again)
     if "lm_head" not in planner.trace.parameters:  # the embedding's matrix is the head's too

@@ -143,7 +143,7 @@ def _page(title: str, kind: str, runs: Sequence[ReportedRun], analyze: bool, **m
         "training": ("Training", True),
         "scores": ("Scores", True),
         "predictions": ("Predictions", reader),
-        "model": ("Quantization and LoRA", model_figures),
+        "model": ("Quantization and LoRA", model_figures or model_notes),
         "settings": ("Settings", True),
         "provenance": ("Provenance", True),
     }
@@ -232,20 +232,22 @@ def _model(runs: Sequence[ReportedRun], analyze: bool) -> tuple[list[draw.Figure
     own = {}
     for reported in runs:
         model = str(reported.config.get("base_model"))
-        with suppress(UserError):  # another kind of model, or not on this machine
+        with suppress(UserError):  # its sizes are not on this machine, or not counted yet
             if model not in names:
-                short = Path(model).name if Path(model).is_dir() else model
-                rows += [row | {"model": short} for row in lora.rows({model: reported.config}, download=False)]
-                names[model] = short
+                names[model] = short = Path(model).name if Path(model).is_dir() else model
+                counted = lora.rows({model: reported.config}, download=False, anew=analyze)
+                rows += [row | {"model": short} for row in counted]
             # computed for a run without a record of it
-            share = reported.run.summary.trainable_share or lora.share(reported.config)
+            share = reported.run.summary.trainable_share or lora.share(reported.config, analyze)
             rank = reported.config.get("lora_r")  # none where training continues with an adapter
             if rank and share is not None:
                 own[reported.label] = (int(rank), share)
     figures = [draw.lora_share(rows, own)] if rows else []
     local = next((model for model in names if Path(model).is_dir()), None)
     if not analyze:
-        return figures, ["`recipe report --analyze` measures what 4 bits lose of the weights too."] if local else []
+        ways = [] if figures else ["counts what LoRA trains of the base model"]
+        ways += ["measures what 4 bits lose of the weights"] if local else []
+        return figures, [f"`recipe report --analyze` {' and '.join(ways)}."] if ways else []
     if not local:
         return figures, ["What 4 bits lose of the weights is not measured: they are no local folder."]
     from ..base.quiet import importing_axolotl

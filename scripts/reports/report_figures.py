@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import batched, product
+from itertools import batched
 from statistics import quantiles
 from typing import Any
 
@@ -242,9 +242,10 @@ def lora_share(rows: Sequence[Row], own: dict[str, tuple[int, float]]) -> Figure
     """
     traces = []
     models = list(dict.fromkeys(row["model"] for row in rows))
-    for (i, model), (j, label) in product(enumerate(models), enumerate(lora.TARGETS)):
+    for model, label in dict.fromkeys((row["model"], row["layers"]) for row in rows):
         points = [(row["rank"], 100 * row["share"]) for row in rows if (row["model"], row["layers"]) == (model, label)]
-        style = _style(j if len(models) == 1 else i)
+        j = ("attention", "all linear").index(label) + 1 if label in ("attention", "all linear") else 0
+        style = _style(j if len(models) == 1 else models.index(model))
         style["line"]["dash"] = DASHES[j]
         name = label if len(models) == 1 else f"{model}, {label}"
         traces.append(_scatter(name, "lines+markers", points, **style))

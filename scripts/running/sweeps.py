@@ -266,7 +266,7 @@ def _parameters(folder: RunDir, run: Run) -> tuple[int | None, int | None]:
     with suppress(UserError):
         local = Path(run.cwd, str(cfg.get("base_model")))
         named = cfg | {"base_model": str(local)} if local.is_dir() else cfg
-        frozen = lora.total(models.architecture(named, download=False))
+        frozen = lora.total(models.architecture(named, download=False), anew=False)
     return trainable, frozen
 
 

@@ -1,6 +1,7 @@
 """A plan's memory against measured memory: published figures, and real Axolotl trainings on this CPU."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ import compare_memory
 import orjson
 import pytest
 from conftest import SHARED, SMALL, config_with, train_many
+from families import SHIPPED, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs import models, standin
-from qlora_recipes.planning import traces
+from qlora_recipes.planning import planner, traces
+from qlora_recipes.planning import steps as steps_of
 from qlora_recipes.planning.memory import trace
 from qlora_recipes.planning.traces import Step
 
@@ -89,40 +93,42 @@ def test_bytes_at_peak_counts_what_lives_at_once() -> None:
     assert bytes_at_peak([(1, 10), (2, 5), (2, -1), (3, 4), (1, -1), (4, 12)]) == 16
 
 
-def measured(folder: Path, sample: Path) -> dict[Any, dict[str, traces.Events]]:
-    """What the plugin records in real trainings of SmolLM2-135M, each of two steps, by their case."""
+def measured(folder: Path, changes: dict[Any, yamlfiles.Config]) -> dict[Any, dict[str, traces.Events]]:
+    """What the plugin records in real trainings, each of two steps, by their name.
+
+    Args:
+        folder: an empty folder.
+        changes: to a recipe, by name.
+    """
     files = {}
-    for bf16, checkpointing, times in CASES:
-        output = folder / f"{bf16}-{checkpointing}-{times}"
+    for i, (name, change) in enumerate(changes.items()):
+        output = folder / str(i)
         output.mkdir()
-        change = {
-            "base_model": str(standin.model_folder()),
+        common = {
             "revision_of_model": None,
             "special_tokens": None,
-            "datasets": [{"path": str(sample / "train.jsonl"), "type": "alpaca"}],
             "test_datasets": None,
             "evals_per_epoch": None,
             "saves_per_epoch": None,
             "save_strategy": "no",
-            "sequence_len": 256,  # some rows are shorter, so that there is a mask
             "excess_length_strategy": "truncate",
             "pad_to_sequence_len": True,
             "fp16": False,
-            "bf16": bf16,
             "max_steps": 2,
             "warmup_steps": 1,
-            "gradient_accumulation_steps": times,
-            "gradient_checkpointing": checkpointing,
-            "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
-            "optimizer": optimizer(times),
             "output_dir": str(output),
             "dataset_prepared_path": str(folder / "prepared"),
             "plugins": ["qlora_recipes.plugin.RunPlugin", "memory_plugin.MemoryPlugin"],
         }
-        files[bf16, checkpointing, times] = output / "config.yaml"
-        files[bf16, checkpointing, times].write_text(yamlfiles.write_yaml(config_with(change)))
+        files[name] = output / "config.yaml"
+        files[name].write_text(yamlfiles.write_yaml(config_with(common | change)))
     train_many(*files.values())
-    return {case: orjson.loads(file.with_name("memory.json").read_bytes()) for case, file in files.items()}
+    return {name: orjson.loads(file.with_name("memory.json").read_bytes()) for name, file in files.items()}
+
+
+def checkpointed(checkpointing: bool) -> yamlfiles.Config:
+    kwargs = {"use_reentrant": False} if checkpointing else None
+    return {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": kwargs}
 
 
 def optimizer(times: int) -> str:
@@ -131,7 +137,19 @@ def optimizer(times: int) -> str:
 
 @pytest.mark.long
 def test_a_real_training_of_axolotls_allocates_what_the_fake_one_does(tmp_path: Path, sample: Path) -> None:
-    for case, real in measured(tmp_path, sample).items():
+    changes = {
+        (bf16, checkpointing, times): checkpointed(checkpointing)
+        | {
+            "base_model": str(standin.model_folder()),
+            "datasets": [{"path": str(sample / "train.jsonl"), "type": "alpaca"}],
+            "sequence_len": 256,  # some rows are shorter, so that there is a mask
+            "bf16": bf16,
+            "gradient_accumulation_steps": times,
+            "optimizer": optimizer(times),
+        }
+        for bf16, checkpointing, times in CASES
+    }
+    for case, real in measured(tmp_path, changes).items():
         compare(*case, real)
 
 
@@ -153,6 +171,41 @@ def compare(bf16: bool, checkpointing: bool, times: int, real: dict[str, traces.
     loaded = sum(size for i, size in left.items() if size > 0 and fake.kinds[i] != "optimizer")
     assert loaded == pytest.approx(bytes_at_peak(real["loaded"]), rel=0.005)
     assert bytes_at_peak(fake.loaded + fake.steps[2, 256]) == pytest.approx(bytes_at_peak(real["all"]), rel=0.01)
+
+
+def of_family(family: str, attention: str, turn: int, tiny: Path, sample: Path, folder: Path) -> yamlfiles.Config:
+    """The change of a recipe to a training of a small model of a family, each turn with other settings."""
+    folder.mkdir()
+    for file in tiny.glob("*token*"):
+        shutil.copy(file, folder)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY[family])).save_pretrained(folder)
+    return checkpointed(turn % 2 == 0) | {
+        "base_model": str(folder),
+        "special_tokens": {"pad_token": "</s>"},
+        "datasets": [{"path": str(sample / "train.jsonl"), "type": "alpaca"}],
+        "sequence_len": 320,  # most rows are shorter
+        "bf16": False,
+        "attn_implementation": attention,
+        "lora_target_modules": None,
+        "lora_target_linear": True,
+        "gradient_accumulation_steps": 1 + turn % 3,
+        "optimizer": ("paged_adamw_32bit", "adamw_torch")[turn // 2 % 2],
+    }
+
+
+@pytest.mark.long
+def test_real_trainings_of_other_families_allocate_what_is_planned(tmp_path: Path, tiny: Path, sample: Path) -> None:
+    kinds = [*((family, "sdpa") for family in TINY), ("gemma2", "eager")]  # whose scores only eager caps
+    changes = {kind: of_family(*kind, turn, tiny, sample, tmp_path / "-".join(kind)) for turn, kind in enumerate(kinds)}
+    (tmp_path / "runs").mkdir()
+    for kind, real in measured(tmp_path / "runs", changes).items():
+        config = config_with(changes[kind] | {"fp16": False, "pad_to_sequence_len": True})
+        step, notes = steps_of.step_of(config, models.architecture(config), (8, 0))
+        fake = trace(replace(step, capability=None), [(2, 320)])
+        planned, found = bytes_at_peak(fake.loaded + fake.steps[2, 320]), bytes_at_peak(real["all"])
+        print(f"{kind}: planned {planned:,}, measured {found:,} bytes, {found / planned - 1:+.2%}")
+        assert planned == pytest.approx(found, rel=0.001), kind
+        assert notes == []
 
 
 def peak(step: Step, shape: traces.Shape = (2, 128)) -> int:
@@ -204,6 +257,51 @@ def test_other_shapes_are_those_that_a_trace_of_them_gives(step: Step) -> None:
 def test_packed_rows_need_at_least_what_full_ones_do() -> None:
     full = replace(STEP, padded=False)
     assert peak(full) <= peak(replace(full, packed=True))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_other_families_are_traced_at_their_size(name: str) -> None:
+    """Of a few layers only, since all are alike; counts of the whole models are in test_lora."""
+    architecture, _ = SHIPPED[name]
+    few = architecture | {"num_hidden_layers": 2}
+    if "text_config" in few:
+        few = few | {part: few[part] | {"num_hidden_layers": 2} for part in ("text_config", "vision_config")}
+    step = replace(STEP, model=json.dumps(few), targets="all-linear")
+    used = traces.usage(trace(step, [(2, 1024)]), (2, 1024))
+    vocabulary = few.get("vocab_size", 262_208)
+    assert used.parts["logits"] >= 2 * 1024 * vocabulary * 4
+
+
+def test_flash_attention_needs_no_mask_for_a_sliding_window() -> None:
+    step = replace(STEP, model=json.dumps(TINY["mistral"]), padded=False, capability=(8, 0))
+    no_window = replace(step, model=json.dumps(TINY["mistral"] | {"sliding_window": None}))
+    for attention, same in (("flash_attention_2", True), ("sdpa", False)):
+        whole, slides = (peak(replace(each, attention=attention)) for each in (no_window, step))
+        assert (whole == slides) == same
+
+
+def test_a_single_row_needs_a_mask_where_it_is_as_long_as_the_window() -> None:
+    step = replace(STEP, model=json.dumps(TINY["mistral"] | {"sliding_window": 500}), padded=False, capability=(8, 0))
+    for length, others in ((448, (320, 512)), (1024, (448, 1536))):
+        planned = planner.Planner(step, 1, length)
+        for other in others:
+            assert planned.usage(length=other) == traces.usage(trace(step, [(1, other)]), (1, other))
+
+
+def test_a_part_for_images_has_no_gradients_of_text() -> None:
+    small = {
+        "model_type": "gemma3",
+        "text_config": TINY["gemma3_text"],
+        "vision_config": {"model_type": "siglip_vision_model", "num_hidden_layers": 1, "hidden_size": 128}
+        | {"num_attention_heads": 2, "intermediate_size": 256, "image_size": 56, "patch_size": 14},
+    }
+    step = replace(STEP, targets="all-linear", accumulates=False)
+    both = trace(replace(step, model=json.dumps(small)), [(2, 128)])
+    text = trace(replace(step, model=json.dumps(TINY["gemma3_text"])), [(2, 128)])
+    assert both.parameters["vision_tower"]["trainable"] > 0
+    of_both, of_text = (traces.usage(each, (2, 128)).parts for each in (both, text))
+    assert of_both["optimizer"] == of_text["optimizer"]
+    assert of_both["adapters"] > of_text["adapters"]
 
 
 def test_a_chunked_loss_holds_fewer_logits() -> None:

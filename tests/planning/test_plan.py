@@ -9,6 +9,7 @@ from unittest.mock import Mock
 import orjson
 import pytest
 from conftest import SMALL, Recipe, config_with, recipe_config
+from families import SHIPPED, TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import engines, gpus
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.planning import need, plan, plan_tables, planner, steps, traces, work
+from qlora_recipes.planning import lora, need, plan, plan_tables, planner, steps, traces, work
 from qlora_recipes.planning.memory import trace
 from qlora_recipes.runs.rundir import Run, RunDir, Summary
 
@@ -296,7 +297,7 @@ def test_the_cache_knows_what_a_plan_depends_on(small: yamlfiles.Config, monkeyp
     step = steps.step_of(small, SMALL, TURING)[0]
     keys = {planner.Planner(step, 2, 64)._key(), planner.Planner(step, 3, 64)._key()}
     keys.add(planner.Planner(steps.step_of(small | {"lora_r": 8}, SMALL, TURING)[0], 2, 64)._key())
-    monkeypatch.setattr(planner, "_packages", lambda: {"torch": "3"})
+    monkeypatch.setattr(planner, "packages", lambda: {"torch": "3"})
     keys.add(planner.Planner(step, 2, 64)._key())
     assert len(keys) == 4
 
@@ -316,25 +317,31 @@ def test_a_cache_that_cannot_be_written_is_no_error(small: yamlfiles.Config, mon
     assert plan.plan(small | {"lora_r": 5})[0]["cards"]
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"model_type": "qwen2"},  # has biases, which bitsandbytes casts in the first step
-        {"model_type": "mistral", "sliding_window": 96},
-        {"model_type": "gemma2", "sliding_window": 4096, "head_dim": 64},
-        {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 512},
-    ],
-)
-@pytest.mark.parametrize("rows", [1, 2])
+OTHER_MODELS = [*TINY.values(), {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 512}]
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(1 + i % 2, sizes) for i, sizes in enumerate(OTHER_MODELS)])
 def test_other_models_are_planned_too(small: yamlfiles.Config, sizes: dict[str, Any], rows: int) -> None:
-    kept = {} if "n_embd" in sizes else SMALL
-    (Path(small["base_model"]) / "config.json").write_text(json.dumps(kept | sizes))
-    change: yamlfiles.Config = {"micro_batch_size": rows, "sequence_len": 100}
-    if not kept:
-        change |= {"lora_target_modules": ["c_attn"]}
-    planned = plan.plan(small | change, gpus=2)[0]
+    (Path(small["base_model"]) / "config.json").write_text(json.dumps(sizes))
+    change: yamlfiles.Config = {"micro_batch_size": rows, "sequence_len": 100, "lora_target_modules": None}
+    planned = plan.plan(small | change | {"lora_target_linear": True}, gpus=2)[0]
     assert planned["memory"]["needed"] > 0
-    assert planned["cards"][-1]["fits"]
+    assert planned["cards"][-1]["fits"] and planned["trainable"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_size_of_each_family_is_planned(small: yamlfiles.Config, name: str) -> None:
+    architecture, published = SHIPPED[name]
+    (Path(small["base_model"]) / "config.json").write_text(json.dumps(architecture))
+    config = small | {"lora_target_modules": None, "lora_target_linear": True}
+    planned = need.planner_of(config, gpus.find("A100"), alone=True)[0]
+    counts = planned.trace.parameters.values()
+    every = {(row["layers"], row["rank"]): row["trainable"] for row in lora.rows({"m": config})}
+    assert sum(count["frozen"] for count in counts) == published
+    assert sum(count["trainable"] for count in counts) == every["all linear", 32]
+    print(f"{name}: {planned.need() / planner.GIB:.2f} GiB")
+    assert planned.need() > published / 2  # in 4 bits
 
 
 def test_a_single_row_needs_no_mask_but_several_do(small: yamlfiles.Config) -> None:

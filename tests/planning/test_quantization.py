@@ -8,10 +8,12 @@ import orjson
 import pytest
 import torch
 from conftest import Recipe
+from families import TINY
 from scipy.stats import norm
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import standin
+from qlora_recipes.configs.models import LINEAR_LAYERS
 from qlora_recipes.planning import quantization
 from qlora_recipes.planning.quantization import Format
 
@@ -124,13 +126,21 @@ def test_larger_blocks_lose_more_and_one_scale_most() -> None:
     assert of_all["nf4", "tensor", False] < min(nf4)
     assert of_all["nf4", 64, False] > of_all["fp4", 64, False]
     assert of_all["nf4", 64, False] - of_all["nf4", 64, True] < 0.1
-    assert {row["layer"] for row in rows} == {*quantization.models.LINEAR_LAYERS, "all"}
+    assert {row["layer"] for row in rows} == {*LINEAR_LAYERS, "all"}
 
 
 def test_layers_are_spread_over_the_depth() -> None:
     assert len(quantization.weights_of(standin.model_folder(), 3)) == 3 * 7
-    with pytest.raises(UserError, match="no folder with a Llama's weights"):
+    with pytest.raises(UserError, match="no folder with a model's decoder layers"):
         quantization.weights_of(Path("nowhere"), 3)
+
+
+def test_the_linear_layers_of_other_families_are_found(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY["phi3"])).save_pretrained(tmp_path)
+    names = [kind for kind, _ in quantization.weights_of(tmp_path, 2)]
+    assert sorted(names) == sorted(["qkv_proj", "o_proj", "gate_up_proj", "down_proj"] * 2)
 
 
 def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:

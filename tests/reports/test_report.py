@@ -319,9 +319,12 @@ def test_weights_are_measured_and_a_plan_is_made_where_asked_for(tmp_path: Path,
         yamlfiles.write_yaml(yamlfiles.read_yaml(run.config) | {"base_model": str(tiny), "lora_r": 8})
     )
     assert "No plan of this config is kept" in html_of(run) and "What 4 bits lose, and" not in html_of(run)
+    lora_share = "What LoRA trains of tiny-llama0"
+    assert lora_share not in html_of(run) and "counts what LoRA trains of the base model and measures" in html_of(run)
     html = report.of_runs(report_runs.reported_runs([run]), analyze=True)
     assert "No plan of this config is kept" not in html and "different kinds of memory" in html
     assert "What 4 bits lose, and" in html and "2 decoder layers of tiny-llama0" in html
+    assert lora_share in html and lora_share in html_of(run)
 
 
 def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:

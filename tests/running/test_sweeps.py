@@ -17,8 +17,9 @@ from scipy import stats
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check
-from qlora_recipes.configs import compose
+from qlora_recipes.configs import compose, models
 from qlora_recipes.configs.compose import Request
+from qlora_recipes.planning import lora
 from qlora_recipes.running import sweeps
 from qlora_recipes.running.sweeps import Sweep, SweepMember
 from qlora_recipes.runs.rundir import Summary
@@ -155,6 +156,7 @@ def a_sweep(runs: Path, finished: dict[str, list[tuple[float, float, float]]], s
 def test_members_compare_by_what_their_runs_measured(tmp_path: Path) -> None:
     sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "bad": [(5.0, 1.3, 7.5)]})
     sweep.members.append(SweepMember(name="not yet", values={"lora_r": 1}, digest="none"))
+    lora.total(models.architecture(recipe_config(BASE)))  # kept for runs that have no record of it
     rows = {row["member"]: row for row in sweeps.rows(sweep, tmp_path, "bleu4")}
     assert [(name, row["pareto"], row["best"]) for name, row in rows.items()] == [
         ("low", True, False),
