@@ -1,7 +1,7 @@
 """What a rehearsal exchanges in the config that all else comes to: rows that are not there, and what a CPU lacks."""
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ OF_SAMPLE = ("datasets", "test_datasets", "sequence_len")  # keys of the profile
 _MOST_ROWS = {"datasets": 32, "test_datasets": 8}  # few enough for a rehearsal of minutes
 
 
-def exchanges(composed: Config, sample: Config, given: Container[str], ranks: int) -> Iterator[tuple[Config, str]]:
+def exchanges(composed: Config, sample: Config, given: Collection[str], ranks: int) -> Iterator[tuple[Config, str]]:
     """Changes to lay over the config of a rehearsal, each with its reason.
 
     Args:
@@ -37,7 +37,7 @@ def exchanges(composed: Config, sample: Config, given: Container[str], ranks: in
     yield _few_steps(composed, ranks), "at most a tenth of the steps"
 
 
-def _rows(composed: Config, sample: Config, given: Container[str]) -> Iterator[tuple[Config, str]]:
+def _rows(composed: Config, sample: Config, given: Collection[str]) -> Iterator[tuple[Config, str]]:
     """A few of the config's own rows where they are on this machine, else those of the sample."""
     for section, most in _MOST_ROWS.items():
         entries = dict(datafiles.datasets(composed, section))
@@ -49,7 +49,9 @@ def _rows(composed: Config, sample: Config, given: Container[str]) -> Iterator[t
                 for key, entry in here.items()
             ]
             yield {section: kept}, f"the first rows of its own data, at most {most}"
-        elif section == "datasets" or (entries and not composed.get("val_set_size")):
+        elif _is_elsewhere(entries) or not any(f"{key}.".startswith(f"{section}.") for key in given):
+            if section == "test_datasets" and (not entries or composed.get("val_set_size")):
+                continue
             missing = str(next(iter(entries.values())).get("path")) if entries else "data of its own"
             lacks = "cannot be loaded in part" if Path(missing).exists() else "is not on this machine"
             yield {section: sample[section]}, f"rows of the shipped sample, as {missing} {lacks}"
@@ -59,6 +61,11 @@ def _rows(composed: Config, sample: Config, given: Container[str]) -> Iterator[t
                 yield {"sequence_len": sample["sequence_len"]}, "every row of the shipped sample is shorter"
             elif isinstance(length, int) and composed.get("base_model") == str(standin.folder()):
                 yield {"sequence_len": min(length, standin.CONTEXT)}, "the context of the stand-in model"
+
+
+def _is_elsewhere(entries: dict[str, Config]) -> bool:
+    """Whether data sets are on a hub or in a cloud, and not on this machine under a path that may be misspelt."""
+    return bool(entries) and all(entry.get("path") and not datafiles.local_files(entry) for entry in entries.values())
 
 
 def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
