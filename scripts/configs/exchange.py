@@ -1,26 +1,26 @@
 """What a rehearsal exchanges in the config that all else comes to: rows that are not there, and what a CPU lacks."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..base.yamlfiles import Config
 from . import datafiles, models, standin
 from .attention import OLD_KEYS, attention
-from .config import merge
+from .config import merge, override
 
 OF_SAMPLE = ("datasets", "test_datasets", "sequence_len")  # keys of the profile that fit the shipped sample only
 _MOST_ROWS = {"datasets": 32, "test_datasets": 8}  # few enough for a rehearsal of minutes
 
 
-def exchanges(composed: Config, sample: Config, given: Collection[str], ranks: int) -> Iterator[tuple[Config, str]]:
+def exchanges(composed: Config, sample: Config, given: Config, ranks: int) -> Iterator[tuple[Config, str]]:
     """Changes to lay over the config of a rehearsal, each with its reason.
 
     Args:
         composed: the config.
         sample: the shipped sample, as the profile's values of `OF_SAMPLE`.
-        given: dotted keys that were laid over the profile's; they stay.
+        given: by dotted keys, what was laid over the profile's values; it stays.
         ranks: the processes that train.
     """
     for change, reason in (*_rows(composed, sample, given), *_layers(composed), *lacking(composed)):
@@ -37,7 +37,7 @@ def exchanges(composed: Config, sample: Config, given: Collection[str], ranks: i
     yield _few_steps(composed, ranks), "at most a tenth of the steps"
 
 
-def _rows(composed: Config, sample: Config, given: Collection[str]) -> Iterator[tuple[Config, str]]:
+def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
     """A few of the config's own rows where they are on this machine, else those of the sample."""
     for section, most in _MOST_ROWS.items():
         entries = dict(datafiles.datasets(composed, section))
@@ -49,12 +49,18 @@ def _rows(composed: Config, sample: Config, given: Collection[str]) -> Iterator[
                 for key, entry in here.items()
             ]
             yield {section: kept}, f"the first rows of its own data, at most {most}"
-        elif _is_elsewhere(entries) or not any(f"{key}.".startswith(f"{section}.") for key in given):
+        elif (elsewhere := _is_elsewhere(entries)) or not any(
+            re.fullmatch(rf"{section}(.*[.]path)?", key) for key in given
+        ):
             if section == "test_datasets" and (not entries or composed.get("val_set_size")):
                 continue
             missing = str(next(iter(entries.values())).get("path")) if entries else "data of its own"
             lacks = "cannot be loaded in part" if Path(missing).exists() else "is not on this machine"
-            yield {section: sample[section]}, f"rows of the shipped sample, as {missing} {lacks}"
+            rows = {section: sample[section]}
+            for key, value in () if elsewhere else given.items():
+                if key.startswith(f"{section}."):
+                    rows = override(rows, key, value)
+            yield rows, f"rows of the shipped sample, as {missing} {lacks}"
         length = composed.get("sequence_len")
         if section == "datasets" and "sequence_len" not in given:
             if not here:

@@ -225,3 +225,6 @@ def test_data_that_is_set_and_wrong_is_left_to_the_check() -> None:
         assert "sample" not in str(rehearsed(None, wrong).config.get("datasets"))
     (of_hub,) = rehearsed(None, "datasets.0.path=some/data-set").config["datasets"]
     assert of_hub["path"].endswith("train.jsonl")  # a rehearsal asks no hub
+    gone = {"datasets": [{"path": "gone.jsonl", "type": "completion"}]}
+    (sample,) = rehearsed(gone, "datasets.0.split=train[:16]", "datasets.0.typ=x").config["datasets"]
+    assert (Path(sample["path"]).name, sample["split"], sample["typ"]) == ("train.jsonl", "train[:16]", "x")
