@@ -87,7 +87,7 @@ def compose(request: Request) -> Composed:
     composed = base
     reasons: dict[str, tuple[str, Path | None]] = {}  # why a key was last changed, and by which file
     sample: Config = {}
-    given: Config = {}  # what was laid over a rehearsal's own, by dotted key
+    given: Config = {}  # what was laid over a rehearsal's own values, by dotted key
 
     def lay(changed: Config, reason: str, source: Path | None = None) -> None:
         nonlocal composed
@@ -105,13 +105,13 @@ def compose(request: Request) -> Composed:
             fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
             sample = {key: fragment.pop(key) for key in exchange.OF_SAMPLE}
         elif sample:
-            given |= fragment
+            given |= dict(config.flatten(fragment))
         lay(config.merge(composed, fragment), f"profile {profile}", profile_file)
     for text in request.overrides:
         key, value = config.parse_override(text)
         check_not_of_the_run(key, f"--set {text}")
         lay(config.override(composed, key, value), f"--set {text}")
-        given[key] = value
+        given |= dict(config.flatten({key: value}))
     if rehearsal and request.ranks == 1:
         lay(
             config.merge(composed, dict.fromkeys(engines.KEYS)),

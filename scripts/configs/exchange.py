@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from . import datafiles, models, standin
 from .attention import OLD_KEYS, attention
-from .config import flatten, merge, override
+from .config import merge, override
 
 OF_SAMPLE = ("datasets", "test_datasets", "sequence_len")  # keys of the profile that fit the shipped sample only
 _MOST_ROWS = {"datasets": 32, "test_datasets": 8}  # few enough for a rehearsal of minutes
@@ -22,7 +21,7 @@ def exchanges(composed: Config, sample: Config, given: Config, ranks: int) -> It
     Args:
         composed: the config.
         sample: the shipped sample, as the profile's values of `OF_SAMPLE`.
-        given: what was laid over the profile, by dotted key; it stays.
+        given: by dotted keys, what was laid over the profile's values; it stays.
         ranks: the processes that train.
     """
     for change, reason in (*_rows(composed, sample, given), *_layers(composed), *lacking(composed)):
@@ -52,10 +51,18 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
                 for key, entry in here.items()
             ]
             yield {section: kept}, f"the first rows of its own data, at most {most}"
-        elif section == "datasets" or (entries and not composed.get("val_set_size")):
+        elif (elsewhere := _is_elsewhere(entries)) or not any(
+            re.fullmatch(rf"{section}(.*[.]path)?", key) for key in given
+        ):
+            if section == "test_datasets" and (not entries or composed.get("val_set_size")):
+                continue
             missing = str(next(iter(entries.values())).get("path")) if entries else "data of its own"
             lacks = "cannot be loaded in part" if Path(missing).exists() else "is not on this machine"
-            yield {section: _with_given(sample, given, section)}, f"rows of the shipped sample, as {missing} {lacks}"
+            rows = {section: sample[section]}
+            for key, value in () if elsewhere else given.items():
+                if key.startswith(f"{section}."):
+                    rows = override(rows, key, value)
+            yield rows, f"rows of the shipped sample, as {missing} {lacks}"
         length = composed.get("sequence_len")
         if section == "datasets" and "sequence_len" not in given:
             if not here:
@@ -64,18 +71,9 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
                 yield {"sequence_len": min(length, standin.CONTEXT)}, "the context of the stand-in model"
 
 
-def _with_given(sample: Config, given: Config, section: str) -> Any:
-    """A section of the sample with what was given of it, so that a path that does not exist is an error and no other
-    rows take its place in silence; only those of a hub, which a rehearsal does not ask, give way."""
-    changed = {section: sample[section]}
-    for key, value in given.items():
-        if key.partition(".")[0] == section:
-            with suppress(UserError):  # a position in another list
-                changed = override(changed, key, value)
-    paths = [
-        dataset.get("path") for _, dataset in datafiles.datasets(changed, section) if not datafiles.local_files(dataset)
-    ]
-    return sample[section] if paths and all(paths) else changed.get(section)
+def _is_elsewhere(entries: dict[str, Config]) -> bool:
+    """Whether data sets are on a hub or in a cloud, and not on this machine under a path that may be misspelt."""
+    return bool(entries) and all(entry.get("path") and not datafiles.local_files(entry) for entry in entries.values())
 
 
 def _layers(composed: Config) -> Iterator[tuple[Config, str]]:

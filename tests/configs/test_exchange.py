@@ -218,3 +218,13 @@ def test_a_config_of_odd_types_is_left_to_the_check() -> None:
     odd = {"lora_target_modules": [["q_proj"]], "max_steps": "x", "datasets": "x", "plugins": "x", "val_set_size": "x"}
     own = rehearsed(odd | {"lora_qkv_kernel": None, "attn_implementation": 3, "sequence_len": "x", "warmup_steps": []})
     assert own.config["max_steps"] == "x"
+
+
+def test_data_that_is_set_and_wrong_is_left_to_the_check() -> None:
+    for wrong in ("datasets.0.path=gone.jsonl", "datasets.0={path: gone.jsonl, typ: x}", "datasets=null"):
+        assert "sample" not in str(rehearsed(None, wrong).config.get("datasets"))
+    (of_hub,) = rehearsed(None, "datasets.0.path=some/data-set").config["datasets"]
+    assert of_hub["path"].endswith("train.jsonl")  # a rehearsal asks no hub
+    gone = {"datasets": [{"path": "gone.jsonl", "type": "completion"}]}
+    (sample,) = rehearsed(gone, "datasets.0.split=train[:16]", "datasets.0.typ=x").config["datasets"]
+    assert (Path(sample["path"]).name, sample["split"], sample["typ"]) == ("train.jsonl", "train[:16]", "x")
