@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from . import datafiles, models, standin
 from .attention import OLD_KEYS, attention
@@ -40,14 +39,13 @@ def exchanges(composed: Config, sample: Config, given: Config, ranks: int) -> It
 
 def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:
     """A few of the config's own rows where they are on this machine, else those of the sample."""
-    given_keys = dict(flatten(given)).keys()
     for section, most in _MOST_ROWS.items():
         entries = dict(datafiles.datasets(composed, section))
         here = {key: entry for key, entry in entries.items() if datafiles.can_be_rehearsed(entry)}
         if here:
             each = max(most // len(here), 1)
             kept = [
-                entry if f"{key}.split" in given_keys else datafiles.at_most(entry, each, section)
+                entry if f"{key}.split" in given else datafiles.at_most(entry, each, section)
                 for key, entry in here.items()
             ]
             yield {section: kept}, f"the first rows of its own data, at most {most}"
