@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import venv
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import orjson
@@ -113,7 +115,8 @@ def start(place: Path, *arguments: str | Path, command: Path = RECIPE, **env: st
     """
     words = [str(command), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(words, cwd=place, env=os.environ | env, text=True, **pipes)
+    with_hang_up = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # which nohup has all these tests ignore
+    return subprocess.Popen(words, cwd=place, env=os.environ | env, text=True, preexec_fn=with_hang_up, **pipes)
 
 
 def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:

@@ -47,7 +47,7 @@ def _fake(step: Step) -> Iterator[None]:
         patches.append(patch("transformers.masking_utils.find_packed_sequence_indices", lambda *_, **__: None))
     if step.attention == "flash_attention_2":  # traced as sdpa, it makes no mask, for a sliding window neither
         masks = masking_utils.AttentionMaskInterface._global_mapping
-        patches.append(patch.dict(masks, {"sdpa": masking_utils.flash_attention_mask}))
+        patches.append(patch.dict(masks, {"sdpa": lambda *_, **__: None}))
     if step.capability:
         autocast_on = torch.is_autocast_enabled
         patches += [

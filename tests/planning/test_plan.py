@@ -412,6 +412,7 @@ def test_mistakes_are_reported(recipe: Recipe, arguments: list[str], says: str) 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_every_recipe_of_the_study_fits_its_card() -> None:
     card = gpus.find("Quadro RTX 5000")
     for name in paths.recipe_names():

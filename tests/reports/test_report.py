@@ -313,8 +313,11 @@ def test_a_run_with_5000_predictions_is_below_8_mb(tmp_path: Path) -> None:
     assert len(html_of(a_large_run(tmp_path)).encode()) < 8e6
 
 
-def test_weights_are_measured_and_a_plan_is_made_where_asked_for(tmp_path: Path, tiny: Path) -> None:
+def test_weights_are_measured_and_a_plan_is_made_where_asked_for(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = a_run(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # without what other tests planned and counted
     run.config.write_text(
         yamlfiles.write_yaml(yamlfiles.read_yaml(run.config) | {"base_model": str(tiny), "lora_r": 8})
     )

@@ -43,6 +43,7 @@ def chat(number: int) -> dict[str, list[dict[str, str]]]:
     return {"messages": [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]}
 
 
+@pytest.mark.long
 def test_chats_for_flash_attention_train_on_a_cpu(recipe: Recipe, tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "mine.yaml").write_text(RECIPE)
     write_rows(tmp_path / "chats.jsonl", map(chat, range(0, 900, 3)))
