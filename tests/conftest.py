@@ -52,7 +52,7 @@ SMALL = {
 Recipe = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-LONGEST = ("engines", "memory", "reproduce", "slurm", "sweep", "plan", "run", "plugin", "docker")
+LONGEST = ("engines", "own_tasks", "memory", "reproduce", "slurm", "sweep", "plan", "run", "plugin", "docker")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

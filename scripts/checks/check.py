@@ -9,7 +9,7 @@ from typing import Any
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.quiet import importing_axolotl
-from ..configs import compose, models, standin
+from ..configs import compose, exchange, models, standin
 from ..configs.compose import Composed, Request
 from ..configs.config import check_not_of_the_run
 from ..configs.gpus import Gpu
@@ -121,10 +121,19 @@ def examine(
     case = rules.Case(usable, wrong, None if composed.rehearsal else gpu, gpus, launching, ask_hub or launching)
     report = Report(composed.recipe, composed)
     report.add(placed([*of_schema, *rules.findings(case)], composed))
+    report.add(_other_rows(composed))
     if data:
         of_rows, report.data = rows.check(usable)
         report.add(of_rows)
     return report
+
+
+def _other_rows(composed: Composed) -> Iterator[Finding]:
+    """Data of a user's own that a rehearsal does without, as its path may only be misspelt."""
+    for difference in composed.differences if composed.recipe not in paths.recipe_names() else ():
+        if difference.key.endswith(".path") and exchange.FROM_SAMPLE in difference.why:
+            where = paths.shown(composed.recipe_file), yamlfiles.line_of(composed.recipe_file, difference.key)
+            yield Finding("warning", "other-rows", difference.key, difference.why, "correct the path", *where)
 
 
 def tokens_of(request: Request, count: int) -> list[dict[str, Any]]:

@@ -307,6 +307,8 @@ def _findings(file: _File) -> Iterator[Finding]:
             continue
         if rule == "nothing-learnt" and count == file.rows:
             level = "error"  # Axolotl drops all of them, and fails
+        if rule == "unknown-role" and "did you mean" in about:
+            level = "error"  # a misspelt role: its turns are trained on as another's
         text = problem.format(n="1 row" if count == 1 else f"{count} rows", about=about)
         text += f" ({example})" if example else ""
         yield Finding(level, rule, f"{file.key}.path", text, remedy, str(file.path), line)

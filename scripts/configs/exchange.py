@@ -11,6 +11,7 @@ from .attention import OLD_KEYS, attention
 from .config import merge, override
 
 OF_SAMPLE = ("datasets", "test_datasets", "sequence_len")  # keys of the profile that fit the shipped sample only
+FROM_SAMPLE = "rows of the shipped sample"
 _MOST_ROWS = {"datasets": 32, "test_datasets": 8}  # few enough for a rehearsal of minutes
 
 
@@ -60,7 +61,7 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
             for key, value in () if elsewhere else given.items():
                 if key.startswith(f"{section}."):
                     rows = override(rows, key, value)
-            yield rows, f"rows of the shipped sample, as {missing} {lacks}"
+            yield rows, f"{FROM_SAMPLE}, as {missing} {lacks}"
         length = composed.get("sequence_len")
         if section == "datasets" and "sequence_len" not in given:
             if not here:

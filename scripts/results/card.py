@@ -77,6 +77,7 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
         "config_sha256": sha256(folder.config),
         "adapter_sha256": sha256(folder.output / ADAPTER),
     }
+    facts["scored_file"] = evaluation is not None and Path(evaluation.settings.data).is_absolute()
     facts["scored_on"] = _scored_on(evaluation.settings, of_study) if evaluation else None
     facts |= {"front_matter": _front_matter(facts), "command": _command(facts["run"])}
     jinja = environment(paths.TEMPLATES)

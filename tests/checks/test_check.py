@@ -232,3 +232,17 @@ def test_any_bytes_give_findings_only(tmp_path_factory: pytest.TempPathFactory, 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.getbasetemp())
         well_formed(checked(content))
+
+
+def test_a_misspelt_path_of_ones_own_is_no_reason_to_rehearse_on_other_rows_in_silence(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "support.jsonl").write_text('{"instruction": "Ask.", "output": "Yes."}\n')
+    own = {"datasets": [{"path": "suport.jsonl", "type": "alpaca"}], "test_datasets": None, "evals_per_epoch": None}
+    (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(config_with(own)))
+    assert (
+        "suport.jsonl does not exist; did you mean support.jsonl? [missing-file:" in recipe("check", "mine.yaml").stdout
+    )
+    rehearsed = recipe("check", "mine.yaml", "--rehearse")
+    says = "warning: datasets.0.path: rehearsal: rows of the shipped sample, as suport.jsonl is not on this machine"
+    assert says in rehearsed.stdout

@@ -28,7 +28,9 @@ def missing_file(case: Case) -> Problems:
         for file in datafiles.local_files(dataset):
             remedy = "`recipe data prepare` writes the study's data, --rehearse needs none"
             if not file.is_file():
-                yield "error", f"{key}.path", f"{file.absolute()} does not exist", remedy
+                beside = [other.name for other in file.parent.glob("*")]
+                near = did_you_mean(file.name, beside)
+                yield "error", f"{key}.path", f"{file.absolute()} does not exist{near}", "" if near else remedy
             elif not file.stat().st_size:
                 yield "error", f"{key}.path", f"{file} is empty", remedy
     for key in ("deepspeed", "lora_model_dir", "resume_from_checkpoint"):
