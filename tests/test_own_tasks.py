@@ -79,6 +79,7 @@ def test_a_task_of_ones_own_goes_the_whole_way(
     write_rows(tmp_path / "mine.jsonl", rows[:24])
     write_rows(tmp_path / "mine-eval.jsonl", rows[24:])
     sets = [f"datasets={yamlfiles.write_flow([{'path': 'mine.jsonl'} | task.keys])}", *task.sets]
+    sets += ["num_epochs=1", "warmup_steps=1"]  # for so few rows
     if evaluation_file:
         sets.append(
             f"test_datasets={yamlfiles.write_flow([{'path': 'mine-eval.jsonl', 'split': 'train'} | task.keys])}"
