@@ -146,7 +146,7 @@ class Tokenizer:
         it has on disk after a training, and the rows as written are found by their tokens.
 
         Raises:
-            UserError: they cannot be loaded, or be told from the others.
+            UserError: they cannot be loaded, or distinguished from the others.
         """
         try:
             with patch.dict(os.environ, AXOLOTL_IS_PREPROCESS="1"):  # it need not count the steps of packed rows

@@ -95,7 +95,7 @@ def base_model(folder: RunDir, run: Run) -> tuple[str, bool]:
 def _known(run: Run, data: study.Data | None) -> dict[str, str]:
     """What the prompts of a run on a study's data have in common, and an example of the rest.
 
-    The instruction is that of the run's rows, where a manifest tells it.
+    The instruction is that of the run's rows, where a manifest records it.
     """
     instructions = [str(entry["instruction"]) for entry in run_rows.manifest_entries(run)]
     if data:
