@@ -275,6 +275,7 @@ _WORDS: dict[str, tuple[Level, str, str]] = {
         "end with an answer",
     ),
     "unknown-role": ("warning", "{n} with the role {about}", "name it under roles of the data set, or correct it"),
+    "misspelt-role": ("error", "{n} with the role {about}", "name it under roles of the data set, or correct it"),
     "odd-turns": ("warning", "{n} with {about}", ""),
     "refused-turns": ("error", "{n} that the chat template refuses: {about}", "correct them, or use another template"),
     "lacks-system": (
@@ -307,8 +308,6 @@ def _findings(file: _File) -> Iterator[Finding]:
             continue
         if rule == "nothing-learnt" and count == file.rows:
             level = "error"  # Axolotl drops all of them, and fails
-        if rule == "unknown-role" and "did you mean" in about:
-            level = "error"  # a misspelt role: its turns are trained on as another's
         text = problem.format(n="1 row" if count == 1 else f"{count} rows", about=about)
         text += f" ({example})" if example else ""
         yield Finding(level, rule, f"{file.key}.path", text, remedy, str(file.path), line)

@@ -131,9 +131,10 @@ class Tokenizer:
         try:
             with patch.object(sft, "get_dataset_wrapper", lambda dataset, **_: (dataset, None)):
                 for part in datasets_with_name_generator([dataset]):
-                    rows += sft._load_and_process_single_dataset(part, self.cfg, self.tokenizer, split, self.cfg.seed)[
-                        0
-                    ]
+                    loaded, *_ = sft._load_and_process_single_dataset(
+                        part, self.cfg, self.tokenizer, split, self.cfg.seed
+                    )
+                    rows += loaded
         except Exception as error:  # anything between a file and a hub
             problem = f"its rows cannot be loaded: {type(error).__name__}: {error}"
             raise UserError(f"{key}: {dataset['path']}: {problem}") from None

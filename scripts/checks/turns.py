@@ -216,11 +216,10 @@ class Chats:
         known = {*self.roles, *self.roles.values(), *self.trained}
         for role in roles:
             if role not in known and not re.search(rf"['\"]{re.escape(role)}['\"]", self.template):
-                near = get_close_matches(role.lower(), [*known], 1)
-                about = (
-                    f"{role}; did you mean {near[0]}?" if near else "a role that neither roles nor the template names"
-                )
-                yield "unknown-role", about, "" if near else role[:60]
+                if near := get_close_matches(role.lower(), [*known], 1):
+                    yield "misspelt-role", f"{role}; did you mean {near[0]}?", ""
+                else:
+                    yield "unknown-role", "a role that neither roles nor the template names", role[:60]
         shape = tuple((turn.role, turn.has_content, turn.more) for turn in turns)
         if refusal := self._refusal(shape):
             yield "refused-turns", refusal, ""
