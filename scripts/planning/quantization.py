@@ -9,9 +9,10 @@ from typing import Any
 import bitsandbytes as bnb
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ..base.errors import UserError
+from ..base.files import tensor_shapes
 from .drawing import drawing
 
 Weights = list[tuple[str, torch.Tensor]]  # kind of layer and fp32 weight, of any shape
@@ -50,16 +51,13 @@ def weights_of(folder: Path, layers: int) -> Weights:
     Raises:
         UserError: the folder holds no such model.
     """
-    try:
-        layers_at = [
-            (file, layer)
-            for file in sorted(folder.glob("*.safetensors"))
-            for opened in [safe_open(file, "pt")]
-            for name in opened.keys()  # noqa: SIM118 (not iterable itself)
-            if (layer := _IN_A_LAYER.match(name)) and len(opened.get_slice(name).get_shape()) == 2
-        ]
-    except SafetensorError as error:
-        raise UserError(f"--model {folder}: its safetensors cannot be read: {error}") from None
+    layers_at = []
+    for file in sorted(folder.glob("*.safetensors")):
+        shapes = tensor_shapes(file)
+        if shapes is None:
+            raise UserError(f"--model {folder}: {file.name} cannot be read: damaged, or not safetensors")
+        found = ((_IN_A_LAYER.match(name), shape) for name, shape in shapes.items())
+        layers_at += [(file, layer) for layer, shape in found if layer and len(shape) == 2]
     if not layers_at:
         raise UserError(f"--model {folder}: no folder with a model's decoder layers in safetensors")
     last = max(int(layer["number"]) for _, layer in layers_at)
