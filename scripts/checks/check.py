@@ -13,6 +13,7 @@ from ..configs import compose, exchange, models, standin
 from ..configs.compose import Composed, Request
 from ..configs.config import check_not_of_the_run
 from ..configs.gpus import Gpu
+from ..data import study
 from . import rows, rules, schema
 from .finding import LEVELS, Finding
 
@@ -130,8 +131,9 @@ def examine(
 
 def _other_rows(composed: Composed) -> Iterator[Finding]:
     """Data of a user's own that a rehearsal does without, as its path may only be misspelt."""
-    for difference in composed.differences if composed.recipe not in paths.recipe_names() else ():
-        if difference.key.endswith(".path") and exchange.FROM_SAMPLE in difference.why:
+    for difference in composed.differences:
+        own = difference.key.endswith(".path") and not study.input_format(str(difference.recipe))
+        if own and exchange.FROM_SAMPLE in difference.why:
             where = paths.shown(composed.recipe_file), yamlfiles.line_of(composed.recipe_file, difference.key)
             yield Finding("warning", "other-rows", difference.key, difference.why, "correct the path", *where)
 

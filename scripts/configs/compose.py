@@ -137,11 +137,8 @@ def is_rehearsal(request: Request) -> bool:
 
 def _input_format(recipe: Config) -> str:
     """The form of the rows that a recipe trains on, identified by the folder that they are in."""
-    folders = {
-        form.folder: name for folder in paths.studies() for name, form in study.load(folder).data.input_formats.items()
-    }
-    parents = [str(Path(str(dataset.get("path"))).parent) for _, dataset in datafiles.datasets(recipe, "datasets")]
-    return next((folders[parent] for parent in parents if parent in folders), "diff")
+    forms = (study.input_format(str(entry.get("path"))) for _, entry in datafiles.datasets(recipe, "datasets"))
+    return next(filter(None, forms), "diff")
 
 
 def _mirrored(composed: Config) -> Config:

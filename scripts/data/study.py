@@ -179,6 +179,13 @@ def with_data(key: str) -> Study:
     return studies[key]
 
 
+def input_format(path: str) -> str | None:
+    """The format of the rows that `recipe data prepare` writes to a path; None for a file of another origin."""
+    folder = Path(path).parent
+    forms = (form for study in map(load, paths.studies()) for form in study.data.input_formats.items())
+    return next((name for name, form in forms if Path(form.folder) == folder), None)
+
+
 def of(recipe: str) -> Study | None:
     """The study that a recipe belongs to by its name, or None."""
     folder = next((folder for folder in paths.studies() if recipe.startswith(f"{folder.name}/")), None)

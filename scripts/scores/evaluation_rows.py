@@ -75,8 +75,7 @@ def usual(run: Run, cfg: Config) -> Source | None:
     of_study = study.of(run.origin)
     name = run.test_data or datafiles.test_file(cfg, folder)
     beside = Path(folder, name) if name else None
-    forms = of_study.data.input_formats.values() if of_study else ()
-    if beside and (test_entry(beside) or Path(str(name)).parent in [Path(form.folder) for form in forms]):
+    if beside and (test_entry(beside) or study.input_format(str(name))):
         scored_on = beside.with_name(f"{of_study.data.scored_on}.jsonl") if of_study else beside
         beside = scored_on if scored_on.is_file() else beside
     elif tests := dict(datafiles.datasets(cfg, "test_datasets")):
