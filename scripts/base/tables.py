@@ -1,46 +1,162 @@
 """Prints rows as table, Markdown, CSV or JSON."""
 
 import csv
+import re
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from shutil import get_terminal_size
+from typing import Any, Literal
 
+import click
 import orjson
 
+from .yamlfiles import write_flow
+
 Row = dict[str, Any]
+Form = Literal["table", "wide", "md", "csv", "json"]
+"""How rows are printed; `wide` is a table with all columns, however narrow the terminal."""
+
+_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]\d+)?( ?%)?|nan|–")  # on the right of their columns
+_GAP = 2  # spaces between columns, and before what stands below a row
 
 
 def text_of(value: Any) -> str:
-    """A value as a table shows it; a dash for None."""
+    """A value as a person writes it: 0.05, 5.58, a list as YAML; two numbers as an interval, a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, float):
-        return f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}"
-    if isinstance(value, list) and value and all(isinstance(item, float) for item in value):
+        text = f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}".rstrip("0").rstrip(".")
+        return text if float(text) or not value else f"{value:.2g}"
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(item, float) for item in value):
         return " to ".join(map(text_of, value))
+    if isinstance(value, bool | list | dict):
+        return write_flow(value)
     return str(value)
 
 
-def print_table(rows: Sequence[Row], title: str | None = None, empty: bool = False) -> None:
-    """A table on stdout, as wide as it needs if stdout is not a terminal.
+def _column(values: list[Any]) -> list[str]:
+    """The texts of a column, where all fractions have as many decimals as the one that needs most."""
+    fractions = {text_of(value) for value in values if isinstance(value, float) and abs(value) < 1}
+    decimals = max((len(text.partition(".")[2]) for text in fractions if "e" not in text), default=0)
+    return [
+        f"{value:.{decimals}f}" if (text := text_of(value)) in fractions and "e" not in text else text
+        for value in values
+    ]
+
+
+def print_table(
+    rows: Sequence[Row],
+    title: str | None = None,
+    empty: bool = False,
+    spare: Sequence[str] = (),
+    below: Sequence[str] = (),
+    wide: bool = False,
+) -> None:
+    """A table on stdout. Where a terminal is too narrow for it, no value is cut and none but a long path is broken.
+
+    The columns `below` then go below their rows, a first column of long names above them, and the columns `spare` are
+    left out as far as necessary, which a line says; at last other columns go below as well.
 
     Args:
         empty: whether to show columns without values too.
+        spare: columns that can be left out, the least important first.
+        below: columns of long texts.
+        wide: whether to show all columns side by side in any case.
     """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    width = _width(wide)
     columns = [column for column in rows[0] if empty or any(row.get(column) is not None for row in rows)]
-    for column in columns:
-        numbers = any(isinstance(row[column], int | float) for row in rows)
-        table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(text_of(row[column])) for column in columns))
-    Console(width=None if sys.stdout.isatty() else 250).print(table)
+    texts = {
+        column: [re.sub(r"[\x00-\x1f\x7f]", " ", text) for text in (column, *_column([row[column] for row in rows]))]
+        for column in columns
+    }
+    widths = {column: max(map(_length, texts[column])) for column in columns}
+    numbers = {column for column in columns if all(map(_NUMBER.fullmatch, texts[column][1:]))}
+    above, beside, under, left_out = _arranged(widths, width, spare, below)
+    if title:
+        print_text(title, wide)
+    for i, row in enumerate([dict.fromkeys(columns), *rows]):  # the headings, then the rows
+        for line in _broken(texts[columns[0]][i], width) if above else ():
+            click.secho(line, bold=not i or None)
+        fills = {column: " " * (widths[column] - _length(texts[column][i])) for column in beside}
+        cells = [fills[c] + texts[c][i] if c in numbers else texts[c][i] + fills[c] for c in beside]
+        if cells:
+            click.secho((" " * _GAP * above + (" " * _GAP).join(cells)).rstrip(), bold=not i or None)
+        for column in under:
+            if row[column] is not None:
+                for line in _broken(f"{column}: {texts[column][i]}".removeprefix(": "), width - 2 * _GAP):
+                    click.echo(" " * _GAP + line)
+    if left_out:
+        print_text(f"not shown in this width: {', '.join(left_out)}; --wide shows all", dim=True)
+    if title:
+        click.echo()
+
+
+def print_text(text: str, wide: bool = False, dim: bool = False) -> None:
+    """A text of one paragraph on stdout, in lines of the terminal's width unless `wide`."""
+    for line in _broken(text, _width(wide)):
+        click.secho(line, dim=dim or None)
+
+
+def _width(wide: bool) -> int:
+    return get_terminal_size().columns if sys.stdout.isatty() and not wide else sys.maxsize
+
+
+def _arranged(
+    widths: dict[str, int], width: int, spare: Sequence[str], below: Sequence[str]
+) -> tuple[bool, list[str], list[str], list[str]]:
+    """Whether the first column goes above its rows; the columns that stand beside each other, below, and nowhere."""
+    first, *_ = beside = list(widths)
+    above = False
+
+    def fits() -> bool:
+        return sum(widths[column] + _GAP for column in beside) - (0 if above else _GAP) <= width
+
+    def take(column: str, to: list[str]) -> None:
+        beside.remove(column)
+        to.append(column)
+
+    under: list[str] = []
+    left_out: list[str] = []
+    for column in () if fits() else below:
+        if column in beside:
+            take(column, under)
+    if not fits() and widths[first] > width // 2:
+        above = True
+        beside.remove(first)
+    for column in spare:
+        if column in beside and not fits():
+            take(column, left_out)
+    while len(beside) > (not above) and not fits():
+        take(max(beside[not above :], key=lambda column: widths[column]), under)
+    if not above and not fits():
+        above = True
+        beside.remove(first)
+    return above, beside, under, left_out
+
+
+def _length(text: str) -> int:
+    """How many cells of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _broken(text: str, width: int) -> Iterator[str]:
+    """A text in lines, broken after spaces and slashes."""
+    line = ""
+    for piece in re.split(r"(?<=[/\s])", text):
+        if line and _length(line + piece.rstrip()) > width:
+            yield line.rstrip()
+            line = " " * _GAP
+        line += piece
+    yield from textwrap.wrap(
+        line, width, subsequent_indent=" " * _GAP, drop_whitespace=False, break_on_hyphens=False
+    ) or [line]
 
 
 def print_markdown(rows: Sequence[Row], title: str | None = None) -> None:
@@ -66,8 +182,15 @@ def print_json(value: Any) -> None:
     print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
 
 
-def write(rows: Sequence[Row], form: str, title: str | None = None, empty: bool = False) -> None:
-    """Rows on stdout as `table`, `md`, `csv` or `json`; `empty` as in `print_table`."""
+def write(
+    rows: Sequence[Row],
+    form: Form,
+    title: str | None = None,
+    empty: bool = False,
+    spare: Sequence[str] = (),
+    below: Sequence[str] = (),
+) -> None:
+    """Rows on stdout in one of the forms; for the other arguments see `print_table`."""
     match form:
         case "json":
             print_json(rows)
@@ -76,7 +199,7 @@ def write(rows: Sequence[Row], form: str, title: str | None = None, empty: bool 
         case "md":
             print_markdown(rows, title)
         case _:
-            print_table(rows, title, empty)
+            print_table(rows, title, empty, spare, below, wide=form == "wide")
 
 
 def print_tokens(rows: Sequence[Row]) -> None:

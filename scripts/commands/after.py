@@ -22,7 +22,9 @@ from .options import (
     RunName,
     Runs,
     SlurmOptions,
+    Wide,
     exclusive,
+    form_of,
     only_with,
 )
 
@@ -143,6 +145,7 @@ def results_verb(
         str | None, typer.Option(metavar="RUN", help="With --by: another run, or a file of predictions.")
     ] = None,
     runs: Runs = RUNS,
+    wide: Wide = False,
     json: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
@@ -154,12 +157,13 @@ def results_verb(
     only_with("--best", best, "--sweep", sweep_name)
     only_with("--rehearse", rehearse, "--study", study_name)
     only_with("--run", run, "--by", by)
-    form = "json" if json else "csv" if csv else "md" if md else "table"
+    form = form_of(wide, json, csv, md)
     if pair:
         from ..scores import compare
 
         rows = compare.compare(*(compare.predictions(name, runs) for name in pair))
-        tables.write(rows, form, f"a: {pair[0]}, b: {pair[1]}")
+        spare = ["equal", "rows", "p_wilcoxon", "better", "worse"]
+        tables.write(rows, form, f"a: {pair[0]}, b: {pair[1]}", spare=spare)
     elif by:
         from ..scores import compare
 

@@ -19,6 +19,7 @@ from .options import (
     Overrides,
     Profiles,
     Runs,
+    Wide,
     check_finite,
     exclusive,
     single_name,
@@ -40,6 +41,7 @@ def fetch_verb(
         typer.Option("--from", metavar="URL|FILE", help="A mirror's address, or the archive that you already have."),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder; by default data/DATA-raw.")] = None,
+    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """Download a data set from where it is published, and verify it; an interrupted download is resumed."""
@@ -47,7 +49,7 @@ def fetch_verb(
 
     data = study.with_data(name).data
     rows = fetch.fetch(data, out or data.raw, from_)
-    tables.print_json(rows) if json else tables.print_table(rows)
+    tables.print_json(rows) if json else tables.print_table(rows, wide=wide)
 
 
 @data_verbs.command("prepare")
@@ -74,6 +76,7 @@ def prepare_verb(
     ] = None,
     seed: Annotated[int, typer.Option(help="The seed of these draws.")] = 42,
     study_name: Annotated[str, typer.Option("--study", metavar="S", help="The study whose data it is.")] = "haider2024",
+    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """Turn CodeReviewer's rows into the files that the recipes train on, with a manifest."""
@@ -101,7 +104,7 @@ def prepare_verb(
         files += [split, *split.get("subsets", {}).values()]
         for name, reason in split.get("left_out", {}).items():
             say(f"{name}.jsonl: not written: {reason}")
-    tables.print_table([{key: file.get(key) for key in columns} for file in files])
+    tables.print_table([{key: file.get(key) for key in columns} for file in files], wide=wide)
     print(folder / codereviewer.MANIFEST)
 
 
@@ -124,6 +127,7 @@ def check_verb(
         int | None,
         typer.Option(metavar="N", min=1, help="Show instead what the model is trained on: N rows, token by token."),
     ] = None,
+    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """All that is wrong with a config, before it reaches a GPU. Exit code 2 if there is an error."""
@@ -149,7 +153,9 @@ def check_verb(
             for finding in report.findings:
                 print(finding)
             if report.data:
-                tables.print_table(report.data_table(), report.name)
+                tables.print_table(
+                    report.data_table(), report.name, spare=["padding", "MB", "median", "95 %", "with loss"], wide=wide
+                )
     counts = {level: sum(report.count(level) for report in reports) for level in ("error", "warning")}
     print(f"{len(reports)} checked; errors: {counts['error']}, warnings: {counts['warning']}", file=sys.stderr)
     if counts["error"]:
@@ -178,6 +184,7 @@ def plan_verb(
     ] = None,
     figure: FigureFile = None,
     runs: Runs = RUNS,
+    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """Parameters, memory and work of a config, and the cards that it fits, without a GPU."""
@@ -192,7 +199,7 @@ def plan_verb(
         if figure or data or vram or price or gpu_count > 1:
             raise UserError("--compare: takes --gpu and --json, and none of the other options of a plan")
         compared = plan.compare(requests[0], target)
-        tables.print_json(compared) if json else plan_tables.comparison(compared, requests[0].name)
+        tables.print_json(compared) if json else plan_tables.comparison(compared, requests[0].name, wide)
         return
     plans = {request.name: plan.of_request(request, target, vram, data, price, runs) for request in requests}
     if figure:
@@ -200,9 +207,9 @@ def plan_verb(
     if json:
         tables.print_json([{"recipe": name, **planned} for name, planned in plans.items()])
     elif len(plans) > 1:
-        plan_tables.summary(plans)
+        plan_tables.summary(plans, wide)
     else:
-        plan_tables.show(plans[requests[0].name])
+        plan_tables.show(plans[requests[0].name], wide)
 
 
 @analyze_verbs.command("quantization")
@@ -214,6 +221,7 @@ def quantization_verb(
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Normally distributed values instead.")] = False,
     layers: Annotated[int, typer.Option(min=0, help="How many decoder layers, evenly spaced; 0 takes all.")] = 5,
     figure: FigureFile = None,
+    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """What bitsandbytes' formats lose of real weights, and the bits that they take."""
@@ -232,12 +240,12 @@ def quantization_verb(
     if json:
         tables.print_json(rows)
         return
-    tables.print_table(quantization.table(rows))
-    tables.print_table(list(quantization.by_layer(rows)), "nf4 + double, 64: as the recipes have it")
+    tables.print_table(quantization.table(rows), spare=["mse"], wide=wide)
+    tables.print_table(list(quantization.by_layer(rows)), "nf4 + double, 64: as the recipes have it", wide=wide)
 
 
 @analyze_verbs.command("lora")
-def lora_verb(names: Names = None, figure: FigureFile = None, json: Json = False) -> None:
+def lora_verb(names: Names = None, figure: FigureFile = None, wide: Wide = False, json: Json = False) -> None:
     """How many parameters LoRA trains, by layers and rank, and a check of its update against PEFT."""
     from ..base.quiet import importing_axolotl
     from ..planning import lora
@@ -251,8 +259,9 @@ def lora_verb(names: Names = None, figure: FigureFile = None, json: Json = False
     if json:
         tables.print_json({"parameters": rows, "update_error": error})
         return
-    tables.print_table(lora.table(rows))
-    print(
+    tables.print_table(lora.table(rows), spare=lora.SPARE, wide=wide)
+    tables.print_text(
         f"W' = W + (alpha / r) B A: PEFT's output differs by {error['unmerged']:.1e} of the largest unmerged, "
-        f"{error['merged']:.1e} merged"
+        f"{error['merged']:.1e} merged",
+        wide,
     )

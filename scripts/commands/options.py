@@ -8,6 +8,7 @@ import click
 import typer
 
 from ..base.errors import UserError
+from ..base.tables import Form
 from ..scores.metrics import PER_ROW
 
 PlaceName = Literal["local", "slurm"]
@@ -40,6 +41,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key (a.b.0.c reaches below). Repeatable."),
 ]
 Mirror = Annotated[bool, typer.Option("--mirror", help="Use an ungated copy of a gated base model.")]
+Wide = Annotated[bool, typer.Option("--wide", help="Show all columns of a table, however narrow the terminal.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -119,6 +121,11 @@ def only_with(option: str, given: object, other: str, needed: object, why: str =
     """
     if given and not needed:
         raise UserError(f"{option}: works only with {other}{f'; {why}' if why else ''}")
+
+
+def form_of(wide: bool, json: bool, csv: bool = False, md: bool = False) -> Form:
+    """The form that rows are asked for in; JSON comes before CSV, that before Markdown."""
+    return "json" if json else "csv" if csv else "md" if md else "wide" if wide else "table"
 
 
 def single_name(names: list[str] | None, option: str) -> str:

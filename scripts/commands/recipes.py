@@ -1,11 +1,11 @@
 """The verbs about recipes: list, show, diff and new."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..base import paths, tables, yamlfiles
-from .options import Json, Name, Overrides
+from .options import Json, Name, Overrides, Wide
 
 HEADING = "Recipes"
 verbs = typer.Typer()
@@ -17,6 +17,7 @@ def list_verb(
         bool,
         typer.Option("--variants", help="Show instead which recipes are variants of which, with yours in variants/."),
     ] = False,
+    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """The recipes, with model, epochs, optimizer and published scores."""
@@ -24,9 +25,12 @@ def list_verb(
     from ..results import catalogue
 
     rows = variants.tree() if as_tree else catalogue.recipes()
-    if as_tree and not json:
-        rows = catalogue.variants_table(rows)
-    tables.print_json(rows) if json else tables.print_table(rows)
+    if json:
+        tables.print_json(rows)
+    elif as_tree:
+        tables.print_table(catalogue.variants_table(rows), below=["changed"], wide=wide)
+    else:
+        tables.print_table(catalogue.table(rows), spare=["base model", "planned GiB", "BERTScore"], wide=wide)
 
 
 @verbs.command("show", rich_help_panel=HEADING)
@@ -48,6 +52,7 @@ def show_verb(name: Name, json: Json = False) -> None:
 def diff_verb(
     a: Annotated[str, typer.Argument(metavar="A", help="A recipe's name or a YAML file, such as a run's config.yaml.")],
     b: Annotated[str | None, typer.Argument(metavar="[B]", help="Another; by default what A is a variant of.")] = None,
+    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """The keys in which two recipes or configs differ, except where they write to."""
@@ -57,7 +62,13 @@ def diff_verb(
     if json:
         tables.print_json(rows)
     elif rows:
-        tables.print_table(rows)
+        texts = [{column: _setting(value) for column, value in row.items()} for row in rows]
+        tables.print_table(texts, below=[*rows[0]][1:], wide=wide)
+
+
+def _setting(value: Any) -> str | None:
+    """A setting as a config writes it; None where there is none."""
+    return value if value is None or isinstance(value, str) else yamlfiles.write_flow(value)
 
 
 @verbs.command("new", rich_help_panel=HEADING)

@@ -25,7 +25,9 @@ from .options import (
     Runs,
     SlurmOptions,
     SweepFile,
+    Wide,
     exclusive,
+    form_of,
     only_with,
 )
 
@@ -144,6 +146,7 @@ def sweep_verb(
     best: Best = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan all members, and start none.")] = False,
     runs: Runs = RUNS,
+    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """Run a recipe with each of several settings, and compare them. What is done already is not done again."""
@@ -165,20 +168,26 @@ def sweep_verb(
         sweep_name, members, request, evaluation, runs, place, seeds=seeds, max_runs=max_runs, gpu=card, dry_run=dry_run
     )
     rows = sweeps.rows(record, runs, best)
-    _end(outcomes, json, {"sweep": record.label}, rows, lambda: sweep_tables.show(record, rows, best, "table"))
+    form = form_of(wide, json)
+    _end(outcomes, form, {"sweep": record.label}, rows, lambda: sweep_tables.show(record, rows, best, form))
 
 
 def _end(
-    outcomes: "list[Outcome]", json: bool, head: dict[str, Any], rows: list[dict[str, Any]], show: Callable[[], None]
+    outcomes: "list[Outcome]",
+    form: tables.Form,
+    head: dict[str, Any],
+    rows: list[dict[str, Any]],
+    show: Callable[[], None],
 ) -> None:
     """Print the outcomes of recipes or members and their results, and exit with the code that the outcomes give."""
     from ..running import pipeline
 
-    if json:
-        steps = [outcome.as_row() | {"problem": outcome.problem} for outcome in outcomes]
+    steps = [outcome.as_row() for outcome in outcomes]
+    if form == "json":
+        steps = [step | {"problem": outcome.problem} for step, outcome in zip(steps, outcomes, strict=True)]
         tables.print_json(head | {"steps": steps, "results": rows})
     else:
-        tables.print_table([outcome.as_row() for outcome in outcomes], empty=True)
+        tables.write(steps, form, empty=True, below=["run"])
         print()
         show()
     for outcome in outcomes:
@@ -214,6 +223,7 @@ def reproduce_verb(
     bertscore_layer: JudgeLayer = None,
     batch_size: BatchSize = 16,
     runs: Runs = RUNS,
+    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """Fetch, check, plan, train, evaluate and compare all of a study. What is done already is not done again."""
@@ -231,7 +241,8 @@ def reproduce_verb(
     place = places.kinds()[on](request.rehearse, jobs, slurm or [])
     outcomes = reproduce.reproduce(of_study, request, only or [], evaluation, runs, place)
     rows = verdict.rows(of_study, runs, request.rehearse, {outcome.recipe: outcome.run for outcome in outcomes})
-    _end(outcomes, json, {}, rows, lambda: verdict.show_study(of_study, rows, request.rehearse, "table"))
+    form = form_of(wide, json)
+    _end(outcomes, form, {}, rows, lambda: verdict.show_study(of_study, rows, request.rehearse, form))
 
 
 @verbs.command("cancel", rich_help_panel=HEADING)

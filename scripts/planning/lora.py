@@ -19,6 +19,7 @@ from .drawing import drawing
 from .planner import keep, packages
 
 RANKS = (4, 8, 16, 32, 64, 128)
+SPARE = ("r 128", "r 4", "r 64", "r 16", "r 8")  # columns that a narrow table leaves out
 STYLES = {"attention": "--", "all linear": "-"}  # of lines by their set of layers; a first set has others
 _OTHERS = (
     *("lora_modules_to_save", "lora_rank_pattern", "lora_exclude_modules", "lora_target_parameters"),

@@ -11,18 +11,18 @@ from .planner import GIB
 Plan = dict[str, Any]
 
 
-def show(planned: Plan) -> None:
-    """A plan on stdout."""
+def show(planned: Plan, wide: bool = False) -> None:
+    """A plan on stdout; `wide` as in `tables.print_table`."""
     batch = "{rows} x {tokens} tokens"
     of_batch = batch.format(**planned["micro_batch"])
     print(f"{planned['model']}, {planned['adapter'] or 'all weights'}, {of_batch} a micro batch\n")
-    tables.print_table(_parameters(planned))
+    tables.print_table(_parameters(planned), wide=wide)
     print(f"{planned['trainable_share']:.3%} trainable\n")
-    tables.print_table(_memory(planned))
+    tables.print_table(_memory(planned), wide=wide)
     if longest := planned.get("longest_batch"):
         print(f"{longest['needed'] / GIB:.2f} GiB at the longest batch of the data, {batch.format(**longest)}")
     print()
-    tables.print_table(_cards(planned))
+    tables.print_table(_cards(planned), spare=["usable GiB", "longest row"], wide=wide)
     for change in planned["changes"]:
         settings = " ".join(f"--set {key}={json.dumps(value)}" for key, value in change["set"].items())
         verdict = "then it fits" if change["fits"] else "not enough"
@@ -30,24 +30,26 @@ def show(planned: Plan) -> None:
     if len(planned["cards"]) == 1 and not any(way["fits"] for way in (*planned["cards"], *planned["changes"])):
         print("no known change makes it fit: take a larger card or a smaller model")
     print()
-    tables.print_table(_work(planned["work"]))
-    show_notes(planned["notes"])
+    tables.print_table(_work(planned["work"]), below=[""], wide=wide)
+    show_notes(planned["notes"], wide=wide)
 
 
-def show_notes(notes: list[str], where: str = "") -> None:
+def show_notes(notes: list[str], where: str = "", wide: bool = False) -> None:
     """What a plan leaves out."""
     for note in notes:
-        print(f"note: {f'{where}: ' if where else ''}{note}")
+        tables.print_text(f"note: {f'{where}: ' if where else ''}{note}", wide)
 
 
-def summary(plans: dict[str, Plan]) -> None:
+def summary(plans: dict[str, Plan], wide: bool = False) -> None:
     """Several plans on stdout, a row each."""
-    tables.print_table([_summary(name, planned) for name, planned in plans.items()])
+    rows = [_summary(name, planned) for name, planned in plans.items()]
+    spare = ["logits GiB", "reserved GiB", "allocated GiB", "trainable", "share", "micro batch"]
+    tables.print_table(rows, spare=spare, wide=wide)
     for name, planned in plans.items():
-        show_notes(planned["notes"], name)
+        show_notes(planned["notes"], name, wide)
 
 
-def comparison(compared: list[dict[str, Any]], name: str) -> None:
+def comparison(compared: list[dict[str, Any]], name: str, wide: bool = False) -> None:
     """The methods on stdout, a row each: what adds up to what a GPU needs, and the optimizer state that is paged."""
     sizes = ("weights", "gradients", "optimizer", "activations", "other", "needed")
     rows = [
@@ -55,14 +57,14 @@ def comparison(compared: list[dict[str, Any]], name: str) -> None:
             "method": row["method"],
             "trainable": f"{row['trainable']:,}",
             "share": f"{row['trainable_share']:.2%}",
-            **{f"{size} GiB": row[size] / GIB for size in sizes},
-            "beside it, paged GiB": row["optimizer_paged"] / GIB,
+            **{size: f"{row[size] / GIB:.2f}" for size in sizes},
+            "paged": f"{row['optimizer_paged'] / GIB:.2f}" if row["optimizer_paged"] else None,
         }
         for row in compared
     ]
-    tables.print_table(rows, name)
+    tables.print_table(rows, f"{name}: GiB", spare=["trainable"], wide=wide)
     for row in compared:
-        show_notes(row["notes"], row["method"])
+        show_notes(row["notes"], row["method"], wide)
 
 
 def _parameters(planned: Plan) -> list[dict[str, Any]]:

@@ -20,6 +20,22 @@ def recipes() -> list[dict[str, Any]]:
     return rows
 
 
+def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `recipes` under the headings of a table."""
+    return [
+        {
+            "recipe": row["recipe"],
+            "epochs": row["epochs"],
+            "optimizer": row["optimizer"],
+            "BLEU-4": row["published_bleu4"],
+            "BERTScore": row["published_bertscore_f1"],
+            "planned GiB": row["planned_gib"],
+            "base model": row["base_model"],
+        }
+        for row in rows
+    ]
+
+
 def variants_table(tree: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`variants.tree` as the rows of a table."""
     return [

@@ -14,6 +14,11 @@ from ..scores.evaluations import of_run
 from .run_rows import row
 
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown for runs from before there was one per token
+_SPARE = (
+    *("minutes", "tokens/s", "rows", "peak GiB", "base model"),
+    *("step", AXOLOTL_EVAL_LOSS, "eval loss", "published", "difference"),
+)
+_BELOW = ("changed", "variant of", "jobs")
 REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
 
 
@@ -54,8 +59,8 @@ def _short(full: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def show(runs: Path, form: str) -> None:
-    """Print the results of all runs below a folder as `table`, `md`, `csv` or `json`."""
+def show(runs: Path, form: tables.Form) -> None:
+    """Print the results of all runs below a folder, in a form of `tables.Form`."""
     rows = [row(folder, run, _jobs(folder, run)) for folder, run in readable(all_runs(runs), places.read)]
     if not rows and form != "json":
         say(f"no runs below {runs}/; `recipe run NAME --rehearse` makes one")
@@ -65,13 +70,13 @@ def show(runs: Path, form: str) -> None:
         real = [_short(r) for r in rows if not r["rehearsal"]]
         rehearsals = [_short(r) for r in rows if r["rehearsal"]]
         if real:
-            tables.write(real, form, "Runs")
+            tables.write(real, form, "Runs", spare=_SPARE, below=_BELOW)
             comparable = [r for r in rows if not (r["rehearsal"] or r["other_base_model"] or r["other_data"])]
             of_studies = {s.folder: s for r in comparable if (s := study.of(r["variant_of"] or r["recipe"]))}
             for of_study in of_studies.values():
                 tables.write(baselines(of_study), form, "To compare with")
         if rehearsals:
-            tables.write(rehearsals, form, REHEARSALS)
+            tables.write(rehearsals, form, REHEARSALS, spare=_SPARE, below=_BELOW)
 
 
 def baselines(of_study: study.Study) -> list[dict[str, Any]]:

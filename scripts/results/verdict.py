@@ -201,8 +201,8 @@ def notes(rows: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{full['recipe']} is off, and the paper leaves open: {'; '.join(full['open'])}"
 
 
-def show_study(of_study: Study, rows: list[dict[str, Any]], rehearsal: bool, form: str) -> None:
-    """Print the rows of `verdict.rows` as `table`, `md`, `csv` or `json`."""
+def show_study(of_study: Study, rows: list[dict[str, Any]], rehearsal: bool, form: tables.Form) -> None:
+    """Print the rows of `verdict.rows`, in a form of `tables.Form`."""
     if form == "json":
         tables.write(rows, form)
     elif not rows:
@@ -213,12 +213,13 @@ def show_study(of_study: Study, rows: list[dict[str, Any]], rehearsal: bool, for
         subset = of_study.data.subsets[of_study.data.scored_on].title
         title = f"{of_study.paper['authors']}, arXiv {of_study.paper['arxiv']}; published scores are on {subset}"
         bleu, more = tables_of(rows, of_study)
-        tables.write(bleu, form, REHEARSALS if rehearsal else title, empty=True)
-        tables.write(more, form, empty=True)
+        over = [column for column in bleu[0] if column.startswith("over ")]
+        tables.write(bleu, form, REHEARSALS if rehearsal else title, empty=True, spare=[*over, "rows", "difference"])
+        tables.write(more, form, empty=True, spare=["by", "tokens/s", "peak GPU GiB", "eval loss"])
         if not rehearsal:
             tables.write(baselines(of_study), form, "To compare with")
             for line in notes(rows):
-                print(line)
+                tables.print_text(line, wide=form != "table")
 
 
 def _flat(full: dict[str, Any]) -> dict[str, Any]:

@@ -9,17 +9,18 @@ from . import sweeps
 from .sweeps import Sweep
 
 
-def show(sweep: Sweep, rows: list[dict[str, Any]], best: str | None, form: str) -> None:
-    """Print the rows of `sweeps.rows` as `table`, `md`, `csv` or `json`."""
+def show(sweep: Sweep, rows: list[dict[str, Any]], best: str | None, form: tables.Form) -> None:
+    """Print the rows of `sweeps.rows`, in a form of `tables.Form`."""
     if form in ("json", "csv"):
         tables.write(rows if form == "json" else [_flat(sweep, row) for row in rows], form)
         return
     title = f"{sweep.name}: {sweep.recipe}"
-    tables.write(
-        [_short(sweep, row) for row in rows], form, f"{title}. {listing.REHEARSALS}" if sweep.rehearsal else title
-    )
+    if sweep.rehearsal:
+        title = f"{title}. {listing.REHEARSALS}"
+    spare = ("minutes", "trained", "95 %", "planned GiB", "eval loss")
+    tables.write([_short(sweep, row) for row in rows], form, title, spare=spare)
     for line in notes(sweep, rows, best):
-        print(line)
+        tables.print_text(line, wide=form != "table")
 
 
 def notes(sweep: Sweep, rows: list[dict[str, Any]], best: str | None) -> list[str]:
