@@ -15,18 +15,20 @@ def show(planned: Plan, wide: bool = False) -> None:
     """A plan on stdout; `wide` as in `tables.print_table`."""
     batch = "{rows} x {tokens} tokens"
     of_batch = batch.format(**planned["micro_batch"])
-    print(f"{planned['model']}, {planned['adapter'] or 'all weights'}, {of_batch} a micro batch\n")
+    tables.print_text(f"{planned['model']}, {planned['adapter'] or 'all weights'}, {of_batch} a micro batch", wide)
+    print()
     tables.print_table(_parameters(planned), wide=wide)
     print(f"{planned['trainable_share']:.3%} trainable\n")
     tables.print_table(_memory(planned), wide=wide)
     if longest := planned.get("longest_batch"):
-        print(f"{longest['needed'] / GIB:.2f} GiB at the longest batch of the data, {batch.format(**longest)}")
+        needed = f"{longest['needed'] / GIB:.2f} GiB at the longest batch of the data"
+        tables.print_text(f"{needed}, {batch.format(**longest)}", wide)
     print()
     tables.print_table(_cards(planned), spare=["usable GiB", "longest row"], wide=wide)
     for change in planned["changes"]:
         settings = " ".join(f"--set {key}={json.dumps(value)}" for key, value in change["set"].items())
         verdict = "then it fits" if change["fits"] else "not enough"
-        print(f"{verdict}, {change['needed'] / GIB:.2f} GiB: {settings} ({change['effect']})")
+        tables.print_text(f"{verdict}, {change['needed'] / GIB:.2f} GiB: {settings} ({change['effect']})", wide)
     if len(planned["cards"]) == 1 and not any(way["fits"] for way in (*planned["cards"], *planned["changes"])):
         print("no known change makes it fit: take a larger card or a smaller model")
     print()

@@ -11,6 +11,8 @@ from qlora_recipes.configs import config
 from qlora_recipes.runs.handover import PLUGIN
 from qlora_recipes.runs.rundir import RunDir, summarise
 
+pytestmark = pytest.mark.long  # five trainings
+
 ROWS = 7  # so that the last batch is not full
 PACKED = {"sample_packing": True, "pad_to_sequence_len": True, "sequence_len": 1024, "dataset_num_proc": 1}
 EVALUATIONS = {

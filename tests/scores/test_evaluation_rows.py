@@ -261,7 +261,17 @@ HELD_OUT: dict[str, Config] = {
 }
 
 
-@pytest.mark.parametrize(("how", "two"), [("share", False), ("number", False), *((how, True) for how in HELD_OUT)])
+@pytest.mark.parametrize(
+    ("how", "two"),
+    [
+        *[("share", False), ("number", False), ("packed", True), ("without duplicates", True)],
+        *(
+            pytest.param(how, True, marks=pytest.mark.long)
+            for how in HELD_OUT
+            if how not in ("packed", "without duplicates")
+        ),
+    ],
+)
 def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(
     own: OwnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, two: bool
 ) -> None:
