@@ -4,7 +4,7 @@ UV := $(or $(shell command -v uv),.uv/bin/uv)
 RECIPE := .venv/bin/recipe
 PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder  # for two cores: some tests wait for a queue or a process
 
-.PHONY: setup demo test test-long coverage test-image lint core lock benchmark compare-memory
+.PHONY: setup demo test test-long coverage test-image lint core lock benchmark compare-memory picture
 
 setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe
 
@@ -39,6 +39,9 @@ benchmark: setup  ## How long the quick commands take, and how fast data is chec
 
 compare-memory: setup  ## Planned memory beside published figures, and another planner's
 	.venv/bin/python tests/compare_memory.py
+
+picture: setup  ## The terminal in the README anew
+	.venv/bin/python tests/picture.py
 
 lock: $(filter .uv/%,$(UV))  ## requirements.lock anew from pyproject.toml
 	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.12 --generate-hashes \

@@ -52,7 +52,10 @@ SMALL = {
 Recipe = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-LONGEST = ("engines", "own_tasks", "eval_loss", "memory", "reproduce", "slurm", "sweep", "plan", "run", "plugin", "docker")
+LONGEST = (
+    *("engines", "own_tasks", "eval_loss", "memory", "reproduce"),
+    *("slurm", "sweep", "plan", "run", "plugin", "docker"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
