@@ -82,7 +82,7 @@ def find(composed: Config) -> Model:
         special_tokens=special_tokens,
         pad_token=token(folder, "pad_token") or entry.get("own_pad_token"),
         chat=entry.get("chat", False) if entry else None,
-        chat_template=_chat_template(folder),
+        chat_template=chat_template(folder),
     )
 
 
@@ -204,8 +204,8 @@ def token(folder: Path | None, name: str) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _chat_template(folder: Path | None) -> str | None:
-    """Where transformers looks for it: a file of its own, else the tokenizer's config, in which several have names."""
+def chat_template(folder: Path | None) -> str | None:
+    """The chat template in a model's folder: a file of its own, else of the tokenizer's config, where several have names."""
     if not folder:
         return None
     if (file := folder / "chat_template.jinja").is_file():

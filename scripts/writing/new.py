@@ -10,7 +10,7 @@ from typing import Any
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
-from ..base.files import read_json, write_atomically
+from ..base.files import write_atomically
 from ..base.yamlfiles import Config
 from ..configs import config, datafiles, models, variants
 from ..data import study
@@ -107,10 +107,7 @@ def _chat_templates(recipe: Config, folder: Path | None, entry: Config, changes:
     foreign = {
         key: name for key, name in named.items() if name and not str(name).startswith(("tokenizer_default", "jinja"))
     }
-    in_files = folder is not None and (
-        (folder / "chat_template.jinja").is_file() or "chat_template" in read_json(folder / "tokenizer_config.json")
-    )
-    if "chat_template" in foreign and (entry.get("chat") or in_files):
+    if "chat_template" in foreign and (entry.get("chat") or models.chat_template(folder)):
         changes["chat_template"] = Change("tokenizer_default", "the one that comes with the model")
         del foreign["chat_template"]
     return [f"{key} stays {name}: see whether it is the model's" for key, name in foreign.items()]
