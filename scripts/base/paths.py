@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from .errors import UserError, did_you_mean
+from .errors import UserError, did_you_mean, meant
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -51,10 +51,11 @@ def variant_names() -> list[str]:
 
 
 def find_recipe(name: str) -> tuple[str, Path]:
-    """The name and file of a recipe or variant given as NAME or FILE; a file that is neither is named by its stem.
+    """The name and file of a recipe or variant given as NAME, a part of it (see `meant`) or FILE; a file that is
+    neither is named by its stem.
 
     Raises:
-        UserError: there is no recipe, variant or file of that name.
+        UserError: there is no recipe, variant or file of that name, or several are meant.
     """
     variants = {variant: VARIANTS / f"{variant}.yaml" for variant in variant_names()}
     files = variants | {recipe: RECIPES / f"{recipe}.yaml" for recipe in recipe_names()}
@@ -63,22 +64,23 @@ def find_recipe(name: str) -> tuple[str, Path]:
     given = Path(name)
     if given.suffix in (".yaml", ".yml"):
         if not given.is_file():
-            raise UserError(f"{given}: no such file")
+            near = [*map(str, given.parent.glob("*.y*ml")), *(shown(file) for file in files.values())]
+            raise UserError(f"{given}: no such file{did_you_mean(name, near)}")
         return next((name for name, file in files.items() if file.samefile(given)), given.stem), given
-    hint = did_you_mean(name, files) or "; `recipe list` shows them all"
-    raise UserError(f"{name}: no recipe of that name{hint}")
+    found = meant(name, files, "recipe", "; `recipe list` shows them all")
+    return found, files[found]
 
 
 def find_profile(name: str) -> tuple[str, Path]:
-    """The name and file of a profile: a shipped one's name, or FILE, which is its own name.
+    """The name and file of a profile: a shipped one's name, FILE, which is its own name, or a part of a shipped one's.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is none, or several are meant.
     """
     shipped = {file.stem: file for file in sorted(PROFILES.glob("*.yaml"))}
     if name in shipped:
         return name, shipped[name]
     if Path(name).is_file():
         return next((profile for profile in shipped.items() if profile[1].samefile(name)), (name, Path(name)))
-    hint = did_you_mean(name, shipped)
-    raise UserError(f"{name}: no profile of that name{hint}; there are {', '.join(shipped)}, or any YAML file")
+    found = meant(name, shipped, "profile", f"; there are {', '.join(shipped)}, or any YAML file")
+    return found, shipped[found]

@@ -190,7 +190,7 @@ def report_verb(
         list[str] | None,
         typer.Argument(
             metavar="[RUN]...",
-            help="Runs, compared where there are several: folders, ends of their names; by default the latest.",
+            help="Runs, compared where there are several: folders or parts of their names; by default the latest.",
         ),
     ] = None,
     study_name: Annotated[

@@ -1,6 +1,7 @@
 """Arguments and options that several verbs share, the values that they take, and which exclude or need one another."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,6 +9,8 @@ import click
 import typer
 
 from ..base.errors import UserError
+from ..base.paths import find_recipe
+from ..base.progress import say
 from ..base.tables import Form
 from ..scores.metrics import PER_ROW
 
@@ -17,19 +20,46 @@ CacheForm = Literal["auto", "static", "dynamic"]
 Group = Literal["lang", "length"]
 CRITERIA = ["eval_loss", *PER_ROW, "memory", "time", "bleu4_per_gib"]
 
-Name = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A recipe's name (see `recipe list`) or a YAML file.")]
+
+def whole_name(context: typer.Context, given: str | None) -> str | None:
+    """The whole name of a recipe that was given by a part of it, which is said; anything else as it was given."""
+    if given and not context.resilient_parsing:
+        with suppress(UserError):  # which the verb itself reports
+            name, file = find_recipe(given)
+            if name != given and file != Path(given):
+                say(f"recipe {name}")
+                return name
+    return given
+
+
+def whole_names(context: typer.Context, given: list[str] | None) -> list[str]:
+    """As `whole_name`, of several recipes."""
+    return [whole_name(context, name) or name for name in given or ()]
+
+
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME|FILE",
+        callback=whole_name,
+        help="A recipe's name or a part of it (see `recipe list`), or a YAML file.",
+    ),
+]
 Names = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[NAME|FILE]...", help="Recipes or YAML files; by default all recipes."),
+    typer.Argument(
+        metavar="[NAME|FILE]...",
+        callback=whole_names,
+        help="Recipes' names or parts of them, or YAML files; by default all recipes.",
+    ),
 ]
 RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run's folder, an unambiguous end of its name, or latest.")
+    str,
+    typer.Argument(metavar="RUN", help="A run's folder or a part of its name, a recipe for its newest run, or latest."),
 ]
 SweepFile = Annotated[
     str | None,
-    typer.Argument(
-        metavar="[SWEEP]", help="A YAML file in Axolotl's sweep format, or the name of one in recipes/sweeps."
-    ),
+    typer.Argument(metavar="[SWEEP]", help="A YAML file in Axolotl's sweep format, or the name of a shipped one."),
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="The folder that holds the runs.")]
 Profiles = Annotated[

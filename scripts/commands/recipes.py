@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from ..base import paths, tables, yamlfiles
-from .options import Json, Name, Overrides, Wide
+from .options import Json, Name, Overrides, Wide, whole_name
 
 HEADING = "Recipes"
 verbs = typer.Typer()
@@ -50,8 +50,16 @@ def show_verb(name: Name, json: Json = False) -> None:
 
 @verbs.command("diff", rich_help_panel=HEADING)
 def diff_verb(
-    a: Annotated[str, typer.Argument(metavar="A", help="A recipe's name or a YAML file, such as a run's config.yaml.")],
-    b: Annotated[str | None, typer.Argument(metavar="[B]", help="Another; by default what A is a variant of.")] = None,
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A", callback=whole_name, help="A recipe's name or a YAML file, such as a run's config.yaml."
+        ),
+    ],
+    b: Annotated[
+        str | None,
+        typer.Argument(metavar="[B]", callback=whole_name, help="Another; by default what A is a variant of."),
+    ] = None,
     wide: Wide = False,
     json: Json = False,
 ) -> None:
@@ -74,7 +82,10 @@ def _setting(value: Any) -> str | None:
 @verbs.command("new", rich_help_panel=HEADING)
 def new_verb(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; it is written to variants/NAME.yaml.")],
-    from_: Annotated[str, typer.Option("--from", metavar="BASE", help="The recipe or YAML file to start from.")],
+    from_: Annotated[
+        str,
+        typer.Option("--from", metavar="BASE", callback=whole_name, help="The recipe or YAML file to start from."),
+    ],
     model: Annotated[
         str | None,
         typer.Option("--model", metavar="MODEL", help="Another base model: owner/name on the hub, or a folder."),

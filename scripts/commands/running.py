@@ -199,7 +199,7 @@ def _end(
 
 @verbs.command("reproduce", rich_help_panel=HEADING)
 def reproduce_verb(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="A folder of recipes/ with a study.yaml.")],
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study's name, as haider2024.")],
     rehearse: RehearseAll = False,
     only: Annotated[
         list[str] | None,
@@ -235,7 +235,9 @@ def reproduce_verb(
     from ..scores import evaluate
 
     of_study = find(study)
-    request = Request(study, profiles=profile or [], overrides=set_ or [], rehearse=rehearse, mirror=mirror)
+    request = Request(
+        of_study.folder.name, profiles=profile or [], overrides=set_ or [], rehearse=rehearse, mirror=mirror
+    )
     request.rehearse = is_rehearsal(request)
     evaluation = evaluate.EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
     place = places.kinds()[on](request.rehearse, jobs, slurm or [])
@@ -249,7 +251,9 @@ def reproduce_verb(
 def cancel_verb(
     run: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN]...", help="Runs: folders, unambiguous ends of their names, or latest."),
+        typer.Argument(
+            metavar="[RUN]...", help="Runs: folders or parts of their names, recipes for their newest runs, or latest."
+        ),
     ] = None,
     sweep_name: Annotated[
         str | None, typer.Option("--sweep", metavar="NAME", help="Every run of a sweep instead.")

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from ..base import machine, yamlfiles
-from ..base.errors import UserError, did_you_mean
+from ..base.errors import meant
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,19 @@ def catalogue() -> dict[str, Gpu]:
 
 
 def find(name: str, option: str = "--gpu") -> Gpu:
-    """A GPU by its name, in any spelling, or by its compute capability.
+    """A GPU by its name or a part of that, in any spelling, or by its compute capability.
 
     Args:
         name: the name.
         option: the option that gave it, for messages.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or there are several.
     """
     if match := re.fullmatch(r"sm_?(\d{1,2})(\d)|(\d{1,2})\.(\d)", name, re.IGNORECASE):
         return Gpu(name, (int(match[1] or match[3]), int(match[2] or match[4])))
-    if gpu := named(name):
-        return gpu
-    hint = did_you_mean(name.upper(), catalogue()) or f"; there are {', '.join(catalogue())}"
-    raise UserError(f"{option} {name}: no GPU of that name{hint}; a compute capability such as sm_86 is accepted too")
+    hint = f"; there are {', '.join(catalogue())}, or a compute capability such as sm_86"
+    return named(name) or named(f"RTX {name}") or catalogue()[meant(name, catalogue(), "GPU", hint, option)]
 
 
 def here() -> Gpu | None:

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError
+from ..base.errors import UserError, meant
 
 
 class _Strict(BaseModel):
@@ -156,27 +156,23 @@ def load(folder: Path) -> Study:
 
 
 def find(name: str) -> Study:
-    """The study of a name, which is that of its folder below recipes/.
+    """The study of a name or a part of that; its name is its folder's below recipes/.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or several are meant.
     """
     folders = {folder.name: folder for folder in paths.studies()}
-    if name not in folders:
-        raise UserError(f"{name}: no study of that name; there are {', '.join(folders)}")
-    return load(folders[name])
+    return load(folders[meant(name, folders, "study")])
 
 
 def with_data(key: str) -> Study:
-    """The first study on a data set.
+    """The first study on a data set, given by its name or a part of that.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or several are meant.
     """
     studies = {study.data.key: study for study in map(load, reversed(paths.studies()))}
-    if key not in studies:
-        raise UserError(f"{key}: no data set of that name; there are {', '.join(sorted(studies))}")
-    return studies[key]
+    return studies[meant(key, studies, "data set")]
 
 
 def input_format(path: str) -> str | None:

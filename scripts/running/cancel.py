@@ -27,7 +27,7 @@ def cancel(names: list[str], sweep: str | None, of_study: str | None, runs: Path
     if sweep:
         messages = stop_holders([sweeps.find(sweep, runs).lock(runs)])
     elif of_study:
-        study.find(of_study)  # refuses a name that is not a study's
+        of_study = study.find(of_study).folder.name
         messages = stop_holders([reproduce.lock(of_study, runs)])
     folders = [find_run(name, runs) for name in names] or ([] if messages else _meant(sweep, of_study, runs))
     messages += [f"{folder.path}: {message}" for folder in folders for message in places.cancel(folder, not names)]

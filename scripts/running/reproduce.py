@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..base import yamlfiles
-from ..base.errors import UserError, did_you_mean
+from ..base.errors import UserError, meant
 from ..base.locks import PATIENCE, held
 from ..base.paths import find_recipe
 from ..base.progress import say
@@ -22,14 +22,11 @@ def chosen(of_study: Study, only: list[str]) -> list[str]:
     """The recipes of a study to run: those with published scores, or those of its recipes that are named.
 
     Raises:
-        UserError: a name is not that of a recipe of the study.
+        UserError: a name is not that of a recipe of the study, or it may be that of several.
     """
-    of_name = {recipe.partition("/")[2]: recipe for recipe in (*of_study.published, *of_study.beside)}
-    for name in only:
-        if name not in of_name and name not in of_name.values():
-            hint = did_you_mean(name, of_name)
-            raise UserError(f"--only {name}: not a recipe of the study{hint}; it has {', '.join(of_name)}")
-    return list(dict.fromkeys(of_name.get(name, name) for name in only)) or list(of_study.published)
+    recipes = [*of_study.published, *of_study.beside]
+    named = [meant(name, recipes, "recipe of the study", option="--only") for name in only]
+    return list(dict.fromkeys(named)) or list(of_study.published)
 
 
 def reproduce(

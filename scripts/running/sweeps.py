@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError, did_you_mean
+from ..base.errors import UserError, meant
 from ..base.files import tensor_shapes, write_atomically
 from ..base.machine import now
 from ..base.yamlfiles import Config
@@ -142,7 +142,7 @@ def varying(members: Sequence[SweepMember]) -> list[str]:
 
 
 def find(name: str, runs: Path) -> Sweep:
-    """The sweep of a name: the one it was given, its label or the end of that, or `latest`.
+    """The sweep of a name: its label or a part of that, see `meant`, or `latest`.
 
     Raises:
         UserError: there is none, or more than one.
@@ -155,27 +155,24 @@ def find(name: str, runs: Path) -> Sweep:
     if name == "latest" and recorded:
         return recorded[-1]
     wanted = Path(name).stem if name.endswith((".yaml", ".yml")) else name
-    meant = [sweep for sweep in recorded if f"/{wanted}/" in f"/{sweep.label}/"]
-    if len(meant) == 1:
-        return meant[0]
-    labels = [sweep.label for sweep in meant or recorded]
-    if meant:
-        raise UserError(f"{name}: several sweeps have that name: {', '.join(labels)}")
-    there = f"; there are {', '.join(labels)}" if labels else "; `recipe sweep` makes one"
-    raise UserError(f"{name}: no sweep of that name below {runs}/{did_you_mean(name, labels) or there}")
+    labels = {sweep.label: sweep for sweep in recorded}
+    there = f"there are {', '.join(labels)}" if labels else "`recipe sweep` makes one"
+    found = meant(wanted, labels, "sweep", f" below {runs}/; {there}")
+    if found != wanted and (rehearsal := f"{found}/rehearsal") in labels:  # one of them is not to stop for the other
+        raise UserError(f"{name}: may be {found} or {rehearsal}; give its whole name")
+    return labels[found]
 
 
 def find_file(name: str) -> Path:
-    """The file of a sweep given by the name of a shipped one, or as FILE.
+    """The file of a sweep given by the name of a shipped one or a part of that, or as FILE.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is none, or several are meant.
     """
     shipped = {file.stem: file for file in sorted((paths.RECIPES / "sweeps").glob("*.yaml"))}
     if name in shipped or Path(name).is_file():
         return shipped.get(name) or Path(name)
-    hint = did_you_mean(name, shipped) or f"; there are {', '.join(shipped)}, or any YAML file"
-    raise UserError(f"{name}: no sweep of that name{hint}")
+    return shipped[meant(name, shipped, "sweep", f"; there are {', '.join(shipped)}, or any YAML file")]
 
 
 def rows(sweep: Sweep, runs: Path, best: str | None = None) -> list[dict[str, Any]]:

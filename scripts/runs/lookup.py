@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..base.errors import UserError
+from ..base.errors import UserError, meant
 from ..base.paths import RUNS
 from ..base.progress import say
 from .rundir import Run, RunDir
@@ -15,7 +15,9 @@ def all_runs(runs: Path = RUNS) -> list[RunDir]:
 
 
 def find_run(name: str, runs: Path = RUNS) -> RunDir:
-    """The run given as its folder, as an end of its path that no other run has, or as `latest`.
+    """The run given as its folder, by its name, as `latest`, or by a recipe, whose newest run it is.
+
+    Of names a part is enough, see `meant`; which run is meant is then said.
 
     Raises:
         UserError: no run, or more than one, matches.
@@ -23,13 +25,16 @@ def find_run(name: str, runs: Path = RUNS) -> RunDir:
     if (Path(name) / "run.json").is_file():
         return RunDir(Path(name))
     folders = all_runs(runs)
-    end = name.rstrip("/")
-    matches = folders[-1:] if name == "latest" else [run for run in folders if end and str(run.path).endswith(end)]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise UserError(f"{name}: several runs end like that: {', '.join(str(run.path) for run in matches)}")
-    raise UserError(f"{name}: no run of that name below {runs}/; `recipe results` lists the runs")
+    if name == "latest" and folders:
+        return folders[-1]
+    named = {run.path.relative_to(runs).as_posix(): run for run in folders}
+    named |= {path.rpartition("/")[0]: run for path, run in named.items() if "/" in path}  # the last is the newest
+    hint = f" below {runs}/; " + ("`recipe results` lists the runs" if named else "`recipe run` makes one")
+    choices = dict.fromkeys(["latest"] if named else []) | named
+    found = named[meant(name.removeprefix(f"{runs}/"), choices, "run", hint)]
+    if found.path != runs / name:
+        say(f"run {found.path}")
+    return found
 
 
 def readable(folders: Sequence[RunDir], read: Callable[[RunDir], Run] = RunDir.read) -> Iterator[tuple[RunDir, Run]]:

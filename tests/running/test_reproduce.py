@@ -196,7 +196,11 @@ def test_a_changed_setting_is_run_anew_and_a_recipe_that_fails_does_not_stop_the
     ("words", "says"),
     [
         (["other"], "other: no study of that name"),
-        (["haider2024", "--only", "llama-2"], "--only llama-2: not a recipe of the study; did you mean llama-2-7b"),
+        (
+            ["haider2024", "--only", "lama-2"],
+            "--only lama-2: no recipe of the study of that name; did you mean llama-2",
+        ),
+        (["haider2024", "--only", "llama-2"], "--only llama-2: may be any of haider2024/all-linear/llama-2-7b, haid"),
         (["haider2024", "--jobs", "3"], "--jobs 3: one GPU per job, and only 0 can be used here"),
         (["haider2024", "--rehearse", "--profile", "nowhere"], "nowhere: no profile of that name"),
         (["haider2024", "--rehearse", "--set", "lora_rr=3"], "lora_rr: no key of Axolotl's"),

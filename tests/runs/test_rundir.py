@@ -105,6 +105,30 @@ def test_runs_are_found_by_folder_end_and_latest(tmp_path: Path) -> None:
             lookup.find_run(name, tmp_path / "runs")
 
 
+def test_a_recipe_or_a_part_of_its_name_is_its_newest_run_which_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    old, new, other, below = (
+        a_run(runs / folder).path for folder in ("s/wide/20260101-a1", "s/wide/20260102-b1", "s/tall/20260103-c1",
+                                                 "s/x/wide/20260104-d1")
+    )  # fmt: skip
+    meant = {"s/wide": new, "wide": new, "wi": None, "tall": other, "ta": other, "x/wide": below, "20260101": old}
+    for name, path in meant.items():
+        if path is None:
+            with pytest.raises(UserError, match="wi: may be any of s/wide, s/x/wide; give more of its name"):
+                lookup.find_run(name, runs)
+            continue
+        assert lookup.find_run(name, runs).path == path
+        assert capsys.readouterr().err == f"run {path}\n"
+    assert lookup.find_run("s/wide/20260101-a1", runs).path == old
+    assert lookup.find_run("latest", runs).path == below
+    assert capsys.readouterr().err == ""  # neither is a part of a name
+    for name, near in {"latets": "latest", "tal1": "tall", "s/wode": "s/wide"}.items():
+        with pytest.raises(UserError, match=f"{name}: no run of that name; did you mean .*{near}"):
+            lookup.find_run(name, runs)
+
+
 def test_a_claimed_folder_is_nobody_elses(tmp_path: Path) -> None:
     claimed = {rundir.new_folder(tmp_path / "runs/s/r", "0123456") for _ in range(3)}
     assert len(claimed) == 3

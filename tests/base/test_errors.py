@@ -1,0 +1,76 @@
+"""Which choice a word names, and what is said where it names none."""
+
+import pytest
+
+from qlora_recipes.base.errors import UserError, meant
+
+RECIPES = [
+    "haider2024/all-linear/code-llama-7b",
+    "haider2024/all-linear/llama-2-7b",
+    "haider2024/as-released/llama-3-8b",
+    "haider2024/code-llama-7b",
+    "haider2024/llama-2-7b",
+    "haider2024/llama-3-8b",
+    "haider2024/llama-3.1-8b",
+    "haider2024/llama-3.2-3b",
+    "llama-3.2",
+]
+
+
+@pytest.mark.parametrize(
+    ("word", "choice"),
+    [
+        ("haider2024/llama-3-8b", "haider2024/llama-3-8b"),  # itself, though others have it as a part
+        ("llama-3.2", "llama-3.2"),
+        ("3.2-3b", "haider2024/llama-3.2-3b"),
+        ("3.1", "haider2024/llama-3.1-8b"),
+        ("Llama-3.1", "haider2024/llama-3.1-8b"),
+        ("2-3b", "haider2024/llama-3.2-3b"),
+        ("code-llama-7b", "haider2024/code-llama-7b"),  # of the fewest levels
+        ("all-linear/code-llama-7b", "haider2024/all-linear/code-llama-7b"),
+        ("all-linear/code", "haider2024/all-linear/code-llama-7b"),
+        ("as-released", "haider2024/as-released/llama-3-8b"),
+        ("as-released/", "haider2024/as-released/llama-3-8b"),
+    ],
+)
+def test_a_part_that_no_other_has_is_enough(word: str, choice: str) -> None:
+    assert meant(word, RECIPES, "recipe") == choice
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        (
+            "all-linear",
+            "all-linear: may be any of haider2024/all-linear/code-llama-7b, haider2024/all-linear/llama-2-7b;",
+        ),
+        ("code", "code: may be any of haider2024/all-linear/code-llama-7b, haider2024/code-llama-7b; give more"),
+        (
+            "llama-7b",
+            "llama-7b: may be any of haider2024/all-linear/code-llama-7b, haider2024/code-llama-7b; give more",
+        ),
+        ("haider2024", "haider2024/llama-3.1-8b, haider2024/llama-3.2-3b; give more"),
+        ("ode-llama", "no recipe of that name; did you mean code-llama-7b?"),  # not from the beginning of a word
+        ("haider2024/lama-3.2-3b", "no recipe of that name; did you mean haider2024/llama-3.2-3b"),
+        ("zzz", "zzz: no recipe of that name; there are haider2024/all-linear/code-llama-7b, "),
+        ("", "no recipe of that name"),
+        ("/", "no recipe of that name"),
+    ],
+)
+def test_what_may_be_several_or_is_none_is_refused_with_their_names(word: str, says: str) -> None:
+    with pytest.raises(UserError) as refused:
+        meant(word, RECIPES, "recipe")
+    assert says in str(refused.value)
+
+
+def test_of_a_folder_and_what_is_in_it_a_part_means_the_folder() -> None:
+    runs = ["mine", "mine/20260101-000000-aaaaaaa", "mine/20260102-000000-bbbbbbb", "latest"]
+    assert meant("min", runs, "run") == "mine"
+    assert meant("bbb", runs, "run") == "mine/20260102-000000-bbbbbbb"
+    with pytest.raises(UserError, match=r"--x latets: no run of that name; did you mean latest\?"):
+        meant("latets", runs, "run", option="--x")
+
+
+def test_of_many_the_first_are_named() -> None:
+    with pytest.raises(UserError, match=r"may be any of a0, a1, a2, a3, a4, a5, a6, a7 and 2 more; give"):
+        meant("a", [f"a{i}" for i in range(10)], "thing")

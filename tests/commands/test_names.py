@@ -1,0 +1,70 @@
+"""Names that a user gives in part: which they stand for, and that a command says so."""
+
+from pathlib import Path
+
+import orjson
+import pytest
+from conftest import Recipe
+from run_folders import a_run
+
+BASE = "haider2024/llama-3.2-3b"
+
+
+def test_a_part_of_a_recipes_name_is_enough_and_the_whole_is_said(recipe: Recipe) -> None:
+    whole = recipe("run", BASE, "--dry-run")
+    part = recipe("run", "3.2-3b", "--dry-run")
+    assert (part.returncode, part.stdout) == (0, whole.stdout)
+    assert f"recipe {BASE}\n" in part.stderr
+    assert f"recipe {BASE}\n" not in whole.stderr
+    assert orjson.loads(recipe("show", "llama-3.2", "--json").stdout)["recipe"] == BASE
+    (found,) = orjson.loads(recipe("check", "3.2-3b", "--json").stdout)
+    assert found["checked"] == BASE
+
+
+def test_a_variant_is_found_by_its_name_and_parts_of_that(recipe: Recipe, tmp_path: Path) -> None:
+    assert recipe("new", "mine/wide-r64", "--from", "3.2-3b", "--set", "lora_r=64").returncode == 0
+    header = (tmp_path / "variants/mine/wide-r64.yaml").read_text()[:2000]
+    assert f"mine/wide-r64: a variant of {BASE}" in header
+    for name in ("mine/wide-r64", "wide-r64", "wide", "r64"):
+        diff = recipe("diff", name, "--json")
+        assert orjson.loads(diff.stdout) == [{"key": "lora_r", BASE: 32, "mine/wide-r64": 64}], name
+        assert ("recipe mine/wide-r64" in diff.stderr) == (name != "mine/wide-r64")
+
+
+def test_a_file_is_named_as_it_is_and_a_missing_one_gets_suggestions(recipe: Recipe, tmp_path: Path) -> None:
+    recipe("new", "wide", "--from", BASE)
+    shown = recipe("show", "variants/wide.yaml")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "did you mean variants/wide.yaml?" in recipe("show", "variants/wode.yaml").stderr
+    assert "did you mean variants/wide.yaml?" in recipe("show", "wide.yaml").stderr
+
+
+def test_profiles_gpus_studies_and_data_sets_by_a_part(recipe: Recipe) -> None:
+    dry = recipe("run", BASE, "--profile", "tensorb", "--rehearse", "--dry-run")
+    assert (dry.returncode, "use_tensorboard: true" in dry.stdout) == (0, True)
+    found = {gpu: orjson.loads(recipe("check", BASE, "--gpu", gpu, "--json").stdout)[0] for gpu in ("4090", "RTX 4090")}
+    assert found["4090"] == found["RTX 4090"]
+    assert (
+        recipe("results", "--study", "haider", "--json").stdout
+        == recipe("results", "--study", "haider2024", "--json").stdout
+    )
+    assert "no such file" in recipe("data", "fetch", "code", "--from", "nowhere.zip").stderr
+
+
+@pytest.mark.parametrize("name", ["llama-3.2", BASE, "bbbbbbb", "20260102"])
+def test_a_run_is_found_by_its_recipe_and_publish_says_which(recipe: Recipe, tmp_path: Path, name: str) -> None:
+    for run in ("20260101-000000-aaaaaaa", "20260102-000000-bbbbbbb"):
+        a_run(tmp_path / "runs", BASE, run, 5.0)
+    refused = recipe("publish", name)
+    assert f"run runs/{BASE}/20260102-000000-bbbbbbb\n" in refused.stderr
+    assert "20260101" not in refused.stderr
+
+
+def test_near_misses_of_runs_get_suggestions(recipe: Recipe, tmp_path: Path) -> None:
+    a_run(tmp_path / "runs", BASE, "20260101-000000-aaaaaaa", 5.0)
+    for verb in (["evaluate"], ["resume"], ["cancel"], ["publish"], ["report"], ["results", "--by", "lang", "--run"]):
+        done = recipe(*verb, "latets")
+        assert (done.returncode, done.stderr) == (2, "recipe: latets: no run of that name; did you mean latest?\n"), (
+            verb
+        )
+    assert f"did you mean {BASE}" in recipe("resume", "lama-3.2-3b").stderr
