@@ -4,17 +4,25 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from .base.errors import UserError, WorkFailed
 from .commands import after, before, recipes, running, upkeep
+from .commands.help import Verbs
+
+FIRST_STEPS = """\
+recipe list
+recipe run code-llama-7b --rehearse    # on the CPU
+recipe evaluate latest
+recipe results"""
 
 
-class _Verbs(TyperGroup):
+class _Verbs(Verbs):
     """The verbs in the order of use; Typer would put groups of verbs last."""
+
+    EXAMPLES = "First steps"
 
     ORDER = (
         *("list", "show", "diff", "new"),
@@ -32,12 +40,31 @@ app = typer.Typer(
     cls=_Verbs,
     help="Axolotl recipes for QLoRA studies: list, run, evaluate and compare them.",
     no_args_is_help=True,
-    add_completion=False,
+    epilog=FIRST_STEPS,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _heading in (recipes, before, running, after, upkeep):
     app.add_typer(_heading.verbs)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"qlora-recipes {version('qlora-recipes')}\naxolotl {version('axolotl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the versions of it and Axolotl."),
+    ] = False,
+) -> None:
+    pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from ..base import tables
 from ..base.files import write_atomically, write_rows
 from ..base.paths import RUNS
 from ..base.progress import say
+from .help import Verb
 from .options import (
     BatchSize,
     Best,
@@ -32,7 +33,12 @@ HEADING = "After"
 verbs = typer.Typer()
 
 
-@verbs.command("evaluate", rich_help_panel=HEADING)
+@verbs.command(
+    "evaluate",
+    cls=Verb,
+    rich_help_panel=HEADING,
+    epilog="recipe evaluate latest\nrecipe evaluate latest --adapter none --limit 100",
+)
 def evaluate_verb(
     run: RunName,
     data: Annotated[
@@ -86,7 +92,7 @@ def evaluate_verb(
     print(evaluated.path) if isinstance(evaluated, RunDir) else _print_scores(evaluated.scores, json)
 
 
-@verbs.command("score", rich_help_panel=HEADING)
+@verbs.command("score", cls=Verb, rich_help_panel=HEADING, epilog="recipe score predictions.jsonl --out scored.jsonl")
 def score_verb(
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with the fields reference and prediction.")],
     bertscore: JudgeModel = None,
@@ -119,7 +125,12 @@ def _print_scores(scores: dict[str, Any], json: bool) -> None:
             print(f"{name:22}{tables.text_of(value)}{within}")
 
 
-@verbs.command("results", rich_help_panel=HEADING)
+@verbs.command(
+    "results",
+    cls=Verb,
+    rich_help_panel=HEADING,
+    epilog="recipe results --study haider2024\nrecipe results --sweep latest --best bleu4",
+)
 def results_verb(
     study_name: Annotated[
         str | None, typer.Option("--study", metavar="S", help="A study's table: its runs beside its published scores.")
@@ -184,7 +195,12 @@ def results_verb(
         listing.show(runs, form)
 
 
-@verbs.command("report", rich_help_panel=HEADING)
+@verbs.command(
+    "report",
+    cls=Verb,
+    rich_help_panel=HEADING,
+    epilog="recipe report latest\nrecipe report --study haider2024 --out study.html",
+)
 def report_verb(
     run: Annotated[
         list[str] | None,
@@ -238,7 +254,12 @@ def report_verb(
     print(out)
 
 
-@verbs.command("publish", rich_help_panel=HEADING)
+@verbs.command(
+    "publish",
+    cls=Verb,
+    rich_help_panel=HEADING,
+    epilog="recipe publish latest\nrecipe publish latest --push owner/name --private",
+)
 def publish_verb(
     run: RunName,
     merge: Annotated[

@@ -10,6 +10,7 @@ from ..base import tables, yamlfiles
 from ..base.errors import UserError
 from ..base.paths import RUNS, find_recipe, recipe_names
 from ..base.progress import say
+from .help import Verb, Verbs
 from .options import (
     FigureFile,
     InputFormatName,
@@ -27,13 +28,23 @@ from .options import (
 
 HEADING = "Before a run"
 verbs = typer.Typer()
-data_verbs = typer.Typer(help="Fetch and prepare the data that recipes train on.", no_args_is_help=True)
-analyze_verbs = typer.Typer(help="What quantization loses, and what LoRA trains.", no_args_is_help=True)
+data_verbs = typer.Typer(
+    cls=Verbs,
+    help="Fetch and prepare the data that recipes train on.",
+    no_args_is_help=True,
+    epilog="recipe data fetch\nrecipe data prepare",
+)
+analyze_verbs = typer.Typer(
+    cls=Verbs,
+    help="What quantization loses, and what LoRA trains.",
+    no_args_is_help=True,
+    epilog="recipe analyze quantization\nrecipe analyze lora",
+)
 verbs.add_typer(data_verbs, name="data", rich_help_panel=HEADING)
 verbs.add_typer(analyze_verbs, name="analyze", rich_help_panel=HEADING)
 
 
-@data_verbs.command("fetch")
+@data_verbs.command("fetch", cls=Verb, epilog="recipe data fetch\nrecipe data fetch --from Comment_Generation.zip")
 def fetch_verb(
     name: Annotated[str, typer.Argument(metavar="DATA", help="The data set.")] = "codereviewer",
     from_: Annotated[
@@ -52,7 +63,7 @@ def fetch_verb(
     tables.print_json(rows) if json else tables.print_table(rows, wide=wide)
 
 
-@data_verbs.command("prepare")
+@data_verbs.command("prepare", cls=Verb, epilog="recipe data prepare\nrecipe data prepare --input-format tagged")
 def prepare_verb(
     raw: Annotated[
         list[Path] | None,
@@ -108,7 +119,12 @@ def prepare_verb(
     print(folder / codereviewer.MANIFEST)
 
 
-@verbs.command("check", rich_help_panel=HEADING)
+@verbs.command(
+    "check",
+    cls=Verb,
+    rich_help_panel=HEADING,
+    epilog="recipe check code-llama-7b --gpu T4 --data\nrecipe check mine.yaml --show-tokens 2",
+)
 def check_verb(
     names: Names = None,
     profile: Profiles = None,
@@ -162,7 +178,12 @@ def check_verb(
         raise typer.Exit(2)
 
 
-@verbs.command("plan", rich_help_panel=HEADING)
+@verbs.command(
+    "plan",
+    cls=Verb,
+    rich_help_panel=HEADING,
+    epilog="recipe plan llama-3.2-3b --gpu 4090\nrecipe plan llama-3.2-3b --set sequence_len=4096 --vram 16",
+)
 def plan_verb(
     names: Names = None,
     profile: Profiles = None,
@@ -212,7 +233,7 @@ def plan_verb(
         plan_tables.show(plans[requests[0].name], wide)
 
 
-@analyze_verbs.command("quantization")
+@analyze_verbs.command("quantization", cls=Verb, epilog="recipe analyze quantization --figure losses.png")
 def quantization_verb(
     model: Annotated[
         Path | None,
@@ -244,7 +265,7 @@ def quantization_verb(
     tables.print_table(list(quantization.by_layer(rows)), "nf4 + double, 64: as the recipes have it", wide=wide)
 
 
-@analyze_verbs.command("lora")
+@analyze_verbs.command("lora", cls=Verb, epilog="recipe analyze lora llama-3.2-3b --figure lora.svg")
 def lora_verb(names: Names = None, figure: FigureFile = None, wide: Wide = False, json: Json = False) -> None:
     """How many parameters LoRA trains, by layers and rank, and a check of its update against PEFT."""
     from ..base.quiet import importing_axolotl

@@ -115,11 +115,17 @@ SlurmOptions = Annotated[
         "--slurm",
         metavar="KEY=VALUE",
         help="With --on slurm: an option of sbatch, as in time=8:00:00, or for one step, as in evaluate.time=1:00:00. "
-        "Repeatable; ~/.config/qlora-recipes/slurm.yaml holds those that always apply.",
+        "Repeatable; slurm.yaml in ~/.config/qlora-recipes holds those that always apply.",
     ),
 ]
 Best = Annotated[
-    str | None, typer.Option("--best", click_type=click.Choice(CRITERIA), help="Mark the best member by this.")
+    str | None,
+    typer.Option(
+        "--best",
+        metavar="BY",
+        click_type=click.Choice(CRITERIA),
+        help=f"Mark the best member by {', '.join(CRITERIA[:-1])} or {CRITERIA[-1]}.",
+    ),
 ]
 RehearseAll = Annotated[
     bool, typer.Option("--rehearse", help="Try all of it on the CPU: small model, few rows, no network.")

@@ -5,13 +5,14 @@ from typing import Annotated, Any
 import typer
 
 from ..base import paths, tables, yamlfiles
+from .help import Verb
 from .options import Json, Name, Overrides, Wide, whole_name
 
 HEADING = "Recipes"
 verbs = typer.Typer()
 
 
-@verbs.command("list", rich_help_panel=HEADING)
+@verbs.command("list", cls=Verb, rich_help_panel=HEADING, epilog="recipe list\nrecipe list --variants")
 def list_verb(
     as_tree: Annotated[
         bool,
@@ -33,7 +34,7 @@ def list_verb(
         tables.print_table(catalogue.table(rows), spare=["base model", "planned GiB", "BERTScore"], wide=wide)
 
 
-@verbs.command("show", rich_help_panel=HEADING)
+@verbs.command("show", cls=Verb, rich_help_panel=HEADING, epilog="recipe show llama-3.2-3b")
 def show_verb(name: Name, json: Json = False) -> None:
     """A recipe's YAML, with the source of each setting."""
     from ..data import study
@@ -48,7 +49,12 @@ def show_verb(name: Name, json: Json = False) -> None:
         print(yamlfiles.read_text(file), end="")
 
 
-@verbs.command("diff", rich_help_panel=HEADING)
+@verbs.command(
+    "diff",
+    cls=Verb,
+    rich_help_panel=HEADING,
+    epilog="recipe diff llama-2-7b llama-3-8b\nrecipe diff runs/A/config.yaml runs/B/config.yaml",
+)
 def diff_verb(
     a: Annotated[
         str,
@@ -79,7 +85,12 @@ def _setting(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else yamlfiles.write_flow(value)
 
 
-@verbs.command("new", rich_help_panel=HEADING)
+@verbs.command(
+    "new",
+    cls=Verb,
+    rich_help_panel=HEADING,
+    epilog="recipe new wide --from llama-3.2-3b --set lora_r=64\nrecipe new mine --from 3.2-3b --model Qwen/Qwen3-4B",
+)
 def new_verb(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; it is written to variants/NAME.yaml.")],
     from_: Annotated[

@@ -9,6 +9,7 @@ import typer
 from ..base import tables, yamlfiles
 from ..base.errors import UserError
 from ..base.paths import RUNS
+from .help import Verb
 from .options import (
     BatchSize,
     Best,
@@ -38,7 +39,12 @@ HEADING = "Running"
 verbs = typer.Typer()
 
 
-@verbs.command("run", rich_help_panel=HEADING)
+@verbs.command(
+    "run",
+    cls=Verb,
+    rich_help_panel=HEADING,
+    epilog="recipe run code-llama-7b --rehearse\nrecipe run llama-3.2-3b --set num_epochs=3 --set lora_r=64",
+)
 def run_verb(
     name: Name,
     axolotl_arguments: Annotated[
@@ -90,7 +96,7 @@ def run_verb(
         print(run.start(request, runs, place).path)
 
 
-@verbs.command("resume", rich_help_panel=HEADING)
+@verbs.command("resume", cls=Verb, rich_help_panel=HEADING, epilog="recipe resume latest")
 def resume_verb(
     run: RunName,
     prepare: Annotated[
@@ -109,7 +115,12 @@ def resume_verb(
     print(resume(run, runs, place, prepare).path)
 
 
-@verbs.command("sweep", rich_help_panel=HEADING)
+@verbs.command(
+    "sweep",
+    cls=Verb,
+    rich_help_panel=HEADING,
+    epilog="recipe sweep code-llama-7b lora-tradeoffs --rehearse\nrecipe sweep llama-3.2-3b --set lora_r=16,32,64",
+)
 def sweep_verb(
     name: Name,
     file: SweepFile = None,
@@ -197,7 +208,12 @@ def _end(
         raise typer.Exit(code)
 
 
-@verbs.command("reproduce", rich_help_panel=HEADING)
+@verbs.command(
+    "reproduce",
+    cls=Verb,
+    rich_help_panel=HEADING,
+    epilog="recipe reproduce haider2024 --rehearse\nrecipe reproduce haider2024 --only llama-3.2-3b",
+)
 def reproduce_verb(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="A study's name, as haider2024.")],
     rehearse: RehearseAll = False,
@@ -247,7 +263,9 @@ def reproduce_verb(
     _end(outcomes, form, {}, rows, lambda: verdict.show_study(of_study, rows, request.rehearse, form))
 
 
-@verbs.command("cancel", rich_help_panel=HEADING)
+@verbs.command(
+    "cancel", cls=Verb, rich_help_panel=HEADING, epilog="recipe cancel latest\nrecipe cancel --sweep lora-tradeoffs"
+)
 def cancel_verb(
     run: Annotated[
         list[str] | None,

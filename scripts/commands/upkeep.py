@@ -6,12 +6,13 @@ import typer
 
 from ..base.errors import WorkFailed
 from ..base.files import write_atomically
+from .help import Verb
 
 HEADING = "Upkeep"
 verbs = typer.Typer()
 
 
-@verbs.command("render", rich_help_panel=HEADING)
+@verbs.command("render", cls=Verb, rich_help_panel=HEADING, epilog="recipe render --check")
 def render_verb(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; fail with a diff where a recipe has drifted.")

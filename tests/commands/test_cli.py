@@ -191,27 +191,3 @@ def test_a_dry_run_shows_a_config_whose_data_are_not_there(recipe: Recipe) -> No
     assert dry.returncode == 0
     assert "path: mine.jsonl" in dry.stdout
     assert "mine.jsonl does not exist" in dry.stderr
-
-
-def test_help_explains_every_verb_and_argument(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import typer.main
-
-    from qlora_recipes import cli
-
-    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 200)
-    waiting = [("recipe", typer.main.get_command(cli.app))]
-    while waiting:
-        name, command = waiting.pop()
-        with command.make_context(name, [], resilient_parsing=True) as context:
-            command.get_help(context)
-            shown = capsys.readouterr().out
-            assert command.help and command.help.split("\n")[0] in shown, name
-            options = [
-                max(p.opts, key=len) if p.param_type_name == "option" else p.human_readable_name for p in command.params
-            ]
-            assert [option for option in options if option not in shown] == [], name
-            assert all(verb in shown for verb in getattr(command, "commands", {})), name
-            assert [p.name for p in command.params if p.name != "help" and not getattr(p, "help", None)] == [], name
-            waiting += [(f"{name} {verb}", below) for verb, below in getattr(command, "commands", {}).items()]

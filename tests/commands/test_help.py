@@ -1,0 +1,100 @@
+"""What `--help` shows, whatever the width of the terminal, and that its examples are commands; `--version`."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import click
+import pytest
+import typer.main
+from conftest import Recipe
+
+from qlora_recipes import cli
+from qlora_recipes.base import paths
+
+ALL = typer.main.get_command(cli.app)
+
+
+def commands(name: str = "recipe", command: click.Command = ALL) -> Iterator[tuple[str, click.Command]]:
+    """All commands with their names, groups before their verbs."""
+    yield name, command
+    for verb, below in getattr(command, "commands", {}).items():
+        yield from commands(f"{name} {verb}", below)
+
+
+COMMANDS = dict(commands())
+
+
+def records(name: str) -> list[tuple[str, str]]:
+    """The arguments and options of a command, each as it is written and explained."""
+    command = COMMANDS[name]
+    context = command.make_context(name, [], resilient_parsing=True)
+    return [record for param in command.get_params(context) if (record := param.get_help_record(context))]
+
+
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_all_within_the_width_and_breaks_no_word(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, name: str, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    command = COMMANDS[name]
+    done = recipe(*name.split()[1:], "--help")
+    assert done.returncode == 0
+    assert [line for line in done.stdout.splitlines() if len(line) > width] == []
+    assert not {"…", "\N{NON-BREAKING HYPHEN}"} & set(done.stdout)
+    words = " ".join(done.stdout.split())
+    assert command.help and " ".join(command.help.split()) in words
+    for written, explained in records(name):
+        assert written.replace("INTEGER RANGE", "N").replace("INTEGER", "N") in words
+        assert " ".join(explained.split()) in words
+    for verb in getattr(command, "commands", {}):
+        assert f" {verb} " in words
+    shown = done.stdout.splitlines()
+    assert command.epilog
+    assert shown[-command.epilog.count("\n") - 2] == ("First steps:" if command is ALL else "Examples:")
+    assert [line.strip() for line in shown[-command.epilog.count("\n") - 1 :]] == command.epilog.splitlines()
+
+
+def test_every_argument_and_option_is_explained() -> None:
+    missing = [(name, written) for name in COMMANDS for written, explained in records(name) if not explained.strip()]
+    assert missing == []
+
+
+EXAMPLES = [(name, line) for name, command in COMMANDS.items() for line in (command.epilog or "").splitlines()]
+
+
+@pytest.mark.parametrize(("name", "example"), EXAMPLES)
+def test_an_example_is_a_command_of_this_verb(name: str, example: str) -> None:
+    assert f"{example} ".startswith(f"{name} ")
+    words = shlex.split(example, comments=True)
+    verb = max((name for name in COMMANDS if f"{example} ".startswith(f"{name} ")), key=len)
+    context = COMMANDS[verb].make_context(verb, words[len(verb.split()) :])  # parses, and starts nothing
+    assert context.args == []
+    assert [
+        paths.find_recipe(word) for word in words if re.fullmatch(r"[a-z-]*llama-[\d.]*-?\d+b", word)
+    ] or "llama" not in example
+
+
+def test_the_versions_of_the_package_and_of_axolotl(recipe: Recipe) -> None:
+    done = recipe("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"qlora-recipes {version('qlora-recipes')}\naxolotl {version('axolotl')}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["run", "x", "--rehears"], "No such option '--rehears'. Did you mean '--rehearse'?"),
+        (["evalute", "latest"], "No such command 'evalute'. Did you mean 'evaluate'?"),
+        (["sweep", "x", "--best", "bleu"], "'bleu' is not one of 'eval_loss', 'bleu4'"),
+    ],
+)
+def test_wrong_usage_is_said_in_lines_that_a_log_can_hold(recipe: Recipe, words: list[str], says: str) -> None:
+    done = recipe(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+    assert (
+        done.stderr.splitlines()[1] == f"Try 'recipe{'' if words[0] == 'evalute' else ' ' + words[0]} --help' for help."
+    )
