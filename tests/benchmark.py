@@ -1,6 +1,7 @@
 """How long the quick commands take, and how fast rows are read. `make benchmark` prints it."""
 
 import json
+import os
 import resource
 import shutil
 import statistics
@@ -25,12 +26,15 @@ COMMANDS = [
 ]
 
 
-def median(command: list[str]) -> float:
+COMPLETION = {"_RECIPE_COMPLETE": "complete_bash", "COMP_WORDS": "recipe run code", "COMP_CWORD": "2"}
+
+
+def median(command: list[str], **env: str) -> float:
     """Seconds of wall time over five calls."""
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        subprocess.run(command, capture_output=True)
+        subprocess.run(command, env=os.environ | env, capture_output=True)
         times.append(time.perf_counter() - started)
     return statistics.median(times)
 
@@ -109,6 +113,7 @@ if __name__ == "__main__":
     for arguments in COMMANDS:
         name = "check, all recipes" if arguments == ["check"] else arguments[0]
         print(f"{name:20}{median([RECIPE, *arguments]) - nothing:6.3f} s beyond `python -c pass`")
+    print(f"{'a completion':20}{median([RECIPE], **COMPLETION) - nothing:6.3f} s beyond `python -c pass`")
     with tempfile.TemporaryDirectory() as folder:
         check, read = rows_per_second(Path(folder))
         prepared, memory, whole = preparation(Path(folder))

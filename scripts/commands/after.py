@@ -9,6 +9,7 @@ from ..base import tables
 from ..base.files import write_atomically, write_rows
 from ..base.paths import RUNS
 from ..base.progress import say
+from . import completion
 from .help import Verb
 from .options import (
     BatchSize,
@@ -133,27 +134,42 @@ def _print_scores(scores: dict[str, Any], json: bool) -> None:
 )
 def results_verb(
     study_name: Annotated[
-        str | None, typer.Option("--study", metavar="S", help="A study's table: its runs beside its published scores.")
+        str | None,
+        typer.Option(
+            "--study",
+            metavar="S",
+            autocompletion=completion.studies,
+            help="A study's table: its runs beside its published scores.",
+        ),
     ] = None,
     rehearse: RehearsalsOfStudy = False,
     sweep_name: Annotated[
         str | None,
         typer.Option(
-            "--sweep", metavar="S", help="A sweep's members side by side, by what varies; latest is the newest."
+            "--sweep",
+            metavar="S",
+            autocompletion=completion.recorded_sweeps,
+            help="A sweep's members side by side, by what varies; latest is the newest.",
         ),
     ] = None,
     best: Best = None,
     pair: Annotated[
         tuple[str, str] | None,
         typer.Option(
-            "--compare", metavar="A B", help="Two runs, or a run and a file of predictions, on the same rows."
+            "--compare",
+            metavar="A B",
+            autocompletion=completion.runs,
+            help="Two runs, or a run and a file of predictions, on the same rows.",
         ),
     ] = None,
     by: Annotated[
         Group | None, typer.Option(help="The latest run's scores by language, or by length of the reference.")
     ] = None,
     run: Annotated[
-        str | None, typer.Option(metavar="RUN", help="With --by: another run, or a file of predictions.")
+        str | None,
+        typer.Option(
+            metavar="RUN", autocompletion=completion.runs, help="With --by: another run, or a file of predictions."
+        ),
     ] = None,
     runs: Runs = RUNS,
     wide: Wide = False,
@@ -206,16 +222,28 @@ def report_verb(
         list[str] | None,
         typer.Argument(
             metavar="[RUN]...",
+            autocompletion=completion.runs,
             help="Runs, compared where there are several: folders or parts of their names; by default the latest.",
         ),
     ] = None,
     study_name: Annotated[
         str | None,
-        typer.Option("--study", metavar="S", help="A study instead: its table, and the runs behind it."),
+        typer.Option(
+            "--study",
+            metavar="S",
+            autocompletion=completion.studies,
+            help="A study instead: its table, and the runs behind it.",
+        ),
     ] = None,
     rehearse: RehearsalsOfStudy = False,
     sweep_name: Annotated[
-        str | None, typer.Option("--sweep", metavar="NAME", help="A sweep instead: the trade-offs among its members.")
+        str | None,
+        typer.Option(
+            "--sweep",
+            metavar="NAME",
+            autocompletion=completion.recorded_sweeps,
+            help="A sweep instead: the trade-offs among its members.",
+        ),
     ] = None,
     best: Best = None,
     analyze: Annotated[

@@ -10,6 +10,7 @@ from ..base import tables, yamlfiles
 from ..base.errors import UserError
 from ..base.paths import RUNS, find_recipe, recipe_names
 from ..base.progress import say
+from . import completion
 from .help import Verb, Verbs
 from .options import (
     FigureFile,
@@ -46,7 +47,9 @@ verbs.add_typer(analyze_verbs, name="analyze", rich_help_panel=HEADING)
 
 @data_verbs.command("fetch", cls=Verb, epilog="recipe data fetch\nrecipe data fetch --from Comment_Generation.zip")
 def fetch_verb(
-    name: Annotated[str, typer.Argument(metavar="DATA", help="The data set.")] = "codereviewer",
+    name: Annotated[
+        str, typer.Argument(metavar="DATA", autocompletion=completion.data_sets, help="The data set.")
+    ] = "codereviewer",
     from_: Annotated[
         str | None,
         typer.Option("--from", metavar="URL|FILE", help="A mirror's address, or the archive that you already have."),
@@ -86,7 +89,9 @@ def prepare_verb(
         typer.Option(metavar="N", min=1, help="Also draw N test rows, for test-N.jsonl. Repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(help="The seed of these draws.")] = 42,
-    study_name: Annotated[str, typer.Option("--study", metavar="S", help="The study whose data it is.")] = "haider2024",
+    study_name: Annotated[
+        str, typer.Option("--study", metavar="S", autocompletion=completion.studies, help="The study whose data it is.")
+    ] = "haider2024",
     wide: Wide = False,
     json: Json = False,
 ) -> None:
@@ -132,7 +137,12 @@ def check_verb(
     mirror: Mirror = False,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Check the rehearsal of it.")] = False,
     gpu: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The GPU it is for, as T4 or sm_75; by default this machine's.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=completion.gpus,
+            help="The GPU it is for, as T4 or sm_75; by default this machine's.",
+        ),
     ] = None,
     data: Annotated[
         bool,
@@ -190,7 +200,11 @@ def plan_verb(
     set_: Overrides = None,
     gpu: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The card, as T4; by default this machine's, or a table of memory sizes."),
+        typer.Option(
+            metavar="NAME",
+            autocompletion=completion.gpus,
+            help="The card, as T4; by default this machine's, or a table of memory sizes.",
+        ),
     ] = None,
     vram: Annotated[
         float | None, typer.Option(metavar="GB", min=1, callback=check_finite, help="A card of this memory.")

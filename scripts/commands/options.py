@@ -13,6 +13,7 @@ from ..base.paths import find_recipe
 from ..base.progress import say
 from ..base.tables import Form
 from ..scores.metrics import PER_ROW
+from . import completion
 
 PlaceName = Literal["local", "slurm"]
 InputFormatName = Literal["diff", "tagged"]
@@ -42,6 +43,7 @@ Name = Annotated[
     typer.Argument(
         metavar="NAME|FILE",
         callback=whole_name,
+        autocompletion=completion.recipes,
         help="A recipe's name or a part of it (see `recipe list`), or a YAML file.",
     ),
 ]
@@ -50,25 +52,44 @@ Names = Annotated[
     typer.Argument(
         metavar="[NAME|FILE]...",
         callback=whole_names,
+        autocompletion=completion.recipes,
         help="Recipes' names or parts of them, or YAML files; by default all recipes.",
     ),
 ]
 RunName = Annotated[
     str,
-    typer.Argument(metavar="RUN", help="A run's folder or a part of its name, a recipe for its newest run, or latest."),
+    typer.Argument(
+        metavar="RUN",
+        autocompletion=completion.runs,
+        help="A run's folder or a part of its name, a recipe for its newest run, or latest.",
+    ),
 ]
 SweepFile = Annotated[
     str | None,
-    typer.Argument(metavar="[SWEEP]", help="A YAML file in Axolotl's sweep format, or the name of a shipped one."),
+    typer.Argument(
+        metavar="[SWEEP]",
+        autocompletion=completion.sweep_files,
+        help="A YAML file in Axolotl's sweep format, or the name of a shipped one.",
+    ),
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="The folder that holds the runs.")]
 Profiles = Annotated[
     list[str] | None,
-    typer.Option("--profile", metavar="P", help="Lay a profile over it: a shipped one or a file. Repeatable."),
+    typer.Option(
+        "--profile",
+        metavar="P",
+        autocompletion=completion.profiles,
+        help="Lay a profile over it: a shipped one or a file. Repeatable.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key (a.b.0.c reaches below). Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        autocompletion=completion.keys,
+        help="Override a key (a.b.0.c reaches below). Repeatable.",
+    ),
 ]
 Mirror = Annotated[bool, typer.Option("--mirror", help="Use an ungated copy of a gated base model.")]
 Wide = Annotated[bool, typer.Option("--wide", help="Show all columns of a table, however narrow the terminal.")]

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from ..base import paths, tables, yamlfiles
+from . import completion
 from .help import Verb
 from .options import Json, Name, Overrides, Wide, whole_name
 
@@ -59,12 +60,20 @@ def diff_verb(
     a: Annotated[
         str,
         typer.Argument(
-            metavar="A", callback=whole_name, help="A recipe's name or a YAML file, such as a run's config.yaml."
+            metavar="A",
+            callback=whole_name,
+            autocompletion=completion.recipes,
+            help="A recipe's name or a YAML file, such as a run's config.yaml.",
         ),
     ],
     b: Annotated[
         str | None,
-        typer.Argument(metavar="[B]", callback=whole_name, help="Another; by default what A is a variant of."),
+        typer.Argument(
+            metavar="[B]",
+            callback=whole_name,
+            autocompletion=completion.recipes,
+            help="Another; by default what A is a variant of.",
+        ),
     ] = None,
     wide: Wide = False,
     json: Json = False,
@@ -95,7 +104,13 @@ def new_verb(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; it is written to variants/NAME.yaml.")],
     from_: Annotated[
         str,
-        typer.Option("--from", metavar="BASE", callback=whole_name, help="The recipe or YAML file to start from."),
+        typer.Option(
+            "--from",
+            metavar="BASE",
+            callback=whole_name,
+            autocompletion=completion.recipes,
+            help="The recipe or YAML file to start from.",
+        ),
     ],
     model: Annotated[
         str | None,

@@ -9,6 +9,7 @@ import typer
 from ..base import tables, yamlfiles
 from ..base.errors import UserError
 from ..base.paths import RUNS
+from . import completion
 from .help import Verb
 from .options import (
     BatchSize,
@@ -127,7 +128,10 @@ def sweep_verb(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=V,V,V", help="Try each value of a key, with each of the others. Repeatable."
+            "--set",
+            metavar="KEY=V,V,V",
+            autocompletion=completion.keys,
+            help="Try each value of a key, with each of the others. Repeatable.",
         ),
     ] = None,
     rehearse: RehearseAll = False,
@@ -146,7 +150,10 @@ def sweep_verb(
     on: On = "local",
     slurm: SlurmOptions = None,
     gpu: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The GPU to plan for; by default this machine's.")
+        str | None,
+        typer.Option(
+            metavar="NAME", autocompletion=completion.gpus, help="The GPU to plan for; by default this machine's."
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Evaluate the first N test rows; in a rehearsal 12.")
@@ -215,11 +222,17 @@ def _end(
     epilog="recipe reproduce haider2024 --rehearse\nrecipe reproduce haider2024 --only llama-3.2-3b",
 )
 def reproduce_verb(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study's name, as haider2024.")],
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY", autocompletion=completion.studies, help="A study's name, as haider2024.")
+    ],
     rehearse: RehearseAll = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Only this recipe, which may be one that accompanies the study. Repeatable."),
+        typer.Option(
+            metavar="NAME",
+            autocompletion=completion.recipes,
+            help="Only this recipe, which may be one that accompanies the study. Repeatable.",
+        ),
     ] = None,
     jobs: Annotated[
         int | None,
@@ -270,14 +283,22 @@ def cancel_verb(
     run: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN]...", help="Runs: folders or parts of their names, recipes for their newest runs, or latest."
+            metavar="[RUN]...",
+            autocompletion=completion.runs,
+            help="Runs: folders or parts of their names, recipes for their newest runs, or latest.",
         ),
     ] = None,
     sweep_name: Annotated[
-        str | None, typer.Option("--sweep", metavar="NAME", help="Every run of a sweep instead.")
+        str | None,
+        typer.Option(
+            "--sweep", metavar="NAME", autocompletion=completion.recorded_sweeps, help="Every run of a sweep instead."
+        ),
     ] = None,
     study_name: Annotated[
-        str | None, typer.Option("--study", metavar="S", help="Every run of a study's recipes instead.")
+        str | None,
+        typer.Option(
+            "--study", metavar="S", autocompletion=completion.studies, help="Every run of a study's recipes instead."
+        ),
     ] = None,
     runs: Runs = RUNS,
 ) -> None:

@@ -33,7 +33,7 @@ MISTAKES = [
     ("run haider2024/code-lama-7b", "did you mean haider2024/code-llama-7b"),
     ("show lama-3.2", "lama-3.2: no recipe of that name; did you mean llama-3.2-3b"),
     ("show llama-2", "may be any of haider2024/all-linear/llama-2-7b, haider2024/llama-2-7b; give more of its name"),
-    ("check --gpu 6000", "--gpu 6000: may be any of Quadro RTX 6000, RTX 6000 Ada, RTX A6000, RTX PRO 6000"),
+    ("check --gpu 6000", "--gpu 6000: may be any of Quadro RTX 6000, RTX 6000 Ada, RTX PRO 6000; give"),
     ("check --gpu 4O90", "--gpu 4O90: no GPU of that name; did you mean 4090"),
     ("diff haider2024/llama-2-7b nowhere.yaml", "nowhere.yaml: no such file"),
     ("run broken.yaml", "broken.yaml:3: not valid YAML"),

@@ -1,0 +1,134 @@
+"""What a shell offers after the tabulator key."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import RECIPE, Recipe
+
+from qlora_recipes.base import paths
+from qlora_recipes.configs import gpus
+
+Complete = Callable[[str], list[str]]
+
+
+@pytest.fixture
+def complete(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Complete:
+    """What is offered at the end of a command line, as bash asks for it."""
+
+    def offered(line: str) -> list[str]:
+        monkeypatch.setenv("_RECIPE_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
+        done = recipe()
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout.split()
+
+    return offered
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with runs, sweeps, a variant and a file."""
+    for run in ("haider2024/llama-2-7b/20260101-000000-aaaaaaa", "wide/20260102-000000-bbbbbbb"):
+        for runs in ("runs", "elsewhere/of-wide"):
+            (tmp_path / runs / run).mkdir(parents=True)
+            (tmp_path / runs / run / "run.json").touch()
+    sweeps = tmp_path / "runs" / "sweeps" / "ranks"
+    sweeps.mkdir(parents=True)
+    for name in ("haider2024--llama-2-7b.json", "haider2024--llama-2-7b.rehearsal.json", "haider2024--llama-2-7b.lock"):
+        (sweeps / name).touch()
+    for file in ("variants/wide.yaml", "mine.yaml", "more/other.yml", "more/notes.txt"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    return tmp_path
+
+
+RUNS = [
+    "latest",
+    "haider2024/llama-2-7b",
+    "wide",
+    "20260101-000000-aaaaaaa",
+    "20260102-000000-bbbbbbb",
+]
+SWEEPS = ["latest", "ranks/haider2024/llama-2-7b", "ranks/haider2024/llama-2-7b/rehearsal"]
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("recipe res", ["resume", "results"]),
+        ("recipe data ", ["fetch", "prepare"]),
+        ("recipe run ", ["wide", *paths.recipe_names(), "mine.yaml"]),
+        ("recipe run haider2024/llama-3.2", ["haider2024/llama-3.2-3b"]),
+        ("recipe run code", ["code-llama-7b"]),
+        ("recipe check wide llama-3.", ["llama-3.1-8b", "llama-3.2-3b"]),
+        ("recipe check more/", ["more/other.yml"]),
+        ("recipe run nowhere/", []),
+        ("recipe diff wide mi", ["mine.yaml"]),
+        ("recipe new a --from wi", ["wide"]),
+        ("recipe evaluate ", RUNS),
+        ("recipe report wide 2026", RUNS[3:]),
+        ("recipe cancel --runs nowhere ", []),
+        ("recipe results --run la", ["latest"]),
+        ("recipe results --compare wide wi", ["wide"]),
+        ("recipe publish --runs elsewhere/of-wide haid", ["haider2024/llama-2-7b"]),
+        ("recipe results --sweep ", SWEEPS),
+        ("recipe cancel --sweep lat", ["latest"]),
+        ("recipe sweep wide ", ["lora-tradeoffs", "targets", "mine.yaml"]),
+        ("recipe run wide --profile zero3", ["zero3", "zero3-offload"]),
+        ("recipe plan --gpu 40", ["4000-Ada", "4060", "4070", "4080", "4090"]),
+        ("recipe check --gpu rtx-309", ["rtx-3090", "rtx-3090-Ti"]),
+        ("recipe reproduce ", ["haider2024"]),
+        ("recipe report --study hai", ["haider2024"]),
+        ("recipe data fetch ", ["codereviewer"]),
+        ("recipe data prepare --input-format ", ["diff", "tagged"]),
+        ("recipe run wide --set lora_alpha", ["lora_alpha=", "lora_alpha_pattern="]),
+        ("recipe run wide --on s", ["slurm"]),
+    ],
+)
+def test_names_are_completed(complete: Complete, place: Path, line: str, offered: list[str]) -> None:
+    assert complete(line) == offered
+
+
+def test_what_is_completed_is_understood(complete: Complete, place: Path, recipe: Recipe) -> None:
+    offered = complete("recipe check --gpu ")
+    assert {gpus.find(name) for name in offered} == set(gpus.catalogue().values())
+    for line in ("recipe show haider2024/", "recipe show all-linear/", "recipe show llama-"):
+        assert [recipe("show", name).returncode for name in complete(line)] != []
+        assert {recipe("show", name).returncode for name in complete(line)} == {0}
+
+
+def test_nothing_heavy_is_imported_for_it(place: Path) -> None:
+    """What the quick commands import, and neither what reads runs nor what draws tables."""
+    heavy = ["torch", "numpy", "pydantic", "rich.table", "jsonschema", "qlora_recipes.runs", "qlora_recipes.checks"]
+    code = f"""
+import json, os, sys
+from qlora_recipes import cli
+for line in ("recipe run co", "recipe evaluate ", "recipe plan --gpu 40", "recipe run x --set l", "recipe data fetch "):
+    os.environ |= {{"_RECIPE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}}
+    cli.main([])
+print(json.dumps([name for name in {heavy!r} if name in sys.modules]))
+"""
+    done = subprocess.run(
+        [RECIPE.with_name("python"), "-c", code], cwd=place, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+    assert "lora_r=" in done.stdout
+
+
+def test_bash_completes_with_the_script_that_is_installed(place: Path) -> None:
+    script = """
+source <(_RECIPE_COMPLETE=source_bash recipe)
+COMP_WORDS=(recipe evaluate 20260102); COMP_CWORD=2; _recipe_completion recipe
+echo "${COMPREPLY[@]}"
+complete -p recipe
+"""
+    path = f"{RECIPE.parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=place, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["20260102-000000-bbbbbbb", "complete -o default -F _recipe_completion recipe"]
