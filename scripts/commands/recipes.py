@@ -22,7 +22,7 @@ def list_verb(
     wide: Wide = False,
     json: Json = False,
 ) -> None:
-    """The recipes, with model, epochs, optimizer and published scores."""
+    """The recipes and your variants, with model, epochs, optimizer and published scores."""
     from ..configs import variants
     from ..results import catalogue
 

@@ -5,16 +5,29 @@ from typing import Any
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
+from ..base.progress import say
+from ..configs import variants
 from ..data.study import entry
 from ..planning import need
 
 
 def recipes() -> list[dict[str, Any]]:
-    """Every shipped recipe, as `entry` describes it, with the memory that it needs if that was planned before."""
+    """Every shipped recipe and every variant in the working folder, as `entry` describes it, with the memory that it
+    needs if that was planned before, and what a variant in the working folder is a variant of.
+
+    A variant that cannot be read is reported on stderr.
+    """
     rows = []
-    for name in paths.recipe_names():
-        recipe = yamlfiles.read_yaml(paths.RECIPES / f"{name}.yaml")
-        rows.append(entry(name, recipe) | {"planned_gib": None})
+    shipped = {name: paths.RECIPES / f"{name}.yaml" for name in paths.recipe_names()}
+    own = {name: paths.VARIANTS / f"{name}.yaml" for name in paths.variant_names() if name not in shipped}
+    for name, file in (shipped | own).items():
+        try:
+            recipe = yamlfiles.read_yaml(file)
+            variant_of = variants.parent(name, file) if name in own else None
+        except UserError as error:
+            say(str(error))
+            continue
+        rows.append(entry(name, recipe) | {"planned_gib": None, "variant_of": variant_of})
         with suppress(UserError):  # some cannot be planned
             rows[-1]["planned_gib"] = need.needed_gib(recipe)
     return rows

@@ -7,6 +7,8 @@ import pytest
 from conftest import Recipe
 from run_folders import a_run
 
+from qlora_recipes.base import paths
+
 BASE = "haider2024/llama-3.2-3b"
 
 
@@ -68,3 +70,30 @@ def test_near_misses_of_runs_get_suggestions(recipe: Recipe, tmp_path: Path) -> 
             verb
         )
     assert f"did you mean {BASE}" in recipe("resume", "lama-3.2-3b").stderr
+
+
+def test_list_shows_the_variants_of_the_working_folder_by_the_names_that_run_takes(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    shipped = orjson.loads(recipe("list", "--json").stdout)
+    assert {row["variant_of"] for row in shipped} == {None}
+    assert "variant_of" not in recipe("list").stdout
+    assert recipe("new", "wide", "--from", BASE, "--set", "lora_r=64").returncode == 0
+    assert recipe("new", "more/wider", "--from", "wide", "--set", "num_epochs=1").returncode == 0
+    listed = recipe("list", "--json")
+    rows = orjson.loads(listed.stdout)
+    assert (rows[: len(shipped)], listed.stderr) == (shipped, "")
+    wider, wide = rows[len(shipped) :]
+    assert (wide["recipe"], wide["variant_of"], wide["epochs"]) == ("wide", BASE, 5)
+    assert (wider["recipe"], wider["variant_of"], wider["epochs"]) == ("more/wider", "wide", 1)
+    assert wide["published_bleu4"] is None  # which is the recipe's
+    assert all(recipe("show", row["recipe"]).returncode == 0 for row in rows)
+    assert {"variant_of", "wide", "more/wider"} <= set(recipe("list").stdout.split())
+
+
+def test_a_variant_that_cannot_be_read_hides_no_other(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "variants").mkdir()
+    (tmp_path / "variants" / "broken.yaml").write_text("lora_r: [1\n")
+    listed = recipe("list", "--json")
+    assert [row["recipe"] for row in orjson.loads(listed.stdout)] == paths.recipe_names()
+    assert listed.stderr.startswith("variants/broken.yaml:2: not valid YAML")
