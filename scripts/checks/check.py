@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError
+from ..base.errors import UserError, did_you_mean
 from ..base.quiet import importing_axolotl
 from ..configs import compose, exchange, models, standin
 from ..configs.compose import Composed, Request
@@ -222,7 +222,8 @@ def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
     names = {finding.name for finding in findings if finding.level == "error"}
     for name in force:
         if name not in names:
-            raise UserError(f"--force {name}: no error of this config has that name; names are in brackets")
+            hint = did_you_mean(name, names) or "; names are in brackets"
+            raise UserError(f"--force {name}: no error of this config has that name{hint}")
         if name.startswith(("secret:", "value:plugins", "value:datasets")):
             raise UserError(f"--force {name}: a run cannot start with this")
     left = [finding for finding in findings if finding.name not in force]
