@@ -32,7 +32,8 @@ def list_verb(
     elif as_tree:
         tables.print_table(catalogue.variants_table(rows), below=["changed"], wide=wide)
     else:
-        tables.print_table(catalogue.table(rows), spare=["base model", "planned GiB", "BERTScore"], wide=wide)
+        spare = ["base model", "planned GiB", "BERTScore"]
+        tables.print_table(catalogue.table(rows), spare=spare, below=["variant of"], wide=wide)
 
 
 @verbs.command("show", cls=Verb, rich_help_panel=HEADING, epilog="recipe show llama-3.2-3b")

@@ -44,6 +44,7 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "BERTScore": row["published_bertscore_f1"],
             "planned GiB": row["planned_gib"],
             "base model": row["base_model"],
+            "variant of": row["variant_of"],
         }
         for row in rows
     ]

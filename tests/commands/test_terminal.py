@@ -95,7 +95,7 @@ def in_terminals(place: Path, widths: Sequence[int], *words: str) -> list[list[s
 
 
 COMMANDS = {
-    "list": [CODE_LLAMA, "haider2024/as-released/llama-3-8b"],
+    "list": [LONG, f"variant of: {CODE_LLAMA}", "haider2024/as-released/llama-3-8b"],
     "list --variants": [CODE_LLAMA],
     f"diff {CODE_LLAMA} haider2024/llama-3.2-3b": ["revision_of_model", "6c284d1468fe6c413cf56183e69b194dcfa27fe6"],
     "results": [*RUNS, "20261126-101500-abc125", "haider2024/llama-3.2-3b"],
