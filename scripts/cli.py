@@ -42,6 +42,7 @@ app = typer.Typer(
     no_args_is_help=True,
     epilog=FIRST_STEPS,
     rich_markup_mode=None,
+    suggest_commands=False,  # click does, and both would
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

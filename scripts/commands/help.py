@@ -10,7 +10,7 @@ _NO_BREAK = "\N{NON-BREAKING HYPHEN}"
 
 
 class _Formatter(click.HelpFormatter):
-    """Breaks no name of an option or a file at a hyphen."""
+    """Breaks no name of an option or a file at a hyphen, and says in plainer words which numbers an option takes."""
 
     def write(self, string: str) -> None:
         super().write(string.replace(_NO_BREAK, "-"))
@@ -25,8 +25,11 @@ class _Formatter(click.HelpFormatter):
         super().write_text(_unbroken(text))
 
     def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 24, col_spacing: int = 2) -> None:
-        shorter = ((first.replace("INTEGER RANGE", "N").replace("INTEGER", "N"), second) for first, second in rows)
-        super().write_dl([(first, _unbroken(second)) for first, second in shorter], col_max, col_spacing)
+        plain = [
+            (written.replace("INTEGER RANGE", "N").replace("INTEGER", "N"), explained.replace("x>=", "at least "))
+            for written, explained in rows
+        ]
+        super().write_dl([(written, _unbroken(explained)) for written, explained in plain], col_max, col_spacing)
 
 
 def _unbroken(text: str) -> str:
