@@ -64,8 +64,9 @@ def find_recipe(name: str) -> tuple[str, Path]:
     given = Path(name)
     if given.suffix in (".yaml", ".yml"):
         if not given.is_file():
-            near = [*map(str, given.parent.glob("*.y*ml")), *(shown(file) for file in files.values())]
-            raise UserError(f"{given}: no such file{did_you_mean(name, near)}")
+            beside = did_you_mean(name, map(str, given.parent.glob("*.y*ml")))
+            hint = beside or did_you_mean(str(given.with_suffix("")), files)
+            raise UserError(f"{given}: no such file{hint}")
         return next((name for name, file in files.items() if file.samefile(given)), given.stem), given
     found = meant(name, files, "recipe", "; `recipe list` shows them all")
     return found, files[found]
