@@ -331,5 +331,5 @@ def test_the_recipes_of_a_study() -> None:
     assert reproduce.chosen(STUDY, []) == list(STUDY.published)
     beside = "haider2024/all-linear/llama-2-7b"
     assert reproduce.chosen(STUDY, ["all-linear/llama-2-7b", beside]) == [beside]
-    with pytest.raises(UserError, match="not a recipe of the study"):
+    with pytest.raises(UserError, match="nothing: no recipe of the study of that name; there are haider2024"):
         reproduce.chosen(STUDY, ["nothing"])
