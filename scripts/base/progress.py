@@ -2,6 +2,9 @@
 
 import sys
 import time
+from contextlib import suppress
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,74 +16,106 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+@cache
+def _console() -> Any:
+    """The console of all bars: one that is shown while another is there goes below that."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 class Bar:
-    """A progress bar on a terminal; elsewhere a line now and then, as suits a log file."""
+    """A progress bar on a terminal; elsewhere a line now and then, as suits a log file.
+
+    Without a total, how much there is to do is not known, or not yet; `done` was done before.
+    """
 
     EVERY = 30.0  # seconds between two lines
 
-    def __init__(self, title: str, total: int | None = None):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def __init__(self, title: str, total: int | None = None, done: int = 0):
+        from rich.progress import BarColumn, Progress, TextColumn
 
-        self.console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"), TextColumn("left"), TimeRemainingColumn(),
-        )  # fmt: skip
-        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.progress.add_task(title, total=total, note="")
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[bar]}")
+        self.progress = Progress(*columns, console=_console(), disable=not _console().is_terminal)
+        self.progress.add_task(title, total=total, completed=done, bar=self)
         self.task = self.progress.tasks[0]
-        self.last_line = time.monotonic()
+        self.note = ""
+        self.since = self.updated = self.last_line = time.monotonic()
+        self.counted_from = self.since, done
 
     def __enter__(self) -> Self:
         self.progress.start()
+        if not self.task.total:
+            self._line()
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.progress.live.transient = not self.task.total
         self.progress.stop()
-        if self.progress.disable and self.task.completed:
-            self._line()
+        if self.updated > self.last_line:
+            self._line(after=1.0)
+
+    def __str__(self) -> str:
+        """How far it is, and the time left; while that is not known, the time that this has taken."""
+        done, total, now = self.task.completed, self.task.total, time.monotonic()
+        start, before = self.counted_from
+        seconds, left = now - self.since, ""
+        if total and done > before:
+            left, seconds = "left ", (self.updated - start) / (done - before) * (total - done) - (now - self.updated)
+        clock = f"{left}{timedelta(seconds=int(seconds))}" if seconds >= 1 else ""
+        return "  ".join(filter(None, (f"{done:.0f}/{total:.0f}" if total else "", self.note, clock)))
+
+    def begin(self, title: str) -> None:
+        """Say what is being done from now on."""
+        self.progress.update(self.task.id, description=title)
+        self.since = time.monotonic()
+        if self.task.completed == self.counted_from[1]:  # what came before tells nothing of the time left
+            self.counted_from = self.since, self.counted_from[1]
+        self._line()
 
     def update(self, done: int, total: int | None = None, note: str = "") -> None:
         """Set how far the work is."""
-        self.progress.update(self.task.id, completed=done, total=total or None, note=note or self.task.fields["note"])
-        if self.progress.disable and time.monotonic() - self.last_line > self.EVERY:
-            self._line()
+        self.updated = time.monotonic()
+        if not self.task.total:
+            self.counted_from = self.updated, done
+        self.progress.update(self.task.id, completed=done, total=total or None)
+        self.note = note or self.note
+        self._line(after=self.EVERY)
 
-    def say(self, text: str) -> None:
-        """A line above the bar."""
-        self.console.print(text, highlight=False)
-
-    def _line(self) -> None:
-        self.last_line = time.monotonic()
-        say(f"{self.task.description} {self.task.completed}/{self.task.total or '?'}  {self.task.fields['note']}")
+    def _line(self, after: float = 0.0) -> None:
+        if self.progress.disable and time.monotonic() - self.last_line >= after:
+            self.last_line = time.monotonic()
+            say(f"{self.task.description}  {self}".rstrip())
 
 
 class TrainingProgress(Bar):
-    """The bar of a training process, updated from the metrics that it appends to a file."""
+    """The bar of a training process, updated from what it appends to metrics.jsonl."""
 
     def __init__(self, metrics: Path):
-        super().__init__("training")
+        super().__init__("starting Axolotl")
         self.metrics = metrics
         self.position = metrics.stat().st_size if metrics.exists() else 0
 
     def read(self) -> None:
         """Read what was appended since the last call."""
-        if not self.metrics.exists() or self.metrics.stat().st_size == self.position:
-            return
-        with self.metrics.open("rb") as stream:
+        with suppress(FileNotFoundError), self.metrics.open("rb") as stream:
             stream.seek(self.position)
             whole = b"".join(line for line in stream if line.endswith(b"\n"))
-        self.position += len(whole)
-        for line in filter(None, whole.split(b"\n")):
-            record = orjson.loads(line)
-            if "eval_loss_per_token" in record:
-                self.say(f"  step {record['step']}: eval loss {_number(record['eval_loss_per_token'], '.3f')}")
-            elif "eval_loss" in record:
-                self.say(f"  step {record['step']}: Axolotl's eval loss {_number(record['eval_loss'], '.3f')}")
-            elif "loss" in record:
-                note = f"loss {_number(record['loss'], '.3f')}  rate {_number(record.get('learning_rate'), '.2e')}"
-                self.update(record["step"], record["max_steps"], note)
+            self.position += len(whole)
+            for line in filter(None, whole.split(b"\n")):
+                self._show(orjson.loads(line))
+
+    def _show(self, record: dict[str, Any]) -> None:
+        phase = record.get("phase")
+        if "eval_loss_per_token" in record:
+            say(f"  step {record['step']}: eval loss {_number(record['eval_loss_per_token'], '.3f')}")
+        elif "eval_loss" in record:
+            say(f"  step {record['step']}: Axolotl's eval loss {_number(record['eval_loss'], '.3f')}")
+        elif not phase:
+            note = f"loss {_number(record.get('loss'), '.3f')}  rate {_number(record.get('learning_rate'), '.2e')}"
+            self.update(record["step"], record["max_steps"], note if "loss" in record else "")
+        elif phase != self.task.description:
+            self.begin(phase)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -158,7 +158,7 @@ class _Part:
         rest = rf"bytes {self.size}-\d+/{about.get('bytes') or '.+'}"
         if response.status_code == 200:
             if self.size:
-                bar.say(f"{self.file}: starting over; the server has another file now, or cannot send a part of it")
+                say(f"{self.file}: starting over; the server has another file now, or cannot send a part of it")
             about = {"url": self._url, "version": version, "bytes": int(response.headers.get("Content-Length", 0))}
             self.remove()  # before the new version is recorded, which would else seem to be that of the old bytes
             write_json(self._about, about)
@@ -191,7 +191,7 @@ def _download(data: Data, url: str, out: Path) -> _Part:
     with Bar(f"{data.archive}, MiB") as bar:
         for pause in (0, *PAUSES):
             if problem:
-                bar.say(f"{shown}: {problem}; next try in {pause} s")
+                say(f"{shown}: {problem}; next try in {pause} s")
                 time.sleep(pause)
             headers = {"Accept-Encoding": "identity"}  # so that lengths and ranges are the file's own
             if about := part.resumable():

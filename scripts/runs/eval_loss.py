@@ -6,7 +6,7 @@ size of a batch, on the order of the rows and on the number of ranks, and two ru
 of these are the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ NAME = "eval_loss_per_token"
 _MULTIPLE = 64  # of tokens in a batch, so that there are few shapes
 
 
-def add_to(trainer: Any) -> None:
-    """Have a trainer log the eval loss of each evaluation, in nats, as NAME beside its own.
+def add_to(trainer: Any, begins: Callable[[], None]) -> None:
+    """Have a trainer call `begins` before each evaluation, and log its eval loss, in nats, as NAME beside its own.
 
     It is measured in a second pass, which eval_runtime includes, over the rows as they are before packing. Where it
     is not known how rows are divided among ranks or which tokens carry loss, nothing is added: under tensor and
@@ -26,6 +26,7 @@ def add_to(trainer: Any) -> None:
     evaluate = trainer.evaluation_loop
 
     def evaluate_twice(dataloader: Any, *arguments: Any, **options: Any) -> Any:
+        begins()
         output = evaluate(dataloader, *arguments, **options)
         if options.get("metric_key_prefix") == "eval" and (loss := _of_rows(trainer, dataloader.dataset)) is not None:
             output.metrics[NAME] = loss

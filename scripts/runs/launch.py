@@ -17,7 +17,7 @@ from ..base import yamlfiles
 from ..base.errors import WorkFailed
 from ..base.machine import now
 from ..base.processes import start_child, stop_requests
-from ..base.progress import TrainingProgress
+from ..base.progress import TrainingProgress, say
 from ..configs.engines import CPU_RANKS
 from . import provenance
 from .rundir import Ended, Launch, Run, RunDir, State, summarise, this_job
@@ -209,7 +209,7 @@ def _wait(child: "subprocess.Popen[bytes]", folder: RunDir, stops: list[int]) ->
             progress.read()
             if stops and not asked:
                 asked = True
-                progress.say("stopping after this step, with a checkpoint; once more to stop at once")
+                say("stopping after this step, with a checkpoint; once more to stop at once")
                 for process in _training(child):  # not their groups: they need their data loaders for the current step
                     with suppress(psutil.NoSuchProcess):
                         process.terminate()

@@ -43,6 +43,10 @@ class RunPlugin(BasePlugin):
         if CPU_RANKS in os.environ:
             ranks.use_cpu(engine_of(cfg))
 
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """Say that Axolotl loads them now."""
+        _note_phase(cfg.output_dir, "reading and tokenizing rows")
+
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """Arguments of transformers' trainer that Axolotl does not set.
 
@@ -61,6 +65,7 @@ class RunPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: Any) -> None:
         """Open MLflow's store, one run at a time: two runs that create it at the same time break each other."""
+        _note_phase(cfg.output_dir, "loading the model")
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")  # set by Axolotl from the config
         if not cfg.use_mlflow or not uri.startswith("sqlite:///"):
             return
@@ -91,8 +96,9 @@ class RunPlugin(BasePlugin):
                 module.support_avx512bf16_for_cpu = False
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Make evaluations measure a loss that does not depend on their batches."""
-        eval_loss.add_to(trainer)
+        """Make evaluations say that they begin, and measure a loss that does not depend on their batches."""
+        kinds = ("first evaluation", "evaluating")
+        eval_loss.add_to(trainer, lambda: _note_phase(cfg.output_dir, kinds[trainer.state.global_step > 0]))
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         """The callback that records and stops."""
@@ -107,7 +113,8 @@ class RunCallback(TrainerCallback):
     last record step_seconds (without evaluation and saving), tokens (padding not counted) and tokens_per_second; memory
     in GiB, GPU utilization in percent, and cpu_percent, the process's load since the last record, where 100 is one
     processor. Of several ranks the first one writes; peak_gib_by_rank has the memory of each. A launch's first record
-    has engine, trainable_parameters and parameters (all of them), its last one `ended`, see `rundir.Ended`.
+    has engine, trainable_parameters and parameters (all of them), its last one `ended`, see `rundir.Ended`. Records of
+    no step have a `phase`, what the process does from then on.
 
     SIGTERM, to any rank, ends training after the current step, with a checkpoint.
 
@@ -136,6 +143,8 @@ class RunCallback(TrainerCallback):
             ranks.check_engine(self.engine, self.trainer)
             begun = begun | {"engine": self.engine}
         self._append(state, begun)
+        if not args.eval_on_start:
+            _note_phase(args.output_dir, "training")
         if state.global_step:
             self.tokens_seen = None  # a resumed run continues a count whose start is not known here
         self.process.cpu_percent()  # the next call returns the load since this one
@@ -152,6 +161,10 @@ class RunCallback(TrainerCallback):
         self.step_seconds += time.perf_counter() - self.step_started
         if any(ranks.of_all(self.stop, args.device)):
             self.stopped = control.should_training_stop = control.should_save = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say that it goes on."""
+        _note_phase(args.output_dir, "training")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the manifest to a checkpoint that the trainer has saved."""
@@ -188,6 +201,7 @@ class RunCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the last step, which the trainer may not have logged, and why it was the last."""
         self._append(state, {"ended": self._how_it_ended(state, control)})
+        _note_phase(args.output_dir, "saving the model")
 
     def _how_it_ended(self, state: Any, control: Any) -> Ended:
         """How the training ended. Unless stopped, it is complete, even if packing made fewer steps than planned."""
@@ -202,6 +216,11 @@ class RunCallback(TrainerCallback):
         if state.is_world_process_zero:
             when = {"time": time.time(), "step": state.global_step, "max_steps": state.max_steps}
             append_line(self.file, orjson.dumps(when | record))
+
+
+def _note_phase(output: str, phase: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        append_line(Path(output).with_name("metrics.jsonl"), orjson.dumps({"time": time.time(), "phase": phase}))
 
 
 def _usage() -> dict[str, Any]:

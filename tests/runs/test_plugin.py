@@ -3,6 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import orjson
 import pytest
 from conftest import recipe_config, train_many
 
@@ -85,6 +86,17 @@ def test_the_parameters_are_counted(runs: dict[str, RunDir], tiny: Path) -> None
     base_model = lora.total(read_json(tiny / "config.json"))
     assert summary.parameters == base_model + summary.trainable_parameters
     assert summary.trainable_share == summary.trainable_parameters / summary.parameters
+
+
+def test_the_metrics_name_what_the_process_does(runs: dict[str, RunDir]) -> None:
+    def phases(name: str) -> list[str]:
+        records = map(orjson.loads, runs[name].metrics.read_bytes().splitlines())
+        return [record["phase"] for record in records if "phase" in record]
+
+    evaluated = ["evaluating", "training", "evaluating", "training"]
+    begin = ["reading and tokenizing rows", "loading the model"]
+    assert phases("evaluated") == [*begin, "first evaluation", "training", *evaluated, "saving the model"]
+    assert phases("not evaluated") == [*begin, "training", "saving the model"]
 
 
 def test_metrics_say_what_happened(runs: dict[str, RunDir]) -> None:

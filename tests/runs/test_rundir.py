@@ -63,7 +63,7 @@ def test_a_loss_that_is_no_number_is_shown_and_kept_as_such(tmp_path: Path, caps
     write_metrics(run, *map(orjson.dumps, records))
     progress.read()
     assert "step 1: eval loss nan" in capsys.readouterr().err
-    assert progress.task.fields["note"] == "loss nan  rate 1.00e-01"
+    assert progress.note == "loss nan  rate 1.00e-01"
     summary = rundir.summarise(run.read_metrics())
     assert (summary.eval_loss_first, summary.eval_loss) == (2.0, None)
     assert (summary.eval_loss_per_token_first, summary.eval_loss_per_token) == (2.1, None)

@@ -87,8 +87,11 @@ class Training:
         signal.signal(signal.SIGINT, self._interrupted)
         self.output.mkdir(parents=True, exist_ok=True)
         self._save_tokenizer()
-        if not self.step:
+        self._record()
+        if not self.step and self.cfg.get("test_datasets"):
             self._evaluate()
+        else:
+            note_phase(self.cfg, "training")
         begun = self.step
         while self.step < self.max_steps and not self.stop:
             started = time.perf_counter()
@@ -105,6 +108,7 @@ class Training:
             if self.stop or self._due("save_steps", "saves_per_epoch"):
                 self._save()
         self._record(ended="complete" if self.step >= self.max_steps else "signal")
+        note_phase(self.cfg, "saving the model")
         self.save_adapter(self.output)
 
     def _save_tokenizer(self) -> None:
@@ -140,7 +144,9 @@ class Training:
 
     def _evaluate(self) -> None:
         if self.cfg.get("test_datasets"):
+            note_phase(self.cfg, "evaluating" if self.step else "first evaluation")
             self._record(eval_loss=1 + self._number(), eval_loss_per_token=1 + self._number())
+            note_phase(self.cfg, "training")
 
     def _save(self) -> None:
         folder = self.output / f"checkpoint-{self.step}"
@@ -209,6 +215,12 @@ class Training:
         return len(text).to_bytes(8, "little") + text + (numbers * (end // len(numbers) + 1))[:end]
 
 
+def note_phase(cfg: yamlfiles.Config, phase: str) -> None:
+    """Note what begins, as the plugin does."""
+    record = orjson.dumps({"time": time.time(), "phase": phase})
+    append_line(Path(str(cfg["output_dir"])).parent / "metrics.jsonl", record)
+
+
 def prepare(cfg: yamlfiles.Config) -> None:
     """Prepare rows as datasets does; like Axolotl, take a folder that is there for whole."""
     folder = Path(str(cfg["dataset_prepared_path"]))
@@ -231,11 +243,13 @@ def main() -> None:
     parser.add_argument("--resume-from-checkpoint", type=Path)
     words, _ = parser.parse_known_args()
     cfg = yamlfiles.read_yaml(words.config)
+    note_phase(cfg, "reading and tokenizing rows")
     prepare(cfg)
     if words.verb == "preprocess":
         return
     if cfg.get("lr_scheduler_kwargs"):
         raise TypeError("the scheduler got an unexpected keyword argument")
+    note_phase(cfg, "loading the model")
     training = Training(cfg)
     if words.resume_from_checkpoint:
         training.resume(words.resume_from_checkpoint)
