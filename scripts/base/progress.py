@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import orjson
 
+PART = "QLORA_RECIPES_PART"  # is set for a command that is a step of another, which says what comes after it
+
 
 def say(text: str) -> None:
     """A line on stderr."""
@@ -27,7 +29,7 @@ def _console() -> Any:
 class Bar:
     """A progress bar on a terminal; elsewhere a line now and then, as suits a log file.
 
-    Without a total, how much there is to do is not known, or not yet; `done` was done before.
+    Without a total, how much there is to do is not known, or not yet. Of that, `done` was done before.
     """
 
     EVERY = 30.0  # seconds between two lines
@@ -37,7 +39,7 @@ class Bar:
 
         columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[bar]}")
         self.progress = Progress(*columns, console=_console(), disable=not _console().is_terminal)
-        self.progress.add_task(title, total=total, completed=done, bar=self)
+        self.progress.add_task(title, start=total != 1, total=total, completed=done, bar=self)
         self.task = self.progress.tasks[0]
         self.note = ""
         self.since = self.updated = self.last_line = time.monotonic()
@@ -45,12 +47,12 @@ class Bar:
 
     def __enter__(self) -> Self:
         self.progress.start()
-        if not self.task.total:
+        if self.task.total is None:
             self._line()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.progress.live.transient = not self.task.total
+        self.progress.live.transient = not self.note
         self.progress.stop()
         if self.updated > self.last_line:
             self._line(after=1.0)
@@ -63,7 +65,7 @@ class Bar:
         if total and done > before:
             left, seconds = "left ", (self.updated - start) / (done - before) * (total - done) - (now - self.updated)
         clock = f"{left}{timedelta(seconds=int(seconds))}" if seconds >= 1 else ""
-        return "  ".join(filter(None, (f"{done:.0f}/{total:.0f}" if total else "", self.note, clock)))
+        return "  ".join(filter(None, (f"{done:.0f}/{total:.0f}" if total and total > 1 else "", self.note, clock)))
 
     def begin(self, title: str) -> None:
         """Say what is being done from now on."""

@@ -1,7 +1,6 @@
 """This machine, which carries out the commands of runs while the user waits."""
 
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import psutil
 from ..base import machine
 from ..base.errors import UserError
 from ..base.processes import start_child, stop_requests
-from ..base.progress import say
+from ..base.progress import PART, say
 from ..configs import gpus
 from ..configs.gpus import Gpu
 from ..runs.rundir import Job, JobState, RunDir, this_job
@@ -65,7 +64,7 @@ class Local:
 
         A request to stop is passed on to the running commands, which end at a checkpoint, and nothing more is begun.
         """
-        waiting = deque(works)
+        waiting = deque((f"{n} of {len(works)}, {work.outcome.label}", work) for n, work in enumerate(works, start=1))
         with stop_requests() as stops:
             passed_on = 0
             workers = [self._worker(device, waiting, stops) for device in self.devices]
@@ -75,24 +74,26 @@ class Local:
                     for process in running:
                         process.terminate()
                 time.sleep(0.05)
-        for work in waiting:
+        for _, work in waiting:
             work.outcome.problem = "interrupted before it was begun; run the same command again to continue"
 
     def _worker(
-        self, device: str | None, waiting: deque[Work], stops: list[int]
+        self, device: str | None, waiting: deque[tuple[str, Work]], stops: list[int]
     ) -> Iterator["subprocess.Popen[bytes]"]:
-        """Carry out waiting works on a device, one after another; yields the running process."""
+        """Carry out waiting works, named for messages, on a device, one by one; yields the running process."""
         while waiting and not stops:
-            yield from self._commands(waiting.popleft(), device, stops)
+            yield from self._commands(*waiting.popleft(), device, stops)
 
-    def _commands(self, work: Work, device: str | None, stops: list[int]) -> Iterator["subprocess.Popen[bytes]"]:
+    def _commands(
+        self, label: str, work: Work, device: str | None, stops: list[int]
+    ) -> Iterator["subprocess.Popen[bytes]"]:
         try:
             commands = work.commands()
         except UserError as error:
             work.outcome.fail("run", str(error))
             return
         for command in commands:
-            process = self._start(command, work.outcome.label, device)
+            process = self._start(command, label, device)
             while process.poll() is None:
                 yield process
             if not process.returncode:
@@ -109,12 +110,12 @@ class Local:
                 return
 
     def _start(self, command: Command, label: str, device: str | None) -> "subprocess.Popen[bytes]":
-        say(f"{label}: recipe {shlex.join(command.words)}")
         log = self._log(command)
+        say(f"{label}: {DOES[command.step]}{f'; its messages are in {log}' if log else ''}")
         with log.open("ab") if log else nullcontext() as stream:
             return start_child(
                 [str(Path(sys.executable).with_name("recipe")), *command.words],
-                env=os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {}),
+                env=os.environ | {PART: "1"} | ({"CUDA_VISIBLE_DEVICES": device} if device else {}),
                 stdout=subprocess.DEVNULL,
                 stderr=stream,
             )

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from .. import places
 from ..base.errors import UserError, WorkFailed
 from ..base.files import sha256, write_atomically
-from ..base.progress import say
+from ..base.progress import Bar, say
 from ..runs.rundir import Run, RunDir
 from ..scores.evaluations import ADAPTER, read_scores
 from .card import base_model, card
@@ -69,12 +69,12 @@ def _merge(folder: RunDir, run: Run) -> Path:
     if weights and min(weights) >= (folder.output / ADAPTER).stat().st_mtime:
         say(f"{merged}: merged already, after the adapter's last change")
         return merged
-    say(f"merging into {merged}")
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
     if run.rehearsal:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     # In a folder of its own: half a model must not look like one, and Axolotl would replace the training's log
-    with TemporaryDirectory(dir=folder.path, prefix=".merge-") as scratch, log.open("wb") as stream:
+    scratch_folder = TemporaryDirectory(dir=folder.path, prefix=".merge-")
+    with scratch_folder as scratch, log.open("wb") as stream, Bar(f"merging into {merged}"):
         code = subprocess.run(
             [Path(sys.executable).with_name("axolotl"), "merge-lora", folder.config.resolve(),
              "--lora-model-dir", folder.output.resolve(), "--output-dir", Path(scratch).resolve()],

@@ -7,7 +7,7 @@ from ..base import yamlfiles
 from ..base.errors import UserError, meant
 from ..base.locks import PATIENCE, held
 from ..base.paths import find_recipe
-from ..base.progress import say
+from ..base.progress import Bar, say
 from ..configs import datafiles, models
 from ..configs.compose import Composed, Request
 from ..data import codereviewer, fetch
@@ -63,11 +63,13 @@ def reproduce(
         for pipeline in begun:
             if not pipeline.former:  # without the data it could not be found
                 pipeline.look_up()
-        ready = [
-            pipeline
-            for pipeline in begun
-            if pipeline.is_finished() or (pipeline.check(with_data=True) and pipeline.plan())
-        ]
+        ready = []
+        with Bar("checking and planning", len(begun)) as bar:
+            for done, pipeline in enumerate(begun, start=1):
+                bar.begin(f"checking and planning {pipeline.outcome.label}")
+                if pipeline.is_finished() or (pipeline.check(with_data=True) and pipeline.plan()):
+                    ready.append(pipeline)
+                bar.update(done)
         works = [pipeline.work() for pipeline in ready]
         need_judge(works, evaluation, request.rehearse)
         rehearsed = ["--rehearse"] if request.rehearse else []

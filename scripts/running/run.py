@@ -13,7 +13,7 @@ from .. import places
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256, write_atomically
-from ..base.progress import say
+from ..base.progress import Bar, say
 from ..checks import check
 from ..checks.check import check_arguments
 from ..configs import datafiles, gpus, standin
@@ -47,8 +47,9 @@ def prepare(request: Request, place: Place) -> Composed:
     composed = compose(request)
     starts = not request.dry_run
     gpu = place.gpu()
-    report = check.examine(composed, gpu, request.ranks, launching=starts, data=starts)
-    fit.add_to(report, gpu, request.ranks, anew=starts)
+    with Bar(f"checking {composed.recipe}", 1):
+        report = check.examine(composed, gpu, request.ranks, launching=starts, data=starts)
+        fit.add_to(report, gpu, request.ranks, anew=starts)
     found = report.findings
     for finding in found:
         if not starts and finding.scope == "data":

@@ -9,7 +9,7 @@ from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.locks import held
 from ..base.paths import find_recipe
-from ..base.progress import say
+from ..base.progress import Bar, say
 from ..configs import config
 from ..configs.compose import Request
 from ..configs.gpus import Gpu
@@ -86,12 +86,15 @@ def sweep(
 
 
 def _plan(members: list[SweepMember], pipelines: list[Pipeline], gpu: Gpu | None, starts: bool) -> None:
-    for member, pipeline in zip(members, pipelines, strict=True):
-        member.digest = pipeline.digest()
-        pipeline.plan(gpu)
-        if pipeline.outcome.problem and starts:
-            say(f"{member.label}: {pipeline.outcome.problem}")
-        member.planned_gib = pipeline.needed_gib
+    with Bar("planning", len(members)) as bar:
+        for done, (member, pipeline) in enumerate(zip(members, pipelines, strict=True), start=1):
+            bar.begin(f"planning {member.label}")
+            member.digest = pipeline.digest()
+            pipeline.plan(gpu)
+            if pipeline.outcome.problem and starts:
+                say(f"{member.label}: {pipeline.outcome.problem}")
+            member.planned_gib = pipeline.needed_gib
+            bar.update(done)
 
 
 def _carry_out(
@@ -132,11 +135,13 @@ def _check(pipelines: list[Pipeline], starts: bool) -> None:
     of_distinct_rows = list({pipeline.rows: pipeline for pipeline in pipelines}.values())
     for some, with_data in ((pipelines, False), (of_distinct_rows if starts else [], True)):
         wrong: dict[str, list[str]] = {}
-        for pipeline in some:
-            if not pipeline.check(with_data, starts):
-                for problem in str(pipeline.outcome.problem).splitlines():
-                    wrong.setdefault(problem, []).append(pipeline.outcome.label)
-            pipeline.outcome.steps["check"] = DONE
+        with Bar("reading the rows of members" if with_data else "checking members", len(some)) as bar:
+            for done, pipeline in enumerate(some, start=1):
+                if not pipeline.check(with_data, starts):
+                    for problem in str(pipeline.outcome.problem).splitlines():
+                        wrong.setdefault(problem, []).append(pipeline.outcome.label)
+                pipeline.outcome.steps["check"] = DONE
+                bar.update(done)
         if wrong:
             raise UserError(
                 "\n".join(

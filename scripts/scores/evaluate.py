@@ -9,7 +9,7 @@ from ..base.errors import UserError
 from ..base.files import sha256, write_atomically, write_rows
 from ..base.locks import held
 from ..base.machine import now
-from ..base.progress import say
+from ..base.progress import Bar, say
 from ..base.quiet import importing_axolotl
 from ..configs import gpus
 from ..configs.precision import precision
@@ -184,7 +184,8 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
             say(f"{predictions}: complete, made and scored with the same settings")
             return former
         if judge:
-            bertscore.layer_of(judge)  # before hours are spent on what it is to score
+            with Bar("looking for BERTScore's model", 1):
+                bertscore.layer_of(judge)  # before hours are spent on what it is to score
         if former := _same_work(task):
             say(f"{predictions}: complete, made with the same settings; scoring it anew")
             rows = read_predictions(task.where)
@@ -193,7 +194,8 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
             _make_way(task)
             with importing_axolotl(offline=task.run.rehearsal):
                 rows = predict(task.rows, settings, task.cfg, folder.output, part, on_cpu=task.run.rehearsal)
-        scores, rows = score(rows, judge)
+        with Bar("scoring", 1):
+            scores, rows = score(rows, judge)
         write_rows(predictions, rows)
         result = Evaluation(
             made=now(),

@@ -14,6 +14,7 @@ import orjson
 
 from ..base.errors import UserError
 from ..base.files import json_rows, read_json, sha256, write_rows
+from ..base.progress import say
 from ..base.quiet import importing_axolotl
 from ..base.tables import Row, text_of
 from ..base.yamlfiles import Config
@@ -221,6 +222,7 @@ def _loaded(source: Source, folder: RunDir, run: Run, cfg: Config) -> list[tuple
             return [(line["dataset"], line["row"]) for line in json_rows(lines, kept, ("dataset",))]
     if source.held_out:
         _require_same_data(run)
+    say(f"loading {source.data}")  # no bar: this forks
     if run.rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with importing_axolotl(offline=run.rehearsal), chdir(run.cwd):

@@ -49,14 +49,15 @@ def predict(
     if len(done) < len(rows):
         if on_cpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        import torch
+        with Bar("loading the model") as bar:
+            import torch
 
-        from .generate import Generator
+            from .generate import Generator
 
-        generator = Generator(settings, cfg, tokenizer)
-        examples = generator.examples(rows, evaluated.keys)
-        with Bar("evaluating", len(rows)) as bar, part.open("ab") as stream:
-            bar.update(len(done))
+            generator = Generator(settings, cfg, tokenizer)
+            bar.begin("tokenizing the prompts")
+            examples = generator.examples(rows, evaluated.keys)
+        with Bar("evaluating", len(rows), len(done)) as bar, part.open("ab") as stream:
             lengths = [len(example.prompt) + settings.decoding.max_new_tokens for example in examples]
             for number, (room, batch) in enumerate(batches(lengths, settings.batch_size)):
                 if all(i in done for i in batch):

@@ -34,7 +34,9 @@ def test_jobs_each_see_a_gpu_of_their_own(monkeypatch: pytest.MonkeyPatch) -> No
         Local(rehearsal=True, jobs=None, options=["time=1"])
 
 
-def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(tmp_path: Path) -> None:
+def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     asked: list[str] = []
     refused = work(tmp_path / "a", {"run": ["show", "nothing"], "evaluate": ["list"]}, asked)
     fine = work(tmp_path / "b", {"run": ["list"], "evaluate": ["list"]}, asked)
@@ -42,6 +44,12 @@ def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(tmp_path: 
     assert asked == ["a", "b"]  # once each
     assert (refused.outcome.steps, refused.outcome.run) == ({"run": "failed"}, None)
     log = tmp_path / "a" / "run.log"
+    assert sorted(capfd.readouterr().err.splitlines()) == [
+        f"1 of 2, a: the training; its messages are in {log}",
+        f"2 of 2, b: the evaluation; its messages are in {tmp_path / 'b' / 'evaluate.log'}",
+        f"2 of 2, b: the training; its messages are in {tmp_path / 'b' / 'run.log'}",
+    ]
+    assert "next:" not in (tmp_path / "b" / "run.log").read_text()  # which `recipe list` says to a user
     assert refused.outcome.problem == f"the training was refused; the messages are in {log}"
     assert "no recipe of that name" in log.read_text()
     assert (fine.outcome.steps, fine.outcome.problem) == ({"run": "done", "evaluate": "done"}, None)

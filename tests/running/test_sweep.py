@@ -81,6 +81,9 @@ def finished(place: Path, tiny_profile: Path, stand_in: Path) -> dict[str, Any]:
     done = subprocess.run(command(stand_in, tiny_profile), cwd=place, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr  # for the member that fails
     assert "broken: the training failed" in done.stderr
+    members = [line for line in done.stderr.splitlines() if " of 3, " in line]
+    assert members[-2:] == ["2 of 3, high: the evaluation", "3 of 3, broken: the training"]
+    assert "recipe resume" not in done.stderr and "next:" not in done.stderr
     return orjson.loads(done.stdout)
 
 
