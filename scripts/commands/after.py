@@ -8,9 +8,10 @@ import typer
 from ..base import tables
 from ..base.files import write_atomically, write_rows
 from ..base.paths import RUNS
-from ..base.progress import say
+from ..base.progress import Bar, say
 from . import completion
 from .help import Verb
+from .next_step import name_of, next_step
 from .options import (
     BatchSize,
     Best,
@@ -90,7 +91,12 @@ def evaluate_verb(
         print(export_prompts)
         return
     evaluated = evaluation.start(folder, request, runs, place)
-    print(evaluated.path) if isinstance(evaluated, RunDir) else _print_scores(evaluated.scores, json)
+    if isinstance(evaluated, RunDir):
+        print(evaluated.path)
+        next_step("results", runs=runs, json=json)
+    else:
+        _print_scores(evaluated.scores, json)
+        next_step("report", name_of(folder, runs), runs=runs, json=json)
 
 
 @verbs.command("score", cls=Verb, rich_help_panel=HEADING, epilog="recipe score predictions.jsonl --out scored.jsonl")
@@ -107,10 +113,12 @@ def score_verb(
     from ..scores.bertscore import judge
     from ..scores.score import read_rows, score
 
-    scores, rows = score(read_rows(file), judge(bertscore, bertscore_layer))
+    with Bar("scoring", 1):
+        scores, rows = score(read_rows(file), judge(bertscore, bertscore_layer))
     if out:
         write_rows(out, rows)
     _print_scores(scores, json)
+    next_step("results", "--by", "length", "--run", file, json=json)
 
 
 def _print_scores(scores: dict[str, Any], json: bool) -> None:
@@ -271,15 +279,17 @@ def report_verb(
     only_with("--rehearse", rehearse, "--study", study_name)
     only_with("--best", best, "--sweep", sweep_name)
     report.check_file(out)
-    if study_name:
-        html = report.of_study(study.find(study_name), rehearse, runs, analyze)
-    elif sweep_name:
-        html = report.of_sweep(sweeps.find(sweep_name, runs), runs, best, analyze)
-    else:
-        folders = {folder.path: folder for folder in (find_run(name, runs) for name in run or ["latest"])}
-        html = report.of_runs(report_runs.reported_runs(list(folders.values())), analyze)
+    with Bar(f"writing {out}", 1):
+        if study_name:
+            html = report.of_study(study.find(study_name), rehearse, runs, analyze)
+        elif sweep_name:
+            html = report.of_sweep(sweeps.find(sweep_name, runs), runs, best, analyze)
+        else:
+            folders = {folder.path: folder for folder in (find_run(name, runs) for name in run or ["latest"])}
+            html = report.of_runs(report_runs.reported_runs(list(folders.values())), analyze)
     write_atomically(out, html)
     print(out)
+    say(f"next: open {out} in a browser; it needs no network")
 
 
 @verbs.command(

@@ -2,16 +2,17 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..base import tables, yamlfiles
 from ..base.errors import UserError
 from ..base.paths import RUNS, find_recipe, recipe_names
-from ..base.progress import say
+from ..base.progress import Bar, say
 from . import completion
 from .help import Verb, Verbs
+from .next_step import next_step, over
 from .options import (
     FigureFile,
     InputFormatName,
@@ -26,6 +27,9 @@ from .options import (
     exclusive,
     single_name,
 )
+
+if TYPE_CHECKING:
+    from ..configs.compose import Request
 
 HEADING = "Before a run"
 verbs = typer.Typer()
@@ -64,6 +68,7 @@ def fetch_verb(
     data = study.with_data(name).data
     rows = fetch.fetch(data, out or data.raw, from_)
     tables.print_json(rows) if json else tables.print_table(rows, wide=wide)
+    next_step("data", "prepare", *([] if out in (None, data.raw) else [out / row["file"] for row in rows]), json=json)
 
 
 @data_verbs.command("prepare", cls=Verb, epilog="recipe data prepare\nrecipe data prepare --input-format tagged")
@@ -101,27 +106,26 @@ def prepare_verb(
     of_study = study.find(study_name)
     form = of_study.data.input_formats[input_format]
     folder = out or Path(form.folder)
-    manifest = codereviewer.prepare(
-        raw or codereviewer.fetched(of_study.data),
-        folder,
-        of_study,
-        input_format,
-        instruction,
-        valid_rows,
-        subset or [],
-        seed,
-    )
+    files = raw or codereviewer.fetched(of_study.data)
+    drawn = (valid_rows, subset or [], seed)
+    with Bar(f"preparing {folder}", 1):
+        manifest = codereviewer.prepare(files, folder, of_study, input_format, instruction, *drawn)
     if json:
         tables.print_json(manifest)
         return
     columns = ("file", "rows", "read", "kept", "dropped", "duplicates_kept", "is_the_study_file")
-    files = []
+    written = []
     for split in manifest["splits"].values():
-        files += [split, *split.get("subsets", {}).values()]
+        written += [split, *split.get("subsets", {}).values()]
         for name, reason in split.get("left_out", {}).items():
             say(f"{name}.jsonl: not written: {reason}")
-    tables.print_table([{key: file.get(key) for key in columns} for file in files], wide=wide)
+    tables.print_table([{key: file.get(key) for key in columns} for file in written], wide=wide)
     print(folder / codereviewer.MANIFEST)
+    for name in (*of_study.published, *of_study.beside):
+        trains_on = yamlfiles.read_yaml(find_recipe(name)[1])["datasets"][0]["path"]
+        if Path(trains_on).parent == folder and {"train", "valid"} <= manifest["splits"].keys():
+            next_step("check", name, "--data")
+            break
 
 
 @verbs.command(
@@ -166,12 +170,18 @@ def check_verb(
     requests = [Request(name, profile or [], set_ or [], rehearse, mirror) for name in names or recipe_names()]
     if show_tokens:
         single_name(names, "--show-tokens")
-        rows = check.tokens_of(requests[0], show_tokens)
+        with Bar("tokenizing", 1):
+            rows = check.tokens_of(requests[0], show_tokens)
         tables.print_json(rows) if json else tables.print_tokens(rows)
         return
-    reports = [check.check(request, target, data, full) for request in requests]
-    for report in reports:
-        fit.add_to(report, target, anew=full)
+    reports = []
+    with Bar("checking", len(requests)) as bar:
+        for request in requests:
+            if data or full:
+                bar.begin(f"checking {request.name}")
+            reports.append(check.check(request, target, data, full))
+            fit.add_to(reports[-1], target, anew=full)
+            bar.update(len(reports))
     if json:
         tables.print_json([report.as_json() for report in reports])
     else:
@@ -186,6 +196,10 @@ def check_verb(
     print(f"{len(reports)} checked; errors: {counts['error']}, warnings: {counts['warning']}", file=sys.stderr)
     if counts["error"]:
         raise typer.Exit(2)
+    if not rehearse and not mirror:  # which a plan does not take
+        next_step("plan", *names or [], *over(profile, set_), *(["--gpu", gpu] if gpu else []), json=json)
+    elif len(requests) == 1:
+        next_step("run", *_launching(requests[0]), json=json)
 
 
 @verbs.command(
@@ -233,10 +247,16 @@ def plan_verb(
         single_name(names, "--compare")
         if figure or data or vram or price or gpu_count > 1:
             raise UserError("--compare: takes --gpu and --json, and none of the other options of a plan")
-        compared = plan.compare(requests[0], target)
+        with Bar(f"planning {requests[0].name} in three ways", 1):
+            compared = plan.compare(requests[0], target)
         tables.print_json(compared) if json else plan_tables.comparison(compared, requests[0].name, wide)
         return
-    plans = {request.name: plan.of_request(request, target, vram, data, price, runs) for request in requests}
+    plans = {}
+    with Bar("planning", len(requests)) as bar:
+        for request in requests:
+            bar.begin(f"planning {request.name}")
+            plans[request.name] = plan.of_request(request, target, vram, data, price, runs)
+            bar.update(len(plans))
     if figure:
         plan_tables.draw(plans, figure)
     if json:
@@ -245,6 +265,21 @@ def plan_verb(
         plan_tables.summary(plans, wide)
     else:
         plan_tables.show(plans[requests[0].name], wide)
+        if any(card["fits"] for card in plans[requests[0].name]["cards"]):
+            next_step("run", *_launching(requests[0]))
+
+
+def _launching(request: "Request") -> list[str]:
+    """The arguments that run a request: as a rehearsal where this machine has no GPU, or not the data."""
+    from ..configs import datafiles, gpus
+    from ..configs.compose import compose
+
+    entries = datafiles.datasets(compose(request).config)
+    ready = gpus.here() and all(file.is_file() for _, entry in entries for file in datafiles.local_files(entry))
+    rehearsed = ["--rehearse"] if request.rehearse or not ready else []
+    mirrored = ["--mirror"] if request.mirror else []
+    several = ["--gpus", str(request.gpus)] if request.gpus > 1 else []
+    return [request.name, *over(request.profiles, request.overrides), *mirrored, *several, *rehearsed]
 
 
 @analyze_verbs.command("quantization", cls=Verb, epilog="recipe analyze quantization --figure losses.png")
@@ -264,7 +299,7 @@ def quantization_verb(
     from ..configs import standin
 
     exclusive({"--model": model, "--synthetic": synthetic})
-    with importing_axolotl():
+    with importing_axolotl(), Bar("measuring what each format loses", 1):
         from ..planning import quantization
 
         folder = None if synthetic else model or standin.model_folder()
@@ -286,8 +321,8 @@ def lora_verb(names: Names = None, figure: FigureFile = None, wide: Wide = False
     from ..planning import lora
 
     recipes = [yamlfiles.read_yaml(find_recipe(name)[1]) for name in names or recipe_names()]
-    rows = lora.rows({str(recipe.get("base_model")): recipe for recipe in recipes})
-    with importing_axolotl():
+    with importing_axolotl(), Bar("counting parameters", 1):
+        rows = lora.rows({str(recipe.get("base_model")): recipe for recipe in recipes})
         error = lora.update_error()
     if figure:
         lora.draw(rows, figure)

@@ -7,6 +7,7 @@ import typer
 from ..base import paths, tables, yamlfiles
 from . import completion
 from .help import Verb
+from .next_step import next_step
 from .options import Json, Name, Overrides, Wide, whole_name
 
 HEADING = "Recipes"
@@ -34,6 +35,9 @@ def list_verb(
     else:
         spare = ["base model", "planned GiB", "BERTScore"]
         tables.print_table(catalogue.table(rows), spare=spare, below=["variant of"], wide=wide)
+    if not as_tree:
+        published = next(row["recipe"] for row in rows if row["published_bleu4"])
+        next_step("run", published, "--rehearse", json=json)
 
 
 @verbs.command("show", cls=Verb, rich_help_panel=HEADING, epilog="recipe show llama-3.2-3b")
@@ -135,3 +139,5 @@ def new_verb(
         say(line)
     if not model and any(override.startswith("base_model=") for override in overrides):
         say("revision, special tokens, layers and comments are still those of the model before; --model replaces them")
+    has_data = all(finding.level != "error" for finding in found)
+    next_step(*(("check", name, "--data") if has_data else ("run", name, "--rehearse")))

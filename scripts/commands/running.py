@@ -11,6 +11,7 @@ from ..base.errors import UserError
 from ..base.paths import RUNS
 from . import completion
 from .help import Verb
+from .next_step import after_training, name_of, next_step
 from .options import (
     BatchSize,
     Best,
@@ -94,7 +95,9 @@ def run_verb(
     if dry_run:
         print(yamlfiles.write_yaml(run.prepare(request, place).config), end="")
     else:
-        print(run.start(request, runs, place).path)
+        folder = run.start(request, runs, place)
+        print(folder.path)
+        after_training(folder, runs, on)
 
 
 @verbs.command("resume", cls=Verb, rich_help_panel=HEADING, epilog="recipe resume latest")
@@ -113,7 +116,12 @@ def resume_verb(
 
     only_with("--prepare", prepare, "--on local", on == "local", "jobs prepare by themselves")
     place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
-    print(resume(run, runs, place, prepare).path)
+    folder = resume(run, runs, place, prepare)
+    print(folder.path)
+    if prepare:
+        next_step("resume", name_of(folder, runs), runs=runs)
+    else:
+        after_training(folder, runs, on)
 
 
 @verbs.command(
@@ -188,6 +196,8 @@ def sweep_verb(
     rows = sweeps.rows(record, runs, best)
     form = form_of(wide, json)
     _end(outcomes, form, {"sweep": record.label}, rows, lambda: sweep_tables.show(record, rows, best, form))
+    if not dry_run:
+        next_step("report" if place.here else "results", "--sweep", record.label, runs=runs, json=json)
 
 
 def _end(
@@ -274,6 +284,8 @@ def reproduce_verb(
     rows = verdict.rows(of_study, runs, request.rehearse, {outcome.recipe: outcome.run for outcome in outcomes})
     form = form_of(wide, json)
     _end(outcomes, form, {}, rows, lambda: verdict.show_study(of_study, rows, request.rehearse, form))
+    rehearsed = ["--rehearse"] if request.rehearse else []
+    next_step("report" if place.here else "results", "--study", study, *rehearsed, runs=runs, json=json)
 
 
 @verbs.command(

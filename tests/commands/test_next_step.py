@@ -1,0 +1,86 @@
+"""The line that says what one usually does next: each command in it can be run."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import Recipe
+from run_folders import a_run
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.files import write_rows
+from qlora_recipes.commands.next_step import after_training
+from qlora_recipes.planning import plan, plan_tables
+
+NAME = "haider2024/code-llama-7b"
+
+
+def next_of(recipe: Recipe, *words: str | Path) -> list[str]:
+    """The words of the command that a command says comes next, on stderr; none with --json."""
+    done = recipe(*words)
+    assert done.returncode == 0, done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("next: ")]
+    assert done.stderr.endswith(f"{said}\n") and "next: " not in done.stdout
+    name, *following = shlex.split(said.removeprefix("next: "))
+    assert name == "recipe"
+    return following
+
+
+def test_from_a_list_to_a_rehearsal_without_a_gpu_and_data(recipe: Recipe) -> None:
+    assert next_of(recipe, "list") == ["run", NAME, "--rehearse"]
+    rehearsed = next_of(recipe, "new", "my-wide", "--from", NAME, "--set", "lora_r=8")
+    assert rehearsed == ["run", "my-wide", "--rehearse"]
+    laid = ("--set", "lora_dropout=0.1")
+    checked = next_of(recipe, "check", "my-wide", "--rehearse", *laid)
+    assert checked == ["run", "my-wide", *laid, "--rehearse"]
+    assert recipe(*checked, "--dry-run").returncode == 0
+
+
+def test_what_is_planned_is_run_next_if_it_fits(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_tables, "show", lambda *_: None)
+    monkeypatch.setattr(plan, "of_request", lambda *_: {"cards": [{"fits": False}]})
+    assert "next:" not in recipe("plan", NAME).stderr
+    monkeypatch.setattr(plan, "of_request", lambda *_: {"cards": [{"fits": False}, {"fits": True}]})
+    words = ("--set", "lora_r=8", "--gpus", "2")
+    assert next_of(recipe, "plan", NAME, *words) == ["run", NAME, *words, "--rehearse"]
+    assert next_of(recipe, "plan", NAME, "--profile", "zero2", *words)[2:4] == ["--profile", "zero2"]
+
+
+def test_from_prepared_data_to_a_plan(recipe: Recipe) -> None:
+    checked = next_of(recipe, "data", "prepare", *sorted(paths.SAMPLE.glob("*.jsonl")))
+    assert checked == ["check", "haider2024/llama-2-7b", "--data"]
+    assert next_of(recipe, *checked) == ["plan", "haider2024/llama-2-7b"]
+    assert next_of(recipe, "check", NAME, "--gpu", "T4") == ["plan", NAME, "--gpu", "T4"]
+    assert "next:" not in recipe("check", NAME, "--json").stderr
+    assert "next:" not in recipe("data", "prepare", *paths.SAMPLE.glob("*.jsonl"), "--out", "elsewhere").stderr
+
+
+def test_from_scores_to_what_is_in_them(recipe: Recipe, tmp_path: Path) -> None:
+    write_rows(tmp_path / "p.jsonl", [{"reference": "a b c", "prediction": "a b d"}] * 3)
+    following = next_of(recipe, "score", "p.jsonl", "--bertscore", "none")
+    assert recipe(*following).returncode == 0
+    assert "next:" not in recipe("score", "p.jsonl", "--bertscore", "none", "--json").stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "runs", "says"),
+    [
+        ({}, "runs", "recipe evaluate 1-a"),
+        ({}, "other place", "recipe evaluate 1-a --runs 'other place'"),
+        ({"test_datasets": [{"path": "a.jsonl", "type": "completion"}]}, "runs", "recipe report 1-a"),
+        ({"test_datasets": None}, "runs", "recipe report 1-a"),
+    ],
+    ids=["answers", "elsewhere", "completion", "no rows"],
+)
+def test_a_run_is_evaluated_next_if_its_rows_have_answers(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: yamlfiles.Config,
+    runs: str,
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = a_run(Path(runs), NAME, "1-a", 5.0, set=change)
+    after_training(folder, Path(runs), "local")
+    assert capsys.readouterr().err == f"next: {says}\n"
