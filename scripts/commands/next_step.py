@@ -3,11 +3,14 @@
 import os
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..base.errors import UserError
 from ..base.paths import RUNS
 from ..base.progress import PART, say
-from ..runs.rundir import RunDir
+
+if TYPE_CHECKING:
+    from ..runs.rundir import RunDir
 
 
 def next_step(*words: str | Path, runs: Path = RUNS, json: bool = False) -> None:
@@ -29,12 +32,12 @@ def over(profiles: list[str] | None, sets: list[str] | None) -> list[str]:
     return [word for option, values in laid for value in values or [] for word in (option, value)]
 
 
-def name_of(folder: RunDir, runs: Path) -> str:
+def name_of(folder: "RunDir", runs: Path) -> str:
     """How a run is named beside --runs: by the end of its path, if it is there."""
     return folder.path.name if folder.path.is_relative_to(runs) else str(folder.path)
 
 
-def after_training(folder: RunDir, runs: Path, on: str) -> None:
+def after_training(folder: "RunDir", runs: Path, on: str) -> None:
     """Say what follows a run: its evaluation, or a report where its rows have no answers to compare with."""
     from ..base import yamlfiles
     from ..scores import evaluation_rows
