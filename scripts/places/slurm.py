@@ -18,7 +18,7 @@ from pathlib import Path
 from ..base import paths
 from ..base.errors import UserError, WorkFailed
 from ..base.files import write_atomically
-from ..base.progress import say
+from ..base.progress import PART, say
 from ..base.templating import environment
 from ..configs import gpus
 from ..configs.gpus import Gpu
@@ -270,6 +270,7 @@ class Batch:
                 options=map(shlex.quote, self._options(step, count)),
                 setup=self.site.setup,
                 cwd=shlex.quote(str(Path.cwd())),
+                part=PART,
                 tasks=[
                     {
                         "folder": shlex.quote(str(task.folder.path)),

@@ -241,7 +241,7 @@ def task(folder: Path, *words: str) -> place_module.ArrayTask:
 STUB = """#!/bin/bash
 trap 'echo stopped; exit 1' USR1
 trap : TERM
-echo "$@"
+echo "$@, a part: $QLORA_RECIPES_PART"
 {progress}
 touch started
 for _ in $(seq 100); do sleep 0.05; done
@@ -279,7 +279,7 @@ def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(
     process.send_signal(signal.SIGUSR1)
     assert process.wait(20) == 1
     said = (tmp_path / "a" / "slurm-run.log").read_text()
-    assert said.startswith("recipe resume a b\nstopped\n")
+    assert said.startswith("recipe resume a b, a part: 1\nstopped\n")
     assert (tmp_path / "asked").exists() == queued_again
     if queued_again:
         assert (tmp_path / "asked").read_text() == "requeue 12_0\n"  # not the whole array

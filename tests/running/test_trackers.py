@@ -113,7 +113,7 @@ def test_runs_that_begin_at_once_share_a_new_mlflow_store(tmp_path: Path, monkey
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     context = multiprocessing.get_context("fork")
-    cfg = SimpleNamespace(use_mlflow=True)
+    cfg = SimpleNamespace(use_mlflow=True, output_dir=f"{tmp_path}/output")
     processes = [context.Process(target=RunPlugin().pre_model_load, args=(cfg,)) for _ in range(3)]
     for process in processes:
         process.start()
