@@ -29,7 +29,9 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..checks.check import Report
     from ..configs.compose import Request
+    from ..configs.gpus import Gpu
 
 HEADING = "Before a run"
 verbs = typer.Typer()
@@ -164,7 +166,6 @@ def check_verb(
     from ..checks import check
     from ..configs import gpus
     from ..configs.compose import Request
-    from ..planning import fit
 
     target = gpus.here() if gpu is None else gpus.find(gpu)
     requests = [Request(name, profile or [], set_ or [], rehearse, mirror) for name in names or recipe_names()]
@@ -174,14 +175,7 @@ def check_verb(
             rows = check.tokens_of(requests[0], show_tokens)
         tables.print_json(rows) if json else tables.print_tokens(rows)
         return
-    reports = []
-    with Bar("checking", len(requests)) as bar:
-        for request in requests:
-            if data or full:
-                bar.begin(f"checking {request.name}")
-            reports.append(check.check(request, target, data, full))
-            fit.add_to(reports[-1], target, anew=full)
-            bar.update(len(reports))
+    reports = _checked(requests, target, data, full)
     if json:
         tables.print_json([report.as_json() for report in reports])
     else:
@@ -200,6 +194,22 @@ def check_verb(
         next_step("plan", *names or [], *over(profile, set_), *(["--gpu", gpu] if gpu else []), json=json)
     elif len(requests) == 1:
         next_step("run", *_launching(requests[0]), json=json)
+
+
+def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, full: bool) -> "list[Report]":
+    """The report of each request; which one is at work is shown where that takes a while."""
+    from ..checks import check
+    from ..planning import fit
+
+    reports: list[Report] = []
+    with Bar("checking", len(requests)) as bar:
+        for request in requests:
+            if data or full:
+                bar.begin(f"checking {request.name}")
+            reports.append(check.check(request, gpu, data, full))
+            fit.add_to(reports[-1], gpu, anew=full)
+            bar.update(len(reports))
+    return reports
 
 
 @verbs.command(
