@@ -261,18 +261,26 @@ def reproduce_verb(
     ] = None,
     bertscore_layer: JudgeLayer = None,
     batch_size: BatchSize = 16,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done, and how long it takes; start nothing.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --dry-run: the GPU to plan for; by default this machine's.")
+    ] = None,
     runs: Runs = RUNS,
     wide: Wide = False,
     json: Json = False,
 ) -> None:
     """Fetch, check, plan, train, evaluate and compare all of a study. What is done already is not done again."""
     from .. import places
+    from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..data.study import find
     from ..results import verdict
     from ..running import reproduce
     from ..scores import evaluate
 
+    only_with("--gpu", gpu, "--dry-run", dry_run)
     of_study = find(study)
     request = Request(
         of_study.folder.name, profiles=profile or [], overrides=set_ or [], rehearse=rehearse, mirror=mirror
@@ -280,12 +288,27 @@ def reproduce_verb(
     request.rehearse = is_rehearsal(request)
     evaluation = evaluate.EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
     place = places.kinds()[on](request.rehearse, jobs, slurm or [])
+    if dry_run:
+        card = gpus.find(gpu) if gpu else None
+        _show_outline(reproduce.outline(of_study, request, only or [], evaluation, runs, place, card), json)
+        return
     outcomes = reproduce.reproduce(of_study, request, only or [], evaluation, runs, place)
     rows = verdict.rows(of_study, runs, request.rehearse, {outcome.recipe: outcome.run for outcome in outcomes})
     form = form_of(wide, json)
     _end(outcomes, form, {}, rows, lambda: verdict.show_study(of_study, rows, request.rehearse, form))
     rehearsed = ["--rehearse"] if request.rehearse else []
     next_step("report" if place.here else "results", "--study", study, *rehearsed, runs=runs, json=json)
+
+
+def _show_outline(outline: dict[str, Any], json: bool) -> None:
+    if json:
+        tables.print_json(outline)
+        return
+    for line in outline["data"]:
+        print(f"data: {line}")
+    tables.print_table(outline["recipes"])
+    for note in outline["notes"]:
+        print(f"note: {note}")
 
 
 @verbs.command(

@@ -141,10 +141,15 @@ def _work(work: dict[str, Any]) -> list[dict[str, Any]]:
             "tokens a second",
             f"{work['tokens_per_second']:,.0f} ({work['rate_is']})" if work["tokens_per_second"] else None,
         ),
-        ("hours", f"{work['hours']:,.1f}" if work["hours"] else None),
+        ("hours", f"{work['hours']:,.1f} ({hours_are(work)})" if work["hours"] else None),
         ("cost", f"{work['cost']:,.2f} USD" if work["cost"] else None),
     ]
     return [{"work": name, "": text} for name, text in lines if text]
+
+
+def hours_are(work: dict[str, Any]) -> str:
+    """What an estimate of hours rests on."""
+    return f"speed: {work['rate_is']}; tokens: {work['tokens_are'].replace(': ', ', ')}"
 
 
 def draw(plans: dict[str, Plan], file: Path) -> None:

@@ -1,18 +1,25 @@
 """A study from its data to its table, skipping the steps that were done before: `recipe reproduce`."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..base import yamlfiles
 from ..base.errors import UserError, meant
 from ..base.locks import PATIENCE, held
 from ..base.paths import find_recipe
 from ..base.progress import Bar, say
+from ..checks import check
 from ..configs import datafiles, models
 from ..configs.compose import Composed, Request
+from ..configs.gpus import Gpu
 from ..data import codereviewer, fetch
-from ..data.study import Study
+from ..data.study import PreparedFormat, Study
 from ..places import Place
+from ..planning import plan
+from ..planning.plan_tables import hours_are
+from ..planning.planner import GIB
 from ..runs.tasks import Outcome
 from ..scores import bertscore, evaluate
 from .pipeline import Pipeline, need_judge
@@ -77,6 +84,102 @@ def reproduce(
     return outcomes
 
 
+def outline(
+    of_study: Study,
+    request: Request,
+    only: list[str],
+    evaluation: evaluate.EvaluationRequest,
+    runs: Path,
+    place: Place,
+    gpu: Gpu | None,
+) -> dict[str, Any]:
+    """What `reproduce` would do with the same arguments; nothing is started or written.
+
+    Args:
+        gpu: the card to plan for, by default the place's.
+
+    Returns:
+        `data`, what would be fetched and prepared, in words; `recipes`, a row each: what would be trained, what that
+        takes, and on how many rows it would be evaluated; and `notes` on these.
+
+    Raises:
+        UserError: a recipe that is named is not the study's.
+    """
+    pipelines = [
+        Pipeline(Outcome(recipe), _request(request, recipe), evaluation, runs, place)
+        for recipe in chosen(of_study, only)
+    ]
+    gpu = gpu or place.gpu()
+    test_rows = evaluate.REHEARSED if request.rehearse else of_study.data.subsets[of_study.data.scored_on].rows
+    notes: list[str] = []
+    rows = []
+    with Bar("planning", len(pipelines)) as bar:
+        for pipeline in pipelines:
+            pipeline.look_up()
+            row, said = _outlined(pipeline, gpu)
+            rows.append(row | {"test rows": test_rows})
+            notes += said
+            bar.update(len(rows))
+    if request.rehearse:
+        notes.append(
+            "a rehearsal takes some three minutes on two cores of a CPU; --dry-run without --rehearse plans the recipes"
+        )
+    else:
+        notes.append("hours are of the training alone; what generating and scoring takes is not planned")
+        if not gpu:
+            notes.append("whether it fits, and for how long it trains, is not known without a GPU; --gpu names one")
+        if evaluation.judge is None and bertscore.judge(None, None) is None:
+            notes.append(f"BERTScore's model, {bertscore.DEFAULT}, is to be fetched too: 1.4 GB")
+    configs = [pipeline.composed for pipeline in pipelines if pipeline.composed]
+    return {"data": _outlined_data(of_study, configs), "recipes": rows, "notes": list(dict.fromkeys(notes))}
+
+
+def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list[str]]:
+    """What would become of one recipe, and what is to be said of it."""
+    row: dict[str, Any] = {"recipe": pipeline.outcome.recipe, "training": "new"}
+    row |= dict.fromkeys(("model to fetch, GB", "epochs", "steps", "needs GiB", "fits", "hours"))
+    if pipeline.former:
+        row["training"] = f"{pipeline.state}: {pipeline.former[0].path}"
+    composed, request = pipeline.composed, pipeline.request
+    if composed is None:
+        return row | {"training": "refused"}, [f"{pipeline.outcome.recipe}: {pipeline.outcome.problem}"]
+    report = check.check(request, gpu, launching=not request.rehearse, composed=composed)
+    errors = [finding for finding in report.findings if finding.level == "error" and finding.scope != "data"]
+    notes = [
+        f"refused as of now: {error.key}: {error.problem}{f'; {error.remedy}' if error.remedy else ''}"
+        for error in errors
+    ]
+    row["epochs"] = composed.config.get("num_epochs")
+    if request.rehearse:
+        return row | {"steps": datafiles.training_steps(composed.config)}, notes
+    try:
+        planned = plan.of_request(request, gpu, runs=pipeline.runs)
+    except UserError as error:
+        return row, [*notes, f"{pipeline.outcome.recipe}: not planned: {error}"]
+    work = planned["work"]
+    row["needs GiB"] = planned["memory"]["needed"] / GIB
+    if not models.find(composed.config).weights_here:
+        row["model to fetch, GB"] = planned["frozen"] * 2 / 1e9  # in 16 bits
+    row |= {"steps": work["steps"], "hours": work["hours"]}
+    if gpu and gpu.memory:
+        row["fits"] = f"{gpu.name}: {'yes' if planned['cards'][0]['fits'] else 'no'}"
+    return row, [*notes, f"hours: {hours_are(work)}"] if work["hours"] else notes
+
+
+def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
+    """What would be fetched and prepared for some configs."""
+    data = of_study.data
+    lines = []
+    for name, form in _needed_formats(of_study, configs):
+        if any(Path(form.folder).glob("[!.]*")):
+            lines.append(f"{form.folder}: there already")
+        else:
+            lines.append(f"{form.folder}: to be prepared, in the format {name}")
+    if any("prepared" in line for line in lines) and not all((data.raw / file).is_file() for file in data.files):
+        lines.insert(0, f"{data.raw}: to be fetched, {data.archive_bytes / 1e6:,.0f} MB from {data.source}")
+    return lines or ["nothing to fetch or prepare"]
+
+
 def lock(name: str, runs: Path) -> Path:
     """The lock that a command holds while it reproduces the study of a name."""
     return runs / f".reproduce-{name.replace('/', '--')}.lock"
@@ -94,12 +197,8 @@ def _have_data(of_study: Study, configs: list[Composed]) -> None:
     Raises:
         UserError: the data there is not the study's.
     """
-    entries = [entry for composed in configs for _, entry in datafiles.datasets(composed.config)]
-    needed = {Path(str(entry.get("path"))).parent for entry in entries}
-    for name, form in of_study.data.input_formats.items():
+    for name, form in _needed_formats(of_study, configs):
         folder = Path(form.folder)
-        if folder not in needed:
-            continue
         codereviewer.wait_for_others(folder)
         if not any(folder.glob("[!.]*")):
             say(f"data: fetching and preparing {folder}")
@@ -112,3 +211,10 @@ def _have_data(of_study: Study, configs: list[Composed]) -> None:
                 "one by one"
             )
         say(f"data: {folder} is the study's")
+
+
+def _needed_formats(of_study: Study, configs: list[Composed]) -> Iterator[tuple[str, PreparedFormat]]:
+    """The forms of the study's data that some configs read."""
+    entries = [entry for composed in configs for _, entry in datafiles.datasets(composed.config)]
+    needed = {Path(str(entry.get("path"))).parent for entry in entries}
+    return ((name, form) for name, form in of_study.data.input_formats.items() if Path(form.folder) in needed)

@@ -371,7 +371,16 @@ def test_plan_prints(recipe: Recipe, small: yamlfiles.Config, tmp_path: Path, sa
     done = recipe("plan", "small.yaml", "--gpu", "t4", "--gpus", "2", "--price", "1", "--figure", "plan.png")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    for text in ("logits", "needed", "ZeRO-2", "longest row", "hours", "USD", "at most"):
+    for text in (
+        "logits",
+        "needed",
+        "ZeRO-2",
+        "longest row",
+        "hours",
+        "(speed: 30% of the card's peak; tokens: ",
+        "USD",
+        "at most",
+    ):
         assert text in done.stdout
     as_json = orjson.loads(recipe("plan", "small.yaml", "--json").stdout)
     assert as_json[0]["recipe"] == "small.yaml" and as_json[0]["memory"]["needed"] > 0

@@ -20,7 +20,7 @@ import pytest
 from cluster import Cluster
 from conftest import Recipe
 
-from qlora_recipes.base import locks, paths
+from qlora_recipes.base import locks, paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import compose, datafiles
 from qlora_recipes.configs.compose import Composed, Request
@@ -192,9 +192,45 @@ def test_a_changed_setting_is_run_anew_and_a_recipe_that_fails_does_not_stop_the
     assert "lora_r=4" in record.overrides
 
 
+def test_a_dry_run_says_what_would_be_done_and_for_how_long_and_writes_nothing(
+    recipe: Recipe, tmp_path: Path, tiny: Path
+) -> None:
+    small = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": None}
+    (tmp_path / "small.yaml").write_text(yamlfiles.write_yaml(small))
+    words = ("reproduce", "haider2024", "--dry-run", "--only", "llama-3.2-3b", "--profile", "small.yaml", "--json")
+    done = recipe(*words, "--gpu", "T4", "--set", "lora_rr=1", "--set", "bf16=true")
+    assert done.returncode == 0
+    outline = orjson.loads(done.stdout)
+    fetched, prepared = outline["data"]
+    assert fetched.startswith("data/codereviewer-raw: to be fetched, 847 MB from https://zenodo.org/")
+    assert prepared == "data/codereviewer: to be prepared, in the format diff"
+    (row,) = outline["recipes"]
+    assert (row["training"], row["epochs"], row["test rows"]) == ("new", 5, 5000)
+    assert row["steps"] is None and any("not planned: --set lora_rr=1: error" in note for note in outline["notes"])
+    assert (
+        "refused as of now: bf16: T4 (sm_75) emulates bf16, slowly; set fp16: true and bf16: false" in outline["notes"]
+    )
+    row = orjson.loads(recipe(*words, "--gpu", "T4").stdout)["recipes"][0]
+    assert (row["steps"], row["fits"]) == (73587, "T4: yes")
+    assert 0 < row["needs GiB"] < 1 and row["hours"] > 0
+    assert [file.name for file in tmp_path.iterdir()] == ["small.yaml"]
+
+
+def test_a_dry_run_of_rehearsals_counts_their_few_steps(recipe: Recipe, tmp_path: Path) -> None:
+    done = recipe("reproduce", "haider2024", "--dry-run", "--rehearse")
+    assert done.returncode == 0
+    head, *rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("recipe", "haider"))]
+    assert head == ["recipe", "training", "epochs", "steps", "test", "rows"]
+    assert {row[0]: row[1:] for row in rows} == {
+        recipe: ["new", *(["5", "20"] if recipe.endswith("3.2-3b") else ["2", "8"]), "12"] for recipe in STUDY.published
+    }
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["haider2024", "--gpu", "T4"], "--gpu: works only with --dry-run"),
         (["other"], "other: no study of that name"),
         (
             ["haider2024", "--only", "lama-2"],
