@@ -21,7 +21,8 @@ class _Loader(yaml.CSafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} occurs twice", problem_mark=key.start_mark)
+                twice = f"the key {key.value} occurs twice; delete one"
+                raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key.value, str) else id(key))
         return super().construct_mapping(node, deep)
 
@@ -53,9 +54,7 @@ def parse(text: str, where: str) -> Any:
     except RecursionError:
         raise UserError(f"{where}: {_TOO_DEEP}") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        raise UserError(f"{where}{_in_plain_words(error, text)}") from None
     for count, (value, depth) in enumerate(_values(content)):
         if count == _MOST_VALUES:
             raise UserError(f"{where}: too large to be a config")
@@ -68,6 +67,37 @@ def parse(text: str, where: str) -> Any:
             if not isinstance(key, str):
                 raise UserError(f"{where}: the key {key!r:.50} is not text; put it in quotes")
     return content
+
+
+def _in_plain_words(error: Any, text: str) -> str:
+    """The line of a mistake where there are several, and what it is, without the terms of YAML's grammar."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:  # of a value, not of its form
+        return f": not valid YAML: {str(error).splitlines()[0]}"
+    lines = [*text.splitlines(), ""]
+    at = lines[mark.line][: mark.column + 1]
+    words = error.problem
+    for pattern, at_its_beginning, plain in _PLAIN_WORDS:
+        if re.search(pattern, f"{error.context}: {words}, {at}"):
+            mark = error.context_mark if at_its_beginning else mark
+            words = plain.format(lines[mark.line][mark.column :][:1])
+            break
+    return f"{f':{min(mark.line + 1, len(lines) - 1)}' if '\n' in text else ''}: not valid YAML: {words}"
+
+
+_PLAIN_WORDS = (  # by what PyYAML says, and whether the mistake is where it began to read
+    ("tab character|any token.*\t$", False, "a tab; indent with spaces"),
+    ("mapping values.*, .*: .*:$", False, "a value with a colon and a space in it; put it in quotes"),
+    ("mapping values", False, "indented too far, or the line above lacks the colon and space behind its key"),
+    ("find expected ':'", True, "no colon between a key and its value"),
+    ("a flow ", True, "a [ or {{ that is not closed, or that lacks a comma"),
+    ("quoted scalar: .*end of stream", True, "a quotation mark that is not closed"),
+    ("unknown escape", False, "a backslash in double quotes; use single ones"),
+    ("an alias|an anchor", True, "a value that begins with {}; put it in quotes"),
+    ("expected key", False, "indented unlike the lines above, or something follows a closing quote or bracket"),
+    ("undefined alias|any token|the tag", False, "a value that begins with {}; put it in quotes"),
+    ("another document", False, "--- begins a second config; give each a file of its own"),
+)
 
 
 def _values(value: Any, depth: int = 0) -> Iterator[tuple[Any, int]]:

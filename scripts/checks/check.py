@@ -88,6 +88,9 @@ def check(
         composed = composed or compose.compose(request)
         report = examine(composed, gpu, request.gpus, launching, data, ask_hub=True)
         report.name = request.name
+        for finding in report.findings:
+            if finding.rule == "not-prepared" and not launching:
+                finding.level = "warning"  # the config is right; `run` needs them
         if full:
             with importing_axolotl():
                 from . import installed

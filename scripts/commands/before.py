@@ -1,6 +1,7 @@
 """What comes before a run: data, check, plan and analyze."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +31,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..checks.check import Report
+    from ..checks.finding import Finding
     from ..configs.compose import Request
     from ..configs.gpus import Gpu
 
@@ -79,7 +81,8 @@ def prepare_verb(
         list[Path] | None,
         typer.Argument(
             metavar="[RAW]...",
-            help="msg-train.jsonl, msg-valid.jsonl, msg-test.jsonl, or the zip; by default what `data fetch` left.",
+            help="The folder or the zip with msg-train.jsonl, msg-valid.jsonl and msg-test.jsonl, or these files; "
+            "by default what `data fetch` left.",
         ),
     ] = None,
     out: Annotated[
@@ -115,13 +118,10 @@ def prepare_verb(
     if json:
         tables.print_json(manifest)
         return
-    columns = ("file", "rows", "read", "kept", "dropped", "duplicates_kept", "is_the_study_file")
-    written = []
     for split in manifest["splits"].values():
-        written += [split, *split.get("subsets", {}).values()]
         for name, reason in split.get("left_out", {}).items():
             say(f"{name}.jsonl: not written: {reason}")
-    tables.print_table([{key: file.get(key) for key in columns} for file in written], wide=wide)
+    tables.print_table(codereviewer.table(manifest), spare=["repeated rows kept"], wide=wide)
     print(folder / codereviewer.MANIFEST)
     for name in (*of_study.published, *of_study.beside):
         trains_on = yamlfiles.read_yaml(find_recipe(name)[1])["datasets"][0]["path"]
@@ -179,9 +179,8 @@ def check_verb(
     if json:
         tables.print_json([report.as_json() for report in reports])
     else:
+        _print_findings(finding for report in reports for finding in report.findings)
         for report in reports:
-            for finding in report.findings:
-                print(finding)
             if report.data:
                 tables.print_table(
                     report.data_table(), report.name, spare=["padding", "MB", "median", "95 %", "with loss"], wide=wide
@@ -210,6 +209,15 @@ def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, full: boo
             fit.add_to(reports[-1], gpu, anew=full)
             bar.update(len(reports))
     return reports
+
+
+def _print_findings(findings: "Iterable[Finding]") -> None:
+    """Print findings, once each: several recipes can have the same one."""
+    alike: dict[tuple[str, ...], list[Finding]] = {}
+    for finding in findings:
+        alike.setdefault((finding.level, finding.name, finding.problem, finding.remedy), []).append(finding)
+    for first, *more in alike.values():
+        print(f"{first}{f' (and in {len(more)} more)' if more else ''}")
 
 
 @verbs.command(

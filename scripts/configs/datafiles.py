@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ..base import paths
 from ..base.errors import UserError
 from ..base.files import sha256
 from ..base.yamlfiles import Config
@@ -83,7 +84,7 @@ def record(composed: Config) -> list[DataFile]:
     for where, dataset in datasets(composed):
         for path in local_files(dataset):
             if not path.is_file():
-                raise UserError(f"{where}.path: {path.absolute()} does not exist")
+                raise UserError(f"{where}.path: {paths.shown(path)} does not exist")
             rows = count_rows(path) if path.suffix == ".jsonl" else None
             files[path] = DataFile(path=str(path), sha256=sha256(path), bytes=path.stat().st_size, rows=rows)
     return list(files.values())

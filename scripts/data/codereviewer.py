@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import IO, Any
 
@@ -56,8 +57,14 @@ class RawSplit:
 
 
 def _raw_files(raw: list[Path], stack: ExitStack) -> Iterator[tuple[str, IO[bytes]]]:
-    """The label and stream of each raw file, and of those within zips; the stack closes them."""
-    for file in raw:
+    """The label and stream of each raw file, and of those within folders and zips; the stack closes them."""
+    names = [f"msg-{split}.jsonl" for split in SPLITS]
+    none = "holds no msg-train.jsonl, msg-valid.jsonl or msg-test.jsonl"
+    for folder in filter(Path.is_dir, raw):
+        if not any((folder / name).is_file() for name in names):
+            raise UserError(f"{folder}: {none}; name the folder or the files that are to be prepared")
+    inside = ([file / name for name in names if (file / name).is_file()] if file.is_dir() else [file] for file in raw)
+    for file in chain.from_iterable(inside):
         if not file.is_file():
             raise UserError(f"{file}: no such file")
         if file.stat().st_size == 0:
@@ -66,10 +73,9 @@ def _raw_files(raw: list[Path], stack: ExitStack) -> Iterator[tuple[str, IO[byte
             yield str(file), stack.enter_context(file.open("rb"))
             continue
         archive = stack.enter_context(zipfile.ZipFile(file))
-        wanted = {f"msg-{split}.jsonl" for split in SPLITS}
-        members = [name for name in archive.namelist() if PurePath(name).name in wanted]
+        members = [name for name in archive.namelist() if PurePath(name).name in names]
         if not members:
-            raise UserError(f"{file}: holds no msg-train.jsonl, msg-valid.jsonl or msg-test.jsonl")
+            raise UserError(f"{file}: {none}")
         for name in members:
             yield f"{file}:{name}", stack.enter_context(archive.open(name))
 
@@ -145,7 +151,7 @@ def prepare(
     of test.jsonl are held in memory, and no file is replaced before every raw file was read without an error.
 
     Args:
-        raw: CodeReviewer's msg-{train,valid,test}.jsonl, or the zip that holds them.
+        raw: CodeReviewer's msg-{train,valid,test}.jsonl, or the zip or folder that holds them.
         out: the folder to write to.
         of_study: gives the instruction, the subsets, and the known checksums of the raw files.
         input_format: `diff`, the patch as it is, or `tagged`, see `tagged`.
@@ -238,6 +244,28 @@ def _write(stack: ExitStack, file: Path, rows: Iterable[PlacedRow]) -> dict[str,
     return {"file": file.name, "rows": count, "sha256": output.sha256()}
 
 
+def table(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """A manifest's files, a row each: what was read for it, and what of that is not in it."""
+    raw_file = {True: "the study's", False: "not the study's", None: "of as many rows as the study's"}
+    rows = []
+    for split in manifest["splits"].values():
+        left_out = dict(split["dropped"]) | {"not drawn": split["kept"] - split["rows"]}
+        rows.append(
+            {
+                "file": split["file"],
+                "rows": split["rows"],
+                "read": split["read"],
+                "left out": ", ".join(f"{count} ({reason})" for reason, count in left_out.items() if count) or "none",
+                "repeated rows kept": split["duplicates_kept"],
+                "raw file": raw_file[split["is_the_study_file"]],
+            }
+        )
+        drawn = {"read": None, "left out": None, "repeated rows kept": None, "raw file": None}
+        subsets = split.get("subsets", {}).values()
+        rows += [{"file": subset["file"], "rows": subset["rows"]} | drawn for subset in subsets]
+    return rows
+
+
 def wait_for_others(out: Path) -> None:
     """Return once no other process is preparing data in a folder, or after `PATIENCE` seconds."""
     deadline = time.monotonic() + PATIENCE
@@ -280,7 +308,8 @@ def fetched(data: Data) -> list[Path]:
     """
     files = [data.raw / name for name in data.files]
     if missing := [file for file in files if not file.is_file()]:
-        raise UserError(f"{missing[0]}: no such file; `recipe data fetch {data.key}` gets it, or name RAW files")
+        remedy = f"`recipe data fetch {data.key}` gets it, or name a folder that has it"
+        raise UserError(f"{missing[0]}: no such file; {remedy}")
     return files
 
 

@@ -1,5 +1,6 @@
 """A study: the paper behind a folder of recipes, its data, its metrics and its published scores."""
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -177,9 +178,27 @@ def with_data(key: str) -> Study:
 
 def input_format(path: str) -> str | None:
     """The format of the rows that `recipe data prepare` writes to a path; None for a file of another origin."""
-    folder = Path(path).parent
-    forms = (form for study in map(load, paths.studies()) for form in study.data.input_formats.items())
-    return next((name for name, form in forms if Path(form.folder) == folder), None)
+    return next((name for _, name in _preparing(path)), None)
+
+
+def preparation(path: str) -> str | None:
+    """What the user runs to have a path's rows prepared; None for a file of another origin."""
+    for study, name in _preparing(path):
+        several = len(paths.studies()) > 1
+        of_study = f" --study {study.folder.name}" if several else ""
+        of_format = "" if name == next(iter(study.data.input_formats)) else f" --input-format {name}"
+        fetched = all((study.data.raw / file).is_file() for file in study.data.files)
+        first = "" if fetched else f"`recipe data fetch{f' {study.data.key}' if several else ''}` and "
+        return f"{first}`recipe data prepare{of_study}{of_format}`"
+    return None
+
+
+def _preparing(path: str) -> Iterator[tuple[Study, str]]:
+    """The studies, and the formats of their rows, that `recipe data prepare` writes to a path's folder."""
+    for study in map(load, paths.studies()):
+        for name, form in study.data.input_formats.items():
+            if Path(form.folder) == Path(path).parent:
+                yield study, name
 
 
 def of(recipe: str) -> Study | None:

@@ -16,7 +16,7 @@ from qlora_recipes.checks import check, rules, schema
 from qlora_recipes.checks.finding import Finding
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.data import hub
+from qlora_recipes.data import hub, study
 from qlora_recipes.planning import fit
 
 NAME = "haider2024/code-llama-7b"
@@ -80,7 +80,7 @@ def test_json(place: Path, recipe: Recipe) -> None:
         "line": (place / "mine.yaml").read_text().splitlines().index("lora_rr: 1") + 1,
     }
     assert [read["rows"] for read in mine["data"]] == [109, 27]
-    assert (broken["findings"][0]["where"], broken["findings"][0]["line"]) == ("broken.yaml", 2)
+    assert (broken["findings"][0]["where"], broken["findings"][0]["line"]) == ("broken.yaml", 1)
     assert "no recipe of that name" in nowhere["findings"][0]["problem"]
     assert done.returncode == 2
 
@@ -251,3 +251,29 @@ def test_a_misspelt_path_of_ones_own_is_no_reason_to_rehearse_on_other_rows_in_s
     rehearsed = recipe("check", "mine.yaml", "--rehearse")
     says = "warning: datasets.0.path: rehearsal: rows of the shipped sample, as suport.jsonl is not on this machine"
     assert says in rehearsed.stdout
+
+
+def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_of_a_run(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    tagged = "haider2024/as-released/llama-3-8b"
+    done = recipe("check", tagged)
+    assert done.returncode == 0
+    (said,) = [line for line in done.stdout.splitlines() if "not-prepared" in line]
+    assert "warning: datasets.0.path: data/codereviewer-tagged/train.jsonl and valid.jsonl are not prepared" in said
+    assert "run `recipe data fetch` and `recipe data prepare --input-format tagged` [" in said
+    for file in study.find("haider2024").data.files:
+        (tmp_path / "data/codereviewer-raw").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data/codereviewer-raw" / file).touch()
+    assert "; run `recipe data prepare --input-format tagged` [" in recipe("check", tagged).stdout
+    ran = recipe("run", tagged, "--set", "fp16=false")
+    assert ran.returncode == 2
+    assert "error: datasets.0.path: data/codereviewer-tagged/train.jsonl and valid.jsonl are not" in ran.stderr
+
+
+def test_what_is_wrong_with_several_recipes_is_printed_once(recipe: Recipe) -> None:
+    done = recipe("check")
+    said = [line for line in done.stdout.splitlines() if "not-prepared" in line]
+    assert [line.partition("] ")[2] for line in said] == ["(and in 6 more)", ""]  # and one has another format
+    assert len(done.stdout.splitlines()) == len({line.partition(": ")[2] for line in done.stdout.splitlines()})
+    assert done.returncode == 0

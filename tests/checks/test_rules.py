@@ -54,6 +54,12 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"hub_model_id": "x", "wandb_api_key": "x"}, "error", "secret:wandb_api_key", "environment variable"),
     ({"datasets": None}, "error", "no-data:datasets", "no data"),
     ({"datasets": [DATA | {"path": "gone.jsonl"}]}, "error", "missing-file:datasets.0.path", "does not exist"),
+    (
+        {"datasets": [DATA | {"path": "data/codereviewer/train-2.jsonl"}]},
+        "error",
+        "not-prepared:datasets.0.path",
+        "data/codereviewer/train-2.jsonl is not prepared yet; run `recipe data fetch` and `recipe data prepare`",
+    ),
     ({"datasets": [DATA | {"path": "empty.jsonl"}]}, "error", "missing-file:datasets.0.path", "is empty"),
     ({"datasets": [{"type": "alpaca"}]}, "error", "missing-file:datasets.0.path", "names no data"),
     ({"deepspeed": "zero3.json"}, "error", "missing-file:deepspeed", "does not exist"),

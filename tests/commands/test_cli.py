@@ -24,6 +24,7 @@ def prepare_files(folder: Path) -> None:
     for name in ("train.jsonl", "good-train.jsonl"):
         (folder / name).write_text('{"patch": "@@ -1 +1 @@\\n-a\\n+b", "msg": "a"}\n')
     (folder / "list.yaml").write_text("- a\n")
+    (folder / "data").mkdir()
     (folder / "empty.jsonl").touch()
     (folder / "msg-train.jsonl").write_text('{"patch": "@@ -1 +1 @@", "msg": "a"}\n{"patch": "@@ -1 +1 @@"}\n')
     (folder / "pairs.jsonl").write_text('{"reference": "a", "prediction": "b"}\n{"reference": "a"}\n')
@@ -36,8 +37,8 @@ MISTAKES = [
     ("check --gpu 6000", "--gpu 6000: may be any of Quadro RTX 6000, RTX 6000 Ada, RTX PRO 6000; give"),
     ("check --gpu 4O90", "--gpu 4O90: no GPU of that name; did you mean 4090"),
     ("diff haider2024/llama-2-7b nowhere.yaml", "nowhere.yaml: no such file"),
-    ("run broken.yaml", "broken.yaml:3: not valid YAML"),
-    ("run twice.yaml", "twice.yaml:3: not valid YAML: the key lora_r occurs twice"),
+    ("run broken.yaml", "broken.yaml:2: not valid YAML: a [ or { that is not closed, or that lacks a comma"),
+    ("run twice.yaml", "twice.yaml:3: not valid YAML: the key lora_r occurs twice; delete one"),
     ("run list.yaml", "list.yaml: a config is a mapping"),
     ("resume latest --on slurm --prepare", "--prepare: works only with --on local; jobs prepare"),
     ("evaluate latest --on slurm --export-prompts f", "--export-prompts: works only with --on local; it needs no GPU"),
@@ -46,6 +47,7 @@ MISTAKES = [
     (f"run {NAME} --rehearse --set lora_rr=8", "did you mean lora_r"),
     (f"run {NAME} --rehearse --set datasets.0.typ=x", "datasets.0.typ: no key of Axolotl's; did you mean type"),
     (f"run {NAME} --set lora_r", "--set lora_r: expected key=value"),
+    (f"run {NAME} --set lora_r=[8", "--set lora_r=[8: not valid YAML: a [ or { that is not closed"),
     (f"run {NAME} --set output_dir=x", "output_dir is the run's own"),
     (f"run {NAME} --profile zero9", "did you mean zero"),
     (f"run {NAME} --profile zero", "zero: may be any of zero1, zero2, zero3, zero3-offload"),
@@ -56,7 +58,13 @@ MISTAKES = [
     (f"run {NAME} --rehearse --gpus 3", "gradient_accumulation_steps is 4, which does not divide by 3; --set grad"),
     (f"run {NAME} --rehearse --gpus 8", "--set micro_batch_size=1 --set gradient_accumulation_steps=8 keeps"),
     (f"run {NAME} --mirror", "no mirror for codellama/CodeLlama-7b-hf: it is not gated"),
-    (f"run {NAME} --rehearse --set datasets.0.path=gone/train.jsonl", "train.jsonl does not exist; `recipe data"),
+    (f"run {NAME} --rehearse --set datasets.0.path=gone/train.jsonl", "does not exist: there is no folder gone; corr"),
+    (
+        f"run {NAME} --rehearse --set datasets.0.path=good-trian.jsonl",
+        "does not exist; did you mean good-train.jsonl or",
+    ),
+    (f"run {NAME} --rehearse --set lora_model_dir=twise.yaml", "did you mean twice.yaml?; cor"),
+    (f"run {NAME} --rehearse --set datasets.0.path=data/codereviewer/train.jsonl", "is not prepared yet; run `recipe"),
     (f"run {NAME} --rehearse --set datasets.0.path=empty.jsonl", "datasets.0.path: empty.jsonl is empty"),
     ("data prepare msg-train.jsonl", "msg-train.jsonl:2: a row needs the text field msg"),
     (f"run {NAME} haider2024/llama-2-7b", "one recipe at a time"),
@@ -78,6 +86,7 @@ MISTAKES = [
     ("show latin.yaml", "latin.yaml: not a text file in UTF-8"),
     ("data prepare train.jsonl --out .", "would be overwritten"),
     ("data prepare good-train.jsonl --out pairs.jsonl", "pairs.jsonl"),
+    ("data prepare data", "data: holds no msg-train.jsonl, msg-valid.jsonl or msg-test.jsonl; name the folder"),
     ("data prepare nowhere.zip", "nowhere.zip: no such file"),
     (f"run {NAME} --rehearse --set datasets=[a.jsonl]", "datasets.0: a.jsonl is not a mapping of keys"),
     (f"run {NAME} --rehearse --set num_epochs=two", "num_epochs: two is not a number"),
@@ -147,8 +156,12 @@ def test_render_check(recipe: Recipe) -> None:
 
 
 def test_data_prepare_and_a_dry_run(recipe: Recipe, tmp_path: Path) -> None:
-    done = recipe("data", "prepare", *sorted(paths.SAMPLE.glob("*.jsonl")))
+    done = recipe("data", "prepare", paths.SAMPLE)
     assert done.returncode == 0
+    head, train, *_, written = done.stdout.splitlines()
+    assert head.split("  ")[0] == "file" and "{}" not in done.stdout and "_" not in head
+    assert train.split() == ["train.jsonl", "109", "109", "none", "0", "not", "the", "study's"]
+    assert written == "data/codereviewer/manifest.json"
     assert sorted(f.name for f in (tmp_path / "data/codereviewer").iterdir()) == [
         "manifest.json",
         "test.jsonl",

@@ -212,6 +212,21 @@ def test_two_writers_of_a_file_with_one_process_id_are_kept_apart(tmp_path: Path
     assert file.read_bytes() == b"first"
 
 
+def test_the_table_says_which_rows_are_not_there_and_why(tmp_path: Path) -> None:
+    write(tmp_path / "raw", "msg-valid.jsonl", *(row(str(i)) for i in range(5)), row(" "))
+    write(tmp_path / "raw", "other.jsonl", row("a"))
+    manifest = codereviewer.prepare([tmp_path / "raw"], tmp_path / "out", STUDY, valid_rows=3)
+    (valid,) = codereviewer.table(manifest)
+    assert valid == {
+        "file": "valid.jsonl",
+        "rows": 3,
+        "read": 6,
+        "left out": "1 (empty msg), 2 (not drawn)",
+        "repeated rows kept": 0,
+        "raw file": "not the study's",
+    }
+
+
 def test_missing_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         codereviewer.prepare([tmp_path / "msg-train.jsonl"], tmp_path / "out", STUDY)

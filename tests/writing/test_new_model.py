@@ -44,7 +44,7 @@ def wrong(recipe: Recipe) -> list[str]:
     """What `recipe check` finds in the new variant, but for data and a hub that are not here."""
     (report,) = orjson.loads(recipe("check", "mine", "--json").stdout)
     names = [finding["name"] for finding in report["findings"] if finding["level"] != "note"]
-    return [name for name in names if not name.startswith(("missing-file", "no-access"))]
+    return [name for name in names if not name.startswith(("not-prepared", "no-access"))]
 
 
 def about_the_model(text: str, base: str) -> str:

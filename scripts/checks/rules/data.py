@@ -4,9 +4,12 @@ import re
 import string
 from pathlib import Path
 
+from ...base import paths
 from ...base.errors import did_you_mean
 from ...configs import datafiles
 from ...configs.precision import precision
+from ...data import study
+from ...data.codereviewer import SPLITS
 from .. import schema, turns
 from .case import Case, Problems, rule
 
@@ -19,6 +22,24 @@ def no_data(case: Case) -> Problems:
 
 
 @rule
+def not_prepared(case: Case) -> Problems:
+    """The study's data, which come in two steps; a check of the config itself does not need them yet."""
+    missing: dict[str, list[Path]] = {}
+    keys: dict[str, str] = {}
+    for key, dataset in datafiles.datasets(case.config):
+        for file in datafiles.local_files(dataset):
+            if not file.is_file() and (remedy := _preparation(file)):
+                missing.setdefault(remedy, []).append(file)
+                keys.setdefault(remedy, f"{key}.path")
+    for remedy, files in missing.items():
+        first, *more = files
+        names = " and ".join([paths.shown(first), *(file.name for file in more)])
+        problem = f"{names} {'are' if more else 'is'} not prepared yet"
+        rehearse = "; --rehearse needs none" if case.launching else ""
+        yield "error", keys[remedy], problem, f"run {remedy}{rehearse}"
+
+
+@rule
 def missing_file(case: Case) -> Problems:
     """Axolotl validates a DeepSpeed file's name only (seen); other files fail it once the model is loaded."""
     for key, dataset in datafiles.datasets(case.config):
@@ -26,17 +47,41 @@ def missing_file(case: Case) -> Problems:
         if not isinstance(name, str) or not name:
             yield "error", f"{key}.path", f"{name!r} names no data", "give a file, a folder or a data set of the hub"
         for file in datafiles.local_files(dataset):
-            remedy = "`recipe data prepare` writes the study's data, --rehearse needs none"
-            if not file.is_file():
-                beside = [other.name for other in file.parent.glob("*")]
-                near = did_you_mean(file.name, beside)
-                yield "error", f"{key}.path", f"{file.absolute()} does not exist{near}", "" if near else remedy
-            elif not file.stat().st_size:
-                yield "error", f"{key}.path", f"{file} is empty", remedy
+            made_by = _preparation(file)
+            if not file.is_file() and not made_by:
+                meant, remedy = _instead_of(file)
+                yield "error", f"{key}.path", f"{paths.shown(file)} does not exist{meant}", remedy
+            elif file.is_file() and not file.stat().st_size:
+                remedy = f"run {made_by}" if made_by else "write rows to it, or name another file"
+                yield "error", f"{key}.path", f"{paths.shown(file)} is empty", remedy
     for key in ("deepspeed", "lora_model_dir", "resume_from_checkpoint"):
         name = case[key]
         if isinstance(name, str) and not Path(name).exists() and not (key == "lora_model_dir" and name.count("/") == 1):
-            yield "error", key, f"{Path(name).absolute()} does not exist", "correct the path or delete the key"
+            problem = f"{paths.shown(Path(name))} does not exist{_instead_of(Path(name))[0]}"
+            yield "error", key, problem, "correct the path or delete the key"
+
+
+def _preparation(file: Path) -> str | None:
+    """What the user runs to have a file written, if it is one that `recipe data prepare` writes."""
+    return study.preparation(str(file)) if file.name.startswith(SPLITS) else None
+
+
+def _instead_of(missing: Path) -> tuple[str, str]:
+    """What may have been meant by a path that does not exist, and what to do: a name like it that is there, else what
+    lies where it should be."""
+    folder = missing.parent
+    if not folder.is_dir():
+        near = did_you_mean(folder.name, [beside.name for beside in folder.parent.glob("*/")])
+        return f": there is no folder {paths.shown(folder)}{near}", "" if near else "correct the path"
+    files = sorted(file for file in folder.glob("[!.]*") if file.suffix == missing.suffix)
+    alike = [file.name for file in files if did_you_mean(missing.stem, [file.stem])]
+    if near := did_you_mean(missing.name, alike):
+        return near, ""
+    there = ", ".join(file.name for file in files[:_MOST_NAMES]) + (", …" if len(files) > _MOST_NAMES else "")
+    return f"; beside it there is {there}" if there else "", "correct the path"
+
+
+_MOST_NAMES = 4  # of files in a message
 
 
 @rule

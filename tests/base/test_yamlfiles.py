@@ -1,0 +1,41 @@
+"""What is said of a file that is not YAML."""
+
+import pytest
+
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.yamlfiles import parse
+
+MISTAKES = [
+    ("a: 1\n\tb: 2\n", 2, "a tab; indent with spaces"),
+    ("a:\n\t- 2\n", 2, "a tab; indent with spaces"),
+    ("a: x\nnote: see: here\n", 2, "a value with a colon and a space in it; put it in quotes"),
+    ("a: x\nlora_r 8\nb: 3\n", 2, "no colon between a key and its value"),
+    ("lora_r:8\nb: 1\n", 2, "the line above lacks the colon and space behind its key"),
+    ("a: 1\n  b: 2\n", 2, "indented too far"),
+    ("a: x\nb: [1, 2\nc: 3\n", 2, "a [ or { that is not closed"),
+    ("a: [\n", 1, "a [ or { that is not closed"),
+    ("a: x\nb: {c: 1 d: 2}\n", 2, "that lacks a comma"),
+    ('a: "x\nb: 3\n', 1, "a quotation mark that is not closed"),
+    ("a:\n  - b\n - c\n", 3, "indented unlike the lines above"),
+    ('a: 1\nb: "x" y\n', 2, "something follows a closing quote"),
+    ("a: 1\nb: *.jsonl\n", 2, "a value that begins with *; put it in quotes"),
+    ("a: 1\nb: *c\n", 2, "a value that begins with *; put it in quotes"),
+    ("a: 1\nb: @c\n", 2, "a value that begins with @; put it in quotes"),
+    ("a: 1\nb: !c d\n", 2, "a value that begins with !; put it in quotes"),
+    ('a: 1\nb: "C:\\data"\n', 2, "a backslash in double quotes; use single ones"),
+    ("a: 1\n---\nb: 2\n", 2, "--- begins a second config"),
+    ("a: 1\nb: 2\na: 3\n", 3, "the key a occurs twice; delete one"),
+]
+
+
+@pytest.mark.parametrize(("text", "line", "says"), MISTAKES, ids=[text for text, _, _ in MISTAKES])
+def test_a_mistake_of_form_is_told_in_plain_words_with_its_line(text: str, line: int, says: str) -> None:
+    with pytest.raises(UserError) as told:
+        parse(text, "mine.yaml")
+    assert str(told.value).startswith(f"mine.yaml:{line}: not valid YAML: ")
+    assert says in str(told.value)
+
+
+def test_what_is_wrong_with_a_value_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^mine.yaml: not valid YAML: unacceptable character[^\n]*$"):
+        parse("a: \x01\n", "mine.yaml")
