@@ -1,5 +1,7 @@
 """What comes after a run: evaluate, score, results, report and publish."""
 
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,7 +79,7 @@ def evaluate_verb(
     from ..running import evaluation
     from ..runs.lookup import find_run
     from ..runs.rundir import RunDir
-    from ..scores import evaluate
+    from ..scores import evaluate, evaluations
 
     only_with("--export-prompts", export_prompts, "--on local", on == "local", "it needs no GPU")
     request = evaluate.EvaluationRequest(
@@ -94,9 +96,12 @@ def evaluate_verb(
     if isinstance(evaluated, RunDir):
         print(evaluated.path)
         next_step("results", runs=runs, json=json)
-    else:
-        _print_scores(evaluated.scores, json)
-        next_step("report", name_of(folder, runs), runs=runs, json=json)
+        return
+    if not json:
+        for row in evaluations.beside_references(folder.path, evaluated, count=2):
+            _print_texts(f"row {row.pop('row') + 1}", row)
+    _print_scores(evaluated.scores, json)
+    next_step("report", name_of(folder, runs), runs=runs, json=json)
 
 
 @verbs.command("score", cls=Verb, rich_help_panel=HEADING, epilog="recipe score predictions.jsonl --out scored.jsonl")
@@ -119,6 +124,17 @@ def score_verb(
         write_rows(out, rows)
     _print_scores(scores, json)
     next_step("results", "--by", "length", "--run", file, json=json)
+
+
+def _print_texts(title: str, texts: dict[str, str]) -> None:
+    """Texts under their names, in a column as wide as the terminal, the first lines of each."""
+    margin = " " * 12
+    width = max(shutil.get_terminal_size((100, 24)).columns, 40)
+    print(title)
+    for name, text in texts.items():
+        wrapped = textwrap.fill(text, width, initial_indent=margin, subsequent_indent=margin, max_lines=6)
+        print(f"{name.replace('_', ' '):12}{wrapped.strip() or '(nothing)'}")
+    print()
 
 
 def _print_scores(scores: dict[str, Any], json: bool) -> None:

@@ -95,6 +95,31 @@ def read_predictions(folder: Path) -> list[Row]:
         return []
 
 
+def beside_references(folder: Path, evaluation: Evaluation, count: int) -> list[Row]:
+    """The first predictions of an evaluation beside their references.
+
+    Args:
+        folder: the run's.
+        evaluation: one of the run.
+        count: how many.
+
+    Returns:
+        Rows with `row`, from 0, `reference` and `prediction`, and with `base_model`, what the model alone wrote, where
+        the run's base model was evaluated on the same rows too.
+    """
+    where = next(place for place in (folder, *folder.glob("evaluations/*")) if read_scores(place) == evaluation)
+    alone = folder / "evaluations" / BASE_MODEL
+    of_base = read_scores(alone)
+    same_rows = of_base and of_base.settings.data_sha256 == evaluation.settings.data_sha256
+    written = {row["row"]: row for row in read_predictions(alone)} if same_rows and where != alone else {}
+    return [
+        {"row": row["row"], "reference": row["reference"]}
+        | ({"base_model": written[row["row"]]["prediction"]} if row["row"] in written else {})
+        | {"prediction": row["prediction"]}
+        for row in read_predictions(where)[:count]
+    ]
+
+
 def of_run(folder: Path, run: Run) -> Evaluation | None:
     """The evaluation of a run's own adapter; None where the run has trained on since."""
     evaluation = read_scores(folder)
