@@ -231,7 +231,9 @@ class _Reader:
                     file.count("empty-reference", name, number)
             elif value is not None or name not in fields.optional:
                 hint = f", but with {meant[name]}" if name in meant else ""
-                file.count("bad-row", f"{'no text' if name in row else 'nothing'} in the field {name}{hint}", number)
+                others = "" if hint or name in row else f"it has {', '.join(row) or 'no field'}"[:80]
+                about = f"{'no text' if name in row else 'nothing'} in the field {name}{hint}"
+                file.count("bad-row", about, number, others)
         if self.needs_input and not row.get(fields.optional[0]):
             file.count("no-format", fields.optional[0], number)
         for name in fields.lists:
@@ -239,7 +241,8 @@ class _Reader:
                 file.count("bad-row", f"no list in the field {name}", number)
         if not (fields.texts or fields.reference):  # compared whatever the order of its keys
             texts = [orjson.dumps(row, option=orjson.OPT_SORT_KEYS).decode()]
-        self._text(file, number, line, "\n".join(texts))
+        if texts:
+            self._text(file, number, line, "\n".join(texts))
 
     def _text(self, file: _File, number: int, line: bytes, text: str) -> None:
         for marker in self.markers:
@@ -308,6 +311,8 @@ def _findings(file: _File) -> Iterator[Finding]:
             continue
         if rule == "nothing-learnt" and count == file.rows:
             level = "error"  # Axolotl drops all of them, and fails
+        if example.startswith("it has") and count == file.rows:  # rows of another form, none of which is to blame
+            remedy = "name their fields in the type of the data set, as in type: {field_output: answer}"
         text = problem.format(n="1 row" if count == 1 else f"{count} rows", about=about)
         text += f" ({example})" if example else ""
         yield Finding(level, rule, f"{file.key}.path", text, remedy, str(file.path), line)

@@ -75,8 +75,11 @@ def run_verb(
     """Train a recipe with Axolotl, in a run folder of its own."""
     from .. import places
     from ..configs.compose import Request, is_rehearsal
+    from ..configs.config import parse_override
     from ..running import run
 
+    for text in set_ or []:
+        parse_override(text)  # `--set lora_r 8` leaves an 8 that looks like another recipe
     if axolotl_arguments and not axolotl_arguments[0].startswith("-"):
         raise UserError(f"{axolotl_arguments[0]}: one recipe at a time; Axolotl's own options go after --")
     request = Request(

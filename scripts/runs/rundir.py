@@ -214,7 +214,8 @@ class RunDir:
         Raises:
             UserError: another process holds it.
         """
-        return held(self.path / ".lock", "the run is still running")
+        busy = f"the run is still running; `recipe cancel {self.path}` stops it at a checkpoint"
+        return held(self.path / ".lock", busy)
 
     def read_metrics(self, since: int = 0) -> list[dict[str, Any]]:
         """The records of metrics.jsonl by step, without those of steps that a resumed run does again.
@@ -267,7 +268,10 @@ def this_job(environment: Mapping[str, str]) -> str | None:
 
 def new_folder(parent: Path, name: str) -> Path:
     """A new folder <time>-<name> that no other process has."""
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{parent}: cannot be made: {error.strerror}; name another folder with --runs") from None
     while True:
         folder = parent / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}"
         try:

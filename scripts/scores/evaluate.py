@@ -15,7 +15,7 @@ from ..configs import gpus
 from ..configs.precision import precision
 from ..data import study
 from ..data.study import Decoding
-from ..runs.rundir import RunDir
+from ..runs.rundir import Run, RunDir
 from ..runs.tasks import Command
 from . import bertscore, evaluation_rows
 from .evaluations import (
@@ -94,12 +94,11 @@ class EvaluationTask:
         adapter = request.adapter
         weights = None if adapter == BASE else folder.output if adapter is None else Path(adapter)
         if weights and not (weights / ADAPTER).is_file():
-            hint = "" if adapter else f"; the run is {self.run.state}"
-            raise UserError(f"{weights}: no adapter ({ADAPTER}) there{hint}")
-        if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
             raise UserError(
-                f"{folder.path}: the run ended before it had a tokenizer and a model; it is {self.run.state}"
+                f"{weights}: no adapter ({ADAPTER}) there{'' if adapter else _unfinished(folder, self.run)}"
             )
+        if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
+            raise UserError(f"{folder.path}: no tokenizer and model there{_unfinished(folder, self.run)}")
         of_study = study.of(self.run.origin)
         usual = evaluation_rows.usual(self.run, self.cfg)
         source = evaluation_rows.named(request.data, self.cfg, Path(self.run.cwd)) if request.data else usual
@@ -135,6 +134,13 @@ class EvaluationTask:
         if usual and source != usual and not _is_of(usual.file, every.sha256):
             labels.append(_data_label(self.settings))
         self.where = folder.path / "evaluations" / "-".join(labels) if labels else folder.path
+
+
+def _unfinished(folder: RunDir, run: Run) -> str:
+    """The state of a run that left nothing to evaluate, and what to do about it."""
+    if run.state in ("failed", "interrupted"):
+        return f": the run is {run.state}; `recipe resume {folder.path}` continues it"
+    return f": the run is {run.state}{'' if run.state == 'finished' else '; evaluate it once it is finished'}"
 
 
 def complete(task: EvaluationTask, judge: bertscore.Judge | None) -> Evaluation | None:

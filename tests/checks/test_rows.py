@@ -104,6 +104,15 @@ def test_rows_with_the_same_mistake_are_one_finding() -> None:
     assert "train.jsonl:2: error: datasets.0.path: 5 rows with nothing in the field output" in only
 
 
+def test_rows_of_which_none_has_a_field_are_said_to_have_others() -> None:
+    question, answer = found([{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}])
+    assert (
+        "2 rows with nothing in the field instruction (it has question, answer); name their fields in the" in question
+    )
+    assert "2 rows with nothing in the field output (it has question, answer); name their fields in the" in answer
+    assert "correct or drop them" in found([GOOD, {"question": "a", "answer": "b"}])[0]
+
+
 def test_special_tokens_are_the_models() -> None:
     row = GOOD | {"input": "<|eot_id|> </s>"}
     assert "the text </s>" in found([row])[0]

@@ -48,6 +48,7 @@ MISTAKES = [
     (f"run {NAME} --rehearse --set datasets.0.typ=x", "datasets.0.typ: no key of Axolotl's; did you mean type"),
     (f"run {NAME} --set lora_r", "--set lora_r: expected key=value"),
     (f"run {NAME} --set lora_r=[8", "--set lora_r=[8: not valid YAML: a [ or { that is not closed"),
+    (f"run {NAME} --set lora_r 8", "--set lora_r: expected key=value"),
     (f"run {NAME} --set output_dir=x", "output_dir is the run's own"),
     (f"run {NAME} --profile zero9", "did you mean zero"),
     (f"run {NAME} --profile zero", "zero: may be any of zero1, zero2, zero3, zero3-offload"),

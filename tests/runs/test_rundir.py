@@ -36,7 +36,7 @@ def test_a_run_that_says_running_is_so_only_while_a_process_holds_it(tmp_path: P
     )
     assert holder.stdout and holder.stdout.readline() == "held\n"
     assert run.read().state == "running"
-    with pytest.raises(UserError, match="still running"), run.held():
+    with pytest.raises(UserError, match=r"still running; `recipe cancel .*r` stops it"), run.held():
         pass
     holder.kill()
     holder.wait()
@@ -135,7 +135,7 @@ def test_a_claimed_folder_is_nobody_elses(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere" / "at" / "all")
     for name in ("file", "gone"):
-        with pytest.raises(OSError):
+        with pytest.raises(UserError, match=r"cannot be made: .*; name another folder with --runs"):
             rundir.new_folder(tmp_path / name / "s/r", "0123456")
 
 

@@ -12,7 +12,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.configs import config, standin
 from qlora_recipes.data.study import Decoding
-from qlora_recipes.runs.rundir import Run, RunDir
+from qlora_recipes.runs.rundir import Run, RunDir, State
 from qlora_recipes.scores import evaluate, predict
 from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings, read_predictions, read_scores
 
@@ -207,6 +207,16 @@ def test_an_evaluation_of_rows_that_were_the_usual_ones_is_kept(run: RunDir, sam
     (kept,) = (run.path / "evaluations" / "base-model" / "evaluations").iterdir()
     assert read_scores(kept) == before
     assert len(read_predictions(kept)) == 3
+
+
+@pytest.mark.parametrize(
+    ("state", "then"),
+    [("interrupted", "; `recipe resume .*run` continues it$"), ("queued", "; evaluate it once it is finished$")],
+)
+def test_a_run_without_an_adapter_is_said_what_to_do_about(run: RunDir, state: State, then: str) -> None:
+    run.write(run.read().model_copy(update={"state": state}))
+    with pytest.raises(UserError, match=rf"no adapter \(.*\) there: the run is {state}{then}"):
+        evaluate.EvaluationTask(run, evaluate.EvaluationRequest())
 
 
 def test_a_limit_that_leaves_nothing_out_is_none(run: RunDir) -> None:
