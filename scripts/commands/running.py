@@ -291,27 +291,28 @@ def reproduce_verb(
     request.rehearse = is_rehearsal(request)
     evaluation = evaluate.EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
     place = places.kinds()[on](request.rehearse, jobs, slurm or [])
+    form = form_of(wide, json)
     if dry_run:
         card = gpus.find(gpu) if gpu else None
-        _show_outline(reproduce.outline(of_study, request, only or [], evaluation, runs, place, card), json)
+        _show_outline(reproduce.outline(of_study, request, only or [], evaluation, runs, place, card), form)
         return
     outcomes = reproduce.reproduce(of_study, request, only or [], evaluation, runs, place)
     rows = verdict.rows(of_study, runs, request.rehearse, {outcome.recipe: outcome.run for outcome in outcomes})
-    form = form_of(wide, json)
     _end(outcomes, form, {}, rows, lambda: verdict.show_study(of_study, rows, request.rehearse, form))
     rehearsed = ["--rehearse"] if request.rehearse else []
     next_step("report" if place.here else "results", "--study", study, *rehearsed, runs=runs, json=json)
 
 
-def _show_outline(outline: dict[str, Any], json: bool) -> None:
-    if json:
+def _show_outline(outline: dict[str, Any], form: tables.Form) -> None:
+    if form == "json":
         tables.print_json(outline)
         return
+    wide = form == "wide"
     for line in outline["data"]:
-        print(f"data: {line}")
-    tables.print_table(outline["recipes"])
+        tables.print_text(f"data: {line}", wide)
+    tables.print_table(outline["recipes"], spare=["test rows", "epochs", "fetch GB"], wide=wide)
     for note in outline["notes"]:
-        print(f"note: {note}")
+        tables.print_text(f"note: {note}", wide)
 
 
 @verbs.command(

@@ -137,7 +137,7 @@ def outline(
 def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list[str]]:
     """What would become of one recipe, and what is to be said of it."""
     row: dict[str, Any] = {"recipe": pipeline.outcome.recipe, "training": "new"}
-    row |= dict.fromkeys(("model to fetch, GB", "epochs", "steps", "needs GiB", "fits", "hours"))
+    row |= dict.fromkeys(("fetch GB", "epochs", "steps", "needs GiB", "fits", "hours"))
     if pipeline.former:
         row["training"] = f"{pipeline.state}: {pipeline.former[0].path}"
     composed, request = pipeline.composed, pipeline.request
@@ -159,7 +159,7 @@ def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list
     work = planned["work"]
     row["needs GiB"] = planned["memory"]["needed"] / GIB
     if not models.find(composed.config).weights_here:
-        row["model to fetch, GB"] = planned["frozen"] * 2 / 1e9  # in 16 bits
+        row["fetch GB"] = planned["frozen"] * 2 / 1e9  # in 16 bits
     row |= {"steps": work["steps"], "hours": work["hours"]}
     if gpu and gpu.memory:
         row["fits"] = f"{gpu.name}: {'yes' if planned['cards'][0]['fits'] else 'no'}"
