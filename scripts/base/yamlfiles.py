@@ -94,7 +94,7 @@ _PLAIN_WORDS = (  # by what PyYAML says, and whether the mistake is where it beg
     ("quoted scalar: .*end of stream", True, "a quotation mark that is not closed"),
     ("unknown escape", False, "a backslash in double quotes; use single ones"),
     ("an alias|an anchor", True, "a value that begins with {}; put it in quotes"),
-    ("expected key", False, "indented unlike the lines above, or something follows a closing quote or bracket"),
+    ("expected key", False, "indented unlike the lines above, or a quote or bracket ends where it should not"),
     ("undefined alias|any token|the tag", False, "a value that begins with {}; put it in quotes"),
     ("another document", False, "--- begins a second config; give each a file of its own"),
 )

@@ -231,7 +231,7 @@ class _Reader:
                     file.count("empty-reference", name, number)
             elif value is not None or name not in fields.optional:
                 hint = f", but with {meant[name]}" if name in meant else ""
-                others = "" if hint or name in row else f"it has {', '.join(row) or 'no field'}"[:80]
+                others = "" if hint or name in row else f"fields: {', '.join(row) or 'none'}"[:80]
                 about = f"{'no text' if name in row else 'nothing'} in the field {name}{hint}"
                 file.count("bad-row", about, number, others)
         if self.needs_input and not row.get(fields.optional[0]):
@@ -311,7 +311,7 @@ def _findings(file: _File) -> Iterator[Finding]:
             continue
         if rule == "nothing-learnt" and count == file.rows:
             level = "error"  # Axolotl drops all of them, and fails
-        if example.startswith("it has") and count == file.rows:  # rows of another form, none of which is to blame
+        if example.startswith("fields: ") and count == file.rows:  # rows of another form, none of which is to blame
             remedy = "name their fields in the type of the data set, as in type: {field_output: answer}"
         text = problem.format(n="1 row" if count == 1 else f"{count} rows", about=about)
         text += f" ({example})" if example else ""

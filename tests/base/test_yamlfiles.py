@@ -17,7 +17,7 @@ MISTAKES = [
     ("a: x\nb: {c: 1 d: 2}\n", 2, "that lacks a comma"),
     ('a: "x\nb: 3\n', 1, "a quotation mark that is not closed"),
     ("a:\n  - b\n - c\n", 3, "indented unlike the lines above"),
-    ('a: 1\nb: "x" y\n', 2, "something follows a closing quote"),
+    ('a: 1\nb: "x" y\n', 2, "a quote or bracket ends where it should not"),
     ("a: 1\nb: *.jsonl\n", 2, "a value that begins with *; put it in quotes"),
     ("a: 1\nb: *c\n", 2, "a value that begins with *; put it in quotes"),
     ("a: 1\nb: @c\n", 2, "a value that begins with @; put it in quotes"),

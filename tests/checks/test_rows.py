@@ -107,9 +107,9 @@ def test_rows_with_the_same_mistake_are_one_finding() -> None:
 def test_rows_of_which_none_has_a_field_are_said_to_have_others() -> None:
     question, answer = found([{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}])
     assert (
-        "2 rows with nothing in the field instruction (it has question, answer); name their fields in the" in question
+        "2 rows with nothing in the field instruction (fields: question, answer); name their fields in the" in question
     )
-    assert "2 rows with nothing in the field output (it has question, answer); name their fields in the" in answer
+    assert "2 rows with nothing in the field output (fields: question, answer); name their fields in the" in answer
     assert "correct or drop them" in found([GOOD, {"question": "a", "answer": "b"}])[0]
 
 
