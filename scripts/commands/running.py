@@ -232,7 +232,7 @@ def _end(
     "reproduce",
     cls=Verb,
     rich_help_panel=HEADING,
-    epilog="recipe reproduce haider2024 --rehearse\nrecipe reproduce haider2024 --only llama-3.2-3b",
+    epilog="recipe reproduce haider2024 --rehearse\nrecipe reproduce haider2024 --dry-run --gpu T4",
 )
 def reproduce_verb(
     study: Annotated[
@@ -268,7 +268,12 @@ def reproduce_verb(
         bool, typer.Option("--dry-run", help="Show what would be done, and how long it takes; start nothing.")
     ] = False,
     gpu: Annotated[
-        str | None, typer.Option(metavar="NAME", help="With --dry-run: the GPU to plan for; by default this machine's.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=completion.gpus,
+            help="With --dry-run: the GPU to plan for; by default this machine's.",
+        ),
     ] = None,
     runs: Runs = RUNS,
     wide: Wide = False,
