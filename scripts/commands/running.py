@@ -11,7 +11,7 @@ from ..base.errors import UserError
 from ..base.paths import RUNS
 from . import completion
 from .help import Verb
-from .next_step import after_training, name_of, next_step
+from .next_step import after_training, name_of, next_step, over
 from .options import (
     BatchSize,
     Best,
@@ -297,14 +297,16 @@ def reproduce_verb(
     evaluation = evaluate.EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
     place = places.kinds()[on](request.rehearse, jobs, slurm or [])
     form = form_of(wide, json)
+    rehearsed = ["--rehearse"] if request.rehearse else []
     if dry_run:
         card = gpus.find(gpu) if gpu else None
         _show_outline(reproduce.outline(of_study, request, only or [], evaluation, runs, place, card), form)
+        named = [word for name in only or [] for word in ("--only", name)]
+        next_step("reproduce", study, *rehearsed, *named, *over(profile, set_), runs=runs, json=json)
         return
     outcomes = reproduce.reproduce(of_study, request, only or [], evaluation, runs, place)
     rows = verdict.rows(of_study, runs, request.rehearse, {outcome.recipe: outcome.run for outcome in outcomes})
     _end(outcomes, form, {}, rows, lambda: verdict.show_study(of_study, rows, request.rehearse, form))
-    rehearsed = ["--rehearse"] if request.rehearse else []
     next_step("report" if place.here else "results", "--study", study, *rehearsed, runs=runs, json=json)
 
 

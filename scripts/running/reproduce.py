@@ -115,6 +115,7 @@ def outline(
     rows = []
     with Bar("planning", len(pipelines)) as bar:
         for pipeline in pipelines:
+            bar.begin(f"planning {pipeline.outcome.recipe}")
             pipeline.look_up()
             row, said = _outlined(pipeline, gpu)
             rows.append(row | {"test rows": test_rows})

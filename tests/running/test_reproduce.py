@@ -221,6 +221,7 @@ def test_a_dry_run_of_rehearsals_counts_their_few_steps(recipe: Recipe, tmp_path
     assert done.returncode == 0
     head, *rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("recipe", "haider"))]
     assert head == ["recipe", "training", "epochs", "steps", "test", "rows"]
+    assert done.stderr.endswith("next: recipe reproduce haider2024 --rehearse\n")
     assert {row[0]: row[1:] for row in rows} == {
         recipe: ["new", *(["5", "20"] if recipe.endswith("3.2-3b") else ["2", "8"]), "12"] for recipe in STUDY.published
     }
