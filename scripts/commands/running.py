@@ -300,7 +300,8 @@ def reproduce_verb(
     rehearsed = ["--rehearse"] if request.rehearse else []
     if dry_run:
         card = gpus.find(gpu) if gpu else None
-        _show_outline(reproduce.outline(of_study, request, only or [], evaluation, runs, place, card), form)
+        outline = reproduce.outline(of_study, request, only or [], evaluation, runs, place, card)
+        reproduce.show_outline(outline, form)
         named = [word for name in only or [] for word in ("--only", name)]
         next_step("reproduce", study, *rehearsed, *named, *over(profile, set_), runs=runs, json=json)
         return
@@ -308,18 +309,6 @@ def reproduce_verb(
     rows = verdict.rows(of_study, runs, request.rehearse, {outcome.recipe: outcome.run for outcome in outcomes})
     _end(outcomes, form, {}, rows, lambda: verdict.show_study(of_study, rows, request.rehearse, form))
     next_step("report" if place.here else "results", "--study", study, *rehearsed, runs=runs, json=json)
-
-
-def _show_outline(outline: dict[str, Any], form: tables.Form) -> None:
-    if form == "json":
-        tables.print_json(outline)
-        return
-    wide = form == "wide"
-    for line in outline["data"]:
-        tables.print_text(f"data: {line}", wide)
-    tables.print_table(outline["recipes"], spare=["test rows", "epochs", "fetch GB"], wide=wide)
-    for note in outline["notes"]:
-        tables.print_text(f"note: {note}", wide)
 
 
 @verbs.command(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..base import yamlfiles
+from ..base import tables, yamlfiles
 from ..base.errors import UserError, meant
 from ..base.locks import PATIENCE, held
 from ..base.paths import find_recipe
@@ -179,6 +179,19 @@ def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
     if any("prepared" in line for line in lines) and not all((data.raw / file).is_file() for file in data.files):
         lines.insert(0, f"{data.raw}: to be fetched, {data.archive_bytes / 1e6:,.0f} MB from {data.source}")
     return lines or ["nothing to fetch or prepare"]
+
+
+def show_outline(outlined: dict[str, Any], form: tables.Form) -> None:
+    """What `outline` returns, on stdout."""
+    if form == "json":
+        tables.print_json(outlined)
+        return
+    wide = form == "wide"
+    for line in outlined["data"]:
+        tables.print_text(f"data: {line}", wide)
+    tables.print_table(outlined["recipes"], spare=["test rows", "epochs", "fetch GB"], wide=wide)
+    for note in outlined["notes"]:
+        tables.print_text(f"note: {note}", wide)
 
 
 def lock(name: str, runs: Path) -> Path:
