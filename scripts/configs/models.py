@@ -205,7 +205,7 @@ def token(folder: Path | None, name: str) -> str | None:
 
 
 def chat_template(folder: Path | None) -> str | None:
-    """The chat template in a model's folder: a file of its own, else of the tokenizer's config, where several have names."""
+    """The chat template in a model's folder: a file, or in the tokenizer's config, where several can have names."""
     if not folder:
         return None
     if (file := folder / "chat_template.jinja").is_file():
