@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
 
+Row = dict[str, Any]
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeError)  # what zipfile raises for one
 
 

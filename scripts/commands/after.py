@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..base import tables
 from ..base.files import write_atomically, write_rows
 from ..base.paths import RUNS
 from ..base.progress import Bar, say
+from ..terminal import tables
 from . import completion
 from .help import Verb
 from .next_step import name_of, next_step

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..base import tables, yamlfiles
+from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.paths import RUNS, find_recipe, recipe_names
 from ..base.progress import Bar, say
+from ..terminal import tables
 from . import completion
 from .help import Verb, Verbs
 from .next_step import next_step, over

@@ -11,8 +11,8 @@ import typer
 from ..base.errors import UserError
 from ..base.paths import find_recipe
 from ..base.progress import say
-from ..base.tables import Form
 from ..scores.metrics import PER_ROW
+from ..terminal.tables import Form
 from . import completion
 
 PlaceName = Literal["local", "slurm"]

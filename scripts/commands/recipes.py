@@ -4,7 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..base import paths, tables, yamlfiles
+from ..base import paths, yamlfiles
+from ..terminal import tables
 from . import completion
 from .help import Verb
 from .next_step import next_step

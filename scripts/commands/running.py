@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..base import tables, yamlfiles
+from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.paths import RUNS
+from ..terminal import tables
 from . import completion
 from .help import Verb
 from .next_step import after_training, name_of, next_step, over

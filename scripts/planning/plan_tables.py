@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..base import tables
+from ..terminal import tables
 from .drawing import drawing
 from .planner import GIB
 

@@ -13,10 +13,10 @@ from typing import Any
 import orjson
 from markupsafe import Markup, escape
 
-from ..base import paths, tables
+from ..base import paths
 from ..base.errors import UserError
+from ..base.files import Row
 from ..base.machine import now
-from ..base.tables import Row
 from ..base.templating import environment
 from ..configs import gpus
 from ..data.study import Study
@@ -25,6 +25,7 @@ from ..results import listing, verdict
 from ..running import sweep_tables, sweeps
 from ..running.sweeps import Sweep
 from ..runs.rundir import RunDir
+from ..terminal import tables
 from . import report_comparisons as comparisons
 from . import report_figures as draw
 from . import report_reader, report_runs

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from ..base import tables
-from ..base.tables import Row
+from ..base.files import Row
 from ..running import sweeps
 from ..scores.metrics import PER_ROW
+from ..terminal import tables
 from .report_figures import (
     COLOURS,
     DASHES,

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..base import tables
-from ..base.tables import Row
+from ..base.files import Row
 from ..planning import lora
 from ..scores.metrics import PER_ROW
+from ..terminal import tables
 
 Trace = dict[str, Any]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

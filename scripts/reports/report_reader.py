@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..base.files import json_rows, sha256
-from ..base.tables import Row
+from ..base.files import Row, json_rows, sha256
 from ..scores.evaluations import BASE_MODEL, EvaluationSettings, read_predictions
 from ..scores.metrics import PER_ROW
 from .report_runs import ReportedRun

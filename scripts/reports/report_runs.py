@@ -11,10 +11,9 @@ from typing import Any
 import orjson
 
 from .. import places
-from ..base import paths, tables, yamlfiles
+from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.files import sha256
-from ..base.tables import Row
+from ..base.files import Row, sha256
 from ..checks import schema
 from ..configs import config, datafiles
 from ..results import listing, run_rows
@@ -22,6 +21,7 @@ from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
 from ..scores.evaluations import Evaluation, read_predictions
 from ..scores.metrics import METRICS, PER_ROW
+from ..terminal import tables
 
 _OTHERS = {
     "sacrebleu_signature": "its signature",

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..base import paths, tables, yamlfiles
+from ..base import paths, yamlfiles
 from ..base.files import embedding_rows, read_json, sha256
 from ..base.templating import environment
 from ..checks import schema
@@ -17,6 +17,7 @@ from ..runs.rundir import Run, RunDir
 from ..scores import prompts
 from ..scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
 from ..scores.metrics import METRICS
+from ..terminal import tables
 from . import run_rows
 from .run_rows import REHEARSED
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import places
-from ..base import tables
 from ..base.progress import say
 from ..data import study
 from ..runs.lookup import all_runs, readable
 from ..runs.rundir import Run, RunDir
 from ..scores.evaluations import of_run
+from ..terminal import tables
 from .run_rows import row
 
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown for runs from before there was one per token

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import places
-from ..base import paths, tables, yamlfiles
+from ..base import paths, yamlfiles
 from ..base.progress import say
 from ..configs import config, datafiles
 from ..configs.compose import REHEARSAL, TRACKERS
@@ -15,6 +15,7 @@ from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
 from ..scores.evaluations import Evaluation
 from ..scores.metrics import METRICS, PER_ROW
+from ..terminal import tables
 from . import run_rows
 from .listing import REHEARSALS, baselines
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..base import tables, yamlfiles
+from ..base import yamlfiles
 from ..base.errors import UserError, meant
 from ..base.locks import PATIENCE, held
 from ..base.paths import find_recipe
@@ -22,6 +22,7 @@ from ..planning.plan_tables import hours_are
 from ..planning.planner import GIB
 from ..runs.tasks import Outcome
 from ..scores import bertscore, evaluate
+from ..terminal import tables
 from .pipeline import Pipeline, need_judge
 
 

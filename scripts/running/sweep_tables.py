@@ -3,8 +3,9 @@
 from collections import Counter
 from typing import Any
 
-from ..base import tables, yamlfiles
+from ..base import yamlfiles
 from ..results import listing
+from ..terminal import tables
 from . import sweeps
 from .sweeps import Sweep
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import UserError
-from ..base.tables import Row
+from ..base.files import Row
 from ..runs.lookup import find_run
 from . import bleu, intervals
 from .evaluations import read_predictions, read_scores

@@ -13,16 +13,16 @@ from typing import Any
 import orjson
 
 from ..base.errors import UserError
-from ..base.files import json_rows, read_json, sha256, write_rows
+from ..base.files import Row, json_rows, read_json, sha256, write_rows
 from ..base.progress import say
 from ..base.quiet import importing_axolotl
-from ..base.tables import Row, text_of
 from ..base.yamlfiles import Config
 from ..checks.rows import fields_of
 from ..configs import datafiles
 from ..data import study
 from ..data.codereviewer import MANIFEST
 from ..runs.rundir import Run, RunDir
+from ..terminal.tables import text_of
 from .score import read_rows
 
 KEPT = "evaluation-rows.jsonl"

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import orjson
 from pydantic import BaseModel
 
-from ..base.tables import Row
+from ..base.files import Row
 from ..data.study import Decoding
 from ..runs.rundir import Run
 

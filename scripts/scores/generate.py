@@ -19,8 +19,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ..base.errors import UserError
-from ..base.files import embedding_rows
-from ..base.tables import Row
+from ..base.files import Row, embedding_rows
 from ..base.yamlfiles import Config
 from ..checks.rows import fields_of
 from ..checks.tokens import as_trained, require_one_each, tokenize

@@ -8,8 +8,8 @@ from pathlib import Path
 import orjson
 
 from ..base.errors import WorkFailed
+from ..base.files import Row
 from ..base.progress import Bar
-from ..base.tables import Row
 from ..base.yamlfiles import Config
 from .evaluation_rows import EvaluationRows
 from .evaluations import EvaluationSettings

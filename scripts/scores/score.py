@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import UserError
-from ..base.files import json_rows
-from ..base.tables import Row
+from ..base.files import Row, json_rows
 from . import bertscore, bleu, intervals
 from .metrics import METRICS, PER_ROW, Metric
 

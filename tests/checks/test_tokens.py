@@ -204,7 +204,7 @@ def test_the_command(recipe: Recipe, tmp_path: Path, tiny: Path, sample: Path) -
 
 def test_in_colour() -> None:
     code = """
-from qlora_recipes.base import tables
+from qlora_recipes.terminal import tables
 tokens = [
     {"id": 1, "text": "<s>", "special": True, "loss": False},
     {"id": 2, "text": "[b]a", "special": False, "loss": False},  # not rich's markup

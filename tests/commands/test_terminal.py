@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from run_folders import a_run
 
 from qlora_recipes import cli
-from qlora_recipes.base import tables
 from qlora_recipes.running.sweeps import Sweep, SweepMember
 from qlora_recipes.runs.rundir import Summary
+from qlora_recipes.terminal import tables
 
 LONG = "llama-3.2-3b-with-a-name-as-long-as-people-give-them-who-try-things"
 CODE_LLAMA = "haider2024/code-llama-7b"

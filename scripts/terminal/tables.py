@@ -13,9 +13,9 @@ from typing import Any, Literal
 import click
 import orjson
 
-from .yamlfiles import write_flow
+from ..base.files import Row
+from ..base.yamlfiles import write_flow
 
-Row = dict[str, Any]
 Form = Literal["table", "wide", "md", "csv", "json"]
 """How rows are printed; `wide` is a table with all columns, however narrow the terminal."""
 
