@@ -23,7 +23,6 @@ class _Verbs(Verbs):
     """The verbs in the order of use; Typer would put groups of verbs last."""
 
     EXAMPLES = "First steps"
-
     ORDER = (
         *("list", "show", "diff", "new"),
         *("data", "check", "plan", "analyze"),
@@ -61,8 +60,7 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the versions of it and Axolotl."),
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show its version and Axolotl's.")
     ] = False,
 ) -> None:
     pass

@@ -48,7 +48,8 @@ def in_terminal(words: list[str]) -> str:
         pass  # the command has closed its end
     process.wait()
     os.close(ours)
-    return written.decode().replace("\r\n", "\n")
+    lines = written.decode().replace("\r\n", "\n").splitlines()
+    return "\n".join(line for line in lines if "━" not in line)  # nor does a terminal keep a bar
 
 
 def main() -> None:

@@ -4,12 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from qlora_recipes.base import paths
 
 # `axolotl`, in an interpreter to which this project's package does not exist
 AXOLOTL = "import sys; sys.modules['qlora_recipes'] = None; from axolotl.cli.main import main; main()"
 
 
+@pytest.mark.long
 def test_a_recipe_trains_with_plain_axolotl(tmp_path: Path, tiny: Path, sample: Path) -> None:
     folder = tmp_path / "data" / "codereviewer"
     folder.mkdir(parents=True)

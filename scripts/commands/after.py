@@ -26,7 +26,10 @@ from .options import (
     RehearsalsOfStudy,
     RunName,
     Runs,
+    SeveralRuns,
     SlurmOptions,
+    StudyName,
+    SweepName,
     Wide,
     exclusive,
     form_of,
@@ -157,25 +160,9 @@ def _print_scores(scores: dict[str, Any], json: bool) -> None:
     epilog="recipe results --study haider2024\nrecipe results --sweep latest --best bleu4",
 )
 def results_verb(
-    study_name: Annotated[
-        str | None,
-        typer.Option(
-            "--study",
-            metavar="S",
-            autocompletion=completion.studies,
-            help="A study's table: its runs beside its published scores.",
-        ),
-    ] = None,
+    study_name: StudyName = None,
     rehearse: RehearsalsOfStudy = False,
-    sweep_name: Annotated[
-        str | None,
-        typer.Option(
-            "--sweep",
-            metavar="S",
-            autocompletion=completion.recorded_sweeps,
-            help="A sweep's members side by side, by what varies; latest is the newest.",
-        ),
-    ] = None,
+    sweep_name: SweepName = None,
     best: Best = None,
     pair: Annotated[
         tuple[str, str] | None,
@@ -209,16 +196,15 @@ def results_verb(
     only_with("--rehearse", rehearse, "--study", study_name)
     only_with("--run", run, "--by", by)
     form = form_of(wide, json, csv, md)
-    if pair:
+    if pair or by:
         from ..scores import compare
 
-        rows = compare.compare(*(compare.predictions(name, runs) for name in pair))
-        spare = ["equal", "rows", "p_wilcoxon", "better", "worse"]
-        tables.write(rows, form, f"a: {pair[0]}, b: {pair[1]}", spare=spare)
-    elif by:
-        from ..scores import compare
-
-        tables.write(compare.by_group(compare.predictions(run or "latest", runs).rows, by), form, run)
+        if pair:
+            rows = compare.compare(*(compare.predictions(name, runs) for name in pair))
+            spare = ["equal", "rows", "p_wilcoxon", "better", "worse"]
+            tables.write(rows, form, f"a: {pair[0]}, b: {pair[1]}", spare=spare)
+        elif by:
+            tables.write(compare.by_group(compare.predictions(run or "latest", runs).rows, by), form, run)
     elif sweep_name:
         from ..running import sweep_tables, sweeps
 
@@ -242,33 +228,10 @@ def results_verb(
     epilog="recipe report latest\nrecipe report --study haider2024 --out study.html",
 )
 def report_verb(
-    run: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RUN]...",
-            autocompletion=completion.runs,
-            help="Runs, compared where there are several: folders or parts of their names; by default the latest.",
-        ),
-    ] = None,
-    study_name: Annotated[
-        str | None,
-        typer.Option(
-            "--study",
-            metavar="S",
-            autocompletion=completion.studies,
-            help="A study instead: its table, and the runs behind it.",
-        ),
-    ] = None,
+    run: SeveralRuns = None,
+    study_name: StudyName = None,
     rehearse: RehearsalsOfStudy = False,
-    sweep_name: Annotated[
-        str | None,
-        typer.Option(
-            "--sweep",
-            metavar="NAME",
-            autocompletion=completion.recorded_sweeps,
-            help="A sweep instead: the trade-offs among its members.",
-        ),
-    ] = None,
+    sweep_name: SweepName = None,
     best: Best = None,
     analyze: Annotated[
         bool,
@@ -283,6 +246,7 @@ def report_verb(
 ) -> None:
     """One HTML file of runs, a study or a sweep: curves, scores, predictions to read, settings, provenance.
 
+    By default it is about the latest run; several are compared.
     It is self-contained and opens without a network. Mind whom you give it to: it shows the diffs and references
     of the test data, and names of folders of this machine.
     """

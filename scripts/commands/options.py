@@ -64,6 +64,37 @@ RunName = Annotated[
         help="A run's folder or a part of its name, a recipe for its newest run, or latest.",
     ),
 ]
+SeveralRuns = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RUN]...",
+        autocompletion=completion.runs,
+        help="Runs: folders or parts of their names, recipes for their newest runs, or latest.",
+    ),
+]
+StudyName = Annotated[
+    str | None,
+    typer.Option("--study", metavar="S", autocompletion=completion.studies, help="A study: the runs of its recipes."),
+]
+SweepName = Annotated[
+    str | None,
+    typer.Option(
+        "--sweep",
+        metavar="S",
+        autocompletion=completion.recorded_sweeps,
+        help="A sweep: the runs of its members; latest is the newest.",
+    ),
+]
+PlannedGpu = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu", metavar="NAME", autocompletion=completion.gpus, help="The GPU to plan for; by default this machine's."
+    ),
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Runs to work on at a time, each on a GPU of its own; by default 1 here, all on SLURM."),
+]
 SweepFile = Annotated[
     str | None,
     typer.Argument(

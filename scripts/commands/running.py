@@ -16,6 +16,7 @@ from .next_step import after_training, name_of, next_step, over
 from .options import (
     BatchSize,
     Best,
+    Jobs,
     Json,
     JudgeLayer,
     JudgeModel,
@@ -23,12 +24,16 @@ from .options import (
     Name,
     On,
     Overrides,
+    PlannedGpu,
     Profiles,
     RehearseAll,
     RunName,
     Runs,
+    SeveralRuns,
     SlurmOptions,
+    StudyName,
     SweepFile,
+    SweepName,
     Wide,
     exclusive,
     form_of,
@@ -153,20 +158,10 @@ def sweep_verb(
     max_runs: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Begin at most N members; the next call begins the others.")
     ] = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Members to work on at a time, each on a GPU of its own; by default 1 here, all on SLURM."
-        ),
-    ] = None,
+    jobs: Jobs = None,
     on: On = "local",
     slurm: SlurmOptions = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", autocompletion=completion.gpus, help="The GPU to plan for; by default this machine's."
-        ),
-    ] = None,
+    gpu: PlannedGpu = None,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Evaluate the first N test rows; in a rehearsal 12.")
     ] = None,
@@ -242,18 +237,9 @@ def reproduce_verb(
     rehearse: RehearseAll = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=completion.recipes,
-            help="Only this recipe, which may be one that accompanies the study. Repeatable.",
-        ),
+        typer.Option(metavar="NAME", autocompletion=completion.recipes, help="Only this recipe. Repeatable."),
     ] = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Recipes to work on at a time, each on a GPU of its own; by default 1 here, all on SLURM."
-        ),
-    ] = None,
+    jobs: Jobs = None,
     on: On = "local",
     slurm: SlurmOptions = None,
     profile: Profiles = None,
@@ -268,14 +254,7 @@ def reproduce_verb(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done, and how long it takes; start nothing.")
     ] = False,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=completion.gpus,
-            help="With --dry-run: the GPU to plan for; by default this machine's.",
-        ),
-    ] = None,
+    gpu: PlannedGpu = None,
     runs: Runs = RUNS,
     wide: Wide = False,
     json: Json = False,
@@ -316,26 +295,9 @@ def reproduce_verb(
     "cancel", cls=Verb, rich_help_panel=HEADING, epilog="recipe cancel latest\nrecipe cancel --sweep lora-tradeoffs"
 )
 def cancel_verb(
-    run: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RUN]...",
-            autocompletion=completion.runs,
-            help="Runs: folders or parts of their names, recipes for their newest runs, or latest.",
-        ),
-    ] = None,
-    sweep_name: Annotated[
-        str | None,
-        typer.Option(
-            "--sweep", metavar="NAME", autocompletion=completion.recorded_sweeps, help="Every run of a sweep instead."
-        ),
-    ] = None,
-    study_name: Annotated[
-        str | None,
-        typer.Option(
-            "--study", metavar="S", autocompletion=completion.studies, help="Every run of a study's recipes instead."
-        ),
-    ] = None,
+    run: SeveralRuns = None,
+    sweep_name: SweepName = None,
+    study_name: StudyName = None,
     runs: Runs = RUNS,
 ) -> None:
     """Stop runs at a checkpoint, and take queued ones out of the queue."""

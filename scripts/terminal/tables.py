@@ -31,7 +31,7 @@ def text_of(value: Any) -> str:
         text = f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}".rstrip("0").rstrip(".")
         return text if float(text) or not value else f"{value:.2g}"
     if isinstance(value, list) and len(value) == 2 and all(isinstance(item, float) for item in value):
-        return " to ".join(map(text_of, value))
+        return " to ".join(f"{item:.{2 if max(map(abs, value)) >= 1 else 4}f}" for item in value)
     if isinstance(value, bool | list | dict):
         return write_flow(value)
     return str(value)

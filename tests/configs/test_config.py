@@ -31,7 +31,7 @@ def test_numbers_are_read_as_meant(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "says"),
     [
-        ("a: 1\nb: [1, 2\nc: 3\n", 3, "not valid YAML"),
+        ("a: 1\nb: [1, 2\nc: 3\n", 2, "that is not closed"),
         ("a: 1\n\ta: 2\n", 2, "not valid YAML"),
         ("a: 1\nb: 2\na: 3\n", 3, "a occurs twice"),
         ("a: !!python/object/apply:os.system [id]\n", 1, "not valid YAML"),

@@ -224,7 +224,7 @@ steps = st.builds(
 )
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(steps)
 def test_the_peak_grows_with_rows_and_tokens(step: Step) -> None:
     least = peak(step, (2, 128))
@@ -232,13 +232,13 @@ def test_the_peak_grows_with_rows_and_tokens(step: Step) -> None:
     assert least <= peak(step, (2, 192))
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(steps.filter(lambda step: step.adapter))
 def test_the_peak_grows_with_the_rank(step: Step) -> None:
     assert peak(step) <= peak(replace(step, rank=64))
 
 
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(steps)
 def test_checkpointing_lowers_the_peak(step: Step) -> None:
     deep = replace(step, model=json.dumps(SMALL | {"num_hidden_layers": 6, "vocab_size": 512}))
@@ -246,7 +246,7 @@ def test_checkpointing_lowers_the_peak(step: Step) -> None:
     assert least < most
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(steps)
 def test_other_shapes_are_those_that_a_trace_of_them_gives(step: Step) -> None:
     known = trace(step, [(2, 256), (3, 256), (2, 128), (2, 64)])

@@ -317,6 +317,7 @@ def test_a_missing_adapter_is_told(place: Path, undisturbed: RunDir) -> None:
     assert not (undisturbed.path / "evaluations").exists()
 
 
+@pytest.mark.long
 def test_the_eight_bit_recipe_from_run_to_results(place: Path, tiny: Path, tiny_profile: Path) -> None:
     name = finish(
         start(

@@ -43,6 +43,7 @@ def curve(run: RunDir, key: str = "loss") -> Curve:
     return found
 
 
+@pytest.mark.long
 def test_tensorboard_reads_the_curves_from_the_runs_folder(run: RunDir) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -53,6 +54,7 @@ def test_tensorboard_reads_the_curves_from_the_runs_folder(run: RunDir) -> None:
         assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in curve(run, key)]  # kept as float32
 
 
+@pytest.mark.long
 def test_trackio_reads_the_curves_from_a_store_beside_all_runs(run: RunDir) -> None:
     def read(metric: str) -> Curve:
         words = ("get", "metric", "--project", "haider2024", "--run", f"code-llama-7b/{run.path.name}", "--json")
@@ -68,6 +70,7 @@ def test_trackio_reads_the_curves_from_a_store_beside_all_runs(run: RunDir) -> N
         assert [(step_of[entry], value) for entry, value in read(metric)] == curve(run, key)
 
 
+@pytest.mark.long
 def test_mlflow_reads_the_curves_from_a_store_beside_all_runs(run: RunDir) -> None:
     from mlflow import MlflowClient
 
@@ -80,6 +83,7 @@ def test_mlflow_reads_the_curves_from_a_store_beside_all_runs(run: RunDir) -> No
         assert sorted((metric.step, metric.value) for metric in found) == curve(run, key)
 
 
+@pytest.mark.long
 def test_wandb_keeps_the_curves_in_the_runs_folder(run: RunDir) -> None:
     command = [RECIPE.with_name("wandb"), "leet", "inspect", "--json", run.path / "wandb"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -93,12 +97,14 @@ def test_wandb_keeps_the_curves_in_the_runs_folder(run: RunDir) -> None:
         assert found == curve(run, key)
 
 
+@pytest.mark.long
 def test_the_run_records_what_was_filled_in(run: RunDir) -> None:
     recorded = {difference.key: difference.run for difference in run.read().differences}
     assert recorded["mlflow_tracking_uri"] == "sqlite:///runs/mlflow.db"
     assert recorded["trackio_run_name"] == f"code-llama-7b/{run.path.name}"
 
 
+@pytest.mark.long
 def test_trackers_leave_nothing_elsewhere(run: RunDir) -> None:
     place = run.runs(NAME).parent
     assert {file.name for file in place.iterdir()} <= {"runs", ".cache"}  # the home folder too; wandb logs to its cache

@@ -32,12 +32,16 @@ def write_model(folder: Path, sizes: dict[str, Any], tokenizer_config: dict[str,
     return folder
 
 
+NEXT = "next: recipe run mine --rehearse\n"
+
+
 def written(recipe: Recipe, tmp_path: Path, model: str | Path, *options: str, base: str = BASE) -> tuple[str, str]:
     """The text of a new variant, and what the command said."""
     done = recipe("new", "mine", "--from", base, "--model", model, *options)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.endswith(NEXT)
     assert done.stdout == "variants/mine.yaml\n"
-    return (tmp_path / "variants/mine.yaml").read_text(), done.stderr
+    return (tmp_path / "variants/mine.yaml").read_text(), done.stderr.removesuffix(NEXT)
 
 
 def wrong(recipe: Recipe) -> list[str]:
