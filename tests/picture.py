@@ -4,6 +4,7 @@ import fcntl
 import io
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -48,8 +49,8 @@ def in_terminal(words: list[str]) -> str:
         pass  # the command has closed its end
     process.wait()
     os.close(ours)
-    lines = written.decode().replace("\r\n", "\n").splitlines()
-    return "\n".join(line for line in lines if "━" not in line)  # nor does a terminal keep a bar
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-ln-z]", "", written.decode()).splitlines()  # but for colours
+    return "\n".join(line for line in lines if "━" not in line).strip()  # nor does a terminal keep a bar
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def main() -> None:
     console = Console(record=True, width=WIDTH, file=io.StringIO(), highlight=False)
     for words in COMMANDS:
         console.print(Text(f"$ recipe {' '.join(words)}", "bold green"))
-        console.print(Text.from_ansi(in_terminal(words)))
+        console.print(Text.from_ansi(in_terminal(words)), end="\n\n")
     file = ROOT / "recipes" / "terminal.svg"
     file.write_text(console.export_svg(title="recipe", code_format=SVG, unique_id="terminal"))
     print(file)
