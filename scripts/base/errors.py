@@ -48,7 +48,7 @@ def meant(word: str, choices: Collection[str], what: str, hint: str = "", option
         found = {choice for choice in having if choice.rpartition("/")[0] not in having}
     if len(found) == 1:
         return found.pop()
-    given = f"{option} {word}".strip()
+    given = f"{option} {word or "''"}".strip()
     if found:
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
         raise UserError(f"{given}: may be any of {', '.join(sorted(found)[:8])}{more}; give more of its name")

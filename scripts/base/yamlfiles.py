@@ -13,6 +13,9 @@ from .errors import UserError
 Config = dict[str, Any]
 
 
+_OWN = "in words of this project"  # the context of such an error
+
+
 class _Loader(yaml.CSafeLoader):
     """PyYAML's safe loader, which Axolotl uses too, but a duplicate key is an error, and
     `2e-4` is a number (PyYAML reads text, which Axolotl turns into that number later)."""
@@ -22,7 +25,7 @@ class _Loader(yaml.CSafeLoader):
         for key, _ in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 twice = f"the key {key.value} occurs twice; delete one"
-                raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(_OWN, problem=twice, problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key.value, str) else id(key))
         return super().construct_mapping(node, deep)
 
@@ -77,7 +80,7 @@ def _in_plain_words(error: Any, text: str) -> str:
     lines = [*text.splitlines(), ""]
     at = lines[mark.line][: mark.column + 1]
     words = error.problem
-    for pattern, at_its_beginning, plain in _PLAIN_WORDS:
+    for pattern, at_its_beginning, plain in _PLAIN_WORDS if error.context != _OWN else ():
         if re.search(pattern, f"{error.context}: {words}, {at}"):
             mark = error.context_mark if at_its_beginning else mark
             words = plain.format(lines[mark.line][mark.column :][:1])
@@ -94,6 +97,9 @@ _PLAIN_WORDS = (  # by what PyYAML says, and whether the mistake is where it beg
     ("quoted scalar: .*end of stream", True, "a quotation mark that is not closed"),
     ("unknown escape", False, "a backslash in double quotes; use single ones"),
     ("an alias|an anchor", True, "a value that begins with {}; put it in quotes"),
+    ("block collection", False, "a list and keys at the same depth; indent one of them"),
+    ("sequence entries", False, "a list begins behind a key; put its first dash on a line of its own"),
+    ("node content", False, "a value is missing, or a bracket ends that does not begin"),
     ("expected key", False, "indented unlike the lines above, or a quote or bracket ends where it should not"),
     ("undefined alias|any token|the tag", False, "a value that begins with {}; put it in quotes"),
     ("another document", False, "--- begins a second config; give each a file of its own"),

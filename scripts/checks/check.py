@@ -89,8 +89,9 @@ def check(
         report = examine(composed, gpu, request.gpus, launching, data, ask_hub=True)
         report.name = request.name
         for finding in report.findings:
-            if finding.rule == "not-prepared" and not launching:
+            if finding.rule == "not-prepared" and not (launching or data):
                 finding.level = "warning"  # the config is right; `run` needs them
+        report.add([])  # in order again
         if full:
             with importing_axolotl():
                 from . import installed

@@ -135,7 +135,8 @@ def _print_findings(findings: "Iterable[Finding]") -> None:
     for finding in findings:
         alike.setdefault((finding.level, finding.name, finding.problem, finding.remedy), []).append(finding)
     for first, *more in alike.values():
-        print(f"{first}{f' (and in {len(more)} more)' if more else ''}")
+        others = f" (also in {', '.join(Path(str(other.where)).name for other in more)})" if more else ""
+        print(f"{first}{others}")
 
 
 @verbs.command(

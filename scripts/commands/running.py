@@ -9,10 +9,11 @@ import typer
 from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.paths import RUNS
+from ..base.progress import say
 from ..terminal import tables
 from . import completion
 from .help import Verb
-from .next_step import after_training, name_of, next_step, over
+from .next_step import after_training, name_of, next_step
 from .options import (
     BatchSize,
     Best,
@@ -282,8 +283,8 @@ def reproduce_verb(
         card = gpus.find(gpu) if gpu else None
         outline = reproduce.outline(of_study, request, only or [], evaluation, runs, place, card)
         reproduce.show_outline(outline, form)
-        named = [word for name in only or [] for word in ("--only", name)]
-        next_step("reproduce", study, *rehearsed, *named, *over(profile, set_), runs=runs, json=json)
+        if not json:
+            say("next: the same command without --dry-run")
         return
     outcomes = reproduce.reproduce(of_study, request, only or [], evaluation, runs, place)
     rows = verdict.rows(of_study, runs, request.rehearse, {outcome.recipe: outcome.run for outcome in outcomes})

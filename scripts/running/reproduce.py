@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .. import places
 from ..base import yamlfiles
 from ..base.errors import UserError, meant
 from ..base.locks import PATIENCE, held
@@ -94,7 +95,7 @@ def outline(
     place: Place,
     gpu: Gpu | None,
 ) -> dict[str, Any]:
-    """What `reproduce` would do with the same arguments; nothing is started or written.
+    """What `reproduce` would do with the same arguments; nothing is started, and plans alone are kept, in the cache.
 
     Args:
         gpu: the card to plan for, by default the place's.
@@ -142,15 +143,20 @@ def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list
     row |= dict.fromkeys(("fetch GB", "epochs", "steps", "needs GiB", "fits", "hours"))
     if pipeline.former:
         row["training"] = f"{pipeline.state}: {pipeline.former[0].path}"
+        if pipeline.state == "finished":
+            return row, []
     composed, request = pipeline.composed, pipeline.request
     if composed is None:
         return row | {"training": "refused"}, [f"{pipeline.outcome.recipe}: {pipeline.outcome.problem}"]
     report = check.check(request, gpu, launching=not request.rehearse, composed=composed)
-    errors = [finding for finding in report.findings if finding.level == "error" and finding.scope != "data"]
+    found = places.relevant(pipeline.place, report.findings)
+    errors = [finding for finding in found if finding.level == "error" and finding.scope != "data"]
     notes = [
-        f"refused as of now: {error.key}: {error.problem}{f'; {error.remedy}' if error.remedy else ''}"
+        f"{row['recipe']}: refused as of now: {error.key}: {error.problem}{f'; {error.remedy}' if error.remedy else ''}"
         for error in errors
     ]
+    if errors:
+        row["training"] = "refused"
     row["epochs"] = composed.config.get("num_epochs")
     if request.rehearse:
         return row | {"steps": datafiles.training_steps(composed.config)}, notes

@@ -25,14 +25,12 @@ def find_run(name: str, runs: Path = RUNS) -> RunDir:
     if (Path(name) / "run.json").is_file():
         return RunDir(Path(name))
     folders = all_runs(runs)
-    if name == "latest" and folders:
-        return folders[-1]
     named = {run.path.relative_to(runs).as_posix(): run for run in folders}
     named |= {path.rpartition("/")[0]: run for path, run in named.items() if "/" in path}  # the last is the newest
     hint = f" below {runs}/; " + ("`recipe results` lists the runs" if named else "`recipe run` makes one")
-    choices = dict.fromkeys(["latest"] if named else []) | named
-    found = named[meant(name.removeprefix(f"{runs}/"), choices, "run", hint)]
-    if found.path != runs / name:
+    choices = ({"latest": folders[-1]} if folders else {}) | named
+    found = choices[meant(name.removeprefix(f"{runs}/"), choices, "run", hint)]
+    if name != "latest" and found.path != runs / name:
         say(f"run {found.path}")
     return found
 

@@ -234,7 +234,7 @@ class RunDir:
                 record = orjson.loads(line)
                 step = record["step"]
             except (orjson.JSONDecodeError, TypeError, KeyError):
-                continue  # the last line of a killed process
+                continue  # a phase, which has no step, or the last line of a killed process
             if step < previous:
                 records = {key: kept for key, kept in records.items() if key[0] <= step}
             previous = step

@@ -38,7 +38,7 @@ def predictions(name: str, runs: Path) -> Predictions:
     Raises:
         UserError: there is neither, or the run was not evaluated.
     """
-    if name.endswith(".jsonl"):
+    if Path(name).is_file():
         return Predictions(with_scores(read_rows(Path(name))))
     folder = find_run(name, runs).path
     rows = read_predictions(folder)

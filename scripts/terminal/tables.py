@@ -42,9 +42,14 @@ def _column(values: list[Any]) -> list[str]:
     fractions = {text_of(value) for value in values if isinstance(value, float) and abs(value) < 1}
     decimals = max((len(text.partition(".")[2]) for text in fractions if "e" not in text), default=0)
     return [
-        f"{value:.{decimals}f}" if (text := text_of(value)) in fractions and "e" not in text else text
-        for value in values
+        f"{value:.{decimals}f}" if isinstance(value, float) and "e" not in text and text in fractions else text
+        for value, text in zip(values, map(text_of, values), strict=True)
     ]
+
+
+def harmless(text: str) -> str:
+    """A text of anyone's in one line, without what a terminal would obey."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text)
 
 
 def print_table(
@@ -68,10 +73,7 @@ def print_table(
     """
     width = _width(wide)
     columns = [column for column in rows[0] if empty or any(row.get(column) is not None for row in rows)]
-    texts = {
-        column: [re.sub(r"[\x00-\x1f\x7f]", " ", text) for text in (column, *_column([row[column] for row in rows]))]
-        for column in columns
-    }
+    texts = {column: [*map(harmless, (column, *_column([row[column] for row in rows])))] for column in columns}
     widths = {column: max(map(_length, texts[column])) for column in columns}
     numbers = {column for column in columns if all(map(_NUMBER.fullmatch, texts[column][1:]))}
     above, beside, under, left_out = _arranged(widths, width, spare, below)

@@ -25,6 +25,10 @@ MISTAKES = [
     ('a: 1\nb: "C:\\data"\n', 2, "a backslash in double quotes; use single ones"),
     ("a: 1\n---\nb: 2\n", 2, "--- begins a second config"),
     ("a: 1\nb: 2\na: 3\n", 3, "the key a occurs twice; delete one"),
+    ("the tag: 1\nthe tag: 2\n", 2, "the key the tag occurs twice; delete one"),
+    ("- a\nb: 1\n", 2, "a list and keys at the same depth"),
+    ("a: 1\nb: - c\n", 2, "put its first dash on a line of its own"),
+    ("a: 1\nb: ]\n", 2, "a bracket ends that does not begin"),
 ]
 
 

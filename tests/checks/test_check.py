@@ -271,9 +271,22 @@ def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_
     assert "error: datasets.0.path: data/codereviewer-tagged/train.jsonl and valid.jsonl are not" in ran.stderr
 
 
+def test_what_is_not_written_by_preparing_data_or_is_to_be_read_now_is_an_error(recipe: Recipe) -> None:
+    own = recipe("check", "3.2-3b", "--set", "datasets.0.path=data/codereviewer/train_mine.jsonl")
+    assert own.returncode == 2 and "train_mine.jsonl does not exist" in own.stdout
+    read = recipe("check", "3.2-3b", "--data")
+    assert (
+        read.returncode == 2 and "error: datasets.0.path: data/codereviewer/train.jsonl and valid.jsonl" in read.stdout
+    )
+    levels = [line.split(": ")[1] for line in recipe("check", "3.2-3b", "--set", "lora_rr=1").stdout.splitlines()]
+    assert levels == sorted(levels, key=["error", "warning", "note"].index)
+
+
 def test_what_is_wrong_with_several_recipes_is_printed_once(recipe: Recipe) -> None:
     done = recipe("check")
     said = [line for line in done.stdout.splitlines() if "not-prepared" in line]
-    assert [line.partition("] ")[2] for line in said] == ["(and in 6 more)", ""]  # and one has another format
+    others = [line.partition("] ")[2] for line in said]
+    assert others[0].startswith("(also in llama-2-7b.yaml, ") and others[0].count(".yaml") == 6
+    assert others[1:] == [""]  # which has another format
     assert len(done.stdout.splitlines()) == len({line.partition(": ")[2] for line in done.stdout.splitlines()})
     assert done.returncode == 0

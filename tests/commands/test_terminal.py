@@ -135,6 +135,11 @@ def test_tables_fit_the_terminal_and_keep_names_whole(
             assert any(name in line for line in lines), (name, lines)
 
 
+def test_a_number_a_text_like_it_and_what_a_terminal_would_obey(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.print_table([{"a": 0.05, "b": "\x1b[31mred\n"}, {"a": "0.05", "b": None}])
+    assert capsys.readouterr().out == "   a  b\n0.05   [31mred\n0.05  –\n"
+
+
 NAMES = st.text("abcdefg/-_", min_size=1, max_size=60)
 VALUES = st.none() | st.text("xyz /", min_size=1, max_size=60) | st.floats(-1e4, 1e4) | st.integers(0, 10**6)
 

@@ -124,6 +124,7 @@ def test_a_recipe_or_a_part_of_its_name_is_its_newest_run_which_is_said(
     assert lookup.find_run("s/wide/20260101-a1", runs).path == old
     assert lookup.find_run("latest", runs).path == below
     assert capsys.readouterr().err == ""  # neither is a part of a name
+    assert [lookup.find_run(word, runs).path for word in ("Latest", "late")] == [below, below]
     for name, near in {"latets": "latest", "tal1": "tall", "s/wode": "s/wide"}.items():
         with pytest.raises(UserError, match=f"{name}: no run of that name; did you mean .*{near}"):
             lookup.find_run(name, runs)

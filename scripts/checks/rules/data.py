@@ -63,7 +63,7 @@ def missing_file(case: Case) -> Problems:
 
 def _preparation(file: Path) -> str | None:
     """What the user runs to have a file written, if it is one that `recipe data prepare` writes."""
-    return study.preparation(str(file)) if file.name.startswith(SPLITS) else None
+    return study.preparation(str(file)) if file.name in [f"{split}.jsonl" for split in SPLITS] else None
 
 
 def _instead_of(missing: Path) -> tuple[str, str]:
