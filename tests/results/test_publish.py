@@ -588,9 +588,8 @@ def test_a_merge_that_fails_shows_the_end_of_its_log(
     assert not list(run.path.glob(".merge-*"))
 
 
-@pytest.mark.parametrize(
-    "pad_token", [pytest.param("</s>", marks=pytest.mark.long), "<|a token that the model lacks|>"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("pad_token", ["</s>", "<|a token that the model lacks|>"])
 def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
     tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path, pad_token: str
 ) -> None:

@@ -53,11 +53,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_profile: Path) -> dict[s
     return found
 
 
+@pytest.mark.long
 def test_evaluating_during_training_does_not_change_the_training(runs: dict[str, RunDir]) -> None:
     assert len(steps(runs["evaluated"])) == 8
     assert steps(runs["evaluated"]) == steps(runs["not evaluated"])
 
 
+@pytest.mark.long
 def test_without_the_cure_it_would(runs: dict[str, RunDir]) -> None:
     from bitsandbytes.functional import has_avx512bf16
 
@@ -78,6 +80,7 @@ def test_a_record_after_a_torn_line_is_kept(tmp_path: Path) -> None:
     assert [record["step"] for record in run.read_metrics()] == [4, 5, 6]
 
 
+@pytest.mark.long
 def test_the_parameters_are_counted(runs: dict[str, RunDir], tiny: Path) -> None:
     run = runs["evaluated"]
     summary = summarise(run.read_metrics())
@@ -88,6 +91,7 @@ def test_the_parameters_are_counted(runs: dict[str, RunDir], tiny: Path) -> None
     assert summary.trainable_share == summary.trainable_parameters / summary.parameters
 
 
+@pytest.mark.long
 def test_the_metrics_name_what_the_process_does(runs: dict[str, RunDir]) -> None:
     def phases(name: str) -> list[str]:
         records = map(orjson.loads, runs[name].metrics.read_bytes().splitlines())
@@ -99,6 +103,7 @@ def test_the_metrics_name_what_the_process_does(runs: dict[str, RunDir]) -> None
     assert phases("not evaluated") == [*begin, "training", "saving the model"]
 
 
+@pytest.mark.long
 def test_metrics_say_what_happened(runs: dict[str, RunDir]) -> None:
     records = runs["evaluated"].read_metrics()
     evaluated = [record["step"] for record in records if "eval_loss" in record]
