@@ -20,9 +20,8 @@ from ..base.files import DAMAGED_ZIP, Output, clear_parts, json_rows, making, re
 from ..base.locks import LOOK, PATIENCE, held, is_held
 from ..base.progress import say
 from .draws import PlacedRow, choose, draw, method, obstacle
-from .study import Data, SourceFile, Study, Subset
+from .study import SPLITS, Data, SourceFile, Study, Subset
 
-SPLITS = ("train", "valid", "test")
 MANIFEST = "manifest.json"
 PREPARE_LOCK = ".prepare.lock"
 

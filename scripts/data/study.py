@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, meant
 
+SPLITS = ("train", "valid", "test")
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -182,8 +184,10 @@ def input_format(path: str) -> str | None:
 
 
 def preparation(path: str) -> str | None:
-    """What the user runs to have a path's rows prepared; None for a file of another origin."""
+    """What the user runs to have a file of prepared rows written; None for one that this does not write."""
     for study, name in _preparing(path):
+        if Path(path).name not in {f"{split}.jsonl" for split in (*SPLITS, *study.data.subsets)}:
+            continue
         several = len(paths.studies()) > 1
         of_study = f" --study {study.folder.name}" if several else ""
         of_format = "" if name == next(iter(study.data.input_formats)) else f" --input-format {name}"

@@ -55,10 +55,10 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"datasets": None}, "error", "no-data:datasets", "no data"),
     ({"datasets": [DATA | {"path": "gone.jsonl"}]}, "error", "missing-file:datasets.0.path", "does not exist"),
     (
-        {"datasets": [DATA | {"path": "data/codereviewer-tagged/train.jsonl"}]},
+        {"datasets": [DATA | {"path": "data/codereviewer/test-subset-2.jsonl"}]},
         "error",
         "not-prepared:datasets.0.path",
-        "train.jsonl is not prepared yet; run `recipe data fetch` and `recipe data prepare --input-format tagged`",
+        "test-subset-2.jsonl is not prepared yet; run `recipe data fetch` and `recipe data prepare`",
     ),
     ({"datasets": [DATA | {"path": "empty.jsonl"}]}, "error", "missing-file:datasets.0.path", "is empty"),
     ({"datasets": [{"type": "alpaca"}]}, "error", "missing-file:datasets.0.path", "names no data"),

@@ -9,7 +9,6 @@ from ...base.errors import did_you_mean
 from ...configs import datafiles
 from ...configs.precision import precision
 from ...data import study
-from ...data.codereviewer import SPLITS
 from .. import schema, turns
 from .case import Case, Problems, rule
 
@@ -28,7 +27,7 @@ def not_prepared(case: Case) -> Problems:
     keys: dict[str, str] = {}
     for key, dataset in datafiles.datasets(case.config):
         for file in datafiles.local_files(dataset):
-            if not file.is_file() and (remedy := _preparation(file)):
+            if not file.is_file() and (remedy := study.preparation(str(file))):
                 missing.setdefault(remedy, []).append(file)
                 keys.setdefault(remedy, f"{key}.path")
     for remedy, files in missing.items():
@@ -47,7 +46,7 @@ def missing_file(case: Case) -> Problems:
         if not isinstance(name, str) or not name:
             yield "error", f"{key}.path", f"{name!r} names no data", "give a file, a folder or a data set of the hub"
         for file in datafiles.local_files(dataset):
-            made_by = _preparation(file)
+            made_by = study.preparation(str(file))
             if not file.is_file() and not made_by:
                 meant, remedy = _instead_of(file)
                 yield "error", f"{key}.path", f"{paths.shown(file)} does not exist{meant}", remedy
@@ -59,11 +58,6 @@ def missing_file(case: Case) -> Problems:
         if isinstance(name, str) and not Path(name).exists() and not (key == "lora_model_dir" and name.count("/") == 1):
             problem = f"{paths.shown(Path(name))} does not exist{_instead_of(Path(name))[0]}"
             yield "error", key, problem, "correct the path or delete the key"
-
-
-def _preparation(file: Path) -> str | None:
-    """What the user runs to have a file written, if it is one that `recipe data prepare` writes."""
-    return study.preparation(str(file)) if file.name in [f"{split}.jsonl" for split in SPLITS] else None
 
 
 def _instead_of(missing: Path) -> tuple[str, str]:
