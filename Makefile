@@ -15,10 +15,11 @@ demo: setup  ## Rehearse one recipe on the CPU, from training to scores and a re
 	$(RECIPE) results
 	$(RECIPE) report latest
 	@echo
-	@echo "What happened: SmolLM2-135M, in 4 bits, stood in for Code Llama 7B. It was trained on 109 rows with the"
-	@echo "recipe's own settings; then it wrote comments on 12 other rows, once as it was and once with what it learnt."
-	@echo "Its eval loss falls. Its comments are no use, and their scores mean nothing: it is small, and 28 steps are few."
-	@echo "Curves, settings and all predictions are in report.html: open it in a browser."
+	@echo "What happened: SmolLM2-135M, in 4 bits, stood in for Code Llama 7B. It was"
+	@echo "trained on 109 rows with the recipe's own settings; then it wrote comments"
+	@echo "on 12 other rows, once as it was and once with what it learnt. Its eval loss"
+	@echo "falls. Its comments are no use, and their scores mean nothing: it is small,"
+	@echo "and 28 steps are few. Curves, settings and all predictions are in report.html."
 
 test: setup  ## All tests but the long ones; no GPU, no network
 	.venv/bin/pytest $(PARALLEL)
