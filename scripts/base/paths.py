@@ -55,7 +55,7 @@ def find_recipe(name: str) -> tuple[str, Path]:
     neither is named by its stem.
 
     Raises:
-        UserError: there is no recipe, variant or file of that name, or several are meant.
+        UserError: no recipe, variant or file has that name, or the name fits several.
     """
     variants = {variant: VARIANTS / f"{variant}.yaml" for variant in variant_names()}
     files = variants | {recipe: RECIPES / f"{recipe}.yaml" for recipe in recipe_names()}

@@ -71,7 +71,7 @@ class Bar:
         """Say what is being done from now on."""
         self.progress.update(self.task.id, description=title)
         self.since = time.monotonic()
-        if self.task.completed == self.counted_from[1]:  # what came before tells nothing of the time left
+        if self.task.completed == self.counted_from[1]:  # earlier phases say nothing about the time left
             self.counted_from = self.since, self.counted_from[1]
         self._line()
 

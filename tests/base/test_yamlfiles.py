@@ -34,10 +34,10 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("text", "line", "says"), MISTAKES, ids=[text for text, _, _ in MISTAKES])
 def test_a_mistake_of_form_is_told_in_plain_words_with_its_line(text: str, line: int, says: str) -> None:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         parse(text, "mine.yaml")
-    assert str(told.value).startswith(f"mine.yaml:{line}: not valid YAML: ")
-    assert says in str(told.value)
+    assert str(raised.value).startswith(f"mine.yaml:{line}: not valid YAML: ")
+    assert says in str(raised.value)
 
 
 def test_what_is_wrong_with_a_value_is_one_line() -> None:

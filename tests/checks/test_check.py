@@ -223,7 +223,7 @@ def test_any_mapping_gives_findings_only(
 
 
 def well_formed(findings: list[Finding], refused: bool = True) -> None:
-    """Findings have a rule, a problem, and the file's line where it has one; a config that is no recipe is refused."""
+    """Every finding has a rule and a problem, and any line it gives is in the file; `refused`: one is an error."""
     lines = len(Path("any.yaml").read_text(errors="replace").splitlines()) + 1
     for finding in findings:
         assert finding.rule and finding.problem

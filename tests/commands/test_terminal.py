@@ -75,7 +75,8 @@ def in_terminals(place: Path, widths: Sequence[int], *words: str) -> list[list[s
     if not child:
         os.chdir(place)
         os.environ.pop("COLUMNS", None)
-        sys.stdout, sys.stderr = open(1, "w"), open(place / "stderr", "w", 1)  # noqa: PTH123, SIM115
+        sys.stdout = os.fdopen(1, "w")
+        sys.stderr = (place / "stderr").open("w", 1)  # open until this process ends
         code = 1
         try:
             for width in widths:
