@@ -141,6 +141,7 @@ def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
             lora_dropout=step.dropout,
             target_modules=step.targets if isinstance(step.targets, str) else list(step.targets),
             modules_to_save=list(step.saved_modules) or None,
+            use_dora=step.dora,
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)

@@ -20,7 +20,7 @@ OPTIMIZERS = {
     "paged_adamw_8bit",
     "paged_adamw_32bit",
 }
-_TAKE_MORE = ("peft_use_dora", "lora_target_parameters", "unfrozen_parameters")
+_TAKE_MORE = ("lora_target_parameters", "unfrozen_parameters")
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 _SPLIT = ("tensor_parallel_size", "context_parallel_size")
 _TAKE_LESS = (
@@ -74,6 +74,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         rank=int(config.get("lora_r") or 8),
         targets=targets if isinstance(targets, str) else tuple(targets),
         saved_modules=tuple(config.get("lora_modules_to_save") or ()),
+        dora=bool(config.get("peft_use_dora")),
         dropout=float(config.get("lora_dropout") or 0),
         quantization=quantization.get("bnb_4bit_quant_type", "nf4"),
         double_quantization=quantization.get("bnb_4bit_use_double_quant", True),

@@ -27,6 +27,7 @@ class Step:
         autocast: the dtype of the forward pass under autocast; None where there is no autocast.
         targets: the linear layers with LoRA, or a regular expression or all-linear, as in PEFT.
         saved_modules: what is trained whole beside LoRA.
+        dora: whether LoRA trains the magnitude of each output as well (arXiv 2402.09353).
         double_quantization: whether the quantization constants are quantized too.
         checkpointing: whether a layer's activations are computed anew in the backward pass, and how: None, reentrant
             or non-reentrant.
@@ -50,6 +51,7 @@ class Step:
     rank: int = 32
     targets: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj", "o_proj")
     saved_modules: tuple[str, ...] = ()
+    dora: bool = False
     dropout: float = 0.0
     quantization: str = "nf4"
     double_quantization: bool = True

@@ -46,6 +46,38 @@ def test_trainable_parameters_are_the_published_ones(model: str, rank: int, targ
     assert trainable(Step(model=architecture, rank=rank, targets=targets)) == expected
 
 
+QUERIES_AND_VALUES = ("q_proj", "v_proj")
+PEFTS_RUNS = [  # huggingface/peft@5d602fd, method_comparison/MetaMathQA/results: trainable parameters, reserved bytes
+    ({"rank": 32, "targets": QUERIES_AND_VALUES}, 9_175_040, 20_120_076_288),
+    ({"rank": 64, "targets": QUERIES_AND_VALUES}, 18_350_080, 20_369_637_376),
+    ({"rank": 32, "targets": QUERIES_AND_VALUES, "dora": True}, 9_289_728, 22_179_479_552),
+    ({"rank": 10, "targets": ("gate_proj", "up_proj", "down_proj")}, 9_461_760, 22_064_136_192),
+]
+
+
+def of_pefts_comparison(change: dict[str, Any]) -> Step:
+    """The step of a run of PEFT's comparison: weights in bf16, a plain loop, an L40S."""
+    model = json.dumps(models.architecture({"base_model": "meta-llama/Llama-3.2-3B"}))
+    kind: dict[str, Any] = {"adapter": "lora", "weights": "bfloat16", "checkpointing": None, "optimizer": "adamw_torch"}
+    return Step(model=model, axolotl=False, padded=True, capability=(8, 9), **kind, **change)
+
+
+@pytest.mark.parametrize(("change", "parameters", "reserved"), PEFTS_RUNS)
+def test_trainable_parameters_are_those_of_pefts_runs(change: dict[str, Any], parameters: int, reserved: int) -> None:
+    assert trainable(of_pefts_comparison(change)) == parameters
+
+
+@pytest.mark.long
+def test_one_length_of_rows_explains_the_memory_of_all_of_pefts_runs() -> None:
+    """They publish the 99th percentile of what steps reserved, but not how long the rows of that step were."""
+    shape = (4, 576)
+    planned = [traces.usage(trace(of_pefts_comparison(change), [shape]), shape).reserved for change, *_ in PEFTS_RUNS]
+    ratios = [plan / reserved for plan, (*_, reserved) in zip(planned, PEFTS_RUNS, strict=True)]
+    print(f"planned at {shape} over measured: {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
+    assert max(ratios) - min(ratios) <= 0.005
+    assert ratios == pytest.approx([1.0] * len(ratios), abs=0.02)
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the sizes that this project was given, which are not in it")
 def test_parameters_equal_those_of_every_known_model() -> None:

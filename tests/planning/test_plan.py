@@ -57,6 +57,7 @@ def test_a_recipe_becomes_its_step() -> None:
         ({"attn_implementation": None, "flash_attention": True}, "attention", "flash_attention_2"),
         ({"adapter": None, "load_in_4bit": None}, "weights", "float32"),
         ({"optimizer": "lion_8bit"}, "optimizer", "adamw_torch_fused"),
+        ({"peft_use_dora": True}, "dora", True),
     ],
 )
 def test_settings_that_memory_depends_on(change: dict[str, Any], field: str, value: Any) -> None:
@@ -71,7 +72,7 @@ def test_settings_that_memory_depends_on(change: dict[str, Any], field: str, val
         ({"liger_cross_entropy": True}, "liger_cross_entropy: not traced; it takes less"),
         ({"lora_mlp_kernel": True}, "lora_mlp_kernel: not traced; it takes less"),
         (dict.fromkeys(steps._KERNELS), "LoRA kernels, which Axolotl turns on"),
-        ({"peft_use_dora": True}, "peft_use_dora: not traced; it takes more"),
+        ({"unfrozen_parameters": ["norm"]}, "unfrozen_parameters: not traced; it takes more"),
         ({"eval_batch_size": 8}, "evaluation is not traced"),
     ],
 )
