@@ -34,15 +34,28 @@ def shown(file: Path) -> str:
     return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else file)
 
 
+def homes() -> list[tuple[Path, Path]]:
+    """The folders of recipes and of their templates: the project's, then recipes/ and templates/ of the current folder,
+    where there may be studies of the user's own."""
+    own = Path("recipes"), Path("templates")
+    return [(RECIPES, TEMPLATES)] + [own] * (own[0].is_dir() and not own[0].samefile(RECIPES))
+
+
 def studies() -> list[Path]:
-    """The folders of recipes that belong to a study."""
-    return sorted(file.parent for file in RECIPES.glob("*/study.yaml"))
+    """The folders of recipes that belong to a study, the project's first."""
+    return [file.parent for recipes, _ in homes() for file in sorted(recipes.glob("*/study.yaml"))]
 
 
 def recipe_names() -> list[str]:
-    """Every shipped recipe's name: its path under recipes/ without suffix."""
-    files = (file for study in studies() for file in study.rglob("*.yaml") if file.name != "study.yaml")
-    return sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in files)
+    """Every study's recipes by name: their paths under recipes/ without suffix."""
+    files = [(study, file) for study in studies() for file in study.rglob("*.yaml") if file.name != "study.yaml"]
+    return sorted({file.relative_to(study.parent).with_suffix("").as_posix() for study, file in files})
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a recipe of that name, whether or not there is one."""
+    files = [recipes / f"{name}.yaml" for recipes, _ in homes()]
+    return next(filter(Path.is_file, files), files[-1])
 
 
 def variant_names() -> list[str]:
@@ -58,7 +71,7 @@ def find_recipe(name: str) -> tuple[str, Path]:
         UserError: no recipe, variant or file has that name, or the name fits several.
     """
     variants = {variant: VARIANTS / f"{variant}.yaml" for variant in variant_names()}
-    files = variants | {recipe: RECIPES / f"{recipe}.yaml" for recipe in recipe_names()}
+    files = variants | {recipe: recipe_file(recipe) for recipe in recipe_names()}
     if name in files:
         return name, files[name]
     given = Path(name)

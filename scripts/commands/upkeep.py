@@ -6,6 +6,7 @@ import typer
 
 from ..base.errors import WorkFailed
 from ..base.files import write_atomically
+from ..base.paths import homes
 from .help import Verb
 
 HEADING = "Upkeep"
@@ -31,12 +32,16 @@ def render_verb(
         write_atomically(schema.FILE, installed.generate_schema())
         print(schema.FILE)
         return
-    recipes = render.rendered()
-    if not check:
-        for file in render.write(recipes):
-            print(file)
-    elif drift := render.drift(recipes):
-        print(drift)
+    drifts = ""
+    for recipes, templates in homes():
+        rendered = render.rendered(templates)
+        if check:
+            drifts += render.drift(rendered, recipes)
+        else:
+            for file in render.write(rendered, recipes):
+                print(file)
+    if drifts:
+        print(drifts)
         raise WorkFailed(
             "recipes differ from their templates: `recipe render` rewrites them; delete those without a template"
         )

@@ -78,7 +78,7 @@ def compose(request: Request) -> Composed:
     name, file = paths.find_recipe(request.name)
     recipe = yamlfiles.read_yaml(file)
     origin = variants.origin(name, file)
-    base = recipe if origin in (name, None) else yamlfiles.read_yaml(paths.RECIPES / f"{origin}.yaml")
+    base = recipe if origin in (name, None) else yamlfiles.read_yaml(paths.recipe_file(origin or name))
     profiles = [paths.find_profile(profile) for profile in request.profiles]
     if request.rehearse and REHEARSAL not in dict(profiles):
         profiles.append(paths.find_profile(REHEARSAL))  # last, so that nothing takes the run off the CPU

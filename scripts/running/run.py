@@ -238,8 +238,9 @@ def _check_here(folder: RunDir, record: Run) -> None:
 
 def _template_sha256(recipe: str) -> str | None:
     """A hash of everything that a recipe is rendered from; None where it has no template."""
-    template = paths.TEMPLATES / f"{recipe}.yaml.j2"
-    if not template.is_file():
+    written = [templates / f"{recipe}.yaml.j2" for _, templates in paths.homes()]
+    template = next(filter(Path.is_file, written), None)
+    if not template:
         return None
     files = [template, *sorted(template.parent.glob("_*.j2")), paths.TEMPLATES / "models.yaml"]
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()

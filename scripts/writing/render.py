@@ -20,7 +20,8 @@ _REQUIRED = {"title": "Qwen2.5 7B", "licence": "apache-2.0"}  # what a recipe st
 
 
 def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
-    """The text of every recipe and of their table by file name below recipes/, from the templates of one folder.
+    """The text of every recipe by file name below recipes/, from the templates of one folder; and of their table, if it
+    has a template for that.
 
     Raises:
         UserError: a template is broken or uses a variable that nothing sets.
@@ -35,7 +36,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
         except Exception as error:  # an expression in a template can raise anything
             raise UserError(f"{_where(error, templates, templates / template)}: {error}") from None
 
-    listed = templates / "models.yaml"
+    listed = next(filter(Path.is_file, (templates / "models.yaml", paths.TEMPLATES / "models.yaml")))
     models = yamlfiles.read_yaml(listed)
 
     def facts(base_model: str) -> BaseModel:
@@ -68,7 +69,9 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
             if of_study := study.of(name):
                 recipe = yamlfiles.parse(text, f"recipes/{name}.yaml")
                 by_study.setdefault(of_study.title, (of_study, []))[1].append(study.entry(name, recipe))
-    return recipes | {README: text_of(f"{README}.j2", studies=by_study.values())}
+    if (templates / f"{README}.j2").is_file():
+        recipes[README] = text_of(f"{README}.j2", studies=by_study.values())
+    return recipes
 
 
 def _where(error: Exception, templates: Path, file: Path) -> str:
@@ -80,12 +83,17 @@ def _where(error: Exception, templates: Path, file: Path) -> str:
     return places[-1] if places else str(file)
 
 
-def drift(files: dict[str, str]) -> str:
-    """A unified diff from the files on disk to the rendered ones; empty where they agree."""
+def drift(files: dict[str, str], recipes: Path = paths.RECIPES) -> str:
+    """A unified diff from the files on disk, in a folder of recipes, to the rendered ones; empty where they agree."""
+    there = {
+        file.relative_to(recipes).as_posix()
+        for file in map(paths.recipe_file, paths.recipe_names())
+        if file.is_relative_to(recipes)
+    }
     lines: list[str] = []
-    for name in sorted({f"{recipe}.yaml" for recipe in paths.recipe_names()} | files.keys()):
+    for name in sorted(there | files.keys()):
         lines += difflib.unified_diff(
-            _on_disk(name).splitlines(),
+            _on_disk(recipes / name).splitlines(),
             files.get(name, "").splitlines(),
             f"recipes/{name} (on disk)",
             f"recipes/{name} (from its template)",
@@ -94,14 +102,13 @@ def drift(files: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def write(files: dict[str, str]) -> list[Path]:
-    """Write each file that is not on disk as rendered; the files written."""
-    changed = {paths.RECIPES / name: text for name, text in files.items() if _on_disk(name) != text}
+def write(files: dict[str, str], recipes: Path = paths.RECIPES) -> list[Path]:
+    """Write each file that is not on disk, in a folder of recipes, as rendered; the files written."""
+    changed = {recipes / name: text for name, text in files.items() if _on_disk(recipes / name) != text}
     for file, text in changed.items():
         write_atomically(file, text)
     return list(changed)
 
 
-def _on_disk(name: str) -> str:
-    file = paths.RECIPES / name
+def _on_disk(file: Path) -> str:
     return file.read_text(encoding="utf-8") if file.exists() else ""

@@ -1,0 +1,87 @@
+"""The studies on GSM8K have the tokens and the loss masks that their authors' code makes of the same rows."""
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SHARED
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.quiet import importing_axolotl
+from qlora_recipes.configs import standin
+from qlora_recipes.runs.eval_loss import MASKED
+
+with importing_axolotl(offline=True):
+    from qlora_recipes.checks.tokens import Tokenizer, Tokens
+
+ROWS = 500  # of GSM8K's 7,473 training rows, where they are here
+LOFTQS_QUESTION = "\nAnswer the above question. First think step by step and then answer the final number.\n"
+
+
+def rows() -> list[dict[str, str]]:
+    files = [paths.RECIPES / "loftq-gsm8k/sample/train.jsonl", SHARED / "gsm8k/train.jsonl"]
+    lines = [line for file in files if file.is_file() for line in file.read_text().splitlines()[:ROWS]]
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama's SentencePiece tokenizer, Mistral's, and the stand-in's config."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    package = find_spec("mistral_common")
+    assert package and package.origin
+    shutil.copy(Path(package.origin).with_name("data") / "tokenizer.model.v1", folder / "tokenizer.model")
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}  # as Llama 2's
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | tokens))
+    config = json.loads((standin.model_folder() / "config.json").read_text()) | {"vocab_size": 32000}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def tokenizer_of(recipe: str, model: Path) -> Tokenizer:
+    config = yamlfiles.read_yaml(paths.RECIPES / f"{recipe}.yaml") | {"base_model": str(model)}
+    for key in ("revision_of_model", "special_tokens", "bf16"):  # the model's own, and what a CPU may lack
+        del config[key]
+    return Tokenizer(config)
+
+
+def ours(tokenizer: Tokenizer, rows: list[dict[str, str]], question: str, answer: str) -> list[Tokens]:
+    """Rows as the recipe trains on them; question and answer are templates of the raw row's fields."""
+    messages = [
+        [{"role": "user", "content": question.format(**row)}, {"role": "assistant", "content": answer.format(**row)}]
+        for row in rows
+    ]
+    return tokenizer.tokenize("datasets.0", [{"messages": of_row} for of_row in messages])
+
+
+def encoded(tokenizer: Any, text: str) -> list[int]:
+    """A text as the authors' code tokenizes it for a Llama, whose tokenizer begins with BOS; SmolLM2's does not."""
+    ids = list(tokenizer(text).input_ids)
+    return ids if ids[0] == tokenizer.bos_token_id else [tokenizer.bos_token_id, *ids]
+
+
+@pytest.mark.parametrize("family", ["llama-2-7b", "llama-3-8b"])
+def test_loftqs_rows_have_the_authors_tokens_and_loss(family: str, sentencepiece: Path) -> None:
+    model = sentencepiece if family == "llama-2-7b" else standin.model_folder()  # Llama 3's is BPE of bytes, too
+    loaded = tokenizer_of(f"loftq-gsm8k/{family}-lora", model)
+    raw = [row | {"answer": row["answer"].replace("####", "The final answer is: ")} for row in rows()]
+    assert len(raw) >= 40
+    for row, made in zip(raw, ours(loaded, raw, "{question}" + LOFTQS_QUESTION, "{answer}"), strict=True):
+        question = row["question"] + LOFTQS_QUESTION
+        ids = encoded(loaded.tokenizer, question + row["answer"] + loaded.tokenizer.eos_token)
+        masked = len(encoded(loaded.tokenizer, question))
+        assert made.ids == ids
+        assert made.labels == [MASKED] * masked + ids[masked:]
+
+
+def test_pefts_rows_have_the_authors_tokens_and_loss() -> None:
+    loaded = tokenizer_of("peft-metamathqa/lora-rank32", standin.model_folder())
+    question = "Question: {question} Think step by step.\nAnswer:"
+    for row, made in zip(rows(), ours(loaded, rows(), question, "{answer}"), strict=True):
+        ids = encoded(loaded.tokenizer, question.format(**row) + row["answer"])
+        assert made.ids == [*ids, loaded.tokenizer.eos_token_id]
+        assert made.labels[1:] == made.ids[1:]  # no model predicts the first
