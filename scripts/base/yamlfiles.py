@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +157,11 @@ def write_flow(value: Any) -> str:
     return json.dumps(value) if "\n" in text else text  # JSON is YAML too; PyYAML breaks text of several lines
 
 
-def line_of(file: Path, key: str) -> int:
-    """The line, from 1, of a dotted key in a YAML file, or of what it is part of; 1 if there is neither."""
+def line_of(file: Path, key: str | Sequence[str]) -> int:
+    """The line, from 1, of a key (dotted, or its parts) in a YAML file, or of what it is part of; 1 if neither is."""
     node = yaml.compose(file.read_text(encoding="utf-8"), Loader=_Loader)
     line = 1
-    for part in key.split("."):
+    for part in key.split(".") if isinstance(key, str) else key:
         entry = inside(node, part)
         if not entry:
             break
@@ -178,3 +178,21 @@ def inside(node: Any, part: str) -> tuple[Any, Any] | None:
     if isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value):
         return node, node.value[int(part)]
     return None
+
+
+def in_words(error: Any) -> str:
+    """A mistake that pydantic found in values from a YAML file, and what to write instead."""
+    wanted = {
+        **{
+            "model_type": "keys with values",
+            "model_attributes_type": "keys with values",
+            "dict_type": "keys with values",
+        },
+        **{"list_type": "a list, as in [a, b]", "tuple_type": "a list, as in [a, b]", "string_type": "text"},
+        **{"int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"},
+    }
+    if error["type"] in wanted:
+        return f"expected {wanted[error['type']]} instead of {write_flow(error['input']):.60}"
+    words = {"too_short": "holds nothing; give at least one"}
+    words |= {"extra_forbidden": "no such key here; correct its name or delete it", "missing": "is missing; add it"}
+    return words.get(error["type"]) or str(error["msg"]).removeprefix("Value error, ")

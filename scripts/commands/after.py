@@ -22,6 +22,7 @@ from .options import (
     Json,
     JudgeLayer,
     JudgeModel,
+    Metrics,
     On,
     RehearsalsOfStudy,
     RunName,
@@ -66,6 +67,7 @@ def evaluate_verb(
         CacheForm,
         typer.Option(help="The form of the key-value cache. auto: static on a GPU, so that decoding is compiled."),
     ] = "auto",
+    metric: Metrics = None,
     bertscore: JudgeModel = None,
     bertscore_layer: JudgeLayer = None,
     export_prompts: Annotated[
@@ -86,7 +88,7 @@ def evaluate_verb(
 
     only_with("--export-prompts", export_prompts, "--on local", on == "local", "it needs no GPU")
     request = evaluate.EvaluationRequest(
-        data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer
+        data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer, metric or []
     )
     folder = find_run(run, runs)
     place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
@@ -110,6 +112,12 @@ def evaluate_verb(
 @verbs.command("score", cls=Verb, rich_help_panel=HEADING, epilog="recipe score predictions.jsonl --out scored.jsonl")
 def score_verb(
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with the fields reference and prediction.")],
+    metric: Metrics = None,
+    prediction_field: Annotated[
+        str,
+        typer.Option(metavar="FIELD", help="The field with the prediction; a dot reaches below, as in answer.text."),
+    ] = "prediction",
+    reference_field: Annotated[str, typer.Option(metavar="FIELD", help="The field with the reference.")] = "reference",
     bertscore: JudgeModel = None,
     bertscore_layer: JudgeLayer = None,
     out: Annotated[
@@ -117,16 +125,23 @@ def score_verb(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Score predictions made anywhere."""
-    from ..scores.bertscore import judge
-    from ..scores.score import read_rows, score
+    """Score predictions made anywhere; by default with BLEU-4, ROUGE-L, BERTScore and sacrebleu."""
+    from ..scores import judges
+    from ..scores.columns import columns_of
+    from ..scores.score import of_predictions, read_pairs, score
 
+    columns = of_predictions(columns_of(None, metric or []))
+    rows = read_pairs(file, prediction_field, reference_field)
+    judged = judges.of_columns(columns, bertscore, bertscore_layer)
     with Bar("scoring", 1):
-        scores, rows = score(read_rows(file), judge(bertscore, bertscore_layer))
+        scores, rows = score(rows, columns, judged)
     if out:
         write_rows(out, rows)
     _print_scores(scores, json)
-    next_step("results", "--by", "length", "--run", file, json=json)
+    usual = (prediction_field, reference_field) == ("prediction", "reference")
+    if usual or out:
+        words = [word for text in metric or [] for word in ("--metric", text)]
+        next_step("results", "--by", "length", "--run", file if usual else out or file, *words, json=json)
 
 
 def _print_texts(title: str, texts: dict[str, str]) -> None:
@@ -145,9 +160,12 @@ def _print_scores(scores: dict[str, Any], json: bool) -> None:
         tables.print_json(scores)
         return
     for name, value in scores.items():
-        if name == "bertscore" and value:
+        if isinstance(value, dict) and "model" in value:  # what a judge made
             value = f"{value['model']}{' (stands in)' if value['stand_in'] else ''}, {value['hash']}"
-        if name != "intervals":
+        if name == "notes":
+            for note in value:
+                say(note)
+        elif name not in ("intervals", "metrics"):
             interval = scores["intervals"].get(name)
             within = f"  [{tables.text_of(interval[0])}, {tables.text_of(interval[1])}]" if interval else ""
             print(f"{name:22}{tables.text_of(value)}{within}")
@@ -182,6 +200,7 @@ def results_verb(
             metavar="RUN", autocompletion=completion.runs, help="With --by: another run, or a file of predictions."
         ),
     ] = None,
+    metric: Metrics = None,
     runs: Runs = RUNS,
     wide: Wide = False,
     json: Json = False,
@@ -195,26 +214,29 @@ def results_verb(
     only_with("--best", best, "--sweep", sweep_name)
     only_with("--rehearse", rehearse, "--study", study_name)
     only_with("--run", run, "--by", by)
+    only_with("--metric", metric, "--compare or --by", pair or by)
     form = form_of(wide, json, csv, md)
     if pair or by:
         from ..scores import compare
 
         if pair:
-            rows = compare.compare(*(compare.predictions(name, runs) for name in pair))
+            rows = compare.compare(*compare.several(pair, runs, metric or []))
             spare = ["equal", "rows", "p_wilcoxon", "better", "worse"]
             tables.write(rows, form, f"a: {pair[0]}, b: {pair[1]}", spare=spare)
         elif by:
-            tables.write(compare.by_group(compare.predictions(run or "latest", runs).rows, by), form, run)
+            (of_one,) = compare.several([run or "latest"], runs, metric or [])
+            tables.write(compare.by_group(of_one, by), form, run)
     elif sweep_name:
         from ..running import sweep_tables, sweeps
 
         sweep = sweeps.find(sweep_name, runs)
-        sweep_tables.show(sweep, sweeps.rows(sweep, runs, best), best, form)
+        rows = sweeps.rows(sweep, runs, best)
+        sweep_tables.show(sweep, sweeps.columns(sweep, runs), rows, best, form)
     elif study_name:
-        from ..results import verdict
+        from ..results import study_tables, verdict
 
         of_study = study.find(study_name)
-        verdict.show_study(of_study, verdict.rows(of_study, runs, rehearse), rehearse, form)
+        study_tables.show(of_study, verdict.rows(of_study, runs, rehearse), rehearse, form)
     else:
         from ..results import listing
 

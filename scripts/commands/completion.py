@@ -71,6 +71,23 @@ def studies(incomplete: str) -> list[str]:
     return _beginning(incomplete, [folder.name for folder in paths.studies()])
 
 
+def metrics(incomplete: str) -> list[str]:
+    """The metrics."""
+    from ..metrics import registry
+
+    return _beginning(incomplete, [*registry.METRICS])
+
+
+def criteria(incomplete: str) -> list[str]:
+    """What a member of a sweep can be the best by."""
+    from ..metrics import registry
+
+    declared = (yamlfiles.read_yaml(folder / "study.yaml").get("metrics") for folder in paths.studies())
+    names = [*registry.DEFAULT, *(name for of_study in declared for name in of_study or ())]
+    best = [*dict.fromkeys(names), "eval_loss", "memory", "time", *(f"{name}_per_gib" for name in dict.fromkeys(names))]
+    return _beginning(incomplete, best)
+
+
 def data_sets(incomplete: str) -> list[str]:
     """The data sets of the studies."""
     of_studies = (yamlfiles.read_yaml(folder / "study.yaml")["data"] for folder in paths.studies())

@@ -5,13 +5,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
-import click
 import typer
 
 from ..base.errors import UserError
 from ..base.paths import find_recipe
 from ..base.progress import say
-from ..scores.metrics import PER_ROW
 from ..terminal.tables import Form
 from . import completion
 
@@ -19,7 +17,6 @@ PlaceName = Literal["local", "slurm"]
 InputFormatName = Literal["diff", "tagged"]
 CacheForm = Literal["auto", "static", "dynamic"]
 Group = Literal["lang", "length"]
-CRITERIA = ["eval_loss", *PER_ROW, "memory", "time", "bleu4_per_gib"]
 
 
 def whole_name(context: typer.Context, given: str | None) -> str | None:
@@ -156,6 +153,15 @@ JudgeModel = Annotated[
 JudgeLayer = Annotated[
     int | None, typer.Option("--bertscore-layer", min=1, help="Its layer, where bert-score has no default for it.")
 ]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME",
+        autocompletion=completion.metrics,
+        help="Score with this, as in rouge_l, or with parameters, as in 'number: {markers: [\"A: \"]}'. Repeatable.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="The most rows generated at a time; fewer where they are long.")]
 On = Annotated[
     PlaceName,
@@ -175,8 +181,9 @@ Best = Annotated[
     typer.Option(
         "--best",
         metavar="BY",
-        click_type=click.Choice(CRITERIA),
-        help=f"Mark the best member by {', '.join(CRITERIA[:-1])} or {CRITERIA[-1]}.",
+        autocompletion=completion.criteria,
+        help="Mark the best member by a metric that they are scored with, by the first per GiB as in NAME_per_gib, or "
+        "by eval_loss, memory or time.",
     ),
 ]
 RehearseAll = Annotated[

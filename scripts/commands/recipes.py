@@ -34,10 +34,12 @@ def list_verb(
     elif as_tree:
         tables.print_table(catalogue.variants_table(rows), below=["changed"], wide=wide)
     else:
-        spare = ["base model", "planned GiB", "BERTScore"]
-        tables.print_table(catalogue.table(rows), spare=spare, below=["variant of"], wide=wide)
+        for title, table in catalogue.tables_of(rows):
+            shown = [column for column in table[0] if column not in ("recipe", "epochs", "optimizer", "variant of")]
+            spare = ["base model", "planned GiB", *shown[:0:-1]]  # all but the first score, the last one first
+            tables.print_table(table, title, spare=spare, below=["variant of"], wide=wide)
     if not as_tree:
-        published = next(row["recipe"] for row in rows if row["published_bleu4"])
+        published = next(row["recipe"] for row in rows if any(row[key] for key in row if key.startswith("published_")))
         next_step("run", published, "--rehearse", json=json)
 
 
@@ -50,7 +52,7 @@ def show_verb(name: Name, json: Json = False) -> None:
     if json:
         of_study = study.of(recipe)
         published = of_study.published.get(recipe) if of_study else None
-        scores = published.model_dump() if published else None
+        scores = published.model_dump(exclude_none=True) if published else None
         tables.print_json({"recipe": recipe, "config": yamlfiles.read_yaml(file), "published": scores})
     else:
         print(yamlfiles.read_text(file), end="")

@@ -177,12 +177,15 @@ def sweep_verb(
 ) -> None:
     """Run a recipe with each of several settings, and compare them. What is done already is not done again."""
     from .. import places
-    from ..configs import gpus
+    from ..base import paths
+    from ..configs import gpus, variants
     from ..configs.compose import Request, is_rehearsal
     from ..running import sweep, sweep_tables, sweeps
     from ..scores import evaluate
+    from ..scores.columns import columns_of
 
     sweep_name, members = sweeps.read(sweeps.find_file(file) if file else None, set_ or [])
+    sweeps.check_best(best, columns_of(variants.origin(*paths.find_recipe(name))))
     request = Request(name, profiles=profile or [], rehearse=rehearse, mirror=mirror)
     request.rehearse = is_rehearsal(request)
     evaluation = evaluate.EvaluationRequest(
@@ -195,7 +198,8 @@ def sweep_verb(
     )
     rows = sweeps.rows(record, runs, best)
     form = form_of(wide, json)
-    _end(outcomes, form, {"sweep": record.label}, rows, lambda: sweep_tables.show(record, rows, best, form))
+    scored = sweeps.columns(record, runs)
+    _end(outcomes, form, {"sweep": record.label}, rows, lambda: sweep_tables.show(record, scored, rows, best, form))
     if not dry_run:
         next_step("report" if place.here else "results", "--sweep", record.label, runs=runs, json=json)
 
@@ -265,7 +269,7 @@ def reproduce_verb(
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..data.study import find
-    from ..results import verdict
+    from ..results import study_tables, verdict
     from ..running import reproduce
     from ..scores import evaluate
 
@@ -288,7 +292,7 @@ def reproduce_verb(
         return
     outcomes = reproduce.reproduce(of_study, request, only or [], evaluation, runs, place)
     rows = verdict.rows(of_study, runs, request.rehearse, {outcome.recipe: outcome.run for outcome in outcomes})
-    _end(outcomes, form, {}, rows, lambda: verdict.show_study(of_study, rows, request.rehearse, form))
+    _end(outcomes, form, {}, rows, lambda: study_tables.show(of_study, rows, request.rehearse, form))
     next_step("report" if place.here else "results", "--study", study, *rehearsed, runs=runs, json=json)
 
 

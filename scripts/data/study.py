@@ -1,20 +1,24 @@
 """A study: the paper behind a folder of recipes, its data, its metrics and its published scores."""
 
+import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError, meant
+from ..base.errors import UserError, did_you_mean, meant
+from ..metrics import registry
+from ..metrics.metric import Column
 
 SPLITS = ("train", "valid", "test")
+_Key = tuple[str, ...]  # in study.yaml
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class SourceFile(_Strict):
@@ -75,24 +79,57 @@ class Data(_Strict):
 
 
 class Decoding(_Strict):
-    """How predictions are generated, in transformers' terms; temperature, top_p and seed matter only when sampling."""
+    """How predictions are generated, in transformers' terms; those behind do_sample and num_beams matter only when
+    sampling. A top_k of 0 leaves all tokens to choose from."""
 
-    max_new_tokens: int
+    max_new_tokens: int = Field(ge=1)
     do_sample: bool = False
-    num_beams: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
+    num_beams: int = Field(default=1, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
     seed: int = 42
 
 
-class Scores(_Strict):
-    """Published scores of one recipe. BLEU-4 from 0 to 100, BERTScore F1 from 0 to 1, gains in percent."""
+class Score(_Strict):
+    """A published score, and the ± that it is printed with. A number alone is one without that."""
 
+    value: float
+    spread: float | None = Field(default=None, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_number(cls, given: Any) -> Any:
+        if isinstance(given, bool) or not isinstance(given, int | float | dict):
+            raise ValueError("expected a number, or as in {value: 67.4, spread: 1.0}")
+        return given if isinstance(given, dict) else {"value": given}
+
+    def __str__(self) -> str:
+        return f"{self.value:g}" + ("" if self.spread is None else f" ± {self.spread:g}")
+
+
+class Measured(_Strict):
+    """What else was published of a run: the time of its steps, its speed, the memory that its training reserved on the
+    GPU, and how many parameters it trained."""
+
+    train_seconds: float | None = None
+    tokens_per_second: float | None = None
+    reserved_bytes: int | None = None
+    trainable: int | None = None
+
+
+class Published(_Strict):
+    """What was published of one recipe.
+
+    Attributes:
+        scores: by metric, in the unit of that.
+        curve: a CSV file beside study.yaml with the columns step and train_loss.
+    """
+
+    scores: dict[str, Score] = {}
     trainer: str = "Axolotl"
-    bleu4: float
-    bleu4_gain: float
-    bertscore_f1: float
-    bertscore_f1_gain: float
+    measured: Measured = Measured()
+    curve: str | None = None
 
 
 class Beside(_Strict):
@@ -111,32 +148,82 @@ class Baseline(_Strict):
     """Scores to compare with, and the model and test set that they are of."""
 
     name: str
-    bleu4: float
-    bertscore_f1: float | None = None
+    scores: dict[str, Score]
     test_set: str
 
 
 class Study(_Strict):
-    """The content of a study.yaml, and its folder."""
+    """The content of a study.yaml, and its folder.
+
+    Attributes:
+        tags: of the model cards of its runs.
+        decodings: further ways to decode, each reported beside the first, by name.
+        metrics: the declarations of the columns of scores, see `columns`.
+        tolerances: by metric, the difference from a published score that is acceptable.
+        differences: what Axolotl does otherwise than the authors did, in words.
+        shown: the metrics that are columns of tables; by default all.
+    """
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
     folder: Path
     title: str
     paper: dict[str, Any]
+    tags: list[str] = []
     data: Data
     decoding: Decoding
-    metrics: dict[str, str]
-    published: dict[str, Scores]
-    beside: dict[str, Beside]
-    open_settings: list[str]
-    acceptable_bleu4_difference: float
-    baselines: list[Baseline]
+    decodings: dict[str, Decoding] = {}
+    metrics: dict[str, dict[str, Any] | None] = Field(min_length=1)
+    published: dict[str, Published]
+    beside: dict[str, Beside] = {}
+    open_settings: list[str] = []
+    tolerances: dict[str, float] = {}
+    baselines: list[Baseline] = []
+    differences: list[str] = []
+    shown: list[str] = Field(default=[], alias="columns")
+
+    @cached_property
+    def columns(self) -> dict[str, Column]:
+        """The metrics that its runs are scored with, the first of which verdicts and sweeps take first."""
+        return registry.columns(self.metrics)
+
+    @property
+    def first(self) -> Column:
+        """The first of the metrics."""
+        return next(iter(self.columns.values()))
+
+    @property
+    def table(self) -> dict[str, Column]:
+        """The metrics that are columns of tables."""
+        return {name: self.columns[name] for name in self.shown or self.columns}
+
+    @property
+    def cited(self) -> str:
+        """Its paper in a few words, as far as study.yaml tells."""
+        paper = self.paper
+        where = f"arXiv {paper['arxiv']}" if paper.get("arxiv") else paper.get("url")
+        return ", ".join(str(part) for part in (paper.get("authors"), where) if part) or self.title
+
+    @property
+    def citation(self) -> str:
+        """Its paper in Markdown, with title and link, as far as study.yaml tells."""
+        paper = self.paper
+        arxiv = paper.get("arxiv")
+        link = f"[arXiv {arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else paper.get("url")
+        titled = ": ".join(str(part) for part in (paper.get("authors"), paper.get("title") or self.title) if part)
+        return f"{titled}, {link}" if link else titled
+
+    @property
+    def test_title(self) -> str:
+        """The rows that the published scores are on."""
+        return self.data.subsets[self.data.scored_on].title
 
     def origin(self, recipe: str) -> str:
         """The study's own recipe that a recipe is a variant of, or is."""
         return self.beside[recipe].of if recipe in self.beside else recipe
 
-    def aimed_at(self, recipe: str) -> Scores | None:
-        """The published scores that a recipe aims at."""
+    def aimed_at(self, recipe: str) -> Published | None:
+        """What was published of the recipe that a recipe aims at."""
         if recipe in self.beside and not self.beside[recipe].reproduces:
             return None
         return self.published.get(self.origin(recipe))
@@ -147,15 +234,63 @@ def load(folder: Path) -> Study:
     """The study of a folder of recipes.
 
     Raises:
-        UserError: its study.yaml is malformed.
+        UserError: its study.yaml is malformed; it names every mistake, each with its line.
     """
     file = folder / "study.yaml"
+    content = yamlfiles.read_yaml(file)
+    problems: dict[_Key, str] = {}
+    study = None
     try:
-        return Study.model_validate(yamlfiles.read_yaml(file) | {"folder": folder})
+        study = Study.model_validate(content | {"folder": folder})
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}:{yamlfiles.line_of(file, key)}: {key}: {first['msg']}") from None
+        problems = {tuple(map(str, found["loc"])): yamlfiles.in_words(found) for found in error.errors()}
+    problems |= dict(_of_metrics(content)) | dict(_contradictions(folder, content))
+    if problems or study is None:
+        lines = sorted((yamlfiles.line_of(file, key), ".".join(key), problem) for key, problem in problems.items())
+        raise UserError("\n".join(f"{file}:{line}: {key}: {problem}" for line, key, problem in lines))
+    return study
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """A value of a study.yaml that may be malformed, which is told elsewhere; empty unless it is a mapping."""
+    return value if isinstance(value, dict) else {}
+
+
+def _of_metrics(content: dict[str, Any]) -> Iterator[tuple[_Key, str]]:
+    """What is wrong with the declarations of metrics."""
+    for name, entry in _mapping(content.get("metrics")).items():
+        try:
+            registry.column(name, _mapping(entry))
+        except registry.WrongMetric as error:
+            for key, problem in error.problems.items():
+                yield ("metrics", name, *filter(None, key.split("."))), problem
+
+
+def _contradictions(folder: Path, content: dict[str, Any]) -> Iterator[tuple[_Key, str]]:
+    """What a study names and does not declare."""
+    published = {recipe: _mapping(of) for recipe, of in _mapping(content.get("published")).items()}
+    lists = {key: content[key] if isinstance(content.get(key), list) else [] for key in ("columns", "baselines")}
+    named: list[_Key] = [("tolerances", name) for name in _mapping(content.get("tolerances"))]
+    named += [("columns", str(i), name) for i, name in enumerate(lists["columns"]) if isinstance(name, str)]
+    for recipe, of in published.items():
+        named += [("published", recipe, "scores", name) for name in _mapping(of.get("scores"))]
+        if isinstance(curve := of.get("curve"), str) and not (folder / curve).is_file():
+            yield ("published", recipe, "curve"), f"no file {curve} lies beside study.yaml; add it"
+    for i, baseline in enumerate(lists["baselines"]):
+        scores = _mapping(_mapping(baseline).get("scores"))
+        named += [("baselines", str(i), "scores", name) for name in scores]
+    metrics = _mapping(content.get("metrics"))
+    for *place, name in named:
+        if name not in metrics:
+            hint = did_you_mean(name, metrics) or f"; there are {', '.join(metrics)}"
+            yield (*place, name), f"{name} is not one of the study's metrics{hint}"
+    for recipe, beside in _mapping(content.get("beside")).items():
+        if isinstance(origin := _mapping(beside).get("of"), str) and origin not in published:
+            hint = did_you_mean(origin, published)
+            yield ("beside", recipe, "of"), f"{origin} is not under published{hint}; add it there"
+    for name in _mapping(content.get("decodings")):
+        if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+            yield ("decodings", name), "give it a name of letters, digits and _, which a folder and a column can have"
 
 
 def find(name: str) -> Study:
@@ -211,15 +346,24 @@ def of(recipe: str) -> Study | None:
     return load(folder) if folder else None
 
 
-def entry(name: str, recipe: yamlfiles.Config) -> dict[str, Any]:
-    """A recipe's model, epochs and optimizer, and its published scores."""
-    of_study = of(name)
+def entry(name: str, recipe: yamlfiles.Config, origin: str | None = None) -> dict[str, Any]:
+    """A recipe's study, model, epochs and optimizer, and its published scores, each as `published_METRIC`.
+
+    Args:
+        name: the recipe's name.
+        recipe: its settings.
+        origin: the shipped recipe that it is a variant of.
+    """
+    of_study = of(origin or name)
     published = of_study.published.get(name) if of_study else None
-    return {
+    row = {
         "recipe": name,
+        "study": of_study.folder.name if of_study else None,
         "base_model": recipe.get("base_model"),
         "epochs": recipe.get("num_epochs"),
         "optimizer": recipe.get("optimizer"),
-        "published_bleu4": published.bleu4 if published else None,
-        "published_bertscore_f1": published.bertscore_f1 if published else None,
     }
+    for column in of_study.columns if of_study else ():
+        score = published.scores.get(column) if published else None
+        row[f"published_{column}"] = score.value if score else None
+    return row

@@ -21,7 +21,7 @@ from ..base.templating import environment
 from ..configs import gpus
 from ..data.study import Study
 from ..planning import lora, need
-from ..results import listing, verdict
+from ..results import study_tables, verdict
 from ..running import sweep_tables, sweeps
 from ..running.sweeps import Sweep
 from ..runs.rundir import RunDir
@@ -60,19 +60,17 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
     if not folders:
         kind, other = ("rehearsals", "") if rehearsal else ("runs", "; --rehearse takes its rehearsals")
         raise UserError(f"--study {name}: no {kind} of it below {runs}/{other}; `recipe reproduce {name}` makes them")
-    subset = study.data.subsets[study.data.scored_on]
-    about = f"{study.paper['authors']}, {study.paper['title']}, arXiv {study.paper['arxiv']}. "
-    about += "Published scores are left out: rehearsals compare with none." if rehearsal else (
-        f"Published scores are on {subset.title}, {subset.rows:,} rows."
+    about = "Published scores are left out: rehearsals compare with none." if rehearsal else (
+        f"Published scores are on {study.test_title}."
     )  # fmt: skip
-    baselines = [] if rehearsal else listing.baselines(study)
-    figure = comparisons.study([row | {"recipe": row["recipe"].removeprefix(f"{name}/")} for row in rows], baselines)
+    figures = [comparisons.study(study, rows, column, not rehearsal) for column in study.table.values()]
+    by_metric = {c.label: _without_empty(study_tables.of_metric(rows, study, c)) for c in study.table.values()}
     section = {
-        "about": about,
-        "tables": [_without_empty(table) for table in verdict.tables_of(rows, study)],
-        "baselines": baselines,
-        "notes": [] if rehearsal else verdict.notes(rows),
-        "figures": [figure] if figure else [],
+        "about": f"{study.cited}: {study.paper.get('title', study.title)}. {about}",
+        "tables": by_metric | {"Other scores, and what they cost": _without_empty(study_tables.of_costs(rows, study))},
+        "baselines": [] if rehearsal else study_tables.baselines(study),
+        "notes": [] if rehearsal else list(verdict.notes(study, rows)),
+        "figures": [figure for figure in figures if figure],
     }
     return _page(study.title, f"Study {name}", reported_runs(folders), analyze, study=section)
 
@@ -83,21 +81,21 @@ def of_sweep(sweep: Sweep, runs: Path, best: str | None, analyze: bool) -> str:
     Args:
         sweep: the sweep.
         runs: the folder with its runs.
-        best: one of `sweeps.CRITERIA`, by which a member is the best.
+        best: one of `sweeps.criteria`, by which a member is the best.
 
     Raises:
-        UserError: no member has a run.
+        UserError: no member has a run, or see `sweeps.check_best`.
     """
-    rows = sweeps.rows(sweep, runs, best)
+    rows, scored = sweeps.rows(sweep, runs, best), sweeps.columns(sweep, runs)
     folders = [RunDir(Path(run)) for row in rows for run in row["runs"]]
     if not folders:
         raise UserError(f"--sweep {sweep.name}: no member has a run yet; `recipe sweep` makes them")
     memory = draw.memory(rows)
     section = {
         "about": f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}.",
-        "notes": sweep_tables.notes(sweep, rows, best),
-        "table": _without_empty([report_runs.sweep_row(row, sweep.keys) for row in rows]),
-        "figures": [*comparisons.sweep(rows), *([memory] if memory else [])],
+        "notes": sweep_tables.notes(sweep, scored, rows, best),
+        "table": _without_empty([report_runs.sweep_row(row, sweep.keys, scored) for row in rows]),
+        "figures": [*comparisons.sweep(rows, scored), *([memory] if memory else [])],
     }
     labels = [row["member"] for row in rows for _ in row["runs"]]
     return _page(sweep.name, f"Sweep of {sweep.recipe}", reported_runs(folders, labels), analyze, sweep=section)
@@ -133,7 +131,7 @@ def _page(title: str, kind: str, runs: Sequence[ReportedRun], analyze: bool, **m
         if all("planned" not in trace["name"] for trace in memory.traces):
             notes.append("No plan of this config is kept; `recipe report --analyze` makes one, as `recipe plan` does.")
     model_figures, model_notes = _model(runs, analyze)
-    spread = list(draw.distributions({r.label: r.predictions for r in runs if r.predictions}))
+    spread = list(draw.distributions(report_runs.scored_rows(runs)))
     reader = report_reader.reader(runs)
     figures = [*training, *spread, *model_figures, *(figure for part in more.values() for figure in part["figures"])]
     facts: dict[str, Any] = {"study": None, "sweep": None} | more
@@ -155,7 +153,7 @@ def _page(title: str, kind: str, runs: Sequence[ReportedRun], analyze: bool, **m
         "made": now(),
         "version": version("qlora-recipes"),
         "tiles": list(report_runs.tiles(runs[0])) if alone else [],
-        "overview": _without_empty([report_runs.overview(reported) for reported in runs]),
+        "overview": _without_empty([report_runs.overview(reported, report_runs.headings(runs)) for reported in runs]),
         "training": training,
         "training_notes": notes,
         "scores": report_runs.scores(runs),

@@ -1,10 +1,12 @@
 """Figures that compare runs: the members of a sweep, and a study's scores beside the published ones."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from ..base.files import Row
+from ..data.study import Study
+from ..metrics.metric import Column
 from ..running import sweeps
-from ..scores.metrics import PER_ROW
 from ..terminal import tables
 from .report_figures import (
     COLOURS,
@@ -22,23 +24,22 @@ from .report_figures import (
 )
 
 
-def sweep(rows: Sequence[Row]) -> Iterator[Figure]:
-    """The trade-offs of a sweep's members: quality over memory and over the trainable share, and each score with its
-    interval. What no member has is left out."""
+def sweep(rows: Sequence[Row], scored: sweeps.Columns) -> Iterator[Figure]:
+    """The trade-offs of a sweep's members: the loss and the first score over memory and over the trainable share, and
+    each score with its interval. What no member has is left out."""
     kinds = {row["memory_kind"] for row in rows if row["memory_kind"]}
     peak = _axis(f"peak GiB ({', '.join(sorted(kinds))})")
     share = _log("trainable parameters, % of all")
-    qualities = {"eval_loss": "Validation loss (lower is better)"} | {
-        name: f"{metric.label} ({'higher' if metric.higher_is_better else 'lower'} is better)"
-        for name, metric in PER_ROW.items()
-    }
+    qualities = {name: f"{column.label} ({column.direction})" for name, column in scored.items()}
+    qualities = {sweeps.LOSS: "Validation loss (lower is better)"} | qualities
+    better = sweeps.qualities(scored)
     with_percent = [row | {"percent": _percent(row)} for row in rows]
-    for score in ("eval_loss", "bleu4"):
+    for score in dict.fromkeys((sweeps.LOSS, next(iter(scored)))):
         for key, cost, title, x in (
             ("memory", "peak_memory_gib", "memory", peak),
             ("share", "percent", "what is trained", share),
         ):
-            if against := _against(with_percent, cost, score):
+            if against := _against(with_percent, cost, score, better[score]):
                 title = f"{qualities[score].partition(' (')[0]} against {title}"
                 yield Figure(f"sweep-{key}-{score}", title, against, x, _axis(qualities[score]), _FRONT)
     for score, title in qualities.items():
@@ -63,10 +64,10 @@ def _percent(row: Row) -> float | None:
     return None if row["trainable_share"] is None else 100 * row["trainable_share"]
 
 
-def _against(rows: Sequence[Row], x: str, y: str) -> list[Trace]:
+def _against(rows: Sequence[Row], x: str, y: str, better: Callable[..., Any]) -> list[Trace]:
     """Members by a cost and a quality, with those on the Pareto front of the two set apart."""
     known = [row for row in rows if row.get(x) is not None and row.get(y) is not None]
-    points = {(row[x], row[y], row["member"]): sweeps.on_front(row, known, x, y) for row in known}
+    points = {(row[x], row[y], row["member"]): sweeps.on_front(row, known, x, y, better) for row in known}
     front = sorted(point for point, is_on_front in points.items() if is_on_front)
     others = [point for point, is_on_front in points.items() if not is_on_front]
     line = {"dash": "dot", "color": COLOURS[2], "width": 1.5}
@@ -77,29 +78,41 @@ def _against(rows: Sequence[Row], x: str, y: str) -> list[Trace]:
     return [trace for trace in traces if trace["x"]]
 
 
-def study(rows: Sequence[Row], baselines: Sequence[Row]) -> Figure | None:
-    """BLEU-4 of `verdict.rows` with its interval beside the published score; baselines as lines."""
-    ours = [row for row in rows if row["bleu4"] is not None]
+def study(of_study: Study, rows: Sequence[Row], column: Column, with_baselines: bool) -> Figure | None:
+    """A score of `verdict.rows` with its interval beside the published one and its ±; baselines as lines."""
+    name = column.name
+    ours = [row for row in rows if row[name] is not None]
     if not ours:
         return None
-    points = [(row["bleu4"], row["recipe"]) for row in ours]
-    within = [None if row["bleu4_low"] is None else (row["bleu4_low"], row["bleu4_high"]) for row in ours]
-    errors = _interval([bleu4 for bleu4, _ in points], within)
+    short = {row["recipe"]: row["recipe"].removeprefix(f"{of_study.folder.name}/") for row in rows}
+    within = [None if row[f"{name}_low"] is None else (row[f"{name}_low"], row[f"{name}_high"]) for row in ours]
+    points = [(row[name], short[row["recipe"]]) for row in ours]
+    errors = _interval([value for value, _ in points], within)
     marker = _style(0)["marker"] | {"size": 11}
     traces = [_scatter("ours, with its 95 % interval", "markers", points, marker=marker, error_x=errors)]
-    if published := [(row["bleu4_published"], row["recipe"]) for row in rows if row["bleu4_published"] is not None]:
+    if known := [row for row in rows if row[f"{name}_published"] is not None]:
+        published = [(row[f"{name}_published"], short[row["recipe"]]) for row in known]
+        spread = [_around(row[f"{name}_published"], row[f"{name}_spread"]) for row in known]
         marker = {"color": COLOURS[1], "symbol": "diamond-open", "size": 12, "line": {"width": 2}}
-        traces.append(_scatter("published", "markers", published, marker=marker))
-        for i, baseline in enumerate(baselines):
-            line = {"color": GREY, "dash": DASHES[2 + i % 2], "width": 2}
-            ends = [(baseline["BLEU-4"], row["recipe"]) for row in (rows[0], rows[-1])]
-            traces.append(_scatter(baseline["baseline"], "lines", ends, line=line))
+        more = {"error_x": _interval([value for value, _ in published], spread)} if any(spread) else {}
+        title = "published, with its ±" if any(spread) else "published"
+        traces.append(_scatter(title, "markers", published, marker=marker, **more))
+        within = [*within, *spread]
+        for i, baseline in enumerate(of_study.baselines if with_baselines else ()):
+            if name in baseline.scores:
+                line = {"color": GREY, "dash": DASHES[2 + i % 2], "width": 2}
+                ends = [(baseline.scores[name].value, short[row["recipe"]]) for row in (rows[0], rows[-1])]
+                traces.append(_scatter(baseline.name, "lines", ends, line=line))
     says = "; ".join(
-        f"{row['recipe']} {tables.text_of(row['bleu4'])}, published {tables.text_of(row['bleu4_published'])}"
+        f"{short[row['recipe']]} {tables.text_of(row[name])}, published {tables.text_of(row[f'{name}_published'])}"
         for row in rows
     )
     layout = {"height": 220 + 34 * len(rows)}
     values = [x for trace in traces for x in trace["x"]] + [end for interval in within for end in interval or ()]
     room = 0.05 * (max(values) - min(values)) or 1.0
-    x = _axis("BLEU-4", range=[min(values) - room, max(values) + room])  # a line alone would lie on the frame
-    return Figure("study-bleu4", "BLEU-4 of the study's recipes", traces, x, _categories(), "", layout, says)
+    x = _axis(column.label, range=[min(values) - room, max(values) + room])  # a line alone would lie on the frame
+    return Figure(f"study-{name}", f"{column.label} of the study's recipes", traces, x, _categories(), "", layout, says)
+
+
+def _around(value: float, spread: float | None) -> tuple[float, float] | None:
+    return None if spread is None else (value - spread, value + spread)

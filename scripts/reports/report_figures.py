@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..base.files import Row
+from ..metrics.metric import Column
 from ..planning import lora
-from ..scores.metrics import PER_ROW
 from ..terminal import tables
 
 Trace = dict[str, Any]
@@ -204,9 +204,14 @@ def memory(runs: Sequence[Row]) -> Figure | None:
     return Figure("memory", "Memory at the peak", traces, x, _categories(), note, layout) if traces else None
 
 
-def distributions(runs: dict[str, Sequence[Row]]) -> Iterator[Figure]:
-    """The distribution of each score over the rows of each run."""
-    for score, metric in PER_ROW.items():
+def distributions(of_columns: Sequence[tuple[str, Column, dict[str, Sequence[Row]]]]) -> Iterator[Figure]:
+    """The distribution of each score over the rows of each run.
+
+    Args:
+        of_columns: for each the heading, the column, and the rows of the runs that are scored with it, by name.
+    """
+    for number, (heading, column, runs) in enumerate(of_columns):
+        score = column.name
         columns = {
             name: values
             for name, rows in runs.items()
@@ -228,9 +233,10 @@ def distributions(runs: dict[str, Sequence[Row]]) -> Iterator[Figure]:
             quartiles = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
             says.append(f"{name}: {len(values):,} rows, quartiles {', '.join(map(tables.text_of, quartiles))}")
         said = "; ".join(says)
-        x = _axis(metric.label)
+        x = _axis(heading)
         y = _axis("% of rows", rangemode="tozero")
-        yield Figure(f"spread-{score}", f"{metric.label} of single rows", traces, x, y, f"{said}.", says=said)
+        key = score if all(score != other.name for _, other, _ in of_columns[:number]) else f"{score}-{number}"
+        yield Figure(f"spread-{key}", f"{heading} of single rows", traces, x, y, f"{said}.", says=said)
 
 
 def lora_share(rows: Sequence[Row], own: dict[str, tuple[int, float]]) -> Figure:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import Row, json_rows, sha256
+from ..metrics.metric import Column
 from ..scores.evaluations import BASE_MODEL, EvaluationSettings, read_predictions
-from ..scores.metrics import PER_ROW
 from .report_runs import ReportedRun
 
 
@@ -25,22 +25,25 @@ def reader(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
                 of_file = files.setdefault(settings.data_sha256, new)
                 by_number = {row["row"]: row for row in rows}
                 of_file["rows"] = by_number | of_file["rows"]
-                of_file["models"].append((label, by_number))
+                of_file["models"].append((label, by_number, evaluation.columns))
     return [_columns(**of_file) for of_file in files.values()]
 
 
 def _columns(
-    reported: ReportedRun, settings: EvaluationSettings, rows: dict[int, Row], models: list[tuple[str, dict[int, Row]]]
+    reported: ReportedRun,
+    settings: EvaluationSettings,
+    rows: dict[int, Row],
+    models: list[tuple[str, dict[int, Row], dict[str, Column]]],
 ) -> Row:
     """A file's rows as columns, which are small and quick to search."""
     numbers = sorted(rows)
     diffs, why = _diffs(reported, settings)
     shown = []
-    for label, by_number in models:
+    for label, by_number, columns in models:
         values = [by_number.get(number, {}) for number in numbers]
         scores = {
-            metric.label: [None if row.get(name) is None else round(row[name], 4) for row in values]
-            for name, metric in PER_ROW.items()
+            column.label: [None if row.get(name) is None else round(row[name], 4) for row in values]
+            for name, column in columns.items()
             if any(row.get(name) is not None for row in values)
         }
         shown.append({"label": label, "predictions": [row.get("prediction") for row in values], "scores": scores})

@@ -1,7 +1,7 @@
 """The runs of a report, and the rows of its tables."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +16,14 @@ from ..base.errors import UserError
 from ..base.files import Row, sha256
 from ..checks import schema
 from ..configs import config, datafiles
-from ..results import listing, run_rows
+from ..metrics import registry
+from ..metrics.metric import Column
+from ..results import comparable, listing, run_rows
+from ..results.study_tables import published_text
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
 from ..scores.evaluations import Evaluation, read_predictions
-from ..scores.metrics import METRICS, PER_ROW
+from ..scores.judges import record_of
 from ..terminal import tables
 
 _OTHERS = {
@@ -59,12 +62,22 @@ class ReportedRun:
     @cached_property
     def base_evaluation(self) -> Evaluation | None:
         """The evaluation of its base model alone, where that compares with `evaluation`."""
-        return run_rows.of_base_model(self.folder, self.evaluation) if self.evaluation else None
+        return comparable.of_base_model(self.folder, self.evaluation) if self.evaluation else None
 
     @cached_property
     def predictions(self) -> list[Row]:
         """The rows of that evaluation."""
         return read_predictions(self.folder.path) if self.evaluation else []
+
+    @cached_property
+    def columns(self) -> dict[str, Column]:
+        """What it is scored with, by name."""
+        return comparable.columns(self.run, self.evaluation)
+
+    @cached_property
+    def row(self) -> Row:
+        """It as a row of results."""
+        return run_rows.row(self.folder, self.run)
 
     def from_cwd(self, path: str) -> str:
         """A path relative to the folder that the run was started in, where it is below that."""
@@ -92,7 +105,7 @@ def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None
 
 def tiles(reported: ReportedRun) -> Iterator[tuple[str, Any, str]]:
     """What a reader looks for first in a run: a name, a value, and a remark."""
-    row = run_rows.row(reported.folder, reported.run)
+    row = reported.row
     summary = reported.run.summary
     epochs = f"{summary.epoch:.2f} epochs" if summary.epoch else ""
     early = "early stopping" if row["ended"] == "early stopping" else ""
@@ -108,12 +121,12 @@ def tiles(reported: ReportedRun) -> Iterator[tuple[str, Any, str]]:
     ]
     yield from [loss for loss in losses if loss[1] is not None][:1]
     intervals = (reported.evaluation.scores.get("intervals") if reported.evaluation else None) or {}
-    for score, metric in PER_ROW.items():
-        if row[score] is not None:
+    for score, column in reported.columns.items():
+        if row[score] is not None and not column.metric.of_all:
             within = f"95 %: {tables.text_of(intervals[score])}" if intervals.get(score) else ""
-            compared = score == "bleu4" and row["bleu4_difference"] is not None
-            published = f"published {tables.text_of(row['bleu4_published'])}" if compared else ""
-            yield metric.label, row[score], "; ".join(filter(None, [within, published]))
+            compared = row[f"{score}_difference"] is not None
+            published = f"published {tables.text_of(row[f'{score}_published'])}" if compared else ""
+            yield column.label, row[score], "; ".join(filter(None, [within, published]))
     costs = [
         ("Peak memory", row["peak_memory_gib"], "{:.2f} GiB", f"measured: {row['memory_kind']}"),
         ("Throughput", row["tokens_per_second"], "{:,.0f} tokens/s", "without padding"),
@@ -134,9 +147,28 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def overview(reported: ReportedRun) -> Row:
-    """A run's row in the table of several."""
-    row = run_rows.row(reported.folder, reported.run)
+def headings(runs: Sequence[ReportedRun]) -> dict[str, Column]:
+    """What some runs are scored with, by headings; two metrics of one name have two."""
+    return registry.distinct(column for reported in runs for column in reported.columns.values())
+
+
+def scored_rows(runs: Sequence[ReportedRun]) -> list[tuple[str, Column, dict[str, Sequence[Row]]]]:
+    """For each score that rows have its heading and column, and the rows of the runs that are scored with it."""
+    return [
+        (heading, column, {r.label: r.predictions for r in runs if column.same_scores(r.columns.get(column.name))})
+        for heading, column in headings(runs).items()
+        if column.metric.of_rows
+    ]
+
+
+def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
+    """A run's row in the table of several, with a column for the first score of each of these.
+
+    Args:
+        reported: the run.
+        scored: the scores by their headings.
+    """
+    row = reported.row
     return {
         "run": reported.label,
         "recipe": row["recipe"],
@@ -145,7 +177,10 @@ def overview(reported: ReportedRun) -> Row:
         "eval loss, first": row["eval_loss_first"],
         "last": row["eval_loss"],
         listing.AXOLOTL_EVAL_LOSS: row["eval_loss_axolotl"] if row["eval_loss"] is None else None,
-        "BLEU-4": row["bleu4"],
+        **{
+            heading: row[column.name] if column.same_scores(reported.columns.get(column.name)) else None
+            for heading, column in scored.items()
+        },
         "peak GiB": row["peak_memory_gib"],
         "of": row["memory_kind"],
         "tokens/s": _whole(row["tokens_per_second"]),
@@ -161,28 +196,35 @@ def scores(runs: Sequence[ReportedRun]) -> list[Row]:
     """A row for each score, with columns for each run that was evaluated, for its base model if that was, and for the
     published scores that the run tries for."""
     columns: dict[str, dict[str, str | None]] = {}
+    by_heading = headings(runs)
     for reported in runs:
         if not reported.evaluation:
             continue
-        columns[reported.label] = _column(reported.evaluation)
+        columns[reported.label] = _column(reported.evaluation, by_heading)
         if reported.base_evaluation:
-            columns[f"{reported.label}: base model alone"] = _column(reported.base_evaluation)
-        aim = run_rows.aim(reported.run)
-        if aim and run_rows.comparable(reported.evaluation, reported.run):
-            published = {METRICS[key].label: value for key, value in aim if key in METRICS}
-            columns[f"{reported.label}: published"] = {name: tables.text_of(value) for name, value in published.items()}
+            columns[f"{reported.label}: base model alone"] = _column(reported.base_evaluation, by_heading)
+        aim = comparable.aim(reported.run)
+        published = {
+            str(registry.heading(column, by_heading)): published_text(aim.scores.get(name))
+            for name, column in reported.columns.items()
+            if aim and reported.row[f"{name}_difference"] is not None
+        }
+        if published:
+            columns[f"{reported.label}: published"] = published
     names = dict.fromkeys(name for column in columns.values() for name in column)
     return [{"score": name} | {label: column.get(name) for label, column in columns.items()} for name in names]
 
 
-def _column(evaluation: Evaluation) -> dict[str, str | None]:
+def _column(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[str, str | None]:
     """An evaluation's scores as text, with their intervals."""
     column: dict[str, str | None] = {}
     intervals = evaluation.scores.get("intervals") or {}
+    titles = {name: registry.heading(scored, by_heading) for name, scored in evaluation.columns.items()}
+    judged = {c.recorded("bertscore"): c for c in evaluation.columns.values() if record_of(c, evaluation.scores)}
     for key, value in evaluation.scores.items():
-        title = METRICS[key].label if key in METRICS else _OTHERS.get(key, key)
-        if key == "bertscore" and value:
-            column["BERTScore by"] = str(value.get("model"))
+        title = titles.get(key) or _OTHERS.get(key, key)
+        if key in judged:
+            column[f"{judged[key].label} by"] = str(value.get("model"))
         elif isinstance(value, int | float | str):
             within = f" ({tables.text_of(intervals[key])})" if intervals.get(key) else ""
             column[title] = f"{tables.text_of(value)}{within}"
@@ -265,10 +307,10 @@ def provenance(reported: ReportedRun) -> dict[str, Any]:
     }
 
 
-def sweep_row(row: Row, keys: Sequence[str]) -> Row:
-    """A member's row, with its values of the keys that vary."""
+def sweep_row(row: Row, keys: Sequence[str], scored: Mapping[str, Column]) -> Row:
+    """A member's row, with its values of the keys that vary, and its scores."""
     scores: Row = {}
-    for score, title in ({"eval_loss": "eval loss"} | {name: metric.label for name, metric in PER_ROW.items()}).items():
+    for score, title in ({"eval_loss": "eval loss"} | {name: column.label for name, column in scored.items()}).items():
         scores |= {title: row[score], f"{title} 95 %": row.get(f"{score}_interval")}
     return {
         "member": row["member"],

@@ -16,10 +16,10 @@ from ..runs.handover import PLUGIN
 from ..runs.rundir import Run, RunDir
 from ..scores import prompts
 from ..scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
-from ..scores.metrics import METRICS
 from ..terminal import tables
-from . import run_rows
-from .run_rows import REHEARSED
+from . import comparable
+from .comparable import REHEARSED
+from .study_tables import published_text
 
 # The licences of https://huggingface.co/docs/hub/repositories-licenses that language models have
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")
@@ -48,8 +48,8 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
     shown = {key: value for key, value in cfg.items() if not _NOT_SHOWN.match(key) and not schema.is_secret(key)}
     if plugins := [name for name in cfg.get("plugins") or [] if name != PLUGIN]:
         shown["plugins"] = plugins
-    data = None if of_study is None or run_rows.other_data(run) else of_study.data
-    published = run_rows.aim(run)
+    data = None if of_study is None or comparable.other_data(run) else of_study.data
+    published = comparable.aim(run)
     differences = [difference for difference in run.differences if not _NOT_SHOWN.match(difference.key)]
     overrides = [override for override in run.overrides if not _NOT_SHOWN.match(override)]
     facts: dict[str, Any] = _public(
@@ -71,9 +71,10 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
             changed.key.startswith("datasets") and changed.key.endswith("path") and changed.why.startswith(REHEARSED)
             for changed in run.differences
         ),
-        "other_model": None if run.rehearsal else run_rows.other_model(run),
+        "other_model": None if run.rehearsal else comparable.other_model(run),
         "prompt": prompts.as_code(cfg, folder.output, _known(run, data)),
-        "published": published.model_dump() if published else {},
+        "columns": evaluation.columns if evaluation else {},
+        "published": {name: published_text(score) for name, score in published.scores.items()} if published else {},
         "embedding_rows": embedding_rows(folder.output / ADAPTER),
         "config_sha256": sha256(folder.config),
         "adapter_sha256": sha256(folder.output / ADAPTER),
@@ -98,7 +99,7 @@ def _known(run: Run, data: study.Data | None) -> dict[str, str]:
 
     The instruction is that of the run's rows, where a manifest records it.
     """
-    instructions = [str(entry["instruction"]) for entry in run_rows.manifest_entries(run)]
+    instructions = [str(entry["instruction"]) for entry in comparable.manifest_entries(run)]
     if data:
         instructions.append(data.instruction)
     return {"instruction": instructions[0], "input": _PATCH} if instructions else {}
@@ -121,11 +122,11 @@ def _front_matter(facts: dict[str, Any]) -> str:
             task_type="text-generation",
             dataset_type="json",
             dataset_name=facts["scored_on"],
-            metric_type=metric.hub_type,
-            metric_name=metric.title,
+            metric_type=column.metric.hub_type,
+            metric_name=column.title,
             metric_value=round(scores[name], 4),
         )
-        for name, metric in METRICS.items()
+        for name, column in facts["columns"].items()
         if scores.get(name) is not None
     ]
     qlora = ["qlora"] if facts["config"].get("adapter") == "qlora" else []
@@ -141,7 +142,7 @@ def _front_matter(facts: dict[str, Any]) -> str:
         eval_results=results or None,
         library_name="transformers" if facts["merged"] else "peft",
         pipeline_tag="text-generation",
-        tags=["axolotl", "lora", *qlora, *(["code-review"] if facts["data"] else [])],
+        tags=["axolotl", "lora", *qlora, *(facts["study"].tags if facts["data"] else [])],
     ).to_yaml()
 
 

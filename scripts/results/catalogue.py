@@ -7,7 +7,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.progress import say
 from ..configs import variants
-from ..data.study import entry
+from ..data import study
 from ..planning import need
 
 
@@ -24,24 +24,37 @@ def recipes() -> list[dict[str, Any]]:
         try:
             recipe = yamlfiles.read_yaml(file)
             variant_of = variants.parent(name, file) if name in own else None
+            origin = variants.origin(name, file)
         except UserError as error:
             say(str(error))
             continue
-        rows.append(entry(name, recipe) | {"planned_gib": None, "variant_of": variant_of})
+        rows.append(study.entry(name, recipe, origin) | {"planned_gib": None, "variant_of": variant_of})
         with suppress(UserError):  # some cannot be planned
             rows[-1]["planned_gib"] = need.needed_gib(recipe)
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of `recipes` under the headings of a table."""
+def tables_of(rows: list[dict[str, Any]]) -> list[tuple[str | None, list[dict[str, Any]]]]:
+    """The rows of `recipes` under the headings of a table for each study, and of one for what is of none; each with a
+    title where there are several."""
+    by_study: dict[str | None, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_study.setdefault(row["study"], []).append(row)
+    several = len(by_study) > 1
+    return [
+        (f"{name or 'Of no study'}" if several else None, _table(of_one, study.find(name) if name else None))
+        for name, of_one in by_study.items()
+    ]
+
+
+def _table(rows: list[dict[str, Any]], of_study: study.Study | None) -> list[dict[str, Any]]:
+    columns = {name: column.label for name, column in of_study.table.items()} if of_study else {}
     return [
         {
             "recipe": row["recipe"],
             "epochs": row["epochs"],
             "optimizer": row["optimizer"],
-            "BLEU-4": row["published_bleu4"],
-            "BERTScore": row["published_bertscore_f1"],
+            **{heading: row.get(f"published_{name}") for name, heading in columns.items()},
             "planned GiB": row["planned_gib"],
             "base model": row["base_model"],
             "variant of": row["variant_of"],

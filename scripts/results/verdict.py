@@ -1,25 +1,43 @@
 """A study's runs beside its published scores: the rows of `recipe results --study`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import places
 from ..base import paths, yamlfiles
-from ..base.progress import say
 from ..configs import config, datafiles
 from ..configs.compose import REHEARSAL, TRACKERS
-from ..data.study import Study
+from ..data.study import Published, Score, Study
+from ..metrics.metric import Column
 from ..runs import lookup
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
 from ..scores.evaluations import Evaluation
-from ..scores.metrics import METRICS, PER_ROW
-from ..terminal import tables
-from . import run_rows
-from .listing import REHEARSALS, baselines
+from ..scores.judges import record_of
+from . import comparable, run_rows
 
 WITHIN, ACCEPTABLE, OFF = "within the interval", "acceptable", "off"
+
+
+def verdict(
+    ours: float, interval: Sequence[float] | None, published: Score, tolerance: float | None = None
+) -> str | None:
+    """How a score of ours compares with a published one.
+
+    It is within the interval where our 95 % interval and the published value, with its ± if it has one, have a value in
+    common; without an interval of ours, where that is within the ±. Else it is acceptable if it is nearer than the
+    study's tolerance. None where there is neither an interval nor a ± nor a tolerance, so that nothing says how near
+    is near enough.
+    """
+    spread = published.spread
+    if interval is None and spread is None and tolerance is None:
+        return None
+    low, high = interval or (ours, ours)
+    least, most = published.value - (spread or 0), published.value + (spread or 0)
+    if (interval or spread is not None) and low <= most and least <= high:
+        return WITHIN
+    return ACCEPTABLE if tolerance is not None and abs(ours - published.value) <= tolerance else OFF
 
 
 def rows(
@@ -41,7 +59,7 @@ def rows(
         (folder, run)
         for folder, run in lookup.readable(lookup.all_runs(runs), places.read)
         if run.rehearsal == rehearsal
-        and (rehearsal or not run_rows.of_something_else(run))
+        and (rehearsal or not comparable.of_something_else(run))
         and (speakers or {}).get(run.recipe, folder.path) == folder.path
     ]
     table = []
@@ -64,24 +82,22 @@ def study_row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, r
     """A run's results beside what was published.
 
     Returns:
-        Scores and their intervals; `verdict`, whether the published BLEU-4 is in our interval, else whether it is
-        acceptably near; the gain over each baseline in percent; costs; `differs`, the settings that the paper states
-        and the run changed; and `open`, those that the paper leaves open, with the run's values.
+        For each metric NAME, NAME_low and NAME_high, its interval; NAME_base_model, NAME_published, NAME_difference and
+        NAME_verdict, see `verdict`; `verdict`, that of the study's first metric; the gain over each baseline in
+        percent; costs; `differs`, the settings that the paper states and the run changed; and `open`, those that the
+        paper leaves open, with the run's values.
     """
     ours = run_rows.row(*chosen) if chosen else {}
     scored = evaluations.of_run(chosen[0].path, chosen[1]) if chosen else None
-    scores = scored.scores if scored else {}
-    compared = bool(chosen and scored and "bleu4" in scores and run_rows.comparable(scored, chosen[1]))
-    aim = None if rehearsal else of_study.aimed_at(recipe)
-    interval = scores.get("intervals", {}).get("bleu4")
-    difference = ours.get("bleu4_difference")
-    verdict = None
-    if aim and difference is not None:
-        near = abs(difference) <= of_study.acceptable_bleu4_difference
-        inside = interval and interval[0] <= aim.bleu4 <= interval[1]
-        verdict = WITHIN if inside else ACCEPTABLE if near else OFF
     on_gpu = str(ours.get("memory_kind")).startswith("GPU")
     hours = chosen[0].summary(chosen[1]).train_seconds * chosen[1].ranks / 3600 if chosen and on_gpu else None
+    aim = None if rehearsal else of_study.aimed_at(recipe)
+    first = of_study.first
+    scored_first = chosen is not None and ours[first.name] is not None
+    compared = bool(chosen and scored_first and comparable.comparable(scored, chosen[1], first))
+    by_metric: dict[str, Any] = {}
+    for column in of_study.columns.values():
+        by_metric |= _scores(of_study, column, ours, scored, aim)
     differs, left_open = _settings(of_study, recipe, chosen, scored) if chosen and not rehearsal else ([], [])
     return {
         "recipe": recipe,
@@ -90,20 +106,9 @@ def study_row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, r
         "rehearsal": rehearsal,
         "rows": ours.get("rows_evaluated"),
         "test_set": ours.get("test_set"),
-        "bleu4": ours.get("bleu4"),
-        "bleu4_low": interval[0] if interval else None,
-        "bleu4_high": interval[1] if interval else None,
-        "bleu4_published": aim.bleu4 if aim else None,
-        "bleu4_difference": difference,
-        "verdict": verdict,
-        "gains_percent": {
-            b.name: 100 * (ours["bleu4"] / b.bleu4 - 1) if compared else None for b in of_study.baselines
-        },
-        "bertscore_f1": ours.get("bertscore_f1"),
-        "bertscore_model": (scores.get("bertscore") or {}).get("model"),
-        "bertscore_f1_published": aim.bertscore_f1 if aim else None,
-        **{name: ours.get(name) for name in sorted(METRICS)},
-        "bleu4_base_model": ours.get("bleu4_base_model"),
+        **by_metric,
+        "verdict": by_metric[f"{first.name}_verdict"],
+        "gains_percent": _gains(of_study, ours, compared),
         "eval_loss": ours.get("eval_loss"),
         "peak_gpu_memory_gib": ours.get("peak_memory_gib") if on_gpu else None,
         "tokens_per_second": ours.get("tokens_per_second"),
@@ -111,6 +116,39 @@ def study_row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, r
         "differs": differs,
         "open": left_open,
     }
+
+
+def _scores(
+    of_study: Study, column: Column, ours: Mapping[str, Any], scored: Evaluation | None, aim: Published | None
+) -> dict[str, Any]:
+    """What a row of the study says of one metric."""
+    name = column.name
+    interval = (scored.scores.get("intervals") or {}).get(name) if scored else None
+    published = aim.scores.get(name) if aim else None
+    compared = published is not None and ours.get(f"{name}_difference") is not None
+    judge = record_of(column, scored.scores) if scored else None
+    return {
+        name: ours.get(name),
+        f"{name}_low": interval[0] if interval else None,
+        f"{name}_high": interval[1] if interval else None,
+        f"{name}_base_model": ours.get(f"{name}_base_model"),
+        f"{name}_published": published.value if published else None,
+        f"{name}_spread": published.spread if published else None,
+        f"{name}_difference": ours.get(f"{name}_difference"),
+        f"{name}_verdict": verdict(ours[name], interval, published, of_study.tolerances.get(name))
+        if published and compared
+        else None,
+        **({f"{name}_model": judge.get("model") if judge else None} if column.judged else {}),
+    }
+
+
+def _gains(of_study: Study, ours: Mapping[str, Any], compared: bool) -> dict[str, float | None]:
+    """How much higher than each baseline a score by the study's first metric is, in percent of that."""
+    name = of_study.first.name
+    baselines = {
+        baseline.name: baseline.scores[name].value for baseline in of_study.baselines if name in baseline.scores
+    }
+    return {label: 100 * (ours[name] / value - 1) if compared else None for label, value in baselines.items()}
 
 
 def _settings(
@@ -147,8 +185,9 @@ def _settings(
     published = of_study.published[origin]
     if published.trainer != "Axolotl":
         left_open.append(f"trainer: Axolotl (the paper used {published.trainer})")
-    decoding = (scored.settings.decoding if scored else of_study.decoding).model_dump(exclude_defaults=True)
-    left_open.append(f"decoding: {_in_words(decoding)} (the paper gives none)")
+    if "decoding" in of_study.open_settings:
+        decoding = (scored.settings.decoding if scored else of_study.decoding).model_dump(exclude_defaults=True)
+        left_open.append(f"decoding: {_in_words(decoding)} (the paper gives none)")
     return differs, left_open
 
 
@@ -158,73 +197,14 @@ def _in_words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def tables_of(rows: list[dict[str, Any]], of_study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows as two tables that fit a terminal: BLEU-4 and its verdict, and everything else."""
-    bleu = [
-        {
-            "recipe": full["recipe"],
-            "rows": full["rows"],
-            "BLEU-4": full["bleu4"],
-            "95 %": None if full["bleu4_low"] is None else [full["bleu4_low"], full["bleu4_high"]],
-            "published": full["bleu4_published"],
-            "difference": full["bleu4_difference"],
-            "verdict": full["verdict"],
-            **{
-                f"over {baseline.bleu4}": None if gain is None else f"{gain:+.1f} %"
-                for baseline, gain in zip(of_study.baselines, full["gains_percent"].values(), strict=True)
-            },
-        }
-        for full in rows
-    ]
-    more = [
-        {
-            "recipe": full["recipe"],
-            "BERTScore": full["bertscore_f1"],
-            "published": full["bertscore_f1_published"],
-            "by": full["bertscore_model"],
-            **{metric.label: full[name] for name, metric in PER_ROW.items() if name not in ("bleu4", "bertscore_f1")},
-            "eval loss": full["eval_loss"],
-            "peak GPU GiB": full["peak_gpu_memory_gib"],
-            "tokens/s": round(full["tokens_per_second"]) if full["tokens_per_second"] else None,
-            "GPU hours": full["gpu_hours"],
-        }
-        for full in rows
-    ]
-    return bleu, more
-
-
-def notes(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The lines under the table: where a run departs from the paper, and what may explain a score that is off."""
+def notes(of_study: Study, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The lines under the tables: what Axolotl does otherwise than the authors, where a run departs from the paper, and
+    what may explain a score that is off."""
+    for difference in of_study.differences:
+        yield f"All recipes: {difference}"
     for full in rows:
         if full["differs"]:
             yield f"{full['recipe']} differs from the paper: {'; '.join(full['differs'])}"
-        if full["verdict"] == OFF:
-            yield f"{full['recipe']} is off, and the paper leaves open: {'; '.join(full['open'])}"
-
-
-def show_study(of_study: Study, rows: list[dict[str, Any]], rehearsal: bool, form: tables.Form) -> None:
-    """Print the rows of `verdict.rows`, in a form of `tables.Form`."""
-    if form == "json":
-        tables.write(rows, form)
-    elif not rows:
-        say("no run of its recipes is rehearsed yet; `recipe reproduce` with --rehearse does that")
-    elif form == "csv":
-        tables.write([_flat(full) for full in rows], form)
-    else:
-        subset = of_study.data.subsets[of_study.data.scored_on].title
-        title = f"{of_study.paper['authors']}, arXiv {of_study.paper['arxiv']}; published scores are on {subset}"
-        bleu, more = tables_of(rows, of_study)
-        over = [column for column in bleu[0] if column.startswith("over ")]
-        tables.write(bleu, form, REHEARSALS if rehearsal else title, empty=True, spare=[*over, "rows", "difference"])
-        tables.write(more, form, empty=True, spare=["by", "tokens/s", "peak GPU GiB", "eval loss"])
-        if not rehearsal:
-            tables.write(baselines(of_study), form, "To compare with")
-            for line in notes(rows):
-                tables.print_text(line, wide=form != "table")
-
-
-def _flat(full: dict[str, Any]) -> dict[str, Any]:
-    """A row without nested values, for CSV."""
-    gains = {f"gain_percent over {name}": gain for name, gain in full["gains_percent"].items()}
-    texts = {key: "; ".join(full[key]) for key in ("differs", "open")}
-    return {key: value for key, value in full.items() if key != "gains_percent"} | gains | texts
+        if off := [c.label for name, c in of_study.columns.items() if full[f"{name}_verdict"] == OFF]:
+            of_which = "" if off == [of_study.first.label] else f" in {' and '.join(off)}"
+            yield f"{full['recipe']} is off{of_which}, and the paper leaves open: {'; '.join(full['open'])}"

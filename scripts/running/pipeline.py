@@ -1,7 +1,7 @@
 """From a config to its scores, skipping the steps that were done before: for `recipe reproduce` and `recipe sweep`."""
 
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +15,12 @@ from ..configs import compose, datafiles
 from ..configs.compose import Composed, Request
 from ..configs.config import Difference
 from ..configs.gpus import Gpu
+from ..metrics.metric import Column
 from ..places import Place
 from ..planning import fit, need, plan
 from ..runs.rundir import Run, RunDir
 from ..runs.tasks import DONE, FAILED, SKIPPED, Command, Outcome, Step, Work
-from ..scores import bertscore, evaluate
+from ..scores import evaluate, judges
 from . import former, run
 
 SETTLING = 120  # seconds to wait for a run to end whose command was killed
@@ -205,23 +206,25 @@ class Pipeline:
         assert self.former
         folder = self.former[0]
         if self.state == "finished":
-            judge = bertscore.judge(self.evaluation.judge, self.evaluation.judge_layer, self.request.rehearse)
-            if evaluate.complete(evaluate.EvaluationTask(folder, self.evaluation), judge):
+            task = evaluate.EvaluationTask(folder, self.evaluation)
+            asked = self.evaluation
+            judged = judges.of_columns(task.columns, asked.judge, asked.judge_layer, self.request.rehearse)
+            if evaluate.complete(task, judged):
                 return SKIPPED
         job = places.job_state(folder, "evaluate", self._scoring(folder).words)
         return str(job) if job and (job.kind != "unknown" or not self.place.here) else None
 
 
-def need_judge(works: Sequence[Work], evaluation: evaluate.EvaluationRequest, rehearsal: bool) -> None:
-    """Have the model at hand that is to score what works generate, before GPU hours are spent on that.
+def need_judges(
+    works: Sequence[Work], columns: Mapping[str, Column], evaluation: evaluate.EvaluationRequest, rehearsal: bool
+) -> None:
+    """Have the models at hand that are to score what works generate, before GPU hours are spent on that.
 
     Raises:
-        UserError, WorkFailed: see `bertscore.layer_of`.
+        UserError, WorkFailed: see `judges.require`.
     """
     if any("evaluate" in work.steps for work in works):
-        judge = bertscore.judge(evaluation.judge, evaluation.judge_layer, rehearsal)
-        if judge:
-            bertscore.layer_of(judge)
+        judges.require(judges.of_columns(columns, evaluation.judge, evaluation.judge_layer, rehearsal).values())
 
 
 def _is_resumable(folder: RunDir, former_run: Run) -> bool:

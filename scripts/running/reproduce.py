@@ -22,9 +22,9 @@ from ..planning import plan
 from ..planning.plan_tables import hours_are
 from ..planning.planner import GIB
 from ..runs.tasks import Outcome
-from ..scores import bertscore, evaluate
+from ..scores import evaluate, judges
 from ..terminal import tables
-from .pipeline import Pipeline, need_judge
+from .pipeline import Pipeline, need_judges
 
 
 def chosen(of_study: Study, only: list[str]) -> list[str]:
@@ -59,8 +59,10 @@ def reproduce(
         WorkFailed: the data cannot be fetched, or BERTScore's model cannot be loaded.
     """
     outcomes = [Outcome(recipe) for recipe in chosen(of_study, only)]
-    if not request.rehearse and evaluation.judge is None:
-        evaluation.judge = bertscore.DEFAULT
+    declared = judges.declared_in(of_study.columns)
+    if not request.rehearse and evaluation.judge is None and declared:  # to be fetched where it is not here
+        by = next(iter(declared.values()))
+        evaluation.judge, evaluation.judge_layer = by.model, evaluation.judge_layer or by.layer
     with held(lock(request.name, runs), "another reproduction of it is running there"):
         pipelines = [
             Pipeline(outcome, _request(request, outcome.recipe), evaluation, runs, place) for outcome in outcomes
@@ -80,7 +82,7 @@ def reproduce(
                     ready.append(pipeline)
                 bar.update(done)
         works = [pipeline.work() for pipeline in ready]
-        need_judge(works, evaluation, request.rehearse)
+        need_judges(works, of_study.columns, evaluation, request.rehearse)
         rehearsed = ["--rehearse"] if request.rehearse else []
         place.submit(works, request.name, runs, ["results", "--study", request.name, *rehearsed, "--runs", str(runs)])
     return outcomes
@@ -131,8 +133,9 @@ def outline(
         notes.append("hours are of the training alone; what generating and scoring takes is not planned")
         if not gpu:
             notes.append("whether it fits, and for how long it trains, is not known without a GPU; --gpu names one")
-        if evaluation.judge is None and bertscore.judge(None, None) is None:
-            notes.append(f"BERTScore's model, {bertscore.DEFAULT}, is to be fetched too: 1.4 GB")
+        for name, by in judges.of_columns(of_study.columns, evaluation.judge, None).items():
+            if by is None and evaluation.judge is None:
+                notes.append(f"{judges.declared_in(of_study.columns)[name].model}, for BERTScore, is to be fetched too")
     configs = [pipeline.composed for pipeline in pipelines if pipeline.composed]
     return {"data": _outlined_data(of_study, configs), "recipes": rows, "notes": list(dict.fromkeys(notes))}
 

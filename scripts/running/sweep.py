@@ -16,8 +16,9 @@ from ..configs.gpus import Gpu
 from ..places import Place
 from ..runs.tasks import DONE, Outcome, Work
 from ..scores import evaluate
+from ..scores.columns import columns_of
 from . import former, sweeps
-from .pipeline import Pipeline, need_judge
+from .pipeline import Pipeline, need_judges
 from .sweeps import Sweep, SweepMember
 
 AXOLOTL_SEED = 42  # where a config names none
@@ -112,7 +113,7 @@ def _carry_out(
         for pipeline in fitting:
             pipeline.former = former_runs.get(pipeline.digest() or "")
         works = _works(fitting, max_runs)
-        need_judge(works, evaluation, record.rehearsal)
+        need_judges(works, columns_of(record.recipe), evaluation, record.rehearsal)
         if any("run" in work.steps for work in works):
             _show_shared_differences(pipelines)
         place.submit(works, record.name, runs, ["results", "--sweep", record.label, "--runs", str(runs)])

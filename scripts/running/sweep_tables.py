@@ -4,43 +4,45 @@ from collections import Counter
 from typing import Any
 
 from ..base import yamlfiles
-from ..results import listing
+from ..results.study_tables import REHEARSALS
 from ..terminal import tables
 from . import sweeps
-from .sweeps import Sweep
+from .sweeps import Columns, Sweep
 
 
-def show(sweep: Sweep, rows: list[dict[str, Any]], best: str | None, form: tables.Form) -> None:
-    """Print the rows of `sweeps.rows`, in a form of `tables.Form`."""
+def show(sweep: Sweep, scored: Columns, rows: list[dict[str, Any]], best: str | None, form: tables.Form) -> None:
+    """Print the rows of `sweeps.rows` with the columns of `sweeps.columns`, in a form of `tables.Form`."""
     if form in ("json", "csv"):
         tables.write(rows if form == "json" else [_flat(sweep, row) for row in rows], form)
         return
     title = f"{sweep.name}: {sweep.recipe}"
     if sweep.rehearsal:
-        title = f"{title}. {listing.REHEARSALS}"
-    spare = ("minutes", "trained", "95 %", "planned GiB", "eval loss")
-    tables.write([_short(sweep, row) for row in rows], form, title, spare=spare)
-    for line in notes(sweep, rows, best):
+        title = f"{title}. {REHEARSALS}"
+    others = [column.label for column in scored.values()][:0:-1]
+    spare = ("minutes", *others, "trained", "95 %", "planned GiB", "eval loss")
+    tables.write([_short(sweep, scored, row) for row in rows], form, title, spare=spare)
+    for line in notes(sweep, scored, rows, best):
         tables.print_text(line, wide=form != "table")
 
 
-def notes(sweep: Sweep, rows: list[dict[str, Any]], best: str | None) -> list[str]:
+def notes(sweep: Sweep, scored: Columns, rows: list[dict[str, Any]], best: str | None) -> list[str]:
     """The notes below the table."""
-    quality = sweeps.quality_of(rows, best)
+    quality = sweeps.quality_of(rows, scored, best)
     front = [row["member"] for row in rows if row["pareto"]]
     lines = [f"Pareto front over peak memory and {quality}: {'; '.join(front)}"] if front else []
     lines += [f"Best by {best}: {row['member']}" for row in rows if row["best"]]
     if any(row["planned_gib"] is not None for row in rows):
         of_what = "Memory planned is the recipe's on a GPU"
         lines.append(f"{of_what}, measured the rehearsal's process on the CPU." if sweep.rehearsal else f"{of_what}.")
-    if any(row["bleu4_interval"] for row in rows):
+    if any(row[f"{name}_interval"] for name in scored for row in rows):
         several = len(sweep.members) > len(rows)
         lines.append(f"Intervals are over {'seeds' if several else 'the rows of one run'}.")
     return lines
 
 
-def _short(sweep: Sweep, row: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a row that fit a terminal."""
+def _short(sweep: Sweep, scored: Columns, row: dict[str, Any]) -> dict[str, Any]:
+    """The cells of a row that fit a terminal; the first score has its interval."""
+    first, *others = scored.values()
     values = {key: _yaml(row["values"].get(key)) for key in sweep.keys if not row["member"].startswith(f"{key}=")}
     wanted = max(len(row["seeds"]), 1)
     states = Counter(row["states"] + ["not begun"] * (wanted - len(row["states"])))
@@ -51,8 +53,9 @@ def _short(sweep: Sweep, row: dict[str, Any]) -> dict[str, Any]:
         **values,
         "state": next(iter(states)) if wanted == 1 else ", ".join(f"{n} {state}" for state, n in states.items()),
         "eval loss": row["eval_loss"],
-        "BLEU-4": row["bleu4"],
-        "95 %": row["bleu4_interval"],
+        first.label: row[first.name],
+        "95 %": row[f"{first.name}_interval"],
+        **{column.label: row[column.name] for column in others},
         "trained": None if share is None else f"{share:.2%}",
         "planned GiB": row["planned_gib"],
         "measured GiB": row["peak_memory_gib"],
@@ -71,6 +74,6 @@ def _yaml(value: Any) -> str | None:
 def _flat(sweep: Sweep, row: dict[str, Any]) -> dict[str, Any]:
     """A row without nested values, as CSV needs it."""
     flat = {key: value for key, value in row.items() if key not in ("values", "runs", "states", "seeds")}
-    for score in sweeps.QUALITY:
+    for score in [key.removesuffix("_interval") for key in row if key.endswith("_interval")]:
         flat[f"{score}_low"], flat[f"{score}_high"] = flat.pop(f"{score}_interval") or (None, None)
     return {"member": flat.pop("member")} | {key: _yaml(row["values"].get(key)) for key in sweep.keys} | flat

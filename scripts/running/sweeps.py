@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,23 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError, meant
+from ..base.errors import UserError, did_you_mean, meant
 from ..base.files import tensor_shapes, write_atomically
 from ..base.machine import now
 from ..base.yamlfiles import Config
 from ..configs import models
+from ..metrics.metric import Column
 from ..planning import lora
-from ..results import run_rows
+from ..results import comparable, run_rows
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations, intervals
-from ..scores.metrics import PER_ROW
+from ..scores.columns import columns_of
 from . import former
 
 PAIRED = "_"
-QUALITY = {"eval_loss": min} | {name: max if metric.higher_is_better else min for name, metric in PER_ROW.items()}
-CRITERIA: dict[str, Callable[..., dict[str, Any]]] = {**QUALITY, "memory": min, "time": min, "bleu4_per_gib": max}
-"""What a member can be the best by, and whether the least or the most of it is the best."""
+PER_GIB = "_per_gib"  # behind the name of a score
+LOSS = "eval_loss"
+Columns = Mapping[str, Column]
 
 
 class SweepMember(BaseModel):
@@ -175,6 +176,38 @@ def find_file(name: str) -> Path:
     return shipped[meant(name, shipped, "sweep", f"; there are {', '.join(shipped)}, or any YAML file")]
 
 
+def columns(sweep: Sweep, runs: Path) -> dict[str, Column]:
+    """What a sweep's runs were scored with; where there are none yet, what its recipe's would be."""
+    of_digest = former.by_digest(runs, sweep.recipe)
+    found: dict[str, Column] = {}
+    for folder, run in (of_digest[m.digest] for m in sweep.members if m.digest in of_digest):
+        found |= comparable.columns(run, evaluations.of_run(folder.path, run))
+    return found or columns_of(sweep.recipe)
+
+
+def qualities(scored: Columns) -> dict[str, Callable[..., Any]]:
+    """The eval loss and scores, and for each whether the least or the most of it is the best."""
+    return {LOSS: min} | {name: column.better for name, column in scored.items()}
+
+
+def criteria(scored: Columns) -> dict[str, Callable[..., Any]]:
+    """What a member can be the best by, and whether the least or the most of it is the best."""
+    first = next(iter(scored.values()))
+    per_gib: dict[str, Callable[..., Any]] = {f"{first.name}{PER_GIB}": max} if first.metric.higher_is_better else {}
+    return qualities(scored) | {"memory": min, "time": min} | per_gib
+
+
+def check_best(best: str | None, scored: Columns) -> None:
+    """Refuse what a member cannot be the best by.
+
+    Raises:
+        UserError: none is scored with a metric of that name.
+    """
+    if best and best not in criteria(scored):
+        hint = did_you_mean(best, criteria(scored))
+        raise UserError(f"--best {best}: not one of {', '.join(criteria(scored))}{hint}")
+
+
 def rows(sweep: Sweep, runs: Path, best: str | None = None) -> list[dict[str, Any]]:
     """A row for each name among the members: what it sets and what its finished runs measured.
 
@@ -184,31 +217,45 @@ def rows(sweep: Sweep, runs: Path, best: str | None = None) -> list[dict[str, An
     Args:
         sweep: the sweep.
         runs: the folder with the runs.
-        best: one of `CRITERIA`, to mark the best row by.
+        best: one of `criteria`, to mark the best row by.
+
+    Raises:
+        UserError: see `check_best`.
     """
+    scored = columns(sweep, runs)
+    check_best(best, scored)
     of_digest = former.by_digest(runs, sweep.recipe)
     by_name = [list(of_name) for _, of_name in itertools.groupby(sweep.members, key=lambda member: member.name)]
-    compared = [_row(of_name, [of_digest[m.digest] for m in of_name if m.digest in of_digest]) for of_name in by_name]
-    quality = quality_of(compared, best)
+    compared = [
+        _row(of_name, [of_digest[m.digest] for m in of_name if m.digest in of_digest], scored) for of_name in by_name
+    ]
+    quality = quality_of(compared, scored, best)
     for row in compared:
-        row["pareto"] = on_front(row, compared, "peak_memory_gib", quality)
+        row["pareto"] = on_front(row, compared, "peak_memory_gib", quality, qualities(scored)[quality])
         row["best"] = False
     if best and (ranked := [row for row in compared if _criterion(row, best) is not None]):
-        CRITERIA[best](ranked, key=lambda row: _criterion(row, best) or 0.0)["best"] = True
+        criteria(scored)[best](ranked, key=lambda row: _criterion(row, best) or 0.0)["best"] = True
     return compared
 
 
-def quality_of(compared: Sequence[dict[str, Any]], best: str | None = None) -> str:
-    """The quality that the front is over: the one asked for, else BLEU-4 where all are scored, else the loss."""
-    if best in QUALITY:
+def quality_of(compared: Sequence[dict[str, Any]], scored: Columns, best: str | None = None) -> str:
+    """The quality that the front is over: the one asked for, else the first score where all have it, else the loss."""
+    if best in qualities(scored):
         return str(best)
-    measured = [row for row in compared if row["eval_loss"] is not None]
-    return "bleu4" if measured and all(row["bleu4"] is not None for row in measured) else "eval_loss"
+    first = next(iter(scored))
+    measured = [row for row in compared if row[LOSS] is not None]
+    return first if measured and all(row[first] is not None for row in measured) else LOSS
 
 
-def on_front(row: dict[str, Any], compared: Sequence[dict[str, Any]], cost: str, quality: str) -> bool:
-    """Whether a row is on the Pareto front: no other is as good in both a cost and a quality, and better in one."""
-    sign = 1 if QUALITY[quality] is min else -1
+def on_front(
+    row: dict[str, Any], compared: Sequence[dict[str, Any]], cost: str, quality: str, better: Callable[..., Any]
+) -> bool:
+    """Whether a row is on the Pareto front: no other is as good in both a cost and a quality, and better in one.
+
+    Args:
+        better: `min` or `max`, whichever takes the better of two qualities.
+    """
+    sign = 1 if better is min else -1
 
     def losses(some: dict[str, Any]) -> tuple[float, float] | None:
         return None if None in (some.get(cost), some.get(quality)) else (some[cost], sign * some[quality])
@@ -218,7 +265,7 @@ def on_front(row: dict[str, Any], compared: Sequence[dict[str, Any]], cost: str,
     return own is not None and not any(rival[0] <= own[0] and rival[1] <= own[1] for rival in rivals if rival)
 
 
-def _row(members: Sequence[SweepMember], of_runs: Sequence[tuple[RunDir, Run]]) -> dict[str, Any]:
+def _row(members: Sequence[SweepMember], of_runs: Sequence[tuple[RunDir, Run]], scored: Columns) -> dict[str, Any]:
     """The row of the members of a name; of the finished runs of these, the first stands for what is alike in all."""
     done = [(folder, run) for folder, run in of_runs if run.state == "finished"]
     measured = [run_rows.row(folder, run) for folder, run in done]
@@ -229,13 +276,13 @@ def _row(members: Sequence[SweepMember], of_runs: Sequence[tuple[RunDir, Run]]) 
         "runs": [str(folder.path) for folder, _ in of_runs],
         "states": [run.state for _, run in of_runs],
     }
-    for score in QUALITY:
-        values = [run[score] for run in measured if run[score] is not None]
+    for score in qualities(scored):
+        values = [run[score] for run in measured if run.get(score) is not None]
         row |= {score: sum(values) / len(values) if values else None, f"{score}_interval": None}
         if len(values) > 1:
             row[f"{score}_interval"] = intervals.of_few(values)
-        elif values and len(members) == 1 and (scored := evaluations.of_run(done[0][0].path, done[0][1])):
-            row[f"{score}_interval"] = scored.scores["intervals"].get(score)
+        elif values and len(members) == 1 and (own := evaluations.of_run(done[0][0].path, done[0][1])):
+            row[f"{score}_interval"] = own.scores["intervals"].get(score)
     trainable, frozen = _parameters(*done[0]) if done else (None, None)
     first = measured[0] if measured else {}
     return row | {
@@ -268,8 +315,8 @@ def _parameters(folder: RunDir, run: Run) -> tuple[int | None, int | None]:
 
 
 def _criterion(row: dict[str, Any], name: str) -> float | None:
-    if name == "bleu4_per_gib":
-        memory = row["peak_memory_gib"]
-        return row["bleu4"] / memory if memory and row["bleu4"] is not None else None
+    if name not in row and name.endswith(PER_GIB):
+        memory, quality = row["peak_memory_gib"], row[name.removesuffix(PER_GIB)]
+        return quality / memory if memory and quality is not None else None
     value: float | None = row[{"memory": "peak_memory_gib", "time": "train_seconds"}.get(name, name)]
     return value

@@ -1,5 +1,6 @@
 """Predictions of a run's model on test rows, and their scores: `recipe evaluate`."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,8 @@ from ..data import study
 from ..data.study import Decoding
 from ..runs.rundir import Run, RunDir
 from ..runs.tasks import Command
-from . import bertscore, evaluation_rows
+from . import evaluation_rows, judges
+from .columns import columns_of
 from .evaluations import (
     ADAPTER,
     BASE_MODEL,
@@ -46,8 +48,10 @@ class EvaluationRequest:
         max_new_tokens: by default the study's.
         batch_size: the most rows generated at a time; fewer where they are long, see `batches`.
         cache: the form of the key-value cache; `auto` is static on a GPU, where transformers compiles for it.
-        judge: BERTScore's model, see `bertscore.judge`.
+        judge: BERTScore's model, see `judges.judge`.
         judge_layer: its layer.
+        metrics: what to score with beside the study's metrics, as --metric takes it; without both see
+            `registry.DEFAULT`.
     """
 
     data: Path | None = None
@@ -58,6 +62,7 @@ class EvaluationRequest:
     cache: Literal["auto", "static", "dynamic"] = "auto"
     judge: str | None = None
     judge_layer: int | None = None
+    metrics: Sequence[str] = ()
 
     def options(self) -> list[str]:
         """The request as options of `recipe evaluate`."""
@@ -71,7 +76,8 @@ class EvaluationRequest:
             "--bertscore": self.judge,
             "--bertscore-layer": self.judge_layer,
         }
-        return [word for option, value in options.items() if value is not None for word in (option, str(value))]
+        words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+        return words + [word for metric in self.metrics for word in ("--metric", metric)]
 
 
 class EvaluationTask:
@@ -82,15 +88,17 @@ class EvaluationTask:
         cfg: its config.
         rows: the rows, as many as are evaluated.
         settings: what their predictions depend on.
+        columns: what they are scored with.
         where: the folder for predictions and scores.
 
     Raises:
-        UserError: the adapter or the data is missing, or there is no answer to compare a prediction with.
+        UserError: a metric, the adapter or the data is missing, or there is no answer to compare a prediction with.
     """
 
     def __init__(self, folder: RunDir, request: EvaluationRequest):
         self.run = folder.read()
         self.cfg = yamlfiles.read_yaml(folder.config)
+        self.columns = columns_of(self.run.origin, request.metrics)
         adapter = request.adapter
         weights = None if adapter == BASE else folder.output if adapter is None else Path(adapter)
         if weights and not (weights / ADAPTER).is_file():
@@ -143,13 +151,15 @@ def _unfinished(folder: RunDir, run: Run) -> str:
     return f": the run is {run.state}{'' if run.state == 'finished' else '; evaluate it once it is finished'}"
 
 
-def complete(task: EvaluationTask, judge: bertscore.Judge | None) -> Evaluation | None:
+def complete(task: EvaluationTask, judged: judges.Judges) -> Evaluation | None:
     """The evaluation that a task asks for, if it is there: of the same rows, by the same model and code."""
     former = _same_work(task)
+    scored = former.columns if former else {}
     current = (
         former
         and former.version == VERSION
-        and bertscore.made_by(judge, former.scores.get("bertscore"))
+        and judges.same(judged, task.columns, former.scores)
+        and all(column.same_scores(scored.get(name)) for name, column in task.columns.items() if name not in judged)
         and former.settings.limit == task.settings.limit
         and former.settings.test_set == task.settings.test_set
     )
@@ -170,38 +180,40 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     stopped, a complete one is not repeated.
 
     Raises:
-        UserError: see `EvaluationTask`, and `bertscore.layer_of`.
+        UserError: see `EvaluationTask`, and `bertscore_f1.layer_of`.
         WorkFailed: BERTScore's model cannot be loaded, or memory does not suffice.
     """
     task = EvaluationTask(folder, request)
-    judge = bertscore.judge(request.judge, request.judge_layer, task.run.rehearsal)
+    judged = judges.of_columns(task.columns, request.judge, request.judge_layer, task.run.rehearsal)
+    judges.say_left_out(task.columns, judged, request.judge)
+    summary = folder.summary(task.run)
     if task.run.state != "finished":
-        summary = folder.summary(task.run)
         say(f"{folder.path}: the run is {task.run.state} at step {summary.step} of {summary.max_steps}")
-    if judge is None and request.judge is None:
-        say(f"BERTScore is left out: {bertscore.DEFAULT} is not on this machine; `--bertscore {bertscore.DEFAULT}` "
-            "fetches it (1.4 GB)")  # fmt: skip
     task.where.mkdir(parents=True, exist_ok=True)
     with held(task.where / ".evaluation.lock", "another evaluation is running"):
         predictions = task.where / PREDICTIONS
         settings = task.settings
         part = task.where / "predictions.part.jsonl"
-        if former := complete(task, judge):
+        if former := complete(task, judged):
             say(f"{predictions}: complete, made and scored with the same settings")
             return former
-        if judge:
+        if any(judged.values()):
             with Bar("looking for BERTScore's model", 1):
-                bertscore.layer_of(judge)  # before hours are spent on what it is to score
+                judges.require(judged.values())
+        old: Iterable[str] = ()
         if former := _same_work(task):
             say(f"{predictions}: complete, made with the same settings; scoring it anew")
-            rows = read_predictions(task.where)
+            rows, old = read_predictions(task.where), former.columns
             settings = settings.model_copy(update=former.settings.model_dump(include={"batch_size", "cache"}))
         else:
             _make_way(task)
             with importing_axolotl(offline=task.run.rehearsal):
                 rows = predict(task.rows, settings, task.cfg, folder.output, part, on_cpu=task.run.rehearsal)
         with Bar("scoring", 1):
-            scores, rows = score(rows, judge)
+            own = request.adapter is None  # the eval loss is not that of another adapter
+            scores, rows = score(rows, task.columns, judged, old, summary.eval_loss_per_token if own else None)
+        for note in scores.get("notes", ()):
+            say(note)
         write_rows(predictions, rows)
         result = Evaluation(
             made=now(),

@@ -8,6 +8,8 @@ from pydantic import BaseModel
 
 from ..base.files import Row
 from ..data.study import Decoding
+from ..metrics import registry
+from ..metrics.metric import Column
 from ..runs.rundir import Run
 
 PREDICTIONS = "predictions.jsonl"
@@ -77,6 +79,11 @@ class Evaluation(BaseModel):
     version: int = 1
     code_sha256: str
     settings: EvaluationSettings
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """What it scored with, by name."""
+        return registry.recorded(self.scores)
 
 
 def read_scores(folder: Path) -> Evaluation | None:

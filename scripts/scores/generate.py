@@ -166,7 +166,7 @@ class Generator(Prompter):
     def _decoding(self) -> GenerationConfig:
         """The settings' decoding, and of the model's own only the tokens that end an answer."""
         decoding = self.settings.decoding
-        sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+        sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
         ends = self.model.generation_config.eos_token_id
         return GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,

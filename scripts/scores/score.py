@@ -1,17 +1,20 @@
 """Scores of predictions against references, whoever made them: each row's, and their means."""
 
-import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from .. import metrics
 from ..base.errors import UserError
 from ..base.files import Row, json_rows
-from . import bertscore, bleu, intervals
-from .metrics import METRICS, PER_ROW, Metric
+from ..metrics import registry
+from ..metrics.metric import Column
+from ..metrics.words import words
+from . import intervals
+from .judges import Judges, declared_in
 
 VERSION = 1
 """Of what scores mean. To be raised with any change after which the same texts score otherwise; scores of another
@@ -33,63 +36,143 @@ def read_rows(file: Path, fields: Sequence[str] = ("reference", "prediction"), h
     return rows
 
 
-def with_scores(rows: Sequence[Row]) -> list[Row]:
-    """Rows with the metrics that need no model and `exact`, and without older scores.
+def read_pairs(file: Path, prediction: str = "prediction", reference: str = "reference") -> list[Row]:
+    """The rows of a JSONL file with the fields reference and prediction, taken from other fields if these are named.
+
+    Args:
+        file: the file.
+        prediction: the field with the prediction; a dot reaches below, as in `answer.text`.
+        reference: the field with the reference.
+
+    Raises:
+        UserError: see `read_rows`.
+    """
+    rows = read_rows(file, ())
+    for number, row in enumerate(rows, start=1):
+        found = {"reference": _below(row, reference), "prediction": _below(row, prediction)}
+        for (side, text), field in zip(found.items(), (reference, prediction), strict=True):
+            if not isinstance(text, str):
+                there = ", ".join(row) or "none"
+                raise UserError(
+                    f"{file}: row {number} needs the text field {field}; it has {there}; --{side}-field names another"
+                )
+        row |= found
+    return rows
+
+
+def _below(row: Any, field: str) -> Any:
+    """The value of a field, or of one below others whose names stand before the dots."""
+    if not isinstance(row, dict) or field in row:
+        return row.get(field) if isinstance(row, dict) else None
+    first, dot, rest = field.partition(".")
+    return _below(row.get(first), rest) if dot else None
+
+
+def of_predictions(columns: Mapping[str, Column]) -> Mapping[str, Column]:
+    """The columns, none of which is of a run.
+
+    Raises:
+        UserError: one is.
+    """
+    for name, column in columns.items():
+        if column.metric.of_loss:
+            raise UserError(
+                f"--metric {name}: is of a run, from its eval loss, and not of predictions; `recipe evaluate RUN "
+                f"--metric {name}` gives it"
+            )
+    return columns
+
+
+def with_scores(
+    rows: Sequence[Row], columns: Mapping[str, Column], judges: Judges | None = None, former: Iterable[str] = ()
+) -> list[Row]:
+    """Rows with `exact` and the scores of those columns that have one for each row, and without older scores.
 
     A row is exact where both texts are the same but for space around them.
+
+    Args:
+        rows: each with `reference` and `prediction`.
+        columns: what to score them with.
+        judges: who judges those of them that take a judge; by default the ones that they declare.
+        former: the names of scores that rows may have of before.
     """
-    scored = []
-    for row in rows:
-        reference, prediction = row["reference"], row["prediction"]
-        others = {key: value for key, value in row.items() if key not in PER_ROW and key != "exact"}
-        scores = {name: metric.of_row(reference, prediction) for name, metric in METRICS.items() if metric.of_row}
-        scored.append(others | scores | {"exact": reference.strip() == prediction.strip()})
+    judged = dict(judges or {})
+    pairs = [(row["reference"], row["prediction"]) for row in rows]
+    old = {*former, *columns, *registry.DEFAULT, "exact"}
+    scored = [{key: value for key, value in row.items() if key not in old} for row in rows]
+    for name, column in columns.items():
+        parameters = judged.get(name, column.parameters)
+        if column.metric.of_rows and parameters:
+            for row, value in zip(scored, column.metric.of_rows(pairs, parameters), strict=True):
+                row[name] = value
+    for row, (reference, prediction) in zip(scored, pairs, strict=True):
+        row["exact"] = reference.strip() == prediction.strip()
     return scored
 
 
-def score(rows: Sequence[Row], judge: bertscore.Judge | None = None) -> tuple[dict[str, Any], list[Row]]:
+def score(
+    rows: Sequence[Row],
+    columns: Mapping[str, Column],
+    judges: Judges | None = None,
+    former: Iterable[str] = (),
+    loss: float | None = None,
+) -> tuple[dict[str, Any], list[Row]]:
     """The scores of all rows together, and the rows with their own scores.
 
     Args:
         rows: each with `reference` and `prediction`.
-        judge: whose BERTScore to give each row as `bertscore_f1`; None gives none.
+        columns: what to score them with.
+        judges: who judges those of them that take a judge; by default the ones that they declare.
+        former: the names of scores that rows may have of before.
+        loss: the eval loss of the run that made the predictions, for the metrics that are of that.
 
     Returns:
-        The means of the metrics per row with their 95 % intervals; how BERTScore was computed; sacrebleu's corpus BLEU
-        and its signature; the shares of exact and empty predictions and of those that another row has too; and the
-        tokens of all predictions over those of all references.
+        The means of the metrics per row with their 95 % intervals; those that are of all rows together, or of the run;
+        what the metrics record of how they were computed, and `metrics`, their declarations; the shares of exact and
+        empty predictions and of those that another row has too; the tokens of all predictions over those of all
+        references; and `notes`, where there is something to know of the scores.
     """
-    from sacrebleu.metrics.bleu import BLEU
-
-    scored = with_scores(rows)
+    judged = dict(judges or declared_in(columns))
+    kept = {name: column for name, column in columns.items() if judged.get(name, column.parameters)}
+    scored = with_scores(rows, kept, judged, former)
     references = [row["reference"] for row in rows]
     predictions = [row["prediction"] for row in rows]
-    judged_by = None
-    if judge:
-        values, judged_by = bertscore.f1(list(zip(references, predictions, strict=True)), judge)
-        scored = [row | {"bertscore_f1": value} for row, value in zip(scored, values, strict=True)]
-    columns = {name: [row[name] for row in scored] for name in PER_ROW if name in scored[0]}
-    sacrebleu = BLEU()
-    corpus = sacrebleu.corpus_score(predictions, [references])
+    pairs = list(zip(references, predictions, strict=True))
+    means: dict[str, list[float]] = {}
+    others: dict[str, float | None] = {}
+    records: dict[str, Any] = {}
+    notes: list[str] = []
+    for name, column in kept.items():
+        metric, parameters = column.metric, judged.get(name) or column.parameters
+        if metric.of_rows:
+            means[name] = [row[name] for row in scored]
+        elif metric.of_all:
+            others[name] = metric.of_all(pairs, parameters)
+        elif metric.of_loss:
+            others[name] = None if loss is None else metric.of_loss(loss)
+        if metric.record:
+            records |= {column.recorded(key): value for key, value in metric.record(parameters).items()}
+        if metric.notes:
+            notes += [f"{name}: {note}" for note in metric.notes(pairs, parameters)]
     times = Counter(map(str.strip, predictions))
-    reference_tokens, prediction_tokens = (len(bleu.tokens("\n".join(texts))) for texts in (references, predictions))
+    reference_words, prediction_words = (len(words("\n".join(texts))) for texts in (references, predictions))
     return {
         "rows": len(rows),
-        **{name: sum(values) / len(rows) for name, values in columns.items()},
-        "intervals": {name: intervals.interval(values) for name, values in columns.items()},
-        "bertscore": judged_by,
-        "sacrebleu": corpus.score,
-        "sacrebleu_signature": str(sacrebleu.get_signature()),
+        **{name: sum(values) / len(rows) for name, values in means.items()},
+        "intervals": {name: intervals.interval(values) for name, values in means.items()},
+        **others,
+        **records,
         "exact": sum(row["exact"] for row in scored) / len(rows),
         "empty": times[""] / len(rows),
         "repeated": sum(count for text, count in times.items() if text and count > 1) / len(rows),
-        "length_ratio": prediction_tokens / reference_tokens if reference_tokens else None,
+        "length_ratio": prediction_words / reference_words if reference_words else None,
+        "metrics": {name: column.entry for name, column in kept.items()},
+        **({"notes": notes} if notes else {}),
     }, scored
 
 
 @cache
 def code_sha256() -> str:
     """A hash of the code that scores, which shows whether other code made a score."""
-    of_rows = [inspect.getfile(metric.of_row) for metric in METRICS.values() if metric.of_row]
-    files = map(Path, (__file__, inspect.getfile(Metric), bertscore.__file__, intervals.__file__, *of_rows))
+    files = [Path(__file__), Path(intervals.__file__), *sorted(Path(metrics.__path__[0]).glob("*.py"))]
     return sha256(b"".join(map(Path.read_bytes, files))).hexdigest()

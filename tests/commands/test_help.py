@@ -88,7 +88,7 @@ def test_the_versions_of_the_package_and_of_axolotl(recipe: Recipe) -> None:
     [
         (["run", "x", "--rehears"], "No such option '--rehears'. Did you mean '--rehearse'?"),
         (["evalute", "latest"], "No such command 'evalute'. Did you mean 'evaluate'?"),
-        (["sweep", "x", "--best", "bleu"], "'bleu' is not one of 'eval_loss', 'bleu4'"),
+        (["sweep", "x", "--on", "slrum"], "'slrum' is not one of 'local', 'slurm'"),
     ],
 )
 def test_wrong_usage_is_said_in_lines_that_a_log_can_hold(recipe: Recipe, words: list[str], says: str) -> None:

@@ -28,10 +28,10 @@ from qlora_recipes.results import verdict
 from qlora_recipes.running import sweeps
 from qlora_recipes.runs.rundir import Launch, Run, RunDir, Summary, summarise
 from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings, read_predictions, read_scores
-from qlora_recipes.scores.metrics import PER_ROW
 
 STUDY = study.find("haider2024")
 LLAMA_3 = "haider2024/llama-3-8b"
+SCORES = ("bleu4", "rouge_l", "bertscore_f1")  # of rows
 ATTACKS = [
     "<script>alert(1)</script>",
     "<img src=x onerror=alert(2)>",
@@ -93,7 +93,7 @@ def a_run(
             | {"bleu4": score, "rouge_l": score / 100, "exact": False, "bertscore_f1": 0.8 + score / 1000}
         )
     write_rows(run.path / "predictions.jsonl", predictions)
-    means = {key: sum(row[key] for row in predictions) / len(made) for key in PER_ROW}
+    means = {key: sum(row[key] for row in predictions) / len(made) for key in SCORES}
     intervals = {key: [0.9 * mean, 1.1 * mean] for key, mean in means.items()}
     settings: dict[str, Any] = {"base_model": "m", "adapter": "a", "adapter_sha256": "x", "data": str(test)}
     settings |= {"data_sha256": sha256(test), "rows": len(made)}
@@ -180,16 +180,18 @@ def test_a_run_with_nothing_yet(tmp_path: Path) -> None:
 def test_figures_are_what_plotly_draws(tmp_path: Path) -> None:
     from plotly.graph_objects import Figure
 
-    members = sweeps.rows(a_sweep(tmp_path / "sweep"), tmp_path / "sweep" / "runs")
+    sweep, sweep_runs = a_sweep(tmp_path / "sweep"), tmp_path / "sweep" / "runs"
+    members = sweeps.rows(sweep, sweep_runs)
     runs = {"a": a_run(tmp_path), "b": a_run(tmp_path, "haider2024/llama-2-7b", rehearsal=False)}
     figures = list(report_figures.training({name: run.read_metrics() for name, run in runs.items()}))
-    figures += report_comparisons.sweep(members)
+    figures += report_comparisons.sweep(members, sweeps.columns(sweep, sweep_runs))
     rows = [read_predictions(run.path) for run in runs.values()]
-    figures += report_figures.distributions(dict(zip("ab", rows, strict=True)))
-    figures += report_figures.distributions({"a": rows[0]})
+    of_two = [(column.label, column, dict(zip("ab", rows, strict=True))) for column in STUDY.columns.values()]
+    figures += report_figures.distributions(of_two)
+    figures += report_figures.distributions([(heading, column, {"a": rows[0]}) for heading, column, _ in of_two])
     table = verdict.rows(STUDY, tmp_path / "runs", False)
-    baselines = [{"baseline": b.name, "BLEU-4": b.bleu4} for b in STUDY.baselines]
-    figures += [report_figures.memory(members), report_comparisons.study(table, baselines)]
+    figures += [report_comparisons.study(STUDY, table, column, True) for column in STUDY.table.values()]
+    figures += [report_figures.memory(members)]
     figures += [report_figures.lora_share(lora.rows({"m": recipe_config(LLAMA_3)}), {"a": (64, 0.01)})]
     measured = {"format": "nf4", "block": 64, "double": True, "layer": "all", "bits": 4.1, "relative_error": 0.01}
     figures += report_figures.quantization([measured | {"snr_db": 20.5}], "a model")
@@ -293,7 +295,7 @@ def a_large_run(folder: Path, count: int = 5000) -> RunDir:
     assert 1400 < size / count < 1700 and len(gzip.compress(orjson.dumps(rows), 9)) > 0.35 * size
     test = folder / "data" / "test.jsonl"
     write_rows(test, rows)
-    scores = ({name: data.random() for name in PER_ROW} for _ in rows)
+    scores = ({name: data.random() for name in SCORES} for _ in rows)
     known = ({"row": i, "reference": row["output"], "prediction": text(12)} for i, row in enumerate(rows))
     write_rows(run.path / "predictions.jsonl", (row | score for row, score in zip(known, scores, strict=True)))
     of_other_rows(run, count)

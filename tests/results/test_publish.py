@@ -351,7 +351,7 @@ def test_a_recipe_of_ones_own_has_a_card_without_a_study(run: RunDir, tmp_path: 
     assert "license" not in front
     assert "code-review" not in front["tags"]
     assert "licence of [owner/model](https://huggingface.co/owner/model) is not known" in text
-    for absent in ("study", "arXiv", "CC-BY", "published", "Below is an instruction"):
+    for absent in ("study", "2411.10129", "CC-BY", "published", "Below is an instruction"):
         assert absent not in text
 
 

@@ -120,6 +120,9 @@ def test_nothing_is_started_where_a_member_is_wrong(tmp_path: Path, recipe: Reci
     assert not (tmp_path / "runs").exists()
     assert "name a sweep's file" in recipe("sweep", BASE).stderr
     assert "did you mean targets" in recipe("sweep", BASE, "tragets").stderr
+    best = recipe("sweep", BASE, "--set", "lora_r=8,16", "--best", "bleu")
+    assert (best.returncode, "--best bleu: not one of eval_loss, bleu4, " in best.stderr) == (2, True)
+    assert "memory, time, bleu4_per_gib; did you mean bleu4" in best.stderr
 
 
 def test_what_does_not_fit_is_told_before_anything_starts(tmp_path: Path, recipe: Recipe, tiny_profile: Path) -> None:
@@ -188,7 +191,7 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
     rows = [{"peak_memory_gib": float(memory), "bleu4": float(bleu4)} for memory, bleu4 in points]
     for (memory, bleu4), row in zip(points, rows, strict=True):
         beaten = any(m <= memory and b >= bleu4 and (m, b) != (memory, bleu4) for m, b in points)
-        assert sweeps.on_front(row, rows, "peak_memory_gib", "bleu4") != beaten
+        assert sweeps.on_front(row, rows, "peak_memory_gib", "bleu4", max) != beaten
 
 
 def test_results_of_a_sweep_in_every_form(tmp_path: Path, recipe: Recipe) -> None:

@@ -7,7 +7,11 @@ from conftest import Recipe
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.scores import compare, intervals, score
+from qlora_recipes.scores.columns import columns_of
 from qlora_recipes.scores.compare import Predictions
+
+USUAL = columns_of()
+PLAIN = {name: USUAL[name] for name in ("bleu4", "rouge_l")}
 
 
 def rows(*predictions: str, **more: list[Any]) -> list[dict[str, Any]]:
@@ -17,13 +21,13 @@ def rows(*predictions: str, **more: list[Any]) -> list[dict[str, Any]]:
     ]
     for name, values in more.items():
         made = [row | {name: value} for row, value in zip(made, values, strict=True)]
-    return score.with_scores(made)
+    return score.with_scores(made, PLAIN)
 
 
 def test_a_comparison_is_of_the_same_rows() -> None:
     a = rows("rename variable", "why", "rename it please", "nit", idx=[7, 8, 9, 11])
     b = rows("nit", "x", "rename", "nit", idx=[7, 8, 9, 10])
-    compared = compare.compare(Predictions(a), Predictions(list(reversed(b))))
+    compared = compare.compare(Predictions(a, PLAIN), Predictions(list(reversed(b)), PLAIN))
     assert [row["score"] for row in compared] == ["bleu4", "rouge_l"]
     expected = intervals.paired([row["bleu4"] for row in a[:3]], [row["bleu4"] for row in b[:3]])
     assert compared[0] == {"score": "bleu4", "rows": 3, "a": pytest.approx(sum(r["bleu4"] for r in a[:3]) / 3),
@@ -41,20 +45,23 @@ def test_bertscores_are_compared_only_where_one_judge_made_both() -> None:
     a, b = ([row | {"bertscore_f1": value} for row in rows("x", "y")] for value in (0.8, 0.9))
     judge, other = {"model": "m", "revision": "1"}, {"model": "m", "revision": "2"}
     for left, right, count in ((judge, judge, 3), (judge, other, 2), (None, None, 2), (judge, None, 2)):
-        made = compare.compare(Predictions(a, False, left), Predictions(b, False, right))
+        columns = PLAIN | {"bertscore_f1": USUAL["bertscore_f1"]}
+        of_a, of_b = (Predictions(rows, columns, False, {"bertscore_f1": by}) for rows, by in ((a, left), (b, right)))
+        made = compare.compare(of_a, of_b)
         assert len(made) == count
 
 
 def test_a_rehearsal_is_not_compared_with_a_run() -> None:
     with pytest.raises(UserError, match="one of the runs is a rehearsal"):
-        compare.compare(Predictions(rows("x"), True), Predictions(rows("y"), False))
-    assert compare.compare(Predictions(rows("x"), True), Predictions(rows("y")))
+        compare.compare(Predictions(rows("x"), PLAIN, True), Predictions(rows("y"), PLAIN, False))
+    assert compare.compare(Predictions(rows("x"), PLAIN, True), Predictions(rows("y"), PLAIN))
 
 
 def test_scores_that_a_file_brings_along_are_not_believed(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(orjson.dumps({"reference": "a b c d", "prediction": "a b c d", "bleu4": 0.01, "bertscore_f1": 9}))
-    (row,) = compare.predictions(str(file), tmp_path).rows
+    (of_file,) = compare.several([str(file)], tmp_path)
+    (row,) = of_file.rows
     assert row["bleu4"] == pytest.approx(100) and "bertscore_f1" not in row
 
 
@@ -73,19 +80,19 @@ def test_other_rows_are_refused() -> None:
 
 
 def test_groups_by_language_and_length() -> None:
-    found = compare.by_group(rows("rename", "why", "x", lang=["py", "go", "py"]), "lang")
+    found = compare.by_group(Predictions(rows("rename", "why", "x", lang=["py", "go", "py"]), PLAIN), "lang")
     assert [(group["lang"], group["rows"]) for group in found] == [("go", 1), ("py", 2)]
     lengths = [
         row | {"reference": "word " * n} for row, n in zip(rows("a", "b", "c", "d"), (3, 10, 11, 60), strict=True)
     ]
-    groups = compare.by_group(lengths, "length")
+    groups = compare.by_group(Predictions(lengths, PLAIN), "length")
     assert [(g["length"], g["rows"]) for g in groups] == [
         ("0 to 10 tokens", 2),
         ("11 to 25 tokens", 1),
         ("more than 50 tokens", 1),
     ]
     with pytest.raises(UserError, match="have no field lang"):
-        compare.by_group(rows("a"), "lang")
+        compare.by_group(Predictions(rows("a"), PLAIN), "lang")
 
 
 def test_the_command_compares_files(recipe: Recipe, tmp_path: Path) -> None:

@@ -2,31 +2,34 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from ..base.errors import UserError, WorkFailed
 from ..base.files import sha256
 from ..base.quiet import importing_axolotl
-from ..configs import standin
+from .metric import Metric, Pair, Parameters
 
-DEFAULT = "roberta-large"  # bert-score's own for English, and the published scores'
+DEFAULT = "roberta-large"  # bert-score's own for English
 
 
-@dataclass(frozen=True)
-class Judge:
+class Judge(Parameters):
     """The model whose embeddings BERTScore compares.
 
     Attributes:
         model: its name on the hub, or its folder.
         layer: the layer that provides the embeddings; None is the one that bert-score's authors tuned.
-        stand_in: whether it only stands in for the study's model, as in a rehearsal.
     """
 
-    model: str
-    layer: int | None = None
-    stand_in: bool = False
+    model: str = DEFAULT
+    layer: int | None = Field(default=None, ge=1)
+
+    @property
+    def stand_in(self) -> bool:
+        """Whether it only stands in for the study's model, as in a rehearsal."""
+        return False
 
     @property
     def is_local(self) -> bool:
@@ -35,12 +38,10 @@ class Judge:
     @property
     def name(self) -> str:
         """Its name in scores, which names no folder of this machine."""
-        return standin.JUDGE if self.stand_in else Path(self.model).name if self.is_local else self.model
+        return Path(self.model).name if self.is_local else self.model
 
     def local_revision(self) -> str:
         """The hash that distinguishes the weights in its folder from others of that name."""
-        if self.stand_in:
-            return standin.judge_version()
         files = sorted([*Path(self.model).glob("*.safetensors"), *Path(self.model).glob("*.bin")])
         return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
@@ -51,28 +52,22 @@ class Judge:
         )
 
 
-def judge(asked: str | None, layer: int | None, rehearsal: bool = False) -> Judge | None:
-    """The judge that a user asked for; None where there is to be no BERTScore.
-
-    By default it is the stand-in in a rehearsal, otherwise `DEFAULT` if that is on this machine, as it is large.
-    """
-    if asked == "none":
-        return None
-    if asked:
-        return Judge(asked, layer)
-    if rehearsal:
-        return Judge(str(standin.judge_folder()), standin.JUDGE_LAYERS, stand_in=True)
-    from huggingface_hub import try_to_load_from_cache
-
-    return Judge(DEFAULT, layer) if isinstance(try_to_load_from_cache(DEFAULT, "config.json"), str) else None
-
-
 def made_by(by: Judge | None, record: dict[str, Any] | None) -> bool:
     """Whether the record of a BERTScore is of this judge; None is no judge and no score."""
     if by is None or record is None:
         return by is None and record is None
     same_weights = not by.is_local or by.local_revision() == record["revision"]
     return by.name == record["model"] and by.layer in (None, record["layer"]) and same_weights
+
+
+def _config(by: Judge) -> Any:
+    with importing_axolotl(offline=by.is_local):
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(by.model)
+        except (OSError, ValueError) as error:
+            raise by.not_loaded(error) from None
 
 
 def layer_of(by: Judge) -> int:
@@ -82,22 +77,21 @@ def layer_of(by: Judge) -> int:
         UserError: bert-score knows no best layer of the model, or the model has fewer layers.
         WorkFailed: the model cannot be loaded.
     """
+    config = _config(by)
     with importing_axolotl(offline=by.is_local):
         import bert_score
-        from transformers import AutoConfig
-
-        try:
-            layers = AutoConfig.from_pretrained(by.model).num_hidden_layers
-        except (OSError, ValueError, AttributeError) as error:
-            raise by.not_loaded(error) from None
+    try:
+        layers = config.num_hidden_layers
+    except AttributeError as error:
+        raise by.not_loaded(error) from None
     layer = by.layer or bert_score.utils.model2layers.get(Path(by.model).name)
     if layer is None or not 0 < layer <= layers:
         raise UserError(f"--bertscore-layer: name one of the {layers} layers of {by.model}")
     return int(layer)
 
 
-def f1(pairs: Sequence[tuple[str, str]], by: Judge) -> tuple[list[float], dict[str, Any]]:
-    """The F1 of each (reference, prediction), without rescaling, 0 where one of them is empty; and its record.
+def f1(pairs: Sequence[Pair], by: Judge) -> list[float]:
+    """The F1 of each (reference, prediction), without rescaling, 0 where one of them is empty.
 
     The library asks a RoBERTa tokenizer for a space before the first word, which transformers 5 silently ignores,
     and fails on empty texts: both are handled here, so that scores are those of the library as it was published.
@@ -130,10 +124,35 @@ def f1(pairs: Sequence[tuple[str, str]], by: Judge) -> tuple[list[float], dict[s
             scores = scorer.score(predictions, references)[2].tolist()
             for i, value in zip(with_text, scores, strict=True):
                 values[i] = value
-    return values, {
-        "model": by.name,
-        "stand_in": by.stand_in,
-        "layer": layer,
-        "revision": by.local_revision() if by.is_local else getattr(config, "_commit_hash", None),
-        "hash": scorer.hash.replace(by.model, by.name),
+    return values
+
+
+def record(by: Judge) -> dict[str, Any]:
+    """What identifies the judge of scores, and bert-score's own hash of its settings."""
+    config, layer = _config(by), layer_of(by)
+    with importing_axolotl(offline=by.is_local):
+        from bert_score.utils import get_hash
+    return {
+        "bertscore": {
+            "model": by.name,
+            "stand_in": by.stand_in,
+            "layer": layer,
+            "revision": by.local_revision() if by.is_local else getattr(config, "_commit_hash", None),
+            # neither weights by idf, nor rescaling, nor a fast tokenizer where the model has another
+            "hash": get_hash(by.name, layer, False, False, False, False),
+        }
     }
+
+
+METRIC = Metric(
+    name="bertscore_f1",
+    label="BERTScore F1",
+    hub_type="bertscore",
+    low=-1,
+    high=1,
+    source="bert-score, arXiv 1904.09675",
+    of_rows=f1,
+    parameters=Judge,
+    record=record,
+    judged=True,
+)

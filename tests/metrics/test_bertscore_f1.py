@@ -1,11 +1,13 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.configs import standin
-from qlora_recipes.scores import bertscore
-from qlora_recipes.scores.bertscore import Judge
+from qlora_recipes.metrics import bertscore_f1 as bertscore
+from qlora_recipes.metrics.bertscore_f1 import Judge
+from qlora_recipes.scores import judges
 
 PAIRS = [
     ("please fix this typo now", "fix this typo"),
@@ -13,6 +15,11 @@ PAIRS = [
     ("nit: remove this blank line", "LGTM!"),
     ("x " * 900, "y"),
 ]
+
+
+def record(judge: Judge) -> dict[str, Any]:
+    """What scores.json says of a judge."""
+    return bertscore.record(judge)["bertscore"]
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +48,23 @@ def test_scores_are_the_librarys() -> None:
     library = BERTScorer(model_type=folder, num_layers=6, lang="en")
     short = PAIRS[:3]  # of a text beyond the model's context, the library would make an error
     expected = library.score([given for _, given in short], [wanted for wanted, _ in short])[2].tolist()
-    found, made = bertscore.f1(short, Judge(folder, 6))
+    judge = Judge(model=folder, layer=6)
+    found, made = bertscore.f1(short, judge), record(judge)
     assert found == pytest.approx(expected, abs=1e-6)
     assert made["hash"] == library.hash.replace(folder, "model")
     assert made["layer"] == 6 and not made["stand_in"]
 
 
 def test_empty_texts_score_nothing_and_change_nothing() -> None:
-    judge = bertscore.judge(None, None, rehearsal=True)
+    judge = judges.judge(None, None, rehearsal=True)
     assert judge
-    alone, _ = bertscore.f1(PAIRS, judge)
-    among, made = bertscore.f1([("", "a"), *PAIRS[:2], ("a", " \n"), *PAIRS[2:], ("", "")], judge)
+    alone = bertscore.f1(PAIRS, judge)
+    among = bertscore.f1([("", "a"), *PAIRS[:2], ("a", " \n"), *PAIRS[2:], ("", "")], judge)
+    made = record(judge)
     assert (among[0], among[3], among[6]) == (0, 0, 0)
     assert among[1:3] + among[4:6] == pytest.approx(alone, abs=1e-6)
     assert (made["model"], made["stand_in"]) == ("all-MiniLM-L6-v2", True)
-    assert bertscore.f1([("a", "")], judge)[0] == [0]
+    assert bertscore.f1([("a", "")], judge) == [0]
 
 
 def test_a_roberta_gets_the_space_before_the_first_word_that_the_published_scores_had(roberta: Path) -> None:
@@ -82,49 +91,51 @@ def test_a_roberta_gets_the_space_before_the_first_word_that_the_published_score
         sides = [get_bert_embedding([text], model.eval(), Spaced(), weights, device="cpu") for text in (wanted, given)]
         (ref, ref_mask, ref_idf), (hyp, hyp_mask, hyp_idf) = sides
         expected = greedy_cos_idf(ref, ref_mask, ref_idf, hyp, hyp_mask, hyp_idf)[2].item()
-        assert bertscore.f1([(wanted, given)], Judge(str(roberta), 2))[0][0] == pytest.approx(expected, abs=1e-5)
-    assert bertscore.f1(PAIRS, Judge(str(roberta), 2))[0][3] > 0  # longer than its positions
+        assert bertscore.f1([(wanted, given)], Judge(model=str(roberta), layer=2))[0] == pytest.approx(
+            expected, abs=1e-5
+        )
+    assert bertscore.f1(PAIRS, Judge(model=str(roberta), layer=2))[3] > 0  # longer than its positions
 
 
 @pytest.mark.parametrize("layer", [None, 9])
 def test_a_layer_that_is_not_there_is_told(layer: int | None) -> None:
     with pytest.raises(UserError, match="--bertscore-layer: name one of the 6 layers"):
-        bertscore.f1(PAIRS, Judge(str(standin.judge_folder()), layer))
+        bertscore.f1(PAIRS, Judge(model=str(standin.judge_folder()), layer=layer))
 
 
 def test_a_model_that_is_not_there_is_told() -> None:
     with pytest.raises(WorkFailed, match=r"roberta-large cannot be loaded.*--bertscore none"):
-        bertscore.f1(PAIRS, Judge(bertscore.DEFAULT))
+        bertscore.f1(PAIRS, Judge(model=bertscore.DEFAULT))
 
 
 def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta: Path, tmp_path: Path) -> None:
-    judge = Judge(str(roberta), 2)
-    _, made = bertscore.f1(PAIRS[:1], judge)
-    assert bertscore.made_by(judge, made) and bertscore.made_by(Judge(str(roberta)), made)
-    assert not bertscore.made_by(Judge(str(roberta), 1), made)
+    judge = Judge(model=str(roberta), layer=2)
+    made = record(judge)
+    assert bertscore.made_by(judge, made) and bertscore.made_by(Judge(model=str(roberta)), made)
+    assert not bertscore.made_by(Judge(model=str(roberta), layer=1), made)
     other = tmp_path / roberta.name
     other.mkdir()
     (other / "model.safetensors").write_bytes(b"others")
-    assert not bertscore.made_by(Judge(str(other), 2), made)
+    assert not bertscore.made_by(Judge(model=str(other), layer=2), made)
     assert bertscore.made_by(None, None) and not bertscore.made_by(judge, None) and not bertscore.made_by(None, made)
-    stand_in = bertscore.judge(None, None, rehearsal=True)
-    assert stand_in and bertscore.made_by(stand_in, bertscore.f1(PAIRS[:1], stand_in)[1])
+    stand_in = judges.judge(None, None, rehearsal=True)
+    assert stand_in and bertscore.made_by(stand_in, record(stand_in))
 
 
 def test_a_folder_of_a_model_that_bert_score_knows_needs_no_layer(roberta: Path, tmp_path: Path) -> None:
     folder = tmp_path / "distilroberta-base"  # its best layer is 5, more than this one has
     folder.symlink_to(roberta)
     with pytest.raises(UserError, match="name one of the 3 layers"):
-        bertscore.layer_of(Judge(str(folder)))
+        bertscore.layer_of(Judge(model=str(folder)))
     small = tmp_path / "roberta-base"
     small.symlink_to(roberta)
-    assert bertscore.layer_of(Judge(str(small), 3)) == 3
+    assert bertscore.layer_of(Judge(model=str(small), layer=3)) == 3
 
 
 def test_the_judge_is_the_default_only_where_it_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bertscore.judge(None, None) is None
-    assert bertscore.judge("none", None, rehearsal=True) is None
-    assert bertscore.judge("some/model", 3) == Judge("some/model", 3)
+    assert judges.judge(None, None) is None
+    assert judges.judge("none", None, rehearsal=True) is None
+    assert judges.judge("some/model", 3) == Judge(model="some/model", layer=3)
     folder = tmp_path / "models--roberta-large"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("abc")
@@ -132,4 +143,4 @@ def test_the_judge_is_the_default_only_where_it_is_here(tmp_path: Path, monkeypa
     (folder / "snapshots" / "abc" / "config.json").write_text("{}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
-    assert bertscore.judge(None, None) == Judge("roberta-large")
+    assert judges.judge(None, None) == Judge(model="roberta-large")

@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from qlora_recipes.scores.bleu import bleu4, tokens
+from qlora_recipes.metrics.bleu4 import bleu4
+from qlora_recipes.metrics.words import words
 
 
 def test_known_scores() -> None:
@@ -12,8 +13,8 @@ def test_known_scores() -> None:
     assert bleu4("a b c", "x y z") == pytest.approx(0, abs=1e-70)
 
 
-def test_tokens() -> None:
-    assert tokens("Use `my_Var`, größe 2.5x!") == ["use", "`", "my", "_", "var", "`", ",", "größe", "2", ".", "5x", "!"]
+def test_words() -> None:
+    assert words("Use `my_Var`, größe 2.5x!") == ["use", "`", "my", "_", "var", "`", ",", "größe", "2", ".", "5x", "!"]
 
 
 def test_by_hand() -> None:

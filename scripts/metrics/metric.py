@@ -1,0 +1,124 @@
+"""What a metric is, and a column of scores: a metric with its parameters, under a name."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+Pair = tuple[str, str]  # reference and prediction
+
+
+class Parameters(BaseModel):
+    """What a metric can be told; this one takes nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of predictions, or of a run.
+
+    It has one of `of_rows`, `of_all` and `of_loss`, and each gets its parameters too.
+
+    Attributes:
+        name: what it is called in study.yaml, options and files.
+        label: its name in tables and figures.
+        hub_type: its kind as https://huggingface.co/metrics names it.
+        low, high: the least and the greatest value; None where there is no greatest.
+        source: where its definition is from.
+        unit: what it is in, such as %; empty for a plain number.
+        higher_is_better: which of two values is the better one.
+        of_rows: a score for each (reference, prediction); the score of all is their mean, and has an interval.
+        of_all: one score of all pairs together.
+        of_loss: one score of a run, from its eval loss in nats a token; it needs no predictions.
+        parameters: what it can be told.
+        record: what scores.json says besides of how it was computed.
+        notes: what a reader has to know of the scores of these pairs.
+        judged: whether a model judges, so that its parameters are a `Judge`.
+    """
+
+    name: str
+    label: str
+    hub_type: str
+    low: float
+    high: float | None
+    source: str
+    unit: str = ""
+    higher_is_better: bool = True
+    of_rows: Callable[[Sequence[Pair], Any], list[float]] | None = None
+    of_all: Callable[[Sequence[Pair], Any], float] | None = None
+    of_loss: Callable[[float], float] | None = None
+    parameters: type[Parameters] = Parameters
+    record: Callable[[Any], dict[str, Any]] | None = None
+    notes: Callable[[Sequence[Pair], Any], Iterator[str]] | None = None
+    judged: bool = False
+
+    @property
+    def scope(self) -> str:
+        """What one score of it is of, in words."""
+        return "a row" if self.of_rows else "all rows together" if self.of_all else "the run"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric with its parameters.
+
+    Attributes:
+        name: its key in predictions.jsonl and scores.json, and in study.yaml.
+        given_label: its name in tables and figures, where that is not the metric's.
+    """
+
+    name: str
+    metric: Metric
+    parameters: Parameters
+    given_label: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and figures, with the unit."""
+        name = self.given_label or self.metric.label
+        return f"{name}, {self.metric.unit}" if self.metric.unit else name
+
+    @property
+    def title(self) -> str:
+        """Its name on a model card."""
+        return f"{self.label}, mean over rows" if self.metric.of_rows else self.label
+
+    @property
+    def meaning(self) -> str:
+        """What its numbers are, in a line: what is averaged, the range, the source, and how it differs from that."""
+        high = "" if self.metric.high is None else f", {self.metric.low:g} to {self.metric.high:g}"
+        given = self.parameters.model_dump(mode="json", exclude_defaults=True)
+        with_given = f"; with {', '.join(f'{key} {value}' for key, value in given.items())}" if given else ""
+        return f"{self.title}{high}; {self.metric.source}{with_given}"
+
+    @property
+    def judged(self) -> bool:
+        """Whether a model judges, which the user can choose."""
+        return self.metric.judged
+
+    @property
+    def better(self) -> Callable[..., Any]:
+        """`max` or `min`, which takes the better of values."""
+        return max if self.metric.higher_is_better else min
+
+    @property
+    def direction(self) -> str:
+        """Which values are better, in words."""
+        return f"{'higher' if self.metric.higher_is_better else 'lower'} is better"
+
+    @cached_property
+    def entry(self) -> dict[str, Any]:
+        """The metric and its parameters as study.yaml and scores.json have them."""
+        label = {"label": self.given_label} if self.given_label else {}
+        return {"metric": self.metric.name} | label | self.parameters.model_dump(mode="json", exclude_defaults=True)
+
+    def same_scores(self, other: "Column | None") -> bool:
+        """Whether another column has the same scores for the same texts, whatever its label."""
+        return other is not None and (self.metric, self.parameters) == (other.metric, other.parameters)
+
+    def recorded(self, key: str) -> str:
+        """The key in scores.json of a part of the metric's record; with the column's name where several may have it."""
+        return key if self.name == self.metric.name else f"{self.name}_{key}"

@@ -1,0 +1,131 @@
+"""All metrics, and columns of scores from how study.yaml, `--metric` and scores.json write them."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..base import yamlfiles
+from ..base.errors import UserError, did_you_mean
+from . import bertscore_f1, bleu4, chrf, eval_loss, exact_match, number, perplexity, rouge_l, sacrebleu
+from .metric import Column, Metric
+
+_MODULES = (bleu4, rouge_l, bertscore_f1, sacrebleu, chrf, exact_match, number, eval_loss, perplexity)
+METRICS: dict[str, Metric] = {module.METRIC.name: module.METRIC for module in _MODULES}
+DEFAULT = ("bleu4", "rouge_l", "bertscore_f1", "sacrebleu")
+"""What is computed where neither a study nor the user says what."""
+_NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")
+_TAKEN = (
+    *("rows", "intervals", "metrics", "notes", "exact", "empty", "repeated", "length_ratio", "bertscore"),  # of scores
+    *("row", "idx", "lang", "reference", "prediction", "prompt", "prompt_token_ids"),  # of predictions
+    *("run", "recipe", "variant_of", "study", "state", "jobs", "step", "steps", "ended", "verdict", "differs", "open"),
+    *("rehearsal", "test_set", "rows_evaluated", "memory", "time", "member", "values", "runs", "states", "seeds"),
+)
+"""Keys of predictions.jsonl, scores.json and results that are something else."""
+
+
+class WrongMetric(ValueError):
+    """A metric is not declared as it can be: `problems` by key, which is empty for the entry as a whole."""
+
+    def __init__(self, problems: Mapping[str, str]):
+        self.problems = problems
+        super().__init__("; ".join(f"{key}: {problem}" if key else problem for key, problem in problems.items()))
+
+
+def column(name: str, entry: Mapping[str, Any] | None = None) -> Column:
+    """The column of a name, as declared: `metric`, by default its name; `label`; and the metric's parameters.
+
+    Raises:
+        WrongMetric: there is no such metric, or a parameter is not one of its.
+    """
+    if not _NAME.fullmatch(name) or name in _TAKEN:
+        problem = "means something else in results" if name in _TAKEN else "is no name of letters, digits and _"
+        raise WrongMetric({"": f"{name} {problem}; give the column another name"})
+    given = dict(entry or {})
+    kind, label = given.pop("metric", name), given.pop("label", None)
+    if not isinstance(kind, str) or kind not in METRICS:
+        key = "metric" if "metric" in (entry or {}) else ""
+        remedy = "" if key else "; a column of another name says which one it is with `metric: NAME`"
+        hint = did_you_mean(str(kind), METRICS) or f"; there are {', '.join(METRICS)}"
+        raise WrongMetric({key: f"no metric is called {kind}{remedy}{hint}"})
+    if label is not None and not (isinstance(label, str) and label.strip()):
+        raise WrongMetric({"label": "expected a text"})
+    try:
+        return Column(name, METRICS[kind], METRICS[kind].parameters.model_validate(given), label)
+    except ValidationError as error:
+        problems = {}
+        for found in error.errors():
+            key = ".".join(map(str, found["loc"]))
+            there = [*METRICS[kind].parameters.model_fields]
+            hint = f"no parameter of {kind}; {f'it takes {", ".join(there)}' if there else 'it takes none'}"
+            problems[key] = hint if found["type"] == "extra_forbidden" else yamlfiles.in_words(found)
+        raise WrongMetric(problems) from None
+
+
+def columns(entries: Mapping[str, Mapping[str, Any] | None] | Iterable[str]) -> dict[str, Column]:
+    """Columns by name from a mapping of declarations, or from names.
+
+    Raises:
+        WrongMetric: see `column`.
+    """
+    declared = entries if isinstance(entries, Mapping) else dict.fromkeys(entries)
+    return {name: column(name, entry) for name, entry in declared.items()}
+
+
+def asked(texts: Iterable[str]) -> dict[str, Column]:
+    """The columns that are named with --metric, as in `bleu4` or `number: {markers: ["A: "]}`.
+
+    Raises:
+        UserError: one is malformed, or two have the same name.
+    """
+    found: dict[str, Column] = {}
+    for text in texts:
+        parsed = yamlfiles.parse(text, f"--metric {text}")
+        entries = {parsed: None} if isinstance(parsed, str) else parsed
+        well_formed = isinstance(entries, dict) and all(isinstance(e, dict | None) for e in entries.values())
+        if not well_formed or not entries:
+            raise UserError(f"--metric {text}: expected a metric's name, or as in 'number: {{markers: [\"A: \"]}}'")
+        for name, entry in entries.items():
+            try:
+                new = column(name, entry)
+            except WrongMetric as error:
+                raise UserError(f"--metric {text}: {error}") from None
+            if name in found:
+                raise UserError(f"--metric {text}: {name} is named twice; give one another name, as in "
+                                f"'other: {{metric: {new.metric.name}}}'")  # fmt: skip
+            found[name] = new
+    return found
+
+
+def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
+    """The columns of a scores.json; one from before metrics were declared tells them by its keys.
+
+    What a newer version may have recorded and this one does not know is left out.
+    """
+    entries = scores.get("metrics")
+    if entries is None:
+        return columns(name for name in METRICS if scores.get(name) is not None)
+    found = {}
+    for name, entry in entries.items():
+        try:
+            found[name] = column(name, entry)
+        except WrongMetric:
+            continue
+    return found
+
+
+def distinct(columns: Iterable[Column]) -> dict[str, Column]:
+    """Those columns that are not the same, by headings that differ: where two share a label, with parameters."""
+    found: dict[str, Column] = {}
+    for column in columns:
+        if heading(column, found) is None:
+            more = f" {yamlfiles.write_flow(column.entry)}" if column.label in found else ""
+            found[f"{column.label}{more}"] = column
+    return found
+
+
+def heading(column: Column, headings: Mapping[str, Column]) -> str | None:
+    """The heading of a column among those of `distinct`."""
+    same = (text for text, c in headings.items() if c.name == column.name and c.same_scores(column))
+    return next(same, None)

@@ -1,0 +1,42 @@
+"""ROUGE-L by the rouge-score library."""
+
+import sys
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from .metric import Metric, Pair, Parameters
+
+
+class RougeParameters(Parameters):
+    """Whether words are compared by their stems, as papers on English text mostly do."""
+
+    stemmed: bool = True
+
+
+@cache
+def _scorer(stemmed: bool) -> Any:
+    from absl import logging
+    from rouge_score.rouge_scorer import RougeScorer
+
+    # absl, which comes with it, would close the stderr of this moment when Axolotl sets up its logging
+    logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
+    return RougeScorer(["rougeL"], use_stemmer=stemmed)
+
+
+def rouge_l(pairs: Sequence[Pair], parameters: RougeParameters) -> list[float]:
+    """The F1 of each prediction against its one reference."""
+    scorer = _scorer(parameters.stemmed)
+    return [float(scorer.score(reference, prediction)["rougeL"].fmeasure) for reference, prediction in pairs]
+
+
+METRIC = Metric(
+    name="rouge_l",
+    label="ROUGE-L",
+    hub_type="rouge",
+    low=0,
+    high=1,
+    source="the F1 of rouge-score, Lin 2004, https://aclanthology.org/W04-1013",
+    of_rows=rouge_l,
+    parameters=RougeParameters,
+)

@@ -1,0 +1,109 @@
+"""How a study's runs are printed beside its published scores: `recipe results --study`."""
+
+from typing import Any
+
+from ..base.progress import say
+from ..data.study import Score, Study
+from ..metrics.metric import Column
+from ..terminal import tables
+from .verdict import notes
+
+REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
+
+
+def published_text(score: Score | None) -> str | None:
+    """A published score with its ±, if it has one."""
+    if score is None:
+        return None
+    return tables.text_of(score.value) + ("" if score.spread is None else f" ± {tables.text_of(score.spread)}")
+
+
+def of_metric(rows: list[dict[str, Any]], of_study: Study, column: Column) -> list[dict[str, Any]]:
+    """The rows of a study by one of its metrics, beside the published scores; by the first also over baselines."""
+    name = column.name
+    first = name == of_study.first.name
+    over = {b.name: f"over {b.scores[name].value}" for b in of_study.baselines if first and name in b.scores}
+    judged = {"by": f"{name}_model"} if column.judged else {}
+    return [
+        {
+            "recipe": full["recipe"],
+            "rows": full["rows"],
+            column.label: full[name],
+            "95 %": None if full[f"{name}_low"] is None else [full[f"{name}_low"], full[f"{name}_high"]],
+            "published": full[f"{name}_published"]
+            if full[f"{name}_spread"] is None
+            else published_text(Score(value=full[f"{name}_published"], spread=full[f"{name}_spread"])),
+            "difference": full[f"{name}_difference"],
+            "verdict": full[f"{name}_verdict"],
+            **{
+                heading: None if (gain := full["gains_percent"][label]) is None else f"{gain:+.1f} %"
+                for label, heading in over.items()
+            },
+            **{heading: full[key] for heading, key in judged.items()},
+        }
+        for full in rows
+    ]
+
+
+def of_costs(rows: list[dict[str, Any]], of_study: Study) -> list[dict[str, Any]]:
+    """The rows of a study by the metrics that have no table of their own, and what the runs cost."""
+    others = {name: column for name, column in of_study.columns.items() if name not in of_study.table}
+    return [
+        {
+            "recipe": full["recipe"],
+            **{column.label: full[name] for name, column in others.items()},
+            "eval loss": full["eval_loss"],
+            "peak GPU GiB": full["peak_gpu_memory_gib"],
+            "tokens/s": round(full["tokens_per_second"]) if full["tokens_per_second"] else None,
+            "GPU hours": full["gpu_hours"],
+        }
+        for full in rows
+    ]
+
+
+def baselines(of_study: Study) -> list[dict[str, Any]]:
+    """A study's baselines, each named."""
+    return [
+        {
+            "baseline": baseline.name,
+            **{column.label: published_text(baseline.scores.get(name)) for name, column in of_study.table.items()},
+            "on": baseline.test_set,
+        }
+        for baseline in of_study.baselines
+    ]
+
+
+def show(of_study: Study, rows: list[dict[str, Any]], rehearsal: bool, form: tables.Form) -> None:
+    """Print the rows of `verdict.rows`, in a form of `tables.Form`."""
+    if form == "json":
+        tables.write(rows, form)
+    elif not rows:
+        say("no run of its recipes is rehearsed yet; `recipe reproduce` with --rehearse does that")
+    elif form == "csv":
+        tables.write([_flat(full) for full in rows], form)
+    else:
+        title = REHEARSALS if rehearsal else about(of_study)
+        for column in of_study.table.values():
+            of_one = of_metric(rows, of_study, column)
+            over = [heading for heading in of_one[0] if heading.startswith("over ")]
+            spare = [*over, "by", "rows", "difference"]
+            tables.write(of_one, form, title, empty=True, spare=spare)
+            title = column.label
+        tables.write(of_costs(rows, of_study), form, empty=True, spare=["tokens/s", "peak GPU GiB", "eval loss"])
+        if not rehearsal:
+            if of_study.baselines:
+                tables.write(baselines(of_study), form, "To compare with")
+            for line in notes(of_study, rows):
+                tables.print_text(line, wide=form != "table")
+
+
+def about(of_study: Study) -> str:
+    """The paper of a study, and the rows that its published scores are on."""
+    return f"{of_study.cited}; published scores are on {of_study.test_title}"
+
+
+def _flat(full: dict[str, Any]) -> dict[str, Any]:
+    """A row without nested values, for CSV."""
+    gains = {f"gain_percent over {name}": gain for name, gain in full["gains_percent"].items()}
+    texts = {key: "; ".join(full[key]) for key in ("differs", "open")}
+    return {key: value for key, value in full.items() if key != "gains_percent"} | gains | texts

@@ -1,0 +1,103 @@
+"""A study.yaml that is wrong says where and what to do; what a study declares is what it has."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.data import study
+from qlora_recipes.data.study import Score, Study
+
+RECIPE = "haider2024/llama-2-7b"
+
+
+def loaded(folder: Path, change: dict[str, Any]) -> Study:
+    """The first study with some keys changed; None deletes one."""
+    content = yamlfiles.read_yaml(paths.RECIPES / "haider2024" / "study.yaml") | change
+    kept = {key: value for key, value in content.items() if value is not None}
+    (folder / "study.yaml").write_text(yamlfiles.write_yaml(kept))
+    return study.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"title": None}, "study.yaml:1: title: is missing; add it"),
+        ({"titel": "x"}, "titel: no such key here; correct its name or delete it"),
+        ({"tags": "code"}, "tags: expected a list, as in [a, b] instead of code"),
+        ({"metrics": {}}, "metrics: holds nothing; give at least one"),
+        ({"metrics": {"blue": {}}}, "metrics.blue: no metric is called blue; a column of another name says which"),
+        ({"metrics": {"a": {"metric": "numbr"}}}, "metrics.a.metric: no metric is called numbr; did you mean number?"),
+        ({"metrics": {"number": {"marker": ["x"]}}}, "metrics.number.marker: no parameter of number; it takes"),
+        ({"metrics": {"number": {"markers": "x"}}}, "metrics.number.markers: expected a list, as in [a, b]"),
+        ({"metrics": {"rows": {"metric": "number"}}}, "metrics.rows: rows means something else in results"),
+        ({"published": {RECIPE: {"scores": {"bleu": 5}}}}, f"published.{RECIPE}.scores.bleu: bleu is not one of the"),
+        ({"published": {RECIPE: {"scores": {"bleu4": "5 ± 1"}}}}, "scores.bleu4: expected a number, or as in {value: "),
+        ({"published": {RECIPE: {"bleu4": 5}}}, f"published.{RECIPE}.bleu4: no such key here"),
+        ({"published": {RECIPE: {"curve": "c.csv"}}}, "curve: no file c.csv lies beside study.yaml; add it"),
+        (
+            {"beside": {"a/b": {"of": "haider2024/lama-2-7b", "reproduces": True}}},
+            "is not under published; did you mean",
+        ),
+        ({"tolerances": {"bleu": 0.1}}, "tolerances.bleu: bleu is not one of the study's metrics; did you mean bleu4"),
+        ({"tolerances": {"bleu4": "small"}}, "tolerances.bleu4: expected a number instead of small"),
+        ({"columns": ["rouge"]}, "columns.0.rouge: rouge is not one of the study's metrics; did you mean rouge_l?"),
+        ({"decoding": {"max_new_tokens": 0}}, "decoding.max_new_tokens: Input should be greater than or equal to 1"),
+        ({"decoding": {"max_new_tokens": 9, "topk": 4}}, "decoding.topk: no such key here"),
+        ({"decoding": {"max_new_tokens": 9, "do_sample": "yes"}}, "decoding.do_sample: expected true or false instead"),
+        ({"decodings": {"by beam": {"max_new_tokens": 9}}}, "decodings.by beam: give it a name of letters"),
+        (
+            {"baselines": [{"name": "x", "scores": {"f1": 1}, "test_set": "test"}]},
+            "baselines.0.scores.f1: f1 is not one",
+        ),
+    ],
+)
+def test_a_mistake_is_told_with_its_line_and_a_remedy(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        alone = dict.fromkeys(("columns", "tolerances", "baselines")) | {"published": {RECIPE: {}}, "beside": {}}
+        loaded(tmp_path, alone | change)
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"{tmp_path / 'study.yaml'}:")
+    assert says in line
+
+
+def test_all_mistakes_are_told_at_once_in_the_order_of_the_lines(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        loaded(
+            tmp_path, {"titel": 1, "tags": 3, "metrics": {"blue": {}, "chrf": {"n": 1}}, "tolerances": {"blue": "x"}}
+        )
+    lines = [
+        int(line.removeprefix(f"{tmp_path}/study.yaml:").partition(":")[0]) for line in str(error.value).splitlines()
+    ]
+    assert len(lines) == 5 + 15 and lines == sorted(lines) and lines[0] > 1
+
+
+def test_the_line_is_that_of_a_recipe_whose_name_has_dots(tmp_path: Path) -> None:
+    published = {"a/llama-3.1-8b": {}, "a/llama-3.2-3b": {"trainr": "x"}}
+    with pytest.raises(UserError) as error:
+        loaded(tmp_path, {"published": published, "beside": {}})
+    number = int(str(error.value).removeprefix(f"{tmp_path}/study.yaml:").partition(":")[0])
+    assert "trainr: x" in (tmp_path / "study.yaml").read_text().splitlines()[number - 1]
+
+
+def test_what_a_study_declares(tmp_path: Path) -> None:
+    curve = tmp_path / "a.csv"
+    curve.write_text("step,train_loss\n1,2.5\n")
+    score = {"value": 67.4, "spread": 1.0}
+    of_study = loaded(
+        tmp_path,
+        {
+            "metrics": {"accuracy": {"metric": "number", "label": "GSM8K"}, "perplexity": None},
+            "published": {RECIPE: {"scores": {"accuracy": score, "perplexity": 3}, "curve": "a.csv"}},
+            **{"columns": None, "beside": None, "tolerances": None, "baselines": None, "open_settings": None},
+            "decodings": {"greedy": {"max_new_tokens": 9}},
+        },
+    )
+    assert (of_study.first.name, of_study.first.label) == ("accuracy", "GSM8K, %")
+    assert list(of_study.table) == list(of_study.columns) == ["accuracy", "perplexity"]
+    published = of_study.published[RECIPE].scores
+    assert published == {"accuracy": Score(value=67.4, spread=1.0), "perplexity": Score(value=3)}
+    assert [str(score) for score in published.values()] == ["67.4 ± 1", "3"]
+    assert (of_study.decodings["greedy"].top_k, of_study.beside, of_study.baselines) == (0, {}, [])

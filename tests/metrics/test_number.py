@@ -1,0 +1,69 @@
+"""The number of an answer, as two published evaluations find it."""
+
+import pytest
+
+from qlora_recipes.metrics import number, registry
+
+
+def right(reference: str, prediction: str, **parameters: object) -> bool:
+    """Whether a prediction counts as right."""
+    column = registry.column("number", parameters)
+    assert column.metric.of_rows
+    (score,) = column.metric.of_rows([(reference, prediction)], column.parameters)
+    assert score in (0, 100)
+    return score == 100
+
+
+@pytest.mark.parametrize(
+    ("prediction", "found"),
+    [
+        ("3 + 4 = 7. The final answer is:  7", 7),
+        ("The final answer is: 1,234 of 9", 1234),
+        ("The final answer is: -2.50", -2.5),
+        ("The final answer is: 5. The final answer is: 6", 5),
+        ("first 3, then 12 apples.", 12),  # no marker: the last of all
+        ("it was 8. The final answer is: none", 8),  # none behind the marker
+        ("The final answer is 3, of 4", 4),  # not the marker
+        ("no number at all", None),
+        ("", None),
+    ],
+)
+def test_as_loftq_finds_it(prediction: str, found: float | None) -> None:
+    assert number.number_of(prediction, number.NumberParameters()) == found
+    assert right("The final answer is:  7", prediction) == (found == 7)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "found"),
+    [
+        ("So it is 4. The answer is: 7", 7),
+        ("The answer is: 5\nThe answer is: 6.50!\nand 3", 6.5),  # the last of the marker, and its first line
+        ("#### 9 The answer is 7", 7),  # the marker that stands first in the list
+        ("The final answer is: $12.", 12),
+        ("#### 50%", 50),
+        ("The answer is: 3/4", 0.75),
+        ("The answer is: 3/0", None),
+        ("The answer is: 1/2/3", None),
+        ("The answer is: 1,234", None),  # a comma stays, and this is then no decimal
+        ("The answer is: seven", None),
+        ("The answer is: NaN", None),
+        ("it is 7", None),
+    ],
+)
+def test_as_peft_finds_it(prediction: str, found: float | None) -> None:
+    assert number.number_of(prediction, number.NumberParameters(parsed_as="peft")) == found
+    assert right("so #### 7", prediction, parsed_as="peft") == (found == 7)
+
+
+def test_what_has_no_number_is_never_right_and_the_reason_is_told() -> None:
+    column = registry.column("number", {"parsed_as": "peft"})
+    assert column.metric.notes
+    pairs = [("A: 7", "A: 7"), ("#### 8", "A: 8")]
+    assert not right("A: 7", "A: 7", parsed_as="peft")
+    references, predictions = column.metric.notes(pairs, column.parameters)
+    assert references.startswith("1 of 2 references have no number (1 have no 'The answer is: ' or ")
+    assert predictions.startswith("2 of 2 predictions have no number (")
+    assert "is in none of them), and none of these rows counts as right; `markers` names others" in predictions
+    told = registry.column("number", {"parsed_as": "peft", "markers": ["A: ", "#### "]})
+    assert list(column.metric.notes(pairs, told.parameters)) == []
+    assert right("#### 8", "A: 8", parsed_as="peft", markers=["A: ", "#### "])

@@ -1,0 +1,137 @@
+"""How metrics are declared, what each says of itself, and what is refused."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_recipes import metrics
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.metrics import registry
+from qlora_recipes.metrics.registry import METRICS, WrongMetric
+
+PAIRS = [("rename this variable please", "rename this variable"), ("why?", "why?"), ("a  B", "a b"), ("use it", "")]
+
+
+def test_every_module_with_a_metric_is_listed() -> None:
+    folder = Path(metrics.__path__[0])
+    with_one = {
+        file.stem for file in folder.glob("*.py") if any(_is_metric(node) for node in ast.parse(file.read_text()).body)
+    }
+    assert set(METRICS) == with_one
+
+
+def _is_metric(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["METRIC"]
+
+
+@pytest.mark.parametrize("name", set(METRICS) - {"bertscore_f1"})  # which needs a model; it has tests of its own
+def test_scores_are_within_the_range_that_a_metric_names(name: str) -> None:
+    metric = METRICS[name]
+    scores: list[float]
+    if metric.of_rows:
+        scores = metric.of_rows(PAIRS, metric.parameters())
+        assert len(scores) == len(PAIRS)
+    elif metric.of_all:
+        scores = [metric.of_all(PAIRS, metric.parameters())]
+    else:
+        assert metric.of_loss
+        scores = [metric.of_loss(1.25)]
+    assert all(metric.low <= score <= (metric.high or score) for score in scores)
+    assert metric.source and metric.label and metric.hub_type
+    perfect = [(reference, reference) for reference, _ in PAIRS]
+    if metric.of_rows and name != "number":  # of which these texts have none
+        assert metric.of_rows(perfect, metric.parameters()) == pytest.approx([metric.high] * len(PAIRS))
+
+
+def test_the_eval_loss_and_the_perplexity_are_of_the_run() -> None:
+    assert METRICS["perplexity"].of_loss and METRICS["perplexity"].of_loss(0) == 1
+    assert {name for name, metric in METRICS.items() if metric.scope == "the run"} == {"eval_loss", "perplexity"}
+    assert METRICS["sacrebleu"].scope == "all rows together"
+
+
+def test_exact_match_and_what_it_can_leave_out() -> None:
+    def scores(**parameters: bool) -> list[float]:
+        column = registry.column("exact_match", parameters)
+        assert column.metric.of_rows
+        return column.metric.of_rows([("a  B", "a  B\n"), ("a  B", "a B"), ("a  B", "a  b")], column.parameters)
+
+    assert scores() == [100, 0, 0]
+    assert scores(ignore_space=True) == [100, 100, 0]
+    assert scores(ignore_case=True) == [100, 0, 100]
+
+
+def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label() -> None:
+    entry = {"metric": "number", "label": "GSM8K accuracy", "markers": ["A: "]}
+    column = registry.column("accuracy", entry)
+    assert (column.label, column.entry) == ("GSM8K accuracy, %", entry)
+    assert registry.column("accuracy", column.entry) == column
+    assert column.meaning.endswith("; with markers ['A: ']")
+    plain = registry.column("number")
+    assert not column.same_scores(plain)
+    assert column.same_scores(registry.column("other", {"metric": "number", "markers": ["A: "]}))
+    headings = registry.distinct([plain, registry.column("number", {"markers": ["A: "]}), registry.column("number")])
+    assert list(headings) == ["right numbers, %", "right numbers, % {metric: number, markers: ['A: ']}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "key", "says"),
+    [
+        (
+            "blue4",
+            {},
+            "",
+            "no metric is called blue4; a column of another name says which one it is with `metric: NAME`",
+        ),
+        ("accuracy", {"metric": "numbers"}, "metric", "no metric is called numbers; did you mean number?"),
+        ("number", {"marker": ["A"]}, "marker", "no parameter of number; it takes parsed_as, markers"),
+        ("bleu4", {"n": 3}, "n", "no parameter of bleu4; it takes none"),
+        ("number", {"parsed_as": "us"}, "parsed_as", "Input should be 'loftq' or 'peft'"),
+        ("number", {"markers": "A: "}, "markers", "expected a list, as in [a, b] instead of 'A: '"),
+        ("chrf", {"word_order": "2"}, "word_order", "expected a whole number instead of '2'"),
+        ("bleu4", {"label": ""}, "label", "expected a text"),
+        ("rows", {"metric": "bleu4"}, "", "rows means something else in results"),
+        ("my score", {"metric": "bleu4"}, "", "is no name of letters, digits and _"),
+    ],
+)
+def test_what_is_no_metric_is_refused_with_its_key(name: str, entry: dict[str, Any], key: str, says: str) -> None:
+    with pytest.raises(WrongMetric) as error:
+        registry.column(name, entry)
+    assert list(error.value.problems) == [key]
+    assert says in error.value.problems[key]
+
+
+def test_metrics_are_asked_for_as_study_yaml_declares_them() -> None:
+    asked = registry.asked(["rouge_l", 'number: {markers: ["A: "]}', "chrf: {word_order: 2}"])
+    assert [column.entry for column in asked.values()] == [
+        {"metric": "rouge_l"},
+        {"metric": "number", "markers": ["A: "]},
+        {"metric": "chrf", "word_order": 2},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        (["bleu"], "--metric bleu: no metric is called bleu; a column of"),
+        (["number: 3"], "--metric number: 3: expected a metric's name, or as in 'number: {markers: [\"A: \"]}'"),
+        (["number: {"], "--metric number: {: not valid YAML"),
+        (["number: {marker: x}"], "marker: no parameter of number"),
+        (
+            ["number", "number: {parsed_as: peft}"],
+            "number is named twice; give one another name, as in 'other: {metric",
+        ),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(texts: list[str], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        registry.asked(texts)
+    assert says in str(error.value)
+
+
+def test_what_an_older_version_recorded_is_told_by_its_scores() -> None:
+    old = {"rows": 2, "bleu4": 1.0, "bertscore_f1": None, "sacrebleu": 0.0, "intervals": {}}
+    assert list(registry.recorded(old)) == ["bleu4", "sacrebleu"]
+    newer = {"metrics": {"accuracy": {"metric": "number"}, "unknown": {"metric": "of the future"}}}
+    assert list(registry.recorded(newer)) == ["accuracy"]
