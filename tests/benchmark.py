@@ -14,6 +14,7 @@ from pathlib import Path
 from qlora_recipes.base import paths
 from qlora_recipes.checks import rows
 
+SAMPLE = paths.RECIPES / "haider2024" / "sample"
 RECIPE = str(Path(sys.executable).with_name("recipe"))
 COMMANDS = [
     ["list"],
@@ -41,7 +42,7 @@ def median(command: list[str], **env: str) -> float:
 
 def rows_per_second(folder: Path, count: int = 100_000, size: int = 2048) -> tuple[float, float]:
     """Bytes a second of processor time for rows of some size, made of the shipped sample: checked, and parsed alone."""
-    texts = [row["patch"] for file in sorted(paths.SAMPLE.glob("*.jsonl")) for row in map(json.loads, file.open())]
+    texts = [row["patch"] for file in sorted(SAMPLE.glob("*.jsonl")) for row in map(json.loads, file.open())]
     file = folder / "train.jsonl"
     with file.open("w") as stream:
         for i in range(count):
@@ -61,7 +62,7 @@ def rows_per_second(folder: Path, count: int = 100_000, size: int = 2048) -> tup
 def preparation(folder: Path, count: int = 100_000, size: int = 17_000) -> tuple[float, float, bool]:
     """Bytes a second of processor time for raw rows of some size, peak memory in MiB, and whether all are accounted
     for."""
-    texts = [row for file in sorted(paths.SAMPLE.glob("*.jsonl")) for row in map(json.loads, file.open())]
+    texts = [row for file in sorted(SAMPLE.glob("*.jsonl")) for row in map(json.loads, file.open())]
     file = folder / "msg-train.jsonl"
     with file.open("w") as stream:
         for i in range(count):

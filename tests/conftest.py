@@ -28,7 +28,7 @@ from qlora_recipes import cli
 from qlora_recipes.base import paths
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.data import study
-from qlora_recipes.data.sample import rehearsal_data
+from qlora_recipes.data.sample import rehearsal_data, usual_sample
 
 # A busy machine is slow at times; that is no fault of the code under test.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -36,6 +36,8 @@ settings.load_profile("here")
 
 TESTS = Path(__file__).parent
 SHARED = TESTS.parents[1] / "shared" / "data"
+SAMPLE = paths.RECIPES / "haider2024" / "sample"
+"""Raw files of the first study's sample."""
 RECIPE = Path(sys.executable).with_name("recipe")
 
 SMALL = {
@@ -156,7 +158,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def sample(cache: Path) -> Path:
     """The folder of the shipped sample as prepared data."""
-    return rehearsal_data()
+    return usual_sample()
 
 
 @pytest.fixture(scope="session")
@@ -219,8 +221,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A folder with the shipped sample where recipes look for the study's data; in the form that is trained on with a
     warm-up of 500 steps, often enough that these are a small part."""
     folder = tmp_path_factory.mktemp("prepared")
-    for name, form in study.find("haider2024").data.input_formats.items():
-        made = shutil.copytree(rehearsal_data(name), folder / form.folder)
+    of_study = study.find("haider2024")
+    for name, form in of_study.data.formats.items():
+        made = shutil.copytree(rehearsal_data(of_study, name), folder / form.folder)
         if name == "tagged":
             rows = list(map(orjson.loads, (made / "train.jsonl").read_bytes().splitlines()))
             again = (row | {"output": f"{row['output']} ({i})"} for i in range(200) for row in rows)

@@ -150,7 +150,7 @@ def test_the_image_has_the_command_with_recipes_templates_and_sample(image: Path
     listed = as_user(image, "recipe", "list", "--json")
     assert [row["recipe"] for row in orjson.loads(listed.stdout)] == paths.recipe_names()
     assert as_user(image, "recipe", "render", "--check").returncode == 0
-    prepared = as_user(image, "sh", "-c", "recipe data prepare recipes/sample/*.jsonl")
+    prepared = as_user(image, "sh", "-c", "recipe data prepare recipes/haider2024/sample/*.jsonl")
     assert prepared.returncode == 0, prepared.stderr
     assert (image / "data/codereviewer/manifest.json").stat().st_uid == USER
     shown = as_user(image, "axolotl", "--version")

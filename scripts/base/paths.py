@@ -17,7 +17,6 @@ def _shipped(folder: str) -> Path:
 RECIPES = _shipped("recipes")
 TEMPLATES = _shipped("templates")
 PROFILES = RECIPES / "profiles"
-SAMPLE = RECIPES / "sample"
 RUNS = Path("runs")
 VARIANTS = Path("variants")
 LOCK = _PACKAGE.parent / "requirements.lock"

@@ -71,6 +71,12 @@ def studies(incomplete: str) -> list[str]:
     return _beginning(incomplete, [folder.name for folder in paths.studies()])
 
 
+def input_formats(incomplete: str) -> list[str]:
+    """The formats of the studies' rows."""
+    of_studies = (yamlfiles.read_yaml(folder / "study.yaml")["data"] for folder in paths.studies())
+    return _beginning(incomplete, [name for data in of_studies for name in data.get("input_formats", {})])
+
+
 def metrics(incomplete: str) -> list[str]:
     """The metrics."""
     from ..metrics import registry

@@ -1,18 +1,20 @@
 """The verbs of data: fetch and prepare."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..base import yamlfiles
+from ..base.errors import UserError, meant
 from ..base.paths import find_recipe
 from ..base.progress import Bar, say
 from ..terminal import tables
 from . import completion
 from .help import Verb, Verbs
 from .next_step import next_step
-from .options import InputFormatName, Json, Wide
+from .options import Json, Wide
 
 verbs = typer.Typer(
     cls=Verbs,
@@ -25,11 +27,14 @@ verbs = typer.Typer(
 @verbs.command("fetch", cls=Verb, epilog="recipe data fetch\nrecipe data fetch --from Comment_Generation.zip")
 def fetch_verb(
     name: Annotated[
-        str, typer.Argument(metavar="DATA", autocompletion=completion.data_sets, help="The data set.")
-    ] = "codereviewer",
+        str | None,
+        typer.Argument(
+            metavar="[DATA]", autocompletion=completion.data_sets, help="The data set; by default the only one."
+        ),
+    ] = None,
     from_: Annotated[
         str | None,
-        typer.Option("--from", metavar="URL|FILE", help="A mirror's address, or the archive that you already have."),
+        typer.Option("--from", metavar="URL|FILE", help="A mirror's address, or the file that you already have."),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder; by default data/DATA-raw.")] = None,
     wide: Wide = False,
@@ -50,50 +55,71 @@ def prepare_verb(
         list[Path] | None,
         typer.Argument(
             metavar="[RAW]...",
-            help="The folder or the zip with msg-train.jsonl, msg-valid.jsonl and msg-test.jsonl, or these files; "
-            "by default what `data fetch` left.",
+            help="The study's raw files, or folders or zips with them; by default what `data fetch` left.",
         ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The folder to write to; by default the input format's.")
     ] = None,
     input_format: Annotated[
-        InputFormatName,
-        typer.Option(help="diff: the patch as it is. tagged: one line with tags, as the authors' code has it."),
-    ] = "diff",
-    instruction: Annotated[str | None, typer.Option(help="An instruction other than the study's.")] = None,
-    valid_rows: Annotated[int, typer.Option(min=0, help="Rows to draw for validation; 0 keeps all.")] = 1000,
+        str | None,
+        typer.Option(
+            metavar="NAME", autocompletion=completion.input_formats, help="The study's format; by default its first."
+        ),
+    ] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=EXPRESSION", help="Make a field of the rows otherwise. Repeatable."),
+    ] = None,
+    valid_rows: Annotated[
+        int | None, typer.Option(min=0, help="Rows to draw for validation; 0 keeps all; by default as the study says.")
+    ] = None,
     subset: Annotated[
         list[int] | None,
         typer.Option(metavar="N", min=1, help="Also draw N test rows, for test-N.jsonl. Repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The seed of these draws.")] = 42,
+    seed: Annotated[int | None, typer.Option(help="The seed of these draws; by default the study's, or 42.")] = None,
     study_name: Annotated[
-        str, typer.Option("--study", metavar="S", autocompletion=completion.studies, help="The study whose data it is.")
-    ] = "haider2024",
+        str | None,
+        typer.Option(
+            "--study", metavar="S", autocompletion=completion.studies, help="The study; by default the only one."
+        ),
+    ] = None,
     wide: Wide = False,
     json: Json = False,
 ) -> None:
-    """Turn CodeReviewer's rows into the files that the recipes train on, with a manifest."""
-    from ..data import codereviewer, study
+    """Make the rows that recipes train on of a study's raw files, as its study.yaml says, with a manifest."""
+    from ..data import manifest, prepare, study
+    from ..data.raw import fetched
 
     of_study = study.find(study_name)
-    form = of_study.data.input_formats[input_format]
-    folder = out or Path(form.folder)
-    files = raw or codereviewer.fetched(of_study.data)
-    drawn = (valid_rows, subset or [], seed)
+    formats = of_study.data.formats
+    form = next(iter(formats)) if input_format is None else meant(input_format, formats, "format", "", "--input-format")
+    folder = out or Path(formats[form].folder)
+    wish = prepare.Wish(_expressions(row or [], of_study.data.row_of("train", form)), valid_rows, subset or [], seed)
     with Bar(f"preparing {folder}", 1):
-        manifest = codereviewer.prepare(files, folder, of_study, input_format, instruction, *drawn)
+        made = prepare.prepare(raw or fetched(of_study.data), folder, of_study, form, wish)
     if json:
-        tables.print_json(manifest)
+        tables.print_json(made)
         return
-    for split in manifest["splits"].values():
+    for split in made["splits"].values():
         for name, reason in split.get("left_out", {}).items():
             say(f"{name}.jsonl: not written: {reason}")
-    tables.print_table(codereviewer.table(manifest), spare=["repeated rows kept"], wide=wide)
-    print(folder / codereviewer.MANIFEST)
+    tables.print_table(manifest.table(made), spare=["repeated rows kept"], wide=wide)
+    print(folder / manifest.MANIFEST)
     for name in (*of_study.published, *of_study.beside):
         trains_on = yamlfiles.read_yaml(find_recipe(name)[1])["datasets"][0]["path"]
-        if Path(trains_on).parent == folder and {"train", "valid"} <= manifest["splits"].keys():
+        if Path(trains_on).parent == folder and {"train", "valid"} <= made["splits"].keys():
             next_step("check", name, "--data")
             break
+
+
+def _expressions(given: list[str], fields: Collection[str]) -> dict[str, str]:
+    """The expressions of --row, by field."""
+    expressions = {}
+    for text in given:
+        field, equals, expression = text.partition("=")
+        if not equals or field.strip() not in fields:
+            raise UserError(f"--row {text}: give FIELD=EXPRESSION; the fields are {', '.join(fields)}")
+        expressions[field.strip()] = expression.strip()
+    return expressions

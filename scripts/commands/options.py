@@ -14,7 +14,6 @@ from ..terminal.tables import Form
 from . import completion
 
 PlaceName = Literal["local", "slurm"]
-InputFormatName = Literal["diff", "tagged"]
 CacheForm = Literal["auto", "static", "dynamic"]
 Group = Literal["lang", "length"]
 

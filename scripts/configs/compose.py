@@ -10,9 +10,8 @@ from typing import Any
 from ..base import machine, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
-from ..data import study
-from ..data.sample import rehearsal_data
-from . import config, datafiles, engines, exchange, models, standin, variants
+from ..data.sample import usual_sample
+from . import config, engines, exchange, models, standin, variants
 from .config import Difference, check_not_of_the_run
 from .datafiles import DataFile
 
@@ -101,7 +100,7 @@ def compose(request: Request) -> Composed:
     for profile, profile_file in profiles:
         fragment = yamlfiles.read_yaml(profile_file)
         if profile == REHEARSAL:
-            folders = {"stand_in": str(standin.folder()), "sample": str(rehearsal_data(_input_format(recipe)))}
+            folders = {"stand_in": str(standin.folder()), "sample": str(usual_sample())}
             fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
             sample = {key: fragment.pop(key) for key in exchange.OF_SAMPLE}
         elif sample:
@@ -133,12 +132,6 @@ def compose(request: Request) -> Composed:
 def is_rehearsal(request: Request) -> bool:
     """Whether the run that is asked for only tries the recipe."""
     return request.rehearse or REHEARSAL in (paths.find_profile(profile)[0] for profile in request.profiles)
-
-
-def _input_format(recipe: Config) -> str:
-    """The form of the rows that a recipe trains on, identified by the folder that they are in."""
-    forms = (study.input_format(str(entry.get("path"))) for _, entry in datafiles.datasets(recipe, "datasets"))
-    return next(filter(None, forms), "diff")
 
 
 def _mirrored(composed: Config) -> Config:

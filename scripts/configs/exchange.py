@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.yamlfiles import Config
+from ..data.sample import length_of, twin
 from . import datafiles, models, standin
 from .attention import OLD_KEYS, attention
 from .config import merge, override
@@ -57,7 +58,7 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
                 continue
             missing = str(next(iter(entries.values())).get("path")) if entries else "data of its own"
             lacks = "cannot be loaded in part" if Path(missing).exists() else "is not on this machine"
-            rows = {section: sample[section]}
+            rows = {section: _lent(entries, sample[section])}
             for key, value in () if elsewhere else given.items():
                 if key.startswith(f"{section}."):
                     rows = override(rows, key, value)
@@ -65,9 +66,21 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
         length = composed.get("sequence_len")
         if section == "datasets" and "sequence_len" not in given:
             if not here:
-                yield {"sequence_len": sample["sequence_len"]}, "every row of the shipped sample is shorter"
+                files = [twin(str(entry.get("path"))) for entry in entries.values()]
+                needed = max([length_of(file) for file in files if file], default=sample["sequence_len"])
+                fits = min(needed, length) if isinstance(length, int) else needed
+                yield {"sequence_len": fits}, "every row of the shipped sample is shorter"
             elif isinstance(length, int) and composed.get("base_model") == str(standin.folder()):
                 yield {"sequence_len": min(length, standin.CONTEXT)}, "the context of the stand-in model"
+
+
+def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
+    """Data sets with rows of their study's sample, or, where one is no study's, those of another sample."""
+    files = [twin(str(entry.get("path"))) for entry in entries.values()]
+    if not files or not all(files):
+        return sample
+    lent = zip(entries.values(), files, strict=True)
+    return [entry | {"path": str(file), "split": sample[0]["split"]} for entry, file in lent]
 
 
 def _is_elsewhere(entries: dict[str, Config]) -> bool:

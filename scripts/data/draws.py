@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import read_json, sha256
-from .study import Subset
+from .declaration import Subset
 
-PlacedRow = tuple[int, bytes]  # the row's position in the raw file, and its line
+PlacedRow = tuple[int, bytes, Any]  # the row's position in the raw file, its line, and the value that it is sorted by
 
 
 def draw(rows: Iterable[PlacedRow], size: int, seed: int) -> list[PlacedRow]:
@@ -20,7 +20,7 @@ def draw(rows: Iterable[PlacedRow], size: int, seed: int) -> list[PlacedRow]:
             drawn.append(row)
         elif (place := chance.randrange(count)) < size:
             drawn[place] = row
-    return sorted(drawn)
+    return sorted(drawn, key=lambda row: row[0])
 
 
 def method(subset: Subset, folder: Path) -> dict[str, Any]:
@@ -35,13 +35,13 @@ def choose(subset: Subset, folder: Path, rows: list[PlacedRow]) -> list[PlacedRo
     """The rows of a subset: drawn, or at the positions that a file in the study's folder lists, in that order."""
     if subset.positions is None:
         return draw(rows, subset.rows, subset.seed or 0)
-    by_position = dict(rows)
+    by_position = {row[0]: row for row in rows}
     positions = read_json(folder / subset.positions)["rows"]
-    return [(position, by_position[position]) for position in positions if position in by_position]
+    return [by_position[position] for position in positions if position in by_position]
 
 
 def obstacle(subset: Subset, rows: int, is_study_file: bool) -> str | None:
     """Why a subset cannot be chosen from so many rows, or None."""
     if subset.positions is None:
         return f"only {rows} rows to draw from" if rows < subset.rows else None
-    return None if is_study_file else "its positions are of the study's msg-test.jsonl, which this is not"
+    return None if is_study_file else "its positions are of the study's test file, which this is not"

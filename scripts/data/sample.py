@@ -1,4 +1,4 @@
-"""Prepares the shipped sample, which rehearsals train on."""
+"""Prepares the shipped samples of studies, which rehearsals train on."""
 
 import hashlib
 from pathlib import Path
@@ -6,12 +6,62 @@ from pathlib import Path
 from ..base import paths
 from ..base.files import sha256
 from ..base.locks import make_once
-from . import codereviewer, study
+from . import declaration, study
 
 
-def rehearsal_data(input_format: str = "diff") -> Path:
-    """The folder of the prepared sample; written to the cache the first time."""
-    raw = sorted(paths.SAMPLE.glob("msg-*.jsonl"))
-    key = hashlib.sha256("".join(map(sha256, [*raw, Path(codereviewer.__file__)])).encode()).hexdigest()
-    folder = paths.cache() / f"sample-{input_format}-{key[:16]}"
-    return make_once(folder, lambda out: codereviewer.prepare(raw, out, study.find("haider2024"), input_format))
+def rehearsal_data(of_study: study.Study, input_format: str) -> Path:
+    """The folder of a study's prepared sample; written to the cache the first time."""
+    sample = folder(of_study)
+    raw = sorted(sample / name for name in of_study.data.raw_files if (sample / name).is_file())
+    code = sorted(Path(declaration.__file__).parent.glob("*.py"))
+    content = [of_study.data.model_dump_json(), input_format, *map(sha256, [*raw, *code])]
+    key = hashlib.sha256("".join(content).encode()).hexdigest()
+    made = paths.cache() / f"sample-{of_study.folder.name}-{input_format}-{key[:16]}"
+
+    def make(out: Path) -> None:
+        from .prepare import prepare
+
+        prepare(raw, out, _fitting(of_study), input_format)
+
+    return make_once(made, make)
+
+
+def twin(path: str) -> Path | None:
+    """The file of a study's prepared sample that stands for one of its prepared files; None for any other file."""
+    for of_study, input_format in study.preparing(path):
+        if of_study.data.sample:
+            file = rehearsal_data(of_study, input_format) / Path(path).name
+            return file if file.is_file() else None
+    return None
+
+
+def usual_sample() -> Path:
+    """The folder of the sample for recipes that are no study's: the first one with rows of Axolotl's `alpaca` type."""
+    studies = [each for each in map(study.load, paths.studies()) if each.data.sample]
+    alpaca = [each for each in studies if {"instruction", "output"} <= each.data.row.keys()]
+    first = [*alpaca, *studies][0]
+    return rehearsal_data(first, next(iter(first.data.formats)))
+
+
+def length_of(file: Path) -> int:
+    """More tokens than any row of a file has, if a token has two bytes on average; a multiple of 256."""
+    with file.open("rb") as lines:
+        longest = max(map(len, lines), default=0)
+    return -(-longest // 512) * 256
+
+
+def _fitting(of_study: study.Study) -> study.Study:
+    """The study with no more rows drawn out of a split than a quarter of those in its sample."""
+    data = of_study.data
+    splits = dict(data.splits)
+    for name, split in splits.items():
+        if split.out_of and split.draw:
+            with (folder(of_study) / data.raw_file(name)).open("rb") as lines:
+                rows = sum(1 for _ in lines)
+            splits[name] = split.model_copy(update={"draw": min(split.draw, max(rows // 4, 1))})
+    return of_study.model_copy(update={"data": data.model_copy(update={"splits": splits})})
+
+
+def folder(of_study: study.Study) -> Path:
+    """Where the raw files of a study's sample are."""
+    return of_study.folder / str(of_study.data.sample)

@@ -1,84 +1,23 @@
 """A study: the paper behind a folder of recipes, its data, its metrics and its published scores."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean, meant
 from ..metrics import registry
 from ..metrics.metric import Column
+from .declaration import Data, Misdeclared, Strict
 
-SPLITS = ("train", "valid", "test")
 _Key = tuple[str, ...]  # in study.yaml
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class SourceFile(_Strict):
-    """A file of the data set: its size, and its checksum if it is known."""
-
-    rows: int
-    bytes: int | None = None
-    sha256: str | None = None
-
-
-class PreparedFormat(_Strict):
-    """A format that the input of rows can have, the folder for them, and the reason to use it."""
-
-    folder: str
-    what: str
-    why: str
-
-
-class Subset(_Strict):
-    """Rows of the test file: those that a file beside study.yaml lists, or a draw with a seed."""
-
-    title: str
-    rows: int
-    positions: str | None = None
-    seed: int | None = None
-
-
-class Data(_Strict):
-    """Where a study's data is published, and how it is prepared.
-
-    Attributes:
-        key: its name in `recipe data fetch`.
-        url: the address of the archive that holds `files`.
-        instruction: the instruction of every row.
-        input_formats: by name, the study's own first.
-        subsets: of the test file, by the name of the file that `recipe data prepare` writes.
-        scored_on: the subset that the published scores are on.
-    """
-
-    key: str
-    name: str
-    source: str
-    url: str
-    archive: str
-    archive_bytes: int
-    licence: str
-    paper: str
-    instruction: str
-    files: dict[str, SourceFile]
-    input_formats: dict[str, PreparedFormat]
-    subsets: dict[str, Subset]
-    scored_on: str
-
-    @property
-    def raw(self) -> Path:
-        """The folder for the files as they are published."""
-        return Path("data", f"{self.key}-raw")
-
-
-class Decoding(_Strict):
+class Decoding(Strict):
     """How predictions are generated, in transformers' terms; those behind do_sample and num_beams matter only when
     sampling. A top_k of 0 leaves all tokens to choose from."""
 
@@ -91,7 +30,7 @@ class Decoding(_Strict):
     seed: int = 42
 
 
-class Score(_Strict):
+class Score(Strict):
     """A published score, and the ± that it is printed with. A number alone is one without that."""
 
     value: float
@@ -108,7 +47,7 @@ class Score(_Strict):
         return f"{self.value:g}" + ("" if self.spread is None else f" ± {self.spread:g}")
 
 
-class Measured(_Strict):
+class Measured(Strict):
     """What else was published of a run: the time of its steps, its speed, the memory that its training reserved on the
     GPU, and how many parameters it trained."""
 
@@ -118,7 +57,7 @@ class Measured(_Strict):
     trainable: int | None = None
 
 
-class Published(_Strict):
+class Published(Strict):
     """What was published of one recipe.
 
     Attributes:
@@ -126,13 +65,13 @@ class Published(_Strict):
         curve: a CSV file beside study.yaml with the columns step and train_loss.
     """
 
-    scores: dict[str, Score] = {}
+    scores: dict[str, Score] = Field(default={})
     trainer: str = "Axolotl"
     measured: Measured = Measured()
     curve: str | None = None
 
 
-class Beside(_Strict):
+class Beside(Strict):
     """A recipe that is not among the study's own.
 
     Attributes:
@@ -144,7 +83,7 @@ class Beside(_Strict):
     reproduces: bool
 
 
-class Baseline(_Strict):
+class Baseline(Strict):
     """Scores to compare with, and the model and test set that they are of."""
 
     name: str
@@ -152,7 +91,7 @@ class Baseline(_Strict):
     test_set: str
 
 
-class Study(_Strict):
+class Study(Strict):
     """The content of a study.yaml, and its folder.
 
     Attributes:
@@ -169,17 +108,17 @@ class Study(_Strict):
     folder: Path
     title: str
     paper: dict[str, Any]
-    tags: list[str] = []
+    tags: list[str] = Field(default=[])
     data: Data
     decoding: Decoding
-    decodings: dict[str, Decoding] = {}
+    decodings: dict[str, Decoding] = Field(default={})
     metrics: dict[str, dict[str, Any] | None] = Field(min_length=1)
     published: dict[str, Published]
-    beside: dict[str, Beside] = {}
-    open_settings: list[str] = []
-    tolerances: dict[str, float] = {}
-    baselines: list[Baseline] = []
-    differences: list[str] = []
+    beside: dict[str, Beside] = Field(default={})
+    open_settings: list[str] = Field(default=[])
+    tolerances: dict[str, float] = Field(default={})
+    baselines: list[Baseline] = Field(default=[])
+    differences: list[str] = Field(default=[])
     shown: list[str] = Field(default=[], alias="columns")
 
     @cached_property
@@ -238,12 +177,17 @@ def load(folder: Path) -> Study:
     """
     file = folder / "study.yaml"
     content = yamlfiles.read_yaml(file)
-    problems: dict[_Key, str] = {}
+    problems: dict[_Key, str] = Field(default={})
     study = None
     try:
         study = Study.model_validate(content | {"folder": folder})
     except ValidationError as error:
-        problems = {tuple(map(str, found["loc"])): yamlfiles.in_words(found) for found in error.errors()}
+        for found in error.errors():
+            place = tuple(map(str, found["loc"]))
+            if isinstance(cause := found.get("ctx", {}).get("error"), Misdeclared):
+                problems |= {(*place, *mistake.at): str(mistake) for mistake in (cause, *cause.more)}
+            else:
+                problems[place] = yamlfiles.in_words(found)
     problems |= dict(_of_metrics(content)) | dict(_contradictions(folder, content))
     if problems or study is None:
         lines = sorted((yamlfiles.line_of(file, key), ".".join(key), problem) for key, problem in problems.items())
@@ -293,49 +237,59 @@ def _contradictions(folder: Path, content: dict[str, Any]) -> Iterator[tuple[_Ke
             yield ("decodings", name), "give it a name of letters, digits and _, which a folder and a column can have"
 
 
-def find(name: str) -> Study:
-    """The study of a name or a part of that; its name is its folder's below recipes/.
+def find(name: str | None) -> Study:
+    """The study of a name or a part of that; its name is its folder's below recipes/. None means the only one.
 
     Raises:
         UserError: there is none, or several are meant.
     """
     folders = {folder.name: folder for folder in paths.studies()}
-    return load(folders[meant(name, folders, "study")])
+    return load(folders[_only(name, folders, "study", "--study")])
 
 
-def with_data(key: str) -> Study:
-    """The first study on a data set, given by its name or a part of that.
+def with_data(key: str | None) -> Study:
+    """The first study on a data set, given by its name or a part of that. None means the only one.
 
     Raises:
         UserError: there is none, or several are meant.
     """
     studies = {study.data.key: study for study in map(load, reversed(paths.studies()))}
-    return studies[meant(key, studies, "data set")]
+    return studies[_only(key, studies, "data set")]
+
+
+def _only(name: str | None, choices: Collection[str], what: str, option: str = "") -> str:
+    if name is not None:
+        return meant(name, choices, what)
+    if len(choices) > 1:
+        raise UserError(
+            f"there are several: {', '.join(choices)}; name the {what}{f' with {option}' if option else ''}"
+        )
+    return next(iter(choices))
 
 
 def input_format(path: str) -> str | None:
     """The format of the rows that `recipe data prepare` writes to a path; None for a file of another origin."""
-    return next((name for _, name in _preparing(path)), None)
+    return next((name for _, name in preparing(path)), None)
 
 
 def preparation(path: str) -> str | None:
     """What the user runs to have a file of prepared rows written; None for one that this does not write."""
-    for study, name in _preparing(path):
-        if Path(path).name not in {f"{split}.jsonl" for split in (*SPLITS, *study.data.subsets)}:
+    for study, name in preparing(path):
+        if Path(path).name not in {f"{split}.jsonl" for split in (*study.data.splits, *study.data.subsets)}:
             continue
         several = len(paths.studies()) > 1
         of_study = f" --study {study.folder.name}" if several else ""
-        of_format = "" if name == next(iter(study.data.input_formats)) else f" --input-format {name}"
-        fetched = all((study.data.raw / file).is_file() for file in study.data.files)
+        of_format = "" if name == next(iter(study.data.formats)) else f" --input-format {name}"
+        fetched = all((study.data.raw / file).is_file() for file in study.data.raw_files)
         first = "" if fetched else f"`recipe data fetch{f' {study.data.key}' if several else ''}` and "
         return f"{first}`recipe data prepare{of_study}{of_format}`"
     return None
 
 
-def _preparing(path: str) -> Iterator[tuple[Study, str]]:
+def preparing(path: str) -> Iterator[tuple[Study, str]]:
     """The studies, and the formats of their rows, that `recipe data prepare` writes to a path's folder."""
     for study in map(load, paths.studies()):
-        for name, form in study.data.input_formats.items():
+        for name, form in study.data.formats.items():
             if Path(form.folder) == Path(path).parent:
                 yield study, name
 

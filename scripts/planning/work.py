@@ -71,7 +71,7 @@ def _rows(composed: Composed) -> tuple[int | None, str]:
     rows = datafiles.training_rows(composed.config)
     of_study = study.of(composed.origin or composed.recipe)
     if rows is None and of_study and not any(change.key.startswith("datasets") for change in composed.differences):
-        return of_study.data.files["msg-train.jsonl"].rows, "the study's data"
+        return of_study.data.rows_of("train"), "the study's data"
     return rows, "the config's data"
 
 

@@ -11,7 +11,8 @@ from ..base.files import embedding_rows, read_json, sha256
 from ..base.templating import environment
 from ..checks import schema
 from ..configs import config, datafiles, models
-from ..data import study
+from ..data import expressions, manifest, study
+from ..data.declaration import Data
 from ..runs.handover import PLUGIN
 from ..runs.rundir import Run, RunDir
 from ..scores import prompts
@@ -94,15 +95,15 @@ def base_model(folder: RunDir, run: Run) -> tuple[str, bool]:
     return name, Path(name).is_absolute() or Path(run.cwd, name).is_dir()
 
 
-def _known(run: Run, data: study.Data | None) -> dict[str, str]:
+def _known(run: Run, data: Data | None) -> dict[str, str]:
     """What the prompts of a run on a study's data have in common, and an example of the rest.
 
-    The instruction is that of the run's rows, where a manifest records it.
+    What they have in common is that of the run's rows, where a manifest records it.
     """
-    instructions = [str(entry["instruction"]) for entry in comparable.manifest_entries(run)]
+    constants = [manifest.constants_of(entry) for entry in comparable.manifest_entries(run)]
     if data:
-        instructions.append(data.instruction)
-    return {"instruction": instructions[0], "input": _PATCH} if instructions else {}
+        constants.append(expressions.constants(data.row))
+    return {**constants[0], "input": _PATCH} if constants else {}
 
 
 def _front_matter(facts: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from ..base.files import read_json
 from ..configs import models
 from ..data import study
-from ..data.codereviewer import MANIFEST
+from ..data.manifest import MANIFEST
 from ..metrics.metric import Column
 from ..runs.rundir import Run, RunDir
 from ..scores.columns import columns_of

@@ -15,8 +15,10 @@ from ..checks import check
 from ..configs import datafiles, models
 from ..configs.compose import Composed, Request
 from ..configs.gpus import Gpu
-from ..data import codereviewer, fetch
-from ..data.study import PreparedFormat, Study
+from ..data import fetch, manifest, prepare
+from ..data.declaration import PreparedFormat
+from ..data.raw import fetched
+from ..data.study import Study
 from ..places import Place
 from ..planning import plan
 from ..planning.plan_tables import hours_are
@@ -114,7 +116,7 @@ def outline(
         for recipe in chosen(of_study, only)
     ]
     gpu = gpu or place.gpu()
-    test_rows = evaluate.REHEARSED if request.rehearse else of_study.data.subsets[of_study.data.scored_on].rows
+    test_rows = evaluate.REHEARSED if request.rehearse else of_study.data.scored_rows
     notes: list[str] = []
     rows = []
     with Bar("planning", len(pipelines)) as bar:
@@ -186,8 +188,9 @@ def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
             lines.append(f"{form.folder}: there already")
         else:
             lines.append(f"{form.folder}: to be prepared, in the format {name}")
-    if any("prepared" in line for line in lines) and not all((data.raw / file).is_file() for file in data.files):
-        lines.insert(0, f"{data.raw}: to be fetched, {data.archive_bytes / 1e6:,.0f} MB from {data.source}")
+    if any("prepared" in line for line in lines) and not all((data.raw / file).is_file() for file in data.raw_files):
+        size = f"{data.download / 1e6:,.0f} MB " if data.download else ""
+        lines.insert(0, f"{data.raw}: to be fetched, {size}from {data.source}")
     return lines or ["nothing to fetch or prepare"]
 
 
@@ -223,13 +226,13 @@ def _have_data(of_study: Study, configs: list[Composed]) -> None:
     """
     for name, form in _needed_formats(of_study, configs):
         folder = Path(form.folder)
-        codereviewer.wait_for_others(folder)
+        prepare.wait_for_others(folder)
         if not any(folder.glob("[!.]*")):
             say(f"data: fetching and preparing {folder}")
-            if not all((of_study.data.raw / file).is_file() for file in of_study.data.files):
+            if not all((of_study.data.raw / file).is_file() for file in of_study.data.raw_files):
                 fetch.fetch(of_study.data, of_study.data.raw)
-            codereviewer.prepare(codereviewer.fetched(of_study.data), folder, of_study, name, patience=PATIENCE)
-        if reason := codereviewer.is_not_prepared(of_study, folder, name):
+            prepare.prepare(fetched(of_study.data), folder, of_study, name, patience=PATIENCE)
+        if reason := manifest.is_not_prepared(of_study, folder, name):
             raise UserError(
                 f"{folder}: not the study's data: {reason}; move it away to have it prepared, or run the recipes on it "
                 "one by one"
@@ -241,4 +244,4 @@ def _needed_formats(of_study: Study, configs: list[Composed]) -> Iterator[tuple[
     """The forms of the study's data that some configs read."""
     entries = [entry for composed in configs for _, entry in datafiles.datasets(composed.config)]
     needed = {Path(str(entry.get("path"))).parent for entry in entries}
-    return ((name, form) for name, form in of_study.data.input_formats.items() if Path(form.folder) in needed)
+    return ((name, form) for name, form in of_study.data.formats.items() if Path(form.folder) in needed)

@@ -20,7 +20,7 @@ from ..base.yamlfiles import Config
 from ..checks.rows import fields_of
 from ..configs import datafiles
 from ..data import study
-from ..data.codereviewer import MANIFEST
+from ..data.manifest import MANIFEST
 from ..runs.rundir import Run, RunDir
 from ..terminal.tables import text_of
 from .score import read_rows

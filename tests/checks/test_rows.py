@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from qlora_recipes.base import paths
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import rows
 
@@ -229,7 +228,3 @@ print(len(findings), files[0]["rows"], files[0]["bytes"], int(peak) // 1024)
     assert (findings, read) == (0, 100_000)
     assert size > 150_000_000
     assert mebibytes < 300
-
-
-def test_the_samples_files_are_there() -> None:
-    assert len(list(paths.SAMPLE.glob("*.jsonl"))) == 3

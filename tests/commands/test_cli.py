@@ -4,7 +4,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from conftest import Recipe
+from conftest import SAMPLE, Recipe
 
 from qlora_recipes.base import paths
 
@@ -67,7 +67,7 @@ MISTAKES = [
     (f"run {NAME} --rehearse --set lora_model_dir=twise.yaml", "did you mean twice.yaml?; cor"),
     (f"run {NAME} --rehearse --set datasets.0.path=data/codereviewer/train.jsonl", "is not prepared yet; run `recipe"),
     (f"run {NAME} --rehearse --set datasets.0.path=empty.jsonl", "datasets.0.path: empty.jsonl is empty"),
-    ("data prepare msg-train.jsonl", "msg-train.jsonl:2: a row needs the text field msg"),
+    ("data prepare msg-train.jsonl", "msg-train.jsonl:2: output (msg): the row has no 'msg'; the row has patch"),
     (f"run {NAME} haider2024/llama-2-7b", "one recipe at a time"),
     (f"run {NAME} -- --output-dir elsewhere", "output_dir is the run's own"),
     (f"run {NAME} -- --learning-rat 1e-4", "--learning-rat: `axolotl train` has no such option"),
@@ -157,7 +157,7 @@ def test_render_check(recipe: Recipe) -> None:
 
 
 def test_data_prepare_and_a_dry_run(recipe: Recipe, tmp_path: Path) -> None:
-    done = recipe("data", "prepare", paths.SAMPLE)
+    done = recipe("data", "prepare", SAMPLE)
     assert done.returncode == 0
     head, train, *_, written = done.stdout.splitlines()
     assert head.split("  ")[0] == "file" and "{}" not in done.stdout and "_" not in head

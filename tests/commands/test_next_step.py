@@ -4,10 +4,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import Recipe
+from conftest import SAMPLE, Recipe
 from run_folders import a_run
 
-from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.commands.next_step import after_training
 from qlora_recipes.planning import plan, plan_tables
@@ -47,12 +47,12 @@ def test_what_is_planned_is_run_next_if_it_fits(recipe: Recipe, monkeypatch: pyt
 
 
 def test_from_prepared_data_to_a_plan(recipe: Recipe) -> None:
-    checked = next_of(recipe, "data", "prepare", *sorted(paths.SAMPLE.glob("*.jsonl")))
+    checked = next_of(recipe, "data", "prepare", *sorted(SAMPLE.glob("*.jsonl")))
     assert checked == ["check", "haider2024/llama-2-7b", "--data"]
     assert next_of(recipe, *checked) == ["plan", "haider2024/llama-2-7b"]
     assert next_of(recipe, "check", NAME, "--gpu", "T4") == ["plan", NAME, "--gpu", "T4"]
     assert "next:" not in recipe("check", NAME, "--json").stderr
-    assert "next:" not in recipe("data", "prepare", *paths.SAMPLE.glob("*.jsonl"), "--out", "elsewhere").stderr
+    assert "next:" not in recipe("data", "prepare", *SAMPLE.glob("*.jsonl"), "--out", "elsewhere").stderr
 
 
 def test_from_scores_to_what_is_in_them(recipe: Recipe, tmp_path: Path) -> None:

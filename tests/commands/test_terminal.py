@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL
+from conftest import SAMPLE, SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 from run_folders import a_run
 
 from qlora_recipes import cli
-from qlora_recipes.base import paths
 from qlora_recipes.running.sweeps import Sweep, SweepMember
 from qlora_recipes.runs.rundir import Summary
 from qlora_recipes.terminal import tables
@@ -105,7 +104,7 @@ COMMANDS = {
     "results --sweep ranks": ["lora_r=8", "lora_r=16"],
     f"results --compare {' '.join(RUNS)}": ["bleu4"],
     f"results --by lang --run {next(iter(RUNS))}": ["py"],
-    f"data prepare {paths.SAMPLE} --out a/folder/for/prepared/rows": ["train.jsonl", "test.jsonl"],
+    f"data prepare {SAMPLE} --out a/folder/for/prepared/rows": ["train.jsonl", "test.jsonl"],
     f"plan {LONG} --gpu T4": ["embed_tokens", "needed", "T4"],
     f"plan {LONG} variants/{LONG}.yaml": [LONG],
     f"plan {LONG} --compare": ["full", "LoRA", "QLoRA"],

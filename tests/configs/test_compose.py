@@ -8,7 +8,8 @@ import pytest
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import compose, datafiles
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.data import codereviewer, sample
+from qlora_recipes.data import manifest, prepare, sample
+from qlora_recipes.data.declaration import SPLITS
 from qlora_recipes.runs import handover
 from qlora_recipes.runs.rundir import RunDir
 
@@ -120,18 +121,18 @@ def test_steps_that_cannot_keep_their_rows_are_refused(gpus: int, change: list[s
 
 def test_rehearsals_that_start_at_once_prepare_the_sample_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    prepare, began, others = codereviewer.prepare, list[Path](), list[Future[Path]]()
+    really, began, others = prepare.prepare, list[Path](), list[Future[Path]]()
 
     def prepare_while_others_start(raw: list[Path], out: Path, *more: Any) -> dict[str, Any]:
         began.append(out)
         if len(began) == 1:
-            others.extend(pool.submit(sample.rehearsal_data) for _ in range(2))
+            others.extend(pool.submit(sample.usual_sample) for _ in range(2))
             assert not wait(others, timeout=0.5).done
-        return prepare(raw, out, *more)
+        return really(raw, out, *more)
 
-    monkeypatch.setattr(codereviewer, "prepare", prepare_while_others_start)
+    monkeypatch.setattr(prepare, "prepare", prepare_while_others_start)
     with ThreadPoolExecutor() as pool:
-        folder = sample.rehearsal_data()
+        folder = sample.usual_sample()
         assert [other.result() for other in others] == [folder, folder]
     assert len(began) == 1
-    assert codereviewer.read_json(folder / codereviewer.MANIFEST)["splits"].keys() == set(codereviewer.SPLITS)
+    assert manifest.entries(folder).keys() == set(SPLITS)

@@ -23,8 +23,9 @@ import pytest
 
 from qlora_recipes.base import locks
 from qlora_recipes.base.errors import UserError, WorkFailed
+from qlora_recipes.data import download as downloading
 from qlora_recipes.data import fetch as fetching
-from qlora_recipes.data import study
+from qlora_recipes.data.declaration import Data
 from qlora_recipes.data.fetch import fetch
 
 FILES = {f"msg-{split}.jsonl": random.Random(split).randbytes(400_000) for split in ("train", "valid", "test")}
@@ -111,8 +112,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(fetching, "PAUSES", (0,) * 5)
-    monkeypatch.setattr(fetching, "CHUNK", 10_000)
+    monkeypatch.setattr(downloading, "PAUSES", (0,) * 5)
+    monkeypatch.setattr(downloading, "CHUNK", 10_000)
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.orders = orders = Server(f"http://127.0.0.1:{http.server_port}/files/Comment_Generation.zip")
     thread = threading.Thread(target=http.serve_forever, args=(0.01,))
@@ -123,14 +124,24 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     thread.join()
 
 
-def data(url: str, **changed: str | None) -> study.Data:
-    """The study's data, with small files; `changed` are other checksums, by split."""
-    known = {}
+def declared(sources: dict[str, Any]) -> Data:
+    """Data of some sources."""
+    first, *_ = (name for source in sources.values() for name in source.get("files", {"train.jsonl": {}}))
+    about = {"key": "codereviewer", "name": "Reviews", "source": "https://zenodo.org/records/1", "licence": "CC"}
+    return Data.model_validate(
+        about | {"sources": sources, "row": {"input": "a"}, "splits": {"train": {"from": first}}}
+    )
+
+
+def data(url: str, **changed: str | None) -> Data:
+    """A zip with small files; `changed` are other checksums, by split."""
+    known: dict[str, dict[str, Any]] = {}
     for name, content in FILES.items():
         checksum = changed.get(name.removeprefix("msg-").removesuffix(".jsonl"), digest(content))
-        known[name] = study.SourceFile(rows=1, bytes=len(content), sha256=checksum)
-    known[UNKNOWN] = study.SourceFile(rows=1)
-    return study.find("haider2024").data.model_copy(update={"url": url, "files": known})
+        known[name] = {"rows": 1, "bytes": len(content), "sha256": checksum}
+    known[UNKNOWN] = {"rows": 1}
+    source = {"url": url or "https://127.0.0.1:9/none", "bytes": 847_000_000, "files": known}
+    return declared({"Comment_Generation.zip": source})
 
 
 def wanted(out: Path) -> dict[str, bytes]:
@@ -160,8 +171,9 @@ def test_the_files_are_put_in_place_and_recorded(tmp_path: Path, server: Server)
     ]
     assert [row["sha256"] for row in rows] == [digest(content) for content in FILES.values()]
     record = orjson.loads((out / "fetched.json").read_bytes())
-    assert record["source"] == server.url
-    assert record["archive"] == {"bytes": len(ARCHIVE), "sha256": digest(ARCHIVE)}
+    [(name, source)] = record["sources"].items()
+    assert (name, source["from"]) == ("Comment_Generation.zip", server.url)
+    assert (source["bytes"], source["sha256"]) == (len(ARCHIVE), digest(ARCHIVE))
     assert [{key: file[key] for key in rows[0]} for file in record["files"]] == rows
     assert not list(out.glob("Comment_Generation*"))
 
@@ -176,7 +188,7 @@ def test_a_connection_that_breaks_off_is_resumed(tmp_path: Path, server: Server)
 
 
 def test_one_that_stalls_is_resumed(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "TIMEOUT", (5, 0.2))
+    monkeypatch.setattr(downloading, "TIMEOUT", (5, 0.2))
     server.breaks_after = [300_000]
     server.stalls = 0.5
     fetch(data(server.url), tmp_path)
@@ -195,12 +207,12 @@ def test_one_that_breaks_off_too_often_says_what_is_there_and_resumes_next_time(
 
 
 def test_a_killed_download_is_resumed(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    def update(bar: fetching.Bar, *_: Any) -> None:
+    def update(bar: downloading.Bar, *_: Any) -> None:
         if part(tmp_path).stat().st_size >= 200_000:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(fetching.Bar, "update", update)
+        patched.setattr(downloading.Bar, "update", update)
         fetch(data(server.url), tmp_path)
     there = part(tmp_path).stat().st_size
     assert wanted(tmp_path) == {}
@@ -217,7 +229,7 @@ def test_what_is_downloaded_is_not_asked_for_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(fetching, "_extract", extract)
+        patched.setattr(fetching, "extract", extract)
         fetch(data(server.url), tmp_path)
     assert wanted(tmp_path) == {}
     fetch(data(server.url), tmp_path)
@@ -299,7 +311,8 @@ def test_without_a_network_the_way_by_hand_is_shown(tmp_path: Path, server: Serv
 def test_a_mirror_is_taken_in_the_place_of_the_studys_address(tmp_path: Path, server: Server) -> None:
     fetch(data("http://127.0.0.1:9/none.zip"), tmp_path, server.url)
     assert wanted(tmp_path) == FILES
-    assert orjson.loads((tmp_path / "fetched.json").read_bytes())["source"] == server.url
+    record = orjson.loads((tmp_path / "fetched.json").read_bytes())
+    assert record["sources"]["Comment_Generation.zip"]["from"] == server.url
 
 
 def test_what_is_there_of_another_address_is_not_resumed_from(tmp_path: Path, server: Server) -> None:
@@ -317,10 +330,11 @@ def test_the_users_own_archive_is_only_read(tmp_path: Path) -> None:
     assert wanted(tmp_path / "raw") == FILES
     assert archive.read_bytes() == ARCHIVE
     record = orjson.loads((tmp_path / "raw" / "fetched.json").read_bytes())
-    assert (record["source"], record["archive"]["sha256"]) == (str(archive), digest(ARCHIVE))
+    source = record["sources"]["Comment_Generation.zip"]
+    assert (source["from"], source["sha256"]) == (str(archive), digest(ARCHIVE))
 
 
-@pytest.mark.parametrize("source", ["missing.zip", "ftp://127.0.0.1/a.zip", ".", ""])
+@pytest.mark.parametrize("source", ["missing.zip", "ftp://127.0.0.1/a.zip", ""])
 def test_a_source_that_does_not_exist_is_reported(tmp_path: Path, source: str) -> None:
     with pytest.raises(UserError, match="no such file"):
         fetch(data(""), tmp_path / "raw", source)
@@ -361,7 +375,7 @@ def test_a_file_that_is_not_as_recorded_is_fetched_again(
 def test_checksums_that_the_study_has_meanwhile_are_compared(tmp_path: Path, server: Server) -> None:
     fetch(data(server.url, test=None), tmp_path)
     assert [row["verified"] for row in fetch(data(server.url), tmp_path)] == [None, True, True]
-    with pytest.raises(UserError, match=r"msg-test.jsonl in it is not the study's"):
+    with pytest.raises(UserError, match=r"msg-test.jsonl is not the study's"):
         fetch(data(server.url, test=digest(b"")), tmp_path)
     assert len(server.seen) == 2
 
@@ -383,7 +397,7 @@ def test_files_stay_where_the_archive_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "msg-valid.jsonl").write_bytes(b"edited")
     before = wanted(tmp_path)
     other = mine(tmp_path, packed(FILES | {"msg-test.jsonl": b"x"}))
-    with pytest.raises(UserError, match=r"msg-test\.jsonl in it is not the study's: bytes 400000 expected, 1 found"):
+    with pytest.raises(UserError, match=r"msg-test\.jsonl is not the study's: bytes 400000 expected, 1 found"):
         fetch(data(""), tmp_path, str(other))
     assert wanted(tmp_path) == before
 

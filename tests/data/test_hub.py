@@ -17,7 +17,7 @@ from qlora_recipes.checks import check
 from qlora_recipes.configs import models
 from qlora_recipes.configs.compose import Request, compose
 from qlora_recipes.data import hub
-from qlora_recipes.data.sample import rehearsal_data
+from qlora_recipes.data.sample import usual_sample
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2}
 # status, X-Error-Code and X-Error-Message, as the hub sends them
@@ -172,7 +172,7 @@ def test_a_plan_of_a_model_that_cannot_be_had_ends_soon(server: Server, recipe: 
 
 def own(place: Path, model: str) -> None:
     """Write a recipe for a model, whose data is there."""
-    data = rehearsal_data()
+    data = usual_sample()
     sets = {
         section: [{"path": str(data / f"{name}.jsonl"), "type": "alpaca"}]
         for section, name in (("datasets", "train"), ("test_datasets", "valid"))

@@ -18,13 +18,14 @@ from typing import Any
 import orjson
 import pytest
 from cluster import Cluster
-from conftest import Recipe
+from conftest import SAMPLE, Recipe
 
-from qlora_recipes.base import locks, paths, yamlfiles
+from qlora_recipes.base import locks, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import compose, datafiles
 from qlora_recipes.configs.compose import Composed, Request
-from qlora_recipes.data import codereviewer, study
+from qlora_recipes.data import prepare, study
+from qlora_recipes.data.declaration import Source, SourceFile
 from qlora_recipes.running import reproduce
 from qlora_recipes.runs import lookup
 from qlora_recipes.scores import evaluations
@@ -256,13 +257,14 @@ def published_data(tmp_path: Path) -> Iterator[study.Study]:
     archive.parent.mkdir()
     files = {}
     with zipfile.ZipFile(archive, "w") as stream:
-        for file in paths.SAMPLE.glob("msg-*.jsonl"):
+        for file in SAMPLE.glob("msg-*.jsonl"):
             stream.write(file, f"Comment_Generation/{file.name}")
-            files[file.name] = study.SourceFile(rows=datafiles.count_rows(file))
+            files[file.name] = SourceFile(rows=datafiles.count_rows(file))
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(archive.parent)))
     Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
-    yield STUDY.model_copy(update={"data": STUDY.data.model_copy(update={"url": url, "files": files})})
+    sources = {archive.name: Source(url=url, files=files)}
+    yield STUDY.model_copy(update={"data": STUDY.data.model_copy(update={"sources": sources})})
     server.shutdown()
     server.server_close()
 
@@ -291,7 +293,7 @@ def test_data_is_fetched_and_prepared_in_the_forms_that_recipes_read_and_only_on
         (lambda data: (data / "valid.jsonl").write_text(""), "valid.jsonl is not as manifest.json says"),
         (lambda data: (data / "manifest.json").unlink(), "manifest.json lists no train.jsonl"),
         (lambda data: (data / "manifest.json").write_text('{"splits": null}'), "manifest.json lists no train.jsonl"),
-        (lambda data: change(data, "train", instruction="Other."), "another input format or instruction"),
+        (lambda data: change(data, "train", row={"input": "oldf"}), "another input format, or rows made by other"),
         (lambda data: change(data, "train", is_the_study_file=False), "made of another file than the study's"),
         (lambda data: change(data, "test", left_out={}), "test-subset-1.jsonl is missing"),
     ],
@@ -320,7 +322,7 @@ def test_data_that_another_process_is_preparing_is_waited_for(
     folder = Path("data/codereviewer")
     folder.mkdir(parents=True)
     with ThreadPoolExecutor() as pool:
-        with locks.held(folder / codereviewer.PREPARE_LOCK, ""):
+        with locks.held(folder / prepare.PREPARE_LOCK, ""):
             waiting = pool.submit(reproduce._have_data, published_data, composed("llama-2-7b"))
             assert not wait([waiting], timeout=0.5).done
         waiting.result()

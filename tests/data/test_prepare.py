@@ -9,11 +9,16 @@ from conftest import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_recipes.base import files, paths
+from qlora_recipes.base import files, yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.data import codereviewer, draws, study
+from qlora_recipes.data import draws, expressions, prepare, study
+from qlora_recipes.data.declaration import SPLITS, Data
+from qlora_recipes.data.filters import tagged
+from qlora_recipes.data.manifest import table
+from qlora_recipes.data.prepare import Wish
 
 STUDY = study.find("haider2024")
+DATA = yamlfiles.read_yaml(STUDY.folder / "study.yaml")["data"]
 PATCH = "@@ -1,3 +1,3 @@ def f():\n     a = 1\n-    b = 2\n+    b = 3 \n \n"
 
 
@@ -32,9 +37,15 @@ def read(file: Path) -> list[dict[str, str]]:
     return [orjson.loads(line) for line in file.read_bytes().splitlines()]
 
 
+def prepared(
+    raw: list[Path], out: Path, of_study: study.Study = STUDY, wish: Wish | None = None, input_format: str = "diff"
+) -> dict[str, Any]:
+    return prepare.prepare(raw, out, of_study, input_format, wish or Wish())
+
+
 def test_rows_become_instruction_input_and_output(tmp_path: Path) -> None:
     raw = write(tmp_path / "raw", "msg-train.jsonl", row("Why?\nReally."))
-    codereviewer.prepare([raw], tmp_path / "out", STUDY)
+    prepared([raw], tmp_path / "out")
     assert read(tmp_path / "out" / "train.jsonl") == [
         {
             "instruction": "Generate a code review comment for the given code change.",
@@ -45,8 +56,8 @@ def test_rows_become_instruction_input_and_output(tmp_path: Path) -> None:
 
 
 def test_the_tagged_form() -> None:
-    assert codereviewer.tagged(PATCH) == "<keep>a = 1<del>b = 2<add>b = 3"
-    assert codereviewer.tagged("@@ -1 +1 @@\n-\tx\n+\n+ y\n\\ No newline at end of file\n") == (
+    assert tagged(PATCH) == "<keep>a = 1<del>b = 2<add>b = 3"
+    assert tagged("@@ -1 +1 @@\n-\tx\n+\n+ y\n\\ No newline at end of file\n") == (
         "<del>x<add>y<keep>No newline at end of file"
     )
 
@@ -54,7 +65,7 @@ def test_the_tagged_form() -> None:
 def test_the_manifest_accounts_for_every_row(tmp_path: Path) -> None:
     rows = [row("a"), row(" \n"), row("b", patch=""), row("a"), row("c")]
     raw = write(tmp_path / "raw", "msg-train.jsonl", *rows)
-    manifest = codereviewer.prepare([raw], tmp_path / "out", STUDY)
+    manifest = prepared([raw], tmp_path / "out")
     split = manifest["splits"]["train"]
     assert (split["read"], split["kept"], split["rows"]) == (5, 3, 3)
     assert split["dropped"] == {"empty msg": 1, "empty patch": 1}
@@ -69,7 +80,7 @@ def test_validation_rows_are_drawn_the_same_each_time_and_keep_their_order(tmp_p
     raw = write(tmp_path / "raw", "msg-valid.jsonl", *(row(str(i)) for i in range(300)))
     drawn = []
     for out, seed in (("a", 42), ("b", 42), ("c", 7)):
-        codereviewer.prepare([raw], tmp_path / out, STUDY, valid_rows=50, seed=seed)
+        prepared([raw], tmp_path / out, STUDY, Wish(valid_rows=50, seed=seed))
         drawn.append([int(r["output"]) for r in read(tmp_path / out / "valid.jsonl")])
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(rows == sorted(set(rows)) and len(rows) == 50 for rows in drawn)
@@ -77,22 +88,22 @@ def test_validation_rows_are_drawn_the_same_each_time_and_keep_their_order(tmp_p
 
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_a_draw_has_as_many_rows_as_there_are_to_draw(rows: int, size: int) -> None:
-    drawn = draws.draw([(i, bytes([i])) for i in range(rows)], size, seed=0)
+    drawn = draws.draw([(i, bytes([i]), None) for i in range(rows)], size, seed=0)
     assert len(drawn) == min(rows, size)
     assert drawn == sorted(set(drawn))
 
 
 def small_study(raw: Path, **subsets: Any) -> study.Study:
     """The study with `raw` as its test file."""
-    known = study.SourceFile(rows=0, sha256=hashlib.sha256(raw.read_bytes()).hexdigest())
-    made = {name: study.Subset(**{"title": name, "rows": 0} | subset) for name, subset in subsets.items()}
-    changed = STUDY.data.model_copy(update={"files": {"msg-test.jsonl": known}, "subsets": made})
-    return STUDY.model_copy(update={"data": changed, "folder": raw.parent})
+    changed = DATA | {"sources": {"msg-test.jsonl": {"url": "https://a.b/c", "sha256": files.sha256(raw)}}}
+    made = {name: {"title": name, "rows": 1} | subset for name, subset in subsets.items()}
+    changed |= {"splits": {"test": {"from": raw.name, "subsets": made}}, "scored_on": "test"}
+    return STUDY.model_copy(update={"data": Data.model_validate(changed), "folder": raw.parent})
 
 
 def test_test_rows_have_their_position_and_language(tmp_path: Path) -> None:
     raw = write(tmp_path / "raw", "msg-test.jsonl", row("a", lang="py"), row(" "), row("b"))
-    codereviewer.prepare([raw], tmp_path / "out", STUDY)
+    prepared([raw], tmp_path / "out")
     assert [(r["idx"], r["lang"]) for r in read(tmp_path / "out" / "test.jsonl")] == [(0, "py"), (2, None)]
 
 
@@ -100,7 +111,7 @@ def test_a_listed_subset_has_its_rows_in_the_lists_order(tmp_path: Path) -> None
     raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
     (tmp_path / "raw" / "positions.json").write_text('{"rows": [7, 3, 7, 19]}')
     of_study = small_study(raw, listed={"positions": "positions.json"})
-    split = codereviewer.prepare([raw], tmp_path / "out", of_study)["splits"]["test"]
+    split = prepared([raw], tmp_path / "out", of_study)["splits"]["test"]
     file = tmp_path / "out" / "listed.jsonl"
     assert [r["output"] for r in read(file)] == ["7", "3", "7", "19"]
     assert split["subsets"]["listed"]["rows"] == 4
@@ -111,9 +122,9 @@ def test_a_listed_subset_of_another_file_is_left_out_and_an_earlier_one_goes(tmp
     raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
     (tmp_path / "raw" / "positions.json").write_text('{"rows": [7, 3]}')
     of_study = small_study(raw, listed={"positions": "positions.json"})
-    codereviewer.prepare([raw], tmp_path / "out", of_study)
+    prepared([raw], tmp_path / "out", of_study)
     write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(30)))
-    split = codereviewer.prepare([raw], tmp_path / "out", of_study)["splits"]["test"]
+    split = prepared([raw], tmp_path / "out", of_study)["splits"]["test"]
     assert split["subsets"] == {}
     assert "which this is not" in split["left_out"]["listed"]
     assert not (tmp_path / "out" / "listed.jsonl").exists()
@@ -122,7 +133,7 @@ def test_a_listed_subset_of_another_file_is_left_out_and_an_earlier_one_goes(tmp
 def test_drawn_subsets_have_a_seed_and_are_left_out_where_rows_are_too_few(tmp_path: Path) -> None:
     raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
     of_study = small_study(raw, few={"rows": 5, "seed": 1}, many={"rows": 50, "seed": 1})
-    split = codereviewer.prepare([raw], tmp_path / "out", of_study, subsets=[8], seed=3)["splits"]["test"]
+    split = prepared([raw], tmp_path / "out", of_study, Wish(subsets=[8], seed=3))["splits"]["test"]
     assert {name: (s["rows"], s["seed"]) for name, s in split["subsets"].items()} == {"few": (5, 1), "test-8": (8, 3)}
     assert split["left_out"] == {"many": "only 20 rows to draw from"}
     assert len({r["idx"] for r in read(tmp_path / "out" / "test-8.jsonl")}) == 8
@@ -137,35 +148,47 @@ def test_the_studys_subset_lists_as_many_rows_as_the_paper_has() -> None:
 
 
 def test_a_zip_is_read_like_the_files_in_it(tmp_path: Path) -> None:
-    files = [write(tmp_path / "raw", f"msg-{name}.jsonl", row(name)) for name in codereviewer.SPLITS]
+    files = [write(tmp_path / "raw", f"msg-{name}.jsonl", row(name)) for name in SPLITS]
     archive = tmp_path / "Comment_Generation.zip"
     with zipfile.ZipFile(archive, "w") as stream:
         for file in files:
             stream.write(file, f"Comment_Generation/{file.name}")
         stream.writestr("__MACOSX/Comment_Generation/._msg-train.jsonl", "x")
-    from_zip = codereviewer.prepare([archive], tmp_path / "a", STUDY)["splits"]
-    from_files = codereviewer.prepare(files, tmp_path / "b", STUDY)["splits"]
-    assert list(from_zip) == list(codereviewer.SPLITS)
+    from_zip = prepared([archive], tmp_path / "a")["splits"]
+    from_files = prepared(files, tmp_path / "b")["splits"]
+    assert list(from_zip) == list(SPLITS)
     assert [from_zip[s]["sha256"] for s in from_zip] == [from_files[s]["sha256"] for s in from_files]
 
 
 def test_splits_can_be_prepared_one_after_the_other(tmp_path: Path) -> None:
     for name in ("train", "test"):
-        codereviewer.prepare([write(tmp_path / "raw", f"msg-{name}.jsonl", row())], tmp_path / "out", STUDY)
+        prepared([write(tmp_path / "raw", f"msg-{name}.jsonl", row())], tmp_path / "out")
     assert set(orjson.loads((tmp_path / "out" / "manifest.json").read_bytes())["splits"]) == {"train", "test"}
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("msg-train.jsonl", [row(), {"patch": PATCH}], r"msg-train\.jsonl:2: a row needs the text field msg"),
-        ("msg-train.jsonl", [row(), row(patch=3)], r"msg-train\.jsonl:2: a row needs the text field patch"),
+        (
+            "msg-train.jsonl",
+            [row(), {"patch": PATCH}],
+            r"msg-train\.jsonl:2: output \(msg\): the row has no 'msg'; the row has patch",
+        ),
+        (
+            "msg-train.jsonl",
+            [row(), row(patch=3)],
+            r"msg-train\.jsonl:2: input \(patch\) is a number, not text; .*; the row has patch, msg",
+        ),
         ("msg-train.jsonl", [b'{"msg": "a'], r"msg-train\.jsonl:1: not a JSON row"),
         ("msg-train.jsonl", [b"[1]"], r"msg-train\.jsonl:1: not a JSON row: a row is a mapping"),
         ("msg-train.jsonl", [b"\xff\xfe"], r"msg-train\.jsonl:1: not a JSON row"),
         ("msg-train.jsonl", [], r"msg-train\.jsonl: the file is empty"),
         ("msg-train.jsonl", [row(" ")], r"no row is left to write; .*empty msg"),
-        ("rows.jsonl", [row()], r"rows\.jsonl: the name of a raw file says train, valid or test"),
+        (
+            "rows.jsonl",
+            [row()],
+            r"rows\.jsonl: the study's raw files are msg-train.jsonl, msg-valid.jsonl, msg-test.jsonl",
+        ),
         ("some.zip", [b"no zip"], r"the zip is damaged"),
     ],
 )
@@ -175,7 +198,7 @@ def test_bad_input_is_reported_with_its_place_and_leaves_nothing(
     good = write(tmp_path / "raw", "msg-test.jsonl", row())
     bad = write(tmp_path / "raw", name, *content)
     with pytest.raises(UserError, match=says):
-        codereviewer.prepare([good, bad], tmp_path / "out", STUDY)
+        prepared([good, bad], tmp_path / "out")
     assert list(tmp_path.glob("out/*")) == []
 
 
@@ -184,18 +207,18 @@ def test_two_preparations_in_one_folder_are_kept_apart(tmp_path: Path, monkeypat
     raws = [write(tmp_path / name, "msg-train.jsonl", row(name), row(name)) for name in ("a", "b")]
     refused = []
 
-    def patch_while_another_starts(patch: str) -> str:
+    def tagged_while_another_starts(patch: str) -> str:
         if not refused:
             refused.append("")
             with pytest.raises(UserError, match="another preparation is running") as error:
-                codereviewer.prepare([raws[1]], tmp_path / "out", STUDY)
+                prepared([raws[1]], tmp_path / "out")
             refused[0] = str(error.value)
         return patch
 
-    monkeypatch.setitem(codereviewer.INPUT_FORMATS, "diff", patch_while_another_starts)
+    monkeypatch.setitem(expressions._JINJA.filters, "tagged", tagged_while_another_starts)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".train.jsonl.123.part").touch()  # of a process that was killed
-    manifest = codereviewer.prepare([raws[0]], tmp_path / "out", STUDY)
+    manifest = prepared([raws[0]], tmp_path / "out", input_format="tagged")
     train = tmp_path / "out" / "train.jsonl"
     assert [r["output"] for r in read(train)] == ["a", "a"]
     assert manifest["splits"]["train"]["sha256"] == hashlib.sha256(train.read_bytes()).hexdigest()
@@ -215,8 +238,8 @@ def test_two_writers_of_a_file_with_one_process_id_are_kept_apart(tmp_path: Path
 def test_the_table_says_which_rows_are_not_there_and_why(tmp_path: Path) -> None:
     write(tmp_path / "raw", "msg-valid.jsonl", *(row(str(i)) for i in range(5)), row(" "))
     write(tmp_path / "raw", "other.jsonl", row("a"))
-    manifest = codereviewer.prepare([tmp_path / "raw"], tmp_path / "out", STUDY, valid_rows=3)
-    (valid,) = codereviewer.table(manifest)
+    manifest = prepared([tmp_path / "raw"], tmp_path / "out", STUDY, Wish(valid_rows=3))
+    (valid,) = table(manifest)
     assert valid == {
         "file": "valid.jsonl",
         "rows": 3,
@@ -229,11 +252,11 @@ def test_the_table_says_which_rows_are_not_there_and_why(tmp_path: Path) -> None
 
 def test_missing_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        codereviewer.prepare([tmp_path / "msg-train.jsonl"], tmp_path / "out", STUDY)
+        prepared([tmp_path / "msg-train.jsonl"], tmp_path / "out")
 
 
 def test_the_shipped_sample_is_what_it_says() -> None:
-    rows = {name: read(paths.SAMPLE / f"msg-{name}.jsonl") for name in codereviewer.SPLITS}
+    rows = {name: read(STUDY.folder / "sample" / f"msg-{name}.jsonl") for name in SPLITS}
     every = [r for split in rows.values() for r in split]
     assert len(every) >= 150
     assert {r["lang"] for r in rows["valid"]} == {"py", "java", "go", "cpp", "js", "c", ".cs", "php", "rb"}
@@ -247,8 +270,8 @@ def test_the_shipped_sample_is_what_it_says() -> None:
 def test_real_rows(tmp_path: Path) -> None:
     raw = tmp_path / "msg-test.jsonl"
     raw.write_bytes((SHARED / "codereviewer-msg-test-60.jsonl").read_bytes())
-    for form in codereviewer.INPUT_FORMATS:
-        manifest = codereviewer.prepare([raw], tmp_path / form, STUDY, input_format=form)
+    for form in STUDY.data.formats:
+        manifest = prepared([raw], tmp_path / form, input_format=form)
         assert manifest["splits"]["test"]["kept"] == 60
         assert manifest["splits"]["test"]["is_the_study_file"] is False
     assert all("\n" not in r["input"] for r in read(tmp_path / "tagged" / "test.jsonl"))
