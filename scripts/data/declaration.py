@@ -35,7 +35,7 @@ class Misdeclared(ValueError):
 class Strict(BaseModel):
     """A part of a study.yaml: a key that it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class SourceFile(Strict):

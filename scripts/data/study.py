@@ -177,7 +177,7 @@ def load(folder: Path) -> Study:
     """
     file = folder / "study.yaml"
     content = yamlfiles.read_yaml(file)
-    problems: dict[_Key, str] = Field(default={})
+    problems: dict[_Key, str] = {}
     study = None
     try:
         study = Study.model_validate(content | {"folder": folder})
