@@ -1,7 +1,7 @@
 """The data of a study as its study.yaml declares it: where it is published, and how rows are made of it."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
@@ -30,6 +30,13 @@ class Misdeclared(ValueError):
         super().__init__(problem)
         self.at = at
         self.more: list[Misdeclared] = []
+
+
+def raise_all(mistakes: Iterable[Misdeclared]) -> None:
+    """Raise the first of some mistakes, which has the others in it; nothing where there are none."""
+    for first in (found := list(mistakes)):
+        first.more = found[1:]
+        raise first
 
 
 class Strict(BaseModel):
@@ -250,10 +257,12 @@ class Data(Strict):
             files.setdefault(self.raw_file(split), []).append(split)
         return files
 
-    def row_of(self, split: str, input_format: str, instead: Mapping[str, str] = {}) -> dict[str, str]:
+    def row_of(self, split: str, input_format: str, instead: Mapping[str, str] | None = None) -> dict[str, str]:
         """The expressions for the fields of a split's rows, some replaced by other ones."""
         own = self._made_as(split).row
-        return {**(self.row if own is None else own), **self.formats[input_format].row, **instead}
+        row = self.row if own is None else own
+        others = self.formats[input_format].row | dict(instead or {})
+        return row | {field: text for field, text in others.items() if field in row}
 
     def drop_of(self, split: str) -> dict[str, str]:
         """The expressions for the rows that a split is without."""
@@ -276,9 +285,7 @@ class Data(Strict):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
-        if mistakes := list(self._mistakes()):
-            mistakes[0].more = mistakes[1:]
-            raise mistakes[0]
+        raise_all(self._mistakes())
         return self
 
     def _mistakes(self) -> Iterator[Misdeclared]:
@@ -303,8 +310,22 @@ class Data(Strict):
             if (folder := str(Path(form.folder))) in folders:
                 yield Misdeclared(f"is that of {folders[folder]}; give it another", "input_formats", name, "folder")
             folders[folder] = name
-        for field in self.row.keys() & self.carry.keys():
-            yield Misdeclared("is a field of every row; delete it here", "carry", field)
+            for field in form.row.keys() - self.row.keys():
+                there = f"there are {', '.join(self.row)}"
+                yield Misdeclared(f"is no field of row; {there}", "input_formats", name, "row", field)
+        for field in sorted(self.row.keys() & {*self.carry, "idx"}):
+            at = ("carry", field) if field in self.carry else ("row", field)
+            yield Misdeclared("is a field that rows which are scored have beside those of row; rename one", *at)
+
+    def absent(self, folder: Path) -> Iterator[Misdeclared]:
+        """What study.yaml names and a study's folder does not have."""
+        for name, subset in self.subsets.items():
+            if subset.positions and not (folder / subset.positions).is_file():
+                problem = f"no file {subset.positions} beside study.yaml; it holds the list rows of positions, from 0"
+                yield Misdeclared(problem, "splits", "test", "subsets", name, "positions")
+        if self.sample and not any((folder / self.sample / name).is_file() for name in self.raw_files):
+            problem = f"no folder {self.sample} with {' or '.join(self.raw_files)} beside study.yaml"
+            yield Misdeclared(f"{problem}; put a few rows there, or delete the key", "sample")
 
     def _mistakes_of(self, split: str, declared: Split) -> Iterator[Misdeclared]:
         at = "splits", split

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterator
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
@@ -12,7 +12,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean, meant
 from ..metrics import registry
 from ..metrics.metric import Column
-from .declaration import Data, Misdeclared, Strict
+from .declaration import Data, Misdeclared, Strict, raise_all
 
 _Key = tuple[str, ...]  # in study.yaml
 
@@ -155,7 +155,12 @@ class Study(Strict):
     @property
     def test_title(self) -> str:
         """The rows that the published scores are on."""
-        return self.data.subsets[self.data.scored_on].title
+        return self.data.title_of(self.data.scored_on)
+
+    @model_validator(mode="after")
+    def _has_its_files(self) -> Self:
+        raise_all(Misdeclared(str(mistake), "data", *mistake.at) for mistake in self.data.absent(self.folder))
+        return self
 
     def origin(self, recipe: str) -> str:
         """The study's own recipe that a recipe is a variant of, or is."""

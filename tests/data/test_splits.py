@@ -1,0 +1,291 @@
+"""Raw files of every kind, and what splits are made of them."""
+
+import csv
+import gzip
+import io
+import os
+import random
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import SHARED
+from declared import sums
+
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.files import write_rows
+from qlora_recipes.data import manifest
+from qlora_recipes.data.prepare import Wish, prepare
+from qlora_recipes.data.study import Study
+
+ROWS = [{"question": f"{i} + 1", "answer": str(i + 1), "kind": "plus"} for i in range(20)]
+
+
+def prepared(of_study: Study, wish: Wish | None = None, input_format: str = "default") -> dict[str, Any]:
+    """The manifest's splits of what is made of the raw files in a study's folder."""
+    folder = of_study.folder
+    raw = [folder / name for name in of_study.data.raw_files if (folder / name).is_file()]
+    return prepare(raw, folder / "out", of_study, input_format, wish or Wish())["splits"]
+
+
+def read(of_study: Study, split: str) -> list[dict[str, Any]]:
+    return [orjson.loads(line) for line in (of_study.folder / "out" / f"{split}.jsonl").read_bytes().splitlines()]
+
+
+def numbers(of_study: Study, split: str) -> list[int]:
+    return [int(row["output"]) - 1 for row in read(of_study, split)]
+
+
+def test_rows_drawn_out_of_a_split_are_not_in_it(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [*ROWS, {"question": "no", "answer": ""}])
+    of_study = sums(tmp_path)
+    splits = prepared(of_study)
+    valid, train = numbers(of_study, "valid"), numbers(of_study, "train")
+    assert len(valid) == 4 and sorted([*valid, *train]) == list(range(20))
+    assert (splits["train"]["kept"], splits["train"]["rows"], splits["train"]["drawn_out"]) == (20, 16, {"valid": 4})
+    assert splits["valid"]["drawn"] == {"rows": 4, "seed": 1, "out_of": "train"}
+    left_out = {row["file"]: row["left out"] for row in manifest.table({"splits": splits})}
+    assert left_out == {
+        "train.jsonl": "1 (no answer), 4 (in valid.jsonl)",
+        "valid.jsonl": "1 (no answer), 16 (not drawn)",
+    }
+    again = numbers(of_study, "valid")
+    prepared(of_study, Wish(seed=2))
+    assert numbers(of_study, "valid") != again
+    prepared(of_study, Wish(valid_rows=7))
+    assert len(numbers(of_study, "valid")) == 7 and set(again) & set(numbers(of_study, "valid"))
+    with pytest.raises(UserError, match="--valid-rows 0: these rows are drawn out of train; say how many"):
+        prepared(of_study, Wish(valid_rows=0))
+
+
+def test_the_first_rows_can_be_taken_and_all_are_accounted_for(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"question": "no", "answer": ""}, *ROWS])
+    of_study = sums(tmp_path, {"splits > train > take": 6, "splits > valid": None})
+    [(name, split)] = prepared(of_study).items()
+    assert numbers(of_study, "train") == list(range(6))
+    assert (name, split["read"], split["kept"], split["rows"], split["drawn"]) == ("train", 21, 20, 6, {"first": 6})
+    assert manifest.table({"splits": {name: split}})[0]["left out"] == "1 (no answer), 14 (behind those taken)"
+
+
+def test_runs_of_rows_can_be_sorted_by_length(tmp_path: Path) -> None:
+    rows = [{"question": "q" * n, "answer": str(i + 1)} for i, n in enumerate([1, 3, 3, 2, 9, 1, 2, 4])]
+    write_rows(tmp_path / "train.jsonl", rows)
+    order = {"buckets": 3, "longest_first": "(question ~ output) | length"}
+    of_study = sums(tmp_path, {"splits > valid": None, "splits > train > order": order})
+    prepared(of_study)
+    assert numbers(of_study, "train") == [1, 2, 0, 4, 3, 5, 7, 6]
+
+
+def test_a_split_of_another_data_set_has_expressions_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("\ufeffsum,result,kind\n1+1,2,\n\n" + '"2\n+2",4,"a, b"\n', encoding="utf-8")
+    of_study = sums(tmp_path)
+    split = prepared(of_study)["test"]
+    assert read(of_study, "test") == [
+        {"input": "1+1", "output": "2", "idx": 0, "kind": ""},
+        {"input": "2\n+2", "output": "4", "idx": 1, "kind": "a, b"},
+    ]
+    assert split["source_bytes"] == (tmp_path / "test.csv").stat().st_size
+
+
+def packed(name: str, rows: list[dict[str, Any]]) -> bytes:
+    """Rows as a file of some name."""
+    text = io.StringIO()
+    if ".csv" in name:
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    content = text.getvalue().encode() or b"\n".join(map(orjson.dumps, rows))
+    content = orjson.dumps(rows) if ".json" in name and ".jsonl" not in name else content
+    return gzip.compress(content) if name.endswith(".gz") else content
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz", "a.json.gz", "a.csv.gz"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_rows_are_the_same_from_every_kind_of_file(tmp_path: Path, name: str, zipped: bool) -> None:
+    content = packed(name, ROWS)
+    sources = {name: {"url": "https://example.org/a"}, "train.jsonl": None}
+    of_study = sums(tmp_path, {"sources": sources, "splits > train > from": name, "splits > valid": None})
+    (tmp_path / name).write_bytes(content)
+    given = [tmp_path / name]
+    if zipped:
+        given = [tmp_path / "b.zip"]
+        with zipfile.ZipFile(given[0], "w") as archive:
+            archive.writestr(f"folder/{name}", content)
+    split = prepare(given, tmp_path / "out", of_study, "default")["splits"]["train"]
+    assert numbers(of_study, "train") == list(range(20))
+    assert split["source_bytes"] == len(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", b"question,answer\n1,2\n3\n", r"a.csv:3: 1 fields, but the first line names 2"),
+        ("a.csv", b"question,question\n1,2\n", r"a.csv:1: the first line names the fields, each once"),
+        ("a.csv", b'question,answer\n1,"2\n', r"a.csv:2: not CSV: unexpected end of data"),
+        ("a.csv", b"question,answer\n1,\xff\n", r"a.csv:2: not text in UTF-8"),
+        ("a.csv", b"question,answer\n1,\n", r"no row is left to write; \{'no answer': 1\}"),
+        ("a.json", b'{"question": 1}', r"a.json: not a JSON array of rows"),
+        ("a.json", b"[\n1", r"a.json:2: not JSON"),
+        ("a.json", b"[1]", r"a.json: row 1: a row is a mapping"),
+        (
+            "a.json",
+            b'[{"question": "a", "answer": "b"}, {"question": "a"}]',
+            r"a.json: row 2: output \(answer\): .*no 'ans",
+        ),
+        ("a.jsonl.gz", b"no gzip", r"a.jsonl.gz: damaged \(Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(os.urandom(9000))[:5000], r"a.jsonl.gz: damaged|a.jsonl.gz:1: not a JSON row"),
+    ],
+)
+def test_what_is_wrong_with_a_raw_file_is_said_with_its_place(
+    tmp_path: Path, name: str, content: bytes, says: str
+) -> None:
+    sources = {name: {"url": "https://example.org/a"}, "train.jsonl": None}
+    of_study = sums(tmp_path, {"sources": sources, "splits > train > from": name, "splits > valid": None})
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        prepared(of_study)
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    ("field", "expression", "raw", "says"),
+    [
+        (
+            "input",
+            "question",
+            {"question": None, "answer": "a"},
+            "input \\(question\\) is null, not text; leave such rows out",
+        ),
+        (
+            "input",
+            "question | length",
+            {"question": "ab", "answer": "a"},
+            "is a number, not text; a filter makes it text",
+        ),
+        ("input", "question | int + 1", {"question": "ab", "answer": "a"}, "is a number"),
+        ("input", "question == 'a'", {"question": "ab", "answer": "a"}, "is a yes or no, not text"),
+        ("input", "question + 1", {"question": "ab", "answer": "a"}, "input .* fails: can only concatenate str"),
+        ("input", "question.text.body", {"question": {}, "answer": "a"}, "input .*has no attribute 'text'"),
+        (
+            "input",
+            "row['a b']",
+            {"question": "", "answer": "a"},
+            "has no attribute 'a b'; the row has question, answer",
+        ),
+        ("input", "missing | tagged", {"question": "", "answer": "a"}, "the row has no 'missing'"),
+    ],
+)
+def test_an_expression_that_gives_no_text_is_named_with_the_rows_fields(
+    tmp_path: Path, field: str, expression: str, raw: dict[str, Any], says: str
+) -> None:
+    write_rows(tmp_path / "train.jsonl", [*ROWS, raw])
+    of_study = sums(tmp_path, {f"row > {field}": expression, "splits > valid": None})
+    if "row[" in expression or "text" in expression or "missing" in expression or "+ 1" in expression:
+        write_rows(tmp_path / "train.jsonl", [raw])
+    with pytest.raises(UserError, match=says) as refused:
+        prepared(of_study)
+    assert f"{tmp_path / 'train.jsonl'}:" in str(refused.value)
+
+
+def test_messages_and_fields_with_spaces_can_be_made_of_a_row(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"the question": "<a> & b", "answer": "c"}])
+    expression = "[{'role': 'user', 'content': row['the question']}, {'role': 'assistant', 'content': answer}]"
+    row = {"input": expression, "output": "row | tojson"}
+    of_study = sums(tmp_path, {"row": row, "splits > valid": None})
+    prepared(of_study)
+    assert read(of_study, "train") == [
+        {
+            "input": [{"role": "user", "content": "<a> & b"}, {"role": "assistant", "content": "c"}],
+            "output": '{"the question":"<a> & b","answer":"c"}',
+        }
+    ]
+
+
+def test_a_users_expressions_replace_the_studys_where_a_split_has_the_field(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    (tmp_path / "test.csv").write_text("sum,result\n1+1,2\n")
+    of_study = sums(tmp_path)
+    splits = prepared(of_study, Wish(row={"output": "'none'"}))
+    assert {row["output"] for split in ("train", "test") for row in read(of_study, split)} == {"none"}
+    assert splits["test"]["constants"] == {"output": "none"}
+    reason = manifest.is_not_prepared(of_study, tmp_path / "out", "default")
+    assert reason == "train.jsonl has another input format, or rows made by other expressions"
+    prepared(of_study)
+    assert manifest.is_not_prepared(of_study, tmp_path / "out", "default") is None
+    with pytest.raises(UserError, match="--row output: 'no text' is not an expression"):
+        prepared(of_study, Wish(row={"output": "no text"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("my-train.jsonl", ""), ("mine.jsonl", "raw files are"), ("x", "raw files")]
+)
+def test_a_raw_file_of_another_name_is_known_by_the_word_for_its_split(tmp_path: Path, name: str, says: str) -> None:
+    write_rows(tmp_path / name, ROWS)
+    of_study = sums(tmp_path)
+    if says:
+        with pytest.raises(UserError, match=f"{name}: the study's {says}"):
+            prepare([tmp_path / name], tmp_path / "out", of_study, "default")
+    else:
+        assert set(prepare([tmp_path / name], tmp_path / "out", of_study, "default")["splits"]) == {"train", "valid"}
+
+
+GSM8K = {
+    "sources > train.jsonl": {
+        "rows": 7473,
+        "bytes": 4_166_206,
+        "sha256": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    },
+    "sources > test.csv": None,
+    "sources > test.jsonl": {
+        "url": "https://example.org/test.jsonl",
+        "rows": 1319,
+        "bytes": 749_738,
+        "sha256": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+    },
+    "row > output": "answer | replace('#### ', 'The final answer is:  ')",
+    "carry": {"steps": "answer.count('<<')"},
+    "splits > valid > draw": 50,
+    "splits > test": {"from": "test.jsonl", "row": None, "drop": None},
+}
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs GSM8K's files, which are not ours to ship")
+def test_the_real_rows_of_gsm8k(tmp_path: Path) -> None:
+    of_study = sums(tmp_path, GSM8K)
+    splits = prepare([SHARED / "gsm8k"], tmp_path / "out", of_study, "default")["splits"]
+    assert {name: (split["read"], split["rows"]) for name, split in splits.items()} == {
+        "train": (7473, 7423),
+        "valid": (7473, 50),
+        "test": (1319, 1319),
+    }
+    assert all(split["is_the_study_file"] for split in splits.values())
+    assert sum(split["duplicates_kept"] for split in splits.values()) == 0
+    assert read(of_study, "test")[0]["output"].endswith("\nThe final answer is:  18")
+    assert read(of_study, "test")[0]["steps"] == 2
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    """In a process of its own, which is as large with ten times the rows."""
+    text = "".join(random.Random(0).choices("abc de", k=800))
+    peaks = []
+    for times in (1, 10):
+        rows = [{"question": f"{i}{text}", "answer": "b"} for i in range(3000)]
+        write_rows(tmp_path / "train.jsonl", rows)
+        (tmp_path / "train.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes() * times)
+        of_study = sums(tmp_path, {"splits > valid": None})
+        code = (
+            "from pathlib import Path; from qlora_recipes.data import prepare, study;"
+            f"of = study.load(Path({str(of_study.folder)!r}));"
+            "prepare.prepare([of.folder / 'train.jsonl'], of.folder / 'out', of, 'default');"
+            "print(Path('/proc/self/status').read_text())"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", done.stdout)
+        peaks.append(int(peak) / 1024)
+    assert (tmp_path / "train.jsonl").stat().st_size > 24_000_000
+    assert peaks[1] < peaks[0] + 4
