@@ -199,7 +199,11 @@ class _Fetching:
             return write_dataset(self.stack, name, source, self.out, None, by_hand)
         file = download_file(name, source, self.staging / name.replace("/", "--"), by_hand)
         self.moves[file] = self.out / name
-        return row_of(name, file.stat().st_size, sha256(file), source)
+        try:
+            return row_of(name, file.stat().st_size, sha256(file), source)
+        except Rejected:
+            shutil.rmtree(self.staging)
+            raise
 
     def finish(self, there: dict[str, list[FileRow]]) -> None:
         """Put what is whole in place, record it, and remove what is not needed any more."""

@@ -74,33 +74,20 @@ def download_file(name: str, source: Source, staging: Path, by_hand: str) -> Pat
 def _asked[T](source: Source, by_hand: str, ask: Callable[[], Iterator[T]]) -> Iterator[T]:
     """What a hub's client yields, its errors in this project's words."""
     from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from httpx import HTTPError
+    from huggingface_hub import errors
 
+    absent = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
     try:
         yield from ask()
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, ConnectionError) as error:
+    except errors.GatedRepoError as error:
+        remedy = "ask for access on its page, then `hf auth login`"
+        raise UserError(f"{source.hub}: {_first_line(error)}; {remedy}") from None
+    except (errors.LocalEntryNotFoundError, ConnectionError) as error:
         raise WorkFailed(f"{source.hub}: the hub cannot be reached: {_first_line(error)}; {by_hand}") from None
-    except GatedRepoError as error:
-        raise UserError(
-            f"{source.hub}: {_first_line(error)}; ask for access on its page, then `hf auth login`"
-        ) from None
-    except (
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-        EntryNotFoundError,
-        DatasetNotFoundError,
-        ValueError,
-    ) as error:
+    except (*absent, DatasetNotFoundError, ValueError) as error:  # a ValueError of datasets, of a name that it has not
         raise UserError(f"{source.hub}: {_first_line(error)}; {by_hand}") from None
-    except HfHubHTTPError as error:
+    except HTTPError as error:  # of which the hub's other ones are
         raise WorkFailed(f"{source.hub}: {_first_line(error)}; run it again, or {by_hand}") from None
 
 

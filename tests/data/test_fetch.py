@@ -8,18 +8,15 @@ import resource
 import shutil
 import socket
 import stat
-import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
+from file_server import Server, data_of, serving
 
 from qlora_recipes.base import locks
 from qlora_recipes.base.errors import UserError, WorkFailed
@@ -52,85 +49,11 @@ def packed(files: dict[str, bytes] = FILES, *more: zipfile.ZipInfo | str) -> byt
 ARCHIVE = packed()
 
 
-@dataclass
-class Server:
-    """A file server: how it is to behave, and what it received."""
-
-    url: str
-    content: bytes = ARCHIVE
-    etag: str = '"1"'
-    ranges: bool = True
-    compares: bool = True  # If-Range
-    length: bool = True
-    breaks_after: list[int] = field(default_factory=list)  # bytes, each for one request
-    answers: list[int] = field(default_factory=list)  # statuses instead of the file, each for one request
-    stalls: float = 0.0  # seconds, where it breaks off
-    seen: list[dict[str, str]] = field(default_factory=list)  # the requests' headers
-    sent: int = 0
-
-    def asked_for(self) -> list[str | None]:
-        return [headers.get("Range") for headers in self.seen]
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Any
-
-    def do_GET(self) -> None:
-        orders: Server = self.server.orders
-        orders.seen.append(dict(self.headers))
-        if orders.answers:
-            self.send_error(orders.answers.pop(0))
-            return
-        start = 0
-        size = len(orders.content)
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if asked and orders.ranges and (self.headers["If-Range"] == orders.etag or not orders.compares):
-            start = int(asked[1])
-            if start >= size:
-                self.send_error(416)
-                return
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
-        else:
-            self.send_response(200)
-        if orders.length:
-            self.send_header("Content-Length", str(size - start))
-        self.send_header("ETag", orders.etag)
-        self.end_headers()
-        body = orders.content[start:]
-        if orders.breaks_after:
-            body = body[: orders.breaks_after.pop(0)]
-        orders.sent += len(body)
-        self.wfile.write(body)
-        if start + len(body) < size:
-            time.sleep(orders.stalls)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(downloading, "PAUSES", (0,) * 5)
-    monkeypatch.setattr(downloading, "CHUNK", 10_000)
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.orders = orders = Server(f"http://127.0.0.1:{http.server_port}/files/Comment_Generation.zip")
-    thread = threading.Thread(target=http.serve_forever, args=(0.01,))
-    thread.start()
-    yield orders
-    http.shutdown()
-    http.server_close()
-    thread.join()
-
-
-def declared(sources: dict[str, Any]) -> Data:
-    """Data of some sources."""
-    first, *_ = (name for source in sources.values() for name in source.get("files", {"train.jsonl": {}}))
-    about = {"key": "codereviewer", "name": "Reviews", "source": "https://zenodo.org/records/1", "licence": "CC"}
-    return Data.model_validate(
-        about | {"sources": sources, "row": {"input": "a"}, "splits": {"train": {"from": first}}}
-    )
+    with serving(monkeypatch) as orders:
+        orders.content = ARCHIVE
+        yield orders
 
 
 def data(url: str, **changed: str | None) -> Data:
@@ -141,7 +64,7 @@ def data(url: str, **changed: str | None) -> Data:
         known[name] = {"rows": 1, "bytes": len(content), "sha256": checksum}
     known[UNKNOWN] = {"rows": 1}
     source = {"url": url or "https://127.0.0.1:9/none", "bytes": 847_000_000, "files": known}
-    return declared({"Comment_Generation.zip": source})
+    return data_of({"Comment_Generation.zip": source})
 
 
 def wanted(out: Path) -> dict[str, bytes]:

@@ -1,0 +1,106 @@
+"""A file server whose behaviour tests set, and data that is declared to be there."""
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from qlora_recipes.data import download as downloading
+from qlora_recipes.data.declaration import Data
+
+
+@dataclass
+class Server:
+    """A file server: how it is to behave, and what it received."""
+
+    url: str
+    content: bytes = b""
+    files: dict[str, bytes] = field(default_factory=dict)  # by the end of their paths; `content` is all else
+    paths: list[str] = field(default_factory=list)
+    etag: str = '"1"'
+    ranges: bool = True
+    compares: bool = True  # If-Range
+    length: bool = True
+    breaks_after: list[int] = field(default_factory=list)  # bytes, each for one request
+    answers: list[int] = field(default_factory=list)  # statuses instead of the file, each for one request
+    stalls: float = 0.0  # seconds, where it breaks off
+    seen: list[dict[str, str]] = field(default_factory=list)  # the requests' headers
+    sent: int = 0
+
+    def asked_for(self) -> list[str | None]:
+        return [headers.get("Range") for headers in self.seen]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Any
+
+    def do_GET(self) -> None:
+        orders: Server = self.server.orders
+        orders.seen.append(dict(self.headers))
+        orders.paths.append(self.path)
+        if orders.answers:
+            self.send_error(orders.answers.pop(0))
+            return
+        start = 0
+        content = next((body for name, body in orders.files.items() if self.path.endswith(name)), orders.content)
+        size = len(content)
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if asked and orders.ranges and (self.headers["If-Range"] == orders.etag or not orders.compares):
+            start = int(asked[1])
+            if start >= size:
+                self.send_error(416)
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+        else:
+            self.send_response(200)
+        if orders.length:
+            self.send_header("Content-Length", str(size - start))
+        self.send_header("ETag", orders.etag)
+        self.send_header("X-Repo-Commit", "c" * 40)  # as a hub does
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        body = content[start:]
+        if orders.breaks_after:
+            body = body[: orders.breaks_after.pop(0)]
+        orders.sent += len(body)
+        self.wfile.write(body)
+        if start + len(body) < size:
+            time.sleep(orders.stalls)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server of this machine."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(downloading, "PAUSES", (0,) * 5)
+    monkeypatch.setattr(downloading, "CHUNK", 10_000)
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.orders = orders = Server(f"http://127.0.0.1:{http.server_port}/files/Comment_Generation.zip")
+    thread = threading.Thread(target=http.serve_forever, args=(0.01,))
+    thread.start()
+    yield orders
+    http.shutdown()
+    http.server_close()
+    thread.join()
+
+
+def data_of(sources: dict[str, Any]) -> Data:
+    """Data of some sources."""
+    first, *_ = (file for name, source in sources.items() for file in source.get("files", [name]))
+    about = {"key": "codereviewer", "name": "Reviews", "source": "https://zenodo.org/records/1", "licence": "CC"}
+    return Data.model_validate(
+        about | {"sources": sources, "row": {"input": "a"}, "splits": {"train": {"from": first}}}
+    )

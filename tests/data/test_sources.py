@@ -1,0 +1,247 @@
+"""Sources of every kind: plain files, several at once, data sets and single files of a hub."""
+
+import gzip
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow
+import pytest
+from file_server import Server, data_of, serving
+from huggingface_hub import close_session, constants
+from pyarrow import parquet
+from test_fetch import digest, packed
+
+from qlora_recipes.base.errors import UserError, WorkFailed
+from qlora_recipes.data.declaration import Data
+from qlora_recipes.data.fetch import fetch
+
+TRAIN = b'{"a": "b"}\n' * 30_000
+COMMIT = "c" * 40
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    with serving(monkeypatch) as orders:
+        orders.content = TRAIN
+        yield orders
+
+
+@pytest.fixture
+def hub(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+    """A server that huggingface_hub takes for the hub, with an empty cache."""
+    address = re.sub("/files/.*", "", server.url)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    close_session()
+    yield server
+    close_session()
+
+
+def plain(url: str, content: bytes = TRAIN, **more: Any) -> dict[str, Any]:
+    return {"url": url, "bytes": len(content), "sha256": digest(content)} | more
+
+
+def recorded(out: Path) -> dict[str, Any]:
+    return orjson.loads((out / "fetched.json").read_bytes())["sources"]
+
+
+def test_a_plain_file_is_kept_as_it_is_and_verified(tmp_path: Path, server: Server) -> None:
+    server.content = content = gzip.compress(TRAIN)
+    rows = fetch(data_of({"train.jsonl.gz": plain(server.url, content)}), tmp_path)
+    assert (tmp_path / "train.jsonl.gz").read_bytes() == content
+    assert rows == [
+        {"file": "train.jsonl.gz", "bytes": len(content), "sha256": digest(content), "verified": True},
+    ]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".fetch.lock", "fetched.json", "train.jsonl.gz"]
+
+
+def test_a_plain_file_is_resumed(tmp_path: Path, server: Server) -> None:
+    server.breaks_after = [50_000] * 6
+    data = data_of({"train.jsonl": plain(server.url)})
+    with pytest.raises(WorkFailed, match="run it again to resume from 300,000 bytes"):
+        fetch(data, tmp_path)
+    assert not (tmp_path / "train.jsonl").exists()
+    fetch(data, tmp_path)
+    assert (tmp_path / "train.jsonl").read_bytes() == TRAIN
+    assert server.asked_for()[-1] == "bytes=300000-"
+
+
+def test_another_plain_file_is_put_aside(tmp_path: Path, server: Server) -> None:
+    server.content = b"x" * len(TRAIN)
+    with pytest.raises(UserError, match=r"train.jsonl is not the study's: sha256 .* it is now .*train.jsonl.rejected"):
+        fetch(data_of({"train.jsonl": plain(server.url)}), tmp_path)
+    assert not (tmp_path / "train.jsonl").exists()
+    assert (tmp_path / "train.jsonl.rejected").read_bytes() == server.content
+
+
+def several(url: str) -> Data:
+    folder = url.rpartition("/")[0]
+    files = {"train.jsonl": {"rows": 1, "sha256": digest(b"{}")}}
+    return data_of(
+        {
+            "rows.zip": {"url": f"{folder}/rows.zip", "files": files},
+            "more/test.jsonl": plain(f"{folder}/test.jsonl", b"test"),
+        }
+    )
+
+
+def test_several_sources_are_put_in_place_together(tmp_path: Path, server: Server) -> None:
+    server.files = {"rows.zip": packed({"train.jsonl": b"{}"}), "test.jsonl": b"tset"}
+    with pytest.raises(UserError, match=r"more/test.jsonl is not the study's"):
+        fetch(several(server.url), tmp_path)
+    assert not (tmp_path / "train.jsonl").exists()
+    server.files["test.jsonl"] = b"test"
+    rows = fetch(several(server.url), tmp_path)
+    assert [row["file"] for row in rows] == ["train.jsonl", "more/test.jsonl"]
+    assert (tmp_path / "more" / "test.jsonl").read_bytes() == b"test"
+    assert len([path for path in server.paths if "rows.zip" in path]) == 1  # what was downloaded stayed
+
+
+def test_only_the_source_that_is_missing_is_fetched_again(tmp_path: Path, server: Server) -> None:
+    server.files = {"rows.zip": packed({"train.jsonl": b"{}"}), "test.jsonl": b"test"}
+    fetch(several(server.url), tmp_path)
+    before = recorded(tmp_path)
+    (tmp_path / "more" / "test.jsonl").unlink()
+    fetch(several(server.url), tmp_path)
+    assert [path.rpartition("/")[2] for path in server.paths] == ["rows.zip", "test.jsonl", "test.jsonl"]
+    assert recorded(tmp_path)["rows.zip"] == before["rows.zip"]
+
+
+def test_copies_are_taken_from_a_folder_and_what_is_not_there_from_its_place(tmp_path: Path, server: Server) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "rows.zip").write_bytes(packed({"train.jsonl": b"{}"}))
+    server.files = {"test.jsonl": b"test"}
+    fetch(several(server.url), tmp_path / "out", str(mine))
+    assert [path.rpartition("/")[2] for path in server.paths] == ["test.jsonl"]
+    assert recorded(tmp_path / "out")["rows.zip"]["from"] == str(mine / "rows.zip")
+    (mine / "rows.zip").unlink()
+    with pytest.raises(UserError, match=r"mine: holds none of rows.zip, more/test.jsonl"):
+        fetch(several(server.url), tmp_path / "again", str(mine))
+
+
+def test_a_copy_of_one_source_is_known_by_its_name(tmp_path: Path, server: Server) -> None:
+    server.files = {"rows.zip": packed({"train.jsonl": b"{}"})}
+    (tmp_path / "test.jsonl").write_bytes(b"test")
+    fetch(several(server.url), tmp_path / "out", str(tmp_path / "test.jsonl"))
+    assert len(server.paths) == 1
+    (tmp_path / "mine.jsonl").write_bytes(b"test")
+    with pytest.raises(
+        UserError, match=r"mine.jsonl: none of the sources has that name; there are rows.zip, more/test"
+    ):
+        fetch(several(server.url), tmp_path / "again", str(tmp_path / "mine.jsonl"))
+
+
+def test_a_mirror_can_have_all_sources(tmp_path: Path, server: Server) -> None:
+    server.files = {"rows.zip": packed({"train.jsonl": b"{}"}), "more/test.jsonl": b"test"}
+    fetch(several("https://127.0.0.1:9/x"), tmp_path, server.url.rpartition("/")[0] + "/mirror/")
+    assert server.paths == ["/files/mirror/rows.zip", "/files/mirror/more/test.jsonl"]
+
+
+MATHS = [{"query": f"{i}+1?", "response": str(i + 1), "parts": [i]} for i in range(2500)]
+
+
+def of_hub(**more: Any) -> Data:
+    return data_of({"train.jsonl": {"hub": "owner/Maths", "revision": COMMIT, "rows": 2500} | more})
+
+
+def copy_of_hub(folder: Path) -> Path:
+    """A copy of a hub's repository with a data set of two configurations, in parquet."""
+    repository = folder / "Maths"
+    for config, rows in (("main", MATHS), ("other", MATHS[:3])):
+        (repository / config).mkdir(parents=True)
+        table = pyarrow.Table.from_pylist(rows)
+        parquet.write_table(table, repository / config / "train-00000-of-00001.parquet")
+    configs = "\n".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*"
+        for name in ("main", "other")
+    )
+    (repository / "README.md").write_text(f"---\nconfigs:\n{configs}\n---\n")
+    return repository
+
+
+def test_a_data_set_of_a_hub_becomes_json_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    copy_of_hub(tmp_path)
+    [row] = fetch(of_hub(config="main"), tmp_path / "out", str(tmp_path))
+    assert [orjson.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_bytes().splitlines()] == MATHS
+    assert row["verified"] is None
+    [again] = fetch(of_hub(config="main", sha256=row["sha256"]), tmp_path / "out2", str(tmp_path))
+    assert again == row | {"verified": True}
+    with pytest.raises(UserError, match=r"train.jsonl is not the study's: rows 2500 expected, 3 found"):
+        fetch(of_hub(config="other"), tmp_path / "out3", str(tmp_path))
+    with pytest.raises(UserError, match=r"owner/Maths: .*Config name is missing"):
+        fetch(of_hub(), tmp_path / "out3", str(tmp_path))
+    with pytest.raises(UserError, match="owner/Maths: Unknown split"):
+        fetch(of_hub(config="main", split="tset"), tmp_path / "out3", str(tmp_path))
+    assert not list((tmp_path / "out3").glob("*.jsonl"))
+
+
+def test_without_the_hub_the_way_by_hand_is_shown(tmp_path: Path) -> None:
+    says = "owner/Maths: the hub cannot be reached: .*; download owner/Maths of the hub .*`recipe data fetch .* --from"
+    with pytest.raises(WorkFailed, match=says):
+        fetch(of_hub(), tmp_path)
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+ADAPTER = bytes(range(256)) * 2000
+
+
+def of_model(content: bytes = ADAPTER) -> Data:
+    model = {
+        "hub": "owner/adapter",
+        "kind": "model",
+        "revision": COMMIT,
+        "file": "loftq_init/adapter_model.safetensors",
+    }
+    model |= {"bytes": len(content), "sha256": digest(content)}
+    return data_of({"train.jsonl": {"url": "https://127.0.0.1:9/train.jsonl"}, "init/adapter.safetensors": model})
+
+
+def test_a_file_of_a_hubs_repository_is_verified(tmp_path: Path, hub: Server) -> None:
+    hub.files = {"loftq_init/adapter_model.safetensors": ADAPTER}
+    (tmp_path / "train.jsonl").write_bytes(TRAIN)
+    rows = fetch(of_model(), tmp_path / "out", str(tmp_path / "train.jsonl"))
+    assert [row["file"] for row in rows] == ["train.jsonl", "init/adapter.safetensors"]
+    assert (tmp_path / "out" / "init" / "adapter.safetensors").read_bytes() == ADAPTER
+    assert f"/owner/adapter/resolve/{COMMIT}/loftq_init/adapter_model.safetensors" in hub.paths
+    assert not (tmp_path / "out" / ".hub").exists()
+    assert recorded(tmp_path / "out")["init/adapter.safetensors"]["revision"] == COMMIT
+
+
+def test_another_file_of_a_hub_is_refused(tmp_path: Path, hub: Server) -> None:
+    hub.files = {"loftq_init/adapter_model.safetensors": ADAPTER[:-1]}
+    (tmp_path / "train.jsonl").write_bytes(TRAIN)
+    with pytest.raises(UserError, match=r"init/adapter.safetensors is not the study's: bytes 512000 expected"):
+        fetch(of_model(), tmp_path / "out", str(tmp_path / "train.jsonl"))
+    hub.files = {"loftq_init/adapter_model.safetensors": ADAPTER[:-2]}  # which is asked for again
+    with pytest.raises(UserError, match=r"bytes 512000 expected, 511998 found"):
+        fetch(of_model(), tmp_path / "out", str(tmp_path / "train.jsonl"))
+    assert not (tmp_path / "out" / "init").exists()
+    assert not (tmp_path / "out" / "train.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "says"),
+    [
+        (404, UserError, "download owner/adapter of the hub"),
+        (401, UserError, "on another machine"),
+        (503, WorkFailed, ""),
+    ],
+)
+def test_a_hub_that_refuses_is_named_with_the_repository(
+    tmp_path: Path, hub: Server, monkeypatch: pytest.MonkeyPatch, status: int, kind: type[Exception], says: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # before it asks again
+    hub.answers = [status] * 99
+    (tmp_path / "train.jsonl").write_bytes(TRAIN)
+    with pytest.raises(kind, match=f"^owner/adapter: .*{says}"):
+        fetch(of_model(), tmp_path / "out", str(tmp_path / "train.jsonl"))
