@@ -1,5 +1,6 @@
 """A study.yaml that is wrong says where and what to do; what a study declares is what it has."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ RECIPE = "haider2024/llama-2-7b"
 
 def loaded(folder: Path, change: dict[str, Any]) -> Study:
     """The first study with some keys changed; None deletes one."""
-    content = yamlfiles.read_yaml(paths.RECIPES / "haider2024" / "study.yaml") | change
+    shutil.copytree(paths.RECIPES / "haider2024", folder, dirs_exist_ok=True)
+    content = yamlfiles.read_yaml(folder / "study.yaml") | change
     kept = {key: value for key, value in content.items() if value is not None}
     (folder / "study.yaml").write_text(yamlfiles.write_yaml(kept))
     return study.load(folder)
