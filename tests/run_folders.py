@@ -19,7 +19,8 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1, **more: Any) -> RunDir:
-    """A finished and evaluated run; `set` changes keys of its config, `settings` what it was evaluated on."""
+    """A finished and evaluated run; `set` changes keys of its config, `settings` what it was evaluated on, and `scores`
+    takes the place of the BLEU-4."""
     folder = RunDir(runs / recipe / name)
     folder.path.mkdir(parents=True)
     changed = more.pop("set", {})
@@ -40,6 +41,8 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
         "quantized": True,
         "dtype": "float16",
     } | more.pop("settings", {})
+    scores = {"rows": 5000, "bleu4": bleu4, "intervals": {"bleu4": [bleu4 - within, bleu4 + within]}}
+    scores = more.pop("scores", scores)
     run = Run(
         state=more.pop("state", "finished"),
         recipe=recipe,
@@ -53,7 +56,6 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
         **more,
     )
     folder.write(run)
-    scores = {"rows": 5000, "bleu4": bleu4, "intervals": {"bleu4": [bleu4 - within, bleu4 + within]}}
     made = Evaluation(
         made="2026-01-01T11:00:00+00:00",
         rehearsal=run.rehearsal,

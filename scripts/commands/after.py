@@ -62,6 +62,12 @@ def evaluate_verb(
         typer.Option(metavar="DIR|none", help="Another adapter, or none for the base model alone."),
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="By default the study's.")] = None,
+    decoding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Decode in a further way that the study declares; shown beside the usual one."
+        ),
+    ] = None,
     batch_size: BatchSize = 16,
     cache: Annotated[
         CacheForm,
@@ -88,7 +94,7 @@ def evaluate_verb(
 
     only_with("--export-prompts", export_prompts, "--on local", on == "local", "it needs no GPU")
     request = evaluate.EvaluationRequest(
-        data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer, metric or []
+        data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer, metric or [], decoding
     )
     folder = find_run(run, runs)
     place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])

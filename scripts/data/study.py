@@ -15,6 +15,8 @@ from ..metrics.metric import Column
 from .declaration import Data, Misdeclared, Strict, raise_all
 
 _Key = tuple[str, ...]  # in study.yaml
+_OF_SCORES = ("low", "high", "interval", "base_model", "published", "spread", "difference", "verdict", "model")
+"""What results say of a metric as METRIC_low and so on."""
 
 
 class Decoding(Strict):
@@ -173,14 +175,19 @@ class Study(Strict):
         return self.published.get(self.origin(recipe))
 
 
-@cache
 def load(folder: Path) -> Study:
     """The study of a folder of recipes.
 
     Raises:
         UserError: its study.yaml is malformed; it names every mistake, each with its line.
     """
-    file = folder / "study.yaml"
+    file = (folder / "study.yaml").absolute()
+    return _load(file, file.stat().st_mtime_ns if file.exists() else 0)
+
+
+@cache
+def _load(file: Path, _: int) -> Study:
+    folder, file = file.parent, Path(paths.shown(file))
     content = yamlfiles.read_yaml(file)
     problems: dict[_Key, str] = {}
     study = None
@@ -240,6 +247,8 @@ def _contradictions(folder: Path, content: dict[str, Any]) -> Iterator[tuple[_Ke
     for name in _mapping(content.get("decodings")):
         if not re.fullmatch(r"[A-Za-z0-9_]+", name):
             yield ("decodings", name), "give it a name of letters, digits and _, which a folder and a column can have"
+        elif name in _OF_SCORES:
+            yield ("decodings", name), f"METRIC_{name} means something else in results; give it another name"
 
 
 def find(name: str | None) -> Study:

@@ -65,9 +65,12 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
     )  # fmt: skip
     figures = [comparisons.study(study, rows, column, not rehearsal) for column in study.table.values()]
     by_metric = {c.label: _without_empty(study_tables.of_metric(rows, study, c)) for c in study.table.values()}
+    measured = study_tables.of_measured(rows)
     section = {
         "about": f"{study.cited}: {study.paper.get('title', study.title)}. {about}",
-        "tables": by_metric | {"Other scores, and what they cost": _without_empty(study_tables.of_costs(rows, study))},
+        "tables": by_metric
+        | {"Other scores, and what they cost": _without_empty(study_tables.of_costs(rows, study))}
+        | ({study_tables.MEASURED: measured} if measured else {}),
         "baselines": [] if rehearsal else study_tables.baselines(study),
         "notes": [] if rehearsal else list(verdict.notes(study, rows)),
         "figures": [figure for figure in figures if figure],
@@ -123,6 +126,11 @@ def _page(title: str, kind: str, runs: Sequence[ReportedRun], analyze: bool, **m
     """The HTML of what all reports have in common, and of what this one has besides."""
     alone = len(runs) == 1
     training = [figure for figure in draw.training({r.label: r.folder.read_metrics() for r in runs}) if figure.traces]
+    training += [
+        comparisons.curve(number, reported.label, reported.folder.read_metrics(), points)
+        for number, reported in enumerate(runs)
+        if (points := reported.published_curve)
+    ]
     notes = []
     if training and not any(figure.key == "load" for figure in training):
         notes.append("The load of the processor was not recorded.")

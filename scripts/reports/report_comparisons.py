@@ -6,6 +6,7 @@ from typing import Any
 from ..base.files import Row
 from ..data.study import Study
 from ..metrics.metric import Column
+from ..results import curves
 from ..running import sweeps
 from ..terminal import tables
 from .report_figures import (
@@ -16,6 +17,7 @@ from .report_figures import (
     Trace,
     _axis,
     _categories,
+    _curve,
     _interval,
     _log,
     _points,
@@ -112,6 +114,23 @@ def study(of_study: Study, rows: Sequence[Row], column: Column, with_baselines: 
     room = 0.05 * (max(values) - min(values)) or 1.0
     x = _axis(column.label, range=[min(values) - room, max(values) + room])  # a line alone would lie on the frame
     return Figure(f"study-{name}", f"{column.label} of the study's recipes", traces, x, _categories(), "", layout, says)
+
+
+def curve(number: int, name: str, metrics: Sequence[Row], published: Sequence[curves.Point]) -> Figure:
+    """A run's training loss over the published curve of what it tries for."""
+    theirs = {"color": COLOURS[1], "dash": DASHES[1], "width": 3}
+    ours = curves.over_the_same_steps(metrics, published)
+    traces = [
+        _curve(f"{name}, step by step", metrics, "loss", 0) | {"line": {"color": GREY, "width": 1}},
+        _scatter(
+            "published", "lines+markers", published, line=theirs, marker={"color": COLOURS[1], "symbol": "square"}
+        ),
+        _scatter(f"{name}, mean over the same steps", "lines+markers", ours, **_style(0)),
+    ]
+    note = "A point is the mean loss of the steps since the point before."
+    step, loss = _axis("optimizer step", rangemode="tozero"), _axis("training loss")
+    title = f"Training loss of {name}, and the published one"
+    return Figure(f"curve-{number}", title, [trace for trace in traces if trace["x"]], step, loss, note)
 
 
 def _around(value: float, spread: float | None) -> tuple[float, float] | None:

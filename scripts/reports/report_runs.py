@@ -16,9 +16,10 @@ from ..base.errors import UserError
 from ..base.files import Row, sha256
 from ..checks import schema
 from ..configs import config, datafiles
+from ..data import study
 from ..metrics import registry
 from ..metrics.metric import Column
-from ..results import comparable, listing, run_rows
+from ..results import comparable, curves, listing, run_rows
 from ..results.study_tables import published_text
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
@@ -63,6 +64,18 @@ class ReportedRun:
     def base_evaluation(self) -> Evaluation | None:
         """The evaluation of its base model alone, where that compares with `evaluation`."""
         return comparable.of_base_model(self.folder, self.evaluation) if self.evaluation else None
+
+    @cached_property
+    def decoded(self) -> dict[str, Evaluation]:
+        """The evaluations by further decodings of its study, by name."""
+        found = comparable.decoded(self.folder, self.run, self.evaluation)
+        return {name: other for name, other in found.items() if other}
+
+    @cached_property
+    def published_curve(self) -> list[curves.Point]:
+        """The published training loss of what it tries for; none where there is none."""
+        aim, of_study = comparable.aim(self.run), study.of(self.run.origin)
+        return curves.published(of_study, aim) if aim and of_study else []
 
     @cached_property
     def predictions(self) -> list[Row]:
@@ -201,6 +214,8 @@ def scores(runs: Sequence[ReportedRun]) -> list[Row]:
         if not reported.evaluation:
             continue
         columns[reported.label] = _column(reported.evaluation, by_heading)
+        for name, other in reported.decoded.items():
+            columns[f"{reported.label}: {name}"] = _column(other, by_heading)
         if reported.base_evaluation:
             columns[f"{reported.label}: base model alone"] = _column(reported.base_evaluation, by_heading)
         aim = comparable.aim(reported.run)
@@ -243,7 +258,7 @@ def settings(reported: ReportedRun) -> dict[str, Any]:
     run = reported.run
     of_recipe: dict[str, str] = {}
     note = ""
-    file = paths.RECIPES / f"{run.recipe}.yaml"
+    file = paths.recipe_file(run.recipe)
     file = file if file.is_file() else Path(run.cwd, run.recipe_file)
     if not file.is_file():
         note = f"The recipe's file, {run.recipe_file}, is no longer there, so its sources are not known."

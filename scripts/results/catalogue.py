@@ -18,7 +18,7 @@ def recipes() -> list[dict[str, Any]]:
     A variant that cannot be read is reported on stderr.
     """
     rows = []
-    shipped = {name: paths.RECIPES / f"{name}.yaml" for name in paths.recipe_names()}
+    shipped = {name: paths.recipe_file(name) for name in paths.recipe_names()}
     own = {name: paths.VARIANTS / f"{name}.yaml" for name in paths.variant_names() if name not in shipped}
     for name, file in (shipped | own).items():
         try:

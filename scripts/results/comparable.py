@@ -9,6 +9,7 @@ from ..data import study
 from ..data.manifest import MANIFEST
 from ..metrics.metric import Column
 from ..runs.rundir import Run, RunDir
+from ..scores import evaluations
 from ..scores.columns import columns_of
 from ..scores.evaluations import BASE_MODEL, Evaluation, read_scores
 
@@ -19,19 +20,23 @@ _ALIKE = {"data_sha256", "rows", "decoding"}  # settings of two evaluations that
 def columns(run: Run, own: Evaluation | None) -> dict[str, Column]:
     """What a run is scored with: its study's metrics, and those that it was evaluated with beside them."""
     recorded = own.columns if own else {}
-    return columns_of(run.origin) | recorded if study.of(run.origin) else recorded or columns_of()
+    of_study = study.of(run.origin)
+    declared = of_study.columns if of_study else {}
+    return declared | {name: recorded[name] for name in recorded if name not in declared} or columns_of()
 
 
 def value(column: Column, own: Evaluation | None, loss: float | None) -> float | None:
-    """A run's score by an evaluation, or by its eval loss where the metric is of that."""
+    """A run's score by an evaluation, or by its eval loss where the metric is of that; None also where it was scored
+    before the metric was declared as it is now."""
     if column.metric.of_loss:
         return None if loss is None else column.metric.of_loss(loss)
-    return own.scores.get(column.name) if own else None
+    return own.scores.get(column.name) if own and column.same_scores(own.columns.get(column.name)) else None
 
 
 def scores(folder: RunDir, run: Run, own: Evaluation | None) -> dict[str, Any]:
     """A run's scores, NAME each, and what they compare with: NAME_base_model, the base model's without adapter;
-    NAME_published; and NAME_difference from that, where the two compare.
+    NAME_published; and NAME_difference from that, where the two compare. NAME_DECODING is that by one of the study's
+    further decodings.
 
     Args:
         folder: the run's folder.
@@ -41,6 +46,7 @@ def scores(folder: RunDir, run: Run, own: Evaluation | None) -> dict[str, Any]:
     base = of_base_model(folder, own)
     aimed = aim(run)
     loss = folder.summary(run).eval_loss_per_token
+    others = decoded(folder, run, own)
     row: dict[str, Any] = {}
     for name, column in columns(run, own).items():
         ours = value(column, own, loss)
@@ -52,7 +58,16 @@ def scores(folder: RunDir, run: Run, own: Evaluation | None) -> dict[str, Any]:
             f"{name}_published": published.value if published else None,
             f"{name}_difference": ours - published.value if compared and published and ours is not None else None,
         }
+        if not column.metric.of_loss:
+            row |= {f"{name}_{decoding}": value(column, other, None) for decoding, other in others.items()}
     return row
+
+
+def decoded(folder: RunDir, run: Run, own: Evaluation | None) -> dict[str, Evaluation | None]:
+    """The evaluations of a run's adapter by its study's further decodings, by name; None where there is none."""
+    of_study = study.of(run.origin)
+    declared = of_study.decodings if of_study else {}
+    return {name: evaluations.decoded(folder.path, name, decoding, own) for name, decoding in declared.items()}
 
 
 def of_base_model(folder: RunDir, own: Evaluation | None) -> Evaluation | None:

@@ -1,6 +1,6 @@
 """A row a run, ours beside the published scores: `recipe results`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ def _jobs(folder: RunDir, run: Run) -> Iterator[str]:
             yield f"{step}: {state}"
 
 
-def _short(full: dict[str, Any], columns: Mapping[str, Column]) -> dict[str, Any]:
-    """The cells of a row that fit a terminal; the first of its columns is set beside what it compares with."""
+def _short(full: dict[str, Any], columns: Mapping[str, Column], decodings: Iterable[str]) -> dict[str, Any]:
+    """The cells of a row that fit a terminal; the first of its columns is set beside what it compares with, further
+    decodings among it."""
     early = ", early stopping" if full["ended"] == "early stopping" else ""
     losses = None
     if full["eval_loss"] is not None:
@@ -49,6 +50,7 @@ def _short(full: dict[str, Any], columns: Mapping[str, Column]) -> dict[str, Any
         "eval loss": losses,
         AXOLOTL_EVAL_LOSS: None if losses else full["eval_loss_axolotl"],
         columns[first].label: full.get(first),
+        **{f"{columns[first].label}, {name}": full.get(f"{first}_{name}") for name in decodings},
         "base model": full.get(f"{first}_base_model"),
     }
     if not full["rehearsal"]:
@@ -82,8 +84,11 @@ def show(runs: Path, form: tables.Form) -> None:
                 title = REHEARSALS if rehearsal else "Runs"
                 if len(groups) > 1:
                     title += f": {of_study.folder.name}" if of_study else ": of no study"
+                decodings = [*of_study.decodings] if of_study else []
                 spare = [*_SPARE[:4], *[column.label for column in columns.values()][:0:-1], *_SPARE[4:]]
-                tables.write([_short(full, columns) for full in group], form, title, spare=spare, below=_BELOW)
+                tables.write(
+                    [_short(full, columns, decodings) for full in group], form, title, spare=spare, below=_BELOW
+                )
                 compared = not rehearsal and any(not (r["other_base_model"] or r["other_data"]) for r in group)
                 if of_study and of_study.baselines and compared:
                     tables.write(study_tables.baselines(of_study), form, "To compare with")

@@ -8,6 +8,7 @@ from ..metrics.metric import Column
 from ..terminal import tables
 from .verdict import notes
 
+MEASURED = "What the runs took, and the mean loss of their last steps, beside what was published"
 REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
 
 
@@ -35,6 +36,7 @@ def of_metric(rows: list[dict[str, Any]], of_study: Study, column: Column) -> li
             else published_text(Score(value=full[f"{name}_published"], spread=full[f"{name}_spread"])),
             "difference": full[f"{name}_difference"],
             "verdict": full[f"{name}_verdict"],
+            **{decoding: full[f"{name}_{decoding}"] for decoding in of_study.decodings},
             **{
                 heading: None if (gain := full["gains_percent"][label]) is None else f"{gain:+.1f} %"
                 for label, heading in over.items()
@@ -59,6 +61,36 @@ def of_costs(rows: list[dict[str, Any]], of_study: Study) -> list[dict[str, Any]
         }
         for full in rows
     ]
+
+
+_MEASURED = {
+    "train_loss": "train loss",
+    "trainable": "trainable",
+    "peak_gpu_memory_gib": "peak GPU GiB",
+    "tokens_per_second": "tokens/s",
+    "train_seconds": "seconds",
+}
+
+
+def of_measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a study by what else was published of its runs, ours and theirs beside each other; none where
+    nothing was."""
+    known = [key for key in _MEASURED if any(full[f"{key}_published"] is not None for full in rows)]
+    return [
+        {"recipe": full["recipe"]}
+        | {
+            f"{_MEASURED[key]}{theirs.replace('_', ', ')}": _whole(full[f"{key}{theirs}"])
+            for key in known
+            for theirs in ("", "_published")
+        }
+        for full in rows
+        if known
+    ]
+
+
+def _whole(value: float | None) -> str | float | None:
+    """A large number without decimals, in groups of three digits."""
+    return f"{value:,.0f}" if value is not None and value >= 100 else value
 
 
 def baselines(of_study: Study) -> list[dict[str, Any]]:
@@ -90,6 +122,8 @@ def show(of_study: Study, rows: list[dict[str, Any]], rehearsal: bool, form: tab
             tables.write(of_one, form, title, empty=True, spare=spare)
             title = column.label
         tables.write(of_costs(rows, of_study), form, empty=True, spare=["tokens/s", "peak GPU GiB", "eval loss"])
+        if measured := of_measured(rows):
+            tables.write(measured, form, MEASURED)
         if not rehearsal:
             if of_study.baselines:
                 tables.write(baselines(of_study), form, "To compare with")

@@ -8,15 +8,16 @@ from .. import places
 from ..base import paths, yamlfiles
 from ..configs import config, datafiles
 from ..configs.compose import REHEARSAL, TRACKERS
-from ..data.study import Published, Score, Study
+from ..data.study import Measured, Published, Score, Study
 from ..metrics.metric import Column
 from ..runs import lookup
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
 from ..scores.evaluations import Evaluation
 from ..scores.judges import record_of
-from . import comparable, run_rows
+from . import comparable, curves, run_rows
 
+GIB = 1 << 30
 WITHIN, ACCEPTABLE, OFF = "within the interval", "acceptable", "off"
 
 
@@ -82,14 +83,15 @@ def study_row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, r
     """A run's results beside what was published.
 
     Returns:
-        For each metric NAME, NAME_low and NAME_high, its interval; NAME_base_model, NAME_published, NAME_difference and
-        NAME_verdict, see `verdict`; `verdict`, that of the study's first metric; the gain over each baseline in
-        percent; costs; `differs`, the settings that the paper states and the run changed; and `open`, those that the
-        paper leaves open, with the run's values.
+        For each metric NAME, NAME_low and NAME_high, its interval; NAME_base_model, NAME_published, with NAME_spread as
+        its ±, NAME_difference and NAME_verdict, see `verdict`; NAME_DECODING by a further decoding; `verdict`, that of
+        the study's first metric; the gain over each baseline in percent; costs, and the loss of the last stretch of
+        steps that the published curve has, each with _published; `differs`, the settings that the paper states and the
+        run changed; and `open`, those that the paper leaves open, with the run's values.
     """
     ours = run_rows.row(*chosen) if chosen else {}
     scored = evaluations.of_run(chosen[0].path, chosen[1]) if chosen else None
-    on_gpu = str(ours.get("memory_kind")).startswith("GPU")
+    on_gpu = _on_gpu(ours)
     hours = chosen[0].summary(chosen[1]).train_seconds * chosen[1].ranks / 3600 if chosen and on_gpu else None
     aim = None if rehearsal else of_study.aimed_at(recipe)
     first = of_study.first
@@ -110,11 +112,36 @@ def study_row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, r
         "verdict": by_metric[f"{first.name}_verdict"],
         "gains_percent": _gains(of_study, ours, compared),
         "eval_loss": ours.get("eval_loss"),
-        "peak_gpu_memory_gib": ours.get("peak_memory_gib") if on_gpu else None,
-        "tokens_per_second": ours.get("tokens_per_second"),
+        **_costs(of_study, chosen, ours, aim),
         "gpu_hours": hours,
         "differs": differs,
         "open": left_open,
+    }
+
+
+def _on_gpu(ours: Mapping[str, Any]) -> bool:
+    return str(ours.get("memory_kind")).startswith("GPU")
+
+
+def _costs(
+    of_study: Study, chosen: tuple[RunDir, Run] | None, ours: Mapping[str, Any], aim: Published | None
+) -> dict[str, Any]:
+    """What a run took and how its loss ended, beside what was published of that."""
+    measured = aim.measured if aim else Measured()
+    curve = curves.published(of_study, aim) if aim else []
+    own = curves.over_the_same_steps(chosen[0].read_metrics(), curve) if chosen and curve else []
+    gib = measured.reserved_bytes / GIB if measured.reserved_bytes else None
+    return {
+        "train_loss": own[-1][1] if own and own[-1][0] == curve[-1][0] else None,
+        "train_loss_published": curve[-1][1] if curve else None,
+        "trainable": chosen[0].summary(chosen[1]).trainable_parameters if chosen else None,
+        "trainable_published": measured.trainable,
+        "peak_gpu_memory_gib": ours.get("peak_memory_gib") if _on_gpu(ours) else None,
+        "peak_gpu_memory_gib_published": gib,
+        "tokens_per_second": ours.get("tokens_per_second"),
+        "tokens_per_second_published": measured.tokens_per_second,
+        "train_seconds": ours.get("train_seconds"),
+        "train_seconds_published": measured.train_seconds,
     }
 
 
@@ -139,6 +166,7 @@ def _scores(
         if published and compared
         else None,
         **({f"{name}_model": judge.get("model") if judge else None} if column.judged else {}),
+        **{f"{name}_{decoding}": ours.get(f"{name}_{decoding}") for decoding in of_study.decodings},
     }
 
 
@@ -161,10 +189,10 @@ def _settings(
     """
     folder, run = chosen
     origin = of_study.origin(recipe)
-    file = paths.RECIPES / f"{origin}.yaml"
+    file = paths.recipe_file(origin)
     of_paper = yamlfiles.sources(file)
     paper = yamlfiles.read_yaml(file)
-    sources = yamlfiles.sources(paths.RECIPES / f"{recipe}.yaml")
+    sources = yamlfiles.sources(paths.recipe_file(recipe))
     sources |= {difference.key.partition(".")[0]: difference.why for difference in run.differences}
     ours = yamlfiles.read_yaml(folder.config)
     differs = [

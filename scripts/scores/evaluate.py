@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..base import yamlfiles
-from ..base.errors import UserError
+from ..base.errors import UserError, did_you_mean
 from ..base.files import sha256, write_atomically, write_rows
 from ..base.locks import held
 from ..base.machine import now
@@ -23,6 +23,7 @@ from .columns import columns_of
 from .evaluations import (
     ADAPTER,
     BASE_MODEL,
+    DECODED,
     PREDICTIONS,
     SCORES,
     Evaluation,
@@ -52,6 +53,7 @@ class EvaluationRequest:
         judge_layer: its layer.
         metrics: what to score with beside the study's metrics, as --metric takes it; without both see
             `registry.DEFAULT`.
+        decoding: one of the study's further ways to decode, by name.
     """
 
     data: Path | None = None
@@ -63,6 +65,7 @@ class EvaluationRequest:
     judge: str | None = None
     judge_layer: int | None = None
     metrics: Sequence[str] = ()
+    decoding: str | None = None
 
     def options(self) -> list[str]:
         """The request as options of `recipe evaluate`."""
@@ -75,6 +78,7 @@ class EvaluationRequest:
             "--cache": self.cache,
             "--bertscore": self.judge,
             "--bertscore-layer": self.judge_layer,
+            "--decoding": self.decoding,
         }
         words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
         return words + [word for metric in self.metrics for word in ("--metric", metric)]
@@ -115,7 +119,7 @@ class EvaluationTask:
         limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
         self.rows = replace(every, rows=every.rows[:limit], keys=every.keys[:limit])
         evaluation_rows.require_answers(self.rows, self.cfg)
-        decoding = of_study.decoding if of_study else Decoding(max_new_tokens=96)
+        decoding = _decoding(of_study, request.decoding)
         local = Path(self.run.cwd, str(self.cfg["base_model"]))
         caching: Literal["static", "dynamic"] = "static" if gpus.here() and not self.run.rehearsal else "dynamic"
         # what bf16: auto became in the training; runs from before their GPUs were recorded had one
@@ -139,9 +143,26 @@ class EvaluationTask:
         if adapter is not None:
             digest = self.settings.adapter_sha256
             labels.append(f"{Path(self.settings.adapter).name}-{digest[:7]}" if digest else BASE_MODEL)
+        if request.decoding:
+            labels.append(f"{DECODED}{request.decoding}")
         if usual and source != usual and not _is_of(usual.file, every.sha256):
             labels.append(_data_label(self.settings))
         self.where = folder.path / "evaluations" / "-".join(labels) if labels else folder.path
+
+
+def _decoding(of_study: study.Study | None, name: str | None) -> Decoding:
+    """The study's decoding, or the further one of a name.
+
+    Raises:
+        UserError: the study declares none of that name.
+    """
+    if name is None:
+        return of_study.decoding if of_study else Decoding(max_new_tokens=96)
+    there = of_study.decodings if of_study else {}
+    if name not in there:
+        declared = f"its study declares {', '.join(there)}" if there else "decodings in study.yaml declares some"
+        raise UserError(f"--decoding {name}: no decoding of that name{did_you_mean(name, there)}; {declared}")
+    return there[name]
 
 
 def _unfinished(folder: RunDir, run: Run) -> str:
@@ -175,8 +196,8 @@ def _same_work(task: EvaluationTask) -> Evaluation | None:
 def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     """Generate a prediction for each test row and score them all.
 
-    predictions.jsonl and scores.json go to the run's folder; those of the base model, of another adapter or of
-    other rows than the usual, to a folder below evaluations/. An interrupted evaluation continues where it
+    predictions.jsonl and scores.json go to the run's folder; those of the base model, of another adapter, decoding or
+    rows than the usual, to a folder below evaluations/. An interrupted evaluation continues where it
     stopped, a complete one is not repeated.
 
     Raises:

@@ -16,6 +16,7 @@ PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"
 ADAPTER = "adapter_model.safetensors"
 BASE_MODEL = "base-model"  # the base model's folder below evaluations/
+DECODED = "decoding-"  # how the folders of the study's further decodings begin there
 
 
 class EvaluationSettings(BaseModel):
@@ -132,3 +133,14 @@ def of_run(folder: Path, run: Run) -> Evaluation | None:
     evaluation = read_scores(folder)
     last = run.launches[-1] if run.launches else None
     return None if evaluation and last and evaluation.made < (last.ended or last.started) else evaluation
+
+
+def decoded(folder: Path, name: str, decoding: Decoding, own: Evaluation | None) -> Evaluation | None:
+    """The evaluation of a run's own adapter by one of its study's further decodings; None where there is none that is
+    of the same adapter and rows as its usual one, or that decoded so."""
+    other = read_scores(folder / "evaluations" / f"{DECODED}{name}")
+    if other is None or other.settings.decoding != decoding:
+        return None
+    alike = {"adapter_sha256", "data_sha256", "rows"}
+    same = own is None or own.settings.model_dump(include=alike) == other.settings.model_dump(include=alike)
+    return other if same else None

@@ -1,0 +1,151 @@
+"""Results of a study of another kind, and of several studies beside each other."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import small_study
+from conftest import Recipe
+from run_folders import a_run
+from small_study import PLAIN, WIDE
+
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.data.study import Score
+from qlora_recipes.results import curves, study_tables, verdict
+
+LLAMA_2 = "haider2024/llama-2-7b"
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for runs in a folder of work with the small study."""
+    small_study.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return Path("runs")
+
+
+def row_of(runs: Path, recipe: str = PLAIN) -> dict[str, Any]:
+    (found,) = [row for row in verdict.rows(small_study.read(), runs, False) if row["recipe"] == recipe]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ours", "interval", "published", "spread", "tolerance", "expected"),
+    [
+        (66.0, [65.0, 67.0], 67.4, None, None, verdict.OFF),
+        (66.0, [65.0, 67.0], 67.4, 1.0, None, verdict.WITHIN),  # 66.4 to 68.4 is theirs
+        (64.0, [63.0, 65.0], 67.4, 1.0, None, verdict.OFF),
+        (64.0, [63.0, 65.0], 67.4, 1.0, 4.0, verdict.ACCEPTABLE),
+        (66.5, None, 67.4, 1.0, None, verdict.WITHIN),
+        (66.0, None, 67.4, 1.0, None, verdict.OFF),
+        (66.0, None, 67.4, None, 2.0, verdict.ACCEPTABLE),
+        (67.4, None, 67.4, None, 2.0, verdict.ACCEPTABLE),
+        (67.4, None, 67.4, None, None, None),  # nothing says how near is near enough
+    ],
+)
+def test_a_published_spread_widens_what_is_within(
+    ours: float, interval: list[float] | None, published: float, spread: float | None, tolerance: float | None,
+    expected: str | None,
+) -> None:  # fmt: skip
+    assert verdict.verdict(ours, interval, Score(value=published, spread=spread), tolerance) == expected
+
+
+def test_every_published_metric_has_a_verdict(runs: Path) -> None:
+    small_study.ran(runs, PLAIN, "a", 66.0, loss=1.1)
+    row = row_of(runs)
+    assert (row["accuracy"], row["accuracy_low"], row["accuracy_high"]) == (66.0, 65.5, 66.5)
+    assert (row["accuracy_published"], row["accuracy_spread"]) == (67.4, 1.0)
+    assert row["accuracy_difference"] == pytest.approx(-1.4)
+    assert row["accuracy_verdict"] == row["verdict"] == verdict.WITHIN
+    assert row["perplexity"] == pytest.approx(3.004, abs=1e-3)  # exp(1.1), of the run: it needs no evaluation
+    assert (row["perplexity_low"], row["perplexity_verdict"]) == (None, verdict.ACCEPTABLE)
+    assert (row["chrf"], row["chrf_published"], row["chrf_verdict"]) == (20.5, None, None)
+    assert row_of(runs, WIDE)["accuracy_published"] == 70 and row_of(runs, WIDE)["accuracy"] is None
+
+
+def test_a_score_by_another_declaration_of_the_metric_is_not_compared(runs: Path, tmp_path: Path) -> None:
+    folder = small_study.ran(runs, PLAIN, "a", 66.0)
+    (tmp_path / "recipes" / "sums2030").rename(tmp_path / "before")
+    small_study.write(tmp_path, metrics={"accuracy": {"metric": "number"}, "perplexity": {}, "chrf": {}})
+    row = row_of(runs)
+    assert (row["run"], row["accuracy"], row["verdict"], row["chrf"]) == (str(folder.path), None, None, 20.5)
+
+
+def test_what_was_measured_and_how_the_loss_ended_stand_beside_the_published(runs: Path, recipe: Recipe) -> None:
+    small_study.ran(runs, PLAIN, "a", 66.0)
+    row = row_of(runs)
+    assert (row["trainable"], row["trainable_published"]) == (9175040, 9175040)
+    assert (row["peak_gpu_memory_gib"], row["peak_gpu_memory_gib_published"]) == (19.5, 20.0)
+    assert (row["train_seconds"], row["train_seconds_published"]) == (600, 585.2)
+    assert (row["tokens_per_second"], row["tokens_per_second_published"]) == (7000, 7198)
+    assert (row["train_loss"], row["train_loss_published"]) == (pytest.approx(1.4), 1.5)  # of steps 3 and 4
+    table = recipe("results", "--study", "sums2030").stdout
+    assert study_tables.MEASURED in table and "trainable, published" in table
+    assert "9,175,040" in table and "585" in table
+    assert "All recipes: The authors tokenize prompt and answer together" in table
+    assert "67.40 ± 1.00" in table and "A. Nobody; published scores are on" in table
+
+
+def test_a_curve_is_compared_over_the_same_steps(runs: Path, tmp_path: Path) -> None:
+    of_study = small_study.read()
+    curve = curves.published(of_study, of_study.published[PLAIN])
+    assert curve == [(2, 2.5), (4, 1.5)]
+    metrics = [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 2, "eval_loss": 9.0},
+        {"step": 3, "loss": 1.0},
+    ]
+    assert curves.over_the_same_steps(metrics, curve) == [(2, 2.5)]  # step 4 is not reached
+    assert curves.published(of_study, of_study.published[WIDE]) == []
+    (tmp_path / "recipes" / "sums2030" / "plain.csv").write_text("step,loss\n1,2\n")
+    with pytest.raises(UserError, match=r"plain.csv: expected the columns step and train_loss"):
+        curves.published(of_study, of_study.published[PLAIN])
+
+
+def test_a_further_decoding_is_a_column_of_its_own(runs: Path, recipe: Recipe) -> None:
+    folder = small_study.ran(runs, PLAIN, "a", 66.0)
+    assert row_of(runs)["accuracy_greedy"] is None
+    small_study.decoded(folder, 64.5)
+    row = row_of(runs)
+    assert (row["accuracy"], row["accuracy_greedy"], row["accuracy_difference"]) == (66, 64.5, pytest.approx(-1.4))
+    assert "accuracy, %, greedy" in recipe("results").stdout and "64.50" in recipe("results").stdout
+    assert "greedy" in recipe("results", "--study", "sums2030").stdout
+
+
+def test_numbers_of_different_metrics_never_share_a_column(runs: Path, recipe: Recipe) -> None:
+    small_study.ran(runs, PLAIN, "a", 66.0)
+    a_run(runs, LLAMA_2, "b", 5.0)
+    own = {"rows": 9, "accuracy": 12.5, "metrics": {"accuracy": {"metric": "number"}}, "intervals": {}}
+    folder = a_run(runs, LLAMA_2, "c", 0, scores=own)
+    run = folder.read()
+    run.recipe = "mine"
+    folder.write(run)
+    parts = recipe("results").stdout.strip().split("\n\n")
+    by_title = {part.splitlines()[0]: part for part in parts if part.startswith("Runs")}
+    assert set(by_title) == {"Runs: sums2030", "Runs: haider2024", "Runs: of no study"}
+    assert "accuracy, %" in by_title["Runs: sums2030"] and "BLEU-4" not in by_title["Runs: sums2030"]
+    assert "BLEU-4" in by_title["Runs: haider2024"] and "accuracy" not in by_title["Runs: haider2024"]
+    assert "right numbers, %" in by_title["Runs: of no study"]
+    header, *lines = csv.reader(io.StringIO(recipe("results", "--csv").stdout))
+    by_column = {name: [line[i] for line in lines if line[i]] for i, name in enumerate(header)}
+    theirs = "accuracy {metric: number, label: accuracy, markers: ['= ']}"
+    assert by_column[theirs] == ["66.0"] and by_column["accuracy {metric: number}"] == ["12.5"]
+    assert "accuracy" not in by_column and by_column["bleu4"] == ["5.0"]
+    rows = orjson.loads(recipe("results", "--json").stdout)
+    assert [(row["study"], row.get("accuracy")) for row in rows if "accuracy" in row] == [
+        ("sums2030", 66),
+        (None, 12.5),
+    ]
+
+
+def test_the_list_has_a_table_for_each_study(runs: Path, recipe: Recipe) -> None:
+    listed = recipe("list").stdout
+    ours = listed[listed.index("sums2030") :].split("\n\n")[0]
+    assert "accuracy, %" in ours and "perplexity" in ours and "67.40" in ours and "BLEU-4" not in ours
+    rows = {row["recipe"]: row for row in orjson.loads(recipe("list", "--json").stdout)}
+    assert (rows[PLAIN]["study"], rows[PLAIN]["published_accuracy"]) == ("sums2030", 67.4)
+    assert "published_accuracy" not in rows[LLAMA_2] and rows[LLAMA_2]["published_bleu4"] == 5.02

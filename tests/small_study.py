@@ -1,0 +1,98 @@
+"""A study of another kind than the first: sums, scored by their number, with spreads, a curve, measured figures and a
+further decoding. For tests of what results, reports and verdicts make of any study."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from run_folders import a_run
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.files import write_rows
+from qlora_recipes.data import study
+from qlora_recipes.data.study import Decoding, Study
+from qlora_recipes.runs.rundir import RunDir, Summary
+from qlora_recipes.scores.evaluations import read_scores
+
+PLAIN, WIDE = "sums2030/plain", "sums2030/wide"
+SAMPLED = {"max_new_tokens": 64, "do_sample": True, "temperature": 0.1, "top_k": 40, "top_p": 0.95}
+GREEDY = {"max_new_tokens": 64}
+ACCURACY = {"metric": "number", "label": "accuracy", "markers": ["= "]}
+GIB = 1 << 30
+
+
+def write(place: Path, **changes: Any) -> None:
+    """Write the study into a folder of work."""
+    first = paths.RECIPES / "haider2024"
+    data = yamlfiles.read_yaml(first / "study.yaml")["data"]
+    content: dict[str, Any] = {
+        "title": "Sums",
+        "paper": {"title": "On sums", "authors": "A. Nobody"},
+        "data": data | {"key": "sums"},
+        "decoding": SAMPLED,
+        "decodings": {"greedy": GREEDY},
+        "metrics": {"accuracy": ACCURACY, "perplexity": {}, "chrf": {}},
+        "columns": ["accuracy", "perplexity"],
+        "published": {
+            PLAIN: {
+                "scores": {"accuracy": {"value": 67.4, "spread": 1.0}, "perplexity": 3.0},
+                "curve": "plain.csv",
+                "measured": {
+                    "train_seconds": 585.2,
+                    "tokens_per_second": 7198,
+                    "reserved_bytes": 20 * GIB,
+                    "trainable": 9175040,
+                },
+            },
+            WIDE: {"scores": {"accuracy": 70}},
+        },
+        "tolerances": {"perplexity": 0.1},
+        "differences": ["The authors tokenize prompt and answer together"],
+    }
+    folder = place / "recipes" / "sums2030"
+    folder.mkdir(parents=True)
+    for name in ("plain", "wide"):
+        shutil.copy(first / "llama-3.2-3b.yaml", folder / f"{name}.yaml")
+    shutil.copytree(first, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.yaml"))
+    (folder / "plain.csv").write_text("step,train_loss\n2,2.5\n4,1.5\n")
+    (folder / "study.yaml").write_text(yamlfiles.write_yaml(content | changes))
+
+
+def read() -> Study:
+    """The study, in its folder of work."""
+    return study.find("sums2030")
+
+
+def ran(
+    runs: Path, recipe: str, name: str, accuracy: float, within: float = 0.5, loss: float | None = 1.1, **more: Any
+) -> RunDir:
+    """A finished and evaluated run of it, in its folder of work."""
+    entry = yamlfiles.read_yaml(Path("recipes", "sums2030", "study.yaml"))["metrics"]["accuracy"]
+    scores = {
+        "rows": 5000,
+        "accuracy": accuracy,
+        "chrf": 20.5,
+        "metrics": {"accuracy": entry, "chrf": {"metric": "chrf"}},
+    }
+    scores["intervals"] = {"accuracy": [accuracy - within, accuracy + within], "chrf": [20.0, 21.0]}
+    measured = {"train_seconds": 600, "peak_memory": 19.5, "memory_kind": "GPU, reserved", "tokens_per_second": 7000.0}
+    summary = Summary(eval_loss_per_token=loss, trainable_parameters=9175040, **measured)
+    decoding = Decoding.model_validate(more.pop("decoding", SAMPLED))
+    settings = {"decoding": decoding} | more.pop("settings", {})
+    folder = a_run(runs, recipe, name, 0, scores=scores, settings=settings, summary=summary, **more)
+    losses = (3.0, 2.0, 1.6, 1.2)
+    write_rows(
+        folder.metrics, [{"step": step, "loss": loss, "step_seconds": 1.0} for step, loss in enumerate(losses, 1)]
+    )
+    return folder
+
+
+def decoded(folder: RunDir, accuracy: float) -> None:
+    """Have a run be evaluated greedily, too."""
+    own = read_scores(folder.path)
+    assert own
+    settings = own.settings.model_copy(update={"decoding": Decoding.model_validate(GREEDY)})
+    other = own.model_copy(update={"scores": own.scores | {"accuracy": accuracy}, "settings": settings})
+    where = folder.path / "evaluations" / "decoding-greedy"
+    where.mkdir(parents=True)
+    (where / "scores.json").write_text(other.model_dump_json())
