@@ -201,7 +201,7 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     stopped, a complete one is not repeated.
 
     Raises:
-        UserError: see `EvaluationTask`, and `bertscore_f1.layer_of`.
+        UserError: see `EvaluationTask`, and `judges.require`.
         WorkFailed: BERTScore's model cannot be loaded, or memory does not suffice.
     """
     task = EvaluationTask(folder, request)

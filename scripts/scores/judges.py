@@ -5,7 +5,7 @@ from typing import Any
 
 from ..base.progress import say
 from ..configs import standin
-from ..metrics.bertscore_f1 import Judge, layer_of, made_by
+from ..metrics.judge import Judge, layer_of, made_by
 from ..metrics.metric import Column
 
 Judges = Mapping[str, Judge | None]

@@ -6,7 +6,7 @@ import pytest
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.configs import standin
 from qlora_recipes.metrics import bertscore_f1 as bertscore
-from qlora_recipes.metrics.bertscore_f1 import Judge
+from qlora_recipes.metrics.judge import DEFAULT, Judge, layer_of, made_by
 from qlora_recipes.scores import judges
 
 PAIRS = [
@@ -105,31 +105,31 @@ def test_a_layer_that_is_not_there_is_told(layer: int | None) -> None:
 
 def test_a_model_that_is_not_there_is_told() -> None:
     with pytest.raises(WorkFailed, match=r"roberta-large cannot be loaded.*--bertscore none"):
-        bertscore.f1(PAIRS, Judge(model=bertscore.DEFAULT))
+        bertscore.f1(PAIRS, Judge(model=DEFAULT))
 
 
 def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta: Path, tmp_path: Path) -> None:
     judge = Judge(model=str(roberta), layer=2)
     made = record(judge)
-    assert bertscore.made_by(judge, made) and bertscore.made_by(Judge(model=str(roberta)), made)
-    assert not bertscore.made_by(Judge(model=str(roberta), layer=1), made)
+    assert made_by(judge, made) and made_by(Judge(model=str(roberta)), made)
+    assert not made_by(Judge(model=str(roberta), layer=1), made)
     other = tmp_path / roberta.name
     other.mkdir()
     (other / "model.safetensors").write_bytes(b"others")
-    assert not bertscore.made_by(Judge(model=str(other), layer=2), made)
-    assert bertscore.made_by(None, None) and not bertscore.made_by(judge, None) and not bertscore.made_by(None, made)
+    assert not made_by(Judge(model=str(other), layer=2), made)
+    assert made_by(None, None) and not made_by(judge, None) and not made_by(None, made)
     stand_in = judges.judge(None, None, rehearsal=True)
-    assert stand_in and bertscore.made_by(stand_in, record(stand_in))
+    assert stand_in and made_by(stand_in, record(stand_in))
 
 
 def test_a_folder_of_a_model_that_bert_score_knows_needs_no_layer(roberta: Path, tmp_path: Path) -> None:
     folder = tmp_path / "distilroberta-base"  # its best layer is 5, more than this one has
     folder.symlink_to(roberta)
     with pytest.raises(UserError, match="name one of the 3 layers"):
-        bertscore.layer_of(Judge(model=str(folder)))
+        layer_of(Judge(model=str(folder)))
     small = tmp_path / "roberta-base"
     small.symlink_to(roberta)
-    assert bertscore.layer_of(Judge(model=str(small), layer=3)) == 3
+    assert layer_of(Judge(model=str(small), layer=3)) == 3
 
 
 def test_the_judge_is_the_default_only_where_it_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

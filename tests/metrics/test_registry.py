@@ -26,7 +26,7 @@ def _is_metric(node: ast.stmt) -> bool:
     return isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["METRIC"]
 
 
-@pytest.mark.parametrize("name", sorted(set(METRICS) - {"bertscore_f1"}))  # which needs a model; it has tests of its own
+@pytest.mark.parametrize("name", sorted(set(METRICS) - {"bertscore_f1"}))  # which needs a model, and has other tests
 def test_scores_are_within_the_range_that_a_metric_names(name: str) -> None:
     metric = METRICS[name]
     scores: list[float]
