@@ -3,7 +3,7 @@
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -38,7 +38,7 @@ class Wish:
         seed: of these draws; None is the study's for validation, and 42.
     """
 
-    row: Mapping[str, str] = field(default_factory=dict)
+    row: dict[str, str] = field(default_factory=dict)
     valid_rows: int | None = None
     subsets: Sequence[int] = ()
     seed: int | None = None
@@ -87,7 +87,7 @@ def check_expressions(of_study: Study) -> None:
             _maker(of_study, split, input_format, {})
 
 
-def _maker(of_study: Study, split: str, input_format: str, instead: Mapping[str, str]) -> RowMaker:
+def _maker(of_study: Study, split: str, input_format: str, instead: dict[str, str]) -> RowMaker:
     """What makes the rows of a split.
 
     Raises:
@@ -250,7 +250,7 @@ class _Preparation:
             drawn["out_of"] = plan.out_of
         return {
             "input_format": self.input_format,
-            **manifest.how_made(self.study, name, self.input_format, dict(self.wish.row)),
+            **manifest.how_made(self.study, name, self.input_format, self.wish.row),
             "source": raw.label,
             "source_sha256": raw.sha256,
             "source_bytes": raw.bytes,

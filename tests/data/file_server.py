@@ -29,6 +29,7 @@ class Server:
     length: bool = True
     breaks_after: list[int] = field(default_factory=list)  # bytes, each for one request
     answers: list[int] = field(default_factory=list)  # statuses instead of the file, each for one request
+    error_code: str = ""  # of these, as a hub has them
     stalls: float = 0.0  # seconds, where it breaks off
     seen: list[dict[str, str]] = field(default_factory=list)  # the requests' headers
     sent: int = 0
@@ -45,7 +46,10 @@ class Handler(BaseHTTPRequestHandler):
         orders.seen.append(dict(self.headers))
         orders.paths.append(self.path)
         if orders.answers:
-            self.send_error(orders.answers.pop(0))
+            self.send_response(orders.answers.pop(0))
+            self.send_header("X-Error-Code", orders.error_code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         start = 0
         content = next((body for name, body in orders.files.items() if self.path.endswith(name)), orders.content)

@@ -230,18 +230,27 @@ def test_another_file_of_a_hub_is_refused(tmp_path: Path, hub: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "kind", "says"),
+    ("status", "code", "kind", "says"),
     [
-        (404, UserError, "download owner/adapter of the hub"),
-        (401, UserError, "on another machine"),
-        (503, WorkFailed, ""),
+        (404, "EntryNotFound", UserError, "404.*; download owner/adapter of the hub"),
+        (404, "RevisionNotFound", UserError, "404.*; download owner/adapter of the hub"),
+        (401, "RepoNotFound", UserError, "401.*; download owner/adapter of the hub"),
+        (403, "GatedRepo", UserError, "403.*; ask for access on its page"),
+        (503, "", WorkFailed, "the hub cannot be reached: .*; download owner/adapter of the hub"),
     ],
 )
 def test_a_hub_that_refuses_is_named_with_the_repository(
-    tmp_path: Path, hub: Server, monkeypatch: pytest.MonkeyPatch, status: int, kind: type[Exception], says: str
+    tmp_path: Path,
+    hub: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    code: str,
+    kind: type[Exception],
+    says: str,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # before it asks again
     hub.answers = [status] * 99
+    hub.error_code = code
     (tmp_path / "train.jsonl").write_bytes(TRAIN)
     with pytest.raises(kind, match=f"^owner/adapter: .*{says}"):
         fetch(of_model(), tmp_path / "out", str(tmp_path / "train.jsonl"))
