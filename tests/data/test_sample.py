@@ -1,0 +1,81 @@
+"""A study's sample stands for its data in rehearsals, in the form that its recipes read."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from declared import sums
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base.files import sha256, write_rows
+from qlora_recipes.configs.compose import Composed, Request, compose
+from qlora_recipes.data import sample, study
+
+ROWS = [{"question": f"{i} + 1", "answer": f"It is {i + 1}."} for i in range(12)]
+OWN: dict[str, Any] = {"field_instruction": "input", "field_output": "output", "format": "Q: {instruction}\nA:"}
+CHAT = {"type": "chat_template", "field_messages": "messages"}
+
+
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of recipes with the first study and another one, which has a sample."""
+    folder = tmp_path / "recipes"
+    (folder / "sums" / "few").mkdir(parents=True)
+    (folder / "haider2024").symlink_to(paths.RECIPES / "haider2024")
+    write_rows(folder / "sums" / "few" / "train.jsonl", ROWS)
+    sums(folder / "sums", {"sample": "few"})
+    monkeypatch.setattr(paths, "RECIPES", folder)
+    return folder
+
+
+def rehearsed(recipes: Path, *overrides: str, **changes: Any) -> Composed:
+    """A recipe of the study, composed for a rehearsal."""
+    of_first = yamlfiles.read_yaml(recipes / "haider2024" / "llama-2-7b.yaml")
+    own = {"path": "data/sums/train.jsonl", "type": OWN} | changes.pop("entry", {})
+    recipe = of_first | {"datasets": [own], "test_datasets": [own | {"path": "data/sums/valid.jsonl"}]} | changes
+    (recipes / "sums" / "one.yaml").write_text(yamlfiles.write_yaml(recipe))
+    return compose(Request("sums/one", rehearse=True, overrides=[*overrides]))
+
+
+@pytest.mark.parametrize("entry", [{"type": OWN}, CHAT, {"type": None, "ds_type": "json"}], ids=str)
+def test_a_recipes_data_sets_keep_their_types(recipes: Path, entry: dict[str, Any]) -> None:
+    config = rehearsed(recipes, entry=entry).config
+    folder = sample.rehearsal_data(study.find("sums"), "default")
+    own = {"path": str(folder / "train.jsonl"), "type": OWN, "split": "train[:32]"} | entry
+    assert config["datasets"] == [own]
+    assert config["test_datasets"] == [own | {"path": str(folder / "valid.jsonl"), "split": "train[:8]"}]
+    rows = [orjson.loads(line) for line in (folder / "train.jsonl").read_bytes().splitlines()]
+    assert rows[0] == {"input": "0 + 1?", "output": "It is 1."}
+    assert len(rows) == 9  # a quarter of the few, not 4 of them, is drawn for validation
+
+
+def test_a_recipe_is_no_longer_than_the_samples_rows_need_or_than_it_was(recipes: Path) -> None:
+    assert rehearsed(recipes, sequence_len=2048).config["sequence_len"] == 256
+    assert rehearsed(recipes, sequence_len=128).config["sequence_len"] == 128
+    assert rehearsed(recipes, "sequence_len=300", sequence_len=128).config["sequence_len"] == 300
+
+
+def test_the_split_that_a_user_sets_stays(recipes: Path) -> None:
+    [entry] = rehearsed(recipes, "datasets.0.split=train").config["datasets"]
+    assert (entry["split"], entry["type"]) == ("train", OWN)
+
+
+def test_rows_that_are_no_studys_are_exchanged_for_those_of_the_first(recipes: Path) -> None:
+    [entry] = rehearsed(recipes, entry={"path": "owner/name"}).config["datasets"]
+    first = sample.rehearsal_data(study.find("haider2024"), "diff")
+    assert entry == {"path": str(first / "train.jsonl"), "split": "train[:32]", "type": "alpaca"}
+
+
+def test_the_first_studys_sample_is_prepared_as_ever() -> None:
+    """Byte for byte as before studies declared their data."""
+    made = {
+        form: {
+            file.stem: sha256(file)[:12] for file in sample.rehearsal_data(study.find("haider2024"), form).glob("*l")
+        }
+        for form in ("diff", "tagged")
+    }
+    assert made == {
+        "diff": {"train": "60be135a4dfa", "valid": "82a4b0d94ede", "test": "249c6444e337"},
+        "tagged": {"train": "8a1f80acdb43", "valid": "b004f610af5a", "test": "ca17fc5b1442"},
+    }
