@@ -78,6 +78,36 @@ def preparation(folder: Path, count: int = 100_000, size: int = 17_000) -> tuple
     return file.stat().st_size / seconds, after.ru_maxrss / 1024, whole
 
 
+def declared(folder: Path, count: int = 395_000) -> tuple[float, float, bool]:
+    """As `preparation`, of rows like MetaMathQA's, without those whose texts have more than 1,300 characters."""
+    sys.path.insert(0, str(Path(__file__).parent / "data"))
+    from declared import sums
+
+    text = "If there are 12 boxes with 24 pencils each, how many pencils are there in all? " * 30
+    with (folder / "train.jsonl").open("w") as stream:
+        for i in range(count):
+            query, response = f"{i}: {text[: 100 + i % 300]}", text[: 300 + i % 900]
+            row = {"type": "GSM_Rephrased", "query": query, "original_question": query, "response": response}
+            stream.write(json.dumps(row) + "\n")
+    row = {"instruction": "'Think step by step.'", "input": "query", "output": "response"}
+    drop = {"too long": "(query ~ ' ' ~ response) | length > 1300"}
+    sums(folder, {"row": row, "drop": {"no answer": None} | drop, "splits > valid": None})
+    code = (
+        "import sys; from pathlib import Path; from qlora_recipes.data import prepare, study; of = Path(sys.argv[1]);"
+        "made = prepare.prepare([of / 'train.jsonl'], of / 'out', study.load(of), 'default')['splits']['train'];"
+        "print(made['read'], made['rows'] + sum(made['dropped'].values()))"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, check=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return (
+        (folder / "train.jsonl").stat().st_size / seconds,
+        after.ru_maxrss / 1024,
+        done.stdout.split() == 2 * [str(count)],
+    )
+
+
 def report(folder: Path) -> tuple[int, float, float, float, float]:
     """The bytes of a report with 5,000 predictions; and in chromium the seconds until its text is there, until all
     its figures are drawn and its rows can be read, and those of the slowest filter."""
@@ -123,6 +153,12 @@ if __name__ == "__main__":
     )
     print(
         f"rows prepared       {prepared / 1e6:6.0f} MB/s on one core, at most {memory:.0f} MiB, "
+        f"{'all' if whole else 'NOT all'} accounted for"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        prepared, memory, whole = declared(Path(folder))
+    print(
+        f"  filtered, of 1 kB {prepared / 1e6:6.0f} MB/s on one core, at most {memory:.0f} MiB, "
         f"{'all' if whole else 'NOT all'} accounted for"
     )
     if shutil.which("chromium"):

@@ -34,7 +34,9 @@ def fetch_verb(
     ] = None,
     from_: Annotated[
         str | None,
-        typer.Option("--from", metavar="URL|FILE", help="A mirror's address, or the file that you already have."),
+        typer.Option(
+            "--from", metavar="URL|PATH", help="A mirror's address, or the file or folder that you already have."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder; by default data/DATA-raw.")] = None,
     wide: Wide = False,
@@ -43,10 +45,12 @@ def fetch_verb(
     """Download a data set from where it is published, and verify it; an interrupted download is resumed."""
     from ..data import fetch, study
 
-    data = study.with_data(name).data
+    of_study = study.with_data(name)
+    data = of_study.data
     rows = fetch.fetch(data, out or data.raw, from_)
     tables.print_json(rows) if json else tables.print_table(rows, wide=wide)
-    next_step("data", "prepare", *([] if out in (None, data.raw) else [out / row["file"] for row in rows]), json=json)
+    raw = [] if out in (None, data.raw) else [out / file for file in data.raw_files]
+    next_step("data", "prepare", *raw, *study.option(of_study), json=json)
 
 
 @verbs.command("prepare", cls=Verb, epilog="recipe data prepare\nrecipe data prepare --input-format tagged")
@@ -96,7 +100,8 @@ def prepare_verb(
     formats = of_study.data.formats
     form = next(iter(formats)) if input_format is None else meant(input_format, formats, "format", "", "--input-format")
     folder = out or Path(formats[form].folder)
-    wish = prepare.Wish(_expressions(row or [], of_study.data.row_of("train", form)), valid_rows, subset or [], seed)
+    fields = dict.fromkeys(field for split in of_study.data.splits for field in of_study.data.row_of(split, form))
+    wish = prepare.Wish(_expressions(row or [], fields), valid_rows, subset or [], seed)
     with Bar(f"preparing {folder}", 1):
         made = prepare.prepare(raw or fetched(of_study.data), folder, of_study, form, wish)
     if json:
@@ -109,7 +114,10 @@ def prepare_verb(
     print(folder / manifest.MANIFEST)
     for name in (*of_study.published, *of_study.beside):
         trains_on = yamlfiles.read_yaml(find_recipe(name)[1])["datasets"][0]["path"]
-        if Path(trains_on).parent == folder and {"train", "valid"} <= made["splits"].keys():
+        if (
+            Path(trains_on).parent == folder
+            and {"train", "valid"} & of_study.data.splits.keys() <= made["splits"].keys()
+        ):
             next_step("check", name, "--data")
             break
 

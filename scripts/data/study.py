@@ -261,6 +261,11 @@ def find(name: str | None) -> Study:
     return load(folders[_only(name, folders, "study", "--study")])
 
 
+def option(study: Study) -> list[str]:
+    """The option that names a study, where there are several."""
+    return ["--study", study.folder.name] if len(paths.studies()) > 1 else []
+
+
 def with_data(key: str | None) -> Study:
     """The first study on a data set, given by its name or a part of that. None means the only one.
 
@@ -291,11 +296,10 @@ def preparation(path: str) -> str | None:
     for study, name in preparing(path):
         if Path(path).name not in {f"{split}.jsonl" for split in (*study.data.splits, *study.data.subsets)}:
             continue
-        several = len(paths.studies()) > 1
-        of_study = f" --study {study.folder.name}" if several else ""
+        of_study = "".join(f" {word}" for word in option(study))
         of_format = "" if name == next(iter(study.data.formats)) else f" --input-format {name}"
         fetched = all((study.data.raw / file).is_file() for file in study.data.raw_files)
-        first = "" if fetched else f"`recipe data fetch{f' {study.data.key}' if several else ''}` and "
+        first = "" if fetched else f"`recipe data fetch{f' {study.data.key}' if of_study else ''}` and "
         return f"{first}`recipe data prepare{of_study}{of_format}`"
     return None
 

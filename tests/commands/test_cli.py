@@ -88,6 +88,24 @@ MISTAKES = [
     ("data prepare train.jsonl --out .", "would be overwritten"),
     ("data prepare good-train.jsonl --out pairs.jsonl", "pairs.jsonl"),
     ("data prepare data", "data: holds no msg-train.jsonl, msg-valid.jsonl or msg-test.jsonl; name the folder"),
+    (
+        "data prepare msg-train.jsonl --input-format taged",
+        "--input-format taged: no format of that name; did you mean tag",
+    ),
+    (
+        "data prepare msg-train.jsonl --row output",
+        "--row output: give FIELD=EXPRESSION; the fields are instruction, inp",
+    ),
+    (
+        "data prepare msg-train.jsonl --row in=msg",
+        "--row in=msg: give FIELD=EXPRESSION; the fields are instruction, inp",
+    ),
+    ("data prepare msg-train.jsonl --row input=a.", "--row input: 'a.' is not an expression: "),
+    ("data prepare empty.jsonl", "empty.jsonl: the file is empty"),
+    (
+        "data prepare pairs.jsonl",
+        "pairs.jsonl: the study's raw files are msg-train.jsonl, msg-valid.jsonl, msg-test.jso",
+    ),
     ("data prepare nowhere.zip", "nowhere.zip: no such file"),
     (f"run {NAME} --rehearse --set datasets=[a.jsonl]", "datasets.0: a.jsonl is not a mapping of keys"),
     (f"run {NAME} --rehearse --set num_epochs=two", "num_epochs: two is not a number"),
