@@ -38,6 +38,10 @@ def fetch_verb(
             "--from", metavar="URL|PATH", help="A mirror's address, or the file or folder that you already have."
         ),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Fetch this one of its sources, or a part of its name. Repeatable."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder; by default data/DATA-raw.")] = None,
     wide: Wide = False,
     json: Json = False,
@@ -47,7 +51,8 @@ def fetch_verb(
 
     of_study = study.with_data(name)
     data = of_study.data
-    rows = fetch.fetch(data, out or data.raw, from_)
+    wanted = [meant(word, data.sources, "source", option="--only") for word in only or ()]
+    rows = fetch.fetch(data, out or data.raw, from_, wanted or None)
     tables.print_json(rows) if json else tables.print_table(rows, wide=wide)
     raw = [] if out in (None, data.raw) else [out / file for file in data.raw_files]
     next_step("data", "prepare", *raw, *study.option(of_study), json=json)

@@ -1,7 +1,7 @@
 """The data of a study as its study.yaml declares it: where it is published, and how rows are made of it."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
@@ -218,6 +218,10 @@ class Data(Strict):
             for name, known in (source.files or {source_name: source}).items()
         }
 
+    def sources_of(self, files: Collection[str]) -> list[str]:
+        """The sources that give some files."""
+        return [name for name, source in self.sources.items() if any(file in files for file in source.files or (name,))]
+
     @property
     def formats(self) -> dict[str, PreparedFormat]:
         """The formats that rows can have; if the study declares none, its only one."""
@@ -227,12 +231,6 @@ class Data(Strict):
     def subsets(self) -> dict[str, Subset]:
         """The test set's subsets."""
         return self.splits["test"].subsets if "test" in self.splits else {}
-
-    @property
-    def download(self) -> int | None:
-        """About how many bytes are downloaded; None if that of a source is not known."""
-        sizes = [source.bytes for source in self.sources.values()]
-        return sum(filter(None, sizes)) if all(sizes) else None
 
     def title_of(self, test_set: str) -> str:
         """A test set in words."""

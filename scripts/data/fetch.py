@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from .download import CHUNK, Part, check_space, download, public
 RECORD = "fetched.json"
 
 
-def fetch(data: Data, out: Path, given: str | None = None) -> list[FileRow]:
+def fetch(data: Data, out: Path, given: str | None = None, only: Collection[str] | None = None) -> list[FileRow]:
     """Put the data set's files into a folder, unless they are there, and record in fetched.json what they are.
 
     An interrupted download stays as <file>.part, from which the next call resumes; what is of a hub stays in its cache
@@ -32,6 +32,7 @@ def fetch(data: Data, out: Path, given: str | None = None) -> list[FileRow]:
         out: the folder to write to.
         given: another place of a source: its address at a mirror, the path of a copy of it, or a folder (or an address
             that ends in /) with several, under the names of the sources. Copies are only read.
+        only: the sources that are wanted; by default all.
 
     Returns:
         A row for each file: `file`, `bytes`, `sha256`, and `verified`, which is None if the study has no checksum.
@@ -43,18 +44,19 @@ def fetch(data: Data, out: Path, given: str | None = None) -> list[FileRow]:
     places = _places(data, given)
     out.mkdir(parents=True, exist_ok=True)
     with held(out / ".fetch.lock", "another fetch is running"), _disk_errors(out):
-        there = _present(data, out)
-        if there.keys() == data.sources.keys():
+        wanted = [name for name in data.sources if only is None or name in only]
+        there = _present(data, out, wanted)
+        if there.keys() >= set(wanted):
             say(f"{out}: all files are there, as recorded in {RECORD}; nothing is fetched")
         else:
             with ExitStack() as stack:
                 fetching = _Fetching(data, out, stack)
-                for name, place in places.items():
+                for name in wanted:
                     if name not in there:
-                        there[name] = fetching.source(name, place)
+                        there[name] = fetching.source(name, places[name])
                 stack.close()  # puts the files in place
             fetching.finish(there)
-        return [row for name in data.sources for row in there[name]]
+        return [row for name in wanted for row in there[name]]
 
 
 def _places(data: Data, given: str | None) -> dict[str, str | Path | None]:
@@ -105,14 +107,15 @@ def _disk_errors(out: Path) -> Iterator[None]:
         raise WorkFailed(f"{out}: {error.strerror}; what is downloaded stays; run it again to resume") from None
 
 
-def _present(data: Data, out: Path) -> dict[str, list[FileRow]]:
-    """The rows of the sources whose files are all there, as fetched.json records and the study wants them."""
+def _present(data: Data, out: Path, wanted: Collection[str]) -> dict[str, list[FileRow]]:
+    """The rows of the sources whose files are all there, as fetched.json records and the study wants them; says which
+    files of those that are wanted are otherwise."""
     recorded = {was["file"]: was for was in read_json(out / RECORD).get("files", [])}
     present = {}
     for source_name, source in data.sources.items():
         rows = []
-        wanted = source.files or {source_name: source}
-        for name, known in wanted.items():
+        files = source.files or {source_name: source}
+        for name, known in files.items():
             file = out / name
             was = recorded.get(name)
             if (
@@ -124,9 +127,9 @@ def _present(data: Data, out: Path) -> dict[str, list[FileRow]]:
             ):
                 verified = True if known.sha256 else None
                 rows.append({"file": name, "bytes": was["bytes"], "sha256": was["sha256"], "verified": verified})
-            elif was or file.exists():
+            elif source_name in wanted and (was or file.exists()):
                 say(f"{file}: not as recorded in {RECORD}; it is fetched again")
-        if len(rows) == len(wanted):
+        if len(rows) == len(files):
             present[source_name] = rows
     return present
 

@@ -291,6 +291,16 @@ def input_format(path: str) -> str | None:
     return next((name for _, name in preparing(path)), None)
 
 
+def fetching(path: str) -> str | None:
+    """What the user runs to have a file, or a folder with such, that a study's data set has beside its rows; None for
+    any other path."""
+    for study in map(load, paths.studies()):
+        raw = study.data.raw
+        if Path(path).is_relative_to(raw) and any((raw / file).is_relative_to(path) for file in study.data.files):
+            return f"`recipe data fetch {study.data.key}`"
+    return None
+
+
 def preparation(path: str) -> str | None:
     """What the user runs to have a file of prepared rows written; None for one that this does not write."""
     for study, name in preparing(path):

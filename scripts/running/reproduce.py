@@ -1,6 +1,6 @@
 """A study from its data to its table, skipping the steps that were done before: `recipe reproduce`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..configs import datafiles, models
 from ..configs.compose import Composed, Request
 from ..configs.gpus import Gpu
 from ..data import fetch, manifest, prepare
-from ..data.declaration import PreparedFormat
+from ..data.declaration import Data, PreparedFormat
 from ..data.raw import fetched
 from ..data.study import Study
 from ..places import Place
@@ -188,8 +188,10 @@ def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
             lines.append(f"{form.folder}: there already")
         else:
             lines.append(f"{form.folder}: to be prepared, in the format {name}")
-    if any("prepared" in line for line in lines) and not all((data.raw / file).is_file() for file in data.raw_files):
-        size = f"{data.download / 1e6:,.0f} MB " if data.download else ""
+    files = [*(data.raw_files if any("prepared" in line for line in lines) else ()), *_needed_beside(data, configs)]
+    if sources := _missing(data, files):
+        sizes = [data.sources[name].bytes for name in sources]
+        size = f"{sum(filter(None, sizes)) / 1e6:,.0f} MB{'' if all(sizes) else ' and more'} " if any(sizes) else ""
         lines.insert(0, f"{data.raw}: to be fetched, {size}from {data.source}")
     return lines or ["nothing to fetch or prepare"]
 
@@ -229,8 +231,7 @@ def _have_data(of_study: Study, configs: list[Composed]) -> None:
         prepare.wait_for_others(folder)
         if not any(folder.glob("[!.]*")):
             say(f"data: fetching and preparing {folder}")
-            if not all((of_study.data.raw / file).is_file() for file in of_study.data.raw_files):
-                fetch.fetch(of_study.data, of_study.data.raw)
+            _fetch(of_study.data, of_study.data.raw_files)
             prepare.prepare(fetched(of_study.data), folder, of_study, name, patience=PATIENCE)
         if reason := manifest.is_not_prepared(of_study, folder, name):
             raise UserError(
@@ -238,6 +239,24 @@ def _have_data(of_study: Study, configs: list[Composed]) -> None:
                 "one by one"
             )
         say(f"data: {folder} is the study's")
+    _fetch(of_study.data, _needed_beside(of_study.data, configs))
+
+
+def _fetch(data: Data, files: Iterable[str]) -> None:
+    """Fetch what gives some files of a data set, unless they are there."""
+    if sources := _missing(data, files):
+        fetch.fetch(data, data.raw, only=sources)
+
+
+def _missing(data: Data, files: Iterable[str]) -> list[str]:
+    """The sources of a data set that give those of some files that are not there."""
+    return data.sources_of([file for file in files if not (data.raw / file).is_file()])
+
+
+def _needed_beside(data: Data, configs: list[Composed]) -> list[str]:
+    """The files of a data set that some configs read beside its rows: an adapter that they start from."""
+    starts = [str(composed.config.get("lora_model_dir") or "") for composed in configs]
+    return [file for file in data.files if any(Path(data.raw, file).parent == Path(start) for start in starts)]
 
 
 def _needed_formats(of_study: Study, configs: list[Composed]) -> Iterator[tuple[str, PreparedFormat]]:

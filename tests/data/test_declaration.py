@@ -12,10 +12,10 @@ from qlora_recipes.data import prepare
 URL = "https://example.org/x"
 
 MISTAKES: list[tuple[str, Any, str, str]] = [  # a key, its value, the key that is named, and what is said
-    ("keys", "sums", "keys", "Extra inputs"),
-    ("name", None, "name", "Field required"),
+    ("keys", "sums", "keys", "no such key here; correct its name or delete it"),
+    ("name", None, "name", "is missing; add it"),
     ("key", "a b", "key", "should match pattern"),
-    ("splits", None, "splits", "Field required"),
+    ("splits", None, "splits", "is missing; add it"),
     ("sources > train.jsonl > url", "ftp://example.org", "sources > train.jsonl > url", "should match pattern"),
     ("sources > train.jsonl > rows", -1, "sources > train.jsonl > rows", "greater than or equal to 1"),
     ("sources > train.jsonl > sha256", "123", "sources > train.jsonl > sha256", "should match pattern"),

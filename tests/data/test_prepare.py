@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from qlora_recipes.base import files, yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.data import draws, expressions, prepare, study
+from qlora_recipes.data import draws, expressions, manifest, prepare, study
 from qlora_recipes.data.declaration import SPLITS, Data
 from qlora_recipes.data.filters import tagged
-from qlora_recipes.data.manifest import table
 from qlora_recipes.data.prepare import Wish
 
 STUDY = study.find("haider2024")
@@ -65,15 +64,15 @@ def test_the_tagged_form() -> None:
 def test_the_manifest_accounts_for_every_row(tmp_path: Path) -> None:
     rows = [row("a"), row(" \n"), row("b", patch=""), row("a"), row("c")]
     raw = write(tmp_path / "raw", "msg-train.jsonl", *rows)
-    manifest = prepared([raw], tmp_path / "out")
-    split = manifest["splits"]["train"]
+    made = prepared([raw], tmp_path / "out")
+    split = made["splits"]["train"]
     assert (split["read"], split["kept"], split["rows"]) == (5, 3, 3)
     assert split["dropped"] == {"empty msg": 1, "empty patch": 1}
     assert split["duplicates_kept"] == 1
     assert split["source_sha256"] == hashlib.sha256(raw.read_bytes()).hexdigest()
     assert split["sha256"] == hashlib.sha256((tmp_path / "out" / "train.jsonl").read_bytes()).hexdigest()
     assert split["is_the_study_file"] is False  # too few rows
-    assert orjson.loads((tmp_path / "out" / "manifest.json").read_bytes()) == manifest
+    assert orjson.loads((tmp_path / "out" / "manifest.json").read_bytes()) == made
 
 
 def test_validation_rows_are_drawn_the_same_each_time_and_keep_their_order(tmp_path: Path) -> None:
@@ -218,10 +217,10 @@ def test_two_preparations_in_one_folder_are_kept_apart(tmp_path: Path, monkeypat
     monkeypatch.setitem(expressions._JINJA.filters, "tagged", tagged_while_another_starts)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".train.jsonl.123.part").touch()  # of a process that was killed
-    manifest = prepared([raws[0]], tmp_path / "out", input_format="tagged")
+    made = prepared([raws[0]], tmp_path / "out", input_format="tagged")
     train = tmp_path / "out" / "train.jsonl"
     assert [r["output"] for r in read(train)] == ["a", "a"]
-    assert manifest["splits"]["train"]["sha256"] == hashlib.sha256(train.read_bytes()).hexdigest()
+    assert made["splits"]["train"]["sha256"] == hashlib.sha256(train.read_bytes()).hexdigest()
     assert not list((tmp_path / "out").glob(".*.part"))
 
 
@@ -238,8 +237,8 @@ def test_two_writers_of_a_file_with_one_process_id_are_kept_apart(tmp_path: Path
 def test_the_table_says_which_rows_are_not_there_and_why(tmp_path: Path) -> None:
     write(tmp_path / "raw", "msg-valid.jsonl", *(row(str(i)) for i in range(5)), row(" "))
     write(tmp_path / "raw", "other.jsonl", row("a"))
-    manifest = prepared([tmp_path / "raw"], tmp_path / "out", STUDY, Wish(valid_rows=3))
-    (valid,) = table(manifest)
+    made = prepared([tmp_path / "raw"], tmp_path / "out", STUDY, Wish(valid_rows=3))
+    (valid,) = manifest.table(made)
     assert valid == {
         "file": "valid.jsonl",
         "rows": 3,
@@ -248,6 +247,23 @@ def test_the_table_says_which_rows_are_not_there_and_why(tmp_path: Path) -> None
         "repeated rows kept": 0,
         "raw file": "not the study's",
     }
+
+
+def test_what_an_earlier_version_prepared_is_still_known(tmp_path: Path) -> None:
+    """Its manifest has an instruction, and the format's name alone says how the rest was made."""
+    for split in SPLITS:
+        write(tmp_path / "raw", f"msg-{split}.jsonl", row(split))
+    out = tmp_path / "out"
+    splits = prepared([tmp_path / "raw"], out)["splits"]
+    for entry in splits.values():
+        entry |= {"instruction": entry.pop("constants")["instruction"], "is_the_study_file": True}
+        for key in ("row", "drop"):
+            del entry[key]
+    files.write_json(out / "manifest.json", {"splits": splits})
+    assert manifest.is_not_prepared(STUDY, out, "diff") is None
+    splits["train"]["instruction"] = "Other."
+    files.write_json(out / "manifest.json", {"splits": splits})
+    assert "rows made by other expressions" in str(manifest.is_not_prepared(STUDY, out, "diff"))
 
 
 def test_missing_files_are_reported(tmp_path: Path) -> None:
@@ -271,7 +287,7 @@ def test_real_rows(tmp_path: Path) -> None:
     raw = tmp_path / "msg-test.jsonl"
     raw.write_bytes((SHARED / "codereviewer-msg-test-60.jsonl").read_bytes())
     for form in STUDY.data.formats:
-        manifest = prepared([raw], tmp_path / form, input_format=form)
-        assert manifest["splits"]["test"]["kept"] == 60
-        assert manifest["splits"]["test"]["is_the_study_file"] is False
+        made = prepared([raw], tmp_path / form, input_format=form)
+        assert made["splits"]["test"]["kept"] == 60
+        assert made["splits"]["test"]["is_the_study_file"] is False
     assert all("\n" not in r["input"] for r in read(tmp_path / "tagged" / "test.jsonl"))

@@ -1,10 +1,12 @@
 """A study's sample stands for its data in rehearsals, in the form that its recipes read."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
+from conftest import Recipe
 from declared import sums
 
 from qlora_recipes.base import paths, yamlfiles
@@ -18,15 +20,17 @@ CHAT = {"type": "chat_template", "field_messages": "messages"}
 
 
 @pytest.fixture
-def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of recipes with the first study and another one, which has a sample."""
     folder = tmp_path / "recipes"
     (folder / "sums" / "few").mkdir(parents=True)
-    (folder / "haider2024").symlink_to(paths.RECIPES / "haider2024")
+    for name in ("haider2024", "axolotl.schema.json"):
+        (folder / name).symlink_to(paths.RECIPES / name)
     write_rows(folder / "sums" / "few" / "train.jsonl", ROWS)
     sums(folder / "sums", {"sample": "few"})
     monkeypatch.setattr(paths, "RECIPES", folder)
-    return folder
+    yield folder
+    study.load.cache_clear()
 
 
 def rehearsed(recipes: Path, *overrides: str, **changes: Any) -> Composed:
@@ -79,3 +83,43 @@ def test_the_first_studys_sample_is_prepared_as_ever() -> None:
         "diff": {"train": "60be135a4dfa", "valid": "82a4b0d94ede", "test": "249c6444e337"},
         "tagged": {"train": "8a1f80acdb43", "valid": "b004f610af5a", "test": "ca17fc5b1442"},
     }
+
+
+def test_with_several_studies_the_one_that_is_meant_is_named(recipes: Path, recipe: Recipe, tmp_path: Path) -> None:
+    both = recipe("data", "prepare", recipes / "sums" / "few")
+    assert (both.returncode, both.stderr) == (
+        2,
+        "recipe: there are several: haider2024, sums; name the study with --study\n",
+    )
+    assert "there are several: sums, codereviewer; name the data set\n" in recipe("data", "fetch").stderr
+    made = recipe("data", "prepare", recipes / "sums" / "few", "--study", "sums")
+    assert made.returncode == 0
+    assert [line.split()[:2] for line in made.stdout.splitlines()[1:3]] == [["train.jsonl", "8"], ["valid.jsonl", "4"]]
+    assert "data/sums/manifest.json" in made.stdout
+    assert (
+        study.preparation("data/sums/test.jsonl") == "`recipe data fetch sums` and `recipe data prepare --study sums`"
+    )
+
+
+def test_what_a_recipe_starts_from_is_fetched_and_not_in_a_rehearsal(
+    recipes: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    model = {"hub": "owner/adapter", "kind": "model", "revision": "main", "file": "init/adapter_config.json"}
+    sums(recipes / "sums", {"sample": "few", "sources > init/adapter_config.json": model})
+    study.load.cache_clear()
+    init = {"lora_model_dir": "data/sums-raw/init"}
+    assert rehearsed(recipes, **init).config.get("lora_model_dir") is None
+    checked = recipe("check", "sums/one")
+    assert "lora_model_dir: data/sums-raw/init is not fetched yet; run `recipe data fetch sums` [" in checked.stdout
+    rehearsed(recipes, lora_model_dir="data/sums-raw/ini")
+    assert "lora_model_dir: data/sums-raw/ini does not exist" in recipe("check", "sums/one").stdout
+    wrong = recipe("data", "fetch", "sums", "--only", "test.csvv")
+    assert "--only test.csvv: no source of that name; did you mean test.csv" in wrong.stderr
+    (tmp_path / "test.csv").write_text("sum,result\n1+1,2\n")
+    done = recipe("data", "fetch", "sums", "--only", "csv", "--from", "test.csv")
+    assert done.returncode == 0 and "test.csv" in done.stdout
+    assert sorted(file.name for file in (tmp_path / "data" / "sums-raw").iterdir()) == [
+        ".fetch.lock",
+        "fetched.json",
+        "test.csv",
+    ]

@@ -30,6 +30,9 @@ def not_prepared(case: Case) -> Problems:
             if not file.is_file() and (remedy := study.preparation(str(file))):
                 missing.setdefault(remedy, []).append(file)
                 keys.setdefault(remedy, f"{key}.path")
+    start = case["lora_model_dir"]
+    if isinstance(start, str) and not Path(start).exists() and (remedy := study.fetching(start)):
+        yield "error", "lora_model_dir", f"{paths.shown(Path(start))} is not fetched yet", f"run {remedy}"
     for remedy, files in missing.items():
         first, *more = files
         names = " and ".join([paths.shown(first), *(file.name for file in more)])
@@ -55,7 +58,9 @@ def missing_file(case: Case) -> Problems:
                 yield "error", f"{key}.path", f"{paths.shown(file)} is empty", remedy
     for key in ("deepspeed", "lora_model_dir", "resume_from_checkpoint"):
         name = case[key]
-        if isinstance(name, str) and not Path(name).exists() and not (key == "lora_model_dir" and name.count("/") == 1):
+        if not isinstance(name, str) or Path(name).exists() or study.fetching(name):
+            continue
+        if not (key == "lora_model_dir" and name.count("/") == 1):  # of a hub
             problem = f"{paths.shown(Path(name))} does not exist{_instead_of(Path(name))[0]}"
             yield "error", key, problem, "correct the path or delete the key"
 
