@@ -56,6 +56,11 @@ def table(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def is_the_studys(entry: Entry) -> bool:
+    """Whether the rows of a split are made of the study's raw file, and by its expressions."""
+    return bool(entry.get("is_the_study_file")) and not entry.get("replaced")
+
+
 def how_made(of_study: Study, split: str, input_format: str, row: dict[str, str]) -> Entry:
     """What the manifest records of how a split's rows are made, where some expressions are not the study's."""
     from .expressions import constants
@@ -63,6 +68,8 @@ def how_made(of_study: Study, split: str, input_format: str, row: dict[str, str]
     data = of_study.data
     fields = data.row_of(split, input_format, row)
     made: Entry = {"row": fields, "drop": data.drop_of(split), "constants": constants(fields)}
+    if replaced := sorted(row.keys() & fields):
+        made["replaced"] = replaced
     if split == "test":
         made["carry"] = data.carry
     if order := data.splits[split].order:

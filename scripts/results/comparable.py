@@ -6,7 +6,7 @@ from typing import Any
 from ..base.files import read_json
 from ..configs import models
 from ..data import study
-from ..data.manifest import MANIFEST
+from ..data.manifest import MANIFEST, is_the_studys
 from ..metrics.metric import Column
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
@@ -92,7 +92,7 @@ def other_model(run: Run) -> str | None:
 def other_data(run: Run) -> bool:
     """Whether a run trains on other rows than its recipe: at another place, and not known there as the study's."""
     moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in run.differences)
-    known = [entry for entry in manifest_entries(run) if entry.get("is_the_study_file")]
+    known = [entry for entry in manifest_entries(run) if is_the_studys(entry)]
     return moved and not 0 < len(run.data) == len(known)
 
 

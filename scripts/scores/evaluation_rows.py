@@ -20,7 +20,7 @@ from ..base.yamlfiles import Config
 from ..checks.rows import fields_of
 from ..configs import datafiles
 from ..data import study
-from ..data.manifest import MANIFEST
+from ..data.manifest import MANIFEST, is_the_studys
 from ..runs.rundir import Run, RunDir
 from ..terminal.tables import text_of
 from .score import read_rows
@@ -99,8 +99,7 @@ def test_entry(file: Path) -> dict[str, Any]:
 def test_set(file: Path, digest: str) -> str | None:
     """The name of the study's set that a file holds, which the manifest beside it identifies by its hash."""
     test = test_entry(file)
-    sets = {"test": test} if test.get("is_the_study_file") else {}
-    sets |= {name: subset for name, subset in test.get("subsets", {}).items() if "positions" in subset}
+    sets = {"test": test} | test.get("subsets", {}) if is_the_studys(test) else {}
     return next((name for name, entry in sets.items() if entry["sha256"] == digest), None)
 
 

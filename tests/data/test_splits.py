@@ -17,11 +17,13 @@ import pytest
 from conftest import SHARED
 from declared import sums
 
+from qlora_recipes.base import files
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.data import manifest
 from qlora_recipes.data.prepare import Wish, prepare
 from qlora_recipes.data.study import Study
+from qlora_recipes.scores import evaluation_rows
 
 ROWS = [{"question": f"{i} + 1", "answer": str(i + 1), "kind": "plus"} for i in range(20)]
 
@@ -289,3 +291,19 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         peaks.append(int(peak) / 1024)
     assert (tmp_path / "train.jsonl").stat().st_size > 24_000_000
     assert peaks[1] < peaks[0] + 4
+
+
+def test_a_test_set_is_the_studys_if_its_raw_file_and_its_expressions_are(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("sum,result\n" + "".join(f"{i},{i}\n" for i in range(9)))
+    known = {"sources > test.csv > sha256": files.sha256(tmp_path / "test.csv")}
+    subset = {"splits > test > subsets > few": {"title": "few", "rows": 3, "seed": 1}}
+    of_study = sums(tmp_path, known | subset)
+
+    def names(of_study: Study, wish: Wish | None = None) -> list[str | None]:
+        prepared(of_study, wish)
+        made = [tmp_path / "out" / f"{name}.jsonl" for name in ("test", "few")]
+        return [evaluation_rows.test_set(file, files.sha256(file)) for file in made]
+
+    assert names(of_study) == ["test", "few"]
+    assert names(of_study, Wish(row={"output": "result ~ '.'"})) == [None, None]
+    assert names(sums(tmp_path, subset)) == [None, None]  # no checksum is known

@@ -287,6 +287,24 @@ def test_data_is_fetched_and_prepared_in_the_forms_that_recipes_read_and_only_on
     assert capsys.readouterr().err.count("is the study's") == 2
 
 
+def test_an_adapter_that_a_recipe_starts_from_is_fetched_beside_its_rows(
+    published_data: study.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    [(_, archive)] = published_data.data.sources.items()
+    (tmp_path / "server" / "adapter_config.json").write_text("{}")
+    url = str(archive.url).replace("Comment_Generation.zip", "adapter_config.json")
+    published_data.data.sources["init/adapter_config.json"] = Source(url=url)
+    reproduce._have_data(published_data, composed("llama-2-7b"))
+    assert not Path("data/codereviewer-raw/init").exists()
+    start = composed("llama-2-7b", overrides=["lora_model_dir=data/codereviewer-raw/init"])
+    (line, _) = reproduce._outlined_data(published_data, start)
+    assert line == "data/codereviewer-raw: to be fetched, from https://zenodo.org/records/6900648"
+    reproduce._have_data(published_data, start)
+    assert Path("data/codereviewer-raw/init/adapter_config.json").read_text() == "{}"
+    assert reproduce._outlined_data(published_data, start) == ["data/codereviewer: there already"]
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
