@@ -27,7 +27,7 @@ class Finding:
 
     Attributes:
         level: error, which keeps a run from starting; warning; or note, which is not a mistake.
-        rule: the name of the rule that was broken.
+        rule: the name of the rule that was broken; empty where nothing can force a run past it.
         key: the dotted key that it is about; empty for a whole file.
         problem: what is wrong.
         remedy: what to do about it.
@@ -60,4 +60,5 @@ class Finding:
         place = f"{self.where}:{self.line}" if self.line else self.where
         about = f"{self.key}: " if self.key else ""
         remedy = f"; {self.remedy}" if self.remedy else ""
-        return f"{place}: {self.level}: {about}{self.problem}{remedy} [{self.name}]"
+        name = f" [{self.name}]" if self.rule else ""
+        return f"{place}: {self.level}: {about}{self.problem}{remedy}{name}"

@@ -8,9 +8,11 @@ from ..base.errors import WorkFailed
 from ..base.files import write_atomically
 from ..base.paths import homes
 from .help import Verb
+from .study import verbs as study_verbs
 
 HEADING = "Upkeep"
 verbs = typer.Typer()
+verbs.add_typer(study_verbs, name="study", rich_help_panel=HEADING)
 
 
 @verbs.command("render", cls=Verb, rich_help_panel=HEADING, epilog="recipe render --check")
@@ -19,7 +21,7 @@ def render_verb(
         bool, typer.Option("--check", help="Write nothing; fail with a diff where a recipe has drifted.")
     ] = False,
     write_schema: Annotated[
-        bool, typer.Option("--schema", help="Write the JSON Schema of Axolotl's configuration instead.")
+        bool, typer.Option("--schema", help="Write the JSON Schemas of recipes and of study.yaml instead.")
     ] = False,
 ) -> None:
     """Write the recipes from their templates."""
@@ -28,9 +30,11 @@ def render_verb(
 
     if write_schema:
         from ..checks import installed
+        from ..data import study
 
-        write_atomically(schema.FILE, installed.generate_schema())
-        print(schema.FILE)
+        for file, written in {schema.FILE: installed.generate_schema(), study.SCHEMA: study.generate_schema()}.items():
+            write_atomically(file, written)
+            print(file)
         return
     drifts = ""
     for recipes, templates in homes():

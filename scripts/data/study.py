@@ -1,5 +1,6 @@
 """A study: the paper behind a folder of recipes, its data, its metrics and its published scores."""
 
+import json
 import re
 from collections.abc import Collection, Iterator
 from functools import cache, cached_property
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean, meant
@@ -14,6 +16,7 @@ from ..metrics import registry
 from ..metrics.metric import Column
 from .declaration import Data, Misdeclared, Strict, raise_all
 
+SCHEMA = paths.RECIPES / "study.schema.json"
 _Key = tuple[str, ...]  # in study.yaml
 _OF_SCORES = ("low", "high", "interval", "base_model", "published", "spread", "difference", "verdict", "model")
 """What results say of a metric as METRIC_low and so on."""
@@ -107,7 +110,7 @@ class Study(Strict):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
-    folder: Path
+    folder: SkipJsonSchema[Path]
     title: str
     paper: dict[str, Any]
     tags: list[str] = Field(default=[])
@@ -173,6 +176,13 @@ class Study(Strict):
         if recipe in self.beside and not self.beside[recipe].reproduces:
             return None
         return self.published.get(self.origin(recipe))
+
+
+def generate_schema() -> str:
+    """The JSON Schema of a study.yaml, for editors."""
+    schema = Study.model_json_schema()
+    schema["$defs"]["Score"] = {"anyOf": [{"type": "number"}, schema["$defs"]["Score"]]}
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
 def load(folder: Path) -> Study:
