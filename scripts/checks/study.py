@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
@@ -21,7 +20,7 @@ def findings(of_study: Study) -> list[Finding]:
     What its study.yaml alone gets wrong keeps it from being loaded, and is told then, see `study.load`.
     """
     names = [name for name in paths.recipe_names() if name.startswith(f"{of_study.folder.name}/")]
-    found = [*_recipes(of_study, names), *_settings(of_study), *_data(of_study)]
+    found = [*_recipes(of_study, names), *_settings(of_study), *_data(of_study, names)]
     if not any(finding.level == "error" for finding in found):
         for name in names:
             report = check.check(Request(name, rehearse=True))
@@ -69,7 +68,7 @@ def _settings(of_study: Study) -> Iterator[Finding]:
         yield _finding(of_study, "note", ("published",), "no score is published", "results then have no verdict")
 
 
-def _data(of_study: Study) -> Iterator[Finding]:
+def _data(of_study: Study, names: list[str]) -> Iterator[Finding]:
     """Whether its rows can be made, and whether its recipes train on them."""
     data = of_study.data
     for name, known in data.files.items():
@@ -77,12 +76,11 @@ def _data(of_study: Study) -> Iterator[Finding]:
             remedy = "`recipe data fetch` prints the one of what it got; add it as sha256"
             yield _finding(of_study, "note", ("data", "sources", name), "its content is not verified", remedy)
     made = {Path(form.folder, f"{split}.jsonl") for form in data.formats.values() for split in data.splits}
-    for name in (*of_study.published, *of_study.beside):
-        recipe = _read(name)
-        for key, entry in datafiles.datasets(recipe):
+    for name in names:
+        for key, entry in datafiles.datasets(yamlfiles.read_yaml(paths.recipe_file(name))):
             if Path(str(entry.get("path"))) not in made:
                 there = ", ".join(map(str, sorted(made)))
-                problem = f"{name} has at {key}.path {entry.get('path')}, which none of them makes"
+                problem = f"{name} has {entry.get('path')} as {key}.path, which none of them makes"
                 yield _finding(of_study, "warning", ("data", "splits"), problem, f"they make {there}")
     try:
         prepare.check_expressions(of_study)
@@ -95,8 +93,3 @@ def _data(of_study: Study) -> Iterator[Finding]:
     if not data.sample:
         remedy = "put a few rows of your own into a folder, and name it as sample"
         yield _finding(of_study, "warning", ("data",), "no sample: rehearsals use another study's rows", remedy)
-
-
-def _read(name: str) -> dict[str, Any]:
-    file = paths.recipe_file(name)
-    return yamlfiles.read_yaml(file) if file.is_file() else {}

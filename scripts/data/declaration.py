@@ -14,8 +14,20 @@ ROWS = (".jsonl", ".json", ".csv")  # formats of raw files, each also compressed
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$")]  # of a file or folder that is made
+_SHA256 = r"^[0-9a-f]{64}$"
+_NAME = r"^\w[\w.-]*$"
+_ADDRESS = r"^https?://\S+$"
+_REPOSITORY = r"^[\w.-]+/[\w.-]+$"
+FORMS = {
+    _SHA256: "64 hexadecimal digits, as sha256sum prints them",
+    _NAME: "a name of letters, digits, _, . and -",
+    _ADDRESS: "an address that begins with http:// or https://",
+    _REPOSITORY: "a repository of the hub as owner/name",
+}
+"""What texts of each pattern are, in words."""
+
+Sha256 = Annotated[str, StringConstraints(pattern=_SHA256)]
+Name = Annotated[str, StringConstraints(pattern=_NAME)]  # of a file or folder that is made
 
 
 class Misdeclared(ValueError):
@@ -67,9 +79,9 @@ class Source(SourceFile):
         revision: the commit that is meant.
     """
 
-    url: Annotated[str, StringConstraints(pattern=r"^https?://\S+$")] | None = None
+    url: Annotated[str, StringConstraints(pattern=_ADDRESS)] | None = None
     files: dict[str, SourceFile] | None = None
-    hub: Annotated[str, StringConstraints(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    hub: Annotated[str, StringConstraints(pattern=_REPOSITORY)] | None = None
     kind: Literal["dataset", "model"] = "dataset"
     file: Text | None = None
     config: str | None = None

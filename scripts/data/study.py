@@ -14,7 +14,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean, meant
 from ..metrics import registry
 from ..metrics.metric import Column
-from .declaration import Data, Misdeclared, Strict, raise_all
+from .declaration import FORMS, Data, Misdeclared, Strict, raise_all
 
 SCHEMA = paths.RECIPES / "study.schema.json"
 _Key = tuple[str, ...]  # in study.yaml
@@ -209,7 +209,7 @@ def _load(file: Path, _: int) -> Study:
             if isinstance(cause := found.get("ctx", {}).get("error"), Misdeclared):
                 problems |= {(*place, *mistake.at): str(mistake) for mistake in (cause, *cause.more)}
             else:
-                problems[place] = yamlfiles.in_words(found)
+                problems[place] = yamlfiles.in_words(found, FORMS)
     problems |= dict(_of_metrics(content)) | dict(_contradictions(folder, content))
     if problems or study is None:
         lines = sorted((yamlfiles.line_of(file, key), ".".join(key), problem) for key, problem in problems.items())

@@ -1,5 +1,6 @@
 """A study.yaml that is wrong says where and what to do; what a study declares is what it has."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def loaded(folder: Path, change: dict[str, Any]) -> Study:
         ({"tolerances": {"bleu": 0.1}}, "tolerances.bleu: bleu is not one of the study's metrics; did you mean bleu4"),
         ({"tolerances": {"bleu4": "small"}}, "tolerances.bleu4: expected a number instead of small"),
         ({"columns": ["rouge"]}, "columns.0.rouge: rouge is not one of the study's metrics; did you mean rouge_l?"),
-        ({"decoding": {"max_new_tokens": 0}}, "decoding.max_new_tokens: Input should be greater than or equal to 1"),
+        ({"decoding": {"max_new_tokens": 0}}, "decoding.max_new_tokens: expected at least 1, not 0"),
         ({"decoding": {"max_new_tokens": 9, "topk": 4}}, "decoding.topk: no such key here"),
         ({"decoding": {"max_new_tokens": 9, "do_sample": "yes"}}, "decoding.do_sample: expected true or false instead"),
         ({"decodings": {"by beam": {"max_new_tokens": 9}}}, "decodings.by beam: give it a name of letters"),
@@ -103,3 +104,31 @@ def test_what_a_study_declares(tmp_path: Path) -> None:
     assert published == {"accuracy": Score(value=67.4, spread=1.0), "perplexity": Score(value=3)}
     assert [str(score) for score in published.values()] == ["67.4 ± 1", "3"]
     assert (of_study.decodings["greedy"].top_k, of_study.beside, of_study.baselines) == (0, {}, [])
+
+
+def test_thirty_mistakes_in_a_file_are_thirty_messages(tmp_path: Path) -> None:
+    wrong = yamlfiles.read_yaml(paths.RECIPES / "haider2024" / "study.yaml")
+    data = wrong["data"]
+    data |= {"key": "code reviewer", "name": 3, "licence": "", "urls": "https://example.org"}
+    del data["source"]
+    archive = data["sources"]["Comment_Generation.zip"]
+    archive |= {"url": "zenodo.org/x.zip", "bytes": "847 MB", "md5": "1"}
+    archive["files"]["msg-valid.jsonl"] |= {"rows": 0, "sha256": "cb25"}
+    data["row"]["input"] = ["patch"]
+    data["splits"]["valid"] |= {"take": 5}
+    data["splits"]["test"]["subsets"]["test-subset-2"] |= {"positions": "b.json"}
+    data["splits"]["train"]["from"] = 1
+    wrong |= {"title": None, "tags": "code", "titel": "x", "differences": [1], "columns": ["bleu"]}
+    wrong["decoding"] |= {"max_new_tokens": 0, "do_sample": "no", "temperatur": 1}
+    wrong["metrics"] |= {"blue4": {}, "accuracy": {"metric": "number", "parsed_as": "me"}, "chrf": {"order": 4}}
+    wrong["published"]["haider2024/llama-2-7b"] = {"scores": {"bleu5": 5.0}, "curve": "curve.csv"}
+    wrong["published"]["haider2024/code-llama-7b"] = {"scores": {"bleu4": "5.58"}, "trainr": "Axolotl"}
+    wrong["beside"]["haider2024/all-linear/llama-2-7b"]["of"] = "haider2024/lama-2-7b"
+    wrong["tolerances"] = {"bleu4": "small", "meteor": 1}
+    wrong["baselines"][0] |= {"scores": {"bertscore": 0.8}}
+    with pytest.raises(UserError) as error:
+        loaded(tmp_path, wrong | {"title": 5})
+    lines = str(error.value).splitlines()
+    print("\n".join(line.replace(str(tmp_path), "…") for line in lines))
+    assert len(lines) >= 30
+    assert all(re.match(rf"{tmp_path}/study.yaml:[1-9]\d*: [^:]+: .+", line) for line in lines)

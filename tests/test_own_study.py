@@ -1,0 +1,154 @@
+"""A study that a user adds to an empty folder, without Python: its skeleton, and one of another kind to the end."""
+
+from pathlib import Path
+
+import orjson
+import pytest
+from conftest import Recipe
+
+STUDY = """\
+title: Capitals of countries
+paper: {title: A quiz, authors: Somebody}
+data:
+  key: capitals
+  name: countries and capitals
+  source: https://example.org/capitals
+  licence: CC0-1.0
+  sources:
+    learn.csv: {url: https://example.org/learn.csv, rows: 12}
+    asked.csv: {url: https://example.org/asked.csv, rows: 4}
+  row:
+    question: '"What is the capital of " ~ country ~ "?"'
+    answer: capital | trim
+  drop: {no capital: not (capital | trim)}
+  splits:
+    train: {from: learn.csv}
+    test: {from: asked.csv}
+  sample: sample
+decoding: {max_new_tokens: 8}
+metrics:
+  accuracy: {metric: exact_match, label: accuracy}
+published:
+  capitals/first: {scores: {accuracy: {value: 75.0, spread: 5.0}}}
+open_settings: [seed]
+differences: [The authors counted answers by hand.]
+"""
+
+TEMPLATE = """\
+# {{ name }}: capitals
+base_model: meta-llama/Llama-3.2-3B  # paper
+adapter: qlora  # paper
+load_in_4bit: true  # paper
+lora_r: 8  # paper
+lora_alpha: 16  # paper
+lora_target_modules: [q_proj, v_proj]  # paper
+lora_mlp_kernel: false  # this project
+datasets:  # paper
+  - path: data/capitals/train.jsonl  # paper
+    type: {field_instruction: question, field_output: answer, no_input_format: "Q: {instruction} A: "}  # paper
+sequence_len: 256  # paper
+num_epochs: 1  # paper
+micro_batch_size: 2  # paper
+gradient_accumulation_steps: 1  # paper
+optimizer: adamw_torch  # paper
+learning_rate: 0.0002  # paper
+bf16: true  # paper
+seed: 1  # this project
+output_dir: outputs/{{ name }}  # this project
+"""
+
+CAPITALS = {"France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Peru": "Lima", "Cuba": "Havana", "Kenya": "Nairobi"}
+PAIRS = [",".join(pair) for pair in CAPITALS.items()]
+
+
+def write_capitals(folder: Path) -> None:
+    recipes = folder / "recipes" / "capitals"
+    (recipes / "sample").mkdir(parents=True)
+    (recipes / "study.yaml").write_text(STUDY)
+    templates = folder / "templates" / "capitals"
+    templates.mkdir(parents=True)
+    (templates / "first.yaml.j2").write_text(TEMPLATE)
+    for name, pairs in {"learn.csv": [*PAIRS, "Norway, "], "asked.csv": PAIRS[:4]}.items():
+        (recipes / "sample" / name).write_text("\n".join(["country,capital", *pairs]) + "\n")
+
+
+def test_the_skeleton_of_a_study_passes_every_check(recipe: Recipe, tmp_path: Path) -> None:
+    made = recipe("study", "new", "mine")
+    assert (made.returncode, made.stderr) == (0, "next: recipe study check mine\n")
+    assert all((tmp_path / file).is_file() for file in made.stdout.split())
+    assert recipe("render", "--check").returncode == 0
+    checked = recipe("study", "check", "mine")
+    assert checked.returncode == 0 and "mine: errors: 0, warnings: 0" in checked.stderr
+    assert recipe("check", "mine/llama-3.2-3b", "--rehearse").returncode == 0
+    again = recipe("study", "new", "mine")
+    assert again.returncode == 2 and "recipes/mine: there already; choose another name" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["Mine"], "Mine: a study is named in lower-case letters"),
+        (["../up"], "a study is named in lower-case letters"),
+        (["haider2024"], "there already; choose another name"),
+    ],
+)
+def test_a_name_that_no_study_can_have(recipe: Recipe, tmp_path: Path, arguments: list[str], says: str) -> None:
+    result = recipe("study", "new", *arguments)
+    assert result.returncode == 2 and says in result.stderr
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_study_says_what_it_lacks(recipe: Recipe, tmp_path: Path) -> None:
+    write_capitals(tmp_path)
+    study = tmp_path / "recipes" / "capitals" / "study.yaml"
+    assert recipe("render").returncode == 0
+    study.write_text(
+        STUDY.replace("capitals/first", "capitals/frist")
+        .replace("open_settings: [seed]", "open_settings: [learning_rte]")
+        .replace("country ~", "contry ~")
+        .replace("key: capitals", "key: cities")
+    )
+    checked = recipe("study", "check", "capitals")
+    assert checked.returncode == 2
+    place = "recipes/capitals/study.yaml"
+    errors = [line for line in checked.stdout.splitlines() if ": error: " in line]
+    assert errors[:2] == [
+        f"{place}:23: error: published.capitals/frist: no recipe of that name; did you mean capitals/first?",
+        f"{place}:24: error: open_settings.0: learning_rte is no key of Axolotl's; did you mean learning_rate?",
+    ]
+    assert errors[2].startswith(f"{place}:18: error: data.sample: no rows can be made: ") and "contry" in errors[2]
+    assert [line for line in checked.stdout.splitlines() if ": warning: " in line] == [
+        f"{place}:22: warning: published: says nothing of capitals/first; add its scores there, or the recipe it is a "
+        "variant of under beside",
+        f"{place}:15: warning: data.splits: capitals/first has data/capitals/train.jsonl as datasets.0.path, which "
+        "none of them makes; they make data/cities/test.jsonl, data/cities/train.jsonl",
+    ]
+
+
+@pytest.mark.long
+def test_a_study_of_another_kind_goes_to_the_end(recipe: Recipe, tmp_path: Path, tiny: Path) -> None:
+    """Another task, CSV, accuracy, no validation rows, and not a line of Python."""
+    write_capitals(tmp_path)
+
+    def done(*arguments: str | Path) -> str:
+        result = recipe(*arguments)
+        assert result.returncode == 0, f"{arguments}: {result.stderr}"
+        return result.stdout
+
+    assert done("render").split() == ["recipes/capitals/first.yaml"]
+    done("study", "check", "capitals")
+    done("check", "capitals/first", "--rehearse")
+    raw = sorted((tmp_path / "recipes" / "capitals" / "sample").iterdir())
+    done("data", "prepare", *raw, "--study", "capitals")
+    rows = [orjson.loads(line) for line in (tmp_path / "data" / "capitals" / "test.jsonl").read_bytes().splitlines()]
+    assert rows[0] == {"question": "What is the capital of France?", "answer": "Paris", "idx": 0}
+    done("run", "capitals/first", "--rehearse", "--set", f"base_model={tiny}")
+    scores = orjson.loads(done("evaluate", "latest", "--json"))
+    assert scores["rows"] == 4 and 0 <= scores["accuracy"] <= 100 and "bleu4" not in scores
+    (row,) = orjson.loads(done("results", "--json"))
+    assert row["accuracy"] == scores["accuracy"] and row["accuracy_published"] is None  # of a rehearsal
+    assert "accuracy, %" in done("results")
+    done("report", "latest")
+    assert "What is the capital of France?" in (tmp_path / "report.html").read_text()
+    table = done("reproduce", "capitals", "--rehearse")
+    assert "capitals/first" in table and "accuracy, %" in table
