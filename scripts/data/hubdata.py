@@ -73,7 +73,7 @@ def download_file(name: str, source: Source, staging: Path, by_hand: str) -> Pat
 
 def _asked[T](source: Source, by_hand: str, ask: Callable[[], Iterator[T]]) -> Iterator[T]:
     """What a hub's client yields, its errors in this project's words."""
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetsError
     from httpx import HTTPError
     from huggingface_hub import errors
 
@@ -85,7 +85,7 @@ def _asked[T](source: Source, by_hand: str, ask: Callable[[], Iterator[T]]) -> I
         raise UserError(f"{source.hub}: {_first_line(error)}; {remedy}") from None
     except (errors.LocalEntryNotFoundError, ConnectionError) as error:
         raise WorkFailed(f"{source.hub}: the hub cannot be reached: {_first_line(error)}; {by_hand}") from None
-    except (*absent, DatasetNotFoundError, ValueError) as error:  # a ValueError of datasets, of a name that it has not
+    except (*absent, DatasetsError, ValueError) as error:  # a ValueError of datasets, of a name that it has not
         raise UserError(f"{source.hub}: {_first_line(error)}; {by_hand}") from None
     except HTTPError as error:  # of which the hub's other ones are
         raise WorkFailed(f"{source.hub}: {_first_line(error)}; run it again, or {by_hand}") from None

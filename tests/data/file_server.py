@@ -20,8 +20,10 @@ class Server:
     """A file server: how it is to behave, and what it received."""
 
     url: str
-    content: bytes = b""
-    files: dict[str, bytes] = field(default_factory=dict)  # by the end of their paths; `content` is all else
+    content: bytes | None = b""
+    files: dict[str, bytes] = field(
+        default_factory=dict
+    )  # by the end of their paths; `content` is all else, or nothing
     paths: list[str] = field(default_factory=list)
     etag: str = '"1"'
     ranges: bool = True
@@ -46,13 +48,13 @@ class Handler(BaseHTTPRequestHandler):
         orders.seen.append(dict(self.headers))
         orders.paths.append(self.path)
         if orders.answers:
-            self.send_response(orders.answers.pop(0))
-            self.send_header("X-Error-Code", orders.error_code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self._refuse(orders.answers.pop(0), orders.error_code)
             return
         start = 0
         content = next((body for name, body in orders.files.items() if self.path.endswith(name)), orders.content)
+        if content is None:
+            self._refuse(404, "EntryNotFound")
+            return
         size = len(content)
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if asked and orders.ranges and (self.headers["If-Range"] == orders.etag or not orders.compares):
@@ -80,6 +82,12 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(orders.stalls)
 
     do_HEAD = do_GET
+
+    def _refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def log_message(self, *_: Any) -> None:
         pass
