@@ -104,7 +104,9 @@ def _disk_errors(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             raise
-        raise WorkFailed(f"{out}: {error.strerror}; what is downloaded stays; run it again to resume") from None
+        raise WorkFailed(
+            f"{out}: {error.strerror or error}; what is downloaded stays; run it again to resume"
+        ) from None
 
 
 def _present(data: Data, out: Path, wanted: Collection[str]) -> dict[str, list[FileRow]]:

@@ -69,6 +69,14 @@ def prepare(
         UserError: a file is missing, empty, or has a row that no prepared one can be made of, an expression is none,
             or another process is preparing data in the folder.
     """
+    for option, split, given in (
+        ("--valid-rows", "valid", wish.valid_rows),
+        ("--subset", "test", wish.subsets or None),
+    ):
+        if given is not None and split not in of_study.data.splits:
+            raise UserError(
+                f"{option}: the study has no {split} rows; its splits are {', '.join(of_study.data.splits)}"
+            )
     for file in raw:
         if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
             raise UserError(f"{file}: would be overwritten; write to another folder with --out")

@@ -1,5 +1,6 @@
 """A file server whose behaviour tests set, and data that is declared to be there."""
 
+import hashlib
 import re
 import threading
 import time
@@ -51,13 +52,18 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(orders.answers.pop(0), orders.error_code)
             return
         start = 0
-        content = next((body for name, body in orders.files.items() if self.path.endswith(name)), orders.content)
+        name = next((name for name in orders.files if self.path.endswith(name)), None)
+        content, etag = (
+            (orders.files[name], f'"{hashlib.sha256(orders.files[name]).hexdigest()}"')
+            if name
+            else (orders.content, orders.etag)
+        )
         if content is None:
             self._refuse(404, "EntryNotFound")
             return
         size = len(content)
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if asked and orders.ranges and (self.headers["If-Range"] == orders.etag or not orders.compares):
+        if asked and orders.ranges and (self.headers["If-Range"] == etag or not orders.compares):
             start = int(asked[1])
             if start >= size:
                 self.send_error(416)
@@ -68,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200)
         if orders.length:
             self.send_header("Content-Length", str(size - start))
-        self.send_header("ETag", orders.etag)
+        self.send_header("ETag", etag)
         self.send_header("X-Repo-Commit", "c" * 40)  # as a hub does
         self.end_headers()
         if self.command == "HEAD":

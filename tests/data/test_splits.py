@@ -65,6 +65,14 @@ def test_rows_drawn_out_of_a_split_are_not_in_it(tmp_path: Path) -> None:
         prepared(of_study, Wish(valid_rows=0))
 
 
+@pytest.mark.parametrize(("wish", "split"), [(Wish(valid_rows=3), "valid"), (Wish(subsets=[3]), "test")])
+def test_rows_of_a_split_that_the_study_has_not_cannot_be_wished_for(tmp_path: Path, wish: Wish, split: str) -> None:
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    of_study = sums(tmp_path, {"splits": {"valid": None, "test": None}})
+    with pytest.raises(UserError, match=f"the study has no {split} rows; its splits are train"):
+        prepared(of_study, wish)
+
+
 def test_the_first_rows_can_be_taken_and_all_are_accounted_for(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [{"question": "no", "answer": ""}, *ROWS])
     of_study = sums(tmp_path, {"splits > train > take": 6, "splits > valid": None})
