@@ -30,7 +30,7 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sums(folder / "sums", {"sample": "few"})
     monkeypatch.setattr(paths, "RECIPES", folder)
     yield folder
-    study.load.cache_clear()
+    study._load.cache_clear()
 
 
 def rehearsed(recipes: Path, *overrides: str, **changes: Any) -> Composed:
@@ -106,7 +106,7 @@ def test_what_a_recipe_starts_from_is_fetched_and_not_in_a_rehearsal(
 ) -> None:
     model = {"hub": "owner/adapter", "kind": "model", "revision": "main", "file": "init/adapter_config.json"}
     sums(recipes / "sums", {"sample": "few", "sources > init/adapter_config.json": model})
-    study.load.cache_clear()
+    study._load.cache_clear()
     init = {"lora_model_dir": "data/sums-raw/init"}
     assert rehearsed(recipes, **init).config.get("lora_model_dir") is None
     checked = recipe("check", "sums/one")
