@@ -9,6 +9,7 @@ from conftest import recipe_config
 from safetensors.torch import save_file
 
 from qlora_recipes.base import yamlfiles
+from qlora_recipes.configs import config
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.data import study
 from qlora_recipes.runs.rundir import Launch, Run, RunDir, Summary
@@ -64,6 +65,29 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
         settings=EvaluationSettings(**settings),
     )
     (folder.path / "scores.json").write_text(made.model_dump_json())
+    return folder
+
+
+def a_tiny_run(place: Path, tiny: Path, profile: Path, sample: Path) -> RunDir:
+    """A finished run of the tiny Llama as far as an evaluation of its base model needs one; see conftest.py."""
+    from transformers import AutoTokenizer
+
+    folder = RunDir(place / "run")
+    folder.output.mkdir(parents=True)
+    AutoTokenizer.from_pretrained(tiny, pad_token="</s>").save_pretrained(folder.output)  # as a training leaves it
+    cfg = config.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(profile))
+    cfg = config.merge(cfg, {"bf16": False, "special_tokens": {"pad_token": "</s>"}})
+    folder.config.write_text(yamlfiles.write_yaml(cfg))
+    folder.write(
+        Run(
+            state="finished",
+            recipe="haider2024/llama-2-7b",
+            recipe_file="x",
+            recipe_sha256="x",
+            cwd=str(place),
+            test_data=str(sample / "test.jsonl"),
+        )
+    )
     return folder
 
 

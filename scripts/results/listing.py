@@ -85,7 +85,7 @@ def show(runs: Path, form: tables.Form) -> None:
                 if len(groups) > 1:
                     title += f": {of_study.folder.name}" if of_study else ": of no study"
                 decodings = [*of_study.decodings] if of_study else []
-                spare = [*_SPARE[:4], *[column.label for column in columns.values()][:0:-1], *_SPARE[4:]]
+                spare = [*[column.label for column in columns.values()][:0:-1], *_SPARE]  # but for the first
                 tables.write(
                     [_short(full, columns, decodings) for full in group], form, title, spare=spare, below=_BELOW
                 )

@@ -18,9 +18,9 @@ def show(sweep: Sweep, scored: Columns, rows: list[dict[str, Any]], best: str | 
     title = f"{sweep.name}: {sweep.recipe}"
     if sweep.rehearsal:
         title = f"{title}. {REHEARSALS}"
-    others = [column.label for column in scored.values()][:0:-1]
-    spare = ("minutes", *others, "trained", "95 %", "planned GiB", "eval loss")
-    tables.write([_short(sweep, scored, row) for row in rows], form, title, spare=spare)
+    spare = ("minutes", "trained", "95 %", "planned GiB", "eval loss")
+    asked = {best: scored[best]} if best and best in scored else {}
+    tables.write([_short(sweep, dict([*scored.items()][:1]) | asked, row) for row in rows], form, title, spare=spare)
     for line in notes(sweep, scored, rows, best):
         tables.print_text(line, wide=form != "table")
 
@@ -41,7 +41,7 @@ def notes(sweep: Sweep, scored: Columns, rows: list[dict[str, Any]], best: str |
 
 
 def _short(sweep: Sweep, scored: Columns, row: dict[str, Any]) -> dict[str, Any]:
-    """The cells of a row that fit a terminal; the first score has its interval."""
+    """The cells of a row that fit a terminal: the first score with its interval, and the one that the best is by."""
     first, *others = scored.values()
     values = {key: _yaml(row["values"].get(key)) for key in sweep.keys if not row["member"].startswith(f"{key}=")}
     wanted = max(len(row["seeds"]), 1)

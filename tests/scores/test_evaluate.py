@@ -4,15 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
-from conftest import recipe_config
 from hypothesis import given
 from hypothesis import strategies as st
+from run_folders import a_tiny_run
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
-from qlora_recipes.configs import config, standin
+from qlora_recipes.configs import standin
 from qlora_recipes.data.study import Decoding
-from qlora_recipes.runs.rundir import Run, RunDir, State
+from qlora_recipes.runs.rundir import RunDir, State
 from qlora_recipes.scores import evaluate, predict
 from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings, read_predictions, read_scores
 
@@ -23,25 +23,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
     """A finished run of the tiny Llama as far as an evaluation of its base model needs one."""
-    from transformers import AutoTokenizer
-
-    folder = RunDir(tmp_path / "run")
-    folder.output.mkdir(parents=True)
-    AutoTokenizer.from_pretrained(tiny, pad_token="</s>").save_pretrained(folder.output)  # as a training leaves it
-    cfg = config.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(tiny_profile))
-    cfg = config.merge(cfg, {"bf16": False, "special_tokens": {"pad_token": "</s>"}})
-    folder.config.write_text(yamlfiles.write_yaml(cfg))
-    folder.write(
-        Run(
-            state="finished",
-            recipe="haider2024/llama-2-7b",
-            recipe_file="x",
-            recipe_sha256="x",
-            cwd=str(tmp_path),
-            test_data=str(sample / "test.jsonl"),
-        )
-    )
-    return folder
+    return a_tiny_run(tmp_path, tiny, tiny_profile, sample)
 
 
 def predictions(run: RunDir) -> list[dict[str, Any]]:

@@ -1,0 +1,83 @@
+"""The report of a study of another kind than the first."""
+
+import re
+from pathlib import Path
+
+import pytest
+import small_study
+from run_folders import a_run
+from small_study import PLAIN, WIDE
+
+from qlora_recipes.reports import report, report_comparisons, report_runs
+from qlora_recipes.results import card, curves, verdict
+from qlora_recipes.scores.evaluations import read_scores
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for runs in a folder of work with the small study."""
+    small_study.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return Path("runs")
+
+
+def test_scores_spreads_curves_and_what_was_measured_stand_in_it(runs: Path) -> None:
+    small_study.decoded(small_study.ran(runs, PLAIN, "a", 66.0), 64.5)
+    small_study.ran(runs, WIDE, "b", 71.0)
+    html = report.of_study(small_study.read(), False, runs, analyze=False)
+    figures = re.findall('data-figure="([^"]*)"', html)
+    assert {"study-accuracy", "study-perplexity", "curve-0"} <= set(figures)
+    assert "curve-1" not in figures  # which has no published curve
+    for text in ("67.40 ± 1.00", "9,175,040", "plain: greedy", "64.50", "accuracy, %", "The authors tokenize prompt"):
+        assert text in html, text
+    assert "BLEU-4" not in html
+
+
+def test_our_loss_is_drawn_over_theirs(runs: Path) -> None:
+    folder = small_study.ran(runs, PLAIN, "a", 66.0)
+    of_study = small_study.read()
+    curve = curves.published(of_study, of_study.published[PLAIN])
+    figure = report_comparisons.curve(0, "plain", folder.read_metrics(), curve)
+    by_name = {trace["name"]: list(zip(trace["x"], trace["y"], strict=True)) for trace in figure.traces}
+    assert by_name["published"] == [(2, 2.5), (4, 1.5)]
+    assert by_name["plain, mean over the same steps"] == [(2, 2.5), (4, pytest.approx(1.4))]
+    assert len(by_name["plain, step by step"]) == 4
+    (reported,) = report_runs.reported_runs([folder])
+    assert reported.published_curve == curve
+
+
+def test_a_published_spread_is_drawn(runs: Path) -> None:
+    small_study.ran(runs, PLAIN, "a", 66.0)
+    of_study = small_study.read()
+    table = verdict.rows(of_study, runs, False)
+    figure = report_comparisons.study(of_study, table, of_study.first, True)
+    assert figure
+    published = next(trace for trace in figure.traces if trace["name"] == "published, with its ±")
+    assert published["x"] == [67.4, 70] and published["error_x"]["array"] == [pytest.approx(1), 0]
+    low, high = figure.x["range"]
+    assert low < 65.5 and high > 70
+
+
+def test_runs_of_different_studies_share_no_column(runs: Path) -> None:
+    ours = small_study.ran(runs, PLAIN, "a", 66.0)
+    other = a_run(runs, "haider2024/llama-2-7b", "b", 5.0)
+    both = report_runs.reported_runs([ours, other])
+    first, second = (report_runs.overview(reported, report_runs.headings(both)) for reported in both)
+    assert (first["accuracy, %"], first["BLEU-4"], second["accuracy, %"], second["BLEU-4"]) == (66, None, None, 5)
+    rows = {row["score"]: row for row in report_runs.scores(both)}
+    assert rows["accuracy, %"]["plain"] == "66.00 (65.50 to 66.50)" and rows["accuracy, %"]["llama-2-7b"] is None
+    assert rows["accuracy, %"]["plain: published"] == "67.40 ± 1.00"
+
+
+def test_a_card_has_the_studys_metrics_and_its_tags(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipes" / "sums2030").rename(tmp_path / "before")
+    small_study.write(tmp_path, tags=["arithmetic"])
+    folder = small_study.ran(runs, PLAIN, "a", 66.0)
+    folder.output.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder.output / name).write_text("{}")
+    text = card.card(folder, folder.read(), read_scores(folder.path), merged=False, repository=None)
+    assert "- arithmetic" in text and "code-review" not in text
+    assert "name: accuracy, %, mean over rows" in text and "type: accuracy" in text
+    assert "- `accuracy`: accuracy, %, mean over rows, 0 to 100; LoftQ's test_gsm8k.py, or PEFT's" in text
+    assert "67.40 ± 1.00" in text and '"Sums", after\nA. Nobody: On sums' in text
