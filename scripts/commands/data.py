@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,15 +16,22 @@ from .help import Verb, Verbs
 from .next_step import next_step
 from .options import Json, Wide
 
+if TYPE_CHECKING:
+    from ..data.study import Study
+
 verbs = typer.Typer(
     cls=Verbs,
     help="Fetch and prepare the data that recipes train on.",
     no_args_is_help=True,
-    epilog="recipe data fetch\nrecipe data prepare",
+    epilog="recipe data fetch codereviewer\nrecipe data prepare --study haider2024",
 )
 
 
-@verbs.command("fetch", cls=Verb, epilog="recipe data fetch\nrecipe data fetch --from Comment_Generation.zip")
+@verbs.command(
+    "fetch",
+    cls=Verb,
+    epilog="recipe data fetch codereviewer\nrecipe data fetch gsm8k --from my-folder",
+)
 def fetch_verb(
     name: Annotated[
         str | None,
@@ -58,7 +65,11 @@ def fetch_verb(
     next_step("data", "prepare", *raw, *study.option(of_study), json=json)
 
 
-@verbs.command("prepare", cls=Verb, epilog="recipe data prepare\nrecipe data prepare --input-format tagged")
+@verbs.command(
+    "prepare",
+    cls=Verb,
+    epilog="recipe data prepare --study haider2024\nrecipe data prepare --input-format tagged my-folder",
+)
 def prepare_verb(
     raw: Annotated[
         list[Path] | None,
@@ -91,17 +102,20 @@ def prepare_verb(
     study_name: Annotated[
         str | None,
         typer.Option(
-            "--study", metavar="S", autocompletion=completion.studies, help="The study; by default the only one."
+            "--study",
+            metavar="S",
+            autocompletion=completion.studies,
+            help="The study; by default the only one with such raw files.",
         ),
     ] = None,
     wide: Wide = False,
     json: Json = False,
 ) -> None:
     """Make the rows that recipes train on of a study's raw files, as its study.yaml says, with a manifest."""
-    from ..data import manifest, prepare, study
+    from ..data import manifest, prepare
     from ..data.raw import fetched
 
-    of_study = study.find(study_name)
+    of_study = _meant_study(study_name, raw or [], input_format)
     formats = of_study.data.formats
     form = next(iter(formats)) if input_format is None else meant(input_format, formats, "format", "", "--input-format")
     folder = out or Path(formats[form].folder)
@@ -125,6 +139,27 @@ def prepare_verb(
         ):
             next_step("check", name, "--data")
             break
+
+
+def _meant_study(name: str | None, raw: list[Path], input_format: str | None) -> "Study":
+    """The study whose data is to be prepared: the one that is named, else the only one with such raw files and such a
+    format of rows.
+
+    Raises:
+        UserError: several may be meant.
+    """
+    from ..data import study
+    from ..data.raw import is_there
+
+    if name is not None:
+        return study.find(name)
+    fitting = []
+    for each in study.every():
+        names = each.data.raw_files
+        there = all(is_there(given, names) for given in raw or [each.data.raw])
+        if there and (input_format is None or input_format in each.data.formats):
+            fitting.append(each)
+    return fitting[0] if len(fitting) == 1 else study.find(None)
 
 
 def _expressions(given: list[str], fields: Collection[str]) -> dict[str, str]:

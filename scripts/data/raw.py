@@ -139,6 +139,17 @@ class RawFile:
             raise UserError(f"{self.label}: cannot be read: {error}") from None
 
 
+def is_there(given: Path, names: Collection[str]) -> bool:
+    """Whether a file is a raw file of one of some names, or a folder or zip holds one."""
+    if given.is_dir():
+        return any((given / name).is_file() for name in names)
+    inside = [given.name]
+    if given.suffix == ".zip" and zipfile.is_zipfile(given):
+        with zipfile.ZipFile(given) as archive:
+            inside = [PurePath(name).name for name in archive.namelist()]
+    return any(PurePath(name).name in inside for name in names)
+
+
 def find(raw: Iterable[Path], names: Collection[str]) -> dict[str, RawFile]:
     """The raw files of some names, among files and in folders and zips that the user names.
 

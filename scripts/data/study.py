@@ -271,6 +271,11 @@ def find(name: str | None) -> Study:
     return load(folders[_only(name, folders, "study", "--study")])
 
 
+def every() -> list[Study]:
+    """All studies, in the order of their names."""
+    return [load(folder) for folder in paths.studies()]
+
+
 def option(study: Study) -> list[str]:
     """The option that names a study, where there are several."""
     return ["--study", study.folder.name] if len(paths.studies()) > 1 else []
@@ -282,17 +287,18 @@ def with_data(key: str | None) -> Study:
     Raises:
         UserError: there is none, or several are meant.
     """
-    studies = {study.data.key: study for study in map(load, reversed(paths.studies()))}
+    studies: dict[str, Study] = {}
+    for study in map(load, paths.studies()):
+        studies.setdefault(study.data.key, study)
     return studies[_only(key, studies, "data set")]
 
 
 def _only(name: str | None, choices: Collection[str], what: str, option: str = "") -> str:
     if name is not None:
         return meant(name, choices, what)
-    if len(choices) > 1:
-        raise UserError(
-            f"there are several: {', '.join(choices)}; name the {what}{f' with {option}' if option else ''}"
-        )
+    if len(choices) != 1:
+        named = f"name the {what}{f' with {option}' if option else ''}"
+        raise UserError(f"there are several: {', '.join(choices)}; {named}" if choices else f"there is no {what}")
     return next(iter(choices))
 
 

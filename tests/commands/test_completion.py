@@ -84,7 +84,7 @@ SWEEPS = ["latest", "ranks/haider2024/llama-2-7b", "ranks/haider2024/llama-2-7b/
         ("recipe check --gpu rtx-309", ["rtx-3090", "rtx-3090-Ti"]),
         ("recipe reproduce ", ["haider2024"]),
         ("recipe report --study hai", ["haider2024"]),
-        ("recipe data fetch ", ["codereviewer"]),
+        ("recipe data fetch ", ["codereviewer", "gsm8k", "metamathqa"]),
         ("recipe data prepare --input-format ", ["diff", "tagged"]),
         ("recipe run wide --set lora_alpha", ["lora_alpha=", "lora_alpha_pattern="]),
         ("recipe run wide --on s", ["slurm"]),

@@ -86,13 +86,15 @@ def test_the_first_studys_sample_is_prepared_as_ever() -> None:
 
 
 def test_with_several_studies_the_one_that_is_meant_is_named(recipes: Path, recipe: Recipe, tmp_path: Path) -> None:
-    both = recipe("data", "prepare", recipes / "sums" / "few")
-    assert (both.returncode, both.stderr) == (
+    either = recipe("data", "prepare")
+    assert (either.returncode, either.stderr) == (
         2,
         "recipe: there are several: haider2024, sums; name the study with --study\n",
     )
-    assert "there are several: sums, codereviewer; name the data set\n" in recipe("data", "fetch").stderr
-    made = recipe("data", "prepare", recipes / "sums" / "few", "--study", "sums")
+    assert "there are several: codereviewer, sums; name the data set\n" in recipe("data", "fetch").stderr
+    named = recipe("data", "prepare", "--study", "sums")
+    assert "data/sums-raw/train.jsonl: no such file; `recipe data fetch sums` gets it" in named.stderr
+    made = recipe("data", "prepare", recipes / "sums" / "few")  # no other study has such a raw file
     assert made.returncode == 0
     assert [line.split()[:2] for line in made.stdout.splitlines()[1:3]] == [["train.jsonl", "8"], ["valid.jsonl", "4"]]
     assert "data/sums/manifest.json" in made.stdout
