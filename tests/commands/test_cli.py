@@ -4,7 +4,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from conftest import Recipe, SAMPLE, recipe_config
+from conftest import SAMPLE, Recipe, recipe_config
 
 from qlora_recipes.base import paths
 
