@@ -1,6 +1,6 @@
 """Expressions of a study.yaml: how a prepared row is made of a raw one. Jinja's, in the sandbox that templates use."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jinja2
@@ -165,19 +165,28 @@ class RowMaker:
         return row, reason, dict(zip(self._carried, carried, strict=True)), order[0] if order else None
 
     def _checked(self, values: tuple[Any, ...], raw: dict[str, Any]) -> list[Any]:
-        """The values of a row's fields, text or lists and mappings."""
+        """The values of a row's fields, text or lists and mappings, in which nothing is missing."""
         checked = []
         for name, value in zip(self._fields, values, strict=True):
-            if isinstance(value, jinja2.Undefined):
-                raise self._missing("row", name, value, raw)
-            if isinstance(value, str):
-                value = str(value)  # Jinja has a class of its own for some
-            elif not isinstance(value, list | tuple | dict):
-                kind = "null" if value is None else "a yes or no" if isinstance(value, bool) else "a number"
-                hint = "leave such rows out with drop, or name another" if value is None else "a filter makes it text"
-                raise BadRow(f"{self._named('row', name)} is {kind}, not text; {hint}{_there(raw)}")
-            checked.append(value)
+            is_text = isinstance(value, str)
+            if not is_text and not isinstance(value, list | tuple | dict):
+                raise self._no_text(name, value, "is", raw)
+            for leaf in () if is_text else _leaves(value):
+                if leaf is None or isinstance(leaf, jinja2.Undefined):
+                    raise self._no_text(name, leaf, "has in it", raw)
+            checked.append(str(value) if is_text else value)  # Jinja has a class of its own for some
         return checked
+
+    def _no_text(self, name: str, value: Any, has: str, raw: dict[str, Any]) -> BadRow:
+        """What is wrong with a value that should be text."""
+        if isinstance(value, jinja2.Undefined):
+            return self._missing("row", name, value, raw)
+        if value is None:
+            what = "null, not text; leave such rows out with drop, or name another field"
+        else:
+            kinds = {bool: "a yes or no", int: "a number", float: "a number"}
+            what = f"{kinds.get(type(value), 'a function')}, not text; a filter makes it text"
+        return BadRow(f"{self._named('row', name)} {has} {what}{_there(raw)}")
 
     def _no_missing(self, carried: tuple[Any, ...], raw: dict[str, Any]) -> None:
         for name, value in zip(self._carried, carried, strict=True):
@@ -217,6 +226,17 @@ class RowMaker:
         text = self._texts[part, name]
         what = {"row": name, "carry": name, "drop": f"drop {name}", "order": "the order"}[part]
         return what if text == name else f"{what} ({text if len(text) < 60 else text[:57] + '…'})"
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The values in lists and mappings, however deep."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        yield value
+        return
+    for item in value:
+        yield from _leaves(item)
 
 
 def _there(raw: Mapping[str, Any]) -> str:

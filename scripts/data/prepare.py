@@ -193,12 +193,12 @@ class _Preparation:
     def _plan(self, name: str) -> Split:
         """How a split's rows are chosen, the user's wish included."""
         declared = self.study.data.splits[name]
-        if name != "valid" or (self.wish.valid_rows is None and self.wish.seed is None):
+        rows = self.wish.valid_rows
+        if name != "valid" or rows is None:
             return declared
-        rows = declared.draw if self.wish.valid_rows is None else self.wish.valid_rows
         if declared.out_of and not rows:
             raise UserError(f"--valid-rows 0: these rows are drawn out of {declared.out_of}; say how many")
-        return declared.model_copy(update={"draw": rows, "take": None, "seed": self._seed(declared)})
+        return declared.model_copy(update={"draw": rows, "take": None})
 
     def _seed(self, declared: Split) -> int:
         given = (self.wish.seed, declared.seed, 42)

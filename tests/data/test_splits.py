@@ -82,6 +82,15 @@ def test_the_first_rows_can_be_taken_and_all_are_accounted_for(tmp_path: Path) -
     assert manifest.table({"splits": {name: split}})[0]["left out"] == "1 (no answer), 14 (behind those taken)"
 
 
+def test_the_seed_of_test_rows_leaves_validation_rows_that_are_taken(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    of_study = sums(
+        tmp_path, {"splits > valid": {"out_of": None, "draw": None, "seed": None, "from": "train.jsonl", "take": 5}}
+    )
+    prepared(of_study, Wish(seed=3))
+    assert numbers(of_study, "valid") == list(range(5))
+
+
 def test_runs_of_rows_can_be_sorted_by_length(tmp_path: Path) -> None:
     rows = [{"question": "q" * n, "answer": str(i + 1)} for i, n in enumerate([1, 3, 3, 2, 9, 1, 2, 4])]
     write_rows(tmp_path / "train.jsonl", rows)
@@ -188,18 +197,29 @@ def test_what_is_wrong_with_a_raw_file_is_said_with_its_place(
             "has no attribute 'a b'; the row has question, answer",
         ),
         ("input", "missing | tagged", {"question": "", "answer": "a"}, "the row has no 'missing'"),
+        ("input", "question.title", {"question": "", "answer": "a"}, "is a function, not text"),
+        (
+            "input",
+            "[{'content': missing}]",
+            {"question": "", "answer": "a"},
+            "input .*: the row has no 'missing'; the row",
+        ),
+        (
+            "input",
+            "[{'content': question}]",
+            {"question": None, "answer": "a"},
+            "input .* has in it null, not text; leave",
+        ),
     ],
 )
 def test_an_expression_that_gives_no_text_is_named_with_the_rows_fields(
     tmp_path: Path, field: str, expression: str, raw: dict[str, Any], says: str
 ) -> None:
-    write_rows(tmp_path / "train.jsonl", [*ROWS, raw])
+    write_rows(tmp_path / "train.jsonl", [raw])
     of_study = sums(tmp_path, {f"row > {field}": expression, "splits > valid": None})
-    if "row[" in expression or "text" in expression or "missing" in expression or "+ 1" in expression:
-        write_rows(tmp_path / "train.jsonl", [raw])
     with pytest.raises(UserError, match=says) as refused:
         prepared(of_study)
-    assert f"{tmp_path / 'train.jsonl'}:" in str(refused.value)
+    assert str(refused.value).startswith(f"{tmp_path / 'train.jsonl'}:1: ")
 
 
 def test_messages_and_fields_with_spaces_can_be_made_of_a_row(tmp_path: Path) -> None:
