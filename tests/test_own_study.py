@@ -6,6 +6,8 @@ import orjson
 import pytest
 from conftest import Recipe
 
+from qlora_recipes.base import paths
+
 STUDY = """\
 title: Capitals of countries
 paper: {title: A quiz, authors: Somebody}
@@ -149,6 +151,20 @@ def test_a_study_of_another_kind_goes_to_the_end(recipe: Recipe, tmp_path: Path,
     assert row["accuracy"] == scores["accuracy"] and row["accuracy_published"] is None  # of a rehearsal
     assert "accuracy, %" in done("results")
     done("report", "latest")
-    assert "What is the capital of France?" in (tmp_path / "report.html").read_text()
+    assert "accuracy, %" in (tmp_path / "report.html").read_text()
     table = done("reproduce", "capitals", "--rehearse")
     assert "capitals/first" in table and "accuracy, %" in table
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("study", ["loftq-gsm8k", "peft-metamathqa"])
+def test_the_studies_of_other_kinds_are_rehearsed_whole(recipe: Recipe, tiny: Path, study: str) -> None:
+    done = recipe("reproduce", study, "--rehearse", "--set", f"base_model={tiny}", "--json")
+    assert done.returncode == 0, done.stderr
+    reproduced = orjson.loads(done.stdout)
+    recipes = [name for name in paths.recipe_names() if name.startswith(f"{study}/")]
+    assert len(recipes) == 6
+    assert sorted(step["recipe"] for step in reproduced["steps"]) == recipes
+    assert {(step["run"], step["evaluate"]) for step in reproduced["steps"]} == {("done", "done")}
+    assert sorted(row["recipe"] for row in reproduced["results"]) == recipes
+    assert all(row["rows"] == 12 and 0 <= row["accuracy"] <= 100 for row in reproduced["results"])
