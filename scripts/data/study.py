@@ -104,6 +104,7 @@ class Study(Strict):
         decodings: further ways to decode, each reported beside the first, by name.
         metrics: the declarations of the columns of scores, see `columns`.
         tolerances: by metric, the difference from a published score that is acceptable.
+        stated_by: how the comment behind a recipe's setting begins where the authors state that.
         differences: what Axolotl does otherwise than the authors did, in words.
         shown: the metrics that are columns of tables; by default all.
     """
@@ -120,6 +121,7 @@ class Study(Strict):
     metrics: dict[str, dict[str, Any] | None] = Field(min_length=1)
     published: dict[str, Published]
     beside: dict[str, Beside] = Field(default={})
+    stated_by: list[str] = Field(default=["paper"])
     open_settings: list[str] = Field(default=[])
     tolerances: dict[str, float] = Field(default={})
     baselines: list[Baseline] = Field(default=[])

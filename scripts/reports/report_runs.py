@@ -20,7 +20,6 @@ from ..data import study
 from ..metrics import registry
 from ..metrics.metric import Column
 from ..results import comparable, curves, listing, run_rows
-from ..results.study_tables import published_text
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
 from ..scores.evaluations import Evaluation, read_predictions
@@ -219,10 +218,10 @@ def scores(runs: Sequence[ReportedRun]) -> list[Row]:
         if reported.base_evaluation:
             columns[f"{reported.label}: base model alone"] = _column(reported.base_evaluation, by_heading)
         aim = comparable.aim(reported.run)
-        published = {
-            str(registry.heading(column, by_heading)): published_text(aim.scores.get(name))
+        published: dict[str, str | None] = {
+            str(registry.heading(column, by_heading)): tables.plus_minus(score.value, score.spread)
             for name, column in reported.columns.items()
-            if aim and reported.row[f"{name}_difference"] is not None
+            if aim and (score := aim.scores.get(name)) and reported.row[f"{name}_difference"] is not None
         }
         if published:
             columns[f"{reported.label}: published"] = published

@@ -20,7 +20,6 @@ from ..scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
 from ..terminal import tables
 from . import comparable
 from .comparable import REHEARSED
-from .study_tables import published_text
 
 # The licences of https://huggingface.co/docs/hub/repositories-licenses that language models have
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")
@@ -75,7 +74,9 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
         "other_model": None if run.rehearsal else comparable.other_model(run),
         "prompt": prompts.as_code(cfg, folder.output, _known(run, data)),
         "columns": evaluation.columns if evaluation else {},
-        "published": {name: published_text(score) for name, score in published.scores.items()} if published else {},
+        "published": {name: tables.plus_minus(score.value, score.spread) for name, score in published.scores.items()}
+        if published
+        else {},
         "embedding_rows": embedding_rows(folder.output / ADAPTER),
         "config_sha256": sha256(folder.config),
         "adapter_sha256": sha256(folder.output / ADAPTER),

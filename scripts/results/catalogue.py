@@ -9,6 +9,7 @@ from ..base.progress import say
 from ..configs import variants
 from ..data import study
 from ..planning import need
+from ..terminal import tables
 
 
 def recipes() -> list[dict[str, Any]]:
@@ -49,18 +50,26 @@ def tables_of(rows: list[dict[str, Any]]) -> list[tuple[str | None, list[dict[st
 
 def _table(rows: list[dict[str, Any]], of_study: study.Study | None) -> list[dict[str, Any]]:
     columns = {name: column.label for name, column in of_study.table.items()} if of_study else {}
+    scores = {name: of_recipe.scores for name, of_recipe in of_study.published.items()} if of_study else {}
     return [
         {
             "recipe": row["recipe"],
             "epochs": row["epochs"],
             "optimizer": row["optimizer"],
-            **{heading: row.get(f"published_{name}") for name, heading in columns.items()},
+            **{heading: published(scores.get(row["recipe"], {}).get(name)) for name, heading in columns.items()},
             "planned GiB": row["planned_gib"],
             "base model": row["base_model"],
             "variant of": row["variant_of"],
         }
         for row in rows
     ]
+
+
+def published(score: study.Score | None) -> float | str | None:
+    """A published score in a table: with its ± as text, otherwise as a number, which is aligned."""
+    if score is None or score.spread is None:
+        return score.value if score else None
+    return tables.plus_minus(score.value, score.spread)
 
 
 def variants_table(tree: list[dict[str, Any]]) -> list[dict[str, Any]]:

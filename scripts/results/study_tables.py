@@ -3,20 +3,14 @@
 from typing import Any
 
 from ..base.progress import say
-from ..data.study import Score, Study
+from ..data.study import Study
 from ..metrics.metric import Column
 from ..terminal import tables
+from .catalogue import published
 from .verdict import notes
 
 MEASURED = "What the runs took, and the mean loss of their last steps, beside what was published"
 REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
-
-
-def published_text(score: Score | None) -> str | None:
-    """A published score with its ±, if it has one."""
-    if score is None:
-        return None
-    return tables.text_of(score.value) + ("" if score.spread is None else f" ± {tables.text_of(score.spread)}")
 
 
 def of_metric(rows: list[dict[str, Any]], of_study: Study, column: Column) -> list[dict[str, Any]]:
@@ -33,7 +27,7 @@ def of_metric(rows: list[dict[str, Any]], of_study: Study, column: Column) -> li
             "95 %": None if full[f"{name}_low"] is None else [full[f"{name}_low"], full[f"{name}_high"]],
             "published": full[f"{name}_published"]
             if full[f"{name}_spread"] is None
-            else published_text(Score(value=full[f"{name}_published"], spread=full[f"{name}_spread"])),
+            else tables.plus_minus(full[f"{name}_published"], full[f"{name}_spread"]),
             "difference": full[f"{name}_difference"],
             "verdict": full[f"{name}_verdict"],
             **{decoding: full[f"{name}_{decoding}"] for decoding in of_study.decodings},
@@ -98,7 +92,7 @@ def baselines(of_study: Study) -> list[dict[str, Any]]:
     return [
         {
             "baseline": baseline.name,
-            **{column.label: published_text(baseline.scores.get(name)) for name, column in of_study.table.items()},
+            **{column.label: published(baseline.scores.get(name)) for name, column in of_study.table.items()},
             "on": baseline.test_set,
         }
         for baseline in of_study.baselines

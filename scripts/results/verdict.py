@@ -190,7 +190,7 @@ def _settings(
     folder, run = chosen
     origin = of_study.origin(recipe)
     file = paths.recipe_file(origin)
-    of_paper = yamlfiles.sources(file)
+    of_paper, stated_by = yamlfiles.sources(file), tuple(of_study.stated_by)
     paper = yamlfiles.read_yaml(file)
     sources = yamlfiles.sources(paths.recipe_file(recipe))
     sources |= {difference.key.partition(".")[0]: difference.why for difference in run.differences}
@@ -198,7 +198,7 @@ def _settings(
     differs = [
         f"{key}: {_in_words(after)} instead of {_in_words(before)}"
         for key, (before, after) in config.differences(paper, ours).items()
-        if of_paper.get(key.partition(".")[0], "").startswith("paper")
+        if of_paper.get(key.partition(".")[0], "").startswith(stated_by)
     ]
     if run.ranks > 1:
         rows = run.ranks * datafiles.effective_batch(ours)
@@ -208,7 +208,7 @@ def _settings(
     left_open = [
         f"{key}: {_in_words(ours[key])} ({sources.get(key, 'Axolotl')})"
         for key in of_study.open_settings
-        if key in ours and not of_paper.get(key, "").startswith("paper")
+        if key in ours and not of_paper.get(key, "").startswith(stated_by)
     ]
     published = of_study.published[origin]
     if published.trainer != "Axolotl":

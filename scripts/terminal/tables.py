@@ -37,6 +37,11 @@ def text_of(value: Any) -> str:
     return str(value)
 
 
+def plus_minus(value: float, spread: float | None) -> str:
+    """A value with the ± that it is known to."""
+    return text_of(value) if spread is None else f"{text_of(value)} ± {text_of(spread)}"
+
+
 def _column(values: list[Any]) -> list[str]:
     """The texts of a column, where all fractions have as many decimals as the one that needs most."""
     fractions = {text_of(value) for value in values if isinstance(value, float) and abs(value) < 1}

@@ -12,6 +12,7 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.configs import config
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.configs.datafiles import DataFile
+from qlora_recipes.data import study
 from qlora_recipes.reports import report_runs
 from qlora_recipes.results import card, run_rows, verdict
 from qlora_recipes.runs.rundir import Launch, Summary
@@ -185,7 +186,8 @@ def test_recipes_beside_the_studys(tmp_path: Path) -> None:
 
 
 def test_the_headers_of_recipes_beside_list_what_differs() -> None:
-    assert set(paths.recipe_names()) == set(STUDY.published) | set(STUDY.beside)
+    studies = [study.load(folder) for folder in paths.studies()]
+    assert {*paths.recipe_names()} == {name for of_study in studies for name in (*of_study.published, *of_study.beside)}
     for name, beside in STUDY.beside.items():
         differing = config.differences(recipe_config(beside.of), recipe_config(name))
         header = (paths.RECIPES / f"{name}.yaml").read_text().partition("# Differs ")[2].partition("# Each setting")[0]
