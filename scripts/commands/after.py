@@ -131,7 +131,7 @@ def score_verb(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Score predictions made anywhere; by default with BLEU-4, ROUGE-L, BERTScore and sacrebleu."""
+    """Score predictions made anywhere."""
     from ..scores import judges
     from ..scores.columns import columns_of
     from ..scores.score import of_predictions, read_pairs, score

@@ -79,19 +79,20 @@ def input_formats(incomplete: str) -> list[str]:
 
 def metrics(incomplete: str) -> list[str]:
     """The metrics."""
-    from ..metrics import registry
+    return _beginning(incomplete, _metrics())
 
-    return _beginning(incomplete, [*registry.METRICS])
+
+def _metrics() -> list[str]:
+    """The names of the metrics, which are those of their modules."""
+    files = (Path(__file__).parents[1] / "metrics").glob("*.py")
+    return sorted(file.stem for file in files if "\nMETRIC = " in file.read_text(encoding="utf-8"))
 
 
 def criteria(incomplete: str) -> list[str]:
     """What a member of a sweep can be the best by."""
-    from ..metrics import registry
-
     declared = (yamlfiles.read_yaml(folder / "study.yaml").get("metrics") for folder in paths.studies())
-    names = [*registry.DEFAULT, *(name for of_study in declared for name in of_study or ())]
-    best = [*dict.fromkeys(names), "eval_loss", "memory", "time", *(f"{name}_per_gib" for name in dict.fromkeys(names))]
-    return _beginning(incomplete, best)
+    names = dict.fromkeys([*(name for of_study in declared for name in of_study or ()), *_metrics()])
+    return _beginning(incomplete, ["memory", "time", *names, *(f"{name}_per_gib" for name in names)])
 
 
 def data_sets(incomplete: str) -> list[str]:

@@ -55,11 +55,6 @@ class Metric:
     notes: Callable[[Sequence[Pair], Any], Iterator[str]] | None = None
     judged: bool = False
 
-    @property
-    def scope(self) -> str:
-        """What one score of it is of, in words."""
-        return "a row" if self.of_rows else "all rows together" if self.of_all else "the run"
-
 
 @dataclass(frozen=True)
 class Column:
@@ -84,7 +79,8 @@ class Column:
     @property
     def title(self) -> str:
         """Its name on a model card."""
-        return f"{self.label}, mean over rows" if self.metric.of_rows else self.label
+        of_what = "mean over rows" if self.metric.of_rows else "of the run" if self.metric.of_loss else ""
+        return ", ".join(filter(None, [self.label, of_what]))
 
     @property
     def meaning(self) -> str:

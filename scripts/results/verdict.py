@@ -226,10 +226,16 @@ def _in_words(value: Any) -> str:
 
 
 def notes(of_study: Study, rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The lines under the tables: what Axolotl does otherwise than the authors, where a run departs from the paper, and
-    what may explain a score that is off."""
+    """The lines under the tables: what Axolotl does otherwise than the authors, how to read the verdicts, where a run
+    departs from the paper, and what may explain a score that is off."""
     for difference in of_study.differences:
         yield f"All recipes: {difference}"
+    judged = [(full, name) for full in rows for name in of_study.columns if full[f"{name}_verdict"]]
+    if any(full[f"{name}_spread"] is not None for full, name in judged):
+        yield "A published ± widens what is within the interval: theirs and ours need a value in common."
+    for name in of_study.decodings:
+        if missing := [full for full in rows if full["verdict"] and full[f"{of_study.first.name}_{name}"] is None]:
+            yield f"`recipe evaluate {missing[0]['run']} --decoding {name}` shows that decoding beside it."
     for full in rows:
         if full["differs"]:
             yield f"{full['recipe']} differs from the paper: {'; '.join(full['differs'])}"

@@ -82,12 +82,15 @@ SWEEPS = ["latest", "ranks/haider2024/llama-2-7b", "ranks/haider2024/llama-2-7b/
         ("recipe run wide --profile zero3", ["zero3", "zero3-offload"]),
         ("recipe plan --gpu 40", ["4000-Ada", "4060", "4070", "4080", "4090"]),
         ("recipe check --gpu rtx-309", ["rtx-3090", "rtx-3090-Ti"]),
-        ("recipe reproduce ", ["haider2024"]),
+        ("recipe reproduce ", ["haider2024", "loftq-gsm8k", "peft-metamathqa"]),
         ("recipe report --study hai", ["haider2024"]),
         ("recipe data fetch ", ["codereviewer", "gsm8k", "metamathqa"]),
         ("recipe data prepare --input-format ", ["diff", "tagged"]),
         ("recipe run wide --set lora_alpha", ["lora_alpha=", "lora_alpha_pattern="]),
         ("recipe run wide --on s", ["slurm"]),
+        ("recipe score x --metric b", ["bertscore_f1", "bleu4"]),
+        ("recipe results --sweep ranks --best m", ["memory"]),
+        ("recipe results --sweep ranks --best bleu4", ["bleu4", "bleu4_per_gib"]),
     ],
 )
 def test_names_are_completed(complete: Complete, place: Path, line: str, offered: list[str]) -> None:

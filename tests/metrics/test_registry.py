@@ -47,8 +47,10 @@ def test_scores_are_within_the_range_that_a_metric_names(name: str) -> None:
 
 def test_the_eval_loss_and_the_perplexity_are_of_the_run() -> None:
     assert METRICS["perplexity"].of_loss and METRICS["perplexity"].of_loss(0) == 1
-    assert {name for name, metric in METRICS.items() if metric.scope == "the run"} == {"eval_loss", "perplexity"}
-    assert METRICS["sacrebleu"].scope == "all rows together"
+    assert {name for name, metric in METRICS.items() if metric.of_loss} == {"eval_loss", "perplexity"}
+    assert registry.column("perplexity").title == "perplexity, of the run"
+    assert registry.column("sacrebleu").title == "sacrebleu's corpus BLEU"  # of all rows together, as its name says
+    assert registry.column("rouge_l").title == "ROUGE-L, mean over rows"
 
 
 def test_exact_match_and_what_it_can_leave_out() -> None:
@@ -87,7 +89,7 @@ def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label() -> None
         ("accuracy", {"metric": "numbers"}, "metric", "no metric is called numbers; did you mean number?"),
         ("number", {"marker": ["A"]}, "marker", "no parameter of number; it takes parsed_as, markers"),
         ("bleu4", {"n": 3}, "n", "no parameter of bleu4; it takes none"),
-        ("number", {"parsed_as": "us"}, "parsed_as", "Input should be 'loftq' or 'peft'"),
+        ("number", {"parsed_as": "us"}, "parsed_as", "expected one of 'loftq' or 'peft', not us"),
         ("number", {"markers": "A: "}, "markers", "expected a list, as in [a, b] instead of 'A: '"),
         ("chrf", {"word_order": "2"}, "word_order", "expected a whole number instead of '2'"),
         ("bleu4", {"label": ""}, "label", "expected a text"),

@@ -86,6 +86,8 @@ def test_what_was_measured_and_how_the_loss_ended_stand_beside_the_published(run
     assert study_tables.MEASURED in table and "trainable, published" in table
     assert "9,175,040" in table and "585" in table
     assert "All recipes: The authors tokenize prompt and answer together" in table
+    assert "A published ± widens what is within the interval" in table
+    assert f"`recipe evaluate runs/{PLAIN}/a --decoding greedy` shows that decoding beside it." in table
     assert "67.40 ± 1.00" in table and "A. Nobody; published scores are on" in table
 
 
@@ -113,7 +115,8 @@ def test_a_further_decoding_is_a_column_of_its_own(runs: Path, recipe: Recipe) -
     row = row_of(runs)
     assert (row["accuracy"], row["accuracy_greedy"], row["accuracy_difference"]) == (66, 64.5, pytest.approx(-1.4))
     assert "accuracy, %, greedy" in recipe("results").stdout and "64.50" in recipe("results").stdout
-    assert "greedy" in recipe("results", "--study", "sums2030").stdout
+    table = recipe("results", "--study", "sums2030").stdout
+    assert "greedy" in table and "--decoding greedy" not in table
 
 
 def test_numbers_of_different_metrics_never_share_a_column(runs: Path, recipe: Recipe) -> None:
