@@ -177,15 +177,13 @@ def sweep_verb(
 ) -> None:
     """Run a recipe with each of several settings, and compare them. What is done already is not done again."""
     from .. import places
-    from ..base import paths
-    from ..configs import gpus, variants
+    from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..running import sweep, sweep_tables, sweeps
     from ..scores import evaluate
-    from ..scores.columns import columns_of
 
     sweep_name, members = sweeps.read(sweeps.find_file(file) if file else None, set_ or [])
-    sweeps.check_best(best, columns_of(variants.origin(*paths.find_recipe(name))))
+    sweeps.check_best(best, sweeps.of_recipe(name))
     request = Request(name, profiles=profile or [], rehearse=rehearse, mirror=mirror)
     request.rehearse = is_rehearsal(request)
     evaluation = evaluate.EvaluationRequest(

@@ -16,7 +16,6 @@ from ..configs.gpus import Gpu
 from ..places import Place
 from ..runs.tasks import DONE, Outcome, Work
 from ..scores import evaluate
-from ..scores.columns import columns_of
 from . import former, sweeps
 from .pipeline import Pipeline, need_judges
 from .sweeps import Sweep, SweepMember
@@ -113,7 +112,7 @@ def _carry_out(
         for pipeline in fitting:
             pipeline.former = former_runs.get(pipeline.digest() or "")
         works = _works(fitting, max_runs)
-        need_judges(works, columns_of(record.recipe), evaluation, record.rehearsal)
+        need_judges(works, sweeps.of_recipe(record.recipe), evaluation, record.rehearsal)
         if any("run" in work.steps for work in works):
             _show_shared_differences(pipelines)
         place.submit(works, record.name, runs, ["results", "--sweep", record.label, "--runs", str(runs)])

@@ -15,7 +15,7 @@ from ..base.errors import UserError, did_you_mean, meant
 from ..base.files import tensor_shapes, write_atomically
 from ..base.machine import now
 from ..base.yamlfiles import Config
-from ..configs import models
+from ..configs import models, variants
 from ..metrics.metric import Column
 from ..planning import lora
 from ..results import comparable, run_rows
@@ -182,7 +182,15 @@ def columns(sweep: Sweep, runs: Path) -> dict[str, Column]:
     found: dict[str, Column] = {}
     for folder, run in (of_digest[m.digest] for m in sweep.members if m.digest in of_digest):
         found |= comparable.columns(run, evaluations.of_run(folder.path, run))
-    return found or columns_of(sweep.recipe)
+    return found or of_recipe(sweep.recipe)
+
+
+def of_recipe(recipe: str) -> dict[str, Column]:
+    """What the runs of a recipe, or of a variant of one, are scored with."""
+    origin: str | None = recipe
+    with suppress(UserError):  # it is no longer there
+        origin = variants.origin(*paths.find_recipe(recipe))
+    return columns_of(origin)
 
 
 def qualities(scored: Columns) -> dict[str, Callable[..., Any]]:

@@ -233,8 +233,6 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         with Bar("scoring", 1):
             own = request.adapter is None  # the eval loss is not that of another adapter
             scores, rows = score(rows, task.columns, judged, old, summary.eval_loss_per_token if own else None)
-        for note in scores.get("notes", ()):
-            say(note)
         write_rows(predictions, rows)
         result = Evaluation(
             made=now(),
