@@ -69,7 +69,7 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
     section = {
         "about": f"{study.cited}: {study.paper.get('title', study.title)}. {about}",
         "tables": by_metric
-        | {"Other scores, and what they cost": _without_empty(study_tables.of_costs(rows, study))}
+        | {study_tables.COSTS: _without_empty(study_tables.of_costs(rows, study))}
         | ({study_tables.MEASURED: measured} if measured else {}),
         "baselines": [] if rehearsal else study_tables.baselines(study),
         "notes": [] if rehearsal else list(verdict.notes(study, rows)),

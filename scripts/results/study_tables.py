@@ -9,6 +9,7 @@ from ..terminal import tables
 from .catalogue import published
 from .verdict import notes
 
+COSTS = "Other scores, and what they cost"
 MEASURED = "What the runs took, and the mean loss of their last steps, beside what was published"
 REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
 
@@ -108,14 +109,15 @@ def show(of_study: Study, rows: list[dict[str, Any]], rehearsal: bool, form: tab
     elif form == "csv":
         tables.write([_flat(full) for full in rows], form)
     else:
-        title = REHEARSALS if rehearsal else about(of_study)
         for column in of_study.table.values():
             of_one = of_metric(rows, of_study, column)
             over = [heading for heading in of_one[0] if heading.startswith("over ")]
             spare = [*over, "by", "rows", "difference"]
+            first = column == of_study.first
+            title = column.label if not first else REHEARSALS if rehearsal else about(of_study)
             tables.write(of_one, form, title, empty=True, spare=spare)
-            title = column.label
-        tables.write(of_costs(rows, of_study), form, empty=True, spare=["tokens/s", "peak GPU GiB", "eval loss"])
+        spare = ["tokens/s", "peak GPU GiB", "eval loss"]
+        tables.write(of_costs(rows, of_study), form, COSTS, empty=True, spare=spare)
         if measured := of_measured(rows):
             tables.write(measured, form, MEASURED)
         if not rehearsal:

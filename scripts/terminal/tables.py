@@ -38,8 +38,9 @@ def text_of(value: Any) -> str:
 
 
 def plus_minus(value: float, spread: float | None) -> str:
-    """A value with the ± that it is known to."""
-    return text_of(value) if spread is None else f"{text_of(value)} ± {text_of(spread)}"
+    """A value with the ± that it is known to, which has as many decimals."""
+    text = text_of(value)
+    return text if spread is None else f"{text} ± {spread:.{len(text.partition('.')[2])}f}"
 
 
 def _column(values: list[Any]) -> list[str]:
