@@ -183,6 +183,8 @@ class RunCallback(TrainerCallback):
         if not logs or not {"loss", "eval_loss", eval_loss.NAME} & logs.keys():
             return
         usage = _usage()
+        if peak := logs.get("memory/max_allocated (GiB)"):  # reading that, Axolotl has reset torch's own
+            usage["memory_allocated_gib"] = peak
         peaks = ranks.of_all(usage.get("memory_reserved_gib") or usage["rss_peak_gib"], args.device)
         if len(peaks) > 1:
             usage["peak_gib_by_rank"] = peaks

@@ -12,6 +12,7 @@ from qlora_recipes.base.files import read_json, tensor_shapes
 from qlora_recipes.base.progress import TrainingProgress
 from qlora_recipes.configs import config
 from qlora_recipes.planning import lora
+from qlora_recipes.runs import plugin
 from qlora_recipes.runs.handover import PLUGIN
 from qlora_recipes.runs.plugin import RunCallback, RunPlugin
 from qlora_recipes.runs.rundir import RunDir, summarise
@@ -78,6 +79,18 @@ def test_a_record_after_a_torn_line_is_kept(tmp_path: Path) -> None:
         progress.read()
         assert progress.task.completed == step
     assert [record["step"] for record in run.read_metrics()] == [4, 5, 6]
+
+
+def test_the_peak_is_the_one_before_axolotl_resets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Axolotl's trainer logs the peak, which resets it, before it calls the callbacks."""
+    after = {"memory_allocated_gib": 4.0, "memory_reserved_gib": 7.0}
+    monkeypatch.setattr(plugin, "_usage", lambda: dict(after))
+    state = SimpleNamespace(is_world_process_zero=True, global_step=1, max_steps=8, epoch=0.1, log_history=[])
+    callback = RunCallback(tmp_path / "metrics.jsonl", None, None)
+    logs = {"loss": 2.0, "memory/max_allocated (GiB)": 6.4}
+    callback.on_log(SimpleNamespace(device="cpu"), state, None, logs)
+    (record,) = RunDir(tmp_path).read_metrics()
+    assert (record["memory_allocated_gib"], record["memory_reserved_gib"]) == (6.4, 7.0)
 
 
 @pytest.mark.long
