@@ -28,7 +28,7 @@ class _Verbs(Verbs):
         *("data", "check", "plan", "analyze"),
         *("run", "resume", "sweep", "reproduce", "cancel"),
         *("evaluate", "score", "results", "report", "publish"),
-        *("render", "study"),
+        *("render", "study", "verify"),
     )
 
     def list_commands(self, ctx: Any) -> list[str]:

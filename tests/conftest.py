@@ -29,6 +29,7 @@ from qlora_recipes.base import paths
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.data import study
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
+from qlora_recipes.verifying import shapes
 
 # A busy machine is slow at times; that is no fault of the code under test.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -162,29 +163,18 @@ def sample(cache: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> Path:
-    """A random Llama of two layers, with a byte-level tokenizer trained on the sample that has Llama 2's
-    special tokens and its way of putting BOS first."""
+def tiny(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A random Llama of two layers, with the small tokenizer of models with random weights."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("tiny-llama")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<unk>", "<s>", "</s>", "<|end_of_text|>", "<|finetune_right_pad_id|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train([str(sample / "train.jsonl")], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    tokenizer = shapes.tokenizer()
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=tokenizer.get_vocab_size(),
+            vocab_size=len(tokenizer),
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=2,

@@ -4,6 +4,7 @@
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod, sumprod
@@ -77,6 +78,28 @@ def ordered(events: Events) -> Events:
     """Events with what is freed at one time in the order of ids; Python's, in a set, is by chance."""
     groups = groupby(events, key=lambda event: event[1] >= 0)
     return [event for made, group in groups for event in (group if made else sorted(group))]
+
+
+def at_peak(events: Events, kinds: Mapping[int, str]) -> Counter[str]:
+    """The bytes of the storages that are there when these have most, by what they hold; not rounded to any allocator's
+    blocks.
+
+    Args:
+        kinds: what each storage holds, by its id.
+    """
+    live: dict[int, int] = {}
+    held: Counter[str] = Counter()
+    total = most = 0
+    peak: Counter[str] = Counter()
+    for storage, size in events:
+        change = size if size >= 0 else -live.pop(storage, 0)
+        if size >= 0:
+            live[storage] = size
+        held[kinds[storage]] += change
+        total += change
+        if total > most:
+            most, peak = total, held.copy()
+    return peak
 
 
 class NotAlike(Exception):

@@ -188,9 +188,14 @@ class Generator(Prompter):
             self._cache = (rows, room), StaticCache(config=self.config, max_cache_len=room)
         return self._cache[1]
 
-    @torch.inference_mode()
     def generate(self, prompts: Sequence[list[int]], number: int, room: int) -> list[str]:
-        """One answer per prompt, independent of the batches before.
+        """One answer per prompt as text, see `answers`."""
+        answers = self.answers(prompts, number, room)
+        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+    @torch.inference_mode()
+    def answers(self, prompts: Sequence[list[int]], number: int, room: int) -> list[list[int]]:
+        """The tokens of one answer per prompt, independent of the batches before; without padding.
 
         Args:
             prompts: the tokens of each.
@@ -200,5 +205,6 @@ class Generator(Prompter):
         batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.device)
         set_seed(self.settings.decoding.seed + number)
         output = self.model.generate(**batch, past_key_values=self._static_cache(len(prompts), room))
-        answers = output[:, batch["input_ids"].shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        answers = output[:, batch["input_ids"].shape[1] :].tolist()
+        ends = set(self.model.generation_config.eos_token_id)
+        return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in answers]

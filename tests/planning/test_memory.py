@@ -21,6 +21,7 @@ from qlora_recipes.planning import planner, traces
 from qlora_recipes.planning import steps as steps_of
 from qlora_recipes.planning.memory import trace
 from qlora_recipes.planning.traces import Step
+from qlora_recipes.verifying.bench import MEMORY
 
 STEP = Step(model=json.dumps(SMALL), autocast="float16", rank=8, padded=True)
 ALL_LINEAR = models.LINEAR_LAYERS
@@ -108,25 +109,8 @@ def test_published_figures_of_the_plain_loop_are_met() -> None:
 CASES = [(True, True, 1), (False, False, 1), (True, False, 4), (False, True, 4)]  # each pair of settings is among them
 
 
-def bytes_at_peak(events: traces.Events) -> int:
-    """The most bytes that storages have at once, not rounded to any allocator's blocks."""
-    live: dict[int, int] = {}
-    most = 0
-    for storage, size in events:
-        if size < 0:
-            live.pop(storage, None)
-        else:
-            live[storage] = size
-            most = max(most, sum(live.values()))
-    return most
-
-
-def test_bytes_at_peak_counts_what_lives_at_once() -> None:
-    assert bytes_at_peak([(1, 10), (2, 5), (2, -1), (3, 4), (1, -1), (4, 12)]) == 16
-
-
-def measured(folder: Path, changes: dict[Any, yamlfiles.Config]) -> dict[Any, dict[str, traces.Events]]:
-    """What the plugin records in real trainings, each of two steps, by their name.
+def measured(folder: Path, changes: dict[Any, yamlfiles.Config]) -> dict[Any, dict[str, Any]]:
+    """What `recipe verify`'s plugin records in real trainings, each of two steps, by their name.
 
     Args:
         folder: an empty folder.
@@ -148,14 +132,14 @@ def measured(folder: Path, changes: dict[Any, yamlfiles.Config]) -> dict[Any, di
             "fp16": False,
             "max_steps": 2,
             "warmup_steps": 1,
-            "output_dir": str(output),
+            "output_dir": str(output / "output"),
             "dataset_prepared_path": str(folder / "prepared"),
-            "plugins": ["qlora_recipes.plugin.RunPlugin", "memory_plugin.MemoryPlugin"],
+            "plugins": ["qlora_recipes.plugin.RunPlugin", "qlora_recipes.verifying.plugin.VerifyPlugin"],
         }
         files[name] = output / "config.yaml"
         files[name].write_text(yamlfiles.write_yaml(config_with(common | change)))
     train_many(*files.values())
-    return {name: orjson.loads(file.with_name("memory.json").read_bytes()) for name, file in files.items()}
+    return {name: orjson.loads(file.with_name(MEMORY).read_bytes()) for name, file in files.items()}
 
 
 def checkpointed(checkpointing: bool) -> yamlfiles.Config:
@@ -185,7 +169,12 @@ def test_a_real_training_of_axolotls_allocates_what_the_fake_one_does(tmp_path: 
         compare(*case, real)
 
 
-def compare(bf16: bool, checkpointing: bool, times: int, real: dict[str, traces.Events]) -> None:
+def peak_of(fake: traces.MemoryTrace, shape: traces.Shape) -> int:
+    """The bytes at the peak of a traced step."""
+    return traces.at_peak(fake.loaded + fake.steps[shape], fake.kinds).total()
+
+
+def compare(bf16: bool, checkpointing: bool, times: int, real: dict[str, Any]) -> None:
     """A real training's memory with that of the fake one."""
     step = Step(
         model=(standin.model_folder() / "config.json").read_text(),
@@ -201,8 +190,8 @@ def compare(bf16: bool, checkpointing: bool, times: int, real: dict[str, traces.
     fake = trace(step, [(2, 256)])
     left = dict(fake.loaded)  # a size of -1 where freed again
     loaded = sum(size for i, size in left.items() if size > 0 and fake.kinds[i] != "optimizer")
-    assert loaded == pytest.approx(bytes_at_peak(real["loaded"]), rel=0.005)
-    assert bytes_at_peak(fake.loaded + fake.steps[2, 256]) == pytest.approx(bytes_at_peak(real["all"]), rel=0.01)
+    assert loaded == pytest.approx(real["loaded"], rel=0.005)
+    assert peak_of(fake, (2, 256)) == pytest.approx(real["allocated"], rel=0.01)
 
 
 def of_family(family: str, attention: str, turn: int, tiny: Path, sample: Path, folder: Path) -> yamlfiles.Config:
@@ -234,7 +223,7 @@ def test_real_trainings_of_other_families_allocate_what_is_planned(tmp_path: Pat
         config = config_with(changes[kind] | {"fp16": False, "pad_to_sequence_len": True})
         step, notes = steps_of.step_of(config, models.architecture(config), (8, 0))
         fake = trace(replace(step, capability=None), [(2, 320)])
-        planned, found = bytes_at_peak(fake.loaded + fake.steps[2, 320]), bytes_at_peak(real["all"])
+        planned, found = peak_of(fake, (2, 320)), real["allocated"]
         print(f"{kind}: planned {planned:,}, measured {found:,} bytes, {found / planned - 1:+.2%}")
         assert planned == pytest.approx(found, rel=0.001), kind
         assert notes == []

@@ -1,0 +1,73 @@
+"""Answers with a static and a dynamic cache, beside passes of the same model without a cache. Imports torch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+import torch
+
+from ..base import yamlfiles
+from ..base.files import sha256
+from ..base.paths import find_recipe
+from ..configs.precision import precision
+from ..data.sample import usual_sample
+from ..data.study import Decoding
+from ..scores.evaluations import EvaluationSettings
+from ..scores.generate import Generator
+from .bench import RECIPE, Bench, Figure, Figures
+
+ROWS, TOKENS, FIRST = 4, 24, 8
+
+
+def generation(bench: Bench) -> Figures:
+    """How far any written token is below the best one, and how many answers begin otherwise with the other cache."""
+    run = bench.result("training")
+    attention = yamlfiles.read_yaml(find_recipe(RECIPE)[1])["attn_implementation"]
+    cfg = yamlfiles.read_yaml(run / "config.yaml") | {"attn_implementation": attention}  # not that of the training
+    data = usual_sample() / "valid.jsonl"
+    settings = EvaluationSettings(
+        base_model=cfg["base_model"],
+        adapter=str(run / "output"),
+        adapter_sha256=sha256(run / "output" / "adapter_model.safetensors"),
+        data=str(data),
+        data_sha256="",
+        rows=ROWS,
+        decoding=Decoding(max_new_tokens=TOKENS),
+        batch_size=ROWS,
+        cache="dynamic",
+        quantized=True,
+        dtype=precision(cfg, on_gpu=bench.gpu is not None).weights,
+    )
+    generator = Generator(settings, cfg, run / "output")
+    rows = list(map(orjson.loads, data.read_bytes().splitlines()))[:ROWS]
+    prompts = [example.prompt for example in generator.examples(rows)]
+    room = 1 << (max(map(len, prompts)) + TOKENS - 1).bit_length()
+    answers = {}
+    for cache in ("dynamic", "static"):
+        generator.settings = settings.model_copy(update={"cache": cache})
+        answers[cache] = generator.answers(prompts, 0, room)
+    figures = {
+        f"answers with a {cache} cache": Figure(shortfall(generator.model, prompts, written))
+        for cache, written in answers.items()
+    }
+    pairs = zip(*answers.values(), strict=True)
+    apart = sum(one[:FIRST] != other[:FIRST] for one, other in pairs) / ROWS
+    return figures | {"answers alike": Figure(apart)}
+
+
+@torch.inference_mode()
+def shortfall(model: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> float:
+    """How far the logit of a written token is below the largest one, at most, in one pass without a cache.
+
+    Args:
+        model: what wrote them, greedily.
+        prompts: tokens.
+        answers: the tokens after each.
+    """
+    most = 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens = torch.tensor([prompt + answer], device=model.device)
+        logits = model(tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        written = logits.gather(1, tokens[0, len(prompt) :, None])[:, 0]
+        most = max(most, (logits.max(dim=1).values - written).max().item())
+    return most

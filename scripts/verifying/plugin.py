@@ -1,0 +1,154 @@
+"""The Axolotl plugin of the trainings that `recipe verify` makes: it measures memory, and stops where it is told to.
+
+The environment variable `STOP` names the step to stop after. Figures go to `MEMORY` in the run's folder.
+"""
+
+import gc
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.integrations.base import BasePlugin
+from peft.tuners.lora import LoraLayer
+from transformers import TrainerCallback
+
+from ..base.files import write_json
+from ..planning.cuda import Recorder
+from ..planning.traces import at_peak
+from .bench import MEMORY, SHARE, STOP
+
+MEASURED = 1  # the step that is measured, from 0: it has the optimizer's state, which the first one makes
+
+
+class VerifyPlugin(BasePlugin):
+    """Caps the memory of the training, and adds `Measure`."""
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """Leave some of the free memory to what else runs on the GPU."""
+        cap_memory()
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
+        """The callback that measures; not where several ranks divide the training."""
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        return [Measure(trainer, Path(cfg.output_dir).parent / MEMORY)] if alone else []
+
+
+def cap_memory() -> None:
+    """Let this process's allocator take at most `SHARE` of what is free on its GPU."""
+    if torch.cuda.is_available():
+        device = int(os.environ.get("LOCAL_RANK", "0"))
+        free, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(SHARE * free / total, device)
+
+
+class Measure(TrainerCallback):
+    """Writes what the second step of a training takes, and the scale of its adapters.
+
+    Fields: allocated, bytes at the peak, as torch.cuda counts them or, on a CPU, those of all storages; on a GPU also
+    reserved, and free, bytes that the driver reports; loaded, bytes before the step without the optimizer's state;
+    parts, what is there at the peak by what it holds, as in a plan: what is neither weights, constants, gradients nor
+    optimizer state is activations; scales, the factors that PEFT multiplies with B A.
+
+    On a CPU storages are recorded by the means of a plan's, so that both can be compared byte by byte.
+    """
+
+    def __init__(self, trainer: Any, file: Path):
+        self.trainer, self.file = trainer, file
+        self.stop = int(os.environ.get(STOP, "0"))
+        self.recorder: Recorder | None = None
+        self.held: Counter[str] = Counter()
+        self.loaded = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to measure, and ask for the stop, as a scheduler or Ctrl-C does, while the step goes on."""
+        if self.stop == state.global_step + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if state.global_step == MEASURED:
+            self._begin()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the gradients while they are there."""
+        if state.global_step == MEASURED:
+            gradients = [weight.grad for weight in self.trainer.model.parameters() if weight.grad is not None]
+            self.held["gradients"] = _bytes(gradients)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write what was measured."""
+        if state.global_step == MEASURED + 1:
+            write_json(self.file, self._end())
+
+    def _begin(self) -> None:
+        optimizer = self.trainer.optimizer
+        state = list(_tensors(dict(getattr(optimizer, "optimizer", optimizer).state)))
+        if torch.cuda.is_available():
+            state = [tensor for tensor in state if tensor.is_cuda]  # one that is paged is the driver's to place
+        self.held = Counter(_of_model(self.trainer.model))
+        self.loaded = self.held.total()
+        self.held["optimizer"] = _bytes(state)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            return
+        self.recorder = Recorder()
+        for tensor in (*_of_module(self.trainer.model), *state):
+            self.recorder.add(tensor, "held")
+        gc.disable()  # so that what is in a cycle is freed at the same place as in a plan
+        self.recorder.__enter__()
+
+    def _end(self) -> dict[str, Any]:
+        if self.recorder:
+            self.recorder.__exit__(None, None, None)
+            gc.enable()
+            found = {"allocated": at_peak(self.recorder.events, self.recorder.kinds).total()}
+        else:
+            found = {
+                "allocated": torch.cuda.max_memory_allocated(),
+                "reserved": torch.cuda.max_memory_reserved(),
+                "free": torch.cuda.mem_get_info()[0],
+            }
+        parts = dict(self.held) | {"activations": found["allocated"] - self.held.total()}
+        return found | {"loaded": self.loaded, "parts": parts, "scales": _scales(self.trainer.model)}
+
+
+def _of_module(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """All tensors of a model, its quantization constants among them."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        yield tensor
+        yield from _tensors(getattr(tensor, "quant_state", None))
+
+
+def _of_model(model: torch.nn.Module) -> dict[str, int]:
+    """The bytes of a model's tensors by what they hold, as a plan names it."""
+    groups: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        head = "embed_tokens" in name or "lm_head" in name
+        kind = "adapters" if tensor.requires_grad else "embeddings and head" if head else "base weights"
+        groups.setdefault(kind, []).append(tensor)
+        groups.setdefault("quantization constants", []).extend(_tensors(getattr(tensor, "quant_state", None)))
+    return {kind: _bytes(tensors) for kind, tensors in groups.items()}
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in an optimizer's state, or in 4-bit weights' constants."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for below in value.values():
+            yield from _tensors(below)
+    elif type(value).__name__ == "QuantState":
+        yield from _tensors(vars(value))
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    """The bytes of tensors' storages, each counted once."""
+    return sum({(storage := tensor.untyped_storage())._cdata: storage.nbytes() for tensor in tensors}.values())
+
+
+def _scales(model: torch.nn.Module) -> list[float]:
+    """The factors of a model's adapters, each once."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return sorted({float(scale) for layer in layers for scale in layer.scaling.values()})

@@ -1,0 +1,198 @@
+"""`recipe verify` for real on this CPU, and errors planted in what it measures."""
+
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import finish, start
+
+from qlora_recipes.data.verified import Record, judge
+from qlora_recipes.planning import steps
+from qlora_recipes.planning.traces import Step
+from qlora_recipes.running import run
+from qlora_recipes.runs import checkpoints
+from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.verifying import bench, generation, jobs, numerics, trainings
+from qlora_recipes.verifying.bench import Bench, Figures
+from qlora_recipes.verifying.lines import all_lines
+
+pytestmark = pytest.mark.long
+
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the command, and for the jobs that are carried out here."""
+    return tmp_path_factory.mktemp("verify")
+
+
+@pytest.fixture(scope="module")
+def at(place: Path) -> Bench:
+    """A bench with the training that other jobs look at."""
+    made = bench.here(place / "bench")
+    made.keep("training", jobs.measure("training", made))
+    return made
+
+
+def failing(at: Bench, job: str, figures: Figures | None = None) -> set[str]:
+    """The lines of a job that fail."""
+    figures = jobs.measure(job, at) if figures is None else figures
+    lines = [line for line in all_lines(at) if line.job == job and not line.lacks]
+    assert figures.keys() == {line.name for line in lines}
+    return {
+        line.name
+        for line in lines
+        if judge(figures[line.name].measured, figures[line.name].expected, line.bound) == "failed"
+    }
+
+
+def processor_seconds() -> float:
+    """The time that processors have spent on this process's children and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def test_it_passes_on_a_cpu_in_less_than_five_minutes_and_then_at_once(place: Path) -> None:
+    begun, spent = time.monotonic(), processor_seconds()
+    record = Record.model_validate_json(finish(start(place, "verify", "--work", "work", "--json")))
+    spent = processor_seconds() - spent
+    print(f"{time.monotonic() - begun:.0f} s, and {spent:.0f} s of processors")
+    for line in record.lines:
+        print(f"{line.line}: {line.measured} {line.expected} {line.difference} {line.verdict} {line.note}")
+    assert record.count("failed") == 0
+    assert spent < 300  # so that one processor has it done in time, whatever else runs beside this test
+    shown = [line.line for line in all_lines(bench.here(place)) if not line.lacks]
+    assert [line.line for line in record.lines if line.verdict == "passed"] == shown
+    begun = time.monotonic()
+    assert Record.model_validate_json(finish(start(place, "verify", "--work", "work", "--json"))) == record
+    assert time.monotonic() - begun < 20
+
+
+def test_another_rank_in_the_plan_and_another_scale_in_the_recipe_are_found(at: Bench, monkeypatch: Patch) -> None:
+    assert failing(at, "training", at.found("training").figures) == set()
+    step_of = steps.step_of
+
+    def wrong(*arguments: Any) -> tuple[Step, list[str]]:
+        step, notes = step_of(*arguments)
+        return replace(step, rank=2 * step.rank, double_quantization=False), notes
+
+    settings = trainings.of_stand_in
+    monkeypatch.setattr(steps, "step_of", wrong)
+    monkeypatch.setattr(trainings, "of_stand_in", lambda at: settings(at, lora_alpha=32))
+    figures = jobs.measure("training", replace(at, folder=at.folder.with_name("planted")))
+    lines = {line.name for line in all_lines(at) if line.job == "training"}
+    assert failing(at, "training", figures) == lines
+    assert "differs most: " in figures["step, allocated"].note
+
+
+def spoil_optimizer(folder: Path) -> None:
+    """Change one value of the optimizer's state, and vouch for it."""
+    state = torch.load(folder / "optimizer.pt", weights_only=False)
+    moments = next(iter(state["state"].values()))
+    moments["state1"].flatten()[0] += 1.0
+    torch.save(state, folder / "optimizer.pt")
+    checkpoints.write_manifest(folder)
+
+
+def lose_optimizer(folder: Path) -> None:
+    """Lose a file, for which `recipe resume` leaves the checkpoint out."""
+    (folder / "optimizer.pt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (None, set()),
+        (spoil_optimizer, {"resumed losses", "resumed adapter"}),
+        (lose_optimizer, {"resumed after step"}),
+    ],
+)
+def test_a_broken_resume_is_found(
+    at: Bench, monkeypatch: Patch, spoil: Callable[[Path], None] | None, expected: set[str]
+) -> None:
+    resume = run.resume
+
+    def spoilt(name: str, *more: Any) -> RunDir:
+        if spoil:
+            spoil(Path(name) / "output" / f"checkpoint-{trainings.STOPPED_AT}")
+        return resume(name, *more)
+
+    monkeypatch.setattr(run, "resume", spoilt)
+    assert failing(at, "resume") == expected
+
+
+def test_another_scale_of_the_saved_adapter_is_found(at: Bench) -> None:
+    assert failing(at, "adapter") == set()
+    file = at.result("training") / "output" / "adapter_config.json"
+    text = file.read_text()
+    try:
+        file.write_text(json.dumps(json.loads(text) | {"lora_alpha": 17}))
+        assert failing(at, "adapter") == {"adapter scale, as saved"}
+    finally:
+        file.write_text(text)
+
+
+def test_a_merge_that_adds_something_else_is_found(at: Bench, monkeypatch: Patch) -> None:
+    from peft.tuners.lora import Linear
+
+    merge = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: 1.01 * merge(self, name))
+    assert failing(at, "adapter") == {"merged adapter"}
+
+
+@pytest.fixture
+def kernels(monkeypatch: Patch) -> Iterator[Callable[[torch.dtype, float], None]]:
+    """Spoils what 4-bit layers compute in a type, by a factor."""
+    forward = numerics.Linear4bit.forward
+
+    def spoil(dtype: torch.dtype, factor: float) -> None:
+        def spoilt(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+            output = forward(self, inputs)
+            return output * factor if self.compute_dtype == dtype else output
+
+        monkeypatch.setattr(numerics.Linear4bit, "forward", spoilt)
+
+    yield spoil
+
+
+def test_kernels_that_compute_something_else_are_found(
+    at: Bench, kernels: Callable[[torch.dtype, float], None]
+) -> None:
+    assert failing(at, "numerics") == set()
+    kernels(torch.float32, 1.001)
+    assert {"NF4, loss", "NF4, gradient norm"} <= failing(at, "numerics")
+
+
+@pytest.mark.skipif(not bench.machine.cpu_has_bf16(), reason="this processor does not compute in bf16")
+def test_a_bf16_that_loses_more_than_rounding_is_found(
+    at: Bench, kernels: Callable[[torch.dtype, float], None]
+) -> None:
+    kernels(torch.bfloat16, 1.1)
+    assert failing(at, "numerics") == {"bf16, loss", "bf16, gradient norm"}
+
+
+@pytest.mark.parametrize("form", ["dynamic", "static"])
+def test_a_cache_that_differs_is_found(at: Bench, monkeypatch: Patch, form: str) -> None:
+    from transformers import cache_utils
+
+    layer = {"dynamic": cache_utils.DynamicLayer, "static": cache_utils.StaticLayer}[form]
+    update = layer.update
+
+    def forgetful(self: Any, *states: Any, **more: Any) -> Any:
+        keys, values = update(self, *states, **more)
+        return keys, torch.zeros_like(values) if states[0].shape[-2] == 1 else values
+
+    monkeypatch.setattr(layer, "update", forgetful)
+    assert failing(at, "generation") == {f"answers with a {form} cache", "answers alike"}
+
+
+def test_answers_are_those_of_the_model(at: Bench) -> None:
+    assert failing(at, "generation") == set()
+    assert generation.TOKENS > generation.FIRST
