@@ -118,7 +118,7 @@ MISTAKES = [
     ("results --study haidr", "haidr: no study of that name; did you mean haider2024"),
     ("score nowhere.jsonl", "nowhere.jsonl: no such file"),
     ("score empty.jsonl", "empty.jsonl: has no rows"),
-    ("score pairs.jsonl", "pairs.jsonl:2: a row needs the text field prediction"),
+    ("score pairs.jsonl", "pairs.jsonl: row 2 needs the text field prediction; it has reference; --prediction-field"),
     ("resume latest", "latest: no run of that name"),
     ("cancel", "RUN, --sweep and --study: give just one of them"),
     ("cancel latest --sweep latest", "RUN, --sweep and --study: give just one of them"),
