@@ -1,6 +1,7 @@
 """What tests share: a cache of their own, no network, and a tiny random Llama with a tokenizer of its own."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import orjson
 import pytest
 from cluster import Cluster, running
 from hypothesis import HealthCheck, settings
@@ -26,7 +26,6 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its shar
 
 from qlora_recipes import cli
 from qlora_recipes.base import paths
-from qlora_recipes.base.files import write_rows
 from qlora_recipes.data import study
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
 from qlora_recipes.verifying import shapes
@@ -208,16 +207,20 @@ def tiny_profile(tmp_path_factory: pytest.TempPathFactory, tiny: Path, sample: P
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """A folder with the shipped sample where recipes look for the study's data; in the form that is trained on with a
-    warm-up of 500 steps, often enough that these are a small part."""
+    """A folder with the studies' samples where recipes look for their data; in all forms but one 200 times, each time
+    with another answer, for recipes that warm up or evaluate at a step. What else is fetched is there, and empty."""
     folder = tmp_path_factory.mktemp("prepared")
-    of_study = study.find("haider2024")
-    for name, form in of_study.data.formats.items():
+    for of_study in study.every():
+        for file in of_study.data.files.keys() - of_study.data.raw_files:
+            (folder / of_study.data.raw / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / of_study.data.raw / file).touch()
+    forms = [(of_study, *form) for of_study in study.every() for form in of_study.data.formats.items()]
+    for of_study, name, form in forms:
         made = shutil.copytree(rehearsal_data(of_study, name), folder / form.folder)
-        if name == "tagged":
-            rows = list(map(orjson.loads, (made / "train.jsonl").read_bytes().splitlines()))
-            again = (row | {"output": f"{row['output']} ({i})"} for i in range(200) for row in rows)
-            write_rows(made / "train.jsonl", again)
+        if name != "diff":
+            lines = (made / "train.jsonl").read_text().splitlines()
+            again = (re.sub(r'("\}|"\}\]\})$', rf" ({i})\1", line) for i in range(200) for line in lines)
+            (made / "train.jsonl").write_text("".join(f"{line}\n" for line in again))
     return folder / "data"
 
 

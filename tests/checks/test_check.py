@@ -86,7 +86,7 @@ def test_json(place: Path, recipe: Recipe) -> None:
 
 
 def test_all_recipes_are_checked_where_none_is_named(place: Path, recipe: Recipe) -> None:
-    done = recipe("check", "--gpu", "T4", "--json")  # offline, as the whole test session is
+    done = recipe("check", "--gpu", "H100", "--json")  # offline, as the whole test session is
     assert [report["checked"] for report in orjson.loads(done.stdout)] == paths.recipe_names()
     assert done.returncode == 0
 
@@ -261,11 +261,12 @@ def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_
     assert done.returncode == 0
     (said,) = [line for line in done.stdout.splitlines() if "not-prepared" in line]
     assert "warning: datasets.0.path: data/codereviewer-tagged/train.jsonl and valid.jsonl are not prepared" in said
-    assert "run `recipe data fetch` and `recipe data prepare --input-format tagged` [" in said
+    prepare = "`recipe data prepare --study haider2024 --input-format tagged` ["
+    assert f"run `recipe data fetch codereviewer` and {prepare}" in said
     for file in study.find("haider2024").data.files:
         (tmp_path / "data/codereviewer-raw").mkdir(parents=True, exist_ok=True)
         (tmp_path / "data/codereviewer-raw" / file).touch()
-    assert "; run `recipe data prepare --input-format tagged` [" in recipe("check", tagged).stdout
+    assert f"; run {prepare}" in recipe("check", tagged).stdout
     ran = recipe("run", tagged, "--set", "fp16=false")
     assert ran.returncode == 2
     assert "error: datasets.0.path: data/codereviewer-tagged/train.jsonl and valid.jsonl are not" in ran.stderr
@@ -284,7 +285,7 @@ def test_what_is_not_written_by_preparing_data_or_is_to_be_read_now_is_an_error(
 
 def test_what_is_wrong_with_several_recipes_is_printed_once(recipe: Recipe) -> None:
     done = recipe("check")
-    said = [line for line in done.stdout.splitlines() if "not-prepared" in line]
+    said = [line for line in done.stdout.splitlines() if "not-prepared" in line and "codereviewer" in line]
     others = [line.partition("] ")[2] for line in said]
     assert others[0].startswith("(also in llama-2-7b.yaml, ") and others[0].count(".yaml") == 6
     assert others[1:] == [""]  # which has another format

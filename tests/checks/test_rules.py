@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import config_with
+from conftest import config_with, recipe_config
 
 from qlora_recipes.base import paths
 from qlora_recipes.checks import rules
@@ -58,7 +58,7 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         {"datasets": [DATA | {"path": "data/codereviewer/test-subset-2.jsonl"}]},
         "error",
         "not-prepared:datasets.0.path",
-        "test-subset-2.jsonl is not prepared yet; run `recipe data fetch` and `recipe data prepare`",
+        "test-subset-2.jsonl is not prepared yet; run `recipe data fetch codereviewer` and `recipe data prep",
     ),
     ({"datasets": [DATA | {"path": "empty.jsonl"}]}, "error", "missing-file:datasets.0.path", "is empty"),
     ({"datasets": [{"type": "alpaca"}]}, "error", "missing-file:datasets.0.path", "names no data"),
@@ -236,8 +236,11 @@ def test_every_rule_has_a_case() -> None:
     assert tested == {rule.__name__.replace("_", "-") for rule in case.RULES}
 
 
-@pytest.mark.parametrize("name", paths.recipe_names())
-@pytest.mark.parametrize("gpu", ["T4", "H100"])
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [(name, "H100") for name in paths.recipe_names()]
+    + [(name, "T4") for name in paths.recipe_names() if not recipe_config(name).get("bf16")],
+)
 def test_a_recipe_gives_no_error_and_no_warning(name: str, gpu: str) -> None:
     assert [finding for finding in found({}, gpu, name=name) if finding.level != "note"] == []
 
