@@ -3,8 +3,8 @@
 The two ways, ported from descriptions of the authors' code:
 
 - `loftq`: test_gsm8k.py of yxli2123/LoftQ@ae33fd4 (arXiv 2310.08659). Commas are removed. The number is the first
-  behind the first marker; where there is no marker, or no number behind it, the last of the whole text. Numbers are
-  compared as floats.
+  behind the first marker, up to a second one; where there is no marker, or no number there, the last of the whole
+  text. Numbers are compared as floats.
 - `peft`: utils.py of method_comparison/MetaMathQA in huggingface/peft@5d602fd. The number is what stands behind the
   last occurrence of the first marker that is found, up to the end of the line, without spaces and any of .!?$% around
   it. It is compared as a decimal, or as a fraction of two; a text without a marker has no number.
@@ -51,7 +51,7 @@ def _marker(text: str, markers: Sequence[str]) -> str | None:
 def _by_loftq(text: str, markers: Sequence[str]) -> float | None:
     text = text.replace(",", "")
     marker = _marker(text, markers)
-    behind = _NUMBER.search(text.partition(marker)[2]) if marker else None
+    behind = _NUMBER.search(text.split(marker)[1]) if marker else None
     found = behind[0] if behind else next(reversed(_NUMBER.findall(text)), None)
     return float(found) if found else None
 

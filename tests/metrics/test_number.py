@@ -23,6 +23,7 @@ def right(reference: str, prediction: str, **parameters: object) -> bool:
         ("The final answer is: 1,234 of 9", 1234),
         ("The final answer is: -2.50", -2.5),
         ("The final answer is: 5. The final answer is: 6", 5),
+        ("The final answer is: so The final answer is: 6 of 9", 9),  # nothing up to the second marker
         ("first 3, then 12 apples.", 12),  # no marker: the last of all
         ("it was 8. The final answer is: none", 8),  # none behind the marker
         ("The final answer is 3, of 4", 4),  # not the marker
