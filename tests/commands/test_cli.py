@@ -33,7 +33,7 @@ def prepare_files(folder: Path) -> None:
 MISTAKES = [
     ("run haider2024/code-lama-7b", "did you mean haider2024/code-llama-7b"),
     ("show lama-3.2", "lama-3.2: no recipe of that name; did you mean llama-3.2-3b"),
-    ("show llama-2", "may be any of haider2024/all-linear/llama-2-7b, haider2024/llama-2-7b; give more of its name"),
+    ("show llama-2", "may be any of haider2024/all-linear/llama-2-7b, haider2024/llama-2-7b, loftq-gsm8k/llama-2-7b-loftq"),
     ("check --gpu 6000", "--gpu 6000: may be any of Quadro RTX 6000, RTX 6000 Ada, RTX PRO 6000; give"),
     ("check --gpu 4O90", "--gpu 4O90: no GPU of that name; did you mean 4090"),
     ("diff haider2024/llama-2-7b nowhere.yaml", "nowhere.yaml: no such file"),
@@ -217,7 +217,7 @@ def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe: Recipe) -
             "datasets.0.split",
             *({"test_datasets.0.path", "test_datasets.0.split"} if "test_datasets.0.path" in own else ()),
             "sequence_len",
-            *(key for key in ("warmup_steps", "fp16") if own.get(key)),
+            *(key for key in ("warmup_steps", "fp16", "eval_steps") if own.get(key)),
         }
         assert ("bf16" in changed) == (composed.config["bf16"] and not own.get("bf16"))
         steps = 4 * composed.config["num_epochs"]
