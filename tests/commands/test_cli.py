@@ -33,7 +33,7 @@ def prepare_files(folder: Path) -> None:
 MISTAKES = [
     ("run haider2024/code-lama-7b", "did you mean haider2024/code-llama-7b"),
     ("show lama-3.2", "lama-3.2: no recipe of that name; did you mean llama-3.2-3b"),
-    ("show llama-2", "may be any of haider2024/all-linear/llama-2-7b, haider2024/llama-2-7b, loftq-gsm8k/llama-2-7b-loftq"),
+    ("show llama-2", "may be any of haider2024/all-linear/llama-2-7b, haider2024/llama-2-7b, loftq"),
     ("check --gpu 6000", "--gpu 6000: may be any of Quadro RTX 6000, RTX 6000 Ada, RTX PRO 6000; give"),
     ("check --gpu 4O90", "--gpu 4O90: no GPU of that name; did you mean 4090"),
     ("diff haider2024/llama-2-7b nowhere.yaml", "nowhere.yaml: no such file"),
