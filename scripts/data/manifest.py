@@ -33,7 +33,7 @@ def update(out: Path, splits: dict[str, Entry]) -> dict[str, Any]:
 
 def table(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """A manifest's files, a row each: what was read for it, and what of that is not in it."""
-    raw_file = {True: "the study's", False: "not the study's", None: "of as many rows as the study's"}
+    raw_file = {True: "the study's", False: "not the study's", None: "the study's, as far as is known"}
     rows = []
     for split in manifest["splits"].values():
         elsewhere = split.get("drawn_out", {})
