@@ -79,6 +79,8 @@ def verify_verb(
         tables.print_json(record.model_dump())
     else:
         tables.print_table(verify.rows(record), spare=["unit", "off by"], below=["why"], wide=wide)
+        for text in verify.unverified(record):
+            tables.print_text(text, wide)
     counts = {verdict: record.count(verdict) for verdict in ("passed", "failed", "unverified")}
     say(f"{len(record.lines)} lines; {', '.join(f'{verdict}: {count}' for verdict, count in counts.items())}")
     say(f"the record is in {shown(file)}; recipes/verified/README.md says how to hand it in")

@@ -22,8 +22,9 @@ from . import memory, shapes
 from .bench import MEMORY, RECIPE, STOP, Bench, Figure, Figures, free_memory
 
 ADAPTER = "adapter_model.safetensors"
-STOPPED_AT = 3
-"""The step after which a training is broken off: its optimizer has a state by then, and there are steps left."""
+STOPPED_AT = 4
+"""The step after which a training is broken off: its optimizer has a state by then, and steps are left. The recipe
+saves no checkpoint of its own there."""
 STEPS = 6
 LENGTH = 128  # tokens of a row of the stand-in's, which a CPU trains on in a second or two
 LAYERS = 4  # of a model in a quick verification

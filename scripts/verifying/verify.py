@@ -201,7 +201,7 @@ def _record(at: Bench, outcomes: list[Outcome]) -> Record:
 
 
 def rows(record: Record) -> list[dict[str, Any]]:
-    """The lines of a record, as a table shows them."""
+    """The lines of a record that have a verdict, as a table shows them."""
     return [
         {
             "line": line.line,
@@ -214,7 +214,17 @@ def rows(record: Record) -> list[dict[str, Any]]:
             "why": f"{line.note}; {line.means}".removeprefix("; ") if line.verdict == "failed" else line.note or None,
         }
         for line in record.lines
+        if line.verdict != "unverified"
     ]
+
+
+def unverified(record: Record) -> list[str]:
+    """What a record does not show, a text for each reason."""
+    names: dict[str, list[str]] = {}
+    for line in record.lines:
+        if line.verdict == "unverified":
+            names.setdefault(line.note, []).append(line.line)
+    return [f"unverified, {reason}: {'; '.join(lines)}" for reason, lines in names.items()]
 
 
 def _number(value: float | None) -> str | None:

@@ -123,14 +123,14 @@ def a_training(folder: Path, name: str, resumed_from: str | None = None, **chang
 @pytest.mark.parametrize(
     ("resumed_from", "changed", "failing"),
     [
-        ("checkpoint-3", {}, set()),
+        ("checkpoint-4", {}, set()),
         (None, {}, {"resumed after step"}),
         ("checkpoint-2", {}, {"resumed after step"}),
-        ("checkpoint-3", {"losses": {5: 3.5000001}}, {"resumed losses"}),
-        ("checkpoint-3", {"losses": {5: None}}, {"resumed losses"}),
-        ("checkpoint-3", {"losses": {7: 3.0}}, {"resumed losses"}),
-        ("checkpoint-3", {"weight": 1.0000001}, {"resumed adapter"}),
-        ("checkpoint-3", {"more": {"lora_B": torch.ones(1)}}, {"resumed adapter"}),
+        ("checkpoint-4", {"losses": {5: 3.5000001}}, {"resumed losses"}),
+        ("checkpoint-4", {"losses": {5: None}}, {"resumed losses"}),
+        ("checkpoint-4", {"losses": {7: 3.0}}, {"resumed losses"}),
+        ("checkpoint-4", {"weight": 1.0000001}, {"resumed adapter"}),
+        ("checkpoint-4", {"more": {"lora_B": torch.ones(1)}}, {"resumed adapter"}),
     ],
 )
 def test_a_broken_resume_is_found(

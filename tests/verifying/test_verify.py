@@ -135,6 +135,8 @@ def test_a_figure_beyond_its_bound_fails_its_line_and_says_what_that_means(
     assert shown.returncode == 1
     (row,) = [row for row in shown.stdout.splitlines() if " failed " in row]
     assert row.startswith(f"{line.name}  ") and line.means in row
+    assert "unverified, needs a GPU: NF4 on GPU and CPU, loss; " in shown.stdout
+    assert "unverified, needs two GPUs: ddp losses; zero1 losses" in shown.stdout
     assert f"failed: {line.name}; the messages" in shown.stderr
 
 

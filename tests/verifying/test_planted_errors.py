@@ -95,8 +95,8 @@ def test_another_rank_in_the_plan_and_another_scale_in_the_recipe_are_found(at: 
 def spoil_optimizer(folder: Path) -> None:
     """Change one value of the optimizer's state, and vouch for it."""
     state = torch.load(folder / "optimizer.pt", weights_only=False)
-    moments = next(iter(state["state"].values()))
-    moments["state1"].flatten()[0] += 1.0
+    of_a_weight = next(iter(state["state"].values()))["__bnb_optimizer_quant_state__"]
+    of_a_weight["state1"].view(-1)[0] += 1.0
     torch.save(state, folder / "optimizer.pt")
     checkpoints.write_manifest(folder)
 
