@@ -260,24 +260,19 @@ class Data(Strict):
         return declared.from_ or self.raw_file(str(declared.out_of))
 
     @property
-    def raw_files(self) -> dict[str, list[str]]:
-        """The splits that are made of each raw file that is needed for one."""
-        files: dict[str, list[str]] = {}
-        for split in self.splits:
-            files.setdefault(self.raw_file(split), []).append(split)
-        return files
+    def raw_files(self) -> list[str]:
+        """The names of the raw files that splits are made of."""
+        return list(dict.fromkeys(map(self.raw_file, self.splits)))
 
     def row_of(self, split: str, input_format: str, instead: Mapping[str, str] | None = None) -> dict[str, str]:
         """The expressions for the fields of a split's rows, some replaced by other ones."""
-        own = self._made_as(split).row
-        row = self.row if own is None else own
+        row = self.row if (own := self._made_as(split).row) is None else own
         others = self.formats[input_format].row | dict(instead or {})
         return row | {field: text for field, text in others.items() if field in row}
 
     def drop_of(self, split: str) -> dict[str, str]:
         """The expressions for the rows that a split is without."""
-        own = self._made_as(split).drop
-        return self.drop if own is None else own
+        return self.drop if (own := self._made_as(split).drop) is None else own
 
     def rows_of(self, split: str) -> int | None:
         """How many rows a split will have; None where that is not known, as some may be left out."""
