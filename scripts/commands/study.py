@@ -19,7 +19,7 @@ verbs = typer.Typer(
 )
 
 
-@verbs.command("new", cls=Verb, epilog="recipe study new smith2026 --model meta-llama/Llama-3.1-8B")
+@verbs.command("new", cls=Verb, epilog="recipe study new smith2026")
 def new_verb(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What to call it: a name for its folders.")],
     model: Annotated[

@@ -8,6 +8,7 @@ from ..base.errors import UserError
 from ..base.progress import say
 from ..configs import variants
 from ..data import study
+from ..data.published import Score
 from ..planning import need
 from ..terminal import tables
 
@@ -65,7 +66,7 @@ def _table(rows: list[dict[str, Any]], of_study: study.Study | None) -> list[dic
     ]
 
 
-def published(score: study.Score | None) -> float | str | None:
+def published(score: Score | None) -> float | str | None:
     """A published score in a table: with its ± as text, otherwise as a number, which is aligned."""
     if score is None or score.spread is None:
         return score.value if score else None

@@ -7,6 +7,7 @@ from ..base.files import read_json
 from ..configs import models
 from ..data import study
 from ..data.manifest import MANIFEST, is_the_studys
+from ..data.published import Published
 from ..metrics.metric import Column
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
@@ -77,7 +78,7 @@ def of_base_model(folder: RunDir, own: Evaluation | None) -> Evaluation | None:
     return base if alike else None
 
 
-def aim(run: Run) -> study.Published | None:
+def aim(run: Run) -> Published | None:
     """What was published of that which a run tries for; a rehearsal, or a run of something else, tries for none."""
     of_study = study.of(run.origin)
     return of_study.aimed_at(run.origin) if of_study and not run.rehearsal and not of_something_else(run) else None

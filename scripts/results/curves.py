@@ -6,7 +6,8 @@ from itertools import pairwise
 from typing import Any
 
 from ..base.errors import UserError
-from ..data.study import Published, Study
+from ..data.published import Published
+from ..data.study import Study
 
 Point = tuple[int, float]  # a step, and the mean loss of the steps since the point before
 

@@ -8,7 +8,8 @@ from .. import places
 from ..base import paths, yamlfiles
 from ..configs import config, datafiles
 from ..configs.compose import REHEARSAL, TRACKERS
-from ..data.study import Measured, Published, Score, Study
+from ..data.published import Measured, Published, Score
+from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs import lookup
 from ..runs.rundir import Run, RunDir

@@ -10,7 +10,8 @@ import pytest
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.data import study
-from qlora_recipes.data.study import Score, Study
+from qlora_recipes.data.published import Score
+from qlora_recipes.data.study import Study
 
 RECIPE = "haider2024/llama-2-7b"
 

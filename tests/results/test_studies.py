@@ -13,7 +13,7 @@ from run_folders import a_run
 from small_study import PLAIN, WIDE
 
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.data.study import Score
+from qlora_recipes.data.published import Score
 from qlora_recipes.results import curves, study_tables, verdict
 
 LLAMA_2 = "haider2024/llama-2-7b"
