@@ -132,7 +132,7 @@ class RunCallback(TrainerCallback):
         self.parameters = parameters
         self.stop = self.stopped = False
         self.step_started = self.step_seconds = 0.0
-        self.tokens_seen: int | None = 0
+        self.tokens: Any = 0  # without padding, which Axolotl counts; a tensor on the device, so that no step waits
         self.process = psutil.Process()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -145,9 +145,13 @@ class RunCallback(TrainerCallback):
         self._append(state, begun)
         if not args.eval_on_start:
             _note_phase(args.output_dir, "training")
-        if state.global_step:
-            self.tokens_seen = None  # a resumed run continues a count whose start is not known here
+        self.trainer.model.register_forward_pre_hook(self._count, with_kwargs=True)
         self.process.cpu_percent()  # the next call returns the load since this one
+
+    def _count(self, model: torch.nn.Module, _: Any, inputs: dict[str, Any]) -> None:
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if model.training and ids is not None:
+            self.tokens += (mask != 0).sum() if mask is not None and mask.shape == ids.shape else ids.numel()
 
     def _stop(self, *_: Any) -> None:
         self.stop = True
@@ -191,13 +195,11 @@ class RunCallback(TrainerCallback):
         kept = ("loss", "eval_loss", eval_loss.NAME, "grad_norm", "learning_rate")
         record = {"epoch": state.epoch} | {key: logs[key] for key in kept if key in logs}
         if "loss" in logs:
-            record["step_seconds"] = self.step_seconds
+            tokens = int(sum(ranks.of_all(float(self.tokens), args.device)))
+            rate = {"tokens_per_second": tokens / self.step_seconds} if self.step_seconds else {}
+            record |= {"step_seconds": self.step_seconds, "tokens": tokens} | rate
             self.step_seconds = 0.0
-            if total := logs.get("tokens/total"):
-                if self.tokens_seen is not None:
-                    record["tokens"] = total - self.tokens_seen
-                    record["tokens_per_second"] = record["tokens"] / record["step_seconds"]
-                self.tokens_seen = total
+            self.tokens = 0
         self._append(state, record | usage | {"cpu_percent": self.process.cpu_percent()})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

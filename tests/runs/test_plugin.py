@@ -1,10 +1,12 @@
 import math
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import orjson
 import pytest
+import torch
 from conftest import recipe_config, train_many
 
 from qlora_recipes.base import yamlfiles
@@ -91,6 +93,29 @@ def test_the_peak_is_the_one_before_axolotl_resets_it(tmp_path: Path, monkeypatc
     callback.on_log(SimpleNamespace(device="cpu"), state, None, logs)
     (record,) = RunDir(tmp_path).read_metrics()
     assert (record["memory_allocated_gib"], record["memory_reserved_gib"]) == (6.4, 7.0)
+
+
+def test_tokens_are_counted_without_padding_in_training_only(tmp_path: Path) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, **inputs: torch.Tensor) -> None:
+            pass
+
+    model = Model()
+    callback = RunCallback(tmp_path / "metrics.jsonl", SimpleNamespace(model=model), None)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=8, epoch=0.1, log_history=[])
+    arguments = SimpleNamespace(device="cpu", eval_on_start=True)
+    handler = signal.getsignal(signal.SIGTERM)
+    callback.on_train_begin(arguments, state, None)
+    signal.signal(signal.SIGTERM, handler)
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    model(input_ids=ids, attention_mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 2, 2, 2]]))  # the second row is packed
+    model(input_ids=ids)
+    model.eval()(input_ids=ids)
+    callback.step_seconds = 2.0
+    state.global_step = 1
+    callback.on_log(arguments, state, None, {"loss": 2.0})
+    record = RunDir(tmp_path).read_metrics()[-1]
+    assert (record["tokens"], record["tokens_per_second"]) == (8 + 10, 9.0)
 
 
 @pytest.mark.long
