@@ -73,8 +73,9 @@ def _data(of_study: Study, names: list[str]) -> Iterator[Finding]:
     data = of_study.data
     for name, known in data.files.items():
         if known.sha256 is None:
-            remedy = "`recipe data fetch` prints the one of what it got; add it as sha256"
-            yield _finding(of_study, "note", ("data", "sources", name), "its content is not verified", remedy)
+            remedy = "`recipe data fetch` prints the checksum of what it got: add it"
+            problem = "it has no sha256, so that a download is not verified"
+            yield _finding(of_study, "note", ("data", "sources", name), problem, remedy)
     made = {Path(form.folder, f"{split}.jsonl") for form in data.formats.values() for split in data.splits}
     for name in names:
         for key, entry in datafiles.datasets(yamlfiles.read_yaml(paths.recipe_file(name))):

@@ -36,7 +36,9 @@ def fetch_verb(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="[DATA]", autocompletion=completion.data_sets, help="The data set; by default the only one."
+            metavar="[DATA]",
+            autocompletion=completion.data_sets,
+            help="The data set, or its study's name; needed where there are several.",
         ),
     ] = None,
     from_: Annotated[
@@ -105,7 +107,7 @@ def prepare_verb(
             "--study",
             metavar="S",
             autocompletion=completion.studies,
-            help="The study; by default the only one with such raw files.",
+            help="The study; needed where several have such raw files.",
         ),
     ] = None,
     wide: Wide = False,

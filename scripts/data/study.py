@@ -45,7 +45,7 @@ class Study(Strict):
         metrics: the declarations of the columns of scores, see `columns`.
         tolerances: by metric, the difference from a published score that is acceptable.
         stated_by: how the comment behind a recipe's setting begins where the authors state that.
-        differences: what Axolotl does otherwise than the authors did, in words.
+        differences: what Axolotl does differently from the authors, in words.
         shown: the metrics that are columns of tables; by default all.
     """
 
@@ -224,7 +224,7 @@ def option(study: Study) -> list[str]:
 
 
 def with_data(key: str | None) -> Study:
-    """The first study on a data set, given by its name or a part of that. None means the only one.
+    """The first study on a data set, given by its name or a part of that, or by a study's. None means the only one.
 
     Raises:
         UserError: there is none, or several are meant.
@@ -232,7 +232,8 @@ def with_data(key: str | None) -> Study:
     studies: dict[str, Study] = {}
     for study in map(load, paths.studies()):
         studies.setdefault(study.data.key, study)
-    return studies[_only(key, studies, "data set")]
+    of_name = next((study for study in studies.values() if study.folder.name == key), None)
+    return of_name or studies[_only(key, studies, "data set")]
 
 
 def _only(name: str | None, choices: Collection[str], what: str, option: str = "") -> str:
