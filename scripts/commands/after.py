@@ -18,12 +18,15 @@ from .options import (
     BatchSize,
     Best,
     CacheForm,
+    DecodingName,
     Group,
     Json,
     JudgeLayer,
     JudgeModel,
     Metrics,
     On,
+    PairOfRuns,
+    PromptsFile,
     RehearsalsOfStudy,
     RunName,
     Runs,
@@ -62,12 +65,7 @@ def evaluate_verb(
         typer.Option(metavar="DIR|none", help="Another adapter, or none for the base model alone."),
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="By default the study's.")] = None,
-    decoding: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Decode in a further way that the study declares; shown beside the usual one."
-        ),
-    ] = None,
+    decoding: DecodingName = None,
     batch_size: BatchSize = 16,
     cache: Annotated[
         CacheForm,
@@ -76,10 +74,7 @@ def evaluate_verb(
     metric: Metrics = None,
     bertscore: JudgeModel = None,
     bertscore_layer: JudgeLayer = None,
-    export_prompts: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the exact prompts instead, to make the predictions elsewhere."),
-    ] = None,
+    export_prompts: PromptsFile = None,
     on: On = "local",
     slurm: SlurmOptions = None,
     runs: Runs = RUNS,
@@ -188,15 +183,7 @@ def results_verb(
     rehearse: RehearsalsOfStudy = False,
     sweep_name: SweepName = None,
     best: Best = None,
-    pair: Annotated[
-        tuple[str, str] | None,
-        typer.Option(
-            "--compare",
-            metavar="A B",
-            autocompletion=completion.runs,
-            help="Two runs, or a run and a file of predictions, on the same rows.",
-        ),
-    ] = None,
+    pair: PairOfRuns = None,
     by: Annotated[
         Group | None, typer.Option(help="The latest run's scores by language, or by length of the reference.")
     ] = None,

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -114,7 +114,7 @@ def prepare_verb(
     json: Json = False,
 ) -> None:
     """Make the rows that recipes train on of a study's raw files, as its study.yaml says, with a manifest."""
-    from ..data import manifest, prepare
+    from ..data import prepare
     from ..data.raw import fetched
 
     of_study = _meant_study(study_name, raw or [], input_format)
@@ -128,19 +128,28 @@ def prepare_verb(
     if json:
         tables.print_json(made)
         return
+    _print_manifest(made, folder, wide)
+    whole = {"train", "valid"} & of_study.data.splits.keys() <= made["splits"].keys()
+    if whole and (name := _trained(of_study, folder)):
+        next_step("check", name, "--data")
+
+
+def _print_manifest(made: dict[str, Any], folder: Path, wide: bool) -> None:
+    from ..data import manifest
+
     for split in made["splits"].values():
         for name, reason in split.get("left_out", {}).items():
             say(f"{name}.jsonl: not written: {reason}")
     tables.print_table(manifest.table(made), spare=["repeated rows kept"], wide=wide)
     print(folder / manifest.MANIFEST)
+
+
+def _trained(of_study: "Study", folder: Path) -> str | None:
+    """The first of a study's recipes that is trained on the rows in a folder; None where none is."""
     for name in (*of_study.published, *of_study.beside):
-        trains_on = yamlfiles.read_yaml(find_recipe(name)[1])["datasets"][0]["path"]
-        if (
-            Path(trains_on).parent == folder
-            and {"train", "valid"} & of_study.data.splits.keys() <= made["splits"].keys()
-        ):
-            next_step("check", name, "--data")
-            break
+        if Path(yamlfiles.read_yaml(find_recipe(name)[1])["datasets"][0]["path"]).parent == folder:
+            return name
+    return None
 
 
 def _meant_study(name: str | None, raw: list[Path], input_format: str | None) -> "Study":

@@ -190,6 +190,24 @@ RehearseAll = Annotated[
 ]
 RehearsalsOfStudy = Annotated[bool, typer.Option("--rehearse", help="With --study: its rehearsals instead.")]
 
+DecodingName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Decode in a further way that the study declares; shown beside the usual one."),
+]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write the exact prompts instead, to make the predictions elsewhere."),
+]
+PairOfRuns = Annotated[
+    tuple[str, str] | None,
+    typer.Option(
+        "--compare",
+        metavar="A B",
+        autocompletion=completion.runs,
+        help="Two runs, or a run and a file of predictions, on the same rows.",
+    ),
+]
+
 
 def exclusive(options: dict[str, object], required: bool = False) -> None:
     """Refuse more than one of several options, and where one is required also none.
