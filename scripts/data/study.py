@@ -36,6 +36,10 @@ class Decoding(Strict):
     seed: int = 42
 
 
+OF_NO_STUDY = Decoding(max_new_tokens=96)
+"""How answers to rows of the user's own are generated."""
+
+
 class Study(Strict):
     """The content of a study.yaml, and its folder.
 

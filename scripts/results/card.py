@@ -83,10 +83,19 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
     }
     facts["scored_file"] = evaluation is not None and Path(evaluation.settings.data).is_absolute()
     facts["scored_on"] = _scored_on(evaluation.settings, of_study) if evaluation else None
+    declared = of_study.decoding if of_study else study.OF_NO_STUDY
+    facts["decoding"] = _arguments(evaluation.settings.decoding if evaluation else declared)
     facts |= {"front_matter": _front_matter(facts), "command": _command(facts["run"])}
     jinja = environment(paths.TEMPLATES)
     jinja.filters |= {"code": _code, "fenced": _fenced, "text": tables.text_of, "yaml": yamlfiles.write_yaml}
     return jinja.get_template("model-card.md.j2").render(facts)
+
+
+def _arguments(decoding: study.Decoding) -> str:
+    """A decoding as arguments of transformers' `generate`."""
+    sampling = ("temperature", "top_p", "top_k") if decoding.do_sample else ()
+    names = ("max_new_tokens", "do_sample", *(("num_beams",) if decoding.num_beams > 1 else ()), *sampling)
+    return ", ".join(f"{name}={getattr(decoding, name)!r}" for name in names)
 
 
 def base_model(folder: RunDir, run: Run) -> tuple[str, bool]:

@@ -157,7 +157,7 @@ def _decoding(of_study: study.Study | None, name: str | None) -> Decoding:
         UserError: the study declares none of that name.
     """
     if name is None:
-        return of_study.decoding if of_study else Decoding(max_new_tokens=96)
+        return of_study.decoding if of_study else study.OF_NO_STUDY
     there = of_study.decodings if of_study else {}
     if name not in there:
         declared = f"its study declares {', '.join(there)}" if there else "decodings in study.yaml declares some"

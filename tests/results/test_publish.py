@@ -28,7 +28,7 @@ from qlora_recipes.configs import config, models
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data.study import Decoding
-from qlora_recipes.results import publish
+from qlora_recipes.results import card, publish
 from qlora_recipes.runs.rundir import Launch, Run, RunDir, Summary
 from qlora_recipes.scores import evaluations
 
@@ -284,7 +284,7 @@ def test_a_rehearsal_is_marked_and_never_pushed(run: RunDir, tmp_path: Path) -> 
     evaluated(run)
     publish.publish(run)
     front, text = card(run.output)
-    assert "The sample of reviews" in text
+    assert "A sample that comes with the recipes." in text
     assert text.lstrip().startswith("> [!WARNING]\n> **A rehearsal with a stand-in model")
     assert "model-index" not in front
     assert "published" not in text
@@ -670,3 +670,10 @@ def generator(run: RunDir, cfg: yamlfiles.Config, adapter: Path | None) -> "Gene
 
     of_adapter = {"adapter": str(adapter), "adapter_sha256": "9" * 64 if adapter else None, "dtype": "float32"}
     return Generator(settings(run, cfg, **of_adapter), cfg, run.output)
+
+
+def test_the_code_of_a_card_decodes_as_the_run_was_evaluated() -> None:
+    greedy = Decoding(max_new_tokens=9)
+    sampled = Decoding(max_new_tokens=9, do_sample=True, temperature=0.1, top_k=40, top_p=0.95)
+    assert card._arguments(greedy) == "max_new_tokens=9, do_sample=False"
+    assert card._arguments(sampled) == "max_new_tokens=9, do_sample=True, temperature=0.1, top_p=0.95, top_k=40"
