@@ -28,7 +28,8 @@ from qlora_recipes.configs import config, models
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data.study import Decoding
-from qlora_recipes.results import card, publish
+from qlora_recipes.results import card as model_card
+from qlora_recipes.results import publish
 from qlora_recipes.runs.rundir import Launch, Run, RunDir, Summary
 from qlora_recipes.scores import evaluations
 
@@ -675,5 +676,5 @@ def generator(run: RunDir, cfg: yamlfiles.Config, adapter: Path | None) -> "Gene
 def test_the_code_of_a_card_decodes_as_the_run_was_evaluated() -> None:
     greedy = Decoding(max_new_tokens=9)
     sampled = Decoding(max_new_tokens=9, do_sample=True, temperature=0.1, top_k=40, top_p=0.95)
-    assert card._arguments(greedy) == "max_new_tokens=9, do_sample=False"
-    assert card._arguments(sampled) == "max_new_tokens=9, do_sample=True, temperature=0.1, top_p=0.95, top_k=40"
+    assert model_card._arguments(greedy) == "max_new_tokens=9, do_sample=False"
+    assert model_card._arguments(sampled) == "max_new_tokens=9, do_sample=True, temperature=0.1, top_p=0.95, top_k=40"
