@@ -17,7 +17,7 @@ data:
   source: https://example.org/capitals
   licence: CC0-1.0
   sources:
-    learn.csv: {url: https://example.org/learn.csv, rows: 12}
+    learn.csv: {url: https://example.org/learn.csv, rows: 7}
     asked.csv: {url: https://example.org/asked.csv, rows: 4}
   row:
     question: '"What is the capital of " ~ country ~ "?"'

@@ -423,9 +423,9 @@ def test_mistakes_are_reported(recipe: Recipe, arguments: list[str], says: str) 
 
 
 @pytest.mark.long
-def test_every_recipe_of_the_study_fits_its_card() -> None:
+def test_every_recipe_of_the_first_study_fits_its_card() -> None:
     card = gpus.find("Quadro RTX 5000")
-    for name in paths.recipe_names():
+    for name in (name for name in paths.recipe_names() if name.startswith("haider2024/")):
         planned, _ = need.planner_of(recipe_config(name), card)
         shape = planned.rows, planned.length  # alone: other rows and lengths take most of a plan's time
         needed = traces.usage(trace(planned.step, [shape]), shape).reserved + planner.CONTEXT
