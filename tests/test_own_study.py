@@ -116,7 +116,7 @@ def test_a_study_says_what_it_lacks(recipe: Recipe, tmp_path: Path) -> None:
     errors = [line for line in checked.stdout.splitlines() if ": error: " in line]
     assert errors[:2] == [
         f"{place}:23: error: published.capitals/frist: no recipe of that name; did you mean capitals/first?",
-        f"{place}:24: error: open_settings.0: learning_rte is no key of Axolotl's; did you mean learning_rate?",
+        f"{place}:24: error: open_settings.0: learning_rte is not a key of Axolotl; did you mean learning_rate?",
     ]
     assert errors[2].startswith(f"{place}:18: error: data.sample: no rows can be made: ") and "contry" in errors[2]
     assert [line for line in checked.stdout.splitlines() if ": warning: " in line] == [

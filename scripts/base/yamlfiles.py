@@ -187,14 +187,13 @@ def in_words(error: Any, forms: Mapping[str, str] | None = None) -> str:
         error: one of `ValidationError.errors()`.
         forms: what texts of some patterns are, in words.
     """
-    wanted = {
-        **{
-            "model_type": "keys with values",
-            "model_attributes_type": "keys with values",
-            "dict_type": "keys with values",
-        },
-        **{"list_type": "a list, as in [a, b]", "tuple_type": "a list, as in [a, b]", "string_type": "text"},
-        **{"int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"},
+    wanted = dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "keys with values")
+    wanted |= dict.fromkeys(("list_type", "tuple_type"), "a list, as in [a, b]")
+    wanted |= {
+        "string_type": "text",
+        "bool_type": "true or false",
+        "int_type": "a whole number",
+        "float_type": "a number",
     }
     if error["type"] in wanted:
         return f"expected {wanted[error['type']]} instead of {write_flow(error['input']):.60}"

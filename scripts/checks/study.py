@@ -17,7 +17,7 @@ from .finding import Finding, Level
 def findings(of_study: Study) -> list[Finding]:
     """All that is to be mended or added in a study, errors first.
 
-    What its study.yaml alone gets wrong keeps it from being loaded, and is told then, see `study.load`.
+    Mistakes within study.yaml itself are reported when it is loaded, see `study.load`.
     """
     names = [name for name in paths.recipe_names() if name.startswith(f"{of_study.folder.name}/")]
     found = [*_recipes(of_study, names), *_settings(of_study), *_data(of_study, names)]
@@ -63,7 +63,7 @@ def _settings(of_study: Study) -> Iterator[Finding]:
     for i, key in enumerate(of_study.open_settings):
         if key.partition(".")[0] not in known:
             hint = did_you_mean(key, known) or ""
-            yield _finding(of_study, "error", ("open_settings", str(i)), f"{key} is no key of Axolotl's{hint}", "")
+            yield _finding(of_study, "error", ("open_settings", str(i)), f"{key} is not a key of Axolotl{hint}", "")
     if not any(published.scores for published in of_study.published.values()):
         yield _finding(of_study, "note", ("published",), "no score is published", "results then have no verdict")
 

@@ -23,7 +23,7 @@ verbs = typer.Typer(
 def new_verb(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What to call it: a name for its folders.")],
     model: Annotated[
-        str, typer.Option(metavar="MODEL", help="The base model of its first recipe, one of templates/models.yaml.")
+        str, typer.Option(metavar="MODEL", help="The base model of its first recipe.")
     ] = "meta-llama/Llama-3.2-3B",
 ) -> None:
     """Write a study that works as it is, with comments, below recipes/ and templates/ of this folder."""

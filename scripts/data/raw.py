@@ -135,7 +135,7 @@ class RawFile:
             yield
         except (*DAMAGED_ZIP, gzip.BadGzipFile) as error:
             raise UserError(f"{self.label}: damaged ({error}); fetch it again") from None
-        except (RuntimeError, NotImplementedError) as error:  # encrypted, or packed by another method
+        except RuntimeError as error:  # encrypted, or packed by another method
             raise UserError(f"{self.label}: cannot be read: {error}") from None
 
 

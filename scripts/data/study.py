@@ -89,14 +89,14 @@ class Study(Strict):
 
     @property
     def cited(self) -> str:
-        """Its paper in a few words, as far as study.yaml tells."""
+        """Its paper in a few words, from what study.yaml gives."""
         paper = self.paper
         where = f"arXiv {paper['arxiv']}" if paper.get("arxiv") else paper.get("url")
         return ", ".join(str(part) for part in (paper.get("authors"), where) if part) or self.title
 
     @property
     def citation(self) -> str:
-        """Its paper in Markdown, with title and link, as far as study.yaml tells."""
+        """Its paper in Markdown, with title and link, from what study.yaml gives."""
         paper = self.paper
         arxiv = paper.get("arxiv")
         link = f"[arXiv {arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else paper.get("url")
@@ -164,7 +164,7 @@ def _load(file: Path, _: int) -> Study:
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    """A value of a study.yaml that may be malformed, which is told elsewhere; empty unless it is a mapping."""
+    """A value if it is a mapping, otherwise an empty one; a malformed value is reported elsewhere."""
     return value if isinstance(value, dict) else {}
 
 

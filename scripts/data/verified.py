@@ -22,7 +22,7 @@ class Outcome(_Strict):
     Attributes:
         line: its name.
         what: what is compared with what.
-        measured: the figure; None where there is none, because it was not measured or is no number.
+        measured: the figure; None where nothing was measured, or not a number.
         expected: what it has to be near to; None where it only has to be small.
         unit: of both.
         bound: the largest share of the expected figure that the measured one may be away from it; the largest measured
@@ -64,7 +64,7 @@ def difference(measured: float | None, expected: float | None) -> float | None:
 
 
 def judge(measured: float | None, expected: float | None, bound: float) -> Verdict:
-    """The verdict on a figure; see `Outcome`. What was not measured, or is no number, fails."""
+    """The verdict on a figure; see `Outcome`. One that was not measured, or is not a number, fails."""
     off = difference(measured, expected)
     return "passed" if off is not None and off <= bound else "failed"
 

@@ -25,8 +25,7 @@ def write(name: str, base_model: str) -> list[Path]:
         The files.
 
     Raises:
-        UserError: the name cannot be a folder's, there is a study or a folder of that name, or the base model has no
-            entry in models.yaml.
+        UserError: the name cannot be a folder's, or there is a study or a folder of that name.
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"{name}: a study is named in lower-case letters, digits, -, _ and ., as first-author-2026")
