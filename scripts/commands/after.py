@@ -48,7 +48,7 @@ verbs = typer.Typer()
     "evaluate",
     cls=Verb,
     rich_help_panel=HEADING,
-    epilog="recipe evaluate latest\nrecipe evaluate latest --adapter none --limit 100",
+    epilog="recipe evaluate latest\nrecipe evaluate latest --checkpoints",
 )
 def evaluate_verb(
     run: RunName,
@@ -75,6 +75,16 @@ def evaluate_verb(
     bertscore: JudgeModel = None,
     bertscore_layer: JudgeLayer = None,
     export_prompts: PromptsFile = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Take the predictions that were made elsewhere for --export-prompts' rows."),
+    ] = None,
+    checkpoints: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoints", help="Every kept checkpoint, on the validation rows; the best of them on the test rows."
+        ),
+    ] = False,
     on: On = "local",
     slurm: SlurmOptions = None,
     runs: Runs = RUNS,
@@ -85,17 +95,21 @@ def evaluate_verb(
     from ..running import evaluation
     from ..runs.lookup import find_run
     from ..runs.rundir import RunDir
-    from ..scores import evaluate, evaluations
+    from ..scores import choice, evaluate, evaluations
 
-    only_with("--export-prompts", export_prompts, "--on local", on == "local", "it needs no GPU")
+    for option, value in (("--export-prompts", export_prompts), ("--predictions", predictions)):
+        only_with(option, value, "--on local", on == "local", "it needs no GPU")
+    exclusive({"--checkpoints": checkpoints, "--export-prompts": export_prompts, "--predictions": predictions})
+    exclusive({"--checkpoints": checkpoints, "--adapter": adapter})
     request = evaluate.EvaluationRequest(
         data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer, metric or [], decoding
     )
+    request.predictions, request.checkpoints = predictions, checkpoints
     folder = find_run(run, runs)
     place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
     if export_prompts:
         count = evaluate.export_prompts(folder, request, export_prompts)
-        say(f"{count} prompts; add the field prediction to each row, then `recipe score {export_prompts}`")
+        say(f"{count} prompts; add the field prediction to each row; --predictions {export_prompts} then scores them")
         print(export_prompts)
         return
     evaluated = evaluation.start(folder, request, runs, place)
@@ -103,10 +117,13 @@ def evaluate_verb(
         print(evaluated.path)
         next_step("results", runs=runs, json=json)
         return
-    if not json:
+    if isinstance(evaluated, choice.Choice):
+        choice.show(evaluated, form_of(False, json))
+    elif not json:
         for row in evaluations.beside_references(folder.path, evaluated, count=2):
             _print_texts(f"row {row.pop('row') + 1}", row)
-    _print_scores(evaluated.scores, json)
+    if isinstance(evaluated, evaluations.Evaluation):
+        _print_scores(evaluated.scores, json)
     next_step("report", name_of(folder, runs), runs=runs, json=json)
 
 

@@ -249,7 +249,8 @@ def scored_on(reported: ReportedRun) -> str:
     """The rows that the evaluation of a run is of."""
     assert reported.evaluation
     settings = reported.evaluation.settings
-    return f"{settings.rows_in_words} of {reported.from_cwd(settings.data)}"
+    elsewhere = ", predictions made elsewhere" if settings.made_elsewhere else ""
+    return f"{settings.rows_in_words} of {reported.from_cwd(settings.data)}{elsewhere}"
 
 
 def settings(reported: ReportedRun) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
         "eval_loss_axolotl": summary.eval_loss,
         "rows_evaluated": own.scores.get("rows") if own else None,
         "test_set": own.settings.test_set if own else None,
+        "generated_by": own.settings.engine if own else None,
         **comparable.scores(folder, run, own),
         "peak_memory_gib": summary.peak_memory,
         "memory_kind": summary.memory_kind,

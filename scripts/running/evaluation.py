@@ -8,15 +8,17 @@ from ..base.errors import UserError
 from ..places import Place
 from ..runs.rundir import RunDir
 from ..runs.tasks import Outcome, Work
-from ..scores import evaluate, evaluation_rows
+from ..scores import choice, evaluate, evaluation_rows
 from ..scores.evaluations import Evaluation
 
 
-def start(folder: RunDir, request: evaluate.EvaluationRequest, runs: Path, place: Place) -> Evaluation | RunDir:
+def start(
+    folder: RunDir, request: evaluate.EvaluationRequest, runs: Path, place: Place
+) -> Evaluation | choice.Choice | RunDir:
     """Evaluate a run, or queue that behind its training if the run is queued or running there.
 
     Returns:
-        The evaluation, or the run's folder once the evaluation is queued.
+        The evaluation, of several checkpoints what it comes to, or the run's folder once the evaluation is queued.
 
     Raises:
         UserError: it is already queued, see `evaluate.EvaluationTask`, or the place refuses it; nothing was started.
@@ -34,4 +36,5 @@ def start(folder: RunDir, request: evaluate.EvaluationRequest, runs: Path, place
             remedy = f"`recipe cancel {folder.path}` cancels all jobs of the run"
             raise UserError(f"{folder.path}: this evaluation is already {job}; {remedy}")
     work = Work(Outcome(record.recipe), lambda: [evaluation], gpus=0 if record.rehearsal else 1, steps=["evaluate"])
-    return place.carry_out(work, record.recipe, runs, lambda: evaluate.evaluate(folder, request))
+    evaluated = choice.choose if request.checkpoints else evaluate.evaluate
+    return place.carry_out(work, record.recipe, runs, lambda: evaluated(folder, request))

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
-from ..base.files import sha256, write_atomically, write_rows
+from ..base.files import Row, sha256, write_atomically, write_rows
 from ..base.locks import held
 from ..base.machine import now
 from ..base.progress import Bar, say
@@ -18,12 +18,13 @@ from ..data import study
 from ..data.study import Decoding
 from ..runs.rundir import Run, RunDir
 from ..runs.tasks import Command
-from . import evaluation_rows, judges
+from . import elsewhere, evaluation_rows, judges
 from .columns import columns_of
 from .evaluations import (
     ADAPTER,
     BASE_MODEL,
     DECODED,
+    ELSEWHERE,
     PREDICTIONS,
     SCORES,
     Evaluation,
@@ -31,7 +32,7 @@ from .evaluations import (
     read_predictions,
     read_scores,
 )
-from .predict import as_row, predict
+from .predict import predict
 from .score import VERSION, code_sha256, score
 
 BASE = "none"  # --adapter none: the base model without an adapter
@@ -54,6 +55,9 @@ class EvaluationRequest:
         metrics: what to score with beside the study's metrics, as --metric takes it; without both see
             `registry.DEFAULT`.
         decoding: one of the study's further ways to decode, by name.
+        predictions: a file of predictions that were made elsewhere, see `elsewhere.predictions`.
+        validation: whether the rows are those that the run validates on.
+        checkpoints: whether it is about every kept checkpoint, see `choice.choose`.
     """
 
     data: Path | None = None
@@ -66,6 +70,9 @@ class EvaluationRequest:
     judge_layer: int | None = None
     metrics: Sequence[str] = ()
     decoding: str | None = None
+    predictions: Path | None = None
+    validation: bool = False
+    checkpoints: bool = False
 
     def options(self) -> list[str]:
         """The request as options of `recipe evaluate`."""
@@ -81,6 +88,7 @@ class EvaluationRequest:
             "--decoding": self.decoding,
         }
         words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+        words += ["--checkpoints"] if self.checkpoints else []
         return words + [word for metric in self.metrics for word in ("--metric", metric)]
 
 
@@ -113,7 +121,9 @@ class EvaluationTask:
             raise UserError(f"{folder.path}: no tokenizer and model there{_unfinished(folder, self.run)}")
         of_study = study.of(self.run.origin)
         usual = evaluation_rows.usual(self.run, self.cfg)
-        source = evaluation_rows.named(request.data, self.cfg, Path(self.run.cwd)) if request.data else usual
+        source = evaluation_rows.validation(self.run, self.cfg) if request.validation else usual
+        if request.data:
+            source = evaluation_rows.named(request.data, self.cfg, Path(self.run.cwd))
         source = evaluation_rows.require_reference(folder, self.run, self.cfg, source)
         every = evaluation_rows.read(source, folder, self.run, self.cfg)
         limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
@@ -138,6 +148,8 @@ class EvaluationTask:
             cache=caching if request.cache == "auto" else request.cache,
             quantized=bool(self.cfg.get("load_in_4bit")),
             dtype=precision(self.cfg, on_gpu).weights,
+            engine=ELSEWHERE if request.predictions else "transformers",
+            predictions_sha256=_digest(request.predictions),
         )
         labels = []
         if adapter is not None:
@@ -145,7 +157,7 @@ class EvaluationTask:
             labels.append(f"{Path(self.settings.adapter).name}-{digest[:7]}" if digest else BASE_MODEL)
         if request.decoding:
             labels.append(f"{DECODED}{request.decoding}")
-        if usual and source != usual and not _is_of(usual.file, every.sha256):
+        if usual and source != usual and (request.validation or not _is_of(usual.file, every.sha256)):
             labels.append(_data_label(self.settings))
         self.where = folder.path / "evaluations" / "-".join(labels) if labels else folder.path
 
@@ -190,6 +202,8 @@ def complete(task: EvaluationTask, judged: judges.Judges) -> Evaluation | None:
 def _same_work(task: EvaluationTask) -> Evaluation | None:
     former = read_scores(task.where)
     same = former and former.settings.same_work() == task.settings.same_work()
+    if former and task.settings.predictions_sha256:
+        same = same and former.settings.predictions_sha256 == task.settings.predictions_sha256
     return former if same and len(read_predictions(task.where)) == task.settings.rows else None
 
 
@@ -216,7 +230,8 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         settings = task.settings
         part = task.where / "predictions.part.jsonl"
         if former := complete(task, judged):
-            say(f"{predictions}: complete, made and scored with the same settings")
+            how = "made elsewhere" if former.settings.made_elsewhere else "made and scored with the same settings"
+            say(f"{predictions}: complete, {how}")
             return former
         if any(judged.values()):
             with Bar("looking for BERTScore's model", 1):
@@ -225,14 +240,16 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         if former := _same_work(task):
             say(f"{predictions}: complete, made with the same settings; scoring it anew")
             rows, old = read_predictions(task.where), former.columns
-            settings = settings.model_copy(update=former.settings.model_dump(include={"batch_size", "cache"}))
+            kept = {"batch_size", "cache", "engine", "predictions_sha256"}
+            settings = settings.model_copy(update=former.settings.model_dump(include=kept))
         else:
             _make_way(task)
-            with importing_axolotl(offline=task.run.rehearsal):
-                rows = predict(task.rows, settings, task.cfg, folder.output, part, on_cpu=task.run.rehearsal)
+            rows = _predicted(folder, task, request.predictions, part)
         with Bar("scoring", 1):
             own = request.adapter is None  # the eval loss is not that of another adapter
             scores, rows = score(rows, task.columns, judged, old, summary.eval_loss_per_token if own else None)
+        if settings.made_elsewhere:
+            scores["notes"] = [elsewhere.NOTE, *scores.get("notes", [])]
         write_rows(predictions, rows)
         result = Evaluation(
             made=now(),
@@ -247,6 +264,18 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     return result
 
 
+def _predicted(folder: RunDir, task: EvaluationTask, file: Path | None, part: Path) -> list[Row]:
+    """The test rows with their predictions: generated, or out of a file."""
+    if file:
+        return elsewhere.predictions(file, _prompts(folder, task))
+    with importing_axolotl(offline=task.run.rehearsal):
+        return predict(task.rows, task.settings, task.cfg, folder.output, part, on_cpu=task.run.rehearsal)
+
+
+def _prompts(folder: RunDir, task: EvaluationTask) -> list[Row]:
+    return elsewhere.prompts(task.rows, task.settings, task.cfg, folder.output, offline=task.run.rehearsal)
+
+
 def command(folder: RunDir, request: EvaluationRequest, runs: Path) -> Command:
     """The command that evaluates a run as requested."""
     return Command("evaluate", folder, ["evaluate", str(folder.path), *request.options(), "--runs", str(runs)])
@@ -254,7 +283,7 @@ def command(folder: RunDir, request: EvaluationRequest, runs: Path) -> Command:
 
 def _make_way(task: EvaluationTask) -> None:
     """Move an evaluation of the same adapter on other rows aside, as they may have been the usual ones; refuse to lose
-    rows of the same data."""
+    rows of the same data, or predictions of this project's own to some that were made elsewhere."""
     former = read_scores(task.where)
     if former is None or former.settings.adapter_sha256 != task.settings.adapter_sha256:
         return
@@ -269,38 +298,35 @@ def _make_way(task: EvaluationTask) -> None:
             f"{task.where / SCORES}: of {former.settings.rows} rows, more than the {task.settings.rows} asked for; "
             f"move it and {PREDICTIONS} away to evaluate fewer"
         )
+    elif task.settings.made_elsewhere and not former.settings.made_elsewhere:
+        raise UserError(
+            f"{task.where / SCORES}: of predictions that were generated here; `recipe results --compare` compares the "
+            f"file with them, or move it and {PREDICTIONS} away"
+        )
 
 
 def export_prompts(folder: RunDir, request: EvaluationRequest, file: Path) -> int:
-    """Write the model's exact input for each test row, to make predictions elsewhere; returns how many there are.
+    """Write the rows of `elsewhere.prompts`, to make predictions elsewhere; returns how many there are.
 
-    A row has `row`, `reference`, `idx` and `lang` if known, `prompt` and `prompt_token_ids`. Use the ids: they begin
-    with the token that starts a text, which a server may add to a `prompt` a second time, or not at all.
-    `recipe score` takes the file once each row has the field `prediction`.
+    `recipe evaluate` takes the file with --predictions once each row has the field `prediction`.
 
     Raises:
         UserError: see `EvaluationTask`.
     """
-    task = EvaluationTask(folder, replace(request, adapter=BASE))
-    with importing_axolotl(offline=task.run.rehearsal):
-        from .generate import Prompter
-
-        prompter = Prompter(task.settings, task.cfg, folder.output)
-        examples = prompter.examples(task.rows.rows, task.rows.keys)
-        texts = prompter.tokenizer.batch_decode([example.prompt for example in examples], skip_special_tokens=False)
-    write_rows(
-        file,
-        (
-            as_row(i, row, example.reference) | {"prompt": text, "prompt_token_ids": example.prompt}
-            for i, (row, text, example) in enumerate(zip(task.rows.rows, texts, examples, strict=True))
-        ),
-    )
-    return len(examples)
+    rows = _prompts(folder, EvaluationTask(folder, replace(request, adapter=BASE)))
+    write_rows(file, rows)
+    return len(rows)
 
 
 def _data_label(settings: EvaluationSettings) -> str:
     """The name, of a folder below evaluations/, for rows other than the usual ones."""
     return f"{evaluation_rows.slug(settings.data)}-{settings.data_sha256[:7]}"
+
+
+def _digest(file: Path | None) -> str | None:
+    if file and not file.is_file():
+        raise UserError(f"--predictions {file}: no such file")
+    return sha256(file) if file else None
 
 
 def _is_of(file: Path | None, digest: str) -> bool:

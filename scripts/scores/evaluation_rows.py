@@ -79,15 +79,31 @@ def usual(run: Run, cfg: Config) -> Source | None:
     if beside and (test_entry(beside) or study.input_format(str(name))):
         scored_on = beside.with_name(f"{of_study.data.scored_on}.jsonl") if of_study else beside
         beside = scored_on if scored_on.is_file() else beside
-    elif tests := dict(datafiles.datasets(cfg, "test_datasets")):
+    elif configured := _configured(cfg, folder):
+        return configured
+    return Source(str(beside.resolve()), ["datasets.0"], beside) if beside else None
+
+
+def validation(run: Run, cfg: Config) -> Source | None:
+    """The rows that a run validates on, in its training; None where there are none, or where they are its study's test
+    rows."""
+    folder = Path(run.cwd)
+    files = (Path(folder, str(entry.get("path"))) for _, entry in datafiles.datasets(cfg, "test_datasets"))
+    is_test = any(file.is_file() and _set_of(test_entry(file), sha256(file)) for file in files)
+    return None if is_test else _configured(cfg, folder)
+
+
+def _configured(cfg: Config, folder: Path) -> Source | None:
+    """The rows of a config's test_datasets, or those that val_set_size held out of its training data."""
+    if tests := dict(datafiles.datasets(cfg, "test_datasets")):
         [entry, *more] = tests.values()
         file = None if more or datafiles.first_rows(entry) else _jsonl(entry, folder)
         return Source(str(file.resolve()) if file else _in_words(tests, folder), [*tests], file)
-    elif cfg.get("val_set_size"):
+    if cfg.get("val_set_size"):
         trained = dict(datafiles.datasets(cfg, "datasets"))
         words = f"val_set_size {cfg['val_set_size']} of {_in_words(trained, folder)}"
         return Source(words, [*trained], held_out=True)
-    return Source(str(beside.resolve()), ["datasets.0"], beside) if beside else None
+    return None
 
 
 def test_entry(file: Path) -> dict[str, Any]:
@@ -99,8 +115,13 @@ def test_entry(file: Path) -> dict[str, Any]:
 def test_set(file: Path, digest: str) -> str | None:
     """The name of the study's set that a file holds, which the manifest beside it identifies by its hash."""
     test = test_entry(file)
-    sets = {"test": test} | test.get("subsets", {}) if is_the_studys(test) else {}
-    return next((name for name, entry in sets.items() if entry["sha256"] == digest), None)
+    return _set_of(test, digest) if is_the_studys(test) else None
+
+
+def _set_of(test: dict[str, Any], digest: str) -> str | None:
+    """The set of a manifest's test rows that has a hash."""
+    sets = {"test": test} | test.get("subsets", {})
+    return next((name for name, entry in sets.items() if entry.get("sha256") == digest), None)
 
 
 def require_reference(folder: RunDir, run: Run, cfg: Config, source: Source | None) -> Source:

@@ -16,6 +16,8 @@ PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"
 ADAPTER = "adapter_model.safetensors"
 BASE_MODEL = "base-model"  # the base model's folder below evaluations/
+ELSEWHERE = "elsewhere"
+_ORIGIN = ("engine", "predictions_sha256")
 DECODED = "decoding-"  # how the folders of the study's further decodings begin there
 
 
@@ -29,6 +31,9 @@ class EvaluationSettings(BaseModel):
         test_set: which of the study's sets of test rows they are, by their content: `test` is all of them; None
             for other rows.
         batch_size: the most rows generated at a time.
+        engine: what generated: transformers, in a process of this project, or `ELSEWHERE`, where all but the prompts
+            is as the user says.
+        predictions_sha256: of the file that they came in from elsewhere.
     """
 
     base_model: str
@@ -44,6 +49,8 @@ class EvaluationSettings(BaseModel):
     cache: Literal["static", "dynamic"]
     quantized: bool
     dtype: str
+    engine: str = "transformers"
+    predictions_sha256: str | None = None
 
     @property
     def data_name(self) -> str:
@@ -54,16 +61,21 @@ class EvaluationSettings(BaseModel):
     def rows_in_words(self) -> str:
         return f"{'the first ' if self.limit else ''}{self.rows:,} rows"
 
+    @property
+    def made_elsewhere(self) -> bool:
+        """Whether its predictions came in a file."""
+        return self.engine == ELSEWHERE
+
     def same_predictions(self) -> dict[str, Any]:
         """What makes two evaluations have the same predictions, to the last token."""
-        return self.model_dump(exclude={"adapter", "data", "limit", "test_set"})
+        return self.model_dump(exclude={"adapter", "data", "limit", "test_set", *_ORIGIN})
 
     def same_work(self) -> dict[str, Any]:
         """What makes two evaluations be of the same model on the same rows, in whatever batches.
 
-        Batches and caches change predictions by rounding alone, so that one evaluation stands for the other.
+        Batches, caches and engines change predictions by rounding alone, so that one evaluation stands for the other.
         """
-        return self.model_dump(exclude={"adapter", "data", "limit", "test_set", "batch_size", "cache"})
+        return self.model_dump(exclude={"adapter", "data", "limit", "test_set", "batch_size", "cache", *_ORIGIN})
 
 
 class Evaluation(BaseModel):

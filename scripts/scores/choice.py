@@ -1,0 +1,198 @@
+"""The kept checkpoints of a run by their scores, and the best of them: `recipe evaluate --checkpoints`."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..base import yamlfiles
+from ..base.errors import UserError
+from ..base.files import sha256, tensor_shapes
+from ..base.progress import say
+from ..metrics.metric import Column
+from ..runs import checkpoints
+from ..runs.rundir import Run, RunDir
+from ..terminal import tables
+from . import evaluation_rows, judges
+from .columns import columns_of
+from .evaluate import EvaluationRequest, evaluate
+from .evaluations import ADAPTER, Evaluation
+
+FINAL = "final"
+"""The name of the adapter that the training ended with, where that is none of its checkpoints'."""
+
+
+@dataclass
+class Choice:
+    """Checkpoints by their scores.
+
+    Attributes:
+        column: the metric that the best is chosen by.
+        rows: the rows that they were scored on, in words.
+        chosen: whether a best one is named: not where the test rows are all there is to score them on.
+        checkpoints: oldest first, each with `checkpoint`, its name; `step`, `epoch` and `eval_loss`, per token, where
+            these were recorded; `score`, `low` and `high`, its 95 % interval; `best`; and for the best `test_score`,
+            `test_low` and `test_high`, where there are test rows beside those that it was chosen on.
+        test_rows: the rows of the test score, in words.
+    """
+
+    column: Column
+    rows: str
+    chosen: bool
+    checkpoints: list[dict[str, Any]]
+    test_rows: str | None = None
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The lowest and the highest score."""
+        scores = [row["score"] for row in self.checkpoints]
+        return min(scores), max(scores)
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it for --json."""
+        return {
+            "metric": self.column.name,
+            "rows": self.rows,
+            "chosen": self.chosen,
+            "spread": self.spread,
+            "test_rows": self.test_rows,
+            "checkpoints": self.checkpoints,
+        }
+
+
+def choose(folder: RunDir, request: EvaluationRequest) -> Choice:
+    """Score every kept checkpoint on the rows that the run validates on, then the best of them on the test rows.
+
+    The best is that by the first metric; of equals the oldest. Until it is chosen no test row is read. Where a run
+    validates on nothing, or on the test rows, all are scored on the test rows and none is chosen. Each evaluation is
+    kept as one of another adapter or of other rows, and is not repeated.
+
+    Args:
+        folder: the run's folder.
+        request: how they are evaluated; its data are the test rows.
+
+    Raises:
+        UserError: no checkpoint was kept, no metric can be scored, or see `evaluate`.
+        WorkFailed: see `evaluate`.
+    """
+    run = folder.read()
+    cfg = yamlfiles.read_yaml(folder.config)
+    column = _column(run, request)
+    adapters = _adapters(folder)
+    own = sha256(folder.output / ADAPTER) if (folder.output / ADAPTER).is_file() else None
+
+    def evaluated(name: str, validation: bool) -> Evaluation:
+        path, digest = adapters[name]
+        adapter = None if digest == own else str(path)  # the run's own evaluation
+        data = None if validation else request.data
+        return evaluate(folder, replace(request, adapter=adapter, data=data, validation=validation))
+
+    validation = evaluation_rows.validation(run, cfg)
+    records = folder.read_metrics()
+    rows = []
+    for number, (name, (path, _)) in enumerate(adapters.items(), start=1):
+        say(f"{name}, {number} of {len(adapters)}")
+        result = evaluated(name, validation is not None)
+        step = checkpoints.step_of(path)
+        recorded = [record for record in records if step is None or record["step"] == step]
+        rows.append(_row(name, recorded, result, column))
+    scored_on = result.settings
+    choice = Choice(column, f"{scored_on.data_name}, {scored_on.rows_in_words}", validation is not None, rows)
+    if validation:
+        best = column.better(rows, key=lambda row: row["score"])
+        best["best"] = True
+        tested = request.data or evaluation_rows.usual(run, cfg) not in (None, validation)
+        if tested:
+            say(f"{best['checkpoint']} is the best on {choice.rows}; now its test score")
+            result = evaluated(best["checkpoint"], False)
+            choice.test_rows = f"{result.settings.data_name}, {result.settings.rows_in_words}"
+            best |= {f"test_{key}": value for key, value in _score(result, column).items()}
+    return choice
+
+
+def _column(run: Run, request: EvaluationRequest) -> Column:
+    """The first metric of predictions that can be scored here."""
+    columns = columns_of(run.origin, request.metrics)
+    judged = judges.of_columns(columns, request.judge, request.judge_layer, run.rehearsal)
+    usable = (column for name, column in columns.items() if not column.metric.of_loss and judged.get(name, True))
+    if column := next(usable, None):
+        return column
+    raise UserError(
+        f"--checkpoints: none of {', '.join(columns)} scores predictions here; --metric names one to choose by"
+    )
+
+
+def _adapters(folder: RunDir) -> dict[str, tuple[Path, str]]:
+    """The adapters of a run's checkpoints, oldest first, and the final one where it is another: by name, the folder and
+    the hash of each. A truncated one is left out, which is said."""
+    by_step = {checkpoints.step_of(path): path for path in folder.output.glob("checkpoint-*")}
+    found = [(path.name, path) for step, path in sorted((s, p) for s, p in by_step.items() if s is not None)]
+    kept: dict[str, tuple[Path, str]] = {}
+    for name, path in [*found, (FINAL, folder.output)]:
+        if not tensor_shapes(path / ADAPTER):
+            say(f"{path}: no whole {ADAPTER} there; it is left out")
+        elif (digest := sha256(path / ADAPTER)) not in [other for _, other in kept.values()]:
+            kept[name] = path, digest
+    if not kept:
+        raise UserError(
+            f"{folder.output}: no checkpoint of an adapter was kept; saves_per_epoch or save_steps, and "
+            "save_total_limit, say which ones the next run keeps"
+        )
+    return kept
+
+
+def _row(name: str, records: list[dict[str, Any]], result: Evaluation, column: Column) -> dict[str, Any]:
+    """The row of a checkpoint, from what the training recorded at its step."""
+
+    def last(key: str) -> Any:
+        return next((record[key] for record in reversed(records) if record.get(key) is not None), None)
+
+    recorded = {"step": last("step"), "epoch": last("epoch"), "eval_loss": last("eval_loss_per_token")}
+    return {"checkpoint": name} | recorded | _score(result, column) | {"best": False}
+
+
+def _score(result: Evaluation, column: Column) -> dict[str, float | None]:
+    low, high = result.scores["intervals"].get(column.name) or (None, None)
+    return {"score": result.scores[column.name], "low": low, "high": high}
+
+
+def show(choice: Choice, form: tables.Form) -> None:
+    """Print a choice, in a form of `tables.Form`."""
+    if form == "json":
+        tables.print_json(choice.as_json())
+        return
+    rows = [
+        {
+            "checkpoint": row["checkpoint"],
+            "epoch": None if row["epoch"] is None else round(row["epoch"], 2),
+            "eval loss": row["eval_loss"],
+            choice.column.label: row["score"],
+            "95 %": _within(row["low"], row["high"]),
+            **({"best": "best" if row["best"] else None} if choice.chosen else {}),
+            **({"on test rows": row.get("test_score")} if choice.test_rows else {}),
+        }
+        for row in choice.checkpoints
+    ]
+    tables.write(rows, form, spare=["eval loss", "epoch"])
+    tables.print_text(conclusion(choice))
+
+
+def _within(low: float | None, high: float | None) -> list[float] | None:
+    return None if low is None or high is None else [low, high]
+
+
+def conclusion(choice: Choice) -> str:
+    """What a choice comes to, in a sentence or two."""
+    low, high = choice.spread
+    label = choice.column.label
+    if not choice.chosen:
+        return (
+            f"The run validates on no rows of its own. These are scores on {choice.rows}; none is chosen, since the "
+            f"test rows would then no longer test it. Their {label} is between {low:.4g} and {high:.4g}."
+        )
+    best = next(row for row in choice.checkpoints if row["best"])
+    said = f"{best['checkpoint']} is the best by {label} on {choice.rows}, on which the run validates."
+    if choice.test_rows is None:
+        return f"{said} There are no other rows to test it on, so its score is too good; --data FILE names some."
+    within = _within(best["test_low"], best["test_high"])
+    interval = f" [{within[0]:.4g}, {within[1]:.4g}]" if within else ""
+    return f"{said} On {choice.test_rows}, its {label} is {best['test_score']:.4g}{interval}."

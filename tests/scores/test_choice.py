@@ -1,0 +1,197 @@
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Recipe
+from run_folders import a_tiny_run
+from safetensors.torch import save_file
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.data.study import Decoding
+from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.scores import choice, evaluate
+from qlora_recipes.scores.choice import choose
+from qlora_recipes.scores.evaluate import EvaluationRequest
+from qlora_recipes.scores.evaluations import ADAPTER, Evaluation, EvaluationSettings, read_scores
+
+STEPS = (2, 4, 6, 8, 10)
+Scores = dict[str, tuple[float, float]]  # by checkpoint, on validation and on test rows
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
+    """A run of the tiny Llama with five checkpoints, the last of which is its adapter."""
+    folder = a_tiny_run(tmp_path, tiny, tiny_profile, sample)
+    for step in STEPS:
+        (folder.output / f"checkpoint-{step}").mkdir()
+        save_file({"lora": torch.full((1,), step)}, folder.output / f"checkpoint-{step}" / ADAPTER)
+    save_file({"lora": torch.full((1,), STEPS[-1])}, folder.output / ADAPTER)
+    lines = [f'{{"step": {step}, "epoch": {step / 5}, "eval_loss_per_token": {9 - step / 10}}}' for step in STEPS]
+    folder.metrics.write_text("".join(f"{line}\n" for line in lines))
+    return folder
+
+
+def scored_as(scores: Scores, monkeypatch: pytest.MonkeyPatch, test: Path) -> list[str]:
+    """Have evaluations give these scores, reading the test rows where they are of these; returns what was asked."""
+    asked = []
+
+    def evaluated(folder: RunDir, request: EvaluationRequest) -> Evaluation:
+        name = Path(request.adapter).name if request.adapter else "checkpoint-10"
+        asked.append(f"{name}: {'validation' if request.validation else 'test'}")
+        value = scores[name][0 if request.validation else 1]
+        data = "valid.jsonl" if request.validation else str(test)
+        settings = EvaluationSettings(
+            base_model="m", adapter=name, adapter_sha256=name, data=data, data_sha256="d", rows=8, batch_size=1,
+            decoding=Decoding(max_new_tokens=8), cache="dynamic", quantized=True, dtype="float32",
+        )  # fmt: skip
+        intervals = {"bleu4": [value - 1, value + 1]}
+        made = {"bleu4": value, "intervals": intervals}
+        return Evaluation(made="", rehearsal=False, scores=made, code_sha256="", settings=settings)
+
+    monkeypatch.setattr(choice, "evaluate", evaluated)
+    return asked
+
+
+VALUES = {
+    f"checkpoint-{step}": (valid, 50 - valid) for step, valid in zip(STEPS, (3.0, 9.0, 7.0, 9.0, 1.0), strict=True)
+}
+
+
+def test_the_best_is_that_on_validation_rows_and_has_the_only_test_score(
+    run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+) -> None:
+    asked = scored_as(VALUES, monkeypatch, sample / "test.jsonl")
+    done = recipe("evaluate", run.path, "--checkpoints")
+    assert asked == [*(f"checkpoint-{step}: validation" for step in STEPS), "checkpoint-4: test"]
+    assert "checkpoint-4 is the best by BLEU-4 on valid.jsonl, 8 rows, on which the run validates." in done.stdout
+    assert "On test.jsonl, 8 rows, its BLEU-4 is 41 [40, 42]." in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("checkpoint-")][:5]
+    assert [row[0] for row in rows if "best" in row] == ["checkpoint-4"]
+    assert (rows[1][1], rows[1][2]) == ("0.8", "8.60")  # its epoch and eval loss
+
+
+def test_without_validation_rows_all_have_their_test_scores_and_none_is_chosen(
+    run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+) -> None:
+    asked = scored_as(VALUES, monkeypatch, sample / "test.jsonl")
+    cfg = yamlfiles.read_yaml(run.config)
+    for change in (
+        {"test_datasets": None},
+        {"test_datasets": [{"path": str(sample / "test.jsonl"), "type": "alpaca", "split": "train[:4]"}]},
+    ):
+        run.config.write_text(yamlfiles.write_yaml({k: v for k, v in (cfg | change).items() if v is not None}))
+        asked.clear()
+        done = recipe("evaluate", run.path, "--checkpoints")
+        assert asked == [f"checkpoint-{step}: test" for step in STEPS]
+        assert "none is chosen" in done.stdout and "is between 41 and 49." in done.stdout
+        assert "best" not in done.stdout
+
+
+def test_where_there_are_no_other_rows_the_best_has_no_test_score(
+    run: RunDir, tmp_path: Path, sample: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = scored_as(VALUES, monkeypatch, sample / "test.jsonl")
+    record = run.read()
+    record.test_data = None
+    record.recipe = "own"
+    run.write(record)
+    (own := tmp_path / "own.jsonl").write_bytes((sample / "valid.jsonl").read_bytes())
+    cfg = yamlfiles.read_yaml(run.config)
+    entries = {key: [cfg[key][0] | {"path": str(own), "split": "train"}] for key in ("datasets", "test_datasets")}
+    run.config.write_text(yamlfiles.write_yaml(cfg | entries))
+    chosen = choose(run, EvaluationRequest())
+    assert "its score is too good; --data FILE names some" in choice.conclusion(chosen)
+    assert len(asked) == 5
+    choose(run, EvaluationRequest(data=sample / "test.jsonl"))
+    assert asked[-1] == "checkpoint-4: test"
+
+
+def test_a_truncated_checkpoint_is_left_out_and_a_run_without_any_is_refused(
+    run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = scored_as(VALUES | {"output": (99.0, 1.0)}, monkeypatch, sample / "test.jsonl")
+    damaged = run.output / "checkpoint-4" / ADAPTER
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    choose(run, EvaluationRequest())
+    assert "checkpoint-4: no whole adapter_model.safetensors there; it is left out" in capsys.readouterr().err
+    assert asked[-1] == "checkpoint-8: test"
+    save_file({"other": torch.ones(1)}, run.output / ADAPTER)  # of a later step, as with early stopping
+    monkeypatch.setitem(VALUES, "checkpoint-10", (1.0, 1.0))
+    assert [row["checkpoint"] for row in choose(run, EvaluationRequest()).checkpoints][-1] == "final"
+    for file in run.output.rglob(ADAPTER):
+        file.unlink()
+    with pytest.raises(UserError, match="no checkpoint of an adapter was kept; saves_per_epoch"):
+        choose(run, EvaluationRequest())
+
+
+def test_what_does_not_go_with_checkpoints_is_refused(run: RunDir, recipe: Recipe) -> None:
+    for option in (("--adapter", "none"), ("--export-prompts", "p.jsonl"), ("--predictions", "p.jsonl")):
+        refused = recipe("evaluate", run.path, "--checkpoints", *option)
+        assert refused.returncode == 2 and "give only one of them" in refused.stderr
+
+
+_opened: list[Any] = []  # by the audit hook, which cannot be taken back
+
+
+def _audit(event: str, arguments: Any) -> None:
+    if event == "open" and _opened:
+        _opened.append(arguments[0])
+
+
+@pytest.fixture
+def with_adapters(run: RunDir, tiny: Path) -> RunDir:
+    """The same run; each checkpoint is a random adapter of LoRA."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=4, target_modules=["q_proj"]))
+    torch.manual_seed(0)
+    for step in STEPS:
+        for name, weights in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weights, std=0.5)
+        model.save_pretrained(run.output / f"checkpoint-{step}")
+    model.save_pretrained(run.output)
+    return run
+
+
+@pytest.mark.long
+def test_choosing_never_reads_the_test_rows(
+    with_adapters: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five real checkpoints, generated from and scored; every file that is opened meanwhile is seen."""
+    run = with_adapters
+    sys.addaudithook(_audit)
+    test = (sample / "test.jsonl").resolve()
+    steps: list[tuple[bool, int]] = []
+    real = evaluate.evaluate
+
+    def seen(folder: RunDir, request: EvaluationRequest) -> Evaluation:
+        result = real(folder, request)
+        reads = sum(Path(name).resolve() == test for name in _opened if isinstance(name, str | Path))
+        steps.append((request.validation, reads))
+        return result
+
+    monkeypatch.setattr(choice, "evaluate", seen)
+    _opened.append("begin")
+    request = EvaluationRequest(limit=4, max_new_tokens=8, judge="none")
+    chosen = choose(run, request)
+    assert [validation for validation, _ in steps] == [True] * 5 + [False]
+    assert [reads for _, reads in steps[:5]] == [0] * 5 and steps[5][1] > 0
+    _opened.clear()
+
+    by_name = {row["checkpoint"]: row for row in chosen.checkpoints}
+    for place in run.path.glob("evaluations/checkpoint-*-valid-*"):
+        evaluated = read_scores(place)
+        assert evaluated and evaluated.settings.rows == 4 and not evaluated.settings.test_set
+        assert by_name[place.name[: place.name.index("-", 11)]]["score"] == evaluated.scores["bleu4"]
+    best = max(chosen.checkpoints, key=lambda row: row["score"])
+    assert best["best"] and sum(row["best"] for row in chosen.checkpoints) == 1
+    monkeypatch.setattr(choice, "evaluate", real)
+    alone = evaluate.evaluate(run, EvaluationRequest(adapter=str(run.output / best["checkpoint"]), limit=4,
+                                                     max_new_tokens=8, judge="none"))  # fmt: skip
+    assert alone.scores["bleu4"] == best["test_score"]
+    assert choose(run, request) == chosen  # from what is there
