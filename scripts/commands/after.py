@@ -1,37 +1,26 @@
-"""What comes after a run: evaluate, score, results, report and publish."""
+"""What comes after a run and its evaluation: results, report and publish."""
 
-import shutil
-import textwrap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..base.files import write_atomically, write_rows
+from ..base.files import write_atomically
 from ..base.paths import RUNS
 from ..base.progress import Bar, say
 from ..terminal import tables
 from . import completion
 from .help import Verb
-from .next_step import name_of, next_step
 from .options import (
-    BatchSize,
     Best,
-    CacheForm,
-    DecodingName,
     Group,
     Json,
-    JudgeLayer,
-    JudgeModel,
     Metrics,
-    On,
     PairOfRuns,
-    PromptsFile,
     RehearsalsOfStudy,
     RunName,
     Runs,
     SeveralRuns,
-    SlurmOptions,
     StudyName,
     SweepName,
     Wide,
@@ -42,151 +31,6 @@ from .options import (
 
 HEADING = "After"
 verbs = typer.Typer()
-
-
-@verbs.command(
-    "evaluate",
-    cls=Verb,
-    rich_help_panel=HEADING,
-    epilog="recipe evaluate latest\nrecipe evaluate latest --checkpoints",
-)
-def evaluate_verb(
-    run: RunName,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="JSONL rows; by default the study's test set or the config's own rows."),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Evaluate at most this many rows, from the first on; by default 12 in a rehearsal."),
-    ] = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(metavar="DIR|none", help="Another adapter, or none for the base model alone."),
-    ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="By default the study's.")] = None,
-    decoding: DecodingName = None,
-    batch_size: BatchSize = 16,
-    cache: Annotated[
-        CacheForm,
-        typer.Option(help="The form of the key-value cache. auto: static on a GPU, so that decoding is compiled."),
-    ] = "auto",
-    metric: Metrics = None,
-    bertscore: JudgeModel = None,
-    bertscore_layer: JudgeLayer = None,
-    export_prompts: PromptsFile = None,
-    predictions: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Take the predictions that were made elsewhere for --export-prompts' rows."),
-    ] = None,
-    checkpoints: Annotated[
-        bool,
-        typer.Option(
-            "--checkpoints", help="Every kept checkpoint, on the validation rows; the best of them on the test rows."
-        ),
-    ] = False,
-    on: On = "local",
-    slurm: SlurmOptions = None,
-    runs: Runs = RUNS,
-    json: Json = False,
-) -> None:
-    """Generate predictions for test rows with a run's adapter, and score them."""
-    from .. import places
-    from ..running import evaluation
-    from ..runs.lookup import find_run
-    from ..runs.rundir import RunDir
-    from ..scores import choice, evaluate, evaluations
-
-    for option, value in (("--export-prompts", export_prompts), ("--predictions", predictions)):
-        only_with(option, value, "--on local", on == "local", "it needs no GPU")
-    exclusive({"--checkpoints": checkpoints, "--export-prompts": export_prompts, "--predictions": predictions})
-    exclusive({"--checkpoints": checkpoints, "--adapter": adapter})
-    request = evaluate.EvaluationRequest(
-        data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer, metric or [], decoding
-    )
-    request.predictions, request.checkpoints = predictions, checkpoints
-    folder = find_run(run, runs)
-    place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
-    if export_prompts:
-        count = evaluate.export_prompts(folder, request, export_prompts)
-        say(f"{count} prompts; add the field prediction to each row; --predictions {export_prompts} then scores them")
-        print(export_prompts)
-        return
-    evaluated = evaluation.start(folder, request, runs, place)
-    if isinstance(evaluated, RunDir):
-        print(evaluated.path)
-        next_step("results", runs=runs, json=json)
-        return
-    if isinstance(evaluated, choice.Choice):
-        choice.show(evaluated, form_of(False, json))
-    elif not json:
-        for row in evaluations.beside_references(folder.path, evaluated, count=2):
-            _print_texts(f"row {row.pop('row') + 1}", row)
-    if isinstance(evaluated, evaluations.Evaluation):
-        _print_scores(evaluated.scores, json)
-    next_step("report", name_of(folder, runs), runs=runs, json=json)
-
-
-@verbs.command("score", cls=Verb, rich_help_panel=HEADING, epilog="recipe score predictions.jsonl --out scored.jsonl")
-def score_verb(
-    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Rows with the fields reference and prediction.")],
-    metric: Metrics = None,
-    prediction_field: Annotated[
-        str,
-        typer.Option(metavar="FIELD", help="The field with the prediction; a dot reaches below, as in answer.text."),
-    ] = "prediction",
-    reference_field: Annotated[str, typer.Option(metavar="FIELD", help="The field with the reference.")] = "reference",
-    bertscore: JudgeModel = None,
-    bertscore_layer: JudgeLayer = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the rows with their own scores to a JSONL file.")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Score predictions made anywhere."""
-    from ..scores import judges
-    from ..scores.columns import columns_of
-    from ..scores.score import of_predictions, read_pairs, score
-
-    columns = of_predictions(columns_of(None, metric or []))
-    rows = read_pairs(file, prediction_field, reference_field)
-    judged = judges.of_columns(columns, bertscore, bertscore_layer)
-    with Bar("scoring", 1):
-        scores, rows = score(rows, columns, judged)
-    if out:
-        write_rows(out, rows)
-    _print_scores(scores, json)
-    usual = (prediction_field, reference_field) == ("prediction", "reference")
-    if usual or out:
-        words = [word for text in metric or [] for word in ("--metric", text)]
-        next_step("results", "--by", "length", "--run", file if usual else out or file, *words, json=json)
-
-
-def _print_texts(title: str, texts: dict[str, str]) -> None:
-    """Texts under their names, in a column as wide as the terminal, the first lines of each."""
-    margin = " " * 12
-    width = max(shutil.get_terminal_size((100, 24)).columns, 40)
-    print(title)
-    for name, text in zip(texts, map(tables.harmless, texts.values()), strict=True):
-        wrapped = textwrap.fill(text, width, initial_indent=margin, subsequent_indent=margin, max_lines=6)
-        print(f"{name.replace('_', ' '):12}{wrapped.strip() or '(nothing)'}")
-    print()
-
-
-def _print_scores(scores: dict[str, Any], json: bool) -> None:
-    if json:
-        tables.print_json(scores)
-        return
-    for name, value in scores.items():
-        if isinstance(value, dict) and "model" in value:  # what a judge made
-            value = f"{value['model']}{' (stands in)' if value['stand_in'] else ''}, {value['hash']}"
-        if name == "notes":
-            for note in value:
-                say(note)
-        elif name not in ("intervals", "metrics"):
-            interval = scores["intervals"].get(name)
-            within = f"  [{tables.text_of(interval[0])}, {tables.text_of(interval[1])}]" if interval else ""
-            print(f"{name:22}{tables.text_of(value)}{within}")
 
 
 @verbs.command(
