@@ -187,12 +187,12 @@ def conclusion(choice: Choice) -> str:
     if not choice.chosen:
         return (
             f"The run validates on no rows of its own. These are scores on {choice.rows}; none is chosen, since the "
-            f"test rows would then no longer test it. Their {label} is between {low:.4g} and {high:.4g}."
+            f"test rows would then no longer test it. Their {label} is {tables.text_of([low, high])}."
         )
     best = next(row for row in choice.checkpoints if row["best"])
     said = f"{best['checkpoint']} is the best by {label} on {choice.rows}, on which the run validates."
     if choice.test_rows is None:
         return f"{said} There are no other rows to test it on, so its score is too good; --data FILE names some."
     within = _within(best["test_low"], best["test_high"])
-    interval = f" [{within[0]:.4g}, {within[1]:.4g}]" if within else ""
-    return f"{said} On {choice.test_rows}, its {label} is {best['test_score']:.4g}{interval}."
+    interval = f", 95 % {tables.text_of(within)}" if within else ""
+    return f"{said} On {choice.test_rows}, its {label} is {tables.text_of(best['test_score'])}{interval}."

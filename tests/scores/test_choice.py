@@ -67,7 +67,7 @@ def test_the_best_is_that_on_validation_rows_and_has_the_only_test_score(
     done = recipe("evaluate", run.path, "--checkpoints")
     assert asked == [*(f"checkpoint-{step}: validation" for step in STEPS), "checkpoint-4: test"]
     assert "checkpoint-4 is the best by BLEU-4 on valid.jsonl, 8 rows, on which the run validates." in done.stdout
-    assert "On test.jsonl, 8 rows, its BLEU-4 is 41 [40, 42]." in done.stdout
+    assert "On test.jsonl, 8 rows, its BLEU-4 is 41.00, 95 % 40.00 to 42.00." in done.stdout
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("checkpoint-")][:5]
     assert [row[0] for row in rows if "best" in row] == ["checkpoint-4"]
     assert (rows[1][1], rows[1][2]) == ("0.8", "8.60")  # its epoch and eval loss
@@ -86,7 +86,7 @@ def test_without_validation_rows_all_have_their_test_scores_and_none_is_chosen(
         asked.clear()
         done = recipe("evaluate", run.path, "--checkpoints")
         assert asked == [f"checkpoint-{step}: test" for step in STEPS]
-        assert "none is chosen" in done.stdout and "is between 41 and 49." in done.stdout
+        assert "none is chosen" in done.stdout and "is 41.00 to 49.00." in done.stdout
         assert "best" not in done.stdout
 
 
