@@ -13,9 +13,11 @@ from . import completion
 from .help import Verb
 from .options import (
     Best,
+    ExportedRun,
     Group,
     Json,
     Metrics,
+    OfLedger,
     PairOfRuns,
     RehearsalsOfStudy,
     RunName,
@@ -55,6 +57,8 @@ def results_verb(
         ),
     ] = None,
     metric: Metrics = None,
+    export: ExportedRun = None,
+    of_ledger: OfLedger = False,
     runs: Runs = RUNS,
     wide: Wide = False,
     json: Json = False,
@@ -64,9 +68,10 @@ def results_verb(
     """One row per run: losses and scores, beside the published ones."""
     from ..data import study
 
-    exclusive({"--study": study_name, "--sweep": sweep_name, "--compare": pair, "--by": by})
+    what = {"--ledger" if of_ledger else "--study": of_ledger or study_name}
+    exclusive(what | {"--sweep": sweep_name, "--compare": pair, "--by": by, "--export": export})
     only_with("--best", best, "--sweep", sweep_name)
-    only_with("--rehearse", rehearse, "--study", study_name)
+    only_with("--rehearse", rehearse, "--study or --ledger", study_name or of_ledger)
     only_with("--run", run, "--by", by)
     only_with("--metric", metric, "--compare or --by", pair or by)
     form = form_of(wide, json, csv, md)
@@ -86,6 +91,15 @@ def results_verb(
         sweep = sweeps.find(sweep_name, runs)
         rows = sweeps.rows(sweep, runs, best)
         sweep_tables.show(sweep, sweeps.columns(sweep, runs), rows, best, form)
+    elif export:
+        from ..results import ledger
+        from ..runs.lookup import find_run
+
+        print(ledger.export(find_run(export, runs)))
+    elif of_ledger:
+        from ..results import ledger_tables
+
+        ledger_tables.show([study.find(study_name)] if study_name else study.every(), rehearse, form)
     elif study_name:
         from ..results import study_tables, verdict
 

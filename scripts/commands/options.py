@@ -189,6 +189,19 @@ RehearseAll = Annotated[
     bool, typer.Option("--rehearse", help="Try all of it on the CPU: small model, few rows, no network.")
 ]
 RehearsalsOfStudy = Annotated[bool, typer.Option("--rehearse", help="With --study: its rehearsals instead.")]
+ExportedRun = Annotated[
+    str | None,
+    typer.Option(
+        "--export",
+        metavar="RUN",
+        autocompletion=completion.runs,
+        help="Write a record of a run for its study's ledger into this folder; it names no folder, host or user.",
+    ),
+]
+OfLedger = Annotated[
+    bool,
+    typer.Option("--ledger", help="What others measured, by recipe and hardware. With --study: of that one."),
+]
 
 DecodingName = Annotated[
     str | None,

@@ -1,12 +1,15 @@
 """What a training takes: tokens, steps, operations, and on a known card time and cost."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ..configs import datafiles
 from ..configs.compose import Composed
+from ..configs.config import TRACKING
 from ..configs.gpus import Gpu, named
-from ..data import study
+from ..data import ledger, study
 from ..runs.lookup import all_runs
 from . import steps
 from .planner import Planner
@@ -36,8 +39,8 @@ def work(
         runs: the folder with earlier runs.
 
     Returns:
-        Among others `tokens_per_second`: of the newest run of this recipe on as many such cards, else from the card's
-        peak rate and UTILIZATION.
+        Among others `tokens_per_second`: of the newest run of this recipe on as many such cards, else of its study's
+        records of that, else from the card's peak rate and UTILIZATION.
     """
     config = composed.config
     length = steps.length_of(config)
@@ -49,7 +52,7 @@ def work(
         epochs = all_steps * datafiles.effective_batch(config) * gpus / rows
     tokens = round(tokens * epochs) if tokens else None
     per_token = flops_of_token(planner, length)
-    rate, rate_source = _rate(composed.recipe, gpu, gpus, per_token, runs) if gpu else (None, None)
+    rate, rate_source = _rate(composed, gpu, gpus, per_token, runs) if gpu else (None, None)
     hours = tokens / rate / 3600 if tokens and rate else None
     return {
         "rows": rows,
@@ -75,19 +78,40 @@ def _rows(composed: Composed) -> tuple[int | None, str]:
     return rows, "the config's data"
 
 
-def _rate(recipe: str, gpu: Gpu, gpus: int, per_token: float, runs: Path) -> tuple[float | None, str | None]:
+def _rate(composed: Composed, gpu: Gpu, gpus: int, per_token: float, runs: Path) -> tuple[float | None, str | None]:
     """Tokens a second, padding not counted, where that is known, and the source: the newest finished run of a recipe on
-    as many such cards, else the card's peak rate."""
+    as many such cards, else the records of that in its study's ledger, else the card's peak rate."""
     for folder in reversed(all_runs(runs)):
         run = folder.read()
         card = str((run.provenance.get("gpus") or [{}])[0].get("name"))
-        same = card == gpu.name or (named(card) or card) == named(gpu.name)
-        done = run.state == "finished" and not run.rehearsal and run.recipe == recipe and run.ranks == gpus
-        if same and done and run.summary.tokens_per_second:
+        done = run.state == "finished" and not run.rehearsal and run.recipe == composed.recipe and run.ranks == gpus
+        if _is_card(card, gpu) and done and run.summary.tokens_per_second:
             return run.summary.tokens_per_second, "measured in an earlier run"
+    if recorded := [*_recorded(composed, gpu, gpus)]:
+        cards = f"{gpus} x {gpu.name}" if gpus > 1 else gpu.name
+        return mean(recorded), f"recorded: {len(recorded)} record{'s' * (len(recorded) > 1)} on {cards}"
     if gpu.tflops:
         return gpu.tflops * 1e12 * UTILIZATION * gpus / per_token, f"{UTILIZATION:.0%} of the card's peak"
     return None, None
+
+
+def _is_card(name: str, gpu: Gpu) -> bool:
+    """Whether a card of that name, as its driver gives it, is a GPU."""
+    return name == gpu.name or (named(name) or name) == named(gpu.name)
+
+
+def _recorded(composed: Composed, gpu: Gpu, gpus: int) -> Iterator[float]:
+    """The speeds that records of a recipe give for as many such cards; none for a config that is not the recipe's."""
+    of_study = study.of(composed.recipe)
+    divided = "gradient_accumulation_steps" if gpus > 1 else ""  # for as many rows a step as on one
+    if of_study is None or any(d.key != divided and not TRACKING.match(d.key) for d in composed.differences):
+        return
+    for _, record in ledger.records(of_study):
+        there = record.machine
+        rate = record.training.tokens_per_second
+        same = there.gpus == gpus and there.gpu and _is_card(there.gpu, gpu)
+        if record.recipe == composed.recipe and record.is_the_recipes and same and rate:
+            yield rate
 
 
 def flops_of_token(planner: Planner, length: int) -> float:

@@ -19,9 +19,10 @@ from ..base.files import Row
 from ..base.machine import now
 from ..base.templating import environment
 from ..configs import gpus
+from ..data import ledger
 from ..data.study import Study
 from ..planning import lora, need
-from ..results import study_tables, verdict
+from ..results import ledger_tables, study_tables, verdict
 from ..running import sweep_tables, sweeps
 from ..running.sweeps import Sweep
 from ..runs.rundir import RunDir
@@ -66,11 +67,14 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
     figures = [comparisons.study(study, rows, column, not rehearsal) for column in study.table.values()]
     by_metric = {c.label: _without_empty(study_tables.of_metric(rows, study, c)) for c in study.table.values()}
     measured = study_tables.of_measured(rows)
+    records = [] if rehearsal else [record for _, record in ledger.records(study)]
+    recorded = ledger_tables.table(study, ledger.summary(study, records))
     section = {
         "about": f"{study.cited}: {study.paper.get('title', study.title)}. {about}",
         "tables": by_metric
         | {study_tables.COSTS: _without_empty(study_tables.of_costs(rows, study))}
-        | ({study_tables.MEASURED: measured} if measured else {}),
+        | ({study_tables.MEASURED: measured} if measured else {})
+        | ({ledger_tables.TITLE: _without_empty(recorded)} if recorded else {}),
         "baselines": [] if rehearsal else study_tables.baselines(study),
         "notes": [] if rehearsal else list(verdict.notes(study, rows)),
         "figures": [figure for figure in figures if figure],

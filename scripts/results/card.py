@@ -45,7 +45,7 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
     about: dict[str, Any] = next(
         (entry for name, entry in models.catalogue().items() if base in (name, entry.get("mirror"))), {}
     )
-    shown = {key: value for key, value in cfg.items() if not _NOT_SHOWN.match(key) and not schema.is_secret(key)}
+    shown = {key: value for key, value in cfg.items() if not is_private(key)}
     if plugins := [name for name in cfg.get("plugins") or [] if name != PLUGIN]:
         shown["plugins"] = plugins
     data = None if of_study is None or comparable.other_data(run) else of_study.data
@@ -89,6 +89,11 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
     jinja = environment(paths.TEMPLATES)
     jinja.filters |= {"code": _code, "fenced": _fenced, "text": tables.text_of, "yaml": yamlfiles.write_yaml}
     return jinja.get_template("model-card.md.j2").render(facts)
+
+
+def is_private(key: str) -> bool:
+    """Whether a dotted key is for a secret, a folder of this machine, or the account or host that a run reports to."""
+    return bool(_NOT_SHOWN.match(key)) or schema.is_secret(key)
 
 
 def _arguments(decoding: study.Decoding) -> str:

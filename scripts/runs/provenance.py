@@ -6,6 +6,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import psutil
+
 from ..base import paths
 from ..base.files import sha256
 from ..base.machine import cpu, gpus
@@ -36,6 +38,7 @@ def collect() -> dict[str, Any]:
         "os": platform.platform(),
         "cpu": cpu(),
         "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": gpus(),
     }
 

@@ -1,8 +1,6 @@
 """What the measurements of a verification share: the machine, a folder, and the figures that were found there."""
 
-import getpass
 import os
-import platform
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +12,7 @@ from ..base.errors import WorkFailed
 from ..base.files import read_json, write_json
 from ..configs import gpus
 from ..configs.gpus import Gpu
+from ..data.private import names_here
 
 SHARE = 0.9
 """Of the GPU's free memory: the most that a verification takes, so that what else runs there goes on."""
@@ -54,8 +53,8 @@ class Found:
 def anonymous(text: str) -> str:
     """A message in one line without folders, and without the names of this machine and its user."""
     text = re.sub(r"[\w.~-]*(/[^\s/:;,'\"()<>\[\]]+)+/?", "…", text)
-    names = {platform.node(), getpass.getuser(), Path.home().name} - {""}
-    return shorten(re.sub("|".join(rf"\b{re.escape(name)}\b" for name in names), "…", text), 300)
+    names = "|".join(rf"\b{re.escape(name)}\b" for name in names_here())
+    return shorten(re.sub(names, "…", text), 300)
 
 
 @dataclass(frozen=True)

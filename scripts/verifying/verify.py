@@ -192,7 +192,7 @@ def _record(at: Bench, outcomes: list[Outcome]) -> Record:
             gpus=[Card(**card) for card in source["gpus"]] if at.gpu else [],
             cpu=source["cpu"],
             cores=source["cores"],
-            memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+            memory_gib=source["memory_gib"],
         ),
         packages={"python": source["python"]} | source["packages"],
         revision=f"{git['revision']}{'+' if git['dirty'] else ''}" if git else None,

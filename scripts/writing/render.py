@@ -11,7 +11,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.files import write_atomically
 from ..base.templating import environment
-from ..data import study, verified
+from ..data import ledger, study, verified
 from ..data.study import Study
 from .base_model import BaseModel, describe
 
@@ -24,7 +24,8 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
     has a template for that.
 
     Raises:
-        UserError: a template is broken or uses a variable that nothing sets, or a record of `recipe verify` is damaged.
+        UserError: a template is broken or uses a variable that nothing sets, or a record, of a run or of
+            `recipe verify`, is wrong.
     """
     jinja = environment(templates)
 
@@ -70,7 +71,12 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
                 recipe = yamlfiles.parse(text, f"recipes/{name}.yaml")
                 by_study.setdefault(of_study.title, (of_study, []))[1].append(study.entry(name, recipe))
     if (templates / f"{README}.j2").is_file():
-        recipes[README] = text_of(f"{README}.j2", studies=by_study.values(), verified=verified.table())
+        measured = {
+            title: ledger.summary(of_study, [record for _, record in ledger.records(of_study, strict=True)])
+            for title, (of_study, _) in by_study.items()
+        }
+        tables = {"studies": by_study.values(), "measured": measured, "verified": verified.table()}
+        recipes[README] = text_of(f"{README}.j2", **tables)
     return recipes
 
 

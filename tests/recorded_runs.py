@@ -1,0 +1,71 @@
+"""Runs of the small study, complete enough for a record of the ledger, and such records in its results/."""
+
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import orjson
+import small_study
+
+from qlora_recipes.base import paths
+from qlora_recipes.configs.datafiles import DataFile
+from qlora_recipes.results import ledger
+from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.scores.evaluations import read_scores
+
+RTX_4090 = {"name": "NVIDIA GeForce RTX 4090", "memory_gib": 24.0, "compute_capability": "8.9", "driver": "580.95.05"}
+HOST = "gpunode17"
+
+
+def a_run(name: str, accuracy: float = 67.0, recipe: str = small_study.PLAIN, **more: Any) -> RunDir:
+    """A finished and evaluated run in runs/ of the folder of work; `gpus` are its machine's, `training` changes its
+    summary, `named` is what it ran, where that is not the recipe, and for the rest see `small_study.ran`."""
+    cards, training, named = more.pop("gpus", [RTX_4090]), more.pop("training", {}), more.pop("named", recipe)
+    settings = {"data_sha256": "d" * 64, "adapter_sha256": sha256(name.encode()).hexdigest()}
+    settings |= more.pop("settings", {})
+    folder = small_study.ran(Path("runs"), recipe, name, accuracy, settings=settings, **more)
+    run = folder.read()
+    run.digest, run.recipe = "c" * 64, named
+    run.summary = run.summary.model_copy(
+        update={"step": 4, "epoch": 2.0, "parameters": 3_200_000_000, "eval_loss_per_token_first": 2.0} | training
+    )
+    run.data = run.data or [DataFile(path="data/codereviewer/train.jsonl", sha256="e" * 64, bytes=9, rows=109)]
+    run.provenance = {
+        "git": {"revision": "a" * 40, "dirty": False},
+        "lock_sha256": "b" * 64,
+        "packages": {"axolotl": "0.21.0", "torch": "2.14.1+cu130", "trl": None},
+        "python": "3.13.5",
+        "host": HOST,
+        "os": "Linux",
+        "cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz",
+        "cores": 8,
+        "memory_gib": 62.8,
+        "gpus": cards,
+    }
+    folder.write(run)
+    scored = read_scores(folder.path)
+    assert scored
+    (folder.path / "scores.json").write_text(scored.model_copy(update={"code_sha256": "f" * 64}).model_dump_json())
+    return folder
+
+
+def recorded(folder: RunDir, change: dict[str, Any] | None = None) -> Path:
+    """Put the record of a run into the small study's ledger; `change` has values by dotted places in it."""
+    content = orjson.loads(ledger.of_run(folder, folder.read()).model_dump_json())
+    for place, value in (change or {}).items():
+        *above, last = place.split(".")
+        at: Any = content
+        for part in above:
+            at = at[int(part) if isinstance(at, list) else part]
+        at[last] = value
+    file = Path("recipes", "sums2030", "results", f"{folder.path.name}.json")
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(orjson.dumps(content))
+    return file
+
+
+def study_here(monkeypatch: Any, place: Path) -> None:
+    """Have the small study in a folder of work, and work there."""
+    small_study.write(place)
+    monkeypatch.chdir(place)
+    assert "sums2030" in {folder.name for folder in paths.studies()}
