@@ -1,5 +1,6 @@
-"""Runs of the small study, complete enough for a record of the ledger, and such records in its results/."""
+"""Runs that are complete enough for a record of the ledger, most of the small study, and such records in results/."""
 
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,26 @@ HOST = "gpunode17"
 
 
 def a_run(name: str, accuracy: float = 67.0, recipe: str = small_study.PLAIN, **more: Any) -> RunDir:
-    """A finished and evaluated run in runs/ of the folder of work; `gpus` are its machine's, `training` changes its
-    summary, `named` is what it ran, where that is not the recipe, and for the rest see `small_study.ran`."""
-    cards, training, named = more.pop("gpus", [RTX_4090]), more.pop("training", {}), more.pop("named", recipe)
-    settings = {"data_sha256": "d" * 64, "adapter_sha256": sha256(name.encode()).hexdigest()}
-    settings |= more.pop("settings", {})
-    folder = small_study.ran(Path("runs"), recipe, name, accuracy, settings=settings, **more)
-    run = folder.read()
-    run.digest, run.recipe = "c" * 64, named
+    """A finished and evaluated run in runs/ of the folder of work; see `completed` for `gpus`, `training` and
+    `named`, and for the rest `small_study.ran`."""
+    complete = {key: more.pop(key) for key in ("gpus", "training", "named") if key in more}
+    return completed(small_study.ran(Path("runs"), recipe, name, accuracy, **more), **complete)
+
+
+def completed(
+    folder: RunDir,
+    gpus: Sequence[dict[str, Any]] = (RTX_4090,),
+    training: dict[str, Any] | None = None,
+    named: str | None = None,
+) -> RunDir:
+    """A run folder with all that a record takes from it; `gpus` are its machine's, `training` changes its summary, and
+    `named` is what it ran, where that is not its recipe."""
+    run, scored = folder.read(), read_scores(folder.path)
+    assert scored
+    run.digest, run.recipe = "c" * 64, named or run.recipe
     run.summary = run.summary.model_copy(
-        update={"step": 4, "epoch": 2.0, "parameters": 3_200_000_000, "eval_loss_per_token_first": 2.0} | training
+        update={"step": 4, "epoch": 2.0, "parameters": 3_200_000_000, "eval_loss_per_token_first": 2.0}
+        | (training or {})
     )
     run.data = run.data or [DataFile(path="data/codereviewer/train.jsonl", sha256="e" * 64, bytes=9, rows=109)]
     run.provenance = {
@@ -40,17 +51,18 @@ def a_run(name: str, accuracy: float = 67.0, recipe: str = small_study.PLAIN, **
         "cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz",
         "cores": 8,
         "memory_gib": 62.8,
-        "gpus": cards,
+        "gpus": list(gpus),
     }
     folder.write(run)
-    scored = read_scores(folder.path)
-    assert scored
-    (folder.path / "scores.json").write_text(scored.model_copy(update={"code_sha256": "f" * 64}).model_dump_json())
+    adapter = scored.settings.adapter_sha256 and sha256(folder.path.name.encode()).hexdigest()
+    settings = scored.settings.model_copy(update={"data_sha256": "d" * 64, "adapter_sha256": adapter})
+    scored = scored.model_copy(update={"code_sha256": "f" * 64, "settings": settings})
+    (folder.path / "scores.json").write_text(scored.model_dump_json())
     return folder
 
 
 def recorded(folder: RunDir, change: dict[str, Any] | None = None) -> Path:
-    """Put the record of a run into the small study's ledger; `change` has values by dotted places in it."""
+    """Put the record of a run into its study's ledger in the folder of work; `change` has values by dotted places."""
     content = orjson.loads(ledger.of_run(folder, folder.read()).model_dump_json())
     for place, value in (change or {}).items():
         *above, last = place.split(".")
@@ -58,8 +70,8 @@ def recorded(folder: RunDir, change: dict[str, Any] | None = None) -> Path:
         for part in above:
             at = at[int(part) if isinstance(at, list) else part]
         at[last] = value
-    file = Path("recipes", "sums2030", "results", f"{folder.path.name}.json")
-    file.parent.mkdir(exist_ok=True)
+    file = Path("recipes", folder.read().origin.partition("/")[0], "results", f"{folder.path.name}.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(orjson.dumps(content))
     return file
 

@@ -89,7 +89,7 @@ def _rate(composed: Composed, gpu: Gpu, gpus: int, per_token: float, runs: Path)
             return run.summary.tokens_per_second, "measured in an earlier run"
     if recorded := [*_recorded(composed, gpu, gpus)]:
         cards = f"{gpus} x {gpu.name}" if gpus > 1 else gpu.name
-        return mean(recorded), f"recorded: {len(recorded)} record{'s' * (len(recorded) > 1)} on {cards}"
+        return mean(recorded), f"recorded, {len(recorded)} record{'s' * (len(recorded) > 1)} on {cards}"
     if gpu.tflops:
         return gpu.tflops * 1e12 * UTILIZATION * gpus / per_token, f"{UTILIZATION:.0%} of the card's peak"
     return None, None

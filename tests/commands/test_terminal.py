@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recorded_runs
 from conftest import SAMPLE, SMALL
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,6 +52,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.write_text(re.sub("(?m)^revision_of_model.*\n", "", small))
         variant = {"set": changed, "variant_of": CODE_LLAMA}
         made.append(a_run(runs, LONG, "20261126-101500-abc125", 5.5, summary=ended, **variant))
+        cards = [recorded_runs.RTX_4090] * 2
+        for run in made[1:]:  # one of a recipe, and one of a variant, in the ledger of this folder
+            recorded_runs.recorded(recorded_runs.completed(run, cards, {"epoch": 2.0}))
     made.append(a_run(runs, CODE_LLAMA, "20261126-111500-abc126", 0.05, summary=ended, rehearsal=True))
     for run in made[:2]:
         rows = [{"idx": i, "lang": "py", "reference": "Is this line needed?", "prediction": "Why?"} for i in range(9)]
@@ -101,6 +105,7 @@ COMMANDS = {
     f"diff {CODE_LLAMA} haider2024/llama-3.2-3b": ["revision_of_model", "6c284d1468fe6c413cf56183e69b194dcfa27fe6"],
     "results": [*RUNS, "20261126-101500-abc125", "haider2024/llama-3.2-3b"],
     "results --study haider2024": [CODE_LLAMA, "haider2024/llama-2-7b"],
+    "results --ledger": ["haider2024/llama-3-8b", CODE_LLAMA, "num_epochs: 3"],
     "results --sweep ranks": ["lora_r=8", "lora_r=16"],
     f"results --compare {' '.join(RUNS)}": ["bleu4"],
     f"results --by lang --run {next(iter(RUNS))}": ["py"],

@@ -3,18 +3,38 @@ import shutil
 from pathlib import Path
 
 import pytest
+import recorded_runs
+import run_folders
 import yaml
 from conftest import recipe_config
 
 from qlora_recipes.base import paths
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import config
-from qlora_recipes.data import study
+from qlora_recipes.data import ledger, study
 from qlora_recipes.writing import render
 
 
 def test_the_recipes_are_those_of_the_templates() -> None:
     assert render.drift(render.rendered()) == ""
+
+
+def test_the_table_of_recipes_shows_what_was_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    none = render.rendered()[render.README]
+    assert "peak GiB" not in none and "No records yet." in none and none.count("none has been\nreproduced") == 3
+    monkeypatch.chdir(tmp_path)
+    of_study = study.find("haider2024")
+    for name, bleu4 in (("a", 5.0), ("b", 5.1)):
+        made = recorded_runs.completed(run_folders.a_run(Path("runs"), "haider2024/llama-2-7b", name, bleu4))
+        recorded_runs.recorded(made)
+    here = ledger.records(of_study)
+    assert len(here) == 2 and ledger.records(of_study, strict=True) == []  # they are not beside the study's recipes
+    with monkeypatch.context() as patch:  # as if they were
+        patch.setattr(ledger, "records", lambda of, strict: here if of.folder == of_study.folder else [])
+        readme = render.rendered()[render.README]
+    assert of_study.title in readme and "No records yet." not in readme
+    assert readme.count("none has been\nreproduced") == 2
+    assert "| haider2024/llama-2-7b | RTX 4090 | 2 | 5.05 (5 to 5.1) | – | 7.5 | – | 812 | 2.5 |" in readme
 
 
 def test_drift_shows_what_differs() -> None:
