@@ -43,7 +43,9 @@ def read(file: Path, of_study: Study, shipped: bool = False) -> Record:
         record = Record.model_validate_json(json.dumps(content))
     except ValidationError as error:
         wrong = [*in_words(error)]
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        wrong = [str(error.strerror)]
+    except (ValueError, RecursionError) as error:
         wrong = [f"not a record of `recipe results --export`: {error}"]
     else:
         wrong = [*problems(record, of_study, private.names_here())]
@@ -63,9 +65,12 @@ def in_words(error: ValidationError) -> Iterator[str]:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; what stands under a key that comes twice would be read by nobody."""
-    if twice := [key for key, _ in pairs if [other for other, _ in pairs].count(key) > 1]:
-        raise ValueError(f"the key {twice[0]} occurs twice")
-    return dict(pairs)
+    read: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in read:
+            raise ValueError(f"the key {key} occurs twice")
+        read[key] = value
+    return read
 
 
 def problems(record: Record, of_study: Study, names: Collection[str] = ()) -> Iterator[str]:

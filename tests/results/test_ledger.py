@@ -1,6 +1,10 @@
 """Records of the ledger, of a study of the tests': made of runs, read back, refused, and what tables make of them."""
 
+import platform
 import re
+import subprocess
+from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from recorded_runs import HOST, RTX_4090, a_run, recorded
 from qlora_recipes.base import paths
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs.datafiles import DataFile
-from qlora_recipes.data import ledger
+from qlora_recipes.data import ledger, study
 from qlora_recipes.runs.rundir import Job, RunDir
 
 PLAIN, WIDE = small_study.PLAIN, small_study.WIDE
@@ -304,8 +308,54 @@ def test_a_long_curve_is_thinned_to_means_over_the_same_steps(recipe: Recipe) ->
     assert curve[0] == [20, 10.5]
 
 
-def test_every_shipped_record_is_right() -> None:
-    for folder in sorted(paths.RECIPES.glob("*/study.yaml")):
-        from qlora_recipes.data import study
+@pytest.mark.long
+def test_real_rehearsals_go_from_training_to_a_row_of_two_records(recipe: Recipe, place: Path, tiny: Path) -> None:
+    RESULTS.mkdir()
+    of_tiny = ("--set", f"base_model={tiny}", "--set", "bf16=false", "--set", "num_epochs=1")
+    for seed in (42, 43):
+        trained = recipe("run", PLAIN, "--rehearse", *of_tiny, "--set", f"seed={seed}", "--set", "wandb_entity=mmuster")
+        assert trained.returncode == 0, trained.stderr
+        evaluated = recipe("evaluate", "latest", "--max-new-tokens", "8")
+        assert evaluated.returncode == 0, evaluated.stderr
+        file, content = exported(recipe, "latest")
+        assert (content["seed"], content["rehearsal"], content["evaluation"]["rows"]) == (seed, True, 12)
+        assert content["machine"]["memory_gib"] > 0 and content["training"]["peak_gib"] > 0
+        text = file.read_text()
+        for private in (str(place), str(tiny), tiny.name, "mmuster", platform.node(), "/home", "/tmp"):
+            assert private not in text, private
+        file.rename(RESULTS / file.name)
+    (row,) = ledger.summary(small_study.read(), [record for _, record in ledger.records(small_study.read(), True)])
+    assert (row["recipe"], row["records"], row["peak_gib"] > 0, row["tokens_per_second"] > 0) == (PLAIN, 2, True, True)
+    assert row["perplexity_low"] < row["perplexity"] < row["perplexity_high"]
+    assert recipe("results", "--ledger").stdout == ""
+    assert f"| {PLAIN} |" in recipe("results", "--ledger", "--rehearse", "--md").stdout
 
-        ledger.records(study.load(folder.parent), strict=True)
+
+def test_every_shipped_record_is_right_and_of_a_recipe_that_there_is_or_was() -> None:
+    for folder in sorted(file.parent for file in paths.RECIPES.glob("*/study.yaml")):
+        for file, record in ledger.records(study.load(folder), strict=True):
+            recipe = paths.RECIPES / f"{record.recipe}.yaml"
+            is_todays = record.recipe_sha256 == sha256(recipe.read_bytes()).hexdigest()
+            assert is_todays or record.recipe_sha256 in former(recipe), file
+
+
+def former(recipe: Path) -> Iterator[str]:
+    """The hashes of a recipe's file in all commits of the checkout."""
+
+    def git(*words: str) -> bytes:
+        done = subprocess.run(["git", "-C", recipe.parent, *words], capture_output=True)
+        if done.returncode:
+            pytest.skip("without its commits, a checkout does not know how recipes were")
+        return done.stdout
+
+    if git("rev-parse", "--is-shallow-repository").strip() == b"true":
+        pytest.skip("a shallow clone does not know how recipes were")
+    for commit in git("log", "--format=%H", "--", recipe.name).decode().split():
+        yield sha256(git("show", f"{commit}:./{recipe.name}")).hexdigest()
+
+
+def test_how_a_recipe_was_is_known_from_the_commits() -> None:
+    recipe = paths.RECIPES / "haider2024" / "llama-2-7b.yaml"
+    committed = subprocess.run(["git", "-C", recipe.parent, "show", f"HEAD:./{recipe.name}"], capture_output=True)
+    assert sha256(committed.stdout).hexdigest() in former(recipe)
+    assert "f" * 64 not in former(recipe)
