@@ -13,6 +13,7 @@ from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.results import ledger
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores.evaluations import read_scores
+from qlora_recipes.scores.score import VERSION
 
 RTX_4090 = {"name": "NVIDIA GeForce RTX 4090", "memory_gib": 24.0, "compute_capability": "8.9", "driver": "580.95.05"}
 HOST = "gpunode17"
@@ -56,7 +57,7 @@ def completed(
     folder.write(run)
     adapter = scored.settings.adapter_sha256 and sha256(folder.path.name.encode()).hexdigest()
     settings = scored.settings.model_copy(update={"data_sha256": "d" * 64, "adapter_sha256": adapter})
-    scored = scored.model_copy(update={"code_sha256": "f" * 64, "settings": settings})
+    scored = scored.model_copy(update={"code_sha256": "f" * 64, "settings": settings, "version": VERSION})
     (folder.path / "scores.json").write_text(scored.model_dump_json())
     return folder
 

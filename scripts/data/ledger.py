@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from math import inf
@@ -52,7 +53,8 @@ def read(file: Path, of_study: Study, shipped: bool = False) -> Record:
         if shipped and record.rehearsal:
             wrong.append("rehearsal: the ledger holds none; hand in records of real runs")
     if wrong:
-        raise UserError("\n".join(f"{paths.shown(file)}: {what}" for what in wrong))
+        lines = (f"{paths.shown(file)}: {what}" for what in wrong)
+        raise UserError("\n".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", line) for line in lines))  # it is anybody's text
     return record
 
 
@@ -83,11 +85,11 @@ def problems(record: Record, of_study: Study, names: Collection[str] = ()) -> It
     known = {*of_study.published, *of_study.beside}
     data = of_study.data
     files = {f"{name}.jsonl" for name in (*data.splits, *data.subsets)}
+    ours = known | files | {of_study.folder.name, *of_study.columns}
     for place, text in private.texts(content):
-        ours = text in known | files | {of_study.folder.name, *of_study.columns}
         is_hash = place.endswith(("sha256", "revision"))  # whose pattern the model has checked
         not_in_it = () if place.startswith("packages") else names  # a user can be called torch
-        if not ours and not is_hash and (revealed := private.problem(text, not_in_it)):
+        if text not in ours and not is_hash and (revealed := private.problem(text, not_in_it)):
             yield f"{place}: {revealed}; a record must hold nothing of the kind"
     if record.study != of_study.folder.name or record.recipe not in known:
         hint = did_you_mean(record.recipe, known) or f"; there are {', '.join(known)}"

@@ -17,7 +17,7 @@ from .study import Decoding
 MOST_POINTS = 50
 NOT_SHOWN = "…"
 """In the place of a changed setting's value that may be private."""
-_GROUP = 1.02  # how much more than its memory, as the driver reports it, a card may seem to hold
+_ROUNDED = 1.02  # how much more than its memory, as the driver reports it, a card may seem to hold
 
 Sha = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Plain = Annotated[str, Field(pattern=r"^([\w+-][\w.+-]{0,59}|…)$")]
@@ -121,7 +121,7 @@ class Evaluation(_Strict):
     version: int = Field(ge=1)
     code_sha256: Sha
     adapter_sha256: Sha
-    scores: dict[str, Score]
+    scores: dict[Name, Score]
 
 
 class Record(_Strict):
@@ -143,7 +143,7 @@ class Record(_Strict):
     made: str = Field(pattern=r"^\d{4}-\d\d-\d\d$")
     rehearsal: bool
     study: Name
-    recipe: str
+    recipe: str = Field(pattern=r"^[\w./-]{1,120}$")
     recipe_sha256: Sha
     settings_sha256: Sha
     config_sha256: Sha
@@ -206,5 +206,7 @@ def _of_machine(record: Record) -> Iterator[str]:
         yield "rehearsal: a rehearsal uses no GPU, and has no plan"
     if training.memory_kind == "GPU, reserved" and not machine.gpus:
         yield "training.memory_kind: there was no GPU"
-    elif training.memory_kind == "GPU, reserved" and (training.peak_gib or 0) > _GROUP * (machine.gpu_memory_gib or 0):
+    elif training.memory_kind == "GPU, reserved" and (training.peak_gib or 0) > _ROUNDED * (
+        machine.gpu_memory_gib or 0
+    ):
         yield "training.peak_gib: more than the GPU has"

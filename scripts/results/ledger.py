@@ -23,7 +23,7 @@ from ..metrics.metric import Column
 from ..planning import need
 from ..runs.handover import AUTO_RESUME, PLUGIN
 from ..runs.rundir import Run, RunDir
-from ..scores import evaluations
+from ..scores import evaluations, score
 from ..scores.judges import record_of
 from . import card, comparable, curves
 
@@ -45,6 +45,8 @@ def export(folder: RunDir) -> Path:
         say("it is of a rehearsal, to try this out: the project's ledger takes none")
     else:
         say(f"it belongs in recipes/{record.study}/{ledger.FOLDER}/; CONTRIBUTING.md says how to hand it in")
+        if str(record.revision).endswith("+"):
+            say("the project's files had been changed when it ran, which the record says: a + behind the commit")
         if record.changed:
             say(f"it is no number of the recipe's, as it differs in {', '.join(record.changed)}: tables show it apart")
     return file
@@ -106,6 +108,8 @@ def _accepted(folder: RunDir, run: Run) -> tuple[Study, evaluations.Evaluation]:
         reason = f"the run is {run.state}, and a record is of a finished one"
     elif own is None:
         reason = f"it is not evaluated; {again}"
+    elif own.version != score.VERSION:
+        reason = f"it was scored by an earlier version of this project; {again} anew"
     elif own.settings.adapter_sha256 is None:
         reason = f"its evaluation does not say which adapter it is of; {again} anew"
     elif run.axolotl_arguments:

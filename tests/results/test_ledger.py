@@ -170,6 +170,8 @@ def test_what_would_give_something_away_is_not_exported(recipe: Recipe, cpu: str
         ({"recipe": "haider2024/llama-2-7b"}, "is no recipe of sums2030"),
         ({"study": "haider2024"}, "is no recipe of sums2030"),
         ({"version": 2}, "version"),
+        ({"recipe": "\x1b[31mred"}, "recipe: expected text"),
+        ({"evaluation.scores.accuracy.metric": {"metric": "\x1b[31m"}}, "no metric is called  [31m"),
         ({"made": "yesterday"}, "made"),
         ({"training.seconds": -1}, "training.seconds"),
         ({"training.seconds": "600"}, "training.seconds"),
@@ -297,6 +299,17 @@ def test_a_run_without_an_evaluation_is_not_exported(recipe: Recipe) -> None:
     (folder.path / "scores.json").unlink()
     assert "it is not evaluated; `recipe evaluate" in refused(recipe)
     assert "no run of that name" in refused(recipe, "other")
+    (old := a_run("two").path / "scores.json").write_text(re.sub('"version":[0-9]+', '"version":0', old.read_text()))
+    assert "scored by an earlier version" in refused(recipe, "two")
+
+
+def test_changed_files_of_the_project_are_recorded(recipe: Recipe) -> None:
+    folder = a_run("one")
+    run = folder.read()
+    run.provenance["git"]["dirty"] = True
+    folder.write(run)
+    assert "had been changed when it ran" in recipe("results", "--export", "one").stderr
+    assert exported(recipe, "one")[1]["revision"] == "a" * 40 + "+"
 
 
 def test_a_long_curve_is_thinned_to_means_over_the_same_steps(recipe: Recipe) -> None:
