@@ -67,8 +67,9 @@ def _table(rows: list[dict[str, Any]], of_study: study.Study | None) -> list[dic
             "epochs": row["epochs"],
             "optimizer": row["optimizer"],
             **{columns[name]: published(scores.get(row["recipe"], {}).get(name)) for name in [*columns][:1]},
-            "measured": row.get(f"measured_{first}"),
-            "records": row["records"] or None,
+            "measured (records)": f"{tables.text_of(row[f'measured_{first}'])} ({row['records']})"
+            if row["records"]
+            else None,
             **{columns[name]: published(scores.get(row["recipe"], {}).get(name)) for name in [*columns][1:]},
             "planned GiB": row["planned_gib"],
             "base model": row["base_model"],

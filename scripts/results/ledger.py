@@ -213,9 +213,8 @@ def _planned(folder: RunDir, run: Run, cfg: yamlfiles.Config) -> float | None:
     with suppress(UserError):  # some configs cannot be planned
         planned = need.needed_gib(cfg, gpus.find(cards[0]["compute_capability"]))
     if planned is None:
-        say(
-            f"no plan of its memory is kept here, so the record has none; `recipe report {folder.path} --analyze` plans"
-        )
+        remedy = f"`recipe report {folder.path} --analyze` makes one"
+        say(f"no plan of its memory is kept here, so the record has none; {remedy}")
     return planned
 
 

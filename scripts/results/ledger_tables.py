@@ -15,7 +15,7 @@ TITLE = "Measured by those who ran them"
 REHEARSALS = "Records of rehearsals (small stand-in model, few rows; no recipe's numbers)"
 APART = "Records of variants, or of recipes as they were before: no recipe's numbers"
 Found = tuple[Study, list[tuple[Path, Record]]]
-_SPARE = ("planned GiB", "published", "tokens/s", "range", "hours", "peak GiB")
+_SPARE = ("planned GiB", "tokens/s", "published", "range", "hours", "peak GiB")
 
 
 def table(of_study: Study, rows: Sequence[dict[str, Any]], compared: bool = True) -> list[dict[str, Any]]:
@@ -68,7 +68,9 @@ def show(studies: Sequence[Study], rehearsal: bool, form: tables.Form) -> None:
             tables.write(of_form, form, f"{REHEARSALS if rehearsal else TITLE}{name}", spare=spare)
         apart = [record for record in records if not (record.is_the_recipes or rehearsal)]
         if apart:
-            tables.write([*map(_apart, apart)], form, f"{APART}{name}", spare=spare, below=["changed"])
+            tables.write(
+                [_apart(of_study, record) for record in apart], form, f"{APART}{name}", spare=spare, below=["changed"]
+            )
 
 
 def _of_one_shape(of_studies: Sequence[Found]) -> list[dict[str, Any]]:
@@ -87,14 +89,14 @@ def _as_json(file: Path, record: Record) -> dict[str, Any]:
     return derived | record.model_dump(mode="json")
 
 
-def _apart(record: Record) -> dict[str, Any]:
+def _apart(of_study: Study, record: Record) -> dict[str, Any]:
     """A record that stands behind no recipe's number, as a row."""
-    scores = {name: score.value for name, score in record.evaluation.scores.items()}
+    scores = {column.label: record.evaluation.scores.get(name) for name, column in of_study.table.items()}
     changes = ", ".join(f"{key}: {tables.text_of(value)}" for key, value in record.changed.items())
     return {
         "recipe": record.recipe,
         "hardware": str(record.machine),
-        **scores,
+        **{label: score and score.value for label, score in scores.items()},
         "peak GiB": record.training.peak_gib,
         "tokens/s": round(record.training.tokens_per_second) if record.training.tokens_per_second else None,
         "hours": record.training.seconds / 3600,

@@ -21,6 +21,7 @@ from qlora_recipes.configs import engines, gpus
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.planning import lora, need, plan, plan_tables, planner, steps, traces, work
 from qlora_recipes.planning.memory import trace
+from qlora_recipes.results import ledger
 from qlora_recipes.runs.rundir import Run, RunDir, Summary
 
 TURING, AMPERE = (7, 5), (8, 0)
@@ -308,6 +309,9 @@ def test_speed_is_taken_from_records_of_the_recipe_where_no_run_shows_it(
     assert "peak" in rate("lora_r=8")[1]  # no longer the recipe
     assert rate("use_tensorboard=true")[0] == 2000
     assert "earlier run" in rate(runs="runs")[1]
+    folder = RunDir(Path("runs", small_study.PLAIN, "a"))
+    planned = plan.of_request(Request(small_study.PLAIN), gpu=gpus.find("RTX 4090"))["memory"]["needed"]
+    assert ledger.of_run(folder, folder.read()).training.planned_gib == pytest.approx(planned / planner.GIB)
 
 
 def test_a_second_plan_comes_from_the_cache_without_torch(small: yamlfiles.Config, tmp_path: Path) -> None:

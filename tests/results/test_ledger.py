@@ -243,10 +243,15 @@ def test_a_variant_stands_behind_no_number_of_the_recipes(recipe: Recipe) -> Non
     printed = recipe("results", "--ledger", "--md").stdout
     of_recipe, apart = printed.split("**Records of variants")
     assert f"| {PLAIN} | RTX 4090 | 3 | 68.00 |" in of_recipe and "9.00 |" not in of_recipe.replace("69.00", "")
+    assert "| recipe | hardware | accuracy, % | perplexity |" in apart
     assert "99.00" in apart and "97.00" in apart and "98.00" in apart
     assert "lora_r: 64" in apart and "lora_alpha: 64" in apart and "mine" not in apart
     (listed,) = [row for row in orjson.loads(recipe("list", "--json").stdout) if row["recipe"] == PLAIN]
     assert (listed["records"], listed["measured_accuracy"]) == (3, 68.0)
+    assert "measured (records)" in (table := recipe("list").stdout) and "68.00 (3)" in table
+    for file in RESULTS.iterdir():
+        file.unlink()
+    assert "measured" not in recipe("list").stdout
 
 
 def test_a_record_of_the_recipe_as_it_was_stands_behind_no_number(recipe: Recipe) -> None:
