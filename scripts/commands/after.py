@@ -75,16 +75,15 @@ def results_verb(
     only_with("--run", run, "--by", by)
     only_with("--metric", metric, "--compare or --by", pair or by)
     form = form_of(wide, json, csv, md)
-    if pair or by:
+    if pair:
+        from ..results import comparison
+
+        comparison.show(pair, runs, metric or [], form)
+    elif by:
         from ..scores import compare
 
-        if pair:
-            rows = compare.compare(*compare.several(pair, runs, metric or []))
-            spare = ["equal", "rows", "p_wilcoxon", "better", "worse"]
-            tables.write(rows, form, f"a: {pair[0]}, b: {pair[1]}", spare=spare)
-        elif by:
-            (of_one,) = compare.several([run or "latest"], runs, metric or [])
-            tables.write(compare.by_group(of_one, by), form, run)
+        (of_one,) = compare.several([run or "latest"], runs, metric or [])
+        tables.write(compare.by_group(of_one, by), form, run)
     elif sweep_name:
         from ..running import sweep_tables, sweeps
 

@@ -10,6 +10,7 @@ import typer
 from ..base.errors import UserError
 from ..base.paths import find_recipe
 from ..base.progress import say
+from ..determinism import settings
 from ..terminal.tables import Form
 from . import completion
 
@@ -107,6 +108,12 @@ Profiles = Annotated[
         metavar="P",
         autocompletion=completion.profiles,
         help="Lay a profile over it: a shipped one or a file. Repeatable.",
+    ),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic", help="Repeat bit for bit, where that is possible; slower. As --profile deterministic."
     ),
 ]
 Overrides = Annotated[
@@ -220,6 +227,11 @@ PairOfRuns = Annotated[
         help="Two runs, or a run and a file of predictions, on the same rows.",
     ),
 ]
+
+
+def profiles_of(given: list[str] | None, deterministic: bool) -> list[str]:
+    """The profiles to lay over a recipe, that of --deterministic among them."""
+    return [*(given or []), *([settings.PROFILE] if deterministic else [])]
 
 
 def exclusive(options: dict[str, object], required: bool = False) -> None:

@@ -17,6 +17,7 @@ from .next_step import after_training, name_of, next_step
 from .options import (
     BatchSize,
     Best,
+    Deterministic,
     Jobs,
     Json,
     JudgeLayer,
@@ -39,6 +40,7 @@ from .options import (
     exclusive,
     form_of,
     only_with,
+    profiles_of,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ def run_verb(
         bool, typer.Option("--rehearse", help="Try it on the CPU: small model, few rows, no network.")
     ] = False,
     profile: Profiles = None,
+    deterministic: Deterministic = False,
     set_: Overrides = None,
     mirror: Mirror = False,
     gpu_count: Annotated[
@@ -91,7 +94,7 @@ def run_verb(
         raise UserError(f"{axolotl_arguments[0]}: one recipe at a time; Axolotl's own options go after --")
     request = Request(
         name,
-        profiles=profile or [],
+        profiles=profiles_of(profile, deterministic),
         overrides=set_ or [],
         rehearse=rehearse,
         mirror=mirror,
@@ -154,6 +157,7 @@ def sweep_verb(
     ] = None,
     rehearse: RehearseAll = False,
     profile: Profiles = None,
+    deterministic: Deterministic = False,
     mirror: Mirror = False,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Run each member with N seeds.")] = 1,
     max_runs: Annotated[
@@ -184,7 +188,7 @@ def sweep_verb(
 
     sweep_name, members = sweeps.read(sweeps.find_file(file) if file else None, set_ or [])
     sweeps.check_best(best, sweeps.of_recipe(name))
-    request = Request(name, profiles=profile or [], rehearse=rehearse, mirror=mirror)
+    request = Request(name, profiles=profiles_of(profile, deterministic), rehearse=rehearse, mirror=mirror)
     request.rehearse = is_rehearsal(request)
     evaluation = evaluate.EvaluationRequest(
         limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size
@@ -246,6 +250,7 @@ def reproduce_verb(
     on: On = "local",
     slurm: SlurmOptions = None,
     profile: Profiles = None,
+    deterministic: Deterministic = False,
     set_: Overrides = None,
     mirror: Mirror = False,
     bertscore: Annotated[
@@ -274,7 +279,11 @@ def reproduce_verb(
     only_with("--gpu", gpu, "--dry-run", dry_run)
     of_study = find(study)
     request = Request(
-        of_study.folder.name, profiles=profile or [], overrides=set_ or [], rehearse=rehearse, mirror=mirror
+        of_study.folder.name,
+        profiles=profiles_of(profile, deterministic),
+        overrides=set_ or [],
+        rehearse=rehearse,
+        mirror=mirror,
     )
     request.rehearse = is_rehearsal(request)
     evaluation = evaluate.EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)

@@ -23,6 +23,7 @@ from ..base.files import append_line
 from ..base.locks import PATIENCE, held
 from ..base.processes import end_with_parent
 from ..configs.engines import CPU_RANKS, KEYS, engine_of
+from ..determinism import settings, trace
 from . import checkpoints, eval_loss, ranks
 from .rundir import Ended
 
@@ -96,7 +97,8 @@ class RunPlugin(BasePlugin):
                 module.support_avx512bf16_for_cpu = False
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Make evaluations say that they begin, and measure a loss that does not depend on their batches."""
+        """Trace the steps; make evaluations say that they begin, and measure a loss that depends on no batches."""
+        trace.add_to(trainer, Path(cfg.output_dir).with_name(trace.FILE), ranks.of_all)
         kinds = ("first evaluation", "evaluating")
         eval_loss.add_to(trainer, lambda: _note_phase(cfg.output_dir, kinds[trainer.state.global_step > 0]))
 
@@ -113,8 +115,9 @@ class RunCallback(TrainerCallback):
     last record step_seconds (without evaluation and saving), tokens (padding not counted) and tokens_per_second; memory
     in GiB, GPU utilization in percent, and cpu_percent, the process's load since the last record, where 100 is one
     processor. Of several ranks the first one writes; peak_gib_by_rank has the memory of each. A launch's first record
-    has engine, trainable_parameters and parameters (all of them), its last one `ended`, see `rundir.Ended`. Records of
-    no step have a `phase`, what the process does from then on.
+    has engine, trainable_parameters, parameters (all of them) and, where it is to repeat bit for bit, the settings that
+    it does so by; its last one `ended`, see `rundir.Ended`. Records of no step have a `phase`, what the process does
+    from then on.
 
     SIGTERM, to any rank, ends training after the current step, with a checkpoint.
 
@@ -142,6 +145,8 @@ class RunCallback(TrainerCallback):
         if self.engine:
             ranks.check_engine(self.engine, self.trainer)
             begun = begun | {"engine": self.engine}
+        if args.full_determinism:
+            begun = begun | {"deterministic": settings.in_force()}
         self._append(state, begun)
         if not args.eval_on_start:
             _note_phase(args.output_dir, "training")

@@ -213,6 +213,12 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "does-not-divide:batch_size",
         "not a multiple of micro_batch_size",
     ),
+    (
+        {"full_determinism": True, "cut_cross_entropy": True},
+        "warning",
+        "does-not-repeat:full_determinism",
+        "in no fixed order",
+    ),
     ({"output_dir": "outputs"}, "warning", "output-in-use:output_dir", "another run's checkpoints"),
     ({"base_model": "./models/llama"}, "error", "no-access:base_model", "does not exist"),
 ]

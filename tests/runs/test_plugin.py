@@ -103,7 +103,7 @@ def test_tokens_are_counted_without_padding_in_training_only(tmp_path: Path) -> 
     model = Model()
     callback = RunCallback(tmp_path / "metrics.jsonl", SimpleNamespace(model=model), None)
     state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=8, epoch=0.1, log_history=[])
-    arguments = SimpleNamespace(device="cpu", eval_on_start=True)
+    arguments = SimpleNamespace(device="cpu", eval_on_start=True, full_determinism=False)
     handler = signal.getsignal(signal.SIGTERM)
     callback.on_train_begin(arguments, state, None)
     signal.signal(signal.SIGTERM, handler)

@@ -100,6 +100,6 @@ def test_the_command_compares_files(recipe: Recipe, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in made))
     done = recipe("results", "--compare", "a.jsonl", "b.jsonl", "--json")
     assert done.returncode == 0, done.stderr
-    assert orjson.loads(done.stdout)[0]["better"] == 1
+    assert orjson.loads(done.stdout)["scores"][0]["better"] == 1
     assert recipe("results", "--compare", "a.jsonl", "nowhere.jsonl").returncode == 2
     assert "a: a.jsonl, b: b.jsonl" in recipe("results", "--compare", "a.jsonl", "b.jsonl").stdout

@@ -188,7 +188,7 @@ def test_results_tables_compare_and_groups_take_own_rows(own: OwnRun, tmp_path: 
     write_rows(other, [{"reference": row["answer"], "prediction": row["answer"]} for row in asked(3, 50)])
     compared = recipe("results", "--compare", run.path, other, "--json")
     assert compared.returncode == 0, compared.stderr
-    assert {one["rows"] for one in json.loads(compared.stdout)} == {3}
+    assert {one["rows"] for one in json.loads(compared.stdout)["scores"]} == {3}
     (group,) = json.loads(recipe("results", "--by", "length", "--json").stdout)
     assert (group["length"], group["rows"]) == ("0 to 10 tokens", 3)
     assert reported(run) == "These rows have no field input."

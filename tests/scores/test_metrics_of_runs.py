@@ -113,7 +113,7 @@ def test_predictions_are_scored_by_other_fields(recipe: Recipe, tmp_path: Path) 
     )
     assert orjson.loads(grouped.stdout)[0]["number"] == pytest.approx(200 / 3)
     compared = recipe("results", "--compare", "s.jsonl", "s.jsonl", "--metric", "number", "--json")
-    assert [row["score"] for row in orjson.loads(compared.stdout)] == ["number"]
+    assert [row["score"] for row in orjson.loads(compared.stdout)["scores"]] == ["number"]
 
 
 def test_why_no_number_is_found_is_said(recipe: Recipe, tmp_path: Path) -> None:

@@ -83,6 +83,15 @@ def two_cross_entropies(case: Case) -> Problems:
 
 
 @rule
+def does_not_repeat(case: Case) -> Problems:
+    """Cut cross entropy's own kernels add up gradients under a lock, in whatever order they come to it (tl_lock_add in
+    its cce_backward.py), and torch's switch for deterministic algorithms does not reach them."""
+    if case["full_determinism"] and (case["cut_cross_entropy"] or "CutCrossEntropyPlugin" in case.plugins):
+        problem = "cut cross entropy adds up gradients in no fixed order, so that runs differ in their last bits"
+        yield "warning", "full_determinism", problem, "set cut_cross_entropy: false"
+
+
+@rule
 def output_in_use(case: Case) -> Problems:
     """`axolotl train` writes over what is there, and saves its own checkpoints beside another run's."""
     folder = Path(str(case["output_dir"] or "model-out"))
