@@ -6,7 +6,8 @@ transformers looks whether each micro-batch's loss is a number (logging_nan_inf_
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class _Recorder:
 
     def __init__(self, trainer: Any, file: Path, of_all: Callable[[float, Any], list[float]]):
         self.trainer, self.file, self.of_all = trainer, file, of_all
-        self.batches: list[dict[str, Any]] = []
+        self.batches: list[Any] = []
         self.loss: Any = 0.0  # from the first batch on a tensor, so that nothing waits for it
         self.begun = False
         self.rows_of_epoch: Any = None  # the iterator over them
@@ -90,7 +91,7 @@ class _Recorder:
             self.epoch = int(self.trainer.state.epoch or 0) if self.rows_of_epoch is None else self.epoch + 1
             self.rows_of_epoch = rows_of_epoch
         batches, items = self.fetch(rows_of_epoch, *arguments, **options)
-        self.batches = [dict(batch) for batch in batches]
+        self.batches = [copy(batch) for batch in batches]  # from which a loss may take its labels away
         self.loss = 0.0
         return batches, items
 
@@ -126,11 +127,15 @@ class _Recorder:
         append_line(self.file, orjson.dumps(step))
 
 
-def hashes(batches: Sequence[dict[str, Any]]) -> tuple[int, int]:
+def hashes(batches: Sequence[Any]) -> tuple[int, int]:
     """A hash of a step's micro-batches as they are, and one of their rows that depends on no order; see `Step`."""
     whole: list[bytes] = []
     rows = 0
     for batch in batches:
+        if not isinstance(batch, Mapping):  # prompts, of which a reinforcement learner makes its own batches
+            whole.append(repr(batch).encode())
+            rows += _hash(whole[-1])
+            continue
         arrays = {name: _array(value) for name, value in sorted(batch.items()) if hasattr(value, "detach")}
         for name, array in arrays.items():
             whole += f"{name} {array.shape} ".encode(), array.tobytes()
@@ -146,14 +151,12 @@ def _rows(arrays: dict[str, Any]) -> Iterator[bytes]:
         yield b"".join(array.tobytes() for array in arrays.values())
         return
     ids = arrays["input_ids"]
-    table = np.stack([ids, arrays["labels"]] if "labels" in arrays else [ids], axis=-1)
-    mask, positions = arrays.get("attention_mask"), arrays.get("position_ids")
+    of_tokens = {name: array for name, array in arrays.items() if array.shape == ids.shape}  # labels may be of rows
+    table = np.stack([of_tokens[name] for name in ("input_ids", "labels") if name in of_tokens], axis=-1)
+    kept = of_tokens.get("attention_mask", np.ones(ids.shape)) != 0
+    first = of_tokens.get("position_ids", np.ones(ids.shape)) == 0  # of the rows in a packed one
     for i, row in enumerate(table):
-        kept = mask[i] != 0 if mask is not None and mask.shape == ids.shape else np.full(len(row), True)
-        first = (
-            positions[i] == 0 if positions is not None and positions.shape == ids.shape else np.arange(len(row)) == 0
-        )
-        for part in np.split(row[kept], np.flatnonzero(first[kept])):
+        for part in np.split(row[kept[i]], np.flatnonzero(first[i][kept[i]])):
             if len(part):
                 yield part.tobytes()
 

@@ -43,12 +43,14 @@ def show(pair: tuple[str, str], runs: Path, metrics: Sequence[str], form: tables
     if form == "json":
         tables.print_json({"training": asdict(parted) if parted else None, "scores": rows})
         return
+    title = f"a: {pair[0]}, b: {pair[1]}"
     if parted:
-        _show_parting(parted, form)
-    for name in unscored:
-        say(f"{name}: not evaluated; `recipe evaluate {name}` comes before a comparison of predictions")
+        _show_parting(parted, f"Trainings, {title}", form)
     if rows is not None:
-        tables.write(rows, form, f"a: {pair[0]}, b: {pair[1]}", spare=_SPARE)
+        tables.write(rows, form, title, spare=_SPARE)
+    else:
+        which = f"{unscored[0]} is" if len(unscored) == 1 else "they are"
+        say(f"their predictions are not compared: {which} not evaluated; `recipe evaluate {unscored[0]}` comes first")
 
 
 def _is_evaluated(folder: RunDir) -> bool:
@@ -103,9 +105,9 @@ def _settings(cfg: yamlfiles.Config, run: Run) -> dict[str, Any]:
     }
 
 
-def _show_parting(parted: Parting, form: tables.Form) -> None:
-    lines = parted.sentences() + [f"{name}: {old} -> {new}" for name, (old, new) in parted.differences.items()]
-    for line in lines:
+def _show_parting(parted: Parting, title: str, form: tables.Form) -> None:
+    differences = (f"{name}: {old} -> {new}" for name, (old, new) in parted.differences.items())
+    for line in (title, *parted.sentences(), *differences):
         if form in ("csv", "md"):
             say(line)
         else:

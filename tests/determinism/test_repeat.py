@@ -1,5 +1,7 @@
 """Real trainings by Axolotl, made to repeat bit for bit, and what is said where two of them part."""
 
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,21 @@ from qlora_recipes.determinism import trace
 from qlora_recipes.runs.rundir import RunDir
 
 SETTINGS = ["datasets.0.split=train[:16]", "gradient_accumulation_steps=2", "num_epochs=2", "evals_per_epoch=1"]
+NAME = "haider2024/llama-2-7b"
 CHANGES = {"one": "", "again": "", "other order": "curriculum_sampling=true", "other rate": "learning_rate=3e-4"}
+
+
+def begun(place: Path, tiny: Path, change: str = "") -> "subprocess.Popen[str]":
+    """A rehearsal that has been started."""
+    sets = [word for text in (*SETTINGS, f"base_model={tiny}", change) if text for word in ("--set", text)]
+    return start(place, "run", NAME, "--rehearse", "--deterministic", *sets)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path, cache: Path) -> dict[str, RunDir]:
     """Two equal rehearsals, one with the rows in another order, and one with another learning rate."""
     place = tmp_path_factory.mktemp("repeat")
-    made = {}
-    for name, change in CHANGES.items():
-        sets = [word for text in (*SETTINGS, f"base_model={tiny}", change) if text for word in ("--set", text)]
-        process = start(place, "run", "haider2024/llama-2-7b", "--rehearse", "--deterministic", *sets)
-        made[name] = RunDir(place / finish(process).splitlines()[-1])
-    return made
+    return {name: RunDir(place / finish(begun(place, tiny, change))) for name, change in CHANGES.items()}
 
 
 def compared(recipe: Recipe, runs: dict[str, RunDir], other: str) -> dict[str, Any]:
@@ -84,7 +88,7 @@ def test_another_order_of_rows_is_found(recipe: Recipe, runs: dict[str, RunDir])
     made = compared(recipe, runs, "other order")
     assert (made["step"], made["what"], made["same_adapter"]) == (1, "order", False)
     assert list(made["differences"]) == ["curriculum_sampling"]
-    first, *_, last = filter(None, said(recipe, runs, "other order"))
+    _, first, *_, last = filter(None, said(recipe, runs, "other order"))
     assert first == "Step 1: the rows are in another order; over the epoch they are the same."
     assert last == "curriculum_sampling: None -> True"
 
@@ -96,3 +100,22 @@ def test_another_learning_rate_is_found(recipe: Recipe, runs: dict[str, RunDir])
     assert (made["loss_from"], made["same_adapter"]) == (2, False)
     assert made["differences"] == {"learning_rate": [2e-4, 3e-4]}
     assert "The losses differ from step 2 on." in said(recipe, runs, "other rate")
+
+
+@pytest.mark.long
+def test_a_resumed_training_has_the_trace_of_an_undisturbed_one(
+    recipe: Recipe, runs: dict[str, RunDir], tiny: Path, tmp_path: Path
+) -> None:
+    process = begun(tmp_path, tiny)
+    while not any('"step":0' in file.read_text() for file in tmp_path.glob("runs/*/*/*/metrics.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()  # it ends after the next step, with a checkpoint
+    finish(process, code=1)
+    runs["resumed"] = RunDir(next(tmp_path.glob("runs/*/*/*")))
+    done = len(trace.read(runs["resumed"].path / trace.FILE))
+    assert 1 <= done < 8
+    finish(start(tmp_path, "resume", "latest"))
+    made = compared(recipe, runs, "resumed")
+    assert (made["step"], made["last"], made["same_adapter"]) == (None, 8, True)
+    assert made["differences"] == {"resumed from": [None, f"checkpoint-{done}"]}

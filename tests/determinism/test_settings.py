@@ -23,7 +23,11 @@ def test_the_environment_is_set_only_where_a_training_is_to_repeat() -> None:
         (CHECK, "0", "torch deterministic algorithms: False"),
         (f"{SETTINGS}; {CHECK}", "random", "order of sets is random: True"),
         (f"{SETTINGS}; import torch; torch.backends.cudnn.benchmark = True; {CHECK}", "0", "cudnn benchmark: True"),
-        (f"{SETTINGS}; import os; os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':0:0'; {CHECK}", "0", "CONFIG: :0:0"),
+        (
+            f"{SETTINGS}; import os; os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':0:0'; {CHECK}",
+            "0",
+            "CUBLAS_WORKSPACE_CONFIG: :0:0",
+        ),
     ],
 )
 @pytest.mark.long

@@ -53,6 +53,9 @@ def test_batches_without_tokens_have_hashes_too() -> None:
     pictures = {"pixel_values": torch.ones(2, 3, dtype=torch.bfloat16), "number": 3}
     assert trace.hashes([pictures]) == trace.hashes([dict(pictures)])
     assert trace.hashes([pictures]) != trace.hashes([{"pixel_values": torch.zeros(2, 3)}])
+    assert trace.hashes([["a prompt"]]) != trace.hashes([["another"]])
+    graded = {"input_ids": a_batch(A)["input_ids"], "labels": torch.tensor([1.0])}
+    assert trace.hashes([graded])[0] != trace.hashes([graded | {"labels": torch.tensor([2.0])}])[0]
 
 
 class Trainer:

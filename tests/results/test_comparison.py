@@ -35,12 +35,13 @@ def test_runs_that_are_not_evaluated_are_compared_by_their_trainings(recipe: Rec
     runs = [traced(tmp_path / "runs", name, rate) for name, rate in (("one", 2e-4), ("two", 2e-4), ("other", 3e-4))]
     same = recipe("results", "--compare", "one", "two")
     assert same.returncode == 0, same.stderr
-    assert same.stdout.strip() == (
-        "Bit-equal over the 6 steps that both have recorded, 1 to 6, and the adapters are equal."
-    )
-    assert f"{runs[0].path.relative_to(tmp_path)}: not evaluated" in same.stderr
+    assert same.stdout.splitlines()[:2] == [
+        "Trainings, a: one, b: two",
+        "Bit-equal over the 6 steps that both have recorded, 1 to 6, and the adapters are equal.",
+    ]
+    assert f"`recipe evaluate {runs[0].path.relative_to(tmp_path)}` comes first" in same.stderr
     other = recipe("results", "--compare", "one", "other")
-    assert other.stdout.splitlines()[:4] == [
+    assert other.stdout.splitlines()[1:5] == [
         "Step 1: the learning rate differs by 0.0001, 0.0002 in a and 0.0003 in b; rows, loss and gradient norm are "
         "the same, so its update differs.",
         "The losses differ from step 2 on.",
@@ -60,7 +61,7 @@ def test_both_parts_are_shown_where_both_are_there(recipe: Recipe, tmp_path: Pat
     for name in ("one", "two"):
         write_rows(traced(tmp_path / "runs", name, 2e-4).path / "predictions.jsonl", PREDICTIONS)
     both = recipe("results", "--compare", "one", "two")
-    assert both.stdout.startswith("Bit-equal over") and "a: one, b: two" in both.stdout
+    assert "\nBit-equal over" in both.stdout and "\na: one, b: two" in both.stdout
     assert "not evaluated" not in both.stderr
     as_json = orjson.loads(recipe("results", "--compare", "one", "two", "--json").stdout)
     assert as_json["training"]["same_adapter"] is True
@@ -75,7 +76,7 @@ def test_versions_and_machine_are_among_what_differs(recipe: Recipe, tmp_path: P
     newer = machine | {"packages": {"torch": "2.15.0"}, "gpus": [{"name": "T4", "driver": "590"}]}
     traced(tmp_path / "runs", "two", 2e-4, provenance=newer, gpus_used=2)
     shown = recipe("results", "--compare", "one", "two").stdout.splitlines()
-    assert shown[2:5] == [
+    assert shown[3:6] == [
         "version of torch: 2.14.1 -> 2.15.0",
         "GPUs: T4, driver 580 -> T4, driver 590",
         "ranks: 1 -> 2",
