@@ -1,10 +1,12 @@
 """What was published of a study's runs, as its study.yaml declares it."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from .declaration import Strict
+
+TRAIN_LOSS = "train_loss"  # a curve's column, and in a study's tolerances what is said of the largest gap to it
 
 
 class Score(Strict):
@@ -39,10 +41,12 @@ class Published(Strict):
 
     Attributes:
         scores: by metric, in the unit of that.
+        repeats: by metric, the scores of runs that repeat it, itself among them.
         curve: a CSV file beside study.yaml with the columns step and train_loss.
     """
 
     scores: dict[str, Score] = Field(default={})
+    repeats: dict[str, Annotated[list[float], Field(min_length=2)]] = Field(default={})
     trainer: str = "Axolotl"
     measured: Measured = Measured()
     curve: str | None = None

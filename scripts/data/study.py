@@ -15,11 +15,14 @@ from ..base.errors import UserError, did_you_mean, meant
 from ..metrics import registry
 from ..metrics.metric import Column
 from .declaration import FORMS, Data, Misdeclared, Strict, raise_all
-from .published import Baseline, Beside, Published
+from .published import TRAIN_LOSS, Baseline, Beside, Published
 
 SCHEMA = paths.RECIPES / "study.schema.json"
 _Key = tuple[str, ...]  # in study.yaml
-_OF_SCORES = ("low", "high", "interval", "base_model", "published", "spread", "difference", "verdict", "model")
+_OF_SCORES = (
+    *("low", "high", "interval", "interval_method", "base_model", "published", "spread", "difference", "verdict"),
+    "model",
+)
 """What results say of a metric as METRIC_low and so on."""
 
 
@@ -47,7 +50,7 @@ class Study(Strict):
         tags: of the model cards of its runs.
         decodings: further ways to decode, each reported beside the first, by name.
         metrics: the declarations of the columns of scores, see `columns`.
-        tolerances: by metric, the difference from a published score that is acceptable.
+        tolerances: by metric, the difference from a published score that is acceptable; for a curve as `train_loss`.
         stated_by: how the comment behind a recipe's setting begins where the authors state that.
         differences: what Axolotl does differently from the authors, in words.
         shown: the metrics that are columns of tables; by default all.
@@ -117,6 +120,13 @@ class Study(Strict):
         """The study's own recipe that a recipe is a variant of, or is."""
         return self.beside[recipe].of if recipe in self.beside else recipe
 
+    def repeats(self, recipe: str, metric: str) -> list[float]:
+        """The published scores of repeats of a recipe, or of another one of the study where that has none; else empty,
+        as where it is known of no recipe how far repeats lie apart."""
+        recipes = [self.origin(recipe), *self.published]
+        known = (self.published[name].repeats.get(metric) for name in recipes if name in self.published)
+        return next(filter(None, known), [])
+
     def aimed_at(self, recipe: str) -> Published | None:
         """What was published of the recipe that a recipe aims at."""
         if recipe in self.beside and not self.beside[recipe].reproduces:
@@ -185,13 +195,15 @@ def _contradictions(folder: Path, content: dict[str, Any]) -> Iterator[tuple[_Ke
     named: list[_Key] = [("tolerances", name) for name in _mapping(content.get("tolerances"))]
     named += [("columns", str(i), name) for i, name in enumerate(lists["columns"]) if isinstance(name, str)]
     for recipe, of in published.items():
-        named += [("published", recipe, "scores", name) for name in _mapping(of.get("scores"))]
+        named += [("published", recipe, key, name) for key in ("scores", "repeats") for name in _mapping(of.get(key))]
         if isinstance(curve := of.get("curve"), str) and not (folder / curve).is_file():
             yield ("published", recipe, "curve"), f"no file {curve} lies beside study.yaml; add it"
     for i, baseline in enumerate(lists["baselines"]):
         scores = _mapping(_mapping(baseline).get("scores"))
         named += [("baselines", str(i), "scores", name) for name in scores]
     metrics = _mapping(content.get("metrics"))
+    if any("curve" in of for of in published.values()):
+        named = [key for key in named if key != ("tolerances", TRAIN_LOSS)]
     for *place, name in named:
         if name not in metrics:
             hint = did_you_mean(name, metrics) or f"; there are {', '.join(metrics)}"

@@ -66,7 +66,7 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
     )  # fmt: skip
     figures = [comparisons.study(study, rows, column, not rehearsal) for column in study.table.values()]
     by_metric = {c.label: _without_empty(study_tables.of_metric(rows, study, c)) for c in study.table.values()}
-    measured = study_tables.of_measured(rows)
+    measured, gaps = study_tables.of_measured(rows), study_tables.of_curves(rows)
     records = [] if rehearsal else [record for _, record in ledger.records(study)]
     recorded = ledger_tables.table(study, ledger.summary(study, records))
     section = {
@@ -74,6 +74,7 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
         "tables": by_metric
         | {study_tables.COSTS: _without_empty(study_tables.of_costs(rows, study))}
         | ({study_tables.MEASURED: measured} if measured else {})
+        | ({study_tables.CURVES: _without_empty(gaps)} if gaps else {})
         | ({ledger_tables.TITLE: _without_empty(recorded)} if recorded else {}),
         "baselines": [] if rehearsal else study_tables.baselines(study),
         "notes": [] if rehearsal else list(verdict.notes(study, rows)),

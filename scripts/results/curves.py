@@ -29,6 +29,19 @@ def published(of_study: Study, of_recipe: Published) -> list[Point]:
         raise UserError(f"{file}: {problem}") from None
 
 
+def gap(ours: Sequence[Point], curve: Sequence[Point]) -> dict[str, float | int | None]:
+    """How far a run's points lie from those of a curve at the same steps: `mean`, ours less theirs; `largest`, of the
+    absolute values, and the `step` with that. None where there is no point."""
+    theirs = dict(curve)
+    gaps = {step: loss - theirs[step] for step, loss in ours}
+    furthest = max(gaps, key=lambda step: abs(gaps[step]), default=None)
+    return {
+        "mean": sum(gaps.values()) / len(gaps) if gaps else None,
+        "largest": None if furthest is None else abs(gaps[furthest]),
+        "step": furthest,
+    }
+
+
 def over_the_same_steps(metrics: Iterable[Mapping[str, Any]], curve: Sequence[Point]) -> list[Point]:
     """A run's training loss at the steps of a curve: the mean since the step before; without those it has not reached.
 

@@ -11,6 +11,7 @@ from .verdict import notes
 
 COSTS = "Other scores, and what they cost"
 MEASURED = "What the runs took, and the mean loss of their last steps, beside what was published"
+CURVES = "Our training loss less the published one, over the same steps"
 REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
 
 
@@ -31,6 +32,7 @@ def of_metric(rows: list[dict[str, Any]], of_study: Study, column: Column) -> li
             else tables.plus_minus(full[f"{name}_published"], full[f"{name}_spread"]),
             "difference": full[f"{name}_difference"],
             "verdict": full[f"{name}_verdict"],
+            "95 % is of": full[f"{name}_interval_method"],
             **{decoding: full[f"{name}_{decoding}"] for decoding in of_study.decodings},
             **{
                 heading: None if (gain := full["gains_percent"][label]) is None else f"{gain:+.1f} %"
@@ -83,6 +85,21 @@ def of_measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def of_curves(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How far the training losses of a study's runs lie from the published curves; of the runs that can be compared."""
+    return [
+        {
+            "recipe": full["recipe"],
+            "mean gap": full["train_loss_gap_mean"],
+            "largest gap": full["train_loss_gap_largest"],
+            "at step": full["train_loss_gap_step"],
+            "verdict": full["train_loss_verdict"],
+        }
+        for full in rows
+        if full["train_loss_gap_step"] is not None
+    ]
+
+
 def _whole(value: float | None) -> str | float | None:
     """A large number without decimals, in groups of three digits."""
     return f"{value:,.0f}" if value is not None and value >= 100 else value
@@ -112,7 +129,7 @@ def show(of_study: Study, rows: list[dict[str, Any]], rehearsal: bool, form: tab
         for column in of_study.table.values():
             of_one = of_metric(rows, of_study, column)
             over = [heading for heading in of_one[0] if heading.startswith("over ")]
-            spare = [*over, "by", "rows", "difference"]
+            spare = ["95 % is of", *over, "by", "rows", "difference"]
             first = column == of_study.first
             title = column.label if not first else REHEARSALS if rehearsal else about(of_study)
             tables.write(of_one, form, title, empty=True, spare=spare)
@@ -120,6 +137,8 @@ def show(of_study: Study, rows: list[dict[str, Any]], rehearsal: bool, form: tab
         tables.write(of_costs(rows, of_study), form, COSTS, empty=True, spare=spare)
         if measured := of_measured(rows):
             tables.write(measured, form, MEASURED)
+        if gaps := of_curves(rows):
+            tables.write(gaps, form, CURVES)
         if not rehearsal:
             if of_study.baselines:
                 tables.write(baselines(of_study), form, "To compare with")

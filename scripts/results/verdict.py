@@ -2,21 +2,23 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from .. import places
 from ..base import paths, yamlfiles
 from ..configs import config, datafiles
 from ..configs.compose import REHEARSAL, TRACKERS
-from ..data.published import Measured, Published, Score
+from ..data.published import TRAIN_LOSS, Measured, Published, Score
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs import lookup
 from ..runs.rundir import Run, RunDir
-from ..scores import evaluations
+from ..scores import evaluations, noise
 from ..scores.evaluations import Evaluation
 from ..scores.judges import record_of
-from . import comparable, curves, run_rows
+from . import comparable, curves, repeats, run_rows
+from .repeats import Found
 
 GIB = 1 << 30
 WITHIN, ACCEPTABLE, OFF = "within the interval", "acceptable", "off"
@@ -57,39 +59,56 @@ def rows(
         rehearsal: whether it is about rehearsals.
         speakers: for some recipes, the folder of the run that speaks for it, or None for none.
     """
-    candidates = [
-        (folder, run)
-        for folder, run in lookup.readable(lookup.all_runs(runs), places.read)
-        if run.rehearsal == rehearsal
-        and (rehearsal or not comparable.of_something_else(run))
-        and (speakers or {}).get(run.recipe, folder.path) == folder.path
-    ]
+    all_runs = usable(runs, rehearsal)
+    candidates = [each for each in all_runs if (speakers or {}).get(each[1].recipe, each[0].path) == each[0].path]
     table = []
     for recipe in [*of_study.published, *of_study.beside]:
         of_recipe = [candidate for candidate in candidates if candidate[1].recipe == recipe]
         if of_recipe or (recipe in of_study.published and not rehearsal):
             chosen = max(of_recipe, key=lambda candidate: _preference(*candidate), default=None)
-            table.append(study_row(of_study, recipe, chosen, rehearsal))
+            found = repeats.of(chosen, all_runs) if chosen else []
+            table.append(study_row(of_study, recipe, found, rehearsal))
     return table
 
 
-def _preference(folder: RunDir, run: Run) -> tuple[bool, bool, bool, str]:
-    """The order in which a recipe's runs speak for it: finished and evaluated, plain, new ones last."""
-    plain = not run.overrides and not set(run.profiles) - {REHEARSAL, *TRACKERS} and not run.axolotl_arguments
+def usable(runs: Path, rehearsal: bool) -> list[Found]:
+    """The runs below a folder that can speak for their recipes: rehearsals or real ones, on the recipe's model and
+    data."""
+    return [
+        (folder, run)
+        for folder, run in lookup.readable(lookup.all_runs(runs), places.read)
+        if run.rehearsal == rehearsal and (rehearsal or not comparable.of_something_else(run))
+    ]
+
+
+def _preference(folder: RunDir, run: Run) -> tuple[bool, bool, bool, bool, str]:
+    """The order in which a recipe's runs speak for it: finished and evaluated, plain, of its seed, new ones last."""
+    changed = [text for text in run.overrides if not text.startswith(f"{repeats.SEED}=")]
+    plain = not changed and not set(run.profiles) - {REHEARSAL, *TRACKERS} and not run.axolotl_arguments
     evaluated = evaluations.of_run(folder.path, run) is not None
-    return run.state == "finished" and evaluated, evaluated, plain and run.ranks == 1, folder.path.name
+    own_seed = all(difference.key != repeats.SEED for difference in run.differences)
+    return run.state == "finished" and evaluated, evaluated, plain and run.ranks == 1, own_seed, folder.path.name
 
 
-def study_row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, rehearsal: bool) -> dict[str, Any]:
-    """A run's results beside what was published.
+def study_row(of_study: Study, recipe: str, found: Sequence[Found], rehearsal: bool) -> dict[str, Any]:
+    """A run's results beside what was published; its scores are means over it and those that repeat it.
+
+    Args:
+        of_study: the study.
+        recipe: one of its recipes.
+        found: the run that speaks for it, and its repeats; none where it was not run.
+        rehearsal: whether these are rehearsals.
 
     Returns:
-        For each metric NAME, NAME_low and NAME_high, its interval; NAME_base_model, NAME_published, with NAME_spread as
-        its ±, NAME_difference and NAME_verdict, see `verdict`; NAME_DECODING by a further decoding; `verdict`, that of
-        the study's first metric; the gain over each baseline in percent; costs, and the loss of the last stretch of
-        steps that the published curve has, each with _published; `differs`, the settings that the paper states and the
-        run changed; and `open`, those that the paper leaves open, with the run's values.
+        `runs`, how many the means are over; for each metric NAME, NAME_low and NAME_high, its interval, and
+        NAME_interval_method, what that knows; NAME_base_model, NAME_published, with NAME_spread as its ±,
+        NAME_difference and NAME_verdict, see `verdict`; NAME_DECODING by a further decoding; `verdict`, that of the
+        study's first metric; the gain over each baseline in percent; of the run itself costs, and the loss of the last
+        stretch of steps that the published curve has, each with _published, how far it lies from that curve, see
+        `curves.gap`, and `train_loss_verdict`; `differs`, the settings that the paper states and the run changed; and
+        `open`, those that the paper leaves open, with the run's values.
     """
+    chosen = found[0] if found else None
     ours = run_rows.row(*chosen) if chosen else {}
     scored = evaluations.of_run(chosen[0].path, chosen[1]) if chosen else None
     on_gpu = _on_gpu(ours)
@@ -100,18 +119,19 @@ def study_row(of_study: Study, recipe: str, chosen: tuple[RunDir, Run] | None, r
     compared = bool(chosen and scored_first and comparable.comparable(scored, chosen[1], first))
     by_metric: dict[str, Any] = {}
     for column in of_study.columns.values():
-        by_metric |= _scores(of_study, column, ours, scored, aim)
+        by_metric |= _scores(of_study, column, found, ours, aim)
     differs, left_open = _settings(of_study, recipe, chosen, scored) if chosen and not rehearsal else ([], [])
     return {
         "recipe": recipe,
         "run": ours.get("run"),
         "state": ours.get("state"),
+        "runs": len(found),
         "rehearsal": rehearsal,
         "rows": ours.get("rows_evaluated"),
         "test_set": ours.get("test_set"),
         **by_metric,
         "verdict": by_metric[f"{first.name}_verdict"],
-        "gains_percent": _gains(of_study, ours, compared),
+        "gains_percent": _gains(of_study, by_metric, compared),
         "eval_loss": ours.get("eval_loss"),
         **_costs(of_study, chosen, ours, aim),
         "gpu_hours": hours,
@@ -131,10 +151,13 @@ def _costs(
     measured = aim.measured if aim else Measured()
     curve = curves.published(of_study, aim) if aim else []
     own = curves.over_the_same_steps(chosen[0].read_metrics(), curve) if chosen and curve else []
+    gap = curves.gap(own, curve)
     gib = measured.reserved_bytes / GIB if measured.reserved_bytes else None
     return {
         "train_loss": own[-1][1] if own and own[-1][0] == curve[-1][0] else None,
         "train_loss_published": curve[-1][1] if curve else None,
+        **{f"train_loss_gap_{key}": value for key, value in gap.items()},
+        "train_loss_verdict": curve_verdict(of_study, gap["largest"]),
         "trainable": chosen[0].summary(chosen[1]).trainable_parameters if chosen else None,
         "trainable_published": measured.trainable,
         "peak_gpu_memory_gib": ours.get("peak_memory_gib") if _on_gpu(ours) else None,
@@ -147,28 +170,51 @@ def _costs(
 
 
 def _scores(
-    of_study: Study, column: Column, ours: Mapping[str, Any], scored: Evaluation | None, aim: Published | None
+    of_study: Study, column: Column, found: Sequence[Found], ours: Mapping[str, Any], aim: Published | None
 ) -> dict[str, Any]:
     """What a row of the study says of one metric."""
     name = column.name
-    interval = (scored.scores.get("intervals") or {}).get(name) if scored else None
+    reached = repeats.scores(column, found)
+    of_these = [each for each in found if each[0] in reached]
+    known = [] if ours.get("rehearsal") or not found else of_study.repeats(found[0][1].origin, name)
+    mean = fmean(reached.values()) if reached else None
+    within = repeats.interval(name, of_these, [*reached.values()], known) if reached else None
     published = aim.scores.get(name) if aim else None
-    compared = published is not None and ours.get(f"{name}_difference") is not None
+    compared = published is not None and mean is not None and ours.get(f"{name}_difference") is not None
+    others = [run_rows.row(*each) for each in found] if of_study.decodings else []
+    scored = evaluations.of_run(found[0][0].path, found[0][1]) if found else None
     judge = record_of(column, scored.scores) if scored else None
     return {
-        name: ours.get(name),
-        f"{name}_low": interval[0] if interval else None,
-        f"{name}_high": interval[1] if interval else None,
+        name: mean,
+        f"{name}_low": within.low if within else None,
+        f"{name}_high": within.high if within else None,
+        f"{name}_interval_method": within.method if within else None,
         f"{name}_base_model": ours.get(f"{name}_base_model"),
         f"{name}_published": published.value if published else None,
         f"{name}_spread": published.spread if published else None,
-        f"{name}_difference": ours.get(f"{name}_difference"),
-        f"{name}_verdict": verdict(ours[name], interval, published, of_study.tolerances.get(name))
-        if published and compared
+        f"{name}_difference": mean - published.value if published and mean is not None and compared else None,
+        f"{name}_verdict": verdict(
+            mean, [within.low, within.high] if within else None, published, of_study.tolerances.get(name)
+        )
+        if published and mean is not None and compared
         else None,
         **({f"{name}_model": judge.get("model") if judge else None} if column.judged else {}),
-        **{f"{name}_{decoding}": ours.get(f"{name}_{decoding}") for decoding in of_study.decodings},
+        **{f"{name}_{decoding}": _mean(others, f"{name}_{decoding}") for decoding in of_study.decodings},
     }
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The mean of what some rows have; None where none has it."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return fmean(values) if values else None
+
+
+def curve_verdict(of_study: Study, largest: float | None) -> str | None:
+    """How our training loss compares with a published curve, where the study says how near it is near enough."""
+    tolerance = of_study.tolerances.get(TRAIN_LOSS)
+    if largest is None or tolerance is None:
+        return None
+    return ACCEPTABLE if largest <= tolerance else OFF
 
 
 def _gains(of_study: Study, ours: Mapping[str, Any], compared: bool) -> dict[str, float | None]:
@@ -234,12 +280,30 @@ def notes(of_study: Study, rows: list[dict[str, Any]]) -> Iterator[str]:
     judged = [(full, name) for full in rows for name in of_study.columns if full[f"{name}_verdict"]]
     if any(full[f"{name}_spread"] is not None for full, name in judged):
         yield "A published ± widens what is within the interval: theirs and ours need a value in common."
+    yield from _of_intervals(of_study, rows)
     for name in of_study.decodings:
         if missing := [full for full in rows if full["verdict"] and full[f"{of_study.first.name}_{name}"] is None]:
             yield f"`recipe evaluate {missing[0]['run']} --decoding {name}` shows that decoding beside it."
     for full in rows:
         if full["differs"]:
             yield f"{full['recipe']} differs from the paper: {'; '.join(full['differs'])}"
-        if off := [c.label for name, c in of_study.columns.items() if full[f"{name}_verdict"] == OFF]:
+        judged_by = {c.label: full[f"{name}_verdict"] for name, c in of_study.columns.items()}
+        judged_by["training loss"] = full["train_loss_verdict"]
+        if off := [label for label, found in judged_by.items() if found == OFF]:
             of_which = "" if off == [of_study.first.label] else f" in {' and '.join(off)}"
             yield f"{full['recipe']} is off{of_which}, and the paper leaves open: {'; '.join(full['open'])}"
+
+
+def _of_intervals(of_study: Study, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What the intervals behind the verdicts do not know, and how to have it known."""
+    methods = [
+        method
+        for full in rows
+        for name in of_study.columns
+        if full[f"{name}_verdict"] and (method := full[f"{name}_interval_method"])
+    ]
+    seeds = f"`recipe reproduce {of_study.folder.name} --seeds 3` runs each recipe with three seeds"
+    if any(method == noise.ROWS_ONLY or method.endswith(repeats.ONE_SEED) for method in methods):
+        yield f"An interval of {noise.ROWS_ONLY}, or of one seed, knows nothing of other seeds: {seeds}."
+    if any(noise.BORROWED in method for method in methods):
+        yield f"A borrowed spread is that of repeats which the authors published, not of our runs: {seeds}."

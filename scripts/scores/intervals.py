@@ -23,11 +23,11 @@ def interval(values: Sequence[float]) -> list[float] | None:
 
 def of_few(values: Sequence[float]) -> list[float]:
     """Student's 95 % interval of the mean of a few values, for which a bootstrap's is too narrow; of two or more."""
-    from scipy.stats import sem, t
+    from scipy.special import stdtrit
 
-    mean = np.mean(values)
-    error = sem(values)
-    return [*map(float, t.interval(0.95, len(values) - 1, loc=mean, scale=error) if error else (mean, mean))]
+    mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
+    half = stdtrit(len(values) - 1, 0.975) * error
+    return [float(mean - half), float(mean + half)]
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:

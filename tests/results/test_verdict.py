@@ -162,7 +162,8 @@ def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path: Path) -> 
     assert any(text.startswith("base_model") for text in row["open"])
     stated = {text.partition(":")[0] for text in row["open"]}
     assert not stated & {"lora_r", "num_epochs", "optimizer"}
-    off, left_open = verdict.notes(STUDY, [row])
+    of_seeds, off, left_open = verdict.notes(STUDY, [row])
+    assert "`recipe reproduce haider2024 --seeds 3`" in of_seeds
     assert "lora_r: 64 instead of 32" in off
     assert left_open.startswith("haider2024/llama-3-8b is off, and the paper leaves open: lora_target_modules")
 
