@@ -150,6 +150,9 @@ FigureFile = Annotated[
     Path | None,
     typer.Option("--figure", metavar="FILE", callback=_check_figure, help="Also draw it, to a .png or .svg file."),
 ]
+Seeds = Annotated[
+    int, typer.Option("--seeds", metavar="N", min=1, help="Run each of them with N seeds, from the recipe's own on.")
+]
 JudgeModel = Annotated[
     str | None,
     typer.Option(

@@ -31,6 +31,7 @@ from .options import (
     RehearseAll,
     RunName,
     Runs,
+    Seeds,
     SeveralRuns,
     SlurmOptions,
     StudyName,
@@ -159,7 +160,7 @@ def sweep_verb(
     profile: Profiles = None,
     deterministic: Deterministic = False,
     mirror: Mirror = False,
-    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Run each member with N seeds.")] = 1,
+    seeds: Seeds = 1,
     max_runs: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Begin at most N members; the next call begins the others.")
     ] = None,
@@ -246,6 +247,7 @@ def reproduce_verb(
         list[str] | None,
         typer.Option(metavar="NAME", autocompletion=completion.recipes, help="Only this recipe. Repeatable."),
     ] = None,
+    seeds: Seeds = 1,
     jobs: Jobs = None,
     on: On = "local",
     slurm: SlurmOptions = None,
@@ -292,13 +294,13 @@ def reproduce_verb(
     rehearsed = ["--rehearse"] if request.rehearse else []
     if dry_run:
         card = gpus.find(gpu) if gpu else None
-        outline = reproduce.outline(of_study, request, only or [], evaluation, runs, place, card)
+        outline = reproduce.outline(of_study, request, only or [], evaluation, runs, place, card, seeds)
         reproduce.show_outline(outline, form)
         if not json:
             say("next: the same command without --dry-run")
         return
-    outcomes = reproduce.reproduce(of_study, request, only or [], evaluation, runs, place)
-    rows = verdict.rows(of_study, runs, request.rehearse, {outcome.recipe: outcome.run for outcome in outcomes})
+    outcomes = reproduce.reproduce(of_study, request, only or [], evaluation, runs, place, seeds)
+    rows = verdict.rows(of_study, runs, request.rehearse, reproduce.speakers(outcomes))
     _end(outcomes, form, {}, rows, lambda: study_tables.show(of_study, rows, request.rehearse, form))
     next_step("report" if place.here else "results", "--study", study, *rehearsed, runs=runs, json=json)
 

@@ -14,6 +14,7 @@ from ..base.progress import Bar, say
 from ..checks import check
 from ..configs import datafiles, models
 from ..configs.compose import Composed, Request
+from ..configs.config import parse_override
 from ..configs.gpus import Gpu
 from ..data import fetch, manifest, prepare
 from ..data.declaration import Data, PreparedFormat
@@ -26,7 +27,7 @@ from ..planning.planner import GIB
 from ..runs.tasks import Outcome
 from ..scores import evaluate, judges
 from ..terminal import tables
-from .pipeline import Pipeline, need_judges
+from .pipeline import Pipeline, need_judges, seeds_of
 
 
 def chosen(of_study: Study, only: list[str]) -> list[str]:
@@ -41,7 +42,13 @@ def chosen(of_study: Study, only: list[str]) -> list[str]:
 
 
 def reproduce(
-    of_study: Study, request: Request, only: list[str], evaluation: evaluate.EvaluationRequest, runs: Path, place: Place
+    of_study: Study,
+    request: Request,
+    only: list[str],
+    evaluation: evaluate.EvaluationRequest,
+    runs: Path,
+    place: Place,
+    seeds: int = 1,
 ) -> list[Outcome]:
     """Bring every recipe of a study to its scores; what was done before with the same inputs is not done again.
 
@@ -55,20 +62,19 @@ def reproduce(
             stand-in in a rehearsal.
         runs: the folder for the runs.
         place: where the recipes are carried out.
+        seeds: how many seeds each recipe is run with, from its own on.
 
     Raises:
         UserError: the request is wrong, or the data there is not the study's; nothing was started.
         WorkFailed: the data cannot be fetched, or BERTScore's model cannot be loaded.
     """
-    outcomes = [Outcome(recipe) for recipe in chosen(of_study, only)]
+    wanted = _wanted(of_study, request, only, seeds)
     declared = judges.declared_in(of_study.columns)
     if not request.rehearse and evaluation.judge is None and declared:  # to be fetched where it is not here
         by = next(iter(declared.values()))
         evaluation.judge, evaluation.judge_layer = by.model, evaluation.judge_layer or by.layer
     with held(lock(request.name, runs), "another reproduction of it is running there"):
-        pipelines = [
-            Pipeline(outcome, _request(request, outcome.recipe), evaluation, runs, place) for outcome in outcomes
-        ]
+        pipelines = [Pipeline(outcome, asked, evaluation, runs, place) for outcome, asked in wanted]
         for pipeline in pipelines:
             pipeline.look_up()
         begun = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check(with_data=False)]
@@ -87,7 +93,15 @@ def reproduce(
         need_judges(works, of_study.columns, evaluation, request.rehearse)
         rehearsed = ["--rehearse"] if request.rehearse else []
         place.submit(works, request.name, runs, ["results", "--study", request.name, *rehearsed, "--runs", str(runs)])
-    return outcomes
+    return [outcome for outcome, _ in wanted]
+
+
+def speakers(outcomes: Iterable[Outcome]) -> dict[str, Path | None]:
+    """For each recipe the run that speaks for it: of several seeds the first that came to its end; None for none."""
+    first: dict[str, Path | None] = {}
+    for outcome in outcomes:
+        first[outcome.recipe] = first.get(outcome.recipe) or outcome.run
+    return first
 
 
 def outline(
@@ -98,6 +112,7 @@ def outline(
     runs: Path,
     place: Place,
     gpu: Gpu | None,
+    seeds: int = 1,
 ) -> dict[str, Any]:
     """What `reproduce` would do with the same arguments; nothing is started, and plans alone are kept, in the cache.
 
@@ -112,8 +127,7 @@ def outline(
         UserError: a recipe that is named is not the study's.
     """
     pipelines = [
-        Pipeline(Outcome(recipe), _request(request, recipe), evaluation, runs, place)
-        for recipe in chosen(of_study, only)
+        Pipeline(outcome, asked, evaluation, runs, place) for outcome, asked in _wanted(of_study, request, only, seeds)
     ]
     gpu = gpu or place.gpu()
     test_rows = evaluate.REHEARSED if request.rehearse else of_study.data.scored_rows
@@ -121,7 +135,7 @@ def outline(
     rows = []
     with Bar("planning", len(pipelines)) as bar:
         for pipeline in pipelines:
-            bar.begin(f"planning {pipeline.outcome.recipe}")
+            bar.begin(f"planning {pipeline.outcome.label}")
             pipeline.look_up()
             row, said = _outlined(pipeline, gpu)
             rows.append(row | {"test rows": test_rows})
@@ -132,7 +146,9 @@ def outline(
             "a rehearsal takes some three minutes on two cores of a CPU; --dry-run without --rehearse plans the recipes"
         )
     else:
-        notes.append("hours are of the training alone; what generating and scoring takes is not planned")
+        hours = [row["hours"] for row in rows if row["hours"]]
+        total = f"hours are of the training alone of each run, {sum(hours):.1f} in total" if hours else ""
+        notes.append(f"{total or 'hours are of the training alone'}; what generating and scoring takes is not planned")
         if not gpu:
             notes.append("whether it fits, and for how long it trains, is not known without a GPU; --gpu names one")
         for name, by in judges.of_columns(of_study.columns, evaluation.judge, None).items():
@@ -144,7 +160,7 @@ def outline(
 
 def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list[str]]:
     """What would become of one recipe, and what is to be said of it."""
-    row: dict[str, Any] = {"recipe": pipeline.outcome.recipe, "training": "new"}
+    row: dict[str, Any] = {"recipe": pipeline.outcome.label, "training": "new"}
     row |= dict.fromkeys(("fetch GB", "epochs", "steps", "needs GiB", "fits", "hours"))
     if pipeline.former:
         row["training"] = f"{pipeline.state}: {pipeline.former[0].path}"
@@ -152,7 +168,7 @@ def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list
             return row, []
     composed, request = pipeline.composed, pipeline.request
     if composed is None:
-        return row | {"training": "refused"}, [f"{pipeline.outcome.recipe}: {pipeline.outcome.problem}"]
+        return row | {"training": "refused"}, [f"{pipeline.outcome.label}: {pipeline.outcome.problem}"]
     report = check.check(request, gpu, launching=not request.rehearse, composed=composed)
     found = places.relevant(pipeline.place, report.findings)
     errors = [finding for finding in found if finding.level == "error" and finding.scope != "data"]
@@ -168,7 +184,7 @@ def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list
     try:
         planned = plan.of_request(request, gpu, runs=pipeline.runs)
     except UserError as error:
-        return row, [*notes, f"{pipeline.outcome.recipe}: not planned: {error}"]
+        return row, [*notes, f"{pipeline.outcome.label}: not planned: {error}"]
     work = planned["work"]
     row["needs GiB"] = planned["memory"]["needed"] / GIB
     if not models.find(composed.config).weights_here:
@@ -212,6 +228,25 @@ def show_outline(outlined: dict[str, Any], form: tables.Form) -> None:
 def lock(name: str, runs: Path) -> Path:
     """The lock that a command holds while it reproduces the study of a name."""
     return runs / f".reproduce-{name.replace('/', '--')}.lock"
+
+
+def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> list[tuple[Outcome, Request]]:
+    """The runs of a study that are asked for: each recipe, or each of its seeds, with its request.
+
+    Raises:
+        UserError: see `chosen`; or there are several seeds, and the request sets one.
+    """
+    recipes = chosen(of_study, only)
+    if seeds == 1:
+        return [(Outcome(recipe), _request(request, recipe)) for recipe in recipes]
+    if any(parse_override(text)[0] == "seed" for text in request.overrides):
+        raise UserError("--seeds: --set seed names one already; leave one of the two out")
+    return [
+        (Outcome(recipe, seed=seed), replace(asked, overrides=[*asked.overrides, f"seed={seed}"]))
+        for recipe in recipes
+        for asked in [_request(request, recipe)]
+        for seed in seeds_of(recipe, seeds)
+    ]
 
 
 def _request(shared: Request, recipe: str) -> Request:

@@ -5,7 +5,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.locks import held
 from ..base.paths import find_recipe
@@ -17,10 +16,8 @@ from ..places import Place
 from ..runs.tasks import DONE, Outcome, Work
 from ..scores import evaluate
 from . import former, sweeps
-from .pipeline import Pipeline, need_judges
+from .pipeline import Pipeline, need_judges, seeds_of
 from .sweeps import Sweep, SweepMember
-
-AXOLOTL_SEED = 42  # where a config names none
 
 
 def sweep(
@@ -57,8 +54,8 @@ def sweep(
         UserError: a member is wrong, or two come to the same config; nothing was started.
         WorkFailed: BERTScore's model cannot be loaded.
     """
-    recipe, file = find_recipe(request.name)
-    members = _seeded(members, seeds, yamlfiles.read_yaml(file).get("seed", AXOLOTL_SEED))
+    recipe, _ = find_recipe(request.name)
+    members = _seeded(members, recipe, seeds)
     pipelines = [
         Pipeline(
             Outcome(recipe, re.sub(r"[/\0]", "-", member.label)),
@@ -118,12 +115,12 @@ def _carry_out(
         place.submit(works, record.name, runs, ["results", "--sweep", record.label, "--runs", str(runs)])
 
 
-def _seeded(members: list[SweepMember], seeds: int, first: int) -> list[SweepMember]:
+def _seeded(members: list[SweepMember], recipe: str, seeds: int) -> list[SweepMember]:
     if seeds == 1:
         return members
     if any("seed" in member.values for member in members):
         raise UserError("--seeds: the sweep sets seed itself")
-    return [member.model_copy(update={"seed": first + i}) for member in members for i in range(seeds)]
+    return [member.model_copy(update={"seed": seed}) for member in members for seed in seeds_of(recipe, seeds)]
 
 
 def _check(pipelines: list[Pipeline], starts: bool) -> None:

@@ -34,9 +34,9 @@ def notes(sweep: Sweep, scored: Columns, rows: list[dict[str, Any]], best: str |
     if any(row["planned_gib"] is not None for row in rows):
         of_what = "Memory planned is the recipe's on a GPU"
         lines.append(f"{of_what}, measured the rehearsal's process on the CPU." if sweep.rehearsal else f"{of_what}.")
-    if any(row[f"{name}_interval"] for name in scored for row in rows):
-        several = len(sweep.members) > len(rows)
-        lines.append(f"Intervals are over {'seeds' if several else 'the rows of one run'}.")
+    methods = dict.fromkeys(row[f"{name}_interval_method"] for name in scored for row in rows)
+    if known := [method for method in methods if method]:
+        lines.append(f"Intervals are of {'; '.join(known)}.")
     return lines
 
 

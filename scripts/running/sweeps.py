@@ -16,11 +16,12 @@ from ..base.files import tensor_shapes, write_atomically
 from ..base.machine import now
 from ..base.yamlfiles import Config
 from ..configs import models, variants
+from ..data import study
 from ..metrics.metric import Column
 from ..planning import lora
-from ..results import comparable, run_rows
+from ..results import comparable, repeats, run_rows
 from ..runs.rundir import Run, RunDir
-from ..scores import evaluations, intervals
+from ..scores import evaluations
 from ..scores.columns import columns_of
 from . import former
 
@@ -219,8 +220,8 @@ def check_best(best: str | None, scored: Columns) -> None:
 def rows(sweep: Sweep, runs: Path, best: str | None = None) -> list[dict[str, Any]]:
     """A row for each name among the members: what it sets and what its finished runs measured.
 
-    Scores are means over seeds with Student's 95 % interval, or a single run's with the bootstrap's over rows. The
-    Pareto front is over peak memory and a quality, see `quality_of`.
+    Scores are means over seeds, with their 95 % interval, see `noise.of_runs`. The Pareto front is over peak memory and
+    a quality, see `quality_of`.
 
     Args:
         sweep: the sweep.
@@ -284,13 +285,17 @@ def _row(members: Sequence[SweepMember], of_runs: Sequence[tuple[RunDir, Run]], 
         "runs": [str(folder.path) for folder, _ in of_runs],
         "states": [run.state for _, run in of_runs],
     }
+    of_study = study.of(done[0][1].origin) if done and not done[0][1].rehearsal else None
     for score in qualities(scored):
-        values = [run[score] for run in measured if run.get(score) is not None]
-        row |= {score: sum(values) / len(values) if values else None, f"{score}_interval": None}
-        if len(values) > 1:
-            row[f"{score}_interval"] = intervals.of_few(values)
-        elif values and len(members) == 1 and (own := evaluations.of_run(done[0][0].path, done[0][1])):
-            row[f"{score}_interval"] = own.scores["intervals"].get(score)
+        of_score = [(each, run[score]) for each, run in zip(done, measured, strict=True) if run.get(score) is not None]
+        values = [value for _, value in of_score]
+        known = of_study.repeats(done[0][1].origin, score) if of_study else []
+        within = repeats.interval(score, [each for each, _ in of_score], values, known) if values else None
+        row |= {
+            score: sum(values) / len(values) if values else None,
+            f"{score}_interval": [within.low, within.high] if within else None,
+            f"{score}_interval_method": within.method if within else None,
+        }
     trainable, frozen = _parameters(*done[0]) if done else (None, None)
     first = measured[0] if measured else {}
     return row | {

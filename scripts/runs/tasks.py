@@ -20,6 +20,7 @@ class Outcome:
 
     Attributes:
         member: which of a sweep over the recipe it is.
+        seed: which of several seeds of the recipe it is of.
         run: its finished run.
     """
 
@@ -28,6 +29,7 @@ class Outcome:
     steps: dict[str, str] = field(default_factory=dict)
     problem: str | None = None
     run: Path | None = None
+    seed: int | None = None
 
     def fail(self, step: str, problem: str) -> None:
         """Note that a step failed, which is the last then."""
@@ -36,7 +38,7 @@ class Outcome:
     @property
     def label(self) -> str:
         """How messages name it."""
-        return self.member or self.recipe
+        return self.member or self.recipe + ("" if self.seed is None else f", seed {self.seed}")
 
     def as_row(self) -> dict[str, Any]:
         """The row of a summary."""

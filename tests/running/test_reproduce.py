@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -28,6 +29,7 @@ from qlora_recipes.data import prepare, study
 from qlora_recipes.data.declaration import Source, SourceFile
 from qlora_recipes.running import reproduce
 from qlora_recipes.runs import lookup
+from qlora_recipes.runs.tasks import Outcome
 from qlora_recipes.scores import evaluations
 
 STUDY = study.find("haider2024")
@@ -96,6 +98,28 @@ def test_again_it_does_nothing(undisturbed: Undisturbed, tiny_profile: Path, sta
     assert all(set(row.values()) == {row["recipe"], "skipped", None} for row in again["steps"])
     assert again["results"] == undisturbed.printed["results"]
     assert files() == before
+
+
+def test_several_seeds_are_runs_of_their_own_and_one_result(
+    undisturbed: Undisturbed, tiny_profile: Path, stand_in: Path
+) -> None:
+    place, one = undisturbed.place, ("--profile", "rehearsal", "--only", TWO[1], "--bertscore", "none")
+    words = [stand_in, "reproduce", "haider2024", *one, "--seeds", "2", "--profile", tiny_profile, "--json"]
+    done = subprocess.run([*map(str, words)], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    printed = orjson.loads(done.stdout)
+    recipe = f"haider2024/{TWO[1]}"
+    steps = [(row["recipe"], row["run"], row["evaluate"]) for row in printed["steps"]]
+    own, other = (f"{recipe}, seed {seed}" for seed in (42, 43))
+    assert steps == [(own, "skipped", "skipped"), (other, "done", "done")]  # its own seed was run before
+    (row,) = [row for row in printed["results"] if row["recipe"] == recipe]
+    assert (row["runs"], row["bleu4_interval_method"]) == (2, "rows and 2 runs")
+    (of_42,) = [row for row in undisturbed.printed["results"] if row["recipe"] == recipe]
+    assert row["run"] == of_42["run"]
+    new = next(run for run in lookup.all_runs(place / "runs") if run.read().overrides == ["seed=43"])
+    mine = evaluations.read_scores(new.path)
+    assert mine and row["bleu4"] == pytest.approx((of_42["bleu4"] + mine.scores["bleu4"]) / 2)
+    shutil.rmtree(new.path)  # for the tests that count the runs there
 
 
 def has_launch(runs: Path, launches: int) -> bool:
@@ -212,8 +236,25 @@ def test_a_dry_run_says_what_would_be_done_and_for_how_long_and_writes_nothing(
     assert refused.startswith("haider2024/llama-3.2-3b: ")
     row = orjson.loads(recipe(*words, "--gpu", "T4").stdout)["recipes"][0]
     assert (row["steps"], row["fits"]) == (73587, "T4: yes")
+    both = orjson.loads(recipe(*words, "--gpu", "T4", "--seeds", "2").stdout)
+    total = f"of each run, {2 * row['hours']:.1f} in total"
+    assert any(total in note for note in both["notes"])
     assert 0 < row["needs GiB"] < 1 and row["hours"] > 0
     assert [file.name for file in tmp_path.iterdir()] == ["small.yaml"]
+
+
+def test_a_dry_run_of_several_seeds_lists_each(recipe: Recipe, tmp_path: Path) -> None:
+    words = ("reproduce", "haider2024", "--dry-run", "--rehearse", "--only", "3.2-3b", "--seeds", "3")
+    rows = orjson.loads(recipe(*words, "--json").stdout)["recipes"]
+    assert [row["recipe"] for row in rows] == [f"haider2024/llama-3.2-3b, seed {seed}" for seed in (42, 43, 44)]
+    twice = recipe(*words, "--set", "seed=7")
+    assert (twice.returncode, "--seeds: --set seed names one already" in twice.stderr) == (2, True)
+    assert recipe(*words[:-1], "0").returncode == 2
+
+
+def test_of_several_seeds_the_first_that_ended_speaks() -> None:
+    outcomes = [Outcome("a", seed=1), Outcome("a", seed=2, run=Path("2")), Outcome("a", seed=3, run=Path("3"))]
+    assert reproduce.speakers([*outcomes, Outcome("b")]) == {"a": Path("2"), "b": None}
 
 
 def test_a_dry_run_of_rehearsals_counts_their_few_steps(recipe: Recipe, tmp_path: Path) -> None:

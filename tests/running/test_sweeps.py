@@ -185,6 +185,7 @@ def test_scores_over_seeds_have_students_interval(tmp_path: Path) -> None:
     assert row["bleu4"] == pytest.approx(np.mean(values))
     expected = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
     assert row["bleu4_interval"] == pytest.approx(list(expected))
+    assert row["bleu4_interval_method"] == row["eval_loss_interval_method"] == "3 runs only of one seed"
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=8))
@@ -203,6 +204,7 @@ def test_results_of_a_sweep_in_every_form(tmp_path: Path, recipe: Recipe) -> Non
     table = recipe("results", "--sweep", "ranks", "--best", "memory")
     assert "Best by memory: low" in table.stdout
     assert "Pareto front over peak memory and bleu4: low; high" in table.stdout
+    assert "Intervals are of rows only." in table.stdout
     rows = orjson.loads(recipe("results", "--sweep", "latest", "--json").stdout)
     assert [row["values"] for row in rows] == [{"lora_r": 8}, {"lora_r": 16}]
     assert recipe("results", "--sweep", f"ranks/{BASE}", "--csv").stdout.startswith("member,lora_r,eval_loss,")
