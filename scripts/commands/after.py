@@ -100,10 +100,14 @@ def results_verb(
 
         ledger_tables.show([study.find(study_name)] if study_name else study.every(), rehearse, form)
     elif study_name:
-        from ..results import study_tables, verdict
+        from ..results import ladder, study_tables, verdict
 
         of_study = study.find(study_name)
-        study_tables.show(of_study, verdict.rows(of_study, runs, rehearse), rehearse, form)
+        rows = verdict.rows(of_study, runs, rehearse)
+        study_tables.show(of_study, rows, rehearse, form)
+        if form not in ("json", "csv") and (rungs := ladder.begun(of_study, runs, rehearse, rows)):
+            print()
+            ladder.show(of_study, rungs, form)
     else:
         from ..results import listing
 

@@ -49,7 +49,11 @@ def fetch_verb(
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="SOURCE", help="Fetch this one of its sources, or a part of its name. Repeatable."),
+        typer.Option(
+            metavar="SOURCE",
+            help="Fetch this one of its sources, or a part of its name; by default all that its study's recipes begin "
+            "with. Repeatable.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder; by default data/DATA-raw.")] = None,
     wide: Wide = False,
@@ -61,10 +65,16 @@ def fetch_verb(
     of_study = study.with_data(name)
     data = of_study.data
     wanted = [meant(word, data.sources, "source", option="--only") for word in only or ()]
-    rows = fetch.fetch(data, out or data.raw, from_, wanted or None)
+    given = [name for name in data.sources if from_ and _may_be(Path(from_), name)]
+    rows = fetch.fetch(data, out or data.raw, from_, wanted or [*of_study.fetched, *given])
     tables.print_json(rows) if json else tables.print_table(rows, wide=wide)
     raw = [] if out in (None, data.raw) else [out / file for file in data.raw_files]
     next_step("data", "prepare", *raw, *study.option(of_study), json=json)
+
+
+def _may_be(given: Path, source: str) -> bool:
+    """Whether a path, or an address, is that of a source, or of a folder that has it."""
+    return given.name == Path(source).name or (given / source).is_file()
 
 
 @verbs.command(

@@ -198,6 +198,14 @@ Best = Annotated[
 RehearseAll = Annotated[
     bool, typer.Option("--rehearse", help="Try all of it on the CPU: small model, few rows, no network.")
 ]
+FromRung = Annotated[
+    Literal["predictions", "adapter", "training"],
+    typer.Option(
+        "--from",
+        help="Where to begin: only score the predictions that the authors published, which needs no GPU; also generate "
+        "with their adapters; or train.",
+    ),
+]
 RehearsalsOfStudy = Annotated[bool, typer.Option("--rehearse", help="With --study: its rehearsals instead.")]
 ExportedRun = Annotated[
     str | None,

@@ -13,11 +13,13 @@ from ..base.progress import say
 from ..terminal import tables
 from . import completion
 from .help import Verb
+from .ladder import climb
 from .next_step import after_training, name_of, next_step
 from .options import (
     BatchSize,
     Best,
     Deterministic,
+    FromRung,
     Jobs,
     Json,
     JudgeLayer,
@@ -242,6 +244,7 @@ def reproduce_verb(
     study: Annotated[
         str, typer.Argument(metavar="STUDY", autocompletion=completion.studies, help="A study's name, as haider2024.")
     ],
+    from_: FromRung = "training",
     rehearse: RehearseAll = False,
     only: Annotated[
         list[str] | None,
@@ -274,11 +277,15 @@ def reproduce_verb(
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..data.study import find
-    from ..results import study_tables, verdict
+    from ..results import ladder, study_tables, verdict
     from ..running import reproduce
     from ..scores import evaluate
 
     only_with("--gpu", gpu, "--dry-run", dry_run)
+    only_with("--rehearse", rehearse, "--from adapter or training", from_ != "predictions", "it needs no model")
+    only_with(
+        "--on slurm", on != "local", "--from training", from_ == "training", "a batch script can hold the command"
+    )
     of_study = find(study)
     request = Request(
         of_study.folder.name,
@@ -292,6 +299,9 @@ def reproduce_verb(
     place = places.kinds()[on](request.rehearse, jobs, slurm or [])
     form = form_of(wide, json)
     rehearsed = ["--rehearse"] if request.rehearse else []
+    if from_ != "training":
+        climb(of_study, request, only or [], evaluation, runs, place, from_, dry_run, form)
+        return
     if dry_run:
         card = gpus.find(gpu) if gpu else None
         outline = reproduce.outline(of_study, request, only or [], evaluation, runs, place, card, seeds)
@@ -301,7 +311,16 @@ def reproduce_verb(
         return
     outcomes = reproduce.reproduce(of_study, request, only or [], evaluation, runs, place, seeds)
     rows = verdict.rows(of_study, runs, request.rehearse, reproduce.speakers(outcomes))
-    _end(outcomes, form, {}, rows, lambda: study_tables.show(of_study, rows, request.rehearse, form))
+    named = [outcome.recipe for outcome in outcomes] if only else []
+    rungs = ladder.begun(of_study, runs, request.rehearse, rows, named)
+
+    def show() -> None:
+        study_tables.show(of_study, rows, request.rehearse, form)
+        if rungs:
+            print()
+            ladder.show(of_study, rungs, form)
+
+    _end(outcomes, form, {"ladder": rungs} if rungs else {}, rows, show)
     next_step("report" if place.here else "results", "--study", study, *rehearsed, runs=runs, json=json)
 
 

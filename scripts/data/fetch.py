@@ -157,7 +157,7 @@ class _Fetching:
         way = f"download {public(source.url)}" if source.url else f"download {source.hub} of the hub"
         by_hand = (
             f"{way} (its page: {self.data.source}) on another machine, copy it here, and run "
-            f"`recipe data fetch {self.data.key} --from FILE`"
+            f"`recipe data fetch {self.data.key} --from FILE{f' --only {name}' if len(self.data.sources) > 1 else ''}`"
         )
         self.record[name] = {
             "from": str(place.resolve()) if isinstance(place, Path) else public(place or source.hub or "")

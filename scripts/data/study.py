@@ -15,7 +15,7 @@ from ..base.errors import UserError, did_you_mean, meant
 from ..metrics import registry
 from ..metrics.metric import Column
 from .declaration import FORMS, Data, Misdeclared, Strict, raise_all
-from .published import TRAIN_LOSS, Baseline, Beside, Published
+from .published import TRAIN_LOSS, Baseline, Beside, Published, released, undeclared
 
 SCHEMA = paths.RECIPES / "study.schema.json"
 _Key = tuple[str, ...]  # in study.yaml
@@ -113,8 +113,21 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _has_its_files(self) -> Self:
-        raise_all(Misdeclared(str(mistake), "data", *mistake.at) for mistake in self.data.absent(self.folder))
+        absent = [Misdeclared(str(mistake), "data", *mistake.at) for mistake in self.data.absent(self.folder)]
+        raise_all([*absent, *undeclared(self.data, self.published, self.baselines)])
         return self
+
+    @property
+    def compared(self) -> list[Baseline]:
+        """The baselines that runs are compared with."""
+        return [baseline for baseline in self.baselines if baseline.compared]
+
+    @property
+    def fetched(self) -> list[str]:
+        """The sources that `recipe data fetch` gets unless others are named: those that its recipes begin with, without
+        what the authors published on the way."""
+        extra = released(self.data, self.published, self.baselines)
+        return [name for name in self.data.sources if name not in extra]
 
     def origin(self, recipe: str) -> str:
         """The study's own recipe that a recipe is a variant of, or is."""

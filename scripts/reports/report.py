@@ -22,7 +22,7 @@ from ..configs import gpus
 from ..data import ledger
 from ..data.study import Study
 from ..planning import lora, need
-from ..results import ledger_tables, study_tables, verdict
+from ..results import ladder, ledger_tables, study_tables, verdict
 from ..running import sweep_tables, sweeps
 from ..running.sweeps import Sweep
 from ..runs.rundir import RunDir
@@ -69,15 +69,19 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
     measured, gaps = study_tables.of_measured(rows), study_tables.of_curves(rows)
     records = [] if rehearsal else [record for _, record in ledger.records(study)]
     recorded = ledger_tables.table(study, ledger.summary(study, records))
+    rungs = ladder.begun(study, runs, rehearsal, rows)
+    by_rung = ladder.by_metric(rungs, study) if rungs else {}
+    figures += [comparisons.ladder(study, rungs, column) for column in study.table.values() if column.label in by_rung]
     section = {
         "about": f"{study.cited}: {study.paper.get('title', study.title)}. {about}",
         "tables": by_metric
         | {study_tables.COSTS: _without_empty(study_tables.of_costs(rows, study))}
         | ({study_tables.MEASURED: measured} if measured else {})
         | ({study_tables.CURVES: _without_empty(gaps)} if gaps else {})
-        | ({ledger_tables.TITLE: _without_empty(recorded)} if recorded else {}),
+        | ({ledger_tables.TITLE: _without_empty(recorded)} if recorded else {})
+        | {f"{ladder.TITLE}: {label}": _without_empty(some) for label, some in by_rung.items()},
         "baselines": [] if rehearsal else study_tables.baselines(study),
-        "notes": [] if rehearsal else list(verdict.notes(study, rows)),
+        "notes": [*([] if rehearsal else verdict.notes(study, rows)), *ladder.notes(rungs)],
         "figures": [figure for figure in figures if figure],
     }
     return _page(study.title, f"Study {name}", reported_runs(folders), analyze, study=section)

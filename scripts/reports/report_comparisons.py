@@ -7,6 +7,7 @@ from ..base.files import Row
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..results import curves
+from ..results.ladder import RUNGS
 from ..running import sweeps
 from ..terminal import tables
 from .report_figures import (
@@ -100,7 +101,7 @@ def study(of_study: Study, rows: Sequence[Row], column: Column, with_baselines: 
         title = "published, with its ±" if any(spread) else "published"
         traces.append(_scatter(title, "markers", published, marker=marker, **more))
         within = [*within, *spread]
-        for i, baseline in enumerate(of_study.baselines if with_baselines else ()):
+        for i, baseline in enumerate(of_study.compared if with_baselines else ()):
             if name in baseline.scores:
                 line = {"color": GREY, "dash": DASHES[2 + i % 2], "width": 2}
                 ends = [(baseline.scores[name].value, short[row["recipe"]]) for row in (rows[0], rows[-1])]
@@ -114,6 +115,29 @@ def study(of_study: Study, rows: Sequence[Row], column: Column, with_baselines: 
     room = 0.05 * (max(values) - min(values)) or 1.0
     x = _axis(column.label, range=[min(values) - room, max(values) + room])  # a line alone would lie on the frame
     return Figure(f"study-{name}", f"{column.label} of the study's recipes", traces, x, _categories(), "", layout, says)
+
+
+def ladder(of_study: Study, rows: Sequence[Row], column: Column) -> Figure | None:
+    """A score of `ladder.rows` from the published one at the top down to our training, a line for each recipe and
+    baseline: where a line bends is where a difference begins."""
+    name = column.name
+    drawn = [row for row in rows if row[name] is not None]
+    traces = []
+    for i, owner in enumerate(dict.fromkeys(row["of"] for row in drawn)):
+        of_owner = [row for row in drawn if row["of"] == owner]
+        own = [row for row in of_owner if row["test_set"] in (None, of_owner[0]["test_set"])]
+        within = [None if row[f"{name}_low"] is None else (row[f"{name}_low"], row[f"{name}_high"]) for row in own]
+        points = [(row[name], row["rung"]) for row in own]
+        errors = _interval([value for value, _ in points], within)
+        label = owner.removeprefix(f"{of_study.folder.name}/")
+        traces.append(_scatter(label, "lines+markers", points, error_x=errors, **_style(i)))
+    says = "; ".join(f"{row['of']}, {row['rung']}: {tables.text_of(row[name])}" for row in drawn)
+    order = [rung for rung in RUNGS if any(rung == row["rung"] for row in drawn)]
+    y = _categories() | {"categoryorder": "array", "categoryarray": order, "autorange": "reversed"}
+    title = f"{column.label}, from the published score down to our training"
+    note = "Where a line bends sideways, a difference begins: in scoring, in generation, or in training."
+    layout = {"height": 200 + 60 * len(order)}
+    return Figure(f"ladder-{name}", title, traces, _axis(column.label), y, note, layout, says) if traces else None
 
 
 def curve(number: int, name: str, metrics: Sequence[Row], published: Sequence[curves.Point]) -> Figure:

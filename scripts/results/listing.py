@@ -91,7 +91,7 @@ def show(runs: Path, form: tables.Form) -> None:
                     [_short(full, columns, decodings) for full in group], form, title, spare=spare, below=_BELOW
                 )
                 compared = not rehearsal and any(not (r["other_base_model"] or r["other_data"]) for r in group)
-                if of_study and of_study.baselines and compared:
+                if of_study and of_study.compared and compared:
                     tables.write(study_tables.baselines(of_study), form, "To compare with")
 
 

@@ -19,7 +19,7 @@ def of_metric(rows: list[dict[str, Any]], of_study: Study, column: Column) -> li
     """The rows of a study by one of its metrics, beside the published scores; by the first also over baselines."""
     name = column.name
     first = name == of_study.first.name
-    over = {b.name: f"over {b.scores[name].value}" for b in of_study.baselines if first and name in b.scores}
+    over = {b.name: f"over {b.scores[name].value}" for b in of_study.compared if first and name in b.scores}
     judged = {"by": f"{name}_model"} if column.judged else {}
     return [
         {
@@ -113,7 +113,7 @@ def baselines(of_study: Study) -> list[dict[str, Any]]:
             **{column.label: published(baseline.scores.get(name)) for name, column in of_study.table.items()},
             "on": baseline.test_set,
         }
-        for baseline in of_study.baselines
+        for baseline in of_study.compared
     ]
 
 
@@ -140,7 +140,7 @@ def show(of_study: Study, rows: list[dict[str, Any]], rehearsal: bool, form: tab
         if gaps := of_curves(rows):
             tables.write(gaps, form, CURVES)
         if not rehearsal:
-            if of_study.baselines:
+            if of_study.compared:
                 tables.write(baselines(of_study), form, "To compare with")
             for line in notes(of_study, rows):
                 tables.print_text(line, wide=form != "table")

@@ -221,7 +221,7 @@ def _gains(of_study: Study, ours: Mapping[str, Any], compared: bool) -> dict[str
     """How much higher than each baseline a score by the study's first metric is, in percent of that."""
     name = of_study.first.name
     baselines = {
-        baseline.name: baseline.scores[name].value for baseline in of_study.baselines if name in baseline.scores
+        baseline.name: baseline.scores[name].value for baseline in of_study.compared if name in baseline.scores
     }
     return {label: 100 * (ours[name] / value - 1) if compared else None for label, value in baselines.items()}
 

@@ -78,7 +78,7 @@ def reproduce(
         for pipeline in pipelines:
             pipeline.look_up()
         begun = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check(with_data=False)]
-        _have_data(of_study, [pipeline.composed for pipeline in begun if pipeline.composed])
+        have_data(of_study, [pipeline.composed for pipeline in begun if pipeline.composed])
         for pipeline in begun:
             if not pipeline.former:  # without the data it could not be found
                 pipeline.look_up()
@@ -205,7 +205,7 @@ def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
         else:
             lines.append(f"{form.folder}: to be prepared, in the format {name}")
     files = [*(data.raw_files if any("prepared" in line for line in lines) else ()), *_needed_beside(data, configs)]
-    if sources := _missing(data, files):
+    if sources := missing(data, files):
         sizes = [data.sources[name].bytes for name in sources]
         size = f"{sum(filter(None, sizes)) / 1e6:,.0f} MB{'' if all(sizes) else ' and more'} " if any(sizes) else ""
         lines.insert(0, f"{data.raw}: to be fetched, {size}from {data.source}")
@@ -238,24 +238,24 @@ def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> l
     """
     recipes = chosen(of_study, only)
     if seeds == 1:
-        return [(Outcome(recipe), _request(request, recipe)) for recipe in recipes]
+        return [(Outcome(recipe), request_for(request, recipe)) for recipe in recipes]
     if any(parse_override(text)[0] == "seed" for text in request.overrides):
         raise UserError("--seeds: --set seed names one already; leave one of the two out")
     return [
         (Outcome(recipe, seed=seed), replace(asked, overrides=[*asked.overrides, f"seed={seed}"]))
         for recipe in recipes
-        for asked in [_request(request, recipe)]
+        for asked in [request_for(request, recipe)]
         for seed in seeds_of(recipe, seeds)
     ]
 
 
-def _request(shared: Request, recipe: str) -> Request:
+def request_for(shared: Request, recipe: str) -> Request:
     """The request for one recipe, with a mirror only where the model is gated."""
     base_model = str(yamlfiles.read_yaml(find_recipe(recipe)[1]).get("base_model"))
     return replace(shared, name=recipe, mirror=shared.mirror and bool(models.entry_of(base_model).get("gated")))
 
 
-def _have_data(of_study: Study, configs: list[Composed]) -> None:
+def have_data(of_study: Study, configs: list[Composed]) -> None:
     """Fetch and prepare the study's data in the forms that some configs read, unless they are there.
 
     Raises:
@@ -279,11 +279,11 @@ def _have_data(of_study: Study, configs: list[Composed]) -> None:
 
 def _fetch(data: Data, files: Iterable[str]) -> None:
     """Fetch what gives some files of a data set, unless they are there."""
-    if sources := _missing(data, files):
+    if sources := missing(data, files):
         fetch.fetch(data, data.raw, only=sources)
 
 
-def _missing(data: Data, files: Iterable[str]) -> list[str]:
+def missing(data: Data, files: Iterable[str]) -> list[str]:
     """The sources of a data set that give those of some files that are not there."""
     return data.sources_of([file for file in files if not (data.raw / file).is_file()])
 

@@ -101,7 +101,23 @@ def create(composed: Composed, request: Request, runs: Path, shared: Container[D
     new = [difference for difference in composed.differences if difference not in shared]
     for difference in composed.differences:  # with a tracker's placeholders filled in
         difference.run = ours.get(difference.key, difference.run)
-    record = Run(
+    record = record_of(composed, request)
+    write_atomically(folder.config, yamlfiles.write_yaml(ours))
+    folder.write(record)
+    say(f"run {folder.path}")
+    for difference in new:
+        say(f"  {difference}")
+    return folder
+
+
+def record_of(composed: Composed, request: Request) -> Run:
+    """The record of a run that is yet to be launched, or of what is evaluated as one.
+
+    Args:
+        composed: its checked config.
+        request: what it was composed from.
+    """
+    return Run(
         recipe=composed.recipe,
         variant_of=composed.origin if composed.origin != composed.recipe else None,
         recipe_file=str(composed.recipe_file),
@@ -122,12 +138,6 @@ def create(composed: Composed, request: Request, runs: Path, shared: Container[D
         cwd=str(Path.cwd()),
         provenance=provenance.collect(),
     )
-    write_atomically(folder.config, yamlfiles.write_yaml(ours))
-    folder.write(record)
-    say(f"run {folder.path}")
-    for difference in new:
-        say(f"  {difference}")
-    return folder
 
 
 def resume(name: str, runs: Path, place: Place, prepare_only: bool = False) -> RunDir:

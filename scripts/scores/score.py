@@ -49,7 +49,7 @@ def read_pairs(file: Path, prediction: str = "prediction", reference: str = "ref
     """
     rows = read_rows(file, ())
     for number, row in enumerate(rows, start=1):
-        found = {"reference": _below(row, reference), "prediction": _below(row, prediction)}
+        found = {"reference": below(row, reference), "prediction": below(row, prediction)}
         for (side, text), field in zip(found.items(), (reference, prediction), strict=True):
             if not isinstance(text, str):
                 there = ", ".join(row) or "none"
@@ -60,12 +60,12 @@ def read_pairs(file: Path, prediction: str = "prediction", reference: str = "ref
     return rows
 
 
-def _below(row: Any, field: str) -> Any:
+def below(row: Any, field: str) -> Any:
     """The value of a field, or of one below others whose names stand before the dots."""
     if not isinstance(row, dict) or field in row:
         return row.get(field) if isinstance(row, dict) else None
     first, dot, rest = field.partition(".")
-    return _below(row.get(first), rest) if dot else None
+    return below(row.get(first), rest) if dot else None
 
 
 def of_predictions(columns: Mapping[str, Column]) -> Mapping[str, Column]:

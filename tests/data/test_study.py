@@ -10,10 +10,18 @@ import pytest
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.data import study
-from qlora_recipes.data.published import Score
+from qlora_recipes.data.published import ADAPTER_FILES, Score
 from qlora_recipes.data.study import Study
 
 RECIPE = "haider2024/llama-2-7b"
+
+
+PUBLISHED = {"prediction": {"file": "msg-5000-pred.txt"}, "reference": {"file": "msg-5000-gold.txt"}}
+
+
+def predicted(**predictions: Any) -> dict[str, Any]:
+    """A change by which a recipe has published predictions."""
+    return {"published": {RECIPE: {"predictions": predictions}}}
 
 
 def loaded(folder: Path, change: dict[str, Any]) -> Study:
@@ -55,6 +63,20 @@ def loaded(folder: Path, change: dict[str, Any]) -> Study:
         (
             {"baselines": [{"name": "x", "scores": {"f1": 1}, "test_set": "test"}]},
             "baselines.0.scores.f1: f1 is not one",
+        ),
+        (predicted(prediction={"file": "msg-5000-pred.txt"}), "predictions: give prediction and reference, the files"),
+        (
+            predicted(absent="no", **PUBLISHED),
+            "predictions: give prediction and reference, the files with them, or abs",
+        ),
+        (
+            predicted(reference={"file": "msg-5000-god.txt"}, prediction={"file": "msg-5000-pred.txt"}),
+            "predictions.reference.file: no source of data gives a file msg-5000-god.txt; did you mean msg-5000-gold",
+        ),
+        (predicted(test_set="test-subset-3", **PUBLISHED), "predictions.test_set: no test set test-subset-3; did you"),
+        (
+            {"published": {RECIPE: {"adapter": "mine"}}},
+            f"published.{RECIPE}.adapter: no source of data gives mine/adap",
         ),
     ],
 )
@@ -133,3 +155,18 @@ def test_thirty_mistakes_in_a_file_are_thirty_messages(tmp_path: Path) -> None:
     print("\n".join(line.replace(str(tmp_path), "…") for line in lines))
     assert len(lines) >= 30
     assert all(re.match(rf"{tmp_path}/study.yaml:[1-9]\d*: [^:]+: .+", line) for line in lines)
+
+
+def test_what_authors_published_on_the_way_is_fetched_only_when_it_is_asked_for() -> None:
+    first, loftq = study.find("haider2024"), study.find("loftq-gsm8k")
+    assert first.fetched == ["Comment_Generation.zip"]
+    others = set(loftq.data.sources) - set(loftq.fetched)
+    assert others == {
+        "example_model_solutions.jsonl",
+        *(
+            f"{model}-4bit-64rank/gsm8k/{file}"
+            for model in ("Llama-2-7b-hf", "Meta-Llama-3-8B")
+            for file in ADAPTER_FILES
+        ),
+    }
+    assert [baseline.name for baseline in loftq.compared] == ["Llama 3 8B, all weights trained"]

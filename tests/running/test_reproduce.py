@@ -318,13 +318,13 @@ def test_data_is_fetched_and_prepared_in_the_forms_that_recipes_read_and_only_on
     published_data: study.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    reproduce._have_data(published_data, composed("llama-2-7b"))
+    reproduce.have_data(published_data, composed("llama-2-7b"))
     assert sorted(file.name for file in Path("data").iterdir()) == ["codereviewer", "codereviewer-raw"]
     both = composed("llama-2-7b", "as-released/llama-3-8b")
-    reproduce._have_data(published_data, both)
+    reproduce.have_data(published_data, both)
     assert "<add>" in Path("data/codereviewer-tagged/train.jsonl").read_text()
     capsys.readouterr()
-    reproduce._have_data(published_data, both)
+    reproduce.have_data(published_data, both)
     assert capsys.readouterr().err.count("is the study's") == 2
 
 
@@ -336,12 +336,12 @@ def test_an_adapter_that_a_recipe_starts_from_is_fetched_beside_its_rows(
     (tmp_path / "server" / "adapter_config.json").write_text("{}")
     url = str(archive.url).replace("Comment_Generation.zip", "adapter_config.json")
     published_data.data.sources["init/adapter_config.json"] = Source(url=url)
-    reproduce._have_data(published_data, composed("llama-2-7b"))
+    reproduce.have_data(published_data, composed("llama-2-7b"))
     assert not Path("data/codereviewer-raw/init").exists()
     start = composed("llama-2-7b", overrides=["lora_model_dir=data/codereviewer-raw/init"])
     (line, _) = reproduce._outlined_data(published_data, start)
     assert line == "data/codereviewer-raw: to be fetched, from https://zenodo.org/records/6900648"
-    reproduce._have_data(published_data, start)
+    reproduce.have_data(published_data, start)
     assert Path("data/codereviewer-raw/init/adapter_config.json").read_text() == "{}"
     assert reproduce._outlined_data(published_data, start) == ["data/codereviewer: there already"]
 
@@ -365,12 +365,12 @@ def test_data_that_is_not_the_studys_is_refused_and_left_as_it_is(
     says: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    reproduce._have_data(published_data, composed("llama-2-7b"))
+    reproduce.have_data(published_data, composed("llama-2-7b"))
     folder = Path("data/codereviewer")
     spoil(folder)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(UserError, match=says):
-        reproduce._have_data(published_data, composed("llama-2-7b"))
+        reproduce.have_data(published_data, composed("llama-2-7b"))
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
@@ -382,7 +382,7 @@ def test_data_that_another_process_is_preparing_is_waited_for(
     folder.mkdir(parents=True)
     with ThreadPoolExecutor() as pool:
         with locks.held(folder / prepare.PREPARE_LOCK, ""):
-            waiting = pool.submit(reproduce._have_data, published_data, composed("llama-2-7b"))
+            waiting = pool.submit(reproduce.have_data, published_data, composed("llama-2-7b"))
             assert not wait([waiting], timeout=0.5).done
         waiting.result()
     assert (folder / "train.jsonl").is_file()
@@ -396,13 +396,13 @@ def change(folder: Path, split: str, **values: object) -> None:
 
 def test_a_rehearsal_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    reproduce._have_data(STUDY, composed("llama-2-7b", rehearse=True))
+    reproduce.have_data(STUDY, composed("llama-2-7b", rehearse=True))
     assert not Path("data").exists()
 
 
 def test_a_mirror_is_taken_where_a_model_is_gated() -> None:
     shared = Request("", mirror=True)
-    mirrored = {name: reproduce._request(shared, name).mirror for name in STUDY.published}
+    mirrored = {name: reproduce.request_for(shared, name).mirror for name in STUDY.published}
     assert mirrored.pop("haider2024/code-llama-7b") is False
     assert set(mirrored.values()) == {True}
 
