@@ -95,7 +95,7 @@ class Parting:
             same = {"loss": "rows", "gradient norm": "rows and loss", "learning rate": "rows, loss and gradient norm"}
             why = {
                 "loss": "so the weights differ that it was computed with, or how it was computed",
-                "gradient norm": "so the backward passes differ",
+                "gradient norm": "so the backward passes differ, or how the norm is summed",
                 "learning rate": "so its update differs",
             }[str(self.what)]
             how = f"the {self.what} differs{by}, {a} in a and {b} in b; {same[str(self.what)]} are the same, {why}"
