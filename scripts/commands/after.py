@@ -13,12 +13,14 @@ from . import completion
 from .help import Verb
 from .options import (
     Best,
+    Distance,
     ExportedRun,
     Group,
     Json,
     Metrics,
     OfLedger,
     PairOfRuns,
+    PowerOf,
     RehearsalsOfStudy,
     RunName,
     Runs,
@@ -47,6 +49,8 @@ def results_verb(
     sweep_name: SweepName = None,
     best: Best = None,
     pair: PairOfRuns = None,
+    power_of: PowerOf = None,
+    difference: Distance = None,
     by: Annotated[
         Group | None, typer.Option(help="The latest run's scores by language, or by length of the reference.")
     ] = None,
@@ -68,8 +72,9 @@ def results_verb(
     """One row per run: losses and scores, beside the published ones."""
     from ..data import study
 
-    what = {"--ledger" if of_ledger else "--study": of_ledger or study_name}
-    exclusive(what | {"--sweep": sweep_name, "--compare": pair, "--by": by, "--export": export})
+    what = {"--ledger" if of_ledger else "--study": of_ledger or study_name, "--sweep": sweep_name}
+    exclusive(what | {"--compare": pair, "--by": by, "--export": export, "--power": power_of})
+    only_with("--difference", difference is not None, "--power", power_of)
     only_with("--best", best, "--sweep", sweep_name)
     only_with("--rehearse", rehearse, "--study or --ledger", study_name or of_ledger)
     only_with("--run", run, "--by", by)
@@ -108,6 +113,11 @@ def results_verb(
         if form not in ("json", "csv") and (rungs := ladder.begun(of_study, runs, rehearse, rows)):
             print()
             ladder.show(of_study, rungs, form)
+    elif power_of:
+        from ..results import power
+
+        of_study = study.find(power_of)
+        power.show(power.outlook(of_study, runs, difference), of_study, form)
     else:
         from ..results import listing
 

@@ -240,6 +240,27 @@ PairOfRuns = Annotated[
 ]
 
 
+PowerOf = Annotated[
+    str | None,
+    typer.Option(
+        "--power",
+        metavar="STUDY",
+        autocompletion=completion.studies,
+        help="How many seeds and rows it takes to see a difference from a study's published scores.",
+    ),
+]
+Distance = Annotated[
+    float | None,
+    typer.Option(
+        "--difference",
+        metavar="X",
+        min=0,
+        callback=check_finite,
+        help="With --power: the difference, in the unit of the study's first metric; by default its tolerance.",
+    ),
+]
+
+
 def profiles_of(given: list[str] | None, deterministic: bool) -> list[str]:
     """The profiles to lay over a recipe, that of --deterministic among them."""
     return [*(given or []), *([settings.PROFILE] if deterministic else [])]

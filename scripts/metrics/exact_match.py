@@ -31,5 +31,6 @@ METRIC = Metric(
     unit="%",
     source="this project",
     of_rows=exact_match,
+    all_or_nothing=True,
     parameters=ExactMatchParameters,
 )

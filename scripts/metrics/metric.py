@@ -37,6 +37,7 @@ class Metric:
         record: what scores.json says besides of how it was computed.
         notes: what a reader has to know of the scores of these pairs.
         judged: whether a model judges, so that its parameters are a `Judge`.
+        all_or_nothing: whether each row has the least value or the greatest, and nothing between.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Metric:
     record: Callable[[Any], dict[str, Any]] | None = None
     notes: Callable[[Sequence[Pair], Any], Iterator[str]] | None = None
     judged: bool = False
+    all_or_nothing: bool = False
 
 
 @dataclass(frozen=True)

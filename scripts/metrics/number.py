@@ -112,6 +112,7 @@ METRIC = Metric(
     unit="%",
     source="LoftQ's test_gsm8k.py, or PEFT's method comparison",
     of_rows=number,
+    all_or_nothing=True,
     parameters=NumberParameters,
     notes=_notes,
 )

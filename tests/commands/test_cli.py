@@ -122,7 +122,7 @@ MISTAKES = [
     ("resume latest", "latest: no run of that name"),
     ("cancel", "RUN, --sweep and --study: give just one of them"),
     ("cancel latest --sweep latest", "RUN, --sweep and --study: give just one of them"),
-    ("results --by lang --study haider2024", "--study, --sweep, --compare, --by and --export: give only one of them"),
+    ("results --by lang --study haider2024", ": give only one of them"),
     ("results --run latest", "--run: works only with --by"),
     (f"run {NAME} --nodes 2", "--nodes 2: works only with --on slurm"),
     (f"run {NAME} --gpus 2", "--gpus 2: only 0 can be used here"),
