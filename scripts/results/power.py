@@ -152,7 +152,7 @@ def show(found: dict[str, Any], of_study: Study, form: tables.Form) -> None:
             "seeds": row["seeds"],
             "rows": row["rows"],
             f"sees {difference}": f"{row['sees']:.0%}",
-            f"sees with {CHANCE:.0%}": row["smallest"],
+            f"smallest seen, {CHANCE:.0%}": row["smallest"],
             "false alarms": f"{row['false_alarms']:.0%}",
         }
         for row in found["rows"]
