@@ -302,6 +302,8 @@ def _of_intervals(of_study: Study, rows: list[dict[str, Any]]) -> Iterator[str]:
         for name in of_study.columns
         if full[f"{name}_verdict"] and (method := full[f"{name}_interval_method"])
     ]
+    if several := [f"{full['recipe']} ({full['runs']})" for full in rows if full["runs"] > 1]:
+        yield f"Scores are means of runs that differ at most in their seed: of {', '.join(several)}."
     seeds = f"`recipe reproduce {of_study.folder.name} --seeds 3` runs each recipe with three seeds"
     if any(method == noise.ROWS_ONLY or method.endswith(repeats.ONE_SEED) for method in methods):
         yield f"An interval of {noise.ROWS_ONLY}, or of one seed, knows nothing of other seeds: {seeds}."

@@ -115,7 +115,8 @@ def test_one_run_knows_rows_only_and_says_how_to_know_more(runs: Path, recipe: R
     said = recipe("results", "--study", "sums2030").stdout
     assert "An interval of rows only" in said and "`recipe reproduce sums2030 --seeds 3`" in said
     with_seed(runs, 43, RIGHT)
-    assert "--seeds" not in recipe("results", "--study", "sums2030").stdout
+    said = recipe("results", "--study", "sums2030").stdout
+    assert "--seeds" not in said and "means of runs that differ at most in their seed: of sums2030/plain (2)." in said
 
 
 def test_a_known_spread_stands_in_and_is_marked(runs: Path, tmp_path: Path, recipe: Recipe) -> None:
