@@ -209,6 +209,7 @@ def in_words(error: Any, forms: Mapping[str, str] | None = None) -> str:
         return (
             f"expected {bounds[error['type']].format(**error['ctx'], form=form)}, not {write_flow(error['input']):.60}"
         )
-    words = {"too_short": "holds nothing; give at least one"}
+    least = error.get("ctx", {}).get("min_length", 1)
+    words = {"too_short": "holds nothing; give at least one" if least == 1 else f"give at least {least}"}
     words |= {"extra_forbidden": "no such key here; correct its name or delete it", "missing": "is missing; add it"}
     return words.get(error["type"]) or str(error["msg"]).removeprefix("Value error, ")

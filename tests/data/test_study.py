@@ -55,6 +55,9 @@ def loaded(folder: Path, change: dict[str, Any]) -> Study:
         ),
         ({"tolerances": {"bleu": 0.1}}, "tolerances.bleu: bleu is not one of the study's metrics; did you mean bleu4"),
         ({"tolerances": {"bleu4": "small"}}, "tolerances.bleu4: expected a number instead of small"),
+        ({"tolerances": {"train_loss": 0.1}}, "tolerances.train_loss: train_loss is not one of the study's metrics"),
+        ({"published": {RECIPE: {"repeats": {"bleu4": [5.0]}}}}, "repeats.bleu4: give at least 2"),
+        ({"published": {RECIPE: {"repeats": {"bleu": [5.0, 6.0]}}}}, "repeats.bleu: bleu is not one of the study's"),
         ({"columns": ["rouge"]}, "columns.0.rouge: rouge is not one of the study's metrics; did you mean rouge_l?"),
         ({"decoding": {"max_new_tokens": 0}}, "decoding.max_new_tokens: expected at least 1, not 0"),
         ({"decoding": {"max_new_tokens": 9, "topk": 4}}, "decoding.topk: no such key here"),
@@ -170,3 +173,11 @@ def test_what_authors_published_on_the_way_is_fetched_only_when_it_is_asked_for(
         ),
     }
     assert [baseline.name for baseline in loftq.compared] == ["Llama 3 8B, all weights trained"]
+
+
+def test_repeats_of_a_recipe_stand_for_the_others_of_its_study(tmp_path: Path) -> None:
+    other, beside = "haider2024/llama-3-8b", "haider2024/all-linear/llama-2-7b"
+    published = {RECIPE: {"repeats": {"bleu4": [5.0, 5.2]}}, other: {}}
+    changed = loaded(tmp_path, {"published": published, "beside": {beside: {"of": RECIPE, "reproduces": True}}})
+    assert [changed.repeats(name, "bleu4") for name in (RECIPE, beside, other)] == [[5.0, 5.2]] * 3
+    assert changed.repeats(RECIPE, "rouge_l") == [] == study.load(paths.RECIPES / "haider2024").repeats(RECIPE, "bleu4")
