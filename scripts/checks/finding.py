@@ -14,6 +14,7 @@ _SCOPES: dict[str, Scope] = {
     "unknown-lora-target": "step",
     "no-lora-rank": "step",
     "not-quantized": "step",
+    "not-prepared": "data",
     "missing-file": "file",
     "gpu-lacks": "gpu",
     "too-big": "gpu",

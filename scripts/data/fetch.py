@@ -156,7 +156,7 @@ class _Fetching:
         source = self.data.sources[name]
         way = f"download {public(source.url)}" if source.url else f"download {source.hub} of the hub"
         by_hand = (
-            f"{way} (its page: {self.data.source}) on another machine, copy it here, and run "
+            f"{way} (the data's page: {self.data.source}) on another machine, copy it here, and run "
             f"`recipe data fetch {self.data.key} --from FILE{f' --only {name}' if len(self.data.sources) > 1 else ''}`"
         )
         self.record[name] = {

@@ -177,11 +177,16 @@ def _adapter(
     recipe = owner.recipe
     say(f"{recipe}: published adapter")
     files = adapter_files(of_study.data, owner.adapter)
-    pipeline = Pipeline(Outcome(recipe), reproduce.request_for(request, recipe), evaluation, runs, place)
+    of_recipe = reproduce.request_for(request, recipe)
+    of_recipe.overrides = [*of_recipe.overrides, "lora_model_dir=null"]  # of an initialization, which theirs follows
+    pipeline = Pipeline(Outcome(recipe), of_recipe, evaluation, runs, place)
     folder = AdapterDir(ladder.adapter_folder(of_study, runs, owner, request.rehearse))
     if _is_complete(folder, evaluation, request.rehearse) and not reproduce.missing(of_study.data, files):
         say(f"{folder.path}: complete, made with the same adapter")
         return
+    if not request.rehearse and place.gpu() is None:
+        problem = f"no NVIDIA GPU was found, and {recipe}'s base model generates on one"
+        raise UserError(f"{problem}; `recipe reproduce {request.name} --from predictions` needs none")
     if not pipeline.check(with_data=False):
         raise UserError(pipeline.outcome.problem or f"{recipe}: refused")
     assert pipeline.composed

@@ -22,6 +22,16 @@ from qlora_recipes.metrics.bleu4 import bleu4
 from qlora_recipes.runs import lookup
 from qlora_recipes.scores.evaluations import read_predictions
 
+SMALLER = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+"""The sizes of a model that no adapter of the tiny one fits."""
+
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
@@ -236,7 +246,7 @@ def test_a_rehearsal_fetches_no_adapter_and_refuses_a_damaged_one(
     recipe: Recipe, server: Server, tmp_path: Path, tiny_profile: Path, damaged: str
 ) -> None:
     small_ladder.write(tmp_path, address(server))
-    rehearse = ("--from", "adapter", "--profile", tiny_profile, "--profile", "rehearsal", "--bertscore", "none")
+    rehearse = ("--from", "adapter", "--profile", "rehearsal", "--profile", tiny_profile, "--bertscore", "none")
     done = recipe("reproduce", "reviews", *rehearse)
     fetch = f"`recipe data fetch reviews {' '.join(f'--only theirs/{name}' for name in ADAPTER)}`"
     assert done.returncode == 1 and not server.paths
@@ -254,11 +264,40 @@ def test_a_rehearsal_fetches_no_adapter_and_refuses_a_damaged_one(
     )
 
 
+def test_a_published_adapter_is_evaluated_as_one_of_a_run_and_only_once(
+    recipe: Recipe, server: Server, tmp_path: Path, tiny: Path, tiny_profile: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small_ladder.write(tmp_path, address(server))
+    theirs = tmp_path / "data" / "reviews-raw" / "theirs"
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(LlamaForCausalLM.from_pretrained(tiny), lora).save_pretrained(theirs)
+    rehearse = ("--from", "adapter", "--profile", "rehearsal", "--profile", tiny_profile, "--bertscore", "none")
+    done = recipe("reproduce", "reviews", *rehearse, "--json")
+    assert done.returncode == 0, done.stdout
+    (row,) = orjson.loads(done.stdout)
+    assert (row["rung"], row["rows"], row["problem"]) == ("adapter", 12, None)
+    made = tmp_path / "runs" / "ladder" / "reviews" / "mine" / "adapter-rehearsal"
+    assert len(read_predictions(made)) == 12 and lookup.all_runs(tmp_path / "runs") == []
+    again = recipe("reproduce", "reviews", *rehearse, "--json")
+    assert orjson.loads(again.stdout) == [row] and "complete, made with the same adapter" in again.stderr
+    lora = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    shutil.rmtree(theirs)
+    other = LlamaForCausalLM(LlamaConfig(**SMALLER))
+    get_peft_model(other, lora).save_pretrained(theirs)
+    refused = recipe("reproduce", "reviews", *rehearse, "--json")
+    assert refused.returncode == 1
+    assert "theirs: cannot be used with reviews/mine's base model" in orjson.loads(refused.stdout)[0]["problem"]
+
+
+@pytest.mark.long
 def test_an_adapter_of_a_hub_makes_the_predictions_of_the_run_that_trained_it(
     stand_in: Path, tiny_profile: Path, server: Server, recipe: Recipe, tmp_path: Path
 ) -> None:
     small_ladder.write(tmp_path, address(server))
-    rehearse = ("--only", "mine", "--profile", tiny_profile, "--profile", "rehearsal")
+    rehearse = ("--only", "mine", "--profile", "rehearsal", "--profile", tiny_profile)
     assert "ladder" not in ladder_of(tmp_path, stand_in, *rehearse)
     (run,) = lookup.all_runs(tmp_path / "runs")
     server.files = {f"owner/theirs/resolve/{'c' * 40}/sub/{name}": (run.output / name).read_bytes() for name in ADAPTER}
@@ -285,6 +324,8 @@ def test_without_a_gpu_an_adapter_says_so_and_fetches_nothing(recipe: Recipe, se
     done = recipe("reproduce", "reviews", "--from", "adapter", "--json")
     assert done.returncode == 1
     rows = orjson.loads(done.stdout)
-    assert "no-gpu" in rung(rows, "adapter")["problem"]
+    assert rung(rows, "adapter")["problem"].startswith(
+        "no NVIDIA GPU was found, and reviews/mine's base model generate"
+    )
     assert rung(rows, "predictions")["bleu4"] is not None
     assert not any("theirs" in path for path in server.paths)

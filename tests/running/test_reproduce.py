@@ -257,6 +257,13 @@ def test_of_several_seeds_the_first_that_ended_speaks() -> None:
     assert reproduce.speakers([*outcomes, Outcome("b")]) == {"a": Path("2"), "b": None}
 
 
+def test_what_a_recipe_starts_from_is_still_to_be_fetched_and_no_reason_to_refuse_it(recipe: Recipe) -> None:
+    done = recipe("reproduce", "loftq-gsm8k", "--only", "llama-2-7b-loftq", "--dry-run", "--json")
+    outlined = orjson.loads(done.stdout)
+    assert not any("lora_model_dir" in note for note in outlined["notes"])
+    assert "data/gsm8k-raw: to be fetched" in outlined["data"][0]
+
+
 def test_a_dry_run_of_rehearsals_counts_their_few_steps(recipe: Recipe, tmp_path: Path) -> None:
     done = recipe("reproduce", "haider2024", "--dry-run", "--rehearse")
     assert done.returncode == 0
