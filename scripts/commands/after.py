@@ -1,7 +1,7 @@
 """What comes after a run and its evaluation: results, report and publish."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,7 +33,24 @@ from .options import (
     only_with,
 )
 
+if TYPE_CHECKING:
+    from ..data.study import Study
+
 HEADING = "After"
+By = Annotated[
+    Group | None, typer.Option("--by", help="The latest run's scores by language, or by length of the reference.")
+]
+RunOrFile = Annotated[
+    str | None,
+    typer.Option(
+        "--run",
+        metavar="RUN",
+        autocompletion=completion.runs,
+        help="With --by: another run, or a file of predictions.",
+    ),
+]
+Csv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
+Markdown = Annotated[bool, typer.Option("--md", help="Print Markdown.")]
 verbs = typer.Typer()
 
 
@@ -51,23 +68,16 @@ def results_verb(
     pair: PairOfRuns = None,
     power_of: PowerOf = None,
     difference: Distance = None,
-    by: Annotated[
-        Group | None, typer.Option(help="The latest run's scores by language, or by length of the reference.")
-    ] = None,
-    run: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN", autocompletion=completion.runs, help="With --by: another run, or a file of predictions."
-        ),
-    ] = None,
+    by: By = None,
+    run: RunOrFile = None,
     metric: Metrics = None,
     export: ExportedRun = None,
     of_ledger: OfLedger = False,
     runs: Runs = RUNS,
     wide: Wide = False,
     json: Json = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
-    md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
+    csv: Csv = False,
+    md: Markdown = False,
 ) -> None:
     """One row per run: losses and scores, beside the published ones."""
     from ..data import study
@@ -85,16 +95,9 @@ def results_verb(
 
         comparison.show(pair, runs, metric or [], form)
     elif by:
-        from ..scores import compare
-
-        (of_one,) = compare.several([run or "latest"], runs, metric or [])
-        tables.write(compare.by_group(of_one, by), form, run)
+        _show_groups(by, run or "latest", metric or [], runs, form)
     elif sweep_name:
-        from ..running import sweep_tables, sweeps
-
-        sweep = sweeps.find(sweep_name, runs)
-        rows = sweeps.rows(sweep, runs, best)
-        sweep_tables.show(sweep, sweeps.columns(sweep, runs), rows, best, form)
+        _show_sweep(sweep_name, best, runs, form)
     elif export:
         from ..results import ledger
         from ..runs.lookup import find_run
@@ -105,14 +108,7 @@ def results_verb(
 
         ledger_tables.show([study.find(study_name)] if study_name else study.every(), rehearse, form)
     elif study_name:
-        from ..results import ladder, study_tables, verdict
-
-        of_study = study.find(study_name)
-        rows = verdict.rows(of_study, runs, rehearse)
-        study_tables.show(of_study, rows, rehearse, form)
-        if form not in ("json", "csv") and (rungs := ladder.begun(of_study, runs, rehearse, rows)):
-            print()
-            ladder.show(of_study, rungs, form)
+        _show_study(study.find(study_name), rehearse, runs, form)
     elif power_of:
         from ..results import power
 
@@ -122,6 +118,31 @@ def results_verb(
         from ..results import listing
 
         listing.show(runs, form)
+
+
+def _show_groups(by: str, run: str, metrics: list[str], runs: Path, form: tables.Form) -> None:
+    from ..scores import compare
+
+    (of_one,) = compare.several([run], runs, metrics)
+    tables.write(compare.by_group(of_one, by), form, None if run == "latest" else run)
+
+
+def _show_sweep(name: str, best: str | None, runs: Path, form: tables.Form) -> None:
+    from ..running import sweep_tables, sweeps
+
+    sweep = sweeps.find(name, runs)
+    rows = sweeps.rows(sweep, runs, best)
+    sweep_tables.show(sweep, sweeps.columns(sweep, runs), rows, best, form)
+
+
+def _show_study(of_study: "Study", rehearse: bool, runs: Path, form: tables.Form) -> None:
+    from ..results import ladder, study_tables, verdict
+
+    rows = verdict.rows(of_study, runs, rehearse)
+    study_tables.show(of_study, rows, rehearse, form)
+    if form not in ("json", "csv") and (rungs := ladder.begun(of_study, runs, rehearse, rows)):
+        print()
+        ladder.show(of_study, rungs, form)
 
 
 @verbs.command(

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,9 +48,33 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..data import study as data_study
     from ..runs.tasks import Outcome
 
 HEADING = "Running"
+Study = Annotated[
+    str, typer.Argument(metavar="STUDY", autocompletion=completion.studies, help="A study's name, as haider2024.")
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", autocompletion=completion.recipes, help="Only this recipe. Repeatable."),
+]
+FetchedJudge = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL|none", help="BERTScore's model; by default roberta-large, which is fetched."),
+]
+Outlined = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be done, and how long it takes; start nothing.")
+]
+Tried = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=V,V,V",
+        autocompletion=completion.keys,
+        help="Try each value of a key, with each of the others. Repeatable.",
+    ),
+]
 verbs = typer.Typer()
 
 
@@ -149,15 +174,7 @@ def resume_verb(
 def sweep_verb(
     name: Name,
     file: SweepFile = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=V,V,V",
-            autocompletion=completion.keys,
-            help="Try each value of a key, with each of the others. Repeatable.",
-        ),
-    ] = None,
+    set_: Tried = None,
     rehearse: RehearseAll = False,
     profile: Profiles = None,
     deterministic: Deterministic = False,
@@ -241,15 +258,10 @@ def _end(
     epilog="recipe reproduce haider2024 --rehearse\nrecipe reproduce haider2024 --dry-run --gpu T4",
 )
 def reproduce_verb(
-    study: Annotated[
-        str, typer.Argument(metavar="STUDY", autocompletion=completion.studies, help="A study's name, as haider2024.")
-    ],
+    study: Study,
     from_: FromRung = "training",
     rehearse: RehearseAll = False,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", autocompletion=completion.recipes, help="Only this recipe. Repeatable."),
-    ] = None,
+    only: Only = None,
     seeds: Seeds = 1,
     jobs: Jobs = None,
     on: On = "local",
@@ -258,15 +270,10 @@ def reproduce_verb(
     deterministic: Deterministic = False,
     set_: Overrides = None,
     mirror: Mirror = False,
-    bertscore: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL|none", help="BERTScore's model; by default roberta-large, which is fetched."),
-    ] = None,
+    bertscore: FetchedJudge = None,
     bertscore_layer: JudgeLayer = None,
     batch_size: BatchSize = 16,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done, and how long it takes; start nothing.")
-    ] = False,
+    dry_run: Outlined = False,
     gpu: PlannedGpu = None,
     runs: Runs = RUNS,
     wide: Wide = False,
@@ -277,7 +284,6 @@ def reproduce_verb(
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..data.study import find
-    from ..results import ladder, study_tables, verdict
     from ..running import reproduce
     from ..scores import evaluate
 
@@ -298,7 +304,6 @@ def reproduce_verb(
     evaluation = evaluate.EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
     place = places.kinds()[on](request.rehearse, jobs, slurm or [])
     form = form_of(wide, json)
-    rehearsed = ["--rehearse"] if request.rehearse else []
     if from_ != "training":
         climb(of_study, request, only or [], evaluation, runs, place, from_, dry_run, form)
         return
@@ -310,18 +315,27 @@ def reproduce_verb(
             say("next: the same command without --dry-run")
         return
     outcomes = reproduce.reproduce(of_study, request, only or [], evaluation, runs, place, seeds)
-    rows = verdict.rows(of_study, runs, request.rehearse, reproduce.speakers(outcomes))
-    named = [outcome.recipe for outcome in outcomes] if only else []
-    rungs = ladder.begun(of_study, runs, request.rehearse, rows, named)
+    _show_reproduced(of_study, outcomes, request.rehearse, bool(only), runs, form)
+    rehearsed = ["--rehearse"] if request.rehearse else []
+    next_step("report" if place.here else "results", "--study", study, *rehearsed, runs=runs, json=json)
+
+
+def _show_reproduced(
+    of_study: "data_study.Study", outcomes: "list[Outcome]", rehearsal: bool, only: bool, runs: Path, form: tables.Form
+) -> None:
+    from ..results import ladder, study_tables, verdict
+    from ..running import reproduce
+
+    rows = verdict.rows(of_study, runs, rehearsal, reproduce.speakers(outcomes))
+    rungs = ladder.begun(of_study, runs, rehearsal, rows, [outcome.recipe for outcome in outcomes] if only else [])
 
     def show() -> None:
-        study_tables.show(of_study, rows, request.rehearse, form)
+        study_tables.show(of_study, rows, rehearsal, form)
         if rungs:
             print()
             ladder.show(of_study, rungs, form)
 
     _end(outcomes, form, {"ladder": rungs} if rungs else {}, rows, show)
-    next_step("report" if place.here else "results", "--study", study, *rehearsed, runs=runs, json=json)
 
 
 @verbs.command(

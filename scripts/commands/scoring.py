@@ -32,6 +32,27 @@ from .options import (
     only_with,
 )
 
+Data = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="JSONL rows; by default the study's test set or the config's own rows."),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="Evaluate at most this many rows, from the first on; by default 12 in a rehearsal."),
+]
+Adapter = Annotated[
+    str | None, typer.Option(metavar="DIR|none", help="Another adapter, or none for the base model alone.")
+]
+Predictions = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Take the predictions that were made elsewhere for --export-prompts' rows."),
+]
+Checkpoints = Annotated[
+    bool,
+    typer.Option(
+        "--checkpoints", help="Every kept checkpoint, on the validation rows; the best of them on the test rows."
+    ),
+]
 verbs = typer.Typer()
 
 
@@ -43,18 +64,9 @@ verbs = typer.Typer()
 )
 def evaluate_verb(
     run: RunName,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="JSONL rows; by default the study's test set or the config's own rows."),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Evaluate at most this many rows, from the first on; by default 12 in a rehearsal."),
-    ] = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(metavar="DIR|none", help="Another adapter, or none for the base model alone."),
-    ] = None,
+    data: Data = None,
+    limit: Limit = None,
+    adapter: Adapter = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="By default the study's.")] = None,
     decoding: DecodingName = None,
     batch_size: BatchSize = 16,
@@ -66,16 +78,8 @@ def evaluate_verb(
     bertscore: JudgeModel = None,
     bertscore_layer: JudgeLayer = None,
     export_prompts: PromptsFile = None,
-    predictions: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Take the predictions that were made elsewhere for --export-prompts' rows."),
-    ] = None,
-    checkpoints: Annotated[
-        bool,
-        typer.Option(
-            "--checkpoints", help="Every kept checkpoint, on the validation rows; the best of them on the test rows."
-        ),
-    ] = False,
+    predictions: Predictions = None,
+    checkpoints: Checkpoints = False,
     on: On = "local",
     slurm: SlurmOptions = None,
     runs: Runs = RUNS,
