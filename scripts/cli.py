@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .base.errors import UserError, WorkFailed
-from .commands import after, before, recipes, running, scoring, upkeep
+from .commands import after, before, recipes, reproducing, running, scoring, upkeep
 from .commands.help import Verbs
 
 FIRST_STEPS = """\
@@ -45,7 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _heading in (recipes, before, running, scoring, after, upkeep):
+for _heading in (recipes, before, running, reproducing, scoring, after, upkeep):
     app.add_typer(_heading.verbs)
 
 

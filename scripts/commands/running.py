@@ -1,8 +1,7 @@
-"""The verbs that start and stop runs: run, resume, sweep, reproduce and cancel."""
+"""The verbs that start and stop runs: run, resume, sweep and cancel."""
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,17 +9,14 @@ import typer
 from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.paths import RUNS
-from ..base.progress import say
 from ..terminal import tables
 from . import completion
 from .help import Verb
-from .ladder import climb
 from .next_step import after_training, name_of, next_step
 from .options import (
     BatchSize,
     Best,
     Deterministic,
-    FromRung,
     Jobs,
     Json,
     JudgeLayer,
@@ -48,24 +44,9 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..data import study as data_study
     from ..runs.tasks import Outcome
 
 HEADING = "Running"
-Study = Annotated[
-    str, typer.Argument(metavar="STUDY", autocompletion=completion.studies, help="A study's name, as haider2024.")
-]
-Only = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME", autocompletion=completion.recipes, help="Only this recipe. Repeatable."),
-]
-FetchedJudge = Annotated[
-    str | None,
-    typer.Option(metavar="MODEL|none", help="BERTScore's model; by default roberta-large, which is fetched."),
-]
-Outlined = Annotated[
-    bool, typer.Option("--dry-run", help="Show what would be done, and how long it takes; start nothing.")
-]
 Tried = Annotated[
     list[str] | None,
     typer.Option(
@@ -221,12 +202,12 @@ def sweep_verb(
     rows = sweeps.rows(record, runs, best)
     form = form_of(wide, json)
     scored = sweeps.columns(record, runs)
-    _end(outcomes, form, {"sweep": record.label}, rows, lambda: sweep_tables.show(record, scored, rows, best, form))
+    end(outcomes, form, {"sweep": record.label}, rows, lambda: sweep_tables.show(record, scored, rows, best, form))
     if not dry_run:
         next_step("report" if place.here else "results", "--sweep", record.label, runs=runs, json=json)
 
 
-def _end(
+def end(
     outcomes: "list[Outcome]",
     form: tables.Form,
     head: dict[str, Any],
@@ -249,93 +230,6 @@ def _end(
             print(f"{outcome.label}: {outcome.problem}", file=sys.stderr)
     if code := pipeline.exit_code(outcomes):
         raise typer.Exit(code)
-
-
-@verbs.command(
-    "reproduce",
-    cls=Verb,
-    rich_help_panel=HEADING,
-    epilog="recipe reproduce haider2024 --rehearse\nrecipe reproduce haider2024 --dry-run --gpu T4",
-)
-def reproduce_verb(
-    study: Study,
-    from_: FromRung = "training",
-    rehearse: RehearseAll = False,
-    only: Only = None,
-    seeds: Seeds = 1,
-    jobs: Jobs = None,
-    on: On = "local",
-    slurm: SlurmOptions = None,
-    profile: Profiles = None,
-    deterministic: Deterministic = False,
-    set_: Overrides = None,
-    mirror: Mirror = False,
-    bertscore: FetchedJudge = None,
-    bertscore_layer: JudgeLayer = None,
-    batch_size: BatchSize = 16,
-    dry_run: Outlined = False,
-    gpu: PlannedGpu = None,
-    runs: Runs = RUNS,
-    wide: Wide = False,
-    json: Json = False,
-) -> None:
-    """Fetch, check, plan, train, evaluate and compare all of a study. What is done already is not done again."""
-    from .. import places
-    from ..configs import gpus
-    from ..configs.compose import Request, is_rehearsal
-    from ..data.study import find
-    from ..running import reproduce
-    from ..scores import evaluate
-
-    only_with("--gpu", gpu, "--dry-run", dry_run)
-    only_with("--rehearse", rehearse, "--from adapter or training", from_ != "predictions", "it needs no model")
-    only_with(
-        "--on slurm", on != "local", "--from training", from_ == "training", "a batch script can hold the command"
-    )
-    of_study = find(study)
-    request = Request(
-        of_study.folder.name,
-        profiles=profiles_of(profile, deterministic),
-        overrides=set_ or [],
-        rehearse=rehearse,
-        mirror=mirror,
-    )
-    request.rehearse = is_rehearsal(request)
-    evaluation = evaluate.EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
-    place = places.kinds()[on](request.rehearse, jobs, slurm or [])
-    form = form_of(wide, json)
-    if from_ != "training":
-        climb(of_study, request, only or [], evaluation, runs, place, from_, dry_run, form)
-        return
-    if dry_run:
-        card = gpus.find(gpu) if gpu else None
-        outline = reproduce.outline(of_study, request, only or [], evaluation, runs, place, card, seeds)
-        reproduce.show_outline(outline, form)
-        if not json:
-            say("next: the same command without --dry-run")
-        return
-    outcomes = reproduce.reproduce(of_study, request, only or [], evaluation, runs, place, seeds)
-    _show_reproduced(of_study, outcomes, request.rehearse, bool(only), runs, form)
-    rehearsed = ["--rehearse"] if request.rehearse else []
-    next_step("report" if place.here else "results", "--study", study, *rehearsed, runs=runs, json=json)
-
-
-def _show_reproduced(
-    of_study: "data_study.Study", outcomes: "list[Outcome]", rehearsal: bool, only: bool, runs: Path, form: tables.Form
-) -> None:
-    from ..results import ladder, study_tables, verdict
-    from ..running import reproduce
-
-    rows = verdict.rows(of_study, runs, rehearsal, reproduce.speakers(outcomes))
-    rungs = ladder.begun(of_study, runs, rehearsal, rows, [outcome.recipe for outcome in outcomes] if only else [])
-
-    def show() -> None:
-        study_tables.show(of_study, rows, rehearsal, form)
-        if rungs:
-            print()
-            ladder.show(of_study, rungs, form)
-
-    _end(outcomes, form, {"ladder": rungs} if rungs else {}, rows, show)
 
 
 @verbs.command(
