@@ -271,7 +271,7 @@ def test_a_sweep_shows_its_trade_offs(recipe: Recipe, tmp_path: Path) -> None:
     assert recipe("report", "--sweep", "ranks", "--best", "bleu4").returncode == 0
     html = (tmp_path / "report.html").read_text()
     assert "Low rank, Low rank 43" in html and "Odd" in html
-    assert "Pareto front over peak memory and bleu4: " in html and "Intervals are over seeds." in html
+    assert "Pareto front over peak memory and bleu4: " in html and "Intervals are of rows and 2 runs" in html
     assert "Best by bleu4: Paper" in html
     assert "Validation loss against memory" in html
 
