@@ -139,10 +139,7 @@ def _show_study(of_study: "Study", rehearse: bool, runs: Path, form: tables.Form
     from ..results import ladder, study_tables, verdict
 
     rows = verdict.rows(of_study, runs, rehearse)
-    study_tables.show(of_study, rows, rehearse, form)
-    if form not in ("json", "csv") and (rungs := ladder.begun(of_study, runs, rehearse, rows)):
-        print()
-        ladder.show(of_study, rungs, form)
+    study_tables.show(of_study, rows, rehearse, form, ladder.begun(of_study, runs, rehearse, rows))
 
 
 @verbs.command(

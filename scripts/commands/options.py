@@ -159,6 +159,12 @@ JudgeModel = Annotated[
         "--bertscore", metavar="MODEL|none", help="BERTScore's model; by default roberta-large if it is here."
     ),
 ]
+FetchedJudge = Annotated[
+    str | None,
+    typer.Option(
+        "--bertscore", metavar="MODEL|none", help="BERTScore's model; by default roberta-large, which training fetches."
+    ),
+]
 JudgeLayer = Annotated[
     int | None, typer.Option("--bertscore-layer", min=1, help="Its layer, where bert-score has no default for it.")
 ]

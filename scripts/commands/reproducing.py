@@ -14,6 +14,7 @@ from .next_step import next_step
 from .options import (
     BatchSize,
     Deterministic,
+    FetchedJudge,
     FromRung,
     Jobs,
     Json,
@@ -48,10 +49,6 @@ Study = Annotated[
 Only = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", autocompletion=completion.recipes, help="Only this recipe. Repeatable."),
-]
-FetchedJudge = Annotated[
-    str | None,
-    typer.Option(metavar="MODEL|none", help="BERTScore's model; by default roberta-large, which is fetched."),
 ]
 Outlined = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be done, and how long it takes; start nothing.")
@@ -97,9 +94,7 @@ def reproduce_verb(
 
     only_with("--gpu", gpu, "--dry-run", dry_run)
     only_with("--rehearse", rehearse, "--from adapter or training", from_ != "predictions", "it needs no model")
-    only_with(
-        "--on slurm", on != "local", "--from training", from_ == "training", "a batch script can hold the command"
-    )
+    only_with("--on slurm", on != "local", "--from training", from_ == "training")
     of_study = find(study)
     request = Request(of_study.folder.name, profiles_of(profile, deterministic), set_ or [], rehearse, mirror)
     request.rehearse = is_rehearsal(request)
@@ -131,13 +126,8 @@ def _show_reproduced(
     rows = verdict.rows(of_study, runs, rehearsal, reproduce.speakers(outcomes))
     rungs = ladder.begun(of_study, runs, rehearsal, rows, [outcome.recipe for outcome in outcomes] if only else [])
 
-    def show() -> None:
-        study_tables.show(of_study, rows, rehearsal, form)
-        if rungs:
-            print()
-            ladder.show(of_study, rungs, form)
-
-    end(outcomes, form, {"ladder": rungs} if rungs else {}, rows, show)
+    head = {"ladder": rungs} if rungs else {}
+    end(outcomes, form, head, rows, lambda: study_tables.show(of_study, rows, rehearsal, form, rungs))
 
 
 def _climb(
@@ -175,4 +165,5 @@ def _climb(
         results.show(of_study, rows, form)
     if problems:
         raise typer.Exit(1)
-    next_step("reproduce", of_study.folder.name, json=form == "json", runs=runs)
+    rehearsed = ["--rehearse"] if request.rehearse else []
+    next_step("reproduce", of_study.folder.name, *rehearsed, json=form == "json", runs=runs)

@@ -1,11 +1,13 @@
 """How a study's runs are printed beside its published scores: `recipe results --study`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..base.progress import say
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..terminal import tables
+from . import ladder
 from .catalogue import published
 from .verdict import notes
 
@@ -117,8 +119,14 @@ def baselines(of_study: Study) -> list[dict[str, Any]]:
     ]
 
 
-def show(of_study: Study, rows: list[dict[str, Any]], rehearsal: bool, form: tables.Form) -> None:
-    """Print the rows of `verdict.rows`, in a form of `tables.Form`."""
+def show(
+    of_study: Study,
+    rows: list[dict[str, Any]],
+    rehearsal: bool,
+    form: tables.Form,
+    rungs: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Print the rows of `verdict.rows`, in a form of `tables.Form`; below the tables, the rungs of `ladder.begun`."""
     if form == "json":
         tables.write(rows, form)
     elif not rows:
@@ -144,6 +152,9 @@ def show(of_study: Study, rows: list[dict[str, Any]], rehearsal: bool, form: tab
                 tables.write(baselines(of_study), form, "To compare with")
             for line in notes(of_study, rows):
                 tables.print_text(line, wide=form != "table")
+    if rungs and form not in ("json", "csv"):
+        print()
+        ladder.show(of_study, rungs, form)
 
 
 def about(of_study: Study) -> str:
