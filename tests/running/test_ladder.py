@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -317,6 +318,25 @@ def test_an_adapter_of_a_hub_makes_the_predictions_of_the_run_that_trained_it(
     shown = recipe("results", "--study", "reviews", "--rehearse").stdout
     assert "training agrees" in shown and f"lacks a checksum: {RECIPE}, adapter" in shown
     assert "The ladder" not in recipe("results", "--study", "reviews").stdout  # which no rehearsal is in
+
+
+def test_data_is_fetched_without_what_authors_published_unless_that_is_given_or_named(
+    recipe: Recipe, server: Server, tmp_path: Path
+) -> None:
+    small_ladder.write(tmp_path, address(server))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    with zipfile.ZipFile(mine / "rows.zip", "w") as archive:
+        for file in SAMPLE.glob("msg-*.jsonl"):
+            archive.write(file, file.name)
+    assert recipe("data", "fetch", "reviews", "--from", mine).returncode == 0
+    raw = tmp_path / "data" / "reviews-raw"
+    of_rows = {file.name for file in SAMPLE.glob("msg-*.jsonl")} | {"fetched.json", ".fetch.lock"}
+    assert {file.name for file in raw.iterdir()} == of_rows and not server.paths
+    (mine / "pred.txt").write_bytes(FILES["pred.txt"])
+    assert recipe("data", "fetch", "reviews", "--from", mine / "pred.txt").returncode == 0
+    assert recipe("data", "fetch", "reviews", "--only", "gold").returncode == 0
+    assert {file.name for file in raw.iterdir()} == of_rows | {"pred.txt", "gold.txt"}
 
 
 def test_without_a_gpu_an_adapter_says_so_and_fetches_nothing(recipe: Recipe, server: Server, tmp_path: Path) -> None:
