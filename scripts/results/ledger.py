@@ -110,6 +110,8 @@ def _accepted(folder: RunDir, run: Run) -> tuple[Study, evaluations.Evaluation]:
         reason = f"it is not evaluated; {again}"
     elif own.version != score.VERSION:
         reason = f"it was scored by an earlier version of this project; {again} anew"
+    elif own.settings.made_elsewhere:
+        reason = "its predictions were made elsewhere, so that this project does not know by what"
     elif own.settings.adapter_sha256 is None:
         reason = f"its evaluation does not say which adapter it is of; {again} anew"
     elif run.axolotl_arguments:

@@ -15,7 +15,7 @@ from ..metrics.metric import Column
 from ..runs import lookup
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations, noise
-from ..scores.evaluations import Evaluation
+from ..scores.evaluations import ELSEWHERE, Evaluation
 from ..scores.judges import record_of
 from . import comparable, curves, repeats, run_rows
 from .repeats import Found
@@ -129,6 +129,7 @@ def study_row(of_study: Study, recipe: str, found: Sequence[Found], rehearsal: b
         "rehearsal": rehearsal,
         "rows": ours.get("rows_evaluated"),
         "test_set": ours.get("test_set"),
+        "generated_by": ours.get("generated_by"),
         **by_metric,
         "verdict": by_metric[f"{first.name}_verdict"],
         "gains_percent": _gains(of_study, by_metric, compared),
@@ -281,6 +282,9 @@ def notes(of_study: Study, rows: list[dict[str, Any]]) -> Iterator[str]:
     if any(full[f"{name}_spread"] is not None for full, name in judged):
         yield "A published ± widens what is within the interval: theirs and ours need a value in common."
     yield from _of_intervals(of_study, rows)
+    for full in rows:
+        if full["verdict"] and full["generated_by"] == ELSEWHERE:
+            yield f"{full['recipe']}: its predictions were made elsewhere; by what is as their maker says."
     for name in of_study.decodings:
         if missing := [full for full in rows if full["verdict"] and full[f"{of_study.first.name}_{name}"] is None]:
             yield f"`recipe evaluate {missing[0]['run']} --decoding {name}` shows that decoding beside it."

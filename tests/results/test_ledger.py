@@ -282,6 +282,7 @@ def test_machines_have_rows_of_their_own_in_the_studys_order(recipe: Recipe) -> 
     [
         ({"state": "failed"}, "the run is failed"),
         ({"settings": {"limit": 100}}, "it is not evaluated on all rows"),
+        ({"settings": {"engine": "elsewhere"}}, "its predictions were made elsewhere"),
         ({"settings": {"test_set": None}}, "it is not evaluated on all rows"),
         ({"decoding": small_study.GREEDY}, "it is not evaluated on all rows"),
         ({"settings": {"adapter_sha256": None}}, "which adapter"),
