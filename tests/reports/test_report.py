@@ -418,7 +418,7 @@ def test_every_figure_is_drawn_and_nothing_overflows(browser: Any, run_html: str
     for size in (PHONE, DESKTOP):
         with opened(browser, run_html, tmp_path, size) as page:
             figures = page.locator("figure")
-            assert figures.count() >= 10
+            assert figures.count() >= 9  # and what LoRA trains, where the parameters were counted before
             assert page.locator("figure .main-svg").count() >= figures.count()
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
