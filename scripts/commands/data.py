@@ -65,7 +65,7 @@ def fetch_verb(
     of_study = study.with_data(name)
     data = of_study.data
     wanted = [meant(word, data.sources, "source", option="--only") for word in only or ()]
-    given = [name for name in data.sources if from_ and _may_be(Path(from_), name)]
+    given = [name for name in data.sources if from_ and name not in of_study.fetched and _may_be(Path(from_), name)]
     rows = fetch.fetch(data, out or data.raw, from_, wanted or [*of_study.fetched, *given])
     tables.print_json(rows) if json else tables.print_table(rows, wide=wide)
     raw = [] if out in (None, data.raw) else [out / file for file in data.raw_files]
@@ -74,7 +74,7 @@ def fetch_verb(
 
 def _may_be(given: Path, source: str) -> bool:
     """Whether a path, or an address, is that of a source, or of a folder that has it."""
-    return given.name == Path(source).name or (given / source).is_file()
+    return given.name == source or (given / source).is_file()
 
 
 @verbs.command(

@@ -212,7 +212,7 @@ FromRung = Annotated[
         "with their adapters; or train.",
     ),
 ]
-RehearsalsOfStudy = Annotated[bool, typer.Option("--rehearse", help="With --study: its rehearsals instead.")]
+RehearsalsOfStudy = Annotated[bool, typer.Option("--rehearse", help="With --study or --ledger: rehearsals instead.")]
 ExportedRun = Annotated[
     str | None,
     typer.Option(

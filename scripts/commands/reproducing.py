@@ -93,11 +93,12 @@ def reproduce_verb(
     from ..scores import evaluate
 
     only_with("--gpu", gpu, "--dry-run", dry_run)
-    only_with("--rehearse", rehearse, "--from adapter or training", from_ != "predictions", "it needs no model")
-    only_with("--on slurm", on != "local", "--from training", from_ == "training")
+    for option, given in (("--on slurm", on != "local"), ("--seeds", seeds > 1), ("--gpu", gpu)):
+        only_with(option, given, "--from training", from_ == "training")
     of_study = find(study)
     request = Request(of_study.folder.name, profiles_of(profile, deterministic), set_ or [], rehearse, mirror)
     request.rehearse = is_rehearsal(request)
+    only_with("--rehearse", request.rehearse, "--from adapter or training", from_ != "predictions", "it needs no model")
     evaluation = evaluate.EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
     place = places.kinds()[on](request.rehearse, jobs, slurm or [])
     form = form_of(wide, json)

@@ -11,6 +11,7 @@ from ..base.yamlfiles import Config, parse
 
 TRACKING = re.compile("(use_|hf_)?(wandb|mlflow|comet|trackio|swanlab|tensorboard|otel)(_|$)")
 """Keys that say where a run is tracked, which does not affect the training."""
+AXOLOTL_SEED = 42  # where a config names none
 OF_THE_RUN = ("output_dir", "dataset_prepared_path", "resume_from_checkpoint")  # a run sets these itself
 
 

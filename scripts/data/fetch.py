@@ -41,7 +41,7 @@ def fetch(data: Data, out: Path, given: str | None = None, only: Collection[str]
         UserError: there is no such source, too little space, or a file is damaged or another one.
         WorkFailed: a server cannot be reached, fails, or breaks off too often, or the disk is full.
     """
-    places = _places(data, given)
+    places = _places(data, given, only)
     out.mkdir(parents=True, exist_ok=True)
     with held(out / ".fetch.lock", "another fetch is running"), _disk_errors(out):
         wanted = [name for name in data.sources if only is None or name in only]
@@ -59,7 +59,7 @@ def fetch(data: Data, out: Path, given: str | None = None, only: Collection[str]
         return [row for name in wanted for row in there[name]]
 
 
-def _places(data: Data, given: str | None) -> dict[str, str | Path | None]:
+def _places(data: Data, given: str | None, only: Collection[str] | None) -> dict[str, str | Path | None]:
     """For each source the address to download it from, or the path of a copy; None for one of a hub."""
     usual: dict[str, str | Path | None] = {name: source.url for name, source in data.sources.items()}
     if given is None:
@@ -67,7 +67,7 @@ def _places(data: Data, given: str | None) -> dict[str, str | Path | None]:
     if re.match("https?://", given, re.IGNORECASE):
         if re.search("[^/:]/$", given):
             return usual | {name: f"{given}{name}" for name, source in data.sources.items() if source.url}
-        return usual | {_meant(data, public(given).rpartition("/")[2], public(given)): given}
+        return usual | {_meant(data, public(given).rpartition("/")[2], public(given), only): given}
     path = Path(given)
     if given and path.is_dir():
         copies = {name: copy for name, source in data.sources.items() if (copy := _copy_in(path, name, source))}
@@ -76,7 +76,7 @@ def _places(data: Data, given: str | None) -> dict[str, str | Path | None]:
         raise UserError(f"{given}: holds none of {', '.join(data.sources)}")
     if not path.is_file():
         raise UserError(f"{public(given)}: no such file, nor an address that begins with http:// or https://")
-    return usual | {_meant(data, path.name, given): path}
+    return usual | {_meant(data, path.name, given, only): path}
 
 
 def _copy_in(folder: Path, name: str, source: Source) -> Path | None:
@@ -87,11 +87,12 @@ def _copy_in(folder: Path, name: str, source: Source) -> Path | None:
     return repository if source.hub and source.kind == "dataset" and repository.is_dir() else None
 
 
-def _meant(data: Data, name: str, given: str) -> str:
-    """The source that a copy is of: the only one, or that of its name."""
+def _meant(data: Data, name: str, given: str, only: Collection[str] | None) -> str:
+    """The source that a copy is of: the only one, or that of its name, one that is wanted before others."""
     if len(data.sources) == 1:
         return next(iter(data.sources))
-    if found := [source for source in data.sources if Path(source).name == name]:
+    of_name = [source for source in data.sources if Path(source).name == name]
+    if found := [source for source in of_name if source in (only or ())] or of_name:
         return found[0]
     raise UserError(f"{given}: none of the sources has that name; there are {', '.join(data.sources)}")
 

@@ -114,7 +114,7 @@ class _Recorder:
             "step": state.global_step + 1,
             "epoch": self.epoch,
             "batch": _hex(batches[0] if len(batches) == 1 else _hash(repr(batches).encode())),
-            "rows": _hex(sum(sums) % 256**_BYTES),
+            "rows": _hex(sum(map(int, sums)) % 256**_BYTES),
             "loss": sum(losses) / len(losses),
             "grad_norm": None if norm is None else float(norm),
             "learning_rate": self.trainer._get_learning_rate(),

@@ -11,7 +11,7 @@ from ..data.published import Predictions, Score, adapter_files
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..scores import released
-from ..scores.evaluations import Evaluation, read_scores
+from ..scores.evaluations import ELSEWHERE, Evaluation, read_scores
 from ..terminal import tables
 from . import verdict
 
@@ -181,10 +181,14 @@ def _rungs(
     rung = Rung(owner, "training", owner.test_set)
     full = of_recipes.get(owner.recipe) or {}
     trained = read_scores(Path(full["run"])) if full.get("run") else None
-    if trained and full.get("rows"):
+    if trained and full.get("rows") and full["state"] == "finished" and full["generated_by"] != ELSEWHERE:
         _take(rung, of_study, trained)
+        for name in rung.values:  # means over several seeds, where there are these
+            rung.values[name] = full[name]
+            if full[f"{name}_low"] is not None:
+                rung.intervals[name] = [full[f"{name}_low"], full[f"{name}_high"]]
     else:
-        rung.problem = f"no evaluated run; `recipe reproduce {name}` makes one"
+        rung.problem = f"no finished run whose model was evaluated here; `recipe reproduce {name}` makes one"
     yield rung
 
 

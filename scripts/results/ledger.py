@@ -70,7 +70,7 @@ def of_run(folder: RunDir, run: Run) -> Record:
         "settings_sha256": settings_sha256(run.origin),
         "config_sha256": run.digest,
         "changed": {key: _shown(value) for key, value in changed(recipe, cfg, run).items()},
-        "seed": cfg.get("seed", 42),
+        "seed": cfg.get("seed", config.AXOLOTL_SEED),
         "profiles": [name for name in run.profiles if (paths.PROFILES / f"{name}.yaml").is_file()],
         "mirror": cfg.get("base_model") != recipe.get("base_model") and not run.rehearsal,
         "revision": f"{git['revision']}{'+' if git['dirty'] else ''}" if git else None,
@@ -86,7 +86,7 @@ def of_run(folder: RunDir, run: Run) -> Record:
     except ValidationError as error:
         wrong = [*ledger.in_words(error)]
     else:
-        hosts = {str(made_with.get("host")), *(str(launch.host) for launch in run.launches)}
+        hosts = {str(host) for host in (made_with.get("host"), *(launch.host for launch in run.launches)) if host}
         names = private.names_here() | hosts | {job.user for job in folder.jobs()}
         wrong = [*ledger.problems(record, of_study, names)]
     if wrong:

@@ -16,18 +16,20 @@ from . import comparable
 Found = tuple[RunDir, Run]
 SEED = "seed"
 _SAME_ROWS = {"data_sha256", "rows"}
-_ALIKE = _SAME_ROWS | {"decoding", "quantized", "dtype"}  # settings of two evaluations whose scores have one mean
+# settings of evaluations whose scores have one mean
+_ALIKE = _SAME_ROWS | {"decoding", "quantized", "dtype", "engine"}
 ONE_SEED = " of one seed"
 
 
 def of(chosen: Found, candidates: Sequence[Found]) -> list[Found]:
     """A run, and behind it those of others that repeat it: finished, trained alike on the same data but for the seed,
-    and evaluated alike on the same rows. A run that is not finished and evaluated has none."""
+    and evaluated alike on the same rows. Of several seeds one run each, the newest: one more of a seed tells nothing of
+    others. A run that is not finished and evaluated has none."""
     own = evaluations.of_run(chosen[0].path, chosen[1])
     if chosen[1].state != "finished" or own is None:
         return [chosen]
     trained = _training(*chosen)
-    return [chosen] + [
+    found = [
         (folder, run)
         for folder, run in candidates
         if folder.path != chosen[0].path
@@ -35,8 +37,11 @@ def of(chosen: Found, candidates: Sequence[Found]) -> list[Found]:
         and run.state == "finished"
         and run.rehearsal == chosen[1].rehearsal
         and _alike(own, evaluations.of_run(folder.path, run), _ALIKE)
+        and trained is not None
         and _training(folder, run) == trained
     ]
+    by_seed = {seed(folder): (folder, run) for folder, run in [*found, chosen]}
+    return [chosen] + [one for one in (by_seed.values() if len(by_seed) > 1 else found) if one != chosen]
 
 
 def _training(folder: RunDir, run: Run) -> Any:
@@ -60,8 +65,8 @@ def _alike(one: Evaluation, other: Evaluation | None, settings: set[str]) -> boo
 
 def seed(folder: RunDir) -> Any:
     """The seed of a run."""
-    cfg: Config = yamlfiles.read_yaml(folder.config)
-    return cfg.get(SEED)
+    cfg: Config = yamlfiles.read_yaml(folder.config) if folder.config.is_file() else {}
+    return cfg.get(SEED, config.AXOLOTL_SEED)
 
 
 def scores(column: Column, found: Sequence[Found]) -> dict[RunDir, float]:

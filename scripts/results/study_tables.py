@@ -88,7 +88,7 @@ def of_measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def of_curves(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How far the training losses of a study's runs lie from the published curves; of the runs that can be compared."""
+    """How far the training losses of a study's runs lie from the published curves; of those with a step in common."""
     return [
         {
             "recipe": full["recipe"],

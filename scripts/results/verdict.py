@@ -158,7 +158,7 @@ def _costs(
         "train_loss": own[-1][1] if own and own[-1][0] == curve[-1][0] else None,
         "train_loss_published": curve[-1][1] if curve else None,
         **{f"train_loss_gap_{key}": value for key, value in gap.items()},
-        "train_loss_verdict": curve_verdict(of_study, gap["largest"]),
+        "train_loss_verdict": curve_verdict(of_study, gap["largest"]) if ours.get("state") == "finished" else None,
         "trainable": chosen[0].summary(chosen[1]).trainable_parameters if chosen else None,
         "trainable_published": measured.trainable,
         "peak_gpu_memory_gib": ours.get("peak_memory_gib") if _on_gpu(ours) else None,
@@ -306,7 +306,7 @@ def _of_intervals(of_study: Study, rows: list[dict[str, Any]]) -> Iterator[str]:
         for name in of_study.columns
         if full[f"{name}_verdict"] and (method := full[f"{name}_interval_method"])
     ]
-    if several := [f"{full['recipe']} ({full['runs']})" for full in rows if full["runs"] > 1]:
+    if several := [full["recipe"] for full in rows if full["runs"] > 1]:
         yield f"Scores are means of runs that differ at most in their seed: of {', '.join(several)}."
     seeds = f"`recipe reproduce {of_study.folder.name} --seeds 3` runs each recipe with three seeds"
     if any(method == noise.ROWS_ONLY or method.endswith(repeats.ONE_SEED) for method in methods):

@@ -12,7 +12,7 @@ from ..base.errors import UserError
 from ..base.paths import find_recipe
 from ..base.progress import say
 from ..checks import check
-from ..configs import compose, datafiles
+from ..configs import compose, config, datafiles
 from ..configs.compose import Composed, Request
 from ..configs.config import Difference
 from ..configs.gpus import Gpu
@@ -25,13 +25,12 @@ from ..scores import evaluate, judges
 from . import former, run
 
 SETTLING = 120  # seconds to wait for a run to end whose command was killed
-AXOLOTL_SEED = 42  # where a config names none
 _OF_ROWS = ("datasets", "test_datasets", "base_model", "special_tokens", "sequence_len")  # what the rows depend on
 
 
 def seeds_of(recipe: str, count: int) -> list[int]:
     """The seeds that a recipe is run with where it is run so many times: its own, and those behind that."""
-    first = yamlfiles.read_yaml(find_recipe(recipe)[1]).get("seed", AXOLOTL_SEED)
+    first = yamlfiles.read_yaml(find_recipe(recipe)[1]).get("seed", config.AXOLOTL_SEED)
     return [first + i for i in range(count)]
 
 

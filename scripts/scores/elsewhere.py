@@ -61,8 +61,9 @@ def predictions(file: Path, asked: Sequence[Row]) -> list[Row]:
     for line, row in enumerate(read_rows(file, ("prediction", HASH), "; --export-prompts makes its rows"), start=1):
         number = row.get("row")
         if not isinstance(number, int) or number in given:
-            was = "no number" if number is None else f"the number {number!r}, which another line has too"
-            raise UserError(f"{file}:{line}: has {was}; keep the field row of --export-prompts")
+            twice = isinstance(number, int)
+            was = f"has the row {number}, as another line" if twice else f"has no whole number as its row ({number!r})"
+            raise UserError(f"{file}:{line}: {was}; keep the field row of --export-prompts")
         given[number] = row
     if unknown := sorted(given.keys() - range(len(asked))):
         raise UserError(
@@ -71,9 +72,9 @@ def predictions(file: Path, asked: Sequence[Row]) -> list[Row]:
         )
     missing = [number for number in range(len(asked)) if number not in given]
     if missing:
-        first = f"{'only' if len(given) < len(asked) else ''} {len(given)} of {len(asked)} rows".strip()
         raise UserError(
-            f"{file}: has {first}; row {missing[0]} is missing; add it, or evaluate the first rows alone with --limit"
+            f"{file}: has only {len(given)} of {len(asked)} rows; row {missing[0]} is missing; add it, or evaluate the "
+            "first rows alone with --limit"
         )
     for number, row in enumerate(asked):
         if given[number][HASH] != row[HASH]:

@@ -230,7 +230,9 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         settings = task.settings
         part = task.where / "predictions.part.jsonl"
         if former := complete(task, judged):
-            how = "made elsewhere" if former.settings.made_elsewhere else "made and scored with the same settings"
+            how = "made and scored with the same settings"
+            if former.settings.made_elsewhere and not request.predictions:
+                how = f"made elsewhere; to generate here, move it and {SCORES} away"
             say(f"{predictions}: complete, {how}")
             return former
         if any(judged.values()):

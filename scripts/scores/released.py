@@ -99,7 +99,11 @@ def evaluate(
         where.mkdir(parents=True, exist_ok=True)
         with held(where / ".evaluation.lock", "another evaluation is running"):
             former = read_released(where)
-            if former and (former.files, former.matched) == (files, matched) and _current(former, of_study, judged):
+            if (
+                former
+                and (former.files, former.matched, former.verified) == (files, matched, verified)
+                and _current(former, of_study, judged)
+            ):
                 say(f"{where / SCORES}: complete, scored in the same way")
                 continue
             judges.require(judged.values())
@@ -130,8 +134,8 @@ def _current(former: Released, of_study: Study, judged: judges.Judges) -> bool:
 
 
 def read(of_study: Study, recipe: str, predictions: Predictions, own: str) -> tuple[list[Row], bool]:
-    """Rows with `row`, `idx`, the position in the study's test file, `reference` and `prediction`; and whether the
-    references were compared with those of prepared rows.
+    """Rows with `row`, `idx`, the position in the study's test file where that is known, `reference` and `prediction`;
+    and whether the references were compared with those of prepared rows.
 
     Raises:
         UserError: see `evaluate`.
@@ -157,11 +161,12 @@ def read(of_study: Study, recipe: str, predictions: Predictions, own: str) -> tu
             f"study's {own}.jsonl, the first in row {others[0] + 1}: {theirs!r} instead of {mine!r}; name the "
             "test_set whose rows, in their order, these are"
         )
-    places = [row["idx"] for row in prepared if "idx" in row] or list(range(len(written)))
-    pairs = zip(places, references, written, strict=True)
+    places: list[int] | range = [row["idx"] for row in prepared if "idx" in row]
+    places = places or range(len(written) if own == "test" else 0)  # of a subset they are not known without its rows
+    positions = [{"idx": idx} for idx in places] or [{}] * len(written)
     return [
-        {"row": i, "idx": idx, "reference": reference, "prediction": text}
-        for i, (idx, reference, text) in enumerate(pairs)
+        {"row": i, **position, "reference": reference, "prediction": text}
+        for i, (position, reference, text) in enumerate(zip(positions, references, written, strict=True))
     ], matched
 
 

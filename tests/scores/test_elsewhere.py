@@ -85,8 +85,8 @@ def _first(change: dict[str, Any]) -> Callable[[Rows], Rows]:
     [
         (_first({"prompt_sha256": "0" * 64}), "row 0 was made from another prompt than the run's"),
         (_first({"prediction": None}), "prediction"),
-        (_first({"row": 1}), "has the number 1, which another line has too"),
-        (_first({"row": None}), "has no number"),
+        (_first({"row": 1}), "has the row 1, as another line"),
+        (_first({"row": None}), "has no whole number as its row (None)"),
         (_first({"row": 999}), "has row 999, and"),
         (lambda rows: rows[1:], "is missing; add it, or evaluate the first rows alone with --limit"),
         (lambda rows: [{k: v for k, v in row.items() if k != "prompt_sha256"} for row in rows], "prompt_sha256"),
