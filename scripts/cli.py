@@ -1,15 +1,15 @@
 """The command `recipe`; its verbs are in commands/, by the headings of `recipe --help`."""
 
-import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .base.errors import UserError, WorkFailed
-from .commands import after, before, recipes, reproducing, running, scoring, upkeep
+from .commands import after, before, ending, recipes, reproducing, running, scoring, upkeep
 from .commands.help import Verbs
 
 FIRST_STEPS = """\
@@ -79,22 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # pydantic would search all installed packages for plugins, which takes a tenth of a second
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    try:
-        app(None if argv is None else list(argv), prog_name="recipe")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except UserError as error:
-        return _refused(str(error), 2)
-    except WorkFailed as error:
-        return _refused(str(error), 1)
-    except OSError as error:
-        if error.filename is None:
-            raise  # not of a file that the user named
-        no_room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-        return _refused(f"{error.filename}: {error.strerror}", 1 if no_room else 2)
-    return 0
-
-
-def _refused(problem: str, code: int) -> int:
-    print(f"recipe: {problem}", file=sys.stderr)
-    return code
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 printed to None it goes to stdout
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows ? for what that lacks
+            stream.reconfigure(errors="replace")
+    return ending.ended(lambda: app(None if argv is None else list(argv), prog_name="recipe"))

@@ -1,5 +1,6 @@
 """Files that are never seen half-written, and what is in them."""
 
+import errno
 import glob
 import hashlib
 import os
@@ -38,17 +39,46 @@ def making(folder: Path) -> Iterator[None]:
 def replacing(file: Path) -> Iterator[IO[bytes]]:
     """A file to write that replaces `file` when the block ends without an error.
 
-    Otherwise it is removed, and so are the folders that were made for it.
+    Otherwise it is removed, and so are the folders that were made for it. What is no regular file, such as /dev/stdout,
+    is written to as it is.
     """
+    if file.exists() and not file.is_file():
+        try:
+            with file.open("wb") as stream:
+                yield stream
+        except OSError as error:
+            raise _of(file, error) from None
+        return
     part = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")  # containers can share a folder and process ids
     with making(file.parent):
         try:
             with part.open("xb") as stream:
                 yield stream
             part.replace(file)
-        except BaseException:
+        except BaseException as error:
             part.unlink(missing_ok=True)
-            raise
+            raise _of(file, error) from None
+
+
+def _of(file: Path, error: BaseException) -> BaseException:
+    """An error, with the file in it if it is of a disk and has none, as one of a full disk."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(file)
+    return error
+
+
+def opened(file: Path, mode: str) -> IO[bytes]:
+    """A file, opened unless it is a symbolic link: a stranger's run folder could point to files of the user's.
+
+    Raises:
+        UserError: it is one.
+    """
+    try:
+        return open(file, mode, opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{file}: a symbolic link, which is not followed; put a file in its place") from None
+        raise
 
 
 def clear_parts(file: Path) -> None:
@@ -147,7 +177,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 def append_line(file: Path, line: bytes) -> None:
     """Add a line to a file. An unfinished one of a killed process stays a line of its own, for readers to skip."""
-    with file.open("a+b") as stream:
+    with opened(file, "a+b") as stream:
         if stream.tell():
             stream.seek(-1, os.SEEK_END)
             if stream.read() != b"\n":

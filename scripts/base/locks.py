@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import UserError
+from .files import opened
 
 LOOK = 0.2  # seconds; `is_held` holds a lock for less
 PATIENCE = 600  # seconds to wait for a process that prepares what this one needs too
@@ -30,7 +31,7 @@ def held(file: Path, otherwise: str, patience: float = LOOK, remove: bool = Fals
     deadline = time.monotonic() + patience
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w") as lock:
+        with opened(file, "ab") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -64,7 +65,7 @@ def _is_at(descriptor: int, file: Path) -> bool:
 def is_held(file: Path) -> bool:
     """Whether a process holds a lock; False too if this one may not read the lock's file."""
     try:
-        with file.open() as lock:
+        with opened(file, "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
         return isinstance(error, BlockingIOError)

@@ -1,5 +1,6 @@
 """Messages and progress of a command, on stderr."""
 
+import re
 import sys
 import time
 from contextlib import suppress
@@ -13,9 +14,19 @@ import orjson
 PART = "QLORA_RECIPES_PART"  # is set for a command that is a step of another, which says what comes after it
 
 
+_OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def harmless(text: str) -> str:
+    """A text of anyone's without what a terminal would obey: control characters, but for the end of a line, and marks
+    that turn the order of letters."""
+    return _OBEYED.sub(" ", text)
+
+
 def say(text: str) -> None:
-    """A line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """A line on stderr; none where nobody reads it any more."""
+    with suppress(OSError):
+        print(harmless(text), file=sys.stderr, flush=True)
 
 
 @cache
@@ -39,7 +50,7 @@ class Bar:
 
         columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[bar]}")
         self.progress = Progress(*columns, console=_console(), disable=not _console().is_terminal)
-        self.progress.add_task(title, start=total != 1, total=total, completed=done, bar=self)
+        self.progress.add_task(harmless(title), start=total != 1, total=total, completed=done, bar=self)
         self.task = self.progress.tasks[0]
         self.note = ""
         self.since = self.updated = self.last_line = time.monotonic()
@@ -69,7 +80,7 @@ class Bar:
 
     def begin(self, title: str) -> None:
         """Say what is being done from now on."""
-        self.progress.update(self.task.id, description=title)
+        self.progress.update(self.task.id, description=harmless(title))
         self.since = time.monotonic()
         if self.task.completed == self.counted_from[1]:  # earlier phases say nothing about the time left
             self.counted_from = self.since, self.counted_from[1]

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,14 @@ def parse(text: str, where: str) -> Any:
         UserError: it is not YAML (with the line) or holds something else.
     """
     try:
+        if problem := _out_of_bounds(text):
+            raise UserError(f"{where}: {problem}")
         content = yaml.load(text, _Loader)
     except RecursionError:
         raise UserError(f"{where}: {_TOO_DEEP}") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{where}{_in_plain_words(error, text)}") from None
-    for count, (value, depth) in enumerate(_values(content)):
-        if count == _MOST_VALUES:
-            raise UserError(f"{where}: too large to be a config")
+    for value, depth in _values(content):
         if depth > _MOST_LEVELS:
             raise UserError(f"{where}: {_TOO_DEEP}")
         too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # nor is NaN in between
@@ -70,6 +71,32 @@ def parse(text: str, where: str) -> Any:
             if not isinstance(key, str):
                 raise UserError(f"{where}: the key {key!r:.50} is not text; put it in quotes")
     return content
+
+
+def _out_of_bounds(text: str) -> str | None:
+    """Why a text is no config, if its aliases make it explode or its nesting would end the process; seen before either,
+    in what the parser meets one after the other."""
+    count = 0
+    sizes: dict[str | None, int] = {}  # of what anchors name
+    begun: list[tuple[str | None, int]] = []
+    for event in yaml.parse(text, _Loader):
+        anchor = getattr(event, "anchor", None)
+        if isinstance(event, yaml.AliasEvent):
+            if anchor in [of for of, _ in begun]:
+                return _TOO_DEEP
+            count += sizes.get(anchor, 1)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            begun.append((anchor, count))
+            count += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = begun.pop()
+            sizes[anchor] = count - before
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+            sizes[anchor] = 1
+        if len(begun) > _MOST_LEVELS or count > _MOST_VALUES:
+            return _TOO_DEEP if len(begun) > _MOST_LEVELS else "too large to be a config"
+    return None
 
 
 def _in_plain_words(error: Any, text: str) -> str:
@@ -159,7 +186,7 @@ def write_flow(value: Any) -> str:
 
 def line_of(file: Path, key: str | Sequence[str]) -> int:
     """The line, from 1, of a key (dotted, or its parts) in a YAML file, or of what it is part of; 1 if neither is."""
-    node = yaml.compose(file.read_text(encoding="utf-8"), Loader=_Loader)
+    node = _composed(file.read_text(encoding="utf-8"))
     line = 1
     for part in key.split(".") if isinstance(key, str) else key:
         entry = inside(node, part)
@@ -169,6 +196,11 @@ def line_of(file: Path, key: str | Sequence[str]) -> int:
         line = start.start_mark.line + 1
         node = entry[1]
     return line
+
+
+@lru_cache(maxsize=8)  # a file with many mistakes is asked for each
+def _composed(text: str) -> Any:
+    return yaml.compose(text, Loader=_Loader)
 
 
 def inside(node: Any, part: str) -> tuple[Any, Any] | None:

@@ -140,6 +140,9 @@ _TYPES = {
 }
 
 
+_MOST_NEAR = 20  # unknown keys for which a near one is looked for, which takes milliseconds each
+
+
 def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
     """One of jsonschema's errors in the words of a config's author."""
     path = ".".join(map(str, error.absolute_path))
@@ -147,9 +150,10 @@ def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
     wanted = error.validator_value
     if error.validator == "additionalProperties" and isinstance(value, dict):
         known = error.schema.get("properties", {})
-        for key in [key for key in value if key not in known]:
+        for number, key in enumerate(key for key in value if key not in known):
             below = f"{path}.{key}" if path else key
-            problem = f"no key of Axolotl's{did_you_mean(key, known) or '; it would be ignored'}"
+            near = did_you_mean(key, known) if number < _MOST_NEAR else ""
+            problem = f"no key of Axolotl's{near or '; it would be ignored'}"
             if value[key] is None:
                 yield Finding("warning", "unknown-key", below, problem, "it is empty: delete it")
             elif foreign and not path:  # it may be that plugin's

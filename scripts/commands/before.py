@@ -1,6 +1,5 @@
 """What comes before a run: check, plan and analyze; data is a module of its own."""
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,7 @@ import typer
 from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.paths import RUNS, find_recipe, recipe_names
-from ..base.progress import Bar
+from ..base.progress import Bar, harmless, say
 from ..terminal import tables
 from . import completion
 from .data import verbs as data_verbs
@@ -104,7 +103,7 @@ def check_verb(
                     report.data_table(), report.name, spare=["padding", "MB", "median", "95 %", "with loss"], wide=wide
                 )
     counts = {level: sum(report.count(level) for report in reports) for level in ("error", "warning")}
-    print(f"{len(reports)} checked; errors: {counts['error']}, warnings: {counts['warning']}", file=sys.stderr)
+    say(f"{len(reports)} checked; errors: {counts['error']}, warnings: {counts['warning']}")
     if counts["error"]:
         raise typer.Exit(2)
     if not rehearse and not mirror:  # which a plan does not take
@@ -136,7 +135,7 @@ def _print_findings(findings: "Iterable[Finding]") -> None:
         alike.setdefault((finding.level, finding.name, finding.problem, finding.remedy), []).append(finding)
     for first, *more in alike.values():
         others = f" (also in {', '.join(Path(str(other.where)).name for other in more)})" if more else ""
-        print(f"{first}{others}")
+        print(harmless(f"{first}{others}"))
 
 
 @verbs.command(

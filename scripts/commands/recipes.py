@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from ..base import paths, yamlfiles
+from ..base.progress import harmless
 from ..terminal import tables
 from . import completion
 from .help import Verb
@@ -55,7 +56,7 @@ def show_verb(name: Name, json: Json = False) -> None:
         scores = published.model_dump(exclude_none=True) if published else None
         tables.print_json({"recipe": recipe, "config": yamlfiles.read_yaml(file), "published": scores})
     else:
-        print(yamlfiles.read_text(file), end="")
+        print(harmless(yamlfiles.read_text(file)), end="")
 
 
 @verbs.command(

@@ -1,6 +1,5 @@
 """The verbs that start and stop runs: run, resume, sweep and cancel."""
 
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +8,7 @@ import typer
 from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.paths import RUNS
+from ..base.progress import say
 from ..terminal import tables
 from . import completion
 from .help import Verb
@@ -227,7 +227,7 @@ def end(
         show()
     for outcome in outcomes:
         if outcome.problem:
-            print(f"{outcome.label}: {outcome.problem}", file=sys.stderr)
+            say(f"{outcome.label}: {outcome.problem}")
     if code := pipeline.exit_code(outcomes):
         raise typer.Exit(code)
 

@@ -162,7 +162,7 @@ def _print_texts(title: str, texts: dict[str, str]) -> None:
     margin = " " * 12
     width = max(shutil.get_terminal_size((100, 24)).columns, 40)
     print(title)
-    for name, text in zip(texts, map(tables.harmless, texts.values()), strict=True):
+    for name, text in zip(texts, map(tables.text_of, texts.values()), strict=True):
         wrapped = textwrap.fill(text, width, initial_indent=margin, subsequent_indent=margin, max_lines=6)
         print(f"{name.replace('_', ' '):12}{wrapped.strip() or '(nothing)'}")
     print()

@@ -12,6 +12,7 @@ from .declaration import SourceFile
 from .download import CHUNK, check_space
 
 FileRow = dict[str, Any]
+_MOST_PACKED = 200  # times that a file is larger than in a zip; JSON with diffs is some 6 times larger
 
 
 class Rejected(Exception):
@@ -50,6 +51,11 @@ def _members(archive: zipfile.ZipFile, wanted: dict[str, SourceFile]) -> dict[st
         if path.name in members:
             raise Rejected(f"{path.name} is in it twice: {members[path.name].filename}, {member.filename}")
         members[path.name] = member
+    for name, member in members.items():
+        row_of(name, member.file_size, "", SourceFile(bytes=wanted[name].bytes))
+        if member.file_size > _MOST_PACKED * max(member.compress_size, 1):
+            packed = f"{member.file_size:,} bytes packed into {member.compress_size:,}"
+            raise Rejected(f"{name} in it has {packed}, which no text can be, so none of it is extracted")
     if missing := [name for name in wanted if name not in members]:
         raise Rejected(f"{', '.join(missing)}: not in it")
     return members

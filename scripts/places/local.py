@@ -13,6 +13,7 @@ import psutil
 
 from ..base import machine
 from ..base.errors import UserError
+from ..base.files import opened
 from ..base.processes import start_child, stop_requests
 from ..base.progress import PART, say
 from ..configs import gpus
@@ -112,7 +113,7 @@ class Local:
     def _start(self, command: Command, label: str, device: str | None) -> "subprocess.Popen[bytes]":
         log = self._log(command)
         say(f"{label}: {DOES[command.step]}{f'; its messages are in {log}' if log else ''}")
-        with log.open("ab") if log else nullcontext() as stream:
+        with opened(log, "ab") if log else nullcontext() as stream:
             return start_child(
                 [str(Path(sys.executable).with_name("recipe")), *command.words],
                 env=os.environ | {PART: "1"} | ({"CUDA_VISIBLE_DEVICES": device} if device else {}),

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from ..base import yamlfiles
 from ..base.errors import WorkFailed
+from ..base.files import opened
 from ..base.machine import now
 from ..base.processes import start_child, stop_requests
 from ..base.progress import TrainingProgress, say
@@ -186,7 +187,7 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
     Args:
         locks: descriptors that it inherits.
     """
-    with stop_requests() as stops, log.open("ab") as stream:
+    with stop_requests() as stops, opened(log, "ab") as stream:
         child = start_child(
             command,
             cwd=record.cwd,

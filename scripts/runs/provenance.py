@@ -11,6 +11,7 @@ import psutil
 from ..base import paths
 from ..base.files import sha256
 from ..base.machine import cpu, gpus
+from ..base.progress import say
 
 PACKAGES = [
     "qlora-recipes",
@@ -51,15 +52,24 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
-    """Revision of the checkout that the recipes are from, and whether it had changes; None outside of one."""
+    """Revision of the checkout that the recipes are from, and whether it had changes; None outside of one, and where
+    git refuses to look, as into one of another owner, which is said."""
     if not paths.LOCK.is_file():
         return None  # installed from a wheel; a repository around it would be another's
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(paths.RECIPES), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return done.stdout.strip()
 
+    # GIT_DIR and its like would name another repository
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     try:
         return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    except OSError as error:
+        problem = str(error)
+    except subprocess.CalledProcessError as error:
+        problem = error.stderr.strip()
+    if "not a git repository" not in problem:
+        say(f"no git revision is recorded: {problem.partition('\n')[0]}")
+    return None

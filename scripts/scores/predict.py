@@ -8,7 +8,7 @@ from pathlib import Path
 import orjson
 
 from ..base.errors import WorkFailed
-from ..base.files import Row
+from ..base.files import Row, opened, replacing
 from ..base.progress import Bar
 from ..base.yamlfiles import Config
 from .evaluation_rows import EvaluationRows
@@ -57,7 +57,7 @@ def predict(
             generator = Generator(settings, cfg, tokenizer)
             bar.begin("tokenizing the prompts")
             examples = generator.examples(rows, evaluated.keys)
-        with Bar("evaluating", len(rows), len(done)) as bar, part.open("ab") as stream:
+        with Bar("evaluating", len(rows), len(done)) as bar, opened(part, "ab") as stream:
             lengths = [len(example.prompt) + settings.decoding.max_new_tokens for example in examples]
             for number, (room, batch) in enumerate(batches(lengths, settings.batch_size)):
                 if all(i in done for i in batch):
@@ -102,5 +102,6 @@ def _continue(part: Path, settings: EvaluationSettings) -> dict[int, Row]:
     lines = part.read_bytes().split(b"\n")[:-1] if part.is_file() else []  # without what a killed process left
     if lines[:1] != [header]:
         lines = [header]
-    part.write_bytes(b"\n".join(lines) + b"\n")
+    with replacing(part) as stream:
+        stream.write(b"\n".join(lines) + b"\n")
     return {row["row"]: row for row in map(orjson.loads, lines[1:])}

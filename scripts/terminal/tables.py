@@ -14,6 +14,7 @@ import click
 import orjson
 
 from ..base.files import Row
+from ..base.progress import harmless
 from ..base.yamlfiles import write_flow
 
 Form = Literal["table", "wide", "md", "csv", "json"]
@@ -34,7 +35,7 @@ def text_of(value: Any) -> str:
         return " to ".join(f"{item:.{2 if max(map(abs, value)) >= 1 else 4}f}" for item in value)
     if isinstance(value, bool | list | dict):
         return write_flow(value)
-    return str(value)
+    return harmless(str(value)).replace("\n", " ")
 
 
 def plus_minus(value: float, spread: float | None) -> str:
@@ -51,11 +52,6 @@ def _column(values: list[Any]) -> list[str]:
         f"{value:.{decimals}f}" if isinstance(value, float) and "e" not in text and text in fractions else text
         for value, text in zip(values, map(text_of, values), strict=True)
     ]
-
-
-def harmless(text: str) -> str:
-    """A text of anyone's in one line, without what a terminal would obey."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text)
 
 
 def print_table(
@@ -157,7 +153,7 @@ def _length(text: str) -> int:
 def _broken(text: str, width: int) -> Iterator[str]:
     """A text in lines, broken after spaces and slashes."""
     line = ""
-    for piece in re.split(r"(?<=[/\s])", text):
+    for piece in re.split(r"(?<=[/\s])", harmless(text)):
         if line and _length(line + piece.rstrip()) > width:
             yield line.rstrip()
             line = " " * _GAP
@@ -182,7 +178,9 @@ def print_csv(rows: Sequence[Row]) -> None:
     """CSV with a header on stdout; numbers in full."""
     writer = csv.DictWriter(sys.stdout, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(
+        {key: harmless(item) if isinstance(item, str) else item for key, item in row.items()} for row in rows
+    )
 
 
 def print_json(value: Any) -> None:
@@ -225,6 +223,8 @@ def print_tokens(rows: Sequence[Row]) -> None:
         for learnt, tokens in groupby(row["tokens"], itemgetter("loss")):
             text.append("⟪" if learnt else "", loss)
             for token in tokens:
-                text.append(token["text"], f"{loss if learnt else 'dim'} {'reverse' if token['special'] else ''}")
+                text.append(
+                    harmless(token["text"]), f"{loss if learnt else 'dim'} {'reverse' if token['special'] else ''}"
+                )
             text.append("⟫" if learnt else "", loss)
         console.print(text)

@@ -43,3 +43,27 @@ def test_a_mistake_of_form_is_told_in_plain_words_with_its_line(text: str, line:
 def test_what_is_wrong_with_a_value_is_one_line() -> None:
     with pytest.raises(UserError, match=r"^mine.yaml: not valid YAML: unacceptable character[^\n]*$"):
         parse("a: \x01\n", "mine.yaml")
+
+
+def _chain(begin: str, level: str) -> str:
+    return begin + "".join(level.format(i=i, before=", ".join([f"*a{i - 1}"] * 9)) for i in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (_chain("a0: &a0 [x]\n", "a{i}: &a{i} [{before}]\n"), "too large to be a config"),
+        (_chain("a0: &a0 {k: 1}\n", "a{i}: &a{i}\n  <<: [{before}]\n"), "too large to be a config"),  # 13 s before
+        ("a: " + "[" * 200_000, "nested too deeply"),  # ended the process before
+        ("a: &a [*a]", "nested too deeply"),
+        ("a0: &a0 1\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 80)), "nested too deeply"),
+    ],
+)
+def test_a_text_that_would_explode_is_refused_before_it_does(text: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        parse(text, "bomb.yaml")
+
+
+def test_aliases_of_a_usual_size_are_values() -> None:
+    assert parse("a: &a {k: 1}\nb: *a\nc: {<<: *a, l: 2}", "f") == {
+        "a": {"k": 1}, "b": {"k": 1}, "c": {"k": 1, "l": 2}}  # fmt: skip

@@ -1,0 +1,51 @@
+"""How the command ends: its exit code, and a line instead of a traceback for what a user or the machine can cause."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+from ..base.errors import UserError, WorkFailed
+from ..base.progress import say
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+def ended(command: Callable[[], object]) -> int:
+    """Carry a command out.
+
+    Returns:
+        The exit code: 0 done, 1 the work failed, 2 the request was wrong.
+    """
+    try:
+        code = _code(command)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return _refused(str(error), 2)
+    except WorkFailed as error:
+        return _refused(str(error), 1)
+    except OSError as error:
+        if error.filename is None and error.errno not in (*_NO_ROOM, errno.EIO):
+            raise  # not of a file that the user named
+        where = error.filename or "standard output"
+        if error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return _refused(f"{where}: {_in_words(error)}", 1 if error.errno in (*_NO_ROOM, errno.EIO) else 2)
+
+
+def _code(command: Callable[[], object]) -> int:
+    try:
+        command()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _in_words(error: OSError) -> str:
+    return "no space left" if error.errno in _NO_ROOM else str(error.strerror)
+
+
+def _refused(problem: str, code: int) -> int:
+    say(f"recipe: {problem}")
+    return code

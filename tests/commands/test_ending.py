@@ -1,0 +1,70 @@
+"""How the command ends where it cannot print, and what it prints of texts that strangers wrote."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import RECIPE, Recipe
+
+ESCAPE = "\x1b[2J\x1b]0;owned\x07\u202e"
+
+
+def shell(line: str, place: Path, **env: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        ["sh", "-c", line], cwd=place, env=os.environ | env, capture_output=True, text=True, errors="replace"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "says"),
+    [
+        (f"{RECIPE} list > /dev/full", 1, "recipe: standard output: no space left"),
+        (f"{RECIPE} results --json > /dev/full", 1, "recipe: standard output: no space left"),
+        (f"{RECIPE} list 2>&- | tail -1", 0, ""),
+        (f"{RECIPE} list --wide | head -1", 0, ""),
+        (f"{RECIPE} score p.jsonl --out /dev/full", 1, "recipe: /dev/full: no space left"),
+    ],
+)
+def test_what_cannot_be_printed_or_written_ends_with_a_line(tmp_path: Path, line: str, code: int, says: str) -> None:
+    (tmp_path / "p.jsonl").write_text('{"reference": "a b", "prediction": "a b"}\n')
+    done = shell(line, tmp_path)
+    assert (done.returncode, says in done.stderr) == (code, True), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_terminal_of_another_encoding_gets_question_marks(tmp_path: Path) -> None:
+    done = shell(f"{RECIPE} list --wide", tmp_path, PYTHONIOENCODING="latin-1")
+    assert done.returncode == 0 and "?" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_messages_reach_nobody_rather_than_stdout_where_stderr_is_closed(tmp_path: Path) -> None:
+    done = shell(f"{RECIPE} results 2>&-", tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_what_a_terminal_would_obey_does_not_reach_it(tmp_path: Path, recipe: Recipe) -> None:
+    escaped = ESCAPE.encode("unicode_escape").decode()
+    (tmp_path / "r.yaml").write_text(f'base_model: "{escaped}"\n"{escaped}": 1\n')
+    row = {"reference": "a", "prediction": "b", "lang": ESCAPE}
+    (tmp_path / "p.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row | {'lang': 'c'})}\n")
+    printed = [
+        recipe("check", "r.yaml"),
+        recipe("results", "--by", "lang", "--run", "p.jsonl"),
+        recipe("results", "--by", "lang", "--run", "p.jsonl", "--md"),
+        recipe("results", "--by", "lang", "--run", "p.jsonl", "--csv"),
+        recipe("run", f"{ESCAPE}"),
+        recipe("score", f"{ESCAPE}.jsonl"),
+    ]
+    for done in printed:
+        for text in (done.stdout, done.stderr):
+            assert not set(text) & set("\x1b\x07\u202e"), (done.args, text)
+
+
+@pytest.mark.parametrize("name", ["...yaml", "..yaml", ".yaml", "\x1b[2J.yaml"])
+def test_a_file_whose_runs_would_lie_elsewhere_is_refused(tmp_path: Path, recipe: Recipe, name: str) -> None:
+    (tmp_path / name).write_text("base_model: x\n")
+    refused = recipe("run", f"./{name}", "--rehearse")
+    assert refused.returncode == 2 and ("give it another name" in refused.stderr or "no recipe" in refused.stderr)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
