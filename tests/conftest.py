@@ -25,7 +25,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its shar
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // int(workers), 1))
 
 from qlora_recipes import cli
-from qlora_recipes.base import paths
+from qlora_recipes.base import paths, progress
 from qlora_recipes.data import study
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
 from qlora_recipes.verifying import shapes
@@ -82,6 +82,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         words = [*map(str, arguments)]
         if "--on" in words:  # what is known of a queue is kept for a process
             return subprocess.run([str(RECIPE), *words], cwd=tmp_path, capture_output=True, text=True)
+        progress.say_once.cache_clear()
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)

@@ -30,6 +30,12 @@ def say(text: str) -> None:
 
 
 @cache
+def say_once(text: str) -> None:
+    """Say it, unless this process has said it before: a damaged file is read by several."""
+    say(text)
+
+
+@cache
 def _console() -> Any:
     """The console of all bars: one that is shown while another is there goes below that."""
     from rich.console import Console

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from ..base.errors import UserError
 from ..checks.finding import Finding
 from ..configs.gpus import Gpu
 from ..runs.rundir import Job, JobState, Run, RunDir
@@ -85,7 +86,7 @@ def read(folder: RunDir) -> Run:
     """The record of a run with its current state, wherever it is trained or queued.
 
     Raises:
-        UserError: run.json is missing or damaged.
+        UserError: run.json is missing, or it or jobs.json damaged.
     """
     return folder.read(job_state(folder, "run") if folder.jobs() else None)
 
@@ -97,8 +98,13 @@ def job_state(folder: RunDir, step: str, words: Sequence[str] | None = None) -> 
         folder: the run.
         step: what the command does.
         words: its arguments, where only a job with these is meant.
+
+    Raises:
+        UserError: jobs.json is damaged, or names a place that is not there.
     """
     jobs = [job for job in folder.jobs() if job.step == step and words in (None, job.words)]
+    if unknown := {job.place for job in jobs} - kinds().keys():
+        raise UserError(f"{folder.path}: has a job at {', '.join(sorted(unknown))}, which is no place of this version")
     states = active(jobs)
     if states is None:
         return JobState("unknown")

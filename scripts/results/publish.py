@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from .. import places
 from ..base.errors import UserError, WorkFailed
-from ..base.files import sha256, write_atomically
+from ..base.files import sha256, tensor_shapes, write_atomically
 from ..base.progress import Bar, say
 from ..runs.rundir import Run, RunDir
 from ..scores.evaluations import ADAPTER, read_scores
@@ -45,6 +45,8 @@ def publish(folder: RunDir, merge: bool = False, push: str | None = None, privat
         raise UserError(f"{folder.path}: the run is {run.state}; {first}")
     if not adapter.is_file():
         raise UserError(f"{adapter}: no adapter there; `recipe run {run.recipe}` trains one")
+    if tensor_shapes(adapter) is None:
+        raise UserError(f"{adapter}: damaged; put a copy in its place, or that of a checkpoint beside it")
     if push is not None:
         _check_push(folder, run, push)
     elif private:

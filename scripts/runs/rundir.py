@@ -6,16 +6,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Required, TypedDict
 
 import orjson
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, with_config
 
 from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.locks import PATIENCE, held, is_held
-from ..base.machine import now
-from ..base.progress import say
+from ..base.machine import Moment, now
+from ..base.progress import say, say_once
 from ..configs.config import Difference
 from ..configs.datafiles import DataFile
 from . import checkpoints
@@ -35,7 +35,7 @@ class Job(BaseModel):
     user: str
     script: str  # an id alone can be another cluster's, or come again
     words: list[str] = Field(default_factory=list)  # the command line behind `recipe`
-    submitted: str = Field(default_factory=now)
+    submitted: Moment = Field(default_factory=now)
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Launch(BaseModel):
 
     command: list[str]
     host: str | None = None
-    started: str
-    ended: str | None = None
+    started: Moment
+    ended: Moment | None = None
     exit_code: int | None = None
     resumed_from: str | None = None
 
@@ -124,7 +124,7 @@ class Run(BaseModel):
     data: list[DataFile] = Field(default_factory=list)
     test_data: str | None = None
     cwd: str
-    created: str = Field(default_factory=now)
+    created: Moment = Field(default_factory=now)
     launches: list[Launch] = Field(default_factory=list)
     summary: Summary = Field(default_factory=Summary)  # as of the last launch's end; `RunDir.summary` is up to date
     provenance: dict[str, Any] = Field(default_factory=dict)
@@ -197,11 +197,17 @@ class RunDir:
         return run.summary if run.state == "finished" else summarise(self.read_metrics())
 
     def jobs(self) -> list[Job]:
-        """The jobs that places were given for the run, oldest first."""
+        """The jobs that places were given for the run, oldest first.
+
+        Raises:
+            UserError: jobs.json is damaged.
+        """
         try:
             return _JOBS.validate_json(self._jobs.read_bytes())
-        except (OSError, ValueError):
+        except FileNotFoundError:
             return []
+        except (OSError, ValueError):
+            raise UserError(f"{self._jobs}: damaged; move it away once no job of the run is queued") from None
 
     def add_job(self, job: Job) -> None:
         """Note a job."""
@@ -218,7 +224,8 @@ class RunDir:
         return held(self.path / ".lock", busy)
 
     def read_metrics(self, since: int = 0) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl by step, without those of steps that a resumed run does again.
+        """The records of metrics.jsonl by step, without those of steps that a resumed run does again. Damaged lines are
+        left out, which is said on stderr.
 
         Args:
             since: skip this many bytes, which an earlier launch wrote.
@@ -232,9 +239,14 @@ class RunDir:
         for line in filter(None, lines):
             try:
                 record = orjson.loads(line)
-                step = record["step"]
-            except (orjson.JSONDecodeError, TypeError, KeyError):
-                continue  # a phase, which has no step, or the last line of a killed process
+                if "phase" in record:
+                    continue
+                step = _RECORD.validate_python(record)["step"]
+            except orjson.JSONDecodeError:
+                continue  # the last line of a killed process
+            except (TypeError, ValidationError):
+                say_once(f"{self.metrics}: has damaged lines; they are left out")
+                continue
             if step < previous:
                 records = {key: kept for key, kept in records.items() if key[0] <= step}
             previous = step
@@ -258,6 +270,33 @@ class RunDir:
 
 
 _JOBS = TypeAdapter(list[Job])
+
+
+@with_config(strict=True, extra="allow")
+class _Record(TypedDict, total=False):
+    """What `plugin.RunCallback` writes of a step, as far as it is computed with."""
+
+    step: Required[int]
+    max_steps: int | None
+    epoch: float | None
+    loss: float | None
+    eval_loss: float | None
+    eval_loss_per_token: float | None
+    grad_norm: float | None
+    learning_rate: float | None
+    step_seconds: float | None
+    tokens: int | None
+    tokens_per_second: float | None
+    memory_reserved_gib: float
+    rss_peak_gib: float
+    peak_gib_by_rank: list[float] | None
+    engine: str
+    trainable_parameters: int
+    parameters: int
+    ended: Ended
+
+
+_RECORD = TypeAdapter(_Record)
 
 
 def this_job(environment: Mapping[str, str]) -> str | None:
@@ -301,7 +340,7 @@ def summarise(metrics: list[dict[str, Any]]) -> Summary:
     counted_seconds = sum(record.get("step_seconds") or 0.0 for record in counted)
     memory = next((key for record in metrics for key in _MEMORY if key in record), "")
     of_ranks = [record["peak_gib_by_rank"] for record in metrics if record.get("peak_gib_by_rank")]
-    by_rank = [max(of_rank) for of_rank in zip(*of_ranks, strict=True)]  # a resumed run's processes start over
+    by_rank = [max(of_rank) for of_rank in zip(*of_ranks, strict=False)]  # a resumed run's processes start over
     return Summary(
         step=newest.get("step", 0),
         max_steps=last("max_steps"),

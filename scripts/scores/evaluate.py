@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
-from ..base.files import Row, sha256, write_atomically, write_rows
+from ..base.files import Row, sha256, tensor_shapes, write_atomically, write_rows
 from ..base.locks import held
 from ..base.machine import now
 from ..base.progress import Bar, say
@@ -117,6 +117,8 @@ class EvaluationTask:
             raise UserError(
                 f"{weights}: no adapter ({ADAPTER}) there{'' if adapter else _unfinished(folder, self.run)}"
             )
+        if weights and tensor_shapes(weights / ADAPTER) is None:
+            raise UserError(f"{weights / ADAPTER}: damaged; --adapter takes the folder of a checkpoint instead")
         if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
             raise UserError(f"{folder.path}: no tokenizer and model there{_unfinished(folder, self.run)}")
         of_study = study.of(self.run.origin)

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import orjson
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 from ..base.files import Row
+from ..base.progress import say_once
 from ..data.study import Decoding
 from ..metrics import registry
 from ..metrics.metric import Column
@@ -98,21 +99,47 @@ class Evaluation(BaseModel):
         """What it scored with, by name."""
         return registry.recorded(self.scores)
 
+    @field_validator("scores")
+    @classmethod
+    def _sound(cls, scores: dict[str, Any]) -> dict[str, Any]:
+        """Refuse scores that are no numbers, because all that reads them computes with them."""
+        metrics, intervals = scores.get("metrics") or {}, scores.get("intervals") or {}
+        if not isinstance(metrics, dict) or not isinstance(intervals, dict):
+            raise ValueError("metrics and intervals are mappings")
+        bounds = [bound for interval in intervals.values() if interval is not None for bound in interval]
+        numbers = [scores.get(name) for name in ("rows", *registry.recorded(scores))]
+        if not all(isinstance(number, int | float | None) for number in numbers + bounds):
+            raise ValueError("scores are numbers")
+        return scores
+
 
 def read_scores(folder: Path) -> Evaluation | None:
-    """The evaluation in a folder, or None where there is none or its file is damaged."""
+    """The evaluation in a folder, or None where there is none or its file is damaged, which is said on stderr."""
     try:
         return Evaluation.model_validate_json((folder / SCORES).read_bytes())
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None
+    except (OSError, TypeError, ValueError):
+        return _damaged(folder / SCORES, None)
 
 
 def read_predictions(folder: Path) -> list[Row]:
-    """The rows of the evaluation in a folder with their scores; none where there is none."""
+    """The rows of the evaluation in a folder with their scores; none where there is none, or its file is damaged, which
+    is said on stderr."""
     try:
-        return list(map(orjson.loads, (folder / PREDICTIONS).read_bytes().splitlines()))
-    except (OSError, ValueError):
+        rows = list(map(orjson.loads, (folder / PREDICTIONS).read_bytes().splitlines()))
+    except FileNotFoundError:
         return []
+    except (OSError, ValueError):
+        return _damaged(folder / PREDICTIONS, [])
+    texts = ("reference", "prediction")
+    sound = all(isinstance(row, dict) and all(isinstance(row.get(text), str) for text in texts) for row in rows)
+    return rows if sound else _damaged(folder / PREDICTIONS, [])
+
+
+def _damaged[T](file: Path, instead: T) -> T:
+    say_once(f"{file}: damaged; `recipe evaluate` makes it anew")
+    return instead
 
 
 def beside_references(folder: Path, evaluation: Evaluation, count: int) -> list[Row]:

@@ -14,12 +14,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import orjson
 import pytest
 import yaml
 from conftest import recipe_config
 from huggingface_hub import close_session, constants
 from markdown_it import MarkdownIt
+from safetensors.numpy import save_file
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
@@ -43,7 +45,7 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A finished run with what a training leaves, its weights a few bytes."""
+    """A finished run with what a training leaves, its weights a few numbers."""
     folder = RunDir(tmp_path / "work" / "runs" / "run")
     for file in (
         *TOKENIZER,
@@ -59,6 +61,7 @@ def run(tmp_path: Path) -> RunDir:
     ):
         (folder.output / file).parent.mkdir(parents=True, exist_ok=True)
         (folder.output / file).write_bytes(f"{file}'s content".encode() * 99)
+    save_file({"lora_A": np.ones((8, 4), np.float32)}, folder.output / "adapter_model.safetensors")
     (folder.output / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": BASE, "r": 32}))
     ours = {
         "output_dir": str(folder.output),

@@ -1,0 +1,99 @@
+"""A damaged record costs its own run a number, and no other run anything."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import Recipe
+from run_folders import ADAPTER, a_run
+
+from qlora_recipes.runs.rundir import RunDir
+
+NAME = "haider2024/code-llama-7b"
+RECORD = {"time": 1.0, "step": 1, "max_steps": 4, "loss": 1.0, "step_seconds": 1.0, "tokens": 10}
+JOB = {"place": "slurm", "id": "1", "step": "run", "user": "me", "script": "x", "submitted": "2026-01-01T00:00:00Z"}
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> RunDir:
+    """A run to be damaged, beside one that is as it should be."""
+    a_run(tmp_path / "runs", NAME, "good", 10.0)
+    return a_run(tmp_path / "runs", NAME, "bad", 11.0)
+
+
+def edit(file: Path, **change: Any) -> None:
+    """Change keys of a JSON file."""
+    file.write_bytes(orjson.dumps(orjson.loads(file.read_bytes()) | change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "two"}, {"step": None}, {"loss": "text"}, {"loss": {"a": 1}}, {"step_seconds": "long"},
+        {"tokens": "many"}, {"rss_peak_gib": "many"}, {"peak_gib_by_rank": "ab"}, {"eval_loss": "x"},
+        {"eval_loss_per_token": [1]}, {"ended": "elsewhere"}, {"max_steps": "x"},
+    ],
+)  # fmt: skip
+def test_a_damaged_line_of_metrics_is_left_out_and_said(recipe: Recipe, bad: RunDir, change: dict[str, Any]) -> None:
+    edit(bad.path / "run.json", state="failed")
+    bad.metrics.write_bytes(orjson.dumps(RECORD) + b"\n" + orjson.dumps(RECORD | {"step": 2} | change) + b"\n")
+    listed = recipe("results", "--json")
+    assert listed.returncode == 0
+    assert {Path(row["run"]).name: row["step"] for row in orjson.loads(listed.stdout)} == {"good": 0, "bad": 1}
+    assert listed.stderr.count("bad/metrics.jsonl: has damaged lines; they are left out") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("jobs.json", [JOB | {"place": "moon"}], "bad: has a job at moon, which is no place of this version"),
+        ("jobs.json", [{"place": "slurm"}], "bad/jobs.json: damaged"),
+        ("run.json", {"created": "2026-01-01T00:00:00"}, "bad/run.json: missing or damaged"),
+        ("run.json", {"created": "yesterday"}, "bad/run.json: missing or damaged"),
+    ],
+)
+def test_a_damaged_run_is_named_and_the_others_are_listed(
+    recipe: Recipe, bad: RunDir, file: str, content: Any, says: str
+) -> None:
+    edit(bad.path / "run.json", state="interrupted")
+    if file == "run.json":
+        edit(bad.path / file, **content)
+    else:
+        (bad.path / file).write_bytes(orjson.dumps(content))
+    for words in (["results", "--json"], ["results", "--study", "haider2024"]):
+        listed = recipe(*words)
+        assert listed.returncode == 0
+        assert says in listed.stderr
+        assert "10.0" in listed.stdout
+    assert recipe("report", f"{NAME}/bad").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [{"bleu4": "good"}, {"bleu4": 1.0, "intervals": [1]}, {"bleu4": 1.0, "metrics": "x"}, {"metrics": [{}]}, []],
+)
+def test_scores_that_are_none_are_named_and_the_run_is_as_one_that_is_not_evaluated(
+    recipe: Recipe, bad: RunDir, scores: Any
+) -> None:
+    edit(bad.path / "scores.json", scores=scores)
+    for words in (["results", "--json"], ["report", f"{NAME}/bad"]):
+        done = recipe(*words)
+        assert done.returncode == 0
+        assert "bad/scores.json: damaged; `recipe evaluate` makes it anew" in done.stderr
+    assert {row["bleu4"] for row in orjson.loads(recipe("results", "--json").stdout)} == {10.0, None}
+
+
+def test_predictions_that_are_none_are_named(recipe: Recipe, bad: RunDir) -> None:
+    (bad.path / "predictions.jsonl").write_bytes(b'{"row": 0}\n[1]\n')
+    for words in (["results", "--study", "haider2024"], ["report", f"{NAME}/bad"]):
+        assert recipe(*words).returncode == 0
+    assert "bad/predictions.jsonl: damaged" in recipe("report", f"{NAME}/bad").stderr
+
+
+def test_a_truncated_adapter_is_neither_evaluated_nor_published(recipe: Recipe, bad: RunDir) -> None:
+    bad.output.mkdir()
+    (bad.output / ADAPTER).write_bytes(b"\x10\0\0\0")
+    for verb in ("evaluate", "publish"):
+        done = recipe(verb, f"{NAME}/bad")
+        assert (done.returncode, f"bad/output/{ADAPTER}: damaged" in done.stderr) == (2, True)
