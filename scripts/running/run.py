@@ -27,6 +27,7 @@ from ..runs.handover import launched
 from ..runs.lookup import find_run
 from ..runs.rundir import Run, RunDir, new_folder, this_job
 from ..runs.tasks import Command, Outcome, Work
+from . import shortage
 
 
 def prepare(request: Request, place: Place) -> Composed:
@@ -73,7 +74,7 @@ def start(request: Request, runs: Path, place: Place) -> RunDir:
     def train() -> RunDir:
         folder = create(composed, request, runs)
         with folder.held() as lock:
-            launch.train(folder, folder.read(), lock)
+            shortage.train(folder, folder.read(), lock)
         return folder
 
     work = Work(
@@ -189,7 +190,7 @@ def _resume_here(folder: RunDir, prepare_only: bool) -> RunDir:
         if record.launches:
             begin = checkpoint.name if checkpoint else "the beginning: it has no whole checkpoint"
             say(f"resume {folder.path} from {begin}")
-        launch.train(folder, record, lock, checkpoint)
+        shortage.train(folder, record, lock, checkpoint)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,17 @@ from . import provenance
 from .rundir import Ended, Launch, Run, RunDir, State, summarise, this_job
 
 AXOLOTL = Path(sys.executable).with_name("axolotl")
+_NO_GPU_MEMORY = re.compile("CUDA out of memory|CUDA error: out of memory")
+_RANK_KILLED = re.compile(r"exitcode\s*: -9\b")  # as torchrun says it
 LAST_SECONDS = 15  # for ranks to end by themselves once one of them has failed
+
+
+class OutOfMemory(WorkFailed):
+    """Memory did not suffice, or so it seems; `gpu` is whether that of a GPU."""
+
+    def __init__(self, message: str, gpu: bool):
+        super().__init__(message)
+        self.gpu = gpu
 
 
 def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
@@ -38,7 +49,7 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
         checkpoint: where to resume; None for the beginning.
 
     Raises:
-        WorkFailed: Axolotl failed, or the run was interrupted.
+        WorkFailed: Axolotl failed, or the run was interrupted; `OutOfMemory` where memory did not suffice.
     """
     if not record.launches:
         record.provenance = provenance.collect()  # of the machine that trains it
@@ -53,6 +64,7 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     record.state = "running"
     folder.write(record)
     written = folder.metrics.stat().st_size if folder.metrics.exists() else 0
+    logged = folder.log.stat().st_size if folder.log.exists() else 0
     launch.exit_code, stopped = _launch(launch.command, folder, record, folder.log, lock)
     launch.ended = now()
     record.summary = summarise(folder.read_metrics())
@@ -62,12 +74,20 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     folder.write(record)
     if record.state == "interrupted":
         again = f"recipe resume {folder.path}" + (" --on slurm" if this_job(os.environ) else "")
-        raise WorkFailed(f"{folder.path}: interrupted; `{again}` continues it")
+        if launch.exit_code == -signal.SIGKILL and not stopped:
+            how = "killed by signal 9 (SIGKILL), which this command did not send; probably memory ran out"
+            raise OutOfMemory(f"{folder.path}: {how}; `{again}` continues it", gpu=False)
+        raise WorkFailed(f"{folder.path}: interrupted{_signal(launch.exit_code, stopped)}; `{again}` continues it")
     if record.state == "failed" and record.summary.ended == "callback":
         where = f"step {record.summary.step} of {record.summary.max_steps}"
         raise WorkFailed(f"{folder.path}: a callback stopped the training at {where}; {folder.log} says why")
     if record.state == "failed":
-        raise _failed(folder.path, folder.log)
+        raise _failed(folder.path, folder.log, launch.exit_code, logged)
+
+
+def _signal(code: int, stopped: bool) -> str:
+    """By which signal a process ended that was not asked to stop, for a message."""
+    return f" by signal {-code} ({signal.Signals(-code).name})" if code < 0 and not stopped else ""
 
 
 def _state(code: int, stopped: bool, ended: Ended | None, has_adapter: bool) -> State:
@@ -176,9 +196,18 @@ def _drop_half_prepared(folder: RunDir, record: Run) -> None:
                 shutil.rmtree(part)
 
 
-def _failed(folder: Path, log: Path) -> WorkFailed:
-    tail = log.read_text(errors="replace").splitlines()[-15:]
-    return WorkFailed("\n".join([*tail, f"{folder}: Axolotl failed; the whole log is {log}"]))
+def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFailed:
+    """What ended a launch that failed with an exit code, whose log begins at a byte of its file."""
+    text = log.read_bytes()[since:].decode(errors="replace")
+    tail = text.splitlines()[-15:]
+    if (gpu := bool(_NO_GPU_MEMORY.search(text))) or _RANK_KILLED.search(text):
+        whose = (
+            "the GPU's memory did not suffice"
+            if gpu
+            else "a rank was killed by signal 9 (SIGKILL); probably memory ran out"
+        )
+        return OutOfMemory("\n".join([*tail, f"{folder}: {whose}; the whole log is {log}"]), gpu)
+    return WorkFailed("\n".join([*tail, f"{folder}: Axolotl failed{_signal(code, False)}; the whole log is {log}"]))
 
 
 def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: int) -> tuple[int, bool]:

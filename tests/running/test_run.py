@@ -76,13 +76,8 @@ def end_of(process: "subprocess.Popen[str]", run: RunDir) -> None:
 
 def interrupted_run(process: "subprocess.Popen[str]", runs: Path, stop: Stop) -> RunDir:
     """A run that `stop` is called on once it has done five of its sixteen steps."""
-
-    def has_done_five() -> bool:
-        found = lookup.all_runs(runs)
-        return bool(found) and any(record["step"] >= 5 for record in found[0].read_metrics())
-
     try:
-        wait_until(has_done_five, process)
+        wait_until(partial(_has_done_five, runs), process)
         (run,) = lookup.all_runs(runs)
         assert run.read().state == "running"
         stop(process)
@@ -195,6 +190,41 @@ def test_a_killed_training_goes_on_to_the_same_adapter(place: Path, tiny_profile
     assert 5 <= run.summary(run.read()).step < 16
     finish(start(place, "resume", "latest", "--runs", "real"))
     check_resumed(run, undisturbed)
+
+
+def test_what_ended_a_training_is_said_with_what_to_do(place: Path, tiny_profile: Path, stand_in: Path) -> None:
+    for sent, says in (
+        (signal.SIGKILL, "killed by signal 9 (SIGKILL), which this command did not send; probably memory ran out"),
+        (signal.SIGSEGV, "Axolotl failed by signal 11 (SIGSEGV); the whole log is"),
+    ):
+        runs = f"killed-{sent}"
+        words = ("run", PAGED, "--profile", tiny_profile, "--runs", runs)
+        process = start(place, *words, command=stand_in, STAND_IN_HOLD="5")
+        wait_until(partial(_has_done_five, place / runs), process)
+        training(process).send_signal(sent)
+        said = finish(process, code=1)
+        assert says in said
+        assert ("recipe resume" in said) == ("--set dataloader_num_workers=0" in said) == (sent == signal.SIGKILL)
+        assert re.search(r"measured until then: [\d.]+ GiB \(resident\)", said) or sent != signal.SIGKILL
+
+
+def _has_done_five(runs: Path) -> bool:
+    return any(record["step"] >= 5 for run in lookup.all_runs(runs) for record in run.read_metrics())
+
+
+def test_where_a_gpus_memory_does_not_suffice_plan_and_measure_are_compared(
+    place: Path, tiny_profile: Path, stand_in: Path
+) -> None:
+    words = ("run", PAGED, "--profile", tiny_profile, "--runs", "too-big", "--set", "micro_batch_size=4")
+    words += ("--set", "gradient_checkpointing=null")
+    said = finish(start(place, *words, command=stand_in, STAND_IN_NO_MEMORY="5"), code=1)
+    (run,) = lookup.all_runs(place / "too-big")
+    assert run.read().state == "failed"
+    assert "the GPU's memory did not suffice" in said
+    planned = re.search(r"planned: ([\d.]+) GiB; measured until then: [\d.]+ GiB", said)
+    changes = re.findall(r"^    --set (\S+)=.*: ([\d.]+) GiB; ", said, re.MULTILINE)
+    assert planned and "gradient_checkpointing" in dict(changes)
+    assert all(float(needed) <= float(planned[1]) for _, needed in changes)
 
 
 def test_a_damaged_checkpoint_is_skipped(

@@ -10,6 +10,7 @@ Environment variables:
     STAND_IN_STEP: seconds that a step takes.
     STAND_IN_HOLD: after how many steps of this launch to wait, within a step, for a signal
     STAND_IN_GO: or for this file.
+    STAND_IN_NO_MEMORY: after how many steps of this launch to fail as where a GPU's memory does not suffice.
 """
 
 import argparse
@@ -40,6 +41,7 @@ STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STEP = float(os.environ.get("STAND_IN_STEP", "0.001"))
 HOLD = int(os.environ.get("STAND_IN_HOLD", sys.maxsize))
+NO_MEMORY = int(os.environ.get("STAND_IN_NO_MEMORY", sys.maxsize))
 GO = Path(os.environ.get("STAND_IN_GO", os.devnull + "/none"))
 
 
@@ -98,6 +100,8 @@ class Training:
             time.sleep(STEP)
             if self.step - begun >= HOLD:
                 self._hold()
+            if self.step - begun >= NO_MEMORY:
+                sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")
             self.step += 1
             self.link = hashlib.sha256(f"{self.link} {self.step}".encode()).hexdigest()
             tokens, seconds = 100, time.perf_counter() - started
