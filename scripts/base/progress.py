@@ -3,6 +3,7 @@
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
@@ -108,11 +109,12 @@ class Bar:
 
 
 class TrainingProgress(Bar):
-    """The bar of a training process, updated from what it appends to metrics.jsonl."""
+    """The bar of a training process, updated from what it appends to metrics.jsonl; `seen` gets each record of that."""
 
-    def __init__(self, metrics: Path):
+    def __init__(self, metrics: Path, seen: Callable[[dict[str, Any]], None] = lambda record: None):
         super().__init__("starting Axolotl")
         self.metrics = metrics
+        self.seen = seen
         self.position = metrics.stat().st_size if metrics.exists() else 0
 
     def read(self) -> None:
@@ -122,7 +124,8 @@ class TrainingProgress(Bar):
             whole = b"".join(line for line in stream if line.endswith(b"\n"))
             self.position += len(whole)
             for line in filter(None, whole.split(b"\n")):
-                self._show(orjson.loads(line))
+                self._show(record := orjson.loads(line))
+                self.seen(record)
 
     def _show(self, record: dict[str, Any]) -> None:
         phase = record.get("phase")

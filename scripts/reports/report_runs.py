@@ -124,7 +124,7 @@ def tiles(reported: ReportedRun) -> Iterator[tuple[str, Any, str]]:
     yield (
         "State",
         row["state"],
-        "; ".join(filter(None, [f"step {row['step']} of {row['steps'] or '?'}", epochs, early])),
+        "; ".join(filter(None, [f"step {row['step']} of {row['steps'] or '?'}", epochs, early, row["trouble"]])),
     )
     losses = [
         ("Validation loss", row["eval_loss"], f"from {tables.text_of(row['eval_loss_first'])}"),

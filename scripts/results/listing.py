@@ -22,7 +22,7 @@ _SPARE = (
     *("minutes", "tokens/s", "rows", "peak GiB", "base model"),
     *("step", AXOLOTL_EVAL_LOSS, "eval loss", "published", "difference"),
 )
-_BELOW = ("changed", "variant of", "jobs", "predictions")
+_BELOW = ("trouble", "changed", "variant of", "jobs", "predictions")
 
 
 def _jobs(folder: RunDir, run: Run) -> Iterator[str]:
@@ -62,6 +62,7 @@ def _short(full: dict[str, Any], columns: Mapping[str, Column], decodings: Itera
         "tokens/s": round(full["tokens_per_second"]) if full["tokens_per_second"] else None,
         "minutes": f"{full['train_seconds'] / 60:.1f}",
         "predictions": "made elsewhere" if full["generated_by"] == ELSEWHERE else None,
+        "trouble": full["trouble"],
         "variant of": full["variant_of"],
         "changed": full["changed_keys"] or None,
     }

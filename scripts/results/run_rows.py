@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..data import study
+from ..runs import health
 from ..runs.rundir import Run, RunDir
 from ..scores.evaluations import of_run
 from . import comparable
@@ -32,6 +33,7 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
         "step": summary.step,
         "steps": summary.max_steps,
         "ended": summary.ended,
+        "trouble": summary.trouble or (health.stalled(folder.metrics) if run.state == "running" else None),
         "eval_loss_first": summary.eval_loss_per_token_first,
         "eval_loss": summary.eval_loss_per_token,
         "eval_loss_axolotl": summary.eval_loss,

@@ -22,7 +22,7 @@ from ..base.processes import start_child, stop_requests
 from ..base.progress import TrainingProgress, say
 from ..configs.engines import CPU_RANKS
 from ..determinism import settings
-from . import provenance
+from . import health, provenance
 from .rundir import Ended, Launch, Run, RunDir, State, summarise, this_job
 
 AXOLOTL = Path(sys.executable).with_name("axolotl")
@@ -234,10 +234,14 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
 def _wait(child: "subprocess.Popen[bytes]", folder: RunDir, stops: list[int]) -> None:
     """Show the child's progress until it ends; forward a request to stop, and at the second one kill it."""
     asked = False
-    with TrainingProgress(folder.metrics) as progress:
+    watch, said = health.Watch(), ""
+    with TrainingProgress(folder.metrics, watch.add) as progress:
         while child.poll() is None:
             time.sleep(0.1)
             progress.read()
+            trouble = (watch.losses or watch.stalled(time.time()) or "").partition(":")
+            if trouble[0] != said and (said := trouble[0]):
+                say(f"  {''.join(trouble)}; `recipe cancel {folder.path}` stops it at a checkpoint")
             if stops and not asked:
                 asked = True
                 say("stopping after this step, with a checkpoint; once more to stop at once")

@@ -55,7 +55,9 @@ class RunPlugin(BasePlugin):
         share of a step the same, few tokens or many; here every token weighs the same, as on one GPU. trackio's project
         is an argument only; and after a push to the hub the run would be published as a Space that nobody asked for.
         """
-        args: dict[str, Any] = {} if torch.cuda.is_available() else {"use_cpu": True}
+        args: dict[str, Any] = {"logging_nan_inf_filter": False}  # with it a loss of NaN is logged as 0
+        if not torch.cuda.is_available():
+            args["use_cpu"] = True
         if ranks.WORLD_SIZE > 1:
             args["average_tokens_across_devices"] = True
         if cfg.trackio_project_name:
@@ -97,8 +99,15 @@ class RunPlugin(BasePlugin):
                 module.support_avx512bf16_for_cpu = False
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Trace the steps; make evaluations say that they begin, and measure a loss that depends on no batches."""
+        """Trace the steps; have evaluations and saving say that they begin; measure a loss that depends on no batch."""
         trace.add_to(trainer, Path(cfg.output_dir).with_name(trace.FILE), ranks.of_all)
+        save = trainer._save_checkpoint
+
+        def saving(*arguments: Any, **options: Any) -> None:
+            _note_phase(cfg.output_dir, "saving a checkpoint")
+            save(*arguments, **options)
+
+        trainer._save_checkpoint = saving
         kinds = ("first evaluation", "evaluating")
         eval_loss.add_to(trainer, lambda: _note_phase(cfg.output_dir, kinds[trainer.state.global_step > 0]))
 
@@ -180,6 +189,7 @@ class RunCallback(TrainerCallback):
         ranks.of_all(0, args.device)  # a barrier: each rank writes files of its own
         if state.is_world_process_zero:
             checkpoints.write_manifest(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+        _note_phase(args.output_dir, "training")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Record what the trainer logs of a step or an evaluation.

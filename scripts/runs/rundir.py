@@ -18,7 +18,7 @@ from ..base.machine import Moment, now
 from ..base.progress import say, say_once
 from ..configs.config import Difference
 from ..configs.datafiles import DataFile
-from . import checkpoints
+from . import checkpoints, health
 
 State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
 Ended = Literal["complete", "early stopping", "signal", "callback"]
@@ -94,6 +94,7 @@ class Summary(BaseModel):
     peak_memory_by_rank: list[float] | None = None
     trainable_parameters: int | None = None
     parameters: int | None = None
+    trouble: str | None = None  # see `health.of_losses`
     ended: Ended | None = None  # None also for a training that was killed, or that is older than this record
 
     @property
@@ -358,5 +359,6 @@ def summarise(metrics: list[dict[str, Any]]) -> Summary:
         peak_memory_by_rank=by_rank or None,
         trainable_parameters=last("trainable_parameters"),
         parameters=last("parameters"),
+        trouble=health.of_losses(metrics),
         ended=newest.get("ended"),
     )

@@ -180,6 +180,7 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"evals_per_epoch": None, "eval_steps": 500}, "warning", "never-evaluated:eval_steps", "has 28 steps"),
     ({"saves_per_epoch": None, "save_steps": 500}, "warning", "never-saved:save_steps", "has 28 steps"),
     ({"save_strategy": "best"}, "error", "never-saved:save_strategy", "nothing says what the best is"),
+    ({"max_steps": 1000}, "note", "no-watchdog:loss_watchdog_threshold", "even if the training diverges"),
     ({"max_steps": 5}, "error", "long-warm-up:warmup_steps", "whole training of 5 steps"),
     ({"sample_packing": True, "warmup_steps": 28}, "error", "long-warm-up:warmup_steps", "of at most 28 steps"),
     ({"warmup_steps": 28}, "error", "long-warm-up:warmup_steps", "whole training of 28 steps"),

@@ -212,6 +212,13 @@ def _has_done_five(runs: Path) -> bool:
     return any(record["step"] >= 5 for run in lookup.all_runs(runs) for record in run.read_metrics())
 
 
+def test_a_loss_that_is_no_number_is_said_while_it_trains(place: Path, tiny_profile: Path, stand_in: Path) -> None:
+    words = ("run", PAGED, "--profile", tiny_profile, "--runs", "nan")
+    process = start(place, *words, command=stand_in, STAND_IN_NAN="6", STAND_IN_STEP="0.2")
+    _, said = process.communicate(timeout=600)
+    assert said.count("the loss is no number (NaN) since step 6; `recipe cancel nan/") == 1
+
+
 def test_where_a_gpus_memory_does_not_suffice_plan_and_measure_are_compared(
     place: Path, tiny_profile: Path, stand_in: Path
 ) -> None:

@@ -53,6 +53,18 @@ def never_saved(case: Case) -> Problems:
 
 
 @rule
+def no_watchdog(case: Case) -> Problems:
+    """Axolotl goes on however high the loss is without it (axolotl/utils/callbacks), and at NaN even with it."""
+    if case.steps and case.steps >= _LONG and not case.is_set("loss_watchdog_threshold"):
+        problem = f"not set, so of {case.number_of_steps} all are done even if the training diverges"
+        remedy = "set a loss well above the first, as in 10; it does not stop at a loss of NaN"
+        yield "note", "loss_watchdog_threshold", problem, remedy
+
+
+_LONG = 1000  # steps that are worth stopping
+
+
+@rule
 def long_warm_up(case: Case) -> Problems:
     """The learning rate then never reaches its value."""
     if case.steps and (case["warmup_steps"] or 0) >= case.steps:
