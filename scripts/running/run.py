@@ -72,6 +72,7 @@ def start(request: Request, runs: Path, place: Place) -> RunDir:
     composed = prepare(request, place)
 
     def train() -> RunDir:
+        launch.require(Path.cwd())
         folder = create(composed, request, runs)
         with folder.held() as lock:
             shortage.train(folder, folder.read(), lock)

@@ -15,7 +15,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from ..base import yamlfiles
-from ..base.errors import WorkFailed
+from ..base.errors import UserError, WorkFailed
 from ..base.files import opened
 from ..base.machine import now
 from ..base.processes import start_child, stop_requests
@@ -39,6 +39,18 @@ class OutOfMemory(WorkFailed):
         self.gpu = gpu
 
 
+def require(cwd: Path) -> None:
+    """Refuse to start where Axolotl, or the folder that a run is started in, is missing.
+
+    Raises:
+        UserError: one is.
+    """
+    if not AXOLOTL.is_file():
+        raise UserError(f"{AXOLOTL}: not there, and trains all runs; install axolotl beside this command")
+    if not cwd.is_dir():
+        raise UserError(f"{cwd}: the folder that the run was started in is gone; put it back, with what it held")
+
+
 def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
     """Run the training process of a held run to its end, and record how it ended.
 
@@ -49,8 +61,10 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
         checkpoint: where to resume; None for the beginning.
 
     Raises:
+        UserError: see `require`; nothing was recorded.
         WorkFailed: Axolotl failed, or the run was interrupted; `OutOfMemory` where memory did not suffice.
     """
+    require(Path(record.cwd))
     if not record.launches:
         record.provenance = provenance.collect()  # of the machine that trains it
     _drop_half_prepared(folder, record)
@@ -127,8 +141,10 @@ def preprocess(folder: RunDir, record: Run) -> None:
     """Have Axolotl tokenize the rows of a run and fetch its base model, for which it needs no GPU.
 
     Raises:
+        UserError: see `require`.
         WorkFailed: Axolotl failed, or was interrupted.
     """
+    require(Path(record.cwd))
     _drop_half_prepared(folder, record)
     code, stopped = _launch([str(AXOLOTL), "preprocess", str(folder.config.resolve())], folder, record, folder.log)
     if stopped:

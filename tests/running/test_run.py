@@ -219,6 +219,28 @@ def test_a_loss_that_is_no_number_is_said_while_it_trains(place: Path, tiny_prof
     assert said.count("the loss is no number (NaN) since step 6; `recipe cancel nan/") == 1
 
 
+def test_without_axolotl_or_its_folder_nothing_is_begun(
+    place: Path, tmp_path: Path, tiny_profile: Path, stand_in: Path
+) -> None:
+    axolotl = stand_in.with_name("axolotl")
+    away = axolotl.rename(axolotl.with_name("away"))
+    try:
+        said = finish(start(tmp_path, "run", PAGED, "--profile", tiny_profile, command=stand_in), code=2)
+    finally:
+        away.rename(axolotl)
+    assert f"{axolotl}: not there" in said
+    assert not (tmp_path / "runs").exists()
+    there = tmp_path / "there"
+    there.mkdir()
+    words = ("run", PAGED, "--profile", tiny_profile, "--runs", tmp_path / "runs")
+    run = interrupted_run(
+        start(there, *words, command=stand_in, STAND_IN_HOLD="5"), tmp_path / "runs", terminate_command
+    )
+    there.rename(tmp_path / "elsewhere")
+    assert f"{there}: the folder" in finish(start(tmp_path, "resume", run.path, command=stand_in), code=2)
+    assert (run.read().state, len(run.read().launches)) == ("interrupted", 1)
+
+
 def test_where_a_gpus_memory_does_not_suffice_plan_and_measure_are_compared(
     place: Path, tiny_profile: Path, stand_in: Path
 ) -> None:
