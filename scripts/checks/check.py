@@ -9,6 +9,7 @@ from typing import Any
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.quiet import importing_axolotl
+from ..base.yamlfiles import Config
 from ..configs import compose, exchange, models, standin
 from ..configs.compose import Composed, Request
 from ..configs.config import check_not_of_the_run
@@ -77,7 +78,8 @@ def check(
         request: the recipe or file, and what is laid over it.
         gpu: the GPU that it is meant for.
         data: also read every row of its data, and tokenize them where the tokenizer is on this machine.
-        full: also ask Axolotl's own validation, which loads the plugins that the config lists.
+        full: also ask Axolotl's own validation, which loads the plugins that the config lists, others' only if the
+            request forces that.
         launching: a run is about to start here.
         composed: the request's config, where it is composed already.
 
@@ -88,11 +90,16 @@ def check(
         composed = composed or compose.compose(request)
         report = examine(composed, gpu, request.gpus, launching, data, ask_hub=True)
         report.name = request.name
+        _override(report.findings, request.force)
+        may_run = not any(finding.level == "error" and finding.scope == "code" for finding in report.findings)
         for finding in report.findings:
             if finding.rule == "not-prepared" and not (launching or data):
                 finding.level = "warning"  # the config is right; `run` needs them
         report.add([])  # in order again
-        if full:
+        if full and not may_run:
+            problem = "Axolotl's own validation would run the code above: it was not asked"
+            report.add([Finding("note", "not-checked", "", problem, where=report.name)])
+        elif full:
             with importing_axolotl():
                 from . import installed
 
@@ -149,7 +156,7 @@ def tokens_of(request: Request, count: int) -> list[dict[str, Any]]:
         UserError: the config, its data or its tokenizer does not allow it.
     """
     composed = compose.compose(request)
-    refuse(examine(composed).findings)
+    refuse(examine(composed).findings, request.force)
     _need_tokenizer(composed, "--show-tokens", ", --rehearse takes a small model's")
     with importing_axolotl():
         from . import tokens
@@ -188,14 +195,19 @@ def _measure_tokens(report: Report, composed: Composed) -> None:
         read |= by_key.get(read["key"], {})
 
 
-def training_lengths(composed: Composed) -> list[dict[str, Any]]:
+def training_lengths(composed: Composed, force: Sequence[str] = ()) -> list[dict[str, Any]]:
     """How long the rows of a config's training data are in tokens, as `tokens.lengths` describes them.
+
+    Args:
+        composed: the config.
+        force: the names of findings that are overridden.
 
     Raises:
         UserError: the data or the tokenizer is not on this machine, or Axolotl refuses them.
     """
     _need_tokenizer(composed, "--data")
-    refuse([finding for finding in examine(composed).findings if finding.key.startswith("datasets")])
+    found = examine(composed).findings
+    refuse([finding for finding in found if finding.key.startswith("datasets") or finding.scope == "code"], force)
     measured = [measures for measures in _lengths(composed)[1] if measures["key"].startswith("datasets")]
     if not measured:
         raise UserError("--data: the config names no local JSONL file to measure")
@@ -217,23 +229,58 @@ def _unreadable(name: str, message: str) -> Finding:
     return Finding("error", "unreadable", "", match[3], where=match[1], line=int(match[2]) if match[2] else None)
 
 
+_NEVER_FORCED = ("secret:", *(f"value:{key}" for key in ("plugins", "datasets", "test_datasets", "trl", "trust_")))
+"""What begins the names of errors that a run cannot start with, or whose values no rule about code would see."""
+
+
+def _override(findings: Iterable[Finding], force: Sequence[str]) -> None:
+    """Make warnings of the errors that --force names."""
+    for finding in findings:
+        if finding.level == "error" and finding.name in force and not finding.name.startswith(_NEVER_FORCED):
+            finding.level, finding.remedy = "warning", "overridden by --force"
+
+
+def unknown_force(force: Sequence[str], names: set[str]) -> None:
+    """Raise UserError where --force names none of some findings."""
+    for name in force:
+        if name not in names:
+            hint = did_you_mean(name, names) or "; names are in brackets"
+            raise UserError(f"--force {name}: no error of this config has that name{hint}")
+
+
 def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
     """The findings that are left to show once the errors that --force names are overridden.
 
     Raises:
         UserError: an error is left, or --force names none.
     """
-    names = {finding.name for finding in findings if finding.level == "error"}
+    unknown_force(force, {finding.name for finding in findings if finding.level == "error"})
     for name in force:
-        if name not in names:
-            hint = did_you_mean(name, names) or "; names are in brackets"
-            raise UserError(f"--force {name}: no error of this config has that name{hint}")
-        if name.startswith(("secret:", "value:plugins", "value:datasets")):
+        if name.startswith(_NEVER_FORCED):
             raise UserError(f"--force {name}: a run cannot start with this")
-    left = [finding for finding in findings if finding.name not in force]
+    _override(findings, force)
+    left = [finding for finding in findings if finding.name not in force or finding.scope == "code"]
     if errors := [str(finding) for finding in left if finding.level == "error"]:
         raise UserError("\n".join(errors))
     return left
+
+
+def refuse_code(content: Config, where: Path, force: Sequence[str]) -> None:
+    """Refuse a run's config that runs code which is neither Axolotl's nor this project's, but for what force names.
+
+    Args:
+        content: the config.
+        where: its file.
+        force: the names of findings that are overridden; it may have others.
+
+    Raises:
+        UserError: it runs other code.
+    """
+    usable, wrong = schema.usable(content, schema.findings(content))
+    found = [finding for finding in rules.findings(rules.Case(usable, wrong)) if finding.scope == "code"]
+    for finding in found:
+        finding.where = paths.shown(where)
+    refuse(found, [finding.name for finding in found if finding.name in force])
 
 
 def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]:

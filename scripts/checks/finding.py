@@ -6,7 +6,7 @@ from typing import Literal, get_args
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
-Scope = Literal["step", "config", "data", "file", "gpu", "machine"]
+Scope = Literal["step", "config", "code", "data", "file", "gpu", "machine"]
 _SCOPES: dict[str, Scope] = {
     "value": "step",
     "unknown-key": "step",
@@ -14,6 +14,9 @@ _SCOPES: dict[str, Scope] = {
     "unknown-lora-target": "step",
     "no-lora-rank": "step",
     "not-quantized": "step",
+    "remote-code": "code",
+    "foreign-code": "code",
+    "pickled-weights": "code",
     "not-prepared": "data",
     "missing-file": "file",
     "gpu-lacks": "gpu",
@@ -47,10 +50,11 @@ class Finding:
     @property
     def scope(self) -> Scope:
         """What it is about: `step`, the training step, which cannot be planned then; `config`, another setting;
+        `code`, what it runs that is neither Axolotl's nor this project's;
         `data`, a data file or its rows; `file`, another file; `gpu`, the GPU that the config is meant for; `machine`,
         the hardware of this machine."""
         scope = _SCOPES.get(self.rule, "config")
-        return "data" if self.key.endswith(".path") and scope != "step" else scope
+        return "data" if self.key.endswith(".path") and scope not in ("step", "code") else scope
 
     @property
     def name(self) -> str:

@@ -17,6 +17,7 @@ from .help import Verb, Verbs
 from .next_step import next_step, over
 from .options import (
     FigureFile,
+    Force,
     Json,
     Mirror,
     Names,
@@ -76,6 +77,7 @@ def check_verb(
         int | None,
         typer.Option(metavar="N", min=1, help="Show instead what the model is trained on: N rows, token by token."),
     ] = None,
+    force: Force = None,
     wide: Wide = False,
     json: Json = False,
 ) -> None:
@@ -85,7 +87,10 @@ def check_verb(
     from ..configs.compose import Request
 
     target = gpus.here() if gpu is None else gpus.find(gpu)
-    requests = [Request(name, profile or [], set_ or [], rehearse, mirror) for name in names or recipe_names()]
+    requests = [
+        Request(name, profile or [], set_ or [], rehearse, mirror, force=force or [])
+        for name in names or recipe_names()
+    ]
     if show_tokens:
         single_name(names, "--show-tokens")
         with Bar("tokenizing", 1):
@@ -93,6 +98,7 @@ def check_verb(
         tables.print_json(rows) if json else tables.print_tokens(rows)
         return
     reports = _checked(requests, target, data, full)
+    check.unknown_force(force or [], {finding.name for report in reports for finding in report.findings})
     if json:
         tables.print_json([report.as_json() for report in reports])
     else:
@@ -168,6 +174,7 @@ def plan_verb(
         float | None, typer.Option(metavar="USD", min=0, callback=check_finite, help="What the card costs an hour.")
     ] = None,
     figure: FigureFile = None,
+    force: Force = None,
     runs: Runs = RUNS,
     wide: Wide = False,
     json: Json = False,
@@ -178,7 +185,9 @@ def plan_verb(
     from ..planning import plan, plan_tables
 
     target = gpus.find(gpu) if gpu else None if vram else gpus.here()
-    requests = [Request(name, profile or [], set_ or [], gpus=gpu_count) for name in names or recipe_names()]
+    requests = [
+        Request(name, profile or [], set_ or [], gpus=gpu_count, force=force or []) for name in names or recipe_names()
+    ]
     if compare:
         single_name(names, "--compare")
         if figure or data or vram or price or gpu_count > 1:

@@ -126,6 +126,10 @@ Overrides = Annotated[
     ),
 ]
 Mirror = Annotated[bool, typer.Option("--mirror", help="Use an ungated copy of a gated base model.")]
+Force = Annotated[
+    list[str] | None,
+    typer.Option("--force", metavar="FINDING", help="Despite the error of this name in `recipe check`. Repeatable."),
+]
 Wide = Annotated[bool, typer.Option("--wide", help="Show all columns of a table, however narrow the terminal.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -137,7 +137,7 @@ def new_verb(
     other = new.for_model(from_, model) if model else None
     request = compose.Request(from_, overrides=[*(other.overrides if other else []), *overrides])
     found = check.examine(compose.compose(request)).findings
-    check.refuse([finding for finding in found if finding.scope not in ("data", "file")])
+    check.refuse([finding for finding in found if finding.scope not in ("code", "data", "file")])
     print(new.write(name, from_, overrides, other))
     for line in other.not_known if other else []:
         say(line)

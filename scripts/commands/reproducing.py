@@ -15,6 +15,7 @@ from .options import (
     BatchSize,
     Deterministic,
     FetchedJudge,
+    Force,
     FromRung,
     Jobs,
     Json,
@@ -78,6 +79,7 @@ def reproduce_verb(
     bertscore: FetchedJudge = None,
     bertscore_layer: JudgeLayer = None,
     batch_size: BatchSize = 16,
+    force: Force = None,
     dry_run: Outlined = False,
     gpu: PlannedGpu = None,
     runs: Runs = RUNS,
@@ -96,7 +98,9 @@ def reproduce_verb(
     for option, given in (("--on slurm", on != "local"), ("--seeds", seeds > 1), ("--gpu", gpu)):
         only_with(option, given, "--from training", from_ == "training")
     of_study = find(study)
-    request = Request(of_study.folder.name, profiles_of(profile, deterministic), set_ or [], rehearse, mirror)
+    request = Request(
+        of_study.folder.name, profiles_of(profile, deterministic), set_ or [], rehearse, mirror, force=force or []
+    )
     request.rehearse = is_rehearsal(request)
     only_with("--rehearse", request.rehearse, "--from adapter or training", from_ != "predictions", "it needs no model")
     evaluation = evaluate.EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)

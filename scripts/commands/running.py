@@ -17,6 +17,7 @@ from .options import (
     BatchSize,
     Best,
     Deterministic,
+    Force,
     Jobs,
     Json,
     JudgeLayer,
@@ -84,10 +85,7 @@ def run_verb(
     nodes: Annotated[int, typer.Option(help="How many machines to train on, with --on slurm.")] = 1,
     on: On = "local",
     slurm: SlurmOptions = None,
-    force: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FINDING", help="Start despite the error of this name in `recipe check`. Repeatable."),
-    ] = None,
+    force: Force = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and start nothing.")] = False,
     runs: Runs = RUNS,
 ) -> None:
@@ -175,6 +173,7 @@ def sweep_verb(
     bertscore_layer: JudgeLayer = None,
     batch_size: BatchSize = 16,
     best: Best = None,
+    force: Force = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan all members, and start none.")] = False,
     runs: Runs = RUNS,
     wide: Wide = False,
@@ -189,7 +188,9 @@ def sweep_verb(
 
     sweep_name, members = sweeps.read(sweeps.find_file(file) if file else None, set_ or [])
     sweeps.check_best(best, sweeps.of_recipe(name))
-    request = Request(name, profiles=profiles_of(profile, deterministic), rehearse=rehearse, mirror=mirror)
+    request = Request(
+        name, profiles=profiles_of(profile, deterministic), rehearse=rehearse, mirror=mirror, force=force or []
+    )
     request.rehearse = is_rehearsal(request)
     evaluation = evaluate.EvaluationRequest(
         limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size

@@ -18,6 +18,7 @@ from .options import (
     BatchSize,
     CacheForm,
     DecodingName,
+    Force,
     Json,
     JudgeLayer,
     JudgeModel,
@@ -80,6 +81,7 @@ def evaluate_verb(
     export_prompts: PromptsFile = None,
     predictions: Predictions = None,
     checkpoints: Checkpoints = False,
+    force: Force = None,
     on: On = "local",
     slurm: SlurmOptions = None,
     runs: Runs = RUNS,
@@ -99,7 +101,7 @@ def evaluate_verb(
     request = evaluate.EvaluationRequest(
         data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer, metric or [], decoding
     )
-    request.predictions, request.checkpoints = predictions, checkpoints
+    request.predictions, request.checkpoints, request.force = predictions, checkpoints, force or []
     folder = find_run(run, runs)
     place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
     if export_prompts:

@@ -47,10 +47,10 @@ def of_request(
         UserError: it has an error that leaves nothing to plan, or it cannot be planned.
     """
     composed = composed_for(request)
-    lengths = check.training_lengths(composed) if data else []
+    lengths = check.training_lengths(composed, request.force) if data else []
     planned, planner = plan(composed.config, gpu, vram, request.gpus)
-    of_gpu = [finding for finding in check.examine(composed, gpu).findings if finding.scope == "gpu"]
-    planned["notes"] += [f"{finding.key}: {finding.problem}; {finding.remedy}" for finding in of_gpu]
+    told = [finding for finding in check.examine(composed, gpu).findings if finding.scope in ("gpu", "code")]
+    planned["notes"] += [f"{finding.key}: {finding.problem}; {finding.remedy}" for finding in told]
     trained_on = None
     if lengths:
         trained_on = tuple(sum(data_set[f"{unit}_trained_on"] for data_set in lengths) for unit in ("rows", "tokens"))

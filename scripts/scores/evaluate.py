@@ -12,6 +12,7 @@ from ..base.locks import held
 from ..base.machine import now
 from ..base.progress import Bar, say
 from ..base.quiet import importing_axolotl
+from ..checks import check
 from ..configs import gpus
 from ..configs.precision import precision
 from ..data import study
@@ -57,6 +58,7 @@ class EvaluationRequest:
         decoding: one of the study's further ways to decode, by name.
         predictions: a file of predictions that were made elsewhere, see `elsewhere.predictions`.
         validation: whether the rows are those that the run validates on.
+        force: findings about code in the run's config that are overridden.
         checkpoints: whether it is about every kept checkpoint, see `choice.choose`.
     """
 
@@ -73,6 +75,7 @@ class EvaluationRequest:
     predictions: Path | None = None
     validation: bool = False
     checkpoints: bool = False
+    force: Sequence[str] = ()
 
     def options(self) -> list[str]:
         """The request as options of `recipe evaluate`."""
@@ -89,6 +92,7 @@ class EvaluationRequest:
         }
         words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
         words += ["--checkpoints"] if self.checkpoints else []
+        words += [word for name in self.force for word in ("--force", name)]
         return words + [word for metric in self.metrics for word in ("--metric", metric)]
 
 
@@ -110,6 +114,7 @@ class EvaluationTask:
     def __init__(self, folder: RunDir, request: EvaluationRequest):
         self.run = folder.read()
         self.cfg = yamlfiles.read_yaml(folder.config)
+        check.refuse_code(self.cfg, folder.config, [*self.run.forced, *request.force])
         self.columns = columns_of(self.run.origin, request.metrics)
         adapter = request.adapter
         weights = None if adapter == BASE else folder.output if adapter is None else Path(adapter)
