@@ -55,10 +55,19 @@ def test_each_key_that_runs_others_code_is_an_error(change: dict[str, Any], name
     assert found(change) == {name: "error"}
 
 
+def test_a_module_that_is_not_there_is_told_beside() -> None:
+    cfg = config_with({"datasets": [{"path": "x", "type": "nowhere.prompts"}]})
+    names = {one.name for one in rules.findings(rules.Case(cfg, set()))}
+    assert names >= {"prompt-strategy:datasets.0.type", "foreign-code:datasets.0.type"}
+    there = config_with({"datasets": [{"path": "x", "type": "json.prompts"}]})
+    assert "prompt-strategy:datasets.0.type" not in {one.name for one in rules.findings(rules.Case(there, set()))}
+
+
 def test_axolotls_own_and_this_projects_are_not_foreign() -> None:
     own = ["axolotl.integrations.liger.LigerPlugin", "qlora_recipes.plugin.RunPlugin"]
     assert found({"plugins": own, "trust_remote_code": False, "trl": {"reward_funcs": []}}) == {}
     assert found({"attn_implementation": "kernels-community/flash-attn2"}) == {}
+    assert found({"datasets": [{"path": "x", "type": "chatml.intel"}], "rl": "dpo"}) == {}
 
 
 @pytest.mark.parametrize("key", ["base_model", "lora_model_dir"])

@@ -25,6 +25,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Pa
     (tmp_path / "data").symlink_to(prepared)
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "outputs" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "adapter_model.bin").touch()
     monkeypatch.setenv("HF_TOKEN", "for the test")
     monkeypatch.setattr(hub, "is_offline", lambda: False)
     return tmp_path
@@ -167,7 +169,10 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "beside cut_cross_entropy",
     ),
     (
-        {"plugins": ["axolotl.integrations.liger:LigerPlugin", "x.CutCrossEntropyPlugin"], "liger_cross_entropy": True}
+        {
+            "plugins": ["axolotl.integrations.liger:LigerPlugin", "qlora_recipes.x.CutCrossEntropyPlugin"],
+            "liger_cross_entropy": True,
+        }
         | {"cut_cross_entropy": False, "chunked_cross_entropy": True},
         "error",
         "two-cross-entropies:liger_cross_entropy",
@@ -188,7 +193,9 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"special_tokens": {"pad_token": "<pad>"}}, "warning", "missing-special-token:special_tokens.pad_token", "<pad>"),
     ({"special_tokens": {"eos_token": "<|im_end|>"}}, "error", "missing-special-token:special_tokens.eos_token", "no"),
     ({"datasets": [DATA | {"type": "chatml.intel"}]}, "error", "prompt-strategy:datasets.0.type", "set rl"),
-    ({"datasets": [DATA | {"type": "nowhere.prompts"}]}, "error", "prompt-strategy:datasets.0.type", "nowhere"),
+    ({"trust_remote_code": True}, "error", "remote-code:trust_remote_code", "that comes with it"),
+    ({"plugins": ["mine.Plugin"]}, "error", "foreign-code:plugins.0", "the code of mine.Plugin"),
+    ({"lora_model_dir": "pickled"}, "error", "pickled-weights:lora_model_dir", "adapter_model.bin is pickled"),
     ({"use_comet": True}, "warning", "missing-package:use_comet", "comet-ml is not installed; install it"),
     (
         {"attn_implementation": "sage"},
@@ -287,7 +294,6 @@ def test_a_recipe_gives_no_error_and_no_warning(name: str, gpu: str) -> None:
         {"datasets": [{"path": "some/data-set", "type": "alpaca"}]},
         {"datasets": [{"path": "s3://bucket/rows.jsonl", "type": "alpaca"}]},
         {"datasets": [DATA | {"path": "json", "data_files": "data/codereviewer/t*.jsonl"}]},
-        {"datasets": [DATA | {"type": "json.prompts"}]},  # a module that is there
         {"batch_size": 8, "gradient_accumulation_steps": None},
         {"flash_attention": False},  # an old key that is off
         {"output_dir": "elsewhere"},

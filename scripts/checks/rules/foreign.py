@@ -15,6 +15,7 @@ from .case import Case, Problems, rule
 _READ_IT = "read it first; --force with the name in brackets runs it"
 _OURS = ("axolotl.integrations.", "qlora_recipes.")
 _NAMES_CODE = ("trainer_cls", "trl.reward_funcs", "trl.rollout_func")
+_KINDS = ("SFT", "DPO", "KTO")
 _OF_KERNELS = "kernels-community/"  # of the hub's own maintainers
 
 
@@ -35,12 +36,16 @@ def foreign_code(case: Case) -> Problems:
 
 
 def _named_code(config: Config) -> list[tuple[str, str]]:
-    own_type = schema.load()["$defs"]["SFTDataset"]["properties"]["type"]["anyOf"][1]["pattern"]
+    types = {name: schema.load()["$defs"][f"{name}Dataset"]["properties"]["type"]["anyOf"] for name in _KINDS}
+    of_module = types["SFT"][1]["pattern"]
+    own_types = {kind for of_kind in types.values() for kind in of_kind[0]["enum"]}
     plugins = config.get("plugins")
     found = [(f"plugins.{i}", name) for i, name in enumerate(plugins if isinstance(plugins, list) else [])]
     found = [(key, name) for key, name in found if not str(name).startswith(_OURS)]
-    types = [(f"{key}.type", entry.get("type")) for key, entry in datafiles.datasets(config)]
-    found += [(key, kind) for key, kind in types if isinstance(kind, str) and re.match(own_type, kind)]
+    for key, entry in datafiles.datasets(config):
+        kind = entry.get("type")
+        if isinstance(kind, str) and re.match(of_module, kind) and kind not in own_types:
+            found.append((f"{key}.type", kind))
     found += [(key, value) for key, value in flatten(config) if value and key in _NAMES_CODE]
     attention = str(config.get("attn_implementation") or "")
     if "/" in attention and not attention.startswith(_OF_KERNELS):
