@@ -265,22 +265,18 @@ def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
     return left
 
 
-def refuse_code(content: Config, where: Path, force: Sequence[str]) -> None:
-    """Refuse a run's config that runs code which is neither Axolotl's nor this project's, but for what force names.
+def code_in(content: Config, file: Path) -> list[Finding]:
+    """What a run's config runs that is neither Axolotl's nor this project's.
 
     Args:
         content: the config.
-        where: its file.
-        force: the names of findings that are overridden; it may have others.
-
-    Raises:
-        UserError: it runs other code.
+        file: where it is.
     """
     usable, wrong = schema.usable(content, schema.findings(content))
     found = [finding for finding in rules.findings(rules.Case(usable, wrong)) if finding.scope == "code"]
     for finding in found:
-        finding.where = paths.shown(where)
-    refuse(found, [finding.name for finding in found if finding.name in force])
+        finding.where = paths.shown(file)
+    return found
 
 
 def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]:

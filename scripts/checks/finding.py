@@ -17,6 +17,8 @@ _SCOPES: dict[str, Scope] = {
     "remote-code": "code",
     "foreign-code": "code",
     "pickled-weights": "code",
+    "foreign-arguments": "code",
+    "foreign-links": "code",
     "not-prepared": "data",
     "missing-file": "file",
     "gpu-lacks": "gpu",

@@ -126,6 +126,7 @@ def resume_verb(
     prepare: Annotated[
         bool, typer.Option("--prepare", help="Only tokenize its rows and fetch its base model; needs no GPU.")
     ] = False,
+    force: Force = None,
     on: On = "local",
     slurm: SlurmOptions = None,
     runs: Runs = RUNS,
@@ -136,7 +137,7 @@ def resume_verb(
 
     only_with("--prepare", prepare, "--on local", on == "local", "jobs prepare by themselves")
     place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
-    folder = resume(run, runs, place, prepare)
+    folder = resume(run, runs, place, prepare, force or [])
     print(folder.path)
     if prepare:
         next_step("resume", name_of(folder, runs), runs=runs)

@@ -150,11 +150,11 @@ def stop_holders(locks: Iterable[Path], jobs: Container[str] = ()) -> list[str]:
     Returns:
         A message for each process.
     """
-    files = {str(lock.resolve()) for lock in locks}
+    files = {str(lock.parent.resolve() / lock.name) for lock in locks if not lock.is_symlink()}
     holding = {
         process.pid: process
         for process in psutil.process_iter(["open_files"])  # None of another user's process
-        if files.intersection(file.path for file in process.info["open_files"] or ())
+        if any(file.path in files and _locks(process.pid, file.fd) for file in process.info["open_files"] or ())
     }
     messages = []
     for process in holding.values():
@@ -163,6 +163,13 @@ def stop_holders(locks: Iterable[Path], jobs: Container[str] = ()) -> list[str]:
                 process.terminate()
                 messages.append(f"process {process.pid} is asked to stop")
     return messages
+
+
+def _locks(pid: int, descriptor: int) -> bool:
+    """Whether a process holds a lock by one of its descriptors: others only read the file, as a pager does."""
+    with suppress(OSError):
+        return "FLOCK" in Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text()
+    return False
 
 
 def visible_gpus() -> list[str]:

@@ -6,7 +6,7 @@ its record; the others only launch their share of the ranks.
 
 import hashlib
 import os
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from .. import places
@@ -14,7 +14,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256, write_atomically
 from ..base.progress import Bar, say
-from ..checks import check
+from ..checks import check, strangers
 from ..checks.check import check_arguments
 from ..configs import datafiles, gpus, standin
 from ..configs.compose import Composed, Request, compose, is_rehearsal
@@ -105,6 +105,7 @@ def create(composed: Composed, request: Request, runs: Path, shared: Container[D
         difference.run = ours.get(difference.key, difference.run)
     record = record_of(composed, request)
     write_atomically(folder.config, yamlfiles.write_yaml(ours))
+    record.seal = strangers.seal(folder, record)
     folder.write(record)
     say(f"run {folder.path}")
     for difference in new:
@@ -142,7 +143,7 @@ def record_of(composed: Composed, request: Request) -> Run:
     )
 
 
-def resume(name: str, runs: Path, place: Place, prepare_only: bool = False) -> RunDir:
+def resume(name: str, runs: Path, place: Place, prepare_only: bool = False, force: Sequence[str] = ()) -> RunDir:
     """Resume an interrupted or failed run from its last whole checkpoint, in this process or as a job.
 
     Args:
@@ -150,14 +151,16 @@ def resume(name: str, runs: Path, place: Place, prepare_only: bool = False) -> R
         runs: the folder with the runs.
         place: where it is to run.
         prepare_only: only have its rows tokenized and its base model fetched, in this process.
+        force: the names of findings that are overridden, which the run's record then has.
 
     Raises:
-        UserError: there is no such run, it is finished or still running, or the place cannot train it.
+        UserError: there is no such run, it is finished or still running, it runs code that nobody has agreed to, or the
+            place cannot train it.
         WorkFailed: as in `start`.
     """
     folder = find_run(name, runs)
     record = folder.read()
-
+    _agree(folder, record, force)
     if not place.here:  # here, what holds the run decides
         current = places.read(folder)
         if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):
@@ -165,6 +168,22 @@ def resume(name: str, runs: Path, place: Place, prepare_only: bool = False) -> R
     gpus_a_node = 0 if record.rehearsal else record.gpus_used
     work = Work(Outcome(record.recipe), lambda: [command(folder, runs)], gpus_a_node, record.nodes)
     return place.carry_out(work, record.recipe, runs, lambda: _resume_here(folder, prepare_only))
+
+
+def _agree(folder: RunDir, record: Run, force: Sequence[str]) -> None:
+    """Refuse what of a run needs consent and has none; consent makes it the user's own run."""
+    if not folder.config.is_file():
+        return  # see `hindrance`
+    own = strangers.is_own(folder, record)
+    for finding in strangers.refuse_unseen(folder, record, yamlfiles.read_yaml(folder.config), force):
+        say(str(finding))
+    if not own:
+        check_arguments(record.axolotl_arguments)
+    if force:
+        with folder.held():
+            record.forced = [*(record.forced if own else ()), *force]
+            record.seal = strangers.seal(folder, record)
+            folder.write(record)
 
 
 def _resume_here(folder: RunDir, prepare_only: bool) -> RunDir:
@@ -185,7 +204,7 @@ def _resume_here(folder: RunDir, prepare_only: bool) -> RunDir:
             return folder
         if record.nodes > 1 and "SLURM_LAUNCH_NODE_IPADDR" not in os.environ:
             raise UserError(f"{folder.path}: a run on {record.nodes} machines; --on slurm starts it on each of them")
-        if not record.launches:
+        if not record.launches or not strangers.is_own(folder, record):
             _check_here(folder, record)
         checkpoint = folder.last_checkpoint()
         if record.launches:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from ..base import yamlfiles
+from ..base import paths, yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import opened
 from ..base.machine import now
@@ -201,14 +201,15 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
 def _drop_half_prepared(folder: RunDir, record: Run) -> None:
     """Remove prepared rows that a killed process did not finish writing, which Axolotl would take for complete.
 
+    Only in the cache or the run's own folder, as the config may be a stranger's.
     datasets writes dataset_info.json last. Whoever is writing holds Axolotl's lock (axolotl/utils/data/lock.py).
     """
-    prepared = Path(record.cwd, str(yamlfiles.read_yaml(folder.config).get("dataset_prepared_path")))
-    if not prepared.is_dir():
+    prepared = Path(record.cwd, str(yamlfiles.read_yaml(folder.config).get("dataset_prepared_path"))).resolve()
+    if not (prepared.is_dir() and any(map(prepared.is_relative_to, (paths.cache().resolve(), folder.path.resolve())))):
         return
     with suppress(Timeout), FileLock(prepared / "datasets_prep.lock", timeout=0):
         for part in {shard.parent for shard in prepared.glob("*/data-*.arrow")}:
-            if not (part / "dataset_info.json").is_file():
+            if not ((part / "dataset_info.json").is_file() or part.is_symlink()):
                 shutil.rmtree(part)
 
 

@@ -12,7 +12,7 @@ from ..base.locks import held
 from ..base.machine import now
 from ..base.progress import Bar, say
 from ..base.quiet import importing_axolotl
-from ..checks import check
+from ..checks import strangers
 from ..configs import gpus
 from ..configs.precision import precision
 from ..data import study
@@ -58,7 +58,7 @@ class EvaluationRequest:
         decoding: one of the study's further ways to decode, by name.
         predictions: a file of predictions that were made elsewhere, see `elsewhere.predictions`.
         validation: whether the rows are those that the run validates on.
-        force: findings about code in the run's config that are overridden.
+        force: findings about code in the run's config that are overridden, see `strangers`.
         checkpoints: whether it is about every kept checkpoint, see `choice.choose`.
     """
 
@@ -114,7 +114,7 @@ class EvaluationTask:
     def __init__(self, folder: RunDir, request: EvaluationRequest):
         self.run = folder.read()
         self.cfg = yamlfiles.read_yaml(folder.config)
-        check.refuse_code(self.cfg, folder.config, [*self.run.forced, *request.force])
+        strangers.refuse_unseen(folder, self.run, self.cfg, request.force)
         self.columns = columns_of(self.run.origin, request.metrics)
         adapter = request.adapter
         weights = None if adapter == BASE else folder.output if adapter is None else Path(adapter)

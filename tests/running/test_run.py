@@ -473,6 +473,19 @@ def test_rows_that_a_killed_process_half_prepared_are_prepared_anew(tmp_path: Pa
     assert (half.is_dir(), whole.is_dir()) == (False, True)
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_only_rows_in_the_cache_or_in_the_run_are_ever_removed(tmp_path: Path, linked: bool) -> None:
+    precious = tmp_path / "mine" / "data" / "data-00000-of-00001.arrow"
+    precious.parent.mkdir(parents=True)
+    precious.touch()
+    folder = RunDir(tmp_path / "run")
+    (folder.path / "prepared").mkdir(parents=True)
+    (folder.path / "prepared" / "data").symlink_to(precious.parent)
+    folder.config.write_text(f"dataset_prepared_path: {'prepared' if linked else precious.parents[1]}\n")
+    launch._drop_half_prepared(folder, rundir.Run(recipe="r", recipe_file="f", recipe_sha256="s", cwd=str(folder.path)))
+    assert precious.is_file()
+
+
 def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
     tmp_path: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,49 @@
+"""Which processes on this machine are asked to stop."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from qlora_recipes.places.local import stop_holders
+
+LOCKS = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+READS = "import sys; f = open(sys.argv[1]); print(1, flush=True); input()"
+
+
+@contextmanager
+def process(does: str, file: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    words = [sys.executable, "-c", does, str(file)]
+    child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout
+    child.stdout.readline()
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_who_holds_a_lock_is_asked_to_stop(tmp_path: Path) -> None:
+    with process(LOCKS, tmp_path / ".lock") as child:
+        assert stop_holders([tmp_path / ".lock"]) == [f"process {child.pid} is asked to stop"]
+        assert child.wait(10) == -15
+
+
+@pytest.mark.parametrize("does", [LOCKS, READS])
+def test_a_link_to_a_file_of_another_process_stops_nobody(tmp_path: Path, does: str) -> None:
+    (tmp_path / "theirs").touch()
+    (tmp_path / ".lock").symlink_to("theirs")
+    with process(does, tmp_path / "theirs") as child:
+        assert stop_holders([tmp_path / ".lock"]) == []
+        assert child.poll() is None
+
+
+def test_who_only_reads_a_lock_goes_on(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    with process(READS, tmp_path / ".lock") as child:
+        assert stop_holders([tmp_path / ".lock"]) == []
+        assert child.poll() is None
