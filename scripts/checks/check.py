@@ -14,7 +14,7 @@ from ..configs import compose, exchange, models, standin
 from ..configs.compose import Composed, Request
 from ..configs.config import check_not_of_the_run
 from ..configs.gpus import Gpu
-from ..data import study
+from ..data import private, study
 from . import rows, rules, schema
 from .finding import LEVELS, Finding
 
@@ -223,6 +223,7 @@ def _lengths(composed: Composed) -> tuple[list[Finding], list[dict[str, Any]]]:
 
 def _unreadable(name: str, message: str) -> Finding:
     """A finding for what keeps a config from being read; the message may begin with the file and line."""
+    message = private.masked(message)
     match = re.fullmatch(r"(?s)(.+?\.ya?ml)(?::(\d+))?: (.*)", message)
     if not match:
         return Finding("error", "unreadable", "", message, where=name)
@@ -290,7 +291,7 @@ def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]
             key, changed = f"{finding.key}.", f"{difference.key}."
             if key.startswith(changed) or changed.startswith(key):
                 file = composed.files.get(difference.key)
-                finding.where = difference.why
+                finding.where = _without_secret(difference.why, difference.key)
         if file:
             finding.where, finding.line = paths.shown(file), yamlfiles.line_of(file, finding.key)
             line = yamlfiles.read_text(file).splitlines()[finding.line - 1]
@@ -300,13 +301,19 @@ def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]
         yield finding
 
 
+def _without_secret(option: str, key: str) -> str:
+    """An option such as `--set key=value`, without a value that is secret."""
+    head, _, value = option.partition("=")
+    return f"{head}={private.MASK}" if value and private.is_secret(key, value) else private.masked(option)
+
+
 def check_arguments(arguments: list[str]) -> None:
     """Refuse options for `axolotl train` that it does not have, and those that must not be given to it."""
     for argument in arguments:
         option = argument.lstrip("-").partition("=")[0].replace("-", "_")
         check_not_of_the_run(option, argument)
-        if schema.is_secret(option):
-            raise UserError(f"{argument}: would be stored in the run's folder; set it in an environment variable")
+        if private.is_secret(option, argument):
+            raise UserError(f"--{option}: would be stored in the run's folder; set it in an environment variable")
         key = schema.key_of_option(option)
         if argument.startswith("--") and key:
             raise UserError(f"{argument}: a key of the config; --set {key}=... is checked and recorded as well")

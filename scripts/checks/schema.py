@@ -12,6 +12,7 @@ from ..base.errors import UserError, did_you_mean
 from ..base.paths import RECIPES
 from ..base.yamlfiles import Config
 from ..configs.config import override
+from ..data.private import is_secret
 from .finding import Finding
 
 FILE = RECIPES / "axolotl.schema.json"
@@ -73,14 +74,6 @@ def key_of_option(option: str) -> str | None:
     return next((key for key in keys if key.partition(".")[0] in load()["properties"]), None)
 
 
-_SECRET = re.compile(r"(api_key|secret|password)$|^[^.]*(?<!auth_)token$")
-
-
-def is_secret(key: str) -> bool:
-    """Whether a dotted key is for something that must not be written to a file."""
-    return bool(_SECRET.search(key))
-
-
 def findings(content: Config) -> Iterator[Finding]:
     """Each place where a config breaks the schema, in the order of the config's keys."""
     import jsonschema
@@ -91,7 +84,10 @@ def findings(content: Config) -> Iterator[Finding]:
     foreign = [name for name in names if name not in load()["x-plugins"] and not name.startswith("qlora_recipes.")]
     for error in jsonschema.Draft202012Validator(load()).iter_errors(content):
         for cause in _closest(error):
-            yield from _as_findings(cause, foreign)
+            for finding in _as_findings(cause, foreign):
+                if is_secret(finding.key):
+                    finding.problem = "its value is not allowed"  # and stays unsaid
+                yield finding
 
 
 def usable(content: Config, broken: Iterable[Finding]) -> tuple[Config, set[str]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ..base.errors import UserError, WorkFailed
 from ..base.progress import say
+from ..data.private import masked
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -47,5 +48,5 @@ def _in_words(error: OSError) -> str:
 
 
 def _refused(problem: str, code: int) -> int:
-    say(f"recipe: {problem}")
+    say(f"recipe: {masked(problem)}")
     return code

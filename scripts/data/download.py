@@ -19,7 +19,7 @@ CHUNK = 1 << 18  # bytes; at most this many are lost when a connection breaks
 
 def public(url: str) -> str:
     """A URL without name, password and query, any of which can be secret; a path is unchanged."""
-    return re.sub(r"(://)([^/?#]*@)?([^?#]*).*", r"\1\3", url)
+    return re.sub(r"(://)([^/?#:]*:(?!\d+/)[^?#]*@|[^/?#]*@)?([^?#]*).*", r"\1\3", url)
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:

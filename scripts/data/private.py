@@ -1,4 +1,4 @@
-"""What must not stand in a record that is handed in: folders, machines, users, accounts and secrets."""
+"""Secrets, which are never written down; and folders, machines, users and accounts, which no shared record has."""
 
 import getpass
 import platform
@@ -24,6 +24,39 @@ _REVEALING = {
 _PATTERNS = {what: re.compile(pattern, re.IGNORECASE) for what, pattern in _REVEALING.items()}
 _EVERYBODYS = {"root", "user", "ubuntu", "debian", "localhost", "nvidia", "intel", "amd"}
 """Names of users and machines that say nothing about them, and that are words of much else."""
+
+_NAMES_SECRET = re.compile(
+    r"(api_?key|secret(_key)?|access_key|private_key|passw(or)?d|credentials?|authorization)$", re.IGNORECASE
+)
+_OF_TOKENIZERS = "bos eos pad unk sep cls mask eot eom boi eoi image audio video start end stop special assistant user"
+_NAMES_TOKEN = re.compile(rf"(^|\.)(?!({_OF_TOKENIZERS.replace(' ', '|')})_token)[^.]*(?<!per_)token$", re.IGNORECASE)
+_SECRET_VALUE = re.compile(
+    r"(?<![A-Za-z0-9])(hf_(?=[a-z]*[\dA-Z])[A-Za-z0-9]{10,}|hf_[a-z]{16,}|gh[oprsu]_[A-Za-z0-9]{10,}|github_pat_\w{10,}"
+    r"|sk-(?=[\w-]*\d)[\w-]{16,}|glpat-[\w-]{10,}|npm_[A-Za-z0-9]{16,}|pypi-[\w-]{16,}|xox[a-z]-[\w-]{10,}"
+    r"|(AKIA|ASIA)[A-Z0-9]{12,}|AIza[\w-]{20,}|eyJ[\w-]{10,}\.[\w-]+)"
+    r"|(?<=://)[^\s@/:]*:(?!\d+/)[^\s@]+(?=@)"
+    r"|(?<![\w.-])(?P<key>[\w.-]*(api[_-]?key|secret|passw(or)?d|(?<!_)token|hub_token|auth_token)(=|[\"']\s?:\s?))"
+    r"(?!true\b|false\b|null\b|None\b|\s)[^\s,;]+"
+)
+MASK = "[a secret]"
+
+
+def is_secret(key: str, value: Any = None) -> bool:
+    """Whether a dotted key is for something that must not be written to a file, or a value looks like it.
+
+    Names of tokens that a tokenizer has are none: `special_tokens.pad_token`.
+    """
+    name = key.replace("-", "_")
+    if _NAMES_SECRET.search(name):
+        return True
+    if _NAMES_TOKEN.search(name) and not name.startswith("special_tokens.") and not name.endswith("use_auth_token"):
+        return True
+    return any(_SECRET_VALUE.search(text) for _, text in texts(value))
+
+
+def masked(text: str) -> str:
+    """A text with every secret in it, known by its shape or the name before it, replaced."""
+    return _SECRET_VALUE.sub(lambda found: (found["key"] or "") + MASK, text)
 
 
 def names_here() -> set[str]:

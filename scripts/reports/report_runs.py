@@ -14,9 +14,9 @@ from .. import places
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, sha256
-from ..checks import schema
 from ..configs import config, datafiles
 from ..data import study
+from ..data.private import is_secret
 from ..metrics import registry
 from ..metrics.metric import Column
 from ..results import comparable, curves, listing, run_rows
@@ -276,12 +276,12 @@ def settings(reported: ReportedRun) -> dict[str, Any]:
             "source": sources.get(key) or sources.get(key.partition(".")[0]) or "the run's own",
         }
         for key, value in config.flatten(reported.config)
-        if not schema.is_secret(key)
+        if not is_secret(key, value)
     ]
     differs = [
         {"setting": d.key, "recipe": _on_one_line(d.recipe), "this run": _on_one_line(d.run), "why": d.why}
         for d in run.differences
-        if not schema.is_secret(d.key)
+        if not is_secret(d.key, [d.recipe, d.run])
     ]
     return {"label": reported.label, "recipe": run.recipe, "differs": differs, "all": shown, "note": note}
 
@@ -293,7 +293,7 @@ def _on_one_line(value: Any) -> str | None:
 
 def _facts(record: Any) -> list[tuple[str, str | None]]:
     """The keys and values of a record, without secrets."""
-    return [(key, _on_one_line(value)) for key, value in config.flatten(record) if not schema.is_secret(key)]
+    return [(key, _on_one_line(value)) for key, value in config.flatten(record) if not is_secret(key, value)]
 
 
 def provenance(reported: ReportedRun) -> dict[str, Any]:

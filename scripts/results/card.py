@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..base import paths, yamlfiles
+from ..base.errors import UserError
 from ..base.files import embedding_rows, read_json, sha256
 from ..base.templating import environment
-from ..checks import schema
 from ..configs import config, datafiles, models
-from ..data import expressions, manifest, study
+from ..data import expressions, manifest, private, study
 from ..data.declaration import Data
 from ..runs.handover import PLUGIN
 from ..runs.rundir import Run, RunDir
@@ -50,8 +50,8 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
         shown["plugins"] = plugins
     data = None if of_study is None or comparable.other_data(run) else of_study.data
     published = comparable.aim(run)
-    differences = [difference for difference in run.differences if not _NOT_SHOWN.match(difference.key)]
-    overrides = [override for override in run.overrides if not _NOT_SHOWN.match(override)]
+    differences = [difference for difference in run.differences if not is_private(difference.key)]
+    overrides = [override for override in run.overrides if not _sets_private(override)]
     facts: dict[str, Any] = _public(
         {
             "run": run.model_copy(update={"differences": differences, "overrides": overrides}).model_dump(),
@@ -93,7 +93,16 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
 
 def is_private(key: str) -> bool:
     """Whether a dotted key is for a secret, a folder of this machine, or the account or host that a run reports to."""
-    return bool(_NOT_SHOWN.match(key)) or schema.is_secret(key)
+    return bool(_NOT_SHOWN.match(key)) or private.is_secret(key)
+
+
+def _sets_private(override: str) -> bool:
+    """Whether a `key=value` sets a key that `is_private`, or one below it."""
+    try:
+        key, value = config.parse_override(override)
+    except UserError:
+        key, value = override.partition("=")[0], None
+    return any(is_private(below) for below, _ in config.flatten(value, key))
 
 
 def _arguments(decoding: study.Decoding) -> str:
@@ -181,14 +190,18 @@ def _command(run: dict[str, Any]) -> str:
     return shlex.join([*words, *(["--", *run["axolotl_arguments"]] if run["axolotl_arguments"] else [])])
 
 
-def _public(value: Any, cwd: Path) -> Any:
-    """`value` with each path of this machine in it relative to the folder `cwd`, or else cut to its last part."""
+def _public(value: Any, cwd: Path, key: str = "") -> Any:
+    """`value` with each path of this machine in it relative to the folder `cwd`, or else cut to its last part; and
+    without secrets."""
     if isinstance(value, dict):
-        return {key: _public(below, cwd) for key, below in value.items()}
+        below_tokens = key == "special_tokens"
+        kept = {name: below for name, below in value.items() if below_tokens or not private.is_secret(str(name))}
+        return {name: _public(below, cwd, name) for name, below in kept.items()}
     if isinstance(value, list):
         return [_public(below, cwd) for below in value]
     if not isinstance(value, str):
         return value
+    value = private.masked(value)
     path = Path(value)
     if ".." in path.parts or (path.is_absolute() and len(path.parts) > 2):
         return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else path.name

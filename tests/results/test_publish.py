@@ -256,6 +256,25 @@ def test_a_card_names_nothing_of_the_machine(run: RunDir, tmp_path: Path) -> Non
     assert front["model-index"][0]["results"][0]["dataset"]["name"] == "train.jsonl, the first 5,000 rows"
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_kwargs", {"token": "planted"}),
+        ("optim_args", "betas=1,token=planted"),
+        ("comet_experiment_config", {"COMET_API_KEY": "planted"}),
+        ("lora_qkv_name", "hf_planted" + "1A" * 9),
+        ("lora_uri", "https://user:planted/word@example.org"),
+    ],
+)
+def test_a_card_of_a_run_that_has_secrets_leaves_them_out(run: RunDir, tmp_path: Path, key: str, value: Any) -> None:
+    cfg = yamlfiles.read_yaml(run.config)
+    run.config.write_text(yamlfiles.write_yaml(cfg | {key: value}))
+    differences = [Difference(key=key, run=value, why=f"--set {key}={json.dumps(value)}")]
+    changes = {"differences": differences, "overrides": [f"{key}={json.dumps(value)}"]}
+    run.write(record(tmp_path, **changes))
+    assert "planted" not in model_card.card(run, run.read(), None, False, None)
+
+
 def test_text_of_a_run_does_not_break_its_card(run: RunDir, tmp_path: Path) -> None:
     odd = "a|b `c` ``d``\n| --- |\n```\n---\n<b>\\"
     run.write(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ...configs.attention import OLD_KEYS
 from ...configs.config import flatten
+from ...data.private import is_secret
 from .. import schema
 from .case import Case, Problems, rule
 
@@ -13,8 +14,9 @@ from .case import Case, Problems, rule
 def secret(case: Case) -> Problems:
     """A run's folder keeps its config, and is meant to be shared."""
     for key, value in flatten(case.config):
-        if isinstance(value, str) and schema.is_secret(key):
-            yield "error", key, "would be stored in the run's folder", "set it in an environment variable"
+        if isinstance(value, str | list) and is_secret(key, value):
+            what = "" if is_secret(key) else "it holds a secret, which "
+            yield "error", key, f"{what}would be stored in the run's folder", "set it in an environment variable"
 
 
 @rule

@@ -1,0 +1,89 @@
+"""No secret that is planted in a config is written anywhere, or echoed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Recipe, config_with
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.data.download import public
+from qlora_recipes.data.private import is_secret, masked
+
+NAME = "haider2024/code-llama-7b"
+TOKEN = "hf_" + "aB3" * 8
+SWEEP = "sweep --rehearse --set lora_r=8,9"
+PLANTED: list[tuple[str, str]] = [
+    ("model_kwargs.token", "planted-word"),
+    ("tokenizer_kwargs.api-key", "planted-word"),
+    ("optim_args.token", "planted-word"),
+    ("optim_args", "betas=1,token=planted-word"),
+    ("comet_experiment_config.COMET_API_KEY", "planted-word"),
+    ("hub_token", "planted-word"),
+    ("wandb_name", TOKEN),
+    ("mlflow_tracking_uri", "https://user:planted-word@example.org"),
+    ("mlflow_tracking_uri", "https://user:planted/word@example.org"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), PLANTED)
+@pytest.mark.parametrize(
+    "verb", ["check", "check --json", "run --rehearse", "new x --from", "sweep --rehearse --set lora_r=8,9"]
+)
+def test_a_planted_secret_is_refused_and_not_echoed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe, verb: str, key: str, value: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = verb.split()
+    name = words.index("--from") + 1 if "--from" in words else 1
+    words[name:name] = [NAME]
+    option = ["--set", f"{key}={value}"]
+    if words[0] == "sweep":  # whose own --set takes several values
+        cfg: Any = value
+        for part in reversed(key.split(".")):
+            cfg = {part: cfg}
+        (tmp_path / "more.yaml").write_text(yamlfiles.write_yaml(cfg))
+        option = ["--profile", "more.yaml"]
+    done = recipe(*words, *option)
+    said = done.stdout + done.stderr
+    assert done.returncode in (1, 2)
+    assert f"secret:{key}" in said
+    assert not any(secret in said for secret in ("planted", TOKEN))
+    written = "".join(
+        file.read_text(errors="replace") for file in tmp_path.rglob("*") if file.is_file() and file.name != "more.yaml"
+    )
+    assert not any(secret in written for secret in ("planted", TOKEN))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("special_tokens.pad_token", "<|pad|>"),
+        ("special_tokens.my_token", "<|mine|>"),
+        ("tokenizer_kwargs.eos_token", "</s>"),
+        ("base_model", "hf-internal-testing/tiny-random-LlamaForCausalLM"),
+        ("base_model", "outputs/hf_checkpoints/sk-learn-like-3"),
+        ("datasets.0.path", "https://example.org:80/rows@v1"),
+        ("default_system_message", "Name the token: it is no secret: none."),
+    ],
+)
+def test_names_and_values_that_only_look_alike_are_none(key: str, value: str) -> None:
+    assert not is_secret(key, value)
+    assert masked(value) == value
+
+
+def test_arguments_of_axolotl_are_refused_without_their_value(recipe: Recipe) -> None:
+    done = recipe("run", NAME, "--rehearse", "--", "--hub-token=planted-word")
+    assert done.returncode == 2
+    assert "planted" not in done.stderr
+
+
+def test_an_error_about_a_secrets_value_does_not_echo_it(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(config_with({"wandb_api_key": ["planted-word"]})))
+    done = recipe("check", str(tmp_path / "mine.yaml"))
+    assert "planted" not in done.stdout + done.stderr
+
+
+def test_a_url_is_shown_without_a_password_that_has_a_slash() -> None:
+    assert public("https://me:pass/word@example.org/a.zip?token=x") == "https://example.org/a.zip"
+    assert public("https://example.org:8080/a@v1/b.zip") == "https://example.org:8080/a@v1/b.zip"
