@@ -4,6 +4,7 @@ import re
 
 from ...base.errors import did_you_mean
 from ...configs import models
+from ..patience import TooLong, matching
 from .case import Case, Problems, rule
 
 
@@ -18,20 +19,23 @@ def no_lora_targets(case: Case) -> Problems:
 def unknown_lora_target(case: Case) -> Problems:
     """PEFT passes over a name that matches no layer, as long as another does (BaseTuner.inject_adapter)."""
     targets = case["lora_target_modules"]
-    linear = case.model.linear
-    if not (case.lora and targets and linear) or targets == "all-linear":
+    known = case.model.linear
+    linear = known or models.LINEAR_LAYERS
+    if not (case.lora and targets and (known or isinstance(targets, str))) or targets == "all-linear":
         return
     paths = ["model.embed_tokens", "lm_head"]
     for i in range(case.model.layers or 1000):
         paths += [f"model.layers.{i}.{'mlp' if name in models.MLP else 'self_attn'}.{name}" for name in linear]
     if isinstance(targets, str):
         try:
-            if not any(re.fullmatch(targets, path) for path in paths):
+            if not matching(targets, paths) and known:
                 problem = f"{targets} matches no layer of this model"
                 yield "error", "lora_target_modules", problem, f"it has {', '.join(linear)}"
         except re.error as error:
             problem = f"{targets} is not a regular expression: {error}"
             yield "error", "lora_target_modules", problem, "use a list of names"
+        except TooLong as error:
+            yield "error", "lora_target_modules", str(error), "use a list of names"
         return
     for i, target in enumerate(targets):
         if target is not None and not any(f".{path}".endswith(f".{target}") for path in paths):
