@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
@@ -87,7 +88,14 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
     facts["decoding"] = _arguments(evaluation.settings.decoding if evaluation else declared)
     facts |= {"front_matter": _front_matter(facts), "command": _command(facts["run"])}
     jinja = environment(paths.TEMPLATES)
-    jinja.filters |= {"code": _code, "fenced": _fenced, "text": tables.text_of, "yaml": yamlfiles.write_yaml}
+    jinja.filters |= {
+        "code": _code,
+        "fenced": _fenced,
+        "prose": _prose,
+        "address": _address,
+        "text": tables.text_of,
+        "yaml": yamlfiles.write_yaml,
+    }
     return jinja.get_template("model-card.md.j2").render(facts)
 
 
@@ -222,3 +230,13 @@ def _fenced(text: str, language: str) -> str:
     """A text as a code block in Markdown, which no line of it can end."""
     fence = "`" * (1 + max(map(len, re.findall("``+", text)), default=2))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _prose(text: Any) -> str:
+    """A text as it is, on one line: none of it is Markdown or HTML."""
+    return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", " ".join(str(text).split()))
+
+
+def _address(url: str) -> str:
+    """A web address as the target of a link in Markdown, which nothing in it can end; of another scheme none."""
+    return quote(url, safe="%/:?#=&@+,;~") if re.match("https?://", url) else ""

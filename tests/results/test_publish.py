@@ -301,6 +301,27 @@ def test_text_of_a_run_does_not_break_its_card(run: RunDir, tmp_path: Path) -> N
     assert [heading.tag for heading in headings] == ["h1", *["h2"] * 7]
 
 
+def test_nothing_from_a_run_is_markdown_or_html_in_its_card(run: RunDir, tmp_path: Path) -> None:
+    odd = "x](https://evil.example) <img src=//evil.example/a> **b** ![c](https://evil.example/d)\n# e"
+    settings = json.loads((run.output / "adapter_config.json").read_text())
+    (run.output / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": odd}))
+    provenance = {"packages": {odd: odd}, "python": odd, "gpus": [{"name": odd}]}
+    run.write(record(tmp_path, created=odd, provenance=provenance, summary=Summary(memory_kind=odd)))
+    evaluated(run)
+    scores = orjson.loads((run.path / "scores.json").read_bytes())
+    scores["scores"] |= {"notes": [odd]}
+    (run.path / "scores.json").write_bytes(orjson.dumps(scores | {"made": odd}))
+    publish.publish(run)
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(card(run.output)[1])
+    inline = [below for token in tokens for below in token.children or ()]
+    links = [token.attrs["href"] for token in inline if token.type == "link_open"]
+    assert links
+    assert not [link for link in links if str(link).startswith("https://evil")]
+    assert not [token.type for token in inline if token.type in ("html_inline", "image", "strong_open")]
+    assert not [token for token in tokens if token.type == "html_block"]
+    assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1", *["h2"] * 7]
+
+
 def test_a_rehearsal_is_marked_and_never_pushed(run: RunDir, tmp_path: Path) -> None:
     path = {"key": "datasets.0.path", "recipe": "data/codereviewer/train.jsonl", "run": "sample/train.jsonl"}
     run.write(record(tmp_path, rehearsal=True, differences=[Difference(**path, why="profile rehearsal")]))
