@@ -67,11 +67,11 @@ def composed_for(request: Request) -> Composed:
     """A request's config.
 
     Raises:
-        UserError: it has an error that leaves nothing to plan.
+        UserError: it has an error that leaves nothing to plan, or a secret, which what is printed would repeat.
     """
     composed = compose(request)
     findings = check.examine(composed, gpus=request.gpus).findings
-    check.refuse([finding for finding in findings if finding.scope == "step"])
+    check.refuse([finding for finding in findings if finding.scope == "step" or finding.rule == "secret"])
     return composed
 
 

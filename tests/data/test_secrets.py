@@ -28,7 +28,7 @@ PLANTED: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("key", "value"), PLANTED)
 @pytest.mark.parametrize(
-    "verb", ["check", "check --json", "run --rehearse", "new x --from", "sweep --rehearse --set lora_r=8,9"]
+    "verb", ["check", "check --json", "plan", "run --rehearse", "new x --from", "sweep --rehearse --set lora_r=8,9"]
 )
 def test_a_planted_secret_is_refused_and_not_echoed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe, verb: str, key: str, value: str
