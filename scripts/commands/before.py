@@ -48,6 +48,15 @@ verbs.add_typer(data_verbs, name="data", rich_help_panel=HEADING)
 verbs.add_typer(analyze_verbs, name="analyze", rich_help_panel=HEADING)
 
 
+Measured = Annotated[
+    bool, typer.Option("--data", help="Also measure the rows, and plan for the longest (tokenizes all).")
+]
+ShownTokens = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Show instead what the model is trained on: N rows, token by token."),
+]
+
+
 @verbs.command(
     "check",
     cls=Verb,
@@ -73,10 +82,7 @@ def check_verb(
         typer.Option("--data", help="Also read every row of the data, and tokenize it if the tokenizer is here."),
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="Also run Axolotl's own validation (15 s).")] = False,
-    show_tokens: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Show instead what the model is trained on: N rows, token by token."),
-    ] = None,
+    show_tokens: ShownTokens = None,
     force: Force = None,
     wide: Wide = False,
     json: Json = False,
@@ -166,9 +172,7 @@ def plan_verb(
         float | None, typer.Option(metavar="GB", min=1, callback=check_finite, help="A card of this memory.")
     ] = None,
     gpu_count: Annotated[int, typer.Option("--gpus", min=1, help="How many GPUs to train on.")] = 1,
-    data: Annotated[
-        bool, typer.Option("--data", help="Also measure the rows, and plan for the longest (tokenizes all).")
-    ] = False,
+    data: Measured = False,
     compare: Annotated[bool, typer.Option("--compare", help="Full fine-tuning, LoRA and QLoRA side by side.")] = False,
     price: Annotated[
         float | None, typer.Option(metavar="USD", min=0, callback=check_finite, help="What the card costs an hour.")

@@ -1,8 +1,7 @@
 """The trace of a training, trace.jsonl: what each optimizer step was computed from, and what it came to.
 
 It is always recorded, because the run that one would have liked to trace is over by then. So it takes what the trainer
-has computed anyway, and only once a step's backward passes are done: a GPU is waited for there in any case, because
-transformers looks whether each micro-batch's loss is a number (logging_nan_inf_filter, on by default).
+has computed anyway, and only once a step's backward passes are done: that is where a GPU is waited for, once a step.
 """
 
 import hashlib

@@ -87,16 +87,14 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
     declared = of_study.decoding if of_study else study.OF_NO_STUDY
     facts["decoding"] = _arguments(evaluation.settings.decoding if evaluation else declared)
     facts |= {"front_matter": _front_matter(facts), "command": _command(facts["run"])}
+    return _template().render(facts)
+
+
+def _template() -> Any:
     jinja = environment(paths.TEMPLATES)
-    jinja.filters |= {
-        "code": _code,
-        "fenced": _fenced,
-        "prose": _prose,
-        "address": _address,
-        "text": tables.text_of,
-        "yaml": yamlfiles.write_yaml,
-    }
-    return jinja.get_template("model-card.md.j2").render(facts)
+    jinja.filters |= {"code": _code, "fenced": _fenced, "prose": _prose, "address": _address}
+    jinja.filters |= {"text": tables.text_of, "yaml": yamlfiles.write_yaml}
+    return jinja.get_template("model-card.md.j2")
 
 
 def is_private(key: str) -> bool:

@@ -23,7 +23,8 @@ from ..base.progress import TrainingProgress, say
 from ..configs.engines import CPU_RANKS
 from ..determinism import settings
 from . import health, provenance
-from .rundir import Ended, Launch, Run, RunDir, State, summarise, this_job
+from .records import Ended
+from .rundir import Launch, Run, RunDir, State, summarise, this_job
 
 AXOLOTL = Path(sys.executable).with_name("axolotl")
 _NO_GPU_MEMORY = re.compile("CUDA out of memory|CUDA error: out of memory")

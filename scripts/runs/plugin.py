@@ -25,7 +25,7 @@ from ..base.processes import end_with_parent
 from ..configs.engines import CPU_RANKS, KEYS, engine_of
 from ..determinism import settings, trace
 from . import checkpoints, eval_loss, ranks
-from .rundir import Ended
+from .records import Ended
 
 GIB = 2**30
 
@@ -125,7 +125,7 @@ class RunCallback(TrainerCallback):
     in GiB, GPU utilization in percent, and cpu_percent, the process's load since the last record, where 100 is one
     processor. Of several ranks the first one writes; peak_gib_by_rank has the memory of each. A launch's first record
     has engine, trainable_parameters, parameters (all of them) and, where it is to repeat bit for bit, the settings that
-    it does so by; its last one `ended`, see `rundir.Ended`. Records of no step have a `phase`, what the process does
+    it does so by; its last one `ended`, see `records.Ended`. Records of no step have a `phase`, what the process does
     from then on.
 
     SIGTERM, to any rank, ends training after the current step, with a checkpoint.

@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Required, TypedDict
+from typing import Any, Literal
 
 import orjson
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, with_config
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from ..base.errors import UserError
 from ..base.files import write_atomically
@@ -19,11 +19,9 @@ from ..base.progress import say, say_once
 from ..configs.config import Difference
 from ..configs.datafiles import DataFile
 from . import checkpoints, health
+from .records import RECORD, Ended
 
 State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
-Ended = Literal["complete", "early stopping", "signal", "callback"]
-"""How a training ended: with its last step, or before it, stopped by what this says; callback is any other of Axolotl's
-callbacks, such as its loss watchdog."""
 
 
 class Job(BaseModel):
@@ -243,7 +241,7 @@ class RunDir:
                 record = orjson.loads(line)
                 if "phase" in record:
                     continue
-                step = _RECORD.validate_python(record)["step"]
+                step = RECORD.validate_python(record)["step"]
             except orjson.JSONDecodeError:
                 continue  # the last line of a killed process
             except (TypeError, ValidationError):
@@ -272,33 +270,6 @@ class RunDir:
 
 
 _JOBS = TypeAdapter(list[Job])
-
-
-@with_config(strict=True, extra="allow")
-class _Record(TypedDict, total=False):
-    """What `plugin.RunCallback` writes of a step, as far as it is computed with."""
-
-    step: Required[int]
-    max_steps: int | None
-    epoch: float | None
-    loss: float | None
-    eval_loss: float | None
-    eval_loss_per_token: float | None
-    grad_norm: float | None
-    learning_rate: float | None
-    step_seconds: float | None
-    tokens: int | None
-    tokens_per_second: float | None
-    memory_reserved_gib: float
-    rss_peak_gib: float
-    peak_gib_by_rank: list[float] | None
-    engine: str
-    trainable_parameters: int
-    parameters: int
-    ended: Ended
-
-
-_RECORD = TypeAdapter(_Record)
 
 
 def this_job(environment: Mapping[str, str]) -> str | None:

@@ -180,7 +180,7 @@ def checked(content: bytes) -> list[Finding]:
         (b"a: !!python/object/apply:os.system ['touch hit']\n", "a value that begins with !; put it in quotes"),
         (b"!!python/object/new:pathlib.Path [x]\n", "a value that begins with !; put it in quotes"),
         (b"a: !other {}\n", "a value that begins with !; put it in quotes"),
-        (b"[" * 5000, "not"),
+        (b"[" * 5000, "nested too deeply"),
         (b"a: " + b"{b: " * 3000 + b"}" * 3000, "nested too deeply"),
         (b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
             f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n".encode() for i in range(9)

@@ -21,7 +21,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.running import run
-from qlora_recipes.runs import checkpoints, launch, lookup, rundir
+from qlora_recipes.runs import checkpoints, launch, lookup, records, rundir
 from qlora_recipes.runs.rundir import RunDir
 
 PAGED = "haider2024/code-llama-7b"
@@ -443,7 +443,7 @@ def test_early_stopping_finishes_a_run_and_is_named(place: Path, tiny_profile: P
     ],
 )
 def test_a_run_is_finished_only_when_its_training_says_so(
-    code: int, stopped: bool, ended: rundir.Ended | None, has_adapter: bool, state: str
+    code: int, stopped: bool, ended: records.Ended | None, has_adapter: bool, state: str
 ) -> None:
     assert launch._state(code, stopped, ended, has_adapter) == state
 

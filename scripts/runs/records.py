@@ -1,0 +1,36 @@
+"""What a line of metrics.jsonl holds."""
+
+from typing import Literal, Required, TypedDict
+
+from pydantic import TypeAdapter, with_config
+
+Ended = Literal["complete", "early stopping", "signal", "callback"]
+"""How a training ended: with its last step, or before it, stopped by what this says; callback is any other of Axolotl's
+callbacks, such as its loss watchdog."""
+
+
+@with_config(strict=True, extra="allow")
+class _Record(TypedDict, total=False):
+    """What `plugin.RunCallback` writes of a step, as far as it is computed with."""
+
+    step: Required[int]
+    max_steps: int | None
+    epoch: float | None
+    loss: float | None
+    eval_loss: float | None
+    eval_loss_per_token: float | None
+    grad_norm: float | None
+    learning_rate: float | None
+    step_seconds: float | None
+    tokens: int | None
+    tokens_per_second: float | None
+    memory_reserved_gib: float
+    rss_peak_gib: float
+    peak_gib_by_rank: list[float] | None
+    engine: str
+    trainable_parameters: int
+    parameters: int
+    ended: Ended
+
+
+RECORD = TypeAdapter(_Record)
