@@ -4,9 +4,7 @@ import platform
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import AfterValidator
+from typing import Any
 
 
 def cpu() -> str:
@@ -56,13 +54,3 @@ def gpus() -> list[dict[str, Any]]:
 def now() -> str:
     """The time in UTC, in the form of run.json."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _moment(text: str) -> str:
-    if datetime.fromisoformat(text).tzinfo is None:
-        raise ValueError(f"{text}: a time without its zone")
-    return text
-
-
-Moment = Annotated[str, AfterValidator(_moment)]
-"""A time as `now` writes it, in a record."""

@@ -313,7 +313,9 @@ def check_arguments(arguments: list[str]) -> None:
         option = argument.lstrip("-").partition("=")[0].replace("-", "_")
         check_not_of_the_run(option, argument)
         if private.is_secret(option, argument):
-            raise UserError(f"--{option}: would be stored in the run's folder; set it in an environment variable")
+            raise UserError(
+                f"{argument.partition('=')[0]}: would be stored in the run's folder; set it in an environment variable"
+            )
         key = schema.key_of_option(option)
         if argument.startswith("--") and key:
             raise UserError(f"{argument}: a key of the config; --set {key}=... is checked and recorded as well")

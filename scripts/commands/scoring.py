@@ -9,7 +9,7 @@ import typer
 
 from ..base.files import write_rows
 from ..base.paths import RUNS
-from ..base.progress import Bar, say
+from ..base.progress import Bar, harmless, say
 from ..terminal import tables
 from .after import HEADING
 from .help import Verb
@@ -164,7 +164,7 @@ def _print_texts(title: str, texts: dict[str, str]) -> None:
     margin = " " * 12
     width = max(shutil.get_terminal_size((100, 24)).columns, 40)
     print(title)
-    for name, text in zip(texts, map(tables.text_of, texts.values()), strict=True):
+    for name, text in zip(texts, map(harmless, texts.values()), strict=True):
         wrapped = textwrap.fill(text, width, initial_indent=margin, subsequent_indent=margin, max_lines=6)
         print(f"{name.replace('_', ' '):12}{wrapped.strip() or '(nothing)'}")
     print()

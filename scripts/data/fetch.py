@@ -1,5 +1,6 @@
 """Fetches a data set's files from where they are published, verifies them, and puts them in place together."""
 
+import errno
 import re
 import shutil
 from collections.abc import Collection, Iterator
@@ -103,7 +104,7 @@ def _disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
         raise WorkFailed(
             f"{out}: {error.strerror or error}; what is downloaded stays; run it again to resume"

@@ -1,8 +1,9 @@
-"""What a line of metrics.jsonl holds."""
+"""What a line of metrics.jsonl holds, and a time in a run's records."""
 
-from typing import Literal, Required, TypedDict
+from datetime import datetime
+from typing import Annotated, Literal, Required, TypedDict
 
-from pydantic import TypeAdapter, with_config
+from pydantic import AfterValidator, TypeAdapter, with_config
 
 Ended = Literal["complete", "early stopping", "signal", "callback"]
 """How a training ended: with its last step, or before it, stopped by what this says; callback is any other of Axolotl's
@@ -34,3 +35,13 @@ class _Record(TypedDict, total=False):
 
 
 RECORD = TypeAdapter(_Record)
+
+
+def _moment(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError(f"{text}: a time without its zone")
+    return text
+
+
+Moment = Annotated[str, AfterValidator(_moment)]
+"""A time as `now` writes it, in a record."""

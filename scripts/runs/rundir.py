@@ -14,12 +14,12 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.locks import PATIENCE, held, is_held
-from ..base.machine import Moment, now
+from ..base.machine import now
 from ..base.progress import say, say_once
 from ..configs.config import Difference
 from ..configs.datafiles import DataFile
 from . import checkpoints, health
-from .records import RECORD, Ended
+from .records import RECORD, Ended, Moment
 
 State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
 

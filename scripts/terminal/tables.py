@@ -35,7 +35,7 @@ def text_of(value: Any) -> str:
         return " to ".join(f"{item:.{2 if max(map(abs, value)) >= 1 else 4}f}" for item in value)
     if isinstance(value, bool | list | dict):
         return write_flow(value)
-    return harmless(str(value)).replace("\n", " ")
+    return str(value)
 
 
 def plus_minus(value: float, spread: float | None) -> str:
@@ -50,8 +50,13 @@ def _column(values: list[Any]) -> list[str]:
     decimals = max((len(text.partition(".")[2]) for text in fractions if "e" not in text), default=0)
     return [
         f"{value:.{decimals}f}" if isinstance(value, float) and "e" not in text and text in fractions else text
-        for value, text in zip(values, map(text_of, values), strict=True)
+        for value, text in zip(values, map(_cell, values), strict=True)
     ]
+
+
+def _cell(value: Any) -> str:
+    """The text of a value in one line that a terminal can be given."""
+    return harmless(text_of(value)).replace("\n", " ")
 
 
 def print_table(
@@ -170,7 +175,7 @@ def print_markdown(rows: Sequence[Row], title: str | None = None) -> None:
     print("| " + " | ".join(rows[0]) + " |")
     print("|" + " --- |" * len(rows[0]))
     for row in rows:
-        print("| " + " | ".join(text_of(value).replace("|", "\\|") for value in row.values()) + " |")
+        print("| " + " | ".join(_cell(value).replace("|", "\\|") for value in row.values()) + " |")
     print()
 
 

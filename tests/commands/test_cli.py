@@ -73,7 +73,7 @@ MISTAKES = [
     (f"run {NAME} -- --learning-rat 1e-4", "--learning-rat: `axolotl train` has no such option"),
     (f"run {NAME} -- --learning-rate 1e-4", "--learning-rate: a key of the config; --set learning_rate=..."),
     (f"run {NAME} -- --no-fp16", "--no-fp16: a key of the config; --set fp16=..."),
-    (f"run {NAME} -- --wandb-api-key=x", "--wandb-api-key=x: would be stored in the run's folder"),
+    (f"run {NAME} -- --wandb-api-key=x", "--wandb-api-key: would be stored in the run's folder"),
     (f"run {NAME} --rehearse --set datasets=null", "datasets: the config names no data"),
     (f"run {NAME} --rehearse --set datasets.0.path=null", "datasets.0.path: None names no data"),
     (f"run {NAME} --set lora_r=2024-99-01", "not valid YAML"),

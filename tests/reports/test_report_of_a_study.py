@@ -90,5 +90,5 @@ def test_a_card_has_the_studys_metrics_and_its_tags(runs: Path, tmp_path: Path) 
     text = card.card(folder, folder.read(), read_scores(folder.path), merged=False, repository=None)
     assert "- arithmetic" in text and "code-review" not in text
     assert "name: accuracy, %, mean over rows" in text and "type: accuracy" in text
-    assert "- `accuracy`: accuracy, %, mean over rows, 0 to 100; LoftQ's test_gsm8k.py, or PEFT's" in text
+    assert "- `accuracy`: accuracy, %, mean over rows, 0 to 100; LoftQ's test\\_gsm8k.py, or PEFT's" in text
     assert "67.40 ± 1.00" in text and '"Sums", after\nA. Nobody: On sums' in text

@@ -306,7 +306,7 @@ def test_nothing_from_a_run_is_markdown_or_html_in_its_card(run: RunDir, tmp_pat
     settings = json.loads((run.output / "adapter_config.json").read_text())
     (run.output / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": odd}))
     provenance = {"packages": {odd: odd}, "python": odd, "gpus": [{"name": odd}]}
-    run.write(record(tmp_path, created=odd, provenance=provenance, summary=Summary(memory_kind=odd)))
+    run.write(record(tmp_path, provenance=provenance, summary=Summary(memory_kind=odd)))
     evaluated(run)
     scores = orjson.loads((run.path / "scores.json").read_bytes())
     scores["scores"] |= {"notes": [odd]}

@@ -34,13 +34,18 @@ def row_of(runs: Path, recipe: str = PLAIN) -> dict[str, Any]:
     return found
 
 
+TEXTS = {"reference": "1", "prediction": "1"}
+
+
 def with_seed(runs: Path, seed: int, right: list[float], name: str = "", **more: Any) -> RunDir:
     """A run of a seed with the scores of its rows; 42 is the recipe's own."""
     changed = more.pop("set", {})
     accuracy = sum(right) / len(right)
     changed |= {"seed": seed} if seed != 42 else {}
     folder = small_study.ran(runs, PLAIN, name or f"2026-{seed}", accuracy, set=changed, **more)
-    write_rows(folder.path / "predictions.jsonl", [{"row": i, "accuracy": value} for i, value in enumerate(right)])
+    write_rows(
+        folder.path / "predictions.jsonl", [{"row": i, "accuracy": value} | TEXTS for i, value in enumerate(right)]
+    )
     return folder
 
 
@@ -111,7 +116,7 @@ def test_one_more_run_of_a_seed_does_not_make_the_interval_narrower(runs: Path) 
 def test_other_rows_leave_the_spread_of_runs(runs: Path) -> None:
     with_seed(runs, 42, RIGHT)
     folder = with_seed(runs, 43, [0.0, *RIGHT[1:]])
-    rows = [{"row": i + 1, "accuracy": value} for i, value in enumerate(RIGHT)]
+    rows = [{"row": i + 1, "accuracy": value} | TEXTS for i, value in enumerate(RIGHT)]
     write_rows(folder.path / "predictions.jsonl", rows)
     assert row_of(runs)["accuracy_interval_method"] == "2 runs only"
 
