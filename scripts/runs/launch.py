@@ -235,6 +235,8 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
         locks: descriptors that it inherits.
     """
     with stop_requests() as stops, opened(log, "ab") as stream:
+        watch = health.Watch()
+        progress = TrainingProgress(folder.metrics, watch.add)  # before the process can write there
         child = start_child(
             command,
             cwd=record.cwd,
@@ -243,34 +245,35 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
             stderr=subprocess.STDOUT,
             pass_fds=locks,
         )
-        _wait(child, folder, stops)
+        with progress:
+            _wait(child, folder, stops, watch, progress)
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # data loader workers outlive a killed parent by seconds
     return child.returncode, bool(stops)
 
 
-def _wait(child: "subprocess.Popen[bytes]", folder: RunDir, stops: list[int]) -> None:
+def _wait(
+    child: "subprocess.Popen[bytes]", folder: RunDir, stops: list[int], watch: health.Watch, progress: TrainingProgress
+) -> None:
     """Show the child's progress until it ends; forward a request to stop, and at the second one kill it."""
-    asked = False
-    watch, said = health.Watch(), ""
-    with TrainingProgress(folder.metrics, watch.add) as progress:
-        while child.poll() is None:
-            time.sleep(0.1)
-            progress.read()
-            trouble = (watch.losses or watch.stalled(time.time()) or "").partition(":")
-            if trouble[0] != said and (said := trouble[0]):
-                say(f"  {''.join(trouble)}; `recipe cancel {folder.path}` stops it at a checkpoint")
-            if stops and not asked:
-                asked = True
-                say("stopping after this step, with a checkpoint; once more to stop at once")
-                for process in _training(child):  # not their groups: they need their data loaders for the current step
-                    with suppress(psutil.NoSuchProcess):
-                        process.terminate()
-            if len(stops) > 1:
-                with suppress(psutil.NoSuchProcess):
-                    for process in [*psutil.Process(child.pid).children(recursive=True), child]:
-                        process.kill()
+    asked, said = False, ""
+    while child.poll() is None:
+        time.sleep(0.1)
         progress.read()
+        trouble = (watch.losses or watch.stalled(time.time()) or "").partition(":")
+        if trouble[0] != said and (said := trouble[0]):
+            say(f"  {''.join(trouble)}; `recipe cancel {folder.path}` stops it at a checkpoint")
+        if stops and not asked:
+            asked = True
+            say("stopping after this step, with a checkpoint; once more to stop at once")
+            for process in _training(child):  # not their groups: they need their data loaders for the current step
+                with suppress(psutil.NoSuchProcess):
+                    process.terminate()
+        if len(stops) > 1:
+            with suppress(psutil.NoSuchProcess):
+                for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+                    process.kill()
+    progress.read()
 
 
 def _training(child: "subprocess.Popen[bytes]") -> "list[psutil.Process]":

@@ -265,6 +265,7 @@ def test_a_rehearsal_fetches_no_adapter_and_refuses_a_damaged_one(
     )
 
 
+@pytest.mark.long
 def test_a_published_adapter_is_evaluated_as_one_of_a_run_and_only_once(
     recipe: Recipe, server: Server, tmp_path: Path, tiny: Path, tiny_profile: Path
 ) -> None:

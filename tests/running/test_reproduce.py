@@ -100,6 +100,7 @@ def test_again_it_does_nothing(undisturbed: Undisturbed, tiny_profile: Path, sta
     assert files() == before
 
 
+@pytest.mark.long
 def test_several_seeds_are_runs_of_their_own_and_one_result(
     undisturbed: Undisturbed, tiny_profile: Path, stand_in: Path
 ) -> None:
@@ -257,6 +258,7 @@ def test_of_several_seeds_the_first_that_ended_speaks() -> None:
     assert reproduce.speakers([*outcomes, Outcome("b")]) == {"a": Path("2"), "b": None}
 
 
+@pytest.mark.long
 def test_what_a_recipe_starts_from_is_still_to_be_fetched_and_no_reason_to_refuse_it(recipe: Recipe) -> None:
     done = recipe("reproduce", "loftq-gsm8k", "--only", "llama-2-7b-loftq", "--dry-run", "--json")
     outlined = orjson.loads(done.stdout)
