@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # pydantic would search all installed packages for plugins, which takes a tenth of a second
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 printed to None it goes to stdout
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 until the end; None would be stdout
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows ? for what that lacks
             stream.reconfigure(errors="replace")

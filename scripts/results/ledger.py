@@ -48,7 +48,7 @@ def export(folder: RunDir) -> Path:
         if str(record.revision).endswith("+"):
             say("the project's files had been changed when it ran, which the record says: a + behind the commit")
         if record.changed:
-            say(f"it is no number of the recipe's, as it differs in {', '.join(record.changed)}: tables show it apart")
+            say(f"it differs in {', '.join(record.changed)}, so tables show it apart from runs of the recipe itself")
     return file
 
 

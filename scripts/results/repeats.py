@@ -23,8 +23,8 @@ ONE_SEED = " of one seed"
 
 def of(chosen: Found, candidates: Sequence[Found]) -> list[Found]:
     """A run, and behind it those of others that repeat it: finished, trained alike on the same data but for the seed,
-    and evaluated alike on the same rows. Of several seeds one run each, the newest: one more of a seed tells nothing of
-    others. A run that is not finished and evaluated has none."""
+    and evaluated alike on the same rows. Where there are several seeds, only the newest run of each counts: repeating a
+    seed says nothing about others. A run that is not finished and evaluated has none."""
     own = evaluations.of_run(chosen[0].path, chosen[1])
     if chosen[1].state != "finished" or own is None:
         return [chosen]

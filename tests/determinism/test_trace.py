@@ -132,7 +132,11 @@ def test_a_step_of_several_ranks_is_of_the_rows_of_all(tmp_path: Path) -> None:
     for first_rank in (True, False):
         trainer = Trainer(first_rank=first_rank)
         answers = iter([float(theirs[0]), float(theirs[1]), 1.0])
-        trace.add_to(trainer, tmp_path / f"{first_rank}.jsonl", lambda value, device: [value, next(answers)])  # noqa: B023
+
+        def of_all(value: float, device: Any, answers: Any = answers) -> list[float]:
+            return [value, next(answers)]
+
+        trace.add_to(trainer, tmp_path / f"{first_rank}.jsonl", of_all)
         trainer.run_epoch([A, B])
     (step,) = trace.read(tmp_path / "True.jsonl")
     assert step.loss == (35 / 64 + 1) / 2
