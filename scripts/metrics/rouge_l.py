@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 from .metric import Metric, Pair, Parameters
@@ -17,11 +18,15 @@ class RougeParameters(Parameters):
 @cache
 def _scorer(stemmed: bool) -> Any:
     from absl import logging
+    from nltk.stem.porter import PorterStemmer
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenize import tokenize
 
     # absl, which comes with it, would close the stderr of this moment when Axolotl sets up its logging
     logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
-    return RougeScorer(["rougeL"], use_stemmer=stemmed)
+    # its own tokens, but each word's stem is computed once: that took two thirds of the time
+    stemmer = SimpleNamespace(stem=cache(PorterStemmer().stem)) if stemmed else None
+    return RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=lambda text: tokenize(text, stemmer)))
 
 
 def rouge_l(pairs: Sequence[Pair], parameters: RougeParameters) -> list[float]:
