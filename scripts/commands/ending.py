@@ -39,6 +39,8 @@ def _code(command: Callable[[], object]) -> int:
     try:
         command()
     except SystemExit as end:
+        if isinstance(end.code, str):  # why it ended, as Python has it
+            raise WorkFailed(end.code) from None
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
 

@@ -34,7 +34,7 @@ from .options import (
     only_with,
     profiles_of,
 )
-from .running import HEADING, end
+from .running import HEADING, TimeLimit, end, refuse_queued
 
 if TYPE_CHECKING:
     from ..configs.compose import Request
@@ -72,6 +72,7 @@ def reproduce_verb(
     jobs: Jobs = None,
     on: On = "local",
     slurm: SlurmOptions = None,
+    time_limit: TimeLimit = None,
     profile: Profiles = None,
     deterministic: Deterministic = False,
     set_: Overrides = None,
@@ -104,6 +105,7 @@ def reproduce_verb(
     request.rehearse = is_rehearsal(request)
     only_with("--rehearse", request.rehearse, "--from adapter or training", from_ != "predictions", "it needs no model")
     evaluation = evaluate.EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
+    refuse_queued(time_limit, on)
     place = places.kinds()[on](request.rehearse, jobs, slurm or [])
     form = form_of(wide, json)
     if from_ != "training":
