@@ -2,11 +2,21 @@
 PYTHON ?= python3
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 RECIPE := .venv/bin/recipe
+# `make setup CUDA=12.6` takes torch's build for that instead of the lock's, whose CUDA 13 needs a driver of 580 or newer;
+# .venv remembers it, and CUDA= goes back. A variable CUDA of the environment means something else.
+INSTALLED_CUDA := $(shell cat .venv/.cuda 2> /dev/null)
+ifneq ($(origin CUDA),command line)
+CUDA := $(INSTALLED_CUDA)
+endif
+ifneq ($(CUDA),$(INSTALLED_CUDA))
+.PHONY: .venv/.locked
+endif
+TORCH = --torch-backend cu$(subst .,,$(CUDA)) $(shell sed -n 's/^\(torch==[^ ]*\) .*/\1/p' requirements.lock)
 PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder  # for two cores: some tests wait for a queue or a process
 
 .PHONY: setup demo test test-long coverage test-image lint core lock benchmark compare-memory picture
 
-setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe
+setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe; CUDA=12.6 for an older driver
 
 demo: setup  ## Rehearse one recipe on the CPU, from training to scores and a report
 	$(RECIPE) run haider2024/code-llama-7b --rehearse --set datasets.0.split=train
@@ -59,10 +69,23 @@ lock: $(filter .uv/%,$(UV))  ## requirements.lock anew from pyproject.toml
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv
 
 # Byte-code is compiled at once: without it each start of Axolotl takes half a minute longer, and some
-# machines forbid Python to write it later.
+# machines forbid Python to write it later. For another CUDA, torch and the libraries of the lock's CUDA are left out of
+# the lock, and torch is then installed with what it needs: none of the other versions may change. Whether there is such
+# a build is asked before anything is removed.
 .venv/.locked: requirements.lock $(filter .uv/%,$(UV))
 	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .venv
-	UV_COMPILE_BYTECODE=1 $(UV) pip sync --quiet --python .venv --require-hashes requirements.lock
+ifdef CUDA
+	$(UV) pip install --quiet --python .venv --dry-run --no-deps $(TORCH)
+	awk '/^[a-z]/ { out = /^(torch|cuda-[a-z]+|nvidia-[a-z0-9-]+)==/ && !/^nvidia-ml-py==/ } !out' \
+		requirements.lock > .venv/others.lock
+endif
+	rm -f $@
+	echo '$(CUDA)' > .venv/.cuda
+	UV_COMPILE_BYTECODE=1 $(UV) pip sync --quiet --python .venv --require-hashes \
+		$(if $(CUDA),.venv/others.lock,requirements.lock)
+ifdef CUDA
+	UV_COMPILE_BYTECODE=1 $(UV) pip install --quiet --python .venv --constraint .venv/others.lock $(TORCH)
+endif
 	touch $@
 
 .venv/.complete: .venv/.locked pyproject.toml

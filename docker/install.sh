@@ -13,7 +13,7 @@ build-tools) # pip is for make, which gets uv with it
     packages make python3 python3-pip
     ;;
 environment)
-    make .venv/.locked
+    make .venv/.locked CUDA="${CUDA-}"
     ;;
 runtime) # gcc and the headers are for Triton, which builds its launchers when a kernel is first used
     packages gcc libc6-dev make python3 python3-dev

@@ -3,6 +3,7 @@
 import platform
 import re
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ def gpus() -> list[dict[str, Any]]:
         return cards
     finally:
         pynvml.nvmlShutdown()
+
+
+def torch_cuda() -> str | None:
+    """The CUDA that the installed torch is built for, as its own file says: importing torch takes seconds."""
+    spec = find_spec("torch")
+    source = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
+    built_for = re.search(r"^cuda\b.*= '([\d.]+)'", source, re.MULTILINE)
+    return built_for[1] if built_for else None
 
 
 def now() -> str:

@@ -96,6 +96,7 @@ def _settings(cfg: yamlfiles.Config, run: Run) -> dict[str, Any]:
         **{f"rows of {file.path}": f"sha256 {file.sha256[:12]}" for file in run.data},
         **{f"version of {name}": version for name, version in (machine.get("packages") or {}).items()},
         "version of python": machine.get("python"),
+        "CUDA of torch": machine.get("cuda"),
         "processor": machine.get("cpu"),
         "cores": machine.get("cores"),
         "GPUs": "; ".join(gpus) or None,

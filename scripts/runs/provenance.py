@@ -10,7 +10,7 @@ import psutil
 
 from ..base import paths
 from ..base.files import sha256
-from ..base.machine import cpu, gpus
+from ..base.machine import cpu, gpus, torch_cuda
 from ..base.progress import say
 
 PACKAGES = [
@@ -29,11 +29,12 @@ PACKAGES = [
 
 
 def collect() -> dict[str, Any]:
-    """Git state, lock, package versions and machine, for run.json."""
+    """Git state, lock, package versions, the CUDA of torch, and machine, for run.json."""
     return {
         "git": _git(),
         "lock_sha256": sha256(paths.LOCK) if paths.LOCK.is_file() else None,
         "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": torch_cuda(),
         "python": platform.python_version(),
         "host": platform.node(),
         "os": platform.platform(),

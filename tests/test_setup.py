@@ -1,0 +1,116 @@
+"""`make setup` with a stand-in for uv: which environment it makes for which CUDA, and that it stays that one."""
+
+import os
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LOCK = (ROOT / "requirements.lock").read_text()
+UV = """#!/bin/sh
+printf '%s\\n' "$*" >> uv.log
+case "$*" in
+*"$FAILS"*) exit 1 ;;
+venv*) mkdir -p .venv/bin && ln -sf /bin/true .venv/bin/python ;;
+esac
+"""
+VENV = "venv --quiet --allow-existing --python >=3.12,<3.14 .venv"
+SYNC = "pip sync --quiet --python .venv --require-hashes"
+PROJECT = "pip install --quiet --python .venv --no-deps --no-build-isolation --editable ."
+TORCH = f"torch=={re.search(r'^torch==(\S+)', LOCK, re.MULTILINE)[1]}"  # type: ignore[index]
+OF_LOCK = [VENV, f"{SYNC} requirements.lock", PROJECT]
+FOR_12_6 = [
+    VENV,
+    f"pip install --quiet --python .venv --dry-run --no-deps --torch-backend cu126 {TORCH}",
+    f"{SYNC} .venv/others.lock",
+    f"pip install --quiet --python .venv --constraint .venv/others.lock --torch-backend cu126 {TORCH}",
+    PROJECT,
+]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with what `make setup` reads."""
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy2(ROOT / name, tmp_path)
+    (tmp_path / "uv").write_text(UV)
+    (tmp_path / "uv").chmod(0o755)
+    return tmp_path
+
+
+def setup(checkout: Path, *words: str, code: int = 0, **env: str) -> list[str]:
+    """What `make setup` has uv do."""
+    log = checkout / "uv.log"
+    log.write_text("")
+    command = ["make", "setup", "UV=./uv", *words]
+    done = subprocess.run(
+        command, cwd=checkout, env=os.environ | {"MAKEFLAGS": "", "FAILS": "no such"} | env, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (code, done.stdout + done.stderr)
+    return log.read_text().splitlines()
+
+
+def packages(lock: str) -> dict[str, str]:
+    """The entries of a lock by package and version."""
+    entries = re.split(r"^(?=[a-z])", re.sub("^#.*\n", "", lock, flags=re.MULTILINE), flags=re.MULTILINE)
+    return {entry.split(" ", 1)[0]: entry for entry in entries if entry}
+
+
+def test_another_cuda_is_installed_and_remembered_until_one_goes_back(checkout: Path) -> None:
+    assert setup(checkout, CUDA="/usr/local/cuda") == OF_LOCK  # a variable of the environment, as some clusters set
+    assert setup(checkout) == []
+    assert setup(checkout, "CUDA=12.6") == FOR_12_6
+    assert setup(checkout) == setup(checkout, "CUDA=12.6") == []
+    (checkout / "requirements.lock").touch()
+    assert setup(checkout) == FOR_12_6
+    assert setup(checkout, "CUDA=") == OF_LOCK
+    assert setup(checkout) == []
+
+
+def test_all_but_torch_and_its_cuda_is_what_the_lock_pins_with_hashes(checkout: Path) -> None:
+    setup(checkout, "CUDA=12.6")
+    locked, others = packages(LOCK), packages((checkout / ".venv" / "others.lock").read_text())
+    left_out = locked.keys() - others.keys()
+    assert others.items() <= locked.items() and all("--hash=sha256:" in entry for entry in others.values())
+    assert {TORCH} < left_out
+    assert all(name.startswith(("nvidia-", "cuda-")) for name in left_out - {TORCH})
+    kept = {name.partition("==")[0] for name in others}
+    assert {"nvidia-ml-py", "triton", "torchao", "xformers", "bitsandbytes"} <= kept
+    assert not any("cu13" in name for name in kept)
+
+
+def test_a_cuda_that_torch_is_not_built_for_changes_nothing(checkout: Path) -> None:
+    setup(checkout)
+    assert setup(checkout, "CUDA=12.7", code=2, FAILS="--dry-run")[-1].endswith(f"--torch-backend cu127 {TORCH}")
+    assert setup(checkout) == []
+
+
+@pytest.mark.parametrize("fails", ["sync", "--constraint"])
+def test_a_setup_that_was_interrupted_goes_on_with_its_cuda(checkout: Path, fails: str) -> None:
+    setup(checkout)
+    setup(checkout, "CUDA=12.6", code=2, FAILS=fails)
+    assert setup(checkout) == FOR_12_6
+
+
+def test_what_computes_in_4_bits_is_built_for_both() -> None:
+    """bitsandbytes brings a library for each CUDA, and loads that of torch's."""
+    assert find_spec("bitsandbytes")
+    folder = Path(find_spec("bitsandbytes").origin).parent  # type: ignore[union-attr, arg-type]
+    assert {f"libbitsandbytes_cuda{cuda}.so" for cuda in ("126", "130")} <= {file.name for file in folder.iterdir()}
+
+
+def test_the_image_is_built_for_another_cuda_by_the_same_target(tmp_path: Path) -> None:
+    """What docker/install.sh asks of make, with the variable that the Dockerfile's ARG sets."""
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
+    assert re.search(r"^ARG CUDA=\n(?:.*\n)*RUN .*docker/install.sh environment", dockerfile, re.MULTILINE)
+    make = tmp_path / "make"
+    make.write_text('#!/bin/sh\necho "$*"\n')
+    make.chmod(0o755)
+    words = [ROOT / "docker" / "install.sh", "environment"]
+    for cuda in ("12.6", ""):
+        env = os.environ | {"PATH": f"{tmp_path}:{os.defpath}", "CUDA": cuda}
+        assert subprocess.check_output(words, env=env, text=True) == f".venv/.locked CUDA={cuda}\n"
