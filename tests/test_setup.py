@@ -48,7 +48,11 @@ def setup(checkout: Path, *words: str, code: int = 0, **env: str) -> list[str]:
     log.write_text("")
     command = ["make", "setup", "UV=./uv", *words]
     done = subprocess.run(
-        command, cwd=checkout, env=os.environ | {"MAKEFLAGS": "", "FAILS": "no such"} | env, capture_output=True, text=True
+        command,
+        cwd=checkout,
+        env=os.environ | {"MAKEFLAGS": "", "FAILS": "no such"} | env,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout + done.stderr) == (code, done.stdout + done.stderr)
     return log.read_text().splitlines()

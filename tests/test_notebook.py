@@ -1,0 +1,146 @@
+"""The cells of a notebook in recipes/GUIDE.md, run as they stand on two days in an empty folder, each on a new machine.
+
+Stand-ins take the place of what needs a GPU, the network or the notebook's host. For the end of the session, a run gets
+the signal that it sends itself before its limit.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import psutil
+import pytest
+import typer.main
+from conftest import SAMPLE
+
+from qlora_recipes import cli
+from qlora_recipes.runs import lookup
+from qlora_recipes.runs.rundir import RunDir
+
+ROOT = Path(__file__).parents[1]
+SECTION = (ROOT / "recipes" / "GUIDE.md").read_text().partition("## On a free T4\n")[2].partition("\n## ")[0]
+COLAB, KAGGLE, *CELLS = re.findall(r"^```python\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
+
+PROGRAMS = {
+    "nvidia-smi": "echo Tesla T4, 550.54.15",
+    "uv": """case "$*" in
+venv*) mkdir -p .venv/bin && ln -sf /bin/true .venv/bin/python && cp "$MACHINE/bin/recipe" .venv/bin ;;
+esac""",
+    "recipe": """case "$1 $2" in
+"doctor "* | "verify "* | "data fetch") ;;
+"data prepare") exec "$RECIPE" data prepare "$SAMPLE"/*.jsonl ;;
+"run "*) shift; exec "$RECIPE" run --rehearse --set "base_model=$TINY" --set bf16=false "$@" ;;
+*) exec "$RECIPE" "$@" ;;
+esac""",
+}
+MODULES = {
+    "google/colab/drive.py": "import os\ndef mount(at): os.makedirs(f'{at}/MyDrive', exist_ok=True)",
+    "google/colab/userdata.py": "def get(name): return 'a token'",
+    "kaggle_secrets.py": "class UserSecretsClient:\n    def get_secret(self, name): return 'a token'",
+}
+IN_A_NOTEBOOK = "import os, subprocess\ndef sh(line): subprocess.run(['bash', '-c', line])\n"
+
+
+def script(cells: Sequence[str]) -> str:
+    """What IPython makes of cells: `!` is for the shell, whose exit code stops nothing, and `%cd` for this process."""
+    shell = re.sub(r"^!(.*)$", lambda line: f"sh({line[1]!r})", "\n".join(cells), flags=re.MULTILINE)
+    return IN_A_NOTEBOOK + re.sub(r"^%cd (.*)$", lambda line: f"os.chdir({line[1]!r})", shell, flags=re.MULTILINE)
+
+
+def test_every_command_of_the_cells_is_one(tmp_path: Path) -> None:
+    verbs = typer.main.get_command(cli.app)
+    assert isinstance(verbs, click.Group)
+    lines = re.findall(r"^!\.venv/bin/recipe (.*)", "\n".join(CELLS), re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["doctor", "verify", "data", "data", "run", "resume"]
+    for verb, *words in map(shlex.split, lines):
+        if verb == "doctor" and verb not in verbs.commands:
+            continue  # is being written
+        command = verbs.commands[verb]
+        while isinstance(command, click.Group):
+            command = command.commands[words.pop(0)]
+        with command.make_context(verb, words):
+            pass
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """What is cloned: as much of this project as `make setup` reads."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(folder)]
+    for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"]):
+        subprocess.run([*git, *words], check=True)
+    return folder
+
+
+def a_machine(place: Path, name: str, stand_in: Path, tiny: Path) -> dict[str, str]:
+    """A new machine's folder with the stand-ins, and the environment of a notebook there."""
+    machine = place / name
+    (machine / "tmp").mkdir(parents=True)
+    (machine / "bin").mkdir()
+    for program, does in PROGRAMS.items():
+        (machine / "bin" / program).write_text(f"#!/bin/bash\n{does}\n")
+        (machine / "bin" / program).chmod(0o755)
+    for module, text in MODULES.items():
+        (machine / module).parent.mkdir(parents=True, exist_ok=True)
+        (machine / module).write_text(f"{text}\n")
+    added = {"MACHINE": machine, "RECIPE": stand_in, "TINY": tiny, "SAMPLE": SAMPLE, "PYTHONPATH": machine}
+    path = f"{machine / 'bin'}:{os.environ['PATH']}"
+    return os.environ | {key: str(value) for key, value in added.items()} | {"PATH": path, "MAKEFLAGS": ""}
+
+
+def a_session(place: Path, cells: Sequence[str], repository: Path, env: dict[str, str]) -> "subprocess.Popen[str]":
+    """Begin to run cells; the drive, the disk and the repository are in the test's folder."""
+    text = script(cells).replace("/tmp", str(place / "disk")).replace("/content", str(place / "content"))
+    text = text.replace("/kaggle", str(place / "kaggle")).replace("<this repository>", str(repository))
+    shutil.rmtree(place / "disk", ignore_errors=True)
+    (place / "disk").mkdir()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([sys.executable, "-c", text], cwd=place, env=env, text=True, **pipes)
+
+
+def limited(session: "subprocess.Popen[str]") -> psutil.Process:
+    """The command in a session that has a limit of time."""
+    every = psutil.Process(session.pid).children(recursive=True)
+    (found,) = (each for each in every if "--time-limit" in each.cmdline())
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", [COLAB, KAGGLE])
+def test_the_cells_train_on_one_day_and_go_on_the_next(
+    tmp_path: Path, repository: Path, stand_in: Path, tiny: Path, first: str
+) -> None:
+    env = a_machine(tmp_path, "first", stand_in, tiny) | {"STAND_IN_HOLD": "3"}
+    session = a_session(tmp_path, [first, *CELLS[:-1]], repository, env)
+    runs = tmp_path / "disk" / "qlora-recipes" / "runs"
+    deadline = time.monotonic() + 300
+    while not any(run.summary(run.read()).step >= 3 for run in lookup.all_runs(runs)):
+        assert session.poll() is None and time.monotonic() < deadline, session.communicate()
+        time.sleep(0.1)
+    limited(session).send_signal(signal.SIGUSR1)
+    said, _ = session.communicate(timeout=120)
+    assert "Tesla T4, 550.54.15" in said
+    (folder,) = lookup.all_runs(runs)
+    kept = RunDir(folder.path.resolve())
+    assert kept.path.is_relative_to(tmp_path / ("content/drive/MyDrive" if first == COLAB else "kaggle/working"))
+    record = kept.read()
+    assert (record.state, record.rehearsal, record.overrides[-1]) == ("interrupted", True, "save_steps=100")
+    env = a_machine(tmp_path, "second", stand_in, tiny)
+    another_day = a_session(tmp_path, [first, *CELLS[:-2], CELLS[-1]], repository, env)
+    said, _ = another_day.communicate(timeout=300)
+    record = kept.read()
+    assert record.state == "finished", said
+    assert (len(record.launches), record.launches[1].resumed_from) == (2, "checkpoint-4")
+    assert (tmp_path / "disk" / "qlora-recipes" / ".venv" / ".cuda").read_text() == "12.6\n"
+    assert not any("a token" in file.read_text(errors="replace") for file in kept.path.rglob("*.json"))
