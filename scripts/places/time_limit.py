@@ -134,12 +134,13 @@ def training(run: RunDir) -> Iterator[None]:
         except WorkFailed:
             if not (_limit and _limit.near and (record := run.read()).state == "interrupted"):
                 raise
-            summary, last = run.summary(record), run.last_checkpoint()
-            saved = "with" if last and checkpoints.step_of(last) == summary.step else "without"
-            raise WorkFailed(
-                f"{run.path}: ended at step {summary.step} of {summary.max_steps or '?'} {saved} a checkpoint, before "
-                f"the limit of {_limit.text}; `recipe resume {run.path} --time-limit {_limit.text}` continues it"
-            ) from None
+            summary, last, again = run.summary(record), run.last_checkpoint(), f"recipe resume {run.path}"
+            if last and checkpoints.step_of(last) == summary.step:
+                how = f"ended at step {summary.step} of {summary.max_steps} with a checkpoint"
+                goes_on = f"`{again} --time-limit {_limit.text}` continues it"
+            else:
+                how, goes_on = "ended without a new checkpoint", f"`{again}` needs a longer one"
+            raise WorkFailed(f"{run.path}: {how}, before the limit of {_limit.text}; {goes_on}") from None
 
 
 def seconds_to_checkpoint(metrics: Path) -> float:

@@ -3,15 +3,17 @@
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Recipe
 
-from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.base.machine import now
+from qlora_recipes.base.processes import stop_requests
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.places import time_limit
@@ -156,6 +158,18 @@ def test_of_several_runs_the_first_ends_at_a_checkpoint_and_the_next_is_not_begu
     assert first == "ended before the limit of 3s; run the same command again to continue"
     assert second == "ended before the limit of 3s, before it was begun; run the same command again to continue"
     assert [len(folder.read().launches) for folder in folders] in ([2, 1], [1, 1])  # too busy to start it in time
+
+
+@pytest.mark.usefixtures("limited")
+def test_a_training_that_got_nowhere_needs_a_longer_limit(
+    tmp_path: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = a_run(tmp_path, tiny_profile, monkeypatch)
+    longer = rf"ended without a new checkpoint, before the limit of 3s; `recipe resume {folder.path}` needs a longer"
+    with pytest.raises(WorkFailed, match=longer), stop_requests() as stops, time_limit.training(folder):
+        while not stops:
+            time.sleep(0.1)
+        raise WorkFailed("interrupted")
 
 
 @pytest.mark.usefixtures("limited")
