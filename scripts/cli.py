@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # pydantic would search all installed packages for plugins, which takes a tenth of a second
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    # a notebook's kernel names its own backend, with which matplotlib cannot even be imported in this environment
+    os.environ["MPLBACKEND"] = "agg"
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 until the end; None would be stdout
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows ? for what that lacks

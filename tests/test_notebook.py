@@ -46,6 +46,7 @@ MODULES = {
     "google/colab/userdata.py": "def get(name): return 'a token'",
     "kaggle_secrets.py": "class UserSecretsClient:\n    def get_secret(self, name): return 'a token'",
 }
+BACKEND = "module://matplotlib_inline.backend_inline"
 IN_A_NOTEBOOK = "import os, subprocess\ndef sh(line): subprocess.run(['bash', '-c', line])\n"
 
 
@@ -68,6 +69,12 @@ def test_every_command_of_the_cells_is_one(tmp_path: Path) -> None:
             command = command.commands[words.pop(0)]
         with command.make_context(verb, words):
             pass
+
+
+def test_matplotlib_does_not_want_the_backend_of_the_notebook() -> None:
+    """bert-score imports it."""
+    code = "from qlora_recipes import cli; cli.main(['--help']); import matplotlib.pyplot"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"MPLBACKEND": BACKEND}, check=True)
 
 
 @pytest.fixture
@@ -95,8 +102,8 @@ def a_machine(place: Path, name: str, stand_in: Path, tiny: Path) -> dict[str, s
         (machine / module).parent.mkdir(parents=True, exist_ok=True)
         (machine / module).write_text(f"{text}\n")
     added = {"MACHINE": machine, "RECIPE": stand_in, "TINY": tiny, "SAMPLE": SAMPLE, "PYTHONPATH": machine}
-    path = f"{machine / 'bin'}:{os.environ['PATH']}"
-    return os.environ | {key: str(value) for key, value in added.items()} | {"PATH": path, "MAKEFLAGS": ""}
+    of_kernel = {"PATH": f"{machine / 'bin'}:{os.environ['PATH']}", "MPLBACKEND": BACKEND}
+    return os.environ | {key: str(value) for key, value in added.items()} | of_kernel | {"MAKEFLAGS": ""}
 
 
 def a_session(place: Path, cells: Sequence[str], repository: Path, env: dict[str, str]) -> "subprocess.Popen[str]":

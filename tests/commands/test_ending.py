@@ -3,10 +3,13 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import RECIPE, Recipe
+
+from qlora_recipes.commands import ending
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07\u202e"
 
@@ -68,3 +71,9 @@ def test_a_file_whose_runs_would_lie_elsewhere_is_refused(tmp_path: Path, recipe
     refused = recipe("run", f"./{name}", "--rehearse")
     assert refused.returncode == 2 and ("give it another name" in refused.stderr or "no recipe" in refused.stderr)
     assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_an_exit_with_a_reason_says_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a limit of time does, wherever it meets the command."""
+    assert ending.ended(lambda: sys.exit("ended before the limit of 11h")) == 1
+    assert capsys.readouterr() == ("", "recipe: ended before the limit of 11h\n")
