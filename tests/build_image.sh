@@ -22,8 +22,10 @@ buildah add --quiet "$base" "$place/debian" / > "$place/log"
 buildah config --env SSL_CERT_FILE=$certificates --env PIP_CERT=$certificates "$base"
 buildah commit --quiet --rm "$base" localhost/base > "$place/log"
 rm -r "$place/debian"
+base=localhost/base@$(buildah images --digests --format '{{.Digest}}' localhost/base)
 
-buildah build --isolation chroot "${limits[@]}" --layers=false --build-arg BASE=localhost/base -f docker/Dockerfile -t image .
+buildah build --isolation chroot "${limits[@]}" --layers=false --build-arg "BASE=$base" -f docker/Dockerfile -t image .
+buildah inspect --type image --format '{{.OCIv1.Config.Labels}}' image | grep -F "image.base.name:$base"
 buildah images
 container=$(buildah from "${limits[@]}" --isolation chroot image)
 # what follows is run in the image, as its user
