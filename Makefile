@@ -14,7 +14,7 @@ endif
 TORCH = --torch-backend cu$(subst .,,$(CUDA)) $(shell sed -n 's/^\(torch==[^ ]*\) .*/\1/p' requirements.lock)
 PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder  # for two cores: some tests wait for a queue or a process
 
-.PHONY: setup demo test test-long coverage test-image lint core lock benchmark compare-memory picture
+.PHONY: setup demo test test-offline test-long coverage test-image lint core lock benchmark compare-memory picture
 
 setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe; CUDA=12.6 for an older driver
 
@@ -33,6 +33,9 @@ demo: setup  ## Rehearse one recipe on the CPU, from training to scores and a re
 
 test: setup  ## All tests but the long ones; no GPU, no network
 	.venv/bin/pytest $(PARALLEL)
+
+test-offline: setup  ## The same where there is no network but the machine's own address; needs root
+	unshare --net sh -c 'ip link set lo up && .venv/bin/pytest $(PARALLEL)'
 
 test-long: setup  ## The tests of what takes minutes: every engine, every kind of training that memory is planned for
 	.venv/bin/pytest $(PARALLEL) -m long
