@@ -14,7 +14,7 @@ endif
 TORCH = --torch-backend cu$(subst .,,$(CUDA)) $(shell sed -n 's/^\(torch==[^ ]*\) .*/\1/p' requirements.lock)
 PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder  # for two cores: some tests wait for a queue or a process
 
-.PHONY: setup demo test test-offline test-long coverage test-image lint core lock benchmark compare-memory picture
+.PHONY: setup demo test test-offline test-long coverage test-image lint core lock upgrade benchmark compare-memory picture
 
 setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe; CUDA=12.6 for an older driver
 
@@ -64,9 +64,13 @@ compare-memory: setup  ## Planned memory beside published figures, and another p
 picture: setup  ## The terminal in the README anew
 	.venv/bin/python tests/picture.py
 
-lock: $(filter .uv/%,$(UV))  ## requirements.lock anew from pyproject.toml
+lock: $(filter .uv/%,$(UV))  ## requirements.lock anew from pyproject.toml; AXOLOTL=x.y.z takes that release
 	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.12 --generate-hashes \
-		--no-annotate --no-emit-index-url --quiet -o requirements.lock
+		--no-annotate --no-emit-index-url --quiet $(if $(AXOLOTL),--upgrade-package axolotl==$(AXOLOTL)) \
+		-o requirements.lock
+
+upgrade: setup  ## What another release of Axolotl changes, AXOLOTL=x.y.z; once all is measured, the pin and the lock
+	.venv/bin/python tests/upgrade.py "$(AXOLOTL)"
 
 .uv/bin/uv:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv
