@@ -14,7 +14,7 @@ endif
 TORCH = --torch-backend cu$(subst .,,$(CUDA)) $(shell sed -n 's/^\(torch==[^ ]*\) .*/\1/p' requirements.lock)
 PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder  # for two cores: some tests wait for a queue or a process
 
-.PHONY: setup demo test test-offline test-long coverage test-image lint core lock upgrade benchmark compare-memory picture
+.PHONY: setup demo test test-offline test-long coverage test-image lint core lock upgrade audit benchmark compare-memory picture
 
 setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe; CUDA=12.6 for an older driver
 
@@ -71,6 +71,9 @@ lock: $(filter .uv/%,$(UV))  ## requirements.lock anew from pyproject.toml; AXOL
 
 upgrade: setup  ## What another release of Axolotl changes, AXOLOTL=x.y.z; once all is measured, the pin and the lock
 	.venv/bin/python tests/upgrade.py "$(AXOLOTL)"
+
+audit: setup $(filter .uv/%,$(UV))  ## Advisories against the packages of the lock, and their licences; needs a network
+	.venv/bin/python tests/audit.py --uv $(UV)
 
 .uv/bin/uv:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv
