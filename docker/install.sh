@@ -19,7 +19,7 @@ runtime) # gcc and the headers are for Triton, which builds its launchers when a
     packages gcc libc6-dev make python3 python3-dev
     useradd --uid 10001 recipe
     # for any user, so that whoever owns the mounted folders can be the one who runs
-    install -d -m 1777 /home/recipe /home/recipe/.cache
+    install -d -m 1777 /home/recipe /home/recipe/.cache /home/recipe/.local /home/recipe/.local/share
     ;;
 project)
     chmod -R a+rX ./* # a checkout may be closed to others

@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache folder of the whole test session."""
     folder = tmp_path_factory.mktemp("cache")
-    os.environ["XDG_CACHE_HOME"] = str(folder)
+    os.environ |= {"XDG_CACHE_HOME": str(folder), "XDG_DATA_HOME": str(tmp_path_factory.mktemp("kept"))}
     return folder
 
 

@@ -64,6 +64,7 @@ def test_compose_accepts_its_file_which_fits_the_dockerfile() -> None:
         f"{workdir}/runs": str(ROOT / "runs"),
         f"{workdir}/variants": str(ROOT / "variants"),
         f"{home}/.cache": "cache",
+        f"{home}/.local/share": "kept",
     }
     (secret,) = service["secrets"]
     assert service["environment"]["HF_TOKEN_PATH"] == secret.get("target", f"/run/secrets/{secret['source']}")

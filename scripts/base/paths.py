@@ -23,8 +23,13 @@ LOCK = _PACKAGE.parent / "requirements.lock"
 
 
 def cache() -> Path:
-    """The folder for what can be regenerated: the stand-in model and prepared data."""
+    """The folder for what is made again where it is missing: the stand-in model, prepared data, plans."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-recipes"
+
+
+def kept() -> Path:
+    """The folder of this user for what cannot be made again."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "qlora-recipes"
 
 
 def shown(file: Path) -> str:

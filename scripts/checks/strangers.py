@@ -23,7 +23,7 @@ def seal(folder: RunDir, record: Run) -> str | None:
     """What shows that a command of this user's wrote a run's config, and what its record has Axolotl do; None where no
     key can be kept. It is a keyed hash: who hands a run on does not have the key."""
     with suppress(OSError, UserError):
-        key = (make_once(paths.cache() / "seal", _make_key) / "key").read_bytes()
+        key = (make_once(paths.kept() / "seal", _make_key) / "key").read_bytes()
         content = [folder.config.read_text(), record.cwd, record.axolotl_arguments, record.forced]
         return hmac.new(key, orjson.dumps(content), hashlib.sha256).hexdigest()
     return None
@@ -31,7 +31,8 @@ def seal(folder: RunDir, record: Run) -> str | None:
 
 def _make_key(folder: Path) -> None:
     folder.mkdir(mode=0o700)
-    (folder / "key").write_bytes(secrets.token_bytes(32))
+    former = paths.cache() / "seal" / "key"  # where earlier versions kept it
+    (folder / "key").write_bytes(former.read_bytes() if former.is_file() else secrets.token_bytes(32))
 
 
 def is_own(folder: RunDir, record: Run) -> bool:

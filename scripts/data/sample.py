@@ -1,9 +1,12 @@
 """Prepares the shipped samples of studies, which rehearsals train on."""
 
 import hashlib
+import re
+from functools import partial
 from pathlib import Path
 
 from ..base import paths
+from ..base.errors import UserError
 from ..base.files import sha256
 from ..base.locks import make_once
 from . import declaration, study
@@ -11,19 +14,45 @@ from . import declaration, study
 
 def rehearsal_data(of_study: study.Study, input_format: str) -> Path:
     """The folder of a study's prepared sample; written to the cache the first time."""
-    sample = folder(of_study)
-    raw = sorted(sample / name for name in of_study.data.raw_files if (sample / name).is_file())
     code = sorted(Path(declaration.__file__).parent.glob("*.py"))
-    content = [of_study.data.model_dump_json(), input_format, *map(sha256, [*raw, *code])]
+    content = [of_study.data.model_dump_json(), input_format, *map(sha256, [*_raw(of_study), *code])]
     key = hashlib.sha256("".join(content).encode()).hexdigest()
     made = paths.cache() / f"sample-{of_study.folder.name}-{input_format}-{key[:16]}"
+    return make_once(made, partial(_prepare, of_study, input_format))
+
+
+def _raw(of_study: study.Study) -> list[Path]:
+    """The raw files of a study's sample that are there."""
+    return sorted(file for name in of_study.data.raw_files if (file := folder(of_study) / name).is_file())
+
+
+def _prepare(of_study: study.Study, input_format: str, out: Path) -> None:
+    from .prepare import prepare
+
+    prepare(_raw(of_study), out, _fitting(of_study), input_format)
+
+
+def restore(made: Path, digests: dict[str, str]) -> None:
+    """Prepare a sample again whose folder is gone from the cache.
+
+    Args:
+        made: the folder, as `rehearsal_data` named it, perhaps in an earlier version.
+        digests: the SHA-256 of files that were in it, by name.
+
+    Raises:
+        UserError: no study here has such a sample, or its rows are other ones today.
+    """
 
     def make(out: Path) -> None:
-        from .prepare import prepare
+        forms = [(each, form) for each in study.every() if each.data.sample for form in each.data.formats]
+        named = (found for found in forms if re.fullmatch(rf"sample-{found[0].folder.name}-{found[1]}-\w+", made.name))
+        if not (found := next(named, None)):
+            raise UserError(f"{made}: is gone, and no study here has a sample of that name; rehearse anew")
+        _prepare(*found, out)
+        if any(sha256(out / name) != digest for name, digest in digests.items()):
+            raise UserError(f"{made}: is gone, and the sample has other rows by now; rehearse anew")
 
-        prepare(raw, out, _fitting(of_study), input_format)
-
-    return make_once(made, make)
+    make_once(made, make)
 
 
 def twin(path: str) -> Path | None:

@@ -14,7 +14,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256, write_atomically
 from ..base.progress import Bar, say
-from ..checks import check, strangers
+from ..checks import cached, check, strangers
 from ..checks.check import check_arguments
 from ..configs import datafiles, gpus, standin
 from ..configs.compose import Composed, Request, compose, is_rehearsal
@@ -120,6 +120,7 @@ def record_of(composed: Composed, request: Request) -> Run:
         composed: its checked config.
         request: what it was composed from.
     """
+    stands_in = composed.rehearsal and composed.config.get("base_model") == str(standin.folder())
     return Run(
         recipe=composed.recipe,
         variant_of=composed.origin if composed.origin != composed.recipe else None,
@@ -138,6 +139,7 @@ def record_of(composed: Composed, request: Request) -> Run:
         differences=composed.differences,
         data=composed.data,
         test_data=datafiles.test_file(composed.config),
+        stand_in_sha256=standin.digest() if stands_in else None,
         cwd=str(Path.cwd()),
         provenance=provenance.collect(),
     )
@@ -161,6 +163,8 @@ def resume(name: str, runs: Path, place: Place, prepare_only: bool = False, forc
     folder = find_run(name, runs)
     record = folder.read()
     _agree(folder, record, force)
+    if record.state != "finished":
+        cached.restore(folder, record)
     if not place.here:  # here, what holds the run decides
         current = places.read(folder)
         if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):

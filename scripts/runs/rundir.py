@@ -123,6 +123,7 @@ class Run(BaseModel):
     differences: list[Difference] = Field(default_factory=list)
     data: list[DataFile] = Field(default_factory=list)
     test_data: str | None = None
+    stand_in_sha256: str | None = None  # of a rehearsal, see `standin.digest`
     cwd: str
     created: Moment = Field(default_factory=now)
     launches: list[Launch] = Field(default_factory=list)

@@ -12,7 +12,7 @@ from ..base.locks import held
 from ..base.machine import now
 from ..base.progress import Bar, say
 from ..base.quiet import importing_axolotl
-from ..checks import strangers
+from ..checks import cached, strangers
 from ..configs import gpus
 from ..configs.precision import precision
 from ..data import study
@@ -115,6 +115,7 @@ class EvaluationTask:
         self.run = folder.read()
         self.cfg = yamlfiles.read_yaml(folder.config)
         strangers.refuse_unseen(folder, self.run, self.cfg, request.force)
+        cached.restore(folder, self.run)
         self.columns = columns_of(self.run.origin, request.metrics)
         adapter = request.adapter
         weights = None if adapter == BASE else folder.output if adapter is None else Path(adapter)

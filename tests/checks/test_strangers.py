@@ -1,5 +1,6 @@
 """A run folder from elsewhere: its code, arguments and links need consent, and no record of its own can give that."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from conftest import Recipe
 from run_folders import a_run
 
-from qlora_recipes.base import yamlfiles
+from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import strangers
 from qlora_recipes.runs.rundir import RunDir
@@ -62,10 +63,25 @@ def test_a_harmless_run_from_elsewhere_needs_nothing(tmp_path: Path) -> None:
 
 def test_no_key_no_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
     folder = theirs(tmp_path / "runs")
     assert strangers.seal(folder, folder.read()) is None
     assert unseen(folder) == {PLUGIN}
+
+
+def test_a_run_stays_ones_own_when_the_cache_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "kept"))
+    paths.cache().mkdir(parents=True)
+    strangers._make_key(paths.cache() / "seal")  # as earlier versions did
+    key = (paths.cache() / "seal" / "key").read_bytes()
+    folder = theirs(tmp_path / "runs")
+    record = folder.read()
+    record.seal = strangers.seal(folder, record)
+    folder.write(record)
+    shutil.rmtree(paths.cache())
+    assert unseen(folder) == set()
+    assert (paths.kept() / "seal" / "key").read_bytes() == key
 
 
 @pytest.mark.parametrize("words", [("resume",), ("resume", "--prepare"), ("evaluate",)])
