@@ -15,6 +15,7 @@ from typing import IO, Any
 import orjson
 from safetensors import SafetensorError, safe_open
 
+from . import disks
 from .errors import UserError
 
 Row = dict[str, Any]
@@ -43,28 +44,18 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
     is written to as it is.
     """
     if file.exists() and not file.is_file():
-        try:
-            with file.open("wb") as stream:
-                yield stream
-        except OSError as error:
-            raise _of(file, error) from None
+        with disks.naming(file), file.open("wb") as stream:
+            yield stream
         return
     part = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")  # containers can share a folder and process ids
-    with making(file.parent):
+    with making(file.parent), disks.naming(file):
         try:
             with part.open("xb") as stream:
                 yield stream
             part.replace(file)
-        except BaseException as error:
+        except BaseException:
             part.unlink(missing_ok=True)
-            raise _of(file, error) from None
-
-
-def _of(file: Path, error: BaseException) -> BaseException:
-    """An error, with the file in it if it is of a disk and has none, as one of a full disk."""
-    if isinstance(error, OSError) and error.filename is None:
-        error.filename = str(file)
-    return error
+            raise
 
 
 def opened(file: Path, mode: str) -> IO[bytes]:
@@ -177,7 +168,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 def append_line(file: Path, line: bytes) -> None:
     """Add a line to a file. An unfinished one of a killed process stays a line of its own, for readers to skip."""
-    with opened(file, "a+b") as stream:
+    with disks.naming(file), opened(file, "a+b") as stream:
         if stream.tell():
             stream.seek(-1, os.SEEK_END)
             if stream.read() != b"\n":

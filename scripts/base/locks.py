@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .disks import naming
 from .errors import UserError
 from .files import opened
 
@@ -90,7 +91,8 @@ def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
         if not folder.is_dir():
             try:
-                make(part)
+                with naming(folder):
+                    make(part)
                 part.rename(folder)
             finally:
                 shutil.rmtree(part, ignore_errors=True)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..base import paths, yamlfiles
+from ..base import disks, paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.quiet import importing_axolotl
 from ..base.yamlfiles import Config
@@ -109,6 +109,8 @@ def check(
     except UserError as error:
         report.add([_unreadable(request.name, str(error))])
     except OSError as error:
+        if error.errno in disks.FULL:
+            raise
         report.add([_unreadable(request.name, f"{error.filename}: {error.strerror}")])
     return report
 

@@ -3,13 +3,14 @@
 import errno
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
+from ..base import disks, paths
 from ..base.errors import UserError, WorkFailed
 from ..base.progress import say
 from ..data.private import masked
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def ended(command: Callable[[], object]) -> int:
@@ -27,12 +28,20 @@ def ended(command: Callable[[], object]) -> int:
     except WorkFailed as error:
         return _refused(str(error), 1)
     except OSError as error:
-        if error.filename is None and error.errno not in (*_NO_ROOM, errno.EIO):
+        if error.filename is None and error.errno not in (*disks.FULL, errno.EIO):
             raise  # not of a file that the user named
-        where = error.filename or "standard output"
-        if error.filename is None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
-        return _refused(f"{where}: {_in_words(error)}", 1 if error.errno in (*_NO_ROOM, errno.EIO) else 2)
+        where = error.filename or _unnamed()
+        return _refused(f"{where}: {_in_words(error)}", 1 if error.errno in (*disks.FULL, errno.EIO) else 2)
+
+
+def _unnamed() -> str:
+    """Where there was no room by an error that does not say so: the cache or the folder for temporary files, where
+    libraries write, if one is full; else standard output, which all else that is written is not."""
+    libraries = paths.cache(), Path(tempfile.gettempdir())
+    if full := next((folder for folder in libraries if disks.free(folder) < disks.RESERVE), None):
+        return str(full)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+    return "standard output"
 
 
 def _code(command: Callable[[], object]) -> int:
@@ -46,7 +55,7 @@ def _code(command: Callable[[], object]) -> int:
 
 
 def _in_words(error: OSError) -> str:
-    return "no space left" if error.errno in _NO_ROOM else str(error.strerror)
+    return "no space left" if error.errno in disks.FULL else str(error.strerror)
 
 
 def _refused(problem: str, code: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import requests
 
+from ..base.disks import naming
 from ..base.errors import UserError, WorkFailed
 from ..base.files import read_json, write_json
 from ..base.progress import Bar, say
@@ -78,7 +79,7 @@ class Part:
             return "the file on the server has changed"
         total = about["bytes"]
         check_space(self.file.parent, (total or expected) - self.size, "the download")
-        with self.file.open("ab") as stream:
+        with naming(self.file), self.file.open("ab") as stream:
             for chunk in response.iter_content(CHUNK):
                 stream.write(chunk)
                 bar.update(stream.tell() >> 20, total >> 20)

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..base.files import replacing
+
 
 @contextmanager
 def drawing(file: Path, inches: tuple[float, float], panels: int = 1) -> Iterator[Any]:
@@ -21,4 +23,5 @@ def drawing(file: Path, inches: tuple[float, float], panels: int = 1) -> Iterato
     yield figure.subplots(panels, panels)
     if panels == 1:
         figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(file)
+    with replacing(file) as stream:
+        figure.savefig(stream, format=file.suffix.removeprefix(".") or None)

@@ -8,9 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .. import places
+from ..base import disks
 from ..base.errors import UserError, WorkFailed
 from ..base.files import sha256, tensor_shapes, write_atomically
 from ..base.progress import Bar, say
+from ..checks import cached
 from ..runs.rundir import Run, RunDir
 from ..scores.evaluations import ADAPTER, read_scores
 from .card import base_model, card
@@ -71,6 +73,7 @@ def _merge(folder: RunDir, run: Run) -> Path:
     if weights and min(weights) >= (folder.output / ADAPTER).stat().st_mtime:
         say(f"{merged}: merged already, after the adapter's last change")
         return merged
+    cached.restore(folder, run)
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
     if run.rehearsal:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -85,7 +88,10 @@ def _merge(folder: RunDir, run: Run) -> Path:
         ).returncode  # fmt: skip
         new = Path(scratch, "merged")
         if code or not any(new.glob("*.safetensors")):
-            tail = log.read_text(errors="replace").splitlines()[-15:]
+            said = log.read_text(errors="replace")
+            if full := disks.where_full(said, [folder.path]):
+                raise WorkFailed(f"{full}: no space left for the merged model, which is as large as the base model")
+            tail = said.splitlines()[-15:]
             raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not merge; the whole log is {log}"]))
         for file in (file for pattern in _TOKENIZER for file in folder.output.glob(pattern)):
             shutil.copy2(file, new)  # Axolotl copies the base model's, which lacks what the config adds to it

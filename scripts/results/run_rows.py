@@ -21,6 +21,7 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
     own = of_run(folder.path, run)
     of_study = study.of(run.origin)
     summary = folder.summary(run)
+    ended_by = run.launches[-1].problem if run.launches else None
     changed = [d.key for d in run.differences if not d.why.startswith(comparable.REHEARSED)] + run.axolotl_arguments
     return {
         "run": str(folder.path),
@@ -33,7 +34,7 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
         "step": summary.step,
         "steps": summary.max_steps,
         "ended": summary.ended,
-        "trouble": summary.trouble or (health.stalled(folder.metrics) if run.state == "running" else None),
+        "trouble": summary.trouble or (health.stalled(folder.metrics) if run.state == "running" else ended_by),
         "eval_loss_first": summary.eval_loss_per_token_first,
         "eval_loss": summary.eval_loss_per_token,
         "eval_loss_axolotl": summary.eval_loss,

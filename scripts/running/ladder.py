@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..base import yamlfiles
+from ..base.disks import naming
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, read_json, sha256, tensor_shapes, write_atomically
 from ..base.locks import held
@@ -249,7 +250,7 @@ def _lay_out(folder: AdapterDir, files: Sequence[Path], composed: Composed, reco
         link.unlink(missing_ok=True)
         link.symlink_to(file.absolute())
     if not (folder.output / TOKENIZER).is_file():
-        with importing_axolotl(offline=composed.rehearsal):
+        with naming(folder.output), importing_axolotl(offline=composed.rehearsal):
             from ..checks.tokens import Tokenizer
 
             Tokenizer(composed.config).tokenizer.save_pretrained(folder.output)

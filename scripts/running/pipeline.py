@@ -235,6 +235,7 @@ def need_judges(
 
 
 def _is_resumable(folder: RunDir, former_run: Run) -> bool:
-    """Whether an unfinished run is worth resuming: one that failed twice is begun anew."""
-    failed_again = former_run.state == "failed" and len(former_run.launches) > 1
+    """Whether an unfinished run is worth resuming: one that failed twice of itself is begun anew."""
+    launches = former_run.launches
+    failed_again = former_run.state == "failed" and len(launches) > 1 and not launches[-1].problem
     return not failed_again and run.hindrance(folder, former_run) is None

@@ -6,6 +6,7 @@ its record; the others only launch their share of the ranks.
 
 import hashlib
 import os
+import shutil
 from collections.abc import Container, Sequence
 from pathlib import Path
 
@@ -104,9 +105,13 @@ def create(composed: Composed, request: Request, runs: Path, shared: Container[D
     for difference in composed.differences:  # with a tracker's placeholders filled in
         difference.run = ours.get(difference.key, difference.run)
     record = record_of(composed, request)
-    write_atomically(folder.config, yamlfiles.write_yaml(ours))
-    record.seal = strangers.seal(folder, record)
-    folder.write(record)
+    try:
+        write_atomically(folder.config, yamlfiles.write_yaml(ours))
+        record.seal = strangers.seal(folder, record)
+        folder.write(record)
+    except OSError:
+        shutil.rmtree(folder.path)  # a folder without a record is no run
+        raise
     say(f"run {folder.path}")
     for difference in new:
         say(f"  {difference}")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from ..base import paths, yamlfiles
+from ..base import disks, paths, yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import opened
 from ..base.machine import now
@@ -80,15 +81,19 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     folder.write(record)
     written = folder.metrics.stat().st_size if folder.metrics.exists() else 0
     logged = folder.log.stat().st_size if folder.log.exists() else 0
-    launch.exit_code, stopped = _launch(launch.command, folder, record, folder.log, lock)
+    with disks.reserved(folder.path):
+        launch.exit_code, stopped = _launch(launch.command, folder, record, folder.log, lock)
+        launch.problem = _no_room(folder, folder.log, logged) if launch.exit_code else None
     launch.ended = now()
     record.summary = summarise(folder.read_metrics())
     record.summary.ended = summarise(folder.read_metrics(since=written)).ended  # not of an earlier launch
     has_adapter = (folder.output / "adapter_model.safetensors").is_file()
     record.state = _state(launch.exit_code, stopped, record.summary.ended, has_adapter)
     folder.write(record)
+    again = f"recipe resume {folder.path}" + (" --on slurm" if this_job(os.environ) else "")
+    if launch.problem:
+        raise WorkFailed(f"{folder.path}: {record.state}, {launch.problem}; free some, and `{again}` continues it")
     if record.state == "interrupted":
-        again = f"recipe resume {folder.path}" + (" --on slurm" if this_job(os.environ) else "")
         if launch.exit_code == -signal.SIGKILL and not stopped:
             how = "killed by signal 9 (SIGKILL), which this command did not send; probably memory ran out"
             raise OutOfMemory(f"{folder.path}: {how}; `{again}` continues it", gpu=False)
@@ -212,6 +217,13 @@ def _drop_half_prepared(folder: RunDir, record: Run) -> None:
         for part in {shard.parent for shard in prepared.glob("*/data-*.arrow")}:
             if not ((part / "dataset_info.json").is_file() or part.is_symlink()):
                 shutil.rmtree(part)
+
+
+def _no_room(folder: RunDir, log: Path, since: int = 0) -> str | None:
+    """That a disk was full, where that ended a launch whose log begins at a byte of its file."""
+    said = log.read_bytes()[since:].decode(errors="replace")
+    full = disks.where_full(said, [folder.path, paths.cache(), Path(tempfile.gettempdir())])
+    return f"no space left in {full}" if full else None
 
 
 def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFailed:

@@ -65,6 +65,7 @@ class Launch(BaseModel):
     ended: Moment | None = None
     exit_code: int | None = None
     resumed_from: str | None = None
+    problem: str | None = None  # what ended it, where that is known and needs another remedy than its log
 
 
 class Summary(BaseModel):

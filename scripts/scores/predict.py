@@ -7,6 +7,7 @@ from pathlib import Path
 
 import orjson
 
+from ..base.disks import naming
 from ..base.errors import WorkFailed
 from ..base.files import Row, opened, replacing
 from ..base.progress import Bar
@@ -57,7 +58,7 @@ def predict(
             generator = Generator(settings, cfg, tokenizer)
             bar.begin("tokenizing the prompts")
             examples = generator.examples(rows, evaluated.keys)
-        with Bar("evaluating", len(rows), len(done)) as bar, opened(part, "ab") as stream:
+        with Bar("evaluating", len(rows), len(done)) as bar, naming(part), opened(part, "ab") as stream:
             lengths = [len(example.prompt) + settings.decoding.max_new_tokens for example in examples]
             for number, (room, batch) in enumerate(batches(lengths, settings.batch_size)):
                 if all(i in done for i in batch):

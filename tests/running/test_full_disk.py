@@ -1,0 +1,90 @@
+"""Disks that fill, each a small one of its own: what is said, the state of runs, and what is left behind."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import SAMPLE, Recipe
+from run_folders import a_run
+
+from qlora_recipes.base.files import sha256
+from qlora_recipes.runs import launch
+from qlora_recipes.runs.lookup import all_runs
+from qlora_recipes.runs.rundir import RunDir
+
+NAME = "haider2024/code-llama-7b"
+
+
+@pytest.fixture
+def disk(tmp_path: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A disk with room for a part of a run, and an Axolotl that trains nothing."""
+    (folder := tmp_path / "disk").mkdir()
+    if _mount(folder, "-o", "size=400k", "-t", "tmpfs", "tmpfs").returncode:
+        pytest.skip("may not mount a small disk")
+    monkeypatch.setattr(launch, "AXOLOTL", stand_in.with_name("axolotl"))
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def _mount(folder: Path, *options: str) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(["mount", *options, folder], capture_output=True)
+
+
+def fill(folder: Path) -> None:
+    with (folder / "ballast").open("wb", buffering=0) as stream:
+        while (room := os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize) > 0:
+            stream.write(bytes(room))
+
+
+def adapter(run: RunDir) -> str:
+    return sha256(run.output / "adapter_model.safetensors")
+
+
+def test_a_run_that_fills_its_disk_has_failed_and_goes_on_to_the_same_end(
+    disk: Path, recipe: Recipe, tmp_path: Path, tiny_profile: Path
+) -> None:
+    words = ("run", NAME, "--profile", tiny_profile, "--runs")
+    assert recipe(*words, "roomy").returncode == 0
+    done = recipe(*words, disk)
+    (run,) = all_runs(disk)
+    full = f"no space left in {run.path}"
+    said = f"recipe: {run.path}: failed, {full}; free some, and `recipe resume {run.path}` continues it"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, said)
+    record = run.read()
+    assert (record.state, record.launches[-1].exit_code, record.launches[-1].problem) == ("failed", 1, full)
+    assert full in recipe("results", "--runs", disk, "--json").stdout
+    fill(disk)
+    again = recipe("resume", run.path)
+    assert (again.returncode, "no space left" in again.stderr, run.read()) == (1, True, record)
+    assert not list(disk.rglob(".*.part")) and not list(disk.rglob(".reserve"))
+    assert _mount(disk, "-o", "remount,size=4m").returncode == 0
+    resumed = recipe("resume", run.path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "is damaged" in resumed.stderr  # half of a checkpoint, which is not what it goes on from
+    assert adapter(run) == adapter(all_runs(tmp_path / "roomy")[0])
+    assert run.read().state == "finished"
+
+
+def test_whatever_is_written_to_a_full_disk_ends_with_a_line_and_leaves_nothing(
+    disk: Path, recipe: Recipe, tmp_path: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p.jsonl").write_text('{"reference": "a b", "prediction": "a b"}\n')
+    shutil.copytree(SAMPLE, tmp_path / "raw")
+    a_run(tmp_path / "runs", NAME, "20260101-000000-abcdef0", 5.0)
+    fill(disk)
+    for words in (
+        ("run", NAME, "--profile", tiny_profile, "--runs", disk),
+        ("score", "p.jsonl", "--out", disk / "scores.json"),
+        ("data", "prepare", "raw", "--out", disk),
+        ("report", "--out", disk / "report.html"),
+    ):
+        done = recipe(*words)
+        assert (done.returncode, ": no space left" in done.stderr) == (1, True), (words, done.stderr)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(disk))
+    done = recipe("check", NAME, "--rehearse")
+    assert done.returncode == 1 and "no space left" in done.stderr
+    assert [path.name for path in disk.rglob("*") if path.is_file()] == ["ballast"]
+    assert all_runs(disk) == []
