@@ -17,7 +17,12 @@ _NO_ROOM = re.compile(rf"(?:{_SAID})(?:[^\n']*: '([^'\n]+)')?")  # as Python, sa
 
 def free(path: Path) -> int:
     """The bytes that this user can still write where a path lies, or would lie."""
-    return shutil.disk_usage(next(parent for parent in (path, *path.absolute().parents) if parent.exists())).free
+    return shutil.disk_usage(nearest(path)).free
+
+
+def nearest(path: Path) -> Path:
+    """A path, or the nearest of the folders above it that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
 @contextmanager

@@ -122,6 +122,7 @@ def examine(
     launching: bool = False,
     data: bool = False,
     ask_hub: bool = False,
+    runs: Path = paths.RUNS,
 ) -> Report:
     """The findings of the schema and the rules about a config, each with its place. A rehearsal has no GPU.
 
@@ -129,10 +130,11 @@ def examine(
         launching: a run is about to start here.
         data: also read its rows.
         ask_hub: also ask the hub about a base model that is not here, as before a run.
+        runs: the folder that the run's is to be in.
     """
     of_schema = list(schema.findings(composed.config))
     usable, wrong = schema.usable(composed.config, of_schema)
-    case = rules.Case(usable, wrong, None if composed.rehearsal else gpu, gpus, launching, ask_hub or launching)
+    case = rules.Case(usable, wrong, None if composed.rehearsal else gpu, gpus, launching, ask_hub or launching, runs)
     report = Report(composed.recipe, composed)
     report.add(placed([*of_schema, *rules.findings(case)], composed))
     report.add(_other_rows(composed))

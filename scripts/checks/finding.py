@@ -24,6 +24,7 @@ _SCOPES: dict[str, Scope] = {
     "gpu-lacks": "gpu",
     "too-big": "gpu",
     "no-gpu": "machine",
+    "no-room": "machine",
 }
 
 

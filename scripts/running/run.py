@@ -31,12 +31,13 @@ from ..runs.tasks import Command, Outcome, Work
 from . import shortage
 
 
-def prepare(request: Request, place: Place) -> Composed:
+def prepare(request: Request, place: Place, runs: Path = paths.RUNS) -> Composed:
     """The checked config of a run; what is worth knowing about it goes to stderr.
 
     Args:
         request: the run.
         place: where it is to run.
+        runs: the folder for the run's.
 
     Raises:
         UserError: the request or the config is wrong.
@@ -50,7 +51,7 @@ def prepare(request: Request, place: Place) -> Composed:
     starts = not request.dry_run
     gpu = place.gpu()
     with Bar(f"checking {composed.recipe}", 1):
-        report = check.examine(composed, gpu, request.ranks, launching=starts, data=starts)
+        report = check.examine(composed, gpu, request.ranks, launching=starts, data=starts, runs=runs)
         fit.add_to(report, gpu, request.ranks, anew=starts)
     found = report.findings
     for finding in found:
@@ -70,7 +71,7 @@ def start(request: Request, runs: Path, place: Place) -> RunDir:
         UserError: the request is wrong, or the place refuses it; nothing was started.
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
-    composed = prepare(request, place)
+    composed = prepare(request, place, runs)
 
     def train() -> RunDir:
         launch.require(Path.cwd())
@@ -262,7 +263,7 @@ def _check_here(folder: RunDir, record: Run) -> None:
         profiles=record.profiles,
         rehearsal=record.rehearsal,
     )
-    report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
+    report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal, runs=folder.path)
     fit.add_to(report, gpus.here(), record.ranks, anew=True)
     errors = {finding.name for finding in report.findings if finding.level == "error"}
     forced = [name for name in record.forced if name in errors]  # not those of the rows, or of another GPU

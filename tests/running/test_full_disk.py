@@ -48,7 +48,11 @@ def test_a_run_that_fills_its_disk_has_failed_and_goes_on_to_the_same_end(
 ) -> None:
     words = ("run", NAME, "--profile", tiny_profile, "--runs")
     assert recipe(*words, "roomy").returncode == 0
-    done = recipe(*words, disk)
+    refused = recipe(*words, disk)
+    assert refused.returncode == 2 and all_runs(disk) == []
+    need = f"{disk}: 0.00041 GB are free on its disk, and a run writes about 0.0011 GB (the adapter 0.00011 GB; check"
+    assert need in refused.stderr
+    done = recipe(*words, disk, "--force", "no-room:output_dir")
     (run,) = all_runs(disk)
     full = f"no space left in {run.path}"
     said = f"recipe: {run.path}: failed, {full}; free some, and `recipe resume {run.path}` continues it"
@@ -76,7 +80,7 @@ def test_whatever_is_written_to_a_full_disk_ends_with_a_line_and_leaves_nothing(
     a_run(tmp_path / "runs", NAME, "20260101-000000-abcdef0", 5.0)
     fill(disk)
     for words in (
-        ("run", NAME, "--profile", tiny_profile, "--runs", disk),
+        ("run", NAME, "--profile", tiny_profile, "--runs", disk, "--force", "no-room:output_dir"),
         ("score", "p.jsonl", "--out", disk / "scores.json"),
         ("data", "prepare", "raw", "--out", disk),
         ("report", "--out", disk / "report.html"),

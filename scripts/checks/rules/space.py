@@ -1,0 +1,121 @@
+"""Whether the disks have room for what a run writes."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ...base import disks, paths
+from ...base.errors import UserError
+from ...configs import datafiles, models
+from .case import Case, Problems, rule
+
+_LIMIT = 4  # of checkpoints, unless save_total_limit says another (axolotl/core/builders/base.py)
+_PREPARED = 4  # bytes of prepared rows for each of JSON: 13 a token; 4.8 and 5 seen
+_WEIGHT = {"adapter": 4, "model": 2}  # bytes of a saved parameter: adapters are in fp32 (seen)
+
+Needs = Iterator[tuple[Path, float, str, str]]
+
+
+@rule
+def no_room(case: Case) -> Problems:
+    """A disk that fills ends a training, at a checkpoint as a rule, and so after hours.
+
+    What is counted is what surely comes, of models whose sizes are known: checkpoints with the state of their
+    optimizer, the adapter, prepared rows and, when the run starts, the base model's download.
+    """
+    on_disk: defaultdict[int, list[tuple[Path, float, str, str]]] = defaultdict(list)
+    for need in _needs(case):
+        with suppress(OSError):
+            on_disk[disks.nearest(need[0]).stat().st_dev].append(need)
+    for needs in on_disk.values():
+        folder, _, _, key = needs[0]
+        needed, free = sum(need[1] for need in needs), disks.free(folder)
+        if needed > free:
+            parts = "; ".join(f"{what} {size / 1e9:.2g} GB" for _, size, what, _ in needs)
+            problem = f"{folder.absolute()}: {free / 1e9:.2g} GB are free on its disk, and a run writes about "
+            problem += f"{needed / 1e9:.2g} GB ({parts})"
+            yield "error" if case.launching else "warning", key, problem, "make room, or take another disk"
+
+
+def _needs(case: Case) -> Needs:
+    """What a run writes: where, bytes, what it is, and the key that it is about."""
+    name = case["base_model"]
+    model: dict[str, Any] = {}
+    with suppress(UserError):
+        model = models.architecture(case.config, download=False)
+    sizes = {key: value for key, value in model.items() if isinstance(value, int) and value > 0}
+    if linear := _linear(model.get("model_type"), sizes):
+        kind = "adapter" if case.lora else "model"
+        every = sizes["num_hidden_layers"] * sum(i * o for i, o in linear.values())
+        every += sizes["vocab_size"] * sizes["hidden_size"] * (1 if model.get("tie_word_embeddings", True) else 2)
+        trained = _trained(case, sizes, linear) if case.lora else every
+        state = 2 if "8bit" in str(case["optimizer"]) else 2 * _WEIGHT[kind]  # Adam has two values for each
+        state = 0 if case["save_only_model"] else state
+        checkpoints = _checkpoints(case)
+        yield case.runs, trained * _WEIGHT[kind], f"the {kind}", "output_dir"
+        yield (
+            case.runs,
+            checkpoints * trained * (_WEIGHT[kind] + state),
+            f"checkpoints, {checkpoints} of them",
+            "output_dir",
+        )
+        if case.launching and not case.model.weights_here and not models.is_path(str(name)):
+            from huggingface_hub.constants import HF_HUB_CACHE
+
+            yield Path(HF_HUB_CACHE), every * _WEIGHT["model"], "the base model's download", "base_model"
+    whole = (dataset for _, dataset in datafiles.datasets(case.config) if dataset.get("split") in (None, "train"))
+    files = [file for dataset in whole for file in datafiles.jsonl_files(dataset)]
+    yield paths.cache(), _PREPARED * sum(file.stat().st_size for file in files), "prepared rows", "datasets"
+
+
+def _linear(kind: Any, sizes: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """The inputs and outputs of each linear layer of a decoder layer; empty for a model of which too little is known.
+
+    Args:
+        kind: the model's type.
+        sizes: those in its config.json.
+    """
+    if not sizes.keys() >= {*models.NEEDED[1:]}:
+        return {}
+    hidden, mlp, heads = (sizes[f"{key}"] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    head = sizes.get("head_dim") or hidden // heads
+    queries, keys = heads * head, (sizes.get("num_key_value_heads") or heads) * head
+    shapes = {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "qkv_proj": (hidden, queries + 2 * keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, mlp),
+        "up_proj": (hidden, mlp),
+        "gate_up_proj": (hidden, 2 * mlp),
+        "down_proj": (mlp, hidden),
+    }
+    return {name: shapes[name] for name in models.LAYERS.get(str(kind), ())}
+
+
+def _trained(case: Case, sizes: dict[str, int], linear: dict[str, tuple[int, int]]) -> int:
+    """The parameters that LoRA trains (arXiv 2106.09685), with the embeddings that are trained whole."""
+    targets = case["lora_target_modules"]
+    adapted = linear
+    if isinstance(targets, list) and not case["lora_target_linear"]:
+        adapted = {name: shape for name, shape in linear.items() if any(str(to).endswith(name) for to in targets)}
+    rank = case["lora_r"] if isinstance(case["lora_r"], int) else 0
+    whole = {"embed_tokens", "lm_head"} & set(case["lora_modules_to_save"] or ())
+    layers = sizes["num_hidden_layers"] * rank * sum(map(sum, adapted.values()))
+    return layers + len(whole) * sizes["vocab_size"] * sizes["hidden_size"]
+
+
+def _checkpoints(case: Case) -> int:
+    """How many there are at a time, at most: the oldest goes when a new one is saved."""
+    epochs = case["num_epochs"] or 1
+    if case["save_strategy"] == "no":
+        return 0
+    if case["save_steps"]:
+        every = case["save_steps"]
+        saves = 1 / every if every < 1 else case.steps / every if case.steps else _LIMIT + 1
+    else:
+        saves = (case["saves_per_epoch"] or 1) * epochs
+    return max(min(int(saves), (case["save_total_limit"] or _LIMIT) + 1), 1)

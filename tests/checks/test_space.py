@@ -1,0 +1,69 @@
+"""Room on disks before a run: what it will write, against what is free."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import config_with
+
+from qlora_recipes.base import disks
+from qlora_recipes.checks import rules
+from qlora_recipes.checks.finding import Finding
+from qlora_recipes.checks.rules import space
+
+DATA = {"path": "rows.jsonl", "type": "alpaca"}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with (tmp_path / "rows.jsonl").open("wb") as stream:
+        os.truncate(stream.fileno(), 10**9)
+
+
+def needs(change: dict[str, Any], name: str = "haider2024/code-llama-7b", launching: bool = False) -> dict[str, float]:
+    """What a run writes, in GB."""
+    case = rules.Case(config_with({"datasets": None, "test_datasets": None} | change, name), set(), launching=launching)
+    return {what: size / 1e9 for _, size, what, _ in space._needs(case)}
+
+
+def test_checkpoints_adapter_and_rows_are_counted() -> None:
+    """Code Llama 7B with rank 64 on queries and values trains 33,554,432 parameters; its optimizer is in 32 bits."""
+    adapter = 4 * 33_554_432 / 1e9
+    assert needs({}) == {
+        "the adapter": adapter,
+        "checkpoints, 3 of them": pytest.approx(9 * adapter),
+        "prepared rows": 0,
+    }
+    assert needs({"optimizer": "adamw_8bit"})["checkpoints, 3 of them"] == pytest.approx(3 * 1.5 * adapter)
+    assert needs({"save_only_model": True})["checkpoints, 3 of them"] == pytest.approx(3 * adapter)
+    assert "checkpoints, 1 of them" in needs({"saves_per_epoch": None, "num_epochs": 1})
+    assert "checkpoints, 5 of them" in needs({"save_total_limit": None, "num_epochs": 9})
+    assert "checkpoints, 0 of them" in needs({"saves_per_epoch": None, "save_strategy": "no"})
+    assert needs({"lora_modules_to_save": ["lm_head"]})["the adapter"] == adapter + 4 * 32016 * 4096 / 1e9
+    assert needs({"datasets": [DATA]})["prepared rows"] == 4
+    assert needs({"datasets": [DATA | {"split": "train[:32]"}]})["prepared rows"] == 0
+    full = needs({"adapter": None, "lora_r": None})
+    assert full["the model"] == pytest.approx(2 * 6.74, rel=0.01)
+
+
+def test_what_is_not_here_is_downloaded_when_a_run_starts() -> None:
+    assert needs({}, launching=True)["the base model's download"] == pytest.approx(13.48, rel=0.01)
+    assert [*needs({"base_model": "./models/mine"}, launching=True)] == ["prepared rows"]
+    assert [*needs({"base_model": "some/model"}, launching=True)] == ["prepared rows"]
+
+
+@pytest.mark.parametrize(("launching", "level"), [(False, "warning"), (True, "error")])
+def test_too_little_room_is_said(monkeypatch: pytest.MonkeyPatch, launching: bool, level: str) -> None:
+    def found() -> list[Finding]:
+        case = rules.Case(config_with({"datasets": [DATA]}), set(), launching=launching)
+        return [finding for finding in rules.findings(case) if finding.rule == "no-room"]
+
+    monkeypatch.setattr(disks, "free", lambda _: 10**9)
+    (only,) = found()
+    assert (only.level, only.key, only.scope) == (level, "output_dir", "machine")
+    assert f"{Path('runs').absolute()}: 1 GB are free on its disk, and a run writes about" in only.problem
+    assert "(the adapter 0.13 GB; checkpoints, 3 of them 1.2 GB" in only.problem
+    monkeypatch.setattr(disks, "free", lambda _: 10**12)
+    assert found() == []
