@@ -5,7 +5,16 @@ import re
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
+
+
+class Card(TypedDict, total=False):
+    """An NVIDIA GPU; `gpus` gives all of it."""
+
+    name: str
+    memory_gib: float
+    compute_capability: str
+    driver: str
 
 
 def cpu() -> str:
@@ -26,8 +35,8 @@ def _cpuinfo() -> str:
         return ""
 
 
-def gpus() -> list[dict[str, Any]]:
-    """Name, memory in GiB, compute capability and driver of each NVIDIA GPU; empty if there is none."""
+def gpus() -> list[Card]:
+    """The GPUs of this machine; empty if there is none."""
     import pynvml
 
     try:
@@ -35,7 +44,7 @@ def gpus() -> list[dict[str, Any]]:
     except pynvml.NVMLError:
         return []
     try:
-        cards = []
+        cards: list[Card] = []
         for i in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(i)
             major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)

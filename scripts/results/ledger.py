@@ -166,8 +166,8 @@ def _shown(value: Any) -> Any:
 def _machine(folder: RunDir, run: Run) -> dict[str, Any]:
     made_with = run.provenance
     cards = [] if run.rehearsal else made_with.get("gpus") or []
-    if len({card["name"] for card in cards}) > 1:
-        there = ", ".join(sorted({card["name"] for card in cards}))
+    if len(names := {str(card.get("name")) for card in cards}) > 1:
+        there = ", ".join(sorted(names))
         raise UserError(f"{folder.path}: no record is made of it: its machine has {there}, and it does not say which")
     used = cards[0] if cards else {}
     return {
@@ -213,7 +213,7 @@ def _planned(folder: RunDir, run: Run, cfg: yamlfiles.Config) -> float | None:
         return None
     planned = None
     with suppress(UserError):  # some configs cannot be planned
-        planned = need.needed_gib(cfg, gpus.find(cards[0]["compute_capability"]))
+        planned = need.needed_gib(cfg, gpus.find(cards[0].get("compute_capability", "")))
     if planned is None:
         remedy = f"`recipe report {folder.path} --analyze` makes one"
         say(f"no plan of its memory is kept here, so the record has none; {remedy}")

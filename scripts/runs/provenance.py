@@ -4,7 +4,6 @@ import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import psutil
 
@@ -12,6 +11,7 @@ from ..base import paths
 from ..base.files import sha256
 from ..base.machine import cpu, gpus, torch_cuda
 from ..base.progress import say
+from .records import Git, Provenance
 
 PACKAGES = [
     "qlora-recipes",
@@ -28,7 +28,7 @@ PACKAGES = [
 ]
 
 
-def collect() -> dict[str, Any]:
+def collect() -> Provenance:
     """Git state, lock, package versions, the CUDA of torch, and machine, for run.json."""
     return {
         "git": _git(),
@@ -39,7 +39,7 @@ def collect() -> dict[str, Any]:
         "host": platform.node(),
         "os": platform.platform(),
         "cpu": cpu(),
-        "cores": os.cpu_count(),
+        "cores": os.cpu_count() or 1,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": gpus(),
     }
@@ -52,7 +52,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git() -> dict[str, Any] | None:
+def _git() -> Git | None:
     """Revision of the checkout that the recipes are from, and whether it had changes; None outside of one, and where
     git refuses to look, as into one of another owner, which is said."""
     if not paths.LOCK.is_file():

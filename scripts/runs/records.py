@@ -1,9 +1,11 @@
-"""What a line of metrics.jsonl holds, and a time in a run's records."""
+"""What a run's records hold as far as it is read: a line of metrics.jsonl, the provenance in run.json, a time."""
 
 from datetime import datetime
 from typing import Annotated, Literal, Required, TypedDict
 
 from pydantic import AfterValidator, TypeAdapter, with_config
+
+from ..base.machine import Card
 
 Ended = Literal["complete", "early stopping", "signal", "callback"]
 """How a training ended: with its last step, or before it, stopped by what this says; callback is any other of Axolotl's
@@ -35,6 +37,30 @@ class _Record(TypedDict, total=False):
 
 
 RECORD = TypeAdapter(_Record)
+
+
+class Git(TypedDict):
+    """The checkout that a run's recipes are from."""
+
+    revision: str
+    dirty: bool
+
+
+@with_config(extra="allow")
+class Provenance(TypedDict, total=False):
+    """What `provenance.collect` found; older runs lack some of it."""
+
+    git: Git | None
+    lock_sha256: str | None
+    packages: dict[str, str | None]
+    cuda: str | None
+    python: str
+    host: str
+    os: str
+    cpu: str
+    cores: int
+    memory_gib: float
+    gpus: list[Card]
 
 
 def _moment(text: str) -> str:

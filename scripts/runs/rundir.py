@@ -19,7 +19,7 @@ from ..base.progress import say, say_once
 from ..configs.config import Difference
 from ..configs.datafiles import DataFile
 from . import checkpoints, health
-from .records import RECORD, Ended, Moment
+from .records import RECORD, Ended, Moment, Provenance
 
 State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
 
@@ -129,7 +129,7 @@ class Run(BaseModel):
     created: Moment = Field(default_factory=now)
     launches: list[Launch] = Field(default_factory=list)
     summary: Summary = Field(default_factory=Summary)  # as of the last launch's end; `RunDir.summary` is up to date
-    provenance: dict[str, Any] = Field(default_factory=dict)
+    provenance: Provenance = Field(default_factory=Provenance)
 
     @property
     def origin(self) -> str:
@@ -173,8 +173,10 @@ class RunDir:
         """
         try:
             run = Run.model_validate_json(self._json.read_bytes())
-        except (OSError, ValueError):
-            raise UserError(f"{self._json}: missing or damaged; the folder does not hold a run") from None
+        except (OSError, ValueError) as error:
+            at = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else ""
+            where = f"{self._json}: missing or damaged{at and f' at {at}'}"
+            raise UserError(f"{where}; the folder does not hold a run") from None
         if run.state != "finished":
             run.state = self._state(run, job)
         return run

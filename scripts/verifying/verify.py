@@ -194,7 +194,7 @@ def _record(at: Bench, outcomes: list[Outcome]) -> Record:
             cores=source["cores"],
             memory_gib=source["memory_gib"],
         ),
-        packages={"python": source["python"]} | source["packages"],
+        packages={"python": source["python"], **source["packages"]},
         revision=f"{git['revision']}{'+' if git['dirty'] else ''}" if git else None,
         lines=outcomes,
     )

@@ -50,7 +50,7 @@ def test_a_damaged_line_of_metrics_is_left_out_and_said(recipe: Recipe, bad: Run
         ("jobs.json", [JOB | {"place": "moon"}], "bad: has a job at moon, which is no place of this version"),
         ("jobs.json", [{"place": "slurm"}], "bad/jobs.json: damaged"),
         ("run.json", {"created": "2026-01-01T00:00:00"}, "bad/run.json: missing or damaged"),
-        ("run.json", {"created": "yesterday"}, "bad/run.json: missing or damaged"),
+        ("run.json", {"created": "yesterday"}, "bad/run.json: missing or damaged at created"),
     ],
 )
 def test_a_damaged_run_is_named_and_the_others_are_listed(
@@ -67,6 +67,24 @@ def test_a_damaged_run_is_named_and_the_others_are_listed(
         assert says in listed.stderr
         assert "10.0" in listed.stdout
     assert recipe("report", f"{NAME}/bad").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("provenance", "at"),
+    [
+        ("T4", ""), ({"gpus": 3}, ".gpus"), ({"gpus": [3]}, ".gpus.0"), ({"gpus": [{"name": 1}]}, ".gpus.0.name"),
+        ({"git": {}}, ".git.revision"), ({"packages": ["torch"]}, ".packages"), ({"python": [3]}, ".python"),
+        ({"memory_gib": "much"}, ".memory_gib"), ({"cpu": None}, ".cpu"),
+    ],
+)  # fmt: skip
+def test_a_provenance_of_odd_types_is_named_with_its_place(
+    recipe: Recipe, bad: RunDir, provenance: Any, at: str
+) -> None:
+    edit(bad.path / "run.json", provenance=provenance)
+    says = f"bad/run.json: missing or damaged at provenance{at}; the folder does not hold a run"
+    for words in (["report"], ["results", "--export"], ["results", "--compare", f"{NAME}/good"]):
+        done = recipe(*words, f"{NAME}/bad")
+        assert (done.returncode, says in done.stderr) == (2, True), done.stderr
 
 
 @pytest.mark.parametrize(
