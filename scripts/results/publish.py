@@ -2,15 +2,21 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 from .. import places
 from ..base import disks
 from ..base.errors import UserError, WorkFailed
-from ..base.files import sha256, tensor_shapes, write_atomically
+from ..base.files import opened, sha256, tensor_shapes, write_atomically
+from ..base.locks import held
+from ..base.processes import start_child, stop_requests
 from ..base.progress import Bar, say
 from ..checks import cached
 from ..runs.rundir import Run, RunDir
@@ -77,16 +83,21 @@ def _merge(folder: RunDir, run: Run) -> Path:
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
     if run.rehearsal:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # In a folder of its own: half a model must not look like one, and Axolotl would replace the training's log
-    scratch_folder = TemporaryDirectory(dir=folder.path, prefix=".merge-")
-    with scratch_folder as scratch, log.open("wb") as stream, Bar(f"merging into {merged}"):
-        code = subprocess.run(
+    with (
+        stop_requests(signal.SIGHUP) as stops,
+        _scratch(folder) as scratch,
+        opened(log, "wb") as stream,
+        Bar(f"merging into {merged}"),
+    ):
+        code = _run(
+            stops,
             [Path(sys.executable).with_name("axolotl"), "merge-lora", folder.config.resolve(),
-             "--lora-model-dir", folder.output.resolve(), "--output-dir", Path(scratch).resolve()],
-            cwd=run.cwd if Path(run.cwd).is_dir() else None, env=environment,
-            stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
-        ).returncode  # fmt: skip
-        new = Path(scratch, "merged")
+             "--lora-model-dir", folder.output.resolve(), "--output-dir", scratch.resolve()],
+            cwd=run.cwd if Path(run.cwd).is_dir() else None, env=environment, stdout=stream,
+        )  # fmt: skip
+        if stops:
+            raise WorkFailed(f"{folder.path}: interrupted, and not merged; the same command begins anew")
+        new = scratch / "merged"
         if code or not any(new.glob("*.safetensors")):
             said = log.read_text(errors="replace")
             if full := disks.where_full(said, [folder.path]):
@@ -96,9 +107,34 @@ def _merge(folder: RunDir, run: Run) -> Path:
         for file in (file for pattern in _TOKENIZER for file in folder.output.glob(pattern)):
             shutil.copy2(file, new)  # Axolotl copies the base model's, which lacks what the config adds to it
         if merged.exists():
-            shutil.rmtree(merged)
+            merged.rename(scratch / "former")
         new.rename(merged)
     return merged
+
+
+@contextmanager
+def _scratch(folder: RunDir) -> Iterator[Path]:
+    """A folder of its own to merge in: half a model must not look like one, and Axolotl would replace the training's
+    log. It is removed at the end, and so is what a merge left that was killed."""
+    scratch = folder.path / ".merge"
+    busy = "another process is merging it; wait for that"
+    with held(folder.path / ".merge.lock", busy, remove=True):
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run(stops: list[int], command: Sequence[str | Path], **options: Any) -> int:
+    """The exit code of a process, which is killed as soon as this one is asked to stop."""
+    child = start_child([*map(str, command)], stderr=subprocess.STDOUT, **options)
+    while child.poll() is None and not stops:
+        time.sleep(0.05)
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)  # and what it has started
+    return child.wait()
 
 
 def _check_push(folder: RunDir, run: Run, repository: str) -> None:

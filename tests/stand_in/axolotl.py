@@ -245,14 +245,30 @@ def prepare(cfg: yamlfiles.Config) -> None:
             sys.exit(f"{rows} is half of what it should be")
 
 
+def merge(output: Path) -> None:
+    """Write a merged model, and wait in its middle if there is a file to wait for."""
+    (output / "merged").mkdir()
+    with (output / "merged" / "model.safetensors").open("wb") as stream:
+        stream.write(b"half")
+        stream.flush()
+        while "STAND_IN_GO" in os.environ and not GO.exists():
+            time.sleep(0.01)
+        stream.write(b"other half")
+
+
 def main() -> None:
-    """Do as `axolotl preprocess CONFIG` or `axolotl train CONFIG [--resume-from-checkpoint FOLDER]`."""
+    """Do as `axolotl preprocess CONFIG`, `axolotl train CONFIG [--resume-from-checkpoint FOLDER]`, or `axolotl
+    merge-lora CONFIG --output-dir FOLDER`."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("verb", choices=("preprocess", "train"))
+    parser.add_argument("verb", choices=("preprocess", "train", "merge-lora"))
     parser.add_argument("config", type=Path)
     parser.add_argument("--resume-from-checkpoint", type=Path)
+    parser.add_argument("--output-dir", type=Path)
     words, _ = parser.parse_known_args()
     cfg = yamlfiles.read_yaml(words.config)
+    if words.verb == "merge-lora":
+        merge(words.output_dir)
+        return
     note_phase(cfg, "reading and tokenizing rows")
     prepare(cfg)
     if words.verb == "preprocess":

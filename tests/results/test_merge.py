@@ -1,0 +1,87 @@
+"""A merge that is stopped leaves nothing behind, and what was there before stays; see stand_in/axolotl.py."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import finish, start
+from run_folders import ADAPTER, a_run
+from safetensors.numpy import save_file
+
+from qlora_recipes.runs.rundir import RunDir
+
+NAME = "haider2024/code-llama-7b"
+CASES = [
+    (signal.SIGTERM, 1),
+    pytest.param(signal.SIGINT, 1, marks=pytest.mark.long),
+    pytest.param(signal.SIGHUP, 1, marks=pytest.mark.long),
+    (signal.SIGKILL, -signal.SIGKILL),
+]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run that was merged, and has trained on since."""
+    folder = a_run(tmp_path / "runs", NAME, "one", 10.0)
+    (folder.output / "merged").mkdir(parents=True)
+    (folder.output / "merged" / "model.safetensors").write_bytes(b"former")
+    os.utime(folder.output / "merged" / "model.safetensors", (0, 0))
+    save_file({"lora_A": np.ones((8, 4), np.float32)}, folder.output / ADAPTER)
+    (folder.output / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/model", "r": 8}')
+    return folder
+
+
+def what_is_in(run: RunDir) -> set[str]:
+    """The files of a run that a merge could leave."""
+    return {path.name for path in run.path.iterdir()} - {"merge.log"}
+
+
+def wait_until_half(run: RunDir, process: "subprocess.Popen[str]") -> None:
+    """Wait until the stand-in has written half a model."""
+    deadline = time.monotonic() + 120
+    while not [*run.path.glob(".merge*/merged/*.safetensors")]:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("by", "code"), CASES)
+def test_a_merge_that_is_stopped_leaves_no_process_and_no_half_a_model(
+    tmp_path: Path, stand_in: Path, run: RunDir, by: signal.Signals, code: int
+) -> None:
+    before = what_is_in(run)
+    merged = run.output / "merged" / "model.safetensors"
+    words = ("publish", run.path, "--merge")
+    process = start(tmp_path, *words, command=stand_in, STAND_IN_GO=str(tmp_path / "go"))
+    try:
+        wait_until_half(run, process)
+        child = psutil.Process(process.pid).children()
+        process.send_signal(by)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert psutil.wait_procs(child, timeout=30)[1] == []
+    assert merged.read_bytes() == b"former"
+    if by != signal.SIGKILL:
+        assert what_is_in(run) == before
+    finish(start(tmp_path, *words, command=stand_in))
+    assert merged.read_bytes() == b"halfother half"
+    assert what_is_in(run) == before
+
+
+@pytest.mark.long
+def test_two_merges_of_a_run_do_not_meet(tmp_path: Path, stand_in: Path, run: RunDir) -> None:
+    words = ("publish", run.path, "--merge")
+    first = start(tmp_path, *words, command=stand_in, STAND_IN_GO=str(tmp_path / "go"))
+    try:
+        wait_until_half(run, first)
+        assert "another process is merging it" in finish(start(tmp_path, *words, command=stand_in), 2)
+        (tmp_path / "go").touch()
+        finish(first)
+    finally:
+        first.kill()
