@@ -98,6 +98,29 @@ class Output:
         return self._digest.hexdigest()
 
 
+_MOST_LEVELS = 200  # orjson reads 1,024, but writes 254
+
+
+def loads(text: bytes) -> Any:
+    """The value of a JSON text of anyone's.
+
+    Raises:
+        orjson.JSONDecodeError: it is none, or nested so deeply that it could not be written again.
+    """
+    value = orjson.loads(text)
+    if text.count(b"[") + text.count(b"{") > _MOST_LEVELS:
+        level, depth = [value], 0
+        while level := [below for above in level for below in _below(above)]:
+            depth += 1
+        if depth > _MOST_LEVELS:
+            raise orjson.JSONDecodeError(f"nested more than {_MOST_LEVELS} levels deep", "", 0)
+    return value
+
+
+def _below(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
 def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows of a JSONL file; blank lines are skipped.
 
@@ -113,7 +136,7 @@ def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) 
         if not line.strip():
             continue
         try:
-            row = orjson.loads(line)
+            row = loads(line)
         except orjson.JSONDecodeError as error:
             raise UserError(f"{where}:{number}: not a JSON row: {error.msg}") from None
         if not isinstance(row, dict):
@@ -133,7 +156,7 @@ def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """The mapping in a JSON file; empty if there is no such file or it holds something else."""
     try:
-        content = orjson.loads(file.read_bytes())
+        content = loads(file.read_bytes())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

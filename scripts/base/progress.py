@@ -124,8 +124,9 @@ class TrainingProgress(Bar):
             whole = b"".join(line for line in stream if line.endswith(b"\n"))
             self.position += len(whole)
             for line in filter(None, whole.split(b"\n")):
-                self._show(record := orjson.loads(line))
-                self.seen(record)
+                with suppress(orjson.JSONDecodeError):  # a line that another, killed process had begun
+                    self._show(record := orjson.loads(line))
+                    self.seen(record)
 
     def _show(self, record: dict[str, Any]) -> None:
         phase = record.get("phase")

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from ..base.files import loads
 from ..base.yamlfiles import Config
 from ..configs import datafiles, models
 from . import turns
@@ -197,7 +198,7 @@ class _Reader:
                     continue
                 file.rows += 1
                 try:
-                    row = orjson.loads(line)
+                    row = loads(line)
                 except orjson.JSONDecodeError as error:
                     file.count("bad-row", "not UTF-8" if "UTF-8" in error.msg else "no JSON", number, str(error)[:60])
                     continue

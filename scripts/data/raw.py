@@ -15,7 +15,7 @@ from typing import IO, Any
 import orjson
 
 from ..base.errors import UserError
-from ..base.files import DAMAGED_ZIP, json_rows
+from ..base.files import DAMAGED_ZIP, json_rows, loads
 from .declaration import SPLITS, Data
 
 BUFFER = 1 << 18  # bytes that are read at once
@@ -96,7 +96,7 @@ class RawFile:
 
     def _array(self, content: bytes) -> Iterator[Row]:
         try:
-            rows = orjson.loads(content)
+            rows = loads(content)
         except orjson.JSONDecodeError as error:
             raise UserError(f"{self.label}:{error.lineno}: not JSON: {error.msg}") from None
         if not isinstance(rows, list):

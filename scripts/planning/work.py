@@ -10,7 +10,7 @@ from ..configs.compose import Composed
 from ..configs.config import TRACKING
 from ..configs.gpus import Gpu, named
 from ..data import ledger, study
-from ..runs.lookup import all_runs
+from ..runs.lookup import all_runs, readable
 from . import steps
 from .planner import Planner
 
@@ -81,8 +81,7 @@ def _rows(composed: Composed) -> tuple[int | None, str]:
 def _rate(composed: Composed, gpu: Gpu, gpus: int, per_token: float, runs: Path) -> tuple[float | None, str | None]:
     """Tokens a second, padding not counted, where that is known, and the source: the newest finished run of a recipe on
     as many such cards, else the records of that in its study's ledger, else the card's peak rate."""
-    for folder in reversed(all_runs(runs)):
-        run = folder.read()
+    for _, run in readable(all_runs(runs)[::-1]):
         card = str((run.provenance.get("gpus") or [{}])[0].get("name"))
         done = run.state == "finished" and not run.rehearsal and run.recipe == composed.recipe and run.ranks == gpus
         if _is_card(card, gpu) and done and run.summary.tokens_per_second:

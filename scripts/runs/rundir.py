@@ -12,7 +12,7 @@ import orjson
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from ..base.errors import UserError
-from ..base.files import write_atomically
+from ..base.files import loads, write_atomically
 from ..base.locks import PATIENCE, held, is_held
 from ..base.machine import now
 from ..base.progress import say, say_once
@@ -242,7 +242,7 @@ class RunDir:
         previous = 0
         for line in filter(None, lines):
             try:
-                record = orjson.loads(line)
+                record = loads(line)
                 if "phase" in record:
                     continue
                 step = RECORD.validate_python(record)["step"]

@@ -82,13 +82,13 @@ def _scored(rows: Sequence[Row], columns: dict[str, Column]) -> Predictions:
 def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
     """The rows that two sets of predictions have in common, in the order of the first.
 
-    Rows are matched by `idx`, their position in the test file, where both sets have it, otherwise by their order. A
-    position that occurs several times in one set counts as often.
+    Rows are matched by `idx`, their position in the test file, where all have it, otherwise by their order. A position
+    that occurs several times in one set counts as often.
 
     Raises:
         UserError: they have none in common, or the references of a pair differ.
     """
-    if "idx" in a[0] and "idx" in b[0]:
+    if all(isinstance(row.get("idx"), int | str) for row in (*a, *b)):
         pairs: list[tuple[Row, Row]] = []
         by_idx = _by_idx(b)
         for idx, ours in _by_idx(a).items():
@@ -97,7 +97,9 @@ def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
     elif len(a) == len(b):
         pairs = list(zip(a, b, strict=True))
     else:
-        raise UserError(f"--compare: {len(a)} rows and {len(b)}, and not both have the field idx to match them by")
+        raise UserError(
+            f"--compare: {len(a)} rows and {len(b)}, and not all have their position, idx, to match them by"
+        )
     for row, other in pairs:
         if row["reference"].split() != other["reference"].split():
             where = row.get("idx", row.get("row"))
@@ -107,7 +109,7 @@ def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
     return pairs
 
 
-def _by_idx(rows: Sequence[Row]) -> dict[int, list[Row]]:
+def _by_idx(rows: Sequence[Row]) -> dict[int | str, list[Row]]:
     grouped = defaultdict(list)
     for row in rows:
         grouped[row["idx"]].append(row)

@@ -1,12 +1,11 @@
 """What an evaluation leaves in a folder: predictions.jsonl, and scores.json with the settings that they depend on."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import orjson
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, Field, TypeAdapter, field_validator
 
-from ..base.files import Row
+from ..base.files import Row, loads
 from ..base.progress import say_once
 from ..data.study import Decoding
 from ..metrics import registry
@@ -113,6 +112,21 @@ class Evaluation(BaseModel):
         return scores
 
 
+class Prediction(BaseModel, strict=True, extra="allow"):
+    """A row of predictions.jsonl; its further fields are scores. It is only checked so, and read as a mapping."""
+
+    __pydantic_extra__: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)] | None] = Field(init=False)
+    row: int
+    idx: int | str | None = None
+    lang: str | None = None
+    reference: str
+    prediction: str
+    exact: bool | None = None
+
+
+_PREDICTIONS = TypeAdapter(list[Prediction])
+
+
 def read_scores(folder: Path) -> Evaluation | None:
     """The evaluation in a folder, or None where there is none or its file is damaged, which is said on stderr."""
     try:
@@ -127,14 +141,13 @@ def read_predictions(folder: Path) -> list[Row]:
     """The rows of the evaluation in a folder with their scores; none where there is none, or its file is damaged, which
     is said on stderr."""
     try:
-        rows = list(map(orjson.loads, (folder / PREDICTIONS).read_bytes().splitlines()))
+        rows = list(map(loads, (folder / PREDICTIONS).read_bytes().splitlines()))
+        _PREDICTIONS.validate_python(rows)
     except FileNotFoundError:
         return []
     except (OSError, ValueError):
         return _damaged(folder / PREDICTIONS, [])
-    texts = ("reference", "prediction")
-    sound = all(isinstance(row, dict) and all(isinstance(row.get(text), str) for text in texts) for row in rows)
-    return rows if sound else _damaged(folder / PREDICTIONS, [])
+    return rows
 
 
 def _damaged[T](file: Path, instead: T) -> T:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import batched, groupby
 from pathlib import Path
 
@@ -9,11 +10,11 @@ import orjson
 
 from ..base.disks import naming
 from ..base.errors import WorkFailed
-from ..base.files import Row, opened, replacing
+from ..base.files import Row, loads, opened, replacing
 from ..base.progress import Bar
 from ..base.yamlfiles import Config
 from .evaluation_rows import EvaluationRows
-from .evaluations import EvaluationSettings
+from .evaluations import EvaluationSettings, Prediction
 
 BATCH_TOKENS = 8192
 """The most tokens of a batch. Their keys and values take 4 GiB in a Llama 2 7B, more than in any other of the study's
@@ -22,7 +23,9 @@ models; a card of 16 GB has that beside the weights."""
 
 def as_row(i: int, row: Row, reference: str) -> Row:
     """A test row as in predictions.jsonl: its number and reference, and its position and language where known."""
-    return {"row": i} | {key: row[key] for key in ("idx", "lang") if key in row} | {"reference": reference}
+    known = {"idx": int | str, "lang": str}  # anybody's data can have something else there
+    kept = {key: row[key] for key, kind in known.items() if isinstance(row.get(key), kind)}
+    return {"row": i} | kept | {"reference": reference}
 
 
 def predict(
@@ -100,9 +103,13 @@ def batches(lengths: Sequence[int], most: int) -> Iterator[tuple[int, list[int]]
 def _continue(part: Path, settings: EvaluationSettings) -> dict[int, Row]:
     """The rows of an interrupted evaluation with the same settings; otherwise a new file for them."""
     header = orjson.dumps(settings.same_predictions())
-    lines = part.read_bytes().split(b"\n")[:-1] if part.is_file() else []  # without what a killed process left
-    if lines[:1] != [header]:
-        lines = [header]
+    first, *lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]
+    done: dict[int, Row] = {}
+    for line in lines if first == header else ():
+        with suppress(ValueError):  # what a killed process or a machine without power left is made again
+            row = loads(line)
+            Prediction.model_validate(row)
+            done[row["row"]] = row
     with replacing(part) as stream:
-        stream.write(b"\n".join(lines) + b"\n")
-    return {row["row"]: row for row in map(orjson.loads, lines[1:])}
+        stream.writelines(line + b"\n" for line in (header, *map(orjson.dumps, done.values())))
+    return {i: row for i, row in done.items() if i in range(settings.rows)}

@@ -57,7 +57,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             recorded_runs.recorded(recorded_runs.completed(run, cards, {"epoch": 2.0}))
     made.append(a_run(runs, CODE_LLAMA, "20261126-111500-abc126", 0.05, summary=ended, rehearsal=True))
     for run in made[:2]:
-        rows = [{"idx": i, "lang": "py", "reference": "Is this line needed?", "prediction": "Why?"} for i in range(9)]
+        rows = [
+            {"row": i, "idx": i, "lang": "py", "reference": "Is this line needed?", "prediction": "Why?"}
+            for i in range(9)
+        ]
         (run.path / "predictions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     members = [
         SweepMember(name=f"lora_r={rank} lora_target_modules=[q_proj, k_proj, v_proj, o_proj]", values={"lora_r": rank},

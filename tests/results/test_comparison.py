@@ -12,7 +12,7 @@ from qlora_recipes.base.files import write_rows
 from qlora_recipes.runs.rundir import RunDir
 
 LLAMA_2 = "haider2024/llama-2-7b"
-PREDICTIONS = [{"reference": f"rename {n} please", "prediction": f"rename {n}", "idx": n} for n in range(4)]
+PREDICTIONS = [{"row": n, "reference": f"rename {n} please", "prediction": f"rename {n}", "idx": n} for n in range(4)]
 
 
 def traced(runs: Path, name: str, rate: float, steps: int = 6, **more: Any) -> RunDir:

@@ -8,6 +8,7 @@ import pytest
 from conftest import Recipe
 from run_folders import ADAPTER, a_run
 
+from qlora_recipes.base.files import write_rows
 from qlora_recipes.runs.rundir import RunDir
 
 NAME = "haider2024/code-llama-7b"
@@ -102,8 +103,16 @@ def test_scores_that_are_none_are_named_and_the_run_is_as_one_that_is_not_evalua
     assert {row["bleu4"] for row in orjson.loads(recipe("results", "--json").stdout)} == {10.0, None}
 
 
-def test_predictions_that_are_none_are_named(recipe: Recipe, bad: RunDir) -> None:
-    (bad.path / "predictions.jsonl").write_bytes(b'{"row": 0}\n[1]\n')
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"row": None}, {"row": [1]}, {"idx": [1]}, {"lang": {"a": 1}}, {"bleu4": "good"}, {"bleu4": [1]},
+        {"bleu4": 1e308}, {"exact": 2}, {"reference": None}, {"prediction": 1}, {"x": "\0"},
+    ],
+)  # fmt: skip
+def test_predictions_that_are_none_are_named(recipe: Recipe, bad: RunDir, change: dict[str, Any]) -> None:
+    row = {"row": 1, "idx": 1, "lang": "go", "reference": "a", "prediction": "b", "bleu4": 1.0, "exact": False}
+    write_rows(bad.path / "predictions.jsonl", [row, row | {"row": 2} | change])
     for words in (["results", "--study", "haider2024"], ["report", f"{NAME}/bad"]):
         assert recipe(*words).returncode == 0
     assert "bad/predictions.jsonl: damaged" in recipe("report", f"{NAME}/bad").stderr

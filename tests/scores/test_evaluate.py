@@ -93,6 +93,16 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monke
     monkeypatch.setattr(Generator, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluated(run, limit=10, batch_size=4)
+    with (run.path / "evaluations" / "base-model" / "predictions.part.jsonl").open("ab") as part:
+        left = [
+            b"\0" * 4096,
+            b"{}",
+            b"[3]",
+            b'{"row": "x"}',
+            orjson.dumps(expected[0] | {"row": 99}),
+            b'{"row": 1, "prediction": "',
+        ]
+        part.write(b"\n".join(left))  # what machines without power, and processes that were killed, leave
     again = evaluated(run, limit=10, batch_size=4)
     assert calls[0] == 4 and calls[1] == calls[2]
     assert calls[0] + sum(calls[2:]) == 10  # the first batch was not done twice
