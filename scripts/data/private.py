@@ -9,13 +9,18 @@ from typing import Any
 
 Text = tuple[str, str]  # where it stands, and what it is
 
+_TOKEN = (
+    r"(?-i:(?<![A-Za-z0-9])(hf_(?=[a-z]*[\dA-Z])[A-Za-z0-9]{10,}|hf_[a-z]{16,}|gh[oprsu]_[A-Za-z0-9]{10,}"
+    r"|github_pat_\w{10,}|[sp]k[-_](?=[\w-]*\d)[\w-]{16,}|glpat-[\w-]{10,}|npm_[A-Za-z0-9]{16,}|pypi-[\w-]{16,}"
+    r"|xox[a-z]-[\w-]{10,}|wandb_v\d_\w{10,}|(AKIA|ASIA)[A-Z0-9]{12,}|AIza[\w-]{20,}|eyJ[\w-]{10,}\.[\w-]+))"
+)
+"""Access tokens, by how their issuers have them begin."""
 _LABEL = "[a-z][a-z0-9-]*"
 _REVEALING = {
     "a web address": r"\w://",
     "an address": r"[\w.+-]@[\w-]",
     "a path": r"(?<![\w.])(~[\w.-]*|\.{1,2})?/\S|\b[a-z]:[\\/]|\\\\\w|\w\\\w+\\|\S/\S*/",
-    "an access token": r"\b(hf|gh[a-z]|sk|pk|npm|glpat|pypi|xox[a-z]|github_pat|wandb_v\d)[-_](?=[\w-]*\d)[\w-]{12,}"
-    r"|\b(AKIA|ASIA|AIza|eyJ)[\w-]{12,}",
+    "an access token": _TOKEN,
     "a long random text, as keys and tokens are": r"\b(?=[a-z]*\d)(?=\d*[a-z])[a-z0-9]{24,}",
     "the name or address of a host": rf"(?<![\w.-])({_LABEL}\.)+[a-z]{{2,}}\b"
     r"|(?<![\d.])\d{1,3}(\.\d{1,3}){3}(?![\d.])",
@@ -31,9 +36,7 @@ _NAMES_SECRET = re.compile(
 _OF_TOKENIZERS = "bos eos pad unk sep cls mask eot eom boi eoi image audio video start end stop special assistant user"
 _NAMES_TOKEN = re.compile(rf"(^|\.)(?!({_OF_TOKENIZERS.replace(' ', '|')})_token)[^.]*(?<!per_)token$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
-    r"(?<![A-Za-z0-9])(hf_(?=[a-z]*[\dA-Z])[A-Za-z0-9]{10,}|hf_[a-z]{16,}|gh[oprsu]_[A-Za-z0-9]{10,}|github_pat_\w{10,}"
-    r"|sk-(?=[\w-]*\d)[\w-]{16,}|glpat-[\w-]{10,}|npm_[A-Za-z0-9]{16,}|pypi-[\w-]{16,}|xox[a-z]-[\w-]{10,}"
-    r"|(AKIA|ASIA)[A-Z0-9]{12,}|AIza[\w-]{20,}|eyJ[\w-]{10,}\.[\w-]+)"
+    rf"{_TOKEN}"
     r"|(?<=://)[^\s@/:]*:(?!\d+/)[^\s@]+(?=@)"
     r"|(?<![\w.-])(?P<key>[\w.-]*(api[_-]?key|secret|passw(or)?d|(?<!_)token|hub_token|auth_token)(=|[\"']\s?:\s?))"
     r"(?!true\b|false\b|null\b|None\b|\s)[^\s,;]+"
