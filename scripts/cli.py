@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # a notebook's kernel names its own backend, with which matplotlib cannot even be imported in this environment
     os.environ["MPLBACKEND"] = "agg"
+    if argv is None:  # the process is this command's own: SIGTERM ends it as Ctrl-C does, half-written files removed
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 until the end; None would be stdout
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows ? for what that lacks

@@ -1,8 +1,8 @@
 """A run's folder: run.json, its state, its jobs and its metrics."""
 
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ import orjson
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from ..base.errors import UserError
-from ..base.files import loads, write_atomically
+from ..base.files import clear_parts, loads, write_atomically
 from ..base.locks import PATIENCE, held, is_held
 from ..base.machine import now
 from ..base.progress import say, say_once
@@ -218,14 +218,18 @@ class RunDir:
         with held(self.path / ".jobs.lock", "another process is noting a job", PATIENCE, remove=True):
             write_atomically(self._jobs, _JOBS.dump_json([*self.jobs(), job], indent=2).decode() + "\n")
 
-    def held(self) -> AbstractContextManager[int]:
-        """Hold the run for this process and those that inherit the descriptor, so that its state can be trusted.
+    @contextmanager
+    def held(self) -> Iterator[int]:
+        """Hold the run for this process and those that inherit the descriptor, so that its state can be trusted; what a
+        killed process left of run.json is removed.
 
         Raises:
             UserError: another process holds it.
         """
         busy = f"the run is still running; `recipe cancel {self.path}` stops it at a checkpoint"
-        return held(self.path / ".lock", busy)
+        with held(self.path / ".lock", busy) as lock:
+            clear_parts(self._json)
+            yield lock
 
     def read_metrics(self, since: int = 0) -> list[dict[str, Any]]:
         """The records of metrics.jsonl by step, without those of steps that a resumed run does again. Damaged lines are

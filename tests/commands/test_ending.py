@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,27 @@ def test_what_cannot_be_printed_or_written_ends_with_a_line(tmp_path: Path, line
 def test_a_terminal_of_another_encoding_gets_question_marks(tmp_path: Path) -> None:
     done = shell(f"{RECIPE} list --wide", tmp_path, PYTHONIOENCODING="latin-1")
     assert done.returncode == 0 and "?" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_sigterm_removes_what_is_half_written(tmp_path: Path) -> None:
+    script = """if True:
+        import sys, time
+        from pathlib import Path
+        from qlora_recipes import cli
+        from qlora_recipes.base.files import replacing
+
+        def write(*_, **__):
+            with replacing(Path("new/f")):
+                print("begun", flush=True)
+                time.sleep(60)
+
+        cli.app = write
+        sys.exit(cli.main())"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "begun\n"
+    process.terminate()
+    assert (process.wait(30), [*tmp_path.iterdir()]) == (128 + signal.SIGTERM, [])
+    process.stdout.close()
 
 
 def test_messages_reach_nobody_rather_than_stdout_where_stderr_is_closed(tmp_path: Path) -> None:

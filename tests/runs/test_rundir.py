@@ -176,3 +176,12 @@ def test_jobs_that_are_noted_at_once_are_all_kept(tmp_path: Path) -> None:
         )
     assert {job.id for job in run.jobs()} == {str(i) for i in range(20)}
     assert sorted(file.name for file in run.path.iterdir()) == ["jobs.json", "run.json"]
+
+
+def test_what_a_killed_process_left_of_a_record_is_gone_once_the_run_is_held(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    (part := tmp_path / ".run.json.0123456789abcdef.part").write_text('{"state": "fin')
+    (other := tmp_path / ".config.part").touch()
+    with run.held():
+        assert not part.exists()
+    assert other.exists()
