@@ -87,6 +87,8 @@ def _asked[T](source: Source, by_hand: str, ask: Callable[[], Iterator[T]]) -> I
         raise WorkFailed(f"{source.hub}: the hub cannot be reached: {_first_line(error)}; {by_hand}") from None
     except (*absent, DatasetsError, ValueError) as error:  # a ValueError of datasets, of a name that it has not
         raise UserError(f"{source.hub}: {_first_line(error)}; {by_hand}") from None
+    except RecursionError:  # of JSON in an answer
+        raise WorkFailed(f"{source.hub}: the hub's answer is nested too deeply; {by_hand}") from None
     except HTTPError as error:  # of which the hub's other ones are
         raise WorkFailed(f"{source.hub}: {_first_line(error)}; run it again, or {by_hand}") from None
 

@@ -1,6 +1,7 @@
 """Sources of every kind: plain files, several at once, data sets and single files of a hub."""
 
 import gzip
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pyarrow import parquet
 from test_fetch import digest, packed
 
 from qlora_recipes.base.errors import UserError, WorkFailed
+from qlora_recipes.data import hubdata
 from qlora_recipes.data.declaration import Data
 from qlora_recipes.data.fetch import fetch
 
@@ -219,6 +221,12 @@ def test_a_data_set_comes_from_the_hub_at_its_revision(
     fetch(of_hub(config="main"), tmp_path / "out")
     assert (tmp_path / "out" / "train.jsonl").exists()
     assert [path for path in hub.paths if path.endswith(".parquet")] == parquet_asked  # it is in the cache
+
+
+def test_an_answer_that_is_nested_too_deeply_is_told() -> None:
+    source = of_hub().sources["train.jsonl"]
+    with pytest.raises(WorkFailed, match=r"owner/Maths: the hub's answer is nested too deeply; do it by hand"):
+        next(hubdata._asked(source, "do it by hand", lambda: iter(json.loads("[" * 200_000))))
 
 
 def test_without_the_hub_the_way_by_hand_is_shown(tmp_path: Path) -> None:
