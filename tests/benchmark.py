@@ -80,7 +80,6 @@ def preparation(folder: Path, count: int = 100_000, size: int = 17_000) -> tuple
 
 def declared(folder: Path, count: int = 395_000) -> tuple[float, float, bool]:
     """As `preparation`, of rows like MetaMathQA's, without those whose texts have more than 1,300 characters."""
-    sys.path.insert(0, str(Path(__file__).parent / "data"))
     from declared import sums
 
     text = "If there are 12 boxes with 24 pencils each, how many pencils are there in all? " * 30

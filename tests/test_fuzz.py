@@ -1,0 +1,244 @@
+"""Files that a user, another program or a failing disk has changed end a command with a message, never a traceback.
+
+The files are real ones, each time with one thing changed in their structure or their bytes. For a longer search:
+FUZZ_SECONDS=600 FUZZ_SEED=7 .venv/bin/pytest tests/test_fuzz.py -m long -s
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import time
+import zipfile
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import declared
+import pytest
+import recorded_runs
+import small_study
+from conftest import SAMPLE, Recipe, config_with
+from hypothesis import Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.files import write_rows
+from qlora_recipes.runs import launch
+from qlora_recipes.runs.rundir import RunDir
+
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
+SEED = int(os.environ.get("FUZZ_SEED", "0"))
+MOST = 10  # seconds of the processor that one command may take
+
+DEEP = "a deep list"  # json.dumps would refuse one
+ODD: list[Any] = [
+    *(None, True, 0, -1, 7, 1.5, 10**30, -(2**63), 1e308, math.nan, math.inf, DEEP),
+    *("", "x" * 2000, "\0", "\ud800", "a b/c: {}", "../../x", "2026-01-01T00:00:00", "haider2024/none", "none"),
+    *([], {}, [[]], [None], ["a", 1], {"a": None}, {"": []}),
+]
+
+
+def text_of(value: Any) -> str:
+    """JSON, which can have what Python's own lists cannot: NaN, half a surrogate, and 100,000 levels."""
+    return json.dumps(value).replace(json.dumps(DEEP), "[" * 100_000 + "]" * 100_000)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every container and key in a value."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
+
+
+def restructured(text: str, chance: random.Random) -> str:
+    """A JSON text with one value replaced, deleted, wrapped, renamed or exchanged for another of its own."""
+    value = json.loads(text)
+    there = places(value)
+    if not there:
+        return text_of(chance.choice(ODD))
+    container, key = chance.choice(there)
+    match chance.randrange(8):
+        case 0:
+            del container[key]
+        case 1:
+            container[key] = [container[key]]
+        case 2:
+            container[key] = {"a": container[key]}
+        case 3 if isinstance(container, dict):
+            container[chance.choice(["", "a.b", "x" * 300, "\0"])] = container.pop(key)
+        case 4:
+            other, of_other = chance.choice(there)
+            container[key] = deepcopy(other[of_other])
+        case _:
+            container[key] = chance.choice(ODD)
+    return text_of(value)
+
+
+def damaged(content: bytes, chance: random.Random) -> bytes:
+    """Bytes of which some are gone, doubled or others."""
+    at = chance.randrange(len(content) + 1)
+    lines = content.splitlines(keepends=True)
+    match chance.randrange(9):
+        case 0:
+            return content[:at]
+        case 1:
+            return content[:at] + b"\0" * 4096
+        case 2:
+            return content[:at] + b"\0" * (len(content) - at)
+        case 3:
+            return content[:at] + bytes(chance.randrange(256) for _ in range(8)) + content[at + 8 :]
+        case 4:
+            return content[:at] + b"[" * 100_000 + content[at:]
+        case 5 if lines:
+            line = chance.randrange(len(lines))
+            return b"".join([*lines[: line + 1], *lines[line:]])
+        case 6 if lines:
+            chance.shuffle(lines)
+            return b"".join(lines[: chance.randrange(len(lines) + 1)])
+        case 7:
+            return b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n")
+        case _:
+            return content[:at] + "é\u202e\ud800".encode("utf-8", "surrogatepass") + content[at:]
+
+
+def changed(file: Path, content: bytes, chance: random.Random) -> bytes:
+    """A file's content with one change, three times out of four of its structure."""
+    if chance.random() < 0.25 or file.suffix not in (".json", ".jsonl", ".yaml"):
+        return damaged(content, chance)
+    text = content.decode()
+    if file.suffix == ".json":
+        return restructured(text, chance).encode()
+    if file.suffix == ".yaml":  # of which JSON is a part
+        return restructured(json.dumps(yamlfiles.parse(text, "")), chance).encode()
+    lines = text.splitlines()
+    at = chance.randrange(len(lines))
+    lines[at] = restructured(lines[at], chance)
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+Target = tuple[list[Path], list[list[str]]]  # files to change, and commands that read them
+
+
+def a_run(place: Path) -> RunDir:
+    """A run that is complete enough for a record, with all the files that there can be."""
+    folder = recorded_runs.a_run("one")
+    recorded_runs.a_run("two", 68.0)
+    shutil.copytree(folder.path, place / "runs" / small_study.PLAIN / "evaluated" / "evaluations" / "base-model")
+    shutil.move(place / "runs" / small_study.PLAIN / "evaluated" / "evaluations", folder.path)
+    texts = {"reference": "a = 1", "prediction": "a = 2", "accuracy": 1.0, "chrf": 2.0, "exact": False}
+    for where in (folder.path, folder.path / "evaluations" / "base-model", Path("runs", small_study.PLAIN, "two")):
+        write_rows(where / "predictions.jsonl", [{"row": i, "idx": i, "lang": "go"} | texts for i in range(4)])
+    step = {"epoch": 0, "batch": "a" * 12, "rows": "b" * 12, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-4}
+    write_rows(folder.path / "trace.jsonl", [{"step": i} | step for i in range(1, 4)])
+    shutil.copy(folder.path / "trace.jsonl", Path("runs", small_study.PLAIN, "two"))
+    job = {"place": "local", "id": "1", "step": "run", "user": "me", "script": "x", "submitted": "2026-01-01T00:00:00Z"}
+    (folder.path / "jobs.json").write_text(json.dumps([job]))
+    record = json.loads((folder.path / "run.json").read_text()) | {"state": "interrupted"}
+    shutil.copytree(folder.path, folder.path.with_name("left"))
+    (folder.path.with_name("left") / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def run_folder(place: Path) -> Target:
+    folder = a_run(place)
+    one, two, left = (f"{small_study.PLAIN}/{name}" for name in ("one", "two", "left"))
+    names = ("config.yaml", "run.json", "metrics.jsonl", "scores.json", "predictions.jsonl", "trace.jsonl", "jobs.json")
+    files = [path / name for path in (folder.path, folder.path.with_name("left")) for name in names]
+    words = ["results --json", "results", "results --study sums2030", f"results --compare {one} {two}", "cancel"]
+    words += [f"{verb} {run}" for verb in ("report", "results --export", "publish", "cancel") for run in (one, left)]
+    words += [f"results --by lang --run {one}", f"resume {left}", "results --power sums2030", f"report {one} {left}"]
+    return files, [line.split() for line in words]
+
+
+def record_of_the_ledger(place: Path) -> Target:
+    file = recorded_runs.recorded(recorded_runs.a_run("one"))
+    return [file], [["results", "--ledger"], ["results", "--ledger", "--study", "sums2030", "--json"]]
+
+
+def study_file(place: Path) -> Target:
+    a_run(place)
+    words = ["study check sums2030", "list", "list --json", "results --study sums2030", "show sums2030/plain"]
+    words += ["results --power sums2030", "report --study sums2030", "check sums2030/plain", "render"]
+    folder = place / "recipes" / "sums2030"
+    return [folder / "study.yaml", folder / "study.yaml", folder / "plain.csv"], [line.split() for line in words]
+
+
+def config(place: Path) -> Target:
+    own = place / "mine.yaml"
+    own.write_text(yamlfiles.write_yaml(config_with({"plugins": ["a.B"], "lora_target_parameters": ["x"]})))
+    profile = place / "more.yaml"
+    profile.write_text(yamlfiles.write_yaml({"lora_r": 8, "datasets": [{"path": "x.jsonl", "type": "alpaca"}]}))
+    words = ["check mine.yaml", "check mine.yaml --rehearse --json", "show mine.yaml", "diff mine.yaml code-llama-7b"]
+    words += ["check code-llama-7b --profile more.yaml", "new other --from mine.yaml --out new.yaml"]
+    return [own, own, own, profile], [line.split() for line in words]
+
+
+def rows(place: Path) -> Target:
+    sample = [json.loads(line) for line in (SAMPLE / "msg-train.jsonl").read_text().splitlines()[:6]]
+    (place / "raw").mkdir()
+    write_rows(place / "raw" / "msg-train.jsonl", sample)
+    with zipfile.ZipFile(place / "raw.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(place / "raw" / "msg-train.jsonl", "Comment_Generation/msg-train.jsonl")
+    declared.sums(place / "recipes" / "sums2030")
+    (place / "sums").mkdir()
+    write_rows(place / "sums" / "train.jsonl", [{"question": "1 + 1", "answer": "2", "kind": "a"}] * 3)
+    (place / "sums" / "test.csv").write_text('sum,result\n1 + 1,2\n"2, + 2",4\n')
+    texts = {"instruction": "Add.", "input": "1 + 1", "output": "2", "idx": 1, "lang": "go"}
+    write_rows(place / "rows.jsonl", [texts] * 3)
+    data = {"path": str(place / "rows.jsonl"), "type": "alpaca"}
+    for name, kind in (("alpaca", "alpaca"), ("chat", "chat_template")):
+        own = config_with({"datasets": [data | {"type": kind}], "test_datasets": [data]})
+        (place / f"{name}.yaml").write_text(yamlfiles.write_yaml(own))
+    pairs = [{"row": i, "idx": i, "lang": "go", "reference": "a b", "prediction": "a c"} for i in range(3)]
+    write_rows(place / "p.jsonl", pairs)
+    write_rows(place / "q.jsonl", pairs)
+    words = ["data prepare --study haider2024 --out out raw", "data prepare --study haider2024 --out out raw.zip"]
+    words += ["data prepare --study sums2030 --out out sums", "check alpaca.yaml --data", "check chat.yaml --data"]
+    words += ["score p.jsonl", "score p.jsonl --out out.jsonl", "results --by lang --run p.jsonl"]
+    words += ["results --compare p.jsonl q.jsonl", "results --by length --run p.jsonl --json"]
+    files = ["raw/msg-train.jsonl", "raw.zip", "sums/train.jsonl", "sums/test.csv", "rows.jsonl", "p.jsonl"]
+    return [place / file for file in files], [line.split() for line in words]
+
+
+TARGETS: list[Callable[[Path], Target]] = [run_folder, record_of_the_ledger, study_file, config, rows]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_changed_file_never_ends_in_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe, target: Callable[[Path], Target]
+) -> None:
+    recorded_runs.study_here(monkeypatch, tmp_path)
+    files, commands = target(tmp_path)
+    contents = {file: file.read_bytes() for file in files}
+    monkeypatch.setattr(launch, "AXOLOTL", tmp_path / "none")  # nothing is trained
+    for words in commands:
+        assert recipe(*words).returncode in (0, 1, 2)  # what they import is not counted below
+    end, count = time.monotonic() + SECONDS / len(TARGETS), 0
+
+    def try_one(chance: random.Random) -> None:
+        nonlocal count
+        count += 1
+        file, words = chance.choice(files), chance.choice(commands)
+        file.write_bytes(changed(file, contents[file], chance))
+        began = time.process_time()
+        try:
+            done = recipe(*words)
+        except BaseException as error:
+            kept = tmp_path / f"found-{file.name}"
+            shutil.copy(file, kept)
+            raise AssertionError(f"`recipe {' '.join(words)}` with {file} as in {kept}") from error
+        finally:
+            file.write_bytes(contents[file])
+        assert done.returncode in (0, 1, 2)
+        assert done.returncode == 0 or done.stderr.strip()
+        assert time.process_time() - began < MOST, f"`recipe {' '.join(words)}` with a changed {file}"
+
+    batch = 0
+    while time.monotonic() < end:
+        own = settings(max_examples=20, database=None, phases=[Phase.generate])  # what was found is kept as it is
+        seed(f"{SEED}-{batch}")(own(given(st.randoms(use_true_random=False))(try_one)))()
+        batch += 1
+    print(f"{target.__name__}: {count} changed files in {SECONDS / len(TARGETS):.0f} s, from seed {SEED}")
