@@ -1,4 +1,4 @@
-"""Upkeep: render, of the project's own files, and verify, of what it claims."""
+"""Upkeep: doctor, of the environment, render, of the project's own files, and verify, of what it claims."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +17,34 @@ from .study import verbs as study_verbs
 HEADING = "Upkeep"
 verbs = typer.Typer()
 verbs.add_typer(study_verbs, name="study", rich_help_panel=HEADING)
+
+
+@verbs.command("doctor", cls=Verb, rich_help_panel=HEADING, epilog="recipe doctor\nrecipe doctor --json")
+def doctor_verb(wide: Wide = False, json: Json = False) -> None:
+    """Say what of this machine and environment is wrong, and how to mend it."""
+    from dataclasses import asdict
+
+    try:
+        from ..doctor.examination import examine
+    except ImportError as error:
+        problem = f"a package that this needs itself cannot be imported: {error}"
+        raise WorkFailed(f"{problem}; `rm -r .venv && make setup` makes the environment anew") from None
+    lines = examine()
+    if json:
+        tables.print_json([asdict(line) for line in lines])
+    else:
+        table = [{"state": line.state, "what": line.name, "found": line.found} for line in lines]
+        tables.print_table(table, below=["found"], wide=wide)
+        for line in lines:
+            if line.remedy:
+                print()
+                tables.print_text(f"{line.name}, {line.state}: {line.remedy}", wide)
+                if line.command:
+                    print(f"  {line.command}")
+    counts = {state: sum(line.state == state for line in lines) for state in ("ok", "note", "wrong")}
+    say(", ".join(f"{state}: {count}" for state, count in counts.items()))
+    if counts["wrong"]:
+        raise typer.Exit(1)
 
 
 @verbs.command("render", cls=Verb, rich_help_panel=HEADING, epilog="recipe render --check")

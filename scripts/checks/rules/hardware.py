@@ -127,6 +127,8 @@ _FROM = {  # where the registry does not have it, or not the one that is needed
     "flash-attn-3": " from the folder hopper of github.com/Dao-AILab/flash-attention",
     "sageattention": " from github.com/thu-ml/SageAttention",
 }
+OPTIONAL = [*_PACKAGES, *_PLUGIN_NEEDS.values(), *(package for package, _ in _ATTENTION_NEEDS.values())]
+"""The packages that a config can ask for."""
 
 
 def _kernel_here(name: str) -> bool:
