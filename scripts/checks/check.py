@@ -15,6 +15,7 @@ from ..configs.compose import Composed, Request
 from ..configs.config import check_not_of_the_run
 from ..configs.gpus import Gpu
 from ..data import private, study
+from ..runs import provenance
 from . import rows, rules, schema
 from .finding import LEVELS, Finding
 
@@ -138,6 +139,7 @@ def examine(
     report = Report(composed.recipe, composed)
     report.add(placed([*of_schema, *rules.findings(case)], composed))
     report.add(_other_rows(composed))
+    report.add(_other_axolotl(composed))
     if data:
         of_rows, report.data = rows.check(usable)
         report.add(of_rows)
@@ -151,6 +153,15 @@ def _other_rows(composed: Composed) -> Iterator[Finding]:
         if own and exchange.FROM_SAMPLE in difference.why:
             where = paths.shown(composed.recipe_file), yamlfiles.line_of(composed.recipe_file, difference.key)
             yield Finding("warning", "other-rows", difference.key, difference.why, "correct the path", *where)
+
+
+def _other_axolotl(composed: Composed) -> Iterator[Finding]:
+    """A variant, or the schema that all are checked with, that is of another Axolotl than is installed."""
+    stamp = re.search(r"(?m)^# Written for Axolotl (\S+)\.$", yamlfiles.read_text(composed.recipe_file))
+    for what, version in {"the variant": stamp and stamp[1], "the schema of keys": schema.made_for()}.items():
+        if note := provenance.other_axolotl({"axolotl": version}):
+            problem = f"{what} was {note}: a key can mean something else"
+            yield Finding("note", "other-axolotl", "", problem, where=paths.shown(composed.recipe_file))
 
 
 def tokens_of(request: Request, count: int) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ verbs.add_typer(study_verbs, name="study", rich_help_panel=HEADING)
 
 
 @verbs.command("doctor", cls=Verb, rich_help_panel=HEADING, epilog="recipe doctor\nrecipe doctor --json")
-def doctor_verb(wide: Wide = False, json: Json = False) -> None:
+def doctor_verb(json: Json = False) -> None:
     """Say what of this machine and environment is wrong, and how to mend it."""
     from dataclasses import asdict
 
@@ -33,14 +33,12 @@ def doctor_verb(wide: Wide = False, json: Json = False) -> None:
     if json:
         tables.print_json([asdict(line) for line in lines])
     else:
-        table = [{"state": line.state, "what": line.name, "found": line.found} for line in lines]
-        tables.print_table(table, below=["found"], wide=wide)
         for line in lines:
+            tables.print_text(f"{line.state:5}  {line.name}: {line.found}")
             if line.remedy:
-                print()
-                tables.print_text(f"{line.name}, {line.state}: {line.remedy}", wide)
-                if line.command:
-                    print(f"  {line.command}")
+                tables.print_text(f"       to do: {line.remedy}")
+            if line.command:
+                print(f"         {line.command}")  # in one piece, to paste
     counts = {state: sum(line.state == state for line in lines) for state in ("ok", "note", "wrong")}
     say(", ".join(f"{state}: {count}" for state, count in counts.items()))
     if counts["wrong"]:

@@ -116,7 +116,8 @@ class Record(_Strict):
         gpus = self.hardware.gpus
         machine = f"{len(gpus)} x {gpus[0].name}" if len(gpus) > 1 else gpus[0].name if gpus else self.hardware.cpu
         counts = {verdict: self.count(verdict) for verdict in ("passed", "failed", "unverified")}
-        return {"machine": machine, "made": self.made, "quick": self.quick} | counts
+        about = {"machine": machine, "made": self.made, "axolotl": self.packages.get("axolotl"), "quick": self.quick}
+        return about | counts
 
 
 def read(file: Path) -> Record:

@@ -1,5 +1,6 @@
 """What the ledgers of studies hold, as tables: `recipe results --ledger`."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from ..base.progress import say
 from ..data import ledger
 from ..data.ledger_record import Record
 from ..data.study import Study
+from ..runs import provenance
 from ..terminal import tables
 from .catalogue import published
 
@@ -66,6 +68,10 @@ def show(studies: Sequence[Study], rehearsal: bool, form: tables.Form) -> None:
         if rows := ledger.summary(of_study, records):
             of_form = table(of_study, rows, not rehearsal)
             tables.write(of_form, form, f"{REHEARSALS if rehearsal else TITLE}{name}", spare=spare)
+        notes = Counter(provenance.other_axolotl(record.packages) for record in records)
+        for note, count in notes.items():
+            if note:
+                say(f"{count} of the {len(records)} records{name}: {note}")
         apart = [record for record in records if not (record.is_the_recipes or rehearsal)]
         if apart:
             tables.write(

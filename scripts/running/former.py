@@ -4,7 +4,7 @@ from pathlib import Path
 
 from .. import places
 from ..base.errors import UserError
-from ..runs.lookup import all_runs
+from ..runs.lookup import all_runs, note_versions
 from ..runs.rundir import Run, RunDir
 
 
@@ -24,4 +24,5 @@ def by_digest(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
             continue
         if run.digest not in former or run.state == "finished" or former[run.digest][1].state != "finished":
             former[run.digest] = (folder, run)
+    note_versions(former.values())
     return former

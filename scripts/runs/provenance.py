@@ -45,6 +45,18 @@ def collect() -> Provenance:
     }
 
 
+def other_axolotl(made_with: Any) -> str:
+    """What is to be said of something that another Axolotl made than is installed; empty where none did, or it is not
+    recorded.
+
+    Args:
+        made_with: the versions of packages that its record has, by name.
+    """
+    theirs = made_with.get("axolotl") if isinstance(made_with, dict) else None
+    ours = _version("axolotl")
+    return f"made with Axolotl {theirs}, and {ours} is installed" if theirs and ours not in (None, theirs) else ""
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

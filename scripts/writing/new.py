@@ -4,6 +4,7 @@ import os
 import re
 import textwrap
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,7 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
     head = f"{editor[1]}{schema}{editor[2]}" if editor else ""
     head += f"# {name}: a variant of {base_name}\n"
     head += f"# `recipe diff {name}` lists what it changes, `recipe run {name}` trains it.\n"
+    head += f"# Written for Axolotl {version('axolotl')}.\n"
     if other:
         rest = "the other settings are as they were"
         text = _for_other_model(text, base, base_name, other.about, str(recipe.get("base_model")))

@@ -189,14 +189,13 @@ def test_a_line_that_fails_leaves_the_others(recipe: Recipe, monkeypatch: pytest
     assert found["lock"]["state"] == found["containers"]["state"] == "ok"
 
 
-def test_the_table_fits_a_terminal_and_ends_with_what_to_do(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_command_stands_in_one_piece_below_the_line_that_it_mends(recipe: Recipe, tmp_path: Path) -> None:
     program(tmp_path / "bin" / "nvidia-smi", "echo 550.54.14, Tesla T4, 15360, 7.5")
     done = recipe("doctor")
     assert done.returncode == 1
-    assert f"  cd {paths.LOCK.parent} && make setup CUDA=12.6\n" in done.stdout
-    assert "driver, wrong: install torch's build for CUDA 12.6, or a newer driver\n" in done.stdout
+    below = done.stdout.partition("\nwrong  driver: 550.54.14; torch ")[2].splitlines()
+    assert below[1].strip() == "to do: install torch's build for CUDA 12.6, or a newer driver"
+    assert below[2].strip() == f"cd {paths.LOCK.parent} && make setup CUDA=12.6"
     assert "wrong: 1" in done.stderr
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,13 @@ def test_a_record_is_exported_added_and_tabulated(recipe: Recipe) -> None:
     ]  # fmt: skip
     assert recipe("results", "--ledger", "--csv").stdout.splitlines()[1].startswith(f"sums2030,{PLAIN},RTX 4090,2,68.0")
     assert recipe("results", "--ledger", "--study", "haider2024", "--json").stdout.strip() == "[]"
+
+
+def test_records_of_another_axolotl_are_counted_under_their_table(recipe: Recipe) -> None:
+    for name, number in {"one": "0.20.1", "two": version("axolotl")}.items():
+        recorded(a_run(name, 67.0), {"packages.axolotl": number})
+    done = recipe("results", "--ledger", "--study", "sums2030")
+    assert f"1 of the 2 records: made with Axolotl 0.20.1, and {version('axolotl')} is installed\n" in done.stderr
 
 
 def test_a_rehearsal_is_exported_marked_and_shown_only_among_rehearsals(recipe: Recipe) -> None:

@@ -20,7 +20,7 @@ T4 = {"name": "Tesla T4", "memory_gib": 15.0, "compute_capability": "7.5", "driv
 
 def a_record(*lines: Outcome, **changes: Any) -> Record:
     hardware = Hardware(gpus=[T4], cpu="a processor", cores=8, memory_gib=32)
-    content = {"made": "2026-01-01", "quick": False, "seconds": 600.0, "packages": {"torch": "2"}, "revision": "abc"}
+    content = {"made": "2026-01-01", "quick": False, "seconds": 6.0, "packages": {"axolotl": "0.21.0"}, "revision": "a"}
     return Record(**content | changes, hardware=hardware, lines=list(lines))
 
 
@@ -87,7 +87,7 @@ def test_the_table_names_the_machine_and_counts_the_lines(tmp_path: Path, monkey
     assert (first["passed"], first["failed"], first["unverified"]) == (2, 0, 1)
     monkeypatch.setattr(verified, "FOLDER", tmp_path)
     readme = render.rendered()[render.README]
-    assert "| Tesla T4 | 2026-01-02 | 2 | 0 | 1 | [b.json](verified/b.json), quick |" in readme
+    assert "| Tesla T4 | 2026-01-02 | 0.21.0 | 2 | 0 | 1 | [b.json](verified/b.json), quick |" in readme
     assert "None yet" not in readme
 
 

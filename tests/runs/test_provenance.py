@@ -1,0 +1,46 @@
+"""What a run was made with, beside what is installed now."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Recipe
+from run_folders import a_run
+
+from qlora_recipes.running import former
+from qlora_recipes.runs.provenance import other_axolotl
+
+NAME = "haider2024/code-llama-7b"
+OURS = version("axolotl")
+SAYS = f"made with Axolotl 0.20.1, and {OURS} is installed\n"
+
+
+def made_with(number: str | None) -> dict[str, Any]:
+    return {"provenance": {"packages": {"axolotl": number}}}
+
+
+@pytest.mark.parametrize("packages", [None, {}, [], "text", {"axolotl": None}, {"axolotl": OURS}])
+def test_nothing_is_said_of_the_same_axolotl_or_of_one_that_is_not_recorded(packages: Any) -> None:
+    assert other_axolotl(packages) == ""
+
+
+@pytest.mark.parametrize("words", [["report", "latest"], ["results", "--compare", "one", "one"], ["cancel", "latest"]])
+def test_a_run_of_another_axolotl_says_so_where_it_is_used(recipe: Recipe, tmp_path: Path, words: list[str]) -> None:
+    folder = a_run(tmp_path / "runs", NAME, "one", 5.0, **made_with("0.20.1"))
+    assert recipe(*words).stderr.count(f"{folder.path.relative_to(tmp_path)} was {SAYS}") == 1
+
+
+def test_a_table_of_runs_says_how_many_are_of_another_axolotl(recipe: Recipe, tmp_path: Path) -> None:
+    for name, number in {"one": "0.20.1", "two": "0.20.1", "three": OURS, "four": None}.items():
+        a_run(tmp_path / "runs", NAME, name, 5.0, **made_with(number))
+    assert f"2 runs, runs/{NAME}/two the last, were {SAYS}" in recipe("results").stderr
+    assert f"2 runs, runs/{NAME}/two the last, were {SAYS}" in recipe("results", "--study", "haider2024").stderr
+
+
+def test_a_run_of_another_axolotl_that_is_not_made_again_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a_run(tmp_path, NAME, "one", 5.0, digest="d", **made_with("0.20.1"))
+    assert former.by_digest(tmp_path, NAME).keys() == {"d"}
+    assert SAYS in capsys.readouterr().err
