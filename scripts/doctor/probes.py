@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from threading import Thread
 from typing import Any
 
 import orjson
@@ -31,22 +31,30 @@ def start() -> Callable[[], Facts]:
         be asked, `error` with the reason.
     """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    pool = ThreadPoolExecutor(len(_PROBES))
-    answers: dict[str, Future[Facts]] = {}
+    answers: dict[str, Facts] = {}
+    threads = []
     for name in _PROBES:
         command = [sys.executable, "-m", __name__, name]
         # from this thread, which lasts: a child ends with the thread that started it
         child = start_child(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        answers[name] = pool.submit(_answer, child)
+        # daemons: where this process is interrupted nobody waits for them, and it takes its children along
+        threads.append(Thread(target=_answer_to, args=(answers, name, child), daemon=True))
+        threads[-1].start()
 
     def all_facts() -> Facts:
+        for thread in threads:
+            thread.join()
         facts: Facts = {}
         for name, libraries in _PROBES.items():
-            found = answers[name].result()
+            found = answers[name]
             facts |= {library: found.get(library, {"error": found["ended"]}) for library in libraries}
         return facts
 
     return all_facts
+
+
+def _answer_to(answers: dict[str, Facts], name: str, child: "subprocess.Popen[bytes]") -> None:
+    answers[name] = _answer(child)
 
 
 def _answer(child: "subprocess.Popen[bytes]", limit: float = LIMIT) -> Facts:

@@ -2,10 +2,13 @@
 
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import bitsandbytes
+import psutil
 import pytest
+from conftest import start
 
 from qlora_recipes.base.processes import start_child
 from qlora_recipes.doctor import gpu, packages, probes
@@ -43,6 +46,24 @@ def test_a_process_that_hangs_is_ended_at_the_limit() -> None:
     child = start_child(["sleep", "600"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert probes._answer(child, 0.2) == {"ended": "no answer within 0.2 s"}
     assert child.returncode == -signal.SIGKILL
+
+
+def test_an_interrupted_command_ends_at_once_and_takes_the_probes_along(tmp_path: Path) -> None:
+    for name in ("torch", "axolotl"):
+        (tmp_path / name).mkdir()
+        waiting = f"import pathlib, time; pathlib.Path({str(tmp_path)!r}, '{name}.there').touch(); time.sleep(600)\n"
+        (tmp_path / name / "__init__.py").write_text(waiting)
+    doctor = start(tmp_path, "doctor", PYTHONPATH=str(tmp_path))
+    deadline = time.monotonic() + 60
+    while len([*tmp_path.glob("*.there")]) < 2:
+        assert time.monotonic() < deadline and doctor.poll() is None
+        time.sleep(0.05)
+    probing = [child.pid for child in psutil.Process(doctor.pid).children() if "-m" in child.cmdline()]
+    doctor.send_signal(signal.SIGINT)
+    doctor.communicate(timeout=30)
+    assert doctor.returncode not in (0, 2) and len(probing) == 2
+    psutil.wait_procs([psutil.Process(pid) for pid in probing if psutil.pid_exists(pid)], timeout=10)
+    assert not [pid for pid in probing if psutil.pid_exists(pid)]
 
 
 @pytest.mark.long
