@@ -21,7 +21,7 @@ OLDER_CUDA = "12.6"
 """What `make setup CUDA=` can install torch for, on drivers that are older."""
 IN_CONTAINER = "docker run --gpus all, or apptainer exec --nv"
 _NVIDIA, _DISPLAY = "0x10de", "0x03"  # of PCI's vendors and classes of devices
-_BOUNDS = {"nf4_off": 1e-3, "product_off_1": 1e-2, "product_off_8": 1e-2}  # fp16 rounds by 5e-4, in each of 512 sums
+_BOUNDS = {"nf4_off": 5e-3, "product_off_1": 1e-2, "product_off_8": 1e-2}  # fp16 rounds by 5e-4; levels are 0.08 apart
 _ASKED = {"bf16": True, "tf32": True, "attn_implementation": "flash_attention_2"}
 
 
