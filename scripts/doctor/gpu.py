@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..base import machine
 from ..base.files import Row
+from ..base.machine import Card
 from ..checks.rules.case import Case
 from ..checks.rules.hardware import gpu_lacks
 from ..configs.gpus import Gpu
@@ -37,7 +38,7 @@ class Driver:
     """
 
     version: str | None = None
-    cards: list[Row] = field(default_factory=list)
+    cards: list[Card] = field(default_factory=list)
     problem: str = ""
     on_bus: int = 0
 
@@ -73,7 +74,7 @@ def _read(file: Path) -> str:
         return ""
 
 
-def _by_library() -> tuple[list[Row], str]:
+def _by_library() -> tuple[list[Card], str]:
     """The cards, or why NVML does not answer."""
     try:
         import pynvml
@@ -85,7 +86,7 @@ def _by_library() -> tuple[list[Row], str]:
         return [], first_line(error)
 
 
-def _by_command(command: str) -> tuple[list[Row], str]:
+def _by_command(command: str) -> tuple[list[Card], str]:
     """The cards by nvidia-smi, or why it fails."""
     asked = "--query-gpu=driver_version,name,memory.total,compute_cap"
     try:
@@ -96,7 +97,7 @@ def _by_command(command: str) -> tuple[list[Row], str]:
     except (OSError, subprocess.TimeoutExpired) as error:
         return [], first_line(error)
     lines = [re.split(", *", line) for line in done.stdout.splitlines()]
-    cards = [
+    cards: list[Card] = [
         {"driver": version, "name": name, "memory_gib": round(int(mib) / 1024, 1), "compute_capability": capability}
         for version, name, mib, capability in (line for line in lines if len(line) == 4 and line[2].isdigit())
     ]
@@ -171,7 +172,7 @@ def torch_line(found: Driver, facts: Row, hidden: str | None) -> Line:
     return Line("torch", "wrong", f"{text}, and sees no GPU: {facts.get('says', 'without a word')}", remedy)
 
 
-def _gpu(card: Row) -> Gpu:
+def _gpu(card: Card) -> Gpu:
     major, minor = card["compute_capability"].split(".")
     return Gpu(card["name"], (int(major), int(minor)), card["memory_gib"])
 
@@ -189,7 +190,7 @@ def _is_built_for(gpu: Gpu, built: list[str]) -> bool:
 
 def cards_lines(found: Driver) -> list[Line]:
     """A line for each kind of GPU, with what it lacks by the rules of `recipe check`."""
-    kinds: dict[str, list[Row]] = {}
+    kinds: dict[str, list[Card]] = {}
     for card in found.cards:
         kinds.setdefault(f"{card['name']}, {card['memory_gib']:g} GiB", []).append(card)
     return [_card_line(f"{len(cards)} x {name}" if len(cards) > 1 else name, _gpu(cards[0]))
