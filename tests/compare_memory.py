@@ -16,7 +16,7 @@ from typing import Any
 
 from qlora_recipes.configs import gpus, models
 from qlora_recipes.planning import traces
-from qlora_recipes.planning.memory import trace
+from qlora_recipes.planning.layers import trace
 from qlora_recipes.planning.traces import Step
 from qlora_recipes.terminal import tables
 

@@ -11,36 +11,50 @@ _LARGE_SEGMENT = 20 * MIB
 _OWN_SEGMENT = 10 * MIB  # from this size on a segment is made to measure
 
 
-@dataclass(order=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Block:
     """A piece of a segment; `before` and `after` are its neighbours there."""
 
     size: int
     address: int
-    pool: "Pool" = field(compare=False, repr=False)
-    free: bool = field(default=False, compare=False)
-    before: "Block | None" = field(default=None, compare=False, repr=False)
-    after: "Block | None" = field(default=None, compare=False, repr=False)
+    pool: "Pool" = field(repr=False)
+    free: bool = False
+    before: "Block | None" = field(default=None, repr=False)
+    after: "Block | None" = field(default=None, repr=False)
 
 
 @dataclass
 class Pool:
-    """Free blocks, the smallest first.
+    """Free blocks.
 
     Attributes:
         segment: bytes of a new segment, or by which a segment grows.
         least: bytes that have to be left over for a block to be split.
+        order: their sizes and addresses, the smallest first; numbers are found in it much sooner than blocks are.
+        at: the blocks by address.
         last: the block at the end of a growing segment.
     """
 
     segment: int
     least: int
-    free: list[Block] = field(default_factory=list)
+    order: list[tuple[int, int]] = field(default_factory=list)
+    at: dict[int, Block] = field(default_factory=dict)
     last: Block | None = None
+
+    def put(self, block: Block) -> None:
+        """Put a free block in."""
+        self.at[block.address] = block
+        insort(self.order, (block.size, block.address))
 
     def take(self, block: Block) -> None:
         """Take a free block out."""
-        self.free.pop(bisect_left(self.free, block))
+        self.order.pop(bisect_left(self.order, (block.size, block.address)))
+        del self.at[block.address]
+
+    def fitting(self, size: int) -> Block | None:
+        """Take the smallest free block of at least some bytes out; None if there is none."""
+        position = bisect_left(self.order, (size,))
+        return self.at.pop(self.order.pop(position)[1]) if position < len(self.order) else None
 
 
 class Allocator:
@@ -67,11 +81,7 @@ class Allocator:
         """A block of at least some bytes."""
         size = max(_ROUND, rounded(size, _ROUND))
         pool = self._small if size <= _SMALL else self._large
-        position = bisect_left(pool.free, size, key=lambda block: block.size)
-        if position < len(pool.free):
-            block = pool.free.pop(position)
-        else:
-            block = self._grow(pool, size) if self.expandable else self._segment(pool, size)
+        block = pool.fitting(size) or (self._grow(pool, size) if self.expandable else self._segment(pool, size))
         _split(block, size)
         block.free = False
         self.allocated += block.size
@@ -86,13 +96,13 @@ class Allocator:
                 block.pool.take(neighbour)
                 block = _joined(neighbour, block) if neighbour is block.before else _joined(block, neighbour)
         block.free = True
-        insort(block.pool.free, block)
+        block.pool.put(block)
 
     def empty_cache(self) -> None:
         """Give segments without a block in use back to the device, and the pages at the end of growing ones."""
         for pool in (self._small, self._large):
             if not self.expandable:
-                for block in [block for block in pool.free if not (block.before or block.after)]:
+                for block in [block for block in pool.at.values() if not (block.before or block.after)]:
                     pool.take(block)
                     self.reserved -= block.size
             elif pool.last and pool.last.free and pool.last.size >= pool.segment:
@@ -137,7 +147,7 @@ class Allocator:
         self.reserved -= block.size - kept
         block.size = kept
         if kept:
-            insort(pool.free, block)
+            pool.put(block)
         else:
             pool.last = block.before
             if block.before:
@@ -161,7 +171,7 @@ def _split(block: Block, size: int) -> None:
         block.pool.last = rest
     block.size = size
     block.after = rest
-    insort(block.pool.free, rest)
+    block.pool.put(rest)
 
 
 def _joined(first: Block, second: Block) -> Block:

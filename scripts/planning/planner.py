@@ -129,7 +129,7 @@ class Planner:
         from ..base.quiet import importing_axolotl
 
         with importing_axolotl():
-            from .memory import trace
+            from .layers import trace
 
             logging.disable(logging.CRITICAL)  # torch would print its own traceback
             try:
@@ -155,7 +155,7 @@ class Planner:
 
     def _key(self) -> str:
         """A hash of all that a trace depends on: the step, the shapes, the packages that run it, and this code."""
-        names = ("allocator", "cuda", "memory", "planner", "traces")
+        names = ("allocator", "cuda", "layers", "memory", "planner", "traces")
         sources = [Path(__file__).with_name(f"{name}.py").read_text() for name in names]
         content = [asdict(self.step), self.rows, self.length, packages(), sources]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]

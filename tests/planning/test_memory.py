@@ -19,7 +19,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs import models, standin
 from qlora_recipes.planning import planner, traces
 from qlora_recipes.planning import steps as steps_of
-from qlora_recipes.planning.memory import trace
+from qlora_recipes.planning.layers import trace
 from qlora_recipes.planning.traces import Step
 from qlora_recipes.verifying.bench import MEMORY
 

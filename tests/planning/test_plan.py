@@ -20,7 +20,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import engines, gpus
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.planning import lora, need, plan, plan_tables, planner, steps, traces, work
-from qlora_recipes.planning.memory import trace
+from qlora_recipes.planning.layers import trace
 from qlora_recipes.results import ledger
 from qlora_recipes.runs.rundir import Run, RunDir, Summary
 

@@ -1,0 +1,107 @@
+"""The trace of a deep model from shallow ones is the one that running the deep model gives."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from conftest import SMALL, recipe_config
+from families import SHIPPED
+
+from qlora_recipes.base import paths
+from qlora_recipes.configs import models
+from qlora_recipes.planning import layers, memory, planner
+from qlora_recipes.planning import steps as steps_of
+from qlora_recipes.planning.traces import Events, MemoryTrace, Shape, Step, ordered
+
+DEEP = {**SMALL, "num_hidden_layers": 7}
+SHAPES = [(2, 64), (2, 128)]
+PLAIN: dict[str, Any] = {"axolotl": False, "checkpointing": None, "adapter": "lora", "optimizer": "adamw_torch"}
+
+
+def renumbered(trace: MemoryTrace, shape: Shape) -> list[tuple[int, int, str]]:
+    """All events with the storages numbered as they are made, and what each holds."""
+    events: Events = []
+    kinds: dict[int, str] = {}
+    numbers: dict[int, int] = {}
+    for storage, size in trace.loaded + trace.steps[shape]:
+        if size >= 0:
+            numbers[storage] = len(kinds) + 1
+            kinds[numbers[storage]] = trace.kinds[storage]
+        events.append((numbers[storage], size))
+    return [(storage, size, kinds[storage]) for storage, size in ordered(events)]
+
+
+def assert_same(one: MemoryTrace, other: MemoryTrace) -> None:
+    assert one.steps.keys() == other.steps.keys()
+    for shape in one.steps:
+        assert renumbered(one, shape) == renumbered(other, shape)
+    for each in (one, other):
+        each.loaded, each.steps, each.kinds = [], {}, {}
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"autocast": "float16", "padded": True, "optimizer": "paged_adamw_32bit"},
+        {"dropout": 0.05, "accumulates": True, "targets": "all-linear", "optimizer": "adamw_bnb_8bit"},
+        {**PLAIN, "dora": True, "targets": ("q_proj", "v_proj"), "capability": (8, 9)},
+        {"adapter": None, "weights": "float32", "checkpointing": "reentrant", "capability": None},
+        {"model": json.dumps({**DEEP, "model_type": "qwen3", "tie_word_embeddings": True}), "packed": True},
+    ],
+)
+def test_a_deep_trace_follows_from_shallow_ones(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    step = replace(Step(model=json.dumps(DEEP), rank=8), **change)
+    whole = memory.trace(step, SHAPES)
+    deepest = []
+    trace = memory.trace
+
+    def seen(step: Step, shapes: list[Shape]) -> MemoryTrace:
+        deepest.append(json.loads(step.model)["num_hidden_layers"])
+        return trace(step, shapes)
+
+    monkeypatch.setattr(memory, "trace", seen)
+    assert_same(layers.trace(step, SHAPES), whole)
+    assert deepest == [layers.SHALLOW - 1, layers.SHALLOW]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"targets": r"model\.layers\.[67]\.self_attn\.q_proj"},
+        {"model": json.dumps({**DEEP, "model_type": "gemma2", "num_hidden_layers": 7})},
+    ],
+)
+def test_layers_that_differ_are_traced_one_by_one(change: dict[str, Any]) -> None:
+    step = replace(Step(model=json.dumps(DEEP), rank=8), **change)
+    assert_same(layers.trace(step, SHAPES[:1]), memory.trace(step, SHAPES[:1]))
+
+
+@pytest.mark.parametrize(
+    "deeper",
+    [
+        [(1, 8), (2, 16), (3, 16), (4, 24)],  # a size that comes once and is in no other place
+        [(1, 8), (2, 16), (2, -1), (1, -1)],  # frees another one
+    ],
+)
+def test_what_does_not_come_once_for_each_layer_is_irregular(deeper: Events) -> None:
+    with pytest.raises(layers.Irregular):
+        layers._growth([(1, 8), (2, 16), (1, -1), (2, -1)], deeper, 3)
+
+
+@pytest.mark.long
+def test_the_trace_of_every_shipped_recipe_and_family_is_the_whole_one() -> None:
+    steps: dict[Step, Shape] = {}
+    for name in paths.recipe_names():
+        config = recipe_config(name)
+        step, _ = steps_of.step_of(config, models.architecture(config), (8, 0))
+        steps[step] = planner.Planner(step, steps_of.rows_of(config), steps_of.length_of(config))._shapes()[0]
+    for architecture, _ in SHIPPED.values():
+        steps[Step(model=json.dumps(architecture), autocast="float16", padded=True)] = (1, 128)
+    extended = 0
+    for step, shape in steps.items():
+        extended += layers._alike(step) > layers.SHALLOW
+        assert_same(layers.trace(step, [shape]), memory.trace(step, [shape]))
+    print(f"{extended} of {len(steps)} steps follow from shallow ones")
+    assert extended >= len(steps) - 4
