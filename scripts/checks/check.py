@@ -16,7 +16,7 @@ from ..configs.config import check_not_of_the_run
 from ..configs.gpus import Gpu
 from ..data import private, study
 from ..runs import provenance
-from . import rows, rules, schema
+from . import rows, rules, schema, too_long
 from .finding import LEVELS, Finding
 
 
@@ -143,6 +143,8 @@ def examine(
     if data:
         of_rows, report.data = rows.check(usable)
         report.add(of_rows)
+        if launching and not report.count("error"):
+            report.add(placed(too_long.findings(usable), composed))
     return report
 
 
