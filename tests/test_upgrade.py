@@ -1,5 +1,5 @@
-"""The way to another release of Axolotl: what the report says, and when the checkout changes. Real releases take half
-an hour, so that a small checkout stands in here, whose make and Python write what they are told."""
+"""The way to another release of Axolotl: what the report says, and when the checkout changes. A real release takes an
+environment of 8 GB from the registry; here is a small checkout, whose make and Python write what they are told."""
 
 import json
 import subprocess
