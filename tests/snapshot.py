@@ -141,7 +141,7 @@ def losses() -> Items:
     for optimizer, name in names.items():
         words = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
         try:
-            run = Path(recipe("run", name, "--rehearse", "--deterministic", *words, "--runs", optimizer).strip())
+            run = Path(recipe("run", name, "--rehearse", *words, "--runs", optimizer).strip())
             rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
             measured = [(row["step"], key, row[key]) for row in rows for key in ("loss", "eval_loss") if key in row]
             made[optimizer] = {f"{key} of step {step}": value for step, key, value in measured}

@@ -113,6 +113,7 @@ def test_an_item_that_failed_counts_as_not_measured() -> None:
     part = Part("", {"adamw": {"loss": 1.0}}, {"adamw": {"failed": "no such optimizer"}})
     assert part.failed
     assert list(part.failures()) == ["after, adamw: no such optimizer"]
+    assert not part.differences()
 
 
 def test_a_key_of_the_schema_is_its_type_its_values_and_what_is_said_of_it() -> None:

@@ -45,6 +45,8 @@ class Part:
         where: dict[tuple[str, str, str], list[str]] = {}
         for item in sorted(self.before.keys() | self.after.keys()):
             old, new = self.before.get(item), self.after.get(item)
+            if "failed" in (old or {}) or "failed" in (new or {}):
+                continue
             if old is None or new is None:
                 rows.append({"what": item, "before": _whole(old), "after": _whole(new), "where": ""})
                 continue
