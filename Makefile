@@ -35,7 +35,7 @@ test: setup  ## All tests but the long ones; no GPU, no network
 	.venv/bin/pytest $(PARALLEL)
 
 test-offline: setup  ## The same where there is no network but the machine's own address; needs root
-	unshare --net sh -c 'ip link set lo up && .venv/bin/pytest $(PARALLEL)'
+	unshare --net sh -c 'ip link set lo up && $(MAKE) test'
 
 test-long: setup  ## The tests of what takes minutes: every engine, every kind of training that memory is planned for
 	.venv/bin/pytest $(PARALLEL) -m long
