@@ -107,6 +107,25 @@ def declared(folder: Path, count: int = 395_000) -> tuple[float, float, bool]:
     )
 
 
+def plan(name: str = "haider2024/code-llama-7b") -> tuple[float, float]:
+    """Seconds of processor time for the first plan of a recipe beyond the imports, with a card's largest micro batch
+    and longest row; and for tracing each layer in place of five, over tracing five."""
+    from qlora_recipes.base import yamlfiles
+    from qlora_recipes.configs import gpus
+    from qlora_recipes.planning import layers, memory, need
+    from qlora_recipes.planning import plan as planning
+
+    config = yamlfiles.read_yaml(paths.recipe_file(name))
+    planner, _ = need.planner_of(config, gpus.find("T4"))
+    started = time.process_time()
+    planning.plan(config, gpus.find("T4"))
+    planned = time.process_time()
+    layers.trace(planner.step, planner._shapes())
+    few = time.process_time()
+    memory.trace(planner.step, planner._shapes())
+    return planned - started, (time.process_time() - few) / (few - planned)
+
+
 def report(folder: Path) -> tuple[int, float, float, float, float]:
     """The bytes of a report with 5,000 predictions; and in chromium the seconds until its text is there, until all
     its figures are drawn and its rows can be read, and those of the slowest filter."""
@@ -160,6 +179,10 @@ if __name__ == "__main__":
         f"  filtered, of 1 kB {prepared / 1e6:6.0f} MB/s on one core, at most {memory:.0f} MiB, "
         f"{'all' if whole else 'NOT all'} accounted for"
     )
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder  # no plan is kept there
+        first, ratio = plan()
+    print(f"a first plan        {first:6.1f} s beyond the imports; tracing every layer takes {ratio:.1f} times as long")
     if shutil.which("chromium"):
         with tempfile.TemporaryDirectory() as folder:
             size, text, ready, first, others = report(Path(folder))
