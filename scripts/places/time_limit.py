@@ -20,6 +20,7 @@ from ..runs import checkpoints
 from ..runs.rundir import RunDir
 from .slurm import GRACE
 
+AGAIN = "run the same command again to continue"
 _UNITS = (86400, 3600, 60, 1)
 _FORMS = [  # timeout's and SLURM's; a number alone is seconds to the one and minutes to the other
     re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in "dhms")),
@@ -68,7 +69,7 @@ class _Limit:
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """End this command where nothing waits for a request to stop, because nothing has to be saved."""
-        raise SystemExit(f"ended before the limit of {self.text}; run the same command again to continue")
+        raise SystemExit(f"ended before the limit of {self.text}; {AGAIN}")
 
 
 _limit: _Limit | None = None
@@ -132,14 +133,16 @@ def training(run: RunDir) -> Iterator[None]:
         try:
             yield
         except WorkFailed:
-            if not (_limit and _limit.near and (record := run.read()).state == "interrupted"):
+            record = run.read()
+            failed = record.state != "interrupted" or any(launch.problem for launch in record.launches[-1:])
+            if failed or not (_limit and _limit.near):
                 raise
             summary, last, again = run.summary(record), run.last_checkpoint(), f"recipe resume {run.path}"
             if last and checkpoints.step_of(last) == summary.step:
                 how = f"ended at step {summary.step} of {summary.max_steps} with a checkpoint"
                 goes_on = f"`{again} --time-limit {_limit.text}` continues it"
             else:
-                how, goes_on = "ended without a new checkpoint", f"`{again}` needs a longer one"
+                how, goes_on = "ended without a new checkpoint", f"`{again}` with a longer --time-limit"
             raise WorkFailed(f"{run.path}: {how}, before the limit of {_limit.text}; {goes_on}") from None
 
 

@@ -165,11 +165,25 @@ def test_a_training_that_got_nowhere_needs_a_longer_limit(
     tmp_path: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = a_run(tmp_path, tiny_profile, monkeypatch)
-    longer = rf"ended without a new checkpoint, before the limit of 3s; `recipe resume {folder.path}` needs a longer"
+    longer = rf"ended without a new checkpoint, before the limit of 3s; `recipe resume {folder.path}` with a longer"
     with pytest.raises(WorkFailed, match=longer), stop_requests() as stops, time_limit.training(folder):
         while not stops:
             time.sleep(0.1)
         raise WorkFailed("interrupted")
+
+
+@pytest.mark.usefixtures("limited")
+def test_what_went_wrong_at_the_limit_is_told(
+    tmp_path: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = a_run(tmp_path, tiny_profile, monkeypatch)
+    record = folder.read()
+    record.launches[-1].problem = "no space left in /scratch"
+    folder.write(record)
+    with pytest.raises(WorkFailed, match="no space left"), stop_requests() as stops, time_limit.training(folder):
+        while not stops:
+            time.sleep(0.1)
+        raise WorkFailed("no space left in /scratch")
 
 
 @pytest.mark.usefixtures("limited")
