@@ -42,16 +42,18 @@ def _alike(step: Step) -> int:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(**json.loads(step.model))
-    targets = (step.targets,) if isinstance(step.targets, str) else step.targets
-    by_number = any(re.search(r"\d", name) for name in (*targets, *step.saved_modules))
+    by_pattern = isinstance(step.targets, str) and step.targets != "all-linear"  # which may tell layers apart
+    by_number = any(re.search(r"\d", name) for name in (*step.targets, *step.saved_modules))
     types = getattr(config, "layer_types", None) or [""]
-    alike = config.model_type in _ALIKE and len(set(types)) == 1 and not by_number
+    alike = config.model_type in _ALIKE and len(set(types)) == 1 and not (by_pattern or by_number)
     return int(config.num_hidden_layers) if alike else 0
 
 
 def _with_layers(step: Step, layers: int) -> Step:
-    model = {key: value for key, value in json.loads(step.model).items() if key != "layer_types"}
-    return replace(step, model=json.dumps(model | {"num_hidden_layers": layers}))
+    model = json.loads(step.model) | {"num_hidden_layers": layers}
+    if types := model.get("layer_types"):
+        model["layer_types"] = types[:layers]
+    return replace(step, model=json.dumps(model))
 
 
 def _grown(shallower: MemoryTrace, shallow: MemoryTrace, layers: int) -> MemoryTrace:
@@ -63,6 +65,8 @@ def _grown(shallower: MemoryTrace, shallow: MemoryTrace, layers: int) -> MemoryT
     more = layers - SHALLOW
     steps = {shape: [*shallow.loaded, _BEGIN, *events] for shape, events in shallow.steps.items()}
     first = next(iter(steps.values()), [*shallow.loaded, _BEGIN])
+    if any([_what(event) for event in events] != [_what(event) for event in first] for events in steps.values()):
+        raise Irregular
     grown = _growth([*shallower.loaded, _BEGIN, *next(iter(shallower.steps.values()), [])], first, more)
     begin = grown.ids.index(_BEGIN[0])
     kinds = {new: shallow.kinds[first[at][0]] for new, at in zip(grown.ids, grown.like, strict=True) if new}
@@ -79,6 +83,11 @@ def _grown(shallower: MemoryTrace, shallow: MemoryTrace, layers: int) -> MemoryT
         sizes=shallow.sizes | {"layers": layers},
         paged=shallow.paged + more * (shallow.paged - shallower.paged),
     )
+
+
+def _what(event: tuple[int, int]) -> tuple[int, bool]:
+    """What an event does, whatever its size."""
+    return event[0], event[1] >= 0
 
 
 @dataclass(frozen=True)

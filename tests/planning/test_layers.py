@@ -16,6 +16,7 @@ from qlora_recipes.planning.traces import Events, MemoryTrace, Shape, Step, orde
 
 DEEP = {**SMALL, "num_hidden_layers": 7}
 SHAPES = [(2, 64), (2, 128)]
+SLIDING = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3}
 PLAIN: dict[str, Any] = {"axolotl": False, "checkpointing": None, "adapter": "lora", "optimizer": "adamw_torch"}
 
 
@@ -49,6 +50,7 @@ def assert_same(one: MemoryTrace, other: MemoryTrace) -> None:
         {**PLAIN, "dora": True, "targets": ("q_proj", "v_proj"), "capability": (8, 9)},
         {"adapter": None, "weights": "float32", "checkpointing": "reentrant", "capability": None},
         {"model": json.dumps({**DEEP, "model_type": "qwen3", "tie_word_embeddings": True}), "packed": True},
+        {"model": json.dumps({**DEEP, **SLIDING, "layer_types": ["sliding_attention"] * 7}), "capability": (8, 0)},
     ],
 )
 def test_a_deep_trace_follows_from_shallow_ones(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,13 +71,20 @@ def test_a_deep_trace_follows_from_shallow_ones(change: dict[str, Any], monkeypa
 @pytest.mark.parametrize(
     "change",
     [
-        {"targets": r"model\.layers\.[67]\.self_attn\.q_proj"},
+        {"targets": r"model\.layers\.\d\.self_attn\.q_proj", "model": json.dumps(DEEP | {"num_hidden_layers": 12})},
         {"model": json.dumps({**DEEP, "model_type": "gemma2", "num_hidden_layers": 7})},
     ],
 )
 def test_layers_that_differ_are_traced_one_by_one(change: dict[str, Any]) -> None:
     step = replace(Step(model=json.dumps(DEEP), rank=8), **change)
     assert_same(layers.trace(step, SHAPES[:1]), memory.trace(step, SHAPES[:1]))
+
+
+def test_shapes_that_allocate_otherwise_are_traced_as_they_are() -> None:
+    """A row that is as long as the window needs a mask."""
+    model = json.dumps({**DEEP, "model_type": "mistral", "sliding_window": 128})
+    step, shapes = Step(model=model, capability=(8, 0)), [(1, 64), (1, 192)]
+    assert_same(layers.trace(step, shapes), memory.trace(step, shapes))
 
 
 @pytest.mark.parametrize(
