@@ -27,8 +27,10 @@ def doctor_verb(json: Json = False) -> None:
     try:
         from ..doctor.examination import examine
     except ImportError as error:
-        problem = f"a package that this needs itself cannot be imported: {error}"
-        raise WorkFailed(f"{problem}; `rm -r .venv && make setup` makes the environment anew") from None
+        from ..doctor.line import repair
+
+        remedy = repair("", anew=True) or "install the project in another"
+        raise WorkFailed(f"a package that this needs itself cannot be imported: {error}; {remedy}") from None
     lines = examine()
     if json:
         tables.print_json([asdict(line) for line in lines])

@@ -19,7 +19,7 @@ from ..runs import provenance
 from .line import PROJECT, Line, in_checkout, repair
 
 _SHOWN = 5  # packages that a line names
-_OF_TORCH = re.compile(r"(nvidia|cuda)-(?!ml-py)|triton$")  # what torch brings for the CUDA that it is built for
+_OF_TORCH = re.compile(r"(nvidia|cuda)-(?!ml-py)")  # what torch brings for the CUDA that it is built for
 
 
 def python() -> Line:
@@ -122,7 +122,7 @@ def axolotl(facts: dict[str, Any]) -> Line:
     try:
         installed = version("axolotl")
     except PackageNotFoundError:
-        return Line("Axolotl", "wrong", "not installed, and trains all runs", "install it", repair("axolotl"))
+        return Line("Axolotl", "wrong", "not installed; every run needs it", "install it", repair("axolotl"))
     if not required.contains(installed, prereleases=True):
         text = f"{installed}; this project's recipes and schema are for {required}"
         return Line("Axolotl", "wrong", text, "install the lock's version", repair("axolotl"))

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,6 +21,7 @@ from huggingface_hub import close_session, constants
 from qlora_recipes.base import locks, paths
 from qlora_recipes.data import hub
 from qlora_recipes.doctor import gpu, machine, network, packages, probes
+from qlora_recipes.doctor.line import in_shell
 
 Break = Callable[[pytest.MonkeyPatch, Path], AbstractContextManager[None]]
 TOKEN = "hf_QxW3vBn7mKzLp0aSdFgH"
@@ -195,8 +197,20 @@ def test_a_command_stands_in_one_piece_below_the_line_that_it_mends(recipe: Reci
     assert done.returncode == 1
     below = done.stdout.partition("\nwrong  driver: 550.54.14; torch ")[2].splitlines()
     assert below[1].strip() == "to do: install torch's build for CUDA 12.6, or a newer driver"
-    assert below[2].strip() == f"cd {paths.LOCK.parent} && make setup CUDA=12.6"
+    assert below[2].strip() == f"cd {in_shell(paths.LOCK.parent)} && make setup CUDA=12.6"
     assert "wrong: 1" in done.stderr
+
+
+def test_where_the_doctor_itself_cannot_be_imported_the_environment_is_made_anew(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "qlora_recipes.doctor.examination", None)
+    monkeypatch.setattr(paths, "LOCK", tmp_path / "requirements.lock")
+    paths.LOCK.touch()
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".cuda").write_text("12.6\n")
+    done = recipe("doctor")
+    assert done.returncode == 1 and "rm -r .venv && make setup CUDA=12.6" in done.stderr
 
 
 def test_no_line_has_names_of_this_machine_or_its_user(

@@ -38,11 +38,12 @@ def test_of_many_packages_the_first_are_named(lock: Path) -> None:
 def test_a_build_of_torch_for_another_cuda_brings_its_own_libraries(
     lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock.write_text("torch==2.14.1\nnvidia-nothing-cu13==13.0\nnvidia-ml-py==0.1\n")
+    lock.write_text("torch==2.14.1\nnvidia-nothing-cu13==13.0\ntriton==0.1\nnvidia-ml-py==0.1\n")
     distribution(tmp_path / "site", "torch", "2.14.1+cu126")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     line = packages.lock()
     assert "nvidia-ml-py is " in line.found and "cu13" not in line.found
+    assert "triton is " in line.found  # which make keeps at the lock's version
     lock.write_text("torch==2.14.1\nnvidia-nothing-cu13==13.0\n")
     line = packages.lock()
     assert line.state == "ok" and "as torch's is cu126" in line.found
