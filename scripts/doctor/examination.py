@@ -14,7 +14,7 @@ Look = Callable[[], Line | Sequence[Line] | None]
 def examine() -> list[Line]:
     """Look at everything; what cannot be looked at is a line that says so.
 
-    Lines have no secrets, and no name of this machine or its user.
+    Lines have no secrets, and no name of this machine or its user that `shareable` can tell.
     """
     facts = probes.start()
     drivers = gpu.driver()
@@ -60,7 +60,7 @@ def _slow(drivers: gpu.Driver, facts: probes.Facts) -> dict[str, Look]:
     return {
         "Axolotl": partial(packages.axolotl, facts["axolotl"]),
         "torch": partial(gpu.torch_line, drivers, facts["torch"], env.get("CUDA_VISIBLE_DEVICES")),
-        "driver": partial(gpu.driver_line, drivers, facts["torch"], machine.container()),
+        "driver": partial(gpu.driver_line, drivers, facts["torch"], machine.container(), gpu.given_no_gpu()),
         "bitsandbytes": partial(gpu.bitsandbytes_line, drivers, facts["bitsandbytes"], env.get("BNB_CUDA_VERSION")),
     }
 

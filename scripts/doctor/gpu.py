@@ -1,5 +1,6 @@
 """GPUs and what they need: the driver, torch's build, what the cards lack, and bitsandbytes."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -13,14 +14,16 @@ from ..checks.rules.case import Case
 from ..checks.rules.hardware import gpu_lacks
 from ..configs.gpus import Gpu
 from ..terminal.tables import text_of
-from .line import Line, first_line, in_checkout, repair
+from .line import Line, first_line, repair, torch_for
 
 NEEDS = {11: 450, 12: 525, 13: 580}
 """The oldest driver that runs what is built for a CUDA of some major version (NVIDIA, "CUDA Compatibility", minor
 version compatibility)."""
 OLDER_CUDA = "12.6"
 """What `make setup CUDA=` can install torch for, on drivers that are older."""
-IN_CONTAINER = "docker run --gpus all, or apptainer exec --nv"
+_SINCE, _FIRST, _BEYOND = (5, 0), (7, 5), (10, 0)
+"""Compute capabilities: torch's build for the older CUDA is for Maxwell to Hopper, that for CUDA 13 from Turing on."""
+IN_CONTAINER = "docker run --gpus all, apptainer exec --nv, or nvidia.com/gpu: 1 among the limits of a pod"
 _NVIDIA, _DISPLAY = "0x10de", "0x03"  # of PCI's vendors and classes of devices
 _BOUNDS = {"nf4_off": 5e-3, "product_off_1": 1e-2, "product_off_8": 1e-2}  # fp16 rounds by 5e-4; levels are 0.08 apart
 _ASKED = {"bf16": True, "tf32": True, "attn_implementation": "flash_attention_2"}
@@ -104,20 +107,21 @@ def _by_command(command: str) -> tuple[list[Card], str]:
     return cards, "" if cards else (done.stdout + done.stderr).strip().partition("\n")[0]
 
 
-def driver_line(found: Driver, torch: Row, container: str | None = None) -> Line:
+def driver_line(found: Driver, torch: Row, container: str | None = None, job: bool = False) -> Line:
     """The driver beside the CUDA that torch is built for.
 
     Args:
         found: the driver.
         torch: the facts of the probe.
         container: what this process is inside of, see `machine.container`.
+        job: whether this is a job of SLURM's that was given no GPU.
     """
     cuda = torch.get("cuda")
     needs = NEEDS.get(int(cuda.partition(".")[0])) if cuda else None
     newest = max(NEEDS.values())
     if found.version is None:
         if not found.on_bus:
-            text = "no NVIDIA GPU here: rehearsals, checks, plans and reports work, trainings take one"
+            text = "no NVIDIA GPU here: rehearsals, checks, plans and reports work; trainings need one"
             return Line("driver", "note", text)
         text = f"{_count(found.on_bus, 'NVIDIA GPU')} on the bus, and no driver for it"
         if container:
@@ -126,16 +130,20 @@ def driver_line(found: Driver, torch: Row, container: str | None = None) -> Line
         return Line("driver", "wrong", text, remedy, "sudo ubuntu-drivers install")
     if needs and found.number < needs:
         text = f"{found.version}; torch {torch['version']} is built for CUDA {cuda}, which needs {needs} or newer"
-        if found.number >= NEEDS[int(OLDER_CUDA.partition(".")[0])]:
+        if found.number >= NEEDS[int(OLDER_CUDA.partition(".")[0])] and _older_build_is_for(found.cards):
             remedy = f"install torch's build for CUDA {OLDER_CUDA}, or a newer driver"
-            return Line("driver", "wrong", text, remedy, in_checkout(f"make setup CUDA={OLDER_CUDA}"))
+            return Line("driver", "wrong", text, remedy, torch_for(OLDER_CUDA))
         return Line("driver", "wrong", text, f"install a newer driver, best {newest} or newer")
     if not found.cards:
         why = f": {found.problem}" if found.problem else ""
         text = f"{found.version} in the kernel, but no GPU is to be seen{why}"
         if container:
             return Line("driver", "wrong", text, f"pass the GPU on to this container: {IN_CONTAINER}")
-        return Line("driver", "wrong", text, "after an update of the driver, restart the machine", "sudo reboot")
+        if job:
+            return Line("driver", "note", f"{text}, as to a job that was given none", "ask for a GPU: --gres=gpu:1")
+        if "version mismatch" in found.problem.lower():
+            return Line("driver", "wrong", text, "after an update of the driver, restart the machine", "sudo reboot")
+        return Line("driver", "wrong", text, "install the whole driver anew, or ask those who run this machine")
     return Line("driver", "ok", f"{found.version}{f'; CUDA {cuda} needs {needs} or newer' if needs else ''}")
 
 
@@ -155,21 +163,38 @@ def torch_line(found: Driver, facts: Row, hidden: str | None) -> Line:
     if not found.cards:
         return Line("torch", "ok", text)
     if not cuda:
-        return Line("torch", "wrong", f"{text}: it cannot use the GPU", "install the lock's build", repair("torch"))
-    unbuilt = {str(gpu) for gpu in map(_gpu, found.cards) if not _is_built_for(gpu, facts["arch"])}
+        return Line("torch", "wrong", f"{text}: it cannot use the GPU", "install a build for CUDA", torch_for(""))
+    unbuilt = [card for card in found.cards if not _is_built_for(_gpu(card), facts["arch"])]
     if unbuilt:
-        built = ", ".join(facts["arch"])
-        remedy = f"take a newer GPU, or try torch's build for CUDA {OLDER_CUDA}, which older ones are left in"
-        return Line("torch", "wrong", f"{text}, but not for {', '.join(sorted(unbuilt))}, only for {built}", remedy,
-                    in_checkout(f"make setup CUDA={OLDER_CUDA}"))  # fmt: skip
+        cards = ", ".join(sorted({str(_gpu(card)) for card in unbuilt}))
+        text = f"{text}, but not for {cards}, only for {', '.join(facts['arch'])}"
+        old = {_gpu(card).capability < _FIRST for card in unbuilt}
+        if old == {True} and cuda != OLDER_CUDA and _older_build_is_for(found.cards):
+            remedy = f"try torch's build for CUDA {OLDER_CUDA}, which still supports older cards, or take a newer GPU"
+            return Line("torch", "wrong", text, remedy, torch_for(OLDER_CUDA))
+        if old == {False} and cuda == OLDER_CUDA:
+            remedy = f"install torch's build for CUDA 13, which needs a driver of {NEEDS[13]} or newer"
+            return Line("torch", "wrong", text, remedy, torch_for(""))
+        return Line("torch", "wrong", text, "take another GPU, or another build of torch")
     if facts["gpus"]:
         return Line("torch", "ok", f"{text}; sees {_count(facts['gpus'], 'GPU')}")
-    if hidden is not None:
+    # SLURM sets it too, to the GPUs of a job
+    if hidden in ("", "-1") or (hidden is not None and "No CUDA GPUs are available" in facts.get("says", "")):
         return Line("torch", "note", f"{text}; CUDA_VISIBLE_DEVICES={hidden} hides the GPUs from it",
                     "show them", "unset CUDA_VISIBLE_DEVICES")  # fmt: skip
     needs = NEEDS.get(int(cuda.partition(".")[0]), 0)
     remedy = "mend the driver first" if found.number < needs else "restart the machine, or install the driver anew"
     return Line("torch", "wrong", f"{text}, and sees no GPU: {facts.get('says', 'without a word')}", remedy)
+
+
+def _older_build_is_for(cards: list[Card]) -> bool:
+    return all(_SINCE <= _gpu(card).capability < _BEYOND for card in cards)
+
+
+def given_no_gpu() -> bool:
+    """Whether this is a job of SLURM's that was given no GPU."""
+    given = (os.environ.get(f"SLURM_{name}") for name in ("JOB_GPUS", "STEP_GPUS", "GPUS_ON_NODE"))
+    return "SLURM_JOB_ID" in os.environ and all(value in (None, "", "0") for value in given)
 
 
 def _gpu(card: Card) -> Gpu:

@@ -11,7 +11,7 @@ from conftest import config_with, recipe_config
 from qlora_recipes.base import disks, paths
 from qlora_recipes.checks import rules
 from qlora_recipes.checks.finding import Finding
-from qlora_recipes.checks.rules import case
+from qlora_recipes.checks.rules import case, hardware
 from qlora_recipes.configs import gpus
 from qlora_recipes.data import hub
 
@@ -30,6 +30,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Pa
     monkeypatch.setenv("HF_TOKEN", "for the test")
     monkeypatch.setattr(hub, "is_offline", lambda: False)
     monkeypatch.setattr(disks, "free", lambda _: 10**15)
+    monkeypatch.setattr(hardware, "torch_cuda", lambda: "13.0")
     return tmp_path
 
 
@@ -327,6 +328,13 @@ def test_what_is_right_gives_none(change: dict[str, Any]) -> None:
 def test_what_a_gpu_lacks_is_an_error(gpu: str, change: dict[str, Any], says: str) -> None:
     errors = [str(finding) for finding in found(change, gpu) if finding.level == "error"]
     assert [says in error and "[gpu-lacks:" in error for error in errors] == [True]
+
+
+def test_torch_for_an_older_cuda_runs_on_older_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found({}, "V100") != []
+    for cuda in ("12.6", None):
+        monkeypatch.setattr(hardware, "torch_cuda", lambda cuda=cuda: cuda)
+        assert found({}, "V100") == []
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Drivers, torch's builds and cards, as their own programs and files describe them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,20 @@ def test_the_driver_of_a_container_without_its_library_is_the_kernels(tmp_path: 
         assert (found.version, found.cards, found.on_bus) == (version, [], 1)
     line = gpu.driver_line(found, TORCH, "Docker")
     assert line.state == "wrong" and "no GPU is to be seen" in line.found and "--gpus all" in line.remedy
-    assert gpu.driver_line(found, TORCH).command == "sudo reboot"
+    alone = gpu.driver_line(found, TORCH)  # its library is missing: no restart brings it
+    assert (alone.state, alone.command) == ("wrong", "") and "install the whole driver" in alone.remedy
+    in_a_job = gpu.driver_line(found, TORCH, job=True)
+    assert (in_a_job.state, in_a_job.remedy) == ("note", "ask for a GPU: --gres=gpu:1")
+
+
+def test_a_job_of_slurms_without_a_gpu_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("JOB_ID", "JOB_GPUS", "STEP_GPUS", "GPUS_ON_NODE"):
+        monkeypatch.delenv(f"SLURM_{name}", raising=False)
+    assert not gpu.given_no_gpu()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert gpu.given_no_gpu()
+    monkeypatch.setenv("SLURM_JOB_GPUS", "3")
+    assert not gpu.given_no_gpu()
 
 
 def test_nvidia_smi_names_the_cards_or_says_why_not(tmp_path: Path) -> None:
@@ -46,6 +60,7 @@ def test_nvidia_smi_names_the_cards_or_says_why_not(tmp_path: Path) -> None:
     program(smi, "echo Failed to initialize NVML: Driver/library version mismatch; exit 18")
     found = gpu.driver(tmp_path)
     assert (found.cards, found.problem) == ([], "Failed to initialize NVML: Driver/library version mismatch")
+    assert gpu.driver_line(replace(found, version="580.65.06"), TORCH).command == "sudo reboot"
     program(smi, "echo 470.1, Tesla T4, [N/A], [N/A]")
     assert gpu.driver(tmp_path).cards == []
 
@@ -67,6 +82,21 @@ def test_a_driver_is_judged_by_the_cuda_that_torch_is_built_for(
 ) -> None:
     line = gpu.driver_line(Driver(driver, [T4]), TORCH | {"cuda": cuda})
     assert line.state == state and command in line.command and bool(line.command) == bool(command)
+
+
+def test_the_older_build_of_torch_is_offered_only_where_it_runs_on_the_card() -> None:
+    blackwell = T4 | {"name": "NVIDIA GeForce RTX 5090", "compute_capability": "12.0"}
+    line = gpu.driver_line(Driver("575.57.08", [blackwell]), TORCH)
+    assert (line.state, line.command) == ("wrong", "") and "newer driver" in line.remedy
+    built = ["sm_50", "sm_75", "sm_90"]
+    of_126 = TORCH | {"cuda": "12.6", "arch": built}
+    line = gpu.torch_line(Driver("575.57.08", [blackwell]), of_126, None)
+    assert "not for NVIDIA GeForce RTX 5090 (sm_120)" in line.found and "CUDA=12.6" not in line.command
+    assert "build for CUDA 13, which needs a driver of 580" in line.remedy and line.command.endswith("make setup")
+    kepler, volta = T4 | {"compute_capability": "3.5"}, T4 | {"compute_capability": "7.0"}
+    assert gpu.torch_line(Driver("580.65.06", [volta]), TORCH, None).command.endswith("make setup CUDA=12.6")
+    for cards, facts in (([kepler], TORCH), ([kepler], of_126), ([volta, blackwell], TORCH)):
+        assert gpu.torch_line(Driver("580.65.06", cards), facts, None).command == ""
 
 
 def test_a_gpu_of_another_maker_wants_no_driver_of_nvidias(tmp_path: Path) -> None:
@@ -99,6 +129,9 @@ def test_torchs_code_runs_on_its_own_generation(capability: tuple[int, int], bui
         (TORCH | {"cuda": None}, T4, None, "wrong", "without CUDA: it cannot use the GPU"),
         (TORCH | {"gpus": 1}, T4, None, "ok", "sees 1 GPU"),
         (TORCH, T4, "", "note", "CUDA_VISIBLE_DEVICES= hides"),
+        (TORCH, T4, "-1", "note", "CUDA_VISIBLE_DEVICES=-1 hides"),
+        (TORCH | {"says": "RuntimeError: No CUDA GPUs are available"}, T4, "7", "note", "CUDA_VISIBLE_DEVICES=7 hides"),
+        (TORCH | {"says": "Error 802: system not yet initialized"}, T4, "0", "wrong", "sees no GPU: Error 802: system"),
         (TORCH | {"says": "RuntimeError: unknown"}, T4, None, "wrong", "sees no GPU: RuntimeError: unknown"),
         (
             TORCH | {"gpus": 1},

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from ...base.machine import torch_cuda
 from ...configs import exchange
 from ...configs.attention import OLD_KEYS
 from ...configs.config import flatten
@@ -42,8 +43,9 @@ def gpu_lacks(case: Case) -> Problems:
         return
     has = case.gpu.capability
     name = str(case.gpu)
-    if has < (7, 5):
-        yield "error", "base_model", f"torch for CUDA 13 does not run on {name}", "take a GPU from Turing (7.5) on"
+    if has < (7, 5) and (torch_cuda() or "").startswith("13."):
+        remedy = "take a GPU from Turing (7.5) on, or torch's build for CUDA 12.6: `make setup CUDA=12.6`"
+        yield "error", "base_model", f"torch for CUDA 13 does not run on {name}", remedy
     if has < (8, 0) and precision(case.config, on_gpu=True).weights == "bfloat16":
         asked = case["bf16"] is True or case["bfloat16"]
         default = "" if asked else " (auto, the default, turns it on all the same)"
