@@ -1,6 +1,7 @@
 """This machine: folders with their room and locks, memory, caches, SLURM and containers."""
 
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -16,13 +17,19 @@ from ..base.locks import held
 from ..data.hub import within
 from ..places.slurm_queue import ask
 from ..places.slurm_settings import settings_file, site_settings
-from .line import Line
+from .line import Line, in_shell
 
 PATIENCE = 10.0
 """How many seconds SLURM, and the counting of a cache, may take."""
 REHEARSAL = 3.0
 """GiB of main memory that a rehearsal of a shipped recipe takes, rounded up."""
 _WRITTEN = 1 << 20  # bytes: a quota that is used up shows only when something is written
+_TOOLKIT = "https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/latest/install-guide.html"
+_GROUPS = (  # of cgroup 2 and 1: the line of /proc/self/cgroup; the folder, the limit's file and that of what is used;
+    # and the prefix, in memory.stat, of the pages of files, which count as used but can be freed
+    (r"^0::/(.*)", "", "memory.max", "memory.current", ""),
+    (r"^\d+:(?:[^:]*,)?memory(?:,[^:]*)?:/(.*)", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,14 +57,16 @@ class Folder:
 
 def folder_lines() -> list[Line]:
     """A line for each folder that runs, caches and temporary files go to."""
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
     of_models = 20, "a 7B model takes 14 GB, an 8B one 16"
     room, of_home = "on a disk with room", "export {}=/path/with/room"
+    # the hub's folder, with its token, would follow XDG_CACHE_HOME
+    stays = "" if os.environ.get("HF_HOME") else f" HF_HOME={in_shell(Path(HF_HOME))}"
     folders = [
         Folder("runs", paths.RUNS, 1, f"work in a folder {room}, or name one with --runs", "cd /path/with/room"),
-        Folder("cache", paths.cache(), 1, f"put it {room}", of_home.format("XDG_CACHE_HOME")),
-        Folder("hub's cache", Path(HF_HUB_CACHE), 1, f"put it {room}", of_home.format("HF_HOME"), wants=of_models),
+        Folder("cache", paths.cache(), 1, f"put it {room}", of_home.format("XDG_CACHE_HOME") + stays),
+        Folder("hub's cache", Path(HF_HUB_CACHE), 1, f"put it {room}", of_home.format("HF_HUB_CACHE"), wants=of_models),
         Folder("temporary files", Path(tempfile.gettempdir()), 0.5, f"put them {room}", of_home.format("TMPDIR"),
                locks=False),
     ]  # fmt: skip
@@ -66,7 +75,13 @@ def folder_lines() -> list[Line]:
 
 def folder_line(folder: Folder) -> Line:
     """Whether a folder has room, can be written to, and locks files."""
-    there = next(place for place in (folder.path.absolute(), *folder.path.absolute().parents) if place.is_dir())
+    there = next(place for place in (folder.path.absolute(), *folder.path.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        if there.is_symlink():
+            text, mend = f"{there} is a link to what is not there", "mount the drive that it leads to"
+        else:
+            text, mend = f"{there} is no folder", "rename it"
+        return Line(folder.name, "wrong", text, f"{mend}, or {folder.remedy}", folder.command)
     free = shutil.disk_usage(there).free / 1e9
     about = f"{there}: {free:.1f} GB free"
 
@@ -93,18 +108,17 @@ def folder_line(folder: Folder) -> Line:
 
 
 def memory(root: Path = Path("/")) -> Line:
-    """Main memory, and the limits of a container on it.
+    """Main memory, and the limits on it of a container or a job.
 
     Args:
-        root: where /sys and /dev are.
+        root: where /proc, /sys and /dev are.
     """
     whole = psutil.virtual_memory()
     free, text = whole.available / 2**30, f"{whole.total / 2**30:.1f} GiB, {whole.available / 2**30:.1f} free"
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):
-        limit = root / "sys" / "fs" / "cgroup" / file
-        if limit.is_file() and (number := limit.read_text().strip()).isdigit() and int(number) < whole.total:
-            free = min(free, int(number) / 2**30)
-            text += f", limited to {int(number) / 2**30:.1f} GiB here"
+    left, limit = min(_limits(root), default=(0, whole.total))
+    if limit < whole.total:
+        free = min(free, left / 2**30)
+        text += f", limited to {limit / 2**30:.1f} GiB here, {left / 2**30:.1f} of these free"
     if free < REHEARSAL:
         remedy = f"a rehearsal takes {REHEARSAL:g} GiB; end what else runs, or give the container or job more"
         return Line("memory", "wrong", text, remedy, "ps -eo pid,rss,comm --sort=-rss | head")
@@ -113,6 +127,30 @@ def memory(root: Path = Path("/")) -> Line:
         remedy = "several ranks, and workers that load data, exchange theirs there: docker run --shm-size=8g"
         return Line("memory", "note", f"{text}; only {size:.2f} GiB of it shared, in /dev/shm", remedy)
     return Line("memory", "ok", text)
+
+
+def _limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Of each control group that this process is in: the bytes that are free, and its limit."""
+    of_self = root / "proc" / "self" / "cgroup"
+    groups = of_self.read_text() if of_self.is_file() else ""
+    for line, folder, limit, used, prefix in _GROUPS:
+        top = root / "sys" / "fs" / "cgroup" / folder
+        place = re.search(line, groups, re.MULTILINE)
+        group = top / place[1] if place else top
+        for each in (group, *group.parents):
+            if not each.is_relative_to(top):
+                break
+            number = _content(each / limit)
+            if number.isdigit():
+                cached = re.findall(rf"^{prefix}(?:in)?active_file (\d+)", _content(each / "memory.stat"), re.MULTILINE)
+                yield max(int(number) - int(_content(each / used) or 0) + sum(map(int, cached)), 0), int(number)
+
+
+def _content(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
 
 
 def caches() -> Line:
@@ -157,7 +195,7 @@ def slurm() -> Line:
     try:
         site_settings([])
     except UserError as error:
-        return Line("SLURM", "wrong", f"answers, but not to be used: {error}", "mend that file")
+        return Line("SLURM", "wrong", f"answers; its settings are wrong: {error}", "mend that file")
     settings = "has settings for it" if settings_file().is_file() else "is not there"
     named = ", ".join(dict.fromkeys(partitions.split())) or "none"
     return Line("SLURM", "ok", f"answers; partitions: {named}; {settings_file()} {settings}")
@@ -167,6 +205,8 @@ def container(root: Path = Path("/")) -> str | None:
     """What container this process is inside of; None outside of one."""
     if os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"):
         return "Apptainer"
+    if os.environ.get("KUBERNETES_SERVICE_HOST"):
+        return "Kubernetes"
     marks = {".dockerenv": "Docker", "run/.containerenv": "Podman"}
     return next((name for mark, name in marks.items() if (root / mark).exists()), None)
 
@@ -178,11 +218,11 @@ def containers(gpus: int) -> Line:
         gpus: how many the driver names.
     """
     if inside := container():
-        return Line("containers", "ok", f"inside of one of {inside}")
+        return Line("containers", "ok", f"inside {'an' if inside == 'Apptainer' else 'a'} {inside} container")
     programs = [name for name in ("docker", "podman", "apptainer", "singularity") if shutil.which(name)]
     text = ", ".join(programs) or "none of docker, podman, apptainer"
     if "docker" in programs and gpus and not (shutil.which("nvidia-ctk") or shutil.which("nvidia-container-cli")):
-        remedy = "`docker run --gpus all` takes NVIDIA's container toolkit"
+        remedy = f"`docker run --gpus all` needs it: install it as {_TOOLKIT} says, then have Docker use it"
         return Line("containers", "note", f"{text}, without NVIDIA's container toolkit", remedy,
-                    "sudo apt install nvidia-container-toolkit")  # fmt: skip
+                    "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker")  # fmt: skip
     return Line("containers", "ok", text)
