@@ -40,8 +40,8 @@ def hub_lines() -> list[Line]:
     answers = {name: hub.access(name) for name in _models()}
     silent = next((answer for answer in answers.values() if answer.access == "unknown"), None)
     if silent:
-        remedy = "what is in the cache can be used without it, when it is told not to ask"
-        return [Line("hub", "note", f"no answer: {silent.says}", remedy, "export HF_HUB_OFFLINE=1")]
+        text = f"{'unexpected' if silent.says.startswith('status') else 'no'} answer: {silent.says}"
+        return [Line("hub", "note", text, "cached models still work; to skip the hub", "export HF_HUB_OFFLINE=1")]
     gated = [name for name, answer in answers.items() if answer.access == "gated"]
     missing = [name for name, answer in answers.items() if answer.access == "missing"]
     refused = any(answer.access == "refused" for answer in answers.values())
@@ -50,11 +50,11 @@ def hub_lines() -> list[Line]:
 
 def _hub_line(count: int, gated: list[str], missing: list[str], refused: bool) -> Line:
     if refused:
-        return Line("hub", "ok", "answers, and takes no request with this user's token")
+        return Line("hub", "note", "answers, and rejects this token", "see the line on it")
     if gated:
         text = f"answers; {len(gated)} of the recipes' {count} models are closed to you: {', '.join(gated)}"
         remedy = f"ask for access on their pages, as {hub.page(gated[0])}, with the account of the token"
-        return Line("hub", "note", text, remedy, "hf auth login")
+        return Line("hub", "note", text, remedy, "" if hub.has_token() else "hf auth login")
     if missing:
         return Line("hub", "note", f"answers, and has not these of the recipes' models: {', '.join(missing)}")
     return Line("hub", "ok", f"answers; all of the recipes' {count} models can be had")
@@ -77,7 +77,7 @@ def _token_line(refused: bool) -> Line:
     from huggingface_hub.errors import HfHubHTTPError
 
     if not hub.has_token():
-        text = "none: gated models, and `recipe publish --push`, take one"
+        text = "none: gated models, and `recipe publish --push`, need one"
         return Line("hub token", "note", text, "log in, if you need these", "hf auth login")
     variable = next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)), None)
     where = f"in {variable}" if variable else "from `hf auth login`"

@@ -34,7 +34,7 @@ def start() -> Callable[[], Facts]:
     answers: dict[str, Facts] = {}
     threads = []
     for name in _PROBES:
-        command = [sys.executable, "-m", __name__, name]
+        command = [sys.executable, "-P", "-m", __name__, name]  # no module is taken from the current folder
         # from this thread, which lasts: a child ends with the thread that started it
         child = start_child(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         # daemons: where this process is interrupted nobody waits for them, and it takes its children along

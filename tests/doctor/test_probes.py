@@ -34,6 +34,16 @@ def test_what_cannot_be_imported_is_an_error_of_its_own(tmp_path: Path, monkeypa
     assert packages.axolotl(facts["axolotl"]).state == "wrong"
 
 
+def test_a_module_in_the_current_folder_is_not_taken_for_a_librarys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine.py").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    facts = ask(tmp_path / "path", monkeypatch, torch="import mine", axolotl="import mine")
+    assert facts["torch"] == facts["axolotl"] == {"error": "ModuleNotFoundError: No module named 'mine'"}
+
+
 def test_a_process_that_ends_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     crashing = "import os, sys; print('at the end', file=sys.stderr, flush=True); os.abort()\n"
     facts = ask(tmp_path, monkeypatch, torch=crashing, axolotl="")
