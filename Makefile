@@ -82,7 +82,7 @@ audit: setup $(filter .uv/%,$(UV))  ## Advisories against the packages of the lo
 # Byte-code is compiled at once: without it each start of Axolotl takes half a minute longer, and some
 # machines forbid Python to write it later. For another CUDA, torch and the libraries of the lock's CUDA are left out of
 # the lock, and torch is then installed with what it needs: none of the other versions may change. Whether there is such
-# a build is asked before anything is removed.
+# a build is asked before anything is removed. On the way back torch is replaced, as uv takes both for the same version.
 .venv/.locked: requirements.lock $(filter .uv/%,$(UV))
 	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .venv
 ifdef CUDA
@@ -93,7 +93,7 @@ endif
 	rm -f $@
 	echo '$(CUDA)' > .venv/.cuda
 	UV_COMPILE_BYTECODE=1 $(UV) pip sync --quiet --python .venv --require-hashes \
-		$(if $(CUDA),.venv/others.lock,requirements.lock)
+		$(if $(CUDA),.venv/others.lock,--reinstall-package torch requirements.lock)
 ifdef CUDA
 	UV_COMPILE_BYTECODE=1 $(UV) pip install --quiet --python .venv --constraint .venv/others.lock $(TORCH)
 endif

@@ -22,7 +22,7 @@ VENV = "venv --quiet --allow-existing --python >=3.12,<3.14 .venv"
 SYNC = "pip sync --quiet --python .venv --require-hashes"
 PROJECT = "pip install --quiet --python .venv --no-deps --no-build-isolation --editable ."
 TORCH = f"torch=={re.search(r'^torch==(\S+)', LOCK, re.MULTILINE)[1]}"  # type: ignore[index]
-OF_LOCK = [VENV, f"{SYNC} requirements.lock", PROJECT]
+OF_LOCK = [VENV, f"{SYNC} --reinstall-package torch requirements.lock", PROJECT]
 FOR_12_6 = [
     VENV,
     f"pip install --quiet --python .venv --dry-run --no-deps --torch-backend cu126 {TORCH}",
