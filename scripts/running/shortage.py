@@ -19,7 +19,7 @@ _CHANGES = 3  # the most that are named
 
 
 def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
-    """`launch.train` within a limit of time; where memory did not suffice it says how much there was and what to change.
+    """`launch.train` within a limit of time; where memory ran out it says how much there was and what to change.
 
     Raises:
         WorkFailed: as in `launch.train`, and `time_limit.training`.
