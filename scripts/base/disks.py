@@ -4,20 +4,24 @@ import errno
 import os
 import re
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 RESERVE = 1 << 16  # bytes, enough for a run's record
 
 _SAID = r"No space left on device|Disk quota exceeded|os error 28|PytorchStreamWriter failed writing"
-_NO_ROOM = re.compile(rf"(?:{_SAID})(?:[^\n']*: '([^'\n]+)')?")  # as Python, safetensors' Rust and torch say it
+_NO_ROOM = re.compile(rf"(?:{_SAID})(?:[^\n']*: '(/[^'\n]+)')?")  # as Python, safetensors' Rust and torch say it
 
 
 def free(path: Path) -> int:
-    """The bytes that this user can still write where a path lies, or would lie."""
-    return shutil.disk_usage(nearest(path)).free
+    """The bytes that this user can still write where a path lies, or would lie; without end where its file system, as
+    /proc, has no size."""
+    usage = shutil.disk_usage(nearest(path))
+    return usage.free if usage.total else sys.maxsize
 
 
 def nearest(path: Path) -> Path:
@@ -46,14 +50,20 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reserved(folder: Path) -> Iterator[None]:
-    """Keep some room free in a folder for what has to be written there after the block, however full it gets."""
-    file = folder / ".reserve"
-    try:
-        with naming(file):
-            file.write_bytes(os.urandom(RESERVE))  # zeros would take no room on some disks
+    """Keep some room free in a folder for what has to be written there after the block, however full it gets.
+
+    Raises:
+        OSError: of the folder, which has not even that room.
+    """
+    with ExitStack() as stack:
+        with naming(folder):
+            # without a name, so that nobody who is killed leaves it
+            file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
+            content = os.urandom(RESERVE)  # zeros would take no room on some disks
+            while content:
+                content = content[file.write(content) :]
+            os.fsync(file.fileno())  # a disk elsewhere says only then that it is full
         yield
-    finally:
-        file.unlink(missing_ok=True)
 
 
 def where_full(log: str, folders: list[Path]) -> Path | None:
@@ -61,7 +71,7 @@ def where_full(log: str, folders: list[Path]) -> Path | None:
     did not. The log itself may have had no room for saying so.
 
     Args:
-        log: what it said.
+        log: the last lines of what it said: earlier ones can tell of what it could do without.
         folders: those that it writes to, where `reserved` still holds room, or not.
     """
     said = _NO_ROOM.search(log)

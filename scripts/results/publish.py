@@ -99,10 +99,9 @@ def _merge(folder: RunDir, run: Run) -> Path:
             raise WorkFailed(f"{folder.path}: interrupted, and not merged; the same command begins anew")
         new = scratch / "merged"
         if code or not any(new.glob("*.safetensors")):
-            said = log.read_text(errors="replace")
-            if full := disks.where_full(said, [folder.path]):
+            tail = log.read_text(errors="replace").splitlines()[-15:]
+            if full := disks.where_full("\n".join(tail), [folder.path]):
                 raise WorkFailed(f"{full}: no space left for the merged model, which is as large as the base model")
-            tail = said.splitlines()[-15:]
             raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not merge; the whole log is {log}"]))
         for file in (file for pattern in _TOKENIZER for file in folder.output.glob(pattern)):
             shutil.copy2(file, new)  # Axolotl copies the base model's, which lacks what the config adds to it

@@ -30,6 +30,8 @@ from .rundir import Launch, Run, RunDir, State, summarise, this_job
 AXOLOTL = Path(sys.executable).with_name("axolotl")
 _NO_GPU_MEMORY = re.compile("CUDA out of memory|CUDA error: out of memory")
 _RANK_KILLED = re.compile(r"exitcode\s*: -9\b")  # as torchrun says it
+_OF_TORCHRUN = re.compile("^.*torch/distributed/elastic/multiprocessing/api.py", re.MULTILINE)  # 50 lines at the end
+_KILLED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
 LAST_SECONDS = 15  # for ranks to end by themselves once one of them has failed
 
 
@@ -64,6 +66,7 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
 
     Raises:
         UserError: see `require`; nothing was recorded.
+        OSError: there is no room for the record of a launch; nothing was recorded.
         WorkFailed: Axolotl failed, or the run was interrupted; `OutOfMemory` where memory did not suffice.
     """
     require(Path(record.cwd))
@@ -76,14 +79,14 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
         started=now(),
         resumed_from=checkpoint.name if checkpoint else None,
     )
-    record.launches.append(launch)
-    record.state = "running"
-    folder.write(record)
     written = folder.metrics.stat().st_size if folder.metrics.exists() else 0
     logged = folder.log.stat().st_size if folder.log.exists() else 0
     with disks.reserved(folder.path):
+        record.launches.append(launch)
+        record.state = "running"
+        folder.write(record)
         launch.exit_code, stopped = _launch(launch.command, folder, record, folder.log, lock)
-        launch.problem = _no_room(folder, folder.log, logged) if launch.exit_code else None
+        launch.problem = _no_room(folder, folder.log, logged) if launch.exit_code not in (0, *_KILLED) else None
     launch.ended = now()
     record.summary = summarise(folder.read_metrics())
     record.summary.ended = summarise(folder.read_metrics(since=written)).ended  # not of an earlier launch
@@ -124,9 +127,8 @@ def _state(code: int, stopped: bool, ended: Ended | None, has_adapter: bool) -> 
     trained = ended in ("complete", "early stopping")
     if code == 0 and trained and has_adapter:
         return "finished"
-    killed = code in (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
     left_off = not trained and (stopped or (code == 0 and ended is None and has_adapter))
-    return "interrupted" if killed or ended == "signal" or left_off else "failed"
+    return "interrupted" if code in _KILLED or ended == "signal" or left_off else "failed"
 
 
 def follow(folder: RunDir) -> None:
@@ -219,17 +221,18 @@ def _drop_half_prepared(folder: RunDir, record: Run) -> None:
                 shutil.rmtree(part)
 
 
-def _no_room(folder: RunDir, log: Path, since: int = 0) -> str | None:
+def _no_room(folder: RunDir, log: Path, since: int) -> str | None:
     """That a disk was full, where that ended a launch whose log begins at a byte of its file."""
-    said = log.read_bytes()[since:].decode(errors="replace")
-    full = disks.where_full(said, [folder.path, paths.cache(), Path(tempfile.gettempdir())])
+    text, tail = _said(log, since)
+    if _NO_GPU_MEMORY.search(text) or _RANK_KILLED.search(text):
+        return None
+    full = disks.where_full("\n".join(tail), [folder.path, paths.cache(), Path(tempfile.gettempdir())])
     return f"no space left in {full}" if full else None
 
 
 def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFailed:
     """What ended a launch that failed with an exit code, whose log begins at a byte of its file."""
-    text = log.read_bytes()[since:].decode(errors="replace")
-    tail = text.splitlines()[-15:]
+    text, tail = _said(log, since)
     if (gpu := bool(_NO_GPU_MEMORY.search(text))) or _RANK_KILLED.search(text):
         whose = (
             "the GPU's memory did not suffice"
@@ -238,6 +241,12 @@ def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFaile
         )
         return OutOfMemory("\n".join([*tail, f"{folder}: {whose}; the whole log is {log}"]), gpu)
     return WorkFailed("\n".join([*tail, f"{folder}: Axolotl failed{_signal(code, False)}; the whole log is {log}"]))
+
+
+def _said(log: Path, since: int) -> tuple[str, list[str]]:
+    """What a launch said whose log begins at a byte of its file, and the last lines before torchrun's report of it."""
+    text = log.read_bytes()[since:].decode(errors="replace")
+    return text, _OF_TORCHRUN.split(text, maxsplit=1)[0].splitlines()[-15:]
 
 
 def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: int) -> tuple[int, bool]:

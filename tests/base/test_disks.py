@@ -1,6 +1,8 @@
 """Full disks: who says so, and where."""
 
 import errno
+import stat
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from qlora_recipes.base import disks
         ("OSError: [Errno 122] Disk quota exceeded: '/home/me/x'", "/home/me/x"),
         ("SafetensorError: I/O error: No space left on device (os error 28)\nsee 'this'", ""),
         ("RuntimeError: [enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file", ""),
+        ("No space left on device while it said: 'hello world'", ""),
         ("KeyError: 'No space'", None),
     ],
 )
@@ -33,8 +36,24 @@ def test_errors_of_a_full_disk_get_the_name_of_the_file_and_no_others_do(tmp_pat
     assert (str(other.value), other.value.filename) == ("refused", None)
 
 
+def held_without_a_name() -> int:
+    """The bytes of the files that this process has open and that are in no folder."""
+    found = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            of_file = descriptor.stat()
+            found += of_file.st_size if stat.S_ISREG(of_file.st_mode) and not of_file.st_nlink else 0
+    return found
+
+
 def test_room_is_kept_until_the_block_ends_and_free_room_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
+    before = held_without_a_name()
     with disks.reserved(tmp_path):
-        assert (tmp_path / ".reserve").stat().st_size == disks.RESERVE
-    assert not any(tmp_path.iterdir())
+        assert not any(tmp_path.iterdir())  # which whoever is killed here would leave
+        assert held_without_a_name() == before + disks.RESERVE
+    assert held_without_a_name() == before
     assert disks.free(tmp_path / "not" / "yet") == pytest.approx(disks.free(tmp_path), abs=1 << 30)
+
+
+def test_a_file_system_without_a_size_is_not_full() -> None:
+    assert disks.where_full("", [Path("/proc")]) is None

@@ -1,0 +1,51 @@
+"""What is said of a training that failed, by what its log ends with."""
+
+from pathlib import Path
+
+import pytest
+from run_folders import a_run
+
+from qlora_recipes.base.errors import WorkFailed
+from qlora_recipes.runs import launch
+from qlora_recipes.runs.rundir import RunDir
+
+FULL = "OSError: [Errno 28] No space left on device: '/data/x'\n"
+TRITON = "triton cache not written: [Errno 28] No space left on device: '/root/.triton/x'\n"
+NO_MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+STEPS = "step\n" * 20
+TORCHRUN = "E1127 05:27:43 31670 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1) ...\n" + (
+    "Traceback\n" * 50
+)
+
+
+def fails(folder: RunDir, monkeypatch: pytest.MonkeyPatch, does: str) -> Exception:
+    """The error of a run whose training is a shell's line."""
+    (axolotl := folder.path.parent / "axolotl").write_text(f"#!/bin/sh\n{does}\n")
+    axolotl.chmod(0o755)
+    monkeypatch.setattr(launch, "AXOLOTL", axolotl)
+    with pytest.raises((WorkFailed, OSError)) as failed, folder.held() as lock:
+        launch.train(folder, folder.read(), lock)
+    return failed.value
+
+
+@pytest.mark.parametrize(
+    ("said", "end", "problem"),
+    [
+        (f"{STEPS}{FULL}", "exit 1", "no space left in /data/x"),
+        (f"{STEPS}{FULL}{TORCHRUN}", "exit 1", "no space left in /data/x"),
+        (f"{TRITON}{STEPS}KeyError: 1\n", "exit 1", "Axolotl failed"),
+        (f"{TRITON}{STEPS}{NO_MEMORY}", "exit 1", "the GPU's memory did not suffice"),
+        (f"{TRITON}{NO_MEMORY}", "exit 1", "the GPU's memory did not suffice"),
+        (f"{TRITON}{STEPS}", "kill -9 $$", "probably memory ran out"),
+        (TRITON, "kill -15 $$", "interrupted by signal 15"),
+    ],
+)
+def test_a_full_disk_is_blamed_only_for_what_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, end: str, problem: str
+) -> None:
+    folder = a_run(tmp_path / "runs", "haider2024/code-llama-7b", "one", 5.0, state="failed")
+    (tmp_path / "said").write_text(said)
+    error = fails(folder, monkeypatch, f"cat '{tmp_path}/said'; {end}")
+    assert problem in str(error)
+    full = problem if "no space" in problem else None
+    assert folder.read().launches[-1].problem == full
