@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ..base import disks, paths
@@ -35,11 +36,14 @@ def ended(command: Callable[[], object]) -> int:
 
 
 def _unnamed() -> str:
-    """Where there was no room by an error that does not say so: the cache or the folder for temporary files, where
-    libraries write, if one is full; else standard output, which all else that is written is not."""
+    """Where there was no room by an error that does not say so: standard output if it still takes nothing, or else the
+    cache or the folder for temporary files, where libraries write, if one is full; what else is written is named."""
     libraries = paths.cache(), Path(tempfile.gettempdir())
-    if full := next((folder for folder in libraries if disks.free(folder) < disks.RESERVE), None):
-        return str(full)
+    full = next((folder for folder in libraries if disks.free(folder) < disks.RESERVE), None)
+    if full:
+        with suppress(OSError):
+            print(flush=True)  # a line, as there may be nothing left to flush
+            return str(full)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
     return "standard output"
 
