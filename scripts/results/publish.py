@@ -114,16 +114,24 @@ def _merge(folder: RunDir, run: Run) -> Path:
 @contextmanager
 def _scratch(folder: RunDir) -> Iterator[Path]:
     """A folder of its own to merge in: half a model must not look like one, and Axolotl would replace the training's
-    log. It is removed at the end, and so is what a merge left that was killed."""
+    log. It is removed at the end, and so is what a merge left that was killed; the former model returns where
+    no new one is in its place."""
     scratch = folder.path / ".merge"
     busy = "another process is merging it; wait for that"
     with held(folder.path / ".merge.lock", busy, remove=True):
         try:
-            shutil.rmtree(scratch, ignore_errors=True)
+            _clear(scratch, folder)
             scratch.mkdir()
             yield scratch
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            _clear(scratch, folder)
+
+
+def _clear(scratch: Path, folder: RunDir) -> None:
+    """Remove a folder to merge in, but for the former model where the new one is not in its place."""
+    if (scratch / "former").is_dir() and not (merged := folder.output / "merged").exists():
+        (scratch / "former").rename(merged)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _run(stops: list[int], command: Sequence[str | Path], **options: Any) -> int:
