@@ -26,6 +26,7 @@ def restore(folder: RunDir, record: Run) -> None:
         digests.setdefault(Path(file.path).parent, {})[Path(file.path).name] = file.sha256
     for made, of_files in digests.items():
         if made.parent == paths.cache() and made.name.startswith("sample-") and not made.is_dir():
-            with chdir(record.cwd):  # where there may be studies of the user's own
+            began = record.cwd if Path(record.cwd).is_dir() else "."  # where there may be studies of the user's own
+            with chdir(began):
                 sample.restore(made, of_files)
     standin.restore(Path(str(yamlfiles.read_yaml(folder.config).get("base_model"))), record.stand_in_sha256)

@@ -61,6 +61,24 @@ def test_it_goes_on_to_the_same_adapter_and_is_evaluated(
     assert Path(after.settings.base_model).is_dir()
 
 
+def test_a_run_whose_folder_was_moved_is_evaluated_too(
+    own_cache: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = rehearsal(recipe, tmp_path, monkeypatch)
+    before = EvaluationTask(run, EvaluationRequest())
+    record = run.read()
+    record.cwd = str(tmp_path / "former")
+    run.write(record)
+    shutil.rmtree(own_cache)
+    after = EvaluationTask(run, EvaluationRequest())
+    assert (after.settings, after.rows) == (before.settings, before.rows)
+    shutil.rmtree(own_cache)
+    record.data[0].path = record.data[0].path.replace("haider2024", "other")
+    run.write(record)
+    said = recipe("evaluate", run.path).stderr
+    assert "no study here has a sample of that name; rehearse anew" in said
+
+
 def test_what_comes_out_another_way_is_refused(
     own_cache: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
