@@ -31,7 +31,7 @@ from ..runs.tasks import Command, Outcome, Work
 from . import shortage
 
 
-def prepare(request: Request, place: Place, runs: Path = paths.RUNS) -> Composed:
+def prepare(request: Request, place: Place, runs: Path) -> Composed:
     """The checked config of a run; what is worth knowing about it goes to stderr.
 
     Args:
@@ -253,9 +253,10 @@ def _check_here(folder: RunDir, record: Run) -> None:
     Raises:
         UserError: this machine cannot train it; the run's state is then failed.
     """
+    recipe_file = Path(record.recipe_file)
     composed = Composed(
         recipe=record.recipe,
-        recipe_file=Path(record.recipe_file),
+        recipe_file=recipe_file if recipe_file.is_file() else folder.config,  # a run copied from another machine
         origin=record.variant_of,
         config=yamlfiles.read_yaml(folder.config),
         differences=[],

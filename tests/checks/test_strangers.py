@@ -11,6 +11,8 @@ from run_folders import a_run
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import strangers
+from qlora_recipes.runs import launch
+from qlora_recipes.runs.lookup import all_runs
 from qlora_recipes.runs.rundir import RunDir
 
 NAME = "haider2024/code-llama-7b"
@@ -91,3 +93,17 @@ def test_no_verb_starts_a_strangers_run_unseen(tmp_path: Path, recipe: Recipe, w
     assert done.returncode == 2
     assert "plugins.0: runs the code of mine.Plugin" in done.stderr
     assert not folder.log.exists()
+
+
+def test_a_run_from_another_machine_resumes_without_its_recipes_file(
+    tmp_path: Path, recipe: Recipe, stand_in: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "AXOLOTL", stand_in.with_name("axolotl"))
+    assert recipe("run", NAME, "--profile", tiny_profile).returncode == 0
+    (folder,) = all_runs(tmp_path / "runs")
+    record = folder.read()
+    record.state, record.seal, record.recipe_file = "interrupted", "0" * 64, "/home/me/checkout/variants/wide.yaml"
+    folder.write(record)
+    folder.config.write_text(folder.config.read_text() + "gc_steps: 4\n")  # a finding with a line
+    done = recipe("resume", folder.path)
+    assert (done.returncode, folder.read().state) == (0, "finished"), done.stderr
