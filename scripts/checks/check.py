@@ -72,6 +72,7 @@ def check(
     full: bool = False,
     launching: bool = False,
     composed: Composed | None = None,
+    runs: Path = paths.RUNS,
 ) -> Report:
     """All that is wrong with one recipe or file.
 
@@ -83,13 +84,14 @@ def check(
             request forces that.
         launching: a run is about to start here.
         composed: the request's config, where it is composed already.
+        runs: the folder that the run's is to be in.
 
     Without data and full no torch is imported.
     """
     report = Report(request.name)
     try:
         composed = composed or compose.compose(request)
-        report = examine(composed, gpu, request.gpus, launching, data, ask_hub=True)
+        report = examine(composed, gpu, request.gpus, launching, data, ask_hub=True, runs=runs)
         report.name = request.name
         _override(report.findings, request.force)
         may_run = not any(finding.level == "error" and finding.scope == "code" for finding in report.findings)

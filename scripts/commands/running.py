@@ -142,7 +142,7 @@ def run_verb(
     refuse_queued(time_limit, on)
     place = places.kinds()[on](is_rehearsal(request), None, slurm or [])
     if dry_run:
-        print(yamlfiles.write_yaml(run.prepare(request, place).config), end="")
+        print(yamlfiles.write_yaml(run.prepare(request, place, runs).config), end="")
     else:
         folder = run.start(request, runs, place)
         print(folder.path)

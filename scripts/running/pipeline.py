@@ -110,8 +110,8 @@ class Pipeline:
             return False
         launching = starts and not self.request.rehearse
         gpu = self.place.gpu()
-        found = check.check(self.request, gpu, with_data, launching=launching, composed=self.composed).findings
-        found = places.relevant(self.place, found)
+        report = check.check(self.request, gpu, with_data, launching=launching, composed=self.composed, runs=self.runs)
+        found = places.relevant(self.place, report.findings)
         if not with_data:
             found = [finding for finding in found if finding.scope != "data"]
         errors = [str(finding) for finding in found if finding.level == "error"]

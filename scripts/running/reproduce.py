@@ -169,7 +169,7 @@ def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list
     composed, request = pipeline.composed, pipeline.request
     if composed is None:
         return row | {"training": "refused"}, [f"{pipeline.outcome.label}: {pipeline.outcome.problem}"]
-    report = check.check(request, gpu, launching=not request.rehearse, composed=composed)
+    report = check.check(request, gpu, launching=not request.rehearse, composed=composed, runs=pipeline.runs)
     found = places.relevant(pipeline.place, report.findings)
     errors = [finding for finding in found if finding.level == "error" and finding.scope != "data"]
     notes = [

@@ -12,6 +12,7 @@ from qlora_recipes.checks import rules
 from qlora_recipes.checks.finding import Finding
 from qlora_recipes.checks.rules import space
 
+NAME = "haider2024/code-llama-7b"
 DATA = {"path": "rows.jsonl", "type": "alpaca"}
 
 
@@ -22,7 +23,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         os.truncate(stream.fileno(), 10**9)
 
 
-def needs(change: dict[str, Any], name: str = "haider2024/code-llama-7b", launching: bool = False) -> dict[str, float]:
+def needs(change: dict[str, Any], name: str = NAME, launching: bool = False) -> dict[str, float]:
     """What a run writes, in GB."""
     case = rules.Case(config_with({"datasets": None, "test_datasets": None} | change, name), set(), launching=launching)
     return {what: size / 1e9 for _, size, what, _ in space._needs(case)}

@@ -4,13 +4,18 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from conftest import Recipe
 from run_folders import a_run
 
+from qlora_recipes.base import disks
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.configs.compose import Request
 from qlora_recipes.places.local import Local
-from qlora_recipes.running import former, pipeline, sweep
+from qlora_recipes.planning import plan
+from qlora_recipes.running import former, pipeline, reproduce, sweep
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.runs.tasks import Command, Outcome, Step, Work
+from qlora_recipes.scores.evaluate import EvaluationRequest
 
 
 def work(folder: Path, words: dict[Step, list[str]], asked: list[str]) -> Work:
@@ -92,3 +97,17 @@ def test_exit_codes() -> None:
     failed.fail("run", "broke")
     codes = [pipeline.exit_code(some) for some in ([fine], [fine, refused], [refused], [refused, failed])]
     assert codes == [0, 1, 2, 1]
+
+
+def test_the_disk_that_needs_room_is_that_of_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+) -> None:
+    monkeypatch.setattr(disks, "free", lambda _: 10**3)
+    monkeypatch.setattr(plan, "of_request", Mock(side_effect=UserError("takes seconds")))
+    short = f"{tmp_path / 'elsewhere'}: 1e-06 GB are free on its disk"
+    asked = Request("haider2024/code-llama-7b")
+    place = Local(rehearsal=False, jobs=None, options=[])
+    one = pipeline.Pipeline(Outcome(asked.name), asked, EvaluationRequest(), tmp_path / "elsewhere", place)
+    assert not one.check(with_data=False) and short in (one.outcome.problem or "")
+    assert any(short in note for note in reproduce._outlined(one, None)[1])
+    assert short in recipe("run", asked.name, "--dry-run", "--runs", tmp_path / "elsewhere").stderr
