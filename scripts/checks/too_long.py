@@ -22,27 +22,43 @@ def findings(config: Config) -> Iterator[Finding]:
     """A finding for each data set of local JSONL files whose every row is longer than sequence_len, even without the
     prompt around it, where Axolotl drops such rows, and the tokenizer is on this machine.
 
+    It is an error where all data sets of its section are such, as Axolotl drops from what they are merged to.
+
     A text has at most as many tokens as bytes, so that a row is tokenized only where all rows have more bytes than
     that; usually the first few lines are all that is read.
     """
-    limit = config.get("sequence_len") or 512  # Axolotl's default
     folder = models.folder_of(config)
     if str(config.get("excess_length_strategy") or "drop").lower() != "drop" or config.get("rl") or not folder:
         return
     if not (tokenizer := folder / "tokenizer.json").is_file():
         return
-    for key, dataset in datafiles.datasets(config):
-        files = datafiles.jsonl_files(dataset)
-        if files and dataset.get("type") != "completion" and fields_of(dataset):
-            if any(len(line) <= limit for line in _lines(dataset, files)):
-                continue
-            sizes, are_all = _sizes(dataset, files, tokenizer, limit)
-            if min(sizes) > limit:
-                problem = f"no row fits sequence_len, {limit}, so that Axolotl would drop all {len(sizes)}"
-                if not are_all:
-                    problem = f"none of the {len(sizes)} shortest rows fits sequence_len, {limit}"
-                remedy = f"they have {min(sizes)} to {max(sizes)} tokens and a prompt: raise sequence_len"
-                yield Finding("error" if are_all else "warning", "too-long", f"{key}.path", problem, remedy)
+    for section in ("datasets", "test_datasets"):
+        own = section == "test_datasets" and config.get("eval_sequence_len")
+        setting = "eval_sequence_len" if own else "sequence_len"
+        limit = config.get(setting) or 512  # Axolotl's default
+        entries = [*datafiles.datasets(config, section)]
+        found = [too_long for entry in entries if (too_long := _judged(*entry, tokenizer, setting, limit))]
+        for finding in found:
+            if len(found) < len(entries):
+                finding.level = "warning"
+            yield finding
+
+
+def _judged(key: str, dataset: Config, tokenizer: Path, setting: str, limit: int) -> Finding | None:
+    """The finding for a data set by itself; None where some row fits, or it is not known."""
+    files = datafiles.jsonl_files(dataset)
+    if not (files and dataset.get("type") != "completion" and fields_of(dataset)):
+        return None
+    if any(len(line) <= limit for line in _lines(dataset, files)):
+        return None
+    sizes, are_all = _sizes(dataset, files, tokenizer, limit)
+    if not sizes or min(sizes) <= limit:
+        return None
+    problem = f"no row fits {setting}, {limit}, so that Axolotl would drop all {len(sizes)}"
+    if not are_all:
+        problem = f"none of the {len(sizes)} shortest rows fits {setting}, {limit}"
+    remedy = f"they have {min(sizes)} to {max(sizes)} tokens and a prompt: raise {setting}"
+    return Finding("error" if are_all else "warning", "too-long", f"{key}.path", problem, remedy)
 
 
 def _lines(dataset: Config, files: Sequence[Path]) -> Iterator[bytes]:
@@ -78,8 +94,10 @@ def _texts(dataset: Config, row: dict[str, Any]) -> list[str]:
     """The texts of a row that are certainly trained on."""
     if dataset.get("type") == "chat_template":
         content = (dataset.get("message_property_mappings") or {}).get("content", "content")
-        messages = row.get(dataset.get("field_messages") or "messages")
-        found = [one.get(content) for one in messages or () if isinstance(one, dict)]
+        messages = list(row.get(dataset.get("field_messages") or "messages") or ())
+        if dataset.get("drop_system_message"):
+            del messages[:1]  # whatever its role, which can have another name
+        found = [one.get(content) for one in messages if isinstance(one, dict)]
     else:
         fields = fields_of(dataset)
         assert fields

@@ -71,6 +71,49 @@ def test_a_row_that_fits_behind_many_that_do_not_is_found_and_patience_ends(
     assert only.level == "warning" and "none of the 200 shortest rows fits sequence_len" in only.problem
 
 
+def test_each_section_has_a_limit_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    both = config(tiny, [400, 500])
+    both |= {"test_datasets": both["datasets"]}
+    assert [found.name for found in too_long.findings(both | {"eval_sequence_len": 4000})] == [
+        "too-long:datasets.0.path"
+    ]
+    (only,) = too_long.findings(both | {"sequence_len": 4000, "eval_sequence_len": 100})
+    assert only.name == "too-long:test_datasets.0.path" and "no row fits eval_sequence_len, 100" in only.problem
+
+
+def test_a_set_beside_one_that_is_left_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    long = config(tiny, [400, 500])
+    (one,) = long["datasets"]
+
+    def levels(*others: dict[str, Any]) -> list[tuple[str, str]]:
+        return [(found.level, found.key) for found in too_long.findings(long | {"datasets": [one, *others]})]
+
+    assert levels(one) == [("error", "datasets.0.path"), ("error", "datasets.1.path")]
+    write_rows(Path("short.jsonl"), [{"instruction": "Say it.", "output": "x"}])
+    assert levels(one | {"path": "short.jsonl"}) == [("warning", "datasets.0.path")]
+    assert levels({"path": "some/set", "type": "alpaca"}) == [("warning", "datasets.0.path")]
+
+
+def test_what_axolotl_does_not_read_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert [*too_long.findings(config(tiny, [400], entry={"split": "train[:0]"}))] == []
+    chats = config(tiny, [400], entry=CHATS)
+    turns = [
+        {"from": "system", "value": "return " * 400},
+        {"from": "human", "value": "Say."},
+        {"from": "gpt", "value": "x"},
+    ]
+    write_rows(Path("r.jsonl"), [{"turns": turns}])
+    (only,) = too_long.findings(chats)
+    assert only.level == "error"
+    chats["datasets"][0]["drop_system_message"] = True
+    assert [*too_long.findings(chats)] == []
+
+
 def test_run_refuses_before_axolotl_starts(recipe: Recipe, tmp_path: Path, tiny: Path, tiny_profile: Path) -> None:
     done = recipe("run", "haider2024/code-llama-7b", "--profile", tiny_profile, "--set", "sequence_len=8")
     assert done.returncode == 2, done.stderr
