@@ -10,7 +10,7 @@ from ..base import disks, paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.quiet import importing_axolotl
 from ..base.yamlfiles import Config
-from ..configs import compose, exchange, models, standin
+from ..configs import compose, exchange, models, standin, variants
 from ..configs.compose import Composed, Request
 from ..configs.config import check_not_of_the_run
 from ..configs.gpus import Gpu
@@ -161,7 +161,7 @@ def _other_rows(composed: Composed) -> Iterator[Finding]:
 
 def _other_axolotl(composed: Composed) -> Iterator[Finding]:
     """A variant, or the schema that all are checked with, that is of another Axolotl than is installed."""
-    stamp = re.search(r"(?m)^# Written for Axolotl (\S+)\.$", yamlfiles.read_text(composed.recipe_file))
+    stamp = variants.STAMP.search(yamlfiles.read_text(composed.recipe_file))
     for what, version in {"the variant": stamp and stamp[1], "the schema of keys": schema.made_for()}.items():
         if note := provenance.other_axolotl({"axolotl": version}):
             problem = f"{what} was {note}: a key can mean something else"

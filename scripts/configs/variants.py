@@ -10,6 +10,8 @@ from ..base.errors import UserError
 from ..data import study
 from . import config
 
+STAMP = re.compile(r"(?m)^# Written for Axolotl (\S+)\.\n")
+"""What the head of a variant says of the Axolotl that its text is for."""
 _NAMED = re.compile(r"# (?:\S+: a variant of (\S+)|(\S+): .*)")
 
 

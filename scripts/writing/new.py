@@ -158,7 +158,9 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
     head = f"{editor[1]}{schema}{editor[2]}" if editor else ""
     head += f"# {name}: a variant of {base_name}\n"
     head += f"# `recipe diff {name}` lists what it changes, `recipe run {name}` trains it.\n"
-    head += f"# Written for Axolotl {version('axolotl')}.\n"
+    stamp = variants.STAMP.search(text)  # a variant's text is as old as that which it is made from
+    head += stamp[0] if stamp else f"# Written for Axolotl {version('axolotl')}.\n"
+    text = variants.STAMP.sub("", text)
     if other:
         rest = "the other settings are as they were"
         text = _for_other_model(text, base, base_name, other.about, str(recipe.get("base_model")))

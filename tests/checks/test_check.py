@@ -303,5 +303,9 @@ def test_a_variant_or_a_schema_of_another_axolotl_is_a_note(
     done = recipe("check", "wide")
     assert done.returncode == 0
     assert "variants/wide.yaml: note: the variant was made with Axolotl 9." in done.stdout
+    for name, *other in (("wider",), ("smaller", "--model", "HuggingFaceTB/SmolLM2-135M")):
+        assert recipe("new", name, "--from", "wide", *other).returncode == 0
+        assert f"variants/{name}.yaml: note: the variant was made with Axolotl 9." in recipe("check", name).stdout
+        assert (place / "variants" / f"{name}.yaml").read_text().count("# Written for Axolotl") == 1
     monkeypatch.setattr(schema, "made_for", lambda: "0.20.1")
     assert f"{NAME}.yaml: note: the schema of keys was made with Axolotl 0.20.1" in recipe("check", NAME).stdout
