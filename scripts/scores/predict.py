@@ -23,8 +23,8 @@ models; a card of 16 GB has that beside the weights."""
 
 def as_row(i: int, row: Row, reference: str) -> Row:
     """A test row as in predictions.jsonl: its number and reference, and its position and language where known."""
-    known = {"idx": int | str, "lang": str}  # anybody's data can have something else there
-    kept = {key: row[key] for key, kind in known.items() if isinstance(row.get(key), kind)}
+    known = {"idx": (int, str), "lang": (str,)}  # anybody's data can have something else there, true among it
+    kept = {key: row[key] for key, kinds in known.items() if type(row.get(key)) in kinds}
     return {"row": i} | kept | {"reference": reference}
 
 

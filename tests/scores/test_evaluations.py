@@ -1,6 +1,7 @@
 """What is shown of an evaluation's predictions."""
 
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -10,7 +11,8 @@ from run_folders import a_run
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate
-from qlora_recipes.scores.evaluations import BASE_MODEL, Evaluation, beside_references, read_scores
+from qlora_recipes.scores.evaluations import BASE_MODEL, Evaluation, beside_references, read_predictions, read_scores
+from qlora_recipes.scores.predict import as_row
 
 LONG = "Why not " + "reuse the pool here, as the other callers do, " * 20
 
@@ -66,3 +68,11 @@ def test_evaluate_shows_the_first_two_wrapped_and_cut(
     assert all(len(line) <= 60 for line in empty.splitlines())
     assert scores.startswith("rows ")
     assert "row 1" not in recipe("evaluate", "latest", "--json").stdout
+
+
+@pytest.mark.parametrize("idx", [True, 3, "a", 1.5, None, [3]])
+def test_whatever_data_has_for_a_position_predictions_can_be_read(tmp_path: Path, idx: Any) -> None:
+    row = as_row(0, {"idx": idx, "lang": idx}, "a = 1") | {"prediction": "a = 2"}
+    write_rows(tmp_path / "predictions.jsonl", [row])
+    assert read_predictions(tmp_path) == [row]
+    assert row.get("idx") == (idx if idx in (3, "a") else None)
