@@ -11,7 +11,7 @@ Text = tuple[str, str]  # where it stands, and what it is
 
 _TOKEN = (
     r"(?-i:(?<![A-Za-z0-9])(hf_(?=[a-z]*[\dA-Z])[A-Za-z0-9]{10,}|hf_[a-z]{16,}|gh[oprsu]_[A-Za-z0-9]{10,}"
-    r"|github_pat_\w{10,}|[sp]k[-_](?=[\w-]*\d)[\w-]{16,}|glpat-[\w-]{10,}|npm_[A-Za-z0-9]{16,}|pypi-[\w-]{16,}"
+    r"|github_pat_\w{10,}|[sp]k(-|_(live|test)_)(?=[\w-]*\d)[\w-]{16,}|glpat-[\w-]{10,}|npm_[A-Za-z0-9]{16,}|pypi-[\w-]{16,}"
     r"|xox[a-z]-[\w-]{10,}|wandb_v\d_\w{10,}|(AKIA|ASIA)[A-Z0-9]{12,}|AIza[\w-]{20,}|eyJ[\w-]{10,}\.[\w-]+))"
 )
 """Access tokens, by how their issuers have them begin."""

@@ -27,6 +27,8 @@ NAMES = {"gpunode17.lab.example", "mmuster"}
         ("root@box", "an address"),
         ("hf_abcdefghijklmnopqrstuvwx12", "an access token"),
         ("sk-proj-abcdefgh12345678", "an access token"),
+        ("sk_live_abcdefgh12345678", "an access token"),
+        ("pk_test_abcdefgh12345678", "an access token"),
         ("ghp_16C7e42F292c6912E7", "an access token"),
         ("key AKIAIOSFODNN7EXAMPLE", "an access token"),
         ("0123456789abcdef0123456789abcdef01234567", "a long random text"),
@@ -48,6 +50,7 @@ def test_what_gives_something_away_is_named(text: str, what: str) -> None:
         *("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-80GB", "Quadro RTX 5000", "580.95.05", "2.14.1+cu130"),
         *("Intel(R) Xeon(R) CPU @ 2.20GHz", "AMD Ryzen 7 w/ Radeon 780M", "0.21.0.post1", "microsoft/deberta-xlarge"),
         *("A: ", "#### ", "The answer is: ", "test-subset-1", "…", "mmusterfrau", "gpunode171"),
+        *("pk_fields_2024_of_the_table", "sk_learn_model_version_1_x"),
     ],
 )
 def test_names_of_hardware_models_packages_and_settings_do_not(text: str) -> None:

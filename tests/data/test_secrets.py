@@ -63,6 +63,7 @@ def test_a_planted_secret_is_refused_and_not_echoed(
         ("tokenizer_kwargs.eos_token", "</s>"),
         ("base_model", "hf-internal-testing/tiny-random-LlamaForCausalLM"),
         ("base_model", "outputs/hf_checkpoints/sk-learn-like-3"),
+        ("datasets.0.path", "pk_fields_2024_of_the_table"),
         ("datasets.0.path", "https://example.org:80/rows@v1"),
         ("default_system_message", "Name the token: it is no secret: none."),
     ],
