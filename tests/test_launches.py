@@ -6,6 +6,7 @@ The training is that of stand_in/axolotl.py.
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -20,11 +21,11 @@ from conftest import TESTS
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.locks import is_held
 from qlora_recipes.runs.lookup import all_runs
-from qlora_recipes.runs.rundir import RunDir
 
 NAME = "haider2024/llama-3.2-3b"
 LAUNCHES = int(os.environ.get("LAUNCHES", "200"))
 MARK = "LAUNCHED_BY_THIS_TEST"
+PART = re.compile(r"\.config\.yaml\.\w+\.part|\.run\.json\.\w+\.part config\.yaml")  # what SIGKILL leaves of a folder
 
 
 def launch(number: int, profile: Path, said: Path, chance: random.Random) -> dict[str, Any]:
@@ -96,10 +97,17 @@ def test_launches_that_end_in_any_way_leave_only_runs_whose_state_is_true(
     locks = [*tmp_path.rglob("*lock")]
     assert locks and not [lock for lock in locks if is_held(lock)]
     assert [*temporary.rglob("*")] == []
-    parts = [*place.rglob("*.part"), *cache.rglob("*.part*")]
-    for run in {part.parent for part in parts}:  # of a process that was killed while it wrote
-        assert codes[yamlfiles.read_yaml(run / "config.yaml")["seed"]] == -signal.SIGKILL, parts
-        with RunDir(run).held():
-            assert not [*run.glob(".*.part")]
+    assert [*cache.rglob("*.part*")] == []
     kept = {"config.yaml", "run.json", "metrics.jsonl", "train.log", "output", ".lock"}
-    assert {path.name for run in runs.values() for path in run.path.iterdir()} <= kept
+    for number, run in runs.items():
+        left = {path.name for path in run.path.iterdir()}
+        if codes[number] == -signal.SIGKILL:  # perhaps while it wrote run.json anew
+            with run.held():
+                left = {path.name for path in run.path.iterdir()}
+        assert left <= kept, (number, left)
+    begun = {folder for folder in (place / "runs" / NAME).iterdir()} - {run.path for run in runs.values()}
+    for folder in begun:  # of a command that a signal ended before its run had a record
+        left = {path.name for path in folder.iterdir()}
+        assert left <= {"config.yaml"} or PART.fullmatch(" ".join(sorted(left))), left
+    assert len(begun) <= sum(count for (how, state, _), count in ends.items() if state == "none")
+    assert {part.parent for part in place.rglob("*.part")} <= begun
