@@ -53,6 +53,8 @@ def outlook(of_study: Study, runs: Path, difference: float | None = None) -> dic
     basis = _basis(of_study, column, runs)
     if not basis.variances.deviation(1, 1):
         raise UserError(f"--power {of_study.folder.name}: all rows of {basis.words} score the same; nothing is noise")
+    if basis.rows < _FEWEST:
+        raise UserError(f"--power {of_study.folder.name}: {basis.rows} rows are too few to plan with; score more")
     known = next(filter(None, (of_study.repeats(recipe, column.name) for recipe in of_study.published)), [])
     rows = []
     for part in PARTS:
@@ -121,7 +123,8 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
     if metric.all_or_nothing and metric.high is not None and published and of_study.data.scored_rows:
         of_rows = (published.value - metric.low) * (metric.high - published.value)
         words = f"{borrowed}, and rows that are right or wrong, {published.value:g} % of them right as published"
-        return Basis(Variances(of_runs, of_rows, 0.0), of_study.data.scored_rows, words)
+        if of_rows >= 0:  # otherwise no score can be as published
+            return Basis(Variances(of_runs, of_rows, 0.0), of_study.data.scored_rows, words)
     lacks = f"`recipe reproduce {name} --only {recipe}` makes a run that shows it"
     raise UserError(f"--power {name}: how far rows lie apart is not known yet; {lacks}")
 

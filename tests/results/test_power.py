@@ -80,6 +80,14 @@ def test_what_it_lacks_is_told(runs: Path, recipe: Recipe) -> None:
     assert "give a finite number" in recipe("results", "--power", "sums2030", "--difference", "nan").stderr
 
 
+def test_too_few_rows_to_plan_with_are_told(runs: Path, recipe: Recipe) -> None:
+    of_seeds(runs, 3)
+    for file in runs.rglob("predictions.jsonl"):
+        file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[-4:]))
+    done = recipe("results", "--power", "sums2030")
+    assert (done.returncode, "4 rows are too few to plan with" in done.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     "more", [{"rehearsal": True}, {"settings": {"test_set": "test"}}, {"state": "failed"}, {"set_again": True}]
 )
@@ -105,6 +113,14 @@ def test_published_repeats_stand_in_for_seeds(runs: Path, tmp_path: Path) -> Non
     found = power.outlook(small_study.read(), runs)
     assert found["rests_on"] == f"3 published repeats of {PLAIN}, and the rows of {PLAIN}"
     assert (found["deviation_of_rows"], found["rows"][0]["rows"]) == (pytest.approx(np.std(table, ddof=1)), ROWS)
+
+
+def test_a_published_score_that_none_can_have_tells_nothing_of_rows(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipes" / "sums2030").rename(tmp_path / "before")
+    published = {PLAIN: {"scores": {"accuracy": 120}, "repeats": {"accuracy": [60, 60.0]}}, WIDE: {}}
+    small_study.write(tmp_path, published=published)
+    with pytest.raises(power.UserError, match="how far rows lie apart is not known yet"):
+        power.outlook(small_study.read(), runs)
 
 
 def test_a_metric_of_no_range_needs_a_difference_and_one_of_no_rows_has_no_power(runs: Path, tmp_path: Path) -> None:
