@@ -3,10 +3,12 @@
 import hashlib
 import os
 import re
+from pathlib import Path
 
 from ..base import paths
 from ..base.yamlfiles import Config
 from ..configs.compose import Composed, filled
+from ..configs.datafiles import DataFile
 from .rundir import RunDir
 
 PLUGIN = "qlora_recipes.plugin.RunPlugin"
@@ -15,18 +17,24 @@ AUTO_RESUME = "auto_resume_from_checkpoints"
 
 def launched(composed: Composed, folder: RunDir) -> Config:
     """The config with what a run adds to it: its output folder, its plugin, the folder for prepared data, and its name
-    for trackers.
-
-    Axolotl keys its cache of prepared data by settings alone; a hash of the data in the path keeps a changed file from
-    being taken for the old one. Axolotl's own resuming is off, because it would take a damaged checkpoint.
+    for trackers. Axolotl's own resuming is off, because it would take a damaged checkpoint.
     """
-    content = hashlib.sha256("".join(file.sha256 for file in composed.data).encode()).hexdigest()
     return _named_for_trackers(composed, folder) | {
         "output_dir": str(folder.output),
-        "dataset_prepared_path": str(paths.cache() / "prepared" / content[:16]),
+        "dataset_prepared_path": str(prepared_folder(composed.data)),
         "plugins": [*(composed.config.get("plugins") or []), PLUGIN],
         **({AUTO_RESUME: False} if composed.config.get(AUTO_RESUME) else {}),
     }
+
+
+def prepared_folder(data: list[DataFile]) -> Path:
+    """The folder for what Axolotl prepares of some files.
+
+    It keys its cache by settings alone; a hash of the data in the path keeps a changed file from being taken for the
+    old one.
+    """
+    content = hashlib.sha256("".join(file.sha256 for file in data).encode()).hexdigest()
+    return paths.cache() / "prepared" / content[:16]
 
 
 def _named_for_trackers(composed: Composed, folder: RunDir) -> Config:

@@ -11,6 +11,8 @@ from qlora_recipes.base import disks
 from qlora_recipes.checks import rules
 from qlora_recipes.checks.finding import Finding
 from qlora_recipes.checks.rules import space
+from qlora_recipes.configs import datafiles
+from qlora_recipes.runs import handover
 
 NAME = "haider2024/code-llama-7b"
 DATA = {"path": "rows.jsonl", "type": "alpaca"}
@@ -20,7 +22,7 @@ DATA = {"path": "rows.jsonl", "type": "alpaca"}
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with (tmp_path / "rows.jsonl").open("wb") as stream:
-        os.truncate(stream.fileno(), 10**9)
+        os.truncate(stream.fileno(), 10**8)
 
 
 def needs(change: dict[str, Any], name: str = NAME, launching: bool = False) -> dict[str, float]:
@@ -35,24 +37,42 @@ def test_checkpoints_adapter_and_rows_are_counted() -> None:
     assert needs({}) == {
         "the adapter": adapter,
         "checkpoints, 3 of them": pytest.approx(9 * adapter),
-        "prepared rows": 0,
     }
     assert needs({"optimizer": "adamw_8bit"})["checkpoints, 3 of them"] == pytest.approx(3 * 1.5 * adapter)
     assert needs({"save_only_model": True})["checkpoints, 3 of them"] == pytest.approx(3 * adapter)
     assert "checkpoints, 1 of them" in needs({"saves_per_epoch": None, "num_epochs": 1})
     assert "checkpoints, 5 of them" in needs({"save_total_limit": None, "num_epochs": 9})
-    assert "checkpoints, 0 of them" in needs({"saves_per_epoch": None, "save_strategy": "no"})
+    assert [*needs({"saves_per_epoch": None, "save_strategy": "no"})] == ["the adapter"]
     assert needs({"lora_modules_to_save": ["lm_head"]})["the adapter"] == adapter + 4 * 32016 * 4096 / 1e9
-    assert needs({"datasets": [DATA]})["prepared rows"] == 4
-    assert needs({"datasets": [DATA | {"split": "train[:32]"}]})["prepared rows"] == 0
     full = needs({"adapter": None, "lora_r": None})
     assert full["the model"] == pytest.approx(2 * 6.74, rel=0.01)
 
 
+def test_what_may_not_come_is_not_counted() -> None:
+    adapter = 4 * 33_554_432 / 1e9
+    for optimizer in ("sgd", "adafactor", "lion_8bit", "galore_adamw"):
+        assert needs({"optimizer": optimizer})["checkpoints, 3 of them"] == pytest.approx(3 * adapter)
+    assert needs({"lora_target_modules": ".*self_attn.*"}) == {}
+    assert needs({"lora_target_linear": False, "peft_layers_to_transform": [0]}) == {}
+    assert "the adapter" in needs({"lora_target_modules": ".*self_attn.*", "lora_target_linear": True})
+
+
+def test_rows_that_are_prepared_are_not_prepared_again() -> None:
+    change = {"datasets": [DATA]}
+    assert needs(change, launching=True)["prepared rows"] == 0.4
+    assert "prepared rows" not in needs({"datasets": [DATA | {"split": "train[:32]"}]}, launching=True)
+    assert "prepared rows" not in needs(change)
+    rows = handover.prepared_folder(datafiles.record(change)) / "0123"
+    rows.mkdir(parents=True)
+    assert needs(change, launching=True)["prepared rows"] == 0.4  # half of them, by a killed process
+    (rows / "dataset_info.json").touch()
+    assert "prepared rows" not in needs(change, launching=True)
+
+
 def test_what_is_not_here_is_downloaded_when_a_run_starts() -> None:
     assert needs({}, launching=True)["the base model's download"] == pytest.approx(13.48, rel=0.01)
-    assert [*needs({"base_model": "./models/mine"}, launching=True)] == ["prepared rows"]
-    assert [*needs({"base_model": "some/model"}, launching=True)] == ["prepared rows"]
+    assert needs({"base_model": "./models/mine"}, launching=True) == {}
+    assert needs({"base_model": "some/model"}, launching=True) == {}
 
 
 @pytest.mark.parametrize(("launching", "level"), [(False, "warning"), (True, "error")])
