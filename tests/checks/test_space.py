@@ -57,7 +57,7 @@ def test_what_may_not_come_is_not_counted() -> None:
     assert "the adapter" in needs({"lora_target_modules": ".*self_attn.*", "lora_target_linear": True})
 
 
-def test_rows_that_are_prepared_are_not_prepared_again() -> None:
+def test_rows_that_are_prepared_are_not_prepared_again(monkeypatch: pytest.MonkeyPatch) -> None:
     change = {"datasets": [DATA]}
     assert needs(change, launching=True)["prepared rows"] == 0.4
     assert "prepared rows" not in needs({"datasets": [DATA | {"split": "train[:32]"}]}, launching=True)
@@ -66,6 +66,8 @@ def test_rows_that_are_prepared_are_not_prepared_again() -> None:
     rows.mkdir(parents=True)
     assert needs(change, launching=True)["prepared rows"] == 0.4  # half of them, by a killed process
     (rows / "dataset_info.json").touch()
+    assert needs(change, launching=True)["prepared rows"] == 0.4  # with so much room no file is hashed for it
+    monkeypatch.setattr(disks, "free", lambda _: 10**9)
     assert "prepared rows" not in needs(change, launching=True)
 
 

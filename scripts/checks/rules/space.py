@@ -75,12 +75,15 @@ def _needs(case: Case) -> list[_Need]:
 
 
 def _rows(config: Config) -> int:
-    """Bytes of the rows that are prepared of whole JSONL files; 0 where the cache has rows of the same files."""
+    """Bytes of the rows that are prepared of whole JSONL files; 0 where the cache has rows of the same files, for which
+    all of them are hashed where room is scarce."""
     with suppress(UserError, OSError):
-        prepared = handover.prepared_folder(datafiles.record(config))
-        if not any(prepared.glob("*/dataset_info.json")):
-            whole = (dataset for _, dataset in datafiles.datasets(config) if dataset.get("split") in (None, "train"))
-            return _PREPARED * sum(file.stat().st_size for dataset in whole for file in datafiles.jsonl_files(dataset))
+        whole = (dataset for _, dataset in datafiles.datasets(config) if dataset.get("split") in (None, "train"))
+        files = (file for dataset in whole for file in datafiles.jsonl_files(dataset))
+        size = _PREPARED * sum(file.stat().st_size for file in files)
+        scarce = size > disks.free(paths.cache()) / 10
+        there = scarce and any(handover.prepared_folder(datafiles.record(config)).glob("*/dataset_info.json"))
+        return 0 if there else size
     return 0
 
 
