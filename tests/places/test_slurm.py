@@ -53,6 +53,7 @@ def wait_for(run: RunDir, holds: Callable[[rundir.Run], bool], seconds: float = 
     return record
 
 
+@pytest.mark.long
 def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     tmp_path: Path, tiny_profile: Path, stand_in: Path, slurm: Cluster
 ) -> None:
