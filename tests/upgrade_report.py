@@ -110,7 +110,7 @@ def markdown(title: str, parts: list[Part], outcome: str) -> str:
     """The whole report.
 
     Args:
-        outcome: what became of the working tree.
+        outcome: what was done to the working tree.
     """
     lines = [f"# {title}", "", outcome, ""]
     for part in parts:

@@ -152,13 +152,13 @@ class _Shallow:
 
 
 def _growth(fewer_events: Events, events: Events, more: int) -> _Growth:
-    """How a trace goes on with more layers, found from one and another of a layer less.
+    """How a trace continues with more layers, from two traces that differ by one layer.
 
     What an event frees is looked up in both. Where that is as far from the first layer in one as in the other, it moves
     on with each layer that is added; where it is as far from the last, it moves the other way.
 
     Raises:
-        Irregular: it cannot be told.
+        Irregular: that does not follow from them.
     """
     fewer, shallow = _Shallow(fewer_events), _Shallow(events)
     sections, larger = _sections(fewer, shallow)

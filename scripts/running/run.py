@@ -111,7 +111,7 @@ def create(composed: Composed, request: Request, runs: Path, shared: Container[D
         record.seal = strangers.seal(folder, record)
         folder.write(record)
     except OSError:
-        shutil.rmtree(folder.path)  # a folder without a record is no run
+        shutil.rmtree(folder.path)  # without a record the folder is not a run
         raise
     say(f"run {folder.path}")
     for difference in new:

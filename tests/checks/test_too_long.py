@@ -1,4 +1,4 @@
-"""Data sets of which no row is left, told before Axolotl starts."""
+"""Data sets with no rows left are reported before Axolotl starts."""
 
 from pathlib import Path
 from typing import Any
