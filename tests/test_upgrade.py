@@ -1,5 +1,5 @@
-"""The way to another release of Axolotl: what the report says, and when the checkout changes. A real release takes an
-environment of 8 GB from the registry; here is a small checkout, whose make and Python write what they are told."""
+"""`make upgrade`: what its report says, and when the checkout changes. A real upgrade takes an environment of 8 GB, so
+these tests use a small checkout with stand-ins for make and Python."""
 
 import json
 import subprocess

@@ -10,7 +10,7 @@ from qlora_recipes.runs import launch
 from qlora_recipes.runs.rundir import RunDir
 
 FULL = "OSError: [Errno 28] No space left on device: '/data/x'\n"
-TRITON = "triton cache not written: [Errno 28] No space left on device: '/root/.triton/x'\n"
+TRITON = "triton cache not written: [Errno 28] No space left on device: '/scratch/triton/x'\n"
 NO_MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
 STEPS = "step\n" * 20
 TORCHRUN = "E1127 05:27:43 31670 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1) ...\n" + (
