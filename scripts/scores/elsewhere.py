@@ -35,7 +35,7 @@ def prompts(
         second time, or not at all.
     """
     with importing_axolotl(offline=offline):
-        from .generate import Prompter
+        from .prompter import Prompter
 
         prompter = Prompter(settings, cfg, tokenizer)
         examples = prompter.examples(evaluated.rows, evaluated.keys)

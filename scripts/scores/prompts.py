@@ -50,7 +50,7 @@ def _prompt(row: dict[str, Any], cfg: Config, dataset: Config, tokenizer: Any) -
     from axolotl.utils.dict import DictDefault
 
     from ..checks.tokens import tokenize
-    from .generate import LOSS_ON_ANSWERS, answer_of
+    from .prompter import LOSS_ON_ANSWERS, answer_of
 
     answers = DictDefault(cfg | {"train_on_inputs": False}), DictDefault(dataset | LOSS_ON_ANSWERS)
     (tokens,) = tokenize("its prompt", *answers, tokenizer, [row], 2**20)

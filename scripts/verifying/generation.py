@@ -12,8 +12,9 @@ from ..base.paths import find_recipe
 from ..configs.precision import precision
 from ..data.sample import usual_sample
 from ..data.study import Decoding
+from ..scores.engines.reference import Reference
 from ..scores.evaluations import EvaluationSettings
-from ..scores.generate import Generator
+from ..scores.prompter import Prompter
 from .bench import RECIPE, Bench, Figure, Figures
 
 ROWS, TOKENS, FIRST = 4, 24, 8
@@ -38,16 +39,17 @@ def generation(bench: Bench) -> Figures:
         quantized=True,
         dtype=precision(cfg, on_gpu=bench.gpu is not None).weights,
     )
-    generator = Generator(settings, cfg, run / "output")
+    prompter = Prompter(settings, cfg, run / "output")
+    reference = Reference(prompter)
     rows = list(map(orjson.loads, data.read_bytes().splitlines()))[:ROWS]
-    prompts = [example.prompt for example in generator.examples(rows)]
+    prompts = [example.prompt for example in prompter.examples(rows)]
     room = 1 << (max(map(len, prompts)) + TOKENS - 1).bit_length()
     answers = {}
     for cache in ("dynamic", "static"):
-        generator.settings = settings.model_copy(update={"cache": cache})
-        answers[cache] = generator.answers(prompts, 0, room)
+        reference.settings = settings.model_copy(update={"cache": cache})
+        answers[cache] = reference.answers(prompts, 0, room)
     figures = {
-        f"answers with a {cache} cache": Figure(shortfall(generator.model, prompts, written))
+        f"answers with a {cache} cache": Figure(shortfall(reference.model, prompts, written))
         for cache, written in answers.items()
     }
     pairs = zip(*answers.values(), strict=True)

@@ -36,7 +36,7 @@ from qlora_recipes.runs.rundir import Launch, Run, RunDir, Summary
 from qlora_recipes.scores import evaluations
 
 if TYPE_CHECKING:
-    from qlora_recipes.scores.generate import Generator
+    from qlora_recipes.scores.engines.reference import Reference
 
 RECIPE = "haider2024/llama-3-8b"
 BASE = "meta-llama/Meta-Llama-3-8B"
@@ -687,9 +687,9 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
 
     # and so does an evaluation, with the adapter and without
     for adapter in (run.output, None):
-        of_adapter = generator(run, cfg, adapter)
-        answers = of_adapter.generate([[1, 50, 60], [1, 50, 60, 70, 80]], 0, 256)  # the first one is padded
-        assert answers == [of_adapter.generate([ids], 0, 256)[0] for ids in ([1, 50, 60], [1, 50, 60, 70, 80])]
+        of_adapter = reference(run, cfg, adapter)
+        answers = of_adapter.answers([[1, 50, 60], [1, 50, 60, 70, 80]], 0, 256)  # the first one is padded
+        assert answers == [of_adapter.answers([ids], 0, 256)[0] for ids in ([1, 50, 60], [1, 50, 60, 70, 80])]
         assert of_adapter.model.get_input_embeddings().num_embeddings == len(tokenizer)
 
 
@@ -703,17 +703,18 @@ def settings(run: RunDir, cfg: yamlfiles.Config, **changes: Any) -> evaluations.
 
 def prompt(run: RunDir, cfg: yamlfiles.Config, row: dict[str, Any]) -> list[int]:
     """The tokens of a row's prompt as an evaluation of the run makes them."""
-    from qlora_recipes.scores.generate import Prompter
+    from qlora_recipes.scores.prompter import Prompter
 
     return Prompter(settings(run, cfg), cfg, run.output).examples([row])[0].prompt
 
 
-def generator(run: RunDir, cfg: yamlfiles.Config, adapter: Path | None) -> "Generator":
+def reference(run: RunDir, cfg: yamlfiles.Config, adapter: Path | None) -> "Reference":
     """What an evaluation generates with."""
-    from qlora_recipes.scores.generate import Generator
+    from qlora_recipes.scores.engines.reference import Reference
+    from qlora_recipes.scores.prompter import Prompter
 
     of_adapter = {"adapter": str(adapter), "adapter_sha256": "9" * 64 if adapter else None, "dtype": "float32"}
-    return Generator(settings(run, cfg, **of_adapter), cfg, run.output)
+    return Reference(Prompter(settings(run, cfg, **of_adapter), cfg, run.output))
 
 
 def test_the_code_of_a_card_decodes_as_the_run_was_evaluated() -> None:

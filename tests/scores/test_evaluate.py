@@ -13,11 +13,12 @@ from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.configs import standin
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import RunDir, State
-from qlora_recipes.scores import evaluate, predict
+from qlora_recipes.scores import evaluate
+from qlora_recipes.scores.engines.engine import Answer
 from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings, read_predictions, read_scores
 
 if TYPE_CHECKING:
-    from qlora_recipes.scores.generate import Generator
+    from qlora_recipes.scores.engines.reference import Reference
 
 
 @pytest.fixture
@@ -75,22 +76,22 @@ def test_a_run_is_evaluated_in_the_precision_that_it_was_trained_in(
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_recipes.scores.generate import Generator
+    from qlora_recipes.scores.engines.reference import Reference
 
     whole = evaluated(run, limit=10, batch_size=4)
     expected = predictions(run)
     assert [row["row"] for row in expected] == list(range(10))
     (run.path / "evaluations" / "base-model" / "scores.json").unlink()
 
-    generate, calls = Generator.generate, []
+    answers, calls = Reference.answers, []
 
-    def interrupted(self: Generator, prompts: list[list[int]], *how: int) -> list[str]:
+    def interrupted(self: Reference, prompts: list[list[int]], *how: int) -> list[list[int]]:
         calls.append(len(prompts))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return generate(self, prompts, *how)
+        return answers(self, prompts, *how)
 
-    monkeypatch.setattr(Generator, "generate", interrupted)
+    monkeypatch.setattr(Reference, "answers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluated(run, limit=10, batch_size=4)
     with (run.path / "evaluations" / "base-model" / "predictions.part.jsonl").open("ab") as part:
@@ -114,7 +115,7 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run: RunDir, mon
     first = evaluated(run, limit=3)
     other = evaluated(run, limit=4)
     assert (first.scores["rows"], other.scores["rows"]) == (3, 4)
-    monkeypatch.setattr("qlora_recipes.scores.generate.Generator.__init__", None)
+    monkeypatch.setattr("qlora_recipes.scores.engines.reference.Reference.__init__", None)
     with pytest.raises(UserError, match=r"scores\.json: of 4 rows, more than the 2 asked for"):
         evaluated(run, limit=2)
     assert evaluated(run, limit=4) == other
@@ -125,44 +126,46 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run: RunDir, mon
 
 
 @pytest.fixture
-def generator(run: RunDir) -> Callable[..., "Generator"]:
-    """A maker of generators for the run's base model, in fp32."""
-    from qlora_recipes.scores.generate import Generator
+def reference(run: RunDir) -> Callable[..., "Reference"]:
+    """A maker of references for the run's base model, in fp32."""
+    from qlora_recipes.scores.engines.reference import Reference
+    from qlora_recipes.scores.prompter import Prompter
 
     cfg = yamlfiles.read_yaml(run.config)
-    return lambda **settings: Generator(settings_of(cfg).model_copy(update=settings), cfg, run.output)
+    return lambda **settings: Reference(Prompter(settings_of(cfg).model_copy(update=settings), cfg, run.output))
 
 
-def generated(generator: "Generator", rows: list[dict[str, Any]], most: int) -> list[str]:
-    """A prediction for each row, in the batches of an evaluation."""
-    prompts = [example.prompt for example in generator.examples(rows)]
-    done: dict[int, str] = {}
-    for number, (room, batch) in enumerate(predict.batches([len(prompt) + 8 for prompt in prompts], most)):
-        done |= zip(batch, generator.generate([prompts[i] for i in batch], number, room), strict=True)
+def generated(reference: "Reference", rows: list[dict[str, Any]]) -> list[Answer]:
+    """A prediction for each row."""
+    done: dict[int, Answer] = {}
+    for answers in reference.generate([example.prompt for example in reference.prompter.examples(rows)], done):
+        done |= answers
     return [done[i] for i in range(len(rows))]
 
 
 def test_batched_predictions_are_those_of_one_row_at_a_time_whatever_the_cache(
-    generator: Callable[..., "Generator"], sample: Path
+    reference: Callable[..., "Reference"], sample: Path
 ) -> None:
     rows = [orjson.loads(line) for line in (sample / "test.jsonl").read_bytes().splitlines()]
-    single = generated(generator(), rows, 1)
-    assert generated(generator(), rows, 16) == single
-    static = generator(cache="static")
-    assert generated(static, rows, 16) == single
-    assert generated(static, rows, 4) == single  # some batches with the cache of the one before
+    single = generated(reference(batch_size=1), rows)
+    assert generated(reference(batch_size=16), rows) == single
+    assert generated(reference(batch_size=16, cache="static"), rows) == single
+    # some batches with the cache of the one before
+    assert generated(reference(batch_size=4, cache="static"), rows) == single
 
 
 @given(st.lists(st.integers(1, 40_000), min_size=1, max_size=60), st.integers(1, 20))
 def test_batches(lengths: list[int], most: int) -> None:
-    made = list(predict.batches(lengths, most))
+    from qlora_recipes.scores.engines.reference import BATCH_TOKENS, batches
+
+    made = list(batches(lengths, most))
     assert sorted(i for _, batch in made for i in batch) == list(range(len(lengths)))
     rooms = [room for room, _ in made]
     assert rooms == sorted(rooms, reverse=True)
     for room, batch in made:
         assert max(lengths[i] for i in batch) <= room
         assert len(batch) <= most
-        assert len(batch) * room <= predict.BATCH_TOKENS or len(batch) == 1
+        assert len(batch) * room <= BATCH_TOKENS or len(batch) == 1
         assert room <= max(2 * min(lengths[i] for i in batch), 256)
 
 
@@ -234,29 +237,30 @@ def test_scoring_anew_leaves_no_score_of_another_judge(run: RunDir) -> None:
 def test_decoding_is_the_studys_and_not_the_models_own(run: RunDir, tiny: Path) -> None:
     from transformers import GenerationConfig
 
-    from qlora_recipes.scores.generate import Generator
+    from qlora_recipes.scores.engines.reference import Reference
+    from qlora_recipes.scores.prompter import Prompter
 
     GenerationConfig(do_sample=True, temperature=5.0, max_new_tokens=3, eos_token_id=[7, 8]).save_pretrained(tiny)
     try:
         cfg = yamlfiles.read_yaml(run.config)
-        generator = Generator(settings_of(cfg), cfg, run.output)
+        model = Reference(Prompter(settings_of(cfg), cfg, run.output)).model
     finally:
         (tiny / "generation_config.json").unlink()
-    used = generator.model.generation_config
+    used = model.generation_config
     assert (used.do_sample, used.temperature, used.max_new_tokens) == (False, None, 8)
     assert used.eos_token_id == [2, 7, 8]  # the tokenizer's, which the training taught, and the model's
 
 
 def test_sampled_predictions_depend_on_the_seed_and_not_on_the_batches_before(
-    generator: Callable[..., "Generator"],
+    reference: Callable[..., "Reference"],
 ) -> None:
-    sampling = generator(decoding=Decoding(max_new_tokens=8, do_sample=True, seed=1))
-    first, second = (sampling.generate([[1, 50, 60]], number, 256) for number in (0, 1))
-    assert sampling.generate([[1, 50, 60]], 0, 256) == first != second
+    sampling = reference(decoding=Decoding(max_new_tokens=8, do_sample=True, seed=1))
+    first, second = (sampling.answers([[1, 50, 60]], number, 256) for number in (0, 1))
+    assert sampling.answers([[1, 50, 60]], 0, 256) == first != second
 
 
 def test_exported_prompts_are_those_that_are_generated_from(run: RunDir, tmp_path: Path) -> None:
-    from qlora_recipes.scores.generate import Prompter
+    from qlora_recipes.scores.prompter import Prompter
 
     file = tmp_path / "prompts.jsonl"
     assert evaluate.export_prompts(run, evaluate.EvaluationRequest(limit=5), file) == 5
@@ -310,7 +314,7 @@ def test_prompt_and_answer_are_what_was_trained(run: RunDir, tmp_path: Path, kin
     from axolotl.common.datasets import load_datasets
 
     from qlora_recipes.checks.tokens import Tokenizer
-    from qlora_recipes.scores.generate import Prompter
+    from qlora_recipes.scores.prompter import Prompter
 
     dataset, rows, references = ROW_TYPES[kind]
     file = tmp_path / "rows.jsonl"
@@ -357,7 +361,7 @@ def rendered(template: str, messages: list[dict[str, str]]) -> str:
 def test_rows_without_prompt_or_answer_are_refused(
     run: RunDir, dataset: dict[str, Any], row: dict[str, Any], says: str
 ) -> None:
-    from qlora_recipes.scores.generate import Prompter
+    from qlora_recipes.scores.prompter import Prompter
 
     cfg = yamlfiles.read_yaml(run.config) | {"datasets": [{"path": "x.jsonl", **dataset}]}
     with pytest.raises(UserError, match=says):
@@ -365,15 +369,14 @@ def test_rows_without_prompt_or_answer_are_refused(
 
 
 def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run: RunDir) -> None:
-    from qlora_recipes.scores.generate import Generator
+    from qlora_recipes.scores.prompter import Prompter
 
     cfg = yamlfiles.read_yaml(run.config) | {"sequence_len": 64}
-    settings = settings_of(cfg)
     patch = "+".join(f"line {i}" for i in range(40))
-    generator = Generator(settings, cfg, run.output)
-    (example,) = generator.examples([{"instruction": "Review.", "input": patch, "output": "Fine."}])
+    prompter = Prompter(settings_of(cfg), cfg, run.output)
+    (example,) = prompter.examples([{"instruction": "Review.", "input": patch, "output": "Fine."}])
     assert len(example.prompt) > 64
-    assert patch in generator.tokenizer.decode(example.prompt)
+    assert patch in prompter.tokenizer.decode(example.prompt)
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,7 @@ def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(
 
 
 def prompts(run: RunDir, of_task: evaluate.EvaluationTask) -> list[list[int]]:
-    from qlora_recipes.scores.generate import Prompter
+    from qlora_recipes.scores.prompter import Prompter
 
     prompter = Prompter(of_task.settings, of_task.cfg, run.output)
     return [example.prompt for example in prompter.examples(of_task.rows.rows, of_task.rows.keys)]

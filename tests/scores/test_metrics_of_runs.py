@@ -14,10 +14,11 @@ from qlora_recipes.data import study
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import columns, evaluate, score
+from qlora_recipes.scores.engines.engine import Answer
 from qlora_recipes.scores.evaluations import Evaluation, read_predictions
 
 if TYPE_CHECKING:
-    from qlora_recipes.scores.generate import Generator
+    from qlora_recipes.scores.engines.reference import Reference
 
 ANSWERS = [
     {"question": "1 + 2?", "gold": "A: 3", "model": {"solution": "so it is 3\nA: 3", "right": True}},
@@ -34,17 +35,17 @@ def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
 
 
 @pytest.fixture
-def generated(monkeypatch: pytest.MonkeyPatch) -> list["Generator"]:
-    """The generator of each batch that was generated, none of which takes long."""
-    from qlora_recipes.scores.generate import Generator
+def generated(monkeypatch: pytest.MonkeyPatch) -> list["Reference"]:
+    """The reference of each evaluation, none of which takes long."""
+    from qlora_recipes.scores.engines.reference import Reference
 
-    batches: list[Generator] = []
+    batches: list[Reference] = []
 
-    def generate(self: Generator, prompts: list[list[int]], *_: int) -> list[str]:
+    def generate(self: Reference, prompts: list[list[int]], done: dict[int, Answer]) -> list[dict[int, Answer]]:
         batches.append(self)
-        return [f"answer {len(prompt)}" for prompt in prompts]
+        return [{i: Answer(f"answer {len(prompt)}", None) for i, prompt in enumerate(prompts)}]
 
-    monkeypatch.setattr(Generator, "generate", generate)
+    monkeypatch.setattr(Reference, "generate", generate)
     return batches
 
 
@@ -53,7 +54,7 @@ def evaluated(run: RunDir, *metrics: str, decoding: str | None = None) -> Evalua
     return evaluate.evaluate(run, request)
 
 
-def test_a_run_is_scored_with_its_studys_metrics_and_those_asked_for(run: RunDir, generated: list["Generator"]) -> None:
+def test_a_run_is_scored_with_its_studys_metrics_and_those_asked_for(run: RunDir, generated: list["Reference"]) -> None:
     first = evaluated(run)
     assert list(first.scores["metrics"]) == ["bleu4", "rouge_l", "sacrebleu"]  # BERTScore was asked to be left out
     more = evaluated(run, "ours: {metric: number, parsed_as: peft}", "perplexity")
@@ -75,7 +76,7 @@ def test_a_metric_of_the_study_is_not_declared_anew(run: RunDir) -> None:
 
 
 def test_a_further_decoding_is_evaluated_beside_the_usual_one(
-    run: RunDir, generated: list["Generator"], monkeypatch: pytest.MonkeyPatch
+    run: RunDir, generated: list["Reference"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampled = Decoding(max_new_tokens=4, do_sample=True, temperature=0.1, top_k=40, top_p=0.95, seed=42)
     declared = STUDY.model_copy(update={"decodings": {"sampled": sampled}})

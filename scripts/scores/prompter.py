@@ -1,0 +1,108 @@
+"""The prompts of an evaluation: the very ones that the run was trained on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from axolotl.utils.dict import DictDefault
+from transformers import AutoConfig, AutoTokenizer
+
+from ..base.errors import UserError
+from ..base.files import Row
+from ..base.yamlfiles import Config
+from ..checks.rows import fields_of
+from ..checks.tokens import as_trained, require_one_each, tokenize
+from ..runs.eval_loss import MASKED
+from .evaluation_rows import refuse_empty
+from .evaluations import EvaluationSettings
+
+LOSS_ON_ANSWERS = {  # of a data set of chats, which can have it elsewhere
+    "roles_to_train": ["assistant"],
+    "train_on_eos": "turn",
+    "message_field_training": None,
+    "message_field_training_detail": None,
+}
+
+
+@dataclass
+class Example:
+    """A test row: the tokens that the model is given, and the answer that it should give."""
+
+    prompt: list[int]
+    reference: str
+
+
+class Prompter:
+    """Turns rows into the prompts of a run.
+
+    Args:
+        settings: the base model, and how many tokens an answer may have.
+        cfg: the run's config.
+        tokenizer: the folder in which the training left its tokenizer, special tokens set.
+    """
+
+    def __init__(self, settings: EvaluationSettings, cfg: Config, tokenizer: Path):
+        self.settings = settings
+        self.cfg = cfg
+        self.revision = cfg.get("revision_of_model", "main")
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, padding_side="left")
+        self.config = AutoConfig.from_pretrained(settings.base_model, revision=self.revision)
+
+    def examples(self, rows: Sequence[Row], keys: Sequence[str] = ()) -> list[Example]:
+        """Each row's prompt, as Axolotl's own code writes it in training, and its reference.
+
+        The answer is the last stretch of tokens that carry loss, so in a chat the assistant's last turn; everything
+        before it is the prompt. For this, Axolotl is asked to put loss on the answers only, whatever the training did.
+        The reference is the answer as it is written, where a type has a field for it, otherwise what its tokens say.
+        A prompt that leaves no room for an answer in the model's context is truncated: by Axolotl at its end, where
+        that tokenizes prompt and answer separately, else at its beginning.
+
+        Args:
+            rows: fields by name.
+            keys: the data set in the config whose form each row has; by default the first.
+
+        Raises:
+            UserError: Axolotl cannot tokenize the rows, or one has no prompt or no answer.
+        """
+        keys = keys or ["datasets.0"] * len(rows)
+        examples: dict[int, Example] = {}
+        for key in dict.fromkeys(keys):
+            numbers = [number for number, of_row in enumerate(keys) if of_row == key]
+            examples |= zip(numbers, self._of_dataset(key, [rows[number] for number in numbers]), strict=True)
+        in_order = [examples[number] for number in range(len(rows))]
+        data = self.settings.data
+        refuse_empty(data, [n for n, example in enumerate(in_order, start=1) if not example.reference.strip()])
+        for number, example in enumerate(in_order, start=1):
+            if not example.prompt:
+                raise UserError(f"{data}: row {number} is an answer without a prompt; it cannot be evaluated")
+        return in_order
+
+    def _of_dataset(self, key: str, rows: Sequence[Row]) -> list[Example]:
+        """Rows of one data set; without an answer the reference is empty, without a prompt that is."""
+        section, _, position = key.partition(".")
+        longest = self.config.get_text_config().max_position_embeddings - self.settings.decoding.max_new_tokens
+        data = self.settings.data
+        try:
+            trained = as_trained(self.cfg | {"base_model": self.settings.base_model})
+        except Exception as error:  # plugins and validators can raise anything
+            raise UserError(f"{data}: Axolotl refuses the run's config: {error}") from None
+        cfg = DictDefault({**trained, "train_on_inputs": False})  # its | would keep the values that are there
+        dataset = DictDefault({**cfg[section][int(position)], **LOSS_ON_ANSWERS})
+        tokenized = tokenize(data, cfg, dataset, self.tokenizer, rows, longest)
+        require_one_each(data, dataset, rows, tokenized)
+        fields = fields_of(dataset)
+        examples = []
+        for row, tokens in zip(rows, tokenized, strict=True):
+            start, end = answer_of(tokens.labels)
+            reference = row.get(fields.reference) if fields and fields.reference else None
+            if reference is None:
+                reference = str(self.tokenizer.decode(tokens.ids[start:end], skip_special_tokens=True)).strip()
+            examples.append(Example(tokens.ids[:start][-longest:], reference if start < end else ""))
+        return examples
+
+
+def answer_of(labels: Sequence[int]) -> tuple[int, int]:
+    """Where the last stretch of tokens that carry loss begins and ends; both are 0 where there is none."""
+    end = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != MASKED), 0)
+    start = next((i for i in range(end, 0, -1) if labels[i - 1] == MASKED), 0)
+    return start, end
