@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ..places import Place
     from ..running.ladder import From
     from ..runs.tasks import Outcome
-    from ..scores.evaluate import EvaluationRequest
+    from ..scores.task import EvaluationRequest
 
 Study = Annotated[
     str, typer.Argument(metavar="STUDY", autocompletion=completion.studies, help="A study's name, as haider2024.")
@@ -93,7 +93,7 @@ def reproduce_verb(
     from ..configs.compose import Request, is_rehearsal
     from ..data.study import find
     from ..running import reproduce
-    from ..scores import evaluate
+    from ..scores.task import EvaluationRequest
 
     only_with("--gpu", gpu, "--dry-run", dry_run)
     for option, given in (("--on slurm", on != "local"), ("--seeds", seeds > 1), ("--gpu", gpu)):
@@ -104,7 +104,7 @@ def reproduce_verb(
     )
     request.rehearse = is_rehearsal(request)
     only_with("--rehearse", request.rehearse, "--from adapter or training", from_ != "predictions", "it needs no model")
-    evaluation = evaluate.EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
+    evaluation = EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
     refuse_queued(time_limit, on)
     place = places.kinds()[on](request.rehearse, jobs, slurm or [])
     form = form_of(wide, json)

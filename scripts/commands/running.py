@@ -217,7 +217,7 @@ def sweep_verb(
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..running import sweep, sweep_tables, sweeps
-    from ..scores import evaluate
+    from ..scores.task import EvaluationRequest
 
     sweep_name, members = sweeps.read(sweeps.find_file(file) if file else None, set_ or [])
     sweeps.check_best(best, sweeps.of_recipe(name))
@@ -225,9 +225,7 @@ def sweep_verb(
         name, profiles=profiles_of(profile, deterministic), rehearse=rehearse, mirror=mirror, force=force or []
     )
     request.rehearse = is_rehearsal(request)
-    evaluation = evaluate.EvaluationRequest(
-        limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size
-    )
+    evaluation = EvaluationRequest(limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
     refuse_queued(time_limit, on)
     place = places.kinds()[on](request.rehearse, jobs, slurm or [])
     card = gpus.find(gpu) if gpu else None

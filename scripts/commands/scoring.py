@@ -3,7 +3,7 @@
 import shutil
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -54,6 +54,24 @@ Checkpoints = Annotated[
         "--checkpoints", help="Every kept checkpoint, on the validation rows; the best of them on the test rows."
     ),
 ]
+EngineName = Annotated[
+    Literal["transformers", "vllm"],
+    typer.Option("--engine", help="What generates: vllm is much faster, and installed by `make vllm`."),
+]
+Server = Annotated[
+    str | None,
+    typer.Option("--server", metavar="URL", help="Generate by a server with OpenAI's protocol, as vLLM's or Ollama's."),
+]
+ServersModel = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="The server's name for the run's base model and adapter.")
+]
+AgreementRows = Annotated[
+    int,
+    typer.Option(min=0, metavar="N", help="How many rows vLLM or a server and transformers are compared on first."),
+]
+AcceptDifference = Annotated[
+    bool, typer.Option("--accept-difference", help="Go on though they answer differently, and record that.")
+]
 verbs = typer.Typer()
 
 
@@ -75,6 +93,11 @@ def evaluate_verb(
         CacheForm,
         typer.Option(help="The form of the key-value cache. auto: static on a GPU, so that decoding is compiled."),
     ] = "auto",
+    engine: EngineName = "transformers",
+    server: Server = None,
+    model: ServersModel = None,
+    agreement_rows: AgreementRows = 32,
+    accept_difference: AcceptDifference = False,
     metric: Metrics = None,
     bertscore: JudgeModel = None,
     bertscore_layer: JudgeLayer = None,
@@ -93,15 +116,21 @@ def evaluate_verb(
     from ..runs.lookup import find_run
     from ..runs.rundir import RunDir
     from ..scores import choice, evaluate, evaluations
+    from ..scores.task import EvaluationRequest
 
     for option, value in (("--export-prompts", export_prompts), ("--predictions", predictions)):
         only_with(option, value, "--on local", on == "local", "it needs no GPU")
     exclusive({"--checkpoints": checkpoints, "--export-prompts": export_prompts, "--predictions": predictions})
     exclusive({"--checkpoints": checkpoints, "--adapter": adapter})
-    request = evaluate.EvaluationRequest(
+    exclusive({"--server": server, "--engine vllm": engine == "vllm", "--predictions": predictions})
+    only_with("--model", model, "--server", server)
+    only_with("--server", server, "--model", model, "the server's name for the run's model")
+    request = EvaluationRequest(
         data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer, metric or [], decoding
     )
     request.predictions, request.checkpoints, request.force = predictions, checkpoints, force or []
+    request.engine, request.server, request.model = engine, server, model
+    request.agreement_rows, request.accept_difference = agreement_rows, accept_difference
     folder = find_run(run, runs)
     place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
     if export_prompts:

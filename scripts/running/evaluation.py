@@ -10,25 +10,24 @@ from ..runs.rundir import RunDir
 from ..runs.tasks import Outcome, Work
 from ..scores import choice, evaluate, evaluation_rows
 from ..scores.evaluations import Evaluation
+from ..scores.task import EvaluationRequest, EvaluationTask
 
 
-def start(
-    folder: RunDir, request: evaluate.EvaluationRequest, runs: Path, place: Place
-) -> Evaluation | choice.Choice | RunDir:
+def start(folder: RunDir, request: EvaluationRequest, runs: Path, place: Place) -> Evaluation | choice.Choice | RunDir:
     """Evaluate a run, or queue that behind its training if the run is queued or running there.
 
     Returns:
         The evaluation, of several checkpoints what it comes to, or the run's folder once the evaluation is queued.
 
     Raises:
-        UserError: it is already queued, see `evaluate.EvaluationTask`, or the place refuses it; nothing was started.
+        UserError: it is already queued, see `EvaluationTask`, or the place refuses it; nothing was started.
         WorkFailed: see `evaluate.evaluate`.
     """
     record = folder.read()
     evaluation = evaluate.command(folder, request, runs)
     if not place.here:
         if not places.job_state(folder, "run"):
-            evaluate.EvaluationTask(folder, request)
+            EvaluationTask(folder, request)
         elif request.data:  # all else is not there yet
             cfg = yamlfiles.read_yaml(folder.config)
             evaluation_rows.read(evaluation_rows.named(request.data, cfg, Path(record.cwd)), folder, record, cfg)

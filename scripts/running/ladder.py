@@ -25,6 +25,7 @@ from ..results.ladder import Owner
 from ..runs.rundir import Run, RunDir
 from ..runs.tasks import Outcome
 from ..scores import evaluate, judges, released
+from ..scores.task import EvaluationRequest, EvaluationTask
 from . import reproduce
 from .pipeline import Pipeline
 from .run import record_of
@@ -70,7 +71,7 @@ def climb(
     of_study: Study,
     request: Request,
     only: Sequence[str],
-    evaluation: evaluate.EvaluationRequest,
+    evaluation: EvaluationRequest,
     runs: Path,
     place: Place,
     down_to: From,
@@ -141,9 +142,7 @@ def outline(of_study: Study, only: Sequence[str], down_to: From, rehearsal: bool
     return rows
 
 
-def _predictions(
-    of_study: Study, owner: Owner, request: Request, evaluation: evaluate.EvaluationRequest, runs: Path
-) -> None:
+def _predictions(of_study: Study, owner: Owner, request: Request, evaluation: EvaluationRequest, runs: Path) -> None:
     """Score published predictions, where there are some; never in a rehearsal, as no model is needed for it."""
     if owner.predictions is None or owner.predictions.absent or request.rehearse:
         return
@@ -166,7 +165,7 @@ def _adapter(
     of_study: Study,
     owner: Owner,
     request: Request,
-    evaluation: evaluate.EvaluationRequest,
+    evaluation: EvaluationRequest,
     runs: Path,
     place: Place,
 ) -> None:
@@ -213,10 +212,10 @@ def _adapter(
         raise WorkFailed(f"{owner.adapter}: cannot be used with {recipe}'s base model: {first}") from error
 
 
-def _is_complete(folder: RunDir, evaluation: evaluate.EvaluationRequest, rehearsal: bool) -> bool:
+def _is_complete(folder: RunDir, evaluation: EvaluationRequest, rehearsal: bool) -> bool:
     """Whether an adapter was evaluated before as it is to be now; that needs no GPU to know."""
     with suppress(UserError):
-        task = evaluate.EvaluationTask(folder, evaluation)
+        task = EvaluationTask(folder, evaluation)
         judged = judges.of_columns(task.columns, evaluation.judge, evaluation.judge_layer, rehearsal)
         return evaluate.complete(task, judged) is not None
     return False

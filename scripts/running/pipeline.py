@@ -22,6 +22,7 @@ from ..planning import fit, need, plan
 from ..runs.rundir import Run, RunDir
 from ..runs.tasks import DONE, FAILED, SKIPPED, Command, Outcome, Step, Work
 from ..scores import evaluate, judges
+from ..scores.task import EvaluationRequest, EvaluationTask
 from . import former, run
 
 SETTLING = 120  # seconds to wait for a run to end whose command was killed
@@ -60,9 +61,7 @@ class Pipeline:
         shared: differences from the recipe that are shown once for several runs.
     """
 
-    def __init__(
-        self, outcome: Outcome, request: Request, evaluation: evaluate.EvaluationRequest, runs: Path, place: Place
-    ):
+    def __init__(self, outcome: Outcome, request: Request, evaluation: EvaluationRequest, runs: Path, place: Place):
         self.outcome = outcome
         self.request = request
         self.evaluation = evaluation
@@ -208,12 +207,12 @@ class Pipeline:
         """The state of its former run's evaluation: done before, or its job's; None where that is yet to be done.
 
         Raises:
-            UserError: see `evaluate.EvaluationTask`.
+            UserError: see `EvaluationTask`.
         """
         assert self.former
         folder = self.former[0]
         if self.state == "finished":
-            task = evaluate.EvaluationTask(folder, self.evaluation)
+            task = EvaluationTask(folder, self.evaluation)
             asked = self.evaluation
             judged = judges.of_columns(task.columns, asked.judge, asked.judge_layer, self.request.rehearse)
             if evaluate.complete(task, judged):
@@ -223,7 +222,7 @@ class Pipeline:
 
 
 def need_judges(
-    works: Sequence[Work], columns: Mapping[str, Column], evaluation: evaluate.EvaluationRequest, rehearsal: bool
+    works: Sequence[Work], columns: Mapping[str, Column], evaluation: EvaluationRequest, rehearsal: bool
 ) -> None:
     """Have the models at hand that are to score what works generate, before GPU hours are spent on that.
 

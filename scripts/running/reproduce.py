@@ -25,7 +25,8 @@ from ..planning import plan
 from ..planning.plan_tables import hours_are
 from ..planning.planner import GIB
 from ..runs.tasks import Outcome
-from ..scores import evaluate, judges
+from ..scores import judges
+from ..scores.task import REHEARSED, EvaluationRequest
 from ..terminal import tables
 from .pipeline import Pipeline, need_judges, seeds_of
 
@@ -45,7 +46,7 @@ def reproduce(
     of_study: Study,
     request: Request,
     only: list[str],
-    evaluation: evaluate.EvaluationRequest,
+    evaluation: EvaluationRequest,
     runs: Path,
     place: Place,
     seeds: int = 1,
@@ -108,7 +109,7 @@ def outline(
     of_study: Study,
     request: Request,
     only: list[str],
-    evaluation: evaluate.EvaluationRequest,
+    evaluation: EvaluationRequest,
     runs: Path,
     place: Place,
     gpu: Gpu | None,
@@ -130,7 +131,7 @@ def outline(
         Pipeline(outcome, asked, evaluation, runs, place) for outcome, asked in _wanted(of_study, request, only, seeds)
     ]
     gpu = gpu or place.gpu()
-    test_rows = evaluate.REHEARSED if request.rehearse else of_study.data.scored_rows
+    test_rows = REHEARSED if request.rehearse else of_study.data.scored_rows
     notes: list[str] = []
     rows = []
     with Bar("planning", len(pipelines)) as bar:

@@ -14,7 +14,7 @@ from ..configs.compose import Request
 from ..configs.gpus import Gpu
 from ..places import Place
 from ..runs.tasks import DONE, Outcome, Work
-from ..scores import evaluate
+from ..scores.task import EvaluationRequest
 from . import former, sweeps
 from .pipeline import Pipeline, need_judges, seeds_of
 from .sweeps import Sweep, SweepMember
@@ -24,7 +24,7 @@ def sweep(
     name: str,
     members: list[SweepMember],
     request: Request,
-    evaluation: evaluate.EvaluationRequest,
+    evaluation: EvaluationRequest,
     runs: Path,
     place: Place,
     *,
@@ -97,7 +97,7 @@ def _plan(members: list[SweepMember], pipelines: list[Pipeline], gpu: Gpu | None
 def _carry_out(
     record: Sweep,
     pipelines: list[Pipeline],
-    evaluation: evaluate.EvaluationRequest,
+    evaluation: EvaluationRequest,
     runs: Path,
     place: Place,
     max_runs: int | None,

@@ -14,8 +14,9 @@ from ..runs.rundir import Run, RunDir
 from ..terminal import tables
 from . import evaluation_rows, judges
 from .columns import columns_of
-from .evaluate import EvaluationRequest, evaluate
+from .evaluate import evaluate
 from .evaluations import ADAPTER, Evaluation
+from .task import EvaluationRequest
 
 FINAL = "final"
 """The name of the adapter that the training ended with, where that is none of its checkpoints'."""

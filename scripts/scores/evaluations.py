@@ -16,9 +16,57 @@ PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"
 ADAPTER = "adapter_model.safetensors"
 BASE_MODEL = "base-model"  # the base model's folder below evaluations/
-ELSEWHERE = "elsewhere"
-_ORIGIN = ("engine", "predictions_sha256")
+REFERENCE, VLLM, SERVER, ELSEWHERE = "transformers", "vllm", "server", "elsewhere"
+ORIGIN = ("engine", "model", "served", "agreement", "predictions_sha256")
+"""Those of an evaluation's settings that say what generated its predictions."""
 DECODED = "decoding-"  # how the folders of the study's further decodings begin there
+
+
+class Difference(BaseModel):
+    """Where an engine's answer parts from the reference's.
+
+    Attributes:
+        row: its number, from 0.
+        token: the position of the first token that differs, from 1.
+        reference: that token of the reference.
+        engine: the other token.
+        gap: how much less likely the reference finds the other token, in nats.
+        at_least: whether the gap is larger than that, the other token being none of the best.
+        near_tie: whether rounding explains it, see `agreement.NEAR_TIE`.
+    """
+
+    row: int
+    token: int
+    reference: str
+    engine: str
+    gap: float
+    at_least: bool
+    near_tie: bool
+
+
+class Agreement(BaseModel):
+    """How an engine answers some rows that the reference answers too.
+
+    Attributes:
+        rows: how many.
+        differences: of the answers that are not equal.
+        scores: of the reference's and of the engine's answers, by metric.
+        accepted: whether it was accepted though some part where the reference is sure.
+    """
+
+    rows: int
+    differences: list[Difference]
+    scores: dict[str, tuple[float, float]]
+    accepted: bool = False
+
+    @property
+    def equal(self) -> int:
+        return self.rows - len(self.differences)
+
+    @property
+    def apart(self) -> list[Difference]:
+        """The differences that no rounding explains."""
+        return [one for one in self.differences if not one.near_tie]
 
 
 class EvaluationSettings(BaseModel):
@@ -31,8 +79,11 @@ class EvaluationSettings(BaseModel):
         test_set: which of the study's sets of test rows they are, by their content: `test` is all of them; None
             for other rows.
         batch_size: the most rows generated at a time.
-        engine: what generated: transformers, in a process of this project, or `ELSEWHERE`, where all but the prompts
-            is as the user says.
+        engine: what generated: `REFERENCE`, in a process of this project; `VLLM`, which it started; `SERVER`, which
+            somebody started, with whatever model; or `ELSEWHERE`, where all but the prompts is as the user says.
+        model: the name of the server's model.
+        served: in which form an engine beside the reference had the weights and took the prompts.
+        agreement: of such an engine with the reference; None where they were not compared.
         predictions_sha256: of the file that they came in from elsewhere.
     """
 
@@ -49,7 +100,10 @@ class EvaluationSettings(BaseModel):
     cache: Literal["static", "dynamic"]
     quantized: bool
     dtype: str
-    engine: str = "transformers"
+    engine: str = REFERENCE
+    model: str | None = None
+    served: str | None = None
+    agreement: Agreement | None = None
     predictions_sha256: str | None = None
 
     @property
@@ -68,14 +122,14 @@ class EvaluationSettings(BaseModel):
 
     def same_predictions(self) -> dict[str, Any]:
         """What makes two evaluations have the same predictions, to the last token."""
-        return self.model_dump(exclude={"adapter", "data", "limit", "test_set", *_ORIGIN})
+        return self.model_dump(exclude={"adapter", "data", "limit", "test_set", *ORIGIN})
 
     def same_work(self) -> dict[str, Any]:
         """What makes two evaluations be of the same model on the same rows, in whatever batches.
 
         Batches, caches and engines change predictions by rounding alone, so that one evaluation stands for the other.
         """
-        return self.model_dump(exclude={"adapter", "data", "limit", "test_set", "batch_size", "cache", *_ORIGIN})
+        return self.model_dump(exclude={"adapter", "data", "limit", "test_set", "batch_size", "cache", *ORIGIN})
 
 
 class Evaluation(BaseModel):

@@ -9,10 +9,9 @@ import orjson
 from ..base.disks import naming
 from ..base.files import Row, loads, opened, replacing
 from ..base.progress import Bar
-from ..base.yamlfiles import Config
-from .engines.engine import Engine
-from .evaluation_rows import EvaluationRows
-from .evaluations import EvaluationSettings, Prediction
+from . import agreement
+from .evaluations import REFERENCE, Agreement, EvaluationSettings, Prediction
+from .task import EvaluationTask
 
 
 def as_row(i: int, row: Row, reference: str) -> Row:
@@ -22,58 +21,75 @@ def as_row(i: int, row: Row, reference: str) -> Row:
     return {"row": i} | kept | {"reference": reference}
 
 
-def predict(
-    evaluated: EvaluationRows, settings: EvaluationSettings, cfg: Config, tokenizer: Path, part: Path, on_cpu: bool
-) -> list[Row]:
-    """The test rows with their predictions.
+def predict(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row], EvaluationSettings]:
+    """The test rows with their predictions, and the task's settings with what became known of its engine.
+
+    Any engine but the reference is compared with that before it generates all rows. A rehearsal leaves the GPU alone.
 
     Args:
-        evaluated: the test rows.
-        settings: what the predictions depend on.
-        cfg: the run's config.
+        task: what is evaluated.
         tokenizer: the folder in which the training left its tokenizer.
         part: a file that keeps what is generated, from which a second call continues.
-        on_cpu: whether to leave the GPU alone, as a rehearsal does.
 
     Raises:
-        UserError: see `Prompter.examples`.
-        WorkFailed: the engine cannot go on; what it has generated is kept.
+        UserError: see `Prompter.examples` and `engines.start.started`.
+        WorkFailed: the engine cannot go on; or it does not answer as the reference, see `agreement.require`.
     """
-    rows = evaluated.rows
-    done = _continue(part, settings)
+    rows = task.rows.rows
+    done, settings = _continue(part, task.settings)
     if len(done) < len(rows):
-        if on_cpu:
+        if task.run.rehearsal:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        with Bar("loading the model") as bar:
-            from .engines.reference import Reference
+        with Bar("tokenizing the prompts"):
+            from .engines.start import started
             from .prompter import Prompter
 
-            prompter = Prompter(settings, cfg, tokenizer)
-            engine: Engine = Reference(prompter)
-            bar.begin("tokenizing the prompts")
-            examples = prompter.examples(rows, evaluated.keys)
-        with Bar("evaluating", len(rows), len(done)) as bar, naming(part), opened(part, "ab") as stream:
-            for answers in engine.generate([example.prompt for example in examples], done):
-                made = {
-                    i: as_row(i, rows[i], examples[i].reference) | {"prediction": a.text} for i, a in answers.items()
-                }
-                stream.write(b"".join(orjson.dumps(row) + b"\n" for row in made.values()))
-                stream.flush()
-                done |= made
-                bar.update(len(done))
-    return [done[i] for i in range(len(rows))]
+            prompter = Prompter(task.settings, task.cfg, tokenizer)
+            examples = prompter.examples(rows, task.rows.keys)
+        compared = settings.engine != REFERENCE and settings.served is None and task.request.agreement_rows
+        written = agreement.by_reference(prompter, examples, task.request.agreement_rows) if compared else None
+        prompts = [example.prompt for example in examples]
+        with started(prompter, prompts, task.request.server, part) as engine:
+            if written:
+                found = agreement.compare(written, engine, prompter, examples, task.columns)
+                found = agreement.require(found, settings.engine, task.request.accept_difference)
+                settings = settings.model_copy(update={"agreement": found})
+            settings = settings.model_copy(update={"served": engine.served})
+            with Bar("evaluating", len(rows), len(done)) as bar, naming(part), opened(part, "ab") as stream:
+                stream.write(_line(settings))
+                for answers in engine.generate(prompts, done):
+                    made = {
+                        i: as_row(i, rows[i], examples[i].reference) | {"prediction": answer.text}
+                        for i, answer in answers.items()
+                    }
+                    stream.write(b"".join(orjson.dumps(row) + b"\n" for row in made.values()))
+                    stream.flush()
+                    done |= made
+                    bar.update(len(done))
+    return [done[i] for i in range(len(rows))], settings
 
 
-def _continue(part: Path, settings: EvaluationSettings) -> dict[int, Row]:
-    """The rows of an interrupted evaluation with the same settings; otherwise a new file for them."""
-    header = orjson.dumps(settings.same_predictions())
+def _line(settings: EvaluationSettings) -> bytes:
+    """What is known of the engine, as a line between the predictions."""
+    return orjson.dumps(settings.model_dump(include={"served", "agreement"})) + b"\n"
+
+
+def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row], EvaluationSettings]:
+    """The rows of an interrupted evaluation with the same settings, and what it knew of its engine; otherwise a new
+    file for them."""
+    header = orjson.dumps(settings.same_predictions() | settings.model_dump(include={"engine", "model"}))
     first, *lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]
     done: dict[int, Row] = {}
     for line in lines if first == header else ():
         with suppress(ValueError):  # what a killed process or a machine without power left is made again
             row = loads(line)
+            if isinstance(row, dict) and "served" in row:
+                found = row["agreement"] and Agreement.model_validate(row["agreement"])
+                settings = settings.model_copy(update={"served": row["served"], "agreement": found})
+                continue
             Prediction.model_validate(row)
             done[row["row"]] = row
     with replacing(part) as stream:
-        stream.writelines(line + b"\n" for line in (header, *map(orjson.dumps, done.values())))
-    return {i: row for i, row in done.items() if i in range(settings.rows)}
+        stream.write(header + b"\n" + _line(settings))
+        stream.writelines(orjson.dumps(row) + b"\n" for row in done.values())
+    return {i: row for i, row in done.items() if i in range(settings.rows)}, settings

@@ -16,6 +16,7 @@ from qlora_recipes.runs.rundir import RunDir, State
 from qlora_recipes.scores import evaluate
 from qlora_recipes.scores.engines.engine import Answer
 from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings, read_predictions, read_scores
+from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
 
 if TYPE_CHECKING:
     from qlora_recipes.scores.engines.reference import Reference
@@ -33,7 +34,7 @@ def predictions(run: RunDir) -> list[dict[str, Any]]:
 
 
 def evaluated(run: RunDir, **more: Any) -> Evaluation:
-    request = evaluate.EvaluationRequest(adapter="none", max_new_tokens=8, judge="none", **more)
+    request = EvaluationRequest(adapter="none", max_new_tokens=8, judge="none", **more)
     return evaluate.evaluate(run, request)
 
 
@@ -72,7 +73,7 @@ def test_a_run_is_evaluated_in_the_precision_that_it_was_trained_in(
     record = run.read()
     record.provenance["gpus"] = [{"name": "Tesla T4"}] if on_gpu else []
     run.write(record)
-    assert evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none")).settings.dtype == dtype
+    assert EvaluationTask(run, EvaluationRequest(adapter="none")).settings.dtype == dtype
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,9 +175,7 @@ def test_other_rows_are_evaluated_beside_the_usual_ones(run: RunDir, sample: Pat
     few = tmp_path / "few.jsonl"
     few.write_bytes(b"".join((sample / "valid.jsonl").read_bytes().splitlines(keepends=True)[:2]))
     other = evaluated(run, data=few)
-    assert evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none", data=few)).where.name.startswith(
-        "base-model-few-"
-    )
+    assert EvaluationTask(run, EvaluationRequest(adapter="none", data=few)).where.name.startswith("base-model-few-")
     assert (usual.scores["rows"], other.scores["rows"]) == (3, 2)
     assert evaluated(run, limit=3) == usual
 
@@ -188,8 +187,8 @@ def test_where_a_run_has_no_usual_rows_those_that_are_named_are_its_own(run: Run
     cfg = yamlfiles.read_yaml(run.config) | {"datasets": [{"path": "x/y", "type": "alpaca"}], "test_datasets": []}
     run.config.write_text(yamlfiles.write_yaml(cfg))
     with pytest.raises(UserError, match=r"neither test_datasets nor val_set_size, and no test\.jsonl"):
-        evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none"))
-    task = evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none", data=sample / "valid.jsonl"))
+        EvaluationTask(run, EvaluationRequest(adapter="none"))
+    task = EvaluationTask(run, EvaluationRequest(adapter="none", data=sample / "valid.jsonl"))
     assert task.where == run.path / "evaluations" / "base-model"
 
 
@@ -211,22 +210,22 @@ def test_an_evaluation_of_rows_that_were_the_usual_ones_is_kept(run: RunDir, sam
 def test_a_run_without_an_adapter_is_said_what_to_do_about(run: RunDir, state: State, then: str) -> None:
     run.write(run.read().model_copy(update={"state": state}))
     with pytest.raises(UserError, match=rf"no adapter \(.*\) there: the run is {state}{then}"):
-        evaluate.EvaluationTask(run, evaluate.EvaluationRequest())
+        EvaluationTask(run, EvaluationRequest())
 
 
 def test_a_limit_that_leaves_nothing_out_is_none(run: RunDir) -> None:
-    assert evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none", limit=26)).settings.limit is None
-    assert evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none", limit=25)).settings.limit == 25
+    assert EvaluationTask(run, EvaluationRequest(adapter="none", limit=26)).settings.limit is None
+    assert EvaluationTask(run, EvaluationRequest(adapter="none", limit=25)).settings.limit == 25
 
 
 def test_a_judge_that_is_not_there_is_told_before_anything_is_generated(run: RunDir) -> None:
     with pytest.raises(WorkFailed, match="nowhere cannot be loaded"):
-        evaluate.evaluate(run, evaluate.EvaluationRequest(adapter="none", judge="some/nowhere"))
+        evaluate.evaluate(run, EvaluationRequest(adapter="none", judge="some/nowhere"))
     assert not list(run.path.rglob("predictions*"))
 
 
 def test_scoring_anew_leaves_no_score_of_another_judge(run: RunDir) -> None:
-    request = evaluate.EvaluationRequest(adapter="none", max_new_tokens=8, limit=3)
+    request = EvaluationRequest(adapter="none", max_new_tokens=8, limit=3)
     request.judge, request.judge_layer = str(standin.judge_folder()), 6
     assert evaluate.evaluate(run, request).scores["bertscore"]["model"] == "model"
     without = evaluated(run, limit=3)
@@ -263,9 +262,9 @@ def test_exported_prompts_are_those_that_are_generated_from(run: RunDir, tmp_pat
     from qlora_recipes.scores.prompter import Prompter
 
     file = tmp_path / "prompts.jsonl"
-    assert evaluate.export_prompts(run, evaluate.EvaluationRequest(limit=5), file) == 5
+    assert evaluate.export_prompts(run, EvaluationRequest(limit=5), file) == 5
     rows = [orjson.loads(line) for line in file.read_bytes().splitlines()]
-    task = evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none", limit=5))
+    task = EvaluationTask(run, EvaluationRequest(adapter="none", limit=5))
     prompter = Prompter(task.settings, task.cfg, run.output)
     assert [row["prompt_token_ids"] for row in rows] == [one.prompt for one in prompter.examples(task.rows.rows)]
     assert [row["reference"] for row in rows] == [row["output"] for row in task.rows.rows]

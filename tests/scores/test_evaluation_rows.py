@@ -22,9 +22,10 @@ from qlora_recipes.reports.report_runs import reported_runs
 from qlora_recipes.runs.rundir import Run, RunDir, Summary
 from qlora_recipes.scores import evaluate, evaluation_rows
 from qlora_recipes.scores.evaluations import Evaluation, read_predictions, read_scores
+from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
 
 OwnRun = Callable[..., RunDir]
-BASE = evaluate.EvaluationRequest(adapter="none", max_new_tokens=4, judge="none")
+BASE = EvaluationRequest(adapter="none", max_new_tokens=4, judge="none")
 
 
 @pytest.fixture
@@ -63,8 +64,8 @@ def own(tmp_path: Path, tiny: Path, tiny_profile: Path, monkeypatch: pytest.Monk
     return make
 
 
-def task(run: RunDir, **more: Any) -> evaluate.EvaluationTask:
-    return evaluate.EvaluationTask(run, evaluate.EvaluationRequest(adapter="none", **more))
+def task(run: RunDir, **more: Any) -> EvaluationTask:
+    return EvaluationTask(run, EvaluationRequest(adapter="none", **more))
 
 
 def alpaca(count: int, start: int = 0) -> list[dict[str, Any]]:
@@ -132,7 +133,7 @@ def test_prompts_and_references_of_own_rows(own: OwnRun, tmp_path: Path, kind: s
         datasets=[{"path": "train.jsonl", **form}],
         test_datasets=None if named else [{"path": "mine.jsonl", "split": "train", **form}],
     )
-    request = evaluate.EvaluationRequest(data=tmp_path / "mine.jsonl" if named else None)
+    request = EvaluationRequest(data=tmp_path / "mine.jsonl" if named else None)
     file = tmp_path / "prompts.jsonl"
     assert evaluate.export_prompts(run, request, file) == len(rows)
     exported = [orjson.loads(line) for line in file.read_bytes().splitlines()]
@@ -315,7 +316,7 @@ def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(
         assert text.split()[1] in axolotl.tokenizer.decode(ids)
 
 
-def prompts(run: RunDir, of_task: evaluate.EvaluationTask) -> list[list[int]]:
+def prompts(run: RunDir, of_task: EvaluationTask) -> list[list[int]]:
     from qlora_recipes.scores.prompter import Prompter
 
     prompter = Prompter(of_task.settings, of_task.cfg, run.output)

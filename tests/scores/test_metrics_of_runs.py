@@ -16,6 +16,7 @@ from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import columns, evaluate, score
 from qlora_recipes.scores.engines.engine import Answer
 from qlora_recipes.scores.evaluations import Evaluation, read_predictions
+from qlora_recipes.scores.task import EvaluationRequest
 
 if TYPE_CHECKING:
     from qlora_recipes.scores.engines.reference import Reference
@@ -50,7 +51,7 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list["Reference"]:
 
 
 def evaluated(run: RunDir, *metrics: str, decoding: str | None = None) -> Evaluation:
-    request = evaluate.EvaluationRequest(adapter="none", limit=3, judge="none", metrics=metrics, decoding=decoding)
+    request = EvaluationRequest(adapter="none", limit=3, judge="none", metrics=metrics, decoding=decoding)
     return evaluate.evaluate(run, request)
 
 
@@ -92,7 +93,7 @@ def test_a_further_decoding_is_evaluated_beside_the_usual_one(
     }
     with pytest.raises(UserError, match=r"--decoding smpled: no decoding of that name; did you mean sampled\?"):
         evaluated(run, decoding="smpled")
-    words = evaluate.EvaluationRequest(metrics=["chrf"], decoding="sampled").options()
+    words = EvaluationRequest(metrics=["chrf"], decoding="sampled").options()
     assert words[-4:] == ["--decoding", "sampled", "--metric", "chrf"]
 
 

@@ -4,6 +4,8 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..evaluations import EvaluationSettings
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -17,8 +19,13 @@ class Answer:
 class Engine(Protocol):
     """A run's model, ready to answer.
 
-    Where its answers are the tokens of the reference but for rounding, `agreement.compare` shows it.
+    Attributes:
+        settings: how it decodes, among the rest; read whenever it generates.
+        served: in which form it has the weights and takes the prompts; None of the reference.
     """
+
+    settings: EvaluationSettings
+    served: str | None
 
     def generate(self, prompts: Sequence[list[int]], done: Container[int]) -> Iterator[dict[int, Answer]]:
         """The answers that are not there yet, in groups as they get ready.

@@ -36,6 +36,8 @@ class Reference:
         prompter: the run's, with the settings that say which model and adapter, and how it decodes.
     """
 
+    served: str | None = None
+
     def __init__(self, prompter: Prompter):
         self.prompter = prompter
         self.settings = settings = prompter.settings
@@ -51,7 +53,8 @@ class Reference:
             device_map=self.device,
             attn_implementation=prompter.cfg.get("attn_implementation"),
         )
-        self.model.generation_config = self._decoding()
+        self._ends = self.model.generation_config.eos_token_id
+        self.model.generation_config = GenerationConfig()  # the model's own decodes in its own way
         grow_embedding(self.model, len(self.tokenizer), settings.adapter if settings.adapter_sha256 else None)
         if settings.adapter_sha256:
             from peft import PeftModel
@@ -64,12 +67,12 @@ class Reference:
         """The settings' decoding, and of the model's own only the tokens that end an answer."""
         decoding = self.settings.decoding
         sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
-        ends = self.model.generation_config.eos_token_id
+        ends = self._ends if isinstance(self._ends, list) else [self._ends]
         return GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
             num_beams=decoding.num_beams,
             do_sample=decoding.do_sample,
-            eos_token_id=sorted({self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}),
+            eos_token_id=sorted({self.tokenizer.eos_token_id, *ends} - {None}),
             pad_token_id=self.tokenizer.pad_token_id,
             **(sampling if decoding.do_sample else {}),
         )
@@ -118,10 +121,20 @@ class Reference:
         """
         batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.device)
         set_seed(self.settings.decoding.seed + number)
-        output = self.model.generate(**batch, past_key_values=self._static_cache(len(prompts), room))
+        decoding = self._decoding()
+        cache = self._static_cache(len(prompts), room)
+        output = self.model.generate(**batch, generation_config=decoding, past_key_values=cache)
         answers = output[:, batch["input_ids"].shape[1] :].tolist()
-        ends = set(self.model.generation_config.eos_token_id)
+        ends = set(decoding.eos_token_id)
         return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in answers]
+
+    @torch.inference_mode()
+    def best(self, prompt: list[int], answer: list[int], count: int) -> list[dict[int, float]]:
+        """At each token of an answer the log-probabilities of the best tokens, in one pass without a cache."""
+        tokens = torch.tensor([prompt + answer], device=self.device)
+        logits = self.model(tokens, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
+        best = logits.float().log_softmax(dim=-1).topk(count)
+        return [dict(zip(*of, strict=True)) for of in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
 def batches(lengths: Sequence[int], most: int) -> Iterator[tuple[int, list[int]]]:

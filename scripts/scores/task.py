@@ -1,0 +1,216 @@
+"""What to evaluate, and the checked task that it makes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from ..base import yamlfiles
+from ..base.errors import UserError, did_you_mean
+from ..base.files import sha256, tensor_shapes
+from ..checks import cached, strangers
+from ..configs import gpus
+from ..configs.precision import precision
+from ..data import study
+from ..data.study import Decoding
+from ..runs.rundir import Run, RunDir
+from . import evaluation_rows
+from .columns import columns_of
+from .evaluations import ADAPTER, BASE_MODEL, DECODED, ELSEWHERE, REFERENCE, SERVER, VLLM, EvaluationSettings
+
+BASE = "none"  # --adapter none: the base model without an adapter
+REHEARSED = 12  # rows, which show that the path works
+
+
+@dataclass
+class EvaluationRequest:
+    """What to evaluate, and how.
+
+    Attributes:
+        data: a JSONL file; by default see `evaluation_rows.usual`.
+        limit: evaluate only this many rows, from the first; by default all, or `REHEARSED` of a rehearsal's own.
+        adapter: an adapter's folder, or `none` for the base model alone; by default the run's adapter.
+        max_new_tokens: by default the study's.
+        batch_size: the most rows generated at a time; fewer where they are long, see `batches`.
+        cache: the form of the key-value cache; `auto` is static on a GPU, where transformers compiles for it.
+        judge: BERTScore's model, see `judges.judge`.
+        judge_layer: its layer.
+        metrics: what to score with beside the study's metrics, as --metric takes it; without both see
+            `registry.DEFAULT`.
+        decoding: one of the study's further ways to decode, by name.
+        predictions: a file of predictions that were made elsewhere, see `elsewhere.predictions`.
+        validation: whether the rows are those that the run validates on.
+        engine: what generates, beside a server.
+        server: the address of a server that speaks OpenAI's protocol.
+        model: its name for the run's model.
+        agreement_rows: how many rows an engine and the reference are compared on before it generates any; 0 for none.
+        accept_difference: whether an engine is taken that does not answer as the reference does.
+        force: findings about code in the run's config that are overridden, see `strangers`.
+        checkpoints: whether it is about every kept checkpoint, see `choice.choose`.
+    """
+
+    data: Path | None = None
+    limit: int | None = None
+    adapter: str | None = None
+    max_new_tokens: int | None = None
+    batch_size: int = 16
+    cache: Literal["auto", "static", "dynamic"] = "auto"
+    judge: str | None = None
+    judge_layer: int | None = None
+    metrics: Sequence[str] = ()
+    decoding: str | None = None
+    predictions: Path | None = None
+    validation: bool = False
+    checkpoints: bool = False
+    engine: Literal["transformers", "vllm"] = "transformers"
+    server: str | None = None
+    model: str | None = None
+    agreement_rows: int = 32
+    accept_difference: bool = False
+    force: Sequence[str] = ()
+
+    def options(self) -> list[str]:
+        """The request as options of `recipe evaluate`."""
+        options = {
+            "--data": self.data,
+            "--limit": self.limit,
+            "--adapter": self.adapter,
+            "--max-new-tokens": self.max_new_tokens,
+            "--batch-size": self.batch_size,
+            "--cache": self.cache,
+            "--bertscore": self.judge,
+            "--bertscore-layer": self.judge_layer,
+            "--decoding": self.decoding,
+            "--engine": self.engine,
+            "--server": self.server,
+            "--model": self.model,
+            "--agreement-rows": self.agreement_rows,
+        }
+        words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+        words += ["--checkpoints"] if self.checkpoints else []
+        words += ["--accept-difference"] if self.accept_difference else []
+        words += [word for name in self.force for word in ("--force", name)]
+        return words + [word for metric in self.metrics for word in ("--metric", metric)]
+
+
+class EvaluationTask:
+    """A checked request.
+
+    Attributes:
+        request: what was asked for.
+        run: the run.
+        cfg: its config.
+        rows: the rows, as many as are evaluated.
+        settings: what their predictions depend on.
+        columns: what they are scored with.
+        where: the folder for predictions and scores.
+
+    Raises:
+        UserError: a metric, the adapter or the data is missing, or there is no answer to compare a prediction with.
+    """
+
+    def __init__(self, folder: RunDir, request: EvaluationRequest):
+        self.request = request
+        self.run = folder.read()
+        self.cfg = yamlfiles.read_yaml(folder.config)
+        strangers.refuse_unseen(folder, self.run, self.cfg, request.force)
+        cached.restore(folder, self.run)
+        self.columns = columns_of(self.run.origin, request.metrics)
+        adapter = request.adapter
+        weights = None if adapter == BASE else folder.output if adapter is None else Path(adapter)
+        if weights and not (weights / ADAPTER).is_file():
+            raise UserError(
+                f"{weights}: no adapter ({ADAPTER}) there{'' if adapter else _unfinished(folder, self.run)}"
+            )
+        if weights and tensor_shapes(weights / ADAPTER) is None:
+            raise UserError(f"{weights / ADAPTER}: damaged; --adapter takes the folder of a checkpoint instead")
+        if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
+            raise UserError(f"{folder.path}: no tokenizer and model there{_unfinished(folder, self.run)}")
+        of_study = study.of(self.run.origin)
+        usual = evaluation_rows.usual(self.run, self.cfg)
+        source = evaluation_rows.validation(self.run, self.cfg) if request.validation else usual
+        if request.data:
+            source = evaluation_rows.named(request.data, self.cfg, Path(self.run.cwd))
+        source = evaluation_rows.require_reference(folder, self.run, self.cfg, source)
+        every = evaluation_rows.read(source, folder, self.run, self.cfg)
+        limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
+        self.rows = replace(every, rows=every.rows[:limit], keys=every.keys[:limit])
+        evaluation_rows.require_answers(self.rows, self.cfg)
+        decoding = _decoding(of_study, request.decoding)
+        local = Path(self.run.cwd, str(self.cfg["base_model"]))
+        caching: Literal["static", "dynamic"] = "static" if gpus.here() and not self.run.rehearsal else "dynamic"
+        # what bf16: auto became in the training; runs from before their GPUs were recorded had one
+        on_gpu = not self.run.rehearsal and bool(self.run.provenance.get("gpus", True))
+        self.settings = EvaluationSettings(
+            base_model=str(local) if local.is_dir() else self.cfg["base_model"],
+            adapter=str(weights.resolve()) if weights else BASE,
+            adapter_sha256=sha256(weights / ADAPTER) if weights else None,
+            data=source.data,
+            data_sha256=every.sha256,
+            test_set=evaluation_rows.test_set(source.file, every.sha256) if source.file else None,
+            rows=len(self.rows.rows),
+            limit=limit if len(self.rows.rows) < len(every.rows) else None,
+            decoding=decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or decoding.max_new_tokens}),
+            batch_size=request.batch_size,
+            cache=caching if request.cache == "auto" else request.cache,
+            quantized=bool(self.cfg.get("load_in_4bit")),
+            dtype=precision(self.cfg, on_gpu).weights,
+            engine=ELSEWHERE if request.predictions else SERVER if request.server else request.engine,
+            model=request.model,
+            predictions_sha256=_digest(request.predictions),
+        )
+        _require_engine(self.settings)
+        labels = []
+        if adapter is not None:
+            digest = self.settings.adapter_sha256
+            labels.append(f"{Path(self.settings.adapter).name}-{digest[:7]}" if digest else BASE_MODEL)
+        if request.decoding:
+            labels.append(f"{DECODED}{request.decoding}")
+        if usual and source != usual and (request.validation or not _is_of(usual.file, every.sha256)):
+            labels.append(data_label(self.settings))
+        self.where = folder.path / "evaluations" / "-".join(labels) if labels else folder.path
+
+
+def _decoding(of_study: study.Study | None, name: str | None) -> Decoding:
+    """The study's decoding, or the further one of a name.
+
+    Raises:
+        UserError: the study declares none of that name.
+    """
+    if name is None:
+        return of_study.decoding if of_study else study.OF_NO_STUDY
+    there = of_study.decodings if of_study else {}
+    if name not in there:
+        declared = f"its study declares {', '.join(there)}" if there else "decodings in study.yaml declares some"
+        raise UserError(f"--decoding {name}: no decoding of that name{did_you_mean(name, there)}; {declared}")
+    return there[name]
+
+
+def _require_engine(settings: EvaluationSettings) -> None:
+    """Refuse what the engines beside the reference cannot decode."""
+    if settings.engine in (VLLM, SERVER) and settings.decoding.num_beams > 1:
+        raise UserError(
+            f"{settings.decoding.num_beams} beams are asked for, and only --engine {REFERENCE} decodes with beams"
+        )
+
+
+def _unfinished(folder: RunDir, run: Run) -> str:
+    """The state of a run that left nothing to evaluate, and what to do about it."""
+    if run.state in ("failed", "interrupted"):
+        return f": the run is {run.state}; `recipe resume {folder.path}` continues it"
+    return f": the run is {run.state}{'' if run.state == 'finished' else '; evaluate it once it is finished'}"
+
+
+def data_label(settings: EvaluationSettings) -> str:
+    """The name, of a folder below evaluations/, for rows other than the usual ones."""
+    return f"{evaluation_rows.slug(settings.data)}-{settings.data_sha256[:7]}"
+
+
+def _digest(file: Path | None) -> str | None:
+    if file and not file.is_file():
+        raise UserError(f"--predictions {file}: no such file")
+    return sha256(file) if file else None
+
+
+def _is_of(file: Path | None, digest: str) -> bool:
+    return file is not None and file.is_file() and sha256(file) == digest
