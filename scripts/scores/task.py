@@ -81,11 +81,10 @@ class EvaluationRequest:
             "--bertscore": self.judge,
             "--bertscore-layer": self.judge_layer,
             "--decoding": self.decoding,
-            "--engine": self.engine,
-            "--server": self.server,
-            "--model": self.model,
-            "--agreement-rows": self.agreement_rows,
         }
+        if self.server or self.engine != REFERENCE:
+            options |= {"--server": self.server, "--model": self.model} if self.server else {"--engine": self.engine}
+            options |= {"--agreement-rows": self.agreement_rows}
         words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
         words += ["--checkpoints"] if self.checkpoints else []
         words += ["--accept-difference"] if self.accept_difference else []

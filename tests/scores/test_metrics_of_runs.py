@@ -85,7 +85,7 @@ def test_a_further_decoding_is_evaluated_beside_the_usual_one(
     evaluated(run)
     made = evaluated(run, decoding="sampled")
     assert made.settings.decoding == sampled
-    used = generated[1].model.generation_config
+    used = generated[1].decoding()
     assert (used.do_sample, used.temperature, used.top_k, used.top_p) == (True, 0.1, 40, 0.95)
     assert {folder.name for folder in (run.path / "evaluations").iterdir()} == {
         "base-model",

@@ -63,7 +63,7 @@ class Reference:
         self.model.eval()
         self._cache: tuple[tuple[int, int], StaticCache] | None = None
 
-    def _decoding(self) -> GenerationConfig:
+    def decoding(self) -> GenerationConfig:
         """The settings' decoding, and of the model's own only the tokens that end an answer."""
         decoding = self.settings.decoding
         sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
@@ -121,7 +121,7 @@ class Reference:
         """
         batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.device)
         set_seed(self.settings.decoding.seed + number)
-        decoding = self._decoding()
+        decoding = self.decoding()
         cache = self._static_cache(len(prompts), room)
         output = self.model.generate(**batch, generation_config=decoding, past_key_values=cache)
         answers = output[:, batch["input_ids"].shape[1] :].tolist()
