@@ -181,7 +181,9 @@ Metrics = Annotated[
         help="Score with this, as in rouge_l, or with parameters, as in 'number: {markers: [\"A: \"]}'. Repeatable.",
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="The most rows generated at a time; fewer where they are long.")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="The most rows generated at a time; by default as many as memory allows.")
+]
 On = Annotated[
     PlaceName,
     typer.Option("--on", help="Where to run it: on this machine, or in SLURM's queue, without waiting for the job."),

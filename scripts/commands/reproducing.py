@@ -79,7 +79,7 @@ def reproduce_verb(
     mirror: Mirror = False,
     bertscore: FetchedJudge = None,
     bertscore_layer: JudgeLayer = None,
-    batch_size: BatchSize = 16,
+    batch_size: BatchSize = None,
     force: Force = None,
     dry_run: Outlined = False,
     gpu: PlannedGpu = None,

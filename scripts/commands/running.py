@@ -204,7 +204,7 @@ def sweep_verb(
     ] = None,
     bertscore: JudgeModel = None,
     bertscore_layer: JudgeLayer = None,
-    batch_size: BatchSize = 16,
+    batch_size: BatchSize = None,
     best: Best = None,
     force: Force = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan all members, and start none.")] = False,

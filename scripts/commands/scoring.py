@@ -88,7 +88,7 @@ def evaluate_verb(
     adapter: Adapter = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="By default the study's.")] = None,
     decoding: DecodingName = None,
-    batch_size: BatchSize = 16,
+    batch_size: BatchSize = None,
     cache: Annotated[
         CacheForm,
         typer.Option(help="The form of the key-value cache. auto: static on a GPU, so that decoding is compiled."),

@@ -17,7 +17,7 @@ SCORES = "scores.json"
 ADAPTER = "adapter_model.safetensors"
 BASE_MODEL = "base-model"  # the base model's folder below evaluations/
 REFERENCE, VLLM, SERVER, ELSEWHERE = "transformers", "vllm", "server", "elsewhere"
-ORIGIN = ("engine", "model", "served", "agreement", "predictions_sha256")
+ORIGIN = ("batch_tokens", "engine", "model", "served", "agreement", "predictions_sha256")
 """Those of an evaluation's settings that say what generated its predictions."""
 DECODED = "decoding-"  # how the folders of the study's further decodings begin there
 
@@ -78,7 +78,8 @@ class EvaluationSettings(BaseModel):
         limit: how many rows where only the first ones of the data are taken.
         test_set: which of the study's sets of test rows they are, by their content: `test` is all of them; None
             for other rows.
-        batch_size: the most rows generated at a time.
+        batch_size: the most rows generated at a time; None where it was left to the engine.
+        batch_tokens: the most tokens of the reference's batches, by the memory that there was.
         engine: what generated: `REFERENCE`, in a process of this project; `VLLM`, which it started; `SERVER`, which
             somebody started, with whatever model; or `ELSEWHERE`, where all but the prompts is as the user says.
         model: the name of the server's model.
@@ -96,7 +97,8 @@ class EvaluationSettings(BaseModel):
     rows: int
     limit: int | None = None
     decoding: Decoding
-    batch_size: int
+    batch_size: int | None
+    batch_tokens: int | None = None
     cache: Literal["static", "dynamic"]
     quantized: bool
     dtype: str

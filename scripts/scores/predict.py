@@ -10,8 +10,11 @@ from ..base.disks import naming
 from ..base.files import Row, loads, opened, replacing
 from ..base.progress import Bar
 from . import agreement
-from .evaluations import REFERENCE, Agreement, EvaluationSettings, Prediction
+from .evaluations import REFERENCE, EvaluationSettings, Prediction
 from .task import EvaluationTask
+
+KNOWN = {"batch_tokens", "served", "agreement"}
+"""Those settings that are known once an engine has started."""
 
 
 def as_row(i: int, row: Row, reference: str) -> Row:
@@ -44,17 +47,17 @@ def predict(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row
             from .engines.start import started
             from .prompter import Prompter
 
-            prompter = Prompter(task.settings, task.cfg, tokenizer)
+            prompter = Prompter(settings, task.cfg, tokenizer)
             examples = prompter.examples(rows, task.rows.keys)
         compared = settings.engine != REFERENCE and settings.served is None and task.request.agreement_rows
         written = agreement.by_reference(prompter, examples, task.request.agreement_rows) if compared else None
         prompts = [example.prompt for example in examples]
         with started(prompter, prompts, task.request.server, part) as engine:
+            settings = engine.settings.model_copy(update={"served": engine.served})
             if written:
                 found = agreement.compare(written, engine, prompter, examples, task.columns)
                 found = agreement.require(found, settings.engine, task.request.accept_difference)
                 settings = settings.model_copy(update={"agreement": found})
-            settings = settings.model_copy(update={"served": engine.served})
             with Bar("evaluating", len(rows), len(done)) as bar, naming(part), opened(part, "ab") as stream:
                 stream.write(_line(settings))
                 for answers in engine.generate(prompts, done):
@@ -71,7 +74,7 @@ def predict(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row
 
 def _line(settings: EvaluationSettings) -> bytes:
     """What is known of the engine, as a line between the predictions."""
-    return orjson.dumps(settings.model_dump(include={"served", "agreement"})) + b"\n"
+    return orjson.dumps(settings.model_dump(include=KNOWN)) + b"\n"
 
 
 def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row], EvaluationSettings]:
@@ -84,8 +87,9 @@ def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row],
         with suppress(ValueError):  # what a killed process or a machine without power left is made again
             row = loads(line)
             if isinstance(row, dict) and "served" in row:
-                found = row["agreement"] and Agreement.model_validate(row["agreement"])
-                settings = settings.model_copy(update={"served": row["served"], "agreement": found})
+                settings = EvaluationSettings.model_validate(
+                    settings.model_dump() | {key: row.get(key) for key in KNOWN}
+                )
                 continue
             Prediction.model_validate(row)
             done[row["row"]] = row

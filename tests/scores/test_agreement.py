@@ -37,6 +37,7 @@ class Changed:
 
     def __init__(self, reference: Any, change: Any = lambda answer: answer, rows: int = 10**6):
         self.reference, self.change, self.left = reference, change, rows
+        self.settings = self.settings.model_copy(update={"engine": "server"})
 
     @property
     def settings(self) -> EvaluationSettings:

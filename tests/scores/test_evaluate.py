@@ -155,18 +155,47 @@ def test_batched_predictions_are_those_of_one_row_at_a_time_whatever_the_cache(
     assert generated(reference(batch_size=4, cache="static"), rows) == single
 
 
-@given(st.lists(st.integers(1, 40_000), min_size=1, max_size=60), st.integers(1, 20))
-def test_batches(lengths: list[int], most: int) -> None:
-    from qlora_recipes.scores.engines.reference import BATCH_TOKENS, batches
+def test_a_batch_that_does_not_fit_is_done_in_halves(
+    reference: Callable[..., "Reference"], sample: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
 
-    made = list(batches(lengths, most))
+    rows = [orjson.loads(line) for line in (sample / "test.jsonl").read_bytes().splitlines()][:7]
+    small, fits, sizes = reference(batch_size=7), 7, []
+    expected = generated(small, rows)
+    answers = type(small).answers
+
+    def with_little_memory(self: "Reference", prompts: list[list[int]], *how: int) -> list[list[int]]:
+        sizes.append(len(prompts))
+        if len(prompts) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return answers(self, prompts, *how)
+
+    monkeypatch.setattr(type(small), "answers", with_little_memory)
+    fits = 2
+    assert generated(small, rows) == expected
+    assert max(sizes) > fits and sum(size for size in sizes if size <= fits) == len(rows)
+    fits = 0
+    with pytest.raises(WorkFailed, match=r"a row of up to \d+ tokens does not fit the GPU's memory"):
+        generated(small, rows)
+
+
+@given(
+    st.lists(st.integers(1, 40_000), min_size=1, max_size=60),
+    st.integers(1, 20),
+    st.sampled_from([1, 512, 8192, 65536]),
+)
+def test_batches(lengths: list[int], most: int, tokens: int) -> None:
+    from qlora_recipes.scores.engines.reference import batches
+
+    made = list(batches(lengths, most, tokens))
     assert sorted(i for _, batch in made for i in batch) == list(range(len(lengths)))
     rooms = [room for room, _ in made]
     assert rooms == sorted(rooms, reverse=True)
     for room, batch in made:
         assert max(lengths[i] for i in batch) <= room
         assert len(batch) <= most
-        assert len(batch) * room <= BATCH_TOKENS or len(batch) == 1
+        assert len(batch) * room <= tokens or len(batch) == 1
         assert room <= max(2 * min(lengths[i] for i in batch), 256)
 
 

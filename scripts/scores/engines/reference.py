@@ -4,6 +4,7 @@ from collections.abc import Container, Iterator, Sequence
 from itertools import batched, groupby
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ...base.errors import WorkFailed
 from ...base.files import embedding_rows
+from ...base.progress import say
 from ..evaluations import ADAPTER
 from ..prompter import Prompter
 from .engine import Answer
@@ -24,9 +26,9 @@ from .engine import Answer
 disable_progress_bar()
 
 NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # Axolotl's defaults for qlora
-BATCH_TOKENS = 8192
-"""The most tokens of a batch. Their keys and values take 4 GiB in a Llama 2 7B, more than in any other of the study's
-models; a card of 16 GB has that beside the weights."""
+MOST_ROWS = 64
+"""Of a batch, unless another number is asked for. Weights are read, and in 4 bit dequantized, once a token for all rows
+of a batch; beyond some dozens that is little, and rows that have ended wait for those that have not."""
 
 
 class Reference:
@@ -61,6 +63,8 @@ class Reference:
 
             self.model = PeftModel.from_pretrained(self.model, settings.adapter)
         self.model.eval()
+        if settings.batch_tokens is None:
+            self.settings = settings.model_copy(update={"batch_tokens": self._room()})
         self._cache: tuple[tuple[int, int], StaticCache] | None = None
 
     def decoding(self) -> GenerationConfig:
@@ -77,6 +81,18 @@ class Reference:
             **(sampling if decoding.do_sample else {}),
         )
 
+    def _room(self) -> int:
+        """How many tokens' keys and values half of the free memory takes; the other half is for what a pass needs.
+
+        A power of two, so that an evaluation that goes on later mostly comes to the same.
+        """
+        config = self.prompter.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * width * getattr(torch, self.settings.dtype).itemsize
+        free = torch.cuda.mem_get_info()[0] if self.device == "cuda" else psutil.virtual_memory().available
+        return 1 << max(free // 2 // token, 1).bit_length() - 1
+
     def _static_cache(self, rows: int, room: int) -> StaticCache | None:
         """An empty cache: the last one, if its shape is the same, as the compiled code is bound to its memory."""
         if self.settings.cache != "static":
@@ -92,23 +108,28 @@ class Reference:
         """See `Engine`.
 
         Batches are the same whatever is done: in half precision an answer can depend on the other rows of its batch.
+        One that does not fit the GPU's memory is done in halves.
 
         Raises:
-            WorkFailed: a batch does not fit the GPU's memory.
+            WorkFailed: not even a row fits.
         """
         lengths = [len(prompt) + self.settings.decoding.max_new_tokens for prompt in prompts]
-        for number, (room, batch) in enumerate(batches(lengths, self.settings.batch_size)):
-            if all(i in done for i in batch):
-                continue
-            try:
-                answers = self.answers([prompts[i] for i in batch], number, room)
-            except torch.OutOfMemoryError:
-                raise WorkFailed(
-                    f"{len(batch)} rows of up to {room} tokens do not fit the GPU's memory; --batch-size "
-                    f"{max(len(batch) // 2, 1)} takes fewer"
-                ) from None
-            texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-            yield {i: Answer(text.strip(), tokens) for i, text, tokens in zip(batch, texts, answers, strict=True)}
+        most, tokens = self.settings.batch_size or MOST_ROWS, self.settings.batch_tokens or 0
+        for number, (room, batch) in enumerate(batches(lengths, most, tokens)):
+            waiting = [] if all(i in done for i in batch) else [batch]
+            while waiting:
+                part = waiting.pop()
+                try:
+                    answers = self.answers([prompts[i] for i in part], number, room)
+                except torch.OutOfMemoryError:
+                    if len(part) == 1:
+                        raise WorkFailed(f"a row of up to {room} tokens does not fit the GPU's memory") from None
+                    say(f"{len(part)} rows of up to {room} tokens do not fit the GPU's memory; they are halved")
+                    self._cache = None
+                    waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
+                    continue
+                texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+                yield {i: Answer(text.strip(), ids) for i, text, ids in zip(part, texts, answers, strict=True)}
 
     @torch.inference_mode()
     def answers(self, prompts: Sequence[list[int]], number: int, room: int) -> list[list[int]]:
@@ -137,7 +158,7 @@ class Reference:
         return [dict(zip(*of, strict=True)) for of in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
-def batches(lengths: Sequence[int], most: int) -> Iterator[tuple[int, list[int]]]:
+def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[int, list[int]]]:
     """Which rows are generated together, the longest first: too little memory shows at once.
 
     Rows that need about the same room are together, and there are few sizes of room, so that a static cache, and what
@@ -146,13 +167,14 @@ def batches(lengths: Sequence[int], most: int) -> Iterator[tuple[int, list[int]]
     Args:
         lengths: for each row the tokens of its prompt and of the longest answer.
         most: the most rows in a batch.
+        tokens: the most tokens in one of several rows.
 
     Yields:
-        The room, a power of two of tokens, and the positions of `most` rows, or of as many as `BATCH_TOKENS` allow.
+        The room, a power of two of tokens, and the positions of the rows.
     """
     by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     for room, same in groupby(by_length, key=lambda i: max(1 << (lengths[i] - 1).bit_length(), 256)):
-        for batch in batched(same, max(min(most, BATCH_TOKENS // room), 1)):
+        for batch in batched(same, max(min(most, tokens // room), 1)):
             yield room, list(batch)
 
 
