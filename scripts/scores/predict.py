@@ -53,7 +53,8 @@ def predict(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row
         written = agreement.by_reference(prompter, examples, task.request.agreement_rows) if compared else None
         prompts = [example.prompt for example in examples]
         with started(prompter, prompts, task.request.server, part) as engine:
-            settings = engine.settings.model_copy(update={"served": engine.served})
+            started_with = {"batch_tokens": engine.settings.batch_tokens, "served": engine.served}
+            settings = settings.model_copy(update=started_with)
             if written:
                 found = agreement.compare(written, engine, prompter, examples, task.columns)
                 found = agreement.require(found, settings.engine, task.request.accept_difference)
