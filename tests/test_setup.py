@@ -1,4 +1,4 @@
-"""`make setup` with a stand-in for uv: which environment it makes for which CUDA, and that it stays that one."""
+"""`make setup` and `make vllm` with a stand-in for uv: which environment they make, and that it stays that one."""
 
 import os
 import re
@@ -44,9 +44,14 @@ def checkout(tmp_path: Path) -> Path:
 
 def setup(checkout: Path, *words: str, code: int = 0, **env: str) -> list[str]:
     """What `make setup` has uv do."""
+    return make(checkout, "setup", *words, code=code, **env)
+
+
+def make(checkout: Path, *words: str, code: int = 0, **env: str) -> list[str]:
+    """What make has uv do."""
     log = checkout / "uv.log"
     log.write_text("")
-    command = ["make", "setup", "UV=./uv", *words]
+    command = ["make", "UV=./uv", *words]
     done = subprocess.run(
         command,
         cwd=checkout,
@@ -118,3 +123,23 @@ def test_the_image_is_built_for_another_cuda_by_the_same_target(tmp_path: Path) 
     for cuda in ("12.6", ""):
         env = os.environ | {"PATH": f"{tmp_path}:{os.defpath}", "CUDA": cuda}
         assert subprocess.check_output(words, env=env, text=True) == f".venv/.locked CUDA={cuda}\n"
+
+
+def test_vllm_gets_the_lock_of_the_machine_as_it_is(checkout: Path) -> None:
+    path = {"PATH": f"{checkout}:{os.environ['PATH']}"}
+    for lock in ("requirements-vllm.lock", "requirements-vllm-cpu.lock"):
+        shutil.copy2(ROOT / lock, checkout)
+    (checkout / ".vllm").mkdir()
+    gpu = checkout / "nvidia-smi"
+
+    def installed() -> list[str]:
+        return [line.rpartition(" ")[2] for line in make(checkout, "vllm", **path) if " sync " in line]
+
+    assert installed() == ["requirements-vllm-cpu.lock"]
+    assert installed() == []
+    gpu.write_text("#!/bin/sh\necho GPU 0: Tesla T4\n")
+    gpu.chmod(0o755)
+    assert installed() == ["requirements-vllm.lock"]
+    assert installed() == []
+    gpu.unlink()
+    assert installed() == ["requirements-vllm-cpu.lock"]
