@@ -7,6 +7,7 @@ from pathlib import Path
 import orjson
 
 from ..base.disks import naming
+from ..base.errors import WorkFailed
 from ..base.files import Row, loads, opened, replacing
 from ..base.progress import Bar
 from . import agreement
@@ -44,9 +45,10 @@ def predict(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row
         if task.run.rehearsal:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         with Bar("tokenizing the prompts"):
-            from .engines.start import started
+            from .engines.start import require, started
             from .prompter import Prompter
 
+            require(settings, task.request.server, task.run.rehearsal)
             prompter = Prompter(settings, task.cfg, tokenizer)
             examples = prompter.examples(rows, task.rows.keys)
         compared = settings.engine != REFERENCE and settings.served is None and task.request.agreement_rows
@@ -61,15 +63,19 @@ def predict(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row
                 settings = settings.model_copy(update={"agreement": found})
             with Bar("evaluating", len(rows), len(done)) as bar, naming(part), opened(part, "ab") as stream:
                 stream.write(_line(settings))
-                for answers in engine.generate(prompts, done):
-                    made = {
-                        i: as_row(i, rows[i], examples[i].reference) | {"prediction": answer.text}
-                        for i, answer in answers.items()
-                    }
-                    stream.write(b"".join(orjson.dumps(row) + b"\n" for row in made.values()))
-                    stream.flush()
-                    done |= made
-                    bar.update(len(done))
+                try:
+                    for answers in engine.generate(prompts, done):
+                        made = {
+                            i: as_row(i, rows[i], examples[i].reference) | {"prediction": answer.text}
+                            for i, answer in answers.items()
+                        }
+                        stream.write(b"".join(orjson.dumps(row) + b"\n" for row in made.values()))
+                        stream.flush()
+                        done |= made
+                        bar.update(len(done))
+                except WorkFailed as error:
+                    kept = f"{len(done):,} of {len(rows):,} rows are kept, and the same command goes on from there"
+                    raise WorkFailed(f"{error}\n{kept}") from None
     return [done[i] for i in range(len(rows))], settings
 
 

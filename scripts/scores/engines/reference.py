@@ -3,6 +3,7 @@
 from collections.abc import Container, Iterator, Sequence
 from itertools import batched, groupby
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -44,17 +45,8 @@ class Reference:
         self.prompter = prompter
         self.settings = settings = prompter.settings
         self.tokenizer = prompter.tokenizer
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = getattr(torch, settings.dtype)
-        kinds = NF4 | {"bnb_4bit_compute_dtype": dtype} | (prompter.cfg.get("bnb_config_kwargs") or {})
-        self.model = AutoModelForCausalLM.from_pretrained(
-            settings.base_model,
-            revision=prompter.revision,
-            dtype=dtype,
-            quantization_config=BitsAndBytesConfig(load_in_4bit=True, **kinds) if settings.quantized else None,
-            device_map=self.device,
-            attn_implementation=prompter.cfg.get("attn_implementation"),
-        )
+        self.model = base_model(prompter)
+        self.device = self.model.device
         self._ends = self.model.generation_config.eos_token_id
         self.model.generation_config = GenerationConfig()  # the model's own decodes in its own way
         grow_embedding(self.model, len(self.tokenizer), settings.adapter if settings.adapter_sha256 else None)
@@ -176,6 +168,21 @@ def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[in
     for room, same in groupby(by_length, key=lambda i: max(1 << (lengths[i] - 1).bit_length(), 256)):
         for batch in batched(same, max(min(most, tokens // room), 1)):
             yield room, list(batch)
+
+
+def base_model(prompter: Prompter) -> Any:
+    """A run's base model, quantized as in training, on the GPU if there is one."""
+    settings = prompter.settings
+    dtype = getattr(torch, settings.dtype)
+    kinds = NF4 | {"bnb_4bit_compute_dtype": dtype} | (prompter.cfg.get("bnb_config_kwargs") or {})
+    return AutoModelForCausalLM.from_pretrained(
+        settings.base_model,
+        revision=prompter.revision,
+        dtype=dtype,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, **kinds) if settings.quantized else None,
+        device_map="cuda" if torch.cuda.is_available() else "cpu",
+        attn_implementation=prompter.cfg.get("attn_implementation"),
+    )
 
 
 def grow_embedding(model: PreTrainedModel, tokens: int, adapter: str | None) -> None:

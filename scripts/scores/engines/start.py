@@ -5,9 +5,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...base.progress import Bar
-from ..evaluations import REFERENCE
+from ...configs import gpus
+from ..evaluations import REFERENCE, SERVER, VLLM, EvaluationSettings
 from ..prompter import Prompter
 from .engine import Engine
+
+
+def require(settings: EvaluationSettings, server: str | None, rehearsal: bool) -> None:
+    """Refuse an engine that is not there, before anything takes time.
+
+    Raises:
+        UserError: it is not installed, or cannot be reached, or has not the model, or cannot serve the adapter.
+    """
+    if settings.engine == VLLM:
+        from . import vllm
+
+        vllm.require(settings, on_gpu=not rehearsal and bool(gpus.here()))
+    if settings.engine == SERVER:
+        from . import api
+
+        api.at(str(server)).require_model(settings.model)
 
 
 @contextmanager
@@ -28,5 +45,17 @@ def started(prompter: Prompter, prompts: Sequence[list[int]], server: str | None
         with Bar("loading the model"):
             from .reference import Reference
 
-            engine = Reference(prompter)
-        yield engine
+            reference = Reference(prompter)
+        yield reference
+    elif prompter.settings.engine == VLLM:
+        from . import vllm
+
+        with vllm.started(prompter, prompts, part) as engine:
+            yield engine
+    else:
+        from . import api
+        from .server import Server
+
+        name, there = str(prompter.settings.model), api.at(str(server))
+        owner = there.require_model(name)
+        yield Server(prompter, there, name, f"{name} on a server of {owner}", prompts, prompter.settings.batch_size)

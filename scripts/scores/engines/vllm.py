@@ -1,0 +1,201 @@
+"""vLLM as an engine: a server that is started for an evaluation, in an environment of its own, and ends with it."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from math import ceil
+from pathlib import Path
+
+import httpx
+import torch
+
+from ...base import disks, paths
+from ...base.errors import UserError, WorkFailed
+from ...base.files import embedding_rows, opened, read_json
+from ...base.processes import start_child
+from ...base.progress import Bar
+from ..evaluations import ADAPTER, EvaluationSettings
+from ..prompter import Prompter
+from . import weights
+from .api import Api
+from .server import Server
+
+ENVIRONMENT = paths.LOCK.with_name(".vllm")
+"""Where `make vllm` installs it."""
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that it makes room for."""
+AT_ONCE = 128
+"""Requests that it gets at a time; it is vLLM that decides how many of them it works on."""
+PATIENCE = 1800  # seconds until it is ready: a large model has to be read from disk, and compiled on a GPU
+_PLAIN = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+
+
+def require(settings: EvaluationSettings, on_gpu: bool) -> None:
+    """Refuse what vLLM cannot do here.
+
+    Args:
+        settings: with the adapter.
+        on_gpu: whether it may use a GPU, and there is one.
+
+    Raises:
+        UserError: it is not installed, or for another kind of machine, or it cannot serve such an adapter.
+    """
+    if not (ENVIRONMENT / "bin" / "python").exists() or not list(ENVIRONMENT.glob(".*.lock")):
+        raise UserError(f"--engine vllm: vLLM is not in {ENVIRONMENT}; `make vllm` installs it there")
+    if on_gpu == for_cpu():
+        raise UserError(
+            f"--engine vllm: {ENVIRONMENT} has vLLM for {'processors' if on_gpu else 'GPUs'}, but this is to run on "
+            f"{'a GPU' if on_gpu else 'the CPU'}; `make vllm VLLM_LOCK={_lock(on_gpu)}` installs the other"
+        )
+    if settings.adapter_sha256 and (reason := _unservable(Path(settings.adapter))):
+        raise UserError(f"--engine vllm: it cannot serve {settings.adapter}, {reason}; leave --engine out")
+
+
+def _lock(on_gpu: bool) -> str:
+    return f"requirements-vllm{'' if on_gpu else '-cpu'}.lock"
+
+
+def for_cpu() -> bool:
+    """Whether the vLLM that is installed is the one for processors."""
+    return (ENVIRONMENT / f".{_lock(on_gpu=False)}").exists()
+
+
+def _unservable(adapter: Path) -> str | None:
+    """Why vLLM cannot serve an adapter; None if it can."""
+    config = read_json(adapter / "adapter_config.json")
+    reasons = {
+        "whose weights are decomposed (DoRA)": config.get("use_dora"),
+        "which holds whole layers beside LoRA's": config.get("modules_to_save")
+        or config.get("trainable_token_indices"),
+        "with an embedding of its own, as tokens were added": embedding_rows(adapter / ADAPTER),
+        "which is no LoRA": config.get("peft_type") != "LORA",
+        "which has biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
+        "which changes the base model's weights": config.get("init_lora_weights", True) not in _PLAIN,
+        f"of rank {config.get('r')}": not 1 <= _rank(config) <= RANKS[-1],
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _rank(config: dict[str, object]) -> int:
+    """The highest rank of an adapter's layers; 0 where its config has none."""
+    own, patterns = config.get("r"), config.get("rank_pattern")
+    others = patterns.values() if isinstance(patterns, dict) else ()
+    return max([rank for rank in (own, *others) if isinstance(rank, int)], default=0)
+
+
+@contextmanager
+def started(prompter: Prompter, prompts: Sequence[list[int]], part: Path) -> Iterator[Server]:
+    """vLLM with a run's base model and adapter, ready to answer; its log is beside `part`.
+
+    Args:
+        prompter: of the run.
+        prompts: all that it will be asked.
+        part: the file of the predictions.
+
+    Raises:
+        UserError: the tokenizer has more tokens than the base model, which the training added.
+        WorkFailed: it does not start.
+    """
+    settings = prompter.settings
+    if len(prompter.tokenizer) > prompter.config.get_text_config().vocab_size:
+        raise UserError("--engine vllm: it cannot serve a base model that the training added tokens to; leave it out")
+    model = str(weights.folder(prompter)) if settings.quantized else settings.base_model
+    port, key, log = _free_port(), secrets.token_hex(16), part.with_name("vllm.log")
+    longest = max(map(len, prompts)) + settings.decoding.max_new_tokens
+    words = [
+        *(str(ENVIRONMENT / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--model", model, "--tokenizer", str(prompter.tokenizer.name_or_path), "--served-model-name", "base"),
+        *("--dtype", settings.dtype, "--seed", str(settings.decoding.seed), "--max-model-len", str(longest)),
+        *("--generation-config", "vllm"),  # the model's own would decode in its own way
+        "--disable-uvicorn-access-log",
+    ]
+    if not settings.quantized:
+        words += ["--revision", prompter.revision]
+    if for_cpu():
+        words.append("--enforce-eager")  # compiling takes longer than it saves
+    name = "base"
+    if settings.adapter_sha256:
+        rank = _rank(read_json(Path(settings.adapter) / "adapter_config.json"))
+        room = next(room for room in RANKS if room >= rank)
+        words += ["--enable-lora", "--max-lora-rank", str(room), "--lora-modules", f"adapter={settings.adapter}"]
+        name = "adapter"
+    environment = _environment(prompter, longest, min(len(prompts), AT_ONCE)) | {"VLLM_API_KEY": key}
+    with disks.naming(log), opened(log, "wb") as stream:
+        server = start_child(words, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+
+    def alive() -> None:
+        if server.poll() is not None:
+            raise WorkFailed(f"{_tail(log)}\nvLLM has ended with code {server.returncode}; the whole log is {log}")
+
+    try:
+        api = Api(f"http://127.0.0.1:{port}/v1/", key, timeout=None, alive=alive)
+        with Bar("starting vLLM"):
+            _wait(api, log)
+        yield Server(prompter, api, name, _in_words(settings), prompts, AT_ONCE)
+    finally:
+        _end(server)
+
+
+def _in_words(settings: EvaluationSettings) -> str:
+    base = (
+        f"NF4 base model dequantized to {settings.dtype}" if settings.quantized else f"base model in {settings.dtype}"
+    )
+    return f"{base}{', adapter as LoRA over it' if settings.adapter_sha256 else ''}"
+
+
+def _environment(prompter: Prompter, longest: int, at_once: int) -> dict[str, str]:
+    """The environment of vLLM, which phones nobody; on a CPU all of that is its own to use, and so is the memory for
+    the keys and values of the rows that it works on, as far as there is some."""
+    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_COLOR": "0"}
+    if for_cpu():
+        import psutil
+
+        model = prompter.config.get_text_config()
+        heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+        width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+        of_row = (
+            2 * model.num_hidden_layers * heads * width * longest * getattr(torch, prompter.settings.dtype).itemsize
+        )
+        room = min(of_row * at_once, psutil.virtual_memory().available // 3)
+        processors = str(len(os.sched_getaffinity(0)))
+        environment |= {"VLLM_CPU_KVCACHE_SPACE": str(ceil(room / 2**30)), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        environment |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", processors)}
+    return environment
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait(api: Api, log: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with suppress(httpx.TransportError):
+            if httpx.get(api.url.replace("/v1/", "/health"), timeout=10, trust_env=False).is_success:
+                return
+        api.alive()
+        if time.monotonic() > deadline:
+            raise WorkFailed(f"{_tail(log)}\nvLLM was not ready in {PATIENCE} s; the whole log is {log}")
+        time.sleep(0.5)
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+
+
+def _end(server: "subprocess.Popen[bytes]") -> None:
+    """End a server and all that it has started."""
+    server.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        server.wait(10)
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
