@@ -22,8 +22,8 @@ class AServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, reply: Callable[[dict[str, Any]], Reply]):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, reply: Callable[[dict[str, Any]], Reply], port: int = 0):
+        super().__init__(("127.0.0.1", port), _Handler)
         self.reply = reply
         self.requests: list[dict[str, Any]] = []
         self.models: Reply = (200, {"data": [{"id": "m", "owned_by": "tests"}, {"id": "another"}]})

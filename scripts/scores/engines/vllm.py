@@ -70,8 +70,8 @@ def _unservable(adapter: Path) -> str | None:
     config = read_json(adapter / "adapter_config.json")
     reasons = {
         "whose weights are decomposed (DoRA)": config.get("use_dora"),
-        "which holds whole layers beside LoRA's": config.get("modules_to_save")
-        or config.get("trainable_token_indices"),
+        "which holds whole layers beside LoRA's": config.get("modules_to_save"),
+        "which holds single tokens' embeddings": config.get("trainable_token_indices"),
         "with an embedding of its own, as tokens were added": embedding_rows(adapter / ADAPTER),
         "which is no LoRA": config.get("peft_type") != "LORA",
         "which has biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
@@ -105,29 +105,12 @@ def started(prompter: Prompter, prompts: Sequence[list[int]], part: Path) -> Ite
     if len(prompter.tokenizer) > prompter.config.get_text_config().vocab_size:
         raise UserError("--engine vllm: it cannot serve a base model that the training added tokens to; leave it out")
     model = str(weights.folder(prompter)) if settings.quantized else settings.base_model
-    port, key, log = _free_port(), secrets.token_hex(16), part.with_name("vllm.log")
     longest = max(map(len, prompts)) + settings.decoding.max_new_tokens
-    words = [
-        *(str(ENVIRONMENT / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--model", model, "--tokenizer", str(prompter.tokenizer.name_or_path), "--served-model-name", "base"),
-        *("--dtype", settings.dtype, "--seed", str(settings.decoding.seed), "--max-model-len", str(longest)),
-        *("--generation-config", "vllm"),  # the model's own would decode in its own way
-        "--disable-uvicorn-access-log",
-    ]
-    if not settings.quantized:
-        words += ["--revision", prompter.revision]
-    if for_cpu():
-        words.append("--enforce-eager")  # compiling takes longer than it saves
-    name = "base"
-    if settings.adapter_sha256:
-        rank = _rank(read_json(Path(settings.adapter) / "adapter_config.json"))
-        room = next(room for room in RANKS if room >= rank)
-        words += ["--enable-lora", "--max-lora-rank", str(room), "--lora-modules", f"adapter={settings.adapter}"]
-        name = "adapter"
+    port, key, log = _free_port(), secrets.token_hex(16), part.with_name("vllm.log")
     environment = _environment(prompter, longest, min(len(prompts), AT_ONCE)) | {"VLLM_API_KEY": key}
     with disks.naming(log), opened(log, "wb") as stream:
-        server = start_child(words, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        command = _command(prompter, model, longest, port)
+        server = start_child(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
 
     def alive() -> None:
         if server.poll() is not None:
@@ -137,16 +120,37 @@ def started(prompter: Prompter, prompts: Sequence[list[int]], part: Path) -> Ite
         api = Api(f"http://127.0.0.1:{port}/v1/", key, timeout=None, alive=alive)
         with Bar("starting vLLM"):
             _wait(api, log)
+        name = "adapter" if settings.adapter_sha256 else "base"
         yield Server(prompter, api, name, _in_words(settings), prompts, AT_ONCE)
     finally:
         _end(server)
 
 
+def _command(prompter: Prompter, model: str, longest: int, port: int) -> list[str]:
+    """The command that serves a model as `base`, and with the adapter as `adapter`."""
+    settings = prompter.settings
+    words = [
+        *(str(ENVIRONMENT / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
+        *("--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"),
+        *("--model", model, "--tokenizer", str(prompter.tokenizer.name_or_path), "--served-model-name", "base"),
+        *("--dtype", settings.dtype, "--seed", str(settings.decoding.seed), "--max-model-len", str(longest)),
+        *("--generation-config", "vllm"),  # the model's own would decode in its own way
+    ]
+    if not settings.quantized:
+        words += ["--revision", prompter.revision]
+    if for_cpu():
+        words.append("--enforce-eager")  # compiling takes longer than it saves
+    if settings.adapter_sha256:
+        rank = _rank(read_json(Path(settings.adapter) / "adapter_config.json"))
+        room = next(room for room in RANKS if room >= rank)
+        words += ["--enable-lora", "--max-lora-rank", str(room), "--lora-modules", f"adapter={settings.adapter}"]
+    return words
+
+
 def _in_words(settings: EvaluationSettings) -> str:
-    base = (
-        f"NF4 base model dequantized to {settings.dtype}" if settings.quantized else f"base model in {settings.dtype}"
-    )
-    return f"{base}{', adapter as LoRA over it' if settings.adapter_sha256 else ''}"
+    """In which form the weights are served."""
+    form = f"in 4 bit, dequantized to {settings.dtype}" if settings.quantized else f"in {settings.dtype}"
+    return f"base model {form}{', adapter as LoRA over it' if settings.adapter_sha256 else ''}"
 
 
 def _environment(prompter: Prompter, longest: int, at_once: int) -> dict[str, str]:
@@ -159,10 +163,8 @@ def _environment(prompter: Prompter, longest: int, at_once: int) -> dict[str, st
         model = prompter.config.get_text_config()
         heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
         width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-        of_row = (
-            2 * model.num_hidden_layers * heads * width * longest * getattr(torch, prompter.settings.dtype).itemsize
-        )
-        room = min(of_row * at_once, psutil.virtual_memory().available // 3)
+        numbers = 2 * model.num_hidden_layers * heads * width * longest * at_once
+        room = min(numbers * getattr(torch, prompter.settings.dtype).itemsize, psutil.virtual_memory().available // 3)
         processors = str(len(os.sched_getaffinity(0)))
         environment |= {"VLLM_CPU_KVCACHE_SPACE": str(ceil(room / 2**30)), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         environment |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", processors)}

