@@ -46,7 +46,11 @@ def require(settings: EvaluationSettings, on_gpu: bool) -> None:
         UserError: it is not installed, or for another kind of machine, or it cannot serve such an adapter.
     """
     if not (ENVIRONMENT / "bin" / "python").exists() or not list(ENVIRONMENT.glob(".*.lock")):
-        raise UserError(f"--engine vllm: vLLM is not in {ENVIRONMENT}; `make vllm` installs it there")
+        how = f"is not in {ENVIRONMENT}; `make vllm` installs it there"
+        raise UserError(
+            f"--engine vllm: vLLM {how if paths.LOCK.is_file() else 'is started from a checkout only'}; or start it "
+            "yourself, and name it with --server"
+        )
     if on_gpu == for_cpu():
         raise UserError(
             f"--engine vllm: {ENVIRONMENT} has vLLM for {'processors' if on_gpu else 'GPUs'}, but this is to run on "
