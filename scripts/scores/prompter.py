@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from axolotl.utils.dict import DictDefault
 from transformers import AutoConfig, AutoTokenizer
 
@@ -47,6 +48,13 @@ class Prompter:
         self.revision = cfg.get("revision_of_model", "main")
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, padding_side="left")
         self.config = AutoConfig.from_pretrained(settings.base_model, revision=self.revision)
+
+    def cache_of(self, tokens: int) -> int:
+        """The bytes that the keys and values of some tokens take in all layers."""
+        model = self.config.get_text_config()
+        heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+        width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+        return 2 * model.num_hidden_layers * heads * width * tokens * getattr(torch, self.settings.dtype).itemsize
 
     def examples(self, rows: Sequence[Row], keys: Sequence[str] = ()) -> list[Example]:
         """Each row's prompt, as Axolotl's own code writes it in training, and its reference.

@@ -78,12 +78,8 @@ class Reference:
 
         A power of two, so that an evaluation that goes on later mostly comes to the same.
         """
-        config = self.prompter.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token = 2 * config.num_hidden_layers * heads * width * getattr(torch, self.settings.dtype).itemsize
         free = torch.cuda.mem_get_info()[0] if self.device == "cuda" else psutil.virtual_memory().available
-        return 1 << max(free // 2 // token, 1).bit_length() - 1
+        return 1 << max(free // 2 // self.prompter.cache_of(1), 1).bit_length() - 1
 
     def _static_cache(self, rows: int, room: int) -> StaticCache | None:
         """An empty cache: the last one, if its shape is the same, as the compiled code is bound to its memory."""

@@ -12,6 +12,9 @@ from ..prompter import Prompter
 from .api import Api, Refused, completion
 from .engine import Answer
 
+AT_ONCE = 16
+"""Requests that somebody's server gets at a time, unless another number is asked for."""
+
 
 class Form(NamedTuple):
     """How requests are put: prompts as tokens or as text, with or without what OpenAI's protocol does not have."""

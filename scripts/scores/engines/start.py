@@ -54,8 +54,9 @@ def started(prompter: Prompter, prompts: Sequence[list[int]], server: str | None
             yield engine
     else:
         from . import api
-        from .server import Server
+        from .server import AT_ONCE, Server
 
         name, there = str(prompter.settings.model), api.at(str(server))
         owner = there.require_model(name)
-        yield Server(prompter, there, name, f"{name} on a server of {owner}", prompts, prompter.settings.batch_size)
+        at_once = prompter.settings.batch_size or AT_ONCE
+        yield Server(prompter, there, name, f"{name} on a server of {owner}", prompts, at_once)

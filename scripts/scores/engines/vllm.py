@@ -12,7 +12,6 @@ from math import ceil
 from pathlib import Path
 
 import httpx
-import torch
 
 from ...base import disks, paths
 from ...base.errors import UserError, WorkFailed
@@ -164,11 +163,7 @@ def _environment(prompter: Prompter, longest: int, at_once: int) -> dict[str, st
     if for_cpu():
         import psutil
 
-        model = prompter.config.get_text_config()
-        heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-        width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-        numbers = 2 * model.num_hidden_layers * heads * width * longest * at_once
-        room = min(numbers * getattr(torch, prompter.settings.dtype).itemsize, psutil.virtual_memory().available // 3)
+        room = min(prompter.cache_of(longest * at_once), psutil.virtual_memory().available // 3)
         processors = str(len(os.sched_getaffinity(0)))
         environment |= {"VLLM_CPU_KVCACHE_SPACE": str(ceil(room / 2**30)), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         environment |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", processors)}
