@@ -90,7 +90,7 @@ def check(
     """
     report = Report(request.name)
     try:
-        composed = composed or compose.compose(request)
+        composed = composed or compose.compose(request, gpu)
         report = examine(composed, gpu, request.gpus, launching, data, ask_hub=True, runs=runs)
         report.name = request.name
         _override(report.findings, request.force)
@@ -141,6 +141,9 @@ def examine(
     report = Report(composed.recipe, composed)
     report.add(placed([*of_schema, *rules.findings(case)], composed))
     report.add(_other_rows(composed))
+    for why, keys in composed.unfit.items():
+        not_changed = f"a profile leaves {', '.join(keys)} as they are, or sets another value: {why}"
+        report.add(placed([Finding("note", "unfit", keys[-1], not_changed)], composed))
     report.add(_other_axolotl(composed))
     if data:
         of_rows, report.data = rows.check(usable)

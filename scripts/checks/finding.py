@@ -23,6 +23,7 @@ _SCOPES: dict[str, Scope] = {
     "missing-file": "file",
     "gpu-lacks": "gpu",
     "too-big": "gpu",
+    "unfit": "gpu",
     "no-gpu": "machine",
     "no-room": "machine",
 }

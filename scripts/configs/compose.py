@@ -11,9 +11,10 @@ from ..base import machine, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..data.sample import usual_sample
-from . import config, engines, exchange, models, standin, variants
+from . import config, engines, exchange, fitting, models, standin, variants
 from .config import Difference, check_not_of_the_run
 from .datafiles import DataFile
+from .gpus import Gpu
 
 REHEARSAL = "rehearsal"
 TRACKERS = {"tensorboard", "trackio", "mlflow", "wandb"}  # profiles that do not affect the training
@@ -48,6 +49,7 @@ class Composed:
         origin: the shipped recipe that a variant or an edited copy is one of; the differences are from it.
         files: for each key that a variant or a profile changed, its file.
         data: the data files that it names, once they have been read.
+        unfit: the keys of profiles that were not laid over it as they are, by the reason.
     """
 
     recipe: str
@@ -59,6 +61,7 @@ class Composed:
     profiles: list[str]
     rehearsal: bool
     data: list[DataFile] = field(default_factory=list)
+    unfit: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -68,8 +71,8 @@ class Composed:
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def compose(request: Request) -> Composed:
-    """The config that a request comes to, not yet checked.
+def compose(request: Request, gpu: Gpu | None = None) -> Composed:
+    """The config that a request comes to, for a card where that is known, not yet checked.
 
     Raises:
         UserError: a name or file is wrong, or what was asked cannot be laid over the recipe.
@@ -87,6 +90,7 @@ def compose(request: Request) -> Composed:
     reasons: dict[str, tuple[str, Path | None]] = {}  # why a key was last changed, and by which file
     sample: Config = {}
     given: Config = {}  # what was laid over a rehearsal's own values, by dotted key
+    unfit: dict[str, list[str]] = {}
 
     def lay(changed: Config, reason: str, source: Path | None = None) -> None:
         nonlocal composed
@@ -98,7 +102,7 @@ def compose(request: Request) -> Composed:
     if request.mirror:
         lay(_mirrored(composed), "--mirror")
     for profile, profile_file in profiles:
-        fragment = yamlfiles.read_yaml(profile_file)
+        fragment = fitting.fitted(profile, yamlfiles.read_yaml(profile_file), composed, gpu, unfit)
         if profile == REHEARSAL:
             folders = {"stand_in": str(standin.folder()), "sample": str(usual_sample())}
             fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
@@ -126,7 +130,7 @@ def compose(request: Request) -> Composed:
         for key, (before, after) in config.differences(base, composed).items()
     ]
     files = {key: source for key, (_, source) in reasons.items() if source}
-    return Composed(name, file, origin, composed, differences, files, [*dict(profiles)], rehearsal)
+    return Composed(name, file, origin, composed, differences, files, [*dict(profiles)], rehearsal, unfit=unfit)
 
 
 def is_rehearsal(request: Request) -> bool:

@@ -46,7 +46,7 @@ def of_request(
     Raises:
         UserError: it has an error that leaves nothing to plan, or it cannot be planned.
     """
-    composed = composed_for(request)
+    composed = composed_for(request, gpu)
     lengths = check.training_lengths(composed, request.force) if data else []
     planned, planner = plan(composed.config, gpu, vram, request.gpus)
     told = [finding for finding in check.examine(composed, gpu).findings if finding.scope in ("gpu", "code")]
@@ -63,13 +63,13 @@ def of_request(
     return planned
 
 
-def composed_for(request: Request) -> Composed:
-    """A request's config.
+def composed_for(request: Request, gpu: Gpu | None = None) -> Composed:
+    """A request's config, for a card where that is known.
 
     Raises:
         UserError: it has an error that leaves nothing to plan, or a secret, which what is printed would repeat.
     """
-    composed = compose(request)
+    composed = compose(request, gpu)
     findings = check.examine(composed, gpus=request.gpus).findings
     check.refuse([finding for finding in findings if finding.scope == "step" or finding.rule == "secret"])
     return composed

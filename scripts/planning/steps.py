@@ -25,6 +25,7 @@ _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embeddi
 _SPLIT = ("tensor_parallel_size", "context_parallel_size")
 _TAKE_LESS = (
     *("cut_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_entropy", "activation_offloading"),
+    *("liger_rms_norm", "liger_glu_activation"),
     *("peft_layers_to_transform", "peft_layers_pattern", "lora_exclude_modules"),
     *_KERNELS,
 )

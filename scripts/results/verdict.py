@@ -9,6 +9,7 @@ from .. import places
 from ..base import paths, yamlfiles
 from ..configs import config, datafiles
 from ..configs.compose import REHEARSAL, TRACKERS
+from ..configs.fitting import VARIANTS
 from ..data.published import TRAIN_LOSS, Measured, Published, Score
 from ..data.study import Study
 from ..metrics.metric import Column
@@ -248,6 +249,7 @@ def _settings(
         for key, (before, after) in config.differences(paper, ours).items()
         if of_paper.get(key.partition(".")[0], "").startswith(stated_by)
     ]
+    differs += [f"profile {name}: {VARIANTS[name]}" for name in run.profiles if name in VARIANTS]
     if run.ranks > 1:
         rows = run.ranks * datafiles.effective_batch(ours)
         of_paper_rows = datafiles.effective_batch(paper)

@@ -72,7 +72,7 @@ class Pipeline:
         self.needed_gib: float | None = None
         self.shared: Container[Difference] = ()
         try:
-            self.composed = compose.compose(request)
+            self.composed = compose.compose(request, place.gpu())
         except UserError as error:
             outcome.fail("check", str(error))
 
@@ -131,7 +131,7 @@ class Pipeline:
         gpu = gpu or self.place.gpu()
         rehearsal = self.request.rehearse
         try:
-            planned = plan.composed_for(replace(self.request, rehearse=False)) if rehearsal else self.composed
+            planned = plan.composed_for(replace(self.request, rehearse=False), gpu) if rehearsal else self.composed
             assert planned
             self.needed_gib = need.needed_gib(planned.config, gpu, anew=True)
         except UserError as error:

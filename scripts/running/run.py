@@ -47,9 +47,9 @@ def prepare(request: Request, place: Place, runs: Path) -> Composed:
             raise UserError(f"{option} {value}: at least 1")
     place.check_size(1 if request.dry_run or is_rehearsal(request) else request.gpus, request.nodes)
     check_arguments(request.axolotl_arguments)
-    composed = compose(request)
-    starts = not request.dry_run
     gpu = place.gpu()
+    composed = compose(request, gpu)
+    starts = not request.dry_run
     with Bar(f"checking {composed.recipe}", 1):
         report = check.examine(composed, gpu, request.ranks, launching=starts, data=starts, runs=runs)
         fit.add_to(report, gpu, request.ranks, anew=starts)

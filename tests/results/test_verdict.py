@@ -152,6 +152,15 @@ def test_more_gpus_are_a_difference(tmp_path: Path) -> None:
     assert row_of(tmp_path)["differs"] == ["GPUs: 4 instead of 1"]
 
 
+def test_a_run_with_other_kernels_or_packed_rows_says_so(tmp_path: Path) -> None:
+    a_run(tmp_path, LLAMA_2, "1", 5.1, profiles=["fast", "packed", "mlflow"])
+    fast, packed = row_of(tmp_path)["differs"]
+    assert fast == "profile fast: other kernels, which round otherwise"
+    assert packed == "profile packed: rows share sequences, so that batches differ"
+    plain = a_run(tmp_path, LLAMA_2, "0", 5.1)
+    assert row_of(tmp_path)["run"] == str(plain.path)  # it speaks for the recipe, though it is older
+
+
 def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path: Path) -> None:
     a_run(tmp_path, "haider2024/llama-3-8b", "a", 3.0, set={"lora_r": 64, "warmup_steps": 5})
     row = row_of(tmp_path, "haider2024/llama-3-8b")

@@ -36,8 +36,9 @@ def gpu_lacks(case: Case) -> Problems:
 
     torch for CUDA 13 is built from compute capability 7.5 on. bf16 came with 8.0; below, torch emulates it slowly and
     reports it as supported, so that Axolotl's bf16: auto, its default, turns it on (seen). FlashAttention 2 and
-    SageAttention need 8.0, FlashAttention 3 is for 9.0 alone, 4 for 9.0 and newer (their READMEs); Axolotl asks for 9.0
-    for fp8; transformers refuses tf32 below 8.0.
+    SageAttention need 8.0, FlashAttention 3 is for 9.0 alone, 4 for 9.0 and newer (their READMEs); torch's varlen_attn,
+    which Axolotl takes for packed rows (loaders/patch_manager.py), is a FlashAttention; Axolotl asks for 9.0 for fp8;
+    transformers refuses tf32 below 8.0.
     """
     if not case.gpu:
         return
@@ -55,6 +56,10 @@ def gpu_lacks(case: Case) -> Problems:
     least, most = _ATTENTION_RUNS_ON.get(case.attention, ((0, 0), (99, 0)))
     if not least <= has <= most:
         yield "error", "attn_implementation", f"{case.attention} does not run on {name}", "set sdpa"
+    varlen = case["sample_packing"] and case.attention == "sdpa" and case["sdpa_varlen"] is not False
+    if has < (8, 0) and varlen and precision(case.config, on_gpu=True).weights != "float32":
+        problem = f"for packed rows Axolotl takes torch's varlen_attn, which does not run on {name}"
+        yield "error", "sample_packing", problem, "set sdpa_varlen: false, or take the profile packed"
     if has < (9, 0) and case["fp8"]:
         yield "error", "fp8", f"Axolotl trains in fp8 from 9.0 on, not on {name}", "delete it"
 

@@ -1,0 +1,131 @@
+"""The profiles fast and packed, fitted to recipes and cards."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import Recipe, config_with
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.paths import recipe_names
+from qlora_recipes.checks import check
+from qlora_recipes.configs import compose, fitting, gpus
+from qlora_recipes.configs.compose import Composed, Request
+
+LIGER = {*fitting._LIGER} - {"plugins"}
+KERNELS = {*fitting._LORA}
+NO_DROPOUT = "peft-metamathqa/qlora-rank32"
+
+
+def laid(name: str, *profiles: str, gpu: str | None = "A100") -> Composed:
+    return compose.compose(Request(name, profiles=[*profiles]), gpus.find(gpu) if gpu else None)
+
+
+def on(composed: Composed) -> set[str]:
+    """The kernels that a config turns on."""
+    return {key for key in LIGER | KERNELS if composed.config.get(key)}
+
+
+def mine(**change: Any) -> Composed:
+    """The profile fast over a recipe without dropout that has all layers as targets."""
+    layers = [layer for needed in fitting._LORA.values() for layer in needed]
+    every = {"lora_dropout": 0, "lora_target_modules": layers}
+    Path("mine.yaml").write_text(yamlfiles.write_yaml(config_with(every | change, NO_DROPOUT)))
+    return laid("mine.yaml", "fast")
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("gpu", ["T4", "A100", "H100", None])
+def test_lora_kernels_are_on_only_without_dropout_and_triton_only_where_it_runs(name: str, gpu: str | None) -> None:
+    fast = laid(name, "fast", gpu=gpu)
+    kept = config_with({}, name)
+    assert on(fast) & LIGER == (set() if gpu == "T4" else LIGER)
+    assert ("plugins" in fast.config) == (gpu != "T4")
+    if kept["lora_dropout"]:
+        assert not on(fast) & KERNELS
+    if gpu == "T4":
+        assert "lora_mlp_kernel" not in on(fast)
+    changed = {difference.key.partition(".")[0] for difference in fast.differences}
+    assert changed <= {*LIGER, *KERNELS, "plugins", "pad_to_sequence_len", "pad_to_multiple_of"}  # nothing else
+
+
+def test_all_is_on_for_a_recipe_that_allows_it_and_what_is_not_says_why() -> None:
+    assert on(mine()) == LIGER | KERNELS
+    assert mine().unfit == {}
+    (reason,) = laid("loftq-gsm8k/llama-2-7b-qlora", "fast").unfit
+    assert "lora_dropout 0.1" in reason
+
+
+@pytest.mark.parametrize(
+    ("change", "off"),
+    [
+        ({"lora_dropout": 0.05}, KERNELS),
+        ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}}, KERNELS),
+        ({"adapter": "lora", "load_in_4bit": False, "load_in_8bit": True}, KERNELS),
+        ({"trust_remote_code": True}, KERNELS),
+        ({"adapter": None, "load_in_4bit": False}, KERNELS),
+        ({"lora_target_modules": ["q_proj", "v_proj"]}, KERNELS),
+        ({"lora_target_modules": ["q_proj", "k_proj", "v_proj"]}, KERNELS - {"lora_qkv_kernel"}),
+        ({"lora_target_modules": ["q_proj"], "lora_target_linear": True}, set()),
+        ({"chunked_cross_entropy": True}, {"liger_fused_linear_cross_entropy"}),
+        ({"lora_modules_to_save": ["lm_head"]}, {"liger_fused_linear_cross_entropy"}),
+        ({"tensor_parallel_size": 2}, LIGER),
+        ({"base_model": "google/gemma-2-2b", "revision_of_model": None}, {"lora_mlp_kernel"}),
+    ],
+)
+def test_what_axolotl_refuses_or_would_compute_otherwise_stays_off(
+    change: dict[str, Any], off: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "gemma" in str(change.get("base_model")):
+        gemma = {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}
+        monkeypatch.setattr(fitting.models, "architecture", lambda config, download: gemma)
+    composed = mine(**change)
+    assert on(composed) == (LIGER | KERNELS) - off
+    assert {key for keys in composed.unfit.values() for key in keys} - {"plugins"} == off
+
+
+def test_plugins_join_those_of_the_config() -> None:
+    own = mine(plugins=["axolotl.integrations.spectrum.SpectrumPlugin"]).config["plugins"]
+    assert own == ["axolotl.integrations.spectrum.SpectrumPlugin", "axolotl.integrations.liger.LigerPlugin"]
+
+
+def test_packed_rows_are_kept_apart_by_a_mask_on_turing() -> None:
+    name = "haider2024/llama-2-7b"
+    assert {gpu: laid(name, "packed", gpu=gpu).config["sdpa_varlen"] for gpu in ("T4", "A100", "H100")} == {
+        "T4": False,
+        "A100": True,
+        "H100": True,
+    }
+    Path("mine.yaml").write_text(yamlfiles.write_yaml(config_with({"sample_packing": True})))
+    for gpu, refused in (("T4", True), ("A100", False)):
+        found = check.check(Request("mine.yaml"), gpus.find(gpu)).findings
+        assert ("gpu-lacks:sample_packing" in {finding.name for finding in found}) == refused
+
+
+def test_a_users_own_profile_is_laid_over_as_it_is() -> None:
+    Path("fast.yaml").write_text("lora_mlp_kernel: true\n")
+    composed = laid("haider2024/llama-2-7b", "fast.yaml")
+    assert composed.config["lora_mlp_kernel"] is True
+    assert composed.unfit == {}
+
+
+def test_check_notes_what_a_profile_leaves_once_a_reason(recipe: Recipe) -> None:
+    done = recipe("check", "haider2024/llama-2-7b", "--profile", "fast", "--gpu", "T4", "--json")
+    (report,) = orjson.loads(done.stdout)
+    notes = [found["problem"] for found in report["findings"] if found["rule"] == "unfit"]
+    assert len(notes) == 2
+    assert "plugins, liger_rms_norm" in notes[0] and "T4 (sm_75)" in notes[0]
+    assert "lora_dropout 0.05" in notes[1]
+
+
+def test_rehearsals_of_both_leave_out_the_kernels() -> None:
+    composed = compose.compose(Request(NO_DROPOUT, profiles=["fast", "packed"], rehearse=True))
+    assert on(composed) == set()
+    assert "plugins" not in composed.config
+    assert (composed.config["sample_packing"], composed.config["pad_to_sequence_len"]) == (True, True)
