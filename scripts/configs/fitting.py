@@ -83,7 +83,7 @@ def _unfit_lora(config: Config, model: dict[str, Any]) -> Iterator[tuple[Config,
     if refused := next((key for key in ("load_in_8bit", "trust_remote_code") if config.get(key)), None):
         yield dict.fromkeys(_LORA), f"Axolotl refuses it beside {refused}"
     if (config.get("bnb_config_kwargs") or {}).get("bnb_4bit_quant_type", "nf4") != "nf4":
-        yield dict.fromkeys(_LORA), "it takes the weights for NF4 (axolotl/kernels/quantize.py)"
+        yield dict.fromkeys(_LORA), "it would decode doubly quantized weights as NF4 (axolotl/kernels/quantize.py)"
     if (activation := model.get("hidden_activation") or model.get("hidden_act") or "silu") != "silu":
         yield {"lora_mlp_kernel": None}, f"it computes SiLU, or GELU by erf, and the model has {activation}"
     targets = _listed(config, "lora_target_modules")

@@ -1,0 +1,197 @@
+"""The kernels that the profile fast turns on, run by Triton's interpreter on a CPU, beside what they take the place of.
+
+Run as `python tests/fast_kernels.py MODEL`, with a small Llama's folder; writes as JSON, for each comparison, the
+largest difference as a share of the largest value. The reference of single kernels is in fp64.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import torch
+import triton.language as tl
+from axolotl.kernels.geglu import geglu_backward, geglu_forward
+from axolotl.kernels.swiglu import swiglu_backward, swiglu_forward
+from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches, patch_self_attn_lora
+from axolotl.utils.dict import DictDefault
+from liger_kernel.ops import rms_norm
+from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+from liger_kernel.ops.rope import LigerRopeFunction
+from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+from liger_kernel.transformers import apply_liger_kernel_to_llama
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
+
+Found = Iterator[tuple[str, float]]
+
+
+def as_on_a_gpu(converted: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """How the interpreter passes an argument to a kernel: also numbers with a point, which a GPU gets in fp32."""
+
+    def convert(argument: Any) -> Any:
+        if isinstance(argument, float):
+            import numpy
+
+            return tl.tensor(TensorHandle(numpy.array([argument], dtype=numpy.float32), tl.float32), tl.float32)
+        return converted(argument)
+
+    return convert
+
+
+def on_the_cpu(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """torch.empty where Axolotl's kernels ask for CUDA's memory."""
+
+    def make(*shape: Any, **options: Any) -> torch.Tensor:
+        return empty(*shape, **{key: value for key, value in options.items() if (key, value) != ("device", "cuda")})
+
+    return make
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference as a share of the largest value."""
+    return float((one.double() - other.double()).abs().max() / other.double().abs().max())
+
+
+def twins(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The same values in fp64, which gradients are asked of."""
+    return [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+
+def of_axolotl() -> Found:
+    """Axolotl's gated activations, which write their gradients over their arguments."""
+    kernels = {"swiglu": (swiglu_forward, swiglu_backward), "geglu": (geglu_forward, geglu_backward)}
+    activations = {"swiglu": functional.silu, "geglu": functional.gelu}
+    for name, (forward, backward) in kernels.items():
+        gate, up, grad = torch.randn(3, 2, 33, 65)
+        exact_gate, exact_up = twins(gate, up)
+        exact = activations[name](exact_gate) * exact_up
+        exact.backward(grad.double())
+        yield f"{name}, forward", apart(forward(gate, up), exact.detach())
+        _, of_gate, of_up = backward(grad.clone(), gate.clone(), up.clone())
+        yield f"{name}, backward", max(apart(of_gate, exact_gate.grad), apart(of_up, exact_up.grad))
+        if name == "geglu":
+            by_tanh = functional.gelu(gate.double(), approximate="tanh") * up.double()
+            yield "geglu, for a model with GELU by tanh", apart(forward(gate, up), by_tanh)
+
+
+def of_liger() -> Found:
+    """Liger's kernels for a Llama."""
+
+    def compare(name: str, function: Callable[..., Any], exact: Callable[..., Any], *given: torch.Tensor) -> Found:
+        own = [tensor.clone().requires_grad_() for tensor in given]
+        others = twins(*given)
+        output, expected = function(*own), exact(*others)
+        yield f"{name}, forward", apart(output.detach(), expected.detach())
+        grad = torch.randn(expected.shape)
+        output.backward(grad.to(output.dtype))
+        expected.backward(grad.double())
+        yield f"{name}, backward", max(apart(a.grad, b.grad) for a, b in zip(own, others, strict=True))
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+    rows, weight = torch.randn(2, 9, 48), torch.rand(48)
+    yield from compare(
+        "RMSNorm", lambda x, w: LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "llama", False), norm, rows, weight
+    )
+    yield from compare(
+        "SiLU", LigerSiLUMulFunction.apply, lambda a, b: functional.silu(a) * b, rows, torch.randn(2, 9, 48)
+    )
+    angles = torch.randn(2, 9, 8).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    yield from compare(
+        "rotary embedding",
+        lambda q, k: torch.cat(LigerRopeFunction.apply(q.clone(), k.clone(), cos, sin), dim=1),
+        lambda q, k: torch.cat(apply_rotary_pos_emb(q, k, cos.double(), sin.double()), dim=1),
+        torch.randn(2, 4, 9, 16),
+        torch.randn(2, 2, 9, 16),
+    )
+    labels = torch.randint(0, 101, (40,))
+    labels[::3] = -100
+    head = torch.randn(101, 32)
+    for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+        yield from compare(f"cross entropy in {name}", *losses(head.to(dtype), labels), torch.randn(40, 32).to(dtype))
+
+
+def losses(head: torch.Tensor, labels: torch.Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The sum of losses over tokens, which transformers' trainer divides afterwards: by Liger, and by PyTorch."""
+
+    def ours(hidden: torch.Tensor) -> Any:
+        return LigerFusedLinearCrossEntropyFunction.apply(hidden, head, labels, None, None, -100, 0.0, 0.0, "sum")[0]
+
+    def exact(hidden: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(hidden @ head.double().t(), labels, reduction="sum")
+
+    return ours, exact
+
+
+def small_model(folder: Path, **lora: Any) -> Any:
+    """A 4-bit Llama with adapters that are not zero, the same each time."""
+    torch.manual_seed(1)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    auto: Any = AutoModelForCausalLM
+    base = auto.from_pretrained(folder, dtype=torch.float32, quantization_config=how, attn_implementation="sdpa")
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=layers, init_lora_weights=False, **lora))
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.train()
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    """The loss of a batch, and the gradients of the adapters."""
+    torch.manual_seed(2)
+    ids = torch.randint(3, model.config.vocab_size, (2, 17))
+    loss = model(input_ids=ids, labels=ids.masked_fill(ids % 5 == 0, -100), num_items_in_batch=20).loss
+    loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return {"loss": loss.detach()[None], **gradients}
+
+
+def of_models(folder: Path) -> Found:
+    """A training step of a Llama in NF4: with the LoRA kernels, then with Liger's too, beside PEFT's and transformers'
+    own. With dropout it is another step, so that a fitted profile leaves the LoRA kernels out."""
+    variants: dict[str, dict[str, Any]] = {
+        "LoRA kernels": {},
+        "LoRA kernels, with DoRA": {"use_dora": True},
+        "LoRA kernels, with rsLoRA": {"use_rslora": True},
+        "LoRA kernels, with dropout": {"lora_dropout": 0.1},
+    }
+    plain = {name: trained(small_model(folder, **options)) for name, options in variants.items()}
+    kernels = DictDefault(base_model=str(folder), lora_qkv_kernel=True, lora_o_kernel=True, lora_mlp_kernel=True)
+    patch_self_attn_lora(kernels)
+
+    def compare(name: str, options: dict[str, Any], expected: dict[str, torch.Tensor]) -> Found:
+        found = trained(apply_lora_kernel_patches(small_model(folder, **options), kernels))
+        assert found.keys() == expected.keys()
+        yield f"{name}: loss", apart(found["loss"], expected["loss"])
+        yield f"{name}: gradients", max(apart(found[key], expected[key]) for key in expected)
+
+    for name, options in variants.items():
+        yield from compare(name, options, plain[name])
+    apply_liger_kernel_to_llama(rms_norm=True, swiglu=True, rope=True, fused_linear_cross_entropy=True)
+    norm = type(small_model(folder).base_model.model.model.norm)
+    assert norm.__module__.startswith("liger_kernel"), norm
+    yield from compare("all that is fast", {}, plain["LoRA kernels"])
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    with (
+        patch.object(interpreter, "_implicit_cvt", as_on_a_gpu(interpreter._implicit_cvt)),
+        patch.object(torch, "empty", on_the_cpu(torch.empty)),
+        patch.object(rms_norm, "rsqrt", lambda x: tl.rsqrt(x)),  # libdevice's, which the interpreter does not have
+    ):
+        print(json.dumps(dict([*of_axolotl(), *of_liger(), *of_models(Path(sys.argv[1]))])))
