@@ -12,9 +12,15 @@ from ..base.quiet import importing_axolotl
 from . import bench, trainings
 from .bench import Bench, CannotBeShown, Figures
 
-OF_TRAININGS = {"training": trainings.training, "resume": trainings.resume, "precision": trainings.precision}
+OF_TRAININGS = {
+    "training": trainings.training,
+    "resume": trainings.resume,
+    "precision": trainings.precision,
+    "fast": trainings.fast,
+    "packed": trainings.packed,
+}
 OF_RECIPES = {"shape": trainings.shape, "engine": trainings.engine}
-OF_MODELS = ("adapter", "numerics", "generation")  # in this process, which imports torch for them
+OF_MODELS = ("adapter", "numerics", "generation", "packing")  # in this process, which imports torch for them
 JOBS = {*OF_TRAININGS, *OF_RECIPES, *OF_MODELS}
 
 
@@ -34,10 +40,15 @@ def measure(job: str, at: Bench) -> Figures:
     if kind in OF_RECIPES:
         return OF_RECIPES[kind](at, about)
     with importing_axolotl():
-        from . import generation, numerics, plugin
+        from . import generation, numerics, packing, plugin
 
         plugin.cap_memory()
-        of_models = {"adapter": numerics.adapter, "numerics": numerics.numerics, "generation": generation.generation}
+        of_models = {
+            "adapter": numerics.adapter,
+            "numerics": numerics.numerics,
+            "generation": generation.generation,
+            "packing": packing.packing,
+        }
         return of_models[kind](at)
 
 

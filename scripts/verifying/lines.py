@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from .bench import Bench
-from .trainings import ENGINES, SHAPES, short
+from .trainings import ENGINES, LAYERS, SHAPES, short
 
 GPU = "needs a GPU"
 
@@ -41,7 +41,9 @@ def all_lines(bench: Bench) -> list[Line]:
         *_of_adapter(),
         *_of_numerics(bench),
         *_of_generation(bench),
+        *_of_packing(bench),
         *_of_precision(bench),
+        *_of_profiles(bench),
         *_of_shapes(bench),
         *_of_engines(bench),
     ]
@@ -156,6 +158,37 @@ def _of_generation(bench: Bench) -> Iterator[Line]:
         bound=0.25 if bench.gpu else 0,  # in half precision one of four may begin with a tie
         means="scores depend on the form of the cache: compare only evaluations with the same one",
     )
+
+
+def _of_packing(bench: Bench) -> Iterator[Line]:
+    yield Line(
+        name="packed rows, losses",
+        job="packing",
+        what="the mean difference of a token's loss in rows that share a sequence from that in rows alone",
+        # seen on a CPU: 1e-7 in fp32, 8e-4 in bf16, and 0.8 or more where rows see each other
+        bound=0.01 if bench.gpu else 1e-5,
+        means="packed rows see each other: do not train with `sample_packing`, or with the profile packed",
+    )
+
+
+def _of_profiles(bench: Bench) -> Iterator[Line]:
+    yield Line(
+        name="fast, losses",
+        job="fast",
+        what="the largest difference of a step's loss under the profile fast from that without, as a share",
+        bound=0.01,  # other orders of adding, in half precision, as under an engine
+        means="the profile fast changes more than rounding on this card: do not use it",
+        lacks="" if bench.gpu else GPU,
+    )
+    for profile in ("fast", "packed"):
+        yield Line(
+            name=f"{profile}, tokens/s",
+            job=profile,
+            what=f"the share by which training under the profile {profile} is slower, of a model of {LAYERS} layers",
+            bound=0.05,  # that much may be chance in a few steps
+            means=f"the profile {profile} does not pay on this card",
+            lacks="" if bench.gpu else GPU,
+        )
 
 
 def _of_precision(bench: Bench) -> Iterator[Line]:

@@ -15,6 +15,7 @@ from ..base.paths import find_recipe
 from ..base.yamlfiles import Config
 from ..configs import models, standin
 from ..configs.compose import REHEARSAL, Request
+from ..data.sample import usual_sample
 from ..running import run
 from ..runs.lookup import all_runs
 from ..runs.rundir import RunDir
@@ -66,13 +67,16 @@ def of_stand_in(bench: Bench, **changes: Any) -> Config:
     return _settings(model, rows, LENGTH, 2) | own | changes
 
 
-def train(bench: Bench, name: str, recipe: str, settings: Config, engine: str = "", stop: int = 0) -> RunDir:
+def train(
+    bench: Bench, name: str, recipe: str, settings: Config, engine: str = "", stop: int = 0, profile: str = ""
+) -> RunDir:
     """Train a recipe with some settings to its end, or until after a step.
 
     Args:
         name: of the folder for the run, which is emptied.
         engine: the profile that divides it between two GPUs.
         stop: the step to stop after; 0 for none.
+        profile: one to lay over the settings.
 
     Raises:
         WorkFailed: Axolotl failed, or the training was stopped by someone else.
@@ -80,9 +84,9 @@ def train(bench: Bench, name: str, recipe: str, settings: Config, engine: str = 
     runs = bench.runs / name
     shutil.rmtree(runs, ignore_errors=True)
     runs.mkdir(parents=True)
-    profile = runs / "verify.yaml"
-    profile.write_text(yamlfiles.write_yaml(settings), encoding="utf-8")
-    profiles = [*([] if bench.gpu else [REHEARSAL]), str(profile), *([engine] if engine else [])]
+    changes = runs / "verify.yaml"
+    changes.write_text(yamlfiles.write_yaml(settings), encoding="utf-8")
+    profiles = [*([] if bench.gpu else [REHEARSAL]), str(changes), *filter(None, (engine, profile))]
     request = Request(recipe, profiles, rehearse=not bench.gpu, gpus=2 if engine else 1)
     place = places.kinds()["local"](not bench.gpu, None, [])
     with _stopping_after(stop):
@@ -251,3 +255,60 @@ def engine(bench: Bench, engine: str) -> Figures:
     exact = _of("loss", _logged(all_runs(alone)[-1]))
     divided = train(bench, f"under-{engine}", RECIPE, settings, engine)
     return {f"{engine} losses": Figure(_relative(_of("loss", _logged(divided)), exact))}
+
+
+def fast(bench: Bench) -> Figures:
+    """The profile fast: the stand-in's losses, and the speed of a few layers of a larger model; without dropout and
+    with LoRA on all layers, so that nothing of it is left out but by the card."""
+    of_all = {"lora_dropout": 0.0, "lora_target_linear": True, "lora_target_modules": None}
+    settings = of_stand_in(bench, attn_implementation="sdpa", **of_all)
+    plain = train(bench, "without-fast", RECIPE, settings)
+    quick = train(bench, "with-fast", RECIPE, settings, profile="fast")
+    apart = _relative(_of("loss", _logged(quick)), _of("loss", _logged(plain)))
+    with _few_layers(bench) as (model, length):
+        rows = bench.folder / "rows" / "full.jsonl"
+        shapes.write_full_rows(rows, model, length, 4 * STEPS)
+        of_rows = _settings(model, rows, length, 2) | _UNSAVED | of_all
+        before, after = _beside(bench, of_rows, "fast")
+    return {"fast, losses": Figure(apart), "fast, tokens/s": _slower(_rate(after), _rate(before))}
+
+
+def packed(bench: Bench) -> Figures:
+    """The profile packed: the speed of a few layers of a larger model on rows of the lengths that the sample has."""
+    with _few_layers(bench) as (model, length):
+        of_rows = _settings(model, usual_sample() / "train.jsonl", length, 2) | _UNSAVED
+        before, after = _beside(bench, of_rows | {"pad_to_sequence_len": False}, "packed")
+    counted = [sum(record.get("tokens", 0) for record in folder.read_metrics()) for folder in (before, after)]
+    filled = min(counted[0] / counted[1], 1.0) if counted[1] else 0  # of packed rows, which have no mask, all counts
+    return {"packed, tokens/s": _slower((_rate(after) or 0) * filled, _rate(before))}
+
+
+def _beside(bench: Bench, settings: Config, profile: str) -> tuple[RunDir, RunDir]:
+    """A training without a profile, and one with it, of a few layers."""
+    plain = train(bench, f"few-layers-without-{profile}", SHAPES[0], settings)
+    return plain, train(bench, f"few-layers-{profile}", SHAPES[0], settings, profile=profile)
+
+
+_UNSAVED = {"saves_per_epoch": None, "save_strategy": "no"}
+
+
+@contextmanager
+def _few_layers(bench: Bench) -> Iterator[tuple[Path, int]]:
+    """Random weights in the shape of a few layers of `SHAPES`' smallest model, and the length of its recipe's rows."""
+    config = yamlfiles.read_yaml(find_recipe(SHAPES[0])[1])
+    architecture = models.architecture(config, download=False) | {"num_hidden_layers": LAYERS}
+    memory.require_room(config, architecture, bench)
+    model = bench.folder / "models" / "few-layers"
+    shutil.rmtree(model, ignore_errors=True)
+    try:
+        shapes.make(model, architecture)
+        yield model, config["sequence_len"]
+    finally:
+        shutil.rmtree(model, ignore_errors=True)
+
+
+def _slower(rate: float | None, plain: float | None) -> Figure:
+    """By which share a rate is below another; 0 where it is not."""
+    if not (rate and plain):
+        return Figure(None)
+    return Figure(max(0.0, 1 - rate / plain), note=f"{rate / plain:.2f} times as many tokens a second")

@@ -148,6 +148,64 @@ def test_an_engine_is_measured_beside_one_gpu(
     assert trained == [("alone", ""), ("under-ddp", "ddp"), ("under-zero3", "zero3")]  # the one GPU's only once
 
 
+@pytest.mark.parametrize(
+    ("last", "rate", "expected"),
+    [
+        (3.801, 150.0, set()),
+        (3.801, 96.0, set()),
+        (3.801, 80.0, {"fast, tokens/s"}),
+        (3.9, 150.0, {"fast, losses"}),
+        (None, 150.0, {"fast, losses"}),
+    ],
+)
+def test_fast_is_measured_beside_the_recipe(
+    at: Bench, small: None, monkeypatch: pytest.MonkeyPatch, last: float | None, rate: float, expected: set[str]
+) -> None:
+    trained: dict[str, str] = {}
+
+    def train(at: Bench, name: str, recipe: str, settings: dict[str, Any], profile: str = "") -> RunDir:
+        trained[name] = profile
+        assert (settings["lora_dropout"], settings["lora_target_linear"]) == (0.0, True)
+        losses = [4.0, 3.9, *([] if profile and last is None else [last if profile else 3.8])]
+        return a_training(at, name, settings, losses, rate=rate if profile else 100.0)
+
+    monkeypatch.setattr(trainings, "train", train)
+    monkeypatch.setattr(trainings, "of_stand_in", lambda at, **changes: changes)
+    assert failing(at, "fast") == expected
+    assert list(trained.values()) == ["", "fast", "", "fast"]
+    assert not list((at.folder / "models").iterdir())
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(150.0, set()), (80.0, {"packed, tokens/s"})])
+def test_padding_at_the_end_of_packed_sequences_is_no_speed(
+    at: Bench, small: None, monkeypatch: pytest.MonkeyPatch, rate: float, expected: set[str]
+) -> None:
+    def train(at: Bench, name: str, recipe: str, settings: dict[str, Any], profile: str = "") -> RunDir:
+        steps = 5 if profile else 4  # a fifth of what is counted is padding
+        return a_training(at, name, settings, [4.0] * steps, rate=rate / 0.8 if profile else 100.0)
+
+    monkeypatch.setattr(trainings, "train", train)
+    noted: list[str] = []
+    slower = trainings._slower
+    monkeypatch.setattr(trainings, "_slower", lambda *rates: noted.append(slower(*rates).note) or slower(*rates))
+    assert failing(at, "packed") == expected
+    assert noted == [f"{rate / 100:.2f} times as many tokens a second"]
+
+
+def test_a_profile_is_laid_over_what_a_verification_trains(
+    at: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[list[str]] = []
+
+    def begin(request: Any, *_: Any) -> None:
+        asked.append(request.profiles)
+
+    monkeypatch.setattr(trainings.run, "start", begin)
+    trainings.train(at, "a", RECIPE, {}, profile="fast")
+    trainings.train(at, "b", RECIPE, {}, engine="zero1")
+    assert [profiles[1:] for profiles in asked] == [["fast"], ["zero1"]]
+
+
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Answers in the place of CUDA's, and what it was asked for."""

@@ -196,3 +196,27 @@ def test_a_cache_that_differs_is_found(at: Bench, monkeypatch: Patch, form: str)
 def test_answers_are_those_of_the_model(at: Bench) -> None:
     assert failing(at, "generation") == set()
     assert generation.TOKENS > generation.FIRST
+
+
+def with_a_mask(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With a mask that says nothing of rows, transformers no longer looks for them in the positions."""
+    return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+def with_one_count(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Positions go on from row to row."""
+    return batch | {"position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
+
+
+def shifted(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rows begin a token late."""
+    return batch | {"position_ids": batch["position_ids"].roll(1, dims=1)}
+
+
+@pytest.mark.parametrize("spoil", [dict, with_a_mask, with_one_count, shifted])
+def test_packed_rows_that_see_each_other_are_found(at: Bench, monkeypatch: Patch, spoil: Callable[[Any], Any]) -> None:
+    from qlora_recipes.verifying import packing
+
+    packed = packing.packed
+    monkeypatch.setattr(packing, "packed", lambda *given: spoil(packed(*given)))
+    assert failing(at, "packing") == (set() if spoil is dict else {"packed rows, losses"})
