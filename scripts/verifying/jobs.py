@@ -20,7 +20,7 @@ OF_TRAININGS = {
     "packed": trainings.packed,
 }
 OF_RECIPES = {"shape": trainings.shape, "engine": trainings.engine}
-OF_MODELS = ("adapter", "numerics", "generation", "packing")  # in this process, which imports torch for them
+OF_MODELS = ("adapter", "numerics", "generation")  # in this process, which imports torch for them
 JOBS = {*OF_TRAININGS, *OF_RECIPES, *OF_MODELS}
 
 
@@ -43,13 +43,9 @@ def measure(job: str, at: Bench) -> Figures:
         from . import generation, numerics, packing, plugin
 
         plugin.cap_memory()
-        of_models = {
-            "adapter": numerics.adapter,
-            "numerics": numerics.numerics,
-            "generation": generation.generation,
-            "packing": packing.packing,
-        }
-        return of_models[kind](at)
+        if kind == "numerics":
+            return {**numerics.numerics(at), **packing.packing(at)}
+        return {"adapter": numerics.adapter, "generation": generation.generation}[kind](at)
 
 
 def carry_out(job: str, at: Bench) -> int:

@@ -40,8 +40,8 @@ def all_lines(bench: Bench) -> list[Line]:
         *_of_resume(),
         *_of_adapter(),
         *_of_numerics(bench),
-        *_of_generation(bench),
         *_of_packing(bench),
+        *_of_generation(bench),
         *_of_precision(bench),
         *_of_profiles(bench),
         *_of_shapes(bench),
@@ -163,7 +163,7 @@ def _of_generation(bench: Bench) -> Iterator[Line]:
 def _of_packing(bench: Bench) -> Iterator[Line]:
     yield Line(
         name="packed rows, losses",
-        job="packing",
+        job="numerics",
         what="the mean difference of a token's loss in rows that share a sequence from that in rows alone",
         # seen on a CPU: 1e-7 in fp32, 8e-4 in bf16, and 0.8 or more where rows see each other
         bound=0.01 if bench.gpu else 1e-5,
