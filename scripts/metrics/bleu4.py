@@ -25,8 +25,10 @@ def bleu4(reference: str, prediction: str) -> float:
     wanted = words(reference)
     given = words(prediction)
     log_precisions = 0.0
+    matches = 1
     for n in range(1, 5):
-        matches = (_ngrams(wanted, n) & _ngrams(given, n)).total()
+        # without a match of n words there is none of n + 1
+        matches = matches and (_ngrams(wanted, n) & _ngrams(given, n)).total()
         total = max(len(given) - n + 1, 0)
         smooth = n > 1
         log_precisions += math.log(matches + smooth or _TINY) - math.log(total + smooth or _TINY)

@@ -1,7 +1,8 @@
 """ROUGE-L by the rouge-score library."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,28 @@ class RougeParameters(Parameters):
     stemmed: bool = True
 
 
+@contextmanager
+def _not_found(*packages: str) -> Iterator[None]:
+    """Have imports in the block take packages for not installed, unless they are imported already."""
+    hidden = [name for name in packages if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # which has an import raise ModuleNotFoundError
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
 @cache
 def _scorer(stemmed: bool) -> Any:
     from absl import logging
-    from nltk.stem.porter import PorterStemmer
-    from rouge_score.rouge_scorer import RougeScorer
-    from rouge_score.tokenize import tokenize
+
+    # nltk imports these two where they are installed, for what is not used here, and that takes 2 s
+    with _not_found("scipy", "sklearn"):
+        from nltk.stem.porter import PorterStemmer
+        from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenize import tokenize
 
     # absl, which comes with it, would close the stderr of this moment when Axolotl sets up its logging
     logging.get_absl_handler().python_handler.setStream(sys.__stderr__)

@@ -159,7 +159,7 @@ def score(
     return {
         "rows": len(rows),
         **{name: sum(values) / len(rows) for name, values in means.items()},
-        "intervals": {name: intervals.interval(values) for name, values in means.items()},
+        "intervals": intervals.each(means),
         **others,
         **records,
         "exact": sum(row["exact"] for row in scored) / len(rows),

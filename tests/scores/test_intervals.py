@@ -18,7 +18,11 @@ def test_an_interval_is_scipys(scores: tuple[list[float], list[float]]) -> None:
     expected = scipy.stats.bootstrap(
         (scores[0],), np.mean, n_resamples=intervals.RESAMPLES, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
-    assert intervals.interval(scores[0]) == pytest.approx([expected.low, expected.high], abs=1e-12)
+    assert intervals.interval(scores[0]) == [expected.low, expected.high]
+    assert intervals.each({"a": scores[0], "b": scores[1]}) == {
+        "a": [expected.low, expected.high],
+        "b": intervals.interval(scores[1]),
+    }
 
 
 def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
@@ -64,4 +68,6 @@ def test_equal_systems_and_single_rows_tell_nothing() -> None:
     same = intervals.paired([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
     assert (same["difference"], same["p_bootstrap"], same["p_wilcoxon"]) == (0, 1, 1)
     assert intervals.interval([4.0]) is None
+    assert intervals.each({"a": [4.0]}) == {"a": None}
+    assert intervals.each({}) == {}
     assert intervals.paired([4.0], [1.0])["interval"] is None

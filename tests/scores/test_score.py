@@ -1,4 +1,6 @@
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,18 @@ def test_the_command_prints_scores_and_writes_rows(recipe: Recipe, tmp_path: Pat
     assert orjson.loads(result.stdout) == scored(ROWS)[0]
     assert list(map(orjson.loads, (tmp_path / "scored.jsonl").read_bytes().splitlines())) == scored(ROWS)[1]
     assert "bleu4" in recipe("score", "pairs.jsonl").stdout
+
+
+def test_scoring_imports_nothing_that_takes_longer_than_the_scores(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in ROWS))
+    code = (
+        "import sys; from qlora_recipes.cli import main; main(sys.argv[1:]); print(sys.modules.keys() & "
+        "{'scipy', 'sklearn', 'pandas', 'torch'}, file=sys.stderr); import scipy.stats"  # it can still be imported
+    )
+    command = [sys.executable, "-c", code, "score", "pairs.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "set()"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs CodeReviewer's predictions, which are not ours to ship")
