@@ -187,7 +187,7 @@ def tokens_of(request: Request, count: int) -> list[dict[str, Any]]:
 
 
 def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
-    if not _has_tokenizer(composed):
+    if not has_tokenizer(composed):
         name = composed.config["base_model"]
         revision = composed.config.get("revision_of_model")
         pinned = f" --revision {revision}" if revision else ""
@@ -197,7 +197,7 @@ def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
         )
 
 
-def _has_tokenizer(composed: Composed) -> bool:
+def has_tokenizer(composed: Composed) -> bool:
     """Whether a config's tokenizer is on this machine; a rehearsal's is put there."""
     if composed.rehearsal:
         standin.model_folder()
@@ -206,7 +206,7 @@ def _has_tokenizer(composed: Composed) -> bool:
 
 def _measure_tokens(report: Report, composed: Composed) -> None:
     """Add the lengths in tokens to a report."""
-    if not _has_tokenizer(composed):
+    if not has_tokenizer(composed):
         problem = "lengths in tokens are not known: its tokenizer is not on this machine"
         report.add([Finding("note", "not-checked", "base_model", problem, where=report.name)])
         return
@@ -217,12 +217,13 @@ def _measure_tokens(report: Report, composed: Composed) -> None:
         read |= by_key.get(read["key"], {})
 
 
-def training_lengths(composed: Composed, force: Sequence[str] = ()) -> list[dict[str, Any]]:
+def training_lengths(composed: Composed, force: Sequence[str] = (), most: int | None = None) -> list[dict[str, Any]]:
     """How long the rows of a config's training data are in tokens, as `tokens.lengths` describes them.
 
     Args:
         composed: the config.
         force: the names of findings that are overridden.
+        most: about how many rows of each data set to tokenize; None for all.
 
     Raises:
         UserError: the data or the tokenizer is not on this machine, or Axolotl refuses them.
@@ -230,17 +231,17 @@ def training_lengths(composed: Composed, force: Sequence[str] = ()) -> list[dict
     _need_tokenizer(composed, "--data")
     found = examine(composed).findings
     refuse([finding for finding in found if finding.key.startswith("datasets") or finding.scope == "code"], force)
-    measured = [measures for measures in _lengths(composed)[1] if measures["key"].startswith("datasets")]
+    measured = [measures for measures in _lengths(composed, most)[1] if measures["key"].startswith("datasets")]
     if not measured:
         raise UserError("--data: the config names no local JSONL file to measure")
     return measured
 
 
-def _lengths(composed: Composed) -> tuple[list[Finding], list[dict[str, Any]]]:
+def _lengths(composed: Composed, most: int | None = None) -> tuple[list[Finding], list[dict[str, Any]]]:
     with importing_axolotl():
         from . import tokens
 
-        return tokens.lengths(composed.config)
+        return tokens.lengths(composed.config, most)
 
 
 def _unreadable(name: str, message: str) -> Finding:

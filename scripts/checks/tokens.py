@@ -218,12 +218,17 @@ def by_token(content: Config, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def lengths(content: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
+def lengths(content: Config, most: int | None = None) -> tuple[list[Finding], list[dict[str, Any]]]:
     """How long the rows of each data set are in tokens, and the effect of sequence_len and of batches on them.
 
+    Args:
+        content: the config.
+        most: about how many rows of each data set to tokenize, micro batches from all over it; None for all.
+
     Returns:
-        Findings, and for each data set: rows, tokens, tokens with loss, percentiles of the length, rows longer than
-        sequence_len, and the share of padding in batches of micro_batch_size rows in the order of one shuffle.
+        Findings, and for each data set: the rows that are there, those read, and those made of these; of the latter
+        tokens, tokens with loss, percentiles of the length, those longer than sequence_len, and the share of padding in
+        batches of micro_batch_size rows, in the order of one shuffle unless the file's order is kept.
     """
     tokenizer = Tokenizer(content)
     findings: list[Finding] = []
@@ -233,19 +238,25 @@ def lengths(content: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
         learnt = 0
         learns_end = False
         total = sum(datafiles.count_rows(file) for file in datafiles.jsonl_files(dataset))
-        with Bar(f"tokenize {key}", min(total, datafiles.first_rows(dataset) or total)) as bar:
-            for some in batched(_rows(dataset), 1000):
+        total = min(total, datafiles.first_rows(dataset) or total)
+        every = math.ceil(total / most) if most and total else 1
+        read = 0
+        with Bar(f"tokenize {key}", total // every) as bar:
+            for some in batched(_rows(dataset, every, tokenizer.cfg.micro_batch_size), 1000):
+                read += len(some)
                 for row in tokenizer.tokenize(key, some):
                     sizes.append(len(row.ids))
                     learnt += row.learnt
                     learns_end = learns_end or tokenizer.tokenizer.eos_token_id in row.labels
-                bar.update(len(sizes))
+                bar.update(read)
         if sizes:
             findings += _of_lengths(tokenizer.cfg, key, sizes, learns_end)
             kept = _kept(tokenizer.cfg, sizes)
             measured.append(
                 {
                     "key": key,
+                    "rows_there": total,
+                    "rows_read": read,
                     "rows": len(sizes),
                     "tokens": sum(sizes),
                     "tokens_with_loss": learnt,
@@ -286,7 +297,8 @@ def _kept(cfg: Any, sizes: list[int]) -> list[int]:
 
 def _padding(cfg: Any, kept: list[int]) -> float:
     """The share of padding among all tokens, as Axolotl's collator pads batches (core/builders/causal.py)."""
-    random.Random(cfg.seed).shuffle(kept)
+    if not cfg.curriculum_sampling:  # which keeps the order of the file
+        random.Random(cfg.seed).shuffle(kept)
     multiple = (cfg.pad_to_multiple_of or 64) if cfg.pad_to_sequence_len is not False else 1
     padded = 0
     for batch in batched(kept, cfg.micro_batch_size):
@@ -295,12 +307,16 @@ def _padding(cfg: Any, kept: list[int]) -> float:
     return 1 - sum(kept) / padded if kept else 0.0
 
 
-def _rows(dataset: Config) -> Iterator[dict[str, Any]]:
-    """The rows of a data set's local JSONL files that its split takes."""
-    rows = (row for file in datafiles.jsonl_files(dataset) for row in _of_file(file))
-    return islice(rows, datafiles.first_rows(dataset))
+def _rows(dataset: Config, every: int = 1, batch: int = 1) -> Iterator[dict[str, Any]]:
+    """The rows of a data set's local JSONL files that its split takes; of each so many batches of lines only the first
+    one's."""
+    rows = (row for file in datafiles.jsonl_files(dataset) for row in _of_file(file, every, batch))
+    first = datafiles.first_rows(dataset)
+    return islice(rows, first and math.ceil(first / every))
 
 
-def _of_file(file: Path) -> Iterator[dict[str, Any]]:
+def _of_file(file: Path, every: int, batch: int) -> Iterator[dict[str, Any]]:
     with file.open("rb") as stream:
-        yield from json_rows(stream, file, ())
+        # an empty line in the place of another keeps the numbers of lines true in messages
+        lines = (b"" if number // batch % every else line for number, line in enumerate(stream))
+        yield from json_rows(lines, file, ())

@@ -46,9 +46,9 @@ class Misdeclared(ValueError):
 
 def raise_all(mistakes: Iterable[Misdeclared]) -> None:
     """Raise the first of some mistakes, which has the others in it; nothing where there are none."""
-    for first in (found := list(mistakes)):
-        first.more = found[1:]
-        raise first
+    if found := list(mistakes):
+        found[0].more = found[1:]
+        raise found[0]
 
 
 class Strict(BaseModel):
@@ -147,15 +147,14 @@ class Split(Strict):
     """Rows of a raw file, or drawn out of another split; by default all that are kept.
 
     Attributes:
-        from_: the raw file.
-        out_of: the split that rows are drawn from, and then not in.
+        from_, out_of: the raw file, or the split that rows are drawn from, and then not in.
         draw: how many rows to draw at random.
         seed: of that draw.
         take: how many rows to take from the beginning.
         rows: how many there will be, where that is known and follows from nothing else.
-        row: expressions in the place of all of the study's, for a raw file with other fields.
-        drop: likewise.
+        row, drop: expressions in the place of all of the study's, for a raw file with other fields.
         order: in which order they are written.
+        tokens: of all rows as trained on, without padding, by base_model.
         subsets: of the test rows, by the names of the files that they become.
     """
 
@@ -170,6 +169,7 @@ class Split(Strict):
     row: dict[str, Text] | None = None
     drop: dict[str, Text] | None = None
     order: Order | None = None
+    tokens: dict[Text, Count] = {}
     subsets: dict[Name, Subset] = {}
 
     @model_validator(mode="after")

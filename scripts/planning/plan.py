@@ -1,6 +1,5 @@
 """`recipe plan`: parameters, memory and work of a config before it runs."""
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +14,7 @@ from ..configs import datafiles
 from ..configs.compose import Composed, Request, compose
 from ..configs.engines import engine_of
 from ..configs.gpus import Gpu
-from . import steps, work
+from . import lengths, steps, work
 from .fit import usable_gib
 from .need import planner_of
 from .planner import CONTEXT, GIB, ROUND, Planner
@@ -24,6 +23,8 @@ from .traces import NotAlike
 SIZES = (8, 12, 16, 24, 40, 48, 80)
 """Cards by their memory in GB, for a plan that names none."""
 _MOST_ROWS = 1024
+_QUICK = 8
+"""Needs that are asked for on a line; more of them are no longer quick."""
 
 
 def of_request(
@@ -39,7 +40,7 @@ def of_request(
     Args:
         gpu: the card that it is meant for.
         vram: its memory in GiB, if different from the card's, or if nothing else is known.
-        data: tokenize the training data, to count its tokens and to plan for its longest row.
+        data: tokenize all training data, to count its tokens and to plan for its longest row; else some of it.
         price: of a card for an hour.
         runs: the folder with earlier runs, whose speed is used.
 
@@ -47,19 +48,17 @@ def of_request(
         UserError: it has an error that leaves nothing to plan, or it cannot be planned.
     """
     composed = composed_for(request, gpu)
-    lengths = check.training_lengths(composed, request.force) if data else []
+    found, unknown = lengths.lengths_of(composed, data, request.force)
     planned, planner = plan(composed.config, gpu, vram, request.gpus)
     told = [finding for finding in check.examine(composed, gpu).findings if finding.scope in ("gpu", "code")]
     planned["notes"] += [f"{finding.key}: {finding.problem}; {finding.remedy}" for finding in told]
-    trained_on = None
-    if lengths:
-        trained_on = tuple(sum(data_set[f"{unit}_trained_on"] for data_set in lengths) for unit in ("rows", "tokens"))
-        longest = max(data_set["longest_trained_on"] for data_set in lengths)
-        if longest and not composed.config.get("sample_packing"):  # packed batches are always full
-            with suppress(NotAlike):
-                size = planner.need(length=longest)
-                planned["longest_batch"] = {"rows": planner.rows, "tokens": longest, "needed": size}
-    planned["work"] = work.work(composed, planner, gpu, request.gpus, trained_on, price, runs)
+    if found and found.longest and not composed.config.get("sample_packing"):  # packed batches are always full
+        with suppress(NotAlike):
+            size = planner.need(length=found.longest)
+            planned["longest_batch"] = {"rows": planner.rows, "tokens": found.longest, "needed": size}
+    planned["work"] = work.work(composed, planner, gpu, request.gpus, found, price, runs)
+    if planned["work"]["hours"] and not found:
+        planned["notes"].append(f"hours are an upper bound, as tokens are not counted: {unknown}")
     return planned
 
 
@@ -147,25 +146,45 @@ def _verdict(planner: Planner, card: Gpu, saved: float) -> dict[str, Any]:
         saved: bytes that an engine saves on each of several cards.
     """
     usable = usable_gib(card) * GIB + saved
+    context = planner.trace.sizes["context"]
     return {
         "card": card.name,
         "usable": usable - saved,
         "fits": planner.need() <= usable,
         "free": usable - planner.need(),
-        "largest_micro_batch": largest(lambda n: planner.need(rows=n) <= usable, _MOST_ROWS),
-        "longest_row": largest(lambda n: planner.need(length=n) <= usable, planner.trace.sizes["context"], ROUND),
+        "largest_micro_batch": largest(lambda n: planner.need(rows=n), usable, _MOST_ROWS, start=planner.rows),
+        "longest_row": largest(lambda n: planner.need(length=n), usable, context, ROUND, planner.length),
     }
 
 
-def largest(fits: Callable[[int], bool], most: int, unit: int = 1) -> int | None:
-    """The largest multiple of a unit up to `most` that fits, given that smaller ones fit too; 0 where none does.
+def largest(needed: Callable[[int], float], usable: float, most: int, unit: int = 1, start: int = 1) -> int | None:
+    """The largest multiple of a unit up to `most` whose need can be met, given that this grows; 0 where none's can.
 
-    None where shapes on the way do not follow from those that were traced.
+    None where shapes on the way do not follow from those that were traced. The need is nearly linear, so that it is
+    looked for where a line through two known needs meets what is usable, and in the middle only if that takes long.
+
+    Args:
+        start: a multiple of the unit whose need is known already.
     """
+    below, above = 0, most // unit + 1
+    known: dict[int, float] = {}
+    number = min(max(start // unit, 1), above - 1)
     try:
-        return unit * bisect_left(range(1, most // unit + 1), True, key=lambda n: not fits(n * unit))
+        while above - below > 1:
+            known[number] = needed(number * unit)
+            below, above = (number, above) if known[number] <= usable else (below, number)
+            near = sorted(known, key=lambda other: abs(other - number))[:2]
+            if len(near) < 2:
+                number += 1 if below else -1
+            elif len(known) > _QUICK or known[near[0]] == known[near[1]]:
+                number = (below + above) // 2
+            else:
+                a, b = near
+                number = int(a + (usable - known[a]) * (b - a) / (known[b] - known[a]))
+            number = min(max(number, below + 1), above - 1)
     except NotAlike:
         return None
+    return below * unit
 
 
 def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[dict[str, Any]]:
@@ -209,7 +228,7 @@ def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[
         changes.append({"set": settings, "effect": effect, "needed": tried.need(), "fits": tried.need() <= usable})
         if changes[-1]["fits"]:
             return changes
-    longest = largest(lambda n: tried.need(length=n) <= usable, planner.length, ROUND)
+    longest = largest(lambda n: tried.need(length=n), usable, planner.length, ROUND, planner.length)
     if longest:
         changes.append(
             {

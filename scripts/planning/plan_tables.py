@@ -141,7 +141,10 @@ def _work(work: dict[str, Any]) -> list[dict[str, Any]]:
             "tokens a second",
             f"{work['tokens_per_second']:,.0f} ({work['rate_is']})" if work["tokens_per_second"] else None,
         ),
-        ("hours", f"{work['hours']:,.1f} ({hours_are(work)})" if work["hours"] else None),
+        (
+            "hours",
+            f"{work['hours']:,.{1 if work['hours'] >= 1 else 2}f} ({hours_are(work)})" if work["hours"] else None,
+        ),
         ("cost", f"{work['cost']:,.2f} USD" if work["cost"] else None),
     ]
     return [{"work": name, "": text} for name, text in lines if text]

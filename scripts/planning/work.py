@@ -12,6 +12,7 @@ from ..configs.gpus import Gpu, named
 from ..data import ledger, study
 from ..runs.lookup import all_runs, readable
 from . import steps
+from .lengths import Lengths
 from .planner import Planner
 
 UTILIZATION = 0.3
@@ -23,7 +24,7 @@ def work(
     planner: Planner,
     gpu: Gpu | None,
     gpus: int,
-    trained_on: tuple[int, int] | None,
+    lengths: Lengths | None,
     price: float | None,
     runs: Path,
 ) -> dict[str, Any]:
@@ -34,31 +35,36 @@ def work(
         planner: its planned step.
         gpu: the card, if one is named or there.
         gpus: how many of them.
-        trained_on: rows and tokens of the training data where they were counted; else every row counts as a full one.
+        lengths: of the rows, where they are known; else every row counts as a full one.
         price: of a card for an hour.
         runs: the folder with earlier runs.
 
     Returns:
-        Among others `tokens_per_second`: of the newest run of this recipe on as many such cards, else of its study's
-        records of that, else from the card's peak rate and UTILIZATION.
+        Among others `flops_per_token`, with those on the padding beside it; and `tokens_per_second`: of the newest run
+        of this recipe on as many such cards, else of its study's records of that, else from the card's peak rate and
+        UTILIZATION.
     """
     config = composed.config
     length = steps.length_of(config)
-    rows, source = (trained_on[0], "counted") if trained_on else _rows(composed)
+    rows, source = _rows(composed)
+    if lengths:
+        rows = lengths.rows
+        length = length if config.get("sample_packing") else round(lengths.padded / rows)
     all_steps = datafiles.steps_of(config, rows, gpus)
-    tokens = trained_on[1] if trained_on else rows * length if rows else None
+    tokens = lengths.tokens if lengths else rows * length if rows else None
+    padding = lengths.padded / lengths.tokens if lengths else 1
     epochs = float(config.get("num_epochs") or 1)
     if rows and all_steps and config.get("max_steps"):  # it wins over the epochs
         epochs = all_steps * datafiles.effective_batch(config) * gpus / rows
     tokens = round(tokens * epochs) if tokens else None
-    per_token = flops_of_token(planner, length)
+    per_token = padding * flops_of_token(planner, length)
     rate, rate_source = _rate(composed, gpu, gpus, per_token, runs) if gpu else (None, None)
     hours = tokens / rate / 3600 if tokens and rate else None
     return {
         "rows": rows,
         "rows_are": source if rows else None,
         "tokens": tokens,
-        "tokens_are": "counted, without padding" if trained_on else "at most: every row counted as a full one",
+        "tokens_are": lengths.are if lengths else "at most: every row counted as a full one",
         "steps": all_steps,
         "flops_per_token": per_token,
         "flops": tokens * per_token if tokens else None,

@@ -116,10 +116,27 @@ def test_lengths_are_planned_as_axolotl_pads_them() -> None:
     assert steps.length_of({}) == 512
 
 
-@given(st.integers(0, 1000), st.integers(1, 300), st.sampled_from([1, 64]))
-def test_largest_finds_the_last_that_fits(limit: int, most: int, unit: int) -> None:
-    found = plan.largest(lambda n: n <= limit, most * unit, unit)
-    assert found == min(limit // unit, most) * unit
+@given(
+    st.integers(0, 1000),
+    st.integers(1, 300),
+    st.sampled_from([1, 64]),
+    st.integers(1, 2000),
+    st.sampled_from([lambda n: n, lambda n: n * n, lambda n: n // 7, lambda n: 5, lambda n: 1.02**n]),
+)
+def test_largest_finds_the_last_that_fits(limit: int, most: int, unit: int, start: int, need: Any) -> None:
+    found = plan.largest(need, usable := need(limit), most * unit, unit, start)
+    assert found == max((n for n in range(0, most * unit + 1, unit) if n == 0 or need(n) <= usable), default=0)
+
+
+def test_few_needs_are_asked_for_where_they_grow_on_a_line() -> None:
+    asked = []
+
+    def need(rows: int) -> float:
+        asked.append(rows)
+        return 20 * ((7000 + 431 * rows) // 20)  # in segments
+
+    assert plan.largest(need, 14500, 1024, start=2) == 17
+    assert len(asked) <= 5
 
 
 @pytest.fixture

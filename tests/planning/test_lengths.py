@@ -1,0 +1,99 @@
+"""How many tokens a plan counts with, and where it has them from."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import config_with
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.checks import check
+from qlora_recipes.configs import gpus
+from qlora_recipes.configs.compose import Request, compose
+from qlora_recipes.planning import lengths, plan, work
+
+
+@pytest.fixture
+def own(tiny: Path, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config with a tokenizer and rows that are here, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
+    change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": {"pad_token": "</s>"}}
+    file = tmp_path / "own.yaml"
+    config = config_with(change | {"datasets": data, "test_datasets": None, "evals_per_epoch": None})
+    file.write_text(yamlfiles.write_yaml(config))
+    return file
+
+
+def found(file: Path | str, *overrides: str, **more: Any) -> lengths.Lengths:
+    """The lengths of a config that are known."""
+    known, _ = lengths.lengths_of(compose(Request(str(file), overrides=list(overrides))), **more)
+    assert known
+    return known
+
+
+def test_some_rows_tell_of_all_and_are_tokenized_once(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lengths, "ENOUGH", 40)
+    some = found(own)
+    assert some.are == "by the lengths of 37 of the rows, without padding"
+    assert some.rows == 109 and some.longest is None
+    with monkeypatch.context() as patched:
+        patched.setattr(check, "training_lengths", None)
+        assert found(own, "learning_rate=0.1") == some
+    every = found(own, counted=True)
+    assert every.are == "counted, without padding"
+    assert every.longest and some.tokens == pytest.approx(every.tokens, rel=0.1)
+    assert every.tokens < every.padded < 1.5 * every.tokens
+    assert found(own) == every  # the better figure is kept
+    assert found(own, "val_set_size=0.5").rows == 54
+    short = found(own, "sequence_len=300", counted=True)
+    assert short.rows < 109 and short.longest and short.longest <= 300  # the others are dropped
+
+
+def test_rows_that_change_are_tokenized_again(own: Path, tmp_path: Path) -> None:
+    before = found(own)
+    (path,) = {dataset["path"] for dataset in yamlfiles.read_yaml(own)["datasets"]}
+    rows = [orjson.loads(line) for line in Path(path).read_bytes().splitlines()]
+    longer = tmp_path / "longer.jsonl"
+    longer.write_bytes(b"".join(orjson.dumps(row | {"output": row["output"] * 2}) + b"\n" for row in rows))
+    assert found(own, f"datasets.0.path={longer}").tokens > before.tokens
+    kept = found(own, f"datasets.0.path={longer}")
+    longer.write_bytes(b"".join(orjson.dumps(row | {"output": row["output"] * 3}) + b"\n" for row in rows))
+    assert found(own, f"datasets.0.path={longer}").tokens > kept.tokens
+
+
+def test_rows_that_cannot_be_tokenized_say_so_and_hinder_no_plan(own: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
+    composed = compose(Request(str(own), overrides=[f"datasets.0.path={broken}"]))
+    assert lengths.lengths_of(composed) == (None, "its rows cannot be tokenized, as `recipe check --data` shows")
+    with pytest.raises(UserError, match="row"):
+        lengths.lengths_of(composed, counted=True)
+
+
+def test_hours_count_padding_at_the_cards_peak_and_not_at_a_measured_speed(own: Path, tmp_path: Path) -> None:
+    planned = plan.of_request(Request(str(own)), gpus.find("T4"), runs=tmp_path)
+    known, took = found(own), planned["work"]
+    per_token = work.flops_of_token(plan.plan(yamlfiles.read_yaml(own))[1], round(known.padded / known.rows))
+    padded = known.padded * yamlfiles.read_yaml(own)["num_epochs"]
+    assert took["hours"] == pytest.approx(padded * per_token / (65e12 * work.UTILIZATION) / 3600, rel=1e-3)
+    assert took["tokens_are"] == "counted, without padding"
+    assert planned["longest_batch"]["tokens"] == known.longest
+    assert not any("upper bound" in note for note in planned["notes"])
+
+
+def test_a_studys_own_count_is_taken_for_its_own_rows_and_tokenizer() -> None:
+    name = "peft-metamathqa/lora-rank32"
+    assert found(name).tokens == 4198051 and found(name).rows == 20000
+    for change in ("sequence_len=512", "base_model=meta-llama/Llama-2-7b-hf", "micro_batch_size=8"):
+        composed = compose(Request(name, overrides=[change]))
+        assert lengths.lengths_of(composed) == (None, "its rows and its tokenizer are not both on this machine")
+
+
+@pytest.mark.long
+def test_hours_are_near_those_of_published_runs() -> None:
+    """PEFT's run of a rank of 32 trained for 585.2 s on an L40S; with every row as a full one it would be 1,850 s."""
+    planned = plan.of_request(Request("peft-metamathqa/lora-rank32"), gpus.find("L40S"), runs=Path("none"))
+    assert planned["work"]["hours"] * 3600 == pytest.approx(585.2, rel=0.2)
