@@ -142,8 +142,8 @@ def examine(
     report.add(placed([*of_schema, *rules.findings(case)], composed))
     report.add(_other_rows(composed))
     for why, keys in composed.unfit.items():
-        not_changed = f"a profile leaves {', '.join(keys)} as they are, or sets another value: {why}"
-        report.add(placed([Finding("note", "unfit", keys[-1], not_changed)], composed))
+        problem = f"not taken over from the profile: {', '.join(keys)}: {why}"
+        report.add(placed([Finding("note", "unfit", keys[-1], problem)], composed))
     report.add(_other_axolotl(composed))
     if data:
         of_rows, report.data = rows.check(usable)

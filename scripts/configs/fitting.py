@@ -7,6 +7,7 @@ from typing import Any
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from . import models
+from .config import flatten
 from .gpus import Gpu
 
 VARIANTS = {"fast": "other kernels, which round otherwise", "packed": "rows share sequences, so that batches differ"}
@@ -44,8 +45,7 @@ def fitted(profile: str, fragment: Config, config: Config, gpu: Gpu | None, unfi
                 if instead is None:
                     del fit[key]
     if "plugins" in fit:
-        own = config.get("plugins")
-        fit["plugins"] = list(dict.fromkeys([*(own if isinstance(own, list) else ()), *fit["plugins"]]))
+        fit["plugins"] = list(dict.fromkeys([*_listed(config, "plugins"), *fit["plugins"]]))
     return fit
 
 
@@ -64,7 +64,7 @@ def _unfit(config: Config, gpu: Gpu | None) -> Iterator[tuple[Config, str]]:
 def _unfit_liger(config: Config, model: dict[str, Any]) -> Iterator[tuple[Config, str]]:
     if (kind := model.get("model_type")) and kind not in models.LAYERS:
         yield dict.fromkeys(_LIGER), f"it was not tried with models of type {kind}"
-    if (config.get("tensor_parallel_size") or 1) > 1:
+    if config.get("tensor_parallel_size") not in (None, 1):
         yield dict.fromkeys(_LIGER), "Axolotl refuses it under tensor parallelism"
     losses = ("chunked_cross_entropy", "cut_cross_entropy", "liger_cross_entropy")
     if other := next((key for key in losses if config.get(key)), None):
@@ -82,7 +82,7 @@ def _unfit_lora(config: Config, model: dict[str, Any]) -> Iterator[tuple[Config,
         yield dict.fromkeys(_LORA), f"with lora_dropout {config['lora_dropout']} it would drop other values than PEFT"
     if refused := next((key for key in ("load_in_8bit", "trust_remote_code") if config.get(key)), None):
         yield dict.fromkeys(_LORA), f"Axolotl refuses it beside {refused}"
-    if (config.get("bnb_config_kwargs") or {}).get("bnb_4bit_quant_type", "nf4") != "nf4":
+    if dict(flatten(config)).get("bnb_config_kwargs.bnb_4bit_quant_type", "nf4") != "nf4":
         yield dict.fromkeys(_LORA), "it would decode doubly quantized weights as NF4 (axolotl/kernels/quantize.py)"
     if (activation := model.get("hidden_activation") or model.get("hidden_act") or "silu") != "silu":
         yield {"lora_mlp_kernel": None}, f"it computes SiLU, or GELU by erf, and the model has {activation}"
@@ -92,7 +92,7 @@ def _unfit_lora(config: Config, model: dict[str, Any]) -> Iterator[tuple[Config,
             yield {kernel: None}, f"LoRA is not on all of {', '.join(layers)}"
 
 
-def _listed(config: Config, key: str) -> list[Any]:
-    """The entries of a list in a config; none where the key is not set, or is a regular expression."""
+def _listed(config: Config, key: str) -> list[str]:
+    """The names in a list of a config, which was not checked yet; none where its value is another, as an expression."""
     value = config.get(key)
-    return value if isinstance(value, list) else []
+    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []

@@ -51,7 +51,7 @@ def of_request(
     found, unknown = lengths.lengths_of(composed, data, request.force)
     planned, planner = plan(composed.config, gpu, vram, request.gpus)
     told = [finding for finding in check.examine(composed, gpu).findings if finding.scope in ("gpu", "code")]
-    planned["notes"] += [f"{finding.key}: {finding.problem}; {finding.remedy}" for finding in told]
+    planned["notes"] += [f"{finding.key}: {finding.problem}; {finding.remedy}".removesuffix("; ") for finding in told]
     if found and found.longest and not composed.config.get("sample_packing"):  # packed batches are always full
         with suppress(NotAlike):
             size = planner.need(length=found.longest)

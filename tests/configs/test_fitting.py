@@ -95,6 +95,25 @@ def test_plugins_join_those_of_the_config() -> None:
     assert own == ["axolotl.integrations.spectrum.SpectrumPlugin", "axolotl.integrations.liger.LigerPlugin"]
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"plugins": 3},
+        {"plugins": [{"a": 1}]},
+        {"lora_target_modules": [["q_proj"], 4]},
+        {"tensor_parallel_size": "two"},
+        {"bnb_config_kwargs": ["nf4"]},
+        {"base_model": 7},
+        {"lora_dropout": "much"},
+    ],
+    ids=str,
+)
+def test_wrong_values_are_left_for_check_to_find(wrong: dict[str, Any]) -> None:
+    mine(**wrong)
+    found = check.check(Request("mine.yaml", profiles=["fast"]), gpus.find("T4")).findings
+    assert not [str(finding) for finding in found if finding.rule == "unreadable"]
+
+
 def test_packed_rows_are_kept_apart_by_a_mask_on_turing() -> None:
     name = "haider2024/llama-2-7b"
     assert {gpu: laid(name, "packed", gpu=gpu).config["sdpa_varlen"] for gpu in ("T4", "A100", "H100")} == {
