@@ -11,6 +11,7 @@ from ..base.errors import WorkFailed
 from ..base.files import Row, loads, opened, replacing
 from ..base.progress import Bar
 from . import agreement
+from .engines.start import require, started
 from .evaluations import REFERENCE, EvaluationSettings, Prediction
 from .task import EvaluationTask
 
@@ -44,11 +45,10 @@ def predict(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row
     if len(done) < len(rows):
         if task.run.rehearsal:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        require(settings, task.request.server, task.run.rehearsal)
         with Bar("tokenizing the prompts"):
-            from .engines.start import require, started
             from .prompter import Prompter
 
-            require(settings, task.request.server, task.run.rehearsal)
             prompter = Prompter(settings, task.cfg, tokenizer)
             examples = prompter.examples(rows, task.rows.keys)
         compared = settings.engine != REFERENCE and settings.served is None and task.request.agreement_rows

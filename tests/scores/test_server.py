@@ -144,6 +144,7 @@ def test_errors_that_pass_are_waited_for_and_no_row_is_asked_twice() -> None:
         ((200, {"choices": []}), r'no completion but 200 \{"choices": \[\]\}'),
         ((200, {"choices": [{"text": 3}]}), "no completion but 200"),
         ((200, ["a"]), "no completion but 200"),
+        ((200, b"[" * 100_000), "no completion but 200"),
         (completed("x", token_ids="17"), "no completion but 200"),
         (completed("x", "abort"), "the answer ended by 'abort' instead of its end or its length"),
         (completed("x", None), "the answer ended by None"),

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from ...base.errors import UserError, WorkFailed, did_you_mean
+from ...base.files import loads
 from ...base.progress import say_once
 
 KEYS = ("QLORA_RECIPES_SERVER_KEY", "OPENAI_API_KEY")
@@ -55,7 +56,7 @@ class Api:
         )
 
     def require_model(self, name: str | None) -> str:
-        """Who serves a model of this name, as the server says.
+        """Whose server has a model of this name, as it says itself; empty where it does not.
 
         Raises:
             UserError: nothing answers there, or it refuses the key, or it has no such model.
@@ -66,7 +67,7 @@ class Api:
             raise UserError(f"--server {self.url}: {_cause(error)}; start the server, or name where it is") from None
         self._require_key(response)
         try:
-            models = {str(model["id"]): str(model.get("owned_by")) for model in response.json()["data"]}
+            models = {str(model["id"]): str(model.get("owned_by") or "") for model in loads(response.content)["data"]}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
                 f"--server {self.url}: no server that speaks OpenAI's protocol: its list of models is "
@@ -75,7 +76,7 @@ class Api:
         if name not in models:
             wrong = f"--model {name}: the server has no model of that name" if name else "--server: needs --model"
             raise UserError(f"{wrong}{did_you_mean(name or '', models)}; it has {', '.join(models) or 'none'}")
-        return models[name]
+        return models[name][:40]
 
     async def _get(self, path: str) -> httpx.Response:
         async with self.client() as client:
@@ -158,7 +159,7 @@ def completion(response: httpx.Response, what: str) -> dict[str, Any]:
     if response.status_code != 200:
         raise WorkFailed(f"{response.url}: {what}: the server refuses it: {_beginning(response)}")
     try:
-        choice = response.json()["choices"][0]
+        choice = loads(response.content)["choices"][0]
         text, reason, tokens = choice["text"], choice.get("finish_reason"), choice.get("token_ids")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         text, reason, tokens = None, None, None

@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...base.progress import Bar
 from ...configs import gpus
 from ..evaluations import REFERENCE, SERVER, VLLM, EvaluationSettings
-from ..prompter import Prompter
 from .engine import Engine
+
+if TYPE_CHECKING:
+    from ..prompter import Prompter  # with torch and Axolotl, which `require` does without
 
 
 def require(settings: EvaluationSettings, server: str | None, rehearsal: bool) -> None:
@@ -28,7 +31,7 @@ def require(settings: EvaluationSettings, server: str | None, rehearsal: bool) -
 
 
 @contextmanager
-def started(prompter: Prompter, prompts: Sequence[list[int]], server: str | None, part: Path) -> Iterator[Engine]:
+def started(prompter: "Prompter", prompts: Sequence[list[int]], server: str | None, part: Path) -> Iterator[Engine]:
     """The engine that the prompter's settings name; it ends with the block, unless somebody else had started it.
 
     Args:
@@ -59,4 +62,5 @@ def started(prompter: Prompter, prompts: Sequence[list[int]], server: str | None
         name, there = str(prompter.settings.model), api.at(str(server))
         owner = there.require_model(name)
         at_once = prompter.settings.batch_size or AT_ONCE
-        yield Server(prompter, there, name, f"{name} on a server of {owner}", prompts, at_once)
+        weights = f"{name} on a server{f' of {owner}' if owner else ''}"
+        yield Server(prompter, there, name, weights, prompts, at_once)

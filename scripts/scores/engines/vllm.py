@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 
@@ -19,10 +20,11 @@ from ...base.files import embedding_rows, opened, read_json
 from ...base.processes import start_child
 from ...base.progress import Bar
 from ..evaluations import ADAPTER, EvaluationSettings
-from ..prompter import Prompter
-from . import weights
 from .api import Api
-from .server import Server
+
+if TYPE_CHECKING:
+    from ..prompter import Prompter  # with torch and Axolotl, which `require` does without
+    from .server import Server
 
 ENVIRONMENT = paths.LOCK.with_name(".vllm")
 """Where `make vllm` installs it."""
@@ -92,7 +94,7 @@ def _rank(config: dict[str, object]) -> int:
 
 
 @contextmanager
-def started(prompter: Prompter, prompts: Sequence[list[int]], part: Path) -> Iterator[Server]:
+def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> Iterator["Server"]:
     """vLLM with a run's base model and adapter, ready to answer; its log is beside `part`.
 
     Args:
@@ -104,6 +106,9 @@ def started(prompter: Prompter, prompts: Sequence[list[int]], part: Path) -> Ite
         UserError: the tokenizer has more tokens than the base model, which the training added.
         WorkFailed: it does not start.
     """
+    from . import weights
+    from .server import Server
+
     settings = prompter.settings
     if len(prompter.tokenizer) > prompter.config.get_text_config().vocab_size:
         raise UserError("--engine vllm: it cannot serve a base model that the training added tokens to; leave it out")
@@ -129,7 +134,7 @@ def started(prompter: Prompter, prompts: Sequence[list[int]], part: Path) -> Ite
         _end(server)
 
 
-def _command(prompter: Prompter, model: str, longest: int, port: int) -> list[str]:
+def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[str]:
     """The command that serves a model as `base`, and with the adapter as `adapter`."""
     settings = prompter.settings
     words = [
@@ -156,7 +161,7 @@ def _in_words(settings: EvaluationSettings) -> str:
     return f"base model {form}{', adapter as LoRA over it' if settings.adapter_sha256 else ''}"
 
 
-def _environment(prompter: Prompter, longest: int, at_once: int) -> dict[str, str]:
+def _environment(prompter: "Prompter", longest: int, at_once: int) -> dict[str, str]:
     """The environment of vLLM, which phones nobody; on a CPU all of that is its own to use, and so is the memory for
     the keys and values of the rows that it works on, as far as there is some."""
     environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_COLOR": "0"}
