@@ -216,10 +216,11 @@ def test_vllm_answers_as_the_reference_and_may_be_killed_meanwhile(
 
     if not vllm.ENVIRONMENT.is_dir():
         pytest.skip("`make vllm` installs what this needs")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # whose kernel rounds to bf16
     undisturbed = evaluated(servable, 24, engine="vllm", agreement_rows=8)
     rows = read_predictions(servable.path)
     assert undisturbed.settings.agreement and not undisturbed.settings.agreement.apart
-    assert undisturbed.settings.agreement.equal >= 6
+    assert undisturbed.settings.agreement.equal >= 7
     assert len({row["prediction"] for row in rows}) > 12
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(servable.path) in " ".join(p.info["cmdline"] or ())]
 
