@@ -64,7 +64,7 @@ lint: setup
 core:  ## How many lines the core path has, from a recipe to the row of its run
 	@cat scripts/base/*.py scripts/configs/*.py scripts/runs/*.py scripts/results/run_rows.py | wc -l
 
-benchmark: setup  ## How long the quick commands take, and how fast data is checked and prepared
+benchmark: setup  ## How long things take; the ratios of times go into the README
 	.venv/bin/python tests/benchmark.py
 
 compare-memory: setup  ## Planned memory beside published figures, and another planner's

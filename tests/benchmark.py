@@ -11,6 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import benchmark_start
+import benchmark_table
+
 from qlora_recipes.base import paths
 from qlora_recipes.checks import rows
 
@@ -107,14 +110,18 @@ def declared(folder: Path, count: int = 395_000) -> tuple[float, float, bool]:
     )
 
 
-def plan(name: str = "haider2024/code-llama-7b") -> tuple[float, float]:
+def plan(name: str = "haider2024/code-llama-7b") -> tuple[float, float, float]:
     """Seconds of processor time for the first plan of a recipe beyond the imports, with a card's largest micro batch
-    and longest row; and for tracing each layer in place of five, over tracing five."""
+    and longest row; for the imports; and for tracing each layer in place of five, over tracing five."""
     from qlora_recipes.base import yamlfiles
     from qlora_recipes.configs import gpus
-    from qlora_recipes.planning import layers, memory, need
+    from qlora_recipes.planning import need
     from qlora_recipes.planning import plan as planning
 
+    started = time.process_time()
+    from qlora_recipes.planning import layers, memory
+
+    imports = time.process_time() - started
     config = yamlfiles.read_yaml(paths.recipe_file(name))
     planner, _ = need.planner_of(config, gpus.find("T4"))
     started = time.process_time()
@@ -123,7 +130,7 @@ def plan(name: str = "haider2024/code-llama-7b") -> tuple[float, float]:
     layers.trace(planner.step, planner._shapes())
     few = time.process_time()
     memory.trace(planner.step, planner._shapes())
-    return planned - started, (time.process_time() - few) / (few - planned)
+    return planned - started, imports, (time.process_time() - few) / (few - planned)
 
 
 def report(folder: Path) -> tuple[int, float, float, float, float]:
@@ -157,6 +164,41 @@ def report(folder: Path) -> tuple[int, float, float, float, float]:
     return file.stat().st_size, text, ready, filters[0] / 1000, max(filters[1:]) / 1000
 
 
+def ratios() -> list[dict[str, str]]:
+    """The rows of the README's table, each a ratio of two times that were measured one after the other."""
+    os.environ |= benchmark_start.OFFLINE
+    table = []
+
+    def row(what: str, over: str, ratio: float, more: str) -> None:
+        table.append({"what": what, "over": over, "ratio": f"{ratio:.2f}", "": more})
+        print(f"{what}, over {over}: {ratio:.2f} ({more})", flush=True)
+
+    def folder() -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory()
+
+    with folder() as name:
+        os.environ["XDG_CACHE_HOME"] = name  # no plan is kept there
+        first, imports, every = plan()
+        del os.environ["XDG_CACHE_HOME"]
+    row("a first plan of 7B", "its imports", first / imports, f"{first:.1f} s of processor time")
+    print(f"  tracing every layer takes {every:.1f} times as long")
+    with folder() as name:
+        scored, alone = benchmark_table.scoring(Path(name))
+    row(
+        "`recipe score`, 5,000 pairs, intervals", "sacrebleu alone", scored / alone, f"{scored:.1f} s of processor time"
+    )
+    for what, prepared in (("as the first study", lambda *at: preparation(*at, size=2000)), ("filtered", declared)):
+        slower, larger, peak, speed = benchmark_table.growth(prepared)
+        more = f"{larger:.2f} times the memory, {peak:.0f} MiB; {speed:.0f} MB/s"
+        row(f"a prepared row of 1,000,000, {what}", "one of 250,000", slower, more)
+    with folder() as name:
+        ratio, ours, theirs, split = benchmark_start.start(Path(name))
+    row("`recipe run` to the first step", "`axolotl train`", ratio, f"{ours:.1f} s, {theirs:.1f} s")
+    for phase, seconds in split.items():
+        print(f"  {phase:30}{seconds:6.1f} s")
+    return table
+
+
 if __name__ == "__main__":
     nothing = median([sys.executable, "-c", "pass"])
     for arguments in COMMANDS:
@@ -179,10 +221,6 @@ if __name__ == "__main__":
         f"  filtered, of 1 kB {prepared / 1e6:6.0f} MB/s on one core, at most {memory:.0f} MiB, "
         f"{'all' if whole else 'NOT all'} accounted for"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = folder  # no plan is kept there
-        first, ratio = plan()
-    print(f"a first plan        {first:6.1f} s beyond the imports; tracing every layer takes {ratio:.1f} times as long")
     if shutil.which("chromium"):
         with tempfile.TemporaryDirectory() as folder:
             size, text, ready, first, others = report(Path(folder))
@@ -191,3 +229,4 @@ if __name__ == "__main__":
             f"{ready:.1f} s to all figures and rows; first search {1000 * first:.0f} ms, then at most "
             f"{1000 * others:.0f} ms a filter"
         )
+    benchmark_table.write(ratios())

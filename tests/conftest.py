@@ -28,7 +28,6 @@ from qlora_recipes import cli
 from qlora_recipes.base import paths, progress
 from qlora_recipes.data import study
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
-from qlora_recipes.verifying import shapes
 
 # A busy machine is slow at times; that is no fault of the code under test.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -165,24 +164,10 @@ def sample(cache: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A random Llama of two layers, with the small tokenizer of models with random weights."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import tiny_llama
 
     folder = tmp_path_factory.mktemp("tiny-llama")
-    tokenizer = shapes.tokenizer()
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
-        )
-    ).to(torch.bfloat16).save_pretrained(folder)
+    tiny_llama.save(folder)
     return folder
 
 
