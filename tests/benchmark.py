@@ -30,6 +30,8 @@ COMMANDS = [
 ]
 
 
+# resource's figure would have that of the parent in it
+PEAK = "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"  # in KiB
 COMPLETION = {"_RECIPE_COMPLETE": "complete_bash", "COMP_WORDS": "recipe run code", "COMP_CWORD": "2"}
 
 
@@ -72,13 +74,16 @@ def preparation(folder: Path, count: int = 100_000, size: int = 17_000) -> tuple
             row = texts[i % len(texts)] | {"id": i, "oldf": "\n".join(texts[i % 7]["patch"] for _ in range(40))}
             row["oldf"] = (row["oldf"] * 10)[: size - 1000]
             stream.write(json.dumps(row) + "\n")
-    command = [RECIPE, "data", "prepare", str(file), "--out", str(folder / "prepared"), "--json"]
+    arguments = ["data", "prepare", str(file), "--out", str(folder / "prepared"), "--json"]
+    code = f"import sys; from qlora_recipes import cli; cli.main(sys.argv[1:]); {PEAK}"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    split = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["splits"]["train"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=True, text=True)
+    printed, _, peak = done.stdout.strip().rpartition("\n")
+    split = json.loads(printed)["splits"]["train"]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     whole = split["read"] == count == split["rows"] + sum(split["dropped"].values())
-    return file.stat().st_size / seconds, after.ru_maxrss / 1024, whole
+    return file.stat().st_size / seconds, int(peak) / 1024, whole
 
 
 def declared(folder: Path, count: int = 395_000) -> tuple[float, float, bool]:
@@ -97,17 +102,14 @@ def declared(folder: Path, count: int = 395_000) -> tuple[float, float, bool]:
     code = (
         "import sys; from pathlib import Path; from qlora_recipes.data import prepare, study; of = Path(sys.argv[1]);"
         "made = prepare.prepare([of / 'train.jsonl'], of / 'out', study.load(of), 'default')['splits']['train'];"
-        "print(made['read'], made['rows'] + sum(made['dropped'].values()))"
+        f"print(made['read'], made['rows'] + sum(made['dropped'].values())); {PEAK}"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, check=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return (
-        (folder / "train.jsonl").stat().st_size / seconds,
-        after.ru_maxrss / 1024,
-        done.stdout.split() == 2 * [str(count)],
-    )
+    *counts, peak = done.stdout.split()
+    return (folder / "train.jsonl").stat().st_size / seconds, int(peak) / 1024, counts == 2 * [str(count)]
 
 
 def plan(name: str = "haider2024/code-llama-7b") -> tuple[float, float, float]:

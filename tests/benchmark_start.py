@@ -18,7 +18,13 @@ from qlora_recipes.data.sample import usual_sample
 
 PAIRS = 5
 BIN = Path(sys.executable).parent
-OFFLINE = {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
+PATH = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # has accelerate, which `axolotl train` starts
+OFFLINE = {"PATH": PATH} | {
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 _STEP = b"'loss'"  # in what the trainer logs of its first step
 
 
