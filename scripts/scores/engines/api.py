@@ -15,7 +15,8 @@ from ...base.errors import UserError, WorkFailed, did_you_mean
 from ...base.files import loads
 from ...base.progress import say_once
 
-KEYS = ("QLORA_RECIPES_SERVER_KEY", "OPENAI_API_KEY")
+KEY = "QLORA_RECIPES_SERVER_KEY"
+"""In the environment. No variable of another tool, whose key this server may not be meant to get."""
 PAUSES: tuple[float, ...] = (1, 2, 4, 8, 15, 30, 60)
 """Seconds before each further try."""
 LONGEST_PAUSE = 300
@@ -147,7 +148,7 @@ class Api:
     def _require_key(self, response: httpx.Response) -> None:
         if response.status_code in (401, 403):
             state = "refuses the key in the environment" if self.key else "asks for a key"
-            raise UserError(f"--server {self.url}: it {state}; set {' or '.join(KEYS)} to one that it takes")
+            raise UserError(f"--server {self.url}: it {state}; set {KEY} to one that it takes")
 
 
 def completion(response: httpx.Response, what: str) -> dict[str, Any]:
@@ -186,11 +187,11 @@ def at(url: str) -> Api:
     if parsed.userinfo or parsed.query or parsed.fragment:
         raise UserError(
             f"--server: the address of {parsed.host} has a name, a password or a query, where others can see it; leave "
-            f"that out, and set {KEYS[0]} to the key"
+            f"that out, and set {KEY} to the key"
         )
     path = parsed.path.rstrip("/").removesuffix("/completions")
     where = str(parsed.copy_with(path=f"{path if path.endswith('/v1') or path else '/v1'}/"))
-    return Api(where, next(filter(None, map(os.environ.get, KEYS)), None))
+    return Api(where, os.environ.get(KEY) or None)
 
 
 def _wish(response: httpx.Response) -> float | None:
