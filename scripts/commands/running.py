@@ -34,14 +34,17 @@ from .options import (
     Runs,
     Seeds,
     SeveralRuns,
+    SkyOptions,
     SlurmOptions,
     StudyName,
     SweepFile,
     SweepName,
     Wide,
+    Yes,
     exclusive,
     form_of,
     only_with,
+    place_of,
     profiles_of,
 )
 
@@ -112,13 +115,14 @@ def run_verb(
     nodes: Annotated[int, typer.Option(help="How many machines to train on, with --on slurm.")] = 1,
     on: On = "local",
     slurm: SlurmOptions = None,
+    sky: SkyOptions = None,
+    yes: Yes = False,
     time_limit: TimeLimit = None,
     force: Force = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and start nothing.")] = False,
     runs: Runs = RUNS,
 ) -> None:
     """Train a recipe with Axolotl, in a run folder of its own."""
-    from .. import places
     from ..configs.compose import Request, is_rehearsal
     from ..configs.config import parse_override
     from ..running import run
@@ -140,7 +144,7 @@ def run_verb(
         force=force or [],
     )
     refuse_queued(time_limit, on)
-    place = places.kinds()[on](is_rehearsal(request), None, slurm or [])
+    place = place_of(on, slurm, sky, yes, is_rehearsal(request))
     if dry_run:
         print(yamlfiles.write_yaml(run.prepare(request, place, runs).config), end="")
     else:
@@ -158,16 +162,17 @@ def resume_verb(
     force: Force = None,
     on: On = "local",
     slurm: SlurmOptions = None,
+    sky: SkyOptions = None,
+    yes: Yes = False,
     time_limit: TimeLimit = None,
     runs: Runs = RUNS,
 ) -> None:
     """Resume an interrupted run from its last whole checkpoint."""
-    from .. import places
     from ..running.run import resume
 
     only_with("--prepare", prepare, "--on local", on == "local", "jobs prepare by themselves")
     refuse_queued(time_limit, on)
-    place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
+    place = place_of(on, slurm, sky, yes)
     folder = resume(run, runs, place, prepare, force or [])
     print(folder.path)
     if prepare:
@@ -197,6 +202,8 @@ def sweep_verb(
     jobs: Jobs = None,
     on: On = "local",
     slurm: SlurmOptions = None,
+    sky: SkyOptions = None,
+    yes: Yes = False,
     time_limit: TimeLimit = None,
     gpu: PlannedGpu = None,
     limit: Annotated[
@@ -213,7 +220,6 @@ def sweep_verb(
     json: Json = False,
 ) -> None:
     """Run a recipe with each of several settings, and compare them. What is done already is not done again."""
-    from .. import places
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..running import sweep, sweep_tables, sweeps
@@ -227,7 +233,7 @@ def sweep_verb(
     request.rehearse = is_rehearsal(request)
     evaluation = EvaluationRequest(limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
     refuse_queued(time_limit, on)
-    place = places.kinds()[on](request.rehearse, jobs, slurm or [])
+    place = place_of(on, slurm, sky, yes, request.rehearse, jobs)
     card = gpus.find(gpu) if gpu else None
     record, outcomes = sweep.sweep(
         sweep_name, members, request, evaluation, runs, place, seeds=seeds, max_runs=max_runs, gpu=card, dry_run=dry_run

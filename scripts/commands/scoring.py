@@ -27,10 +27,13 @@ from .options import (
     PromptsFile,
     RunName,
     Runs,
+    SkyOptions,
     SlurmOptions,
+    Yes,
     exclusive,
     form_of,
     only_with,
+    place_of,
 )
 
 Data = Annotated[
@@ -107,11 +110,12 @@ def evaluate_verb(
     force: Force = None,
     on: On = "local",
     slurm: SlurmOptions = None,
+    sky: SkyOptions = None,
+    yes: Yes = False,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
     """Generate predictions for test rows with a run's adapter, and score them."""
-    from .. import places
     from ..running import evaluation
     from ..runs.lookup import find_run
     from ..runs.rundir import RunDir
@@ -132,7 +136,7 @@ def evaluate_verb(
     request.engine, request.server, request.model = engine, server, model
     request.agreement_rows, request.accept_difference = agreement_rows, accept_difference
     folder = find_run(run, runs)
-    place = places.kinds()[on](rehearsal=False, jobs=None, options=slurm or [])
+    place = place_of(on, slurm, sky, yes)
     if export_prompts:
         count = evaluate.export_prompts(folder, request, export_prompts)
         say(f"{count} prompts; add the field prediction to each row; --predictions {export_prompts} then scores them")

@@ -1,4 +1,4 @@
-"""Where the commands of runs are carried out: this machine, or a cluster's queue.
+"""Where the commands of runs are carried out: this machine, a cluster's queue, or machines that SkyPilot finds.
 
 Another place is one more module, with a class that implements `Place`, and an entry in `kinds`.
 """
@@ -72,9 +72,10 @@ def kinds() -> dict[str, type[Place]]:
     The arguments: whether a rehearsal is to run, how many works to carry out at a time, and the place's own options.
     """
     from .local import Local
+    from .sky import Sky
     from .slurm import Slurm
 
-    return {"slurm": Slurm, "local": Local}
+    return {"slurm": Slurm, "sky": Sky, "local": Local}
 
 
 def relevant(place: Place, found: Iterable[Finding]) -> list[Finding]:

@@ -38,8 +38,6 @@ class Local:
     here = True
 
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]):
-        if options:
-            raise UserError(f"--slurm {options[0]}: works only with --on slurm")
         jobs = jobs or 1
         visible = [None] * jobs if jobs == 1 or rehearsal else visible_gpus()
         if jobs > len(visible):

@@ -25,7 +25,7 @@ from ..configs.engines import CPU_RANKS
 from ..determinism import settings
 from . import health, provenance
 from .records import Ended
-from .rundir import Launch, Run, RunDir, State, summarise, this_job
+from .rundir import JOB, Launch, Run, RunDir, State, summarise, this_job
 
 AXOLOTL = Path(sys.executable).with_name("axolotl")
 _NO_GPU_MEMORY = re.compile("CUDA out of memory|CUDA error: out of memory")
@@ -93,7 +93,8 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     has_adapter = (folder.output / "adapter_model.safetensors").is_file()
     record.state = _state(launch.exit_code, stopped, record.summary.ended, has_adapter)
     folder.write(record)
-    again = f"recipe resume {folder.path}" + (" --on slurm" if this_job(os.environ) else "")
+    on = " --on sky" if JOB in os.environ else " --on slurm" if this_job(os.environ) else ""
+    again = f"recipe resume {folder.path}{on}"
     if launch.problem:
         raise WorkFailed(f"{folder.path}: {record.state}, {launch.problem}; free some, and `{again}` continues it")
     if record.state == "interrupted":

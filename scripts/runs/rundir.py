@@ -21,6 +21,7 @@ from ..configs.datafiles import DataFile
 from . import checkpoints, health
 from .records import RECORD, Ended, Moment, Provenance
 
+JOB = "QLORA_RECIPES_JOB"  # is set, to its id, in a job whose queue sets nothing that tells it from others
 State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
 
 
@@ -281,7 +282,9 @@ _JOBS = TypeAdapter(list[Job])
 
 
 def this_job(environment: Mapping[str, str]) -> str | None:
-    """The id of the job that a process with such an environment belongs to, as SLURM writes that of an array's task."""
+    """The id of the job that a process with such an environment belongs to; SLURM's is that of an array's task."""
+    if JOB in environment:
+        return environment[JOB]
     array, task = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
     return f"{array}_{task}" if array and task else None
 

@@ -1,0 +1,269 @@
+"""Machines that SkyPilot finds: `--on sky`.
+
+Each run is a managed job of SkyPilot's, which carries out its commands one behind the other, takes down its machine in
+the end, and is begun again where that is taken away: the training then resumes from the last whole checkpoint. The
+tasks, rendered from templates/sky.yaml.j2, are kept below runs/sky/. A job is known by its name, which is noted before
+SkyPilot gets it.
+"""
+
+import os
+import re
+import secrets
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from getpass import getuser
+from pathlib import Path
+
+from ..base import paths, yamlfiles
+from ..base.errors import UserError, WorkFailed
+from ..base.files import write_atomically
+from ..base.machine import now
+from ..base.progress import PART, say
+from ..base.templating import environment
+from ..base.yamlfiles import Config
+from ..configs import config, gpus
+from ..configs.gpus import Gpu
+from ..runs.rundir import JOB, Job, JobState, Launch, RunDir, new_folder
+from ..runs.tasks import Command, Outcome, Work
+from . import sky_client
+from .sky_settings import settings_file, task_settings
+
+CONFIRM = 600
+"""Seconds in which SkyPilot has to confirm that nothing is left of a cancelled job."""
+_KEPT = ("XDG_CACHE_HOME", "XDG_DATA_HOME", "HF_HOME", "HF_HUB_OFFLINE")  # where a job finds what is here
+
+
+class Sky:
+    """A `places.Place`.
+
+    Args:
+        rehearsal: whether a rehearsal is to run, which needs no GPU.
+        jobs: how many to carry out at a time; SkyPilot decides that.
+        options: the values of --sky, and `yes` alone where its price is agreed to beforehand.
+
+    Raises:
+        UserError: a setting is wrong, or SkyPilot is not installed.
+    """
+
+    here = False
+
+    def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]):
+        if jobs:
+            raise UserError("--jobs: not with --on sky; SkyPilot decides how many of its jobs run at a time")
+        self.agreed = "yes" in options
+        self.settings = task_settings([option for option in options if option != "yes"])
+        self.rehearsal = rehearsal
+        if not sky_client.installed():
+            sky_client.ask("states", names=[])  # says how to install it
+
+    def gpu(self) -> Gpu | None:
+        """The card that the settings name."""
+        named = (self.settings.get("resources") or {}).get("accelerators")
+        name = str(next(iter(named), "") if isinstance(named, dict) else named or "").partition(":")[0]
+        return gpus.named(name) if name and not self.rehearsal else None
+
+    def check_size(self, gpus: int, nodes: int) -> None:
+        """See `places.Place`."""
+        if nodes > 1:
+            raise UserError(f"--nodes {nodes}: not with --on sky; --gpus takes several GPUs of one machine")
+
+    def carry_out(self, work: Work, title: str, runs: Path, here: Callable[[], object]) -> RunDir:
+        """Hand over one work; see `places.Place`.
+
+        Raises:
+            WorkFailed: SkyPilot refuses what it agreed to before.
+        """
+        self._agree(work, 1)
+        commands = work.commands()
+        self._launch([(work.outcome, commands)], title, runs, work.gpus)
+        return commands[0].folder
+
+    def submit(self, works: Sequence[Work], title: str, runs: Path, results: list[str]) -> None:
+        """Hand over a job for each work; see `places.Place`.
+
+        Raises:
+            WorkFailed: SkyPilot took only some of them.
+        """
+        if not (to_do := [work for work in works if work.steps]):
+            return
+        self._agree(to_do[0], len(to_do))
+        claimed = []
+        for work in works:
+            try:
+                claimed.append((work.outcome, work.commands()))
+            except UserError as error:
+                work.outcome.fail("run", str(error))
+        self._launch([(outcome, commands) for outcome, commands in claimed if commands], title, runs, works[0].gpus)
+
+    def _agree(self, work: Work, count: int) -> None:
+        """Say what SkyPilot would take for a work and what that costs, and have it agreed to unless it is free.
+
+        Raises:
+            UserError: SkyPilot refuses the task, or the user the price.
+        """
+        say("asking SkyPilot what it would take")
+        offer = sky_client.ask("check", task=self._task("recipe", [], work.gpus))
+        what = ", ".join(filter(None, (offer["infra"], offer["instance"], offer["gpus"])))
+        hourly = float(offer["hourly"])
+        each = f" each for {count} jobs" if count > 1 else ""
+        say(f"{what}: {hourly:.2f} USD an hour{each}" if hourly else f"{what}: costs nothing by SkyPilot's prices")
+        if not hourly or self.agreed:
+            return
+        if not sys.stdin.isatty():
+            raise UserError("--on sky: nobody is there to agree to that price; --yes does")
+        print("rent it? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise UserError("--on sky: not agreed to; nothing was started")
+
+    def _task(self, name: str, commands: Sequence[Command], gpus: int) -> Config:
+        """The task of a job: the template, with the user's settings laid over it.
+
+        Raises:
+            UserError: it needs a GPU, and the settings name none.
+        """
+        resources = dict(self.settings.get("resources") or {})
+        card = resources.pop("accelerators", None)
+        if gpus and card:
+            resources["accelerators"] = f"{card}:{gpus}" if isinstance(card, str) and ":" not in card else card
+        elif gpus and not {"any_of", "ordered"} & resources.keys():
+            raise UserError(f"--on sky: name a card, as in --sky resources.accelerators=A100, or in {settings_file()}")
+        text = (
+            environment(paths.TEMPLATES)
+            .get_template("sky.yaml.j2")
+            .render(
+                name=name,
+                part=PART,
+                job=JOB,
+                environment={key: yamlfiles.write_flow(os.environ[key]) for key in _KEPT if key in os.environ},
+                home=shlex.quote(str(Path.home())),
+                cwd=shlex.quote(str(Path.cwd())),
+                launcher=shlex.quote(str(Path(sys.executable).with_name("recipe"))),
+                commands=[
+                    {"words": shlex.join(command.words), "log": shlex.quote(str(_log(command)))} for command in commands
+                ],
+            )
+        )
+        task = yamlfiles.parse(text, "templates/sky.yaml.j2")
+        return config.merge(task, self.settings | {"resources": resources})
+
+    def _launch(self, claimed: Sequence[tuple[Outcome, list[Command]]], title: str, runs: Path, gpus: int) -> None:
+        """Write the tasks, note their jobs, and give them to SkyPilot."""
+        if not claimed:
+            return
+        for _, commands in claimed:
+            _refuse_untrained(commands)
+        folder = new_folder(runs / "sky", title.replace("/", "-"))
+        files = []
+        for _, commands in claimed:
+            name = f"{_plain(title)}-{secrets.token_hex(4)}"
+            file = (folder / f"{name}.yaml").resolve()
+            write_atomically(file, yamlfiles.write_yaml(self._task(name, commands, gpus)))
+            files.append(file)
+            for command in commands:
+                job = Job(
+                    place="sky", id=name, step=command.step, user=getuser(), script=str(file), words=command.words
+                )
+                command.folder.add_job(job)
+        answer = sky_client.ask("launch", files=[str(file) for file in files])
+        sky_client.forget()
+        taken = answer["ids"]
+        for (outcome, commands), file, id_ in zip(claimed, files, taken, strict=False):
+            say(f"job {file.stem}: SkyPilot's managed job {id_}; {file}")
+            outcome.steps |= {command.step: f"queued (job {file.stem})" for command in commands}
+        if problem := answer.get("problem"):
+            raise WorkFailed(
+                f"--on sky: SkyPilot took {len(taken)} of {len(files)} jobs: {problem}; run the same command again to "
+                "continue"
+            )
+
+    def can_follow(self, job: JobState | None) -> bool:
+        """No job waits there for another."""
+        return False
+
+    @classmethod
+    def active(cls, jobs: Sequence[Job]) -> dict[str, JobState] | None:
+        """The states that SkyPilot reports; a job that it could not carry out is noted in its run."""
+        jobs = [job for job in jobs if not _end(job).exists()]
+        if not jobs:
+            return {}
+        found = sky_client.reported(job.id for job in jobs)
+        if isinstance(found, UserError):
+            sky_client.report_once(str(found))
+            return None
+        for job in jobs:
+            if (job.id in found and found[job.id].ended) or job.id not in found:
+                _note_end(job, found.get(job.id))
+        return {name: report.state(name) for name, report in found.items() if not report.ended}
+
+    @classmethod
+    def cancel(cls, folder: RunDir, jobs: Sequence[Job]) -> list[str]:
+        """Cancel the jobs, and wait for SkyPilot to confirm that nothing is left of them."""
+        names = list(cls.active(jobs) or {})
+        if not names:
+            return []
+        say(f"waiting for SkyPilot to confirm that nothing is left of {', '.join(names)}")
+        left = sky_client.ask("cancel", names=names, seconds=CONFIRM)["left"]
+        sky_client.forget()
+        sky = sky_client.ENVIRONMENT / "bin" / "sky"
+        return [
+            f"job {name} is asked to end, which SkyPilot does not confirm: {left[name]}; look at `{sky} jobs queue`"
+            if name in left
+            else f"job {name} is cancelled; SkyPilot confirms that nothing is left of it"
+            for name in names
+        ]
+
+
+def _refuse_untrained(commands: Sequence[Command]) -> None:
+    """Refuse to evaluate a run that is still to be trained: no job waits for another.
+
+    Raises:
+        UserError: it is.
+    """
+    folder = commands[0].folder
+    if commands[0].step == "evaluate" and (
+        folder.read().state == "running" or Sky.active([job for job in folder.jobs() if job.step == "run"]) != {}
+    ):
+        raise UserError(f"{folder.path}: is still being trained; --on sky evaluates it once it is finished")
+
+
+def _plain(title: str) -> str:
+    """A title as names of jobs can have it, from its end, which tells more."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower())[-24:].strip("-") or "job"
+
+
+def _log(command: Command) -> Path:
+    """The file for the messages of all attempts at a command."""
+    return command.folder.path / f"sky-{command.step}.log"
+
+
+def _end(job: Job) -> Path:
+    """The file that is there once a job has ended, so that SkyPilot is not asked about it again."""
+    return Path(job.script).with_suffix(".ended")
+
+
+def _note_end(job: Job, report: sky_client.Reported | None) -> None:
+    """Note that a job has ended, and in its run why it could not be carried out, if no command of it says that."""
+    sky = sky_client.ENVIRONMENT / "bin" / "sky"
+    status = report.status if report else "unknown to SkyPilot"
+    if report and report.status.startswith("FAILED") and len(job.words) > 1 and job.step == "run":
+        folder = RunDir(Path(job.words[1]))
+        with suppress(UserError), folder.held():
+            record = folder.read()
+            if record.state not in ("finished", "failed", "interrupted") or not record.launches:
+                remedy = _REMEDIES.get(report.status, f"`{sky} jobs logs {report.id}` shows what it printed")
+                problem = f"SkyPilot: {report.status}: {report.reason or 'no reason given'}; {remedy}"
+                record.state = "failed"
+                record.launches.append(
+                    Launch(command=["sky", "jobs", "launch"], started=job.submitted, ended=now(), problem=problem)
+                )
+                folder.write(record)
+    with suppress(OSError):
+        write_atomically(_end(job), status + "\n")
+
+
+_REMEDIES = {
+    "FAILED_NO_RESOURCE": f"name another card or place in resources of {settings_file()}",
+    "FAILED_PRECHECKS": f"correct {settings_file()}",
+}

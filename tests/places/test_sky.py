@@ -1,0 +1,203 @@
+"""The command with `--on sky`, against a stand-in that answers as SkyPilot does: tests/stand_in/sky.py."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import orjson
+import pytest
+from conftest import RECIPE, Recipe
+
+from qlora_recipes import places
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.places import sky, sky_client, sky_settings
+from qlora_recipes.runs import lookup
+from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.runs.tasks import Command, Outcome, Work
+
+NAME = "haider2024/code-llama-7b"
+STAND_IN = Path(__file__).parents[1] / "stand_in" / "sky.py"
+
+
+@pytest.fixture
+def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with what the stand-in answers, beside one with what it was asked; the user's file says `shared`."""
+    environment = tmp_path / ".sky"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin" / "sky").touch()
+    (environment / "bin" / "python").write_text(f"#!{sys.executable}\n{STAND_IN.read_text()}")
+    (environment / "bin" / "python").chmod(0o755)
+    monkeypatch.setenv("QLORA_RECIPES_SKY", str(environment))
+    monkeypatch.setattr(sky_client, "ENVIRONMENT", environment)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    settings = sky_settings.settings_file()
+    settings.parent.mkdir(parents=True)
+    settings.write_text("shared: true\nresources: {infra: slurm/c/p}\n")
+    file = environment / "answers.json"
+    answer(
+        file, check={"infra": "Slurm (c)", "instance": "", "gpus": "", "hourly": 0.0}, launch={"ids": [1]}, states={}
+    )
+    sky_client.forget()
+    return file
+
+
+def answer(file: Path, **answers: dict[str, object]) -> None:
+    """Set what some questions are answered."""
+    former = orjson.loads(file.read_bytes()) if file.exists() else {}
+    file.write_bytes(orjson.dumps(former | answers))
+    sky_client.forget()
+
+
+def asked(file: Path) -> list[dict[str, object]]:
+    """What the stand-in was asked so far."""
+    log = file.with_name("asked.jsonl")
+    return [orjson.loads(line) for line in log.read_bytes().splitlines()] if log.exists() else []
+
+
+def work(folder: Path, *words: str, step: str = "run", gpus: int = 0) -> Work:
+    """A work of one command; its run is there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = Command(step, RunDir(folder), [*words])  # type: ignore[arg-type]
+    return Work(Outcome(NAME), lambda: [command], gpus)
+
+
+def test_a_run_is_handed_over_followed_and_cancelled(
+    recipe: Recipe, tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    done = recipe("run", NAME, "--rehearse", "--on", "sky", "--sky", "secrets=[HF_TOKEN]")
+    assert done.returncode == 0, done.stderr
+    assert "costs nothing" in done.stderr and "--on sky" in done.stderr
+    run = RunDir(tmp_path / done.stdout.strip())
+    (job,) = run.jobs()
+    assert [request["do"] for request in asked(answers)] == ["check", "launch"]
+    task = yamlfiles.read_yaml(Path(job.script))
+    assert (task["secrets"], task["envs"]["QLORA_RECIPES_JOB"]) == (["HF_TOKEN"], job.id)
+    assert task["resources"] == {"infra": "slurm/c/p"}
+    checked = subprocess.run(
+        [RECIPE.with_name("shellcheck"), "-s", "bash", "-"], input=task["run"], text=True, capture_output=True
+    )
+    assert checked.returncode == 0, checked.stdout
+    for file in filter(Path.is_file, tmp_path.rglob("*")):
+        assert b"hf_planted" not in file.read_bytes(), file
+    monkeypatch.chdir(tmp_path)
+    for status, kind, words in (
+        ("PENDING", "queued", ""),
+        ("STARTING", "queued", "starting"),
+        ("RUNNING", "running", ""),
+        ("RECOVERING", "queued", "recovering"),
+    ):
+        answer(answers, states={job.id: {"id": 1, "status": status, "ended": False, "reason": ""}})
+        assert places.read(run).state == kind
+        (shown,) = orjson.loads(recipe("results", "--json").stdout)
+        assert shown["state"] == kind and words in shown["jobs"]
+    answer(answers, cancel={"left": {}})
+    assert f"job {job.id} is cancelled; SkyPilot confirms" in recipe("cancel", "latest").stdout
+    answer(answers, cancel={"left": {job.id: "CANCELLING"}})
+    assert "does not confirm: CANCELLING" in recipe("cancel", "latest").stdout
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "says"),
+    [
+        ("FAILED_NO_RESOURCE", "no A100 anywhere", "no A100 anywhere; name another card or place"),
+        ("FAILED_SETUP", "", "FAILED_SETUP: no reason given; `.*sky jobs logs 7` shows"),
+        ("FAILED", "", "FAILED: no reason given; `.*sky jobs logs 7`"),
+    ],
+)
+def test_a_job_that_could_not_be_carried_out_is_told_in_its_run(
+    recipe: Recipe, tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch, status: str, reason: str, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunDir(Path(recipe("run", NAME, "--rehearse", "--on", "sky").stdout.strip()))
+    (job,) = run.jobs()
+    answer(answers, states={job.id: {"id": 7, "status": status, "ended": True, "reason": reason}})
+    assert places.read(run).state == "failed"
+    (shown,) = orjson.loads(recipe("results", "--json").stdout)
+    assert re.search(says, shown["trouble"]), shown
+    count = len(asked(answers))
+    assert places.read(run).state == "failed"
+    assert len(asked(answers)) == count  # SkyPilot is not asked about it again
+    assert "nothing is running or queued" in recipe("cancel", "latest").stderr
+
+
+def test_a_job_that_skypilot_never_got_leaves_an_interrupted_run(
+    recipe: Recipe, tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer(answers, launch={"ids": [], "problem": "the server is gone"})
+    done = recipe("run", NAME, "--rehearse", "--on", "sky")
+    assert done.returncode == 1
+    assert "took 0 of 1 jobs: the server is gone; run the same command again" in done.stderr
+    (run,) = lookup.all_runs(Path("runs"))
+    record = run.read()
+    record.created = "2024-01-01T00:00:00+00:00"  # one that is just created counts as starting
+    run.write(record)
+    assert places.read(run).state == "interrupted"
+
+
+def test_a_price_is_agreed_to_before_anything_starts(recipe: Recipe, tmp_path: Path, answers: Path) -> None:
+    answer(answers, check={"infra": "AWS (us-east-1)", "instance": "g6", "gpus": "L4:1", "hourly": 0.805})
+    done = recipe("run", NAME, "--rehearse", "--on", "sky")
+    assert done.returncode == 2
+    assert "AWS (us-east-1), g6, L4:1: 0.81 USD an hour" in done.stderr or "0.80 USD an hour" in done.stderr
+    assert "--yes" in done.stderr
+    assert not (tmp_path / "runs").exists()
+    assert recipe("run", NAME, "--rehearse", "--on", "sky", "--yes").returncode == 0
+
+
+def test_the_card_is_the_one_of_the_settings(answers: Path, tmp_path: Path) -> None:
+    place = sky.Sky(False, None, ["resources.accelerators=A100-80GB"])
+    gpu = place.gpu()
+    assert gpu and gpu.name == "A100 80GB"
+    assert place._task("x", [], 2)["resources"]["accelerators"] == "A100-80GB:2"
+    assert "accelerators" not in place._task("x", [], 0)["resources"]
+    with pytest.raises(UserError, match="name a card"):
+        sky.Sky(False, None, [])._task("x", [], 1)
+
+
+def test_works_are_jobs_of_their_own_and_an_evaluation_waits_for_no_training(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    works = [work(Path("runs") / name, "resume", f"runs/{name}") for name in ("a", "b")]
+    answer(answers, launch={"ids": [1, 2]})
+    sky.Sky(True, None, []).submit(works, "two", Path("runs"), [])
+    names = {job.id for name in ("a", "b") for job in RunDir(Path("runs") / name).jobs()}
+    assert len(names) == 2
+    assert all(one.outcome.steps["run"].startswith("queued (job two-") for one in works)
+    with pytest.raises(UserError, match="--jobs"):
+        sky.Sky(True, 2, [])
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "says"),
+    [
+        ("{}", [], "shared: true` in .*sky.yaml.* has to say"),
+        ("[a]", [], r"sky\.yaml"),
+        ("shared: {", [], r"sky\.yaml"),
+        ("shared: true\nrun: echo", [], "run cannot be set"),
+        ("shared: true\nsecrets: {HF_TOKEN: hf_x}", [], "give a list of names"),
+        ("shared: true\nsecrets: [NOT_THERE]", [], "NOT_THERE: not set in this environment"),
+        ("shared: true", ["resources"], "expected key=value"),
+        ("shared: true", ["shared.a=1"], "--sky shared.a"),
+    ],
+)
+def test_settings_that_are_wrong_are_refused(answers: Path, content: str, options: list[str], says: str) -> None:
+    sky_settings.settings_file().write_text(content)
+    with pytest.raises(UserError, match=says):
+        sky_settings.task_settings(options)
+
+
+def test_without_skypilot_and_with_options_of_other_places_that_is_told(
+    recipe: Recipe, answers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("QLORA_RECIPES_SKY", str(tmp_path / "nowhere"))
+    done = recipe("run", NAME, "--rehearse", "--on", "sky")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "there is no SkyPilot" in done.stderr and "make sky" in done.stderr
+    done = recipe("run", NAME, "--rehearse", "--sky", "cpus=1")
+    assert "--sky cpus=1: works only with --on sky" in done.stderr
+    assert "--yes: works only with --on sky" in recipe("run", NAME, "--rehearse", "--yes").stderr
