@@ -55,6 +55,7 @@ class Sky:
         self.agreed = "yes" in options
         self.settings = task_settings([option for option in options if option != "yes"])
         self.rehearsal = rehearsal
+        self.most: float | None = None  # USD an hour that were agreed to
         if not sky_client.installed():
             sky_client.ask("states", names=[])  # says how to install it
 
@@ -107,6 +108,7 @@ class Sky:
         offer = sky_client.ask("check", task=self._task("recipe", [], work.gpus))
         what = ", ".join(filter(None, (offer["infra"], offer["instance"], offer["gpus"])))
         hourly = float(offer["hourly"])
+        self.most = hourly + 0.01 if hourly else None  # it is rounded to cents
         each = f" each for {count} jobs" if count > 1 else ""
         say(f"{what}: {hourly:.2f} USD an hour{each}" if hourly else f"{what}: costs nothing by SkyPilot's prices")
         if not hourly or self.agreed:
@@ -129,6 +131,8 @@ class Sky:
             resources["accelerators"] = f"{card}:{gpus}" if isinstance(card, str) and ":" not in card else card
         elif gpus and not {"any_of", "ordered"} & resources.keys():
             raise UserError(f"--on sky: name a card, as in --sky resources.accelerators=A100, or in {settings_file()}")
+        if self.most:
+            resources.setdefault("max_hourly_cost", self.most)
         text = (
             environment(paths.TEMPLATES)
             .get_template("sky.yaml.j2")
@@ -157,7 +161,7 @@ class Sky:
         folder = new_folder(runs / "sky", title.replace("/", "-"))
         files = []
         for _, commands in claimed:
-            name = f"{_plain(title)}-{secrets.token_hex(4)}"
+            name = f"{_plain(title)}-{secrets.token_hex(3)}"
             file = (folder / f"{name}.yaml").resolve()
             write_atomically(file, yamlfiles.write_yaml(self._task(name, commands, gpus)))
             files.append(file)
@@ -229,8 +233,8 @@ def _refuse_untrained(commands: Sequence[Command]) -> None:
 
 
 def _plain(title: str) -> str:
-    """A title as names of jobs can have it, from its end, which tells more."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower())[-24:].strip("-") or "job"
+    """The last part of a title as names of jobs can have it; SkyPilot names machines by their first 25 letters."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower().rpartition("/")[2])[:18].strip("-") or "job"
 
 
 def _log(command: Command) -> Path:

@@ -1,0 +1,99 @@
+"""`--on sky` with SkyPilot itself, on its SLURM backend: from a rehearsal to scores, what fails, and cancelling."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import orjson
+import psutil
+import pytest
+import sky_backend
+from conftest import RECIPE, finish, start
+from sky_backend import Backend
+
+from qlora_recipes.runs import lookup
+from qlora_recipes.runs.rundir import RunDir
+
+NAME = "haider2024/code-llama-7b"
+SETTINGS = "shared: true\nresources: {infra: slurm/tests/main, cpus: 1}\n"
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
+    with sky_backend.running(tmp_path_factory.mktemp("sky")) as made:
+        settings = tmp_path_factory.mktemp("config")
+        (settings / "qlora-recipes").mkdir()
+        (settings / "qlora-recipes" / "sky.yaml").write_text(SETTINGS)
+        made.env["XDG_CONFIG_HOME"] = str(settings)
+        yield made
+
+
+def asked(place: Path, backend: Backend, *arguments: str | Path, code: int = 0, command: Path = RECIPE) -> str:
+    return finish(start(place, *arguments, command=command, **backend.env), code)
+
+
+def row(place: Path, backend: Backend, run: RunDir) -> dict[str, object]:
+    rows = orjson.loads(asked(place, backend, "results", "--json"))
+    (found,) = (one for one in rows if place / one["run"] == run.path)
+    return found
+
+
+def wait_for(holds: Callable[[], object], seconds: float = 500) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(1)
+
+
+@pytest.mark.long
+def test_a_rehearsal_goes_to_scores_and_one_that_is_taken_away_resumes_until_it_is_cancelled(
+    tmp_path: Path, tiny_profile: Path, stand_in: Path, backend: Backend
+) -> None:
+    """At once: a member of a sweep is trained and evaluated; a stand-in trains until its SLURM job is cancelled
+    under it; and a set-up fails."""
+    rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--on", "sky")
+    short = ("--set", "num_epochs=1", "--bertscore", "none", "--json")
+    swept = orjson.loads(asked(tmp_path, backend, "sweep", NAME, "--set", "lora_r=4", *rehearsed, *short))
+    assert swept["steps"][0]["evaluate"].startswith("queued (job"), swept
+    (scored,) = lookup.all_runs(tmp_path / "runs")
+    steps = ("--set", "num_epochs=800", "--set", "save_steps=10", "--set", "saves_per_epoch=null")
+    slowly = ("--sky", "envs.STAND_IN_STEP='0.2'")
+    words = ("run", NAME, *rehearsed, *steps, *slowly)
+    held = RunDir(tmp_path / asked(tmp_path, backend, *words, command=stand_in))
+    failing = RunDir(tmp_path / asked(tmp_path, backend, "run", NAME, *rehearsed, "--sky", "setup=exit 3"))
+    wait_for(lambda: held.summary(held.read()).step >= 12)
+    assert row(tmp_path, backend, held)["state"] == "running"
+    (name,) = {job.id for job in held.jobs()}
+    allocations = (line.split() for line in backend.slurm.ask("squeue", "--noheader", "--format=%i %j").splitlines())
+    (allocation,) = (id_ for id_, of_job in allocations if of_job.startswith(f"{name}-"))
+    backend.slurm.ask("scancel", allocation)
+    wait_for(lambda: len(held.read().launches) == 2)
+    last = held.read().launches[-1]
+    assert last.resumed_from
+    said = asked(tmp_path, backend, "cancel", held.path)
+    assert f"job {name} is cancelled; SkyPilot confirms that nothing is left of it" in said
+    assert row(tmp_path, backend, held)["state"] == "interrupted"
+    wait_for(lambda: (scored.path / "scores.json").is_file())
+    wait_for(lambda: row(tmp_path, backend, failing)["state"] == "failed")
+    assert "FAILED_SETUP" in str(row(tmp_path, backend, failing)["trouble"])
+    backend.slurm.wait_until_empty(120)
+    assert row(tmp_path, backend, scored)["state"] == "finished"
+    processes = [" ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])]
+    assert not [command for command in processes if str(held.path.relative_to(tmp_path)) in command]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("resources.acelerators=A100", "Instead of 'acelerators', did you mean 'accelerators'"),
+        ("resources.cpus=999", "999"),
+        ("resources.infra=slurm/tests/nowhere", "nowhere"),
+    ],
+)
+def test_what_skypilot_would_not_take_is_told_and_leaves_nothing(
+    tmp_path: Path, tiny_profile: Path, backend: Backend, option: str, says: str
+) -> None:
+    words = ("run", NAME, "--profile", "rehearsal", "--profile", tiny_profile, "--on", "sky", "--sky", option)
+    assert says in asked(tmp_path, backend, *words, code=2)
+    assert not (tmp_path / "runs").exists()
