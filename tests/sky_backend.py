@@ -31,7 +31,7 @@ AuthorizedKeysFile {home}/.ssh/authorized_keys
 StrictModes no
 UsePAM no
 PidFile {folder}/sshd.pid
-SetEnv HOME={home}
+SetEnv {env}
 """
 _HOST = """
 Host tests
@@ -45,7 +45,7 @@ _CURL = """#!/bin/bash
 [[ "$*" = *uv/install.sh ]] && exec echo 'mkdir -p "$UV_INSTALL_DIR"; ln -sf {uv} "$UV_INSTALL_DIR/uv"'
 exec {curl} "$@"
 """
-_KEPT = ("PATH", "SSL_CERT_FILE", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_FIND_LINKS")
+_KEPT = ("PATH", "SLURM_CONF", "SSL_CERT_FILE", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_FIND_LINKS")
 
 
 @dataclass
@@ -108,8 +108,7 @@ def _home(folder: Path, port: int) -> Path:
     (tools / "curl").chmod(0o755)
     older = next(filter(None, (_python_of(path) for path in sorted(Path(sys.base_prefix).parent.glob("3.10*")))), None)
     path = os.pathsep.join(filter(None, (str(tools), older, os.environ["PATH"])))
-    kept = {name: os.environ[name] for name in _KEPT if name in os.environ} | {"PATH": path}
-    (home / ".profile").write_text("".join(f"export {name}='{value}'\n" for name, value in kept.items()))
+    (home / ".profile").write_text(f"export PATH='{path}'\n")
     (home / ".bashrc").touch()
     return home
 
@@ -152,8 +151,9 @@ def running(folder: Path) -> Iterator[Backend]:
             pytest.skip(f"no mounts of one's own here: {error}")
         (folder / "slurm").mkdir()
         slurm = stack.enter_context(cluster.running(folder / "slurm"))
-        (home / ".profile").open("a").write(f"export SLURM_CONF={os.environ['SLURM_CONF']}\n")
-        (folder / "sshd_config").write_text(_SSHD.format(port=port, home=home, folder=folder))
+        kept = {name: os.environ[name] for name in _KEPT if name in os.environ} | {"HOME": str(home)}
+        setting = " ".join(f"{name}={value}" for name, value in kept.items())
+        (folder / "sshd_config").write_text(_SSHD.format(port=port, home=home, folder=folder, env=setting))
         Path("/run/sshd").mkdir(exist_ok=True)
         subprocess.run([str(shutil.which("sshd")), "-f", folder / "sshd_config", "-E", folder / "sshd.log"], check=True)
         env = {"HOME": str(home), "SKYPILOT_API_SERVER_LOCAL_PORT": str(_free_port())}

@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from getpass import getuser
 from pathlib import Path
 
@@ -27,11 +28,13 @@ from ..configs import config, gpus
 from ..configs.gpus import Gpu
 from ..runs.rundir import JOB, Job, JobState, Launch, RunDir, new_folder
 from ..runs.tasks import Command, Outcome, Work
-from . import sky_client
+from . import sky_cards, sky_client
 from .sky_settings import settings_file, task_settings
 
 CONFIRM = 600
 """Seconds in which SkyPilot has to confirm that nothing is left of a cancelled job."""
+HANDING_OVER = 900
+"""Seconds in which SkyPilot may take a job that is noted already: it may have to start its controller before that."""
 _KEPT = ("XDG_CACHE_HOME", "XDG_DATA_HOME", "HF_HOME", "HF_HUB_OFFLINE")  # where a job finds what is here
 
 
@@ -61,7 +64,7 @@ class Sky:
 
     def gpu(self) -> Gpu | None:
         """The card that the settings name."""
-        named = (self.settings.get("resources") or {}).get("accelerators")
+        named = self.settings["resources"].get("accelerators")
         name = str(next(iter(named), "") if isinstance(named, dict) else named or "").partition(":")[0]
         return gpus.named(name) if name and not self.rehearsal else None
 
@@ -76,7 +79,7 @@ class Sky:
         Raises:
             WorkFailed: SkyPilot refuses what it agreed to before.
         """
-        self._agree(work, 1)
+        self._agree([work], runs)
         commands = work.commands()
         self._launch([(work.outcome, commands)], title, runs, work.gpus)
         return commands[0].folder
@@ -89,7 +92,7 @@ class Sky:
         """
         if not (to_do := [work for work in works if work.steps]):
             return
-        self._agree(to_do[0], len(to_do))
+        self._agree(to_do, runs)
         claimed = []
         for work in works:
             try:
@@ -98,20 +101,30 @@ class Sky:
                 work.outcome.fail("run", str(error))
         self._launch([(outcome, commands) for outcome, commands in claimed if commands], title, runs, works[0].gpus)
 
-    def _agree(self, work: Work, count: int) -> None:
-        """Say what SkyPilot would take for a work and what that costs, and have it agreed to unless it is free.
+    def _agree(self, works: Sequence[Work], runs: Path) -> None:
+        """Say what SkyPilot would take for works, and what that costs, and have it agreed to unless it is free.
 
         Raises:
-            UserError: SkyPilot refuses the task, or the user the price.
+            UserError: no card holds them, SkyPilot refuses the task, or the user the price.
         """
+        gpus = works[0].gpus
+        resources = self.settings["resources"]
+        if gpus and not {"accelerators", "any_of", "ordered"} & resources.keys():
+            resources["accelerators"] = dict.fromkeys(sky_cards.holding(works), gpus)  # SkyPilot takes the cheapest
         say("asking SkyPilot what it would take")
-        offer = sky_client.ask("check", task=self._task("recipe", [], work.gpus))
-        what = ", ".join(filter(None, (offer["infra"], offer["instance"], offer["gpus"])))
+        offer = sky_client.ask("check", task=self._task("recipe", [], gpus))
         hourly = float(offer["hourly"])
-        self.most = hourly + 0.01 if hourly else None  # it is rounded to cents
-        each = f" each for {count} jobs" if count > 1 else ""
-        say(f"{what}: {hourly:.2f} USD an hour{each}" if hourly else f"{what}: costs nothing by SkyPilot's prices")
-        if not hourly or self.agreed:
+        what = ", ".join(filter(None, (offer["infra"], offer["instance"], offer["gpus"])))
+        each = f" for each of {len(works)} jobs" if len(works) > 1 else ""
+        if not hourly:
+            say(f"{what}: costs nothing by SkyPilot's prices")
+            return
+        self.most = hourly + 0.01  # it is rounded to cents
+        planned = [sky_cards.hours(work, offer["gpus"], runs) for work in works]
+        known = [hours for hours in planned if hours is not None]
+        in_all = f"; by plan {sum(known):,.1f} hours of training, {sum(known) * hourly:,.2f} USD"
+        say(f"{what}: {hourly:.2f} USD an hour{each}{in_all if len(known) == len(planned) else '; hours not known'}")
+        if self.agreed:
             return
         if not sys.stdin.isatty():
             raise UserError("--on sky: nobody is there to agree to that price; --yes does")
@@ -120,17 +133,11 @@ class Sky:
             raise UserError("--on sky: not agreed to; nothing was started")
 
     def _task(self, name: str, commands: Sequence[Command], gpus: int) -> Config:
-        """The task of a job: the template, with the user's settings laid over it.
-
-        Raises:
-            UserError: it needs a GPU, and the settings name none.
-        """
-        resources = dict(self.settings.get("resources") or {})
+        """The task of a job: the template, with the user's settings laid over it."""
+        resources = dict(self.settings["resources"])
         card = resources.pop("accelerators", None)
         if gpus and card:
             resources["accelerators"] = f"{card}:{gpus}" if isinstance(card, str) and ":" not in card else card
-        elif gpus and not {"any_of", "ordered"} & resources.keys():
-            raise UserError(f"--on sky: name a card, as in --sky resources.accelerators=A100, or in {settings_file()}")
         if self.most:
             resources.setdefault("max_hourly_cost", self.most)
         text = (
@@ -170,17 +177,20 @@ class Sky:
                     place="sky", id=name, step=command.step, user=getuser(), script=str(file), words=command.words
                 )
                 command.folder.add_job(job)
-        answer = sky_client.ask("launch", files=[str(file) for file in files])
+        again = "run the same command again to continue"
+        try:
+            answer = sky_client.ask("launch", files=[str(file) for file in files])
+        except UserError as error:
+            raise WorkFailed(f"{error}; {again}, once `recipe results` says that it is not queued") from None
         sky_client.forget()
         taken = answer["ids"]
+        for file in files[len(taken) :]:
+            _mark_ended(file)
         for (outcome, commands), file, id_ in zip(claimed, files, taken, strict=False):
             say(f"job {file.stem}: SkyPilot's managed job {id_}; {file}")
             outcome.steps |= {command.step: f"queued (job {file.stem})" for command in commands}
         if problem := answer.get("problem"):
-            raise WorkFailed(
-                f"--on sky: SkyPilot took {len(taken)} of {len(files)} jobs: {problem}; run the same command again to "
-                "continue"
-            )
+            raise WorkFailed(f"--on sky: SkyPilot took {len(taken)} of {len(files)} jobs: {problem}; {again}")
 
     def can_follow(self, job: JobState | None) -> bool:
         """No job waits there for another."""
@@ -189,17 +199,26 @@ class Sky:
     @classmethod
     def active(cls, jobs: Sequence[Job]) -> dict[str, JobState] | None:
         """The states that SkyPilot reports; a job that it could not carry out is noted in its run."""
-        jobs = [job for job in jobs if not _end(job).exists()]
+        jobs = [job for job in jobs if not _end(Path(job.script)).exists()]
         if not jobs:
             return {}
         found = sky_client.reported(job.id for job in jobs)
         if isinstance(found, UserError):
             sky_client.report_once(str(found))
             return None
+        states = {}
         for job in jobs:
-            if (job.id in found and found[job.id].ended) or job.id not in found:
-                _note_end(job, found.get(job.id))
-        return {name: report.state(name) for name, report in found.items() if not report.ended}
+            age = datetime.now(UTC) - datetime.fromisoformat(job.submitted)
+            if report := found.get(job.id):
+                if report.ended:
+                    _note_end(job, report)
+                else:
+                    states[job.id] = report.state(job.id)
+            elif age.total_seconds() < HANDING_OVER:
+                states[job.id] = JobState("queued", "is being handed over", job.id)
+            else:
+                _mark_ended(Path(job.script))
+        return states
 
     @classmethod
     def cancel(cls, folder: RunDir, jobs: Sequence[Job]) -> list[str]:
@@ -210,6 +229,9 @@ class Sky:
         say(f"waiting for SkyPilot to confirm that nothing is left of {', '.join(names)}")
         left = sky_client.ask("cancel", names=names, seconds=CONFIRM)["left"]
         sky_client.forget()
+        for job in jobs:
+            if job.id in names and job.id not in left:
+                _mark_ended(Path(job.script))
         sky = sky_client.ENVIRONMENT / "bin" / "sky"
         return [
             f"job {name} is asked to end, which SkyPilot does not confirm: {left[name]}; look at `{sky} jobs queue`"
@@ -242,29 +264,34 @@ def _log(command: Command) -> Path:
     return command.folder.path / f"sky-{command.step}.log"
 
 
-def _end(job: Job) -> Path:
-    """The file that is there once a job has ended, so that SkyPilot is not asked about it again."""
-    return Path(job.script).with_suffix(".ended")
+def _end(task: Path) -> Path:
+    """The file beside a job's task that is there once it has ended, so that SkyPilot is not asked about it again."""
+    return task.with_suffix(".ended")
 
 
-def _note_end(job: Job, report: sky_client.Reported | None) -> None:
+def _mark_ended(task: Path) -> None:
+    with suppress(OSError):  # runs can be another user's
+        _end(task).touch()
+
+
+def _note_end(job: Job, report: sky_client.Reported) -> None:
     """Note that a job has ended, and in its run why it could not be carried out, if no command of it says that."""
-    sky = sky_client.ENVIRONMENT / "bin" / "sky"
-    status = report.status if report else "unknown to SkyPilot"
-    if report and report.status.startswith("FAILED") and len(job.words) > 1 and job.step == "run":
-        folder = RunDir(Path(job.words[1]))
+    if report.status.startswith("FAILED") and job.step == "run":
+        task, path = Path(job.script), Path(job.words[1])
+        if path.is_relative_to(runs := job.words[-1]):  # the folder of runs/sky
+            path = task.parents[2] / path.relative_to(runs)
+        folder = RunDir(path)
         with suppress(UserError), folder.held():
             record = folder.read()
             if record.state not in ("finished", "failed", "interrupted") or not record.launches:
-                remedy = _REMEDIES.get(report.status, f"`{sky} jobs logs {report.id}` shows what it printed")
+                jobs = f"{sky_client.ENVIRONMENT / 'bin' / 'sky'} jobs"
+                remedy = _REMEDIES.get(report.status, f"`{jobs} logs {report.id}` shows what it printed")
                 problem = f"SkyPilot: {report.status}: {report.reason or 'no reason given'}; {remedy}"
                 record.state = "failed"
-                record.launches.append(
-                    Launch(command=["sky", "jobs", "launch"], started=job.submitted, ended=now(), problem=problem)
-                )
+                command = ["sky", "jobs", "launch", str(task)]
+                record.launches.append(Launch(command=command, started=job.submitted, ended=now(), problem=problem))
                 folder.write(record)
-    with suppress(OSError):
-        write_atomically(_end(job), status + "\n")
+    _mark_ended(Path(job.script))
 
 
 _REMEDIES = {

@@ -43,6 +43,8 @@ def task_settings(overrides: Sequence[str]) -> Config:
     for key in _OURS:
         if key in settings:
             raise UserError(f"{file}: {key} cannot be set for the jobs of this command")
+    if not isinstance(settings.setdefault("resources", {}), dict):
+        raise UserError(f"{file}: resources: expected a mapping, as SkyPilot's tasks have it")
     secrets = settings.get("secrets") or []
     if not isinstance(secrets, list) or any(not isinstance(name, str) for name in secrets):
         raise UserError(f"{file}: secrets: give a list of names, as in [HF_TOKEN]; values come from the environment")

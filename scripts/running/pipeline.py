@@ -160,7 +160,8 @@ class Pipeline:
         else:
             with suppress(UserError):
                 steps = [] if self._evaluation() else ["evaluate"]
-        return Work(self.outcome, self._commands, gpus=0 if self.request.rehearse else 1, steps=steps)
+        gpus = 0 if self.request.rehearse else 1
+        return Work(self.outcome, self._commands, gpus, steps=steps, composed=self.composed)
 
     def _commands(self) -> list[Command]:
         """The commands still to be carried out; steps done before, or queued, are noted in its outcome."""

@@ -85,6 +85,7 @@ def start(request: Request, runs: Path, place: Place) -> RunDir:
         lambda: [command(create(composed, request, runs), runs)],
         gpus=0 if composed.rehearsal else request.gpus,
         nodes=request.nodes,
+        composed=composed,
     )
     return place.carry_out(work, composed.recipe, runs, train)
 

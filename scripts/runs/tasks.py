@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..configs.compose import Composed
 from .rundir import RunDir
 
 DONE, SKIPPED, FAILED = "done", "skipped", "failed"
@@ -73,6 +74,7 @@ class Work:
         gpus: how many its training needs on each node.
         nodes: how many of those.
         steps: those that may be among the commands, all of which a place has to be able to do.
+        composed: the config of its training, where that is yet to begin.
     """
 
     outcome: Outcome
@@ -80,3 +82,4 @@ class Work:
     gpus: int
     nodes: int = 1
     steps: Sequence[Step] = ("prepare", "run")
+    composed: Composed | None = None

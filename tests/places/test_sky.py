@@ -12,7 +12,10 @@ from conftest import RECIPE, Recipe
 from qlora_recipes import places
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.configs import gpus
+from qlora_recipes.configs.compose import Request, compose
 from qlora_recipes.places import sky, sky_client, sky_settings
+from qlora_recipes.planning import need
 from qlora_recipes.runs import lookup
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.runs.tasks import Command, Outcome, Work
@@ -93,10 +96,11 @@ def test_a_run_is_handed_over_followed_and_cancelled(
         assert places.read(run).state == kind
         (shown,) = orjson.loads(recipe("results", "--json").stdout)
         assert shown["state"] == kind and words in shown["jobs"]
-    answer(answers, cancel={"left": {}})
-    assert f"job {job.id} is cancelled; SkyPilot confirms" in recipe("cancel", "latest").stdout
     answer(answers, cancel={"left": {job.id: "CANCELLING"}})
     assert "does not confirm: CANCELLING" in recipe("cancel", "latest").stdout
+    answer(answers, cancel={"left": {}})
+    assert f"job {job.id} is cancelled; SkyPilot confirms" in recipe("cancel", "latest").stdout
+    assert "nothing is running or queued" in recipe("cancel", "latest").stderr
 
 
 @pytest.mark.parametrize(
@@ -138,6 +142,19 @@ def test_a_job_that_skypilot_never_got_leaves_an_interrupted_run(
     assert places.read(run).state == "interrupted"
 
 
+def test_a_job_that_skypilot_does_not_have_yet_is_being_handed_over(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = sky.Sky(True, None, [])
+    place.carry_out(work(Path("runs/a"), "resume", "runs/a", "--runs", "runs"), "a", Path("runs"), lambda: None)
+    (job,) = RunDir(Path("runs/a")).jobs()
+    states = sky.Sky.active([job])
+    assert states and "is being handed over" in str(states[job.id])
+    monkeypatch.setattr(sky, "HANDING_OVER", 0)
+    assert sky.Sky.active([job]) == {}
+
+
 def test_a_price_is_agreed_to_before_anything_starts(recipe: Recipe, tmp_path: Path, answers: Path) -> None:
     answer(answers, check={"infra": "AWS (us-east-1)", "instance": "g6", "gpus": "L4:1", "hourly": 0.805})
     done = recipe("run", NAME, "--rehearse", "--on", "sky")
@@ -156,7 +173,25 @@ def test_the_card_is_the_one_of_the_settings(answers: Path, tmp_path: Path) -> N
     assert place._task("x", [], 2)["resources"]["accelerators"] == "A100-80GB:2"
     assert "accelerators" not in place._task("x", [], 0)["resources"]
     with pytest.raises(UserError, match="name a card"):
-        sky.Sky(False, None, [])._task("x", [], 1)
+        sky.Sky(False, None, []).carry_out(work(tmp_path / "a", gpus=1), "x", tmp_path, lambda: None)
+
+
+def test_without_a_card_skypilot_chooses_among_those_that_hold_the_config_and_the_sum_is_told(
+    answers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cheapest of them is SkyPilot's business; how much memory it takes, and for how long, this project's."""
+    answer(answers, check={"infra": "AWS (us-east-1)", "instance": "g6", "gpus": "A100:1", "hourly": 2.5})
+    place = sky.Sky(False, None, ["yes"])
+    to_train = work(tmp_path / "runs" / "a", "resume", "a", gpus=1)
+    to_train.composed = compose(Request(NAME, overrides=["micro_batch_size=16"]))
+    needed = need.needed_gib(to_train.composed.config, gpus.find("A100"), anew=True)
+    assert needed
+    place.carry_out(to_train, NAME, tmp_path / "runs", lambda: None)
+    asked_for = asked(answers)[0]["task"]["resources"]["accelerators"]  # type: ignore[index]
+    assert ("T4" in asked_for, asked_for["A100-80GB"], asked_for["L40S"]) == (needed < 14.5, 1, 1)
+    said = capsys.readouterr().err
+    hours, price = re.search(r"by plan ([\d.,]+) hours of training, ([\d.,]+) USD", said).groups()  # type: ignore[union-attr]
+    assert float(price) == pytest.approx(float(hours) * 2.5, rel=0.05)
 
 
 def test_works_are_jobs_of_their_own_and_an_evaluation_waits_for_no_training(
@@ -183,6 +218,7 @@ def test_works_are_jobs_of_their_own_and_an_evaluation_waits_for_no_training(
         ("shared: true\nsecrets: {HF_TOKEN: hf_x}", [], "give a list of names"),
         ("shared: true\nsecrets: [NOT_THERE]", [], "NOT_THERE: not set in this environment"),
         ("shared: true", ["resources"], "expected key=value"),
+        ("shared: true\nresources: A100", [], "resources: expected a mapping"),
         ("shared: true", ["shared.a=1"], "--sky shared.a"),
     ],
 )
