@@ -11,7 +11,6 @@ import pwd
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -40,6 +39,10 @@ Host tests
   User root
   IdentityFile {home}/.ssh/id
   IdentitiesOnly yes
+"""
+_SETTINGS = """
+jobs: {{controller: {{consolidation_mode: true}}}}
+slurm: {{cluster_configs: {{tests: {{tmpdir: {folder}}}}}}}
 """
 _CURL = """#!/bin/bash
 [[ "$*" = *uv/install.sh ]] && exec echo 'mkdir -p "$UV_INSTALL_DIR"; ln -sf {uv} "$UV_INSTALL_DIR/uv"'
@@ -103,18 +106,23 @@ def _home(folder: Path, port: int) -> Path:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", home / ".ssh" / key], check=True)
     shutil.copy(home / ".ssh" / "id.pub", home / ".ssh" / "authorized_keys")
     (home / ".slurm" / "config").write_text(_HOST.format(port=port, home=home))
-    (home / ".sky" / "config.yaml").write_text("jobs: {controller: {consolidation_mode: true}}\n")
+    (home / ".sky" / "config.yaml").write_text(_SETTINGS.format(folder=folder))
     (tools / "curl").write_text(_CURL.format(uv=shutil.which("uv"), curl=shutil.which("curl")))
     (tools / "curl").chmod(0o755)
-    older = next(filter(None, (_python_of(path) for path in sorted(Path(sys.base_prefix).parent.glob("3.10*")))), None)
-    path = os.pathsep.join(filter(None, (str(tools), older, os.environ["PATH"])))
+    path = os.pathsep.join((str(tools), str(_older_python().parent), os.environ["PATH"]))
     (home / ".profile").write_text(f"export PATH='{path}'\n")
     (home / ".bashrc").touch()
     return home
 
 
-def _python_of(prefix: Path) -> str | None:
-    return str(prefix / "bin") if (prefix / "bin" / "python3.10").exists() else None
+def _older_python() -> Path:
+    """The Python that SkyPilot wants on a node; skips where there is none."""
+    of_pyenv = Path(os.environ.get("PYENV_ROOT", "/none")).glob("versions/3.10*/bin")
+    for folder in (*map(Path, os.get_exec_path()), *of_pyenv):
+        file = folder / "python3.10"
+        if file.is_file() and not subprocess.run([file, "-c", ""], capture_output=True).returncode:  # not only a shim
+            return file
+    pytest.skip("no Python 3.10 on this machine")
 
 
 def _require() -> Path:
@@ -135,9 +143,11 @@ def running(folder: Path) -> Iterator[Backend]:
     utils = _require()
     port, root = _free_port(), Path(pwd.getpwuid(0).pw_dir)
     home = _home(folder, port)
-    (root / ".ssh").mkdir(exist_ok=True)
-    (root / ".bashrc").touch()
     with ExitStack() as stack:
+        for place, make, remove in ((".ssh", Path.mkdir, Path.rmdir), (".bashrc", Path.touch, Path.unlink)):
+            if not (root / place).exists():
+                make(root / place)
+                stack.callback(remove, root / place)
         address = stack.enter_context(_internet())
         (folder / "utils.py").write_text(
             utils.read_text().replace("_TEST_IP_LIST = [", f"_TEST_IP_LIST = ['{address}'] or [", 1)
