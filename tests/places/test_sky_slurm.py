@@ -73,6 +73,7 @@ def test_a_rehearsal_goes_to_scores_and_one_that_is_taken_away_resumes_until_it_
     said = asked(tmp_path, backend, "cancel", held.path)
     assert f"job {name} is cancelled; SkyPilot confirms that nothing is left of it" in said
     assert row(tmp_path, backend, held)["state"] == "interrupted"
+    assert "--on sky` continues it" in (held.path / "sky-run.log").read_text()
     wait_for(lambda: (scored.path / "scores.json").is_file())
     wait_for(lambda: row(tmp_path, backend, failing)["state"] == "failed")
     assert "FAILED_SETUP" in str(row(tmp_path, backend, failing)["trouble"])
