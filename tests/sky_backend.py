@@ -1,6 +1,6 @@
 """SkyPilot's SLURM backend on this machine: an SSH server, a home of its own, and in it SkyPilot's API server.
 
-What runs there writes to the user's ~/.ssh and ~/.bashrc, so those are others within a mount namespace of its own.
+What runs there writes to the user's own home, so its files are others within a mount namespace of its own.
 There, too, node names can be looked up, and SkyPilot finds the internet, which it asks for at two addresses before it
 looks at a job, and from which it would install uv, here.
 """
@@ -48,6 +48,7 @@ _CURL = """#!/bin/bash
 [[ "$*" = *uv/install.sh ]] && exec echo 'mkdir -p "$UV_INSTALL_DIR"; ln -sf {uv} "$UV_INSTALL_DIR/uv"'
 exec {curl} "$@"
 """
+_WRITTEN = (".ssh", ".sky", ".bashrc", ".sky_ssh_rc")  # of the user's home, by SkyPilot on a node
 _KEPT = ("PATH", "SLURM_CONF", "SSL_CERT_FILE", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_FIND_LINKS")
 
 
@@ -111,7 +112,8 @@ def _home(folder: Path, port: int) -> Path:
     (tools / "curl").chmod(0o755)
     path = os.pathsep.join((str(tools), str(_older_python().parent), os.environ["PATH"]))
     (home / ".profile").write_text(f"export PATH='{path}'\n")
-    (home / ".bashrc").touch()
+    for name in (".bashrc", ".sky_ssh_rc"):
+        (home / name).touch()
     return home
 
 
@@ -144,7 +146,9 @@ def running(folder: Path) -> Iterator[Backend]:
     port, root = _free_port(), Path(pwd.getpwuid(0).pw_dir)
     home = _home(folder, port)
     with ExitStack() as stack:
-        for place, make, remove in ((".ssh", Path.mkdir, Path.rmdir), (".bashrc", Path.touch, Path.unlink)):
+        for place in _WRITTEN:
+            is_file = (home / place).is_file()
+            make, remove = (Path.touch, Path.unlink) if is_file else (Path.mkdir, Path.rmdir)
             if not (root / place).exists():
                 make(root / place)
                 stack.callback(remove, root / place)
@@ -154,7 +158,7 @@ def running(folder: Path) -> Iterator[Backend]:
         )
         (folder / "hosts").write_text("127.0.0.1 n1 n2\n" + Path("/etc/hosts").read_text())
         others = {utils: folder / "utils.py", Path("/etc/hosts"): folder / "hosts"}
-        others |= {root / name: home / name for name in (".ssh", ".bashrc")}
+        others |= {root / name: home / name for name in _WRITTEN}
         try:
             stack.enter_context(_other_files(others))
         except (OSError, subprocess.CalledProcessError) as error:
