@@ -128,7 +128,13 @@ def evaluate_verb(
     exclusive({"--checkpoints": checkpoints, "--adapter": adapter})
     exclusive({"--server": server, "--engine vllm": engine == "vllm", "--predictions": predictions})
     only_with("--model", model, "--server", server)
-    only_with("--server", server, "--model", model, "the server's name for the run's model")
+    exclusive({"--checkpoints": checkpoints, "--server": server})
+    exclusive({"--export-prompts": export_prompts, "--server": server, "--engine vllm": engine == "vllm"})
+    only_with("--accept-difference", accept_difference, "--server or --engine vllm", server or engine == "vllm")
+    if server:
+        from ..scores.engines import api
+
+        api.at(server)  # an address that has to be refused is noted nowhere
     request = EvaluationRequest(
         data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer, metric or [], decoding
     )

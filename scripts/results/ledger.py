@@ -23,7 +23,7 @@ from ..metrics.metric import Column
 from ..planning import need
 from ..runs.handover import AUTO_RESUME, PLUGIN
 from ..runs.rundir import Run, RunDir
-from ..scores import evaluations, score
+from ..scores import agreement, evaluations, score
 from ..scores.judges import record_of
 from . import card, comparable, curves
 
@@ -112,6 +112,8 @@ def _accepted(folder: RunDir, run: Run) -> tuple[Study, evaluations.Evaluation]:
         reason = f"it was scored by an earlier version of this project; {again} anew"
     elif own.settings.made_elsewhere:
         reason = "its predictions were made elsewhere, so that this project does not know by what"
+    elif not own.settings.stands_for(own.settings.model_copy(update={"engine": evaluations.REFERENCE, "model": None})):
+        reason = f"its predictions were {agreement.note(own.settings)}"
     elif own.settings.adapter_sha256 is None:
         reason = f"its evaluation does not say which adapter it is of; {again} anew"
     elif run.axolotl_arguments:

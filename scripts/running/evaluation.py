@@ -9,7 +9,8 @@ from ..places import Place
 from ..runs.rundir import RunDir
 from ..runs.tasks import Outcome, Work
 from ..scores import choice, evaluate, evaluation_rows
-from ..scores.evaluations import Evaluation
+from ..scores.engines.start import require
+from ..scores.evaluations import SERVER, Evaluation
 from ..scores.task import EvaluationRequest, EvaluationTask
 
 
@@ -27,7 +28,9 @@ def start(folder: RunDir, request: EvaluationRequest, runs: Path, place: Place) 
     evaluation = evaluate.command(folder, request, runs)
     if not place.here:
         if not places.job_state(folder, "run"):
-            EvaluationTask(folder, request)
+            task = EvaluationTask(folder, request)
+            if task.settings.engine != SERVER:  # which the place may reach, and this machine not
+                require(task.settings, None, on_gpu=not record.rehearsal)
         elif request.data:  # all else is not there yet
             cfg = yamlfiles.read_yaml(folder.config)
             evaluation_rows.read(evaluation_rows.named(request.data, cfg, Path(record.cwd)), folder, record, cfg)

@@ -16,6 +16,7 @@ from . import agreement, elsewhere, judges
 from .evaluations import (
     ORIGIN,
     PREDICTIONS,
+    REFERENCE,
     SCORES,
     Evaluation,
     EvaluationSettings,
@@ -45,6 +46,8 @@ def complete(task: EvaluationTask, judged: judges.Judges) -> Evaluation | None:
 def _same_work(task: EvaluationTask) -> Evaluation | None:
     former = read_scores(task.where)
     same = former and former.settings.same_work() == task.settings.same_work()
+    if former and not former.settings.stands_for(task.settings):
+        same = False
     if former and task.settings.predictions_sha256:
         same = same and former.settings.predictions_sha256 == task.settings.predictions_sha256
     return former if same and len(read_predictions(task.where)) == task.settings.rows else None
@@ -71,9 +74,9 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     with held(task.where / ".evaluation.lock", "another evaluation is running"):
         predictions = task.where / PREDICTIONS
         settings = task.settings
-        part = task.where / "predictions.part.jsonl"
+        part = task.where / f"predictions.{'' if settings.engine == REFERENCE else f'{settings.engine}.'}part.jsonl"
         if former := complete(task, judged):
-            how = "made and scored with the same settings"
+            how = f"made by {former.settings.engine} and scored with the same settings"
             if former.settings.made_elsewhere and not request.predictions:
                 how = f"made elsewhere; to generate here, move it and {SCORES} away"
             say(f"{predictions}: complete, {how}")
@@ -86,7 +89,7 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
             say(f"{predictions}: complete, made with the same settings; scoring it anew")
             rows, old = read_predictions(task.where), former.columns
             kept = {"batch_size", "cache", *ORIGIN}
-            settings = settings.model_copy(update=former.settings.model_dump(include=kept))
+            settings = settings.model_copy(update={key: getattr(former.settings, key) for key in kept})
         else:
             _make_way(task)
             rows, settings = _predicted(folder, task, part)
@@ -142,6 +145,11 @@ def _make_way(task: EvaluationTask) -> None:
         raise UserError(
             f"{task.where / SCORES}: of {former.settings.rows} rows, more than the {task.settings.rows} asked for; "
             f"move it and {PREDICTIONS} away to evaluate fewer"
+        )
+    elif not task.settings.made_elsewhere and not former.settings.stands_for(task.settings):
+        raise UserError(
+            f"{task.where / SCORES}: {agreement.note(former.settings)}; move it and {PREDICTIONS} away to generate by "
+            f"{task.settings.engine}"
         )
     elif task.settings.made_elsewhere and not former.settings.made_elsewhere:
         raise UserError(

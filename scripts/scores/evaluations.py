@@ -122,6 +122,12 @@ class EvaluationSettings(BaseModel):
         """Whether its predictions came in a file."""
         return self.engine == ELSEWHERE
 
+    def stands_for(self, other: "EvaluationSettings") -> bool:
+        """Whether its predictions are another engine's but for rounding: they are compared, greedy, and agree."""
+        if self.engine in (REFERENCE, ELSEWHERE) or (self.engine, self.model) == (other.engine, other.model):
+            return True
+        return self.agreement is not None and not self.agreement.accepted and not self.decoding.do_sample
+
     def same_predictions(self) -> dict[str, Any]:
         """What makes two evaluations have the same predictions, to the last token."""
         return self.model_dump(exclude={"adapter", "data", "limit", "test_set", *ORIGIN})
@@ -129,7 +135,7 @@ class EvaluationSettings(BaseModel):
     def same_work(self) -> dict[str, Any]:
         """What makes two evaluations be of the same model on the same rows, in whatever batches.
 
-        Batches, caches and engines change predictions by rounding alone, so that one evaluation stands for the other.
+        Batches and caches change predictions by rounding alone, and so do engines, see `stands_for`.
         """
         return self.model_dump(exclude={"adapter", "data", "limit", "test_set", "batch_size", "cache", *ORIGIN})
 

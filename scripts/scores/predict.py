@@ -7,12 +7,13 @@ from pathlib import Path
 import orjson
 
 from ..base.disks import naming
-from ..base.errors import WorkFailed
+from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, loads, opened, replacing
 from ..base.progress import Bar
+from ..configs import gpus
 from . import agreement
 from .engines.start import require, started
-from .evaluations import REFERENCE, EvaluationSettings, Prediction
+from .evaluations import REFERENCE, SERVER, VLLM, EvaluationSettings, Prediction
 from .task import EvaluationTask
 
 KNOWN = {"batch_tokens", "served", "agreement"}
@@ -40,27 +41,32 @@ def predict(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row
         UserError: see `Prompter.examples` and `engines.start.started`.
         WorkFailed: the engine cannot go on; or it does not answer as the reference, see `agreement.require`.
     """
-    rows = task.rows.rows
+    rows, asked = task.rows.rows, task.request
+    require(task.settings, asked.server, on_gpu=not task.run.rehearsal and bool(gpus.here()))
     done, settings = _continue(part, task.settings)
     if len(done) < len(rows):
         if task.run.rehearsal:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        require(settings, task.request.server, task.run.rehearsal)
         with Bar("tokenizing the prompts"):
             from .prompter import Prompter
 
             prompter = Prompter(settings, task.cfg, tokenizer)
             examples = prompter.examples(rows, task.rows.keys)
-        compared = settings.engine != REFERENCE and settings.served is None and task.request.agreement_rows
-        written = agreement.by_reference(prompter, examples, task.request.agreement_rows) if compared else None
         prompts = [example.prompt for example in examples]
-        with started(prompter, prompts, task.request.server, part) as engine:
-            started_with = {"batch_tokens": engine.settings.batch_tokens, "served": engine.served}
-            settings = settings.model_copy(update=started_with)
-            if written:
+        # vLLM that was compared is the same again; what a server has may have changed since
+        compare = settings.engine == SERVER or (settings.engine == VLLM and settings.agreement is None)
+        count = asked.agreement_rows if compare else 0
+        written = agreement.by_reference(prompter, examples, count) if count and settings.engine == VLLM else None
+        with started(prompter, prompts, asked.server, part) as engine:
+            if done and settings.served and settings.served != engine.served:
+                raise UserError(f"{part}: begun by {settings.served}, which is now {engine.served}; move it away")
+            if count:
+                written = written or agreement.by_reference(prompter, examples, count)
                 found = agreement.compare(written, engine, prompter, examples, task.columns)
-                found = agreement.require(found, settings.engine, task.request.accept_difference)
+                found = agreement.require(found, settings.engine, asked.accept_difference)
                 settings = settings.model_copy(update={"agreement": found})
+            begun = {"batch_tokens": engine.settings.batch_tokens, "served": engine.served}
+            settings = settings.model_copy(update=begun)
             with Bar("evaluating", len(rows), len(done)) as bar, naming(part), opened(part, "ab") as stream:
                 stream.write(_line(settings))
                 try:
@@ -87,7 +93,9 @@ def _line(settings: EvaluationSettings) -> bytes:
 def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row], EvaluationSettings]:
     """The rows of an interrupted evaluation with the same settings, and what it knew of its engine; otherwise a new
     file for them."""
-    header = orjson.dumps(settings.same_predictions() | settings.model_dump(include={"engine", "model"}))
+    of_batches = set() if settings.engine == REFERENCE else {"batch_size", "cache"}  # which it has not
+    same = {key: value for key, value in settings.same_predictions().items() if key not in of_batches}
+    header = orjson.dumps(same | settings.model_dump(include={"engine", "model"}))
     first, *lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]
     done: dict[int, Row] = {}
     for line in lines if first == header else ():

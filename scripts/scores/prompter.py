@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from axolotl.utils.dict import DictDefault
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from ..base.errors import UserError
 from ..base.files import Row
@@ -48,6 +49,15 @@ class Prompter:
         self.revision = cfg.get("revision_of_model", "main")
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, padding_side="left")
         self.config = AutoConfig.from_pretrained(settings.base_model, revision=self.revision)
+
+    @cached_property
+    def ends(self) -> set[int]:
+        """The tokens that end an answer: the tokenizer's, which the training taught, and the model's own."""
+        try:
+            own = GenerationConfig.from_pretrained(self.settings.base_model, revision=self.revision).eos_token_id
+        except OSError:  # it has none, so that its config says
+            own = GenerationConfig.from_model_config(self.config).eos_token_id
+        return {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
 
     def cache_of(self, tokens: int) -> int:
         """The bytes that the keys and values of some tokens take in all layers."""

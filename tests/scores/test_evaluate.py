@@ -271,10 +271,9 @@ def test_decoding_is_the_studys_and_not_the_models_own(run: RunDir, tiny: Path) 
     GenerationConfig(do_sample=True, temperature=5.0, max_new_tokens=3, eos_token_id=[7, 8]).save_pretrained(tiny)
     try:
         cfg = yamlfiles.read_yaml(run.config)
-        reference = Reference(Prompter(settings_of(cfg), cfg, run.output))
+        used = Reference(Prompter(settings_of(cfg), cfg, run.output)).decoding()
     finally:
         (tiny / "generation_config.json").unlink()
-    used = reference.decoding()
     assert (used.do_sample, used.temperature, used.max_new_tokens) == (False, None, 8)
     assert used.eos_token_id == [2, 7, 8]  # the tokenizer's, which the training taught, and the model's
 

@@ -26,8 +26,7 @@ PROMPTS = [[5, 6, 7, 8], [5, 6], [9, 10, 11], [12, 13, 14, 15, 16]]
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "PAUSES", (0.01, 0.02, 0.03))
-    for name in api.KEYS:
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv(api.KEY, raising=False)
 
 
 def prompter(**decoding: Any) -> Any:
@@ -38,6 +37,7 @@ def prompter(**decoding: Any) -> Any:
         tokenizer=shapes.tokenizer(),
         config=LlamaConfig(eos_token_id=[2, 77]),
         revision="main",
+        ends={2, 77},
     )
 
 
@@ -274,6 +274,16 @@ def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch: py
             there.takes({"max_tokens": 1})
     assert server.requests[0]["headers"]["Authorization"] == "Bearer geheim"
     assert "geheim" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["geheim\r\nX: y", "gehéim"])
+def test_a_key_that_is_none_is_refused_unseen(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(api.KEY, key)
+    with pytest.raises(UserError, match="characters that no key has") as refused:
+        api.at("http://host")
+    assert "geh" not in str(refused.value)
+    monkeypatch.setenv(api.KEY, "geheim\r\n")
+    assert api.at("http://host").key == "geheim"
 
 
 @pytest.fixture

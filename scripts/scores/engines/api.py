@@ -64,7 +64,7 @@ class Api:
         """
         try:
             response = asyncio.run(self._get("models"))
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise UserError(f"--server {self.url}: {_cause(error)}; start the server, or name where it is") from None
         self._require_key(response)
         try:
@@ -94,6 +94,10 @@ class Api:
 
         async def tried() -> httpx.Response:
             async with self.client() as client:
+                first = await self.ask(client, body, "the first request", _PASSING - _REFUSES_FORM)
+                if first.status_code != 500:
+                    return first
+                await asyncio.sleep(PAUSES[0])  # some are still loading; others say so of what they cannot read
                 return await self.ask(client, body, "the first request", _PASSING - _REFUSES_FORM)
 
         response = asyncio.run(tried())
@@ -133,7 +137,7 @@ class Api:
             except httpx.TimeoutException as error:
                 timeouts += not isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout)
                 problem = f"no answer in {self.timeout:.0f} s" if self.timeout else "no answer in time"
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 problem = _cause(error)
             self.alive()
             pause = next(pauses, None)
@@ -181,9 +185,10 @@ def at(url: str) -> Api:
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
-        raise UserError(f"--server: no address: {error}") from None
+        raise UserError(f"--server: no address{'' if '@' in url else f': {error}'}") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise UserError(f"--server {parsed.host or url}: an address begins with http:// or https://, and has a host")
+        shown = "" if "@" in url else f" {url}"
+        raise UserError(f"--server{shown}: an address begins with http:// or https://, and has a host")
     if parsed.userinfo or parsed.query or parsed.fragment:
         raise UserError(
             f"--server: the address of {parsed.host} has a name, a password or a query, where others can see it; leave "
@@ -191,7 +196,10 @@ def at(url: str) -> Api:
         )
     path = parsed.path.rstrip("/").removesuffix("/completions")
     where = str(parsed.copy_with(path=f"{path if path.endswith('/v1') or path else '/v1'}/"))
-    return Api(where, os.environ.get(KEY) or None)
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"{KEY}: has characters that no key has, such as line breaks")
+    return Api(where, key or None)
 
 
 def _wish(response: httpx.Response) -> float | None:
@@ -213,5 +221,5 @@ def _beginning(response: httpx.Response) -> str:
     return f"{response.status_code} {text[:200] or response.reason_phrase or '(nothing)'}"
 
 
-def _cause(error: httpx.TransportError) -> str:
+def _cause(error: httpx.RequestError) -> str:
     return str(error) or type(error).__name__

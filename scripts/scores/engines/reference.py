@@ -1,11 +1,11 @@
 """The reference: transformers, with the base model quantized as in training, in batches of rows of about one length."""
 
+import gc
 from collections.abc import Container, Iterator, Sequence
 from itertools import batched, groupby
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -28,8 +28,11 @@ disable_progress_bar()
 
 NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # Axolotl's defaults for qlora
 MOST_ROWS = 64
-"""Of a batch, unless another number is asked for. Weights are read, and in 4 bit dequantized, once a token for all rows
-of a batch; beyond some dozens that is little, and rows that have ended wait for those that have not."""
+"""Of a batch on a GPU, unless another number is asked for. Weights are read, and in 4 bit dequantized, once a token for
+all rows of a batch; beyond some dozens that is little, and rows that have ended wait for those that have not."""
+FIXED = 16, 8192
+"""The most rows and tokens of a batch on a CPU, where arithmetic takes the time and larger ones are not faster, and of
+samples, whose seeds are those of their batches: they are not to depend on how much memory there is."""
 
 
 class Reference:
@@ -47,7 +50,6 @@ class Reference:
         self.tokenizer = prompter.tokenizer
         self.model = base_model(prompter)
         self.device = self.model.device
-        self._ends = self.model.generation_config.eos_token_id
         self.model.generation_config = GenerationConfig()  # the model's own decodes in its own way
         grow_embedding(self.model, len(self.tokenizer), settings.adapter if settings.adapter_sha256 else None)
         if settings.adapter_sha256:
@@ -55,7 +57,7 @@ class Reference:
 
             self.model = PeftModel.from_pretrained(self.model, settings.adapter)
         self.model.eval()
-        if settings.batch_tokens is None:
+        if self.device.type == "cuda" and settings.batch_tokens is None:
             self.settings = settings.model_copy(update={"batch_tokens": self._room()})
         self._cache: tuple[tuple[int, int], StaticCache] | None = None
 
@@ -63,23 +65,21 @@ class Reference:
         """The settings' decoding, and of the model's own only the tokens that end an answer."""
         decoding = self.settings.decoding
         sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
-        ends = self._ends if isinstance(self._ends, list) else [self._ends]
         return GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
             num_beams=decoding.num_beams,
             do_sample=decoding.do_sample,
-            eos_token_id=sorted({self.tokenizer.eos_token_id, *ends} - {None}),
+            eos_token_id=sorted(self.prompter.ends),
             pad_token_id=self.tokenizer.pad_token_id,
             **(sampling if decoding.do_sample else {}),
         )
 
     def _room(self) -> int:
-        """How many tokens' keys and values half of the free memory takes; the other half is for what a pass needs.
+        """How many tokens' keys and values half of the GPU's free memory takes; a pass needs the other half.
 
         A power of two, so that an evaluation that goes on later mostly comes to the same.
         """
-        free = torch.cuda.mem_get_info()[0] if self.device == "cuda" else psutil.virtual_memory().available
-        return 1 << max(free // 2 // self.prompter.cache_of(1), 1).bit_length() - 1
+        return 1 << max(torch.cuda.mem_get_info()[0] // 2 // self.prompter.cache_of(1), 1).bit_length() - 1
 
     def _static_cache(self, rows: int, room: int) -> StaticCache | None:
         """An empty cache: the last one, if its shape is the same, as the compiled code is bound to its memory."""
@@ -102,9 +102,12 @@ class Reference:
             WorkFailed: not even a row fits.
         """
         lengths = [len(prompt) + self.settings.decoding.max_new_tokens for prompt in prompts]
-        most, tokens = self.settings.batch_size or MOST_ROWS, self.settings.batch_tokens or 0
+        most, tokens = MOST_ROWS, self.settings.batch_tokens
+        if tokens is None or self.settings.decoding.do_sample:
+            most, tokens = FIXED
+        fits = most = self.settings.batch_size or most
         for number, (room, batch) in enumerate(batches(lengths, most, tokens)):
-            waiting = [] if all(i in done for i in batch) else [batch]
+            waiting = [] if all(i in done for i in batch) else [list(part) for part in batched(batch, fits)][::-1]
             while waiting:
                 part = waiting.pop()
                 try:
@@ -114,7 +117,8 @@ class Reference:
                         raise WorkFailed(f"a row of up to {room} tokens does not fit the GPU's memory") from None
                     say(f"{len(part)} rows of up to {room} tokens do not fit the GPU's memory; they are halved")
                     self._cache = None
-                    waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
+                    fits = len(part) // 2
+                    waiting += [list(half) for half in batched(part, fits)][::-1]
                     continue
                 texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
                 yield {i: Answer(text.strip(), ids) for i, text, ids in zip(part, texts, answers, strict=True)}
@@ -134,12 +138,19 @@ class Reference:
         cache = self._static_cache(len(prompts), room)
         output = self.model.generate(**batch, generation_config=decoding, past_key_values=cache)
         answers = output[:, batch["input_ids"].shape[1] :].tolist()
-        ends = set(decoding.eos_token_id)
+        ends = self.prompter.ends
         return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in answers]
+
+    def free(self) -> None:
+        """Give its memory back, which another engine may need; it cannot be used afterwards."""
+        del self.model, self._cache
+        gc.collect()
+        torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def best(self, prompt: list[int], answer: list[int], count: int) -> list[dict[int, float]]:
         """At each token of an answer the log-probabilities of the best tokens, in one pass without a cache."""
+        self._cache = None
         tokens = torch.tensor([prompt + answer], device=self.device)
         logits = self.model(tokens, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
         best = logits.float().log_softmax(dim=-1).topk(count)

@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import httpx
-from transformers import GenerationConfig
 
 from ...base.errors import UserError
 from ..prompter import Prompter
@@ -51,7 +50,7 @@ class Server:
         self.api = api
         self.model = model
         self.at_once = at_once
-        self.ends = ends(prompter)
+        self.ends = sorted(prompter.ends)
         self.form = self._taken(min(prompts, key=len))
         if self.form.tokens:
             how = "as tokens"
@@ -131,13 +130,3 @@ class Server:
         tokens = made["tokens"]
         text = made["text"] if tokens is None else self.tokenizer.decode(tokens, skip_special_tokens=True)
         return i, Answer(str(text).strip(), tokens)
-
-
-def ends(prompter: Prompter) -> list[int]:
-    """The tokens that end an answer, as of the reference: the tokenizer's and the model's own."""
-    try:
-        of_model = GenerationConfig.from_pretrained(prompter.settings.base_model, revision=prompter.revision)
-    except OSError:  # it has none, so that its config says
-        of_model = GenerationConfig.from_model_config(prompter.config)
-    own = of_model.eos_token_id
-    return sorted({prompter.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})

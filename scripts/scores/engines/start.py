@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...base.progress import Bar
-from ...configs import gpus
 from ..evaluations import REFERENCE, SERVER, VLLM, EvaluationSettings
 from .engine import Engine
 
@@ -14,16 +13,21 @@ if TYPE_CHECKING:
     from ..prompter import Prompter  # with torch and Axolotl, which `require` does without
 
 
-def require(settings: EvaluationSettings, server: str | None, rehearsal: bool) -> None:
+def require(settings: EvaluationSettings, server: str | None, on_gpu: bool) -> None:
     """Refuse an engine that is not there, before anything takes time.
 
+    Args:
+        settings: which engine and model.
+        server: its address, where that is the engine.
+        on_gpu: whether it is to run on a GPU.
+
     Raises:
-        UserError: it is not installed, or cannot be reached, or has not the model, or cannot serve the adapter.
+        UserError: it is not installed, or cannot be reached, or does not have the model, or cannot serve the adapter.
     """
     if settings.engine == VLLM:
         from . import vllm
 
-        vllm.require(settings, on_gpu=not rehearsal and bool(gpus.here()))
+        vllm.require(settings, on_gpu)
     if settings.engine == SERVER:
         from . import api
 

@@ -129,7 +129,7 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
         with Bar("starting vLLM"):
             _wait(api, log)
         name = "adapter" if settings.adapter_sha256 else "base"
-        yield Server(prompter, api, name, _in_words(settings), prompts, AT_ONCE)
+        yield Server(prompter, api, name, _in_words(settings), prompts, settings.batch_size or AT_ONCE)
     finally:
         _end(server)
 
@@ -148,6 +148,11 @@ def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[
         words += ["--revision", prompter.revision]
     if for_cpu():
         words.append("--enforce-eager")  # compiling takes longer than it saves
+    else:  # of what is free: this process has a context there
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        words += ["--gpu-memory-utilization", f"{0.95 * free / total:.3f}"]
     if settings.adapter_sha256:
         rank = _rank(read_json(Path(settings.adapter) / "adapter_config.json"))
         room = next(room for room in RANKS if room >= rank)
@@ -200,8 +205,10 @@ def _tail(log: Path) -> str:
 def _end(server: "subprocess.Popen[bytes]") -> None:
     """End a server and all that it has started."""
     server.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        server.wait(10)
-    with suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(10)
+    finally:  # also where that is interrupted
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

@@ -1,5 +1,6 @@
 """A run's base model as other engines load it: what its 4-bit weights stand for, in 16 bit, as a folder."""
 
+import gc
 import hashlib
 from pathlib import Path
 
@@ -42,5 +43,5 @@ def _make(prompter: Prompter, target: Path, made: Path) -> None:
     model.save_pretrained(target)
     prompter.config.save_pretrained(target)  # as it was: the model's has what was asked for beside it
     del model
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the engine needs it
+    gc.collect()
+    torch.cuda.empty_cache()  # the engine needs it
