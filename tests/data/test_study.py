@@ -33,6 +33,10 @@ def loaded(folder: Path, change: dict[str, Any]) -> Study:
     return study.load(folder)
 
 
+def test_the_committed_schema_is_that_of_the_declaration() -> None:
+    assert study.SCHEMA.read_text(encoding="utf-8") == study.generate_schema()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
