@@ -432,11 +432,35 @@ def test_what_a_cpu_lacks_is_an_error_only_once_a_run_starts(change: dict[str, A
 
 
 def test_packing_with_sdpa_and_bf16_before_hopper_is_a_warning() -> None:
-    change = {"fp16": False, "bf16": True, "sample_packing": True}
-    by_default = {"fp16": None, "bf16": "auto", "sample_packing": True}
+    masked = {"sample_packing": True, "sdpa_varlen": False}
+    change = masked | {"fp16": False, "bf16": True}
+    by_default = masked | {"fp16": None, "bf16": "auto"}
     for in_bf16 in (change, by_default):
         assert [(f.level, f.name) for f in found(in_bf16, "A100")] == [("warning", "packing-leaks:sample_packing")]
     assert found(change, "H100") == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "warns"),
+    [
+        ({}, False),
+        ({"head_dim": 512}, True),
+        ({"hidden_size": None}, True),
+        ({"sliding_window": 4096}, True),
+        ({"sliding_window": 4096, "use_sliding_window": False}, False),
+        ({"sliding_window": 4096, "layer_types": ["full_attention"]}, False),
+        ({"query_pre_attn_scalar": 144}, True),
+        ({"attention_multiplier": 0.0078125}, True),
+        ({"attention_dropout": 0.1}, True),
+        ({"model_type": "deepseek_v3"}, True),
+    ],
+    ids=str,
+)
+def test_without_a_mask_packed_rows_in_bf16_are_no_warning(tmp_path: Path, sizes: dict[str, Any], warns: bool) -> None:
+    own = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(own | sizes))
+    change = {"base_model": str(tmp_path), "fp16": False, "bf16": True, "sample_packing": True, "sdpa_varlen": True}
+    assert ("packing-leaks:sample_packing" in {finding.name for finding in found(change, "A100")}) == warns
 
 
 def test_fp16_needs_a_gpu_only_once_a_run_starts() -> None:

@@ -127,6 +127,12 @@ def test_packed_rows_are_kept_apart_by_a_mask_on_turing() -> None:
         assert ("gpu-lacks:sample_packing" in {finding.name for finding in found}) == refused
 
 
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+def test_packed_is_not_warned_of_where_it_is_for(gpu: str) -> None:
+    found = check.check(Request("peft-metamathqa/lora-rank32", profiles=["packed"]), gpus.find(gpu)).findings
+    assert not [str(finding) for finding in found if finding.rule == "packing-leaks"]
+
+
 def test_a_users_own_profile_is_laid_over_as_it_is() -> None:
     Path("fast.yaml").write_text("lora_mlp_kernel: true\n")
     composed = laid("haider2024/llama-2-7b", "fast.yaml")
