@@ -29,21 +29,30 @@ def _not_found(*packages: str) -> Iterator[None]:
             del sys.modules[name]
 
 
+def _library() -> tuple[Any, Any, Any]:
+    """The function that stems, the one that finds tokens, and the class that scores."""
+    from nltk.stem.porter import PorterStemmer
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenize import tokenize
+
+    return PorterStemmer().stem, tokenize, RougeScorer
+
+
 @cache
 def _scorer(stemmed: bool) -> Any:
     from absl import logging
 
     # nltk imports these two where they are installed, for what is not used here, and that takes 2 s
-    with _not_found("scipy", "sklearn"):
-        from nltk.stem.porter import PorterStemmer
-        from rouge_score.rouge_scorer import RougeScorer
-        from rouge_score.tokenize import tokenize
-
+    try:
+        with _not_found("scipy", "sklearn"):
+            stem, tokenize, scorer = _library()
+    except ImportError:  # of a release that needs them
+        stem, tokenize, scorer = _library()
     # absl, which comes with it, would close the stderr of this moment when Axolotl sets up its logging
     logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
     # its own tokens, but each word's stem is computed once: that took two thirds of the time
-    stemmer = SimpleNamespace(stem=cache(PorterStemmer().stem)) if stemmed else None
-    return RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=lambda text: tokenize(text, stemmer)))
+    stemmer = SimpleNamespace(stem=cache(stem)) if stemmed else None
+    return scorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=lambda text: tokenize(text, stemmer)))
 
 
 def rouge_l(pairs: Sequence[Pair], parameters: RougeParameters) -> list[float]:

@@ -1,3 +1,4 @@
+import os
 import statistics
 import subprocess
 import sys
@@ -87,6 +88,28 @@ def test_shares_and_lengths() -> None:
 def test_rouge_l(reference: str, prediction: str, expected: float) -> None:
     (row,) = score.with_scores([{"reference": reference, "prediction": prediction}], columns_of(None, ["rouge_l"]))
     assert row["rouge_l"] == pytest.approx(expected)
+
+
+def test_rouge_l_is_computed_with_a_release_of_nltk_that_needs_scipy(tmp_path: Path) -> None:
+    for name, content in {
+        "scipy/__init__.py": "",
+        "nltk/__init__.py": "import scipy",
+        "nltk/stem/__init__.py": "",
+        "nltk/stem/porter.py": "class PorterStemmer:\n    def stem(self, word): return word[:3]",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    code = (
+        "from qlora_recipes.metrics import rouge_l as r\n"
+        "print(r.rouge_l([('renames', 'renamed')], r.RougeParameters()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.returncode) == ("[1.0]\n", 0), done.stderr
 
 
 def test_bertscore_is_named_with_its_model() -> None:
