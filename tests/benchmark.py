@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import benchmark_start
 import benchmark_table
@@ -166,9 +167,9 @@ def report(folder: Path) -> tuple[int, float, float, float, float]:
     return file.stat().st_size, text, ready, filters[0] / 1000, max(filters[1:]) / 1000
 
 
+@patch.dict(os.environ, benchmark_start.OFFLINE)
 def ratios() -> list[dict[str, str]]:
     """The rows of the README's table, each a ratio of two times that were measured one after the other."""
-    os.environ |= benchmark_start.OFFLINE
     table = []
 
     def row(what: str, over: str, ratio: float, more: str) -> None:
@@ -178,10 +179,8 @@ def ratios() -> list[dict[str, str]]:
     def folder() -> tempfile.TemporaryDirectory[str]:
         return tempfile.TemporaryDirectory()
 
-    with folder() as name:
-        os.environ["XDG_CACHE_HOME"] = name  # no plan is kept there
+    with folder() as name, patch.dict(os.environ, XDG_CACHE_HOME=name):  # no plan is kept there
         first, imports, every = plan()
-        del os.environ["XDG_CACHE_HOME"]
     row("a first plan of 7B", "its imports", first / imports, f"{first:.1f} s of processor time")
     print(f"  tracing every layer takes {every:.1f} times as long")
     with folder() as name:
