@@ -4,21 +4,21 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from ..base import paths
+from ..base import files, paths
 from ..base.errors import UserError
-from ..base.files import read_json, sha256
 from ..base.yamlfiles import Config
-from ..checks import check
+from ..checks import check, turns
 from ..configs import datafiles, models
 from ..configs.compose import Composed
 from ..data import study
-from .planner import keep
+from .planner import keep, packages
 
 ENOUGH = 1_000
 """Rows of each data set that are tokenized where not all are asked for."""
@@ -28,6 +28,12 @@ _DECIDES = re.compile(
     "excess_length|micro_batch|sample_packing|pad_to|curriculum|seed"
 )
 """Begins the keys of a config that decide how its rows are tokenized, cut and padded."""
+_DECIDES_TOKENS = re.compile(
+    r"base_model|revision|trust_remote|datasets\b|dataset_exact|.*token|.*chat_template|default_system|"
+    "train_on_inputs|sequence_len|min_sample_len|excess_length|val_set_size"
+)
+"""Begins the dotted keys that decide which rows are trained on and how many tokens these have, padding aside."""
+_OF_TOKENIZER = ("*token*", "*.jinja", "*.model", "vocab*", "merges*")
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Lengths:
 
     Attributes:
         rows: those that are trained on.
+        rows_are: whose data they are.
         tokens: of these rows.
         padded: tokens with the padding of micro batches.
         longest: the tokens of the longest row; None where not all rows were counted.
@@ -47,6 +54,7 @@ class Lengths:
     padded: int
     longest: int | None
     are: str
+    rows_are: str = "the config's data"
 
 
 def lengths_of(composed: Composed, counted: bool = False, force: Sequence[str] = ()) -> tuple[Lengths | None, str]:
@@ -63,38 +71,65 @@ def lengths_of(composed: Composed, counted: bool = False, force: Sequence[str] =
     Raises:
         UserError: they are to be counted, and cannot be.
     """
+    if (unknown := _unknown(composed)) and not counted:
+        return _published(composed), unknown
+    if unknown and check.has_tokenizer(composed):  # else it is said below how to get that
+        raise UserError(f"--data: {unknown}; leave --data out")
     file = _cached(composed)
-    measured = [] if counted or not file else read_json(file).get("measured", [])
-    if counted or (file and not measured):
+    measured = [] if counted else files.read_json(file).get("measured", [])
+    if not measured:
         try:
             measured = check.training_lengths(composed, force, None if counted else ENOUGH)
         except UserError:
             if counted:
                 raise
             return None, "its rows cannot be tokenized, as `recipe check --data` shows"
-        if file:
-            keep(file, {"measured": measured})
-    if measured:
-        return _of_epoch(composed.config, measured), ""
-    return _published(composed), "its rows and its tokenizer are not both on this machine"
+        keep(file, {"measured": measured})
+    found = _of_epoch(composed.config, measured)
+    return (found, "") if found.rows > 0 else (None, "sequence_len and val_set_size leave none of its rows")
 
 
-def _cached(composed: Composed) -> Path | None:
-    """The file for what is measured of a config's rows; None where they or the tokenizer are not on this machine."""
-    files = [
-        file
-        for _, dataset in datafiles.datasets(composed.config, "datasets")
-        for file in datafiles.jsonl_files(dataset)
+def _unknown(composed: Composed) -> str:
+    """Why the rows that a config trains on cannot be measured; empty where they can."""
+    for key, dataset in datafiles.datasets(composed.config, "datasets"):
+        if len(datafiles.jsonl_files(dataset)) != 1:
+            return f"the rows of {key} are not in one JSONL file on this machine"
+        if datafiles.training_rows({"datasets": [dataset]}) is None:
+            return f"{key} takes none of its file's rows, or others than the first"
+    if not composed.config.get("datasets"):
+        return "it lists no datasets"
+    return "" if check.has_tokenizer(composed) else "its tokenizer is not on this machine"
+
+
+def _cached(composed: Composed) -> Path:
+    """The file for what is measured of a config's rows, which are on this machine, as is the tokenizer."""
+    config = composed.config
+    data = [dataset for _, dataset in datafiles.datasets(config, "datasets")]
+    settings = {key: value for key, value in config.items() if _DECIDES.match(key)}
+    written = [one["chat_template_jinja"] for one in (config, *data) if one.get("chat_template_jinja")]
+    templates = [turns.read_template(str(template)) for template in written]
+    folders = [models.folder_of(config), models.folder_of({"base_model": config.get("tokenizer_config")})]
+    tokenizer = {file for folder in folders if folder for some in _OF_TOKENIZER for file in folder.glob(some)}
+    code = [Path(check.__file__).with_name("tokens.py"), *(Path(str(module.__file__)) for module in (datafiles, files))]
+    read = [
+        *(file for dataset in data for file in datafiles.jsonl_files(dataset)),
+        *sorted(file for file in tokenizer if file.is_file()),
+        *code,
     ]
-    folder = models.folder_of(composed.config)
-    if not (files and folder and check.has_tokenizer(composed)):
-        return None
-    settings = {key: value for key, value in composed.config.items() if _DECIDES.match(key)}
-    tokenizer = sorted(file for file in folder.glob("*token*") if file.is_file())
-    code = Path(check.__file__).with_name("tokens.py")
-    content = [settings, version("axolotl"), *map(sha256, [*files, *tokenizer, code])]
+    content = [settings, templates, packages(), version("tokenizers"), *map(_sha256, read)]
     key = hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS, default=str)).hexdigest()
     return paths.cache() / "lengths" / f"{key[:24]}.json"
+
+
+def _sha256(file: Path) -> str:
+    """The SHA-256 of a file, which is read once in a process while neither its time nor its size changes."""
+    status = file.stat()
+    return _sha256_of(file, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1000)
+def _sha256_of(file: Path, mtime_ns: int, size: int) -> str:
+    return files.sha256(file)
 
 
 def _of_epoch(config: Config, measured: list[dict[str, Any]]) -> Lengths:
@@ -113,10 +148,15 @@ def _of_epoch(config: Config, measured: list[dict[str, Any]]) -> Lengths:
 
 
 def _published(composed: Composed) -> Lengths | None:
-    """What a study says of its own rows under the model's tokenizer."""
+    """What a study says of its own rows under the model's tokenizer, which a mirror has too."""
     of_study = study.of(composed.origin or composed.recipe)
-    changed = any(_DECIDES.match(change.key) for change in composed.differences)
+    changed = {change.key: change for change in composed.differences if _DECIDES_TOKENS.match(change.key)}
+    name = composed.config["base_model"]
+    if (model := changed.get("base_model")) and models.is_copy(model.run, model.recipe):
+        name = model.recipe
+        changed = {key: change for key, change in changed.items() if key not in ("base_model", "revision_of_model")}
     split = of_study.data.splits.get("train") if of_study and not changed else None
     rows = of_study.data.rows_of("train") if of_study else None
-    tokens = split.tokens.get(str(composed.config["base_model"])) if split else None
-    return Lengths(rows, tokens, tokens, None, "the study's, without padding") if rows and tokens else None
+    tokens = split.tokens.get(str(name)) if split else None
+    are = "the study's, without padding, of which the hours count none"
+    return Lengths(rows, tokens, tokens, None, are, "the study's data") if rows and tokens else None

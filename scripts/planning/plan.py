@@ -58,7 +58,7 @@ def of_request(
             planned["longest_batch"] = {"rows": planner.rows, "tokens": found.longest, "needed": size}
     planned["work"] = work.work(composed, planner, gpu, request.gpus, found, price, runs)
     if planned["work"]["hours"] and not found:
-        planned["notes"].append(f"hours are an upper bound, as tokens are not counted: {unknown}")
+        planned["notes"].append(f"tokens are an upper bound, every row counted as a full one: {unknown}")
     return planned
 
 

@@ -48,14 +48,19 @@ def work(
     length = steps.length_of(config)
     rows, source = _rows(composed)
     if lengths:
-        rows = lengths.rows
+        rows, source = lengths.rows, lengths.rows_are
         length = length if config.get("sample_packing") else round(lengths.padded / rows)
     all_steps = datafiles.steps_of(config, rows, gpus)
     tokens = lengths.tokens if lengths else rows * length if rows else None
+    tokens_are = lengths.are if lengths else "at most: every row counted as a full one"
     padding = lengths.padded / lengths.tokens if lengths else 1
     epochs = float(config.get("num_epochs") or 1)
-    if rows and all_steps and config.get("max_steps"):  # it wins over the epochs
-        epochs = all_steps * datafiles.effective_batch(config) * gpus / rows
+    if all_steps and config.get("max_steps"):  # it wins over the epochs
+        taken = all_steps * datafiles.effective_batch(config) * gpus
+        if config.get("sample_packing"):  # of sequences, each with several rows
+            tokens, epochs, tokens_are = length, taken, "at most: every sequence counted as a full one"
+        elif rows:
+            epochs = taken / rows
     tokens = round(tokens * epochs) if tokens else None
     per_token = padding * flops_of_token(planner, length)
     rate, rate_source = _rate(composed, gpu, gpus, per_token, runs) if gpu else (None, None)
@@ -64,7 +69,7 @@ def work(
         "rows": rows,
         "rows_are": source if rows else None,
         "tokens": tokens,
-        "tokens_are": lengths.are if lengths else "at most: every row counted as a full one",
+        "tokens_are": tokens_are,
         "steps": all_steps,
         "flops_per_token": per_token,
         "flops": tokens * per_token if tokens else None,
@@ -79,7 +84,8 @@ def _rows(composed: Composed) -> tuple[int | None, str]:
     """The number of rows that are trained on, where it is known, and where it comes from."""
     rows = datafiles.training_rows(composed.config)
     of_study = study.of(composed.origin or composed.recipe)
-    if rows is None and of_study and not any(change.key.startswith("datasets") for change in composed.differences):
+    others = any(change.key.startswith(("datasets", "val_set_size")) for change in composed.differences)
+    if rows is None and of_study and not others:
         return of_study.data.rows_of("train"), "the study's data"
     return rows, "the config's data"
 

@@ -1,5 +1,7 @@
 """How many tokens a plan counts with, and where it has them from."""
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +9,14 @@ import orjson
 import pytest
 from conftest import config_with
 
-from qlora_recipes.base import yamlfiles
+from qlora_recipes.base import files, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request, compose
 from qlora_recipes.planning import lengths, plan, work
+
+PUBLISHED = "peft-metamathqa/lora-rank32"
 
 
 @pytest.fixture
@@ -85,11 +89,106 @@ def test_hours_count_padding_at_the_cards_peak_and_not_at_a_measured_speed(own: 
 
 
 def test_a_studys_own_count_is_taken_for_its_own_rows_and_tokenizer() -> None:
-    name = "peft-metamathqa/lora-rank32"
-    assert found(name).tokens == 4198051 and found(name).rows == 20000
-    for change in ("sequence_len=512", "base_model=meta-llama/Llama-2-7b-hf", "micro_batch_size=8"):
-        composed = compose(Request(name, overrides=[change]))
-        assert lengths.lengths_of(composed) == (None, "its rows and its tokenizer are not both on this machine")
+    assert found(PUBLISHED).tokens == 4198051 and found(PUBLISHED).rows == 20000
+    for change in (
+        *("sequence_len=512", "base_model=meta-llama/Llama-2-7b-hf", "revision_of_model=main", "val_set_size=0.5"),
+        *("datasets.0.path=mine.jsonl", "datasets.0.split=train[:100]", "special_tokens.bos_token=<s>"),
+    ):
+        composed = compose(Request(PUBLISHED, overrides=[change]))
+        not_here = "the rows of datasets.0 are not in one JSONL file on this machine"
+        assert lengths.lengths_of(composed) == (None, not_here), change
+
+
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        {"overrides": ["seed=2"]},
+        {"overrides": ["micro_batch_size=2", "gradient_accumulation_steps=2"]},
+        {"overrides": ["curriculum_sampling=false"]},
+        {"profiles": ["fast"]},
+        {"profiles": ["packed"]},
+        {"mirror": True},
+    ],
+    ids=str,
+)
+def test_a_studys_own_count_holds_where_only_padding_changes(request_of: dict[str, Any]) -> None:
+    known, _ = lengths.lengths_of(compose(Request(PUBLISHED, **request_of)))
+    assert known and (known.tokens, known.rows_are) == (4198051, "the study's data")
+
+
+def test_a_studys_rows_are_not_counted_for_a_part_of_them() -> None:
+    for change in ("datasets.0.split=train[:100]", "val_set_size=0.5"):
+        assert work._rows(compose(Request(PUBLISHED, overrides=[change]))) == (None, "the config's data")
+    assert work._rows(compose(Request(PUBLISHED))) == (20000, "the study's data")
+
+
+def test_where_no_row_is_left_a_plan_says_so(own: Path, tmp_path: Path) -> None:
+    planned = plan.of_request(Request(str(own), overrides=["sequence_len=8"]), gpus.find("T4"), runs=tmp_path)
+    reason = "sequence_len and val_set_size leave none of its rows"
+    assert f"tokens are an upper bound, every row counted as a full one: {reason}" in planned["notes"]
+
+
+def test_rows_that_would_be_counted_in_part_are_not(own: Path, sample: Path, tmp_path: Path) -> None:
+    def unknown(*overrides: str) -> str:
+        composed = compose(Request(str(own), overrides=list(overrides)))
+        known, reason = lengths.lengths_of(composed)
+        assert known is None
+        with pytest.raises(UserError, match=re.escape(f"--data: {reason}")):
+            lengths.lengths_of(composed, counted=True)
+        return reason
+
+    (tmp_path / "rows.parquet").touch()
+    in_part = "datasets.0 takes none of its file's rows, or others than the first"
+    for change in ("split=train[50:]", "shards=4", "weight=0.5"):
+        assert unknown(f"datasets.0.{change}") == in_part
+    elsewhere = "the rows of datasets.{} are not in one JSONL file on this machine"
+    assert unknown(f"datasets.0.path={tmp_path / 'rows.parquet'}") == elsewhere.format(0)
+    both = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}, {"path": "tatsu-lab/alpaca", "type": "alpaca"}]
+    assert unknown(f"datasets={orjson.dumps(both).decode()}") == elsewhere.format(1)
+
+
+def test_steps_of_packed_rows_are_of_full_sequences(own: Path, tmp_path: Path) -> None:
+    request = Request(str(own), overrides=["max_steps=3", "sample_packing=true"])
+    took = plan.of_request(request, runs=tmp_path)["work"]
+    config = yamlfiles.read_yaml(own)
+    assert (
+        took["tokens"]
+        == 3 * config["micro_batch_size"] * config["gradient_accumulation_steps"] * config["sequence_len"]
+    )
+    assert took["tokens_are"] == "at most: every sequence counted as a full one"
+
+
+def test_what_tokenizes_rows_is_in_the_name_of_what_is_kept(
+    own: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(**change: Any) -> Path:
+        config = yamlfiles.read_yaml(own) | {"base_model": str(model), "tokenizer_config": str(other)} | change
+        (tmp_path / "changed.yaml").write_text(yamlfiles.write_yaml(config))
+        return lengths._cached(compose(Request(str(tmp_path / "changed.yaml"))))
+
+    model, other, written = tmp_path / "model", tmp_path / "other", tmp_path / "written.jinja"
+    shutil.copytree(tiny, model)
+    other.mkdir()
+    keys = [key(), key(learning_rate=0.1)]
+    assert keys[0] == keys[1]
+    for file, content in (
+        (model / "chat_template.jinja", "{{ bos_token }}"),
+        (other / "merges.txt", "a b"),
+        (written, "{{ eos_token }}"),
+        (written, "{{ eos_token }} "),
+    ):
+        file.write_text(content)
+        keys.append(key(chat_template_jinja=str(written)))
+    monkeypatch.setattr(lengths, "packages", lambda: {"transformers": "6"})
+    keys.append(key(chat_template_jinja=str(written)))
+    assert len(set(keys)) == len(keys) - 1
+
+
+def test_rows_are_hashed_once_in_a_process(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    composed = compose(Request(str(own)))
+    before = lengths._cached(composed)
+    monkeypatch.setattr(files, "sha256", None)
+    assert lengths._cached(composed) == before
 
 
 @pytest.mark.long
