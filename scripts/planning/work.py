@@ -7,7 +7,7 @@ from typing import Any
 
 from ..configs import datafiles
 from ..configs.compose import Composed
-from ..configs.config import TRACKING
+from ..configs.config import TRACKING, Difference
 from ..configs.gpus import Gpu, named
 from ..data import ledger, study
 from ..runs.lookup import all_runs, readable
@@ -91,19 +91,27 @@ def _rows(composed: Composed) -> tuple[int | None, str]:
 
 
 def _rate(composed: Composed, gpu: Gpu, gpus: int, per_token: float, runs: Path) -> tuple[float | None, str | None]:
-    """Tokens a second, padding not counted, where that is known, and the source: the newest finished run of a recipe on
-    as many such cards, else the records of that in its study's ledger, else the card's peak rate."""
-    for _, run in readable(all_runs(runs)[::-1]):
+    """Tokens a second, padding not counted, where that is known, and the source: the newest finished run of a config on
+    as many such cards, else the records of that in its study's ledger, else the card's peak rate. Where rows are packed
+    no speed that was measured tells it, as that counts what sequences lack to be full."""
+    packed = composed.config.get("sample_packing")
+    for _, run in readable(() if packed else all_runs(runs)[::-1]):
         card = str((run.provenance.get("gpus") or [{}])[0].get("name"))
         done = run.state == "finished" and not run.rehearsal and run.recipe == composed.recipe and run.ranks == gpus
-        if _is_card(card, gpu) and done and run.summary.tokens_per_second:
+        same = _changed(run.differences) == _changed(composed.differences)
+        if _is_card(card, gpu) and done and same and run.summary.tokens_per_second:
             return run.summary.tokens_per_second, "measured in an earlier run"
-    if recorded := [*_recorded(composed, gpu, gpus)]:
+    if not packed and (recorded := [*_recorded(composed, gpu, gpus)]):
         cards = f"{gpus} x {gpu.name}" if gpus > 1 else gpu.name
         return mean(recorded), f"recorded, {len(recorded)} record{'s' * (len(recorded) > 1)} on {cards}"
     if gpu.tflops:
         return gpu.tflops * 1e12 * UTILIZATION * gpus / per_token, f"{UTILIZATION:.0%} of the card's peak"
     return None, None
+
+
+def _changed(differences: list[Difference]) -> dict[str, Any]:
+    """What can change a config's speed: its differences from the recipe but for tracking and the seed."""
+    return {d.key: d.run for d in differences if d.key != "seed" and not TRACKING.match(d.key)}
 
 
 def _is_card(name: str, gpu: Gpu) -> bool:

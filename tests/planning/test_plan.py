@@ -19,6 +19,7 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import engines, gpus
 from qlora_recipes.configs.compose import Request
+from qlora_recipes.configs.config import Difference
 from qlora_recipes.planning import lora, need, plan, plan_tables, planner, steps, traces, work
 from qlora_recipes.planning.layers import trace
 from qlora_recipes.results import ledger
@@ -282,19 +283,27 @@ def test_the_studys_rows_are_taken_for_its_own_data_only(small: yamlfiles.Config
 
 
 def test_speed_is_taken_from_runs_on_such_cards(small: yamlfiles.Config, tmp_path: Path) -> None:
-    def run(name: str, card: str, count: int, speed: float) -> None:
+    def run(name: str, card: str, count: int, speed: float, **more: Any) -> None:
         folder = RunDir(tmp_path / "runs" / name)
         folder.path.mkdir(parents=True)
         provenance = {"gpus": [{"name": card}] * count if card else []}
         summary = Summary(tokens_per_second=speed)
         facts: dict[str, Any] = {"recipe_file": "x", "recipe_sha256": "x", "cwd": "x", "provenance": provenance}
-        folder.write(Run(state="finished", recipe="mine", gpus_used=count, summary=summary, **facts))
+        folder.write(Run(state="finished", recipe="mine", gpus_used=count, summary=summary, **facts | more))
 
     run("1", "Tesla T4", 1, 100.0)
-    run("2", "Tesla T4", 4, 400.0)
+    divided = small["gradient_accumulation_steps"] // 4
+    run("2", "Tesla T4", 4, 400.0, differences=[Difference(key="gradient_accumulation_steps", run=divided, why="")])
     run("3", "", 1, 5.0)
     run("4", "NVIDIA GeForce GTX 1080", 1, 50.0)
+    packed = [Difference(key="sample_packing", recipe=False, run=True, why="profile packed")]
+    run("5", "Tesla T4", 1, 900.0, differences=packed)
+    run("6", "Tesla T4", 1, 40.0, differences=[Difference(key="learning_rate", run=0.5, why="--set learning_rate=0.5")])
     runs = tmp_path / "runs"
+    for change, speed in {"learning_rate=0.5": 40.0, "seed=3": 100.0}.items():
+        assert work_of(small, tmp_path, change, gpu=gpus.find("T4"), runs=runs)["tokens_per_second"] == speed
+    for change in ("sample_packing=true", "learning_rate=0.7"):
+        assert "peak" in work_of(small, tmp_path, change, gpu=gpus.find("T4"), runs=runs)["rate_is"], change
     assert work_of(small, tmp_path, gpu=gpus.find("T4"), runs=runs)["tokens_per_second"] == 100
     assert work_of(small, tmp_path, gpu=gpus.find("T4"), gpus=4, runs=runs)["tokens_per_second"] == 400
     assert "peak" in work_of(small, tmp_path, gpu=gpus.find("T4"), gpus=2, runs=runs)["rate_is"]
