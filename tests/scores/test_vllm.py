@@ -232,7 +232,7 @@ def test_vllm_answers_as_the_reference_and_may_be_killed_meanwhile(
     task = EvaluationTask(servable, request)
     prompter = Prompter(task.settings, task.cfg, servable.output)
     prompts = [example.prompt for example in prompter.examples(task.rows.rows, task.rows.keys)]
-    part = servable.path / "predictions.part.jsonl"
+    part = servable.path / "predictions.server.part.jsonl"
 
     def kill(server: Any) -> None:
         while not part.exists() or part.read_bytes().count(b'"prediction"') < 3:
@@ -254,5 +254,15 @@ def test_vllm_answers_as_the_reference_and_may_be_killed_meanwhile(
         monkeypatch.setenv("QLORA_RECIPES_SERVER_KEY", str(server.api.key))
         request.server = server.api.url
         resumed = evaluate.evaluate(servable, request)
-    assert read_predictions(servable.path) == rows
-    assert resumed.scores == undisturbed.scores
+        assert read_predictions(servable.path) == rows
+        assert {**resumed.scores, "notes": None} == {**undisturbed.scores, "notes": None}
+
+        # the adapter by another scale than the server has it
+        (servable.path / SCORES).unlink()
+        file = servable.output / "adapter_config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps(config | {"lora_alpha": 4 * config["lora_alpha"]}))
+        request.agreement_rows = 8
+        with pytest.raises(WorkFailed, match=r"server does not answer as the reference does: \d of 8 answers part"):
+            evaluate.evaluate(servable, request)
+        assert not (servable.path / SCORES).exists()
