@@ -16,7 +16,7 @@ from ..configs.config import check_not_of_the_run
 from ..configs.gpus import Gpu
 from ..data import private, study
 from ..runs import provenance
-from . import rows, rules, schema, too_long
+from . import rows, rules, schema, too_long, unfit
 from .finding import LEVELS, Finding
 
 
@@ -141,9 +141,7 @@ def examine(
     report = Report(composed.recipe, composed)
     report.add(placed([*of_schema, *rules.findings(case)], composed))
     report.add(_other_rows(composed))
-    for why, keys in composed.unfit.items():
-        problem = f"not taken over from the profile: {', '.join(keys)}: {why}"
-        report.add(placed([Finding("note", "unfit", keys[-1], problem)], composed))
+    report.add(placed(unfit.findings(composed, None if composed.rehearsal else gpu, launching), composed))
     report.add(_other_axolotl(composed))
     if data:
         of_rows, report.data = rows.check(usable)

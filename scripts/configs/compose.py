@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ class Composed:
         origin: the shipped recipe that a variant or an edited copy is one of; the differences are from it.
         files: for each key that a variant or a profile changed, its file.
         data: the data files that it names, once they have been read.
-        unfit: the keys of profiles that were not laid over it as they are, by the reason.
+        unfit: the keys of profiles that were not laid over it as they are, by the reason; see `fitting.fitted`.
     """
 
     recipe: str
@@ -61,7 +63,7 @@ class Composed:
     profiles: list[str]
     rehearsal: bool
     data: list[DataFile] = field(default_factory=list)
-    unfit: dict[str, list[str]] = field(default_factory=dict)
+    unfit: fitting.Unfit = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -90,7 +92,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     reasons: dict[str, tuple[str, Path | None]] = {}  # why a key was last changed, and by which file
     sample: Config = {}
     given: Config = {}  # what was laid over a rehearsal's own values, by dotted key
-    unfit: dict[str, list[str]] = {}
+    unfit: fitting.Unfit = {}
 
     def lay(changed: Config, reason: str, source: Path | None = None) -> None:
         nonlocal composed
@@ -101,8 +103,8 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     lay({key: value for key, value in own.items() if value is not None}, paths.shown(file), file)
     if request.mirror:
         lay(_mirrored(composed), "--mirror")
-    for profile, profile_file in profiles:
-        fragment = fitting.fitted(profile, yamlfiles.read_yaml(profile_file), composed, gpu, unfit)
+    fragments = _fragments(profiles, composed, request.overrides, gpu, unfit)
+    for (profile, profile_file), fragment in zip(profiles, fragments, strict=True):
         if profile == REHEARSAL:
             folders = {"stand_in": str(standin.folder()), "sample": str(usual_sample())}
             fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
@@ -131,6 +133,26 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     ]
     files = {key: source for key, (_, source) in reasons.items() if source}
     return Composed(name, file, origin, composed, differences, files, [*dict(profiles)], rehearsal, unfit=unfit)
+
+
+def _fragments(
+    profiles: list[tuple[str, Path]], begun: Config, overrides: list[str], gpu: Gpu | None, unfit: fitting.Unfit
+) -> Iterator[Config]:
+    """What profiles lay over a config in turn: of those that are fitted, what suits all else that is laid over it."""
+    before = begun
+    for profile, file in profiles:
+        fragment = yamlfiles.read_yaml(file)
+        if profile in fitting.VARIANTS:
+            with_others = begun
+            for name, other in profiles:
+                if name not in (profile, REHEARSAL):
+                    with_others = config.merge(with_others, yamlfiles.read_yaml(other))
+            for text in overrides:
+                with suppress(UserError):  # one that is wrong is refused where it is laid
+                    with_others = config.override(with_others, *config.parse_override(text))
+            fragment = fitting.fitted(fragment, before, with_others, gpu, unfit)
+        before = config.merge(before, fragment)
+        yield fragment
 
 
 def is_rehearsal(request: Request) -> bool:

@@ -1,6 +1,7 @@
 """Facts about base models, without loading them: from files on this machine, from models.yaml and from the hub."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -122,6 +123,13 @@ def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
     if "model_type" not in content:
         raise UserError(f"base_model: {file} is missing, or not JSON that names a model_type")
     return content
+
+
+def architecture_here(composed: Config) -> dict[str, Any]:
+    """What `architecture` finds without asking the hub; empty where it finds nothing."""
+    with suppress(UserError):
+        return architecture(composed, download=False)
+    return {}
 
 
 def renamed(targets: list[str], layers: tuple[str, ...]) -> list[str]:

@@ -9,7 +9,7 @@ from .. import places
 from ..base import paths, yamlfiles
 from ..configs import config, datafiles
 from ..configs.compose import REHEARSAL, TRACKERS
-from ..configs.fitting import VARIANTS
+from ..configs.fitting import departures
 from ..data.published import TRAIN_LOSS, Measured, Published, Score
 from ..data.study import Study
 from ..metrics.metric import Column
@@ -249,7 +249,7 @@ def _settings(
         for key, (before, after) in config.differences(paper, ours).items()
         if of_paper.get(key.partition(".")[0], "").startswith(stated_by)
     ]
-    differs += [f"profile {name}: {VARIANTS[name]}" for name in run.profiles if name in VARIANTS]
+    differs += departures(paper, ours)
     if run.ranks > 1:
         rows = run.ranks * datafiles.effective_batch(ours)
         of_paper_rows = datafiles.effective_batch(paper)

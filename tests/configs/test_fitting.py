@@ -8,6 +8,7 @@ import pytest
 from conftest import Recipe, config_with
 
 from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.paths import recipe_names
 from qlora_recipes.checks import check
 from qlora_recipes.configs import compose, fitting, gpus
@@ -18,8 +19,8 @@ KERNELS = {*fitting._LORA}
 NO_DROPOUT = "peft-metamathqa/qlora-rank32"
 
 
-def laid(name: str, *profiles: str, gpu: str | None = "A100") -> Composed:
-    return compose.compose(Request(name, profiles=[*profiles]), gpus.find(gpu) if gpu else None)
+def laid(name: str, *profiles: str, gpu: str | None = "A100", overrides: tuple[str, ...] = ()) -> Composed:
+    return compose.compose(Request(name, [*profiles], [*overrides]), gpus.find(gpu) if gpu else None)
 
 
 def on(composed: Composed) -> set[str]:
@@ -27,12 +28,12 @@ def on(composed: Composed) -> set[str]:
     return {key for key in LIGER | KERNELS if composed.config.get(key)}
 
 
-def mine(**change: Any) -> Composed:
-    """The profile fast over a recipe without dropout that has all layers as targets."""
+def mine(*profiles: str, overrides: tuple[str, ...] = (), **change: Any) -> Composed:
+    """The profile fast, and others behind it, over a recipe without dropout that has all layers as targets."""
     layers = [layer for needed in fitting._LORA.values() for layer in needed]
     every = {"lora_dropout": 0, "lora_target_modules": layers}
     Path("mine.yaml").write_text(yamlfiles.write_yaml(config_with(every | change, NO_DROPOUT)))
-    return laid("mine.yaml", "fast")
+    return laid("mine.yaml", "fast", *profiles, overrides=overrides)
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +91,41 @@ def test_what_axolotl_refuses_or_would_compute_otherwise_stays_off(
     assert {key for keys in composed.unfit.values() for key in keys} - {"plugins"} == off
 
 
+@pytest.mark.parametrize(
+    ("override", "off"),
+    [
+        ("lora_dropout=0.1", KERNELS),
+        ("adapter=null", KERNELS),
+        ("chunked_cross_entropy=true", {"liger_fused_linear_cross_entropy"}),
+        ("lora_target_modules=[q_proj, v_proj]", KERNELS),
+        ("lora_o_kernel=false", {"lora_o_kernel"}),
+    ],
+)
+def test_a_profile_fits_what_is_laid_over_it(override: str, off: set[str]) -> None:
+    assert on(mine(overrides=(override,))) == (LIGER | KERNELS) - off
+    key, _, value = override.partition("=")
+    Path("own.yaml").write_text(f"{key}: {value}\n")
+    assert on(mine("own.yaml")) == (LIGER | KERNELS) - off
+
+
+def test_what_is_laid_over_a_recipe_lets_a_profile_do_more() -> None:
+    name = "haider2024/all-linear/llama-2-7b"
+    assert on(laid(name, "fast", overrides=("lora_dropout=0",))) == LIGER | KERNELS
+    assert laid(name, "fast", overrides=("lora_dropout=0",)).unfit == {}
+    explicit = laid(name, "fast", overrides=("lora_mlp_kernel=true",))
+    assert on(explicit) == LIGER | {"lora_mlp_kernel"}
+    with pytest.raises(UserError, match="plugins"):
+        laid(name, "fast", overrides=("plugins.4=x",))
+
+
+@pytest.mark.parametrize("profiles", [("packed", "fast"), ("fast", "packed")])
+def test_sequences_of_one_length_stay_that(profiles: tuple[str, str]) -> None:
+    both = laid(NO_DROPOUT, *profiles)
+    assert (both.config["pad_to_sequence_len"], both.config["pad_to_multiple_of"]) == (True, 8)
+    assert mine(pad_to_sequence_len=True).config["pad_to_sequence_len"] is True
+    assert "pad_to_sequence_len" not in mine(pad_to_sequence_len=False).config
+
+
 def test_plugins_join_those_of_the_config() -> None:
     own = mine(plugins=["axolotl.integrations.spectrum.SpectrumPlugin"]).config["plugins"]
     assert own == ["axolotl.integrations.spectrum.SpectrumPlugin", "axolotl.integrations.liger.LigerPlugin"]
@@ -144,9 +180,32 @@ def test_check_notes_what_a_profile_leaves_once_a_reason(recipe: Recipe) -> None
     done = recipe("check", "haider2024/llama-2-7b", "--profile", "fast", "--gpu", "T4", "--json")
     (report,) = orjson.loads(done.stdout)
     notes = [found["problem"] for found in report["findings"] if found["rule"] == "unfit"]
-    assert len(notes) == 2
-    assert "plugins, liger_rms_norm" in notes[0] and "T4 (sm_75)" in notes[0]
-    assert "lora_dropout 0.05" in notes[1]
+    assert [note.partition(": ")[0] for note in notes] == [
+        "the profile leaves these out, because Triton, in which they are written, does not support T4 (sm_75)",
+        "the profile leaves these out, because with lora_dropout 0.05 they would drop other values than PEFT",
+    ]
+    assert notes[1].endswith(": lora_qkv_kernel, lora_o_kernel")
+
+
+def test_one_key_that_a_profile_does_not_change_is_named_once() -> None:
+    mine(lora_target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"])
+    found = check.check(Request("mine.yaml", ["fast"]), gpus.find("A100")).findings
+    (note,) = [finding for finding in found if finding.rule == "unfit"]
+    problem = "the profile leaves it out, because LoRA is not on all of o_proj"
+    assert (note.key, note.problem) == ("lora_o_kernel", problem)
+    found = check.check(Request("mine.yaml", ["packed"]), gpus.find("T4")).findings
+    (note,) = [finding for finding in found if finding.rule == "unfit"]
+    assert (note.key, note.problem.startswith("the profile sets it to false, because ")) == ("sdpa_varlen", True)
+
+
+def test_that_no_card_is_known_is_noted(recipe: Recipe) -> None:
+    mine()
+    says = "laid for a card from Ampere on, as none is known: fast"
+    assert says in recipe("check", "mine.yaml", "--profile", "fast").stdout
+    found = check.check(Request("mine.yaml", ["packed"]), launching=True).findings  # as on SLURM without its setting
+    assert [finding.level for finding in found if finding.rule == "unfit"] == ["warning"]
+    for more in (["--profile", "fast", "--gpu", "A100"], ["--profile", "mlflow"], ["--profile", "fast", "--rehearse"]):
+        assert "none is known" not in recipe("check", "mine.yaml", *more).stdout
 
 
 def test_rehearsals_of_both_leave_out_the_kernels() -> None:
