@@ -7,7 +7,7 @@ from typing import Any
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..configs import datafiles
-from ..configs.attention import attention
+from ..configs.attention import attention, takes_varlen
 from ..configs.precision import precision
 from .traces import Step
 
@@ -58,7 +58,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
     if implementation not in ("sdpa", "eager", "flash_attention_2"):
         notes.append(f"{implementation}: planned as flash_attention_2")
         implementation = "flash_attention_2"
-    notes += _not_traced(config)
+    notes += _not_traced(config, architecture)
     rows = rows_of(config)
     packed = bool(config.get("sample_packing"))
     pads = rows > 1 or bool(config.get("pad_to_sequence_len"))
@@ -102,13 +102,15 @@ def _refuse_unplannable(config: Config, architecture: dict[str, Any]) -> None:
         raise UserError("rl: preference training cannot be planned")
 
 
-def _not_traced(config: Config) -> Iterator[str]:
+def _not_traced(config: Config, architecture: dict[str, Any]) -> Iterator[str]:
     """What a config uses that a trace leaves out, and in which direction that puts the figures off."""
     yield from (f"{key}: not traced; it takes less" for key in _TAKE_LESS if config.get(key))
     yield from (f"{key}: not planned; as if it were 1" for key in _SPLIT if (config.get(key) or 1) > 1)
     if config.get("adapter") and all(config.get(key) is None for key in _KERNELS):
         yield "LoRA kernels, which Axolotl turns on where none of their keys is set: not traced; they take less"
     yield from (f"{key}: not traced; it takes more" for key in _TAKE_MORE if config.get(key))
+    if takes_varlen(config, architecture):
+        yield "varlen_attn: planned as sdpa with a mask over packed rows; it takes less"
     if config.get("gradient_checkpointing") in ("offload", "offload_disk"):
         yield "offloading: not traced; it takes less"
     if int(config.get("eval_batch_size") or 0) > rows_of(config):

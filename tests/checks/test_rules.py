@@ -317,6 +317,7 @@ def test_what_is_right_gives_none(change: dict[str, Any]) -> None:
         ("T4", {"fp16": None, "bf16": "auto"}, "auto, the default, turns it on"),
         ("T4", {"fp16": None, "bf16": None}, "auto, the default, turns it on"),
         ("T4", {"tf32": True}, "has no tf32"),
+        ("T4", {"sample_packing": True}, "torch's varlen_attn, which does not run on T4"),
         ("sm_75", {"attn_implementation": "flash_attention_2"}, "flash_attention_2 does not run on sm_75"),
         ("7.5", {"attn_implementation": None, "flash_attention": True}, "flash_attention_2 does not run"),
         ("A100", {"attn_implementation": "flash_attention_3"}, "flash_attention_3 does not run on A100"),
@@ -432,12 +433,32 @@ def test_what_a_cpu_lacks_is_an_error_only_once_a_run_starts(change: dict[str, A
 
 
 def test_packing_with_sdpa_and_bf16_before_hopper_is_a_warning() -> None:
-    masked = {"sample_packing": True, "sdpa_varlen": False}
-    change = masked | {"fp16": False, "bf16": True}
-    by_default = masked | {"fp16": None, "bf16": "auto"}
+    change = {"fp16": False, "bf16": True, "sample_packing": True}
+    by_default = {"fp16": None, "bf16": "auto", "sample_packing": True}
+    slides = {"base_model": "mistralai/Mistral-7B-v0.1"}
+    wanted = [("warning", "packing-leaks:sample_packing")]
+
+    def warned(change: dict[str, Any], gpu: str) -> list[tuple[str, str]]:
+        return [(f.level, f.name) for f in found(change, gpu) if f.name.startswith("packing")]
+
     for in_bf16 in (change, by_default):
-        assert [(f.level, f.name) for f in found(in_bf16, "A100")] == [("warning", "packing-leaks:sample_packing")]
-    assert found(change, "H100") == []
+        for masked in ({"sdpa_varlen": False}, slides):
+            assert warned(in_bf16 | masked, "A100") == wanted
+            assert warned(in_bf16 | masked, "H100") == []
+        assert found(in_bf16, "A100") == []  # varlen_attn has no mask
+
+
+def test_kernels_in_triton_are_a_warning_before_ampere() -> None:
+    plugins = ["axolotl.integrations.liger.LigerPlugin"]
+    change = {"plugins": plugins, "liger_rope": True, "lora_mlp_kernel": True, "liger_glu_activation": False}
+    names = [("warning", "gpu-lacks:liger_rope"), ("warning", "gpu-lacks:lora_mlp_kernel")]
+    assert sorted((f.level, f.name) for f in found(change, "T4") if f.rule == "gpu-lacks") == names
+    assert not [f for f in found(change, "A100") if f.rule == "gpu-lacks"]
+
+
+def test_a_window_that_keeps_varlen_attn_off_lets_packed_rows_run_on_turing() -> None:
+    slides = {"sample_packing": True, "base_model": "mistralai/Mistral-7B-v0.1"}
+    assert not [f for f in found(slides, "T4") if f.rule == "gpu-lacks"]
 
 
 @pytest.mark.parametrize(
@@ -445,14 +466,12 @@ def test_packing_with_sdpa_and_bf16_before_hopper_is_a_warning() -> None:
     [
         ({}, False),
         ({"head_dim": 512}, True),
-        ({"hidden_size": None}, True),
         ({"sliding_window": 4096}, True),
         ({"sliding_window": 4096, "use_sliding_window": False}, False),
         ({"sliding_window": 4096, "layer_types": ["full_attention"]}, False),
         ({"query_pre_attn_scalar": 144}, True),
         ({"attention_multiplier": 0.0078125}, True),
         ({"attention_dropout": 0.1}, True),
-        ({"model_type": "deepseek_v3"}, True),
     ],
     ids=str,
 )

@@ -57,6 +57,11 @@ class Case:
         return models.find(self.config)
 
     @cached_property
+    def architecture(self) -> Config:
+        """The content of the base model's config.json; empty where it is not here."""
+        return models.architecture_here(self.config)
+
+    @cached_property
     def steps(self) -> int | None:
         """The optimizer steps of the training, where they can be counted; an upper bound where rows are packed."""
         return None if self.wrong else datafiles.training_steps(self.config | {"sample_packing": False}, self.gpus)

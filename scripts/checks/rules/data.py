@@ -2,15 +2,12 @@
 
 import re
 import string
-from contextlib import suppress
-from math import isclose
 from pathlib import Path
-from typing import Any
 
 from ...base import paths
-from ...base.errors import UserError, did_you_mean
-from ...configs import datafiles, models
-from ...configs.fitting import AMPERE
+from ...base.errors import did_you_mean
+from ...configs import datafiles
+from ...configs.attention import takes_varlen
 from ...configs.precision import precision
 from ...data import study
 from .. import schema, turns
@@ -91,39 +88,17 @@ _MOST_NAMES = 4  # of files in a message
 def packing_leaks(case: Case) -> Problems:
     """Rows packed into one then attend to each other; Axolotl only warns (attn_decontaminates_packing).
 
-    It also warns that sdpa keeps them apart in bf16 at the cost of losses of 0 before Hopper; also where it then takes
-    torch's varlen_attn, which needs no mask, in the place of sdpa.
+    It also warns that sdpa with a mask, in bf16 and before Hopper, can give losses of 0; varlen_attn has no mask.
     """
     if case["sample_packing"] and case.attention not in KEEP_DOCUMENTS_APART:
         problem = f"with {case.attention or 'no attn_implementation'}, packed rows see each other"
         yield "error", "sample_packing", problem, "set flash_attention_2"
-    before_hopper = case.gpu and case.gpu.capability < (9, 0) and not _goes_over_rows_alone(case)
+    before_hopper = case.gpu and case.gpu.capability < (9, 0)
     in_bf16 = precision(case.config, on_gpu=True).weights == "bfloat16"
-    if case["sample_packing"] and case.attention == "sdpa" and in_bf16 and before_hopper:
-        yield "warning", "sample_packing", f"with sdpa and bf16 losses can be 0 on {case.gpu}", "set flash_attention_2"
-
-
-def _goes_over_rows_alone(case: Case) -> bool:
-    """Whether Axolotl gives packed rows to torch's varlen_attn, and no mask to sdpa.
-
-    It does not where sdpa_varlen is false, nor with models whose heads are larger than 256, or which have a sliding
-    window (loaders/patch_manager.py, _apply_sdpa_varlen_patch), scale otherwise, or drop out
-    (monkeypatch/attention/sdpa_varlen.py). Models of other types than those in LAYERS can have further reasons.
-    """
-    if case["sdpa_varlen"] is False or not case.gpu or case.gpu.capability < AMPERE:
-        return False
-    model: dict[str, Any] = {}
-    with suppress(UserError):
-        model = models.architecture(case.config, download=False)
-    sizes = {key: value for key, value in model.items() if isinstance(value, int) and value > 0}
-    if model.get("model_type") not in models.LAYERS or not {"hidden_size", "num_attention_heads"} <= sizes.keys():
-        return False
-    head = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
-    window = model.get("sliding_window") and model.get("use_sliding_window", True)
-    slides = window and "sliding_attention" in (model.get("layer_types") or ["sliding_attention"])
-    scale = model.get("attention_multiplier") or (model.get("query_pre_attn_scalar") or head) ** -0.5
-    plain = isclose(scale, head**-0.5) and not model.get("attention_dropout")
-    return head <= 256 and not slides and plain
+    masked = case["sample_packing"] and case.attention == "sdpa" and not takes_varlen(case.config, case.architecture)
+    if masked and in_bf16 and before_hopper:
+        problem = f"with a mask in sdpa, and bf16, losses can be 0 on {case.gpu}"
+        yield "warning", "sample_packing", problem, "set flash_attention_2"
 
 
 KEEP_DOCUMENTS_APART = {

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ...base.machine import torch_cuda
 from ...configs import exchange
-from ...configs.attention import OLD_KEYS
+from ...configs.attention import OLD_KEYS, takes_varlen
 from ...configs.config import flatten
+from ...configs.fitting import AMPERE
 from ...configs.precision import precision
 from ...data import hub
 from ..finding import Level
@@ -38,7 +39,8 @@ def gpu_lacks(case: Case) -> Problems:
     reports it as supported, so that Axolotl's bf16: auto, its default, turns it on (seen). FlashAttention 2 and
     SageAttention need 8.0, FlashAttention 3 is for 9.0 alone, 4 for 9.0 and newer (their READMEs); torch's varlen_attn,
     which Axolotl takes for packed rows (loaders/patch_manager.py), is a FlashAttention; Axolotl asks for 9.0 for fp8;
-    transformers refuses tf32 below 8.0.
+    transformers refuses tf32 below 8.0; Triton, in which Liger, cut cross entropy and the MLP's LoRA kernel are written
+    (SwiGLU and GEGLU), supports cards from 8.0 on (its README).
     """
     if not case.gpu:
         return
@@ -47,19 +49,21 @@ def gpu_lacks(case: Case) -> Problems:
     if has < (7, 5) and (torch_cuda() or "").startswith("13."):
         remedy = "take a GPU from Turing (7.5) on, or torch's build for CUDA 12.6: `make setup CUDA=12.6`"
         yield "error", "base_model", f"torch for CUDA 13 does not run on {name}", remedy
-    if has < (8, 0) and precision(case.config, on_gpu=True).weights == "bfloat16":
+    if has < AMPERE and precision(case.config, on_gpu=True).weights == "bfloat16":
         asked = case["bf16"] is True or case["bfloat16"]
         default = "" if asked else " (auto, the default, turns it on all the same)"
         yield "error", "bf16", f"{name} emulates bf16, slowly{default}", "set fp16: true and bf16: false"
-    if has < (8, 0) and case["tf32"] is True:
+    if has < AMPERE and case["tf32"] is True:
         yield "error", "tf32", f"{name} has no tf32", "set it to false"
     least, most = _ATTENTION_RUNS_ON.get(case.attention, ((0, 0), (99, 0)))
     if not least <= has <= most:
         yield "error", "attn_implementation", f"{case.attention} does not run on {name}", "set sdpa"
-    varlen = case["sample_packing"] and case.attention == "sdpa" and case["sdpa_varlen"] is not False
-    if has < (8, 0) and varlen and precision(case.config, on_gpu=True).weights != "float32":
+    if has < AMPERE and takes_varlen(case.config, case.architecture):
         problem = f"for packed rows Axolotl takes torch's varlen_attn, which does not run on {name}"
         yield "error", "sample_packing", problem, "set sdpa_varlen: false, or take the profile packed"
+    for key, value in case.config.items() if has < AMPERE else ():
+        if value and re.fullmatch("liger_.*|cut_cross_entropy|lora_mlp_kernel", key):
+            yield "warning", key, f"Triton, in which its kernels are written, does not support {name}", "delete it"
     if has < (9, 0) and case["fp8"]:
         yield "error", "fp8", f"Axolotl trains in fp8 from 9.0 on, not on {name}", "delete it"
 
