@@ -51,7 +51,9 @@ def of_request(
     found, unknown = lengths.lengths_of(composed, data, request.force)
     planned, planner = plan(composed.config, gpu, vram, request.gpus)
     told = [finding for finding in check.examine(composed, gpu).findings if finding.scope in ("gpu", "code")]
-    planned["notes"] += [f"{finding.key}: {finding.problem}; {finding.remedy}".removesuffix("; ") for finding in told]
+    for finding in told:
+        about = f"{finding.key}: " if finding.key else ""
+        planned["notes"].append(f"{about}{finding.problem}; {finding.remedy}".removesuffix("; "))
     if found and found.longest and not composed.config.get("sample_packing"):  # packed batches are always full
         with suppress(NotAlike):
             size = planner.need(length=found.longest)
@@ -284,7 +286,7 @@ def compare(request: Request, gpu: Gpu | None = None) -> list[dict[str, Any]]:
     `weights`, `gradients`, `optimizer` and `activations` are what a GPU holds at the peak, and `other` is what kernels,
     the allocator and CUDA take; together they are `needed`. `optimizer_paged` comes on top, in main memory if need be.
     """
-    config = composed_for(request).config
+    config = composed_for(request, gpu).config
     rows = []
     for adapter in (None, "lora", "qlora"):
         changed = {key: value for key, value in config.items() if key not in ("adapter", "load_in_4bit")}

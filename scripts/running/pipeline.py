@@ -53,6 +53,7 @@ class Pipeline:
         evaluation: how that run is evaluated; in a rehearsal BERTScore's model is the stand-in, unless one is named.
         runs: the folder for the runs.
         place: where its commands are carried out.
+        gpu: the card that it is composed, checked and planned for, by default the place's.
 
     Attributes:
         composed: its config; None where it is wrong.
@@ -61,18 +62,27 @@ class Pipeline:
         shared: differences from the recipe that are shown once for several runs.
     """
 
-    def __init__(self, outcome: Outcome, request: Request, evaluation: EvaluationRequest, runs: Path, place: Place):
+    def __init__(
+        self,
+        outcome: Outcome,
+        request: Request,
+        evaluation: EvaluationRequest,
+        runs: Path,
+        place: Place,
+        gpu: Gpu | None = None,
+    ):
         self.outcome = outcome
         self.request = request
         self.evaluation = evaluation
         self.runs = runs
         self.place = place
+        self.gpu = gpu or place.gpu()
         self.composed: Composed | None = None
         self.former: tuple[RunDir, Run] | None = None
         self.needed_gib: float | None = None
         self.shared: Container[Difference] = ()
         try:
-            self.composed = compose.compose(request, place.gpu())
+            self.composed = compose.compose(request, self.gpu)
         except UserError as error:
             outcome.fail("check", str(error))
 
@@ -108,8 +118,9 @@ class Pipeline:
         if self.composed is None:
             return False
         launching = starts and not self.request.rehearse
-        gpu = self.place.gpu()
-        report = check.check(self.request, gpu, with_data, launching=launching, composed=self.composed, runs=self.runs)
+        report = check.check(
+            self.request, self.gpu, with_data, launching=launching, composed=self.composed, runs=self.runs
+        )
         found = places.relevant(self.place, report.findings)
         if not with_data:
             found = [finding for finding in found if finding.scope != "data"]
@@ -124,11 +135,11 @@ class Pipeline:
         return not errors
 
     def plan(self, gpu: Gpu | None = None) -> bool:
-        """Whether it fits a GPU, by default its place's, as far as can be determined.
+        """Whether it fits a GPU, by default its own, as far as can be determined.
 
         For a rehearsal, the recipe itself is planned; that need not fit.
         """
-        gpu = gpu or self.place.gpu()
+        gpu = gpu or self.gpu
         rehearsal = self.request.rehearse
         try:
             planned = plan.composed_for(replace(self.request, rehearse=False), gpu) if rehearsal else self.composed

@@ -128,7 +128,8 @@ def outline(
         UserError: a recipe that is named is not the study's.
     """
     pipelines = [
-        Pipeline(outcome, asked, evaluation, runs, place) for outcome, asked in _wanted(of_study, request, only, seeds)
+        Pipeline(outcome, asked, evaluation, runs, place, gpu)
+        for outcome, asked in _wanted(of_study, request, only, seeds)
     ]
     gpu = gpu or place.gpu()
     test_rows = REHEARSED if request.rehearse else of_study.data.scored_rows

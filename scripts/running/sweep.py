@@ -63,6 +63,7 @@ def sweep(
             evaluation,
             runs,
             place,
+            gpu if dry_run else None,
         )
         for member in members
     ]

@@ -74,6 +74,7 @@ def test_settings_that_memory_depends_on(change: dict[str, Any], field: str, val
         ({"optimizer": "lion_8bit"}, "optimizer lion_8bit: planned as adamw_torch_fused"),
         ({"attn_implementation": "flex_attention"}, "flex_attention: planned as flash_attention_2"),
         ({"liger_cross_entropy": True}, "liger_cross_entropy: not traced; it takes less"),
+        ({"sample_packing": True}, "varlen_attn: planned as sdpa with a mask over packed rows; it takes less"),
         ({"lora_mlp_kernel": True}, "lora_mlp_kernel: not traced; it takes less"),
         (dict.fromkeys(steps._KERNELS), "LoRA kernels, which Axolotl turns on"),
         ({"unfrozen_parameters": ["norm"]}, "unfrozen_parameters: not traced; it takes more"),
@@ -218,6 +219,8 @@ def test_cards_are_judged_under_the_configs_engine(
 def test_methods_compare(small: yamlfiles.Config, tmp_path: Path) -> None:
     file = tmp_path / "small.yaml"
     file.write_text(yamlfiles.write_yaml(small))
+    full, lora, qlora = plan.compare(Request(str(file), profiles=["packed"]), gpus.find("T4"))
+    assert not any("varlen_attn" in note for note in qlora["notes"])  # the profile is laid for that card
     full, lora, qlora = plan.compare(Request(str(file)))
     assert full["trainable_share"] == 1
     assert lora["trainable"] == qlora["trainable"] < full["trainable"] / 10

@@ -9,6 +9,7 @@ from run_folders import a_run
 
 from qlora_recipes.base import disks
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.places.local import Local
 from qlora_recipes.planning import plan
@@ -59,6 +60,13 @@ def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(
     assert "no recipe of that name" in log.read_text()
     assert (fine.outcome.steps, fine.outcome.problem) == ({"run": "done", "evaluate": "done"}, None)
     assert fine.outcome.run == tmp_path / "b"
+
+
+def test_a_pipeline_is_composed_for_the_card_that_is_named(tmp_path: Path) -> None:
+    asked, place = Request("haider2024/llama-2-7b", ["packed"]), Local(rehearsal=False, jobs=1, options=[])
+    for gpu, varlen in (("T4", False), ("A100", True)):
+        one = pipeline.Pipeline(Outcome(gpu), asked, EvaluationRequest(), tmp_path, place, gpus.find(gpu))
+        assert one.composed and one.composed.config["sdpa_varlen"] is varlen
 
 
 def test_what_failed_before_keeps_no_other_member_waiting() -> None:

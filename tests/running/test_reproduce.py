@@ -237,6 +237,8 @@ def test_a_dry_run_says_what_would_be_done_and_for_how_long_and_writes_nothing(
     assert refused.startswith("haider2024/llama-3.2-3b: ")
     row = orjson.loads(recipe(*words, "--gpu", "T4").stdout)["recipes"][0]
     assert (row["steps"], row["fits"]) == (73587, "T4: yes")
+    packed = orjson.loads(recipe(*words, "--gpu", "T4", "--profile", "packed").stdout)["recipes"][0]
+    assert packed["training"] == "new"  # the profile is laid for that card
     both = orjson.loads(recipe(*words, "--gpu", "T4", "--seeds", "2").stdout)
     total = f"of each run, {2 * row['hours']:.1f} in total"
     assert any(total in note for note in both["notes"])
