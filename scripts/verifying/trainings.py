@@ -206,19 +206,12 @@ def _relative(values: dict[int, float], exact: dict[int, float]) -> float | None
 def shape(bench: Bench, recipe: str) -> Figures:
     """A recipe's own step on random weights in its model's shape: memory and speed."""
     config = yamlfiles.read_yaml(find_recipe(recipe)[1])
-    architecture = models.architecture(config, download=False)
-    if bench.quick:
-        architecture |= {"num_hidden_layers": LAYERS}
-    memory.require_room(config, architecture, bench)
     label = short(recipe)
-    model, rows = bench.folder / "models" / label, bench.folder / "rows" / f"{label}.jsonl"
-    shutil.rmtree(model, ignore_errors=True)
-    try:
-        shapes.make(model, architecture)
+    rows = bench.folder / "rows" / f"{label}.jsonl"
+    with _random_weights(bench, recipe, LAYERS if bench.quick else None) as (model, length):
         accumulated = 2  # there are gradients of an earlier micro batch, as with the recipe's 4
-        length = config["sequence_len"]
         shapes.write_full_rows(rows, model, length, 3 * accumulated * config["micro_batch_size"])
-        settings = _settings(model, rows, length, accumulated) | {"saves_per_epoch": None, "save_strategy": "no"}
+        settings = _settings(model, rows, length, accumulated) | _UNSAVED
         free = free_memory()
         folder = train(bench, label, recipe, settings)
         composed = yamlfiles.read_yaml(folder.config)
@@ -230,6 +223,22 @@ def shape(bench: Bench, recipe: str) -> Figures:
             f"{label}: in use, by the driver": in_use,
             f"{label}: tokens/s": memory.speed(composed, bench, _rate(folder)),
         }
+
+
+_UNSAVED = {"saves_per_epoch": None, "save_strategy": "no"}
+
+
+@contextmanager
+def _random_weights(bench: Bench, recipe: str, layers: int | None) -> Iterator[tuple[Path, int]]:
+    """Random weights in the shape of a recipe's model, with all of its layers or some, and the length of its rows."""
+    config = yamlfiles.read_yaml(find_recipe(recipe)[1])
+    architecture = models.architecture(config, download=False) | ({"num_hidden_layers": layers} if layers else {})
+    memory.require_room(config, architecture, bench)
+    model = bench.folder / "models" / short(recipe)
+    shutil.rmtree(model, ignore_errors=True)
+    try:
+        shapes.make(model, architecture)
+        yield model, config["sequence_len"]
     finally:
         shutil.rmtree(model, ignore_errors=True)
 
@@ -265,7 +274,7 @@ def fast(bench: Bench) -> Figures:
     plain = train(bench, "without-fast", RECIPE, settings)
     quick = train(bench, "with-fast", RECIPE, settings, profile="fast")
     apart = _relative(_of("loss", _logged(quick)), _of("loss", _logged(plain)))
-    with _few_layers(bench) as (model, length):
+    with _random_weights(bench, SHAPES[0], LAYERS) as (model, length):
         rows = bench.folder / "rows" / "full.jsonl"
         shapes.write_full_rows(rows, model, length, 4 * STEPS)
         of_rows = _settings(model, rows, length, 2) | _UNSAVED | of_all
@@ -275,7 +284,7 @@ def fast(bench: Bench) -> Figures:
 
 def packed(bench: Bench) -> Figures:
     """The profile packed: the speed of a few layers of a larger model on rows of the lengths that the sample has."""
-    with _few_layers(bench) as (model, length):
+    with _random_weights(bench, SHAPES[0], LAYERS) as (model, length):
         of_rows = _settings(model, usual_sample() / "train.jsonl", length, 2) | _UNSAVED
         before, after = _beside(bench, of_rows | {"pad_to_sequence_len": False}, "packed")
     counted = [sum(record.get("tokens", 0) for record in folder.read_metrics()) for folder in (before, after)]
@@ -287,24 +296,6 @@ def _beside(bench: Bench, settings: Config, profile: str) -> tuple[RunDir, RunDi
     """A training without a profile, and one with it, of a few layers."""
     plain = train(bench, f"few-layers-without-{profile}", SHAPES[0], settings)
     return plain, train(bench, f"few-layers-{profile}", SHAPES[0], settings, profile=profile)
-
-
-_UNSAVED = {"saves_per_epoch": None, "save_strategy": "no"}
-
-
-@contextmanager
-def _few_layers(bench: Bench) -> Iterator[tuple[Path, int]]:
-    """Random weights in the shape of a few layers of `SHAPES`' smallest model, and the length of its recipe's rows."""
-    config = yamlfiles.read_yaml(find_recipe(SHAPES[0])[1])
-    architecture = models.architecture(config, download=False) | {"num_hidden_layers": LAYERS}
-    memory.require_room(config, architecture, bench)
-    model = bench.folder / "models" / "few-layers"
-    shutil.rmtree(model, ignore_errors=True)
-    try:
-        shapes.make(model, architecture)
-        yield model, config["sequence_len"]
-    finally:
-        shutil.rmtree(model, ignore_errors=True)
 
 
 def _slower(rate: float | None, plain: float | None) -> Figure:
