@@ -36,8 +36,6 @@ def test_jobs_each_see_a_gpu_of_their_own(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UserError, match="--jobs 3: one GPU per job, and only 2 can be used here"):
         Local(rehearsal=False, jobs=3, options=[])
     assert Local(rehearsal=True, jobs=3, options=[]).devices == [None, None, None]
-    with pytest.raises(UserError, match="--slurm time=1: works only with --on slurm"):
-        Local(rehearsal=True, jobs=None, options=["time=1"])
 
 
 def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(
