@@ -9,7 +9,6 @@ import sys
 import sysconfig
 import venv
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,8 +119,12 @@ def start(place: Path, *arguments: str | Path, command: Path = RECIPE, **env: st
     """
     words = [str(command), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with_hang_up = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # which nohup has all these tests ignore
-    return subprocess.Popen(words, cwd=place, env=os.environ | env, text=True, preexec_fn=with_hang_up, **pipes)
+
+    def with_signals() -> None:  # which nohup and a shell's background have all these tests ignore
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(words, cwd=place, env=os.environ | env, text=True, preexec_fn=with_signals, **pipes)
 
 
 def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:

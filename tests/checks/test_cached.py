@@ -14,7 +14,7 @@ from qlora_recipes.running import shortage
 from qlora_recipes.runs import launch
 from qlora_recipes.runs.lookup import all_runs
 from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask
+from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
 
 NAME = "haider2024/llama-3.2-3b"
 

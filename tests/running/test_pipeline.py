@@ -16,7 +16,7 @@ from qlora_recipes.planning import plan
 from qlora_recipes.running import former, pipeline, reproduce, sweep
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.runs.tasks import Command, Outcome, Step, Work
-from qlora_recipes.scores.evaluate import EvaluationRequest
+from qlora_recipes.scores.task import EvaluationRequest
 
 
 def work(folder: Path, words: dict[Step, list[str]], asked: list[str]) -> Work:

@@ -14,8 +14,8 @@ from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import choice, evaluate
 from qlora_recipes.scores.choice import choose
-from qlora_recipes.scores.evaluate import EvaluationRequest
 from qlora_recipes.scores.evaluations import ADAPTER, Evaluation, EvaluationSettings, read_scores
+from qlora_recipes.scores.task import EvaluationRequest
 
 STEPS = (2, 4, 6, 8, 10)
 Scores = dict[str, tuple[float, float]]  # by checkpoint, on validation and on test rows
