@@ -2,7 +2,7 @@
 
 Each run is a managed job of SkyPilot's, which carries out its commands one behind the other, takes down its machine in
 the end, and is begun again where that is taken away: the training then resumes from the last whole checkpoint. The
-tasks, rendered from templates/sky.yaml.j2, are kept below runs/sky/. A job is known by its name, which is noted before
+tasks, rendered from templates/sky.yml.j2, are kept below runs/sky/. A job is known by its name, which is noted before
 SkyPilot gets it.
 """
 
@@ -142,7 +142,7 @@ class Sky:
             resources.setdefault("max_hourly_cost", self.most)
         text = (
             environment(paths.TEMPLATES)
-            .get_template("sky.yaml.j2")
+            .get_template("sky.yml.j2")
             .render(
                 name=name,
                 part=PART,
@@ -156,7 +156,7 @@ class Sky:
                 ],
             )
         )
-        task = yamlfiles.parse(text, "templates/sky.yaml.j2")
+        task = yamlfiles.parse(text, "templates/sky.yml.j2")
         return config.merge(task, self.settings | {"resources": resources})
 
     def _launch(self, claimed: Sequence[tuple[Outcome, list[Command]]], title: str, runs: Path, gpus: int) -> None:
