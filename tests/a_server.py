@@ -1,4 +1,4 @@
-"""A server with OpenAI's protocol, as far as tests of its client need one, that fails as it is told to."""
+"""A server with as much of OpenAI's protocol as tests need, which fails on demand."""
 
 import json
 import threading

@@ -107,9 +107,10 @@ def start(folder: Path) -> tuple[float, float, float, dict[str, float]]:
     """The median of the ratios of pairs, the medians of `recipe run` and `axolotl train` in seconds, and those of the
     former's phases."""
     measured = list(pairs(folder))
-    ratio = statistics.median(ours / theirs for ours, theirs, _ in measured)
+    ratio = statistics.median(pair[0] / pair[1] for pair in measured)
     split = {name: statistics.median(each[name] for *_, each in measured) for name in measured[0][2]}
-    return ratio, *(statistics.median(pair[at] for pair in measured) for at in (0, 1)), split  # type: ignore[return-value]
+    ours, theirs = (statistics.median(pair[at] for pair in measured) for at in (0, 1))
+    return ratio, ours, theirs, split
 
 
 if __name__ == "__main__":

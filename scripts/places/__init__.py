@@ -11,7 +11,7 @@ from ..base.errors import UserError
 from ..checks.finding import Finding
 from ..configs.gpus import Gpu
 from ..runs.rundir import Job, JobState, Run, RunDir
-from ..runs.tasks import Work
+from ..runs.tasks import Command, Outcome, Work
 
 
 class Place(Protocol):
@@ -76,6 +76,17 @@ def kinds() -> dict[str, type[Place]]:
     from .slurm import Slurm
 
     return {"slurm": Slurm, "sky": Sky, "local": Local}
+
+
+def claim(works: Sequence[Work]) -> list[tuple[Outcome, list[Command]]]:
+    """The commands of works, whose folders are claimed by that; a work that is refused has failed."""
+    claimed = []
+    for work in works:
+        try:
+            claimed.append((work.outcome, work.commands()))
+        except UserError as error:
+            work.outcome.fail("run", str(error))
+    return claimed
 
 
 def relevant(place: Place, found: Iterable[Finding]) -> list[Finding]:

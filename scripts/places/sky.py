@@ -28,7 +28,7 @@ from ..configs import config, gpus
 from ..configs.gpus import Gpu
 from ..runs.rundir import JOB, Job, JobState, Launch, RunDir, new_folder
 from ..runs.tasks import Command, Outcome, Work
-from . import sky_cards, sky_client
+from . import claim, sky_cards, sky_client
 from .sky_settings import settings_file, task_settings
 
 CONFIRM = 600
@@ -93,12 +93,7 @@ class Sky:
         if not (to_do := [work for work in works if work.steps]):
             return
         self._agree(to_do, runs)
-        claimed = []
-        for work in works:
-            try:
-                claimed.append((work.outcome, work.commands()))
-            except UserError as error:
-                work.outcome.fail("run", str(error))
+        claimed = claim(works)
         self._launch([(outcome, commands) for outcome, commands in claimed if commands], title, runs, works[0].gpus)
 
     def _agree(self, works: Sequence[Work], runs: Path) -> None:

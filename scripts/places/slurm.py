@@ -24,6 +24,7 @@ from ..configs import gpus
 from ..configs.gpus import Gpu
 from ..runs.rundir import Job, JobState, RunDir, new_folder
 from ..runs.tasks import Command, Outcome, Work
+from . import claim
 from .slurm_queue import ask, forget_queue, queue, report_once
 from .slurm_settings import STEPS, Site, settings_file, site_settings
 
@@ -75,13 +76,7 @@ class Slurm:
         if not works:
             return
         batch = self._batch(works, title, runs, bool(results))
-        claimed = []
-        for work in works:
-            try:
-                claimed.append((work.outcome, work.commands()))
-            except UserError as error:
-                work.outcome.fail("run", str(error))
-        self._queue(batch, claimed, results)
+        self._queue(batch, claim(works), results)
 
     def _batch(self, works: Sequence[Work], title: str, runs: Path, results: bool) -> "Batch":
         """The batch that works are to be submitted in, all of them on as many GPUs and nodes, checked with sbatch."""

@@ -93,7 +93,7 @@ def _rows(composed: Composed) -> tuple[int | None, str]:
 def _rate(composed: Composed, gpu: Gpu, gpus: int, per_token: float, runs: Path) -> tuple[float | None, str | None]:
     """Tokens a second, padding not counted, where that is known, and the source: the newest finished run of a config on
     as many such cards, else the records of that in its study's ledger, else the card's peak rate. Where rows are packed
-    no speed that was measured tells it, as that counts what sequences lack to be full."""
+    it is the card's, since a measured speed also counts the padding at the ends of sequences."""
     packed = composed.config.get("sample_packing")
     for _, run in readable(() if packed else all_runs(runs)[::-1]):
         card = str((run.provenance.get("gpus") or [{}])[0].get("name"))

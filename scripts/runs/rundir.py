@@ -21,7 +21,7 @@ from ..configs.datafiles import DataFile
 from . import checkpoints, health
 from .records import RECORD, Ended, Moment, Provenance
 
-JOB = "QLORA_RECIPES_JOB"  # is set, to its id, in a job whose queue sets nothing that tells it from others
+JOB = "QLORA_RECIPES_JOB"  # the id of a job, where its queue sets no variable of its own
 State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
 
 

@@ -38,7 +38,7 @@ class Api:
     Attributes:
         url: where its protocol begins, with a slash at the end.
         key: that it asks for; None where it asks for none.
-        timeout: seconds that an answer may take; None where `alive` tells.
+        timeout: seconds that an answer may take; None where only `alive` ends the wait.
         alive: raises WorkFailed where the server has ended for good.
     """
 

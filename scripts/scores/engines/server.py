@@ -34,7 +34,7 @@ class Server:
         api: the server.
         model: its name for the model.
         weights: what it has of the model, in words.
-        prompts: all that it will be asked, of which the shortest tells what form it takes.
+        prompts: all that it will be asked; the shortest is used to find out which form it takes.
         at_once: how many requests it gets at a time.
 
     Raises:
