@@ -127,12 +127,12 @@ def test_nothing_is_started_where_a_member_is_wrong(tmp_path: Path, recipe: Reci
 
 
 def test_what_does_not_fit_is_told_before_anything_starts(tmp_path: Path, recipe: Recipe, tiny_profile: Path) -> None:
-    profile = ("--profile", tiny_profile, "--set", "warmup_steps=0", "--dry-run", "--gpu", "T4", "--json")
+    profile = ("--profile", tiny_profile, "--set", "warmup_steps=0", "--dry-run", "--gpu", "L4", "--json")
     done = recipe("sweep", BASE, "--set", "micro_batch_size=1,4096", *profile)
     assert done.returncode == 1, done.stderr
     fits, not_fits = orjson.loads(done.stdout)["steps"]
     assert (fits["problem"], not_fits["plan"]) == (None, "failed")
-    assert "more than T4 (sm_75) has" in not_fits["problem"]
+    assert "more than L4 (sm_89) has" in not_fits["problem"]
     assert recipe("sweep", BASE, "--set", "micro_batch_size=4096,8192", *profile).returncode == 2
     assert not (tmp_path / "runs").exists()
 
