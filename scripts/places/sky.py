@@ -6,10 +6,8 @@ tasks, rendered from templates/sky.yml.j2, are kept below runs/sky/. A job is kn
 SkyPilot gets it.
 """
 
-import os
 import re
 import secrets
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,21 +19,19 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import write_atomically
 from ..base.machine import now
-from ..base.progress import PART, say
-from ..base.templating import environment
+from ..base.progress import say
 from ..base.yamlfiles import Config
-from ..configs import config, gpus
+from ..configs import config, gpus, models
 from ..configs.gpus import Gpu
-from ..runs.rundir import JOB, Job, JobState, Launch, RunDir, new_folder
+from ..runs.rundir import Job, JobState, Launch, RunDir, new_folder
 from ..runs.tasks import Command, Outcome, Work
-from . import claim, sky_cards, sky_client
+from . import bucket, claim, sky_cards, sky_client, sky_task
 from .sky_settings import settings_file, task_settings
 
 CONFIRM = 600
 """Seconds in which SkyPilot has to confirm that nothing is left of a cancelled job."""
 HANDING_OVER = 900
 """Seconds in which SkyPilot may take a job that is noted already: it may have to start its controller before that."""
-_KEPT = ("XDG_CACHE_HOME", "XDG_DATA_HOME", "HF_HOME", "HF_HUB_OFFLINE")  # where a job finds what is here
 
 
 class Sky:
@@ -56,7 +52,7 @@ class Sky:
         if jobs:
             raise UserError("--jobs: not with --on sky; SkyPilot decides how many of its jobs run at a time")
         self.agreed = "yes" in options
-        self.settings = task_settings([option for option in options if option != "yes"])
+        self.settings, self.bucket = task_settings([option for option in options if option != "yes"])
         self.rehearsal = rehearsal
         self.most: float | None = None  # USD an hour that were agreed to
         if not sky_client.installed():
@@ -104,6 +100,8 @@ class Sky:
         """
         gpus = works[0].gpus
         resources = self.settings["resources"]
+        if self.bucket:
+            _refuse_what_stays_here(self.bucket, works)
         if gpus and not {"accelerators", "any_of", "ordered"} & resources.keys():
             resources["accelerators"] = dict.fromkeys(sky_cards.holding(works), gpus)  # SkyPilot takes the cheapest
         say("asking SkyPilot what it would take")
@@ -135,23 +133,7 @@ class Sky:
             resources["accelerators"] = f"{card}:{gpus}" if isinstance(card, str) and ":" not in card else card
         if self.most:
             resources.setdefault("max_hourly_cost", self.most)
-        text = (
-            environment(paths.TEMPLATES)
-            .get_template("sky.yml.j2")
-            .render(
-                name=name,
-                part=PART,
-                job=JOB,
-                environment={key: yamlfiles.write_flow(os.environ[key]) for key in _KEPT if key in os.environ},
-                home=shlex.quote(str(Path.home())),
-                cwd=shlex.quote(str(Path.cwd())),
-                launcher=shlex.quote(str(Path(sys.executable).with_name("recipe"))),
-                commands=[
-                    {"words": shlex.join(command.words), "log": shlex.quote(str(_log(command)))} for command in commands
-                ],
-            )
-        )
-        task = yamlfiles.parse(text, "templates/sky.yml.j2")
+        task = sky_task.rendered(name, commands, self.bucket)
         return config.merge(task, self.settings | {"resources": resources})
 
     def _launch(self, claimed: Sequence[tuple[Outcome, list[Command]]], title: str, runs: Path, gpus: int) -> None:
@@ -174,6 +156,9 @@ class Sky:
                 command.folder.add_job(job)
         again = "run the same command again to continue"
         try:
+            if self.bucket:
+                say(f"copying the runs' folders and data to {self.bucket}")
+                bucket.put(self.bucket, [command for _, commands in claimed for command in commands])
             answer = sky_client.ask("launch", files=[str(file) for file in files])
         except UserError as error:
             raise WorkFailed(f"{error}; {again}, once `recipe results` says that it is not queued") from None
@@ -205,7 +190,9 @@ class Sky:
         for job in jobs:
             age = datetime.now(UTC) - datetime.fromisoformat(job.submitted)
             if report := found.get(job.id):
-                if report.ended:
+                if not _gather(job, report.ended):
+                    states[job.id] = JobState("unknown")
+                elif report.ended:
                     _note_end(job, report)
                 else:
                     states[job.id] = report.state(job.id)
@@ -225,7 +212,7 @@ class Sky:
         left = sky_client.ask("cancel", names=names, seconds=CONFIRM)["left"]
         sky_client.forget()
         for job in jobs:
-            if job.id in names and job.id not in left:
+            if job.id in names and job.id not in left and _gather(job, ended=True):
                 _mark_ended(Path(job.script))
         sky = sky_client.ENVIRONMENT / "bin" / "sky"
         return [
@@ -249,14 +236,24 @@ def _refuse_untrained(commands: Sequence[Command]) -> None:
         raise UserError(f"{folder.path}: is still being trained; --on sky evaluates it once it is finished")
 
 
+def _refuse_what_stays_here(url: str, works: Sequence[Work]) -> None:
+    """Refuse what a machine that shares no files with this one would not have.
+
+    Raises:
+        UserError: it has no such bucket, checkout, or base model.
+    """
+    bucket.Bucket(url)
+    if not paths.LOCK.is_file():
+        raise UserError("--on sky: with a bucket, the machines get this project from its checkout; this is none")
+    for work in works:
+        model = str(work.composed.config.get("base_model")) if work.composed and not work.composed.rehearsal else ""
+        if models.is_path(model):
+            raise UserError(f"base_model: {model} is a folder of this machine; the others take models from the hub")
+
+
 def _plain(title: str) -> str:
     """The last part of a title as names of jobs can have it; SkyPilot names machines by their first 25 letters."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower().rpartition("/")[2])[:18].strip("-") or "job"
-
-
-def _log(command: Command) -> Path:
-    """The file for the messages of all attempts at a command."""
-    return command.folder.path / f"sky-{command.step}.log"
 
 
 def _end(task: Path) -> Path:
@@ -269,13 +266,27 @@ def _mark_ended(task: Path) -> None:
         _end(task).touch()
 
 
+def _folder(job: Job) -> RunDir:
+    """The folder of the run that a job is for."""
+    path = Path(job.words[1])
+    if path.is_relative_to(runs := job.words[-1]):  # the folder of runs/sky
+        path = Path(job.script).parents[2] / path.relative_to(runs)
+    return RunDir(path)
+
+
+def _gather(job: Job, ended: bool) -> bool:
+    """Fetch what a bucket has of a job's run, where it has one; whether that went well."""
+    try:
+        url = yamlfiles.read_yaml(Path(job.script))["envs"].get(bucket.URL)
+    except (UserError, KeyError):
+        return True  # its task is gone
+    return url is None or bucket.gather(url, _folder(job), ended)
+
+
 def _note_end(job: Job, report: sky_client.Reported) -> None:
     """Note that a job has ended, and in its run why it could not be carried out, if no command of it says that."""
     if report.status.startswith("FAILED") and job.step == "run":
-        task, path = Path(job.script), Path(job.words[1])
-        if path.is_relative_to(runs := job.words[-1]):  # the folder of runs/sky
-            path = task.parents[2] / path.relative_to(runs)
-        folder = RunDir(path)
+        folder = _folder(job)
         with suppress(UserError), folder.held():
             record = folder.read()
             if record.state not in ("finished", "failed", "interrupted") or not record.launches:
@@ -283,7 +294,7 @@ def _note_end(job: Job, report: sky_client.Reported) -> None:
                 remedy = _REMEDIES.get(report.status, f"`{jobs} logs {report.id}` shows what it printed")
                 problem = f"SkyPilot: {report.status}: {report.reason or 'no reason given'}; {remedy}"
                 record.state = "failed"
-                command = ["sky", "jobs", "launch", str(task)]
+                command = ["sky", "jobs", "launch", job.script]
                 record.launches.append(Launch(command=command, started=job.submitted, ended=now(), problem=problem))
                 folder.write(record)
     _mark_ended(Path(job.script))

@@ -1,6 +1,7 @@
 """What SkyPilot is asked for: the user's settings file, overridden by --sky, laid over the task of a run."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +11,9 @@ from ..base.yamlfiles import Config
 from ..configs import config
 
 _OURS = ("name", "run", "num_nodes", "workdir")  # of a task, set by this project
-_SHARED = "shared"
-_WITHOUT = (
-    "that its machines have this folder at this path, and this environment, as those of a cluster with shared storage; "
-    "others are not supported yet"
+_FILES = (
+    "say how its machines get a run's files: `bucket: s3://name/folder` (or whatever fsspec reaches), where "
+    "each keeps what it writes; or `shared: true` where they have this folder and this environment at the same paths"
 )
 
 
@@ -22,13 +22,16 @@ def settings_file() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "qlora-recipes" / "sky.yaml"
 
 
-def task_settings(overrides: Sequence[str]) -> Config:
+def task_settings(overrides: Sequence[str]) -> tuple[Config, str | None]:
     """The part of a SkyPilot task that the user's file sets, with the values of --sky laid over it. SkyPilot itself
     judges its keys.
 
+    Returns:
+        That, and the URL of the bucket that its machines keep a run's files in; None where they share this one's.
+
     Raises:
-        UserError: the file or an option is malformed, sets what this project sets, or does not say that the machines
-            share this one's files.
+        UserError: the file or an option is malformed, sets what this project sets, or does not say how the machines
+            get a run's files.
     """
     file = settings_file()
     settings = yamlfiles.read_yaml(file) if file.is_file() else {}
@@ -50,6 +53,9 @@ def task_settings(overrides: Sequence[str]) -> Config:
         raise UserError(f"{file}: secrets: give a list of names, as in [HF_TOKEN]; values come from the environment")
     if missing := [name for name in secrets if name not in os.environ]:
         raise UserError(f"{file}: secrets: {', '.join(missing)}: not set in this environment")
-    if settings.pop(_SHARED, None) is not True:
-        raise UserError(f"--on sky: `{_SHARED}: true` in {file}, or --sky {_SHARED}=true, has to say {_WITHOUT}")
-    return settings
+    shared, bucket = settings.pop("shared", None) is True, settings.pop("bucket", None)
+    if shared == bool(bucket):
+        raise UserError(f"--on sky: {'either, not both: ' * shared}{file}, or --sky key=value, has to {_FILES}")
+    if bucket and not re.match("[a-z0-9]+://.", str(bucket)):
+        raise UserError(f"{file}: bucket: {bucket} is no URL, as s3://name/folder is")
+    return settings, str(bucket) if bucket else None

@@ -1,16 +1,20 @@
 """The command with `--on sky`, against a stand-in that answers as SkyPilot does: tests/stand_in/sky.py."""
 
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import orjson
 import pytest
-from conftest import RECIPE, Recipe
+from conftest import RECIPE, Recipe, finish, start
 
 from qlora_recipes import places
-from qlora_recipes.base import yamlfiles
+from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request, compose
@@ -211,7 +215,9 @@ def test_works_are_jobs_of_their_own_and_an_evaluation_waits_for_no_training(
 @pytest.mark.parametrize(
     ("content", "options", "says"),
     [
-        ("{}", [], "shared: true` in .*sky.yaml.* has to say"),
+        ("{}", [], r"sky\.yaml, or --sky key=value, has to say how its machines get"),
+        ("shared: true\nbucket: s3://a", [], "either, not both"),
+        ("bucket: mine", [], "mine is no URL"),
         ("[a]", [], r"sky\.yaml"),
         ("shared: {", [], r"sky\.yaml"),
         ("shared: true\nrun: echo", [], "run cannot be set"),
@@ -238,3 +244,54 @@ def test_without_skypilot_and_with_options_of_other_places_that_is_told(
     done = recipe("run", NAME, "--rehearse", "--sky", "cpus=1")
     assert "--sky cpus=1: works only with --on sky" in done.stderr
     assert "--yes: works only with --on sky" in recipe("run", NAME, "--rehearse", "--yes").stderr
+
+
+@pytest.mark.long
+def test_a_job_trains_where_there_is_nothing_goes_on_elsewhere_and_is_gathered(
+    tmp_path: Path,
+    tiny_profile: Path,
+    stand_in: Path,
+    answers: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The task's own script, where the laptop's files are out of sight; its machine is lost after the first copy."""
+    laptop, cache, away = tmp_path / "laptop", tmp_path / "cache", tmp_path / "away"
+    laptop.mkdir()
+    away.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    there = tmp_path / "bucket"
+    sky_settings.settings_file().write_text(f"bucket: file://{there}\n")
+    steps = ("--set", "num_epochs=14", "--set", "save_steps=10", "--set", "saves_per_epoch=null")
+    words = ("run", NAME, "--profile", "rehearsal", "--profile", tiny_profile, *steps, "--on", "sky")
+    run = RunDir(laptop / finish(start(laptop, *words, command=stand_in)))
+    (job,) = run.jobs()
+    task = yamlfiles.read_yaml(Path(job.script))
+    assert task["workdir"] == str(paths.LOCK.parent)
+
+    def begin() -> "subprocess.Popen[bytes]":
+        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), "STAND_IN_STEP": "0.5"} | task["envs"]
+        return subprocess.Popen(["bash", "-c", task["run"]], cwd=task["workdir"], env=env, start_new_session=True)
+
+    for folder in (laptop, cache):
+        folder.rename(away / folder.name)
+    machine = begin()
+    kept = there / run.output.relative_to("/")
+    deadline = time.monotonic() + 300
+    while not list(kept.glob("checkpoint-*")):
+        assert machine.poll() is None and time.monotonic() < deadline
+        time.sleep(1)
+    os.killpg(machine.pid, signal.SIGKILL)
+    machine.wait()
+    for folder in (laptop, cache):
+        shutil.rmtree(folder)
+    assert begin().wait() == 0
+    for folder in (laptop, cache):
+        shutil.rmtree(folder)
+        (away / folder.name).rename(folder)
+    answer(answers, states={job.id: {"id": 1, "status": "SUCCEEDED", "ended": True, "reason": ""}})
+    (shown,) = orjson.loads(finish(start(laptop, "results", "--json", command=stand_in)))
+    assert shown["state"] == "finished"
+    record = run.read()
+    assert len(record.launches) == 2 and record.launches[1].resumed_from
+    assert (run.output / "adapter_model.safetensors").is_file() and not list(run.output.glob("checkpoint-*"))
+    assert "resume" in (run.path / "sky-run.log").read_text()
