@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .traces import Events, MemoryTrace, Shape, Step, ordered
 
@@ -39,21 +40,28 @@ def trace(step: Step, shapes: list[Shape]) -> MemoryTrace:
 
 def _alike(step: Step) -> int:
     """How many layers a model has, if all are alike and are adapted alike; else 0."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(**json.loads(step.model))
     by_pattern = isinstance(step.targets, str) and step.targets != "all-linear"  # which may tell layers apart
     by_number = any(re.search(r"\d", name) for name in (*step.targets, *step.saved_modules))
-    types = getattr(config, "layer_types", None) or [""]
-    alike = config.model_type in _ALIKE and len(set(types)) == 1 and not (by_pattern or by_number)
-    return int(config.num_hidden_layers) if alike else 0
+    return 0 if by_pattern or by_number else alike(json.loads(step.model))
 
 
 def _with_layers(step: Step, layers: int) -> Step:
-    model = json.loads(step.model) | {"num_hidden_layers": layers}
-    if types := model.get("layer_types"):
-        model["layer_types"] = types[:layers]
-    return replace(step, model=json.dumps(model))
+    return replace(step, model=json.dumps(having(json.loads(step.model), layers)))
+
+
+def alike(model: dict[str, Any]) -> int:
+    """How many layers a model has, by the content of its config.json, if all are alike; else 0."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**model)
+    types = getattr(config, "layer_types", None) or [""]
+    return int(config.num_hidden_layers) if config.model_type in _ALIKE and len(set(types)) == 1 else 0
+
+
+def having(model: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The config of a model like another, with the first so many of its layers."""
+    types = model.get("layer_types")
+    return model | {"num_hidden_layers": layers} | ({"layer_types": types[:layers]} if types else {})
 
 
 def _grown(shallower: MemoryTrace, shallow: MemoryTrace, layers: int) -> MemoryTrace:

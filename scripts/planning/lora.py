@@ -16,6 +16,7 @@ from ..base.quiet import importing_axolotl
 from ..base.yamlfiles import Config
 from ..configs import models
 from .drawing import drawing
+from .layers import alike, having
 from .planner import keep, packages
 
 RANKS = (4, 8, 16, 32, 64, 128)
@@ -121,8 +122,18 @@ def _counted(architecture: dict[str, Any], anew: bool) -> dict[str, Any]:
 
 
 def _count(architecture: dict[str, Any]) -> dict[str, Any]:
+    """The same, where layers are alike from one and two of them; each more adds as much. Imports torch."""
+    if (number := alike(architecture)) <= 2:
+        return _count_all(architecture)
+    one, two = (_count_all(having(architecture, n)) for n in (1, 2))
+    of_one, of_two = ({"total": count["total"]} | count["trained"] for count in (one, two))
+    grown = {key: of_one[key] + (number - 1) * (of_two[key] - of_one[key]) for key in of_two}
+    return {"total": grown.pop("total"), "trained": grown}
+
+
+def _count_all(architecture: dict[str, Any]) -> dict[str, Any]:
     """The same, of the model as transformers builds it and PEFT adapts it, on torch's meta device, which stores no
-    values. Imports torch and both."""
+    values."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
