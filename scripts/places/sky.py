@@ -102,6 +102,7 @@ class Sky:
         resources = self.settings["resources"]
         if self.bucket:
             _refuse_what_stays_here(self.bucket, works)
+            resources.setdefault("disk_size", sky_cards.disk_gb(works))
         if gpus and not {"accelerators", "any_of", "ordered"} & resources.keys():
             resources["accelerators"] = dict.fromkeys(sky_cards.holding(works), gpus)  # SkyPilot takes the cheapest
         say("asking SkyPilot what it would take")

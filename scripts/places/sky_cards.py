@@ -1,16 +1,20 @@
 """Which of the cards that are for rent hold a config, by its plan, and what a training on one of them comes to."""
 
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from ..base.errors import UserError
 from ..checks import check
+from ..checks.rules import space
 from ..configs import gpus as cards
 from ..configs.compose import Composed
 from ..configs.gpus import Gpu
 from ..runs.tasks import Work
 
+_USUAL_DISK = 256  # GB; SkyPilot's default
+_SYSTEM = 100  # GB for an image with CUDA and the packages of the lock
 _AT_HOME = ("RTX", "Quadro", "Titan")  # SkyPilot spells these in ways of its own
 
 
@@ -43,6 +47,13 @@ def _holds(composed: Composed, card: Gpu, needed: dict[tuple[int, int], float | 
                 needed[card.capability] = need.needed_gib(composed.config, card, anew=True)
     size = needed[card.capability]
     return size is not None and size <= fit.usable_gib(card)
+
+
+def disk_gb(works: Iterable[Work]) -> int:
+    """GB of the disk that a machine of its own needs for the largest of several works: for the base model, checkpoints
+    and rows beside the system and the environment; no less than SkyPilot takes by itself."""
+    written = max((space.elsewhere(work.composed.config) for work in works if work.composed), default=0)
+    return max(_USUAL_DISK, _SYSTEM + math.ceil(written / 1e9))
 
 
 def hours(work: Work, name: str, runs: Path) -> float | None:

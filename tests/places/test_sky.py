@@ -18,7 +18,7 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request, compose
-from qlora_recipes.places import sky, sky_client, sky_settings
+from qlora_recipes.places import sky, sky_cards, sky_client, sky_settings
 from qlora_recipes.planning import need
 from qlora_recipes.runs import lookup
 from qlora_recipes.runs.rundir import RunDir
@@ -196,6 +196,16 @@ def test_without_a_card_skypilot_chooses_among_those_that_hold_the_config_and_th
     said = capsys.readouterr().err
     hours, price = re.search(r"by plan ([\d.,]+) hours of training, ([\d.,]+) USD", said).groups()  # type: ignore[union-attr]
     assert float(price) == pytest.approx(float(hours) * 2.5, rel=0.05)
+
+
+def test_the_disk_of_a_machine_of_its_own_holds_the_base_model_and_checkpoints(tmp_path: Path) -> None:
+    works = [work(tmp_path / "a", gpus=1), work(tmp_path / "b", gpus=1)]
+    works[0].composed = compose(Request(NAME))
+    assert sky_cards.disk_gb(works) == 256  # SkyPilot's own
+    works[1].composed = compose(Request(NAME, overrides=["num_epochs=20", "save_total_limit=400"]))
+    works[1].composed.config |= {"adapter": None, "saves_per_epoch": 1}
+    parameters, saved = 6.74e9, 20  # 2 bytes each: the download, the model, in a checkpoint with two of its optimizer's
+    assert sky_cards.disk_gb(works) == pytest.approx(100 + (2 + 2 + 6 * saved) * parameters / 1e9, rel=0.02)
 
 
 def test_works_are_jobs_of_their_own_and_an_evaluation_waits_for_no_training(

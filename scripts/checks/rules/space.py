@@ -15,6 +15,7 @@ from .case import Case, Problems, rule
 
 _LIMIT = 4  # of checkpoints, unless save_total_limit says another (axolotl/core/builders/base.py)
 _PREPARED = 4  # bytes of prepared rows for each of JSON: 13 a token; 4.8 and 5 seen
+_DOWNLOAD = "the base model's download"
 _WEIGHT = {"adapter": 4, "model": 2}  # bytes of a saved parameter: adapters are in fp32 (seen)
 
 
@@ -36,6 +37,8 @@ def no_room(case: Case) -> Problems:
     """
     on_disk: defaultdict[int, list[_Need]] = defaultdict(list)
     for need in _needs(case):
+        if need.what == _DOWNLOAD and case.model.weights_here:
+            continue
         with suppress(OSError):
             on_disk[disks.nearest(need.folder).stat().st_dev].append(need)
     for needs in on_disk.values():
@@ -46,6 +49,11 @@ def no_room(case: Case) -> Problems:
             problem = f"{folder.absolute()}: {free / 1e9:.2g} GB are free on its disk, and a run writes about "
             problem += f"{needed / 1e9:.2g} GB ({parts})"
             yield "error" if case.launching else "warning", needs[0].key, problem, "make room, or take another disk"
+
+
+def elsewhere(config: Config) -> float:
+    """The bytes that a run of a config surely writes on a machine that has nothing of it yet."""
+    return sum(need.size for need in _needs(Case(config, set(), launching=True)))
 
 
 def _needs(case: Case) -> list[_Need]:
@@ -64,11 +72,11 @@ def _needs(case: Case) -> list[_Need]:
         saved = checkpoints * trained * (_WEIGHT[kind] + _state(case, _WEIGHT[kind]))
         needs.append(_Need(case.runs, trained * _WEIGHT[kind], f"the {kind}", "output_dir"))
         needs.append(_Need(case.runs, saved, f"checkpoints, {checkpoints} of them", "output_dir"))
-        if case.launching and not case.model.weights_here and not models.is_path(str(case["base_model"])):
+        if case.launching and not models.is_path(str(case["base_model"])):
             from huggingface_hub.constants import HF_HUB_CACHE
 
             download = every * _WEIGHT["model"]
-            needs.append(_Need(Path(HF_HUB_CACHE), download, "the base model's download", "base_model"))
+            needs.append(_Need(Path(HF_HUB_CACHE), download, _DOWNLOAD, "base_model"))
     if case.launching:
         needs.append(_Need(paths.cache(), _rows(case.config), "prepared rows", "datasets"))
     return [need for need in needs if need.size]
