@@ -1,5 +1,7 @@
 """What tests share: a cache of their own, no network, and a tiny random Llama with a tokenizer of its own."""
 
+import functools
+import importlib.metadata
 import os
 import re
 import shutil
@@ -28,6 +30,7 @@ from qlora_recipes.base import paths, progress
 from qlora_recipes.data import study
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
 
+importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)  # see quiet.py
 # A busy machine is slow at times; that is no fault of the code under test.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
@@ -66,8 +69,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache folder of the whole test session."""
-    folder = tmp_path_factory.mktemp("cache")
+    """The cache folder of the whole test session: xdist's processes share it, as converting the stand-in model takes
+    half a minute."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
     os.environ |= {"XDG_CACHE_HOME": str(folder), "XDG_DATA_HOME": str(tmp_path_factory.mktemp("kept"))}
     return folder
 

@@ -1,10 +1,15 @@
 """Importing Axolotl without its libraries' messages, and without asking a hub for anything."""
 
+import importlib.metadata
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import cache
+
+# transformers and trl ask for it as they are imported, and searching all installed packages twice takes 3 s
+_packages_distributions = cache(importlib.metadata.packages_distributions)
 
 
 @contextmanager
@@ -24,10 +29,13 @@ def importing_axolotl(offline: bool = True) -> Iterator[None]:
         os.environ["HF_HUB_OFFLINE"] = "1"
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    asked = importlib.metadata.packages_distributions
+    importlib.metadata.packages_distributions = _packages_distributions
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
+        importlib.metadata.packages_distributions = asked
         logging.disable(disabled)
         hub.HF_HUB_OFFLINE = was_offline
         os.environ["HF_HUB_OFFLINE"] = variable
