@@ -29,6 +29,7 @@ from qlora_recipes import cli
 from qlora_recipes.base import paths, progress
 from qlora_recipes.data import study
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
+from qlora_recipes.places import sky_client, slurm_queue
 
 importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)  # see quiet.py
 # A busy machine is slow at times; that is no fault of the code under test.
@@ -84,9 +85,9 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
     def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
         words = [*map(str, arguments)]
-        if "--on" in words:  # what is known of a queue is kept for a process
-            return subprocess.run([str(RECIPE), *words], cwd=tmp_path, capture_output=True, text=True)
         progress.say_once.cache_clear()
+        slurm_queue.forget_queue()
+        sky_client.forget()
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)

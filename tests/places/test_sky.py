@@ -36,7 +36,6 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (environment / "bin" / "sky").touch()
     (environment / "bin" / "python").write_text(f"#!{sys.executable}\n{STAND_IN.read_text()}")
     (environment / "bin" / "python").chmod(0o755)
-    monkeypatch.setenv("QLORA_RECIPES_SKY", str(environment))
     monkeypatch.setattr(sky_client, "ENVIRONMENT", environment)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     settings = sky_settings.settings_file()
@@ -245,12 +244,11 @@ def test_settings_that_are_wrong_are_refused(answers: Path, content: str, option
 
 
 def test_without_skypilot_and_with_options_of_other_places_that_is_told(
-    recipe: Recipe, answers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    recipe: Recipe, answers: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("QLORA_RECIPES_SKY", str(tmp_path / "nowhere"))
-    done = recipe("run", NAME, "--rehearse", "--on", "sky")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "there is no SkyPilot" in done.stderr and "make sky" in done.stderr
+    words = ("run", NAME, "--rehearse", "--on", "sky")
+    said = finish(start(tmp_path, *words, QLORA_RECIPES_SKY=str(tmp_path / "nowhere")), code=2)
+    assert f"there is no SkyPilot in {tmp_path / 'nowhere'}" in said and "make sky" in said
     done = recipe("run", NAME, "--rehearse", "--sky", "cpus=1")
     assert "--sky cpus=1: works only with --on sky" in done.stderr
     assert "--yes: works only with --on sky" in recipe("run", NAME, "--rehearse", "--yes").stderr

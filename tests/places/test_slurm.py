@@ -123,7 +123,7 @@ def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
 ) -> None:
     """A stand-in trains, for as long as the shortest time limit takes."""
     steps = ("--set", "num_epochs=800", "--set", "save_steps=10", "--set", "saves_per_epoch=null")
-    queue = ("--on", "slurm", "--slurm", "signal=B:USR1@60")
+    queue = ("--on", "slurm", "--slurm", "signal=B:USR1@119")
     words = ("run", NAME, "--profile", tiny_profile, *steps, *queue)
     run = RunDir(tmp_path / submitted(tmp_path, *words, command=stand_in, STAND_IN_STEP="0.2"))
     (job,) = (one.id for one in run.jobs() if one.step == "run")
@@ -154,10 +154,13 @@ def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
     slurm.wait_until_empty(20)  # what prepares the rows is cancelled too
 
 
-def test_cancelling_a_sweep_takes_it_out_of_the_queue(tmp_path: Path, tiny_profile: Path, slurm: Cluster) -> None:
+def test_cancelling_a_sweep_takes_it_out_of_the_queue(
+    recipe: Recipe, tmp_path: Path, tiny_profile: Path, slurm: Cluster
+) -> None:
     rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--bertscore", "none")
     queue = ("--on", "slurm", "--slurm", "begin=now+1hour")
-    submitted(tmp_path, "sweep", NAME, "--set", "lora_r=4,8", *rehearsed, *queue)
+    done = recipe("sweep", NAME, "--set", "lora_r=4,8", *rehearsed, *queue)
+    assert done.returncode == 0, done.stderr
     assert len(submitted(tmp_path, "cancel", "--sweep", "latest").splitlines()) == 6
     for run in lookup.all_runs(tmp_path / "runs"):
         assert wait_for(run, lambda record: record.state == "interrupted").launches == []
