@@ -6,14 +6,16 @@ tasks, rendered from templates/sky.yml.j2, are kept below runs/sky/. A job is kn
 SkyPilot gets it.
 """
 
+import copy
 import re
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from getpass import getuser
 from pathlib import Path
+from typing import Any
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, WorkFailed
@@ -32,6 +34,7 @@ CONFIRM = 600
 """Seconds in which SkyPilot has to confirm that nothing is left of a cancelled job."""
 HANDING_OVER = 900
 """Seconds in which SkyPilot may take a job that is noted already: it may have to start its controller before that."""
+_CARDS = {"accelerators", "instance_type"}  # what says which GPU
 
 
 class Sky:
@@ -103,7 +106,7 @@ class Sky:
         if self.bucket:
             _refuse_what_stays_here(self.bucket, works)
             resources.setdefault("disk_size", sky_cards.disk_gb(works))
-        if gpus and not {"accelerators", "any_of", "ordered"} & resources.keys():
+        if gpus and not any(_CARDS & one.keys() for one in (resources, *_alternatives(resources))):
             resources["accelerators"] = dict.fromkeys(sky_cards.holding(works), gpus)  # SkyPilot takes the cheapest
         say("asking SkyPilot what it would take")
         offer = sky_client.ask("check", task=self._task("recipe", [], gpus))
@@ -128,10 +131,7 @@ class Sky:
 
     def _task(self, name: str, commands: Sequence[Command], gpus: int) -> Config:
         """The task of a job: the template, with the user's settings laid over it."""
-        resources = dict(self.settings["resources"])
-        card = resources.pop("accelerators", None)
-        if gpus and card:
-            resources["accelerators"] = f"{card}:{gpus}" if isinstance(card, str) and ":" not in card else card
+        resources = _with_cards(self.settings["resources"], gpus)
         if self.most:
             resources.setdefault("max_hourly_cost", self.most)
         task = sky_task.rendered(name, commands, self.bucket)
@@ -222,6 +222,29 @@ class Sky:
             else f"job {name} is cancelled; SkyPilot confirms that nothing is left of it"
             for name in names
         ]
+
+
+def _alternatives(resources: Config) -> Iterator[Config]:
+    """Those that SkyPilot may choose among, each laid over the others' resources; malformed ones are left to it."""
+    for key in ("any_of", "ordered"):
+        if isinstance(listed := resources.get(key), list):
+            yield from (one for one in listed if isinstance(one, dict))
+
+
+def _with_cards(resources: Config, gpus: int) -> Config:
+    """Resources with so many of each card that is named without a number; with no card at all where none is needed."""
+    made = copy.deepcopy(resources)
+    for one in (made, *_alternatives(made)):
+        card = one.pop("accelerators", None)
+        if gpus and card:
+            one["accelerators"] = (
+                [_counted(name, gpus) for name in card] if isinstance(card, list) else _counted(card, gpus)
+            )
+    return made
+
+
+def _counted(card: Any, gpus: int) -> Any:
+    return f"{card}:{gpus}" if isinstance(card, str) and ":" not in card else card
 
 
 def _refuse_untrained(commands: Sequence[Command]) -> None:

@@ -175,8 +175,13 @@ def test_the_card_is_the_one_of_the_settings(answers: Path, tmp_path: Path) -> N
     assert gpu and gpu.name == "A100 80GB"
     assert place._task("x", [], 2)["resources"]["accelerators"] == "A100-80GB:2"
     assert "accelerators" not in place._task("x", [], 0)["resources"]
-    with pytest.raises(UserError, match="name a card"):
-        sky.Sky(False, None, []).carry_out(work(tmp_path / "a", gpus=1), "x", tmp_path, lambda: None)
+    either = sky.Sky(False, None, ["resources.any_of=[{accelerators: [A100, L4]}, {accelerators: 'H100:2'}]"])
+    asked_for = [one["accelerators"] for one in either._task("x", [], 4)["resources"]["any_of"]]
+    assert asked_for == [["A100:4", "L4:4"], "H100:2"]
+    assert either._task("x", [], 0)["resources"]["any_of"] == [{}, {}]
+    for options in ([], ["resources.any_of=[{infra: aws}, {infra: gcp}]"]):
+        with pytest.raises(UserError, match="name a card"):
+            sky.Sky(False, None, options).carry_out(work(tmp_path / "a", gpus=1), "x", tmp_path, lambda: None)
 
 
 def test_without_a_card_skypilot_chooses_among_those_that_hold_the_config_and_the_sum_is_told(
