@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import sky
@@ -18,6 +19,10 @@ from sky.client import sdk
 from sky.jobs.client import sdk as jobs
 from sky.utils import common_utils, yaml_utils
 
+_SKY = Path(sys.executable).with_name("sky")
+_NO_RESOURCE = (
+    f"To fix: change the resources; `{_SKY} gpus list` shows the cards that there are, `{_SKY} check` the clouds"
+)
 _FIELDS = ["job_id", "job_name", "status", "schedule_state", "failure_reason", "details"]
 
 
@@ -26,7 +31,11 @@ def check(task: dict[str, Any]) -> dict[str, Any]:
     with sky.Dag() as dag:
         dag.add(_task(task))
     shown = io.StringIO()
-    sdk.stream_and_get(sdk.optimize(dag), output_stream=shown)
+    try:
+        sdk.stream_and_get(sdk.optimize(dag), output_stream=shown)
+    except sky.exceptions.ResourcesUnavailableError as error:
+        # what it prints says which limit was too narrow, or what is near; the error itself does not
+        raise RuntimeError(f"{_plain(shown.getvalue()) or error}\n{_NO_RESOURCE}") from None
     lines = _plain(shown.getvalue()).splitlines()
     head = next((line for line in lines if line.split()[:2] == ["INFRA", "INSTANCE"]), "")
     chosen = next((line for line in lines if line.rstrip().endswith("\u2714")), "")
@@ -103,7 +112,7 @@ def _records(names: list[str]) -> list[dict[str, Any]]:
     """The newest record of each job; none where there is no controller yet, so no job either."""
     try:
         found, *_ = sdk.get(jobs.queue_v2(refresh=True, fields=_FIELDS))
-    except sky.exceptions.ClusterNotUpError:
+    except (sky.exceptions.ClusterNotUpError, sky.exceptions.ClusterDoesNotExist):
         return []
     records = [dict(record) for record in found]
     return [record for record in sorted(records, key=lambda r: r["job_id"]) if record["job_name"] in names]
