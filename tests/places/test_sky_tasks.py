@@ -10,7 +10,8 @@ from typing import Any
 import orjson
 import pytest
 import sky_home
-from conftest import TESTS, Recipe, finish, start
+from conftest import RECIPE, TESTS, Recipe, finish, start
+from run_folders import a_run
 from sky_home import PRICES, SPOT, SkyPilot
 
 from qlora_recipes.base import paths, yamlfiles
@@ -82,6 +83,21 @@ def test_every_task_of_every_recipe_is_valid(
     assert len(scripts) == 3 * len(paths.recipe_names())
     for script in scripts:
         assert not subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr
+
+
+def test_a_task_of_a_machine_of_its_own_is_valid(skypilot: SkyPilot, settings: Path, tmp_path: Path) -> None:
+    settings.write_text("bucket: s3://mine/of a study\nresources: {accelerators: A100, use_spot: on}\n")
+    folder = a_run(tmp_path / "it's mine", NAME, "20260101-000000-abcdef0", 5.0)
+    task = rendered(1, [run.command(folder, tmp_path / "it's mine")])
+    taken = skypilot.ask("understand", task=task)
+    assert (taken["resources"][0]["spot"], taken["envs"]["QLORA_RECIPES_BUCKET"]) == (True, "s3://mine/of a study")
+    assert task["workdir"] == str(paths.LOCK.parent)
+    for script in (task["setup"], task["run"]):
+        command = ["shellcheck", "-s", "bash", "-e", "SC2046", "-"]  # an option of make's that may be none
+        checked = subprocess.run(
+            [RECIPE.with_name(command[0]), *command[1:]], input=script, text=True, capture_output=True
+        )
+        assert checked.returncode == 0, checked.stdout
 
 
 @pytest.mark.parametrize(
