@@ -3,6 +3,7 @@
 Another place is one more module, with a class that implements `Place`, and an entry in `kinds`.
 """
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +11,7 @@ from typing import Protocol
 from ..base.errors import UserError
 from ..checks.finding import Finding
 from ..configs.gpus import Gpu
-from ..runs.rundir import Job, JobState, Run, RunDir
+from ..runs.rundir import Job, JobState, Run, RunDir, this_job
 from ..runs.tasks import Command, Outcome, Work
 
 
@@ -101,6 +102,16 @@ def read(folder: RunDir) -> Run:
         UserError: run.json is missing, or it or jobs.json damaged.
     """
     return folder.read(job_state(folder, "run") if folder.jobs() else None)
+
+
+def gather(folder: RunDir) -> None:
+    """Have what a run's jobs left elsewhere fetched, before its record is read; not by a job itself.
+
+    Raises:
+        UserError: see `read`.
+    """
+    if folder.jobs() and not this_job(os.environ):
+        read(folder)
 
 
 def job_state(folder: RunDir, step: str, words: Sequence[str] | None = None) -> JobState | None:

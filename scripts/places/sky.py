@@ -7,6 +7,7 @@ SkyPilot gets it.
 """
 
 import copy
+import os
 import re
 import secrets
 import sys
@@ -143,11 +144,14 @@ class Sky:
             return
         for _, commands in claimed:
             _refuse_untrained(commands)
+            if self.bucket:
+                run = commands[0].folder
+                _refuse_local_model(yamlfiles.read_yaml(run.config), run.read().rehearsal)
         folder = new_folder(runs / "sky", title.replace("/", "-"))
         files = []
         for _, commands in claimed:
             name = f"{_plain(title)}-{secrets.token_hex(3)}"
-            file = (folder / f"{name}.yaml").resolve()
+            file = Path(os.path.abspath(folder / f"{name}.yaml"))  # noqa: PTH100 (which follows no links)
             write_atomically(file, yamlfiles.write_yaml(self._task(name, commands, gpus)))
             files.append(file)
             for command in commands:
@@ -165,6 +169,8 @@ class Sky:
             raise WorkFailed(f"{error}; {again}, once `recipe results` says that it is not queued") from None
         sky_client.forget()
         taken = answer["ids"]
+        for file in files[: len(taken)]:
+            _end(file).unlink(missing_ok=True)  # handing over took so long that it was given up
         for file in files[len(taken) :]:
             _mark_ended(file)
         for (outcome, commands), file, id_ in zip(claimed, files, taken, strict=False):
@@ -270,9 +276,13 @@ def _refuse_what_stays_here(url: str, works: Sequence[Work]) -> None:
     if not paths.LOCK.is_file():
         raise UserError("--on sky: with a bucket, the machines get this project from its checkout; this is none")
     for work in works:
-        model = str(work.composed.config.get("base_model")) if work.composed and not work.composed.rehearsal else ""
-        if models.is_path(model):
-            raise UserError(f"base_model: {model} is a folder of this machine; the others take models from the hub")
+        if work.composed:
+            _refuse_local_model(work.composed.config, work.composed.rehearsal)
+
+
+def _refuse_local_model(config: Config, rehearsal: bool) -> None:
+    if not rehearsal and models.is_path(model := str(config.get("base_model"))):
+        raise UserError(f"base_model: {model} is a folder of this machine; the others take models from the hub")
 
 
 def _plain(title: str) -> str:

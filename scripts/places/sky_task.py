@@ -12,8 +12,10 @@ from ..base.templating import environment
 from ..base.yamlfiles import Config
 from ..runs.rundir import JOB
 from ..runs.tasks import Command
+from ..scores.evaluations import VLLM
 from . import bucket
 
+_REACHES = ("AWS_ENDPOINT_URL", "AZURE_STORAGE_ACCOUNT_NAME")  # where a bucket is
 _KEPT = ("XDG_CACHE_HOME", "XDG_DATA_HOME", "HF_HOME", "HF_HUB_OFFLINE")  # where a job finds what is here
 
 
@@ -25,11 +27,12 @@ def rendered(name: str, commands: Sequence[Command], url: str | None) -> Config:
         commands: none, to have only the machine judged.
         url: the bucket that has the files of its machine; None for a machine that shares this one's.
     """
-    kept = {PART: "1", JOB: name}
+    kept = {PART: "1", JOB: name} | {key: os.environ[key] for key in (_REACHES if url else _KEPT) if key in os.environ}
+    read = bucket.read_by(commands) if url else []
     if url:
-        kept |= {bucket.URL: url, "XDG_CACHE_HOME": str(paths.cache().parent.absolute())}
-    else:
-        kept |= {key: os.environ[key] for key in _KEPT if key in os.environ}
+        kept |= {bucket.URL: url, bucket.FILES: shlex.join(map(str, read))}
+    folders = {Path.cwd(), paths.cache().absolute().parent, *(path.parent for path in read)}
+    folders |= {command.folder.path.absolute().parent for command in commands}
     text = (
         environment(paths.TEMPLATES)
         .get_template("sky.yml.j2")
@@ -39,9 +42,11 @@ def rendered(name: str, commands: Sequence[Command], url: str | None) -> Config:
             shared=not url,
             home=shlex.quote(str(Path.home())),
             cwd=shlex.quote(str(Path.cwd())),
-            bin=shlex.quote(str(Path(sys.executable).parent)),
+            bin=shlex.quote(str(paths.LOCK.parent / ".venv" / "bin" if url else Path(sys.executable).parent)),
             checkout=shlex.quote(str(paths.LOCK.parent)),
-            folders=shlex.join(_folders(commands) if url else ()),
+            environments="setup vllm" if any(VLLM in command.words for command in commands) else "setup",
+            cache=shlex.quote(str(paths.cache().absolute().parent)),
+            folders=shlex.join(sorted(map(str, folders))),
             commands=[
                 {"words": shlex.join(command.words), "log": shlex.quote(str(log(command)))} for command in commands
             ],
@@ -54,13 +59,3 @@ def rendered(name: str, commands: Sequence[Command], url: str | None) -> Config:
 def log(command: Command) -> Path:
     """The file for the messages of all attempts at a command."""
     return command.folder.path / f"sky-{command.step}.log"
-
-
-def _folders(commands: Sequence[Command]) -> list[str]:
-    """The folders that a machine of its own has to have, and to write to, for files to be where they are here."""
-    folders = {Path.cwd(), paths.cache().absolute()}
-    for command in commands:
-        folders.add(command.folder.path.absolute().parent)
-        inputs = bucket.read_by(command.folder.read(), command.words)
-        folders |= {path.absolute().parent for path in inputs if path.exists()}
-    return sorted(map(str, folders))

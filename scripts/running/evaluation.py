@@ -24,6 +24,7 @@ def start(folder: RunDir, request: EvaluationRequest, runs: Path, place: Place) 
         UserError: it is already queued, see `EvaluationTask`, or the place refuses it; nothing was started.
         WorkFailed: see `evaluate.evaluate`.
     """
+    places.gather(folder)
     record = folder.read()
     evaluation = evaluate.command(folder, request, runs)
     if not place.here:

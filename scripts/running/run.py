@@ -168,6 +168,7 @@ def resume(name: str, runs: Path, place: Place, prepare_only: bool = False, forc
         WorkFailed: as in `start`.
     """
     folder = find_run(name, runs)
+    places.gather(folder)
     record = folder.read()
     _agree(folder, record, force)
     if record.state != "finished":

@@ -1,15 +1,16 @@
 """Runs on machines that share no files with this one."""
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
+from run_folders import a_run
 
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.places import bucket
 from qlora_recipes.places.bucket import Bucket
 from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.runs.tasks import Command
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -19,29 +20,53 @@ def content(folder: Path) -> dict[str, str]:
 
 def test_a_folder_is_copied_as_far_as_it_changed(tmp_path: Path) -> None:
     run, there = tmp_path / "run", tmp_path / "bucket"
-    (run / "output" / "checkpoint-1").mkdir(parents=True)
-    (run / ".lock").touch()
-    for name in ("run.json", "jobs.json", "output/checkpoint-1/adapter"):
+    for name in ("run.json", "jobs.json", ".git/config", "output/checkpoint-1/adapter"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(name)
-    kept = there / run.relative_to("/")
+    mirror = there / run.relative_to("/")
     one = Bucket(f"file://{there}")
-    former = one.upload(run, last=False)
-    assert content(kept) == {"run.json": "run.json"}  # the checkpoint may just be written
-    former = one.upload(run, former)
-    assert content(kept).keys() == {"run.json", "output/checkpoint-1/adapter"}
-    (kept / "run.json").write_text("as it was")
-    shutil.rmtree(run / "output")
-    one.upload(run, former)
-    assert content(kept) == {"run.json": "as it was"}  # not copied again, and what is gone is gone
-    (kept / "jobs.json").write_text("those of another")
-    one.download(run)
-    assert content(run) == {".lock": "", "jobs.json": "jobs.json", "run.json": "as it was"}
-    mine = run / "run.json"
-    stat = mine.stat()
-    mine.write_text("as it is.")
-    os.utime(mine, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    one.download(run)
-    assert mine.read_text() == "as it is."  # size and time are what says that a file differs
+    kept: bucket.Versions = {}
+    one.upload(run, kept, last=False)
+    assert content(mirror) == {"run.json": "run.json"}  # the checkpoint may just be written
+    one.upload(run, kept)
+    assert content(mirror).keys() == {"run.json", "output/checkpoint-1/adapter"}
+    (mirror / "run.json").write_text("as it was")
+    (run / "output" / "checkpoint-1").rename(run / "output" / "checkpoint-2")
+    (run / "output" / "checkpoint-2" / "adapter").write_text("new")
+    one.upload(run, kept, last=False)
+    assert "output/checkpoint-1/adapter" in content(mirror)  # until the next one is there
+    one.upload(run, kept)
+    assert content(mirror) == {"run.json": "as it was", "output/checkpoint-2/adapter": "new"}
+    (mirror / "jobs.json").write_text("those of another")
+    assert one.download(run, lambda file: file.name == "run.json")
+    assert (content(run)["run.json"], content(run)["jobs.json"]) == ("as it was", "jobs.json")
+    (mirror / "run.json").unlink()
+    (run / "run.json").write_text("as it is.")
+    kept = one.versions(run) | bucket.versions(run / "run.json")  # gone there behind our back
+    (run / "run.json").unlink()
+    one.upload(run, kept)
+    assert content(mirror).keys() == {"output/checkpoint-2/adapter", "jobs.json"}
+    assert not one.download(tmp_path / "nothing")
+
+
+def test_what_commands_read_is_what_is_here_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the other rows beside a prepared test file; not every word that happens to name something."""
+    prepared, other = tmp_path / "prepared", tmp_path / "other"
+    for file in ("train.jsonl", "test.jsonl", "test-subset-1.jsonl", "manifest.json", "notes.txt"):
+        (prepared / file).parent.mkdir(exist_ok=True)
+        (prepared / file).touch()
+    for file in ("rows.jsonl", "zero.json", "private", "recipes/mine/study.yaml"):
+        (other / file).parent.mkdir(parents=True, exist_ok=True)
+        (other / file).touch()
+    data = [DataFile(path=str(prepared / "train.jsonl"), sha256="x", bytes=0)]
+    more = {"data": data, "test_data": str(prepared / "test.jsonl"), "set": {"deepspeed": str(other / "zero.json")}}
+    folder = a_run(tmp_path / "runs", "haider2024/code-llama-7b", "a", 5.0, **more)
+    monkeypatch.chdir(other)
+    words = ["evaluate", str(folder.path), "--data", "rows.jsonl", "--model", "private", "--runs", "runs"]
+    read = bucket.read_by([Command("evaluate", folder, words)])
+    expected = [other / "rows.jsonl", other / "zero.json", prepared / "manifest.json"]
+    expected += [prepared / f"{name}.jsonl" for name in ("test", "test-subset-1", "train")]
+    assert read == sorted(expected)
 
 
 def test_a_bucket_that_cannot_be_reached_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,4 +74,6 @@ def test_a_bucket_that_cannot_be_reached_is_told(tmp_path: Path, capsys: pytest.
         Bucket("nowhere://a")
     (tmp_path / "taken").write_text("a file")
     assert not bucket.gather(f"file://{tmp_path}/taken", RunDir(tmp_path / "run"), ended=True)
-    assert "cannot be fetched" in capsys.readouterr().err
+    assert not bucket.gather(f"file://{tmp_path}/empty", RunDir(tmp_path / "run"), ended=True)
+    said = capsys.readouterr().err
+    assert said.count("cannot be fetched") == 2 and "it has nothing of it" in said

@@ -280,10 +280,11 @@ def test_a_job_trains_where_there_is_nothing_goes_on_elsewhere_and_is_gathered(
     (job,) = run.jobs()
     task = yamlfiles.read_yaml(Path(job.script))
     assert task["workdir"] == str(paths.LOCK.parent)
+    script = task["run"].replace(str(paths.LOCK.parent / ".venv" / "bin"), str(stand_in.parent))
 
     def begin() -> "subprocess.Popen[bytes]":
         env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), "STAND_IN_STEP": "0.5"} | task["envs"]
-        return subprocess.Popen(["bash", "-c", task["run"]], cwd=task["workdir"], env=env, start_new_session=True)
+        return subprocess.Popen(["bash", "-c", script], cwd=task["workdir"], env=env, start_new_session=True)
 
     for folder in (laptop, cache):
         folder.rename(away / folder.name)
