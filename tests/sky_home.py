@@ -1,5 +1,6 @@
 """SkyPilot in a home of its own, with a catalogue of prices that this file writes; no cloud is asked for anything."""
 
+import base64
 import csv
 import io
 import os
@@ -73,6 +74,13 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return stream.getvalue()
+
+
+def with_secrets(folder: Path) -> list[Path]:
+    """The files of a folder that have a secret in them, as it is or in base 64, as SkyPilot keeps requests."""
+    planted = [b"planted", *(base64.b64encode(b" " * i + b"planted-")[-(-i * 4 // 3) : -4] for i in range(3))]
+    files = (file for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+    return sorted(file.relative_to(folder) for file in files if any(text in file.read_bytes() for text in planted))
 
 
 def free_port() -> int:
