@@ -149,7 +149,7 @@ def test_what_fails_or_is_gone_is_told_with_a_remedy_and_leaves_nothing(
     assert not commands_with(gone.path.name) + commands_with(failing.path.name) + commands_with(full.path.name)
     assert sky_home.with_secrets(tmp_path) == []
     kept = {str(file) for file in sky_home.with_secrets(Path(backend.env["HOME"]))}
-    assert [file for file in kept if not file.startswith(SKYPILOTS)] == []
+    assert kept and [file for file in kept if not file.startswith(SKYPILOTS)] == []
 
 
 SKYPILOTS = (".sky/api_server/requests.db", ".sky/spot_jobs.db", ".sky/managed_jobs/")
