@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,13 @@ TASKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("evaluation_file", [True, False], ids=["evaluation file", "share"])
-@pytest.mark.parametrize("name", TASKS)
-def test_a_task_of_ones_own_goes_the_whole_way(
-    name: str, evaluation_file: bool, recipe: Recipe, tmp_path: Path
-) -> None:
-    task = TASKS[name]
+HELD_OUT = ("evaluation file", "share")
+"""Where the rows to evaluate on are: in a file of their own, or held out of those to train on."""
+
+
+@pytest.mark.parametrize(("name", "held_out"), [("alpaca", "share"), *zip(TASKS, cycle(HELD_OUT))])
+def test_a_task_of_ones_own_goes_the_whole_way(name: str, held_out: str, recipe: Recipe, tmp_path: Path) -> None:
+    task, evaluation_file = TASKS[name], held_out == "evaluation file"
     rows = [task.row(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
     write_rows(tmp_path / "mine.jsonl", rows[:24])
     write_rows(tmp_path / "mine-eval.jsonl", rows[24:])
