@@ -57,8 +57,8 @@ Recipe = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 LONGEST = (
-    *("engines", "own_tasks", "eval_loss", "memory", "reproduce"),
-    *("slurm", "sweep", "plan", "run", "plugin", "docker"),
+    *("planted_errors", "engines", "own_tasks", "sky_slurm", "own_study", "layers", "eval_loss", "memory"),
+    *("reproduce", "slurm", "sweep", "plan", "run", "repeat", "launches", "plugin", "docker"),
 )
 
 
