@@ -552,6 +552,7 @@ def test_a_push_of_a_merge_brings_the_merged_model(run: RunDir, hub: Hub, capsys
     merged = run.output / "merged"
     for name in ("config.json", "tokenizer.json", "LICENSE.txt", "README.md", "pytorch_model.bin", "x.log"):
         (merged / name).write_text(name)
+    (merged / "model.safetensors").touch()  # it is newer than the adapter
     written = publish.publish(run, merge=True, push="owner/model", private=True)
     assert "merged already" in capsys.readouterr().err
     assert written == [str(run.output / "README.md"), str(merged / "README.md"), f"{hub.address}/owner/model"]
