@@ -272,6 +272,7 @@ def test_a_job_trains_where_there_is_nothing_goes_on_elsewhere_and_is_gathered(
     laptop.mkdir()
     away.mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("QLORA_RECIPES_SKY", str(answers.parent))
     there = tmp_path / "bucket"
     sky_settings.settings_file().write_text(f"bucket: file://{there}\n")
     steps = ("--set", "num_epochs=14", "--set", "save_steps=10", "--set", "saves_per_epoch=null")
