@@ -36,7 +36,8 @@ def ask(do: str, **arguments: Any) -> dict[str, Any]:
             f"--on sky: there is no SkyPilot in {ENVIRONMENT}; `make sky` in {ENVIRONMENT.parent} installs it"
         )
     command = [str(ENVIRONMENT / "bin" / "python"), "-I", str(_HELPER)]
-    done = subprocess.run(command, input=orjson.dumps({"do": do} | arguments), capture_output=True)
+    request = orjson.dumps({"do": do} | arguments)
+    done = subprocess.run(command, input=request, capture_output=True, umask=0o077)  # its databases hold secrets
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         said = done.stderr.decode(errors="replace").strip().splitlines()
