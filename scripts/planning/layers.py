@@ -13,7 +13,7 @@ from typing import Any
 
 from .traces import Events, MemoryTrace, Shape, Step, ordered
 
-SHALLOW = 5
+SHALLOW = 4
 """The layers of the deeper of the two: then there are layers that neither the first nor the last one touches."""
 _ALIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "olmo2", "phi3")
 """Model types whose layers are all alike where their config's layer_types are."""

@@ -146,6 +146,7 @@ def test_one_evaluation_in_all_is_dropped(tiny: Path) -> None:
     assert Tokenizer(config_with(change | {"evals_per_epoch": 2})).cfg.eval_steps == 0.5
 
 
+@pytest.mark.long
 def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path
 ) -> None:

@@ -184,6 +184,7 @@ def test_the_card_is_the_one_of_the_settings(answers: Path, tmp_path: Path) -> N
             sky.Sky(False, None, options).carry_out(work(tmp_path / "a", gpus=1), "x", tmp_path, lambda: None)
 
 
+@pytest.mark.long
 def test_without_a_card_skypilot_chooses_among_those_that_hold_the_config_and_the_sum_is_told(
     answers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,12 +45,21 @@ def assert_same(one: MemoryTrace, other: MemoryTrace) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"autocast": "float16", "padded": True, "optimizer": "paged_adamw_32bit"},
+        pytest.param({"autocast": "float16", "padded": True, "optimizer": "paged_adamw_32bit"}, marks=pytest.mark.long),
         {"dropout": 0.05, "accumulates": True, "targets": "all-linear", "optimizer": "adamw_bnb_8bit"},
         {**PLAIN, "dora": True, "targets": ("q_proj", "v_proj"), "capability": (8, 9)},
-        {"adapter": None, "weights": "float32", "checkpointing": "reentrant", "capability": None},
-        {"model": json.dumps({**DEEP, "model_type": "qwen3", "tie_word_embeddings": True}), "packed": True},
-        {"model": json.dumps({**DEEP, **SLIDING, "layer_types": ["sliding_attention"] * 7}), "capability": (8, 0)},
+        pytest.param(
+            {"adapter": None, "weights": "float32", "checkpointing": "reentrant", "capability": None},
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            {"model": json.dumps({**DEEP, "model_type": "qwen3", "tie_word_embeddings": True}), "packed": True},
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            {"model": json.dumps({**DEEP, **SLIDING, "layer_types": ["sliding_attention"] * 7}), "capability": (8, 0)},
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_deep_trace_follows_from_shallow_ones(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +89,7 @@ def test_layers_that_differ_are_traced_one_by_one(change: dict[str, Any]) -> Non
     assert_same(layers.trace(step, SHAPES[:1]), memory.trace(step, SHAPES[:1]))
 
 
+@pytest.mark.long
 def test_shapes_that_allocate_otherwise_are_traced_as_they_are() -> None:
     """A row that is as long as the window needs a mask."""
     model = json.dumps({**DEEP, "model_type": "mistral", "sliding_window": 128})

@@ -259,6 +259,7 @@ def test_the_peak_grows_with_the_rank(step: Step) -> None:
     assert peak(step) <= peak(replace(step, rank=64))
 
 
+@pytest.mark.long
 @settings(max_examples=3)
 @given(steps)
 def test_checkpointing_lowers_the_peak(step: Step) -> None:
@@ -293,6 +294,7 @@ def test_other_families_are_traced_at_their_size(name: str) -> None:
     assert used.parts["logits"] >= 2 * 1024 * vocabulary * 4
 
 
+@pytest.mark.long
 def test_flash_attention_needs_no_mask_for_a_sliding_window() -> None:
     step = replace(STEP, model=json.dumps(TINY["mistral"]), padded=False, capability=(8, 0))
     no_window = replace(step, model=json.dumps(TINY["mistral"] | {"sliding_window": None}))
@@ -301,6 +303,7 @@ def test_flash_attention_needs_no_mask_for_a_sliding_window() -> None:
         assert (whole == slides) == same
 
 
+@pytest.mark.long
 def test_a_single_row_needs_a_mask_where_it_is_as_long_as_the_window() -> None:
     step = replace(STEP, model=json.dumps(TINY["mistral"] | {"sliding_window": 500}), padded=False, capability=(8, 0))
     for length, others in ((448, (320, 512)), (1024, (448, 1536))):

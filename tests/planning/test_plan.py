@@ -383,7 +383,13 @@ def test_a_cache_that_cannot_be_written_is_no_error(small: yamlfiles.Config, mon
 OTHER_MODELS = [*TINY.values(), {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 512}]
 
 
-@pytest.mark.parametrize(("rows", "sizes"), [(1 + i % 2, sizes) for i, sizes in enumerate(OTHER_MODELS)])
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [  # the last two are quick
+        pytest.param(1 + i % 2, sizes, marks=[pytest.mark.long] * (i < len(OTHER_MODELS) - 2))
+        for i, sizes in enumerate(OTHER_MODELS)
+    ],
+)
 def test_other_models_are_planned_too(small: yamlfiles.Config, sizes: dict[str, Any], rows: int) -> None:
     (Path(small["base_model"]) / "config.json").write_text(json.dumps(sizes))
     change: yamlfiles.Config = {"micro_batch_size": rows, "sequence_len": 100, "lora_target_modules": None}

@@ -59,7 +59,7 @@ def test_the_levels_are_those_of_the_paper() -> None:
     assert np.allclose(quantization.levels(), nf4_levels(), atol=1e-6)
 
 
-@pytest.mark.parametrize("block", [64, 256, 4096])
+@pytest.mark.parametrize("block", [64, 256, pytest.param(4096, marks=pytest.mark.long)])
 def test_nf4(block: int) -> None:
     values = weight()
     expected = in_blocks(values, block, np.array(quantization.levels()))
@@ -118,6 +118,7 @@ def test_rows_that_are_no_multiple_of_the_block() -> None:
     assert errors == sorted(errors) and errors[-1] < 2 * errors[0]
 
 
+@pytest.mark.long
 def test_larger_blocks_lose_more_and_one_scale_most() -> None:
     rows = quantization.measure(quantization.weights_of(standin.model_folder(), 1))
     of_all = {(r["format"], r["block"], r["double"]): r["snr_db"] for r in rows if r["layer"] == "all"}

@@ -315,6 +315,7 @@ def test_a_run_with_5000_predictions_is_below_8_mb(tmp_path: Path) -> None:
     assert len(html_of(a_large_run(tmp_path)).encode()) < 8e6
 
 
+@pytest.mark.long
 def test_weights_are_measured_and_a_plan_is_made_where_asked_for(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

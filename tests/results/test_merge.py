@@ -18,7 +18,7 @@ from qlora_recipes.runs.rundir import RunDir
 
 NAME = "haider2024/code-llama-7b"
 CASES = [
-    (signal.SIGTERM, 1),
+    pytest.param(signal.SIGTERM, 1, marks=pytest.mark.long),
     pytest.param(signal.SIGINT, 1, marks=pytest.mark.long),
     pytest.param(signal.SIGHUP, 1, marks=pytest.mark.long),
     (signal.SIGKILL, -signal.SIGKILL),

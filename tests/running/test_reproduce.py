@@ -186,6 +186,7 @@ def test_killed_while_it_trains_or_evaluates_it_ends_with_the_same_scores(
     assert scores_of(tmp_path) == {recipe: undisturbed.scores[recipe]}
 
 
+@pytest.mark.long
 def test_on_slurm_it_comes_to_the_same_table(
     undisturbed: Undisturbed, tiny_profile: Path, stand_in: Path, tmp_path: Path, slurm: Cluster
 ) -> None:
@@ -204,6 +205,7 @@ def test_on_slurm_it_comes_to_the_same_table(
         assert f"haider2024/{name}" in shown.read_text()
 
 
+@pytest.mark.long
 def test_a_changed_setting_is_run_anew_and_a_recipe_that_fails_does_not_stop_the_others(
     undisturbed: Undisturbed, tiny_profile: Path, stand_in: Path
 ) -> None:

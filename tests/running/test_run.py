@@ -274,6 +274,7 @@ def test_without_axolotl_or_its_folder_nothing_is_begun(
     assert (run.read().state, len(run.read().launches)) == ("interrupted", 1)
 
 
+@pytest.mark.long
 def test_where_a_gpus_memory_does_not_suffice_plan_and_measure_are_compared(
     place: Path, tiny_profile: Path, stand_in: Path
 ) -> None:
