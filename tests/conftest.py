@@ -134,9 +134,9 @@ def start(place: Path, *arguments: str | Path, command: Path = RECIPE, **env: st
     return subprocess.Popen(words, cwd=place, env=os.environ | env, text=True, preexec_fn=with_signals, **pipes)
 
 
-def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
+def finish(process: "subprocess.Popen[str]", code: int = 0, seconds: float = 600) -> str:
     """What a started command prints, or says where it prints nothing."""
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=seconds)
     assert process.returncode == code, err
     return out.strip() or err
 

@@ -20,6 +20,10 @@ class Place(Protocol):
 
     here: bool  # whether it is this machine
 
+    @property
+    def installs(self) -> bool:
+        """Whether its machines install environments of their own."""
+
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]): ...
 
     def gpu(self) -> Gpu | None:
@@ -101,17 +105,22 @@ def read(folder: RunDir) -> Run:
     Raises:
         UserError: run.json is missing, or it or jobs.json damaged.
     """
-    return folder.read(job_state(folder, "run") if folder.jobs() else None)
+    if not (jobs := folder.jobs()):
+        return folder.read()
+    state = job_state(folder, "run")
+    active([job for job in jobs if job.step != "run"])  # which has what these left elsewhere fetched
+    return folder.read(state)
 
 
 def gather(folder: RunDir) -> None:
     """Have what a run's jobs left elsewhere fetched, before its record is read; not by a job itself.
 
     Raises:
-        UserError: see `read`.
+        UserError: see `read`; or that is not possible.
     """
-    if folder.jobs() and not this_job(os.environ):
-        read(folder)
+    jobs = [] if this_job(os.environ) else folder.jobs()
+    if any(state.kind == "unknown" for state in (active(jobs) or {}).values()):
+        raise UserError(f"{folder.path}: a job of it has ended, and what it left cannot be fetched")
 
 
 def job_state(folder: RunDir, step: str, words: Sequence[str] | None = None) -> JobState | None:
@@ -137,7 +146,7 @@ def job_state(folder: RunDir, step: str, words: Sequence[str] | None = None) -> 
 def active(jobs: Sequence[Job]) -> dict[str, JobState] | None:
     """`Place.active` of jobs at any places; None where one place does not answer."""
     states: dict[str, JobState] = {}
-    for place in {job.place for job in jobs}:
+    for place in {job.place for job in jobs} & kinds().keys():
         of_place = kinds()[place].active([job for job in jobs if job.place == place])
         if of_place is None:
             return None

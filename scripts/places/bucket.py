@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
@@ -32,7 +32,9 @@ INTERVAL = 60
 """Seconds between two copies to the bucket: what a machine that is taken away may lose."""
 SETTLED = 5
 """Seconds after which a file below output/ counts as written; before, it may be half of one."""
-_ATTEMPTS = 5  # at the last copy, without which what was trained is lost
+_ATTEMPTS = 5  # at the first and the last copy, without which what was trained is lost
+_SMALL = 1_000_000  # bytes that are rather copied again
+_RECORD = "run.json"
 _PATHS = ("deepspeed", "lora_model_dir", "chat_template_jinja")  # keys that may name a file or folder
 _JOBS = "jobs.json"  # written only where jobs are handed over
 
@@ -79,7 +81,7 @@ class Bucket:
         """
         found = self.versions(path)
         here = versions(path)
-        for file, version in found.items():
+        for file, version in sorted(found.items(), key=_last_the_record):
             if here.get(file) == version or not wanted(PurePosixPath(file.relative_to(path))):
                 continue
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +90,16 @@ class Bucket:
             os.utime(part, (version[0], version[0]))
             part.replace(file)
         return bool(found)
+
+    def has(self, path: Path) -> Versions:
+        """Those files of a folder here, or the one file, that need not be copied: large ones that the bucket has of the
+        same size, and no older."""
+        there = self.versions(path)
+        return {
+            file: version
+            for file, version in versions(path).items()
+            if version[1] > _SMALL and file in there and there[file][1] == version[1] and there[file][0] >= version[0]
+        }
 
     def upload(self, path: Path, kept: Versions, last: bool = True) -> None:
         """Copy what changed of a file, or of a folder's files, to the bucket; what is gone is removed there.
@@ -98,9 +110,14 @@ class Bucket:
             last: whether to copy, too, what may just be written.
         """
         found = versions(path)
-        unsettled = [] if last else [file for file, (changed, _) in found.items() if _may_be_half(file, changed)]
-        for file in found.keys() - unsettled:
-            if kept.get(file) == found[file]:
+        output = path / "output"
+        unsettled = [
+            file
+            for file, (changed, _) in found.items()
+            if not last and file.is_relative_to(output) and file.suffix != ".log" and time.time() - changed < SETTLED
+        ]
+        for file, version in sorted(found.items(), key=_last_the_record):
+            if kept.get(file) == version or file in unsettled or (unsettled and file == path / _RECORD):
                 continue
             try:
                 self._files.put_file(str(file), self._name(file))
@@ -108,15 +125,16 @@ class Bucket:
                 if file.exists():  # then it is the bucket that is not there
                     raise
             else:
-                kept[file] = found[file]
+                kept[file] = version
         for file in kept.keys() - found.keys() if not unsettled else ():  # a checkpoint only once there is the next one
             with suppress(FileNotFoundError):
                 self._files.rm_file(self._name(file))
             del kept[file]
 
 
-def _may_be_half(file: Path, changed: float) -> bool:
-    return "output" in file.parts and time.time() - changed < SETTLED
+def _last_the_record(item: tuple[Path, tuple[float, int]]) -> tuple[bool, Path]:
+    """The order in which files are copied: what a record says is there is there before it."""
+    return item[0].name == _RECORD, item[0]
 
 
 def versions(path: Path) -> Versions:
@@ -138,7 +156,7 @@ def read_by(commands: Sequence[Command]) -> list[Path]:
         record, config = command.folder.read(), yamlfiles.read_yaml(command.folder.config)
         cwd = Path(record.cwd)
         named = [*(file.path for file in record.data), record.recipe_file, *(config.get(key) for key in _PATHS)]
-        found |= {cwd / name for name in named if isinstance(name, str) and name}
+        found |= {cwd / name for name in named if isinstance(name, str) and 0 < len(name) < 256}  # longer: a template
         if cwd.resolve() != paths.LOCK.parent:
             found |= {cwd / "recipes", cwd / "templates"}
         options = dict(pairwise(command.words))
@@ -160,8 +178,7 @@ def put(url: str, commands: Sequence[Command]) -> None:
     bucket = Bucket(url)
     try:
         for path in (*read_by(commands), *sorted({command.folder.path for command in commands})):
-            here = versions(path)
-            bucket.upload(path, {file: there for file, there in bucket.versions(path).items() if file in here})
+            bucket.upload(path, bucket.has(path))
     except Exception as error:  # each kind of bucket raises its own
         raise UserError(f"bucket {url}: cannot be written to: {_reason(error)}") from None
 
@@ -206,16 +223,16 @@ def main(log: Path, *words: str) -> int:
         words: the command's arguments.
     """
     bucket, folder = Bucket(os.environ[URL]), RunDir(log.parent)
-    if not (folder.path / "run.json").is_file():
-        for path in (folder.path, *map(Path, shlex.split(os.environ[FILES]))):
-            bucket.download(path)
+    if not (folder.path / _RECORD).is_file():
+        for path in (*map(Path, shlex.split(os.environ[FILES])), folder.path):
+            _again_and_again(partial(bucket.download, path))
     record = folder.read()
-    if words[0] == "resume" and record.state == "finished":
-        return 0  # its machine was lost after that
+    kept = bucket.has(folder.path)
+    if words[0] == "resume" and record.state == "finished":  # its machine was lost after that
+        return 0 if _copied(bucket, folder, kept, last=True) else 1
     # agreed to where the run was made, whose seal means nothing here
     agreed = [*record.forced, *(["foreign-arguments"] if record.axolotl_arguments else [])]
     forced = [word for name in agreed for word in ("--force", name)]
-    kept = versions(folder.path)
     with stop_requests(), log.open("ab") as stream:
         command = [str(Path(sys.executable).with_name("recipe")), *words, *forced]
         child = start_child(command, stdout=stream, stderr=subprocess.STDOUT)
@@ -225,21 +242,29 @@ def main(log: Path, *words: str) -> int:
             if time.monotonic() >= due:
                 _copied(bucket, folder, kept, last=False)
                 due = time.monotonic() + INTERVAL
-        for attempt in range(_ATTEMPTS):
-            if _copied(bucket, folder, kept, last=True):
-                return child.returncode
-            time.sleep(2**attempt)
-    return child.returncode or 1
+        return child.returncode if _copied(bucket, folder, kept, last=True) else child.returncode or 1
 
 
 def _copied(bucket: Bucket, folder: RunDir, kept: Versions, last: bool) -> bool:
-    """Copy a run's folder; whether that went well, as a training must not end for it."""
+    """Copy a run's folder, the last time again where it fails; whether that went well, as no training ends for it."""
     try:
-        bucket.upload(folder.path, kept, last)
+        _again_and_again(partial(bucket.upload, folder.path, kept, last), _ATTEMPTS if last else 1)
     except Exception as error:  # each kind of bucket raises its own
         say(f"{folder.path}: not copied to its bucket this time: {_reason(error)}")
         return False
     return True
+
+
+def _again_and_again(do: Callable[[], object], attempts: int = _ATTEMPTS) -> None:
+    """Do something, and where it fails again, after 1, 2, 4 s and so on."""
+    for attempt in range(attempts):
+        try:
+            do()
+            return
+        except Exception:  # each kind of bucket raises its own
+            if attempt == attempts - 1:
+                raise
+            time.sleep(2**attempt)
 
 
 if __name__ == "__main__":

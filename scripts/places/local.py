@@ -36,6 +36,7 @@ class Local:
     """
 
     here = True
+    installs = False
 
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]):
         jobs = jobs or 1

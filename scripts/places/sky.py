@@ -52,6 +52,11 @@ class Sky:
 
     here = False
 
+    @property
+    def installs(self) -> bool:
+        """See `places.Place`."""
+        return self.bucket is not None
+
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]):
         if jobs:
             raise UserError("--jobs: not with --on sky; SkyPilot decides how many of its jobs run at a time")
@@ -106,7 +111,8 @@ class Sky:
         resources = self.settings["resources"]
         if self.bucket:
             _refuse_what_stays_here(self.bucket, works)
-            resources.setdefault("disk_size", sky_cards.disk_gb(works))
+            if size := sky_cards.disk_gb(works):
+                resources.setdefault("disk_size", size)
         if gpus and not any(_CARDS & one.keys() for one in (resources, *_alternatives(resources))):
             resources["accelerators"] = dict.fromkeys(sky_cards.holding(works), gpus)  # SkyPilot takes the cheapest
         say("asking SkyPilot what it would take")
@@ -147,6 +153,9 @@ class Sky:
             if self.bucket:
                 run = commands[0].folder
                 _refuse_local_model(yamlfiles.read_yaml(run.config), run.read().rehearsal)
+        if self.bucket:
+            say(f"copying the runs' folders and data to {self.bucket}")
+            bucket.put(self.bucket, [command for _, commands in claimed for command in commands])
         folder = new_folder(runs / "sky", title.replace("/", "-"))
         files = []
         for _, commands in claimed:
@@ -161,9 +170,6 @@ class Sky:
                 command.folder.add_job(job)
         again = "run the same command again to continue"
         try:
-            if self.bucket:
-                say(f"copying the runs' folders and data to {self.bucket}")
-                bucket.put(self.bucket, [command for _, commands in claimed for command in commands])
             answer = sky_client.ask("launch", files=[str(file) for file in files])
         except UserError as error:
             raise WorkFailed(f"{error}; {again}, once `recipe results` says that it is not queued") from None
@@ -197,12 +203,13 @@ class Sky:
         for job in jobs:
             age = datetime.now(UTC) - datetime.fromisoformat(job.submitted)
             if report := found.get(job.id):
-                if not _gather(job, report.ended):
-                    states[job.id] = JobState("unknown")
-                elif report.ended:
+                gathered = _gather(job, report.ended)
+                if not report.ended:
+                    states[job.id] = report.state(job.id)
+                elif gathered:
                     _note_end(job, report)
                 else:
-                    states[job.id] = report.state(job.id)
+                    states[job.id] = JobState("unknown", "its bucket cannot be read", job.id)
             elif age.total_seconds() < HANDING_OVER:
                 states[job.id] = JobState("queued", "is being handed over", job.id)
             else:

@@ -49,11 +49,12 @@ def _holds(composed: Composed, card: Gpu, needed: dict[tuple[int, int], float | 
     return size is not None and size <= fit.usable_gib(card)
 
 
-def disk_gb(works: Iterable[Work]) -> int:
+def disk_gb(works: Iterable[Work]) -> int | None:
     """GB of the disk that a machine of its own needs for the largest of several works: for the base model, checkpoints
-    and rows beside the system and the environment; no less than SkyPilot takes by itself."""
+    and rows beside the system and the environment; None where what SkyPilot takes by itself suffices."""
     written = max((space.elsewhere(work.composed.config) for work in works if work.composed), default=0)
-    return max(_USUAL_DISK, _SYSTEM + math.ceil(written / 1e9))
+    size = _SYSTEM + math.ceil(written / 1e9)
+    return size if size > _USUAL_DISK else None
 
 
 def hours(work: Work, name: str, runs: Path) -> float | None:

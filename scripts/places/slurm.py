@@ -44,6 +44,7 @@ class Slurm:
     """
 
     here = False
+    installs = False
 
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]):
         self.site = site_settings(options)

@@ -13,8 +13,9 @@ from typing import Any
 
 from .traces import Events, MemoryTrace, Shape, Step, ordered
 
-SHALLOW = 4
-"""The layers of the deeper of the two: then there are layers that neither the first nor the last one touches."""
+SHALLOW = (3, 4, 5)
+"""The layers of the two: the first and second of these, or else, as with DoRA, the second and third. From four layers
+on there are some that neither the first nor the last one touches."""
 _ALIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "olmo2", "phi3")
 """Model types whose layers are all alike where their config's layer_types are."""
 _BEGIN = (0, 0)  # of the step, after what is loaded; no storage has this id or this size
@@ -29,12 +30,14 @@ def trace(step: Step, shapes: list[Shape]) -> MemoryTrace:
     from . import memory
 
     layers = _alike(step)
-    if layers > SHALLOW:
-        fewer = memory.trace(_with_layers(step, SHALLOW - 1), shapes[:1])
-        try:
-            return _grown(fewer, memory.trace(_with_layers(step, SHALLOW), shapes), layers)
-        except Irregular:
-            pass
+    if layers > SHALLOW[-1]:
+        shallower = memory.trace(_with_layers(step, SHALLOW[0]), shapes[:1])
+        for depth in SHALLOW[1:]:
+            shallow = memory.trace(_with_layers(step, depth), shapes)
+            try:
+                return _grown(shallower, shallow, layers - depth)
+            except Irregular:
+                shallower = shallow
     return memory.trace(step, shapes)
 
 
@@ -64,13 +67,12 @@ def having(model: dict[str, Any], layers: int) -> dict[str, Any]:
     return model | {"num_hidden_layers": layers} | ({"layer_types": types[:layers]} if types else {})
 
 
-def _grown(shallower: MemoryTrace, shallow: MemoryTrace, layers: int) -> MemoryTrace:
-    """The trace of more layers, from those of `SHALLOW` and of one less.
+def _grown(shallower: MemoryTrace, shallow: MemoryTrace, more: int) -> MemoryTrace:
+    """The trace of a model with so many layers more than that of one, which has a layer more than that of another.
 
     Raises:
         Irregular: it does not follow from them.
     """
-    more = layers - SHALLOW
     steps = {shape: [*shallow.loaded, _BEGIN, *events] for shape, events in shallow.steps.items()}
     first = next(iter(steps.values()), [*shallow.loaded, _BEGIN])
     if any([_what(event) for event in events] != [_what(event) for event in first] for events in steps.values()):
@@ -88,7 +90,7 @@ def _grown(shallower: MemoryTrace, shallow: MemoryTrace, layers: int) -> MemoryT
             layer: {key: n + more * (n - before[layer][key]) for key, n in counts.items()}
             for layer, counts in shallow.parameters.items()
         },
-        sizes=shallow.sizes | {"layers": layers},
+        sizes=shallow.sizes | {"layers": shallow.sizes["layers"] + more},
         paged=shallow.paged + more * (shallow.paged - shallower.paged),
     )
 

@@ -30,7 +30,7 @@ def start(folder: RunDir, request: EvaluationRequest, runs: Path, place: Place) 
     if not place.here:
         if not places.job_state(folder, "run"):
             task = EvaluationTask(folder, request)
-            if task.settings.engine != SERVER:  # which the place may reach, and this machine not
+            if task.settings.engine != SERVER and not place.installs:  # the place may reach it, and this machine not
                 require(task.settings, None, on_gpu=not record.rehearsal)
         elif request.data:  # all else is not there yet
             cfg = yamlfiles.read_yaml(folder.config)

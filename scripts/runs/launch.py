@@ -71,7 +71,8 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     """
     require(Path(record.cwd))
     if not record.launches:
-        record.provenance = provenance.collect()  # of the machine that trains it
+        here = provenance.collect()  # of the machine that trains it, which may have the sources without their history
+        record.provenance = here | {"git": here["git"] or record.provenance.get("git")}
     _drop_half_prepared(folder, record)
     launch = Launch(
         command=_command(folder, record, checkpoint),

@@ -27,7 +27,7 @@ def test_a_folder_is_copied_as_far_as_it_changed(tmp_path: Path) -> None:
     one = Bucket(f"file://{there}")
     kept: bucket.Versions = {}
     one.upload(run, kept, last=False)
-    assert content(mirror) == {"run.json": "run.json"}  # the checkpoint may just be written
+    assert content(mirror) == {}  # the checkpoint may just be written, and the record waits for it
     one.upload(run, kept)
     assert content(mirror).keys() == {"run.json", "output/checkpoint-1/adapter"}
     (mirror / "run.json").write_text("as it was")
