@@ -31,7 +31,7 @@ FILES = "QLORA_RECIPES_FILES"
 INTERVAL = 60
 """Seconds between two copies to the bucket: what a machine that is taken away may lose."""
 SETTLED = 5
-"""Seconds after which a file below output/ counts as written; before, it may be half of one."""
+"""Seconds after which a checkpoint's file counts as written; before, it may be half of one."""
 _ATTEMPTS = 5  # at the first and the last copy, without which what was trained is lost
 _SMALL = 1_000_000  # bytes that are rather copied again
 _RECORD = "run.json"
@@ -110,14 +110,13 @@ class Bucket:
             last: whether to copy, too, what may just be written.
         """
         found = versions(path)
-        output = path / "output"
         unsettled = [
             file
             for file, (changed, _) in found.items()
-            if not last and file.is_relative_to(output) and file.suffix != ".log" and time.time() - changed < SETTLED
+            if not last and _is_written_at_once(file, path) and time.time() - changed < SETTLED
         ]
         for file, version in sorted(found.items(), key=_last_the_record):
-            if kept.get(file) == version or file in unsettled or (unsettled and file == path / _RECORD):
+            if kept.get(file) == version or file in unsettled:
                 continue
             try:
                 self._files.put_file(str(file), self._name(file))
@@ -130,6 +129,11 @@ class Bucket:
             with suppress(FileNotFoundError):
                 self._files.rm_file(self._name(file))
             del kept[file]
+
+
+def _is_written_at_once(file: Path, folder: Path) -> bool:
+    """Whether a file of a run is written once: part of a checkpoint or adapter, or the record that says it is there."""
+    return file == folder / _RECORD or (file.is_relative_to(folder / "output") and file.suffix != ".log")
 
 
 def _last_the_record(item: tuple[Path, tuple[float, int]]) -> tuple[bool, Path]:

@@ -20,21 +20,23 @@ def content(folder: Path) -> dict[str, str]:
 
 def test_a_folder_is_copied_as_far_as_it_changed(tmp_path: Path) -> None:
     run, there = tmp_path / "run", tmp_path / "bucket"
-    for name in ("run.json", "jobs.json", ".git/config", "output/checkpoint-1/adapter"):
+    for name in ("run.json", "train.log", "jobs.json", ".git/config", "output/checkpoint-1/adapter"):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(name)
     mirror = there / run.relative_to("/")
     one = Bucket(f"file://{there}")
     kept: bucket.Versions = {}
     one.upload(run, kept, last=False)
-    assert content(mirror) == {}  # the checkpoint may just be written, and the record waits for it
+    assert content(mirror) == {"train.log": "train.log"}  # the others may just be written
     one.upload(run, kept)
-    assert content(mirror).keys() == {"run.json", "output/checkpoint-1/adapter"}
+    assert content(mirror).keys() == {"run.json", "train.log", "output/checkpoint-1/adapter"}
     (mirror / "run.json").write_text("as it was")
     (run / "output" / "checkpoint-1").rename(run / "output" / "checkpoint-2")
     (run / "output" / "checkpoint-2" / "adapter").write_text("new")
     one.upload(run, kept, last=False)
     assert "output/checkpoint-1/adapter" in content(mirror)  # until the next one is there
+    one.upload(run, kept)
+    (run / "train.log").unlink()
     one.upload(run, kept)
     assert content(mirror) == {"run.json": "as it was", "output/checkpoint-2/adapter": "new"}
     (mirror / "jobs.json").write_text("those of another")
