@@ -19,6 +19,7 @@ from pathlib import Path
 
 import cluster
 import pytest
+import sky_home
 
 from qlora_recipes.places import sky_client
 
@@ -133,8 +134,7 @@ def _require() -> Path:
         pytest.skip("SkyPilot's SLURM backend takes root here")
     if missing := [name for name in ("sshd", "rsync", "uv", "curl", "mount") if not shutil.which(name)]:
         pytest.skip(f"no {', '.join(missing)} on this machine (Debian: openssh-server rsync curl; uv by pip)")
-    if not sky_client.installed():
-        pytest.skip(f"no SkyPilot in {sky_client.ENVIRONMENT}; `make sky` installs it")
+    sky_home.require()
     (file,) = sky_client.ENVIRONMENT.glob("lib/python*/site-packages/sky/backends/backend_utils.py")
     return file
 

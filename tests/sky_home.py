@@ -91,11 +91,16 @@ def free_port() -> int:
         return port
 
 
+def require() -> None:
+    """Skip where SkyPilot is not installed: it is optional, in an environment of its own."""
+    if not sky_client.installed():
+        pytest.skip(f"no SkyPilot in {sky_client.ENVIRONMENT}; `make sky` installs it")
+
+
 @contextmanager
 def running(home: Path) -> Iterator[SkyPilot]:
     """Start it, and stop it in the end; skips where it is not installed."""
-    if not sky_client.installed():
-        pytest.skip(f"no SkyPilot in {sky_client.ENVIRONMENT}; `make sky` installs it")
+    require()
     (home / ".sky").mkdir(parents=True)
     (home / ".sky" / "config.yaml").write_text(f"allowed_clouds: [{', '.join(PRICES)}]\n")
     env = {"HOME": str(home), "SKYPILOT_API_SERVER_LOCAL_PORT": str(free_port())}

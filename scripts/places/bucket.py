@@ -58,7 +58,7 @@ class Bucket:
             raise UserError(f"bucket {url}: {error}") from None
 
     def _name(self, path: Path) -> str:
-        return self._root.rstrip("/") + os.path.abspath(path)  # noqa: PTH100 (which follows no links)
+        return self._root.rstrip("/") + paths.unlinked(path).as_posix()
 
     def versions(self, path: Path) -> Versions:
         """What there is of a file or folder: where each file belongs, and when it came to the bucket."""
@@ -163,14 +163,15 @@ def read_by(commands: Sequence[Command]) -> list[Path]:
         found |= {cwd / name for name in named if isinstance(name, str) and 0 < len(name) < 256}  # longer: a template
         if cwd.resolve() != paths.LOCK.parent:
             found |= {cwd / "recipes", cwd / "templates"}
-        options = dict(pairwise(command.words))
-        found |= {Path.cwd() / options[key] for key in ("--data", "--adapter") if key in options}
-        for test in (cwd / record.test_data if record.test_data else None, options.get("--data")):
-            if test and (beside := Path(test)).with_name("manifest.json").is_file():  # of rows that were prepared
-                found |= {beside.with_name("manifest.json"), *beside.parent.glob("*.jsonl")}
-            elif test:
-                found.add(Path(test))
-    return sorted({Path(os.path.abspath(path)) for path in found if path.exists()})  # noqa: PTH100 (as in `_name`)
+        options = {key: Path.cwd() / word for key, word in pairwise(command.words) if key in ("--data", "--adapter")}
+        found |= {*options.values()}
+        tests = [cwd / record.test_data] if record.test_data else []
+        for test in (*tests, *(file for key, file in options.items() if key == "--data")):
+            manifest = test.with_name("manifest.json")
+            found |= {test, manifest}
+            if manifest.is_file():  # of rows that were prepared, of which an evaluation may take others
+                found |= {*manifest.parent.glob("*.jsonl")}
+    return sorted({paths.unlinked(path) for path in found if path.exists()})
 
 
 def put(url: str, commands: Sequence[Command]) -> None:

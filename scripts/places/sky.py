@@ -7,7 +7,6 @@ SkyPilot gets it.
 """
 
 import copy
-import os
 import re
 import secrets
 import sys
@@ -160,7 +159,7 @@ class Sky:
         files = []
         for _, commands in claimed:
             name = f"{_plain(title)}-{secrets.token_hex(3)}"
-            file = Path(os.path.abspath(folder / f"{name}.yaml"))  # noqa: PTH100 (which follows no links)
+            file = paths.unlinked(folder / f"{name}.yaml")
             write_atomically(file, yamlfiles.write_yaml(self._task(name, commands, gpus)))
             files.append(file)
             for command in commands:

@@ -58,4 +58,4 @@ def rendered(name: str, commands: Sequence[Command], url: str | None) -> Config:
 
 def log(command: Command) -> Path:
     """The file for the messages of all attempts at a command, absolute: elsewhere a link may lead to this folder."""
-    return Path(os.path.abspath(command.folder.path / f"sky-{command.step}.log"))  # noqa: PTH100 (follows no links)
+    return paths.unlinked(command.folder.path / f"sky-{command.step}.log")

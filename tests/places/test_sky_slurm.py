@@ -120,8 +120,8 @@ def commands_with(text: str) -> list[str]:
 def test_what_fails_or_is_gone_is_told_with_a_remedy_and_leaves_nothing(
     tmp_path: Path, tiny_profile: Path, stand_in: Path, backend: Backend, disk: Path
 ) -> None:
-    """At once: a set-up fails, a disk fills while a stand-in trains, and SkyPilot is told to cancel a job, not this
-    project. The secrets that the jobs get are kept by SkyPilot alone."""
+    """Three jobs at once: in one the set-up fails, in one the disk fills as the stand-in trains, and one is cancelled
+    with SkyPilot's own command. Only SkyPilot keeps the secrets that they get."""
     words = ("run", NAME, "--profile", "rehearsal", "--profile", tiny_profile, "--on", "sky")
     steps = ("--set", "save_steps=10", "--set", "saves_per_epoch=null")
     slowly = ("--set", "num_epochs=800", "--sky", "envs.STAND_IN_STEP='0.2'")

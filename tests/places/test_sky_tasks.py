@@ -146,7 +146,7 @@ def test_what_the_user_sets_is_valid_and_each_alternative_has_the_gpus_of_the_ru
 
 
 def by_card(resources: list[Config], keys: Config) -> list[Any]:
-    """What some keys of resources are, whose order SkyPilot does not keep unless it is told to."""
+    """The values of some keys in each of several resources, sorted: SkyPilot keeps only the order of `ordered`."""
     return sorted(orjson.dumps({key: one.get(key) for key in sorted(keys)}) for one in resources)
 
 
