@@ -115,7 +115,9 @@ class Evaluation(_Strict):
     rows: int = Field(ge=1)
     data_sha256: Sha
     decoding: Decoding
-    batch_size: int = Field(ge=1)
+    batch_size: int | None = Field(ge=1)
+    batch_tokens: int | None = Field(default=None, ge=1)
+    engine: Literal["transformers", "vllm", "server"] = "transformers"
     quantized: bool
     dtype: Name
     version: int = Field(ge=1)

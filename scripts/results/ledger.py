@@ -17,7 +17,7 @@ from ..base.progress import say
 from ..configs import config, datafiles, gpus, models
 from ..configs.engines import KEYS
 from ..data import ledger, private, study
-from ..data.ledger_record import MOST_POINTS, NOT_SHOWN, Judge, Record, settings_sha256
+from ..data.ledger_record import MOST_POINTS, NOT_SHOWN, Evaluation, Judge, Record, settings_sha256
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..planning import need
@@ -223,7 +223,7 @@ def _planned(folder: RunDir, run: Run, cfg: yamlfiles.Config) -> float | None:
 
 
 def _evaluation(folder: RunDir, run: Run, of_study: Study, own: evaluations.Evaluation) -> dict[str, Any]:
-    kept = {"test_set", "rows", "data_sha256", "decoding", "batch_size", "quantized", "dtype", "adapter_sha256"}
+    kept = Evaluation.model_fields.keys() & type(own.settings).model_fields.keys()
     loss = folder.summary(run).eval_loss_per_token
     return {
         **own.settings.model_dump(include=kept),

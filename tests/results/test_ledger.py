@@ -56,6 +56,8 @@ def test_a_record_is_exported_added_and_tabulated(recipe: Recipe) -> None:
     assert content["training"]["curve"] == [[1, 3.0], [2, 2.0], [3, 1.6], [4, 1.2]]
     assert content["evaluation"]["scores"]["accuracy"]["interval"] == [66.5, 67.5]
     assert content["evaluation"]["scores"].keys() == {"accuracy", "perplexity", "chrf"}
+    made_by = {"engine": "transformers", "batch_size": None, "batch_tokens": 8192}
+    assert content["evaluation"] | made_by == content["evaluation"]
     assert content["data"] == [{"name": "train.jsonl", "sha256": "e" * 64, "rows": 109}]
 
     assert "no record in any ledger" in recipe("results", "--ledger").stderr
