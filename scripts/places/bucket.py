@@ -73,7 +73,8 @@ class Bucket:
         }
 
     def download(self, path: Path, wanted: Callable[[PurePosixPath], bool] = lambda _: True) -> bool:
-        """Fetch a file, or a folder's files, as far as they differ from those here; whether there are any.
+        """Fetch a file, or a folder's files, as far as they differ from those here; whether there are any. What was
+        changed here since, as scores are that were made anew, stays; but a run's record is the one there.
 
         Args:
             path: where it is on the machines, and comes to be here.
@@ -82,7 +83,8 @@ class Bucket:
         found = self.versions(path)
         here = versions(path)
         for file, version in sorted(found.items(), key=_last_the_record):
-            if here.get(file) == version or not wanted(PurePosixPath(file.relative_to(path))):
+            newer_here = file in here and here[file][0] > version[0] and file.name != _RECORD
+            if here.get(file) == version or newer_here or not wanted(PurePosixPath(file.relative_to(path))):
                 continue
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_name(f".{file.name}.{os.getpid()}.part")
@@ -175,15 +177,21 @@ def read_by(commands: Sequence[Command]) -> list[Path]:
 
 
 def put(url: str, commands: Sequence[Command]) -> None:
-    """Put the folders of runs, and what commands read, into a bucket, as far as it does not have them.
+    """Put the folders of runs, and what commands read, into a bucket, as far as it does not have them. A checkpoint
+    that was removed here is removed there, lest its run resumes from it.
 
     Raises:
         UserError: it cannot be written to.
     """
     bucket = Bucket(url)
     try:
-        for path in (*read_by(commands), *sorted({command.folder.path for command in commands})):
+        for path in read_by(commands):
             bucket.upload(path, bucket.has(path))
+        for folder in {command.folder.path: command.folder for command in commands}.values():
+            kept = bucket.has(folder.path)
+            if folder.read().state != "finished":  # of which checkpoints are not fetched
+                kept |= {file: version for file, version in bucket.versions(folder.path).items() if not file.exists()}
+            bucket.upload(folder.path, kept)
     except Exception as error:  # each kind of bucket raises its own
         raise UserError(f"bucket {url}: cannot be written to: {_reason(error)}") from None
 

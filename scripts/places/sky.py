@@ -64,7 +64,7 @@ class Sky:
         self.rehearsal = rehearsal
         self.most: float | None = None  # USD an hour that were agreed to
         if not sky_client.installed():
-            sky_client.ask("states", names=[])  # says how to install it
+            sky_client.ask("states")  # says how to install it
 
     def gpu(self) -> Gpu | None:
         """The card that the settings name."""
@@ -194,7 +194,7 @@ class Sky:
         jobs = [job for job in jobs if not _end(Path(job.script)).exists()]
         if not jobs:
             return {}
-        found = sky_client.reported(job.id for job in jobs)
+        found = sky_client.reported()
         if isinstance(found, UserError):
             sky_client.report_once(str(found))
             return None

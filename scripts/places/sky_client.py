@@ -3,7 +3,6 @@
 import os
 import subprocess
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -72,16 +71,16 @@ class Reported:
         return JobState("queued", "; ".join(filter(None, (waits, self.reason))), name)
 
 
-def reported(names: Iterable[str]) -> dict[str, Reported] | UserError:
-    """What SkyPilot reports about jobs, by name; an error where it does not answer. It is asked once a minute, since
-    that takes seconds."""
-    return _reported(frozenset(names), int(time.monotonic() / 60))
+def reported() -> dict[str, Reported] | UserError:
+    """What SkyPilot reports about all of the user's jobs, by name; an error where it does not answer. It is asked once
+    a minute, since that takes seconds."""
+    return _reported(int(time.monotonic() / 60))
 
 
-@lru_cache(maxsize=64)
-def _reported(names: frozenset[str], minute: int) -> dict[str, Reported] | UserError:
+@lru_cache(maxsize=1)
+def _reported(minute: int) -> dict[str, Reported] | UserError:
     try:
-        answer = ask("states", names=sorted(names))
+        answer = ask("states")
     except UserError as error:
         return error
     return {name: Reported(**facts) for name, facts in answer.items()}

@@ -67,9 +67,8 @@ def launch(files: list[str]) -> dict[str, Any]:
     return {"ids": ids}
 
 
-def states(names: list[str]) -> dict[str, Any]:
-    """What SkyPilot reports about jobs, by name; those that it does not know are left out."""
-    records = _records(names)
+def states() -> dict[str, Any]:
+    """What SkyPilot reports about the user's jobs, by name."""
     return {
         record["job_name"]: {
             "id": record["job_id"],
@@ -77,7 +76,7 @@ def states(names: list[str]) -> dict[str, Any]:
             "ended": record["status"].is_terminal(),
             "reason": _plain(record.get("failure_reason") or record.get("details") or ""),
         }
-        for record in records
+        for record in _records()
     }
 
 
@@ -88,7 +87,7 @@ def cancel(names: list[str], seconds: float) -> dict[str, Any]:
     Returns:
         `left`: what SkyPilot does not confirm the end of after so many seconds, in words, by name.
     """
-    running = [record["job_id"] for record in _records(names) if not record["status"].is_terminal()]
+    running = [record["job_id"] for record in _named(names) if not record["status"].is_terminal()]
     if running:
         sdk.stream_and_get(jobs.cancel(job_ids=running))
     deadline = time.monotonic() + seconds
@@ -99,7 +98,7 @@ def cancel(names: list[str], seconds: float) -> dict[str, Any]:
 
 def _left(names: list[str]) -> dict[str, str]:
     left = {}
-    for record in _records(names):
+    for record in _named(names):
         reason = record.get("failure_reason") or ""
         if record["schedule_state"] not in ("DONE", None) or not record["status"].is_terminal():
             left[record["job_name"]] = record["status"].value
@@ -108,14 +107,17 @@ def _left(names: list[str]) -> dict[str, str]:
     return left
 
 
-def _records(names: list[str]) -> list[dict[str, Any]]:
-    """The newest record of each job; none where there is no controller yet, so no job either."""
+def _named(names: list[str]) -> list[dict[str, Any]]:
+    return [record for record in _records() if record["job_name"] in names]
+
+
+def _records() -> list[dict[str, Any]]:
+    """The records of jobs, the newest of a name last; none where there is no controller yet, so no job either."""
     try:
         found, *_ = sdk.get(jobs.queue_v2(refresh=True, fields=_FIELDS))
     except (sky.exceptions.ClusterNotUpError, sky.exceptions.ClusterDoesNotExist):
         return []
-    records = [dict(record) for record in found]
-    return [record for record in sorted(records, key=lambda r: r["job_id"]) if record["job_name"] in names]
+    return sorted((dict(record) for record in found), key=lambda record: record["job_id"])
 
 
 def _task(config: dict[str, Any]) -> "sky.Task":

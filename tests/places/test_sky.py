@@ -260,6 +260,28 @@ def test_without_skypilot_and_with_options_of_other_places_that_is_told(
     assert "--yes: works only with --on sky" in recipe("run", NAME, "--rehearse", "--yes").stderr
 
 
+@pytest.mark.parametrize("words", [("resume",), ("evaluate",), ("evaluate", "--on", "sky")])
+def test_of_a_run_whose_bucket_cannot_be_read_nothing_is_started(
+    recipe: Recipe, tmp_path: Path, answers: Path, words: tuple[str, ...]
+) -> None:
+    """Its job has ended, and nobody knows in what state: the machine, or the way to the bucket, was lost."""
+    there = tmp_path / "bucket"
+    sky_settings.settings_file().write_text(f"bucket: file://{there}\n")
+    done = recipe("run", NAME, "--rehearse", "--on", "sky")
+    run = RunDir(tmp_path / done.stdout.strip())
+    (job,) = run.jobs()
+    answer(answers, states={job.id: {"id": 1, "status": "SUCCEEDED", "ended": True, "reason": ""}})
+    shutil.rmtree(there)
+    kept = {file: file.read_bytes() for file in run.path.iterdir() if file.is_file()}
+    refused = recipe(words[0], "latest", *words[1:])
+    assert refused.returncode == 2
+    assert "its bucket has of it cannot be fetched" in refused.stderr and "it has nothing of it" in refused.stderr
+    assert f"{run.path.relative_to(tmp_path)}: a job of it has ended, and what it left cannot be f" in refused.stderr
+    assert "try again once its bucket can be read" in refused.stderr
+    assert kept == {file: file.read_bytes() for file in run.path.iterdir() if file.is_file()}
+    assert [request["do"] for request in asked(answers)].count("launch") == 1
+
+
 @pytest.mark.long
 def test_a_job_trains_where_there_is_nothing_goes_on_elsewhere_and_is_gathered(
     tmp_path: Path,

@@ -196,7 +196,7 @@ def rented(place: Path, skypilot: SkyPilot, *words: str | Path, code: int = 2) -
     given = ("run", NAME, *words, "--on", "sky")
     said = finish(start(place, *given, **skypilot.env), code)
     assert not (place / "runs").exists()
-    assert skypilot.ask("states", names=[]) == {}
+    assert skypilot.ask("states") == {}
     return said
 
 
