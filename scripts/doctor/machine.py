@@ -19,7 +19,7 @@ from ..places import sky_client, sky_settings
 from ..places.bucket import Bucket
 from ..places.slurm_queue import ask
 from ..places.slurm_settings import settings_file, site_settings
-from .line import Line, in_shell
+from .line import Line, State, in_shell
 
 PATIENCE = 10.0
 """How many seconds SLURM, and the counting of a cache, may take."""
@@ -215,9 +215,9 @@ def skypilot() -> Line:
             Bucket(bucket)
     except UserError as error:
         problem = str(error).removeprefix("--on sky: ")
-        state = "wrong" if file.is_file() else "note"
+        state: State = "wrong" if file.is_file() else "note"
         return Line("SkyPilot", state, f"is installed; {problem}", f"write {file}, as the guide says")
-    files = f"keep files in {bucket}" if bucket else "share this one's files"
+    files = "keep files in a bucket" if bucket else "share this one's files"
     return Line("SkyPilot", "ok", f"is installed; by {file} its machines {files}")
 
 

@@ -131,7 +131,7 @@ def test_settings_for_skypilot_are_read_where_it_is_installed(tmp_path: Path, mo
     file.parent.mkdir()
     for content, state, found in (
         ("shared: true", "ok", "its machines share this one's files"),
-        ("bucket: file:///volume", "ok", "its machines keep files in file:///volume"),
+        ("bucket: file:///volume", "ok", "its machines keep files in a bucket"),
         ("bucket: s4://volume", "wrong", "bucket s4://volume: "),
         ("shared: true\nsecrets: [THIS_IS_NOT_SET]", "wrong", "secrets: THIS_IS_NOT_SET: not set"),
     ):
