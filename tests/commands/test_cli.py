@@ -127,6 +127,7 @@ MISTAKES = [
     (f"run {NAME} --nodes 2", "--nodes 2: works only with --on slurm"),
     (f"run {NAME} --gpus 2", "--gpus 2: only 0 can be used here"),
     ("evaluate some/run", "some/run: no run of that name"),
+    ("evaluate latest --engine vllm --cache static", "--cache: works only with --engine transformers"),
 ]
 
 
