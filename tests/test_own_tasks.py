@@ -42,7 +42,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-CHAT = {"keys": {"type": "chat_template"}, "sets": ("chat_template=tokenizer_default",)}
+CHAT = {"keys": {"type": "chat_template"}, "sets": ("chat_template=chatml",)}
 TASKS = {
     "alpaca": Task(
         lambda question, answer: {"instruction": "Multiply.", "input": question, "output": answer}, {"type": "alpaca"}
@@ -70,12 +70,15 @@ TASKS = {
 }  # fmt: skip
 
 
+LEARNING = ("--set", "learning_rate=0.02", "--set", "bf16=false")  # of a model without knowledge
 HELD_OUT = ("evaluation file", "share")
 """Where the rows to evaluate on are: in a file of their own, or held out of those to train on."""
 
 
 @pytest.mark.parametrize(("name", "held_out"), [("alpaca", "share"), *zip(TASKS, cycle(HELD_OUT))])
-def test_a_task_of_ones_own_goes_the_whole_way(name: str, held_out: str, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_task_of_ones_own_goes_the_whole_way(
+    name: str, held_out: str, recipe: Recipe, tmp_path: Path, tiny: Path
+) -> None:
     task, evaluation_file = TASKS[name], held_out == "evaluation file"
     rows = [task.row(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
     write_rows(tmp_path / "mine.jsonl", rows[:24])
@@ -103,7 +106,7 @@ def test_a_task_of_ones_own_goes_the_whole_way(name: str, held_out: str, recipe:
     )
     assert "fits" in done("plan", "mine", "--gpu", "A100")
 
-    said = done("run", "mine", "--rehearse")
+    said = done("run", "mine", "--rehearse", *LEARNING, "--set", f"base_model={tiny}")
     assert "the first rows of its own data" in said and "sample" not in said
     (run,) = (tmp_path / "runs" / "mine").iterdir()
     metrics = [orjson.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]

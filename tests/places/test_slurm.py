@@ -118,6 +118,7 @@ def test_an_array_trains(tmp_path: Path, tiny_profile: Path, slurm: Cluster) -> 
     assert all(row["bleu4"] is not None for row in results) and len(results) == 2
 
 
+@pytest.mark.long
 def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
     tmp_path: Path, tiny_profile: Path, stand_in: Path, slurm: Cluster
 ) -> None:

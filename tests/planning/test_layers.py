@@ -80,7 +80,10 @@ def test_a_deep_trace_follows_from_shallow_ones(change: dict[str, Any], monkeypa
 @pytest.mark.parametrize(
     "change",
     [
-        {"targets": r"model\.layers\.\d\.self_attn\.q_proj", "model": json.dumps(DEEP | {"num_hidden_layers": 12})},
+        pytest.param(
+            {"targets": r"model\.layers\.\d\.self_attn\.q_proj", "model": json.dumps(DEEP | {"num_hidden_layers": 12})},
+            marks=pytest.mark.long,
+        ),
         {"model": json.dumps({**DEEP, "model_type": "gemma2", "num_hidden_layers": 7})},
     ],
 )

@@ -253,6 +253,7 @@ def test_the_peak_grows_with_rows_and_tokens(step: Step) -> None:
     assert least <= peak(step, (2, 192))
 
 
+@pytest.mark.long
 @settings(max_examples=4)
 @given(steps.filter(lambda step: step.adapter))
 def test_the_peak_grows_with_the_rank(step: Step) -> None:

@@ -344,7 +344,7 @@ def tear(run: RunDir, chance: random.Random) -> None:
         run.metrics.write_bytes(content[: -chance.randrange(2, len(last))])
 
 
-@pytest.mark.parametrize("kills", [12, pytest.param(int(os.environ.get("KILLS", "30")), marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [6, pytest.param(int(os.environ.get("KILLS", "30")), marks=pytest.mark.long)])
 def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(
     tmp_path: Path, tiny_profile: Path, stand_in: Path, kills: int
 ) -> None:

@@ -111,6 +111,7 @@ def test_trackers_leave_nothing_elsewhere(run: RunDir) -> None:
     assert {file.name for file in run.runs(NAME).iterdir()} == {"haider2024", "trackio", "mlflow.db", ".mlflow.db.lock"}
 
 
+@pytest.mark.long
 def test_runs_that_begin_at_once_share_a_new_mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 

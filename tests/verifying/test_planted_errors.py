@@ -1,7 +1,8 @@
-"""`recipe verify` for real on this CPU, and errors planted in what it measures."""
+"""`recipe verify` for real on this CPU, where all passes, and errors planted in what it measures."""
 
 import json
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,13 +19,14 @@ from qlora_recipes.planning.traces import Step
 from qlora_recipes.running import run
 from qlora_recipes.runs import checkpoints
 from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.verifying import bench, generation, jobs, numerics, trainings
+from qlora_recipes.verifying import bench, jobs, numerics, trainings
 from qlora_recipes.verifying.bench import Bench, Figures
 from qlora_recipes.verifying.lines import all_lines
 
 pytestmark = pytest.mark.long
 
 Patch = pytest.MonkeyPatch
+VERIFY = ("verify", "--work", "work", "--json")
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +36,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def at(place: Path) -> Bench:
-    """A bench with the training that other jobs look at."""
-    made = bench.here(place / "bench")
-    made.keep("training", jobs.measure("training", made))
-    return made
+def spent() -> float:
+    """The time that processors had spent before this module."""
+    return processor_seconds()
+
+
+@pytest.fixture(scope="module")
+def at(place: Path, spent: float) -> Bench:
+    """A bench with the training that other jobs look at, of a verification that is broken off after it."""
+    verification = start(place, *VERIFY)
+    deadline = time.monotonic() + 600
+    while not (found := [*place.glob("work/*/training.json")]):
+        assert verification.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    verification.terminate()
+    finish(verification, code=1)
+    shutil.copytree(found[0].parent, place / "bench")
+    return bench.here(place / "bench")
 
 
 def failing(at: Bench, job: str, figures: Figures | None = None) -> set[str]:
@@ -59,11 +73,10 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def test_it_passes_on_a_cpu_in_less_than_five_minutes_and_then_at_once(place: Path) -> None:
-    begun, spent = time.monotonic(), processor_seconds()
-    record = Record.model_validate_json(finish(start(place, "verify", "--work", "work", "--json"), seconds=1500))
+def test_it_passes_on_a_cpu_in_less_than_five_minutes_and_then_at_once(place: Path, at: Bench, spent: float) -> None:
+    record = Record.model_validate_json(finish(start(place, *VERIFY), seconds=1500))
     spent = processor_seconds() - spent
-    print(f"{time.monotonic() - begun:.0f} s, and {spent:.0f} s of processors")
+    print(f"{spent:.0f} s of processors")
     for line in record.lines:
         print(f"{line.line}: {line.measured} {line.expected} {line.difference} {line.verdict} {line.note}")
     assert record.count("failed") == 0
@@ -71,12 +84,11 @@ def test_it_passes_on_a_cpu_in_less_than_five_minutes_and_then_at_once(place: Pa
     shown = [line.name for line in all_lines(bench.here(place)) if not line.lacks]
     assert [line.line for line in record.lines if line.verdict == "passed"] == shown
     begun = time.monotonic()
-    assert Record.model_validate_json(finish(start(place, "verify", "--work", "work", "--json"))) == record
+    assert Record.model_validate_json(finish(start(place, *VERIFY))) == record
     assert time.monotonic() - begun < 20
 
 
 def test_another_rank_in_the_plan_and_another_scale_in_the_recipe_are_found(at: Bench, monkeypatch: Patch) -> None:
-    assert failing(at, "training", at.found("training").figures) == set()
     step_of = steps.step_of
 
     def wrong(*arguments: Any) -> tuple[Step, list[str]]:
@@ -109,19 +121,17 @@ def lose_optimizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
-        (None, set()),
         (spoil_optimizer, {"resumed losses", "resumed adapter"}),
         (lose_optimizer, {"resumed after step"}),
     ],
 )
 def test_a_broken_resume_is_found(
-    at: Bench, monkeypatch: Patch, spoil: Callable[[Path], None] | None, expected: set[str]
+    at: Bench, monkeypatch: Patch, spoil: Callable[[Path], None], expected: set[str]
 ) -> None:
     resume = run.resume
 
     def spoilt(name: str, *more: Any) -> RunDir:
-        if spoil:
-            spoil(Path(name) / "output" / f"checkpoint-{trainings.STOPPED_AT}")
+        spoil(Path(name) / "output" / f"checkpoint-{trainings.STOPPED_AT}")
         return resume(name, *more)
 
     monkeypatch.setattr(run, "resume", spoilt)
@@ -129,7 +139,6 @@ def test_a_broken_resume_is_found(
 
 
 def test_another_scale_of_the_saved_adapter_is_found(at: Bench) -> None:
-    assert failing(at, "adapter") == set()
     file = at.result("training") / "output" / "adapter_config.json"
     text = file.read_text()
     try:
@@ -165,7 +174,6 @@ def kernels(monkeypatch: Patch) -> Iterator[Callable[[torch.dtype, float], None]
 def test_kernels_that_compute_something_else_are_found(
     at: Bench, kernels: Callable[[torch.dtype, float], None]
 ) -> None:
-    assert failing(at, "numerics") == set()
     kernels(torch.float32, 1.001)
     assert {"NF4, loss", "NF4, gradient norm"} <= failing(at, "numerics")
 
@@ -193,11 +201,6 @@ def test_a_cache_that_differs_is_found(at: Bench, monkeypatch: Patch, form: str)
     assert failing(at, "generation") == {f"answers with a {form} cache", "answers alike"}
 
 
-def test_answers_are_those_of_the_model(at: Bench) -> None:
-    assert failing(at, "generation") == set()
-    assert generation.TOKENS > generation.FIRST
-
-
 def with_a_mask(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """With a mask that says nothing of rows, transformers no longer looks for them in the positions."""
     return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
@@ -213,7 +216,7 @@ def shifted(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return batch | {"position_ids": batch["position_ids"].roll(1, dims=1)}
 
 
-@pytest.mark.parametrize("spoil", [dict, with_a_mask, with_one_count, shifted])
+@pytest.mark.parametrize("spoil", [with_a_mask, with_one_count, shifted])
 def test_packed_rows_that_see_each_other_are_found(
     tmp_path: Path, monkeypatch: Patch, spoil: Callable[[Any], Any]
 ) -> None:
@@ -224,4 +227,4 @@ def test_packed_rows_that_see_each_other_are_found(
     packed = packing.packed
     monkeypatch.setattr(packing, "packed", lambda *given: spoil(packed(*given)))
     figure = packing.packing(at)[line.name]
-    assert judge(figure.measured, figure.expected, line.bound) == ("passed" if spoil is dict else "failed")
+    assert judge(figure.measured, figure.expected, line.bound) == "failed"
