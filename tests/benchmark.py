@@ -9,9 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
+import benchmark_engines
 import benchmark_start
 import benchmark_table
 
@@ -20,6 +22,8 @@ from qlora_recipes.checks import rows
 
 SAMPLE = paths.RECIPES / "haider2024" / "sample"
 RECIPE = str(Path(sys.executable).with_name("recipe"))
+ROWS = 32
+"""That the engines generate."""
 COMMANDS = [
     ["list"],
     ["show", "haider2024/llama-2-7b"],
@@ -192,6 +196,10 @@ def ratios() -> list[dict[str, str]]:
         slower, larger, peak, speed = benchmark_table.growth(prepared)
         more = f"{larger:.2f} times the memory, {peak:.0f} MiB; {speed:.0f} MB/s"
         row(f"a prepared row of 1,000,000, {what}", "one of 250,000", slower, more)
+    with folder() as name:
+        for (before, slower, _), (engine, speed, equal) in pairwise(benchmark_engines.engines(Path(name), ROWS)):
+            more = f"{speed:.2f} rows/s, {equal} of {ROWS} answers the same"
+            row(f"a row evaluated by {engine}", before, slower / speed, more)
     with folder() as name:
         ratio, ours, theirs, split = benchmark_start.start(Path(name))
     row("`recipe run` to the first step", "`axolotl train`", ratio, f"{ours:.1f} s, {theirs:.1f} s")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import orjson
 from benchmark_start import OFFLINE
@@ -39,29 +40,32 @@ def rows_of(folder: Path, count: int) -> Path:
 
 
 def engines(folder: Path, count: int) -> Iterator[tuple[str, float, int]]:
-    """For each engine rows a second of wall time, without its start, and how many answers are those of the first."""
+    """For each engine rows a second of wall time, without its start, and how many answers are those of the one before:
+    transformers, with weights dequantized for each token, as large models have them, and once; then vLLM."""
     run = rehearsal(folder)
     task = EvaluationTask(run, EvaluationRequest(data=rows_of(folder, count)))
     with importing_axolotl(offline=True):
-        from qlora_recipes.scores.engines import vllm
-        from qlora_recipes.scores.engines.reference import Reference
+        from qlora_recipes.scores.engines import reference, vllm
         from qlora_recipes.scores.prompter import Prompter
 
         prompter = Prompter(task.settings, task.cfg, run.output)
         prompts = [example.prompt for example in prompter.examples(task.rows.rows)]
-        first: list[str] = []
+        former: list[str] = []
 
         def measured(engine: Any) -> tuple[float, int]:
             started = time.perf_counter()
             answers = {i: answer.text for some in engine.generate(prompts, ()) for i, answer in some.items()}
             speed = count / (time.perf_counter() - started)
             texts = [answers[i] for i in range(count)]
-            first.extend([] if first else texts)
-            return speed, sum(one == other for one, other in zip(first, texts, strict=True))
+            equal = sum(one == other for one, other in zip(former, texts, strict=False))
+            former[:] = texts
+            return speed, equal
 
-        reference = Reference(prompter)
-        yield "transformers", *measured(reference)
-        reference.free()
+        for name, small in (("transformers, dequantizing for each token", 0), ("transformers", reference.SMALL)):
+            with patch.object(reference, "SMALL", small):
+                engine = reference.Reference(prompter)
+            yield name, *measured(engine)
+            engine.free()
         if vllm.ENVIRONMENT.is_dir():
             with vllm.started(prompter, prompts, folder / "part") as engine:
                 yield "vLLM", *measured(engine)
@@ -72,4 +76,4 @@ if __name__ == "__main__":
     rows = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     with tempfile.TemporaryDirectory() as name:
         for engine, speed, equal in engines(Path(name), rows):
-            print(f"{engine:12} {speed:6.2f} rows/s, {equal} of {rows} answers as the first", flush=True)
+            print(f"{engine:42}{speed:6.2f} rows/s, {equal} of {rows} answers as the one before", flush=True)

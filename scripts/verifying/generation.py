@@ -16,7 +16,6 @@ from ..scores.engines.reference import Reference
 from ..scores.evaluations import EvaluationSettings
 from ..scores.prompter import Prompter
 from .bench import RECIPE, Bench, Figure, Figures
-from .numerics import as_stored
 
 ROWS, TOKENS, FIRST = 4, 24, 8
 
@@ -42,7 +41,6 @@ def generation(bench: Bench) -> Figures:
     )
     prompter = Prompter(settings, cfg, run / "output")
     reference = Reference(prompter)
-    as_stored(reference.model)  # a rounded logit depends on how many rows are computed at once
     rows = list(map(orjson.loads, data.read_bytes().splitlines()))[:ROWS]
     prompts = [example.prompt for example in prompter.examples(rows)]
     room = 1 << (max(map(len, prompts)) + TOKENS - 1).bit_length()

@@ -42,16 +42,10 @@ def _model(adapter: Path, device: str, dtype: torch.dtype, quantized: bool = Tru
         standin.model_folder(), dtype=dtype, quantization_config=how, device_map=device, attn_implementation="eager"
     )
     model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-    as_stored(model)
-    return model.eval()  # no dropout
-
-
-def as_stored(model: Any) -> None:
-    """Have a quantized model compute in its own precision on processors with AVX512-BF16, for which bitsandbytes has a
-    kernel that rounds to bf16; see `runs/plugin.py`."""
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # a kernel that rounds to bf16, see runs/plugin.py
+    return model.eval()  # no dropout
 
 
 def _loss_and_norm(model: Any, device: str, autocast: torch.dtype | None = None) -> tuple[float, float]:

@@ -6,15 +6,16 @@ import signal
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from conftest import TESTS
-from run_folders import a_tiny_run
+from run_folders import ADAPTER, a_tiny_run
 
-from qlora_recipes.base import yamlfiles
+from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate
@@ -79,7 +80,7 @@ def evaluated(run: RunDir, limit: int = 5, **more: Any) -> Evaluation:
 def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run: RunDir, stand_in: Path) -> None:
     settings = evaluated(run, engine="vllm", agreement_rows=0).settings
     assert settings.engine == "vllm"
-    assert settings.served == "base model in 4 bit, dequantized to float32, adapter as LoRA over it; prompts as tokens"
+    assert settings.served == "base model in 4 bit, dequantized to float32, adapter merged into it; prompts as tokens"
     given, environment, process = json.loads((stand_in / "bin" / "given.json").read_text())
     assert not psutil.pid_exists(process)
     expected = {
@@ -87,11 +88,10 @@ def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run: R
         "--tokenizer": str(run.output),
         "--dtype": "float32",
         "--generation-config": "vllm",
-        "--max-lora-rank": "16",
-        "--lora-modules": f"adapter={run.output}",
     }
     assert given | expected == given
-    assert (Path(given["--model"]) / "model.safetensors").is_file()
+    assert "--lora-modules" not in given and Path(given["--model"]).parent == paths.cache()
+    assert not Path(given["--model"]).exists()  # any more
     assert int(given["--max-model-len"]) >= 8 + max(int(row["prediction"]) for row in read_predictions(run.path))
     assert len(environment["VLLM_API_KEY"]) == 32 and environment["VLLM_NO_USAGE_STATS"] == "1"
     assert environment["VLLM_API_KEY"] not in "".join(given)
@@ -104,7 +104,23 @@ def test_a_base_model_alone_is_served_without_lora(run: RunDir, stand_in: Path) 
     settings = evaluated(run, engine="vllm", agreement_rows=0, adapter="none").settings
     assert settings.served == "base model in 4 bit, dequantized to float32; prompts as tokens"
     given, *_ = json.loads((stand_in / "bin" / "given.json").read_text())
-    assert "--lora-modules" not in given
+    assert (Path(given["--model"]) / "model.safetensors").is_file()
+
+
+def test_on_a_gpu_the_adapter_is_served_as_lora(run: RunDir, stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from qlora_recipes.scores.engines import vllm
+    from qlora_recipes.scores.prompter import Prompter
+
+    (stand_in / ".requirements-vllm-cpu.lock").rename(stand_in / ".requirements-vllm.lock")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 16 << 30))
+    task = EvaluationTask(run, EvaluationRequest())
+    words = vllm._command(Prompter(task.settings, task.cfg, run.output), "m", 512, 8000)
+    given = dict(pairwise(words))
+    expected = {"--max-lora-rank": "16", "--lora-modules": f"adapter={run.output}", "--gpu-memory-utilization": "0.475"}
+    assert given | expected == given and "--enable-lora" in words
+    assert vllm._in_words(task.settings).endswith("adapter as LoRA over it")
 
 
 def test_a_vllm_that_does_not_start_says_why(run: RunDir, stand_in: Path) -> None:
@@ -134,6 +150,14 @@ def test_the_served_weights_are_those_that_the_reference_computes_with(run: RunD
         assert torch.equal(served[name], expected), name
     assert sum(hasattr(weight, "quant_state") for weight in model.parameters()) == 14
     assert "quantization_config" not in json.loads((made / "config.json").read_text())
+    settings = EvaluationTask(run, EvaluationRequest()).settings
+    lora = load_file(run.output / ADAPTER)
+    with weights.merged(Prompter(settings, task.cfg, run.output)) as folder:
+        merged = load_file(folder / "model.safetensors")
+    for name, weight in served.items():
+        a, b = (lora.get(f"base_model.model.{name.removesuffix('weight')}lora_{one}.weight") for one in "AB")
+        assert torch.allclose(merged[name], weight if a is None else weight + 24 / 12 * b @ a, atol=1e-6), name
+    assert len(lora) == 8
     half = task.settings.model_copy(update={"dtype": "bfloat16"})
     assert weights.folder(Prompter(half, task.cfg, run.output)) != made
 
@@ -227,7 +251,7 @@ def test_vllm_answers_as_the_reference_and_may_be_killed_meanwhile(
     for file in (PREDICTIONS, SCORES):
         (servable.path / file).unlink()
     monkeypatch.setattr(api, "PAUSES", (0.1, 0.2))
-    request = EvaluationRequest(max_new_tokens=8, judge="none", limit=24, model="adapter", agreement_rows=0)
+    request = EvaluationRequest(max_new_tokens=8, judge="none", limit=24, model="base", agreement_rows=0)
     request.batch_size = 2
     task = EvaluationTask(servable, request)
     prompter = Prompter(task.settings, task.cfg, servable.output)

@@ -7,10 +7,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -112,30 +112,39 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
     settings = prompter.settings
     if len(prompter.tokenizer) > prompter.config.get_text_config().vocab_size:
         raise UserError("--engine vllm: it cannot serve a base model that the training added tokens to; leave it out")
-    model = str(weights.folder(prompter)) if settings.quantized else settings.base_model
     longest = max(map(len, prompts)) + settings.decoding.max_new_tokens
     port, key, log = _free_port(), secrets.token_hex(16), part.with_name("vllm.log")
     environment = _environment(prompter, longest, min(len(prompts), AT_ONCE)) | {"VLLM_API_KEY": key}
-    with disks.naming(log), opened(log, "wb") as stream:
-        command = _command(prompter, model, longest, port)
-        server = start_child(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    if merges := _merges(settings):
+        form: Any = weights.merged(prompter)
+    else:
+        form = nullcontext(weights.folder(prompter) if settings.quantized else settings.base_model)
+    with form as model:
+        with disks.naming(log), opened(log, "wb") as stream:
+            command = _command(prompter, str(model), longest, port)
+            server = start_child(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
 
-    def alive() -> None:
-        if server.poll() is not None:
-            raise WorkFailed(f"{_tail(log)}\nvLLM has ended with code {server.returncode}; the whole log is {log}")
+        def alive() -> None:
+            if server.poll() is not None:
+                raise WorkFailed(f"{_tail(log)}\nvLLM has ended with code {server.returncode}; the whole log is {log}")
 
-    try:
-        api = Api(f"http://127.0.0.1:{port}/v1/", key, timeout=None, alive=alive)
-        with Bar("starting vLLM"):
-            _wait(api, log)
-        name = "adapter" if settings.adapter_sha256 else "base"
-        yield Server(prompter, api, name, _in_words(settings), prompts, settings.batch_size or AT_ONCE)
-    finally:
-        _end(server)
+        try:
+            api = Api(f"http://127.0.0.1:{port}/v1/", key, timeout=None, alive=alive)
+            with Bar("starting vLLM"):
+                _wait(api, log)
+            name = "adapter" if settings.adapter_sha256 and not merges else "base"
+            yield Server(prompter, api, name, _in_words(settings), prompts, settings.batch_size or AT_ONCE)
+        finally:
+            _end(server)
+
+
+def _merges(settings: EvaluationSettings) -> bool:
+    """Whether the adapter is merged into the weights: on a CPU, vLLM's LoRA takes ten times as long as all else."""
+    return settings.adapter_sha256 is not None and for_cpu()
 
 
 def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[str]:
-    """The command that serves a model as `base`, and with the adapter as `adapter`."""
+    """The command that serves a model as `base`, and with an adapter that is not merged into it as `adapter`."""
     settings = prompter.settings
     words = [
         *(str(ENVIRONMENT / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
@@ -144,7 +153,7 @@ def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[
         *("--dtype", settings.dtype, "--seed", str(settings.decoding.seed), "--max-model-len", str(longest)),
         *("--generation-config", "vllm"),  # the model's own would decode in its own way
     ]
-    if not settings.quantized:
+    if model == settings.base_model:
         words += ["--revision", prompter.revision]
     if for_cpu():
         words.append("--enforce-eager")  # compiling takes longer than it saves
@@ -153,7 +162,7 @@ def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[
 
         free, total = torch.cuda.mem_get_info()
         words += ["--gpu-memory-utilization", f"{0.95 * free / total:.3f}"]
-    if settings.adapter_sha256:
+    if settings.adapter_sha256 and not _merges(settings):
         rank = _rank(read_json(Path(settings.adapter) / "adapter_config.json"))
         room = next(room for room in RANKS if room >= rank)
         words += ["--enable-lora", "--max-lora-rank", str(room), "--lora-modules", f"adapter={settings.adapter}"]
@@ -163,7 +172,9 @@ def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[
 def _in_words(settings: EvaluationSettings) -> str:
     """In which form the weights are served."""
     form = f"in 4 bit, dequantized to {settings.dtype}" if settings.quantized else f"in {settings.dtype}"
-    return f"base model {form}{', adapter as LoRA over it' if settings.adapter_sha256 else ''}"
+    if not settings.adapter_sha256:
+        return f"base model {form}"
+    return f"base model {form}, adapter {'merged into it' if _merges(settings) else 'as LoRA over it'}"
 
 
 def _environment(prompter: "Prompter", longest: int, at_once: int) -> dict[str, str]:

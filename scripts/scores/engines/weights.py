@@ -1,8 +1,13 @@
-"""A run's base model as other engines load it: what its 4-bit weights stand for, in 16 bit, as a folder."""
+"""A run's base model as other engines load it: what its 4-bit weights stand for, in 16 bit, as a folder; for some with
+the adapter merged into it."""
 
 import gc
 import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import orjson
 import torch
@@ -39,7 +44,30 @@ def folder(prompter: Prompter) -> Path:
 
 def _make(prompter: Prompter, target: Path, made: Path) -> None:
     say(f"dequantizing {Path(prompter.settings.base_model).name} into {made}, once")
-    model = base_model(prompter).dequantize(dtype=getattr(torch, prompter.settings.dtype))
+    _save(prompter, _dequantized(prompter), target)
+
+
+@contextmanager
+def merged(prompter: Prompter) -> Iterator[Path]:
+    """As `folder`, of any base model, with the run's adapter merged into the weights, which are rounded once after
+    that; for as long as they are needed."""
+    from peft import PeftModel
+
+    settings = prompter.settings
+    model = _dequantized(prompter) if settings.quantized else base_model(prompter)
+    model = PeftModel.from_pretrained(model.float(), settings.adapter).merge_and_unload()
+    paths.cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="merged-", dir=paths.cache()) as target:
+        _save(prompter, model.to(getattr(torch, settings.dtype)), Path(target))
+        del model
+        yield Path(target)
+
+
+def _dequantized(prompter: Prompter) -> Any:
+    return base_model(prompter).dequantize(dtype=getattr(torch, prompter.settings.dtype))
+
+
+def _save(prompter: Prompter, model: Any, target: Path) -> None:
     model.save_pretrained(target)
     prompter.config.save_pretrained(target)  # as it was: the model's has what was asked for beside it
     del model
