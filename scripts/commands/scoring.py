@@ -127,7 +127,8 @@ def evaluate_verb(
     exclusive({"--checkpoints": checkpoints, "--export-prompts": export_prompts, "--predictions": predictions})
     exclusive({"--checkpoints": checkpoints, "--adapter": adapter})
     exclusive({"--server": server, "--engine vllm": engine == "vllm", "--predictions": predictions})
-    only_with("--cache", cache != "auto", "--engine transformers", engine == "transformers" and not server)
+    by_transformers = engine == "transformers" and not server and not predictions
+    only_with("--cache", cache != "auto", "predictions by transformers", by_transformers)
     only_with("--model", model, "--server", server)
     exclusive({"--checkpoints": checkpoints, "--server": server})
     exclusive({"--export-prompts": export_prompts, "--server": server, "--engine vllm": engine == "vllm"})

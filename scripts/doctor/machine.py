@@ -212,11 +212,12 @@ def skypilot() -> Line:
     try:
         _, bucket = sky_settings.task_settings([])
         if bucket:
-            Bucket(bucket)
-    except UserError as error:
+            within(PATIENCE, lambda: Bucket(bucket))
+    except (UserError, TimeoutError) as error:
         problem = str(error).removeprefix("--on sky: ")
         state: State = "wrong" if file.is_file() else "note"
-        return Line("SkyPilot", state, f"is installed; {problem}", f"write {file}, as the guide says")
+        remedy = "mend that" if file.is_file() else f"write {file}, as the guide says"
+        return Line("SkyPilot", state, f"is installed; {problem}", remedy)
     files = "keep files in a bucket" if bucket else "share this one's files"
     return Line("SkyPilot", "ok", f"is installed; by {file} its machines {files}")
 

@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -23,6 +23,7 @@ from ..base.processes import start_child, stop_requests
 from ..base.progress import say
 from ..runs.rundir import RunDir
 from ..runs.tasks import Command
+from ..scores.evaluations import PREDICTIONS, SCORES
 
 URL = "QLORA_RECIPES_BUCKET"
 """The variable of the environment that has the bucket's URL in a job."""
@@ -35,6 +36,7 @@ SETTLED = 5
 _ATTEMPTS = 5  # at the first and the last copy, without which what was trained is lost
 _SMALL = 1_000_000  # bytes that are rather copied again
 _RECORD = "run.json"
+_MADE_ANEW = (PREDICTIONS, SCORES)  # what `evaluate` may have made here while a job of the run went on
 _PATHS = ("deepspeed", "lora_model_dir", "chat_template_jinja")  # keys that may name a file or folder
 _JOBS = "jobs.json"  # written only where jobs are handed over
 
@@ -72,19 +74,21 @@ class Bucket:
             if ".." not in below.parts and below.name != _JOBS
         }
 
-    def download(self, path: Path, wanted: Callable[[PurePosixPath], bool] = lambda _: True) -> bool:
-        """Fetch a file, or a folder's files, as far as they differ from those here; whether there are any. What was
-        changed here since, as scores are that were made anew, stays; but a run's record is the one there.
+    def download(
+        self, path: Path, wanted: Callable[[PurePosixPath], bool] = lambda _: True, stay: Container[str] = ()
+    ) -> bool:
+        """Fetch a file, or a folder's files, as far as they differ from those here; whether there are any.
 
         Args:
             path: where it is on the machines, and comes to be here.
             wanted: whether a file is fetched, by its path in the folder.
+            stay: the names of files that stay as they are here where they are newer.
         """
         found = self.versions(path)
         here = versions(path)
         for file, version in sorted(found.items(), key=_last_the_record):
-            newer_here = file in here and here[file][0] > version[0] and file.name != _RECORD
-            if here.get(file) == version or newer_here or not wanted(PurePosixPath(file.relative_to(path))):
+            stays = file.name in stay and file in here and here[file][0] > version[0]
+            if here.get(file) == version or stays or not wanted(PurePosixPath(file.relative_to(path))):
                 continue
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_name(f".{file.name}.{os.getpid()}.part")
@@ -177,21 +181,15 @@ def read_by(commands: Sequence[Command]) -> list[Path]:
 
 
 def put(url: str, commands: Sequence[Command]) -> None:
-    """Put the folders of runs, and what commands read, into a bucket, as far as it does not have them. A checkpoint
-    that was removed here is removed there, lest its run resumes from it.
+    """Put the folders of runs, and what commands read, into a bucket, as far as it does not have them.
 
     Raises:
         UserError: it cannot be written to.
     """
     bucket = Bucket(url)
     try:
-        for path in read_by(commands):
+        for path in (*read_by(commands), *sorted({command.folder.path for command in commands})):
             bucket.upload(path, bucket.has(path))
-        for folder in {command.folder.path: command.folder for command in commands}.values():
-            kept = bucket.has(folder.path)
-            if folder.read().state != "finished":  # of which checkpoints are not fetched
-                kept |= {file: version for file, version in bucket.versions(folder.path).items() if not file.exists()}
-            bucket.upload(folder.path, kept)
     except Exception as error:  # each kind of bucket raises its own
         raise UserError(f"bucket {url}: cannot be written to: {_reason(error)}") from None
 
@@ -211,7 +209,7 @@ def _gathered(url: str, path: Path, ended: bool, minute: int) -> bool:
     folder = RunDir(path)
     try:
         bucket = Bucket(url)
-        if not bucket.download(path, lambda file: file.parts[0] != "output"):
+        if not bucket.download(path, lambda file: file.parts[0] != "output", stay=_MADE_ANEW):
             raise FileNotFoundError("it has nothing of it")
         if ended:
             if not (finished := folder.read().state == "finished"):

@@ -211,8 +211,10 @@ class Sky:
                     states[job.id] = JobState("unknown", "its bucket cannot be read", job.id)
             elif age.total_seconds() < HANDING_OVER:
                 states[job.id] = JobState("queued", "is being handed over", job.id)
-            else:
+            elif _gather(job, ended=True):  # SkyPilot no longer knows it
                 _mark_ended(Path(job.script))
+            else:
+                states[job.id] = JobState("unknown", "its bucket cannot be read", job.id)
         return states
 
     @classmethod

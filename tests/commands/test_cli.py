@@ -127,7 +127,8 @@ MISTAKES = [
     (f"run {NAME} --nodes 2", "--nodes 2: works only with --on slurm"),
     (f"run {NAME} --gpus 2", "--gpus 2: only 0 can be used here"),
     ("evaluate some/run", "some/run: no run of that name"),
-    ("evaluate latest --engine vllm --cache static", "--cache: works only with --engine transformers"),
+    ("evaluate latest --engine vllm --cache static", "--cache: works only with predictions by transformers"),
+    ("evaluate latest --server http://localhost:8000 --cache static", "--cache: works only with predictions by tran"),
 ]
 
 

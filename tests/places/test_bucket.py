@@ -1,11 +1,10 @@
 """Runs on machines that share no files with this one."""
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
-from run_folders import ADAPTER, a_checkpoint, a_run
+from run_folders import a_run
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs.datafiles import DataFile
@@ -53,7 +52,7 @@ def test_a_folder_is_copied_as_far_as_it_changed(tmp_path: Path) -> None:
     assert not one.download(tmp_path / "nothing")
 
 
-def test_what_was_changed_here_stays_but_for_the_record(tmp_path: Path) -> None:
+def test_scores_that_were_made_anew_here_stay(tmp_path: Path) -> None:
     run, there = RunDir(tmp_path / "run"), tmp_path / "bucket"
     mirror = there / run.path.relative_to("/")
     for folder in (mirror, run.path):
@@ -66,20 +65,6 @@ def test_what_was_changed_here_stays_but_for_the_record(tmp_path: Path) -> None:
     assert bucket.gather(f"file://{there}", run, ended=False)
     expected = {"run.json": "run.json run", "scores.json": "scores.json run made anew", "train.log": "train.log run"}
     assert content(run.path) == expected
-
-
-@pytest.mark.parametrize(("state", "goes"), [("failed", True), ("finished", False)])
-def test_a_run_is_not_resumed_from_a_checkpoint_that_was_removed(tmp_path: Path, state: str, goes: bool) -> None:
-    run, there = a_run(tmp_path / "runs", "haider2024/code-llama-7b", "a", 5.0, state=state), tmp_path / "bucket"
-    for step in (1, 2):
-        a_checkpoint(run.output, step)
-    resume = [Command("run", run, ["resume", str(run.path), "--runs", "runs"])]
-    bucket.put(f"file://{there}", resume)
-    shutil.rmtree(run.output / "checkpoint-2")
-    bucket.put(f"file://{there}", resume)
-    kept = there / run.output.relative_to("/")
-    assert (kept / "checkpoint-1" / ADAPTER).is_file()
-    assert (kept / "checkpoint-2" / ADAPTER).is_file() is not goes
 
 
 def test_what_commands_read_is_what_is_here_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

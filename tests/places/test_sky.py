@@ -260,9 +260,12 @@ def test_without_skypilot_and_with_options_of_other_places_that_is_told(
     assert "--yes: works only with --on sky" in recipe("run", NAME, "--rehearse", "--yes").stderr
 
 
-@pytest.mark.parametrize("words", [("resume",), ("evaluate",), ("evaluate", "--on", "sky")])
+@pytest.mark.parametrize(
+    ("words", "known"),
+    [(("resume",), True), (("evaluate",), True), (("evaluate", "--on", "sky"), True), (("resume",), False)],
+)
 def test_of_a_run_whose_bucket_cannot_be_read_nothing_is_started(
-    recipe: Recipe, tmp_path: Path, answers: Path, words: tuple[str, ...]
+    recipe: Recipe, tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], known: bool
 ) -> None:
     """Its job has ended, and nobody knows in what state: the machine, or the way to the bucket, was lost."""
     there = tmp_path / "bucket"
@@ -270,7 +273,9 @@ def test_of_a_run_whose_bucket_cannot_be_read_nothing_is_started(
     done = recipe("run", NAME, "--rehearse", "--on", "sky")
     run = RunDir(tmp_path / done.stdout.strip())
     (job,) = run.jobs()
-    answer(answers, states={job.id: {"id": 1, "status": "SUCCEEDED", "ended": True, "reason": ""}})
+    monkeypatch.setattr(sky, "HANDING_OVER", 0)
+    state = {job.id: {"id": 1, "status": "SUCCEEDED", "ended": True, "reason": ""}}
+    answer(answers, states=state if known else {})
     shutil.rmtree(there)
     kept = {file: file.read_bytes() for file in run.path.iterdir() if file.is_file()}
     refused = recipe(words[0], "latest", *words[1:])

@@ -15,7 +15,7 @@ import pytest
 from conftest import TESTS
 from run_folders import ADAPTER, a_tiny_run
 
-from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate
@@ -90,8 +90,10 @@ def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run: R
         "--generation-config": "vllm",
     }
     assert given | expected == given
-    assert "--lora-modules" not in given and Path(given["--model"]).parent == paths.cache()
-    assert not Path(given["--model"]).exists()  # any more
+    assert "--lora-modules" not in given
+    assert (
+        Path(given["--model"]).name.startswith("merged-") and (Path(given["--model"]) / "model.safetensors").is_file()
+    )
     assert int(given["--max-model-len"]) >= 8 + max(int(row["prediction"]) for row in read_predictions(run.path))
     assert len(environment["VLLM_API_KEY"]) == 32 and environment["VLLM_NO_USAGE_STATS"] == "1"
     assert environment["VLLM_API_KEY"] not in "".join(given)
@@ -152,8 +154,7 @@ def test_the_served_weights_are_those_that_the_reference_computes_with(run: RunD
     assert "quantization_config" not in json.loads((made / "config.json").read_text())
     settings = EvaluationTask(run, EvaluationRequest()).settings
     lora = load_file(run.output / ADAPTER)
-    with weights.merged(Prompter(settings, task.cfg, run.output)) as folder:
-        merged = load_file(folder / "model.safetensors")
+    merged = load_file(weights.folder(Prompter(settings, task.cfg, run.output), merges=True) / "model.safetensors")
     for name, weight in served.items():
         a, b = (lora.get(f"base_model.model.{name.removesuffix('weight')}lora_{one}.weight") for one in "AB")
         assert torch.allclose(merged[name], weight if a is None else weight + 24 / 12 * b @ a, atol=1e-6), name
@@ -169,6 +170,7 @@ def test_the_served_weights_are_those_that_the_reference_computes_with(run: RunD
         ({"modules_to_save": ["lm_head"]}, "which holds whole layers"),
         ({"peft_type": "IA3"}, "which is no LoRA"),
         ({"bias": "all"}, "which has biases"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "whose LoRA is on an embedding or a head"),
         ({"init_lora_weights": "pissa"}, "which changes the base model's weights"),
         ({"r": 513}, "of rank 513"),
         ({"rank_pattern": {"q_proj": 1024}}, "of rank"),

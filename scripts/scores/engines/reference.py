@@ -34,10 +34,10 @@ FIXED = 16, 8192
 """The most rows and tokens of a batch on a CPU, where arithmetic takes the time and larger ones are not faster, and of
 samples, whose seeds are those of their batches: they are not to depend on how much memory there is."""
 
-SMALL = 2e9
-"""Parameters below which a model on a CPU, as those of rehearsals are, is dequantized at once, not anew for each token:
-that takes 2 bytes a parameter, and half of the time. In bf16, bitsandbytes' own kernel for CPUs rounds, too, to what
-depends on how many rows are computed at once."""
+SMALL = 4e9
+"""Bytes of memory below which a quantized model's weights are dequantized once on a CPU, as those of rehearsals are:
+doing so for each token is slower, and bitsandbytes' kernel for CPUs rounds to bf16, with answers that depend on how
+many rows are computed at once."""
 
 
 class Reference:
@@ -55,8 +55,9 @@ class Reference:
         self.tokenizer = prompter.tokenizer
         self.model = base_model(prompter)
         self.device = self.model.device
-        if settings.quantized and self.device.type == "cpu" and self.model.num_parameters() < SMALL:
-            self.model = self.model.dequantize(dtype=getattr(torch, settings.dtype))
+        dtype = getattr(torch, settings.dtype)
+        if settings.quantized and self.device.type == "cpu" and self.model.num_parameters() * dtype.itemsize < SMALL:
+            self.model = self.model.dequantize(dtype=dtype)
         self.model.generation_config = GenerationConfig()  # the model's own decodes in its own way
         grow_embedding(self.model, len(self.tokenizer), settings.adapter if settings.adapter_sha256 else None)
         if settings.adapter_sha256:

@@ -1,16 +1,17 @@
 """vLLM as an engine: a server that is started for an evaluation, in an environment of its own, and ends with it."""
 
 import os
+import re
 import secrets
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 
@@ -33,6 +34,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 AT_ONCE = 128
 """Requests that it gets at a time; it is vLLM that decides how many of them it works on."""
 PATIENCE = 1800  # seconds until it is ready: a large model has to be read from disk, and compiled on a GPU
+_ENDS = "embed|lm_head"  # merged where a model has them in one tensor, either would change both
 _PLAIN = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
@@ -73,6 +75,7 @@ def for_cpu() -> bool:
 def _unservable(adapter: Path) -> str | None:
     """Why vLLM cannot serve an adapter; None if it can."""
     config = read_json(adapter / "adapter_config.json")
+    targets = config.get("target_modules")
     reasons = {
         "whose weights are decomposed (DoRA)": config.get("use_dora"),
         "which holds whole layers beside LoRA's": config.get("modules_to_save"),
@@ -81,6 +84,7 @@ def _unservable(adapter: Path) -> str | None:
         "which is no LoRA": config.get("peft_type") != "LORA",
         "which has biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
         "which changes the base model's weights": config.get("init_lora_weights", True) not in _PLAIN,
+        "whose LoRA is on an embedding or a head, which can be one": for_cpu() and re.search(_ENDS, str(targets)),
         f"of rank {config.get('r')}": not 1 <= _rank(config) <= RANKS[-1],
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -115,27 +119,25 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
     longest = max(map(len, prompts)) + settings.decoding.max_new_tokens
     port, key, log = _free_port(), secrets.token_hex(16), part.with_name("vllm.log")
     environment = _environment(prompter, longest, min(len(prompts), AT_ONCE)) | {"VLLM_API_KEY": key}
-    if merges := _merges(settings):
-        form: Any = weights.merged(prompter)
-    else:
-        form = nullcontext(weights.folder(prompter) if settings.quantized else settings.base_model)
-    with form as model:
-        with disks.naming(log), opened(log, "wb") as stream:
-            command = _command(prompter, str(model), longest, port)
-            server = start_child(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    merges, model = _merges(settings), settings.base_model
+    if merges or settings.quantized:
+        model = str(weights.folder(prompter, merges))
+    with disks.naming(log), opened(log, "wb") as stream:
+        command = _command(prompter, model, longest, port)
+        server = start_child(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
 
-        def alive() -> None:
-            if server.poll() is not None:
-                raise WorkFailed(f"{_tail(log)}\nvLLM has ended with code {server.returncode}; the whole log is {log}")
+    def alive() -> None:
+        if server.poll() is not None:
+            raise WorkFailed(f"{_tail(log)}\nvLLM has ended with code {server.returncode}; the whole log is {log}")
 
-        try:
-            api = Api(f"http://127.0.0.1:{port}/v1/", key, timeout=None, alive=alive)
-            with Bar("starting vLLM"):
-                _wait(api, log)
-            name = "adapter" if settings.adapter_sha256 and not merges else "base"
-            yield Server(prompter, api, name, _in_words(settings), prompts, settings.batch_size or AT_ONCE)
-        finally:
-            _end(server)
+    try:
+        api = Api(f"http://127.0.0.1:{port}/v1/", key, timeout=None, alive=alive)
+        with Bar("starting vLLM"):
+            _wait(api, log)
+        name = "adapter" if settings.adapter_sha256 and not merges else "base"
+        yield Server(prompter, api, name, _in_words(settings), prompts, settings.batch_size or AT_ONCE)
+    finally:
+        _end(server)
 
 
 def _merges(settings: EvaluationSettings) -> bool:

@@ -1,11 +1,8 @@
-"""A run's base model as other engines load it: what its 4-bit weights stand for, in 16 bit, as a folder; for some with
-the adapter merged into it."""
+"""A run's base model as a folder that other engines load: what its 4-bit weights stand for, in 16 bit, perhaps with the
+adapter merged into them."""
 
 import gc
 import hashlib
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +16,19 @@ from ..prompter import Prompter
 from .reference import NF4, base_model
 
 
-def folder(prompter: Prompter) -> Path:
+def folder(prompter: Prompter, merges: bool = False) -> Path:
     """The run's base model, quantized as in training and dequantized to the dtype that its layers compute in.
 
     At each step a 4-bit layer does the same, so that both compute with the very same weights. The folder is made once,
     in the cache, where it takes as much room as the base model in 16 bit.
 
+    Args:
+        prompter: of the run.
+        merges: whether the adapter is merged into the weights, which rounds them once more, and takes memory for all of
+            them in fp32. The base model need not be quantized then.
+
     Raises:
-        OSError: there is not so much.
+        OSError: there is not so much room.
     """
     settings = prompter.settings
     model = Path(settings.base_model)
@@ -34,42 +36,31 @@ def folder(prompter: Prompter) -> Path:
         "model": settings.base_model,
         "revision": getattr(prompter.config, "_commit_hash", None) or prompter.revision,
         "files": sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in model.glob("*.*")),
-        "kinds": NF4 | (prompter.cfg.get("bnb_config_kwargs") or {}),
+        "kinds": settings.quantized and NF4 | (prompter.cfg.get("bnb_config_kwargs") or {}),
         "dtype": settings.dtype,
+        "adapter": settings.adapter_sha256 if merges else None,
     }
     digest = hashlib.sha256(orjson.dumps(made_of, option=orjson.OPT_SORT_KEYS)).hexdigest()
-    made = paths.cache() / f"dequantized-{model.name}-{digest[:16]}"
-    return make_once(made, lambda target: _make(prompter, target, made))
+    made = paths.cache() / f"{'merged' if merges else 'dequantized'}-{model.name}-{digest[:16]}"
+    return make_once(made, lambda target: _make(prompter, merges, target, made))
 
 
-def _make(prompter: Prompter, target: Path, made: Path) -> None:
-    say(f"dequantizing {Path(prompter.settings.base_model).name} into {made}, once")
-    _save(prompter, _dequantized(prompter), target)
-
-
-@contextmanager
-def merged(prompter: Prompter) -> Iterator[Path]:
-    """As `folder`, of any base model, with the run's adapter merged into the weights, which are rounded once after
-    that; for as long as they are needed."""
-    from peft import PeftModel
-
-    settings = prompter.settings
-    model = _dequantized(prompter) if settings.quantized else base_model(prompter)
-    model = PeftModel.from_pretrained(model.float(), settings.adapter).merge_and_unload()
-    paths.cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="merged-", dir=paths.cache()) as target:
-        _save(prompter, model.to(getattr(torch, settings.dtype)), Path(target))
-        del model
-        yield Path(target)
-
-
-def _dequantized(prompter: Prompter) -> Any:
-    return base_model(prompter).dequantize(dtype=getattr(torch, prompter.settings.dtype))
-
-
-def _save(prompter: Prompter, model: Any, target: Path) -> None:
-    model.save_pretrained(target)
+def _make(prompter: Prompter, merges: bool, target: Path, made: Path) -> None:
+    what = "merging the adapter into" if merges else "dequantizing"
+    say(f"{what} {Path(prompter.settings.base_model).name}, once, in {made}")
+    _weights(prompter, merges).save_pretrained(target)
     prompter.config.save_pretrained(target)  # as it was: the model's has what was asked for beside it
-    del model
     gc.collect()
     torch.cuda.empty_cache()  # the engine needs it
+
+
+def _weights(prompter: Prompter, merges: bool) -> Any:
+    settings, model = prompter.settings, base_model(prompter)
+    dtype = getattr(torch, settings.dtype)
+    if settings.quantized:
+        model = model.dequantize(dtype=dtype)
+    if merges:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model.float(), settings.adapter).merge_and_unload().to(dtype)
+    return model
