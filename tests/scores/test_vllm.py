@@ -91,9 +91,8 @@ def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run: R
     }
     assert given | expected == given
     assert "--lora-modules" not in given
-    assert (
-        Path(given["--model"]).name.startswith("merged-") and (Path(given["--model"]) / "model.safetensors").is_file()
-    )
+    model = Path(given["--model"])
+    assert model.name.startswith("merged-") and (model / "model.safetensors").is_file()
     assert int(given["--max-model-len"]) >= 8 + max(int(row["prediction"]) for row in read_predictions(run.path))
     assert len(environment["VLLM_API_KEY"]) == 32 and environment["VLLM_NO_USAGE_STATS"] == "1"
     assert environment["VLLM_API_KEY"] not in "".join(given)
