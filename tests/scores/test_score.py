@@ -1,4 +1,3 @@
-import os
 import statistics
 import subprocess
 import sys
@@ -74,42 +73,6 @@ def test_shares_and_lengths() -> None:
     assert [row["exact"] for row in rows] == [False, True, False, False, False]
     assert (scores["rows"], scores["exact"], scores["empty"], scores["repeated"]) == (5, 0.2, 0.2, 0.4)
     assert scores["length_ratio"] == pytest.approx((1 + 6 + 0 + 1 + 1) / (5 + 6 + 2 + 3 + 2))
-
-
-@pytest.mark.parametrize(
-    ("reference", "prediction", "expected"),
-    [
-        ("the cat sat on the mat", "the cat sat on the mat", 1.0),
-        ("please rename this variable", "rename it", 2 * (1 / 2) * (1 / 4) / (1 / 2 + 1 / 4)),
-        ("fixes", "fixed", 1.0),  # stemmed
-        ("a b", "", 0.0),
-    ],
-)
-def test_rouge_l(reference: str, prediction: str, expected: float) -> None:
-    (row,) = score.with_scores([{"reference": reference, "prediction": prediction}], columns_of(None, ["rouge_l"]))
-    assert row["rouge_l"] == pytest.approx(expected)
-
-
-def test_rouge_l_is_computed_with_a_release_of_nltk_that_needs_scipy(tmp_path: Path) -> None:
-    for name, content in {
-        "scipy/__init__.py": "",
-        "nltk/__init__.py": "import scipy",
-        "nltk/stem/__init__.py": "",
-        "nltk/stem/porter.py": "class PorterStemmer:\n    def stem(self, word): return word[:3]",
-    }.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
-    code = (
-        "from qlora_recipes.metrics import rouge_l as r\n"
-        "print(r.rouge_l([('renames', 'renamed')], r.RougeParameters()))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.stdout, done.returncode) == ("[1.0]\n", 0), done.stderr
 
 
 def test_bertscore_is_named_with_its_model() -> None:
