@@ -79,7 +79,7 @@ class EvaluationSettings(BaseModel):
         test_set: which of the study's sets of test rows they are, by their content: `test` is all of them; None
             for other rows.
         batch_size: the most rows generated at a time; None where it was left to the engine.
-        batch_tokens: the most tokens of the reference's batches, by the memory that there was.
+        batch_tokens: the most tokens of the reference's batches, by the memory there was for their keys and values.
         engine: what generated: `REFERENCE`, in a process of this project; `VLLM`, which it started; `SERVER`, which
             somebody started, with whatever model; or `ELSEWHERE`, where all but the prompts is as the user says.
         model: the name of the server's model.

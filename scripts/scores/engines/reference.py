@@ -15,6 +15,7 @@ from transformers import (
     StaticCache,
     set_seed,
 )
+from transformers.integrations import sdpa_attention
 from transformers.utils.logging import disable_progress_bar
 
 from ...base.errors import WorkFailed
@@ -28,16 +29,32 @@ disable_progress_bar()
 
 NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # Axolotl's defaults for qlora
 MOST_ROWS = 64
-"""Of a batch on a GPU, unless another number is asked for. Weights are read, and in 4 bit dequantized, once a token for
-all rows of a batch; beyond some dozens that is little, and rows that have ended wait for those that have not."""
+"""Of a batch, unless another number is asked for. Weights are read, and in 4 bit dequantized, once a token for all rows
+of a batch; beyond some dozens that is little, and rows that have ended wait for those that have not."""
 FIXED = 16, 8192
-"""The most rows and tokens of a batch on a CPU, where arithmetic takes the time and larger ones are not faster, and of
-samples, whose seeds are those of their batches: they are not to depend on how much memory there is."""
+"""The most rows and tokens of a batch of large models on a CPU, where arithmetic takes the time and larger ones are not
+faster, and of samples, whose seeds are those of their batches: they are not to depend on how much memory there is."""
 
 SMALL = 4e9
-"""Bytes of memory below which a quantized model's weights are dequantized once on a CPU, as those of rehearsals are:
+"""Bytes of memory below which a model is small on a CPU, as those of rehearsals are. Its weights are dequantized once:
 doing so for each token is slower, and bitsandbytes' kernel for CPUs rounds to bf16, with answers that depend on how
 many rows are computed at once."""
+SMALL_CACHE = 1_000_000_000
+"""The most bytes of keys and values of a small model's batch on a CPU."""
+
+_usual = sdpa_attention.use_gqa_in_sdpa
+
+
+def _grouped(attention_mask: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether PyTorch's attention is given keys and values once for a group of heads, instead of a copy for each.
+
+    On a CPU always: the copies took a third of the time there, and change no bit. transformers makes them wherever
+    there is a mask, which on a GPU would rule out the fast kernels.
+    """
+    return key.device.type == "cpu" or _usual(attention_mask, key, value)
+
+
+sdpa_attention.use_gqa_in_sdpa = _grouped
 
 
 class Reference:
@@ -56,7 +73,8 @@ class Reference:
         self.model = base_model(prompter)
         self.device = self.model.device
         dtype = getattr(torch, settings.dtype)
-        if settings.quantized and self.device.type == "cpu" and self.model.num_parameters() * dtype.itemsize < SMALL:
+        small = self.device.type == "cpu" and self.model.num_parameters() * dtype.itemsize < SMALL
+        if settings.quantized and small:
             self.model = self.model.dequantize(dtype=dtype)
         self.model.generation_config = GenerationConfig()  # the model's own decodes in its own way
         grow_embedding(self.model, len(self.tokenizer), settings.adapter if settings.adapter_sha256 else None)
@@ -65,7 +83,7 @@ class Reference:
 
             self.model = PeftModel.from_pretrained(self.model, settings.adapter)
         self.model.eval()
-        if self.device.type == "cuda" and settings.batch_tokens is None:
+        if settings.batch_tokens is None and (small or self.device.type == "cuda"):
             self.settings = settings.model_copy(update={"batch_tokens": self._room()})
         self._cache: tuple[tuple[int, int], StaticCache] | None = None
 
@@ -83,11 +101,13 @@ class Reference:
         )
 
     def _room(self) -> int:
-        """How many tokens' keys and values half of the GPU's free memory takes; a pass needs the other half.
+        """How many tokens' keys and values half of the GPU's free memory takes, or `SMALL_CACHE` on a CPU; a pass needs
+        the other half.
 
         A power of two, so that an evaluation that goes on later mostly comes to the same.
         """
-        return 1 << max(torch.cuda.mem_get_info()[0] // 2 // self.prompter.cache_of(1), 1).bit_length() - 1
+        memory = torch.cuda.mem_get_info()[0] // 2 if self.device.type == "cuda" else SMALL_CACHE
+        return 1 << max(memory // self.prompter.cache_of(self.settings.decoding.num_beams), 1).bit_length() - 1
 
     def _static_cache(self, rows: int, room: int) -> StaticCache | None:
         """An empty cache: the last one, if its shape is the same, as the compiled code is bound to its memory."""
