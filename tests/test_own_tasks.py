@@ -1,6 +1,7 @@
 """Tasks of one's own, the whole way: from `recipe new` to a model card, with rows of every form and no study."""
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
@@ -42,17 +43,27 @@ def turns(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-CHAT = {"keys": {"type": "chat_template"}, "sets": ("chat_template=chatml",)}
+OWN_TEMPLATE = """\
+{% for message in messages %}{{ message.role }}:
+{{ message.content }}{{ eos_token }}
+{% endfor %}{% if add_generation_prompt %}assistant:
+{% endif %}"""
+"""Of the model's tokenizer, for rows that name no other."""
 TASKS = {
     "alpaca": Task(
         lambda question, answer: {"instruction": "Multiply.", "input": question, "output": answer}, {"type": "alpaca"}
     ),
-    "chat": Task(lambda question, answer: {"messages": turns(question, answer)}, **CHAT),
+    "chat": Task(
+        lambda question, answer: {"messages": turns(question, answer)},
+        {"type": "chat_template"},
+        ("chat_template=tokenizer_default",),
+    ),
     "several turns": Task(
         lambda question, answer: {
             "messages": [{"role": "system", "content": "Be brief."}, *turns("Hello.", "Hi!", question, answer)]
         },
-        **CHAT,
+        {"type": "chat_template"},
+        ("chat_template=chatml",),
     ),
     "input_output": Task(
         lambda question, answer: {
@@ -75,9 +86,17 @@ HELD_OUT = ("evaluation file", "share")
 """Where the rows to evaluate on are: in a file of their own, or held out of those to train on."""
 
 
-@pytest.mark.parametrize(("name", "held_out"), [("alpaca", "share"), *zip(TASKS, cycle(HELD_OUT))])
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """The tiny Llama, with a chat template."""
+    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("model") / "tiny")
+    (folder / "chat_template.jinja").write_text(OWN_TEMPLATE)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "held_out"), zip(TASKS, cycle(HELD_OUT)))
 def test_a_task_of_ones_own_goes_the_whole_way(
-    name: str, held_out: str, recipe: Recipe, tmp_path: Path, tiny: Path
+    name: str, held_out: str, recipe: Recipe, tmp_path: Path, model: Path
 ) -> None:
     task, evaluation_file = TASKS[name], held_out == "evaluation file"
     rows = [task.row(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
@@ -106,7 +125,7 @@ def test_a_task_of_ones_own_goes_the_whole_way(
     )
     assert "fits" in done("plan", "mine", "--gpu", "A100")
 
-    said = done("run", "mine", "--rehearse", *LEARNING, "--set", f"base_model={tiny}")
+    said = done("run", "mine", "--rehearse", *LEARNING, "--set", f"base_model={model}")
     assert "the first rows of its own data" in said and "sample" not in said
     (run,) = (tmp_path / "runs" / "mine").iterdir()
     metrics = [orjson.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.configs import models, standin
+from qlora_recipes.configs import models
 from qlora_recipes.planning import planner, traces
 from qlora_recipes.planning import steps as steps_of
 from qlora_recipes.planning.layers import trace
@@ -152,11 +152,11 @@ def optimizer(times: int) -> str:
 
 
 @pytest.mark.long
-def test_a_real_training_of_axolotls_allocates_what_the_fake_one_does(tmp_path: Path, sample: Path) -> None:
+def test_a_real_training_of_axolotls_allocates_what_the_fake_one_does(tmp_path: Path, tiny: Path, sample: Path) -> None:
     changes = {
         (bf16, checkpointing, times): checkpointed(checkpointing)
         | {
-            "base_model": str(standin.model_folder()),
+            "base_model": str(tiny),
             "datasets": [{"path": str(sample / "train.jsonl"), "type": "alpaca"}],
             "sequence_len": 256,  # some rows are shorter, so that there is a mask
             "bf16": bf16,
@@ -166,7 +166,7 @@ def test_a_real_training_of_axolotls_allocates_what_the_fake_one_does(tmp_path: 
         for bf16, checkpointing, times in CASES
     }
     for case, real in measured(tmp_path, changes).items():
-        compare(*case, real)
+        compare(tiny, *case, real)
 
 
 def peak_of(fake: traces.MemoryTrace, shape: traces.Shape) -> int:
@@ -174,10 +174,10 @@ def peak_of(fake: traces.MemoryTrace, shape: traces.Shape) -> int:
     return traces.at_peak(fake.loaded + fake.steps[shape], fake.kinds).total()
 
 
-def compare(bf16: bool, checkpointing: bool, times: int, real: dict[str, Any]) -> None:
+def compare(model: Path, bf16: bool, checkpointing: bool, times: int, real: dict[str, Any]) -> None:
     """A real training's memory with that of the fake one."""
     step = Step(
-        model=(standin.model_folder() / "config.json").read_text(),
+        model=(model / "config.json").read_text(),
         weights="bfloat16" if bf16 else "float32",
         autocast="bfloat16" if bf16 else None,
         dropout=0.05,

@@ -1,7 +1,7 @@
 """Two real ranks on the CPU, through the command, under every engine: a tiny Llama in NF4 with LoRA.
 
-Each engine's run is broken off, by a request to stop or by killing a rank, and resumed; its losses and its adapter are
-then compared with those of one process that nothing disturbed.
+Each engine's run but ZeRO-1's, which divides less than ZeRO-2's does, is broken off, by a request to stop or by killing
+a rank, and resumed; its losses and its adapter are then compared with those of one process that nothing disturbed.
 """
 
 import subprocess
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.long
 
 NAME = "haider2024/code-llama-7b"
 ENGINES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP"}
+WHOLE = ("zero1",)  # is not broken off
 KILLED = ("ddp", "zero3")  # of these a rank is killed, the others are asked to stop
 STEPS = 8
 CLOSE = 1e-2
@@ -87,9 +88,11 @@ def broken_off(process: "subprocess.Popen[str]", runs: Path, kill: bool) -> RunD
 
 @pytest.fixture(scope="module", params=ENGINES)
 def divided(place: Path, tiny_profile: Path, request: pytest.FixtureRequest) -> tuple[str, RunDir]:
-    """A profile, and a run under it on two ranks that was broken off and resumed."""
+    """A profile, and a run under it on two ranks, mostly one that was broken off and resumed."""
     profile = request.param
     process = start(place, *rehearsal(tiny_profile, profile, "--profile", profile, "--gpus", "2"))
+    if profile in WHOLE:
+        return profile, RunDir(place / finish(process))
     run = broken_off(process, place / profile, profile in KILLED)
     state, done = run.read().state, run.summary(run.read()).step
     assert state == ("failed" if profile in KILLED else "interrupted")

@@ -180,6 +180,28 @@ def test_a_batch_that_does_not_fit_is_done_in_halves(
         generated(small, rows)
 
 
+def test_keys_and_values_are_not_copied_for_each_head_which_changes_no_bit(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import sdpa_attention
+
+    from qlora_recipes.scores.engines import reference
+
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    tokens, mask = torch.arange(5, 45).view(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :7] = 0  # a shorter row
+    copied, repeat = [], sdpa_attention.repeat_kv
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda *states: copied.append(states) or repeat(*states))
+    with torch.inference_mode():
+        ours = model(tokens, attention_mask=mask).logits
+        assert not copied
+        monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", reference._usual)
+        assert torch.equal(model(tokens, attention_mask=mask).logits, ours)
+    assert copied
+
+
 @given(
     st.lists(st.integers(1, 40_000), min_size=1, max_size=60),
     st.integers(1, 20),
