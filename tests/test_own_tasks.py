@@ -94,7 +94,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "held_out"), zip(TASKS, cycle(HELD_OUT)))
+@pytest.mark.parametrize(("name", "held_out"), [*zip(TASKS, cycle(HELD_OUT))])
 def test_a_task_of_ones_own_goes_the_whole_way(
     name: str, held_out: str, recipe: Recipe, tmp_path: Path, model: Path
 ) -> None:
