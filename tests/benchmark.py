@@ -22,6 +22,8 @@ from qlora_recipes.checks import rows
 
 SAMPLE = paths.RECIPES / "haider2024" / "sample"
 RECIPE = str(Path(sys.executable).with_name("recipe"))
+ROWS = 128
+"""That the engines generate."""
 COMMANDS = [
     ["list"],
     ["show", "haider2024/llama-2-7b"],
@@ -170,12 +172,8 @@ def report(folder: Path) -> tuple[int, float, float, float, float]:
 
 
 @patch.dict(os.environ, benchmark_start.OFFLINE)
-def ratios(answers: int) -> list[dict[str, str]]:
-    """The rows of the README's table, each a ratio of two times that were measured one after the other.
-
-    Args:
-        answers: how many each engine generates.
-    """
+def ratios() -> list[dict[str, str]]:
+    """The rows of the README's table, each a ratio of two times that were measured one after the other."""
     table = []
 
     def row(what: str, over: str, ratio: float, more: str) -> None:
@@ -199,8 +197,8 @@ def ratios(answers: int) -> list[dict[str, str]]:
         more = f"{larger:.2f} times the memory, {peak:.0f} MiB; {speed:.0f} MB/s"
         row(f"a prepared row of 1,000,000, {what}", "one of 250,000", slower, more)
     with folder() as name:
-        for (before, slower, _), (engine, speed, equal) in pairwise(benchmark_engines.engines(Path(name), answers)):
-            more = f"{speed:.2f} rows/s, {equal} of {answers:,} answers the same"
+        for (before, slower, _), (engine, speed, equal) in pairwise(benchmark_engines.engines(Path(name), ROWS)):
+            more = f"{speed:.2f} rows/s, {equal} of {ROWS} answers the same"
             row(f"a row evaluated by {engine}", before, slower / speed, more)
     with folder() as name:
         ratio, ours, theirs, split = benchmark_start.start(Path(name))
@@ -240,4 +238,4 @@ if __name__ == "__main__":
             f"{ready:.1f} s to all figures and rows; first search {1000 * first:.0f} ms, then at most "
             f"{1000 * others:.0f} ms a filter"
         )
-    benchmark_table.write(ratios(int(sys.argv[1])))
+    benchmark_table.write(ratios())

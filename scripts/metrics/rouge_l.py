@@ -58,14 +58,15 @@ def _common(reference: Sequence[str], prediction: Sequence[str]) -> int:
     By bits (Hyyrö 2004, "Bit-parallel LCS-length computation revisited"), since rouge-score's table takes a step of
     Python for each pair of words.
     """
-    places: dict[str, int] = {}
+    places: dict[str, int] = {}  # of each word, a bit for each place in the reference
     for place, word in enumerate(reference):
-        places[word] = places.get(word, 0) | 1 << place
-    every = unused = (1 << len(reference)) - 1
+        places[word] = places.get(word, 0) | (1 << place)
+    # a row of that table: a 0 at each place where the subsequence with the words so far becomes longer by one
+    flat = every = (1 << len(reference)) - 1
     for word in prediction:
-        found = unused & places.get(word, 0)
-        unused = (unused + found | unused - found) & every
-    return len(reference) - unused.bit_count()
+        found = flat & places.get(word, 0)
+        flat = ((flat + found) | (flat - found)) & every  # the next 0 above a place of the word moves down to it
+    return len(reference) - flat.bit_count()
 
 
 def rouge_l(pairs: Sequence[Pair], parameters: RougeParameters) -> list[float]:

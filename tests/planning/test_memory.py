@@ -9,6 +9,7 @@ from typing import Any
 import compare_memory
 import orjson
 import pytest
+import torch
 from conftest import SHARED, SMALL, config_with, train_many
 from families import SHIPPED, TINY
 from hypothesis import given, settings
@@ -153,10 +154,14 @@ def optimizer(times: int) -> str:
 
 @pytest.mark.long
 def test_a_real_training_of_axolotls_allocates_what_the_fake_one_does(tmp_path: Path, tiny: Path, sample: Path) -> None:
+    model = shutil.copytree(tiny, tmp_path / "model")  # its tokenizer, and layers wide enough for 8-bit states
+    small = AutoConfig.for_model(**SMALL, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16).save_pretrained(model)
+    (tmp_path / "runs").mkdir()
     changes = {
         (bf16, checkpointing, times): checkpointed(checkpointing)
         | {
-            "base_model": str(tiny),
+            "base_model": str(model),
             "datasets": [{"path": str(sample / "train.jsonl"), "type": "alpaca"}],
             "sequence_len": 256,  # some rows are shorter, so that there is a mask
             "bf16": bf16,
@@ -165,8 +170,8 @@ def test_a_real_training_of_axolotls_allocates_what_the_fake_one_does(tmp_path: 
         }
         for bf16, checkpointing, times in CASES
     }
-    for case, real in measured(tmp_path, changes).items():
-        compare(tiny, *case, real)
+    for case, real in measured(tmp_path / "runs", changes).items():
+        compare(model, *case, real)
 
 
 def peak_of(fake: traces.MemoryTrace, shape: traces.Shape) -> int:

@@ -17,7 +17,7 @@ ROWS = 7  # so that the last batch is not full
 PACKED = {"sample_packing": True, "pad_to_sequence_len": True, "sequence_len": 1024, "dataset_num_proc": 1}
 EVALUATIONS = {
     "1": {"eval_batch_size": 1},
-    "8": {"eval_batch_size": 8},
+    "2": {"eval_batch_size": 2},
     "packed, 1": PACKED | {"eval_batch_size": 1},
     "packed, 8": PACKED | {"eval_batch_size": 8},
 }
@@ -97,12 +97,12 @@ def test_however_rows_are_batched_and_packed(evaluated: dict[str, RunDir], base:
 
 
 def test_the_trainers_own_history_is_as_without_it(evaluated: dict[str, RunDir]) -> None:
-    card = (evaluated["8"].output / "README.md").read_text()
+    card = (evaluated["2"].output / "README.md").read_text()
     assert "Validation Loss" in card and "Per Token" not in card
 
 
 def test_a_summary_has_both(evaluated: dict[str, RunDir]) -> None:
-    records = [record for record in evaluated["8"].read_metrics() if "eval_loss" in record]
+    records = [record for record in evaluated["2"].read_metrics() if "eval_loss" in record]
     assert len(records) > 1
     summary = summarise(records)
     for key in ("eval_loss", "eval_loss_per_token"):

@@ -180,26 +180,59 @@ def test_a_batch_that_does_not_fit_is_done_in_halves(
         generated(small, rows)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_keys_and_values_are_not_copied_for_each_head_which_changes_no_bit(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.integrations import sdpa_attention
 
-    from qlora_recipes.scores.engines import reference
+    from qlora_recipes.scores.engines.reference import grouped
 
-    model = AutoModelForCausalLM.from_pretrained(tiny)
-    tokens, mask = torch.arange(5, 45).view(2, 20), torch.ones(2, 20, dtype=torch.long)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=getattr(torch, dtype))
+    tokens, mask = torch.arange(5, 47).view(2, 21), torch.ones(2, 21, dtype=torch.long)
     mask[0, :7] = 0  # a shorter row
-    copied, repeat = [], sdpa_attention.repeat_kv
+    copied, repeat, usual = [], sdpa_attention.repeat_kv, sdpa_attention.use_gqa_in_sdpa
     monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda *states: copied.append(states) or repeat(*states))
-    with torch.inference_mode():
-        ours = model(tokens, attention_mask=mask).logits
-        assert not copied
-        monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", reference._usual)
-        assert torch.equal(model(tokens, attention_mask=mask).logits, ours)
-    assert copied
+
+    @torch.inference_mode()
+    def logits() -> torch.Tensor:
+        """Of all tokens, and of one more with the others' keys and values."""
+        first = model(tokens[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
+        more = model(tokens[:, -1:], attention_mask=mask, past_key_values=first.past_key_values)
+        return torch.cat([first.logits, more.logits], dim=1)
+
+    with grouped(model.device):
+        ours = logits()
+    assert not copied
+    assert torch.equal(logits(), ours)
+    assert copied and sdpa_attention.use_gqa_in_sdpa is usual
+
+
+def test_a_small_model_is_given_many_rows_on_a_cpu(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from qlora_recipes.scores.engines import reference
+    from qlora_recipes.scores.prompter import Prompter
+
+    task = EvaluationTask(run, EvaluationRequest(adapter="none", judge="none"))
+
+    def batched(**decoding: Any) -> tuple[int | None, list[int]]:
+        """The tokens that there is room for, and the rows of each batch of 80."""
+        settings = task.settings.model_copy(update={"decoding": task.settings.decoding.model_copy(update=decoding)})
+        engine = reference.Reference(Prompter(settings, task.cfg, run.output))
+        monkeypatch.setattr(engine, "answers", lambda prompts, *_: [[5]] * len(prompts))
+        return engine.settings.batch_tokens, [len(answers) for answers in engine.generate([[5] * 99] * 80, ())]
+
+    # keys and values, two layers, two groups of heads of this size
+    of_a_token = 2 * 2 * 2 * 16 * getattr(torch, task.settings.dtype).itemsize
+    monkeypatch.setattr(reference, "SMALL_CACHE", 2**14 * of_a_token)
+    assert batched() == (2**14, [64, 16])
+    assert batched(num_beams=4) == (2**12, [16] * 5)  # each beam has its own
+    assert batched(do_sample=True) == (None, [16] * 5)
+    monkeypatch.setattr(reference, "SMALL", 0)
+    assert batched() == (None, [16] * 5)
 
 
 @given(

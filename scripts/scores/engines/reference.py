@@ -2,10 +2,12 @@
 
 import gc
 from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import batched, groupby
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -40,21 +42,25 @@ SMALL = 4e9
 doing so for each token is slower, and bitsandbytes' kernel for CPUs rounds to bf16, with answers that depend on how
 many rows are computed at once."""
 SMALL_CACHE = 1_000_000_000
-"""The most bytes of keys and values of a small model's batch on a CPU."""
+"""The most bytes of keys and values of a small model's batch on a CPU, as far as a quarter of the free memory has
+room for them."""
 
-_usual = sdpa_attention.use_gqa_in_sdpa
 
+@contextmanager
+def grouped(device: torch.device) -> Iterator[None]:
+    """Have PyTorch's attention read the keys and values of a group of heads where they are, in passes on a CPU.
 
-def _grouped(attention_mask: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether PyTorch's attention is given keys and values once for a group of heads, instead of a copy for each.
-
-    On a CPU always: the copies took a third of the time there, and change no bit. transformers makes them wherever
-    there is a mask, which on a GPU would rule out the fast kernels.
+    Wherever there is a mask, transformers copies them for each head of the group, as PyTorch's fast kernels for GPUs
+    take no groups together with a mask. The one for CPUs does, and gives the same bits without the copies, which took
+    a third of the time.
     """
-    return key.device.type == "cpu" or _usual(attention_mask, key, value)
-
-
-sdpa_attention.use_gqa_in_sdpa = _grouped
+    usual = sdpa_attention.use_gqa_in_sdpa
+    if device.type == "cpu":
+        sdpa_attention.use_gqa_in_sdpa = lambda *_, **__: True
+    try:
+        yield
+    finally:
+        sdpa_attention.use_gqa_in_sdpa = usual
 
 
 class Reference:
@@ -83,7 +89,8 @@ class Reference:
 
             self.model = PeftModel.from_pretrained(self.model, settings.adapter)
         self.model.eval()
-        if settings.batch_tokens is None and (small or self.device.type == "cuda"):
+        by_memory = (small or self.device.type == "cuda") and not settings.decoding.do_sample
+        if settings.batch_tokens is None and by_memory:
             self.settings = settings.model_copy(update={"batch_tokens": self._room()})
         self._cache: tuple[tuple[int, int], StaticCache] | None = None
 
@@ -101,12 +108,15 @@ class Reference:
         )
 
     def _room(self) -> int:
-        """How many tokens' keys and values half of the GPU's free memory takes, or `SMALL_CACHE` on a CPU; a pass needs
-        the other half.
+        """How many tokens' keys and values a batch has room for: half of a GPU's free memory, as a pass needs the other
+        half, or what `SMALL_CACHE` says of a CPU. Each beam of a row has its own.
 
         A power of two, so that an evaluation that goes on later mostly comes to the same.
         """
-        memory = torch.cuda.mem_get_info()[0] // 2 if self.device.type == "cuda" else SMALL_CACHE
+        if self.device.type == "cuda":
+            memory = torch.cuda.mem_get_info()[0] // 2
+        else:
+            memory = min(SMALL_CACHE, psutil.virtual_memory().available // 4)
         return 1 << max(memory // self.prompter.cache_of(self.settings.decoding.num_beams), 1).bit_length() - 1
 
     def _static_cache(self, rows: int, room: int) -> StaticCache | None:
@@ -164,7 +174,8 @@ class Reference:
         set_seed(self.settings.decoding.seed + number)
         decoding = self.decoding()
         cache = self._static_cache(len(prompts), room)
-        output = self.model.generate(**batch, generation_config=decoding, past_key_values=cache)
+        with grouped(self.device):
+            output = self.model.generate(**batch, generation_config=decoding, past_key_values=cache)
         answers = output[:, batch["input_ids"].shape[1] :].tolist()
         ends = self.prompter.ends
         return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in answers]
@@ -180,7 +191,8 @@ class Reference:
         """At each token of an answer the log-probabilities of the best tokens, in one pass without a cache."""
         self._cache = None
         tokens = torch.tensor([prompt + answer], device=self.device)
-        logits = self.model(tokens, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
+        with grouped(self.device):
+            logits = self.model(tokens, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
         best = logits.float().log_softmax(dim=-1).topk(count)
         return [dict(zip(*of, strict=True)) for of in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
