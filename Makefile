@@ -66,9 +66,8 @@ lint: setup
 core:  ## How many lines the core path has, from a recipe to the row of its run
 	@cat scripts/base/*.py scripts/configs/*.py scripts/runs/*.py scripts/results/run_rows.py | wc -l
 
-benchmark: ROWS ?= 32
-benchmark: setup  ## How long things take; the ratios of times go into the README; ROWS=1000 for more rows by the engines
-	.venv/bin/python tests/benchmark.py $(ROWS)
+benchmark: setup  ## How long things take; the ratios of times go into the README
+	.venv/bin/python tests/benchmark.py
 
 compare-memory: setup  ## Planned memory beside published figures, and another planner's
 	.venv/bin/python tests/compare_memory.py

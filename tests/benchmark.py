@@ -144,7 +144,7 @@ def report(folder: Path) -> tuple[int, float, float, float, float]:
     """The bytes of a report with 5,000 predictions; and in chromium the seconds until its text is there, until all
     its figures are drawn and its rows can be read, and those of the slowest filter."""
     from playwright.sync_api import sync_playwright
-    from test_report import a_large_run, html_of
+    from reports.test_report import a_large_run, html_of
 
     file = folder / "report.html"
     file.write_text(html_of(a_large_run(folder)))
