@@ -185,7 +185,7 @@ Metrics = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="The most rows generated at a time; by default as many as memory allows.")
+    int | None, typer.Option(min=1, help="The most rows generated at a time; by default up to 64, as memory allows.")
 ]
 On = Annotated[
     PlaceName,

@@ -31,7 +31,7 @@ class EvaluationRequest:
         limit: evaluate only this many rows, from the first; by default all, or `REHEARSED` of a rehearsal's own.
         adapter: an adapter's folder, or `none` for the base model alone; by default the run's adapter.
         max_new_tokens: by default the study's.
-        batch_size: the most rows generated at a time; by default, or where they are long, as many as memory allows.
+        batch_size: the most rows generated at a time; by default up to 64, as memory allows.
         cache: the form of the key-value cache; `auto` is static on a GPU, where transformers compiles for it.
         judge: BERTScore's model, see `judges.judge`.
         judge_layer: its layer.
