@@ -68,7 +68,8 @@ def tokenize(
     """
     kind = dataset["type"]
     base, _, style = kind.partition(":") if isinstance(kind, str) else ("", "", "")
-    limited = DictDefault({**cfg, "sequence_len": longest, "dataset_num_proc": 1})  # its | would keep cfg's values
+    # its | would keep cfg's values; any number of processes, 1 too, would have some started for these few rows
+    limited = DictDefault({**cfg, "sequence_len": longest, "dataset_num_proc": None})
     fields = dict.fromkeys(name for row in rows for name in row)
     try:
         table = Dataset.from_list([{name: row.get(name) for name in fields} for row in rows])

@@ -25,6 +25,7 @@ def trained(content: yamlfiles.Config, cache: Path) -> list[tuple[list[int], lis
     from qlora_recipes.checks.tokens import Tokenizer
 
     cfg = Tokenizer(content | {"dataset_prepared_path": str(cache)}).cfg
+    cfg.dataset_num_proc = None  # no processes for few rows
     data = load_datasets(cfg=cfg).train_dataset
     return sorted(zip(map(list, data["input_ids"]), map(list, data["labels"]), strict=True))
 

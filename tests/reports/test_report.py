@@ -524,18 +524,16 @@ def test_the_theme_can_be_chosen(browser: Any, run_html: str, tmp_path: Path) ->
         assert page.evaluate(ground) == "rgb(255, 255, 255)"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_accessibility(browser: Any, run_html: str, tmp_path: Path, scheme: str) -> None:
+@pytest.mark.parametrize(("scheme", "size"), [("light", PHONE), ("dark", DESKTOP)])
+def test_accessibility(browser: Any, run_html: str, tmp_path: Path, scheme: str, size: tuple[int, int]) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-    with opened(browser, run_html, tmp_path, PHONE, scheme) as page:
+    with opened(browser, run_html, tmp_path, size, scheme) as page:
         for details in page.locator("details > summary").all():
             details.click()
-        for width, height in (PHONE, DESKTOP):
-            page.set_viewport_size({"width": width, "height": height})
-            found = axe.Axe().run(page).response
-            assert "color-contrast" in [one["id"] for one in found["passes"]]
-            grave = [one for one in found["violations"] if one["impact"] in ("serious", "critical")]
-            assert [(one["id"], one["nodes"][0]["html"]) for one in grave] == []
+        found = axe.Axe().run(page).response
+        assert "color-contrast" in [one["id"] for one in found["passes"]]
+        grave = [one for one in found["violations"] if one["impact"] in ("serious", "critical")]
+        assert [(one["id"], one["nodes"][0]["html"]) for one in grave] == []
 
 
 def test_several_runs_the_study_and_a_sweep_open_too(browser: Any, tmp_path: Path) -> None:
