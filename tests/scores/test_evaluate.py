@@ -235,6 +235,22 @@ def test_a_small_model_is_given_many_rows_on_a_cpu(run: RunDir, monkeypatch: pyt
     assert batched() == (None, [16] * 5)
 
 
+@pytest.mark.parametrize(("computes_in", "dequantized"), [({}, True), ({"bnb_4bit_compute_dtype": "float16"}, False)])
+def test_weights_are_dequantized_where_their_layers_compute_in_the_models_dtype(
+    run: RunDir, computes_in: yamlfiles.Config, dequantized: bool
+) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    from qlora_recipes.scores.engines.reference import Reference
+    from qlora_recipes.scores.prompter import Prompter
+
+    cfg = yamlfiles.read_yaml(run.config)
+    run.config.write_text(yamlfiles.write_yaml(cfg | {"bnb_config_kwargs": cfg["bnb_config_kwargs"] | computes_in}))
+    task = EvaluationTask(run, EvaluationRequest(adapter="none", judge="none"))
+    model = Reference(Prompter(task.settings, task.cfg, run.output)).model
+    assert any(isinstance(layer, Linear4bit) for layer in model.modules()) != dequantized
+
+
 @given(
     st.lists(st.integers(1, 40_000), min_size=1, max_size=60),
     st.integers(1, 20),

@@ -38,9 +38,9 @@ FIXED = 16, 8192
 faster, and of samples, whose seeds are those of their batches: they are not to depend on how much memory there is."""
 
 SMALL = 4e9
-"""Bytes of memory below which a model is small on a CPU, as those of rehearsals are. Its weights are dequantized once:
-doing so for each token is slower, and bitsandbytes' kernel for CPUs rounds to bf16, with answers that depend on how
-many rows are computed at once."""
+"""Bytes of memory below which a model is small on a CPU, as those of rehearsals are. Its weights are dequantized once,
+unless a config has its 4-bit layers compute in another dtype: doing so for each token is slower, and bitsandbytes'
+kernel for CPUs rounds to bf16, with answers that depend on how many rows are computed at once."""
 SMALL_CACHE = 1_000_000_000
 """The most bytes of keys and values of a small model's batch on a CPU, as far as a quarter of the free memory has
 room for them."""
@@ -80,7 +80,7 @@ class Reference:
         self.device = self.model.device
         dtype = getattr(torch, settings.dtype)
         small = self.device.type == "cpu" and self.model.num_parameters() * dtype.itemsize < SMALL
-        if settings.quantized and small:
+        if settings.quantized and small and self.model.config.quantization_config.bnb_4bit_compute_dtype == dtype:
             self.model = self.model.dequantize(dtype=dtype)
         self.model.generation_config = GenerationConfig()  # the model's own decodes in its own way
         grow_embedding(self.model, len(self.tokenizer), settings.adapter if settings.adapter_sha256 else None)
