@@ -1,6 +1,7 @@
 """Precision, beside what Axolotl's own code makes of the same settings."""
 
 import copy
+import functools
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -18,22 +19,22 @@ VALUES = {
     "float16": (UNSET, True, False),
     "load_in_8bit": (UNSET, True),
 }
-EVERY: list[dict[str, Any]] = [
+SETTINGS: list[dict[str, Any]] = [
     {key: value for key, value in zip(VALUES, values, strict=True) if value is not UNSET}
     for values in product(*VALUES.values())
 ]
-SETTINGS = [some for some in EVERY if len(some.keys() - {"bf16", "fp16"}) <= 1 or not some.keys() & {"bf16", "fp16"}]
-"""Each of the last three keys with all values of the first two, and with each other; a validation takes 0.1 s."""
 
 
 @pytest.fixture(scope="module")
 def validated() -> list[Any]:
-    """The settings in a config, after Axolotl's validation."""
-    from axolotl.utils.config import validate_config
+    """The settings in a config, after Axolotl's validation, whose classes are made once, not for each."""
+    from axolotl.utils import config
     from axolotl.utils.dict import DictDefault
 
     of_recipe = config_with({"fp16": None, "bf16": None, "adapter": "lora", "load_in_4bit": None})
-    return [validate_config(DictDefault(of_recipe | settings)) for settings in SETTINGS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "merge_input_args", functools.cache(config.merge_input_args))
+        return [config.validate_config(DictDefault(of_recipe | settings)) for settings in SETTINGS]
 
 
 def of_axolotl(validated: Any, on_gpu: bool) -> Precision | None:

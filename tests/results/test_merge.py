@@ -17,12 +17,7 @@ from qlora_recipes.results import publish
 from qlora_recipes.runs.rundir import RunDir
 
 NAME = "haider2024/code-llama-7b"
-CASES = [
-    pytest.param(signal.SIGTERM, 1, marks=pytest.mark.long),
-    pytest.param(signal.SIGINT, 1, marks=pytest.mark.long),
-    pytest.param(signal.SIGHUP, 1, marks=pytest.mark.long),
-    (signal.SIGKILL, -signal.SIGKILL),
-]
+STOPS = [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGHUP, 1), (signal.SIGKILL, -signal.SIGKILL)]
 
 
 @pytest.fixture
@@ -50,7 +45,8 @@ def wait_until_half(run: RunDir, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("by", "code"), CASES)
+@pytest.mark.long
+@pytest.mark.parametrize(("by", "code"), STOPS)
 def test_a_merge_that_is_stopped_leaves_no_process_and_no_half_a_model(
     tmp_path: Path, stand_in: Path, run: RunDir, by: signal.Signals, code: int
 ) -> None:

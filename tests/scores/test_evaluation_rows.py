@@ -466,6 +466,7 @@ def hub() -> Iterator[str]:
     server.shutdown()
 
 
+@pytest.mark.long
 def test_a_data_set_of_the_hub_with_name_and_split(own: OwnRun, tmp_path: Path, hub: str) -> None:
     form = {"path": "somebody/sums", "type": USER_DEFINED}
     tests = [form | {"name": "easy", "split": "test[:2]"}, form | {"name": "hard", "split": "test"}]
