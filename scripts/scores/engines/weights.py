@@ -17,10 +17,10 @@ from .reference import NF4, base_model
 
 
 def folder(prompter: Prompter, merges: bool = False) -> Path:
-    """The run's base model, quantized as in training and dequantized to the dtype that its layers compute in.
+    """The run's base model, quantized as in training and dequantized to the settings' dtype.
 
-    At each step a 4-bit layer does the same, so that both compute with the very same weights. The folder is made once,
-    in the cache, where it takes as much room as the base model in 16 bit.
+    At each step a 4-bit layer does the same, unless `bnb_4bit_compute_dtype` is another, so that both compute with the
+    very same weights. The folder is made once, in the cache, where it takes as much room as the base model in 16 bit.
 
     Args:
         prompter: of the run.
