@@ -39,3 +39,9 @@ def precision(config: Config, on_gpu: bool) -> Precision:
     if fp16:
         return Precision("float16", "float16")
     return Precision("float16" if float16 or config.get("load_in_8bit") else "float32", None)
+
+
+def quantized(config: Config) -> bool:
+    """Whether bitsandbytes quantizes the base model (axolotl/loaders/model.py, _set_quantization_config)."""
+    bits = {"qlora": "load_in_4bit", "mixlora": "load_in_4bit", "lora": "load_in_8bit"}.get(str(config.get("adapter")))
+    return bool(bits and config.get(bits))

@@ -3,6 +3,7 @@
 `recipe run` adds it to the config. No other code of this project runs in the training process.
 """
 
+import math
 import os
 import resource
 import signal
@@ -25,6 +26,7 @@ from ..base.processes import end_with_parent
 from ..configs.engines import CPU_RANKS, KEYS, engine_of
 from ..determinism import settings, trace
 from . import checkpoints, eval_loss, ranks
+from .packed import PackedWeights
 from .records import Ended
 
 GIB = 2**30
@@ -34,6 +36,7 @@ class RunPlugin(BasePlugin):
     """Writes metrics.jsonl beside the run's output folder, lets NF4 train on a CPU, and prepares trackers."""
 
     engine: str | None = None
+    packed: PackedWeights | None = None
     parameters: dict[str, int] | None = None
 
     def register(self, cfg: Any) -> None:
@@ -90,6 +93,8 @@ class RunPlugin(BasePlugin):
         On processors with AVX512-BF16, training would continue through the repacked weights, with a kernel
         that has no gradient, and learn nothing from then on.
         """
+        if self.engine:
+            self.packed = PackedWeights(model)
         if torch.cuda.is_available():
             return
         from bitsandbytes.nn.modules import Linear4bit
@@ -113,7 +118,8 @@ class RunPlugin(BasePlugin):
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         """The callback that records and stops."""
-        return [RunCallback(Path(cfg.output_dir).parent / "metrics.jsonl", trainer, self.engine, self.parameters)]
+        file = Path(cfg.output_dir).parent / "metrics.jsonl"
+        return [RunCallback(file, trainer, self.engine, self.parameters, self.packed)]
 
 
 class RunCallback(TrainerCallback):
@@ -135,13 +141,23 @@ class RunCallback(TrainerCallback):
         trainer: the trainer.
         engine: what is to divide the training, which is checked as it begins; None for one process without an engine.
         parameters: the fields with their numbers; None without an adapter.
+        packed: 4-bit weights as they were loaded, where an engine wraps them.
     """
 
-    def __init__(self, file: Path, trainer: Any, engine: str | None, parameters: dict[str, int] | None = None):
+    def __init__(
+        self,
+        file: Path,
+        trainer: Any,
+        engine: str | None,
+        parameters: dict[str, int] | None = None,
+        packed: PackedWeights | None = None,
+    ):
         self.file = file
         self.trainer = trainer
         self.engine = engine
         self.parameters = parameters
+        self.packed = packed
+        self.trained = False
         self.stop = self.stopped = False
         self.step_started = self.step_seconds = 0.0
         self.tokens: Any = 0  # without padding, which Axolotl counts; a tensor on the device, so that no step waits
@@ -154,6 +170,8 @@ class RunCallback(TrainerCallback):
         if self.engine:
             ranks.check_engine(self.engine, self.trainer)
             begun = begun | {"engine": self.engine}
+        if self.packed:
+            self.packed.compare_in_first_pass()
         if args.full_determinism:
             begun = begun | {"deterministic": settings.in_force()}
         self._append(state, begun)
@@ -216,6 +234,9 @@ class RunCallback(TrainerCallback):
             self.step_seconds = 0.0
             self.tokens = 0
         self._append(state, record | usage | {"cpu_percent": self.process.cpu_percent()})
+        if "loss" in logs and not self.trained:
+            self.trained = True
+            require_sane(logs["loss"], self.trainer.model.config.get_text_config().vocab_size)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the last step, which the trainer may not have logged, and why it was the last."""
@@ -235,6 +256,19 @@ class RunCallback(TrainerCallback):
         if state.is_world_process_zero:
             when = {"time": time.time(), "step": state.global_step, "max_steps": state.max_steps}
             append_line(self.file, orjson.dumps(when | record))
+
+
+def require_sane(loss: float, vocabulary: int) -> None:
+    """Refuse a first training loss that is worse than guessing: above 1.2 times the logarithm of the vocabulary.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    if loss > (most := 1.2 * math.log(vocabulary)):
+        raise RuntimeError(
+            f"the first training loss is {loss:.4g}, and guessing among {vocabulary:,} tokens gives {most / 1.2:.4g}: "
+            "the base model is damaged; compare its precision, quantization and tokenizer with the recipe's"
+        )
 
 
 def _note_phase(output: str, phase: str) -> None:

@@ -156,6 +156,15 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "optimizer-and-engine:optimizer",
         "does not work with FSDP2",
     ),
+    ({"deepspeed": {"a": 1}, "bnb_config_kwargs": None}, "error", "packed-weights-cast:bnb_config_kwargs", "uint8"),
+    (
+        {"optimizer": "adamw_torch_fused", "fsdp_config": {"offload_params": False}, "fp16": False, "bf16": True}
+        | {"bnb_config_kwargs": {"bnb_4bit_quant_storage": "float16"}},
+        "error",
+        "packed-weights-cast:bnb_config_kwargs",
+        "uint8",
+    ),
+    ({"bnb_config_kwargs": None}, "note", "packed-weights-cast:bnb_config_kwargs", "uint8"),
     ({"optimizer": "muon", "deepspeed": {"a": 1}}, "error", "optimizer-and-engine:optimizer", "DeepSpeed"),
     (
         {"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED},
@@ -284,6 +293,8 @@ def test_a_recipe_gives_no_error_and_no_warning(name: str, gpu: str) -> None:
         {"optimizer": "muon_8bit", "fsdp_config": {"offload_params": False}},
         {"optimizer": "paged_adamw_8bit", "deepspeed": {"zero_optimization": {"stage": 2}}},
         {"optimizer": "paged_adamw_32bit", "deepspeed": OFFLOADED},
+        {"deepspeed": {"a": 1}, "bnb_config_kwargs": {"bnb_4bit_quant_storage": "float16"}},
+        {"deepspeed": {"a": 1}, "bnb_config_kwargs": None, "fp16": False, "bf16": True},
         {"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED | {"zero_force_ds_cpu_optimizer": False}},
         {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
         {"test_datasets": None, "val_set_size": 0.05},

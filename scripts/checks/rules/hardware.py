@@ -9,7 +9,7 @@ from ...configs import exchange
 from ...configs.attention import OLD_KEYS, takes_varlen
 from ...configs.config import flatten
 from ...configs.fitting import AMPERE
-from ...configs.precision import precision
+from ...configs.precision import precision, quantized
 from ...data import hub
 from ..finding import Level
 from .case import Case, Problems, rule
@@ -187,6 +187,23 @@ def optimizer_and_engine(case: Case) -> Problems:
     if replaced and not re.fullmatch("|adamw_torch|adamw_torch_fused|paged_adamw_32bit", optimizer):
         problem = f"with offload_optimizer, Adam without AdamW's weight decay takes the place of {optimizer}"
         yield "error", "optimizer", problem, "set adamw_torch, or take the profile zero3-offload"
+
+
+@rule
+def packed_weights_cast(case: Case) -> Problems:
+    """Axolotl stores packed 4-bit codes in bfloat16 tensors unless told otherwise (loaders/model.py). DeepSpeed casts
+    each floating-point parameter to the dtype of the training (runtime/engine.py, _cast_module_mixed_precision), FSDP2
+    at each all-gather, and `axolotl inference` casts the whole model: codes are then converted as if they were
+    numbers (seen: loss 4.4 becomes 21.3)."""
+    trained = precision(case.config, on_gpu=True).weights
+    storage = (case["bnb_config_kwargs"] or {}).get("bnb_4bit_quant_storage", "bfloat16")
+    if not (case["load_in_4bit"] and quantized(case.config)) or storage in (trained, "uint8", "int8"):
+        return
+    engine = case["deepspeed"] or case["fsdp_config"]
+    who = "DeepSpeed" if case["deepspeed"] else "FSDP2" if engine else "`axolotl inference`"
+    problem = f"4-bit weights are stored as {storage}, which {who} casts to {trained}: that destroys them"
+    level: Level = "error" if engine else "note"
+    yield level, "bnb_config_kwargs", problem, "set its bnb_4bit_quant_storage: uint8, which nothing casts"
 
 
 @rule

@@ -1,0 +1,51 @@
+"""Packed 4-bit weights beside DeepSpeed's own cast of a model to fp16."""
+
+from types import SimpleNamespace
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from conftest import recipe_config
+from deepspeed import DeepSpeedEngine
+
+from qlora_recipes.base import paths
+from qlora_recipes.runs.packed import PackedWeights
+from qlora_recipes.runs.plugin import require_sane
+
+IN_FP16 = [name for name in paths.recipe_names() if recipe_config(name).get("fp16")]
+
+
+def under_fp16(storage: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A layer, and the same in 4 bits as fp16 training with DeepSpeed leaves it, its packed bytes watched."""
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(256, 128, bias=False)
+    layer = bnb.nn.Linear4bit(
+        256, 128, bias=False, compute_dtype=torch.float32, quant_type="nf4", quant_storage=getattr(torch, storage)
+    )
+    layer.load_state_dict(plain.state_dict())
+    model = torch.nn.Sequential(layer).to("cpu")
+    watched = PackedWeights(model)
+    DeepSpeedEngine._cast_module_mixed_precision(SimpleNamespace(module=model), torch.float16, None, False)
+    watched.compare_in_first_pass()
+    return plain, model
+
+
+@pytest.mark.parametrize("name", IN_FP16)
+def test_a_recipe_in_fp16_keeps_its_weights_under_deepspeed(name: str) -> None:
+    plain, model = under_fp16(recipe_config(name)["bnb_config_kwargs"]["bnb_4bit_quant_storage"])
+    inputs = torch.randn(8, 256)
+    error = (model(inputs) - plain(inputs)).norm() / plain(inputs).norm()
+    assert error < 0.15
+
+
+def test_weights_that_were_cast_end_the_first_pass() -> None:
+    _, model = under_fp16("bfloat16")  # Axolotl's default
+    with pytest.raises(RuntimeError):
+        model(torch.randn(8, 256))
+
+
+def test_a_first_loss_that_is_worse_than_guessing_ends_the_training() -> None:
+    require_sane(10.9, 49_152)
+    require_sane(float("nan"), 49_152)  # which the run's health reports
+    with pytest.raises(RuntimeError):
+        require_sane(21.29, 49_152)
