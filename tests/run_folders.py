@@ -39,7 +39,6 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
         "decoding": STUDY.decoding,
         "batch_size": None,
         "batch_tokens": 8192,
-        "cache": "static",
         "quantized": True,
         "dtype": "float16",
     } | more.pop("settings", {})

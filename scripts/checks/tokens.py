@@ -87,6 +87,12 @@ def require_one_each(where: str, dataset: Any, rows: Sequence[Any], tokenized: S
         raise UserError(f"{where}: {problem}; they cannot be evaluated")
 
 
+def taught_ends(cfg: Config, tokenizer: Any) -> set[int]:
+    """Tokens that a training teaches as the end of an answer: the end-of-text token and `eot_tokens`."""
+    ends = tokenizer.convert_tokens_to_ids([tokenizer.eos_token, *(cfg.get("eot_tokens") or [])])
+    return set(ends) - {None, tokenizer.unk_token_id}
+
+
 def as_trained(content: Config) -> Any:
     """A config as a training has it: validated, with defaults, and each data set's chat template. Raises anything."""
     cfg = validated(content)
@@ -232,6 +238,7 @@ def lengths(content: Config, most: int | None = None) -> tuple[list[Finding], li
         batches of micro_batch_size rows, in the order of one shuffle unless the file's order is kept.
     """
     tokenizer = Tokenizer(content)
+    ends = taught_ends(content, tokenizer.tokenizer)
     findings: list[Finding] = []
     measured = []
     for key, dataset in datafiles.datasets(content):
@@ -248,7 +255,7 @@ def lengths(content: Config, most: int | None = None) -> tuple[list[Finding], li
                 for row in tokenizer.tokenize(key, some):
                     sizes.append(len(row.ids))
                     learnt += row.learnt
-                    learns_end = learns_end or tokenizer.tokenizer.eos_token_id in row.labels
+                    learns_end = learns_end or not ends.isdisjoint(row.labels)
                 bar.update(read)
         if sizes:
             findings += _of_lengths(tokenizer.cfg, key, sizes, learns_end)
@@ -281,7 +288,7 @@ def _of_lengths(cfg: Any, key: str, sizes: list[int], learns_end: bool) -> Itera
         level: Level = "error" if nothing_left or becomes == "an error" else "warning"
         yield Finding(level, "too-long", f"{key}.path", problem, f"the longest has {max(sizes)} tokens")
     if not learns_end and key.startswith("datasets"):
-        problem = "the end-of-text token carries no loss in any row: the model would not learn to stop"
+        problem = "no token that ends a text carries loss in any row: the model would not learn to stop"
         yield Finding("warning", "eos-masked", f"{key}.type", problem, "see --show-tokens")
 
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ..places import Place
 
 PlaceName = Literal["local", "slurm", "sky"]
-CacheForm = Literal["auto", "static", "dynamic"]
 Group = Literal["lang", "length"]
 
 

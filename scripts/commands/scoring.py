@@ -16,7 +16,6 @@ from .help import Verb
 from .next_step import name_of, next_step
 from .options import (
     BatchSize,
-    CacheForm,
     DecodingName,
     Force,
     Json,
@@ -92,10 +91,6 @@ def evaluate_verb(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="By default the study's.")] = None,
     decoding: DecodingName = None,
     batch_size: BatchSize = None,
-    cache: Annotated[
-        CacheForm,
-        typer.Option(help="The form of the key-value cache. auto: static on a GPU, so that decoding is compiled."),
-    ] = "auto",
     engine: EngineName = "transformers",
     server: Server = None,
     model: ServersModel = None,
@@ -127,8 +122,6 @@ def evaluate_verb(
     exclusive({"--checkpoints": checkpoints, "--export-prompts": export_prompts, "--predictions": predictions})
     exclusive({"--checkpoints": checkpoints, "--adapter": adapter})
     exclusive({"--server": server, "--engine vllm": engine == "vllm", "--predictions": predictions})
-    by_transformers = engine == "transformers" and not server and not predictions
-    only_with("--cache", cache != "auto", "predictions by transformers", by_transformers)
     only_with("--model", model, "--server", server)
     exclusive({"--checkpoints": checkpoints, "--server": server})
     exclusive({"--export-prompts": export_prompts, "--server": server, "--engine vllm": engine == "vllm"})
@@ -138,7 +131,7 @@ def evaluate_verb(
 
         api.at(server)  # an address that has to be refused is noted nowhere
     request = EvaluationRequest(
-        data, limit, adapter, max_new_tokens, batch_size, cache, bertscore, bertscore_layer, metric or [], decoding
+        data, limit, adapter, max_new_tokens, batch_size, bertscore, bertscore_layer, metric or [], decoding
     )
     request.predictions, request.checkpoints, request.force = predictions, checkpoints, force or []
     request.engine, request.server, request.model = engine, server, model

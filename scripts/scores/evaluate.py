@@ -88,7 +88,7 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         if former := _same_work(task):
             say(f"{predictions}: complete, made with the same settings; scoring it anew")
             rows, old = read_predictions(task.where), former.columns
-            kept = {"batch_size", "cache", *ORIGIN}
+            kept = {"batch_size", *ORIGIN}
             settings = settings.model_copy(update={key: getattr(former.settings, key) for key in kept})
         else:
             _make_way(task)

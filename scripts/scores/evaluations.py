@@ -1,7 +1,7 @@
 """What an evaluation leaves in a folder: predictions.jsonl, and scores.json with the settings that they depend on."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, TypeAdapter, field_validator
 
@@ -80,6 +80,7 @@ class EvaluationSettings(BaseModel):
             for other rows.
         batch_size: the most rows generated at a time; None where it was left to the engine.
         batch_tokens: the most tokens of the reference's batches, by the memory there was for their keys and values.
+        built_with: other keys of the run's config that predictions depend on, see `task.BUILT_WITH`.
         engine: what generated: `REFERENCE`, in a process of this project; `VLLM`, which it started; `SERVER`, which
             somebody started, with whatever model; or `ELSEWHERE`, where all but the prompts is as the user says.
         model: the name of the server's model.
@@ -99,8 +100,8 @@ class EvaluationSettings(BaseModel):
     decoding: Decoding
     batch_size: int | None
     batch_tokens: int | None = None
-    cache: Literal["static", "dynamic"]
     quantized: bool
+    built_with: dict[str, Any] = Field(default_factory=dict)
     dtype: str
     engine: str = REFERENCE
     model: str | None = None
@@ -135,9 +136,9 @@ class EvaluationSettings(BaseModel):
     def same_work(self) -> dict[str, Any]:
         """What makes two evaluations be of the same model on the same rows, in whatever batches.
 
-        Batches and caches change predictions by rounding alone, and so do engines, see `stands_for`.
+        Batches change predictions by rounding alone, and so do engines, see `stands_for`.
         """
-        return self.model_dump(exclude={"adapter", "data", "limit", "test_set", "batch_size", "cache", *ORIGIN})
+        return self.model_dump(exclude={"adapter", "data", "limit", "test_set", "batch_size", *ORIGIN})
 
 
 class Evaluation(BaseModel):

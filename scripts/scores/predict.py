@@ -93,7 +93,7 @@ def _line(settings: EvaluationSettings) -> bytes:
 def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row], EvaluationSettings]:
     """The rows of an interrupted evaluation with the same settings, and what it knew of its engine; otherwise a new
     file for them."""
-    of_batches = set() if settings.engine == REFERENCE else {"batch_size", "cache"}  # which it has not
+    of_batches = set() if settings.engine == REFERENCE else {"batch_size"}  # which it has not
     same = {key: value for key, value in settings.same_predictions().items() if key not in of_batches}
     header = orjson.dumps(same | settings.model_dump(include={"engine", "model"}))
     first, *lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]

@@ -6,14 +6,15 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from axolotl.loaders import ModelLoader
 from axolotl.utils.dict import DictDefault
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.yamlfiles import Config
 from ..checks.rows import fields_of
-from ..checks.tokens import as_trained, require_one_each, tokenize
+from ..checks.tokens import as_trained, require_one_each, taught_ends, tokenize
 from ..runs.eval_loss import MASKED
 from .evaluation_rows import refuse_empty
 from .evaluations import EvaluationSettings
@@ -48,16 +49,30 @@ class Prompter:
         self.cfg = cfg
         self.revision = cfg.get("revision_of_model", "main")
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, padding_side="left")
-        self.config = AutoConfig.from_pretrained(settings.base_model, revision=self.revision)
+        try:
+            self.trained = as_trained(cfg | {"base_model": settings.base_model})
+            self.trained.torch_dtype = getattr(torch, settings.dtype)
+            self._loader = ModelLoader(self.trained, self.tokenizer, inference=True)
+        except Exception as error:  # plugins and validators can raise anything
+            raise UserError(f"{settings.data}: Axolotl refuses the run's config: {error}") from None
+        self.config = self._loader.model_config
+
+    @cached_property
+    def quantization(self) -> BitsAndBytesConfig | None:
+        """How the training quantized the base model; None where it did not."""
+        if not self.settings.quantized:
+            return None
+        self._loader._set_quantization_config()
+        return self._loader.model_kwargs["quantization_config"]
 
     @cached_property
     def ends(self) -> set[int]:
-        """The tokens that end an answer: the tokenizer's, which the training taught, and the model's own."""
+        """The tokens that end an answer: those that the training taught, and the model's own."""
         try:
             own = GenerationConfig.from_pretrained(self.settings.base_model, revision=self.revision).eos_token_id
         except OSError:  # it has none, so that its config says
             own = GenerationConfig.from_model_config(self.config).eos_token_id
-        return {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        return {*taught_ends(self.cfg, self.tokenizer), *(own if isinstance(own, list) else [own])} - {None}
 
     def cache_of(self, tokens: int) -> int:
         """The bytes that the keys and values of some tokens take in all layers."""
@@ -100,11 +115,7 @@ class Prompter:
         section, _, position = key.partition(".")
         longest = self.config.get_text_config().max_position_embeddings - self.settings.decoding.max_new_tokens
         data = self.settings.data
-        try:
-            trained = as_trained(self.cfg | {"base_model": self.settings.base_model})
-        except Exception as error:  # plugins and validators can raise anything
-            raise UserError(f"{data}: Axolotl refuses the run's config: {error}") from None
-        cfg = DictDefault({**trained, "train_on_inputs": False})  # its | would keep the values that are there
+        cfg = DictDefault({**self.trained, "train_on_inputs": False})  # its | would keep the values that are there
         dataset = DictDefault({**cfg[section][int(position)], **LOSS_ON_ANSWERS})
         tokenized = tokenize(data, cfg, dataset, self.tokenizer, rows, longest)
         require_one_each(data, dataset, rows, tokenized)

@@ -9,8 +9,7 @@ from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.files import sha256, tensor_shapes
 from ..checks import cached, strangers
-from ..configs import gpus
-from ..configs.precision import precision
+from ..configs.precision import precision, quantized
 from ..data import study
 from ..data.study import Decoding
 from ..runs.rundir import Run, RunDir
@@ -20,6 +19,8 @@ from .evaluations import ADAPTER, BASE_MODEL, DECODED, ELSEWHERE, REFERENCE, SER
 
 BASE = "none"  # --adapter none: the base model without an adapter
 REHEARSED = 12  # rows, which show that the path works
+BUILT_WITH = ("overrides_of_model_config", "eot_tokens")
+"""Keys of a config that change a model, or where its answers end, without a field of their own in the settings."""
 
 
 @dataclass
@@ -32,7 +33,6 @@ class EvaluationRequest:
         adapter: an adapter's folder, or `none` for the base model alone; by default the run's adapter.
         max_new_tokens: by default the study's.
         batch_size: the most rows generated at a time; by default up to 64, as memory allows.
-        cache: the form of the key-value cache; `auto` is static on a GPU, where transformers compiles for it.
         judge: BERTScore's model, see `judges.judge`.
         judge_layer: its layer.
         metrics: what to score with beside the study's metrics, as --metric takes it; without both see
@@ -54,7 +54,6 @@ class EvaluationRequest:
     adapter: str | None = None
     max_new_tokens: int | None = None
     batch_size: int | None = None
-    cache: Literal["auto", "static", "dynamic"] = "auto"
     judge: str | None = None
     judge_layer: int | None = None
     metrics: Sequence[str] = ()
@@ -77,7 +76,6 @@ class EvaluationRequest:
             "--adapter": self.adapter,
             "--max-new-tokens": self.max_new_tokens,
             "--batch-size": self.batch_size,
-            "--cache": self.cache,
             "--bertscore": self.judge,
             "--bertscore-layer": self.judge_layer,
             "--decoding": self.decoding,
@@ -137,7 +135,6 @@ class EvaluationTask:
         evaluation_rows.require_answers(self.rows, self.cfg)
         decoding = _decoding(of_study, request.decoding)
         local = Path(self.run.cwd, str(self.cfg["base_model"]))
-        caching: Literal["static", "dynamic"] = "static" if gpus.here() and not self.run.rehearsal else "dynamic"
         # what bf16: auto became in the training; runs from before their GPUs were recorded had one
         on_gpu = not self.run.rehearsal and bool(self.run.provenance.get("gpus", True))
         self.settings = EvaluationSettings(
@@ -151,8 +148,8 @@ class EvaluationTask:
             limit=limit if len(self.rows.rows) < len(every.rows) else None,
             decoding=decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or decoding.max_new_tokens}),
             batch_size=request.batch_size,
-            cache=caching if request.cache == "auto" else request.cache,
-            quantized=bool(self.cfg.get("load_in_4bit")),
+            quantized=quantized(self.cfg),
+            built_with={key: self.cfg[key] for key in BUILT_WITH if self.cfg.get(key)},
             dtype=precision(self.cfg, on_gpu).weights,
             engine=ELSEWHERE if request.predictions else SERVER if request.server else request.engine,
             model=request.model,

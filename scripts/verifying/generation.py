@@ -1,4 +1,4 @@
-"""Answers with a static and a dynamic cache, beside passes of the same model without a cache. Imports torch."""
+"""Answers with a cache, beside passes of the same model without one. Imports torch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,11 +17,11 @@ from ..scores.evaluations import EvaluationSettings
 from ..scores.prompter import Prompter
 from .bench import RECIPE, Bench, Figure, Figures
 
-ROWS, TOKENS, FIRST = 4, 24, 8
+ROWS, TOKENS = 4, 24
 
 
 def generation(bench: Bench) -> Figures:
-    """How far any written token is below the best one, and how many answers begin otherwise with the other cache."""
+    """How far any written token is below the best one."""
     run = bench.result("training")
     attention = yamlfiles.read_yaml(find_recipe(RECIPE)[1])["attn_implementation"]
     cfg = yamlfiles.read_yaml(run / "config.yaml") | {"attn_implementation": attention}  # not that of the training
@@ -35,7 +35,6 @@ def generation(bench: Bench) -> Figures:
         rows=ROWS,
         decoding=Decoding(max_new_tokens=TOKENS),
         batch_size=ROWS,
-        cache="dynamic",
         quantized=True,
         dtype=precision(cfg, on_gpu=bench.gpu is not None).weights,
     )
@@ -43,18 +42,7 @@ def generation(bench: Bench) -> Figures:
     reference = Reference(prompter)
     rows = list(map(orjson.loads, data.read_bytes().splitlines()))[:ROWS]
     prompts = [example.prompt for example in prompter.examples(rows)]
-    room = 1 << (max(map(len, prompts)) + TOKENS - 1).bit_length()
-    answers = {}
-    for cache in ("dynamic", "static"):
-        reference.settings = settings.model_copy(update={"cache": cache})
-        answers[cache] = reference.answers(prompts, 0, room)
-    figures = {
-        f"answers with a {cache} cache": Figure(shortfall(reference.model, prompts, written))
-        for cache, written in answers.items()
-    }
-    pairs = zip(*answers.values(), strict=True)
-    apart = sum(one[:FIRST] != other[:FIRST] for one, other in pairs) / ROWS
-    return figures | {"answers alike": Figure(apart)}
+    return {"answers": Figure(shortfall(reference.model, prompts, reference.answers(prompts, 0)))}
 
 
 @torch.inference_mode()

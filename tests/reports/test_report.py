@@ -97,7 +97,7 @@ def a_run(
     intervals = {key: [0.9 * mean, 1.1 * mean] for key, mean in means.items()}
     settings: dict[str, Any] = {"base_model": "m", "adapter": "a", "adapter_sha256": "x", "data": str(test)}
     settings |= {"data_sha256": sha256(test), "rows": len(made)}
-    settings |= {"decoding": STUDY.decoding, "batch_size": 16, "cache": "static", "quantized": True, "dtype": "float16"}
+    settings |= {"decoding": STUDY.decoding, "batch_size": 16, "quantized": True, "dtype": "float16"}
     settings |= more.pop("settings", {})
     ended = {"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T10:00:00+00:00", "exit_code": 0}
     record = Run(

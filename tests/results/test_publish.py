@@ -134,7 +134,6 @@ def evaluated(run: RunDir, **settings: Any) -> None:
                 "rows": 5000,
                 "decoding": Decoding(max_new_tokens=96),
                 "batch_size": 16,
-                "cache": "dynamic",
                 "quantized": True,
                 "dtype": "float16",
             }
@@ -689,8 +688,8 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
     # and so does an evaluation, with the adapter and without
     for adapter in (run.output, None):
         of_adapter = reference(run, cfg, adapter)
-        answers = of_adapter.answers([[1, 50, 60], [1, 50, 60, 70, 80]], 0, 256)  # the first one is padded
-        assert answers == [of_adapter.answers([ids], 0, 256)[0] for ids in ([1, 50, 60], [1, 50, 60, 70, 80])]
+        answers = of_adapter.answers([[1, 50, 60], [1, 50, 60, 70, 80]], 0)  # the first one is padded
+        assert answers == [of_adapter.answers([ids], 0)[0] for ids in ([1, 50, 60], [1, 50, 60, 70, 80])]
         assert of_adapter.model.get_input_embeddings().num_embeddings == len(tokenizer)
 
 

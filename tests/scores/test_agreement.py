@@ -55,7 +55,7 @@ class Changed:
             self.left -= 1
             if self.left < 0:
                 raise WorkFailed("the server is gone")
-            [tokens] = self.reference.answers([prompt], 0, 1024)
+            [tokens] = self.reference.answers([prompt], 0)
             text = self.reference.tokenizer.decode(tokens, skip_special_tokens=True).strip()
             yield {i: self.change(Answer(text, tokens))}
 

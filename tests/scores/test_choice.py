@@ -45,7 +45,7 @@ def scored_as(scores: Scores, monkeypatch: pytest.MonkeyPatch, test: Path) -> li
         data = "valid.jsonl" if request.validation else str(test)
         settings = EvaluationSettings(
             base_model="m", adapter=name, adapter_sha256=name, data=data, data_sha256="d", rows=8, batch_size=1,
-            decoding=Decoding(max_new_tokens=8), cache="dynamic", quantized=True, dtype="float32",
+            decoding=Decoding(max_new_tokens=8), quantized=True, dtype="float32",
         )  # fmt: skip
         intervals = {"bleu4": [value - 1, value + 1]}
         made = {"bleu4": value, "intervals": intervals}

@@ -10,7 +10,7 @@ from run_folders import a_tiny_run
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
-from qlora_recipes.configs import standin
+from qlora_recipes.configs import config, standin
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import RunDir, State
 from qlora_recipes.scores import evaluate
@@ -49,7 +49,6 @@ def settings_of(cfg: yamlfiles.Config) -> EvaluationSettings:
         rows=0,
         decoding=Decoding(max_new_tokens=8),
         batch_size=1,
-        cache="dynamic",
         quantized=True,
         dtype="float32",
     )
@@ -120,7 +119,7 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run: RunDir, mon
     with pytest.raises(UserError, match=r"scores\.json: of 4 rows, more than the 2 asked for"):
         evaluated(run, limit=2)
     assert evaluated(run, limit=4) == other
-    assert evaluated(run, limit=4, batch_size=2, cache="static") == other  # the same work, done another way
+    assert evaluated(run, limit=4, batch_size=2) == other  # the same work, done another way
     (run.path / "evaluations" / "base-model" / "predictions.jsonl").write_bytes(b"")
     with pytest.raises(TypeError):  # predictions that are lost are made anew
         evaluated(run, limit=4)
@@ -144,15 +143,12 @@ def generated(reference: "Reference", rows: list[dict[str, Any]]) -> list[Answer
     return [done[i] for i in range(len(rows))]
 
 
-def test_batched_predictions_are_those_of_one_row_at_a_time_whatever_the_cache(
+def test_batched_predictions_are_those_of_one_row_at_a_time(
     reference: Callable[..., "Reference"], sample: Path
 ) -> None:
     rows = [orjson.loads(line) for line in (sample / "test.jsonl").read_bytes().splitlines()]
     single = generated(reference(batch_size=1), rows)
     assert generated(reference(batch_size=16), rows) == single
-    assert generated(reference(batch_size=16, cache="static"), rows) == single
-    # some batches with the cache of the one before
-    assert generated(reference(batch_size=4, cache="static"), rows) == single
 
 
 def test_a_batch_that_does_not_fit_is_done_in_halves(
@@ -349,12 +345,85 @@ def test_decoding_is_the_studys_and_not_the_models_own(run: RunDir, tiny: Path) 
     assert used.eos_token_id == [2, 7, 8]  # the tokenizer's, which the training taught, and the model's
 
 
+def test_answers_end_at_each_token_that_training_taught_as_an_end(run: RunDir) -> None:
+    from qlora_recipes.scores.prompter import Prompter
+
+    cfg = yamlfiles.read_yaml(run.config) | {"eot_tokens": ["<s>"]}
+    assert Prompter(settings_of(cfg), cfg, run.output).ends == {1, 2}
+
+
+def test_the_model_is_configured_as_in_training(run: RunDir) -> None:
+    import torch
+
+    from qlora_recipes.scores.engines.reference import base_model
+    from qlora_recipes.scores.prompter import Prompter
+
+    def logits(cfg: yamlfiles.Config) -> torch.Tensor:
+        run.config.write_text(yamlfiles.write_yaml(cfg))
+        task = EvaluationTask(run, EvaluationRequest(adapter="none"))
+        with torch.inference_mode():
+            computed: torch.Tensor = base_model(Prompter(task.settings, task.cfg, run.output))(tokens).logits
+        return computed
+
+    cfg, tokens = yamlfiles.read_yaml(run.config), torch.arange(5, 205)[None]
+    stretched = cfg | {"overrides_of_model_config": {"rope_parameters": {"rope_type": "linear", "factor": 4.0,
+                                                                         "rope_theta": 10000.0}}}  # fmt: skip
+    assert not torch.allclose(logits(stretched), logits(cfg), atol=1e-3)
+
+
+def test_a_run_in_8_bits_is_evaluated_in_8_bits(run: RunDir) -> None:
+    from bitsandbytes.nn import Linear8bitLt
+
+    from qlora_recipes.scores.engines.reference import Reference
+    from qlora_recipes.scores.prompter import Prompter
+
+    changes = {"adapter": "lora", "load_in_4bit": None, "bnb_config_kwargs": None, "load_in_8bit": True}
+    run.config.write_text(yamlfiles.write_yaml(config.merge(yamlfiles.read_yaml(run.config), changes)))
+    task = EvaluationTask(run, EvaluationRequest(adapter="none", judge="none"))
+    model = Reference(Prompter(task.settings, task.cfg, run.output)).model
+    assert sum(isinstance(layer, Linear8bitLt) for layer in model.modules()) == 14
+
+
+def renamed(tensors: dict[str, Any]) -> dict[str, Any]:
+    """As of a model whose attention is called otherwise."""
+    return {name.replace("layers.1.self_attn", "layers.1.attention"): tensor for name, tensor in tensors.items()}
+
+
+def without_one(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Without the last layer's values."""
+    return {name: tensor for name, tensor in tensors.items() if "layers.1.self_attn.v_proj" not in name}
+
+
+def zeroed(tensors: dict[str, Any]) -> dict[str, Any]:
+    """As before the training."""
+    return {name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}
+
+
+def test_an_adapter_that_does_not_apply_is_refused(
+    reference: Callable[..., "Reference"], tiny: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), lora).save_pretrained(tmp_path / "adapter")
+    settings = {"adapter": str(tmp_path / "adapter"), "adapter_sha256": "x"}
+    reference(**settings)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    trained = load_file(file)
+    for damaged in (renamed, without_one, zeroed):
+        save_file(damaged(trained), file)
+        with pytest.raises(UserError):
+            reference(**settings)
+
+
 def test_sampled_predictions_depend_on_the_seed_and_not_on_the_batches_before(
     reference: Callable[..., "Reference"],
 ) -> None:
     sampling = reference(decoding=Decoding(max_new_tokens=8, do_sample=True, seed=1))
-    first, second = (sampling.answers([[1, 50, 60]], number, 256) for number in (0, 1))
-    assert sampling.answers([[1, 50, 60]], 0, 256) == first != second
+    first, second = (sampling.answers([[1, 50, 60]], number) for number in (0, 1))
+    assert sampling.answers([[1, 50, 60]], 0) == first != second
 
 
 def test_exported_prompts_are_those_that_are_generated_from(run: RunDir, tmp_path: Path) -> None:

@@ -509,7 +509,7 @@ def test_files_that_are_gone_are_named(own: OwnRun, tmp_path: Path, sample: Path
 def test_scores_of_earlier_versions_are_read(own: OwnRun, tmp_path: Path) -> None:
     settings = {
         "base_model": "m", "adapter": "none", "adapter_sha256": None, "data": "/x/test.jsonl", "data_sha256": "x",
-        "rows": 2, "decoding": {"max_new_tokens": 4}, "batch_size": 1, "cache": "dynamic", "quantized": True,
+        "rows": 2, "decoding": {"max_new_tokens": 4}, "batch_size": 1, "quantized": True,
         "dtype": "float32",
     }  # fmt: skip
     content = {"made": "x", "rehearsal": False, "scores": {}, "code_sha256": "x", "settings": settings}

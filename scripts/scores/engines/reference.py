@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from itertools import batched, groupby
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,15 @@ import psutil
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
-    StaticCache,
     set_seed,
 )
 from transformers.integrations import sdpa_attention
 from transformers.utils.logging import disable_progress_bar
 
-from ...base.errors import WorkFailed
-from ...base.files import embedding_rows
+from ...base.errors import UserError, WorkFailed
+from ...base.files import embedding_rows, tensor_shapes
 from ...base.progress import say
 from ..evaluations import ADAPTER
 from ..prompter import Prompter
@@ -29,7 +28,6 @@ from .engine import Answer
 
 disable_progress_bar()
 
-NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # Axolotl's defaults for qlora
 MOST_ROWS = 64
 """Of a batch, unless another number is asked for. Weights are read, and in 4 bit dequantized, once a token for all rows
 of a batch; beyond some dozens that is little, and rows that have ended wait for those that have not."""
@@ -80,19 +78,17 @@ class Reference:
         self.device = self.model.device
         dtype = getattr(torch, settings.dtype)
         small = self.device.type == "cpu" and self.model.num_parameters() * dtype.itemsize < SMALL
-        if settings.quantized and small and self.model.config.quantization_config.bnb_4bit_compute_dtype == dtype:
+        how = prompter.quantization
+        if small and how and how.load_in_4bit and how.bnb_4bit_compute_dtype == dtype:
             self.model = self.model.dequantize(dtype=dtype)
         self.model.generation_config = GenerationConfig()  # the model's own decodes in its own way
         grow_embedding(self.model, len(self.tokenizer), settings.adapter if settings.adapter_sha256 else None)
         if settings.adapter_sha256:
-            from peft import PeftModel
-
-            self.model = PeftModel.from_pretrained(self.model, settings.adapter)
+            self.model = with_adapter(self.model, settings.adapter)
         self.model.eval()
         by_memory = (small or self.device.type == "cuda") and not settings.decoding.do_sample
         if settings.batch_tokens is None and by_memory:
             self.settings = settings.model_copy(update={"batch_tokens": self._room()})
-        self._cache: tuple[tuple[int, int], StaticCache] | None = None
 
     def decoding(self) -> GenerationConfig:
         """The settings' decoding, and of the model's own only the tokens that end an answer."""
@@ -119,17 +115,6 @@ class Reference:
             memory = min(SMALL_CACHE, psutil.virtual_memory().available // 4)
         return 1 << max(memory // self.prompter.cache_of(self.settings.decoding.num_beams), 1).bit_length() - 1
 
-    def _static_cache(self, rows: int, room: int) -> StaticCache | None:
-        """An empty cache: the last one, if its shape is the same, as the compiled code is bound to its memory."""
-        if self.settings.cache != "static":
-            return None
-        if self._cache and self._cache[0] == (rows, room):
-            self._cache[1].reset()
-        else:
-            self._cache = None  # frees its memory before the next takes some
-            self._cache = (rows, room), StaticCache(config=self.prompter.config, max_cache_len=room)
-        return self._cache[1]
-
     def generate(self, prompts: Sequence[list[int]], done: Container[int]) -> Iterator[dict[int, Answer]]:
         """See `Engine`.
 
@@ -149,12 +134,11 @@ class Reference:
             while waiting:
                 part = waiting.pop()
                 try:
-                    answers = self.answers([prompts[i] for i in part], number, room)
+                    answers = self.answers([prompts[i] for i in part], number)
                 except torch.OutOfMemoryError:
                     if len(part) == 1:
                         raise WorkFailed(f"a row of up to {room} tokens does not fit the GPU's memory") from None
                     say(f"{len(part)} rows of up to {room} tokens do not fit the GPU's memory; they are halved")
-                    self._cache = None
                     fits = len(part) // 2
                     waiting += [list(half) for half in batched(part, fits)][::-1]
                     continue
@@ -162,34 +146,31 @@ class Reference:
                 yield {i: Answer(text.strip(), ids) for i, text, ids in zip(part, texts, answers, strict=True)}
 
     @torch.inference_mode()
-    def answers(self, prompts: Sequence[list[int]], number: int, room: int) -> list[list[int]]:
+    def answers(self, prompts: Sequence[list[int]], number: int) -> list[list[int]]:
         """The tokens of one answer per prompt, independent of the batches before; without padding.
 
         Args:
             prompts: the tokens of each.
             number: the batch's number, which is added to the seed where the decoding samples.
-            room: the tokens that a static cache has room for, at least prompt and answer of the longest.
         """
         batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.device)
         set_seed(self.settings.decoding.seed + number)
         decoding = self.decoding()
-        cache = self._static_cache(len(prompts), room)
         with grouped(self.device):
-            output = self.model.generate(**batch, generation_config=decoding, past_key_values=cache)
+            output = self.model.generate(**batch, generation_config=decoding)
         answers = output[:, batch["input_ids"].shape[1] :].tolist()
         ends = self.prompter.ends
         return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in answers]
 
     def free(self) -> None:
         """Give its memory back, which another engine may need; it cannot be used afterwards."""
-        del self.model, self._cache
+        del self.model
         gc.collect()
         torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def best(self, prompt: list[int], answer: list[int], count: int) -> list[dict[int, float]]:
         """At each token of an answer the log-probabilities of the best tokens, in one pass without a cache."""
-        self._cache = None
         tokens = torch.tensor([prompt + answer], device=self.device)
         with grouped(self.device):
             logits = self.model(tokens, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
@@ -200,8 +181,7 @@ class Reference:
 def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[int, list[int]]]:
     """Which rows are generated together, the longest first: too little memory shows at once.
 
-    Rows that need about the same room are together, and there are few sizes of room, so that a static cache, and what
-    is compiled for it, can be reused.
+    Rows that need about the same room are together, so that little of a batch is padding.
 
     Args:
         lengths: for each row the tokens of its prompt and of the longest answer.
@@ -218,18 +198,41 @@ def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[in
 
 
 def base_model(prompter: Prompter) -> Any:
-    """A run's base model, quantized as in training, on the GPU if there is one."""
+    """A run's base model, configured and quantized as in training, on the GPU if there is one."""
     settings = prompter.settings
-    dtype = getattr(torch, settings.dtype)
-    kinds = NF4 | {"bnb_4bit_compute_dtype": dtype} | (prompter.cfg.get("bnb_config_kwargs") or {})
     return AutoModelForCausalLM.from_pretrained(
         settings.base_model,
+        config=deepcopy(prompter.config),  # the model's has more than was asked for
         revision=prompter.revision,
-        dtype=dtype,
-        quantization_config=BitsAndBytesConfig(load_in_4bit=True, **kinds) if settings.quantized else None,
+        dtype=getattr(torch, settings.dtype),
+        quantization_config=prompter.quantization,
         device_map="cuda" if torch.cuda.is_available() else "cpu",
         attn_implementation=prompter.cfg.get("attn_implementation"),
     )
+
+
+def with_adapter(model: Any, folder: str) -> Any:
+    """A model with the adapter of a folder, all of it, on its layers.
+
+    Raises:
+        UserError: the adapter has weights for layers that the model lacks, lacks some of the layers that it names, or
+            changes nothing. PEFT only warns.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    file = Path(folder, ADAPTER)
+    saved = (tensor_shapes(file) or {}).keys()
+    adapted = PeftModel.from_pretrained(model, folder)
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    every = get_peft_model_state_dict(adapted, save_embedding_layers=True)
+    for problem, names in (("layers that the model lacks", saved - every), ("no weights for", own.keys() - saved)):
+        if names:
+            some = f"{min(names)}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+            raise UserError(f"{file}: not this model's adapter: {problem}: {some}; name the model's own with --adapter")
+    changes = [tensor for name, tensor in own.items() if "lora_B" in name or "lora_embedding_B" in name]
+    if changes and not any(tensor.any() for tensor in changes):
+        raise UserError(f"{file}: changes nothing: LoRA's B is 0 in every layer; evaluate one that was trained")
+    return adapted
 
 
 def grow_embedding(model: PreTrainedModel, tokens: int, adapter: str | None) -> None:

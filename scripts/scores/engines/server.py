@@ -15,6 +15,10 @@ AT_ONCE = 16
 """Requests that somebody's server gets at a time, unless another number is asked for."""
 
 
+MOST_STOPS = 4
+"""Texts that end an answer, in a request of OpenAI's protocol."""
+
+
 class Form(NamedTuple):
     """How requests are put: prompts as tokens or as text, with or without what OpenAI's protocol does not have."""
 
@@ -88,6 +92,8 @@ class Server:
             body |= {"stop_token_ids": self.ends, "return_token_ids": True, "repetition_penalty": 1.0}
             if decoding.do_sample and decoding.top_k:
                 body["top_k"] = decoding.top_k
+        else:
+            body["stop"] = self.tokenizer.convert_ids_to_tokens(self.ends)[:MOST_STOPS]
         return body
 
     def _as_text(self, prompt: list[int]) -> str:

@@ -1,5 +1,6 @@
 """vLLM as an engine: a server that is started for an evaluation, in an environment of its own, and ends with it."""
 
+import json
 import os
 import re
 import secrets
@@ -157,6 +158,8 @@ def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[
     ]
     if model == settings.base_model:
         words += ["--revision", prompter.revision]
+        if overrides := settings.built_with.get("overrides_of_model_config"):
+            words += ["--hf-overrides", json.dumps(overrides)]
     if for_cpu():
         words.append("--enforce-eager")  # compiling takes longer than it saves
     else:  # of what is free: this process has a context there

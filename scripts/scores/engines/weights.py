@@ -13,7 +13,7 @@ from ...base import paths
 from ...base.locks import make_once
 from ...base.progress import say
 from ..prompter import Prompter
-from .reference import NF4, base_model
+from .reference import base_model, with_adapter
 
 
 def folder(prompter: Prompter, merges: bool = False) -> Path:
@@ -36,7 +36,8 @@ def folder(prompter: Prompter, merges: bool = False) -> Path:
         "model": settings.base_model,
         "revision": getattr(prompter.config, "_commit_hash", None) or prompter.revision,
         "files": sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in model.glob("*.*")),
-        "kinds": settings.quantized and NF4 | (prompter.cfg.get("bnb_config_kwargs") or {}),
+        "kinds": prompter.quantization.to_diff_dict() if prompter.quantization else None,
+        "config": settings.built_with,
         "dtype": settings.dtype,
         "adapter": settings.adapter_sha256 if merges else None,
     }
@@ -60,7 +61,5 @@ def _weights(prompter: Prompter, merges: bool) -> Any:
     if settings.quantized:
         model = model.dequantize(dtype=dtype)
     if merges:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model.float(), settings.adapter).merge_and_unload().to(dtype)
+        model = with_adapter(model.float(), settings.adapter).merge_and_unload().to(dtype)
     return model
