@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import places
-from ..base import disks
+from ..base import disks, yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import opened, sha256, tensor_shapes, write_atomically
 from ..base.locks import held
@@ -22,6 +22,7 @@ from ..checks import cached
 from ..runs.rundir import Run, RunDir
 from ..scores.evaluations import ADAPTER, read_scores
 from .card import base_model, card
+from .merged import require_applied
 
 CARD = "README.md"
 _TOKENIZER = ["tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
@@ -103,12 +104,24 @@ def _merge(folder: RunDir, run: Run) -> Path:
             if full := disks.where_full("\n".join(tail), [folder.path]):
                 raise WorkFailed(f"{full}: no space left for the merged model, which is as large as the base model")
             raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not merge; the whole log is {log}"]))
+        require_applied(lambda: _base_folder(folder, run), folder.output, new)
         for file in (file for pattern in _TOKENIZER for file in folder.output.glob(pattern)):
             shutil.copy2(file, new)  # Axolotl copies the base model's, which lacks what the config adds to it
         if merged.exists():
             merged.rename(scratch / "former")
         new.rename(merged)
     return merged
+
+
+def _base_folder(folder: RunDir, run: Run) -> Path:
+    """The folder with the base model that was merged, in the hub's cache unless it is local."""
+    from huggingface_hub import snapshot_download
+
+    cfg = yamlfiles.read_yaml(folder.config)
+    local = Path(run.cwd, str(cfg["base_model"]))
+    if local.is_dir():
+        return local
+    return Path(snapshot_download(cfg["base_model"], revision=cfg.get("revision_of_model"), local_files_only=True))
 
 
 @contextmanager
