@@ -168,6 +168,11 @@ def is_copy(name: Any, of: Any) -> bool:
     return name == of or (name is not None and name == catalogue().get(str(of), {}).get("mirror"))
 
 
+def is_mirror(name: str) -> bool:
+    """Whether models.yaml names a model as another's mirror."""
+    return any(entry.get("mirror") == name for entry in catalogue().values())
+
+
 def is_path(name: str) -> bool:
     """Whether the name of a base model is that of a folder, whether it exists or not, and not of a model on the hub."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1

@@ -23,6 +23,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from ..base.files import append_line
 from ..base.locks import PATIENCE, held
 from ..base.processes import end_with_parent
+from ..configs import models
 from ..configs.engines import CPU_RANKS, KEYS, engine_of
 from ..determinism import settings, trace
 from . import checkpoints, eval_loss, ranks
@@ -104,7 +105,13 @@ class RunPlugin(BasePlugin):
                 module.support_avx512bf16_for_cpu = False
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Trace the steps; have evaluations and saving say that they begin; measure a loss that depends on no batch."""
+        """Trace the steps; have evaluations and saving say that they begin; measure a loss that depends on no batch.
+
+        Mirrors of Llama 3.2 pad on the left (seen in PEFT's pull request 3526), and Meta's tokenizers on the right: so
+        do mirrors here, with the same batches as their originals. Recipes set the pad token for both.
+        """
+        if models.is_mirror(cfg.base_model):
+            trainer.processing_class.padding_side = "right"
         trace.add_to(trainer, Path(cfg.output_dir).with_name(trace.FILE), ranks.of_all)
         save = trainer._save_checkpoint
 
@@ -157,7 +164,7 @@ class RunCallback(TrainerCallback):
         self.engine = engine
         self.parameters = parameters
         self.packed = packed
-        self.trained = False
+        self.vocabulary: int | None = None  # of the model, until the first loss was compared with it
         self.stop = self.stopped = False
         self.step_started = self.step_seconds = 0.0
         self.tokens: Any = 0  # without padding, which Axolotl counts; a tensor on the device, so that no step waits
@@ -170,6 +177,7 @@ class RunCallback(TrainerCallback):
         if self.engine:
             ranks.check_engine(self.engine, self.trainer)
             begun = begun | {"engine": self.engine}
+        self.vocabulary = self.trainer.model.config.get_text_config().vocab_size
         if self.packed:
             self.packed.compare_in_first_pass()
         if args.full_determinism:
@@ -234,9 +242,9 @@ class RunCallback(TrainerCallback):
             self.step_seconds = 0.0
             self.tokens = 0
         self._append(state, record | usage | {"cpu_percent": self.process.cpu_percent()})
-        if "loss" in logs and not self.trained:
-            self.trained = True
-            require_sane(logs["loss"], self.trainer.model.config.get_text_config().vocab_size)
+        if "loss" in logs and self.vocabulary:
+            require_sane(logs["loss"], self.vocabulary)
+            self.vocabulary = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the last step, which the trainer may not have logged, and why it was the last."""

@@ -8,11 +8,13 @@ import orjson
 import pytest
 import torch
 from conftest import recipe_config, train_many
+from transformers import AutoTokenizer, LlamaConfig
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import read_json, tensor_shapes
 from qlora_recipes.base.progress import TrainingProgress
 from qlora_recipes.configs import config
+from qlora_recipes.determinism import trace
 from qlora_recipes.planning import lora
 from qlora_recipes.runs import plugin
 from qlora_recipes.runs.handover import PLUGIN
@@ -95,8 +97,30 @@ def test_the_peak_is_the_one_before_axolotl_resets_it(tmp_path: Path, monkeypatc
     assert (record["memory_allocated_gib"], record["memory_reserved_gib"]) == (6.4, 7.0)
 
 
+def test_a_mirror_is_collated_as_its_original(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from axolotl.utils.collators import DataCollatorForSeq2Seq
+
+    monkeypatch.setattr(trace, "add_to", lambda *_: None)
+    rows = [{"input_ids": [1, *range(5, end)], "labels": [-100, *range(5, end)]} for end in (9, 20)]
+    for row in rows:
+        row["attention_mask"] = [1] * len(row["input_ids"])
+
+    def collated(side: str, base_model: str) -> dict[str, list[list[int]]]:
+        tokenizer = AutoTokenizer.from_pretrained(tiny, padding_side=side, pad_token="</s>")
+        trainer = SimpleNamespace(processing_class=tokenizer, _save_checkpoint=None, evaluation_loop=None)
+        RunPlugin().post_trainer_create(SimpleNamespace(base_model=base_model, output_dir=str(tmp_path)), trainer)
+        batch = DataCollatorForSeq2Seq(tokenizer)([dict(row) for row in rows])
+        return {name: tensor.tolist() for name, tensor in batch.items()}
+
+    original = collated("right", "meta-llama/Llama-3.2-3B")
+    assert collated("left", "unsloth/Llama-3.2-3B") == original
+    assert collated("left", "somebody/else") != original
+
+
 def test_tokens_are_counted_without_padding_in_training_only(tmp_path: Path) -> None:
     class Model(torch.nn.Module):
+        config = LlamaConfig()
+
         def forward(self, **inputs: torch.Tensor) -> None:
             pass
 
