@@ -25,7 +25,7 @@ def exchanges(composed: Config, sample: Config, given: Config, ranks: int) -> It
         given: by dotted keys, what was laid over the profile's values; it stays.
         ranks: the processes that train.
     """
-    for change, reason in (*_rows(composed, sample, given), *_layers(composed), *lacking(composed)):
+    for change, reason in (*_rows(composed, sample, given), *_layers(composed), *_ends(composed), *lacking(composed)):
         composed = merge(composed, change)
         yield change, reason
     held_out = composed.get("val_set_size")
@@ -98,6 +98,16 @@ def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
     if named and composed.get("base_model") == str(standin.folder()):
         renamed = models.renamed(targets, models.LAYERS["llama"])
         yield {"lora_target_modules": renamed}, "the stand-in has these layers apart"
+
+
+def _ends(composed: Config) -> Iterator[tuple[Config, str]]:
+    """Ends of turns that the stand-in's tokenizer lacks, in the place of tokens that no text has."""
+    ends: Any = composed.get("eot_tokens")
+    if isinstance(ends, list) and composed.get("base_model") == str(standin.folder()):
+        lacking = [str(end) for end in ends if end not in standin.TURNS]
+        if lacking:
+            names = dict(zip(map(str, standin.UNUSED), lacking, strict=False))
+            yield {"added_tokens_overrides": names}, "the stand-in's tokenizer lacks these ends of turns"
 
 
 def lacking(composed: Config) -> Iterator[tuple[Config, str]]:

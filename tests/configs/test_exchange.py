@@ -197,8 +197,15 @@ def test_an_attention_that_a_cpu_has_stays(attention: str | None) -> None:
 
 
 def test_what_belongs_to_the_base_model_goes_with_it() -> None:
-    of_model = {"eot_tokens": ["<|eot_id|>"], "type_of_model": "MistralForCausalLM", "tokenizer_config": "some/llama"}
+    of_model = {"type_of_model": "MistralForCausalLM", "tokenizer_config": "some/llama"}
     assert not of_model.keys() & rehearsed(of_model).config.keys()
+
+
+def test_ends_of_turns_stay_and_the_stand_in_gets_those_that_it_lacks() -> None:
+    ends = ["<|im_end|>", "<|eot_id|>"]
+    composed = rehearsed({"eot_tokens": ends})
+    assert composed.config["eot_tokens"] == ends
+    assert composed.config["added_tokens_overrides"] == {"3": "<|eot_id|>"}
 
 
 def test_layers_that_the_stand_in_has_apart_are_named_apart() -> None:
