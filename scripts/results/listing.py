@@ -37,6 +37,7 @@ def _short(full: dict[str, Any], columns: Mapping[str, Column], decodings: Itera
     """The cells of a row that fit a terminal; the first of its columns is set beside what it compares with, further
     decodings among it."""
     early = ", early stopping" if full["ended"] == "early stopping" else ""
+    kept = "" if full["kept_step"] in (None, full["step"]) else f", step {full['kept_step']} kept"
     losses = None
     if full["eval_loss"] is not None:
         losses = f"{tables.text_of(full['eval_loss_first'])} → {tables.text_of(full['eval_loss'])}"
@@ -46,7 +47,7 @@ def _short(full: dict[str, Any], columns: Mapping[str, Column], decodings: Itera
         "recipe": full["recipe"],
         "state": full["state"],
         "jobs": full["jobs"],
-        "step": f"{full['step']}/{full['steps'] or '?'}{early}",
+        "step": f"{full['step']}/{full['steps'] or '?'}{early}{kept}",
         "eval loss": losses,
         AXOLOTL_EVAL_LOSS: None if losses else full["eval_loss_axolotl"],
         columns[first].label: full.get(first),

@@ -34,6 +34,7 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
         "step": summary.step,
         "steps": summary.max_steps,
         "ended": summary.ended,
+        "kept_step": summary.kept_step,
         "trouble": summary.trouble or (health.stalled(folder.metrics) if run.state == "running" else ended_by),
         "eval_loss_first": summary.eval_loss_per_token_first,
         "eval_loss": summary.eval_loss_per_token,

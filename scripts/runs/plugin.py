@@ -138,7 +138,8 @@ class RunCallback(TrainerCallback):
     in GiB, GPU utilization in percent, and cpu_percent, the process's load since the last record, where 100 is one
     processor. Of several ranks the first one writes; peak_gib_by_rank has the memory of each. A launch's first record
     has engine, trainable_parameters, parameters (all of them) and, where it is to repeat bit for bit, the settings that
-    it does so by; its last one `ended`, see `records.Ended`. Records of no step have a `phase`, what the process does
+    it does so by; its last one `ended`, see `records.Ended`, and kept_step where the weights of an earlier checkpoint
+    replace the last ones. Records of no step have a `phase`, what the process does
     from then on.
 
     SIGTERM, to any rank, ends training after the current step, with a checkpoint.
@@ -248,7 +249,10 @@ class RunCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the last step, which the trainer may not have logged, and why it was the last."""
-        self._append(state, {"ended": self._how_it_ended(state, control)})
+        ended: dict[str, Any] = {"ended": self._how_it_ended(state, control)}
+        if args.load_best_model_at_end and state.best_model_checkpoint:  # which the trainer has loaded by now
+            ended["kept_step"] = checkpoints.step_of(Path(state.best_model_checkpoint))
+        self._append(state, ended)
         _note_phase(args.output_dir, "saving the model")
 
     def _how_it_ended(self, state: Any, control: Any) -> Ended:

@@ -34,6 +34,7 @@ class _Record(TypedDict, total=False):
     trainable_parameters: int
     parameters: int
     ended: Ended
+    kept_step: int
 
 
 RECORD = TypeAdapter(_Record)

@@ -75,6 +75,8 @@ class Summary(BaseModel):
     Attributes:
         eval_loss, eval_loss_first: Axolotl's own, a mean of the means of batches.
         eval_loss_per_token, eval_loss_per_token_first: see the module `eval_loss`; runs made before it have none.
+        kept_step: step of the checkpoint with the least eval loss, where its weights were kept instead of the last
+            ones; `eval_loss` and `eval_loss_per_token` are then of that step.
         trainable_parameters, parameters: as PEFT counts them; older runs, and those without an adapter, have none.
     """
 
@@ -86,6 +88,7 @@ class Summary(BaseModel):
     eval_loss: float | None = None
     eval_loss_per_token_first: float | None = None
     eval_loss_per_token: float | None = None
+    kept_step: int | None = None
     train_seconds: float = 0.0
     tokens_per_second: float | None = None
     peak_memory: float | None = None
@@ -320,6 +323,8 @@ def summarise(metrics: list[dict[str, Any]]) -> Summary:
 
     newest = metrics[-1] if metrics else {}
     evaluations = [record for record in metrics if is_evaluation(record)] or [{}]
+    kept_step = newest.get("kept_step")
+    kept = next((record for record in evaluations if record.get("step") == kept_step), evaluations[-1])
     counted = [record for record in metrics if record.get("tokens")]
     counted_seconds = sum(record.get("step_seconds") or 0.0 for record in counted)
     memory = next((key for record in metrics for key in _MEMORY if key in record), "")
@@ -331,9 +336,10 @@ def summarise(metrics: list[dict[str, Any]]) -> Summary:
         epoch=last("epoch"),
         loss=last("loss"),
         eval_loss_first=evaluations[0].get("eval_loss"),
-        eval_loss=evaluations[-1].get("eval_loss"),
+        eval_loss=kept.get("eval_loss"),
         eval_loss_per_token_first=evaluations[0].get("eval_loss_per_token"),
-        eval_loss_per_token=evaluations[-1].get("eval_loss_per_token"),
+        eval_loss_per_token=kept.get("eval_loss_per_token"),
+        kept_step=kept_step,
         train_seconds=sum(record.get("step_seconds") or 0.0 for record in metrics),
         tokens_per_second=sum(record["tokens"] for record in counted) / counted_seconds if counted_seconds else None,
         peak_memory=max([record[memory] for record in metrics if memory in record] + by_rank, default=None),

@@ -89,11 +89,12 @@ def choose(folder: RunDir, request: EvaluationRequest) -> Choice:
 
     validation = evaluation_rows.validation(run, cfg)
     records = folder.read_metrics()
+    kept_step = folder.summary(run).kept_step
     rows = []
     for number, (name, (path, _)) in enumerate(adapters.items(), start=1):
         say(f"{name}, {number} of {len(adapters)}")
         result = evaluated(name, validation is not None)
-        step = checkpoints.step_of(path)
+        step = checkpoints.step_of(path) or kept_step
         recorded = [record for record in records if step is None or record["step"] == step]
         rows.append(_row(name, recorded, result, column))
     scored_on = result.settings

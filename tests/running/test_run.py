@@ -20,11 +20,13 @@ from conftest import finish, start
 from filelock import FileLock
 
 from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.files import sha256
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.running import run
 from qlora_recipes.runs import checkpoints, launch, lookup, records, rundir
 from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.scores.evaluations import ADAPTER
 
 PAGED = "haider2024/code-llama-7b"
 EIGHT_BIT = "haider2024/llama-3.2-3b"
@@ -458,12 +460,16 @@ def test_the_eight_bit_recipe_from_run_to_results(place: Path, tiny: Path, tiny_
 
 @pytest.mark.long
 def test_early_stopping_finishes_a_run_and_is_named(place: Path, tiny_profile: Path) -> None:
-    settings = ("learning_rate=1e-30", "early_stopping_patience=1", "evals_per_epoch=null", "saves_per_epoch=null")
+    settings = ("learning_rate=10", "early_stopping_patience=1", "evals_per_epoch=null", "saves_per_epoch=null")
     sets = [word for one in (*settings, "eval_steps=2", "save_steps=2") for word in ("--set", one)]
     name = finish(start(place, "run", PAGED, "--profile", tiny_profile, *sets, "--runs", "early"))
     record = RunDir(place / name).read()
     assert (record.state, record.summary.ended) == ("finished", "early stopping")
-    assert record.summary.step == 4
+    assert (record.summary.step, record.summary.kept_step) == (4, 2)
+    output = RunDir(place / name).output
+    assert sha256(output / ADAPTER) == sha256(output / "checkpoint-2" / ADAPTER)
+    of_step = {each["step"]: each["eval_loss"] for each in RunDir(place / name).read_metrics() if "eval_loss" in each}
+    assert record.summary.eval_loss == of_step[2] < of_step[4]
     assert "4/16, early stopping" in finish(start(place, "results", "--md", "--runs", "early"))
 
 

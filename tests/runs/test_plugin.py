@@ -117,6 +117,24 @@ def test_a_mirror_is_collated_as_its_original(tiny: Path, tmp_path: Path, monkey
     assert collated("left", "somebody/else") != original
 
 
+def test_the_eval_loss_is_that_of_the_checkpoint_that_was_kept(tmp_path: Path) -> None:
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=8, epoch=0.1, log_history=[])
+    control = SimpleNamespace(should_training_stop=True)
+    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[]))
+    callback = RunCallback(tmp_path / "output" / "metrics.jsonl", trainer, None)
+    (output := tmp_path / "output").mkdir()
+    arguments = SimpleNamespace(device="cpu", output_dir=str(output / "output"), load_best_model_at_end=True)
+    for state.global_step, loss in ((2, 4.2), (4, 4.1), (6, 7.1)):
+        callback.on_log(arguments, state, control, {"eval_loss": loss, "eval_loss_per_token": loss + 1})
+    run = RunDir(output)
+    assert summarise(run.read_metrics()).eval_loss == 7.1
+    state.best_model_checkpoint = str(output / "output" / "checkpoint-4")
+    callback.on_train_end(arguments, state, control)
+    summary = summarise(run.read_metrics())
+    assert (summary.step, summary.kept_step) == (6, 4)
+    assert (summary.eval_loss, summary.eval_loss_per_token) == (4.1, 5.1)
+
+
 def test_tokens_are_counted_without_padding_in_training_only(tmp_path: Path) -> None:
     class Model(torch.nn.Module):
         config = LlamaConfig()
