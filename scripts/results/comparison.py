@@ -48,6 +48,8 @@ def show(pair: tuple[str, str], runs: Path, metrics: Sequence[str], form: tables
         _show_parting(parted, f"Trainings, {title}", form)
     if rows is not None:
         tables.write(rows, form, title, spare=_SPARE)
+        if len(rows) > 1:
+            say(f"{len(rows)} metrics: their intervals and p are not corrected for multiple comparisons")
     else:
         which = f"{unscored[0]} is" if len(unscored) == 1 else "they are"
         say(f"their predictions are not compared: {which} not evaluated; `recipe evaluate {unscored[0]}` comes first")

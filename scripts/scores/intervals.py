@@ -62,9 +62,9 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     """How two systems differ on the same rows.
 
     Returns:
-        The mean of a - b and its 95 % bootstrap interval; `p_bootstrap`, twice the smaller share of resamples on
-        one side of no difference; `p_wilcoxon` of the two-sided signed-rank test, where equal rows do not count;
-        and in how many rows a is better, equal and worse.
+        The mean of a - b and its 95 % bootstrap interval; `p_bootstrap`, twice (k + 1) / (B + 1), where k of B
+        resamples are on the rarer side of no difference; `p_wilcoxon` of the two-sided signed-rank test, where equal
+        rows do not count; and in how many rows a is better, equal and worse.
     """
     from scipy.stats import wilcoxon
 
@@ -73,7 +73,8 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     if len(difference) > 1:
         (means,) = _resampled(difference)
         low_high = _within(means)
-        p_bootstrap = min(1.0, 2 * float(min(np.mean(means <= 0), np.mean(means >= 0))))
+        fewest = min(int(np.sum(means <= 0)), int(np.sum(means >= 0)))
+        p_bootstrap = min(1.0, 2 * (fewest + 1) / (RESAMPLES + 1))
     return {
         "difference": float(difference.mean()),
         "interval": low_high,

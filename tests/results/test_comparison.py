@@ -68,6 +68,8 @@ def test_both_parts_are_shown_where_both_are_there(recipe: Recipe, tmp_path: Pat
     assert "bleu4" in {row["score"] for row in as_json["scores"]}
     csv = recipe("results", "--compare", "one", "two", "--csv")
     assert csv.stdout.startswith("score,") and "Bit-equal over" in csv.stderr
+    several = recipe("results", "--compare", "one", "two", "--metric", "rouge_l")
+    assert ["not corrected" in done.stderr for done in (both, several)] == [False, True]
 
 
 def test_versions_and_machine_are_among_what_differs(recipe: Recipe, tmp_path: Path) -> None:

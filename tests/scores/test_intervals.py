@@ -64,6 +64,10 @@ def test_both_ways_differ_alike(scores: tuple[list[float], list[float]]) -> None
     assert one["p_wilcoxon"] == pytest.approx(other["p_wilcoxon"])
 
 
+def test_a_bootstraps_p_is_never_zero() -> None:
+    assert intervals.paired([2.0, 3.0, 4.0], [1.0, 1.0, 1.0])["p_bootstrap"] == 2 / (intervals.RESAMPLES + 1)
+
+
 def test_equal_systems_and_single_rows_tell_nothing() -> None:
     same = intervals.paired([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
     assert (same["difference"], same["p_bootstrap"], same["p_wilcoxon"]) == (0, 1, 1)
