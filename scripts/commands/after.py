@@ -58,7 +58,7 @@ verbs = typer.Typer()
     "results",
     cls=Verb,
     rich_help_panel=HEADING,
-    epilog="recipe results --study haider2024\nrecipe results --sweep latest --best bleu4",
+    epilog="recipe results --study haider2024\nrecipe results --sweep latest --best eval_loss",
 )
 def results_verb(
     study_name: StudyName = None,

@@ -89,10 +89,8 @@ def _metrics() -> list[str]:
 
 
 def criteria(incomplete: str) -> list[str]:
-    """What a member of a sweep can be the best by."""
-    declared = (yamlfiles.read_yaml(folder / "study.yaml").get("metrics") for folder in paths.studies())
-    names = dict.fromkeys([*(name for of_study in declared for name in of_study or ()), *_metrics()])
-    return _beginning(incomplete, ["memory", "time", *names, *(f"{name}_per_gib" for name in names)])
+    """Ranking criteria of a sweep's members."""
+    return _beginning(incomplete, ["eval_loss", "memory", "perplexity", "time"])
 
 
 def data_sets(incomplete: str) -> list[str]:

@@ -219,8 +219,8 @@ Best = Annotated[
         "--best",
         metavar="BY",
         autocompletion=completion.criteria,
-        help="Mark the best member by a metric that they are scored with, by the first per GiB as in NAME_per_gib, or "
-        "by eval_loss, memory or time.",
+        help="Mark the best member by eval_loss, perplexity (where it is a metric), memory or time; never by scores of "
+        "test rows.",
     ),
 ]
 RehearseAll = Annotated[

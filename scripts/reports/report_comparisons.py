@@ -1,7 +1,6 @@
 """Figures that compare runs: the members of a sweep, and a study's scores beside the published ones."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from ..base.files import Row
 from ..data.study import Study
@@ -28,23 +27,21 @@ from .report_figures import (
 
 
 def sweep(rows: Sequence[Row], scored: sweeps.Columns) -> Iterator[Figure]:
-    """The trade-offs of a sweep's members: the loss and the first score over memory and over the trainable share, and
-    each score with its interval. What no member has is left out."""
+    """The trade-offs of a sweep's members: the loss over memory and over the trainable share, and each score with its
+    interval. What no member has is left out."""
     kinds = {row["memory_kind"] for row in rows if row["memory_kind"]}
     peak = _axis(f"peak GiB ({', '.join(sorted(kinds))})")
     share = _log("trainable parameters, % of all")
     qualities = {name: f"{column.label} ({column.direction})" for name, column in scored.items()}
     qualities = {sweeps.LOSS: "Validation loss (lower is better)"} | qualities
-    better = sweeps.qualities(scored)
     with_percent = [row | {"percent": _percent(row)} for row in rows]
-    for score in dict.fromkeys((sweeps.LOSS, next(iter(scored)))):
-        for key, cost, title, x in (
-            ("memory", "peak_memory_gib", "memory", peak),
-            ("share", "percent", "what is trained", share),
-        ):
-            if against := _against(with_percent, cost, score, better[score]):
-                title = f"{qualities[score].partition(' (')[0]} against {title}"
-                yield Figure(f"sweep-{key}-{score}", title, against, x, _axis(qualities[score]), _FRONT)
+    for key, cost, title, x in (
+        ("memory", "peak_memory_gib", "memory", peak),
+        ("share", "percent", "what is trained", share),
+    ):
+        if against := _against(with_percent, cost):
+            title = f"Validation loss against {title}"
+            yield Figure(f"sweep-{key}-{sweeps.LOSS}", title, against, x, _axis(qualities[sweeps.LOSS]), _FRONT)
     for score, title in qualities.items():
         if measured := [row for row in rows if row.get(score) is not None]:
             points = [(row[score], row["member"]) for row in measured]
@@ -67,10 +64,11 @@ def _percent(row: Row) -> float | None:
     return None if row["trainable_share"] is None else 100 * row["trainable_share"]
 
 
-def _against(rows: Sequence[Row], x: str, y: str, better: Callable[..., Any]) -> list[Trace]:
-    """Members by a cost and a quality, with those on the Pareto front of the two set apart."""
+def _against(rows: Sequence[Row], x: str) -> list[Trace]:
+    """Members by a cost and their eval loss, with those on the Pareto front of the two set apart."""
+    y = sweeps.LOSS
     known = [row for row in rows if row.get(x) is not None and row.get(y) is not None]
-    points = {(row[x], row[y], row["member"]): sweeps.on_front(row, known, x, y, better) for row in known}
+    points = {(row[x], row[y], row["member"]): sweeps.on_front(row, known, x) for row in known}
     front = sorted(point for point, is_on_front in points.items() if is_on_front)
     others = [point for point, is_on_front in points.items() if not is_on_front]
     line = {"dash": "dot", "color": COLOURS[2], "width": 1.5}

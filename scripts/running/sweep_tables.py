@@ -27,10 +27,10 @@ def show(sweep: Sweep, scored: Columns, rows: list[dict[str, Any]], best: str | 
 
 def notes(sweep: Sweep, scored: Columns, rows: list[dict[str, Any]], best: str | None) -> list[str]:
     """The notes below the table."""
-    quality = sweeps.quality_of(rows, scored, best)
     front = [row["member"] for row in rows if row["pareto"]]
-    lines = [f"Pareto front over peak memory and {quality}: {'; '.join(front)}"] if front else []
-    lines += [f"Best by {best}: {row['member']}" for row in rows if row["best"]]
+    lines = [f"Pareto front over peak memory and {sweeps.LOSS}: {'; '.join(front)}"] if front else []
+    found = next((row["member"] for row in rows if row["best"]), "none: not measured, or on test rows only")
+    lines += [f"Best by {best}: {found}"] if best else []
     if any(row["planned_gib"] is not None for row in rows):
         of_what = "Memory planned is the recipe's on a GPU"
         lines.append(f"{of_what}, measured the rehearsal's process on the CPU." if sweep.rehearsal else f"{of_what}.")

@@ -21,13 +21,13 @@ from ..metrics.metric import Column
 from ..planning import lora
 from ..results import comparable, repeats, run_rows
 from ..runs.rundir import Run, RunDir
-from ..scores import evaluations
+from ..scores import evaluation_rows, evaluations
 from ..scores.columns import columns_of
 from . import former
 
 PAIRED = "_"
-PER_GIB = "_per_gib"  # behind the name of a score
 LOSS = "eval_loss"
+_COSTS = {"memory": "peak_memory_gib", "time": "train_seconds"}
 Columns = Mapping[str, Column]
 
 
@@ -200,28 +200,29 @@ def qualities(scored: Columns) -> dict[str, Callable[..., Any]]:
 
 
 def criteria(scored: Columns) -> dict[str, Callable[..., Any]]:
-    """What a member can be the best by, and whether the least or the most of it is the best."""
-    first = next(iter(scored.values()))
-    per_gib: dict[str, Callable[..., Any]] = {f"{first.name}{PER_GIB}": max} if first.metric.higher_is_better else {}
-    return qualities(scored) | {"memory": min, "time": min} | per_gib
+    """Ranking criteria, and whether the least or the most of each is the best. Scores are of test rows, which choose no
+    member: its score would then be too good."""
+    of_loss = {name: column for name, column in scored.items() if column.metric.of_loss}
+    return qualities(of_loss) | dict.fromkeys(_COSTS, min)
 
 
 def check_best(best: str | None, scored: Columns) -> None:
     """Refuse what a member cannot be the best by.
 
     Raises:
-        UserError: none is scored with a metric of that name.
+        UserError: it is not one of `criteria`.
     """
     if best and best not in criteria(scored):
         hint = did_you_mean(best, criteria(scored))
-        raise UserError(f"--best {best}: not one of {', '.join(criteria(scored))}{hint}")
+        problem = "a score of test rows, which choose no member; name" if best in scored else "not"
+        raise UserError(f"--best {best}: {problem} one of {', '.join(criteria(scored))}{hint}")
 
 
 def rows(sweep: Sweep, runs: Path, best: str | None = None) -> list[dict[str, Any]]:
     """A row for each name among the members: what it sets and what its finished runs measured.
 
     Scores are means over seeds, with their 95 % interval, see `noise.of_runs`. The Pareto front is over peak memory and
-    a quality, see `quality_of`.
+    eval loss. Where the runs validate on test rows, there is no front, and no best by eval loss.
 
     Args:
         sweep: the sweep.
@@ -238,36 +239,27 @@ def rows(sweep: Sweep, runs: Path, best: str | None = None) -> list[dict[str, An
     compared = [
         _row(of_name, [of_digest[m.digest] for m in of_name if m.digest in of_digest], scored) for of_name in by_name
     ]
-    quality = quality_of(compared, scored, best)
+    done = (of_digest[m.digest] for m in sweep.members if m.digest in of_digest)
+    validated = next((_validates(*one) for one in done if one[1].state == "finished"), False)
     for row in compared:
-        row["pareto"] = on_front(row, compared, "peak_memory_gib", quality, qualities(scored)[quality])
+        row["pareto"] = validated and on_front(row, compared, "peak_memory_gib")
         row["best"] = False
-    if best and (ranked := [row for row in compared if _criterion(row, best) is not None]):
-        criteria(scored)[best](ranked, key=lambda row: _criterion(row, best) or 0.0)["best"] = True
+    key = _COSTS.get(best, best) if best else LOSS
+    if best and (validated or best in _COSTS) and (ranked := [row for row in compared if row[key] is not None]):
+        criteria(scored)[best](ranked, key=lambda row: row[key])["best"] = True
     return compared
 
 
-def quality_of(compared: Sequence[dict[str, Any]], scored: Columns, best: str | None = None) -> str:
-    """The quality that the front is over: the one asked for, else the first score where all have it, else the loss."""
-    if best in qualities(scored):
-        return str(best)
-    first = next(iter(scored))
-    measured = [row for row in compared if row[LOSS] is not None]
-    return first if measured and all(row[first] is not None for row in measured) else LOSS
+def _validates(folder: RunDir, run: Run) -> bool:
+    """True if the run's eval loss is of validation rows, which may choose a member."""
+    return evaluation_rows.validation(run, yamlfiles.read_yaml(folder.config)) is not None
 
 
-def on_front(
-    row: dict[str, Any], compared: Sequence[dict[str, Any]], cost: str, quality: str, better: Callable[..., Any]
-) -> bool:
-    """Whether a row is on the Pareto front: no other is as good in both a cost and a quality, and better in one.
-
-    Args:
-        better: `min` or `max`, whichever takes the better of two qualities.
-    """
-    sign = 1 if better is min else -1
+def on_front(row: dict[str, Any], compared: Sequence[dict[str, Any]], cost: str) -> bool:
+    """Whether a row is on the Pareto front: no other is as good in both a cost and eval loss, and better in one."""
 
     def losses(some: dict[str, Any]) -> tuple[float, float] | None:
-        return None if None in (some.get(cost), some.get(quality)) else (some[cost], sign * some[quality])
+        return None if None in (some.get(cost), some.get(LOSS)) else (some[cost], some[LOSS])
 
     own = losses(row)
     rivals = [other for other in map(losses, compared) if other not in (None, own)]
@@ -325,11 +317,3 @@ def _parameters(folder: RunDir, run: Run) -> tuple[int | None, int | None]:
         named = cfg | {"base_model": str(local)} if local.is_dir() else cfg
         frozen = lora.total(models.architecture(named, download=False), anew=False)
     return trainable, frozen
-
-
-def _criterion(row: dict[str, Any], name: str) -> float | None:
-    if name not in row and name.endswith(PER_GIB):
-        memory, quality = row["peak_memory_gib"], row[name.removesuffix(PER_GIB)]
-        return quality / memory if memory and quality is not None else None
-    value: float | None = row[{"memory": "peak_memory_gib", "time": "train_seconds"}.get(name, name)]
-    return value

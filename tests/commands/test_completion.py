@@ -90,7 +90,7 @@ SWEEPS = ["latest", "ranks/haider2024/llama-2-7b", "ranks/haider2024/llama-2-7b/
         ("recipe run wide --on s", ["slurm", "sky"]),
         ("recipe score x --metric b", ["bertscore_f1", "bleu4"]),
         ("recipe results --sweep ranks --best m", ["memory"]),
-        ("recipe results --sweep ranks --best bleu4", ["bleu4", "bleu4_per_gib"]),
+        ("recipe results --sweep ranks --best e", ["eval_loss"]),
     ],
 )
 def test_names_are_completed(complete: Complete, place: Path, line: str, offered: list[str]) -> None:

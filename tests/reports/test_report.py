@@ -268,11 +268,11 @@ def test_the_study_stands_beside_what_is_published_and_rehearsals_do_not(tmp_pat
 
 def test_a_sweep_shows_its_trade_offs(recipe: Recipe, tmp_path: Path) -> None:
     a_sweep(tmp_path)
-    assert recipe("report", "--sweep", "ranks", "--best", "bleu4").returncode == 0
+    assert recipe("report", "--sweep", "ranks", "--best", "eval_loss").returncode == 0
     html = (tmp_path / "report.html").read_text()
     assert "Low rank, Low rank 43" in html and "Odd" in html
-    assert "Pareto front over peak memory and bleu4: " in html and "Intervals are of rows and 2 runs" in html
-    assert "Best by bleu4: Paper" in html
+    assert "Pareto front over peak memory and eval_loss: " in html and "Intervals are of rows and 2 runs" in html
+    assert "Best by eval_loss: Paper" in html
     assert "Validation loss against memory" in html
 
 

@@ -16,6 +16,7 @@ from scipy import stats
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.files import sha256, write_json
 from qlora_recipes.checks import check
 from qlora_recipes.configs import compose, models
 from qlora_recipes.configs.compose import Request
@@ -122,8 +123,8 @@ def test_nothing_is_started_where_a_member_is_wrong(tmp_path: Path, recipe: Reci
     assert "name a sweep's file" in recipe("sweep", BASE).stderr
     assert "did you mean targets" in recipe("sweep", BASE, "tragets").stderr
     best = recipe("sweep", BASE, "--set", "lora_r=8,16", "--best", "bleu")
-    assert (best.returncode, "--best bleu: not one of eval_loss, bleu4, " in best.stderr) == (2, True)
-    assert "memory, time, bleu4_per_gib; did you mean bleu4" in best.stderr
+    assert (best.returncode, "--best bleu: not one of eval_loss, memory, time" in best.stderr) == (2, True)
+    assert recipe("sweep", BASE, "--set", "lora_r=8,16", "--best", "bleu4").returncode == 2  # of test rows
 
 
 def test_what_does_not_fit_is_told_before_anything_starts(tmp_path: Path, recipe: Recipe, tiny_profile: Path) -> None:
@@ -158,10 +159,10 @@ def a_sweep(runs: Path, finished: dict[str, list[tuple[float, float, float]]], s
 
 
 def test_members_compare_by_what_their_runs_measured(tmp_path: Path) -> None:
-    sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "bad": [(5.0, 1.3, 7.5)]})
+    sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "bad": [(9.0, 1.3, 7.5)]})
     sweep.members.append(SweepMember(name="not yet", values={"lora_r": 1}, digest="none"))
     lora.total(models.architecture(recipe_config(BASE)))  # kept for runs that have no record of it
-    rows = {row["member"]: row for row in sweeps.rows(sweep, tmp_path, "bleu4")}
+    rows = {row["member"]: row for row in sweeps.rows(sweep, tmp_path, "eval_loss")}
     assert [(name, row["pareto"], row["best"]) for name, row in rows.items()] == [
         ("low", True, False),
         ("high", True, True),
@@ -173,8 +174,23 @@ def test_members_compare_by_what_their_runs_measured(tmp_path: Path) -> None:
     assert high["trainable"] == 16 * 30
     assert high["trainable_share"] == pytest.approx(480 / (480 + 6_738_546_688))
     assert rows["not yet"]["bleu4"] is None
-    for criterion, name in (("memory", "low"), ("eval_loss", "high"), ("bleu4_per_gib", "low"), ("time", "low")):
+    for criterion, name in (("memory", "low"), ("time", "low")):
         assert [row["member"] for row in sweeps.rows(sweep, tmp_path, criterion) if row["best"]] == [name]
+
+
+def test_test_rows_choose_no_member(tmp_path: Path) -> None:
+    sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
+    with pytest.raises(UserError):
+        sweeps.rows(sweep, tmp_path, "bleu4")
+    (test := tmp_path / "test.jsonl").write_text("{}\n")
+    write_json(tmp_path / "manifest.json", {"splits": {"test": {"sha256": sha256(test)}}})
+    for config in tmp_path.rglob("config.yaml"):
+        cfg = yamlfiles.read_yaml(config)
+        cfg["test_datasets"][0]["path"] = str(test)
+        config.write_text(yamlfiles.write_yaml(cfg))
+    marked = [[row for row in sweeps.rows(sweep, tmp_path, by) if row["best"]] for by in ("eval_loss", "memory")]
+    assert list(map(len, marked)) == [0, 1]
+    assert not any(row["pareto"] for row in sweeps.rows(sweep, tmp_path))
 
 
 def test_scores_over_seeds_have_students_interval(tmp_path: Path) -> None:
@@ -190,10 +206,10 @@ def test_scores_over_seeds_have_students_interval(tmp_path: Path) -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=8))
 def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
-    rows = [{"peak_memory_gib": float(memory), "bleu4": float(bleu4)} for memory, bleu4 in points]
-    for (memory, bleu4), row in zip(points, rows, strict=True):
-        beaten = any(m <= memory and b >= bleu4 and (m, b) != (memory, bleu4) for m, b in points)
-        assert sweeps.on_front(row, rows, "peak_memory_gib", "bleu4", max) != beaten
+    rows = [{"peak_memory_gib": float(memory), "eval_loss": float(loss)} for memory, loss in points]
+    for (memory, loss), row in zip(points, rows, strict=True):
+        beaten = any(m <= memory and other <= loss and (m, other) != (memory, loss) for m, other in points)
+        assert sweeps.on_front(row, rows, "peak_memory_gib") != beaten
 
 
 def test_results_of_a_sweep_in_every_form(tmp_path: Path, recipe: Recipe) -> None:
@@ -203,7 +219,7 @@ def test_results_of_a_sweep_in_every_form(tmp_path: Path, recipe: Recipe) -> Non
     sweep.write(runs)
     table = recipe("results", "--sweep", "ranks", "--best", "memory")
     assert "Best by memory: low" in table.stdout
-    assert "Pareto front over peak memory and bleu4: low; high" in table.stdout
+    assert "Pareto front over peak memory and eval_loss: low; high" in table.stdout
     assert "Intervals are of rows only." in table.stdout
     rows = orjson.loads(recipe("results", "--sweep", "latest", "--json").stdout)
     assert [row["values"] for row in rows] == [{"lora_r": 8}, {"lora_r": 16}]
