@@ -48,10 +48,12 @@ class Composed:
     """A config, and where it comes from.
 
     Attributes:
-        origin: the shipped recipe that a variant or an edited copy is one of; the differences are from it.
+        origin: the shipped recipe that a variant or an edited copy is one of.
+        differences: from the file that is run.
         files: for each key that a variant or a profile changed, its file.
         data: the data files that it names, once they have been read.
         unfit: the keys of profiles that were not laid over it as they are, by the reason; see `fitting.fitted`.
+        of_variant: the differences of the file that is run from its origin.
     """
 
     recipe: str
@@ -64,6 +66,12 @@ class Composed:
     rehearsal: bool
     data: list[DataFile] = field(default_factory=list)
     unfit: fitting.Unfit = field(default_factory=dict)
+    of_variant: list[Difference] = field(default_factory=list)
+
+    @property
+    def from_origin(self) -> list[Difference]:
+        """Differences from the origin."""
+        return config.chained(self.of_variant, self.differences)
 
     @property
     def digest(self) -> str:
@@ -101,6 +109,8 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
 
     own = recipe | {key: base.get(key) for key in config.OF_THE_RUN}
     lay({key: value for key, value in own.items() if value is not None}, paths.shown(file), file)
+    of_variant = _differences(base, composed, reasons)
+    base = composed
     if request.mirror:
         lay(_mirrored(composed), "--mirror")
     fragments = _fragments(profiles, composed, request.overrides, gpu, unfit)
@@ -127,12 +137,27 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     if rehearsal:
         for changes, reason in exchange.exchanges(composed, sample, given, request.ranks):
             lay(config.merge(composed, changes), f"rehearsal: {reason}")
-    differences = [
-        Difference(key=key, recipe=before, run=after, why=reasons[key][0])
-        for key, (before, after) in config.differences(base, composed).items()
-    ]
+    differences = _differences(base, composed, reasons)
     files = {key: source for key, (_, source) in reasons.items() if source}
-    return Composed(name, file, origin, composed, differences, files, [*dict(profiles)], rehearsal, unfit=unfit)
+    return Composed(
+        name,
+        file,
+        origin,
+        composed,
+        differences,
+        files,
+        [*dict(profiles)],
+        rehearsal,
+        unfit=unfit,
+        of_variant=of_variant,
+    )
+
+
+def _differences(before: Config, after: Config, reasons: dict[str, tuple[str, Path | None]]) -> list[Difference]:
+    return [
+        Difference(key=key, recipe=old, run=new, why=reasons[key][0])
+        for key, (old, new) in config.differences(before, after).items()
+    ]
 
 
 def _fragments(

@@ -1,7 +1,7 @@
 """Axolotl configs: changes laid over them, and two compared by key."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -90,7 +90,7 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
 
 
 class Difference(BaseModel):
-    """One key in which a run's config differs from its recipe, and why."""
+    """One key in which a run's config differs from the file that was run, and why."""
 
     key: str
     recipe: Any = None
@@ -99,6 +99,13 @@ class Difference(BaseModel):
 
     def __str__(self) -> str:
         return f"{self.key}: {self.recipe} -> {self.run}  ({self.why})"
+
+
+def chained(first: Sequence[Difference], second: Sequence[Difference]) -> list[Difference]:
+    """Differences over two steps, such as from a recipe to a variant and from that to a run."""
+    before, after = ({difference.key: difference for difference in step} for step in (first, second))
+    both = (last.model_copy(update={"recipe": before.get(key, last).recipe}) for key, last in (before | after).items())
+    return [difference for difference in both if difference.recipe != difference.run]
 
 
 def check_not_of_the_run(key: str, where: str) -> None:

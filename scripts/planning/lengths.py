@@ -150,7 +150,7 @@ def _of_epoch(config: Config, measured: list[dict[str, Any]]) -> Lengths:
 def _published(composed: Composed) -> Lengths | None:
     """What a study says of its own rows under the model's tokenizer, which a mirror has too."""
     of_study = study.of(composed.origin or composed.recipe)
-    changed = {change.key: change for change in composed.differences if _DECIDES_TOKENS.match(change.key)}
+    changed = {change.key: change for change in composed.from_origin if _DECIDES_TOKENS.match(change.key)}
     name = composed.config["base_model"]
     if (model := changed.get("base_model")) and models.is_copy(model.run, model.recipe):
         name = model.recipe

@@ -84,7 +84,7 @@ def _rows(composed: Composed) -> tuple[int | None, str]:
     """The number of rows that are trained on, where it is known, and where it comes from."""
     rows = datafiles.training_rows(composed.config)
     of_study = study.of(composed.origin or composed.recipe)
-    others = any(change.key.startswith(("datasets", "val_set_size")) for change in composed.differences)
+    others = any(change.key.startswith(("datasets", "val_set_size")) for change in composed.from_origin)
     if rows is None and of_study and not others:
         return of_study.data.rows_of("train"), "the study's data"
     return rows, "the config's data"
@@ -98,7 +98,7 @@ def _rate(composed: Composed, gpu: Gpu, gpus: int, per_token: float, runs: Path)
     for _, run in readable(() if packed else all_runs(runs)[::-1]):
         card = str((run.provenance.get("gpus") or [{}])[0].get("name"))
         done = run.state == "finished" and not run.rehearsal and run.recipe == composed.recipe and run.ranks == gpus
-        same = _changed(run.differences) == _changed(composed.differences)
+        same = _changed(run.from_origin) == _changed(composed.from_origin)
         if _is_card(card, gpu) and done and same and run.summary.tokens_per_second:
             return run.summary.tokens_per_second, "measured in an earlier run"
     if not packed and (recorded := [*_recorded(composed, gpu, gpus)]):
@@ -123,7 +123,7 @@ def _recorded(composed: Composed, gpu: Gpu, gpus: int) -> Iterator[float]:
     """The speeds that records of a recipe give for as many such cards; none for a config that is not the recipe's."""
     of_study = study.of(composed.recipe)
     divided = "gradient_accumulation_steps" if gpus > 1 else ""  # for as many rows a step as on one
-    if of_study is None or any(d.key != divided and not TRACKING.match(d.key) for d in composed.differences):
+    if of_study is None or any(d.key != divided and not TRACKING.match(d.key) for d in composed.from_origin):
         return
     for _, record in ledger.records(of_study):
         there = record.machine

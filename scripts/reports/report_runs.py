@@ -318,7 +318,9 @@ def provenance(reported: ReportedRun) -> dict[str, Any]:
         "label": reported.label,
         "data": data,
         "launches": launches,
-        "record": _facts(run.model_dump(exclude={"differences", "data", "launches"})),  # these have their own tables
+        "record": _facts(
+            run.model_dump(exclude={"differences", "of_variant", "data", "launches"})
+        ),  # these have their own tables
         "evaluation": _facts(reported.evaluation.model_dump()) if reported.evaluation else [],
     }
 

@@ -55,7 +55,9 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
     overrides = [override for override in run.overrides if not _sets_private(override)]
     facts: dict[str, Any] = _public(
         {
-            "run": run.model_copy(update={"differences": differences, "overrides": overrides}).model_dump(),
+            "run": run.model_copy(update={"differences": differences, "overrides": overrides}).model_dump(
+                exclude={"of_variant"}
+            ),
             "evaluation": evaluation.model_dump() if evaluation else None,
             "base": {"name": base, "local": is_local, "title": about.get("title", base)},
             "licence": about.get("licence"),

@@ -86,13 +86,13 @@ def aim(run: Run) -> Published | None:
 
 def other_model(run: Run) -> str | None:
     """The base model of a run that is neither its recipe's nor a copy of that on the hub."""
-    changed = next((difference for difference in run.differences if difference.key == "base_model"), None)
+    changed = next((difference for difference in run.from_origin if difference.key == "base_model"), None)
     return str(changed.run) if changed and not models.is_copy(changed.run, changed.recipe) else None
 
 
 def other_data(run: Run) -> bool:
     """Whether a run trains on other rows than its recipe: at another place, and not known there as the study's."""
-    moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in run.differences)
+    moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in run.from_origin)
     known = [entry for entry in manifest_entries(run) if is_the_studys(entry)]
     return moved and not 0 < len(run.data) == len(known)
 

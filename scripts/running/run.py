@@ -115,6 +115,8 @@ def create(composed: Composed, request: Request, runs: Path, shared: Container[D
         shutil.rmtree(folder.path)  # without a record the folder is not a run
         raise
     say(f"run {folder.path}")
+    if record.variant_of:
+        say(f"  a variant of {record.variant_of}")
     for difference in new:
         say(f"  {difference}")
     return folder
@@ -144,6 +146,7 @@ def record_of(composed: Composed, request: Request) -> Run:
         nodes=request.nodes,
         axolotl_arguments=request.axolotl_arguments,
         differences=composed.differences,
+        of_variant=composed.of_variant,
         data=composed.data,
         test_data=datafiles.test_file(composed.config),
         stand_in_sha256=standin.digest() if stands_in else None,

@@ -16,7 +16,7 @@ from ..base.files import clear_parts, loads, write_atomically
 from ..base.locks import PATIENCE, held, is_held
 from ..base.machine import now
 from ..base.progress import say, say_once
-from ..configs.config import Difference
+from ..configs.config import Difference, chained
 from ..configs.datafiles import DataFile
 from . import checkpoints, health
 from .records import RECORD, Ended, Moment, Provenance
@@ -125,7 +125,8 @@ class Run(BaseModel):
     gpus_used: int = 1  # on each node
     nodes: int = 1
     axolotl_arguments: list[str] = Field(default_factory=list)
-    differences: list[Difference] = Field(default_factory=list)
+    differences: list[Difference] = Field(default_factory=list)  # from the file that was run
+    of_variant: list[Difference] = Field(default_factory=list)  # of that file from the shipped recipe
     data: list[DataFile] = Field(default_factory=list)
     test_data: str | None = None
     stand_in_sha256: str | None = None  # of a rehearsal, see `standin.digest`
@@ -139,6 +140,11 @@ class Run(BaseModel):
     def origin(self) -> str:
         """The recipe whose study it belongs to."""
         return self.variant_of or self.recipe
+
+    @property
+    def from_origin(self) -> list[Difference]:
+        """Differences from the shipped recipe."""
+        return chained(self.of_variant, self.differences)
 
     @property
     def ranks(self) -> int:

@@ -15,6 +15,9 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check
 from qlora_recipes.configs import compose, config, variants
 from qlora_recipes.configs.compose import Request
+from qlora_recipes.results import run_rows
+from qlora_recipes.running import run
+from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.writing import edit, new
 
 BASE = "haider2024/code-llama-7b"
@@ -79,8 +82,9 @@ def test_a_variant_keeps_every_comment_is_clean_and_differs_in_just_what_was_cha
         assert set(variants.changed(BASE, "mine")) == differing
         composed = compose.compose(Request("mine"))
         assert composed.config == expected
-        assert {difference.key for difference in composed.differences} == differing
-        assert {difference.why for difference in composed.differences} <= {"variants/mine.yaml"}
+        assert composed.differences == []
+        assert {difference.key for difference in composed.of_variant} == differing
+        assert {difference.why for difference in composed.of_variant} <= {"variants/mine.yaml"}
         found = check.examine(composed).findings
         assert [
             str(one) for one in found if one.level == "error" and one.rule not in ("not-prepared", "missing-file")
@@ -210,13 +214,31 @@ def test_a_copy_edited_by_hand_is_known_by_the_recipe_in_its_header(place: Path)
     (place / "copy.yaml").write_text(TEXT.replace("lora_r: 32", "lora_r: 8"))
     composed = compose.compose(Request("copy.yaml", overrides=["lora_alpha=8"]))
     assert composed.origin == BASE
-    assert [(d.key, d.recipe, d.run, d.why) for d in composed.differences] == [
-        ("lora_r", 32, 8, "copy.yaml"),
-        ("lora_alpha", 16, 8, "--set lora_alpha=8"),
+    assert [
+        [(d.key, d.recipe, d.run, d.why) for d in some] for some in (composed.of_variant, composed.differences)
+    ] == [
+        [("lora_r", 32, 8, "copy.yaml")],
+        [("lora_alpha", 16, 8, "--set lora_alpha=8")],
     ]
     (place / "own.yaml").write_text(yamlfiles.write_yaml(yamlfiles.parse(TEXT, "")))
     assert compose.compose(Request("own.yaml")).origin is None
     assert compose.compose(Request("own.yaml")).differences == []
+
+
+def test_a_run_of_a_variant_lists_its_differences_from_that(place: Path) -> None:
+    new.write("mine", BASE, ["base_model=Qwen/Qwen3-0.6B", "lora_r=8"])
+    request = Request("mine", overrides=["lora_r=16", "lora_alpha=8"])
+    record = run.record_of(compose.compose(request), request)
+    assert [(d.key, d.recipe, d.run) for d in record.differences] == [("lora_r", 8, 16), ("lora_alpha", 16, 8)]
+    own = {d.key: (d.recipe, d.run) for d in record.from_origin}
+    assert own == {
+        "base_model": (yamlfiles.parse(TEXT, "")["base_model"], "Qwen/Qwen3-0.6B"),
+        "lora_r": (32, 16),
+        "lora_alpha": (16, 8),
+    }
+    row = run_rows.row(RunDir(place / "r"), record)
+    assert (row["variant_of"], row["changed_keys"]) == (BASE, "lora_r, lora_alpha")
+    assert row["other_base_model"] == "Qwen/Qwen3-0.6B"  # of the study's
 
 
 def test_headers_that_go_in_a_circle_are_listed(place: Path) -> None:
