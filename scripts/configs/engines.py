@@ -6,7 +6,7 @@ from typing import Any
 from ..base.errors import UserError
 from ..base.files import read_json
 from ..base.yamlfiles import Config
-from .config import merge
+from .config import flatten, merge
 
 KEYS = ("deepspeed", "fsdp_version", "fsdp_config")  # of a config, which choose an engine
 CPU_RANKS = "QLORA_RECIPES_CPU_RANKS"  # the environment variable that makes several processes train on the CPU
@@ -23,6 +23,21 @@ def engine_of(config: Any) -> str:
         stage = (engine.get("zero_optimization") or {}).get("stage") if isinstance(engine, dict) else None
         return f"ZeRO-{stage}" if stage in (1, 2, 3) else "DDP"
     return "FSDP" if config.get("fsdp_config") or config.get("fsdp") else "DDP"
+
+
+def offloads(config: Any) -> bool:
+    """Whether an engine keeps weights or the optimizer's state in main memory."""
+    deepspeed = config.get("deepspeed")
+    if isinstance(deepspeed, str):
+        deepspeed = read_json(Path(deepspeed)) or {"offload_param.device": "offload" in deepspeed}
+    keys = flatten({"deepspeed": deepspeed, "fsdp": config.get("fsdp_config")})
+    return any(
+        key.endswith(("offload_param.device", "offload_optimizer.device", "offload_params")) and value not in _NOWHERE
+        for key, value in keys
+    )
+
+
+_NOWHERE = (None, False, "none")
 
 
 def divided(config: Config, gpus: int, asked: str) -> Config:

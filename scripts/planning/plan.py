@@ -1,6 +1,5 @@
 """`recipe plan`: parameters, memory and work of a config before it runs."""
 
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from ..configs.engines import engine_of
 from ..configs.gpus import Gpu
 from . import lengths, steps, work
 from .fit import usable_gib
-from .need import planner_of
+from .need import held_at_peak, per_gpu, planner_of, totals
 from .planner import CONTEXT, GIB, ROUND, Planner
 from .traces import NotAlike
 
@@ -101,7 +100,7 @@ def plan(
         "loop": "Axolotl's",
         "micro_batch": {"rows": planner.rows, "tokens": planner.length},
         "parameters": trace.parameters,
-        **_totals(trace.parameters),
+        **totals(trace.parameters),
         "memory": asdict(planner.usage()) | {"paged": trace.paged, "context": CONTEXT, "needed": planner.need()},
         "cards": [_verdict(planner, card, saved) for card in cards],
         "changes": [],
@@ -121,24 +120,6 @@ def _of_paged(paged: int) -> list[str]:
         "GPU while there is room, and moves to main memory, which must hold all of it, when there is none"
     )
     return [note] if paged else []
-
-
-def _totals(parameters: dict[str, dict[str, int]]) -> dict[str, Any]:
-    frozen = sum(count["frozen"] for count in parameters.values())
-    trainable = sum(count["trainable"] for count in parameters.values())
-    return {"frozen": frozen, "trainable": trainable, "trainable_share": trainable / (frozen + trainable)}
-
-
-def _held(planner: Planner) -> dict[str, int]:
-    """Bytes that a GPU holds at the peak, in four parts."""
-    parts = Counter(planner.usage().parts)
-    weights = ("base weights", "quantization constants", "embeddings and head", "adapters")
-    return {
-        "weights": sum(parts[kind] for kind in weights),
-        "gradients": parts["gradients"],
-        "optimizer": parts["optimizer"],
-        "activations": parts["activations"] + parts["logits"],
-    }
 
 
 def _verdict(planner: Planner, card: Gpu, saved: float) -> dict[str, Any]:
@@ -251,35 +232,6 @@ def _with_adapter(config: Config, adapter: str) -> Config:
     return settings | ({} if config.get("lora_r") else {"lora_r": 16, "lora_alpha": 32})
 
 
-def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:
-    """Bytes that each of several GPUs needs, by engine, from the parts of the peak on one GPU.
-
-    Data parallelism keeps a second copy of the gradients in its buckets. ZeRO (arXiv 1910.02054) holds trained
-    weights and gradients in 16 bits, and a copy of the weights in fp32 beside the optimizer's state; it divides these
-    two (stage 1), the gradients too (2), and the weights, frozen ones too (3). FSDP trains in fp32 (accelerate) and
-    divides all of it. Stage 3 and FSDP gather a layer, or an embedding, at a time. Activations and logits stay. Other
-    buffers are not counted, nor that stage 3 leaves norms in 16 bits.
-    """
-    if gpus == 1:
-        return {}
-    parts = planner.usage().parts
-    held = _held(planner)
-    optimizer = held["optimizer"]
-    trained = _totals(planner.trace.parameters)["trainable"]
-    frozen = held["weights"] - parts.get("adapters", 0) if planner.step.adapter else 0
-    rest = planner.need() - held["weights"] - held["gradients"] - optimizer
-    largest_layer = max((frozen + 2 * trained) / planner.trace.sizes["layers"], parts.get("embeddings and head", 0))
-    gathered = largest_layer * (1 - 1 / gpus)
-    state = (optimizer + 4 * trained) / gpus
-    return {
-        "DDP": planner.need() + held["gradients"],
-        "ZeRO-1": rest + frozen + 2 * trained + 2 * trained + state,
-        "ZeRO-2": rest + frozen + 2 * trained + 2 * trained / gpus + state,
-        "ZeRO-3": rest + (frozen + 4 * trained) / gpus + state + gathered,
-        "FSDP": rest + (frozen + 8 * trained + optimizer) / gpus + gathered,
-    }
-
-
 def compare(request: Request, gpu: Gpu | None = None) -> list[dict[str, Any]]:
     """Full fine-tuning, LoRA and QLoRA of a config's model side by side, in bytes.
 
@@ -291,11 +243,11 @@ def compare(request: Request, gpu: Gpu | None = None) -> list[dict[str, Any]]:
     for adapter in (None, "lora", "qlora"):
         changed = {key: value for key, value in config.items() if key not in ("adapter", "load_in_4bit")}
         planner, notes = planner_of(changed | (_with_adapter(config, adapter) if adapter else {}), gpu, alone=True)
-        held = _held(planner)
+        held = held_at_peak(planner)
         rows.append(
             {
                 "method": {None: "full", "lora": "LoRA", "qlora": "QLoRA"}[adapter],
-                **_totals(planner.trace.parameters),
+                **totals(planner.trace.parameters),
                 **held,
                 "other": planner.need() - sum(held.values()),
                 "needed": planner.need(),

@@ -8,6 +8,7 @@ from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..configs import datafiles
 from ..configs.attention import attention, takes_varlen
+from ..configs.engines import offloads
 from ..configs.precision import precision
 from .traces import Step
 
@@ -22,7 +23,7 @@ OPTIMIZERS = {
 }
 _TAKE_MORE = ("lora_target_parameters", "unfrozen_parameters")
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
-_SPLIT = ("tensor_parallel_size", "context_parallel_size")
+SPLIT = ("tensor_parallel_size", "context_parallel_size")
 _TAKE_LESS = (
     *("cut_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_entropy", "activation_offloading"),
     *("liger_rms_norm", "liger_glu_activation"),
@@ -105,7 +106,7 @@ def _refuse_unplannable(config: Config, architecture: dict[str, Any]) -> None:
 def _not_traced(config: Config, architecture: dict[str, Any]) -> Iterator[str]:
     """What a config uses that a trace leaves out, and in which direction that puts the figures off."""
     yield from (f"{key}: not traced; it takes less" for key in _TAKE_LESS if config.get(key))
-    yield from (f"{key}: not planned; as if it were 1" for key in _SPLIT if (config.get(key) or 1) > 1)
+    yield from (f"{key}: not planned; as if it were 1" for key in SPLIT if (config.get(key) or 1) > 1)
     if config.get("adapter") and all(config.get(key) is None for key in _KERNELS):
         yield "LoRA kernels, which Axolotl turns on where none of their keys is set: not traced; they take less"
     yield from (f"{key}: not traced; it takes more" for key in _TAKE_MORE if config.get(key))
@@ -113,6 +114,8 @@ def _not_traced(config: Config, architecture: dict[str, Any]) -> Iterator[str]:
         yield "varlen_attn: planned as sdpa with a mask over packed rows; it takes less"
     if config.get("gradient_checkpointing") in ("offload", "offload_disk"):
         yield "offloading: not traced; it takes less"
+    if offloads(config):
+        yield "weights or optimizer state in main memory: not planned; it takes less"
     if int(config.get("eval_batch_size") or 0) > rows_of(config):
         yield "eval_batch_size: evaluation is not traced, and with more rows than training may take more"
 

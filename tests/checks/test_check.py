@@ -15,7 +15,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check, rules, schema
 from qlora_recipes.checks.finding import Finding
 from qlora_recipes.configs import gpus
-from qlora_recipes.configs.compose import Request
+from qlora_recipes.configs.compose import Composed, Request
 from qlora_recipes.data import hub, study
 from qlora_recipes.planning import fit
 
@@ -161,6 +161,27 @@ def test_what_is_too_big_for_a_card_is_an_error(place: Path, tiny: Path) -> None
     assert (place / "tiny.yaml").read_text().splitlines()[finding.line - 1].startswith("micro_batch_size")
     assert found(small) == [finding]  # from the cache
     assert not found(large)
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus_used", "expected"),
+    [
+        ({}, 2, "too-big:micro_batch_size"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, 2, "too-big:micro_batch_size"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, 1, "too-big:micro_batch_size"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, None, "not-checked:micro_batch_size"),
+        ({"deepspeed": "zero3_offload.json"}, 2, "not-checked:micro_batch_size"),
+        ({"fsdp_config": {"offload_params": True}}, 2, "not-checked:micro_batch_size"),
+    ],
+)
+def test_memory_is_checked_on_several_gpus(
+    tiny: Path, engine: dict[str, Any], gpus_used: int | None, expected: str
+) -> None:
+    change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": {"pad_token": "</s>"}}
+    file = paths.find_recipe(NAME)[1]
+    report = check.Report("x", Composed("x", file, None, config_with(change | engine), [], {}, [], False))
+    fit.add_to(report, gpus.Gpu("small", (7, 5), 0.2), gpus_used, anew=True)
+    assert [finding.name for finding in report.findings] == [expected]
 
 
 def test_gpu_names(recipe: Recipe) -> None:
