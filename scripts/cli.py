@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # pydantic would search all installed packages for plugins, which takes a tenth of a second
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    # CUDA then numbers GPUs as the driver does, for this process and for what it starts
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     # a notebook's kernel names its own backend, with which matplotlib cannot even be imported in this environment
     os.environ["MPLBACKEND"] = "agg"
     if argv is None:  # the process is this command's own: SIGTERM ends it as Ctrl-C does, half-written files removed

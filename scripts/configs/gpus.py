@@ -59,8 +59,8 @@ def find(name: str, option: str = "--gpu") -> Gpu:
 
 
 def here() -> Gpu | None:
-    """This machine's first NVIDIA GPU."""
-    first = next(iter(machine.gpus()), None)
+    """The first NVIDIA GPU that CUDA shows to this process."""
+    first = next(iter(machine.visible_gpus().values()), None)
     if first is None:
         return None
     gpu = Gpu(first["name"], _capability(first["compute_capability"]), first["memory_gib"])

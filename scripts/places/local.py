@@ -40,7 +40,7 @@ class Local:
 
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]):
         jobs = jobs or 1
-        visible = [None] * jobs if jobs == 1 or rehearsal else visible_gpus()
+        visible = [None] * jobs if jobs == 1 or rehearsal else [*machine.visible_gpus()]
         if jobs > len(visible):
             raise UserError(f"--jobs {jobs}: one GPU per job, and only {len(visible)} can be used here")
         self.devices = visible[:jobs]  # the GPU that each job sees; None leaves it to the run
@@ -53,7 +53,7 @@ class Local:
         """See `places.Place`."""
         if nodes > 1:
             raise UserError(f"--nodes {nodes}: works only with --on slurm, which starts the run on each of them")
-        if gpus > max(available := len(visible_gpus()), 1):
+        if gpus > max(available := len(machine.visible_gpus()), 1):
             raise UserError(f"--gpus {gpus}: only {available} can be used here")
 
     def carry_out[T](self, work: Work, title: str, runs: Path, here: Callable[[], T]) -> T:
@@ -171,9 +171,3 @@ def _locks(pid: int, descriptor: int) -> bool:
     with suppress(OSError):
         return "FLOCK" in Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text()
     return False
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that this process may use: those that CUDA_VISIBLE_DEVICES lists, else all of this machine."""
-    listed = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
-    return listed or [str(i) for i in range(len(machine.gpus()))]

@@ -11,7 +11,7 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 
 from .. import places
-from ..base import paths, yamlfiles
+from ..base import machine, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256, write_atomically
 from ..base.progress import Bar, say
@@ -21,7 +21,6 @@ from ..configs import datafiles, gpus, standin
 from ..configs.compose import Composed, Request, compose, is_rehearsal
 from ..configs.config import Difference
 from ..places import Place
-from ..places.local import visible_gpus
 from ..planning import fit
 from ..runs import launch, provenance
 from ..runs.handover import launched
@@ -275,7 +274,7 @@ def _check_here(folder: RunDir, record: Run) -> None:
     forced = [name for name in record.forced if name in errors]  # not those of the rows, or of another GPU
     try:
         check.refuse(report.findings, forced)
-        if not record.rehearsal and record.gpus_used > max(visible := len(visible_gpus()), 1):
+        if not record.rehearsal and record.gpus_used > max(visible := len(machine.visible_gpus()), 1):
             raise UserError(f"{folder.path}: a run on {record.gpus_used} GPUs, and there are {visible} here")
     except UserError:
         record.state = "failed"

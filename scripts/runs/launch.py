@@ -89,7 +89,11 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
         launch.exit_code, stopped = _launch(launch.command, folder, record, folder.log, lock)
         launch.problem = _no_room(folder, folder.log, logged) if launch.exit_code not in (0, *_KILLED) else None
     launch.ended = now()
-    record.summary = summarise(folder.read_metrics())
+    metrics = folder.read_metrics()
+    if used := next((each["gpus"] for each in reversed(metrics) if each.get("gpus")), None):
+        known = (record.provenance.get("gpus") or [{}])[0]  # with the driver, which torch does not know
+        record.provenance["gpus"] = [known | gpu for gpu in used]
+    record.summary = summarise(metrics)
     record.summary.ended = summarise(folder.read_metrics(since=written)).ended  # not of an earlier launch
     has_adapter = (folder.output / "adapter_model.safetensors").is_file()
     record.state = _state(launch.exit_code, stopped, record.summary.ended, has_adapter)

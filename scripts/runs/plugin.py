@@ -22,6 +22,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..base.files import append_line
 from ..base.locks import PATIENCE, held
+from ..base.machine import Card
 from ..base.processes import end_with_parent
 from ..configs import models
 from ..configs.engines import CPU_RANKS, KEYS, engine_of
@@ -137,10 +138,9 @@ class RunCallback(TrainerCallback):
     last record step_seconds (without evaluation and saving), tokens (padding not counted) and tokens_per_second; memory
     in GiB, GPU utilization in percent, and cpu_percent, the process's load since the last record, where 100 is one
     processor. Of several ranks the first one writes; peak_gib_by_rank has the memory of each. A launch's first record
-    has engine, trainable_parameters, parameters (all of them) and, where it is to repeat bit for bit, the settings that
-    it does so by; its last one `ended`, see `records.Ended`, and kept_step where the weights of an earlier checkpoint
-    replace the last ones. Records of no step have a `phase`, what the process does
-    from then on.
+    has gpus, engine, trainable_parameters, parameters (all of them) and, where it is to repeat bit for bit, the
+    settings that it does so by; its last one `ended`, see `records.Ended`, and kept_step where the weights of an earlier
+    checkpoint replace the last ones. Records of no step have a `phase`, what the process does from then on.
 
     SIGTERM, to any rank, ends training after the current step, with a checkpoint.
 
@@ -183,7 +183,7 @@ class RunCallback(TrainerCallback):
             self.packed.compare_in_first_pass()
         if args.full_determinism:
             begun = begun | {"deterministic": settings.in_force()}
-        self._append(state, begun)
+        self._append(state, begun | {"gpus": _gpus()})
         if not args.eval_on_start:
             _note_phase(args.output_dir, "training")
         self.trainer.model.register_forward_pre_hook(self._count, with_kwargs=True)
@@ -286,6 +286,20 @@ def require_sane(loss: float, vocabulary: int) -> None:
 def _note_phase(output: str, phase: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         append_line(Path(output).with_name("metrics.jsonl"), orjson.dumps({"time": time.time(), "phase": phase}))
+
+
+def _gpus() -> list[Card]:
+    """The GPUs of this node's ranks, as torch reports them."""
+    used = range(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if torch.cuda.is_available() else 0)
+    cards = [torch.cuda.get_device_properties(i) for i in used]
+    return [
+        {
+            "name": card.name,
+            "memory_gib": round(card.total_memory / GIB, 1),
+            "compute_capability": f"{card.major}.{card.minor}",
+        }
+        for card in cards
+    ]
 
 
 def _usage() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import psutil
 
 from ..base import paths
 from ..base.files import sha256
-from ..base.machine import cpu, gpus, torch_cuda
+from ..base.machine import cpu, torch_cuda, visible_gpus
 from ..base.progress import say
 from .records import Git, Provenance
 
@@ -42,7 +42,7 @@ def collect() -> Provenance:
         "cpu": cpu(),
         "cores": os.cpu_count() or 1,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": gpus(),
+        "gpus": [*visible_gpus().values()],
     }
 
 

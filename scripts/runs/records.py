@@ -31,6 +31,7 @@ class _Record(TypedDict, total=False):
     rss_peak_gib: float
     peak_gib_by_rank: list[float] | None
     engine: str
+    gpus: list[Card]
     trainable_parameters: int
     parameters: int
     ended: Ended

@@ -123,12 +123,10 @@ class Bench:
 
 def here(folder: Path, quick: bool = False) -> Bench:
     """The bench of this machine; CUDA_VISIBLE_DEVICES chooses its GPU, or none where it is empty."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpu = gpus.here() if listed != "" else None
+    gpu = gpus.here()
     if gpu is None:
         return Bench(folder, quick, bf16=machine.cpu_has_bf16())
-    count = len(listed.split(",")) if listed else len(machine.gpus())
-    return Bench(folder, quick, gpu, count, free_memory(), bf16=gpu.capability >= (8, 0))
+    return Bench(folder, quick, gpu, len(machine.visible_gpus()), free_memory(), bf16=gpu.capability >= (8, 0))
 
 
 def free_memory() -> int:

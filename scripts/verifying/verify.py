@@ -52,7 +52,6 @@ def verify(folder: Path, quick: bool = False, fresh: bool = False) -> tuple[Reco
         UserError: the folder cannot be used, or another process verifies there.
         WorkFailed: interrupted; what was found is kept.
     """
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # torch then numbers GPUs as the driver does
     at = bench.here(folder / _key(quick), quick)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,8 +73,7 @@ def verify(folder: Path, quick: bool = False, fresh: bool = False) -> tuple[Reco
 def _key(quick: bool) -> str:
     """The name of the folder for what is measured on this machine with these packages and this code."""
     code = [file.read_text() for file in sorted(_SCRIPTS.rglob("*.py"))]
-    gpus = [] if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else machine.gpus()
-    content = [quick, machine.cpu(), gpus, provenance.collect()["packages"], code]
+    content = [quick, machine.cpu(), machine.visible_gpus(), provenance.collect()["packages"], code]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 

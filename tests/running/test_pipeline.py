@@ -7,7 +7,7 @@ import pytest
 from conftest import Recipe
 from run_folders import a_run
 
-from qlora_recipes.base import disks
+from qlora_recipes.base import disks, machine
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request
@@ -31,7 +31,7 @@ def work(folder: Path, words: dict[Step, list[str]], asked: list[str]) -> Work:
 
 
 def test_jobs_each_see_a_gpu_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    monkeypatch.setattr(machine, "visible_gpus", lambda: {"5": {}, "7": {}})
     assert Local(rehearsal=False, jobs=2, options=[]).devices == ["5", "7"]
     with pytest.raises(UserError, match="--jobs 3: one GPU per job, and only 2 can be used here"):
         Local(rehearsal=False, jobs=3, options=[])

@@ -8,15 +8,17 @@ import orjson
 import pytest
 import torch
 from conftest import recipe_config, train_many
+from run_folders import a_run
 from transformers import AutoTokenizer, LlamaConfig
 
 from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.errors import WorkFailed
 from qlora_recipes.base.files import read_json, tensor_shapes
 from qlora_recipes.base.progress import TrainingProgress
 from qlora_recipes.configs import config
 from qlora_recipes.determinism import trace
 from qlora_recipes.planning import lora
-from qlora_recipes.runs import plugin
+from qlora_recipes.runs import launch, plugin
 from qlora_recipes.runs.handover import PLUGIN
 from qlora_recipes.runs.plugin import RunCallback, RunPlugin
 from qlora_recipes.runs.rundir import RunDir, summarise
@@ -133,6 +135,24 @@ def test_the_eval_loss_is_that_of_the_checkpoint_that_was_kept(tmp_path: Path) -
     summary = summarise(run.read_metrics())
     assert (summary.step, summary.kept_step) == (6, 4)
     assert (summary.eval_loss, summary.eval_loss_per_token) == (4.1, 5.1)
+
+
+def test_the_gpu_that_torch_trains_on_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = a_run(tmp_path / "runs", "haider2024/code-llama-7b", "one", 5.0, state="failed")
+    (axolotl := tmp_path / "axolotl").write_text("#!/bin/sh\nexit 1\n")
+    axolotl.chmod(0o755)
+    monkeypatch.setattr(launch, "AXOLOTL", axolotl)
+    card = SimpleNamespace(name="NVIDIA A100-SXM4-40GB", total_memory=40 * plugin.GIB, major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=8)
+    RunCallback(folder.metrics, None, None)._append(state, {"gpus": plugin._gpus()})
+    record = folder.read()
+    record.provenance["gpus"] = [{"name": "Tesla T4", "memory_gib": 15.0, "driver": "580.0"}] * 2
+    with pytest.raises(WorkFailed), folder.held() as lock:
+        launch.train(folder, record, lock)
+    used = {"name": card.name, "memory_gib": 40.0, "driver": "580.0", "compute_capability": "8.0"}
+    assert folder.read().provenance["gpus"] == [used]
 
 
 def test_tokens_are_counted_without_padding_in_training_only(tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""The GPUs that CUDA shows, from a driver that is made up: a T4, an A100, and an A100 in two parts (MIG)."""
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qlora_recipes.base import machine
+from qlora_recipes.configs import gpus
+from qlora_recipes.places.local import Local
+
+PARTS = [
+    {"name": f"NVIDIA A100-SXM4-40GB MIG {size}g", "uuid": f"MIG-{size}", "gib": 5 * size, "whole": 2}
+    for size in (1, 3)
+]
+CARDS: list[dict[str, Any]] = [
+    {"name": "Tesla T4", "uuid": "GPU-1a", "gib": 15, "cores": 2560, "capability": (7, 5)},
+    {"name": "NVIDIA A100-SXM4-40GB", "uuid": "GPU-1b", "gib": 40, "cores": 6912, "capability": (8, 0)},
+    {"name": "NVIDIA A100-SXM4-40GB", "uuid": "GPU-2c", "gib": 40, "cores": 6911, "capability": (8, 0), "parts": PARTS},
+]
+
+
+class _Error(Exception):
+    """What NVML raises."""
+
+
+def _by_uuid(uuid: str) -> dict[str, Any]:
+    for card in (*CARDS, *PARTS):
+        if card["uuid"] == uuid:
+            return card
+    raise _Error
+
+
+def _whole(handle: dict[str, Any]) -> dict[str, Any]:
+    if "whole" not in handle:
+        raise _Error
+    return CARDS[handle["whole"]]
+
+
+@pytest.fixture(autouse=True)
+def _driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = SimpleNamespace(
+        NVMLError=_Error,
+        NVML_CLOCK_SM=1,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: len(CARDS),
+        nvmlDeviceGetHandleByIndex=CARDS.__getitem__,
+        nvmlDeviceGetHandleByUUID=_by_uuid,
+        nvmlDeviceGetDeviceHandleFromMigDeviceHandle=_whole,
+        nvmlDeviceGetMigMode=lambda handle: [int("parts" in handle), 0],
+        nvmlDeviceGetMigDeviceHandleByIndex=lambda handle, i: handle["parts"][i],
+        nvmlDeviceGetUUID=lambda handle: handle["uuid"],
+        nvmlDeviceGetName=lambda handle: handle["name"],
+        nvmlDeviceGetNumGpuCores=lambda handle: handle["cores"],
+        nvmlDeviceGetMaxClockInfo=lambda handle, kind: 1400,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=handle["gib"] * 2**30),
+        nvmlDeviceGetCudaComputeCapability=lambda handle: handle["capability"],
+        nvmlSystemGetDriverVersion=lambda: "580.0",
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
+@pytest.mark.parametrize(
+    ("listed", "memory"),
+    [
+        (None, {"0": 15, "1": 40, "2": 5}),
+        ("", {}),
+        (" ", {}),
+        ("-1", {}),
+        ("1", {"1": 40}),
+        ("1,0", {"1": 40, "0": 15}),
+        ("1, 0,7,0", {"1": 40, "0": 15}),
+        ("0,0", {}),
+        ("GPU-1b", {"GPU-1b": 40}),
+        ("GPU-1", {}),  # two begin like that
+        ("GPU-2,GPU-1a", {"GPU-2": 5, "GPU-1a": 15}),
+        ("MIG-3", {"MIG-3": 15}),
+        ("MIG-9,1", {}),
+    ],
+)
+def test_gpus_are_those_that_cuda_shows(
+    monkeypatch: pytest.MonkeyPatch, listed: str | None, memory: dict[str, int]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    found = machine.visible_gpus()
+    assert list(found) == list(memory)
+    assert {name: card["memory_gib"] for name, card in found.items()} == memory
+
+
+def test_an_index_counts_in_cudas_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    assert [card["name"] for card in machine.visible_gpus().values()] == ["Tesla T4", "NVIDIA A100-SXM4-40GB"]
+    assert len(machine.gpus()) == 3
+
+
+def test_checks_and_plans_are_for_the_first_that_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    here = gpus.here()
+    assert here and (here.name, here.capability, here.memory) == ("NVIDIA A100-SXM4-40GB", (8, 0), 40)
+    assert Local(rehearsal=False, jobs=2, options=[]).devices == ["1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+    part = gpus.here()
+    assert part and (part.capability, part.memory) == ((8, 0), 5)
