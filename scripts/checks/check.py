@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..base import disks, paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.quiet import importing_axolotl
 from ..base.yamlfiles import Config
-from ..configs import compose, exchange, models, standin, variants
+from ..configs import compose, datafiles, exchange, models, standin, variants
 from ..configs.compose import Composed, Request
 from ..configs.config import check_not_of_the_run
 from ..configs.gpus import Gpu
@@ -109,6 +110,8 @@ def check(
                 report.add(placed(installed.validate(composed.config, gpu or installed.ANY_GPU), composed))
         if data and not report.count("error"):
             _measure_tokens(report, composed)
+            if not launching:
+                report.add(placed(_without_batch(composed, request.ranks), composed))
     except UserError as error:
         report.add([_unreadable(request.name, str(error))])
     except OSError as error:
@@ -148,7 +151,37 @@ def examine(
         report.add(of_rows)
         if launching and not report.count("error"):
             report.add(placed(too_long.findings(usable), composed))
+            report.add(placed(_without_batch(composed, gpus), composed))
     return report
+
+
+_MOST_BYTES = 20
+"""Bytes of a row that a token surely does not exceed in the mean."""
+
+
+def _without_batch(composed: Composed, gpus: int) -> Iterator[Finding]:
+    """A finding where packed rows do not fill a micro batch on each GPU, so that Axolotl would train no step.
+
+    Only so few rows are tokenized that this can be, where all are in JSONL files, and the tokenizer is on this machine.
+    """
+    config = composed.config
+    data = [dataset for _, dataset in datafiles.datasets(config, "datasets")]
+    if not (config.get("sample_packing") and data and all(map(datafiles.jsonl_files, data))):
+        return
+    room = _MOST_BYTES * gpus * (config.get("micro_batch_size") or 1) * (config.get("sequence_len") or 512)
+    lines = chain.from_iterable(map(datafiles.lines, data))
+    if any(size > room for size in accumulate(map(len, lines))) or not has_tokenizer(composed):
+        return
+    with importing_axolotl():
+        from . import tokens
+
+        sequences, needed = tokens.packed_sequences(config)
+    if sequences >= needed * gpus:
+        return
+    each = f" on each of {gpus} GPUs" if gpus > 1 else ""
+    problem = f"the rows fill {sequences} packed sequences, and a micro batch takes {needed}{each}: no step is trained"
+    fewer = f"micro_batch_size={sequences // gpus}" if sequences >= gpus else "sample_packing=false"
+    yield Finding("error", "no-batch", "micro_batch_size", problem, f"--set {fewer}, or more rows")
 
 
 def _other_rows(composed: Composed) -> Iterator[Finding]:

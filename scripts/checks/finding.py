@@ -20,6 +20,7 @@ _SCOPES: dict[str, Scope] = {
     "foreign-arguments": "code",
     "foreign-links": "code",
     "not-prepared": "data",
+    "no-batch": "data",
     "missing-file": "file",
     "gpu-lacks": "gpu",
     "too-big": "gpu",

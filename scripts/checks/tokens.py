@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import batched, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
@@ -17,8 +18,10 @@ from axolotl.utils.data import prepare_datasets, sft
 from axolotl.utils.data.shared import datasets_with_name_generator
 from axolotl.utils.data.wrappers import get_dataset_wrapper
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.samplers import MultipackBatchSampler, get_dataset_lengths
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
+from torch.utils.data import RandomSampler
 
 from ..base.errors import UserError
 from ..base.files import json_rows
@@ -277,6 +280,35 @@ def lengths(content: Config, most: int | None = None) -> tuple[list[Finding], li
                 }
             )
     return findings, measured
+
+
+def packed_sequences(content: Config) -> tuple[int, int]:
+    """The sequences that packing makes of the training rows, by Axolotl's own preparation and sampler, and those that a
+    micro batch takes, without which there is none (axolotl/core/trainers/base.py, _create_multipack_sampler).
+
+    Raises:
+        UserError: Axolotl cannot prepare them.
+    """
+    tokenizer = Tokenizer(content)
+    cfg = tokenizer.cfg
+    cfg.dataset_num_proc, cfg.test_datasets = None, None  # no processes for few rows
+    with TemporaryDirectory() as folder, patch.dict(os.environ, AXOLOTL_IS_PREPROCESS="1"):
+        cfg.dataset_prepared_path = folder
+        try:
+            rows = prepare_datasets(cfg, tokenizer.tokenizer)[0]
+        except Exception as error:  # as in `tokenize`
+            raise UserError(f"datasets: Axolotl cannot prepare the rows: {type(error).__name__}: {error}") from None
+        real = cfg.multipack_real_batches
+        apart = not cfg.attn_supports_packing if real is None else real
+        sampler = MultipackBatchSampler(
+            RandomSampler(rows),
+            batch_size=1,
+            batch_max_len=cfg.sequence_len * (1 if apart else cfg.micro_batch_size),
+            lengths=get_dataset_lengths(rows),
+            bin_size=cfg.sample_packing_bin_size,
+            sequential=cfg.sample_packing_sequentially,
+        )
+        return len(sampler), cfg.micro_batch_size if apart else 1
 
 
 def _of_lengths(cfg: Any, key: str, sizes: list[int], learns_end: bool) -> Iterator[Finding]:

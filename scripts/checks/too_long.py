@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from heapq import nsmallest
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def _judged(key: str, dataset: Config, tokenizer: Path, setting: str, limit: int
     files = datafiles.jsonl_files(dataset)
     if not (files and dataset.get("type") != "completion" and fields_of(dataset)):
         return None
-    if any(len(line) <= limit for line in _lines(dataset, files)):
+    if any(len(line) <= limit for line in datafiles.lines(dataset)):
         return None
     sizes, are_all = _sizes(dataset, files, tokenizer, limit)
     if not sizes or min(sizes) <= limit:
@@ -61,12 +61,6 @@ def _judged(key: str, dataset: Config, tokenizer: Path, setting: str, limit: int
     return Finding("error" if are_all else "warning", "too-long", f"{key}.path", problem, remedy)
 
 
-def _lines(dataset: Config, files: Sequence[Path]) -> Iterator[bytes]:
-    """The lines that are not blank of a data set's files, as far as its split takes them."""
-    lines = (line for file in files for line in file.open("rb") if line.strip())
-    return islice(lines, datafiles.first_rows(dataset))
-
-
 def _sizes(dataset: Config, files: Sequence[Path], tokenizer: Path, limit: int) -> tuple[list[int], bool]:
     """The least tokens that each row has, up to the first that fits, and whether there was time for all of them."""
     from tokenizers import Tokenizer
@@ -75,8 +69,8 @@ def _sizes(dataset: Config, files: Sequence[Path], tokenizer: Path, limit: int) 
     deadline = time.monotonic() + _PATIENCE
     first: list[int] = []
     sizes = first
-    shortest = nsmallest(_FIRST, _lines(dataset, files), key=len)
-    others = _lines(dataset, files) if len(shortest) == _FIRST else ()
+    shortest = nsmallest(_FIRST, datafiles.lines(dataset), key=len)
+    others = datafiles.lines(dataset) if len(shortest) == _FIRST else ()
     for number, line in enumerate(chain(shortest, others)):
         if number >= len(shortest) and time.monotonic() > deadline:
             return first, False

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from glob import glob
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,12 @@ def first_rows(dataset: Config) -> int | None:
     """How many rows a split such as `train[:40]` takes; None where it takes all."""
     match = re.fullmatch(r"train\[:(\d+)\]", str(dataset.get("split")))
     return int(match[1]) if match else None
+
+
+def lines(dataset: Config) -> Iterator[bytes]:
+    """The lines that are not blank of a data set's JSONL files, as far as its split takes them."""
+    all_lines = (line for file in jsonl_files(dataset) for line in file.open("rb") if line.strip())
+    return islice(all_lines, first_rows(dataset))
 
 
 def count_rows(path: Path) -> int:

@@ -110,6 +110,9 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     if record.state == "failed" and record.summary.ended == "callback":
         where = f"step {record.summary.step} of {record.summary.max_steps}"
         raise WorkFailed(f"{folder.path}: a callback stopped the training at {where}; {folder.log} says why")
+    if record.state == "failed" and record.summary.ended == "no batch":
+        few = "its rows fill no batch, so that no step was trained; more rows, or a smaller micro_batch_size"
+        raise WorkFailed(f"{folder.path}: {few}")
     if record.state == "failed":
         raise _failed(folder.path, folder.log, launch.exit_code, logged)
 

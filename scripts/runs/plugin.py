@@ -259,6 +259,8 @@ class RunCallback(TrainerCallback):
         """How the training ended. Unless stopped, it is complete, even if packing made fewer steps than planned."""
         if state.global_step >= state.max_steps or not control.should_training_stop:
             return "complete"
+        if not state.global_step:  # transformers stops so where an epoch has no batch
+            return "no batch"
         stoppers = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
         if any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in stoppers):
             return "early stopping"

@@ -7,9 +7,9 @@ from pydantic import AfterValidator, TypeAdapter, with_config
 
 from ..base.machine import Card
 
-Ended = Literal["complete", "early stopping", "signal", "callback"]
+Ended = Literal["complete", "early stopping", "signal", "callback", "no batch"]
 """How a training ended: with its last step, or before it, stopped by what this says; callback is any other of Axolotl's
-callbacks, such as its loss watchdog."""
+callbacks, such as its loss watchdog; no batch is rows that fill none."""
 
 
 @with_config(strict=True, extra="allow")

@@ -12,6 +12,7 @@ from conftest import Recipe, config_with
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.checks import check
 from qlora_recipes.configs import compose, standin
 from qlora_recipes.configs.compose import Request
 
@@ -54,6 +55,17 @@ def llama(tiny: Path, sample: Path) -> yamlfiles.Config:
     data = {"path": str(sample / "train.jsonl"), "type": "alpaca"}
     change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": None, "test_datasets": None}
     return config_with(change | {"datasets": [data], "evals_per_epoch": None})
+
+
+@pytest.mark.parametrize(("micro", "gpus_used", "found"), [(2, 1, []), (4, 32, ["no-batch:micro_batch_size"])])
+def test_packed_rows_that_fill_no_batch_are_an_error(
+    llama: yamlfiles.Config, tmp_path: Path, micro: int, gpus_used: int, found: list[str]
+) -> None:
+    llama |= {"sample_packing": True, "pad_to_sequence_len": True, "micro_batch_size": micro, "warmup_steps": 0}
+    llama["gradient_accumulation_steps"] = 64
+    (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(llama))
+    report = check.check(Request(str(tmp_path / "mine.yaml"), gpus=gpus_used), data=True)
+    assert [finding.name for finding in report.findings if finding.level == "error"] == found
 
 
 CHANGES: list[dict[str, Any]] = [

@@ -485,6 +485,7 @@ def test_early_stopping_finishes_a_run_and_is_named(place: Path, tiny_profile: P
         (0, False, "signal", True, "interrupted"),
         (1, False, "signal", True, "interrupted"),  # to torchrun, which then exits with 1
         (0, False, "callback", True, "failed"),
+        (0, False, "no batch", True, "failed"),
         (0, False, None, True, "interrupted"),  # by SIGINT
         (1, True, None, False, "interrupted"),
         (1, False, None, False, "failed"),

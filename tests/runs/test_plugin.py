@@ -137,6 +137,14 @@ def test_the_eval_loss_is_that_of_the_checkpoint_that_was_kept(tmp_path: Path) -
     assert (summary.eval_loss, summary.eval_loss_per_token) == (4.1, 5.1)
 
 
+@pytest.mark.parametrize(("step", "ended"), [(0, "no batch"), (3, "callback"), (8, "complete")])
+def test_a_training_without_a_step_had_no_batch(tmp_path: Path, step: int, ended: str) -> None:
+    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[]))
+    state = SimpleNamespace(global_step=step, max_steps=8)
+    control = SimpleNamespace(should_training_stop=True)
+    assert RunCallback(tmp_path, trainer, None)._how_it_ended(state, control) == ended
+
+
 def test_the_gpu_that_torch_trains_on_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = a_run(tmp_path / "runs", "haider2024/code-llama-7b", "one", 5.0, state="failed")
     (axolotl := tmp_path / "axolotl").write_text("#!/bin/sh\nexit 1\n")
