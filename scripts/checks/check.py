@@ -104,10 +104,7 @@ def check(
             problem = "Axolotl's own validation would run the code above: it was not asked"
             report.add([Finding("note", "not-checked", "", problem, where=report.name)])
         elif full:
-            with importing_axolotl():
-                from . import installed
-
-                report.add(placed(installed.validate(composed.config, gpu or installed.ANY_GPU), composed))
+            report.add(by_axolotl(composed, gpu))
         if data and not report.count("error"):
             _measure_tokens(report, composed)
             if not launching:
@@ -119,6 +116,14 @@ def check(
             raise
         report.add([_unreadable(request.name, f"{error.filename}: {error.strerror}")])
     return report
+
+
+def by_axolotl(composed: Composed, gpu: Gpu | None) -> list[Finding]:
+    """The findings of Axolotl's own validation, which loads the plugins that a config lists; see `check` for `gpu`."""
+    with importing_axolotl():
+        from . import installed
+
+        return [*placed(installed.validate(composed.config, gpu or installed.ANY_GPU), composed)]
 
 
 def examine(

@@ -112,7 +112,7 @@ class Pipeline:
         """Whether nothing is wrong with it, as far as can be determined with or without its data.
 
         Args:
-            with_data: whether to read its rows.
+            with_data: whether to read its rows; else Axolotl's own validation is asked where it is about to start.
             starts: whether it is about to start.
         """
         if self.composed is None:
@@ -125,6 +125,9 @@ class Pipeline:
         if not with_data:
             found = [finding for finding in found if finding.scope != "data"]
         errors = [str(finding) for finding in found if finding.level == "error"]
+        if starts and not with_data and not errors:
+            refused = check.by_axolotl(self.composed, self.gpu)
+            errors = [str(finding) for finding in refused if finding.level == "error"]
         if errors:
             self.outcome.fail("check", "\n".join(errors))
         elif with_data:

@@ -58,6 +58,9 @@ def prepare(request: Request, place: Place, runs: Path) -> Composed:
             finding.level = "note"  # a dry run only shows the config
     for finding in check.refuse(places.relevant(place, found), request.force):
         say(str(finding))
+    if starts and not place.here:  # a job would wait in the queue only to be refused; here Axolotl says so at once
+        for finding in check.refuse(check.by_axolotl(composed, gpu)):
+            say(str(finding))
     if starts:
         composed.data = datafiles.record(composed.config)
     return composed

@@ -31,6 +31,7 @@ AXOLOTL = Path(sys.executable).with_name("axolotl")
 _NO_GPU_MEMORY = re.compile("CUDA out of memory|CUDA error: out of memory")
 _RANK_KILLED = re.compile(r"exitcode\s*: -9\b")  # as torchrun says it
 _OF_TORCHRUN = re.compile("^.*torch/distributed/elastic/multiprocessing/api.py", re.MULTILINE)  # 50 lines at the end
+_REFUSED = re.compile(r"^(?:([\w.]+)\n)?  (?:Value error, )?(.+?) \[type=\w+, input_value=", re.MULTILINE)  # pydantic's
 _KILLED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
 LAST_SECONDS = 15  # for ranks to end by themselves once one of them has failed
 
@@ -249,6 +250,8 @@ def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFaile
             else "a rank was killed by signal 9 (SIGKILL); probably memory ran out"
         )
         return OutOfMemory("\n".join([*tail, f"{folder}: {whose}; the whole log is {log}"]), gpu)
+    if refused := [f"{key}: {why}" if key else why for key, why in _REFUSED.findall("\n".join(tail))]:
+        return WorkFailed(f"{folder}: Axolotl refuses the config: {'; '.join(refused)}; the whole log is {log}")
     return WorkFailed("\n".join([*tail, f"{folder}: Axolotl failed{_signal(code, False)}; the whole log is {log}"]))
 
 

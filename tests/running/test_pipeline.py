@@ -13,7 +13,7 @@ from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.places.local import Local
 from qlora_recipes.planning import plan
-from qlora_recipes.running import former, pipeline, reproduce, sweep
+from qlora_recipes.running import former, pipeline, reproduce, run, sweep
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.runs.tasks import Command, Outcome, Step, Work
 from qlora_recipes.scores.task import EvaluationRequest
@@ -65,6 +65,19 @@ def test_a_pipeline_is_composed_for_the_card_that_is_named(tmp_path: Path) -> No
     for gpu, varlen in (("T4", False), ("A100", True)):
         one = pipeline.Pipeline(Outcome(gpu), asked, EvaluationRequest(), tmp_path, place, gpus.find(gpu))
         assert one.composed and one.composed.config["sdpa_varlen"] is varlen
+
+
+def test_what_axolotl_refuses_is_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = Request("haider2024/llama-2-7b", rehearse=True, overrides=["early_stopping_patience=2"])
+    outcome, place = Outcome("one"), Local(rehearsal=True, jobs=1, options=[])
+    one = pipeline.Pipeline(outcome, asked, EvaluationRequest(), tmp_path, place)
+    assert one.check(with_data=False, starts=False)
+    assert not one.check(with_data=False)
+    assert outcome.steps == {"check": "failed"} and "[axolotl]" in str(outcome.problem)
+    monkeypatch.setattr(place, "here", False)
+    with pytest.raises(UserError, match=r"\[axolotl\]"):
+        run.prepare(asked, place, tmp_path)
 
 
 def test_what_failed_before_keeps_no_other_member_waiting() -> None:

@@ -28,6 +28,19 @@ def fails(folder: RunDir, monkeypatch: pytest.MonkeyPatch, does: str) -> Excepti
     return failed.value
 
 
+def test_what_axolotl_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = a_run(tmp_path / "runs", "haider2024/code-llama-7b", "one", 5.0, state="failed")
+    (tmp_path / "said").write_text(
+        f"{STEPS}pydantic_core._pydantic_core.ValidationError: 2 validation errors for AxolotlConfigWCapabilities\n"
+        "num_epochs\n  Input should be a valid number [type=float_parsing, input_value='x', input_type=str]\n"
+        "  Value error, not [so]. [type=value_error, input_value={'a': 1}, input_type=dict]\n"
+        "    For further information visit https://errors.pydantic.dev/2.13/v/value_error\n"
+    )
+    error = fails(folder, monkeypatch, f"cat '{tmp_path}/said'; exit 1")
+    assert "num_epochs: Input should be a valid number; not [so].; the whole log" in str(error)
+    assert "step" not in str(error)
+
+
 @pytest.mark.parametrize(
     ("said", "end", "problem"),
     [
