@@ -139,8 +139,8 @@ class RunCallback(TrainerCallback):
     in GiB, GPU utilization in percent, and cpu_percent, the process's load since the last record, where 100 is one
     processor. Of several ranks the first one writes; peak_gib_by_rank has the memory of each. A launch's first record
     has gpus, engine, trainable_parameters, parameters (all of them) and, where it is to repeat bit for bit, the
-    settings that it does so by; its last one `ended`, see `records.Ended`, and kept_step where the weights of an earlier
-    checkpoint replace the last ones. Records of no step have a `phase`, what the process does from then on.
+    settings that it does so by; its last one `ended`, see `records.Ended`, and kept_step where an earlier checkpoint
+    replaces the last weights. Records of no step have a `phase`, what the process does from then on.
 
     SIGTERM, to any rank, ends training after the current step, with a checkpoint.
 
