@@ -25,7 +25,9 @@ from ..planning import lora, need
 from ..results import ladder, ledger_tables, study_tables, verdict
 from ..running import sweep_tables, sweeps
 from ..running.sweeps import Sweep
+from ..runs.lookup import all_runs
 from ..runs.rundir import RunDir
+from ..scores import evaluations
 from ..terminal import tables
 from . import report_comparisons as comparisons
 from . import report_figures as draw
@@ -55,6 +57,8 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
     Raises:
         UserError: it has no run.
     """
+    for folder in all_runs(runs):
+        evaluations.check_again(folder.path)
     rows = verdict.rows(study, runs, rehearsal)
     folders = [RunDir(Path(row["run"])) for row in rows if row["run"]]
     name = study.folder.name
@@ -98,6 +102,8 @@ def of_sweep(sweep: Sweep, runs: Path, best: str | None, analyze: bool) -> str:
     Raises:
         UserError: no member has a run, or see `sweeps.check_best`.
     """
+    for folder in all_runs(runs):
+        evaluations.check_again(folder.path)
     rows, scored = sweeps.rows(sweep, runs, best), sweeps.columns(sweep, runs)
     folders = [RunDir(Path(run)) for row in rows for run in row["runs"]]
     if not folders:

@@ -104,6 +104,7 @@ def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None
     """
     runs = [(folder, places.read(folder)) for folder in folders]
     for folder, run in runs:
+        evaluations.check_again(folder.path)
         run.summary = folder.summary(run)
     if len({run.rehearsal for _, run in runs}) > 1:
         raise UserError("rehearsals and real runs do not compare: a report shows one kind or the other")
@@ -132,6 +133,8 @@ def tiles(reported: ReportedRun) -> Iterator[tuple[str, Any, str]]:
         ("Training loss", summary.loss, "of the last step"),
     ]
     yield from [loss for loss in losses if loss[1] is not None][:1]
+    if row["evaluation"]:
+        yield "Evaluation", row["evaluation"], "its adapter, test rows or predictions have changed since; not shown"
     intervals = (reported.evaluation.scores.get("intervals") if reported.evaluation else None) or {}
     for score, column in reported.columns.items():
         if row[score] is not None and not column.metric.of_all:

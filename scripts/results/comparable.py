@@ -12,7 +12,7 @@ from ..metrics.metric import Column
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
 from ..scores.columns import columns_of
-from ..scores.evaluations import BASE_MODEL, Evaluation, read_scores
+from ..scores.evaluations import BASE_MODEL, Evaluation, current
 
 REHEARSED = ("profile rehearsal", "rehearsal: ")  # the reasons for what every rehearsal changes
 _ALIKE = {"data_sha256", "rows", "decoding"}  # settings of two evaluations that may be compared
@@ -73,7 +73,7 @@ def decoded(folder: RunDir, run: Run, own: Evaluation | None) -> dict[str, Evalu
 
 def of_base_model(folder: RunDir, own: Evaluation | None) -> Evaluation | None:
     """The evaluation of a run's base model alone; None where it is of other rows, or decoded otherwise, than `own`."""
-    base = read_scores(folder.path / "evaluations" / BASE_MODEL)
+    base = current(folder.path / "evaluations" / BASE_MODEL)
     alike = not (own and base) or own.settings.model_dump(include=_ALIKE) == base.settings.model_dump(include=_ALIKE)
     return base if alike else None
 

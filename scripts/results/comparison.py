@@ -15,7 +15,7 @@ from ..determinism.parting import Parting, Training, parting
 from ..runs.lookup import find_run
 from ..runs.rundir import Run, RunDir
 from ..scores import compare
-from ..scores.evaluations import read_predictions, read_scores
+from ..scores.evaluations import current, read_predictions
 from ..terminal import tables
 
 _SPARE = ["equal", "rows", "p_wilcoxon", "better", "worse"]
@@ -56,7 +56,7 @@ def show(pair: tuple[str, str], runs: Path, metrics: Sequence[str], form: tables
 
 
 def _is_evaluated(folder: RunDir) -> bool:
-    return bool(read_scores(folder.path) and read_predictions(folder.path))
+    return bool(current(folder.path) and read_predictions(folder.path))
 
 
 def _parting(folders: Sequence[RunDir]) -> Parting | None:

@@ -11,7 +11,7 @@ from ..data.published import Predictions, Score, adapter_files
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..scores import released
-from ..scores.evaluations import ELSEWHERE, Evaluation, read_scores
+from ..scores.evaluations import ELSEWHERE, Evaluation, current
 from ..terminal import tables
 from . import verdict
 
@@ -170,7 +170,7 @@ def _rungs(
         return
     rung = Rung(owner, "adapter", owner.test_set)
     rung.problem = problems.get((owner.name, "adapter")) or (None if owner.adapter else "none is published")
-    made = None if rung.problem else read_scores(adapter_folder(of_study, runs, owner, rehearsal))
+    made = None if rung.problem else current(adapter_folder(of_study, runs, owner, rehearsal))
     if made:
         files = adapter_files(of_study.data, str(owner.adapter))
         rung.verified = all(of_study.data.files[file].sha256 for file in files)
@@ -180,7 +180,7 @@ def _rungs(
     yield rung
     rung = Rung(owner, "training", owner.test_set)
     full = of_recipes.get(owner.recipe) or {}
-    trained = read_scores(Path(full["run"])) if full.get("run") else None
+    trained = current(Path(full["run"])) if full.get("run") else None
     if trained and full.get("rows") and full["state"] == "finished" and full["generated_by"] != ELSEWHERE:
         _take(rung, of_study, trained)
         for name in rung.values:  # means over several seeds, where there are these

@@ -107,7 +107,8 @@ def _accepted(folder: RunDir, run: Run) -> tuple[Study, evaluations.Evaluation]:
     elif run.state != "finished":
         reason = f"the run is {run.state}, and a record is of a finished one"
     elif own is None:
-        reason = f"it is not evaluated; {again}"
+        changed = evaluations.changed(folder.path, evaluations.read_scores(folder.path), run)
+        reason = f"its evaluation is {changed}; {again} anew" if changed else f"it is not evaluated; {again}"
     elif own.version != score.VERSION:
         reason = f"it was scored by an earlier version of this project; {again} anew"
     elif own.settings.made_elsewhere:

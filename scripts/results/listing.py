@@ -62,7 +62,7 @@ def _short(full: dict[str, Any], columns: Mapping[str, Column], decodings: Itera
         "peak GiB": full["peak_memory_gib"],
         "tokens/s": round(full["tokens_per_second"]) if full["tokens_per_second"] else None,
         "minutes": f"{full['train_seconds'] / 60:.1f}",
-        "predictions": "made elsewhere" if full["generated_by"] == ELSEWHERE else None,
+        "predictions": "made elsewhere" if full["generated_by"] == ELSEWHERE else full["evaluation"],
         "trouble": full["trouble"],
         "variant of": full["variant_of"],
         "changed": full["changed_keys"] or None,
@@ -73,6 +73,8 @@ def show(runs: Path, form: tables.Form) -> None:
     """Print the results of all runs below a folder, in a form of `tables.Form`."""
     found = [(folder, run) for folder, run in readable(all_runs(runs), places.read)]
     rows = [row(folder, run, _jobs(folder, run)) for folder, run in found]
+    if changed := [full["run"] for full in rows if full["evaluation"]]:
+        say(f"{len(changed)} evaluations are stale or edited; `recipe evaluate {changed[-1]}` checks that of the last")
     if not rows and form != "json":
         say(f"no runs below {runs}/; `recipe run NAME --rehearse` makes one")
     elif form == "json":

@@ -20,11 +20,12 @@ from ..base.processes import start_child, stop_requests
 from ..base.progress import Bar, say
 from ..checks import cached
 from ..runs.rundir import Run, RunDir
-from ..scores.evaluations import ADAPTER, read_scores
+from ..scores.evaluations import ADAPTER, changed, check_again, of_run, read_scores
 from .card import base_model, card
 from .merged import require_applied
 
 CARD = "README.md"
+MERGED_FROM = "adapter.sha256"  # hash of the adapter that is in a merged model
 _TOKENIZER = ["tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
 _PUSHED = [CARD, ADAPTER, "adapter_config.json", *_TOKENIZER]
 _PUSHED_MERGED = [CARD, "model*.safetensors*", "config.json", "generation_config.json", *_TOKENIZER,
@@ -55,15 +56,17 @@ def publish(folder: RunDir, merge: bool = False, push: str | None = None, privat
     if not adapter.is_file():
         raise UserError(f"{adapter}: no adapter there; `recipe run {run.recipe}` trains one")
     if tensor_shapes(adapter) is None:
-        raise UserError(f"{adapter}: damaged; put a copy in its place, or that of a checkpoint beside it")
+        raise UserError(f"{adapter}: damaged; put a copy in its place")
     if push is not None:
         _check_push(folder, run, push)
     elif private:
         raise UserError("--private: works only with --push")
-    evaluation = read_scores(folder.path)
+    check_again(folder.path)
+    evaluation = of_run(folder.path, run)
     if not evaluation or evaluation.settings.adapter_sha256 != sha256(adapter):
-        evaluation = None  # or of an adapter that the run has trained on since
-        say(f"{folder.path}: not evaluated; `recipe evaluate {folder.path}` and this command again add scores")
+        problem = changed(folder.path, read_scores(folder.path), run) or ("stale" if evaluation else "not evaluated")
+        say(f"{folder.path}: {problem}; `recipe evaluate {folder.path}` and this command again add scores")
+        evaluation = None
     models = [folder.output, *([_merge(folder, run)] if merge else [])]
     for model in models:
         repository = push if model == models[-1] else None
@@ -73,12 +76,12 @@ def publish(folder: RunDir, merge: bool = False, push: str | None = None, privat
 
 
 def _merge(folder: RunDir, run: Run) -> Path:
-    """The folder of base model and adapter as one model; made by Axolotl unless it is newer than the adapter."""
+    """The folder of base model and adapter as one model; made by Axolotl unless it is of the adapter that is there."""
     merged = folder.output / "merged"
     log = folder.path / "merge.log"
-    weights = [file.stat().st_mtime for file in merged.glob("*.safetensors")]
-    if weights and min(weights) >= (folder.output / ADAPTER).stat().st_mtime:
-        say(f"{merged}: merged already, after the adapter's last change")
+    digest, merged_from = sha256(folder.output / ADAPTER), merged / MERGED_FROM
+    if merged_from.is_file() and merged_from.read_text() == digest and any(merged.glob("*.safetensors")):
+        say(f"{merged}: merged already")
         return merged
     cached.restore(folder, run)
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
@@ -107,6 +110,7 @@ def _merge(folder: RunDir, run: Run) -> Path:
         require_applied(lambda: _base_folder(folder, run), folder.output, new)
         for file in (file for pattern in _TOKENIZER for file in folder.output.glob(pattern)):
             shutil.copy2(file, new)  # Axolotl copies the base model's, which lacks what the config adds to it
+        (new / MERGED_FROM).write_text(digest)
         if merged.exists():
             merged.rename(scratch / "former")
         new.rename(merged)

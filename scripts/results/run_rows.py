@@ -6,7 +6,7 @@ from typing import Any
 from ..data import study
 from ..runs import health
 from ..runs.rundir import Run, RunDir
-from ..scores.evaluations import of_run
+from ..scores.evaluations import changed, of_run, read_scores
 from . import comparable
 
 
@@ -22,7 +22,7 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
     of_study = study.of(run.origin)
     summary = folder.summary(run)
     ended_by = run.launches[-1].problem if run.launches else None
-    changed = [d.key for d in run.differences if not d.why.startswith(comparable.REHEARSED)] + run.axolotl_arguments
+    differing = [d.key for d in run.differences if not d.why.startswith(comparable.REHEARSED)] + run.axolotl_arguments
     return {
         "run": str(folder.path),
         "recipe": run.recipe,
@@ -42,6 +42,7 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
         "rows_evaluated": own.scores.get("rows") if own else None,
         "test_set": own.settings.test_set if own else None,
         "generated_by": own.settings.engine if own else None,
+        "evaluation": changed(folder.path, read_scores(folder.path), run),
         **comparable.scores(folder, run, own),
         "peak_memory_gib": summary.peak_memory,
         "memory_kind": summary.memory_kind,
@@ -49,5 +50,5 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
         "other_data": not run.rehearsal and comparable.other_data(run),
         "tokens_per_second": summary.tokens_per_second,
         "train_seconds": summary.train_seconds,
-        "changed_keys": ", ".join(changed),
+        "changed_keys": ", ".join(differing),
     }

@@ -20,6 +20,7 @@ from ..checks.check import check_arguments
 from ..configs import datafiles, gpus, standin
 from ..configs.compose import Composed, Request, compose, is_rehearsal
 from ..configs.config import Difference
+from ..configs.datafiles import DataFile
 from ..places import Place
 from ..planning import fit
 from ..runs import launch, provenance
@@ -27,6 +28,7 @@ from ..runs.handover import launched
 from ..runs.lookup import find_run
 from ..runs.rundir import Run, RunDir, new_folder, this_job
 from ..runs.tasks import Command, Outcome, Work
+from ..scores import evaluation_rows
 from . import shortage
 
 
@@ -132,7 +134,7 @@ def record_of(composed: Composed, request: Request) -> Run:
         request: what it was composed from.
     """
     stands_in = composed.rehearsal and composed.config.get("base_model") == str(standin.folder())
-    return Run(
+    record = Run(
         recipe=composed.recipe,
         variant_of=composed.origin if composed.origin != composed.recipe else None,
         recipe_file=str(composed.recipe_file),
@@ -155,6 +157,10 @@ def record_of(composed: Composed, request: Request) -> Run:
         cwd=str(Path.cwd()),
         provenance=provenance.collect(),
     )
+    usual = evaluation_rows.usual(record, composed.config)
+    if usual and usual.file:
+        record.test_rows = DataFile(path=str(usual.file), sha256=sha256(usual.file), bytes=usual.file.stat().st_size)
+    return record
 
 
 def resume(name: str, runs: Path, place: Place, prepare_only: bool = False, force: Sequence[str] = ()) -> RunDir:

@@ -24,7 +24,7 @@ from ..base.progress import TrainingProgress, say
 from ..configs.engines import CPU_RANKS
 from ..determinism import settings
 from . import health, provenance
-from .records import Ended
+from .records import Ended, FileState
 from .rundir import JOB, Launch, Run, RunDir, State, summarise, this_job
 
 AXOLOTL = Path(sys.executable).with_name("axolotl")
@@ -96,8 +96,9 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
         record.provenance["gpus"] = [known | gpu for gpu in used]
     record.summary = summarise(metrics)
     record.summary.ended = summarise(folder.read_metrics(since=written)).ended  # not of an earlier launch
-    has_adapter = (folder.output / "adapter_model.safetensors").is_file()
-    record.state = _state(launch.exit_code, stopped, record.summary.ended, has_adapter)
+    adapter = folder.output / "adapter_model.safetensors"
+    record.adapter = FileState.of(adapter) if adapter.is_file() else None
+    record.state = _state(launch.exit_code, stopped, record.summary.ended, record.adapter is not None)
     folder.write(record)
     on = " --on sky" if JOB in os.environ else " --on slurm" if this_job(os.environ) else ""
     again = f"recipe resume {folder.path}{on}"

@@ -1,10 +1,12 @@
-"""What a run's records hold as far as it is read: a line of metrics.jsonl, the provenance in run.json, a time."""
+"""What a run's records hold as far as it is read: a line of metrics.jsonl, provenance, a time, the state of a file."""
 
 from datetime import datetime
-from typing import Annotated, Literal, Required, TypedDict
+from pathlib import Path
+from typing import Annotated, Literal, Required, Self, TypedDict
 
-from pydantic import AfterValidator, TypeAdapter, with_config
+from pydantic import AfterValidator, BaseModel, TypeAdapter, with_config
 
+from ..base.files import sha256
 from ..base.machine import Card
 
 Ended = Literal["complete", "early stopping", "signal", "callback", "no batch"]
@@ -63,6 +65,27 @@ class Provenance(TypedDict, total=False):
     cores: int
     memory_gib: float
     gpus: list[Card]
+
+
+class FileState(BaseModel):
+    """Content of a file by its hash; size and time of change show, without reading it, whether it may have another."""
+
+    sha256: str
+    bytes: int
+    mtime: float
+
+    @classmethod
+    def of(cls, file: Path, digest: str | None = None) -> Self:
+        """State of a file, whose hash may be known."""
+        status = file.stat()
+        return cls(sha256=digest or sha256(file), bytes=status.st_size, mtime=status.st_mtime)
+
+    def may_differ(self, file: Path) -> bool:
+        """True if a file's size or time of change is another, but for parts of a second, which not all copies keep."""
+        if not file.is_file():
+            return self.bytes < 0
+        status = file.stat()
+        return status.st_size != self.bytes or abs(status.st_mtime - self.mtime) >= 1
 
 
 def _moment(text: str) -> str:

@@ -19,7 +19,7 @@ from ..base.progress import say, say_once
 from ..configs.config import Difference, chained
 from ..configs.datafiles import DataFile
 from . import checkpoints, health
-from .records import RECORD, Ended, Moment, Provenance
+from .records import RECORD, Ended, FileState, Moment, Provenance
 
 JOB = "QLORA_RECIPES_JOB"  # the id of a job, where its queue sets no variable of its own
 State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
@@ -129,10 +129,12 @@ class Run(BaseModel):
     of_variant: list[Difference] = Field(default_factory=list)  # of that file from the shipped recipe
     data: list[DataFile] = Field(default_factory=list)
     test_data: str | None = None
+    test_rows: DataFile | None = None  # the file that it is evaluated on
     stand_in_sha256: str | None = None  # of a rehearsal, see `standin.digest`
     cwd: str
     created: Moment = Field(default_factory=now)
     launches: list[Launch] = Field(default_factory=list)
+    adapter: FileState | None = None  # as the last launch left it
     summary: Summary = Field(default_factory=Summary)  # as of the last launch's end; `RunDir.summary` is up to date
     provenance: Provenance = Field(default_factory=Provenance)
 

@@ -15,7 +15,7 @@ from ..metrics.words import words
 from ..runs.lookup import find_run
 from . import intervals, judges
 from .columns import columns_of
-from .evaluations import read_predictions, read_scores
+from .evaluations import changed, read_predictions, read_scores
 from .score import read_rows, with_scores
 
 LENGTHS = (10, 25, 50)  # tokens, as `words` divides a text: the bounds between groups of references by length
@@ -62,8 +62,9 @@ def _of_run(name: str, runs: Path, named: dict[str, Column]) -> Predictions:
     folder = find_run(name, runs).path
     rows = read_predictions(folder)
     evaluation = read_scores(folder)
-    if not rows or not evaluation:
-        raise UserError(f"{folder}: not evaluated; `recipe evaluate {folder}` comes first")
+    if not rows or not evaluation or changed(folder, evaluation):
+        problem = changed(folder, evaluation) or "not evaluated"
+        raise UserError(f"{folder}: {problem}; `recipe evaluate {folder}` comes first")
     scored = _scored(rows, evaluation.columns | named)
     scored.rehearsal = evaluation.rehearsal
     for judged in judges.declared_in(scored.columns):

@@ -1,27 +1,35 @@
 """Predictions of a run's model on test rows, and their scores: `recipe evaluate`."""
 
+import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import orjson
+
 from ..base.errors import UserError
-from ..base.files import Row, write_atomically, write_rows
+from ..base.files import Output, Row, replacing, write_rows
 from ..base.locks import held
 from ..base.machine import now
 from ..base.progress import Bar, say
 from ..base.quiet import importing_axolotl
+from ..runs.records import FileState
 from ..runs.rundir import RunDir
 from ..runs.tasks import Command
-from . import agreement, elsewhere, judges
+from . import agreement, elsewhere, evaluation_rows, judges
 from .evaluations import (
+    LOCK,
     ORIGIN,
     PREDICTIONS,
     REFERENCE,
     SCORES,
     Evaluation,
     EvaluationSettings,
+    changed,
     read_predictions,
     read_scores,
+    states,
 )
 from .predict import predict
 from .score import VERSION, code_sha256, score
@@ -50,7 +58,14 @@ def _same_work(task: EvaluationTask) -> Evaluation | None:
         same = False
     if former and task.settings.predictions_sha256:
         same = same and former.settings.predictions_sha256 == task.settings.predictions_sha256
-    return former if same and len(read_predictions(task.where)) == task.settings.rows else None
+    if not (former and same and len(read_predictions(task.where)) == task.settings.rows):
+        return None
+    if changed(task.where, former) == "edited":
+        raise UserError(
+            f"{task.where / PREDICTIONS}: edited since it was scored; put it back as it was, or move it and {SCORES} "
+            "away to generate it anew"
+        )
+    return former
 
 
 def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
@@ -71,7 +86,7 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     if task.run.state != "finished":
         say(f"{folder.path}: the run is {task.run.state} at step {summary.step} of {summary.max_steps}")
     task.where.mkdir(parents=True, exist_ok=True)
-    with held(task.where / ".evaluation.lock", "another evaluation is running"):
+    with held(task.where / LOCK, "another evaluation is running"):
         predictions = task.where / PREDICTIONS
         settings = task.settings
         part = task.where / f"predictions.{'' if settings.engine == REFERENCE else f'{settings.engine}.'}part.jsonl"
@@ -93,21 +108,33 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         else:
             _make_way(task)
             rows, settings = _predicted(folder, task, part)
+        files = states(task.where, settings)
         with Bar("scoring", 1):
             own = request.adapter is None  # the eval loss is not that of another adapter
             scores, rows = score(rows, task.columns, judged, old, summary.eval_loss_per_token if own else None)
         if note := elsewhere.NOTE if settings.made_elsewhere else agreement.note(settings):
             scores["notes"] = [note, *scores.get("notes", [])]
-        write_rows(predictions, rows)
-        result = Evaluation(
-            made=now(),
-            rehearsal=task.run.rehearsal,
-            scores=scores,
-            version=VERSION,
-            code_sha256=code_sha256(),
-            settings=settings,
-        )
-        write_atomically(task.where / SCORES, result.model_dump_json(indent=1) + "\n")
+        if evaluation_rows.changed_since(task.run, task.rows):
+            note = "the rows that it is evaluated on have changed since the run was created"
+            say(f"{task.rows.data}: {note}")
+            scores["notes"] = [note, *scores.get("notes", [])]
+        with ExitStack() as stack:  # no predictions without their scores
+            output = Output(stack, predictions)
+            for row in rows:
+                output.write(orjson.dumps(row) + b"\n")
+            output.stream.flush()
+            mtime = os.fstat(output.stream.fileno()).st_mtime
+            files["predictions"] = FileState(sha256=output.sha256(), bytes=output.bytes, mtime=mtime)
+            result = Evaluation(
+                made=now(),
+                rehearsal=task.run.rehearsal,
+                scores=scores,
+                version=VERSION,
+                code_sha256=code_sha256(),
+                settings=settings,
+                files=files,
+            )
+            stack.enter_context(replacing(task.where / SCORES)).write(result.model_dump_json(indent=1).encode() + b"\n")
         part.unlink(missing_ok=True)
     return result
 

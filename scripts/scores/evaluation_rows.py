@@ -187,6 +187,12 @@ def read(source: Source, folder: RunDir, run: Run, cfg: Config) -> EvaluationRow
     return read
 
 
+def changed_since(run: Run, rows: EvaluationRows) -> bool:
+    """True if the file of rows is not as it was when the run was created."""
+    known = [*run.data, *([run.test_rows] if run.test_rows else [])]
+    return any(str(Path(run.cwd, file.path).resolve()) == rows.data and file.sha256 != rows.sha256 for file in known)
+
+
 def require_answers(rows: EvaluationRows, cfg: Config) -> None:
     """Raise UserError for rows whose type has a field for the answer, and that have nothing there."""
     kinds = {key: fields_of(entry) for key, entry in datafiles.datasets(cfg)}

@@ -1,20 +1,25 @@
 """What an evaluation leaves in a folder: predictions.jsonl, and scores.json with the settings that they depend on."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, TypeAdapter, field_validator
 
-from ..base.files import Row, loads
+from ..base.errors import UserError
+from ..base.files import Row, loads, read_json, write_atomically
+from ..base.locks import held
 from ..base.progress import say_once
 from ..data.study import Decoding
 from ..metrics import registry
 from ..metrics.metric import Column
+from ..runs.records import FileState
 from ..runs.rundir import Run
 
 PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"
 ADAPTER = "adapter_model.safetensors"
+LOCK = ".evaluation.lock"
 BASE_MODEL = "base-model"  # the base model's folder below evaluations/
 REFERENCE, VLLM, SERVER, ELSEWHERE = "transformers", "vllm", "server", "elsewhere"
 ORIGIN = ("batch_tokens", "engine", "model", "served", "agreement", "predictions_sha256")
@@ -147,6 +152,7 @@ class Evaluation(BaseModel):
     Attributes:
         version: of the scores, see `score.VERSION`; it decides whether they are current.
         code_sha256: of the code that scored, for the record.
+        files: the `adapter`, the `predictions` and the `data` that the scores are of, as far as each is one file.
     """
 
     made: str
@@ -155,6 +161,7 @@ class Evaluation(BaseModel):
     version: int = 1
     code_sha256: str
     settings: EvaluationSettings
+    files: dict[str, FileState] = Field(default_factory=dict)
 
     @property
     def columns(self) -> dict[str, Column]:
@@ -193,7 +200,8 @@ _PREDICTIONS = TypeAdapter(list[Prediction])
 def read_scores(folder: Path) -> Evaluation | None:
     """The evaluation in a folder, or None where there is none or its file is damaged, which is said on stderr."""
     try:
-        return Evaluation.model_validate_json((folder / SCORES).read_bytes())
+        record = Evaluation.model_validate(content := loads((folder / SCORES).read_bytes()))
+        return record if "files" in content else _brought_up_to_date(record, folder)
     except FileNotFoundError:
         return None
     except (OSError, TypeError, ValueError):
@@ -243,17 +251,84 @@ def beside_references(folder: Path, evaluation: Evaluation, count: int) -> list[
     ]
 
 
-def of_run(folder: Path, run: Run) -> Evaluation | None:
-    """The evaluation of a run's own adapter; None where the run has trained on since."""
+def _brought_up_to_date(record: Evaluation, folder: Path) -> Evaluation:
+    """Give a record from before there were `files` those that are there now; an adapter that was trained on since, by
+    the times that such records were told apart by, is another."""
+    record.files = states(folder, record.settings)
+    if (predictions := folder / PREDICTIONS).is_file():
+        record.files["predictions"] = FileState.of(predictions)
+    last: dict[str, Any] = (read_json(folder / "run.json").get("launches") or [{}])[-1]
+    if record.made < (last.get("ended") or last.get("started") or ""):
+        record.files["adapter"] = FileState(sha256=record.settings.adapter_sha256 or "", bytes=-1, mtime=0)
+    return record
+
+
+def _files(folder: Path, settings: EvaluationSettings) -> dict[str, Path]:
+    """Where the files of the evaluation in a folder are; a run's own adapter is moved with its folder."""
+    own = folder / "output"
+    adapter = (own if own.is_dir() else Path(settings.adapter)) / ADAPTER
+    return {"adapter": adapter, "predictions": folder / PREDICTIONS, "data": Path(settings.data)}
+
+
+def states(folder: Path, settings: EvaluationSettings) -> dict[str, FileState]:
+    """The states of what predictions are made from, whose hashes settings have."""
+    known = {"adapter": settings.adapter_sha256}
+    if Path(settings.data).is_absolute():
+        known["data"] = settings.data_sha256
+    files = _files(folder, settings)
+    there = {name: digest for name, digest in known.items() if files[name].is_file()}
+    return {name: FileState.of(files[name], digest) for name, digest in there.items() if digest}
+
+
+Changed = Literal["stale", "edited"]
+"""What has changed since an evaluation: its adapter or test rows, or its predictions."""
+
+
+def changed(folder: Path, evaluation: Evaluation | None, run: Run | None = None) -> Changed | None:
+    """What has changed since an evaluation, by the sizes and times of files; None for nothing, or without one.
+
+    Args:
+        folder: the evaluation's.
+        evaluation: the content of its scores.json.
+        run: the run whose own adapter is evaluated.
+    """
+    if evaluation is None:
+        return None
+    if run and run.adapter and evaluation.settings.adapter_sha256 != run.adapter.sha256:
+        return "stale"
+    files = _files(folder, evaluation.settings)
+    differing = [name for name, state in evaluation.files.items() if state.may_differ(files[name])]
+    return ("edited" if differing == ["predictions"] else "stale") if differing else None
+
+
+def check_again(folder: Path) -> None:
+    """Hash again what may have changed since the evaluations in a folder and below it, and note what has not: files get
+    other times by being copied."""
+    for place in (folder, *folder.glob("evaluations/*")):
+        if changed(place, read_scores(place)):
+            with suppress(OSError, UserError), held(place / LOCK, "another evaluation is running"):
+                if evaluation := read_scores(place):
+                    files = _files(place, evaluation.settings)
+                    now = {name: FileState.of(files[name]) for name in evaluation.files if files[name].is_file()}
+                    evaluation.files |= {n: s for n, s in now.items() if s.sha256 == evaluation.files[n].sha256}
+                    write_atomically(place / SCORES, evaluation.model_dump_json(indent=1) + "\n")
+
+
+def current(folder: Path, run: Run | None = None) -> Evaluation | None:
+    """The evaluation in a folder; None where something has changed since, see `changed`."""
     evaluation = read_scores(folder)
-    last = run.launches[-1] if run.launches else None
-    return None if evaluation and last and evaluation.made < (last.ended or last.started) else evaluation
+    return None if changed(folder, evaluation, run) else evaluation
+
+
+def of_run(folder: Path, run: Run) -> Evaluation | None:
+    """The evaluation of a run's own adapter; None where something has changed since, see `changed`."""
+    return current(folder, run)
 
 
 def decoded(folder: Path, name: str, decoding: Decoding, own: Evaluation | None) -> Evaluation | None:
     """The evaluation of a run's own adapter by one of its study's further decodings; None where there is none that is
     of the same adapter and rows as its usual one, or that decoded so."""
-    other = read_scores(folder / "evaluations" / f"{DECODED}{name}")
+    other = current(folder / "evaluations" / f"{DECODED}{name}")
     if other is None or other.settings.decoding != decoding:
         return None
     alike = {"adapter_sha256", "data_sha256", "rows"}

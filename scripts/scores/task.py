@@ -13,7 +13,7 @@ from ..configs.precision import precision, quantized
 from ..data import study
 from ..data.study import Decoding
 from ..runs.rundir import Run, RunDir
-from . import evaluation_rows
+from . import evaluation_rows, evaluations
 from .columns import columns_of
 from .evaluations import ADAPTER, BASE_MODEL, DECODED, ELSEWHERE, REFERENCE, SERVER, VLLM, EvaluationSettings
 
@@ -156,6 +156,10 @@ class EvaluationTask:
             predictions_sha256=_digest(request.predictions),
         )
         _require_engine(self.settings)
+        trained = self.run.adapter
+        if adapter is None and trained and trained.sha256 != self.settings.adapter_sha256:
+            problem = "not the adapter that the training ended with"
+            raise UserError(f"{weights}: {problem}; put that back, or evaluate this one with --adapter {weights}")
         labels = []
         if adapter is not None:
             digest = self.settings.adapter_sha256
@@ -165,6 +169,7 @@ class EvaluationTask:
         if usual and source != usual and (request.validation or not _is_of(usual.file, every.sha256)):
             labels.append(data_label(self.settings))
         self.where = folder.path / "evaluations" / "-".join(labels) if labels else folder.path
+        evaluations.check_again(self.where)
 
 
 def _decoding(of_study: study.Study | None, name: str | None) -> Decoding:

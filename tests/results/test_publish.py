@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import json
+import os
 import platform
 import re
 import shutil
@@ -551,7 +552,8 @@ def test_a_push_of_a_merge_brings_the_merged_model(run: RunDir, hub: Hub, capsys
     merged = run.output / "merged"
     for name in ("config.json", "tokenizer.json", "LICENSE.txt", "README.md", "pytorch_model.bin", "x.log"):
         (merged / name).write_text(name)
-    (merged / "model.safetensors").touch()  # it is newer than the adapter
+    (merged / publish.MERGED_FROM).write_text(sha256(run.output / publish.ADAPTER))
+    os.utime(run.output / publish.ADAPTER)  # a copy's time is no change
     written = publish.publish(run, merge=True, push="owner/model", private=True)
     assert "merged already" in capsys.readouterr().err
     assert written == [str(run.output / "README.md"), str(merged / "README.md"), f"{hub.address}/owner/model"]

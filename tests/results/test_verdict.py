@@ -15,7 +15,8 @@ from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data import study
 from qlora_recipes.reports import report_runs
 from qlora_recipes.results import card, run_rows, verdict
-from qlora_recipes.runs.rundir import Launch, Summary
+from qlora_recipes.runs.records import FileState
+from qlora_recipes.runs.rundir import Summary
 from qlora_recipes.scores import evaluations
 
 LLAMA_2 = "haider2024/llama-2-7b"
@@ -137,10 +138,10 @@ def test_a_named_run_speaks_or_none(tmp_path: Path) -> None:
         assert [row["bleu4"] for row in rows if row["recipe"] == LLAMA_2] == [expected]
 
 
-def test_an_evaluation_before_a_resumed_training_speaks_no_more(tmp_path: Path) -> None:
+def test_an_evaluation_of_another_adapter_speaks_no_more(tmp_path: Path) -> None:
     folder = a_run(tmp_path, LLAMA_2, "1", 5.1)
     run = folder.read()
-    run.launches.append(Launch(command=[], started="2026-01-02T00:00:00+00:00"))  # killed, so it has no end
+    run.adapter = FileState(sha256="of a resumed training", bytes=1, mtime=0)
     folder.write(run)
     assert row_of(tmp_path)["bleu4"] is None
 

@@ -162,7 +162,8 @@ def check_resumed(run: RunDir, undisturbed: RunDir) -> None:
     assert record.state == "finished"
     assert [launch.exit_code for launch in record.launches][-1] == 0
     assert record.launches[1].resumed_from
-    assert adapter_hash(run) == adapter_hash(undisturbed)
+    assert record.adapter and record.adapter.sha256 == adapter_hash(run) == adapter_hash(undisturbed)
+    assert record.test_rows and Path(record.test_rows.path).name == "test.jsonl"
     assert losses(run) == losses(undisturbed)
 
 

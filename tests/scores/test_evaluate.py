@@ -1,21 +1,29 @@
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from run_folders import a_tiny_run
+from run_folders import a_checkpoint, a_tiny_run
+from safetensors.torch import save_file
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
+from qlora_recipes.base.files import Row, sha256
 from qlora_recipes.configs import config, standin
+from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data.study import Decoding
-from qlora_recipes.runs.rundir import RunDir, State
+from qlora_recipes.results import run_rows
+from qlora_recipes.runs.records import FileState
+from qlora_recipes.runs.rundir import Launch, RunDir, State
 from qlora_recipes.scores import evaluate
 from qlora_recipes.scores.engines.engine import Answer
-from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings, read_predictions, read_scores
+from qlora_recipes.scores.evaluations import ADAPTER, Evaluation, EvaluationSettings, read_predictions, read_scores
 from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
 
 if TYPE_CHECKING:
@@ -264,6 +272,83 @@ def test_batches(lengths: list[int], most: int, tokens: int) -> None:
         assert len(batch) <= most
         assert len(batch) * room <= tokens or len(batch) == 1
         assert room <= max(2 * min(lengths[i] for i in batch), 256)
+
+
+@pytest.fixture
+def scored(run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """The same run with an adapter, evaluated on two rows of a file of its own; what it generates is made up."""
+
+    def predicted(folder: RunDir, task: EvaluationTask, part: Path) -> tuple[list[Row], EvaluationSettings]:
+        rows = [{"row": i, "reference": "a b c d", "prediction": "a b"} for i in range(task.settings.rows)]
+        return rows, task.settings
+
+    monkeypatch.setattr(evaluate, "_predicted", predicted)
+    a_checkpoint(run.path, 1).joinpath(ADAPTER).rename(adapter := run.output / ADAPTER)
+    shutil.copy(sample / "test.jsonl", data := run.path / "test.jsonl")
+    cfg = yamlfiles.read_yaml(run.config)
+    entry = cfg["test_datasets"][0] | {"path": str(data), "split": "train"}
+    run.config.write_text(yamlfiles.write_yaml(cfg | {"test_datasets": [entry]}))
+    files = [DataFile(path=str(data), sha256=sha256(data), bytes=0)]
+    run.write(run.read().model_copy(update={"test_data": str(data), "adapter": FileState.of(adapter), "data": files}))
+    evaluate.evaluate(run, EvaluationRequest(limit=2, judge="none"))
+    return run
+
+
+def again(run: RunDir) -> tuple[str | None, bool, str | None]:
+    """What a list says of a run's evaluation and whether it has a score, before and after `evaluate`; the first alone
+    where that refuses."""
+    row = run_rows.row(run, run.read())
+    evaluate.evaluate(run, EvaluationRequest(limit=2, judge="none"))
+    return row["evaluation"], row["bleu4"] is not None, run_rows.row(run, run.read())["evaluation"]
+
+
+def test_times_alone_make_no_evaluation_another(scored: RunDir) -> None:
+    before = read_scores(scored.path)
+    record = scored.read()
+    record.launches = [Launch(command=[], started=(later := "2999-01-01T00:00:00+00:00"), ended=later)]
+    scored.write(record)
+    assert again(scored) == (None, True, None)
+    for file in (scored.output / ADAPTER, scored.path / "test.jsonl", scored.path / "predictions.jsonl"):
+        os.utime(file, (1, 1))  # as a copy's
+    assert again(scored) == ("stale", False, None)
+    after = read_scores(scored.path)
+    assert before and after and (after.made, after.scores) == (before.made, before.scores)
+
+
+def test_edited_predictions_are_not_scored_as_the_adapters(scored: RunDir) -> None:
+    file = scored.path / "predictions.jsonl"
+    before = file.read_bytes()
+    file.write_bytes(before.replace(b'"a b"', b'"a b c d"'))
+    row = run_rows.row(scored, scored.read())
+    assert (row["evaluation"], row["bleu4"]) == ("edited", None)
+    with pytest.raises(UserError):
+        again(scored)
+    file.write_bytes(before)
+    assert again(scored)[2] is None
+
+
+def test_a_replaced_adapter_is_not_scored_as_the_runs(scored: RunDir) -> None:
+    save_file({"other": torch.ones(1)}, scored.output / ADAPTER)
+    row = run_rows.row(scored, scored.read())
+    assert (row["evaluation"], row["bleu4"]) == ("stale", None)
+    with pytest.raises(UserError):
+        again(scored)
+    named = evaluate.evaluate(scored, EvaluationRequest(adapter=str(scored.output), limit=2, judge="none"))
+    assert named.settings.adapter_sha256 == sha256(scored.output / ADAPTER)
+
+
+def test_rows_that_changed_since_the_run_are_not_evaluated_without_a_word(scored: RunDir) -> None:
+    assert "notes" not in evaluation_of(scored).scores
+    with (scored.path / "test.jsonl").open("ab") as stream:
+        stream.write((scored.path / "test.jsonl").read_bytes().splitlines()[0])
+    assert again(scored) == ("stale", False, None)
+    assert any("have changed since the run" in note for note in evaluation_of(scored).scores["notes"])
+
+
+def evaluation_of(run: RunDir) -> Evaluation:
+    made = read_scores(run.path)
+    assert made
+    return made
 
 
 def test_other_rows_are_evaluated_beside_the_usual_ones(run: RunDir, sample: Path, tmp_path: Path) -> None:
