@@ -146,9 +146,6 @@ def a_run(place: Path) -> RunDir:
     for where in (folder.path, folder.path / "evaluations" / "base-model", Path("runs", small_study.PLAIN, "two")):
         rows = [{"row": i, "idx": i, "lang": "go", "accuracy": i % 2 * 100.0} | texts for i in range(12)]
         write_rows(where / "predictions.jsonl", rows)
-    step = {"epoch": 0, "batch": "a" * 12, "rows": "b" * 12, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-4}
-    write_rows(folder.path / "trace.jsonl", [{"step": i} | step for i in range(1, 4)])
-    shutil.copy(folder.path / "trace.jsonl", Path("runs", small_study.PLAIN, "two"))
     job = {"place": "local", "id": "1", "step": "run", "user": "me", "script": "x", "submitted": "2026-01-01T00:00:00Z"}
     (folder.path / "jobs.json").write_text(json.dumps([job]))
     left = RunDir(folder.path.with_name("left"))
@@ -172,7 +169,7 @@ def a_run(place: Path) -> RunDir:
 
 def run_folder(place: Path) -> Target:
     folder = a_run(place)
-    names = ("config.yaml", "run.json", "metrics.jsonl", "scores.json", "predictions.jsonl", "trace.jsonl", "jobs.json")
+    names = ("config.yaml", "run.json", "metrics.jsonl", "scores.json", "predictions.jsonl", "jobs.json")
     files = [path / name for path in (folder.path, folder.path.with_name("left")) for name in names]
     lines = ["results --json", "results", "results --study sums2030", f"results --compare {ONE} {TWO}"]
     lines += [f"{verb} {run}" for verb in ("report", "results --export", "publish", "cancel") for run in (ONE, LEFT)]

@@ -9,13 +9,14 @@ It calls nothing but the command `recipe`, so that modules can move and be renam
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 RECORD = Path(__file__).with_name("comparison.json")
@@ -90,7 +91,7 @@ def plans(_: Path) -> dict[str, Any]:
     """GiB that each recipe needs on each of two GPUs."""
     names = [row["recipe"] for row in json.loads(recipe("list", "--json"))]
     return {
-        f"{name}, {gpu}": json.loads(recipe("plan", name, "--gpu", gpu, "--json"))["memory"]["needed"] / 2**30
+        f"{name}, {gpu}": json.loads(recipe("plan", name, "--gpu", gpu, "--json"))[0]["memory"]["needed"] / 2**30
         for name in names
         for gpu in GPUS
     }
@@ -122,8 +123,9 @@ def adapters(_: Path) -> dict[str, Any]:
     process = subprocess.Popen([RECIPE, *TRAINING, "--runs", "killed"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not list(Path("killed").rglob("checkpoint-*/manifest.json")):
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    psutil.wait_procs([process, *children])
     resumed = Path(recipe("resume", "latest", "--runs", "killed").strip())
     file = "output/adapter_model.safetensors"
     return {"whole": digest(whole / file), "killed and resumed": digest(resumed / file)}

@@ -10,7 +10,7 @@ import typer
 from ..base.errors import UserError
 from ..base.paths import find_recipe
 from ..base.progress import say
-from ..determinism import settings
+from ..configs import determinism
 from ..terminal.tables import Form
 from . import completion
 
@@ -291,7 +291,7 @@ Distance = Annotated[
 
 def profiles_of(given: list[str] | None, deterministic: bool) -> list[str]:
     """The profiles to lay over a recipe, that of --deterministic among them."""
-    return [*(given or []), *([settings.PROFILE] if deterministic else [])]
+    return [*(given or []), *([determinism.PROFILE] if deterministic else [])]
 
 
 def exclusive(options: dict[str, object], required: bool = False) -> None:

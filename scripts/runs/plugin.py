@@ -24,9 +24,8 @@ from ..base.files import append_line
 from ..base.locks import PATIENCE, held
 from ..base.machine import Card
 from ..base.processes import end_with_parent
-from ..configs import models
+from ..configs import determinism, models
 from ..configs.engines import CPU_RANKS, KEYS, engine_of
-from ..determinism import settings, trace
 from . import checkpoints, eval_loss, ranks
 from .packed import PackedWeights
 from .records import Ended
@@ -106,14 +105,13 @@ class RunPlugin(BasePlugin):
                 module.support_avx512bf16_for_cpu = False
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Trace the steps; have evaluations and saving say that they begin; measure a loss that depends on no batch.
+        """Have evaluations and saving say that they begin; measure a loss that depends on no batch.
 
         Mirrors of Llama 3.2 pad on the left (seen in PEFT's pull request 3526), and Meta's tokenizers on the right: so
         do mirrors here, with the same batches as their originals. Recipes set the pad token for both.
         """
         if models.is_mirror(cfg.base_model):
             trainer.processing_class.padding_side = "right"
-        trace.add_to(trainer, Path(cfg.output_dir).with_name(trace.FILE), ranks.of_all)
         save = trainer._save_checkpoint
 
         def saving(*arguments: Any, **options: Any) -> None:
@@ -182,7 +180,7 @@ class RunCallback(TrainerCallback):
         if self.packed:
             self.packed.compare_in_first_pass()
         if args.full_determinism:
-            begun = begun | {"deterministic": settings.in_force()}
+            begun = begun | {"deterministic": determinism.in_force()}
         self._append(state, begun | {"gpus": _gpus()})
         if not args.eval_on_start:
             _note_phase(args.output_dir, "training")

@@ -6,17 +6,17 @@ import pytest
 from conftest import Recipe
 
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.configs import determinism
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.determinism import settings
 from qlora_recipes.running import reproduce, sweep
 
 SETTINGS = "from transformers import enable_full_determinism as on; on(42)"
-CHECK = "from qlora_recipes.determinism import settings; print(len(settings.in_force()))"
+CHECK = "from qlora_recipes.configs import determinism; print(len(determinism.in_force()))"
 
 
 def test_the_environment_is_set_only_where_a_training_is_to_repeat() -> None:
-    assert settings.environment({settings.KEY: True}) == {"PYTHONHASHSEED": "0"}
-    assert settings.environment({settings.KEY: False}) == settings.environment({}) == {}
+    assert determinism.environment({determinism.KEY: True}) == {"PYTHONHASHSEED": "0"}
+    assert determinism.environment({determinism.KEY: False}) == determinism.environment({}) == {}
 
 
 @pytest.mark.parametrize(
