@@ -59,7 +59,7 @@ def script(cells: Sequence[str]) -> str:
 def test_every_command_of_the_cells_is_one(tmp_path: Path) -> None:
     verbs = typer.main.get_command(cli.app)
     assert isinstance(verbs, click.Group)
-    lines = re.findall(r"^!\.venv/bin/recipe (.*)", "\n".join(CELLS), re.MULTILINE)
+    lines = re.findall(r"^!(?:timeout .* 10h )?\.venv/bin/recipe (.*)", "\n".join(CELLS), re.MULTILINE)
     assert [line.split()[0] for line in lines] == ["doctor", "verify", "data", "data", "run", "resume"]
     for verb, *words in map(shlex.split, lines):
         command = verbs.commands[verb]
@@ -115,9 +115,9 @@ def a_session(place: Path, cells: Sequence[str], repository: Path, env: dict[str
 
 
 def limited(session: "subprocess.Popen[str]") -> psutil.Process:
-    """The command in a session that has a limit of time."""
+    """The `timeout` in a session."""
     every = psutil.Process(session.pid).children(recursive=True)
-    (found,) = (each for each in every if "--time-limit" in each.cmdline())
+    (found,) = (each for each in every if each.name() == "timeout")
     return found
 
 
@@ -133,7 +133,7 @@ def test_the_cells_train_on_one_day_and_go_on_the_next(
     while not any(run.summary(run.read()).step >= 3 for run in lookup.all_runs(runs)):
         assert session.poll() is None and time.monotonic() < deadline, session.communicate()
         time.sleep(0.1)
-    limited(session).send_signal(signal.SIGUSR1)
+    limited(session).send_signal(signal.SIGALRM)  # as when the time is up
     said, _ = session.communicate(timeout=120)
     assert "Tesla T4, 550.54.15" in said
     (folder,) = lookup.all_runs(runs)

@@ -27,13 +27,12 @@ def matching(pattern: str, texts: Iterable[str]) -> list[str]:
         raise TooLong(f"{pattern} takes longer than {SECONDS:g} s to match the names of layers, perhaps for ever")
 
     former = signal.signal(signal.SIGALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         return _matching(pattern, texts)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)
-        signal.setitimer(signal.ITIMER_REAL, *timer)  # that of --time-limit goes on
 
 
 def _matching(pattern: str, texts: Iterable[str]) -> list[str]:

@@ -37,7 +37,7 @@ from .options import (
     place_of,
     profiles_of,
 )
-from .running import HEADING, TimeLimit, end, refuse_queued
+from .running import HEADING, end
 
 if TYPE_CHECKING:
     from ..configs.compose import Request
@@ -77,7 +77,6 @@ def reproduce_verb(
     slurm: SlurmOptions = None,
     sky: SkyOptions = None,
     yes: Yes = False,
-    time_limit: TimeLimit = None,
     profile: Profiles = None,
     deterministic: Deterministic = False,
     set_: Overrides = None,
@@ -109,7 +108,6 @@ def reproduce_verb(
     request.rehearse = is_rehearsal(request)
     only_with("--rehearse", request.rehearse, "--from adapter or training", from_ != "predictions", "it needs no model")
     evaluation = EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
-    refuse_queued(time_limit, on)
     place = place_of(on, slurm, sky, yes, request.rehearse, jobs)
     form = form_of(wide, json)
     if from_ != "training":

@@ -26,7 +26,6 @@ from .options import (
     Name,
     On,
     Overrides,
-    PlaceName,
     PlannedGpu,
     Profiles,
     RehearseAll,
@@ -61,33 +60,7 @@ Tried = Annotated[
         help="Try each value of a key, with each of the others. Repeatable.",
     ),
 ]
-
-
-def _limit(context: typer.Context, given: str | None) -> str | None:
-    """Let the time run while the command does."""
-    if given is not None and not context.resilient_parsing:
-        from ..places import time_limit
-
-        context.call_on_close(time_limit.begin(given))
-    return given
-
-
-TimeLimit = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TIME", callback=_limit, help="End at a checkpoint before this time is over, as in 11h or 2:30:00."
-    ),
-]
 verbs = typer.Typer()
-
-
-def refuse_queued(time_limit: str | None, on: PlaceName) -> None:
-    """Refuse a limit on the time of a command that only queues jobs.
-
-    Raises:
-        UserError: it is given.
-    """
-    only_with("--time-limit", time_limit, "--on local", on == "local", "--slurm time=11:00:00 is that of a job")
 
 
 @verbs.command(
@@ -117,7 +90,6 @@ def run_verb(
     slurm: SlurmOptions = None,
     sky: SkyOptions = None,
     yes: Yes = False,
-    time_limit: TimeLimit = None,
     force: Force = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and start nothing.")] = False,
     runs: Runs = RUNS,
@@ -143,7 +115,6 @@ def run_verb(
         axolotl_arguments=axolotl_arguments or [],
         force=force or [],
     )
-    refuse_queued(time_limit, on)
     place = place_of(on, slurm, sky, yes, is_rehearsal(request))
     if dry_run:
         print(yamlfiles.write_yaml(run.prepare(request, place, runs).config), end="")
@@ -164,14 +135,12 @@ def resume_verb(
     slurm: SlurmOptions = None,
     sky: SkyOptions = None,
     yes: Yes = False,
-    time_limit: TimeLimit = None,
     runs: Runs = RUNS,
 ) -> None:
     """Resume an interrupted run from its last whole checkpoint."""
     from ..running.run import resume
 
     only_with("--prepare", prepare, "--on local", on == "local", "jobs prepare by themselves")
-    refuse_queued(time_limit, on)
     place = place_of(on, slurm, sky, yes)
     folder = resume(run, runs, place, prepare, force or [])
     print(folder.path)
@@ -204,7 +173,6 @@ def sweep_verb(
     slurm: SlurmOptions = None,
     sky: SkyOptions = None,
     yes: Yes = False,
-    time_limit: TimeLimit = None,
     gpu: PlannedGpu = None,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Evaluate the first N test rows; in a rehearsal 12.")
@@ -232,7 +200,6 @@ def sweep_verb(
     )
     request.rehearse = is_rehearsal(request)
     evaluation = EvaluationRequest(limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
-    refuse_queued(time_limit, on)
     place = place_of(on, slurm, sky, yes, request.rehearse, jobs)
     card = gpus.find(gpu) if gpu else None
     record, outcomes = sweep.sweep(

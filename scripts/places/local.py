@@ -20,7 +20,8 @@ from ..configs import gpus
 from ..configs.gpus import Gpu
 from ..runs.rundir import Job, JobState, RunDir, this_job
 from ..runs.tasks import DOES, DONE, Command, Work
-from . import time_limit
+
+_AGAIN = "run the same command again to continue"
 
 
 class Local:
@@ -76,7 +77,7 @@ class Local:
                         process.terminate()
                 time.sleep(0.05)
         for _, work in waiting:
-            work.outcome.problem = f"{time_limit.interrupted()}, before it was begun; {time_limit.AGAIN}"
+            work.outcome.problem = f"interrupted before it was begun; {_AGAIN}"
 
     def _worker(
         self, device: str | None, waiting: deque[tuple[str, Work]], stops: list[int]
@@ -95,9 +96,8 @@ class Local:
             return
         for command in commands:
             process = self._start(command, label, device)
-            with time_limit.measuring(command.folder):
-                while process.poll() is None:
-                    yield process
+            while process.poll() is None:
+                yield process
             if not process.returncode:
                 work.outcome.steps[command.step] = DONE
                 if command.step == "run":
@@ -108,7 +108,7 @@ class Local:
                 work.outcome.fail(command.step, f"{problem}; the messages are in {log}" if log else problem)
                 return
             if stops:
-                work.outcome.problem = f"{time_limit.interrupted()}; {time_limit.AGAIN}"
+                work.outcome.problem = f"interrupted; {_AGAIN}"
                 return
 
     def _start(self, command: Command, label: str, device: str | None) -> "subprocess.Popen[bytes]":

@@ -8,7 +8,6 @@ import psutil
 from ..base import yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..configs import gpus
-from ..places import time_limit
 from ..runs import launch
 from ..runs.launch import OutOfMemory
 from ..runs.rundir import Run, RunDir
@@ -19,14 +18,13 @@ _CHANGES = 3  # the most that are named
 
 
 def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
-    """`launch.train` within a limit of time; where memory ran out it says how much there was and what to change.
+    """`launch.train`; where memory ran out it says how much there was and what to change.
 
     Raises:
-        WorkFailed: as in `launch.train`, and `time_limit.training`.
+        WorkFailed: as in `launch.train`.
     """
     try:
-        with time_limit.training(folder):
-            launch.train(folder, record, lock, checkpoint)
+        launch.train(folder, record, lock, checkpoint)
     except OutOfMemory as error:
         lines = _of_gpu(folder, record) if error.gpu else _of_machine(folder, record)
         raise WorkFailed("\n".join([str(error), *lines])) from None

@@ -15,7 +15,7 @@ FOR_EVER = "(([a-z.]+)+)+!"
 LAYER = "model.layers.0.self_attn.q_proj.of.a.name.that.is.long"
 
 
-def test_a_pattern_that_takes_too_long_is_stopped_and_the_timer_is_put_back() -> None:
+def test_a_pattern_that_takes_too_long_is_stopped() -> None:
     before = signal.getsignal(signal.SIGALRM)
     begun = time.monotonic()
     with pytest.raises(TooLong, match="perhaps for ever"):
@@ -24,10 +24,6 @@ def test_a_pattern_that_takes_too_long_is_stopped_and_the_timer_is_put_back() ->
     assert matching(r".*\.[qv]_proj", ["a.q_proj", "a.k_proj"]) == ["a.q_proj"]
     assert signal.getsignal(signal.SIGALRM) == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    signal.setitimer(signal.ITIMER_REAL, 500, 100)  # of a limit of time, which holds for the rest of the command
-    matching(r".*\.[qv]_proj", ["a.q_proj"])
-    left, every = signal.setitimer(signal.ITIMER_REAL, 0)
-    assert (0 < left <= 500, every) == (True, 100.0)
 
 
 @pytest.mark.parametrize("pattern", ["(", "(" * 5000 + ")" * 5000, "a{99999999999999999999}"])

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -195,36 +194,6 @@ def test_a_killed_training_goes_on_to_the_same_adapter(place: Path, tiny_profile
     assert run.read().state == "interrupted"
     assert 5 <= run.summary(run.read()).step < 16
     finish(start(place, "resume", "latest", "--runs", "real"))
-    check_resumed(run, undisturbed)
-
-
-def stand_still(process: "subprocess.Popen[str]") -> None:
-    """Let no more happen until the training is asked to stop, as it is before a limit of time."""
-    child = training(process)
-    child.suspend()
-
-    def asked() -> bool:
-        pending = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{child.pid}/status").read_text(), re.MULTILINE)
-        return bool(pending and int(pending[1], 16) >> (signal.SIGTERM - 1) & 1)
-
-    wait_until(asked, process, patience=1800)  # the limit is as long as a training takes here, or twice that
-    child.resume()
-
-
-@pytest.mark.long
-def test_a_training_whose_time_is_up_goes_on_to_the_same_adapter(
-    place: Path, tiny_profile: Path, undisturbed: RunDir
-) -> None:
-    """With real Axolotl."""
-    (whole,) = undisturbed.read().launches
-    assert whole.ended
-    took = datetime.fromisoformat(whole.ended) - datetime.fromisoformat(whole.started)
-    limit = f"{2 * took.seconds + 20}s"
-    words = ("run", PAGED, "--profile", tiny_profile, "--runs", "limited", "--time-limit", limit)
-    run = interrupted_run(start(place, *words), place / "limited", stand_still)
-    done = losses(run)[-1][0]
-    assert (run.read().state, run.last_checkpoint()) == ("interrupted", run.output / f"checkpoint-{done}")
-    finish(start(place, "resume", "latest", "--runs", "limited", "--time-limit", "11h"))
     check_resumed(run, undisturbed)
 
 
