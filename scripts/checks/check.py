@@ -151,6 +151,7 @@ def examine(
     report.add(_other_rows(composed))
     report.add(placed(unfit.findings(composed, None if composed.rehearsal else gpu, launching), composed))
     report.add(_other_axolotl(composed))
+    report.add(_respelt(composed))
     if data:
         of_rows, report.data = rows.check(usable)
         report.add(of_rows)
@@ -205,6 +206,20 @@ def _other_axolotl(composed: Composed) -> Iterator[Finding]:
         if note := provenance.other_axolotl({"axolotl": version}):
             problem = f"{what} was {note}: a key can mean something else"
             yield Finding("note", "other-axolotl", "", problem, where=paths.shown(composed.recipe_file))
+
+
+def _respelt(composed: Composed) -> Iterator[Finding]:
+    """Numbers that YAML reads as others than they look like."""
+    options = dict.fromkeys(change.why for change in composed.differences if change.why.startswith("--set "))
+    files = {composed.recipe_file, *composed.files.values()}
+    texts: list[tuple[str, str, Path | None]] = [(option.partition("=")[2], option, None) for option in options]
+    texts += [(yamlfiles.read_text(file), paths.shown(file), file) for file in sorted(files)]
+    for text, where, file in texts:
+        for key, written, value in yamlfiles.respelt(text):
+            key = key if file else where.removeprefix("--set ").partition("=")[0]
+            if not private.is_secret(key):
+                problem, line = f"YAML reads {written} as {value:g}", yamlfiles.line_of(file, key) if file else None
+                yield Finding("note", "respelt", key, problem, "write it in decimal digits", where, line)
 
 
 def tokens_of(request: Request, count: int) -> list[dict[str, Any]]:

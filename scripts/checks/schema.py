@@ -41,6 +41,7 @@ BOUNDS: dict[str, dict[str, float]] = {
     "lora_r": {"minimum": 1},
     "lora_alpha": {"exclusiveMinimum": 0},
     "lora_dropout": {"minimum": 0, "exclusiveMaximum": 1},
+    "seed": {"minimum": 0, "maximum": 2**32 - 1},
 }
 
 # What Axolotl leaves undescribed of the keys that the recipes use.

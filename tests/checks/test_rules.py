@@ -67,6 +67,8 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"datasets": [DATA | {"path": "empty.jsonl"}]}, "error", "missing-file:datasets.0.path", "is empty"),
     ({"datasets": [{"type": "alpaca"}]}, "error", "missing-file:datasets.0.path", "names no data"),
     ({"deepspeed": "zero3.json"}, "error", "missing-file:deepspeed", "does not exist"),
+    ({"learning_rate": 2}, "note", "unusual:learning_rate", "2 is high"),
+    ({"lora_alpha": 1600}, "note", "unusual:lora_alpha", "1600 beside lora_r 32"),
     ({"learning_rate": "0,0002"}, "error", "no-number:learning_rate", "2e-4"),
     ({"micro_batch_size": None}, "error", "no-batch-size:micro_batch_size", "Axolotl would take 1"),
     ({"datasets": []}, "error", "no-data:datasets", "no data"),

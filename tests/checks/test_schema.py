@@ -56,6 +56,7 @@ def test_a_recipe_follows_the_schema(name: str) -> None:
         ({"lora_r": -1}, "value:lora_r", "-1 is not at least 1"),
         ({"lora_alpha": 0}, "value:lora_alpha", "0 is not more than 0"),
         ({"lora_dropout": 2.0}, "value:lora_dropout", "2.0 is not less than 1"),
+        ({"seed": -1}, "value:seed", "-1 is not at least 0"),
         ({"weight_decay": -1}, "value:weight_decay", "-1 is not at least 0"),
         ({"gradient_accumulation_steps": 0}, "value:gradient_accumulation_steps", "0 is not at least 1"),
         ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf5"}}, "value:bnb_config_kwargs.bnb_4bit_quant_type", "nf4"),

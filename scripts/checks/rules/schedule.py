@@ -69,3 +69,17 @@ def long_warm_up(case: Case) -> Problems:
     """The learning rate then never reaches its value."""
     if case.steps and (case["warmup_steps"] or 0) >= case.steps:
         yield "error", "warmup_steps", f"as long as the whole training of {case.number_of_steps}", "lower it"
+
+
+@rule
+def unusual(case: Case) -> Problems:
+    """No recipe, nor any of Axolotl's examples, comes near: most such values are slips by a factor."""
+    rate, alpha, rank = case["learning_rate"], case["lora_alpha"], case["lora_r"] or 8
+    if isinstance(rate, int | float) and rate > _HIGH_RATE and not str(case["optimizer"]).startswith("prodigy"):
+        yield "note", "learning_rate", f"{rate:g} is high; LoRA mostly trains with 1e-5 to 1e-3", ""
+    if case.lora and alpha and alpha / (rank**0.5 if case["peft_use_rslora"] else rank) > _LARGE_SCALE:
+        yield "note", "lora_alpha", f"{alpha} beside lora_r {rank} lets LoRA's update count many times", ""
+
+
+_HIGH_RATE = 0.1
+_LARGE_SCALE = 16
