@@ -148,7 +148,7 @@ def examine(
     case = rules.Case(usable, wrong, None if composed.rehearsal else gpu, gpus, launching, ask_hub or launching, runs)
     report = Report(composed.recipe, composed)
     report.add(placed([*of_schema, *rules.findings(case)], composed))
-    report.add(_other_rows(composed))
+    report.add(_replaced(composed))
     report.add(placed(unfit.findings(composed, None if composed.rehearsal else gpu, launching), composed))
     report.add(_other_axolotl(composed))
     report.add(_respelt(composed))
@@ -190,13 +190,17 @@ def _without_batch(composed: Composed, gpus: int) -> Iterator[Finding]:
     yield Finding("error", "no-batch", "micro_batch_size", problem, f"--set {fewer}, or more rows")
 
 
-def _other_rows(composed: Composed) -> Iterator[Finding]:
-    """Data of a user's own that a rehearsal does without, as its path may only be misspelt."""
+def _replaced(composed: Composed) -> Iterator[Finding]:
+    """What a rehearsal does without: data of a user's own, whose path may only be misspelt, and a chat template."""
     for difference in composed.differences:
         own = difference.key.endswith(".path") and not study.input_format(str(difference.recipe))
         if own and exchange.FROM_SAMPLE in difference.why:
             where = paths.shown(composed.recipe_file), yamlfiles.line_of(composed.recipe_file, difference.key)
             yield Finding("warning", "other-rows", difference.key, difference.why, "correct the path", *where)
+        if difference.key == "base_model" and composed.rehearsal and exchange.takes_models_template(composed.config):
+            problem = f"chats get the stand-in's chat template, as that of {difference.recipe} is not on this machine"
+            remedy = "set chat_template to rehearse with another"
+            yield Finding("note", "other-template", "chat_template", problem, remedy, paths.shown(composed.recipe_file))
 
 
 def _other_axolotl(composed: Composed) -> Iterator[Finding]:
@@ -250,7 +254,7 @@ def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
 
 def has_tokenizer(composed: Composed) -> bool:
     """Whether a config's tokenizer is on this machine; a rehearsal's is put there."""
-    if composed.rehearsal:
+    if composed.rehearsal and standin.is_used(composed.config):
         standin.model_folder()
     return models.find(composed.config).tokenizer_here
 

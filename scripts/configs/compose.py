@@ -99,6 +99,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     composed = base
     reasons: dict[str, tuple[str, Path | None]] = {}  # why a key was last changed, and by which file
     sample: Config = {}
+    untouched: Config = {}  # before a rehearsal's own values
     given: Config = {}  # what was laid over a rehearsal's own values, by dotted key
     unfit: fitting.Unfit = {}
 
@@ -119,6 +120,9 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
             folders = {"stand_in": str(standin.folder()), "sample": str(usual_sample())}
             fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
             sample = {key: fragment.pop(key) for key in exchange.OF_SAMPLE}
+            if models.is_small(composed):
+                fragment = {key: value for key, value in fragment.items() if key not in exchange.OF_MODEL}
+            untouched = composed
         elif sample:
             given |= dict(config.flatten(fragment))
         lay(config.merge(composed, fragment), f"profile {profile}", profile_file)
@@ -135,7 +139,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     several = f"--gpus {request.gpus}" + (f" --nodes {request.nodes}" if request.nodes > 1 else "")
     lay(engines.divided(composed, request.ranks, several), f"{several}: steps of as many rows as on one")
     if rehearsal:
-        for changes, reason in exchange.exchanges(composed, sample, given, request.ranks):
+        for changes, reason in exchange.exchanges(composed, sample, given, untouched, request.ranks):
             lay(config.merge(composed, changes), f"rehearsal: {reason}")
     differences = _differences(base, composed, reasons)
     files = {key: source for key, (_, source) in reasons.items() if source}

@@ -98,7 +98,8 @@ class Difference(BaseModel):
     why: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.recipe} -> {self.run}  ({self.why})"
+        recipe, run = (str(value).partition("\n")[0] for value in (self.recipe, self.run))  # the others may be many
+        return f"{self.key}: {recipe} -> {run}  ({self.why})"
 
 
 def chained(first: Sequence[Difference], second: Sequence[Difference]) -> list[Difference]:

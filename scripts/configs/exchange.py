@@ -12,20 +12,28 @@ from .attention import OLD_KEYS, attention
 from .config import merge, override
 
 OF_SAMPLE = ("datasets", "test_datasets", "sequence_len")  # keys of the profile that fit the shipped sample only
+OF_MODEL = (  # keys of the profile that a base model goes with, and that stay where it does
+    *("base_model", "revision_of_model", "model_type", "type_of_model", "overrides_of_model_config"),
+    *("tokenizer_config", "special_tokens", "eot_tokens", "added_tokens_overrides", "lora_model_dir"),
+)
 FROM_SAMPLE = "rows of the shipped sample"
 _MOST_ROWS = {"datasets": 32, "test_datasets": 8}  # few enough for a rehearsal of minutes
 
 
-def exchanges(composed: Config, sample: Config, given: Config, ranks: int) -> Iterator[tuple[Config, str]]:
+def exchanges(composed: Config, sample: Config, given: Config, own: Config, ranks: int) -> Iterator[tuple[Config, str]]:
     """Changes to lay over the config of a rehearsal, each with its reason.
 
     Args:
         composed: the config.
         sample: the shipped sample, as the profile's values of `OF_SAMPLE`.
         given: by dotted keys, what was laid over the profile's values; it stays.
+        own: the config before the profile, with its own base model.
         ranks: the processes that train.
     """
-    for change, reason in (*_rows(composed, sample, given), *_layers(composed), *_ends(composed), *lacking(composed)):
+    for change, reason in _rows(composed, sample, given):
+        composed = merge(composed, change)
+        yield change, reason
+    for change, reason in (*_template(composed, own), *_layers(composed), *_ends(composed), *lacking(composed)):
         composed = merge(composed, change)
         yield change, reason
     held_out = composed.get("val_set_size")
@@ -73,7 +81,7 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
                 needed = max([length_of(file) for file in files if file], default=sample["sequence_len"])
                 fits = min(needed, length) if isinstance(length, int) else needed
                 yield {"sequence_len": fits}, "every row of the shipped sample is shorter"
-            elif isinstance(length, int) and composed.get("base_model") == str(standin.folder()):
+            elif isinstance(length, int) and standin.is_used(composed):
                 yield {"sequence_len": min(length, standin.CONTEXT)}, "the context of the stand-in model"
 
 
@@ -91,11 +99,29 @@ def _is_elsewhere(entries: dict[str, Config]) -> bool:
     return bool(entries) and all(entry.get("path") and not datafiles.local_files(entry) for entry in entries.values())
 
 
+def takes_models_template(config: Config) -> bool:
+    """Whether chats are written with the chat template of the base model's tokenizer."""
+    chats = [entry for _, entry in datafiles.datasets(config) if entry.get("type") == "chat_template"]
+    default = config.get("chat_template") or ("jinja" if config.get("chat_template_jinja") else _MODELS)
+    return any(str(entry.get("chat_template") or default).startswith(_MODELS) for entry in chats)
+
+
+_MODELS = "tokenizer_default"
+
+
+def _template(composed: Config, own: Config) -> Iterator[tuple[Config, str]]:
+    """The chat template of the model that the stand-in takes the place of, where it is on this machine."""
+    name = own.get("tokenizer_config") or own.get("base_model")
+    template = models.chat_template(models.folder_of(own | {"base_model": name}))
+    if template and standin.is_used(composed) and takes_models_template(composed):
+        yield {"chat_template": "jinja", "chat_template_jinja": template}, f"the chat template of {name}"
+
+
 def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
     """The stand-in's layers in the place of those of another family, as Phi-3's fused ones."""
     targets: Any = composed.get("lora_target_modules")
     named = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
-    if named and composed.get("base_model") == str(standin.folder()):
+    if named and standin.is_used(composed):
         renamed = models.renamed(targets, models.LAYERS["llama"])
         yield {"lora_target_modules": renamed}, "the stand-in has these layers apart"
 
@@ -103,7 +129,7 @@ def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
 def _ends(composed: Config) -> Iterator[tuple[Config, str]]:
     """Ends of turns that the stand-in's tokenizer lacks, in the place of tokens that no text has."""
     ends: Any = composed.get("eot_tokens")
-    if isinstance(ends, list) and composed.get("base_model") == str(standin.folder()):
+    if isinstance(ends, list) and standin.is_used(composed):
         lacking = [str(end) for end in ends if end not in standin.TURNS]
         if lacking:
             names = dict(zip(map(str, standin.UNUSED), lacking, strict=False))

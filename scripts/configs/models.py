@@ -196,6 +196,19 @@ def _revision(composed: Config) -> Any:
     return composed.get("revision_of_model") or composed.get("model_revision")  # the latter is deprecated
 
 
+SMALL = 2**30
+"""Bytes of the largest weights that a rehearsal trains, of half a billion parameters in 16 bits."""
+
+
+def is_small(composed: Config) -> bool:
+    """Whether a config's base model is on this machine, not quantized before, and small enough for a CPU to train."""
+    folder = folder_of(composed)
+    content = read_json(folder / "config.json") if folder else {}
+    if not folder or "model_type" not in content or "quantization_config" in content:
+        return False
+    return 0 < sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= SMALL
+
+
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 
 

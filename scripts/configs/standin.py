@@ -10,6 +10,7 @@ from ..base.files import sha256
 from ..base.locks import make_once
 from ..base.progress import say
 from ..base.quiet import importing_axolotl
+from ..base.yamlfiles import Config
 
 NAME = "SmolLM2-135M-Instruct"
 CONTEXT = 8192  # tokens
@@ -36,6 +37,11 @@ def _wheel(package: str) -> Distribution:
 def folder() -> Path:
     """Where the stand-in model is, or will be once it is converted."""
     return paths.cache() / f"{NAME}-{_wheel(WEIGHTS).version}"
+
+
+def is_used(config: Config) -> bool:
+    """Whether a config's base model is the stand-in."""
+    return config.get("base_model") == str(folder())
 
 
 def judge_folder() -> Path:

@@ -103,7 +103,7 @@ def create(composed: Composed, request: Request, runs: Path, shared: Container[D
         runs: the folder for it.
         shared: differences from the recipe that have been shown already, for several runs together.
     """
-    if composed.rehearsal:
+    if composed.rehearsal and standin.is_used(composed.config):
         standin.model_folder()
     folder = RunDir(new_folder(runs / composed.recipe, composed.digest[:7]))
     ours = launched(composed, folder)
@@ -133,7 +133,7 @@ def record_of(composed: Composed, request: Request) -> Run:
         composed: its checked config.
         request: what it was composed from.
     """
-    stands_in = composed.rehearsal and composed.config.get("base_model") == str(standin.folder())
+    stands_in = composed.rehearsal and standin.is_used(composed.config)
     record = Run(
         recipe=composed.recipe,
         variant_of=composed.origin if composed.origin != composed.recipe else None,

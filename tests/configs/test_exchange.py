@@ -8,6 +8,7 @@ from conftest import Recipe
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import write_rows
+from qlora_recipes.checks import check
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Composed, Request
 
@@ -206,6 +207,33 @@ def test_ends_of_turns_stay_and_the_stand_in_gets_those_that_it_lacks() -> None:
     composed = rehearsed({"eot_tokens": ends})
     assert composed.config["eot_tokens"] == ends
     assert composed.config["added_tokens_overrides"] == {"3": "<|eot_id|>"}
+
+
+@pytest.mark.parametrize(("mib", "kept"), [(1, True), (1025, False)])
+def test_a_small_model_that_is_here_is_kept_with_what_belongs_to_it(mib: int, kept: bool) -> None:
+    Path("own").mkdir()
+    Path("own", "config.json").write_text('{"model_type": "llama"}')
+    with Path("own", "model.safetensors").open("wb") as stream:
+        stream.truncate(mib * 2**20)
+    of_model = {"base_model": "./own", "special_tokens": {"pad_token": "<pad>"}, "type_of_model": "LlamaForCausalLM"}
+    content = rehearsed(of_model).config
+    assert ({key: content.get(key) for key in of_model} == of_model) == kept
+
+
+def test_chats_keep_the_template_of_the_model_that_is_replaced() -> None:
+    own = rehearsed()
+    assert not {"chat_template", "chat_template_jinja"} & own.config.keys()
+    (note,) = [finding for finding in check.examine(own).findings if finding.rule == "other-template"]
+    assert note.level == "note"
+    Path("own").mkdir()
+    Path("own", "chat_template.jinja").write_text("{{ messages }}")
+    here = rehearsed({"base_model": "./own"})
+    assert here.config["chat_template_jinja"] == "{{ messages }}"
+    assert why(here, "chat_template_jinja") == "rehearsal: the chat template of ./own"
+    for change in ({"chat_template": "llama3"}, {"datasets": [ROWS]}):
+        assert "chat_template_jinja" not in rehearsed({"base_model": "./own"} | change).config
+    for shown in (here, rehearsed({"chat_template": "llama3"}), rehearsed({"datasets": [ROWS]})):
+        assert "other-template" not in [finding.rule for finding in check.examine(shown).findings]
 
 
 def test_layers_that_the_stand_in_has_apart_are_named_apart() -> None:
