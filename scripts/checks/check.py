@@ -142,7 +142,11 @@ def examine(
         data: also read its rows.
         ask_hub: also ask the hub about a base model that is not here, as before a run.
         runs: the folder that the run's is to be in.
+
+    Raises:
+        UserError: the recipe's study is malformed.
     """
+    study.of(composed.origin or composed.recipe)
     of_schema = list(schema.findings(composed.config))
     usable, wrong = schema.usable(composed.config, of_schema)
     case = rules.Case(usable, wrong, None if composed.rehearsal else gpu, gpus, launching, ask_hub or launching, runs)

@@ -66,7 +66,7 @@ def twin(path: str) -> Path | None:
 
 def usual_sample() -> Path:
     """The folder of the sample for recipes that are no study's: the first one with rows of Axolotl's `alpaca` type."""
-    studies = [each for each in map(study.load, paths.studies()) if each.data.sample]
+    studies = [each for each in study.every() if each.data.sample]
     alpaca = [each for each in studies if {"instruction", "output"} <= each.data.row.keys()]
     first = [*alpaca, *studies][0]
     return rehearsal_data(first, next(iter(first.data.formats)))

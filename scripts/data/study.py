@@ -12,6 +12,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean, meant
+from ..base.progress import say_once
 from ..metrics import registry
 from ..metrics.metric import Column
 from .declaration import FORMS, Data, Misdeclared, Strict, raise_all
@@ -243,8 +244,17 @@ def find(name: str | None) -> Study:
 
 
 def every() -> list[Study]:
-    """All studies, in the order of their names."""
-    return [load(folder) for folder in paths.studies()]
+    """All studies, in the order of their names, but malformed ones, which are reported."""
+    return [study for folder in paths.studies() if (study := _loaded(folder))]
+
+
+def _loaded(folder: Path) -> Study | None:
+    try:
+        return load(folder)
+    except UserError as error:
+        first = str(error).partition("\n")[0]
+        say_once(f"warning: the study {folder.name} is left out: {first}; `recipe study check {folder.name}` lists all")
+        return None
 
 
 def option(study: Study) -> list[str]:
@@ -258,11 +268,12 @@ def with_data(key: str | None) -> Study:
     Raises:
         UserError: there is none, or several are meant.
     """
+    if folder := next((folder for folder in paths.studies() if folder.name == key), None):
+        return load(folder)
     studies: dict[str, Study] = {}
-    for study in map(load, paths.studies()):
+    for study in every():
         studies.setdefault(study.data.key, study)
-    of_name = next((study for study in studies.values() if study.folder.name == key), None)
-    return of_name or studies[_only(key, studies, "data set")]
+    return studies[_only(key, studies, "data set")]
 
 
 def _only(name: str | None, choices: Collection[str], what: str, option: str = "") -> str:
@@ -282,7 +293,7 @@ def input_format(path: str) -> str | None:
 def fetching(path: str) -> str | None:
     """What the user runs to have a file, or a folder with such, that a study's data set has beside its rows; None for
     any other path."""
-    for study in map(load, paths.studies()):
+    for study in every():
         raw = study.data.raw
         if Path(path).is_relative_to(raw) and any((raw / file).is_relative_to(path) for file in study.data.files):
             return f"`recipe data fetch {study.data.key}`"
@@ -304,16 +315,28 @@ def preparation(path: str) -> str | None:
 
 def preparing(path: str) -> Iterator[tuple[Study, str]]:
     """The studies, and the formats of their rows, that `recipe data prepare` writes to a path's folder."""
-    for study in map(load, paths.studies()):
+    for study in every():
         for name, form in study.data.formats.items():
             if Path(form.folder) == Path(path).parent:
                 yield study, name
 
 
 def of(recipe: str) -> Study | None:
-    """The study that a recipe belongs to by its name, or None."""
-    folder = next((folder for folder in paths.studies() if recipe.startswith(f"{folder.name}/")), None)
-    return load(folder) if folder else None
+    """The study that a recipe belongs to by its name, or None.
+
+    Raises:
+        UserError: it is malformed.
+    """
+    return load(folder) if (folder := _folder(recipe)) else None
+
+
+def of_any(recipe: str) -> Study | None:
+    """The study of one recipe among others, or None; also None where it is malformed, which is reported."""
+    return _loaded(folder) if (folder := _folder(recipe)) else None
+
+
+def _folder(recipe: str) -> Path | None:
+    return next((folder for folder in paths.studies() if recipe.startswith(f"{folder.name}/")), None)
 
 
 def entry(name: str, recipe: yamlfiles.Config, origin: str | None = None) -> dict[str, Any]:
@@ -324,7 +347,7 @@ def entry(name: str, recipe: yamlfiles.Config, origin: str | None = None) -> dic
         recipe: its settings.
         origin: the shipped recipe that it is a variant of.
     """
-    of_study = of(origin or name)
+    of_study = of_any(origin or name)
     published = of_study.published.get(name) if of_study else None
     row = {
         "recipe": name,

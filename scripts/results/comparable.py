@@ -21,7 +21,7 @@ _ALIKE = {"data_sha256", "rows", "decoding"}  # settings of two evaluations that
 def columns(run: Run, own: Evaluation | None) -> dict[str, Column]:
     """What a run is scored with: its study's metrics, and those that it was evaluated with beside them."""
     recorded = own.columns if own else {}
-    of_study = study.of(run.origin)
+    of_study = study.of_any(run.origin)
     declared = of_study.columns if of_study else {}
     return declared | {name: recorded[name] for name in recorded if name not in declared} or columns_of()
 
@@ -66,7 +66,7 @@ def scores(folder: RunDir, run: Run, own: Evaluation | None) -> dict[str, Any]:
 
 def decoded(folder: RunDir, run: Run, own: Evaluation | None) -> dict[str, Evaluation | None]:
     """The evaluations of a run's adapter by its study's further decodings, by name; None where there is none."""
-    of_study = study.of(run.origin)
+    of_study = study.of_any(run.origin)
     declared = of_study.decodings if of_study else {}
     return {name: evaluations.decoded(folder.path, name, decoding, own) for name, decoding in declared.items()}
 
@@ -80,7 +80,7 @@ def of_base_model(folder: RunDir, own: Evaluation | None) -> Evaluation | None:
 
 def aim(run: Run) -> Published | None:
     """What was published of that which a run tries for; a rehearsal, or a run of something else, tries for none."""
-    of_study = study.of(run.origin)
+    of_study = study.of_any(run.origin)
     return of_study.aimed_at(run.origin) if of_study and not run.rehearsal and not of_something_else(run) else None
 
 
@@ -115,7 +115,7 @@ def of_something_else(run: Run) -> bool:
 def comparable(own: Evaluation | None, run: Run, column: Column) -> bool:
     """Whether a run's score compares with a published one: it is finished, and evaluated on exactly the rows, with the
     decoding and with the metric of that; its eval loss needs no evaluation."""
-    of_study = study.of(run.origin)
+    of_study = study.of_any(run.origin)
     if not of_study or run.state != "finished" or run.rehearsal or of_something_else(run):
         return False
     return column.metric.of_loss is not None or bool(

@@ -107,7 +107,7 @@ def _groups(some: Sequence[tuple[RunDir, Run, dict[str, Any]]]) -> list[Group]:
     metrics: the study, the columns of scores, and the rows."""
     groups: list[Group] = []
     for folder, run, full in some:
-        of_study = study.of(run.origin)
+        of_study = study.of_any(run.origin)
         columns = of_study.table if of_study else comparable.columns(run, of_run(folder.path, run))
         for other, there, rows in groups:
             if other is of_study and all(

@@ -19,7 +19,7 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
         jobs: its jobs that have not ended, in words.
     """
     own = of_run(folder.path, run)
-    of_study = study.of(run.origin)
+    of_study = study.of_any(run.origin)
     summary = folder.summary(run)
     ended_by = run.launches[-1].problem if run.launches else None
     differing = [d.key for d in run.differences if not d.why.startswith(comparable.REHEARSED)] + run.axolotl_arguments

@@ -277,11 +277,11 @@ def _check_here(folder: RunDir, record: Run) -> None:
         profiles=record.profiles,
         rehearsal=record.rehearsal,
     )
-    report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal, runs=folder.path)
-    fit.add_to(report, gpus.here(), record.ranks, anew=True)
-    errors = {finding.name for finding in report.findings if finding.level == "error"}
-    forced = [name for name in record.forced if name in errors]  # not those of the rows, or of another GPU
     try:
+        report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal, runs=folder.path)
+        fit.add_to(report, gpus.here(), record.ranks, anew=True)
+        errors = {finding.name for finding in report.findings if finding.level == "error"}
+        forced = [name for name in record.forced if name in errors]  # not those of the rows, or of another GPU
         check.refuse(report.findings, forced)
         if not record.rehearsal and record.gpus_used > max(visible := len(machine.visible_gpus()), 1):
             raise UserError(f"{folder.path}: a run on {record.gpus_used} GPUs, and there are {visible} here")

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Recipe
+from run_folders import a_run
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
@@ -185,3 +187,31 @@ def test_repeats_of_a_recipe_stand_for_the_others_of_its_study(tmp_path: Path) -
     changed = loaded(tmp_path, {"published": published, "beside": {beside: {"of": RECIPE, "reproduces": True}}})
     assert [changed.repeats(name, "bleu4") for name in (RECIPE, beside, other)] == [[5.0, 5.2]] * 3
     assert changed.repeats(RECIPE, "rouge_l") == [] == study.load(paths.RECIPES / "haider2024").repeats(RECIPE, "bleu4")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["list"], 0),
+        (["check", "haider2024/code-llama-7b"], 0),
+        (["run", "haider2024/code-llama-7b", "--rehearse", "--dry-run"], 0),
+        (["results"], 0),
+        (["check", "broken/mine"], 2),
+        (["run", "broken/mine", "--rehearse", "--dry-run"], 2),
+        (["study", "check", "broken"], 2),
+        (["reproduce", "broken", "--dry-run"], 2),
+    ],
+    ids=str,
+)
+def test_a_malformed_study_is_an_error_for_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe, words: list[str], code: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (folder := tmp_path / "recipes" / "broken").mkdir(parents=True)
+    (folder / "study.yaml").write_text("titel: x\n")
+    (folder / "mine.yaml").write_text((paths.RECIPES / "haider2024" / "code-llama-7b.yaml").read_text())
+    a_run(tmp_path / "runs", "broken/mine", "one", 5.0)
+    done = recipe(*words)
+    assert done.returncode == code
+    assert "recipes/broken/study.yaml:1" in done.stderr + done.stdout
+    assert code or "warning: the study broken is left out" in done.stderr

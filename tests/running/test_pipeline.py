@@ -80,6 +80,15 @@ def test_what_axolotl_refuses_is_not_submitted(tmp_path: Path, monkeypatch: pyte
         run.prepare(asked, place, tmp_path)
 
 
+def test_a_run_that_this_machine_cannot_check_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = a_run(tmp_path / "runs", "haider2024/llama-2-7b", "one", 5.0, state="created")
+    folder.config.write_text("base_model: x\n")
+    monkeypatch.setattr(run.check, "examine", Mock(side_effect=UserError("study.yaml:1: malformed")))
+    with pytest.raises(UserError):
+        run._check_here(folder, folder.read())
+    assert folder.read().state == "failed"
+
+
 def test_what_failed_before_keeps_no_other_member_waiting() -> None:
     def member(name: str, steps: list[Step], failed: bool = False) -> Mock:
         one = Mock(outcome=Outcome("recipe", name), state="failed" if failed else None)
