@@ -96,7 +96,7 @@ def run_verb(
 ) -> None:
     """Train a recipe with Axolotl, in a run folder of its own."""
     from ..configs.compose import Request, is_rehearsal
-    from ..configs.config import parse_override
+    from ..configs.config import OF_THE_RUN, parse_override
     from ..running import run
 
     for text in set_ or []:
@@ -117,7 +117,9 @@ def run_verb(
     )
     place = place_of(on, slurm, sky, yes, is_rehearsal(request))
     if dry_run:
-        print(yamlfiles.write_yaml(run.prepare(request, place, runs).config), end="")
+        composed = run.prepare(request, place, runs)
+        own = yamlfiles.read_yaml(composed.recipe_file)  # with the folders that plain Axolotl is to write to
+        print(yamlfiles.write_yaml(composed.config | {key: own[key] for key in OF_THE_RUN if key in own}), end="")
     else:
         folder = run.start(request, runs, place)
         print(folder.path)

@@ -178,6 +178,7 @@ def test_a_variant_from_the_command_line_to_its_config(place: Path, recipe: Reci
     assert tree["haider2024/all-linear/code-llama-7b"]["of"] == BASE
     assert "    wider" in recipe("list", "--variants").stdout
     dry = recipe("run", "wider", "--dry-run").stdout
+    assert "output_dir: outputs/wider\n" in dry
     assert "lora_r: 128\n" in dry and "weight_decay" not in dry
 
 
