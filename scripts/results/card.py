@@ -65,15 +65,15 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
         },
         Path(run.cwd),
     )
+    paths_of_data = (each for each in run.differences if re.fullmatch(r"datasets\b.*path", each.key))
+    moved = [changed.why for changed in paths_of_data]
     facts |= {
         "merged": merged,
         "repository": repository or ".",
         "study": of_study,
         "data": data,
-        "sample": any(
-            changed.key.startswith("datasets") and changed.key.endswith("path") and changed.why.startswith(REHEARSED)
-            for changed in run.differences
-        ),
+        "sample": any(why.startswith(REHEARSED) for why in moved),
+        "own_data": not all(why.startswith(REHEARSED) for why in moved),
         "other_model": None if run.rehearsal else comparable.other_model(run),
         "prompt": prompts.as_code(cfg, folder.output, _known(run, data)),
         "columns": evaluation.columns if evaluation else {},

@@ -322,6 +322,24 @@ def test_nothing_from_a_run_is_markdown_or_html_in_its_card(run: RunDir, tmp_pat
     assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1", *["h2"] * 7]
 
 
+def test_the_paper_is_a_link_and_a_batch_size_that_was_left_open_is_left_out(run: RunDir) -> None:
+    evaluated(run, batch_size=None)
+    text = model_card.card(run, run.read(), evaluations.of_run(run.path, run.read()), False, None)
+    inline = [below for token in MarkdownIt().parse(text) for below in token.children or ()]
+    assert "https://arxiv.org/abs/2411.10129" in [below.attrs["href"] for below in inline if below.type == "link_open"]
+    assert "None" not in text and "rows at a time" not in text
+
+
+@pytest.mark.parametrize(("why", "of_study"), [("profile rehearsal", True), ("variants/mine.yaml", False)])
+def test_a_rehearsal_on_data_of_ones_own_is_not_of_the_study(
+    run: RunDir, tmp_path: Path, why: str, of_study: bool
+) -> None:
+    path = {"key": "datasets.0.path", "recipe": "data/codereviewer/train.jsonl", "run": "mine.jsonl"}
+    run.write(record(tmp_path, rehearsal=True, differences=[Difference(**path, why=why)]))
+    text = model_card.card(run, run.read(), None, False, None)
+    assert ("The recipe is of the study" in text) == of_study
+
+
 def test_a_rehearsal_is_marked_and_never_pushed(run: RunDir, tmp_path: Path) -> None:
     path = {"key": "datasets.0.path", "recipe": "data/codereviewer/train.jsonl", "run": "sample/train.jsonl"}
     run.write(record(tmp_path, rehearsal=True, differences=[Difference(**path, why="profile rehearsal")]))
