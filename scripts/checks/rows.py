@@ -1,5 +1,6 @@
 """The rows of a config's data: read as a stream, counted, and checked for what would spoil a training."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -153,6 +154,25 @@ def check(config: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
     return findings, read
 
 
+def _keys(value: Any) -> int:
+    """How many keys a JSON value has, those of mappings within it too."""
+    if isinstance(value, dict):
+        return len(value) + sum(map(_keys, value.values()))
+    return sum(map(_keys, value)) if isinstance(value, list) else 0
+
+
+def _repeated_key(line: bytes) -> str | None:
+    """A key that a mapping in a line of JSON has twice, of which `loads` keeps the last."""
+    found: list[str] = []
+
+    def look(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        return {}
+
+    json.loads(line, object_pairs_hook=look)
+    return found[0] if found else None
+
+
 class _Reader:
     """Reads and checks the rows of one data set.
 
@@ -203,6 +223,8 @@ class _Reader:
                     file.count("bad-row", "not UTF-8" if "UTF-8" in error.msg else "no JSON", number, str(error)[:60])
                     continue
                 if isinstance(row, dict):
+                    if line.count(b'":') - line.count(b'\\":') != _keys(row) and (twice := _repeated_key(line)):
+                        file.count("bad-row", f"the field {twice} twice, which Axolotl cannot load", number)
                     self._row(file, number, line, row)
                 else:
                     file.count("bad-row", "no mapping of fields to values", number)

@@ -38,6 +38,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (b"[1, 2]", "1 row with no mapping of fields to values"),
         (b'{"instruction": "caf\xe9", "output": "a"}', "1 row with not UTF-8"),
         ({"instruction": "a"}, "1 row with nothing in the field output"),
+        (b'{"instruction": "a", "output": "b", "output": "c"}', "the field output twice"),
+        (b'{"instruction":"a","output":"b","more":[{"x":"\\":","y":1,"y":2}]}', "the field y twice"),
         (GOOD | {"output": 3}, "1 row with no text in the field output"),
         (GOOD | {"instruction": None}, "1 row with no text in the field instruction"),
         (GOOD | {"input": ["a"]}, "1 row with no text in the field input"),

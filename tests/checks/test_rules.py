@@ -1,6 +1,7 @@
 """One case or more for each rule, and none for a recipe as it is."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(prepared)
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "hollow").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "outputs" / "checkpoint-5").mkdir(parents=True)
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "adapter_model.bin").touch()
@@ -64,6 +67,8 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "not-prepared:datasets.0.path",
         "test-subset-2.jsonl is not prepared yet; run `recipe data fetch codereviewer` and `recipe data prep",
     ),
+    ({"datasets": [DATA | {"path": "./hollow"}]}, "error", "missing-file:datasets.0.path", "is empty"),
+    ({"datasets": [DATA | {"path": "pipe.jsonl"}]}, "error", "missing-file:datasets.0.path", "is no regular file"),
     ({"datasets": [DATA | {"path": "empty.jsonl"}]}, "error", "missing-file:datasets.0.path", "is empty"),
     ({"datasets": [{"type": "alpaca"}]}, "error", "missing-file:datasets.0.path", "names no data"),
     ({"deepspeed": "zero3.json"}, "error", "missing-file:deepspeed", "does not exist"),

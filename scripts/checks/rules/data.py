@@ -49,9 +49,13 @@ def missing_file(case: Case) -> Problems:
         name = dataset.get("path")
         if not isinstance(name, str) or not name:
             yield "error", f"{key}.path", f"{name!r} names no data", "give a file, a folder or a data set of the hub"
+        elif "\0" not in name and Path(name).is_dir() and not datafiles.local_files(dataset):
+            yield "error", f"{key}.path", f"the folder {paths.shown(Path(name))} is empty", "put rows into it"
         for file in datafiles.local_files(dataset):
             made_by = study.preparation(str(file))
-            if not file.is_file() and not made_by:
+            if file.exists() and not file.is_file():
+                yield "error", f"{key}.path", f"{paths.shown(file)} is no regular file", "write its rows to one"
+            elif not file.is_file() and not made_by:
                 meant, remedy = _instead_of(file)
                 yield "error", f"{key}.path", f"{paths.shown(file)} does not exist{meant}", remedy
             elif file.is_file() and not file.stat().st_size:
