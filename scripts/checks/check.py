@@ -156,6 +156,10 @@ def examine(
     report.add(placed(unfit.findings(composed, None if composed.rehearsal else gpu, launching), composed))
     report.add(_other_axolotl(composed))
     report.add(_respelt(composed))
+    if composed.plain:  # what is wrong with keys that the rehearsal replaces
+        there = {finding.name for finding in report.findings}
+        of_recipe = [finding for finding in examine(composed.plain).findings if finding.level == "error"]
+        report.add(each for each in of_recipe if each.scope in ("step", "config") and each.name not in there)
     if data:
         of_rows, report.data = rows.check(usable)
         report.add(of_rows)

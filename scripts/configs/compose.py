@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Composed:
         differences: from the file that is run.
         files: for each key that a variant or a profile changed, its file.
         data: the data files that it names, once they have been read.
+        plain: what the same request comes to without the rehearsal; None where it is none.
         unfit: the keys of profiles that were not laid over it as they are, by the reason; see `fitting.fitted`.
         of_variant: the differences of the file that is run from its origin.
     """
@@ -65,6 +66,7 @@ class Composed:
     profiles: list[str]
     rehearsal: bool
     data: list[DataFile] = field(default_factory=list)
+    plain: "Composed | None" = None
     unfit: fitting.Unfit = field(default_factory=dict)
     of_variant: list[Difference] = field(default_factory=list)
 
@@ -143,6 +145,8 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
             lay(config.merge(composed, changes), f"rehearsal: {reason}")
     differences = _differences(base, composed, reasons)
     files = {key: source for key, (_, source) in reasons.items() if source}
+    others = [given for given, (profile, _) in zip(request.profiles, profiles, strict=False) if profile != REHEARSAL]
+    plain = compose(replace(request, rehearse=False, profiles=others), gpu) if rehearsal else None
     return Composed(
         name,
         file,
@@ -152,6 +156,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
         files,
         [*dict(profiles)],
         rehearsal,
+        plain=plain,
         unfit=unfit,
         of_variant=of_variant,
     )
