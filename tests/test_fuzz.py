@@ -196,8 +196,13 @@ def config(place: Path) -> Target:
     profile = place / "more.yaml"
     (place / "x.jsonl").write_text('{"instruction": "Add.", "input": "1 + 1", "output": "2"}\n')
     profile.write_text(yamlfiles.write_yaml({"warmup_steps": 0, "datasets": [{"path": "x.jsonl", "type": "alpaca"}]}))
-    lines = ["check mine.yaml", "check mine.yaml --rehearse --json", "show mine.yaml", "diff mine.yaml code-llama-7b"]
-    lines += ["check code-llama-7b --profile more.yaml", "new other --from mine.yaml"]
+    lines = [
+        "check mine.yaml",
+        "check mine.yaml --rehearse --json",
+        "show mine.yaml",
+        "diff mine.yaml haider2024/code-llama-7b",
+    ]
+    lines += ["check haider2024/code-llama-7b --profile more.yaml", "new other --from mine.yaml"]
     return [own, own, own, profile], lines
 
 

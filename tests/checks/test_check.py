@@ -188,27 +188,19 @@ def test_what_is_too_big_for_a_card_is_an_error(place: Path, tiny: Path) -> None
     assert (place / "tiny.yaml").read_text().splitlines()[finding.line - 1].startswith("micro_batch_size")
     assert found(small) == [finding]  # from the cache
     assert not found(large)
-
-
-@pytest.mark.parametrize(
-    ("engine", "gpus_used", "expected"),
-    [
-        ({}, 2, "too-big:micro_batch_size"),
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, 2, "too-big:micro_batch_size"),
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, 1, "too-big:micro_batch_size"),
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, None, "not-checked:micro_batch_size"),
-        ({"deepspeed": "zero3_offload.json"}, 2, "not-checked:micro_batch_size"),
-        ({"fsdp_config": {"offload_params": True}}, 2, "not-checked:micro_batch_size"),
-    ],
-)
-def test_memory_is_checked_on_several_gpus(
-    tiny: Path, engine: dict[str, Any], gpus_used: int | None, expected: str
-) -> None:
-    change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": {"pad_token": "</s>"}}
-    file = paths.find_recipe(NAME)[1]
-    report = check.Report("x", Composed("x", file, None, config_with(change | engine), [], {}, [], False))
-    fit.add_to(report, gpus.Gpu("small", (7, 5), 0.2), gpus_used, anew=True)
-    assert [finding.name for finding in report.findings] == [expected]
+    stage_3 = {"deepspeed": {"zero_optimization": {"stage": 3}}}
+    for engine, used, rule in (
+        ({}, 2, "too-big"),
+        (stage_3, 2, "too-big"),
+        (stage_3, 1, "too-big"),
+        (stage_3, None, "not-checked"),
+        ({"deepspeed": "zero3_offload.json"}, 2, "not-checked"),
+        ({"fsdp_config": {"offload_params": True}}, 2, "not-checked"),
+    ):
+        composed = Composed("x", place / "tiny.yaml", None, config_with(change | engine), [], {}, [], False)
+        report = check.Report("x", composed)
+        fit.add_to(report, small, used)
+        assert [each.name for each in report.findings] == [f"{rule}:micro_batch_size"], engine
 
 
 def test_gpu_names(recipe: Recipe) -> None:
@@ -321,13 +313,16 @@ def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_
 
 
 def test_what_is_not_written_by_preparing_data_or_is_to_be_read_now_is_an_error(recipe: Recipe) -> None:
-    own = recipe("check", "3.2-3b", "--set", "datasets.0.path=data/codereviewer/train_mine.jsonl")
+    own = recipe("check", "haider2024/llama-3.2-3b", "--set", "datasets.0.path=data/codereviewer/train_mine.jsonl")
     assert own.returncode == 2 and "train_mine.jsonl does not exist" in own.stdout
-    read = recipe("check", "3.2-3b", "--data")
+    read = recipe("check", "haider2024/llama-3.2-3b", "--data")
     assert (
         read.returncode == 2 and "error: datasets.0.path: data/codereviewer/train.jsonl and valid.jsonl" in read.stdout
     )
-    levels = [line.split(": ")[1] for line in recipe("check", "3.2-3b", "--set", "lora_rr=1").stdout.splitlines()]
+    levels = [
+        line.split(": ")[1]
+        for line in recipe("check", "haider2024/llama-3.2-3b", "--set", "lora_rr=1").stdout.splitlines()
+    ]
     assert levels == sorted(levels, key=["error", "warning", "note"].index)
 
 
@@ -335,7 +330,7 @@ def test_what_is_wrong_with_several_recipes_is_printed_once(recipe: Recipe) -> N
     done = recipe("check")
     said = [line for line in done.stdout.splitlines() if "not-prepared" in line and "codereviewer" in line]
     others = [line.partition("] ")[2] for line in said]
-    assert others[0].startswith("(also in llama-2-7b.yaml, ") and others[0].count(".yaml") == 6
+    assert others[0].startswith("(also in llama-2-7b.yaml, ") and others[0].count(".yaml") > 1
     assert others[1:] == [""]  # which has another format
     assert len(done.stdout.splitlines()) == len({line.partition(": ")[2] for line in done.stdout.splitlines()})
     assert done.returncode == 0

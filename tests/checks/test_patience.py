@@ -49,6 +49,6 @@ def test_the_rule_finds_it_whether_or_not_the_model_is_known(model: str) -> None
 
 def test_a_plan_refuses_it_within_seconds(recipe: Recipe) -> None:
     begun = time.monotonic()
-    done = recipe("plan", "llama-3.2-3b", "--set", f'lora_target_modules="{FOR_EVER}"', "--gpu", "T4")
+    done = recipe("plan", "haider2024/llama-3.2-3b", "--set", f'lora_target_modules="{FOR_EVER}"', "--gpu", "T4")
     assert (done.returncode, "perhaps for ever" in done.stderr) == (2, True)
     assert time.monotonic() - begun < 4

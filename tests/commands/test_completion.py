@@ -11,6 +11,7 @@ from conftest import RECIPE, Recipe
 
 from qlora_recipes.base import paths
 from qlora_recipes.configs import gpus
+from qlora_recipes.data import study
 
 Complete = Callable[[str], list[str]]
 
@@ -63,9 +64,9 @@ SWEEPS = ["latest", "ranks/haider2024/llama-2-7b", "ranks/haider2024/llama-2-7b/
         ("recipe res", ["resume", "results"]),
         ("recipe data ", ["fetch", "prepare"]),
         ("recipe run ", ["wide", *paths.recipe_names(), "mine.yaml"]),
-        ("recipe run haider2024/llama-3.2", ["haider2024/llama-3.2-3b"]),
-        ("recipe run code", ["code-llama-7b"]),
-        ("recipe check wide llama-3.", ["llama-3.1-8b", "llama-3.2-3b"]),
+        ("recipe run haider2024/as-rel", ["haider2024/as-released/llama-3-8b"]),
+        ("recipe run lora-rank10-t", ["lora-rank10-target-mlp"]),
+        ("recipe check wide lora-rank64-", ["lora-rank64-rslora"]),
         ("recipe check more/", ["more/other.yml"]),
         ("recipe run nowhere/", []),
         ("recipe diff wide mi", ["mine.yaml"]),
@@ -82,9 +83,9 @@ SWEEPS = ["latest", "ranks/haider2024/llama-2-7b", "ranks/haider2024/llama-2-7b/
         ("recipe run wide --profile zero3", ["zero3", "zero3-offload"]),
         ("recipe plan --gpu 40", ["4000-Ada", "4060", "4070", "4080", "4090"]),
         ("recipe check --gpu rtx-309", ["rtx-3090", "rtx-3090-Ti"]),
-        ("recipe reproduce ", ["haider2024", "loftq-gsm8k", "peft-metamathqa"]),
+        ("recipe reproduce ", [folder.name for folder in paths.studies()]),
         ("recipe report --study hai", ["haider2024"]),
-        ("recipe data fetch ", ["codereviewer", "gsm8k", "metamathqa"]),
+        ("recipe data fetch ", sorted({each.data.key for each in study.every()})),
         ("recipe data prepare --input-format ", ["diff", "tagged"]),
         ("recipe run wide --set lora_alpha", ["lora_alpha=", "lora_alpha_pattern="]),
         ("recipe run wide --on s", ["slurm", "sky"]),

@@ -72,9 +72,9 @@ def test_an_example_is_a_command_of_this_verb(name: str, example: str) -> None:
     verb = max((name for name in COMMANDS if f"{example} ".startswith(f"{name} ")), key=len)
     context = COMMANDS[verb].make_context(verb, words[len(verb.split()) :])  # parses, and starts nothing
     assert context.args == []
-    assert [
-        paths.find_recipe(word) for word in words if re.fullmatch(r"[a-z-]*llama-[\d.]*-?\d+b", word)
-    ] or "llama" not in example
+    named = [word for word in words if re.fullmatch(r"[a-z-]*llama-[\d.]*-?\d+b", word)]
+    assert named or "llama" not in example
+    assert {f"haider2024/{word}" for word in named} <= {*paths.recipe_names()}
 
 
 def test_the_versions_of_the_package_and_of_axolotl(recipe: Recipe) -> None:

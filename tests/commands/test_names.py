@@ -4,27 +4,28 @@ from pathlib import Path
 
 import orjson
 import pytest
-from conftest import Recipe
+from conftest import Recipe, recipe_config
 from run_folders import a_run
 
 from qlora_recipes.base import paths
 
-BASE = "haider2024/llama-3.2-3b"
+BASE = "haider2024/all-linear/code-llama-7b"
+PART = "all-linear/code"
 
 
 def test_a_part_of_a_recipes_name_is_enough_and_the_whole_is_said(recipe: Recipe) -> None:
     whole = recipe("run", BASE, "--dry-run")
-    part = recipe("run", "3.2-3b", "--dry-run")
+    part = recipe("run", PART, "--dry-run")
     assert (part.returncode, part.stdout) == (0, whole.stdout)
     assert f"recipe {BASE}\n" in part.stderr
     assert f"recipe {BASE}\n" not in whole.stderr
-    assert orjson.loads(recipe("show", "llama-3.2", "--json").stdout)["recipe"] == BASE
-    (found,) = orjson.loads(recipe("check", "3.2-3b", "--json").stdout)
+    assert orjson.loads(recipe("show", "linear/code-llama", "--json").stdout)["recipe"] == BASE
+    (found,) = orjson.loads(recipe("check", PART, "--json").stdout)
     assert found["checked"] == BASE
 
 
 def test_a_variant_is_found_by_its_name_and_parts_of_that(recipe: Recipe, tmp_path: Path) -> None:
-    assert recipe("new", "mine/wide-r64", "--from", "3.2-3b", "--set", "lora_r=64").returncode == 0
+    assert recipe("new", "mine/wide-r64", "--from", PART, "--set", "lora_r=64").returncode == 0
     header = (tmp_path / "variants/mine/wide-r64.yaml").read_text()[:2000]
     assert f"mine/wide-r64: a variant of {BASE}" in header
     for name in ("mine/wide-r64", "wide-r64", "wide", "r64"):
@@ -53,7 +54,7 @@ def test_profiles_gpus_studies_and_data_sets_by_a_part(recipe: Recipe) -> None:
     assert "no such file" in recipe("data", "fetch", "code", "--from", "nowhere.zip").stderr
 
 
-@pytest.mark.parametrize("name", ["llama-3.2", BASE, "bbbbbbb", "20260102"])
+@pytest.mark.parametrize("name", [PART, BASE, "bbbbbbb", "20260102"])
 def test_a_run_is_found_by_its_recipe_and_publish_says_which(recipe: Recipe, tmp_path: Path, name: str) -> None:
     for run in ("20260101-000000-aaaaaaa", "20260102-000000-bbbbbbb"):
         a_run(tmp_path / "runs", BASE, run, 5.0)
@@ -69,7 +70,7 @@ def test_near_misses_of_runs_get_suggestions(recipe: Recipe, tmp_path: Path) -> 
         assert (done.returncode, done.stderr) == (2, "recipe: latets: no run of that name; did you mean latest?\n"), (
             verb
         )
-    assert f"did you mean {BASE}" in recipe("resume", "lama-3.2-3b").stderr
+    assert f"did you mean {BASE}" in recipe("resume", "all-linear/code-lama-7b").stderr
 
 
 def test_list_shows_the_variants_of_the_working_folder_by_the_names_that_run_takes(
@@ -84,7 +85,7 @@ def test_list_shows_the_variants_of_the_working_folder_by_the_names_that_run_tak
     rows = orjson.loads(listed.stdout)
     assert (rows[: len(shipped)], listed.stderr) == (shipped, "")
     wider, wide = rows[len(shipped) :]
-    assert (wide["recipe"], wide["variant_of"], wide["epochs"]) == ("wide", BASE, 5)
+    assert (wide["recipe"], wide["variant_of"], wide["epochs"]) == ("wide", BASE, recipe_config(BASE)["num_epochs"])
     assert (wider["recipe"], wider["variant_of"], wider["epochs"]) == ("more/wider", "wide", 1)
     assert wide["published_bleu4"] is None  # which is the recipe's
     assert all(recipe("show", row["recipe"]).returncode == 0 for row in rows)

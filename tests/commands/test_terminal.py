@@ -39,14 +39,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_seconds=9000, peak_memory=7.5, memory_kind="GPU, reserved", tokens_per_second=812.0, step=1200,
         max_steps=1200, eval_loss_per_token=1.8123, eval_loss_per_token_first=2.5012,
     )  # fmt: skip
-    changed = {"num_epochs": 3, "lora_dropout": 0.1, "learning_rate": 0.0001, "gradient_accumulation_steps": 8}
+    changed = {"num_epochs": 7, "lora_dropout": 0.1, "learning_rate": 0.0001, "gradient_accumulation_steps": 8}
     runs = folder / "runs"
     made = [a_run(runs, recipe, name, 5.25, summary=ended) for name, recipe in RUNS.items()]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         (folder / "small").mkdir()
         (folder / "small" / "config.json").write_text(json.dumps(SMALL | {"max_position_embeddings": 2048}))
-        assert cli.main(["new", LONG, "--from", CODE_LLAMA, "--set", "num_epochs=3", "--set", "sequence_len=512"]) == 0
+        assert cli.main(["new", LONG, "--from", CODE_LLAMA, "--set", "num_epochs=7", "--set", "sequence_len=512"]) == 0
         file = Path("variants", f"{LONG}.yaml")
         small = file.read_text().replace("codellama/CodeLlama-7b-hf", str(folder / "small"))
         file.write_text(re.sub("(?m)^revision_of_model.*\n", "", small))
@@ -108,7 +108,7 @@ COMMANDS = {
     f"diff {CODE_LLAMA} haider2024/llama-3.2-3b": ["revision_of_model", "6c284d1468fe6c413cf56183e69b194dcfa27fe6"],
     "results": [*RUNS, "20261126-101500-abc125", "haider2024/llama-3.2-3b"],
     "results --study haider2024": [CODE_LLAMA, "haider2024/llama-2-7b"],
-    "results --ledger": ["haider2024/llama-3-8b", CODE_LLAMA, "num_epochs: 3"],
+    "results --ledger": ["haider2024/llama-3-8b", CODE_LLAMA, "num_epochs: 7"],
     "results --sweep ranks": ["lora_r=8", "lora_r=16"],
     f"results --compare {' '.join(RUNS)}": ["bleu4"],
     f"results --by lang --run {next(iter(RUNS))}": ["py"],

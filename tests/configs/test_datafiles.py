@@ -55,7 +55,7 @@ def test_missing_local_data_is_told(place: Path, override: str) -> None:
 
 def test_training_steps(place: Path) -> None:
     (place / "t.jsonl").write_text("{}\n" * 109 + "\n")
-    base = with_data("datasets=[{path: t.jsonl}]")
+    base = with_data("datasets=[{path: t.jsonl}]") | {"num_epochs": 2}
     assert datafiles.training_steps(base) == 28  # 55 batches, 14 steps an epoch
     assert datafiles.training_steps(config.override(base, "datasets.0.split", "train[:40]")) == 10
     assert datafiles.training_steps(base | {"num_epochs": 0.5}) == 7

@@ -43,13 +43,13 @@ def test_a_process_in_which_a_setting_does_not_hold_is_stopped(before: str, seed
 
 @pytest.mark.parametrize("option", [["--deterministic"], ["--profile", "deterministic"]])
 def test_the_option_is_a_profile(recipe: Recipe, option: list[str]) -> None:
-    shown = recipe("run", "code-llama-7b", "--rehearse", "--dry-run", *option)
+    shown = recipe("run", "haider2024/code-llama-7b", "--rehearse", "--dry-run", *option)
     assert shown.returncode == 0, shown.stderr
     assert "full_determinism: true" in shown.stdout
-    assert "full_determinism" not in recipe("run", "code-llama-7b", "--rehearse", "--dry-run").stdout
+    assert "full_determinism" not in recipe("run", "haider2024/code-llama-7b", "--rehearse", "--dry-run").stdout
 
 
-@pytest.mark.parametrize("words", ["sweep code-llama-7b --set lora_r=8,16", "reproduce haider2024"])
+@pytest.mark.parametrize("words", ["sweep haider2024/code-llama-7b --set lora_r=8,16", "reproduce haider2024"])
 def test_sweeps_and_reproductions_have_it_too(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     def refuse(*arguments: object, **_: object) -> None:
         (request,) = (argument for argument in arguments if isinstance(argument, Request))
