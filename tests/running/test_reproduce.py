@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 import pytest
 from cluster import Cluster
-from conftest import SAMPLE, Recipe
+from conftest import SAMPLE, Recipe, recipe_config
 
 from qlora_recipes.base import locks, yamlfiles
 from qlora_recipes.base.errors import UserError
@@ -229,6 +229,7 @@ def test_a_dry_run_says_what_would_be_done_and_for_how_long_and_writes_nothing(
     small = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": None}
     (tmp_path / "small.yaml").write_text(yamlfiles.write_yaml(small))
     words = ("reproduce", "haider2024", "--dry-run", "--only", "llama-3.2-3b", "--profile", "small.yaml", "--json")
+    words += ("--set", "num_epochs=5")
     done = recipe(*words, "--gpu", "T4", "--set", "lora_rr=1", "--set", "bf16=true")
     assert done.returncode == 0
     outline = orjson.loads(done.stdout)
@@ -279,8 +280,9 @@ def test_a_dry_run_of_rehearsals_counts_their_few_steps(recipe: Recipe, tmp_path
     head, *rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("recipe", "haider"))]
     assert head == ["recipe", "training", "epochs", "steps", "test", "rows"]
     assert done.stderr.endswith("next: the same command without --dry-run\n")
+    epochs = {name: recipe_config(name)["num_epochs"] for name in STUDY.published}
     assert {row[0]: row[1:] for row in rows} == {
-        recipe: ["new", *(["5", "20"] if recipe.endswith("3.2-3b") else ["2", "8"]), "12"] for recipe in STUDY.published
+        name: ["new", str(count), str(4 * count), "12"] for name, count in epochs.items()
     }
     assert list(tmp_path.iterdir()) == []
 
