@@ -18,12 +18,14 @@ def start_child(command: list[str], **options: Any) -> "subprocess.Popen[bytes]"
     """Start a process that ends with this one, in a session of its own: Ctrl-C reaches only this process.
 
     Signals wait until the child no longer has this process's handlers, which would swallow them. A scheduler's
-    warning, SIGUSR1, concerns only this process.
+    warning, SIGUSR1, concerns only this process. No Python below it imports modules from the working directory, as
+    `python -m` and torchrun otherwise do.
 
     Args:
         command: the program and its arguments.
         options: of Popen, but preexec_fn.
     """
+    options["env"] = {**options.get("env", os.environ), "PYTHONSAFEPATH": "1"}
     parent, stops = os.getpid(), (signal.SIGINT, signal.SIGTERM)
 
     def begin() -> None:

@@ -17,8 +17,6 @@ _SCOPES: dict[str, Scope] = {
     "remote-code": "code",
     "foreign-code": "code",
     "pickled-weights": "code",
-    "foreign-arguments": "code",
-    "foreign-links": "code",
     "not-prepared": "data",
     "no-batch": "data",
     "missing-file": "file",

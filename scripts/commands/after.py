@@ -15,6 +15,7 @@ from .options import (
     Best,
     Distance,
     ExportedRun,
+    Force,
     Group,
     Json,
     Metrics,
@@ -208,11 +209,12 @@ def publish_verb(
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of the hub.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    force: Force = None,
     runs: Runs = RUNS,
 ) -> None:
     """Write a model card beside a run's adapter; merge it, or upload it, only when asked."""
     from ..results import publish
     from ..runs.lookup import find_run
 
-    for published in publish.publish(find_run(run, runs), merge, push, private):
+    for published in publish.publish(find_run(run, runs), merge, push, private, force or []):
         print(published)

@@ -132,6 +132,10 @@ def resume_verb(
     prepare: Annotated[
         bool, typer.Option("--prepare", help="Only tokenize its rows and fetch its base model; needs no GPU.")
     ] = False,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="Resume a run that you did not create here: like running its author's program."),
+    ] = False,
     force: Force = None,
     on: On = "local",
     slurm: SlurmOptions = None,
@@ -144,7 +148,7 @@ def resume_verb(
 
     only_with("--prepare", prepare, "--on local", on == "local", "jobs prepare by themselves")
     place = place_of(on, slurm, sky, yes)
-    folder = resume(run, runs, place, prepare, force or [])
+    folder = resume(run, runs, place, prepare, force or [], trust)
     print(folder.path)
     if prepare:
         next_step("resume", name_of(folder, runs), runs=runs)

@@ -242,8 +242,7 @@ def main(log: Path, *words: str) -> int:
     if words[0] == "resume" and record.state == "finished":  # its machine was lost after that
         return 0 if _copied(bucket, folder, kept, last=True) else 1
     # agreed to where the run was made, whose seal means nothing here
-    agreed = [*record.forced, *(["foreign-arguments"] if record.axolotl_arguments else [])]
-    forced = [word for name in agreed for word in ("--force", name)]
+    forced = [word for name in record.forced for word in ("--force", name)]
     with stop_requests(), log.open("ab") as stream:
         command = [str(Path(sys.executable).with_name("recipe")), *words, *forced]
         child = start_child(command, stdout=stream, stderr=subprocess.STDOUT)

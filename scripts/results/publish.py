@@ -18,7 +18,7 @@ from ..base.files import opened, sha256, tensor_shapes, write_atomically
 from ..base.locks import held
 from ..base.processes import start_child, stop_requests
 from ..base.progress import Bar, say
-from ..checks import cached
+from ..checks import cached, trust
 from ..runs.rundir import Run, RunDir
 from ..scores.evaluations import ADAPTER, changed, check_again, of_run, read_scores
 from .card import base_model, card
@@ -32,7 +32,9 @@ _PUSHED_MERGED = [CARD, "model*.safetensors*", "config.json", "generation_config
                   "LICENSE*", "USE_POLICY*", "NOTICE*", "Notice*"]  # fmt: skip
 
 
-def publish(folder: RunDir, merge: bool = False, push: str | None = None, private: bool = False) -> list[str]:
+def publish(
+    folder: RunDir, merge: bool = False, push: str | None = None, private: bool = False, force: Sequence[str] = ()
+) -> list[str]:
     """Write a model card beside a finished run's adapter; merge it and push it to the hub if asked to.
 
     Args:
@@ -40,12 +42,14 @@ def publish(folder: RunDir, merge: bool = False, push: str | None = None, privat
         merge: make one model of base model and adapter, in output/merged; a push then uploads that one.
         push: the repository on the hub, as owner/name.
         private: the repository is to be private.
+        force: findings about code in the run's config that are overridden, for a merge.
 
     Returns:
         The cards written, and the repository's address.
 
     Raises:
-        UserError: the run has nothing to publish or nothing that may be pushed, or the hub refuses the token.
+        UserError: the run has nothing to publish or nothing that may be pushed, its config names others' code, or the
+            hub refuses the token.
         WorkFailed: Axolotl cannot merge, or the hub cannot be reached or fails.
     """
     run = places.read(folder)
@@ -67,7 +71,7 @@ def publish(folder: RunDir, merge: bool = False, push: str | None = None, privat
         problem = changed(folder.path, read_scores(folder.path), run) or ("stale" if evaluation else "not evaluated")
         say(f"{folder.path}: {problem}; `recipe evaluate {folder.path}` and this command again add scores")
         evaluation = None
-    models = [folder.output, *([_merge(folder, run)] if merge else [])]
+    models = [folder.output, *([_merge(folder, run, force)] if merge else [])]
     for model in models:
         repository = push if model == models[-1] else None
         write_atomically(model / CARD, card(folder, run, evaluation, model != folder.output, repository))
@@ -75,7 +79,7 @@ def publish(folder: RunDir, merge: bool = False, push: str | None = None, privat
     return cards if push is None else [*cards, _push(models[-1], push, private, run.recipe)]
 
 
-def _merge(folder: RunDir, run: Run) -> Path:
+def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
     """The folder of base model and adapter as one model; made by Axolotl unless it is of the adapter that is there."""
     merged = folder.output / "merged"
     log = folder.path / "merge.log"
@@ -83,6 +87,7 @@ def _merge(folder: RunDir, run: Run) -> Path:
     if merged_from.is_file() and merged_from.read_text() == digest and any(merged.glob("*.safetensors")):
         say(f"{merged}: merged already")
         return merged
+    trust.refuse_code(folder, run, yamlfiles.read_yaml(folder.config), force)
     cached.restore(folder, run)
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
     if run.rehearsal:

@@ -13,7 +13,7 @@ from ..base.files import Row, read_json, sha256, tensor_shapes, write_atomically
 from ..base.locks import held
 from ..base.progress import say
 from ..base.quiet import importing_axolotl
-from ..checks import strangers
+from ..checks import trust
 from ..configs import standin
 from ..configs.compose import Composed, Request
 from ..data import fetch
@@ -254,6 +254,6 @@ def _lay_out(folder: AdapterDir, files: Sequence[Path], composed: Composed, reco
 
             Tokenizer(composed.config).tokenizer.save_pretrained(folder.output)
     write_atomically(folder.config, config_text)
-    record.seal = strangers.seal(folder, record)
+    record.seal = trust.seal(folder, record)
     folder.write(record)
     say(f"{folder.path}: {weights.parent}, sha256 {sha256(weights)[:12]}")

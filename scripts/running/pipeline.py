@@ -11,7 +11,7 @@ from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.paths import find_recipe
 from ..base.progress import say
-from ..checks import check
+from ..checks import check, trust
 from ..configs import compose, config, datafiles
 from ..configs.compose import Composed, Request
 from ..configs.config import Difference
@@ -252,4 +252,4 @@ def _is_resumable(folder: RunDir, former_run: Run) -> bool:
     """Whether an unfinished run is worth resuming: one that failed twice of itself is begun anew."""
     launches = former_run.launches
     failed_again = former_run.state == "failed" and len(launches) > 1 and not launches[-1].problem
-    return not failed_again and run.hindrance(folder, former_run) is None
+    return not failed_again and trust.is_own(folder, former_run) and run.hindrance(folder, former_run) is None

@@ -15,7 +15,7 @@ from ..base import machine, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256, write_atomically
 from ..base.progress import Bar, say
-from ..checks import cached, check, strangers
+from ..checks import cached, check, trust
 from ..checks.check import check_arguments
 from ..configs import datafiles, gpus, standin
 from ..configs.compose import Composed, Request, compose, is_rehearsal
@@ -113,7 +113,7 @@ def create(composed: Composed, request: Request, runs: Path, shared: Container[D
     record = record_of(composed, request)
     try:
         write_atomically(folder.config, yamlfiles.write_yaml(ours))
-        record.seal = strangers.seal(folder, record)
+        record.seal = trust.seal(folder, record)
         folder.write(record)
     except OSError:
         shutil.rmtree(folder.path)  # without a record the folder is not a run
@@ -163,7 +163,9 @@ def record_of(composed: Composed, request: Request) -> Run:
     return record
 
 
-def resume(name: str, runs: Path, place: Place, prepare_only: bool = False, force: Sequence[str] = ()) -> RunDir:
+def resume(
+    name: str, runs: Path, place: Place, prepare_only: bool = False, force: Sequence[str] = (), trusted: bool = False
+) -> RunDir:
     """Resume an interrupted or failed run from its last whole checkpoint, in this process or as a job.
 
     Args:
@@ -172,16 +174,18 @@ def resume(name: str, runs: Path, place: Place, prepare_only: bool = False, forc
         place: where it is to run.
         prepare_only: only have its rows tokenized and its base model fetched, in this process.
         force: the names of findings that are overridden, which the run's record then has.
+        trusted: whether a run is resumed that is not this user's own.
 
     Raises:
-        UserError: there is no such run, it is finished or still running, it runs code that nobody has agreed to, or the
-            place cannot train it.
+        UserError: there is no such run, it is finished or still running, it is another user's, or the place cannot
+            train it.
         WorkFailed: as in `start`.
     """
     folder = find_run(name, runs)
     places.gather(folder)
     record = folder.read()
-    _agree(folder, record, force)
+    own = trust.is_own(folder, record)
+    _agree(folder, record, force, own, trusted)
     if record.state != "finished":
         cached.restore(folder, record)
     if not place.here:  # here, what holds the run decides
@@ -190,26 +194,26 @@ def resume(name: str, runs: Path, place: Place, prepare_only: bool = False, forc
             raise UserError(f"{folder.path}: {reason}")
     gpus_a_node = 0 if record.rehearsal else record.gpus_used
     work = Work(Outcome(record.recipe), lambda: [command(folder, runs)], gpus_a_node, record.nodes)
-    return place.carry_out(work, record.recipe, runs, lambda: _resume_here(folder, prepare_only))
+    return place.carry_out(work, record.recipe, runs, lambda: _resume_here(folder, prepare_only, own))
 
 
-def _agree(folder: RunDir, record: Run, force: Sequence[str]) -> None:
-    """Refuse what of a run needs consent and has none; consent makes it the user's own run."""
+def _agree(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted: bool) -> None:
+    """Refuse a run that is not this user's own, unless it is trusted; trust makes it the user's own."""
     if not folder.config.is_file():
         return  # see `hindrance`
-    own = strangers.is_own(folder, record)
-    for finding in strangers.refuse_unseen(folder, record, yamlfiles.read_yaml(folder.config), force):
-        say(str(finding))
-    if not own:
-        check_arguments(record.axolotl_arguments)
-    if force and not this_job(os.environ):  # a job's is that of the run's user, whose seal it does not have
+    if not (own or trusted):
+        raise UserError(
+            f"{folder.path}: not created by you on this machine, or changed since; resuming it is like running its "
+            "author's program; --trust does so"
+        )
+    if (force or not own) and not this_job(os.environ):  # a job may not have its user's key
         with folder.held():
-            record.forced = [*(record.forced if own else ()), *force]
-            record.seal = strangers.seal(folder, record)
+            record.forced = [*record.forced, *force]
+            record.seal = trust.seal(folder, record)
             folder.write(record)
 
 
-def _resume_here(folder: RunDir, prepare_only: bool) -> RunDir:
+def _resume_here(folder: RunDir, prepare_only: bool, own: bool) -> RunDir:
     if (record := folder.read()).nodes > 1 and os.environ.get("SLURM_NODEID", "0") != "0":
         if record.state != "finished":
             launch.follow(folder)
@@ -227,7 +231,7 @@ def _resume_here(folder: RunDir, prepare_only: bool) -> RunDir:
             return folder
         if record.nodes > 1 and "SLURM_LAUNCH_NODE_IPADDR" not in os.environ:
             raise UserError(f"{folder.path}: a run on {record.nodes} machines; --on slurm starts it on each of them")
-        if not record.launches or not strangers.is_own(folder, record):
+        if not record.launches or not own:
             _check_here(folder, record)
         checkpoint = folder.last_checkpoint()
         if record.launches:
@@ -280,9 +284,10 @@ def _check_here(folder: RunDir, record: Run) -> None:
     try:
         report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal, runs=folder.path)
         fit.add_to(report, gpus.here(), record.ranks, anew=True)
-        errors = {finding.name for finding in report.findings if finding.level == "error"}
+        found = [finding for finding in report.findings if finding.scope != "code"]  # of a run that is trusted
+        errors = {finding.name for finding in found if finding.level == "error"}
         forced = [name for name in record.forced if name in errors]  # not those of the rows, or of another GPU
-        check.refuse(report.findings, forced)
+        check.refuse(found, forced)
         if not record.rehearsal and record.gpus_used > max(visible := len(machine.visible_gpus()), 1):
             raise UserError(f"{folder.path}: a run on {record.gpus_used} GPUs, and there are {visible} here")
     except UserError:
@@ -302,5 +307,5 @@ def _template_sha256(recipe: str) -> str | None:
 
 
 def command(folder: RunDir, runs: Path, rows: str = "") -> Command:
-    """The command that trains or resumes a run; see `Command` for `rows`."""
-    return Command("run", folder, ["resume", str(folder.path), "--runs", str(runs)], rows)
+    """The command that trains or resumes a run that is trusted; see `Command` for `rows`."""
+    return Command("run", folder, ["resume", str(folder.path), "--trust", "--runs", str(runs)], rows)

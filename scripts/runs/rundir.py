@@ -120,7 +120,7 @@ class Run(BaseModel):
     profiles: list[str] = Field(default_factory=list)
     overrides: list[str] = Field(default_factory=list)
     forced: list[str] = Field(default_factory=list)  # findings of the check that were overridden
-    seal: str | None = None  # see `checks.strangers`
+    seal: str | None = None  # see `checks.trust`
     mirror: bool = False
     gpus_used: int = 1  # on each node
     nodes: int = 1

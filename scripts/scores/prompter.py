@@ -48,7 +48,10 @@ class Prompter:
         self.settings = settings
         self.cfg = cfg
         self.revision = cfg.get("revision_of_model", "main")
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, padding_side="left")
+        self.remote_code = bool(cfg.get("trust_remote_code"))  # if it is not said, transformers asks on the terminal
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer, padding_side="left", trust_remote_code=self.remote_code
+        )
         try:
             self.trained = as_trained(cfg | {"base_model": settings.base_model})
             self.trained.torch_dtype = getattr(torch, settings.dtype)

@@ -36,7 +36,7 @@ def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
         from transformers import AutoTokenizer
 
         try:
-            loaded = AutoTokenizer.from_pretrained(tokenizer)
+            loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
             ids = _prompt(row, cfg, dataset, loaded)
         except (OSError, ValueError, UserError):
             return None

@@ -8,7 +8,7 @@ from typing import Literal
 from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.files import sha256, tensor_shapes
-from ..checks import cached, strangers
+from ..checks import cached, trust
 from ..configs.precision import precision, quantized
 from ..data import study
 from ..data.study import Decoding
@@ -45,7 +45,7 @@ class EvaluationRequest:
         model: its name for the run's model.
         agreement_rows: how many rows an engine and the reference are compared on before it generates any; 0 for none.
         accept_difference: whether an engine is taken that does not answer as the reference does.
-        force: findings about code in the run's config that are overridden, see `strangers`.
+        force: findings about code in the run's config that are overridden, see `trust`.
         checkpoints: whether it is about every kept checkpoint, see `choice.choose`.
     """
 
@@ -110,7 +110,7 @@ class EvaluationTask:
         self.request = request
         self.run = folder.read()
         self.cfg = yamlfiles.read_yaml(folder.config)
-        strangers.refuse_unseen(folder, self.run, self.cfg, request.force)
+        trust.refuse_code(folder, self.run, self.cfg, request.force)
         cached.restore(folder, self.run)
         self.columns = columns_of(self.run.origin, request.metrics)
         adapter = request.adapter

@@ -2,9 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
+
+from qlora_recipes.base.processes import start_child
 
 
 @pytest.mark.parametrize(
@@ -26,3 +30,12 @@ def test_a_child_that_is_not_yet_a_program_ends_too(at_fork: str, end: str) -> N
     """
     run = subprocess.run([sys.executable, "-c", dedent(script)], capture_output=True, text=True, timeout=30)
     assert run.stdout == end  # the child has the same stdout, which is open until it ends
+
+
+@pytest.mark.parametrize("options", [{}, {"env": {}}])
+def test_no_python_below_a_child_imports_from_the_working_directory(tmp_path: Path, options: dict[str, Any]) -> None:
+    (tmp_path / "colorsys.py").write_text("raise SystemExit(3)")
+    command = [sys.executable, "-m", "colorsys"]
+    script = f"import subprocess; raise SystemExit(subprocess.call({command}))"
+    assert start_child(command, cwd=tmp_path, **options).wait() == 0
+    assert start_child([sys.executable, "-c", script], cwd=tmp_path, **options).wait() == 0  # as of torchrun's ranks

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from qlora_recipes.base.files import write_rows
@@ -84,3 +85,11 @@ def test_a_type_that_is_not_known_has_no_code(tmp_path: Path) -> None:
     assert prompts.as_code(cfg, tmp_path, {}) is None
     assert prompts.as_code({"datasets": [{"path": "mine.jsonl", "type": "completion"}]}, tmp_path, {}) is None
     assert prompts.as_code({"datasets": [{"path": "mine.jsonl", "type": "alpaca"}]}, tmp_path, {}) is None
+
+
+def test_the_code_of_a_tokenizer_is_not_even_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')\nclass Evil: pass\n")
+    asks = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (tmp_path / "tokenizer_config.json").write_bytes(orjson.dumps(asks))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert prompts.as_code({"datasets": [{"type": "alpaca"}]}, tmp_path, {}) is None

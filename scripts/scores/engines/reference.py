@@ -204,6 +204,7 @@ def base_model(prompter: Prompter) -> Any:
         settings.base_model,
         config=deepcopy(prompter.config),  # the model's has more than was asked for
         revision=prompter.revision,
+        trust_remote_code=prompter.remote_code,
         dtype=getattr(torch, settings.dtype),
         quantization_config=prompter.quantization,
         device_map="cuda" if torch.cuda.is_available() else "cpu",

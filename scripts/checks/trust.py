@@ -1,0 +1,57 @@
+"""Trust in runs from elsewhere: a run of this user's is known by a keyed hash, and code in a config needs --force."""
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import orjson
+
+from ..base import paths
+from ..base.errors import UserError
+from ..base.locks import make_once
+from ..base.yamlfiles import Config
+from ..runs.rundir import Run, RunDir
+from .check import code_in, refuse
+
+
+def seal(folder: RunDir, record: Run) -> str | None:
+    """Keyed hash of a run's config and of what its record has Axolotl do; None where no key can be kept.
+
+    Whoever hands a run on does not have the key."""
+    with suppress(OSError, UserError):
+        key = (make_once(paths.kept() / "seal", _make_key) / "key").read_bytes()
+        content = [folder.config.read_text(), record.cwd, record.axolotl_arguments, record.forced]
+        return hmac.new(key, orjson.dumps(content), hashlib.sha256).hexdigest()
+    return None
+
+
+def _make_key(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    former = paths.cache() / "seal" / "key"  # where earlier versions kept it
+    (folder / "key").write_bytes(former.read_bytes() if former.is_file() else secrets.token_bytes(32))
+
+
+def is_own(folder: RunDir, record: Run) -> bool:
+    """Whether a command of this user's created a run, and nothing was changed in it since."""
+    own = seal(folder, record) if record.seal else None
+    return own is not None and hmac.compare_digest(own, record.seal or "")
+
+
+def refuse_code(folder: RunDir, record: Run, config: Config, force: Sequence[str] = ()) -> None:
+    """Refuse to load the model of a run whose config names others' code, but for what its user agreed to.
+
+    Args:
+        folder: the run's.
+        record: its record; what it says was agreed to counts only for this user's own run.
+        config: its config.
+        force: the names of findings that are overridden; there may be others.
+
+    Raises:
+        UserError: something of it needs consent.
+    """
+    found = code_in(config, folder.config)
+    agreed = [*force, *(record.forced if is_own(folder, record) else ())]
+    refuse(found, [finding.name for finding in found if finding.name in agreed])
