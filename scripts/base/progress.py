@@ -12,6 +12,8 @@ from typing import Any, Self
 
 import orjson
 
+from .private import masked
+
 PART = "QLORA_RECIPES_PART"  # is set for a command that is a step of another, which says what comes after it
 
 
@@ -19,9 +21,9 @@ _OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def harmless(text: str) -> str:
-    """A text of anyone's without what a terminal would obey: control characters, but for the end of a line, and marks
-    that turn the order of letters."""
-    return _OBEYED.sub(" ", text)
+    """A text of anyone's without secrets and without what a terminal would obey: control characters, but for the end of
+    a line, and marks that turn the order of letters."""
+    return _OBEYED.sub(" ", masked(text))
 
 
 def say(text: str) -> None:

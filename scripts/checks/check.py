@@ -7,7 +7,7 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
-from ..base import disks, paths, yamlfiles
+from ..base import disks, paths, private, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.quiet import importing_axolotl
 from ..base.yamlfiles import Config
@@ -15,7 +15,7 @@ from ..configs import compose, datafiles, exchange, models, standin, variants
 from ..configs.compose import Composed, Request
 from ..configs.config import check_not_of_the_run
 from ..configs.gpus import Gpu
-from ..data import private, study
+from ..data import study
 from ..runs import provenance
 from . import rows, rules, schema, too_long, unfit
 from .finding import LEVELS, Finding
@@ -309,7 +309,6 @@ def _lengths(composed: Composed, most: int | None = None) -> tuple[list[Finding]
 
 def _unreadable(name: str, message: str) -> Finding:
     """A finding for what keeps a config from being read; the message may begin with the file and line."""
-    message = private.masked(message)
     match = re.fullmatch(r"(?s)(.+?\.ya?ml)(?::(\d+))?: (.*)", message)
     if not match:
         return Finding("error", "unreadable", "", message, where=name)
@@ -390,7 +389,7 @@ def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]
 def _without_secret(option: str, key: str) -> str:
     """An option such as `--set key=value`, without a value that is secret."""
     head, _, value = option.partition("=")
-    return f"{head}={private.MASK}" if value and private.is_secret(key, value) else private.masked(option)
+    return f"{head}={private.MASK}" if value and private.is_secret(key) else option
 
 
 def check_arguments(arguments: list[str]) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.paths import RECIPES
+from ..base.private import is_secret
 from ..base.yamlfiles import Config
 from ..configs.config import override
-from ..data.private import is_secret
 from .finding import Finding
 
 FILE = RECIPES / "axolotl.schema.json"

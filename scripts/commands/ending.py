@@ -11,7 +11,6 @@ from pathlib import Path
 from ..base import disks, paths
 from ..base.errors import UserError, WorkFailed
 from ..base.progress import say
-from ..data.private import masked
 
 
 def ended(command: Callable[[], object]) -> int:
@@ -63,5 +62,5 @@ def _in_words(error: OSError) -> str:
 
 
 def _refused(problem: str, code: int) -> int:
-    say(f"recipe: {masked(problem)}")
+    say(f"recipe: {problem}")
     return code

@@ -44,13 +44,15 @@ def check_verb(
 ) -> None:
     """Say what a study lacks or contradicts. Exit code 2 if there is an error."""
     from ..base import paths
-    from ..base.progress import say
+    from ..base.progress import harmless, say
     from ..checks import study as checks
     from ..data import study
 
     of_study = study.find(name)
     findings = checks.findings(of_study)
-    tables.print_json([vars(finding) for finding in findings]) if json else [print(finding) for finding in findings]
+    tables.print_json([vars(finding) for finding in findings]) if json else [
+        print(harmless(str(finding))) for finding in findings
+    ]
     counts = {level: sum(finding.level == level for finding in findings) for level in ("error", "warning")}
     say(f"{of_study.folder.name}: errors: {counts['error']}, warnings: {counts['warning']}")
     if counts["error"]:

@@ -14,13 +14,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..base import paths, yamlfiles
+from ..base import paths, private, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.progress import say
 from ..metrics import registry
 from ..metrics.judge import Judge as Declared
 from ..metrics.metric import Column
-from . import private
 from .ledger_record import Judge, Record, Score
 from .study import Study
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from ..data.private import names_here
+from ..base.private import names_here
 from . import gpu, machine, network, packages, probes
 from .line import Line, first_line, shareable
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..base import paths
-from ..data.private import masked, problem
+from ..base.private import masked, problem
 
 State = Literal["ok", "note", "wrong"]
 PROJECT = "qlora-recipes"

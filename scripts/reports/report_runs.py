@@ -14,9 +14,9 @@ from .. import places
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, sha256
+from ..base.private import is_secret
 from ..configs import config, datafiles
 from ..data import study
-from ..data.private import is_secret
 from ..metrics import registry
 from ..metrics.metric import Column
 from ..results import comparable, curves, listing, run_rows

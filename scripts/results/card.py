@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..base import paths, yamlfiles
+from ..base import paths, private, yamlfiles
 from ..base.errors import UserError
 from ..base.files import embedding_rows, read_json, sha256
 from ..base.templating import environment
 from ..configs import config, datafiles, models
-from ..data import expressions, manifest, private, study
+from ..data import expressions, manifest, study
 from ..data.declaration import Data
 from ..runs.handover import PLUGIN
 from ..runs.rundir import Run, RunDir

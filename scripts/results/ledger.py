@@ -10,13 +10,13 @@ import orjson
 from pydantic import ValidationError
 
 from .. import places
-from ..base import paths, yamlfiles
+from ..base import paths, private, yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256, write_atomically
 from ..base.progress import say
 from ..configs import config, datafiles, gpus, models
 from ..configs.engines import KEYS
-from ..data import ledger, private, study
+from ..data import ledger, study
 from ..data.ledger_record import MOST_POINTS, NOT_SHOWN, Evaluation, Judge, Record, settings_sha256
 from ..data.study import Study
 from ..metrics.metric import Column

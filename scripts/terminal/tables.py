@@ -14,6 +14,7 @@ import click
 import orjson
 
 from ..base.files import Row
+from ..base.private import masked
 from ..base.progress import harmless
 from ..base.yamlfiles import write_flow
 
@@ -189,8 +190,16 @@ def print_csv(rows: Sequence[Row]) -> None:
 
 
 def print_json(value: Any) -> None:
-    """JSON on stdout."""
-    print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
+    """JSON on stdout, without secrets."""
+    print(orjson.dumps(_masked(value), option=orjson.OPT_INDENT_2).decode())
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _masked(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_masked(below) for below in value]
+    return masked(value) if isinstance(value, str) else value
 
 
 def write(

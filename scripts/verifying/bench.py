@@ -10,9 +10,9 @@ from textwrap import shorten
 from ..base import machine, paths
 from ..base.errors import WorkFailed
 from ..base.files import read_json, write_json
+from ..base.private import names_here
 from ..configs import gpus
 from ..configs.gpus import Gpu
-from ..data.private import names_here
 
 SHARE = 0.9
 """Of the GPU's free memory: the most that a verification takes, so that what else runs there goes on."""

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
+from ...base.private import is_secret
 from ...configs.attention import OLD_KEYS
 from ...configs.config import flatten
-from ...data.private import is_secret
 from .. import schema
 from .case import Case, Problems, rule
 

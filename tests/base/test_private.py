@@ -5,7 +5,7 @@ import platform
 
 import pytest
 
-from qlora_recipes.data import private
+from qlora_recipes.base import private
 
 NAMES = {"gpunode17.lab.example", "mmuster"}
 

@@ -7,8 +7,8 @@ import pytest
 from conftest import Recipe, config_with
 
 from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.private import is_secret, masked
 from qlora_recipes.data.download import public
-from qlora_recipes.data.private import is_secret, masked
 
 NAME = "haider2024/code-llama-7b"
 TOKEN = "hf_" + "aB3" * 8
@@ -53,6 +53,18 @@ def test_a_planted_secret_is_refused_and_not_echoed(
         file.read_text(errors="replace") for file in tmp_path.rglob("*") if file.is_file() and file.name != "more.yaml"
     )
     assert not any(secret in written for secret in ("planted", TOKEN))
+
+
+@pytest.mark.parametrize("key", ["base_model", "optimizer", "lr_scheduler", "chat_template"])
+@pytest.mark.parametrize("value", [TOKEN, "https://user:planted-word@example.org", "my-own-secret"])
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_check_does_not_print_the_secret_that_it_complains_about(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, key: str, value: str, form: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "my-own-secret")
+    done = recipe("check", NAME, "--set", f"{key}={value}", *form)
+    assert done.returncode == 2
+    assert not any(secret in done.stdout + done.stderr for secret in ("planted", TOKEN, "my-own-secret"))
 
 
 @pytest.mark.parametrize(
