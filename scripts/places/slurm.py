@@ -7,7 +7,6 @@ whole checkpoint.
 """
 
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ from ..configs.gpus import Gpu
 from ..runs.rundir import Job, JobState, RunDir, new_folder
 from ..runs.tasks import Command, Outcome, Work
 from . import claim
-from .slurm_queue import ask, forget_queue, queue, report_once
+from .slurm_queue import ask, call, forget_queue, queue, report_once, sbatch
 from .slurm_settings import STEPS, Site, settings_file, site_settings
 
 GRACE = 300  # seconds before a time limit in which a training can end at a checkpoint; --slurm signal=... sets others
@@ -201,7 +200,7 @@ class Batch:
             count = tasks if step != "results" else 1
             options = self._options(step, count)
             script = self.script(step, [], count)
-            done = subprocess.run(["sbatch", "--test-only", *options], input=script, capture_output=True, text=True)
+            done = call("sbatch", "--test-only", *options, script=script)
             if done.returncode:
                 problem = "; ".join(done.stderr.strip().replace("sbatch: error: ", "").splitlines())
                 shown = ("--array", "--gres", "--nodes", *(f"--{key}" for key in self._of_site(step)))
@@ -228,7 +227,7 @@ class Batch:
         waits = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
         options = self._options(step, len(tasks))  # once more: SBATCH_ variables are stronger than those in a script
         try:
-            job = ask("sbatch", "--parsable", *options, *waits, str(file)).strip().partition(";")[0]
+            job = sbatch(*options, *waits, str(file))
         except UserError as error:
             queued = f"; job {', '.join(self.submitted)} is already queued" if self.submitted else ""
             raise WorkFailed(f"{error}{queued}; run the same command again to continue") from None

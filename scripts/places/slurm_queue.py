@@ -1,5 +1,6 @@
 """What SLURM's commands say, and the states of the jobs in its queue."""
 
+import re
 import shutil
 import subprocess
 import time
@@ -9,6 +10,8 @@ from functools import cache, lru_cache
 from ..base.errors import UserError
 from ..base.progress import say
 from ..runs.rundir import JobState
+
+PATIENCE = 60  # seconds that a command of SLURM may take
 
 
 def queue(users: Iterable[str]) -> dict[tuple[str, str], JobState] | UserError:
@@ -40,22 +43,47 @@ def _state(job: str, state: str, reason: str) -> JobState:
     return JobState("queued", "" if reason in ("None", "Dependency") else reason, job)
 
 
-def ask(*command: str) -> str:
-    """The output of one of SLURM's commands.
+def call(*command: str, script: str = "") -> "subprocess.CompletedProcess[str]":
+    """Run one of SLURM's commands, with a script on its stdin.
 
     Raises:
-        UserError: it is missing, or refuses.
+        UserError: it is missing, or does not end.
     """
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        return subprocess.run(command, input=script, capture_output=True, text=True, errors="replace", timeout=PATIENCE)
     except FileNotFoundError:
         raise UserError(
             f"--on slurm: there is no {command[0]} on this machine; log in to a machine of the cluster"
         ) from None
+    except subprocess.TimeoutExpired:
+        problem = f"did not end within {PATIENCE} s; `squeue --me` shows whether it did its work"
+        raise UserError(f"--on slurm: {command[0]}: {problem}") from None
+
+
+def ask(*command: str) -> str:
+    """The output of one of SLURM's commands.
+
+    Raises:
+        UserError: it is missing, refuses, or does not end.
+    """
+    done = call(*command)
     if done.returncode:
         problem = done.stderr.strip().replace(f"{command[0]}: error: ", "")
         raise UserError(f"--on slurm: {command[0]}: {problem}")
     return done.stdout
+
+
+def sbatch(*arguments: str) -> str:
+    """Have sbatch submit a job; its id.
+
+    Raises:
+        UserError: sbatch is missing, refuses, does not end, or names no id.
+    """
+    said = ask("sbatch", "--parsable", *arguments)
+    if found := re.fullmatch(r"(\d+)(;\S+)?", (said.strip().splitlines() or [""])[-1]):
+        return found[1]
+    problem = f"said {said[-200:]!r} and not a job's id; `squeue --me` shows whether the job is queued"
+    raise UserError(f"--on slurm: sbatch: {problem}")
 
 
 @cache

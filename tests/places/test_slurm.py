@@ -17,9 +17,9 @@ from conftest import RECIPE, Recipe, finish, start
 
 from qlora_recipes import places
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.places import slurm as place_module
-from qlora_recipes.places import slurm_settings
+from qlora_recipes.places import slurm_queue, slurm_settings
 from qlora_recipes.runs import lookup, rundir
 from qlora_recipes.runs.rundir import RunDir
 
@@ -241,6 +241,43 @@ def batch(site: slurm_settings.Site, gpus: int = 1, nodes: int = 1) -> place_mod
 
 def task(folder: Path, *words: str) -> place_module.ArrayTask:
     return place_module.ArrayTask(RunDir(folder), list(words))
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Has sbatch run some commands of a shell in its place."""
+
+    def runs(commands: str) -> None:
+        (tmp_path / "sbatch").write_text(f"#!/bin/sh\n{commands}\n")
+        (tmp_path / "sbatch").chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    return runs
+
+
+@pytest.mark.parametrize("said", ["12\\n", "12;east\\n", "Billing: 7 hours are left\\n12\\n"])
+def test_the_id_of_a_job_is_in_the_last_line_of_sbatch(
+    tmp_path: Path, sbatch: Callable[[str], None], said: str
+) -> None:
+    sbatch(f"printf '{said}'")
+    (tmp_path / "a").mkdir()
+    assert batch(slurm_settings.Site()).submit("run", [task(Path("a"))]) == "12"
+    assert [job.id for job in RunDir(tmp_path / "a").jobs()] == ["12_0"]
+
+
+@pytest.mark.parametrize(
+    "commands", ["", "echo queued", "echo 12 jobs", "printf '12\\0'", "printf '\\377'", "exec sleep 60"]
+)
+def test_what_sbatch_says_otherwise_is_no_job(
+    tmp_path: Path, sbatch: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, commands: str
+) -> None:
+    monkeypatch.setattr(slurm_queue, "PATIENCE", 0.2)
+    sbatch(commands)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(WorkFailed):
+        batch(slurm_settings.Site()).submit("run", [task(Path("a"))])
+    assert RunDir(tmp_path / "a").jobs() == []
 
 
 STUB = """#!/bin/bash
