@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["MPLBACKEND"] = "agg"
     if argv is None:  # the process is this command's own: SIGTERM ends it as Ctrl-C does, half-written files removed
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 until the end; None would be stdout
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 until the end; it is closed
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 as above; None would be stdout
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows ? for what that lacks
             stream.reconfigure(errors="replace")

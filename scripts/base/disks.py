@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last by a limit on the size of files
 RESERVE = 1 << 16  # bytes, enough for a run's record
 
 _SAID = r"No space left on device|Disk quota exceeded|os error 28|PytorchStreamWriter failed writing"

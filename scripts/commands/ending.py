@@ -27,6 +27,10 @@ def ended(command: Callable[[], object]) -> int:
         return _refused(str(error), 2)
     except WorkFailed as error:
         return _refused(str(error), 1)
+    except (ImportError, MemoryError) as error:
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):
+            raise
+        return _refused(f"memory did not suffice, or its limit is too low{f': {error}' if str(error) else ''}", 1)
     except OSError as error:
         if error.filename is None and error.errno not in (*disks.FULL, errno.EIO):
             raise  # not of a file that the user named
@@ -58,7 +62,7 @@ def _code(command: Callable[[], object]) -> int:
 
 
 def _in_words(error: OSError) -> str:
-    return "no space left" if error.errno in disks.FULL else str(error.strerror)
+    return "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror)
 
 
 def _refused(problem: str, code: int) -> int:

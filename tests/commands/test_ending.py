@@ -29,6 +29,9 @@ def shell(line: str, place: Path, **env: str) -> "subprocess.CompletedProcess[st
         (f"{RECIPE} list 2>&- | tail -1", 0, ""),
         (f"{RECIPE} list --wide | head -1", 0, ""),
         (f"{RECIPE} score p.jsonl --out /dev/full", 1, "recipe: /dev/full: no space left"),
+        *((f"{RECIPE} {words} >&-", 0, "") for words in ("list", "results --csv", "score p.jsonl")),
+        (f"ulimit -f 0; {RECIPE} new x --from code-llama-7b", 1, "recipe: variants/x.yaml: File too large"),
+        (f"ulimit -v 1000000; {RECIPE} check code-llama-7b --full", 1, "recipe: memory did not suffice"),
     ],
 )
 def test_what_cannot_be_printed_or_written_ends_with_a_line(tmp_path: Path, line: str, code: int, says: str) -> None:
