@@ -267,6 +267,9 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
 
     Args:
         locks: descriptors that it inherits.
+
+    Raises:
+        WorkFailed: the run's folder is gone.
     """
     with stop_requests() as stops, opened(log, "ab") as stream:
         watch = health.Watch()
@@ -283,6 +286,8 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
             _wait(child, folder, stops, watch, progress)
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # data loader workers outlive a killed parent by seconds
+    if not log.exists():
+        raise WorkFailed(f"{folder.path}: was deleted while Axolotl wrote to it; run the recipe anew")
     return child.returncode, bool(stops)
 
 

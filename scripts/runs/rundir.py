@@ -200,7 +200,7 @@ class RunDir:
         if job:
             return run.state if job.kind == "unknown" else job.kind
         age = datetime.now(UTC) - datetime.fromisoformat(run.created)
-        is_starting = run.state == "created" and age.total_seconds() < 10
+        is_starting = run.state == "created" and abs(age.total_seconds()) < 10
         is_gone = run.state in ("created", "running") and not is_in_use and not is_starting
         return "interrupted" if is_gone else run.state
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -474,6 +475,19 @@ def test_a_failing_axolotl_fails_the_run(place: Path, tiny_profile: Path, stand_
     assert "TypeError: the scheduler got an unexpected keyword argument" in message and "Axolotl failed" in message
     (run,) = lookup.all_runs(place / "failing")
     assert run.read().state == "failed"
+
+
+def test_a_run_whose_folder_is_deleted_while_it_trains_fails(
+    place: Path, tmp_path: Path, tiny_profile: Path, stand_in: Path
+) -> None:
+    runs, go = tmp_path / "runs", tmp_path / "go"
+    words = ("run", PAGED, "--profile", tiny_profile, "--runs", runs)
+    process = start(place, *words, command=stand_in, STAND_IN_HOLD="5", STAND_IN_GO=str(go))
+    wait_until(partial(_has_done_five, runs), process)
+    shutil.rmtree(runs)
+    go.touch()
+    assert "Traceback" not in finish(process, code=1)
+    assert not lookup.all_runs(runs)
 
 
 def test_rows_that_a_killed_process_half_prepared_are_prepared_anew(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ def test_a_run_that_says_running_is_so_only_while_a_process_holds_it(tmp_path: P
     holder.kill()
     holder.wait()
     assert run.read().state == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "state"), [(-5, "created"), (5, "created"), (-3600, "interrupted"), (3600, "interrupted")]
+)
+def test_a_run_is_starting_for_seconds_even_if_the_clock_was_set_back(tmp_path: Path, seconds: int, state: str) -> None:
+    created = datetime.now(UTC) + timedelta(seconds=seconds)
+    assert a_run(tmp_path / "r", created=created.isoformat()).read().state == state
 
 
 def test_metrics_are_read_past_damage_and_count_a_repeated_step_once(tmp_path: Path) -> None:
