@@ -76,8 +76,9 @@ def _git() -> Git | None:
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         return done.stdout.strip()
 
-    # GIT_DIR and its like would name another repository
+    # GIT_DIR and its like would name another repository; without that lock, status leaves the checkout's index as it is
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    environment["GIT_OPTIONAL_LOCKS"] = "0"
     try:
         return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except OSError as error:
