@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 
+from pydantic import Field
+
 from .metric import Metric, Pair, Parameters
 
 
 class ChrfParameters(Parameters):
     """The longest n-grams of characters and of words (2 is chrF++), and the weight of recall; sacrebleu's defaults."""
 
-    char_order: int = 6
-    word_order: int = 0
+    char_order: int = Field(6, ge=1, le=20)
+    word_order: int = Field(0, ge=0, le=20)
     beta: int = 2
 
 

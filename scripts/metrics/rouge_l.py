@@ -7,7 +7,11 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+from ..base.errors import UserError
 from .metric import Metric, Pair, Parameters
+
+MOST = 300_000
+"""The most characters of a text: time and memory grow with the square, to 2 s and 300 MB here."""
 
 
 class RougeParameters(Parameters):
@@ -70,12 +74,19 @@ def _common(reference: Sequence[str], prediction: Sequence[str]) -> int:
 
 
 def rouge_l(pairs: Sequence[Pair], parameters: RougeParameters) -> list[float]:
-    """The F1 of each prediction against its one reference."""
+    """The F1 of each prediction against its one reference.
+
+    Raises:
+        UserError: a text is too long.
+    """
     from rouge_score.scoring import fmeasure
 
     tokens = _tokenizer(parameters.stemmed)
     scores = []
-    for pair in pairs:
+    for number, pair in enumerate(pairs, start=1):
+        if (longest := max(map(len, pair))) > MOST:
+            where = f"rouge_l: row {number} has a text of {longest:,} characters"
+            raise UserError(f"{where}; shorten it to {MOST:,}, or name other metrics")
         reference, prediction = map(tokens, pair)
         common = _common(reference, prediction)
         scores.append(float(fmeasure(common / max(len(prediction), 1), common / max(len(reference), 1))))

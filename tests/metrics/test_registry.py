@@ -92,6 +92,7 @@ def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label() -> None
         ("number", {"parsed_as": "us"}, "parsed_as", "expected one of 'loftq' or 'peft', not us"),
         ("number", {"markers": "A: "}, "markers", "expected a list, as in [a, b] instead of 'A: '"),
         ("chrf", {"word_order": "2"}, "word_order", "expected a whole number instead of '2'"),
+        ("chrf", {"char_order": 99999999}, "char_order", "20"),
         ("bleu4", {"label": ""}, "label", "expected a text"),
         ("rows", {"metric": "bleu4"}, "", "rows means something else in results"),
         ("my score", {"metric": "bleu4"}, "", "is no name of letters, digits and _"),

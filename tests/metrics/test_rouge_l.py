@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_recipes.metrics.rouge_l import RougeParameters, rouge_l
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.metrics.rouge_l import MOST, RougeParameters, rouge_l
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,13 @@ from qlora_recipes.metrics.rouge_l import RougeParameters, rouge_l
 )
 def test_rouge_l(reference: str, prediction: str, expected: float) -> None:
     assert rouge_l([(reference, prediction)], RougeParameters()) == pytest.approx([expected])
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_text_that_would_take_minutes_is_refused(side: int) -> None:
+    texts = "a", "a " * MOST
+    with pytest.raises(UserError):
+        rouge_l([("a", "a"), (texts[side], texts[1 - side])], RougeParameters())
 
 
 # in a process of its own, as absl's logging, which it imports, closes what pytest captures once Axolotl sets up its own
