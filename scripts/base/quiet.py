@@ -1,15 +1,58 @@
-"""Importing Axolotl without its libraries' messages, and without asking a hub for anything."""
+"""Importing Axolotl without its libraries' messages, and without asking a hub for anything or waiting for one long."""
 
 import importlib.metadata
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
+from typing import Any
+
+from .errors import WorkFailed
+
+PATIENCE = 60.0
+"""Seconds after which a hub that does not answer is given up."""
 
 # transformers and trl ask for it as they are imported, and searching all installed packages twice takes 3 s
 _packages_distributions = cache(importlib.metadata.packages_distributions)
+
+
+@cache
+def limit_waiting() -> None:
+    """Have huggingface_hub give a hub up after `PATIENCE`, however often it asks; its client waits without end."""
+    from httpx import Client, TimeoutException
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    began = failed = float("-inf")  # the first of its requests in a row without an answer, and the last
+
+    def client() -> Client:
+        made = default_client_factory()
+        send = made.send
+
+        def send_in_time(request: Any, **options: Any) -> Any:
+            nonlocal began, failed
+            now = time.monotonic()
+            began = began if now - failed < PATIENCE else now
+            left = max(began + PATIENCE - now, PATIENCE / 60)
+            timeouts = request.extensions["timeout"]
+            request.extensions["timeout"] = {key: min(value or left, left) for key, value in timeouts.items()}
+            try:
+                answer = send(request, **options)
+            except TimeoutException:
+                failed = time.monotonic()
+                if failed - began > PATIENCE * 0.99:
+                    raise WorkFailed(f"{request.url.host}: did not answer within {PATIENCE:g} s") from None
+                raise
+            failed = float("-inf")
+            return answer
+
+        made.send = send_in_time  # type: ignore[method-assign]
+        return made
+
+    set_client_factory(client)
 
 
 @contextmanager
@@ -27,6 +70,8 @@ def importing_axolotl(offline: bool = True) -> Iterator[None]:
     if offline:
         hub.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"
+    else:
+        limit_waiting()
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     asked = importlib.metadata.packages_distributions

@@ -9,6 +9,7 @@ import orjson
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Output
 from ..base.progress import Bar
+from ..base.quiet import limit_waiting
 from .archive import FileRow, Rejected, row_of
 from .declaration import Source
 
@@ -77,6 +78,7 @@ def _asked[T](source: Source, by_hand: str, ask: Callable[[], Iterator[T]]) -> I
     from httpx import HTTPError
     from huggingface_hub import errors
 
+    limit_waiting()
     absent = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
     try:
         yield from ask()

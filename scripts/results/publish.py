@@ -18,6 +18,7 @@ from ..base.files import opened, sha256, tensor_shapes, write_atomically
 from ..base.locks import held
 from ..base.processes import start_child, stop_requests
 from ..base.progress import Bar, say
+from ..base.quiet import limit_waiting
 from ..checks import cached, trust
 from ..runs.rundir import Run, RunDir
 from ..scores.evaluations import ADAPTER, changed, check_again, of_run, read_scores
@@ -191,6 +192,7 @@ def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
     """Upload a model's folder; the repository's address."""
     from huggingface_hub import HfApi
 
+    limit_waiting()
     api = HfApi()
     try:
         # None rather than False: an organization may want its repositories private

@@ -24,6 +24,7 @@ from ..base.files import append_line
 from ..base.locks import PATIENCE, held
 from ..base.machine import Card
 from ..base.processes import end_with_parent
+from ..base.quiet import limit_waiting
 from ..configs import determinism, models
 from ..configs.engines import CPU_RANKS, KEYS, engine_of
 from . import checkpoints, eval_loss, ranks
@@ -42,6 +43,7 @@ class RunPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         """Note the engine that is asked for, before Axolotl overwrites it, and let a rehearsal's ranks use the CPU."""
+        limit_waiting()
         if ranks.WORLD_SIZE > 1:
             end_with_parent(signal.SIGKILL)  # ranks of a killed launcher would keep training
         self.engine = engine_of(cfg) if ranks.WORLD_SIZE > 1 or any(cfg.get(key) for key in KEYS) else None

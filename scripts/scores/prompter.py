@@ -10,7 +10,7 @@ from axolotl.loaders import ModelLoader
 from axolotl.utils.dict import DictDefault
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from ..base.errors import UserError
+from ..base.errors import UserError, WorkFailed
 from ..base.files import Row
 from ..base.yamlfiles import Config
 from ..checks.rows import fields_of
@@ -56,6 +56,8 @@ class Prompter:
             self.trained = as_trained(cfg | {"base_model": settings.base_model})
             self.trained.torch_dtype = getattr(torch, settings.dtype)
             self._loader = ModelLoader(self.trained, self.tokenizer, inference=True)
+        except WorkFailed:  # the hub was given up
+            raise
         except Exception as error:  # plugins and validators can raise anything
             raise UserError(f"{settings.data}: Axolotl refuses the run's config: {error}") from None
         self.config = self._loader.model_config
