@@ -127,7 +127,9 @@ class RunPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         """The callback that records and stops."""
         file = Path(cfg.output_dir).parent / "metrics.jsonl"
-        return [RunCallback(file, trainer, self.engine, self.parameters, self.packed)]
+        learns_tokens = not (cfg.rl or cfg.reward_model or cfg.process_reward_model)
+        vocabulary = trainer.model.config.get_text_config().vocab_size if learns_tokens else None
+        return [RunCallback(file, trainer, self.engine, self.parameters, self.packed, vocabulary)]
 
 
 class RunCallback(TrainerCallback):
@@ -150,6 +152,7 @@ class RunCallback(TrainerCallback):
         engine: what is to divide the training, which is checked as it begins; None for one process without an engine.
         parameters: the fields with their numbers; None without an adapter.
         packed: 4-bit weights as they were loaded, where an engine wraps them.
+        vocabulary: how many tokens the model has, where the loss is that of choosing among them.
     """
 
     def __init__(
@@ -159,13 +162,14 @@ class RunCallback(TrainerCallback):
         engine: str | None,
         parameters: dict[str, int] | None = None,
         packed: PackedWeights | None = None,
+        vocabulary: int | None = None,
     ):
         self.file = file
         self.trainer = trainer
         self.engine = engine
         self.parameters = parameters
         self.packed = packed
-        self.vocabulary: int | None = None  # of the model, until the first loss was compared with it
+        self.vocabulary = vocabulary  # until the first loss was compared with it
         self.stop = self.stopped = False
         self.step_started = self.step_seconds = 0.0
         self.tokens: Any = 0  # without padding, which Axolotl counts; a tensor on the device, so that no step waits
@@ -178,7 +182,6 @@ class RunCallback(TrainerCallback):
         if self.engine:
             ranks.check_engine(self.engine, self.trainer)
             begun = begun | {"engine": self.engine}
-        self.vocabulary = self.trainer.model.config.get_text_config().vocab_size
         if self.packed:
             self.packed.compare_in_first_pass()
         if args.full_determinism:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import recipe_config, train_many
 from run_folders import a_run
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import WorkFailed
@@ -163,8 +163,6 @@ def test_the_gpu_that_torch_trains_on_is_recorded(tmp_path: Path, monkeypatch: p
 
 def test_tokens_are_counted_without_padding_in_training_only(tmp_path: Path) -> None:
     class Model(torch.nn.Module):
-        config = LlamaConfig()
-
         def forward(self, **inputs: torch.Tensor) -> None:
             pass
 
