@@ -5,9 +5,12 @@ from itertools import islice
 from pathlib import Path
 
 from ..base.errors import WorkFailed
-from ..base.files import read_json, tensor_shapes
+from ..base.files import tensor_shapes
+from ..base.progress import say
 from ..scores.evaluations import ADAPTER
 
+Shards = dict[str, tuple[Path, list[int]]]
+"""The tensors of a folder by name: their file and shape."""
 _LAYERS = 16  # are compared; names are of all
 _SURE = 6  # standard deviations
 
@@ -29,8 +32,8 @@ def require_applied(base: Callable[[], Path], adapter: Path, merged: Path) -> No
     import torch
     from safetensors import safe_open
 
-    def read(shards: dict[str, Path], name: str) -> torch.Tensor:
-        with safe_open(shards[name], "pt") as tensors:
+    def read(shards: Shards, name: str) -> torch.Tensor:
+        with safe_open(shards[name][0], "pt") as tensors:
             tensor: torch.Tensor = tensors.get_tensor(name)
         return tensor.float()
 
@@ -38,25 +41,26 @@ def require_applied(base: Callable[[], Path], adapter: Path, merged: Path) -> No
     changes, after = _shards(adapter), _shards(merged)
     layers = sorted(name.removesuffix(suffix) for name in changes if name.endswith(suffix))
     weights = {layer: f"{layer.removeprefix('base_model.model.')}.weight" for layer in layers}
-    for weight in weights.values():
-        if weight not in after and "experts" not in weight:  # which checkpoints and models call otherwise
-            raise WorkFailed(f"{merged}: {weight} is a layer of the adapter and not of the model; it was not merged")
-    if not layers:
-        return
-    before = _shards(base())
+    missing = [weight for weight in weights.values() if weight not in after and "experts" not in weight]
+    if missing and len(missing) < len(weights):  # all are where a checkpoint calls its layers otherwise than the model
+        raise WorkFailed(f"{merged}: {missing[0]} is a layer of the adapter and not of the model; it was not merged")
+    before = _shards(base()) if layers else {}
     along = variance = 0.0
     for layer, weight in islice(((layer, weight) for layer, weight in weights.items() if weight in before), _LAYERS):
-        delta = read(changes, f"{layer}.lora_B.weight") @ read(changes, f"{layer}{suffix}")
-        if read_json(adapter / "adapter_config.json").get("fan_in_fan_out"):
-            delta = delta.T
+        a, b = read(changes, f"{layer}{suffix}"), read(changes, f"{layer}.lora_B.weight")
+        shapes = before[weight][1], after.get(weight, (None, []))[1]
+        if shapes != ([len(b), a.shape[-1]],) * 2:  # packed in the base, transposed, or of a convolution
+            continue
+        delta = b @ a
         change = read(after, weight) - read(before, weight)
         along += (change * delta).sum().item()
         variance += (change.square().mean() * delta.square().sum()).item()
-    if along <= _SURE * variance**0.5:
+    if not variance:
+        say(f"{merged}: not compared with its base, whose weights are in another form")
+    elif along <= _SURE * variance**0.5:
         raise WorkFailed(f"{merged}: its weights lack the adapter's change; evaluate the adapter itself instead")
 
 
-def _shards(folder: Path) -> dict[str, Path]:
-    """Files of a folder by the names of the tensors in them."""
+def _shards(folder: Path) -> Shards:
     files = [folder / ADAPTER] if (folder / ADAPTER).is_file() else folder.glob("*.safetensors")
-    return {name: file for file in files for name in tensor_shapes(file) or {}}
+    return {name: (file, shape) for file in files for name, shape in (tensor_shapes(file) or {}).items()}
