@@ -317,6 +317,7 @@ def test_a_recipe_gives_no_error_and_no_warning(name: str, gpu: str) -> None:
         {"optimizer": "paged_adamw_32bit", "deepspeed": OFFLOADED},
         {"deepspeed": {"a": 1}, "bnb_config_kwargs": {"bnb_4bit_quant_storage": "float16"}},
         {"deepspeed": {"a": 1}, "bnb_config_kwargs": None, "fp16": False, "bf16": True},
+        {"deepspeed": {"a": 1}, "bnb_config_kwargs": None, "fp16": False},
         {"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED | {"zero_force_ds_cpu_optimizer": False}},
         {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
         {"test_datasets": None, "val_set_size": 0.05},

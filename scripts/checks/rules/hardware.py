@@ -195,11 +195,13 @@ def packed_weights_cast(case: Case) -> Problems:
     each floating-point parameter to the dtype of the training (runtime/engine.py, _cast_module_mixed_precision), FSDP2
     at each all-gather, and `axolotl inference` casts the whole model: codes are then converted as if they were
     numbers (seen: loss 4.4 becomes 21.3)."""
-    trained = precision(case.config, on_gpu=True).weights
-    storage = (case["bnb_config_kwargs"] or {}).get("bnb_4bit_quant_storage", "bfloat16")
-    if not (case["load_in_4bit"] and quantized(case.config)) or storage in (trained, "uint8", "int8"):
-        return
     engine = case["deepspeed"] or case["fsdp_config"]
+    of_config = precision(case.config, on_gpu=True)
+    trained = of_config.autocast if engine else of_config.weights  # engines cast under autocast only
+    storage = (case["bnb_config_kwargs"] or {}).get("bnb_4bit_quant_storage", "bfloat16")
+    in_four_bits = case["load_in_4bit"] and quantized(case.config) and "quantization_config" not in case.architecture
+    if not in_four_bits or storage in (trained, "uint8", "int8") or trained is None:
+        return
     who = "DeepSpeed" if case["deepspeed"] else "FSDP2" if engine else "`axolotl inference`"
     problem = f"4-bit weights are stored as {storage}, which {who} casts to {trained}: that destroys them"
     level: Level = "error" if engine else "note"
