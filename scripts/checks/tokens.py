@@ -92,8 +92,8 @@ def require_one_each(where: str, dataset: Any, rows: Sequence[Any], tokenized: S
 
 def taught_ends(cfg: Config, tokenizer: Any) -> set[int]:
     """Tokens that a training teaches as the end of an answer: the end-of-text token and `eot_tokens`."""
-    ends = tokenizer.convert_tokens_to_ids([tokenizer.eos_token, *(cfg.get("eot_tokens") or [])])
-    return set(ends) - {None, tokenizer.unk_token_id}
+    of_turns = tokenizer.convert_tokens_to_ids(list(cfg.get("eot_tokens") or []))
+    return ({tokenizer.eos_token_id} | (set(of_turns) - {tokenizer.unk_token_id})) - {None}
 
 
 def as_trained(content: Config) -> Any:

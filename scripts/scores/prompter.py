@@ -56,7 +56,7 @@ class Prompter:
             self.trained = as_trained(cfg | {"base_model": settings.base_model})
             self.trained.torch_dtype = getattr(torch, settings.dtype)
             self._loader = ModelLoader(self.trained, self.tokenizer, inference=True)
-        except WorkFailed:  # the hub was given up
+        except (OSError, WorkFailed):  # the hub lacks the model, or does not answer
             raise
         except Exception as error:  # plugins and validators can raise anything
             raise UserError(f"{settings.data}: Axolotl refuses the run's config: {error}") from None

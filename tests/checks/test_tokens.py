@@ -197,6 +197,17 @@ def test_long_rows_and_a_masked_end_are_findings(llama: yamlfiles.Config, tmp_pa
     assert names({"special_tokens": {"pad_token": "</s>"}}) == []
 
 
+def test_an_unknown_token_that_ends_texts_is_an_end(tiny: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from qlora_recipes.checks.tokens import taught_ends
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny, unk_token="</s>")
+    assert taught_ends({"eot_tokens": ["<s>", "no token"]}, tokenizer) == {1, 2}
+    tokenizer.eos_token = None
+    assert taught_ends({}, tokenizer) == set()
+
+
 def test_an_end_of_turn_that_is_taught_is_an_end(smollm2: yamlfiles.Config, tmp_path: Path) -> None:
     from qlora_recipes.checks.tokens import lengths
 
