@@ -23,6 +23,7 @@ from ..base.processes import start_child, stop_requests
 from ..base.progress import say
 from ..runs.rundir import RunDir
 from ..runs.tasks import Command
+from ..scores import evaluations
 from ..scores.evaluations import PREDICTIONS, SCORES
 
 URL = "QLORA_RECIPES_BUCKET"
@@ -215,6 +216,7 @@ def _gathered(url: str, path: Path, ended: bool, minute: int) -> bool:
             if not (finished := folder.read().state == "finished"):
                 say(f"{path}: fetching its checkpoints, if there are any")
             bucket.download(path, lambda file: not (finished and "checkpoint-" in str(file)))
+        evaluations.check_again(path)  # files have other times here
     except Exception as error:  # each kind of bucket raises its own
         say(f"{path}: what its bucket has of it cannot be fetched: {_reason(error)}")
         return False

@@ -65,7 +65,7 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
         },
         Path(run.cwd),
     )
-    paths_of_data = (each for each in run.differences if re.fullmatch(r"datasets\b.*path", each.key))
+    paths_of_data = (each for each in run.from_origin if re.fullmatch(r"datasets\b.*path", each.key))
     moved = [changed.why for changed in paths_of_data]
     facts |= {
         "merged": merged,

@@ -335,7 +335,8 @@ def test_a_rehearsal_on_data_of_ones_own_is_not_of_the_study(
     run: RunDir, tmp_path: Path, why: str, of_study: bool
 ) -> None:
     path = {"key": "datasets.0.path", "recipe": "data/codereviewer/train.jsonl", "run": "mine.jsonl"}
-    run.write(record(tmp_path, rehearsal=True, differences=[Difference(**path, why=why)]))
+    step = "differences" if of_study else "of_variant"
+    run.write(record(tmp_path, rehearsal=True, **{step: [Difference(**path, why=why)]}))
     text = model_card.card(run, run.read(), None, False, None)
     assert ("The recipe is of the study" in text) == of_study
 
