@@ -107,8 +107,10 @@ def _speed(handle: Any) -> int:
     """The figure by which CUDA probably orders GPUs as FASTEST_FIRST, whose rule is not published."""
     import pynvml
 
-    clock = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)
-    return int(pynvml.nvmlDeviceGetNumGpuCores(handle) * clock)
+    with suppress(pynvml.NVMLError):  # a part of a GPU does not tell
+        clock = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)
+        return int(pynvml.nvmlDeviceGetNumGpuCores(handle) * clock)
+    return 0
 
 
 def _card(handle: Any) -> Card:

@@ -180,7 +180,8 @@ def _without_batch(composed: Composed, gpus: int) -> Iterator[Finding]:
     """
     config = composed.config
     data = [dataset for _, dataset in datafiles.datasets(config, "datasets")]
-    if not (config.get("sample_packing") and data and all(map(datafiles.jsonl_files, data))):
+    streams = config.get("streaming") or config.get("pretraining_dataset")
+    if streams or not (config.get("sample_packing") and data and all(map(datafiles.jsonl_files, data))):
         return
     room = _MOST_BYTES * gpus * (config.get("micro_batch_size") or 1) * (config.get("sequence_len") or 512)
     lines = chain.from_iterable(map(datafiles.lines, data))

@@ -102,8 +102,12 @@ def _is_elsewhere(entries: dict[str, Config]) -> bool:
 def takes_models_template(config: Config) -> bool:
     """Whether chats are written with the chat template of the base model's tokenizer."""
     chats = [entry for _, entry in datafiles.datasets(config) if entry.get("type") == "chat_template"]
-    default = config.get("chat_template") or ("jinja" if config.get("chat_template_jinja") else _MODELS)
+    default = _default_template(config)
     return any(str(entry.get("chat_template") or default).startswith(_MODELS) for entry in chats)
+
+
+def _default_template(config: Config) -> str:
+    return str(config.get("chat_template") or ("jinja" if config.get("chat_template_jinja") else _MODELS))
 
 
 _MODELS = "tokenizer_default"
@@ -113,8 +117,15 @@ def _template(composed: Config, own: Config) -> Iterator[tuple[Config, str]]:
     """The chat template of the model that the stand-in takes the place of, where it is on this machine."""
     name = own.get("tokenizer_config") or own.get("base_model")
     template = models.chat_template(models.folder_of(own | {"base_model": name}))
-    if template and standin.is_used(composed) and takes_models_template(composed):
-        yield {"chat_template": "jinja", "chat_template_jinja": template}, f"the chat template of {name}"
+    if not (template and standin.is_used(composed) and takes_models_template(composed)):
+        return
+    other = {"chat_template": "jinja", "chat_template_jinja": template}
+    change: Config = dict(other) if _default_template(composed).startswith(_MODELS) else {}
+    for section in ("datasets", "test_datasets"):
+        entries = [entry for _, entry in datafiles.datasets(composed, section)]
+        new = [entry | other if str(entry.get("chat_template")).startswith(_MODELS) else entry for entry in entries]
+        change |= {section: new} if new != entries else {}
+    yield change, f"the chat template of {name}"
 
 
 def _layers(composed: Config) -> Iterator[tuple[Config, str]]:

@@ -230,6 +230,9 @@ def test_chats_keep_the_template_of_the_model_that_is_replaced() -> None:
     here = rehearsed({"base_model": "./own"})
     assert here.config["chat_template_jinja"] == "{{ messages }}"
     assert why(here, "chat_template_jinja") == "rehearsal: the chat template of ./own"
+    of_set = {"datasets": [{**OWN["datasets"][0], "chat_template": "tokenizer_default"}], "chat_template": "llama3"}
+    apart = rehearsed({"base_model": "./own"} | of_set).config
+    assert (apart["chat_template"], apart["datasets"][0]["chat_template_jinja"]) == ("llama3", "{{ messages }}")
     for change in ({"chat_template": "llama3"}, {"datasets": [ROWS]}):
         assert "chat_template_jinja" not in rehearsed({"base_model": "./own"} | change).config
     for shown in (here, rehearsed({"chat_template": "llama3"}), rehearsed({"datasets": [ROWS]})):
