@@ -156,10 +156,14 @@ def examine(
     report.add(placed(unfit.findings(composed, None if composed.rehearsal else gpu, launching), composed))
     report.add(_other_axolotl(composed))
     report.add(_respelt(composed))
-    if composed.plain:  # what is wrong with keys that the rehearsal replaces
+    if composed.plain:  # what is wrong with keys that the rehearsal replaces, and not due to an override meant for it
         there = {finding.name for finding in report.findings}
-        of_recipe = [finding for finding in examine(composed.plain).findings if finding.level == "error"]
-        report.add(each for each in of_recipe if each.scope in ("step", "config") and each.name not in there)
+        of_recipe, *others = [
+            {finding.name: finding for finding in examine(each).findings if finding.level == "error"}
+            for each in composed.plain
+        ]
+        found = (each for name, each in of_recipe.items() if all(name in other for other in others))
+        report.add(each for each in found if each.scope in ("step", "config") and each.name not in there)
     if data:
         of_rows, report.data = rows.check(usable)
         report.add(of_rows)

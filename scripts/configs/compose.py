@@ -52,7 +52,7 @@ class Composed:
         differences: from the file that is run.
         files: for each key that a variant or a profile changed, its file.
         data: the data files that it names, once they have been read.
-        plain: what the same request comes to without the rehearsal; None where it is none.
+        plain: of a rehearsal, the same request without that, and without its overrides, too, where it has some.
         unfit: the keys of profiles that were not laid over it as they are, by the reason; see `fitting.fitted`.
         of_variant: the differences of the file that is run from its origin.
     """
@@ -66,7 +66,7 @@ class Composed:
     profiles: list[str]
     rehearsal: bool
     data: list[DataFile] = field(default_factory=list)
-    plain: "Composed | None" = None
+    plain: "list[Composed]" = field(default_factory=list)
     unfit: fitting.Unfit = field(default_factory=dict)
     of_variant: list[Difference] = field(default_factory=list)
 
@@ -146,7 +146,11 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     differences = _differences(base, composed, reasons)
     files = {key: source for key, (_, source) in reasons.items() if source}
     others = [given for given, (profile, _) in zip(request.profiles, profiles, strict=False) if profile != REHEARSAL]
-    plain = compose(replace(request, rehearse=False, profiles=others), gpu) if rehearsal else None
+    plain: list[Composed] = []
+    if rehearsal:
+        real = replace(request, rehearse=False, profiles=others)
+        untouched_too = [replace(real, overrides=[], gpus=1, nodes=1)] if request.overrides else []
+        plain = [compose(each, gpu) for each in (real, *untouched_too)]
     return Composed(
         name,
         file,

@@ -156,6 +156,8 @@ def test_a_rehearsal_is_refused_for_what_is_wrong_with_keys_that_it_replaces(pla
         "unknown-key:lora_rr"
     ]
     assert recipe("run", "bad.yaml", "--rehearse", "--dry-run").returncode == 2
+    few_steps = Request(NAME, overrides=["max_steps=2"], rehearse=True)  # for the rehearsal alone
+    assert not [finding for finding in check.check(few_steps).findings if finding.level == "error"]
 
 
 def test_a_secret_cannot_be_forced() -> None:
