@@ -30,7 +30,7 @@ def decided(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
 
     folder = tmp_path_factory.mktemp("decided")
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    model.lm_head.weight.data *= 40
+    model.lm_head.weight.data *= 8
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
     return folder
