@@ -100,8 +100,8 @@ def plans(_: Path) -> dict[str, Any]:
 def findings(_: Path) -> dict[str, Any]:
     """Levels and names of what check finds in the cases of its tests."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from checks.test_rules import CASES  # type: ignore[import-not-found]
-    from conftest import config_with  # type: ignore[import-not-found]
+    from checks.test_rules import CASES
+    from conftest import config_with
 
     from qlora_recipes.base import yamlfiles
 

@@ -39,7 +39,7 @@ def _cpuinfo() -> str:
 
 
 def gpus() -> list[Card]:
-    """The GPUs of this machine, hidden ones too; empty if there is none."""
+    """All GPUs of this machine, whatever CUDA_VISIBLE_DEVICES says."""
     with _driver() as handles:
         return [_card(handle) for handle in handles]
 
@@ -57,13 +57,14 @@ def visible_gpus() -> dict[str, Card]:
     with _driver() as handles:
         if os.environ.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST") == "FASTEST_FIRST":
             handles.sort(key=_speed, reverse=True)
-        for name in map(str, range(len(handles))) if listed is None else listed.split(","):
-            handle = _handle(name.strip(), handles)
+        every = map(str, range(len(handles)))
+        for name in every if listed is None else map(str.strip, listed.split(",")):
+            handle = _handle(name, handles)
             if handle is None:
                 break
-            if name.strip() in found:
+            if name in found:
                 return {}
-            found[name.strip()] = _card(handle)
+            found[name] = _card(handle)
     return found
 
 

@@ -59,7 +59,7 @@ def is_secret(key: str, value: Any = None) -> bool:
 
 
 def masked(text: str) -> str:
-    """A text with its secrets replaced: the value of HF_TOKEN, and what the shape or the name before it tells."""
+    """Replace secrets in a text: HF_TOKEN's value, and values given away by their shape or the name before them."""
     if len(token := os.environ.get("HF_TOKEN", "")) > 3:  # a placeholder such as 0 is in many texts
         text = text.replace(token, MASK)
     return _SECRET_VALUE.sub(lambda found: (found["key"] or "") + MASK, text)

@@ -49,7 +49,7 @@ def limit_waiting() -> None:
             failed = float("-inf")
             return answer
 
-        made.send = send_in_time  # type: ignore[method-assign]
+        made.send = send_in_time  # type: ignore[method-assign]  # its factory sets up the client
         return made
 
     set_client_factory(client)

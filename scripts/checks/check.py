@@ -204,7 +204,7 @@ def _without_batch(composed: Composed, gpus: int) -> Iterator[Finding]:
 
 
 def _replaced(composed: Composed) -> Iterator[Finding]:
-    """What a rehearsal does without: data of a user's own, whose path may only be misspelt, and a chat template."""
+    """Replaced parts of a rehearsal: the user's own data, whose path may be misspelt, and a chat template."""
     for difference in composed.differences:
         own = difference.key.endswith(".path") and not study.input_format(str(difference.recipe))
         if own and exchange.FROM_SAMPLE in difference.why:

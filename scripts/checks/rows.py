@@ -155,7 +155,7 @@ def check(config: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
 
 
 def _keys(value: Any) -> int:
-    """How many keys a JSON value has, those of mappings within it too."""
+    """Number of keys in a JSON value, nested mappings included."""
     if isinstance(value, dict):
         return len(value) + sum(map(_keys, value.values()))
     return sum(map(_keys, value)) if isinstance(value, list) else 0

@@ -102,15 +102,15 @@ def _is_elsewhere(entries: dict[str, Config]) -> bool:
 def takes_models_template(config: Config) -> bool:
     """Whether chats are written with the chat template of the base model's tokenizer."""
     chats = [entry for _, entry in datafiles.datasets(config) if entry.get("type") == "chat_template"]
-    default = _default_template(config)
-    return any(str(entry.get("chat_template") or default).startswith(_MODELS) for entry in chats)
+    return any(_is_models(entry.get("chat_template") or _default_template(config)) for entry in chats)
 
 
 def _default_template(config: Config) -> str:
-    return str(config.get("chat_template") or ("jinja" if config.get("chat_template_jinja") else _MODELS))
+    return str(config.get("chat_template") or ("jinja" if config.get("chat_template_jinja") else "tokenizer_default"))
 
 
-_MODELS = "tokenizer_default"
+def _is_models(template: Any) -> bool:
+    return str(template).startswith("tokenizer_default")
 
 
 def _template(composed: Config, own: Config) -> Iterator[tuple[Config, str]]:
@@ -120,10 +120,10 @@ def _template(composed: Config, own: Config) -> Iterator[tuple[Config, str]]:
     if not (template and standin.is_used(composed) and takes_models_template(composed)):
         return
     other = {"chat_template": "jinja", "chat_template_jinja": template}
-    change: Config = dict(other) if _default_template(composed).startswith(_MODELS) else {}
+    change: Config = dict(other) if _is_models(_default_template(composed)) else {}
     for section in ("datasets", "test_datasets"):
         entries = [entry for _, entry in datafiles.datasets(composed, section)]
-        new = [entry | other if str(entry.get("chat_template")).startswith(_MODELS) else entry for entry in entries]
+        new = [entry | other if _is_models(entry.get("chat_template")) else entry for entry in entries]
         change |= {section: new} if new != entries else {}
     yield change, f"the chat template of {name}"
 
