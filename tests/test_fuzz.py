@@ -130,7 +130,7 @@ REFUSED = {
     f"cancel {LEFT}": "nothing is running or queued",
     f"publish {LEFT}": "the run is interrupted",
     f"results --export {LEFT}": "a record is of a finished one",
-    f"resume {LEFT}": "Axolotl failed; the whole log is",
+    f"resume --trust {LEFT}": "Axolotl failed; the whole log is",
     "study check sums2030": "its recipes differ from their templates",
 }
 """Commands that end with this message where nothing is changed: they have read their files by then."""
@@ -173,7 +173,7 @@ def run_folder(place: Path) -> Target:
     files = [path / name for path in (folder.path, folder.path.with_name("left")) for name in names]
     lines = ["results --json", "results", "results --study sums2030", f"results --compare {ONE} {TWO}"]
     lines += [f"{verb} {run}" for verb in ("report", "results --export", "publish", "cancel") for run in (ONE, LEFT)]
-    lines += [f"results --by lang --run {ONE}", f"resume {LEFT}", "results --power sums2030", f"report {ONE} {TWO}"]
+    lines += [f"results --by lang --run {ONE}", f"resume --trust {LEFT}", "results --power sums2030", f"report {ONE} {TWO}"]
     return files, lines
 
 
