@@ -55,7 +55,7 @@ coverage: setup  ## How much of scripts/ the tests reach, branches and started p
 	.venv/bin/pytest $(PARALLEL) --cov --cov-report=term:skip-covered
 
 test-image:  ## Build the container image on Debian and use it; needs root, buildah and debootstrap
-	tests/build_image.sh
+	tools/build_image.sh
 
 lint: setup
 	.venv/bin/ruff check .
@@ -67,13 +67,13 @@ core:  ## How many lines the core path has, from a recipe to the row of its run
 	@cat scripts/base/*.py scripts/configs/*.py scripts/runs/*.py scripts/results/run_rows.py | wc -l
 
 benchmark: setup  ## How long things take; the ratios of times go into the README
-	.venv/bin/python tests/benchmark.py
+	PYTHONPATH=tests/support .venv/bin/python tools/benchmark.py
 
 compare-memory: setup  ## Planned memory beside published figures, and another planner's
-	.venv/bin/python tests/compare_memory.py
+	.venv/bin/python tools/compare_memory.py
 
 picture: setup  ## The terminal in the README anew
-	.venv/bin/python tests/picture.py
+	.venv/bin/python tools/picture.py
 
 # vLLM's: without [tool.uv], whose environments take in processors that it has no build for, and whose overrides are
 # for Axolotl. Its build for processors asks for a build of torch that PyPI does not have; the usual one does.
@@ -88,10 +88,10 @@ ifndef AXOLOTL
 endif
 
 upgrade: setup  ## What another release of Axolotl changes, AXOLOTL=x.y.z; once all is measured, the pin and the lock
-	.venv/bin/python tests/upgrade.py "$(AXOLOTL)"
+	.venv/bin/python tools/upgrade.py "$(AXOLOTL)"
 
 audit: setup $(filter .uv/%,$(UV))  ## Advisories against the packages of the lock, and their licences; needs a network
-	.venv/bin/python tests/audit.py --uv $(UV)
+	.venv/bin/python tools/audit.py --uv $(UV)
 
 .uv/bin/uv:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv

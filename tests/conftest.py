@@ -36,8 +36,8 @@ importlib.metadata.packages_distributions = functools.cache(importlib.metadata.p
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
 
-TESTS = Path(__file__).parent
-SHARED = TESTS.parents[1] / "shared" / "data"
+SUPPORT = Path(__file__).parent / "support"
+SHARED = SUPPORT.parents[2] / "shared" / "data"
 SAMPLE = paths.RECIPES / "haider2024" / "sample"
 """Raw files of the first study's sample."""
 RECIPE = Path(sys.executable).with_name("recipe")
@@ -100,7 +100,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 def path_of(plugins: str) -> dict[str, str]:
     """The environment of a process that can import the Axolotl plugins in a test's file."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(Path(plugins).parent)])}
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(SUPPORT), str(SUPPORT.parent), str(Path(plugins).parent)])}
 
 
 def train_many(*configs: Path, plugins: str = __file__) -> None:
@@ -110,8 +110,8 @@ def train_many(*configs: Path, plugins: str = __file__) -> None:
         configs: their files.
         plugins: the test's file, where they name plugins of that.
     """
-    command = [sys.executable, str(TESTS / "train_many.py"), *map(str, configs)]
-    done = subprocess.run(command, cwd=TESTS, env=path_of(plugins), capture_output=True, text=True)
+    command = [sys.executable, str(SUPPORT / "train_many.py"), *map(str, configs)]
+    done = subprocess.run(command, cwd=SUPPORT, env=path_of(plugins), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -152,7 +152,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "all.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
     entry = "import sys\nfrom qlora_recipes.cli import main\nsys.exit(main())\n"
-    for name, source in (("axolotl", (TESTS / "stand_in" / "axolotl.py").read_text()), ("recipe", entry)):
+    for name, source in (("axolotl", (SUPPORT / "stand_in" / "axolotl.py").read_text()), ("recipe", entry)):
         (folder / "bin" / name).write_text(f"#!{folder / 'bin' / 'python'}\n{source}")
         (folder / "bin" / name).chmod(0o755)
     return folder / "bin" / "recipe"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("fast_kernels.py")
+SCRIPT = Path(__file__).parent / "support" / "fast_kernels.py"
 ROUNDING = {"fp16": 5e-3, "bf16": 3e-2}  # of sums of a hundred products; else fp32, in which 2e-6 was seen
 OTHERS = {"geglu, for a model with GELU by tanh", "LoRA kernels, with dropout: loss"}
 

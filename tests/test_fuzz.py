@@ -173,7 +173,12 @@ def run_folder(place: Path) -> Target:
     files = [path / name for path in (folder.path, folder.path.with_name("left")) for name in names]
     lines = ["results --json", "results", "results --study sums2030", f"results --compare {ONE} {TWO}"]
     lines += [f"{verb} {run}" for verb in ("report", "results --export", "publish", "cancel") for run in (ONE, LEFT)]
-    lines += [f"results --by lang --run {ONE}", f"resume --trust {LEFT}", "results --power sums2030", f"report {ONE} {TWO}"]
+    lines += [
+        f"results --by lang --run {ONE}",
+        f"resume --trust {LEFT}",
+        "results --power sums2030",
+        f"report {ONE} {TWO}",
+    ]
     return files, lines
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import TESTS
+from conftest import SUPPORT
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.locks import is_held
@@ -67,7 +67,7 @@ def test_launches_that_end_in_any_way_leave_only_runs_whose_state_is_true(
     launches = [launch(number, tiny_profile, said, chance) for number in range(LAUNCHES)]
     mark = str(tmp_path)
     done = subprocess.run(
-        [stand_in.with_name("python"), TESTS / "launch_many.py"],
+        [stand_in.with_name("python"), SUPPORT / "launch_many.py"],
         cwd=place, input=json.dumps(launches), capture_output=True, text=True,
         env=os.environ | {MARK: mark, "TMPDIR": str(temporary), "XDG_CACHE_HOME": str(cache), "STAND_IN_STEP": "0.02"},
     )  # fmt: skip

@@ -99,7 +99,7 @@ def plans(_: Path) -> dict[str, Any]:
 
 def findings(_: Path) -> dict[str, Any]:
     """Levels and names of what check finds in the cases of its tests."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]
     from checks.test_rules import CASES
     from conftest import config_with
 
@@ -119,7 +119,8 @@ def findings(_: Path) -> dict[str, Any]:
 def adapters(_: Path) -> dict[str, Any]:
     """Hashes of an adapter that was trained at once, and of one whose training was killed and resumed."""
     make = "import pathlib, tiny_llama; tiny_llama.save(pathlib.Path('tiny'))"
-    subprocess.run([sys.executable, "-c", make], env=os.environ | {"PYTHONPATH": str(ROOT / "tests")}, check=True)
+    support = {"PYTHONPATH": str(ROOT / "tests" / "support")}
+    subprocess.run([sys.executable, "-c", make], env=os.environ | support, check=True)
     Path("tiny.yaml").write_text(f"base_model: {Path('tiny').resolve()}\n")
     whole = Path(recipe(*TRAINING, "--runs", "whole").strip())
     process = subprocess.Popen([RECIPE, *TRAINING, "--runs", "killed"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -25,7 +25,7 @@ from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.runs.tasks import Command, Outcome, Work
 
 NAME = "haider2024/code-llama-7b"
-STAND_IN = Path(__file__).parents[1] / "stand_in" / "sky.py"
+STAND_IN = Path(__file__).parents[1] / "support" / "stand_in" / "sky.py"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 import pytest
 import sky_home
-from conftest import RECIPE, TESTS, Recipe, finish, start
+from conftest import RECIPE, SUPPORT, Recipe, finish, start
 from run_folders import a_run
 from sky_home import PRICES, SPOT, SkyPilot
 
@@ -134,7 +134,7 @@ def test_a_task_of_a_machine_of_its_own_is_valid(skypilot: SkyPilot, settings: P
 def test_what_the_user_sets_is_valid_and_each_alternative_has_the_gpus_of_the_run(
     skypilot: SkyPilot, settings: Path, tmp_path: Path, written: str, understood: list[Config]
 ) -> None:
-    settings.write_text(f"shared: true\n{written.replace('TESTS', str(TESTS))}\n")
+    settings.write_text(f"shared: true\n{written.replace('TESTS', str(SUPPORT))}\n")
     commands = commands_of(NAME, tmp_path)["run or resume"]
     for most in (None, 9.0):
         taken = skypilot.ask("understand", task=rendered(4, commands, most))

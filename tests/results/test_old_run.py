@@ -1,7 +1,7 @@
 """A run folder that an earlier version left is still listed, scored and reported.
 
-tests/old_run is a rehearsal by revision 24b9ed8, before there was a loss per token, a reason for a run's end or the
-version of a score; its folders are placeholders, and its adapter and checkpoints are left out.
+tests/support/old_run is a rehearsal by revision 24b9ed8, before there was a loss per token, a reason for a run's end or
+the version of a score; its folders are placeholders, and its adapter and checkpoints are left out.
 """
 
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from conftest import TESTS, Recipe
+from conftest import SUPPORT, Recipe
 
 NAME = "haider2024/code-llama-7b"
 
@@ -17,7 +17,7 @@ NAME = "haider2024/code-llama-7b"
 @pytest.fixture
 def old_run(tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / NAME / "20261126-101023-e5c4a94"
-    shutil.copytree(TESTS / "old_run", folder)
+    shutil.copytree(SUPPORT / "old_run", folder)
     return folder
 
 

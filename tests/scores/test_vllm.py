@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import TESTS
+from conftest import SUPPORT
 from run_folders import ADAPTER, a_tiny_run
 
 from qlora_recipes.base import yamlfiles
@@ -26,7 +26,7 @@ from qlora_recipes.verifying import shapes
 STAND_IN = f"""#!{sys.executable}
 import json, os, sys
 from pathlib import Path
-sys.path.insert(0, {str(TESTS)!r})
+sys.path.insert(0, {str(SUPPORT)!r})
 from a_server import AServer, completed
 words = sys.argv[3:]
 given = dict(zip(words, words[1:]))

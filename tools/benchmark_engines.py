@@ -1,6 +1,6 @@
 """How many rows a second each engine generates, for one rehearsal's adapter and the same rows.
 
-`python tests/benchmark_engines.py [ROWS]`, with vLLM where `make vllm` has installed it.
+`python tools/benchmark_engines.py [ROWS]`, with vLLM where `make vllm` has installed it.
 """
 
 import os

@@ -1,6 +1,6 @@
 """The kernels that the profile fast turns on, run by Triton's interpreter on a CPU, beside what they take the place of.
 
-Run as `python tests/fast_kernels.py MODEL`, with a small Llama's folder; writes as JSON, for each comparison, the
+Run with a small Llama's folder; writes as JSON, for each comparison, the
 largest difference as a share of the largest value. The reference of single kernels is in fp64.
 """
 

@@ -105,7 +105,7 @@ def snapshot(checkout: Path, work: Path) -> dict[str, Items | str]:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     for part in PARTS:
-        command = [str(checkout / ".venv/bin/python"), str(checkout / "tests/snapshot.py"), part, f"{part}.json"]
+        command = [str(checkout / ".venv/bin/python"), str(checkout / "tools/snapshot.py"), part, f"{part}.json"]
         try:
             run(command, work)
             taken[part] = json.loads((work / f"{part}.json").read_text())
