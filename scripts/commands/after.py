@@ -28,7 +28,6 @@ from .options import (
     SeveralRuns,
     StudyName,
     SweepName,
-    Wide,
     exclusive,
     form_of,
     only_with,
@@ -75,7 +74,6 @@ def results_verb(
     export: ExportedRun = None,
     of_ledger: OfLedger = False,
     runs: Runs = RUNS,
-    wide: Wide = False,
     json: Json = False,
     csv: Csv = False,
     md: Markdown = False,
@@ -90,7 +88,7 @@ def results_verb(
     only_with("--rehearse", rehearse, "--study or --ledger", study_name or of_ledger)
     only_with("--run", run, "--by", by)
     only_with("--metric", metric, "--compare or --by", pair or by)
-    form = form_of(wide, json, csv, md)
+    form = form_of(json, csv, md)
     if pair:
         from ..results import comparison
 

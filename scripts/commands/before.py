@@ -24,7 +24,6 @@ from .options import (
     Overrides,
     Profiles,
     Runs,
-    Wide,
     check_finite,
     exclusive,
     single_name,
@@ -84,7 +83,6 @@ def check_verb(
     full: Annotated[bool, typer.Option("--full", help="Also run Axolotl's own validation (15 s).")] = False,
     show_tokens: ShownTokens = None,
     force: Force = None,
-    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """All that is wrong with a config, before it reaches a GPU. Exit code 2 if there is an error."""
@@ -112,7 +110,7 @@ def check_verb(
         for report in reports:
             if report.data:
                 tables.print_table(
-                    report.data_table(), report.name, spare=["padding", "MB", "median", "95 %", "with loss"], wide=wide
+                    report.data_table(), report.name, spare=["padding", "MB", "median", "95 %", "with loss"]
                 )
     counts = {level: sum(report.count(level) for report in reports) for level in ("error", "warning")}
     say(f"{len(reports)} checked; errors: {counts['error']}, warnings: {counts['warning']}")
@@ -180,7 +178,6 @@ def plan_verb(
     figure: FigureFile = None,
     force: Force = None,
     runs: Runs = RUNS,
-    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """Parameters, memory and work of a config, and the cards that it fits, without a GPU."""
@@ -198,7 +195,7 @@ def plan_verb(
             raise UserError("--compare: takes --gpu and --json, and none of the other options of a plan")
         with Bar(f"planning {requests[0].name} in three ways", 1):
             compared = plan.compare(requests[0], target)
-        tables.print_json(compared) if json else plan_tables.comparison(compared, requests[0].name, wide)
+        tables.print_json(compared) if json else plan_tables.comparison(compared, requests[0].name)
         return
     plans = {}
     with Bar("planning", len(requests)) as bar:
@@ -211,9 +208,9 @@ def plan_verb(
     if json:
         tables.print_json([{"recipe": name, **planned} for name, planned in plans.items()])
     elif len(plans) > 1:
-        plan_tables.summary(plans, wide)
+        plan_tables.summary(plans)
     else:
-        plan_tables.show(plans[requests[0].name], wide)
+        plan_tables.show(plans[requests[0].name])
         if any(card["fits"] for card in plans[requests[0].name]["cards"]):
             next_step("run", *_launching(requests[0]))
 
@@ -240,7 +237,6 @@ def quantization_verb(
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Normally distributed values instead.")] = False,
     layers: Annotated[int, typer.Option(min=0, help="How many decoder layers, evenly spaced; 0 takes all.")] = 5,
     figure: FigureFile = None,
-    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """What bitsandbytes' formats lose of real weights, and the bits that they take."""
@@ -259,12 +255,12 @@ def quantization_verb(
     if json:
         tables.print_json(rows)
         return
-    tables.print_table(quantization.table(rows), spare=["mse"], wide=wide)
-    tables.print_table(list(quantization.by_layer(rows)), "nf4 + double, 64: as the recipes have it", wide=wide)
+    tables.print_table(quantization.table(rows), spare=["mse"])
+    tables.print_table(list(quantization.by_layer(rows)), "nf4 + double, 64: as the recipes have it")
 
 
 @analyze_verbs.command("lora", cls=Verb, epilog="recipe analyze lora llama-3.2-3b --figure lora.svg")
-def lora_verb(names: Names = None, figure: FigureFile = None, wide: Wide = False, json: Json = False) -> None:
+def lora_verb(names: Names = None, figure: FigureFile = None, json: Json = False) -> None:
     """How many parameters LoRA trains, by layers and rank, and a check of its update against PEFT."""
     from ..base.quiet import importing_axolotl
     from ..planning import lora
@@ -278,9 +274,8 @@ def lora_verb(names: Names = None, figure: FigureFile = None, wide: Wide = False
     if json:
         tables.print_json({"parameters": rows, "update_error": error})
         return
-    tables.print_table(lora.table(rows), spare=lora.SPARE, wide=wide)
+    tables.print_table(lora.table(rows), spare=lora.SPARE)
     tables.print_text(
         f"W' = W + (alpha / r) B A: PEFT's output differs by {error['unmerged']:.1e} of the largest unmerged, "
         f"{error['merged']:.1e} merged",
-        wide,
     )

@@ -14,7 +14,7 @@ from ..terminal import tables
 from . import completion
 from .help import Verb, Verbs
 from .next_step import next_step
-from .options import Json, Wide
+from .options import Json
 
 if TYPE_CHECKING:
     from ..data.study import Study
@@ -56,7 +56,6 @@ def fetch_verb(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder; by default data/DATA-raw.")] = None,
-    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """Download a data set from where it is published, and verify it; an interrupted download is resumed."""
@@ -67,7 +66,7 @@ def fetch_verb(
     wanted = [meant(word, data.sources, "source", option="--only") for word in only or ()]
     given = [name for name in data.sources if from_ and name not in of_study.fetched and _may_be(Path(from_), name)]
     rows = fetch.fetch(data, out or data.raw, from_, wanted or [*of_study.fetched, *given])
-    tables.print_json(rows) if json else tables.print_table(rows, wide=wide)
+    tables.print_json(rows) if json else tables.print_table(rows)
     raw = [] if out in (None, data.raw) else [out / file for file in data.raw_files]
     next_step("data", "prepare", *raw, *study.option(of_study), json=json)
 
@@ -120,7 +119,6 @@ def prepare_verb(
             help="The study; needed where several have such raw files.",
         ),
     ] = None,
-    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """Make the rows that recipes train on of a study's raw files, as its study.yaml says, with a manifest."""
@@ -138,19 +136,19 @@ def prepare_verb(
     if json:
         tables.print_json(made)
         return
-    _print_manifest(made, folder, wide)
+    _print_manifest(made, folder)
     whole = {"train", "valid"} & of_study.data.splits.keys() <= made["splits"].keys()
     if whole and (name := _trained(of_study, folder)):
         next_step("check", name, "--data")
 
 
-def _print_manifest(made: dict[str, Any], folder: Path, wide: bool) -> None:
+def _print_manifest(made: dict[str, Any], folder: Path) -> None:
     from ..data import manifest
 
     for split in made["splits"].values():
         for name, reason in split.get("left_out", {}).items():
             say(f"{name}.jsonl: not written: {reason}")
-    tables.print_table(manifest.table(made), spare=["repeated rows kept"], wide=wide)
+    tables.print_table(manifest.table(made), spare=["repeated rows kept"])
     print(folder / manifest.MANIFEST)
 
 

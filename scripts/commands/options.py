@@ -10,7 +10,6 @@ import typer
 from ..base.errors import UserError
 from ..base.paths import find_recipe
 from ..base.progress import say
-from ..configs import determinism
 from ..terminal.tables import Form
 from . import completion
 
@@ -112,12 +111,6 @@ Profiles = Annotated[
         help="Lay a profile over it: a shipped one or a file. Repeatable.",
     ),
 ]
-Deterministic = Annotated[
-    bool,
-    typer.Option(
-        "--deterministic", help="Repeat bit for bit, where that is possible; slower. As --profile deterministic."
-    ),
-]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -132,7 +125,6 @@ Force = Annotated[
     list[str] | None,
     typer.Option("--force", metavar="FINDING", help="Despite the error of this name in `recipe check`. Repeatable."),
 ]
-Wide = Annotated[bool, typer.Option("--wide", help="Show all columns of a table, however narrow the terminal.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -289,11 +281,6 @@ Distance = Annotated[
 ]
 
 
-def profiles_of(given: list[str] | None, deterministic: bool) -> list[str]:
-    """The profiles to lay over a recipe, that of --deterministic among them."""
-    return [*(given or []), *([determinism.PROFILE] if deterministic else [])]
-
-
 def exclusive(options: dict[str, object], required: bool = False) -> None:
     """Refuse more than one of several options, and where one is required also none.
 
@@ -342,9 +329,9 @@ def place_of(
     return places.kinds()[on](rehearsal, jobs, own or [])
 
 
-def form_of(wide: bool, json: bool, csv: bool = False, md: bool = False) -> Form:
+def form_of(json: bool, csv: bool = False, md: bool = False) -> Form:
     """The form that rows are asked for in; JSON comes before CSV, that before Markdown."""
-    return "json" if json else "csv" if csv else "md" if md else "wide" if wide else "table"
+    return "json" if json else "csv" if csv else "md" if md else "table"
 
 
 def single_name(names: list[str] | None, option: str) -> str:

@@ -10,7 +10,7 @@ from ..terminal import tables
 from . import completion
 from .help import Verb
 from .next_step import next_step
-from .options import Json, Name, Overrides, Wide, whole_name
+from .options import Json, Name, Overrides, whole_name
 
 HEADING = "Recipes"
 verbs = typer.Typer()
@@ -22,7 +22,6 @@ def list_verb(
         bool,
         typer.Option("--variants", help="Show instead which recipes are variants of which, with yours in variants/."),
     ] = False,
-    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """The recipes and your variants, with model, epochs, optimizer and published scores."""
@@ -33,12 +32,12 @@ def list_verb(
     if json:
         tables.print_json(rows)
     elif as_tree:
-        tables.print_table(catalogue.variants_table(rows), below=["changed"], wide=wide)
+        tables.print_table(catalogue.variants_table(rows), below=["changed"])
     else:
         for title, table in catalogue.tables_of(rows):
             shown = [column for column in table[0] if column not in ("recipe", "epochs", "optimizer", "variant of")]
             spare = ["base model", "planned GiB", *shown[:0:-1]]  # all but the first score, the last one first
-            tables.print_table(table, title, spare=spare, below=["variant of"], wide=wide)
+            tables.print_table(table, title, spare=spare, below=["variant of"])
     if not as_tree:
         published = next(row["recipe"] for row in rows if any(row[key] for key in row if key.startswith("published_")))
         next_step("run", published, "--rehearse", json=json)
@@ -84,7 +83,6 @@ def diff_verb(
             help="Another; by default what A is a variant of.",
         ),
     ] = None,
-    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """The keys in which two recipes or configs differ, except where they write to."""
@@ -95,7 +93,7 @@ def diff_verb(
         tables.print_json(rows)
     elif rows:
         texts = [{column: _setting(value) for column, value in row.items()} for row in rows]
-        tables.print_table(texts, below=[*rows[0]][1:], wide=wide)
+        tables.print_table(texts, below=[*rows[0]][1:])
 
 
 def _setting(value: Any) -> str | None:

@@ -13,7 +13,6 @@ from .help import Verb
 from .next_step import next_step
 from .options import (
     BatchSize,
-    Deterministic,
     FetchedJudge,
     Force,
     FromRung,
@@ -30,12 +29,10 @@ from .options import (
     Seeds,
     SkyOptions,
     SlurmOptions,
-    Wide,
     Yes,
     form_of,
     only_with,
     place_of,
-    profiles_of,
 )
 from .running import HEADING, end
 
@@ -78,7 +75,6 @@ def reproduce_verb(
     sky: SkyOptions = None,
     yes: Yes = False,
     profile: Profiles = None,
-    deterministic: Deterministic = False,
     set_: Overrides = None,
     mirror: Mirror = False,
     bertscore: FetchedJudge = None,
@@ -88,7 +84,6 @@ def reproduce_verb(
     dry_run: Outlined = False,
     gpu: PlannedGpu = None,
     runs: Runs = RUNS,
-    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """Fetch, check, plan, train, evaluate and compare all of a study. What is done already is not done again."""
@@ -102,14 +97,12 @@ def reproduce_verb(
     for option, given in ((f"--on {on}", on != "local"), ("--seeds", seeds > 1), ("--gpu", gpu)):
         only_with(option, given, "--from training", from_ == "training")
     of_study = find(study)
-    request = Request(
-        of_study.folder.name, profiles_of(profile, deterministic), set_ or [], rehearse, mirror, force=force or []
-    )
+    request = Request(of_study.folder.name, profile or [], set_ or [], rehearse, mirror, force=force or [])
     request.rehearse = is_rehearsal(request)
     only_with("--rehearse", request.rehearse, "--from adapter or training", from_ != "predictions", "it needs no model")
     evaluation = EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
     place = place_of(on, slurm, sky, yes, request.rehearse, jobs)
-    form = form_of(wide, json)
+    form = form_of(json)
     if from_ != "training":
         _climb(of_study, request, only or [], evaluation, runs, place, from_, dry_run, form)
         return

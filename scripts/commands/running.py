@@ -16,7 +16,6 @@ from .next_step import after_training, name_of, next_step
 from .options import (
     BatchSize,
     Best,
-    Deterministic,
     Force,
     Jobs,
     Json,
@@ -38,13 +37,11 @@ from .options import (
     StudyName,
     SweepFile,
     SweepName,
-    Wide,
     Yes,
     exclusive,
     form_of,
     only_with,
     place_of,
-    profiles_of,
 )
 
 if TYPE_CHECKING:
@@ -79,7 +76,6 @@ def run_verb(
         bool, typer.Option("--rehearse", help="Try it on the CPU: small model, few rows, no network.")
     ] = False,
     profile: Profiles = None,
-    deterministic: Deterministic = False,
     set_: Overrides = None,
     mirror: Mirror = False,
     gpu_count: Annotated[
@@ -105,7 +101,7 @@ def run_verb(
         raise UserError(f"{axolotl_arguments[0]}: one recipe at a time; Axolotl's own options go after --")
     request = Request(
         name,
-        profiles=profiles_of(profile, deterministic),
+        profiles=profile or [],
         overrides=set_ or [],
         rehearse=rehearse,
         mirror=mirror,
@@ -168,7 +164,6 @@ def sweep_verb(
     set_: Tried = None,
     rehearse: RehearseAll = False,
     profile: Profiles = None,
-    deterministic: Deterministic = False,
     mirror: Mirror = False,
     seeds: Seeds = 1,
     max_runs: Annotated[
@@ -190,7 +185,6 @@ def sweep_verb(
     force: Force = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan all members, and start none.")] = False,
     runs: Runs = RUNS,
-    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """Run a recipe with each of several settings, and compare them. What is done already is not done again."""
@@ -201,9 +195,7 @@ def sweep_verb(
 
     sweep_name, members = sweeps.read(sweeps.find_file(file) if file else None, set_ or [])
     sweeps.check_best(best, sweeps.of_recipe(name))
-    request = Request(
-        name, profiles=profiles_of(profile, deterministic), rehearse=rehearse, mirror=mirror, force=force or []
-    )
+    request = Request(name, profiles=profile or [], rehearse=rehearse, mirror=mirror, force=force or [])
     request.rehearse = is_rehearsal(request)
     evaluation = EvaluationRequest(limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
     place = place_of(on, slurm, sky, yes, request.rehearse, jobs)
@@ -212,7 +204,7 @@ def sweep_verb(
         sweep_name, members, request, evaluation, runs, place, seeds=seeds, max_runs=max_runs, gpu=card, dry_run=dry_run
     )
     rows = sweeps.rows(record, runs, best)
-    form = form_of(wide, json)
+    form = form_of(json)
     scored = sweeps.columns(record, runs)
     end(outcomes, form, {"sweep": record.label}, rows, lambda: sweep_tables.show(record, scored, rows, best, form))
     if not dry_run:

@@ -11,7 +11,7 @@ from ..base.paths import homes, shown
 from ..base.progress import say
 from ..terminal import tables
 from .help import Verb
-from .options import Json, Wide
+from .options import Json
 from .study import verbs as study_verbs
 
 HEADING = "Upkeep"
@@ -96,7 +96,6 @@ def verify_verb(
         Path | None,
         typer.Option(metavar="DIR", help="Where to keep models and runs; up to 17 GB on a GPU. By default the cache."),
     ] = None,
-    wide: Wide = False,
     json: Json = False,
 ) -> None:
     """Measure what this project claims, on this machine's GPU or as far as a CPU shows it."""
@@ -106,9 +105,9 @@ def verify_verb(
     if json:
         tables.print_json(record.model_dump())
     else:
-        tables.print_table(verify.rows(record), spare=["unit", "off by"], below=["why"], wide=wide)
+        tables.print_table(verify.rows(record), spare=["unit", "off by"], below=["why"])
         for text in verify.unverified(record):
-            tables.print_text(text, wide)
+            tables.print_text(text)
     counts = {verdict: record.count(verdict) for verdict in ("passed", "failed", "unverified")}
     say(f"{len(record.lines)} lines; {', '.join(f'{verdict}: {count}' for verdict, count in counts.items())}")
     say(f"the record is in {shown(file)}; recipes/verified/README.md says how to hand it in")

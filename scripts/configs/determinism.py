@@ -17,7 +17,6 @@ from typing import Any
 
 from ..base.yamlfiles import Config
 
-PROFILE = "deterministic"
 KEY = "full_determinism"
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 """What the process has to be started with."""

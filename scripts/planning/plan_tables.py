@@ -11,47 +11,47 @@ from .planner import GIB
 Plan = dict[str, Any]
 
 
-def show(planned: Plan, wide: bool = False) -> None:
-    """A plan on stdout; `wide` as in `tables.print_table`."""
+def show(planned: Plan) -> None:
+    """Print a plan."""
     batch = "{rows} x {tokens} tokens"
     of_batch = batch.format(**planned["micro_batch"])
-    tables.print_text(f"{planned['model']}, {planned['adapter'] or 'all weights'}, {of_batch} a micro batch", wide)
+    tables.print_text(f"{planned['model']}, {planned['adapter'] or 'all weights'}, {of_batch} a micro batch")
     print()
-    tables.print_table(_parameters(planned), wide=wide)
+    tables.print_table(_parameters(planned))
     print(f"{planned['trainable_share']:.3%} trainable\n")
-    tables.print_table(_memory(planned), wide=wide)
+    tables.print_table(_memory(planned))
     if longest := planned.get("longest_batch"):
         needed = f"{longest['needed'] / GIB:.2f} GiB at the longest batch of the data"
-        tables.print_text(f"{needed}, {batch.format(**longest)}", wide)
+        tables.print_text(f"{needed}, {batch.format(**longest)}")
     print()
-    tables.print_table(_cards(planned), spare=["usable GiB", "longest row"], wide=wide)
+    tables.print_table(_cards(planned), spare=["usable GiB", "longest row"])
     for change in planned["changes"]:
         settings = " ".join(f"--set {key}={json.dumps(value)}" for key, value in change["set"].items())
         verdict = "then it fits" if change["fits"] else "not enough"
-        tables.print_text(f"{verdict}, {change['needed'] / GIB:.2f} GiB: {settings} ({change['effect']})", wide)
+        tables.print_text(f"{verdict}, {change['needed'] / GIB:.2f} GiB: {settings} ({change['effect']})")
     if len(planned["cards"]) == 1 and not any(way["fits"] for way in (*planned["cards"], *planned["changes"])):
         print("no known change makes it fit: take a larger card or a smaller model")
     print()
-    tables.print_table(_work(planned["work"]), below=[""], wide=wide)
-    show_notes(planned["notes"], wide=wide)
+    tables.print_table(_work(planned["work"]), below=[""])
+    show_notes(planned["notes"])
 
 
-def show_notes(notes: list[str], where: str = "", wide: bool = False) -> None:
+def show_notes(notes: list[str], where: str = "") -> None:
     """What a plan leaves out."""
     for note in notes:
-        tables.print_text(f"note: {f'{where}: ' if where else ''}{note}", wide)
+        tables.print_text(f"note: {f'{where}: ' if where else ''}{note}")
 
 
-def summary(plans: dict[str, Plan], wide: bool = False) -> None:
+def summary(plans: dict[str, Plan]) -> None:
     """Several plans on stdout, a row each."""
     rows = [_summary(name, planned) for name, planned in plans.items()]
     spare = ["logits GiB", "reserved GiB", "allocated GiB", "trainable", "share", "micro batch"]
-    tables.print_table(rows, spare=spare, wide=wide)
+    tables.print_table(rows, spare=spare)
     for name, planned in plans.items():
-        show_notes(planned["notes"], name, wide)
+        show_notes(planned["notes"], name)
 
 
-def comparison(compared: list[dict[str, Any]], name: str, wide: bool = False) -> None:
+def comparison(compared: list[dict[str, Any]], name: str) -> None:
     """The methods on stdout, a row each: what adds up to what a GPU needs, and the optimizer state that is paged."""
     sizes = ("weights", "gradients", "optimizer", "activations", "other", "needed")
     rows = [
@@ -64,9 +64,9 @@ def comparison(compared: list[dict[str, Any]], name: str, wide: bool = False) ->
         }
         for row in compared
     ]
-    tables.print_table(rows, f"{name}: GiB", spare=["trainable"], wide=wide)
+    tables.print_table(rows, f"{name}: GiB", spare=["trainable"])
     for row in compared:
-        show_notes(row["notes"], row["method"], wide)
+        show_notes(row["notes"], row["method"])
 
 
 def _parameters(planned: Plan) -> list[dict[str, Any]]:

@@ -153,6 +153,6 @@ def _show_divergence(diverged: Divergence, title: str, form: tables.Form) -> Non
         if form in ("csv", "md"):
             say(line)
         else:
-            tables.print_text(line, form == "wide")
+            tables.print_text(line)
     if form not in ("csv", "md"):
         print()

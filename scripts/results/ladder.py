@@ -312,4 +312,4 @@ def show(of_study: Study, rows: Sequence[Mapping[str, Any]], form: tables.Form) 
         spare = ["published", "rows", "test set", "95 %", "difference"]
         tables.write(of_one, form, label if i else f"{TITLE}: {label}", empty=True, spare=spare)
     for line in notes(rows):
-        tables.print_text(line, wide=form != "table")
+        tables.print_text(line)

@@ -165,7 +165,7 @@ def show(found: dict[str, Any], of_study: Study, form: tables.Form) -> None:
         return
     tables.write(rows, form, f"{column.label}: what runs of {found['study']} can tell from a published score")
     for line in _notes(found, difference):
-        tables.print_text(line, wide=form != "table")
+        tables.print_text(line)
 
 
 def _notes(found: dict[str, Any], difference: str) -> list[str]:

@@ -151,7 +151,7 @@ def show(
             if of_study.compared:
                 tables.write(baselines(of_study), form, "To compare with")
             for line in notes(of_study, rows):
-                tables.print_text(line, wide=form != "table")
+                tables.print_text(line)
     if rungs and form not in ("json", "csv"):
         print()
         ladder.show(of_study, rungs, form)

@@ -219,12 +219,11 @@ def show_outline(outlined: dict[str, Any], form: tables.Form) -> None:
     if form == "json":
         tables.print_json(outlined)
         return
-    wide = form == "wide"
     for line in outlined["data"]:
-        tables.print_text(f"data: {line}", wide)
-    tables.print_table(outlined["recipes"], spare=["test rows", "epochs", "fetch GB"], wide=wide)
+        tables.print_text(f"data: {line}")
+    tables.print_table(outlined["recipes"], spare=["test rows", "epochs", "fetch GB"])
     for note in outlined["notes"]:
-        tables.print_text(f"note: {note}", wide)
+        tables.print_text(f"note: {note}")
 
 
 def lock(name: str, runs: Path) -> Path:

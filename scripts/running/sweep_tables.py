@@ -22,7 +22,7 @@ def show(sweep: Sweep, scored: Columns, rows: list[dict[str, Any]], best: str | 
     asked = {best: scored[best]} if best and best in scored else {}
     tables.write([_short(sweep, dict([*scored.items()][:1]) | asked, row) for row in rows], form, title, spare=spare)
     for line in notes(sweep, scored, rows, best):
-        tables.print_text(line, wide=form != "table")
+        tables.print_text(line)
 
 
 def notes(sweep: Sweep, scored: Columns, rows: list[dict[str, Any]], best: str | None) -> list[str]:

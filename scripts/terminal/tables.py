@@ -18,8 +18,7 @@ from ..base.private import masked
 from ..base.progress import harmless
 from ..base.yamlfiles import write_flow
 
-Form = Literal["table", "wide", "md", "csv", "json"]
-"""How rows are printed; `wide` is a table with all columns, however narrow the terminal."""
+Form = Literal["table", "md", "csv", "json"]
 
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]\d+)?( ?%)?|nan|–")  # on the right of their columns
 _GAP = 2  # spaces between columns, and before what stands below a row
@@ -66,7 +65,6 @@ def print_table(
     empty: bool = False,
     spare: Sequence[str] = (),
     below: Sequence[str] = (),
-    wide: bool = False,
 ) -> None:
     """A table on stdout. Where a terminal is too narrow for it, no value is cut and none but a long path is broken.
 
@@ -77,16 +75,15 @@ def print_table(
         empty: whether to show columns without values too.
         spare: columns that can be left out, the least important first.
         below: columns of long texts.
-        wide: whether to show all columns side by side in any case.
     """
-    width = _width(wide)
+    width = _width()
     columns = [column for column in rows[0] if empty or any(row.get(column) is not None for row in rows)]
     texts = {column: [*map(harmless, (column, *_column([row[column] for row in rows])))] for column in columns}
     widths = {column: max(map(_length, texts[column])) for column in columns}
     numbers = {column for column in columns if all(map(_NUMBER.fullmatch, texts[column][1:]))}
     above, beside, under, left_out = _arranged(widths, width, spare, below)
     if title:
-        print_text(title, wide)
+        print_text(title)
     for i, row in enumerate([dict.fromkeys(columns), *rows]):  # the headings, then the rows
         for line in _broken(texts[columns[0]][i], width) if above else ():
             click.secho(line, bold=not i or None)
@@ -99,19 +96,19 @@ def print_table(
                 for line in _broken(f"{column}: {texts[column][i]}".removeprefix(": "), width - 2 * _GAP):
                     click.echo(" " * _GAP + line)
     if left_out:
-        print_text(f"not shown in this width: {', '.join(left_out)}; --wide shows all", dim=True)
+        print_text(f"not shown in this width: {', '.join(left_out)}; `| less -S` shows all", dim=True)
     if title:
         click.echo()
 
 
-def print_text(text: str, wide: bool = False, dim: bool = False) -> None:
-    """A text of one paragraph on stdout, in lines of the terminal's width unless `wide`."""
-    for line in _broken(text, _width(wide)):
+def print_text(text: str, dim: bool = False) -> None:
+    """A text of one paragraph on stdout, in lines of the terminal's width."""
+    for line in _broken(text, _width()):
         click.secho(line, dim=dim or None)
 
 
-def _width(wide: bool) -> int:
-    return get_terminal_size().columns if sys.stdout.isatty() and not wide else sys.maxsize
+def _width() -> int:
+    return get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
 def _arranged(
@@ -219,7 +216,7 @@ def write(
         case "md":
             print_markdown(rows, title)
         case _:
-            print_table(rows, title, empty, spare, below, wide=form == "wide")
+            print_table(rows, title, empty, spare, below)
 
 
 def print_tokens(rows: Sequence[Row]) -> None:

@@ -27,7 +27,7 @@ def shell(line: str, place: Path, **env: str) -> "subprocess.CompletedProcess[st
         (f"{RECIPE} list > /dev/full", 1, "recipe: standard output: no space left"),
         (f"{RECIPE} results --json > /dev/full", 1, "recipe: standard output: no space left"),
         (f"{RECIPE} list 2>&- | tail -1", 0, ""),
-        (f"{RECIPE} list --wide | head -1", 0, ""),
+        (f"{RECIPE} list | head -1", 0, ""),
         (f"{RECIPE} score p.jsonl --out /dev/full", 1, "recipe: /dev/full: no space left"),
         *((f"{RECIPE} {words} >&-", 0, "") for words in ("list", "results --csv", "score p.jsonl")),
         (f"ulimit -f 0; {RECIPE} new x --from code-llama-7b", 1, "recipe: variants/x.yaml: File too large"),
@@ -42,7 +42,7 @@ def test_what_cannot_be_printed_or_written_ends_with_a_line(tmp_path: Path, line
 
 
 def test_a_terminal_of_another_encoding_gets_question_marks(tmp_path: Path) -> None:
-    done = shell(f"{RECIPE} list --wide", tmp_path, PYTHONIOENCODING="latin-1")
+    done = shell(f"{RECIPE} list", tmp_path, PYTHONIOENCODING="latin-1")
     assert done.returncode == 0 and "?" in done.stdout and "Traceback" not in done.stderr
 
 

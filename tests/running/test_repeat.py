@@ -20,7 +20,7 @@ CHANGES = {"one": "", "again": "", "other order": "curriculum_sampling=true", "o
 def begun(place: Path, tiny: Path, change: str = "") -> "subprocess.Popen[str]":
     """A rehearsal that has been started."""
     sets = [word for text in (*SETTINGS, f"base_model={tiny}", change) if text for word in ("--set", text)]
-    return start(place, "run", NAME, "--rehearse", "--deterministic", *sets)
+    return start(place, "run", NAME, "--rehearse", "--profile", "deterministic", *sets)
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def test_a_run_with_such_predictions_is_marked_in_the_list(tmp_path: Path, recip
     a_run(tmp_path / "runs", "haider2024/llama-2-7b", "two", 5.0)
     assert recipe("results", "--md").stdout.count("made elsewhere") == 1
     shutil.rmtree(tmp_path / "runs" / "haider2024/llama-2-7b/two")
-    said = recipe("results", "--study", "haider2024", "--wide").stdout
+    said = recipe("results", "--study", "haider2024").stdout
     assert "haider2024/llama-2-7b: its predictions were made elsewhere; by what is as their maker says." in said
 
 
