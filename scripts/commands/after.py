@@ -85,7 +85,7 @@ def results_verb(
     exclusive(what | {"--compare": pair, "--by": by, "--export": export, "--power": power_of})
     only_with("--difference", difference is not None, "--power", power_of)
     only_with("--best", best, "--sweep", sweep_name)
-    only_with("--rehearse", rehearse, "--study or --ledger", study_name or of_ledger)
+    only_with("--rehearse", rehearse, "--study", study_name and not of_ledger)
     only_with("--run", run, "--by", by)
     only_with("--metric", metric, "--compare or --by", pair or by)
     form = form_of(json, csv, md)
@@ -103,9 +103,9 @@ def results_verb(
 
         print(ledger.export(find_run(export, runs)))
     elif of_ledger:
-        from ..results import ledger_tables
+        from ..results import ledger
 
-        ledger_tables.show([study.find(study_name)] if study_name else study.every(), rehearse, form)
+        ledger.show([study.find(study_name)] if study_name else study.every(), form)
     elif study_name:
         _show_study(study.find(study_name), rehearse, runs, form)
     elif power_of:

@@ -226,19 +226,19 @@ FromRung = Annotated[
         "with their adapters; or train.",
     ),
 ]
-RehearsalsOfStudy = Annotated[bool, typer.Option("--rehearse", help="With --study or --ledger: rehearsals instead.")]
+RehearsalsOfStudy = Annotated[bool, typer.Option("--rehearse", help="With --study: rehearsals instead.")]
 ExportedRun = Annotated[
     str | None,
     typer.Option(
         "--export",
         metavar="RUN",
         autocompletion=completion.runs,
-        help="Write a record of a run for its study's ledger into this folder; it names no folder, host or user.",
+        help="Write a record of a run, without folders, hosts or names, for its study's ledger into this folder.",
     ),
 ]
 OfLedger = Annotated[
     bool,
-    typer.Option("--ledger", help="What others measured, by recipe and hardware. With --study: of that one."),
+    typer.Option("--ledger", help="The records of runs, planned memory beside measured. With --study: of that one."),
 ]
 
 DecodingName = Annotated[

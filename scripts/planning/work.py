@@ -1,15 +1,13 @@
 """What a training takes: tokens, steps, operations, and on a known card time and cost."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from ..configs import datafiles
 from ..configs.compose import Composed
 from ..configs.config import TRACKING, Difference
 from ..configs.gpus import Gpu, named
-from ..data import ledger, study
+from ..data import study
 from ..runs.lookup import all_runs, readable
 from . import steps
 from .lengths import Lengths
@@ -92,8 +90,8 @@ def _rows(composed: Composed) -> tuple[int | None, str]:
 
 def _rate(composed: Composed, gpu: Gpu, gpus: int, per_token: float, runs: Path) -> tuple[float | None, str | None]:
     """Tokens a second, padding not counted, where that is known, and the source: the newest finished run of a config on
-    as many such cards, else the records of that in its study's ledger, else the card's peak rate. Where rows are packed
-    it is the card's, since a measured speed also counts the padding at the ends of sequences."""
+    as many such cards, else the card's peak rate. Where rows are packed it is the card's, since a measured speed also
+    counts the padding at the ends of sequences."""
     packed = composed.config.get("sample_packing")
     for _, run in readable(() if packed else all_runs(runs)[::-1]):
         card = str((run.provenance.get("gpus") or [{}])[0].get("name"))
@@ -101,9 +99,6 @@ def _rate(composed: Composed, gpu: Gpu, gpus: int, per_token: float, runs: Path)
         same = _changed(run.from_origin) == _changed(composed.from_origin)
         if _is_card(card, gpu) and done and same and run.summary.tokens_per_second:
             return run.summary.tokens_per_second, "measured in an earlier run"
-    if not packed and (recorded := [*_recorded(composed, gpu, gpus)]):
-        cards = f"{gpus} x {gpu.name}" if gpus > 1 else gpu.name
-        return mean(recorded), f"recorded, {len(recorded)} record{'s' * (len(recorded) > 1)} on {cards}"
     if gpu.tflops:
         return gpu.tflops * 1e12 * UTILIZATION * gpus / per_token, f"{UTILIZATION:.0%} of the card's peak"
     return None, None
@@ -117,20 +112,6 @@ def _changed(differences: list[Difference]) -> dict[str, Any]:
 def _is_card(name: str, gpu: Gpu) -> bool:
     """Whether a card of that name, as its driver gives it, is a GPU."""
     return name == gpu.name or (named(name) or name) == named(gpu.name)
-
-
-def _recorded(composed: Composed, gpu: Gpu, gpus: int) -> Iterator[float]:
-    """The speeds that records of a recipe give for as many such cards; none for a config that is not the recipe's."""
-    of_study = study.of(composed.recipe)
-    divided = "gradient_accumulation_steps" if gpus > 1 else ""  # for as many rows a step as on one
-    if of_study is None or any(d.key != divided and not TRACKING.match(d.key) for d in composed.from_origin):
-        return
-    for _, record in ledger.records(of_study):
-        there = record.machine
-        rate = record.training.tokens_per_second
-        same = there.gpus == gpus and there.gpu and _is_card(there.gpu, gpu)
-        if record.recipe == composed.recipe and record.is_the_recipes and same and rate:
-            yield rate
 
 
 def flops_of_token(planner: Planner, length: int) -> float:

@@ -19,10 +19,9 @@ from ..base.files import Row
 from ..base.machine import now
 from ..base.templating import environment
 from ..configs import gpus
-from ..data import ledger
 from ..data.study import Study
 from ..planning import lora, need
-from ..results import ladder, ledger_tables, study_tables, verdict
+from ..results import ladder, study_tables, verdict
 from ..running import sweep_tables, sweeps
 from ..running.sweeps import Sweep
 from ..runs.lookup import all_runs
@@ -71,8 +70,6 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
     figures = [comparisons.study(study, rows, column, not rehearsal) for column in study.table.values()]
     by_metric = {c.label: _without_empty(study_tables.of_metric(rows, study, c)) for c in study.table.values()}
     measured, gaps = study_tables.of_measured(rows), study_tables.of_curves(rows)
-    records = [] if rehearsal else [record for _, record in ledger.records(study)]
-    recorded = ledger_tables.table(study, ledger.summary(study, records))
     rungs = ladder.begun(study, runs, rehearsal, rows)
     by_rung = ladder.by_metric(rungs, study) if rungs else {}
     figures += [comparisons.ladder(study, rungs, column) for column in study.table.values() if column.label in by_rung]
@@ -82,7 +79,6 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
         | {study_tables.COSTS: _without_empty(study_tables.of_costs(rows, study))}
         | ({study_tables.MEASURED: measured} if measured else {})
         | ({study_tables.CURVES: _without_empty(gaps)} if gaps else {})
-        | ({ledger_tables.TITLE: _without_empty(recorded)} if recorded else {})
         | {f"{ladder.TITLE}: {label}": _without_empty(some) for label, some in by_rung.items()},
         "baselines": [] if rehearsal else study_tables.baselines(study),
         "notes": [*([] if rehearsal else verdict.notes(study, rows)), *ladder.notes(rungs)],

@@ -7,7 +7,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.progress import say
 from ..configs import variants
-from ..data import ledger, study
+from ..data import study
 from ..data.published import Score
 from ..planning import need
 from ..terminal import tables
@@ -15,15 +15,11 @@ from ..terminal import tables
 
 def recipes() -> list[dict[str, Any]]:
     """Every shipped recipe and every variant in the working folder, as `entry` describes it, with the memory that it
-    needs if that was planned before, and what a variant in the working folder is a variant of; and what its study's
-    records say of it, as `measured_METRIC`, and how many `records` there are.
+    needs if that was planned before, and the recipe that a variant is from.
 
     A variant that cannot be read is reported on stderr.
     """
     rows = []
-    recorded: dict[str, dict[str, Any]] = {}
-    for of_study in study.every():
-        recorded |= ledger.by_recipe(of_study)
     shipped = {name: paths.recipe_file(name) for name in paths.recipe_names()}
     own = {name: paths.VARIANTS / f"{name}.yaml" for name in paths.variant_names() if name not in shipped}
     for name, file in (shipped | own).items():
@@ -34,11 +30,7 @@ def recipes() -> list[dict[str, Any]]:
         except UserError as error:
             say(str(error))
             continue
-        of_records = recorded.get(name, {"records": 0})
-        entry = study.entry(name, recipe, origin)
-        rows.append(entry | {"planned_gib": None, "variant_of": variant_of, "records": of_records["records"]})
-        for metric in [key.removeprefix("published_") for key in entry if key.startswith("published_")]:
-            rows[-1][f"measured_{metric}"] = of_records.get(metric)
+        rows.append(study.entry(name, recipe, origin) | {"planned_gib": None, "variant_of": variant_of})
         with suppress(UserError):  # some cannot be planned
             rows[-1]["planned_gib"] = need.needed_gib(recipe)
     return rows
@@ -59,18 +51,13 @@ def tables_of(rows: list[dict[str, Any]]) -> list[tuple[str | None, list[dict[st
 
 def _table(rows: list[dict[str, Any]], of_study: study.Study | None) -> list[dict[str, Any]]:
     columns = {name: column.label for name, column in of_study.table.items()} if of_study else {}
-    first = next(iter(columns), "")
     scores = {name: of_recipe.scores for name, of_recipe in of_study.published.items()} if of_study else {}
     return [
         {
             "recipe": row["recipe"],
             "epochs": row["epochs"],
             "optimizer": row["optimizer"],
-            **{columns[name]: published(scores.get(row["recipe"], {}).get(name)) for name in [*columns][:1]},
-            "measured (records)": f"{tables.text_of(row[f'measured_{first}'])} ({row['records']})"
-            if row["records"]
-            else None,
-            **{columns[name]: published(scores.get(row["recipe"], {}).get(name)) for name in [*columns][1:]},
+            **{label: published(scores.get(row["recipe"], {}).get(name)) for name, label in columns.items()},
             "planned GiB": row["planned_gib"],
             "base model": row["base_model"],
             "variant of": row["variant_of"],

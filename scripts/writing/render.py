@@ -11,7 +11,8 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.files import write_atomically
 from ..base.templating import environment
-from ..data import ledger, study, verified
+from ..configs import ledger
+from ..data import study, verified
 from ..data.study import Study
 from .base_model import BaseModel, describe
 
@@ -72,7 +73,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
                 by_study.setdefault(of_study.title, (of_study, []))[1].append(study.entry(name, recipe))
     if (templates / f"{README}.j2").is_file():
         measured = {
-            title: ledger.summary(of_study, [record for _, record in ledger.records(of_study, strict=True)])
+            title: ledger.table(of_study, ledger.records(of_study, strict=True))
             for title, (of_study, _) in by_study.items()
         }
         tables = {"studies": by_study.values(), "measured": measured, "verified": verified.table()}

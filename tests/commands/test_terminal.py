@@ -54,7 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made.append(a_run(runs, LONG, "20261126-101500-abc125", 5.5, summary=ended, **variant))
         cards = [recorded_runs.RTX_4090] * 2
         for run in made[1:]:  # one of a recipe, and one of a variant, in the ledger of this folder
-            recorded_runs.recorded(recorded_runs.completed(run, cards, {"epoch": 2.0}))
+            recorded_runs.recorded(recorded_runs.completed(run, cards))
     made.append(a_run(runs, CODE_LLAMA, "20261126-111500-abc126", 0.05, summary=ended, rehearsal=True))
     for run in made[:2]:
         rows = [
@@ -108,7 +108,7 @@ COMMANDS = {
     f"diff {CODE_LLAMA} haider2024/llama-3.2-3b": ["revision_of_model", "6c284d1468fe6c413cf56183e69b194dcfa27fe6"],
     "results": [*RUNS, "20261126-101500-abc125", "haider2024/llama-3.2-3b"],
     "results --study haider2024": [CODE_LLAMA, "haider2024/llama-2-7b"],
-    "results --ledger": ["haider2024/llama-3-8b", CODE_LLAMA, "num_epochs: 7"],
+    "results --ledger": ["haider2024/llama-3-8b", CODE_LLAMA],
     "results --sweep ranks": ["lora_r=8", "lora_r=16"],
     f"results --compare {' '.join(RUNS)}": ["bleu4"],
     f"results --by lang --run {next(iter(RUNS))}": ["py"],

@@ -8,8 +8,6 @@ from unittest.mock import Mock
 
 import orjson
 import pytest
-import recorded_runs
-import small_study
 from conftest import SMALL, Recipe, config_with, recipe_config
 from families import SHIPPED, TINY
 from hypothesis import given
@@ -22,7 +20,6 @@ from qlora_recipes.configs.compose import Request
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.planning import lora, need, plan, plan_tables, planner, steps, traces, work
 from qlora_recipes.planning.layers import trace
-from qlora_recipes.results import ledger
 from qlora_recipes.runs.rundir import Run, RunDir, Summary
 
 TURING, AMPERE = (7, 5), (8, 0)
@@ -311,36 +308,6 @@ def test_speed_is_taken_from_runs_on_such_cards(small: yamlfiles.Config, tmp_pat
     assert work_of(small, tmp_path, gpu=gpus.find("T4"), gpus=4, runs=runs)["tokens_per_second"] == 400
     assert "peak" in work_of(small, tmp_path, gpu=gpus.find("T4"), gpus=2, runs=runs)["rate_is"]
     assert work_of(small, tmp_path, vram=24, runs=runs)["tokens_per_second"] is None
-
-
-def test_speed_is_taken_from_records_of_the_recipe_where_no_run_shows_it(
-    small: yamlfiles.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recorded_runs.study_here(monkeypatch, tmp_path)
-    Path("recipes", f"{small_study.PLAIN}.yaml").write_text(yamlfiles.write_yaml(small))
-    for name, speed, more in (
-        ("a", 1000.0, {}),
-        ("b", 3000.0, {}),
-        ("t4", 9.0, {"gpus": [recorded_runs.RTX_4090 | {"name": "Tesla T4"}]}),
-        ("changed", 9e4, {"set": {"lora_r": 4}}),
-        ("two", 5000.0, {"gpus": [recorded_runs.RTX_4090] * 2, "gpus_used": 2}),
-    ):
-        recorded_runs.recorded(recorded_runs.a_run(name, training={"tokens_per_second": speed}, **more))
-
-    def rate(*overrides: str, card: str = "RTX 4090", runs: str = "none") -> tuple[float, str]:
-        request = Request(small_study.PLAIN, overrides=list(overrides))
-        found = plan.of_request(request, gpu=gpus.find(card), runs=Path(runs))["work"]
-        return found["tokens_per_second"], plan_tables.hours_are(found)
-
-    assert rate() == (2000, "speed: recorded, 2 records on RTX 4090; tokens: at most, every row counted as a full one")
-    assert rate(card="T4")[0] == 9 and "1 record on T4" in rate(card="T4")[1]
-    assert "peak" in rate(card="A100")[1]
-    assert "peak" in rate("lora_r=8")[1]  # no longer the recipe
-    assert rate("use_tensorboard=true")[0] == 2000
-    assert "earlier run" in rate(runs="runs")[1]
-    folder = RunDir(Path("runs", small_study.PLAIN, "a"))
-    planned = plan.of_request(Request(small_study.PLAIN), gpu=gpus.find("RTX 4090"))["memory"]["needed"]
-    assert ledger.of_run(folder, folder.read()).training.planned_gib == pytest.approx(planned / planner.GIB)
 
 
 def test_a_second_plan_comes_from_the_cache_without_torch(small: yamlfiles.Config, tmp_path: Path) -> None:

@@ -4,13 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
-import recorded_runs
 import small_study
 from run_folders import a_run
 from small_study import PLAIN, WIDE
 
 from qlora_recipes.reports import report, report_comparisons, report_runs
-from qlora_recipes.results import card, curves, ledger_tables, verdict
+from qlora_recipes.results import card, curves, verdict
 from qlora_recipes.scores.evaluations import read_scores
 
 
@@ -33,15 +32,6 @@ def test_scores_spreads_curves_and_what_was_measured_stand_in_it(runs: Path) -> 
         assert text in html, text
     assert all(text in html for text in ("95 % is of", "rows only", "largest gap"))
     assert "BLEU-4" not in html
-
-
-def test_what_others_recorded_stands_in_it_where_there_is_something(runs: Path) -> None:
-    recorded_runs.a_run("a", 66.0)
-    assert ledger_tables.TITLE not in report.of_study(small_study.read(), False, runs, analyze=False)
-    recorded_runs.recorded(recorded_runs.a_run("b", 68.25))
-    html = report.of_study(small_study.read(), False, Path("runs"), analyze=False)
-    table = html.partition(ledger_tables.TITLE)[2].partition("</table>")[0]
-    assert "68.25" in table and "RTX 4090" in table and "67.75 to 68.75" in table
 
 
 def test_our_loss_is_drawn_over_theirs(runs: Path) -> None:

@@ -62,16 +62,13 @@ def completed(
     return folder
 
 
-def recorded(folder: RunDir, change: dict[str, Any] | None = None) -> Path:
-    """Put the record of a run into its study's ledger in the folder of work; `change` has values by dotted places."""
-    content = orjson.loads(ledger.of_run(folder, folder.read()).model_dump_json())
-    for place, value in (change or {}).items():
-        *above, last = place.split(".")
-        at: Any = content
-        for part in above:
-            at = at[int(part) if isinstance(at, list) else part]
-        at[last] = value
-    file = Path("recipes", folder.read().origin.partition("/")[0], "results", f"{folder.path.name}.json")
+def recorded(folder: RunDir, **change: Any) -> Path:
+    """Put the record of a run into its study's ledger in the folder of work, with some fields changed."""
+    run = folder.read()
+    own = read_scores(folder.path)
+    assert own
+    content = ledger.record_of_run(folder, run, own).model_dump(mode="json") | change
+    file = Path("recipes", run.origin.partition("/")[0], "results", f"{folder.path.name}.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(orjson.dumps(content))
     return file

@@ -10,8 +10,8 @@ from conftest import recipe_config
 
 from qlora_recipes.base import paths
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.configs import config
-from qlora_recipes.data import ledger, study
+from qlora_recipes.configs import config, ledger
+from qlora_recipes.data import study
 from qlora_recipes.writing import render
 
 
@@ -38,7 +38,8 @@ def test_the_table_of_recipes_shows_what_was_recorded(tmp_path: Path, monkeypatc
         readme = render.rendered()[render.README]
     assert of_study.title in readme and "No records yet." not in readme
     assert readme.count("none has been\nreproduced") == len(study.every()) - 1
-    assert "| haider2024/llama-2-7b | RTX 4090 | 2 | 5.05 (5 to 5.1) | – | 7.5 | – | 812 | 2.5 |" in readme
+    cells = [line.split(" | ") for line in readme.splitlines() if line.startswith("| haider2024/llama-2-7b | RTX 4090")]
+    assert [row[4] for row in cells] == ["5", "5.1"]
 
 
 def test_drift_shows_what_differs() -> None:
