@@ -11,7 +11,7 @@ from ..base import disks, paths, private, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.quiet import importing_axolotl
 from ..base.yamlfiles import Config
-from ..configs import compose, datafiles, exchange, models, standin, variants
+from ..configs import compose, datafiles, models, standin, substitution, variants
 from ..configs.compose import Composed, Request
 from ..configs.config import check_not_of_the_run
 from ..configs.gpus import Gpu
@@ -207,10 +207,14 @@ def _replaced(composed: Composed) -> Iterator[Finding]:
     """Replaced parts of a rehearsal: the user's own data, whose path may be misspelt, and a chat template."""
     for difference in composed.differences:
         own = difference.key.endswith(".path") and not study.input_format(str(difference.recipe))
-        if own and exchange.FROM_SAMPLE in difference.why:
+        if own and substitution.FROM_SAMPLE in difference.why:
             where = paths.shown(composed.recipe_file), yamlfiles.line_of(composed.recipe_file, difference.key)
             yield Finding("warning", "other-rows", difference.key, difference.why, "correct the path", *where)
-        if difference.key == "base_model" and composed.rehearsal and exchange.takes_models_template(composed.config):
+        if (
+            difference.key == "base_model"
+            and composed.rehearsal
+            and substitution.takes_models_template(composed.config)
+        ):
             problem = f"chats get the stand-in's chat template, as that of {difference.recipe} is not on this machine"
             remedy = "set chat_template to rehearse with another"
             yield Finding("note", "other-template", "chat_template", problem, remedy, paths.shown(composed.recipe_file))

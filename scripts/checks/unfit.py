@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from ..configs.compatibility import VARIANTS
 from ..configs.compose import Composed
-from ..configs.fitting import VARIANTS
 from ..configs.gpus import Gpu
 from .finding import Finding
 
@@ -11,7 +11,7 @@ from .finding import Finding
 def findings(composed: Composed, gpu: Gpu | None, launching: bool) -> Iterator[Finding]:
     """A note for each reason for which keys of a profile are left out or get another value than the profile's, and one
     where a profile was fitted to no card in particular, a warning before a run; a rehearsal has none."""
-    for why, changes in composed.unfit.items():
+    for why, changes in composed.incompatible.items():
         (key, instead), *others = changes.items()
         if others:
             problem = f"the profile leaves these out, because {why}: {', '.join(changes)}"

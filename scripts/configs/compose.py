@@ -13,7 +13,7 @@ from ..base import machine, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..data.sample import usual_sample
-from . import config, engines, exchange, fitting, models, standin, variants
+from . import compatibility, config, engines, models, standin, substitution, variants
 from .config import Difference, check_not_of_the_run
 from .datafiles import DataFile
 from .gpus import Gpu
@@ -53,7 +53,7 @@ class Composed:
         files: for each key that a variant or a profile changed, its file.
         data: the data files that it names, once they have been read.
         plain: of a rehearsal, the same request without that, and without its overrides, too, where it has some.
-        unfit: the keys of profiles that were not laid over it as they are, by the reason; see `fitting.fitted`.
+        incompatible: keys that profiles would set and that do not suit it, by the reason; see `compatibility.adapted`.
         of_variant: the differences of the file that is run from its origin.
     """
 
@@ -67,7 +67,7 @@ class Composed:
     rehearsal: bool
     data: list[DataFile] = field(default_factory=list)
     plain: "list[Composed]" = field(default_factory=list)
-    unfit: fitting.Unfit = field(default_factory=dict)
+    incompatible: compatibility.Incompatible = field(default_factory=dict)
     of_variant: list[Difference] = field(default_factory=list)
 
     @property
@@ -103,7 +103,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     sample: Config = {}
     untouched: Config = {}  # before a rehearsal's own values
     given: Config = {}  # what was laid over a rehearsal's own values, by dotted key
-    unfit: fitting.Unfit = {}
+    incompatible: compatibility.Incompatible = {}
 
     def lay(changed: Config, reason: str, source: Path | None = None) -> None:
         nonlocal composed
@@ -116,14 +116,14 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     base = composed
     if request.mirror:
         lay(_mirrored(composed), "--mirror")
-    fragments = _fragments(profiles, composed, request.overrides, gpu, unfit)
+    fragments = _fragments(profiles, composed, request.overrides, gpu, incompatible)
     for (profile, profile_file), fragment in zip(profiles, fragments, strict=True):
         if profile == REHEARSAL:
             folders = {"stand_in": str(standin.folder()), "sample": str(usual_sample())}
             fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
-            sample = {key: fragment.pop(key) for key in exchange.OF_SAMPLE}
+            sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
             if models.is_small(composed):
-                fragment = {key: value for key, value in fragment.items() if key not in exchange.OF_MODEL}
+                fragment = {key: value for key, value in fragment.items() if key not in substitution.OF_MODEL}
             untouched = composed
         elif sample:
             given |= dict(config.flatten(fragment))
@@ -141,7 +141,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     several = f"--gpus {request.gpus}" + (f" --nodes {request.nodes}" if request.nodes > 1 else "")
     lay(engines.divided(composed, request.ranks, several), f"{several}: steps of as many rows as on one")
     if rehearsal:
-        for changes, reason in exchange.exchanges(composed, sample, given, untouched, request.ranks):
+        for changes, reason in substitution.substitutions(composed, sample, given, untouched, request.ranks):
             lay(config.merge(composed, changes), f"rehearsal: {reason}")
     differences = _differences(base, composed, reasons)
     files = {key: source for key, (_, source) in reasons.items() if source}
@@ -161,7 +161,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
         [*dict(profiles)],
         rehearsal,
         plain=plain,
-        unfit=unfit,
+        incompatible=incompatible,
         of_variant=of_variant,
     )
 
@@ -174,13 +174,17 @@ def _differences(before: Config, after: Config, reasons: dict[str, tuple[str, Pa
 
 
 def _fragments(
-    profiles: list[tuple[str, Path]], begun: Config, overrides: list[str], gpu: Gpu | None, unfit: fitting.Unfit
+    profiles: list[tuple[str, Path]],
+    begun: Config,
+    overrides: list[str],
+    gpu: Gpu | None,
+    incompatible: compatibility.Incompatible,
 ) -> Iterator[Config]:
     """What profiles lay over a config in turn: of those that are fitted, what suits all else that is laid over it."""
     before = begun
     for profile, file in profiles:
         fragment = yamlfiles.read_yaml(file)
-        if profile in fitting.VARIANTS:
+        if profile in compatibility.VARIANTS:
             with_others = begun
             for name, other in profiles:
                 if name not in (profile, REHEARSAL):
@@ -188,7 +192,7 @@ def _fragments(
             for text in overrides:
                 with suppress(UserError):  # one that is wrong is refused where it is laid
                     with_others = config.override(with_others, *config.parse_override(text))
-            fragment = fitting.fitted(fragment, before, with_others, gpu, unfit)
+            fragment = compatibility.adapted(fragment, before, with_others, gpu, incompatible)
         before = config.merge(before, fragment)
         yield fragment
 

@@ -8,8 +8,8 @@ from typing import Any
 from .. import places
 from ..base import paths, yamlfiles
 from ..configs import config, datafiles
+from ..configs.compatibility import departures
 from ..configs.compose import REHEARSAL, TRACKERS
-from ..configs.fitting import departures
 from ..data.published import TRAIN_LOSS, Measured, Published, Score
 from ..data.study import Study
 from ..metrics.metric import Column

@@ -11,7 +11,7 @@ from axolotl.utils.trainer import add_position_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..configs import standin
-from ..configs.fitting import AMPERE
+from ..configs.compatibility import AMPERE
 from ..data.sample import usual_sample
 from ..runs.eval_loss import MASKED
 from .bench import Bench, Figure, Figures

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 from ...base.machine import torch_cuda
-from ...configs import exchange
+from ...configs import substitution
 from ...configs.attention import OLD_KEYS, takes_varlen
+from ...configs.compatibility import AMPERE
 from ...configs.config import flatten
-from ...configs.fitting import AMPERE
 from ...configs.precision import precision, quantized
 from ...data import hub
 from ..finding import Level
@@ -153,10 +153,10 @@ def _kernel_here(name: str) -> bool:
 @rule
 def no_gpu(case: Case) -> Problems:
     """A CPU does not train in fp16, into which Axolotl also turns bf16: auto, its default, there; transformers says so
-    once the model is loaded. What else it lacks is in `exchange`, where a rehearsal does without it."""
+    once the model is loaded. What else it lacks is in `substitution`, where a rehearsal does without it."""
     if not case.launching or case.gpu:
         return
-    for change, reason in exchange.lacking(case.config):
+    for change, reason in substitution.lacking(case.config):
         keys = [key for key in change if key not in ("fp16", "float16")]
         if keys:
             key = next(filter(case.__getitem__, keys), keys[0])

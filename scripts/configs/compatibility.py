@@ -10,11 +10,11 @@ from .config import flatten
 from .gpus import Gpu
 
 VARIANTS = ("fast", "packed")
-"""The profiles that are fitted to a config."""
+"""The profiles that are adapted to a config."""
 AMPERE = (8, 0)
 """From which compute capability Triton supports cards (its README, since 3.3), and torch has FlashAttention, of which
 its attention over rows of several lengths is made ("FlashAttention only supports Ampere GPUs or newer")."""
-Unfit = dict[str, Config]
+Incompatible = dict[str, Config]
 """For each reason the keys of a profile that are left out, as None, or the values that they get instead."""
 _LIGER = ("plugins", "liger_rms_norm", "liger_glu_activation", "liger_rope", "liger_fused_linear_cross_entropy")
 _LORA = {
@@ -25,7 +25,7 @@ _LORA = {
 """The layers that each of Axolotl's LoRA kernels needs adapters on, all of them (monkeypatch/lora_kernels.py)."""
 
 
-def fitted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, unfit: Unfit) -> Config:
+def adapted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, incompatible: Incompatible) -> Config:
     """A profile of `VARIANTS` without what a config or a card does not allow; its plugins join those before it.
 
     Args:
@@ -33,13 +33,13 @@ def fitted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, un
         before: what it is laid over.
         config: what all else comes to: a recipe, the other profiles, also those behind it, and overrides.
         gpu: the card; None is any from Ampere on.
-        unfit: where to note keys that are left out, or get another value than the profile's.
+        incompatible: where to note keys that are left out, or get another value than the profile's.
     """
     fit = dict(fragment)
-    for changes, reason in _unfit(config, gpu):
+    for changes, reason in _incompatible(config, gpu):
         for key, instead in changes.items():
             if key in fit and fit[key] != instead:
-                unfit.setdefault(reason, {})[key] = instead
+                incompatible.setdefault(reason, {})[key] = instead
                 fit[key] = instead
                 if instead is None:
                     del fit[key]
@@ -48,7 +48,7 @@ def fitted(fragment: Config, before: Config, config: Config, gpu: Gpu | None, un
     return fit
 
 
-def _unfit(config: Config, gpu: Gpu | None) -> Iterator[tuple[Config, str]]:
+def _incompatible(config: Config, gpu: Gpu | None) -> Iterator[tuple[Config, str]]:
     """Keys that a profile must not change in a config, or must set to another value, and why."""
     if gpu and gpu.capability < AMPERE:
         yield dict.fromkeys((*_LIGER, "lora_mlp_kernel")), f"Triton, in which they are written, does not support {gpu}"
@@ -56,11 +56,11 @@ def _unfit(config: Config, gpu: Gpu | None) -> Iterator[tuple[Config, str]]:
     if config.get("pad_to_sequence_len") or config.get("sample_packing"):
         yield {"pad_to_sequence_len": True}, "the config pads every sequence to one length, or packs"
     model = models.architecture_here(config)
-    yield from _unfit_liger(config, model)
-    yield from _unfit_lora(config, model)
+    yield from _incompatible_liger(config, model)
+    yield from _incompatible_lora(config, model)
 
 
-def _unfit_liger(config: Config, model: dict[str, Any]) -> Iterator[tuple[Config, str]]:
+def _incompatible_liger(config: Config, model: dict[str, Any]) -> Iterator[tuple[Config, str]]:
     if (kind := model.get("model_type")) and kind not in models.LAYERS:
         yield dict.fromkeys(_LIGER), f"they were not tried with models of type {kind}"
     if config.get("tensor_parallel_size") not in (None, 1):
@@ -73,7 +73,7 @@ def _unfit_liger(config: Config, model: dict[str, Any]) -> Iterator[tuple[Config
         yield dict.fromkeys(_LIGER[-1:]), "lm_head is trained, which it was not tried with"
 
 
-def _unfit_lora(config: Config, model: dict[str, Any]) -> Iterator[tuple[Config, str]]:
+def _incompatible_lora(config: Config, model: dict[str, Any]) -> Iterator[tuple[Config, str]]:
     """Dropout: a kernel draws one mask for all its layers, where PEFT draws one for each (axolotl/kernels/lora.py)."""
     if config.get("adapter") not in ("lora", "qlora") or config.get("rl"):
         yield dict.fromkeys(_LORA), "there is no LoRA to speed up, or it is for preference training"

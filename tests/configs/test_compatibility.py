@@ -11,11 +11,11 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.paths import recipe_names
 from qlora_recipes.checks import check
-from qlora_recipes.configs import compose, fitting, gpus
+from qlora_recipes.configs import compatibility, compose, gpus
 from qlora_recipes.configs.compose import Composed, Request
 
-LIGER = {*fitting._LIGER} - {"plugins"}
-KERNELS = {*fitting._LORA}
+LIGER = {*compatibility._LIGER} - {"plugins"}
+KERNELS = {*compatibility._LORA}
 NO_DROPOUT = "peft-metamathqa/qlora-rank32"
 
 
@@ -30,7 +30,7 @@ def on(composed: Composed) -> set[str]:
 
 def mine(*profiles: str, overrides: tuple[str, ...] = (), **change: Any) -> Composed:
     """The profile fast, and others behind it, over a recipe without dropout that has all layers as targets."""
-    layers = [layer for needed in fitting._LORA.values() for layer in needed]
+    layers = [layer for needed in compatibility._LORA.values() for layer in needed]
     every = {"lora_dropout": 0, "lora_target_modules": layers}
     Path("mine.yaml").write_text(yamlfiles.write_yaml(config_with(every | change, NO_DROPOUT)))
     return laid("mine.yaml", "fast", *profiles, overrides=overrides)
@@ -58,8 +58,8 @@ def test_lora_kernels_are_on_only_without_dropout_and_triton_only_where_it_runs(
 
 def test_all_is_on_for_a_recipe_that_allows_it_and_what_is_not_says_why() -> None:
     assert on(mine()) == LIGER | KERNELS
-    assert mine().unfit == {}
-    (reason,) = laid("loftq-gsm8k/llama-2-7b-qlora", "fast").unfit
+    assert mine().incompatible == {}
+    (reason,) = laid("loftq-gsm8k/llama-2-7b-qlora", "fast").incompatible
     assert "lora_dropout 0.1" in reason
 
 
@@ -85,10 +85,10 @@ def test_what_axolotl_refuses_or_would_compute_otherwise_stays_off(
 ) -> None:
     if "gemma" in str(change.get("base_model")):
         gemma = {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}
-        monkeypatch.setattr(fitting.models, "architecture", lambda config, download: gemma)
+        monkeypatch.setattr(compatibility.models, "architecture", lambda config, download: gemma)
     composed = mine(**change)
     assert on(composed) == (LIGER | KERNELS) - off
-    assert {key for keys in composed.unfit.values() for key in keys} - {"plugins"} == off
+    assert {key for keys in composed.incompatible.values() for key in keys} - {"plugins"} == off
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_profile_fits_what_is_laid_over_it(override: str, off: set[str]) -> No
 def test_what_is_laid_over_a_recipe_lets_a_profile_do_more() -> None:
     name = "haider2024/all-linear/llama-2-7b"
     assert on(laid(name, "fast", overrides=("lora_dropout=0",))) == LIGER | KERNELS
-    assert laid(name, "fast", overrides=("lora_dropout=0",)).unfit == {}
+    assert laid(name, "fast", overrides=("lora_dropout=0",)).incompatible == {}
     explicit = laid(name, "fast", overrides=("lora_mlp_kernel=true",))
     assert on(explicit) == LIGER | {"lora_mlp_kernel"}
     with pytest.raises(UserError, match="plugins"):
@@ -173,7 +173,7 @@ def test_a_users_own_profile_is_laid_over_as_it_is() -> None:
     Path("fast.yaml").write_text("lora_mlp_kernel: true\n")
     composed = laid("haider2024/llama-2-7b", "fast.yaml")
     assert composed.config["lora_mlp_kernel"] is True
-    assert composed.unfit == {}
+    assert composed.incompatible == {}
 
 
 def test_check_notes_what_a_profile_leaves_once_a_reason(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""What a rehearsal exchanges in the config that all else comes to: rows that are not there, and what a CPU lacks."""
+"""Substitutions in a rehearsal: rows that are not there, and what a CPU lacks."""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +20,9 @@ FROM_SAMPLE = "rows of the shipped sample"
 _MOST_ROWS = {"datasets": 32, "test_datasets": 8}  # few enough for a rehearsal of minutes
 
 
-def exchanges(composed: Config, sample: Config, given: Config, own: Config, ranks: int) -> Iterator[tuple[Config, str]]:
+def substitutions(
+    composed: Config, sample: Config, given: Config, own: Config, ranks: int
+) -> Iterator[tuple[Config, str]]:
     """Changes to lay over the config of a rehearsal, each with its reason.
 
     Args:
