@@ -49,21 +49,29 @@ def _console() -> Any:
 class Bar:
     """A progress bar on a terminal; elsewhere a line now and then, as suits a log file.
 
-    Without a total, how much there is to do is not known, or not yet. Of that, `done` was done before.
+    Without a total, the amount of work is not known, or not yet. Of it, `done` was done before.
     """
 
     EVERY = 30.0  # seconds between two lines
 
     def __init__(self, title: str, total: int | None = None, done: int = 0):
-        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[bar]}")
-        self.progress = Progress(*columns, console=_console(), disable=not _console().is_terminal)
-        self.progress.add_task(harmless(title), start=total != 1, total=total, completed=done, bar=self)
-        self.task = self.progress.tasks[0]
+        text = TextColumn("{task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[note]}")
+        self.progress = Progress(
+            *text,
+            TimeRemainingColumn(),
+            console=_console(),
+            disable=not _console().is_terminal,
+            speed_estimate_period=600,
+        )
         self.note = ""
-        self.since = self.updated = self.last_line = time.monotonic()
-        self.counted_from = self.since, done
+        self.progress.add_task(
+            harmless(title), start=total != 1, total=total, completed=done, note=self._note(done, total)
+        )
+        self.task = self.progress.tasks[0]
+        self.last_line = time.monotonic()
+        self.is_line_due = False
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -74,40 +82,31 @@ class Bar:
     def __exit__(self, *_: Any) -> None:
         self.progress.live.transient = not self.note
         self.progress.stop()
-        if self.updated > self.last_line:
+        if self.is_line_due:
             self._line(after=1.0)
 
-    def __str__(self) -> str:
-        """How far it is, and the time left; while that is not known, the time that this has taken."""
-        done, total, now = self.task.completed, self.task.total, time.monotonic()
-        start, before = self.counted_from
-        seconds, left = now - self.since, ""
-        if total and done > before:
-            left, seconds = "left ", (self.updated - start) / (done - before) * (total - done) - (now - self.updated)
-        clock = f"{left}{timedelta(seconds=int(seconds))}" if seconds >= 1 else ""
-        return "  ".join(filter(None, (f"{done:.0f}/{total:.0f}" if total and total > 1 else "", self.note, clock)))
-
     def begin(self, title: str) -> None:
-        """Say what is being done from now on."""
+        """Show the work that begins now."""
         self.progress.update(self.task.id, description=harmless(title))
-        self.since = time.monotonic()
-        if self.task.completed == self.counted_from[1]:  # earlier phases say nothing about the time left
-            self.counted_from = self.since, self.counted_from[1]
         self._line()
 
     def update(self, done: int, total: int | None = None, note: str = "") -> None:
         """Set how far the work is."""
-        self.updated = time.monotonic()
-        if not self.task.total:
-            self.counted_from = self.updated, done
-        self.progress.update(self.task.id, completed=done, total=total or None)
         self.note = note or self.note
+        whole = total or self.task.total
+        self.progress.update(self.task.id, completed=done, total=whole, note=self._note(done, whole))
+        self.is_line_due = True
         self._line(after=self.EVERY)
+
+    def _note(self, done: int, total: float | None) -> str:
+        return f"{done}/{total:.0f}  {self.note}".strip() if total and total > 1 else self.note
 
     def _line(self, after: float = 0.0) -> None:
         if self.progress.disable and time.monotonic() - self.last_line >= after:
-            self.last_line = time.monotonic()
-            say(f"{self.task.description}  {self}".rstrip())
+            self.last_line, self.is_line_due = time.monotonic(), False
+            left = self.task.time_remaining
+            clock = f"left {timedelta(seconds=round(left))}" if left else ""
+            say("  ".join(filter(None, (self.task.description, self.task.fields["note"], clock))))
 
 
 class TrainingProgress(Bar):

@@ -4,7 +4,6 @@ import importlib.metadata
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
@@ -21,33 +20,21 @@ _packages_distributions = cache(importlib.metadata.packages_distributions)
 
 @cache
 def limit_waiting() -> None:
-    """Have huggingface_hub give a hub up after `PATIENCE`, however often it asks; its client waits without end."""
+    """Have huggingface_hub give up a hub that leaves a request without an answer; its client waits without end."""
     from httpx import Client, TimeoutException
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
-
-    began = failed = float("-inf")  # the first of its requests in a row without an answer, and the last
 
     def client() -> Client:
         made = default_client_factory()
         send = made.send
 
         def send_in_time(request: Any, **options: Any) -> Any:
-            nonlocal began, failed
-            now = time.monotonic()
-            began = began if now - failed < PATIENCE else now
-            left = max(began + PATIENCE - now, PATIENCE / 60)
-            timeouts = request.extensions["timeout"]
-            request.extensions["timeout"] = {key: min(value or left, left) for key, value in timeouts.items()}
+            request.extensions["timeout"] = dict.fromkeys(request.extensions["timeout"], PATIENCE)
             try:
-                answer = send(request, **options)
+                return send(request, **options)
             except TimeoutException:
-                failed = time.monotonic()
-                if failed - began > PATIENCE * 0.99:
-                    raise WorkFailed(f"{request.url.host}: did not answer within {PATIENCE:g} s") from None
-                raise
-            failed = float("-inf")
-            return answer
+                raise WorkFailed(f"{request.url.host}: did not answer within {PATIENCE:g} s") from None
 
         made.send = send_in_time  # type: ignore[method-assign]  # its factory sets up the client
         return made

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,6 @@ import yaml
 from .errors import UserError
 
 Config = dict[str, Any]
-
-
-_OWN = "in words of this project"  # the context of such an error
 
 
 class _Loader(yaml.CSafeLoader):
@@ -26,7 +24,7 @@ class _Loader(yaml.CSafeLoader):
         for key, _ in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 twice = f"the key {key.value} occurs twice; delete one"
-                raise yaml.MarkedYAMLError(_OWN, problem=twice, problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key.value, str) else id(key))
         return super().construct_mapping(node, deep)
 
@@ -42,28 +40,29 @@ for _class in (_Loader, _Dumper):
 
 
 _PLAIN = (type(None), bool, int, float, str, list, dict)
-_MOST_VALUES = 100_000  # a config has about a hundred; aliases of aliases can make a short file explode
+_MOST_LETTERS = 1_000_000
+_MOST_VALUES = 100_000  # a config has about a hundred; aliases of aliases make many of a short text
 _MOST_LEVELS = 50
-_TOO_DEEP = "nested too deeply to be a config, or an alias that contains itself"
 
 
 def parse(text: str, where: str) -> Any:
     """The value of a YAML text: text, numbers, booleans, null, lists, and mappings with text keys.
 
     Raises:
-        UserError: it is not YAML (with the line) or holds something else.
+        UserError: it is not YAML (with line and column) or holds something else.
     """
+    if len(text) > _MOST_LETTERS:
+        raise UserError(f"{where}: too large to be a config: {len(text):,} letters")
     try:
-        if problem := _out_of_bounds(text):
-            raise UserError(f"{where}: {problem}")
+        depths = accumulate(_LEVELS.get(type(event), 0) for event in yaml.parse(text, _Loader))
+        if any(depth > _MOST_LEVELS for depth in depths):  # loading 10,000 levels would end the process
+            raise UserError(f"{where}: nested too deeply to be a config")
         content = yaml.load(text, _Loader)
-    except RecursionError:
-        raise UserError(f"{where}: {_TOO_DEEP}") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise UserError(f"{where}{_in_plain_words(error, text)}") from None
-    for value, depth in _values(content):
-        if depth > _MOST_LEVELS:
-            raise UserError(f"{where}: {_TOO_DEEP}")
+        raise UserError(f"{where}{_problem(error)}") from None
+    for number, (value, depth) in enumerate(_values(content)):
+        if depth > _MOST_LEVELS or number > _MOST_VALUES:
+            raise UserError(f"{where}: nested too deeply, or too large, to be a config; write out its aliases")
         too_large = isinstance(value, int | float) and not -(2.0**63) < value < 2.0**63  # nor is NaN in between
         if not isinstance(value, _PLAIN) or too_large:
             raise UserError(f"{where}: {value!r:.50} is not a value for a config; put it in quotes if it is text")
@@ -73,64 +72,21 @@ def parse(text: str, where: str) -> Any:
     return content
 
 
-def _out_of_bounds(text: str) -> str | None:
-    """Why a text is no config, if its aliases make it explode or its nesting would end the process; seen before either,
-    in what the parser meets one after the other."""
-    count = 0
-    sizes: dict[str | None, int] = {}  # of what anchors name
-    begun: list[tuple[str | None, int]] = []
-    for event in yaml.parse(text, _Loader):
-        anchor = getattr(event, "anchor", None)
-        if isinstance(event, yaml.AliasEvent):
-            if anchor in [of for of, _ in begun]:
-                return _TOO_DEEP
-            count += sizes.get(anchor, 1)
-        elif isinstance(event, yaml.CollectionStartEvent):
-            begun.append((anchor, count))
-            count += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = begun.pop()
-            sizes[anchor] = count - before
-        elif isinstance(event, yaml.ScalarEvent):
-            count += 1
-            sizes[anchor] = 1
-        if len(begun) > _MOST_LEVELS or count > _MOST_VALUES:
-            return _TOO_DEEP if len(begun) > _MOST_LEVELS else "too large to be a config"
-    return None
+_LEVELS: dict[type[yaml.Event], int] = {
+    yaml.SequenceStartEvent: 1,
+    yaml.MappingStartEvent: 1,
+    yaml.SequenceEndEvent: -1,
+    yaml.MappingEndEvent: -1,
+}
 
 
-def _in_plain_words(error: Any, text: str) -> str:
-    """The line of a mistake where there are several, and what it is, without the terms of YAML's grammar."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:  # of a value, not of its form
-        return f": not valid YAML: {str(error).splitlines()[0]}"
-    lines = [*text.splitlines(), ""]
-    at = lines[mark.line][: mark.column + 1]
-    words = error.problem
-    for pattern, at_its_beginning, plain in _PLAIN_WORDS if error.context != _OWN else ():
-        if re.search(pattern, f"{error.context}: {words}, {at}"):
-            mark = error.context_mark if at_its_beginning else mark
-            words = plain.format(lines[mark.line][mark.column :][:1])
-            break
-    return f"{f':{min(mark.line + 1, len(lines) - 1)}' if '\n' in text else ''}: not valid YAML: {words}"
-
-
-_PLAIN_WORDS = (  # by what PyYAML says, and whether the mistake is where it began to read
-    ("tab character|any token.*\t$", False, "a tab; indent with spaces"),
-    ("mapping values.*, .*: .*:$", False, "a value with a colon and a space in it; put it in quotes"),
-    ("mapping values", False, "indented too far, or the line above lacks the colon and space behind its key"),
-    ("find expected ':'", True, "no colon between a key and its value"),
-    ("a flow ", True, "a [ or {{ that is not closed, or that lacks a comma"),
-    ("quoted scalar: .*end of stream", True, "a quotation mark that is not closed"),
-    ("unknown escape", False, "a backslash in double quotes; use single ones"),
-    ("an alias|an anchor", True, "a value that begins with {}; put it in quotes"),
-    ("block collection", False, "a list and keys at the same depth; indent one of them"),
-    ("sequence entries", False, "a list begins behind a key; put its first dash on a line of its own"),
-    ("node content", False, "a value is missing, or a bracket ends that does not begin"),
-    ("expected key", False, "indented unlike the lines above, or a quote or bracket ends where it should not"),
-    ("undefined alias|any token|the tag", False, "a value that begins with {}; put it in quotes"),
-    ("another document", False, "--- begins a second config; give each a file of its own"),
-)
+def _problem(error: Exception) -> str:
+    """A mistake in YAML as PyYAML reports it, in one line that begins with the place."""
+    if not isinstance(error, yaml.MarkedYAMLError) or not error.problem_mark:
+        return f": not valid YAML: {str(error).partition('\n')[0]}"
+    mark, began = error.problem_mark, error.context_mark
+    context = f"{error.context} from line {began.line + 1} on, " if began else ""
+    return f":{mark.line + 1}:{mark.column + 1}: not valid YAML: {context}{error.problem}"
 
 
 def _values(value: Any, depth: int = 0) -> Iterator[tuple[Any, int]]:

@@ -28,22 +28,6 @@ def test_numbers_are_read_as_meant(tmp_path: Path) -> None:
     assert read == {"a": 0.0002, "b": 1000.0, "c": 0.05, "d": 12, "e": "2e", "f": "2e-4"}
 
 
-@pytest.mark.parametrize(
-    ("text", "line", "says"),
-    [
-        ("a: 1\nb: [1, 2\nc: 3\n", 2, "that is not closed"),
-        ("a: 1\n\ta: 2\n", 2, "not valid YAML"),
-        ("a: 1\nb: 2\na: 3\n", 3, "a occurs twice"),
-        ("a: !!python/object/apply:os.system [id]\n", 1, "not valid YAML"),
-    ],
-)
-def test_a_malformed_file_is_told_with_its_line(tmp_path: Path, text: str, line: int, says: str) -> None:
-    file = write(tmp_path, text)
-    with pytest.raises(UserError, match=says) as error:
-        yamlfiles.read_yaml(file)
-    assert str(error.value).startswith(f"{file}:{line}:")
-
-
 @pytest.mark.parametrize("text", ["- 1\n", "just text\n", "", "1: a\n", "[" * 5000, "\x00"])
 def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError):
