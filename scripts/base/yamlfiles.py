@@ -59,7 +59,7 @@ def parse(text: str, where: str) -> Any:
             raise UserError(f"{where}: nested too deeply to be a config")
         content = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise UserError(f"{where}{_problem(error)}") from None
+        raise UserError(f"{where}{_problem(error, text)}") from None
     for number, (value, depth) in enumerate(_values(content)):
         if depth > _MOST_LEVELS or number > _MOST_VALUES:
             raise UserError(f"{where}: nested too deeply, or too large, to be a config; write out its aliases")
@@ -80,13 +80,14 @@ _LEVELS: dict[type[yaml.Event], int] = {
 }
 
 
-def _problem(error: Exception) -> str:
-    """A mistake in YAML as PyYAML reports it, in one line that begins with the place."""
+def _problem(error: Exception, text: str) -> str:
+    """A mistake in YAML as PyYAML reports it, in one line that begins with the place in a text of several."""
     if not isinstance(error, yaml.MarkedYAMLError) or not error.problem_mark:
         return f": not valid YAML: {str(error).partition('\n')[0]}"
     mark, began = error.problem_mark, error.context_mark
     context = f"{error.context} from line {began.line + 1} on, " if began else ""
-    return f":{mark.line + 1}:{mark.column + 1}: not valid YAML: {context}{error.problem}"
+    line = f":{mark.line + 1}" if "\n" in text else ""
+    return f"{line}: not valid YAML: {context}{error.problem} (column {mark.column + 1})"
 
 
 def _values(value: Any, depth: int = 0) -> Iterator[tuple[Any, int]]:
