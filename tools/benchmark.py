@@ -103,7 +103,7 @@ def declared(folder: Path, count: int = 395_000) -> tuple[float, float, bool]:
             stream.write(json.dumps(row) + "\n")
     row = {"instruction": "'Think step by step.'", "input": "query", "output": "response"}
     drop = {"too long": "(query ~ ' ' ~ response) | length > 1300"}
-    sums(folder, {"row": row, "drop": {"no answer": None} | drop, "splits > valid": None})
+    sums(folder, {"data > fields": row, "data > filters": {"no answer": None} | drop, "data > splits > valid": None})
     code = (
         "import sys; from pathlib import Path; from qlora_recipes.data import prepare, study; of = Path(sys.argv[1]);"
         "made = prepare.prepare([of / 'train.jsonl'], of / 'out', study.load(of), 'default')['splits']['train'];"

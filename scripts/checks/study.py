@@ -38,14 +38,14 @@ def _finding(of_study: Study, level: Level, key: tuple[str, ...], problem: str, 
 
 def _recipes(of_study: Study, names: list[str]) -> Iterator[Finding]:
     """Whether what study.yaml names, what is rendered and what templates there are is one and the same."""
-    for section in ("published", "beside"):
+    for section in ("published", "variants"):
         for name in getattr(of_study, section):
             if name not in names:
                 hint = did_you_mean(name, names) or f"; add templates/{name}.yaml.j2, and `recipe render`"
                 yield _finding(of_study, "error", (section, name), f"no recipe of that name{hint}", "")
     for name in names:
-        if name not in of_study.published and name not in of_study.beside:
-            remedy = "add its scores there, or the recipe it is a variant of under beside"
+        if name not in of_study.published and name not in of_study.variants:
+            remedy = "add its scores there, or it to variants"
             yield _finding(of_study, "warning", ("published",), f"says nothing of {name}", remedy)
     recipes, templates = next(home for home in paths.homes() if home[0].absolute() == of_study.folder.parent)
     try:
@@ -89,7 +89,7 @@ def _data(of_study: Study, names: list[str]) -> Iterator[Finding]:
             for input_format in data.formats:
                 sample.rehearsal_data(of_study, input_format)
     except UserError as error:
-        what = "sample" if data.sample else "row"
+        what = "sample" if data.sample else "fields"
         yield _finding(of_study, "error", ("data", what), f"no rows can be made: {error}", "")
     if not data.sample:
         remedy = "put a few rows of your own into a folder, and name it as sample"

@@ -129,7 +129,7 @@ def prepare_verb(
     formats = of_study.data.formats
     form = next(iter(formats)) if input_format is None else meant(input_format, formats, "format", "", "--input-format")
     folder = out or Path(formats[form].folder)
-    fields = dict.fromkeys(field for split in of_study.data.splits for field in of_study.data.row_of(split, form))
+    fields = dict.fromkeys(field for split in of_study.data.splits for field in of_study.data.fields_of(split, form))
     wish = prepare.Wish(_expressions(row or [], fields), valid_rows, subset or [], seed)
     with Bar(f"preparing {folder}", 1):
         made = prepare.prepare(raw or fetched(of_study.data), folder, of_study, form, wish)
@@ -154,7 +154,7 @@ def _print_manifest(made: dict[str, Any], folder: Path) -> None:
 
 def _trained(of_study: "Study", folder: Path) -> str | None:
     """The first of a study's recipes that is trained on the rows in a folder; None where none is."""
-    for name in (*of_study.published, *of_study.beside):
+    for name in (*of_study.published, *of_study.variants):
         if Path(yamlfiles.read_yaml(find_recipe(name)[1])["datasets"][0]["path"]).parent == folder:
             return name
     return None
@@ -168,14 +168,14 @@ def _meant_study(name: str | None, raw: list[Path], input_format: str | None) ->
         UserError: several may be meant.
     """
     from ..data import study
-    from ..data.raw import is_there
+    from ..data.raw import within
 
     if name is not None:
         return study.find(name)
     fitting = []
     for each in study.every():
         names = each.data.raw_files
-        there = all(is_there(given, names) for given in raw or [each.data.raw])
+        there = all(within(given, names) for given in raw or [each.data.raw])
         if there and (input_format is None or input_format in each.data.formats):
             fitting.append(each)
     return fitting[0] if len(fitting) == 1 else study.find(None)

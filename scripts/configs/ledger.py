@@ -120,7 +120,7 @@ def read(file: Path, of_study: Study) -> Record:
     except OSError as error:
         wrong = [str(error.strerror)]
     else:
-        of_another = record.recipe not in {*of_study.published, *of_study.beside}
+        of_another = record.recipe not in {*of_study.published, *of_study.variants}
         wrong = [f"recipe: {record.recipe} is not of the study {of_study.folder.name}"] if of_another else []
         unknown = record.scores.keys() - of_study.columns.keys()
         wrong += [f"scores: {', '.join(unknown)} is not a metric of the study"] if unknown else []
@@ -150,7 +150,7 @@ def records(of_study: Study, strict: bool = False) -> list[Record]:
 
 def table(of_study: Study, some: list[Record]) -> list[Row]:
     """A row for each record, in the order of the study's recipes."""
-    order = [*of_study.published, *of_study.beside]
+    order = [*of_study.published, *of_study.variants]
     rows = []
     for record in sorted(some, key=lambda record: order.index(record.recipe)):
         aim = of_study.aimed_at(record.recipe)

@@ -31,7 +31,7 @@ def parent(name: str, file: Path) -> str | None:
     """The recipe that another differs from in named keys; None where there is none."""
     if name in paths.recipe_names():
         of_study = study.of_any(name)
-        return of_study.beside[name].of if of_study and name in of_study.beside else None
+        return of_study.variants[name].of if of_study and name in of_study.variants else None
     existing = {*paths.recipe_names(), *paths.variant_names()}
     return next((of for of in ancestors(file) if of != name and (of in existing or Path(of).is_file())), None)
 

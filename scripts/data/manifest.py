@@ -1,12 +1,11 @@
-"""The manifest beside prepared rows: what was read for them, what was left out, and whether they are a study's."""
+"""The manifest beside prepared rows, which accounts for every raw row, and says whether they are a study's."""
 
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..base.files import clear_parts, read_json, sha256, write_json
-from .declaration import SPLITS
-from .draws import method
+from .declaration import Subset
 from .study import Study
 
 MANIFEST = "manifest.json"
@@ -16,7 +15,18 @@ Entry = dict[str, Any]
 def entries(out: Path) -> dict[str, Entry]:
     """The splits in a folder's manifest; empty if it has no such mapping."""
     splits = read_json(out / MANIFEST).get("splits")
-    return splits if isinstance(splits, dict) else {}
+    if not isinstance(splits, dict):
+        return {}
+    return {name: _up_to_date(entry) for name, entry in splits.items() if isinstance(entry, dict)}
+
+
+def _up_to_date(entry: Entry) -> Entry:
+    """An entry, perhaps of an earlier version, in today's words."""
+    names = {"row": "fields", "drop": "filters", "carry": "extra_fields", "drawn": "sampled", "drawn_out": "moved"}
+    renamed = {names.get(key, key): value for key, value in entry.items()}
+    if sampled := renamed.get("sampled"):
+        renamed["sampled"] = {"sample_from" if key == "out_of" else key: value for key, value in sampled.items()}
+    return {"constants": {"instruction": entry.get("instruction", "")}} | renamed
 
 
 def update(out: Path, splits: dict[str, Entry]) -> dict[str, Any]:
@@ -32,14 +42,14 @@ def update(out: Path, splits: dict[str, Entry]) -> dict[str, Any]:
 
 
 def table(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """A manifest's files, a row each: what was read for it, and what of that is not in it."""
+    """The files of a manifest, a row each: the rows read for it, and those of them that are not in it."""
     raw_file = {True: "the study's", False: "not the study's", None: "the study's, as far as is known"}
     rows = []
     for split in manifest["splits"].values():
-        elsewhere = split.get("drawn_out", {})
-        left_out = split["dropped"] | {f"in {name}.jsonl": count for name, count in elsewhere.items()}
-        rest = "not drawn" if "seed" in (split["drawn"] or {}) else "behind those taken"
-        left_out[rest] = split["kept"] - split["rows"] - sum(elsewhere.values())
+        moved = split.get("moved", {})
+        left_out = split["dropped"] | {f"in {name}.jsonl": count for name, count in moved.items()}
+        rest = "not sampled" if "seed" in (split["sampled"] or {}) else "behind the first"
+        left_out[rest] = split["kept"] - split["rows"] - sum(moved.values())
         rows.append(
             {
                 "file": split["file"],
@@ -50,9 +60,9 @@ def table(manifest: dict[str, Any]) -> list[dict[str, Any]]:
                 "raw file": raw_file[split["is_the_study_file"]],
             }
         )
-        drawn = {"read": None, "left out": None, "repeated rows kept": None, "raw file": None}
+        empty = {"read": None, "left out": None, "repeated rows kept": None, "raw file": None}
         subsets = split.get("subsets", {}).values()
-        rows += [{"file": subset["file"], "rows": subset["rows"]} | drawn for subset in subsets]
+        rows += [{"file": subset["file"], "rows": subset["rows"]} | empty for subset in subsets]
     return rows
 
 
@@ -61,53 +71,46 @@ def is_the_studys(entry: Entry) -> bool:
     return bool(entry.get("is_the_study_file")) and not entry.get("replaced")
 
 
-def how_made(of_study: Study, split: str, input_format: str, row: dict[str, str]) -> Entry:
-    """What the manifest records of how a split's rows are made, where some expressions are not the study's."""
+def how_made(of_study: Study, split: str, input_format: str) -> Entry:
+    """The manifest's record of how a split's rows are made."""
     from .expressions import constants
 
     data = of_study.data
-    fields = data.row_of(split, input_format, row)
-    made: Entry = {"row": fields, "drop": data.drop_of(split), "constants": constants(fields)}
-    if replaced := sorted(row.keys() & fields):
-        made["replaced"] = replaced
+    fields = data.fields_of(split, input_format)
+    made: Entry = {"input_format": input_format, "fields": fields, "constants": constants(fields)}
+    made["filters"] = data.filters_of(split)
     if split == "test":
-        made["carry"] = data.carry
+        made["extra_fields"] = data.extra_fields
     if order := data.splits[split].order:
         made["order"] = order.model_dump()
     return made
 
 
-def constants_of(entry: Entry) -> dict[str, Any]:
-    """The fields that all rows of a split have in common, by its entry; earlier versions knew only the instruction."""
-    return entry["constants"] if "constants" in entry else {"instruction": entry["instruction"]}
-
-
-def _is_made_so(entry: Entry, made: Entry) -> bool:
-    """Whether an entry's rows are made in a way. Earlier versions knew rows with an instruction only, the rest of which
-    the format's name said."""
-    if "row" not in entry:
-        return constants_of(entry) == made["constants"]
-    return made.items() <= entry.items()
+def how_chosen(subset: Subset, folder: Path) -> dict[str, Any]:
+    """The manifest's record of how the rows of a subset are chosen; `folder` is the study's."""
+    if subset.positions is None:
+        return {"rows": subset.rows, "seed": subset.seed or 0}
+    file = folder / subset.positions
+    return {"positions": file.name, "sha256_of_positions": sha256(file)}
 
 
 def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None:
-    """Why a folder does not hold the study's data in an input format, by its manifest and the files' checksums."""
+    """The reason why a folder does not hold the study's data, by its manifest and the files' checksums."""
     splits = entries(out)
-    for name in (split for split in SPLITS if split in of_study.data.splits):
+    for name in of_study.data.splits:
         entry = splits.get(name)
         if not entry:
             return f"{MANIFEST} lists no {name}.jsonl"
-        made = how_made(of_study, name, input_format, {})
-        if entry.get("input_format") != input_format or not _is_made_so(entry, made):
+        if not how_made(of_study, name, input_format).items() <= entry.items():
             return f"{name}.jsonl has another input format, or rows made by other expressions"
         if entry.get("is_the_study_file") is False:
             return f"{name}.jsonl is made of another file than the study's"
     test = splits.get("test", {})
     subsets = test.get("subsets", {})
     for name, subset in of_study.data.subsets.items():
-        if name not in subsets and name not in test.get("left_out", {}):
+        if name not in {**subsets, **test.get("left_out", {})}:
             return f"{name}.jsonl is missing"
-        if name in subsets and not method(subset, of_study.folder).items() <= subsets[name].items():
+        if name in subsets and not how_chosen(subset, of_study.folder).items() <= subsets[name].items():
             return f"{name}.jsonl has other rows"
     for written in (*splits.values(), *subsets.values()):
         file = out / str(written.get("file"))

@@ -1,9 +1,10 @@
 """Makes a study's rows of its raw files, as its study.yaml declares, and accounts for every one in a manifest."""
 
+import random
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,33 +13,33 @@ from typing import Any
 
 import orjson
 
-from ..base import yamlfiles
 from ..base.errors import UserError
-from ..base.files import Output, making
+from ..base.files import Output, making, read_json
 from ..base.locks import LOOK, PATIENCE, held, is_held
+from ..base.paths import shown
 from ..base.progress import say
 from . import manifest
-from .declaration import SPLITS, Misdeclared, Order, Split, Subset
-from .draws import PlacedRow, choose, draw, method, obstacle
-from .expressions import BadRow, RowMaker
+from .declaration import SPLITS, Data, Key, Mistake, Order, Split, Subset
+from .expressions import BadRow, Expression, RowMaker
 from .raw import RawFile, find
-from .study import Study
+from .study import Study, refusal
 
 PREPARE_LOCK = ".prepare.lock"
+PlacedRow = tuple[int, bytes, Any]  # the row's position in the raw file, its line, and the value that it is sorted by
 
 
 @dataclass(frozen=True)
 class Wish:
-    """How a user wants rows to be prepared otherwise than the study says.
+    """Deviations of a user from the way in which a study prepares rows.
 
     Attributes:
-        row: expressions in the place of some of the study's, by field.
-        valid_rows: how many rows to draw for validation; 0 keeps all, None draws as many as the study.
-        subsets: sizes of further draws from the test rows, each for a test-<size>.jsonl.
-        seed: of these draws; None is the study's for validation, and 42.
+        fields: expressions in the place of some of the study's.
+        valid_rows: the number of rows to sample for validation; 0 keeps all, None samples as many as the study.
+        subsets: sizes of further samples of the test rows, each for a test-<size>.jsonl.
+        seed: of these samples; None is the study's for validation, and 42.
     """
 
-    row: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, str] = field(default_factory=dict)
     valid_rows: int | None = None
     subsets: Sequence[int] = ()
     seed: int | None = None
@@ -50,80 +51,87 @@ def prepare(
     """Write train.jsonl, valid.jsonl and test.jsonl, those for which there are raw files, and a manifest.
 
     The study's subsets of test.jsonl are written beside it. Rows are read as a stream, of which only those that others
-    are drawn from or sorted with are held in memory, and 8 bytes a row. No file is replaced before every raw file was
+    are sampled from or sorted with are held in memory, and 8 bytes a row. No file is replaced before every raw file was
     read without an error.
 
     Args:
         raw: the study's raw files, or zips or folders that hold them.
         out: the folder to write to.
-        of_study: says how rows are made, and which subsets there are.
+        of_study: the study.
         input_format: one of the study's.
-        wish: what is to be done otherwise.
+        wish: deviations from the study.
         patience: seconds to wait for another process that is preparing data in the same folder.
 
     Returns:
-        The manifest: for each split the rows read, kept, dropped by reason and duplicate, and checksums of the
-        raw file and of what was written. Duplicates are counted and kept.
+        The manifest: for each split the rows read, kept, dropped by filter and duplicate, and checksums of the
+        raw file and of the file written. Duplicates are counted and kept.
 
     Raises:
-        UserError: a file is missing, empty, or has a row that no prepared one can be made of, an expression is none,
+        UserError: a file is missing, empty, or has a row that no prepared one can be made of, an expression is invalid,
             or another process is preparing data in the folder.
     """
-    for option, split, given in (
-        ("--valid-rows", "valid", wish.valid_rows),
-        ("--subset", "test", wish.subsets or None),
-    ):
-        if given is not None and split not in of_study.data.splits:
-            raise UserError(
-                f"{option}: the study has no {split} rows; its splits are {', '.join(of_study.data.splits)}"
-            )
+    check_expressions(of_study)
+    wished = of_study.model_copy(update={"data": _wished(of_study.data, input_format, wish)})
     for file in raw:
         if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
             raise UserError(f"{file}: would be overwritten; write to another folder with --out")
     lock = held(out / PREPARE_LOCK, "another preparation is running", patience, remove=True)
     with making(out), lock, ExitStack() as stack:
-        preparation = _Preparation(of_study, find(raw, of_study.data.raw_files), input_format, wish, out, stack)
-        splits = preparation.splits()
+        files = find(raw, of_study.data.raw_files)
+        splits = _Preparation(wished, files, input_format, sorted(wish.fields), out, stack).splits()
         stack.close()  # puts the files in place
         return manifest.update(out, splits)
 
 
 def check_expressions(of_study: Study) -> None:
-    """Raise UserError, with file and line, for an expression of a study that is none."""
-    for input_format in of_study.data.formats:
-        for split in of_study.data.splits:
-            _maker(of_study, split, input_format, {})
+    """Raise UserError, with file and line, for invalid expressions of a study."""
+    if mistakes := list(_invalid(of_study.data.expressions())):
+        raise refusal(Path(shown(of_study.folder / "study.yaml")), mistakes)
 
 
-def _maker(of_study: Study, split: str, input_format: str, instead: dict[str, str]) -> RowMaker:
-    """What makes the rows of a split.
+def _invalid(expressions: Iterable[tuple[Key, str]]) -> Iterator[Mistake]:
+    for key, text in expressions:
+        try:
+            Expression(key[-1], text)
+        except ValueError as error:
+            yield key, str(error)
+
+
+def _wished(data: Data, input_format: str, wish: Wish) -> Data:
+    """The data as a user wishes it to be prepared.
 
     Raises:
-        UserError: an expression is none.
+        UserError: an expression is invalid, or the study has no such split.
     """
-    data = of_study.data
-    declared = data.splits[split]
-    order = declared.order.longest_first if declared.order else None
-    row = data.row_of(split, input_format, instead)
-    try:
-        return RowMaker(row, data.drop_of(split), data.carry if split == "test" else {}, order)
-    except Misdeclared as error:
-        part, key = error.at
-        if part == "row" and key in instead:
-            raise UserError(f"--row {key}: {error}") from None
-        made_as = declared.out_of or split
-        if part == "row" and key in data.formats[input_format].row:
-            at: tuple[str, ...] = ("data", "input_formats", input_format, "row", key)
-        elif part == "order" or (part != "carry" and getattr(data.splits[made_as], part) is not None):
-            at = ("data", "splits", split if part == "order" else made_as, part, key)
-        else:
-            at = ("data", part, key)
-        file = of_study.folder / "study.yaml"
-        raise UserError(f"{file}:{yamlfiles.line_of(file, at)}: {'.'.join(at)}: {error}") from None
+    for (name,), problem in _invalid(((name,), text) for name, text in wish.fields.items()):
+        raise UserError(f"--row {name}: {problem}")
+    for option, split, wanted in (
+        ("--valid-rows", "valid", wish.valid_rows is not None),
+        ("--subset", "test", bool(wish.subsets)),
+    ):
+        if wanted and split not in data.splits:
+            raise UserError(f"{option}: the study has no {split} rows; its splits are {', '.join(data.splits)}")
+    form = data.formats[input_format]
+    changed = form.model_copy(update={"fields": form.fields | wish.fields})
+    splits = {name: _wished_split(name, split, wish) for name, split in data.splits.items()}
+    return data.model_copy(update={"input_formats": data.formats | {input_format: changed}, "splits": splits})
+
+
+def _wished_split(name: str, split: Split, wish: Wish) -> Split:
+    change: dict[str, Any] = {} if wish.seed is None else {"seed": wish.seed}
+    if name == "valid" and wish.valid_rows is not None:
+        if split.sample_from and not wish.valid_rows:
+            raise UserError(f"--valid-rows 0: these rows are sampled from {split.sample_from}; give a number")
+        change |= {"sample": wish.valid_rows, "first": None}
+    if name == "test":
+        seed = 42 if wish.seed is None else wish.seed
+        further = {f"test-{size}": Subset(title=f"{size} rows", rows=size, seed=seed) for size in wish.subsets}
+        change["subsets"] = further | split.subsets
+    return split.model_copy(update=change)
 
 
 class _Counts:
-    """How many raw rows were kept and dropped so far, and the hashes of those kept."""
+    """The numbers of raw rows that were kept and dropped, and the hashes of those kept."""
 
     def __init__(self) -> None:
         self.kept = 0
@@ -131,42 +139,12 @@ class _Counts:
         self.hashes = array("q")
 
     def duplicates(self) -> int:
-        """How many rows are kept that are equal to an earlier one."""
+        """The number of rows that are kept and equal to an earlier one."""
         import numpy as np
 
         hashes = np.frombuffer(self.hashes, dtype=np.int64) if self.kept else np.empty(0)
         hashes.sort()  # in its place
         return int((hashes[1:] == hashes[:-1]).sum())
-
-
-def _kept(raw: RawFile, maker: RowMaker, counts: _Counts, scored: bool) -> Iterator[PlacedRow]:
-    """The rows to keep as JSON lines, each with its position in the raw file, and its value to be sorted by.
-
-    Rows that are to be scored also have that position, as `idx`, and what the study has them carry.
-    """
-    for position, row in enumerate(raw.rows()):
-        try:
-            made, reason, carried, order = maker.make(row)
-            if reason:
-                counts.dropped[reason] += 1
-                continue
-            line = orjson.dumps(made)
-            counts.hashes.append(hash(line))
-            if scored:
-                line = orjson.dumps(made | {"idx": position} | carried)
-        except BadRow as error:
-            raise UserError(f"{raw.where}: {error}") from None
-        except TypeError as error:  # orjson's
-            raise UserError(f"{raw.where}: its row cannot be written as JSON: {error}") from None
-        counts.kept += 1
-        yield position, line + b"\n", order
-
-
-def _ordered(rows: Iterable[PlacedRow], order: Order | None) -> Iterator[PlacedRow]:
-    rows = iter(rows)
-    while order and (bucket := list(islice(rows, order.buckets))):
-        yield from sorted(bucket, key=lambda row: row[2], reverse=True)
-    yield from rows
 
 
 @dataclass
@@ -176,130 +154,169 @@ class _Preparation:
     study: Study
     raw: dict[str, RawFile]
     input_format: str
-    wish: Wish
+    replaced: list[str]
     out: Path
     stack: ExitStack
-    drawn: dict[str, tuple[list[PlacedRow], _Counts]] = field(default_factory=dict)
+    sampled: dict[str, tuple[list[PlacedRow], _Counts]] = field(default_factory=dict)
 
     def splits(self) -> dict[str, manifest.Entry]:
         """The manifest's entries of the splits, whose files take their places when the stack is closed."""
         data = self.study.data
         there = [name for name in SPLITS if name in data.splits and data.raw_file(name) in self.raw]
         for name in there:
-            if data.splits[name].out_of:
-                self._draw_out(name)
+            if data.splits[name].sample_from:  # before the other split is written without these rows
+                counts = _Counts()
+                self.sampled[name] = self._sample(name, self._kept(name, counts)), counts
         return {name: self._split(name) for name in there}
 
-    def _plan(self, name: str) -> Split:
-        """How a split's rows are chosen, the user's wish included."""
-        declared = self.study.data.splits[name]
-        rows = self.wish.valid_rows
-        if name != "valid" or rows is None:
-            return declared
-        if declared.out_of and not rows:
-            raise UserError(f"--valid-rows 0: these rows are drawn out of {declared.out_of}; say how many")
-        return declared.model_copy(update={"draw": rows, "take": None})
+    def _sample(self, name: str, rows: Iterable[PlacedRow]) -> list[PlacedRow]:
+        split = self.study.data.splits[name]
+        return sample(rows, split.sample or 0, _seed(split))
 
-    def _seed(self, declared: Split) -> int:
-        given = (self.wish.seed, declared.seed, 42)
-        return next(seed for seed in given if seed is not None)
+    def _kept(self, name: str, counts: _Counts) -> Iterator[PlacedRow]:
+        """The rows to keep as JSON lines, each with its position in the raw file, and its value to be sorted by.
 
-    def _draw_out(self, name: str) -> None:
-        """Draw the rows of a split out of another one, before that is written without them."""
-        plan = self._plan(name)
-        counts = _Counts()
-        rows = _kept(self.raw[self.study.data.raw_file(name)], self._maker(name), counts, name == "test")
-        self.drawn[name] = draw(rows, plan.draw or 0, self._seed(plan)), counts
-
-    def _maker(self, name: str) -> RowMaker:
-        return _maker(self.study, name, self.input_format, self.wish.row)
+        Rows that are to be scored also have that position, as `idx`, and the study's extra fields.
+        """
+        data = self.study.data
+        raw, order = self.raw[data.raw_file(name)], data.splits[name].order
+        scored = name == "test"
+        extra_fields = data.extra_fields if scored else {}
+        longest_first = order.longest_first if order else None
+        maker = RowMaker(data.fields_of(name, self.input_format), data.filters_of(name), extra_fields, longest_first)
+        for position, row in enumerate(raw.rows()):
+            try:
+                made, reason, extra, value = maker.make(row)
+                if reason:
+                    counts.dropped[reason] += 1
+                    continue
+                line = orjson.dumps(made)
+                counts.hashes.append(hash(line))
+                if scored:
+                    line = orjson.dumps(made | {"idx": position} | extra)
+            except BadRow as error:
+                raise UserError(f"{raw.where}: {error}; the row has {', '.join(row) or 'no field'}") from None
+            except TypeError as error:  # orjson's
+                raise UserError(f"{raw.where}: its row cannot be written as JSON: {error}") from None
+            counts.kept += 1
+            yield position, line + b"\n", value
 
     def _split(self, name: str) -> manifest.Entry:
         """Write a split's file, and subsets of the test rows; the manifest's entry."""
-        splits = self.study.data.splits
-        plan = self._plan(name)
+        split = self.study.data.splits[name]
         raw = self.raw[self.study.data.raw_file(name)]
-        drawn_out: dict[str, list[PlacedRow]] = {}
+        moved = {
+            other: rows
+            for other, (rows, _) in self.sampled.items()
+            if self.study.data.splits[other].sample_from == name
+        }
         chosen: Iterable[PlacedRow]
-        if plan.out_of:
-            chosen, counts = self.drawn[name]
+        if split.sample_from:
+            chosen, counts = self.sampled[name]
         else:
             counts = _Counts()
-            of_others = {other: rows for other, (rows, _) in self.drawn.items()}
-            drawn_out = {other: rows for other, rows in of_others.items() if splits[other].out_of == name}
-            chosen = self._chosen(name, plan, counts, {row[0] for rows in drawn_out.values() for row in rows})
-        rows: Iterable[PlacedRow] = _ordered(chosen, plan.order)
-        test_rows = list(rows) if name == "test" and (plan.subsets or self.wish.subsets) else []
-        written = self._write(name, test_rows or rows)
+            gone = {row[0] for rows in moved.values() for row in rows}
+            chosen = self._chosen(name, (row for row in self._kept(name, counts) if row[0] not in gone))
+        rows: Iterable[PlacedRow] = _ordered(chosen, split.order)
+        if split.subsets:
+            rows = list(rows)
+        written = self._write(name, rows)
         if not written["rows"]:
             raise UserError(f"{raw.label}: no row is left to write; {dict(counts.dropped) or 'it has none'}")
-        entry = self._entry(name, raw, counts, plan) | written
-        if drawn_out:
-            entry["drawn_out"] = {other: len(rows) for other, rows in drawn_out.items()}
+        entry = manifest.how_made(self.study, name, self.input_format) | self._account(name, raw, counts) | written
+        if moved:
+            entry["moved"] = {other: len(rows) for other, rows in moved.items()}
         if name == "test":
-            entry |= self._subsets(test_rows, bool(entry["is_the_study_file"]))
+            entry |= self._subsets(split.subsets, rows, bool(entry["is_the_study_file"]))
         return entry
 
-    def _chosen(self, name: str, plan: Split, counts: _Counts, gone: Container[int]) -> Iterator[PlacedRow]:
-        """The rows that are kept for a split, but for those at some positions. The raw file is read to its end, for the
-        counts and its checksum."""
-        kept = _kept(self.raw[self.study.data.raw_file(name)], self._maker(name), counts, name == "test")
-        left = (row for row in kept if row[0] not in gone)
-        if plan.draw:
-            yield from draw(left, plan.draw, self._seed(plan))
-        yield from islice(left, plan.take)
-        deque(left, maxlen=0)
+    def _chosen(self, name: str, kept: Iterator[PlacedRow]) -> Iterator[PlacedRow]:
+        """The rows of a split among those kept, which are read to their end, for the counts."""
+        split = self.study.data.splits[name]
+        if split.sample:
+            yield from self._sample(name, kept)
+        yield from islice(kept, split.first)
+        deque(kept, maxlen=0)
 
-    def _entry(self, name: str, raw: RawFile, counts: _Counts, plan: Split) -> manifest.Entry:
-        drawn: dict[str, Any] | None = None
-        if plan.take and plan.take < counts.kept:
-            drawn = {"first": plan.take}
-        elif plan.draw and plan.draw < counts.kept:
-            drawn = {"rows": plan.draw, "seed": self._seed(plan)}
-        if drawn and plan.out_of:
-            drawn["out_of"] = plan.out_of
-        return {
-            "input_format": self.input_format,
-            **manifest.how_made(self.study, name, self.input_format, self.wish.row),
+    def _account(self, name: str, raw: RawFile, counts: _Counts) -> manifest.Entry:
+        split, known = self.study.data.splits[name], self.study.data.files[self.study.data.raw_file(name)]
+        sampled: dict[str, Any] | None = None
+        if split.first and split.first < counts.kept:
+            sampled = {"first": split.first}
+        elif split.sample and split.sample < counts.kept:
+            sampled = {"rows": split.sample, "seed": _seed(split)}
+            sampled |= {"sample_from": split.sample_from} if split.sample_from else {}
+        checksum, size = raw.checksum
+        unknown = known.sha256 is None and known.rows in (None, raw.read)
+        entry = {
             "source": raw.label,
-            "source_sha256": raw.sha256,
-            "source_bytes": raw.bytes,
-            "is_the_study_file": self._is_the_studys(raw, self.study.data.raw_file(name)),
+            "source_sha256": checksum,
+            "source_bytes": size,
+            "is_the_study_file": None if unknown else checksum == known.sha256,
             "read": raw.read,
             "kept": counts.kept,
             "dropped": dict(counts.dropped),
             "duplicates_kept": counts.duplicates(),
-            "drawn": drawn,
+            "sampled": sampled,
         }
+        fields = self.study.data.fields_of(name, self.input_format)
+        replaced = [field for field in self.replaced if field in fields]
+        return entry | ({"replaced": replaced} if replaced else {})
 
-    def _is_the_studys(self, raw: RawFile, name: str) -> bool | None:
-        """Whether what was read is a file of the study; None if it has as many rows, and no checksum is known."""
-        known = self.study.data.files[name]
-        if known.sha256 is None and known.rows in (None, raw.read):
-            return None
-        return raw.sha256 == known.sha256
-
-    def _subsets(self, rows: list[PlacedRow], is_study_file: bool) -> manifest.Entry:
-        """Write the subsets of the test rows; what the manifest says of them, and of those that there cannot be."""
-        seed = 42 if self.wish.seed is None else self.wish.seed
-        wished = {f"test-{size}": Subset(title=f"{size} rows", rows=size, seed=seed) for size in self.wish.subsets}
+    def _subsets(self, subsets: Mapping[str, Subset], rows: Iterable[PlacedRow], is_study_file: bool) -> manifest.Entry:
+        """Write the subsets of the test rows; the manifest's entries of them, and of those that cannot be."""
         entry: manifest.Entry = {"subsets": {}, "left_out": {}}
-        for key, subset in (wished | self.study.data.subsets).items():
-            if reason := obstacle(subset, len(rows), is_study_file):
-                entry["left_out"][key] = reason
+        for key, subset in subsets.items():
+            chosen = choose(subset, self.study.folder, rows)
+            if subset.positions and not is_study_file:
+                entry["left_out"][key] = "its positions belong to the study's test file, which this is not"
+            elif len(chosen) < subset.rows and not subset.positions:
+                entry["left_out"][key] = f"only {len(chosen)} rows to sample from"
             else:
-                chosen = choose(subset, self.study.folder, rows)
-                entry["subsets"][key] = method(subset, self.study.folder) | self._write(key, chosen)
+                how = manifest.how_chosen(subset, self.study.folder)
+                entry["subsets"][key] = how | self._write(key, chosen)
         return entry
 
     def _write(self, name: str, rows: Iterable[PlacedRow]) -> manifest.Entry:
-        """Write a file of rows, which takes its place when the stack is closed; what the manifest says of it."""
+        """Write a file of rows, which takes its place when the stack is closed; the manifest's entry of it."""
         output = Output(self.stack, self.out / f"{name}.jsonl")
         count = 0
         for row in rows:
             output.write(row[1])
             count += 1
         return {"file": f"{name}.jsonl", "rows": count, "sha256": output.sha256()}
+
+
+def _seed(split: Split) -> int:
+    return 42 if split.seed is None else split.seed
+
+
+def _ordered(rows: Iterable[PlacedRow], order: Order | None) -> Iterator[PlacedRow]:
+    rows = iter(rows)
+    while order and (bucket := list(islice(rows, order.buckets))):
+        yield from sorted(bucket, key=lambda row: row[2], reverse=True)
+    yield from rows
+
+
+def sample(rows: Iterable[PlacedRow], size: int, seed: int) -> list[PlacedRow]:
+    """`size` rows chosen at random, each with the same chance, in their order; all if there are no more."""
+    chance = random.Random(seed)
+    chosen: list[PlacedRow] = []
+    for count, row in enumerate(rows, start=1):
+        if len(chosen) < size:
+            chosen.append(row)
+        elif (place := chance.randrange(count)) < size:
+            chosen[place] = row
+    return sorted(chosen, key=lambda row: row[0])
+
+
+def choose(subset: Subset, folder: Path, rows: Iterable[PlacedRow]) -> list[PlacedRow]:
+    """The rows of a subset: sampled, or at the positions that a file in the study's folder lists, in that order."""
+    if subset.positions is None:
+        return sample(rows, subset.rows, subset.seed or 0)
+    by_position = {row[0]: row for row in rows}
+    positions = read_json(folder / subset.positions)["rows"]
+    return [by_position[position] for position in positions if position in by_position]
 
 
 def wait_for_others(out: Path) -> None:

@@ -1,18 +1,17 @@
-"""What was published of a study's runs, as its study.yaml declares it."""
+"""Published results of a study's recipes, as its study.yaml declares them."""
 
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from ..base.errors import did_you_mean
-from .declaration import Data, Misdeclared, Strict, Text
+from .declaration import Data, Key, Mistake, Strict, Text, undeclared
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-"""What an adapter's folder has at least, as PEFT saves it."""
+"""Files that PEFT saves of every adapter."""
 
-TRAIN_LOSS = "train_loss"  # a curve's column, and in a study's tolerances what is said of the largest gap to it
+TRAIN_LOSS = "train_loss"  # a curve's column; in a study's tolerances the largest acceptable gap to it
 
 
 class Score(Strict):
@@ -24,8 +23,6 @@ class Score(Strict):
     @model_validator(mode="before")
     @classmethod
     def _of_number(cls, given: Any) -> Any:
-        if isinstance(given, bool) or not isinstance(given, int | float | dict):
-            raise ValueError("expected a number, or as in {value: 67.4, spread: 1.0}")
         return given if isinstance(given, dict) else {"value": given}
 
     def __str__(self) -> str:
@@ -33,8 +30,8 @@ class Score(Strict):
 
 
 class Measured(Strict):
-    """What else was published of a run: the time of its steps, its speed, the memory that its training reserved on the
-    GPU, and how many parameters it trained."""
+    """Other published figures of a run: the time of its steps, its speed, the memory that its training reserved on the
+    GPU, and the number of parameters that it trained."""
 
     train_seconds: float | None = None
     tokens_per_second: float | None = None
@@ -53,8 +50,8 @@ class Predictions(Strict):
     """Predictions that authors published, with the references that they scored them against, in the test rows' order.
 
     Attributes:
-        test_set: the test rows that they are of; by default those of the scores beside them.
-        absent: why they cannot be had, instead of the files.
+        test_set: the test rows that they belong to; by default those of the scores beside them.
+        absent: the reason why they cannot be had, instead of the files.
     """
 
     prediction: Texts | None = None
@@ -65,7 +62,7 @@ class Predictions(Strict):
     @model_validator(mode="after")
     def _are_there_or_not(self) -> Self:
         if {self.prediction is None, self.reference is None} != {self.absent is not None}:
-            raise Misdeclared("give prediction and reference, the files with them, or absent, why there are none")
+            raise ValueError("give prediction and reference, or absent, the reason why there are none")
         return self
 
     @property
@@ -75,7 +72,7 @@ class Predictions(Strict):
 
 
 class Published(Strict):
-    """What was published of one recipe.
+    """Results published of one recipe.
 
     Attributes:
         scores: by metric, in the unit of that.
@@ -92,8 +89,19 @@ class Published(Strict):
     predictions: Predictions | None = None
     adapter: Text | None = None
 
+    def mistakes(self, at: Key, metrics: list[str], data: Data, folder: Path) -> Iterator[Mistake]:
+        """Names that it uses and the study does not declare."""
+        for key, scores in (("scores", self.scores), ("repeats", self.repeats)):
+            for name in scores:
+                yield from undeclared((*at, key, name), name, metrics)
+        if self.curve and not (folder / self.curve).is_file():
+            yield (*at, "curve"), f"no such file beside study.yaml: {self.curve}; add it"
+        for file in ADAPTER_FILES if self.adapter else ():
+            yield from undeclared((*at, "adapter"), f"{self.adapter}/{file}", data.files)
+        yield from undeclared_predictions(at, self.predictions, data)
 
-class Beside(Strict):
+
+class Variant(Strict):
     """A recipe that is not among the study's own.
 
     Attributes:
@@ -106,7 +114,7 @@ class Beside(Strict):
 
 
 class Baseline(Strict):
-    """Scores to compare with, and the model and test set that they are of.
+    """Scores to compare with, and the test set that they are on.
 
     Attributes:
         compared: whether runs are compared with it; otherwise it is only there for its predictions.
@@ -118,6 +126,22 @@ class Baseline(Strict):
     predictions: Predictions | None = None
     compared: bool = True
 
+    def mistakes(self, at: Key, metrics: list[str], data: Data) -> Iterator[Mistake]:
+        """Names that it uses and the study does not declare."""
+        for name in self.scores:
+            yield from undeclared((*at, "scores", name), name, metrics)
+        yield from undeclared_predictions(at, self.predictions, data)
+
+
+def undeclared_predictions(at: Key, predictions: Predictions | None, data: Data) -> Iterator[Mistake]:
+    """Names that published predictions use and the data does not declare."""
+    if predictions:
+        at = (*at, "predictions")
+        yield from undeclared((*at, "test_set"), predictions.test_set, ["test", *data.subsets])
+        for side in ("prediction", "reference"):
+            texts = getattr(predictions, side)
+            yield from undeclared((*at, side, "file"), texts and texts.file, data.files)
+
 
 def adapter_files(data: Data, folder: str) -> list[str]:
     """The files of the data that are in an adapter's folder."""
@@ -125,33 +149,8 @@ def adapter_files(data: Data, folder: str) -> list[str]:
 
 
 def released(data: Data, published: dict[str, Published], baselines: list[Baseline]) -> set[str]:
-    """The sources of the data that only these are about: predictions, and adapters that authors trained."""
+    """The sources of the data that only published predictions and adapters need."""
     predictions = [of.predictions for of in published.values()] + [of.predictions for of in baselines]
     files = [file for some in predictions if some for file in some.files]
     files += [file for of in published.values() if of.adapter for file in adapter_files(data, of.adapter)]
     return set(data.sources_of(files)) - set(data.sources_of(data.raw_files))
-
-
-def undeclared(data: Data, published: dict[str, Published], baselines: list[Baseline]) -> Iterator[Misdeclared]:
-    """What published predictions and adapters name, and the data does not have."""
-    owners = {("published", recipe): of.predictions for recipe, of in published.items()}
-    owners |= {("baselines", str(i)): baseline.predictions for i, baseline in enumerate(baselines)}
-    sets = ["test", *data.subsets]
-    for at, predictions in owners.items():
-        if predictions is None:
-            continue
-        if predictions.test_set is not None and predictions.test_set not in sets:
-            there = did_you_mean(predictions.test_set, sets) or f"; there are {', '.join(sets)}"
-            yield Misdeclared(f"no test set {predictions.test_set}{there}", *at, "predictions", "test_set")
-        for side, texts in (("prediction", predictions.prediction), ("reference", predictions.reference)):
-            if texts and texts.file not in data.files:
-                there = did_you_mean(texts.file, data.files) or f"; there are {', '.join(data.files)}"
-                yield Misdeclared(
-                    f"no source of data gives a file {texts.file}{there}", *at, "predictions", side, "file"
-                )
-    for recipe, of in published.items():
-        files = adapter_files(data, of.adapter) if of.adapter else []
-        lacking = [file for file in ADAPTER_FILES if f"{of.adapter}/{file}" not in files]
-        if of.adapter and lacking:
-            sources = " and ".join(f"{of.adapter}/{file}" for file in lacking)
-            yield Misdeclared(f"no source of data gives {sources}; add what is missing", "published", recipe, "adapter")

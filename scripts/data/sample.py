@@ -9,13 +9,15 @@ from ..base import paths
 from ..base.errors import UserError
 from ..base.files import sha256
 from ..base.locks import make_once
-from . import declaration, study
+from . import study
+
+VERSION = 1
+"""Of the code that makes rows: raise it where the same study and raw files become other rows."""
 
 
 def rehearsal_data(of_study: study.Study, input_format: str) -> Path:
     """The folder of a study's prepared sample; written to the cache the first time."""
-    code = sorted(Path(declaration.__file__).parent.glob("*.py"))
-    content = [of_study.data.model_dump_json(), input_format, *map(sha256, [*_raw(of_study), *code])]
+    content = [str(VERSION), of_study.data.model_dump_json(), input_format, *map(sha256, _raw(of_study))]
     key = hashlib.sha256("".join(content).encode()).hexdigest()
     made = paths.cache() / f"sample-{of_study.folder.name}-{input_format}-{key[:16]}"
     return make_once(made, partial(_prepare, of_study, input_format))
@@ -67,7 +69,7 @@ def twin(path: str) -> Path | None:
 def usual_sample() -> Path:
     """The folder of the sample for recipes that are no study's: the first one with rows of Axolotl's `alpaca` type."""
     studies = [each for each in study.every() if each.data.sample]
-    alpaca = [each for each in studies if {"instruction", "output"} <= each.data.row.keys()]
+    alpaca = [each for each in studies if {"instruction", "output"} <= each.data.fields.keys()]
     first = [*alpaca, *studies][0]
     return rehearsal_data(first, next(iter(first.data.formats)))
 
@@ -80,14 +82,14 @@ def length_of(file: Path) -> int:
 
 
 def _fitting(of_study: study.Study) -> study.Study:
-    """The study with no more rows drawn out of a split than a quarter of those in its sample."""
+    """The study with at most a quarter of its sample's rows sampled from a split."""
     data = of_study.data
     splits = dict(data.splits)
     for name, split in splits.items():
-        if split.out_of and split.draw:
+        if split.sample_from and split.sample:
             with (folder(of_study) / data.raw_file(name)).open("rb") as lines:
                 rows = sum(1 for _ in lines)
-            splits[name] = split.model_copy(update={"draw": min(split.draw, max(rows // 4, 1))})
+            splits[name] = split.model_copy(update={"sample": min(split.sample, max(rows // 4, 1))})
     return of_study.model_copy(update={"data": data.model_copy(update={"splits": splits})})
 
 

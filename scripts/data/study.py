@@ -1,30 +1,28 @@
 """A study: the paper behind a folder of recipes, its data, its metrics and its published scores."""
 
 import json
-import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError, did_you_mean, meant
+from ..base.errors import UserError, meant
 from ..base.progress import say_once
 from ..metrics import registry
 from ..metrics.metric import Column
-from .declaration import FORMS, Data, Misdeclared, Strict, raise_all
-from .published import TRAIN_LOSS, Baseline, Beside, Published, released, undeclared
+from .declaration import Data, Mistake, Strict, undeclared
+from .published import TRAIN_LOSS, Baseline, Published, Variant, released
 
 SCHEMA = paths.RECIPES / "study.schema.json"
-_Key = tuple[str, ...]  # in study.yaml
 _OF_SCORES = (
     *("low", "high", "interval", "interval_method", "base_model", "published", "spread", "difference", "verdict"),
     "model",
 )
-"""What results say of a metric as METRIC_low and so on."""
+"""Suffixes of METRIC_low and so on in results, which no decoding can have as its name."""
 
 
 class Decoding(Strict):
@@ -41,7 +39,7 @@ class Decoding(Strict):
 
 
 OF_NO_STUDY = Decoding(max_new_tokens=96)
-"""How answers to rows of the user's own are generated."""
+"""Decoding for rows of the user's own."""
 
 
 class Study(Strict):
@@ -51,8 +49,9 @@ class Study(Strict):
         tags: of the model cards of its runs.
         decodings: further ways to decode, each reported beside the first, by name.
         metrics: the declarations of the columns of scores, see `columns`.
+        variants: recipes that the authors did not publish.
+        comment_prefixes: the beginnings of a recipe's comments behind settings that the authors state.
         tolerances: by metric, the difference from a published score that is acceptable; for a curve as `train_loss`.
-        stated_by: how the comment behind a recipe's setting begins where the authors state that.
         differences: what Axolotl does differently from the authors, in words.
         shown: the metrics that are columns of tables; by default all.
     """
@@ -65,11 +64,11 @@ class Study(Strict):
     tags: list[str] = Field(default=[])
     data: Data
     decoding: Decoding
-    decodings: dict[str, Decoding] = Field(default={})
+    decodings: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+$")], Decoding] = Field(default={})
     metrics: dict[str, dict[str, Any] | None] = Field(min_length=1)
     published: dict[str, Published]
-    beside: dict[str, Beside] = Field(default={})
-    stated_by: list[str] = Field(default=["paper"])
+    variants: dict[str, Variant] = Field(default={})
+    comment_prefixes: list[str] = Field(default=["paper"])
     open_settings: list[str] = Field(default=[])
     tolerances: dict[str, float] = Field(default={})
     baselines: list[Baseline] = Field(default=[])
@@ -110,13 +109,7 @@ class Study(Strict):
     @property
     def test_title(self) -> str:
         """The rows that the published scores are on."""
-        return self.data.title_of(self.data.scored_on)
-
-    @model_validator(mode="after")
-    def _has_its_files(self) -> Self:
-        absent = [Misdeclared(str(mistake), "data", *mistake.at) for mistake in self.data.absent(self.folder)]
-        raise_all([*absent, *undeclared(self.data, self.published, self.baselines)])
-        return self
+        return self.data.title_of(self.data.test_set)
 
     @property
     def compared(self) -> list[Baseline]:
@@ -125,27 +118,50 @@ class Study(Strict):
 
     @property
     def fetched(self) -> list[str]:
-        """The sources that `recipe data fetch` gets unless others are named: those that its recipes begin with, without
-        what the authors published on the way."""
+        """The sources that `recipe data fetch` gets by default: all but published predictions and trained adapters."""
         extra = released(self.data, self.published, self.baselines)
         return [name for name in self.data.sources if name not in extra]
 
     def origin(self, recipe: str) -> str:
         """The study's own recipe that a recipe is a variant of, or is."""
-        return self.beside[recipe].of if recipe in self.beside else recipe
+        return self.variants[recipe].of if recipe in self.variants else recipe
 
     def repeats(self, recipe: str, metric: str) -> list[float]:
-        """The published scores of repeats of a recipe, or of another one of the study where that has none; else empty,
-        as where it is known of no recipe how far repeats lie apart."""
+        """The published scores of repeats of a recipe, or of another one of the study where that has none; else
+        empty."""
         recipes = [self.origin(recipe), *self.published]
         known = (self.published[name].repeats.get(metric) for name in recipes if name in self.published)
         return next(filter(None, known), [])
 
     def aimed_at(self, recipe: str) -> Published | None:
-        """What was published of the recipe that a recipe aims at."""
-        if recipe in self.beside and not self.beside[recipe].reproduces:
+        """The published results that a recipe aims at."""
+        if recipe in self.variants and not self.variants[recipe].reproduces:
             return None
         return self.published.get(self.origin(recipe))
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Metrics that are declared wrongly, names that are used and not declared, and files that are missing."""
+        for name, entry in self.metrics.items():
+            try:
+                registry.column(name, entry)
+            except registry.WrongMetric as error:
+                for key, problem in error.problems.items():
+                    yield ("metrics", name, *filter(None, key.split("."))), problem
+        yield from self.data.mistakes(self.folder)
+        metrics = list(self.metrics)
+        curve = [TRAIN_LOSS] if any(published.curve for published in self.published.values()) else []
+        for name in self.tolerances:
+            yield from undeclared(("tolerances", name), name, [*metrics, *curve])
+        for i, name in enumerate(self.shown):
+            yield from undeclared(("columns", str(i)), name, metrics)
+        for name in self.decodings.keys() & _OF_SCORES:
+            yield ("decodings", name), f"METRIC_{name} has another meaning in results; choose another name"
+        for name, published in self.published.items():
+            yield from published.mistakes(("published", name), metrics, self.data, self.folder)
+        for name, variant in self.variants.items():
+            yield from undeclared(("variants", name, "of"), variant.of, self.published)
+        for i, baseline in enumerate(self.baselines):
+            yield from baseline.mistakes(("baselines", str(i)), metrics, self.data)
 
 
 def generate_schema() -> str:
@@ -168,69 +184,19 @@ def load(folder: Path) -> Study:
 @cache
 def _load(file: Path, _: int) -> Study:
     folder, file = file.parent, Path(paths.shown(file))
-    content = yamlfiles.read_yaml(file)
-    problems: dict[_Key, str] = {}
-    study = None
     try:
-        study = Study.model_validate(content | {"folder": folder})
+        study = Study.model_validate(yamlfiles.read_yaml(file) | {"folder": folder})
     except ValidationError as error:
-        for found in error.errors():
-            place = tuple(map(str, found["loc"]))
-            if isinstance(cause := found.get("ctx", {}).get("error"), Misdeclared):
-                problems |= {(*place, *mistake.at): str(mistake) for mistake in (cause, *cause.more)}
-            else:
-                problems[place] = yamlfiles.in_words(found, FORMS)
-    problems |= dict(_of_metrics(content)) | dict(_contradictions(folder, content))
-    if problems or study is None:
-        lines = sorted((yamlfiles.line_of(file, key), ".".join(key), problem) for key, problem in problems.items())
-        raise UserError("\n".join(f"{file}:{line}: {key}: {problem}" for line, key, problem in lines))
+        raise refusal(file, ((tuple(map(str, found["loc"])), found["msg"]) for found in error.errors())) from None
+    if mistakes := list(study.mistakes()):
+        raise refusal(file, mistakes)
     return study
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    """A value if it is a mapping, otherwise an empty one; a malformed value is reported elsewhere."""
-    return value if isinstance(value, dict) else {}
-
-
-def _of_metrics(content: dict[str, Any]) -> Iterator[tuple[_Key, str]]:
-    """What is wrong with the declarations of metrics."""
-    for name, entry in _mapping(content.get("metrics")).items():
-        try:
-            registry.column(name, _mapping(entry))
-        except registry.WrongMetric as error:
-            for key, problem in error.problems.items():
-                yield ("metrics", name, *filter(None, key.split("."))), problem
-
-
-def _contradictions(folder: Path, content: dict[str, Any]) -> Iterator[tuple[_Key, str]]:
-    """What a study names and does not declare."""
-    published = {recipe: _mapping(of) for recipe, of in _mapping(content.get("published")).items()}
-    lists = {key: content[key] if isinstance(content.get(key), list) else [] for key in ("columns", "baselines")}
-    named: list[_Key] = [("tolerances", name) for name in _mapping(content.get("tolerances"))]
-    named += [("columns", str(i), name) for i, name in enumerate(lists["columns"]) if isinstance(name, str)]
-    for recipe, of in published.items():
-        named += [("published", recipe, key, name) for key in ("scores", "repeats") for name in _mapping(of.get(key))]
-        if isinstance(curve := of.get("curve"), str) and not (folder / curve).is_file():
-            yield ("published", recipe, "curve"), f"no file {curve} lies beside study.yaml; add it"
-    for i, baseline in enumerate(lists["baselines"]):
-        scores = _mapping(_mapping(baseline).get("scores"))
-        named += [("baselines", str(i), "scores", name) for name in scores]
-    metrics = _mapping(content.get("metrics"))
-    if any("curve" in of for of in published.values()):
-        named = [key for key in named if key != ("tolerances", TRAIN_LOSS)]
-    for *place, name in named:
-        if name not in metrics:
-            hint = did_you_mean(name, metrics) or f"; there are {', '.join(metrics)}"
-            yield (*place, name), f"{name} is not one of the study's metrics{hint}"
-    for recipe, beside in _mapping(content.get("beside")).items():
-        if isinstance(origin := _mapping(beside).get("of"), str) and origin not in published:
-            hint = did_you_mean(origin, published)
-            yield ("beside", recipe, "of"), f"{origin} is not under published{hint}; add it there"
-    for name in _mapping(content.get("decodings")):
-        if not re.fullmatch(r"[A-Za-z0-9_]+", name):
-            yield ("decodings", name), "give it a name of letters, digits and _, which a folder and a column can have"
-        elif name in _OF_SCORES:
-            yield ("decodings", name), f"METRIC_{name} means something else in results; give it another name"
+def refusal(file: Path, mistakes: Iterable[Mistake]) -> UserError:
+    """An error that lists mistakes in a study.yaml in the order of their lines."""
+    lines = sorted((yamlfiles.line_of(file, key), ".".join(key), problem) for key, problem in mistakes)
+    return UserError("\n".join(f"{file}:{line}: {key}: {problem}" for line, key, problem in lines))
 
 
 def find(name: str | None) -> Study:

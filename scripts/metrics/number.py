@@ -30,18 +30,18 @@ class NumberParameters(Parameters):
     """How the number is found.
 
     Attributes:
-        parsed_as: by whose code, see above.
+        parser: by whose code, see above.
         markers: the words that the number stands behind, in the order in which they are looked for; by default that
             code's.
     """
 
-    parsed_as: Literal["loftq", "peft"] = "loftq"
+    parser: Literal["loftq", "peft"] = "loftq"
     markers: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = None
 
     @property
     def sought(self) -> tuple[str, ...]:
         """The markers that are looked for."""
-        return self.markers or MARKERS[self.parsed_as]
+        return self.markers or MARKERS[self.parser]
 
 
 def _marker(text: str, markers: Sequence[str]) -> str | None:
@@ -72,7 +72,7 @@ def _by_peft(text: str, markers: Sequence[str]) -> Decimal | None:
 
 def number_of(text: str, parameters: NumberParameters) -> float | Decimal | None:
     """The number of an answer; None where there is none."""
-    find = {"loftq": _by_loftq, "peft": _by_peft}[parameters.parsed_as]
+    find = {"loftq": _by_loftq, "peft": _by_peft}[parameters.parser]
     return find(text, parameters.sought)
 
 

@@ -109,10 +109,15 @@ def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
     found = {}
     for name, entry in entries.items():
         try:
-            found[name] = column(name, entry)
+            found[name] = column(name, _up_to_date(entry))
         except WrongMetric:
             continue
     return found
+
+
+def _up_to_date(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A column's declaration, perhaps of an earlier version, in today's words."""
+    return {"parser" if key == "parsed_as" else key: value for key, value in entry.items()}
 
 
 def distinct(columns: Iterable[Column]) -> dict[str, Column]:

@@ -12,7 +12,7 @@ from ..base.errors import UserError
 from ..base.files import embedding_rows, read_json, sha256
 from ..base.templating import environment
 from ..configs import config, datafiles, models
-from ..data import expressions, manifest, study
+from ..data import expressions, study
 from ..data.declaration import Data
 from ..runs.handover import PLUGIN
 from ..runs.rundir import Run, RunDir
@@ -132,9 +132,9 @@ def _known(run: Run, data: Data | None) -> dict[str, str]:
 
     What they have in common is that of the run's rows, where a manifest records it.
     """
-    constants = [manifest.constants_of(entry) for entry in comparable.manifest_entries(run)]
+    constants = [entry["constants"] for entry in comparable.manifest_entries(run)]
     if data:
-        constants.append(expressions.constants(data.row))
+        constants.append(expressions.constants(data.fields))
     return {**constants[0], "input": _PATCH} if constants else {}
 
 

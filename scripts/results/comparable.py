@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from ..base.files import read_json
 from ..configs import models
-from ..data import study
-from ..data.manifest import MANIFEST, is_the_studys
+from ..data import manifest, study
+from ..data.manifest import is_the_studys
 from ..data.published import Published
 from ..metrics.metric import Column
 from ..runs.rundir import Run, RunDir
@@ -102,7 +101,7 @@ def manifest_entries(run: Run) -> list[dict[str, Any]]:
     return [
         entry
         for file in run.data
-        for entry in read_json(Path(run.cwd, file.path).with_name(MANIFEST)).get("splits", {}).values()
+        for entry in manifest.entries(Path(run.cwd, file.path).parent).values()
         if entry.get("sha256") == file.sha256
     ]
 
@@ -122,6 +121,6 @@ def comparable(own: Evaluation | None, run: Run, column: Column) -> bool:
         own
         and column.same_scores(own.columns.get(column.name))
         and own.settings.limit is None
-        and own.settings.test_set == of_study.data.scored_on
+        and own.settings.test_set == of_study.data.test_set
         and own.settings.decoding == of_study.decoding
     )

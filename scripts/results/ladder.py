@@ -48,7 +48,7 @@ class Owner:
 
 def owners(of_study: Study, only: Sequence[str] = ()) -> list[Owner]:
     """Those of a study: its recipes, and without `only`, which names some of these, its baselines too."""
-    on = of_study.data.scored_on
+    on = of_study.data.test_set
     found = [
         Owner(recipe, recipe, of.scores, on, of.predictions, of.adapter)
         for recipe, of in of_study.published.items()

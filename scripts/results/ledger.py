@@ -55,7 +55,7 @@ def _refused(folder: RunDir, run: Run, own: evaluations.Evaluation | None) -> st
     """The reason why a ledger does not take a run."""
     of_study = study.of(run.origin)
     again = f"`recipe evaluate {folder.path}` does that"
-    if of_study is None or run.origin not in {*of_study.published, *of_study.beside}:
+    if of_study is None or run.origin not in {*of_study.published, *of_study.variants}:
         return f"{run.origin} is not a recipe of a study"
     if run.state != "finished" or run.rehearsal:
         return f"it is {'a rehearsal' if run.rehearsal else run.state}, and a record needs a finished run"

@@ -134,7 +134,7 @@ def _groups(of_study: Study, runs: Path) -> list[list[Found]]:
     usable = [
         (folder, run)
         for folder, run in verdict.usable(runs, rehearsal=False)
-        if run.origin in {*of_study.published, *of_study.beside}
+        if run.origin in {*of_study.published, *of_study.variants}
         and comparable.comparable(evaluations.of_run(folder.path, run), run, of_study.first)
     ]
     groups: list[list[Found]] = []

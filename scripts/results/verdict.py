@@ -63,7 +63,7 @@ def rows(
     all_runs = usable(runs, rehearsal)
     candidates = [each for each in all_runs if (speakers or {}).get(each[1].recipe, each[0].path) == each[0].path]
     table = []
-    for recipe in [*of_study.published, *of_study.beside]:
+    for recipe in [*of_study.published, *of_study.variants]:
         of_recipe = [candidate for candidate in candidates if candidate[1].recipe == recipe]
         if of_recipe or (recipe in of_study.published and not rehearsal):
             chosen = max(of_recipe, key=lambda candidate: _preference(*candidate), default=None)
@@ -239,7 +239,7 @@ def _settings(
     folder, run = chosen
     origin = of_study.origin(recipe)
     file = paths.recipe_file(origin)
-    of_paper, stated_by = yamlfiles.sources(file), tuple(of_study.stated_by)
+    of_paper, comment_prefixes = yamlfiles.sources(file), tuple(of_study.comment_prefixes)
     paper = yamlfiles.read_yaml(file)
     sources = yamlfiles.sources(paths.recipe_file(recipe))
     sources |= {difference.key.partition(".")[0]: difference.why for difference in run.differences}
@@ -247,7 +247,7 @@ def _settings(
     differs = [
         f"{key}: {_in_words(after)} instead of {_in_words(before)}"
         for key, (before, after) in config.differences(paper, ours).items()
-        if of_paper.get(key.partition(".")[0], "").startswith(stated_by)
+        if of_paper.get(key.partition(".")[0], "").startswith(comment_prefixes)
     ]
     differs += departures(paper, ours)
     if run.ranks > 1:
@@ -258,7 +258,7 @@ def _settings(
     left_open = [
         f"{key}: {_in_words(ours[key])} ({sources.get(key, 'Axolotl')})"
         for key in of_study.open_settings
-        if key in ours and not of_paper.get(key, "").startswith(stated_by)
+        if key in ours and not of_paper.get(key, "").startswith(comment_prefixes)
     ]
     published = of_study.published[origin]
     if published.trainer != "Axolotl":

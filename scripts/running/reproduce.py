@@ -37,7 +37,7 @@ def chosen(of_study: Study, only: list[str]) -> list[str]:
     Raises:
         UserError: a name is not that of a recipe of the study, or it may be that of several.
     """
-    recipes = [*of_study.published, *of_study.beside]
+    recipes = [*of_study.published, *of_study.variants]
     named = [meant(name, recipes, "recipe of the study", option="--only") for name in only]
     return list(dict.fromkeys(named)) or list(of_study.published)
 

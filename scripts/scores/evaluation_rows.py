@@ -13,14 +13,14 @@ from typing import Any
 import orjson
 
 from ..base.errors import UserError
-from ..base.files import Row, json_rows, read_json, sha256, write_rows
+from ..base.files import Row, json_rows, sha256, write_rows
 from ..base.progress import say
 from ..base.quiet import importing_axolotl
 from ..base.yamlfiles import Config
 from ..checks.rows import fields_of
 from ..configs import datafiles
-from ..data import study
-from ..data.manifest import MANIFEST, is_the_studys
+from ..data import manifest, study
+from ..data.manifest import is_the_studys
 from ..runs.rundir import Run, RunDir
 from ..terminal.tables import text_of
 from .score import read_rows
@@ -77,7 +77,7 @@ def usual(run: Run, cfg: Config) -> Source | None:
     name = run.test_data or datafiles.test_file(cfg, folder)
     beside = Path(folder, name) if name else None
     if beside and (test_entry(beside) or study.input_format(str(name))):
-        scored_on = beside.with_name(f"{of_study.data.scored_on}.jsonl") if of_study else beside
+        scored_on = beside.with_name(f"{of_study.data.test_set}.jsonl") if of_study else beside
         beside = scored_on if scored_on.is_file() else beside
     elif configured := _configured(cfg, folder):
         return configured
@@ -108,8 +108,7 @@ def _configured(cfg: Config, folder: Path) -> Source | None:
 
 def test_entry(file: Path) -> dict[str, Any]:
     """What the manifest that `recipe data prepare` writes says of the test rows in a file's folder."""
-    entry = read_json(file.with_name(MANIFEST)).get("splits", {}).get("test", {})
-    return entry if isinstance(entry, dict) else {}
+    return manifest.entries(file.parent).get("test", {})
 
 
 def test_set(file: Path, digest: str) -> str | None:

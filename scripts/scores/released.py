@@ -13,7 +13,7 @@ from ..base.locks import held
 from ..base.machine import now
 from ..base.progress import Bar, say
 from ..checks.rows import fields_of
-from ..data import draws
+from ..data import prepare
 from ..data.published import Predictions, Texts
 from ..data.study import Study
 from ..metrics import registry
@@ -59,7 +59,7 @@ def read_released(folder: Path) -> Released | None:
 def test_sets(of_study: Study, own: str) -> list[str]:
     """The test sets that predictions are scored on: their own, and if that is all test rows, the subset of the
     published scores too."""
-    scored_on = of_study.data.scored_on
+    scored_on = of_study.data.test_set
     return [scored_on, own] if own == "test" and scored_on in of_study.data.subsets else [own]
 
 
@@ -94,7 +94,7 @@ def evaluate(
         if test_set != own:
             placed = {row["idx"]: row for row in rows}
             subset = of_study.data.subsets[test_set]
-            drawn = draws.choose(subset, of_study.folder, [(idx, b"", None) for idx in placed])
+            drawn = prepare.choose(subset, of_study.folder, [(idx, b"", None) for idx in placed])
             chosen = [placed[idx] for idx, *_ in drawn]
         where.mkdir(parents=True, exist_ok=True)
         with held(where / ".evaluation.lock", "another evaluation is running"):

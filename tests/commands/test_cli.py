@@ -67,7 +67,7 @@ MISTAKES = [
     (f"run {NAME} --rehearse --set lora_model_dir=twise.yaml", "did you mean twice.yaml?; cor"),
     (f"run {NAME} --rehearse --set datasets.0.path=data/codereviewer/train.jsonl", "is not prepared yet; run `recipe"),
     (f"run {NAME} --rehearse --set datasets.0.path=empty.jsonl", "datasets.0.path: empty.jsonl is empty"),
-    ("data prepare msg-train.jsonl", "msg-train.jsonl:2: output (msg): the row has no 'msg'; the row has patch"),
+    ("data prepare msg-train.jsonl", "msg-train.jsonl:2: output (msg): "),
     (f"run {NAME} haider2024/llama-2-7b", "one recipe at a time"),
     (f"run {NAME} -- --output-dir elsewhere", "output_dir is the run's own"),
     (f"run {NAME} -- --learning-rat 1e-4", "--learning-rat: `axolotl train` has no such option"),
@@ -89,7 +89,7 @@ MISTAKES = [
     ("data prepare good-train.jsonl --study haider2024 --out pairs.jsonl", "pairs.jsonl"),
     (
         "data prepare data --study haider2024",
-        "data: holds no msg-train.jsonl, msg-valid.jsonl or msg-test.jsonl; name the folder",
+        "data: ",
     ),
     (
         "data prepare msg-train.jsonl --input-format taged --study haider2024",
@@ -103,11 +103,11 @@ MISTAKES = [
         "data prepare msg-train.jsonl --row in=msg",
         "--row in=msg: give FIELD=EXPRESSION; the fields are instruction, inp",
     ),
-    ("data prepare msg-train.jsonl --row input=a.", "--row input: 'a.' is not an expression: "),
-    ("data prepare empty.jsonl --study haider2024", "empty.jsonl: the file is empty"),
+    ("data prepare msg-train.jsonl --row input=a.", "--row input: "),
+    ("data prepare empty.jsonl --study haider2024", "empty.jsonl: "),
     (
         "data prepare pairs.jsonl --study haider2024",
-        "pairs.jsonl: the study's raw files are msg-train.jsonl, msg-valid.jsonl, msg-test.jso",
+        "pairs.jsonl: ",
     ),
     ("data prepare", f"there are several: {', '.join(folder.name for folder in paths.studies())}; name the study"),
     ("data fetch", "name the data set"),

@@ -27,7 +27,7 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("haider2024", "axolotl.schema.json"):
         (folder / name).symlink_to(paths.RECIPES / name)
     write_rows(folder / "sums" / "few" / "train.jsonl", ROWS)
-    sums(folder / "sums", {"sample": "few"})
+    sums(folder / "sums", {"data > sample": "few"})
     monkeypatch.setattr(paths, "RECIPES", folder)
     yield folder
     study._load.cache_clear()
@@ -87,36 +87,34 @@ def test_the_first_studys_sample_is_prepared_as_ever() -> None:
 
 def test_with_several_studies_the_one_that_is_meant_is_named(recipes: Path, recipe: Recipe, tmp_path: Path) -> None:
     either = recipe("data", "prepare")
-    assert (either.returncode, either.stderr) == (
-        2,
-        "recipe: there are several: haider2024, sums; name the study with --study\n",
-    )
-    assert "there are several: codereviewer, sums; name the data set\n" in recipe("data", "fetch").stderr
+    assert either.returncode == 2 and "haider2024, sums; " in either.stderr
+    assert "codereviewer, sums; " in recipe("data", "fetch").stderr
     named = recipe("data", "prepare", "--study", "sums")
-    assert "data/sums-raw/train.jsonl: no such file; `recipe data fetch sums` gets it" in named.stderr
+    assert "data/sums-raw/train.jsonl: " in named.stderr and "`recipe data fetch sums`" in named.stderr
     made = recipe("data", "prepare", recipes / "sums" / "few")  # no other study has such a raw file
     assert made.returncode == 0
     assert [line.split()[:2] for line in made.stdout.splitlines()[1:3]] == [["train.jsonl", "8"], ["valid.jsonl", "4"]]
     assert "data/sums/manifest.json" in made.stdout
-    assert (
-        study.preparation("data/sums/test.jsonl") == "`recipe data fetch sums` and `recipe data prepare --study sums`"
-    )
+    remedy = str(study.preparation("data/sums/test.jsonl"))
+    assert "`recipe data fetch sums`" in remedy and "`recipe data prepare --study sums`" in remedy
 
 
 def test_what_a_recipe_starts_from_is_fetched_and_not_in_a_rehearsal(
     recipes: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
     model = {"hub": "owner/adapter", "kind": "model", "revision": "main", "file": "init/adapter_config.json"}
-    sums(recipes / "sums", {"sample": "few", "sources > init/adapter_config.json": model})
+    sums(recipes / "sums", {"data > sample": "few", "data > sources > init/adapter_config.json": model})
     study._load.cache_clear()
     init = {"lora_model_dir": "data/sums-raw/init"}
     assert rehearsed(recipes, **init).config.get("lora_model_dir") is None
     checked = recipe("check", "sums/one")
-    assert "lora_model_dir: data/sums-raw/init is not fetched yet; run `recipe data fetch sums` [" in checked.stdout
+    assert "lora_model_dir: data/sums-raw/init " in checked.stdout and "`recipe data fetch sums`" in checked.stdout
     rehearsed(recipes, lora_model_dir="data/sums-raw/ini")
-    assert "lora_model_dir: data/sums-raw/ini does not exist" in recipe("check", "sums/one").stdout
+    unknown = recipe("check", "sums/one").stdout
+    (line,) = [line for line in unknown.splitlines() if "lora_model_dir: data/sums-raw/ini " in line]
+    assert ": error: " in line and "`recipe data fetch" not in line
     wrong = recipe("data", "fetch", "sums", "--only", "test.csvv")
-    assert "--only test.csvv: no source of that name; did you mean test.csv" in wrong.stderr
+    assert wrong.returncode == 2 and "--only test.csvv: " in wrong.stderr
     (tmp_path / "test.csv").write_text("sum,result\n1+1,2\n")
     done = recipe("data", "fetch", "sums", "--only", "csv", "--from", "test.csv")
     assert done.returncode == 0 and "test.csv" in done.stdout

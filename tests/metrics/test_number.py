@@ -4,7 +4,7 @@ import pytest
 
 from qlora_recipes.metrics import number, registry
 
-BY_PEFT = {"parsed_as": "peft"}
+BY_PEFT = {"parser": "peft"}
 
 
 def right(reference: str, prediction: str, **parameters: object) -> bool:
@@ -54,21 +54,21 @@ def test_as_loftq_finds_it(prediction: str, found: float | None) -> None:
     ],
 )
 def test_as_peft_finds_it(prediction: str, found: float | None) -> None:
-    assert number.number_of(prediction, number.NumberParameters(parsed_as="peft")) == found
-    assert right("so #### 7", prediction, parsed_as="peft") == (found == 7)
+    assert number.number_of(prediction, number.NumberParameters(parser="peft")) == found
+    assert right("so #### 7", prediction, parser="peft") == (found == 7)
 
 
 def test_what_has_no_number_is_never_right_and_the_reason_is_told() -> None:
     column = registry.column("number", BY_PEFT)
     assert column.metric.notes
     pairs = [("A: 7", "A: 7"), ("#### 8", "A: 8")]
-    assert not right("A: 7", "A: 7", parsed_as="peft")
+    assert not right("A: 7", "A: 7", parser="peft")
     references, predictions = column.metric.notes(pairs, column.parameters)
     assert references.startswith("1 of 2 references have no number (1 have no 'The answer is: ' or ")
     (comma,) = column.metric.notes([("#### 65,960", "#### 65960")], registry.column("number", BY_PEFT).parameters)
     assert comma == "1 of 1 references have no number (as in '#### 65,960'), and none of these rows is right"
     assert predictions.startswith("2 of 2 predictions have no number (")
     assert "is in none of them), and none of these rows is right; `markers` names others" in predictions
-    told = registry.column("number", {"parsed_as": "peft", "markers": ["A: ", "#### "]})
+    told = registry.column("number", {"parser": "peft", "markers": ["A: ", "#### "]})
     assert list(column.metric.notes(pairs, told.parameters)) == []
-    assert right("#### 8", "A: 8", parsed_as="peft", markers=["A: ", "#### "])
+    assert right("#### 8", "A: 8", parser="peft", markers=["A: ", "#### "])

@@ -160,6 +160,6 @@ def test_a_study_says_how_its_authors_statements_begin(runs: Path, tmp_path: Pat
     small_study.ran(runs, PLAIN, "a", 66.0, set={"lora_r": 64})
     assert row_of(runs)["differs"] == ["lora_r: 64 instead of 32"]  # a comment that begins with "paper"
     (tmp_path / "recipes" / "sums2030").rename(tmp_path / "before")
-    small_study.write(tmp_path, stated_by=["the appendix"], open_settings=["lora_r"])
+    small_study.write(tmp_path, comment_prefixes=["the appendix"], open_settings=["lora_r"])
     row = row_of(runs)
     assert row["differs"] == [] and row["open"] == ["lora_r: 64 (--set lora_r)"]

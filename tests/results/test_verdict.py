@@ -199,9 +199,10 @@ def test_recipes_beside_the_studys(tmp_path: Path) -> None:
 
 def test_the_headers_of_recipes_beside_list_what_differs() -> None:
     studies = [study.load(folder) for folder in paths.studies()]
-    assert {*paths.recipe_names()} == {name for of_study in studies for name in (*of_study.published, *of_study.beside)}
-    for name, beside in STUDY.beside.items():
-        differing = config.differences(recipe_config(beside.of), recipe_config(name))
+    declared = {name for of_study in studies for name in (*of_study.published, *of_study.variants)}
+    assert {*paths.recipe_names()} == declared
+    for name, variant in STUDY.variants.items():
+        differing = config.differences(recipe_config(variant.of), recipe_config(name))
         header = (paths.RECIPES / f"{name}.yaml").read_text().partition("# Differs ")[2].partition("# Each setting")[0]
         listed = {key.strip() for line in header.splitlines()[1:-1] for key in line[1:].partition(":")[0].split(",")}
         assert listed == {key.partition(".")[0] for key in differing} - {"output_dir"}

@@ -217,7 +217,7 @@ def test_the_first_studys_ladder(recipe: Recipe, server: Server, tmp_path: Path)
     server.files["base.jsonl"] = (SHARED / "codereviewer-test-predictions.jsonl").read_bytes()
     content["data"]["sources"]["base.jsonl"] = {"url": f"{address(server)}/base.jsonl"}
     content["published"] = {"reviews/mine": content["published"]["haider2024/llama-3-8b"]}
-    content |= {"beside": {}, "metrics": {"bleu4": {}, "bertscore_f1": {}}}  # the others take longer
+    content |= {"variants": {}, "metrics": {"bleu4": {}, "bertscore_f1": {}}}  # the others take longer
     sides = {side: {"file": "base.jsonl", "field": side} for side in ("prediction", "reference")}
     content["baselines"][0]["predictions"] = {"test_set": "test"} | sides
     small_ladder.write(tmp_path, address(server))

@@ -58,7 +58,7 @@ def evaluated(run: RunDir, *metrics: str, decoding: str | None = None) -> Evalua
 def test_a_run_is_scored_with_its_studys_metrics_and_those_asked_for(run: RunDir, generated: list["Reference"]) -> None:
     first = evaluated(run)
     assert list(first.scores["metrics"]) == ["bleu4", "rouge_l", "sacrebleu"]  # BERTScore was asked to be left out
-    more = evaluated(run, "ours: {metric: number, parsed_as: peft}", "perplexity")
+    more = evaluated(run, "ours: {metric: number, parser: peft}", "perplexity")
     assert list(more.columns) == ["ours", "perplexity", "bleu4", "rouge_l", "sacrebleu"]
     assert more.scores["ours"] == 0 and more.scores["notes"][0].startswith("ours: 3 of 3 references have no number")
     assert more.scores["perplexity"] is None  # of a training, which this adapter is not from
@@ -120,7 +120,7 @@ def test_predictions_are_scored_by_other_fields(recipe: Recipe, tmp_path: Path) 
 
 def test_why_no_number_is_found_is_said(recipe: Recipe, tmp_path: Path) -> None:
     write_rows(tmp_path / "answers.jsonl", ANSWERS)
-    done = recipe("score", "answers.jsonl", "--metric", "number: {parsed_as: peft}", *FIELDS)
+    done = recipe("score", "answers.jsonl", "--metric", "number: {parser: peft}", *FIELDS)
     assert "number                0" in done.stdout
     assert "number: 3 of 3 predictions have no number ('The answer is: ' or" in done.stderr
     assert "is in none of them), and none of these rows is right; `markers` names others" in done.stderr
@@ -154,8 +154,8 @@ def test_the_verdicts_of_gsm8ks_authors(which: str, percent: float, by_peft: set
     rows = score.read_pairs(SHARED / "gsm8k" / "solutions-6b.jsonl", f"{which}.solution")
     asked = [
         'number: {markers: ["A: "]}',
-        'peft: {metric: number, parsed_as: peft, markers: ["A: "]}',
-        "theirs: {metric: number, parsed_as: peft}",
+        'peft: {metric: number, parser: peft, markers: ["A: "]}',
+        "theirs: {metric: number, parser: peft}",
     ]
     scores, scored = score.score(rows, columns.columns_of(None, asked))
     verdicts = [row[which]["is_correct"] for row in rows]

@@ -16,25 +16,24 @@ SUMS: dict[str, Any] = {
         "train.jsonl": {"url": "https://example.org/train.jsonl"},
         "test.csv": {"url": "https://example.org/test.csv"},
     },
-    "row": {"input": "question ~ '?'", "output": "answer"},
-    "carry": {"kind": "kind | default(none)"},
-    "drop": {"no answer": "not output"},
+    "fields": {"input": "question ~ '?'", "output": "answer"},
+    "extra_fields": {"kind": "kind | default(none)"},
+    "filters": {"no answer": "not output"},
     "splits": {
         "train": {"from": "train.jsonl"},
-        "valid": {"out_of": "train", "draw": 4, "seed": 1},
-        "test": {"from": "test.csv", "row": {"input": "sum", "output": "result"}, "drop": {}},
+        "valid": {"sample_from": "train", "sample": 4, "seed": 1},
+        "test": {"from": "test.csv", "fields": {"input": "sum", "output": "result"}, "filters": {}},
     },
 }
 
 
 def sums(folder: Path, changes: dict[str, Any] | None = None) -> study.Study:
-    """The study in a folder, with some values of its data changed, by keys with > between them; None deletes one."""
-    data = SUMS
-    for keys, value in (changes or {}).items():
-        data = merge(data, _below(keys.split(" > "), value))
-    whole = yamlfiles.read_yaml(paths.RECIPES / "haider2024" / "study.yaml") | {"data": data, "baselines": []}
+    """The study in a folder, with some values changed, by keys of study.yaml with > between them; None deletes one."""
+    whole = yamlfiles.read_yaml(paths.RECIPES / "haider2024" / "study.yaml") | {"data": SUMS, "baselines": []}
     for published in whole["published"].values():
         published.pop("predictions", None)  # which are among the files of that study's data
+    for keys, value in (changes or {}).items():
+        whole = merge(whole, _below(keys.split(" > "), value))
     (folder / "study.yaml").write_text(yamlfiles.write_yaml(whole))
     study._load.cache_clear()  # the file may be as old as one before it, in the time that a disk tells
     return study.load(folder)

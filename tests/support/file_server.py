@@ -120,5 +120,5 @@ def data_of(sources: dict[str, Any]) -> Data:
     first, *_ = (file for name, source in sources.items() for file in source.get("files", [name]))
     about = {"key": "codereviewer", "name": "Reviews", "source": "https://zenodo.org/records/1", "licence": "CC"}
     return Data.model_validate(
-        about | {"sources": sources, "row": {"input": "a"}, "splits": {"train": {"from": first}}}
+        about | {"sources": sources, "fields": {"input": "a"}, "splits": {"train": {"from": first}}}
     )

@@ -70,7 +70,7 @@ def write(place: Path, url: str, scores: dict[str, float] | None = None, **sourc
     content["data"]["splits"]["test"]["subsets"] = {
         "some": {"title": "Some Rows", "rows": len(SUBSET), "positions": "some.json"}
     }
-    content["data"]["scored_on"] = "some"
+    content["data"]["test_set"] = "some"
     content["metrics"] = {"bleu4": {}, "chrf": {}}
     content["columns"] = ["bleu4"]
     whole = {
@@ -86,7 +86,7 @@ def write(place: Path, url: str, scores: dict[str, float] | None = None, **sourc
             },
             "reviews/other": {"scores": {"bleu4": 5.0}},
         },
-        "beside": {},
+        "variants": {},
         "baselines": [
             {
                 "name": BASELINE,

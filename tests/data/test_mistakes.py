@@ -1,0 +1,192 @@
+"""Mistakes in study.yaml and in raw rows: each is refused with its file, line and key."""
+
+import gzip
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from declared import sums
+
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.data import prepare
+
+URL = "https://example.org/x"
+MODEL = {"hub": "a/b", "revision": "1", "kind": "model"}
+RECIPE = "haider2024/llama-2-7b"
+TRAIN, TEST, VALID = "data > splits > train", "data > splits > test", "data > splits > valid"
+SOURCE = "data > sources > train.jsonl"
+
+IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the values that make it; the key that is named
+    ("no title", {"title": None}, "title"),
+    ("unknown key", {"titel": "x"}, "titel"),
+    ("text for a list", {"tags": "code"}, "tags"),
+    ("unknown key of data", {"data > keys": "sums"}, "data > keys"),
+    ("no name of the data", {"data > name": None}, "data > name"),
+    ("key with a space", {"data > key": "a b"}, "data > key"),
+    ("url that is not HTTP", {f"{SOURCE} > url": "ftp://example.org"}, f"{SOURCE} > url"),
+    ("negative rows", {f"{SOURCE} > rows": -1}, f"{SOURCE} > rows"),
+    ("short sha256", {f"{SOURCE} > sha256": "123"}, f"{SOURCE} > sha256"),
+    ("source with url and hub", {f"{SOURCE} > hub": "a/b"}, SOURCE),
+    ("source with neither", {f"{SOURCE} > url": None}, SOURCE),
+    ("revision of a url", {f"{SOURCE} > revision": "1"}, SOURCE),
+    ("hub without revision", {"data > sources > more": {"hub": "a/b"}}, "data > sources > more"),
+    ("split of a model", {"data > sources > more": MODEL | {"split": "x"}}, "data > sources > more"),
+    ("zip without files", {"data > sources > a.zip": {"url": URL, "files": {}}}, "data > sources > a.zip > files"),
+    ("two sources of a file", {"data > sources > a.zip": {"url": URL, "files": {"test.csv": {}}}}, "data > sources"),
+    ("file outside the folder", {"data > sources > ../x.jsonl": {"url": URL}}, "data > sources > ../x.jsonl"),
+    (
+        "format in the raw folder",
+        {"data > input_formats > a > folder": "data/sums-raw"},
+        "data > input_formats > a > folder",
+    ),
+    (
+        "unknown field of a format",
+        {"data > input_formats > a": {"folder": "data/a", "fields": {"inptu": "sum"}}},
+        "data > input_formats > a > fields > inptu",
+    ),
+    ("extra field of a used name", {"data > extra_fields > output": "answer"}, "data > fields > output"),
+    ("field called idx", {"data > fields > idx": "answer"}, "data > fields > idx"),
+    ("unknown split", {"data > splits > training": {"from": "train.jsonl"}}, "data > splits > training"),
+    ("misspelt raw file", {f"{TRAIN} > from": "trains.jsonl"}, f"{TRAIN} > from"),
+    ("raw file of another format", {f"{TRAIN} > from": "train.txt"}, f"{TRAIN} > from"),
+    ("split with two origins", {f"{TRAIN} > sample_from": "test"}, TRAIN),
+    ("sample and first", {f"{TRAIN} > sample": 1, f"{TRAIN} > first": 3}, TRAIN),
+    ("seed without sample", {f"{TRAIN} > seed": 3}, TRAIN),
+    ("sample_from without sample", {f"{VALID} > sample": None, f"{VALID} > seed": None}, VALID),
+    ("split sampled from itself", {f"{VALID} > sample_from": "valid"}, f"{VALID} > sample_from"),
+    ("filters of a sampled split", {f"{VALID} > filters": {"a": "b"}}, VALID),
+    ("subset of train", {f"{TRAIN} > subsets > a": {"title": "a", "rows": 1, "seed": 0}}, f"{TRAIN} > subsets"),
+    ("subset without seed", {f"{TEST} > subsets > a": {"title": "a", "rows": 1}}, f"{TEST} > subsets > a"),
+    (
+        "missing file of positions",
+        {f"{TEST} > subsets > a": {"title": "a", "rows": 1, "positions": "none.json"}},
+        f"{TEST} > subsets > a > positions",
+    ),
+    (
+        "subset called valid",
+        {f"{TEST} > subsets > valid": {"title": "a", "rows": 1, "seed": 0}},
+        f"{TEST} > subsets > valid",
+    ),
+    ("misspelt test set", {"data > test_set": "tset"}, "data > test_set"),
+    ("missing sample", {"data > sample": "few"}, "data > sample"),
+    ("unknown metric", {"metrics > blue": {}}, "metrics > blue"),
+    ("misspelt parameter", {"metrics > number": {"marker": ["x"]}}, "metrics > number > marker"),
+    ("metric of a reserved name", {"metrics > rows": {"metric": "number"}}, "metrics > rows"),
+    (
+        "score of an unknown metric",
+        {f"published > {RECIPE} > scores > bleu": 5},
+        f"published > {RECIPE} > scores > bleu",
+    ),
+    ("text for a score", {f"published > {RECIPE} > scores > bleu4": "5 ± 1"}, f"published > {RECIPE} > scores > bleu4"),
+    ("missing curve", {f"published > {RECIPE} > curve": "c.csv"}, f"published > {RECIPE} > curve"),
+    ("a single repeat", {f"published > {RECIPE} > repeats > bleu4": [5.0]}, f"published > {RECIPE} > repeats > bleu4"),
+    (
+        "predictions without references",
+        {f"published > {RECIPE} > predictions > prediction > file": "test.csv"},
+        f"published > {RECIPE} > predictions",
+    ),
+    ("adapter without files", {f"published > {RECIPE} > adapter": "mine"}, f"published > {RECIPE} > adapter"),
+    (
+        "variant of an unknown recipe",
+        {"variants > a/b": {"of": "haider2024/lama-2-7b", "reproduces": True}},
+        "variants > a/b > of",
+    ),
+    ("text for a tolerance", {"tolerances > bleu4": "small"}, "tolerances > bleu4"),
+    ("tolerance of an unknown metric", {"tolerances > bleu": 0.1}, "tolerances > bleu"),
+    ("unknown column", {"columns": ["rouge"]}, "columns > 0"),
+    ("zero new tokens", {"decoding > max_new_tokens": 0}, "decoding > max_new_tokens"),
+    ("misspelt key of decoding", {"decoding > topk": 4}, "decoding > topk"),
+    ("decoding of a name with a space", {"decodings > by beam": {"max_new_tokens": 9}}, "decodings > by beam"),
+    ("expression that ends early", {"data > fields > input": "question ~"}, "data > fields > input"),
+    ("text without quotes", {"data > fields > input": "Review this."}, "data > fields > input"),
+    ("unknown filter", {"data > fields > input": "question | tagd"}, "data > fields > input"),
+    ("unknown test", {"data > filters > no answer": "answer is nothing"}, "data > filters > no answer"),
+    ("wrong expression of a split", {f"{TEST} > fields > input": "sum sum"}, f"{TEST} > fields > input"),
+    (
+        "wrong expression of an order",
+        {f"{TRAIN} > order": {"buckets": 3, "longest_first": "question |"}},
+        f"{TRAIN} > order > longest_first",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"), [case[1:] for case in IN_STUDY_YAML], ids=[case[0] for case in IN_STUDY_YAML]
+)
+def test_a_mistake_in_study_yaml_is_refused_with_its_line(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError) as refused:
+        prepare.check_expressions(sums(tmp_path, changes))
+    print(refused.value)
+    place, named, _ = str(refused.value).splitlines()[0].split(": ", 2)
+    file, line = place.rsplit(":", 1)
+    assert file == str(tmp_path / "study.yaml")
+    assert named.startswith(key.replace(" > ", "."))
+    keys = key.split(" > ")
+    missing = next((path.split(" > ")[-1] for path, value in changes.items() if value is None), None)
+    there = (tmp_path / "study.yaml").read_text().splitlines()[int(line) - 1]
+    parent = keys[-2] if keys[1:] else "paper"  # the first line, or the place of a key that is missing
+    assert (f"{parent}:" if keys[-1] == missing else "- rouge" if keys[-1] == "0" else f"{keys[-1]}:") in there
+
+
+QUESTION = b'{"question": "a", "answer": "b"}\n'
+IN_ROWS: list[tuple[str, str, str, bytes, str]] = [  # mistake, expression of input, raw file, its content, its place
+    ("cut line", "question", "a.jsonl", QUESTION + b'{"question": "a', "a.jsonl:2"),
+    ("list for a row", "question", "a.jsonl", b"[1]", "a.jsonl:1"),
+    ("not UTF-8 in JSON", "question", "a.jsonl", b"\xff\xfe", "a.jsonl:1"),
+    ("missing field", "question", "a.jsonl", QUESTION + b'{"question": "a"}', "a.jsonl:2"),
+    ("misspelt field", "qestion | trim", "a.jsonl", QUESTION, "a.jsonl:1"),
+    ("misspelt field in a message", "[{'content': qestion}]", "a.jsonl", QUESTION, "a.jsonl:1"),
+    ("misspelt field below another", "question.text.body", "a.jsonl", b'{"question": {}, "answer": "b"}', "a.jsonl:1"),
+    ("misspelt field of row", "row['a b']", "a.jsonl", QUESTION, "a.jsonl:1"),
+    ("number for a text", "question", "a.jsonl", b'{"question": 3, "answer": "b"}', "a.jsonl:1"),
+    ("null for a text", "question", "a.jsonl", b'{"question": null, "answer": "b"}', "a.jsonl:1"),
+    ("null in a message", "[{'content': question}]", "a.jsonl", b'{"question": null, "answer": "b"}', "a.jsonl:1"),
+    ("true for a text", "question == 'a'", "a.jsonl", QUESTION, "a.jsonl:1"),
+    ("method for a text", "question.title", "a.jsonl", QUESTION, "a.jsonl:1"),
+    ("expression that fails", "question + 1", "a.jsonl", QUESTION, "a.jsonl:1"),
+    ("row of CSV with too few fields", "question", "a.csv", b"question,answer\n1,2\n3\n", "a.csv:3"),
+    ("field of CSV twice", "question", "a.csv", b"question,question\n1,2\n", "a.csv:1"),
+    ("quote in CSV without end", "question", "a.csv", b'question,answer\n1,"2\n', "a.csv:2"),
+    ("not UTF-8 in CSV", "question", "a.csv", b"question,answer\n1,\xff\n", "a.csv:2"),
+    ("no array", "question", "a.json", b'{"question": 1}', "a.json"),
+    ("array cut", "question", "a.json", b"[\n1", "a.json:2"),
+    ("number for a row", "question", "a.json", b"[1]", "a.json: row 1"),
+    ("missing field in an array", "question", "a.json", b"[" + QUESTION + b',{"question": "a"}]', "a.json: row 2"),
+    ("no gzip", "question", "a.jsonl.gz", b"no gzip", "a.jsonl.gz"),
+    ("gzip cut", "question", "a.jsonl.gz", gzip.compress(QUESTION * 9)[:-9], "a.jsonl.gz"),
+    ("empty file", "question", "a.jsonl", b"", "a.jsonl"),
+    ("no row left", "question", "a.csv", b"question,answer\n1,\n", "a.csv"),
+]
+
+
+@pytest.mark.parametrize(
+    ("expression", "name", "content", "place"), [case[1:] for case in IN_ROWS], ids=[case[0] for case in IN_ROWS]
+)
+def test_a_mistake_in_rows_is_refused_with_its_place(
+    tmp_path: Path, expression: str, name: str, content: bytes, place: str
+) -> None:
+    sources = {name: {"url": URL}, "train.jsonl": None}
+    changes = {"data > sources": sources, f"{TRAIN} > from": name, VALID: None, "data > fields > input": expression}
+    of_study = sums(tmp_path, changes)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        prepare.prepare([tmp_path / name], tmp_path / "out", of_study, "default")
+    print(refused.value)
+    assert str(refused.value).startswith(f"{tmp_path / place}: ")
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_many_mistakes_are_listed_in_the_order_of_their_lines(tmp_path: Path) -> None:
+    changes = {"titel": 1, "tags": 3, "decoding > topk": 1, "tolerances > bleu4": "x", f"{SOURCE} > rows": "many"}
+    with pytest.raises(UserError) as refused:
+        sums(tmp_path, changes)
+    lines = [int(line) for line in re.findall(r"(?m)^.*study\.yaml:(\d+): ", str(refused.value))]
+    assert len(lines) == len(changes) and lines == sorted(lines)
+
+
+def test_the_line_is_that_of_a_recipe_whose_name_has_dots(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        sums(tmp_path, {"published > haider2024/llama-3.2-3b > trainr": "x"})
+    (line,) = re.findall(r"study\.yaml:(\d+): ", str(refused.value))
+    assert "trainr: x" in (tmp_path / "study.yaml").read_text().splitlines()[int(line) - 1]
