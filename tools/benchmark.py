@@ -40,14 +40,19 @@ PEAK = "print(*(line.split()[1] for line in open('/proc/self/status') if line.st
 COMPLETION = {"_RECIPE_COMPLETE": "complete_bash", "COMP_WORDS": "recipe run code", "COMP_CWORD": "2"}
 
 
-def median(command: list[str], **env: str) -> float:
-    """Seconds of wall time over five calls."""
-    times = []
-    for _ in range(5):
+QUICK = 0.3
+"""Seconds beyond an empty interpreter that `list`, `show` and `results` without runs may take."""
+
+
+def beyond(command: list[str], **env: str) -> float:
+    """Median over five pairs of the wall seconds that a command takes beyond an empty interpreter."""
+
+    def seconds(command: list[str]) -> float:
         started = time.perf_counter()
         subprocess.run(command, env=os.environ | env, capture_output=True)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+        return time.perf_counter() - started
+
+    return statistics.median(seconds(command) - seconds([sys.executable, "-c", ""]) for _ in range(5))
 
 
 def rows_per_second(folder: Path, count: int = 100_000, size: int = 2048) -> tuple[float, float]:
@@ -209,11 +214,12 @@ def ratios() -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    nothing = median([sys.executable, "-c", "pass"])
     for arguments in COMMANDS:
         name = "check, all recipes" if arguments == ["check"] else arguments[0]
-        print(f"{name:20}{median([RECIPE, *arguments]) - nothing:6.3f} s beyond `python -c pass`")
-    print(f"{'a completion':20}{median([RECIPE], **COMPLETION) - nothing:6.3f} s beyond `python -c pass`")
+        seconds = beyond([RECIPE, *arguments])
+        slow = seconds > QUICK and name in ("list", "show", "results")
+        print(f"{name:20}{seconds:6.3f} s beyond an empty interpreter{', MORE than it may' if slow else ''}")
+    print(f"{'a completion':20}{beyond([RECIPE], **COMPLETION):6.3f} s beyond an empty interpreter")
     with tempfile.TemporaryDirectory() as folder:
         check, read = rows_per_second(Path(folder))
         prepared, memory, whole = preparation(Path(folder))

@@ -1,7 +1,7 @@
 """What comes after a run and its evaluation: results, report and publish."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -32,9 +32,6 @@ from .options import (
     form_of,
     only_with,
 )
-
-if TYPE_CHECKING:
-    from ..data.study import Study
 
 HEADING = "After"
 By = Annotated[
@@ -79,8 +76,6 @@ def results_verb(
     md: Markdown = False,
 ) -> None:
     """One row per run: losses and scores, beside the published ones."""
-    from ..data import study
-
     what = {"--ledger" if of_ledger else "--study": of_ledger or study_name, "--sweep": sweep_name}
     exclusive(what | {"--compare": pair, "--by": by, "--export": export, "--power": power_of})
     only_with("--difference", difference is not None, "--power", power_of)
@@ -103,20 +98,26 @@ def results_verb(
 
         print(ledger.export(find_run(export, runs)))
     elif of_ledger:
+        from ..data import study
         from ..results import ledger
 
         ledger.show([study.find(study_name)] if study_name else study.every(), form)
     elif study_name:
-        _show_study(study.find(study_name), rehearse, runs, form)
+        _show_study(study_name, rehearse, runs, form)
     elif power_of:
+        from ..data import study
         from ..results import power
 
         of_study = study.find(power_of)
         power.show(power.outlook(of_study, runs, difference), of_study, form)
-    else:
+    elif any(runs.rglob("run.json")):
         from ..results import listing
 
         listing.show(runs, form)
+    elif json:
+        tables.print_json([])
+    else:
+        say(f"no runs below {runs}/; `recipe run NAME --rehearse` makes one")
 
 
 def _show_groups(by: str, run: str, metrics: list[str], runs: Path, form: tables.Form) -> None:
@@ -134,9 +135,11 @@ def _show_sweep(name: str, best: str | None, runs: Path, form: tables.Form) -> N
     sweep_tables.show(sweep, sweeps.columns(sweep, runs), rows, best, form)
 
 
-def _show_study(of_study: "Study", rehearse: bool, runs: Path, form: tables.Form) -> None:
+def _show_study(name: str, rehearse: bool, runs: Path, form: tables.Form) -> None:
+    from ..data import study
     from ..results import ladder, study_tables, verdict
 
+    of_study = study.find(name)
     rows = verdict.rows(of_study, runs, rehearse)
     study_tables.show(of_study, rows, rehearse, form, ladder.begun(of_study, runs, rehearse, rows))
 

@@ -36,7 +36,7 @@ def list_verb(
     else:
         for title, table in catalogue.tables_of(rows):
             shown = [column for column in table[0] if column not in ("recipe", "epochs", "optimizer", "variant of")]
-            spare = ["base model", "planned GiB", *shown[:0:-1]]  # all but the first score, the last one first
+            spare = ["base model", *shown[:0:-1]]  # all but the first score, the last one first
             tables.print_table(table, title, spare=spare, below=["variant of"])
     if not as_tree:
         published = next(row["recipe"] for row in rows if any(row[key] for key in row if key.startswith("published_")))
@@ -46,10 +46,10 @@ def list_verb(
 @verbs.command("show", cls=Verb, rich_help_panel=HEADING, epilog="recipe show llama-3.2-3b")
 def show_verb(name: Name, json: Json = False) -> None:
     """A recipe's YAML, with the source of each setting."""
-    from ..data import study
-
     recipe, file = paths.find_recipe(name)
     if json:
+        from ..data import study
+
         of_study = study.of(recipe)
         published = of_study.published.get(recipe) if of_study else None
         scores = published.model_dump(exclude_none=True) if published else None

@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
-
-from pydantic import BaseModel
 
 from ..base.errors import UserError
 from ..base.yamlfiles import Config, parse
@@ -89,7 +88,8 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
-class Difference(BaseModel):
+@dataclass(kw_only=True)
+class Difference:
     """One key in which a run's config differs from the file that was run, and why."""
 
     key: str
@@ -105,7 +105,7 @@ class Difference(BaseModel):
 def chained(first: Sequence[Difference], second: Sequence[Difference]) -> list[Difference]:
     """Differences over two steps, such as from a recipe to a variant and from that to a run."""
     before, after = ({difference.key: difference for difference in step} for step in (first, second))
-    both = (last.model_copy(update={"recipe": before.get(key, last).recipe}) for key, last in (before | after).items())
+    both = (replace(last, recipe=before.get(key, last).recipe) for key, last in (before | after).items())
     return [difference for difference in both if difference.recipe != difference.run]
 
 

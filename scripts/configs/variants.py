@@ -7,7 +7,6 @@ from typing import Any
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..data import study
 from . import config
 
 STAMP = re.compile(r"(?m)^# Written for Axolotl (\S+)\.\n")
@@ -30,6 +29,8 @@ def origin(name: str, file: Path) -> str | None:
 def parent(name: str, file: Path) -> str | None:
     """The recipe that another differs from in named keys; None where there is none."""
     if name in paths.recipe_names():
+        from ..data import study
+
         of_study = study.of_any(name)
         return of_study.variants[name].of if of_study and name in of_study.variants else None
     existing = {*paths.recipe_names(), *paths.variant_names()}

@@ -303,26 +303,3 @@ def of_any(recipe: str) -> Study | None:
 
 def _folder(recipe: str) -> Path | None:
     return next((folder for folder in paths.studies() if recipe.startswith(f"{folder.name}/")), None)
-
-
-def entry(name: str, recipe: yamlfiles.Config, origin: str | None = None) -> dict[str, Any]:
-    """A recipe's study, model, epochs and optimizer, and its published scores, each as `published_METRIC`.
-
-    Args:
-        name: the recipe's name.
-        recipe: its settings.
-        origin: the shipped recipe that it is a variant of.
-    """
-    of_study = of_any(origin or name)
-    published = of_study.published.get(name) if of_study else None
-    row = {
-        "recipe": name,
-        "study": of_study.folder.name if of_study else None,
-        "base_model": recipe.get("base_model"),
-        "epochs": recipe.get("num_epochs"),
-        "optimizer": recipe.get("optimizer"),
-    }
-    for column in of_study.columns if of_study else ():
-        score = published.scores.get(column) if published else None
-        row[f"published_{column}"] = score.value if score else None
-    return row

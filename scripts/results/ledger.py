@@ -143,10 +143,11 @@ def show(studies: Sequence[Study], form: tables.Form) -> None:
     by_study = {name: ledger.table(of_study, records) for name, (of_study, records) in found.items() if records}
     if form == "json":
         tables.write([record.model_dump(mode="json") for _, records in found.values() for record in records], form)
+    elif not by_study:
+        say("no record in any ledger here; `recipe results --export RUN` writes one, and CONTRIBUTING.md says more")
     elif form == "csv":
         keys = dict.fromkeys(key for rows in by_study.values() for row in rows for key in row)
         tables.write([{key: row.get(key) for key in keys} for rows in by_study.values() for row in rows], form)
-    elif not by_study:
-        say("no record in any ledger here; `recipe results --export RUN` writes one, and CONTRIBUTING.md says more")
-    for name, rows in by_study.items() if form not in ("json", "csv") else ():
-        tables.write(rows, form, f"{ledger.TITLE}: {name}", spare=["Axolotl", "seed", "hours", "tokens/s"])
+    else:
+        for name, rows in by_study.items():
+            tables.write(rows, form, f"{ledger.TITLE}: {name}", spare=["Axolotl", "seed", "hours", "tokens/s"])

@@ -75,11 +75,9 @@ def show(runs: Path, form: tables.Form) -> None:
     rows = [row(folder, run, _jobs(folder, run)) for folder, run in found]
     if changed := [full["run"] for full in rows if full["evaluation"]]:
         say(f"{len(changed)} evaluations are stale or edited; `recipe evaluate {changed[-1]}` checks that of the last")
-    if not rows and form != "json":
-        say(f"no runs below {runs}/; `recipe run NAME --rehearse` makes one")
-    elif form == "json":
+    if form == "json":
         tables.write(rows, form)
-    elif form == "csv":
+    elif form == "csv" and rows:
         tables.write(_of_one_shape(found, rows), form)
     else:
         for rehearsal in (False, True):

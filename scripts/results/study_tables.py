@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..base.progress import say
+from ..data.published import Score
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..terminal import tables
 from . import ladder
-from .catalogue import published
 from .verdict import notes
 
 COSTS = "Other scores, and what they cost"
@@ -105,6 +105,13 @@ def of_curves(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _whole(value: float | None) -> str | float | None:
     """A large number without decimals, in groups of three digits."""
     return f"{value:,.0f}" if value is not None and value >= 100 else value
+
+
+def published(score: Score | None) -> float | str | None:
+    """A published score in a table: with its ± as text, otherwise as a number, which is aligned."""
+    if score is None or score.spread is None:
+        return score.value if score else None
+    return tables.plus_minus(score.value, score.spread)
 
 
 def baselines(of_study: Study) -> list[dict[str, Any]]:

@@ -160,7 +160,7 @@ def _show_shared_differences(pipelines: list[Pipeline]) -> None:
     first, *others = [pipeline.composed.differences for pipeline in pipelines if pipeline.composed]
     shared = [difference for difference in first if all(difference in other for other in others)]
     for pipeline in pipelines:
-        pipeline.shared = [difference.model_copy() for difference in shared]  # a run fills in its own
+        pipeline.shared = [replace(difference) for difference in shared]  # a run fills in its own
     if shared:
         say("\n  ".join(["every member:", *map(str, shared)]))
 

@@ -70,7 +70,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
             recipes[f"{name}.yaml"] = text
             if of_study := study.of(name):
                 recipe = yamlfiles.parse(text, f"recipes/{name}.yaml")
-                by_study.setdefault(of_study.title, (of_study, []))[1].append(study.entry(name, recipe))
+                by_study.setdefault(of_study.title, (of_study, []))[1].append(recipe | {"name": name})
     if (templates / f"{README}.j2").is_file():
         measured = {
             title: ledger.table(of_study, ledger.records(of_study, strict=True))

@@ -106,12 +106,13 @@ def test_what_is_completed_is_understood(complete: Complete, place: Path, recipe
         assert {recipe("show", name).returncode for name in complete(line)} == {0}
 
 
-def test_nothing_heavy_is_imported_for_it(place: Path) -> None:
-    """What the quick commands import, and neither what reads runs nor what draws tables."""
+def test_quick_commands_and_completions_import_nothing_heavy(place: Path) -> None:
     heavy = ["torch", "numpy", "pydantic", "rich.table", "jsonschema", "qlora_recipes.runs", "qlora_recipes.checks"]
     code = f"""
 import json, os, sys
 from qlora_recipes import cli
+for words in (["list"], ["show", "{paths.recipe_names()[0]}"], ["results", "--runs", "none"]):
+    assert cli.main(words) == 0
 for line in ("recipe run co", "recipe evaluate ", "recipe plan --gpu 40", "recipe run x --set l", "recipe data fetch "):
     os.environ |= {{"_RECIPE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}}
     cli.main([])

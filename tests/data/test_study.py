@@ -77,7 +77,6 @@ def test_repeats_of_a_recipe_stand_for_the_others_of_its_study(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("words", "code"),
     [
-        (["list"], 0),
         (["check", "haider2024/code-llama-7b"], 0),
         (["run", "haider2024/code-llama-7b", "--rehearse", "--dry-run"], 0),
         (["results"], 0),

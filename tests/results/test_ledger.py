@@ -1,6 +1,7 @@
 """Records of the ledger, of a study of the tests': made of runs, read back, refused, and shown."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,7 @@ def test_a_record_names_no_folder_host_or_user(recipe: Recipe, place: Path) -> N
     planted = {"hub_token": "hf_abcdefghijklmnopqrstuvwx12", "wandb_entity": "mmuster", "seed": 43}
     folder = a_run("one", 67.0, set=planted, settings={"adapter": "/home/mmuster/a", "data": "/home/mmuster/t.jsonl"})
     run = folder.read()
-    for difference in run.differences:
-        difference.why = "profile zero2" if difference.key == "hub_token" else difference.why
+    run.differences = [replace(d, why="profile zero2") if d.key == "hub_token" else d for d in run.differences]
     run.cwd, run.recipe_file = "/home/mmuster/work", "/home/mmuster/r.yaml"
     run.launches[0].host, run.launches[0].command = HOST, ["/home/mmuster/.venv/bin/axolotl"]
     run.provenance["cpu"] = "mmuster's"

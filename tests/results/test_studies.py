@@ -150,7 +150,7 @@ def test_numbers_of_different_metrics_never_share_a_column(runs: Path, recipe: R
 def test_the_list_has_a_table_for_each_study(runs: Path, recipe: Recipe) -> None:
     listed = recipe("list").stdout
     ours = listed[listed.index("sums2030") :].split("\n\n")[0]
-    assert "accuracy, %" in ours and "perplexity" in ours and "67.40 ± 1.00" in ours and "BLEU-4" not in ours
+    assert "accuracy" in ours and "perplexity" in ours and "67.40" in ours and "bleu4" not in ours
     rows = {row["recipe"]: row for row in orjson.loads(recipe("list", "--json").stdout)}
     assert (rows[PLAIN]["study"], rows[PLAIN]["published_accuracy"]) == ("sums2030", 67.4)
     assert "published_accuracy" not in rows[LLAMA_2] and rows[LLAMA_2]["published_bleu4"] == 5.02
