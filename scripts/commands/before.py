@@ -261,21 +261,16 @@ def quantization_verb(
 
 @analyze_verbs.command("lora", cls=Verb, epilog="recipe analyze lora llama-3.2-3b --figure lora.svg")
 def lora_verb(names: Names = None, figure: FigureFile = None, json: Json = False) -> None:
-    """How many parameters LoRA trains, by layers and rank, and a check of its update against PEFT."""
+    """How many parameters LoRA trains, by layers and rank."""
     from ..base.quiet import importing_axolotl
     from ..planning import lora
 
     recipes = [yamlfiles.read_yaml(find_recipe(name)[1]) for name in names or recipe_names()]
     with importing_axolotl(), Bar("counting parameters", 1):
         rows = lora.rows({str(recipe.get("base_model")): recipe for recipe in recipes})
-        error = lora.update_error()
     if figure:
         lora.draw(rows, figure)
     if json:
-        tables.print_json({"parameters": rows, "update_error": error})
+        tables.print_json({"parameters": rows})
         return
     tables.print_table(lora.table(rows), spare=lora.SPARE)
-    tables.print_text(
-        f"W' = W + (alpha / r) B A: PEFT's output differs by {error['unmerged']:.1e} of the largest unmerged, "
-        f"{error['merged']:.1e} merged",
-    )

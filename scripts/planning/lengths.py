@@ -1,24 +1,19 @@
 """How many tokens a config trains on in an epoch: counted, measured on some of its rows, or as its study says."""
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from ..base import files, paths
+from ..base import files
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..checks import check, turns
 from ..configs import datafiles, models
 from ..configs.compose import Composed
 from ..data import study
-from .planner import keep, packages
+from . import cache
 
 ENOUGH = 1_000
 """Rows of each data set that are tokenized where not all are asked for."""
@@ -84,7 +79,7 @@ def lengths_of(composed: Composed, counted: bool = False, force: Sequence[str] =
             if counted:
                 raise
             return None, "its rows cannot be tokenized, as `recipe check --data` shows"
-        keep(file, {"measured": measured})
+        cache.keep(file, {"measured": measured})
     found = _of_epoch(composed.config, measured)
     return (found, "") if found.rows > 0 else (None, "sequence_len and val_set_size leave none of its rows")
 
@@ -110,26 +105,8 @@ def _cached(composed: Composed) -> Path:
     templates = [turns.read_template(str(template)) for template in written]
     folders = [models.folder_of(config), models.folder_of({"base_model": config.get("tokenizer_config")})]
     tokenizer = {file for folder in folders if folder for some in _OF_TOKENIZER for file in folder.glob(some)}
-    code = [Path(check.__file__).with_name("tokens.py"), *(Path(str(module.__file__)) for module in (datafiles, files))]
-    read = [
-        *(file for dataset in data for file in datafiles.jsonl_files(dataset)),
-        *sorted(file for file in tokenizer if file.is_file()),
-        *code,
-    ]
-    content = [settings, templates, packages(), version("tokenizers"), *map(_sha256, read)]
-    key = hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS, default=str)).hexdigest()
-    return paths.cache() / "lengths" / f"{key[:24]}.json"
-
-
-def _sha256(file: Path) -> str:
-    """The SHA-256 of a file, which is read once in a process while neither its time nor its size changes."""
-    status = file.stat()
-    return _sha256_of(file, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=1000)
-def _sha256_of(file: Path, mtime_ns: int, size: int) -> str:
-    return files.sha256(file)
+    read = [*(file for dataset in data for file in datafiles.jsonl_files(dataset)), *sorted(tokenizer)]
+    return cache.file("lengths", settings, templates, [files.sha256(file) for file in read if file.is_file()])
 
 
 def _of_epoch(config: Config, measured: list[dict[str, Any]]) -> Lengths:

@@ -1,7 +1,5 @@
-"""`recipe analyze lora`: how many parameters LoRA trains, by layers and rank, and that its update is what it says."""
+"""`recipe analyze lora`: the parameters that LoRA trains, by layers and rank."""
 
-import hashlib
-import json
 from collections import Counter
 from itertools import groupby, product
 from operator import itemgetter
@@ -9,15 +7,14 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from ..base import paths
 from ..base.errors import UserError
 from ..base.files import read_json
 from ..base.quiet import importing_axolotl
 from ..base.yamlfiles import Config
 from ..configs import models
-from .drawing import drawing
+from . import cache
 from .layers import alike, having
-from .planner import keep, packages
+from .plan_tables import drawing
 
 RANKS = (4, 8, 16, 32, 64, 128)
 SPARE = ("r 128", "r 4", "r 64", "r 16", "r 8")  # columns that a narrow table leaves out
@@ -105,8 +102,7 @@ def _sets(layers: list[str]) -> dict[str, list[str]]:
 
 def _counted(architecture: dict[str, Any], anew: bool) -> dict[str, Any]:
     """All parameters of a model, and what LoRA of rank 1 trains on each kind of linear layer, cached once counted."""
-    asked = json.dumps([architecture, packages(), Path(__file__).read_text()], sort_keys=True)
-    file = paths.cache() / "parameters" / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.json"
+    file = cache.file("parameters", architecture)
     counted = read_json(file)
     if not {"total", "trained"} <= counted.keys():
         if not anew:
@@ -117,7 +113,7 @@ def _counted(architecture: dict[str, Any], anew: bool) -> dict[str, Any]:
             except Exception as error:  # any model's code runs in it
                 problem = shorten(f"{type(error).__name__}: {error}", 200)
                 raise UserError(f"base_model: its parameters cannot be counted: {problem}") from None
-        keep(file, counted)
+        cache.keep(file, counted)
     return counted
 
 
@@ -160,28 +156,6 @@ def table(counts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         | {f"r {row['rank']}": f"{row['trainable']:,} ({row['share']:.2%})" for row in line}
         for (model, layers), line in groupby(counts, itemgetter("model", "layers"))
     ]
-
-
-def update_error(rank: int = 32, alpha: int = 16, width: int = 576) -> dict[str, float]:
-    """How far PEFT's LoRA, unmerged and merged, is from W' = W + (alpha / rank) B A, in fp64. Imports torch and PEFT.
-
-    Returns:
-        The largest difference in the outputs, as a share of the largest output.
-    """
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    inputs = torch.randn(64, width, dtype=torch.float64)
-    layer = torch.nn.Linear(width, width, bias=False, dtype=torch.float64)
-    weight = layer.weight.detach().clone()
-    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], init_lora_weights=False)
-    model: Any = get_peft_model(torch.nn.Sequential(layer), lora)
-    a, b = (next(value for name, value in model.state_dict().items() if f"lora_{matrix}" in name) for matrix in "AB")
-    expected = inputs @ (weight + alpha / rank * b @ a).T
-    with torch.no_grad():
-        outputs = {"unmerged": model(inputs), "merged": model.merge_and_unload()(inputs)}
-    return {how: ((output - expected).abs().max() / expected.abs().max()).item() for how, output in outputs.items()}
 
 
 def draw(counts: list[dict[str, Any]], file: Path) -> None:

@@ -1,5 +1,6 @@
 """`recipe plan`: parameters, memory and work of a config before it runs."""
 
+from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -22,8 +23,6 @@ from .traces import NotAlike
 SIZES = (8, 12, 16, 24, 40, 48, 80)
 """Cards by their memory in GB, for a plan that names none."""
 _MOST_ROWS = 1024
-_QUICK = 8
-"""Needs that are asked for on a line; more of them are no longer quick."""
 
 
 def of_request(
@@ -135,39 +134,20 @@ def _verdict(planner: Planner, card: Gpu, saved: float) -> dict[str, Any]:
         "usable": usable - saved,
         "fits": planner.need() <= usable,
         "free": usable - planner.need(),
-        "largest_micro_batch": largest(lambda n: planner.need(rows=n), usable, _MOST_ROWS, start=planner.rows),
-        "longest_row": largest(lambda n: planner.need(length=n), usable, context, ROUND, planner.length),
+        "largest_micro_batch": largest(lambda n: planner.need(rows=n), usable, _MOST_ROWS),
+        "longest_row": largest(lambda n: planner.need(length=n), usable, context, ROUND),
     }
 
 
-def largest(needed: Callable[[int], float], usable: float, most: int, unit: int = 1, start: int = 1) -> int | None:
+def largest(needed: Callable[[int], float], usable: float, most: int, unit: int = 1) -> int | None:
     """The largest multiple of a unit up to `most` whose need can be met, given that this grows; 0 where none's can.
 
-    None where shapes on the way do not follow from those that were traced. The need is nearly linear, so that it is
-    looked for where a line through two known needs meets what is usable, and in the middle only if that takes long.
-
-    Args:
-        start: a multiple of the unit whose need is known already.
+    None where shapes on the way do not follow from those that were traced.
     """
-    below, above = 0, most // unit + 1
-    known: dict[int, float] = {}
-    number = min(max(start // unit, 1), above - 1)
     try:
-        while above - below > 1:
-            known[number] = needed(number * unit)
-            below, above = (number, above) if known[number] <= usable else (below, number)
-            near = sorted(known, key=lambda other: abs(other - number))[:2]
-            if len(near) < 2:
-                number += 1 if below else -1
-            elif len(known) > _QUICK or known[near[0]] == known[near[1]]:
-                number = (below + above) // 2
-            else:
-                a, b = near
-                number = int(a + (usable - known[a]) * (b - a) / (known[b] - known[a]))
-            number = min(max(number, below + 1), above - 1)
+        return bisect_right(range(1, most // unit + 1), usable, key=lambda n: needed(n * unit)) * unit
     except NotAlike:
         return None
-    return below * unit
 
 
 def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[dict[str, Any]]:
@@ -211,7 +191,7 @@ def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[
         changes.append({"set": settings, "effect": effect, "needed": tried.need(), "fits": tried.need() <= usable})
         if changes[-1]["fits"]:
             return changes
-    longest = largest(lambda n: tried.need(length=n), usable, planner.length, ROUND, planner.length)
+    longest = largest(lambda n: tried.need(length=n), usable, planner.length, ROUND)
     if longest:
         changes.append(
             {

@@ -1,11 +1,13 @@
-"""Plans as they are printed."""
+"""Plans as they are printed and drawn."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..base.files import replacing
 from ..terminal import tables
-from .drawing import drawing
 from .planner import GIB
 
 Plan = dict[str, Any]
@@ -153,6 +155,25 @@ def _work(work: dict[str, Any]) -> list[dict[str, Any]]:
 def hours_are(work: dict[str, Any]) -> str:
     """What an estimate of hours rests on."""
     return f"speed: {work['rate_is']}; tokens: {work['tokens_are'].replace(': ', ', ')}"
+
+
+@contextmanager
+def drawing(file: Path, inches: tuple[float, float], panels: int = 1) -> Iterator[Any]:
+    """Axes of Matplotlib, written to a file when the block ends; a single panel has its legend beside it.
+
+    Args:
+        file: where to, as .png or .svg.
+        inches: width and height.
+        panels: how many axes there are in each row and column.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, layout="constrained")
+    yield figure.subplots(panels, panels)
+    if panels == 1:
+        figure.legend(loc="outside right upper", fontsize="small")
+    with replacing(file) as stream:
+        figure.savefig(stream, format=file.suffix.removeprefix(".") or None)
 
 
 def draw(plans: dict[str, Plan], file: Path) -> None:

@@ -1,25 +1,17 @@
 """The memory of a training step at any shape, cached once it was traced.
 
-torch is imported only where a step was not traced before. A trace is kept under a hash of all that it depends on.
+torch is imported only where a step was not traced before.
 """
 
-import hashlib
-import json
 import logging
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
-from importlib.metadata import version
-from pathlib import Path
+from functools import cached_property
 from textwrap import shorten
-from typing import Any
 
-import orjson
-
-from ..base import paths
 from ..base.errors import UserError
-from ..base.files import read_json, write_atomically
-from . import traces
+from ..base.files import read_json
+from . import cache, traces
 from .allocator import rounded
 from .traces import MemoryTrace, Shape, Step, Usage
 
@@ -48,7 +40,7 @@ class Planner:
     alone: bool = False
 
     def __post_init__(self) -> None:
-        self._usage_file = paths.cache() / "plans" / f"{self._key()}.json"
+        self._usage_file = cache.file("plans", asdict(self.step), self.rows, self.length)
         self._trace_file = self._usage_file.with_suffix(".trace.json")
         self._usages = read_json(self._usage_file)
         self.planned = bool(self._usages)
@@ -70,15 +62,13 @@ class Planner:
         length = length or self.length
         if rows > 1 and self._several:
             return self._several.usage(rows, length)
-        if self._is_past_window(length) != self._is_past_window(self.length):
-            return self._beyond_window.usage(rows, length)
         shape = self._shape(rows, length)
         name = "x".join(map(str, shape))
         with suppress(KeyError, TypeError):  # not kept, or damaged
             return Usage(**self._usages[name])
         usage = traces.usage(self._traced(shape), shape)
         self._usages[name] = asdict(usage)
-        keep(self._usage_file, self._usages)
+        cache.keep(self._usage_file, self._usages)
         return usage
 
     def need(self, rows: int | None = None, length: int | None = None) -> float:
@@ -91,27 +81,6 @@ class Planner:
         masks = self.step.attention != "flash_attention_2" and not (self.step.padded or self.step.packed)
         return Planner(replace(self.step, padded=True), 2, self.length) if self.rows == 1 and masks else None
 
-    @cached_property
-    def _window(self) -> int:
-        """The length of a sliding window, from which on sdpa needs a mask where shorter rows need none; 0 where there
-        is no such length."""
-        step = self.step
-        if step.attention != "sdpa" or step.padded or step.packed:
-            return 0
-        architecture = json.loads(step.model)
-        text = architecture.get("text_config", architecture)
-        return int(text.get("sliding_window") or 0) if text.get("use_sliding_window", True) else 0
-
-    def _is_past_window(self, length: int) -> bool:
-        return 0 < self._window <= rounded(length, ROUND)
-
-    @cached_property
-    def _beyond_window(self) -> "Planner":
-        """The same step with the shortest rows that are as long as the window, or the longest that are not."""
-        shorter = (self._window - 1) // ROUND * ROUND
-        length = shorter if self._is_past_window(self.length) else rounded(self._window, ROUND)
-        return Planner(self.step, self.rows, length)
-
     def _traced(self, shape: Shape) -> MemoryTrace:
         """The trace from which the memory at a shape follows."""
         shapes = self._shapes()
@@ -122,7 +91,7 @@ class Planner:
                 self._trace = MemoryTrace.of_json(read_json(self._trace_file))
         if self._trace is None or not self._trace.steps.keys() >= set(shapes):
             self._trace = self._trace_anew(shapes)
-            keep(self._trace_file, self._trace.as_json())
+            cache.keep(self._trace_file, self._trace.as_json())
         return self._trace
 
     def _trace_anew(self, shapes: list[Shape]) -> MemoryTrace:
@@ -145,30 +114,8 @@ class Planner:
     def _shapes(self) -> list[Shape]:
         """The step's own shape, and the others to trace so that any number of rows, or of tokens, follows from them."""
         rows, length = self._shape(self.rows, self.length)
-        crosses = self._is_past_window(length + 2 * ROUND) and not self._is_past_window(length)
-        apart = -ROUND if crosses and length > 2 * ROUND else ROUND
-        others = [(rows, length + apart), (rows, length + 2 * apart)]
+        others = [(rows, length + ROUND), (rows, length + 2 * ROUND)]
         if self.step.flat or self._several:
             return [(rows, length), *others]
         more = [(rows + 1, length)] if rows > 1 else [(2, length), (3, length)]
         return [(rows, length), *more, *others]
-
-    def _key(self) -> str:
-        """A hash of all that a trace depends on: the step, the shapes, the packages that run it, and this code."""
-        names = ("allocator", "cuda", "layers", "memory", "planner", "traces")
-        sources = [Path(__file__).with_name(f"{name}.py").read_text() for name in names]
-        content = [asdict(self.step), self.rows, self.length, packages(), sources]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
-
-
-def keep(file: Path, content: dict[str, Any]) -> None:
-    """Cache something, where the cache can be written."""
-    with suppress(OSError):
-        write_atomically(file, orjson.dumps(content).decode())
-
-
-@cache
-def packages() -> dict[str, str]:
-    """The versions of what builds models and trains them."""
-    names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "axolotl")
-    return {name: version(name) for name in names}

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from ..base.errors import UserError
 from ..base.files import tensor_shapes
-from .drawing import drawing
+from .plan_tables import drawing
 
 Weights = list[tuple[str, torch.Tensor]]  # kind of layer and fp32 weight, of any shape
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)

@@ -64,6 +64,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
     packed = bool(config.get("sample_packing"))
     pads = rows > 1 or bool(config.get("pad_to_sequence_len"))
     masks = implementation != "flash_attention_2"
+    slides = implementation == "sdpa" and _has_window(architecture)
     quantization = config.get("bnb_config_kwargs") or {}
     reentrant = (config.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant")
     checkpointing = "reentrant" if reentrant else "non-reentrant"
@@ -82,7 +83,7 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         double_quantization=quantization.get("bnb_4bit_use_double_quant", True),
         checkpointing=checkpointing if config.get("gradient_checkpointing") else None,
         attention=implementation,
-        padded=pads and masks and not packed,
+        padded=(pads or slides) and masks and not packed,
         packed=packed and masks,
         flat=packed and not masks,
         accumulates=datafiles.effective_batch(config) > rows,
@@ -91,6 +92,12 @@ def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int,
         capability=capability,
     )
     return step, notes
+
+
+def _has_window(architecture: dict[str, Any]) -> bool:
+    """Whether a model's attention has a sliding window, for which sdpa needs a mask once a row is as long."""
+    text = architecture.get("text_config", architecture)
+    return bool(text.get("sliding_window") and text.get("use_sliding_window", True))
 
 
 def _refuse_unplannable(config: Config, architecture: dict[str, Any]) -> None:

@@ -9,12 +9,12 @@ import orjson
 import pytest
 from conftest import config_with
 
-from qlora_recipes.base import files, yamlfiles
+from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request, compose
-from qlora_recipes.planning import lengths, plan, work
+from qlora_recipes.planning import cache, lengths, plan, work
 
 PUBLISHED = "peft-metamathqa/lora-rank32"
 
@@ -179,16 +179,9 @@ def test_what_tokenizes_rows_is_in_the_name_of_what_is_kept(
     ):
         file.write_text(content)
         keys.append(key(chat_template_jinja=str(written)))
-    monkeypatch.setattr(lengths, "packages", lambda: {"transformers": "6"})
+    monkeypatch.setattr(cache, "packages", lambda: {"transformers": "6"})
     keys.append(key(chat_template_jinja=str(written)))
     assert len(set(keys)) == len(keys) - 1
-
-
-def test_rows_are_hashed_once_in_a_process(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    composed = compose(Request(str(own)))
-    before = lengths._cached(composed)
-    monkeypatch.setattr(files, "sha256", None)
-    assert lengths._cached(composed) == before
 
 
 @pytest.mark.long

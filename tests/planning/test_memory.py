@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs import models
-from qlora_recipes.planning import planner, traces
 from qlora_recipes.planning import steps as steps_of
+from qlora_recipes.planning import traces
 from qlora_recipes.planning.layers import trace
 from qlora_recipes.planning.traces import Step
 from qlora_recipes.verifying.bench import MEMORY
@@ -307,15 +307,6 @@ def test_flash_attention_needs_no_mask_for_a_sliding_window() -> None:
     for attention, same in (("flash_attention_2", True), ("sdpa", False)):
         whole, slides = (peak(replace(each, attention=attention)) for each in (no_window, step))
         assert (whole == slides) == same
-
-
-@pytest.mark.long
-def test_a_single_row_needs_a_mask_where_it_is_as_long_as_the_window() -> None:
-    step = replace(STEP, model=json.dumps(TINY["mistral"] | {"sliding_window": 500}), padded=False, capability=(8, 0))
-    for length, others in ((448, (320, 512)), (1024, (448, 1536))):
-        planned = planner.Planner(step, 1, length)
-        for other in others:
-            assert planned.usage(length=other) == traces.usage(trace(step, [(1, other)]), (1, other))
 
 
 def test_a_part_for_images_has_no_gradients_of_text() -> None:
