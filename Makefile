@@ -23,7 +23,7 @@ COMPILED = --universal --python-version 3.12 --generate-hashes --no-annotate --n
 
 setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe; CUDA=12.6 for an older driver
 
-sky: .sky/.complete  ## SkyPilot in an environment of its own, .sky, for --on sky
+sky: .sky/.complete  ## SkyPilot in .sky, for the test of docker/sky.yaml; launching takes one with your cloud's packages
 
 demo: setup  ## Rehearse one recipe on the CPU, from training to scores and a report
 	$(RECIPE) run haider2024/code-llama-7b --rehearse --set datasets.0.split=train

@@ -29,7 +29,7 @@ from qlora_recipes import cli
 from qlora_recipes.base import paths, progress
 from qlora_recipes.data import study
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
-from qlora_recipes.places import sky_client, slurm_queue
+from qlora_recipes.places import slurm_queue
 
 importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)  # see quiet.py
 # A busy machine is slow at times; that is no fault of the code under test.
@@ -57,7 +57,7 @@ Recipe = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 LONGEST = (
-    *("planted_errors", "engines", "own_tasks", "sky_slurm", "own_study", "layers", "eval_loss", "memory"),
+    *("planted_errors", "engines", "own_tasks", "sky_task", "own_study", "layers", "eval_loss", "memory"),
     *("reproduce", "slurm", "sweep", "plan", "run", "repeat", "launches", "plugin", "docker"),
 )
 
@@ -87,7 +87,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         words = [*map(str, arguments)]
         progress.say_once.cache_clear()
         slurm_queue.forget_queue()
-        sky_client.forget()
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)

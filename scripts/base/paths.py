@@ -32,11 +32,6 @@ def kept() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "qlora-recipes"
 
 
-def unlinked(path: Path) -> Path:
-    """A path from the root and without `..`, in which links stay: elsewhere they lead to another place, or are none."""
-    return Path(os.path.abspath(path))  # noqa: PTH100 (pathlib's resolve follows links, and its absolute keeps `..`)
-
-
 def shown(file: Path) -> str:
     """A file's path in messages: relative if it is below the current folder."""
     absolute = file.absolute()

@@ -14,9 +14,10 @@ from ..terminal.tables import Form
 from . import completion
 
 if TYPE_CHECKING:
-    from ..places import Place
+    from ..places.local import Local
+    from ..places.slurm import Slurm
 
-PlaceName = Literal["local", "slurm", "sky"]
+PlaceName = Literal["local", "slurm"]
 Group = Literal["lang", "length"]
 
 
@@ -182,8 +183,7 @@ On = Annotated[
     PlaceName,
     typer.Option(
         "--on",
-        help="Where to run it: on this machine, in SLURM's queue, or on a machine that SkyPilot finds; for a job, this "
-        "does not wait.",
+        help="Where to run it: on this machine, or in SLURM's queue, which this does not wait for.",
     ),
 ]
 SlurmOptions = Annotated[
@@ -195,16 +195,6 @@ SlurmOptions = Annotated[
         "Repeatable; slurm.yaml in ~/.config/qlora-recipes holds those that always apply.",
     ),
 ]
-SkyOptions = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--sky",
-        metavar="KEY=VALUE",
-        help="With --on sky: a key of SkyPilot's task, as in resources.accelerators=A100. Repeatable; sky.yaml in "
-        "~/.config/qlora-recipes holds those that always apply.",
-    ),
-]
-Yes = Annotated[bool, typer.Option("--yes", help="With --on sky: agree to its price beforehand.")]
 Best = Annotated[
     str | None,
     typer.Option(
@@ -308,25 +298,18 @@ def only_with(option: str, given: object, other: str, needed: object, why: str =
 
 
 def place_of(
-    on: PlaceName,
-    slurm: list[str] | None,
-    sky: list[str] | None,
-    yes: bool,
-    rehearsal: bool = False,
-    jobs: int | None = None,
-) -> "Place":
+    on: PlaceName, slurm: list[str] | None, rehearsal: bool = False, jobs: int | None = None
+) -> "Local | Slurm":
     """The place that --on names, with its own options.
 
     Raises:
-        UserError: an option of another place is given, or the place refuses these.
+        UserError: --slurm is given without --on slurm, or the place refuses the options.
     """
-    from .. import places
+    from ..places.local import Local
+    from ..places.slurm import Slurm
 
-    for name, given in (("slurm", slurm), ("sky", sky)):
-        only_with(f"--{name} {given[0] if given else ''}", given, f"--on {name}", on == name)
-    only_with("--yes", yes, "--on sky", on == "sky")
-    own = {"slurm": slurm, "sky": [*(sky or []), *(["yes"] if yes else [])]}.get(on)
-    return places.kinds()[on](rehearsal, jobs, own or [])
+    only_with(f"--slurm {slurm[0] if slurm else ''}", slurm, "--on slurm", on == "slurm")
+    return Slurm(rehearsal, jobs, slurm or []) if on == "slurm" else Local(rehearsal, jobs)
 
 
 def form_of(json: bool, csv: bool = False, md: bool = False) -> Form:

@@ -27,9 +27,7 @@ from .options import (
     RehearseAll,
     Runs,
     Seeds,
-    SkyOptions,
     SlurmOptions,
-    Yes,
     form_of,
     only_with,
     place_of,
@@ -72,8 +70,6 @@ def reproduce_verb(
     jobs: Jobs = None,
     on: On = "local",
     slurm: SlurmOptions = None,
-    sky: SkyOptions = None,
-    yes: Yes = False,
     profile: Profiles = None,
     set_: Overrides = None,
     mirror: Mirror = False,
@@ -101,7 +97,7 @@ def reproduce_verb(
     request.rehearse = is_rehearsal(request)
     only_with("--rehearse", request.rehearse, "--from adapter or training", from_ != "predictions", "it needs no model")
     evaluation = EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
-    place = place_of(on, slurm, sky, yes, request.rehearse, jobs)
+    place = place_of(on, slurm, request.rehearse, jobs)
     form = form_of(json)
     if from_ != "training":
         _climb(of_study, request, only or [], evaluation, runs, place, from_, dry_run, form)

@@ -32,12 +32,10 @@ from .options import (
     Runs,
     Seeds,
     SeveralRuns,
-    SkyOptions,
     SlurmOptions,
     StudyName,
     SweepFile,
     SweepName,
-    Yes,
     exclusive,
     form_of,
     only_with,
@@ -84,8 +82,6 @@ def run_verb(
     nodes: Annotated[int, typer.Option(help="How many machines to train on, with --on slurm.")] = 1,
     on: On = "local",
     slurm: SlurmOptions = None,
-    sky: SkyOptions = None,
-    yes: Yes = False,
     force: Force = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and start nothing.")] = False,
     runs: Runs = RUNS,
@@ -111,7 +107,7 @@ def run_verb(
         axolotl_arguments=axolotl_arguments or [],
         force=force or [],
     )
-    place = place_of(on, slurm, sky, yes, is_rehearsal(request))
+    place = place_of(on, slurm, is_rehearsal(request))
     if dry_run:
         composed = run.prepare(request, place, runs)
         own = yamlfiles.read_yaml(composed.recipe_file)  # with the folders that plain Axolotl is to write to
@@ -135,15 +131,13 @@ def resume_verb(
     force: Force = None,
     on: On = "local",
     slurm: SlurmOptions = None,
-    sky: SkyOptions = None,
-    yes: Yes = False,
     runs: Runs = RUNS,
 ) -> None:
     """Resume an interrupted run from its last whole checkpoint."""
     from ..running.run import resume
 
     only_with("--prepare", prepare, "--on local", on == "local", "jobs prepare by themselves")
-    place = place_of(on, slurm, sky, yes)
+    place = place_of(on, slurm)
     folder = resume(run, runs, place, prepare, force or [], trust)
     print(folder.path)
     if prepare:
@@ -172,8 +166,6 @@ def sweep_verb(
     jobs: Jobs = None,
     on: On = "local",
     slurm: SlurmOptions = None,
-    sky: SkyOptions = None,
-    yes: Yes = False,
     gpu: PlannedGpu = None,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Evaluate the first N test rows; in a rehearsal 12.")
@@ -198,7 +190,7 @@ def sweep_verb(
     request = Request(name, profiles=profile or [], rehearse=rehearse, mirror=mirror, force=force or [])
     request.rehearse = is_rehearsal(request)
     evaluation = EvaluationRequest(limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
-    place = place_of(on, slurm, sky, yes, request.rehearse, jobs)
+    place = place_of(on, slurm, request.rehearse, jobs)
     card = gpus.find(gpu) if gpu else None
     record, outcomes = sweep.sweep(
         sweep_name, members, request, evaluation, runs, place, seeds=seeds, max_runs=max_runs, gpu=card, dry_run=dry_run

@@ -26,9 +26,7 @@ from .options import (
     PromptsFile,
     RunName,
     Runs,
-    SkyOptions,
     SlurmOptions,
-    Yes,
     exclusive,
     form_of,
     only_with,
@@ -105,8 +103,6 @@ def evaluate_verb(
     force: Force = None,
     on: On = "local",
     slurm: SlurmOptions = None,
-    sky: SkyOptions = None,
-    yes: Yes = False,
     runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
@@ -137,7 +133,7 @@ def evaluate_verb(
     request.engine, request.server, request.model = engine, server, model
     request.agreement_rows, request.accept_difference = agreement_rows, accept_difference
     folder = find_run(run, runs)
-    place = place_of(on, slurm, sky, yes)
+    place = place_of(on, slurm)
     if export_prompts:
         count = evaluate.export_prompts(folder, request, export_prompts)
         say(f"{count} prompts; add the field prediction to each row; --predictions {export_prompts} then scores them")

@@ -32,7 +32,7 @@ def examine() -> list[Line]:
 _ORDER = (
     *("Python", "project", "lock", "Axolotl", "torch", "driver", "GPU", "bitsandbytes", "optional packages"),
     *("runs", "cache", "hub's cache", "temporary files", "memory", "caches", "proxy", "hub", "hub token"),
-    *("SLURM", "SkyPilot", "containers"),
+    *("SLURM", "containers"),
 )
 
 
@@ -50,7 +50,6 @@ def _quick(drivers: gpu.Driver) -> dict[str, Look]:
         "proxy": network.proxy,
         "hub": network.hub_lines,
         "SLURM": machine.slurm,
-        "SkyPilot": machine.skypilot,
         "containers": partial(machine.containers, len(drivers.cards)),
     }
 

@@ -1,4 +1,4 @@
-"""This machine: folders with their room and locks, memory, caches, SLURM, SkyPilot and containers."""
+"""This machine: folders with their room and locks, memory, caches, SLURM and containers."""
 
 import os
 import re
@@ -15,11 +15,9 @@ from ..base import paths
 from ..base.errors import UserError
 from ..base.locks import held
 from ..data.hub import within
-from ..places import sky_client, sky_settings
-from ..places.bucket import Bucket
 from ..places.slurm_queue import ask
 from ..places.slurm_settings import settings_file, site_settings
-from .line import Line, State, in_shell
+from .line import Line, in_shell
 
 PATIENCE = 10.0
 """How many seconds SLURM, and the counting of a cache, may take."""
@@ -201,25 +199,6 @@ def slurm() -> Line:
     settings = "has settings for it" if settings_file().is_file() else "is not there"
     named = ", ".join(dict.fromkeys(partitions.split())) or "none"
     return Line("SLURM", "ok", f"answers; partitions: {named}; {settings_file()} {settings}")
-
-
-def skypilot() -> Line:
-    """Whether SkyPilot is installed, and the settings for it are right. It is not asked itself, as that starts its
-    server."""
-    file = sky_settings.settings_file()
-    if not sky_client.installed():
-        return Line("SkyPilot", "ok", "not installed; `make sky` installs it, for `--on sky`")
-    try:
-        _, bucket = sky_settings.task_settings([])
-        if bucket:
-            within(PATIENCE, lambda: Bucket(bucket))
-    except (UserError, TimeoutError) as error:
-        problem = str(error).removeprefix("--on sky: ")
-        state: State = "wrong" if file.is_file() else "note"
-        remedy = "mend that" if file.is_file() else f"write {file}, as the guide says"
-        return Line("SkyPilot", state, f"is installed; {problem}", remedy)
-    files = "keep files in a bucket" if bucket else "share this one's files"
-    return Line("SkyPilot", "ok", f"is installed; by {file} its machines {files}")
 
 
 def container(root: Path = Path("/")) -> str | None:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -18,28 +18,26 @@ from ..base.processes import start_child, stop_requests
 from ..base.progress import PART, say
 from ..configs import gpus
 from ..configs.gpus import Gpu
-from ..runs.rundir import Job, JobState, RunDir, this_job
+from ..runs.rundir import this_job
 from ..runs.tasks import DOES, DONE, Command, Work
 
 _AGAIN = "run the same command again to continue"
 
 
 class Local:
-    """A `places.Place`.
+    """This machine.
 
     Args:
         rehearsal: whether a rehearsal is to run, which needs no GPU.
         jobs: how many works to carry out at a time, each on a GPU of its own; None for one.
-        options: it has none.
 
     Raises:
         UserError: there are fewer GPUs than jobs.
     """
 
     here = True
-    installs = False
 
-    def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]):
+    def __init__(self, rehearsal: bool, jobs: int | None = None):
         jobs = jobs or 1
         visible = [None] * jobs if jobs == 1 or rehearsal else [*machine.visible_gpus()]
         if jobs > len(visible):
@@ -51,15 +49,15 @@ class Local:
         return gpus.here()
 
     def check_size(self, gpus: int, nodes: int) -> None:
-        """See `places.Place`."""
+        """Refuse a run on more GPUs than there are.
+
+        Raises:
+            UserError: it is too big.
+        """
         if nodes > 1:
             raise UserError(f"--nodes {nodes}: works only with --on slurm, which starts the run on each of them")
         if gpus > max(available := len(machine.visible_gpus()), 1):
             raise UserError(f"--gpus {gpus}: only {available} can be used here")
-
-    def carry_out[T](self, work: Work, title: str, runs: Path, here: Callable[[], T]) -> T:
-        """In this process."""
-        return here()
 
     def submit(self, works: Sequence[Work], title: str, runs: Path, results: list[str]) -> None:
         """Carry works out, as many at a time as there are devices.
@@ -125,20 +123,6 @@ class Local:
     def _log(self, command: Command) -> Path | None:
         """The file for a command's messages where several run at a time; None for the terminal."""
         return command.folder.path / f"{command.step}.log" if len(self.devices) > 1 else None
-
-    def can_follow(self, job: JobState | None) -> bool:
-        """Nothing waits here."""
-        return False
-
-    @classmethod
-    def active(cls, jobs: Sequence[Job]) -> dict[str, JobState]:
-        """Nothing is queued here."""
-        return {}
-
-    @classmethod
-    def cancel(cls, folder: RunDir, jobs: Sequence[Job]) -> list[str]:
-        """Ask the process that holds one of the run's locks to stop; `slurm` has already cancelled those of jobs."""
-        return stop_holders(folder.path.rglob("*lock"), {job.id for job in jobs})
 
 
 def stop_holders(locks: Iterable[Path], jobs: Container[str] = ()) -> list[str]:

@@ -8,7 +8,7 @@ whole checkpoint.
 
 import shlex
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from getpass import getuser
 from itertools import chain
@@ -21,17 +21,16 @@ from ..base.progress import PART, say
 from ..base.templating import environment
 from ..configs import gpus
 from ..configs.gpus import Gpu
-from ..runs.rundir import Job, JobState, RunDir, new_folder
+from ..runs.rundir import Job, RunDir, new_folder
 from ..runs.tasks import Command, Outcome, Work
-from . import claim
-from .slurm_queue import ask, call, forget_queue, queue, report_once, sbatch
+from .slurm_queue import active, call, forget_queue, queue, sbatch
 from .slurm_settings import STEPS, Site, settings_file, site_settings
 
 GRACE = 300  # seconds before a time limit in which a training can end at a checkpoint; --slurm signal=... sets others
 
 
 class Slurm:
-    """A `places.Place`.
+    """The queue of a SLURM cluster.
 
     Args:
         rehearsal: whether a rehearsal is to run, which needs no GPU.
@@ -43,7 +42,6 @@ class Slurm:
     """
 
     here = False
-    installs = False
 
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]):
         self.site = site_settings(options)
@@ -58,25 +56,42 @@ class Slurm:
         return self._gpu
 
     def check_size(self, gpus: int, nodes: int) -> None:
-        """sbatch checks that, see `Batch.check`."""
+        """sbatch checks the size, see `Batch.check`."""
 
-    def carry_out(self, work: Work, title: str, runs: Path, here: Callable[[], object]) -> RunDir:
-        """Submit one work; see `places.Place`."""
+    def carry_out(self, work: Work, title: str, runs: Path) -> RunDir:
+        """Submit one work; the run's folder.
+
+        Raises:
+            UserError: SLURM refuses it; nothing was submitted.
+        """
         batch = self._batch([work], title, runs, results=False)
         commands = work.commands()
         self._queue(batch, [(work.outcome, commands)], [])
         return commands[0].folder
 
     def submit(self, works: Sequence[Work], title: str, runs: Path, results: list[str]) -> None:
-        """Submit works as arrays that wait for each other; see `places.Place`.
+        """Submit works as arrays that wait for each other; the jobs of each are noted in its outcome.
+
+        Args:
+            works: each is independent of the others.
+            title: a name for all of them.
+            runs: the folder with the runs.
+            results: the arguments of `recipe` that show the results, for a last job.
 
         Raises:
+            UserError: SLURM refuses them; nothing was submitted.
             WorkFailed: SLURM accepted only some of them, which are queued.
         """
         if not works:
             return
         batch = self._batch(works, title, runs, bool(results))
-        self._queue(batch, claim(works), results)
+        claimed = []
+        for work in works:
+            try:
+                claimed.append((work.outcome, work.commands()))
+            except UserError as error:
+                work.outcome.fail("run", str(error))
+        self._queue(batch, claimed, results)
 
     def _batch(self, works: Sequence[Work], title: str, runs: Path, results: bool) -> "Batch":
         """The batch that works are to be submitted in, all of them on as many GPUs and nodes, checked with sbatch."""
@@ -99,7 +114,7 @@ class Slurm:
                 to_train.append(tasks["run"])
                 trained += [scoring] if scoring else []
             elif scoring:
-                trainings = self.active([job for job in scoring.folder.jobs() if job.step == "run"])
+                trainings = active([job for job in scoring.folder.jobs() if job.step == "run"])
                 by_training.setdefault(next(iter(trainings or ()), None), []).append(scoring)
         preparing = {task.rows: replace(task, words=[*task.words, "--prepare"]) for task in to_train}
         prepared = batch.submit("prepare", list(preparing.values()))
@@ -112,31 +127,6 @@ class Slurm:
             showing = ArrayTask(RunDir(batch.folder), results, runs=list(submitted.values()))
             batch.submit("results", [showing], f"afterany:{':'.join(filter(None, last))}")
             say(f"once all is done, {showing.log('results')} has the results")
-
-    def can_follow(self, job: JobState | None) -> bool:
-        """A job can wait for any that the queue reports."""
-        return job is not None and job.kind != "unknown"
-
-    @classmethod
-    def active(cls, jobs: Sequence[Job]) -> dict[str, JobState] | None:
-        """See `queue`."""
-        if not jobs:
-            return {}
-        states = queue(job.user for job in jobs)
-        if isinstance(states, UserError):
-            report_once(str(states))
-            return None
-        return {job.id: states[job.id, job.script] for job in jobs if (job.id, job.script) in states}
-
-    @classmethod
-    def cancel(cls, folder: RunDir, jobs: Sequence[Job]) -> list[str]:
-        """Cancel the jobs; a running training ends at a checkpoint if SLURM's KillWait leaves it time to."""
-        active = cls.active(jobs) or {}
-        ids = list(dict.fromkeys(job.id for job in jobs if job.id in active))
-        if ids:
-            ask("scancel", *ids)
-            forget_queue()
-        return [f"job {id_} is cancelled" for id_ in ids]
 
 
 @dataclass
@@ -236,7 +226,7 @@ class Batch:
         for i, task in enumerate(tasks):
             id_ = f"{job}_{i}"
             for run in task.runs or [task.folder]:
-                run.add_job(Job(place="slurm", id=id_, step=step, user=getuser(), script=str(file), words=task.words))
+                run.add_job(Job(id=id_, step=step, user=getuser(), script=str(file), words=task.words))
             if task.outcome:
                 task.outcome.steps[step] = f"queued (job {id_})"
         forget_queue()

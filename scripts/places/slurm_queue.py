@@ -4,14 +4,33 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 
 from ..base.errors import UserError
 from ..base.progress import say
-from ..runs.rundir import JobState
+from ..runs.rundir import Job, JobState
 
 PATIENCE = 60  # seconds that a command of SLURM may take
+
+
+def active(jobs: Sequence[Job]) -> dict[str, JobState] | None:
+    """The states of those jobs that have not ended, by id, in their order; None where SLURM does not answer."""
+    if not jobs:
+        return {}
+    states = queue(job.user for job in jobs)
+    if isinstance(states, UserError):
+        _report_once(str(states))
+        return None
+    return {job.id: states[job.id, job.script] for job in jobs if (job.id, job.script) in states}
+
+
+def cancel(jobs: Sequence[Job]) -> list[str]:
+    """Cancel jobs; a message for each. A running training ends at a checkpoint if KillWait leaves it time to."""
+    if ids := list(active(jobs) or {}):
+        ask("scancel", *ids)
+        forget_queue()
+    return [f"job {id_} is cancelled" for id_ in ids]
 
 
 def queue(users: Iterable[str]) -> dict[tuple[str, str], JobState] | UserError:
@@ -87,7 +106,7 @@ def sbatch(*arguments: str) -> str:
 
 
 @cache
-def report_once(problem: str) -> None:
+def _report_once(problem: str) -> None:
     """Report that SLURM does not answer, unless this machine has no SLURM."""
     if shutil.which("squeue"):
         say(problem)

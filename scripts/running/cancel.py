@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from .. import places
 from ..base.errors import UserError
 from ..data import study
+from ..places import slurm_queue
 from ..places.local import stop_holders
 from ..runs.lookup import all_runs, find_run, readable
 from ..runs.rundir import RunDir
@@ -30,7 +30,10 @@ def cancel(names: list[str], sweep: str | None, of_study: str | None, runs: Path
         of_study = study.find(of_study).folder.name
         messages = stop_holders([reproduce.lock(of_study, runs)])
     folders = [find_run(name, runs) for name in names] or ([] if messages else _meant(sweep, of_study, runs))
-    messages += [f"{folder.path}: {message}" for folder in folders for message in places.cancel(folder, not names)]
+    for folder in folders:
+        jobs = [job for job in folder.jobs() if job.step != "results" or not names]  # one shows those of other runs too
+        asked = slurm_queue.cancel(jobs) + stop_holders(folder.path.rglob("*lock"), {job.id for job in jobs})
+        messages += [f"{folder.path}: {message}" for message in asked]
     if not messages:
         of_runs = ", ".join(str(folder.path) for folder in folders) if names else sweep or of_study
         raise UserError(f"{of_runs}: nothing is running or queued")

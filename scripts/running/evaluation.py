@@ -6,6 +6,7 @@ from .. import places
 from ..base import yamlfiles
 from ..base.errors import UserError
 from ..places import Place
+from ..places.slurm import Slurm
 from ..runs.rundir import RunDir
 from ..runs.tasks import Outcome, Work
 from ..scores import choice, evaluate, evaluation_rows
@@ -24,13 +25,12 @@ def start(folder: RunDir, request: EvaluationRequest, runs: Path, place: Place) 
         UserError: it is already queued, see `EvaluationTask`, or the place refuses it; nothing was started.
         WorkFailed: see `evaluate.evaluate`.
     """
-    places.gather(folder)
     record = folder.read()
     evaluation = evaluate.command(folder, request, runs)
-    if not place.here:
+    if isinstance(place, Slurm):
         if not places.job_state(folder, "run"):
             task = EvaluationTask(folder, request)
-            if task.settings.engine != SERVER and not place.installs:  # the place may reach it, and this machine not
+            if task.settings.engine != SERVER:  # a node may reach it, and this machine not
                 require(task.settings, None, on_gpu=not record.rehearsal)
         elif request.data:  # all else is not there yet
             cfg = yamlfiles.read_yaml(folder.config)
@@ -38,6 +38,7 @@ def start(folder: RunDir, request: EvaluationRequest, runs: Path, place: Place) 
         if job := places.job_state(folder, "evaluate", evaluation.words):
             remedy = f"`recipe cancel {folder.path}` cancels all jobs of the run"
             raise UserError(f"{folder.path}: this evaluation is already {job}; {remedy}")
-    work = Work(Outcome(record.recipe), lambda: [evaluation], gpus=0 if record.rehearsal else 1, steps=["evaluate"])
-    evaluated = choice.choose if request.checkpoints else evaluate.evaluate
-    return place.carry_out(work, record.recipe, runs, lambda: evaluated(folder, request))
+        gpus = 0 if record.rehearsal else 1
+        work = Work(Outcome(record.recipe), lambda: [evaluation], gpus, steps=["evaluate"])
+        return place.carry_out(work, record.recipe, runs)
+    return choice.choose(folder, request) if request.checkpoints else evaluate.evaluate(folder, request)

@@ -175,7 +175,7 @@ class Pipeline:
             with suppress(UserError):
                 steps = [] if self._evaluation() else ["evaluate"]
         gpus = 0 if self.request.rehearse else 1
-        return Work(self.outcome, self._commands, gpus, steps=steps, composed=self.composed)
+        return Work(self.outcome, self._commands, gpus, steps=steps)
 
     def _commands(self) -> list[Command]:
         """The commands still to be carried out; steps done before, or queued, are noted in its outcome."""
@@ -198,7 +198,8 @@ class Pipeline:
         except UserError as error:
             self.outcome.fail("evaluate", str(error))
             return []
-        if not evaluation and self.state != "finished" and not self.place.can_follow(job):
+        waits = not self.place.here and job is not None and job.kind != "unknown"
+        if not evaluation and self.state != "finished" and not waits:
             evaluation = "not queued; run the same command again once this is trained"
         if evaluation:
             self.outcome.steps["evaluate"] = evaluation

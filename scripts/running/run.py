@@ -22,6 +22,7 @@ from ..configs.compose import Composed, Request, compose, is_rehearsal
 from ..configs.config import Difference
 from ..configs.datafiles import DataFile
 from ..places import Place
+from ..places.slurm import Slurm
 from ..planning import fit
 from ..runs import launch, provenance
 from ..runs.handover import launched
@@ -76,22 +77,19 @@ def start(request: Request, runs: Path, place: Place) -> RunDir:
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
     composed = prepare(request, place, runs)
-
-    def train() -> RunDir:
-        launch.require(Path.cwd())
-        folder = create(composed, request, runs)
-        with folder.held() as lock:
-            shortage.train(folder, folder.read(), lock)
-        return folder
-
-    work = Work(
-        Outcome(composed.recipe),
-        lambda: [command(create(composed, request, runs), runs)],
-        gpus=0 if composed.rehearsal else request.gpus,
-        nodes=request.nodes,
-        composed=composed,
-    )
-    return place.carry_out(work, composed.recipe, runs, train)
+    if isinstance(place, Slurm):
+        work = Work(
+            Outcome(composed.recipe),
+            lambda: [command(create(composed, request, runs), runs)],
+            gpus=0 if composed.rehearsal else request.gpus,
+            nodes=request.nodes,
+        )
+        return place.carry_out(work, composed.recipe, runs)
+    launch.require(Path.cwd())
+    folder = create(composed, request, runs)
+    with folder.held() as lock:
+        shortage.train(folder, folder.read(), lock)
+    return folder
 
 
 def create(composed: Composed, request: Request, runs: Path, shared: Container[Difference] = ()) -> RunDir:
@@ -168,6 +166,8 @@ def resume(
 ) -> RunDir:
     """Resume an interrupted or failed run from its last whole checkpoint, in this process or as a job.
 
+    A finished run is left as it is.
+
     Args:
         name: the run, see `find_run`.
         runs: the folder with the runs.
@@ -177,24 +177,25 @@ def resume(
         trusted: whether a run is resumed that is not this user's own.
 
     Raises:
-        UserError: there is no such run, it is finished or still running, it is another user's, or the place cannot
-            train it.
+        UserError: there is no such run, it is still running, it is another user's, or the place cannot train it.
         WorkFailed: as in `start`.
     """
     folder = find_run(name, runs)
-    places.gather(folder)
     record = folder.read()
     own = trust.is_own(folder, record)
     _agree(folder, record, force, own, trusted)
-    if record.state != "finished":
-        cached.restore(folder, record)
-    if not place.here:  # here, what holds the run decides
+    if record.state == "finished":
+        say(f"{folder.path}: the run is finished")
+        return folder
+    cached.restore(folder, record)
+    if isinstance(place, Slurm):  # here, what holds the run decides
         current = places.read(folder)
         if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):
             raise UserError(f"{folder.path}: {reason}")
-    gpus_a_node = 0 if record.rehearsal else record.gpus_used
-    work = Work(Outcome(record.recipe), lambda: [command(folder, runs)], gpus_a_node, record.nodes)
-    return place.carry_out(work, record.recipe, runs, lambda: _resume_here(folder, prepare_only, own))
+        gpus_a_node = 0 if record.rehearsal else record.gpus_used
+        work = Work(Outcome(record.recipe), lambda: [command(folder, runs)], gpus_a_node, record.nodes)
+        return place.carry_out(work, record.recipe, runs)
+    return _resume_here(folder, prepare_only, own)
 
 
 def _agree(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted: bool) -> None:
@@ -215,15 +216,11 @@ def _agree(folder: RunDir, record: Run, force: Sequence[str], own: bool, trusted
 
 def _resume_here(folder: RunDir, prepare_only: bool, own: bool) -> RunDir:
     if (record := folder.read()).nodes > 1 and os.environ.get("SLURM_NODEID", "0") != "0":
-        if record.state != "finished":
-            launch.follow(folder)
+        launch.follow(folder)
         return folder
     with folder.held() as lock:
         record = folder.read()
         in_a_job = this_job(os.environ) in {job.id for job in folder.jobs()}
-        if record.state == "finished" and in_a_job:
-            say(f"{folder.path}: the run is finished")  # and its job was requeued after that
-            return folder
         if reason := hindrance(folder, record, in_a_job):
             raise UserError(f"{folder.path}: {reason}")
         if prepare_only:

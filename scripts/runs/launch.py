@@ -25,7 +25,7 @@ from ..configs import determinism
 from ..configs.engines import CPU_RANKS
 from . import health, provenance
 from .records import Ended, FileState
-from .rundir import JOB, Launch, Run, RunDir, State, summarise, this_job
+from .rundir import Launch, Run, RunDir, State, summarise, this_job
 
 AXOLOTL = Path(sys.executable).with_name("axolotl")
 _NO_GPU_MEMORY = re.compile("CUDA out of memory|CUDA error: out of memory")
@@ -100,7 +100,7 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     record.adapter = FileState.of(adapter) if adapter.is_file() else None
     record.state = _state(launch.exit_code, stopped, record.summary.ended, record.adapter is not None)
     folder.write(record)
-    on = " --on sky" if JOB in os.environ else " --on slurm" if this_job(os.environ) else ""
+    on = " --on slurm" if this_job(os.environ) else ""
     again = f"recipe resume {folder.path}{on}"
     if launch.problem:
         raise WorkFailed(f"{folder.path}: {record.state}, {launch.problem}; free some, and `{again}` continues it")

@@ -21,14 +21,13 @@ from ..configs.datafiles import DataFile
 from . import checkpoints, health
 from .records import RECORD, Ended, FileState, Moment, Provenance
 
-JOB = "QLORA_RECIPES_JOB"  # the id of a job, where its queue sets no variable of its own
 State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
 
 
 class Job(BaseModel):
-    """A command of a run that was handed to a place to carry out; see `places`."""
+    """A command of a run that was submitted to SLURM."""
 
-    place: str
+    place: str = "slurm"  # `sky` in runs of earlier versions
     id: str
     step: str
     user: str
@@ -213,13 +212,13 @@ class RunDir:
         return run.summary if run.state == "finished" else summarise(self.read_metrics())
 
     def jobs(self) -> list[Job]:
-        """The jobs that places were given for the run, oldest first.
+        """The jobs that SLURM was given for the run, oldest first.
 
         Raises:
             UserError: jobs.json is damaged.
         """
         try:
-            return _JOBS.validate_json(self._jobs.read_bytes())
+            return [job for job in _JOBS.validate_json(self._jobs.read_bytes()) if job.place == "slurm"]
         except FileNotFoundError:
             return []
         except (OSError, ValueError):
@@ -293,9 +292,7 @@ _JOBS = TypeAdapter(list[Job])
 
 
 def this_job(environment: Mapping[str, str]) -> str | None:
-    """The id of the job that a process with such an environment belongs to; SLURM's is that of an array's task."""
-    if JOB in environment:
-        return environment[JOB]
+    """The id of the SLURM job, a task of an array, that a process with such an environment belongs to."""
     array, task = (environment.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
     return f"{array}_{task}" if array and task else None
 

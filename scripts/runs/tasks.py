@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..configs.compose import Composed
 from .rundir import RunDir
 
 DONE, SKIPPED, FAILED = "done", "skipped", "failed"
@@ -69,12 +68,11 @@ class Work:
     """The commands that bring a run to its end, in order; each is worth carrying out once the one before is done.
 
     Attributes:
-        commands: claims the run's folder where it has none yet, and returns the commands; a place calls it once, when
-            it has accepted the work and is about to begin.
+        commands: claims the run's folder where it has none yet, and returns the commands; called once, when the
+            work is about to begin.
         gpus: how many its training needs on each node.
         nodes: how many of those.
-        steps: those that may be among the commands, all of which a place has to be able to do.
-        composed: the config of its training, where that is yet to begin.
+        steps: those that may be among the commands.
     """
 
     outcome: Outcome
@@ -82,4 +80,3 @@ class Work:
     gpus: int
     nodes: int = 1
     steps: Sequence[Step] = ("prepare", "run")
-    composed: Composed | None = None

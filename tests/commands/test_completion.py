@@ -88,7 +88,7 @@ SWEEPS = ["latest", "ranks/haider2024/llama-2-7b", "ranks/haider2024/llama-2-7b/
         ("recipe data fetch ", sorted({each.data.key for each in study.every()})),
         ("recipe data prepare --input-format ", ["diff", "tagged"]),
         ("recipe run wide --set lora_alpha", ["lora_alpha=", "lora_alpha_pattern="]),
-        ("recipe run wide --on s", ["slurm", "sky"]),
+        ("recipe run wide --on s", ["slurm"]),
         ("recipe score x --metric b", ["bertscore_f1", "bleu4"]),
         ("recipe results --sweep ranks --best m", ["memory"]),
         ("recipe results --sweep ranks --best e", ["eval_loss"]),

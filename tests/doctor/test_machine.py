@@ -1,4 +1,4 @@
-"""Memory with its limits, caches, SLURM, SkyPilot and containers."""
+"""Memory with its limits, caches, SLURM and containers."""
 
 from pathlib import Path
 
@@ -9,7 +9,6 @@ from huggingface_hub import constants
 from qlora_recipes.base import paths
 from qlora_recipes.doctor import machine
 from qlora_recipes.doctor.machine import Folder
-from qlora_recipes.places import sky_client
 
 
 def test_a_folder_that_is_not_there_yet_is_judged_by_its_parent_and_not_made(tmp_path: Path) -> None:
@@ -117,27 +116,6 @@ def test_slurm_is_asked_and_its_settings_are_read(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(machine, "PATIENCE", 0.2)
     program(tmp_path / "sinfo", "exec /bin/sleep 2")
     assert "no answer within 0.2 s" in machine.slurm().found
-
-
-def test_settings_for_skypilot_are_read_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    monkeypatch.setattr(sky_client, "ENVIRONMENT", tmp_path / ".sky")
-    assert "`make sky` installs it" in machine.skypilot().found
-    (tmp_path / ".sky" / "bin").mkdir(parents=True)
-    (tmp_path / ".sky" / "bin" / "sky").touch()
-    file = tmp_path / "qlora-recipes" / "sky.yaml"
-    line = machine.skypilot()
-    assert line.state == "note" and "shared: true" in line.found and str(file) in line.remedy
-    file.parent.mkdir()
-    for content, state, found in (
-        ("shared: true", "ok", "its machines share this one's files"),
-        ("bucket: file:///volume", "ok", "its machines keep files in a bucket"),
-        ("bucket: s4://volume", "wrong", "bucket s4://volume: "),
-        ("shared: true\nsecrets: [THIS_IS_NOT_SET]", "wrong", "secrets: THIS_IS_NOT_SET: not set"),
-    ):
-        file.write_text(content)
-        line = machine.skypilot()
-        assert line.state == state and found in line.found
 
 
 def test_docker_passes_a_gpu_on_with_nvidias_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

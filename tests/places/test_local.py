@@ -29,7 +29,8 @@ def process(does: str, file: Path) -> Iterator["subprocess.Popen[bytes]"]:
 
 def test_who_holds_a_lock_is_asked_to_stop(tmp_path: Path) -> None:
     with process(LOCKS, tmp_path / ".lock") as child:
-        assert stop_holders([tmp_path / ".lock"]) == [f"process {child.pid} is asked to stop"]
+        (said,) = stop_holders([tmp_path / ".lock"])
+        assert f" {child.pid} " in said
         assert child.wait(10) == -15
 
 

@@ -69,7 +69,8 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     alone = RunDir(tmp_path / asked("run", NAME, "--set", "lora_r=4", *rehearsed))
     of_base_model = ("evaluate", alone.path, "--adapter", "none", "--bertscore", "none", *queue)
     assert asked(*of_base_model) == str(alone.path)
-    assert "this evaluation is already queued" in finish(start(tmp_path, *of_base_model), code=2)
+    (waiting,) = (job.id for job in alone.jobs() if job.step == "evaluate")
+    assert f"(job {waiting})" in finish(start(tmp_path, *of_base_model), code=2)
     command = ["sweep", NAME, "three.yaml", *rehearsed, "--bertscore", "none", "--json"]
     first = orjson.loads(asked(*command))
     assert all("job" in step["run"] and step["evaluate"].startswith("queued (job") for step in first["steps"])
@@ -141,16 +142,17 @@ def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
     assert warned.resumed_from and last.resumed_from and warned.exit_code == 0  # the second ended in order
     reached = int(last.resumed_from.partition("-")[2])
     wait_for(run, lambda record: record.state == "running" and record.summary.step > reached)
-    assert f"job {job} is cancelled" in submitted(tmp_path, "cancel", "latest")
+    assert f"job {job} " in submitted(tmp_path, "cancel", "latest")
     slurm.wait_until_empty()
     wait_for(run, lambda record: record.state == "interrupted")
     assert run.last_checkpoint()
-    again = start(tmp_path, "cancel", "latest")
-    assert "nothing is running or queued" in finish(again, code=2)
+    finish(start(tmp_path, "cancel", "latest"), code=2)
     submitted(tmp_path, "resume", "latest", "--on", "slurm", "--slurm", "begin=now+1hour", command=stand_in)
     wait_for(run, lambda record: record.state == "queued")
     for place in ("local", "slurm"):
-        assert "the run is queued" in finish(start(tmp_path, "resume", "latest", "--on", place), code=2)
+        assert f"recipe cancel {run.path.relative_to(tmp_path)}" in finish(
+            start(tmp_path, "resume", "latest", "--on", place), code=2
+        )
     submitted(tmp_path, "cancel", "latest")
     slurm.wait_until_empty(20)  # what prepares the rows is cancelled too
 
@@ -171,19 +173,16 @@ def test_cancelling_a_sweep_takes_it_out_of_the_queue(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (
-            ["--gpus", "5", "--profile", "zero2"],
-            "sbatch refuses to train: .*Requested node configuration is not available",
-        ),
-        (["--nodes", "3"], "sbatch refuses to train: .*node.*; it was asked for .*--nodes=3"),
-        (["--slurm", "partition=nowhere"], "[Ii]nvalid partition.*nowhere; .* --partition=nowhere; .*slurm.yaml"),
-        (["--slurm", "tyme=1:00:00"], "unrecognized option '--tyme"),
-        (["--slurm", "time=later"], "Invalid --time specification"),
-        (["--slurm", "partition"], "--slurm partition: expected key=value"),
-        (["--slurm", "array=1-5"], "array cannot be set for the jobs of this command"),
-        (["--slurm", "nodes=2"], "--nodes sets it"),
-        (["--slurm", "card=H1000"], "card H1000: no GPU of that name; did you mean H100"),
-        (["--slurm", "card=T4", "--set", "micro_batch_size=4096"], "a full batch needs .* of T4"),
+        (["--gpus", "5", "--profile", "zero2"], "--gres=gpu:5"),
+        (["--nodes", "3"], "--nodes=3"),
+        (["--slurm", "partition=nowhere"], "--partition=nowhere; .*slurm.yaml"),
+        (["--slurm", "tyme=1:00:00"], "'--tyme"),  # in sbatch's own words
+        (["--slurm", "time=later"], "--time .*--time=later"),
+        (["--slurm", "partition"], "--slurm partition: "),
+        (["--slurm", "array=1-5"], "--slurm array=1-5: "),
+        (["--slurm", "nodes=2"], "--slurm nodes=2: .*--nodes"),
+        (["--slurm", "card=H1000"], "card H1000: .* H100"),
+        (["--slurm", "card=T4", "--set", "micro_batch_size=4096"], r"T4.*\[too-big"),
     ],
 )
 def test_what_the_queue_would_not_take_is_told_and_leaves_nothing(
@@ -205,9 +204,9 @@ def test_without_slurm_that_is_told(recipe: Recipe, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("PATH", str(tmp_path))
     done = recipe("run", NAME, "--rehearse", "--on", "slurm")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "there is no squeue on this machine" in done.stderr
+    assert " squeue " in done.stderr
     done = recipe("run", NAME, "--rehearse", "--slurm", "time=1:00:00")
-    assert "--slurm time=1:00:00: works only with --on slurm" in done.stderr
+    assert done.returncode == 2 and "--slurm time=1:00:00: " in done.stderr
 
 
 def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
@@ -325,7 +324,7 @@ def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(
     assert (tmp_path / "asked").exists() == queued_again
     if queued_again:
         assert (tmp_path / "asked").read_text() == "requeue 12_0\n"  # not the whole array
-    assert ("too short" in said) != queued_again
+    assert (len(said.splitlines()) == 3) != queued_again  # that it is not
 
 
 def test_near_its_time_limit_a_task_of_an_array_queues_itself_alone(

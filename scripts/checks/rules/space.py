@@ -51,11 +51,6 @@ def no_room(case: Case) -> Problems:
             yield "error" if case.launching else "warning", needs[0].key, problem, "make room, or take another disk"
 
 
-def elsewhere(config: Config) -> float:
-    """The bytes that a run of a config surely writes on a machine that has nothing of it yet."""
-    return sum(need.size for need in _needs(Case(config, set(), launching=True)))
-
-
 def _needs(case: Case) -> list[_Need]:
     """What a run writes, as far as it is known."""
     needs: list[_Need] = []

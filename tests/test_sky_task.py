@@ -1,0 +1,164 @@
+"""The task for SkyPilot: its parser takes it, and its commands train, go on where they were killed, and evaluate."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.runs import lookup
+from qlora_recipes.runs.rundir import RunDir
+
+ROOT = Path(__file__).parents[1]
+TASK = ROOT / "docker" / "sky.yaml"
+NAME = "haider2024/code-llama-7b"
+SKY = ROOT / ".sky" / "bin" / "python"
+PARSE = """
+import sys, sky, yaml
+for text, envs in eval(sys.stdin.read()):
+    try:
+        task = sky.Task.from_yaml_config(yaml.safe_load(text), envs, [("HF_TOKEN", "a token")])
+    except ValueError as error:
+        print(str(error).replace(chr(10), " "))
+    else:
+        ((path, storage),) = task.storage_mounts.items()
+        print(path, storage.name, storage.mode.value, *task.secrets, *task.envs)
+"""
+
+
+def test_skypilot_takes_the_task(tmp_path: Path) -> None:
+    if not SKY.is_file():
+        pytest.skip("needs SkyPilot: `make sky`")
+    text, envs = TASK.read_text(), [("RECIPE", NAME), ("BUCKET", "my-runs")]
+    cases = [(text, envs), (text.replace("use_spot", "use_spott"), envs), (text, envs[1:])]
+    env = os.environ | {"HOME": str(tmp_path)}
+    command = [SKY, "-I", "-c", PARSE]
+    shown = subprocess.run(command, input=repr(cases), env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
+    taken, misspelt, lacking = shown.splitlines()[-3:]
+    assert taken.split() == ["/runs", "my-runs", "MOUNT_CACHED", "HF_TOKEN", *yamlfiles.parse(text, "")["envs"]]
+    assert "use_spott" in misspelt and "RECIPE" in lacking
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A clean folder in which `make setup` has nothing left to do."""
+    if not (ROOT / ".venv").is_dir():
+        pytest.skip("needs the environment of `make setup`")
+    (folder := tmp_path / "checkout").mkdir()
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy2(ROOT / name, folder)
+    for name in (".venv", ".uv"):
+        (folder / name).symlink_to(ROOT / name)
+    subprocess.run(["make", "--question", "setup"], cwd=folder, check=True)  # it would change the tests' environment
+    return folder
+
+
+def begun(checkout: Path, section: str, **envs: str) -> "subprocess.Popen[bytes]":
+    """Begin a section of the task, as SkyPilot does on a machine."""
+    task = yamlfiles.read_yaml(TASK)
+    of_task = {name: value or "" for name, value in (task["envs"] | task["secrets"]).items()}
+    job = {"SKYPILOT_TASK_ID": "sky-managed-1", "RUNS": str(checkout.parent / "storage")}
+    env = os.environ | of_task | job | {"MAKEFLAGS": ""} | envs
+    return subprocess.Popen(["bash", "-c", task[section]], cwd=checkout, env=env, stderr=subprocess.PIPE)
+
+
+def done(checkout: Path, section: str, **envs: str) -> tuple[int, str]:
+    """The exit code of a section, and what it says."""
+    process = begun(checkout, section, **envs)
+    _, said = process.communicate(timeout=600)
+    return process.returncode, said.decode()
+
+
+@contextmanager
+def machine(place: Path) -> Iterator[None]:
+    """Mount a bucket as SkyPilot does, with a cache that is lost with the machine; just a folder without rclone."""
+    mount, bucket = place / "storage", place / "bucket"
+    bucket.mkdir(exist_ok=True)
+    if not (shutil.which("rclone") and os.access("/dev/fuse", os.W_OK)):
+        mount.is_symlink() or mount.symlink_to(bucket)
+        yield
+        return
+    mount.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place) as cache:
+        options = ["--vfs-cache-mode", "full", "--dir-cache-time", "10s", "--vfs-fast-fingerprint"]
+        rclone = subprocess.Popen(
+            ["rclone", "mount", bucket, mount, *options, "--cache-dir", cache, "--vfs-write-back=1s"]
+        )
+        while not mount.is_mount():
+            assert rclone.poll() is None
+            time.sleep(0.1)
+        try:
+            yield
+        finally:
+            rclone.kill()
+            rclone.wait()
+            subprocess.run(["umount", "--lazy", mount], check=True)
+
+
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    """Kill all that a process has started."""
+    for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):  # it ended with its parent
+            each.kill()
+    process.communicate()
+
+
+def wait_until(holds: Callable[[], object], process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 300
+    while not holds():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.long
+def test_a_job_that_is_taken_away_goes_on_to_an_evaluated_run(
+    checkout: Path, tmp_path: Path, tiny_profile: Path
+) -> None:
+    """With real Axolotl; each machine has the bucket alone, and another key for what is the user's own."""
+    saves = "--set save_steps=2 --set saves_per_epoch=null --set num_epochs=4"
+    envs = {"RECIPE": NAME, "ARGS": f"--profile rehearsal --profile {tiny_profile} {saves}"}
+
+    def runs(job: str = "sky-managed-1") -> list[RunDir]:
+        return lookup.all_runs(tmp_path / "bucket" / job)
+
+    def evaluates() -> bool:
+        commands = (each.cmdline() for each in psutil.Process(process.pid).children(recursive=True))
+        return any("evaluate" in command for command in commands)
+
+    with machine(tmp_path):
+        assert done(checkout, "setup") == (0, "")
+        process = begun(checkout, "run", **envs)
+        wait_until(lambda: any(run.last_checkpoint() for run in runs()), process)
+        other = begun(checkout, "run", **envs, SKYPILOT_TASK_ID="sky-managed-2")  # has nothing to do with that run
+        wait_until(lambda: runs("sky-managed-2"), other)
+        kill(other)
+        kill(process)
+    with machine(tmp_path):
+        process = begun(checkout, "run", **envs, XDG_DATA_HOME=str(tmp_path / "second"))
+        wait_until(evaluates, process)
+        wait_until(lambda: runs()[0].read().state == "finished", process)
+        kill(process)
+    with machine(tmp_path):
+        assert done(checkout, "run", **envs, XDG_DATA_HOME=str(tmp_path / "third"))[0] == 0
+        (folder,) = lookup.all_runs(tmp_path / "storage" / "sky-managed-1")
+        record, scores = folder.read(), (folder.path / "scores.json").read_bytes()
+        assert (record.state, len(record.launches)) == ("finished", 2) and record.launches[1].resumed_from
+        assert done(checkout, "run", **envs, XDG_DATA_HOME=str(tmp_path / "third"))[0] == 0
+        assert folder.read() == record and (folder.path / "scores.json").read_bytes() == scores
+
+
+def test_mistakes_end_a_job_before_it_trains(checkout: Path, tiny_profile: Path, tmp_path: Path) -> None:
+    code, said = done(checkout, "run", RECIPE="haider2024/code-lama-7b", ARGS="--rehearse")
+    assert code == 2 and NAME in said and not (tmp_path / "storage").exists()
+    tiny = f"--profile rehearsal --profile {tiny_profile}"
+    code, said = done(checkout, "run", RECIPE=NAME, ARGS=tiny, RUNS=str(paths.LOCK))
+    assert code == 2 and str(paths.LOCK / "sky-managed-1") in said
+    code, said = done(checkout, "setup", STUDY="haider2023")
+    assert code == 2 and "haider2023" in said
