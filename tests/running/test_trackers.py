@@ -161,7 +161,7 @@ def test_a_tracker_without_its_package_is_an_error_at_its_line(monkeypatch: pyte
 def test_a_run_with_a_tracker_that_is_not_installed_does_not_start(recipe: Recipe, tmp_path: Path) -> None:
     done = recipe("run", NAME, "--rehearse", "--set", "comet_project_name=x")
     assert done.returncode == 2
-    assert "the package comet-ml is not installed; install it, or delete comet_project_name" in done.stderr
+    assert "[missing-package:comet_project_name]" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 

@@ -54,7 +54,7 @@ def test_every_file_counts_that_the_manifest_lists(tmp_path: Path) -> None:
     (folder / "scaler.pt").touch()
     checkpoints.write_manifest(folder)
     (folder / "scaler.pt").unlink()
-    assert checkpoints.damage(folder, ranks=1) == "scaler.pt is missing"
+    assert "scaler.pt" in (checkpoints.damage(folder, ranks=1) or "")
 
 
 def test_a_run_saves_manifests(tmp_path: Path) -> None:
@@ -70,9 +70,9 @@ def test_a_run_saves_manifests(tmp_path: Path) -> None:
 def test_each_rank_has_a_random_state(tmp_path: Path) -> None:
     folder = a_checkpoint(tmp_path, 4, ranks=2)
     assert checkpoints.damage(folder, ranks=2) is None
-    assert checkpoints.damage(folder, ranks=3) == "rng_state_2.pth is missing"
+    assert "rng_state_2.pth" in (checkpoints.damage(folder, ranks=3) or "")
 
 
 def test_a_checkpoint_of_another_step_than_its_name_says_is_damaged(tmp_path: Path) -> None:
     folder = a_checkpoint(tmp_path, 4).rename(tmp_path / "checkpoint-6")
-    assert checkpoints.damage(folder, ranks=1) == "trainer_state.json is missing or damaged"
+    assert "trainer_state.json" in (checkpoints.damage(folder, ranks=1) or "")

@@ -4,6 +4,7 @@ Each engine's run but ZeRO-1's, which divides less than ZeRO-2's does, is broken
 a rank, and resumed; its losses and its adapter are then compared with those of one process that nothing disturbed.
 """
 
+import re
 import subprocess
 import sys
 import time
@@ -125,7 +126,8 @@ def test_every_engine_trains_like_one_process(alone: RunDir, divided: tuple[str,
     assert abs(losses(alone, "eval_loss")[0] - losses(run, "eval_loss")[0]) > 1e-4  # Axolotl's own
     assert max(losses(alone, "loss").values()) - min(losses(alone, "loss").values()) > 5 * CLOSE
     changed = {difference.key: (difference.run, difference.why) for difference in record.differences}
-    assert changed["gradient_accumulation_steps"] == (2, "--gpus 2: steps of as many rows as on one")
+    assert changed["gradient_accumulation_steps"][0] == 2
+    assert changed["gradient_accumulation_steps"][1].startswith("--gpus 2: ")
     if profile == "fsdp2":
         assert changed["optimizer"] == ("adamw_torch_fused", "profile fsdp2")
     else:
@@ -177,7 +179,7 @@ def test_two_nodes_train_like_one_process(alone: RunDir, place: Path, tiny_profi
     expected, found = losses(alone, "loss"), losses(run, "loss")
     assert {step: found[step] for step in expected} == pytest.approx(expected, abs=CLOSE)
     (difference,) = (one for one in record.differences if one.key == "gradient_accumulation_steps")
-    assert difference.why == "--gpus 1 --nodes 2: steps of as many rows as on one"
+    assert difference.why.startswith("--gpus 1 --nodes 2: ")
 
 
 def test_an_engine_that_is_not_used_stops_the_run(place: Path, tiny_profile: Path) -> None:
@@ -195,4 +197,4 @@ def test_an_engine_that_is_not_used_stops_the_run(place: Path, tiny_profile: Pat
         text=True,
     )
     assert done.returncode == 1
-    assert f"asked for {ENGINES[profile]} among 2 processes, but Axolotl uses DDP among 2" in done.stderr
+    assert re.search(f"{ENGINES[profile]} among 2 .*DDP among 2", done.stderr)

@@ -7,6 +7,7 @@ from run_folders import a_run
 
 from qlora_recipes.base.errors import WorkFailed
 from qlora_recipes.runs import launch
+from qlora_recipes.runs.launch import OutOfMemory
 from qlora_recipes.runs.rundir import RunDir
 
 FULL = "OSError: [Errno 28] No space left on device: '/data/x'\n"
@@ -37,28 +38,28 @@ def test_what_axolotl_refuses_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         "    For further information visit https://errors.pydantic.dev/2.13/v/value_error\n"
     )
     error = fails(folder, monkeypatch, f"cat '{tmp_path}/said'; exit 1")
-    assert "num_epochs: Input should be a valid number; not [so].; the whole log" in str(error)
+    assert "num_epochs: " in str(error) and "not [so]." in str(error)  # each of pydantic's own
     assert "step" not in str(error)
 
 
 @pytest.mark.parametrize(
-    ("said", "end", "problem"),
+    ("said", "end", "full", "kind"),
     [
-        (f"{STEPS}{FULL}", "exit 1", "no space left in /data/x"),
-        (f"{STEPS}{FULL}{TORCHRUN}", "exit 1", "no space left in /data/x"),
-        (f"{TRITON}{STEPS}KeyError: 1\n", "exit 1", "Axolotl failed"),
-        (f"{TRITON}{STEPS}{NO_MEMORY}", "exit 1", "the GPU's memory did not suffice"),
-        (f"{TRITON}{NO_MEMORY}", "exit 1", "the GPU's memory did not suffice"),
-        (f"{TRITON}{STEPS}", "kill -9 $$", "probably memory ran out"),
-        (TRITON, "kill -15 $$", "interrupted by signal 15"),
+        (f"{STEPS}{FULL}", "exit 1", "/data/x", WorkFailed),
+        (f"{STEPS}{FULL}{TORCHRUN}", "exit 1", "/data/x", WorkFailed),
+        (f"{TRITON}{STEPS}KeyError: 1\n", "exit 1", None, WorkFailed),
+        (f"{TRITON}{STEPS}{NO_MEMORY}", "exit 1", None, OutOfMemory),
+        (f"{TRITON}{NO_MEMORY}", "exit 1", None, OutOfMemory),
+        (f"{TRITON}{STEPS}", "kill -9 $$", None, OutOfMemory),
+        (TRITON, "kill -15 $$", None, WorkFailed),
     ],
 )
 def test_a_full_disk_is_blamed_only_for_what_it_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, end: str, problem: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, end: str, full: str | None, kind: type[WorkFailed]
 ) -> None:
     folder = a_run(tmp_path / "runs", "haider2024/code-llama-7b", "one", 5.0, state="failed")
     (tmp_path / "said").write_text(said)
     error = fails(folder, monkeypatch, f"cat '{tmp_path}/said'; {end}")
-    assert problem in str(error)
-    full = problem if "no space" in problem else None
-    assert folder.read().launches[-1].problem == full
+    assert type(error) is kind
+    problem = folder.read().launches[-1].problem
+    assert (problem or "").endswith(full or "") and bool(problem) == bool(full)

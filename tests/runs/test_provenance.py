@@ -1,6 +1,7 @@
 """What a run was made with, beside what is installed now."""
 
 import os
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -54,8 +55,9 @@ def test_a_run_of_another_axolotl_says_so_where_it_is_used(recipe: Recipe, tmp_p
 def test_a_table_of_runs_says_how_many_are_of_another_axolotl(recipe: Recipe, tmp_path: Path) -> None:
     for name, number in {"one": "0.20.1", "two": "0.20.1", "three": OURS, "four": None}.items():
         a_run(tmp_path / "runs", NAME, name, 5.0, **made_with(number))
-    assert f"2 runs, runs/{NAME}/two the last, were {SAYS}" in recipe("results").stderr
-    assert f"2 runs, runs/{NAME}/two the last, were {SAYS}" in recipe("results", "--study", "haider2024").stderr
+    for words in (["results"], ["results", "--study", "haider2024"]):
+        said = recipe(*words).stderr
+        assert said.count(SAYS) == 1 and re.search(rf"2 .*{NAME}/two .*{re.escape(SAYS)}", said)
 
 
 def test_a_run_of_another_axolotl_that_is_not_made_again_says_so(
