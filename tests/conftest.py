@@ -26,10 +26,10 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its shar
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // int(workers), 1))
 
 from qlora_recipes import cli
+from qlora_recipes.backends import slurm_queue
 from qlora_recipes.base import paths, progress
 from qlora_recipes.data import study
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
-from qlora_recipes.places import slurm_queue
 
 importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)  # see quiet.py
 # A busy machine is slow at times; that is no fault of the code under test.

@@ -146,7 +146,7 @@ def a_run(place: Path) -> RunDir:
     for where in (folder.path, folder.path / "evaluations" / "base-model", Path("runs", small_study.PLAIN, "two")):
         rows = [{"row": i, "idx": i, "lang": "go", "accuracy": i % 2 * 100.0} | texts for i in range(12)]
         write_rows(where / "predictions.jsonl", rows)
-    job = {"place": "local", "id": "1", "step": "run", "user": "me", "script": "x", "submitted": "2026-01-01T00:00:00Z"}
+    job = {"id": "1", "step": "run", "user": "me", "script": "x", "submitted": "2026-01-01T00:00:00Z"}
     (folder.path / "jobs.json").write_text(json.dumps([job]))
     left = RunDir(folder.path.with_name("left"))
     shutil.copytree(folder.path, left.path)

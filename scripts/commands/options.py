@@ -14,10 +14,9 @@ from ..terminal.tables import Form
 from . import completion
 
 if TYPE_CHECKING:
-    from ..places.local import Local
-    from ..places.slurm import Slurm
+    from ..backends import Backend
 
-PlaceName = Literal["local", "slurm"]
+BackendName = Literal["local", "slurm"]
 Group = Literal["lang", "length"]
 
 
@@ -180,7 +179,7 @@ BatchSize = Annotated[
     int | None, typer.Option(min=1, help="The most rows generated at a time; by default up to 64, as memory allows.")
 ]
 On = Annotated[
-    PlaceName,
+    BackendName,
     typer.Option(
         "--on",
         help="Where to run it: on this machine, or in SLURM's queue, which this does not wait for.",
@@ -297,16 +296,14 @@ def only_with(option: str, given: object, other: str, needed: object, why: str =
         raise UserError(f"{option}: works only with {other}{f'; {why}' if why else ''}")
 
 
-def place_of(
-    on: PlaceName, slurm: list[str] | None, rehearsal: bool = False, jobs: int | None = None
-) -> "Local | Slurm":
-    """The place that --on names, with its own options.
+def backend_of(on: BackendName, slurm: list[str] | None, rehearsal: bool = False, jobs: int | None = None) -> "Backend":
+    """The backend that --on names, with its own options.
 
     Raises:
-        UserError: --slurm is given without --on slurm, or the place refuses the options.
+        UserError: --slurm is given without --on slurm, or the backend refuses the options.
     """
-    from ..places.local import Local
-    from ..places.slurm import Slurm
+    from ..backends.local import Local
+    from ..backends.slurm import Slurm
 
     only_with(f"--slurm {slurm[0] if slurm else ''}", slurm, "--on slurm", on == "slurm")
     return Slurm(rehearsal, jobs, slurm or []) if on == "slurm" else Local(rehearsal, jobs)

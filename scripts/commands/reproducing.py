@@ -28,16 +28,16 @@ from .options import (
     Runs,
     Seeds,
     SlurmOptions,
+    backend_of,
     form_of,
     only_with,
-    place_of,
 )
 from .running import HEADING, end
 
 if TYPE_CHECKING:
+    from ..backends import Backend
     from ..configs.compose import Request
     from ..data import study as data_study
-    from ..places import Place
     from ..running.ladder import From
     from ..runs.tasks import Outcome
     from ..scores.task import EvaluationRequest
@@ -97,22 +97,22 @@ def reproduce_verb(
     request.rehearse = is_rehearsal(request)
     only_with("--rehearse", request.rehearse, "--from adapter or training", from_ != "predictions", "it needs no model")
     evaluation = EvaluationRequest(judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
-    place = place_of(on, slurm, request.rehearse, jobs)
+    backend = backend_of(on, slurm, request.rehearse, jobs)
     form = form_of(json)
     if from_ != "training":
-        _climb(of_study, request, only or [], evaluation, runs, place, from_, dry_run, form)
+        _climb(of_study, request, only or [], evaluation, runs, backend, from_, dry_run, form)
         return
     if dry_run:
         card = gpus.find(gpu) if gpu else None
-        outline = reproduce.outline(of_study, request, only or [], evaluation, runs, place, card, seeds)
+        outline = reproduce.outline(of_study, request, only or [], evaluation, runs, backend, card, seeds)
         reproduce.show_outline(outline, form)
         if not json:
             say("next: the same command without --dry-run")
         return
-    outcomes = reproduce.reproduce(of_study, request, only or [], evaluation, runs, place, seeds)
+    outcomes = reproduce.reproduce(of_study, request, only or [], evaluation, runs, backend, seeds)
     _show_reproduced(of_study, outcomes, request.rehearse, bool(only), runs, form)
     rehearsed = ["--rehearse"] if request.rehearse else []
-    next_step("report" if place.here else "results", "--study", study, *rehearsed, runs=runs, json=json)
+    next_step("report" if backend.here else "results", "--study", study, *rehearsed, runs=runs, json=json)
 
 
 def _show_reproduced(
@@ -134,7 +134,7 @@ def _climb(
     only: list[str],
     evaluation: "EvaluationRequest",
     runs: Path,
-    place: "Place",
+    backend: "Backend",
     from_: "From",
     dry_run: bool,
     form: tables.Form,
@@ -153,7 +153,7 @@ def _climb(
         if form != "json":
             say("next: the same command without --dry-run")
         return
-    problems = ladder.climb(of_study, request, only, evaluation, runs, place, from_)
+    problems = ladder.climb(of_study, request, only, evaluation, runs, backend, from_)
     trained = verdict.rows(of_study, runs, request.rehearse)
     chosen = [one.name for one in ladder.owners(of_study, only, from_, request.rehearse)] if only else []
     rows = results.rows(of_study, runs, request.rehearse, trained, problems, from_, chosen)

@@ -36,10 +36,10 @@ from .options import (
     StudyName,
     SweepFile,
     SweepName,
+    backend_of,
     exclusive,
     form_of,
     only_with,
-    place_of,
 )
 
 if TYPE_CHECKING:
@@ -107,13 +107,13 @@ def run_verb(
         axolotl_arguments=axolotl_arguments or [],
         force=force or [],
     )
-    place = place_of(on, slurm, is_rehearsal(request))
+    backend = backend_of(on, slurm, is_rehearsal(request))
     if dry_run:
-        composed = run.prepare(request, place, runs)
+        composed = run.prepare(request, backend, runs)
         own = yamlfiles.read_yaml(composed.recipe_file)  # with the folders that plain Axolotl is to write to
         print(yamlfiles.write_yaml(composed.config | {key: own[key] for key in OF_THE_RUN if key in own}), end="")
     else:
-        folder = run.start(request, runs, place)
+        folder = run.start(request, runs, backend)
         print(folder.path)
         after_training(folder, runs, on)
 
@@ -137,8 +137,8 @@ def resume_verb(
     from ..running.run import resume
 
     only_with("--prepare", prepare, "--on local", on == "local", "jobs prepare by themselves")
-    place = place_of(on, slurm)
-    folder = resume(run, runs, place, prepare, force or [], trust)
+    backend = backend_of(on, slurm)
+    folder = resume(run, runs, backend, prepare, force or [], trust)
     print(folder.path)
     if prepare:
         next_step("resume", name_of(folder, runs), runs=runs)
@@ -190,17 +190,26 @@ def sweep_verb(
     request = Request(name, profiles=profile or [], rehearse=rehearse, mirror=mirror, force=force or [])
     request.rehearse = is_rehearsal(request)
     evaluation = EvaluationRequest(limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
-    place = place_of(on, slurm, request.rehearse, jobs)
+    backend = backend_of(on, slurm, request.rehearse, jobs)
     card = gpus.find(gpu) if gpu else None
     record, outcomes = sweep.sweep(
-        sweep_name, members, request, evaluation, runs, place, seeds=seeds, max_runs=max_runs, gpu=card, dry_run=dry_run
+        sweep_name,
+        members,
+        request,
+        evaluation,
+        runs,
+        backend,
+        seeds=seeds,
+        max_runs=max_runs,
+        gpu=card,
+        dry_run=dry_run,
     )
     rows = sweeps.rows(record, runs, best)
     form = form_of(json)
     scored = sweeps.columns(record, runs)
     end(outcomes, form, {"sweep": record.label}, rows, lambda: sweep_tables.show(record, scored, rows, best, form))
     if not dry_run:
-        next_step("report" if place.here else "results", "--sweep", record.label, runs=runs, json=json)
+        next_step("report" if backend.here else "results", "--sweep", record.label, runs=runs, json=json)
 
 
 def end(

@@ -27,10 +27,10 @@ from .options import (
     RunName,
     Runs,
     SlurmOptions,
+    backend_of,
     exclusive,
     form_of,
     only_with,
-    place_of,
 )
 
 Data = Annotated[
@@ -133,13 +133,13 @@ def evaluate_verb(
     request.engine, request.server, request.model = engine, server, model
     request.agreement_rows, request.accept_difference = agreement_rows, accept_difference
     folder = find_run(run, runs)
-    place = place_of(on, slurm)
+    backend = backend_of(on, slurm)
     if export_prompts:
         count = evaluate.export_prompts(folder, request, export_prompts)
         say(f"{count} prompts; add the field prediction to each row; --predictions {export_prompts} then scores them")
         print(export_prompts)
         return
-    evaluated = evaluation.start(folder, request, runs, place)
+    evaluated = evaluation.start(folder, request, runs, backend)
     if isinstance(evaluated, RunDir):
         print(evaluated.path)
         next_step("results", runs=runs, json=json)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import psutil
 
+from ..backends.slurm_queue import ask
+from ..backends.slurm_settings import settings_file, site_settings
 from ..base import paths
 from ..base.errors import UserError
 from ..base.locks import held
 from ..data.hub import within
-from ..places.slurm_queue import ask
-from ..places.slurm_settings import settings_file, site_settings
 from .line import Line, in_shell
 
 PATIENCE = 10.0

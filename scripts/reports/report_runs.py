@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from .. import places
+from .. import backends
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, sha256
@@ -102,7 +102,7 @@ def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None
     Raises:
         UserError: a folder holds no run, or rehearsals and real runs are mixed.
     """
-    runs = [(folder, places.read(folder)) for folder in folders]
+    runs = [(folder, backends.read(folder)) for folder in folders]
     for folder, run in runs:
         evaluations.check_again(folder.path)
         run.summary = folder.summary(run)

@@ -7,7 +7,7 @@ from typing import get_args
 
 from pydantic import ValidationError
 
-from .. import places
+from .. import backends
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import write_atomically
@@ -31,7 +31,7 @@ def export(folder: RunDir) -> Path:
     Raises:
         UserError: the run is not a finished and evaluated one of a study's recipe, or does not say what it ran on.
     """
-    run = places.read(folder)
+    run = backends.read(folder)
     own = evaluations.of_run(folder.path, run)
     if reason := _refused(folder, run, own):
         raise UserError(f"{folder.path}: no record is made of it: {reason}")

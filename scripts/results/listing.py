@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import places
+from .. import backends
 from ..base.progress import say
 from ..base.yamlfiles import write_flow
 from ..data import study
@@ -29,7 +29,7 @@ def _jobs(folder: RunDir, run: Run) -> Iterator[str]:
     """The jobs that have not ended of a run's next steps, in words."""
     trained = run.state == "finished"
     for step, done in {"prepare": trained, "run": trained, "evaluate": of_run(folder.path, run)}.items():
-        if not done and (state := places.job_state(folder, step)):
+        if not done and (state := backends.job_state(folder, step)):
             yield f"{step}: {state}"
 
 
@@ -71,7 +71,7 @@ def _short(full: dict[str, Any], columns: Mapping[str, Column], decodings: Itera
 
 def show(runs: Path, form: tables.Form) -> None:
     """Print the results of all runs below a folder, in a form of `tables.Form`."""
-    found = [(folder, run) for folder, run in readable(all_runs(runs), places.read)]
+    found = [(folder, run) for folder, run in readable(all_runs(runs), backends.read)]
     rows = [row(folder, run, _jobs(folder, run)) for folder, run in found]
     if changed := [full["run"] for full in rows if full["evaluation"]]:
         say(f"{len(changed)} evaluations are stale or edited; `recipe evaluate {changed[-1]}` checks that of the last")

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .. import places
+from .. import backends
 from ..base import disks, yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import opened, sha256, tensor_shapes, write_atomically
@@ -53,7 +53,7 @@ def publish(
             hub refuses the token.
         WorkFailed: Axolotl cannot merge, or the hub cannot be reached or fails.
     """
-    run = places.read(folder)
+    run = backends.read(folder)
     adapter = folder.output / ADAPTER
     if run.state != "finished":
         first = "wait for its end" if run.state in ("created", "running") else f"`recipe resume {folder.path}` first"

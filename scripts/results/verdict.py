@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .. import places
+from .. import backends
 from ..base import paths, yamlfiles
 from ..configs import config, datafiles
 from ..configs.compatibility import departures
@@ -77,7 +77,7 @@ def usable(runs: Path, rehearsal: bool) -> list[Found]:
     data."""
     return [
         (folder, run)
-        for folder, run in lookup.readable(lookup.all_runs(runs), places.read)
+        for folder, run in lookup.readable(lookup.all_runs(runs), backends.read)
         if run.rehearsal == rehearsal and (rehearsal or not comparable.of_something_else(run))
     ]
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from ..backends import slurm_queue
+from ..backends.local import stop_holders
 from ..base.errors import UserError
 from ..data import study
-from ..places import slurm_queue
-from ..places.local import stop_holders
 from ..runs.lookup import all_runs, find_run, readable
 from ..runs.rundir import RunDir
 from . import reproduce, sweeps

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .. import places
+from .. import backends
 from ..base.errors import UserError
 from ..runs.lookup import all_runs, note_versions
 from ..runs.rundir import Run, RunDir
@@ -16,7 +16,7 @@ def by_digest(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
     former: dict[str, tuple[RunDir, Run]] = {}
     for folder in all_runs(runs / recipe):
         try:
-            run = places.read(folder)
+            run = backends.read(folder)
         except UserError:  # damaged, which `recipe results` reports
             continue
         plain = run.recipe == recipe and run.ranks == 1 and not run.axolotl_arguments

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from ..backends import Backend
 from ..base import yamlfiles
 from ..base.disks import naming
 from ..base.errors import UserError, WorkFailed
@@ -19,7 +20,6 @@ from ..configs.compose import Composed, Request
 from ..data import fetch
 from ..data.published import ADAPTER_FILES, adapter_files
 from ..data.study import Study
-from ..places import Place
 from ..results import comparable, ladder
 from ..results.ladder import Owner
 from ..runs.rundir import Run, RunDir
@@ -73,7 +73,7 @@ def climb(
     only: Sequence[str],
     evaluation: EvaluationRequest,
     runs: Path,
-    place: Place,
+    backend: Backend,
     down_to: From,
 ) -> dict[tuple[str, str], str]:
     """Fetch and evaluate what was published between a study's scores and our training.
@@ -86,7 +86,7 @@ def climb(
         only: the recipes; by default all that something is published of, and the baselines.
         evaluation: how an adapter is evaluated, and who judges.
         runs: the folder for the runs, and for this.
-        place: where adapters are evaluated: this machine.
+        backend: where adapters are evaluated: this machine.
         down_to: `predictions`, or `adapter` for both.
 
     Returns:
@@ -105,7 +105,7 @@ def climb(
                     if rung == "predictions":
                         _predictions(of_study, owner, request, evaluation, runs)
                     else:
-                        _adapter(of_study, owner, request, evaluation, runs, place)
+                        _adapter(of_study, owner, request, evaluation, runs, backend)
                 except (UserError, WorkFailed) as error:
                     problems[owner.name, rung] = str(error)
     return problems
@@ -167,7 +167,7 @@ def _adapter(
     request: Request,
     evaluation: EvaluationRequest,
     runs: Path,
-    place: Place,
+    backend: Backend,
 ) -> None:
     """Generate with a published adapter, where there is one, as with a run's own, and score that.
 
@@ -181,14 +181,14 @@ def _adapter(
     files = adapter_files(of_study.data, owner.adapter)
     of_recipe = reproduce.request_for(request, recipe)
     of_recipe.overrides = [*of_recipe.overrides, "lora_model_dir=null"]  # of an initialization, which theirs follows
-    pipeline = Pipeline(Outcome(recipe), of_recipe, evaluation, runs, place)
+    pipeline = Pipeline(Outcome(recipe), of_recipe, evaluation, runs, backend)
     folder = AdapterDir(ladder.adapter_folder(of_study, runs, owner, request.rehearse))
     same = folder.config.is_file() and folder.config.read_text() == _config_in(folder, pipeline.composed)
     complete = same and _is_complete(folder, evaluation, request.rehearse)
     if complete and not reproduce.missing(of_study.data, files):
         say(f"{folder.path}: complete, made with the same adapter")
         return
-    if not request.rehearse and place.gpu() is None:
+    if not request.rehearse and backend.gpu() is None:
         problem = f"no NVIDIA GPU was found, and {recipe}'s base model generates on one"
         raise UserError(f"{problem}; `recipe reproduce {request.name} --from predictions` needs none")
     if not pipeline.check(with_data=False):

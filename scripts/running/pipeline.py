@@ -6,7 +6,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from .. import places
+from .. import backends
+from ..backends import Backend
 from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.paths import find_recipe
@@ -17,7 +18,6 @@ from ..configs.compose import Composed, Request
 from ..configs.config import Difference
 from ..configs.gpus import Gpu
 from ..metrics.metric import Column
-from ..places import Place
 from ..planning import fit, need, plan
 from ..runs.rundir import Run, RunDir
 from ..runs.tasks import DONE, FAILED, SKIPPED, Command, Outcome, Step, Work
@@ -52,8 +52,8 @@ class Pipeline:
         request: the run that is asked for.
         evaluation: how that run is evaluated; in a rehearsal BERTScore's model is the stand-in, unless one is named.
         runs: the folder for the runs.
-        place: where its commands are carried out.
-        gpu: the card that it is composed, checked and planned for, by default the place's.
+        backend: where its commands are carried out.
+        gpu: the card that it is composed, checked and planned for, by default the backend's.
 
     Attributes:
         composed: its config; None where it is wrong.
@@ -68,15 +68,15 @@ class Pipeline:
         request: Request,
         evaluation: EvaluationRequest,
         runs: Path,
-        place: Place,
+        backend: Backend,
         gpu: Gpu | None = None,
     ):
         self.outcome = outcome
         self.request = request
         self.evaluation = evaluation
         self.runs = runs
-        self.place = place
-        self.gpu = gpu or place.gpu()
+        self.backend = backend
+        self.gpu = gpu or backend.gpu()
         self.composed: Composed | None = None
         self.former: tuple[RunDir, Run] | None = None
         self.needed_gib: float | None = None
@@ -121,7 +121,7 @@ class Pipeline:
         report = check.check(
             self.request, self.gpu, with_data, launching=launching, composed=self.composed, runs=self.runs
         )
-        found = places.relevant(self.place, report.findings)
+        found = backends.relevant(self.backend, report.findings)
         if not with_data:
             found = [finding for finding in found if finding.scope != "data"]
         errors = [str(finding) for finding in found if finding.level == "error"]
@@ -181,7 +181,7 @@ class Pipeline:
         """The commands still to be carried out; steps done before, or queued, are noted in its outcome."""
         assert self.composed
         self._settle()
-        job = places.job_state(self.former[0], "run") if self.former and self.state != "finished" else None
+        job = backends.job_state(self.former[0], "run") if self.former and self.state != "finished" else None
         unknown = job is not None and job.kind == "unknown"
         if self.former is None or not (unknown or self.state in ("created", "queued", "running", "finished")):
             if self.former and _is_resumable(*self.former):
@@ -198,7 +198,7 @@ class Pipeline:
         except UserError as error:
             self.outcome.fail("evaluate", str(error))
             return []
-        waits = not self.place.here and job is not None and job.kind != "unknown"
+        waits = not self.backend.here and job is not None and job.kind != "unknown"
         if not evaluation and self.state != "finished" and not waits:
             evaluation = "not queued; run the same command again once this is trained"
         if evaluation:
@@ -233,8 +233,8 @@ class Pipeline:
             judged = judges.of_columns(task.columns, asked.judge, asked.judge_layer, self.request.rehearse)
             if evaluate.complete(task, judged):
                 return SKIPPED
-        job = places.job_state(folder, "evaluate", self._scoring(folder).words)
-        return str(job) if job and (job.kind != "unknown" or not self.place.here) else None
+        job = backends.job_state(folder, "evaluate", self._scoring(folder).words)
+        return str(job) if job and (job.kind != "unknown" or not self.backend.here) else None
 
 
 def need_judges(

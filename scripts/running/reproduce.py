@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import places
+from .. import backends
+from ..backends import Backend
 from ..base import yamlfiles
 from ..base.errors import UserError, meant
 from ..base.locks import PATIENCE, held
@@ -20,7 +21,6 @@ from ..data import fetch, manifest, prepare
 from ..data.declaration import Data, PreparedFormat
 from ..data.raw import fetched
 from ..data.study import Study
-from ..places import Place
 from ..planning import plan
 from ..planning.plan_tables import hours_are
 from ..planning.planner import GIB
@@ -48,7 +48,7 @@ def reproduce(
     only: list[str],
     evaluation: EvaluationRequest,
     runs: Path,
-    place: Place,
+    backend: Backend,
     seeds: int = 1,
 ) -> list[Outcome]:
     """Bring every recipe of a study to its scores; what was done before with the same inputs is not done again.
@@ -62,7 +62,7 @@ def reproduce(
         evaluation: how each run is evaluated; BERTScore's model is by default that of the published scores, and the
             stand-in in a rehearsal.
         runs: the folder for the runs.
-        place: where the recipes are carried out.
+        backend: where the recipes are carried out.
         seeds: how many seeds each recipe is run with, from its own on.
 
     Raises:
@@ -75,7 +75,7 @@ def reproduce(
         by = next(iter(declared.values()))
         evaluation.judge, evaluation.judge_layer = by.model, evaluation.judge_layer or by.layer
     with held(lock(request.name, runs), "another reproduction of it is running there"):
-        pipelines = [Pipeline(outcome, asked, evaluation, runs, place) for outcome, asked in wanted]
+        pipelines = [Pipeline(outcome, asked, evaluation, runs, backend) for outcome, asked in wanted]
         for pipeline in pipelines:
             pipeline.look_up()
         begun = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check(with_data=False)]
@@ -93,7 +93,7 @@ def reproduce(
         works = [pipeline.work() for pipeline in ready]
         need_judges(works, of_study.columns, evaluation, request.rehearse)
         rehearsed = ["--rehearse"] if request.rehearse else []
-        place.submit(works, request.name, runs, ["results", "--study", request.name, *rehearsed, "--runs", str(runs)])
+        backend.submit(works, request.name, runs, ["results", "--study", request.name, *rehearsed, "--runs", str(runs)])
     return [outcome for outcome, _ in wanted]
 
 
@@ -111,14 +111,14 @@ def outline(
     only: list[str],
     evaluation: EvaluationRequest,
     runs: Path,
-    place: Place,
+    backend: Backend,
     gpu: Gpu | None,
     seeds: int = 1,
 ) -> dict[str, Any]:
     """What `reproduce` would do with the same arguments; nothing is started, and plans alone are kept, in the cache.
 
     Args:
-        gpu: the card to plan for, by default the place's.
+        gpu: the card to plan for, by default the backend's.
 
     Returns:
         `data`, what would be fetched and prepared, in words; `recipes`, a row each: what would be trained, what that
@@ -128,10 +128,10 @@ def outline(
         UserError: a recipe that is named is not the study's.
     """
     pipelines = [
-        Pipeline(outcome, asked, evaluation, runs, place, gpu)
+        Pipeline(outcome, asked, evaluation, runs, backend, gpu)
         for outcome, asked in _wanted(of_study, request, only, seeds)
     ]
-    gpu = gpu or place.gpu()
+    gpu = gpu or backend.gpu()
     test_rows = REHEARSED if request.rehearse else of_study.data.scored_rows
     notes: list[str] = []
     rows = []
@@ -172,7 +172,7 @@ def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list
     if composed is None:
         return row | {"training": "refused"}, [f"{pipeline.outcome.label}: {pipeline.outcome.problem}"]
     report = check.check(request, gpu, launching=not request.rehearse, composed=composed, runs=pipeline.runs)
-    found = places.relevant(pipeline.place, report.findings)
+    found = backends.relevant(pipeline.backend, report.findings)
     errors = [finding for finding in found if finding.level == "error" and finding.scope != "data"]
     notes = [
         f"{row['recipe']}: refused as of now: {error.key}: {error.problem}{f'; {error.remedy}' if error.remedy else ''}"

@@ -10,7 +10,9 @@ import shutil
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-from .. import places
+from .. import backends
+from ..backends import Backend
+from ..backends.slurm import Slurm
 from ..base import machine, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256, write_atomically
@@ -21,8 +23,6 @@ from ..configs import datafiles, gpus, standin
 from ..configs.compose import Composed, Request, compose, is_rehearsal
 from ..configs.config import Difference
 from ..configs.datafiles import DataFile
-from ..places import Place
-from ..places.slurm import Slurm
 from ..planning import fit
 from ..runs import launch, provenance
 from ..runs.handover import launched
@@ -33,12 +33,12 @@ from ..scores import evaluation_rows
 from . import shortage
 
 
-def prepare(request: Request, place: Place, runs: Path) -> Composed:
+def prepare(request: Request, backend: Backend, runs: Path) -> Composed:
     """The checked config of a run; what is worth knowing about it goes to stderr.
 
     Args:
         request: the run.
-        place: where it is to run.
+        backend: where it is to run.
         runs: the folder for the run's.
 
     Raises:
@@ -47,9 +47,9 @@ def prepare(request: Request, place: Place, runs: Path) -> Composed:
     for option, value in (("--gpus", request.gpus), ("--nodes", request.nodes)):
         if value < 1:
             raise UserError(f"{option} {value}: at least 1")
-    place.check_size(1 if request.dry_run or is_rehearsal(request) else request.gpus, request.nodes)
+    backend.check_size(1 if request.dry_run or is_rehearsal(request) else request.gpus, request.nodes)
     check_arguments(request.axolotl_arguments)
-    gpu = place.gpu()
+    gpu = backend.gpu()
     composed = compose(request, gpu)
     starts = not request.dry_run
     with Bar(f"checking {composed.recipe}", 1):
@@ -59,9 +59,9 @@ def prepare(request: Request, place: Place, runs: Path) -> Composed:
     for finding in found:
         if not starts and finding.scope == "data":
             finding.level = "note"  # a dry run only shows the config
-    for finding in check.refuse(places.relevant(place, found), request.force):
+    for finding in check.refuse(backends.relevant(backend, found), request.force):
         say(str(finding))
-    if starts and not place.here:  # a job would wait in the queue only to be refused; here Axolotl says so at once
+    if starts and not backend.here:  # a job would wait in the queue only to be refused; here Axolotl says so at once
         for finding in check.refuse(check.by_axolotl(composed, gpu)):
             say(str(finding))
     if starts:
@@ -69,22 +69,22 @@ def prepare(request: Request, place: Place, runs: Path) -> Composed:
     return composed
 
 
-def start(request: Request, runs: Path, place: Place) -> RunDir:
+def start(request: Request, runs: Path, backend: Backend) -> RunDir:
     """Train a recipe in a new run folder, in this process or as a job.
 
     Raises:
-        UserError: the request is wrong, or the place refuses it; nothing was started.
+        UserError: the request is wrong, or the backend refuses it; nothing was started.
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
-    composed = prepare(request, place, runs)
-    if isinstance(place, Slurm):
+    composed = prepare(request, backend, runs)
+    if isinstance(backend, Slurm):
         work = Work(
             Outcome(composed.recipe),
             lambda: [command(create(composed, request, runs), runs)],
             gpus=0 if composed.rehearsal else request.gpus,
             nodes=request.nodes,
         )
-        return place.carry_out(work, composed.recipe, runs)
+        return backend.carry_out(work, composed.recipe, runs)
     launch.require(Path.cwd())
     folder = create(composed, request, runs)
     with folder.held() as lock:
@@ -162,7 +162,12 @@ def record_of(composed: Composed, request: Request) -> Run:
 
 
 def resume(
-    name: str, runs: Path, place: Place, prepare_only: bool = False, force: Sequence[str] = (), trusted: bool = False
+    name: str,
+    runs: Path,
+    backend: Backend,
+    prepare_only: bool = False,
+    force: Sequence[str] = (),
+    trusted: bool = False,
 ) -> RunDir:
     """Resume an interrupted or failed run from its last whole checkpoint, in this process or as a job.
 
@@ -171,13 +176,13 @@ def resume(
     Args:
         name: the run, see `find_run`.
         runs: the folder with the runs.
-        place: where it is to run.
+        backend: where it is to run.
         prepare_only: only have its rows tokenized and its base model fetched, in this process.
         force: the names of findings that are overridden, which the run's record then has.
         trusted: whether a run is resumed that is not this user's own.
 
     Raises:
-        UserError: there is no such run, it is still running, it is another user's, or the place cannot train it.
+        UserError: there is no such run, it is still running, it is another user's, or the backend cannot train it.
         WorkFailed: as in `start`.
     """
     folder = find_run(name, runs)
@@ -188,13 +193,13 @@ def resume(
         say(f"{folder.path}: the run is finished")
         return folder
     cached.restore(folder, record)
-    if isinstance(place, Slurm):  # here, what holds the run decides
-        current = places.read(folder)
+    if isinstance(backend, Slurm):  # here, what holds the run decides
+        current = backends.read(folder)
         if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):
             raise UserError(f"{folder.path}: {reason}")
         gpus_a_node = 0 if record.rehearsal else record.gpus_used
         work = Work(Outcome(record.recipe), lambda: [command(folder, runs)], gpus_a_node, record.nodes)
-        return place.carry_out(work, record.recipe, runs)
+        return backend.carry_out(work, record.recipe, runs)
     return _resume_here(folder, prepare_only, own)
 
 
@@ -244,7 +249,7 @@ def hindrance(folder: RunDir, record: Run, in_a_job: bool = False) -> str | None
     Args:
         in_a_job: whether this process belongs to the job that is to resume it, or to one that prepares for that.
     """
-    job = None if in_a_job else places.job_state(folder, "run")
+    job = None if in_a_job else backends.job_state(folder, "run")
     if job and job.kind != "unknown":
         return f"the run is {job}; `recipe cancel {folder.path}` ends that"
     if record.state == "finished":

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from ..backends import Backend
 from ..base.errors import UserError
 from ..base.locks import held
 from ..base.paths import find_recipe
@@ -12,7 +13,6 @@ from ..base.progress import Bar, say
 from ..configs import config
 from ..configs.compose import Request
 from ..configs.gpus import Gpu
-from ..places import Place
 from ..runs.tasks import DONE, Outcome, Work
 from ..scores.task import EvaluationRequest
 from . import former, sweeps
@@ -26,7 +26,7 @@ def sweep(
     request: Request,
     evaluation: EvaluationRequest,
     runs: Path,
-    place: Place,
+    backend: Backend,
     *,
     seeds: int = 1,
     max_runs: int | None = None,
@@ -44,10 +44,10 @@ def sweep(
         request: what is laid over the recipe for every member.
         evaluation: how each run is evaluated.
         runs: the folder for the runs.
-        place: where the members are carried out.
+        backend: where the members are carried out.
         seeds: how many seeds each member is run with, from the recipe's own on.
         max_runs: the most members that are begun; the others wait for the next time.
-        gpu: what they are planned for, by default the place's GPU.
+        gpu: what they are planned for, by default the backend's GPU.
         dry_run: check and plan only.
 
     Raises:
@@ -62,7 +62,7 @@ def sweep(
             replace(request, overrides=member.overrides),
             evaluation,
             runs,
-            place,
+            backend,
             gpu if dry_run else None,
         )
         for member in members
@@ -79,7 +79,7 @@ def sweep(
         members=members,
     )
     if not dry_run:
-        _carry_out(record, pipelines, evaluation, runs, place, max_runs)
+        _carry_out(record, pipelines, evaluation, runs, backend, max_runs)
     return record, [pipeline.outcome for pipeline in pipelines]
 
 
@@ -100,7 +100,7 @@ def _carry_out(
     pipelines: list[Pipeline],
     evaluation: EvaluationRequest,
     runs: Path,
-    place: Place,
+    backend: Backend,
     max_runs: int | None,
 ) -> None:
     with held(record.lock(runs), f"the sweep {record.label} is already running there"):
@@ -113,7 +113,7 @@ def _carry_out(
         need_judges(works, sweeps.of_recipe(record.recipe), evaluation, record.rehearsal)
         if any("run" in work.steps for work in works):
             _show_shared_differences(pipelines)
-        place.submit(works, record.name, runs, ["results", "--sweep", record.label, "--runs", str(runs)])
+        backend.submit(works, record.name, runs, ["results", "--sweep", record.label, "--runs", str(runs)])
 
 
 def _seeded(members: list[SweepMember], recipe: str, seeds: int) -> list[SweepMember]:

@@ -56,8 +56,10 @@ def note_versions(found: Iterable[tuple[RunDir, Run]]) -> None:
 
 
 def readable(folders: Sequence[RunDir], read: Callable[[RunDir], Run] = RunDir.read) -> Iterator[tuple[RunDir, Run]]:
-    """Runs whose run.json can be read, by `RunDir.read` or `places.read`; the others are reported on stderr, and so are
-    those of another Axolotl."""
+    """Runs whose run.json can be read, by `RunDir.read` or `backends.read`; the others are reported on stderr.
+
+    So are those of another Axolotl.
+    """
     found = []
     for folder in folders:
         try:

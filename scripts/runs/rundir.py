@@ -177,7 +177,7 @@ class RunDir:
         """run.json, with the current state: a run that says running but has neither process nor job is interrupted.
 
         Args:
-            job: the state of the job that is to train it; `places.read` asks for that, where it has one.
+            job: the state of the job that is to train it; `backends.read` asks for that, where it has one.
 
         Raises:
             UserError: run.json is missing or damaged.

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..backends.local import Local
 from ..base import yamlfiles
 from ..base.errors import WorkFailed
 from ..base.files import read_json
@@ -15,7 +16,6 @@ from ..base.yamlfiles import Config
 from ..configs import models, standin
 from ..configs.compose import REHEARSAL, Request
 from ..data.sample import usual_sample
-from ..places.local import Local
 from ..running import run
 from ..runs.lookup import all_runs
 from ..runs.rundir import RunDir
@@ -88,10 +88,10 @@ def train(
     changes.write_text(yamlfiles.write_yaml(settings), encoding="utf-8")
     profiles = [*([] if bench.gpu else [REHEARSAL]), str(changes), *filter(None, (engine, profile))]
     request = Request(recipe, profiles, rehearse=not bench.gpu, gpus=2 if engine else 1)
-    place = Local(not bench.gpu)
+    backend = Local(not bench.gpu)
     with _stopping_after(stop):
         try:
-            return run.start(request, runs, place)
+            return run.start(request, runs, backend)
         except WorkFailed:
             folders = all_runs(runs)
             stopped = folders[-1].read() if stop and folders else None
@@ -133,8 +133,8 @@ def resume(bench: Bench) -> Figures:
     """The same training, broken off and resumed, beside the undisturbed one."""
     undisturbed = RunDir(bench.result("training"))
     broken = train(bench, "broken-off", RECIPE, of_stand_in(bench), stop=STOPPED_AT)
-    place = Local(not bench.gpu)
-    resumed = run.resume(str(broken.path), bench.runs, place)
+    backend = Local(not bench.gpu)
+    resumed = run.resume(str(broken.path), bench.runs, backend)
     return compared(undisturbed, resumed)
 
 

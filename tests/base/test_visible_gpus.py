@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from qlora_recipes.backends.local import Local
 from qlora_recipes.base import machine
 from qlora_recipes.configs import gpus
-from qlora_recipes.places.local import Local
 
 PARTS = [
     {"name": f"NVIDIA A100-SXM4-40GB MIG {size}g", "uuid": f"MIG-{size}", "gib": 5 * size, "whole": 2}
@@ -103,7 +103,7 @@ def test_checks_and_plans_are_for_the_first_that_is_shown(monkeypatch: pytest.Mo
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     here = gpus.here()
     assert here and (here.name, here.capability, here.memory) == ("NVIDIA A100-SXM4-40GB", (8, 0), 40)
-    assert Local(rehearsal=False, jobs=2, options=[]).devices == ["1", "0"]
+    assert Local(rehearsal=False, jobs=2).devices == ["1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
     part = gpus.here()
     assert part and (part.capability, part.memory) == ((8, 0), 5)

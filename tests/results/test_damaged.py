@@ -13,7 +13,6 @@ from qlora_recipes.runs.rundir import RunDir
 
 NAME = "haider2024/code-llama-7b"
 RECORD = {"time": 1.0, "step": 1, "max_steps": 4, "loss": 1.0, "step_seconds": 1.0, "tokens": 10}
-JOB = {"place": "slurm", "id": "1", "step": "run", "user": "me", "script": "x", "submitted": "2026-01-01T00:00:00Z"}
 
 
 @pytest.fixture
@@ -56,7 +55,6 @@ def test_zeros_at_the_end_of_metrics_cost_no_whole_line(recipe: Recipe, bad: Run
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        ("jobs.json", [JOB | {"place": "moon"}], "bad: has a job at moon, which is no place of this version"),
         ("jobs.json", [{"place": "slurm"}], "bad/jobs.json: damaged"),
         ("run.json", {"created": "2026-01-01T00:00:00"}, "bad/run.json: missing or damaged"),
         ("run.json", {"created": "yesterday"}, "bad/run.json: missing or damaged at created"),

@@ -1,4 +1,4 @@
-"""What a place does with commands, jobs and failures; test_reproduce.py and test_sweep.py have the commands."""
+"""What a backend does with commands, jobs and failures; test_reproduce.py and test_sweep.py have the commands."""
 
 from pathlib import Path
 from unittest.mock import Mock
@@ -7,11 +7,11 @@ import pytest
 from conftest import Recipe
 from run_folders import a_run
 
+from qlora_recipes.backends.local import Local
 from qlora_recipes.base import disks, machine
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.places.local import Local
 from qlora_recipes.planning import plan
 from qlora_recipes.running import former, pipeline, reproduce, run, sweep
 from qlora_recipes.runs.rundir import RunDir
@@ -57,23 +57,23 @@ def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(
 
 
 def test_a_pipeline_is_composed_for_the_card_that_is_named(tmp_path: Path) -> None:
-    asked, place = Request("haider2024/llama-2-7b", ["packed"]), Local(rehearsal=False, jobs=1)
+    asked, backend = Request("haider2024/llama-2-7b", ["packed"]), Local(rehearsal=False, jobs=1)
     for gpu, varlen in (("T4", False), ("A100", True)):
-        one = pipeline.Pipeline(Outcome(gpu), asked, EvaluationRequest(), tmp_path, place, gpus.find(gpu))
+        one = pipeline.Pipeline(Outcome(gpu), asked, EvaluationRequest(), tmp_path, backend, gpus.find(gpu))
         assert one.composed and one.composed.config["sdpa_varlen"] is varlen
 
 
 def test_what_axolotl_refuses_is_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     asked = Request("haider2024/llama-2-7b", rehearse=True, overrides=["early_stopping_patience=2"])
-    outcome, place = Outcome("one"), Local(rehearsal=True, jobs=1)
-    one = pipeline.Pipeline(outcome, asked, EvaluationRequest(), tmp_path, place)
+    outcome, backend = Outcome("one"), Local(rehearsal=True, jobs=1)
+    one = pipeline.Pipeline(outcome, asked, EvaluationRequest(), tmp_path, backend)
     assert one.check(with_data=False, starts=False)
     assert not one.check(with_data=False)
     assert outcome.steps == {"check": "failed"} and "[axolotl]" in str(outcome.problem)
-    monkeypatch.setattr(place, "here", False)
+    monkeypatch.setattr(backend, "here", False)
     with pytest.raises(UserError, match=r"\[axolotl\]"):
-        run.prepare(asked, place, tmp_path)
+        run.prepare(asked, backend, tmp_path)
 
 
 def test_a_run_that_this_machine_cannot_check_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,8 +130,8 @@ def test_the_disk_that_needs_room_is_that_of_the_runs(
     monkeypatch.setattr(plan, "of_request", Mock(side_effect=UserError("takes seconds")))
     short = f"{tmp_path / 'elsewhere'}: 1e-06 GB"
     asked = Request("haider2024/code-llama-7b")
-    place = Local(rehearsal=False, jobs=None)
-    one = pipeline.Pipeline(Outcome(asked.name), asked, EvaluationRequest(), tmp_path / "elsewhere", place)
+    backend = Local(rehearsal=False, jobs=None)
+    one = pipeline.Pipeline(Outcome(asked.name), asked, EvaluationRequest(), tmp_path / "elsewhere", backend)
     assert not one.check(with_data=False) and short in (one.outcome.problem or "")
     assert any(short in note for note in reproduce._outlined(one, None)[1])
     assert short in recipe("run", asked.name, "--dry-run", "--runs", tmp_path / "elsewhere").stderr

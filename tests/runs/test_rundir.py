@@ -134,7 +134,7 @@ def test_a_recipe_or_a_part_of_its_name_is_its_newest_run_which_is_said(
     assert capsys.readouterr().err == ""  # neither is a part of a name
     assert [lookup.find_run(word, runs).path for word in ("Latest", "late")] == [below, below]
     for name, near in {"latets": "latest", "tal1": "tall", "s/wode": "s/wide"}.items():
-        with pytest.raises(UserError, match=f"{name}: .* {near}"):
+        with pytest.raises(UserError, match=f"{name}: .*{near}"):
             lookup.find_run(name, runs)
 
 
@@ -182,6 +182,12 @@ def test_jobs_that_are_noted_at_once_are_all_kept(tmp_path: Path) -> None:
         list(pool.map(lambda i: run.add_job(Job(id=str(i), step="run", user="u", script="s")), range(20)))
     assert {job.id for job in run.jobs()} == {str(i) for i in range(20)}
     assert sorted(file.name for file in run.path.iterdir()) == ["jobs.json", "run.json"]
+
+
+def test_a_job_of_a_backend_that_is_gone_does_not_count(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "r", state="running")
+    run.add_job(Job(place="sky", id="1", step="run", user="u", script="s"))
+    assert run.jobs() == [] and run.read().state == "interrupted"
 
 
 def test_what_a_killed_process_left_of_a_record_is_gone_once_the_run_is_held(tmp_path: Path) -> None:

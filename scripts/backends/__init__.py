@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from .local import Local
     from .slurm import Slurm
 
-type Place = "Local | Slurm"
+type Backend = "Local | Slurm"
 
 
-def relevant(place: Place, found: Iterable[Finding]) -> list[Finding]:
-    """The findings of a check that hold at a place: elsewhere, this machine's lack of a GPU is none."""
-    return [finding for finding in found if place.here or finding.scope != "machine"]
+def relevant(backend: Backend, found: Iterable[Finding]) -> list[Finding]:
+    """The findings of a check that hold at a backend: elsewhere, this machine's lack of a GPU is none."""
+    return [finding for finding in found if backend.here or finding.scope != "machine"]
 
 
 def read(folder: RunDir) -> Run:

@@ -15,11 +15,11 @@ import pytest
 from cluster import Cluster
 from conftest import RECIPE, Recipe, finish, start
 
-from qlora_recipes import places
+from qlora_recipes import backends
+from qlora_recipes.backends import slurm as slurm_module
+from qlora_recipes.backends import slurm_queue, slurm_settings
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
-from qlora_recipes.places import slurm as place_module
-from qlora_recipes.places import slurm_queue, slurm_settings
 from qlora_recipes.runs import lookup, rundir
 from qlora_recipes.runs.rundir import RunDir
 
@@ -41,12 +41,12 @@ def submitted(place: Path, *arguments: str | Path, command: Path = RECIPE, **env
 
 def wait_for(run: RunDir, holds: Callable[[rundir.Run], bool], seconds: float = 240) -> rundir.Run:
     def read() -> rundir.Run:
-        record = places.read(run)
+        record = backends.read(run)
         return record.model_copy(update={"summary": run.summary(record)})
 
     deadline = time.monotonic() + seconds
     while not holds(record := read()):
-        place_module.forget_queue()
+        slurm_module.forget_queue()
         said = [file.read_text(errors="replace")[-2000:] for file in run.path.glob("*.log")]
         assert time.monotonic() < deadline, (record.state, record.summary, *said)
         time.sleep(0.2)
@@ -92,7 +92,7 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     wait_for(requeued, lambda record: record.state == "queued" or len(record.launches) == 2)
     (tmp_path / "go").touch()
     slurm.wait_until_empty()
-    place_module.forget_queue()
+    slurm_module.forget_queue()
     for run in runs:
         record = run.read()
         assert (record.state, len(record.launches)) == ("finished", 2 if run is requeued else 1)
@@ -234,12 +234,12 @@ def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
             slurm_settings.site_settings([])
 
 
-def batch(site: slurm_settings.Site, gpus: int = 1, nodes: int = 1) -> place_module.Batch:
-    return place_module.Batch(site, None, "title", Path("runs"), gpus, nodes)
+def batch(site: slurm_settings.Site, gpus: int = 1, nodes: int = 1) -> slurm_module.Batch:
+    return slurm_module.Batch(site, None, "title", Path("runs"), gpus, nodes)
 
 
-def task(folder: Path, *words: str) -> place_module.ArrayTask:
-    return place_module.ArrayTask(RunDir(folder), list(words))
+def task(folder: Path, *words: str) -> slurm_module.ArrayTask:
+    return slurm_module.ArrayTask(RunDir(folder), list(words))
 
 
 @pytest.fixture

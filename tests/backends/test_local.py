@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_recipes.places.local import stop_holders
+from qlora_recipes.backends.local import stop_holders
 
 LOCKS = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
 READS = "import sys; f = open(sys.argv[1]); print(1, flush=True); input()"
