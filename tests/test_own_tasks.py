@@ -126,7 +126,7 @@ def test_a_task_of_ones_own_goes_the_whole_way(
     assert "fits" in done("plan", "mine", "--gpu", "A100")
 
     said = done("run", "mine", "--rehearse", *LEARNING, "--set", f"base_model={model}")
-    assert "the first rows of its own data" in said and "sample" not in said
+    assert "own data" in said and "sample" not in said
     (run,) = (tmp_path / "runs" / "mine").iterdir()
     metrics = [orjson.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
     losses = [record["eval_loss_per_token"] for record in metrics if "eval_loss_per_token" in record]
@@ -160,4 +160,4 @@ def test_a_task_of_ones_own_goes_the_whole_way(
     card = (run / "output" / "README.md").read_text()
     assert "mine.jsonl" in card and "code-review" not in card
     assert ("apply_chat_template" in card) == (task.keys["type"] == "chat_template")
-    assert "as Axolotl's dataset type writes it" in card if not task.scored else "inputs = tokenizer" in card
+    assert "dataset type" in card if not task.scored else "inputs = tokenizer" in card

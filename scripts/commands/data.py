@@ -105,11 +105,6 @@ def prepare_verb(
     valid_rows: Annotated[
         int | None, typer.Option(min=0, help="Rows to draw for validation; 0 keeps all; by default as the study says.")
     ] = None,
-    subset: Annotated[
-        list[int] | None,
-        typer.Option(metavar="N", min=1, help="Also draw N test rows, for test-N.jsonl. Repeatable."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="The seed of these draws; by default the study's, or 42.")] = None,
     study_name: Annotated[
         str | None,
         typer.Option(
@@ -130,9 +125,9 @@ def prepare_verb(
     form = next(iter(formats)) if input_format is None else meant(input_format, formats, "format", "", "--input-format")
     folder = out or Path(formats[form].folder)
     fields = dict.fromkeys(field for split in of_study.data.splits for field in of_study.data.fields_of(split, form))
-    wish = prepare.Wish(_expressions(row or [], fields), valid_rows, subset or [], seed)
+    changed = _expressions(row or [], fields)
     with Bar(f"preparing {folder}", 1):
-        made = prepare.prepare(raw or fetched(of_study.data), folder, of_study, form, wish)
+        made = prepare.prepare(raw or fetched(of_study.data), folder, of_study, form, changed, valid_rows)
     if json:
         tables.print_json(made)
         return

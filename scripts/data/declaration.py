@@ -39,7 +39,7 @@ def exactly_one(part: BaseModel, first: str, second: str) -> None:
 def undeclared(at: Key, name: str | None, known: Collection[str]) -> Iterator[Mistake]:
     """A mistake where a name is given that is not a known one."""
     if name is not None and name not in known:
-        yield at, f"{name} is not declared{did_you_mean(name, known) or f'; there are {", ".join(known)}'}"
+        yield at, f"{name} is unknown{did_you_mean(name, known) or f'; there are {", ".join([*known][:20])}'}"
 
 
 class SourceFile(Strict):
@@ -91,15 +91,13 @@ class Source(SourceFile):
 
 
 class PreparedFormat(Strict):
-    """A format that rows can have, the folder for them, and the reason to use it.
+    """A format that rows can have, and the folder for them.
 
     Attributes:
         fields: expressions in the place of some of the study's.
     """
 
     folder: Text
-    what: str = ""
-    why: str = ""
     fields: dict[str, Text] = {}
 
 
@@ -144,7 +142,7 @@ class Split(Strict):
     from_: RowsFile | None = Field(None, alias="from")
     sample_from: str | None = None
     sample: Count | None = None
-    seed: int | None = None
+    seed: int = 42
     first: Count | None = None
     rows: Count | None = None
     fields: dict[str, Text] | None = None
@@ -156,7 +154,7 @@ class Split(Strict):
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
         exactly_one(self, "from_", "sample_from")
-        given = {key for key in type(self).model_fields if getattr(self, key) is not None}
+        given = {key for key in self.model_fields_set if getattr(self, key) is not None}
         for key in ("seed", "sample_from"):
             if key in given and self.sample is None:
                 raise ValueError(f"{key} needs sample, the number of rows to sample")

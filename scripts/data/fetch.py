@@ -2,9 +2,9 @@
 
 import re
 import shutil
+import tempfile
 import zipfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -55,7 +55,10 @@ def fetch(data: Data, out: Path, given: str | None = None, only: Collection[str]
         there = _present(data, out, wanted)
         missing = [name for name in wanted if name not in there]
         if missing:
-            with _Fetching(data, out).staged() as fetching:
+            for left in out.glob(".fetching-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as staging:
+                fetching = _Fetching(data, out, Path(staging))
                 there |= {name: fetching.source(name, places.get(name)) for name in missing}
                 fetching.finish(there)
         else:
@@ -138,22 +141,9 @@ class _Fetching:
 
     data: Data
     out: Path
+    staging: Path
     places: dict[str, Path] = field(default_factory=dict)  # verified files, by the name that they will have
     record: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def staging(self) -> Path:
-        return self.out / ".fetching"
-
-    @contextmanager
-    def staged(self) -> Iterator["_Fetching"]:
-        """Have a folder for files that are not verified yet."""
-        shutil.rmtree(self.staging, ignore_errors=True)  # of a process that was killed
-        self.staging.mkdir()
-        try:
-            yield self
-        finally:
-            shutil.rmtree(self.staging, ignore_errors=True)
 
     def source(self, name: str, given: str | Path | None) -> list[FileRow]:
         """Fetch and verify a source; the rows of its files."""

@@ -108,10 +108,9 @@ def is_not_prepared(of_study: Study, out: Path, input_format: str) -> str | None
     test = splits.get("test", {})
     subsets = test.get("subsets", {})
     for name, subset in of_study.data.subsets.items():
-        if name not in {**subsets, **test.get("left_out", {})}:
-            return f"{name}.jsonl is missing"
-        if name in subsets and not how_chosen(subset, of_study.folder).items() <= subsets[name].items():
-            return f"{name}.jsonl has other rows"
+        how = how_chosen(subset, of_study.folder)
+        if name not in test.get("left_out", {}) and not how.items() <= subsets.get(name, {}).items():
+            return f"{name}.jsonl is missing or has other rows"
     for written in (*splits.values(), *subsets.values()):
         file = out / str(written.get("file"))
         if not file.is_file() or sha256(file) != written.get("sha256"):

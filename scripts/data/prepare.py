@@ -4,7 +4,7 @@ import random
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,7 +19,7 @@ from ..base.locks import LOOK, PATIENCE, held, is_held
 from ..base.paths import shown
 from ..base.progress import say
 from . import manifest
-from .declaration import SPLITS, Data, Key, Mistake, Order, Split, Subset
+from .declaration import SPLITS, Data, Key, Mistake, Order, Subset
 from .expressions import BadRow, Expression, RowMaker
 from .raw import RawFile, find
 from .study import Study, refusal
@@ -28,25 +28,14 @@ PREPARE_LOCK = ".prepare.lock"
 PlacedRow = tuple[int, bytes, Any]  # the row's position in the raw file, its line, and the value that it is sorted by
 
 
-@dataclass(frozen=True)
-class Wish:
-    """Deviations of a user from the way in which a study prepares rows.
-
-    Attributes:
-        fields: expressions in the place of some of the study's.
-        valid_rows: the number of rows to sample for validation; 0 keeps all, None samples as many as the study.
-        subsets: sizes of further samples of the test rows, each for a test-<size>.jsonl.
-        seed: of these samples; None is the study's for validation, and 42.
-    """
-
-    fields: dict[str, str] = field(default_factory=dict)
-    valid_rows: int | None = None
-    subsets: Sequence[int] = ()
-    seed: int | None = None
-
-
 def prepare(
-    raw: list[Path], out: Path, of_study: Study, input_format: str, wish: Wish = Wish(), patience: float = LOOK
+    raw: list[Path],
+    out: Path,
+    of_study: Study,
+    input_format: str,
+    fields: Mapping[str, str] | None = None,
+    valid_rows: int | None = None,
+    patience: float = LOOK,
 ) -> dict[str, Any]:
     """Write train.jsonl, valid.jsonl and test.jsonl, those for which there are raw files, and a manifest.
 
@@ -59,7 +48,8 @@ def prepare(
         out: the folder to write to.
         of_study: the study.
         input_format: one of the study's.
-        wish: deviations from the study.
+        fields: a user's expressions in the place of some of the study's.
+        valid_rows: the number of rows to sample for validation; 0 keeps all, None samples as many as the study.
         patience: seconds to wait for another process that is preparing data in the same folder.
 
     Returns:
@@ -71,14 +61,15 @@ def prepare(
             or another process is preparing data in the folder.
     """
     check_expressions(of_study)
-    wished = of_study.model_copy(update={"data": _wished(of_study.data, input_format, wish)})
+    data = _changed(of_study.data, input_format, fields or {}, valid_rows)
+    changed = of_study.model_copy(update={"data": data})
     for file in raw:
         if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
             raise UserError(f"{file}: would be overwritten; write to another folder with --out")
     lock = held(out / PREPARE_LOCK, "another preparation is running", patience, remove=True)
     with making(out), lock, ExitStack() as stack:
         files = find(raw, of_study.data.raw_files)
-        splits = _Preparation(wished, files, input_format, sorted(wish.fields), out, stack).splits()
+        splits = _Preparation(changed, files, input_format, sorted(fields or {}), out, stack).splits()
         stack.close()  # puts the files in place
         return manifest.update(out, splits)
 
@@ -97,37 +88,23 @@ def _invalid(expressions: Iterable[tuple[Key, str]]) -> Iterator[Mistake]:
             yield key, str(error)
 
 
-def _wished(data: Data, input_format: str, wish: Wish) -> Data:
-    """The data as a user wishes it to be prepared.
+def _changed(data: Data, input_format: str, fields: Mapping[str, str], valid_rows: int | None) -> Data:
+    """The data as a user wants it prepared.
 
     Raises:
-        UserError: an expression is invalid, or the study has no such split.
+        UserError: an expression is invalid, or the study has no such rows for validation.
     """
-    for (name,), problem in _invalid(((name,), text) for name, text in wish.fields.items()):
+    for (name,), problem in _invalid(((name,), text) for name, text in fields.items()):
         raise UserError(f"--row {name}: {problem}")
-    for option, split, wanted in (
-        ("--valid-rows", "valid", wish.valid_rows is not None),
-        ("--subset", "test", bool(wish.subsets)),
-    ):
-        if wanted and split not in data.splits:
-            raise UserError(f"{option}: the study has no {split} rows; its splits are {', '.join(data.splits)}")
     form = data.formats[input_format]
-    changed = form.model_copy(update={"fields": form.fields | wish.fields})
-    splits = {name: _wished_split(name, split, wish) for name, split in data.splits.items()}
-    return data.model_copy(update={"input_formats": data.formats | {input_format: changed}, "splits": splits})
-
-
-def _wished_split(name: str, split: Split, wish: Wish) -> Split:
-    change: dict[str, Any] = {} if wish.seed is None else {"seed": wish.seed}
-    if name == "valid" and wish.valid_rows is not None:
-        if split.sample_from and not wish.valid_rows:
-            raise UserError(f"--valid-rows 0: these rows are sampled from {split.sample_from}; give a number")
-        change |= {"sample": wish.valid_rows, "first": None}
-    if name == "test":
-        seed = 42 if wish.seed is None else wish.seed
-        further = {f"test-{size}": Subset(title=f"{size} rows", rows=size, seed=seed) for size in wish.subsets}
-        change["subsets"] = further | split.subsets
-    return split.model_copy(update=change)
+    formats = data.formats | {input_format: form.model_copy(update={"fields": {**form.fields, **fields}})}
+    splits = dict(data.splits)
+    if valid_rows is not None:
+        if not (valid := splits.get("valid")) or (valid.sample_from and not valid_rows):
+            source = f"rows sampled from {valid.sample_from}" if valid else f"only {', '.join(splits)}"
+            raise UserError(f"--valid-rows {valid_rows}: the study has {source}")
+        splits["valid"] = valid.model_copy(update={"sample": valid_rows, "first": None})
+    return data.model_copy(update={"input_formats": formats, "splits": splits})
 
 
 class _Counts:
@@ -164,14 +141,11 @@ class _Preparation:
         data = self.study.data
         there = [name for name in SPLITS if name in data.splits and data.raw_file(name) in self.raw]
         for name in there:
-            if data.splits[name].sample_from:  # before the other split is written without these rows
+            split = data.splits[name]
+            if split.sample_from:  # before the other split is written without these rows
                 counts = _Counts()
-                self.sampled[name] = self._sample(name, self._kept(name, counts)), counts
+                self.sampled[name] = sample(self._kept(name, counts), split.sample or 0, split.seed), counts
         return {name: self._split(name) for name in there}
-
-    def _sample(self, name: str, rows: Iterable[PlacedRow]) -> list[PlacedRow]:
-        split = self.study.data.splits[name]
-        return sample(rows, split.sample or 0, _seed(split))
 
     def _kept(self, name: str, counts: _Counts) -> Iterator[PlacedRow]:
         """The rows to keep as JSON lines, each with its position in the raw file, and its value to be sorted by.
@@ -234,7 +208,7 @@ class _Preparation:
         """The rows of a split among those kept, which are read to their end, for the counts."""
         split = self.study.data.splits[name]
         if split.sample:
-            yield from self._sample(name, kept)
+            yield from sample(kept, split.sample, split.seed)
         yield from islice(kept, split.first)
         deque(kept, maxlen=0)
 
@@ -244,7 +218,7 @@ class _Preparation:
         if split.first and split.first < counts.kept:
             sampled = {"first": split.first}
         elif split.sample and split.sample < counts.kept:
-            sampled = {"rows": split.sample, "seed": _seed(split)}
+            sampled = {"rows": split.sample, "seed": split.seed}
             sampled |= {"sample_from": split.sample_from} if split.sample_from else {}
         checksum, size = raw.checksum
         unknown = known.sha256 is None and known.rows in (None, raw.read)
@@ -285,10 +259,6 @@ class _Preparation:
             output.write(row[1])
             count += 1
         return {"file": f"{name}.jsonl", "rows": count, "sha256": output.sha256()}
-
-
-def _seed(split: Split) -> int:
-    return 42 if split.seed is None else split.seed
 
 
 def _ordered(rows: Iterable[PlacedRow], order: Order | None) -> Iterator[PlacedRow]:

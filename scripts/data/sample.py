@@ -31,7 +31,7 @@ def _raw(of_study: study.Study) -> list[Path]:
 def _prepare(of_study: study.Study, input_format: str, out: Path) -> None:
     from .prepare import prepare
 
-    prepare(_raw(of_study), out, _fitting(of_study), input_format)
+    prepare(_raw(of_study), out, of_study, input_format, valid_rows=_valid_rows(of_study))
 
 
 def restore(made: Path, digests: dict[str, str]) -> None:
@@ -81,16 +81,13 @@ def length_of(file: Path) -> int:
     return -(-longest // 512) * 256
 
 
-def _fitting(of_study: study.Study) -> study.Study:
-    """The study with at most a quarter of its sample's rows sampled from a split."""
-    data = of_study.data
-    splits = dict(data.splits)
-    for name, split in splits.items():
-        if split.sample_from and split.sample:
-            with (folder(of_study) / data.raw_file(name)).open("rb") as lines:
-                rows = sum(1 for _ in lines)
-            splits[name] = split.model_copy(update={"sample": min(split.sample, max(rows // 4, 1))})
-    return of_study.model_copy(update={"data": data.model_copy(update={"splits": splits})})
+def _valid_rows(of_study: study.Study) -> int | None:
+    """As many validation rows as the study samples, and at most a quarter of those that its sample has for them."""
+    valid = of_study.data.splits.get("valid")
+    if not (valid and valid.sample_from and valid.sample):
+        return None
+    with (folder(of_study) / of_study.data.raw_file("valid")).open("rb") as lines:
+        return min(valid.sample, max(sum(1 for _ in lines) // 4, 1))
 
 
 def folder(of_study: study.Study) -> Path:

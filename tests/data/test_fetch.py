@@ -159,10 +159,10 @@ def test_what_is_downloaded_is_not_asked_for_again(
 
 
 def test_what_a_killed_extraction_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".fetching").mkdir()
-    (tmp_path / ".fetching" / "msg-train.jsonl").write_bytes(b"x")
+    (tmp_path / ".fetching-x").mkdir()
+    (tmp_path / ".fetching-x" / "msg-train.jsonl").write_bytes(b"x")
     fetch(data(""), tmp_path, str(mine(tmp_path)))
-    assert wanted(tmp_path) == FILES and not (tmp_path / ".fetching").exists()
+    assert wanted(tmp_path) == FILES and not list(tmp_path.glob(".fetching*"))
 
 
 @pytest.mark.parametrize("compares", [True, False])

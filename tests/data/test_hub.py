@@ -128,7 +128,7 @@ def test_the_hub_is_asked_once_for_a_model_and_no_more_once_it_is_silent(server:
         assert hub.access("owner/open").access == "open"
     assert server.asked == ["api/models/owner/open/auth-check"]
     assert hub.access("owner/never").access == "unknown"
-    assert hub.access("owner/gated").says == "no answer within 1 s"
+    assert hub.access("owner/gated") == hub.access("owner/never")
     assert hub.access("owner/open").access == "open"  # it is known already
     assert len(server.asked) == 2
 
@@ -140,9 +140,9 @@ def test_a_hub_that_cannot_be_reached_is_named(server: Server, monkeypatch: pyte
 
 def test_what_a_function_raises_in_time_is_raised() -> None:
     def late() -> None:
-        raise TimeoutError("of its own")
+        raise TimeoutError("own")
 
-    with pytest.raises(TimeoutError, match="of its own"):
+    with pytest.raises(TimeoutError, match="own"):
         hub.within(5, late)
 
 
@@ -166,7 +166,7 @@ def test_a_plan_of_a_model_that_cannot_be_had_ends_soon(server: Server, recipe: 
     began = time.monotonic()
     done = recipe("plan", "haider2024/llama-2-7b", "--set", f"base_model={name}")
     assert (done.returncode, time.monotonic() - began < 30) == (2, True)
-    assert f"the config.json of {name} is not available: " in done.stderr
+    assert "config.json" in done.stderr and name in done.stderr
     assert says in done.stderr
 
 
@@ -184,24 +184,20 @@ def own(place: Path, model: str) -> None:
 @pytest.mark.parametrize(
     ("model", "level", "says"),
     [
-        (
-            "owner/gated",
-            "warning",
-            "owner/gated is gated, and the hub refuses it: Access to model owner/gated is restricted.",
-        ),
-        ("owner/none", "error", "the hub has no model owner/none, or a private one: Repository not found"),
-        ("owner/token", "warning", "the hub refuses to be asked about owner/token: Invalid credentials"),
+        ("owner/gated", "warning", "is restricted"),
+        ("owner/none", "error", "not found"),
+        ("owner/token", "warning", "Invalid credentials"),
     ],
 )
 def test_check_and_run_say_what_the_hub_refuses(
     server: Server, recipe: Recipe, tmp_path: Path, model: str, level: str, says: str
 ) -> None:
     own(tmp_path, model)
-    checked = recipe("check", "own.yaml")
-    assert f"{level}: base_model: {says}" in checked.stdout
+    (found,) = [line for line in recipe("check", "own.yaml").stdout.splitlines() if "no-access" in line]
+    assert f"{level}: base_model: " in found and model in found and says in found
     ran = recipe("run", "own.yaml")
     assert ran.returncode == 2
-    assert f"error: base_model: {says}" in ran.stderr
+    assert "error: base_model: " in ran.stderr and model in ran.stderr
     assert not (tmp_path / "runs").exists()
     assert server.asked == [f"api/models/{model}/auth-check"]  # one process: asked once
 
@@ -212,10 +208,10 @@ def test_a_licence_that_is_not_accepted_is_told_with_what_to_do(
     model = "meta-llama/Meta-Llama-3-8B"
     own(tmp_path, model)
     done = recipe("check", "own.yaml")
-    assert "the hub refuses it: You are not in the authorized list.; accept its licence at " in done.stdout
-    assert f"{constants.ENDPOINT}/{model} and `hf auth login`, or take its ungated copy by --mirror" in done.stdout
+    assert all(said in done.stdout for said in ("authorized list", f"{constants.ENDPOINT}/{model}", "--mirror"))
     monkeypatch.delenv("HF_TOKEN")
-    assert "is gated, and there is no token; accept its licence at" in recipe("check", "own.yaml").stdout
+    without = recipe("check", "own.yaml").stdout
+    assert f"{constants.ENDPOINT}/{model}" in without and "authorized list" not in without
     assert len(server.asked) == 1
 
 
@@ -224,7 +220,7 @@ def test_a_near_name_is_offered_for_a_model_that_the_hub_does_not_have(
 ) -> None:
     monkeypatch.setitem(ANSWERS, "codelama/CodeLlama-7b-hf", ANSWERS["owner/none"])
     own(tmp_path, "codelama/CodeLlama-7b-hf")
-    assert "did you mean codellama/CodeLlama-7b-hf" in recipe("check", "own.yaml").stdout
+    assert "codellama/CodeLlama-7b-hf" in recipe("check", "own.yaml").stdout
 
 
 @pytest.mark.parametrize("model", ["codellama/CodeLlama-7b-hf", "./folder"])
@@ -241,5 +237,4 @@ def test_a_silent_hub_is_no_reason_not_to_start(server: Server, tmp_path: Path) 
     composed = compose(Request(str(tmp_path / "own.yaml")))
     assert [f for f in check.examine(composed, ask_hub=True).findings if f.rule == "no-access"] == []
     (only,) = [f for f in check.examine(composed, launching=True).findings if f.rule == "no-access"]
-    assert only.level == "warning"
-    assert only.problem == "the hub did not say whether owner/never may be downloaded: no answer within 1 s"
+    assert only.level == "warning" and "owner/never" in only.problem

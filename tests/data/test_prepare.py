@@ -14,7 +14,6 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.data import expressions, manifest, prepare, study
 from qlora_recipes.data.declaration import SPLITS, Data
 from qlora_recipes.data.expressions import tagged
-from qlora_recipes.data.prepare import Wish
 
 STUDY = study.find("haider2024")
 DATA = yamlfiles.read_yaml(STUDY.folder / "study.yaml")["data"]
@@ -37,9 +36,9 @@ def read(file: Path) -> list[dict[str, str]]:
 
 
 def prepared(
-    raw: list[Path], out: Path, of_study: study.Study = STUDY, wish: Wish | None = None, input_format: str = "diff"
+    raw: list[Path], out: Path, of_study: study.Study = STUDY, input_format: str = "diff", **changes: Any
 ) -> dict[str, Any]:
-    return prepare.prepare(raw, out, of_study, input_format, wish or Wish())
+    return prepare.prepare(raw, out, of_study, input_format, **changes)
 
 
 def test_rows_become_instruction_input_and_output(tmp_path: Path) -> None:
@@ -80,7 +79,9 @@ def test_validation_rows_are_drawn_the_same_each_time_and_keep_their_order(tmp_p
     raw = write(tmp_path / "raw", "msg-valid.jsonl", *(row(str(i)) for i in range(300)))
     drawn = []
     for out, seed in (("a", 42), ("b", 42), ("c", 7)):
-        prepared([raw], tmp_path / out, STUDY, Wish(valid_rows=50, seed=seed))
+        valid = STUDY.data.splits["valid"].model_copy(update={"seed": seed})
+        data = STUDY.data.model_copy(update={"splits": STUDY.data.splits | {"valid": valid}})
+        prepared([raw], tmp_path / out, STUDY.model_copy(update={"data": data}), valid_rows=50)
         drawn.append([int(r["output"]) for r in read(tmp_path / out / "valid.jsonl")])
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(rows == sorted(set(rows)) and len(rows) == 50 for rows in drawn)
@@ -133,10 +134,10 @@ def test_a_listed_subset_of_another_file_is_left_out_and_an_earlier_one_goes(tmp
 def test_drawn_subsets_have_a_seed_and_are_left_out_where_rows_are_too_few(tmp_path: Path) -> None:
     raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
     of_study = small_study(raw, few={"rows": 5, "seed": 1}, many={"rows": 50, "seed": 1})
-    split = prepared([raw], tmp_path / "out", of_study, Wish(subsets=[8], seed=3))["splits"]["test"]
-    assert {name: (s["rows"], s["seed"]) for name, s in split["subsets"].items()} == {"few": (5, 1), "test-8": (8, 3)}
+    split = prepared([raw], tmp_path / "out", of_study)["splits"]["test"]
+    assert {name: (s["rows"], s["seed"]) for name, s in split["subsets"].items()} == {"few": (5, 1)}
     assert list(split["left_out"]) == ["many"] and "20" in split["left_out"]["many"]
-    assert len({r["idx"] for r in read(tmp_path / "out" / "test-8.jsonl")}) == 8
+    assert len({r["idx"] for r in read(tmp_path / "out" / "few.jsonl")}) == 5
 
 
 def test_the_studys_subset_lists_as_many_distinct_rows_as_the_paper_has() -> None:
@@ -219,7 +220,7 @@ def test_two_writers_of_a_file_with_one_process_id_are_kept_apart(tmp_path: Path
 def test_the_table_says_which_rows_are_not_there_and_why(tmp_path: Path) -> None:
     write(tmp_path / "raw", "msg-valid.jsonl", *(row(str(i)) for i in range(5)), row(" "))
     write(tmp_path / "raw", "other.jsonl", row("a"))
-    made = prepared([tmp_path / "raw"], tmp_path / "out", STUDY, Wish(valid_rows=3))
+    made = prepared([tmp_path / "raw"], tmp_path / "out", STUDY, valid_rows=3)
     (valid,) = manifest.table(made)
     assert valid == {
         "file": "valid.jsonl",

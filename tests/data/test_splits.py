@@ -20,18 +20,18 @@ from qlora_recipes.base import files
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.data import manifest
-from qlora_recipes.data.prepare import Wish, prepare
+from qlora_recipes.data.prepare import prepare
 from qlora_recipes.data.study import Study
 from qlora_recipes.scores import evaluation_rows
 
 ROWS = [{"question": f"{i} + 1", "answer": str(i + 1), "kind": "plus"} for i in range(20)]
 
 
-def prepared(of_study: Study, wish: Wish | None = None, input_format: str = "default") -> dict[str, Any]:
+def prepared(of_study: Study, **changes: Any) -> dict[str, Any]:
     """The manifest's splits of what is made of the raw files in a study's folder."""
     folder = of_study.folder
     raw = [folder / name for name in of_study.data.raw_files if (folder / name).is_file()]
-    return prepare(raw, folder / "out", of_study, input_format, wish or Wish())["splits"]
+    return prepare(raw, folder / "out", of_study, "default", **changes)["splits"]
 
 
 def read(of_study: Study, split: str) -> list[dict[str, Any]]:
@@ -56,20 +56,19 @@ def test_rows_drawn_out_of_a_split_are_not_in_it(tmp_path: Path) -> None:
         "valid.jsonl": "1 (no answer), 16 (not sampled)",
     }
     again = numbers(of_study, "valid")
-    prepared(of_study, Wish(seed=2))
+    prepared(sums(tmp_path, {"data > splits > valid > seed": 2}))
     assert numbers(of_study, "valid") != again
-    prepared(of_study, Wish(valid_rows=7))
+    prepared(of_study, valid_rows=7)
     assert len(numbers(of_study, "valid")) == 7 and set(again) & set(numbers(of_study, "valid"))
     with pytest.raises(UserError, match="--valid-rows 0"):
-        prepared(of_study, Wish(valid_rows=0))
+        prepared(of_study, valid_rows=0)
 
 
-@pytest.mark.parametrize(("wish", "split"), [(Wish(valid_rows=3), "valid"), (Wish(subsets=[3]), "test")])
-def test_rows_of_a_split_that_the_study_has_not_cannot_be_wished_for(tmp_path: Path, wish: Wish, split: str) -> None:
+def test_validation_rows_of_a_study_that_has_none_are_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", ROWS)
     of_study = sums(tmp_path, {"data > splits": {"valid": None, "test": None}})
-    with pytest.raises(UserError, match=f"no {split} rows"):
-        prepared(of_study, wish)
+    with pytest.raises(UserError, match="--valid-rows 3"):
+        prepared(of_study, valid_rows=3)
 
 
 def test_the_first_rows_can_be_taken_and_all_are_accounted_for(tmp_path: Path) -> None:
@@ -79,24 +78,6 @@ def test_the_first_rows_can_be_taken_and_all_are_accounted_for(tmp_path: Path) -
     assert numbers(of_study, "train") == list(range(6))
     assert (name, split["read"], split["kept"], split["rows"], split["sampled"]) == ("train", 21, 20, 6, {"first": 6})
     assert manifest.table({"splits": {name: split}})[0]["left out"] == "1 (no answer), 14 (behind the first)"
-
-
-def test_the_seed_of_test_rows_leaves_validation_rows_that_are_taken(tmp_path: Path) -> None:
-    write_rows(tmp_path / "train.jsonl", ROWS)
-    of_study = sums(
-        tmp_path,
-        {
-            "data > splits > valid": {
-                "sample_from": None,
-                "sample": None,
-                "seed": None,
-                "from": "train.jsonl",
-                "first": 5,
-            }
-        },
-    )
-    prepared(of_study, Wish(seed=3))
-    assert numbers(of_study, "valid") == list(range(5))
 
 
 def test_runs_of_rows_can_be_sorted_by_length(tmp_path: Path) -> None:
@@ -168,14 +149,14 @@ def test_a_users_expressions_replace_the_studys_where_a_split_has_the_field(tmp_
     write_rows(tmp_path / "train.jsonl", ROWS)
     (tmp_path / "test.csv").write_text("sum,result\n1+1,2\n")
     of_study = sums(tmp_path)
-    splits = prepared(of_study, Wish(fields={"output": "'none'"}))
+    splits = prepared(of_study, fields={"output": "'none'"})
     assert {row["output"] for split in ("train", "test") for row in read(of_study, split)} == {"none"}
     assert splits["test"]["constants"] == {"output": "none"}
     assert "train.jsonl" in str(manifest.is_not_prepared(of_study, tmp_path / "out", "default"))
     prepared(of_study)
     assert manifest.is_not_prepared(of_study, tmp_path / "out", "default") is None
     with pytest.raises(UserError, match=r"^--row output: "):
-        prepared(of_study, Wish(fields={"output": "no text"}))
+        prepared(of_study, fields={"output": "no text"})
 
 
 GSM8K = {
@@ -241,11 +222,11 @@ def test_a_test_set_is_the_studys_if_its_raw_file_and_its_expressions_are(tmp_pa
     subset = {"data > splits > test > subsets > few": {"title": "few", "rows": 3, "seed": 1}}
     of_study = sums(tmp_path, known | subset)
 
-    def names(of_study: Study, wish: Wish | None = None) -> list[str | None]:
-        prepared(of_study, wish)
+    def names(of_study: Study, **changes: Any) -> list[str | None]:
+        prepared(of_study, **changes)
         made = [tmp_path / "out" / f"{name}.jsonl" for name in ("test", "few")]
         return [evaluation_rows.test_set(file, files.sha256(file)) for file in made]
 
     assert names(of_study) == ["test", "few"]
-    assert names(of_study, Wish(fields={"output": "result ~ '.'"})) == [None, None]
+    assert names(of_study, fields={"output": "result ~ '.'"}) == [None, None]
     assert names(sums(tmp_path, subset)) == [None, None]  # no checksum is known
