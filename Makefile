@@ -18,7 +18,7 @@ PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder  # for two cores: some t
 VLLM_LOCK = $(if $(shell nvidia-smi -L 2> /dev/null),requirements-vllm.lock,requirements-vllm-cpu.lock)
 COMPILED = --universal --python-version 3.12 --generate-hashes --no-annotate --no-emit-index-url --quiet -o
 
-.PHONY: setup demo vllm sky test test-offline test-long coverage test-image lint core lock upgrade audit benchmark \
+.PHONY: setup demo vllm sky test test-offline test-long verify coverage test-image lint core lock upgrade audit benchmark \
 	compare-memory picture
 
 setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe; CUDA=12.6 for an older driver
@@ -50,6 +50,10 @@ test-offline: setup  ## The same where there is no network but the machine's own
 
 test-long: setup  ## The tests of what takes minutes: every engine, every kind of training that memory is planned for
 	.venv/bin/pytest $(PARALLEL) -m long
+
+# without tests/conftest.py, which hides the GPU
+verify: setup  ## Measure memory, numbers and resuming on this machine's GPU, or as far as a CPU can show them
+	.venv/bin/pytest tests/gpu --confcutdir=tests/gpu
 
 coverage: setup  ## How much of scripts/ the tests reach, branches and started processes included; slower than the tests alone
 	.venv/bin/pytest $(PARALLEL) --cov --cov-report=term:skip-covered

@@ -29,7 +29,7 @@ class _Verbs(Verbs):
         *("data", "check", "plan", "analyze"),
         *("run", "resume", "sweep", "reproduce", "cancel"),
         *("evaluate", "score", "results", "report", "publish"),
-        *("doctor", "render", "study", "verify"),
+        *("doctor", "render", "study"),
     )
 
     def list_commands(self, ctx: Any) -> list[str]:

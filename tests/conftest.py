@@ -57,7 +57,7 @@ Recipe = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 LONGEST = (
-    *("planted_errors", "engines", "own_tasks", "sky_task", "own_study", "layers", "eval_loss", "memory"),
+    *("verify", "engines", "own_tasks", "sky_task", "own_study", "layers", "eval_loss", "memory"),
     *("reproduce", "slurm", "sweep", "plan", "run", "repeat", "launches", "plugin", "docker"),
 )
 

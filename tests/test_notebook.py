@@ -35,7 +35,7 @@ PROGRAMS = {
 venv*) mkdir -p .venv/bin && ln -sf /bin/true .venv/bin/python && cp "$MACHINE/bin/recipe" .venv/bin ;;
 esac""",
     "recipe": """case "$1 $2" in
-"doctor "* | "verify "* | "data fetch") ;;
+"doctor "* | "data fetch") ;;
 "data prepare") exec "$RECIPE" data prepare "$SAMPLE"/*.jsonl ;;
 "run "*) shift; exec "$RECIPE" run --rehearse --set "base_model=$TINY" --set bf16=false "$@" ;;
 *) exec "$RECIPE" "$@" ;;
@@ -60,7 +60,7 @@ def test_every_command_of_the_cells_is_one(tmp_path: Path) -> None:
     verbs = typer.main.get_command(cli.app)
     assert isinstance(verbs, click.Group)
     lines = re.findall(r"^!(?:timeout .* 10h )?\.venv/bin/recipe (.*)", "\n".join(CELLS), re.MULTILINE)
-    assert [line.split()[0] for line in lines] == ["doctor", "verify", "data", "data", "run", "resume"]
+    assert [line.split()[0] for line in lines] == ["doctor", "data", "data", "run", "resume"]
     for verb, *words in map(shlex.split, lines):
         command = verbs.commands[verb]
         while isinstance(command, click.Group):

@@ -78,7 +78,7 @@ def test_the_skeleton_of_a_study_passes_every_check(recipe: Recipe, tmp_path: Pa
     assert all((tmp_path / file).is_file() for file in made.stdout.split())
     assert recipe("render", "--check").returncode == 0
     checked = recipe("study", "check", "mine")
-    assert checked.returncode == 0 and "mine: errors: 0, warnings: 0" in checked.stderr
+    assert checked.returncode == 0 and not {"error:", "warning:"} & {*checked.stdout.split()}
     assert recipe("check", "mine/llama-3.2-3b", "--rehearse").returncode == 0
     again = recipe("study", "new", "mine")
     assert again.returncode == 2 and "recipes/mine: " in again.stderr

@@ -70,8 +70,8 @@ def test_nothing_changes_where_a_part_could_not_be_measured(checkout: Path, monk
     assert (checkout / "requirements.lock").read_text().startswith("axolotl==0.21.0")
     assert (checkout / "pyproject.toml").read_text() == before
     report = (checkout / "build/upgrade/0.22.0.md").read_text()
-    assert "Nothing in the checkout was changed: not all was measured: Planned memory, in MiB" in report
-    assert "- not measured after: ImportError: gone" in report
+    assert "measured: Planned memory" in report
+    assert "ImportError: gone" in report
     assert report.count("unchanged: 2 items") == len(upgrade.PARTS) - 1
 
 
@@ -79,14 +79,14 @@ def test_a_release_without_a_lock_is_reported(checkout: Path, monkeypatch: pytes
     monkeypatch.setenv("NO_LOCK", "1")
     assert upgrade.main("9.9.9") == 1
     report = (checkout / "build/upgrade/9.9.9.md").read_text()
-    assert "no environment of it could be made: no version of axolotl==9.9.9" in report
+    assert "axolotl==9.9.9" in report
     assert "unchanged" not in report
     assert (checkout / "requirements.lock").read_text().startswith("axolotl==0.21.0")
 
 
 @pytest.mark.parametrize("version", ["", "0.22", "latest", "0.22.0rc1", "../0.22.0"])
 def test_a_version_that_is_no_release_is_refused(checkout: Path, version: str) -> None:
-    with pytest.raises(UserError, match="a release is meant"):
+    with pytest.raises(UserError, match=f"AXOLOTL={version}:"):
         upgrade.main(version)
     assert not (checkout / "build").exists()
 
@@ -110,9 +110,9 @@ def test_what_came_and_went_is_shown_whole() -> None:
 
 
 def test_an_item_that_failed_counts_as_not_measured() -> None:
-    part = Part("", {"adamw": {"loss": 1.0}}, {"adamw": {"failed": "no such optimizer"}})
+    part = Part("", {"adamw": {"loss": 1.0}}, {"adamw": {"failed": "unknown"}})
     assert part.failed
-    assert list(part.failures()) == ["after, adamw: no such optimizer"]
+    assert list(part.failures()) == ["after, adamw: unknown"]
     assert not part.differences()
 
 

@@ -128,11 +128,12 @@ def plans() -> Items:
 
 def losses() -> Items:
     """Losses of a rehearsal for each optimizer that recipes name, of a tiny model with random weights."""
-    from qlora_recipes.verifying import shapes
+    sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
+    import random_models
 
     tiny = Path("tiny-llama").resolve()
     if not tiny.exists():
-        shapes.make(tiny, TINY)
+        random_models.make(tiny, TINY)
     names: dict[str, str] = {}
     for name in paths.recipe_names():
         names.setdefault(yamlfiles.read_yaml(paths.find_recipe(name)[1])["optimizer"], name)

@@ -1,13 +1,12 @@
-"""Upkeep: doctor, of the environment, render, of the project's own files, and verify, of what it claims."""
+"""Upkeep: doctor, of the environment, and render, of the project's own files."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..base.errors import WorkFailed
 from ..base.files import write_atomically
-from ..base.paths import homes, shown
+from ..base.paths import homes
 from ..base.progress import say
 from ..terminal import tables
 from .help import Verb
@@ -21,16 +20,11 @@ verbs.add_typer(study_verbs, name="study", rich_help_panel=HEADING)
 
 @verbs.command("doctor", cls=Verb, rich_help_panel=HEADING, epilog="recipe doctor\nrecipe doctor --json")
 def doctor_verb(json: Json = False) -> None:
-    """Say what of this machine and environment is wrong, and how to mend it."""
+    """Find what is wrong with this environment, GPU and disk, and how to repair it."""
     from dataclasses import asdict
 
-    try:
-        from ..doctor.examination import examine
-    except ImportError as error:
-        from ..doctor.line import repair
+    from .doctor import examine
 
-        remedy = repair("", anew=True) or "install the project in another"
-        raise WorkFailed(f"a package that this needs itself cannot be imported: {error}; {remedy}") from None
     lines = examine()
     if json:
         tables.print_json([asdict(line) for line in lines])
@@ -81,35 +75,3 @@ def render_verb(
         raise WorkFailed(
             "recipes differ from their templates: `recipe render` rewrites them; delete those without a template"
         )
-
-
-@verbs.command(
-    "verify",
-    cls=Verb,
-    rich_help_panel=HEADING,
-    epilog="recipe verify --quick\nrecipe verify --json",
-)
-def verify_verb(
-    quick: Annotated[bool, typer.Option("--quick", help="On a GPU: one model's shape, of few layers.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what has passed before.")] = False,
-    work: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where to keep models and runs; up to 17 GB on a GPU. By default the cache."),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Measure what this project claims, on this machine's GPU or as far as a CPU shows it."""
-    from ..verifying import bench, verify
-
-    record, file = verify.verify(work or bench.default_folder(), quick, fresh)
-    if json:
-        tables.print_json(record.model_dump())
-    else:
-        tables.print_table(verify.rows(record), spare=["unit", "off by"], below=["why"])
-        for text in verify.unverified(record):
-            tables.print_text(text)
-    counts = {verdict: record.count(verdict) for verdict in ("passed", "failed", "unverified")}
-    say(f"{len(record.lines)} lines; {', '.join(f'{verdict}: {count}' for verdict, count in counts.items())}")
-    say(f"the record is in {shown(file)}; recipes/verified/README.md says how to hand it in")
-    if counts["failed"]:
-        raise typer.Exit(1)

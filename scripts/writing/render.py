@@ -12,7 +12,7 @@ from ..base.errors import UserError, did_you_mean
 from ..base.files import write_atomically
 from ..base.templating import environment
 from ..configs import ledger
-from ..data import study, verified
+from ..data import study
 from ..data.study import Study
 from .base_model import BaseModel, describe
 
@@ -25,8 +25,8 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
     has a template for that.
 
     Raises:
-        UserError: a template is broken or uses a variable that nothing sets, or a record, of a run or of
-            `recipe verify`, is wrong.
+        UserError: a template is broken or uses a variable that nothing sets, or or a record of a
+            run is wrong.
     """
     jinja = environment(templates)
 
@@ -76,7 +76,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
             title: ledger.table(of_study, ledger.records(of_study, strict=True))
             for title, (of_study, _) in by_study.items()
         }
-        tables = {"studies": by_study.values(), "measured": measured, "verified": verified.table()}
+        tables = {"studies": by_study.values(), "measured": measured}
         recipes[README] = text_of(f"{README}.j2", **tables)
     return recipes
 

@@ -52,7 +52,7 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
         lambda: held(link, "is held").__enter__(),
         lambda: is_held(link),
     ):
-        with pytest.raises(UserError, match="link: a symbolic link, which is not followed"):
+        with pytest.raises(UserError, match="link: "):
             touch()
     assert mine.read_text() == "mine"
     with replacing(link) as stream:

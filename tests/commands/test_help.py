@@ -86,15 +86,14 @@ def test_the_versions_of_the_package_and_of_axolotl(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["run", "x", "--rehears"], "No such option '--rehears'. Did you mean '--rehearse'?"),
-        (["evalute", "latest"], "No such command 'evalute'. Did you mean 'evaluate'?"),
-        (["sweep", "x", "--on", "slrum"], "'slrum' is not one of 'local', 'slurm'"),
+        (["run", "x", "--rehears"], "'--rehearse'"),
+        (["evalute", "latest"], "'evaluate'"),
+        (["sweep", "x", "--on", "slrum"], "'local', 'slurm'"),
     ],
 )
 def test_wrong_usage_is_said_in_lines_that_a_log_can_hold(recipe: Recipe, words: list[str], says: str) -> None:
     done = recipe(*words)
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr
-    assert (
-        done.stderr.splitlines()[1] == f"Try 'recipe{'' if words[0] == 'evalute' else ' ' + words[0]} --help' for help."
-    )
+    verb = "" if words[0] == "evalute" else f" {words[0]}"
+    assert f"'recipe{verb} --help'" in done.stderr.splitlines()[1]

@@ -180,10 +180,7 @@ def test_check_notes_what_a_profile_leaves_once_a_reason(recipe: Recipe) -> None
     done = recipe("check", "haider2024/llama-2-7b", "--profile", "fast", "--gpu", "T4", "--json")
     (report,) = orjson.loads(done.stdout)
     notes = [found["problem"] for found in report["findings"] if found["rule"] == "unfit"]
-    assert [note.partition(": ")[0] for note in notes] == [
-        "the profile leaves these out, because Triton, in which they are written, does not support T4 (sm_75)",
-        "the profile leaves these out, because with lora_dropout 0.05 they would drop other values than PEFT",
-    ]
+    assert len(notes) == 2 and "T4 (sm_75)" in notes[0] and "lora_dropout 0.05" in notes[1]
     assert notes[1].endswith(": lora_qkv_kernel, lora_o_kernel")
 
 
@@ -191,21 +188,24 @@ def test_one_key_that_a_profile_does_not_change_is_named_once() -> None:
     mine(lora_target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"])
     found = check.check(Request("mine.yaml", ["fast"]), gpus.find("A100")).findings
     (note,) = [finding for finding in found if finding.rule == "unfit"]
-    problem = "the profile leaves it out, because LoRA is not on all of o_proj"
-    assert (note.key, note.problem) == ("lora_o_kernel", problem)
+    assert note.key == "lora_o_kernel" and note.problem.endswith(" o_proj")
     found = check.check(Request("mine.yaml", ["packed"]), gpus.find("T4")).findings
     (note,) = [finding for finding in found if finding.rule == "unfit"]
-    assert (note.key, note.problem.startswith("the profile sets it to false, because ")) == ("sdpa_varlen", True)
+    assert note.key == "sdpa_varlen" and "false" in note.problem
 
 
 def test_that_no_card_is_known_is_noted(recipe: Recipe) -> None:
     mine()
-    says = "laid for a card from Ampere on, as none is known: fast"
-    assert says in recipe("check", "mine.yaml", "--profile", "fast").stdout
+
+    def unfit(*words: str) -> list[str]:
+        (report,) = orjson.loads(recipe("check", "mine.yaml", *words, "--json").stdout)
+        return [found["level"] for found in report["findings"] if found["rule"] == "unfit"]
+
+    assert unfit("--profile", "fast") == ["note"]
     found = check.check(Request("mine.yaml", ["packed"]), launching=True).findings  # as on SLURM without its setting
     assert [finding.level for finding in found if finding.rule == "unfit"] == ["warning"]
     for more in (["--profile", "fast", "--gpu", "A100"], ["--profile", "mlflow"], ["--profile", "fast", "--rehearse"]):
-        assert "none is known" not in recipe("check", "mine.yaml", *more).stdout
+        assert unfit(*more) == []
 
 
 def test_rehearsals_of_both_leave_out_the_kernels() -> None:

@@ -102,16 +102,16 @@ def test_steps_keep_their_rows_on_several_gpus(gpus: int, change: list[str], key
     assert of_run.config[key] == expected
     assert datafiles.effective_batch(of_run.config) * gpus == 8
     (difference,) = (one for one in of_run.differences if one.key == key)
-    assert difference.why == f"--gpus {gpus}: steps of as many rows as on one"
+    assert difference.why.startswith(f"--gpus {gpus}: ")
 
 
 @pytest.mark.parametrize(
     ("gpus", "change", "remedy"),
     [
-        (3, [], "is 4, which does not divide by 3; --set gradient_accumulation_steps=6 makes steps of 12 rows instead"),
-        (8, [], "--set micro_batch_size=1 --set gradient_accumulation_steps=8 keeps steps of 8 rows"),
-        (4, ["gradient_accumulation_steps=null", "batch_size=4"], "--set micro_batch_size=1 keeps steps of 4 rows"),
-        (3, ["gradient_accumulation_steps=null", "batch_size=4"], "--set batch_size=6 makes steps of 6 rows instead"),
+        (3, [], "--set gradient_accumulation_steps=6 .* 12 "),
+        (8, [], "--set micro_batch_size=1 --set gradient_accumulation_steps=8 .* 8 "),
+        (4, ["gradient_accumulation_steps=null", "batch_size=4"], "--set micro_batch_size=1 .* 4 "),
+        (3, ["gradient_accumulation_steps=null", "batch_size=4"], "--set batch_size=6 .* 6 "),
     ],
 )
 def test_steps_that_cannot_keep_their_rows_are_refused(gpus: int, change: list[str], remedy: str) -> None:

@@ -57,7 +57,7 @@ def test_a_rehearsal_takes_the_first_of_its_own_rows_and_says_so() -> None:
     own = rehearsed()
     assert own.config["datasets"] == [OWN["datasets"][0] | {"split": "train[:32]"}]
     assert own.config["sequence_len"] == 4096
-    assert why(own, "datasets.0.split") == "rehearsal: the first rows of its own data, at most 32"
+    assert why(own, "datasets.0.split").startswith("rehearsal: ")
     assert not {"test_datasets", "val_set_size"} & own.config.keys()  # no evaluation was asked for
 
 
@@ -88,21 +88,13 @@ def test_several_data_sets_share_the_rows_and_those_elsewhere_are_left_out() -> 
     assert splits(given) == ["train[:16]", "train[:40]"]
 
 
-@pytest.mark.parametrize(
-    ("path", "lacks"),
-    [
-        ("gone.jsonl", "is not on this machine"),
-        ("some/data-set", "is not on this machine"),
-        ("s3://bucket/rows.jsonl", "is not on this machine"),
-        ("saved", "cannot be loaded in part"),
-    ],
-)
-def test_the_sample_takes_the_place_of_rows_that_are_not_there(path: str, lacks: str) -> None:
+@pytest.mark.parametrize("path", ["gone.jsonl", "some/data-set", "s3://bucket/rows.jsonl", "saved"])
+def test_the_sample_takes_the_place_of_rows_that_are_not_there(path: str) -> None:
     own = rehearsed({"datasets": [{"path": path, "type": "completion"}]})
     (dataset,) = own.config["datasets"]
     assert Path(dataset["path"]).is_file() and dataset["type"] == "alpaca"
     assert own.config["sequence_len"] == 512
-    assert why(own, "datasets.0.path") == f"rehearsal: rows of the shipped sample, as {path} {lacks}"
+    assert path in why(own, "datasets.0.path")
     assert "test_datasets" not in own.config
 
 
@@ -229,7 +221,7 @@ def test_chats_keep_the_template_of_the_model_that_is_replaced() -> None:
     Path("own", "chat_template.jinja").write_text("{{ messages }}")
     here = rehearsed({"base_model": "./own"})
     assert here.config["chat_template_jinja"] == "{{ messages }}"
-    assert why(here, "chat_template_jinja") == "rehearsal: the chat template of ./own"
+    assert "./own" in why(here, "chat_template_jinja")
     of_set = {"datasets": [{**OWN["datasets"][0], "chat_template": "tokenizer_default"}], "chat_template": "llama3"}
     apart = rehearsed({"base_model": "./own"} | of_set).config
     assert (apart["chat_template"], apart["datasets"][0]["chat_template_jinja"]) == ("llama3", "{{ messages }}")

@@ -14,6 +14,7 @@ from conftest import SHARED, SMALL, config_with, train_many
 from families import SHIPPED, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_plugin import MEMORY
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_recipes.base import yamlfiles
@@ -22,7 +23,6 @@ from qlora_recipes.planning import steps as steps_of
 from qlora_recipes.planning import traces
 from qlora_recipes.planning.layers import trace
 from qlora_recipes.planning.traces import Step
-from qlora_recipes.verifying.bench import MEMORY
 
 STEP = Step(model=json.dumps(SMALL), autocast="float16", rank=8, padded=True)
 ALL_LINEAR = models.LINEAR_LAYERS
@@ -111,7 +111,7 @@ CASES = [(True, True, 1), (False, False, 1), (True, False, 4), (False, True, 4)]
 
 
 def measured(folder: Path, changes: dict[Any, yamlfiles.Config]) -> dict[Any, dict[str, Any]]:
-    """What `recipe verify`'s plugin records in real trainings, each of two steps, by their name.
+    """What the plugin records in real trainings, each of two steps, by their name.
 
     Args:
         folder: an empty folder.
@@ -135,7 +135,7 @@ def measured(folder: Path, changes: dict[Any, yamlfiles.Config]) -> dict[Any, di
             "warmup_steps": 1,
             "output_dir": str(output / "output"),
             "dataset_prepared_path": str(folder / "prepared"),
-            "plugins": ["qlora_recipes.plugin.RunPlugin", "qlora_recipes.verifying.plugin.VerifyPlugin"],
+            "plugins": ["qlora_recipes.plugin.RunPlugin", "memory_plugin.MemoryPlugin"],
         }
         files[name] = output / "config.yaml"
         files[name].write_text(yamlfiles.write_yaml(config_with(common | change)))

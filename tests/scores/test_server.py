@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import random_models
 from a_server import AServer, Reply, completed, serving
 from run_folders import a_tiny_run
 
@@ -18,7 +19,6 @@ from qlora_recipes.scores.engines import api
 from qlora_recipes.scores.engines.engine import Answer
 from qlora_recipes.scores.evaluations import PREDICTIONS, SCORES, read_predictions
 from qlora_recipes.scores.task import EvaluationRequest
-from qlora_recipes.verifying import shapes
 
 PROMPTS = [[5, 6, 7, 8], [5, 6], [9, 10, 11], [12, 13, 14, 15, 16]]
 
@@ -34,7 +34,7 @@ def prompter(**decoding: Any) -> Any:
 
     return SimpleNamespace(
         settings=SimpleNamespace(decoding=Decoding(max_new_tokens=8, **decoding), base_model="nowhere/m"),
-        tokenizer=shapes.tokenizer(),
+        tokenizer=random_models.tokenizer(),
         config=LlamaConfig(eos_token_id=[2, 77]),
         revision="main",
         ends={2, 77},

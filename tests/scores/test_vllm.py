@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import random_models
 from conftest import SUPPORT
 from run_folders import ADAPTER, a_tiny_run
 
@@ -21,7 +22,6 @@ from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate
 from qlora_recipes.scores.evaluations import PREDICTIONS, SCORES, Evaluation, EvaluationSettings, read_predictions
 from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
-from qlora_recipes.verifying import shapes
 
 STAND_IN = f"""#!{sys.executable}
 import json, os, sys
@@ -219,7 +219,7 @@ def servable(tmp_path: Path, tiny_profile: Path, sample: Path) -> RunDir:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder, tokenizer = tmp_path / "model", shapes.tokenizer()
+    folder, tokenizer = tmp_path / "model", random_models.tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}

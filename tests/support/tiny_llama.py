@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qlora_recipes.verifying import shapes
+import random_models
 
 
 def save(folder: Path) -> None:
@@ -10,7 +10,7 @@ def save(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = shapes.tokenizer()
+    tokenizer = random_models.tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     LlamaForCausalLM(

@@ -1,6 +1,5 @@
 """Models with random weights in the shapes of others, a small tokenizer for them, and rows that fill their context."""
 
-import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,9 +7,8 @@ from typing import Any
 
 import orjson
 
-from ..base.files import write_json, write_rows
-from ..data.sample import usual_sample
-from .bench import CannotBeShown
+from qlora_recipes.base.files import write_json, write_rows
+from qlora_recipes.data.sample import usual_sample
 
 FILLED = 0.93
 """How full a row is: nearly, so that attention needs a mask, which a plan counts with."""
@@ -18,7 +16,6 @@ SPREAD = 0.02  # standard deviation of random weights, that of Llama's initializ
 _DRAWN = 2**24 + 43
 """Random numbers that are drawn; larger weights repeat them, in rows that are no multiple of any width. On a CPU, which
 keeps the GPU for the training, 8 billion would take minutes."""
-_SPARE = 2**30  # bytes of disk that are left free
 _INSTRUCTION = "Review the code change and comment on it."
 
 
@@ -28,18 +25,15 @@ def make(folder: Path, architecture: dict[str, Any]) -> None:
     Args:
         folder: the folder, which is made.
         architecture: the content of a config.json.
-
-    Raises:
-        CannotBeShown: the disk has no room for it.
     """
     import torch
     from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    shapes = _shapes(architecture)
-    needed = sum(2 * shape.numel() for shape in shapes.values())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}  # what is tied is one weight
     folder.mkdir(parents=True)
-    if shutil.disk_usage(folder).free < needed + _SPARE:
-        raise CannotBeShown(f"its weights need {needed / 2**30:.1f} GiB of disk; --work names a folder with more room")
     parts: dict[str, list[str]] = {}
     for name in shapes:
         of_layer = name.partition(".layers.")[2].partition(".")[0]
@@ -50,28 +44,10 @@ def make(folder: Path, architecture: dict[str, Any]) -> None:
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
         save_file({name: _weights(name, shapes[name], drawn) for name in names}, folder / file, {"format": "pt"})
         files |= dict.fromkeys(names, file)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": needed}, "weight_map": files})
-    named = {"architectures": [_class(architecture)], "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}
+    write_json(folder / "model.safetensors.index.json", {"weight_map": files})
+    named = {"architectures": [type(model).__name__], "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}
     write_json(folder / "config.json", architecture | named)
     tokenizer().save_pretrained(folder)
-
-
-def _model(architecture: dict[str, Any]) -> Any:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    auto: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        return auto.from_config(AutoConfig.for_model(**architecture))
-
-
-def _class(architecture: dict[str, Any]) -> str:
-    return type(_model(architecture)).__name__
-
-
-def _shapes(architecture: dict[str, Any]) -> dict[str, Any]:
-    """The shapes of a model's weights by name; what is tied is one weight."""
-    return {name: weight.shape for name, weight in _model(architecture).named_parameters()}
 
 
 def _weights(name: str, shape: Any, drawn: Any) -> Any:

@@ -1,6 +1,6 @@
-"""The Axolotl plugin of the trainings that `recipe verify` makes: it measures memory, and stops where it is told to.
+"""Axolotl plugin that measures the memory of a training, and stops it after a step.
 
-The environment variable `STOP` names the step to stop after. Figures go to `MEMORY` in the run's folder.
+The environment variable `STOP` names the step to stop after. Figures go to `MEMORY` beside the output folder.
 """
 
 import gc
@@ -16,19 +16,23 @@ from axolotl.integrations.base import BasePlugin
 from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback
 
-from ..base.files import write_json
-from ..planning.cuda import Recorder
-from ..planning.traces import at_peak
-from .bench import MEMORY, SHARE, STOP
+from qlora_recipes.base.files import write_json
+from qlora_recipes.planning.cuda import Recorder
+from qlora_recipes.planning.traces import at_peak
 
+SHARE = 0.9
+"""Most of the GPU's free memory that a training takes, so that other programs on it go on."""
+MEMORY, BEGUN = "memory.json", "begun.json"
+"""The files of what was measured, and of the step that the last launch began after."""
+STOP = "STOP_AFTER_STEP"
 MEASURED = 1  # the step that is measured, from 0: it has the optimizer's state, which the first one makes
 
 
-class VerifyPlugin(BasePlugin):
+class MemoryPlugin(BasePlugin):
     """Caps the memory of the training, and adds `Measure`."""
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Leave some of the free memory to what else runs on the GPU."""
+        """Leave some of the free memory to other programs on the GPU."""
         cap_memory()
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
@@ -50,8 +54,8 @@ class Measure(TrainerCallback):
 
     Fields: allocated, bytes at the peak, as torch.cuda counts them or, on a CPU, those of all storages; on a GPU also
     reserved, and free, bytes that the driver reports; loaded, bytes before the step without the optimizer's state;
-    parts, what is there at the peak by what it holds, as in a plan: what is neither weights, constants, gradients nor
-    optimizer state is activations; scales, the factors that PEFT multiplies with B A.
+    held, what is there at the peak by what it holds, as in a plan, other than activations; trainable, parameters;
+    scales, the factors that PEFT multiplies with B A.
 
     On a CPU storages are recorded by the means of a plan's, so that both can be compared byte by byte.
     """
@@ -62,6 +66,10 @@ class Measure(TrainerCallback):
         self.recorder: Recorder | None = None
         self.held: Counter[str] = Counter()
         self.loaded = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the step that this training begins after."""
+        write_json(self.file.with_name(BEGUN), {"step": state.global_step})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to measure, and ask for the stop, as a scheduler or Ctrl-C does, while the step goes on."""
@@ -110,8 +118,10 @@ class Measure(TrainerCallback):
                 "reserved": torch.cuda.max_memory_reserved(),
                 "free": torch.cuda.mem_get_info()[0],
             }
-        parts = dict(self.held) | {"activations": found["allocated"] - self.held.total()}
-        return found | {"loaded": self.loaded, "parts": parts, "scales": _scales(self.trainer.model)}
+        model = self.trainer.model
+        trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        about = {"loaded": self.loaded, "held": self.held, "trainable": trainable, "scales": _scales(model)}
+        return found | about
 
 
 def _of_module(module: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -1,0 +1,262 @@
+"""`recipe doctor`: torch beside driver and GPU, packages beside the lock, access to the hub, and disk space."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+from packaging.requirements import InvalidRequirement, Requirement
+
+from ..base import machine, paths, yamlfiles
+from ..base.machine import Card
+from ..data import hub
+
+NEEDS = {11: 450, 12: 525, 13: 580}
+"""Oldest driver for each major version of CUDA (NVIDIA, "CUDA Compatibility", minor version compatibility)."""
+OLDER_CUDA, BEYOND = "12.6", (10, 0)
+"""CUDA of `make setup CUDA=` for older drivers, and the first compute capability that torch's build for it lacks."""
+TIMEOUT = 180
+"""Seconds for importing torch; minutes on a slow network disk."""
+_PROBE = """
+import json, torch
+facts = {"version": torch.__version__, "cuda": torch.version.cuda, "arch": torch.cuda.get_arch_list(), "problem": ""}
+try:
+    torch.cuda.init()
+except Exception as error:
+    facts["problem"] = str(error).partition("\\n")[0]
+print(json.dumps(facts | {"gpus": torch.cuda.device_count()}))
+"""
+_OF_TORCH = re.compile(r"(nvidia|cuda)-(?!ml-py)")  # packages that torch brings for the CUDA that it is built for
+_SHOWN = 5  # packages in a line
+_MODEL_GB = 20  # an 8B model has 16
+
+Facts = dict[str, Any]
+State = Literal["ok", "note", "wrong"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Result of one check.
+
+    Attributes:
+        name: the subject.
+        state: ok; note, if it keeps nothing from working here; or wrong.
+        found: the finding.
+        remedy: the next step of the user.
+        command: shell command of the remedy; empty where there is none.
+    """
+
+    name: str
+    state: State
+    found: str
+    remedy: str = ""
+    command: str = ""
+
+
+def examine() -> list[Line]:
+    """Run every check; one that fails is a line too."""
+    lines: list[Line] = []
+    for name, check in {"GPU": check_cuda, "lock": check_lock, "hub": check_hub, "disk": check_disks}.items():
+        try:
+            lines += check()
+        except Exception as error:  # a broken environment can raise anything
+            text = f"the check failed: {type(error).__name__}: {error}"
+            lines.append(Line(name, "wrong", text, "if the other lines do not explain it, report this output"))
+    return lines
+
+
+def check_cuda() -> Iterator[Line]:
+    """Check torch, the driver and the GPUs."""
+    cards, facts = machine.gpus(), ask_torch()
+    yield from check_torch(cards, facts, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    yield from check_driver(cards, facts)
+    yield from check_gpus(cards, facts)
+
+
+def ask_torch() -> Facts:
+    """Facts on torch, or `error`, from a process of its own, which may crash or hang."""
+    command = [sys.executable, "-P", "-c", _PROBE]  # -P: no module is taken from the current folder
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {TIMEOUT} s"}
+    if done.returncode:
+        return {"error": ([f"exit code {done.returncode}", *done.stderr.strip().splitlines()])[-1]}
+    return dict(orjson.loads(done.stdout.splitlines()[-1]))
+
+
+def check_torch(cards: list[Card], facts: Facts, visible: str | None) -> Iterator[Line]:
+    """Check that torch can be imported and sees the GPUs; `visible` is CUDA_VISIBLE_DEVICES."""
+    if "error" in facts:
+        yield Line("torch", "wrong", f"cannot be imported: {facts['error']}", "reinstall it", install_torch())
+        return
+    text = f"{facts['version']}, built {'for CUDA ' + facts['cuda'] if facts['cuda'] else 'without CUDA'}"
+    if cards and not facts["cuda"]:
+        yield Line("torch", "wrong", f"{text}: it cannot use the GPU", "install a build for CUDA", install_torch())
+    elif cards and not facts["gpus"] and visible is not None:
+        hidden = f"{text}; CUDA_VISIBLE_DEVICES={visible} hides the GPUs"
+        yield Line("torch", "note", hidden, "unset it to use them", "unset CUDA_VISIBLE_DEVICES")
+    elif cards and not facts["gpus"]:
+        remedy = "see the line on the driver; if that is ok, restart the machine"
+        yield Line("torch", "wrong", f"{text}, sees no GPU: {facts['problem']}", remedy)
+    else:
+        yield Line("torch", "ok", text)
+
+
+def check_driver(cards: list[Card], facts: Facts) -> Iterator[Line]:
+    """Check the driver's version against the CUDA that torch is built for."""
+    if not cards:
+        text = "no NVIDIA driver with a GPU: rehearsals, checks, plans and reports work; trainings need one"
+        yield Line("driver", "note", text, "if this machine has a GPU, `nvidia-smi` shows why it is not found")
+        return
+    installed, cuda = cards[0]["driver"], facts.get("cuda")
+    needed = NEEDS.get(int(cuda.partition(".")[0]), 0) if cuda else 0
+    number = int(installed.partition(".")[0])
+    if number >= needed:
+        yield Line("driver", "ok", f"{installed}{f'; CUDA {cuda} needs {needed} or newer' if cuda else ''}")
+        return
+    text = f"{installed}; torch's CUDA {cuda} needs {needed} or newer"
+    if number >= NEEDS[12] and all(_capability(card) < BEYOND for card in cards):
+        remedy = f"install a newer driver, or torch's build for CUDA {OLDER_CUDA}"
+        yield Line("driver", "wrong", text, remedy, install_torch(OLDER_CUDA))
+    else:
+        yield Line("driver", "wrong", text, "install a newer driver")
+
+
+def check_gpus(cards: list[Card], facts: Facts) -> Iterator[Line]:
+    """Check each kind of GPU for kernels in torch's build."""
+    kinds = {f"{card['name']}, {card['memory_gib']:g} GiB": card for card in cards}
+    for name, card in kinds.items():
+        capability, built = _capability(card), facts.get("arch", [])
+        text = f"{name}, compute capability {card['compute_capability']}"
+        lacks = f"{text}; torch has no kernels for it, only for {', '.join(built)}"
+        if has_kernels(capability, built):
+            yield Line("GPU", "ok", text)
+        elif facts["cuda"] != OLDER_CUDA and capability < BEYOND:
+            remedy = f"try torch's build for CUDA {OLDER_CUDA}, which has kernels for older GPUs"
+            yield Line("GPU", "wrong", lacks, remedy, install_torch(OLDER_CUDA))
+        else:
+            remedy = f"take another GPU, or torch's default build, which needs driver {max(NEEDS.values())} or newer"
+            yield Line("GPU", "wrong", lacks, remedy, install_torch())
+
+
+def _capability(card: Card) -> tuple[int, int]:
+    major, minor = card["compute_capability"].split(".")
+    return int(major), int(minor)
+
+
+def has_kernels(capability: tuple[int, int], built: list[str]) -> bool:
+    """Whether torch's code runs on a GPU: sm_ code on later ones of its generation, compute_ code on all later ones.
+
+    True if nothing is known of the build.
+    """
+    for name in built:
+        if match := re.match(r"(sm|compute)_(\d+)(\d)", name):
+            since = int(match[2]), int(match[3])
+            if since <= capability and (match[1] == "compute" or since[0] == capability[0]):
+                return True
+    return not built
+
+
+def install_torch(cuda: str = "") -> str:
+    """Command that installs torch's build for a CUDA, in a checkout to be run in its folder."""
+    if paths.LOCK.is_file():
+        return f"make setup CUDA={cuda}" if cuda else "rm -r .venv && make setup"
+    backend = f"cu{cuda.replace('.', '')}" if cuda else "auto"
+    return f"uv pip install --reinstall-package torch --torch-backend {backend} torch"
+
+
+def check_lock() -> Iterator[Line]:
+    """Check the installed packages against requirements.lock, in a wheel against the project's requirements."""
+    in_checkout = paths.LOCK.is_file()
+    texts = _locked() if in_checkout else requires("qlora-recipes") or []
+    try:
+        required = [one for one in map(Requirement, texts) if not one.marker or one.marker.evaluate({"extra": ""})]
+    except InvalidRequirement as error:
+        problem = f"requirements.lock cannot be read: {str(error).splitlines()[0]}"
+        yield Line("lock", "wrong", problem, "restore it", "git checkout requirements.lock && make setup")
+        return
+    if "+" in (_installed("torch") or ""):  # a build for another CUDA brings its own libraries
+        required = [one for one in required if not _OF_TORCH.match(one.name)]
+    unmet = [f"{one} (installed: {_installed(one.name) or 'none'})" for one in required if not _is_met(one)]
+    if unmet:
+        more = f", and {len(unmet) - _SHOWN} more" if len(unmet) > _SHOWN else ""
+        command = "touch requirements.lock && make setup" if in_checkout else "pip install --upgrade qlora-recipes"
+        yield Line("lock", "wrong", f"{', '.join(unmet[:_SHOWN])}{more}", "install what is required", command)
+    elif in_checkout:
+        yield Line("lock", "ok", f"all {len(required)} packages are as in requirements.lock")
+    else:
+        yield Line("lock", "note", "installed as a wheel, which meets its requirements; only a checkout has the lock")
+
+
+def _locked() -> Iterator[str]:
+    for line in paths.LOCK.read_text(encoding="utf-8").splitlines():
+        if line.strip() and not line.startswith((" ", "#")):
+            yield line.removesuffix("\\").strip()
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _is_met(requirement: Requirement) -> bool:
+    installed = _installed(requirement.name)
+    return installed is not None and requirement.specifier.contains(installed, prereleases=True)
+
+
+def check_hub() -> Iterator[Line]:
+    """Check access to the base models of the shipped recipes, and the token."""
+    if hub.is_offline():
+        yield Line("hub", "note", "not asked, as HF_HUB_OFFLINE is set; models and data come from the cache alone")
+        return
+    answers = {name: hub.access(name) for name in base_models()}
+    problems = {name: answer for name, answer in answers.items() if answer.access != "open"}
+    kinds = {answer.access for answer in problems.values()}
+    if not problems:
+        yield Line("hub", "ok", f"answers; this user has access to all {len(answers)} base models")
+    elif "unknown" in kinds:
+        silent = next(answer for answer in problems.values() if answer.access == "unknown")
+        yield Line("hub", "note", f"no answer: {silent.says}", "cached models still work", "export HF_HUB_OFFLINE=1")
+    elif "refused" in kinds:
+        remedy = "the token has expired, or was revoked: log in with another one"
+        yield Line("hub", "wrong", "refuses the token", remedy, "hf auth login --force")
+    else:
+        remedy = f"ask for access on pages like {hub.page(next(iter(problems)))}, with the account of your token"
+        command = "" if hub.has_token() else "hf auth login"
+        yield Line("hub", "note", f"answers; no access to {', '.join(problems)}", remedy, command)
+
+
+def base_models() -> list[str]:
+    """Base models of the shipped recipes."""
+    files = [file for file in map(paths.recipe_file, paths.recipe_names()) if file.is_relative_to(paths.RECIPES)]
+    return sorted({str(yamlfiles.read_yaml(file)["base_model"]) for file in files})
+
+
+def check_disks() -> Iterator[Line]:
+    """Check the free space of the folders for runs, for the cache and for models."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folders = {
+        "runs": (paths.RUNS, 1, "work in a folder with more space, or name one with --runs"),
+        "cache": (paths.cache(), 1, "set XDG_CACHE_HOME to a folder with more space"),
+        "models": (Path(HF_HUB_CACHE), _MODEL_GB, "set HF_HUB_CACHE to a folder with more space"),
+    }
+    for name, (folder, needed, remedy) in folders.items():
+        parent = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+        free = shutil.disk_usage(parent).free / 1e9
+        text = f"{free:.1f} GB free in {parent}"
+        if free >= needed:
+            yield Line(name, "ok", text)
+        else:
+            state: State = "note" if name == "models" else "wrong"
+            yield Line(name, state, f"{text}; at least {needed} GB are needed", remedy)

@@ -1,0 +1,38 @@
+"""Measured figures with their bounds."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure.
+
+    Attributes:
+        what: the quantity, in words.
+        measured: None where it could not be measured, which fails.
+        expected: None where the figure only has to be small.
+        bound: largest share of `expected` that `measured` may be away from it; largest `measured` without one.
+        unit: of both.
+    """
+
+    what: str
+    measured: float | None
+    expected: float | None = None
+    bound: float = 0.0
+    unit: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the figure keeps its bound; one that is not a number does not."""
+        if self.measured is None:
+            return False
+        if self.expected is None:
+            return self.measured <= self.bound
+        return abs(self.measured - self.expected) <= self.bound * abs(self.expected)
+
+    @property
+    def limit(self) -> str:
+        """The bound in words."""
+        if self.expected is None:
+            return f"at most {self.bound:g}"
+        return f"{self.expected:,.7g}{f' ±{self.bound:.4g} of it' if self.bound else ''}"

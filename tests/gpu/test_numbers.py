@@ -1,0 +1,271 @@
+"""Adapters, 4-bit weights, packed rows and answers in this process, beside what they are defined as."""
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import orjson
+import pytest
+import torch
+from axolotl.monkeypatch.attention.sdpa_varlen import patch_sdpa_varlen
+from axolotl.utils.collators import DataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq
+from axolotl.utils.trainer import add_position_ids
+from bitsandbytes.nn import Linear4bit
+from figures import Figure
+from memory_plugin import cap_memory
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from trainings import BF16, DEVICE, GPU, RECIPE, needs_gpu
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.files import sha256
+from qlora_recipes.base.paths import find_recipe
+from qlora_recipes.configs import standin
+from qlora_recipes.configs.fitting import AMPERE
+from qlora_recipes.configs.precision import precision
+from qlora_recipes.data.sample import usual_sample
+from qlora_recipes.data.study import Decoding
+from qlora_recipes.runs.eval_loss import MASKED
+from qlora_recipes.scores.engines.reference import Reference
+from qlora_recipes.scores.evaluations import EvaluationSettings
+from qlora_recipes.scores.prompter import Prompter
+
+Judge = Callable[..., None]
+HALF = torch.bfloat16 if BF16 else torch.float16
+# the levels of NF4 (arXiv 2305.14314, appendix E)
+LEVELS = [
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
+    *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+]
+LENGTHS = (17, 120, 64, 33, 5)  # tokens of packed rows, which start and end anywhere
+
+
+@pytest.fixture(autouse=True)
+def free_memory() -> Iterator[None]:
+    """Leaves some of the GPU's memory to others, and gives back what a test took."""
+    cap_memory()
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def texts(count: int) -> list[str]:
+    rows = map(orjson.loads, (usual_sample() / "train.jsonl").read_bytes().splitlines()[:count])
+    return [f"{row['input']}\n{row['output']}" for row in rows]
+
+
+def batch(device: str) -> dict[str, torch.Tensor]:
+    """The first rows of the sample, cut to one length."""
+    tokenizer = AutoTokenizer.from_pretrained(standin.model_folder())
+    ids = tokenizer(texts(2), truncation=True, max_length=128, padding="max_length", return_tensors="pt")["input_ids"]
+    return {"input_ids": ids.to(device), "labels": ids.masked_fill(ids == tokenizer.pad_token_id, MASKED).to(device)}
+
+
+def load(run: Path, device: str, dtype: torch.dtype, quantized: bool = True) -> Any:
+    """The rehearsal's model with a run's adapter, ready to be trained, without dropout."""
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    how = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype) if quantized else None
+    base = AutoModelForCausalLM.from_pretrained(
+        standin.model_folder(), dtype=dtype, quantization_config=how, device_map=device, attn_implementation="eager"
+    )
+    model = PeftModel.from_pretrained(base, run / "output", is_trainable=True)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # a kernel that rounds to bf16, see runs/plugin.py
+    return model.eval()
+
+
+def loss_and_norm(model: Any, device: str, autocast: torch.dtype | None = None) -> tuple[float, float]:
+    """The loss of the batch, and the norm of its gradient."""
+    model.zero_grad()
+    with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+        loss = model(**batch(device)).loss
+    loss.backward()
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    return loss.item(), math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
+
+
+def compared(name: str, found: Sequence[float], expected: Sequence[float], bounds: Sequence[float]) -> list[Figure]:
+    """Figures of a loss and a gradient norm."""
+    names = (f"{name}, loss", f"{name}, gradient norm")
+    return [Figure(*each) for each in zip(names, found, expected, bounds, strict=True)]
+
+
+def test_quantized_weights_and_products_with_them(judge: Judge) -> None:
+    """Weights near NF4's levels become them; products of one row and of several are different kernels on a GPU."""
+    dtype, random = torch.float16 if GPU else torch.float32, torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (256, 8, 64), generator=random)
+    codes[..., 0] = 15  # the level 1: a block's largest value is its constant
+    constants = 0.5 + torch.rand(256, 8, 1, generator=random)
+    exact = (torch.tensor(LEVELS)[codes] * constants).view(256, 512)
+    off = 0.02 * (torch.rand(codes.shape, generator=random) - 0.5)  # levels are at least 0.08 apart
+    off[(codes == 0) | (codes == 15)] = 0
+    weight = (exact + (off * constants).view(256, 512)).to(DEVICE, dtype)
+    packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    rows = torch.randn(8, 512, generator=random).to(dtype)
+    products = {n: bnb.matmul_4bit(rows[:n].to(DEVICE), packed.t(), quant_state=state) for n in (1, 8)}
+    judge(
+        Figure("NF4 weights, largest error", apart(bnb.functional.dequantize_4bit(packed, state), exact), bound=5e-3),
+        # fp16 rounds by 5e-4
+        *(Figure(f"NF4 products of {n}, largest error", apart(products[n], rows[:n].float() @ exact.T), bound=1e-2)
+          for n in products),
+    )  # fmt: skip
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    return float((found.float().cpu() - expected.float().cpu()).abs().max() / expected.abs().max())
+
+
+def test_model_in_4_bits(training: Path, judge: Judge) -> None:
+    model = load(training, DEVICE, torch.float32)
+    found = loss_and_norm(model, DEVICE)
+    put_plain_layers(model)
+    # fp32 rounds by 6e-8 in each of some 200 sums one after the other
+    judge(*compared("NF4 beside its definition", found, loss_and_norm(model, DEVICE), (1e-5, 1e-4)))
+
+
+def put_plain_layers(model: Any) -> None:
+    """Put a plain linear layer with the same weights in the place of each in 4 bits."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, Linear4bit):
+                plain = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+                plain.weight = torch.nn.Parameter(dequantized(layer.weight), requires_grad=False)
+                plain.bias = layer.bias
+                setattr(parent, name, plain)
+
+
+def dequantized(weight: Any) -> torch.Tensor:
+    """A doubly quantized NF4 weight in fp32, by the definition of the format (arXiv 2305.14314, section 3), without
+    bitsandbytes' kernels: two codes a byte, each a level times the constant of its block of 64; constants are 8-bit
+    codes, each a level times the constant of its block of 256, around a mean.
+    """
+    state = weight.quant_state
+    codes = torch.stack([weight.data >> 4, weight.data & 15], dim=-1).flatten().int()
+    of_blocks = state.state2
+    blocks = of_blocks.code[state.absmax.int()].float()
+    constants = blocks * of_blocks.absmax.repeat_interleave(of_blocks.blocksize)[: len(blocks)] + state.offset
+    values = state.code[codes] * constants.repeat_interleave(state.blocksize)[: len(codes)]
+    return values.view(state.shape).float()
+
+
+@pytest.mark.skipif(not BF16, reason="needs a processor, or a GPU, that computes in bf16")
+def test_model_in_bf16(training: Path, judge: Judge) -> None:
+    exact = loss_and_norm(load(training, DEVICE, torch.float32), DEVICE)
+    found = loss_and_norm(load(training, DEVICE, torch.bfloat16), DEVICE, torch.bfloat16)
+    # rounds by 4e-3, of which the mean over a few hundred tokens keeps little, and a norm more
+    judge(*compared("bf16 beside fp32", found, exact, (0.01, 0.05)))
+
+
+@needs_gpu
+def test_model_on_gpu_and_cpu(training: Path, judge: Judge) -> None:
+    found, exact = (loss_and_norm(load(training, device, torch.float32), device) for device in (DEVICE, "cpu"))
+    judge(*compared("NF4 on GPU beside CPU", found, exact, (1e-3, 1e-2)))  # GPUs add in another order
+
+
+def test_saved_adapter(training: Path, judge: Judge) -> None:
+    """In fp64, where rounding does not show."""
+    config = yamlfiles.read_yaml(find_recipe(RECIPE)[1])
+    model = load(training, DEVICE, torch.float64, quantized=False).double()
+    inputs = batch(DEVICE)["input_ids"][:1, :64]
+    with torch.inference_mode():
+        scale = scale_of(model, inputs)
+        plain = model(inputs).logits
+        merged = model.merge_and_unload()(inputs).logits
+    judge(
+        # over sums of thousands of products
+        Figure("adapter scale, as saved", scale, config["lora_alpha"] / config["lora_r"], 1e-9),
+        Figure("merged adapter, largest error", apart(merged, plain), bound=1e-6),  # Llama's norms round to fp32
+    )
+
+
+def scale_of(model: Any, inputs: torch.Tensor) -> float | None:
+    """The factor before B A x by which LoRA layers' outputs differ from their base layers', over all layers.
+
+    None where some layer adds anything else.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+
+    def add(layer: Any, given: Any, output: torch.Tensor) -> None:
+        added = output - layer.base_layer(given[0])
+        update = layer.lora_B["default"](layer.lora_A["default"](given[0]))
+        sums.add_(torch.stack([(added * update).sum(), update.square().sum(), added.square().sum()]).cpu())
+
+    hooks = [module.register_forward_hook(add) for module in model.modules() if isinstance(module, LoraLayer)]
+    model(inputs)
+    for hook in hooks:
+        hook.remove()
+    along, updates, added = sums.tolist()
+    straight = updates > 0 and along**2 >= (1 - 1e-9) * updates * added
+    return along / updates if straight else None
+
+
+def test_packed_rows_do_not_see_each_other(judge: Judge) -> None:
+    """With the attention that Axolotl takes (loaders/patch_manager.py), on a GPU in half precision."""
+    if GPU and GPU.capability >= AMPERE:
+        patch_sdpa_varlen()
+    folder, dtype = standin.model_folder(), HALF if GPU else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=DEVICE, attn_implementation="sdpa")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = []
+    for text, length in zip(texts(len(LENGTHS)), LENGTHS, strict=True):
+        ids = tokenizer(text)["input_ids"][:length]
+        rows.append({"input_ids": ids, "labels": [MASKED, *ids[1:]]})
+    # as Axolotl's trainer does without packing, and with it and sdpa (core/trainers/base.py): one sequence, no mask
+    alone = DataCollatorForSeq2Seq(tokenizer)([row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows])
+    collate = V2BatchSamplerDataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=256)
+    packed = collate([[add_position_ids(dict(row)) for row in rows]])
+    packed.pop("attention_mask", None)
+    one, other = losses(model, alone), losses(model, packed)
+    found = float((one - other).abs().mean()) if one.shape == other.shape else None
+    # seen on a CPU: 1e-7 in fp32, 8e-4 in bf16, and 0.8 or more where rows see each other
+    judge(Figure("packed rows, mean difference of losses", found, bound=0.01 if GPU else 1e-5))
+
+
+@torch.inference_mode()
+def losses(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of each token that carries one, row by row."""
+    given = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    labels = given.pop("labels")[:, 1:].flatten()
+    logits = model.eval()(**given, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    return torch.nn.functional.cross_entropy(logits[labels != MASKED], labels[labels != MASKED], reduction="none").cpu()
+
+
+def test_answers_are_those_of_a_pass_without_a_cache(training: Path, judge: Judge) -> None:
+    attention = yamlfiles.read_yaml(find_recipe(RECIPE)[1])["attn_implementation"]  # not that of the training
+    cfg = yamlfiles.read_yaml(training / "config.yaml") | {"attn_implementation": attention}
+    data = usual_sample() / "valid.jsonl"
+    settings = EvaluationSettings(
+        base_model=cfg["base_model"],
+        adapter=str(training / "output"),
+        adapter_sha256=sha256(training / "output" / "adapter_model.safetensors"),
+        data=str(data),
+        data_sha256="",
+        rows=4,
+        decoding=Decoding(max_new_tokens=24),
+        batch_size=4,
+        quantized=True,
+        dtype=precision(cfg, on_gpu=GPU is not None).weights,
+    )
+    reference = Reference(Prompter(settings, cfg, training / "output"))
+    rows = list(map(orjson.loads, data.read_bytes().splitlines()))[:4]
+    prompts = [example.prompt for example in reference.prompter.examples(rows)]
+    found = max(map(shortfall, [reference.model] * 4, prompts, reference.answers(prompts, 0)))
+    # nearly equal logits change places by rounding: in fp32 by 1e-5 of a logit of some 20, in fp16, which rounds such
+    # logits to 1/64, by a few of these steps after 30 layers
+    judge(Figure("answers, logits below the best", found, bound=0.25 if GPU else 1e-3))
+
+
+@torch.inference_mode()
+def shortfall(model: Any, prompt: list[int], answer: list[int]) -> float:
+    """How far the logit of a greedily written token is below the largest one, at most."""
+    tokens = torch.tensor([prompt + answer], device=model.device)
+    logits = model(tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    written = logits.gather(1, tokens[0, len(prompt) :, None])[:, 0]
+    return float((logits.max(dim=1).values - written).max())
