@@ -62,7 +62,7 @@ def test_the_recipes_models_have_their_published_sizes() -> None:
 
 def test_counting_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = here(SMALL | {"hidden_size": 128}, tmp_path)
-    with pytest.raises(UserError, match="not counted yet"):
+    with pytest.raises(UserError, match="analyze"):
         lora.rows({"m": config}, anew=False)
     counted = lora.rows({"m": config})
     monkeypatch.setattr(lora, "_count", Mock(side_effect=AssertionError))
@@ -97,7 +97,7 @@ def test_sizes_are_those_of_the_configs_revision(key: str, tmp_path: Path, monke
 
 
 def test_a_model_that_transformers_cannot_build_is_refused() -> None:
-    with pytest.raises(UserError, match=r"base_model: its parameters cannot be counted: .*nobody_knows"):
+    with pytest.raises(UserError, match="nobody_knows"):
         lora.total({"model_type": "nobody_knows"})
 
 

@@ -9,7 +9,6 @@ from unittest.mock import Mock
 import orjson
 import pytest
 from conftest import SMALL, Recipe, config_with, recipe_config
-from families import SHIPPED, TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +17,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import engines, gpus
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.configs.config import Difference
-from qlora_recipes.planning import cache, lora, need, plan, plan_tables, planner, steps, traces, work
+from qlora_recipes.planning import cache, need, plan, plan_tables, planner, steps, traces, work
 from qlora_recipes.planning.layers import trace
 from qlora_recipes.runs.rundir import Run, RunDir, Summary
 
@@ -66,38 +65,32 @@ def test_settings_that_memory_depends_on(change: dict[str, Any], field: str, val
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "names"),
     [
-        ({"optimizer": "lion_8bit"}, "optimizer lion_8bit: planned as adamw_torch_fused"),
-        ({"attn_implementation": "flex_attention"}, "flex_attention: planned as flash_attention_2"),
-        ({"liger_cross_entropy": True}, "liger_cross_entropy: not traced; it takes less"),
-        ({"sample_packing": True}, "varlen_attn: planned as sdpa with a mask over packed rows; it takes less"),
-        ({"lora_mlp_kernel": True}, "lora_mlp_kernel: not traced; it takes less"),
-        (dict.fromkeys(steps._KERNELS), "LoRA kernels, which Axolotl turns on"),
-        ({"unfrozen_parameters": ["norm"]}, "unfrozen_parameters: not traced; it takes more"),
-        ({"eval_batch_size": 8}, "evaluation is not traced"),
+        ({"optimizer": "lion_8bit"}, "lion_8bit"),
+        ({"attn_implementation": "flex_attention"}, "flex_attention"),
+        ({"liger_cross_entropy": True}, "liger_cross_entropy"),
+        ({"sample_packing": True}, "varlen_attn"),
+        (dict.fromkeys(steps._KERNELS), "LoRA kernels"),
+        ({"unfrozen_parameters": ["norm"]}, "unfrozen_parameters"),
+        ({"eval_batch_size": 8}, "eval_batch_size"),
     ],
 )
-def test_what_is_not_traced_is_noted(change: dict[str, Any], says: str) -> None:
-    assert any(says in note for note in steps.step_of(config_with(change), SMALL, AMPERE)[1])
+def test_what_is_not_traced_is_noted(change: dict[str, Any], names: str) -> None:
+    assert any(names in note for note in steps.step_of(config_with(change), SMALL, AMPERE)[1])
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"adapter": "llama-adapter"}, "cannot be planned"),
-        ({"load_in_8bit": True, "adapter": "lora"}, "8 bits"),
-        ({"rl": "dpo"}, "preference training"),
-    ],
+    "change", [{"adapter": "llama-adapter"}, {"load_in_8bit": True, "adapter": "lora"}, {"rl": "dpo"}]
 )
-def test_what_cannot_be_planned_is_refused(change: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_what_cannot_be_planned_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
         step_of(change)
 
 
 def test_a_model_that_cannot_be_traced_is_reported(small: yamlfiles.Config) -> None:
     (Path(small["base_model"]) / "config.json").write_text(json.dumps({"model_type": "nobody_knows"}))
-    with pytest.raises(UserError, match=r"cannot be planned: .*nobody_knows"):
+    with pytest.raises(UserError, match="nobody_knows"):
         plan.plan(small)
 
 
@@ -108,11 +101,6 @@ def test_packed_documents_make_one_row_where_flash_attention_keeps_them_apart() 
         assert step.flat == flat
         shape = planner.Planner(step, 2, 2048)._shape(2, 2048)
         assert shape == ((1, 4096) if flat else (2, 2048))
-
-
-def test_lengths_are_planned_as_axolotl_pads_them() -> None:
-    assert planner.Planner(step_of({}), 2, 100)._shape(2, 100) == (2, 128)
-    assert steps.length_of({}) == 512
 
 
 @given(
@@ -201,17 +189,6 @@ def test_cards_are_judged_under_the_configs_engine(
     assert planned_step.need() == planned["memory"]["needed"]
 
 
-def test_methods_compare(small: yamlfiles.Config, tmp_path: Path) -> None:
-    file = tmp_path / "small.yaml"
-    file.write_text(yamlfiles.write_yaml(small))
-    full, lora, qlora = plan.compare(Request(str(file), profiles=["packed"]), gpus.find("T4"))
-    assert not any("varlen_attn" in note for note in qlora["notes"])  # the profile is laid for that card
-    full, lora, qlora = plan.compare(Request(str(file)))
-    assert full["trainable_share"] == 1
-    assert lora["trainable"] == qlora["trainable"] < full["trainable"] / 10
-    assert full["needed"] > lora["needed"] > qlora["needed"]
-
-
 def test_compared_methods_add_up_with_paged_optimizer_state_beside(
     small: yamlfiles.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,11 +198,14 @@ def test_compared_methods_add_up_with_paged_optimizer_state_beside(
     for row in compared:
         parts = sum(row[part] for part in ("weights", "gradients", "optimizer", "activations", "other"))
         assert parts == pytest.approx(row["needed"])
-    full = compared[0]
+    full, lora, qlora = compared
+    assert full["trainable_share"] == 1
+    assert lora["trainable"] == qlora["trainable"] < full["trainable"] / 10
+    assert full["needed"] > lora["needed"] > qlora["needed"]
     of_large_tensors = 2 * 128256 * 256 * 2 * 4  # embedding and head alone, two states of 4 bytes
     assert of_large_tensors < full["optimizer_paged"] <= full["trainable"] * 2 * 4
     plan_tables.comparison(compared, "small")
-    assert f"{full['optimizer_paged'] / planner.GIB:.2f} GiB of optimizer state is paged" in capsys.readouterr().out
+    assert f"{full['optimizer_paged'] / planner.GIB:.2f} GiB" in capsys.readouterr().out
 
 
 def test_the_operations_of_a_token(small: yamlfiles.Config) -> None:
@@ -253,21 +233,13 @@ def work_of(change: yamlfiles.Config, tmp_path: Path, *overrides: str, gpus: int
 def test_work_counts_the_rows_that_are_there(small: yamlfiles.Config, sample: Path, tmp_path: Path) -> None:
     small["datasets"] = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
     found = work_of(small, tmp_path, gpu=gpus.find("T4"), price=2.0)
-    assert (found["rows"], found["rows_are"]) == (109, "the config's data")
+    assert found["rows"] == 109
     assert found["tokens"] == 109 * 2048 * 2
     assert found["steps"] == 28
     assert found["hours"] == pytest.approx(found["flops"] / (65e12 * work.UTILIZATION) / 3600)
     assert found["cost"] == found["hours"] * 2
     few = work_of(small, tmp_path, "max_steps=3")
     assert (few["steps"], few["tokens"]) == (3, 3 * 8 * 2048)
-
-
-def test_the_studys_rows_are_taken_for_its_own_data_only(small: yamlfiles.Config, tmp_path: Path) -> None:
-    name, override = "haider2024/llama-3-8b", f"base_model={small['base_model']}"
-    own = plan.of_request(Request(name, overrides=[override]))["work"]
-    assert (own["rows"], own["rows_are"]) == (117739, "the study's data")
-    other = Request(name, overrides=[override, "datasets.0.path=tatsu-lab/alpaca"])
-    assert plan.of_request(other)["work"]["rows"] is None
 
 
 def test_speed_is_taken_from_runs_on_such_cards(small: yamlfiles.Config, tmp_path: Path) -> None:
@@ -337,39 +309,6 @@ def test_a_cache_that_cannot_be_written_is_no_error(small: yamlfiles.Config, mon
     assert plan.plan(small | {"lora_r": 5})[0]["cards"]
 
 
-OTHER_MODELS = [*TINY.values(), {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 512}]
-
-
-@pytest.mark.parametrize(
-    ("rows", "sizes"),
-    [  # the last two are quick
-        pytest.param(1 + i % 2, sizes, marks=[pytest.mark.long] * (i < len(OTHER_MODELS) - 2))
-        for i, sizes in enumerate(OTHER_MODELS)
-    ],
-)
-def test_other_models_are_planned_too(small: yamlfiles.Config, sizes: dict[str, Any], rows: int) -> None:
-    (Path(small["base_model"]) / "config.json").write_text(json.dumps(sizes))
-    change: yamlfiles.Config = {"micro_batch_size": rows, "sequence_len": 100, "lora_target_modules": None}
-    planned = plan.plan(small | change | {"lora_target_linear": True}, gpus=2)[0]
-    assert planned["memory"]["needed"] > 0
-    assert planned["cards"][-1]["fits"] and planned["trainable"] > 0
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_size_of_each_family_is_planned(small: yamlfiles.Config, name: str) -> None:
-    architecture, published = SHIPPED[name]
-    (Path(small["base_model"]) / "config.json").write_text(json.dumps(architecture))
-    config = small | {"lora_target_modules": None, "lora_target_linear": True}
-    planned = need.planner_of(config, gpus.find("A100"), alone=True)[0]
-    counts = planned.trace.parameters.values()
-    every = {(row["layers"], row["rank"]): row["trainable"] for row in lora.rows({"m": config})}
-    assert sum(count["frozen"] for count in counts) == published
-    assert sum(count["trainable"] for count in counts) == every["all linear", 32]
-    print(f"{name}: {planned.need() / planner.GIB:.2f} GiB")
-    assert planned.need() > published / 2  # in 4 bits
-
-
 def test_a_single_row_needs_no_mask_but_several_do(small: yamlfiles.Config) -> None:
     one, two = (need.planner_of(small | {"micro_batch_size": rows}, None)[0] for rows in (1, 2))
     assert one.need(rows=2) == two.need()
@@ -397,16 +336,7 @@ def test_plan_prints(recipe: Recipe, small: yamlfiles.Config, tmp_path: Path, sa
     done = recipe("plan", "small.yaml", "--gpu", "t4", "--gpus", "2", "--price", "1", "--figure", "plan.png")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    for text in (
-        "logits",
-        "needed",
-        "ZeRO-2",
-        "longest row",
-        "hours",
-        "(speed: 30% of the card's peak; tokens: ",
-        "USD",
-        "at most",
-    ):
+    for text in ("logits", "needed", "ZeRO-2", "longest row", "hours", "USD"):
         assert text in done.stdout
     as_json = orjson.loads(recipe("plan", "small.yaml", "--json").stdout)
     assert as_json[0]["recipe"] == "small.yaml" and as_json[0]["memory"]["needed"] > 0
@@ -423,27 +353,24 @@ def test_the_longest_batch_of_the_data(recipe: Recipe, small: yamlfiles.Config, 
     (planned,) = orjson.loads(done.stdout)
     assert 0 < planned["longest_batch"]["tokens"] < 2048
     assert planned["longest_batch"]["needed"] < planned["memory"]["needed"]
-    assert planned["work"]["tokens_are"] == "counted, without padding"
+    assert planned["work"]["tokens"] < planned["work"]["rows"] * 2048
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "names"),
     [
-        (["haider2024/llama-2-7b", "--gpu", "T5"], "no GPU of that name"),
+        (["haider2024/llama-2-7b", "--gpu", "T5"], "T5"),
         (["haider2024/llama-2-7b", "--set", "optimizer=adamwx"], "optimizer"),
-        (
-            ["haider2024/llama-2-7b", "--set", "base_model=nobody/nothing"],
-            "config.json of nobody/nothing is not available",
-        ),
-        (["haider2024/llama-2-7b", "--data"], "the tokenizer of meta-llama/Llama-2-7b-hf is not on this machine"),
-        (["--compare"], "name one recipe or file"),
-        (["haider2024/llama-2-7b", "--vram", "nan"], "give a finite number"),
+        (["haider2024/llama-2-7b", "--set", "base_model=nobody/nothing"], "nobody/nothing"),
+        (["haider2024/llama-2-7b", "--data"], "meta-llama/Llama-2-7b-hf"),
+        (["--compare"], "--compare"),
+        (["haider2024/llama-2-7b", "--vram", "nan"], "--vram"),
     ],
 )
-def test_mistakes_are_reported(recipe: Recipe, arguments: list[str], says: str) -> None:
+def test_mistakes_are_reported(recipe: Recipe, arguments: list[str], names: str) -> None:
     done = recipe("plan", *arguments)
     assert done.returncode == 2
-    assert says in done.stderr
+    assert names in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -132,7 +132,7 @@ def test_larger_blocks_lose_more_and_one_scale_most() -> None:
 
 def test_layers_are_spread_over_the_depth() -> None:
     assert len(quantization.weights_of(standin.model_folder(), 3)) == 3 * 7
-    with pytest.raises(UserError, match="no folder with a model's decoder layers"):
+    with pytest.raises(UserError, match="nowhere"):
         quantization.weights_of(Path("nowhere"), 3)
 
 
@@ -149,11 +149,11 @@ def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
 
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"junk" * 10)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"model\.safetensors"):
         quantization.weights_of(tmp_path, 0)
     for weight in (torch.zeros(8, 8), torch.full((8, 8), torch.nan), torch.ones(8, 8, dtype=torch.uint8)):
         save_file({"model.layers.0.self_attn.q_proj.weight": weight}, file)
-        with pytest.raises(UserError, match="no weights to measure"):
+        with pytest.raises(UserError, match="q_proj"):
             quantization.weights_of(tmp_path, 0)
 
 
