@@ -156,14 +156,6 @@ def report_verb(
     rehearse: RehearsalsOfStudy = False,
     sweep_name: SweepName = None,
     best: Best = None,
-    analyze: Annotated[
-        bool,
-        typer.Option(
-            "--analyze",
-            help="Also compute what needs torch (a minute): what 4 bits lose of the base model's weights, if it is a "
-            "local folder, and the memory plan, if there is none yet.",
-        ),
-    ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="The file.")] = Path("report.html"),
     runs: Runs = RUNS,
 ) -> None:
@@ -184,12 +176,12 @@ def report_verb(
     report.check_file(out)
     with Bar(f"writing {out}", 1):
         if study_name:
-            html = report.of_study(study.find(study_name), rehearse, runs, analyze)
+            html = report.of_study(study.find(study_name), rehearse, runs)
         elif sweep_name:
-            html = report.of_sweep(sweeps.find(sweep_name, runs), runs, best, analyze)
+            html = report.of_sweep(sweeps.find(sweep_name, runs), runs, best)
         else:
             folders = {folder.path: folder for folder in (find_run(name, runs) for name in run or ["latest"])}
-            html = report.of_runs(report_runs.reported_runs(list(folders.values())), analyze)
+            html = report.of_runs(report_runs.reported_runs(list(folders.values())))
     write_atomically(out, html)
     print(out)
     say(f"next: open {out} in a browser; it needs no network")

@@ -20,37 +20,35 @@ from ..base.machine import now
 from ..base.templating import environment
 from ..configs import gpus
 from ..data.study import Study
-from ..planning import lora, need
-from ..results import ladder, study_tables, verdict
+from ..planning import need
+from ..results import study_tables, verdict
 from ..running import sweep_tables, sweeps
 from ..running.sweeps import Sweep
 from ..runs.lookup import all_runs
 from ..runs.rundir import RunDir
 from ..scores import evaluations
 from ..terminal import tables
-from . import report_comparisons as comparisons
 from . import report_figures as draw
-from . import report_reader, report_runs
+from . import report_runs
 from .report_runs import ReportedRun, reported_runs
 
 TEMPLATES = paths.TEMPLATES / "report"
 SCRIPTS = ("page.js", "charts.js", "reader.js")
-LAYERS = 2  # of the base model, whose weights are measured
 # Characters that are invisible, or change the direction of the text behind them; reader.js has the same
 _MARKS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 
 
-def of_runs(runs: Sequence[ReportedRun], analyze: bool) -> str:
+def of_runs(runs: Sequence[ReportedRun]) -> str:
     """The report of one run, or of several side by side."""
     if len(runs) == 1:
-        return _page(runs[0].run.recipe, f"Run {runs[0].folder.path.name}", runs, analyze)
+        return _page(runs[0].run.recipe, f"Run {runs[0].folder.path.name}", runs)
     title = " and ".join(reported.label for reported in runs) if len(runs) == 2 else f"{len(runs)} runs"
-    return _page(title, "Runs side by side", runs, analyze)
+    return _page(title, "Runs side by side", runs)
 
 
-def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
+def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
     """The report of a study: its table, and the runs that speak for its recipes.
 
     Raises:
@@ -67,27 +65,23 @@ def of_study(study: Study, rehearsal: bool, runs: Path, analyze: bool) -> str:
     about = "Published scores are left out: rehearsals compare with none." if rehearsal else (
         f"Published scores are on {study.test_title}."
     )  # fmt: skip
-    figures = [comparisons.study(study, rows, column, not rehearsal) for column in study.table.values()]
+    figures = [draw.study(study, rows, column) for column in study.table.values()]
     by_metric = {c.label: _without_empty(study_tables.of_metric(rows, study, c)) for c in study.table.values()}
     measured, gaps = study_tables.of_measured(rows), study_tables.of_curves(rows)
-    rungs = ladder.begun(study, runs, rehearsal, rows)
-    by_rung = ladder.by_metric(rungs, study) if rungs else {}
-    figures += [comparisons.ladder(study, rungs, column) for column in study.table.values() if column.label in by_rung]
     section = {
         "about": f"{study.cited}: {study.paper.get('title', study.title)}. {about}",
         "tables": by_metric
         | {study_tables.COSTS: _without_empty(study_tables.of_costs(rows, study))}
         | ({study_tables.MEASURED: measured} if measured else {})
-        | ({study_tables.CURVES: _without_empty(gaps)} if gaps else {})
-        | {f"{ladder.TITLE}: {label}": _without_empty(some) for label, some in by_rung.items()},
+        | ({study_tables.CURVES: _without_empty(gaps)} if gaps else {}),
         "baselines": [] if rehearsal else study_tables.baselines(study),
-        "notes": [*([] if rehearsal else verdict.notes(study, rows)), *ladder.notes(rungs)],
+        "notes": [] if rehearsal else verdict.notes(study, rows),
         "figures": [figure for figure in figures if figure],
     }
-    return _page(study.title, f"Study {name}", reported_runs(folders), analyze, study=section)
+    return _page(study.title, f"Study {name}", reported_runs(folders), study=section)
 
 
-def of_sweep(sweep: Sweep, runs: Path, best: str | None, analyze: bool) -> str:
+def of_sweep(sweep: Sweep, runs: Path, best: str | None) -> str:
     """The report of a sweep: the trade-offs of its members, and their runs.
 
     Args:
@@ -108,11 +102,11 @@ def of_sweep(sweep: Sweep, runs: Path, best: str | None, analyze: bool) -> str:
     section = {
         "about": f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}.",
         "notes": sweep_tables.notes(sweep, scored, rows, best),
-        "table": _without_empty([report_runs.sweep_row(row, sweep.keys, scored) for row in rows]),
-        "figures": [*comparisons.sweep(rows, scored), *([memory] if memory else [])],
+        "table": _without_empty([sweep_tables.cells(sweep, scored, row) for row in rows]),
+        "figures": [*draw.sweep(rows, scored), *([memory] if memory else [])],
     }
     labels = [row["member"] for row in rows for _ in row["runs"]]
-    return _page(sweep.name, f"Sweep of {sweep.recipe}", reported_runs(folders, labels), analyze, sweep=section)
+    return _page(sweep.name, f"Sweep of {sweep.recipe}", reported_runs(folders, labels), sweep=section)
 
 
 def _without_empty(rows: list[Row]) -> list[Row]:
@@ -133,26 +127,22 @@ def check_file(file: Path) -> None:
         raise UserError(f"-o {file}: there is no folder {file.parent}")
 
 
-def _page(title: str, kind: str, runs: Sequence[ReportedRun], analyze: bool, **more: Any) -> str:
+def _page(title: str, kind: str, runs: Sequence[ReportedRun], **more: Any) -> str:
     """The HTML of what all reports have in common, and of what this one has besides."""
     alone = len(runs) == 1
     training = [figure for figure in draw.training({r.label: r.folder.read_metrics() for r in runs}) if figure.traces]
     training += [
-        comparisons.curve(number, reported.label, reported.folder.read_metrics(), points)
+        draw.curve(number, reported.label, reported.folder.read_metrics(), points)
         for number, reported in enumerate(runs)
         if (points := reported.published_curve)
     ]
     notes = []
-    if training and not any(figure.key == "load" for figure in training):
-        notes.append("The load of the processor was not recorded.")
-    if "sweep" not in more and (memory := draw.memory([_memory(reported, analyze) for reported in runs])):
+    if "sweep" not in more and (memory := draw.memory([_memory(reported) for reported in runs])):
         training.append(memory)
         if all("planned" not in trace["name"] for trace in memory.traces):
-            notes.append("No plan of this config is kept; `recipe report --analyze` makes one, as `recipe plan` does.")
-    model_figures, model_notes = _model(runs, analyze)
-    spread = list(draw.distributions(report_runs.scored_rows(runs)))
-    reader = report_reader.reader(runs)
-    figures = [*training, *spread, *model_figures, *(figure for part in more.values() for figure in part["figures"])]
+            notes.append("No plan of this config is kept; `recipe plan` makes one.")
+    reader = report_runs.reader(runs)
+    figures = [*training, *(figure for part in more.values() for figure in part["figures"])]
     facts: dict[str, Any] = {"study": None, "sweep": None} | more
     sections = {
         "overview": ("At a glance", True),
@@ -161,7 +151,6 @@ def _page(title: str, kind: str, runs: Sequence[ReportedRun], analyze: bool, **m
         "training": ("Training", True),
         "scores": ("Scores", True),
         "predictions": ("Predictions", reader),
-        "model": ("Quantization and LoRA", model_figures or model_notes),
         "settings": ("Settings", True),
         "provenance": ("Provenance", True),
     }
@@ -171,17 +160,13 @@ def _page(title: str, kind: str, runs: Sequence[ReportedRun], analyze: bool, **m
         "rehearsal": runs[0].run.rehearsal,
         "made": now(),
         "version": version("qlora-recipes"),
-        "tiles": list(report_runs.tiles(runs[0])) if alone else [],
         "overview": _without_empty([report_runs.overview(reported, report_runs.headings(runs)) for reported in runs]),
         "training": training,
         "training_notes": notes,
         "scores": report_runs.scores(runs),
         "scored_on": "; ".join(dict.fromkeys(report_runs.scored_on(r) for r in runs if r.evaluation)),
-        "spread": spread,
         "reader": bool(reader),
         "reader_data": _packed(orjson.dumps(reader)),
-        "model_figures": model_figures,
-        "model_notes": model_notes,
         "settings": [report_runs.settings(r) | {"of": "" if alone else f" of {r.label}"} for r in runs],
         "provenance": [report_runs.provenance(r) | {"of": "" if alone else f" of {r.label}"} for r in runs],
         "figures_data": _packed(orjson.dumps({figure.key: figure.as_json() for figure in figures})),
@@ -227,13 +212,13 @@ def _note(text: str) -> Markup:
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(visible(text))))
 
 
-def _memory(reported: ReportedRun, plan: bool) -> Row:
-    """A run's memory, planned and measured; a plan that is not kept is made only if asked for."""
+def _memory(reported: ReportedRun) -> Row:
+    """A run's measured memory, and the planned memory where a plan is kept."""
     planned = None
     cards = reported.run.provenance.get("gpus") or [{}]
     capability = cards[0].get("compute_capability")
     with suppress(UserError):  # some configs cannot be planned
-        planned = need.needed_gib(reported.config, gpus.find(capability) if capability else None, plan)
+        planned = need.needed_gib(reported.config, gpus.find(capability) if capability else None)
     measured = reported.run.summary
     return {
         "member": reported.label,
@@ -241,37 +226,3 @@ def _memory(reported: ReportedRun, plan: bool) -> Row:
         "peak_memory_gib": measured.peak_memory,
         "memory_kind": measured.memory_kind,
     }
-
-
-def _model(runs: Sequence[ReportedRun], analyze: bool) -> tuple[list[draw.Figure], list[str]]:
-    """Figures of the base models: what LoRA trains of them, and, if asked for, what 4 bits lose of the weights."""
-    names: dict[str, str] = {}
-    rows: list[Row] = []
-    own = {}
-    for reported in runs:
-        model = str(reported.config.get("base_model"))
-        with suppress(UserError):  # its sizes are not on this machine, or not counted yet
-            if model not in names:
-                names[model] = short = Path(model).name if Path(model).is_dir() else model
-                counted = lora.rows({model: reported.config}, download=False, anew=analyze)
-                rows += [row | {"model": short} for row in counted]
-            # computed for a run without a record of it
-            share = reported.run.summary.trainable_share or lora.share(reported.config, analyze)
-            rank = reported.config.get("lora_r")  # none where training continues with an adapter
-            if rank and share is not None:
-                own[reported.label] = (int(rank), share)
-    figures = [draw.lora_share(rows, own)] if rows else []
-    local = next((model for model in names if Path(model).is_dir()), None)
-    if not analyze:
-        ways = [] if figures else ["counts what LoRA trains of the base model"]
-        ways += ["measures what 4 bits lose of the weights"] if local else []
-        return figures, [f"`recipe report --analyze` {' and '.join(ways)}."] if ways else []
-    if not local:
-        return figures, ["What 4 bits lose of the weights is not measured: they are no local folder."]
-    from ..base.quiet import importing_axolotl
-
-    with importing_axolotl():
-        from ..planning import quantization
-
-        measured = quantization.measure(quantization.weights_of(Path(local), LAYERS))
-    return [*figures, *draw.quantization(measured, f"{LAYERS} decoder layers of {names[local]}")], []

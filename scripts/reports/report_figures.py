@@ -3,14 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import batched
-from statistics import quantiles
 from typing import Any
 
-import numpy as np
-
 from ..base.files import Row
+from ..data.study import Study
 from ..metrics.metric import Column
-from ..planning import lora
+from ..results import curves
+from ..running import sweeps
 from ..terminal import tables
 
 Trace = dict[str, Any]
@@ -72,12 +71,6 @@ def _sentence(trace: Trace) -> str:
 
 def _axis(title: str, **more: Any) -> dict[str, Any]:
     return {"title": {"text": title}, **more}
-
-
-def _log(title: str) -> dict[str, Any]:
-    """An axis of percentages over several powers of ten; Plotly would leave out the zeros."""
-    ticks = [float(f"{digit}e{power}") for power in range(-4, 2) for digit in (1, 2, 5)]
-    return _axis(title, type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
 
 
 def _categories() -> dict[str, Any]:
@@ -183,16 +176,14 @@ def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
 
 def memory(runs: Sequence[Row]) -> Figure | None:
     """Planned beside measured memory of rows with member, planned_gib, peak_memory_gib and memory_kind."""
-    kinds = list(dict.fromkeys(row["memory_kind"] for row in runs if row["peak_memory_gib"] is not None))
-    titles = {"resident": "measured: resident memory of the process, on the CPU"}
-    series = []
-    for kind in kinds:
-        measured = [row for row in runs if row["memory_kind"] == kind]
-        series.append((titles.get(kind, f"measured: {kind}"), "peak_memory_gib", measured))
-    series.append(("planned: for a GPU, reserved and CUDA's own", "planned_gib", list(runs)))
+    kinds = dict.fromkeys(row["memory_kind"] for row in runs if row["peak_memory_gib"] is not None)
+    on_cpu = "resident memory of the process, on the CPU"
+    measured = f"measured: {', '.join(on_cpu if kind == 'resident' else kind for kind in kinds)}"
     traces = []
-    for i, (name, key, rows) in enumerate(series):
-        if known := [(row["member"], row[key]) for row in rows if row[key] is not None]:
+    for i, (name, key) in enumerate(
+        {measured: "peak_memory_gib", "planned: for a GPU, reserved and CUDA's own": "planned_gib"}.items()
+    ):
+        if known := [(row["member"], row[key]) for row in runs if row[key] is not None]:
             traces.append(_bars(name, known, i, [f"{gib:.2f}" for _, gib in known]))
     note = ""
     if len(traces) > 1 and "resident" in kinds:
@@ -204,97 +195,94 @@ def memory(runs: Sequence[Row]) -> Figure | None:
     return Figure("memory", "Memory at the peak", traces, x, _categories(), note, layout) if traces else None
 
 
-def distributions(of_columns: Sequence[tuple[str, Column, dict[str, Sequence[Row]]]]) -> Iterator[Figure]:
-    """The distribution of each score over the rows of each run.
-
-    Args:
-        of_columns: for each the heading, the column, and the rows of the runs that are scored with it, by name.
-    """
-    for number, (heading, column, runs) in enumerate(of_columns):
-        score = column.name
-        columns = {
-            name: values
-            for name, rows in runs.items()
-            if (values := [row[score] for row in rows if row.get(score) is not None])
-        }
-        if not columns:
-            continue
-        ends = min(map(min, columns.values())), max(map(max, columns.values()))
-        bins = min(max(round(2 * min(map(len, columns.values())) ** 0.5), 8), 40 // min(len(columns), 2))
-        traces = []
-        says = []
-        for i, (name, values) in enumerate(columns.items()):
-            counts, edges = np.histogram(values, bins, ends)
-            form: Trace = {"type": "bar", "marker": {"color": COLOURS[0]}, "width": float(edges[1] - edges[0])}
-            if len(columns) > 1:
-                form = {"type": "scatter", "mode": "lines", "line": _style(i)["line"] | {"shape": "hvh"}}
-            middles = ((edges[:-1] + edges[1:]) / 2).round(4).tolist()
-            traces.append({"name": name, "x": middles, "y": (100 * counts / len(values)).round(4).tolist(), **form})
-            quartiles = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-            says.append(f"{name}: {len(values):,} rows, quartiles {', '.join(map(tables.text_of, quartiles))}")
-        said = "; ".join(says)
-        x = _axis(heading)
-        y = _axis("% of rows", rangemode="tozero")
-        key = score if all(score != other.name for _, other, _ in of_columns[:number]) else f"{score}-{number}"
-        yield Figure(f"spread-{key}", f"{heading} of single rows", traces, x, y, f"{said}.", says=said)
+def sweep(rows: Sequence[Row], scored: sweeps.Columns) -> Iterator[Figure]:
+    """The members of a sweep: the loss over memory, and each score with its interval, where known."""
+    kinds = {row["memory_kind"] for row in rows if row["memory_kind"]}
+    qualities = {sweeps.LOSS: "Validation loss (lower is better)"}
+    qualities |= {name: f"{column.label} ({column.direction})" for name, column in scored.items()}
+    if against := _against(rows, "peak_memory_gib"):
+        title, x = "Validation loss against memory", _axis(f"peak GiB ({', '.join(sorted(kinds))})")
+        yield Figure(f"sweep-memory-{sweeps.LOSS}", title, against, x, _axis(qualities[sweeps.LOSS]), _FRONT)
+    for score, title in qualities.items():
+        if measured := [row for row in rows if row.get(score) is not None]:
+            points = [(row[score], row["member"]) for row in measured]
+            within = [row.get(f"{score}_interval") for row in measured]
+            errors = _interval([value for value, _ in points], within)
+            marker = _style(0)["marker"] | {"size": 11}
+            trace = _scatter(title, "markers", points, marker=marker, error_x=errors, cliponaxis=False)
+            says = ", ".join(f"{member} {tables.text_of(value)}" for value, member in points)
+            note = "" if any(within) else "No intervals: they need seeds, or rows that were evaluated."
+            layout = {"height": 140 + 32 * len(measured)}
+            yield Figure(f"sweep-{score}", title, [trace], _axis(title), _categories(), note, layout, says)
 
 
-def lora_share(rows: Sequence[Row], own: dict[str, tuple[int, float]]) -> Figure:
-    """The trainable share by rank for each model and set of layers of `lora.rows`, and where runs are.
-
-    Args:
-        rows: the rows.
-        own: rank and trainable share of runs by name.
-    """
-    traces = []
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    for model, label in dict.fromkeys((row["model"], row["layers"]) for row in rows):
-        points = [(row["rank"], 100 * row["share"]) for row in rows if (row["model"], row["layers"]) == (model, label)]
-        j = ("attention", "all linear").index(label) + 1 if label in ("attention", "all linear") else 0
-        style = _style(j if len(models) == 1 else models.index(model))
-        style["line"]["dash"] = DASHES[j]
-        name = label if len(models) == 1 else f"{model}, {label}"
-        traces.append(_scatter(name, "lines+markers", points, **style))
-    marker = {"color": GREY, "symbol": "star", "size": 15}
-    traces += [_scatter(name, "markers", [(rank, 100 * share)], marker=marker) for name, (rank, share) in own.items()]
-    x = _axis("rank", type="log", tickvals=list(lora.RANKS), ticktext=list(map(str, lora.RANKS)))
-    y = _log("trainable, % of all parameters")
-    title = f"What LoRA trains of {models[0] if len(models) == 1 else 'these models'}"
-    return Figure("lora", title, traces, x, y, "Counted from the model's sizes; q, v and so on are the layers.")
+_FRONT = (
+    "A filled diamond is on the Pareto front: no other member is better in one of the two and as good in the other."
+)
 
 
-def quantization(rows: Sequence[Row], weights: str) -> Iterator[Figure]:
-    """What the formats of `quantization.measure` lose, by the bits that they take, and NF4 by kind of layer.
+def _against(rows: Sequence[Row], x: str) -> list[Trace]:
+    """Members by a cost and their eval loss, with those on the Pareto front of the two set apart."""
+    y = sweeps.LOSS
+    known = [row for row in rows if row.get(x) is not None and row.get(y) is not None]
+    points = {(row[x], row[y], row["member"]): sweeps.on_front(row, known, x) for row in known}
+    front = sorted(point for point, is_on_front in points.items() if is_on_front)
+    others = [point for point, is_on_front in points.items() if not is_on_front]
+    line = {"dash": "dot", "color": COLOURS[2], "width": 1.5}
+    traces = [_points("on the Pareto front", front, 2, symbol="diamond") | {"mode": "lines+markers+text", "line": line}]
+    furthest = max((cost for cost, _, _ in points), default=None)
+    beside = ["middle left" if cost == furthest else "middle right" for cost, _, _ in others]
+    traces.append(_points("not on it", others, 1, symbol="circle-open") | {"textposition": beside})
+    return [trace for trace in traces if trace["x"]]
 
-    Args:
-        rows: the rows.
-        weights: whose they are.
-    """
-    series: dict[str, list[tuple[float, float, str]]] = {}
-    for row in rows:
-        if row["layer"] == "all":
-            kind = ", one scale a tensor" if row["block"] == "tensor" else " + double" if row["double"] else ""
-            point = (row["bits"], 100 * row["relative_error"], str(row["block"]))
-            series.setdefault(f"{row['format']}{kind}", []).append(point)
-    int8 = series.pop("int8", [])  # so far off that the others could not be distinguished
+
+def study(of_study: Study, rows: Sequence[Row], column: Column) -> Figure | None:
+    """A score of `verdict.rows` with its interval beside the published one and its ±."""
+    name = column.name
+    ours = [row for row in rows if row[name] is not None]
+    if not ours:
+        return None
+    short = {row["recipe"]: row["recipe"].removeprefix(f"{of_study.folder.name}/") for row in rows}
+    within = [None if row[f"{name}_low"] is None else (row[f"{name}_low"], row[f"{name}_high"]) for row in ours]
+    points = [(row[name], short[row["recipe"]]) for row in ours]
+    errors = _interval([value for value, _ in points], within)
+    marker = _style(0)["marker"] | {"size": 11}
+    traces = [_scatter("ours, with its 95 % interval", "markers", points, marker=marker, error_x=errors)]
+    if known := [row for row in rows if row[f"{name}_published"] is not None]:
+        published = [(row[f"{name}_published"], short[row["recipe"]]) for row in known]
+        spread = [_around(row[f"{name}_published"], row[f"{name}_spread"]) for row in known]
+        marker = {"color": COLOURS[1], "symbol": "diamond-open", "size": 12, "line": {"width": 2}}
+        more = {"error_x": _interval([value for value, _ in published], spread)} if any(spread) else {}
+        title = "published, with its ±" if any(spread) else "published"
+        traces.append(_scatter(title, "markers", published, marker=marker, **more))
+        within = [*within, *spread]
+    says = "; ".join(
+        f"{short[row['recipe']]} {tables.text_of(row[name])}, published {tables.text_of(row[f'{name}_published'])}"
+        for row in rows
+    )
+    layout = {"height": 220 + 34 * len(rows)}
+    values = [x for trace in traces for x in trace["x"]] + [end for interval in within for end in interval or ()]
+    room = 0.05 * (max(values) - min(values)) or 1.0
+    x = _axis(column.label, range=[min(values) - room, max(values) + room])  # a line alone would lie on the frame
+    return Figure(f"study-{name}", f"{column.label} of the study's recipes", traces, x, _categories(), "", layout, says)
+
+
+def curve(number: int, name: str, metrics: Sequence[Row], published: Sequence[curves.Point]) -> Figure:
+    """A run's training loss over the published curve of what it tries for."""
+    theirs = {"color": COLOURS[1], "dash": DASHES[1], "width": 3}
+    ours = curves.over_the_same_steps(metrics, published)
     traces = [
-        _points(name, points, i) | {"mode": "lines+markers", "line": _style(i)["line"]}
-        for i, (name, points) in enumerate(series.items())
+        _curve(f"{name}, step by step", metrics, "loss", 0) | {"line": {"color": GREY, "width": 1}},
+        _scatter(
+            "published", "lines+markers", published, line=theirs, marker={"color": COLOURS[1], "symbol": "square"}
+        ),
+        _scatter(f"{name}, mean over the same steps", "lines+markers", ours, **_style(0)),
     ]
-    note = f"Of {weights}. The points of a line are blocks of 64 to 4,096 values that share a scale, the smallest at "
-    note += "the right; double: the scales are quantized too."
-    if int8:
-        bits, errors, _ = zip(*int8, strict=True)
-        note += (
-            f" int8 takes {min(bits):.3g} to {max(bits):.3g} bits and loses {min(errors):.3f}% to {max(errors):.3f}%."
-        )
-    x = _axis("bits a parameter")
-    y = _log("error, % of the weights' power")
-    yield Figure("formats", "What 4 bits lose, and what they take", traces, x, y, note)
-    layers = [row for row in rows if (row["format"], row["block"], row["double"]) == ("nf4", 64, True)]
-    errors_by_layer = [(row["layer"], 100 * row["relative_error"]) for row in layers]
-    bars = _bars("NF4", errors_by_layer, 0, [f"{row['snr_db']:.1f} dB" for row in layers])
-    note = "NF4 in doubly quantized blocks of 64, as in the recipes; beside a bar its signal-to-noise ratio."
-    x = _axis("error, % of the weights' power", rangemode="tozero")
-    layout = {"height": 120 + 30 * len(layers)}
-    yield Figure("layers", "What NF4 loses by kind of layer", [bars], x, _categories(), note, layout)
+    note = "A point is the mean loss of the steps since the point before."
+    step, loss = _axis("optimizer step", rangemode="tozero"), _axis("training loss")
+    title = f"Training loss of {name}, and the published one"
+    return Figure(f"curve-{number}", title, [trace for trace in traces if trace["x"]], step, loss, note)
+
+
+def _around(value: float, spread: float | None) -> tuple[float, float] | None:
+    return None if spread is None else (value - spread, value + spread)

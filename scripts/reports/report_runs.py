@@ -1,7 +1,7 @@
-"""The runs of a report, and the rows of its tables."""
+"""The runs of a report, the rows of its tables, and the predictions that its reader shows."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,16 +13,16 @@ import orjson
 from .. import backends
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.files import Row, sha256
+from ..base.files import Row, json_rows, sha256
 from ..base.private import is_secret
-from ..configs import config, datafiles
+from ..configs import config
 from ..data import study
 from ..metrics import registry
 from ..metrics.metric import Column
 from ..results import comparable, curves, listing, run_rows
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
-from ..scores.evaluations import Evaluation, read_predictions
+from ..scores.evaluations import BASE_MODEL, Evaluation, EvaluationSettings, read_predictions
 from ..scores.judges import record_of
 from ..terminal import tables
 
@@ -116,46 +116,6 @@ def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None
     ]
 
 
-def tiles(reported: ReportedRun) -> Iterator[tuple[str, Any, str]]:
-    """What a reader looks for first in a run: a name, a value, and a remark."""
-    row = reported.row
-    summary = reported.run.summary
-    epochs = f"{summary.epoch:.2f} epochs" if summary.epoch else ""
-    early = "early stopping" if row["ended"] == "early stopping" else ""
-    yield (
-        "State",
-        row["state"],
-        "; ".join(filter(None, [f"step {row['step']} of {row['steps'] or '?'}", epochs, early, row["trouble"]])),
-    )
-    losses = [
-        ("Validation loss", row["eval_loss"], f"from {tables.text_of(row['eval_loss_first'])}"),
-        (listing.AXOLOTL_EVAL_LOSS, row["eval_loss_axolotl"], f"from {tables.text_of(summary.eval_loss_first)}"),
-        ("Training loss", summary.loss, "of the last step"),
-    ]
-    yield from [loss for loss in losses if loss[1] is not None][:1]
-    if row["evaluation"]:
-        yield "Evaluation", row["evaluation"], "its adapter, test rows or predictions have changed since; not shown"
-    intervals = (reported.evaluation.scores.get("intervals") if reported.evaluation else None) or {}
-    for score, column in reported.columns.items():
-        if row[score] is not None and not column.metric.of_all:
-            within = f"95 %: {tables.text_of(intervals[score])}" if intervals.get(score) else ""
-            compared = row[f"{score}_difference"] is not None
-            published = f"published {tables.text_of(row[f'{score}_published'])}" if compared else ""
-            yield column.label, row[score], "; ".join(filter(None, [within, published]))
-    costs = [
-        ("Peak memory", row["peak_memory_gib"], "{:.2f} GiB", f"measured: {row['memory_kind']}"),
-        ("Throughput", row["tokens_per_second"], "{:,.0f} tokens/s", "without padding"),
-        ("Time in steps", row["train_seconds"] and _duration(row["train_seconds"]), "{}", ""),
-    ]
-    yield from ((name, form.format(value), remark) for name, value, form, remark in costs if value)
-    others = "not the recipe's: no published score compares"
-    if row["other_base_model"]:
-        yield "Base model", reported.from_cwd(row["other_base_model"]), others
-    if row["other_data"]:
-        named = [str(dataset.get("path")) for _, dataset in datafiles.datasets(reported.config, "datasets")]
-        yield "Data", ", ".join(map(reported.from_cwd, named)), others
-
-
 def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
@@ -165,15 +125,6 @@ def _duration(seconds: float) -> str:
 def headings(runs: Sequence[ReportedRun]) -> dict[str, Column]:
     """What some runs are scored with, by headings; two metrics of one name have two."""
     return registry.distinct(column for reported in runs for column in reported.columns.values())
-
-
-def scored_rows(runs: Sequence[ReportedRun]) -> list[tuple[str, Column, dict[str, Sequence[Row]]]]:
-    """For each score that rows have its heading and column, and the rows of the runs that are scored with it."""
-    return [
-        (heading, column, {r.label: r.predictions for r in runs if column.same_scores(r.columns.get(column.name))})
-        for heading, column in headings(runs).items()
-        if column.metric.of_rows
-    ]
 
 
 def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
@@ -200,6 +151,8 @@ def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
         "of": row["memory_kind"],
         "tokens/s": _whole(row["tokens_per_second"]),
         "time in steps": _duration(row["train_seconds"]),
+        "trouble": row["trouble"],
+        "evaluation": row["evaluation"],
     }
 
 
@@ -328,23 +281,65 @@ def provenance(reported: ReportedRun) -> dict[str, Any]:
     }
 
 
-def sweep_row(row: Row, keys: Sequence[str], scored: Mapping[str, Column]) -> Row:
-    """A member's row, with its values of the keys that vary, and its scores."""
-    scores: Row = {}
-    for score, title in ({"eval_loss": "eval loss"} | {name: column.label for name, column in scored.items()}).items():
-        scores |= {title: row[score], f"{title} 95 %": row.get(f"{score}_interval")}
+def reader(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
+    """For each file of test rows its references and diffs, and every model's predictions."""
+    files: dict[str, dict[str, Any]] = {}
+    for reported in runs:
+        sources = [(reported.label, reported.evaluation, reported.predictions)]
+        if reported.base_evaluation and len(runs) == 1:
+            base = read_predictions(reported.folder.path / "evaluations" / BASE_MODEL)
+            sources.append(("the base model alone", reported.base_evaluation, base))
+        for label, evaluation, rows in sources:
+            if evaluation and rows:
+                settings = evaluation.settings
+                new = {"reported": reported, "settings": settings, "rows": {}, "models": []}
+                of_file = files.setdefault(settings.data_sha256, new)
+                by_number = {row["row"]: row for row in rows}
+                of_file["rows"] = by_number | of_file["rows"]
+                of_file["models"].append((label, by_number, evaluation.columns))
+    return [_columns(**of_file) for of_file in files.values()]
+
+
+def _columns(
+    reported: ReportedRun,
+    settings: EvaluationSettings,
+    rows: dict[int, Row],
+    models: list[tuple[str, dict[int, Row], dict[str, Column]]],
+) -> Row:
+    """A file's rows as columns, which are small and quick to search."""
+    numbers = sorted(rows)
+    diffs, why = _diffs(reported, settings)
+    shown = []
+    for label, by_number, columns in models:
+        values = [by_number.get(number, {}) for number in numbers]
+        scores = {
+            column.label: [None if row.get(name) is None else round(row[name], 4) for row in values]
+            for name, column in columns.items()
+            if any(row.get(name) is not None for row in values)
+        }
+        shown.append({"label": label, "predictions": [row.get("prediction") for row in values], "scores": scores})
     return {
-        "member": row["member"],
-        **{key: _on_one_line(row["values"].get(key)) for key in keys},
-        **scores,
-        "trainable": None if row["trainable"] is None else f"{row['trainable']:,}",
-        "share": None if row["trainable_share"] is None else f"{row['trainable_share']:.2%}",
-        "measured GiB": row["peak_memory_gib"],
-        "of": row["memory_kind"],
-        "planned GiB": row["planned_gib"],
-        "minutes": None if row["train_seconds"] is None else row["train_seconds"] / 60,
-        "tokens/s": _whole(row["tokens_per_second"]),
-        "Pareto front": "yes" if row["pareto"] else "",
-        "best": "yes" if row["best"] else "",
-        "runs": ", ".join(row["states"]),
+        "data": reported.from_cwd(settings.data),
+        "row": numbers,
+        "idx": [rows[number].get("idx") for number in numbers],
+        "language": [rows[number].get("lang") for number in numbers],
+        "reference": [rows[number]["reference"] for number in numbers],
+        "diff": [diffs[number] if number < len(diffs) else "" for number in numbers] if diffs else None,
+        "why": why,
+        "models": shown,
     }
+
+
+def _diffs(reported: ReportedRun, settings: EvaluationSettings) -> tuple[list[str], str]:
+    """The inputs of the rows that were evaluated, in their order, or the reason why they cannot be shown."""
+    file = Path(reported.run.cwd, settings.data)
+    name = reported.from_cwd(settings.data)
+    if not Path(settings.data).is_absolute() and not file.is_file():
+        return [], f"Inputs are shown of rows in one JSONL file; these are {name}."
+    if not file.is_file():
+        return [], f"The diffs are not shown: {name} is no longer there."
+    if sha256(file) != settings.data_sha256:
+        return [], f"The diffs are not shown: {name} has changed since the evaluation (its SHA-256 differs)."
+    with file.open("rb") as lines:
+        inputs = [str(row.get("input", "")) for row in json_rows(lines, file, ())]
+    return (inputs, "") if any(inputs) else ([], "These rows have no field input.")

@@ -20,7 +20,7 @@ def show(sweep: Sweep, scored: Columns, rows: list[dict[str, Any]], best: str | 
         title = f"{title}. {REHEARSALS}"
     spare = ("minutes", "trained", "95 %", "planned GiB", "eval loss")
     asked = {best: scored[best]} if best and best in scored else {}
-    tables.write([_short(sweep, dict([*scored.items()][:1]) | asked, row) for row in rows], form, title, spare=spare)
+    tables.write([cells(sweep, dict([*scored.items()][:1]) | asked, row) for row in rows], form, title, spare=spare)
     for line in notes(sweep, scored, rows, best):
         tables.print_text(line)
 
@@ -40,8 +40,8 @@ def notes(sweep: Sweep, scored: Columns, rows: list[dict[str, Any]], best: str |
     return lines
 
 
-def _short(sweep: Sweep, scored: Columns, row: dict[str, Any]) -> dict[str, Any]:
-    """The cells of a row that fit a terminal: the first score with its interval, and the one that the best is by."""
+def cells(sweep: Sweep, scored: Columns, row: dict[str, Any]) -> dict[str, Any]:
+    """A member's row: its values of the keys that vary, its scores, the first with its interval, and its costs."""
     first, *others = scored.values()
     values = {key: _yaml(row["values"].get(key)) for key in sweep.keys if not row["member"].startswith(f"{key}=")}
     wanted = max(len(row["seeds"]), 1)

@@ -10,7 +10,6 @@ from small_ladder import RECIPE
 
 from qlora_recipes.data import study
 from qlora_recipes.data.study import Decoding
-from qlora_recipes.reports import report, report_comparisons
 from qlora_recipes.results import ladder, verdict
 from qlora_recipes.scores.evaluations import SCORES
 from qlora_recipes.scores.released import Released
@@ -132,22 +131,6 @@ def test_a_score_by_a_metric_declared_otherwise_is_none(runs: Path) -> None:
     file = next(runs.rglob(SCORES))
     file.write_text(file.read_text().replace('{"metric":"bleu4"}', '{"metric":"chrf"}'))
     assert says(runs)["predictions"] is None
-
-
-def test_a_report_draws_the_ladder(runs: Path, tmp_path: Path) -> None:
-    trained(runs, 45.0)
-    of_study = small_ladder.read()
-    assert "ladder-bleu4" not in report.of_study(of_study, False, runs, analyze=False)
-    predicted(runs, 50.0)
-    html = report.of_study(of_study, False, runs, analyze=False)
-    for text in ('data-figure="ladder-bleu4"', "generation and training differ by -5.00", "adapter: not evaluated yet"):
-        assert text in html, text
-    rows = ladder.begun(of_study, runs, False, verdict.rows(of_study, runs, False))
-    figure = report_comparisons.ladder(of_study, rows, of_study.first)
-    assert figure
-    mine = next(trace for trace in figure.traces if trace["name"] == "mine")
-    assert list(zip(mine["x"], mine["y"], strict=True)) == [(50, "published"), (50, "predictions"), (45, "training")]
-    assert figure.y["categoryarray"] == ["published", "predictions", "training"]
 
 
 def test_the_first_studies_ladders_are_declared() -> None:
