@@ -153,6 +153,8 @@ def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
         "time in steps": _duration(row["train_seconds"]),
         "trouble": row["trouble"],
         "evaluation": row["evaluation"],
+        "other base model": row["other_base_model"],
+        "other data": "yes" if row["other_data"] else None,
     }
 
 

@@ -17,8 +17,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import sha256, write_rows
 from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.configs import config, datafiles
-from qlora_recipes.reports import report_reader
-from qlora_recipes.reports.report_runs import reported_runs
+from qlora_recipes.reports.report_runs import reader, reported_runs
 from qlora_recipes.runs.rundir import Run, RunDir, Summary
 from qlora_recipes.scores import evaluate, evaluation_rows
 from qlora_recipes.scores.evaluations import Evaluation, read_predictions, read_scores
@@ -197,7 +196,7 @@ def test_results_tables_compare_and_groups_take_own_rows(own: OwnRun, tmp_path: 
 
 def reported(run: RunDir) -> str:
     """Why a report does not show the inputs of a run's rows."""
-    (shown,) = report_reader.reader(reported_runs([run]))
+    (shown,) = reader(reported_runs([run]))
     assert shown["diff"] is None
     return str(shown["why"])
 
