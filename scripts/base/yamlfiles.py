@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -186,36 +186,13 @@ def inside(node: Any, part: str) -> tuple[Any, Any] | None:
     return None
 
 
-def in_words(error: Any, forms: Mapping[str, str] | None = None) -> str:
-    """A mistake that pydantic found in values from a YAML file, and what to write instead.
+def in_words(error: Any) -> str:
+    """A mistake that pydantic found in a value from a YAML file, and the value.
 
     Args:
         error: one of `ValidationError.errors()`.
-        forms: what texts of some patterns are, in words.
     """
-    wanted = dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "keys with values")
-    wanted |= dict.fromkeys(("list_type", "tuple_type"), "a list, as in [a, b]")
-    wanted |= {
-        "string_type": "text",
-        "bool_type": "true or false",
-        "int_type": "a whole number",
-        "float_type": "a number",
-    }
-    if error["type"] in wanted:
-        return f"expected {wanted[error['type']]} instead of {write_flow(error['input']):.60}"
-    bounds = {
-        "greater_than_equal": "at least {ge}",
-        "greater_than": "more than {gt}",
-        "less_than_equal": "at most {le}",
-    }
-    bounds |= {"literal_error": "one of {expected}", "string_too_short": "text", "string_pattern_mismatch": "{form}"}
-    if error["type"] in bounds:
-        pattern = error["ctx"].get("pattern", "")
-        form = (forms or {}).get(pattern, f"text that {pattern} matches")
-        return (
-            f"expected {bounds[error['type']].format(**error['ctx'], form=form)}, not {write_flow(error['input']):.60}"
-        )
-    least = error.get("ctx", {}).get("min_length", 1)
-    words = {"too_short": "holds nothing; give at least one" if least == 1 else f"give at least {least}"}
-    words |= {"extra_forbidden": "no such key here; correct its name or delete it", "missing": "is missing; add it"}
-    return words.get(error["type"]) or str(error["msg"]).removeprefix("Value error, ")
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return (
+        message if error["type"] in ("missing", "value_error") else f"{message}, not {write_flow(error['input']):.60}"
+    )

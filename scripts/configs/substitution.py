@@ -8,8 +8,8 @@ from typing import Any
 from ..base.yamlfiles import Config
 from ..data.sample import length_of, twin
 from . import datafiles, models, standin
-from .attention import OLD_KEYS, attention
 from .config import merge, override
+from .precision import OLD_KEYS, attention
 
 OF_SAMPLE = ("datasets", "test_datasets", "sequence_len")  # keys of the profile that fit the shipped sample only
 OF_MODEL = (  # keys of the profile that a base model goes with, and that stay where it does

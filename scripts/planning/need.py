@@ -7,10 +7,9 @@ from typing import Any
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..configs import models
-from ..configs.attention import attention
 from ..configs.engines import engine_of
 from ..configs.gpus import Gpu
-from ..configs.precision import precision
+from ..configs.precision import attention, precision
 from . import lora, steps
 from .planner import GIB, Planner
 

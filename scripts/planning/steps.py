@@ -7,9 +7,8 @@ from typing import Any
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..configs import datafiles
-from ..configs.attention import attention, takes_varlen
 from ..configs.engines import offloads
-from ..configs.precision import precision
+from ..configs.precision import attention, precision, takes_varlen
 from .traces import Step
 
 OPTIMIZER = "adamw_torch_fused"  # Axolotl's default

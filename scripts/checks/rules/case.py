@@ -12,8 +12,8 @@ from typing import Any
 from ...base import paths
 from ...base.yamlfiles import Config
 from ...configs import datafiles, models
-from ...configs.attention import attention
 from ...configs.gpus import Gpu
+from ...configs.precision import attention
 from ..finding import Level
 
 Problems = Iterator[tuple[Level, str, str, str]]

@@ -7,8 +7,7 @@ from pathlib import Path
 from ...base import paths
 from ...base.errors import did_you_mean
 from ...configs import datafiles
-from ...configs.attention import takes_varlen
-from ...configs.precision import precision
+from ...configs.precision import precision, takes_varlen
 from ...data import study
 from .. import schema, turns
 from .case import Case, Problems, rule

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from ...base.machine import torch_cuda
 from ...configs import substitution
-from ...configs.attention import OLD_KEYS, takes_varlen
 from ...configs.compatibility import AMPERE
 from ...configs.config import flatten
-from ...configs.precision import precision, quantized
+from ...configs.precision import OLD_KEYS, precision, quantized, takes_varlen
 from ...data import hub
 from ..finding import Level
 from .case import Case, Problems, rule

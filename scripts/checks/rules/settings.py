@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 from ...base.private import is_secret
-from ...configs.attention import OLD_KEYS
 from ...configs.config import flatten
+from ...configs.precision import OLD_KEYS
 from .. import schema
 from .case import Case, Problems, rule
 
