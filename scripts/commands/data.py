@@ -68,7 +68,7 @@ def fetch_verb(
     rows = fetch.fetch(data, out or data.raw, from_, wanted or [*of_study.fetched, *given])
     tables.print_json(rows) if json else tables.print_table(rows)
     raw = [] if out in (None, data.raw) else [out / file for file in data.raw_files]
-    next_step("data", "prepare", *raw, *study.option(of_study), json=json)
+    next_step("data", "prepare", *raw, "--study", of_study.folder.name, json=json)
 
 
 def _may_be(given: Path, source: str) -> bool:

@@ -53,7 +53,7 @@ class Expression:
         try:
             self._compiled = _JINJA.compile_expression(text, undefined_to_none=False)
         except jinja2.TemplateError as error:
-            raise ValueError(f"{text!r}: {error.message}; text stands in quotes of its own") from None
+            raise ValueError(f"{text!r}: {error.message} (text stands in quotes of its own)") from None
 
     def value(self, fields: Mapping[str, Any]) -> Any:
         """The value for the fields of a row.

@@ -187,10 +187,16 @@ def _load(file: Path, _: int) -> Study:
     try:
         study = Study.model_validate(yamlfiles.read_yaml(file) | {"folder": folder})
     except ValidationError as error:
-        raise refusal(file, ((tuple(map(str, found["loc"])), found["msg"]) for found in error.errors())) from None
+        raise refusal(file, map(_mistake, error.errors())) from None
     if mistakes := list(study.mistakes()):
         raise refusal(file, mistakes)
     return study
+
+
+def _mistake(found: Any) -> Mistake:
+    """An error of pydantic's; of a key it names the place of the value."""
+    place = tuple(str(part) for part in found["loc"] if part != "[key]")
+    return place, found["msg"].removeprefix("Value error, ")
 
 
 def refusal(file: Path, mistakes: Iterable[Mistake]) -> UserError:
@@ -223,11 +229,6 @@ def _loaded(folder: Path) -> Study | None:
         return None
 
 
-def option(study: Study) -> list[str]:
-    """The option that names a study, where there are several."""
-    return ["--study", study.folder.name] if len(paths.studies()) > 1 else []
-
-
 def with_data(key: str | None) -> Study:
     """The first study on a data set, given by its name or a part of that, or by a study's. None means the only one.
 
@@ -257,8 +258,7 @@ def input_format(path: str) -> str | None:
 
 
 def fetching(path: str) -> str | None:
-    """What the user runs to have a file, or a folder with such, that a study's data set has beside its rows; None for
-    any other path."""
+    """The command that fetches a file or folder among a study's raw files; None for any other path."""
     for study in every():
         raw = study.data.raw
         if Path(path).is_relative_to(raw) and any((raw / file).is_relative_to(path) for file in study.data.files):
@@ -267,15 +267,14 @@ def fetching(path: str) -> str | None:
 
 
 def preparation(path: str) -> str | None:
-    """What the user runs to have a file of prepared rows written; None for one that this does not write."""
+    """Commands that write a file of prepared rows; None for a file that they do not write."""
     for study, name in preparing(path):
         if Path(path).name not in {f"{split}.jsonl" for split in (*study.data.splits, *study.data.subsets)}:
             continue
-        of_study = "".join(f" {word}" for word in option(study))
         of_format = "" if name == next(iter(study.data.formats)) else f" --input-format {name}"
         fetched = all((study.data.raw / file).is_file() for file in study.data.raw_files)
-        first = "" if fetched else f"`recipe data fetch{f' {study.data.key}' if of_study else ''}` and "
-        return f"{first}`recipe data prepare{of_study}{of_format}`"
+        first = "" if fetched else f"`recipe data fetch {study.data.key}` and "
+        return f"{first}`recipe data prepare --study {study.folder.name}{of_format}`"
     return None
 
 

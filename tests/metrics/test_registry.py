@@ -138,3 +138,8 @@ def test_what_an_older_version_recorded_is_told_by_its_scores() -> None:
     assert list(registry.recorded(old)) == ["bleu4", "sacrebleu"]
     newer = {"metrics": {"accuracy": {"metric": "number"}, "unknown": {"metric": "of the future"}}}
     assert list(registry.recorded(newer)) == ["accuracy"]
+
+
+def test_a_parameter_of_an_earlier_version_is_known() -> None:
+    recorded = registry.recorded({"metrics": {"accuracy": {"metric": "number", "parsed_as": "peft"}}})
+    assert recorded["accuracy"].entry["parser"] == "peft"
