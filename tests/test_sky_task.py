@@ -72,7 +72,7 @@ def begun(checkout: Path, section: str, **envs: str) -> "subprocess.Popen[bytes]
 def done(checkout: Path, section: str, **envs: str) -> tuple[int, str]:
     """The exit code of a section, and what it says."""
     process = begun(checkout, section, **envs)
-    _, said = process.communicate(timeout=600)
+    _, said = process.communicate(timeout=900)
     return process.returncode, said.decode()
 
 
@@ -111,7 +111,7 @@ def kill(process: "subprocess.Popen[bytes]") -> None:
 
 
 def wait_until(holds: Callable[[], object], process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not holds():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
