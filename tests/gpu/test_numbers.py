@@ -25,7 +25,6 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import sha256
 from qlora_recipes.base.paths import find_recipe
 from qlora_recipes.configs import standin
-from qlora_recipes.configs.fitting import AMPERE
 from qlora_recipes.configs.precision import precision
 from qlora_recipes.data.sample import usual_sample
 from qlora_recipes.data.study import Decoding
@@ -208,7 +207,7 @@ def scale_of(model: Any, inputs: torch.Tensor) -> float | None:
 
 def test_packed_rows_do_not_see_each_other(judge: Judge) -> None:
     """With the attention that Axolotl takes (loaders/patch_manager.py), on a GPU in half precision."""
-    if GPU and GPU.capability >= AMPERE:
+    if GPU and BF16:  # from Ampere on
         patch_sdpa_varlen()
     folder, dtype = standin.model_folder(), HALF if GPU else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=DEVICE, attn_implementation="sdpa")
