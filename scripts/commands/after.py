@@ -137,11 +137,11 @@ def _show_sweep(name: str, best: str | None, runs: Path, form: tables.Form) -> N
 
 def _show_study(name: str, rehearse: bool, runs: Path, form: tables.Form) -> None:
     from ..data import study
-    from ..results import ladder, study_tables, verdict
+    from ..results import study_tables, verdict
 
     of_study = study.find(name)
     rows = verdict.rows(of_study, runs, rehearse)
-    study_tables.show(of_study, rows, rehearse, form, ladder.begun(of_study, runs, rehearse, rows))
+    study_tables.show(of_study, rows, rehearse, form)
 
 
 @verbs.command(

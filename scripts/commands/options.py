@@ -163,9 +163,6 @@ FetchedJudge = Annotated[
         "--bertscore", metavar="MODEL|none", help="BERTScore's model; by default roberta-large, which training fetches."
     ),
 ]
-JudgeLayer = Annotated[
-    int | None, typer.Option("--bertscore-layer", min=1, help="Its layer, where bert-score has no default for it.")
-]
 Metrics = Annotated[
     list[str] | None,
     typer.Option(
@@ -207,7 +204,7 @@ Best = Annotated[
 RehearseAll = Annotated[
     bool, typer.Option("--rehearse", help="Try all of it on the CPU: small model, few rows, no network.")
 ]
-FromRung = Annotated[
+FromStage = Annotated[
     Literal["predictions", "adapter", "training"],
     typer.Option(
         "--from",
@@ -233,10 +230,6 @@ OfLedger = Annotated[
 DecodingName = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Decode in a further way that the study declares; shown beside the usual one."),
-]
-PromptsFile = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Write the exact prompts instead, to make the predictions elsewhere."),
 ]
 PairOfRuns = Annotated[
     tuple[str, str] | None,

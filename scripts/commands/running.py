@@ -14,12 +14,10 @@ from . import completion
 from .help import Verb
 from .next_step import after_training, name_of, next_step
 from .options import (
-    BatchSize,
     Best,
     Force,
     Jobs,
     Json,
-    JudgeLayer,
     JudgeModel,
     Mirror,
     Name,
@@ -171,8 +169,6 @@ def sweep_verb(
         int | None, typer.Option(metavar="N", min=1, help="Evaluate the first N test rows; in a rehearsal 12.")
     ] = None,
     bertscore: JudgeModel = None,
-    bertscore_layer: JudgeLayer = None,
-    batch_size: BatchSize = None,
     best: Best = None,
     force: Force = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan all members, and start none.")] = False,
@@ -189,7 +185,7 @@ def sweep_verb(
     sweeps.check_best(best, sweeps.of_recipe(name))
     request = Request(name, profiles=profile or [], rehearse=rehearse, mirror=mirror, force=force or [])
     request.rehearse = is_rehearsal(request)
-    evaluation = EvaluationRequest(limit=limit, judge=bertscore, judge_layer=bertscore_layer, batch_size=batch_size)
+    evaluation = EvaluationRequest(limit=limit, judge=bertscore)
     backend = backend_of(on, slurm, request.rehearse, jobs)
     card = gpus.find(gpu) if gpu else None
     record, outcomes = sweep.sweep(

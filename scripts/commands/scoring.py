@@ -3,7 +3,7 @@
 import shutil
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -19,11 +19,9 @@ from .options import (
     DecodingName,
     Force,
     Json,
-    JudgeLayer,
     JudgeModel,
     Metrics,
     On,
-    PromptsFile,
     RunName,
     Runs,
     SlurmOptions,
@@ -42,11 +40,11 @@ Limit = Annotated[
     typer.Option(min=1, help="Evaluate at most this many rows, from the first on; by default 12 in a rehearsal."),
 ]
 Adapter = Annotated[
-    str | None, typer.Option(metavar="DIR|none", help="Another adapter, or none for the base model alone.")
-]
-Predictions = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Take the predictions that were made elsewhere for --export-prompts' rows."),
+    str | None,
+    typer.Option(
+        metavar="DIR|HUB ID|none",
+        help="Another adapter, under a run's config or, where RUN names a recipe, under that; none is the base model.",
+    ),
 ]
 Checkpoints = Annotated[
     bool,
@@ -55,22 +53,16 @@ Checkpoints = Annotated[
     ),
 ]
 EngineName = Annotated[
-    Literal["transformers", "vllm"],
-    typer.Option("--engine", help="What generates: vllm is much faster, and installed by `make vllm`."),
-]
-Server = Annotated[
-    str | None,
-    typer.Option("--server", metavar="URL", help="Generate by a server with OpenAI's protocol, as vLLM's or Ollama's."),
+    str,
+    typer.Option(
+        "--engine",
+        metavar="transformers|vllm|URL",
+        help="What generates: vllm is much faster, and `make vllm` installs it; URL is a server with OpenAI's "
+        "completions, such as Ollama's.",
+    ),
 ]
 ServersModel = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="The server's name for the run's base model and adapter.")
-]
-AgreementRows = Annotated[
-    int,
-    typer.Option(min=0, metavar="N", help="How many rows vLLM or a server and transformers are compared on first."),
-]
-AcceptDifference = Annotated[
-    bool, typer.Option("--accept-difference", help="Go on though they answer differently, and record that.")
 ]
 verbs = typer.Typer()
 
@@ -90,15 +82,9 @@ def evaluate_verb(
     decoding: DecodingName = None,
     batch_size: BatchSize = None,
     engine: EngineName = "transformers",
-    server: Server = None,
     model: ServersModel = None,
-    agreement_rows: AgreementRows = 32,
-    accept_difference: AcceptDifference = False,
     metric: Metrics = None,
     bertscore: JudgeModel = None,
-    bertscore_layer: JudgeLayer = None,
-    export_prompts: PromptsFile = None,
-    predictions: Predictions = None,
     checkpoints: Checkpoints = False,
     force: Force = None,
     on: On = "local",
@@ -108,38 +94,21 @@ def evaluate_verb(
 ) -> None:
     """Generate predictions for test rows with a run's adapter, and score them."""
     from ..running import evaluation
-    from ..runs.lookup import find_run
     from ..runs.rundir import RunDir
-    from ..scores import choice, evaluate, evaluations
+    from ..scores import choice, evaluations
     from ..scores.task import EvaluationRequest
 
-    for option, value in (("--export-prompts", export_prompts), ("--predictions", predictions)):
-        only_with(option, value, "--on local", on == "local", "it needs no GPU")
-    exclusive({"--checkpoints": checkpoints, "--export-prompts": export_prompts, "--predictions": predictions})
     exclusive({"--checkpoints": checkpoints, "--adapter": adapter})
-    exclusive({"--server": server, "--engine vllm": engine == "vllm", "--predictions": predictions})
-    only_with("--model", model, "--server", server)
-    exclusive({"--checkpoints": checkpoints, "--server": server})
-    exclusive({"--export-prompts": export_prompts, "--server": server, "--engine vllm": engine == "vllm"})
-    only_with("--accept-difference", accept_difference, "--server or --engine vllm", server or engine == "vllm")
-    if server:
-        from ..scores.engines import api
+    request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, bertscore, metric or [], decoding)
+    request.checkpoints, request.force, request.engine, request.model = checkpoints, force or [], engine, model
+    only_with("--model", model, "--engine URL", request.server)
+    exclusive({"--checkpoints": checkpoints, "--engine URL": request.server})
+    if request.server:
+        from ..scores.engines import server
 
-        api.at(server)  # an address that has to be refused is noted nowhere
-    request = EvaluationRequest(
-        data, limit, adapter, max_new_tokens, batch_size, bertscore, bertscore_layer, metric or [], decoding
-    )
-    request.predictions, request.checkpoints, request.force = predictions, checkpoints, force or []
-    request.engine, request.server, request.model = engine, server, model
-    request.agreement_rows, request.accept_difference = agreement_rows, accept_difference
-    folder = find_run(run, runs)
+        server.at(request.server)  # an address that has to be refused is noted nowhere
     backend = backend_of(on, slurm)
-    if export_prompts:
-        count = evaluate.export_prompts(folder, request, export_prompts)
-        say(f"{count} prompts; add the field prediction to each row; --predictions {export_prompts} then scores them")
-        print(export_prompts)
-        return
-    evaluated = evaluation.start(folder, request, runs, backend)
+    folder, evaluated = evaluation.of_name(run, request, runs, backend)
     if isinstance(evaluated, RunDir):
         print(evaluated.path)
         next_step("results", runs=runs, json=json)
@@ -164,7 +133,6 @@ def score_verb(
     ] = "prediction",
     reference_field: Annotated[str, typer.Option(metavar="FIELD", help="The field with the reference.")] = "reference",
     bertscore: JudgeModel = None,
-    bertscore_layer: JudgeLayer = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the rows with their own scores to a JSONL file.")
     ] = None,
@@ -177,7 +145,7 @@ def score_verb(
 
     columns = of_predictions(columns_of(None, metric or []))
     rows = read_pairs(file, prediction_field, reference_field)
-    judged = judges.of_columns(columns, bertscore, bertscore_layer)
+    judged = judges.of_columns(columns, bertscore)
     with Bar("scoring", 1):
         scores, rows = score(rows, columns, judged)
     if out:

@@ -47,7 +47,7 @@ class Judge(Parameters):
     def not_loaded(self, error: Exception) -> WorkFailed:
         return WorkFailed(
             f"BERTScore: {self.model} cannot be loaded: {str(error).splitlines()[0]}; `--bertscore none` leaves it "
-            "out, `--bertscore DIR --bertscore-layer N` takes a model's folder"
+            "out, `--bertscore DIR` takes a model's folder"
         )
 
 
@@ -85,5 +85,5 @@ def layer_of(by: Judge) -> int:
         raise by.not_loaded(error) from None
     layer = by.layer or bert_score.utils.model2layers.get(Path(by.model).name)
     if layer is None or not 0 < layer <= layers:
-        raise UserError(f"--bertscore-layer: name one of the {layers} layers of {by.model}")
+        raise UserError(f"bertscore_f1: name one of the {layers} layers of {by.model} with the parameter layer")
     return int(layer)

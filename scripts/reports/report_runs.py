@@ -207,9 +207,8 @@ def scored_on(reported: ReportedRun) -> str:
     """The rows that the evaluation of a run is of."""
     assert reported.evaluation
     settings = reported.evaluation.settings
-    elsewhere = "" if settings.engine == evaluations.REFERENCE else f", predictions by {settings.engine}"
-    elsewhere = ", predictions made elsewhere" if settings.made_elsewhere else elsewhere
-    return f"{settings.rows_in_words} of {reported.from_cwd(settings.data)}{elsewhere}"
+    by = "" if settings.engine == evaluations.REFERENCE else f", predictions by {settings.engine}"
+    return f"{settings.rows_in_words} of {reported.from_cwd(settings.data)}{by}"
 
 
 def settings(reported: ReportedRun) -> dict[str, Any]:

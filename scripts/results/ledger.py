@@ -61,10 +61,10 @@ def _refused(folder: RunDir, run: Run, own: evaluations.Evaluation | None) -> st
         return f"it is {'a rehearsal' if run.rehearsal else run.state}, and a record needs a finished run"
     if own is None or own.settings.adapter_sha256 is None:
         return f"it has no current evaluation of its adapter; {again}"
-    if own.settings.made_elsewhere or not own.settings.stands_for(
-        own.settings.model_copy(update={"engine": evaluations.REFERENCE, "model": None})
-    ):
-        return f"its predictions were {agreement.note(own.settings) or 'made elsewhere'}"
+    if not own.settings.stands_for(own.settings.model_copy(update={"engine": evaluations.REFERENCE, "model": None})):
+        return f"its predictions were {agreement.note(own.settings)}"
+    if run.published_adapter:
+        return f"its adapter {run.published_adapter} was not trained here"
     if not comparable.comparable(own, run, of_study.first):
         rows = f"an evaluation on {of_study.test_title} as study.yaml says"
         return f"it needs the recipe's model and data, and {rows}; {again}"

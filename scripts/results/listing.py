@@ -11,7 +11,7 @@ from ..data import study
 from ..metrics.metric import Column
 from ..runs.lookup import all_runs, readable
 from ..runs.rundir import Run, RunDir
-from ..scores.evaluations import ELSEWHERE, of_run
+from ..scores.evaluations import of_run
 from ..terminal import tables
 from . import comparable, study_tables
 from .run_rows import row
@@ -22,7 +22,7 @@ _SPARE = (
     *("minutes", "tokens/s", "rows", "peak GiB", "base model"),
     *("step", AXOLOTL_EVAL_LOSS, "eval loss", "published", "difference"),
 )
-_BELOW = ("trouble", "changed", "variant of", "jobs", "predictions")
+_BELOW = ("trouble", "changed", "variant of", "jobs", "predictions", "adapter")
 
 
 def _jobs(folder: RunDir, run: Run) -> Iterator[str]:
@@ -62,7 +62,8 @@ def _short(full: dict[str, Any], columns: Mapping[str, Column], decodings: Itera
         "peak GiB": full["peak_memory_gib"],
         "tokens/s": round(full["tokens_per_second"]) if full["tokens_per_second"] else None,
         "minutes": f"{full['train_seconds'] / 60:.1f}",
-        "predictions": "made elsewhere" if full["generated_by"] == ELSEWHERE else full["evaluation"],
+        "predictions": full["evaluation"],
+        "adapter": full["published_adapter"],
         "trouble": full["trouble"],
         "variant of": full["variant_of"],
         "changed": full["changed_keys"] or None,

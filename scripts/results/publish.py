@@ -58,6 +58,8 @@ def publish(
     if run.state != "finished":
         first = "wait for its end" if run.state in ("created", "running") else f"`recipe resume {folder.path}` first"
         raise UserError(f"{folder.path}: the run is {run.state}; {first}")
+    if run.published_adapter:
+        raise UserError(f"{folder.path}: its adapter {run.published_adapter} was not trained here; publish a run's own")
     if not adapter.is_file():
         raise UserError(f"{adapter}: no adapter there; `recipe run {run.recipe}` trains one")
     if tensor_shapes(adapter) is None:

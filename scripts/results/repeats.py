@@ -26,7 +26,7 @@ def of(chosen: Found, candidates: Sequence[Found]) -> list[Found]:
     and evaluated alike on the same rows. Where there are several seeds, only the newest run of each counts: repeating a
     seed says nothing about others. A run that is not finished and evaluated has none."""
     own = evaluations.of_run(chosen[0].path, chosen[1])
-    if chosen[1].state != "finished" or own is None:
+    if chosen[1].state != "finished" or own is None or chosen[1].published_adapter:
         return [chosen]
     trained = _training(*chosen)
     found = [
@@ -35,6 +35,7 @@ def of(chosen: Found, candidates: Sequence[Found]) -> list[Found]:
         if folder.path != chosen[0].path
         and run.recipe == chosen[1].recipe
         and run.state == "finished"
+        and not run.published_adapter
         and run.rehearsal == chosen[1].rehearsal
         and _alike(own, evaluations.of_run(folder.path, run), _ALIKE)
         and trained is not None

@@ -30,6 +30,7 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
         "study": of_study.folder.name if of_study else None,
         "rehearsal": run.rehearsal,
         "state": run.state,
+        "published_adapter": run.published_adapter,
         "jobs": "; ".join(jobs) or None,
         "step": summary.step,
         "steps": summary.max_steps,

@@ -1,6 +1,5 @@
 """How a study's runs are printed beside its published scores: `recipe results --study`."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from ..base.progress import say
@@ -8,7 +7,6 @@ from ..data.published import Score
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..terminal import tables
-from . import ladder
 from .verdict import notes
 
 COSTS = "Other scores, and what they cost"
@@ -126,14 +124,8 @@ def baselines(of_study: Study) -> list[dict[str, Any]]:
     ]
 
 
-def show(
-    of_study: Study,
-    rows: list[dict[str, Any]],
-    rehearsal: bool,
-    form: tables.Form,
-    rungs: Sequence[dict[str, Any]] = (),
-) -> None:
-    """Print the rows of `verdict.rows`, in a form of `tables.Form`; below the tables, the rungs of `ladder.begun`."""
+def show(of_study: Study, rows: list[dict[str, Any]], rehearsal: bool, form: tables.Form) -> None:
+    """Print the rows of `verdict.rows`, in a form of `tables.Form`."""
     if form == "json":
         tables.write(rows, form)
     elif not rows:
@@ -159,9 +151,6 @@ def show(
                 tables.write(baselines(of_study), form, "To compare with")
             for line in notes(of_study, rows):
                 tables.print_text(line)
-    if rungs and form not in ("json", "csv"):
-        print()
-        ladder.show(of_study, rungs, form)
 
 
 def about(of_study: Study) -> str:

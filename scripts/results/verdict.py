@@ -16,7 +16,7 @@ from ..metrics.metric import Column
 from ..runs import lookup
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations, noise
-from ..scores.evaluations import ELSEWHERE, Evaluation
+from ..scores.evaluations import Evaluation
 from ..scores.judges import record_of
 from . import comparable, curves, repeats, run_rows
 from .repeats import Found
@@ -82,13 +82,15 @@ def usable(runs: Path, rehearsal: bool) -> list[Found]:
     ]
 
 
-def _preference(folder: RunDir, run: Run) -> tuple[bool, bool, bool, bool, str]:
-    """The order in which a recipe's runs speak for it: finished and evaluated, plain, of its seed, new ones last."""
+def _preference(folder: RunDir, run: Run) -> tuple[bool, bool, bool, bool, bool, str]:
+    """The order in which a recipe's runs speak for it: trained here, finished and evaluated, plain, of its seed, new
+    ones last."""
     changed = [text for text in run.overrides if not text.startswith(f"{repeats.SEED}=")]
     plain = not changed and not set(run.profiles) - {REHEARSAL, *TRACKERS} and not run.axolotl_arguments
     evaluated = evaluations.of_run(folder.path, run) is not None
     own_seed = all(difference.key != repeats.SEED for difference in run.differences)
-    return run.state == "finished" and evaluated, evaluated, plain and run.ranks == 1, own_seed, folder.path.name
+    done = run.state == "finished" and evaluated
+    return not run.published_adapter, done, evaluated, plain and run.ranks == 1, own_seed, folder.path.name
 
 
 def study_row(of_study: Study, recipe: str, found: Sequence[Found], rehearsal: bool) -> dict[str, Any]:
@@ -126,6 +128,7 @@ def study_row(of_study: Study, recipe: str, found: Sequence[Found], rehearsal: b
         "recipe": recipe,
         "run": ours.get("run"),
         "state": ours.get("state"),
+        "published_adapter": ours.get("published_adapter"),
         "runs": len(found),
         "rehearsal": rehearsal,
         "rows": ours.get("rows_evaluated"),
@@ -285,8 +288,8 @@ def notes(of_study: Study, rows: list[dict[str, Any]]) -> Iterator[str]:
         yield "A published ± widens what is within the interval: theirs and ours need a value in common."
     yield from _of_intervals(of_study, rows)
     for full in rows:
-        if full["verdict"] and full["generated_by"] == ELSEWHERE:
-            yield f"{full['recipe']}: its predictions were made elsewhere; by what is as their maker says."
+        if full["published_adapter"]:
+            yield f"{full['recipe']}: scores of the adapter {full['published_adapter']}, which was not trained here."
     for name in of_study.decodings:
         if missing := [full for full in rows if full["verdict"] and full[f"{of_study.first.name}_{name}"] is None]:
             yield f"`recipe evaluate {missing[0]['run']} --decoding {name}` shows that decoding beside it."

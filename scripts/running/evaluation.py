@@ -1,5 +1,7 @@
 """The evaluation of a run, in this process or as a job: `recipe evaluate`."""
 
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from .. import backends
@@ -7,17 +9,45 @@ from ..backends import Backend
 from ..backends.slurm import Slurm
 from ..base import yamlfiles
 from ..base.errors import UserError
+from ..base.paths import find_recipe
+from ..runs.lookup import find_run
 from ..runs.rundir import RunDir
 from ..runs.tasks import Outcome, Work
 from ..scores import choice, evaluate, evaluation_rows
 from ..scores.engines.start import require
 from ..scores.evaluations import SERVER, Evaluation
-from ..scores.task import EvaluationRequest, EvaluationTask
+from ..scores.task import BASE, EvaluationRequest, EvaluationTask
+from . import adapters
+
+Evaluated = Evaluation | choice.Choice | RunDir
 
 
-def start(
-    folder: RunDir, request: EvaluationRequest, runs: Path, backend: Backend
-) -> Evaluation | choice.Choice | RunDir:
+def of_name(name: str, request: EvaluationRequest, runs: Path, backend: Backend) -> tuple[RunDir, Evaluated]:
+    """Evaluate a run, see `start`, or an adapter under a recipe, in a run folder that is marked as not trained here.
+
+    Args:
+        name: a run, see `find_run`; with an adapter also a recipe.
+        request: how it is evaluated.
+        runs: the folder with the runs.
+        backend: where it is evaluated.
+    """
+    if request.adapter in (None, BASE) or not _is_recipe(name):
+        folder = find_run(name, runs)
+        return folder, start(folder, request, runs, backend)
+    adapter, label = adapters.located(str(request.adapter))
+    asked = adapters.request_for(name, adapter, request.force)
+    composed = adapters.checked(asked, runs, backend)
+    with adapters.run_of(composed, asked, adapter, label, runs) as folder:
+        return folder, start(folder, replace(request, adapter=None), runs, backend)
+
+
+def _is_recipe(name: str) -> bool:
+    with suppress(UserError):
+        return bool(find_recipe(name))
+    return False
+
+
+def start(folder: RunDir, request: EvaluationRequest, runs: Path, backend: Backend) -> Evaluated:
     """Evaluate a run, or queue that behind its training if the run is queued or running there.
 
     Returns:

@@ -230,7 +230,7 @@ class Pipeline:
         if self.state == "finished":
             task = EvaluationTask(folder, self.evaluation)
             asked = self.evaluation
-            judged = judges.of_columns(task.columns, asked.judge, asked.judge_layer, self.request.rehearse)
+            judged = judges.of_columns(task.columns, asked.judge, self.request.rehearse)
             if evaluate.complete(task, judged):
                 return SKIPPED
         job = backends.job_state(folder, "evaluate", self._scoring(folder).words)
@@ -246,7 +246,7 @@ def need_judges(
         UserError, WorkFailed: see `judges.require`.
     """
     if any("evaluate" in work.steps for work in works):
-        judges.require(judges.of_columns(columns, evaluation.judge, evaluation.judge_layer, rehearsal).values())
+        judges.require(judges.of_columns(columns, evaluation.judge, rehearsal).values())
 
 
 def _is_resumable(folder: RunDir, former_run: Run) -> bool:

@@ -73,7 +73,7 @@ def reproduce(
     declared = judges.declared_in(of_study.columns)
     if not request.rehearse and evaluation.judge is None and declared:  # to be fetched where it is not here
         by = next(iter(declared.values()))
-        evaluation.judge, evaluation.judge_layer = by.model, evaluation.judge_layer or by.layer
+        evaluation.judge = by.model
     with held(lock(request.name, runs), "another reproduction of it is running there"):
         pipelines = [Pipeline(outcome, asked, evaluation, runs, backend) for outcome, asked in wanted]
         for pipeline in pipelines:
@@ -153,7 +153,7 @@ def outline(
         notes.append(f"{total or 'hours are of the training alone'}; what generating and scoring takes is not planned")
         if not gpu:
             notes.append("whether it fits, and for how long it trains, is not known without a GPU; --gpu names one")
-        for name, by in judges.of_columns(of_study.columns, evaluation.judge, None).items():
+        for name, by in judges.of_columns(of_study.columns, evaluation.judge).items():
             if by is None and evaluation.judge is None:
                 notes.append(f"{judges.declared_in(of_study.columns)[name].model}, for BERTScore, is to be fetched too")
     configs = [pipeline.composed for pipeline in pipelines if pipeline.composed]

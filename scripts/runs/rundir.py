@@ -134,6 +134,7 @@ class Run(BaseModel):
     created: Moment = Field(default_factory=now)
     launches: list[Launch] = Field(default_factory=list)
     adapter: FileState | None = None  # as the last launch left it
+    published_adapter: str | None = None  # the name of one that was not trained here
     summary: Summary = Field(default_factory=Summary)  # as of the last launch's end; `RunDir.summary` is up to date
     provenance: Provenance = Field(default_factory=Provenance)
 

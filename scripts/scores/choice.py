@@ -114,7 +114,7 @@ def choose(folder: RunDir, request: EvaluationRequest) -> Choice:
 def _column(run: Run, request: EvaluationRequest) -> Column:
     """The first metric of predictions that can be scored here."""
     columns = columns_of(run.origin, request.metrics)
-    judged = judges.of_columns(columns, request.judge, request.judge_layer, run.rehearsal)
+    judged = judges.of_columns(columns, request.judge, run.rehearsal)
     usable = (column for name, column in columns.items() if not column.metric.of_loss and judged.get(name, True))
     if column := next(usable, None):
         return column

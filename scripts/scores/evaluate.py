@@ -3,13 +3,12 @@
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import orjson
 
 from ..base.errors import UserError
-from ..base.files import Output, Row, replacing, write_rows
+from ..base.files import Output, replacing
 from ..base.locks import held
 from ..base.machine import now
 from ..base.progress import Bar, say
@@ -17,7 +16,7 @@ from ..base.quiet import importing_axolotl
 from ..runs.records import FileState
 from ..runs.rundir import RunDir
 from ..runs.tasks import Command
-from . import agreement, elsewhere, evaluation_rows, judges
+from . import agreement, evaluation_rows, judges
 from .evaluations import (
     LOCK,
     ORIGIN,
@@ -25,7 +24,6 @@ from .evaluations import (
     REFERENCE,
     SCORES,
     Evaluation,
-    EvaluationSettings,
     changed,
     read_predictions,
     read_scores,
@@ -33,7 +31,7 @@ from .evaluations import (
 )
 from .predict import predict
 from .score import VERSION, code_sha256, score
-from .task import BASE, EvaluationRequest, EvaluationTask, data_label
+from .task import EvaluationRequest, EvaluationTask, data_label
 
 
 def complete(task: EvaluationTask, judged: judges.Judges) -> Evaluation | None:
@@ -56,8 +54,6 @@ def _same_work(task: EvaluationTask) -> Evaluation | None:
     same = former and former.settings.same_work() == task.settings.same_work()
     if former and not former.settings.stands_for(task.settings):
         same = False
-    if former and task.settings.predictions_sha256:
-        same = same and former.settings.predictions_sha256 == task.settings.predictions_sha256
     if not (former and same and len(read_predictions(task.where)) == task.settings.rows):
         return None
     if changed(task.where, former) == "edited":
@@ -80,7 +76,7 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         WorkFailed: BERTScore's model cannot be loaded, or memory does not suffice.
     """
     task = EvaluationTask(folder, request)
-    judged = judges.of_columns(task.columns, request.judge, request.judge_layer, task.run.rehearsal)
+    judged = judges.of_columns(task.columns, request.judge, task.run.rehearsal)
     judges.say_left_out(task.columns, judged, request.judge)
     summary = folder.summary(task.run)
     if task.run.state != "finished":
@@ -92,8 +88,6 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         part = task.where / f"predictions.{'' if settings.engine == REFERENCE else f'{settings.engine}.'}part.jsonl"
         if former := complete(task, judged):
             how = f"made by {former.settings.engine} and scored with the same settings"
-            if former.settings.made_elsewhere and not request.predictions:
-                how = f"made elsewhere; to generate here, move it and {SCORES} away"
             say(f"{predictions}: complete, {how}")
             return former
         if any(judged.values()):
@@ -107,12 +101,13 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
             settings = settings.model_copy(update={key: getattr(former.settings, key) for key in kept})
         else:
             _make_way(task)
-            rows, settings = _predicted(folder, task, part)
+            with importing_axolotl(offline=task.run.rehearsal):
+                rows, settings = predict(task, folder.output, part)
         files = states(task.where, settings)
         with Bar("scoring", 1):
             own = request.adapter is None  # the eval loss is not that of another adapter
             scores, rows = score(rows, task.columns, judged, old, summary.eval_loss_per_token if own else None)
-        if note := elsewhere.NOTE if settings.made_elsewhere else agreement.note(settings):
+        if note := agreement.note(settings):
             scores["notes"] = [note, *scores.get("notes", [])]
         if evaluation_rows.changed_since(task.run, task.rows):
             note = "the rows that it is evaluated on have changed since the run was created"
@@ -139,18 +134,6 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     return result
 
 
-def _predicted(folder: RunDir, task: EvaluationTask, part: Path) -> tuple[list[Row], EvaluationSettings]:
-    """The test rows with their predictions, generated or out of a file, and the settings that these have."""
-    if file := task.request.predictions:
-        return elsewhere.predictions(file, _prompts(folder, task)), task.settings
-    with importing_axolotl(offline=task.run.rehearsal):
-        return predict(task, folder.output, part)
-
-
-def _prompts(folder: RunDir, task: EvaluationTask) -> list[Row]:
-    return elsewhere.prompts(task.rows, task.settings, task.cfg, folder.output, offline=task.run.rehearsal)
-
-
 def command(folder: RunDir, request: EvaluationRequest, runs: Path) -> Command:
     """The command that evaluates a run as requested."""
     return Command("evaluate", folder, ["evaluate", str(folder.path), *request.options(), "--runs", str(runs)])
@@ -158,7 +141,7 @@ def command(folder: RunDir, request: EvaluationRequest, runs: Path) -> Command:
 
 def _make_way(task: EvaluationTask) -> None:
     """Move an evaluation of the same adapter on other rows aside, as they may have been the usual ones; refuse to lose
-    rows of the same data, or predictions of this project's own to some that were made elsewhere."""
+    rows of the same data."""
     former = read_scores(task.where)
     if former is None or former.settings.adapter_sha256 != task.settings.adapter_sha256:
         return
@@ -173,26 +156,8 @@ def _make_way(task: EvaluationTask) -> None:
             f"{task.where / SCORES}: of {former.settings.rows} rows, more than the {task.settings.rows} asked for; "
             f"move it and {PREDICTIONS} away to evaluate fewer"
         )
-    elif not task.settings.made_elsewhere and not former.settings.stands_for(task.settings):
+    elif not former.settings.stands_for(task.settings):
         raise UserError(
             f"{task.where / SCORES}: {agreement.note(former.settings)}; move it and {PREDICTIONS} away to generate by "
             f"{task.settings.engine}"
         )
-    elif task.settings.made_elsewhere and not former.settings.made_elsewhere:
-        raise UserError(
-            f"{task.where / SCORES}: of predictions that were generated here; `recipe results --compare` compares the "
-            f"file with them, or move it and {PREDICTIONS} away"
-        )
-
-
-def export_prompts(folder: RunDir, request: EvaluationRequest, file: Path) -> int:
-    """Write the rows of `elsewhere.prompts`, to make predictions elsewhere; returns how many there are.
-
-    `recipe evaluate` takes the file with --predictions once each row has the field `prediction`.
-
-    Raises:
-        UserError: see `EvaluationTask`.
-    """
-    rows = _prompts(folder, EvaluationTask(folder, replace(request, adapter=BASE)))
-    write_rows(file, rows)
-    return len(rows)

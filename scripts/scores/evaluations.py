@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, TypeAdapter, field_validator
+from pydantic import BaseModel, Field, TypeAdapter, field_validator, model_validator
 
 from ..base.errors import UserError
 from ..base.files import Row, loads, read_json, write_atomically
@@ -21,57 +21,38 @@ SCORES = "scores.json"
 ADAPTER = "adapter_model.safetensors"
 LOCK = ".evaluation.lock"
 BASE_MODEL = "base-model"  # the base model's folder below evaluations/
-REFERENCE, VLLM, SERVER, ELSEWHERE = "transformers", "vllm", "server", "elsewhere"
-ORIGIN = ("batch_tokens", "engine", "model", "served", "agreement", "predictions_sha256")
+REFERENCE, VLLM, SERVER = "transformers", "vllm", "server"
+ORIGIN = ("batch_tokens", "engine", "model", "served", "agreement")
 """Those of an evaluation's settings that say what generated its predictions."""
 DECODED = "decoding-"  # how the folders of the study's further decodings begin there
 
 
-class Difference(BaseModel):
-    """Where an engine's answer parts from the reference's.
-
-    Attributes:
-        row: its number, from 0.
-        token: the position of the first token that differs, from 1.
-        reference: that token of the reference.
-        engine: the other token.
-        gap: how much less likely the reference finds the other token, in nats.
-        at_least: whether the gap is larger than that, the other token being none of the best.
-        near_tie: whether rounding explains it, see `agreement.NEAR_TIE`.
-    """
-
-    row: int
-    token: int
-    reference: str
-    engine: str
-    gap: float
-    at_least: bool
-    near_tie: bool
-
-
 class Agreement(BaseModel):
-    """How an engine answers some rows that the reference answers too.
+    """Agreement of an engine with the reference on some rows.
 
     Attributes:
         rows: how many.
-        differences: of the answers that are not equal.
-        scores: of the reference's and of the engine's answers, by metric.
-        accepted: whether it was accepted though some part where the reference is sure.
+        equal: how many answers are equal.
+        tokens_before: of the others, the tokens before the first that differs.
     """
 
     rows: int
-    differences: list[Difference]
-    scores: dict[str, tuple[float, float]]
-    accepted: bool = False
+    equal: int
+    tokens_before: list[int]
 
-    @property
-    def equal(self) -> int:
-        return self.rows - len(self.differences)
+    @model_validator(mode="before")
+    @classmethod
+    def _of_differences(cls, given: Any) -> Any:
+        """Bring a record up to date that lists the differences."""
+        if not isinstance(given, dict) or "differences" not in given:
+            return given
+        before = [one["token"] - 1 for one in given["differences"]]
+        return {"rows": given["rows"], "equal": given["rows"] - len(before), "tokens_before": before}
 
-    @property
-    def apart(self) -> list[Difference]:
-        """The differences that no rounding explains."""
-        return [one for one in self.differences if not one.near_tie]
+    def __str__(self) -> str:
+        before = self.tokens_before
+        tokens = f", the others differ after {min(before)} to {max(before)} tokens" if before else ""
+        return f"{self.equal} of {self.rows} answers are the reference's{tokens}"
 
 
 class EvaluationSettings(BaseModel):
@@ -87,11 +68,10 @@ class EvaluationSettings(BaseModel):
         batch_tokens: the most tokens of the reference's batches, by the memory there was for their keys and values.
         built_with: other keys of the run's config that predictions depend on, see `task.BUILT_WITH`.
         engine: what generated: `REFERENCE`, in a process of this project; `VLLM`, which it started; `SERVER`, which
-            somebody started, with whatever model; or `ELSEWHERE`, where all but the prompts is as the user says.
+            somebody started, with whatever model; or, in earlier versions, `elsewhere`: a file of the user's.
         model: the name of the server's model.
         served: in which form an engine beside the reference had the weights and took the prompts.
         agreement: of such an engine with the reference; None where they were not compared.
-        predictions_sha256: of the file that they came in from elsewhere.
     """
 
     base_model: str
@@ -112,7 +92,6 @@ class EvaluationSettings(BaseModel):
     model: str | None = None
     served: str | None = None
     agreement: Agreement | None = None
-    predictions_sha256: str | None = None
 
     @property
     def data_name(self) -> str:
@@ -123,16 +102,13 @@ class EvaluationSettings(BaseModel):
     def rows_in_words(self) -> str:
         return f"{'the first ' if self.limit else ''}{self.rows:,} rows"
 
-    @property
-    def made_elsewhere(self) -> bool:
-        """Whether its predictions came in a file."""
-        return self.engine == ELSEWHERE
-
     def stands_for(self, other: "EvaluationSettings") -> bool:
-        """Whether its predictions are another engine's but for rounding: they are compared, greedy, and agree."""
-        if self.engine in (REFERENCE, ELSEWHERE) or (self.engine, self.model) == (other.engine, other.model):
+        """Return whether its predictions serve as another engine's: the reference's do, and greedy ones of an engine
+        that gives at least half of the compared rows the reference's answer."""
+        if self.engine == REFERENCE or (self.engine, self.model) == (other.engine, other.model):
             return True
-        return self.agreement is not None and not self.agreement.accepted and not self.decoding.do_sample
+        found = self.agreement
+        return found is not None and 2 * found.equal >= found.rows and not self.decoding.do_sample
 
     def same_predictions(self) -> dict[str, Any]:
         """What makes two evaluations have the same predictions, to the last token."""

@@ -27,19 +27,18 @@ class StandIn(Judge):
         return standin.judge_version()
 
 
-def judge(asked: str | None, layer: int | None, rehearsal: bool = False, declared: Judge | None = None) -> Judge | None:
+def judge(asked: str | None, rehearsal: bool = False, declared: Judge | None = None) -> Judge | None:
     """The judge that a user asked for; None where there is to be no BERTScore.
 
     By default it is the stand-in in a rehearsal, otherwise the declared one if that is on this machine, as it is large.
     """
+    declared = declared or Judge()
     if asked == "none":
         return None
     if asked:
-        return Judge(model=asked, layer=layer)
+        return declared if asked == declared.model else Judge(model=asked)
     if rehearsal:
         return StandIn(model=str(standin.judge_folder()), layer=standin.JUDGE_LAYERS)
-    declared = declared or Judge()
-    declared = declared.model_copy(update={"layer": layer}) if layer else declared
     from huggingface_hub import try_to_load_from_cache
 
     here = declared.is_local or isinstance(try_to_load_from_cache(declared.model, "config.json"), str)
@@ -51,9 +50,9 @@ def declared_in(columns: Mapping[str, Column]) -> dict[str, Judge]:
     return {name: column.parameters for name, column in columns.items() if isinstance(column.parameters, Judge)}
 
 
-def of_columns(columns: Mapping[str, Column], asked: str | None, layer: int | None, rehearsal: bool = False) -> Judges:
+def of_columns(columns: Mapping[str, Column], asked: str | None, rehearsal: bool = False) -> Judges:
     """The judge of each column that needs one, see `judge`."""
-    return {name: judge(asked, layer, rehearsal, by) for name, by in declared_in(columns).items()}
+    return {name: judge(asked, rehearsal, by) for name, by in declared_in(columns).items()}
 
 
 def say_left_out(columns: Mapping[str, Column], judges: Judges, asked: str | None) -> None:

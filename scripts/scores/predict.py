@@ -30,7 +30,8 @@ def as_row(i: int, row: Row, reference: str) -> Row:
 def predict(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row], EvaluationSettings]:
     """The test rows with their predictions, and the task's settings with what became known of its engine.
 
-    Any engine but the reference is compared with that before it generates all rows. A rehearsal leaves the GPU alone.
+    vLLM is compared with the reference before it generates all rows, and so is a server where this machine has a GPU or
+    the run is a rehearsal. A rehearsal leaves the GPU alone.
 
     Args:
         task: what is evaluated.
@@ -39,10 +40,11 @@ def predict(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row
 
     Raises:
         UserError: see `Prompter.examples` and `engines.start.started`.
-        WorkFailed: the engine cannot go on; or it does not answer as the reference, see `agreement.require`.
+        WorkFailed: the engine cannot go on.
     """
     rows, asked = task.rows.rows, task.request
-    require(task.settings, asked.server, on_gpu=not task.run.rehearsal and bool(gpus.here()))
+    on_gpu = not task.run.rehearsal and bool(gpus.here())
+    require(task.settings, asked.server, on_gpu)
     done, settings = _continue(part, task.settings)
     if len(done) < len(rows):
         if task.run.rehearsal:
@@ -54,16 +56,14 @@ def predict(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row
             examples = prompter.examples(rows, task.rows.keys)
         prompts = [example.prompt for example in examples]
         # vLLM that was compared is the same again; what a server has may have changed since
-        compare = settings.engine == SERVER or (settings.engine == VLLM and settings.agreement is None)
-        count = asked.agreement_rows if compare else 0
-        written = agreement.by_reference(prompter, examples, count) if count and settings.engine == VLLM else None
+        compared_again = settings.engine == SERVER and (on_gpu or task.run.rehearsal)
+        compares = compared_again or (settings.engine == VLLM and settings.agreement is None)
+        expected = agreement.by_reference(prompter, examples) if compares else []
         with started(prompter, prompts, asked.server, part) as engine:
             if done and settings.served and settings.served != engine.served:
                 raise UserError(f"{part}: begun by {settings.served}, which is now {engine.served}; move it away")
-            if count:
-                written = written or agreement.by_reference(prompter, examples, count)
-                found = agreement.compare(written, engine, prompter, examples, task.columns)
-                found = agreement.require(found, settings.engine, asked.accept_difference)
+            if compares:
+                found = agreement.compare(expected, engine, prompter, examples)
                 settings = settings.model_copy(update={"agreement": found})
             begun = {"batch_tokens": engine.settings.batch_tokens, "served": engine.served}
             settings = settings.model_copy(update=begun)

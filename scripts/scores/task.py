@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
@@ -15,7 +14,7 @@ from ..data.study import Decoding
 from ..runs.rundir import Run, RunDir
 from . import evaluation_rows, evaluations
 from .columns import columns_of
-from .evaluations import ADAPTER, BASE_MODEL, DECODED, ELSEWHERE, REFERENCE, SERVER, VLLM, EvaluationSettings
+from .evaluations import ADAPTER, BASE_MODEL, DECODED, REFERENCE, SERVER, VLLM, EvaluationSettings
 
 BASE = "none"  # --adapter none: the base model without an adapter
 REHEARSED = 12  # rows, which show that the path works
@@ -34,17 +33,12 @@ class EvaluationRequest:
         max_new_tokens: by default the study's.
         batch_size: the most rows generated at a time; by default up to 64, as memory allows.
         judge: BERTScore's model, see `judges.judge`.
-        judge_layer: its layer.
         metrics: what to score with beside the study's metrics, as --metric takes it; without both see
             `registry.DEFAULT`.
         decoding: one of the study's further ways to decode, by name.
-        predictions: a file of predictions that were made elsewhere, see `elsewhere.predictions`.
         validation: whether the rows are those that the run validates on.
-        engine: what generates, beside a server.
-        server: the address of a server that speaks OpenAI's protocol.
-        model: its name for the run's model.
-        agreement_rows: how many rows an engine and the reference are compared on before it generates any; 0 for none.
-        accept_difference: whether an engine is taken that does not answer as the reference does.
+        engine: what generates: transformers, vllm, or the address of a server with OpenAI's completions.
+        model: the server's name for the run's model.
         force: findings about code in the run's config that are overridden, see `trust`.
         checkpoints: whether it is about every kept checkpoint, see `choice.choose`.
     """
@@ -55,18 +49,18 @@ class EvaluationRequest:
     max_new_tokens: int | None = None
     batch_size: int | None = None
     judge: str | None = None
-    judge_layer: int | None = None
     metrics: Sequence[str] = ()
     decoding: str | None = None
-    predictions: Path | None = None
     validation: bool = False
     checkpoints: bool = False
-    engine: Literal["transformers", "vllm"] = "transformers"
-    server: str | None = None
+    engine: str = REFERENCE
     model: str | None = None
-    agreement_rows: int = 32
-    accept_difference: bool = False
     force: Sequence[str] = ()
+
+    @property
+    def server(self) -> str | None:
+        """Address of the server that generates, where one does."""
+        return None if self.engine in (REFERENCE, VLLM) else self.engine
 
     def options(self) -> list[str]:
         """The request as options of `recipe evaluate`."""
@@ -77,15 +71,12 @@ class EvaluationRequest:
             "--max-new-tokens": self.max_new_tokens,
             "--batch-size": self.batch_size,
             "--bertscore": self.judge,
-            "--bertscore-layer": self.judge_layer,
             "--decoding": self.decoding,
+            "--engine": None if self.engine == REFERENCE else self.engine,
+            "--model": self.model,
         }
-        if self.server or self.engine != REFERENCE:
-            options |= {"--server": self.server, "--model": self.model} if self.server else {"--engine": self.engine}
-            options |= {"--agreement-rows": self.agreement_rows}
         words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
         words += ["--checkpoints"] if self.checkpoints else []
-        words += ["--accept-difference"] if self.accept_difference else []
         words += [word for name in self.force for word in ("--force", name)]
         return words + [word for metric in self.metrics for word in ("--metric", metric)]
 
@@ -151,9 +142,8 @@ class EvaluationTask:
             quantized=quantized(self.cfg),
             built_with={key: self.cfg[key] for key in BUILT_WITH if self.cfg.get(key)},
             dtype=precision(self.cfg, on_gpu).weights,
-            engine=ELSEWHERE if request.predictions else SERVER if request.server else request.engine,
+            engine=SERVER if request.server else request.engine,
             model=request.model,
-            predictions_sha256=_digest(request.predictions),
         )
         _require_engine(self.settings)
         trained = self.run.adapter
@@ -205,12 +195,6 @@ def _unfinished(folder: RunDir, run: Run) -> str:
 def data_label(settings: EvaluationSettings) -> str:
     """The name, of a folder below evaluations/, for rows other than the usual ones."""
     return f"{evaluation_rows.slug(settings.data)}-{settings.data_sha256[:7]}"
-
-
-def _digest(file: Path | None) -> str | None:
-    if file and not file.is_file():
-        raise UserError(f"--predictions {file}: no such file")
-    return sha256(file) if file else None
 
 
 def _is_of(file: Path | None, digest: str) -> bool:

@@ -101,9 +101,8 @@ def test_no_verb_imports_a_strangers_plugin_without_consent(ran: Path, recipe: R
 def test_a_runs_plugin_is_not_imported_to_evaluate_it_without_consent(ran: Path, recipe: Recipe) -> None:
     folder = a_run(ran.parent / "runs", NAME, "20260101-000000-abcdef0", 5.0, set={"plugins": [f"{EVIL}.Plugin"]})
     folder.output.mkdir(exist_ok=True)
-    for words in ((), ("--export-prompts", "prompts.jsonl")):
-        done = recipe("evaluate", str(folder.path), *words)
-        assert (done.returncode, "[foreign-code:plugins.0]" in done.stderr) == (2, True)
+    done = recipe("evaluate", str(folder.path))
+    assert (done.returncode, "[foreign-code:plugins.0]" in done.stderr) == (2, True)
     agreed = recipe("evaluate", str(folder.path), "--force", "foreign-code:plugins.0")
     assert "foreign-code" not in agreed.stderr  # it goes on, to an adapter that is not there
     assert not ran.exists()

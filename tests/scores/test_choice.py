@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,10 @@ def test_the_best_is_that_on_validation_rows_and_has_the_only_test_score(
     asked = scored_as(VALUES, monkeypatch, sample / "test.jsonl")
     done = recipe("evaluate", run.path, "--checkpoints")
     assert asked == [*(f"checkpoint-{step}: validation" for step in STEPS), "checkpoint-4: test"]
-    assert "checkpoint-4 is the best by BLEU-4 on valid.jsonl, 8 rows, on which the run validates." in done.stdout
-    assert "On test.jsonl, 8 rows, its BLEU-4 is 41.00, 95 % 40.00 to 42.00." in done.stdout
+    told = " ".join(done.stdout.split())
+    assert re.search(
+        "checkpoint-4 .*BLEU-4 .*valid.jsonl, 8 rows.*test.jsonl, 8 rows.* 41.00, 95 % 40.00 to 42.00", told
+    )
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("checkpoint-")][:5]
     assert [row[0] for row in rows if "best" in row] == ["checkpoint-4"]
     assert (rows[1][1], rows[1][2]) == ("0.8", "8.60")  # its epoch and eval loss
@@ -86,7 +89,7 @@ def test_without_validation_rows_all_have_their_test_scores_and_none_is_chosen(
         asked.clear()
         done = recipe("evaluate", run.path, "--checkpoints")
         assert asked == [f"checkpoint-{step}: test" for step in STEPS]
-        assert "none is chosen" in done.stdout and "is 41.00 to 49.00." in done.stdout
+        assert "41.00 to 49.00" in done.stdout
         assert "best" not in done.stdout
 
 
@@ -103,7 +106,7 @@ def test_where_there_are_no_other_rows_the_best_has_no_test_score(
     entries = {key: [cfg[key][0] | {"path": str(own), "split": "train"}] for key in ("datasets", "test_datasets")}
     run.config.write_text(yamlfiles.write_yaml(cfg | entries))
     chosen = choose(run, EvaluationRequest())
-    assert "its score is too good; --data FILE names some" in choice.conclusion(chosen)
+    assert chosen.test_rows is None and "--data FILE" in choice.conclusion(chosen)
     assert len(asked) == 5
     choose(run, EvaluationRequest(data=sample / "test.jsonl"))
     assert asked[-1] == "checkpoint-4: test"
@@ -116,21 +119,21 @@ def test_a_truncated_checkpoint_is_left_out_and_a_run_without_any_is_refused(
     damaged = run.output / "checkpoint-4" / ADAPTER
     damaged.write_bytes(damaged.read_bytes()[:-100])
     choose(run, EvaluationRequest())
-    assert "checkpoint-4: no whole adapter_model.safetensors there; it is left out" in capsys.readouterr().err
+    assert f"checkpoint-4: no whole {ADAPTER}" in capsys.readouterr().err
     assert asked[-1] == "checkpoint-8: test"
     save_file({"other": torch.ones(1)}, run.output / ADAPTER)  # of a later step, as with early stopping
     monkeypatch.setitem(VALUES, "checkpoint-10", (1.0, 1.0))
     assert [row["checkpoint"] for row in choose(run, EvaluationRequest()).checkpoints][-1] == "final"
     for file in run.output.rglob(ADAPTER):
         file.unlink()
-    with pytest.raises(UserError, match="no checkpoint of an adapter was kept; saves_per_epoch"):
+    with pytest.raises(UserError, match="saves_per_epoch"):
         choose(run, EvaluationRequest())
 
 
 def test_what_does_not_go_with_checkpoints_is_refused(run: RunDir, recipe: Recipe) -> None:
-    for option in (("--adapter", "none"), ("--export-prompts", "p.jsonl"), ("--predictions", "p.jsonl")):
-        refused = recipe("evaluate", run.path, "--checkpoints", *option)
-        assert refused.returncode == 2 and "give only one of them" in refused.stderr
+    for option, value in (("--adapter", "none"), ("--engine", "http://host")):
+        refused = recipe("evaluate", run.path, "--checkpoints", option, value)
+        assert refused.returncode == 2 and option in refused.stderr
 
 
 _opened: list[Any] = []  # by the audit hook, which cannot be taken back

@@ -78,9 +78,9 @@ def evaluated(run: RunDir, limit: int = 5, **more: Any) -> Evaluation:
 
 
 def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run: RunDir, stand_in: Path) -> None:
-    settings = evaluated(run, engine="vllm", agreement_rows=0).settings
+    settings = evaluated(run, engine="vllm").settings
     assert settings.engine == "vllm"
-    assert settings.served == "base model in 4 bit, dequantized to float32, adapter merged into it; prompts as tokens"
+    assert settings.agreement and settings.agreement.rows == 5  # but the stand-in only counts tokens
     given, environment, process = json.loads((stand_in / "bin" / "given.json").read_text())
     assert not psutil.pid_exists(process)
     expected = {
@@ -102,8 +102,7 @@ def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run: R
 
 
 def test_a_base_model_alone_is_served_without_lora(run: RunDir, stand_in: Path) -> None:
-    settings = evaluated(run, engine="vllm", agreement_rows=0, adapter="none").settings
-    assert settings.served == "base model in 4 bit, dequantized to float32; prompts as tokens"
+    evaluated(run, engine="vllm", adapter="none")
     given, *_ = json.loads((stand_in / "bin" / "given.json").read_text())
     assert (Path(given["--model"]) / "model.safetensors").is_file()
 
@@ -121,13 +120,12 @@ def test_on_a_gpu_the_adapter_is_served_as_lora(run: RunDir, stand_in: Path, mon
     given = dict(pairwise(words))
     expected = {"--max-lora-rank": "16", "--lora-modules": f"adapter={run.output}", "--gpu-memory-utilization": "0.475"}
     assert given | expected == given and "--enable-lora" in words
-    assert vllm._in_words(task.settings).endswith("adapter as LoRA over it")
 
 
 def test_a_vllm_that_does_not_start_says_why(run: RunDir, stand_in: Path) -> None:
     (stand_in / "bin" / "broken").touch()
-    with pytest.raises(WorkFailed, match=r"no kernel for this processor\nvLLM has ended with code 3; the whole log is"):
-        evaluated(run, engine="vllm", agreement_rows=0)
+    with pytest.raises(WorkFailed, match=r"RuntimeError: no kernel .*\n.* 3; .*vllm\.log"):
+        evaluated(run, engine="vllm")
     assert not (run.path / SCORES).exists()
 
 
@@ -165,15 +163,15 @@ def test_the_served_weights_are_those_that_the_reference_computes_with(run: RunD
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"use_dora": True}, r"whose weights are decomposed \(DoRA\); leave --engine out"),
-        ({"modules_to_save": ["lm_head"]}, "which holds whole layers"),
-        ({"peft_type": "IA3"}, "which is no LoRA"),
-        ({"bias": "all"}, "which has biases"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "whose LoRA is on an embedding or a head"),
-        ({"init_lora_weights": "pissa"}, "which changes the base model's weights"),
-        ({"r": 513}, "of rank 513"),
-        ({"rank_pattern": {"q_proj": 1024}}, "of rank"),
-        ({"trainable_token_indices": [3]}, "which holds single tokens' embeddings"),
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "layers"),
+        ({"peft_type": "IA3"}, "LoRA"),
+        ({"bias": "all"}, "biases"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "embedding"),
+        ({"init_lora_weights": "pissa"}, "weights"),
+        ({"r": 513}, "513"),
+        ({"rank_pattern": {"q_proj": 1024}}, "rank"),
+        ({"trainable_token_indices": [3]}, "embeddings"),
     ],
 )
 def test_what_vllm_cannot_serve_is_refused_at_once(
@@ -190,7 +188,7 @@ def test_an_embedding_that_grew_is_refused(run: RunDir, stand_in: Path, tiny: Pa
     an_adapter(tiny, run.output, modules_to_save=["embed_tokens"])
     file = run.output / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"modules_to_save": None}))
-    with pytest.raises(UserError, match="with an embedding of its own"):
+    with pytest.raises(UserError, match="embedding"):
         evaluated(run, engine="vllm")
 
 
@@ -201,14 +199,14 @@ def test_an_environment_that_is_not_there_or_another_one_is_told(
 
     settings = EvaluationSettings.model_construct(adapter_sha256=None)
     vllm.require(settings, on_gpu=False)
-    with pytest.raises(UserError, match=r"has vLLM for processors, .* `make vllm VLLM_LOCK=requirements-vllm\.lock`"):
+    with pytest.raises(UserError, match=r"`make vllm VLLM_LOCK=requirements-vllm\.lock`"):
         vllm.require(settings, on_gpu=True)
     (stand_in / ".requirements-vllm-cpu.lock").rename(stand_in / ".requirements-vllm.lock")
     vllm.require(settings, on_gpu=True)
-    with pytest.raises(UserError, match=r"has vLLM for GPUs, .* `make vllm VLLM_LOCK=requirements-vllm-cpu\.lock`"):
+    with pytest.raises(UserError, match=r"`make vllm VLLM_LOCK=requirements-vllm-cpu\.lock`"):
         vllm.require(settings, on_gpu=False)
     (stand_in / ".requirements-vllm.lock").unlink()  # an installation that was interrupted
-    with pytest.raises(UserError, match="`make vllm` installs it there"):
+    with pytest.raises(UserError, match="`make vllm`"):
         vllm.require(settings, on_gpu=False)
 
 
@@ -236,23 +234,23 @@ def test_vllm_answers_as_the_reference_and_may_be_killed_meanwhile(
     servable: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real one: once as an engine, then as a server that is killed in the midst of an evaluation, and another."""
-    from qlora_recipes.scores.engines import api, vllm
+    from qlora_recipes.scores.engines import server as servers
+    from qlora_recipes.scores.engines import vllm
     from qlora_recipes.scores.prompter import Prompter
 
     if not vllm.ENVIRONMENT.is_dir():
         pytest.skip("`make vllm` installs what this needs")
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # whose kernel rounds to bf16
-    undisturbed = evaluated(servable, 24, engine="vllm", agreement_rows=8)
+    undisturbed = evaluated(servable, 24, engine="vllm")
     rows = read_predictions(servable.path)
-    assert undisturbed.settings.agreement and not undisturbed.settings.agreement.apart
-    assert undisturbed.settings.agreement.equal >= 7
+    assert undisturbed.settings.agreement and undisturbed.settings.agreement.equal >= 21
     assert len({row["prediction"] for row in rows}) > 12
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(servable.path) in " ".join(p.info["cmdline"] or ())]
 
     for file in (PREDICTIONS, SCORES):
         (servable.path / file).unlink()
-    monkeypatch.setattr(api, "PAUSES", (0.1, 0.2))
-    request = EvaluationRequest(max_new_tokens=8, judge="none", limit=24, model="base", agreement_rows=0)
+    monkeypatch.setattr(servers, "RETRIES", 1)
+    request = EvaluationRequest(max_new_tokens=8, judge="none", limit=24, model="base")
     request.batch_size = 2
     task = EvaluationTask(servable, request)
     prompter = Prompter(task.settings, task.cfg, servable.output)
@@ -266,18 +264,18 @@ def test_vllm_answers_as_the_reference_and_may_be_killed_meanwhile(
         os.killpg(process.pid, signal.SIGKILL)
 
     with vllm.started(prompter, prompts, part) as server:
-        monkeypatch.setenv("QLORA_RECIPES_SERVER_KEY", str(server.api.key))
-        request.server = server.api.url
+        monkeypatch.setenv(servers.KEY, str(server.api.key))
+        request.engine = server.api.url
         killer = threading.Thread(target=kill, args=(server,))
         killer.start()
-        with pytest.raises(WorkFailed, match=r"\d+ of 24 rows are kept, and the same command goes on from there"):
+        with pytest.raises(WorkFailed, match=r"\d+ of 24 "):
             evaluate.evaluate(servable, request)
         killer.join()
     kept = part.read_bytes().count(b'"prediction"')
     assert 3 <= kept < 24
     with vllm.started(prompter, prompts, part) as server:
-        monkeypatch.setenv("QLORA_RECIPES_SERVER_KEY", str(server.api.key))
-        request.server = server.api.url
+        monkeypatch.setenv(servers.KEY, str(server.api.key))
+        request.engine = server.api.url
         resumed = evaluate.evaluate(servable, request)
         assert read_predictions(servable.path) == rows
         assert {**resumed.scores, "notes": None} == {**undisturbed.scores, "notes": None}
@@ -287,7 +285,6 @@ def test_vllm_answers_as_the_reference_and_may_be_killed_meanwhile(
         file = servable.output / "adapter_config.json"
         config = json.loads(file.read_text())
         file.write_text(json.dumps(config | {"lora_alpha": 4 * config["lora_alpha"]}))
-        request.agreement_rows = 8
-        with pytest.raises(WorkFailed, match=r"server does not answer as the reference does: \d of 8 answers part"):
-            evaluate.evaluate(servable, request)
-        assert not (servable.path / SCORES).exists()
+        monkeypatch.setattr("qlora_recipes.configs.gpus.here", lambda: ["a GPU"])  # where a server is compared
+        found = evaluate.evaluate(servable, request).settings.agreement
+        assert found and found.equal < found.rows / 2

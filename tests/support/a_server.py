@@ -16,8 +16,9 @@ class AServer(ThreadingHTTPServer):
 
     Attributes:
         requests: the bodies that it was sent, with the headers of each below `headers`.
+        asked: the headers of the questions for its models.
         models: what it answers to a question for its models.
-        headers: that it adds to its answers.
+        headers: that it adds to its answers; by default they ask to try again at once.
     """
 
     daemon_threads = True
@@ -26,8 +27,9 @@ class AServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.reply = reply
         self.requests: list[dict[str, Any]] = []
+        self.asked: list[dict[str, str]] = []
         self.models: Reply = (200, {"data": [{"id": "m", "owned_by": "tests"}, {"id": "another"}]})
-        self.headers: dict[str, str] = {}
+        self.headers = {"Retry-After-Ms": "10"}
 
     @property
     def url(self) -> str:
@@ -41,12 +43,16 @@ class _Handler(BaseHTTPRequestHandler):
     server: AServer
 
     def do_GET(self) -> None:
+        self.server.asked.append(self._lowered())
         self._answer(self.server.models)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(body | {"headers": dict(self.headers)})
+        self.server.requests.append(body | {"headers": self._lowered()})
         self._answer(self.server.reply(body))
+
+    def _lowered(self) -> dict[str, str]:
+        return {name.lower(): value for name, value in self.headers.items()}
 
     def _answer(self, reply: Reply) -> None:
         if reply is None:

@@ -223,7 +223,10 @@ def with_adapter(model: Any, folder: str) -> Any:
 
     file = Path(folder, ADAPTER)
     saved = (tensor_shapes(file) or {}).keys()
-    adapted = PeftModel.from_pretrained(model, folder)
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+    except (RuntimeError, ValueError, KeyError) as error:  # of other shapes, or of layers that the model lacks
+        raise UserError(f"{file}: not this model's adapter: {str(error).strip().partition('\n')[0]}") from error
     own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     every = get_peft_model_state_dict(adapted, save_embedding_layers=True)
     for problem, names in (("layers that the model lacks", saved - every), ("no weights for", own.keys() - saved)):

@@ -29,9 +29,9 @@ def require(settings: EvaluationSettings, server: str | None, on_gpu: bool) -> N
 
         vllm.require(settings, on_gpu)
     if settings.engine == SERVER:
-        from . import api
+        from . import server as servers
 
-        api.at(str(server)).require_model(settings.model)
+        servers.at(str(server)).require_model(settings.model)
 
 
 @contextmanager
@@ -60,11 +60,7 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], server: str | No
         with vllm.started(prompter, prompts, part) as engine:
             yield engine
     else:
-        from . import api
-        from .server import AT_ONCE, Server
+        from .server import AT_ONCE, Server, at
 
-        name, there = str(prompter.settings.model), api.at(str(server))
-        owner = there.require_model(name)
         at_once = prompter.settings.batch_size or AT_ONCE
-        weights = f"{name} on a server{f' of {owner}' if owner else ''}"
-        yield Server(prompter, there, name, weights, prompts, at_once)
+        yield Server(prompter, at(str(server)), str(prompter.settings.model), prompts, at_once)

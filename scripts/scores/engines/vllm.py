@@ -1,5 +1,6 @@
 """vLLM as an engine: a server that is started for an evaluation, in an environment of its own, and ends with it."""
 
+import asyncio
 import json
 import os
 import re
@@ -14,19 +15,16 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import httpx
-
 from ...base import disks, paths
 from ...base.errors import UserError, WorkFailed
 from ...base.files import embedding_rows, opened, read_json
 from ...base.processes import start_child
 from ...base.progress import Bar
 from ..evaluations import ADAPTER, EvaluationSettings
-from .api import Api
 
 if TYPE_CHECKING:
     from ..prompter import Prompter  # with torch and Axolotl, which `require` does without
-    from .server import Server
+    from .server import Api, Server
 
 ENVIRONMENT = paths.LOCK.with_name(".vllm")
 """Where `make vllm` installs it."""
@@ -53,7 +51,7 @@ def require(settings: EvaluationSettings, on_gpu: bool) -> None:
         how = f"is not in {ENVIRONMENT}; `make vllm` installs it there"
         raise UserError(
             f"--engine vllm: vLLM {how if paths.LOCK.is_file() else 'is started from a checkout only'}; or start it "
-            "yourself, and name it with --server"
+            "yourself, and name its address with --engine"
         )
     if on_gpu == for_cpu():
         raise UserError(
@@ -112,7 +110,7 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
         WorkFailed: it does not start.
     """
     from . import weights
-    from .server import Server
+    from .server import Api, Server
 
     settings = prompter.settings
     if len(prompter.tokenizer) > prompter.config.get_text_config().vocab_size:
@@ -126,17 +124,18 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
     with disks.naming(log), opened(log, "wb") as stream:
         command = _command(prompter, model, longest, port)
         server = start_child(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-
-    def alive() -> None:
-        if server.poll() is not None:
-            raise WorkFailed(f"{_tail(log)}\nvLLM has ended with code {server.returncode}; the whole log is {log}")
-
     try:
-        api = Api(f"http://127.0.0.1:{port}/v1/", key, timeout=None, alive=alive)
+        api = Api(f"http://127.0.0.1:{port}/v1/", key, timeout=None)
         with Bar("starting vLLM"):
-            _wait(api, log)
+            asyncio.run(_wait(api, server))
         name = "adapter" if settings.adapter_sha256 and not merges else "base"
-        yield Server(prompter, api, name, _in_words(settings), prompts, settings.batch_size or AT_ONCE)
+        yield Server(prompter, api, name, prompts, settings.batch_size or AT_ONCE)
+    except WorkFailed as error:
+        if server.poll() is None:
+            raise
+        raise WorkFailed(
+            f"{_tail(log)}\nvLLM has ended with code {server.returncode}; the whole log is {log}"
+        ) from error
     finally:
         _end(server)
 
@@ -174,14 +173,6 @@ def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[
     return words
 
 
-def _in_words(settings: EvaluationSettings) -> str:
-    """In which form the weights are served."""
-    form = f"in 4 bit, dequantized to {settings.dtype}" if settings.quantized else f"in {settings.dtype}"
-    if not settings.adapter_sha256:
-        return f"base model {form}"
-    return f"base model {form}, adapter {'merged into it' if _merges(settings) else 'as LoRA over it'}"
-
-
 def _environment(prompter: "Prompter", longest: int, at_once: int) -> dict[str, str]:
     """The environment of vLLM, which phones nobody; on a CPU all of that is its own to use, and so is the memory for
     the keys and values of the rows that it works on, as far as there is some."""
@@ -202,16 +193,17 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait(api: Api, log: Path) -> None:
+async def _wait(api: "Api", server: "subprocess.Popen[bytes]") -> None:
+    """Wait until the server names its models, which it does once it is ready."""
+    import openai
+
     deadline = time.monotonic() + PATIENCE
-    while True:
-        with suppress(httpx.TransportError):
-            if httpx.get(api.url.replace("/v1/", "/health"), timeout=10, trust_env=False).is_success:
-                return
-        api.alive()
-        if time.monotonic() > deadline:
-            raise WorkFailed(f"{_tail(log)}\nvLLM was not ready in {PATIENCE} s; the whole log is {log}")
-        time.sleep(0.5)
+    while server.poll() is None and time.monotonic() < deadline:
+        with suppress(openai.APIError):
+            await api.models()
+            return
+        await asyncio.sleep(0.5)
+    raise WorkFailed(f"vLLM was not ready in {PATIENCE} s")
 
 
 def _tail(log: Path) -> str:

@@ -4,133 +4,67 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.files import Row, sha256, write_atomically, write_rows
-from ..base.locks import held
-from ..base.machine import now
+from ..base.files import Row, sha256
 from ..base.progress import Bar, say
 from ..checks.rows import fields_of
 from ..data import prepare
-from ..data.published import Predictions, Texts
+from ..data.published import Predictions, Score, Texts
 from ..data.study import Study
-from ..metrics import registry
 from ..metrics.metric import Column
-from . import evaluation_rows, judges
-from .evaluations import PREDICTIONS, SCORES
-from .score import VERSION, below, code_sha256, read_rows, score
+from . import evaluation_rows
+from .judges import Judges
+from .score import below, read_rows, score
 
 
-class Released(BaseModel):
-    """The content of the scores.json of published predictions; see `score.score` for the scores.
-
-    Attributes:
-        test_set: the study's set of test rows that was scored.
-        files: the checksums of the files that they are in, by name.
-        verified: whether the study has these checksums.
-        matched: whether the references were compared with those of the study's prepared test rows.
-    """
-
-    made: str
-    scores: dict[str, Any]
-    version: int
-    code_sha256: str
-    test_set: str
-    files: dict[str, str]
-    verified: bool
-    matched: bool
-
-    @property
-    def columns(self) -> dict[str, Column]:
-        """What it scored with, by name."""
-        return registry.recorded(self.scores)
-
-
-def read_released(folder: Path) -> Released | None:
-    """The scores in a folder, or None where there are none or their file is damaged."""
-    try:
-        return Released.model_validate_json((folder / SCORES).read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def test_sets(of_study: Study, own: str) -> list[str]:
-    """The test sets that predictions are scored on: their own, and if that is all test rows, the subset of the
-    published scores too."""
-    scored_on = of_study.data.test_set
-    return [scored_on, own] if own == "test" and scored_on in of_study.data.subsets else [own]
-
-
-def evaluate(
-    of_study: Study,
-    recipe: str,
-    predictions: Predictions,
-    own: str,
-    fetched: Mapping[str, Row],
-    folders: Mapping[str, Path],
-    judged: judges.Judges,
-) -> None:
-    """Score published predictions on some test sets; what was scored before in the same way is not scored again.
+def scores(
+    of_study: Study, recipe: str, predictions: Predictions, own: str, published: Mapping[str, Score], judged: Judges
+) -> list[dict[str, Any]]:
+    """Score published predictions on their test set and, where that is all test rows, on that of the published scores.
 
     Args:
         recipe: the recipe of the study whose prepared rows they are compared with.
         predictions: where they are.
-        own: the test set that they are of.
-        fetched: the rows of `fetch.fetch` for their files, by name.
-        folders: for each of `test_sets` the folder for its predictions.jsonl and scores.json.
-        judged: who judges the metrics that take a judge.
+        own: their test set.
+        published: the scores that were published of them, by metric, on the study's test set for published scores.
+        judged: the models of the metrics that need one.
+
+    Returns:
+        A row for each test set and metric: `test_set`, `rows`, `matched`, whether the references were compared with
+        prepared rows, `metric`, `score`, its 95 % interval `low` and `high`, `published`, the `difference` from that,
+        and `agrees`, whether that is within the last digit that is printed, and the ± beside it.
 
     Raises:
         UserError: a file is damaged, or the rows are not those of the test set.
         WorkFailed: a judge cannot be loaded.
     """
     rows, matched = read(of_study, recipe, predictions, own)
-    files = {name: str(fetched[name]["sha256"]) for name in predictions.files}
-    verified = all(fetched[name]["verified"] for name in predictions.files)
-    for test_set, where in folders.items():
-        chosen = rows
-        if test_set != own:
-            placed = {row["idx"]: row for row in rows}
-            subset = of_study.data.subsets[test_set]
-            drawn = prepare.choose(subset, of_study.folder, [(idx, b"", None) for idx in placed])
-            chosen = [placed[idx] for idx, *_ in drawn]
-        where.mkdir(parents=True, exist_ok=True)
-        with held(where / ".evaluation.lock", "another evaluation is running"):
-            former = read_released(where)
-            if (
-                former
-                and (former.files, former.matched, former.verified) == (files, matched, verified)
-                and _current(former, of_study, judged)
-            ):
-                say(f"{where / SCORES}: complete, scored in the same way")
-                continue
-            judges.require(judged.values())
-            with Bar(f"scoring {len(chosen):,} published predictions", 1):
-                scores, scored = score(chosen, of_study.columns, judged)
-            write_rows(where / PREDICTIONS, scored)
-            result = Released(
-                made=now(),
-                scores=scores,
-                version=VERSION,
-                code_sha256=code_sha256(),
-                test_set=test_set,
-                files=files,
-                verified=verified,
-                matched=matched,
-            )
-            write_atomically(where / SCORES, result.model_dump_json(indent=1) + "\n")
+    by_set = {own: rows}
+    on = of_study.data.test_set
+    if own == "test" and on in of_study.data.subsets:
+        placed = {row["idx"]: row for row in rows}
+        drawn = prepare.choose(of_study.data.subsets[on], of_study.folder, [(idx, b"", None) for idx in placed])
+        by_set = {on: [placed[idx] for idx, *_ in drawn]} | by_set
+    table = []
+    for test_set, of_set in by_set.items():
+        with Bar(f"scoring {len(of_set):,} published predictions", 1):
+            made, _ = score(of_set, of_study.columns, judged)
+        for name in filter(made.__contains__, of_study.columns):
+            low, high = made["intervals"].get(name) or (None, None)
+            row = {"test_set": test_set, "rows": len(of_set), "matched": matched, "metric": name, "score": made[name]}
+            table.append(row | {"low": low, "high": high} | _beside(made[name], published.get(name), test_set == on))
+    return table
 
 
-def _current(former: Released, of_study: Study, judged: judges.Judges) -> bool:
-    """Whether scores are what the study's metrics and these judges would give."""
-    plain = {name: column for name, column in of_study.columns.items() if name not in judged}
-    return (
-        former.version == VERSION
-        and all(column.same_scores(former.columns.get(name)) for name, column in plain.items())
-        and judges.same(judged, of_study.columns, former.scores)
-    )
+def _beside(ours: float, theirs: Score | None, comparable: bool) -> dict[str, Any]:
+    """Return a published score beside ours of the same texts, from which nothing but rounding may differ."""
+    if theirs is None or not comparable:
+        return {"published": None, "difference": None, "agrees": None}
+    half_a_digit = 0.5 * 10.0 ** -len(f"{theirs.value!r}".partition(".")[2]) * (1 + 1e-9)
+    difference = ours - theirs.value
+    agrees = abs(difference) <= half_a_digit + (theirs.spread or 0)
+    return {"published": theirs.value, "difference": difference, "agrees": agrees}
 
 
 def read(of_study: Study, recipe: str, predictions: Predictions, own: str) -> tuple[list[Row], bool]:
@@ -138,7 +72,7 @@ def read(of_study: Study, recipe: str, predictions: Predictions, own: str) -> tu
     and whether the references were compared with those of prepared rows.
 
     Raises:
-        UserError: see `evaluate`.
+        UserError: see `scores`.
     """
     assert predictions.prediction and predictions.reference
     raw = of_study.data.raw

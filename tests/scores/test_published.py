@@ -9,7 +9,7 @@ from conftest import SHARED, Recipe
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.data import study
-from qlora_recipes.scores import released
+from qlora_recipes.scores import published
 from qlora_recipes.scores.score import score
 
 GSM8K = SHARED / "gsm8k"
@@ -30,10 +30,10 @@ def test_gsm8ks_published_solutions_score_as_printed(
     for name, printed in (("GPT-3 6B, finetuned", 21.68), ("GPT-3 6B, with a verifier", 39.04)):
         predictions = by_name[name].predictions
         assert predictions and by_name[name].scores["accuracy"].value == printed
-        pairs, matched = released.read(of_study, next(iter(of_study.published)), predictions, "test")
+        pairs, matched = published.read(of_study, next(iter(of_study.published)), predictions, "test")
         assert matched and len(pairs) == 1319
         assert score(pairs, of_study.columns)[0]["accuracy"] == pytest.approx(printed, abs=0.005)
     write_rows(file, [as_published[1], as_published[0], *as_published[2:]])
     assert predictions
-    with pytest.raises(UserError, match=r"2 of 1,319 references are not those of the study's test.jsonl, the first in"):
-        released.read(of_study, next(iter(of_study.published)), predictions, "test")
+    with pytest.raises(UserError, match=r"solutions\.jsonl: 2 of 1,319 .*test\.jsonl"):
+        published.read(of_study, next(iter(of_study.published)), predictions, "test")

@@ -1,5 +1,5 @@
-"""A study of review comments whose authors published predictions and an adapter, for tests of its ladder. Its data is
-the shipped sample; what was published is on a server of this machine."""
+"""A study of review comments whose authors published predictions and an adapter. Its data is the shipped sample; what
+was published is on a server of this machine."""
 
 import hashlib
 import shutil
@@ -13,7 +13,6 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import sha256
 from qlora_recipes.configs import datafiles
 from qlora_recipes.data import study
-from qlora_recipes.data.study import Study
 
 RECIPE = "reviews/mine"
 BASELINE = "Somebody's model"
@@ -109,8 +108,3 @@ def write(place: Path, url: str, scores: dict[str, float] | None = None, **sourc
 def digest(content: bytes) -> str:
     """The checksum of some bytes."""
     return hashlib.sha256(content).hexdigest()
-
-
-def read() -> Study:
-    """The study, in its folder of work."""
-    return study.find("reviews")

@@ -1,0 +1,117 @@
+"""Stages of a reproduction before the training, by what authors published: `recipe reproduce --from`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ..backends import Backend
+from ..base.errors import UserError, WorkFailed
+from ..base.progress import say
+from ..configs.compose import Request
+from ..data import fetch
+from ..data.published import adapter_files
+from ..data.study import Study
+from ..runs.tasks import DONE, Outcome
+from ..scores import evaluate, judges, published
+from ..scores.task import EvaluationRequest
+from . import adapters, reproduce
+
+Stage = Literal["predictions", "adapter", "training"]
+
+
+def score_predictions(
+    of_study: Study, only: Sequence[str], judge: str | None
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Fetch and score the predictions that were published with a study's scores.
+
+    Args:
+        of_study: the study.
+        only: recipes; by default all, and the baselines.
+        judge: BERTScore's model, see `judges.judge`.
+
+    Returns:
+        The rows of `published.scores` with `of`, whose predictions they are of, and `verified`, whether the study has
+        checksums of the files; and by name why predictions cannot be scored, which does not stop the others.
+
+    Raises:
+        UserError: a name is wrong, or no predictions are published.
+    """
+    chosen = reproduce.chosen(of_study, list(only))
+    data = of_study.data
+    recipes = {name: of_study.published[name] for name in chosen if name in of_study.published}
+    owners = [(name, name, of.scores, of.predictions, data.test_set) for name, of in recipes.items()]
+    if not only:
+        owners += [(of.name, chosen[0], of.scores, of.predictions, of.test_set) for of in of_study.baselines]
+    if not any(predictions for *_, predictions, _ in owners):
+        raise UserError(_none_published(of_study, "predictions", only))
+    judged = judges.of_columns(of_study.columns, judge)
+    judges.say_left_out(of_study.columns, judged, judge)
+    rows, problems = [], {}
+    for name, recipe, scores, predictions, test_set in owners:
+        if predictions is None or predictions.absent:
+            say(f"{name}: {predictions.absent if predictions else 'no predictions are published'}")
+            continue
+        try:
+            fetched = fetch.fetch(data, data.raw, only=data.sources_of(predictions.files))
+            verified = all(row["verified"] for row in fetched if row["file"] in predictions.files)
+            own = predictions.test_set or test_set
+            made = published.scores(of_study, recipe, predictions, own, scores, judged)
+            rows += [{"of": name} | row | {"verified": verified} for row in made]
+        except (UserError, WorkFailed) as error:
+            problems[name] = str(error)
+    return rows, problems
+
+
+def evaluate_adapters(
+    of_study: Study, request: Request, only: Sequence[str], evaluation: EvaluationRequest, runs: Path, backend: Backend
+) -> list[Outcome]:
+    """Fetch the published adapters of a study's recipes, and evaluate each under its recipe.
+
+    Args:
+        of_study: the study.
+        request: what is merged over the recipes, with the study's name.
+        only: the recipes; by default all.
+        evaluation: how an adapter is evaluated.
+        runs: the folder for the runs.
+        backend: this machine.
+
+    Returns:
+        The outcomes; one that fails does not stop the others.
+
+    Raises:
+        UserError: a name is wrong, or no adapter is published.
+    """
+    chosen = [name for name in reproduce.chosen(of_study, list(only)) if name in of_study.published]
+    named = {name: adapter for name in chosen if (adapter := of_study.published[name].adapter)}
+    if not named:
+        raise UserError(_none_published(of_study, "adapter", only))
+    outcomes = [Outcome(recipe) for recipe in named]
+    for outcome, adapter in zip(outcomes, named.values(), strict=True):
+        step = "check"
+        try:
+            asked = reproduce.request_for(request, outcome.recipe)
+            composed = adapters.checked(asked, runs, backend)
+            files = adapter_files(of_study.data, adapter)
+            if not request.rehearse:
+                reproduce.have_data(of_study, [composed])
+                fetch.fetch(of_study.data, of_study.data.raw, only=of_study.data.sources_of(files))
+            elif missing := reproduce.missing(of_study.data, files):
+                fetching = " ".join(f"--only {source}" for source in missing)
+                problem = f"a rehearsal does not fetch the adapter; `recipe data fetch {of_study.data.key} {fetching}`"
+                raise UserError(f"{outcome.recipe}: {problem}")
+            if not all(of_study.data.files[file].sha256 for file in files):
+                say(f"{outcome.recipe}: study.yaml has no checksum of its adapter, which is therefore not verified")
+            folder, _ = adapters.located(str(of_study.data.raw / adapter))
+            step = "evaluate"
+            with adapters.run_of(composed, asked, folder, adapter, runs) as made:
+                evaluate.evaluate(made, evaluation)
+            outcome.run, outcome.steps[step] = made.path, DONE
+        except (UserError, WorkFailed) as error:
+            outcome.fail(step, str(error))
+    return outcomes
+
+
+def _none_published(of_study: Study, what: Stage, only: Sequence[str]) -> str:
+    having = [name for name, of in of_study.published.items() if getattr(of, what)]
+    hint = f"there are some of {', '.join(having)}" if having else "templates/README.md says how to declare them"
+    return f"--from {what}: {of_study.folder.name}'s study.yaml has none of {', '.join(only) or 'any recipe'}; {hint}"

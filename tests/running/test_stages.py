@@ -1,0 +1,347 @@
+"""Stages of a reproduction before the training: published predictions are scored, published adapters evaluated."""
+
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import published_study
+import pytest
+from conftest import SAMPLE, SHARED, Recipe, finish, start
+from file_server import Server, serving
+from published_study import ADAPTER, BASELINE, FILES, GOLD, PREDICTED, RECIPE, SUBSET, TEST
+from safetensors.numpy import save_file
+
+from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.data import download, study
+from qlora_recipes.data.published import Score
+from qlora_recipes.metrics.bleu4 import bleu4
+from qlora_recipes.runs import lookup
+from qlora_recipes.scores.evaluations import read_predictions
+from qlora_recipes.scores.published import _beside
+
+SMALLER = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+"""The sizes of a model that no adapter of the tiny one fits."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+    with serving(monkeypatch) as orders:
+        orders.content, orders.files = None, dict(FILES)
+        yield orders
+    study._load.cache_clear()
+
+
+def address(server: Server) -> str:
+    return server.url.rpartition("/")[0]
+
+
+def scored(recipe: Recipe, *words: str, code: int = 0) -> Any:
+    done = recipe("reproduce", "reviews", "--from", "predictions", "--json", *words)
+    assert done.returncode == code, done.stderr
+    return orjson.loads(done.stdout)
+
+
+def row_of(found: Any, of: str = RECIPE, test_set: str = "some", metric: str = "bleu4") -> dict[str, Any]:
+    (row,) = [row for row in found["scores"] if (row["of"], row["test_set"], row["metric"]) == (of, test_set, metric)]
+    return row
+
+
+def mean(predictions: list[str], references: list[str]) -> float:
+    scores = [bleu4(reference, text) for reference, text in zip(references, predictions, strict=True)]
+    return sum(scores) / len(scores)
+
+
+def test_published_predictions_are_fetched_and_scored_beside_the_published_score(
+    recipe: Recipe, server: Server, tmp_path: Path
+) -> None:
+    ours = mean(PREDICTED, GOLD)
+    published_study.write(tmp_path, address(server), {"bleu4": round(ours, 2)})
+    found = scored(recipe)
+    row = row_of(found)
+    assert (row["rows"], row["score"], row["agrees"]) == (4, pytest.approx(ours), True)
+    assert row["low"] < ours < row["high"] and row["verified"] is True and found["problems"] == {}
+    assert row["difference"] == pytest.approx(ours - round(ours, 2))
+    whole = row_of(found, BASELINE, "test")
+    assert whole["score"] == pytest.approx(mean([t if i % 2 else "no" for i, t in enumerate(TEST)], TEST))
+    assert (whole["rows"], whole["difference"], whole["agrees"]) == (len(TEST), None, None)
+    some = row_of(found, BASELINE)
+    step = mean([TEST[i] if i % 2 else "no" for i in SUBSET], GOLD) - 4.0
+    assert (some["difference"], some["agrees"]) == (pytest.approx(step), False)
+    assert {row["of"] for row in found["scores"]} == {RECIPE, BASELINE}
+    assert lookup.all_runs(tmp_path / "runs") == []
+
+
+@pytest.mark.parametrize(("published", "agrees"), [(0.05, True), (-0.05, True), (0.06, False)])
+def test_scores_of_the_same_texts_agree_to_the_last_printed_digit(published: float, agrees: bool) -> None:
+    assert _beside(50.0 + published, Score(value=50.0), True)["agrees"] is agrees
+
+
+def test_what_was_fetched_is_not_fetched_again(recipe: Recipe, server: Server, tmp_path: Path) -> None:
+    published_study.write(tmp_path, address(server))
+    before = scored(recipe)
+    asked = len(server.paths)
+    assert scored(recipe) == before
+    assert len(server.paths) == asked
+
+
+def test_references_are_compared_with_the_prepared_rows(recipe: Recipe, server: Server, tmp_path: Path) -> None:
+    published_study.write(tmp_path, address(server))
+    assert row_of(scored(recipe))["matched"] is False
+    made = recipe("data", "prepare", SAMPLE, "--study", "reviews")
+    assert made.returncode == 0, made.stderr
+    assert row_of(scored(recipe))["matched"] is True
+    server.files["gold.txt"] = published_study.lines([GOLD[1], GOLD[0], *GOLD[2:]])
+    digest = published_study.digest(server.files["gold.txt"])
+    published_study.write(tmp_path, address(server), gold__txt={"sha256": digest})
+    problem = scored(recipe, code=1)["problems"][RECIPE]
+    assert "gold.txt: 2 of 4 " in problem and repr(" ".join(GOLD[1].split())[:60]) in problem
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (lambda server: server.files.update({"pred.txt": b"x" * len(FILES["pred.txt"])}), "sha256"),
+        (lambda server: server.files.pop("pred.txt"), "404"),
+        (
+            lambda server: server.files.update({"gold.txt": FILES["gold.txt"][:-1]}),
+            "gold.txt",
+        ),
+    ],
+)
+def test_what_cannot_be_had_says_why_keeps_nothing_and_stops_nothing_else(
+    recipe: Recipe, server: Server, tmp_path: Path, break_it: Any, says: str
+) -> None:
+    published_study.write(tmp_path, address(server))
+    break_it(server)
+    found = scored(recipe, code=1)
+    assert says in found["problems"][RECIPE] and {row["of"] for row in found["scores"]} == {BASELINE}
+    raw = tmp_path / "data" / "reviews-raw"
+    assert not (raw / "pred.txt").exists() and not (raw / "gold.txt").exists()
+    server.files = dict(FILES)
+    assert scored(recipe)["problems"] == {}
+
+
+def test_half_a_download_is_resumed_by_the_next_call(
+    recipe: Recipe, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "CHUNK", 10)
+    published_study.write(tmp_path, address(server))
+    server.breaks_after = [20] * 6
+    assert RECIPE in scored(recipe, code=1)["problems"]
+    assert not (tmp_path / "data" / "reviews-raw" / "pred.txt").exists()
+    assert row_of(scored(recipe))["score"] is not None
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("pred.txt", published_study.lines(PREDICTED[:3]), "pred.txt: 3 .* 4 "),
+        ("whole.jsonl", FILES["whole.jsonl"].splitlines()[0], "whole.jsonl: 1 "),
+        ("whole.jsonl", b'{"target": "a", "model": {}}\n' * len(TEST), "row 1 .*model.output"),
+        ("whole.jsonl", b"{\n", "whole.jsonl:1: "),
+        ("pred.txt", b"\xff\n" * 4, "pred.txt: .*UTF-8"),
+    ],
+)
+def test_files_that_do_not_hold_the_predictions_are_refused(
+    recipe: Recipe, server: Server, tmp_path: Path, file: str, content: bytes, says: str
+) -> None:
+    server.files[file] = content
+    known = {"sha256": published_study.digest(content), "bytes": len(content)}
+    published_study.write(tmp_path, address(server), **{file.replace(".", "__"): known})
+    problems = scored(recipe, code=1)["problems"]
+    assert problems and all(re.search(says, problem) for problem in problems.values())
+
+
+def test_predictions_without_a_checksum_are_marked(recipe: Recipe, server: Server, tmp_path: Path) -> None:
+    published_study.write(tmp_path, address(server), pred__txt={"sha256": None})
+    assert row_of(scored(recipe))["verified"] is False
+    shown = recipe("reproduce", "reviews", "--from", "predictions")
+    assert shown.returncode == 0 and RECIPE in shown.stdout and "bleu4" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["reviews", "--rehearse"], "--rehearse: "),
+        (["reviews", "--on", "slurm"], "--on slurm: "),
+        (["reviews", "--dry-run"], "--dry-run: "),
+        (["reviews", "--only", "other"], f"--from predictions: .*{RECIPE}"),
+        (["reviews", "--only", "nothing"], "--only nothing: "),
+        (["peft-metamathqa"], "--from predictions: peft-metamathqa"),
+    ],
+)
+def test_a_wrong_request_fetches_nothing(
+    recipe: Recipe, server: Server, tmp_path: Path, words: list[str], says: str
+) -> None:
+    published_study.write(tmp_path, address(server))
+    done = recipe("reproduce", *words, "--from", "predictions")
+    assert done.returncode == 2 and re.search(says, done.stderr)
+    assert not server.paths
+
+
+@pytest.mark.skipif(not (SHARED / "haider2024").is_dir(), reason="the authors' files are not part of the project")
+def test_the_first_studys_predictions(recipe: Recipe, server: Server, tmp_path: Path) -> None:
+    """The real files behind a server in place of the internet: Table II's score of Llama 3, and not its baseline's."""
+    of_study = study.find("haider2024")
+    content = yamlfiles.read_yaml(of_study.folder / "study.yaml")
+    server.files = {}
+    for file in ("msg-5000-pred.txt", "msg-5000-gold.txt"):
+        server.files[file] = (SHARED / "haider2024" / file).read_bytes()
+        content["data"]["sources"][file]["url"] = f"{address(server)}/{file}"
+    server.files["base.jsonl"] = (SHARED / "codereviewer-test-predictions.jsonl").read_bytes()
+    content["data"]["sources"]["base.jsonl"] = {"url": f"{address(server)}/base.jsonl"}
+    content["published"] = {"reviews/mine": content["published"]["haider2024/llama-3-8b"]}
+    content |= {"variants": {}, "metrics": {"bleu4": {}, "bertscore_f1": {}}}  # the others take longer
+    sides = {side: {"file": "base.jsonl", "field": side} for side in ("prediction", "reference")}
+    content["baselines"][0]["predictions"] = {"test_set": "test"} | sides
+    published_study.write(tmp_path, address(server))
+    (tmp_path / "recipes" / "reviews" / "study.yaml").write_text(yamlfiles.write_yaml(content))
+    shutil.copy(paths.RECIPES / "haider2024" / "test-subset-1.json", tmp_path / "recipes" / "reviews")
+    study._load.cache_clear()
+    found = [
+        (row["of"], row["test_set"], round(row["score"], 2), row["published"], row["agrees"])
+        for row in scored(recipe)["scores"]
+        if row["metric"] == "bleu4"
+    ]
+    baseline = content["baselines"][0]["name"]
+    assert found == [
+        (RECIPE, "test-subset-1", 5.27, 5.27, True),
+        (baseline, "test-subset-1", 5.47, 4.28, False),
+        (baseline, "test", 5.44, None, None),
+    ]
+
+
+def adapters(recipe: Recipe, *words: str | Path, code: int = 0) -> Any:
+    done = recipe("reproduce", "reviews", "--from", "adapter", "--bertscore", "none", *words, "--json")
+    assert done.returncode == code, done.stderr
+    return orjson.loads(done.stdout)
+
+
+@pytest.mark.parametrize("damaged", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_rehearsal_fetches_no_adapter_and_refuses_a_damaged_one(
+    recipe: Recipe, server: Server, tmp_path: Path, tiny_profile: Path, damaged: str
+) -> None:
+    published_study.write(tmp_path, address(server))
+    rehearse = ("--profile", "rehearsal", "--profile", tiny_profile)
+    (step,) = adapters(recipe, *rehearse, code=2)["steps"]
+    fetch = f"`recipe data fetch reviews {' '.join(f'--only theirs/{name}' for name in ADAPTER)}`"
+    assert fetch in step["problem"] and not server.paths
+    raw = tmp_path / "data" / "reviews-raw" / "theirs"
+    raw.mkdir(parents=True)
+    (raw / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"lora_A": np.ones((2, 2))}, raw / "adapter_model.safetensors")
+    (raw / damaged).write_bytes((raw / damaged).read_bytes()[:-5])
+    (step,) = adapters(recipe, *rehearse, code=2)["steps"]
+    assert str(raw.relative_to(tmp_path)) in step["problem"]
+
+
+def test_a_published_adapter_is_evaluated_once_and_marked(
+    recipe: Recipe, server: Server, tmp_path: Path, tiny: Path, tiny_profile: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    published_study.write(tmp_path, address(server))
+    theirs = tmp_path / "data" / "reviews-raw" / "theirs"
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(LlamaForCausalLM.from_pretrained(tiny), lora).save_pretrained(theirs)
+    rehearse = ("--profile", "rehearsal", "--profile", tiny_profile)
+    found = adapters(recipe, *rehearse)
+    (step,), (row,) = found["steps"], found["results"]
+    assert (step["evaluate"], row["rows"], row["published_adapter"]) == ("done", 12, "theirs")
+    (made,) = lookup.all_runs(tmp_path / "runs")
+    assert tmp_path / row["run"] == made.path and len(read_predictions(made.path)) == 12
+    assert adapters(recipe, *rehearse) == found
+    assert [run.path for run in lookup.all_runs(tmp_path / "runs")] == [made.path]
+    assert recipe("publish", "latest").returncode == 2
+    for verb in (("results",), ("results", "--study", "reviews", "--rehearse"), ("report", "-o", "a.html")):
+        assert recipe(*verb).returncode == 0
+    assert "theirs" in recipe("results").stdout
+
+    lora = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    shutil.rmtree(theirs)
+    get_peft_model(LlamaForCausalLM(LlamaConfig(**SMALLER)), lora).save_pretrained(theirs)
+    (step,) = adapters(recipe, *rehearse, code=1)["steps"]
+    assert step["evaluate"] == "failed" and "adapter_model.safetensors" in step["problem"]
+    assert [run.path for run in lookup.all_runs(tmp_path / "runs")] == [made.path]
+
+
+@pytest.mark.long
+def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(
+    stand_in: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    name = "haider2024/llama-3.2-3b"
+    finish(start(tmp_path, "run", name, "--rehearse", command=stand_in))
+    (run,) = lookup.all_runs(tmp_path / "runs")
+    assert recipe("evaluate", "latest", "--bertscore", "none").returncode == 0
+    adapter = tmp_path / "theirs"
+    adapter.mkdir()
+    for file in ADAPTER:  # without a tokenizer
+        shutil.copy(run.output / file, adapter)
+    done = recipe("evaluate", "llama-3.2-3b", "--adapter", adapter, "--bertscore", "none")
+    assert done.returncode == 0, done.stderr
+    (other,) = [made for made in lookup.all_runs(tmp_path / "runs") if made.path != run.path]
+    assert read_predictions(other.path) == read_predictions(run.path)
+    assert any(row["prediction"] for row in read_predictions(run.path))
+    (row,) = orjson.loads(recipe("results", "--study", "haider2024", "--rehearse", "--json").stdout)
+    assert row["run"] == str(run.path.relative_to(tmp_path))  # the one that was trained here
+    assert (other.read().rehearsal, other.read().published_adapter) == (True, str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("llama-3-8b", "--adapter", "nowhere"), "--adapter nowhere"),
+        (("llama-3-8b", "--adapter", "a/b/c"), "--adapter a/b/c"),
+        (("llama-3-8b", "--adapter", "empty"), "empty: .*adapter_config.json"),
+        (("llama-3-8b", "--adapter", "theirs"), "no-gpu"),
+    ],
+)
+def test_an_adapter_that_cannot_be_evaluated_leaves_nothing(
+    recipe: Recipe, tmp_path: Path, words: tuple[str, ...], says: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/model"}')
+    save_file({"lora_A": np.ones((2, 2))}, tmp_path / "theirs" / "adapter_model.safetensors")
+    done = recipe("evaluate", *words)
+    assert done.returncode in (1, 2) and re.search(says, done.stderr), done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_is_fetched_without_what_authors_published_unless_that_is_given_or_named(
+    recipe: Recipe, server: Server, tmp_path: Path
+) -> None:
+    published_study.write(tmp_path, address(server))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    with zipfile.ZipFile(mine / "rows.zip", "w") as archive:
+        for file in SAMPLE.glob("msg-*.jsonl"):
+            archive.write(file, file.name)
+    assert recipe("data", "fetch", "reviews", "--from", mine).returncode == 0
+    raw = tmp_path / "data" / "reviews-raw"
+    of_rows = {file.name for file in SAMPLE.glob("msg-*.jsonl")} | {"fetched.json", ".fetch.lock"}
+    assert {file.name for file in raw.iterdir()} == of_rows and not server.paths
+    (mine / "pred.txt").write_bytes(FILES["pred.txt"])
+    assert recipe("data", "fetch", "reviews", "--from", mine / "pred.txt").returncode == 0
+    assert recipe("data", "fetch", "reviews", "--only", "gold").returncode == 0
+    assert {file.name for file in raw.iterdir()} == of_rows | {"pred.txt", "gold.txt"}
+
+
+def test_without_a_gpu_no_adapter_is_fetched(recipe: Recipe, server: Server, tmp_path: Path) -> None:
+    published_study.write(tmp_path, address(server))
+    (step,) = adapters(recipe, code=2)["steps"]
+    assert step["check"] == "failed" and "no-gpu" in step["problem"]
+    assert not server.paths
