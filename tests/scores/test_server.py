@@ -257,7 +257,7 @@ def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch: py
         there = servers.at(server.url)
         there.require_model("m")
         with pytest.raises(UserError, match=servers.KEY) as refused:
-            there.takes({"model": "m", "prompt": "", "max_tokens": 1})
+            servers.Server(prompter(), there, "m", PROMPTS, 1)
     assert server.requests[0]["headers"]["authorization"] == "Bearer geheim"
     assert "geheim" not in str(refused.value)
 
@@ -279,7 +279,7 @@ def test_a_server_gets_no_key_of_another(key: str | None, monkeypatch: pytest.Mo
     with serving(echo) as server:
         there = servers.at(server.url)
         there.require_model("m")
-        there.takes({"model": "m", "prompt": [1], "max_tokens": 1})
+        servers.Server(prompter(), there, "m", PROMPTS, 1)
         with serving(echo) as other:
             server.models = 307, {}
             server.headers = {"Location": f"{other.url}/v1/models"}
