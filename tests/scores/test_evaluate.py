@@ -514,21 +514,6 @@ def test_sampled_predictions_depend_on_the_seed_and_not_on_the_batches_before(
     assert sampling.answers([[1, 50, 60]], 0) == first != second
 
 
-def test_exported_prompts_are_those_that_are_generated_from(run: RunDir, tmp_path: Path) -> None:
-    from qlora_recipes.scores.prompter import Prompter
-
-    file = tmp_path / "prompts.jsonl"
-    assert evaluate.export_prompts(run, EvaluationRequest(limit=5), file) == 5
-    rows = [orjson.loads(line) for line in file.read_bytes().splitlines()]
-    task = EvaluationTask(run, EvaluationRequest(adapter="none", limit=5))
-    prompter = Prompter(task.settings, task.cfg, run.output)
-    assert [row["prompt_token_ids"] for row in rows] == [one.prompt for one in prompter.examples(task.rows.rows)]
-    assert [row["reference"] for row in rows] == [row["output"] for row in task.rows.rows]
-    for row in rows:
-        assert row["prompt"].startswith("<s>Below is an instruction") and row["prompt"].endswith("### Response:\n")
-        assert prompter.tokenizer.encode(row["prompt"], add_special_tokens=False) == row["prompt_token_ids"]
-
-
 def turns(*pairs: str) -> dict[str, Any]:
     """A chat of user and assistant, by turns; a system message comes first where it is an odd number."""
     roles = ["system"] * (len(pairs) % 2) + ["user", "assistant"] * (len(pairs) // 2)
