@@ -1,14 +1,9 @@
-"""Secrets, which are never written down; and folders, machines, users and accounts, which no shared record has."""
+"""Secrets, which are masked where text leaves the program."""
 
-import getpass
 import os
-import platform
 import re
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
-
-Text = tuple[str, str]  # where it stands, and what it is
 
 _TOKEN = (
     r"(?-i:(?<![A-Za-z0-9])(hf_(?=[a-z]*[\dA-Z])[A-Za-z0-9]{10,}|hf_[a-z]{16,}|gh[oprsu]_[A-Za-z0-9]{10,}"
@@ -16,21 +11,6 @@ _TOKEN = (
     r"|xox[a-z]-[\w-]{10,}|wandb_v\d_\w{10,}|(AKIA|ASIA)[A-Z0-9]{12,}|AIza[\w-]{20,}|eyJ[\w-]{10,}\.[\w-]+))"
 )
 """Access tokens, by how their issuers have them begin."""
-_LABEL = "[a-z][a-z0-9-]*"
-_REVEALING = {
-    "a web address": r"\w://",
-    "an address": r"[\w.+-]@[\w-]",
-    "a path": r"(?<![\w.])(~[\w.-]*|\.{1,2})?/\S|\b[a-z]:[\\/]|\\\\\w|\w\\\w+\\|\S/\S*/",
-    "an access token": _TOKEN,
-    "a long random text, as keys and tokens are": r"\b(?=[a-z]*\d)(?=\d*[a-z])[a-z0-9]{24,}",
-    "the name or address of a host": rf"(?<![\w.-])({_LABEL}\.)+[a-z]{{2,}}\b"
-    r"|(?<![\d.])\d{1,3}(\.\d{1,3}){3}(?![\d.])",
-}
-"""What gives something away, by what it is."""
-_PATTERNS = {what: re.compile(pattern, re.IGNORECASE) for what, pattern in _REVEALING.items()}
-_EVERYBODYS = {"root", "user", "ubuntu", "debian", "localhost", "nvidia", "intel", "amd"}
-"""Names of users and machines that say nothing about them, and that are words of much else."""
-
 _NAMES_SECRET = re.compile(
     r"(api_?key|secret(_key)?|access_key|private_key|passw(or)?d|credentials?|authorization)$", re.IGNORECASE
 )
@@ -55,7 +35,7 @@ def is_secret(key: str, value: Any = None) -> bool:
         return True
     if _NAMES_TOKEN.search(name) and not name.startswith("special_tokens.") and not name.endswith("use_auth_token"):
         return True
-    return any(masked(text) != text for _, text in texts(value))
+    return any(masked(text) != text for text in _texts(value))
 
 
 def masked(text: str) -> str:
@@ -65,40 +45,10 @@ def masked(text: str) -> str:
     return _SECRET_VALUE.sub(lambda found: (found["key"] or "") + MASK, text)
 
 
-def names_here() -> set[str]:
-    """The names of this machine and of its user."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user can be without a name
-        user = ""
-    return {platform.node(), user, Path.home().name} - {""}
-
-
-def problem(text: str, names: Collection[str] = ()) -> str | None:
-    """What a text gives away, in words; None where that is nothing.
-
-    Args:
-        text: the text.
-        names: those of machines and users, which it must not have as whole words.
-    """
-    for what, pattern in _PATTERNS.items():
-        if pattern.search(text):
-            return what
-    parts = {part for name in names for part in (name, name.partition(".")[0])}
-    for name in (name for name in parts if len(name) > 2 and name.lower() not in _EVERYBODYS):
-        if re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", text, re.IGNORECASE):
-            return "the name of a machine or of its user"
-    return None
-
-
-def texts(value: Any, place: str = "") -> Iterator[Text]:
-    """Every text in a value of JSON, keys among them, with its place as a dotted path."""
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON, keys among them."""
     if isinstance(value, str):
-        yield place, value
-    for key, below in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        if isinstance(key, str):
-            yield (
-                f"{place}, a key".removeprefix(", "),
-                key.replace(".", " "),
-            )  # dots join keys there, not names of hosts
-        yield from texts(below, f"{place}.{key}".removeprefix("."))
+        yield value
+    elif isinstance(value, dict | list):
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _texts(item)
