@@ -68,9 +68,7 @@ def about(of_key: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     if "default" in of_key:
         yield "default", of_key["default"]
     if of_key.get("deprecated"):
-        yield "deprecated", of_key.get("deprecationMessage", True)
-    if of_key.get("x-removed"):
-        yield "refused", True
+        yield "deprecated", True
 
 
 def _types(form: dict[str, Any]) -> Iterator[str]:

@@ -155,23 +155,6 @@ def line_of(file: Path, key: str | Sequence[str]) -> int:
     return line
 
 
-def respelt(text: str) -> Iterator[tuple[str, str, int | float]]:
-    """The numbers in a YAML text that YAML 1.1 reads in another base, as 012 and 1:30: the dotted key, and both."""
-
-    def within(node: Any, key: str) -> Iterator[tuple[str, str, int | float]]:
-        if isinstance(node, yaml.ScalarNode):
-            if node.tag.endswith((":int", ":float")) and re.fullmatch(r"[-+]?0[\d_]+|.*:.*", node.value):
-                yield key, node.value, yaml.load(node.value, _Loader)
-            return
-        pairs = node.value if isinstance(node, yaml.MappingNode) else enumerate(node.value)
-        for part, value in pairs:
-            name = str(getattr(part, "value", part))
-            yield from within(value, f"{key}.{name}" if key else name)
-
-    if node := _composed(text):
-        yield from within(node, "")
-
-
 @lru_cache(maxsize=8)  # a file with many mistakes is asked for each
 def _composed(text: str) -> Any:
     return yaml.compose(text, Loader=_Loader)

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,14 @@ from ..base import disks, paths, private, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.quiet import importing_axolotl
 from ..base.yamlfiles import Config
-from ..configs import compose, datafiles, models, standin, substitution, variants
+from ..configs import compose, models, standin, substitution, variants
+from ..configs.compatibility import VARIANTS
 from ..configs.compose import Composed, Request
 from ..configs.config import check_not_of_the_run
 from ..configs.gpus import Gpu
 from ..data import study
 from ..runs import provenance
-from . import rows, rules, schema, too_long, unfit
+from . import rows, rules, schema
 from .finding import LEVELS, Finding
 
 
@@ -106,9 +106,7 @@ def check(
         elif full:
             report.add(by_axolotl(composed, gpu))
         if data and not report.count("error"):
-            _measure_tokens(report, composed)
-            if not launching:
-                report.add(placed(_without_batch(composed, request.ranks), composed))
+            tokenize(report, composed, request.ranks)
     except UserError as error:
         report.add([_unreadable(request.name, str(error))])
     except OSError as error:
@@ -147,60 +145,50 @@ def examine(
         UserError: the recipe's study is malformed.
     """
     study.of(composed.origin or composed.recipe)
-    of_schema = list(schema.findings(composed.config))
-    usable, wrong = schema.usable(composed.config, of_schema)
-    case = rules.Case(usable, wrong, None if composed.rehearsal else gpu, gpus, launching, ask_hub or launching, runs)
+    gpu = None if composed.rehearsal else gpu
     report = Report(composed.recipe, composed)
-    report.add(placed([*of_schema, *rules.findings(case)], composed))
+    found, usable = _of_keys(composed, gpu, gpus, launching, ask_hub or launching, runs)
+    report.add(found)
     report.add(_replaced(composed))
-    report.add(placed(unfit.findings(composed, None if composed.rehearsal else gpu, launching), composed))
+    report.add(placed(_profile_compatibility(composed, gpu, launching), composed))
     report.add(_other_axolotl(composed))
-    report.add(_respelt(composed))
-    if composed.plain:  # what is wrong with keys that the rehearsal replaces, and not due to an override meant for it
-        there = {finding.name for finding in report.findings}
-        of_recipe, *others = [
-            {finding.name: finding for finding in examine(each).findings if finding.level == "error"}
-            for each in composed.plain
-        ]
-        found = (each for name, each in of_recipe.items() if all(name in other for other in others))
-        report.add(each for each in found if each.scope in ("step", "config") and each.name not in there)
+    report.add(_behind_rehearsal(composed, {finding.name for finding in report.findings}))
     if data:
         of_rows, report.data = rows.check(usable)
         report.add(of_rows)
-        if launching and not report.count("error"):
-            report.add(placed(too_long.findings(usable), composed))
-            report.add(placed(_without_batch(composed, gpus), composed))
     return report
 
 
-_MOST_BYTES = 20
-"""Bytes of a row that a token surely does not exceed in the mean."""
+def _of_keys(composed: Composed, *of_case: Any) -> tuple[list[Finding], Config]:
+    """Findings of the schema and the rules, and the config without the values that break the schema."""
+    of_schema = list(schema.findings(composed.config))
+    usable, wrong = schema.usable(composed.config, of_schema)
+    return [*placed([*of_schema, *rules.findings(rules.Case(usable, wrong, *of_case))], composed)], usable
 
 
-def _without_batch(composed: Composed, gpus: int) -> Iterator[Finding]:
-    """A finding where packed rows do not fill a micro batch on each GPU, so that Axolotl would train no step.
+def _behind_rehearsal(composed: Composed, known: set[str]) -> Iterator[Finding]:
+    """Errors of keys that a rehearsal replaces, unless an override meant for the rehearsal causes them."""
+    errors = [{found.name: found for found in _of_keys(each)[0] if found.level == "error"} for each in composed.plain]
+    for name, found in errors[0].items() if errors else ():
+        if all(name in others for others in errors) and found.scope in ("step", "config") and name not in known:
+            yield found
 
-    Only so few rows are tokenized that this can be, where all are in JSONL files, and the tokenizer is on this machine.
+
+def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool) -> Iterator[Finding]:
+    """Keys of the profiles fast and packed that are left out or changed, and profiles for no GPU in particular.
+
+    The latter is a warning before a run; a rehearsal has none.
     """
-    config = composed.config
-    data = [dataset for _, dataset in datafiles.datasets(config, "datasets")]
-    streams = config.get("streaming") or config.get("pretraining_dataset")
-    if streams or not (config.get("sample_packing") and data and all(map(datafiles.jsonl_files, data))):
-        return
-    room = _MOST_BYTES * gpus * (config.get("micro_batch_size") or 1) * (config.get("sequence_len") or 512)
-    lines = chain.from_iterable(map(datafiles.lines, data))
-    if any(size > room for size in accumulate(map(len, lines))) or not has_tokenizer(composed):
-        return
-    with importing_axolotl():
-        from . import tokens
-
-        sequences, needed = tokens.packed_sequences(config)
-    if sequences >= needed * gpus:
-        return
-    each = f" on each of {gpus} GPUs" if gpus > 1 else ""
-    problem = f"the rows fill {sequences} packed sequences, and a micro batch takes {needed}{each}: no step is trained"
-    fewer = f"micro_batch_size={sequences // gpus}" if sequences >= gpus else "sample_packing=false"
-    yield Finding("error", "no-batch", "micro_batch_size", problem, f"--set {fewer}, or more rows")
+    for why, changes in composed.incompatible.items():
+        left = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items() if value is not None)
+        key = next(iter(changes)) if len(changes) == 1 else ""
+        problem = f"the profile sets {left}" if left else f"the profile leaves out {', '.join(changes)}"
+        yield Finding("note", "unfit", key, f"{problem}, because {why}")
+    laid = [profile for profile in composed.profiles if profile in VARIANTS]
+    if laid and gpu is None and not composed.rehearsal:
+        problem = f"no GPU is known, so that {' and '.join(laid)} are for one from Ampere on"
+        remedy = "for another, name it: --gpu for checks and plans, the setting card for SLURM"
+        yield Finding("warning" if launching else "note", "unfit", "", problem, remedy)
 
 
 def _replaced(composed: Composed) -> Iterator[Finding]:
@@ -227,20 +215,6 @@ def _other_axolotl(composed: Composed) -> Iterator[Finding]:
         if note := provenance.other_axolotl({"axolotl": version}):
             problem = f"{what} was {note}: a key can mean something else"
             yield Finding("note", "other-axolotl", "", problem, where=paths.shown(composed.recipe_file))
-
-
-def _respelt(composed: Composed) -> Iterator[Finding]:
-    """Numbers that YAML reads as others than they look like."""
-    options = dict.fromkeys(change.why for change in composed.differences if change.why.startswith("--set "))
-    files = {composed.recipe_file, *composed.files.values()}
-    texts: list[tuple[str, str, Path | None]] = [(option.partition("=")[2], option, None) for option in options]
-    texts += [(yamlfiles.read_text(file), paths.shown(file), file) for file in sorted(files)]
-    for text, where, file in texts:
-        for key, written, value in yamlfiles.respelt(text):
-            key = key if file else where.removeprefix("--set ").partition("=")[0]
-            if not private.is_secret(key):
-                problem, line = f"YAML reads {written} as {value:g}", yamlfiles.line_of(file, key) if file else None
-                yield Finding("note", "respelt", key, problem, "write it in decimal digits", where, line)
 
 
 def tokens_of(request: Request, count: int) -> list[dict[str, Any]]:
@@ -276,17 +250,35 @@ def has_tokenizer(composed: Composed) -> bool:
     return models.find(composed.config).tokenizer_here
 
 
-def _measure_tokens(report: Report, composed: Composed) -> None:
-    """Add the lengths in tokens to a report."""
-    if not has_tokenizer(composed):
-        problem = "lengths in tokens are not known: its tokenizer is not on this machine"
+def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None = None) -> None:
+    """Add to a report what Axolotl makes of the rows, and their lengths in tokens.
+
+    Where the tokenizer is not on this machine, the rehearsal's reads some of the rows: lengths are then unknown.
+
+    Args:
+        report: the report.
+        composed: the config.
+        gpus: how many train it.
+        most: about how many rows of each data set to tokenize; None for all.
+    """
+    if has_tokenizer(composed):
+        findings, measured = _lengths(composed.config, most, gpus)
+    else:
+        problem = f"its tokenizer is not on this machine: {standin.NAME}'s read {SOME} rows, lengths are unknown"
         report.add([Finding("note", "not-checked", "base_model", problem, where=report.name)])
-        return
-    findings, measured = _lengths(composed)
+        config = {key: value for key, value in composed.config.items() if key not in substitution.OF_MODEL}
+        config |= {"base_model": str(standin.model_folder()), "sequence_len": standin.CONTEXT}
+        findings, measured = _lengths(config, most or SOME, gpus)
+        findings = [finding for finding in findings if finding.rule not in ("too-long", "no-batch", "eos-masked")]
+        measured = []
     report.add(placed(findings, composed))
     by_key = {measures["key"]: measures for measures in measured}
     for read in report.data:
         read |= by_key.get(read["key"], {})
+
+
+SOME = 1000
+"""Rows of each data set that are tokenized before a run, or by another model's tokenizer."""
 
 
 def training_lengths(composed: Composed, force: Sequence[str] = (), most: int | None = None) -> list[dict[str, Any]]:
@@ -303,17 +295,19 @@ def training_lengths(composed: Composed, force: Sequence[str] = (), most: int | 
     _need_tokenizer(composed, "--data")
     found = examine(composed).findings
     refuse([finding for finding in found if finding.key.startswith("datasets") or finding.scope == "code"], force)
-    measured = [measures for measures in _lengths(composed, most)[1] if measures["key"].startswith("datasets")]
+    failing, measured = _lengths(composed.config, most)
+    refuse([finding for finding in failing if finding.rule == "bad-row"])
+    measured = [measures for measures in measured if measures["key"].startswith("datasets")]
     if not measured:
         raise UserError("--data: the config names no local JSONL file to measure")
     return measured
 
 
-def _lengths(composed: Composed, most: int | None = None) -> tuple[list[Finding], list[dict[str, Any]]]:
+def _lengths(config: Config, most: int | None, gpus: int = 1) -> tuple[list[Finding], list[dict[str, Any]]]:
     with importing_axolotl():
         from . import tokens
 
-        return tokens.lengths(composed.config, most)
+        return tokens.lengths(config, most, gpus)
 
 
 def _unreadable(name: str, message: str) -> Finding:
@@ -380,6 +374,9 @@ def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]
     A warning whose line says `accepts RULE: reason` in a comment becomes a note.
     """
     for finding in findings:
+        if finding.where:  # a row of a file
+            yield finding
+            continue
         file: Path | None = composed.recipe_file
         for difference in composed.differences:
             key, changed = f"{finding.key}.", f"{difference.key}."

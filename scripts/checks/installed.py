@@ -11,27 +11,24 @@ import logging
 import pkgutil
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.metadata import version
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 import axolotl.integrations
 import torch
 from axolotl import prompt_strategies
-from axolotl.core.builders.base import TrainerBuilderBase
-from axolotl.integrations.base import BasePlugin, PluginManager
+from axolotl.integrations.base import BasePlugin, PluginManager, get_builtin_plugins
 from axolotl.prompters import PromptStyle
 from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.data.wrappers import DATASET_HANDLERS
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
-from axolotl.utils.schemas.deprecated import DeprecatedParameters
-from axolotl.utils.schemas.enums import CANONICAL_ATTN_IMPLS, CustomSupportedOptimizers
+from axolotl.utils.schemas.enums import CANONICAL_ATTN_IMPLS, ChatTemplate, CustomSupportedOptimizers
 from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema, NoDefault
-from transformers import BitsAndBytesConfig, SchedulerType, Trainer, TrainingArguments
+from transformers import BitsAndBytesConfig, SchedulerType
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
@@ -39,9 +36,6 @@ from ..base.yamlfiles import Config
 from ..configs.gpus import Gpu
 from .finding import Finding
 from .schema import BOUNDS, DESCRIPTIONS
-
-ALWAYS = ("axolotl.integrations.context_parallel.", "axolotl.integrations.expert_parallel.")
-"""Plugins that Axolotl loads whether or not a config lists them (`axolotl.integrations.base.get_builtin_plugins`)."""
 
 
 class _Schema(GenerateJsonSchema):
@@ -68,22 +62,22 @@ def generate_schema() -> str:
     """The schema of the installed Axolotl, as text.
 
     Keys are those of its pydantic models and of the plugins that come with it, and no others where Axolotl itself
-    defines the level. To the types are added the values that the installed stack accepts for optimizer, scheduler,
-    adapter, attention, data set type and bitsandbytes' options, and `BOUNDS`. A plugin's keys are allowed where the
-    config lists the plugin (`x-plugins` has which are whose).
+    defines the level. To the types are added the values that the installed stack knows for optimizer, scheduler,
+    adapter, attention, data set type, chat template and bitsandbytes' options, and `BOUNDS`. A plugin's keys are
+    allowed where the config lists the plugin (`x-plugins` has which are whose).
     """
     main = AxolotlInputConfig.model_json_schema(schema_generator=_Schema)
     keys, definitions = main["properties"], main["$defs"]
     for name, field in AxolotlInputConfig.model_fields.items():
         if field.alias:  # Axolotl takes either name
             keys[name] = keys[field.alias]
-        elif deprecation := _deprecation(name, field.deprecated, keys[name].get("description", "")):
-            message, removed = deprecation
-            keys[name] |= {"deprecated": True, "deprecationMessage": message, "x-removed": removed}
 
     plugins, spellings, adapters = _add_plugins(keys, definitions)
+    templates = [template.value for template in ChatTemplate]
+    templates += [f"tokenizer_default_fallback_{name}" for name in templates]
     allowed = {
-        "optimizer": _optimizers(),
+        "chat_template": templates,
+        "optimizer": [*OptimizerNames, *CustomSupportedOptimizers],
         "lr_scheduler": [*SchedulerType, "one_cycle", "rex"],
         "adapter": adapters,
         "eval_strategy": [*IntervalStrategy],
@@ -93,6 +87,7 @@ def generate_schema() -> str:
         _set_values(keys, key, values)
     _set_values(keys, "attn_implementation", sorted(CANONICAL_ATTN_IMPLS), "^[^/]+/[^/]+$")  # or a kernel on the hub
     _set_values(definitions["SFTDataset"]["properties"], "type", *_sft_types())
+    _set_values(definitions["SFTDataset"]["properties"], "chat_template", templates)
     for kind in ("dpo", "kto"):
         _set_values(definitions[f"{kind.upper()}Dataset"]["properties"], "type", _preference_types(kind))
     options = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
@@ -111,7 +106,7 @@ def generate_schema() -> str:
     main["allOf"] = [
         _only_with(name, names, plugins[name])
         for name, names in spellings.items()
-        if plugins[name] and not name.startswith(ALWAYS)
+        if plugins[name] and not {*names} & {*get_builtin_plugins()}  # which are on whether or not a config lists them
     ]
     head = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -160,23 +155,6 @@ def _add_plugins(
     return plugins, spellings, adapters
 
 
-def _deprecation(name: str, mark: Any, description: str) -> tuple[str, bool] | None:
-    """What Axolotl says of a deprecated key, and whether it refuses it; None for any other."""
-    if name in DeprecatedParameters.model_fields:
-        warnings: list[str] = []
-        with patch("axolotl.utils.schemas.deprecated.LOG", SimpleNamespace(warning=warnings.append)):
-            for value in (1, "x", {"x": 1}):
-                try:
-                    with suppress(ValidationError):  # the value is of another type
-                        DeprecatedParameters.model_validate({name: value})
-                except DeprecationWarning as refusal:
-                    return str(refusal), True
-        if warnings:
-            return warnings[0], False
-    message = mark if isinstance(mark, str) else description
-    return (message, False) if message is mark or message.startswith("Deprecated") else None
-
-
 def _only_with(plugin: str, names: list[str], keys: list[str]) -> dict[str, Any]:
     """A schema that forbids a plugin's keys, with what an editor shows, unless `plugins` has one of its names."""
     listed = {"required": ["plugins"], "properties": {"plugins": {"type": "array", "contains": {"enum": names}}}}
@@ -189,7 +167,8 @@ def _set_values(keys: dict[str, Any], key: str, values: list[str], pattern: str 
     text: list[dict[str, Any]] = [{"type": "string", "enum": [str(getattr(value, "value", value)) for value in values]}]
     if pattern:
         text.append({"type": "string", "pattern": pattern})
-    kept = [kind for kind in keys[key]["anyOf"] if kind.get("type") != "string" and "CustomSupported" not in str(kind)]
+    names = re.compile("CustomSupported|ChatTemplate")
+    kept = [kind for kind in keys[key]["anyOf"] if kind.get("type") != "string" and not names.search(str(kind))]
     keys[key]["anyOf"] = text + kept
 
 
@@ -203,24 +182,6 @@ def _plugins() -> Iterator[tuple[str, BasePlugin]]:
         for name, value in list(vars(module).items()):
             if isinstance(value, type) and issubclass(value, BasePlugin) and value is not BasePlugin:
                 yield f"axolotl.integrations.{package.name}.{name}", value()
-
-
-def _optimizers() -> list[str]:
-    """The optimizers that can be made here: some need a package that is not installed, some Axolotl never handles."""
-    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
-    accepted = []
-    for name in OptimizerNames:
-        arguments = TrainingArguments(optim=name, optim_target_modules=["0"], use_cpu=True)
-        with suppress(ImportError, ValueError):
-            Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-            accepted.append(name.value)
-    for custom in CustomSupportedOptimizers:
-        builder = SimpleNamespace(cfg=DictDefault(optimizer=custom.value), model=model)
-        values = {"learning_rate": 1.0, "weight_decay": 0.0, "dion_learning_rate": 1.0, "dion_momentum": 0.9}
-        with suppress(ImportError, ValueError):
-            TrainerBuilderBase._configure_optimizer(builder, values, {})
-            accepted.append(custom.value)
-    return accepted
 
 
 def _sft_types() -> tuple[list[str], str]:

@@ -1,19 +1,21 @@
-"""The rows of a config's data: read as a stream, counted, and checked for what would spoil a training."""
+"""The rows of a config's data, read as a stream without a tokenizer: JSON, fields, repeated and shared rows."""
 
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from ..base import yamlfiles
 from ..base.files import loads
 from ..base.yamlfiles import Config
 from ..configs import datafiles, models
-from . import turns
 from .finding import Finding, Level
 
 
@@ -26,12 +28,16 @@ class Fields:
         texts: further fields that have to be there, as text.
         optional: fields that are read where they are there.
         lists: fields that have to be there, as lists.
+        items: keys that each mapping in these lists has to have.
+        optional_items: keys that are read where these mappings have them.
     """
 
     reference: str | None = None
     texts: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     lists: tuple[str, ...] = ()
+    items: tuple[str, ...] = ()
+    optional_items: tuple[str, ...] = ()
 
 
 _ALPACA = Fields("output", ("instruction",), ("input",))
@@ -74,28 +80,31 @@ def fields_of(dataset: Config) -> Fields | None:
     if kind == "completion":
         return Fields(dataset.get("field") or "text")
     if kind == "chat_template":
-        return Fields(optional=("system", "tools"), lists=(dataset.get("field_messages") or "messages",))
+        names = {name: dataset.get(f"message_field_{name}") or name for name in ("role", "content")}
+        names |= {name: key for name, key in (dataset.get("message_property_mappings") or {}).items() if key}
+        messages, (role, content, *others) = dataset.get("field_messages") or "messages", names.values()
+        optional = (*others, "tool_calls", "tool_call_id", "reasoning_content", "name")
+        return Fields(None, (), ("system", "tools"), (messages,), (role, content), optional)
     if kind == "input_output":
-        return Fields(lists=("segments",))
+        return Fields(lists=("segments",), items=("text", "label"))
     return FIELDS.get(str(kind).partition(":")[0])
 
 
-_INSTRUCT = ("### Instruction:", "### Input:", "### Response:")
-_STYLES = {
-    "chat": ("USER: ", "\nASSISTANT:"),
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "phi": ("<|user|>", "<|end|>", "<|assistant|>"),
-}
+def read_template(written: str) -> str:
+    """A chat template that is written out, or the content of the file that it names, as Axolotl takes it."""
+    is_file = len(written) < 1000 and "\n" not in written and Path(written).is_file()
+    return yamlfiles.read_text(Path(written)) if is_file else written
 
 
-def markers_of(dataset: Config) -> tuple[str, ...]:
-    """What separates the parts of a prompt; within a row's text it would end a part too early."""
-    if isinstance(kind := dataset.get("type"), dict):
-        return turns.markers_in("\n".join(str(kind.get(name)) for name in ("format", "no_input_format")))
-    kind, _, style = str(kind).partition(":")
-    if kind in ("alpaca", "alpaca_instruct", "gpteacher", "alpaca_w_system.load_instruct"):
-        return _STYLES.get(style, _INSTRUCT)
-    return _STYLES["chat"] if kind.startswith("alpaca_chat") else ()
+@lru_cache(1000)
+def misspelt(names: tuple[str, ...], known: tuple[str, ...]) -> dict[str, str]:
+    """Names of fields that are missing from a row, and of the ones beside them that must have been meant for them.
+
+    A name that is meant resembles the missing one closely: `inptu`, `sytem`, but not `output` for `input`.
+    """
+    missing = [name for name in known if name not in names]
+    near = {name: get_close_matches(name, missing, 1, 0.75) for name in names if name not in known}
+    return {close[0]: name for name, close in near.items() if close}
 
 
 # What no text of a review or a program should hold: control characters but tab and line ends, and U+FFFD, which is
@@ -123,7 +132,7 @@ class _File:
 
 
 def check(config: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
-    """What is wrong with the rows of a config's local JSONL files, and how many rows and bytes each data set has.
+    """Find mistakes in the rows of a config's local JSONL files; return also how many rows and bytes each data set has.
 
     Each file is read once, as a stream; of each row two hashes are kept (some 200 bytes), to find rows that repeat
     within the training data, or that evaluation data has in common with it.
@@ -131,12 +140,12 @@ def check(config: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
     Args:
         config: a config without what breaks the schema.
     """
-    model = models.find(config)
+    special = models.find(config).special_tokens
     findings: list[Finding] = []
     read: list[dict[str, Any]] = []
     seen: dict[int, str] = {}
     for key, dataset in datafiles.datasets(config):
-        reader = _Reader(config, dataset, model, seen, trained=key.startswith("datasets"))
+        reader = _Reader(dataset, special, seen, trained=key.startswith("datasets"))
         files = [_File(key, path) for path in datafiles.jsonl_files(dataset)]
         for file in files:
             reader.read(file, datafiles.first_rows(dataset))
@@ -148,9 +157,6 @@ def check(config: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
         if files:
             size = {"rows": sum(file.rows for file in files), "bytes": sum(file.bytes for file in files)}
             read.append({"key": key, "files": [str(file.path) for file in files]} | size)
-            if fields_of(dataset) is None:
-                problem = f"the fields that type {dataset.get('type')} reads are not known here, and not checked"
-                findings.append(Finding("note", "not-checked", f"{key}.type", problem, where=str(dataset.get("path"))))
     return findings, read
 
 
@@ -173,32 +179,35 @@ def _repeated_key(line: bytes) -> str | None:
     return found[0] if found else None
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """The values within a JSON value as texts, whatever the order of its keys."""
+    if isinstance(value, dict):
+        for key in sorted(value):
+            yield from _texts(value[key])
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif value is not None:
+        yield str(value)
+
+
 class _Reader:
     """Reads and checks the rows of one data set.
 
     Args:
-        config: the config.
         dataset: its entry in the config.
-        model: the base model.
+        special: a regular expression for the tokenizer's special tokens, where they are known.
         seen: where a row of the training data was seen first, by the hash of its text, as it is and folded.
         trained: whether it is training data, whose rows are added to `seen`.
     """
 
-    def __init__(self, config: Config, dataset: Config, model: models.Model, seen: dict[int, str], trained: bool):
+    def __init__(self, dataset: Config, special: str | None, seen: dict[int, str], trained: bool):
         kind = dataset.get("type")
         self.fields = fields_of(dataset) or Fields()
-        self.parts: Callable[[dict[str, Any]], tuple[str, list[turns.Mistake]]] | None = None
-        markers = markers_of(dataset)
-        special = model.special_tokens
-        if kind == "chat_template":
-            template = turns.template_text(config, dataset, model.chat_template)
-            self.parts = turns.Chats(config, dataset, template).read
-            markers = turns.markers_in(template or "")
-        elif kind == "input_output":  # whose writer puts special tokens where they belong
-            self.parts = turns.read_segments
-            special = None
-        self.special = re.compile(special) if special else None
-        self.markers = [marker for marker in markers if not (self.special and self.special.fullmatch(marker))]
+        names = (*self.fields.texts, self.fields.reference, *self.fields.optional, *self.fields.lists)
+        self.names = tuple(filter(None, names))
+        # the writer of an input_output row puts special tokens where they belong
+        self.special = re.compile(special) if special and kind != "input_output" else None
         # what Axolotl makes the prompt of where the type has no format for rows without input (user_defined.py)
         self.needs_input = isinstance(kind, dict) and kind.get("format") and not kind.get("no_input_format")
         self.seen = seen
@@ -231,46 +240,54 @@ class _Reader:
 
     def _row(self, file: _File, number: int, line: bytes, row: dict[str, Any]) -> None:
         fields = self.fields
-        known = tuple(filter(None, (*fields.texts, fields.reference, *fields.optional, *fields.lists)))
-        meant = turns.misspelt(tuple(row), known)
-        for name in fields.optional:
-            if name in meant:
-                problem = f"{meant[name]}, which is not read; did you mean {name}?"
-                file.count("misspelt-field", problem, number)
-        if self.parts:
-            text, mistakes = self.parts(row)
-            for rule, about, example in mistakes:
-                file.count(rule, about, number, example)
-            file.has_system = file.has_system or isinstance(row.get("system"), str)
-            if text:
-                self._text(file, number, line, text)
-            return
-        texts = []
-        for name in filter(None, (*fields.texts, fields.reference, *fields.optional)):
+        meant = misspelt(tuple(row), self.names)
+        for name in self.names:
             value = row.get(name)
-            if isinstance(value, str):
-                texts.append(value)
-                if name == fields.reference and not value.strip():
-                    file.count("empty-reference", name, number)
-            elif value is not None or name not in fields.optional:
-                hint = f", but with {meant[name]}" if name in meant else ""
+            hint = f", but with {meant[name]}" if name in meant else ""
+            if name in fields.lists:
+                if not value or not isinstance(value, list | str):  # the messages of a chat can be JSON in a text
+                    file.count("bad-row", f"no list in the field {name}{hint}", number)
+            elif name in meant and name in fields.optional:
+                file.count("misspelt-field", f"{meant[name]}, which is not read; did you mean {name}?", number)
+            elif not isinstance(value, str) and (name not in fields.optional or not (value is None or fields.lists)):
                 others = "" if hint or name in row else f"fields: {', '.join(row) or 'none'}"[:80]
                 about = f"{'no text' if name in row else 'nothing'} in the field {name}{hint}"
                 file.count("bad-row", about, number, others)
+            elif name == fields.reference and not (value or "").strip():
+                file.count("empty-reference", name, number)
+        if fields.items:
+            self._items(file, number, row)
         if self.needs_input and not row.get(fields.optional[0]):
             file.count("no-format", fields.optional[0], number)
-        for name in fields.lists:
-            if not isinstance(row.get(name), list) or not row[name]:
-                file.count("bad-row", f"no list in the field {name}", number)
-        if not (fields.texts or fields.reference):  # compared whatever the order of its keys
-            texts = [orjson.dumps(row, option=orjson.OPT_SORT_KEYS).decode()]
-        if texts:
-            self._text(file, number, line, "\n".join(texts))
+        self._text(file, number, line, "\n".join(_texts([row.get(name) for name in self.names] if self.names else row)))
+
+    def _items(self, file: _File, number: int, row: dict[str, Any]) -> None:
+        """Check the messages of a chat, or the segments of an input_output row."""
+        fields = self.fields
+        known = (*fields.items, *fields.optional_items)
+        items = row.get(fields.lists[0])
+        for item in items if isinstance(items, list) else ():
+            if not isinstance(item, dict):
+                file.count("bad-row", f"no mapping in {fields.lists[0]}", number)
+                continue
+            meant = misspelt(tuple(item), known)
+            for name in known:
+                hint = f", but with {meant[name]}" if name in meant else ""
+                if name in fields.items and item.get(name) is None and not item.get("tool_calls"):
+                    file.count("bad-row", f"nothing in {name} of {fields.lists[0]}{hint}", number)
+                elif hint:
+                    file.count("misspelt-field", f"{meant[name]} in {fields.lists[0]}; did you mean {name}?", number)
+            if isinstance(item.get("label"), str) and "label" in fields.items:
+                file.count("bad-row", "a text in label, which Axolotl takes for true", number)
+        if fields.optional and isinstance(items, list) and items and isinstance(items[0], dict):
+            system = row.get("system")
+            file.has_system = file.has_system or isinstance(system, str)
+            if system is None and items[0].get(fields.items[0]) != "system":
+                file.count("lacks-system", "", number)
 
     def _text(self, file: _File, number: int, line: bytes, text: str) -> None:
-        for marker in self.markers:
-            if marker in text:
-                file.count("prompt-marker", marker.strip(), number)
+        if not text:
+            return
         if self.special and (match := self.special.search(text)):
             file.count("special-token", match[0], number)
         # JSON escapes nearly all of them, so that most rows need no search
@@ -293,29 +310,13 @@ _WORDS: dict[str, tuple[Level, str, str]] = {
     "bad-row": ("error", "{n} with {about}", "correct or drop them"),
     "byte-order-mark": ("warning", "a byte order mark before {n}", "save the file as UTF-8 without one"),
     "empty-reference": ("warning", "{n} with an empty {about}: nothing is learnt from them", "drop them"),
-    "empty-turn": ("warning", "{n} with an empty turn of {about}, of which nothing is learnt", "drop them"),
-    "nothing-learnt": ("warning", "{n} without any {about}: nothing is learnt from them, and Axolotl drops them", ""),
-    "unlearnt-end": (
-        "warning",
-        "{n} ending with a turn of {about}, of which nothing is learnt",
-        "end with an answer",
-    ),
-    "unknown-role": ("warning", "{n} with the role {about}", "name it under roles of the data set, or correct it"),
-    "misspelt-role": ("error", "{n} with the role {about}", "name it under roles of the data set, or correct it"),
-    "odd-turns": ("warning", "{n} with {about}", ""),
-    "refused-turns": ("error", "{n} that the chat template refuses: {about}", "correct them, or use another template"),
-    "lacks-system": (
-        "error",
-        "{n} without text in system, which other rows have: Axolotl makes it None",
-        'add it, or ""',
-    ),
+    "lacks-system": ("error", "{n} without system, which others have: Axolotl makes it None", 'add it, or ""'),
     "no-format": (
         "error",
         "{n} without {about}: no_input_format is not set, so that Axolotl takes its own prompt, and not format",
         "set it, too",
     ),
     "misspelt-field": ("warning", "{n} with the field {about}", ""),
-    "prompt-marker": ("warning", "{n} with {about}, which the prompt uses itself", "drop them, or use another type"),
     "special-token": ("warning", "{n} with the text {about}, which the tokenizer reads as its special token", ""),
     "control-character": ("warning", "{n} with the control character {about}", "clean or drop them"),
     "repeated-row": ("warning", "{n} seen before", ""),
@@ -328,12 +329,10 @@ def _findings(file: _File) -> Iterator[Finding]:
     if file.bytes and not file.rows:  # a file of no bytes is a finding already
         yield Finding("error", "bad-row", f"{file.key}.path", "no rows", where=str(file.path))
     for (rule, about), (line, example) in file.first.items():
-        level, problem, remedy = _WORDS[rule]
-        count = file.counts[rule, about]
         if rule == "lacks-system" and not file.has_system:
             continue
-        if rule == "nothing-learnt" and count == file.rows:
-            level = "error"  # Axolotl drops all of them, and fails
+        level, problem, remedy = _WORDS[rule]
+        count = file.counts[rule, about]
         if example.startswith("fields: ") and count == file.rows:  # rows of another form, none of which is to blame
             remedy = "name their fields in the type of the data set, as in type: {field_output: answer}"
         text = problem.format(n="1 row" if count == 1 else f"{count} rows", about=about)

@@ -29,7 +29,7 @@ BOUNDS: dict[str, dict[str, float]] = {
     "warmup_steps": {"minimum": 0},
     "warmup_ratio": {"minimum": 0, "exclusiveMaximum": 1},
     "weight_decay": {"minimum": 0},
-    "learning_rate": {"exclusiveMinimum": 0},
+    "learning_rate": {"exclusiveMinimum": 0, "maximum": 1},
     "max_grad_norm": {"minimum": 0},
     "val_set_size": {"minimum": 0},
     "evals_per_epoch": {"minimum": 0},
@@ -107,25 +107,28 @@ def usable(content: Config, broken: Iterable[Finding]) -> tuple[Config, set[str]
 
 
 def _closest(error: Any) -> Iterator[Any]:
-    """The errors behind one of anyOf, in the alternative that the value comes nearest to."""
-    if not error.context or error.validator not in ("anyOf", "oneOf"):
+    """The errors behind one of anyOf, in the alternative that the value comes nearest to.
+
+    jsonschema's best_match prefers the deepest error: it takes a misspelt key of a data set for a synthetic one's.
+    """
+    alternatives = [list(causes) for _, causes in groupby(error.context or (), lambda cause: cause.schema_path[0])]
+    # an alternative of another type says least about what was meant; then the one with the fewest mistakes
+    nearest = min(alternatives, key=lambda errors: (_is_other_type(errors), sum(map(_mistakes, errors))), default=[])
+    if not nearest or _is_other_type(nearest) or error.validator != "anyOf":
         yield error
         return
-    alternatives = [list(causes) for _, causes in groupby(error.context, lambda cause: cause.schema_path[0])]
-    # an alternative of another type says least about what was meant; then the one with the fewest mistakes
-    nearest = min(alternatives, key=lambda errors: (_is_other_type(errors), sum(map(_mistakes, errors))))
-    if _is_other_type(nearest):
-        yield error
-    else:
-        for cause in nearest:
-            yield from _closest(cause)
+    for cause in nearest:
+        yield from _closest(cause)
 
 
 def _mistakes(error: Any) -> int:
     """How many mistakes an error stands for: each unknown key is one."""
-    if error.validator != "additionalProperties":
-        return 1
-    return len(error.instance.keys() - error.schema.get("properties", {}))
+    return len(_unknown(error)) if error.validator == "additionalProperties" else 1
+
+
+def _unknown(error: Any) -> list[str]:
+    """The keys of a mapping that its schema does not have."""
+    return [key for key in error.instance if key not in error.schema.get("properties", {})]
 
 
 def _is_other_type(errors: list[Any]) -> bool:
@@ -140,53 +143,39 @@ _TYPES = {
     "array": "a list",
     "object": "a mapping of keys",
 }
-
-
 _MOST_NEAR = 20  # unknown keys for which a near one is looked for, which takes milliseconds each
 
 
 def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
-    """One of jsonschema's errors in the words of a config's author."""
+    """One of jsonschema's errors as findings, with near names."""
     path = ".".join(map(str, error.absolute_path))
+    start = f"{path}." if path else ""
     value = error.instance
-    wanted = error.validator_value
-    if error.validator == "additionalProperties" and isinstance(value, dict):
-        known = error.schema.get("properties", {})
-        for number, key in enumerate(key for key in value if key not in known):
-            below = f"{path}.{key}" if path else key
-            near = did_you_mean(key, known) if number < _MOST_NEAR else ""
+    if error.validator == "additionalProperties":
+        for number, key in enumerate(_unknown(error)):
+            near = did_you_mean(key, error.schema.get("properties", {})) if number < _MOST_NEAR else ""
             problem = f"no key of Axolotl's{near or '; it would be ignored'}"
             if value[key] is None:
-                yield Finding("warning", "unknown-key", below, problem, "it is empty: delete it")
+                yield Finding("warning", "unknown-key", f"{start}{key}", problem, "it is empty: delete it")
             elif foreign and not path:  # it may be that plugin's
-                yield Finding("warning", "unknown-key", below, problem, f"or is it one of {foreign[0]}?")
+                yield Finding("warning", "unknown-key", key, problem, f"or is it one of {foreign[0]}?")
             else:
-                yield Finding("error", "unknown-key", below, problem)
+                yield Finding("error", "unknown-key", f"{start}{key}", problem)
     elif "errorMessage" in error.schema:
         yield Finding("error", "plugin-key", path, error.schema["errorMessage"], "add it, or delete the key")
     elif error.validator == "required":
-        for key in [key for key in wanted if key not in value]:
-            yield Finding("error", "missing-key", f"{path}.{key}" if path else key, "has to be set")
+        for key in [key for key in error.validator_value if key not in value]:
+            yield Finding("error", "missing-key", f"{start}{key}", "has to be set")
+    elif error.validator == "enum":
+        choices = [str(choice) for choice in error.validator_value]
+        near = did_you_mean(str(value), choices) or (f"; one of {', '.join(choices)}" if len(choices) < 40 else "")
+        yield Finding("error", "value", path, f"{_as_yaml(value)} is not an allowed value{near}", _how_to_write(value))
     elif error.validator in ("anyOf", "type"):
-        yield Finding("error", "value", path, f"{_as_yaml(value)} is not {_types(error)}", _how_to_write(value))
-    elif error.validator in ("enum", "const"):
-        choices = [str(choice) for choice in (wanted if isinstance(wanted, list) else [wanted])]
-        near = did_you_mean(str(value), choices)
-        some = "" if near or len(choices) > 40 else f"one of {', '.join(choices)}"
-        problem = f"{_as_yaml(value)} is not an allowed value{near}"
-        yield Finding("error", "value", path, problem, some or _how_to_write(value))
-    elif error.validator in _BOUND_WORDS:
-        yield Finding("error", "value", path, f"{_as_yaml(value)} is not {_BOUND_WORDS[error.validator]} {wanted}")
+        types = [cause.validator_value for cause in (error, *error.context) if cause.validator == "type"]
+        allowed = " or ".join(dict.fromkeys(_TYPES[kind] for kind in types if kind in _TYPES))
+        yield Finding("error", "value", path, f"{_as_yaml(value)} is not {allowed}", _how_to_write(value))
     else:
         yield Finding("error", "value", path, error.message[:200])
-
-
-_BOUND_WORDS = {
-    "minimum": "at least",
-    "exclusiveMinimum": "more than",
-    "maximum": "at most",
-    "exclusiveMaximum": "less than",
-}
 
 
 def _as_yaml(value: Any) -> str:
@@ -196,22 +185,9 @@ def _as_yaml(value: Any) -> str:
 
 
 def _how_to_write(value: Any) -> str:
-    """What to do about a value that YAML reads as another type than its writer meant."""
+    """The remedy for a value that YAML reads as another type than its writer meant."""
     if isinstance(value, bool):
         return "YAML reads yes, no, on and off as true or false; put text in quotes"
     if isinstance(value, str) and re.fullmatch(r"[-+.\deE_]+|true|false|null", value):
         return "write it without quotes"
     return ""
-
-
-def _types(error: Any) -> str:
-    """The types that a value of another type could have, in words."""
-    types = dict.fromkeys(_TYPES[name] for name in _type_names(error) if name in _TYPES)
-    return " or ".join(types) or "what is allowed here"
-
-
-def _type_names(error: Any) -> Iterator[str]:
-    if error.validator == "type":
-        yield error.validator_value
-    for cause in error.context:
-        yield from _type_names(cause)

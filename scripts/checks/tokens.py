@@ -3,27 +3,30 @@
 import math
 import os
 import random
+import re
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import batched, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+import numpy
 from axolotl.loaders import load_tokenizer
+from axolotl.prompt_strategies import load as load_strategy
 from axolotl.utils.config import normalize_cfg_datasets, normalize_config
 from axolotl.utils.data import prepare_datasets, sft
 from axolotl.utils.data.shared import datasets_with_name_generator
 from axolotl.utils.data.wrappers import get_dataset_wrapper
 from axolotl.utils.dict import DictDefault
-from axolotl.utils.samplers import MultipackBatchSampler, get_dataset_lengths
+from axolotl.utils.samplers import MultipackBatchSampler
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from torch.utils.data import RandomSampler
 
-from ..base.errors import UserError
+from ..base.errors import UserError, did_you_mean
 from ..base.files import json_rows
 from ..base.processes import end_with_parent
 from ..base.progress import Bar
@@ -209,7 +212,7 @@ def by_token(content: Config, count: int) -> list[dict[str, Any]]:
     special = set(tokenizer.tokenizer.all_special_ids) | set(tokenizer.tokenizer.added_tokens_decoder)
     rows = []
     for key, dataset in datafiles.datasets(content, "datasets"):
-        read = list(islice(_rows(dataset), count))
+        read = [row for _, row in islice(_numbered(dataset), count)]
         for number, row in enumerate(tokenizer.tokenize(key, read) if read else [], start=1):
             parts = zip(row.ids, tokenizer.texts(row.ids), row.labels, strict=True)
             rows.append(
@@ -228,12 +231,13 @@ def by_token(content: Config, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def lengths(content: Config, most: int | None = None) -> tuple[list[Finding], list[dict[str, Any]]]:
-    """How long the rows of each data set are in tokens, and the effect of sequence_len and of batches on them.
+def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[list[Finding], list[dict[str, Any]]]:
+    """Judge each data set's rows by their tokens and labels, and measure their lengths.
 
     Args:
         content: the config.
         most: about how many rows of each data set to tokenize, micro batches from all over it; None for all.
+        gpus: how many train it.
 
     Returns:
         Findings, and for each data set: the rows that are there, those read, and those made of these; of the latter
@@ -241,87 +245,154 @@ def lengths(content: Config, most: int | None = None) -> tuple[list[Finding], li
         batches of micro_batch_size rows, in the order of one shuffle unless the file's order is kept.
     """
     tokenizer = Tokenizer(content)
-    ends = taught_ends(content, tokenizer.tokenizer)
+    cfg = tokenizer.cfg
     findings: list[Finding] = []
     measured = []
     for key, dataset in datafiles.datasets(content):
-        sizes = []
-        learnt = 0
-        learns_end = False
         total = sum(datafiles.count_rows(file) for file in datafiles.jsonl_files(dataset))
         total = min(total, datafiles.first_rows(dataset) or total)
         every = math.ceil(total / most) if most and total else 1
-        read = 0
+        read = _Read(tokenizer, key)
         with Bar(f"tokenize {key}", total // every) as bar:
-            for some in batched(_rows(dataset, every, tokenizer.cfg.micro_batch_size), 1000):
-                read += len(some)
-                for row in tokenizer.tokenize(key, some):
-                    sizes.append(len(row.ids))
-                    learnt += row.learnt
-                    learns_end = learns_end or not ends.isdisjoint(row.labels)
-                bar.update(read)
-        if sizes:
-            findings += _of_lengths(tokenizer.cfg, key, sizes, learns_end)
-            kept = _kept(tokenizer.cfg, sizes)
+            for some in batched(_numbered(dataset, every, cfg.micro_batch_size), 1000):
+                if not read.add(some):
+                    break
+                bar.update(read.rows)
+        findings += read.findings()
+        if sizes := read.sizes:
+            kept = _kept(cfg, sizes)
             measured.append(
                 {
                     "key": key,
                     "rows_there": total,
-                    "rows_read": read,
+                    "rows_read": read.rows,
                     "rows": len(sizes),
                     "tokens": sum(sizes),
-                    "tokens_with_loss": learnt,
+                    "tokens_with_loss": read.learnt,
                     "percentiles": {str(share): _percentile(sizes, share) for share in (50, 90, 95, 99, 100)},
                     "rows_trained_on": len(kept),
                     "tokens_trained_on": sum(kept),
                     "longest_trained_on": max(kept, default=0),
-                    "longer_than_sequence_len": sum(size > tokenizer.cfg.sequence_len for size in sizes),
-                    "padding_share": None if tokenizer.cfg.sample_packing else _padding(tokenizer.cfg, kept),
+                    "longer_than_sequence_len": sum(size > cfg.sequence_len for size in sizes),
+                    "padding_share": None if cfg.sample_packing else _padding(cfg, kept),
                 }
             )
+            if cfg.sample_packing and key.startswith("datasets") and len(cfg.datasets) == every == 1:
+                findings += _without_batch(cfg, kept[: datafiles.training_rows(content)], gpus)
     return findings, measured
 
 
-def packed_sequences(content: Config) -> tuple[int, int]:
-    """The sequences that packing makes of the training rows, by Axolotl's own preparation and sampler, and those that a
-    micro batch takes, without which there is none (axolotl/core/trainers/base.py, _create_multipack_sampler).
+class _Read:
+    """Tokenized rows of one data set, and mistakes in them by rule and subject.
 
-    Raises:
-        UserError: Axolotl cannot prepare them.
+    Args:
+        tokenizer: the config's.
+        key: the data set's.
     """
-    tokenizer = Tokenizer(content)
-    cfg = tokenizer.cfg
-    cfg.dataset_num_proc, cfg.test_datasets = None, None  # no processes for few rows
-    with TemporaryDirectory() as folder, patch.dict(os.environ, AXOLOTL_IS_PREPROCESS="1"):
-        cfg.dataset_prepared_path = folder
+
+    def __init__(self, tokenizer: Tokenizer, key: str):
+        section, _, position = key.partition(".")
+        self.tokenizer, self.key = tokenizer, key
+        self.dataset = tokenizer.cfg[section][int(position)]
+        self.chats: Any = None
+        self.ends = taught_ends(tokenizer.cfg, tokenizer.tokenizer)
+        self.rows = self.learnt = 0
+        self.sizes: list[int] = []
+        self.learns_end = False
+        self.found: dict[tuple[str, str], list[str]] = defaultdict(list)
+
+    def add(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> bool:
+        """Tokenize more rows, each with its file and line; False where Axolotl cannot."""
         try:
-            rows = prepare_datasets(cfg, tokenizer.tokenizer)[0]
-        except Exception as error:  # as in `tokenize`
-            raise UserError(f"datasets: Axolotl cannot prepare the rows: {type(error).__name__}: {error}") from None
-        real = cfg.multipack_real_batches
-        apart = not cfg.attn_supports_packing if real is None else real
-        sampler = MultipackBatchSampler(
-            RandomSampler(rows),
-            batch_size=1,
-            batch_max_len=cfg.sequence_len * (1 if apart else cfg.micro_batch_size),
-            lengths=get_dataset_lengths(rows),
-            bin_size=cfg.sample_packing_bin_size,
-            sequential=cfg.sample_packing_sequentially,
-        )
-        return len(sampler), cfg.micro_batch_size if apart else 1
+            tokenized = self.tokenizer.tokenize(self.key, [row for _, row in rows])
+        except UserError as error:
+            self.found["bad-row", str(error).partition(": ")[2]].append(self._first_failing(rows))
+            return False
+        self.rows += len(rows)
+        for tokens in tokenized:
+            self.sizes.append(len(tokens.ids))
+            self.learnt += tokens.learnt
+            self.learns_end = self.learns_end or not self.ends.isdisjoint(tokens.labels)
+        for (place, _), tokens in zip(rows, tokenized, strict=False):
+            if not tokens.learnt and len(tokenized) == len(rows):
+                self.found["nothing-learnt", ""].append(place)
+        if self.dataset["type"] == "chat_template":
+            cfg, tokenizer = self.tokenizer.cfg, self.tokenizer.tokenizer
+            self.chats = self.chats or load_strategy("chat_template", tokenizer, cfg, self.dataset)
+            for place, row in rows:
+                for role in _unknown_roles(self.chats, row):
+                    self.found["unknown-role", role].append(place)
+        return True
+
+    def _first_failing(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
+        """The place of the first row with which rows cannot be tokenized."""
+
+        def fails(count: int) -> bool:
+            try:
+                self.tokenizer.tokenize(self.key, [row for _, row in rows[:count]])
+            except UserError:
+                return True
+            return False
+
+        return rows[bisect_left(range(1, len(rows)), True, key=fails)][0]
+
+    def findings(self) -> Iterator[Finding]:
+        """The findings, at the first row that has each."""
+        cfg, sizes, data = self.tokenizer.cfg, self.sizes, f"{self.key}.path"
+        for (rule, about), places in self.found.items():
+            file, _, line = places[0].rpartition(":")
+            where: tuple[str, int] = (file, int(line))
+            rows = "1 row" if len(places) == 1 else f"{len(places)} rows"
+            if rule == "bad-row":
+                yield Finding("error", rule, data, about, "correct the rows, or their type or template", *where)
+            elif rule == "unknown-role":
+                problem = f"{rows} with the role {about[:60]}, which neither roles nor the template names"
+                near = did_you_mean(about.lower(), [*self.chats.prompter.roles])
+                yield Finding("warning", rule, data, f"{problem}{near}", "correct it, or name it in roles", *where)
+            else:
+                level: Level = "error" if len(places) == self.rows else "warning"
+                yield Finding(level, rule, data, f"{rows} without a token to learn, which Axolotl drops", "", *where)
+        long = sum(size > cfg.sequence_len for size in sizes)
+        if long:
+            becomes = {"truncate": "cut", "raise": "an error"}.get(cfg.excess_length_strategy, "dropped")
+            problem = f"{long} of {len(sizes)} rows are longer than sequence_len, {cfg.sequence_len}: {becomes}"
+            fatal = becomes == "an error" or (long == len(sizes) and becomes == "dropped")
+            longest = f"the longest has {max(sizes)} tokens"
+            yield Finding("error" if fatal else "warning", "too-long", data, problem, longest)
+        if sizes and not self.learns_end and self.key.startswith("datasets"):
+            problem = "no token that ends a text carries loss in any row: the model would not learn to stop"
+            yield Finding("warning", "eos-masked", f"{self.key}.type", problem, "see --show-tokens")
 
 
-def _of_lengths(cfg: Any, key: str, sizes: list[int], learns_end: bool) -> Iterator[Finding]:
-    long = sum(size > cfg.sequence_len for size in sizes)
-    if long:
-        becomes = {"truncate": "cut", "raise": "an error"}.get(cfg.excess_length_strategy, "dropped")
-        problem = f"{long} of {len(sizes)} rows are longer than sequence_len, {cfg.sequence_len}, and will be {becomes}"
-        nothing_left = long == len(sizes) and becomes == "dropped"
-        level: Level = "error" if nothing_left or becomes == "an error" else "warning"
-        yield Finding(level, "too-long", f"{key}.path", problem, f"the longest has {max(sizes)} tokens")
-    if not learns_end and key.startswith("datasets"):
-        problem = "no token that ends a text carries loss in any row: the model would not learn to stop"
-        yield Finding("warning", "eos-masked", f"{key}.type", problem, "see --show-tokens")
+def _unknown_roles(strategy: Any, row: dict[str, Any]) -> set[str]:
+    """Roles of a row that neither its data set nor the template names."""
+    roles = {strategy.transform_message(message)["role"] for message in strategy._get_messages(row)}
+    template = strategy.prompter.chat_template
+    known = {*strategy.prompter.roles.values(), *strategy.roles_to_train}
+    return {role for role in roles - known if not re.search(rf"""['"]{re.escape(role)}['"]""", template)}
+
+
+def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:
+    """A finding where packed rows fill no micro batch on each GPU, so that Axolotl would train no step.
+
+    They are packed by Axolotl's own sampler (axolotl/core/trainers/base.py, _create_multipack_sampler).
+    """
+    real = cfg.multipack_real_batches
+    apart = not cfg.attn_supports_packing if real is None else real
+    sampler = MultipackBatchSampler(
+        RandomSampler(sizes),
+        batch_size=1,
+        batch_max_len=cfg.sequence_len * (1 if apart else cfg.micro_batch_size),
+        lengths=numpy.array(sizes),
+        bin_size=cfg.sample_packing_bin_size,
+        sequential=cfg.sample_packing_sequentially,
+    )
+    sequences, needed = len(sampler), cfg.micro_batch_size if apart else 1
+    if sequences < needed * gpus:
+        each = f" on each of {gpus} GPUs" if gpus > 1 else ""
+        problem = f"the rows fill {sequences} packed sequences, a micro batch takes {needed}{each}: no step is trained"
+        fewer = f"micro_batch_size={sequences // gpus}" if sequences >= gpus else "sample_packing=false"
+        yield Finding("error", "no-batch", "micro_batch_size", problem, f"--set {fewer}, or more rows")
 
 
 def _percentile(sizes: list[int], share: int) -> int:
@@ -347,16 +418,18 @@ def _padding(cfg: Any, kept: list[int]) -> float:
     return 1 - sum(kept) / padded if kept else 0.0
 
 
-def _rows(dataset: Config, every: int = 1, batch: int = 1) -> Iterator[dict[str, Any]]:
-    """The rows of a data set's local JSONL files that its split takes; of each so many batches of lines only the first
-    one's."""
+def _numbered(dataset: Config, every: int = 1, batch: int = 1) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a data set's local JSONL files that its split takes, each with its file and line; of each so many
+    batches of lines only the first one's."""
     rows = (row for file in datafiles.jsonl_files(dataset) for row in _of_file(file, every, batch))
     first = datafiles.first_rows(dataset)
     return islice(rows, first and math.ceil(first / every))
 
 
-def _of_file(file: Path, every: int, batch: int) -> Iterator[dict[str, Any]]:
+def _of_file(file: Path, every: int, batch: int) -> Iterator[tuple[str, dict[str, Any]]]:
     with file.open("rb") as stream:
-        # an empty line in the place of another keeps the numbers of lines true in messages
-        lines = (b"" if number // batch % every else line for number, line in enumerate(stream))
-        yield from json_rows(lines, file, ())
+        for number, line in enumerate(stream):
+            if number // batch % every == 0 and line.strip():
+                place = f"{file}:{number + 1}"
+                for row in json_rows([line], place, ()):
+                    yield place, row

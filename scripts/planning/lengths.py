@@ -9,7 +9,7 @@ from typing import Any
 from ..base import files
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
-from ..checks import check, turns
+from ..checks import check, rows
 from ..configs import datafiles, models
 from ..configs.compose import Composed
 from ..data import study
@@ -102,7 +102,7 @@ def _cached(composed: Composed) -> Path:
     data = [dataset for _, dataset in datafiles.datasets(config, "datasets")]
     settings = {key: value for key, value in config.items() if _DECIDES.match(key)}
     written = [one["chat_template_jinja"] for one in (config, *data) if one.get("chat_template_jinja")]
-    templates = [turns.read_template(str(template)) for template in written]
+    templates = [rows.read_template(str(template)) for template in written]
     folders = [models.folder_of(config), models.folder_of({"base_model": config.get("tokenizer_config")})]
     tokenizer = {file for folder in folders if folder for some in _OF_TOKENIZER for file in folder.glob(some)}
     read = [*(file for dataset in data for file in datafiles.jsonl_files(dataset)), *sorted(tokenizer)]

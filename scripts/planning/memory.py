@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
 
-from ..checks.patience import matching
 from .allocator import MIB
 from .cuda import CudaRecorder, Recorder, cuda_attention, cuda_dropout, cuda_softmax
 from .traces import Events, MemoryTrace, Shape, Step, lasting, ordered
@@ -136,8 +135,6 @@ def _trainable(step: Step, model: Any, dtype: torch.dtype) -> Any:
     elif not step.adapter:
         model.float()
     if step.adapter:
-        if isinstance(step.targets, str):  # PEFT would match a pattern without a bound on the time
-            matching(step.targets, [name for name, _ in model.named_modules()])
         lora = LoraConfig(
             r=step.rank,
             lora_alpha=step.rank,

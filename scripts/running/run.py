@@ -61,8 +61,12 @@ def prepare(request: Request, backend: Backend, runs: Path) -> Composed:
             finding.level = "note"  # a dry run only shows the config
     for finding in check.refuse(backends.relevant(backend, found), request.force):
         say(str(finding))
-    if starts and not backend.here:  # a job would wait in the queue only to be refused; here Axolotl says so at once
-        for finding in check.refuse(check.by_axolotl(composed, gpu)):
+    # a job would wait in the queue only to be refused; on a CPU, and in a rehearsal, Axolotl says so at once
+    if starts and (not backend.here or (gpu and not composed.rehearsal) or composed.config.get("sample_packing")):
+        asked = check.Report(composed.recipe, composed, check.by_axolotl(composed, gpu))
+        if not asked.count("error") and check.has_tokenizer(composed):
+            check.tokenize(asked, composed, request.ranks, most=check.SOME)
+        for finding in check.refuse(asked.findings):
             say(str(finding))
     if starts:
         composed.data = datafiles.record(composed.config)

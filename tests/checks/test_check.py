@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check, rules, schema
-from qlora_recipes.checks.finding import Finding
+from qlora_recipes.checks.finding import _SCOPES, Finding
+from qlora_recipes.checks.rules import case
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Composed, Request
 from qlora_recipes.data import hub, study
@@ -49,17 +50,17 @@ def test_every_finding_is_told_at_once_with_its_place(place: Path, recipe: Recip
     done = recipe("check", "mine.yaml", "--profile", "more.yaml", "--set", "lora_dropout=2", "--gpu", "T4")
     assert done.returncode == 2
     lines = done.stdout.splitlines()
-    for start, end in (
-        (f"{at('optimizer')}optimizer: adamwx is not an allowed value", "[value:optimizer]"),
-        (f"{at('weight_decai')}weight_decai: no key of Axolotl's; did you mean weight_decay?", "[unknown-key:"),
-        (f"{at('  - v_prj')}lora_target_modules.2: no layer of this model is called v_prj", "[unknown-lora-target:"),
-        ("more.yaml:1: error: bf16: T4 (sm_75) emulates bf16", "[gpu-lacks:bf16]"),
-        (f"{at('fp16')}fp16: fp16 and bf16 are both true", "[two-precisions:fp16]"),
-        ("more.yaml:2: error: logging_step: no key of Axolotl's; did you mean logging_steps", "[unknown-key:"),
-        ("--set lora_dropout=2: error: lora_dropout: 2 is not less than 1", "[value:lora_dropout]"),
+    for start, name in (
+        (at("optimizer"), "value:optimizer"),
+        (at("weight_decai"), "unknown-key:weight_decai"),
+        (at("  - v_prj"), "unknown-lora-target:lora_target_modules.2"),
+        ("more.yaml:1: error: ", "gpu-lacks:bf16"),
+        (at("fp16"), "two-precisions:fp16"),
+        ("more.yaml:2: error: ", "unknown-key:logging_step"),
+        ("--set lora_dropout=2: error: ", "value:lora_dropout"),
     ):
-        assert any(line.startswith(start) and end in line for line in lines), (start, done.stdout)
-    assert "1 checked; errors: 7," in done.stderr
+        assert any(line.startswith(start) and line.endswith(f"[{name}]") for line in lines), (start, done.stdout)
+    assert sum(": error: " in line for line in lines) == 7
 
 
 def test_json(place: Path, recipe: Recipe) -> None:
@@ -69,19 +70,19 @@ def test_json(place: Path, recipe: Recipe) -> None:
     mine, broken, nowhere = orjson.loads(done.stdout)
     assert mine["checked"] == "mine.yaml"
     (error,) = [finding for finding in mine["findings"] if finding["level"] == "error"]
+    assert "lora_r" in error.pop("problem")
     assert error == {
         "level": "error",
         "rule": "unknown-key",
         "name": "unknown-key:lora_rr",
         "key": "lora_rr",
-        "problem": "no key of Axolotl's; did you mean lora_r or lora_dropout or relora?",
         "remedy": "",
         "where": "mine.yaml",
         "line": (place / "mine.yaml").read_text().splitlines().index("lora_rr: 1") + 1,
     }
     assert [read["rows"] for read in mine["data"]] == [109, 27]
     assert (broken["findings"][0]["where"], broken["findings"][0]["line"]) == ("broken.yaml", 2)
-    assert "no recipe of that name" in nowhere["findings"][0]["problem"]
+    assert [finding["rule"] for finding in nowhere["findings"]] == ["unreadable"]
     assert done.returncode == 2
 
 
@@ -94,31 +95,18 @@ def test_all_recipes_are_checked_where_none_is_named(place: Path, recipe: Recipe
 @pytest.mark.parametrize("profile", [None, *(file.stem for file in paths.PROFILES.glob("*.yaml"))])
 @pytest.mark.parametrize("name", paths.recipe_names())
 def test_recipes_and_profiles_laid_over_them_are_clean(place: Path, name: str, profile: str | None) -> None:
-    report = check.check(Request(name, profiles=[profile] if profile else []), data=True)
+    report = check.check(Request(name, profiles=[profile] if profile else []))
     assert [str(finding) for finding in report.findings if finding.level != "note"] == []
 
 
 def test_a_warning_that_its_line_accepts_is_a_note(place: Path) -> None:
-    old, reason = "dataset_processes: 4", "the old key, on purpose"
-    base = yamlfiles.write_yaml(config_with({}))
-    (place / "mine.yaml").write_text(f"{base}{old}  # accepts deprecated: {reason}\ngc_steps: 5  # accepts x: y\n")
+    base = yamlfiles.write_yaml(config_with({"evals_per_epoch": None, "eval_steps": 5000, "save_steps": 5000}))
+    accepted = base.replace("eval_steps: 5000", "eval_steps: 5000  # accepts never-evaluated: on purpose")
+    (place / "mine.yaml").write_text(accepted.replace("save_steps: 5000", "save_steps: 5000  # accepts x: y"))
     found = {finding.name: finding for finding in check.check(Request("mine.yaml")).findings}
-    accepted = found["deprecated:dataset_processes"]
-    assert (accepted.level, accepted.remedy) == ("note", f"accepted: {reason}")
-    assert found["deprecated:gc_steps"].level == "warning"
-
-
-def test_a_number_that_yaml_reads_as_another_is_shown_as_read(place: Path) -> None:
-    text = yamlfiles.write_yaml(config_with({"lora_r": 32, "num_epochs": None}))
-    (place / "mine.yaml").write_text(f"num_epochs: 1:30\n{text}".replace("lora_r: 32", "lora_r: 040"))
-    found = check.check(Request("mine.yaml", overrides=["sequence_len=04001"])).findings
-    shown = {finding.key: finding.problem for finding in found if finding.rule == "respelt"}
-    assert {key: problem.split()[-1] for key, problem in shown.items()} == {
-        "num_epochs": "90",
-        "lora_r": "32",
-        "sequence_len": "2049",
-    }
-    assert {finding.level for finding in found if finding.rule == "respelt"} == {"note"}
+    note = found["never-evaluated:eval_steps"]
+    assert (note.level, note.remedy) == ("note", "accepted: on purpose")
+    assert found["never-saved:save_steps"].level == "warning"
 
 
 def test_an_error_cannot_be_accepted_in_a_file(place: Path) -> None:
@@ -135,13 +123,9 @@ def test_force_overrides_a_named_finding_only(place: Path, recipe: Recipe) -> No
     assert (one.returncode, "lora_rr" in one.stderr, "num_epochs" in one.stderr) == (2, False, True)
     both = recipe(*wrong, "--force", "unknown-key:lora_rr", "--force", "value:num_epochs")
     assert (both.returncode, "lora_rr: 1\n" in both.stdout) == (0, True)
-    other = recipe(*wrong, "--force", "unknown-key:lora_r")
-    assert other.returncode == 2
-    assert (
-        "unknown-key:lora_r: no error of this config has that name; did you mean unknown-key:lora_rr?" in other.stderr
-    )
-    far = recipe(*wrong, "--force", "everything")
-    assert "everything: no error of this config has that name; names are in brackets" in far.stderr
+    for name in ("unknown-key:lora_r", "everything"):
+        other = recipe(*wrong, "--force", name)
+        assert (other.returncode, f"--force {name}: " in other.stderr) == (2, True)
 
 
 def test_a_rehearsal_is_refused_for_what_is_wrong_with_keys_that_it_replaces(place: Path, recipe: Recipe) -> None:
@@ -161,7 +145,7 @@ def test_a_rehearsal_is_refused_for_what_is_wrong_with_keys_that_it_replaces(pla
 
 
 def test_a_secret_cannot_be_forced() -> None:
-    with pytest.raises(UserError, match="a run cannot start with this"):
+    with pytest.raises(UserError, match="secret:hub_token"):
         check.refuse([Finding("error", "secret", "hub_token", "x")], ["secret:hub_token"])
 
 
@@ -169,7 +153,7 @@ def test_a_run_refuses_bad_rows(place: Path, recipe: Recipe) -> None:
     (place / "bad.jsonl").write_text('{"instruction": "a"}\n')
     done = recipe("run", NAME, "--rehearse", "--set", "datasets.0.path=bad.jsonl")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "bad.jsonl:1: error: datasets.0.path: 1 row with nothing in the field output" in done.stderr
+    assert "bad.jsonl:1: error: datasets.0.path: " in done.stderr and "[bad-row:" in done.stderr
     assert not (place / "runs").exists()
 
 
@@ -205,9 +189,32 @@ def test_what_is_too_big_for_a_card_is_an_error(place: Path, tiny: Path) -> None
         assert [each.name for each in report.findings] == [f"{rule}:micro_batch_size"], engine
 
 
+@pytest.mark.parametrize(
+    ("rule", "key", "scope"),
+    [
+        ("value", "datasets.0.path", "step"),
+        ("not-quantized", "adapter", "step"),
+        ("two-precisions", "fp16", "config"),
+        ("no-data", "datasets", "config"),
+        ("missing-file", "test_datasets.0.path", "data"),
+        ("bad-row", "datasets.0.path", "data"),
+        ("missing-file", "deepspeed", "file"),
+        ("gpu-lacks", "bf16", "gpu"),
+        ("no-gpu", "fp16", "machine"),
+    ],
+)
+def test_a_finding_knows_its_scope(rule: str, key: str, scope: str) -> None:
+    assert Finding("error", rule, key, "").scope == scope
+
+
+def test_scopes_are_those_of_rules_that_exist() -> None:
+    rules = {rule.__name__.replace("_", "-") for rule in case.RULES}
+    assert _SCOPES.keys() <= rules | {"value", "unknown-key", "too-big", "no-batch", "unfit"}
+
+
 def test_gpu_names(recipe: Recipe) -> None:
-    assert "did you mean RTX 4090" in recipe("check", "--gpu", "RTX 4O90").stderr
-    assert recipe("check", "--gpu", "RTX 4O90").returncode == 2
+    done = recipe("check", "--gpu", "RTX 4O90")
+    assert (done.returncode, "RTX 4090" in done.stderr) == (2, True)
 
 
 def checked(content: bytes) -> list[Finding]:
@@ -217,29 +224,28 @@ def checked(content: bytes) -> list[Finding]:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    "content",
     [
-        (b"a: !!python/object/apply:os.system ['touch hit']\n", "apply:os.system"),
-        (b"!!python/object/new:pathlib.Path [x]\n", "pathlib.Path"),
-        (b"a: !other {}\n", "!other"),
-        (b"[" * 5000, "nested"),
-        (b"a: " + b"{b: " * 3000 + b"}" * 3000, "nested"),
-        (b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
+        b"a: !!python/object/apply:os.system ['touch hit']\n",
+        b"!!python/object/new:pathlib.Path [x]\n",
+        b"a: !other {}\n",
+        b"[" * 5000,
+        b"a: " + b"{b: " * 3000 + b"}" * 3000,
+        b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
             f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n".encode() for i in range(9)
-        ), "too large"),
-        (b"a: &a {b: *a}\n", "nested"),
-        (b"lora_r: 1\nlora_r: 2\n", "the key lora_r occurs twice"),
-        (b"\x00\xff\xfe", "not a text file in UTF-8"),
-        (b"a\x00b: 1\n", "not valid YAML"),
-        (b"- a\n", "a config is a mapping"),
-        (b"", "a config is a mapping"),
-        (b"? [a]\n: 1\n", "not valid YAML"),
+        ),
+        b"a: &a {b: *a}\n",
+        b"lora_r: 1\nlora_r: 2\n",
+        b"\x00\xff\xfe",
+        b"a\x00b: 1\n",
+        b"- a\n",
+        b"",
+        b"? [a]\n: 1\n",
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_config_is_one_finding(place: Path, content: bytes, says: str) -> None:
+def test_a_file_that_is_no_config_is_one_finding(place: Path, content: bytes) -> None:
     (only,) = checked(content)
-    assert (only.level, only.rule) == ("error", "unreadable")
-    assert says in only.problem
+    assert (only.level, only.rule, only.where) == ("error", "unreadable", "any.yaml")
     assert not (place / "hit").exists()
 
 
@@ -287,12 +293,10 @@ def test_a_misspelt_path_of_ones_own_is_no_reason_to_rehearse_on_other_rows_in_s
     (tmp_path / "support.jsonl").write_text('{"instruction": "Ask.", "output": "Yes."}\n')
     own = {"datasets": [{"path": "suport.jsonl", "type": "alpaca"}], "test_datasets": None, "evals_per_epoch": None}
     (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(config_with(own)))
-    assert (
-        "suport.jsonl does not exist; did you mean support.jsonl? [missing-file:" in recipe("check", "mine.yaml").stdout
-    )
+    alone = recipe("check", "mine.yaml")
+    assert (alone.returncode, "support.jsonl" in alone.stdout, "[missing-file:" in alone.stdout) == (2, True, True)
     rehearsed = recipe("check", "mine.yaml", "--rehearse")
-    says = "warning: datasets.0.path: rehearsal: rows of the shipped sample, as suport.jsonl is not on this machine"
-    assert says in rehearsed.stdout
+    assert "[other-rows:datasets.0.path]" in rehearsed.stdout
 
 
 def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_of_a_run(
@@ -302,25 +306,25 @@ def test_data_that_are_not_prepared_yet_are_one_warning_of_a_check_and_an_error_
     done = recipe("check", tagged)
     assert done.returncode == 0
     (said,) = [line for line in done.stdout.splitlines() if "not-prepared" in line]
-    assert "warning: datasets.0.path: data/codereviewer-tagged/train.jsonl and valid.jsonl are not prepared" in said
-    prepare = "`recipe data prepare --study haider2024 --input-format tagged` ["
-    assert f"run `recipe data fetch codereviewer` and {prepare}" in said
+    assert "warning: datasets.0.path: data/codereviewer-tagged/train.jsonl and valid.jsonl" in said
+    prepare, fetch = (
+        "`recipe data prepare --study haider2024 --input-format tagged`",
+        "`recipe data fetch codereviewer`",
+    )
+    assert prepare in said and fetch in said
     for file in study.find("haider2024").data.files:
         (tmp_path / "data/codereviewer-raw").mkdir(parents=True, exist_ok=True)
         (tmp_path / "data/codereviewer-raw" / file).touch()
-    assert f"; run {prepare}" in recipe("check", tagged).stdout
+    assert fetch not in recipe("check", tagged).stdout
     ran = recipe("run", tagged, "--set", "fp16=false")
-    assert ran.returncode == 2
-    assert "error: datasets.0.path: data/codereviewer-tagged/train.jsonl and valid.jsonl are not" in ran.stderr
+    assert (ran.returncode, "error: datasets.0.path: data/codereviewer-tagged" in ran.stderr) == (2, True)
 
 
 def test_what_is_not_written_by_preparing_data_or_is_to_be_read_now_is_an_error(recipe: Recipe) -> None:
     own = recipe("check", "haider2024/llama-3.2-3b", "--set", "datasets.0.path=data/codereviewer/train_mine.jsonl")
-    assert own.returncode == 2 and "train_mine.jsonl does not exist" in own.stdout
+    assert own.returncode == 2 and "[missing-file:datasets.0.path]" in own.stdout
     read = recipe("check", "haider2024/llama-3.2-3b", "--data")
-    assert (
-        read.returncode == 2 and "error: datasets.0.path: data/codereviewer/train.jsonl and valid.jsonl" in read.stdout
-    )
+    assert read.returncode == 2 and "error: datasets.0.path: data/codereviewer/train.jsonl" in read.stdout
     levels = [
         line.split(": ")[1]
         for line in recipe("check", "haider2024/llama-3.2-3b", "--set", "lora_rr=1").stdout.splitlines()
@@ -332,7 +336,7 @@ def test_what_is_wrong_with_several_recipes_is_printed_once(recipe: Recipe) -> N
     done = recipe("check")
     said = [line for line in done.stdout.splitlines() if "not-prepared" in line and "codereviewer" in line]
     others = [line.partition("] ")[2] for line in said]
-    assert others[0].startswith("(also in llama-2-7b.yaml, ") and others[0].count(".yaml") > 1
+    assert "llama-2-7b.yaml" in others[0] and others[0].count(".yaml") > 1
     assert others[1:] == [""]  # which has another format
     assert len(done.stdout.splitlines()) == len({line.partition(": ")[2] for line in done.stdout.splitlines()})
     assert done.returncode == 0
@@ -346,11 +350,14 @@ def test_a_variant_or_a_schema_of_another_axolotl_is_a_note(
     file = place / "variants" / "wide.yaml"
     file.write_text(file.read_text().replace("# Written for Axolotl 0.", "# Written for Axolotl 9."))
     done = recipe("check", "wide")
-    assert done.returncode == 0
-    assert "variants/wide.yaml: note: the variant was made with Axolotl 9." in done.stdout
+    assert (done.returncode, "variants/wide.yaml: note: " in done.stdout, "[other-axolotl]" in done.stdout) == (
+        0,
+        True,
+        True,
+    )
     for name, *other in (("wider",), ("smaller", "--model", "HuggingFaceTB/SmolLM2-135M")):
         assert recipe("new", name, "--from", "wide", *other).returncode == 0
-        assert f"variants/{name}.yaml: note: the variant was made with Axolotl 9." in recipe("check", name).stdout
-        assert (place / "variants" / f"{name}.yaml").read_text().count("# Written for Axolotl") == 1
+        assert "[other-axolotl]" in recipe("check", name).stdout
+        assert (place / "variants" / f"{name}.yaml").read_text().count("for Axolotl") == 1
     monkeypatch.setattr(schema, "made_for", lambda: "0.20.1")
-    assert f"{NAME}.yaml: note: the schema of keys was made with Axolotl 0.20.1" in recipe("check", NAME).stdout
+    assert "0.20.1" in recipe("check", NAME).stdout

@@ -1,3 +1,5 @@
+"""Rows that spoil a training, found with their lines, without a tokenizer."""
+
 import json
 import subprocess
 import sys
@@ -11,18 +13,15 @@ from qlora_recipes.checks import rows
 
 LLAMA_2, LLAMA_3 = "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"
 GOOD = {"instruction": "Review it.", "input": "@@ -1 +1 @@\n-a\n+b", "output": "Why b?"}
-
-
-def found(lines: list[Any], dataset: dict[str, Any] | None = None, model: str = LLAMA_2) -> list[str]:
-    """The findings for a training file of some rows (or raw lines), without the names of files."""
-    file = Path("train.jsonl")
-    raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
-    file.write_bytes(b"\n".join(raw) + b"\n")
-    data = {"path": str(file), "type": "alpaca"} | (dataset or {})
-    return [str(finding) for finding in rows.check({"base_model": model, "datasets": [data]})[0]]
-
-
 FORMATS = {"format": "[Q] {instruction} {input} ### Answer:", "no_input_format": "[Q] {instruction} ### Answer:"}
+OWN = {"type": FORMATS}
+NO_FORMAT = {"type": FORMATS | {"no_input_format": None}}
+CHATS = {"type": "chat_template"}
+SEGMENTS = {"type": "input_output"}
+ASKED, ANSWER = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A test."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+GOOD_CHAT = {"messages": [{"role": "user", "content": "Fine?"}, ANSWER]}
+GOOD_SEGMENTS = {"segments": [{"label": True, "text": "good"}]}
 
 
 @pytest.fixture(autouse=True)
@@ -31,36 +30,80 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        (b'{"instruction": ', "train.jsonl:2: error: datasets.0.path: 1 row with no JSON (unexpected end of data"),
-        (b"[1, 2]", "1 row with no mapping of fields to values"),
-        (b'{"instruction": "caf\xe9", "output": "a"}', "1 row with not UTF-8"),
-        ({"instruction": "a"}, "1 row with nothing in the field output"),
-        (b'{"instruction": "a", "output": "b", "output": "c"}', "the field output twice"),
-        (b'{"instruction":"a","output":"b","more":[{"x":"\\":","y":1,"y":2}]}', "the field y twice"),
-        (GOOD | {"output": 3}, "1 row with no text in the field output"),
-        (GOOD | {"instruction": None}, "1 row with no text in the field instruction"),
-        (GOOD | {"input": ["a"]}, "1 row with no text in the field input"),
-        (GOOD | {"output": " \n"}, "train.jsonl:2: warning: datasets.0.path: 1 row with an empty output"),
-        (GOOD | {"input": "a\n### Response:\nb"}, "1 row with ### Response:, which the prompt uses itself"),
-        (GOOD | {"input": "<s>old</s>"}, "the text <s>, which the tokenizer reads as its special token"),
-        (GOOD | {"input": "a\x00b"}, "the control character U+0000"),
-        (GOOD | {"input": "a\x1b[0m"}, "the control character U+001B"),
-        (GOOD | {"input": "caf\ufffd"}, "the control character U+FFFD"),
-        (GOOD, "1 row seen before (train.jsonl:1) [repeated-row:datasets.0.path]"),
-        ({"instruction": "a", "outptu": "b"}, "1 row with nothing in the field output, but with outptu"),
-        (
-            {"instruction": "a", "inptu": "b", "output": "c"},
-            "warning: datasets.0.path: 1 row with the field inptu, which is not read; did you mean input?",
-        ),
-    ],
-)
-def test_a_row_that_spoils_a_training_is_found_with_its_line(row: Any, says: str) -> None:
-    (only,) = found([GOOD, row])
-    assert says in only
-    assert only.startswith("train.jsonl:2: ")
+def write(name: str, lines: list[Any]) -> None:
+    raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    Path(name).write_bytes(b"\n".join(raw) + b"\n")
+
+
+def found(lines: list[Any], dataset: dict[str, Any] | None = None, model: str = LLAMA_2) -> list[tuple[Any, str]]:
+    """The line, level and rule of each finding for a training file of some rows or raw lines, and its problem."""
+    write("train.jsonl", lines)
+    data = {"path": "train.jsonl", "type": "alpaca"} | (dataset or {})
+    findings, _ = rows.check({"base_model": model, "datasets": [data]})
+    assert {finding.where for finding in findings} <= {"train.jsonl"}
+    return [
+        ((finding.line, finding.level, finding.rule), f"{finding.problem} {finding.remedy}") for finding in findings
+    ]
+
+
+def chat(*messages: Any, **fields: Any) -> dict[str, Any]:
+    return {"messages": list(messages)} | fields
+
+
+# a row, or line, behind a good one; the level and rule of the one finding that it gives, and a value that this tells
+MISTAKES: list[tuple[Any, dict[str, Any], str, str]] = [
+    (b'{"instruction": ', {}, "error bad-row", "JSON"),
+    (b"[1, 2]", {}, "error bad-row", "mapping"),
+    (b'{"instruction": "caf\xe9", "output": "a"}', {}, "error bad-row", "UTF-8"),
+    ({"instruction": "a"}, {}, "error bad-row", "output"),
+    (b'{"instruction": "a", "output": "b", "output": "c"}', {}, "error bad-row", "output twice"),
+    (b'{"instruction":"a","output":"b","more":[{"x":"\\":","y":1,"y":2}]}', {}, "error bad-row", "y twice"),
+    (GOOD | {"output": 3}, {}, "error bad-row", "output"),
+    (GOOD | {"instruction": None}, {}, "error bad-row", "instruction"),
+    (GOOD | {"input": ["a"]}, {}, "error bad-row", "input"),
+    (GOOD | {"output": " \n"}, {}, "warning empty-reference", "output"),
+    (GOOD | {"input": "<s>old</s>"}, {}, "warning special-token", "<s>"),
+    (GOOD | {"input": "a\x00b"}, {}, "warning control-character", "U+0000"),
+    (GOOD | {"input": "a\x1b[0m"}, {}, "warning control-character", "U+001B"),
+    (GOOD | {"input": "caf\ufffd"}, {}, "warning control-character", "U+FFFD"),
+    (GOOD, {}, "warning repeated-row", "train.jsonl:1"),
+    ({"instruction": "a", "outptu": "b"}, {}, "error bad-row", "outptu"),
+    ({"instruction": "a", "inptu": "b", "output": "c"}, {}, "warning misspelt-field", "mean input?"),
+    (GOOD | {"output": "x", "sytem": "c"}, OWN, "warning misspelt-field", "mean system?"),
+    ({"instruction": "a", "output": "b"}, NO_FORMAT, "error no-format", "no_input_format"),
+    ({"text": "a"}, CHATS, "error bad-row", "messages"),
+    ({"mesages": [ASKED]}, CHATS, "error bad-row", "mesages"),
+    (chat(), CHATS, "error bad-row", "messages"),
+    (chat(ASKED, "A test."), CHATS, "error bad-row", "mapping"),
+    (chat({"content": "a"}, ANSWER), CHATS, "error bad-row", "role"),
+    (chat({"role": "user", "content": None}, ANSWER), CHATS, "error bad-row", "content"),
+    (chat({"role": "user", "contnet": "a"}, ANSWER), CHATS, "error bad-row", "contnet"),
+    (chat(ASKED, ANSWER, sytem="Be brief."), CHATS, "warning misspelt-field", "mean system?"),
+    (chat(ASKED, ANSWER | {"tool_call": []}), CHATS, "warning misspelt-field", "mean tool_calls?"),
+    (chat(ASKED | {"content": "<s>a"}, ANSWER), CHATS, "warning special-token", "<s>"),
+    ({"messages": [dict(reversed(turn.items())) for turn in GOOD_CHAT["messages"]]}, CHATS, "warning repeated-row", ""),
+    ({"segments": None}, SEGMENTS, "error bad-row", "segments"),
+    ({"segments": ["a"]}, SEGMENTS, "error bad-row", "mapping"),
+    ({"segments": [{"text": "a"}]}, SEGMENTS, "error bad-row", "label"),
+    ({"segments": [{"lable": True, "text": "a"}]}, SEGMENTS, "error bad-row", "lable"),
+    ({"segments": [{"label": "false", "text": "a"}]}, SEGMENTS, "error bad-row", "label"),
+    (GOOD_SEGMENTS, SEGMENTS, "warning repeated-row", "train.jsonl:1"),
+]
+
+
+@pytest.mark.parametrize(("row", "dataset", "name", "value"), MISTAKES)
+def test_a_row_that_spoils_a_training_is_found_with_its_line(
+    row: Any, dataset: dict[str, Any], name: str, value: str
+) -> None:
+    good = {"chat_template": GOOD_CHAT, "input_output": GOOD_SEGMENTS}.get(str(dataset.get("type")), GOOD)
+    ((where, says),) = found([good, row], dataset)
+    assert where == (2, *name.split())
+    assert value in says
+
+
+SHAREGPT = {"field_messages": "conversations", "message_property_mappings": {"role": "from", "content": "value"}}
+OLDER = {"field_messages": "conversations", "message_field_role": "from", "message_field_content": "value"}
+SHARED = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
 
 
 @pytest.mark.parametrize(
@@ -69,95 +112,74 @@ def test_a_row_that_spoils_a_training_is_found_with_its_line(row: Any, says: str
         ([GOOD, GOOD | {"input": None}, b"", GOOD | {"output": "Other.", "more": [1]}], {}),
         ([{"instruction": "a", "output": "b"}], {}),
         ([GOOD | {"input": "tab\tand\r\nline ends, \u00e9 and \u4e2d\u6587 \U0001f600"}], {}),
-        ([GOOD | {"input": "### Response:"}], {"type": "alpaca:chat"}),
         ([{"question": "a", "answer": "b"}], {"type": "alpaca_chat.load_qa"}),
         ([{"code": "a"}], {"type": "completion", "field": "code"}),
         ([{"patch": "a", "msg": "b"}], {"type": {"field_instruction": "patch", "field_output": "msg"}}),
         ([GOOD | {"inputs": "a"}, {"instruction": "a", "output": "b", "id": 1, "language": "c"}], {}),
-        ([{"q": "a", "output": "b", "input": "### Question:"}], {"type": {"field_instruction": "q"} | FORMATS}),
+        ([{"q": "a", "output": "b", "input": "c"}], {"type": {"field_instruction": "q"} | FORMATS}),
         ([{"input_ids": [1], "attention_mask": [1], "labels": [1]}], {"type": None}),
         ([GOOD, b"{"], {"split": "train[:1]"}),  # what is not trained on is not judged
+        ([{"any": "thing"}], {"type": "orcamini"}),
+        ([chat(SYSTEM, ASKED, ANSWER), chat(ASKED, ANSWER, more="x", id=3)], CHATS),
+        ([chat(ASKED, {"role": "assistant", "tool_calls": [1]}, {"role": "tool", "content": "a"}, ANSWER)], CHATS),
+        ([chat(ASKED, ANSWER, tools=[{"type": "function"}])], CHATS),
+        ([{"messages": json.dumps([ASKED, ANSWER])}], CHATS),
+        ([SHARED], CHATS | SHAREGPT),
+        ([SHARED], CHATS | OLDER),
+        ([chat(SYSTEM, ASKED, ANSWER), chat(ASKED, ANSWER, system="Be brief.")], CHATS),
+        ([{"segments": [{"label": False, "text": "<s>a"}, {"label": True, "text": "b</s>"}], "more": 1}], SEGMENTS),
     ],
 )
 def test_rows_that_are_right_give_no_finding(lines: list[Any], dataset: dict[str, Any]) -> None:
     assert found(lines, dataset) == []
 
 
-def test_rows_of_a_prompt_of_ones_own_are_checked_like_others() -> None:
-    row = {"instruction": "a", "output": "b"}
-    (own_marker,) = found([row, row | {"input": "### Answer: c"}], {"type": FORMATS})
-    assert "train.jsonl:2: warning: datasets.0.path: 1 row with ### Answer:, which the prompt uses" in own_marker
-    (misspelt,) = found([row | {"sytem": "c"}], {"type": FORMATS})
-    assert "the field sytem, which is not read; did you mean system?" in misspelt
-    (without,) = found([row | {"input": "c"}, row], {"type": FORMATS | {"no_input_format": None}})
-    assert "train.jsonl:2: error: datasets.0.path: 1 row without input: no_input_format is not set" in without
-
-
-def test_rows_that_differ_in_the_order_of_their_keys_are_the_same() -> None:
-    row = {"input_ids": [1], "attention_mask": [1], "labels": [1]}
-    (only,) = found([row, dict(reversed(row.items()))], {"type": None})
-    assert "train.jsonl:2: warning: datasets.0.path: 1 row seen before" in only
+def test_a_system_text_that_only_some_rows_have_is_an_error() -> None:
+    ((where, _),) = found([chat(ASKED, ANSWER), GOOD_CHAT | {"system": "Be brief."}], CHATS)
+    assert where == (1, "error", "lacks-system")
 
 
 def test_rows_with_the_same_mistake_are_one_finding() -> None:
-    bad = [{"instruction": str(i)} for i in range(5)]
-    (only,) = found([GOOD, *bad])
-    assert "train.jsonl:2: error: datasets.0.path: 5 rows with nothing in the field output" in only
+    ((where, says),) = found([GOOD, *({"instruction": str(i)} for i in range(5))])
+    assert where == (2, "error", "bad-row") and says.startswith("5 rows")
 
 
-def test_rows_of_which_none_has_a_field_are_said_to_have_others() -> None:
-    question, answer = found([{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}])
-    assert (
-        "2 rows with nothing in the field instruction (fields: question, answer); name their fields in the" in question
-    )
-    assert "2 rows with nothing in the field output (fields: question, answer); name their fields in the" in answer
-    assert "correct or drop them" in found([GOOD, {"question": "a", "answer": "b"}])[0]
+def test_rows_of_which_none_has_a_field_name_those_that_they_have() -> None:
+    two = found([{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}])
+    assert ["question, answer" in says and "field_output" in says for _, says in two] == [True, True]
+    assert "field_output" not in found([GOOD, {"question": "a", "answer": "b"}])[0][1]
 
 
 def test_special_tokens_are_the_models() -> None:
     row = GOOD | {"input": "<|eot_id|> </s>"}
-    assert "the text </s>" in found([row])[0]
-    assert "the text <|eot_id|>" in found([row], model=LLAMA_3)[0]
+    assert "</s>" in found([row])[0][1]
+    assert "<|eot_id|>" in found([row], model=LLAMA_3)[0][1]
 
 
-def test_a_byte_order_mark_is_named() -> None:
-    (only,) = found([b"\xef\xbb\xbf" + json.dumps(GOOD).encode()])
-    assert "train.jsonl:1: warning: datasets.0.path: a byte order mark before 1 row" in only
+def test_a_byte_order_mark_is_found() -> None:
+    ((where, _),) = found([b"\xef\xbb\xbf" + json.dumps(GOOD).encode()])
+    assert where == (1, "warning", "byte-order-mark")
 
 
 def test_evaluation_rows_that_were_trained_on_are_found() -> None:
-    train, test = Path("train.jsonl"), Path("test.jsonl")
     other = GOOD | {"output": "Another."}
-    train.write_text("".join(json.dumps(row) + "\n" for row in (GOOD, other)))
-    spaced = GOOD | {"output": "Why  b?\n"}
-    test.write_text("".join(json.dumps(row) + "\n" for row in (other, spaced, GOOD | {"output": "New."})))
-    data = {
-        "datasets": [{"path": str(train), "type": "alpaca"}],
-        "test_datasets": [{"path": str(test), "type": "alpaca"}],
-    }
-    findings, read = rows.check(data)
-    exact, folded = map(str, findings)
-    assert "test.jsonl:1: warning: test_datasets.0.path: 1 row that the training data has too: " in exact
-    assert "train.jsonl:2" in exact
-    assert "test.jsonl:2: " in folded
-    assert "but for white space" in folded
-    assert [(one["rows"], one["bytes"]) for one in read] == [(2, train.stat().st_size), (3, test.stat().st_size)]
-
-
-def test_what_is_not_checked_is_said() -> None:
-    assert "orcamini reads are not known here" in found([GOOD], {"type": "orcamini"})[0]
-    Path("x.parquet").touch()
-    assert "is not a JSONL file" in found([GOOD], {"path": "x.parquet"})[0]
+    write("train.jsonl", [GOOD, other])
+    write("test.jsonl", [other, GOOD | {"output": "Why  b?\n"}, GOOD | {"output": "New."}])
+    sections = {"datasets": "train.jsonl", "test_datasets": "test.jsonl"}
+    findings, read = rows.check({key: [{"path": file, "type": "alpaca"}] for key, file in sections.items()})
+    assert [(finding.name, finding.where, finding.line) for finding in findings] == [
+        ("leaked-row:test_datasets.0.path", "test.jsonl", 1),
+        ("leaked-row:test_datasets.0.path", "test.jsonl", 2),
+    ]
+    assert "train.jsonl:2" in findings[0].problem and "train.jsonl:1" in findings[1].problem
+    sizes = [Path(file).stat().st_size for file in sections.values()]
+    assert [(one["rows"], one["bytes"]) for one in read] == [(2, sizes[0]), (3, sizes[1])]
 
 
 def test_the_shipped_sample_has_none(sample: Path) -> None:
-    findings, read = rows.check(
-        {
-            "base_model": LLAMA_3,
-            "datasets": [{"path": str(sample / "train.jsonl"), "type": "alpaca"}],
-            "test_datasets": [{"path": str(sample / "test.jsonl"), "type": "alpaca"}],
-        }
-    )
+    files = {"datasets": "train", "test_datasets": "test"}
+    data = {key: [{"path": str(sample / f"{name}.jsonl"), "type": "alpaca"}] for key, name in files.items()}
+    findings, read = rows.check({"base_model": LLAMA_3} | data)
     assert (findings, [one["rows"] for one in read]) == ([], [109, 26])
 
 
@@ -168,7 +190,7 @@ def test_a_folder_is_read_file_by_file(place: Path) -> None:
     (place / "rows" / "manifest.json").write_text("{}")
     findings, (read,) = rows.check({"datasets": [{"path": "rows", "type": "alpaca"}]})
     assert (read["files"], read["rows"]) == (["rows/0.jsonl", "rows/1.jsonl"], 2)
-    assert ["manifest.json is not a JSONL file" in str(finding) for finding in findings] == [True]
+    assert [(finding.rule, finding.where) for finding in findings] == [("not-checked", "rows/manifest.json")]
 
 
 @pytest.mark.parametrize("kind", sorted(rows.FIELDS))
@@ -194,22 +216,6 @@ def test_fields_are_those_that_axolotl_reads(kind: str, tiny: Path) -> None:
     for name in needed:
         with pytest.raises(UserError, match="KeyError"):
             tokenized({other: text for other, text in row.items() if other != name} | {"some": "x"})
-
-
-@pytest.mark.parametrize("kind", ["alpaca", "alpaca:chat", "alpaca:chatml", "alpaca:phi", "alpaca_chat", "gpteacher"])
-def test_markers_are_those_of_the_prompt(kind: str, tiny: Path) -> None:
-    from axolotl.utils.dict import DictDefault
-    from transformers import AutoTokenizer
-
-    from qlora_recipes.checks.tokens import tokenize
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    row = GOOD | {"response": "x"}
-    cfg = DictDefault(sequence_len=512, train_on_inputs=False)
-    (only,) = tokenize(kind, cfg, DictDefault(path="x", type=kind), tokenizer, [row], 512)
-    markers = rows.markers_of({"type": kind})
-    assert markers
-    assert all(marker in tokenizer.decode(only.ids) for marker in markers)
 
 
 def test_a_large_file_is_read_as_a_stream(place: Path) -> None:

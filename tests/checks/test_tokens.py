@@ -12,8 +12,7 @@ from conftest import Recipe, config_with
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.checks import check
-from qlora_recipes.configs import compose, standin
+from qlora_recipes.configs import compose, gpus, standin
 from qlora_recipes.configs.compose import Request
 
 NAME = "haider2024/code-llama-7b"
@@ -55,17 +54,6 @@ def llama(tiny: Path, sample: Path) -> yamlfiles.Config:
     data = {"path": str(sample / "train.jsonl"), "type": "alpaca"}
     change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": None, "test_datasets": None}
     return config_with(change | {"datasets": [data], "evals_per_epoch": None})
-
-
-@pytest.mark.parametrize(("micro", "gpus_used", "found"), [(2, 1, []), (4, 32, ["no-batch:micro_batch_size"])])
-def test_packed_rows_that_fill_no_batch_are_an_error(
-    llama: yamlfiles.Config, tmp_path: Path, micro: int, gpus_used: int, found: list[str]
-) -> None:
-    llama |= {"sample_packing": True, "pad_to_sequence_len": True, "micro_batch_size": micro, "warmup_steps": 0}
-    llama["gradient_accumulation_steps"] = 64
-    (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(llama))
-    report = check.check(Request(str(tmp_path / "mine.yaml"), gpus=gpus_used), data=True)
-    assert [finding.name for finding in report.findings if finding.level == "error"] == found
 
 
 CHANGES: list[dict[str, Any]] = [
@@ -124,9 +112,8 @@ def test_texts_add_up_to_the_row_and_mark_what_is_special(llama: yamlfiles.Confi
     texts = [token["text"] for token in row["tokens"]]
     assert (texts[0], texts[-1]) == ("<s>", "</s>")
     assert [token["special"] for token in row["tokens"]] == [True, *[False] * (len(texts) - 2), True]
-    assert "".join(texts).startswith("<s>Below is an instruction")
     learnt = "".join(token["text"] for token in row["tokens"] if token["loss"])
-    assert learnt.startswith("Can we turn this into a data provider?")
+    assert learnt.startswith("Can we turn")
     assert (row["learnt"], row["length"]) == (sum(token["loss"] for token in row["tokens"]), len(texts))
 
 
@@ -143,13 +130,6 @@ def test_a_row_with_fields_that_the_first_lacks(llama: yamlfiles.Config, tmp_pat
     file.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "input": "SEEN", "output": "b"}\n')
     _, second = shown(llama | {"datasets": [{"path": str(file), "type": "alpaca"}]}, 2)
     assert "SEEN" in "".join(token["text"] for token in second["tokens"])
-
-
-def test_a_field_of_several_types_is_an_error_of_the_data(llama: yamlfiles.Config, tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"instruction": "a", "output": "b", "id": 1}\n{"instruction": "a", "output": "b", "id": "x"}\n')
-    with pytest.raises(UserError, match=r"Axolotl cannot tokenize these rows as alpaca: .*Could not convert 'x'"):
-        shown(llama | {"datasets": [{"path": str(file), "type": "alpaca"}]}, 2)
 
 
 def test_a_long_row_is_measured_whole(llama: yamlfiles.Config, tmp_path: Path) -> None:
@@ -180,23 +160,6 @@ def test_lengths(llama: yamlfiles.Config, sample: Path) -> None:
     assert lengths(llama | {"sample_packing": True})[1][0]["padding_share"] is None
 
 
-def test_long_rows_and_a_masked_end_are_findings(llama: yamlfiles.Config, tmp_path: Path) -> None:
-    from qlora_recipes.checks.tokens import lengths
-
-    def names(change: dict[str, Any]) -> list[tuple[str, str]]:
-        return [(finding.level, finding.name) for finding in lengths(llama | change)[0]]
-
-    assert names({"sequence_len": 300}) == [("warning", "too-long:datasets.0.path")]
-    assert names({"sequence_len": 300, "excess_length_strategy": "raise"}) == [("error", "too-long:datasets.0.path")]
-    assert names({"sequence_len": 20}) == [("error", "too-long:datasets.0.path")]  # nothing would be left
-    file = tmp_path / "tokenized.jsonl"
-    file.write_text('{"input_ids": [1, 5, 2], "attention_mask": [1, 1, 1], "labels": [-100, 5, -100]}\n')
-    masked = {"datasets": [{"path": str(file), "type": ""}]}
-    assert names(masked) == [("warning", "eos-masked:datasets.0.type")]
-    # a pad token that equals EOS masks nothing: Axolotl pads labels, not ids
-    assert names({"special_tokens": {"pad_token": "</s>"}}) == []
-
-
 def test_an_unknown_token_that_ends_texts_is_an_end(tiny: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -208,16 +171,152 @@ def test_an_unknown_token_that_ends_texts_is_an_end(tiny: Path) -> None:
     assert taught_ends({}, tokenizer) == set()
 
 
-def test_an_end_of_turn_that_is_taught_is_an_end(smollm2: yamlfiles.Config, tmp_path: Path) -> None:
+def judged(content: yamlfiles.Config, rows: list[Any], **dataset: Any) -> list[tuple[str, str, int | None]]:
+    """The level, rule and line of what is found in some training rows by their tokens."""
     from qlora_recipes.checks.tokens import lengths
 
-    chat = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes."}]}
-    (tmp_path / "chats.jsonl").write_bytes(orjson.dumps(chat) + b"\n")
-    data = [{"path": str(tmp_path / "chats.jsonl"), "type": "chat_template"}]
-    own = smollm2 | {"datasets": data, "test_datasets": None, "evals_per_epoch": None, "chat_template": "chatml"}
-    own |= {"special_tokens": {"eos_token": "<|endoftext|>"}}  # as of a base model, which the template does not write
-    assert [finding.name for finding in lengths(own)[0]] == ["eos-masked:datasets.0.type"]
-    assert not lengths(own | {"eot_tokens": ["<|im_end|>"]})[0]
+    Path("rows.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows)) + b"\n")
+    data = {"datasets": [{"path": "rows.jsonl", "type": "alpaca"} | dataset], "test_datasets": None}
+    findings, _ = lengths(content | {"evals_per_epoch": None} | data)
+    return [(finding.level, finding.rule, finding.line) for finding in findings]
+
+
+def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content} | more
+
+
+def chat(*messages: Any, **fields: Any) -> dict[str, Any]:
+    return {"messages": list(messages)} | fields
+
+
+ASKED, ANSWER, SYSTEM = said("user", "What is it?"), said("assistant", "A test."), said("system", "Be brief.")
+CALLS = [{"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}]
+PARTS = [{"type": "text", "text": "A test."}]
+SEGMENTS = {"segments": [{"label": False, "text": "a"}, {"label": True, "text": "b</s>"}]}
+ROW = {"instruction": "Say it.", "output": "x"}
+FAILS, UNLEARNT, UNKNOWN = ("error", "bad-row"), ("warning", "nothing-learnt"), ("warning", "unknown-role")
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "found"),
+    [
+        ("chatml", chat(SYSTEM, ASKED, ANSWER, ASKED, ANSWER), []),
+        ("chatml", chat(said("human", "a"), said("gpt", "b")), []),
+        ("chatml", chat(said("user", PARTS), said("assistant", PARTS)), []),
+        ("chatml", chat(ASKED, ASKED, ANSWER), []),
+        ("chatml", {"text": "a"}, [FAILS]),
+        ("chatml", chat(), [FAILS]),
+        ("chatml", chat({"content": "a"}, ANSWER), [FAILS]),
+        ("chatml", chat(ASKED, {"role": "assistant"}), [FAILS]),
+        ("chatml", chat(ASKED, {"role": "assistant", "tool_calls": CALLS}), [FAILS]),
+        ("chatml", chat(ASKED, said("assistant", "")), [UNLEARNT]),
+        ("chatml", chat(ASKED), [UNLEARNT]),
+        ("chatml", chat(said("User", "a"), said("Assistant", "b")), [UNLEARNT, UNKNOWN, UNKNOWN]),
+        ("chatml", chat(ASKED, ANSWER, said("observer", "a"), ANSWER), [UNKNOWN]),
+        ("gemma", chat(ASKED, ANSWER), []),
+        ("gemma", chat(ASKED, ASKED, ANSWER), [FAILS]),
+        ("gemma", chat(SYSTEM, ASKED, ANSWER), [FAILS]),
+        ("input_output", SEGMENTS, []),
+        ("input_output", {"segments": [{"text": "a"}]}, [UNLEARNT]),
+        ("input_output", {"segments": [{"label": False, "text": "a"}]}, [UNLEARNT]),
+        ("alpaca", ROW | {"output": 3}, [FAILS]),
+    ],
+)
+def test_axolotl_reads_a_row_behind_good_ones(
+    llama: yamlfiles.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, row: Any, found: list[Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good: Any = {"input_output": SEGMENTS, "alpaca": ROW}.get(kind, chat(said("user", "Fine?"), ANSWER))
+    chats = {"type": "chat_template", "chat_template": kind, "eot_tokens": None} if kind in ("chatml", "gemma") else {}
+    rows = [good, good, row] if found else [row]
+    masked = [("warning", "eos-masked", None)] * (bool(chats) and FAILS not in found)  # as of a base model
+    assert judged(llama, rows, **({"type": kind} | chats)) == [*((*one, 3) for one in found), *masked]
+
+
+def test_rows_with_values_of_several_types_are_found_with_the_line(
+    llama: yamlfiles.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mixed = [ROW | {"id": 1}] * 40 + [ROW | {"id": "x"}] * 2
+    assert judged(llama, mixed) == [("error", "bad-row", 41)]
+    with pytest.raises(UserError, match=r"datasets\.0: .*alpaca"):
+        shown(llama | {"datasets": [{"path": "rows.jsonl", "type": "alpaca"}]}, 42)
+
+
+def test_rows_of_which_nothing_is_learnt_are_an_error_where_there_are_no_others(
+    llama: yamlfiles.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = judged(llama, [chat(ASKED), chat(said("user", "And?"))], type="chat_template", chat_template="chatml")
+    assert found == [("error", "nothing-learnt", 1), ("warning", "eos-masked", None)]
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, []),
+        ({"sequence_len": 300}, ["warning too-long:datasets.0.path"]),
+        ({"sequence_len": 300, "excess_length_strategy": "raise"}, ["error too-long:datasets.0.path"]),
+        ({"sequence_len": 20}, ["error too-long:datasets.0.path"]),  # nothing would be left
+        # a pad token that equals EOS masks nothing: Axolotl pads labels, not ids
+        ({"special_tokens": {"pad_token": "</s>"}}, []),
+        ({"sample_packing": True, "micro_batch_size": 2}, []),
+        ({"sample_packing": True, "micro_batch_size": 200}, ["error no-batch:micro_batch_size"]),
+    ],
+)
+def test_long_rows_and_too_few_packed_ones(llama: yamlfiles.Config, change: dict[str, Any], found: list[str]) -> None:
+    from qlora_recipes.checks.tokens import lengths
+
+    packed = {"gradient_accumulation_steps": 64, "warmup_steps": 0} if "sample_packing" in change else {}
+    findings, _ = lengths(llama | change | packed)
+    assert [f"{finding.level} {finding.name}" for finding in findings] == found
+
+
+def test_an_end_that_is_not_taught(
+    llama: yamlfiles.Config, smollm2: yamlfiles.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    masked = {"input_ids": [1, 5, 2], "attention_mask": [1, 1, 1], "labels": [-100, 5, -100]}
+    assert judged(llama, [masked], type="") == [("warning", "eos-masked", None)]
+    base = {"special_tokens": {"eos_token": "<|endoftext|>"}}  # as of a base model, which the template does not write
+    chats = {"type": "chat_template", "chat_template": "chatml"}
+    assert judged(smollm2 | base, [chat(ASKED, ANSWER)], **chats) == [("warning", "eos-masked", None)]
+    assert judged(smollm2 | base | {"eot_tokens": ["<|im_end|>"]}, [chat(ASKED, ANSWER)], **chats) == []
+
+
+def test_roles_are_judged_by_the_rehearsals_tokenizer_where_the_models_is_missing(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    data = [{"path": "rows.jsonl", "type": "chat_template"}]
+    change = {
+        "chat_template": "gemma",
+        "datasets": data,
+        "test_datasets": None,
+        "evals_per_epoch": None,
+        "warmup_steps": 0,
+    }
+    (tmp_path / "own.yaml").write_text(yamlfiles.write_yaml(config_with(change)))
+    lines = [chat(ASKED, ANSWER), chat(SYSTEM, ASKED, ANSWER)]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
+    (report,) = orjson.loads(recipe("check", "own.yaml", "--data", "--json").stdout)
+    found = {finding["rule"]: finding for finding in report["findings"]}
+    assert (found["bad-row"]["where"], found["bad-row"]["line"]) == ("rows.jsonl", 2)
+    assert standin.NAME in found["not-checked"]["problem"]
+    assert "tokens" not in report["data"][0]
+
+
+@pytest.mark.parametrize(
+    "change", [{"sequence_len": 8}, {"sample_packing": True, "micro_batch_size": 400, "warmup_steps": 0}], ids=str
+)
+def test_run_asks_axolotl_before_it_starts_on_a_gpu(
+    recipe: Recipe, tmp_path: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(gpus, "here", lambda: gpus.find("H100"))
+    words = [word for key, value in change.items() for word in ("--set", f"{key}={str(value).lower()}")]
+    done = recipe("run", "haider2024/code-llama-7b", "--profile", tiny_profile, *words)
+    assert done.returncode == 2, done.stderr
+    assert ("[too-long:datasets.0.path]" if "sequence_len" in change else "[no-batch:") in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_command(recipe: Recipe, tmp_path: Path, tiny: Path, sample: Path) -> None:
@@ -228,14 +327,13 @@ def test_the_command(recipe: Recipe, tmp_path: Path, tiny: Path, sample: Path) -
     )
     done = recipe("check", "mine.yaml", "--show-tokens", "2")
     assert done.returncode == 0, done.stderr
-    assert "datasets.0, row 2: " in done.stdout
-    assert "### Response:\n⟪Can we turn this into a data provider?" in done.stdout
+    assert "⟪Can we turn" in done.stdout
     assert done.stdout.count("</s>⟫") == 2
     unknown = recipe(
         "check", NAME, "--set", "datasets.0.path=x/y", "--set", "test_datasets.0.path=x/y", "--show-tokens", "1"
     )
     assert unknown.returncode == 2
-    assert "the tokenizer of codellama/CodeLlama-7b-hf is not on this machine" in unknown.stderr
+    assert "codellama/CodeLlama-7b-hf" in unknown.stderr
 
 
 def test_in_colour() -> None:
@@ -251,12 +349,11 @@ tables.print_tokens([row])
 """
     terminal = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "PATH": os.environ["PATH"]}
     out = subprocess.run([sys.executable, "-c", code], env=terminal, capture_output=True, text=True, check=True).stdout
-    assert "3 tokens, 1 with loss, longer than sequence_len" in out
     assert "[b]a" in out
     assert "\x1b[1;32mok" in out
     assert "\x1b[2;7m<s>" in out
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_told(llama: yamlfiles.Config, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="its tokenizer cannot be loaded"):
+    with pytest.raises(UserError, match=str(tmp_path)):
         shown(llama | {"base_model": str(tmp_path)}, 1)

@@ -112,7 +112,7 @@ def test_nothing_is_laid_beside_a_share_that_is_held_out(recipe: Recipe, place: 
     gone = {"test_datasets": [{"path": "gone.jsonl", "type": "completion"}], "val_set_size": 0.1}
     assert rehearsed(gone).config["test_datasets"] == gone["test_datasets"]
     checked = recipe("check", "mine.yaml", "--rehearse")  # the file itself is wrong, with and without a rehearsal
-    (line,) = (line for line in checked.stdout.splitlines() if "[excluding-keys:test_datasets]" in line)
+    (line,) = (line for line in checked.stdout.splitlines() if "[missing-file:test_datasets.0.path]" in line)
     assert line.startswith("mine.yaml:")
 
 

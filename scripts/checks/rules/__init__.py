@@ -11,7 +11,7 @@ Each module holds the rules about one subject; a new module has to be imported b
 from collections.abc import Iterator
 
 from ..finding import Finding
-from . import adapter, data, foreign, hardware, model, schedule, settings, space  # noqa: F401 (each adds its rules to RULES)
+from . import data, foreign, hardware, model, settings, space  # noqa: F401 (each adds its rules to RULES)
 from .case import RULES, Case
 
 __all__ = ["Case", "findings"]

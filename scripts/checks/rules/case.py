@@ -1,7 +1,6 @@
 """What rules judge, and the decorator that makes one."""
 
 import importlib.metadata
-import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -91,13 +90,6 @@ class Case:
     def is_set(self, *keys: str) -> bool:
         """Whether one of some keys has a value that is neither empty nor false; a wrong one counts."""
         return any(self.config.get(key) or key in self.wrong for key in keys)
-
-    def can_import(self, module: str) -> bool:
-        """Whether a module or package is installed."""
-        try:
-            return importlib.util.find_spec(module) is not None
-        except (ImportError, ValueError):
-            return False
 
     def is_installed(self, package: str) -> bool:
         """Whether a package is installed, by its name in the registry."""

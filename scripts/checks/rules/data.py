@@ -1,7 +1,5 @@
 """Whether there is data that can be read and packed as the config asks."""
 
-import re
-import string
 from pathlib import Path
 
 from ...base import paths
@@ -9,15 +7,8 @@ from ...base.errors import did_you_mean
 from ...configs import datafiles
 from ...configs.precision import precision, takes_varlen
 from ...data import study
-from .. import schema, turns
+from .. import rows
 from .case import Case, Problems, rule
-
-
-@rule
-def no_data(case: Case) -> Problems:
-    """Axolotl refuses such a config, after 15 s of imports."""
-    if not case.is_set("datasets", "pretraining_dataset"):
-        yield "error", "datasets", "the config names no data to train on", "list a data set with path and type"
 
 
 @rule
@@ -55,8 +46,7 @@ def missing_file(case: Case) -> Problems:
             if file.exists() and not file.is_file():
                 yield "error", f"{key}.path", f"{paths.shown(file)} is no regular file", "write its rows to one"
             elif not file.is_file() and not made_by:
-                meant, remedy = _instead_of(file)
-                yield "error", f"{key}.path", f"{paths.shown(file)} does not exist{meant}", remedy
+                yield "error", f"{key}.path", f"{paths.shown(file)} does not exist{_near(file)}", "correct the path"
             elif file.is_file() and not file.stat().st_size:
                 remedy = f"run {made_by}" if made_by else "write rows to it, or name another file"
                 yield "error", f"{key}.path", f"{paths.shown(file)} is empty", remedy
@@ -65,26 +55,17 @@ def missing_file(case: Case) -> Problems:
         if not isinstance(name, str) or Path(name).exists() or study.fetching(name):
             continue
         if not (key == "lora_model_dir" and name.count("/") == 1):  # of a hub
-            problem = f"{paths.shown(Path(name))} does not exist{_instead_of(Path(name))[0]}"
+            problem = f"{paths.shown(Path(name))} does not exist{_near(Path(name))}"
             yield "error", key, problem, "correct the path or delete the key"
 
 
-def _instead_of(missing: Path) -> tuple[str, str]:
-    """What may have been meant by a path that does not exist, and what to do: a name like it that is there, else what
-    lies where it should be."""
+def _near(missing: Path) -> str:
+    """Names beside a path that does not exist that may be meant; of its folder's where that is missing too."""
+    if missing.parent.is_dir():
+        return did_you_mean(missing.name, [file.name for file in missing.parent.iterdir()])
     folder = missing.parent
-    if not folder.is_dir():
-        near = did_you_mean(folder.name, [beside.name for beside in folder.parent.glob("*/")])
-        return f": there is no folder {paths.shown(folder)}{near}", "" if near else "correct the path"
-    files = sorted(file for file in folder.glob("[!.]*") if file.suffix == missing.suffix)
-    alike = [file.name for file in files if did_you_mean(missing.stem, [file.stem])]
-    if near := did_you_mean(missing.name, alike):
-        return near, ""
-    there = ", ".join(file.name for file in files[:_MOST_NAMES]) + (", …" if len(files) > _MOST_NAMES else "")
-    return f"; beside it there is {there}" if there else "", "correct the path"
-
-
-_MOST_NAMES = 4  # of files in a message
+    near = did_you_mean(folder.name, [beside.name for beside in folder.parent.glob("*/")])
+    return f": there is no folder {paths.shown(folder)}{near}"
 
 
 @rule
@@ -112,58 +93,33 @@ KEEP_DOCUMENTS_APART = {
 
 
 @rule
-def prompt_strategy(case: Case) -> Problems:
-    """Axolotl looks a data set's type up once training has begun: among its own, by whether it is preference data, and
-    for one with a dot also among the modules that can be imported."""
-    definitions = schema.load()["$defs"]
-    types = {name: definitions[f"{name}Dataset"]["properties"]["type"]["anyOf"] for name in ("SFT", "DPO", "KTO")}
-    own_module = types["SFT"][1]["pattern"]
-    preference = {kind for name in ("DPO", "KTO") for kind in types[name][0]["enum"]} - set(types["SFT"][0]["enum"])
-    for key, dataset in datafiles.datasets(case.config):
-        kind = dataset.get("type")
-        if case["rl"] or not isinstance(kind, str):
-            continue
-        module = kind.partition(".")[0]
-        if kind in preference:
-            yield "error", f"{key}.type", f"{kind} is for preference training", "set rl, or a type such as alpaca"
-        elif re.match(own_module, kind) and not case.can_import(module):
-            yield "error", f"{key}.type", f"there is no module {module}", "put it on PYTHONPATH"
-
-
-@rule
 def chat_template(case: Case) -> Problems:
-    """Axolotl fails on a template that is not there once the tokenizer is loaded; seen: a misspelt name of a template's
-    file is taken for the template itself, so that every prompt is that name, and no row has anything to learn.
+    """Seen: a misspelt name of a template's file is taken for the template itself, so that every prompt is that name,
+    and no row has anything to learn; and a template that is written out in a data set that names none is not used.
 
-    The template of the tokenizer is the default. Base models have none, but for Qwen's.
+    The template of the tokenizer is the default. Base models have none, but for Qwen's. What a data set names comes
+    before what the config names (utils/chat_templates/base.py and schemas/datasets.py).
     """
-    known = [*turns.template_files(), "tokenizer_default", "jinja"]
     for key, dataset in datafiles.datasets(case.config):
         if dataset.get("type") != "chat_template":
             continue
-        if dataset.get("chat_template_jinja") and not dataset.get("chat_template"):
+        own = dataset.get("chat_template")
+        if dataset.get("chat_template_jinja") and not own:
             problem = "Axolotl does not use it where the data set names no chat_template"
             yield "error", f"{key}.chat_template_jinja", problem, "set chat_template: jinja beside it"
             continue
-        name, written = turns.chosen_template(case.config, dataset)
-        where = f"{key}.type"
-        if dataset.get("chat_template") or case["chat_template"]:
-            where = f"{key}.chat_template" if dataset.get("chat_template") else "chat_template"
-        given = name.removeprefix(turns.FALLBACK)
-        model = case.model
-        if name == "jinja":
-            if problem := _wrong_template(written):
-                yield "error", where, problem, "write a template, or the name of a file that holds one"
-        elif given not in known and len(known) > 2:
-            near = did_you_mean(given, known)
-            yield "error", where, f"Axolotl has no chat template {given}{near}", "" if near else "chatml is one"
-        elif name == "tokenizer_default" and not model.chat_template:
-            remedy = "set chat_template, as chatml"
-            if model.tokenizer_here:
-                yield "error", where, "the tokenizer of the base model has no chat template", remedy
-            elif model.chat is False and not str(case["base_model"]).startswith("Qwen/"):
+        written = dataset.get("chat_template_jinja") if own else case["chat_template_jinja"]
+        name = own or case["chat_template"] or ("jinja" if written else "tokenizer_default")
+        where = f"{key}.chat_template" if own else "chat_template" if case["chat_template"] else f"{key}.type"
+        if name == "jinja" and isinstance(written, str) and "{" not in rows.read_template(written):
+            yield "error", where, f"chat_template_jinja: {written[:80]} is neither a file nor a template", ""
+        elif name == "tokenizer_default" and not case.model.chat_template:
+            if case.model.tokenizer_here:
+                problem = "the tokenizer of the base model has no chat template"
+                yield "error", where, problem, "set chat_template, as chatml"
+            elif case.model.chat is False and not str(case["base_model"]).startswith("Qwen/"):
                 problem = "the tokenizer of this model, which is no chat model, may have no chat template"
-                yield "warning", where, problem, remedy
+                yield "warning", where, problem, "set chat_template, as chatml"
 
 
 @rule
@@ -175,40 +131,13 @@ def unread_tools(case: Case) -> Problems:
             yield "error", f"{key}.field_tools", problem, "call the field tools in the rows"
 
 
-def _wrong_template(written: object) -> str:
-    """What is wrong with a chat template that is written out, or with the file that it names."""
-    if not isinstance(written, str) or not written:
-        return "jinja, and chat_template_jinja is not set"
-    if "{" not in (text := turns.read_template(written)):
-        return f"chat_template_jinja: {written[:80]} is neither a file nor a template"
-    from jinja2 import TemplateSyntaxError
-
-    try:
-        turns.compiled(text)
-    except TemplateSyntaxError as error:
-        return f"chat_template_jinja: line {error.lineno} is no Jinja: {error.message}"
-    return ""
-
-
 @rule
 def prompt_format(case: Case) -> Problems:
-    """Axolotl fills these in with str.format, once it tokenizes the rows (prompt_strategies/user_defined.py)."""
-    names = {"format": ["instruction", "input"], "no_input_format": ["instruction"], "system_format": ["system"]}
+    """Without its field, no row's text is in the prompt (prompt_strategies/user_defined.py)."""
+    fields = {"format": "{instruction}", "no_input_format": "{instruction}", "system_format": "{system}"}
     for key, dataset in datafiles.datasets(case.config):
         kind = dataset.get("type")
-        for name, allowed in names.items():
+        for name, field in fields.items():
             text = kind.get(name) if isinstance(kind, dict) else None
-            if not isinstance(text, str) or not text:
-                continue
-            where = f"{key}.type.{name}"
-            try:
-                used = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
-            except ValueError as error:
-                yield "error", where, f"cannot be filled in: {error}", "write {{ and }} for braces in the text"
-                continue
-            for field in (field for field in used if field not in allowed):
-                near = did_you_mean(field, allowed)
-                known = " and ".join(f"{{{one}}}" for one in allowed)
-                yield "error", where, f"{{{field}}} stands for nothing{near}", f"it takes {known}"
-            if allowed[0] not in used:
-                yield "error", where, f"{{{allowed[0]}}} is not in it: no row's text would be", "add it"
+            if isinstance(text, str) and text and field not in text:
+                yield "error", f"{key}.type.{name}", f"{field} is not in it: no row's text would be", "add it"

@@ -1,15 +1,12 @@
 """Whether the GPUs and the installed packages support a config's precision, attention and engine."""
 
-import os
 import re
-from pathlib import Path
 
 from ...base.machine import torch_cuda
 from ...configs import substitution
 from ...configs.compatibility import AMPERE
 from ...configs.config import flatten
 from ...configs.precision import OLD_KEYS, precision, quantized, takes_varlen
-from ...data import hub
 from ..finding import Level
 from .case import Case, Problems, rule
 
@@ -37,9 +34,9 @@ def gpu_lacks(case: Case) -> Problems:
     torch for CUDA 13 is built from compute capability 7.5 on. bf16 came with 8.0; below, torch emulates it slowly and
     reports it as supported, so that Axolotl's bf16: auto, its default, turns it on (seen). FlashAttention 2 and
     SageAttention need 8.0, FlashAttention 3 is for 9.0 alone, 4 for 9.0 and newer (their READMEs); torch's varlen_attn,
-    which Axolotl takes for packed rows (loaders/patch_manager.py), is a FlashAttention; Axolotl asks for 9.0 for fp8;
-    transformers refuses tf32 below 8.0; Triton, in which Liger, cut cross entropy and the MLP's LoRA kernel are written
-    (SwiGLU and GEGLU), supports cards from 8.0 on (its README).
+    which Axolotl takes for packed rows (loaders/patch_manager.py), is a FlashAttention; transformers refuses tf32 below
+    8.0; Triton, in which Liger, cut cross entropy and the MLP's LoRA kernel are written (SwiGLU and GEGLU), supports
+    cards from 8.0 on (its README).
     """
     if not case.gpu:
         return
@@ -63,8 +60,6 @@ def gpu_lacks(case: Case) -> Problems:
     for key, value in case.config.items() if has < AMPERE else ():
         if value and re.fullmatch("liger_.*|cut_cross_entropy|lora_mlp_kernel", key):
             yield "warning", key, f"Triton, in which its kernels are written, does not support {name}", "delete it"
-    if has < (9, 0) and case["fp8"]:
-        yield "error", "fp8", f"Axolotl trains in fp8 from 9.0 on, not on {name}", "delete it"
 
 
 _HUB = "kernels-community/"
@@ -87,28 +82,20 @@ def missing_package(case: Case) -> Problems:
     the installed torch. Axolotl also turns on a tracker whose project is named (axolotl/utils/mlflow_.py and its like).
     """
     level: Level = "error" if case.launching else "warning"
-    for package, keys in _PACKAGES.items():
-        on = [key for key in keys if case[key]]
-        if on and not case.is_installed(package):
-            problem = f"the package {package} is not installed"
-            yield level, on[0], problem, f"install it, or delete {' and '.join(on)}"
-    for plugin, package in _PLUGIN_NEEDS.items():
-        if plugin in case.plugins and not case.is_installed(package):
-            problem = f"{plugin} needs the package {package}, which is not installed"
-            yield level, "plugins", problem, f"install it{_FROM.get(package, '')}, or drop the plugin"
-    key = next((old for old in OLD_KEYS if case[old]), "attn_implementation")
+    asked = {package: next(filter(case.__getitem__, keys), None) for package, keys in _PACKAGES.items()}
+    asked |= {package: "plugins" for plugin, package in _PLUGIN_NEEDS.items() if plugin in case.plugins}
     package, kernel = _ATTENTION_NEEDS.get(case.attention, ("", case.attention if "/" in case.attention else ""))
-    if (package and case.is_installed(package)) or not (package or kernel):
-        return
-    if not kernel or not case.is_installed("kernels"):
-        problem = f"{case.attention} needs the package {package or 'kernels'}, which is not installed"
-        yield level, key, problem, f"install it{_FROM.get(package, '')}, or set sdpa"
-    elif hub.is_offline() and not _kernel_here(kernel):
-        problem = f"{case.attention} takes the kernel {kernel} from the hub, and HF_HUB_OFFLINE is set"
-        yield level, key, problem, f"install {package}, or set sdpa" if package else "fetch it first, or set sdpa"
-    elif package:
+    of_attention = next((old for old in OLD_KEYS if case[old]), "attn_implementation")
+    here = bool(package) and case.is_installed(package)
+    if not here and not (kernel and case.is_installed("kernels")):
+        asked[package or "kernels"] = of_attention if package or kernel else None
+    elif package and not here:
         problem = f"{package} is not installed, so that transformers takes the kernel {kernel} from the hub"
-        yield "note", key, problem, "the hub must have a build for the installed torch"
+        yield "note", of_attention, problem, "the hub must have a build for the installed torch"
+    for package, key in asked.items():
+        if key and not case.is_installed(package):
+            remedy = f"install it{_FROM.get(package, '')}, or delete {key}"
+            yield level, key, f"the package {package} is not installed", remedy
 
 
 _PACKAGES = {  # the keys that ask for it
@@ -137,16 +124,6 @@ _FROM = {  # where the registry does not have it, or not the one that is needed
     "flash-attn-3": " from the folder hopper of github.com/Dao-AILab/flash-attention",
     "sageattention": " from github.com/thu-ml/SageAttention",
 }
-OPTIONAL = [*_PACKAGES, *_PLUGIN_NEEDS.values(), *(package for package, _ in _ATTENTION_NEEDS.values())]
-"""The packages that a config can ask for."""
-
-
-def _kernel_here(name: str) -> bool:
-    """Whether the package kernels finds a kernel of the hub in its cache."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    cache = Path(os.environ.get("KERNELS_CACHE") or HF_HUB_CACHE)
-    return any((cache / f"{kind}--{name.replace('/', '--')}").is_dir() for kind in ("kernels", "models"))
 
 
 @rule
@@ -169,17 +146,14 @@ def no_gpu(case: Case) -> Problems:
 
 @rule
 def optimizer_and_engine(case: Case) -> Problems:
-    """bitsandbytes' optimizers do not support FSDP2's DTensors; Axolotl refuses only two of them. Muon and the flash
-    optimizers cannot be split among DeepSpeed's ranks (axolotl/utils/schemas/validation.py). Where DeepSpeed keeps the
-    optimizer's state in main memory, accelerate puts DeepSpeed's own Adam in the optimizer's place, which decays
+    """bitsandbytes' optimizers do not support FSDP2's DTensors; Axolotl refuses only two of them. Where DeepSpeed keeps
+    the optimizer's state in main memory, accelerate puts DeepSpeed's own Adam in the optimizer's place, which decays
     weights as AdamW does only where it stands for one of 32 bits (map_pytorch_optim_to_deepspeed).
     """
     optimizer = str(case["optimizer"] or "")
     of_bnb = re.search(r"paged|bnb|^(adamw|ademamix|lion|rmsprop)_(8|32)bit$", optimizer)
     if case["fsdp_config"] and of_bnb:
         yield "error", "optimizer", f"{optimizer} does not work with FSDP2", "set adamw_torch_8bit or adamw_torch_fused"
-    if case["deepspeed"] and re.match(r"muon|flash_|polora|q_galore", optimizer):
-        yield "error", "optimizer", f"{optimizer} does not work with DeepSpeed", "set adamw_torch_fused"
     deepspeed = dict(flatten(case["deepspeed"] or {}))
     offloaded = deepspeed.get("zero_optimization.offload_optimizer.device", "none") != "none"
     replaced = offloaded and deepspeed.get("zero_force_ds_cpu_optimizer", True)

@@ -1,11 +1,11 @@
-"""Whether the base model is available, and has the tokens and the context that a config asks for."""
+"""The base model: whether it is available, and has the layers, tokens and context that a config asks for."""
 
 import re
 from pathlib import Path
 
 from ...base import paths
 from ...base.errors import did_you_mean
-from ...configs import datafiles, models
+from ...configs import models
 from ...data import hub
 from ..finding import Level
 from .case import Case, Problems, rule
@@ -46,14 +46,6 @@ def missing_special_token(case: Case) -> Problems:
 
 
 @rule
-def chat_model(case: Case) -> Problems:
-    """Not a mistake, but worth knowing: the format that the model was trained to follow is not used."""
-    for key, dataset in datafiles.datasets(case.config, "datasets"):
-        if case.model.chat and str(dataset.get("type")).startswith("alpaca") and not case["chat_template"]:
-            yield "note", f"{key}.type", "the base model is a chat model, the prompt that of a base model", ""
-
-
-@rule
 def no_access(case: Case) -> Problems:
     """The hub refuses a gated model without a token, and with one whose owner has not accepted its licence.
 
@@ -63,7 +55,7 @@ def no_access(case: Case) -> Problems:
     level: Level = "error" if case.launching else "warning"
     name = case["base_model"]
     if case.model.weights_here or not isinstance(name, str) or Path(name).is_relative_to(paths.cache()):
-        return  # what is in this project's cache is made when it is needed
+        return  # a stand-in is converted when it is needed
     if Path(name).is_dir():
         yield "error", "base_model", f"{name} has no weights in it", "give a folder that save_pretrained wrote"
     elif models.is_path(name):
@@ -77,20 +69,17 @@ def no_access(case: Case) -> Problems:
 
 
 def _of_the_hub(name: str, level: Level, launching: bool) -> Problems:
-    """What the hub itself says of access to a model: that it takes the token, and that the licence is accepted."""
+    """Access to a model as the hub states it: that it takes the token, and that the licence is accepted."""
     answer = hub.access(name)
-    if answer.access == "gated":
-        yield level, "base_model", f"{name} is gated, and the hub refuses it: {answer.says}", _how_to_get(name)
-    elif answer.access == "missing":
-        near = did_you_mean(name, models.catalogue())
-        problem = f"the hub has no model {name}, or a private one: {answer.says}{near}"
-        yield "error", "base_model", problem, "correct the name, or `hf auth login` if it is private"
-    elif answer.access == "refused":
-        problem = f"the hub refuses to be asked about {name}: {answer.says}"
-        yield level, "base_model", problem, "`hf auth login` with a token that is valid and may read this model"
-    elif answer.access == "unknown" and launching:
+    if answer.access == "unknown" and launching:
         problem = f"the hub did not say whether {name} may be downloaded: {answer.says}"
         yield "warning", "base_model", problem, "without it the run fails when it loads the model"
+    elif answer.access == "missing":
+        problem = f"the hub has no model {name}, or a private one: {answer.says}"
+        near = did_you_mean(name, models.catalogue())
+        yield "error", "base_model", f"{problem}{near}", "correct the name, or `hf auth login` if it is private"
+    elif answer.access in ("gated", "refused"):
+        yield level, "base_model", f"the hub refuses {name}: {answer.says}", _how_to_get(name)
 
 
 def _how_to_get(name: str) -> str:
@@ -107,3 +96,53 @@ def unknown_model(case: Case) -> Problems:
         problem = f"{name} is not on this machine, so its layers, context and special tokens are not checked"
         remedy = f"`hf download {name} --include config.json --include 'tokenizer*'` fetches what they are read from"
         yield "note", "base_model", problem, remedy + did_you_mean(name, models.catalogue())
+
+
+@rule
+def no_lora_targets(case: Case) -> Problems:
+    """Axolotl's validation lets it pass; PEFT fails once the model is loaded (NoMatchingPeftModuleError)."""
+    if case.lora and not case.is_set("lora_target_modules", "lora_target_linear", "lora_target_parameters"):
+        yield "error", "adapter", "no layers are named for LoRA", "set lora_target_modules or lora_target_linear: true"
+
+
+@rule
+def unknown_lora_target(case: Case) -> Problems:
+    """PEFT passes over a name that matches no layer, as long as another does (BaseTuner.inject_adapter)."""
+    targets = case["lora_target_modules"]
+    known = case.model.linear
+    linear = known or models.LINEAR_LAYERS
+    if not (case.lora and targets and (known or isinstance(targets, str))) or targets == "all-linear":
+        return
+    paths = ["model.embed_tokens", "lm_head"]
+    for i in range(case.model.layers or 1000):
+        paths += [f"model.layers.{i}.{'mlp' if name in models.MLP else 'self_attn'}.{name}" for name in linear]
+    if isinstance(targets, str):
+        try:
+            found = [path for path in paths if re.fullmatch(targets, path)]
+        except (re.error, OverflowError, RecursionError) as error:
+            problem = f"{targets} is not a regular expression: {error}"
+            yield "error", "lora_target_modules", problem, "use a list of names"
+            return
+        if known and not found:
+            problem = f"{targets} matches no layer of this model"
+            yield "error", "lora_target_modules", problem, f"it has {', '.join(linear)}"
+        return
+    for i, target in enumerate(targets):
+        if target is not None and not any(f".{path}".endswith(f".{target}") for path in paths):
+            hint = did_you_mean(target, linear) or f"; it has {', '.join(linear)}"
+            yield "error", f"lora_target_modules.{i}", f"no layer of this model is called {target}{hint}", ""
+
+
+@rule
+def no_lora_rank(case: Case) -> Problems:
+    """PEFT gets None and fails once the model is loaded."""
+    for key in ("lora_r", "lora_alpha"):
+        if case.lora and not case.is_set(key, "lora_model_dir"):
+            yield "error", "adapter", f"{key} is not set", f"set {key}"
+
+
+@rule
+def not_quantized(case: Case) -> Problems:
+    """Axolotl quantizes to 4 bits for the adapters qlora and mixlora only (axolotl/loaders/model.py)."""
+    if case["adapter"] == "lora" and case["load_in_4bit"]:
+        yield "error", "adapter", "lora leaves the base in 16 bits, load_in_4bit or not", "set adapter: qlora"

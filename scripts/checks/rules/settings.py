@@ -1,12 +1,7 @@
-"""Whether settings are complete, compatible with one another, and safe to keep."""
-
-import re
-from pathlib import Path
+"""Whether settings are complete, compatible with one another and with the number of steps, and safe to keep."""
 
 from ...base.private import is_secret
 from ...configs.config import flatten
-from ...configs.precision import OLD_KEYS
-from .. import schema
 from .case import Case, Problems, rule
 
 
@@ -20,48 +15,10 @@ def secret(case: Case) -> Problems:
 
 
 @rule
-def no_number(case: Case) -> Problems:
-    """Axolotl takes a learning rate as text too, and turns it into a number once 15 s of imports are done."""
-    rate = case["learning_rate"]
-    if isinstance(rate, str) and not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", rate.strip().lower()):
-        yield "error", "learning_rate", f"{rate} is not a number", "write it as 0.0002 or 2e-4"
-
-
-@rule
 def no_batch_size(case: Case) -> Problems:
     """Without it Axolotl trains with one row at a time, in silence (seen)."""
     if not case.is_set("micro_batch_size"):
         yield "error", "micro_batch_size", "not set: Axolotl would take 1", "set it"
-
-
-@rule
-def excluding_keys(case: Case) -> Problems:
-    """Axolotl refuses these pairs (axolotl/utils/schemas/validation.py), one at a time, after 15 s of imports."""
-    for key, other in _EXCLUDING:
-        if case[key] and case[other]:
-            yield "error", key, f"cannot be used beside {other}", "delete one of them"
-    if case["evals_per_epoch"] and case["eval_strategy"] not in (None, "steps"):
-        yield "error", "eval_strategy", "cannot be used beside evals_per_epoch", "delete one of them"
-
-
-_EXCLUDING = [
-    ("warmup_steps", "warmup_ratio"),
-    ("eval_steps", "evals_per_epoch"),
-    ("save_steps", "saves_per_epoch"),
-    ("test_datasets", "val_set_size"),
-    ("batch_size", "gradient_accumulation_steps"),
-    ("deepspeed", "fsdp_config"),
-    *((key, "attn_implementation") for key in OLD_KEYS),
-]
-
-
-@rule
-def deprecated(case: Case) -> Problems:
-    """The schema carries Axolotl's own message about a key that it has deprecated."""
-    for key, value in case.config.items():
-        described = schema.load()["properties"].get(key, {})
-        if value and described.get("deprecated"):
-            yield "error" if described["x-removed"] else "warning", key, described["deprecationMessage"], ""
 
 
 @rule
@@ -74,17 +31,6 @@ def does_not_divide(case: Case) -> Problems:
 
 
 @rule
-def two_cross_entropies(case: Case) -> Problems:
-    """Each replaces the loss function; Axolotl refuses them together, after 15 s of imports, but for cut cross entropy
-    that its plugin turns on by itself."""
-    options = ("cut_cross_entropy", "chunked_cross_entropy", "liger_cross_entropy", "liger_fused_linear_cross_entropy")
-    by_itself = {"cut_cross_entropy"} if "CutCrossEntropyPlugin" in case.plugins else set()
-    on = [key for key in options if case[key] or key in by_itself]
-    if len(on) > 1:
-        yield "error", on[1], f"cannot be on beside {on[0]}", "set one of them to false"
-
-
-@rule
 def does_not_repeat(case: Case) -> Problems:
     """Cut cross entropy's own kernels add up gradients under a lock, in whatever order they come to it (tl_lock_add in
     its cce_backward.py), and torch's switch for deterministic algorithms does not reach them."""
@@ -94,9 +40,54 @@ def does_not_repeat(case: Case) -> Problems:
 
 
 @rule
-def output_in_use(case: Case) -> Problems:
-    """`axolotl train` writes over what is there, and saves its own checkpoints beside another run's."""
-    folder = Path(str(case["output_dir"] or "model-out"))
-    resumes = case["auto_resume_from_checkpoints"] or case["resume_from_checkpoint"]
-    if not (case.launching or resumes) and "\0" not in str(folder) and any(folder.glob("checkpoint-*")):
-        yield "warning", "output_dir", f"{folder} holds another run's checkpoints", "`recipe run` has a folder per run"
+def scheduler_needs(case: Case) -> Problems:
+    """transformers.get_scheduler fails without these, once the model is loaded."""
+    scheduler = case["lr_scheduler"]
+    options = case["lr_scheduler_kwargs"] or {}
+    needed = _SCHEDULER_NEEDS.get(str(scheduler), ())
+    if needed and not any(options.get(name) is not None for name in needed):
+        yield "error", "lr_scheduler", f"{scheduler} needs {' or '.join(needed)}", "set it under lr_scheduler_kwargs"
+
+
+_SCHEDULER_NEEDS = {
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
+    "warmup_stable_decay": ("num_decay_steps",),
+}
+
+
+@rule
+def never_evaluated(case: Case) -> Problems:
+    """Axolotl evaluates only where there is data for it and a step at which to do so (axolotl/core/builders/base.py).
+
+    evals_per_epoch becomes eval_steps = 1 / (evals_per_epoch * num_epochs), a share of the steps, and is dropped in
+    silence where that is 1 or more (axolotl/utils/config, normalize_config).
+    """
+    asked = [key for key in ("evals_per_epoch", "eval_steps", "eval_strategy") if case[key] and case[key] != "no"]
+    has_data = bool(case["test_datasets"] or case["val_set_size"])
+    if asked and not case.is_set("test_datasets", "val_set_size"):
+        yield "error", asked[0], "there is no evaluation data", "set test_datasets or val_set_size, or delete the key"
+    if not has_data or case["eval_strategy"] == "no":
+        return
+    data = "test_datasets" if case["test_datasets"] else "val_set_size"
+    share = (case["evals_per_epoch"] or 0) * case.config.get("num_epochs", 1)
+    if not asked and not case.is_set("evals_per_epoch", "eval_steps", "eval_strategy"):
+        yield "warning", data, "nothing says when to evaluate, so it never happens", "set evals_per_epoch"
+    elif asked == ["evals_per_epoch"] and share <= 1:
+        yield "warning", "evals_per_epoch", "one in all, which Axolotl drops", "write eval_strategy: epoch in its place"
+    elif case.steps and (case["eval_steps"] or 0) > case.steps:
+        yield "warning", "eval_steps", f"the training has {case.number_of_steps}, so it never evaluates", "lower it"
+
+
+@rule
+def never_saved(case: Case) -> Problems:
+    """Without a checkpoint an interrupted run starts over; the adapter is saved at the end in any case."""
+    if case.steps and (case["save_steps"] or 0) > case.steps:
+        yield "warning", "save_steps", f"the training has {case.number_of_steps}, so it never saves one", "lower it"
+
+
+@rule
+def long_warm_up(case: Case) -> Problems:
+    """The learning rate then never reaches its value."""
+    if case.steps and (case["warmup_steps"] or 0) >= case.steps:
+        yield "error", "warmup_steps", f"as long as the whole training of {case.number_of_steps}", "lower it"
