@@ -1,18 +1,20 @@
-"""Trust in runs from elsewhere: a run of this user's is known by a keyed hash, and code in a config needs --force."""
+"""Reuse of a run's folder: trust by a keyed hash, consent to code in its config, and restored rehearsal files."""
 
 import hashlib
 import hmac
 import secrets
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 
 import orjson
 
-from ..base import paths
+from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.locks import make_once
 from ..base.yamlfiles import Config
+from ..configs import standin
+from ..data import sample
 from ..runs.rundir import Run, RunDir
 from .check import code_in, refuse
 
@@ -55,3 +57,26 @@ def refuse_code(folder: RunDir, record: Run, config: Config, force: Sequence[str
     found = code_in(config, folder.config)
     agreed = [*force, *(record.forced if is_own(folder, record) else ())]
     refuse(found, [finding.name for finding in found if finding.name in agreed])
+
+
+def restore(folder: RunDir, record: Run) -> None:
+    """Put back what a rehearsal reads from the cache and is gone from there: the stand-in model, rows of a sample.
+
+    Args:
+        folder: the run's.
+        record: its record.
+
+    Raises:
+        UserError: it cannot be made again as it was.
+    """
+    if not (record.rehearsal and folder.config.is_file()):
+        return
+    digests: dict[Path, dict[str, str]] = {}
+    for file in record.data:
+        digests.setdefault(Path(file.path).parent, {})[Path(file.path).name] = file.sha256
+    for made, of_files in digests.items():
+        if made.parent == paths.cache() and made.name.startswith("sample-") and not made.is_dir():
+            began = record.cwd if Path(record.cwd).is_dir() else "."  # where there may be studies of the user's own
+            with chdir(began):
+                sample.restore(made, of_files)
+    standin.restore(Path(str(yamlfiles.read_yaml(folder.config).get("base_model"))), record.stand_in_sha256)

@@ -19,7 +19,7 @@ from ..base.locks import held
 from ..base.processes import start_child, stop_requests
 from ..base.progress import Bar, say
 from ..base.quiet import limit_waiting
-from ..checks import cached, trust
+from ..checks import trust
 from ..runs.rundir import Run, RunDir
 from ..scores.evaluations import ADAPTER, changed, check_again, of_run, read_scores
 from .card import base_model, card
@@ -91,7 +91,7 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
         say(f"{merged}: merged already")
         return merged
     trust.refuse_code(folder, run, yamlfiles.read_yaml(folder.config), force)
-    cached.restore(folder, run)
+    trust.restore(folder, run)
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
     if run.rehearsal:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -17,7 +17,7 @@ from ..base import machine, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256, write_atomically
 from ..base.progress import Bar, say
-from ..checks import cached, check, trust
+from ..checks import check, trust
 from ..checks.check import check_arguments
 from ..configs import datafiles, gpus, standin
 from ..configs.compose import Composed, Request, compose, is_rehearsal
@@ -196,7 +196,7 @@ def resume(
     if record.state == "finished":
         say(f"{folder.path}: the run is finished")
         return folder
-    cached.restore(folder, record)
+    trust.restore(folder, record)
     if isinstance(backend, Slurm):  # here, what holds the run decides
         current = backends.read(folder)
         if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.files import sha256, tensor_shapes
-from ..checks import cached, trust
+from ..checks import trust
 from ..configs.precision import precision, quantized
 from ..data import study
 from ..data.study import Decoding
@@ -102,7 +102,7 @@ class EvaluationTask:
         self.run = folder.read()
         self.cfg = yamlfiles.read_yaml(folder.config)
         trust.refuse_code(folder, self.run, self.cfg, request.force)
-        cached.restore(folder, self.run)
+        trust.restore(folder, self.run)
         self.columns = columns_of(self.run.origin, request.metrics)
         adapter = request.adapter
         weights = None if adapter == BASE else folder.output if adapter is None else Path(adapter)

@@ -9,7 +9,7 @@ from conftest import config_with
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.checks import check, installed
 from qlora_recipes.checks.rules import data, settings
-from qlora_recipes.configs import attention, gpus
+from qlora_recipes.configs import gpus, precision
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.data import hub
 
@@ -120,7 +120,7 @@ def test_attention() -> None:
     from axolotl.utils.schemas.enums import ATTN_IMPLS_SUPPORTING_PACKING, LEGACY_ATTN_FLAG_TO_IMPL
 
     assert ATTN_IMPLS_SUPPORTING_PACKING | {"sdpa", "eager"} == data.KEEP_DOCUMENTS_APART
-    assert LEGACY_ATTN_FLAG_TO_IMPL == attention.OLD_KEYS
+    assert LEGACY_ATTN_FLAG_TO_IMPL == precision.OLD_KEYS
 
 
 def test_schedulers_that_need_options() -> None:
