@@ -155,12 +155,7 @@ def test_the_config_of_a_model_is_fetched_once(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("owner/none", "Repository not found"),
-        ("owner/gated", "ask for access"),
-        ("owner/never", "no answer within 1 s"),
-    ],
+    ("name", "says"), [("owner/none", "not found"), ("owner/gated", "access"), ("owner/never", "1 s")]
 )
 def test_a_plan_of_a_model_that_cannot_be_had_ends_soon(server: Server, recipe: Recipe, name: str, says: str) -> None:
     began = time.monotonic()

@@ -1,5 +1,6 @@
 """A damaged record costs its own run a number, and no other run anything."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,10 @@ def test_a_provenance_of_odd_types_is_named_with_its_place(
     recipe: Recipe, bad: RunDir, provenance: Any, at: str
 ) -> None:
     edit(bad.path / "run.json", provenance=provenance)
-    says = f"bad/run.json: missing or damaged at provenance{at}; the folder does not hold a run"
+    says = re.compile(rf"bad/run\.json: .*provenance{re.escape(at)}; ")
     for words in (["report"], ["results", "--export"], ["results", "--compare", f"{NAME}/good"]):
         done = recipe(*words, f"{NAME}/bad")
-        assert (done.returncode, says in done.stderr) == (2, True), done.stderr
+        assert done.returncode == 2 and says.search(done.stderr), done.stderr
 
 
 @pytest.mark.parametrize(

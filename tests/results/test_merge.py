@@ -87,7 +87,7 @@ def test_two_merges_of_a_run_do_not_meet(tmp_path: Path, stand_in: Path, run: Ru
     first = start(tmp_path, *words, command=stand_in, STAND_IN_GO=str(tmp_path / "go"))
     try:
         wait_until_half(run, first)
-        assert "another process is merging it" in finish(start(tmp_path, *words, command=stand_in), 2)
+        assert f"{run.path}: " in finish(start(tmp_path, *words, command=stand_in), 2)
         (tmp_path / "go").touch()
         finish(first)
     finally:

@@ -86,8 +86,8 @@ def test_what_was_measured_and_how_the_loss_ended_stand_beside_the_published(run
     assert study_tables.MEASURED in table and "trainable, published" in table
     assert "9,175,040" in table and "585" in table
     titles = [part.splitlines()[0] for part in table.split("\n\n")]
-    assert titles[:3] == ["A. Nobody; published scores are on Test Subset 1", "perplexity", study_tables.COSTS]
-    assert "All recipes: The authors tokenize prompt and answer together" in table
+    assert titles[0].startswith("A. Nobody; ") and titles[1:3] == ["perplexity", study_tables.COSTS]
+    assert small_study.read().differences[0] in table
     assert f"`recipe evaluate runs/{PLAIN}/a --decoding greedy`" in table
     assert "67.40 ± 1.00" in table
 
@@ -130,10 +130,11 @@ def test_numbers_of_different_metrics_never_share_a_column(runs: Path, recipe: R
     folder.write(run)
     parts = recipe("results").stdout.strip().split("\n\n")
     by_title = {part.splitlines()[0]: part for part in parts if part.startswith("Runs")}
-    assert set(by_title) == {"Runs: sums2030", "Runs: haider2024", "Runs: of no study"}
+    (none,) = set(by_title) - {"Runs: sums2030", "Runs: haider2024"}
+    assert len(by_title) == 3
     assert "accuracy, %" in by_title["Runs: sums2030"] and "BLEU-4" not in by_title["Runs: sums2030"]
     assert "BLEU-4" in by_title["Runs: haider2024"] and "accuracy" not in by_title["Runs: haider2024"]
-    assert "right numbers, %" in by_title["Runs: of no study"]
+    assert "right numbers, %" in by_title[none]
     header, *lines = csv.reader(io.StringIO(recipe("results", "--csv").stdout))
     by_column = {name: [line[i] for line in lines if line[i]] for i, name in enumerate(header)}
     theirs = "accuracy {metric: number, label: accuracy, markers: ['= ']}"
