@@ -123,6 +123,17 @@ def read_yaml(file: Path) -> Config:
     return content
 
 
+def respelt(text: str) -> Iterator[tuple[str, str, int | float, int]]:
+    """Numbers in a text that YAML 1.1 reads in another base, as 012 and 1:30: key, as written, value, line."""
+    before = ""
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.ScalarEvent):
+            plain = event.implicit[0] and re.fullmatch(r"[-+]?0[0-7_]+|[-+]?[\d_]+(:[0-5]?\d)+(\.\d*)?", event.value)
+            if plain and event.start_mark and isinstance(value := yaml.load(event.value, _Loader), int | float):
+                yield before, event.value, value, event.start_mark.line + 1
+            before = event.value
+
+
 def sources(file: Path) -> dict[str, str]:
     """The comment behind each top-level key of a recipe, which is the setting's source."""
     return dict(re.findall(r"^(\w+):.*?  # (.*)$", read_text(file), re.MULTILINE))
