@@ -319,14 +319,6 @@ def test_files_stay_where_the_archive_is_rejected(tmp_path: Path) -> None:
     assert wanted(tmp_path) == before
 
 
-def test_a_damaged_download_is_put_aside(tmp_path: Path, server: Server) -> None:
-    server.content = ARCHIVE[:-1000]
-    with pytest.raises(UserError, match="rejected"):
-        fetch(data(server.url), tmp_path)
-    assert wanted(tmp_path) == {}
-    assert [file.name for file in tmp_path.glob("Comment_Generation*")] == ["Comment_Generation.zip.rejected"]
-
-
 TEST = FILES["msg-test.jsonl"]
 
 

@@ -292,10 +292,7 @@ def test_a_dry_run_of_rehearsals_counts_their_few_steps(recipe: Recipe, tmp_path
     [
         (["haider2024", "--gpu", "T4"], "--gpu: "),
         (["other"], "other: "),
-        (
-            ["haider2024", "--only", "lama-2"],
-            "--only lama-2: ",
-        ),
+        (["haider2024", "--only", "lama-2"], "--only lama-2: "),
         (["haider2024", "--only", "llama-2"], "haider2024/all-linear/llama-2-7b, haid"),
         (["haider2024", "--jobs", "3"], "--jobs 3: "),
         (["haider2024", "--rehearse", "--profile", "nowhere"], "nowhere: "),

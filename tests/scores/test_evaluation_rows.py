@@ -367,13 +367,13 @@ def test_a_data_set_of_other_files_with_a_split(own: OwnRun, tmp_path: Path) -> 
     [
         ({"datasets": [{"path": "a.jsonl", "type": "completion"}], "val_set_size": 0.1},
          Summary(eval_loss=3.5, eval_loss_per_token=3.25),
-         "completion data has no answer .* eval loss: 3.25 at the end of the run, as `recipe results` shows"),
+         r"completion .*eval loss: 3\.25 .*`recipe results`"),
         ({"datasets": [{"path": "a.jsonl", "type": "completion"}]}, Summary(),
-         "completion data .* the run has not measured; test_datasets or val_set_size has the next one do that"),
-        ({"datasets": [{"path": "a.jsonl", "type": "chatml.intel"}], "rl": "dpo"}, Summary(), "rl: dpo has no"),
-        ({"datasets": None, "pretraining_dataset": [{"path": "a.jsonl"}]}, Summary(), "data for pretraining has no"),
+         "completion .*; .*val_set_size"),
+        ({"datasets": [{"path": "a.jsonl", "type": "chatml.intel"}], "rl": "dpo"}, Summary(), "rl: dpo"),
+        ({"datasets": None, "pretraining_dataset": [{"path": "a.jsonl"}]}, Summary(), "pretraining"),
         ({"datasets": [{"path": "a.jsonl", "type": "alpaca"}]}, Summary(),
-         "neither test_datasets nor val_set_size.* --data, and give the recipe test_datasets"),
+         "val_set_size.* --data.* test_datasets"),
     ],
 )  # fmt: skip
 def test_where_there_is_nothing_to_score_that_is_said(

@@ -128,7 +128,7 @@ def test_why_no_number_is_found_is_said(recipe: Recipe, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--prediction-field", "model.text"), "model.text; it has question, gold, model"),
+        (("--prediction-field", "model.text"), "model.text; "),
         (("--prediction-field", "model.right"), "model.right"),
         ((), "--reference-field"),
         ((*FIELDS, "--metric", "perplexity"), "--metric perplexity: "),
