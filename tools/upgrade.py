@@ -5,6 +5,7 @@ compares what both Axolotls make of the shipped recipes. Only once all of that w
 the checkout change.
 """
 
+import difflib
 import json
 import os
 import re
@@ -14,12 +15,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from upgrade_report import Items, Part, locked, markdown
+from typing import Any
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.progress import say
 
+Items = dict[str, dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {
     "schema": "Axolotl's keys: types, values, defaults, deprecations",
@@ -114,6 +115,42 @@ def snapshot(checkout: Path, work: Path) -> dict[str, Items | str]:
     return taken
 
 
+def locked(file: Path) -> Items:
+    """The packages of a lock with their versions."""
+    found = re.findall(r"^([\w.-]+)==([^\s;]+)", file.read_text(), re.MULTILINE)
+    return {name: {"version": version} for name, version in found}
+
+
+def lines(items: Items) -> list[str]:
+    """A line for each value of the items, floats with seven digits."""
+    return [
+        f"{item}: {field}: {format(value, '.7g') if isinstance(value, float) else value}"
+        for item, fields in sorted(items.items())
+        for field, value in fields.items()
+    ]
+
+
+def unmeasured(before: Items | str, after: Items | str) -> list[str]:
+    """Reasons why a part, or items of it, could not be measured."""
+    reasons = []
+    for when, side in (("before", before), ("after", after)):
+        if isinstance(side, str):
+            reasons.append(f"{when}: {side}")
+        else:
+            reasons += [f"{when}, {item}: {fields['failed']}" for item, fields in side.items() if "failed" in fields]
+    return reasons
+
+
+def section(title: str, before: Items | str, after: Items | str) -> str:
+    """Section of the report for one part: failures, then values of before and after that differ."""
+    text = [f"## {title}", "", *(f"- not measured {reason}" for reason in unmeasured(before, after))]
+    if not isinstance(before, str) and not isinstance(after, str):
+        differences = [*difflib.unified_diff(lines(before), lines(after), n=0, lineterm="")][2:]
+        shown = [line for line in differences if not line.startswith("@@")]
+        text += ["```diff", *shown, "```"] if shown else [f"unchanged: {len(before)} items"]
+    return "\n".join(text) + "\n\n"
+
+
 def main(version: str) -> int:
     """Compare, write the report, and renew what the checkout pins if all was measured. Returns the exit code."""
     folder = copied(version)
@@ -138,11 +175,11 @@ def main(version: str) -> int:
         works = (folder.with_name(f"{version}-{when}") for when in ("before", "after"))
         with ThreadPoolExecutor() as pool:  # each keeps one core busy
             before, after = pool.map(snapshot, (ROOT, folder), works)
-    parts = [Part("Packages of the lock", lock, locks)]
-    parts += [Part(title, before[key], after[key]) for key, title in PARTS.items()]
-    unmeasured = [part.title for part in parts if part.failed]
-    if unmeasured and not failed:
-        failed = f"not all was measured: {'; '.join(unmeasured)}"
+    parts: list[tuple[str, Items | str, Items | str]] = [("Packages of the lock", lock, locks)]
+    parts += [(title, before[key], after[key]) for key, title in PARTS.items()]
+    titles = [title for title, *sides in parts if unmeasured(*sides)]
+    if titles and not failed:
+        failed = f"not all was measured: {'; '.join(titles)}"
     if failed:
         outcome = f"Nothing in the checkout was changed: {failed}"
     else:
@@ -150,7 +187,8 @@ def main(version: str) -> int:
             shutil.copy2(folder / name, ROOT / name)
         outcome = f"Renewed in the checkout: {', '.join(RENEWED)}. `make setup` is next, then `make test`."
     now = lock["axolotl"]["version"]
-    text = markdown(f"From Axolotl {now} to {version}, {time.strftime('%Y-%m-%d')}", parts, outcome)
+    text = f"# From Axolotl {now} to {version}, {time.strftime('%Y-%m-%d')}\n\n{outcome}\n\n"
+    text += "".join(section(*part) for part in parts)
     report = folder.with_name(f"{version}.md")
     report.write_text(text)
     print(text)
