@@ -86,12 +86,6 @@ def test_json(place: Path, recipe: Recipe) -> None:
     assert done.returncode == 2
 
 
-def test_all_recipes_are_checked_where_none_is_named(place: Path, recipe: Recipe) -> None:
-    done = recipe("check", "--gpu", "H100", "--json")  # offline, as the whole test session is
-    assert [report["checked"] for report in orjson.loads(done.stdout)] == paths.recipe_names()
-    assert done.returncode == 0
-
-
 @pytest.mark.parametrize("profile", [None, *(file.stem for file in paths.PROFILES.glob("*.yaml"))])
 @pytest.mark.parametrize("name", paths.recipe_names())
 def test_recipes_and_profiles_laid_over_them_are_clean(place: Path, name: str, profile: str | None) -> None:
@@ -291,13 +285,6 @@ def well_formed(findings: list[Finding], refused: bool = True) -> None:
         assert finding.level in ("error", "warning", "note")
         assert finding.line is None or (finding.where == "any.yaml" and 1 <= finding.line <= lines)
     assert any(finding.level == "error" for finding in findings) or not refused
-
-
-@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
-def test_any_bytes_give_findings_only(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.getbasetemp())
-        well_formed(checked(content))
 
 
 def test_a_misspelt_path_of_ones_own_is_no_reason_to_rehearse_on_other_rows_in_silence(

@@ -60,11 +60,9 @@ MISTAKES: list[tuple[Any, dict[str, Any], str, str]] = [
     (b'{"instruction":"a","output":"b","more":[{"x":"\\":","y":1,"y":2}]}', {}, "error bad-row", "y twice"),
     (GOOD | {"output": 3}, {}, "error bad-row", "output"),
     (GOOD | {"instruction": None}, {}, "error bad-row", "instruction"),
-    (GOOD | {"input": ["a"]}, {}, "error bad-row", "input"),
     (GOOD | {"output": " \n"}, {}, "warning empty-reference", "output"),
     (GOOD | {"input": "<s>old</s>"}, {}, "warning special-token", "<s>"),
     (GOOD | {"input": "a\x00b"}, {}, "warning control-character", "U+0000"),
-    (GOOD | {"input": "a\x1b[0m"}, {}, "warning control-character", "U+001B"),
     (GOOD | {"input": "caf\ufffd"}, {}, "warning control-character", "U+FFFD"),
     (GOOD, {}, "warning repeated-row", "train.jsonl:1"),
     ({"instruction": "a", "outptu": "b"}, {}, "error bad-row", "outptu"),
@@ -82,12 +80,10 @@ MISTAKES: list[tuple[Any, dict[str, Any], str, str]] = [
     (chat(ASKED, ANSWER | {"tool_call": []}), CHATS, "warning misspelt-field", "mean tool_calls?"),
     (chat(ASKED | {"content": "<s>a"}, ANSWER), CHATS, "warning special-token", "<s>"),
     ({"messages": [dict(reversed(turn.items())) for turn in GOOD_CHAT["messages"]]}, CHATS, "warning repeated-row", ""),
-    ({"segments": None}, SEGMENTS, "error bad-row", "segments"),
     ({"segments": ["a"]}, SEGMENTS, "error bad-row", "mapping"),
     ({"segments": [{"text": "a"}]}, SEGMENTS, "error bad-row", "label"),
     ({"segments": [{"lable": True, "text": "a"}]}, SEGMENTS, "error bad-row", "lable"),
     ({"segments": [{"label": "false", "text": "a"}]}, SEGMENTS, "error bad-row", "label"),
-    (GOOD_SEGMENTS, SEGMENTS, "warning repeated-row", "train.jsonl:1"),
 ]
 
 
@@ -218,8 +214,9 @@ def test_fields_are_those_that_axolotl_reads(kind: str, tiny: Path) -> None:
             tokenized({other: text for other, text in row.items() if other != name} | {"some": "x"})
 
 
+@pytest.mark.long
 def test_a_large_file_is_read_as_a_stream(place: Path) -> None:
-    """100,000 rows of 2 KB, in a process of its own, whose memory is measured. `make benchmark` has the speed."""
+    """100,000 rows of 2 KB, in a process of its own, whose memory is measured."""
     code = """
 import json, re
 from qlora_recipes.checks import rows

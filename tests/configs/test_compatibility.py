@@ -95,9 +95,7 @@ def test_what_axolotl_refuses_or_would_compute_otherwise_stays_off(
     ("override", "off"),
     [
         ("lora_dropout=0.1", KERNELS),
-        ("adapter=null", KERNELS),
         ("chunked_cross_entropy=true", {"liger_fused_linear_cross_entropy"}),
-        ("lora_target_modules=[q_proj, v_proj]", KERNELS),
         ("lora_o_kernel=false", {"lora_o_kernel"}),
     ],
 )
@@ -163,12 +161,6 @@ def test_packed_rows_are_kept_apart_by_a_mask_on_turing() -> None:
         assert ("gpu-lacks:sample_packing" in {finding.name for finding in found}) == refused
 
 
-@pytest.mark.parametrize("gpu", ["A100", "H100"])
-def test_packed_is_not_warned_of_where_it_is_for(gpu: str) -> None:
-    found = check.check(Request("peft-metamathqa/lora-rank32", profiles=["packed"]), gpus.find(gpu)).findings
-    assert not [str(finding) for finding in found if finding.rule == "packing-leaks"]
-
-
 def test_a_users_own_profile_is_laid_over_as_it_is() -> None:
     Path("fast.yaml").write_text("lora_mlp_kernel: true\n")
     composed = laid("haider2024/llama-2-7b", "fast.yaml")
@@ -184,16 +176,6 @@ def test_check_notes_what_a_profile_leaves_once_a_reason(recipe: Recipe) -> None
     assert notes[1].endswith(": lora_qkv_kernel, lora_o_kernel")
 
 
-def test_one_key_that_a_profile_does_not_change_is_named_once() -> None:
-    mine(lora_target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"])
-    found = check.check(Request("mine.yaml", ["fast"]), gpus.find("A100")).findings
-    (note,) = [finding for finding in found if finding.rule == "unfit"]
-    assert note.key == "lora_o_kernel" and note.problem.endswith(" o_proj")
-    found = check.check(Request("mine.yaml", ["packed"]), gpus.find("T4")).findings
-    (note,) = [finding for finding in found if finding.rule == "unfit"]
-    assert note.key == "sdpa_varlen" and "false" in note.problem
-
-
 def test_that_no_card_is_known_is_noted(recipe: Recipe) -> None:
     mine()
 
@@ -206,10 +188,3 @@ def test_that_no_card_is_known_is_noted(recipe: Recipe) -> None:
     assert [finding.level for finding in found if finding.rule == "unfit"] == ["warning"]
     for more in (["--profile", "fast", "--gpu", "A100"], ["--profile", "mlflow"], ["--profile", "fast", "--rehearse"]):
         assert unfit(*more) == []
-
-
-def test_rehearsals_of_both_leave_out_the_kernels() -> None:
-    composed = compose.compose(Request(NO_DROPOUT, profiles=["fast", "packed"], rehearse=True))
-    assert on(composed) == set()
-    assert "plugins" not in composed.config
-    assert (composed.config["sample_packing"], composed.config["pad_to_sequence_len"]) == (True, True)

@@ -127,22 +127,6 @@ def test_one_that_breaks_off_too_often_says_what_is_there_and_resumes_next_time(
     assert server.sent == len(ARCHIVE)
 
 
-def test_a_killed_download_is_resumed(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    def update(bar: downloading.Bar, *_: Any) -> None:
-        if part(tmp_path).stat().st_size >= 200_000:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(downloading.Bar, "update", update)
-        fetch(data(server.url), tmp_path)
-    there = part(tmp_path).stat().st_size
-    assert wanted(tmp_path) == {}
-    assert 200_000 <= there < len(ARCHIVE)
-    fetch(data(server.url), tmp_path)
-    assert wanted(tmp_path) == FILES
-    assert server.asked_for() == [None, f"bytes={there}-"]
-
-
 def test_what_is_downloaded_is_not_asked_for_again(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,8 +149,7 @@ def test_what_a_killed_extraction_left_is_removed(tmp_path: Path) -> None:
     assert wanted(tmp_path) == FILES and not list(tmp_path.glob(".fetching*"))
 
 
-@pytest.mark.parametrize("compares", [True, False])
-@pytest.mark.parametrize("there", [100_000, 1_500_000])
+@pytest.mark.parametrize(("there", "compares"), [(100_000, True), (1_500_000, False)])
 def test_a_file_that_changed_on_the_server_is_fetched_from_the_beginning(
     tmp_path: Path, server: Server, there: int, compares: bool
 ) -> None:
@@ -199,7 +182,7 @@ def test_a_server_that_does_not_send_the_length(tmp_path: Path, server: Server) 
     assert wanted(tmp_path) == FILES
 
 
-@pytest.mark.parametrize("status", [500, 503, 429])
+@pytest.mark.parametrize("status", [500, 429])
 def test_a_server_in_trouble_is_asked_again(tmp_path: Path, server: Server, status: int) -> None:
     server.answers = [status] * 6
     with pytest.raises(

@@ -154,9 +154,7 @@ def test_the_config_of_a_model_is_fetched_once(server: Server) -> None:
     assert len(server.asked) == asked
 
 
-@pytest.mark.parametrize(
-    ("name", "says"), [("owner/none", "not found"), ("owner/gated", "access"), ("owner/never", "1 s")]
-)
+@pytest.mark.parametrize(("name", "says"), [("owner/none", "not found"), ("owner/never", "1 s")])
 def test_a_plan_of_a_model_that_cannot_be_had_ends_soon(server: Server, recipe: Recipe, name: str, says: str) -> None:
     began = time.monotonic()
     done = recipe("plan", "haider2024/llama-2-7b", "--set", f"base_model={name}")
@@ -181,7 +179,6 @@ def own(place: Path, model: str) -> None:
     [
         ("owner/gated", "warning", "is restricted"),
         ("owner/none", "error", "not found"),
-        ("owner/token", "warning", "Invalid credentials"),
     ],
 )
 def test_check_and_run_say_what_the_hub_refuses(

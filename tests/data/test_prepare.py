@@ -42,18 +42,6 @@ def prepared(
     return prepare.prepare(raw, out, of_study, input_format, **changes)
 
 
-def test_rows_become_instruction_input_and_output(tmp_path: Path) -> None:
-    raw = write(tmp_path / "raw", "msg-train.jsonl", row("Why?\nReally."))
-    prepared([raw], tmp_path / "out")
-    assert read(tmp_path / "out" / "train.jsonl") == [
-        {
-            "instruction": "Generate a code review comment for the given code change.",
-            "input": PATCH,
-            "output": "Why?\nReally.",
-        }
-    ]
-
-
 def test_the_tagged_form() -> None:
     assert tagged(PATCH) == "<keep>a = 1<del>b = 2<add>b = 3"
     assert tagged("@@ -1 +1 @@\n-\tx\n+\n+ y\n\\ No newline at end of file\n") == (
@@ -74,18 +62,6 @@ def test_the_manifest_accounts_for_every_row(tmp_path: Path) -> None:
     assert split["sha256"] == hashlib.sha256((tmp_path / "out" / "train.jsonl").read_bytes()).hexdigest()
     assert split["is_the_study_file"] is False  # too few rows
     assert orjson.loads((tmp_path / "out" / "manifest.json").read_bytes()) == made
-
-
-def test_validation_rows_are_drawn_the_same_each_time_and_keep_their_order(tmp_path: Path) -> None:
-    raw = write(tmp_path / "raw", "msg-valid.jsonl", *(row(str(i)) for i in range(300)))
-    drawn = []
-    for out, seed in (("a", 42), ("b", 42), ("c", 7)):
-        valid = STUDY.data.splits["valid"].model_copy(update={"seed": seed})
-        data = STUDY.data.model_copy(update={"splits": STUDY.data.splits | {"valid": valid}})
-        prepared([raw], tmp_path / out, STUDY.model_copy(update={"data": data}), valid_rows=50)
-        drawn.append([int(r["output"]) for r in read(tmp_path / out / "valid.jsonl")])
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert all(rows == sorted(set(rows)) and len(rows) == 50 for rows in drawn)
 
 
 @given(st.integers(1, 40), st.integers(1, 40))
@@ -247,17 +223,6 @@ def test_a_manifest_of_an_earlier_version_is_known(tmp_path: Path) -> None:
     files.write_json(out / "manifest.json", {"splits": splits})
     assert manifest.entries(out)["train"]["constants"]["instruction"].startswith("Generate")
     assert "train.jsonl" in str(manifest.is_not_prepared(STUDY, out, "diff"))
-
-
-def test_the_shipped_sample_is_what_it_says() -> None:
-    rows = {name: read(STUDY.folder / "sample" / f"msg-{name}.jsonl") for name in SPLITS}
-    every = [r for split in rows.values() for r in split]
-    assert len(every) >= 150
-    assert {r["lang"] for r in rows["valid"]} == {"py", "java", "go", "cpp", "js", "c", ".cs", "php", "rb"}
-    assert not {r["proj"] for r in rows["valid"]} & {r["proj"] for r in rows["test"]}
-    assert len({r["msg"] for r in every}) == len({r["patch"] for r in every}) == len(every)
-    assert [r["id"] for r in every] == list(range(len(every)))
-    assert all(r["patch"].startswith("@@ -") and r["y"] == 1 and r["oldf"] for r in every)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs rows of CodeReviewer's data, which are not ours to ship")

@@ -60,17 +60,6 @@ def test_a_plain_file_is_kept_as_it_is_and_verified(tmp_path: Path, server: Serv
     assert sorted(file.name for file in tmp_path.iterdir()) == [".fetch.lock", "fetched.json", "train.jsonl.gz"]
 
 
-def test_a_plain_file_is_resumed(tmp_path: Path, server: Server) -> None:
-    server.breaks_after = [50_000] * 6
-    data = data_of({"train.jsonl": plain(server.url)})
-    with pytest.raises(WorkFailed, match="300,000"):
-        fetch(data, tmp_path)
-    assert not (tmp_path / "train.jsonl").exists()
-    fetch(data, tmp_path)
-    assert (tmp_path / "train.jsonl").read_bytes() == TRAIN
-    assert server.asked_for()[-1] == "bytes=300000-"
-
-
 def test_another_plain_file_is_put_aside(tmp_path: Path, server: Server) -> None:
     server.content = b"x" * len(TRAIN)
     with pytest.raises(UserError, match=r"train\.jsonl .*sha256 .*train\.jsonl\.rejected"):

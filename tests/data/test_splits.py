@@ -194,6 +194,7 @@ def test_the_real_rows_of_gsm8k(tmp_path: Path) -> None:
     assert read(of_study, "test")[0]["steps"] == 2
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     """In a process of its own, which is as large with ten times the rows."""
     text = "".join(random.Random(0).choices("abc de", k=800))

@@ -78,12 +78,9 @@ def test_repeats_of_a_recipe_stand_for_the_others_of_its_study(tmp_path: Path) -
     ("words", "code"),
     [
         (["check", "haider2024/code-llama-7b"], 0),
-        (["run", "haider2024/code-llama-7b", "--rehearse", "--dry-run"], 0),
         (["results"], 0),
-        (["check", "broken/mine"], 2),
         (["run", "broken/mine", "--rehearse", "--dry-run"], 2),
         (["study", "check", "broken"], 2),
-        (["reproduce", "broken", "--dry-run"], 2),
     ],
     ids=str,
 )

@@ -98,10 +98,7 @@ def test_a_studys_own_count_is_taken_for_its_own_rows_and_tokenizer() -> None:
 @pytest.mark.parametrize(
     "request_of",
     [
-        {"overrides": ["seed=2"]},
         {"overrides": ["micro_batch_size=2", "gradient_accumulation_steps=2"]},
-        {"overrides": ["curriculum_sampling=false"]},
-        {"profiles": ["fast"]},
         {"profiles": ["packed"]},
         {"mirror": True},
     ],

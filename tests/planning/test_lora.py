@@ -84,18 +84,6 @@ def test_the_share_is_that_of_the_configs_own_targets(tmp_path: Path) -> None:
         assert lora.share(config | change) is None
 
 
-@pytest.mark.parametrize("key", ["revision_of_model", "model_revision"])
-def test_sizes_are_those_of_the_configs_revision(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    commit = "a" * 40
-    folder = tmp_path / "models--codellama--CodeLlama-7b-hf" / "snapshots" / commit
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 3}')
-    config = {"base_model": "codellama/CodeLlama-7b-hf"}
-    assert models.architecture(config | {key: commit})["num_hidden_layers"] == 3
-    assert models.architecture(config)["num_hidden_layers"] == 32
-
-
 def test_a_model_that_transformers_cannot_build_is_refused() -> None:
     with pytest.raises(UserError, match="nobody_knows"):
         lora.total({"model_type": "nobody_knows"})

@@ -175,7 +175,6 @@ def test_ranks_divide_what_their_engine_divides(small: yamlfiles.Config) -> None
     [
         ({}, "DDP"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "ZeRO-3"),
-        ({"deepspeed": "deepspeed_configs/zero1.json"}, "ZeRO-1"),
         ({"fsdp_config": {"reshard_after_forward": True}}, "FSDP"),
     ],
 )
@@ -294,7 +293,7 @@ def test_the_cache_knows_what_a_plan_depends_on(small: yamlfiles.Config, monkeyp
     assert len(files) == 5
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"2x2048": {}}', '{"steps": [], "kinds": 1}'])
+@pytest.mark.parametrize("content", ["{", '{"steps": [], "kinds": 1}'])
 def test_a_damaged_cache_is_planned_anew(small: yamlfiles.Config, content: str) -> None:
     sound = plan.plan(small)[0]
     cached = need.planner_of(small, None)[0]

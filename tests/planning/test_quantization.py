@@ -91,12 +91,6 @@ def test_int8() -> None:
     assert (np.abs(found - values) - np.abs(expected - values)).max() < 1e-5
 
 
-def test_one_scale_for_a_tensor() -> None:
-    values = weight()
-    expected = in_blocks(values, values.size, np.array(quantization.levels()))
-    assert np.allclose(stored(values, Format("nf4", None)), expected, rtol=1e-6, atol=1e-8)
-
-
 @pytest.mark.parametrize(
     ("how", "bits"),
     [
