@@ -1,5 +1,5 @@
 #!/bin/sh
-# The steps of docker/Dockerfile, in a file of their own so that tests run the very same ones.
+# The steps of docker/Dockerfile, in a file of their own that shellcheck reads.
 set -eu
 
 packages() {

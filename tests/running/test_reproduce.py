@@ -1,16 +1,10 @@
-"""A study of two recipes with a tiny Llama, through the command, from data to its table."""
+"""A study's recipe with a tiny Llama, through the command, from data to its table."""
 
-import os
-import random
 import re
-import shutil
-import signal
 import subprocess
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +13,6 @@ from typing import Any
 
 import orjson
 import pytest
-from cluster import Cluster
 from conftest import SAMPLE, Recipe, recipe_config
 
 from qlora_recipes.base import locks, yamlfiles
@@ -34,194 +27,39 @@ from qlora_recipes.runs.tasks import Outcome
 from qlora_recipes.scores import evaluations
 
 STUDY = study.find("haider2024")
-TWO = ("llama-2-7b", "llama-3.2-3b")
+ONE = "haider2024/llama-3.2-3b"
 
 
-def command(recipe: Path, profile: Path, *more: str | Path, names: Sequence[str] = TWO) -> list[str]:
-    only = [word for name in names for word in ("--only", name)]
-    words = [recipe, "reproduce", "haider2024", *only, "--bertscore", "none", *more, "--profile", profile, "--json"]
-    return list(map(str, words))
-
-
-def reproduced(place: Path, recipe: Path, profile: Path, *more: str, names: Sequence[str] = TWO) -> dict[str, Any]:
-    more = "--profile", "rehearsal", *more  # of another model, only rehearsals are in the table
-    done = subprocess.run(command(recipe, profile, *more, names=names), cwd=place, capture_output=True, text=True)
+def reproduced(place: Path, recipe: Path, profile: Path) -> dict[str, Any]:
+    profiles = ("--profile", "rehearsal", "--profile", profile)  # of another model, only rehearsals are in the table
+    words = [recipe, "reproduce", "haider2024", "--only", ONE, "--bertscore", "none", *profiles, "--json"]
+    done = subprocess.run([*map(str, words)], cwd=place, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return orjson.loads(done.stdout)
 
 
-def scores_of(place: Path) -> dict[str, Any]:
-    """The scores and predictions of each recipe's one run."""
-    found = {}
-    for run in lookup.all_runs(place / "runs"):
-        scored = evaluations.read_scores(run.path)
-        if scored:
-            found[run.read().recipe] = scored.scores, evaluations.read_predictions(run.path)
-    return found
-
-
-@dataclass
-class Undisturbed:
-    """The folder of a reproduction that nothing disturbed, what it printed, and what its runs scored."""
-
-    place: Path
-    printed: dict[str, Any]
-    scores: dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_profile: Path, stand_in: Path) -> Undisturbed:
-    place = tmp_path_factory.mktemp("undisturbed")
-    printed = reproduced(place, stand_in, tiny_profile)
-    return Undisturbed(place, printed, scores_of(place))
-
-
-def test_all_steps_are_done_and_the_table_is_there(undisturbed: Undisturbed) -> None:
-    for row in undisturbed.printed["steps"]:
-        assert (row["check"], row["run"], row["evaluate"], row["problem"]) == ("done", "done", "done", None)
-        assert row["plan"].endswith("GiB")
-    scored = {row["recipe"]: row for row in undisturbed.printed["results"] if row["bleu4"] is not None}
-    assert set(scored) == {f"haider2024/{name}" for name in TWO}
-    for recipe, (scores, rows) in undisturbed.scores.items():
-        assert scored[recipe]["bleu4"] == scores["bleu4"]
-        assert len(rows) == 12
-
-
-def test_again_it_does_nothing(undisturbed: Undisturbed, tiny_profile: Path, stand_in: Path) -> None:
-    place = undisturbed.place
+def test_all_steps_are_done_and_the_table_is_there_and_again_it_does_nothing(
+    tmp_path: Path, tiny_profile: Path, stand_in: Path
+) -> None:
+    printed = reproduced(tmp_path, stand_in, tiny_profile)
+    (row,) = printed["steps"]
+    assert (row["check"], row["run"], row["evaluate"], row["problem"]) == ("done", "done", "done", None)
+    assert row["plan"].endswith("GiB")
+    (scored,) = [row for row in printed["results"] if row["bleu4"] is not None]
+    (run,) = lookup.all_runs(tmp_path / "runs")
+    own = evaluations.read_scores(run.path)
+    assert own and (scored["recipe"], scored["bleu4"]) == (ONE, own.scores["bleu4"])
+    assert len(evaluations.read_predictions(run.path)) == 12
 
     def files() -> dict[Path, int]:
-        every = (file for file in place.rglob("*") if file.is_file() and file.suffix != ".lock")
+        every = (file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock")
         return {file: file.stat().st_mtime_ns for file in every}
 
     before = files()
-    again = reproduced(place, stand_in, tiny_profile)
+    again = reproduced(tmp_path, stand_in, tiny_profile)
     assert all(set(row.values()) == {row["recipe"], "skipped", None} for row in again["steps"])
-    assert again["results"] == undisturbed.printed["results"]
+    assert again["results"] == printed["results"]
     assert files() == before
-
-
-@pytest.mark.long
-def test_several_seeds_are_runs_of_their_own_and_one_result(
-    undisturbed: Undisturbed, tiny_profile: Path, stand_in: Path
-) -> None:
-    place, one = undisturbed.place, ("--profile", "rehearsal", "--only", TWO[1], "--bertscore", "none")
-    words = [stand_in, "reproduce", "haider2024", *one, "--seeds", "2", "--profile", tiny_profile, "--json"]
-    done = subprocess.run([*map(str, words)], cwd=place, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    printed = orjson.loads(done.stdout)
-    recipe = f"haider2024/{TWO[1]}"
-    steps = [(row["recipe"], row["run"], row["evaluate"]) for row in printed["steps"]]
-    own, other = (f"{recipe}, seed {seed}" for seed in (42, 43))
-    assert steps == [(own, "skipped", "skipped"), (other, "done", "done")]  # its own seed was run before
-    (row,) = [row for row in printed["results"] if row["recipe"] == recipe]
-    assert (row["runs"], row["bleu4_interval_method"]) == (2, "rows and 2 runs")
-    (of_42,) = [row for row in undisturbed.printed["results"] if row["recipe"] == recipe]
-    assert row["run"] == of_42["run"]
-    new = next(run for run in lookup.all_runs(place / "runs") if run.read().overrides == ["seed=43"])
-    mine = evaluations.read_scores(new.path)
-    assert mine and row["bleu4"] == pytest.approx((of_42["bleu4"] + mine.scores["bleu4"]) / 2)
-    shutil.rmtree(new.path)  # for the tests that count the runs there
-
-
-def has_launch(runs: Path, launches: int) -> bool:
-    return sum(len(run.read().launches) for run in lookup.all_runs(runs)) > launches
-
-
-def evaluates(runs: Path) -> bool:
-    return any(locks.is_held(run.path / ".evaluation.lock") for run in lookup.all_runs(runs))
-
-
-def predicts(runs: Path) -> bool:
-    parts = [run.path / "predictions.part.jsonl" for run in lookup.all_runs(runs)]
-    return any(part.exists() and part.stat().st_size for part in parts)
-
-
-def wait_until(holds: Callable[[], bool], process: "subprocess.Popen[bytes] | None", said: Path) -> None:
-    deadline = time.monotonic() + 300
-    while not holds():
-        assert time.monotonic() < deadline and (process is None or process.poll() is None), said.read_text()
-        time.sleep(0.01)
-
-
-@pytest.mark.long
-def test_killed_while_it_trains_or_evaluates_it_ends_with_the_same_scores(
-    undisturbed: Undisturbed, tiny_profile: Path, stand_in: Path, tmp_path: Path
-) -> None:
-    """Quicker ones are in test_sweep, of trainings, and in test_evaluate."""
-    seed = time.time_ns()
-    print(f"seed {seed}")
-    chance = random.Random(seed)
-    runs, said = tmp_path / "runs", tmp_path / "said"
-    held = {"STAND_IN_STEP": "0.02", "STAND_IN_HOLD": "3"}  # of sixteen steps
-    moments = (
-        (held, partial(has_launch, runs, 0), signal.SIGKILL),
-        (held, partial(has_launch, runs, 1), signal.SIGTERM),
-        ({}, partial(evaluates, runs), signal.SIGTERM),
-        ({}, partial(predicts, runs), signal.SIGKILL),
-    )
-    for hold, holds, by in moments:
-        with said.open("w") as stream:
-            env = os.environ | hold
-            process = subprocess.Popen(
-                command(stand_in, tiny_profile, "--profile", "rehearsal", names=TWO[:1]),
-                cwd=tmp_path,
-                env=env,
-                stdout=stream,
-                stderr=stream,
-            )
-        wait_until(holds, process, said)
-        (run,) = lookup.all_runs(runs)
-        time.sleep(chance.uniform(0, 0.3 if hold else 0))
-        process.send_signal(by)
-        process.wait(120)
-        wait_until(lambda path=run.path: not any(map(locks.is_held, path.rglob("*lock"))), None, said)
-        if hold:
-            assert run.read().state == "interrupted"
-        else:
-            assert run.read().state == "finished" and evaluations.read_scores(run.path) is None
-    assert len(run.read().launches) == 3
-    printed = reproduced(tmp_path, stand_in, tiny_profile, names=TWO[:1])
-    assert [row["problem"] for row in printed["steps"]] == [None]
-    recipe = f"haider2024/{TWO[0]}"
-    assert scores_of(tmp_path) == {recipe: undisturbed.scores[recipe]}
-
-
-@pytest.mark.long
-def test_on_slurm_it_comes_to_the_same_table(
-    undisturbed: Undisturbed, tiny_profile: Path, stand_in: Path, tmp_path: Path, slurm: Cluster
-) -> None:
-    submitted = reproduced(tmp_path, stand_in, tiny_profile, "--on", "slurm")
-    assert all(row["run"].startswith("queued (job ") for row in submitted["steps"])
-    slurm.wait_until_empty()
-    again = reproduced(tmp_path, stand_in, tiny_profile, "--on", "slurm")
-    assert all((row["run"], row["evaluate"]) == ("skipped", "skipped") for row in again["steps"])
-    assert scores_of(tmp_path) == undisturbed.scores
-    here = {"run", "tokens_per_second", "train_seconds"}  # a run's name, and what its machine measured
-    for one, other in zip(again["results"], undisturbed.printed["results"], strict=True):
-        assert one.keys() == other.keys() >= here
-        assert {key: one[key] for key in one.keys() - here} == {key: other[key] for key in other.keys() - here}
-    (shown,) = (tmp_path / "runs" / "slurm").glob("*/slurm-results.log")
-    for name in TWO:
-        assert f"haider2024/{name}" in shown.read_text()
-
-
-@pytest.mark.long
-def test_a_changed_setting_is_run_anew_and_a_recipe_that_fails_does_not_stop_the_others(
-    undisturbed: Undisturbed, tiny_profile: Path, stand_in: Path
-) -> None:
-    """A warm-up longer than the training of one recipe has that one refused; a rehearsal would cap it."""
-    before = {run.path for run in lookup.all_runs(undisturbed.place / "runs")}
-    words = command(stand_in, tiny_profile, "--set", "warmup_steps=20", "--set", "lora_r=4")
-    done = subprocess.run(words, cwd=undisturbed.place, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    first, second = orjson.loads(done.stdout)["steps"]
-    assert first["check"] == "failed" and "warmup_steps" in first["problem"] and first["run"] is None
-    assert (second["run"], second["evaluate"], second["problem"]) == ("done", "done", None)
-    (new,) = (run for run in lookup.all_runs(undisturbed.place / "runs") if run.path not in before)
-    record = new.read()
-    assert (record.recipe, record.state) == (second["recipe"], "finished")
-    assert "lora_r=4" in record.overrides
 
 
 def test_a_dry_run_says_what_would_be_done_and_for_how_long_and_writes_nothing(
@@ -242,13 +80,10 @@ def test_a_dry_run_says_what_would_be_done_and_for_how_long_and_writes_nothing(
     assert row["steps"] is None and any("--set lora_rr=1: error" in note for note in outline["notes"])
     (refused,) = [note for note in outline["notes"] if ": bf16: T4 (sm_75) " in note]
     assert refused.startswith("haider2024/llama-3.2-3b: ")
-    row = orjson.loads(recipe(*words, "--gpu", "T4").stdout)["recipes"][0]
-    assert (row["steps"], row["fits"]) == (73587, "T4: yes")
-    packed = orjson.loads(recipe(*words, "--gpu", "T4", "--profile", "packed").stdout)["recipes"][0]
-    assert packed["training"] == "new"  # the profile is laid for that card
-    both = orjson.loads(recipe(*words, "--gpu", "T4", "--seeds", "2").stdout)
-    total = f" {2 * row['hours']:.1f} "
-    assert any(total in note for note in both["notes"])
+    outline = orjson.loads(recipe(*words, "--gpu", "T4", "--seeds", "2").stdout)
+    row, other = outline["recipes"]
+    assert (row["steps"], row["fits"], other["steps"]) == (73587, "T4: yes", 73587)
+    assert any(f" {2 * row['hours']:.1f} " in note for note in outline["notes"])
     assert 0 < row["needs GiB"] < 1 and row["hours"] > 0
     assert [file.name for file in tmp_path.iterdir()] == ["small.yaml"]
 
@@ -257,6 +92,8 @@ def test_a_dry_run_of_several_seeds_lists_each(recipe: Recipe, tmp_path: Path) -
     words = ("reproduce", "haider2024", "--dry-run", "--rehearse", "--only", "3.2-3b", "--seeds", "3")
     rows = orjson.loads(recipe(*words, "--json").stdout)["recipes"]
     assert [row["recipe"] for row in rows] == [f"haider2024/llama-3.2-3b, seed {seed}" for seed in (42, 43, 44)]
+    epochs = recipe_config("haider2024/llama-3.2-3b")["num_epochs"]
+    assert {(row["epochs"], row["steps"], row["test rows"]) for row in rows} == {(epochs, 4 * epochs, 12)}
     twice = recipe(*words, "--set", "seed=7")
     assert (twice.returncode, "--seeds: " in twice.stderr) == (2, True)
     assert recipe(*words[:-1], "0").returncode == 2
@@ -275,18 +112,6 @@ def test_what_a_recipe_starts_from_is_still_to_be_fetched_and_no_reason_to_refus
     assert outlined["data"][0].startswith("data/gsm8k-raw: ")
 
 
-def test_a_dry_run_of_rehearsals_counts_their_few_steps(recipe: Recipe, tmp_path: Path) -> None:
-    done = recipe("reproduce", "haider2024", "--dry-run", "--rehearse")
-    assert done.returncode == 0
-    head, *rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("recipe", "haider"))]
-    assert head == ["recipe", "training", "epochs", "steps", "test", "rows"]
-    epochs = {name: recipe_config(name)["num_epochs"] for name in STUDY.published}
-    assert {row[0]: row[1:] for row in rows} == {
-        name: ["new", str(count), str(4 * count), "12"] for name, count in epochs.items()
-    }
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -295,7 +120,6 @@ def test_a_dry_run_of_rehearsals_counts_their_few_steps(recipe: Recipe, tmp_path
         (["haider2024", "--only", "lama-2"], "--only lama-2: "),
         (["haider2024", "--only", "llama-2"], "haider2024/all-linear/llama-2-7b, haid"),
         (["haider2024", "--jobs", "3"], "--jobs 3: "),
-        (["haider2024", "--rehearse", "--profile", "nowhere"], "nowhere: "),
         (["haider2024", "--rehearse", "--set", "lora_rr=3"], "lora_rr: "),
     ],
 )
@@ -410,12 +234,6 @@ def change(folder: Path, split: str, **values: object) -> None:
     (folder / "manifest.json").write_bytes(orjson.dumps(manifest))
 
 
-def test_a_rehearsal_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    reproduce.have_data(STUDY, composed("llama-2-7b", rehearse=True))
-    assert not Path("data").exists()
-
-
 def test_a_mirror_is_taken_where_a_model_is_gated() -> None:
     shared = Request("", mirror=True)
     mirrored = {name: reproduce.request_for(shared, name).mirror for name in STUDY.published}
@@ -433,8 +251,7 @@ def test_without_a_gpu_nothing_is_fetched_or_started(recipe: Recipe, tmp_path: P
 def test_a_judge_that_is_not_there_is_told_before_anything_starts(
     recipe: Recipe, tmp_path: Path, tiny_profile: Path
 ) -> None:
-    _, *words = command(Path("recipe"), tiny_profile, "--set", "lora_r=8", "--bertscore", "some/nowhere")
-    done = recipe(*words)
+    done = recipe("reproduce", "haider2024", "--only", ONE, "--profile", tiny_profile, "--bertscore", "some/nowhere")
     assert done.returncode == 1
     assert "some/nowhere" in done.stderr
     assert lookup.all_runs(tmp_path / "runs") == []

@@ -17,7 +17,7 @@ from published_study import ADAPTER, BASELINE, FILES, GOLD, PREDICTED, RECIPE, S
 from safetensors.numpy import save_file
 
 from qlora_recipes.base import paths, yamlfiles
-from qlora_recipes.data import download, study
+from qlora_recipes.data import study
 from qlora_recipes.data.published import Score
 from qlora_recipes.metrics.bleu4 import bleu4
 from qlora_recipes.runs import lookup
@@ -88,14 +88,6 @@ def test_scores_of_the_same_texts_agree_to_the_last_printed_digit(published: flo
     assert _beside(50.0 + published, Score(value=50.0), True)["agrees"] is agrees
 
 
-def test_what_was_fetched_is_not_fetched_again(recipe: Recipe, server: Server, tmp_path: Path) -> None:
-    published_study.write(tmp_path, address(server))
-    before = scored(recipe)
-    asked = len(server.paths)
-    assert scored(recipe) == before
-    assert len(server.paths) == asked
-
-
 def test_references_are_compared_with_the_prepared_rows(recipe: Recipe, server: Server, tmp_path: Path) -> None:
     published_study.write(tmp_path, address(server))
     assert row_of(scored(recipe))["matched"] is False
@@ -114,10 +106,7 @@ def test_references_are_compared_with_the_prepared_rows(recipe: Recipe, server: 
     [
         (lambda server: server.files.update({"pred.txt": b"x" * len(FILES["pred.txt"])}), "sha256"),
         (lambda server: server.files.pop("pred.txt"), "404"),
-        (
-            lambda server: server.files.update({"gold.txt": FILES["gold.txt"][:-1]}),
-            "gold.txt",
-        ),
+        (lambda server: server.files.update({"gold.txt": FILES["gold.txt"][:-1]}), "gold.txt"),
     ],
 )
 def test_what_cannot_be_had_says_why_keeps_nothing_and_stops_nothing_else(
@@ -131,17 +120,6 @@ def test_what_cannot_be_had_says_why_keeps_nothing_and_stops_nothing_else(
     assert not (raw / "pred.txt").exists() and not (raw / "gold.txt").exists()
     server.files = dict(FILES)
     assert scored(recipe)["problems"] == {}
-
-
-def test_half_a_download_is_resumed_by_the_next_call(
-    recipe: Recipe, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(download, "CHUNK", 10)
-    published_study.write(tmp_path, address(server))
-    server.breaks_after = [20] * 6
-    assert RECIPE in scored(recipe, code=1)["problems"]
-    assert not (tmp_path / "data" / "reviews-raw" / "pred.txt").exists()
-    assert row_of(scored(recipe))["score"] is not None
 
 
 @pytest.mark.parametrize(

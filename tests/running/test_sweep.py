@@ -105,20 +105,3 @@ def test_its_members_compare_and_one_that_failed_has_nothing(finished: dict[str,
         assert row["planned_gib"] > 0
     assert (broken["bleu4"], broken["eval_loss"], broken["pareto"]) == (None, None, False)
     assert any(row["pareto"] for row in (low, high))
-
-
-def test_what_is_finished_is_not_run_again(
-    place: Path, finished: dict[str, Any], tiny_profile: Path, stand_in: Path
-) -> None:
-    def folders() -> set[Path]:
-        return {folder.path for folder in lookup.all_runs(place / "runs" / BASE)}
-
-    (place / "two.yaml").write_text(yamlfiles.write_yaml({"_": MEMBERS[:2]}))
-    before = folders()
-    words = [word.replace("s.yaml", "two.yaml") for word in command(stand_in, tiny_profile)]
-    done = subprocess.run(words, cwd=place, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    steps = orjson.loads(done.stdout)["steps"]
-    assert [(step["run"], step["evaluate"]) for step in steps] == [("skipped", "skipped")] * 2
-    assert folders() == before
-    assert orjson.loads(done.stdout)["results"][0]["runs"] == finished["results"][0]["runs"]

@@ -191,10 +191,7 @@ def test_an_engine_that_is_not_used_stops_the_run(place: Path, tiny_profile: Pat
     file.write_text(yamlfiles.write_yaml(content | plugin | {"dataset_prepared_path": str(place / "prepared")}))
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*torchrun, "-m", "axolotl.cli.train", str(file)],
-        env=path_of(__file__),
-        capture_output=True,
-        text=True,
+        [*torchrun, "-m", "axolotl.cli.train", str(file)], env=path_of(__file__), capture_output=True, text=True
     )
     assert done.returncode == 1
     assert re.search(f"{ENGINES[profile]} among 2 .*DDP among 2", done.stderr)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import recipe_config, train_many
+from conftest import recipe_config, train_runs
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs import config
 from qlora_recipes.runs.handover import PLUGIN
-from qlora_recipes.runs.rundir import RunDir, summarise
+from qlora_recipes.runs.rundir import RunDir
 
 pytestmark = pytest.mark.long  # four trainings
 
@@ -48,14 +48,8 @@ def base(tiny_profile: Path, decided: Path) -> yamlfiles.Config:
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory, base: yamlfiles.Config) -> dict[str, RunDir]:
     """A run for each of EVALUATIONS."""
-    folder = tmp_path_factory.mktemp("eval-loss")
-    runs = {name: RunDir(folder / name) for name in EVALUATIONS}
-    for name, run in runs.items():
-        run.path.mkdir()
-        here = {"output_dir": str(run.output), "dataset_prepared_path": str(folder / "prepared")}
-        run.config.write_text(yamlfiles.write_yaml(base | here | EVALUATIONS[name]))
-    train_many(*(run.config for run in runs.values()))
-    return runs
+    configs = {name: base | change for name, change in EVALUATIONS.items()}
+    return train_runs(tmp_path_factory.mktemp("eval-loss"), configs)
 
 
 def before_training(run: RunDir) -> dict[str, float]:
@@ -99,12 +93,3 @@ def test_however_rows_are_batched_and_packed(evaluated: dict[str, RunDir], base:
 def test_the_trainers_own_history_is_as_without_it(evaluated: dict[str, RunDir]) -> None:
     card = (evaluated["2"].output / "README.md").read_text()
     assert "Validation Loss" in card and "Per Token" not in card
-
-
-def test_a_summary_has_both(evaluated: dict[str, RunDir]) -> None:
-    records = [record for record in evaluated["2"].read_metrics() if "eval_loss" in record]
-    assert len(records) > 1
-    summary = summarise(records)
-    for key in ("eval_loss", "eval_loss_per_token"):
-        assert getattr(summary, f"{key}_first") == records[0][key]
-        assert getattr(summary, key) == records[-1][key]

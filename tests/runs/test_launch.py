@@ -63,3 +63,12 @@ def test_a_full_disk_is_blamed_only_for_what_it_ended(
     assert type(error) is kind
     problem = folder.read().launches[-1].problem
     assert (problem or "").endswith(full or "") and bool(problem) == bool(full)
+
+
+@pytest.mark.parametrize(("sent", "resumed"), [("KILL", True), ("SEGV", False)])
+def test_the_signal_that_ended_a_training_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: str, resumed: bool
+) -> None:
+    folder = a_run(tmp_path / "runs", "haider2024/code-llama-7b", "one", 5.0, state="failed")
+    error = str(fails(folder, monkeypatch, f"kill -{sent} $$"))
+    assert f"(SIG{sent})" in error and ("recipe resume" in error) == resumed

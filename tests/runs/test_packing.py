@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 from axolotl.integrations.base import BasePlugin
-from conftest import train_many
+from conftest import train_runs
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs.compose import Request, compose
 from qlora_recipes.runs.handover import PLUGIN
-from qlora_recipes.runs.rundir import RunDir
 
 pytestmark = pytest.mark.long  # three trainings of a step
 
@@ -50,12 +49,7 @@ def stepped(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tiny_profile: 
             tiny, tiny_profile, ["packed"], TOGETHER | {"plugins": [PLUGIN, f"{Path(__file__).stem}.Leaking"]}
         ),
     }
-    runs = {name: RunDir(folder / name) for name in configs}
-    for name, run in runs.items():
-        run.path.mkdir()
-        here = {"output_dir": str(run.output), "dataset_prepared_path": str(run.path / "prepared")}
-        run.config.write_text(yamlfiles.write_yaml(configs[name] | here))
-    train_many(*(run.config for run in runs.values()), plugins=__file__)
+    runs = train_runs(folder, configs, plugins=__file__)
     return {name: next(record for record in run.read_metrics() if "loss" in record) for name, run in runs.items()}
 
 

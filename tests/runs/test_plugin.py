@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 import torch
-from conftest import recipe_config, train_many
+from conftest import recipe_config, train_runs
 from run_folders import a_run
 from transformers import AutoTokenizer
 
@@ -40,7 +40,6 @@ def steps(run: RunDir) -> list[tuple[float, float]]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_profile: Path) -> dict[str, RunDir]:
     """The same training with and without evaluation, and with evaluation but without the cure."""
-    folder = tmp_path_factory.mktemp("plugin")
     base = config.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(tiny_profile))
     # an evaluation's data loader draws from the generator that dropout draws from, so dropout is off
     base |= {"save_strategy": "no", "saves_per_epoch": None, "num_epochs": 1, "lora_dropout": 0.0}
@@ -50,13 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_profile: Path) -> dict[s
         "not evaluated": config.merge(base | {"plugins": [PLUGIN]}, without),
         "uncured": base | {"plugins": [USE_CPU]},
     }
-    found = {name: RunDir(folder / name) for name in configs}
-    for name, run in found.items():
-        run.path.mkdir()
-        content = configs[name] | {"output_dir": str(run.output)}
-        run.config.write_text(yamlfiles.write_yaml(content | {"dataset_prepared_path": str(folder / "prepared")}))
-    train_many(*(run.config for run in found.values()), plugins=__file__)
-    return found
+    return train_runs(tmp_path_factory.mktemp("plugin"), configs, plugins=__file__)
 
 
 @pytest.mark.long

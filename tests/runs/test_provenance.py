@@ -1,7 +1,6 @@
 """What a run was made with, beside what is installed now."""
 
 import os
-import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,6 @@ from qlora_recipes.runs.provenance import other_axolotl
 
 NAME = "haider2024/code-llama-7b"
 OURS = version("axolotl")
-SAYS = f"made with Axolotl 0.20.1, and {OURS} is installed\n"
 
 
 def made_with(number: str | None) -> dict[str, Any]:
@@ -46,18 +44,11 @@ def test_the_index_of_the_checkout_is_not_written(tmp_path: Path, monkeypatch: p
     assert (tmp_path / ".git" / "index").read_bytes() == index
 
 
-@pytest.mark.parametrize("words", [["report", "latest"], ["results", "--compare", "one", "one"], ["cancel", "latest"]])
+@pytest.mark.parametrize("words", [["report", "latest"], ["results"], ["cancel", "latest"]])
 def test_a_run_of_another_axolotl_says_so_where_it_is_used(recipe: Recipe, tmp_path: Path, words: list[str]) -> None:
     folder = a_run(tmp_path / "runs", NAME, "one", 5.0, **made_with("0.20.1"))
-    assert recipe(*words).stderr.count(f"{folder.path.relative_to(tmp_path)} was {SAYS}") == 1
-
-
-def test_a_table_of_runs_says_how_many_are_of_another_axolotl(recipe: Recipe, tmp_path: Path) -> None:
-    for name, number in {"one": "0.20.1", "two": "0.20.1", "three": OURS, "four": None}.items():
-        a_run(tmp_path / "runs", NAME, name, 5.0, **made_with(number))
-    for words in (["results"], ["results", "--study", "haider2024"]):
-        said = recipe(*words).stderr
-        assert said.count(SAYS) == 1 and re.search(rf"2 .*{NAME}/two .*{re.escape(SAYS)}", said)
+    (said,) = [line for line in recipe(*words).stderr.splitlines() if "0.20.1" in line]
+    assert str(folder.path.relative_to(tmp_path)) in said and OURS in said
 
 
 def test_a_run_of_another_axolotl_that_is_not_made_again_says_so(
@@ -65,4 +56,4 @@ def test_a_run_of_another_axolotl_that_is_not_made_again_says_so(
 ) -> None:
     a_run(tmp_path, NAME, "one", 5.0, digest="d", **made_with("0.20.1"))
     assert former.by_digest(tmp_path, NAME).keys() == {"d"}
-    assert SAYS in capsys.readouterr().err
+    assert "0.20.1" in capsys.readouterr().err

@@ -167,15 +167,6 @@ def test_a_run_that_was_resumed_from_before_its_newest_records_is_at_its_own_ste
     ]  # fmt: skip
 
 
-def test_metrics_are_read_for_a_summary_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    running = a_run(tmp_path / "r", state="interrupted")
-    finished = a_run(tmp_path / "f", state="finished", summary=rundir.Summary(step=8))
-    write_metrics(running, b'{"step":3,"loss":1.0}')
-    assert running.summary(running.read()).step == 3
-    monkeypatch.setattr(RunDir, "read_metrics", lambda *_: pytest.fail("metrics are read"))
-    assert (running.read().state, finished.summary(finished.read()).step) == ("interrupted", 8)
-
-
 def test_jobs_that_are_noted_at_once_are_all_kept(tmp_path: Path) -> None:
     run = a_run(tmp_path / "r")
     with ThreadPoolExecutor() as pool:
