@@ -318,7 +318,6 @@ def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:
         (): "latest",
         ("-o", "gone/report.html"): "gone",
         ("-o", "report.pdf"): ".html",
-        ("--study", "other"): "other",
         ("--study", "haider2024"): "--rehearse",
         ("--study", "haider2024", "--rehearse"): "recipe reproduce haider2024",
         ("x", "--study", "haider2024"): "--study",

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pytest
 import small_study
 from conftest import Recipe
@@ -184,15 +183,6 @@ def test_the_curves_gap_has_a_verdict_where_the_study_gives_a_tolerance(
         assert row_of(runs)["train_loss_verdict"] == expected
     said = recipe("results", "--study", "sums2030").stdout.splitlines()
     assert [line for line in said if PLAIN in line and verdict.OFF in line and "train_loss" not in line]
-
-
-def test_what_a_run_of_another_seed_shows_is_in_every_form(runs: Path, recipe: Recipe) -> None:
-    with_seed(runs, 42, RIGHT)
-    with_seed(runs, 43, [100.0] * 6)
-    (row, _) = orjson.loads(recipe("results", "--study", "sums2030", "--json").stdout)
-    assert (row["runs"], row["accuracy_interval_method"]) == (2, "rows and 2 runs")
-    assert "accuracy_interval_method" in recipe("results", "--study", "sums2030", "--csv").stdout
-    assert "rows and 2 runs" in recipe("results", "--study", "sums2030").stdout
 
 
 def test_the_recipes_own_seed_speaks_even_if_it_is_older(runs: Path) -> None:

@@ -9,8 +9,7 @@ import pytest
 from conftest import Recipe, recipe_config
 
 from qlora_recipes.base import paths, yamlfiles
-from qlora_recipes.checks import check
-from qlora_recipes.configs import compose, config, models, standin
+from qlora_recipes.configs import config, models, standin
 
 BASE = "haider2024/llama-3.2-3b"
 PHI = {"model_type": "phi3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2} | {
@@ -276,14 +275,6 @@ def test_what_cannot_be_is_refused_and_nothing_written(
     assert done.returncode == 2
     assert says in done.stderr
     assert not (tmp_path / "variants").exists()
-
-
-def test_a_rehearsal_names_the_layers_as_the_small_model_does(tmp_path: Path, recipe: Recipe) -> None:
-    written(recipe, tmp_path, "microsoft/Phi-3-mini-4k-instruct")
-    composed = compose.compose(compose.Request(str(tmp_path / "variants/mine.yaml"), rehearse=True))
-    assert composed.config["lora_target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    findings = check.examine(composed).findings
-    assert [str(finding) for finding in findings if finding.level != "note"] == []
 
 
 def test_a_base_model_that_is_only_set_is_said_to_leave_the_rest(tmp_path: Path, recipe: Recipe) -> None:
