@@ -1,11 +1,7 @@
-import random
-import string
-
 import pytest
 from conftest import recipe_config
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.base.errors import did_you_mean
 from qlora_recipes.checks import schema
 
 
@@ -101,33 +97,3 @@ def test_an_unknown_key_without_a_value_is_a_warning() -> None:
 
 def test_a_key_that_may_be_of_a_plugin_from_elsewhere_is_a_warning() -> None:
     assert "warning" in found({"plugins": ["other.Plugin"], "other_key": 1})["unknown-key:other_key"]
-
-
-def test_typos_of_one_edit_are_found_with_the_right_key(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every key of every level; letters left out, doubled, swapped and replaced."""
-    chance = random.Random(0)
-    levels = [schema.load(), *schema.load()["$defs"].values()]
-    tried = right = 0
-    for keys in (level["properties"] for level in levels if "properties" in level):
-        for key in keys:
-            for typo in {_typo(key, chance)} - keys.keys():
-                tried += 1
-                right += did_you_mean(typo, keys).startswith((f"; did you mean {key}?", f"; did you mean {key} or"))
-    with capsys.disabled():
-        print(
-            f"\n{right} of {tried} typos of {len(schema.load()['properties'])} keys and those below: "
-            f"the key that was meant is named first ({right / tried:.1%})"
-        )
-    assert right / tried >= 0.95
-
-
-def _typo(word: str, chance: random.Random) -> str:
-    i, letter = chance.randrange(len(word)), chance.choice(string.ascii_lowercase + "_")
-    return chance.choice(
-        [
-            word[:i] + word[i + 1 :],
-            word[:i] + letter + word[i:],
-            word[:i] + letter + word[i + 1 :],
-            word[:i] + word[i + 1 : i + 2] + word[i : i + 1] + word[i + 2 :],
-        ]
-    )

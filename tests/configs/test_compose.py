@@ -110,7 +110,6 @@ def test_steps_keep_their_rows_on_several_gpus(gpus: int, change: list[str], key
     [
         (3, [], "--set gradient_accumulation_steps=6 .* 12 "),
         (8, [], "--set micro_batch_size=1 --set gradient_accumulation_steps=8 .* 8 "),
-        (4, ["gradient_accumulation_steps=null", "batch_size=4"], "--set micro_batch_size=1 .* 4 "),
         (3, ["gradient_accumulation_steps=null", "batch_size=4"], "--set batch_size=6 .* 6 "),
     ],
 )

@@ -78,6 +78,7 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.long
 def test_the_listed_sizes_make_models_of_the_published_size() -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

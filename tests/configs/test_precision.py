@@ -13,8 +13,8 @@ from qlora_recipes.configs.precision import Precision, precision
 
 UNSET = object()
 VALUES = {
-    "bf16": (UNSET, None, True, False, "auto"),
-    "fp16": (UNSET, None, True, False),
+    "bf16": (UNSET, True, False, "auto"),
+    "fp16": (UNSET, True, False),
     "bfloat16": (UNSET, True, False),
     "float16": (UNSET, True, False),
     "load_in_8bit": (UNSET, True),

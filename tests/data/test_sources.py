@@ -245,8 +245,6 @@ def test_another_file_of_a_hub_is_refused(tmp_path: Path, hub: Server) -> None:
     ("status", "code", "kind"),
     [
         (404, "EntryNotFound", UserError),
-        (404, "RevisionNotFound", UserError),
-        (401, "RepoNotFound", UserError),
         (403, "GatedRepo", UserError),
         (503, "", WorkFailed),
     ],

@@ -30,7 +30,9 @@ def assert_same(one: MemoryTrace, other: MemoryTrace) -> None:
     [
         pytest.param({"autocast": "float16", "padded": True, "optimizer": "paged_adamw_32bit"}, marks=pytest.mark.long),
         {"dropout": 0.05, "accumulates": True, "targets": "all-linear", "optimizer": "adamw_bnb_8bit"},
-        {**PLAIN, "dora": True, "targets": ("q_proj", "v_proj"), "capability": (8, 9)},
+        pytest.param(
+            {**PLAIN, "dora": True, "targets": ("q_proj", "v_proj"), "capability": (8, 9)}, marks=pytest.mark.long
+        ),
         pytest.param(
             {"model": json.dumps({**DEEP, "model_type": "qwen3", "tie_word_embeddings": True}), "packed": True},
             marks=pytest.mark.long,

@@ -269,6 +269,7 @@ def test_speed_is_taken_from_runs_on_such_cards(small: yamlfiles.Config, tmp_pat
     assert work_of(small, tmp_path, vram=24, runs=runs)["tokens_per_second"] is None
 
 
+@pytest.mark.long
 def test_a_second_plan_comes_from_the_cache_without_torch(small: yamlfiles.Config, tmp_path: Path) -> None:
     file = tmp_path / "small.yaml"
     file.write_text(yamlfiles.write_yaml(small))
@@ -360,7 +361,6 @@ def test_the_longest_batch_of_the_data(recipe: Recipe, small: yamlfiles.Config, 
     [
         (["haider2024/llama-2-7b", "--gpu", "T5"], "T5"),
         (["haider2024/llama-2-7b", "--set", "optimizer=adamwx"], "optimizer"),
-        (["haider2024/llama-2-7b", "--set", "base_model=nobody/nothing"], "nobody/nothing"),
         (["haider2024/llama-2-7b", "--data"], "meta-llama/Llama-2-7b-hf"),
         (["--compare"], "--compare"),
         (["haider2024/llama-2-7b", "--vram", "nan"], "--vram"),
