@@ -306,7 +306,7 @@ def test_a_damaged_cache_is_planned_anew(small: yamlfiles.Config, content: str) 
 
 def test_a_cache_that_cannot_be_written_is_no_error(small: yamlfiles.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "write_atomically", Mock(side_effect=PermissionError))
-    assert plan.plan(small | {"lora_r": 5})[0]["cards"]
+    assert (need.needed_gib(small | {"lora_r": 5}, anew=True) or 0) > 0
 
 
 def test_a_single_row_needs_no_mask_but_several_do(small: yamlfiles.Config) -> None:

@@ -1,7 +1,7 @@
 """The kernels that the profile fast turns on, run by Triton's interpreter on a CPU, beside what they take the place of.
 
 Run with a small Llama's folder; writes as JSON, for each comparison, the
-largest difference as a share of the largest value. The reference of single kernels is in fp64.
+largest difference as a share of the largest value. The reference of Axolotl's activations is in fp64.
 """
 
 import json
@@ -21,15 +21,10 @@ from axolotl.kernels.swiglu import swiglu_backward, swiglu_forward
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches, patch_self_attn_lora
 from axolotl.utils.dict import DictDefault
 from liger_kernel.ops import rms_norm
-from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-from liger_kernel.ops.rope import LigerRopeFunction
-from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 from liger_kernel.transformers import apply_liger_kernel_to_llama
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
@@ -83,57 +78,6 @@ def of_axolotl() -> Found:
         if name == "geglu":
             by_tanh = functional.gelu(gate.double(), approximate="tanh") * up.double()
             yield "geglu, for a model with GELU by tanh", apart(forward(gate, up), by_tanh)
-
-
-def of_liger() -> Found:
-    """Liger's kernels for a Llama."""
-
-    def compare(name: str, function: Callable[..., Any], exact: Callable[..., Any], *given: torch.Tensor) -> Found:
-        own = [tensor.clone().requires_grad_() for tensor in given]
-        others = twins(*given)
-        output, expected = function(*own), exact(*others)
-        yield f"{name}, forward", apart(output.detach(), expected.detach())
-        grad = torch.randn(expected.shape)
-        output.backward(grad.to(output.dtype))
-        expected.backward(grad.double())
-        yield f"{name}, backward", max(apart(a.grad, b.grad) for a, b in zip(own, others, strict=True))
-
-    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-
-    rows, weight = torch.randn(2, 9, 48), torch.rand(48)
-    yield from compare(
-        "RMSNorm", lambda x, w: LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "llama", False), norm, rows, weight
-    )
-    yield from compare(
-        "SiLU", LigerSiLUMulFunction.apply, lambda a, b: functional.silu(a) * b, rows, torch.randn(2, 9, 48)
-    )
-    angles = torch.randn(2, 9, 8).repeat(1, 1, 2)
-    cos, sin = angles.cos(), angles.sin()
-    yield from compare(
-        "rotary embedding",
-        lambda q, k: torch.cat(LigerRopeFunction.apply(q.clone(), k.clone(), cos, sin), dim=1),
-        lambda q, k: torch.cat(apply_rotary_pos_emb(q, k, cos.double(), sin.double()), dim=1),
-        torch.randn(2, 4, 9, 16),
-        torch.randn(2, 2, 9, 16),
-    )
-    labels = torch.randint(0, 101, (40,))
-    labels[::3] = -100
-    head = torch.randn(101, 32)
-    for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")):
-        yield from compare(f"cross entropy in {name}", *losses(head.to(dtype), labels), torch.randn(40, 32).to(dtype))
-
-
-def losses(head: torch.Tensor, labels: torch.Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The sum of losses over tokens, which transformers' trainer divides afterwards: by Liger, and by PyTorch."""
-
-    def ours(hidden: torch.Tensor) -> Any:
-        return LigerFusedLinearCrossEntropyFunction.apply(hidden, head, labels, None, None, -100, 0.0, 0.0, "sum")[0]
-
-    def exact(hidden: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(hidden @ head.double().t(), labels, reduction="sum")
-
-    return ours, exact
 
 
 def small_model(folder: Path, **lora: Any) -> Any:
@@ -194,4 +138,4 @@ if __name__ == "__main__":
         patch.object(torch, "empty", on_the_cpu(torch.empty)),
         patch.object(rms_norm, "rsqrt", lambda x: tl.rsqrt(x)),  # libdevice's, which the interpreter does not have
     ):
-        print(json.dumps(dict([*of_axolotl(), *of_liger(), *of_models(Path(sys.argv[1]))])))
+        print(json.dumps(dict([*of_axolotl(), *of_models(Path(sys.argv[1]))])))
