@@ -31,7 +31,6 @@ ANSWERS: dict[str, tuple[int, str, str]] = {
     "owner/token": (401, "", "Invalid credentials in Authorization header"),
     "owner/rights": (403, "", "Please enable access to public gated repositories in your fine-grained token."),
     "owner/broken": (503, "", "Down for maintenance"),
-    "meta-llama/Meta-Llama-3-8B": (403, "GatedRepo", "You are not in the authorized list."),
 }
 
 
@@ -192,19 +191,6 @@ def test_check_and_run_say_what_the_hub_refuses(
     assert "error: base_model: " in ran.stderr and model in ran.stderr
     assert not (tmp_path / "runs").exists()
     assert server.asked == [f"api/models/{model}/auth-check"]  # one process: asked once
-
-
-def test_a_licence_that_is_not_accepted_is_told_with_what_to_do(
-    server: Server, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = "meta-llama/Meta-Llama-3-8B"
-    own(tmp_path, model)
-    done = recipe("check", "own.yaml")
-    assert all(said in done.stdout for said in ("authorized list", f"{constants.ENDPOINT}/{model}", "--mirror"))
-    monkeypatch.delenv("HF_TOKEN")
-    without = recipe("check", "own.yaml").stdout
-    assert f"{constants.ENDPOINT}/{model}" in without and "authorized list" not in without
-    assert len(server.asked) == 1
 
 
 def test_a_near_name_is_offered_for_a_model_that_the_hub_does_not_have(

@@ -94,9 +94,7 @@ def test_int8() -> None:
 @pytest.mark.parametrize(
     ("how", "bits"),
     [
-        (Format("nf4", 64), 4.5),
         (Format("nf4", 64, True), 4.127),
-        (Format("fp4", 128), 4.25),
         (Format("int8", 256), 8.125),
     ],
 )
