@@ -7,7 +7,7 @@ import orjson
 import pytest
 import yaml
 from conftest import Recipe, config_with, recipe_config
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qlora_recipes.base import paths, yamlfiles
@@ -267,6 +267,7 @@ LEAVES = (
 VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=3) | st.dictionaries(KEYS, v, max_size=3), max_leaves=8)
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(KEYS, VALUES, max_size=8), st.booleans())
 @example({"plugins": [["a"]], "b": 1}, False)
 @example({"datasets": [{"path": ["a"], "type": {"b": 1}}, None, [[]]], "base_model": 3}, False)
