@@ -15,8 +15,8 @@ UNSET = object()
 VALUES = {
     "bf16": (UNSET, True, False, "auto"),
     "fp16": (UNSET, True, False),
-    "bfloat16": (UNSET, True, False),
-    "float16": (UNSET, True, False),
+    "bfloat16": (UNSET, True),
+    "float16": (UNSET, True),
     "load_in_8bit": (UNSET, True),
 }
 SETTINGS: list[dict[str, Any]] = [
