@@ -25,8 +25,8 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
     has a template for that.
 
     Raises:
-        UserError: a template is broken or uses a variable that nothing sets, or or a record of a
-            run is wrong.
+        UserError: a template is broken or uses a variable that nothing sets, or a record of a run
+            is wrong.
     """
     jinja = environment(templates)
 
