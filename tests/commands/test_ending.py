@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from conftest import RECIPE, Recipe
 
-from qlora_recipes.commands import ending
-
 ESCAPE = "\x1b[2J\x1b]0;owned\x07\u202e"
 
 
@@ -93,9 +91,3 @@ def test_a_file_whose_runs_would_lie_elsewhere_is_refused(tmp_path: Path, recipe
     refused = recipe("run", f"./{name}", "--rehearse")
     assert refused.returncode == 2 and refused.stderr
     assert [file.name for file in tmp_path.iterdir()] == [name]
-
-
-def test_an_exit_with_a_reason_says_it(capsys: pytest.CaptureFixture[str]) -> None:
-    """As a limit of time does, wherever it meets the command."""
-    assert ending.ended(lambda: sys.exit("limit: 11h")) == 1
-    assert capsys.readouterr() == ("", "recipe: limit: 11h\n")

@@ -38,20 +38,3 @@ def test_two_trainings_are_equal_to_the_last_bit(recipe: Recipe, runs: list[RunD
     assert done.returncode == 0, done.stderr
     made = orjson.loads(done.stdout)["training"]
     assert (made["step"], made["last"], made["same_adapter"], made["differences"]) == (None, 8, True, {})
-
-
-@pytest.mark.long
-def test_the_settings_hold_in_the_process_that_trains(runs: list[RunDir]) -> None:
-    for run in runs:
-        assert "full_determinism" in {difference.key for difference in run.read().differences}
-        first = next(record for record in map(orjson.loads, run.metrics.read_bytes().splitlines()) if "step" in record)
-        assert first["deterministic"] == {
-            "torch deterministic algorithms": True,
-            "torch only warns where there is none": False,
-            "torch inductor deterministic": True,
-            "cudnn deterministic": True,
-            "cudnn benchmark": False,
-            "CUBLAS_WORKSPACE_CONFIG": ":16:8",
-            "FLASH_ATTENTION_DETERMINISTIC": "1",
-            "order of sets is random": False,
-        }

@@ -368,12 +368,6 @@ def test_a_finished_run_is_not_resumed(place: Path, undisturbed: RunDir) -> None
     assert {file: file.stat().st_mtime_ns for file in undisturbed.path.rglob("*")} == before
 
 
-def test_a_missing_adapter_is_told(place: Path, undisturbed: RunDir) -> None:
-    message = finish(start(place, "evaluate", undisturbed.path, "--adapter", "no/such/adapter"), code=2)
-    assert "no/such/adapter: " in message
-    assert not (undisturbed.path / "evaluations").exists()
-
-
 @pytest.mark.long
 def test_early_stopping_finishes_a_run_and_is_named(place: Path, tiny_profile: Path) -> None:
     settings = ("learning_rate=10", "early_stopping_patience=1", "evals_per_epoch=null", "saves_per_epoch=null")

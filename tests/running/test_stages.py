@@ -316,10 +316,3 @@ def test_data_is_fetched_without_what_authors_published_unless_that_is_given_or_
     assert recipe("data", "fetch", "reviews", "--from", mine / "pred.txt").returncode == 0
     assert recipe("data", "fetch", "reviews", "--only", "gold").returncode == 0
     assert {file.name for file in raw.iterdir()} == of_rows | {"pred.txt", "gold.txt"}
-
-
-def test_without_a_gpu_no_adapter_is_fetched(recipe: Recipe, server: Server, tmp_path: Path) -> None:
-    published_study.write(tmp_path, address(server))
-    (step,) = adapters(recipe, code=2)["steps"]
-    assert step["check"] == "failed" and "no-gpu" in step["problem"]
-    assert not server.paths

@@ -88,8 +88,3 @@ def test_however_rows_are_batched_and_packed(evaluated: dict[str, RunDir], base:
     ours = [loss["eval_loss_per_token"] for loss in losses.values()]
     assert max(ours) - min(ours) < 1e-4
     assert ours[0] == pytest.approx(expected_loss(base), rel=1e-4)
-
-
-def test_the_trainers_own_history_is_as_without_it(evaluated: dict[str, RunDir]) -> None:
-    card = (evaluated["2"].output / "README.md").read_text()
-    assert "Validation Loss" in card and "Per Token" not in card

@@ -11,7 +11,6 @@ from conftest import Recipe
 from run_folders import a_run
 
 from qlora_recipes.base import paths
-from qlora_recipes.running import former
 from qlora_recipes.runs import provenance
 from qlora_recipes.runs.provenance import other_axolotl
 
@@ -49,11 +48,3 @@ def test_a_run_of_another_axolotl_says_so_where_it_is_used(recipe: Recipe, tmp_p
     folder = a_run(tmp_path / "runs", NAME, "one", 5.0, **made_with("0.20.1"))
     (said,) = [line for line in recipe(*words).stderr.splitlines() if "0.20.1" in line]
     assert str(folder.path.relative_to(tmp_path)) in said and OURS in said
-
-
-def test_a_run_of_another_axolotl_that_is_not_made_again_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    a_run(tmp_path, NAME, "one", 5.0, digest="d", **made_with("0.20.1"))
-    assert former.by_digest(tmp_path, NAME).keys() == {"d"}
-    assert "0.20.1" in capsys.readouterr().err

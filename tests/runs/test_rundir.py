@@ -12,7 +12,6 @@ from run_folders import a_checkpoint
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.progress import TrainingProgress
-from qlora_recipes.results import run_rows
 from qlora_recipes.runs import lookup, rundir
 from qlora_recipes.runs.rundir import Job, Run, RunDir
 
@@ -77,18 +76,6 @@ def test_a_loss_that_is_no_number_is_shown_and_kept_as_such(tmp_path: Path, caps
     summary = rundir.summarise(run.read_metrics())
     assert (summary.eval_loss_first, summary.eval_loss) == (2.0, None)
     assert (summary.eval_loss_per_token_first, summary.eval_loss_per_token) == (2.1, None)
-
-
-def test_the_loss_of_a_run_that_has_axolotls_alone_bears_its_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = a_run(tmp_path / "r")
-    progress = TrainingProgress(run.metrics)
-    write_metrics(run, b'{"step":0,"max_steps":1,"eval_loss":2.0}')
-    progress.read()
-    assert "step 0: Axolotl's " in capsys.readouterr().err
-    listed = run_rows.row(run, run.read())
-    assert (listed["eval_loss"], listed["eval_loss_axolotl"]) == (None, 2.0)
 
 
 def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
