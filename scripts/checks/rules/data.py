@@ -12,6 +12,13 @@ from .case import Case, Problems, rule
 
 
 @rule
+def no_data(case: Case) -> Problems:
+    """Axolotl refuses such a config, after 15 s of imports."""
+    if not case.is_set("datasets", "pretraining_dataset"):
+        yield "error", "datasets", "the config names no data to train on", "list a data set with path and type"
+
+
+@rule
 def not_prepared(case: Case) -> Problems:
     """The study's data, which come in two steps; a check of the config itself does not need them yet."""
     missing: dict[str, list[Path]] = {}
