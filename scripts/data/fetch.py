@@ -172,7 +172,7 @@ class _Fetching:
             return [_verified(name, file, source)]
         except (Rejected, RuntimeError, *DAMAGED_ZIP) as error:  # RuntimeError: encrypted, or packed by another method
             aside = ""
-            if part.exists():
+            if file == part and part.exists():
                 aside = f"; it is now {part.replace(part.with_suffix('.rejected'))}; the next fetch starts over"
                 version_file(part).unlink()
             raise UserError(f"{file}: {error}{aside}") from None
