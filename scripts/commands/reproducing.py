@@ -1,6 +1,6 @@
 """The verb reproduce: a study from its data to its table, or what its authors published on the way."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -87,7 +87,15 @@ def reproduce_verb(
     of_study = find(study)
     request = Request(of_study.folder.name, profile or [], set_ or [], rehearse, mirror, force=force or [])
     request.rehearse = is_rehearsal(request)
-    only_with("--rehearse", request.rehearse, "--from adapter or training", from_ != "predictions", "it needs no model")
+    of_model: dict[str, Any] = {
+        "--rehearse": request.rehearse,
+        "--set": set_,
+        "--profile": profile,
+        "--mirror": mirror,
+        "--jobs": jobs,
+    }
+    for option, given in of_model.items():
+        only_with(option, given, "--from adapter or training", from_ != "predictions", "predictions need no model")
     evaluation = EvaluationRequest(judge=bertscore)
     backend = backend_of(on, slurm, request.rehearse, jobs)
     form = form_of(json)

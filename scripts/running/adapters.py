@@ -48,7 +48,9 @@ def located(adapter: str) -> tuple[Path, str]:
         except (HFValidationError, RepositoryNotFoundError):
             raise UserError(f"--adapter {adapter}: neither a folder nor a repository of the hub") from None
         except (HTTPError, LocalEntryNotFoundError) as error:
-            raise WorkFailed(f"--adapter {adapter}: not fetched: {str(error).splitlines()[0]}") from None
+            raise WorkFailed(
+                f"--adapter {adapter}: no folder here, and not fetched from the hub: {str(error).splitlines()[0]}"
+            ) from None
         name = f"{adapter}@{folder.name}"
     if not read_json(folder / CONFIG) or tensor_shapes(folder / ADAPTER) is None:
         raise UserError(f"{folder}: {CONFIG} or {ADAPTER} is missing or damaged; name a folder that PEFT saved")

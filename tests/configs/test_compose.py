@@ -122,12 +122,12 @@ def test_rehearsals_that_start_at_once_prepare_the_sample_once(tmp_path: Path, m
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     really, began, others = prepare.prepare, list[Path](), list[Future[Path]]()
 
-    def prepare_while_others_start(raw: list[Path], out: Path, *more: Any) -> dict[str, Any]:
+    def prepare_while_others_start(raw: list[Path], out: Path, *more: Any, **options: Any) -> dict[str, Any]:
         began.append(out)
         if len(began) == 1:
             others.extend(pool.submit(sample.usual_sample) for _ in range(2))
             assert not wait(others, timeout=0.5).done
-        return really(raw, out, *more)
+        return really(raw, out, *more, **options)
 
     monkeypatch.setattr(prepare, "prepare", prepare_while_others_start)
     with ThreadPoolExecutor() as pool:

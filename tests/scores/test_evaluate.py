@@ -278,11 +278,11 @@ def test_batches(lengths: list[int], most: int, tokens: int) -> None:
 def scored(run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """The same run with an adapter, evaluated on two rows of a file of its own; what it generates is made up."""
 
-    def predicted(folder: RunDir, task: EvaluationTask, part: Path) -> tuple[list[Row], EvaluationSettings]:
+    def predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row], EvaluationSettings]:
         rows = [{"row": i, "reference": "a b c d", "prediction": "a b"} for i in range(task.settings.rows)]
         return rows, task.settings
 
-    monkeypatch.setattr(evaluate, "_predicted", predicted)
+    monkeypatch.setattr(evaluate, "predict", predicted)
     a_checkpoint(run.path, 1).joinpath(ADAPTER).rename(adapter := run.output / ADAPTER)
     shutil.copy(sample / "test.jsonl", data := run.path / "test.jsonl")
     cfg = yamlfiles.read_yaml(run.config)

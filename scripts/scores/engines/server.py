@@ -62,7 +62,7 @@ class Api:
     key: str | None = None
     timeout: float | None = TIMEOUT
 
-    def client(self, retries: int = RETRIES) -> openai.AsyncOpenAI:
+    def client(self, retries: int) -> openai.AsyncOpenAI:
         """Return a client that sends this server's key alone, whatever the environment has for OpenAI.
 
         A proxy of the environment is not asked for a server on this machine.
@@ -213,7 +213,7 @@ class Server:
 
     async def _answers(self, prompts: Sequence[list[int]], numbers: Sequence[int]) -> AsyncIterator[dict[int, Answer]]:
         free = asyncio.Semaphore(self.at_once)
-        async with self.api.client() as client:
+        async with self.api.client(RETRIES) as client:
             tasks = [asyncio.create_task(self._answer(client, free, i, prompts[i])) for i in numbers]
             for ended in asyncio.as_completed(tasks):
                 yield await ended

@@ -127,7 +127,7 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
     try:
         api = Api(f"http://127.0.0.1:{port}/v1/", key, timeout=None)
         with Bar("starting vLLM"):
-            asyncio.run(_wait(api, server))
+            asyncio.run(_wait(api, server, log))
         name = "adapter" if settings.adapter_sha256 and not merges else "base"
         yield Server(prompter, api, name, prompts, settings.batch_size or AT_ONCE)
     except WorkFailed as error:
@@ -193,7 +193,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-async def _wait(api: "Api", server: "subprocess.Popen[bytes]") -> None:
+async def _wait(api: "Api", server: "subprocess.Popen[bytes]", log: Path) -> None:
     """Wait until the server names its models, which it does once it is ready."""
     import openai
 
@@ -203,7 +203,7 @@ async def _wait(api: "Api", server: "subprocess.Popen[bytes]") -> None:
             await api.models()
             return
         await asyncio.sleep(0.5)
-    raise WorkFailed(f"vLLM was not ready in {PATIENCE} s")
+    raise WorkFailed(f"{_tail(log)}\nvLLM was not ready in {PATIENCE} s; the whole log is {log}")
 
 
 def _tail(log: Path) -> str:
