@@ -372,7 +372,11 @@ def test_a_finished_run_is_not_resumed(place: Path, undisturbed: RunDir) -> None
 def test_early_stopping_finishes_a_run_and_is_named(place: Path, tiny_profile: Path) -> None:
     settings = ("learning_rate=10", "early_stopping_patience=1", "evals_per_epoch=null", "saves_per_epoch=null")
     sets = [word for one in (*settings, "eval_steps=2", "save_steps=2") for word in ("--set", one)]
-    name = finish(start(place, "run", PAGED, "--profile", tiny_profile, *sets, "--runs", "early"))
+    name = finish(
+        start(
+            place, "run", PAGED, "--profile", tiny_profile, *sets, "--force", "value:learning_rate", "--runs", "early"
+        )
+    )
     record = RunDir(place / name).read()
     assert (record.state, record.summary.ended) == ("finished", "early stopping")
     assert (record.summary.step, record.summary.kept_step) == (4, 2)
