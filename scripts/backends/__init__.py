@@ -15,7 +15,7 @@ type Backend = "Local | Slurm"
 
 
 def relevant(backend: Backend, found: Iterable[Finding]) -> list[Finding]:
-    """The findings of a check that hold at a backend: elsewhere, this machine's lack of a GPU is none."""
+    """Findings of a check that hold at a backend; a cluster does not need a GPU on this machine."""
     return [finding for finding in found if backend.here or finding.scope != "machine"]
 
 
@@ -29,7 +29,7 @@ def read(folder: RunDir) -> Run:
 
 
 def job_state(folder: RunDir, step: str, words: Sequence[str] | None = None) -> JobState | None:
-    """The state of the job that carries out a command of a run; None where there is none.
+    """State of the job that carries out a command of a run; None without a job.
 
     Args:
         folder: the run.
