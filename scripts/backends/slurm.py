@@ -17,8 +17,8 @@ from pathlib import Path
 from ..base import paths
 from ..base.errors import UserError, WorkFailed
 from ..base.files import write_atomically
+from ..base.paths import template_environment
 from ..base.progress import PART, say
-from ..base.templating import environment
 from ..configs import gpus
 from ..configs.gpus import Gpu
 from ..runs.rundir import Job, RunDir, new_folder
@@ -247,7 +247,7 @@ class Batch:
             cores = "${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}"  # srun does not inherit it
             recipe = f"srun --nodes={nodes} --ntasks-per-node=1 --kill-on-bad-exit=1 {cores} {recipe}"
         return (
-            environment(paths.TEMPLATES)
+            template_environment(paths.TEMPLATES)
             .get_template("slurm.sh.j2")
             .render(
                 title=self.title,

@@ -1,10 +1,14 @@
-"""Files that are never seen half-written, and what is in them."""
+"""Files that are never seen half-written, what is in them, and the room on their disks."""
 
 import errno
 import glob
 import hashlib
 import os
+import re
 import secrets
+import shutil
+import sys
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +19,6 @@ from typing import IO, Any
 import orjson
 from safetensors import SafetensorError, safe_open
 
-from . import disks
 from .errors import UserError
 
 Row = dict[str, Any]
@@ -44,11 +47,11 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
     is written to as it is.
     """
     if file.exists() and not file.is_file():
-        with disks.naming(file), file.open("wb") as stream:
+        with naming(file), file.open("wb") as stream:
             yield stream
         return
     part = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")  # containers can share a folder and process ids
-    with making(file.parent), disks.naming(file):
+    with making(file.parent), naming(file):
         try:
             with part.open("xb") as stream:
                 yield stream
@@ -183,7 +186,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 def append_line(file: Path, line: bytes) -> None:
     """Add a line to a file. An unfinished one of a killed process stays a line of its own, for readers to skip."""
-    with disks.naming(file), opened(file, "a+b") as stream:
+    with naming(file), opened(file, "a+b") as stream:
         if stream.tell():
             stream.seek(-1, os.SEEK_END)
             if stream.read() != b"\n":
@@ -195,3 +198,74 @@ def sha256(file: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last by a limit on the size of files
+RESERVED_BYTES = 1 << 16  # bytes, enough for a run's record
+
+_SAID = r"No space left on device|Disk quota exceeded|os error 28|PytorchStreamWriter failed writing"
+_NO_ROOM = re.compile(rf"(?:{_SAID})(?:[^\n']*: '(/[^'\n]+)')?")  # as Python, safetensors' Rust and torch say it
+
+
+def free_bytes(path: Path) -> int:
+    """The bytes that this user can still write where a path lies, or would lie; without end where its file system, as
+    /proc, has no size."""
+    usage = shutil.disk_usage(existing_parent(path))
+    return usage.free if usage.total else sys.maxsize
+
+
+def existing_parent(path: Path) -> Path:
+    """A path, or the nearest of the folders above it that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an error of the disk within the block name what was being written, which the error of a full one does not.
+
+    Raises:
+        OSError: with the path, also where a library raised an error of its own kind for a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (*DISK_FULL, errno.EIO):
+            error.filename = error.filename or str(path)
+        raise
+    except Exception as error:
+        if _NO_ROOM.search(str(error)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise
+
+
+@contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Keep some room free in a folder for what has to be written there after the block, however full it gets.
+
+    Raises:
+        OSError: of the folder, which has not even that room.
+    """
+    with ExitStack() as stack:
+        with naming(folder):
+            # without a name, so that nobody who is killed leaves it
+            file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
+            content = os.urandom(RESERVED_BYTES)  # zeros would take no room on some disks
+            while content:
+                content = content[file.write(content) :]
+            os.fsync(file.fileno())  # a disk elsewhere says only then that it is full
+        yield
+
+
+def where_full(log: str, folders: list[Path]) -> Path | None:
+    """Where a process ran out of room: the file that its log names, else the fullest of some folders; None where it
+    did not. The log itself may have had no room for saying so.
+
+    Args:
+        log: the last lines of what it said: earlier ones can tell of what it could do without.
+        folders: those that it writes to, where `reserved` still holds room, or not.
+    """
+    said = _NO_ROOM.search(log)
+    if said and said[1]:
+        return Path(said[1])
+    fullest = min(folders, key=free_bytes)
+    return fullest if said or free_bytes(fullest) < RESERVED_BYTES else None

@@ -2,8 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UserError, did_you_mean, meant
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import SandboxedEnvironment
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -104,3 +108,23 @@ def find_profile(name: str) -> tuple[str, Path]:
         return next((profile for profile in shipped.items() if profile[1].samefile(name)), (name, Path(name)))
     found = meant(name, shipped, "profile", f"; there are {', '.join(shipped)}, or any YAML file")
     return found, shipped[found]
+
+
+def template_environment(folder: Path, escape: bool = False) -> "SandboxedEnvironment":
+    """The environment for the templates of a folder, which can extend the project's.
+
+    Args:
+        folder: the folder.
+        escape: whether they are HTML, in which variables are text.
+    """
+    import jinja2
+    from jinja2.sandbox import SandboxedEnvironment
+
+    return SandboxedEnvironment(
+        loader=jinja2.FileSystemLoader([folder, TEMPLATES]),
+        undefined=jinja2.StrictUndefined,
+        autoescape=escape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )

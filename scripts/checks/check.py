@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..base import disks, paths, private, yamlfiles
+from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
-from ..base.quiet import importing_axolotl
+from ..base.files import DISK_FULL
+from ..base.hub import importing_axolotl
+from ..base.progress import MASK, is_secret
 from ..base.yamlfiles import Config
 from ..configs import compose, models, standin, substitution, variants
 from ..configs.compatibility import VARIANTS
@@ -110,7 +112,7 @@ def check(
     except UserError as error:
         report.add([_unreadable(request.name, str(error))])
     except OSError as error:
-        if error.errno in disks.FULL:
+        if error.errno in DISK_FULL:
             raise
         report.add([_unreadable(request.name, f"{error.filename}: {error.strerror}")])
     return report
@@ -410,7 +412,7 @@ def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]
 def _without_secret(option: str, key: str) -> str:
     """An option such as `--set key=value`, without a value that is secret."""
     head, _, value = option.partition("=")
-    return f"{head}={private.MASK}" if value and private.is_secret(key) else option
+    return f"{head}={MASK}" if value and is_secret(key) else option
 
 
 def check_arguments(arguments: list[str]) -> None:
@@ -418,7 +420,7 @@ def check_arguments(arguments: list[str]) -> None:
     for argument in arguments:
         option = argument.lstrip("-").partition("=")[0].replace("-", "_")
         check_not_of_the_run(option, argument)
-        if private.is_secret(option, argument):
+        if is_secret(option, argument):
             raise UserError(
                 f"{argument.partition('=')[0]}: would be stored in the run's folder; set it in an environment variable"
             )

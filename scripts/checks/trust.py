@@ -11,7 +11,7 @@ import orjson
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.locks import make_once
+from ..base.processes import make_once
 from ..base.yamlfiles import Config
 from ..configs import standin
 from ..data import sample

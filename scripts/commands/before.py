@@ -240,7 +240,7 @@ def quantization_verb(
     json: Json = False,
 ) -> None:
     """What bitsandbytes' formats lose of real weights, and the bits that they take."""
-    from ..base.quiet import importing_axolotl
+    from ..base.hub import importing_axolotl
     from ..configs import standin
 
     exclusive({"--model": model, "--synthetic": synthetic})
@@ -262,7 +262,7 @@ def quantization_verb(
 @analyze_verbs.command("lora", cls=Verb, epilog="recipe analyze lora llama-3.2-3b --figure lora.svg")
 def lora_verb(names: Names = None, figure: FigureFile = None, json: Json = False) -> None:
     """How many parameters LoRA trains, by layers and rank."""
-    from ..base.quiet import importing_axolotl
+    from ..base.hub import importing_axolotl
     from ..planning import lora
 
     recipes = [yamlfiles.read_yaml(find_recipe(name)[1]) for name in names or recipe_names()]

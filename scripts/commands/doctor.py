@@ -14,9 +14,8 @@ from typing import Any, Literal
 import orjson
 from packaging.requirements import InvalidRequirement, Requirement
 
-from ..base import machine, paths, yamlfiles
+from ..base import hub, machine, paths, yamlfiles
 from ..base.machine import Card
-from ..data import hub
 
 NEEDS = {11: 450, 12: 525, 13: 580}
 """Oldest driver for each major version of CUDA (NVIDIA, "CUDA Compatibility", minor version compatibility)."""

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from ..base import disks, paths
+from ..base import paths
 from ..base.errors import UserError, WorkFailed
+from ..base.files import DISK_FULL, RESERVED_BYTES, free_bytes
 from ..base.progress import say
 
 
@@ -34,17 +35,17 @@ def ended(command: Callable[[], object]) -> int:
     except OSError as error:
         if error.errno is None:  # transformers' words for what the hub lacks, or for a hub that was given up
             return _refused(str(error.__context__ if isinstance(error.__context__, WorkFailed) else error), 1)
-        if error.filename is None and error.errno not in (*disks.FULL, errno.EIO):
+        if error.filename is None and error.errno not in (*DISK_FULL, errno.EIO):
             raise  # not of a file that the user named
         where = error.filename or _unnamed()
-        return _refused(f"{where}: {_in_words(error)}", 1 if error.errno in (*disks.FULL, errno.EIO) else 2)
+        return _refused(f"{where}: {_in_words(error)}", 1 if error.errno in (*DISK_FULL, errno.EIO) else 2)
 
 
 def _unnamed() -> str:
     """Where there was no room by an error that does not say so: standard output if it still takes nothing, or else the
     cache or the folder for temporary files, where libraries write, if one is full; what else is written is named."""
     libraries = paths.cache(), Path(tempfile.gettempdir())
-    full = next((folder for folder in libraries if disks.free(folder) < disks.RESERVE), None)
+    full = next((folder for folder in libraries if free_bytes(folder) < RESERVED_BYTES), None)
     if full:
         with suppress(OSError):
             print(flush=True)  # a line, as there may be nothing left to flush

@@ -7,11 +7,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..base import paths, yamlfiles
+from ..base import hub, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import read_json
 from ..base.yamlfiles import Config
-from ..data import hub
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
@@ -160,7 +159,7 @@ def _config_file(name: str, revision: Any, download: bool) -> Path:
         raise ConnectionError(answer.says)
     from huggingface_hub import hf_hub_download
 
-    return Path(hub.within(hub.PATIENCE, partial(hf_hub_download, name, "config.json", revision=revision)))
+    return Path(hub.within(hub.ANSWER_TIMEOUT, partial(hf_hub_download, name, "config.json", revision=revision)))
 
 
 def is_copy(name: Any, of: Any) -> bool:

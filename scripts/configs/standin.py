@@ -7,9 +7,9 @@ from pathlib import Path
 from ..base import paths
 from ..base.errors import UserError, WorkFailed
 from ..base.files import sha256
-from ..base.locks import make_once
+from ..base.hub import importing_axolotl
+from ..base.processes import make_once
 from ..base.progress import say
-from ..base.quiet import importing_axolotl
 from ..base.yamlfiles import Config
 
 NAME = "SmolLM2-135M-Instruct"

@@ -10,11 +10,10 @@ from pathlib import Path
 import orjson
 import requests
 
-from ..base.disks import naming
 from ..base.errors import UserError, WorkFailed
-from ..base.files import read_json, write_json
+from ..base.files import naming, read_json, write_json
+from ..base.hub import limit_waiting
 from ..base.progress import Bar, say
-from ..base.quiet import limit_waiting
 from .declaration import Source
 
 TIMEOUT = (15, 60)  # seconds: to connect, and without a byte

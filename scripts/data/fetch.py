@@ -10,11 +10,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from .. import __version__
-from ..base.disks import naming
 from ..base.errors import UserError
-from ..base.files import DAMAGED_ZIP, read_json, sha256, write_json
-from ..base.locks import held
+from ..base.files import DAMAGED_ZIP, naming, read_json, sha256, write_json
 from ..base.machine import now
+from ..base.processes import held
 from ..base.progress import say
 from .declaration import Data, Source, SourceFile
 from .download import check_space, download, hub_file, public, version_file, write_dataset

@@ -15,8 +15,8 @@ import orjson
 
 from ..base.errors import UserError
 from ..base.files import Output, making, read_json
-from ..base.locks import LOOK, PATIENCE, held, is_held
 from ..base.paths import shown
+from ..base.processes import LOCK_TIMEOUT, LOOK, held, is_held
 from ..base.progress import say
 from . import manifest
 from .declaration import SPLITS, Data, Key, Mistake, Order, Subset
@@ -35,7 +35,7 @@ def prepare(
     input_format: str,
     fields: Mapping[str, str] | None = None,
     valid_rows: int | None = None,
-    patience: float = LOOK,
+    timeout: float = LOOK,
 ) -> dict[str, Any]:
     """Write train.jsonl, valid.jsonl and test.jsonl, those for which there are raw files, and a manifest.
 
@@ -50,7 +50,7 @@ def prepare(
         input_format: one of the study's.
         fields: a user's expressions in the place of some of the study's.
         valid_rows: the number of rows to sample for validation; 0 keeps all, None samples as many as the study.
-        patience: seconds to wait for another process that is preparing data in the same folder.
+        timeout: seconds to wait for another process that is preparing data in the same folder.
 
     Returns:
         The manifest: for each split the rows read, kept, dropped by filter and duplicate, and checksums of the
@@ -66,7 +66,7 @@ def prepare(
     for file in raw:
         if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
             raise UserError(f"{file}: would be overwritten; write to another folder with --out")
-    lock = held(out / PREPARE_LOCK, "another preparation is running", patience, remove=True)
+    lock = held(out / PREPARE_LOCK, "another preparation is running", timeout, remove=True)
     with making(out), lock, ExitStack() as stack:
         files = find(raw, of_study.data.raw_files)
         splits = _Preparation(changed, files, input_format, sorted(fields or {}), out, stack).splits()
@@ -290,8 +290,8 @@ def choose(subset: Subset, folder: Path, rows: Iterable[PlacedRow]) -> list[Plac
 
 
 def wait_for_others(out: Path) -> None:
-    """Return once no other process is preparing data in a folder, or after `PATIENCE` seconds."""
-    deadline = time.monotonic() + PATIENCE
+    """Return once no other process is preparing data in a folder, or after `LOCK_TIMEOUT` seconds."""
+    deadline = time.monotonic() + LOCK_TIMEOUT
     if is_held(out / PREPARE_LOCK):
         say(f"{out}: waiting for another process that prepares it")
     while is_held(out / PREPARE_LOCK) and time.monotonic() < deadline:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..base import paths
 from ..base.errors import UserError
 from ..base.files import sha256
-from ..base.locks import make_once
+from ..base.processes import make_once
 from . import study
 
 VERSION = 1

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..base.quiet import importing_axolotl
+from ..base.hub import importing_axolotl
 from .judge import Judge, config_of, layer_of
 from .metric import Metric, Pair
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ..base.errors import UserError, WorkFailed
 from ..base.files import sha256
-from ..base.quiet import importing_axolotl
+from ..base.hub import importing_axolotl
 from .metric import Parameters
 
 DEFAULT = "roberta-large"  # bert-score's own for English

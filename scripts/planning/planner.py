@@ -95,7 +95,7 @@ class Planner:
         return self._trace
 
     def _trace_anew(self, shapes: list[Shape]) -> MemoryTrace:
-        from ..base.quiet import importing_axolotl
+        from ..base.hub import importing_axolotl
 
         with importing_axolotl():
             from .layers import trace

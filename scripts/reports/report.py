@@ -17,7 +17,7 @@ from ..base import paths
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.machine import now
-from ..base.templating import environment
+from ..base.paths import template_environment
 from ..configs import gpus
 from ..data.study import Study
 from ..planning import need
@@ -176,7 +176,7 @@ def _page(title: str, kind: str, runs: Sequence[ReportedRun], **more: Any) -> st
 
 
 def _render(facts: dict[str, Any]) -> str:
-    jinja = environment(TEMPLATES, escape=True)
+    jinja = template_environment(TEMPLATES, escape=True)
     jinja.filters |= {
         "text": visible,
         "note": _note,

@@ -14,7 +14,7 @@ from .. import backends
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, json_rows, sha256
-from ..base.private import is_secret
+from ..base.progress import is_secret
 from ..configs import config
 from ..data import study
 from ..metrics import registry

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..base import paths, private, yamlfiles
+from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import embedding_rows, read_json, sha256
-from ..base.templating import environment
+from ..base.paths import template_environment
+from ..base.progress import is_secret, masked
 from ..configs import config, datafiles, models
 from ..data import expressions, study
 from ..data.declaration import Data
@@ -93,7 +94,7 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
 
 
 def _template() -> Any:
-    jinja = environment(paths.TEMPLATES)
+    jinja = template_environment(paths.TEMPLATES)
     jinja.filters |= {"code": _code, "fenced": _fenced, "prose": _prose, "address": _address}
     jinja.filters |= {"text": tables.text_of, "yaml": yamlfiles.write_yaml}
     return jinja.get_template("model-card.md.j2")
@@ -101,7 +102,7 @@ def _template() -> Any:
 
 def is_private(key: str) -> bool:
     """Whether a dotted key is for a secret, a folder of this machine, or the account or host that a run reports to."""
-    return bool(_NOT_SHOWN.match(key)) or private.is_secret(key)
+    return bool(_NOT_SHOWN.match(key)) or is_secret(key)
 
 
 def _sets_private(override: str) -> bool:
@@ -203,13 +204,13 @@ def _public(value: Any, cwd: Path, key: str = "") -> Any:
     without secrets."""
     if isinstance(value, dict):
         below_tokens = key == "special_tokens"
-        kept = {name: below for name, below in value.items() if below_tokens or not private.is_secret(str(name))}
+        kept = {name: below for name, below in value.items() if below_tokens or not is_secret(str(name))}
         return {name: _public(below, cwd, name) for name, below in kept.items()}
     if isinstance(value, list):
         return [_public(below, cwd) for below in value]
     if not isinstance(value, str):
         return value
-    value = private.masked(value)
+    value = masked(value)
     path = Path(value)
     if ".." in path.parts or (path.is_absolute() and len(path.parts) > 2):
         return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else path.name

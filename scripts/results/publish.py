@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import backends
-from ..base import disks, yamlfiles
+from ..base import yamlfiles
 from ..base.errors import UserError, WorkFailed
-from ..base.files import opened, sha256, tensor_shapes, write_atomically
-from ..base.locks import held
-from ..base.processes import start_child, stop_requests
+from ..base.files import opened, sha256, tensor_shapes, where_full, write_atomically
+from ..base.hub import limit_waiting
+from ..base.processes import held, start_child, stop_requests
 from ..base.progress import Bar, say
-from ..base.quiet import limit_waiting
 from ..checks import trust
 from ..runs.rundir import Run, RunDir
 from ..scores.evaluations import ADAPTER, changed, check_again, of_run, read_scores
@@ -112,7 +111,7 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
         new = scratch / "merged"
         if code or not any(new.glob("*.safetensors")):
             tail = log.read_text(errors="replace").splitlines()[-15:]
-            if full := disks.where_full("\n".join(tail), [folder.path]):
+            if full := where_full("\n".join(tail), [folder.path]):
                 raise WorkFailed(f"{full}: no space left for the merged model, which is as large as the base model")
             raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not merge; the whole log is {log}"]))
         require_applied(lambda: _base_folder(folder, run), folder.output, new)

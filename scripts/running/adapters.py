@@ -11,9 +11,9 @@ from ..backends import Backend
 from ..base import yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import read_json, sha256, tensor_shapes
+from ..base.hub import importing_axolotl
 from ..base.paths import find_recipe
 from ..base.progress import say
-from ..base.quiet import importing_axolotl
 from ..configs import datafiles, models, standin
 from ..configs.compose import Composed, Request
 from ..runs.records import FileState

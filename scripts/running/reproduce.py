@@ -9,8 +9,8 @@ from .. import backends
 from ..backends import Backend
 from ..base import yamlfiles
 from ..base.errors import UserError, meant
-from ..base.locks import PATIENCE, held
 from ..base.paths import find_recipe
+from ..base.processes import LOCK_TIMEOUT, held
 from ..base.progress import Bar, say
 from ..checks import check
 from ..configs import datafiles, models
@@ -268,7 +268,7 @@ def have_data(of_study: Study, configs: list[Composed]) -> None:
         if not any(folder.glob("[!.]*")):
             say(f"data: fetching and preparing {folder}")
             _fetch(of_study.data, of_study.data.raw_files)
-            prepare.prepare(fetched(of_study.data), folder, of_study, name, patience=PATIENCE)
+            prepare.prepare(fetched(of_study.data), folder, of_study, name, timeout=LOCK_TIMEOUT)
         if reason := manifest.is_not_prepared(of_study, folder, name):
             raise UserError(
                 f"{folder}: not the study's data: {reason}; move it away to have it prepared, or run the recipes on it "

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..backends import Backend
 from ..base.errors import UserError
-from ..base.locks import held
 from ..base.paths import find_recipe
+from ..base.processes import held
 from ..base.progress import Bar, say
 from ..configs import config
 from ..configs.compose import Request

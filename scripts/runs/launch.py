@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from ..base import disks, paths, yamlfiles
+from ..base import paths, yamlfiles
 from ..base.errors import UserError, WorkFailed
-from ..base.files import opened
+from ..base.files import opened, reserved, where_full
 from ..base.machine import now
 from ..base.processes import start_child, stop_requests
 from ..base.progress import TrainingProgress, say
@@ -83,7 +83,7 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     )
     written = folder.metrics.stat().st_size if folder.metrics.exists() else 0
     logged = folder.log.stat().st_size if folder.log.exists() else 0
-    with disks.reserved(folder.path):
+    with reserved(folder.path):
         record.launches.append(launch)
         record.state = "running"
         folder.write(record)
@@ -237,7 +237,7 @@ def _no_room(folder: RunDir, log: Path, since: int) -> str | None:
     text, tail = _said(log, since)
     if _NO_GPU_MEMORY.search(text) or _RANK_KILLED.search(text):
         return None
-    full = disks.where_full("\n".join(tail), [folder.path, paths.cache(), Path(tempfile.gettempdir())])
+    full = where_full("\n".join(tail), [folder.path, paths.cache(), Path(tempfile.gettempdir())])
     return f"no space left in {full}" if full else None
 
 

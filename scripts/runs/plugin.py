@@ -21,10 +21,9 @@ from pynvml import NVMLError
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..base.files import append_line
-from ..base.locks import PATIENCE, held
+from ..base.hub import limit_waiting
 from ..base.machine import Card
-from ..base.processes import end_with_parent
-from ..base.quiet import limit_waiting
+from ..base.processes import LOCK_TIMEOUT, end_with_parent, held
 from ..configs import determinism, models
 from ..configs.engines import CPU_RANKS, KEYS, engine_of
 from . import checkpoints, eval_loss, ranks
@@ -81,7 +80,7 @@ class RunPlugin(BasePlugin):
         import mlflow
 
         store = Path(uri.removeprefix("sqlite:///"))
-        with held(store.with_name(f".{store.name}.lock"), "another run is opening MLflow's store", PATIENCE):
+        with held(store.with_name(f".{store.name}.lock"), "another run is opening MLflow's store", LOCK_TIMEOUT):
             mlflow.search_experiments(max_results=1)
 
     def post_lora_load(self, cfg: Any, model: Any) -> None:

@@ -13,8 +13,8 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from ..base.errors import UserError
 from ..base.files import clear_parts, loads, write_atomically
-from ..base.locks import PATIENCE, held, is_held
 from ..base.machine import now
+from ..base.processes import LOCK_TIMEOUT, held, is_held
 from ..base.progress import say, say_once
 from ..configs.config import Difference, chained
 from ..configs.datafiles import DataFile
@@ -227,7 +227,7 @@ class RunDir:
 
     def add_job(self, job: Job) -> None:
         """Note a job."""
-        with held(self.path / ".jobs.lock", "another process is noting a job", PATIENCE, remove=True):
+        with held(self.path / ".jobs.lock", "another process is noting a job", LOCK_TIMEOUT, remove=True):
             write_atomically(self._jobs, _JOBS.dump_json([*self.jobs(), job], indent=2).decode() + "\n")
 
     @contextmanager

@@ -9,10 +9,10 @@ import orjson
 
 from ..base.errors import UserError
 from ..base.files import Output, replacing
-from ..base.locks import held
+from ..base.hub import importing_axolotl
 from ..base.machine import now
+from ..base.processes import held
 from ..base.progress import Bar, say
-from ..base.quiet import importing_axolotl
 from ..runs.records import FileState
 from ..runs.rundir import RunDir
 from ..runs.tasks import Command

@@ -14,8 +14,8 @@ import orjson
 
 from ..base.errors import UserError
 from ..base.files import Row, json_rows, sha256, write_rows
+from ..base.hub import importing_axolotl
 from ..base.progress import say
-from ..base.quiet import importing_axolotl
 from ..base.yamlfiles import Config
 from ..checks.rows import fields_of
 from ..configs import datafiles

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, TypeAdapter, field_validator, model_valid
 
 from ..base.errors import UserError
 from ..base.files import Row, loads, read_json, write_atomically
-from ..base.locks import held
+from ..base.processes import held
 from ..base.progress import say_once
 from ..data.study import Decoding
 from ..metrics import registry

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import orjson
 
-from ..base.disks import naming
 from ..base.errors import UserError, WorkFailed
-from ..base.files import Row, loads, opened, replacing
+from ..base.files import Row, loads, naming, opened, replacing
 from ..base.progress import Bar
 from ..configs import gpus
 from . import agreement

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..base.errors import UserError
 from ..base.files import json_rows
-from ..base.quiet import importing_axolotl
+from ..base.hub import importing_axolotl
 from ..base.yamlfiles import Config
 from ..checks.rows import fields_of
 from ..configs import datafiles

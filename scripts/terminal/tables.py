@@ -14,8 +14,7 @@ import click
 import orjson
 
 from ..base.files import Row
-from ..base.private import masked
-from ..base.progress import harmless
+from ..base.progress import harmless, masked
 from ..base.yamlfiles import write_flow
 
 Form = Literal["table", "md", "csv", "json"]

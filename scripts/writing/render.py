@@ -10,7 +10,7 @@ import jinja2
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.files import write_atomically
-from ..base.templating import environment
+from ..base.paths import template_environment
 from ..configs import ledger
 from ..data import study
 from ..data.study import Study
@@ -28,7 +28,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
         UserError: a template is broken or uses a variable that nothing sets, or a record of a run
             is wrong.
     """
-    jinja = environment(templates)
+    jinja = template_environment(templates)
 
     def text_of(template: str, **variables: Any) -> str:
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_recipes.base import disks
+from qlora_recipes.base import files
 
 
 @pytest.mark.parametrize(
@@ -22,16 +22,16 @@ from qlora_recipes.base import disks
     ],
 )
 def test_a_log_tells_of_a_full_disk(tmp_path: Path, said: str, where: str | None) -> None:
-    found = disks.where_full(said, [tmp_path])
+    found = files.where_full(said, [tmp_path])
     assert found == (None if where is None else Path(where or tmp_path))
 
 
 def test_errors_of_a_full_disk_get_the_name_of_the_file_and_no_others_do(tmp_path: Path) -> None:
     for error in (OSError(errno.ENOSPC, "full"), RuntimeError("No space left on device (os error 28)")):
-        with pytest.raises(OSError) as full, disks.naming(tmp_path / "f"):
+        with pytest.raises(OSError) as full, files.naming(tmp_path / "f"):
             raise error
         assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(tmp_path / "f"))
-    with pytest.raises(ConnectionError) as other, disks.naming(tmp_path / "f"):
+    with pytest.raises(ConnectionError) as other, files.naming(tmp_path / "f"):
         raise ConnectionError("refused")
     assert (str(other.value), other.value.filename) == ("refused", None)
 
@@ -48,12 +48,12 @@ def held_without_a_name() -> int:
 
 def test_room_is_kept_until_the_block_ends_and_free_room_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
     before = held_without_a_name()
-    with disks.reserved(tmp_path):
+    with files.reserved(tmp_path):
         assert not any(tmp_path.iterdir())  # which whoever is killed here would leave
-        assert held_without_a_name() == before + disks.RESERVE
+        assert held_without_a_name() == before + files.RESERVED_BYTES
     assert held_without_a_name() == before
-    assert disks.free(tmp_path / "not" / "yet") == pytest.approx(disks.free(tmp_path), abs=1 << 30)
+    assert files.free_bytes(tmp_path / "not" / "yet") == pytest.approx(files.free_bytes(tmp_path), abs=1 << 30)
 
 
 def test_a_file_system_without_a_size_is_not_full() -> None:
-    assert disks.where_full("", [Path("/proc")]) is None
+    assert files.where_full("", [Path("/proc")]) is None

@@ -7,7 +7,7 @@ import pytest
 from conftest import Recipe, config_with
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.base.private import is_secret, masked
+from qlora_recipes.base.progress import is_secret, masked
 from qlora_recipes.data.download import public
 
 NAME = "haider2024/code-llama-7b"

@@ -10,7 +10,7 @@ import pytest
 from conftest import SHARED
 
 from qlora_recipes.base import paths, yamlfiles
-from qlora_recipes.base.quiet import importing_axolotl
+from qlora_recipes.base.hub import importing_axolotl
 from qlora_recipes.configs import standin
 from qlora_recipes.runs.eval_loss import MASKED
 

@@ -10,14 +10,14 @@ from conftest import Recipe, config_with, recipe_config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base import hub, paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check, rules, schema
 from qlora_recipes.checks.finding import _SCOPES, Finding
 from qlora_recipes.checks.rules import case
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Composed, Request
-from qlora_recipes.data import hub, study
+from qlora_recipes.data import study
 from qlora_recipes.planning import fit
 
 NAME = "haider2024/code-llama-7b"

@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 from conftest import config_with
 
-from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base import hub, paths, yamlfiles
 from qlora_recipes.checks import check, installed
 from qlora_recipes.checks.rules import data, settings
 from qlora_recipes.configs import gpus, precision
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.data import hub
 
 V100 = gpus.find("V100")
 

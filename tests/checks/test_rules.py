@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from conftest import config_with, recipe_config
 
-from qlora_recipes.base import disks, paths
+from qlora_recipes.base import hub, paths
 from qlora_recipes.checks import rules
 from qlora_recipes.checks.finding import Finding
 from qlora_recipes.checks.rules import case, hardware
 from qlora_recipes.configs import gpus
-from qlora_recipes.data import hub
 
 LLAMA_3 = "haider2024/llama-3-8b"
 
@@ -31,7 +30,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Pa
     (tmp_path / "pickled" / "adapter_model.bin").touch()
     monkeypatch.setenv("HF_TOKEN", "for the test")
     monkeypatch.setattr(hub, "is_offline", lambda: False)
-    monkeypatch.setattr(disks, "free", lambda _: 10**15)
+    monkeypatch.setattr("qlora_recipes.checks.rules.space.free_bytes", lambda _: 10**15)
     monkeypatch.setattr(hardware, "torch_cuda", lambda: "13.0")
     return tmp_path
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from conftest import config_with
 
-from qlora_recipes.base import disks
 from qlora_recipes.checks import rules
 from qlora_recipes.checks.finding import Finding
 from qlora_recipes.checks.rules import space
@@ -68,10 +67,10 @@ def test_too_little_room_is_said(monkeypatch: pytest.MonkeyPatch, launching: boo
         case = rules.Case(config_with({"datasets": [DATA]}), set(), launching=launching)
         return [finding for finding in rules.findings(case) if finding.rule == "no-room"]
 
-    monkeypatch.setattr(disks, "free", lambda _: 10**9)
+    monkeypatch.setattr("qlora_recipes.checks.rules.space.free_bytes", lambda _: 10**9)
     (only,) = found()
     assert (only.level, only.key, only.scope) == (level, "output_dir", "machine")
     for value in (str(Path("runs").absolute()), "1 GB", "0.13 GB", "1.2 GB"):
         assert value in only.problem
-    monkeypatch.setattr(disks, "free", lambda _: 10**12)
+    monkeypatch.setattr("qlora_recipes.checks.rules.space.free_bytes", lambda _: 10**12)
     assert found() == []

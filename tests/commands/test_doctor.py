@@ -11,9 +11,8 @@ from conftest import Recipe
 from file_server import serving
 from huggingface_hub import close_session, constants
 
-from qlora_recipes.base import machine, paths
+from qlora_recipes.base import hub, machine, paths
 from qlora_recipes.commands import doctor
-from qlora_recipes.data import hub
 
 Patch = pytest.MonkeyPatch
 Lines = dict[str, dict[str, str]]

@@ -17,8 +17,8 @@ import orjson
 import pytest
 from file_server import Server, data_of, serving
 
-from qlora_recipes.base import locks
 from qlora_recipes.base.errors import UserError, WorkFailed
+from qlora_recipes.base.processes import held
 from qlora_recipes.data import download as downloading
 from qlora_recipes.data import fetch as fetching
 from qlora_recipes.data.declaration import Data
@@ -414,7 +414,7 @@ def test_a_full_disk_keeps_no_half_of_a_file(tmp_path: Path) -> None:
 
 
 def test_two_fetches_at_once(tmp_path: Path, server: Server) -> None:
-    with locks.held(tmp_path / ".fetch.lock", ""), pytest.raises(UserError, match=f"^{tmp_path}: "):
+    with held(tmp_path / ".fetch.lock", ""), pytest.raises(UserError, match=f"^{tmp_path}: "):
         fetch(data(server.url), tmp_path)
     assert not server.seen
 

@@ -8,7 +8,7 @@ from conftest import Recipe
 from run_folders import a_run
 
 from qlora_recipes.backends.local import Local
-from qlora_recipes.base import disks, machine
+from qlora_recipes.base import machine
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request
@@ -126,7 +126,7 @@ def test_exit_codes() -> None:
 def test_the_disk_that_needs_room_is_that_of_the_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
 ) -> None:
-    monkeypatch.setattr(disks, "free", lambda _: 10**3)
+    monkeypatch.setattr("qlora_recipes.checks.rules.space.free_bytes", lambda _: 10**3)
     monkeypatch.setattr(plan, "of_request", Mock(side_effect=UserError("takes seconds")))
     short = f"{tmp_path / 'elsewhere'}: 1e-06 GB"
     asked = Request("haider2024/code-llama-7b")

@@ -15,8 +15,9 @@ import orjson
 import pytest
 from conftest import SAMPLE, Recipe, recipe_config
 
-from qlora_recipes.base import locks, yamlfiles
+from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.processes import held
 from qlora_recipes.configs import compose, datafiles
 from qlora_recipes.configs.compose import Composed, Request
 from qlora_recipes.data import prepare, study
@@ -221,7 +222,7 @@ def test_data_that_another_process_is_preparing_is_waited_for(
     folder = Path("data/codereviewer")
     folder.mkdir(parents=True)
     with ThreadPoolExecutor() as pool:
-        with locks.held(folder / prepare.PREPARE_LOCK, ""):
+        with held(folder / prepare.PREPARE_LOCK, ""):
             waiting = pool.submit(reproduce.have_data, published_data, composed("llama-2-7b"))
             assert not wait([waiting], timeout=0.5).done
         waiting.result()

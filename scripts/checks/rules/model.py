@@ -3,10 +3,9 @@
 import re
 from pathlib import Path
 
-from ...base import paths
+from ...base import hub, paths
 from ...base.errors import did_you_mean
 from ...configs import models
-from ...data import hub
 from ..finding import Level
 from .case import Case, Problems, rule
 

@@ -1,6 +1,6 @@
 """Whether settings are complete, compatible with one another and with the number of steps, and safe to keep."""
 
-from ...base.private import is_secret
+from ...base.progress import is_secret
 from ...configs.config import flatten
 from .case import Case, Problems, rule
 

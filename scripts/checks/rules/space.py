@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ...base import disks
+from ...base.files import existing_parent, free_bytes
 from ...configs import models
 from .case import Case, Problems, rule
 
@@ -35,10 +35,10 @@ def no_room(case: Case) -> Problems:
         if need.key == "base_model" and case.model.weights_here:
             continue
         with suppress(OSError):
-            on_disk[disks.nearest(need.folder).stat().st_dev].append(need)
+            on_disk[existing_parent(need.folder).stat().st_dev].append(need)
     for needs in on_disk.values():
         folder = needs[0].folder
-        needed, free = sum(need.size for need in needs), disks.free(folder)
+        needed, free = sum(need.size for need in needs), free_bytes(folder)
         if needed > free:
             parts = "; ".join(f"{need.what} {need.size / 1e9:.2g} GB" for need in needs)
             problem = f"{folder.absolute()}: {free / 1e9:.2g} GB are free on its disk, and a run writes about "

@@ -15,9 +15,9 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...base import disks, paths
+from ...base import paths
 from ...base.errors import UserError, WorkFailed
-from ...base.files import embedding_rows, opened, read_json
+from ...base.files import embedding_rows, naming, opened, read_json
 from ...base.processes import start_child
 from ...base.progress import Bar
 from ..evaluations import ADAPTER, EvaluationSettings
@@ -121,7 +121,7 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
     merges, model = _merges(settings), settings.base_model
     if merges or settings.quantized:
         model = str(weights.folder(prompter, merges))
-    with disks.naming(log), opened(log, "wb") as stream:
+    with naming(log), opened(log, "wb") as stream:
         command = _command(prompter, model, longest, port)
         server = start_child(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
     try:

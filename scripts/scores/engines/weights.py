@@ -10,7 +10,7 @@ import orjson
 import torch
 
 from ...base import paths
-from ...base.locks import make_once
+from ...base.processes import make_once
 from ...base.progress import say
 from ..prompter import Prompter
 from .reference import base_model, with_adapter

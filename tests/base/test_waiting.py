@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, hf_hub_download
 
-from qlora_recipes.base import quiet
+from qlora_recipes.base import hub as base_hub
 from qlora_recipes.base.errors import WorkFailed
 from qlora_recipes.commands import ending
 
@@ -16,12 +16,12 @@ from qlora_recipes.commands import ending
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a hub that is given up after half a second."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(quiet, "PATIENCE", 0.5)
-    quiet.limit_waiting.__wrapped__()
+    monkeypatch.setattr(base_hub, "REQUEST_TIMEOUT", 0.5)
+    base_hub.limit_waiting.__wrapped__()
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
     monkeypatch.undo()
-    quiet.limit_waiting.__wrapped__()  # which knows nothing of that hub
+    base_hub.limit_waiting.__wrapped__()  # which knows nothing of that hub
 
 
 def load(hub: str, cache: Path) -> None:

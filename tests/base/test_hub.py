@@ -12,11 +12,10 @@ import pytest
 from conftest import Recipe, config_with
 from huggingface_hub import close_session, constants
 
-from qlora_recipes.base import yamlfiles
+from qlora_recipes.base import hub, yamlfiles
 from qlora_recipes.checks import check
 from qlora_recipes.configs import models
 from qlora_recipes.configs.compose import Request, compose
-from qlora_recipes.data import hub
 from qlora_recipes.data.sample import usual_sample
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2}
@@ -91,9 +90,11 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setenv("HF_TOKEN", "hf_right")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setattr(hub, "_answers", {})
-        monkeypatch.setattr(hub, "PATIENCE", 1.0)
         close_session()
+        hub.access("owner/open")  # the first request of a process imports much
+        running.asked.clear()
+        monkeypatch.setattr(hub, "_answers", {})
+        monkeypatch.setattr(hub, "ANSWER_TIMEOUT", 1.0)
         yield running
         close_session()
         running.ended.set()
