@@ -79,13 +79,9 @@ def input_formats(incomplete: str) -> list[str]:
 
 def metrics(incomplete: str) -> list[str]:
     """The metrics."""
-    return _beginning(incomplete, _metrics())
+    from ..metrics.registry import METRICS
 
-
-def _metrics() -> list[str]:
-    """The names of the metrics, which are those of their modules."""
-    files = (Path(__file__).parents[1] / "metrics").glob("*.py")
-    return sorted(file.stem for file in files if "\nMETRIC = " in file.read_text(encoding="utf-8"))
+    return _beginning(incomplete, sorted(METRICS))
 
 
 def criteria(incomplete: str) -> list[str]:

@@ -36,7 +36,7 @@ class Metric:
         parameters: what it can be told.
         record: what scores.json says besides of how it was computed.
         notes: what a reader has to know of the scores of these pairs.
-        judged: whether a model judges, so that its parameters are a `Judge`.
+        judged: whether a model judges, so that its parameters are a `ScorerModel`.
         all_or_nothing: whether each row has the least value or the greatest, and nothing between.
     """
 

@@ -84,23 +84,13 @@ def number(pairs: Sequence[Pair], parameters: NumberParameters) -> list[float]:
 
 def _notes(pairs: Sequence[Pair], parameters: NumberParameters) -> Iterator[str]:
     """Where a number is not found: that can be for want of the right marker."""
-    named = " or ".join(map(repr, parameters.sought))
+    remedy = "; `markers` names others" if parameters.markers is None else ""
     for side, name in enumerate(("references", "predictions")):
-        texts = [pair[side] for pair in pairs]
-        unread = [text for text in texts if number_of(text, parameters) is None]
-        unmarked = [text for text in texts if _marker(text, parameters.sought) is None]
-        if not unread:
-            continue
-        reasons = []
-        if len(unmarked) == len(texts):
-            reasons.append(f"{named} is in none of them")
-        elif unmarked:
-            reasons.append(f"{len(unmarked)} have no {named}")
-        if marked := [text for text in unread if text not in unmarked]:
-            reasons.append(f"as in {marked[0].rstrip()[-30:]!r}")
-        remedy = "; `markers` names others" if unmarked and parameters.markers is None else ""
-        why = "; ".join(reasons)
-        yield f"{len(unread)} of {len(pairs)} {name} have no number ({why}), and none of these rows is right{remedy}"
+        unread = [pair[side] for pair in pairs if number_of(pair[side], parameters) is None]
+        if unread:
+            marked = sum(_marker(text, parameters.sought) is not None for text in unread)
+            why = f"{marked} have one of {', '.join(map(repr, parameters.sought))}; as in {unread[0].rstrip()[-30:]!r}"
+            yield f"{len(unread)} of {len(pairs)} {name} have no number ({why}), and no such row is right{remedy}"
 
 
 METRIC = Metric(

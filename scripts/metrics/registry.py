@@ -1,18 +1,41 @@
 """All metrics, and columns of scores from how study.yaml, `--metric` and scores.json write them."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from pydantic import ValidationError
 
 from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
-from . import bertscore_f1, bleu4, chrf, eval_loss, exact_match, number, perplexity, rouge_l, sacrebleu
+from . import bertscore, number
 from .metric import Column, Metric
+from .text import METRICS as OF_TEXTS
 
-_MODULES = (bleu4, rouge_l, bertscore_f1, sacrebleu, chrf, exact_match, number, eval_loss, perplexity)
-METRICS: dict[str, Metric] = {module.METRIC.name: module.METRIC for module in _MODULES}
+EVAL_LOSS = Metric(
+    name="eval_loss",
+    label="eval loss",
+    hub_type="loss",
+    low=0,
+    high=None,
+    unit="nats a token",
+    source="the last of the training, a mean over all tokens that count",
+    higher_is_better=False,
+    of_loss=float,
+)
+PERPLEXITY = Metric(
+    name="perplexity",
+    label="perplexity",
+    hub_type="perplexity",
+    low=1,
+    high=None,
+    source="exp of the eval loss a token",
+    higher_is_better=False,
+    of_loss=math.exp,
+)
+METRICS = {metric.name: metric for metric in (*OF_TEXTS, bertscore.METRIC, number.METRIC, EVAL_LOSS, PERPLEXITY)}
 DEFAULT = ("bleu4", "rouge_l", "bertscore_f1", "sacrebleu")
 """What is computed where neither a study nor the user says what."""
 _NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")
@@ -105,19 +128,13 @@ def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
     """
     entries = scores.get("metrics")
     if entries is None:
-        return columns(name for name in METRICS if scores.get(name) is not None)
+        return columns(name for name in (*DEFAULT, *METRICS) if scores.get(name) is not None)
     found = {}
     for name, entry in entries.items():
-        try:
-            found[name] = column(name, _up_to_date(entry))
-        except WrongMetric:
-            continue
+        with suppress(WrongMetric):
+            today = {"parser" if key == "parsed_as" else key: value for key, value in entry.items()}
+            found[name] = column(name, today)
     return found
-
-
-def _up_to_date(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A column's declaration, perhaps of an earlier version, in today's words."""
-    return {"parser" if key == "parsed_as" else key: value for key, value in entry.items()}
 
 
 def distinct(columns: Iterable[Column]) -> dict[str, Column]:

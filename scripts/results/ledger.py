@@ -16,7 +16,7 @@ from ..configs import config, gpus, ledger
 from ..configs.engines import KEYS
 from ..data import study
 from ..data.study import Study
-from ..metrics.judge import Judge
+from ..metrics.bertscore import ScorerModel
 from ..planning import need
 from ..runs.rundir import Run, RunDir
 from ..scores import agreement, evaluations
@@ -130,7 +130,7 @@ def _scores(run: Run, own: evaluations.Evaluation, loss: float | None) -> dict[s
     found = {}
     for name, column in comparable.columns(run, None).items():
         value, by = comparable.value(column, own, loss), record_of(column, own.scores)
-        declared = column.parameters.model if isinstance(column.parameters, Judge) else ""
+        declared = column.parameters.model if isinstance(column.parameters, ScorerModel) else ""
         if value is not None and (by is None or by["model"] in (declared, declared.rpartition("/")[2])):
             interval = (own.scores.get("intervals") or {}).get(name)
             found[name] = ledger.Score(value=value, interval=interval and (interval[0], interval[1]))

@@ -11,7 +11,7 @@ from typing import Any
 from ..base.errors import UserError
 from ..base.files import Row
 from ..metrics.metric import Column
-from ..metrics.words import words
+from ..metrics.text import words
 from ..runs.lookup import find_run
 from . import intervals, judges
 from .columns import columns_of

@@ -5,14 +5,14 @@ from typing import Any
 
 from ..base.progress import say
 from ..configs import standin
-from ..metrics.judge import Judge, layer_of, made_by
+from ..metrics.bertscore import ScorerModel, layer_of, made_by
 from ..metrics.metric import Column
 
-Judges = Mapping[str, Judge | None]
+Judges = Mapping[str, ScorerModel | None]
 """For each column that a judge makes, by name, the one that does; None where that column is left out."""
 
 
-class StandIn(Judge):
+class StandIn(ScorerModel):
     """The judge of a rehearsal."""
 
     @property
@@ -27,16 +27,16 @@ class StandIn(Judge):
         return standin.judge_version()
 
 
-def judge(asked: str | None, rehearsal: bool = False, declared: Judge | None = None) -> Judge | None:
+def judge(asked: str | None, rehearsal: bool = False, declared: ScorerModel | None = None) -> ScorerModel | None:
     """The judge that a user asked for; None where there is to be no BERTScore.
 
     By default it is the stand-in in a rehearsal, otherwise the declared one if that is on this machine, as it is large.
     """
-    declared = declared or Judge()
+    declared = declared or ScorerModel()
     if asked == "none":
         return None
     if asked:
-        return declared if asked == declared.model else Judge(model=asked)
+        return declared if asked == declared.model else ScorerModel(model=asked)
     if rehearsal:
         return StandIn(model=str(standin.judge_folder()), layer=standin.JUDGE_LAYERS)
     from huggingface_hub import try_to_load_from_cache
@@ -45,9 +45,9 @@ def judge(asked: str | None, rehearsal: bool = False, declared: Judge | None = N
     return declared if here else None
 
 
-def declared_in(columns: Mapping[str, Column]) -> dict[str, Judge]:
+def declared_in(columns: Mapping[str, Column]) -> dict[str, ScorerModel]:
     """The judges that columns declare, by the names of these."""
-    return {name: column.parameters for name, column in columns.items() if isinstance(column.parameters, Judge)}
+    return {name: column.parameters for name, column in columns.items() if isinstance(column.parameters, ScorerModel)}
 
 
 def of_columns(columns: Mapping[str, Column], asked: str | None, rehearsal: bool = False) -> Judges:
@@ -63,7 +63,7 @@ def say_left_out(columns: Mapping[str, Column], judges: Judges, asked: str | Non
             say(f"{columns[name].label} is left out: {by.model} is not on this machine; {fetched}")
 
 
-def require(judges: Iterable[Judge | None]) -> None:
+def require(judges: Iterable[ScorerModel | None]) -> None:
     """Have the models of judges at hand, before hours are spent on what they are to score.
 
     Raises:
@@ -76,7 +76,7 @@ def require(judges: Iterable[Judge | None]) -> None:
 
 def record_of(column: Column, scores: Mapping[str, Any]) -> dict[str, Any] | None:
     """What scores.json says of the judge of a column; None where it has none, or the column was left out."""
-    record = scores.get(column.recorded("bertscore")) if isinstance(column.parameters, Judge) else None
+    record = scores.get(column.recorded("bertscore")) if isinstance(column.parameters, ScorerModel) else None
     return record if isinstance(record, dict) else None
 
 

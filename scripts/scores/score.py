@@ -12,7 +12,7 @@ from ..base.errors import UserError
 from ..base.files import Row, json_rows
 from ..metrics import registry
 from ..metrics.metric import Column
-from ..metrics.words import words
+from ..metrics.text import words
 from . import intervals
 from .judges import Judges, declared_in
 

@@ -4,8 +4,6 @@ import pytest
 
 from qlora_recipes.metrics import number, registry
 
-BY_PEFT = {"parser": "peft"}
-
 
 def right(reference: str, prediction: str, **parameters: object) -> bool:
     """Whether a prediction counts as right."""
@@ -58,16 +56,13 @@ def test_as_peft_finds_it(prediction: str, found: float | None) -> None:
     assert right("so #### 7", prediction, parser="peft") == (found == 7)
 
 
-def test_what_has_no_number_is_never_right_and_the_reason_is_told() -> None:
-    column = registry.column("number", BY_PEFT)
-    assert column.metric.notes
-    pairs = [("A: 7", "A: 7"), ("#### 8", "A: 8")]
+def test_what_has_no_number_is_never_right_and_noted_with_an_example() -> None:
     assert not right("A: 7", "A: 7", parser="peft")
-    references, predictions = column.metric.notes(pairs, column.parameters)
-    assert references.startswith("1 of 2 references ")
-    (comma,) = column.metric.notes([("#### 65,960", "#### 65960")], registry.column("number", BY_PEFT).parameters)
-    assert comma.startswith("1 of 1 references ") and "'#### 65,960'" in comma
-    assert predictions.startswith("2 of 2 predictions ") and "`markers`" in predictions
-    told = registry.column("number", {"parser": "peft", "markers": ["A: ", "#### "]})
-    assert list(column.metric.notes(pairs, told.parameters)) == []
     assert right("#### 8", "A: 8", parser="peft", markers=["A: ", "#### "])
+    plain, told = (registry.column("number", {"parser": "peft"} | more) for more in ({}, {"markers": ["A: ", "#### "]}))
+    assert plain.metric.notes
+    pairs = [("A: 7", "A: 7"), ("#### 8", "A: 8")]
+    references, predictions = plain.metric.notes(pairs, plain.parameters)
+    assert references.startswith("1 of 2 references ") and "'A: 7'" in references
+    assert predictions.startswith("2 of 2 predictions ") and "`markers`" in predictions
+    assert list(plain.metric.notes(pairs, told.parameters)) == []

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.data import study
 from qlora_recipes.data.published import Score
-from qlora_recipes.metrics.bleu4 import bleu4
+from qlora_recipes.metrics.text import bleu4
 from qlora_recipes.runs import lookup
 from qlora_recipes.scores.evaluations import read_predictions
 from qlora_recipes.scores.published import _beside

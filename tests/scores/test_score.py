@@ -9,8 +9,8 @@ import pytest
 from conftest import SHARED, Recipe
 
 from qlora_recipes.metrics import registry
-from qlora_recipes.metrics.bleu4 import bleu4
 from qlora_recipes.metrics.metric import Metric
+from qlora_recipes.metrics.text import bleu4
 from qlora_recipes.scores import compare, judges, score
 from qlora_recipes.scores.columns import columns_of
 

@@ -5,8 +5,8 @@ import pytest
 
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.configs import standin
-from qlora_recipes.metrics import bertscore_f1 as bertscore
-from qlora_recipes.metrics.judge import DEFAULT, Judge, layer_of, made_by
+from qlora_recipes.metrics import bertscore
+from qlora_recipes.metrics.bertscore import DEFAULT, ScorerModel, layer_of, made_by
 from qlora_recipes.scores import judges
 
 PAIRS = [
@@ -17,7 +17,7 @@ PAIRS = [
 ]
 
 
-def record(judge: Judge) -> dict[str, Any]:
+def record(judge: ScorerModel) -> dict[str, Any]:
     """What scores.json says of a judge."""
     return bertscore.record(judge)["bertscore"]
 
@@ -48,7 +48,7 @@ def test_scores_are_the_librarys() -> None:
     library = BERTScorer(model_type=folder, num_layers=6, lang="en")
     short = PAIRS[:3]  # of a text beyond the model's context, the library would make an error
     expected = library.score([given for _, given in short], [wanted for wanted, _ in short])[2].tolist()
-    judge = Judge(model=folder, layer=6)
+    judge = ScorerModel(model=folder, layer=6)
     found, made = bertscore.f1(short, judge), record(judge)
     assert found == pytest.approx(expected, abs=1e-6)
     assert made["hash"] == library.hash.replace(folder, "model")
@@ -91,32 +91,32 @@ def test_a_roberta_gets_the_space_before_the_first_word_that_the_published_score
         sides = [get_bert_embedding([text], model.eval(), Spaced(), weights, device="cpu") for text in (wanted, given)]
         (ref, ref_mask, ref_idf), (hyp, hyp_mask, hyp_idf) = sides
         expected = greedy_cos_idf(ref, ref_mask, ref_idf, hyp, hyp_mask, hyp_idf)[2].item()
-        assert bertscore.f1([(wanted, given)], Judge(model=str(roberta), layer=2))[0] == pytest.approx(
+        assert bertscore.f1([(wanted, given)], ScorerModel(model=str(roberta), layer=2))[0] == pytest.approx(
             expected, abs=1e-5
         )
-    assert bertscore.f1(PAIRS, Judge(model=str(roberta), layer=2))[3] > 0  # longer than its positions
+    assert bertscore.f1(PAIRS, ScorerModel(model=str(roberta), layer=2))[3] > 0  # longer than its positions
 
 
 @pytest.mark.parametrize("layer", [None, 9])
 def test_a_layer_that_is_not_there_is_told(layer: int | None) -> None:
     with pytest.raises(UserError, match="6 layers"):
-        bertscore.f1(PAIRS, Judge(model=str(standin.judge_folder()), layer=layer))
+        bertscore.f1(PAIRS, ScorerModel(model=str(standin.judge_folder()), layer=layer))
 
 
 def test_a_model_that_is_not_there_is_told() -> None:
     with pytest.raises(WorkFailed, match=r"roberta-large .*--bertscore none"):
-        bertscore.f1(PAIRS, Judge(model=DEFAULT))
+        bertscore.f1(PAIRS, ScorerModel(model=DEFAULT))
 
 
 def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta: Path, tmp_path: Path) -> None:
-    judge = Judge(model=str(roberta), layer=2)
+    judge = ScorerModel(model=str(roberta), layer=2)
     made = record(judge)
-    assert made_by(judge, made) and made_by(Judge(model=str(roberta)), made)
-    assert not made_by(Judge(model=str(roberta), layer=1), made)
+    assert made_by(judge, made) and made_by(ScorerModel(model=str(roberta)), made)
+    assert not made_by(ScorerModel(model=str(roberta), layer=1), made)
     other = tmp_path / roberta.name
     other.mkdir()
     (other / "model.safetensors").write_bytes(b"others")
-    assert not made_by(Judge(model=str(other), layer=2), made)
+    assert not made_by(ScorerModel(model=str(other), layer=2), made)
     assert made_by(None, None) and not made_by(judge, None) and not made_by(None, made)
     stand_in = judges.judge(None, rehearsal=True)
     assert stand_in and made_by(stand_in, record(stand_in))
@@ -126,18 +126,18 @@ def test_a_folder_of_a_model_that_bert_score_knows_needs_no_layer(roberta: Path,
     folder = tmp_path / "distilroberta-base"  # its best layer is 5, more than this one has
     folder.symlink_to(roberta)
     with pytest.raises(UserError, match="3 layers"):
-        layer_of(Judge(model=str(folder)))
+        layer_of(ScorerModel(model=str(folder)))
     small = tmp_path / "roberta-base"
     small.symlink_to(roberta)
-    assert layer_of(Judge(model=str(small), layer=3)) == 3
+    assert layer_of(ScorerModel(model=str(small), layer=3)) == 3
 
 
 def test_the_judge_is_the_default_only_where_it_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert judges.judge(None) is None
     assert judges.judge("none", rehearsal=True) is None
-    declared = Judge(model="some/model", layer=3)
+    declared = ScorerModel(model="some/model", layer=3)
     assert judges.judge("some/model", declared=declared) == declared
-    assert judges.judge("another/model", declared=declared) == Judge(model="another/model")
+    assert judges.judge("another/model", declared=declared) == ScorerModel(model="another/model")
     folder = tmp_path / "models--roberta-large"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("abc")
@@ -145,4 +145,4 @@ def test_the_judge_is_the_default_only_where_it_is_here(tmp_path: Path, monkeypa
     (folder / "snapshots" / "abc" / "config.json").write_text("{}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
-    assert judges.judge(None) == Judge(model="roberta-large")
+    assert judges.judge(None) == ScorerModel(model="roberta-large")

@@ -1,0 +1,158 @@
+"""BERTScore by the bert-score library, with what transformers 5 broke in it repaired; and the model that scores."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from ..base.errors import UserError, WorkFailed
+from ..base.files import sha256
+from ..base.hub import importing_axolotl
+from .metric import Metric, Pair, Parameters
+
+DEFAULT = "roberta-large"  # bert-score's own for English
+
+
+class ScorerModel(Parameters):
+    """The model whose embeddings BERTScore compares.
+
+    Attributes:
+        model: its name on the hub, or its folder.
+        layer: the layer that provides the embeddings; None is the one that bert-score's authors tuned.
+    """
+
+    model: str = DEFAULT
+    layer: int | None = Field(default=None, ge=1)
+
+    @property
+    def stand_in(self) -> bool:
+        """Whether it only stands in for the study's model, as in a rehearsal."""
+        return False
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.model).is_dir()
+
+    @property
+    def name(self) -> str:
+        """Its name in scores, which names no folder of this machine."""
+        return Path(self.model).name if self.is_local else self.model
+
+    def local_revision(self) -> str:
+        """The hash that distinguishes the weights in its folder from others of that name."""
+        files = sorted([*Path(self.model).glob("*.safetensors"), *Path(self.model).glob("*.bin")])
+        return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+    def not_loaded(self, error: Exception) -> WorkFailed:
+        return WorkFailed(
+            f"BERTScore: {self.model} cannot be loaded: {str(error).splitlines()[0]}; `--bertscore none` leaves it "
+            "out, `--bertscore DIR` takes a model's folder"
+        )
+
+
+def made_by(by: ScorerModel | None, record: dict[str, Any] | None) -> bool:
+    """Whether the record of a BERTScore is of this model; None is no model and no score."""
+    if by is None or record is None:
+        return by is None and record is None
+    same_weights = not by.is_local or by.local_revision() == record["revision"]
+    return by.name == record["model"] and by.layer in (None, record["layer"]) and same_weights
+
+
+def _config_of(by: ScorerModel) -> Any:
+    with importing_axolotl(offline=by.is_local):
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(by.model)
+        except (OSError, ValueError) as error:
+            raise by.not_loaded(error) from None
+
+
+def layer_of(by: ScorerModel) -> int:
+    """The layer that provides a model's embeddings.
+
+    Raises:
+        UserError: bert-score knows no best layer of the model, or the model has fewer layers.
+        WorkFailed: the model cannot be loaded.
+    """
+    config = _config_of(by)
+    with importing_axolotl(offline=by.is_local):
+        import bert_score
+    try:
+        layers = config.num_hidden_layers
+    except AttributeError as error:
+        raise by.not_loaded(error) from None
+    layer = by.layer or bert_score.utils.model2layers.get(Path(by.model).name)
+    if layer is None or not 0 < layer <= layers:
+        raise UserError(f"bertscore_f1: name one of the {layers} layers of {by.model} with the parameter layer")
+    return int(layer)
+
+
+def f1(pairs: Sequence[Pair], by: ScorerModel) -> list[float]:
+    """The F1 of each (reference, prediction), without rescaling, 0 where one of them is empty.
+
+    The library asks a RoBERTa tokenizer for a space before the first word, which transformers 5 silently ignores,
+    and fails on empty texts: both are handled here, so that scores are those of the library as it was published.
+
+    Raises:
+        UserError, WorkFailed: see `layer_of`.
+    """
+    layer = layer_of(by)
+    with importing_axolotl(offline=by.is_local):
+        import bert_score
+        from transformers import AutoTokenizer
+        from transformers.models.roberta import RobertaTokenizer
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        try:
+            scorer = bert_score.BERTScorer(model_type=by.model, num_layers=layer)
+            is_roberta = isinstance(scorer._tokenizer, RobertaTokenizer)
+            if is_roberta:
+                scorer._tokenizer = AutoTokenizer.from_pretrained(by.model, add_prefix_space=True)
+        except (OSError, ValueError) as error:
+            raise by.not_loaded(error) from None
+        config = scorer._model.config
+        positions = config.max_position_embeddings - (2 if is_roberta else 0)  # RoBERTa numbers positions from 2
+        scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, positions)
+        values = [0.0] * len(pairs)
+        with_text = [i for i, pair in enumerate(pairs) if all(map(str.strip, pair))]
+        if with_text:
+            references, predictions = zip(*(pairs[i] for i in with_text), strict=True)
+            scores = scorer.score(predictions, references)[2].tolist()
+            for i, value in zip(with_text, scores, strict=True):
+                values[i] = value
+    return values
+
+
+def record(by: ScorerModel) -> dict[str, Any]:
+    """What identifies the model of scores, and bert-score's own hash of its settings."""
+    config, layer = _config_of(by), layer_of(by)
+    with importing_axolotl(offline=by.is_local):
+        from bert_score.utils import get_hash
+    return {
+        "bertscore": {
+            "model": by.name,
+            "stand_in": by.stand_in,
+            "layer": layer,
+            "revision": by.local_revision() if by.is_local else getattr(config, "_commit_hash", None),
+            # neither weights by idf, nor rescaling, nor a fast tokenizer where the model has another
+            "hash": get_hash(by.name, layer, False, False, False, False),
+        }
+    }
+
+
+METRIC = Metric(
+    name="bertscore_f1",
+    label="BERTScore F1",
+    hub_type="bertscore",
+    low=-1,
+    high=1,
+    source="bert-score, arXiv 1904.09675",
+    of_rows=f1,
+    parameters=ScorerModel,
+    record=record,
+    judged=True,
+)

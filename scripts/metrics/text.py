@@ -1,0 +1,230 @@
+"""Metrics that compare texts: BLEU-4, ROUGE-L, corpus BLEU, chrF and exact match."""
+
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ..base.errors import UserError
+from .metric import Metric, Pair, Parameters
+
+MOST = 300_000
+"""Most characters of a text for ROUGE-L: time and memory grow with the square, to 2 s and 300 MB here."""
+_WORD = re.compile(r"[^\W_]+|_|[^\w\s]")
+_TINY = sys.float_info.min  # stands in for 0 in logarithms: an empty prediction scores 100 exp(-len(reference))
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words, underscores and other single characters."""
+    return _WORD.findall(text.lower())
+
+
+def _ngrams(text: list[str], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(zip(*(text[i:] for i in range(n)), strict=False))
+
+
+def bleu4(reference: str, prediction: str) -> float:
+    """BLEU-4 of one prediction as the papers on CodeReviewer's data compute it, from 0 to 100.
+
+    No setting of sacrebleu's or nltk's BLEU gives it: a smoothed sentence score with its own tokens and brevity
+    penalty, averaged over rows. Its form is that of the smooth_bleu script which came with CodeBERT and CodeReviewer
+    (arXiv 2203.09095), with stop words kept.
+    """
+    wanted = words(reference)
+    given = words(prediction)
+    log_precisions = 0.0
+    matches = 1
+    for n in range(1, 5):
+        # without a match of n words there is none of n + 1
+        matches = matches and (_ngrams(wanted, n) & _ngrams(given, n)).total()
+        total = max(len(given) - n + 1, 0)
+        smooth = n > 1
+        log_precisions += math.log(matches + smooth or _TINY) - math.log(total + smooth or _TINY)
+    brevity = min(0.0, 1 - (len(wanted) + 1) / (len(given) + 1))
+    return 100 * math.exp(log_precisions / 4 + brevity)
+
+
+def _bleu4_of_rows(pairs: Sequence[Pair], _: Parameters) -> list[float]:
+    return [bleu4(reference, prediction) for reference, prediction in pairs]
+
+
+class RougeParameters(Parameters):
+    """Whether words are compared by their stems, as papers on English text mostly do."""
+
+    stemmed: bool = True
+
+
+@cache
+def _tokenizer(stemmed: bool) -> Callable[[str], list[str]]:
+    """rouge-score's tokens of a text, where each word's stem is computed once: that took two thirds of the time."""
+    from rouge_score.tokenize import tokenize
+
+    if not stemmed:
+        return lambda text: list(tokenize(text, None))
+    # nltk imports these two where they are installed, for what is not used here, and that takes 2 s
+    hidden: dict[str, Any] = dict.fromkeys({"scipy", "sklearn"} - sys.modules.keys())
+    sys.modules.update(hidden)  # None has an import raise ModuleNotFoundError
+    try:
+        from nltk.stem.porter import PorterStemmer
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    once = SimpleNamespace(stem=cache(PorterStemmer().stem))
+    return lambda text: list(tokenize(text, once))
+
+
+def _common(reference: Sequence[str], prediction: Sequence[str]) -> int:
+    """Number of words in the longest common subsequence.
+
+    By bits (Hyyrö 2004, "Bit-parallel LCS-length computation revisited"), since rouge-score's table takes a step of
+    Python for each pair of words.
+    """
+    places: dict[str, int] = {}  # of each word, a bit for each place in the reference
+    for place, word in enumerate(reference):
+        places[word] = places.get(word, 0) | (1 << place)
+    # a row of that table: a 0 at each place where the subsequence with the words so far becomes longer by one
+    flat = every = (1 << len(reference)) - 1
+    for word in prediction:
+        found = flat & places.get(word, 0)
+        flat = ((flat + found) | (flat - found)) & every  # the next 0 above a place of the word moves down to it
+    return len(reference) - flat.bit_count()
+
+
+def rouge_l(pairs: Sequence[Pair], parameters: RougeParameters) -> list[float]:
+    """The F1 of each prediction against its one reference, with rouge-score's tokens and stems.
+
+    Raises:
+        UserError: a text is too long.
+    """
+    from rouge_score.scoring import fmeasure
+
+    tokens = _tokenizer(parameters.stemmed)
+    scores = []
+    for number, pair in enumerate(pairs, start=1):
+        if (longest := max(map(len, pair))) > MOST:
+            where = f"rouge_l: row {number} has a text of {longest:,} characters"
+            raise UserError(f"{where}; shorten it to {MOST:,}, or name other metrics")
+        reference, prediction = map(tokens, pair)
+        common = _common(reference, prediction)
+        scores.append(float(fmeasure(common / max(len(prediction), 1), common / max(len(reference), 1))))
+    return scores
+
+
+class SacrebleuParameters(Parameters):
+    """How texts are divided into tokens, and whether upper and lower case are the same; sacrebleu's defaults."""
+
+    tokenize: Literal["13a", "intl", "char", "zh", "none"] = "13a"
+    lowercase: bool = False
+
+
+def _corpus_bleu(parameters: SacrebleuParameters) -> Any:
+    from sacrebleu.metrics.bleu import BLEU
+
+    return BLEU(**parameters.model_dump())
+
+
+def sacrebleu(pairs: Sequence[Pair], parameters: SacrebleuParameters) -> float:
+    """Corpus BLEU of all predictions, each against its one reference; not the mean of scores of rows."""
+    references, predictions = ([pair[side] for pair in pairs] for side in (0, 1))
+    return float(_corpus_bleu(parameters).corpus_score(predictions, [references]).score)
+
+
+def _signature(parameters: SacrebleuParameters) -> dict[str, Any]:
+    scorer = _corpus_bleu(parameters)
+    scorer.corpus_score([""], [[""]])  # the signature tells how many references there are
+    return {"sacrebleu_signature": str(scorer.get_signature())}
+
+
+class ChrfParameters(Parameters):
+    """The longest n-grams of characters and of words (2 is chrF++), and the weight of recall; sacrebleu's defaults."""
+
+    char_order: int = Field(6, ge=1, le=20)
+    word_order: int = Field(0, ge=0, le=20)
+    beta: int = 2
+
+
+def chrf(pairs: Sequence[Pair], parameters: ChrfParameters) -> list[float]:
+    """The sentence-level score of each prediction against its one reference, by sacrebleu."""
+    from sacrebleu.metrics.chrf import CHRF
+
+    scorer = CHRF(**parameters.model_dump())
+    return [float(scorer.sentence_score(prediction, [reference]).score) for reference, prediction in pairs]
+
+
+class ExactMatchParameters(Parameters):
+    """What does not count: upper and lower case, and how much space is between words; around a text it never does."""
+
+    ignore_case: bool = False
+    ignore_space: bool = False
+
+
+def exact_match(pairs: Sequence[Pair], parameters: ExactMatchParameters) -> list[float]:
+    """100 for each prediction that is the same as its reference, otherwise 0."""
+
+    def plain(text: str) -> str:
+        text = " ".join(text.split()) if parameters.ignore_space else text.strip()
+        return text.casefold() if parameters.ignore_case else text
+
+    return [100.0 * (plain(reference) == plain(prediction)) for reference, prediction in pairs]
+
+
+METRICS = (
+    Metric(
+        name="bleu4",
+        label="BLEU-4",
+        hub_type="bleu",
+        low=0,
+        high=100,
+        source="smoothed sentence BLEU-4 as CodeReviewer computes it, arXiv 2203.09095",
+        of_rows=_bleu4_of_rows,
+    ),
+    Metric(
+        name="rouge_l",
+        label="ROUGE-L",
+        hub_type="rouge",
+        low=0,
+        high=1,
+        source="the F1 of rouge-score, Lin 2004, https://aclanthology.org/W04-1013",
+        of_rows=rouge_l,
+        parameters=RougeParameters,
+    ),
+    Metric(
+        name="sacrebleu",
+        label="sacrebleu's corpus BLEU",
+        hub_type="sacrebleu",
+        low=0,
+        high=100,
+        source="corpus BLEU of sacrebleu, Post 2018, https://aclanthology.org/W18-6319",
+        of_all=sacrebleu,
+        parameters=SacrebleuParameters,
+        record=_signature,
+    ),
+    Metric(
+        name="chrf",
+        label="chrF",
+        hub_type="chrf",
+        low=0,
+        high=100,
+        source="sentence chrF of sacrebleu, Popović 2015, https://aclanthology.org/W15-3049",
+        of_rows=chrf,
+        parameters=ChrfParameters,
+    ),
+    Metric(
+        name="exact_match",
+        label="exact match",
+        hub_type="exact_match",
+        low=0,
+        high=100,
+        unit="%",
+        source="this project",
+        of_rows=exact_match,
+        all_or_nothing=True,
+        parameters=ExactMatchParameters,
+    ),
+)
