@@ -15,8 +15,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from qlora_recipes import tables
 from qlora_recipes.base.progress import say
-from qlora_recipes.terminal import tables
 
 LOCK = Path(__file__).resolve().parents[1] / "requirements.lock"
 PIP_AUDIT = "pip-audit>=2.10,<3"

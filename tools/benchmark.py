@@ -19,9 +19,9 @@ from unittest.mock import patch
 import psutil
 import tiny_llama
 
+from qlora_recipes import tables
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.data.sample import usual_sample
-from qlora_recipes.terminal import tables
 
 BIN = Path(sys.executable).parent
 COMMANDS = [

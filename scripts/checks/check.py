@@ -19,8 +19,8 @@ from ..configs.config import check_not_of_the_run
 from ..configs.gpus import Gpu
 from ..data import study
 from ..runs import provenance
-from . import rows, rules, schema
-from .finding import LEVELS, Finding
+from . import data_rules, model_rules, rows, schema, settings_rules  # noqa: F401 (each adds its rules to RULES)
+from .finding import LEVELS, RULES, Case, Finding
 
 
 @dataclass
@@ -166,7 +166,14 @@ def _of_keys(composed: Composed, *of_case: Any) -> tuple[list[Finding], Config]:
     """Findings of the schema and the rules, and the config without the values that break the schema."""
     of_schema = list(schema.findings(composed.config))
     usable, wrong = schema.usable(composed.config, of_schema)
-    return [*placed([*of_schema, *rules.findings(rules.Case(usable, wrong, *of_case))], composed)], usable
+    return [*placed([*of_schema, *rule_findings(Case(usable, wrong, *of_case))], composed)], usable
+
+
+def rule_findings(case: Case) -> Iterator[Finding]:
+    """Findings of all rules."""
+    for judge in RULES:
+        for level, key, problem, remedy in judge(case):
+            yield Finding(level, judge.__name__.replace("_", "-"), key, problem, remedy)
 
 
 def _behind_rehearsal(composed: Composed, known: set[str]) -> Iterator[Finding]:
@@ -379,7 +386,7 @@ def code_in(content: Config, file: Path) -> list[Finding]:
         file: where it is.
     """
     usable, wrong = schema.usable(content, schema.findings(content))
-    found = [finding for finding in rules.findings(rules.Case(usable, wrong)) if finding.scope == "code"]
+    found = [finding for finding in rule_findings(Case(usable, wrong)) if finding.scope == "code"]
     for finding in found:
         finding.where = paths.shown(file)
     return found

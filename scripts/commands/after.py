@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
+from .. import tables
 from ..base.files import write_atomically
 from ..base.paths import RUNS
 from ..base.progress import Bar, say
-from ..terminal import tables
 from . import completion
 from .help import Verb
 from .options import (

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .. import tables
 from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.paths import RUNS, find_recipe, recipe_names
 from ..base.progress import Bar, harmless, say
-from ..terminal import tables
 from . import completion
 from .data import verbs as data_verbs
 from .help import Verb, Verbs

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import tables
 from ..base import yamlfiles
 from ..base.errors import UserError, meant
 from ..base.paths import find_recipe
 from ..base.progress import Bar, say
-from ..terminal import tables
 from . import completion
 from .help import Verb, Verbs
 from .next_step import next_step

@@ -10,7 +10,7 @@ import typer
 from ..base.errors import UserError
 from ..base.paths import find_recipe
 from ..base.progress import say
-from ..terminal.tables import Form
+from ..tables import Form
 from . import completion
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import tables
 from ..base import paths, yamlfiles
 from ..base.progress import harmless
-from ..terminal import tables
 from . import completion
 from .help import Verb
 from .next_step import next_step

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import tables
 from ..base.paths import RUNS
 from ..base.progress import say
-from ..terminal import tables
 from . import completion
 from .help import Verb
 from .next_step import next_step

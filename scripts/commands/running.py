@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import tables
 from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.paths import RUNS
 from ..base.progress import say
-from ..terminal import tables
 from . import completion
 from .help import Verb
 from .next_step import after_training, name_of, next_step

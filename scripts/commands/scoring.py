@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import tables
 from ..base.files import write_rows
 from ..base.paths import RUNS
 from ..base.progress import Bar, harmless, say
-from ..terminal import tables
 from .after import HEADING
 from .help import Verb
 from .next_step import name_of, next_step

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
+from .. import tables
 from ..base.paths import shown
-from ..terminal import tables
 from . import completion
 from .help import Verb, Verbs
 from .next_step import next_step

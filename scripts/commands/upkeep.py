@@ -4,11 +4,11 @@ from typing import Annotated
 
 import typer
 
+from .. import tables
 from ..base.errors import WorkFailed
 from ..base.files import write_atomically
 from ..base.paths import homes
 from ..base.progress import say
-from ..terminal import tables
 from .help import Verb
 from .options import Json
 from .study import verbs as study_verbs

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .. import tables
 from ..base.files import replacing
-from ..terminal import tables
 from .planner import GIB
 
 Plan = dict[str, Any]

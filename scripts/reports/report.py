@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 from markupsafe import Markup, escape
 
+from .. import tables
 from ..base import paths
 from ..base.errors import UserError
 from ..base.files import Row
@@ -27,7 +28,6 @@ from ..running.sweeps import Sweep
 from ..runs.lookup import all_runs
 from ..runs.rundir import RunDir
 from ..scores import evaluations
-from ..terminal import tables
 from . import report_figures as draw
 from . import report_runs
 from .report_runs import ReportedRun, reported_runs

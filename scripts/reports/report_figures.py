@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from itertools import batched
 from typing import Any
 
+from .. import tables
 from ..base.files import Row
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..results import curves
 from ..running import sweeps
-from ..terminal import tables
 
 Trace = dict[str, Any]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

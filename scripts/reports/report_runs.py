@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from .. import backends
+from .. import backends, tables
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, json_rows, sha256
@@ -24,7 +24,6 @@ from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
 from ..scores.evaluations import BASE_MODEL, Evaluation, EvaluationSettings, read_predictions
 from ..scores.judges import record_of
-from ..terminal import tables
 
 _OTHERS = {
     "sacrebleu_signature": "its signature",

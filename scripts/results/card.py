@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from .. import tables
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import embedding_rows, read_json, sha256
@@ -19,7 +20,6 @@ from ..runs.handover import PLUGIN
 from ..runs.rundir import Run, RunDir
 from ..scores import prompts
 from ..scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
-from ..terminal import tables
 from . import comparable
 from .comparable import REHEARSED
 

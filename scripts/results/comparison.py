@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import tables
 from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256
@@ -14,7 +15,6 @@ from ..runs.lookup import find_run
 from ..runs.rundir import Run, RunDir
 from ..scores import compare
 from ..scores.evaluations import ADAPTER, current, read_predictions
-from ..terminal import tables
 
 _SPARE = ["equal", "rows", "p_wilcoxon", "better", "worse"]
 

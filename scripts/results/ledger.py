@@ -7,7 +7,7 @@ from typing import get_args
 
 from pydantic import ValidationError
 
-from .. import backends
+from .. import backends, tables
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import write_atomically
@@ -21,7 +21,6 @@ from ..planning import need
 from ..runs.rundir import Run, RunDir
 from ..scores import agreement, evaluations
 from ..scores.judges import record_of
-from ..terminal import tables
 from . import comparable
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import backends
+from .. import backends, tables
 from ..base.progress import say
 from ..base.yamlfiles import write_flow
 from ..data import study
@@ -12,7 +12,6 @@ from ..metrics.metric import Column
 from ..runs.lookup import all_runs, readable
 from ..runs.rundir import Run, RunDir
 from ..scores.evaluations import of_run
-from ..terminal import tables
 from . import comparable, study_tables
 from .run_rows import row
 from .study_tables import REHEARSALS

@@ -6,12 +6,12 @@ from pathlib import Path
 from statistics import variance
 from typing import Any
 
+from .. import tables
 from ..base.errors import UserError
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..scores import evaluations, noise
 from ..scores.noise import MeanSquares, Variances
-from ..terminal import tables
 from . import comparable, repeats, verdict
 from .repeats import Found
 

@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from .. import tables
 from ..base.progress import say
 from ..data.published import Score
 from ..data.study import Study
 from ..metrics.metric import Column
-from ..terminal import tables
 from .verdict import notes
 
 COSTS = "Other scores, and what they cost"

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import backends
+from .. import backends, tables
 from ..backends import Backend
 from ..base import yamlfiles
 from ..base.errors import UserError, meant
@@ -27,7 +27,6 @@ from ..planning.planner import GIB
 from ..runs.tasks import Outcome
 from ..scores import judges
 from ..scores.task import REHEARSED, EvaluationRequest
-from ..terminal import tables
 from .pipeline import Pipeline, need_judges, seeds_of
 
 

@@ -3,9 +3,9 @@
 from collections import Counter
 from typing import Any
 
+from .. import tables
 from ..base import yamlfiles
 from ..results.study_tables import REHEARSALS
-from ..terminal import tables
 from . import sweeps
 from .sweeps import Columns, Sweep
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .. import tables
 from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256, tensor_shapes
@@ -11,7 +12,6 @@ from ..base.progress import say
 from ..metrics.metric import Column
 from ..runs import checkpoints
 from ..runs.rundir import Run, RunDir
-from ..terminal import tables
 from . import evaluation_rows, judges
 from .columns import columns_of
 from .evaluate import evaluate

@@ -22,7 +22,7 @@ from ..configs import datafiles
 from ..data import manifest, study
 from ..data.manifest import is_the_studys
 from ..runs.rundir import Run, RunDir
-from ..terminal.tables import text_of
+from ..tables import text_of
 from .score import read_rows
 
 KEPT = "evaluation-rows.jsonl"

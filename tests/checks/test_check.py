@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from qlora_recipes.base import hub, paths, yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.checks import check, rules, schema
-from qlora_recipes.checks.finding import _SCOPES, Finding
-from qlora_recipes.checks.rules import case
+from qlora_recipes.checks import check, schema
+from qlora_recipes.checks.finding import _SCOPES, RULES, Case, Finding
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Composed, Request
 from qlora_recipes.data import study
@@ -29,7 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(prepared)
     monkeypatch.setattr(hub, "is_offline", lambda: False)
-    monkeypatch.setattr(rules.Case, "is_installed", lambda *_: True)
+    monkeypatch.setattr(Case, "is_installed", lambda *_: True)
     monkeypatch.setenv("HF_TOKEN", "for the test")
     return tmp_path
 
@@ -218,7 +217,7 @@ def test_a_finding_knows_its_scope(rule: str, key: str, scope: str) -> None:
 
 
 def test_scopes_are_those_of_rules_that_exist() -> None:
-    rules = {rule.__name__.replace("_", "-") for rule in case.RULES}
+    rules = {rule.__name__.replace("_", "-") for rule in RULES}
     assert _SCOPES.keys() <= rules | {"value", "unknown-key", "too-big", "no-batch", "unfit"}
 
 

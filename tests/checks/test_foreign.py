@@ -8,7 +8,8 @@ from conftest import Recipe, config_with
 from run_folders import a_run
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.checks import rules
+from qlora_recipes.checks.check import rule_findings
+from qlora_recipes.checks.finding import Case
 
 EVIL = "a_strangers_module"
 NAME = "haider2024/code-llama-7b"
@@ -32,7 +33,7 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> Path:
 
 def found(change: dict[str, Any]) -> dict[str, str]:
     cfg = config_with(change)
-    return {one.name: one.level for one in rules.findings(rules.Case(cfg, set())) if one.scope == "code"}
+    return {one.name: one.level for one in rule_findings(Case(cfg, set())) if one.scope == "code"}
 
 
 @pytest.mark.parametrize(

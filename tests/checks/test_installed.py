@@ -7,8 +7,7 @@ import pytest
 from conftest import config_with
 
 from qlora_recipes.base import hub, paths, yamlfiles
-from qlora_recipes.checks import check, installed
-from qlora_recipes.checks.rules import data, settings
+from qlora_recipes.checks import check, data_rules, installed, settings_rules
 from qlora_recipes.configs import gpus, precision
 from qlora_recipes.configs.compose import Request
 
@@ -97,7 +96,7 @@ def test_gpus_differ_in_what_axolotl_is_told() -> None:
 def test_attention() -> None:
     from axolotl.utils.schemas.enums import ATTN_IMPLS_SUPPORTING_PACKING, LEGACY_ATTN_FLAG_TO_IMPL
 
-    assert ATTN_IMPLS_SUPPORTING_PACKING | {"sdpa", "eager"} == data.KEEP_DOCUMENTS_APART
+    assert ATTN_IMPLS_SUPPORTING_PACKING | {"sdpa", "eager"} == data_rules.KEEP_DOCUMENTS_APART
     assert LEGACY_ATTN_FLAG_TO_IMPL == precision.OLD_KEYS
 
 
@@ -113,8 +112,8 @@ def test_schedulers_that_need_options() -> None:
             return False
         return True
 
-    assert {kind.value for kind in SchedulerType if not works(kind)} == settings._SCHEDULER_NEEDS.keys()
-    for kind, options in settings._SCHEDULER_NEEDS.items():
+    assert {kind.value for kind in SchedulerType if not works(kind)} == settings_rules._SCHEDULER_NEEDS.keys()
+    for kind, options in settings_rules._SCHEDULER_NEEDS.items():
         assert all(works(SchedulerType(kind), **{option: 1}) for option in options)
 
 

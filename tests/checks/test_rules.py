@@ -10,9 +10,9 @@ import pytest
 from conftest import config_with, recipe_config
 
 from qlora_recipes.base import hub, paths
-from qlora_recipes.checks import rules
-from qlora_recipes.checks.finding import Finding
-from qlora_recipes.checks.rules import case, hardware
+from qlora_recipes.checks import finding, settings_rules
+from qlora_recipes.checks.check import rule_findings
+from qlora_recipes.checks.finding import Case, Finding
 from qlora_recipes.configs import gpus
 
 LLAMA_3 = "haider2024/llama-3-8b"
@@ -30,8 +30,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Pa
     (tmp_path / "pickled" / "adapter_model.bin").touch()
     monkeypatch.setenv("HF_TOKEN", "for the test")
     monkeypatch.setattr(hub, "is_offline", lambda: False)
-    monkeypatch.setattr("qlora_recipes.checks.rules.space.free_bytes", lambda _: 10**15)
-    monkeypatch.setattr(hardware, "torch_cuda", lambda: "13.0")
+    monkeypatch.setattr("qlora_recipes.checks.model_rules.free_bytes", lambda _: 10**15)
+    monkeypatch.setattr(settings_rules, "torch_cuda", lambda: "13.0")
     return tmp_path
 
 
@@ -39,7 +39,7 @@ def found(
     change: dict[str, Any], gpu: str | None = None, launching: bool = False, name: str = "haider2024/code-llama-7b"
 ) -> list[Finding]:
     cfg = config_with(change, name)
-    return list(rules.findings(rules.Case(cfg, set(), gpus.find(gpu) if gpu else None, launching=launching)))
+    return list(rule_findings(Case(cfg, set(), gpus.find(gpu) if gpu else None, launching=launching)))
 
 
 def names(change: dict[str, Any], gpu: str | None = None, launching: bool = False) -> list[str]:
@@ -213,7 +213,7 @@ OTHERS = {"gpu-lacks", "no-gpu", "engine-needs-gpus", "no-room"}  # which have t
 
 def test_every_rule_has_a_case() -> None:
     tested = {case[2].partition(":")[0] for case in CASES} | OTHERS
-    assert tested == {rule.__name__.replace("_", "-") for rule in case.RULES}
+    assert tested == {rule.__name__.replace("_", "-") for rule in finding.RULES}
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_what_a_gpu_lacks(gpu: str, change: dict[str, Any], keys: list[str]) -> 
 
 def test_torch_for_an_older_cuda_runs_on_older_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for cuda in ("12.6", None):
-        monkeypatch.setattr(hardware, "torch_cuda", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(settings_rules, "torch_cuda", lambda cuda=cuda: cuda)
         assert found({}, "V100") == []
 
 
@@ -319,7 +319,7 @@ def test_packages_that_are_installed_or_missing(monkeypatch: pytest.MonkeyPatch)
     missing = ["error missing-package:attn_implementation", "error missing-package:use_comet"]
     assert sorted(names(change, "A100", launching=True)) == missing
     installed: set[str] = {"flash-attn", "cut-cross-entropy", "wandb"}
-    monkeypatch.setattr(rules.Case, "is_installed", lambda _, package: package in installed)
+    monkeypatch.setattr(Case, "is_installed", lambda _, package: package in installed)
     assert found(FLASH | {"plugins": [CCE], "use_wandb": True}) == []
     (only,) = found({"attn_implementation": "flash_attention_4"})  # flash-attn is another package of the same name
     assert "flash-attn-4" in only.problem
@@ -421,8 +421,8 @@ def test_access_is_what_the_hub_says(
     monkeypatch: pytest.MonkeyPatch, access: Any, level: str | None, launching: bool
 ) -> None:
     monkeypatch.setattr(hub, "access", lambda _: hub.Answer(access, "its reason"))
-    case = rules.Case(config_with({}, LLAMA_3), set(), gpus.find("T4"), launching=launching, ask_hub=True)
-    said = [finding for finding in rules.findings(case) if finding.rule == "no-access"]
+    case = Case(config_with({}, LLAMA_3), set(), gpus.find("T4"), launching=launching, ask_hub=True)
+    said = [finding for finding in rule_findings(case) if finding.rule == "no-access"]
     assert [finding.level for finding in said] == ([level] if level else [])
     assert all("its reason" in finding.problem for finding in said)
 

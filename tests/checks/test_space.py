@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from conftest import config_with
 
-from qlora_recipes.checks import rules
-from qlora_recipes.checks.finding import Finding
-from qlora_recipes.checks.rules import space
+from qlora_recipes.checks import model_rules
+from qlora_recipes.checks.check import rule_findings
+from qlora_recipes.checks.finding import Case, Finding
 
 NAME = "haider2024/code-llama-7b"
 DOWNLOAD = "the base model's download"
@@ -25,8 +25,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def needs(change: dict[str, Any], name: str = NAME, launching: bool = False) -> dict[str, float]:
     """The bytes that a run writes, in GB, by the last word of what they are."""
-    case = rules.Case(config_with({"datasets": None, "test_datasets": None} | change, name), set(), launching=launching)
-    return {what: size / 1e9 for _, size, what, _ in space._needs(case)}
+    case = Case(config_with({"datasets": None, "test_datasets": None} | change, name), set(), launching=launching)
+    return {what: size / 1e9 for _, size, what, _ in model_rules._needs(case)}
 
 
 def test_checkpoints_adapter_and_rows_are_counted() -> None:
@@ -64,13 +64,13 @@ def test_what_is_not_here_is_downloaded_when_a_run_starts() -> None:
 @pytest.mark.parametrize(("launching", "level"), [(False, "warning"), (True, "error")])
 def test_too_little_room_is_said(monkeypatch: pytest.MonkeyPatch, launching: bool, level: str) -> None:
     def found() -> list[Finding]:
-        case = rules.Case(config_with({"datasets": [DATA]}), set(), launching=launching)
-        return [finding for finding in rules.findings(case) if finding.rule == "no-room"]
+        case = Case(config_with({"datasets": [DATA]}), set(), launching=launching)
+        return [finding for finding in rule_findings(case) if finding.rule == "no-room"]
 
-    monkeypatch.setattr("qlora_recipes.checks.rules.space.free_bytes", lambda _: 10**9)
+    monkeypatch.setattr("qlora_recipes.checks.model_rules.free_bytes", lambda _: 10**9)
     (only,) = found()
     assert (only.level, only.key, only.scope) == (level, "output_dir", "machine")
     for value in (str(Path("runs").absolute()), "1 GB", "0.13 GB", "1.2 GB"):
         assert value in only.problem
-    monkeypatch.setattr("qlora_recipes.checks.rules.space.free_bytes", lambda _: 10**12)
+    monkeypatch.setattr("qlora_recipes.checks.model_rules.free_bytes", lambda _: 10**12)
     assert found() == []

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_recipes.terminal import tables
+from qlora_recipes import tables
 
 
 def test_a_number_a_text_like_it_and_what_a_terminal_would_obey(capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,7 +126,7 @@ def test_exit_codes() -> None:
 def test_the_disk_that_needs_room_is_that_of_the_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
 ) -> None:
-    monkeypatch.setattr("qlora_recipes.checks.rules.space.free_bytes", lambda _: 10**3)
+    monkeypatch.setattr("qlora_recipes.checks.model_rules.free_bytes", lambda _: 10**3)
     monkeypatch.setattr(plan, "of_request", Mock(side_effect=UserError("takes seconds")))
     short = f"{tmp_path / 'elsewhere'}: 1e-06 GB"
     asked = Request("haider2024/code-llama-7b")

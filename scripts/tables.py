@@ -13,9 +13,9 @@ from typing import Any, Literal
 import click
 import orjson
 
-from ..base.files import Row
-from ..base.progress import harmless, masked
-from ..base.yamlfiles import write_flow
+from .base.files import Row
+from .base.progress import harmless, masked
+from .base.yamlfiles import write_flow
 
 Form = Literal["table", "md", "csv", "json"]
 
