@@ -8,7 +8,7 @@ from conftest import Recipe, config_with
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.progress import is_secret, masked
-from qlora_recipes.data.download import public
+from qlora_recipes.data.fetch import public
 
 NAME = "haider2024/code-llama-7b"
 TOKEN = "hf_" + "aB3" * 8

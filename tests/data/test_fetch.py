@@ -4,7 +4,6 @@ import io
 import os
 import random
 import resource
-import shutil
 import socket
 import stat
 import zipfile
@@ -19,7 +18,6 @@ from file_server import Server, data_of, serving
 
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.base.processes import held
-from qlora_recipes.data import download as downloading
 from qlora_recipes.data import fetch as fetching
 from qlora_recipes.data.declaration import Data
 from qlora_recipes.data.fetch import fetch
@@ -109,7 +107,7 @@ def test_a_connection_that_breaks_off_is_resumed(tmp_path: Path, server: Server)
 
 
 def test_one_that_stalls_is_resumed(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloading, "TIMEOUT", (5, 0.2))
+    monkeypatch.setattr(fetching, "TIMEOUT", (5, 0.2))
     server.breaks_after = [300_000]
     server.stalls = 0.5
     fetch(data(server.url), tmp_path)
@@ -357,32 +355,6 @@ def test_only_wanted_files_of_an_archive_are_extracted(tmp_path: Path, member: z
     assert wanted(tmp_path / "raw") == FILES
     assert sorted(file.name for file in tmp_path.iterdir()) == ["mine.zip", "raw"]
     assert {file.name for file in (tmp_path / "raw").iterdir()} == {*FILES, "fetched.json", ".fetch.lock"}
-
-
-def leave_free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    usage = shutil.disk_usage(".")._replace(free=size)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-
-
-def test_a_download_that_would_not_fit_is_not_begun(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server.breaks_after = [300_000] + [0] * 5
-    with pytest.raises(WorkFailed):
-        fetch(data(server.url), tmp_path)
-    leave_free(monkeypatch, len(ARCHIVE) - 300_001)
-    with pytest.raises(UserError, match=f"^{tmp_path}: "):
-        fetch(data(server.url), tmp_path)
-    assert wanted(tmp_path) == {}
-    assert part(tmp_path).stat().st_size == 300_000
-    leave_free(monkeypatch, sum(map(len, FILES.values())) - 1)  # the rest of the download fits, the files do not
-    with pytest.raises(UserError, match=f"^{tmp_path}: "):
-        fetch(data(server.url), tmp_path)
-    assert wanted(tmp_path) == {}
-    leave_free(monkeypatch, 10**9)
-    fetch(data(server.url), tmp_path)
-    assert wanted(tmp_path) == FILES
-    assert server.asked_for()[6:] == ["bytes=300000-"] * 2
 
 
 @contextmanager

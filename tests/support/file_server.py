@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qlora_recipes.data import download as downloading
+from qlora_recipes.data import fetch as fetching
 from qlora_recipes.data.declaration import Data
 
 
@@ -103,8 +103,8 @@ class Handler(BaseHTTPRequestHandler):
 def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server of this machine."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(downloading, "PAUSES", (0,) * 5)
-    monkeypatch.setattr(downloading, "CHUNK", 10_000)
+    monkeypatch.setattr(fetching, "PAUSES", (0,) * 5)
+    monkeypatch.setattr(fetching, "CHUNK", 10_000)
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.orders = orders = Server(f"http://127.0.0.1:{http.server_port}/files/Comment_Generation.zip")
     thread = threading.Thread(target=http.serve_forever, args=(0.01,))
