@@ -12,7 +12,7 @@ from ..base.files import DISK_FULL
 from ..base.hub import importing_axolotl
 from ..base.progress import MASK, is_secret
 from ..base.yamlfiles import Config
-from ..configs import compose, models, standin, substitution, variants
+from ..configs import compose, models, substitution, variants
 from ..configs.compatibility import VARIANTS
 from ..configs.compose import Composed, Request
 from ..configs.config import check_not_of_the_run
@@ -269,8 +269,8 @@ def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
 
 def has_tokenizer(composed: Composed) -> bool:
     """Whether a config's tokenizer is on this machine; a rehearsal's is put there."""
-    if composed.rehearsal and standin.is_used(composed.config):
-        standin.model_folder()
+    if composed.rehearsal and substitution.stands_in(composed.config):
+        substitution.model_folder()
     return models.find(composed.config).tokenizer_here
 
 
@@ -288,10 +288,10 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None
     if has_tokenizer(composed):
         findings, measured = _lengths(composed.config, most, gpus)
     else:
-        problem = f"its tokenizer is not on this machine: {standin.NAME}'s read {SOME} rows, lengths are unknown"
+        problem = f"its tokenizer is not on this machine: {substitution.NAME}'s read {SOME} rows, lengths are unknown"
         report.add([Finding("note", "not-checked", "base_model", problem, where=report.name)])
         config = {key: value for key, value in composed.config.items() if key not in substitution.OF_MODEL}
-        config |= {"base_model": str(standin.model_folder()), "sequence_len": standin.CONTEXT}
+        config |= {"base_model": str(substitution.model_folder()), "sequence_len": substitution.CONTEXT}
         findings, measured = _lengths(config, most or SOME, gpus)
         findings = [finding for finding in findings if finding.rule not in ("too-long", "no-batch", "eos-masked")]
         measured = []

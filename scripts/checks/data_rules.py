@@ -11,7 +11,7 @@ from ..base.errors import did_you_mean
 from ..base.yamlfiles import Config
 from ..configs import datafiles, models
 from ..configs.config import flatten
-from ..configs.precision import precision, takes_varlen
+from ..configs.numerics import precision, takes_varlen
 from ..data import study
 from . import rows, schema
 from .finding import Case, Problems, rule

@@ -18,7 +18,7 @@ from ..base import paths
 from ..base.yamlfiles import Config
 from ..configs import datafiles, models
 from ..configs.gpus import Gpu
-from ..configs.precision import attention
+from ..configs.numerics import attention
 
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = get_args(Level)

@@ -7,7 +7,7 @@ from ..base.progress import is_secret
 from ..configs import substitution
 from ..configs.compatibility import AMPERE
 from ..configs.config import flatten
-from ..configs.precision import OLD_KEYS, precision, quantized, takes_varlen
+from ..configs.numerics import OLD_KEYS, precision, quantized, takes_varlen
 from .finding import Case, Level, Problems, rule
 
 

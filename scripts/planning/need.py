@@ -7,9 +7,8 @@ from typing import Any
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..configs import models
-from ..configs.engines import engine_of
-from ..configs.gpus import Gpu
-from ..configs.precision import attention, precision
+from ..configs.gpus import Gpu, engine_of
+from ..configs.numerics import attention, precision
 from . import lora, steps
 from .planner import GIB, Planner
 

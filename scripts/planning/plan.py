@@ -12,8 +12,7 @@ from ..base.yamlfiles import Config
 from ..checks import check
 from ..configs import datafiles
 from ..configs.compose import Composed, Request, compose
-from ..configs.engines import engine_of
-from ..configs.gpus import Gpu
+from ..configs.gpus import Gpu, engine_of
 from . import lengths, steps, work
 from .fit import usable_gib
 from .need import held_at_peak, per_gpu, planner_of, totals

@@ -7,8 +7,8 @@ from typing import Any
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..configs import datafiles
-from ..configs.engines import offloads
-from ..configs.precision import attention, precision, takes_varlen
+from ..configs.gpus import offloads
+from ..configs.numerics import attention, precision, takes_varlen
 from .traces import Step
 
 OPTIMIZER = "adamw_torch_fused"  # Axolotl's default

@@ -13,7 +13,7 @@ from ..base.errors import UserError
 from ..base.files import write_atomically
 from ..base.progress import say
 from ..configs import config, gpus, ledger
-from ..configs.engines import KEYS
+from ..configs.gpus import ENGINE_KEYS
 from ..data import study
 from ..data.study import Study
 from ..metrics.bertscore import ScorerModel
@@ -118,7 +118,7 @@ def record_of_run(folder: RunDir, run: Run, own: evaluations.Evaluation) -> ledg
 
 def _planned(run: Run, cfg: yamlfiles.Config, capability: str | None) -> float | None:
     """The GiB that were planned for a run on one GPU; None for others, and where no plan is kept."""
-    if capability and run.ranks == 1 and not any(cfg.get(key) for key in KEYS):
+    if capability and run.ranks == 1 and not any(cfg.get(key) for key in ENGINE_KEYS):
         with suppress(UserError):  # some configs cannot be planned
             return need.needed_gib(cfg, gpus.find(capability))
     return None

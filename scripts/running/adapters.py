@@ -14,7 +14,7 @@ from ..base.files import read_json, sha256, tensor_shapes
 from ..base.hub import importing_axolotl
 from ..base.paths import find_recipe
 from ..base.progress import say
-from ..configs import datafiles, models, standin
+from ..configs import datafiles, models, substitution
 from ..configs.compose import Composed, Request
 from ..runs.records import FileState
 from ..runs.rundir import RunDir
@@ -62,7 +62,7 @@ def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:
     ungated copy of that, or the stand-in of a rehearsal."""
     base = str(read_json(adapter / CONFIG).get("base_model_name_or_path"))
     own = yamlfiles.read_yaml(find_recipe(name)[1]).get("base_model")
-    rehearsal, copied = Path(base).name == standin.folder().name, models.is_copy(base, own)
+    rehearsal, copied = Path(base).name == substitution.folder().name, models.is_copy(base, own)
     if not (rehearsal or copied):
         say(f"{adapter}: trained on {base}; it is evaluated with {own}, as {name} says")
     return Request(name, rehearse=rehearsal, mirror=copied and base != own, force=[*force])

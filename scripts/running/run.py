@@ -19,7 +19,7 @@ from ..base.files import sha256, write_atomically
 from ..base.progress import Bar, say
 from ..checks import check, trust
 from ..checks.check import check_arguments
-from ..configs import datafiles, gpus, standin
+from ..configs import datafiles, gpus, substitution
 from ..configs.compose import Composed, Request, compose, is_rehearsal
 from ..configs.config import Difference
 from ..configs.datafiles import DataFile
@@ -105,8 +105,8 @@ def create(composed: Composed, request: Request, runs: Path, shared: Container[D
         runs: the folder for it.
         shared: differences from the recipe that have been shown already, for several runs together.
     """
-    if composed.rehearsal and standin.is_used(composed.config):
-        standin.model_folder()
+    if composed.rehearsal and substitution.stands_in(composed.config):
+        substitution.model_folder()
     folder = RunDir(new_folder(runs / composed.recipe, composed.digest[:7]))
     ours = launched(composed, folder)
     new = [difference for difference in composed.differences if difference not in shared]
@@ -135,7 +135,7 @@ def record_of(composed: Composed, request: Request) -> Run:
         composed: its checked config.
         request: what it was composed from.
     """
-    stands_in = composed.rehearsal and standin.is_used(composed.config)
+    stands_in = composed.rehearsal and substitution.stands_in(composed.config)
     record = Run(
         recipe=composed.recipe,
         variant_of=composed.origin if composed.origin != composed.recipe else None,
@@ -155,7 +155,7 @@ def record_of(composed: Composed, request: Request) -> Run:
         of_variant=composed.of_variant,
         data=composed.data,
         test_data=datafiles.test_file(composed.config),
-        stand_in_sha256=standin.digest() if stands_in else None,
+        stand_in_sha256=substitution.digest() if stands_in else None,
         cwd=str(Path.cwd()),
         provenance=provenance.collect(),
     )

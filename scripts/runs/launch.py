@@ -21,8 +21,8 @@ from ..base.files import opened, reserved, where_full
 from ..base.machine import now
 from ..base.processes import start_child, stop_requests
 from ..base.progress import TrainingProgress, say
-from ..configs import determinism
-from ..configs.engines import CPU_RANKS
+from ..configs import numerics
+from ..configs.gpus import CPU_RANKS
 from . import health, provenance
 from .records import Ended, FileState
 from .rundir import Launch, Run, RunDir, State, summarise, this_job
@@ -214,7 +214,7 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
             added |= {CPU_RANKS: "1", "OMP_NUM_THREADS": str(threads)}
     elif record.ranks == 1:  # with more in sight, transformers would use them all
         added["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    return trackers | os.environ | added | determinism.environment(yamlfiles.read_yaml(folder.config))
+    return trackers | os.environ | added | numerics.environment(yamlfiles.read_yaml(folder.config))
 
 
 def _drop_half_prepared(folder: RunDir, record: Run) -> None:

@@ -24,8 +24,8 @@ from ..base.files import append_line
 from ..base.hub import limit_waiting
 from ..base.machine import Card
 from ..base.processes import LOCK_TIMEOUT, end_with_parent, held
-from ..configs import determinism, models
-from ..configs.engines import CPU_RANKS, KEYS, engine_of
+from ..configs import models, numerics
+from ..configs.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
 from . import checkpoints, eval_loss, ranks
 from .packed import PackedWeights
 from .records import Ended
@@ -45,7 +45,7 @@ class RunPlugin(BasePlugin):
         limit_waiting()
         if ranks.WORLD_SIZE > 1:
             end_with_parent(signal.SIGKILL)  # ranks of a killed launcher would keep training
-        self.engine = engine_of(cfg) if ranks.WORLD_SIZE > 1 or any(cfg.get(key) for key in KEYS) else None
+        self.engine = engine_of(cfg) if ranks.WORLD_SIZE > 1 or any(cfg.get(key) for key in ENGINE_KEYS) else None
         if CPU_RANKS in os.environ:
             ranks.use_cpu(engine_of(cfg))
 
@@ -184,7 +184,7 @@ class RunCallback(TrainerCallback):
         if self.packed:
             self.packed.compare_in_first_pass()
         if args.full_determinism:
-            begun = begun | {"deterministic": determinism.in_force()}
+            begun = begun | {"deterministic": numerics.deterministic_settings()}
         self._append(state, begun | {"gpus": _gpus()})
         if not args.eval_on_start:
             _note_phase(args.output_dir, "training")

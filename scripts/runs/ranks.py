@@ -45,7 +45,7 @@ def use_cpu(engine: str) -> None:
 
 
 def engine_in_use(trainer: Any) -> str:
-    """What divides the training, as `engines.engine_of` calls it, from the objects that do so; or "one process"."""
+    """What divides the training, as `gpus.engine_of` calls it, from the objects that do so; or "one process"."""
     from deepspeed import DeepSpeedEngine
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..base.progress import say
-from ..configs import standin
+from ..configs import substitution
 from ..metrics.bertscore import ScorerModel, layer_of, made_by
 from ..metrics.metric import Column
 
@@ -21,10 +21,10 @@ class StandIn(ScorerModel):
 
     @property
     def name(self) -> str:
-        return standin.JUDGE
+        return substitution.SCORER
 
     def local_revision(self) -> str:
-        return standin.judge_version()
+        return substitution.scorer_version()
 
 
 def judge(asked: str | None, rehearsal: bool = False, declared: ScorerModel | None = None) -> ScorerModel | None:
@@ -38,7 +38,7 @@ def judge(asked: str | None, rehearsal: bool = False, declared: ScorerModel | No
     if asked:
         return declared if asked == declared.model else ScorerModel(model=asked)
     if rehearsal:
-        return StandIn(model=str(standin.judge_folder()), layer=standin.JUDGE_LAYERS)
+        return StandIn(model=str(substitution.scorer_folder()), layer=substitution.SCORER_LAYERS)
     from huggingface_hub import try_to_load_from_cache
 
     here = declared.is_local or isinstance(try_to_load_from_cache(declared.model, "config.json"), str)

@@ -8,7 +8,7 @@ from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.files import sha256, tensor_shapes
 from ..checks import trust
-from ..configs.precision import precision, quantized
+from ..configs.numerics import precision, quantized
 from ..data import study
 from ..data.study import Decoding
 from ..runs.rundir import Run, RunDir

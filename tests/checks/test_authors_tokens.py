@@ -11,7 +11,7 @@ from conftest import SHARED
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.hub import importing_axolotl
-from qlora_recipes.configs import standin
+from qlora_recipes.configs import substitution
 from qlora_recipes.runs.eval_loss import MASKED
 
 with importing_axolotl(offline=True):
@@ -37,7 +37,7 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}  # as Llama 2's
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | tokens))
-    config = json.loads((standin.model_folder() / "config.json").read_text()) | {"vocab_size": 32000}
+    config = json.loads((substitution.model_folder() / "config.json").read_text()) | {"vocab_size": 32000}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -66,7 +66,7 @@ def encoded(tokenizer: Any, text: str) -> list[int]:
 
 @pytest.mark.parametrize("family", ["llama-2-7b", "llama-3-8b"])
 def test_loftqs_rows_have_the_authors_tokens_and_loss(family: str, sentencepiece: Path) -> None:
-    model = sentencepiece if family == "llama-2-7b" else standin.model_folder()  # Llama 3's is BPE of bytes, too
+    model = sentencepiece if family == "llama-2-7b" else substitution.model_folder()  # Llama 3's is BPE of bytes, too
     loaded = tokenizer_of(f"loftq-gsm8k/{family}-lora", model)
     raw = [row | {"answer": row["answer"].replace("####", "The final answer is: ")} for row in rows()]
     assert len(raw) >= 40
@@ -79,7 +79,7 @@ def test_loftqs_rows_have_the_authors_tokens_and_loss(family: str, sentencepiece
 
 
 def test_pefts_rows_have_the_authors_tokens_and_loss() -> None:
-    loaded = tokenizer_of("peft-metamathqa/lora-rank32", standin.model_folder())
+    loaded = tokenizer_of("peft-metamathqa/lora-rank32", substitution.model_folder())
     question = "Question: {question} Think step by step.\nAnswer:"
     for row, made in zip(rows(), ours(loaded, rows(), question, "{answer}"), strict=True):
         ids = encoded(loaded.tokenizer, question.format(**row) + row["answer"])

@@ -9,7 +9,7 @@ from conftest import Recipe
 
 from qlora_recipes.base import paths
 from qlora_recipes.base.files import sha256
-from qlora_recipes.configs import standin
+from qlora_recipes.configs import substitution
 from qlora_recipes.running import shortage
 from qlora_recipes.runs import launch
 from qlora_recipes.runs.lookup import all_runs
@@ -24,7 +24,7 @@ def own_cache(tmp_path: Path, tiny: Path, stand_in: Path, monkeypatch: pytest.Mo
     """A cache of its own, in which the tiny Llama is what the stand-in is converted to; and an Axolotl that trains
     nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(standin, "_convert", lambda target: shutil.copytree(tiny, target))
+    monkeypatch.setattr(substitution, "_convert", lambda target: shutil.copytree(tiny, target))
     monkeypatch.setattr(launch, "AXOLOTL", stand_in.with_name("axolotl"))
     yield paths.cache()
 
@@ -82,7 +82,7 @@ def test_what_comes_out_another_way_is_refused(
     own_cache: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = rehearsal(recipe, tmp_path, monkeypatch)
-    (model,) = own_cache.glob(f"{standin.NAME}*")
+    (model,) = own_cache.glob(f"{substitution.NAME}*")
     (rows,) = own_cache.glob("sample-*")
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
@@ -97,14 +97,14 @@ def test_what_comes_out_another_way_is_refused(
     assert (said.returncode, str(rows) in said.stderr, rows.exists()) == (2, True, False)
     record.data = []
     run.write(record)
-    monkeypatch.setattr(standin, "folder", lambda: own_cache / f"{standin.NAME}-0.2")
+    monkeypatch.setattr(substitution, "folder", lambda: own_cache / f"{substitution.NAME}-0.2")
     said = recipe("resume", run.path)
     assert (said.returncode, str(model) in said.stderr) == (2, True)
 
 
 @pytest.mark.long
 def test_the_stand_in_is_converted_to_the_same_bytes(tmp_path: Path) -> None:
-    made = standin.model_folder()
-    standin._convert(tmp_path / "again")
+    made = substitution.model_folder()
+    substitution._convert(tmp_path / "again")
     again = {file.name: sha256(file) for file in (tmp_path / "again").iterdir()}
     assert again == {file.name: sha256(file) for file in made.iterdir()}

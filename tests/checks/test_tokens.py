@@ -9,7 +9,7 @@ from conftest import Recipe, config_with
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.configs import compose, gpus, standin
+from qlora_recipes.configs import compose, gpus, substitution
 from qlora_recipes.configs.compose import Request
 
 NAME = "haider2024/code-llama-7b"
@@ -36,13 +36,13 @@ def shown(content: yamlfiles.Config, count: int) -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def smollm2() -> yamlfiles.Config:
     """A recipe's rehearsal."""
-    standin.model_folder()
+    substitution.model_folder()
     return compose.compose(Request(NAME, rehearse=True)).config
 
 
 def test_the_stand_in_has_the_context_that_rehearsals_assume(smollm2: yamlfiles.Config) -> None:
     sizes = orjson.loads(Path(smollm2["base_model"], "config.json").read_bytes())
-    assert sizes["max_position_embeddings"] == standin.CONTEXT
+    assert sizes["max_position_embeddings"] == substitution.CONTEXT
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_roles_are_judged_by_the_rehearsals_tokenizer_where_the_models_is_missin
     (report,) = orjson.loads(recipe("check", "own.yaml", "--data", "--json").stdout)
     found = {finding["rule"]: finding for finding in report["findings"]}
     assert (found["bad-row"]["where"], found["bad-row"]["line"]) == ("rows.jsonl", 2)
-    assert standin.NAME in found["not-checked"]["problem"]
+    assert substitution.NAME in found["not-checked"]["problem"]
     assert "tokens" not in report["data"][0]
 
 

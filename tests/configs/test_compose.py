@@ -106,15 +106,15 @@ def test_steps_keep_their_rows_on_several_gpus(gpus: int, change: list[str], key
 
 
 @pytest.mark.parametrize(
-    ("gpus", "change", "remedy"),
+    ("gpus", "change", "unit"),
     [
-        (3, [], "--set gradient_accumulation_steps=6 .* 12 "),
-        (8, [], "--set micro_batch_size=1 --set gradient_accumulation_steps=8 .* 8 "),
-        (3, ["gradient_accumulation_steps=null", "batch_size=4"], "--set batch_size=6 .* 6 "),
+        (3, [], "gradient_accumulation_steps is 4, .* 3;"),
+        (8, [], "gradient_accumulation_steps is 4, .* 8;"),
+        (3, ["gradient_accumulation_steps=null", "batch_size=4"], "batch_size is 4, .* 6;"),
     ],
 )
-def test_steps_that_cannot_keep_their_rows_are_refused(gpus: int, change: list[str], remedy: str) -> None:
-    with pytest.raises(UserError, match=remedy):
+def test_steps_that_cannot_keep_their_rows_are_refused(gpus: int, change: list[str], unit: str) -> None:
+    with pytest.raises(UserError, match=unit):
         compose.compose(Request(NAME, overrides=change, gpus=gpus))
 
 

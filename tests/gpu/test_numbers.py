@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import sha256
 from qlora_recipes.base.paths import find_recipe
-from qlora_recipes.configs import standin
-from qlora_recipes.configs.precision import precision
+from qlora_recipes.configs import substitution
+from qlora_recipes.configs.numerics import precision
 from qlora_recipes.data.sample import usual_sample
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.eval_loss import MASKED
@@ -60,7 +60,7 @@ def texts(count: int) -> list[str]:
 
 def batch(device: str) -> dict[str, torch.Tensor]:
     """The first rows of the sample, cut to one length."""
-    tokenizer = AutoTokenizer.from_pretrained(standin.model_folder())
+    tokenizer = AutoTokenizer.from_pretrained(substitution.model_folder())
     ids = tokenizer(texts(2), truncation=True, max_length=128, padding="max_length", return_tensors="pt")["input_ids"]
     return {"input_ids": ids.to(device), "labels": ids.masked_fill(ids == tokenizer.pad_token_id, MASKED).to(device)}
 
@@ -70,7 +70,11 @@ def load(run: Path, device: str, dtype: torch.dtype, quantized: bool = True) -> 
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     how = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype) if quantized else None
     base = AutoModelForCausalLM.from_pretrained(
-        standin.model_folder(), dtype=dtype, quantization_config=how, device_map=device, attn_implementation="eager"
+        substitution.model_folder(),
+        dtype=dtype,
+        quantization_config=how,
+        device_map=device,
+        attn_implementation="eager",
     )
     model = PeftModel.from_pretrained(base, run / "output", is_trainable=True)
     for module in model.modules():
@@ -209,7 +213,7 @@ def test_packed_rows_do_not_see_each_other(judge: Judge) -> None:
     """With the attention that Axolotl takes (loaders/patch_manager.py), on a GPU in half precision."""
     if GPU and BF16:  # from Ampere on
         patch_sdpa_varlen()
-    folder, dtype = standin.model_folder(), HALF if GPU else torch.float32
+    folder, dtype = substitution.model_folder(), HALF if GPU else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=DEVICE, attn_implementation="sdpa")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = []

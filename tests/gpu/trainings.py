@@ -17,7 +17,7 @@ from memory_plugin import MEMORY, SHARE, STOP
 from qlora_recipes.base import machine, yamlfiles
 from qlora_recipes.base.files import read_json
 from qlora_recipes.base.paths import find_recipe
-from qlora_recipes.configs import gpus, models, standin
+from qlora_recipes.configs import gpus, models, substitution
 
 GPU = gpus.here()
 BF16 = GPU.capability >= (8, 0) if GPU else machine.cpu_has_bf16()
@@ -52,7 +52,7 @@ def settings(model: Path, rows: Path, length: int, **changes: Any) -> dict[str, 
     return {
         "base_model": str(model),
         "revision_of_model": None,
-        "special_tokens": None if model == standin.folder() else {"pad_token": "</s>"},
+        "special_tokens": None if model == substitution.folder() else {"pad_token": "</s>"},
         "datasets": [{"path": str(rows), "type": "alpaca"}],
         "test_datasets": None,
         "evals_per_epoch": None,
@@ -72,7 +72,7 @@ def of_stand_in(folder: Path, **changes: Any) -> dict[str, Any]:
     On a CPU in fp32, which plans follow most closely. On a GPU attention is eager: the backward pass of the others adds
     in any order, so that two equal trainings differ in their last bits.
     """
-    rows, model = folder / "stand-in.jsonl", standin.model_folder()
+    rows, model = folder / "stand-in.jsonl", substitution.model_folder()
     if not rows.is_file():
         random_models.write_full_rows(rows, model, LENGTH, STEPS * 4)
     return settings(model, rows, LENGTH) | ({"attn_implementation": "eager"} if GPU else {"bf16": False}) | changes

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from qlora_recipes.base.errors import UserError, WorkFailed
-from qlora_recipes.configs import standin
+from qlora_recipes.configs import substitution
 from qlora_recipes.metrics import bertscore
 from qlora_recipes.metrics.bertscore import DEFAULT, ScorerModel, layer_of, made_by
 from qlora_recipes.scores import judges
@@ -44,7 +44,7 @@ def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_scores_are_the_librarys() -> None:
     from bert_score import BERTScorer
 
-    folder = str(standin.judge_folder())
+    folder = str(substitution.scorer_folder())
     library = BERTScorer(model_type=folder, num_layers=6, lang="en")
     short = PAIRS[:3]  # of a text beyond the model's context, the library would make an error
     expected = library.score([given for _, given in short], [wanted for wanted, _ in short])[2].tolist()
@@ -100,7 +100,7 @@ def test_a_roberta_gets_the_space_before_the_first_word_that_the_published_score
 @pytest.mark.parametrize("layer", [None, 9])
 def test_a_layer_that_is_not_there_is_told(layer: int | None) -> None:
     with pytest.raises(UserError, match="6 layers"):
-        bertscore.f1(PAIRS, ScorerModel(model=str(standin.judge_folder()), layer=layer))
+        bertscore.f1(PAIRS, ScorerModel(model=str(substitution.scorer_folder()), layer=layer))
 
 
 def test_a_model_that_is_not_there_is_told() -> None:

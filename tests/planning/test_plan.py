@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.configs import engines, gpus
+from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.planning import cache, need, plan, plan_tables, planner, steps, traces, work
@@ -184,7 +184,7 @@ def test_cards_are_judged_under_the_configs_engine(
     planned, planned_step = plan.plan(small | change, gpus.find("T4"), gpus=4)
     (card,) = planned["cards"]
     assert card["free"] == pytest.approx(card["usable"] - planned["per_gpu"][engine])
-    assert engines.engine_of(small | change) == engine
+    assert gpus.engine_of(small | change) == engine
     assert planned_step.need() == planned["memory"]["needed"]
 
 

@@ -12,7 +12,7 @@ from families import TINY
 from scipy.stats import norm
 
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.configs import standin
+from qlora_recipes.configs import substitution
 from qlora_recipes.configs.models import LINEAR_LAYERS
 from qlora_recipes.planning import quantization
 from qlora_recipes.planning.quantization import Format
@@ -112,7 +112,7 @@ def test_rows_that_are_no_multiple_of_the_block() -> None:
 
 @pytest.mark.long
 def test_larger_blocks_lose_more_and_one_scale_most() -> None:
-    rows = quantization.measure(quantization.weights_of(standin.model_folder(), 1))
+    rows = quantization.measure(quantization.weights_of(substitution.model_folder(), 1))
     of_all = {(r["format"], r["block"], r["double"]): r["snr_db"] for r in rows if r["layer"] == "all"}
     nf4 = [of_all["nf4", block, False] for block in quantization.BLOCKS]
     assert all(smaller > larger for smaller, larger in itertools.pairwise(nf4))
@@ -123,7 +123,7 @@ def test_larger_blocks_lose_more_and_one_scale_most() -> None:
 
 
 def test_layers_are_spread_over_the_depth() -> None:
-    assert len(quantization.weights_of(standin.model_folder(), 3)) == 3 * 7
+    assert len(quantization.weights_of(substitution.model_folder(), 3)) == 3 * 7
     with pytest.raises(UserError, match="nowhere"):
         quantization.weights_of(Path("nowhere"), 3)
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.base.files import Row, sha256
-from qlora_recipes.configs import config, standin
+from qlora_recipes.configs import config, substitution
 from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.results import run_rows
@@ -409,8 +409,8 @@ def test_scoring_anew_leaves_no_score_of_another_judge(run: RunDir, monkeypatch:
     from bert_score import utils as bert_score_utils
 
     request = EvaluationRequest(adapter="none", max_new_tokens=8, limit=3)
-    request.judge = str(standin.judge_folder())
-    monkeypatch.setitem(bert_score_utils.model2layers, standin.judge_folder().name, 6)
+    request.judge = str(substitution.scorer_folder())
+    monkeypatch.setitem(bert_score_utils.model2layers, substitution.scorer_folder().name, 6)
     assert evaluate.evaluate(run, request).scores["bertscore"]["model"] == "model"
     without = evaluated(run, limit=3)
     assert "bertscore" not in without.scores and "bertscore_f1" not in without.scores

@@ -7,7 +7,7 @@ import orjson
 import pytest
 
 from qlora_recipes.base.files import write_rows
-from qlora_recipes.configs import standin
+from qlora_recipes.configs import substitution
 from qlora_recipes.scores import prompts
 
 CHAT = {"type": "chat_template", "field_messages": "talk"}
@@ -59,7 +59,7 @@ def test_the_code_gives_the_tokens_of_the_training(
     from transformers import AutoTokenizer
 
     write_rows(tmp_path / "own.jsonl", [row])
-    folder = standin.model_folder()
+    folder = substitution.model_folder()
     cfg = {
         "base_model": str(folder),
         "sequence_len": 512,

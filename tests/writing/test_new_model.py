@@ -9,7 +9,7 @@ import pytest
 from conftest import Recipe, recipe_config
 
 from qlora_recipes.base import paths, yamlfiles
-from qlora_recipes.configs import config, models, standin
+from qlora_recipes.configs import config, models, substitution
 
 BASE = "haider2024/llama-3.2-3b"
 PHI = {"model_type": "phi3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2} | {
@@ -109,8 +109,8 @@ def test_a_model_that_nothing_is_known_of_is_taken_with_its_missing_facts_named(
 
 
 def test_facts_of_a_folder_are_read_from_its_files(tmp_path: Path, recipe: Recipe) -> None:
-    text, said = written(recipe, tmp_path, standin.model_folder())
-    assert said.endswith(f"{standin.model_folder()}: licence\n")
+    text, said = written(recipe, tmp_path, substitution.model_folder())
+    assert said.endswith(f"{substitution.model_folder()}: licence\n")
     assert "\n# variant, removed: revision_of_model; a folder has none\n" in text
     assert "\n# variant, removed: special_tokens; the tokenizer has a padding token, <|im_end|>\n" in text
     assert "a folder of this machine" in re.sub("\n# +", " ", text)

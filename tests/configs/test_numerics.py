@@ -1,7 +1,10 @@
-"""Precision, beside what Axolotl's own code makes of the same settings."""
+"""Precision, beside what Axolotl's own code makes of the same settings; and settings of a training that repeats."""
 
 import copy
 import functools
+import os
+import subprocess
+import sys
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +12,8 @@ from typing import Any
 import pytest
 from conftest import config_with
 
-from qlora_recipes.configs.precision import Precision, precision
+from qlora_recipes.configs import numerics
+from qlora_recipes.configs.numerics import Precision, precision
 
 UNSET = object()
 VALUES = {
@@ -66,3 +70,34 @@ def test_precision_is_what_axolotl_resolves(
         if (theirs := of_axolotl(cfg, on_gpu)) and (ours := precision(settings, on_gpu)) != theirs
     }
     assert differ == {}
+
+
+REPEAT = "from transformers import enable_full_determinism as on; on(42)"
+CHECK = "from qlora_recipes.configs import numerics; print(len(numerics.deterministic_settings()))"
+
+
+def test_the_environment_is_set_only_where_a_training_is_to_repeat() -> None:
+    assert numerics.environment({numerics.DETERMINISM: True}) == {"PYTHONHASHSEED": "0"}
+    assert numerics.environment({numerics.DETERMINISM: False}) == numerics.environment({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "seed", "problem"),
+    [
+        (f"{REPEAT}; {CHECK}", "0", ""),
+        (CHECK, "0", "torch deterministic algorithms: False"),
+        (f"{REPEAT}; {CHECK}", "random", "order of sets is random: True"),
+        (f"{REPEAT}; import torch; torch.backends.cudnn.benchmark = True; {CHECK}", "0", "cudnn benchmark: True"),
+        (
+            f"{REPEAT}; import os; os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':0:0'; {CHECK}",
+            "0",
+            "CUBLAS_WORKSPACE_CONFIG: :0:0",
+        ),
+    ],
+)
+@pytest.mark.long
+def test_a_process_in_which_a_setting_does_not_hold_is_stopped(before: str, seed: str, problem: str) -> None:
+    environment = os.environ | {"PYTHONHASHSEED": seed}
+    done = subprocess.run([sys.executable, "-c", before], env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) is not bool(problem)
+    assert problem in done.stderr if problem else done.stdout
