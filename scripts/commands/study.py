@@ -27,9 +27,9 @@ def new_verb(
     ] = "meta-llama/Llama-3.2-3B",
 ) -> None:
     """Write a study that works as it is, with comments, below recipes/ and templates/ of this folder."""
-    from ..writing import new_study
+    from ..writing import render
 
-    for file in new_study.write(name, model):
+    for file in render.write_study(name, model):
         print(shown(file))
     next_step("study", "check", name)
 

@@ -1,6 +1,8 @@
-"""Recipes from templates: the only way a shipped recipe is written."""
+"""Recipes from templates, the only way a shipped recipe is written; and a study of the user's own to begin with."""
 
 import difflib
+import os
+import re
 import traceback
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from ..data.study import Study
 from .base_model import BaseModel, describe
 
 README = "README.md"
+_SKELETON = ".txt"  # so that no file of the skeleton is taken for a template or a recipe
+_STUDY = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _REQUIRED = {"title": "Qwen2.5 7B", "licence": "apache-2.0"}  # what a recipe states of every model
 
 
@@ -53,11 +57,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
         entry = models[base_model] or {}
         for fact, example in _REQUIRED.items():
             if not entry.get(fact):
-                lines = yamlfiles.read_text(listed).splitlines()
-                line = 1 + next(
-                    (i for i, line in enumerate(lines) if line.strip("\"'").startswith(f"{base_model}:")), 0
-                )
-                raise UserError(f"{listed}:{line}: {base_model}: no {fact}; add it, as in `{fact}: {example}`")
+                raise UserError(f"{listed}: {base_model}: no {fact}; add it, as in `{fact}: {example}`")
         return describe(entry, base_model)
 
     recipes = {}
@@ -119,3 +119,47 @@ def write(files: dict[str, str], recipes: Path = paths.RECIPES) -> list[Path]:
 
 def _on_disk(file: Path) -> str:
     return file.read_text(encoding="utf-8") if file.exists() else ""
+
+
+def write_study(name: str, base_model: str) -> list[Path]:
+    """Write a study that works as it is, below recipes/ and templates/ of the current folder, and render its recipe.
+
+    Args:
+        name: the study's; it becomes the folders' name.
+        base_model: of its one recipe, which is named after it.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: the name cannot be a folder's, or there is a study or a folder of that name.
+    """
+    if not _STUDY.fullmatch(name):
+        raise UserError(f"{name}: a study is named in lower-case letters, digits, -, _ and ., as first-author-2026")
+    recipes, templates = Path("recipes", name), Path("templates", name)
+    for there in (*(folder for folder in paths.studies() if folder.name == name), recipes, templates):
+        if there.exists():
+            raise UserError(f"{paths.shown(there)}: there already; choose another name, or move it away")
+    model = base_model.rpartition("/")[2].lower()
+    words = {
+        "{NAME}": name,
+        "{MODEL}": model,
+        "{BASE_MODEL}": base_model,
+        "{STUDY_SCHEMA}": os.path.relpath(study.SCHEMA, recipes),
+        "{SCHEMA}": os.path.relpath(paths.RECIPES / "axolotl.schema.json", recipes),
+    }
+    skeleton = paths.TEMPLATES / "skeleton"
+    places = {
+        "study.yaml": recipes / "study.yaml",
+        "_base.yaml.j2": templates / "_base.yaml.j2",
+        "recipe.yaml.j2": templates / f"{model}.yaml.j2",
+        "sample/train.jsonl": recipes / "sample" / "train.jsonl",
+        "sample/test.jsonl": recipes / "sample" / "test.jsonl",
+    }
+    for file, place in places.items():
+        text = (skeleton / f"{file}{_SKELETON}").read_text(encoding="utf-8")
+        for placeholder, word in words.items():
+            text = text.replace(placeholder, word)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, text)
+    return [*places.values(), *write(rendered(templates.parent), recipes.parent)]

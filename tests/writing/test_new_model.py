@@ -9,7 +9,7 @@ import pytest
 from conftest import Recipe, recipe_config
 
 from qlora_recipes.base import paths, yamlfiles
-from qlora_recipes.configs import config, models, substitution
+from qlora_recipes.configs import config, models
 
 BASE = "haider2024/llama-3.2-3b"
 PHI = {"model_type": "phi3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2} | {
@@ -108,14 +108,6 @@ def test_a_model_that_nothing_is_known_of_is_taken_with_its_missing_facts_named(
     assert "Qwen/Qwen3-8B" in recipe("new", "other", "--from", BASE, "--model", "Qwen/Qwen3-8B-B").stderr
 
 
-def test_facts_of_a_folder_are_read_from_its_files(tmp_path: Path, recipe: Recipe) -> None:
-    text, said = written(recipe, tmp_path, substitution.model_folder())
-    assert said.endswith(f"{substitution.model_folder()}: licence\n")
-    assert "\n# variant, removed: revision_of_model; a folder has none\n" in text
-    assert "\n# variant, removed: special_tokens; the tokenizer has a padding token, <|im_end|>\n" in text
-    assert "a folder of this machine" in re.sub("\n# +", " ", text)
-
-
 ADDED = [
     {"id": 0, "content": "<s>", "special": True},
     {"id": 1, "content": "</s>", "special": True},
@@ -134,7 +126,7 @@ ADDED = [
         (None, None, None, "not known whether the tokenizer names a padding token"),
     ],
 )
-def test_a_padding_token_is_set_only_where_the_tokenizer_is_known_to_name_none(
+def test_facts_of_a_folder_are_read_and_a_padding_token_set_only_where_it_is_known_to_name_none(
     tmp_path: Path, recipe: Recipe, tokenizer: Any, generation: Any, pad_token: str | None, reason: str
 ) -> None:
     files = {"tokenizer": {"added_tokens": ADDED}, "generation_config": generation}
@@ -146,6 +138,8 @@ def test_a_padding_token_is_set_only_where_the_tokenizer_is_known_to_name_none(
     assert reason in line
     assert ("the tokenizer names no padding token" in line) == bool(pad_token)
     assert ("padding token" in said) == reason.startswith("not known")
+    assert "\n# variant, removed: revision_of_model; a folder has none\n" in text
+    assert "a folder of this machine" in re.sub("\n# +", " ", text)
     (folder / "special_tokens_map.json").write_text('{"pad_token": "<s>"}')
     assert models.find({"base_model": str(folder)}).pad_token == "<s>"
     assert wrong(recipe) == []

@@ -107,16 +107,16 @@ def templates(tmp_path: Path) -> Path:
     return Path(shutil.copytree(paths.TEMPLATES, tmp_path / "templates"))
 
 
-def test_a_variable_that_is_not_set_is_an_error_with_its_place(templates: Path) -> None:
-    file = templates / "haider2024" / "llama-2-7b.yaml.j2"
-    file.write_text(re.sub(r"\{% set num_epochs.*\n", "", file.read_text()))
-    with pytest.raises(UserError, match=r"_base\.yaml\.j2:\d+: 'num_epochs'"):
-        render.rendered(templates)
-
-
-def test_a_broken_template_is_an_error_with_its_line(templates: Path) -> None:
-    (templates / "haider2024" / "other.yaml.j2").write_text("a: 1\nb: {{ name\n")
-    with pytest.raises(UserError, match=r"other\.yaml\.j2:2: "):
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{% extends "haider2024/_base.yaml.j2" %}', r"_base\.yaml\.j2:\d+: '\w+' is undefined"),
+        ("a: 1\nb: {{ name\n", r"other\.yaml\.j2:2: "),
+    ],
+)
+def test_a_broken_template_is_an_error_with_its_place(templates: Path, text: str, place: str) -> None:
+    (templates / "haider2024" / "other.yaml.j2").write_text(text)
+    with pytest.raises(UserError, match=place):
         render.rendered(templates)
 
 
@@ -179,7 +179,6 @@ def test_a_model_without_an_entry_or_without_what_every_recipe_states_is_an_erro
     listed = templates / "models.yaml"
     with pytest.raises(UserError, match=r"models\.yaml: .*microsoft/Phi-3-mini; .*microsoft/Phi-3-mini-4k"):
         template_for(templates, "microsoft/Phi-3-mini")
-    lines = len(listed.read_text().splitlines())
     listed.write_text(listed.read_text() + "some/model:\n  title: Some model\n")
-    with pytest.raises(UserError, match=rf"models\.yaml:{lines + 1}: some/model: .*`licence: "):
+    with pytest.raises(UserError, match=r"models\.yaml: some/model: .*`licence: "):
         template_for(templates, "some/model")

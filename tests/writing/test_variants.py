@@ -115,25 +115,8 @@ LINES = st.lists(
     max_size=8,
     unique=True,
 ).map(lambda lines: ["z: 0", *lines])
-KEYS = st.sampled_from([*"abefgjlmnorz", "new"]) | st.sampled_from(
-    [
-        "a.0",
-        "a.1.b",
-        "b.c",
-        "b.d.0",
-        "b.x",
-        "e.f",
-        "g.0",
-        "g.1.h",
-        "g.1.z",
-        "j.k",
-        "l.k",
-        "m.a.b",
-        "n.x",
-        "o.p.q",
-        "o.p.z",
-    ]
-)
+BELOW = "a.0 a.1.b b.c b.d.0 b.x e.f g.0 g.1.h g.1.z j.k l.k m.a.b n.x o.p.q o.p.z"
+KEYS = st.sampled_from([*"abefgjlmnorz", "new", *BELOW.split()])
 
 
 @given(LINES, KEYS, st.none() | st.integers(-9, 9) | st.text(max_size=5) | st.just([1, {"a": "# no, [x"}]))
