@@ -85,9 +85,9 @@ def results_verb(
     only_with("--metric", metric, "--compare or --by", pair or by)
     form = form_of(json, csv, md)
     if pair:
-        from ..results import comparison
+        from ..results import compare
 
-        comparison.show(pair, runs, metric or [], form)
+        compare.show(pair, runs, metric or [], form)
     elif by:
         _show_groups(by, run or "latest", metric or [], runs, form)
     elif sweep_name:
@@ -106,10 +106,10 @@ def results_verb(
         _show_study(study_name, rehearse, runs, form)
     elif power_of:
         from ..data import study
-        from ..results import power
+        from ..results import repeats
 
         of_study = study.find(power_of)
-        power.show(power.outlook(of_study, runs, difference), of_study, form)
+        repeats.show_power(repeats.outlook(of_study, runs, difference), of_study, form)
     elif any(runs.rglob("run.json")):
         from ..results import listing
 
@@ -121,7 +121,7 @@ def results_verb(
 
 
 def _show_groups(by: str, run: str, metrics: list[str], runs: Path, form: tables.Form) -> None:
-    from ..scores import compare
+    from ..results import compare
 
     (of_one,) = compare.several([run], runs, metrics)
     tables.write(compare.by_group(of_one, by), form, None if run == "latest" else run)
@@ -137,11 +137,11 @@ def _show_sweep(name: str, best: str | None, runs: Path, form: tables.Form) -> N
 
 def _show_study(name: str, rehearse: bool, runs: Path, form: tables.Form) -> None:
     from ..data import study
-    from ..results import study_tables, verdict
+    from ..results import listing, verdict
 
     of_study = study.find(name)
     rows = verdict.rows(of_study, runs, rehearse)
-    study_tables.show(of_study, rows, rehearse, form)
+    listing.show_study(of_study, rows, rehearse, form)
 
 
 @verbs.command(

@@ -76,7 +76,7 @@ def reproduce_verb(
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..data.study import find
-    from ..results import study_tables, verdict
+    from ..results import listing, verdict
     from ..running import reproduce, stages
     from ..scores.task import EvaluationRequest
 
@@ -114,7 +114,7 @@ def reproduce_verb(
     else:
         outcomes = reproduce.reproduce(of_study, request, only or [], evaluation, runs, backend, seeds)
     rows = verdict.rows(of_study, runs, request.rehearse, reproduce.speakers(outcomes))
-    end(outcomes, form, {}, rows, lambda: study_tables.show(of_study, rows, request.rehearse, form))
+    end(outcomes, form, {}, rows, lambda: listing.show_study(of_study, rows, request.rehearse, form))
     rehearsed = ["--rehearse"] if request.rehearse else []
     next_step("report" if backend.here else "results", "--study", study, *rehearsed, runs=runs, json=json)
 

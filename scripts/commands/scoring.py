@@ -95,7 +95,7 @@ def evaluate_verb(
     """Generate predictions for test rows with a run's adapter, and score them."""
     from ..running import evaluation
     from ..runs.rundir import RunDir
-    from ..scores import choice, evaluations
+    from ..scores import checkpoint_selection, evaluations
     from ..scores.task import EvaluationRequest
 
     exclusive({"--checkpoints": checkpoints, "--adapter": adapter})
@@ -104,7 +104,7 @@ def evaluate_verb(
     only_with("--model", model, "--engine URL", request.server)
     exclusive({"--checkpoints": checkpoints, "--engine URL": request.server})
     if request.server:
-        from ..scores.engines import server
+        from ..scores import server
 
         server.at(request.server)  # an address that has to be refused is noted nowhere
     backend = backend_of(on, slurm)
@@ -113,8 +113,8 @@ def evaluate_verb(
         print(evaluated.path)
         next_step("results", runs=runs, json=json)
         return
-    if isinstance(evaluated, choice.Choice):
-        choice.show(evaluated, form_of(False, json))
+    if isinstance(evaluated, checkpoint_selection.Choice):
+        checkpoint_selection.show(evaluated, form_of(False, json))
     elif not json:
         for row in evaluations.beside_references(folder.path, evaluated, count=2):
             _print_texts(f"row {row.pop('row') + 1}", row)
@@ -139,13 +139,12 @@ def score_verb(
     json: Json = False,
 ) -> None:
     """Score predictions made anywhere."""
-    from ..scores import judges
-    from ..scores.columns import columns_of
+    from ..scores.columns import columns_of, scorer_models
     from ..scores.score import of_predictions, read_pairs, score
 
     columns = of_predictions(columns_of(None, metric or []))
     rows = read_pairs(file, prediction_field, reference_field)
-    judged = judges.of_columns(columns, bertscore)
+    judged = scorer_models(columns, bertscore)
     with Bar("scoring", 1):
         scores, rows = score(rows, columns, judged)
     if out:

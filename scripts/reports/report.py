@@ -22,7 +22,7 @@ from ..base.paths import template_environment
 from ..configs import gpus
 from ..data.study import Study
 from ..planning import need
-from ..results import study_tables, verdict
+from ..results import listing, verdict
 from ..running import sweep_tables, sweeps
 from ..running.sweeps import Sweep
 from ..runs.lookup import all_runs
@@ -66,15 +66,15 @@ def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
         f"Published scores are on {study.test_title}."
     )  # fmt: skip
     figures = [draw.study(study, rows, column) for column in study.table.values()]
-    by_metric = {c.label: _without_empty(study_tables.of_metric(rows, study, c)) for c in study.table.values()}
-    measured, gaps = study_tables.of_measured(rows), study_tables.of_curves(rows)
+    by_metric = {c.label: _without_empty(listing.of_metric(rows, study, c)) for c in study.table.values()}
+    measured, gaps = listing.of_measured(rows), listing.of_curves(rows)
     section = {
         "about": f"{study.cited}: {study.paper.get('title', study.title)}. {about}",
         "tables": by_metric
-        | {study_tables.COSTS: _without_empty(study_tables.of_costs(rows, study))}
-        | ({study_tables.MEASURED: measured} if measured else {})
-        | ({study_tables.CURVES: _without_empty(gaps)} if gaps else {}),
-        "baselines": [] if rehearsal else study_tables.baselines(study),
+        | {listing.COSTS: _without_empty(listing.of_costs(rows, study))}
+        | ({listing.MEASURED: measured} if measured else {})
+        | ({listing.CURVES: _without_empty(gaps)} if gaps else {}),
+        "baselines": [] if rehearsal else listing.baselines(study),
         "notes": [] if rehearsal else verdict.notes(study, rows),
         "figures": [figure for figure in figures if figure],
     }

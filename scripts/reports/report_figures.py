@@ -9,7 +9,7 @@ from .. import tables
 from ..base.files import Row
 from ..data.study import Study
 from ..metrics.metric import Column
-from ..results import curves
+from ..results import run_rows
 from ..running import sweeps
 
 Trace = dict[str, Any]
@@ -267,10 +267,10 @@ def study(of_study: Study, rows: Sequence[Row], column: Column) -> Figure | None
     return Figure(f"study-{name}", f"{column.label} of the study's recipes", traces, x, _categories(), "", layout, says)
 
 
-def curve(number: int, name: str, metrics: Sequence[Row], published: Sequence[curves.Point]) -> Figure:
+def curve(number: int, name: str, metrics: Sequence[Row], published: Sequence[run_rows.Point]) -> Figure:
     """A run's training loss over the published curve of what it tries for."""
     theirs = {"color": COLOURS[1], "dash": DASHES[1], "width": 3}
-    ours = curves.over_the_same_steps(metrics, published)
+    ours = run_rows.over_the_same_steps(metrics, published)
     traces = [
         _curve(f"{name}, step by step", metrics, "loss", 0) | {"line": {"color": GREY, "width": 1}},
         _scatter(

@@ -19,11 +19,11 @@ from ..configs import config
 from ..data import study
 from ..metrics import registry
 from ..metrics.metric import Column
-from ..results import comparable, curves, listing, run_rows
+from ..results import listing, run_rows
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluations
+from ..scores.columns import model_record
 from ..scores.evaluations import BASE_MODEL, Evaluation, EvaluationSettings, read_predictions
-from ..scores.judges import record_of
 
 _OTHERS = {
     "sacrebleu_signature": "its signature",
@@ -56,24 +56,24 @@ class ReportedRun:
     @cached_property
     def evaluation(self) -> Evaluation | None:
         """The evaluation of its adapter."""
-        return evaluations.of_run(self.folder.path, self.run)
+        return evaluations.current(self.folder.path, self.run)
 
     @cached_property
     def base_evaluation(self) -> Evaluation | None:
         """The evaluation of its base model alone, where that compares with `evaluation`."""
-        return comparable.of_base_model(self.folder, self.evaluation) if self.evaluation else None
+        return run_rows.of_base_model(self.folder, self.evaluation) if self.evaluation else None
 
     @cached_property
     def decoded(self) -> dict[str, Evaluation]:
         """The evaluations by further decodings of its study, by name."""
-        found = comparable.decoded(self.folder, self.run, self.evaluation)
+        found = run_rows.decoded(self.folder, self.run, self.evaluation)
         return {name: other for name, other in found.items() if other}
 
     @cached_property
-    def published_curve(self) -> list[curves.Point]:
+    def published_curve(self) -> list[run_rows.Point]:
         """The published training loss of what it tries for; none where there is none."""
-        aim, of_study = comparable.aim(self.run), study.of(self.run.origin)
-        return curves.published(of_study, aim) if aim and of_study else []
+        aim, of_study = run_rows.aim(self.run), study.of(self.run.origin)
+        return run_rows.published_curve(of_study, aim) if aim and of_study else []
 
     @cached_property
     def predictions(self) -> list[Row]:
@@ -83,7 +83,7 @@ class ReportedRun:
     @cached_property
     def columns(self) -> dict[str, Column]:
         """What it is scored with, by name."""
-        return comparable.columns(self.run, self.evaluation)
+        return run_rows.columns(self.run, self.evaluation)
 
     @cached_property
     def row(self) -> Row:
@@ -174,7 +174,7 @@ def scores(runs: Sequence[ReportedRun]) -> list[Row]:
             columns[f"{reported.label}: {name}"] = _column(other, by_heading)
         if reported.base_evaluation:
             columns[f"{reported.label}: base model alone"] = _column(reported.base_evaluation, by_heading)
-        aim = comparable.aim(reported.run)
+        aim = run_rows.aim(reported.run)
         published: dict[str, str | None] = {
             str(registry.heading(column, by_heading)): tables.plus_minus(score.value, score.spread)
             for name, column in reported.columns.items()
@@ -191,7 +191,7 @@ def _column(evaluation: Evaluation, by_heading: Mapping[str, Column]) -> dict[st
     column: dict[str, str | None] = {}
     intervals = evaluation.scores.get("intervals") or {}
     titles = {name: registry.heading(scored, by_heading) for name, scored in evaluation.columns.items()}
-    judged = {c.recorded("bertscore"): c for c in evaluation.columns.values() if record_of(c, evaluation.scores)}
+    judged = {c.recorded("bertscore"): c for c in evaluation.columns.values() if model_record(c, evaluation.scores)}
     for key, value in evaluation.scores.items():
         title = titles.get(key) or _OTHERS.get(key, key)
         if key in judged:

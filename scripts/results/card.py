@@ -11,6 +11,7 @@ from .. import tables
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import embedding_rows, read_json, sha256
+from ..base.hub import importing_axolotl
 from ..base.paths import template_environment
 from ..base.progress import is_secret, masked
 from ..configs import config, datafiles, models
@@ -18,10 +19,9 @@ from ..data import expressions, study
 from ..data.declaration import Data
 from ..runs.handover import PLUGIN
 from ..runs.rundir import Run, RunDir
-from ..scores import prompts
 from ..scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
-from . import comparable
-from .comparable import REHEARSED
+from . import run_rows
+from .run_rows import REHEARSED
 
 # The licences of https://huggingface.co/docs/hub/repositories-licenses that language models have
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")
@@ -50,8 +50,8 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
     shown = {key: value for key, value in cfg.items() if not is_private(key)}
     if plugins := [name for name in cfg.get("plugins") or [] if name != PLUGIN]:
         shown["plugins"] = plugins
-    data = None if of_study is None or comparable.other_data(run) else of_study.data
-    published = comparable.aim(run)
+    data = None if of_study is None or run_rows.other_data(run) else of_study.data
+    published = run_rows.aim(run)
     differences = [difference for difference in run.differences if not is_private(difference.key)]
     overrides = [override for override in run.overrides if not _sets_private(override)]
     facts: dict[str, Any] = _public(
@@ -75,8 +75,8 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
         "data": data,
         "sample": any(why.startswith(REHEARSED) for why in moved),
         "own_data": not all(why.startswith(REHEARSED) for why in moved),
-        "other_model": None if run.rehearsal else comparable.other_model(run),
-        "prompt": prompts.as_code(cfg, folder.output, _known(run, data)),
+        "other_model": None if run.rehearsal else run_rows.other_model(run),
+        "prompt": _prompt(folder, cfg, _known(run, data)),
         "columns": evaluation.columns if evaluation else {},
         "published": {name: tables.plus_minus(score.value, score.spread) for name, score in published.scores.items()}
         if published
@@ -133,10 +133,17 @@ def _known(run: Run, data: Data | None) -> dict[str, str]:
 
     What they have in common is that of the run's rows, where a manifest records it.
     """
-    constants = [entry["constants"] for entry in comparable.manifest_entries(run)]
+    constants = [entry["constants"] for entry in run_rows.manifest_entries(run)]
     if data:
         constants.append(expressions.constants(data.fields))
     return {**constants[0], "input": _PATCH} if constants else {}
+
+
+def _prompt(folder: RunDir, cfg: yamlfiles.Config, known: dict[str, str]) -> str | None:
+    with importing_axolotl(offline=True):
+        from ..scores.prompter import as_code
+
+        return as_code(cfg, folder.output, known)
 
 
 def _front_matter(facts: dict[str, Any]) -> str:

@@ -19,9 +19,9 @@ from ..data.study import Study
 from ..metrics.bertscore import ScorerModel
 from ..planning import need
 from ..runs.rundir import Run, RunDir
-from ..scores import agreement, evaluations
-from ..scores.judges import record_of
-from . import comparable
+from ..scores import evaluations
+from ..scores.columns import model_record
+from . import run_rows
 
 
 def export(folder: RunDir) -> Path:
@@ -31,7 +31,7 @@ def export(folder: RunDir) -> Path:
         UserError: the run is not a finished and evaluated one of a study's recipe, or does not say what it ran on.
     """
     run = backends.read(folder)
-    own = evaluations.of_run(folder.path, run)
+    own = evaluations.current(folder.path, run)
     if reason := _refused(folder, run, own):
         raise UserError(f"{folder.path}: no record is made of it: {reason}")
     assert own
@@ -61,10 +61,10 @@ def _refused(folder: RunDir, run: Run, own: evaluations.Evaluation | None) -> st
     if own is None or own.settings.adapter_sha256 is None:
         return f"it has no current evaluation of its adapter; {again}"
     if not own.settings.stands_for(own.settings.model_copy(update={"engine": evaluations.REFERENCE, "model": None})):
-        return f"its predictions were {agreement.note(own.settings)}"
+        return f"its predictions were {own.settings.note}"
     if run.published_adapter:
         return f"its adapter {run.published_adapter} was not trained here"
-    if not comparable.comparable(own, run, of_study.first):
+    if not run_rows.comparable(own, run, of_study.first):
         rows = f"an evaluation on {of_study.test_title} as study.yaml says"
         return f"it needs the recipe's model and data, and {rows}; {again}"
     if changed := [d.key for d in run.from_origin if not _allowed(d)] or run.axolotl_arguments:
@@ -127,8 +127,8 @@ def _planned(run: Run, cfg: yamlfiles.Config, capability: str | None) -> float |
 def _scores(run: Run, own: evaluations.Evaluation, loss: float | None) -> dict[str, ledger.Score]:
     """The scores by the study's metrics; one by another scorer model than the study's is left out."""
     found = {}
-    for name, column in comparable.columns(run, None).items():
-        value, by = comparable.value(column, own, loss), record_of(column, own.scores)
+    for name, column in run_rows.columns(run, None).items():
+        value, by = run_rows.value(column, own, loss), model_record(column, own.scores)
         declared = column.parameters.model if isinstance(column.parameters, ScorerModel) else ""
         if value is not None and (by is None or by["model"] in (declared, declared.rpartition("/")[2])):
             interval = (own.scores.get("intervals") or {}).get(name)

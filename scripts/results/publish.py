@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ from ..base.processes import held, start_child, stop_requests
 from ..base.progress import Bar, say
 from ..checks import trust
 from ..runs.rundir import Run, RunDir
-from ..scores.evaluations import ADAPTER, changed, check_again, of_run, read_scores
+from ..scores.evaluations import ADAPTER, changed, check_again, current, read_scores
 from .card import base_model, card
-from .merged import require_applied
 
 CARD = "README.md"
 MERGED_FROM = "adapter.sha256"  # hash of the adapter that is in a merged model
@@ -68,7 +68,7 @@ def publish(
     elif private:
         raise UserError("--private: works only with --push")
     check_again(folder.path)
-    evaluation = of_run(folder.path, run)
+    evaluation = current(folder.path, run)
     if not evaluation or evaluation.settings.adapter_sha256 != sha256(adapter):
         problem = changed(folder.path, read_scores(folder.path), run) or ("stale" if evaluation else "not evaluated")
         say(f"{folder.path}: {problem}; `recipe evaluate {folder.path}` and this command again add scores")
@@ -216,3 +216,60 @@ def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
             f"{repository}: not pushed: {reason}\n{model / CARD} is written; the same command tries the push again"
         ) from None
     return str(address)
+
+
+Shards = dict[str, tuple[Path, list[int]]]
+"""The tensors of a folder by name: their file and shape."""
+_LAYERS = 16  # are compared; names are of all
+_SURE = 6  # standard deviations
+
+
+def require_applied(base: Callable[[], Path], adapter: Path, merged: Path) -> None:
+    """Refuse a merged model without the change that its adapter makes.
+
+    Axolotl rounds a base of QLoRA to NF4 as it merges, so merged weights differ from the base's in any case. Their
+    difference is therefore compared along the adapter's own change, to which that rounding has no relation.
+
+    Args:
+        base: finds the folder of the base model.
+        adapter: the folder of the adapter, of LoRA's kind; others are not compared.
+        merged: the folder of both.
+
+    Raises:
+        WorkFailed: a layer of the adapter is not in the model, or the change is not there.
+    """
+    import torch
+    from safetensors import safe_open
+
+    def read(shards: Shards, name: str) -> torch.Tensor:
+        with safe_open(shards[name][0], "pt") as tensors:
+            tensor: torch.Tensor = tensors.get_tensor(name)
+        return tensor.float()
+
+    suffix = ".lora_A.weight"
+    changes, after = _shards(adapter), _shards(merged)
+    layers = sorted(name.removesuffix(suffix) for name in changes if name.endswith(suffix))
+    weights = {layer: f"{layer.removeprefix('base_model.model.')}.weight" for layer in layers}
+    missing = [weight for weight in weights.values() if weight not in after and "experts" not in weight]
+    if missing and len(missing) < len(weights):  # all are where a checkpoint calls its layers otherwise than the model
+        raise WorkFailed(f"{merged}: {missing[0]} is a layer of the adapter and not of the model; it was not merged")
+    before = _shards(base()) if layers else {}
+    along = variance = 0.0
+    for layer, weight in islice(((layer, weight) for layer, weight in weights.items() if weight in before), _LAYERS):
+        a, b = read(changes, f"{layer}{suffix}"), read(changes, f"{layer}.lora_B.weight")
+        shapes = before[weight][1], after.get(weight, (None, []))[1]
+        if shapes != ([len(b), a.shape[-1]],) * 2:  # packed in the base, transposed, or of a convolution
+            continue
+        delta = b @ a
+        change = read(after, weight) - read(before, weight)
+        along += (change * delta).sum().item()
+        variance += (change.square().mean() * delta.square().sum()).item()
+    if not variance:
+        say(f"{merged}: not compared with its base, whose weights are in another form")
+    elif along <= _SURE * variance**0.5:
+        raise WorkFailed(f"{merged}: its weights lack the adapter's change; evaluate the adapter itself instead")
+
+
+def _shards(folder: Path) -> Shards:
+    files = [folder / ADAPTER] if (folder / ADAPTER).is_file() else folder.glob("*.safetensors")
+    return {name: (file, shape) for file in files for name, shape in (tensor_shapes(file) or {}).items()}

@@ -1,17 +1,25 @@
-"""Runs that repeat one another but for their seed, and the interval that their scores give together."""
+"""Runs that repeat one another but for their seed, their interval, and `recipe results --power`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import variance
 from typing import Any
 
+from .. import backends, tables
 from ..base import yamlfiles
+from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..configs import config
+from ..data.study import Study
 from ..metrics.metric import Column
+from ..runs import lookup
 from ..runs.rundir import Run, RunDir
-from ..scores import evaluations, noise
+from ..scores import evaluations, intervals
+from ..scores.columns import model_record
 from ..scores.evaluations import Evaluation
-from ..scores.judges import record_of
-from . import comparable
+from ..scores.intervals import MeanSquares, Variances
+from . import run_rows
 
 Found = tuple[RunDir, Run]
 SEED = "seed"
@@ -21,11 +29,21 @@ _ALIKE = _SAME_ROWS | {"decoding", "quantized", "dtype", "engine"}
 ONE_SEED = " of one seed"
 
 
+def usable(runs: Path, rehearsal: bool) -> list[Found]:
+    """The runs below a folder that can speak for their recipes: rehearsals or real ones, on the recipe's model and
+    data."""
+    return [
+        (folder, run)
+        for folder, run in lookup.readable(lookup.all_runs(runs), backends.read)
+        if run.rehearsal == rehearsal and (rehearsal or not run_rows.of_something_else(run))
+    ]
+
+
 def of(chosen: Found, candidates: Sequence[Found]) -> list[Found]:
     """A run, and behind it those of others that repeat it: finished, trained alike on the same data but for the seed,
     and evaluated alike on the same rows. Where there are several seeds, only the newest run of each counts: repeating a
     seed says nothing about others. A run that is not finished and evaluated has none."""
-    own = evaluations.of_run(chosen[0].path, chosen[1])
+    own = evaluations.current(chosen[0].path, chosen[1])
     if chosen[1].state != "finished" or own is None or chosen[1].published_adapter:
         return [chosen]
     trained = _training(*chosen)
@@ -37,7 +55,7 @@ def of(chosen: Found, candidates: Sequence[Found]) -> list[Found]:
         and run.state == "finished"
         and not run.published_adapter
         and run.rehearsal == chosen[1].rehearsal
-        and _alike(own, evaluations.of_run(folder.path, run), _ALIKE)
+        and _alike(own, evaluations.current(folder.path, run), _ALIKE)
         and trained is not None
         and _training(folder, run) == trained
     ]
@@ -74,21 +92,21 @@ def scores(column: Column, found: Sequence[Found]) -> dict[RunDir, float]:
     """The scores of runs by a metric, those of them that have one that compares with that of the first."""
     if not found:
         return {}
-    first = evaluations.of_run(found[0][0].path, found[0][1])
-    judge = record_of(column, first.scores) if first else None
+    first = evaluations.current(found[0][0].path, found[0][1])
+    judge = model_record(column, first.scores) if first else None
     reached = {}
     for folder, run in found:
-        own = evaluations.of_run(folder.path, run)
-        value = comparable.value(column, own, folder.summary(run).eval_loss_per_token)
-        if value is not None and (own is None or record_of(column, own.scores) == judge):
+        own = evaluations.current(folder.path, run)
+        value = run_rows.value(column, own, folder.summary(run).eval_loss_per_token)
+        if value is not None and (own is None or model_record(column, own.scores) == judge):
             reached[folder] = value
     return reached
 
 
 def interval(
     name: str, found: Sequence[Found], scores: Sequence[float], known: Sequence[float] = ()
-) -> noise.Interval | None:
-    """The 95 % interval of the mean of runs' scores, see `noise.of_runs`.
+) -> intervals.Interval | None:
+    """The 95 % interval of the mean of runs' scores, see `intervals.of_runs`.
 
     Args:
         name: the score's.
@@ -97,20 +115,187 @@ def interval(
         known: published scores of repeats, whose spread stands in where there is only one run.
     """
     if len(found) > 1:
-        made = noise.of_runs(scores, by_row(name, found))
+        made = intervals.of_runs(scores, by_row(name, found))
         one_seed = len({repr(seed(folder)) for folder, _ in found}) == 1
-        return noise.Interval(made.low, made.high, made.method + ONE_SEED) if made and one_seed else made
-    own = evaluations.of_run(found[0][0].path, found[0][1])
-    return noise.of_runs(scores, None, (own.scores.get("intervals") or {}).get(name) if own else None, known)
+        return intervals.Interval(made.low, made.high, made.method + ONE_SEED) if made and one_seed else made
+    own = evaluations.current(found[0][0].path, found[0][1])
+    return intervals.of_runs(scores, None, (own.scores.get("intervals") or {}).get(name) if own else None, known)
 
 
 def by_row(name: str, found: Sequence[Found]) -> list[list[float]] | None:
     """A score of each row, for each of some runs; None where rows have none, or are not the same in all."""
-    first = evaluations.of_run(found[0][0].path, found[0][1])
-    if first is None or not all(_alike(first, evaluations.of_run(f.path, run), _SAME_ROWS) for f, run in found):
+    first = evaluations.current(found[0][0].path, found[0][1])
+    if first is None or not all(_alike(first, evaluations.current(f.path, run), _SAME_ROWS) for f, run in found):
         return None
     predicted = [evaluations.read_predictions(folder.path) for folder, _ in found]
     if len({tuple(row.get("row") for row in rows) for rows in predicted}) != 1 or not predicted[0]:
         return None
     table = [[row[name] for row in rows if row.get(name) is not None] for rows in predicted]
     return table if all(len(one) == len(predicted[0]) for one in table) else None
+
+
+SEEDS = (1, 2, 3, 5, 10)
+PARTS = (1, 2, 4)  # of the test set: all, a half, a quarter
+CHANCE = 0.8
+_FEWEST = 10  # rows that a chance is given for
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What the variances are from, in words, and on how many rows the runs are scored."""
+
+    variances: Variances
+    rows: int
+    words: str
+
+
+def outlook(of_study: Study, runs: Path, difference: float | None = None) -> dict[str, Any]:
+    """The chance to see a difference from a published score in the study's first metric, by seeds and rows.
+
+    To see it is to have a 95 % interval of the mean of our runs that excludes a value so far from the truth.
+
+    Args:
+        of_study: the study.
+        runs: the folder with the runs.
+        difference: in the metric's unit; by default the study's tolerance, or a hundredth of the metric's range.
+
+    Returns:
+        `metric`, `difference` and where that is from, what the variances rest on, the standard deviations, and `rows`:
+        for each number of seeds and of rows the chance to see it, the smallest difference seen with 80 %, and the
+        chance to see one where there is none.
+
+    Raises:
+        UserError: the noise of rows, or that of seeds, is not known yet; or there is no difference to take.
+    """
+    column = of_study.first
+    difference, why = _difference(of_study, column, difference)
+    basis = _basis(of_study, column, runs)
+    if not basis.variances.deviation(1, 1):
+        raise UserError(f"--power {of_study.folder.name}: all rows of {basis.words} score the same; nothing is noise")
+    if basis.rows < _FEWEST:
+        raise UserError(f"--power {of_study.folder.name}: {basis.rows} rows are too few to plan with; score more")
+    known = next(filter(None, (of_study.repeats(recipe, column.name) for recipe in of_study.published)), [])
+    rows = []
+    for part in PARTS:
+        if (count := basis.rows // part) >= _FEWEST:
+            for seeds in SEEDS:
+                planned = intervals.power(basis.variances, seeds, count, known)
+                rows.append(
+                    {
+                        "seeds": seeds,
+                        "rows": count,
+                        "sees": planned.sees(difference),
+                        "smallest": planned.smallest(CHANCE),
+                        "false_alarms": planned.sees(0),
+                    }
+                )
+    spread = basis.variances
+    return {
+        "study": of_study.folder.name,
+        "metric": column.name,
+        "difference": difference,
+        "difference_from": why,
+        "rests_on": basis.words,
+        "one_run": f"rows, and {intervals.BORROWED}" if known else intervals.ROWS_ONLY,
+        "deviation_of_runs": spread.of_runs**0.5,
+        "deviation_of_rows": spread.of_rows**0.5,
+        "deviation_of_a_row_in_a_run": spread.rest**0.5,
+        "rows": rows,
+    }
+
+
+def _difference(of_study: Study, column: Column, given: float | None) -> tuple[float, str]:
+    if given is not None:
+        return given, "--difference"
+    if column.name in of_study.tolerances:
+        return of_study.tolerances[column.name], "the study's tolerance"
+    if column.metric.high is None:
+        raise UserError(f"--power {of_study.folder.name}: give --difference, in the unit of {column.label}")
+    return (column.metric.high - column.metric.low) / 100, "a hundredth of the metric's range"
+
+
+def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
+    """The variances as the runs there show them; where these are of one seed, the spread of published repeats."""
+    name = of_study.folder.name
+    if column.metric.of_rows is None:
+        raise UserError(f"--power {name}: {column.label} has no score for each row, so that rows show no noise")
+    known = {r: values for r, of in of_study.published.items() if (values := of.repeats.get(column.name))}
+    scored = [(group, table) for group in _groups(of_study, runs) if (table := by_row(column.name, group))]
+    most = max((len(table[0]) for _, table in scored), default=0)
+    scored = [(group, table) for group, table in scored if len(table[0]) == most > 1]
+    several = [(group, table) for group, table in scored if len({repr(seed(f)) for f, _ in group}) > 1]
+    if several:
+        layouts: list[MeanSquares] = [intervals.mean_squares(table) for _, table in several]
+        words = " and ".join(f"{len(group)} runs of {group[0][1].recipe}" for group, _ in several)
+        return Basis(intervals.estimated(layouts), most, words)
+    if not known:
+        lacks = f"`recipe reproduce {name} --seeds 3` makes runs that show it"
+        raise UserError(f"--power {name}: how far runs with other seeds lie apart is not known yet; {lacks}")
+    recipe, values = next(iter(known.items()))
+    of_runs = variance(values)
+    borrowed = f"{len(values)} published repeats of {recipe}"
+    if scored:
+        of_rows = sum(variance(table[0]) for _, table in scored) / len(scored)
+        which = " and ".join(group[0][1].recipe for group, _ in scored)
+        return Basis(Variances(of_runs, of_rows, 0.0), most, f"{borrowed}, and the rows of {which}")
+    metric, published = column.metric, of_study.published[recipe].scores.get(column.name)
+    if metric.all_or_nothing and metric.high is not None and published and of_study.data.scored_rows:
+        of_rows = (published.value - metric.low) * (metric.high - published.value)
+        words = f"{borrowed}, and rows that are right or wrong, {published.value:g} % of them right as published"
+        if of_rows >= 0:  # otherwise no score can be as published
+            return Basis(Variances(of_runs, of_rows, 0.0), of_study.data.scored_rows, words)
+    lacks = f"`recipe reproduce {name} --only {recipe}` makes a run that shows it"
+    raise UserError(f"--power {name}: how far rows lie apart is not known yet; {lacks}")
+
+
+def _groups(of_study: Study, runs: Path) -> list[list[Found]]:
+    """The runs of a study whose scores compare with its published ones, those that repeat each other together."""
+    comparable = [
+        (folder, run)
+        for folder, run in usable(runs, rehearsal=False)
+        if run.origin in {*of_study.published, *of_study.variants}
+        and run_rows.comparable(evaluations.current(folder.path, run), run, of_study.first)
+    ]
+    groups: list[list[Found]] = []
+    for each in comparable:
+        if all(each[0].path != folder.path for group in groups for folder, _ in group):
+            groups.append(of(each, comparable))
+    return groups
+
+
+def show_power(found: dict[str, Any], of_study: Study, form: tables.Form) -> None:
+    """Print what `outlook` returns, in a form of `tables.Form`."""
+    if form == "json":
+        tables.print_json(found)
+        return
+    column, difference = of_study.first, tables.text_of(float(found["difference"]))
+    rows: Sequence[dict[str, Any]] = [
+        {
+            "seeds": row["seeds"],
+            "rows": row["rows"],
+            f"sees {difference}": f"{row['sees']:.0%}",
+            f"smallest seen, {CHANCE:.0%}": row["smallest"],
+            "false alarms": f"{row['false_alarms']:.0%}",
+        }
+        for row in found["rows"]
+    ]
+    if form == "csv":
+        tables.write(found["rows"], form)
+        return
+    tables.write(rows, form, f"{column.label}: what runs of {found['study']} can tell from a published score")
+    for line in _notes(found, difference):
+        tables.print_text(line)
+
+
+def _notes(found: dict[str, Any], difference: str) -> list[str]:
+    of_runs, of_rows, rest = (
+        tables.text_of(float(found[f"deviation_of_{what}"])) for what in ("runs", "rows", "a_row_in_a_run")
+    )
+    of_rest = f", and {rest} of a row between runs" if found["deviation_of_a_row_in_a_run"] else ""
+    return [
+        f"{difference} is {found['difference_from']}. Seen is a score whose 95 % interval excludes one so far away.",
+        f"Rests on {found['rests_on']}.",
+        f"Standard deviations: {of_runs} between runs, {of_rows} between rows{of_rest}.",
+        f"The interval of one run is of {found['one_run']}.",
+        "A false alarm is a difference that is seen where there is none; 5 % are usual.",
+    ]

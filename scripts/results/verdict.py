@@ -5,7 +5,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .. import backends
 from ..base import paths, yamlfiles
 from ..configs import config, datafiles
 from ..configs.compatibility import departures
@@ -13,12 +12,11 @@ from ..configs.compose import REHEARSAL, TRACKERS
 from ..data.published import TRAIN_LOSS, Measured, Published, Score
 from ..data.study import Study
 from ..metrics.metric import Column
-from ..runs import lookup
 from ..runs.rundir import Run, RunDir
-from ..scores import evaluations, noise
+from ..scores import evaluations, intervals
+from ..scores.columns import model_record
 from ..scores.evaluations import Evaluation
-from ..scores.judges import record_of
-from . import comparable, curves, repeats, run_rows
+from . import repeats, run_rows
 from .repeats import Found
 
 GIB = 1 << 30
@@ -60,7 +58,7 @@ def rows(
         rehearsal: whether it is about rehearsals.
         speakers: for some recipes, the folder of the run that speaks for it, or None for none.
     """
-    all_runs = usable(runs, rehearsal)
+    all_runs = repeats.usable(runs, rehearsal)
     candidates = [each for each in all_runs if (speakers or {}).get(each[1].recipe, each[0].path) == each[0].path]
     table = []
     for recipe in [*of_study.published, *of_study.variants]:
@@ -72,22 +70,12 @@ def rows(
     return table
 
 
-def usable(runs: Path, rehearsal: bool) -> list[Found]:
-    """The runs below a folder that can speak for their recipes: rehearsals or real ones, on the recipe's model and
-    data."""
-    return [
-        (folder, run)
-        for folder, run in lookup.readable(lookup.all_runs(runs), backends.read)
-        if run.rehearsal == rehearsal and (rehearsal or not comparable.of_something_else(run))
-    ]
-
-
 def _preference(folder: RunDir, run: Run) -> tuple[bool, bool, bool, bool, bool, str]:
     """The order in which a recipe's runs speak for it: trained here, finished and evaluated, plain, of its seed, new
     ones last."""
     changed = [text for text in run.overrides if not text.startswith(f"{repeats.SEED}=")]
     plain = not changed and not set(run.profiles) - {REHEARSAL, *TRACKERS} and not run.axolotl_arguments
-    evaluated = evaluations.of_run(folder.path, run) is not None
+    evaluated = evaluations.current(folder.path, run) is not None
     own_seed = all(difference.key != repeats.SEED for difference in run.differences)
     done = run.state == "finished" and evaluated
     return not run.published_adapter, done, evaluated, plain and run.ranks == 1, own_seed, folder.path.name
@@ -108,18 +96,18 @@ def study_row(of_study: Study, recipe: str, found: Sequence[Found], rehearsal: b
         NAME_difference and NAME_verdict, see `verdict`; NAME_DECODING by a further decoding; `verdict`, that of the
         study's first metric; the gain over each baseline in percent; of the run itself costs, and the loss of the last
         stretch of steps that the published curve has, each with _published, how far it lies from that curve, see
-        `curves.gap`, and `train_loss_verdict`; `differs`, the settings that the paper states and the run changed; and
+        `run_rows.gap`, and `train_loss_verdict`; `differs`, the settings that the paper states and the run changed; and
         `open`, those that the paper leaves open, with the run's values.
     """
     chosen = found[0] if found else None
     ours = run_rows.row(*chosen) if chosen else {}
-    scored = evaluations.of_run(chosen[0].path, chosen[1]) if chosen else None
+    scored = evaluations.current(chosen[0].path, chosen[1]) if chosen else None
     on_gpu = _on_gpu(ours)
     hours = chosen[0].summary(chosen[1]).train_seconds * chosen[1].ranks / 3600 if chosen and on_gpu else None
     aim = None if rehearsal else of_study.aimed_at(recipe)
     first = of_study.first
     scored_first = chosen is not None and ours[first.name] is not None
-    compared = bool(chosen and scored_first and comparable.comparable(scored, chosen[1], first))
+    compared = bool(chosen and scored_first and run_rows.comparable(scored, chosen[1], first))
     by_metric: dict[str, Any] = {}
     for column in of_study.columns.values():
         by_metric |= _scores(of_study, column, found, ours, aim)
@@ -154,9 +142,9 @@ def _costs(
 ) -> dict[str, Any]:
     """What a run took and how its loss ended, beside what was published of that."""
     measured = aim.measured if aim else Measured()
-    curve = curves.published(of_study, aim) if aim else []
-    own = curves.over_the_same_steps(chosen[0].read_metrics(), curve) if chosen and curve else []
-    gap = curves.gap(own, curve)
+    curve = run_rows.published_curve(of_study, aim) if aim else []
+    own = run_rows.over_the_same_steps(chosen[0].read_metrics(), curve) if chosen and curve else []
+    gap = run_rows.gap(own, curve)
     gib = measured.reserved_bytes / GIB if measured.reserved_bytes else None
     return {
         "train_loss": own[-1][1] if own and own[-1][0] == curve[-1][0] else None,
@@ -187,8 +175,8 @@ def _scores(
     published = aim.scores.get(name) if aim else None
     compared = published is not None and mean is not None and ours.get(f"{name}_difference") is not None
     others = [run_rows.row(*each) for each in found] if of_study.decodings else []
-    scored = evaluations.of_run(found[0][0].path, found[0][1]) if found else None
-    judge = record_of(column, scored.scores) if scored else None
+    scored = evaluations.current(found[0][0].path, found[0][1]) if found else None
+    judge = model_record(column, scored.scores) if scored else None
     return {
         name: mean,
         f"{name}_low": within.low if within else None,
@@ -314,7 +302,7 @@ def _of_intervals(of_study: Study, rows: list[dict[str, Any]]) -> Iterator[str]:
     if several := [full["recipe"] for full in rows if full["runs"] > 1]:
         yield f"Scores are means of runs that differ at most in their seed: of {', '.join(several)}."
     seeds = f"`recipe reproduce {of_study.folder.name} --seeds 3` runs each recipe with three seeds"
-    if any(method == noise.ROWS_ONLY or method.endswith(repeats.ONE_SEED) for method in methods):
-        yield f"An interval of {noise.ROWS_ONLY}, or of one seed, knows nothing of other seeds: {seeds}."
-    if any(noise.BORROWED in method for method in methods):
+    if any(method == intervals.ROWS_ONLY or method.endswith(repeats.ONE_SEED) for method in methods):
+        yield f"An interval of {intervals.ROWS_ONLY}, or of one seed, knows nothing of other seeds: {seeds}."
+    if any(intervals.BORROWED in method for method in methods):
         yield f"A borrowed spread is that of repeats which the authors published, not of our runs: {seeds}."

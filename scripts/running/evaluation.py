@@ -13,13 +13,13 @@ from ..base.paths import find_recipe
 from ..runs.lookup import find_run
 from ..runs.rundir import RunDir
 from ..runs.tasks import Outcome, Work
-from ..scores import choice, evaluate, evaluation_rows
-from ..scores.engines.start import require
+from ..scores import checkpoint_selection, evaluate, evaluation_rows
 from ..scores.evaluations import SERVER, Evaluation
+from ..scores.predict import require
 from ..scores.task import BASE, EvaluationRequest, EvaluationTask
 from . import adapters
 
-Evaluated = Evaluation | choice.Choice | RunDir
+Evaluated = Evaluation | checkpoint_selection.Choice | RunDir
 
 
 def of_name(name: str, request: EvaluationRequest, runs: Path, backend: Backend) -> tuple[RunDir, Evaluated]:
@@ -73,4 +73,4 @@ def start(folder: RunDir, request: EvaluationRequest, runs: Path, backend: Backe
         gpus = 0 if record.rehearsal else 1
         work = Work(Outcome(record.recipe), lambda: [evaluation], gpus, steps=["evaluate"])
         return backend.carry_out(work, record.recipe, runs)
-    return choice.choose(folder, request) if request.checkpoints else evaluate.evaluate(folder, request)
+    return checkpoint_selection.choose(folder, request) if request.checkpoints else evaluate.evaluate(folder, request)

@@ -21,7 +21,8 @@ from ..metrics.metric import Column
 from ..planning import fit, need, plan
 from ..runs.rundir import Run, RunDir
 from ..runs.tasks import DONE, FAILED, SKIPPED, Command, Outcome, Step, Work
-from ..scores import evaluate, judges
+from ..scores import evaluate
+from ..scores.columns import require_models, scorer_models
 from ..scores.task import EvaluationRequest, EvaluationTask
 from . import former, run
 
@@ -230,7 +231,7 @@ class Pipeline:
         if self.state == "finished":
             task = EvaluationTask(folder, self.evaluation)
             asked = self.evaluation
-            judged = judges.of_columns(task.columns, asked.judge, self.request.rehearse)
+            judged = scorer_models(task.columns, asked.judge, self.request.rehearse)
             if evaluate.complete(task, judged):
                 return SKIPPED
         job = backends.job_state(folder, "evaluate", self._scoring(folder).words)
@@ -243,10 +244,10 @@ def need_judges(
     """Have the models at hand that are to score what works generate, before GPU hours are spent on that.
 
     Raises:
-        UserError, WorkFailed: see `judges.require`.
+        UserError, WorkFailed: see `columns.require_models`.
     """
     if any("evaluate" in work.steps for work in works):
-        judges.require(judges.of_columns(columns, evaluation.judge, rehearsal).values())
+        require_models(scorer_models(columns, evaluation.judge, rehearsal).values())
 
 
 def _is_resumable(folder: RunDir, former_run: Run) -> bool:

@@ -25,7 +25,7 @@ from ..planning import plan
 from ..planning.plan_tables import hours_are
 from ..planning.planner import GIB
 from ..runs.tasks import Outcome
-from ..scores import judges
+from ..scores.columns import declared_models, scorer_models
 from ..scores.task import REHEARSED, EvaluationRequest
 from .pipeline import Pipeline, need_judges, seeds_of
 
@@ -69,7 +69,7 @@ def reproduce(
         WorkFailed: the data cannot be fetched, or BERTScore's model cannot be loaded.
     """
     wanted = _wanted(of_study, request, only, seeds)
-    declared = judges.declared_in(of_study.columns)
+    declared = declared_models(of_study.columns)
     if not request.rehearse and evaluation.judge is None and declared:  # to be fetched where it is not here
         by = next(iter(declared.values()))
         evaluation.judge = by.model
@@ -152,9 +152,9 @@ def outline(
         notes.append(f"{total or 'hours are of the training alone'}; what generating and scoring takes is not planned")
         if not gpu:
             notes.append("whether it fits, and for how long it trains, is not known without a GPU; --gpu names one")
-        for name, by in judges.of_columns(of_study.columns, evaluation.judge).items():
+        for name, by in scorer_models(of_study.columns, evaluation.judge).items():
             if by is None and evaluation.judge is None:
-                notes.append(f"{judges.declared_in(of_study.columns)[name].model}, for BERTScore, is to be fetched too")
+                notes.append(f"{declared_models(of_study.columns)[name].model}, for BERTScore, is to be fetched too")
     configs = [pipeline.composed for pipeline in pipelines if pipeline.composed]
     return {"data": _outlined_data(of_study, configs), "recipes": rows, "notes": list(dict.fromkeys(notes))}
 

@@ -112,7 +112,7 @@ def create(composed: Composed, request: Request, runs: Path, shared: Container[D
     new = [difference for difference in composed.differences if difference not in shared]
     for difference in composed.differences:  # with a tracker's placeholders filled in
         difference.run = ours.get(difference.key, difference.run)
-    record = record_of(composed, request)
+    record = model_record(composed, request)
     try:
         write_atomically(folder.config, yamlfiles.write_yaml(ours))
         record.seal = trust.seal(folder, record)
@@ -128,7 +128,7 @@ def create(composed: Composed, request: Request, runs: Path, shared: Container[D
     return folder
 
 
-def record_of(composed: Composed, request: Request) -> Run:
+def model_record(composed: Composed, request: Request) -> Run:
     """The record of a run that is yet to be launched, or of what is evaluated as one.
 
     Args:

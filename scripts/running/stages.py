@@ -12,7 +12,8 @@ from ..data import fetch
 from ..data.published import adapter_files
 from ..data.study import Study
 from ..runs.tasks import DONE, Outcome
-from ..scores import evaluate, judges, published
+from ..scores import evaluate, published
+from ..scores.columns import scorer_models
 from ..scores.task import EvaluationRequest
 from . import adapters, reproduce
 
@@ -27,7 +28,7 @@ def score_predictions(
     Args:
         of_study: the study.
         only: recipes; by default all, and the baselines.
-        judge: BERTScore's model, see `judges.judge`.
+        judge: BERTScore's model, see `columns.scorer_model`.
 
     Returns:
         The rows of `published.scores` with `of`, whose predictions they are of, and `verified`, whether the study has
@@ -44,8 +45,7 @@ def score_predictions(
         owners += [(of.name, chosen[0], of.scores, of.predictions, of.test_set) for of in of_study.baselines]
     if not any(predictions for *_, predictions, _ in owners):
         raise UserError(_none_published(of_study, "predictions", only))
-    judged = judges.of_columns(of_study.columns, judge)
-    judges.say_left_out(of_study.columns, judged, judge)
+    judged = scorer_models(of_study.columns, judge, report=True)
     rows, problems = [], {}
     for name, recipe, scores, predictions, test_set in owners:
         if predictions is None or predictions.absent:

@@ -5,7 +5,7 @@ from typing import Any
 
 from .. import tables
 from ..base import yamlfiles
-from ..results.study_tables import REHEARSALS
+from ..results.listing import REHEARSALS
 from . import sweeps
 from .sweeps import Columns, Sweep
 

@@ -19,7 +19,7 @@ from ..configs import models, variants
 from ..data import study
 from ..metrics.metric import Column
 from ..planning import lora
-from ..results import comparable, repeats, run_rows
+from ..results import repeats, run_rows
 from ..runs.rundir import Run, RunDir
 from ..scores import evaluation_rows, evaluations
 from ..scores.columns import columns_of
@@ -182,7 +182,7 @@ def columns(sweep: Sweep, runs: Path) -> dict[str, Column]:
     of_digest = former.by_digest(runs, sweep.recipe)
     found: dict[str, Column] = {}
     for folder, run in (of_digest[m.digest] for m in sweep.members if m.digest in of_digest):
-        found |= comparable.columns(run, evaluations.of_run(folder.path, run))
+        found |= run_rows.columns(run, evaluations.current(folder.path, run))
     return found or of_recipe(sweep.recipe)
 
 
@@ -221,8 +221,8 @@ def check_best(best: str | None, scored: Columns) -> None:
 def rows(sweep: Sweep, runs: Path, best: str | None = None) -> list[dict[str, Any]]:
     """A row for each name among the members: what it sets and what its finished runs measured.
 
-    Scores are means over seeds, with their 95 % interval, see `noise.of_runs`. The Pareto front is over peak memory and
-    eval loss. Where the runs validate on test rows, there is no front, and no best by eval loss.
+    Scores are means over seeds, with their 95 % interval, see `intervals.of_runs`. The Pareto front is over peak memory
+    and eval loss. Where the runs validate on test rows, there is no front, and no best by eval loss.
 
     Args:
         sweep: the sweep.

@@ -16,7 +16,8 @@ from ..base.progress import Bar, say
 from ..runs.records import FileState
 from ..runs.rundir import RunDir
 from ..runs.tasks import Command
-from . import agreement, evaluation_rows, judges
+from . import evaluation_rows
+from .columns import ScorerModels, require_models, same_models, scorer_models
 from .evaluations import (
     LOCK,
     ORIGIN,
@@ -30,18 +31,18 @@ from .evaluations import (
     states,
 )
 from .predict import predict
-from .score import VERSION, code_sha256, score
+from .score import VERSION, score
 from .task import EvaluationRequest, EvaluationTask, data_label
 
 
-def complete(task: EvaluationTask, judged: judges.Judges) -> Evaluation | None:
+def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
     """The evaluation that a task asks for, if it is there: of the same rows, by the same model and code."""
     former = _same_work(task)
     scored = former.columns if former else {}
     current = (
         former
         and former.version == VERSION
-        and judges.same(judged, task.columns, former.scores)
+        and same_models(judged, task.columns, former.scores)
         and all(column.same_scores(scored.get(name)) for name, column in task.columns.items() if name not in judged)
         and former.settings.limit == task.settings.limit
         and former.settings.test_set == task.settings.test_set
@@ -72,12 +73,11 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     stopped, a complete one is not repeated.
 
     Raises:
-        UserError: see `EvaluationTask`, and `judges.require`.
+        UserError: see `EvaluationTask`, and `columns.require_models`.
         WorkFailed: BERTScore's model cannot be loaded, or memory does not suffice.
     """
     task = EvaluationTask(folder, request)
-    judged = judges.of_columns(task.columns, request.judge, task.run.rehearsal)
-    judges.say_left_out(task.columns, judged, request.judge)
+    judged = scorer_models(task.columns, request.judge, task.run.rehearsal, report=True)
     summary = folder.summary(task.run)
     if task.run.state != "finished":
         say(f"{folder.path}: the run is {task.run.state} at step {summary.step} of {summary.max_steps}")
@@ -92,7 +92,7 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
             return former
         if any(judged.values()):
             with Bar("looking for BERTScore's model", 1):
-                judges.require(judged.values())
+                require_models(judged.values())
         old: Iterable[str] = ()
         if former := _same_work(task):
             say(f"{predictions}: complete, made with the same settings; scoring it anew")
@@ -107,7 +107,7 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         with Bar("scoring", 1):
             own = request.adapter is None  # the eval loss is not that of another adapter
             scores, rows = score(rows, task.columns, judged, old, summary.eval_loss_per_token if own else None)
-        if note := agreement.note(settings):
+        if note := settings.note:
             scores["notes"] = [note, *scores.get("notes", [])]
         if evaluation_rows.changed_since(task.run, task.rows):
             note = "the rows that it is evaluated on have changed since the run was created"
@@ -125,7 +125,6 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
                 rehearsal=task.run.rehearsal,
                 scores=scores,
                 version=VERSION,
-                code_sha256=code_sha256(),
                 settings=settings,
                 files=files,
             )
@@ -158,6 +157,6 @@ def _make_way(task: EvaluationTask) -> None:
         )
     elif not former.settings.stands_for(task.settings):
         raise UserError(
-            f"{task.where / SCORES}: {agreement.note(former.settings)}; move it and {PREDICTIONS} away to generate by "
+            f"{task.where / SCORES}: {former.settings.note}; move it and {PREDICTIONS} away to generate by "
             f"{task.settings.engine}"
         )

@@ -1,22 +1,33 @@
-"""The predictions of an evaluation, kept as they are generated, so that an interrupted one can continue."""
+"""The predictions of an evaluation, kept as they are generated, so that an interrupted one can continue.
+
+Before an engine other than the reference gets all rows, both answer some of them. Two engines add in different orders,
+so that now and then another of two tokens of nearly the same probability comes first, after which the answers differ.
+An engine with another adapter or prompt differs in most answers, and early.
+"""
 
 import os
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import orjson
 
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, loads, naming, opened, replacing
-from ..base.progress import Bar
+from ..base.progress import Bar, say
 from ..configs import gpus
-from . import agreement
-from .engines.start import require, started
-from .evaluations import REFERENCE, SERVER, VLLM, EvaluationSettings, Prediction
+from ..data.study import Decoding
+from .evaluations import REFERENCE, SERVER, VLLM, Agreement, Answer, Engine, EvaluationSettings, Prediction
 from .task import EvaluationTask
 
+if TYPE_CHECKING:
+    from .prompter import Prompter  # with torch and Axolotl, which `require` does without
+
+COMPARED = 32
+"""Rows that are compared, at even distances, so that all kinds are among them."""
 KNOWN = {"batch_tokens", "served", "agreement"}
-"""Those settings that are known once an engine has started."""
+"""Settings that are known once an engine has started."""
 
 
 def as_row(i: int, row: Row, reference: str) -> Row:
@@ -24,6 +35,58 @@ def as_row(i: int, row: Row, reference: str) -> Row:
     known = {"idx": (int, str), "lang": (str,)}  # anybody's data can have something else there, true among it
     kept = {key: row[key] for key, kinds in known.items() if type(row.get(key)) in kinds}
     return {"row": i} | kept | {"reference": reference}
+
+
+def require(settings: EvaluationSettings, server: str | None, on_gpu: bool) -> None:
+    """Refuse an engine that is not there, before anything takes time.
+
+    Args:
+        settings: which engine and model.
+        server: its address, where that is the engine.
+        on_gpu: whether it is to run on a GPU.
+
+    Raises:
+        UserError: it is not installed, or cannot be reached, or does not have the model, or cannot serve the adapter.
+    """
+    if settings.engine == VLLM:
+        from . import vllm
+
+        vllm.require(settings, on_gpu)
+    if settings.engine == SERVER:
+        from .server import at
+
+        at(str(server)).require_model(settings.model)
+
+
+def started(
+    prompter: "Prompter", prompts: Sequence[list[int]], server: str | None, part: Path
+) -> AbstractContextManager[Engine]:
+    """The engine that the prompter's settings name; it ends with the block, unless somebody else had started it.
+
+    Args:
+        prompter: of the run.
+        prompts: all that it will be asked.
+        server: the address of a server, where that is the engine.
+        part: the file of the predictions, beside which it can leave its log.
+
+    Raises:
+        UserError: it is not installed, or cannot be reached, or has no model of that name.
+        WorkFailed: it does not start.
+    """
+    settings = prompter.settings
+    if settings.engine == VLLM:
+        from . import vllm
+
+        return vllm.started(prompter, prompts, part)
+    if settings.engine == SERVER:
+        from .server import AT_ONCE, Server, at
+
+        at_once = settings.batch_size or AT_ONCE
+        return nullcontext(Server(prompter, at(str(server)), str(settings.model), prompts, at_once))
+    with Bar("loading the model"):
+        from .reference import Reference
+
+        return nullcontext(Reference(prompter))
 
 
 def predict(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row], EvaluationSettings]:
@@ -38,7 +101,7 @@ def predict(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row
         part: a file that keeps what is generated, from which a second call continues.
 
     Raises:
-        UserError: see `Prompter.examples` and `engines.start.started`.
+        UserError: see `Prompter.examples` and `started`.
         WorkFailed: the engine cannot go on.
     """
     rows, asked = task.rows.rows, task.request
@@ -57,15 +120,13 @@ def predict(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row
         # vLLM that was compared is the same again; what a server has may have changed since
         compared_again = settings.engine == SERVER and (on_gpu or task.run.rehearsal)
         compares = compared_again or (settings.engine == VLLM and settings.agreement is None)
-        expected = agreement.by_reference(prompter, examples) if compares else []
+        expected = answers_of_reference(prompter, sampled(prompts)) if compares else []
         with started(prompter, prompts, asked.server, part) as engine:
             if done and settings.served and settings.served != engine.served:
-                raise UserError(f"{part}: begun by {settings.served}, which is now {engine.served}; move it away")
-            if compares:
-                found = agreement.compare(expected, engine, prompter, examples)
-                settings = settings.model_copy(update={"agreement": found})
-            begun = {"batch_tokens": engine.settings.batch_tokens, "served": engine.served}
-            settings = settings.model_copy(update=begun)
+                raise UserError(f"{part}: started by {settings.served}, which is now {engine.served}; move it away")
+            found = agreement(expected, engine, prompter, sampled(prompts)) if compares else settings.agreement
+            known = {"batch_tokens": engine.settings.batch_tokens, "served": engine.served, "agreement": found}
+            settings = settings.model_copy(update=known)
             with Bar("evaluating", len(rows), len(done)) as bar, naming(part), opened(part, "ab") as stream:
                 stream.write(_line(settings))
                 try:
@@ -101,13 +162,61 @@ def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row],
         with suppress(ValueError):  # what a killed process or a machine without power left is made again
             row = loads(line)
             if isinstance(row, dict) and "served" in row:
-                settings = EvaluationSettings.model_validate(
-                    settings.model_dump() | {key: row.get(key) for key in KNOWN}
-                )
-                continue
-            Prediction.model_validate(row)
-            done[row["row"]] = row
+                known = {key: row.get(key) for key in KNOWN}
+                settings = EvaluationSettings.model_validate(settings.model_dump() | known)
+            else:
+                Prediction.model_validate(row)
+                done[row["row"]] = row
     with replacing(part) as stream:
         stream.write(header + b"\n" + _line(settings))
         stream.writelines(orjson.dumps(row) + b"\n" for row in done.values())
     return {i: row for i, row in done.items() if i in range(settings.rows)}, settings
+
+
+def sampled(prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The prompts of the rows that are compared."""
+    return [prompts[i] for i in sorted({i * len(prompts) // COMPARED for i in range(COMPARED)})]
+
+
+def answers_of_reference(prompter: "Prompter", prompts: Sequence[list[int]]) -> list[Answer]:
+    """The reference's greedy answers; its memory, which the engine may need, is free afterwards."""
+    from .reference import Reference
+
+    reference = Reference(prompter)
+    answers = _greedily(reference, prompts, "the reference answers")
+    reference.free()
+    return answers
+
+
+def agreement(
+    expected: Sequence[Answer], engine: Engine, prompter: "Prompter", prompts: Sequence[list[int]]
+) -> Agreement:
+    """Compare an engine's greedy answers with the reference's, and log the result."""
+    name = engine.settings.engine
+    pairs = list(zip(expected, _greedily(engine, prompts, f"{name} answers"), strict=True))
+    tokens_before = [_tokens_before(prompter, *pair) for pair in pairs if pair[0].text != pair[1].text]
+    found = Agreement(rows=len(pairs), equal=len(pairs) - len(tokens_before), tokens_before=tokens_before)
+    say(f"{name}: {found}")
+    return found
+
+
+def _greedily(engine: Engine, prompts: Sequence[list[int]], doing: str) -> list[Answer]:
+    usual = engine.settings
+    greedy = Decoding(max_new_tokens=usual.decoding.max_new_tokens)
+    engine.settings = usual.model_copy(update={"decoding": greedy})
+    done: dict[int, Answer] = {}
+    with Bar(doing, len(prompts)) as bar:
+        for answers in engine.generate(prompts, done):
+            done |= answers
+            bar.update(len(done))
+    engine.settings = usual
+    return [done[i] for i in range(len(prompts))]
+
+
+def _tokens_before(prompter: "Prompter", own: Answer, other: Answer) -> int:
+    """Count the tokens before two answers differ, those of their texts where a server does not send tokens."""
+    pair = [own.tokens or [], other.tokens or []]
+    if other.tokens is None:
+        pair = [prompter.tokenizer(answer.text, add_special_tokens=False)["input_ids"] for answer in (own, other)]
+    same = [one == another for one, another in zip(*pair, strict=False)]
+    return same.index(False) if False in same else len(same)

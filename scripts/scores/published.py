@@ -14,12 +14,17 @@ from ..data.published import Predictions, Score, Texts
 from ..data.study import Study
 from ..metrics.metric import Column
 from . import evaluation_rows
-from .judges import Judges
+from .columns import ScorerModels
 from .score import below, read_rows, score
 
 
 def scores(
-    of_study: Study, recipe: str, predictions: Predictions, own: str, published: Mapping[str, Score], judged: Judges
+    of_study: Study,
+    recipe: str,
+    predictions: Predictions,
+    own: str,
+    published: Mapping[str, Score],
+    judged: ScorerModels,
 ) -> list[dict[str, Any]]:
     """Score published predictions on their test set and, where that is all test rows, on that of the published scores.
 

@@ -2,19 +2,16 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from .. import metrics
 from ..base.errors import UserError
 from ..base.files import Row, json_rows
 from ..metrics import registry
 from ..metrics.metric import Column
 from ..metrics.text import words
 from . import intervals
-from .judges import Judges, declared_in
+from .columns import ScorerModels, declared_models
 
 VERSION = 1
 """Of what scores mean. To be raised with any change after which the same texts score otherwise; scores of another
@@ -84,7 +81,7 @@ def of_predictions(columns: Mapping[str, Column]) -> Mapping[str, Column]:
 
 
 def with_scores(
-    rows: Sequence[Row], columns: Mapping[str, Column], judges: Judges | None = None, former: Iterable[str] = ()
+    rows: Sequence[Row], columns: Mapping[str, Column], models: ScorerModels | None = None, former: Iterable[str] = ()
 ) -> list[Row]:
     """Rows with `exact` and the scores of those columns that have one for each row, and without older scores.
 
@@ -93,10 +90,10 @@ def with_scores(
     Args:
         rows: each with `reference` and `prediction`.
         columns: what to score them with.
-        judges: who judges those of them that take a judge; by default the ones that they declare.
+        models: the scorer models of those that need one; by default the ones that they declare.
         former: the names of scores that rows may have of before.
     """
-    judged = dict(judges or {})
+    judged = dict(models or {})
     pairs = [(row["reference"], row["prediction"]) for row in rows]
     old = {*former, *columns, *registry.DEFAULT, "exact"}
     scored = [{key: value for key, value in row.items() if key not in old} for row in rows]
@@ -113,7 +110,7 @@ def with_scores(
 def score(
     rows: Sequence[Row],
     columns: Mapping[str, Column],
-    judges: Judges | None = None,
+    models: ScorerModels | None = None,
     former: Iterable[str] = (),
     loss: float | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
@@ -122,7 +119,7 @@ def score(
     Args:
         rows: each with `reference` and `prediction`.
         columns: what to score them with.
-        judges: who judges those of them that take a judge; by default the ones that they declare.
+        models: the scorer models of those that need one; by default the ones that they declare.
         former: the names of scores that rows may have of before.
         loss: the eval loss of the run that made the predictions, for the metrics that are of that.
 
@@ -132,7 +129,7 @@ def score(
         empty predictions and of those that another row has too; the tokens of all predictions over those of all
         references; and `notes`, where there is something to know of the scores.
     """
-    judged = dict(judges or declared_in(columns))
+    judged = dict(models or declared_models(columns))
     kept = {name: column for name, column in columns.items() if judged.get(name, column.parameters)}
     scored = with_scores(rows, kept, judged, former)
     references = [row["reference"] for row in rows]
@@ -169,10 +166,3 @@ def score(
         "metrics": {name: column.entry for name, column in kept.items()},
         **({"notes": notes} if notes else {}),
     }, scored
-
-
-@cache
-def code_sha256() -> str:
-    """A hash of the code that scores, which shows whether other code made a score."""
-    files = [Path(__file__), Path(intervals.__file__), *sorted(Path(metrics.__path__[0]).glob("*.py"))]
-    return sha256(b"".join(map(Path.read_bytes, files))).hexdigest()

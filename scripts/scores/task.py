@@ -32,7 +32,7 @@ class EvaluationRequest:
         adapter: an adapter's folder, or `none` for the base model alone; by default the run's adapter.
         max_new_tokens: by default the study's.
         batch_size: the most rows generated at a time; by default up to 64, as memory allows.
-        judge: BERTScore's model, see `judges.judge`.
+        judge: BERTScore's model, see `columns.scorer_model`.
         metrics: what to score with beside the study's metrics, as --metric takes it; without both see
             `registry.DEFAULT`.
         decoding: one of the study's further ways to decode, by name.
@@ -40,7 +40,7 @@ class EvaluationRequest:
         engine: what generates: transformers, vllm, or the address of a server with OpenAI's completions.
         model: the server's name for the run's model.
         force: findings about code in the run's config that are overridden, see `trust`.
-        checkpoints: whether it is about every kept checkpoint, see `choice.choose`.
+        checkpoints: whether it is about every kept checkpoint, see `checkpoint_selection.choose`.
     """
 
     data: Path | None = None

@@ -29,11 +29,11 @@ from qlora_recipes.configs.numerics import precision
 from qlora_recipes.data.sample import usual_sample
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.eval_loss import MASKED
-from qlora_recipes.scores.engines.reference import Reference
 from qlora_recipes.scores.evaluations import EvaluationSettings
 from qlora_recipes.scores.prompter import Prompter
+from qlora_recipes.scores.reference import Reference
 
-Judge = Callable[..., None]
+ScorerModel = Callable[..., None]
 HALF = torch.bfloat16 if BF16 else torch.float16
 # the levels of NF4 (arXiv 2305.14314, appendix E)
 LEVELS = [
@@ -99,7 +99,7 @@ def compared(name: str, found: Sequence[float], expected: Sequence[float], bound
     return [Figure(*each) for each in zip(names, found, expected, bounds, strict=True)]
 
 
-def test_quantized_weights_and_products_with_them(judge: Judge) -> None:
+def test_quantized_weights_and_products_with_them(judge: ScorerModel) -> None:
     """Weights near NF4's levels become them; products of one row and of several are different kernels on a GPU."""
     dtype, random = torch.float16 if GPU else torch.float32, torch.Generator().manual_seed(0)
     codes = torch.randint(16, (256, 8, 64), generator=random)
@@ -125,7 +125,7 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float().cpu() - expected.float().cpu()).abs().max() / expected.abs().max())
 
 
-def test_model_in_4_bits(training: Path, judge: Judge) -> None:
+def test_model_in_4_bits(training: Path, judge: ScorerModel) -> None:
     model = load(training, DEVICE, torch.float32)
     found = loss_and_norm(model, DEVICE)
     put_plain_layers(model)
@@ -159,7 +159,7 @@ def dequantized(weight: Any) -> torch.Tensor:
 
 
 @pytest.mark.skipif(not BF16, reason="needs a processor, or a GPU, that computes in bf16")
-def test_model_in_bf16(training: Path, judge: Judge) -> None:
+def test_model_in_bf16(training: Path, judge: ScorerModel) -> None:
     exact = loss_and_norm(load(training, DEVICE, torch.float32), DEVICE)
     found = loss_and_norm(load(training, DEVICE, torch.bfloat16), DEVICE, torch.bfloat16)
     # rounds by 4e-3, of which the mean over a few hundred tokens keeps little, and a norm more
@@ -167,12 +167,12 @@ def test_model_in_bf16(training: Path, judge: Judge) -> None:
 
 
 @needs_gpu
-def test_model_on_gpu_and_cpu(training: Path, judge: Judge) -> None:
+def test_model_on_gpu_and_cpu(training: Path, judge: ScorerModel) -> None:
     found, exact = (loss_and_norm(load(training, device, torch.float32), device) for device in (DEVICE, "cpu"))
     judge(*compared("NF4 on GPU beside CPU", found, exact, (1e-3, 1e-2)))  # GPUs add in another order
 
 
-def test_saved_adapter(training: Path, judge: Judge) -> None:
+def test_saved_adapter(training: Path, judge: ScorerModel) -> None:
     """In fp64, where rounding does not show."""
     config = yamlfiles.read_yaml(find_recipe(RECIPE)[1])
     model = load(training, DEVICE, torch.float64, quantized=False).double()
@@ -209,7 +209,7 @@ def scale_of(model: Any, inputs: torch.Tensor) -> float | None:
     return along / updates if straight else None
 
 
-def test_packed_rows_do_not_see_each_other(judge: Judge) -> None:
+def test_packed_rows_do_not_see_each_other(judge: ScorerModel) -> None:
     """With the attention that Axolotl takes (loaders/patch_manager.py), on a GPU in half precision."""
     if GPU and BF16:  # from Ampere on
         patch_sdpa_varlen()
@@ -240,7 +240,7 @@ def losses(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[labels != MASKED], labels[labels != MASKED], reduction="none").cpu()
 
 
-def test_answers_are_those_of_a_pass_without_a_cache(training: Path, judge: Judge) -> None:
+def test_answers_are_those_of_a_pass_without_a_cache(training: Path, judge: ScorerModel) -> None:
     attention = yamlfiles.read_yaml(find_recipe(RECIPE)[1])["attn_implementation"]  # not that of the training
     cfg = yamlfiles.read_yaml(training / "config.yaml") | {"attn_implementation": attention}
     data = usual_sample() / "valid.jsonl"

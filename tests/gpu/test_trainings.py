@@ -39,13 +39,13 @@ from qlora_recipes.base.files import read_json
 from qlora_recipes.base.paths import find_recipe
 from qlora_recipes.data.sample import usual_sample
 
-Judge = Callable[..., None]
+ScorerModel = Callable[..., None]
 MIB = 2**20
 WEIGHTS = ("base weights", "quantization constants", "embeddings and head", "adapters")
 HALF = {"lora_dropout": 0.0, "attn_implementation": "sdpa"}
 
 
-def test_memory_of_a_step(training: Path, judge: Judge) -> None:
+def test_memory_of_a_step(training: Path, judge: ScorerModel) -> None:
     found, planned = memory(training), plan(training)
     parts = planned["memory"]["parts"]
     allocated = planned["memory"]["allocated"] - (0 if GPU else parts["kernels' own"])  # CUDA's alone
@@ -58,14 +58,14 @@ def test_memory_of_a_step(training: Path, judge: Judge) -> None:
     )
 
 
-def test_adapter_scale_in_training(training: Path, judge: Judge) -> None:
+def test_adapter_scale_in_training(training: Path, judge: ScorerModel) -> None:
     config = yamlfiles.read_yaml(find_recipe(RECIPE)[1])
     scales = memory(training)["scales"]
     found = scales[0] if len(scales) == 1 else None
     judge(Figure("adapter scale, in training", found, config["lora_alpha"] / config["lora_r"]))
 
 
-def test_resume_to_the_same_adapter(training: Path, folder: Path, judge: Judge) -> None:
+def test_resume_to_the_same_adapter(training: Path, folder: Path, judge: ScorerModel) -> None:
     run = train(folder, "stopped", RECIPE, of_stand_in(folder), stop=STOPPED_AT)
     recipe("resume", run)
     pairs = [logged(each, key) for key in ("loss", "grad_norm") for each in (training, run)]
@@ -81,7 +81,7 @@ def test_resume_to_the_same_adapter(training: Path, folder: Path, judge: Judge) 
 
 
 @needs_gpu
-def test_half_precision(folder: Path, judge: Judge) -> None:
+def test_half_precision(folder: Path, judge: ScorerModel) -> None:
     formats = ["fp32", "fp16", *(["bf16"] if BF16 else [])]
     runs = {
         name: train(folder, name, RECIPE, of_stand_in(folder, **HALF, fp16=name == "fp16", bf16=name == "bf16"))
@@ -98,7 +98,7 @@ def test_half_precision(folder: Path, judge: Judge) -> None:
 
 
 @needs_gpu
-def test_profile_fast(folder: Path, judge: Judge) -> None:
+def test_profile_fast(folder: Path, judge: ScorerModel) -> None:
     every = {
         "lora_dropout": 0.0,
         "lora_target_linear": True,
@@ -118,7 +118,7 @@ def test_profile_fast(folder: Path, judge: Judge) -> None:
 
 
 @needs_gpu
-def test_profile_packed(folder: Path, judge: Judge) -> None:
+def test_profile_packed(folder: Path, judge: ScorerModel) -> None:
     with random_weights(folder, SHAPES[0], LAYERS) as (model, length):
         rows = usual_sample() / "train.jsonl"
         changes = settings(model, rows, length, **UNSAVED, pad_to_sequence_len=False)
@@ -141,7 +141,7 @@ def compare_speed(folder: Path, profile: str, changes: dict[str, Any]) -> list[P
 
 @needs_gpu
 @pytest.mark.parametrize("name", SHAPES)
-def test_shape(folder: Path, judge: Judge, name: str) -> None:
+def test_shape(folder: Path, judge: ScorerModel, name: str) -> None:
     short = name.rpartition("/")[2]
     with random_weights(folder, name) as (model, length):
         rows = folder / f"{short}.jsonl"
@@ -163,7 +163,7 @@ def test_shape(folder: Path, judge: Judge, name: str) -> None:
 
 @needs_two_gpus
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
-def test_engine(folder: Path, judge: Judge, engine: str) -> None:
+def test_engine(folder: Path, judge: ScorerModel, engine: str) -> None:
     changes = of_stand_in(folder, lora_dropout=0.0)  # each rank would drop others
     runs = [*folder.glob("alone/**/run.json")]
     alone = runs[0].parent if runs else train(folder, "alone", RECIPE, changes)

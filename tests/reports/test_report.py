@@ -120,7 +120,6 @@ def a_run(
         made="2026-01-01T11:00:00+00:00",
         rehearsal=rehearsal,
         scores=scores,
-        code_sha256="x",
         settings=EvaluationSettings(**settings),
     )
     (run.path / "scores.json").write_text(evaluation.model_dump_json())

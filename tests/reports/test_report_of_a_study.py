@@ -9,7 +9,7 @@ from run_folders import a_run
 from small_study import PLAIN, WIDE
 
 from qlora_recipes.reports import report, report_figures, report_runs
-from qlora_recipes.results import card, curves, verdict
+from qlora_recipes.results import card, run_rows, verdict
 from qlora_recipes.scores.evaluations import read_scores
 
 
@@ -36,7 +36,7 @@ def test_scores_spreads_curves_and_what_was_measured_stand_in_it(runs: Path) -> 
 def test_our_loss_is_drawn_over_theirs(runs: Path) -> None:
     folder = small_study.ran(runs, PLAIN, "a", 66.0)
     of_study = small_study.read()
-    curve = curves.published(of_study, of_study.published[PLAIN])
+    curve = run_rows.published_curve(of_study, of_study.published[PLAIN])
     figure = report_figures.curve(0, "plain", folder.read_metrics(), curve)
     by_name = {trace["name"]: list(zip(trace["x"], trace["y"], strict=True)) for trace in figure.traces}
     assert by_name.pop("published") == [(2, 2.5), (4, 1.5)]

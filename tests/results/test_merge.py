@@ -1,5 +1,3 @@
-"""A merge that is stopped leaves nothing behind, and what was there before stays; see stand_in/axolotl.py."""
-
 import signal
 import subprocess
 import time
@@ -8,11 +6,16 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from conftest import finish, start
 from run_folders import ADAPTER, a_run
-from safetensors.numpy import save_file
+from safetensors import numpy as arrays
+from safetensors import torch as tensors
 
+from qlora_recipes.base.errors import WorkFailed
 from qlora_recipes.results import publish
+from qlora_recipes.results.publish import require_applied
 from qlora_recipes.runs.rundir import RunDir
 
 NAME = "haider2024/code-llama-7b"
@@ -25,7 +28,7 @@ def run(tmp_path: Path) -> RunDir:
     folder = a_run(tmp_path / "runs", NAME, "one", 10.0)
     (folder.output / "merged").mkdir(parents=True)
     (folder.output / "merged" / "model.safetensors").write_bytes(b"former")
-    save_file({"lora_A": np.ones((8, 4), np.float32)}, folder.output / ADAPTER)
+    arrays.save_file({"lora_A": np.ones((8, 4), np.float32)}, folder.output / ADAPTER)
     (folder.output / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/model", "r": 8}')
     return folder
 
@@ -92,3 +95,40 @@ def test_two_merges_of_a_run_do_not_meet(tmp_path: Path, stand_in: Path, run: Ru
         finish(first)
     finally:
         first.kill()
+
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+def save(folder: Path, file: str, content: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir(exist_ok=True)
+    tensors.save_file(content, folder / file)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("scale", "names", "in_base", "applied"),
+    [
+        (0.5, [LAYER], LAYER, True),
+        (0.0, [LAYER], LAYER, False),
+        (0.5, [LAYER, "other"], LAYER, False),
+        (0.5, ["as.the.model.calls.it"], LAYER, True),
+        (0.5, [LAYER], "in.another.form", True),
+    ],
+)
+def test_a_merge_has_the_adapters_change(
+    tmp_path: Path, scale: float, names: list[str], in_base: str, applied: bool
+) -> None:
+    torch.manual_seed(0)
+    weight, a, b = 0.05 * torch.randn(128, 64), 0.1 * torch.randn(8, 64), 0.02 * torch.randn(128, 8)
+    rounded = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4"))
+    base = save(tmp_path / "base", "model.safetensors", {f"{in_base}.weight": weight})
+    both = {"A": a, "B": b}
+    content = {f"base_model.model.{name}.lora_{each}.weight": both[each].clone() for name in names for each in both}
+    adapter = save(tmp_path / "adapter", ADAPTER, content)
+    merged = save(tmp_path / "merged", "model.safetensors", {f"{LAYER}.weight": rounded + scale * b @ a})
+    if applied:
+        require_applied(lambda: base, adapter, merged)
+    else:
+        with pytest.raises(WorkFailed):
+            require_applied(lambda: base, adapter, merged)

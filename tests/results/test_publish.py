@@ -117,7 +117,6 @@ def evaluated(run: RunDir, **settings: Any) -> None:
         made="2026-01-02T00:00:00+00:00",
         rehearsal=False,
         scores=scores,
-        code_sha256="f" * 64,
         settings=evaluations.EvaluationSettings(**usual | settings),
     )
     (run.path / "scores.json").write_text(evaluation.model_dump_json())
@@ -567,7 +566,7 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from qlora_recipes.scores.engines.reference import Reference
+    from qlora_recipes.scores.reference import Reference
 
     run = RunDir(tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(tiny, pad_token=pad_token)

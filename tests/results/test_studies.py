@@ -14,7 +14,7 @@ from small_study import PLAIN, WIDE
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.data.published import Score
-from qlora_recipes.results import curves, study_tables, verdict
+from qlora_recipes.results import listing, run_rows, verdict
 
 LLAMA_2 = "haider2024/llama-2-7b"
 
@@ -83,10 +83,10 @@ def test_what_was_measured_and_how_the_loss_ended_stand_beside_the_published(run
     assert (row["tokens_per_second"], row["tokens_per_second_published"]) == (7000, 7198)
     assert (row["train_loss"], row["train_loss_published"]) == (pytest.approx(1.4), 1.5)  # of steps 3 and 4
     table = recipe("results", "--study", "sums2030").stdout
-    assert study_tables.MEASURED in table and "trainable, published" in table
+    assert listing.MEASURED in table and "trainable, published" in table
     assert "9,175,040" in table and "585" in table
     titles = [part.splitlines()[0] for part in table.split("\n\n")]
-    assert titles[0].startswith("A. Nobody; ") and titles[1:3] == ["perplexity", study_tables.COSTS]
+    assert titles[0].startswith("A. Nobody; ") and titles[1:3] == ["perplexity", listing.COSTS]
     assert small_study.read().differences[0] in table
     assert f"`recipe evaluate runs/{PLAIN}/a --decoding greedy`" in table
     assert "67.40 ± 1.00" in table
@@ -94,7 +94,7 @@ def test_what_was_measured_and_how_the_loss_ended_stand_beside_the_published(run
 
 def test_a_curve_is_compared_over_the_same_steps(runs: Path, tmp_path: Path) -> None:
     of_study = small_study.read()
-    curve = curves.published(of_study, of_study.published[PLAIN])
+    curve = run_rows.published_curve(of_study, of_study.published[PLAIN])
     assert curve == [(2, 2.5), (4, 1.5)]
     metrics = [
         {"step": 1, "loss": 3.0},
@@ -102,11 +102,11 @@ def test_a_curve_is_compared_over_the_same_steps(runs: Path, tmp_path: Path) -> 
         {"step": 2, "eval_loss": 9.0},
         {"step": 3, "loss": 1.0},
     ]
-    assert curves.over_the_same_steps(metrics, curve) == [(2, 2.5)]  # step 4 is not reached
-    assert curves.published(of_study, of_study.published[WIDE]) == []
+    assert run_rows.over_the_same_steps(metrics, curve) == [(2, 2.5)]  # step 4 is not reached
+    assert run_rows.published_curve(of_study, of_study.published[WIDE]) == []
     (tmp_path / "recipes" / "sums2030" / "plain.csv").write_text("step,loss\n1,2\n")
     with pytest.raises(UserError, match=r"plain\.csv"):
-        curves.published(of_study, of_study.published[PLAIN])
+        run_rows.published_curve(of_study, of_study.published[PLAIN])
 
 
 def test_a_further_decoding_is_a_column_of_its_own(runs: Path, recipe: Recipe) -> None:

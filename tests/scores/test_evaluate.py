@@ -22,12 +22,18 @@ from qlora_recipes.results import run_rows
 from qlora_recipes.runs.records import FileState
 from qlora_recipes.runs.rundir import Launch, RunDir, State
 from qlora_recipes.scores import evaluate
-from qlora_recipes.scores.engines.engine import Answer
-from qlora_recipes.scores.evaluations import ADAPTER, Evaluation, EvaluationSettings, read_predictions, read_scores
+from qlora_recipes.scores.evaluations import (
+    ADAPTER,
+    Answer,
+    Evaluation,
+    EvaluationSettings,
+    read_predictions,
+    read_scores,
+)
 from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
 
 if TYPE_CHECKING:
-    from qlora_recipes.scores.engines.reference import Reference
+    from qlora_recipes.scores.reference import Reference
 
 
 @pytest.fixture
@@ -84,7 +90,7 @@ def test_a_run_is_evaluated_in_the_precision_that_it_was_trained_in(
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_recipes.scores.engines.reference import Reference
+    from qlora_recipes.scores.reference import Reference
 
     whole = evaluated(run, limit=10, batch_size=4)
     expected = predictions(run)
@@ -123,7 +129,7 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run: RunDir, mon
     first = evaluated(run, limit=3)
     other = evaluated(run, limit=4)
     assert (first.scores["rows"], other.scores["rows"]) == (3, 4)
-    monkeypatch.setattr("qlora_recipes.scores.engines.reference.Reference.__init__", None)
+    monkeypatch.setattr("qlora_recipes.scores.reference.Reference.__init__", None)
     with pytest.raises(UserError, match=r"scores\.json: .* 4 .* 2 "):
         evaluated(run, limit=2)
     assert evaluated(run, limit=4) == other
@@ -136,8 +142,8 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run: RunDir, mon
 @pytest.fixture
 def reference(run: RunDir) -> Callable[..., "Reference"]:
     """A maker of references for the run's base model, in fp32."""
-    from qlora_recipes.scores.engines.reference import Reference
     from qlora_recipes.scores.prompter import Prompter
+    from qlora_recipes.scores.reference import Reference
 
     cfg = yamlfiles.read_yaml(run.config)
     return lambda **settings: Reference(Prompter(settings_of(cfg).model_copy(update=settings), cfg, run.output))
@@ -184,40 +190,10 @@ def test_a_batch_that_does_not_fit_is_done_in_halves(
         generated(small, rows)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_keys_and_values_are_not_copied_for_each_head_which_changes_no_bit(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
-) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations import sdpa_attention
-
-    from qlora_recipes.scores.engines.reference import grouped
-
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=getattr(torch, dtype))
-    tokens, mask = torch.arange(5, 47).view(2, 21), torch.ones(2, 21, dtype=torch.long)
-    mask[0, :7] = 0  # a shorter row
-    copied, repeat, usual = [], sdpa_attention.repeat_kv, sdpa_attention.use_gqa_in_sdpa
-    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda *states: copied.append(states) or repeat(*states))
-
-    @torch.inference_mode()
-    def logits() -> torch.Tensor:
-        """Of all tokens, and of one more with the others' keys and values."""
-        first = model(tokens[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
-        more = model(tokens[:, -1:], attention_mask=mask, past_key_values=first.past_key_values)
-        return torch.cat([first.logits, more.logits], dim=1)
-
-    with grouped(model.device):
-        ours = logits()
-    assert not copied
-    assert torch.equal(logits(), ours)
-    assert copied and sdpa_attention.use_gqa_in_sdpa is usual
-
-
 def test_a_small_model_is_given_many_rows_on_a_cpu(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from qlora_recipes.scores.engines import reference
+    from qlora_recipes.scores import reference
     from qlora_recipes.scores.prompter import Prompter
 
     task = EvaluationTask(run, EvaluationRequest(adapter="none", judge="none"))
@@ -245,8 +221,8 @@ def test_weights_are_dequantized_where_their_layers_compute_in_the_models_dtype(
 ) -> None:
     from bitsandbytes.nn import Linear4bit
 
-    from qlora_recipes.scores.engines.reference import Reference
     from qlora_recipes.scores.prompter import Prompter
+    from qlora_recipes.scores.reference import Reference
 
     cfg = yamlfiles.read_yaml(run.config)
     run.config.write_text(yamlfiles.write_yaml(cfg | {"bnb_config_kwargs": cfg["bnb_config_kwargs"] | computes_in}))
@@ -261,7 +237,7 @@ def test_weights_are_dequantized_where_their_layers_compute_in_the_models_dtype(
     st.sampled_from([1, 512, 8192, 65536]),
 )
 def test_batches(lengths: list[int], most: int, tokens: int) -> None:
-    from qlora_recipes.scores.engines.reference import batches
+    from qlora_recipes.scores.reference import batches
 
     made = list(batches(lengths, most, tokens))
     assert sorted(i for _, batch in made for i in batch) == list(range(len(lengths)))
@@ -420,8 +396,8 @@ def test_scoring_anew_leaves_no_score_of_another_judge(run: RunDir, monkeypatch:
 def test_decoding_is_the_studys_and_not_the_models_own(run: RunDir, tiny: Path) -> None:
     from transformers import GenerationConfig
 
-    from qlora_recipes.scores.engines.reference import Reference
     from qlora_recipes.scores.prompter import Prompter
+    from qlora_recipes.scores.reference import Reference
 
     GenerationConfig(do_sample=True, temperature=5.0, max_new_tokens=3, eos_token_id=[7, 8]).save_pretrained(tiny)
     try:
@@ -443,8 +419,8 @@ def test_answers_end_at_each_token_that_training_taught_as_an_end(run: RunDir) -
 def test_the_model_is_configured_as_in_training(run: RunDir) -> None:
     import torch
 
-    from qlora_recipes.scores.engines.reference import base_model
     from qlora_recipes.scores.prompter import Prompter
+    from qlora_recipes.scores.reference import base_model
 
     def logits(cfg: yamlfiles.Config) -> torch.Tensor:
         run.config.write_text(yamlfiles.write_yaml(cfg))
@@ -462,8 +438,8 @@ def test_the_model_is_configured_as_in_training(run: RunDir) -> None:
 def test_a_run_in_8_bits_is_evaluated_in_8_bits(run: RunDir) -> None:
     from bitsandbytes.nn import Linear8bitLt
 
-    from qlora_recipes.scores.engines.reference import Reference
     from qlora_recipes.scores.prompter import Prompter
+    from qlora_recipes.scores.reference import Reference
 
     changes = {"adapter": "lora", "load_in_4bit": None, "bnb_config_kwargs": None, "load_in_8bit": True}
     run.config.write_text(yamlfiles.write_yaml(config.merge(yamlfiles.read_yaml(run.config), changes)))

@@ -14,12 +14,11 @@ from qlora_recipes.data import study
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import columns, evaluate, score
-from qlora_recipes.scores.engines.engine import Answer
-from qlora_recipes.scores.evaluations import Evaluation, read_predictions
+from qlora_recipes.scores.evaluations import Answer, Evaluation, read_predictions
 from qlora_recipes.scores.task import EvaluationRequest
 
 if TYPE_CHECKING:
-    from qlora_recipes.scores.engines.reference import Reference
+    from qlora_recipes.scores.reference import Reference
 
 ANSWERS = [
     {"question": "1 + 2?", "gold": "A: 3", "model": {"solution": "so it is 3\nA: 3", "right": True}},
@@ -38,7 +37,7 @@ def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
 @pytest.fixture
 def generated(monkeypatch: pytest.MonkeyPatch) -> list["Reference"]:
     """The reference of each evaluation, none of which takes long."""
-    from qlora_recipes.scores.engines.reference import Reference
+    from qlora_recipes.scores.reference import Reference
 
     batches: list[Reference] = []
 

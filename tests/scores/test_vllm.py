@@ -50,7 +50,7 @@ def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of an environment with a Python that serves as vLLM does, and knows nothing."""
-    from qlora_recipes.scores.engines import vllm
+    from qlora_recipes.scores import vllm
 
     folder = tmp_path / "vllm"
     (folder / "bin").mkdir(parents=True)
@@ -110,7 +110,7 @@ def test_a_base_model_alone_is_served_without_lora(run: RunDir, stand_in: Path) 
 def test_on_a_gpu_the_adapter_is_served_as_lora(run: RunDir, stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from qlora_recipes.scores.engines import vllm
+    from qlora_recipes.scores import vllm
     from qlora_recipes.scores.prompter import Prompter
 
     (stand_in / ".requirements-vllm-cpu.lock").rename(stand_in / ".requirements-vllm.lock")
@@ -134,14 +134,13 @@ def test_the_served_weights_are_those_that_the_reference_computes_with(run: RunD
     from bitsandbytes.functional import dequantize_4bit
     from safetensors.torch import load_file
 
-    from qlora_recipes.scores.engines import weights
-    from qlora_recipes.scores.engines.reference import base_model
     from qlora_recipes.scores.prompter import Prompter
+    from qlora_recipes.scores.reference import base_model, weights_folder
 
     task = EvaluationTask(run, EvaluationRequest(adapter="none"))
     prompter = Prompter(task.settings, task.cfg, run.output)
-    made = weights.folder(prompter)
-    assert weights.folder(prompter) == made
+    made = weights_folder(prompter)
+    assert weights_folder(prompter) == made
     served, model = load_file(made / "model.safetensors"), base_model(prompter)
     for name, weight in model.named_parameters():
         quantized = getattr(weight, "quant_state", None)
@@ -151,13 +150,13 @@ def test_the_served_weights_are_those_that_the_reference_computes_with(run: RunD
     assert "quantization_config" not in json.loads((made / "config.json").read_text())
     settings = EvaluationTask(run, EvaluationRequest()).settings
     lora = load_file(run.output / ADAPTER)
-    merged = load_file(weights.folder(Prompter(settings, task.cfg, run.output), merges=True) / "model.safetensors")
+    merged = load_file(weights_folder(Prompter(settings, task.cfg, run.output), merges=True) / "model.safetensors")
     for name, weight in served.items():
         a, b = (lora.get(f"base_model.model.{name.removesuffix('weight')}lora_{one}.weight") for one in "AB")
         assert torch.allclose(merged[name], weight if a is None else weight + 24 / 12 * b @ a, atol=1e-6), name
     assert len(lora) == 8
     half = task.settings.model_copy(update={"dtype": "bfloat16"})
-    assert weights.folder(Prompter(half, task.cfg, run.output)) != made
+    assert weights_folder(Prompter(half, task.cfg, run.output)) != made
 
 
 @pytest.mark.parametrize(
@@ -195,7 +194,7 @@ def test_an_embedding_that_grew_is_refused(run: RunDir, stand_in: Path, tiny: Pa
 def test_an_environment_that_is_not_there_or_another_one_is_told(
     stand_in: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_recipes.scores.engines import vllm
+    from qlora_recipes.scores import vllm
 
     settings = EvaluationSettings.model_construct(adapter_sha256=None)
     vllm.require(settings, on_gpu=False)
@@ -234,8 +233,8 @@ def test_vllm_answers_as_the_reference_and_may_be_killed_meanwhile(
     servable: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real one: once as an engine, then as a server that is killed in the midst of an evaluation, and another."""
-    from qlora_recipes.scores.engines import server as servers
-    from qlora_recipes.scores.engines import vllm
+    from qlora_recipes.scores import server as servers
+    from qlora_recipes.scores import vllm
     from qlora_recipes.scores.prompter import Prompter
 
     if not vllm.ENVIRONMENT.is_dir():

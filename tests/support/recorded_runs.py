@@ -57,7 +57,7 @@ def completed(
     folder.write(run)
     adapter = scored.settings.adapter_sha256 and sha256(folder.path.name.encode()).hexdigest()
     settings = scored.settings.model_copy(update={"data_sha256": "d" * 64, "adapter_sha256": adapter})
-    scored = scored.model_copy(update={"code_sha256": "f" * 64, "settings": settings, "version": VERSION})
+    scored = scored.model_copy(update={"settings": settings, "version": VERSION})
     (folder.path / "scores.json").write_text(scored.model_dump_json())
     return folder
 

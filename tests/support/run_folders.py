@@ -61,7 +61,6 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
         made="2026-01-01T11:00:00+00:00",
         rehearsal=run.rehearsal,
         scores=scores,
-        code_sha256="x",
         settings=EvaluationSettings(**settings),
     )
     (folder.path / "scores.json").write_text(made.model_dump_json())

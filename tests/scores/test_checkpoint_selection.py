@@ -13,8 +13,8 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.scores import choice, evaluate
-from qlora_recipes.scores.choice import choose
+from qlora_recipes.scores import checkpoint_selection, evaluate
+from qlora_recipes.scores.checkpoint_selection import choose
 from qlora_recipes.scores.evaluations import ADAPTER, Evaluation, EvaluationSettings, read_scores
 from qlora_recipes.scores.task import EvaluationRequest
 
@@ -50,9 +50,9 @@ def scored_as(scores: Scores, monkeypatch: pytest.MonkeyPatch, test: Path) -> li
         )  # fmt: skip
         intervals = {"bleu4": [value - 1, value + 1]}
         made = {"bleu4": value, "intervals": intervals}
-        return Evaluation(made="", rehearsal=False, scores=made, code_sha256="", settings=settings)
+        return Evaluation(made="", rehearsal=False, scores=made, settings=settings)
 
-    monkeypatch.setattr(choice, "evaluate", evaluated)
+    monkeypatch.setattr(checkpoint_selection, "evaluate", evaluated)
     return asked
 
 
@@ -106,7 +106,7 @@ def test_where_there_are_no_other_rows_the_best_has_no_test_score(
     entries = {key: [cfg[key][0] | {"path": str(own), "split": "train"}] for key in ("datasets", "test_datasets")}
     run.config.write_text(yamlfiles.write_yaml(cfg | entries))
     chosen = choose(run, EvaluationRequest())
-    assert chosen.test_rows is None and "--data FILE" in choice.conclusion(chosen)
+    assert chosen.test_rows is None and "--data FILE" in checkpoint_selection.conclusion(chosen)
     assert len(asked) == 5
     choose(run, EvaluationRequest(data=sample / "test.jsonl"))
     assert asked[-1] == "checkpoint-4: test"
@@ -178,7 +178,7 @@ def test_choosing_never_reads_the_test_rows(
         steps.append((request.validation, reads))
         return result
 
-    monkeypatch.setattr(choice, "evaluate", seen)
+    monkeypatch.setattr(checkpoint_selection, "evaluate", seen)
     _opened.append("begin")
     request = EvaluationRequest(limit=4, max_new_tokens=8, judge="none")
     chosen = choose(run, request)
@@ -193,7 +193,7 @@ def test_choosing_never_reads_the_test_rows(
         assert by_name[place.name[: place.name.index("-", 11)]]["score"] == evaluated.scores["bleu4"]
     best = max(chosen.checkpoints, key=lambda row: row["score"])
     assert best["best"] and sum(row["best"] for row in chosen.checkpoints) == 1
-    monkeypatch.setattr(choice, "evaluate", real)
+    monkeypatch.setattr(checkpoint_selection, "evaluate", real)
     alone = evaluate.evaluate(run, EvaluationRequest(adapter=str(run.output / best["checkpoint"]), limit=4,
                                                      max_new_tokens=8, judge="none"))  # fmt: skip
     assert alone.scores["bleu4"] == best["test_score"]

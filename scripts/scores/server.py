@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 import openai
 from pydantic import BaseModel, Field, ValidationError
 
-from ...base.errors import UserError, WorkFailed, did_you_mean
-from .engine import Answer
+from ..base.errors import UserError, WorkFailed, did_you_mean
+from .evaluations import Answer
 
 if TYPE_CHECKING:
-    from ..prompter import Prompter  # with torch and Axolotl, which `require` does without
+    from .prompter import Prompter  # with torch and Axolotl, which `require` does without
 
 KEY = "QLORA_RECIPES_SERVER_KEY"
 """In the environment. No variable of another tool, whose key this server may not be meant to get."""

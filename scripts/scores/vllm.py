@@ -15,15 +15,15 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...base import paths
-from ...base.errors import UserError, WorkFailed
-from ...base.files import embedding_rows, naming, opened, read_json
-from ...base.processes import start_child
-from ...base.progress import Bar
-from ..evaluations import ADAPTER, EvaluationSettings
+from ..base import paths
+from ..base.errors import UserError, WorkFailed
+from ..base.files import embedding_rows, naming, opened, read_json
+from ..base.processes import start_child
+from ..base.progress import Bar
+from .evaluations import ADAPTER, EvaluationSettings
 
 if TYPE_CHECKING:
-    from ..prompter import Prompter  # with torch and Axolotl, which `require` does without
+    from .prompter import Prompter  # with torch and Axolotl, which `require` does without
     from .server import Api, Server
 
 ENVIRONMENT = paths.LOCK.with_name(".vllm")
@@ -109,7 +109,7 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
         UserError: the tokenizer has more tokens than the base model, which the training added.
         WorkFailed: it does not start.
     """
-    from . import weights
+    from .reference import weights_folder
     from .server import Api, Server
 
     settings = prompter.settings
@@ -120,7 +120,7 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
     environment = _environment(prompter, longest, min(len(prompts), AT_ONCE)) | {"VLLM_API_KEY": key}
     merges, model = _merges(settings), settings.base_model
     if merges or settings.quantized:
-        model = str(weights.folder(prompter, merges))
+        model = str(weights_folder(prompter, merges))
     with naming(log), opened(log, "wb") as stream:
         command = _command(prompter, model, longest, port)
         server = start_child(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)

@@ -11,10 +11,9 @@ from run_folders import a_tiny_run
 
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.scores import agreement, predict
-from qlora_recipes.scores.engines.engine import Answer
+from qlora_recipes.scores import predict
 from qlora_recipes.scores.evaluate import evaluate
-from qlora_recipes.scores.evaluations import Agreement, EvaluationSettings
+from qlora_recipes.scores.evaluations import Agreement, Answer, EvaluationSettings
 from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
 
 ROWS = 6
@@ -63,29 +62,30 @@ class Changed:
 
 @pytest.fixture(autouse=True)
 def three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement, "ROWS", 3)
+    monkeypatch.setattr(predict, "COMPARED", 3)
     monkeypatch.setattr("qlora_recipes.configs.gpus.here", lambda: ["a GPU"])  # where a server is compared
 
 
 @pytest.fixture
 def parts(run: RunDir) -> SimpleNamespace:
     """The reference of a run's base model, with what it writes for some rows."""
-    from qlora_recipes.scores.engines.reference import Reference
     from qlora_recipes.scores.prompter import Prompter
+    from qlora_recipes.scores.reference import Reference
 
     task = EvaluationTask(run, EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS))
     prompter = Prompter(task.settings, task.cfg, run.output)
     examples = prompter.examples(task.rows.rows)
-    expected = agreement.by_reference(prompter, examples)
-    return SimpleNamespace(prompter=prompter, examples=examples, expected=expected, reference=Reference(prompter))
+    prompts = predict.sampled([example.prompt for example in examples])
+    expected = predict.answers_of_reference(prompter, prompts)
+    return SimpleNamespace(prompter=prompter, prompts=prompts, expected=expected, reference=Reference(prompter))
 
 
 def compared(parts: SimpleNamespace, engine: Changed) -> Any:
-    return agreement.compare(parts.expected, engine, parts.prompter, parts.examples)
+    return predict.agreement(parts.expected, engine, parts.prompter, parts.prompts)
 
 
 def test_rows_at_even_distances_are_compared_and_equal_answers_agree(parts: SimpleNamespace) -> None:
-    assert agreement.rows_of(parts.examples) == [0, 2, 4]
+    assert predict.sampled([[i] for i in range(ROWS)]) == [[0], [2], [4]]
     assert compared(parts, Changed(parts.reference)) == Agreement(rows=3, equal=3, tokens_before=[])
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.configs import substitution
-from qlora_recipes.scores import prompts
+from qlora_recipes.scores import prompter
 
 CHAT = {"type": "chat_template", "field_messages": "talk"}
 SHAREGPT = {
@@ -66,7 +66,7 @@ def test_the_code_gives_the_tokens_of_the_training(
         "chat_template": "tokenizer_default",
         "datasets": [{"path": str(tmp_path / "own.jsonl")} | dataset],
     }
-    code = prompts.as_code(cfg, folder, {})
+    code = prompter.as_code(cfg, folder, {})
     assert code
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = row | {"text": "Q: Why?\nA: "}
@@ -82,9 +82,9 @@ def test_the_code_gives_the_tokens_of_the_training(
 
 def test_a_type_that_is_not_known_has_no_code(tmp_path: Path) -> None:
     cfg = {"datasets": [{"path": "mine.jsonl", "type": "my_module.strategy"}]}
-    assert prompts.as_code(cfg, tmp_path, {}) is None
-    assert prompts.as_code({"datasets": [{"path": "mine.jsonl", "type": "completion"}]}, tmp_path, {}) is None
-    assert prompts.as_code({"datasets": [{"path": "mine.jsonl", "type": "alpaca"}]}, tmp_path, {}) is None
+    assert prompter.as_code(cfg, tmp_path, {}) is None
+    assert prompter.as_code({"datasets": [{"path": "mine.jsonl", "type": "completion"}]}, tmp_path, {}) is None
+    assert prompter.as_code({"datasets": [{"path": "mine.jsonl", "type": "alpaca"}]}, tmp_path, {}) is None
 
 
 def test_the_code_of_a_tokenizer_is_not_even_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,4 +92,4 @@ def test_the_code_of_a_tokenizer_is_not_even_asked_about(tmp_path: Path, monkeyp
     asks = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (tmp_path / "tokenizer_config.json").write_bytes(orjson.dumps(asks))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    assert prompts.as_code({"datasets": [{"type": "alpaca"}]}, tmp_path, {}) is None
+    assert prompter.as_code({"datasets": [{"type": "alpaca"}]}, tmp_path, {}) is None

@@ -12,8 +12,8 @@ from ..base.progress import say
 from ..metrics.metric import Column
 from ..runs import checkpoints
 from ..runs.rundir import Run, RunDir
-from . import evaluation_rows, judges
-from .columns import columns_of
+from . import evaluation_rows
+from .columns import columns_of, scorer_models
 from .evaluate import evaluate
 from .evaluations import ADAPTER, Evaluation
 from .task import EvaluationRequest
@@ -114,7 +114,7 @@ def choose(folder: RunDir, request: EvaluationRequest) -> Choice:
 def _column(run: Run, request: EvaluationRequest) -> Column:
     """The first metric of predictions that can be scored here."""
     columns = columns_of(run.origin, request.metrics)
-    judged = judges.of_columns(columns, request.judge, run.rehearsal)
+    judged = scorer_models(columns, request.judge, run.rehearsal)
     usable = (column for name, column in columns.items() if not column.metric.of_loss and judged.get(name, True))
     if column := next(usable, None):
         return column

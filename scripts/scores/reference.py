@@ -1,13 +1,14 @@
 """The reference: transformers, with the base model quantized as in training, in batches of rows of about one length."""
 
 import gc
+import hashlib
 from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from itertools import batched, groupby
 from pathlib import Path
 from typing import Any
 
+import orjson
 import psutil
 import torch
 from transformers import (
@@ -16,15 +17,15 @@ from transformers import (
     PreTrainedModel,
     set_seed,
 )
-from transformers.integrations import sdpa_attention
 from transformers.utils.logging import disable_progress_bar
 
-from ...base.errors import UserError, WorkFailed
-from ...base.files import embedding_rows, tensor_shapes
-from ...base.progress import say
-from ..evaluations import ADAPTER
-from ..prompter import Prompter
-from .engine import Answer
+from ..base import paths
+from ..base.errors import UserError, WorkFailed
+from ..base.files import embedding_rows, tensor_shapes
+from ..base.processes import make_once
+from ..base.progress import say
+from .evaluations import ADAPTER, Answer
+from .prompter import Prompter
 
 disable_progress_bar()
 
@@ -42,23 +43,6 @@ kernel for CPUs rounds to bf16, with answers that depend on how many rows are co
 SMALL_CACHE = 1_000_000_000
 """The most bytes of keys and values of a small model's batch on a CPU, as far as a quarter of the free memory has
 room for them."""
-
-
-@contextmanager
-def grouped(device: torch.device) -> Iterator[None]:
-    """Have PyTorch's attention read the keys and values of a group of heads where they are, in passes on a CPU.
-
-    Wherever there is a mask, transformers copies them for each head of the group, as PyTorch's fast kernels for GPUs
-    take no groups together with a mask. The one for CPUs does, and gives the same bits without the copies, which took
-    a third of the time.
-    """
-    usual = sdpa_attention.use_gqa_in_sdpa
-    if device.type == "cpu":
-        sdpa_attention.use_gqa_in_sdpa = lambda *_, **__: True
-    try:
-        yield
-    finally:
-        sdpa_attention.use_gqa_in_sdpa = usual
 
 
 class Reference:
@@ -155,9 +139,7 @@ class Reference:
         """
         batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.device)
         set_seed(self.settings.decoding.seed + number)
-        decoding = self.decoding()
-        with grouped(self.device):
-            output = self.model.generate(**batch, generation_config=decoding)
+        output = self.model.generate(**batch, generation_config=self.decoding())
         answers = output[:, batch["input_ids"].shape[1] :].tolist()
         ends = self.prompter.ends
         return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in answers]
@@ -167,15 +149,6 @@ class Reference:
         del self.model
         gc.collect()
         torch.cuda.empty_cache()
-
-    @torch.inference_mode()
-    def best(self, prompt: list[int], answer: list[int], count: int) -> list[dict[int, float]]:
-        """At each token of an answer the log-probabilities of the best tokens, in one pass without a cache."""
-        tokens = torch.tensor([prompt + answer], device=self.device)
-        with grouped(self.device):
-            logits = self.model(tokens, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
-        best = logits.float().log_softmax(dim=-1).topk(count)
-        return [dict(zip(*of, strict=True)) for of in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
 def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[tuple[int, list[int]]]:
@@ -253,3 +226,52 @@ def grow_embedding(model: PreTrainedModel, tokens: int, adapter: str | None) -> 
     saved = embedding_rows(Path(adapter) / ADAPTER) if adapter else None
     if (rows := saved or tokens) > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(rows)
+
+
+def weights_folder(prompter: Prompter, merges: bool = False) -> Path:
+    """The run's base model, quantized as in training and dequantized to the settings' dtype.
+
+    At each step a 4-bit layer does the same, unless `bnb_4bit_compute_dtype` is another, so that both compute with the
+    very same weights. The folder is made once, in the cache, where it takes as much room as the base model in 16 bit.
+
+    Args:
+        prompter: of the run.
+        merges: whether the adapter is merged into the weights, which rounds them once more, and takes memory for all of
+            them in fp32. The base model need not be quantized then.
+
+    Raises:
+        OSError: there is not so much room.
+    """
+    settings = prompter.settings
+    model = Path(settings.base_model)
+    made_of = {
+        "model": settings.base_model,
+        "revision": getattr(prompter.config, "_commit_hash", None) or prompter.revision,
+        "files": sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in model.glob("*.*")),
+        "kinds": prompter.quantization.to_diff_dict() if prompter.quantization else None,
+        "config": settings.built_with,
+        "dtype": settings.dtype,
+        "adapter": settings.adapter_sha256 if merges else None,
+    }
+    digest = hashlib.sha256(orjson.dumps(made_of, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    made = paths.cache() / f"{'merged' if merges else 'dequantized'}-{model.name}-{digest[:16]}"
+    return make_once(made, lambda target: _make_weights(prompter, merges, target, made))
+
+
+def _make_weights(prompter: Prompter, merges: bool, target: Path, made: Path) -> None:
+    what = "merging the adapter into" if merges else "dequantizing"
+    say(f"{what} {Path(prompter.settings.base_model).name}, once, in {made}")
+    _weights(prompter, merges).save_pretrained(target)
+    prompter.config.save_pretrained(target)  # as it was: the model's has what was asked for beside it
+    gc.collect()
+    torch.cuda.empty_cache()  # the engine needs it
+
+
+def _weights(prompter: Prompter, merges: bool) -> Any:
+    settings, model = prompter.settings, base_model(prompter)
+    dtype = getattr(torch, settings.dtype)
+    if settings.quantized:
+        model = model.dequantize(dtype=dtype)
+    if merges:
+        model = with_adapter(model.float(), settings.adapter).merge_and_unload().to(dtype)
+    return model
