@@ -5,7 +5,7 @@ import pytest
 
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.configs import substitution
-from qlora_recipes.metrics import bertscore_f1 as bertscore
+from qlora_recipes.metrics import bertscore
 from qlora_recipes.metrics.bertscore import DEFAULT, ScorerModel, layer_of, made_by
 from qlora_recipes.scores import columns
 
