@@ -81,26 +81,6 @@ def clear_parts(file: Path) -> None:
         part.unlink()
 
 
-class Output:
-    """A file that replaces `file` when the stack is left without an error, and the size and hash of its content.
-
-    Only while holding the lock of its folder.
-    """
-
-    def __init__(self, stack: ExitStack, file: Path):
-        clear_parts(file)
-        self.bytes = 0
-        self.stream = stack.enter_context(replacing(file))
-        self._digest = hashlib.sha256()
-
-    def write(self, content: bytes) -> None:
-        self.bytes += self.stream.write(content)
-        self._digest.update(content)
-
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-
 def loads(text: bytes) -> Any:
     """The value of a JSON text of anyone's.
 

@@ -86,7 +86,7 @@ def prepare_verb(
         list[Path] | None,
         typer.Argument(
             metavar="[RAW]...",
-            help="The study's raw files, or folders or zips with them; by default what `data fetch` left.",
+            help="The study's raw files, or folders with them; by default what `data fetch` left.",
         ),
     ] = None,
     out: Annotated[
@@ -118,7 +118,7 @@ def prepare_verb(
 ) -> None:
     """Make the rows that recipes train on of a study's raw files, as its study.yaml says, with a manifest."""
     from ..data import prepare
-    from ..data.raw import fetched
+    from ..data.raw_rows import fetched
 
     of_study = _meant_study(study_name, raw or [], input_format)
     formats = of_study.data.formats
@@ -163,7 +163,7 @@ def _meant_study(name: str | None, raw: list[Path], input_format: str | None) ->
         UserError: several may be meant.
     """
     from ..data import study
-    from ..data.raw import within
+    from ..data.raw_rows import within
 
     if name is not None:
         return study.find(name)

@@ -13,20 +13,10 @@ Entry = dict[str, Any]
 
 
 def entries(out: Path) -> dict[str, Entry]:
-    """The splits in a folder's manifest; empty if it has no such mapping."""
+    """The splits in a folder's manifest; without those of early versions, which have other keys."""
     splits = read_json(out / MANIFEST).get("splits")
-    if not isinstance(splits, dict):
-        return {}
-    return {name: _up_to_date(entry) for name, entry in splits.items() if isinstance(entry, dict)}
-
-
-def _up_to_date(entry: Entry) -> Entry:
-    """An entry, perhaps of an earlier version, in today's words."""
-    names = {"row": "fields", "drop": "filters", "carry": "extra_fields", "drawn": "sampled", "drawn_out": "moved"}
-    renamed = {names.get(key, key): value for key, value in entry.items()}
-    if sampled := renamed.get("sampled"):
-        renamed["sampled"] = {"sample_from" if key == "out_of" else key: value for key, value in sampled.items()}
-    return {"constants": {"instruction": entry.get("instruction", "")}} | renamed
+    found = splits if isinstance(splits, dict) else {}
+    return {name: entry for name, entry in found.items() if isinstance(entry, dict) and "constants" in entry}
 
 
 def update(out: Path, splits: dict[str, Entry]) -> dict[str, Any]:
@@ -73,7 +63,7 @@ def is_the_studys(entry: Entry) -> bool:
 
 def how_made(of_study: Study, split: str, input_format: str) -> Entry:
     """The manifest's record of how a split's rows are made."""
-    from .expressions import constants
+    from .raw_rows import constants
 
     data = of_study.data
     fields = data.fields_of(split, input_format)

@@ -1,8 +1,7 @@
 """Makes a study's rows of its raw files, as its study.yaml declares, and accounts for every one in a manifest."""
 
+import hashlib
 import random
-import time
-from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -14,18 +13,16 @@ from typing import Any
 import orjson
 
 from ..base.errors import UserError
-from ..base.files import Output, making, read_json
+from ..base.files import clear_parts, read_json, replacing, sha256
 from ..base.paths import shown
-from ..base.processes import LOCK_TIMEOUT, LOOK, held, is_held
-from ..base.progress import say
+from ..base.processes import LOOK, held
 from . import manifest
 from .declaration import SPLITS, Data, Key, Mistake, Order, Subset
-from .expressions import BadRow, Expression, RowMaker
-from .raw import RawFile, find
+from .raw_rows import BadRow, Expression, RawFile, RowMaker, find
 from .study import Study, refusal
 
 PREPARE_LOCK = ".prepare.lock"
-PlacedRow = tuple[int, bytes, Any]  # the row's position in the raw file, its line, and the value that it is sorted by
+PlacedRow = tuple[int, bytes, float]  # the row's position in the raw file, its line, and the number to sort it by
 
 
 def prepare(
@@ -39,12 +36,12 @@ def prepare(
 ) -> dict[str, Any]:
     """Write train.jsonl, valid.jsonl and test.jsonl, those for which there are raw files, and a manifest.
 
-    The study's subsets of test.jsonl are written beside it. Rows are read as a stream, of which only those that others
-    are sampled from or sorted with are held in memory, and 8 bytes a row. No file is replaced before every raw file was
-    read without an error.
+    The study's subsets of test.jsonl are written beside it. Rows are read as a stream, of which only a hash of each is
+    held in memory, and those that others are sampled from or sorted with. No file is replaced before every raw file
+    was read without an error.
 
     Args:
-        raw: the study's raw files, or zips or folders that hold them.
+        raw: the study's raw files, or folders that hold them.
         out: the folder to write to.
         of_study: the study.
         input_format: one of the study's.
@@ -67,7 +64,7 @@ def prepare(
         if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
             raise UserError(f"{file}: would be overwritten; write to another folder with --out")
     lock = held(out / PREPARE_LOCK, "another preparation is running", timeout, remove=True)
-    with making(out), lock, ExitStack() as stack:
+    with lock, ExitStack() as stack:
         files = find(raw, of_study.data.raw_files)
         splits = _Preparation(changed, files, input_format, sorted(fields or {}), out, stack).splits()
         stack.close()  # puts the files in place
@@ -107,21 +104,21 @@ def _changed(data: Data, input_format: str, fields: Mapping[str, str], valid_row
     return data.model_copy(update={"input_formats": formats, "splits": splits})
 
 
+@dataclass
 class _Counts:
-    """The numbers of raw rows that were kept and dropped, and the hashes of those kept."""
+    """The numbers of raw rows that were kept, repeated among these, and dropped, and the hashes of those kept."""
 
-    def __init__(self) -> None:
-        self.kept = 0
-        self.dropped: Counter[str] = Counter()
-        self.hashes = array("q")
+    kept: int = 0
+    repeated: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    hashes: set[int] = field(default_factory=set)
 
-    def duplicates(self) -> int:
-        """The number of rows that are kept and equal to an earlier one."""
-        import numpy as np
-
-        hashes = np.frombuffer(self.hashes, dtype=np.int64) if self.kept else np.empty(0)
-        hashes.sort()  # in its place
-        return int((hashes[1:] == hashes[:-1]).sum())
+    def keep(self, line: bytes) -> None:
+        """Count a row."""
+        key = hash(line)
+        self.kept += 1
+        self.repeated += key in self.hashes
+        self.hashes.add(key)
 
 
 @dataclass
@@ -153,37 +150,34 @@ class _Preparation:
         Rows that are to be scored also have that position, as `idx`, and the study's extra fields.
         """
         data = self.study.data
-        raw, order = self.raw[data.raw_file(name)], data.splits[name].order
-        scored = name == "test"
-        extra_fields = data.extra_fields if scored else {}
-        longest_first = order.longest_first if order else None
-        maker = RowMaker(data.fields_of(name, self.input_format), data.filters_of(name), extra_fields, longest_first)
+        raw, order, scored = self.raw[data.raw_file(name)], data.splits[name].order, name == "test"
+        maker = RowMaker(
+            data.fields_of(name, self.input_format),
+            data.filters_of(name),
+            data.extra_fields if scored else {},
+            order.longest_first if order else "0",
+        )
         for position, row in enumerate(raw.rows()):
             try:
-                made, reason, extra, value = maker.make(row)
-                if reason:
+                made, reason, extra, length = maker.make(row)
+                if reason is not None:
                     counts.dropped[reason] += 1
                     continue
                 line = orjson.dumps(made)
-                counts.hashes.append(hash(line))
+                counts.keep(line)
                 if scored:
                     line = orjson.dumps(made | {"idx": position} | extra)
             except BadRow as error:
                 raise UserError(f"{raw.where}: {error}; the row has {', '.join(row) or 'no field'}") from None
             except TypeError as error:  # orjson's
                 raise UserError(f"{raw.where}: its row cannot be written as JSON: {error}") from None
-            counts.kept += 1
-            yield position, line + b"\n", value
+            yield position, line + b"\n", length
 
     def _split(self, name: str) -> manifest.Entry:
         """Write a split's file, and subsets of the test rows; the manifest's entry."""
-        split = self.study.data.splits[name]
-        raw = self.raw[self.study.data.raw_file(name)]
-        moved = {
-            other: rows
-            for other, (rows, _) in self.sampled.items()
-            if self.study.data.splits[other].sample_from == name
-        }
+        data = self.study.data
+        split, raw = data.splits[name], self.raw[data.raw_file(name)]
+        moved = {other: rows for other, (rows, _) in self.sampled.items() if data.splits[other].sample_from == name}
         chosen: Iterable[PlacedRow]
         if split.sample_from:
             chosen, counts = self.sampled[name]
@@ -196,10 +190,12 @@ class _Preparation:
             rows = list(rows)
         written = self._write(name, rows)
         if not written["rows"]:
-            raise UserError(f"{raw.label}: no row is left to write; {dict(counts.dropped) or 'it has none'}")
+            raise UserError(f"{raw.path}: no row is left to write; {dict(counts.dropped) or 'it has none'}")
         entry = manifest.how_made(self.study, name, self.input_format) | self._account(name, raw, counts) | written
         if moved:
             entry["moved"] = {other: len(rows) for other, rows in moved.items()}
+        if replaced := [field for field in self.replaced if field in entry["fields"]]:
+            entry["replaced"] = replaced
         if name == "test":
             entry |= self._subsets(split.subsets, rows, bool(entry["is_the_study_file"]))
         return entry
@@ -220,22 +216,19 @@ class _Preparation:
         elif split.sample and split.sample < counts.kept:
             sampled = {"rows": split.sample, "seed": split.seed}
             sampled |= {"sample_from": split.sample_from} if split.sample_from else {}
-        checksum, size = raw.checksum
+        checksum = sha256(raw.path)
         unknown = known.sha256 is None and known.rows in (None, raw.read)
-        entry = {
-            "source": raw.label,
+        return {
+            "source": str(raw.path),
             "source_sha256": checksum,
-            "source_bytes": size,
+            "source_bytes": raw.path.stat().st_size,
             "is_the_study_file": None if unknown else checksum == known.sha256,
             "read": raw.read,
             "kept": counts.kept,
             "dropped": dict(counts.dropped),
-            "duplicates_kept": counts.duplicates(),
+            "duplicates_kept": counts.repeated,
             "sampled": sampled,
         }
-        fields = self.study.data.fields_of(name, self.input_format)
-        replaced = [field for field in self.replaced if field in fields]
-        return entry | ({"replaced": replaced} if replaced else {})
 
     def _subsets(self, subsets: Mapping[str, Subset], rows: Iterable[PlacedRow], is_study_file: bool) -> manifest.Entry:
         """Write the subsets of the test rows; the manifest's entries of them, and of those that cannot be."""
@@ -253,12 +246,15 @@ class _Preparation:
 
     def _write(self, name: str, rows: Iterable[PlacedRow]) -> manifest.Entry:
         """Write a file of rows, which takes its place when the stack is closed; the manifest's entry of it."""
-        output = Output(self.stack, self.out / f"{name}.jsonl")
-        count = 0
-        for row in rows:
-            output.write(row[1])
+        file = self.out / f"{name}.jsonl"
+        clear_parts(file)
+        stream = self.stack.enter_context(replacing(file))
+        digest, count = hashlib.sha256(), 0
+        for _, line, _ in rows:
+            stream.write(line)
+            digest.update(line)
             count += 1
-        return {"file": f"{name}.jsonl", "rows": count, "sha256": output.sha256()}
+        return {"file": file.name, "rows": count, "sha256": digest.hexdigest()}
 
 
 def _ordered(rows: Iterable[PlacedRow], order: Order | None) -> Iterator[PlacedRow]:
@@ -287,12 +283,3 @@ def choose(subset: Subset, folder: Path, rows: Iterable[PlacedRow]) -> list[Plac
     by_position = {row[0]: row for row in rows}
     positions = read_json(folder / subset.positions)["rows"]
     return [by_position[position] for position in positions if position in by_position]
-
-
-def wait_for_others(out: Path) -> None:
-    """Return once no other process is preparing data in a folder, or after `LOCK_TIMEOUT` seconds."""
-    deadline = time.monotonic() + LOCK_TIMEOUT
-    if is_held(out / PREPARE_LOCK):
-        say(f"{out}: waiting for another process that prepares it")
-    while is_held(out / PREPARE_LOCK) and time.monotonic() < deadline:
-        time.sleep(0.1)

@@ -15,8 +15,9 @@ from ..base.hub import importing_axolotl
 from ..base.paths import template_environment
 from ..base.progress import is_secret, masked
 from ..configs import config, datafiles, models
-from ..data import expressions, study
+from ..data import study
 from ..data.declaration import Data
+from ..data.raw_rows import constants as constants_of
 from ..runs.handover import PLUGIN
 from ..runs.rundir import Run, RunDir
 from ..scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
@@ -135,7 +136,7 @@ def _known(run: Run, data: Data | None) -> dict[str, str]:
     """
     constants = [entry["constants"] for entry in run_rows.manifest_entries(run)]
     if data:
-        constants.append(expressions.constants(data.fields))
+        constants.append(constants_of(data.fields))
     return {**constants[0], "input": _PATCH} if constants else {}
 
 

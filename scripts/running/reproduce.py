@@ -19,7 +19,7 @@ from ..configs.config import parse_override
 from ..configs.gpus import Gpu
 from ..data import fetch, manifest, prepare
 from ..data.declaration import Data, PreparedFormat
-from ..data.raw import fetched
+from ..data.raw_rows import fetched
 from ..data.study import Study
 from ..planning import plan
 from ..planning.plan_tables import hours_are
@@ -263,7 +263,6 @@ def have_data(of_study: Study, configs: list[Composed]) -> None:
     """
     for name, form in _needed_formats(of_study, configs):
         folder = Path(form.folder)
-        prepare.wait_for_others(folder)
         if not any(folder.glob("[!.]*")):
             say(f"data: fetching and preparing {folder}")
             _fetch(of_study.data, of_study.data.raw_files)

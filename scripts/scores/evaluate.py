@@ -1,5 +1,6 @@
 """Predictions of a run's model on test rows, and their scores: `recipe evaluate`."""
 
+import hashlib
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -8,7 +9,7 @@ from pathlib import Path
 import orjson
 
 from ..base.errors import UserError
-from ..base.files import Output, replacing
+from ..base.files import clear_parts, replacing
 from ..base.hub import importing_axolotl
 from ..base.machine import now
 from ..base.processes import held
@@ -114,12 +115,14 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
             say(f"{task.rows.data}: {note}")
             scores["notes"] = [note, *scores.get("notes", [])]
         with ExitStack() as stack:  # no predictions without their scores
-            output = Output(stack, predictions)
-            for row in rows:
-                output.write(orjson.dumps(row) + b"\n")
-            output.stream.flush()
-            mtime = os.fstat(output.stream.fileno()).st_mtime
-            files["predictions"] = FileState(sha256=output.sha256(), bytes=output.bytes, mtime=mtime)
+            clear_parts(predictions)
+            stream = stack.enter_context(replacing(predictions))
+            content = b"".join(orjson.dumps(row) + b"\n" for row in rows)
+            stream.write(content)
+            stream.flush()
+            mtime = os.fstat(stream.fileno()).st_mtime
+            digest = hashlib.sha256(content).hexdigest()
+            files["predictions"] = FileState(sha256=digest, bytes=len(content), mtime=mtime)
             result = Evaluation(
                 made=now(),
                 rehearsal=task.run.rehearsal,

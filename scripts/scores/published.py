@@ -49,7 +49,7 @@ def scores(
     on = of_study.data.test_set
     if own == "test" and on in of_study.data.subsets:
         placed = {row["idx"]: row for row in rows}
-        drawn = prepare.choose(of_study.data.subsets[on], of_study.folder, [(idx, b"", None) for idx in placed])
+        drawn = prepare.choose(of_study.data.subsets[on], of_study.folder, [(idx, b"", 0) for idx in placed])
         by_set = {on: [placed[idx] for idx, *_ in drawn]} | by_set
     table = []
     for test_set, of_set in by_set.items():

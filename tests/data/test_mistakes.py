@@ -157,6 +157,7 @@ IN_ROWS: list[tuple[str, str, str, bytes, str]] = [  # mistake, expression of in
     ("gzip cut", "question", "a.jsonl.gz", gzip.compress(QUESTION * 9)[:-9], "a.jsonl.gz"),
     ("empty file", "question", "a.jsonl", b"", "a.jsonl"),
     ("no row left", "question", "a.csv", b"question,answer\n1,\n", "a.csv"),
+    ("text to sort by", "question", "a.jsonl", QUESTION + b'{"question": "a", "answer": "b", "at": "c"}', "a.jsonl:2"),
 ]
 
 
@@ -168,6 +169,7 @@ def test_a_mistake_in_rows_is_refused_with_its_place(
 ) -> None:
     sources = {name: {"url": URL}, "train.jsonl": None}
     changes = {"data > sources": sources, f"{TRAIN} > from": name, VALID: None, "data > fields > input": expression}
+    changes[f"{TRAIN} > order"] = {"buckets": 2, "longest_first": "at | default(1)"}
     of_study = sums(tmp_path, changes)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as refused:

@@ -1,6 +1,5 @@
 import hashlib
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from hypothesis import strategies as st
 
 from qlora_recipes.base import files, yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.data import expressions, manifest, prepare, study
-from qlora_recipes.data.declaration import SPLITS, Data
-from qlora_recipes.data.expressions import tagged
+from qlora_recipes.data import manifest, prepare, raw_rows, study
+from qlora_recipes.data.declaration import Data
+from qlora_recipes.data.raw_rows import tagged
 
 STUDY = study.find("haider2024")
 DATA = yamlfiles.read_yaml(STUDY.folder / "study.yaml")["data"]
@@ -133,19 +132,6 @@ def test_each_row_of_the_studys_subset_has_the_authors_reference() -> None:
     assert [references[position] for position in positions] == gold
 
 
-def test_a_zip_is_read_like_the_files_in_it(tmp_path: Path) -> None:
-    files = [write(tmp_path / "raw", f"msg-{name}.jsonl", row(name)) for name in SPLITS]
-    archive = tmp_path / "Comment_Generation.zip"
-    with zipfile.ZipFile(archive, "w") as stream:
-        for file in files:
-            stream.write(file, f"Comment_Generation/{file.name}")
-        stream.writestr("__MACOSX/Comment_Generation/._msg-train.jsonl", "x")
-    from_zip = prepared([archive], tmp_path / "a")["splits"]
-    from_files = prepared(files, tmp_path / "b")["splits"]
-    assert list(from_zip) == list(SPLITS)
-    assert [from_zip[s]["sha256"] for s in from_zip] == [from_files[s]["sha256"] for s in from_files]
-
-
 def test_splits_can_be_prepared_one_after_the_other(tmp_path: Path) -> None:
     for name in ("train", "test"):
         prepared([write(tmp_path / "raw", f"msg-{name}.jsonl", row())], tmp_path / "out")
@@ -154,7 +140,7 @@ def test_splits_can_be_prepared_one_after_the_other(tmp_path: Path) -> None:
 
 def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
     good = write(tmp_path / "raw", "msg-test.jsonl", row())
-    for name, content in (("msg-train.jsonl", b'{"msg": "a'), ("rows.jsonl", b"{}"), ("some.zip", b"no zip")):
+    for name, content in (("msg-train.jsonl", b'{"msg": "a'), ("rows.jsonl", b"{}")):
         bad = write(tmp_path / "raw", name, content)
         with pytest.raises(UserError, match=name):
             prepared([good, bad], tmp_path / "out")
@@ -174,7 +160,7 @@ def test_two_preparations_in_one_folder_are_kept_apart(tmp_path: Path, monkeypat
             refused[0] = str(error.value)
         return patch
 
-    monkeypatch.setitem(expressions._JINJA.filters, "tagged", tagged_while_another_starts)
+    monkeypatch.setitem(raw_rows._JINJA.filters, "tagged", tagged_while_another_starts)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".train.jsonl.123.part").touch()  # of a process that was killed
     made = prepared([raws[0]], tmp_path / "out", input_format="tagged")
@@ -202,27 +188,6 @@ def test_the_table_says_which_rows_are_not_there_and_why(tmp_path: Path) -> None
     assert (valid["file"], valid["rows"], valid["read"]) == ("valid.jsonl", 3, 6)
     assert re.findall(r"\d+", str(valid["left out"])) == ["1", "2"] and "empty msg" in valid["left out"]
     assert valid["raw file"]  # as it is not the study's
-
-
-def test_a_manifest_of_an_earlier_version_is_known(tmp_path: Path) -> None:
-    """Its keys have other names; a still earlier one has an instruction for the fields that all rows share."""
-    for split in SPLITS:
-        write(tmp_path / "raw", f"msg-{split}.jsonl", row(split))
-    out = tmp_path / "out"
-    splits = prepared([tmp_path / "raw"], out)["splits"]
-    earlier = {"fields": "row", "filters": "drop", "extra_fields": "carry", "sampled": "drawn"}
-    for name, entry in splits.items():
-        entry["is_the_study_file"] = True
-        splits[name] = {earlier.get(key, key): value for key, value in entry.items()}
-    splits["valid"]["drawn"] = {"rows": 1, "seed": 42, "out_of": "train"}
-    files.write_json(out / "manifest.json", {"splits": splits})
-    assert manifest.is_not_prepared(STUDY, out, "diff") is None
-    assert manifest.entries(out)["valid"]["sampled"]["sample_from"] == "train"
-    splits["train"]["instruction"] = splits["train"].pop("constants")["instruction"]
-    splits["train"]["row"]["output"] = "patch"
-    files.write_json(out / "manifest.json", {"splits": splits})
-    assert manifest.entries(out)["train"]["constants"]["instruction"].startswith("Generate")
-    assert "train.jsonl" in str(manifest.is_not_prepared(STUDY, out, "diff"))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs rows of CodeReviewer's data, which are not ours to ship")

@@ -7,7 +7,6 @@ import random
 import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -113,20 +112,14 @@ def packed(name: str, rows: list[dict[str, Any]]) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz", "a.json.gz", "a.csv.gz"])
-@pytest.mark.parametrize("zipped", [False, True])
-def test_rows_are_the_same_from_every_kind_of_file(tmp_path: Path, name: str, zipped: bool) -> None:
+def test_rows_are_the_same_from_every_kind_of_file(tmp_path: Path, name: str) -> None:
     content = packed(name, ROWS)
     sources = {name: {"url": "https://example.org/a"}, "train.jsonl": None}
     of_study = sums(
         tmp_path, {"data > sources": sources, "data > splits > train > from": name, "data > splits > valid": None}
     )
     (tmp_path / name).write_bytes(content)
-    given = [tmp_path / name]
-    if zipped:
-        given = [tmp_path / "b.zip"]
-        with zipfile.ZipFile(given[0], "w") as archive:
-            archive.writestr(f"folder/{name}", content)
-    split = prepare(given, tmp_path / "out", of_study, "default")["splits"]["train"]
+    split = prepare([tmp_path / name], tmp_path / "out", of_study, "default")["splits"]["train"]
     assert numbers(of_study, "train") == list(range(20))
     assert split["source_bytes"] == len(content)
 

@@ -1,0 +1,251 @@
+"""Raw rows: the files that they are read from, and the expressions of study.yaml that make values of their fields.
+
+Expressions are Jinja's, in a sandbox.
+"""
+
+import csv
+import gzip
+import sys
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import IO, Any
+
+import jinja2
+import orjson
+from jinja2 import meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ..base.errors import UserError
+from ..base.files import Row, json_rows
+from .declaration import Data
+
+
+def tagged(patch: str) -> str:
+    """A patch on one line, with a tag before each of its lines, as the authors' code of the first study writes it.
+
+    The hunk header and blank lines are dropped, the others stripped; `<add>` stands for +, `<del>` for -,
+    `<keep>` for the rest.
+    """
+    tags = {"+": "<add>", "-": "<del>"}
+    lines = (line for line in patch.splitlines() if line[1:].strip() and not line.startswith("@@"))
+    return "".join(tags.get(line[0], "<keep>") + line[1:].strip() for line in lines)
+
+
+def tojson(value: Any) -> str:
+    """A value as JSON; Jinja's own filter of that name writes it for HTML."""
+    return orjson.dumps(value).decode()
+
+
+FILTERS: dict[str, Callable[..., Any]] = {"tagged": tagged, "tojson": tojson}
+"""Filters that expressions have beside Jinja's own."""
+
+_JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+_JINJA.globals.clear()  # so that a name is a field's
+_JINJA.filters |= FILTERS
+
+
+class BadRow(Exception):
+    """A raw row that no prepared one can be made of."""
+
+
+class Expression:
+    """A compiled expression.
+
+    Args:
+        name: its name in messages.
+        text: the expression.
+
+    Raises:
+        ValueError: it is not an expression, or names an unknown filter or test.
+    """
+
+    def __init__(self, name: str, text: str):
+        self.label = name if text == name else f"{name} ({text:.60})"
+        try:
+            self._compiled = _JINJA.compile_expression(text, undefined_to_none=False)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"{text!r}: {error.message} (text stands in quotes of its own)") from None
+
+    def value(self, fields: Mapping[str, Any]) -> Any:
+        """The value for the fields of a row.
+
+        Raises:
+            BadRow: a field is missing, or the expression fails.
+        """
+        try:
+            value = self._compiled(fields)
+            if isinstance(value, jinja2.Undefined):
+                str(value)  # raises the error that names the field
+        except Exception as error:  # whatever an expression does with a value that it was not meant for
+            raise BadRow(f"{self.label}: {error}") from None
+        return value
+
+
+def has_gap(value: Any) -> bool:
+    """Whether a value, or one within it, is null or a missing field."""
+    if isinstance(value, list | tuple | dict):
+        return any(map(has_gap, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, jinja2.Undefined)
+
+
+def constants(fields: Mapping[str, str]) -> dict[str, Any]:
+    """The values of those fields whose expressions name no field of a raw row."""
+    parsed = {name: _JINJA.parse(f"{{{{ {text} }}}}") for name, text in fields.items()}
+    same = [name for name, tree in parsed.items() if not meta.find_undeclared_variables(tree)]
+    return {name: Expression(name, fields[name]).value({}) for name in same}
+
+
+class RowMaker:
+    """Makes prepared rows of raw ones.
+
+    Args:
+        fields: the expressions for the fields of a prepared row.
+        filters: those for the rows to leave out, by reason; they see the prepared fields too.
+        extra_fields: those for further fields, which may be null.
+        order: the expression for the number that rows are sorted by; it sees the prepared fields too.
+    """
+
+    def __init__(
+        self, fields: Mapping[str, str], filters: Mapping[str, str], extra_fields: Mapping[str, str], order: str
+    ):
+        self._fields, self._filters, self._extra_fields = (
+            {name: Expression(name, text) for name, text in texts.items()} for texts in (fields, filters, extra_fields)
+        )
+        self._order = Expression("longest_first", order)
+
+    def make(self, raw: Row) -> tuple[Row, str | None, Row, float]:
+        """A prepared row, the reason to leave it out, its extra fields, and the number to sort it by.
+
+        Raises:
+            BadRow: a field is missing, or an expression fails, or gives neither text nor, for the order, a number.
+        """
+        known = {"row": raw} | raw  # the whole row, for fields whose names are not identifiers
+        row = {name: expression.value(known) for name, expression in self._fields.items()}
+        both = known | row
+        for reason, expression in self._filters.items():
+            if expression.value(both):
+                return row, reason, {}, 0
+        for name, value in row.items():
+            if not isinstance(value, str) and (not isinstance(value, list | tuple | dict) or has_gap(value)):
+                problem = f"{value!r:.60}, not text, or a list or mapping of it; filter such rows out"
+                raise BadRow(f"{self._fields[name].label}: {problem}")
+        length = self._order.value(both)
+        if not isinstance(length, int | float):
+            raise BadRow(f"{self._order.label}: {length!r:.60}, not a number; take one, such as a length")
+        return row, None, {name: extra.value(known) for name, extra in self._extra_fields.items()}, length
+
+
+class RawFile:
+    """A raw file, plain or packed by gzip.
+
+    Attributes:
+        read: the number of rows that were read.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.read = self._line = 0
+
+    @property
+    def where(self) -> str:
+        """The place of the row that was read last: its line, or its number in an array."""
+        return f"{self.path}:{self._line}" if self._line else f"{self.path}: row {self.read}"
+
+    def rows(self) -> Iterator[Row]:
+        """Its rows, as a stream; only an array of JSON is read whole.
+
+        Raises:
+            UserError: a row is not a mapping, or the file is damaged.
+        """
+        self.read = self._line = 0
+        packed = self.path.suffix == ".gz"
+        parse = {".csv": self._csv_rows, ".json": self._array}.get(Path(self.path.name.removesuffix(".gz")).suffix)
+        try:
+            stream: Any
+            with self.path.open("rb", 1 << 18) as file, gzip.open(file) if packed else nullcontext(file) as stream:
+                for row in parse(stream) if parse else json_rows(self._lines(stream), self.path, ()):
+                    self.read += 1
+                    yield row
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{self.path}: damaged ({error}); fetch it again") from None
+
+    def _lines(self, stream: Iterable[bytes]) -> Iterator[bytes]:
+        for self._line, line in enumerate(stream, start=1):
+            yield line
+
+    def _array(self, stream: IO[bytes]) -> Iterator[Row]:
+        try:
+            rows = orjson.loads(stream.read())
+        except orjson.JSONDecodeError as error:
+            raise UserError(f"{self.path}:{error.lineno}: not JSON: {error.msg}") from None
+        if not isinstance(rows, list):
+            raise UserError(f"{self.path}: not a JSON array of rows; a file with a row a line ends in .jsonl")
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, dict):
+                raise UserError(f"{self.path}: row {number}: a row is a mapping of fields to values")
+            yield row
+
+    def _csv_rows(self, stream: IO[bytes]) -> Iterator[Row]:
+        csv.field_size_limit(sys.maxsize)
+        reader = csv.DictReader(self._texts(stream), strict=True)
+        try:
+            names = reader.fieldnames or []
+            if len(set(names)) < len(names) or "" in names:
+                raise UserError(f"{self.path}:1: the first line names the fields, each once")
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UserError(f"{self.where}: has not the {len(names)} fields that the first line names")
+                yield row
+        except csv.Error as error:
+            raise UserError(f"{self.where}: not CSV: {error}") from None
+
+    def _texts(self, stream: Iterable[bytes]) -> Iterator[str]:
+        for line in self._lines(stream):
+            try:
+                yield line.decode("utf-8-sig" if self._line == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"{self.where}: not text in UTF-8") from None
+
+
+def within(given: Path, names: Collection[str]) -> dict[str, RawFile]:
+    """The raw files of some names at a path: the file itself, or those in a folder."""
+    if given.is_dir():
+        return {name: RawFile(given / name) for name in names if (given / name).is_file()}
+    return {name: RawFile(given) for name in names if given.match(name)}
+
+
+def find(raw: Iterable[Path], names: Collection[str]) -> dict[str, RawFile]:
+    """The raw files of some names, among files and in folders that the user names.
+
+    Raises:
+        UserError: a path does not exist or has no such file, one is empty, or there are two of a name.
+    """
+    found: dict[str, RawFile] = {}
+    for given in raw:
+        if not given.exists():
+            raise UserError(f"{given}: no such file")
+        files = within(given, names)
+        if not files:
+            raise UserError(f"{given}: no raw file of the study; those are {', '.join(names)}")
+        for name, file in files.items():
+            if file.path.stat().st_size == 0:
+                raise UserError(f"{file.path}: the file is empty")
+            if name in found:
+                raise UserError(f"{file.path}: a second file for {name}, after {found[name].path}")
+            found[name] = file
+    return found
+
+
+def fetched(data: Data) -> list[Path]:
+    """The raw files that `recipe data fetch` left.
+
+    Raises:
+        UserError: it left none.
+    """
+    files = [data.raw / name for name in data.raw_files]
+    if missing := [file for file in files if not file.is_file()]:
+        remedy = f"`recipe data fetch {data.key}` gets it, or name a folder that has it"
+        raise UserError(f"{missing[0]}: no such file; {remedy}")
+    return files
