@@ -84,7 +84,7 @@ def test_the_skeleton_of_a_study_passes_every_check(recipe: Recipe, tmp_path: Pa
     assert again.returncode == 2 and "recipes/mine: " in again.stderr
 
 
-@pytest.mark.parametrize("name", ["Mine", "../up", "haider2024"])
+@pytest.mark.parametrize("name", ["../up", "haider2024"])
 def test_a_name_that_no_study_can_have(recipe: Recipe, tmp_path: Path, name: str) -> None:
     result = recipe("study", "new", name)
     assert result.returncode == 2 and name in result.stderr
@@ -119,7 +119,7 @@ def test_a_study_says_what_it_lacks(recipe: Recipe, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_study_of_another_kind_goes_to_the_end(recipe: Recipe, tmp_path: Path, tiny: Path) -> None:
+def test_a_study_of_another_kind_goes_to_the_end(recipe: Recipe, tmp_path: Path) -> None:
     """Another task, CSV, accuracy, no validation rows, and not a line of Python."""
     write_capitals(tmp_path)
 
@@ -130,38 +130,27 @@ def test_a_study_of_another_kind_goes_to_the_end(recipe: Recipe, tmp_path: Path,
 
     assert done("render").split() == ["recipes/capitals/first.yaml"]
     done("study", "check", "capitals")
-    done("check", "capitals/first", "--rehearse")
     raw = sorted((tmp_path / "recipes" / "capitals" / "sample").iterdir())
     done("data", "prepare", *raw, "--study", "capitals")
     rows = [orjson.loads(line) for line in (tmp_path / "data" / "capitals" / "test.jsonl").read_bytes().splitlines()]
     assert rows[0] == {"question": "What is the capital of France?", "answer": "Paris", "idx": 0}
-    done("run", "capitals/first", "--rehearse", "--set", f"base_model={tiny}")
+    table = done("reproduce", "capitals", "--rehearse")
+    assert "capitals/first" in table and "accuracy, %" in table
     scores = orjson.loads(done("evaluate", "latest", "--json"))
     assert scores["rows"] == 4 and 0 <= scores["accuracy"] <= 100 and "bleu4" not in scores
     (row,) = orjson.loads(done("results", "--json"))
     assert row["accuracy"] == scores["accuracy"] and row["accuracy_published"] is None  # of a rehearsal
-    assert "accuracy, %" in done("results")
     done("report", "latest")
     assert "accuracy, %" in (tmp_path / "report.html").read_text()
-    table = done("reproduce", "capitals", "--rehearse")  # with the usual stand-in
-    assert "capitals/first" in table and "accuracy, %" in table
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("study", "kinds"),
-    [  # one recipe of each kind of adapter that the first study lacks; others differ in rank, or in the model
-        ("loftq-gsm8k", ["llama-2-7b-loftq", "llama-2-7b-lora"]),
-        ("peft-metamathqa", ["lora-rank10-target-mlp", "lora-rank32-dora", "lora-rank64-rslora"]),
-    ],
-)
-def test_the_studies_of_other_kinds_are_rehearsed(recipe: Recipe, tiny: Path, study: str, kinds: list[str]) -> None:
-    only = (word for kind in kinds for word in ("--only", f"{study}/{kind}"))
-    done = recipe("reproduce", study, "--rehearse", "--set", f"base_model={tiny}", *only, "--json")
+@pytest.mark.parametrize("name", ["loftq-gsm8k/llama-2-7b-loftq", "peft-metamathqa/lora-rank32-dora"])
+def test_the_studies_of_other_kinds_are_rehearsed(recipe: Recipe, tiny: Path, name: str) -> None:
+    words = (name.partition("/")[0], "--rehearse", "--set", f"base_model={tiny}", "--only", name)
+    done = recipe("reproduce", *words, "--json")
     assert done.returncode == 0, done.stderr
     reproduced = orjson.loads(done.stdout)
-    recipes = [f"{study}/{kind}" for kind in kinds]
-    assert sorted(step["recipe"] for step in reproduced["steps"]) == recipes
-    assert {(step["run"], step["evaluate"]) for step in reproduced["steps"]} == {("done", "done")}
-    assert sorted(row["recipe"] for row in reproduced["results"]) == recipes
-    assert all(row["rows"] == 12 and 0 <= row["accuracy"] <= 100 for row in reproduced["results"])
+    (step,), (row,) = reproduced["steps"], reproduced["results"]
+    assert (step["recipe"], step["run"], step["evaluate"]) == (name, "done", "done")
+    assert (row["recipe"], row["rows"]) == (name, 12) and 0 <= row["accuracy"] <= 100

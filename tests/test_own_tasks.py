@@ -50,17 +50,12 @@ OWN_TEMPLATE = """\
 {% endif %}"""
 """Of the model's tokenizer, for rows that name no other."""
 TASKS = {
-    "chat": Task(
-        lambda question, answer: {"messages": turns(question, answer)},
-        {"type": "chat_template"},
-        ("chat_template=tokenizer_default",),
-    ),
     "several turns": Task(
         lambda question, answer: {
             "messages": [{"role": "system", "content": "Be brief."}, *turns("Hello.", "Hi!", question, answer)]
         },
         {"type": "chat_template"},
-        ("chat_template=chatml",),
+        ("chat_template=tokenizer_default",),
     ),
     "input_output": Task(
         lambda question, answer: {

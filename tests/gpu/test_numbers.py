@@ -66,15 +66,12 @@ def batch(device: str) -> dict[str, torch.Tensor]:
 
 
 def load(run: Path, device: str, dtype: torch.dtype, quantized: bool = True) -> Any:
-    """The rehearsal's model with a run's adapter, ready to be trained, without dropout."""
+    """The model of a run with its adapter, ready to be trained, without dropout."""
+    base_model = yamlfiles.read_yaml(run / "config.yaml")["base_model"]
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     how = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype) if quantized else None
     base = AutoModelForCausalLM.from_pretrained(
-        substitution.model_folder(),
-        dtype=dtype,
-        quantization_config=how,
-        device_map=device,
-        attn_implementation="eager",
+        base_model, dtype=dtype, quantization_config=how, device_map=device, attn_implementation="eager"
     )
     model = PeftModel.from_pretrained(base, run / "output", is_trainable=True)
     for module in model.modules():

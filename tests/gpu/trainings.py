@@ -52,7 +52,7 @@ def settings(model: Path, rows: Path, length: int, **changes: Any) -> dict[str, 
     return {
         "base_model": str(model),
         "revision_of_model": None,
-        "special_tokens": None if model == substitution.folder() else {"pad_token": "</s>"},
+        "special_tokens": {"pad_token": "</s>"},
         "datasets": [{"path": str(rows), "type": "alpaca"}],
         "test_datasets": None,
         "evals_per_epoch": None,
@@ -72,10 +72,21 @@ def of_stand_in(folder: Path, **changes: Any) -> dict[str, Any]:
     On a CPU in fp32, which plans follow most closely. On a GPU attention is eager: the backward pass of the others adds
     in any order, so that two equal trainings differ in their last bits.
     """
-    rows, model = folder / "stand-in.jsonl", substitution.model_folder()
+    rows, model = folder / "stand-in.jsonl", stand_in(folder)
     if not rows.is_file():
         random_models.write_full_rows(rows, model, LENGTH, STEPS * 4)
-    return settings(model, rows, LENGTH) | ({"attn_implementation": "eager"} if GPU else {"bf16": False}) | changes
+    exact = {"attn_implementation": "eager", "special_tokens": None} if GPU else {"bf16": False}
+    return settings(model, rows, LENGTH) | exact | changes
+
+
+def stand_in(folder: Path) -> Path:
+    """The rehearsal's model; on a CPU random weights in its shape with fewer layers, which train in seconds."""
+    whole, few = substitution.model_folder(), folder / "stand-in"
+    if GPU:
+        return whole
+    if not few.is_dir():
+        random_models.make(few, read_json(whole / "config.json") | {"num_hidden_layers": LAYERS})
+    return few
 
 
 def train(folder: Path, name: str, recipe_name: str, changes: dict[str, Any], *words: str, stop: int = 0) -> Path:

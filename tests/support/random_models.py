@@ -44,7 +44,7 @@ def make(folder: Path, architecture: dict[str, Any]) -> None:
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
         save_file({name: _weights(name, shapes[name], drawn) for name in names}, folder / file, {"format": "pt"})
         files |= dict.fromkeys(names, file)
-    write_json(folder / "model.safetensors.index.json", {"weight_map": files})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
     named = {"architectures": [type(model).__name__], "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}
     write_json(folder / "config.json", architecture | named)
     tokenizer().save_pretrained(folder)
