@@ -27,7 +27,8 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "command", ["hadolint docker/Dockerfile", "shellcheck docker/install.sh tools/build_image.sh tools/upgrade.sh .ci/run"]
+    "command",
+    ["hadolint docker/Dockerfile", "shellcheck docker/install.sh tools/build_image.sh tools/upgrade.sh .ci/run"],
 )
 def test_linters_find_nothing(command: str) -> None:
     tool, *files = command.split()
