@@ -1,16 +1,24 @@
-"""The command `recipe`; its verbs are in commands/, by the headings of `recipe --help`."""
+"""The command `recipe`: its verbs, by the headings of `recipe --help`, and its exit codes."""
 
+import errno
 import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .commands import after, before, ending, recipes, reproducing, running, scoring, upkeep
+from .base import paths
+from .base.errors import UserError, WorkFailed
+from .base.files import DISK_FULL, RESERVED_BYTES, free_bytes
+from .base.progress import say
+from .commands import after, before, recipes, reproducing, running, scoring, upkeep
 from .commands.help import Verbs
 
 FIRST_STEPS = """\
@@ -91,4 +99,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows ? for what that lacks
             stream.reconfigure(errors="replace")
-    return ending.ended(lambda: app(None if argv is None else list(argv), prog_name="recipe"))
+    return ended(partial(app, None if argv is None else list(argv), prog_name="recipe"))
+
+
+def ended(command: Callable[[], object]) -> int:
+    """Carry a command out.
+
+    Returns:
+        The exit code: 0 done, 1 the work failed, 2 the request was wrong.
+    """
+    try:
+        try:
+            command()
+        except SystemExit as end:
+            sys.stdout.flush()
+            if isinstance(end.code, str):  # why it ended, as Python has it
+                return _refused(end.code, 1)
+            return int(end.code or 0)
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        return _refused(str(error), 2)
+    except WorkFailed as error:
+        return _refused(str(error), 1)
+    except (ImportError, MemoryError) as error:
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):
+            raise
+        return _refused(f"memory did not suffice, or its limit is too low{f': {error}' if str(error) else ''}", 1)
+    except OSError as error:
+        if error.errno is None:  # transformers' words for what the hub lacks, or for a hub that was given up
+            return _refused(str(error.__context__ if isinstance(error.__context__, WorkFailed) else error), 1)
+        if error.filename is None and error.errno not in (*DISK_FULL, errno.EIO):
+            raise  # not of a file that the user named
+        where = error.filename or _unnamed()
+        return _refused(f"{where}: {_in_words(error)}", 1 if error.errno in (*DISK_FULL, errno.EIO) else 2)
+
+
+def _unnamed() -> str:
+    """Where there was no room by an error that does not say so: standard output if it still takes nothing, or else the
+    cache or the folder for temporary files, where libraries write, if one is full; what else is written is named."""
+    libraries = paths.cache(), Path(tempfile.gettempdir())
+    full = next((folder for folder in libraries if free_bytes(folder) < RESERVED_BYTES), None)
+    if full:
+        with suppress(OSError):
+            print(flush=True)  # a line, as there may be nothing left to flush
+            return str(full)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+    return "standard output"
+
+
+def _in_words(error: OSError) -> str:
+    return "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror)
+
+
+def _refused(problem: str, code: int) -> int:
+    say(f"recipe: {problem}")
+    return code

@@ -20,7 +20,7 @@ from conftest import SUPPORT
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.processes import is_held
-from qlora_recipes.runs.lookup import all_runs
+from qlora_recipes.runs.rundir import all_runs
 
 NAME = "haider2024/llama-3.2-3b"
 LAUNCHES = int(os.environ.get("LAUNCHES", "200"))

@@ -22,7 +22,7 @@ import typer.main
 from conftest import SAMPLE
 
 from qlora_recipes import cli
-from qlora_recipes.runs import lookup
+from qlora_recipes.runs import rundir
 from qlora_recipes.runs.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
@@ -130,13 +130,13 @@ def test_the_cells_train_on_one_day_and_go_on_the_next(
     session = a_session(tmp_path, [first, *CELLS[:-1]], repository, env)
     runs = tmp_path / "disk" / "qlora-recipes" / "runs"
     deadline = time.monotonic() + 300
-    while not any(run.summary(run.read()).step >= 3 for run in lookup.all_runs(runs)):
+    while not any(run.summary(run.read()).step >= 3 for run in rundir.all_runs(runs)):
         assert session.poll() is None and time.monotonic() < deadline, session.communicate()
         time.sleep(0.1)
     limited(session).send_signal(signal.SIGALRM)  # as when the time is up
     said, _ = session.communicate(timeout=120)
     assert "Tesla T4, 550.54.15" in said
-    (folder,) = lookup.all_runs(runs)
+    (folder,) = rundir.all_runs(runs)
     kept = RunDir(folder.path.resolve())
     assert kept.path.is_relative_to(tmp_path / ("content/drive/MyDrive" if first == COLAB else "kaggle/working"))
     record = kept.read()

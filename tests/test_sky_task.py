@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from qlora_recipes.base import paths, yamlfiles
-from qlora_recipes.runs import lookup
+from qlora_recipes.runs import rundir
 from qlora_recipes.runs.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +126,7 @@ def test_a_job_that_is_taken_away_goes_on_to_an_evaluated_run(
     envs = {"RECIPE": NAME, "ARGS": f"--profile rehearsal --profile {tiny_profile} {saves}"}
 
     def runs(job: str = "sky-managed-1") -> list[RunDir]:
-        return lookup.all_runs(tmp_path / "bucket" / job)
+        return rundir.all_runs(tmp_path / "bucket" / job)
 
     def evaluates() -> bool:
         job = psutil.Process(process.pid)
@@ -150,7 +150,7 @@ def test_a_job_that_is_taken_away_goes_on_to_an_evaluated_run(
         kill(process)  # the last files of the training may not have reached the bucket
     with machine(tmp_path):
         assert done(checkout, "run", **envs, XDG_DATA_HOME=str(tmp_path / "third"))[0] == 0
-        (folder,) = lookup.all_runs(tmp_path / "storage" / "sky-managed-1")
+        (folder,) = rundir.all_runs(tmp_path / "storage" / "sky-managed-1")
         record, scores = folder.read(), (folder.path / "scores.json").read_bytes()
         assert record.state == "finished" and record.launches[1].resumed_from
         assert done(checkout, "run", **envs, XDG_DATA_HOME=str(tmp_path / "third"))[0] == 0

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..checks.finding import Finding
-from ..runs.rundir import JobState, Run, RunDir
+from ..runs.records import JobState, Run
+from ..runs.rundir import RunDir
 from .slurm_queue import active
 
 if TYPE_CHECKING:

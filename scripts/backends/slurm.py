@@ -21,7 +21,8 @@ from ..base.paths import template_environment
 from ..base.progress import PART, say
 from ..configs import gpus
 from ..configs.gpus import Gpu
-from ..runs.rundir import Job, RunDir, new_folder
+from ..runs.records import Job
+from ..runs.rundir import RunDir, new_folder
 from ..runs.tasks import Command, Outcome, Work
 from .slurm_queue import active, call, forget_queue, queue, sbatch
 from .slurm_settings import STEPS, Site, settings_file, site_settings

@@ -9,7 +9,7 @@ from functools import cache, lru_cache
 
 from ..base.errors import UserError
 from ..base.progress import say
-from ..runs.rundir import Job, JobState
+from ..runs.records import Job, JobState
 
 PATIENCE = 60  # seconds that a command of SLURM may take
 

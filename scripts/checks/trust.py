@@ -15,7 +15,8 @@ from ..base.processes import make_once
 from ..base.yamlfiles import Config
 from ..configs import substitution
 from ..data import sample
-from ..runs.rundir import Run, RunDir
+from ..runs.records import Run
+from ..runs.rundir import RunDir
 from .check import code_in, refuse
 
 

@@ -94,7 +94,7 @@ def results_verb(
         _show_sweep(sweep_name, best, runs, form)
     elif export:
         from ..results import ledger
-        from ..runs.lookup import find_run
+        from ..runs.rundir import find_run
 
         print(ledger.export(find_run(export, runs)))
     elif of_ledger:
@@ -128,11 +128,12 @@ def _show_groups(by: str, run: str, metrics: list[str], runs: Path, form: tables
 
 
 def _show_sweep(name: str, best: str | None, runs: Path, form: tables.Form) -> None:
-    from ..running import sweep_tables, sweeps
+    from ..running import sweep_results
+    from ..running.sweep import find_sweep
 
-    sweep = sweeps.find(name, runs)
-    rows = sweeps.rows(sweep, runs, best)
-    sweep_tables.show(sweep, sweeps.columns(sweep, runs), rows, best, form)
+    sweep = find_sweep(name, runs)
+    rows = sweep_results.rows(sweep, runs, best)
+    sweep_results.show(sweep, sweep_results.columns(sweep, runs), rows, best, form)
 
 
 def _show_study(name: str, rehearse: bool, runs: Path, form: tables.Form) -> None:
@@ -167,8 +168,8 @@ def report_verb(
     """
     from ..data import study
     from ..reports import report, report_runs
-    from ..running import sweeps
-    from ..runs.lookup import find_run
+    from ..running.sweep import find_sweep
+    from ..runs.rundir import find_run
 
     exclusive({"RUN": run, "--study": study_name, "--sweep": sweep_name})
     only_with("--rehearse", rehearse, "--study", study_name)
@@ -178,7 +179,7 @@ def report_verb(
         if study_name:
             html = report.of_study(study.find(study_name), rehearse, runs)
         elif sweep_name:
-            html = report.of_sweep(sweeps.find(sweep_name, runs), runs, best)
+            html = report.of_sweep(find_sweep(sweep_name, runs), runs, best)
         else:
             folders = {folder.path: folder for folder in (find_run(name, runs) for name in run or ["latest"])}
             html = report.of_runs(report_runs.reported_runs(list(folders.values())))
@@ -207,7 +208,7 @@ def publish_verb(
 ) -> None:
     """Write a model card beside a run's adapter; merge it, or upload it, only when asked."""
     from ..results import publish
-    from ..runs.lookup import find_run
+    from ..runs.rundir import find_run
 
     for published in publish.publish(find_run(run, runs), merge, push, private, force or []):
         print(published)

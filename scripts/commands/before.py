@@ -13,8 +13,7 @@ from ..base.paths import RUNS, find_recipe, recipe_names
 from ..base.progress import Bar, harmless, say
 from . import completion
 from .data import verbs as data_verbs
-from .help import Verb, Verbs
-from .next_step import next_step, over
+from .help import Verb, Verbs, next_step, over
 from .options import (
     FigureFile,
     Force,

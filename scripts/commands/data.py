@@ -12,8 +12,7 @@ from ..base.errors import UserError, meant
 from ..base.paths import find_recipe
 from ..base.progress import Bar, say
 from . import completion
-from .help import Verb, Verbs
-from .next_step import next_step
+from .help import Verb, Verbs, next_step
 from .options import Json
 
 if TYPE_CHECKING:

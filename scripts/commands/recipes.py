@@ -8,8 +8,7 @@ from .. import tables
 from ..base import paths, yamlfiles
 from ..base.progress import harmless
 from . import completion
-from .help import Verb
-from .next_step import next_step
+from .help import Verb, next_step
 from .options import Json, Name, Overrides, whole_name
 
 HEADING = "Recipes"

@@ -8,8 +8,7 @@ from .. import tables
 from ..base.paths import RUNS
 from ..base.progress import say
 from . import completion
-from .help import Verb
-from .next_step import next_step
+from .help import Verb, next_step
 from .options import (
     FetchedJudge,
     Force,

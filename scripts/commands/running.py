@@ -11,8 +11,7 @@ from ..base.errors import UserError
 from ..base.paths import RUNS
 from ..base.progress import say
 from . import completion
-from .help import Verb
-from .next_step import after_training, name_of, next_step
+from .help import Verb, after_training, name_of, next_step
 from .options import (
     Best,
     Force,
@@ -158,9 +157,6 @@ def sweep_verb(
     profile: Profiles = None,
     mirror: Mirror = False,
     seeds: Seeds = 1,
-    max_runs: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Begin at most N members; the next call begins the others.")
-    ] = None,
     jobs: Jobs = None,
     on: On = "local",
     slurm: SlurmOptions = None,
@@ -178,11 +174,11 @@ def sweep_verb(
     """Run a recipe with each of several settings, and compare them. What is done already is not done again."""
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
-    from ..running import sweep, sweep_tables, sweeps
+    from ..running import sweep, sweep_results
     from ..scores.task import EvaluationRequest
 
-    sweep_name, members = sweeps.read(sweeps.find_file(file) if file else None, set_ or [])
-    sweeps.check_best(best, sweeps.of_recipe(name))
+    sweep_name, members = sweep.read_members(sweep.find_sweep_file(file) if file else None, set_ or [])
+    sweep_results.check_best(best, sweep.of_recipe(name))
     request = Request(name, profiles=profile or [], rehearse=rehearse, mirror=mirror, force=force or [])
     request.rehearse = is_rehearsal(request)
     evaluation = EvaluationRequest(limit=limit, judge=bertscore)
@@ -196,14 +192,13 @@ def sweep_verb(
         runs,
         backend,
         seeds=seeds,
-        max_runs=max_runs,
         gpu=card,
         dry_run=dry_run,
     )
-    rows = sweeps.rows(record, runs, best)
+    rows = sweep_results.rows(record, runs, best)
     form = form_of(json)
-    scored = sweeps.columns(record, runs)
-    end(outcomes, form, {"sweep": record.label}, rows, lambda: sweep_tables.show(record, scored, rows, best, form))
+    scored = sweep_results.columns(record, runs)
+    end(outcomes, form, {"sweep": record.label}, rows, lambda: sweep_results.show(record, scored, rows, best, form))
     if not dry_run:
         next_step("report" if backend.here else "results", "--sweep", record.label, runs=runs, json=json)
 

@@ -12,8 +12,7 @@ from ..base.files import write_rows
 from ..base.paths import RUNS
 from ..base.progress import Bar, harmless, say
 from .after import HEADING
-from .help import Verb
-from .next_step import name_of, next_step
+from .help import Verb, name_of, next_step
 from .options import (
     BatchSize,
     DecodingName,

@@ -8,7 +8,7 @@ from ..configs.compose import Composed
 from ..configs.config import TRACKING, Difference
 from ..configs.gpus import Gpu, named
 from ..data import study
-from ..runs.lookup import all_runs, readable
+from ..runs.rundir import all_runs, readable
 from . import steps
 from .lengths import Lengths
 from .planner import Planner

@@ -23,10 +23,9 @@ from ..configs import gpus
 from ..data.study import Study
 from ..planning import need
 from ..results import listing, verdict
-from ..running import sweep_tables, sweeps
-from ..running.sweeps import Sweep
-from ..runs.lookup import all_runs
-from ..runs.rundir import RunDir
+from ..running import sweep_results
+from ..running.sweep import Sweep
+from ..runs.rundir import RunDir, all_runs
 from ..scores import evaluations
 from . import report_figures as draw
 from . import report_runs
@@ -87,22 +86,22 @@ def of_sweep(sweep: Sweep, runs: Path, best: str | None) -> str:
     Args:
         sweep: the sweep.
         runs: the folder with its runs.
-        best: one of `sweeps.criteria`, by which a member is the best.
+        best: one of `sweep_results.criteria`, by which a member is the best.
 
     Raises:
-        UserError: no member has a run, or see `sweeps.check_best`.
+        UserError: no member has a run, or see `sweep_results.check_best`.
     """
     for folder in all_runs(runs):
         evaluations.check_again(folder.path)
-    rows, scored = sweeps.rows(sweep, runs, best), sweeps.columns(sweep, runs)
+    rows, scored = sweep_results.rows(sweep, runs, best), sweep_results.columns(sweep, runs)
     folders = [RunDir(Path(run)) for row in rows for run in row["runs"]]
     if not folders:
         raise UserError(f"--sweep {sweep.name}: no member has a run yet; `recipe sweep` makes them")
     memory = draw.memory(rows)
     section = {
         "about": f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}.",
-        "notes": sweep_tables.notes(sweep, scored, rows, best),
-        "table": _without_empty([sweep_tables.cells(sweep, scored, row) for row in rows]),
+        "notes": sweep_results.notes(sweep, scored, rows, best),
+        "table": _without_empty([sweep_results.cells(sweep, scored, row) for row in rows]),
         "figures": [*draw.sweep(rows, scored), *([memory] if memory else [])],
     }
     labels = [row["member"] for row in rows for _ in row["runs"]]

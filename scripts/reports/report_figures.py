@@ -10,7 +10,7 @@ from ..base.files import Row
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..results import run_rows
-from ..running import sweeps
+from ..running.sweep_results import LOSS, Columns, on_front
 
 Trace = dict[str, Any]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -195,14 +195,14 @@ def memory(runs: Sequence[Row]) -> Figure | None:
     return Figure("memory", "Memory at the peak", traces, x, _categories(), note, layout) if traces else None
 
 
-def sweep(rows: Sequence[Row], scored: sweeps.Columns) -> Iterator[Figure]:
+def sweep(rows: Sequence[Row], scored: Columns) -> Iterator[Figure]:
     """The members of a sweep: the loss over memory, and each score with its interval, where known."""
     kinds = {row["memory_kind"] for row in rows if row["memory_kind"]}
-    qualities = {sweeps.LOSS: "Validation loss (lower is better)"}
+    qualities = {LOSS: "Validation loss (lower is better)"}
     qualities |= {name: f"{column.label} ({column.direction})" for name, column in scored.items()}
     if against := _against(rows, "peak_memory_gib"):
         title, x = "Validation loss against memory", _axis(f"peak GiB ({', '.join(sorted(kinds))})")
-        yield Figure(f"sweep-memory-{sweeps.LOSS}", title, against, x, _axis(qualities[sweeps.LOSS]), _FRONT)
+        yield Figure(f"sweep-memory-{LOSS}", title, against, x, _axis(qualities[LOSS]), _FRONT)
     for score, title in qualities.items():
         if measured := [row for row in rows if row.get(score) is not None]:
             points = [(row[score], row["member"]) for row in measured]
@@ -223,9 +223,9 @@ _FRONT = (
 
 def _against(rows: Sequence[Row], x: str) -> list[Trace]:
     """Members by a cost and their eval loss, with those on the Pareto front of the two set apart."""
-    y = sweeps.LOSS
+    y = LOSS
     known = [row for row in rows if row.get(x) is not None and row.get(y) is not None]
-    points = {(row[x], row[y], row["member"]): sweeps.on_front(row, known, x) for row in known}
+    points = {(row[x], row[y], row["member"]): on_front(row, known, x) for row in known}
     front = sorted(point for point, is_on_front in points.items() if is_on_front)
     others = [point for point, is_on_front in points.items() if not is_on_front]
     line = {"dash": "dot", "color": COLOURS[2], "width": 1.5}

@@ -20,7 +20,8 @@ from ..data import study
 from ..metrics import registry
 from ..metrics.metric import Column
 from ..results import listing, run_rows
-from ..runs.rundir import Run, RunDir
+from ..runs.records import Run
+from ..runs.rundir import RunDir
 from ..scores import evaluations
 from ..scores.columns import model_record
 from ..scores.evaluations import BASE_MODEL, Evaluation, EvaluationSettings, read_predictions

@@ -18,8 +18,8 @@ from ..configs import config, datafiles, models
 from ..data import study
 from ..data.declaration import Data
 from ..data.raw_rows import constants as constants_of
-from ..runs.handover import PLUGIN
-from ..runs.rundir import Run, RunDir
+from ..runs.records import Run
+from ..runs.rundir import PLUGIN, RunDir
 from ..scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
 from . import run_rows
 from .run_rows import REHEARSED

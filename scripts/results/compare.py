@@ -16,8 +16,8 @@ from ..base.progress import say
 from ..configs import config
 from ..metrics.metric import Column
 from ..metrics.text import words
-from ..runs.lookup import find_run
-from ..runs.rundir import Run, RunDir
+from ..runs.records import Run
+from ..runs.rundir import RunDir, find_run
 from ..scores import intervals
 from ..scores.columns import columns_of, declared_models, model_record
 from ..scores.evaluations import ADAPTER, changed, current, read_predictions, read_scores

@@ -18,7 +18,8 @@ from ..data import study
 from ..data.study import Study
 from ..metrics.bertscore import ScorerModel
 from ..planning import need
-from ..runs.rundir import Run, RunDir
+from ..runs.records import Run
+from ..runs.rundir import RunDir
 from ..scores import evaluations
 from ..scores.columns import model_record
 from . import run_rows

@@ -11,8 +11,8 @@ from ..data import study
 from ..data.published import Score
 from ..data.study import Study
 from ..metrics.metric import Column
-from ..runs.lookup import all_runs, readable
-from ..runs.rundir import Run, RunDir
+from ..runs.records import Run
+from ..runs.rundir import RunDir, all_runs, readable
 from ..scores.evaluations import current
 from . import run_rows
 from .verdict import notes

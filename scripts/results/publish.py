@@ -20,7 +20,8 @@ from ..base.hub import limit_waiting
 from ..base.processes import held, start_child, stop_requests
 from ..base.progress import Bar, say
 from ..checks import trust
-from ..runs.rundir import Run, RunDir
+from ..runs.records import Run
+from ..runs.rundir import RunDir
 from ..scores.evaluations import ADAPTER, changed, check_again, current, read_scores
 from .card import base_model, card
 

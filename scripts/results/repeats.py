@@ -13,8 +13,9 @@ from ..base.yamlfiles import Config
 from ..configs import config
 from ..data.study import Study
 from ..metrics.metric import Column
-from ..runs import lookup
-from ..runs.rundir import Run, RunDir
+from ..runs import rundir
+from ..runs.records import Run
+from ..runs.rundir import RunDir
 from ..scores import evaluations, intervals
 from ..scores.columns import model_record
 from ..scores.evaluations import Evaluation
@@ -34,7 +35,7 @@ def usable(runs: Path, rehearsal: bool) -> list[Found]:
     data."""
     return [
         (folder, run)
-        for folder, run in lookup.readable(lookup.all_runs(runs), backends.read)
+        for folder, run in rundir.readable(rundir.all_runs(runs), backends.read)
         if run.rehearsal == rehearsal and (rehearsal or not run_rows.of_something_else(run))
     ]
 

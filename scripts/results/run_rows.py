@@ -14,7 +14,8 @@ from ..data.published import Published
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs import health
-from ..runs.rundir import Run, RunDir
+from ..runs.records import Run
+from ..runs.rundir import RunDir
 from ..scores import evaluations
 from ..scores.columns import columns_of
 from ..scores.evaluations import BASE_MODEL, Evaluation, changed, current, read_scores

@@ -12,7 +12,8 @@ from ..configs.compose import REHEARSAL, TRACKERS
 from ..data.published import TRAIN_LOSS, Measured, Published, Score
 from ..data.study import Study
 from ..metrics.metric import Column
-from ..runs.rundir import Run, RunDir
+from ..runs.records import Run
+from ..runs.rundir import RunDir
 from ..scores import evaluations, intervals
 from ..scores.columns import model_record
 from ..scores.evaluations import Evaluation

@@ -6,9 +6,9 @@ from ..backends import slurm_queue
 from ..backends.local import stop_holders
 from ..base.errors import UserError
 from ..data import study
-from ..runs.lookup import all_runs, find_run, readable
-from ..runs.rundir import RunDir
-from . import reproduce, sweeps
+from ..runs.rundir import RunDir, all_runs, find_run, readable
+from . import reproduce
+from .sweep import find_sweep
 
 
 def cancel(names: list[str], sweep: str | None, of_study: str | None, runs: Path) -> list[str]:
@@ -25,7 +25,7 @@ def cancel(names: list[str], sweep: str | None, of_study: str | None, runs: Path
     """
     messages = []  # first those of a command that begins the next run when one ends
     if sweep:
-        messages = stop_holders([sweeps.find(sweep, runs).lock(runs)])
+        messages = stop_holders([find_sweep(sweep, runs).lock(runs)])
     elif of_study:
         of_study = study.find(of_study).folder.name
         messages = stop_holders([reproduce.lock(of_study, runs)])
@@ -42,7 +42,7 @@ def cancel(names: list[str], sweep: str | None, of_study: str | None, runs: Path
 
 def _meant(sweep: str | None, of_study: str | None, runs: Path) -> list[RunDir]:
     if sweep:
-        record = sweeps.find(sweep, runs)
+        record = find_sweep(sweep, runs)
         digests = {member.digest for member in record.members}
         return [folder for folder, run in readable(all_runs(runs / record.recipe)) if run.digest in digests]
     return [folder for folder, run in readable(all_runs(runs)) if run.origin.startswith(f"{of_study}/")]

@@ -1,6 +1,9 @@
-"""The evaluation of a run, in this process or as a job: `recipe evaluate`."""
+"""The evaluation of a run, or of an adapter that was not trained here: `recipe evaluate`."""
 
-from contextlib import suppress
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,16 +11,28 @@ from .. import backends
 from ..backends import Backend
 from ..backends.slurm import Slurm
 from ..base import yamlfiles
-from ..base.errors import UserError
+from ..base.errors import UserError, WorkFailed
+from ..base.files import read_json, sha256, tensor_shapes
+from ..base.hub import importing_axolotl
 from ..base.paths import find_recipe
-from ..runs.lookup import find_run
-from ..runs.rundir import RunDir
+from ..base.progress import say
+from ..configs import datafiles, models, substitution
+from ..configs.compose import Composed, Request
+from ..runs.records import FileState
+from ..runs.rundir import RunDir, find_run
 from ..runs.tasks import Outcome, Work
 from ..scores import checkpoint_selection, evaluate, evaluation_rows
-from ..scores.evaluations import SERVER, Evaluation
+from ..scores.evaluations import ADAPTER, SERVER, Evaluation
 from ..scores.predict import require
 from ..scores.task import BASE, EvaluationRequest, EvaluationTask
-from . import adapters
+from . import create
+from .pipeline import Pipeline, existing_runs
+
+CONFIG = "adapter_config.json"
+TOKENIZER = "tokenizer_config.json"
+SUFFIXES = (".json", ".jinja", ".model", ".txt")
+"""Of an adapter's and a tokenizer's files beside the weights."""
+
 
 Evaluated = Evaluation | checkpoint_selection.Choice | RunDir
 
@@ -34,10 +49,10 @@ def of_name(name: str, request: EvaluationRequest, runs: Path, backend: Backend)
     if request.adapter in (None, BASE) or not _is_recipe(name):
         folder = find_run(name, runs)
         return folder, start(folder, request, runs, backend)
-    adapter, label = adapters.located(str(request.adapter))
-    asked = adapters.request_for(name, adapter, request.force)
-    composed = adapters.checked(asked, runs, backend)
-    with adapters.run_of(composed, asked, adapter, label, runs) as folder:
+    adapter, label = located(str(request.adapter))
+    asked = request_for(name, adapter, request.force)
+    composed = checked(asked, runs, backend)
+    with run_of(composed, asked, adapter, label, runs) as folder:
         return folder, start(folder, replace(request, adapter=None), runs, backend)
 
 
@@ -74,3 +89,94 @@ def start(folder: RunDir, request: EvaluationRequest, runs: Path, backend: Backe
         work = Work(Outcome(record.recipe), lambda: [evaluation], gpus, steps=["evaluate"])
         return backend.carry_out(work, record.recipe, runs)
     return checkpoint_selection.choose(folder, request) if request.checkpoints else evaluate.evaluate(folder, request)
+
+
+def located(adapter: str) -> tuple[Path, str]:
+    """Return the folder of an adapter, fetched where it is on the hub, and its name with its revision.
+
+    Raises:
+        UserError: it is neither a folder nor on the hub, or its files are damaged.
+        WorkFailed: the hub does not answer.
+    """
+    folder, name = Path(adapter), str(Path(adapter).resolve())
+    if not folder.is_dir():
+        from httpx import HTTPError
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(adapter, allow_patterns=[ADAPTER, *(f"*{end}" for end in SUFFIXES)]))
+        except (HFValidationError, RepositoryNotFoundError):
+            raise UserError(f"--adapter {adapter}: neither a folder nor a repository of the hub") from None
+        except (HTTPError, LocalEntryNotFoundError) as error:
+            raise WorkFailed(
+                f"--adapter {adapter}: no folder here, and not fetched from the hub: {str(error).splitlines()[0]}"
+            ) from None
+        name = f"{adapter}@{folder.name}"
+    if not read_json(folder / CONFIG) or tensor_shapes(folder / ADAPTER) is None:
+        raise UserError(f"{folder}: {CONFIG} or {ADAPTER} is missing or damaged; name a folder that PEFT saved")
+    return folder, name
+
+
+def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:
+    """Return the request for a recipe as the base model in an adapter's config asks for it: the recipe's own, the
+    ungated copy of that, or the stand-in of a rehearsal."""
+    base = str(read_json(adapter / CONFIG).get("base_model_name_or_path"))
+    own = yamlfiles.read_yaml(find_recipe(name)[1]).get("base_model")
+    rehearsal, copied = Path(base).name == substitution.folder().name, models.is_copy(base, own)
+    if not (rehearsal or copied):
+        say(f"{adapter}: trained on {base}; it is evaluated with {own}, as {name} says")
+    return Request(name, rehearse=rehearsal, mirror=copied and base != own, force=[*force])
+
+
+def checked(request: Request, runs: Path, backend: Backend) -> Composed:
+    """Return the config that an adapter is evaluated under, which is not that of a training from another adapter.
+
+    Raises:
+        UserError: something is wrong with it, or this machine lacks the GPU that it needs.
+    """
+    request = replace(request, overrides=[*request.overrides, "lora_model_dir=null"])
+    pipeline = Pipeline(Outcome(request.name), request, EvaluationRequest(), runs, backend)
+    if not pipeline.check(with_data=False) or pipeline.composed is None:
+        raise UserError(pipeline.outcome.problem or f"{request.name}: refused")
+    return pipeline.composed
+
+
+@contextmanager
+def run_of(composed: Composed, request: Request, adapter: Path, name: str, runs: Path) -> Iterator[RunDir]:
+    """Yield the run folder of an adapter under a config; the same adapter and config have the same folder.
+
+    Args:
+        composed: the config, see `checked`.
+        request: what it was composed from.
+        adapter: the folder of the adapter, see `located`.
+        name: its name, which marks the run as one that was not trained here.
+        runs: the folder with the runs.
+
+    Raises:
+        UserError: the data or the tokenizer is not on this machine; or the block raises it, which removes a new folder.
+    """
+    composed.data = composed.data or datafiles.record(composed.config)
+    digest = hashlib.sha256(f"{composed.digest} {sha256(adapter / ADAPTER)}".encode()).hexdigest()
+    if existing := existing_runs(runs, composed.recipe).get(digest):
+        yield existing[0]
+        return
+    folder = create.create(composed, request, runs)
+    try:
+        folder.output.mkdir(exist_ok=True)
+        for file in adapter.iterdir():
+            if file.is_file() and (file.name == ADAPTER or file.suffix in SUFFIXES):
+                shutil.copyfile(file, folder.output / file.name)
+        if not (folder.output / TOKENIZER).is_file():
+            with importing_axolotl(offline=composed.rehearsal):
+                from ..checks.tokens import Tokenizer
+
+                Tokenizer(composed.config).tokenizer.save_pretrained(folder.output)
+        record = folder.read()
+        record.state, record.digest, record.published_adapter = "finished", digest, name
+        record.adapter = FileState.of(folder.output / ADAPTER)
+        folder.write(record)
+        yield folder
+    except UserError:
+        shutil.rmtree(folder.path)
+        raise

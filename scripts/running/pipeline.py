@@ -19,15 +19,36 @@ from ..configs.config import Difference
 from ..configs.gpus import Gpu
 from ..metrics.metric import Column
 from ..planning import fit, need, plan
-from ..runs.rundir import Run, RunDir
+from ..runs.records import Run
+from ..runs.rundir import RunDir, all_runs, note_versions
 from ..runs.tasks import DONE, FAILED, SKIPPED, Command, Outcome, Step, Work
 from ..scores import evaluate
 from ..scores.columns import require_models, scorer_models
 from ..scores.task import EvaluationRequest, EvaluationTask
-from . import former, run
+from . import create, run
 
 SETTLING = 120  # seconds to wait for a run to end whose command was killed
 _OF_ROWS = ("datasets", "test_datasets", "base_model", "special_tokens", "sequence_len")  # what the rows depend on
+
+
+def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
+    """Runs of a recipe by the digest of config and data: the newest of each, but a finished one before others.
+
+    Runs with several ranks or with arguments for Axolotl are left out: their digests do not cover these.
+    """
+    found: dict[str, tuple[RunDir, Run]] = {}
+    for folder in all_runs(runs / recipe):
+        try:
+            run = backends.read(folder)
+        except UserError:  # damaged, which `recipe results` reports
+            continue
+        plain = run.recipe == recipe and run.ranks == 1 and not run.axolotl_arguments
+        if run.digest is None or not plain:
+            continue
+        if run.digest not in found or run.state == "finished" or found[run.digest][1].state != "finished":
+            found[run.digest] = (folder, run)
+    note_versions(found.values())
+    return found
 
 
 def seeds_of(recipe: str, count: int) -> list[int]:
@@ -58,7 +79,7 @@ class Pipeline:
 
     Attributes:
         composed: its config; None where it is wrong.
-        former: the newest run of this config on the same data, but a finished one before others; see `look_up`.
+        existing: the newest run of this config on the same data, but a finished one before others; see `look_up`.
         needed_gib: the memory that it needs, once it is planned.
         shared: differences from the recipe that are shown once for several runs.
     """
@@ -79,7 +100,7 @@ class Pipeline:
         self.backend = backend
         self.gpu = gpu or backend.gpu()
         self.composed: Composed | None = None
-        self.former: tuple[RunDir, Run] | None = None
+        self.existing: tuple[RunDir, Run] | None = None
         self.needed_gib: float | None = None
         self.shared: Container[Difference] = ()
         try:
@@ -89,8 +110,8 @@ class Pipeline:
 
     @property
     def state(self) -> str | None:
-        """The state of its former run; None where there is none."""
-        return self.former[1].state if self.former else None
+        """The state of its existing run; None where there is none."""
+        return self.existing[1].state if self.existing else None
 
     @property
     def rows(self) -> str:
@@ -98,9 +119,9 @@ class Pipeline:
         return yamlfiles.write_yaml({key: self.composed.config.get(key) for key in _OF_ROWS}) if self.composed else ""
 
     def look_up(self) -> None:
-        """Read its former run from the run folders."""
+        """Read its existing run from the run folders."""
         if digest := self.digest():
-            self.former = former.by_digest(self.runs, self.outcome.recipe).get(digest)
+            self.existing = existing_runs(self.runs, self.outcome.recipe).get(digest)
 
     def is_finished(self) -> bool:
         """Whether it was trained before on the data that is there."""
@@ -168,7 +189,7 @@ class Pipeline:
         return self.composed.digest if self.composed and self.composed.data else None
 
     def work(self) -> Work:
-        """What has to be carried out for it, judged by its former run."""
+        """What has to be carried out for it, judged by its existing run."""
         steps: list[Step] = ["evaluate"]
         if self.state not in ("queued", "running", "finished"):
             steps = ["prepare", "run", "evaluate"]
@@ -182,15 +203,15 @@ class Pipeline:
         """The commands still to be carried out; steps done before, or queued, are noted in its outcome."""
         assert self.composed
         self._settle()
-        job = backends.job_state(self.former[0], "run") if self.former and self.state != "finished" else None
+        job = backends.job_state(self.existing[0], "run") if self.existing and self.state != "finished" else None
         unknown = job is not None and job.kind == "unknown"
-        if self.former is None or not (unknown or self.state in ("created", "queued", "running", "finished")):
-            if self.former and _is_resumable(*self.former):
-                folder = self.former[0]
+        if self.existing is None or not (unknown or self.state in ("created", "queued", "running", "finished")):
+            if self.existing and _is_resumable(*self.existing):
+                folder = self.existing[0]
             else:
-                folder = run.create(self.composed, self.request, self.runs, self.shared)
+                folder = create.create(self.composed, self.request, self.runs, self.shared)
             return [run.command(folder, self.runs, self.rows), self._scoring(folder)]
-        folder = self.former[0]
+        folder = self.existing[0]
         if self.state == "finished":
             self.outcome.run = folder.path
         self.outcome.steps["run"] = SKIPPED if self.state == "finished" else str(job or self.state)
@@ -208,12 +229,12 @@ class Pipeline:
         return [self._scoring(folder)]
 
     def _settle(self) -> None:
-        """Look its former run up again, and wait for one whose command was killed: it ends itself, at a checkpoint."""
+        """Look the existing run up again, and wait for one whose command was killed: it ends at a checkpoint."""
         deadline = time.monotonic() + SETTLING
         self.look_up()
-        while self.former and self.state in ("created", "running") and not self.former[0].jobs():
+        while self.existing and self.state in ("created", "running") and not self.existing[0].jobs():
             if time.monotonic() > deadline:
-                raise UserError(f"{self.former[0].path}: is still running; wait for its end, or stop it")
+                raise UserError(f"{self.existing[0].path}: is still running; wait for its end, or stop it")
             time.sleep(0.5)
             self.look_up()
 
@@ -221,13 +242,13 @@ class Pipeline:
         return evaluate.command(folder, self.evaluation, self.runs)
 
     def _evaluation(self) -> str | None:
-        """The state of its former run's evaluation: done before, or its job's; None where that is yet to be done.
+        """The state of its existing run's evaluation: done before, or its job's; None where that is yet to be done.
 
         Raises:
             UserError: see `EvaluationTask`.
         """
-        assert self.former
-        folder = self.former[0]
+        assert self.existing
+        folder = self.existing[0]
         if self.state == "finished":
             task = EvaluationTask(folder, self.evaluation)
             asked = self.evaluation

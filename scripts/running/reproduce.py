@@ -80,7 +80,7 @@ def reproduce(
         begun = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check(with_data=False)]
         have_data(of_study, [pipeline.composed for pipeline in begun if pipeline.composed])
         for pipeline in begun:
-            if not pipeline.former:  # without the data it could not be found
+            if not pipeline.existing:  # without the data it could not be found
                 pipeline.look_up()
         ready = []
         with Bar("checking and planning", len(begun)) as bar:
@@ -163,8 +163,8 @@ def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list
     """What would become of one recipe, and what is to be said of it."""
     row: dict[str, Any] = {"recipe": pipeline.outcome.label, "training": "new"}
     row |= dict.fromkeys(("fetch GB", "epochs", "steps", "needs GiB", "fits", "hours"))
-    if pipeline.former:
-        row["training"] = f"{pipeline.state}: {pipeline.former[0].path}"
+    if pipeline.existing:
+        row["training"] = f"{pipeline.state}: {pipeline.existing[0].path}"
         if pipeline.state == "finished":
             return row, []
     composed, request = pipeline.composed, pipeline.request

@@ -4,33 +4,34 @@ On several nodes a scheduler starts `recipe resume` on each of them. The one on 
 its record; the others only launch their share of the ranks.
 """
 
-import hashlib
 import os
-import shutil
-from collections.abc import Container, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import psutil
 
 from .. import backends
 from ..backends import Backend
 from ..backends.slurm import Slurm
-from ..base import machine, paths, yamlfiles
-from ..base.errors import UserError
-from ..base.files import sha256, write_atomically
+from ..base import machine, yamlfiles
+from ..base.errors import UserError, WorkFailed
+from ..base.files import sha256
 from ..base.progress import Bar, say
 from ..checks import check, trust
 from ..checks.check import check_arguments
-from ..configs import datafiles, gpus, substitution
+from ..configs import datafiles, gpus
 from ..configs.compose import Composed, Request, compose, is_rehearsal
-from ..configs.config import Difference
-from ..configs.datafiles import DataFile
 from ..planning import fit
-from ..runs import launch, provenance
-from ..runs.handover import launched
-from ..runs.lookup import find_run
-from ..runs.rundir import Run, RunDir, new_folder, this_job
+from ..runs import launch
+from ..runs.launch import OutOfMemory
+from ..runs.records import Run
+from ..runs.rundir import RunDir, find_run, this_job
 from ..runs.tasks import Command, Outcome, Work
-from ..scores import evaluation_rows
-from . import shortage
+from .create import create
+
+_GIB = 2**30
+_LESS = 0.8  # of the planned memory, the most that a change may need: the overshoot is unknown
+_CHANGES = 3  # the most that are listed
 
 
 def prepare(request: Request, backend: Backend, runs: Path) -> Composed:
@@ -92,77 +93,8 @@ def start(request: Request, runs: Path, backend: Backend) -> RunDir:
     launch.require(Path.cwd())
     folder = create(composed, request, runs)
     with folder.held() as lock:
-        shortage.train(folder, folder.read(), lock)
+        train(folder, folder.read(), lock)
     return folder
-
-
-def create(composed: Composed, request: Request, runs: Path, shared: Container[Difference] = ()) -> RunDir:
-    """A new run folder with the config and the record of a run that is yet to be launched.
-
-    Args:
-        composed: the run's checked config.
-        request: what it was composed from.
-        runs: the folder for it.
-        shared: differences from the recipe that have been shown already, for several runs together.
-    """
-    if composed.rehearsal and substitution.stands_in(composed.config):
-        substitution.model_folder()
-    folder = RunDir(new_folder(runs / composed.recipe, composed.digest[:7]))
-    ours = launched(composed, folder)
-    new = [difference for difference in composed.differences if difference not in shared]
-    for difference in composed.differences:  # with a tracker's placeholders filled in
-        difference.run = ours.get(difference.key, difference.run)
-    record = model_record(composed, request)
-    try:
-        write_atomically(folder.config, yamlfiles.write_yaml(ours))
-        record.seal = trust.seal(folder, record)
-        folder.write(record)
-    except OSError:
-        shutil.rmtree(folder.path)  # without a record the folder is not a run
-        raise
-    say(f"run {folder.path}")
-    if record.variant_of:
-        say(f"  a variant of {record.variant_of}")
-    for difference in new:
-        say(f"  {difference}")
-    return folder
-
-
-def model_record(composed: Composed, request: Request) -> Run:
-    """The record of a run that is yet to be launched, or of what is evaluated as one.
-
-    Args:
-        composed: its checked config.
-        request: what it was composed from.
-    """
-    stands_in = composed.rehearsal and substitution.stands_in(composed.config)
-    record = Run(
-        recipe=composed.recipe,
-        variant_of=composed.origin if composed.origin != composed.recipe else None,
-        recipe_file=str(composed.recipe_file),
-        recipe_sha256=sha256(composed.recipe_file),
-        digest=composed.digest,
-        template_sha256=_template_sha256(composed.recipe),
-        rehearsal=composed.rehearsal,
-        profiles=composed.profiles,
-        overrides=request.overrides,
-        forced=request.force,
-        mirror=request.mirror,
-        gpus_used=request.gpus,
-        nodes=request.nodes,
-        axolotl_arguments=request.axolotl_arguments,
-        differences=composed.differences,
-        of_variant=composed.of_variant,
-        data=composed.data,
-        test_data=datafiles.test_file(composed.config),
-        stand_in_sha256=substitution.digest() if stands_in else None,
-        cwd=str(Path.cwd()),
-        provenance=provenance.collect(),
-    )
-    usual = evaluation_rows.usual(record, composed.config)
-    if usual and usual.file:
-        record.test_rows = DataFile(path=str(usual.file), sha256=sha256(usual.file), bytes=usual.file.stat().st_size)
-    return record
 
 
 def resume(
@@ -243,7 +175,7 @@ def _resume_here(folder: RunDir, prepare_only: bool, own: bool) -> RunDir:
         if record.launches:
             begin = checkpoint.name if checkpoint else "the beginning: it has no whole checkpoint"
             say(f"resume {folder.path} from {begin}")
-        shortage.train(folder, record, lock, checkpoint)
+        train(folder, record, lock, checkpoint)
     return folder
 
 
@@ -302,16 +234,60 @@ def _check_here(folder: RunDir, record: Run) -> None:
         raise
 
 
-def _template_sha256(recipe: str) -> str | None:
-    """A hash of everything that a recipe is rendered from; None where it has no template."""
-    written = [templates / f"{recipe}.yaml.j2" for _, templates in paths.homes()]
-    template = next(filter(Path.is_file, written), None)
-    if not template:
-        return None
-    files = [template, *sorted(template.parent.glob("_*.j2")), paths.TEMPLATES / "models.yaml"]
-    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
-
-
 def command(folder: RunDir, runs: Path, rows: str = "") -> Command:
     """The command that trains or resumes a run that is trusted; see `Command` for `rows`."""
     return Command("run", folder, ["resume", str(folder.path), "--trust", "--runs", str(runs)], rows)
+
+
+def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
+    """`launch.train`; where memory ran out it says how much there was and what to change.
+
+    Raises:
+        WorkFailed: as in `launch.train`.
+    """
+    try:
+        launch.train(folder, record, lock, checkpoint)
+    except OutOfMemory as error:
+        lines = _of_gpu(folder, record) if error.gpu else _of_machine(folder, record)
+        raise WorkFailed("\n".join([str(error), *lines])) from None
+
+
+def _measured(folder: RunDir, record: Run) -> str:
+    summary = folder.summary(record)
+    if summary.peak_memory is None:
+        return "nothing was measured before that"
+    return f"measured until then: {summary.peak_memory:.1f} GiB ({summary.memory_kind})"
+
+
+def _of_machine(folder: RunDir, record: Run) -> Iterator[str]:
+    """What is known where the kernel killed a process for the machine's memory; what the process needs of that is not
+    planned."""
+    memory = psutil.virtual_memory()
+    yield f"  {_measured(folder, record)}; of this machine's {memory.total / _GIB:.1f} GiB, "\
+          f"{memory.available / _GIB:.1f} are free now, and a job has less"  # fmt: skip
+    yield (
+        "  what to change: end other processes, ask for more memory for a job, or run anew with --set "
+        "dataloader_num_workers=0 --set dataset_num_proc=1; `dmesg` says whether the kernel killed it for memory"
+    )
+
+
+def _of_gpu(folder: RunDir, record: Run) -> Iterator[str]:
+    """What is known where a GPU's memory did not suffice, from a plan of the config and of milder ones."""
+    from ..planning import need, plan
+
+    config = yamlfiles.read_yaml(folder.config)
+    if (local := Path(record.cwd, str(config.get("base_model")))).is_dir():
+        config["base_model"] = str(local)
+    try:
+        needed = need.planner_of(config, gpus.here(), alone=True)[0].need() / _GIB
+        changes = plan.plan(config, gpus.here(), needed * _LESS / need.USABLE, record.ranks)[0]["changes"]
+    except UserError as error:
+        yield f"  {_measured(folder, record)}; memory is not planned: {error}"
+        return
+    yield f"  planned: {needed:.1f} GiB; {_measured(folder, record)}; `nvidia-smi` shows what else is on the GPU"
+    less = [change for change in changes if change["needed"] / _GIB < needed][:_CHANGES]
+    if less:
+        yield f"  what to change, `recipe run {record.recipe}` with, each beside those above it:"
+    for change in less:
+        sets = " ".join(f"--set {key}={yamlfiles.write_flow(value)}" for key, value in change["set"].items())
+        yield f"    {sets}: {change['needed'] / _GIB:.1f} GiB; {change['effect']}"

@@ -15,7 +15,8 @@ from ..runs.tasks import DONE, Outcome
 from ..scores import evaluate, published
 from ..scores.columns import scorer_models
 from ..scores.task import EvaluationRequest
-from . import adapters, reproduce
+from . import reproduce
+from .evaluation import checked, located, run_of
 
 Stage = Literal["predictions", "adapter", "training"]
 
@@ -90,7 +91,7 @@ def evaluate_adapters(
         step = "check"
         try:
             asked = reproduce.request_for(request, outcome.recipe)
-            composed = adapters.checked(asked, runs, backend)
+            composed = checked(asked, runs, backend)
             files = adapter_files(of_study.data, adapter)
             if not request.rehearse:
                 reproduce.have_data(of_study, [composed])
@@ -101,9 +102,9 @@ def evaluate_adapters(
                 raise UserError(f"{outcome.recipe}: {problem}")
             if not all(of_study.data.files[file].sha256 for file in files):
                 say(f"{outcome.recipe}: study.yaml has no checksum of its adapter, which is therefore not verified")
-            folder, _ = adapters.located(str(of_study.data.raw / adapter))
+            folder, _ = located(str(of_study.data.raw / adapter))
             step = "evaluate"
-            with adapters.run_of(composed, asked, folder, adapter, runs) as made:
+            with run_of(composed, asked, folder, adapter, runs) as made:
                 evaluate.evaluate(made, evaluation)
             outcome.run, outcome.steps[step] = made.path, DONE
         except (UserError, WorkFailed) as error:

@@ -1,23 +1,96 @@
-"""Running all members of a sweep, except those done before: `recipe sweep`."""
+"""Running the members of a sweep, except those done before, and its record: `recipe sweep`."""
 
 import itertools
 import re
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from ..backends import Backend
-from ..base.errors import UserError
+from ..base import paths, yamlfiles
+from ..base.errors import UserError, meant
+from ..base.files import write_atomically
+from ..base.machine import now
 from ..base.paths import find_recipe
 from ..base.processes import held
 from ..base.progress import Bar, say
-from ..configs import config
+from ..configs import config, variants
 from ..configs.compose import Request
 from ..configs.gpus import Gpu
-from ..runs.tasks import DONE, Outcome, Work
+from ..metrics.metric import Column
+from ..runs.tasks import DONE, Outcome
+from ..scores.columns import columns_of
 from ..scores.task import EvaluationRequest
-from . import former, sweeps
-from .pipeline import Pipeline, need_judges, seeds_of
-from .sweeps import Sweep, SweepMember
+from .pipeline import Pipeline, existing_runs, need_judges, seeds_of
+
+PAIRED = "_"
+
+
+class SweepMember(BaseModel):
+    """One config of a sweep; with several seeds there are as many members of a name.
+
+    Attributes:
+        values: what it sets, by dotted key.
+        digest: of its config and data; it identifies its run.
+        planned_gib: what the recipe itself needs on a GPU with these values.
+    """
+
+    name: str
+    values: dict[str, Any]
+    seed: int | None = None
+    digest: str | None = None
+    planned_gib: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name, and its seed where there are several."""
+        return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
+
+    @property
+    def overrides(self) -> list[str]:
+        """Its values as --set takes them."""
+        values = self.values if self.seed is None else self.values | {"seed": self.seed}
+        return [_setting(key, value) for key, value in values.items()]
+
+
+class Sweep(BaseModel):
+    """A sweep over a recipe.
+
+    Attributes:
+        keys: in whose values its members differ.
+        profiles: what is laid over every member.
+    """
+
+    name: str
+    recipe: str
+    rehearsal: bool
+    keys: list[str]
+    profiles: list[str] = Field(default_factory=list)
+    members: list[SweepMember]
+    made: str = Field(default_factory=now)
+
+    @property
+    def label(self) -> str:
+        """The name that no other sweep has."""
+        return f"{self.name}/{self.recipe}{'/rehearsal' if self.rehearsal else ''}"
+
+    def file(self, runs: Path) -> Path:
+        """The file of its record."""
+        kind = ".rehearsal.json" if self.rehearsal else ".json"
+        return runs / "sweeps" / self.name / f"{self.recipe.replace('/', '--')}{kind}"
+
+    def lock(self, runs: Path) -> Path:
+        """The lock that a command holds while it carries the sweep out."""
+        return self.file(runs).with_suffix(".lock")
+
+    def write(self, runs: Path) -> None:
+        """Write its record, replacing that of an earlier start."""
+        write_atomically(self.file(runs), self.model_dump_json(indent=1) + "\n")
 
 
 def sweep(
@@ -29,7 +102,6 @@ def sweep(
     backend: Backend,
     *,
     seeds: int = 1,
-    max_runs: int | None = None,
     gpu: Gpu | None = None,
     dry_run: bool = False,
 ) -> tuple[Sweep, list[Outcome]]:
@@ -40,13 +112,12 @@ def sweep(
 
     Args:
         name: the sweep's.
-        members: see `sweeps.read`.
+        members: see `read_members`.
         request: what is laid over the recipe for every member.
         evaluation: how each run is evaluated.
         runs: the folder for the runs.
         backend: where the members are carried out.
         seeds: how many seeds each member is run with, from the recipe's own on.
-        max_runs: the most members that are begun; the others wait for the next time.
         gpu: what they are planned for, by default the backend's GPU.
         dry_run: check and plan only.
 
@@ -74,12 +145,12 @@ def sweep(
         name=name,
         recipe=recipe,
         rehearsal=request.rehearse,
-        keys=sweeps.varying(members),
+        keys=varying(members),
         profiles=pipelines[0].composed.profiles if pipelines[0].composed else [],
         members=members,
     )
     if not dry_run:
-        _carry_out(record, pipelines, evaluation, runs, backend, max_runs)
+        _carry_out(record, pipelines, evaluation, runs, backend)
     return record, [pipeline.outcome for pipeline in pipelines]
 
 
@@ -101,16 +172,15 @@ def _carry_out(
     evaluation: EvaluationRequest,
     runs: Path,
     backend: Backend,
-    max_runs: int | None,
 ) -> None:
     with held(record.lock(runs), f"the sweep {record.label} is already running there"):
         record.write(runs)
         fitting = [pipeline for pipeline in pipelines if not pipeline.outcome.problem]
-        former_runs = former.by_digest(runs, record.recipe)
+        existing = existing_runs(runs, record.recipe)
         for pipeline in fitting:
-            pipeline.former = former_runs.get(pipeline.digest() or "")
-        works = _works(fitting, max_runs)
-        need_judges(works, sweeps.of_recipe(record.recipe), evaluation, record.rehearsal)
+            pipeline.existing = existing.get(pipeline.digest() or "")
+        works = [pipeline.work() for pipeline in fitting]
+        need_judges(works, of_recipe(record.recipe), evaluation, record.rehearsal)
         if any("run" in work.steps for work in works):
             _show_shared_differences(pipelines)
         backend.submit(works, record.name, runs, ["results", "--sweep", record.label, "--runs", str(runs)])
@@ -165,12 +235,93 @@ def _show_shared_differences(pipelines: list[Pipeline]) -> None:
         say("\n  ".join(["every member:", *map(str, shared)]))
 
 
-def _works(fitting: list[Pipeline], max_runs: int | None) -> list[Work]:
-    """What has to be carried out for members, of which at most `max_runs` are begun."""
-    works = {pipeline: pipeline.work() for pipeline in fitting}
-    to_begin = [pipeline for pipeline in fitting if works[pipeline].steps]
-    to_begin.sort(key=lambda pipeline: pipeline.state == "failed")  # so that these do not keep others waiting
-    for pipeline in to_begin[max_runs or len(fitting) :]:
-        pipeline.outcome.steps["run"] = "left for later"
-        del works[pipeline]
-    return list(works.values())
+def of_recipe(recipe: str) -> dict[str, Column]:
+    """What the runs of a recipe, or of a variant of one, are scored with."""
+    origin: str | None = recipe
+    with suppress(UserError):  # it is no longer there
+        origin = variants.origin(*paths.find_recipe(recipe))
+    return columns_of(origin)
+
+
+def read_members(file: Path | None, sets: Sequence[str]) -> tuple[str, list[SweepMember]]:
+    """The name and the members of a sweep, in order: every entry of `_` with every combination of the lists.
+
+    Args:
+        file: a YAML file in Axolotl's sweep format; an entry of `_` can have a `name`.
+        sets: `key=value,value` as given to --set.
+
+    Raises:
+        UserError: neither is given, one is malformed, or two members have the same name.
+    """
+    if not file and not sets:
+        raise UserError("name a sweep's file, or values to try, as in --set lora_r=16,32")
+    content = yamlfiles.read_yaml(file) if file else {}
+    paired = content.pop(PAIRED, [{}])
+    grid = {}
+    for key, values in content.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{file}:{yamlfiles.line_of(file, key) if file else 0}: {key}: expected a list of values")
+        grid[key] = values
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip() or not value:
+            raise UserError(f"--set {text}: expected key=value,value, as in --set lora_r=16,32")
+        grid[key.strip()] = yamlfiles.parse(f"[{value}]", f"--set {text}")
+    if not isinstance(paired, list) or not paired or not all(isinstance(entry, dict) for entry in paired):
+        raise UserError(f"{file}: {PAIRED}: expected a list of mappings, as in `- {{name: Wide, lora_r: 64}}`")
+    several = [key for key, values in grid.items() if len(values) > 1]
+    members = []
+    for entry, combination in itertools.product(paired, itertools.product(*grid.values())):
+        chosen = dict(zip(grid, combination, strict=True))
+        own = {key: value for key, value in entry.items() if key != "name"}
+        named = [str(entry["name"])] if "name" in entry else [_setting(key, value) for key, value in own.items()]
+        named += [_setting(key, chosen[key]) for key in several]
+        members.append(SweepMember(name=", ".join(named) or "as it is", values=chosen | own))
+    for name, count in Counter(member.name for member in members).items():
+        if count > 1:
+            raise UserError(f"{file or '--set'}: two members are called {name}; give each entry of _ its own name")
+    return file.stem if file else "+".join(several or grid), members
+
+
+def _setting(key: str, value: Any) -> str:
+    return f"{key}={yamlfiles.write_flow(value)}"
+
+
+def varying(members: Sequence[SweepMember]) -> list[str]:
+    """The keys in whose values some members differ."""
+    keys = dict.fromkeys(key for member in members for key in member.values)
+    return [key for key in keys if any(m.values.get(key) != members[0].values.get(key) for m in members)]
+
+
+def find_sweep(name: str, runs: Path) -> Sweep:
+    """The sweep of a name: its label or a part of that, see `meant`, or `latest`.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    recorded = []
+    for file in runs.glob("sweeps/*/*.json"):
+        with suppress(OSError, ValidationError):
+            recorded.append(Sweep.model_validate_json(file.read_bytes()))
+    recorded.sort(key=lambda sweep: sweep.made)
+    if name == "latest" and recorded:
+        return recorded[-1]
+    wanted = Path(name).stem if name.endswith((".yaml", ".yml")) else name
+    labels = {sweep.label: sweep for sweep in recorded}
+    there = f"there are {', '.join(labels)}" if labels else "`recipe sweep` makes one"
+    found = meant(wanted, labels, "sweep", f" below {runs}/; {there}")
+    if found != wanted and (rehearsal := f"{found}/rehearsal") in labels:  # one of them is not to stop for the other
+        raise UserError(f"{name}: may be {found} or {rehearsal}; give its whole name")
+    return labels[found]
+
+
+def find_sweep_file(name: str) -> Path:
+    """The file of a sweep given by the name of a shipped one or a part of that, or as FILE.
+
+    Raises:
+        UserError: there is none, or several are meant.
+    """
+    shipped = {file.stem: file for file in sorted((paths.RECIPES / "sweeps").glob("*.yaml"))}
+    if name in shipped or Path(name).is_file():
+        return shipped.get(name) or Path(name)
+    return shipped[meant(name, shipped, "sweep", f"; there are {', '.join(shipped)}, or any YAML file")]

@@ -24,8 +24,8 @@ from ..base.progress import TrainingProgress, say
 from ..configs import numerics
 from ..configs.gpus import CPU_RANKS
 from . import health, provenance
-from .records import Ended, FileState
-from .rundir import Launch, Run, RunDir, State, summarise, this_job
+from .records import Ended, FileState, Launch, Run, State
+from .rundir import RunDir, summarise, this_job
 
 AXOLOTL = Path(sys.executable).with_name("axolotl")
 _NO_GPU_MEMORY = re.compile("CUDA out of memory|CUDA error: out of memory")

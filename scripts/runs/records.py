@@ -1,13 +1,16 @@
-"""What a run's records hold as far as it is read: a line of metrics.jsonl, provenance, a time, the state of a file."""
+"""Contents of a run's files: run.json, jobs.json, a line of metrics.jsonl."""
 
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, Required, Self, TypedDict
 
-from pydantic import AfterValidator, BaseModel, TypeAdapter, with_config
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, with_config
 
 from ..base.files import sha256
-from ..base.machine import Card
+from ..base.machine import Card, now
+from ..configs.config import Difference, chained
+from ..configs.datafiles import DataFile
 
 Ended = Literal["complete", "early stopping", "signal", "callback", "no batch"]
 """How a training ended: with its last step, or before it, stopped by what this says; callback is any other of Axolotl's
@@ -96,3 +99,135 @@ def _moment(text: str) -> str:
 
 Moment = Annotated[str, AfterValidator(_moment)]
 """A time as `now` writes it, in a record."""
+
+State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
+
+
+class Job(BaseModel):
+    """A command of a run that was submitted to SLURM."""
+
+    place: str = "slurm"  # `sky` in runs of earlier versions
+    id: str
+    step: str
+    user: str
+    script: str  # an id alone can be another cluster's, or come again
+    words: list[str] = Field(default_factory=list)  # the command line behind `recipe`
+    submitted: Moment = Field(default_factory=now)
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What a queue reports about a job that has not ended.
+
+    Attributes:
+        kind: unknown where the queue does not answer.
+        reason: why it waits, in the queue's own word, where that is informative.
+        job: its id.
+    """
+
+    kind: Literal["queued", "running", "unknown"]
+    reason: str = ""
+    job: str = ""
+
+    def __str__(self) -> str:
+        if self.kind == "unknown":
+            return "not known: its queue does not answer"
+        return f"{self.kind}{f': {self.reason}' if self.reason else ''} (job {self.job})"
+
+
+class Launch(BaseModel):
+    """One start of the training process: a run's first, or to resume it."""
+
+    command: list[str]
+    host: str | None = None
+    started: Moment
+    ended: Moment | None = None
+    exit_code: int | None = None
+    resumed_from: str | None = None
+    problem: str | None = None  # what ended it, where that is known and needs another remedy than its log
+
+
+class Summary(BaseModel):
+    """What the metrics say about the training so far. Seconds and GiB; a loss that is not a number is null.
+
+    Attributes:
+        eval_loss, eval_loss_first: Axolotl's own, a mean of the means of batches.
+        eval_loss_per_token, eval_loss_per_token_first: see the module `eval_loss`; runs made before it have none.
+        kept_step: step of the checkpoint with the least eval loss, where its weights were kept instead of the last
+            ones; `eval_loss` and `eval_loss_per_token` are then of that step.
+        trainable_parameters, parameters: as PEFT counts them; older runs, and those without an adapter, have none.
+    """
+
+    step: int = 0
+    max_steps: int | None = None
+    epoch: float | None = None
+    loss: float | None = None
+    eval_loss_first: float | None = None
+    eval_loss: float | None = None
+    eval_loss_per_token_first: float | None = None
+    eval_loss_per_token: float | None = None
+    kept_step: int | None = None
+    train_seconds: float = 0.0
+    tokens_per_second: float | None = None
+    peak_memory: float | None = None
+    memory_kind: str | None = None
+    engine: str | None = None  # what divided the training among ranks, as seen from Axolotl's own objects
+    peak_memory_by_rank: list[float] | None = None
+    trainable_parameters: int | None = None
+    parameters: int | None = None
+    trouble: str | None = None  # see `health.of_losses`
+    ended: Ended | None = None  # None also for a training that was killed, or that is older than this record
+
+    @property
+    def trainable_share(self) -> float | None:
+        """The trainable share of all parameters, where both are recorded."""
+        return self.trainable_parameters / self.parameters if self.trainable_parameters and self.parameters else None
+
+
+class Run(BaseModel):
+    """The content of run.json."""
+
+    state: State = "created"
+    recipe: str
+    variant_of: str | None = None  # the shipped recipe
+    recipe_file: str
+    recipe_sha256: str
+    template_sha256: str | None = None
+    digest: str | None = None  # of the config, before a run adds its own keys, and the data
+    rehearsal: bool = False
+    profiles: list[str] = Field(default_factory=list)
+    overrides: list[str] = Field(default_factory=list)
+    forced: list[str] = Field(default_factory=list)  # findings of the check that were overridden
+    seal: str | None = None  # see `checks.trust`
+    mirror: bool = False
+    gpus_used: int = 1  # on each node
+    nodes: int = 1
+    axolotl_arguments: list[str] = Field(default_factory=list)
+    differences: list[Difference] = Field(default_factory=list)  # from the file that was run
+    of_variant: list[Difference] = Field(default_factory=list)  # of that file from the shipped recipe
+    data: list[DataFile] = Field(default_factory=list)
+    test_data: str | None = None
+    test_rows: DataFile | None = None  # the file that it is evaluated on
+    stand_in_sha256: str | None = None  # of a rehearsal, see `substitution.digest`
+    cwd: str
+    created: Moment = Field(default_factory=now)
+    launches: list[Launch] = Field(default_factory=list)
+    adapter: FileState | None = None  # as the last launch left it
+    published_adapter: str | None = None  # the name of one that was not trained here
+    summary: Summary = Field(default_factory=Summary)  # as of the last launch's end; `RunDir.summary` is up to date
+    provenance: Provenance = Field(default_factory=Provenance)
+
+    @property
+    def origin(self) -> str:
+        """The recipe whose study it belongs to."""
+        return self.variant_of or self.recipe
+
+    @property
+    def from_origin(self) -> list[Difference]:
+        """Differences from the shipped recipe."""
+        return chained(self.of_variant, self.differences)
+
+    @property
+    def ranks(self) -> int:
+        """The processes that train, each with a GPU of its own."""
+        return self.gpus_used * self.nodes

@@ -1,157 +1,26 @@
-"""A run's folder: run.json, its state, its jobs and its metrics."""
+"""Run folders: record, state, jobs, metrics and checkpoints of one, and the one that a user means."""
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import orjson
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from ..base.errors import UserError
+from ..base.errors import UserError, meant
 from ..base.files import clear_parts, loads, write_atomically
-from ..base.machine import now
+from ..base.paths import RUNS
 from ..base.processes import LOCK_TIMEOUT, held, is_held
 from ..base.progress import say, say_once
-from ..configs.config import Difference, chained
-from ..configs.datafiles import DataFile
 from . import checkpoints, health
-from .records import RECORD, Ended, FileState, Moment, Provenance
+from .provenance import other_axolotl
+from .records import RECORD, Job, JobState, Run, State, Summary
 
-State = Literal["created", "queued", "running", "finished", "failed", "interrupted"]
-
-
-class Job(BaseModel):
-    """A command of a run that was submitted to SLURM."""
-
-    place: str = "slurm"  # `sky` in runs of earlier versions
-    id: str
-    step: str
-    user: str
-    script: str  # an id alone can be another cluster's, or come again
-    words: list[str] = Field(default_factory=list)  # the command line behind `recipe`
-    submitted: Moment = Field(default_factory=now)
-
-
-@dataclass(frozen=True)
-class JobState:
-    """What a queue reports about a job that has not ended.
-
-    Attributes:
-        kind: unknown where the queue does not answer.
-        reason: why it waits, in the queue's own word, where that is informative.
-        job: its id.
-    """
-
-    kind: Literal["queued", "running", "unknown"]
-    reason: str = ""
-    job: str = ""
-
-    def __str__(self) -> str:
-        if self.kind == "unknown":
-            return "not known: its queue does not answer"
-        return f"{self.kind}{f': {self.reason}' if self.reason else ''} (job {self.job})"
-
-
-class Launch(BaseModel):
-    """One start of the training process: a run's first, or to resume it."""
-
-    command: list[str]
-    host: str | None = None
-    started: Moment
-    ended: Moment | None = None
-    exit_code: int | None = None
-    resumed_from: str | None = None
-    problem: str | None = None  # what ended it, where that is known and needs another remedy than its log
-
-
-class Summary(BaseModel):
-    """What the metrics say about the training so far. Seconds and GiB; a loss that is not a number is null.
-
-    Attributes:
-        eval_loss, eval_loss_first: Axolotl's own, a mean of the means of batches.
-        eval_loss_per_token, eval_loss_per_token_first: see the module `eval_loss`; runs made before it have none.
-        kept_step: step of the checkpoint with the least eval loss, where its weights were kept instead of the last
-            ones; `eval_loss` and `eval_loss_per_token` are then of that step.
-        trainable_parameters, parameters: as PEFT counts them; older runs, and those without an adapter, have none.
-    """
-
-    step: int = 0
-    max_steps: int | None = None
-    epoch: float | None = None
-    loss: float | None = None
-    eval_loss_first: float | None = None
-    eval_loss: float | None = None
-    eval_loss_per_token_first: float | None = None
-    eval_loss_per_token: float | None = None
-    kept_step: int | None = None
-    train_seconds: float = 0.0
-    tokens_per_second: float | None = None
-    peak_memory: float | None = None
-    memory_kind: str | None = None
-    engine: str | None = None  # what divided the training among ranks, as seen from Axolotl's own objects
-    peak_memory_by_rank: list[float] | None = None
-    trainable_parameters: int | None = None
-    parameters: int | None = None
-    trouble: str | None = None  # see `health.of_losses`
-    ended: Ended | None = None  # None also for a training that was killed, or that is older than this record
-
-    @property
-    def trainable_share(self) -> float | None:
-        """The trainable share of all parameters, where both are recorded."""
-        return self.trainable_parameters / self.parameters if self.trainable_parameters and self.parameters else None
-
-
-class Run(BaseModel):
-    """The content of run.json."""
-
-    state: State = "created"
-    recipe: str
-    variant_of: str | None = None  # the shipped recipe
-    recipe_file: str
-    recipe_sha256: str
-    template_sha256: str | None = None
-    digest: str | None = None  # of the config, before a run adds its own keys, and the data
-    rehearsal: bool = False
-    profiles: list[str] = Field(default_factory=list)
-    overrides: list[str] = Field(default_factory=list)
-    forced: list[str] = Field(default_factory=list)  # findings of the check that were overridden
-    seal: str | None = None  # see `checks.trust`
-    mirror: bool = False
-    gpus_used: int = 1  # on each node
-    nodes: int = 1
-    axolotl_arguments: list[str] = Field(default_factory=list)
-    differences: list[Difference] = Field(default_factory=list)  # from the file that was run
-    of_variant: list[Difference] = Field(default_factory=list)  # of that file from the shipped recipe
-    data: list[DataFile] = Field(default_factory=list)
-    test_data: str | None = None
-    test_rows: DataFile | None = None  # the file that it is evaluated on
-    stand_in_sha256: str | None = None  # of a rehearsal, see `substitution.digest`
-    cwd: str
-    created: Moment = Field(default_factory=now)
-    launches: list[Launch] = Field(default_factory=list)
-    adapter: FileState | None = None  # as the last launch left it
-    published_adapter: str | None = None  # the name of one that was not trained here
-    summary: Summary = Field(default_factory=Summary)  # as of the last launch's end; `RunDir.summary` is up to date
-    provenance: Provenance = Field(default_factory=Provenance)
-
-    @property
-    def origin(self) -> str:
-        """The recipe whose study it belongs to."""
-        return self.variant_of or self.recipe
-
-    @property
-    def from_origin(self) -> list[Difference]:
-        """Differences from the shipped recipe."""
-        return chained(self.of_variant, self.differences)
-
-    @property
-    def ranks(self) -> int:
-        """The processes that train, each with a GPU of its own."""
-        return self.gpus_used * self.nodes
+PLUGIN = "qlora_recipes.plugin.RunPlugin"
+"""The name of the plugin in the config of every run."""
 
 
 class RunDir:
@@ -357,3 +226,63 @@ def summarise(metrics: list[dict[str, Any]]) -> Summary:
         trouble=health.of_losses(metrics),
         ended=newest.get("ended"),
     )
+
+
+def all_runs(runs: Path = RUNS) -> list[RunDir]:
+    """Every run folder below `runs`, oldest first."""
+    return sorted((RunDir(file.parent) for file in runs.rglob("run.json")), key=lambda run: run.path.name)
+
+
+def find_run(name: str, runs: Path = RUNS) -> RunDir:
+    """The run given as its folder, by its name, as `latest`, or by a recipe, whose newest run it is.
+
+    Of names a part is enough, see `meant`; which run is meant is then said.
+
+    Raises:
+        UserError: no run, or more than one, matches.
+    """
+    if (Path(name) / "run.json").is_file():
+        return _noted(RunDir(Path(name)))
+    folders = all_runs(runs)
+    named = {run.path.relative_to(runs).as_posix(): run for run in folders}
+    named |= {path.rpartition("/")[0]: run for path, run in named.items() if "/" in path}  # the last is the newest
+    hint = f" below {runs}/; " + ("`recipe results` lists the runs" if named else "`recipe run` makes one")
+    choices = ({"latest": folders[-1]} if folders else {}) | named
+    found = choices[meant(name.removeprefix(f"{runs}/"), choices, "run", hint)]
+    if name != "latest" and found.path != runs / name:
+        say(f"run {found.path}")
+    return _noted(found)
+
+
+def _noted(folder: RunDir) -> RunDir:
+    """A run, once it is said whether another Axolotl made it."""
+    with suppress(UserError):  # which whoever reads it reports
+        note_versions([(folder, folder.read())])
+    return folder
+
+
+def note_versions(found: Iterable[tuple[RunDir, Run]]) -> None:
+    """Say which runs were made with another Axolotl than is installed."""
+    by_note: dict[str, list[RunDir]] = {}
+    for folder, run in found:
+        by_note.setdefault(other_axolotl(run.provenance.get("packages")), []).append(folder)
+    for note, folders in by_note.items():
+        which = f"{len(folders)} runs, {folders[-1].path} the last, were" if folders[1:] else f"{folders[0].path} was"
+        if note:
+            say_once(f"{which} {note}")
+
+
+def readable(folders: Sequence[RunDir], read: Callable[[RunDir], Run] = RunDir.read) -> Iterator[tuple[RunDir, Run]]:
+    """Runs whose run.json can be read, by `RunDir.read` or `backends.read`; the others are reported on stderr.
+
+    So are those of another Axolotl.
+    """
+    found = []
+    for folder in folders:
+        try:
+            found.append((folder, read(folder)))
+        except UserError as error:
+            say(str(error))
+            continue
+        yield found[-1]
+    note_versions(found)

@@ -11,7 +11,8 @@ from ..base.files import sha256, tensor_shapes
 from ..base.progress import say
 from ..metrics.metric import Column
 from ..runs import checkpoints
-from ..runs.rundir import Run, RunDir
+from ..runs.records import Run
+from ..runs.rundir import RunDir
 from . import evaluation_rows
 from .columns import columns_of, scorer_models
 from .evaluate import evaluate

@@ -21,7 +21,8 @@ from ..checks.rows import fields_of
 from ..configs import datafiles
 from ..data import manifest, study
 from ..data.manifest import is_the_studys
-from ..runs.rundir import Run, RunDir
+from ..runs.records import Run
+from ..runs.rundir import RunDir
 from ..tables import text_of
 from .score import read_rows
 

@@ -15,8 +15,7 @@ from ..base.progress import say_once
 from ..data.study import Decoding
 from ..metrics import registry
 from ..metrics.metric import Column
-from ..runs.records import FileState
-from ..runs.rundir import Run
+from ..runs.records import FileState, Run
 
 PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"

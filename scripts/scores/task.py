@@ -11,7 +11,8 @@ from ..checks import trust
 from ..configs.numerics import precision, quantized
 from ..data import study
 from ..data.study import Decoding
-from ..runs.rundir import Run, RunDir
+from ..runs.records import Run
+from ..runs.rundir import RunDir
 from . import evaluation_rows, evaluations
 from .columns import columns_of
 from .evaluations import ADAPTER, BASE_MODEL, DECODED, REFERENCE, SERVER, VLLM, EvaluationSettings

@@ -20,7 +20,7 @@ from qlora_recipes.backends import slurm as slurm_module
 from qlora_recipes.backends import slurm_queue, slurm_settings
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
-from qlora_recipes.runs import lookup, rundir
+from qlora_recipes.runs import rundir
 from qlora_recipes.runs.rundir import RunDir
 
 TOOLS = Path(sys.executable).parent
@@ -74,7 +74,7 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     command = ["sweep", NAME, "three.yaml", *rehearsed, "--bertscore", "none", "--json"]
     first = orjson.loads(asked(*command))
     assert all("job" in step["run"] and step["evaluate"].startswith("queued (job") for step in first["steps"])
-    runs = lookup.all_runs(tmp_path / "runs")
+    runs = rundir.all_runs(tmp_path / "runs")
     jobs = {run.path: {job.step: job.id for job in run.jobs()} for run in runs}
     for step, sizes in (("run", [1, 2]), ("evaluate", [1, 2]), ("results", [3])):
         arrays = Counter(of_run[step].partition("_")[0] for of_run in jobs.values())
@@ -151,7 +151,7 @@ def test_cancelling_a_sweep_takes_it_out_of_the_queue(
     done = recipe("sweep", NAME, "--set", "lora_r=4,8", *rehearsed, *queue)
     assert done.returncode == 0, done.stderr
     assert len(submitted(tmp_path, "cancel", "--sweep", "latest").splitlines()) == 6
-    for run in lookup.all_runs(tmp_path / "runs"):
+    for run in rundir.all_runs(tmp_path / "runs"):
         assert wait_for(run, lambda record: record.state == "interrupted").launches == []
     slurm.wait_until_empty(20)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, hf_hub_download
 
+from qlora_recipes import cli
 from qlora_recipes.base import hub as base_hub
 from qlora_recipes.base.errors import WorkFailed
-from qlora_recipes.commands import ending
 
 
 @pytest.fixture
@@ -45,5 +45,5 @@ def test_a_loader_that_cannot_reach_the_hub_ends_with_a_line(capsys: pytest.Capt
     def unreachable() -> None:
         raise OSError("unreachable")
 
-    assert (ending.ended(load), ending.ended(unreachable)) == (1, 1)
+    assert (cli.ended(load), cli.ended(unreachable)) == (1, 1)
     assert capsys.readouterr().err == "recipe: hub:\nrecipe: unreachable\n"

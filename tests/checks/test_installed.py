@@ -8,7 +8,7 @@ from conftest import config_with
 
 from qlora_recipes.base import hub, paths, yamlfiles
 from qlora_recipes.checks import check, data_rules, installed, settings_rules
-from qlora_recipes.configs import gpus, precision
+from qlora_recipes.configs import gpus, numerics
 from qlora_recipes.configs.compose import Request
 
 V100 = gpus.find("V100")
@@ -97,7 +97,7 @@ def test_attention() -> None:
     from axolotl.utils.schemas.enums import ATTN_IMPLS_SUPPORTING_PACKING, LEGACY_ATTN_FLAG_TO_IMPL
 
     assert ATTN_IMPLS_SUPPORTING_PACKING | {"sdpa", "eager"} == data_rules.KEEP_DOCUMENTS_APART
-    assert LEGACY_ATTN_FLAG_TO_IMPL == precision.OLD_KEYS
+    assert LEGACY_ATTN_FLAG_TO_IMPL == numerics.OLD_KEYS
 
 
 def test_schedulers_that_need_options() -> None:

@@ -12,8 +12,7 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import trust
 from qlora_recipes.runs import launch
-from qlora_recipes.runs.lookup import all_runs
-from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.runs.rundir import RunDir, all_runs
 
 NAME = "haider2024/code-llama-7b"
 PLUGIN = "foreign-code:plugins.0"

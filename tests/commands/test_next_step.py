@@ -8,7 +8,7 @@ from conftest import SAMPLE, Recipe
 from run_folders import a_run
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.commands.next_step import after_training
+from qlora_recipes.commands.help import after_training
 from qlora_recipes.planning import plan, plan_tables
 
 NAME = "haider2024/code-llama-7b"

@@ -10,7 +10,7 @@ from qlora_recipes.configs import compose, datafiles
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.data import manifest, prepare, sample
 from qlora_recipes.data.declaration import SPLITS
-from qlora_recipes.runs import handover
+from qlora_recipes.running import create
 from qlora_recipes.runs.rundir import RunDir
 
 NAME = "haider2024/llama-2-7b"
@@ -33,7 +33,7 @@ def composed(*overrides: str) -> compose.Composed:
 
 def test_changed_data_is_prepared_anew(place: Path) -> None:
     def prepared() -> str:
-        of_run = handover.launched(composed("datasets.0.path=data/a.jsonl"), RunDir(Path("runs", NAME, "now")))
+        of_run = create.launch_config(composed("datasets.0.path=data/a.jsonl"), RunDir(Path("runs", NAME, "now")))
         return str(of_run["dataset_prepared_path"])
 
     before = prepared()

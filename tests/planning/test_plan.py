@@ -19,7 +19,8 @@ from qlora_recipes.configs.compose import Request
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.planning import cache, need, plan, plan_tables, planner, steps, traces, work
 from qlora_recipes.planning.layers import trace
-from qlora_recipes.runs.rundir import Run, RunDir, Summary
+from qlora_recipes.runs.records import Run, Summary
+from qlora_recipes.runs.rundir import RunDir
 
 TURING, AMPERE = (7, 5), (8, 0)
 

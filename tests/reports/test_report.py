@@ -25,8 +25,10 @@ from qlora_recipes.data import study
 from qlora_recipes.planning import need
 from qlora_recipes.reports import report, report_figures, report_runs
 from qlora_recipes.results import verdict
-from qlora_recipes.running import sweeps
-from qlora_recipes.runs.rundir import Launch, Run, RunDir, Summary, summarise
+from qlora_recipes.running import sweep_results
+from qlora_recipes.running.sweep import Sweep, SweepMember
+from qlora_recipes.runs.records import Launch, Run, Summary
+from qlora_recipes.runs.rundir import RunDir, summarise
 from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings, read_scores
 
 STUDY = study.find("haider2024")
@@ -130,16 +132,16 @@ def html_of(*runs: RunDir) -> str:
     return report.of_runs(report_runs.reported_runs(runs))
 
 
-def a_sweep(folder: Path) -> sweeps.Sweep:
+def a_sweep(folder: Path) -> Sweep:
     """A sweep of three members, of two seeds each, and a fourth that has not run."""
     members = []
     for name, rank in {"Paper": 32, "High rank": 64, "Low rank": 16, "Odd": 8}.items():
         for seed in (42, 43):
             values, digest = {"lora_r": rank, "lora_alpha": 32}, f"{name} {seed}"
-            members.append(sweeps.SweepMember(name=name, values=values, seed=seed, digest=digest, planned_gib=7.1))
+            members.append(SweepMember(name=name, values=values, seed=seed, digest=digest, planned_gib=7.1))
             if name != "Odd":
                 a_run(folder, name=digest, digest=digest)
-    sweep = sweeps.Sweep(name="ranks", recipe=LLAMA_3, rehearsal=True, keys=["lora_r", "lora_alpha"], members=members)
+    sweep = Sweep(name="ranks", recipe=LLAMA_3, rehearsal=True, keys=["lora_r", "lora_alpha"], members=members)
     sweep.write(folder / "runs")
     return sweep
 
@@ -180,10 +182,10 @@ def test_figures_are_what_plotly_draws(tmp_path: Path) -> None:
     from plotly.graph_objects import Figure
 
     sweep, sweep_runs = a_sweep(tmp_path / "sweep"), tmp_path / "sweep" / "runs"
-    members = sweeps.rows(sweep, sweep_runs)
+    members = sweep_results.rows(sweep, sweep_runs)
     runs = {"a": a_run(tmp_path), "b": a_run(tmp_path, "haider2024/llama-2-7b", rehearsal=False)}
     figures = list(report_figures.training({name: run.read_metrics() for name, run in runs.items()}))
-    figures += report_figures.sweep(members, sweeps.columns(sweep, sweep_runs))
+    figures += report_figures.sweep(members, sweep_results.columns(sweep, sweep_runs))
     table = verdict.rows(STUDY, tmp_path / "runs", False)
     figures += [report_figures.study(STUDY, table, column) for column in STUDY.table.values()]
     figures += [report_figures.memory(members)]

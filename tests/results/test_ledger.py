@@ -20,7 +20,7 @@ from qlora_recipes.configs.ledger import Record
 from qlora_recipes.data import study
 from qlora_recipes.planning import need
 from qlora_recipes.results import ledger
-from qlora_recipes.runs.rundir import Job
+from qlora_recipes.runs.records import Job
 from qlora_recipes.scores.evaluations import read_scores
 
 PLAIN, WIDE = small_study.PLAIN, small_study.WIDE

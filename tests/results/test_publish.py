@@ -34,7 +34,8 @@ from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.results import card as model_card
 from qlora_recipes.results import publish
-from qlora_recipes.runs.rundir import Launch, Run, RunDir, Summary
+from qlora_recipes.runs.records import Launch, Run, Summary
+from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluations
 from qlora_recipes.scores.prompter import Prompter
 

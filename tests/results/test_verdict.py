@@ -16,8 +16,7 @@ from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data import study
 from qlora_recipes.reports import report_runs
 from qlora_recipes.results import card, run_rows, verdict
-from qlora_recipes.runs.records import FileState
-from qlora_recipes.runs.rundir import Summary
+from qlora_recipes.runs.records import FileState, Summary
 from qlora_recipes.scores import evaluations
 
 LLAMA_2 = "haider2024/llama-2-7b"

@@ -12,8 +12,7 @@ from run_folders import a_run
 
 from qlora_recipes.base.files import sha256
 from qlora_recipes.runs import launch
-from qlora_recipes.runs.lookup import all_runs
-from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.runs.rundir import RunDir, all_runs
 
 NAME = "haider2024/code-llama-7b"
 KEPT = {"config.yaml", "run.json", "metrics.jsonl", "train.log", "output", ".lock"}

@@ -13,7 +13,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.planning import plan
-from qlora_recipes.running import former, pipeline, reproduce, run, sweep
+from qlora_recipes.running import pipeline, reproduce, run
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.runs.tasks import Command, Outcome, Step, Work
 from qlora_recipes.scores.task import EvaluationRequest
@@ -85,19 +85,6 @@ def test_a_run_that_this_machine_cannot_check_has_failed(tmp_path: Path, monkeyp
     assert folder.read().state == "failed"
 
 
-def test_what_failed_before_keeps_no_other_member_waiting() -> None:
-    def member(name: str, steps: list[Step], failed: bool = False) -> Mock:
-        one = Mock(outcome=Outcome("recipe", name), state="failed" if failed else None)
-        one.work.return_value = Work(one.outcome, list, gpus=0, steps=steps)
-        return one
-
-    done, broken = member("done", []), member("broken", ["run"], failed=True)
-    members = [done, broken, member("queued", []), member("first", ["run"]), member("second", ["evaluate"])]
-    works = sweep._works(members, max_runs=1)
-    assert [work.outcome.member for work in works] == ["done", "queued", "first"]
-    assert broken.outcome.steps.keys() == {"run"}
-
-
 def test_the_former_run_of_a_config_is_the_newest_but_a_finished_one_before_others(tmp_path: Path) -> None:
     recipe = "haider2024/llama-2-7b"
     for name, digest, more in (
@@ -111,7 +98,7 @@ def test_the_former_run_of_a_config_is_the_newest_but_a_finished_one_before_othe
         ("1-before-digests", None, {}),
     ):
         a_run(tmp_path, recipe, f"{name}-{digest}", 5.0, digest=digest, **more)
-    found = former.by_digest(tmp_path, recipe)
+    found = pipeline.existing_runs(tmp_path, recipe)
     assert {digest: folder.path.name for digest, (folder, _) in found.items()} == {"a": "2-newer-a", "b": "2-failed-b"}
 
 

@@ -23,7 +23,7 @@ from qlora_recipes.configs.compose import Composed, Request
 from qlora_recipes.data import prepare, study
 from qlora_recipes.data.declaration import Source, SourceFile
 from qlora_recipes.running import reproduce
-from qlora_recipes.runs import lookup
+from qlora_recipes.runs import rundir
 from qlora_recipes.runs.tasks import Outcome
 from qlora_recipes.scores import evaluations
 
@@ -47,7 +47,7 @@ def test_all_steps_are_done_and_the_table_is_there_and_again_it_does_nothing(
     assert (row["check"], row["run"], row["evaluate"], row["problem"]) == ("done", "done", "done", None)
     assert row["plan"].endswith("GiB")
     (scored,) = [row for row in printed["results"] if row["bleu4"] is not None]
-    (run,) = lookup.all_runs(tmp_path / "runs")
+    (run,) = rundir.all_runs(tmp_path / "runs")
     own = evaluations.read_scores(run.path)
     assert own and (scored["recipe"], scored["bleu4"]) == (ONE, own.scores["bleu4"])
     assert len(evaluations.read_predictions(run.path)) == 12
@@ -128,7 +128,7 @@ def test_a_wrong_request_starts_nothing(recipe: Recipe, tmp_path: Path, words: l
     done = recipe("reproduce", *words)
     assert done.returncode == 2
     assert says in done.stderr
-    assert lookup.all_runs(tmp_path / "runs") == []
+    assert rundir.all_runs(tmp_path / "runs") == []
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_a_judge_that_is_not_there_is_told_before_anything_starts(
     done = recipe("reproduce", "haider2024", "--only", ONE, "--profile", tiny_profile, "--bertscore", "some/nowhere")
     assert done.returncode == 1
     assert "some/nowhere" in done.stderr
-    assert lookup.all_runs(tmp_path / "runs") == []
+    assert rundir.all_runs(tmp_path / "runs") == []
 
 
 def test_the_recipes_of_a_study() -> None:

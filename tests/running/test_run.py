@@ -23,8 +23,8 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import sha256
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.running import run
-from qlora_recipes.runs import checkpoints, launch, lookup, records, rundir
+from qlora_recipes.running import create
+from qlora_recipes.runs import checkpoints, launch, records, rundir
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores.evaluations import ADAPTER
 
@@ -80,7 +80,7 @@ def interrupted_run(process: "subprocess.Popen[str]", runs: Path, stop: Stop) ->
     """A run that `stop` is called on once it has done five of its sixteen steps."""
     try:
         wait_until(partial(_has_done_five, runs), process)
-        (run,) = lookup.all_runs(runs)
+        (run,) = rundir.all_runs(runs)
         assert run.read().state == "running"
         stop(process)
         end_of(process, run)
@@ -194,7 +194,7 @@ def test_a_killed_training_goes_on_to_the_same_adapter(place: Path, tiny_profile
 
 
 def _has_done_five(runs: Path) -> bool:
-    return any(record["step"] >= 5 for run in lookup.all_runs(runs) for record in run.read_metrics())
+    return any(record["step"] >= 5 for run in rundir.all_runs(runs) for record in run.read_metrics())
 
 
 def test_a_loss_that_is_no_number_is_said_while_it_trains(place: Path, tiny_profile: Path, stand_in: Path) -> None:
@@ -233,7 +233,7 @@ def test_where_a_gpus_memory_does_not_suffice_plan_and_measure_are_compared(
     words = ("run", PAGED, "--profile", tiny_profile, "--runs", "too-big", "--set", "micro_batch_size=4")
     words += ("--set", "gradient_checkpointing=null")
     said = finish(start(place, *words, command=stand_in, STAND_IN_NO_MEMORY="5"), code=1)
-    (run,) = lookup.all_runs(place / "too-big")
+    (run,) = rundir.all_runs(place / "too-big")
     assert run.read().state == "failed"
     planned = re.search(r"planned: ([\d.]+) GiB; .* [\d.]+ GiB", said)
     changes = re.findall(r"^    --set (\S+)=.*: ([\d.]+) GiB; ", said, re.MULTILINE)
@@ -309,8 +309,8 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(
     runs = tmp_path / "runs"
     slow = {"STAND_IN_STEP": "0.004", "STAND_IN_HOLD": str(STEPS_OF_A_LAUNCH)}  # so that no launch comes to the end
     process = start(tmp_path, *words, command=stand_in, **slow)
-    wait_until(lambda: bool(lookup.all_runs(runs)) and bool(lookup.all_runs(runs)[0].read().launches), process)
-    (run,) = lookup.all_runs(runs)
+    wait_until(lambda: bool(rundir.all_runs(runs)) and bool(rundir.all_runs(runs)[0].read().launches), process)
+    (run,) = rundir.all_runs(runs)
     for kill in range(kills):
         written = 0
         if kill:
@@ -415,7 +415,7 @@ def test_a_failing_axolotl_fails_the_run(place: Path, tiny_profile: Path, stand_
     no_such_option = "lr_scheduler_kwargs={nonsense: 1}"
     arguments = ("--profile", tiny_profile, "--set", no_such_option, "--runs", "failing")
     message = finish(start(place, "run", PAGED, *arguments, command=stand_in), code=1)
-    (run,) = lookup.all_runs(place / "failing")
+    (run,) = rundir.all_runs(place / "failing")
     assert "TypeError: " in message and str(run.log.relative_to(place)) in message
     assert run.read().state == "failed"
 
@@ -430,7 +430,7 @@ def test_a_run_whose_folder_is_deleted_while_it_trains_fails(
     shutil.rmtree(runs)
     go.touch()
     assert "Traceback" not in finish(process, code=1)
-    assert not lookup.all_runs(runs)
+    assert not rundir.all_runs(runs)
 
 
 def test_rows_that_a_killed_process_half_prepared_are_prepared_anew(tmp_path: Path) -> None:
@@ -468,6 +468,6 @@ def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
     monkeypatch.chdir(tmp_path)
     forced = ["bad-row:datasets.0.path"]  # not found a second time, when rows are not read
     request = Request(PAGED, profiles=[str(tiny_profile)], overrides=["fp16=true", "bf16=false"], force=forced)
-    folder = run.create(compose.compose(request), request, Path("runs"))
+    folder = create.create(compose.compose(request), request, Path("runs"))
     assert "[no-gpu" in finish(start(tmp_path, "resume", folder.path), code=2)
     assert (folder.read().state, folder.read().launches) == ("failed", [])

@@ -20,7 +20,7 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.data import study
 from qlora_recipes.data.published import Score
 from qlora_recipes.metrics.text import bleu4
-from qlora_recipes.runs import lookup
+from qlora_recipes.runs import rundir
 from qlora_recipes.scores.evaluations import read_predictions
 from qlora_recipes.scores.published import _beside
 
@@ -80,7 +80,7 @@ def test_published_predictions_are_fetched_and_scored_beside_the_published_score
     step = mean([TEST[i] if i % 2 else "no" for i in SUBSET], GOLD) - 4.0
     assert (some["difference"], some["agrees"]) == (pytest.approx(step), False)
     assert {row["of"] for row in found["scores"]} == {RECIPE, BASELINE}
-    assert lookup.all_runs(tmp_path / "runs") == []
+    assert rundir.all_runs(tmp_path / "runs") == []
 
 
 @pytest.mark.parametrize(("published", "agrees"), [(0.05, True), (-0.05, True), (0.06, False)])
@@ -239,10 +239,10 @@ def test_a_published_adapter_is_evaluated_once_and_marked(
     found = adapters(recipe, *rehearse)
     (step,), (row,) = found["steps"], found["results"]
     assert (step["evaluate"], row["rows"], row["published_adapter"]) == ("done", 12, "theirs")
-    (made,) = lookup.all_runs(tmp_path / "runs")
+    (made,) = rundir.all_runs(tmp_path / "runs")
     assert tmp_path / row["run"] == made.path and len(read_predictions(made.path)) == 12
     assert adapters(recipe, *rehearse) == found
-    assert [run.path for run in lookup.all_runs(tmp_path / "runs")] == [made.path]
+    assert [run.path for run in rundir.all_runs(tmp_path / "runs")] == [made.path]
     assert recipe("publish", "latest").returncode == 2
     for verb in (("results",), ("results", "--study", "reviews", "--rehearse"), ("report", "-o", "a.html")):
         assert recipe(*verb).returncode == 0
@@ -253,7 +253,7 @@ def test_a_published_adapter_is_evaluated_once_and_marked(
     get_peft_model(LlamaForCausalLM(LlamaConfig(**SMALLER)), lora).save_pretrained(theirs)
     (step,) = adapters(recipe, *rehearse, code=1)["steps"]
     assert step["evaluate"] == "failed" and "adapter_model.safetensors" in step["problem"]
-    assert [run.path for run in lookup.all_runs(tmp_path / "runs")] == [made.path]
+    assert [run.path for run in rundir.all_runs(tmp_path / "runs")] == [made.path]
 
 
 @pytest.mark.long
@@ -262,7 +262,7 @@ def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(
 ) -> None:
     name = "haider2024/llama-3.2-3b"
     finish(start(tmp_path, "run", name, "--rehearse", command=stand_in))
-    (run,) = lookup.all_runs(tmp_path / "runs")
+    (run,) = rundir.all_runs(tmp_path / "runs")
     assert recipe("evaluate", "latest", "--bertscore", "none").returncode == 0
     adapter = tmp_path / "theirs"
     adapter.mkdir()
@@ -270,7 +270,7 @@ def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(
         shutil.copy(run.output / file, adapter)
     done = recipe("evaluate", "llama-3.2-3b", "--adapter", adapter, "--bertscore", "none")
     assert done.returncode == 0, done.stderr
-    (other,) = [made for made in lookup.all_runs(tmp_path / "runs") if made.path != run.path]
+    (other,) = [made for made in rundir.all_runs(tmp_path / "runs") if made.path != run.path]
     assert read_predictions(other.path) == read_predictions(run.path)
     assert any(row["prediction"] for row in read_predictions(run.path))
     (row,) = orjson.loads(recipe("results", "--study", "haider2024", "--rehearse", "--json").stdout)

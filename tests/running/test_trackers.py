@@ -13,7 +13,7 @@ from conftest import RECIPE, Recipe
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.runs import handover
+from qlora_recipes.running import create
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.writing import new
 
@@ -124,7 +124,7 @@ def test_runs_that_begin_at_once_share_a_new_mlflow_store(tmp_path: Path, monkey
 
 def launched(*profiles: str, overrides: list[str] | None = None, rehearse: bool = False) -> yamlfiles.Config:
     request = Request(NAME, profiles=list(profiles), overrides=overrides or [], rehearse=rehearse)
-    return handover.launched(compose.compose(request), RunDir(Path("runs", NAME, "now")))
+    return create.launch_config(compose.compose(request), RunDir(Path("runs", NAME, "now")))
 
 
 def test_what_the_user_says_of_a_tracker_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_a_variant_is_of_the_project_of_its_recipe(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     new.write("wide", NAME, ["lora_r=64"])
     composed = compose.compose(Request("wide", profiles=["wandb"]))
-    filled = handover.launched(composed, RunDir(Path("runs", "wide", "now")))
+    filled = create.launch_config(composed, RunDir(Path("runs", "wide", "now")))
     assert (filled["wandb_project"], filled["wandb_name"]) == ("haider2024", "wide/now")
 
 

@@ -18,7 +18,7 @@ from cluster import Cluster
 from conftest import finish, path_of, start
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.runs import lookup, ranks
+from qlora_recipes.runs import ranks, rundir
 from qlora_recipes.runs.plugin import RunPlugin
 from qlora_recipes.runs.rundir import RunDir
 
@@ -67,7 +67,7 @@ def broken_off(process: "subprocess.Popen[str]", runs: Path, kill: bool) -> RunD
     """A run that is stopped, or loses a rank, once it has done three steps."""
     deadline = time.monotonic() + 180
     try:
-        while not any(record["step"] >= 3 for run in lookup.all_runs(runs) for record in run.read_metrics()):
+        while not any(record["step"] >= 3 for run in rundir.all_runs(runs) for record in run.read_metrics()):
             assert process.poll() is None, finish(process)
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -83,7 +83,7 @@ def broken_off(process: "subprocess.Popen[str]", runs: Path, kill: bool) -> RunD
         finish(process, code=1)
     finally:
         process.kill()
-    (run,) = lookup.all_runs(runs)
+    (run,) = rundir.all_runs(runs)
     return run
 
 

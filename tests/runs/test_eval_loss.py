@@ -8,8 +8,7 @@ from conftest import recipe_config, train_runs
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs import config
-from qlora_recipes.runs.handover import PLUGIN
-from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.runs.rundir import PLUGIN, RunDir
 
 pytestmark = pytest.mark.long  # four trainings
 

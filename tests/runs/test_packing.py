@@ -9,7 +9,7 @@ from conftest import train_runs
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs.compose import Request, compose
-from qlora_recipes.runs.handover import PLUGIN
+from qlora_recipes.runs.rundir import PLUGIN
 
 pytestmark = pytest.mark.long  # three trainings of a step
 

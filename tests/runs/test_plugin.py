@@ -18,9 +18,8 @@ from qlora_recipes.base.progress import TrainingProgress
 from qlora_recipes.configs import config
 from qlora_recipes.planning import lora
 from qlora_recipes.runs import launch, plugin
-from qlora_recipes.runs.handover import PLUGIN
 from qlora_recipes.runs.plugin import RunCallback, RunPlugin
-from qlora_recipes.runs.rundir import RunDir, summarise
+from qlora_recipes.runs.rundir import PLUGIN, RunDir, summarise
 
 USE_CPU = "test_plugin.UseCpuOnly"
 

@@ -12,8 +12,9 @@ from run_folders import a_checkpoint
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.progress import TrainingProgress
-from qlora_recipes.runs import lookup, rundir
-from qlora_recipes.runs.rundir import Job, Run, RunDir
+from qlora_recipes.runs import rundir
+from qlora_recipes.runs.records import Job, Run
+from qlora_recipes.runs.rundir import RunDir
 
 
 def a_run(path: Path, **fields: Any) -> RunDir:
@@ -93,11 +94,11 @@ def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path: Path, capsys: pyt
 
 def test_runs_are_found_by_folder_end_and_latest(tmp_path: Path) -> None:
     runs = [a_run(tmp_path / "runs" / "s" / name).path for name in ("20260101-a1", "20260102-b1", "20260103-b2")]
-    found = [lookup.find_run(name, tmp_path / "runs").path for name in (str(runs[0]), "b2", "latest", "s/20260102-b1/")]
+    found = [rundir.find_run(name, tmp_path / "runs").path for name in (str(runs[0]), "b2", "latest", "s/20260102-b1/")]
     assert found == [runs[0], runs[2], runs[2], runs[1]]
     for name in ("1", "c", "", "/"):
         with pytest.raises(UserError):
-            lookup.find_run(name, tmp_path / "runs")
+            rundir.find_run(name, tmp_path / "runs")
 
 
 def test_a_recipe_or_a_part_of_its_name_is_its_newest_run_which_is_said(
@@ -112,17 +113,17 @@ def test_a_recipe_or_a_part_of_its_name_is_its_newest_run_which_is_said(
     for name, path in meant.items():
         if path is None:
             with pytest.raises(UserError, match=r"wi: .* s/wide, s/x/wide"):
-                lookup.find_run(name, runs)
+                rundir.find_run(name, runs)
             continue
-        assert lookup.find_run(name, runs).path == path
+        assert rundir.find_run(name, runs).path == path
         assert capsys.readouterr().err == f"run {path}\n"
-    assert lookup.find_run("s/wide/20260101-a1", runs).path == old
-    assert lookup.find_run("latest", runs).path == below
+    assert rundir.find_run("s/wide/20260101-a1", runs).path == old
+    assert rundir.find_run("latest", runs).path == below
     assert capsys.readouterr().err == ""  # neither is a part of a name
-    assert [lookup.find_run(word, runs).path for word in ("Latest", "late")] == [below, below]
+    assert [rundir.find_run(word, runs).path for word in ("Latest", "late")] == [below, below]
     for name, near in {"latets": "latest", "tal1": "tall", "s/wode": "s/wide"}.items():
         with pytest.raises(UserError, match=f"{name}: .*{near}"):
-            lookup.find_run(name, runs)
+            rundir.find_run(name, runs)
 
 
 def test_a_claimed_folder_is_nobody_elses(tmp_path: Path) -> None:

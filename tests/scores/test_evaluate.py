@@ -19,8 +19,8 @@ from qlora_recipes.configs import config, substitution
 from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.results import run_rows
-from qlora_recipes.runs.records import FileState
-from qlora_recipes.runs.rundir import Launch, RunDir, State
+from qlora_recipes.runs.records import FileState, Launch, State
+from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate
 from qlora_recipes.scores.evaluations import (
     ADAPTER,

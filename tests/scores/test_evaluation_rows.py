@@ -19,7 +19,8 @@ from qlora_recipes.base.files import sha256, write_rows
 from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.configs import config, datafiles
 from qlora_recipes.reports.report_runs import reader, reported_runs
-from qlora_recipes.runs.rundir import Run, RunDir, Summary
+from qlora_recipes.runs.records import Run, Summary
+from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate, evaluation_rows
 from qlora_recipes.scores.evaluations import Evaluation, read_predictions, read_scores
 from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask

@@ -12,7 +12,8 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs import config
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.data import study
-from qlora_recipes.runs.rundir import Launch, Run, RunDir, Summary
+from qlora_recipes.runs.records import Launch, Run, Summary
+from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings
 
 STUDY = study.find("haider2024")

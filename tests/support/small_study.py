@@ -11,7 +11,8 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.data import study
 from qlora_recipes.data.study import Decoding, Study
-from qlora_recipes.runs.rundir import RunDir, Summary
+from qlora_recipes.runs.records import Summary
+from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores.evaluations import read_scores
 
 PLAIN, WIDE = "sums2030/plain", "sums2030/wide"

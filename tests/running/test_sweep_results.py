@@ -12,27 +12,25 @@ from conftest import Recipe, recipe_config
 from hypothesis import given
 from hypothesis import strategies as st
 from run_folders import a_run
-from safetensors.numpy import save_file
 from scipy import stats
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import sha256, write_json
 from qlora_recipes.checks import check
-from qlora_recipes.configs import compose, models
+from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.data import study
-from qlora_recipes.planning import lora
-from qlora_recipes.running import sweeps
-from qlora_recipes.running.sweeps import Sweep, SweepMember
-from qlora_recipes.runs.rundir import Summary
+from qlora_recipes.running import sweep_results
+from qlora_recipes.running.sweep import Sweep, SweepMember, find_sweep_file, read_members, varying
+from qlora_recipes.runs.records import Summary
 
 BASE = "haider2024/code-llama-7b"
 SHIPPED = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml"))
 
 
 def test_the_notebooks_five_are_there() -> None:
-    _, members = sweeps.read(sweeps.find_file("lora-tradeoffs"), [])
+    _, members = read_members(find_sweep_file("lora-tradeoffs"), [])
     assert [(m.name, *m.values.values()) for m in members] == [
         ("Paper", 32, 16, 0.05),
         ("High rank", 64, 32, 0.05),
@@ -40,7 +38,7 @@ def test_the_notebooks_five_are_there() -> None:
         ("Conservative", 32, 16, 0.1),
         ("Aggressive", 128, 64, 0.0),
     ]
-    assert sweeps.varying(members) == ["lora_r", "lora_alpha", "lora_dropout"]
+    assert varying(members) == ["lora_r", "lora_alpha", "lora_dropout"]
 
 
 @pytest.mark.parametrize("name", [next(iter(one.published)) for one in study.every()])
@@ -51,7 +49,7 @@ def test_members_of_shipped_sweeps_are_clean_over_a_recipe_of_each_study(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(prepared)
     configs = []
-    for member in sweeps.read(sweeps.find_file(sweep), [])[1]:
+    for member in read_members(find_sweep_file(sweep), [])[1]:
         composed = compose.compose(Request(name, overrides=member.overrides))
         found = check.examine(composed).findings
         wrong = [finding for finding in found if finding.level == "error" and finding.rule != "not-prepared"]
@@ -66,7 +64,7 @@ def test_members_are_those_of_axolotl(tmp_path: Path) -> None:
 
     content = {"_": [{"lora_r": 8, "lora_alpha": 4}, {"lora_r": 16, "lora_alpha": 8}], "learning_rate": [1e-4, 2e-4]}
     (tmp_path / "s.yaml").write_text(yamlfiles.write_yaml(content))
-    _, members = sweeps.read(tmp_path / "s.yaml", [])
+    _, members = read_members(tmp_path / "s.yaml", [])
     ours = [{**recipe_config(BASE), **member.values} for member in members]
     theirs = generate_sweep_configs(recipe_config(BASE), content)
     assert sorted(map(str, map(sorted, map(dict.items, map(strings, ours))))) == sorted(
@@ -85,13 +83,13 @@ def strings(content: dict[str, Any]) -> dict[str, str]:
 
 
 def test_values_come_from_the_command_line_too() -> None:
-    name, members = sweeps.read(None, ["lora_target_modules=[q_proj],[q_proj, v_proj]", "num_epochs=1"])
+    name, members = read_members(None, ["lora_target_modules=[q_proj],[q_proj, v_proj]", "num_epochs=1"])
     assert name == "lora_target_modules"
     assert [(m.name, m.values) for m in members] == [
         ("lora_target_modules=[q_proj]", {"lora_target_modules": ["q_proj"], "num_epochs": 1}),
         ("lora_target_modules=[q_proj, v_proj]", {"lora_target_modules": ["q_proj", "v_proj"], "num_epochs": 1}),
     ]
-    assert sweeps.varying(members) == ["lora_target_modules"]
+    assert varying(members) == ["lora_target_modules"]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +108,7 @@ def test_values_come_from_the_command_line_too() -> None:
 def test_what_is_no_sweep_is_refused_with_its_place(tmp_path: Path, text: str, sets: list[str], says: str) -> None:
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(UserError) as error:
-        sweeps.read(tmp_path / "s.yaml", sets)
+        read_members(tmp_path / "s.yaml", sets)
     assert says in str(error.value)
 
 
@@ -150,21 +148,21 @@ def a_sweep(runs: Path, finished: dict[str, list[tuple[float, float, float]]], s
                 SweepMember(name=name, values={"lora_r": 8 << i}, seed=seed if seeds else None, digest=digest)
             )
             summary = Summary(
-                eval_loss_per_token=loss, peak_memory=memory, memory_kind="GPU, reserved", train_seconds=60
+                eval_loss_per_token=loss,
+                peak_memory=memory,
+                memory_kind="GPU, reserved",
+                train_seconds=60,
+                trainable_parameters=240 << i,
+                parameters=48_000,
             )
-            folder = a_run(runs, BASE, f"2026-{digest}", bleu4, digest=digest, summary=summary)
-            folder.output.mkdir()
-            weights = {"lora_A": np.zeros((8 << i, 10), np.float32), "lora_B": np.zeros((20, 8 << i), np.float32)}
-            weights["embed_tokens.weight"] = np.zeros((100, 10), np.float32)  # grown, but not trained
-            save_file(weights, folder.output / "adapter_model.safetensors")
+            a_run(runs, BASE, f"2026-{digest}", bleu4, digest=digest, summary=summary)
     return Sweep(name="ranks", recipe=BASE, rehearsal=False, keys=["lora_r"], members=members)
 
 
 def test_members_compare_by_what_their_runs_measured(tmp_path: Path) -> None:
     sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "bad": [(9.0, 1.3, 7.5)]})
     sweep.members.append(SweepMember(name="not yet", values={"lora_r": 1}, digest="none"))
-    lora.total(models.architecture(recipe_config(BASE)))  # kept for runs that have no record of it
-    rows = {row["member"]: row for row in sweeps.rows(sweep, tmp_path, "eval_loss")}
+    rows = {row["member"]: row for row in sweep_results.rows(sweep, tmp_path, "eval_loss")}
     assert [(name, row["pareto"], row["best"]) for name, row in rows.items()] == [
         ("low", True, False),
         ("high", True, True),
@@ -173,32 +171,31 @@ def test_members_compare_by_what_their_runs_measured(tmp_path: Path) -> None:
     ]
     high = rows["high"]
     assert (high["bleu4"], high["bleu4_interval"], high["peak_memory_gib"]) == (5.5, [5.4, 5.6], 8.0)
-    assert high["trainable"] == 16 * 30
-    assert high["trainable_share"] == pytest.approx(480 / (480 + 6_738_546_688))
+    assert (high["trainable"], high["trainable_share"]) == (480, 0.01)
     assert rows["not yet"]["bleu4"] is None
     for criterion, name in (("memory", "low"), ("time", "low")):
-        assert [row["member"] for row in sweeps.rows(sweep, tmp_path, criterion) if row["best"]] == [name]
+        assert [row["member"] for row in sweep_results.rows(sweep, tmp_path, criterion) if row["best"]] == [name]
 
 
 def test_test_rows_choose_no_member(tmp_path: Path) -> None:
     sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
     with pytest.raises(UserError):
-        sweeps.rows(sweep, tmp_path, "bleu4")
+        sweep_results.rows(sweep, tmp_path, "bleu4")
     (test := tmp_path / "test.jsonl").write_text("{}\n")
     write_json(tmp_path / "manifest.json", {"splits": {"test": {"sha256": sha256(test)}}})
     for config in tmp_path.rglob("config.yaml"):
         cfg = yamlfiles.read_yaml(config)
         cfg["test_datasets"][0]["path"] = str(test)
         config.write_text(yamlfiles.write_yaml(cfg))
-    marked = [[row for row in sweeps.rows(sweep, tmp_path, by) if row["best"]] for by in ("eval_loss", "memory")]
+    marked = [[row for row in sweep_results.rows(sweep, tmp_path, by) if row["best"]] for by in ("eval_loss", "memory")]
     assert list(map(len, marked)) == [0, 1]
-    assert not any(row["pareto"] for row in sweeps.rows(sweep, tmp_path))
+    assert not any(row["pareto"] for row in sweep_results.rows(sweep, tmp_path))
 
 
 def test_scores_over_seeds_have_students_interval(tmp_path: Path) -> None:
     values = [5.0, 5.3, 5.1]
     sweep = a_sweep(tmp_path, {"low": [(bleu4, 1.0, 7.0) for bleu4 in values]}, seeds=True)
-    (row,) = sweeps.rows(sweep, tmp_path)
+    (row,) = sweep_results.rows(sweep, tmp_path)
     assert row["seeds"] == [0, 1, 2]
     assert row["bleu4"] == pytest.approx(np.mean(values))
     expected = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
@@ -211,7 +208,7 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
     rows = [{"peak_memory_gib": float(memory), "eval_loss": float(loss)} for memory, loss in points]
     for (memory, loss), row in zip(points, rows, strict=True):
         beaten = any(m <= memory and other <= loss and (m, other) != (memory, loss) for m, other in points)
-        assert sweeps.on_front(row, rows, "peak_memory_gib") != beaten
+        assert sweep_results.on_front(row, rows, "peak_memory_gib") != beaten
 
 
 def test_results_of_a_sweep_in_every_form(tmp_path: Path, recipe: Recipe) -> None:

@@ -1,0 +1,145 @@
+"""New run folders: the record of a run, and the config that it hands to Axolotl."""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Container
+from pathlib import Path
+
+from ..base import paths, yamlfiles
+from ..base.files import sha256, write_atomically
+from ..base.progress import say
+from ..base.yamlfiles import Config
+from ..checks import trust
+from ..configs import datafiles, substitution
+from ..configs.compose import Composed, Request, filled
+from ..configs.config import Difference
+from ..configs.datafiles import DataFile
+from ..runs import provenance
+from ..runs.records import Run
+from ..runs.rundir import PLUGIN, RunDir, new_folder
+from ..scores import evaluation_rows
+
+AUTO_RESUME = "auto_resume_from_checkpoints"
+
+
+def create(composed: Composed, request: Request, runs: Path, shared: Container[Difference] = ()) -> RunDir:
+    """A new run folder with the config and the record of a run that is yet to be launched.
+
+    Args:
+        composed: the run's checked config.
+        request: what it was composed from.
+        runs: the folder for it.
+        shared: differences from the recipe that have been shown already, for several runs together.
+    """
+    if composed.rehearsal and substitution.stands_in(composed.config):
+        substitution.model_folder()
+    folder = RunDir(new_folder(runs / composed.recipe, composed.digest[:7]))
+    ours = launch_config(composed, folder)
+    new = [difference for difference in composed.differences if difference not in shared]
+    for difference in composed.differences:  # with a tracker's placeholders filled in
+        difference.run = ours.get(difference.key, difference.run)
+    record = record_of(composed, request)
+    try:
+        write_atomically(folder.config, yamlfiles.write_yaml(ours))
+        record.seal = trust.seal(folder, record)
+        folder.write(record)
+    except OSError:
+        shutil.rmtree(folder.path)  # without a record the folder is not a run
+        raise
+    say(f"run {folder.path}")
+    if record.variant_of:
+        say(f"  a variant of {record.variant_of}")
+    for difference in new:
+        say(f"  {difference}")
+    return folder
+
+
+def record_of(composed: Composed, request: Request) -> Run:
+    """The record of a run that is yet to be launched, or of what is evaluated as one.
+
+    Args:
+        composed: its checked config.
+        request: what it was composed from.
+    """
+    stands_in = composed.rehearsal and substitution.stands_in(composed.config)
+    record = Run(
+        recipe=composed.recipe,
+        variant_of=composed.origin if composed.origin != composed.recipe else None,
+        recipe_file=str(composed.recipe_file),
+        recipe_sha256=sha256(composed.recipe_file),
+        digest=composed.digest,
+        template_sha256=_template_sha256(composed.recipe),
+        rehearsal=composed.rehearsal,
+        profiles=composed.profiles,
+        overrides=request.overrides,
+        forced=request.force,
+        mirror=request.mirror,
+        gpus_used=request.gpus,
+        nodes=request.nodes,
+        axolotl_arguments=request.axolotl_arguments,
+        differences=composed.differences,
+        of_variant=composed.of_variant,
+        data=composed.data,
+        test_data=datafiles.test_file(composed.config),
+        stand_in_sha256=substitution.digest() if stands_in else None,
+        cwd=str(Path.cwd()),
+        provenance=provenance.collect(),
+    )
+    usual = evaluation_rows.usual(record, composed.config)
+    if usual and usual.file:
+        record.test_rows = DataFile(path=str(usual.file), sha256=sha256(usual.file), bytes=usual.file.stat().st_size)
+    return record
+
+
+def _template_sha256(recipe: str) -> str | None:
+    """A hash of everything that a recipe is rendered from; None where it has no template."""
+    written = [templates / f"{recipe}.yaml.j2" for _, templates in paths.homes()]
+    template = next(filter(Path.is_file, written), None)
+    if not template:
+        return None
+    files = [template, *sorted(template.parent.glob("_*.j2")), paths.TEMPLATES / "models.yaml"]
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
+def launch_config(composed: Composed, folder: RunDir) -> Config:
+    """The config with what a run adds to it: its output folder, its plugin, the folder for prepared data, and its name
+    for trackers. Axolotl's own resuming is off, because it would take a damaged checkpoint.
+    """
+    return _with_tracker_names(composed, folder) | {
+        "output_dir": str(folder.output),
+        "dataset_prepared_path": str(prepared_folder(composed.data)),
+        "plugins": [*(composed.config.get("plugins") or []), PLUGIN],
+        **({AUTO_RESUME: False} if composed.config.get(AUTO_RESUME) else {}),
+    }
+
+
+def prepared_folder(data: list[DataFile]) -> Path:
+    """The folder for what Axolotl prepares of some files.
+
+    It keys its cache by settings alone; a hash of the data in the path keeps a changed file from being taken for the
+    old one.
+    """
+    content = hashlib.sha256("".join(file.sha256 for file in data).encode()).hexdigest()
+    return paths.cache() / "prepared" / content[:16]
+
+
+def _with_tracker_names(composed: Composed, folder: RunDir) -> Config:
+    """The config with the {placeholders} of its trackers' keys filled in.
+
+    project is the recipe's study, or the recipe where it has none; rehearsals have one of their own. run is the run's
+    folder below that, the end of its path, so that other verbs find the run by it too; runs is the folder of all runs.
+    Axolotl hands each of these keys to its tracker in the environment variable of the same name. A variable that the
+    user has set takes precedence.
+    """
+    runs = folder.runs(composed.recipe)
+    study = (composed.origin or composed.recipe).partition("/")[0]
+    values = {
+        "project": f"{study}-rehearsal" if composed.rehearsal else study,
+        "run": str(folder.path.relative_to(runs)).removeprefix(f"{study}/"),
+        "runs": str(runs),
+    }
+    trackers = {key: value for key, value in composed.config.items() if re.match("(wandb|mlflow|trackio)_", key)}
+    named = {key: text for key, value in trackers.items() if (text := filled(value, values)) != value}
+    return composed.config | {key: None if key.upper() in os.environ else text for key, text in named.items()}
