@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,32 +26,18 @@ DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeError)  # what z
 
 
 @contextmanager
-def making(folder: Path) -> Iterator[None]:
-    """Make a folder, with its parents; if the block fails, those that did not exist are removed, unless in use."""
-    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # a folder that meanwhile holds something else stays
-            for parent in new:
-                parent.rmdir()
-        raise
-
-
-@contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
     """A file to write that replaces `file` when the block ends without an error.
 
-    Otherwise it is removed, and so are the folders that were made for it. What is no regular file, such as /dev/stdout,
-    is written to as it is.
+    Otherwise it is removed. Its folder is made. What is no regular file, such as /dev/stdout, is written to as it is.
     """
     if file.exists() and not file.is_file():
         with naming(file), file.open("wb") as stream:
             yield stream
         return
     part = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")  # containers can share a folder and process ids
-    with making(file.parent), naming(file):
+    with naming(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
         try:
             with part.open("xb") as stream:
                 yield stream
@@ -81,21 +67,6 @@ def clear_parts(file: Path) -> None:
         part.unlink()
 
 
-def loads(text: bytes) -> Any:
-    """The value of a JSON text of anyone's.
-
-    Raises:
-        orjson.JSONDecodeError: it is not JSON, or nested so deeply that it could not be written again.
-    """
-    value = orjson.loads(text)
-    if text.count(b"[") + text.count(b"{") > 200:  # orjson reads 1,024 levels, but writes 254
-        try:
-            orjson.dumps([[[value]]])
-        except orjson.JSONEncodeError:
-            raise orjson.JSONDecodeError("nested too deeply", "", 0) from None
-    return value
-
-
 def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows of a JSONL file; blank lines are skipped.
 
@@ -111,7 +82,7 @@ def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) 
         if not line.strip():
             continue
         try:
-            row = loads(line)
+            row = orjson.loads(line)
         except orjson.JSONDecodeError as error:
             raise UserError(f"{where}:{number}: not a JSON row: {error.msg}") from None
         if not isinstance(row, dict):
@@ -131,7 +102,7 @@ def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """The mapping in a JSON file; empty if there is no such file or it holds something else."""
     try:
-        content = loads(file.read_bytes())
+        content = orjson.loads(file.read_bytes())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

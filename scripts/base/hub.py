@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 from .errors import WorkFailed
@@ -169,12 +168,10 @@ def page(name: str) -> str:
 
 
 def has_token() -> bool:
-    """Whether there is a token for the hub, where huggingface_hub looks for one."""
-    from huggingface_hub.constants import HF_TOKEN_PATH
+    """Whether there is a token for the hub."""
+    from huggingface_hub import get_token
 
-    file = Path(HF_TOKEN_PATH)
-    in_environment = any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
-    return in_environment or (file.is_file() and bool(file.read_text().strip()))
+    return bool(get_token())
 
 
 def is_offline() -> bool:

@@ -40,7 +40,6 @@ for _class in (_Loader, _Dumper):
 
 
 _PLAIN = (type(None), bool, int, float, str, list, dict)
-_MOST_LETTERS = 1_000_000
 _MOST_VALUES = 100_000  # a config has about a hundred; aliases of aliases make many of a short text
 _MOST_LEVELS = 50
 
@@ -51,8 +50,6 @@ def parse(text: str, where: str) -> Any:
     Raises:
         UserError: it is not YAML (with line and column) or holds something else.
     """
-    if len(text) > _MOST_LETTERS:
-        raise UserError(f"{where}: too large to be a config: {len(text):,} letters")
     try:
         depths = accumulate(_LEVELS.get(type(event), 0) for event in yaml.parse(text, _Loader))
         if any(depth > _MOST_LEVELS for depth in depths):  # loading 10,000 levels would end the process
@@ -121,17 +118,6 @@ def read_yaml(file: Path) -> Config:
     if not isinstance(content, dict):
         raise UserError(f"{file}: a config is a mapping of keys to values")
     return content
-
-
-def respelt(text: str) -> Iterator[tuple[str, str, int | float, int]]:
-    """Numbers in a text that YAML 1.1 reads in another base, as 012 and 1:30: key, as written, value, line."""
-    before = ""
-    for event in yaml.parse(text, _Loader):
-        if isinstance(event, yaml.ScalarEvent):
-            plain = event.implicit[0] and re.fullmatch(r"[-+]?0[0-7_]+|[-+]?[\d_]+(:[0-5]?\d)+(\.\d*)?", event.value)
-            if plain and event.start_mark and isinstance(value := yaml.load(event.value, _Loader), int | float):
-                yield before, event.value, value, event.start_mark.line + 1
-            before = event.value
 
 
 def sources(file: Path) -> dict[str, str]:

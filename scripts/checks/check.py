@@ -154,7 +154,6 @@ def examine(
     report.add(_replaced(composed))
     report.add(placed(_profile_compatibility(composed, gpu, launching), composed))
     report.add(_other_axolotl(composed))
-    report.add(_respelt(composed))
     report.add(_behind_rehearsal(composed, {finding.name for finding in report.findings}))
     if data:
         of_rows, report.data = rows.check(usable)
@@ -225,20 +224,6 @@ def _other_axolotl(composed: Composed) -> Iterator[Finding]:
         if note := provenance.other_axolotl({"axolotl": version}):
             problem = f"{what} was {note}: a key can mean something else"
             yield Finding("note", "other-axolotl", "", problem, where=paths.shown(composed.recipe_file))
-
-
-def _respelt(composed: Composed) -> Iterator[Finding]:
-    """Numbers that YAML reads as others than they look like, in the files and in --set."""
-    files = {composed.recipe_file, *composed.files.values()}
-    texts = [(paths.shown(file), yamlfiles.read_text(file)) for file in sorted(files)]
-    options = dict.fromkeys(change.why for change in composed.differences if change.why.startswith("--set "))
-    texts += [(option, option.removeprefix("--set ").replace("=", ": ", 1)) for option in options]
-    for where, text in texts:
-        for key, written, value, line in yamlfiles.respelt(text):
-            problem = f"YAML reads {written} as {value:g}"
-            yield Finding(
-                "note", "respelt", key, problem, "write it in decimal digits", where, line if "\n" in text else None
-            )
 
 
 def tokens_of(request: Request, count: int) -> list[dict[str, Any]]:

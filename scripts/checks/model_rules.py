@@ -1,14 +1,11 @@
 """Rules about the base model: its access, layers, tokens and context, and the room that a run takes on disks."""
 
 import re
-from collections import defaultdict
-from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from ..base import hub, paths
 from ..base.errors import did_you_mean
-from ..base.files import existing_parent, free_bytes
+from ..base.files import free_bytes
 from ..configs import models
 from .finding import Case, Level, Problems, rule
 
@@ -150,57 +147,25 @@ def not_quantized(case: Case) -> Problems:
         yield "error", "adapter", "lora leaves the base in 16 bits, load_in_4bit or not", "set adapter: qlora"
 
 
-_LIMIT = 4  # of checkpoints, unless save_total_limit says another (axolotl/core/builders/base.py)
-_IN_16_BITS, _IN_32_BITS = 2, 4  # bytes of a saved parameter: of a model, and of an adapter (seen)
-
-
-class _Need(NamedTuple):
-    """A need for room: folder, bytes, content, and the key that decides about it."""
-
-    folder: Path
-    size: float
-    what: str
-    key: str
-
-
 @rule
 def no_room(case: Case) -> Problems:
     """A disk that fills ends a training, at a checkpoint as a rule, and so after hours.
 
-    What is counted is what surely comes, of models whose sizes are known: checkpoints with the state of their
-    optimizer, the adapter and, when the run starts, the base model's download.
+    Counted is what surely comes, of models whose sizes are known: the result, a checkpoint of it and, when the run
+    starts, the base model's download. Models are saved in 16 bits, and adapters in 32 (seen).
     """
-    on_disk: defaultdict[int, list[_Need]] = defaultdict(list)
-    for need in _needs(case):
-        if need.key == "base_model" and case.model.weights_here:
-            continue
-        with suppress(OSError):
-            on_disk[existing_parent(need.folder).stat().st_dev].append(need)
-    for needs in on_disk.values():
-        folder = needs[0].folder
-        needed, free = sum(need.size for need in needs), free_bytes(folder)
-        if needed > free:
-            parts = "; ".join(f"{need.what} {need.size / 1e9:.2g} GB" for need in needs)
-            problem = f"{folder.absolute()}: {free / 1e9:.2g} GB are free on its disk, and a run writes about "
-            problem += f"{needed / 1e9:.2g} GB ({parts})"
-            yield "error" if case.launching else "warning", needs[0].key, problem, "make room, or take another disk"
-
-
-def _needs(case: Case) -> list[_Need]:
-    """What a run writes, as far as it is known."""
     model, trained = _parameters(case)
-    weight = _IN_32_BITS if case["adapter"] else _IN_16_BITS
-    checkpoints = _checkpoints(case)
-    saved = checkpoints * trained * (weight + _state(case, weight))
-    needs = [
-        _Need(case.runs, trained * weight, "the adapter" if case["adapter"] else "the model", "output_dir"),
-        _Need(case.runs, saved, f"checkpoints, {checkpoints} of them", "output_dir"),
-    ]
-    if case.launching and not models.is_path(str(case["base_model"])):
+    needs = {"output_dir": (case.runs, 2 * trained * (4 if case["adapter"] else 2), "its result and a checkpoint")}
+    if case.launching and not case.model.weights_here and not models.is_path(str(case["base_model"])):
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        needs.append(_Need(Path(HF_HUB_CACHE), model * _IN_16_BITS, "the base model's download", "base_model"))
-    return [need for need in needs if need.size]
+        needs["base_model"] = Path(HF_HUB_CACHE), 2 * model, "the base model's download"
+    for key, (folder, size, what) in needs.items():
+        free = free_bytes(folder)
+        if size > free:
+            problem = f"{folder.absolute()}: {free / 1e9:.2g} GB are free on its disk, and a run writes {what}, "
+            level: Level = "error" if case.launching else "warning"
+            yield level, key, f"{problem}{size / 1e9:.2g} GB", "make room, or take another disk"
 
 
 def _parameters(case: Case) -> tuple[int, int]:
@@ -234,21 +199,3 @@ def _parameters(case: Case) -> tuple[int, int]:
     rank = case["lora_r"] if isinstance(case["lora_r"], int) else 0
     whole = {"embed_tokens", "lm_head"} & set(case["lora_modules_to_save"] or ())
     return model, (0 if case["peft_layers_to_transform"] else layers * rank * sum(adapted)) + len(whole) * embedding
-
-
-def _state(case: Case, weight: int) -> int:
-    """Bytes of an optimizer's state for each parameter of some bytes: Adam has two values; 0 where it is not known."""
-    name = str(case["optimizer"] or "adamw_torch_fused")  # Axolotl's default
-    if case["save_only_model"] or "adam" not in name or re.search("galore|apollo|flash|4bit", name):
-        return 0
-    return 2 if re.search("8bit|fp8", name) else 2 * weight
-
-
-def _checkpoints(case: Case) -> int:
-    """How many there are at a time, at most: the oldest goes when a new one is saved."""
-    if case["save_strategy"] == "no":
-        return 0
-    saves = (case["saves_per_epoch"] or 1) * (case["num_epochs"] or 1)
-    if every := case["save_steps"]:
-        saves = 1 / every if every < 1 else (case.steps or every) / every
-    return max(min(int(saves), (case["save_total_limit"] or _LIMIT) + 1), 1)

@@ -1,6 +1,5 @@
 """The rows of a config's data, read as a stream without a tokenizer: JSON, fields, repeated and shared rows."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from typing import Any
 import orjson
 
 from ..base import yamlfiles
-from ..base.files import loads
 from ..base.yamlfiles import Config
 from ..configs import datafiles, models
 from .finding import Finding, Level
@@ -160,25 +158,6 @@ def check(config: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
     return findings, read
 
 
-def _keys(value: Any) -> int:
-    """Number of keys in a JSON value, nested mappings included."""
-    if isinstance(value, dict):
-        return len(value) + sum(map(_keys, value.values()))
-    return sum(map(_keys, value)) if isinstance(value, list) else 0
-
-
-def _repeated_key(line: bytes) -> str | None:
-    """A key that a mapping in a line of JSON has twice, of which `loads` keeps the last."""
-    found: list[str] = []
-
-    def look(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        return {}
-
-    json.loads(line, object_pairs_hook=look)
-    return found[0] if found else None
-
-
 def _texts(value: Any) -> Iterator[str]:
     """The values within a JSON value as texts, whatever the order of its keys."""
     if isinstance(value, dict):
@@ -227,13 +206,11 @@ class _Reader:
                     continue
                 file.rows += 1
                 try:
-                    row = loads(line)
+                    row = orjson.loads(line)
                 except orjson.JSONDecodeError as error:
                     file.count("bad-row", "not UTF-8" if "UTF-8" in error.msg else "no JSON", number, str(error)[:60])
                     continue
                 if isinstance(row, dict):
-                    if line.count(b'":') - line.count(b'\\":') != _keys(row) and (twice := _repeated_key(line)):
-                        file.count("bad-row", f"the field {twice} twice, which Axolotl cannot load", number)
                     self._row(file, number, line, row)
                 else:
                     file.count("bad-row", "no mapping of fields to values", number)

@@ -1,10 +1,10 @@
-"""Reuse of a run's folder: trust by a keyed hash, consent to code in its config, and restored rehearsal files."""
+"""Reuse of a run's folder: trust by a keyed hash, consent to code in its config, and a rehearsal's model."""
 
 import hashlib
 import hmac
 import secrets
 from collections.abc import Sequence
-from contextlib import chdir, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import orjson
@@ -14,7 +14,6 @@ from ..base.errors import UserError
 from ..base.processes import make_once
 from ..base.yamlfiles import Config
 from ..configs import substitution
-from ..data import sample
 from ..runs.records import Run
 from ..runs.rundir import RunDir
 from .check import code_in, refuse
@@ -60,24 +59,11 @@ def refuse_code(folder: RunDir, record: Run, config: Config, force: Sequence[str
     refuse(found, [finding.name for finding in found if finding.name in agreed])
 
 
-def restore(folder: RunDir, record: Run) -> None:
-    """Put back what a rehearsal reads from the cache and is gone from there: the stand-in model, rows of a sample.
-
-    Args:
-        folder: the run's.
-        record: its record.
+def restore_stand_in(folder: RunDir, record: Run) -> None:
+    """Convert a rehearsal's stand-in model again where it is gone from the cache.
 
     Raises:
-        UserError: it cannot be made again as it was.
+        UserError: it would be another model.
     """
-    if not (record.rehearsal and folder.config.is_file()):
-        return
-    digests: dict[Path, dict[str, str]] = {}
-    for file in record.data:
-        digests.setdefault(Path(file.path).parent, {})[Path(file.path).name] = file.sha256
-    for made, of_files in digests.items():
-        if made.parent == paths.cache() and made.name.startswith("sample-") and not made.is_dir():
-            began = record.cwd if Path(record.cwd).is_dir() else "."  # where there may be studies of the user's own
-            with chdir(began):
-                sample.restore(made, of_files)
-    substitution.restore(Path(str(yamlfiles.read_yaml(folder.config).get("base_model"))), record.stand_in_sha256)
+    if record.rehearsal and folder.config.is_file():
+        substitution.restore(Path(str(yamlfiles.read_yaml(folder.config).get("base_model"))), record.stand_in_sha256)

@@ -1,12 +1,10 @@
 """Prepares the shipped samples of studies, which rehearsals train on."""
 
 import hashlib
-import re
 from functools import partial
 from pathlib import Path
 
 from ..base import paths
-from ..base.errors import UserError
 from ..base.files import sha256
 from ..base.processes import make_once
 from . import study
@@ -32,29 +30,6 @@ def _prepare(of_study: study.Study, input_format: str, out: Path) -> None:
     from .prepare import prepare
 
     prepare(_raw(of_study), out, of_study, input_format, valid_rows=_valid_rows(of_study))
-
-
-def restore(made: Path, digests: dict[str, str]) -> None:
-    """Prepare a sample again whose folder is gone from the cache.
-
-    Args:
-        made: the folder, as `rehearsal_data` named it, perhaps in an earlier version.
-        digests: the SHA-256 of files that were in it, by name.
-
-    Raises:
-        UserError: no study here has such a sample, or its rows are other ones today.
-    """
-
-    def make(out: Path) -> None:
-        forms = [(each, form) for each in study.every() if each.data.sample for form in each.data.formats]
-        named = (found for found in forms if re.fullmatch(rf"sample-{found[0].folder.name}-{found[1]}-\w+", made.name))
-        if not (found := next(named, None)):
-            raise UserError(f"{made}: is gone, and no study here has a sample of that name; rehearse anew")
-        _prepare(*found, out)
-        if any(sha256(out / name) != digest for name, digest in digests.items()):
-            raise UserError(f"{made}: is gone, and the sample has other rows by now; rehearse anew")
-
-    make_once(made, make)
 
 
 def twin(path: str) -> Path | None:

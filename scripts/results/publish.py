@@ -91,7 +91,7 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
         say(f"{merged}: merged already")
         return merged
     trust.refuse_code(folder, run, yamlfiles.read_yaml(folder.config), force)
-    trust.restore(folder, run)
+    trust.restore_stand_in(folder, run)
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
     if run.rehearsal:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}

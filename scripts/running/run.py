@@ -128,7 +128,7 @@ def resume(
     if record.state == "finished":
         say(f"{folder.path}: the run is finished")
         return folder
-    trust.restore(folder, record)
+    trust.restore_stand_in(folder, record)
     if isinstance(backend, Slurm):  # here, what holds the run decides
         current = backends.read(folder)
         if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..base.files import loads
+import orjson
 
 _STALLED = 20  # times the median of what a step took
 _LEAST = 60.0  # seconds that are no stall however fast the steps were
@@ -76,5 +76,5 @@ def stalled(metrics: Path) -> str | None:
     with suppress(OSError):
         for line in metrics.read_bytes().splitlines():
             with suppress(ValueError, TypeError, AttributeError, KeyError):
-                watch.add(loads(line))
+                watch.add(orjson.loads(line))
     return watch.stalled(time.time())

@@ -11,7 +11,7 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from ..base.errors import UserError, meant
-from ..base.files import clear_parts, loads, write_atomically
+from ..base.files import clear_parts, write_atomically
 from ..base.paths import RUNS
 from ..base.processes import LOCK_TIMEOUT, held, is_held
 from ..base.progress import say, say_once
@@ -127,7 +127,7 @@ class RunDir:
         previous = 0
         for line in filter(None, lines):
             try:
-                record = loads(line)
+                record = orjson.loads(line)
                 if "phase" in record:
                     continue
                 step = RECORD.validate_python(record)["step"]

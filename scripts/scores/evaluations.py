@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
+import orjson
 from pydantic import BaseModel, Field, TypeAdapter, field_validator, model_validator
 
 from ..base.errors import UserError
-from ..base.files import Row, loads, read_json, write_atomically
+from ..base.files import Row, read_json, write_atomically
 from ..base.processes import held
 from ..base.progress import say_once
 from ..data.study import Decoding
@@ -218,7 +219,7 @@ _PREDICTIONS = TypeAdapter(list[Prediction])
 def read_scores(folder: Path) -> Evaluation | None:
     """The evaluation in a folder, or None where there is none or its file is damaged, which is said on stderr."""
     try:
-        record = Evaluation.model_validate(content := loads((folder / SCORES).read_bytes()))
+        record = Evaluation.model_validate(content := orjson.loads((folder / SCORES).read_bytes()))
         return record if "files" in content else _brought_up_to_date(record, folder)
     except FileNotFoundError:
         return None
@@ -230,7 +231,7 @@ def read_predictions(folder: Path) -> list[Row]:
     """The rows of the evaluation in a folder with their scores; none where there is none, or its file is damaged, which
     is said on stderr."""
     try:
-        rows = list(map(loads, (folder / PREDICTIONS).read_bytes().splitlines()))
+        rows = list(map(orjson.loads, (folder / PREDICTIONS).read_bytes().splitlines()))
         _PREDICTIONS.validate_python(rows)
     except FileNotFoundError:
         return []

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from ..base.errors import UserError, WorkFailed
-from ..base.files import Row, loads, naming, opened, replacing
+from ..base.files import Row, naming, opened, replacing
 from ..base.progress import Bar, say
 from ..configs import gpus
 from ..data.study import Decoding
@@ -160,7 +160,7 @@ def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row],
     done: dict[int, Row] = {}
     for line in lines if first == header else ():
         with suppress(ValueError):  # what a killed process or a machine without power left is made again
-            row = loads(line)
+            row = orjson.loads(line)
             if isinstance(row, dict) and "served" in row:
                 known = {key: row.get(key) for key in KNOWN}
                 settings = EvaluationSettings.model_validate(settings.model_dump() | known)

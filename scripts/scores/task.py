@@ -103,7 +103,7 @@ class EvaluationTask:
         self.run = folder.read()
         self.cfg = yamlfiles.read_yaml(folder.config)
         trust.refuse_code(folder, self.run, self.cfg, request.force)
-        trust.restore(folder, self.run)
+        trust.restore_stand_in(folder, self.run)
         self.columns = columns_of(self.run.origin, request.metrics)
         adapter = request.adapter
         weights = None if adapter == BASE else folder.output if adapter is None else Path(adapter)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.base.files import append_line, json_rows, opened, replacing, write_rows
+from qlora_recipes.base.files import append_line, opened, replacing, write_rows
 from qlora_recipes.base.processes import held, is_held
 
 
@@ -25,22 +25,6 @@ def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError) as full:
         write_rows(Path("/dev/full"), [{"a": 1}])
     assert full.value.filename == "/dev/full" and Path("/dev/full").is_char_device()
-
-
-@pytest.mark.parametrize("levels", [200_000, 900, 254])
-def test_json_too_deep_to_be_written_again_is_an_error_with_its_line(levels: int) -> None:
-    lines = [b"{}", b'{"a": ' + b"[" * levels + b"]" * levels + b"}"]
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: "):
-        list(json_rows(lines, "rows.jsonl", ()))
-
-
-def test_brackets_in_texts_and_rows_of_many_values_are_not_deep(tmp_path: Path) -> None:
-    deep: list[object] = []
-    for _ in range(190):
-        deep = [deep]
-    row = {"a": "[" * 1000, "b": [{"c": {}}] * 300, "d": deep}
-    write_rows(tmp_path / "rows.jsonl", [row])
-    assert list(json_rows((tmp_path / "rows.jsonl").read_bytes().splitlines(), "rows.jsonl", ())) == [row]
 
 
 def test_no_link_is_followed(tmp_path: Path) -> None:

@@ -105,19 +105,6 @@ def test_a_warning_that_its_line_accepts_is_a_note(place: Path) -> None:
     assert found["never-saved:save_steps"].level == "warning"
 
 
-def test_a_number_that_yaml_reads_as_another_is_shown_as_read(place: Path) -> None:
-    text = yamlfiles.write_yaml(config_with({"lora_r": 32, "num_epochs": None}))
-    (place / "mine.yaml").write_text(f"num_epochs: 1:30\n{text}".replace("lora_r: 32", "lora_r: 040"))
-    found = check.check(Request("mine.yaml", overrides=["sequence_len=04001"])).findings
-    shown = {finding.key: finding.problem for finding in found if finding.rule == "respelt"}
-    assert {key: problem.split()[-1] for key, problem in shown.items()} == {
-        "num_epochs": "90",
-        "lora_r": "32",
-        "sequence_len": "2049",
-    }
-    assert {finding.level for finding in found if finding.rule == "respelt"} == {"note"}
-
-
 def test_an_error_cannot_be_accepted_in_a_file(place: Path) -> None:
     (place / "mine.yaml").write_text(
         "lora_rr: 1  # accepts unknown-key: why not\n" + yamlfiles.write_yaml(config_with({}))
