@@ -26,7 +26,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its shar
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // int(workers), 1))
 
 from qlora_recipes import cli
-from qlora_recipes.backends import slurm_queue
+from qlora_recipes.backends import slurm_site
 from qlora_recipes.base import paths, progress
 from qlora_recipes.data import study
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
@@ -87,7 +87,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
         words = [*map(str, arguments)]
         progress.say_once.cache_clear()
-        slurm_queue.forget_queue()
+        slurm_site.forget_queue()
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)

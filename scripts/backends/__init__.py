@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from ..checks.finding import Finding
 from ..runs.records import JobState, Run
 from ..runs.rundir import RunDir
-from .slurm_queue import active
+from .slurm_site import active
 
 if TYPE_CHECKING:
     from .local import Local

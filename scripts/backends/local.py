@@ -59,7 +59,7 @@ class Local:
         if gpus > max(available := len(machine.visible_gpus()), 1):
             raise UserError(f"--gpus {gpus}: only {available} can be used here")
 
-    def submit(self, works: Sequence[Work], title: str, runs: Path, results: list[str]) -> None:
+    def submit(self, works: Sequence[Work], title: str, runs: Path) -> None:
         """Carry works out, as many at a time as there are devices.
 
         A request to stop is passed on to the running commands, which end at a checkpoint, and nothing more is begun.
@@ -101,9 +101,9 @@ class Local:
                 if command.step == "run":
                     work.outcome.run = command.folder.path
             elif not stops:
-                problem = f"{DOES[command.step]} {'was refused' if process.returncode == 2 else 'failed'}"
                 log = self._log(command)
-                work.outcome.fail(command.step, f"{problem}; the messages are in {log}" if log else problem)
+                where = f"; the messages are in {log}" if log else ""
+                work.outcome.fail(command.step, f"{DOES[command.step]} failed{where}")
                 return
             if stops:
                 work.outcome.problem = f"interrupted; {_AGAIN}"

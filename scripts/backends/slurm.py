@@ -1,9 +1,8 @@
 """A cluster's queue, SLURM: `--on slurm`.
 
 Jobs are scripts rendered from templates/slurm.sh.j2, kept with their logs below runs/slurm/, and given to sbatch: an
-array each for preparing the rows, for training, and for evaluating, every task of which waits for its own training;
-finally a job that shows the results. A job that nears its time limit, is preempted or requeued resumes from the last
-whole checkpoint.
+array each for preparing the rows, for training, and for evaluating, every task of which waits for its own training. A
+job that nears its time limit, is preempted or requeued resumes from the last whole checkpoint.
 """
 
 import shlex
@@ -11,7 +10,6 @@ import sys
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from getpass import getuser
-from itertools import chain
 from pathlib import Path
 
 from ..base import paths
@@ -23,9 +21,8 @@ from ..configs import gpus
 from ..configs.gpus import Gpu
 from ..runs.records import Job
 from ..runs.rundir import RunDir, new_folder
-from ..runs.tasks import Command, Outcome, Work
-from .slurm_queue import active, call, forget_queue, queue, sbatch
-from .slurm_settings import STEPS, Site, settings_file, site_settings
+from ..runs.tasks import Command, Outcome, Step, Work
+from .slurm_site import STEPS, Site, active, ask, forget_queue, queue, sbatch, settings_file, site_settings
 
 GRACE = 300  # seconds before a time limit in which a training can end at a checkpoint; --slurm signal=... sets others
 
@@ -47,8 +44,7 @@ class Slurm:
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]):
         self.site = site_settings(options)
         self.jobs = jobs
-        card = gpus.find(self.site.card, "card") if self.site.card else None
-        self._gpu = None if rehearsal else card
+        self._gpu = gpus.find(self.site.card, "card") if self.site.card and not rehearsal else None
         if isinstance(error := queue([getuser()]), UserError):
             raise error  # what is queued already is not submitted twice, so the queue has to answer
 
@@ -65,44 +61,41 @@ class Slurm:
         Raises:
             UserError: SLURM refuses it; nothing was submitted.
         """
-        batch = self._batch([work], title, runs, results=False)
-        commands = work.commands()
-        self._queue(batch, [(work.outcome, commands)], [])
-        return commands[0].folder
+        folders = self.submit([work], title, runs)
+        if not folders:
+            raise UserError(str(work.outcome.problem))
+        return folders[0]
 
-    def submit(self, works: Sequence[Work], title: str, runs: Path, results: list[str]) -> None:
+    def submit(self, works: Sequence[Work], title: str, runs: Path) -> list[RunDir]:
         """Submit works as arrays that wait for each other; the jobs of each are noted in its outcome.
 
         Args:
             works: each is independent of the others.
             title: a name for all of them.
             runs: the folder with the runs.
-            results: the arguments of `recipe` that show the results, for a last job.
+
+        Returns:
+            The folders of the runs whose jobs are queued.
 
         Raises:
             UserError: SLURM refuses them; nothing was submitted.
             WorkFailed: SLURM accepted only some of them, which are queued.
         """
         if not works:
-            return
-        batch = self._batch(works, title, runs, bool(results))
+            return []
+        forget_queue()  # checks and plans take a while
+        batch = Batch(self.site, self.jobs, title.replace("/", "-"), runs, works[0].gpus, works[0].nodes)
+        batch.check({step for work in works for step in work.steps}, len(works))
         claimed = []
         for work in works:
             try:
                 claimed.append((work.outcome, work.commands()))
             except UserError as error:
                 work.outcome.fail("run", str(error))
-        self._queue(batch, claimed, results)
+        self._queue(batch, claimed)
+        return [commands[0].folder for _, commands in claimed if commands]
 
-    def _batch(self, works: Sequence[Work], title: str, runs: Path, results: bool) -> "Batch":
-        """The batch that works are to be submitted in, all of them on as many GPUs and nodes, checked with sbatch."""
-        forget_queue()  # checks and plans take a while
-        batch = Batch(self.site, self.jobs, title.replace("/", "-"), runs, works[0].gpus, works[0].nodes)
-        steps: set[str] = {step for work in works for step in work.steps}
-        batch.check(steps | {"results"} if steps and results else steps, len(works))
-        return batch
-
-    def _queue(self, batch: "Batch", claimed: Sequence[tuple[Outcome, list[Command]]], results: list[str]) -> None:
+    def _queue(self, batch: "Batch", claimed: Sequence[tuple[Outcome, list[Command]]]) -> None:
         to_train: list[ArrayTask] = []
         trained: list[ArrayTask] = []  # each waits for the one of `to_train` in its place
         by_training: dict[str | None, list[ArrayTask]] = {}  # by the job that trains, or has trained, the run
@@ -115,19 +108,14 @@ class Slurm:
                 to_train.append(tasks["run"])
                 trained += [scoring] if scoring else []
             elif scoring:
-                trainings = active([job for job in scoring.folder.jobs() if job.step == "run"])
-                by_training.setdefault(next(iter(trainings or ()), None), []).append(scoring)
+                earlier = active([job for job in scoring.folder.jobs() if job.step == "run"])
+                by_training.setdefault(next(iter(earlier or ()), None), []).append(scoring)
         preparing = {task.rows: replace(task, words=[*task.words, "--prepare"]) for task in to_train}
         prepared = batch.submit("prepare", list(preparing.values()))
-        last = [batch.submit("run", to_train, f"afterany:{prepared}")]  # it can prepare for itself
-        last.append(batch.submit("evaluate", trained, f"aftercorr:{last[0]}"))
+        trainings = batch.submit("run", to_train, f"afterany:{prepared}")  # it can prepare for itself
+        batch.submit("evaluate", trained, f"aftercorr:{trainings}")
         for job, others in by_training.items():
-            last.append(batch.submit("evaluate", others, f"afterok:{job}" if job else None))
-        if results and batch.folder:
-            submitted = {task.folder.path: task.folder for task in (*to_train, *chain(*by_training.values()))}
-            showing = ArrayTask(RunDir(batch.folder), results, runs=list(submitted.values()))
-            batch.submit("results", [showing], f"afterany:{':'.join(filter(None, last))}")
-            say(f"once all is done, {showing.log('results')} has the results")
+            batch.submit("evaluate", others, f"afterok:{job}" if job else None)
 
 
 @dataclass
@@ -135,22 +123,16 @@ class ArrayTask:
     """A task of an array.
 
     Attributes:
-        folder: where its log goes.
+        folder: the run, which gets its log and its job.
         words: the arguments of `recipe`.
         outcome: where its job is noted.
         rows: see `Command`.
-        runs: those whose records list its job; by default the one in `folder`.
     """
 
     folder: RunDir
     words: list[str]
     outcome: Outcome | None = None
     rows: str = ""
-    runs: list[RunDir] = field(default_factory=list)
-
-    def log(self, step: str) -> Path:
-        """The file for the messages of all attempts at the task."""
-        return self.folder.path / f"slurm-{step}.log"
 
 
 @dataclass
@@ -177,7 +159,7 @@ class Batch:
     folder: Path | None = None
     submitted: list[str] = field(default_factory=list)
 
-    def check(self, steps: Container[str], tasks: int) -> None:
+    def check(self, steps: Container[Step], tasks: int) -> None:
         """Ask sbatch whether it would accept the jobs.
 
         Args:
@@ -188,20 +170,14 @@ class Batch:
             UserError: it would not.
         """
         for step in filter(steps.__contains__, STEPS):
-            count = tasks if step != "results" else 1
-            options = self._options(step, count)
-            script = self.script(step, [], count)
-            done = call("sbatch", "--test-only", *options, script=script)
-            if done.returncode:
-                problem = "; ".join(done.stderr.strip().replace("sbatch: error: ", "").splitlines())
-                shown = ("--array", "--gres", "--nodes", *(f"--{key}" for key in self._of_site(step)))
-                asked = " ".join(option for option in options if option.startswith(shown))
-                raise UserError(
-                    f"--on slurm: sbatch refuses to {_DOES[step]}: {problem}; it was asked for {asked}; "
-                    f"--slurm KEY=VALUE or {settings_file()} changes that"
-                )
+            options = self._options(step, tasks)
+            try:
+                ask("sbatch", "--test-only", *options, script=self.script(step, [], tasks))
+            except UserError as error:
+                where = f"--slurm KEY=VALUE or {settings_file()}"
+                raise UserError(f"{error}; {where} changes the options of {step}: {' '.join(options)}") from None
 
-    def submit(self, step: str, tasks: Sequence[ArrayTask], after: str | None = None) -> str | None:
+    def submit(self, step: Step, tasks: Sequence[ArrayTask], after: str | None = None) -> str | None:
         """Submit an array; its id, or None where there is no task.
 
         Args:
@@ -223,17 +199,16 @@ class Batch:
             queued = f"; job {', '.join(self.submitted)} is already queued" if self.submitted else ""
             raise WorkFailed(f"{error}{queued}; run the same command again to continue") from None
         self.submitted.append(job)
-        say(f"job {job}: {_DOES[step]}, {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}; {file}")
+        say(f"job {job}: {step}, {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}; {file}")
         for i, task in enumerate(tasks):
             id_ = f"{job}_{i}"
-            for run in task.runs or [task.folder]:
-                run.add_job(Job(id=id_, step=step, user=getuser(), script=str(file), words=task.words))
+            task.folder.add_job(Job(id=id_, step=step, user=getuser(), script=str(file), words=task.words))
             if task.outcome:
                 task.outcome.steps[step] = f"queued (job {id_})"
         forget_queue()
         return job
 
-    def script(self, step: str, tasks: Sequence[ArrayTask], count: int) -> str:
+    def script(self, step: Step, tasks: Sequence[ArrayTask], count: int) -> str:
         """The script of an array.
 
         Args:
@@ -260,7 +235,7 @@ class Batch:
                 tasks=[
                     {
                         "folder": shlex.quote(str(task.folder.path)),
-                        "log": shlex.quote(str(task.log(step))),
+                        "log": shlex.quote(str(task.folder.path / f"slurm-{step}.log")),
                         "words": shlex.join(task.words),
                     }
                     for task in tasks
@@ -270,14 +245,12 @@ class Batch:
             )
         )
 
-    def _of_site(self, step: str) -> dict[str, str]:
-        return self.site.options | self.site.of_step.get(step, {})
-
-    def _options(self, step: str, count: int) -> list[str]:
+    def _options(self, step: Step, count: int) -> list[str]:
         """The options of sbatch for a step's job."""
         gpus = {"run": self.gpus, "evaluate": min(self.gpus, 1)}.get(step, 0)
         limit = f"%{self.jobs}" if self.jobs and step in ("run", "evaluate") else ""
-        site = {key: value for key, value in self._of_site(step).items() if gpus or "{gpus}" not in value}
+        own = self.site.options | self.site.of_step.get(step, {})
+        site = {key: value for key, value in own.items() if gpus or "{gpus}" not in value}
         options = {
             "job-name": f"{self.title}-{step}",
             "output": str((self.folder or Path.cwd()) / "%x-%A_%a.log"),
@@ -290,12 +263,8 @@ class Batch:
         }
         asks_itself = site.keys() & {"gpus", "gpus-per-node", "gpus-per-task"} or "gpu" in site.get("gres", "")
         if gpus and not asks_itself:
-            options["gres"] = ",".join(filter(None, (site.get("gres"), f"gpu:{gpus}")))
-            site = {key: value for key, value in site.items() if key != "gres"}
+            options["gres"] = ",".join(filter(None, (site.pop("gres", None), f"gpu:{gpus}")))
         if not gpus and not asks_itself:  # sbatch refuses these without a GPU
             site = {key: value for key, value in site.items() if not key.endswith("-per-gpu")}
         options |= {key: value.replace("{gpus}", str(gpus)) for key, value in site.items()}
         return [f"--{key}={value}" if value else f"--{key}" for key, value in options.items()]
-
-
-_DOES = {"prepare": "prepare rows", "run": "train", "evaluate": "evaluate", "results": "show the results"}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..backends import slurm_queue
+from ..backends import slurm_site
 from ..backends.local import stop_holders
 from ..base.errors import UserError
 from ..data import study
@@ -31,8 +31,8 @@ def cancel(names: list[str], sweep: str | None, of_study: str | None, runs: Path
         messages = stop_holders([reproduce.lock(of_study, runs)])
     folders = [find_run(name, runs) for name in names] or ([] if messages else _meant(sweep, of_study, runs))
     for folder in folders:
-        jobs = [job for job in folder.jobs() if job.step != "results" or not names]  # one shows those of other runs too
-        asked = slurm_queue.cancel(jobs) + stop_holders(folder.path.rglob("*lock"), {job.id for job in jobs})
+        jobs = folder.jobs()
+        asked = slurm_site.cancel(jobs) + stop_holders(folder.path.rglob("*lock"), {job.id for job in jobs})
         messages += [f"{folder.path}: {message}" for message in asked]
     if not messages:
         of_runs = ", ".join(str(folder.path) for folder in folders) if names else sweep or of_study

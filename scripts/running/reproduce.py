@@ -91,8 +91,7 @@ def reproduce(
                 bar.update(done)
         works = [pipeline.work() for pipeline in ready]
         need_judges(works, of_study.columns, evaluation, request.rehearse)
-        rehearsed = ["--rehearse"] if request.rehearse else []
-        backend.submit(works, request.name, runs, ["results", "--study", request.name, *rehearsed, "--runs", str(runs)])
+        backend.submit(works, request.name, runs)
     return [outcome for outcome, _ in wanted]
 
 

@@ -183,7 +183,7 @@ def _carry_out(
         need_judges(works, of_recipe(record.recipe), evaluation, record.rehearsal)
         if any("run" in work.steps for work in works):
             _show_shared_differences(pipelines)
-        backend.submit(works, record.name, runs, ["results", "--sweep", record.label, "--runs", str(runs)])
+        backend.submit(works, record.name, runs)
 
 
 def _seeded(members: list[SweepMember], recipe: str, seeds: int) -> list[SweepMember]:

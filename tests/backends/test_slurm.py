@@ -17,7 +17,7 @@ from conftest import RECIPE, Recipe, finish, start
 
 from qlora_recipes import backends
 from qlora_recipes.backends import slurm as slurm_module
-from qlora_recipes.backends import slurm_queue, slurm_settings
+from qlora_recipes.backends import slurm_site
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.runs import rundir
@@ -76,7 +76,7 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     assert all("job" in step["run"] and step["evaluate"].startswith("queued (job") for step in first["steps"])
     runs = rundir.all_runs(tmp_path / "runs")
     jobs = {run.path: {job.step: job.id for job in run.jobs()} for run in runs}
-    for step, sizes in (("run", [1, 2]), ("evaluate", [1, 2]), ("results", [3])):
+    for step, sizes in (("run", [1, 2]), ("evaluate", [1, 2])):
         arrays = Counter(of_run[step].partition("_")[0] for of_run in jobs.values())
         assert sorted(arrays.values()) == sizes, step
     assert sum("prepare" in of_run for of_run in jobs.values()) == 2  # by each command once, for all that it trains
@@ -100,9 +100,7 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     assert list(alone.path.glob("evaluations/*/scores.json"))
     last = orjson.loads(asked(*command))
     assert [(step["run"], step["evaluate"]) for step in last["steps"]] == [("skipped", "skipped")] * 3
-    (shown,) = (tmp_path / "runs" / "slurm").glob("*/slurm-results.log")
-    for row in last["results"]:
-        assert row["bleu4"] is not None and row["member"] in shown.read_text()
+    assert all(row["bleu4"] is not None for row in last["results"])
 
 
 @pytest.mark.long
@@ -150,7 +148,7 @@ def test_cancelling_a_sweep_takes_it_out_of_the_queue(
     queue = ("--on", "slurm", "--slurm", "begin=now+1hour")
     done = recipe("sweep", NAME, "--set", "lora_r=4,8", *rehearsed, *queue)
     assert done.returncode == 0, done.stderr
-    assert len(submitted(tmp_path, "cancel", "--sweep", "latest").splitlines()) == 6
+    assert len(submitted(tmp_path, "cancel", "--sweep", "latest").splitlines()) == 5
     for run in rundir.all_runs(tmp_path / "runs"):
         assert wait_for(run, lambda record: record.state == "interrupted").launches == []
     slurm.wait_until_empty(20)
@@ -160,7 +158,7 @@ def test_cancelling_a_sweep_takes_it_out_of_the_queue(
     ("options", "says"),
     [
         (["--gpus", "5", "--profile", "zero2"], "--gres=gpu:5"),
-        (["--slurm", "partition=nowhere"], "--partition=nowhere; .*slurm.yaml"),
+        (["--slurm", "partition=nowhere"], r"slurm\.yaml.*--partition=nowhere"),
         (["--slurm", "tyme=1:00:00"], "'--tyme"),  # in sbatch's own words
         (["--slurm", "partition"], "--slurm partition: "),
         (["--slurm", "array=1-5"], "--slurm array=1-5: "),
@@ -187,7 +185,7 @@ def test_without_slurm_that_is_told(recipe: Recipe, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("PATH", str(tmp_path))
     done = recipe("run", NAME, "--rehearse", "--on", "slurm")
     assert (done.returncode, done.stdout) == (2, "")
-    assert " squeue " in done.stderr
+    assert " squeue: " in done.stderr
     done = recipe("run", NAME, "--rehearse", "--slurm", "time=1:00:00")
     assert done.returncode == 2 and "--slurm time=1:00:00: " in done.stderr
 
@@ -198,7 +196,7 @@ def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
         "partition: gpu\ntime: 12:00:00\ngpus-per-node: a100:{gpus}\nexclusive:\ncard: A100\n"
         "prefix: apptainer exec --nv image.sif\nsetup:\n- module load cuda\nevaluate: {time: 1:00:00}\n"
     )
-    found = slurm_settings.site_settings(["partition=debug", "evaluate.qos=short"])
+    found = slurm_site.site_settings(["partition=debug", "evaluate.qos=short"])
     assert found.options == {"partition": "debug", "time": "12:00:00", "gpus-per-node": "a100:{gpus}", "exclusive": ""}
     assert found.of_step == {"evaluate": {"time": "1:00:00", "qos": "short"}}
     assert (found.card, found.setup) == ("A100", ["module load cuda"])
@@ -208,16 +206,16 @@ def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
     assert "--gres" not in script
     assert "\napptainer exec --nv image.sif recipe " in script
     no_settings.unlink()
-    found = slurm_settings.site_settings(["gres=nvme:1", "mem-per-gpu=40G"])
+    found = slurm_site.site_settings(["gres=nvme:1", "mem-per-gpu=40G"])
     assert "--gres=nvme:1,gpu:4" in (script := batch(found, gpus=4).script("run", [], 2))
     assert "mem-per-gpu" in script and "mem-per-gpu" not in batch(found, gpus=4).script("prepare", [], 2)
     for broken in ("[gpu]", "partition: [a]", "evaluate: gpu", "setup: {a: b}", "card: {"):
         no_settings.write_text(broken)
         with pytest.raises(UserError, match=r"slurm\.yaml"):
-            slurm_settings.site_settings([])
+            slurm_site.site_settings([])
 
 
-def batch(site: slurm_settings.Site, gpus: int = 1, nodes: int = 1) -> slurm_module.Batch:
+def batch(site: slurm_site.Site, gpus: int = 1, nodes: int = 1) -> slurm_module.Batch:
     return slurm_module.Batch(site, None, "title", Path("runs"), gpus, nodes)
 
 
@@ -244,7 +242,7 @@ def test_the_id_of_a_job_is_in_the_last_line_of_sbatch(
 ) -> None:
     sbatch(f"printf '{said}'")
     (tmp_path / "a").mkdir()
-    assert batch(slurm_settings.Site()).submit("run", [task(Path("a"))]) == "12"
+    assert batch(slurm_site.Site()).submit("run", [task(Path("a"))]) == "12"
     assert [job.id for job in RunDir(tmp_path / "a").jobs()] == ["12_0"]
 
 
@@ -254,11 +252,11 @@ def test_the_id_of_a_job_is_in_the_last_line_of_sbatch(
 def test_what_sbatch_says_otherwise_is_no_job(
     tmp_path: Path, sbatch: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, commands: str
 ) -> None:
-    monkeypatch.setattr(slurm_queue, "PATIENCE", 0.2)
+    monkeypatch.setattr(slurm_site, "TIMEOUT", 0.2)
     sbatch(commands)
     (tmp_path / "a").mkdir()
     with pytest.raises(WorkFailed):
-        batch(slurm_settings.Site()).submit("run", [task(Path("a"))])
+        batch(slurm_site.Site()).submit("run", [task(Path("a"))])
     assert RunDir(tmp_path / "a").jobs() == []
 
 
@@ -291,7 +289,7 @@ def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(
     ):
         (tmp_path / name).write_text(content)
         (tmp_path / name).chmod(0o755)
-    settings = slurm_settings.Site(prefix=f"{tmp_path}/stub")
+    settings = slurm_site.Site(prefix=f"{tmp_path}/stub")
     monkeypatch.chdir(tmp_path)
     script = batch(settings).script("run", [task(Path("a"), "resume", "a b")], 1)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}
@@ -313,9 +311,9 @@ def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("prefix", [None, 'apptainer exec --nv --bind "$PWD" image.sif'])
 def test_scripts_are_sound(tmp_path: Path, nodes: int, prefix: str | None) -> None:
-    settings = slurm_settings.Site(prefix=prefix, setup=["module load cuda"], options={"comment": "it's a test"})
+    settings = slurm_site.Site(prefix=prefix, setup=["module load cuda"], options={"comment": "it's a test"})
     tasks = [task(Path(folder), "resume", folder) for folder in ("runs/a b", "runs/c")]
-    for step in slurm_settings.STEPS:
+    for step in slurm_site.STEPS:
         script = batch(settings, nodes=nodes).script(step, tasks, 2)
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
         done = subprocess.run([TOOLS / "shellcheck", "-"], input=script, text=True, capture_output=True)

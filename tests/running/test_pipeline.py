@@ -44,7 +44,7 @@ def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(
     asked: list[str] = []
     refused = work(tmp_path / "a", {"run": ["show", "nothing"], "evaluate": ["list"]}, asked)
     fine = work(tmp_path / "b", {"run": ["list"], "evaluate": ["list"]}, asked)
-    Local(rehearsal=True, jobs=2).submit([refused, fine], "two", tmp_path, [])
+    Local(rehearsal=True, jobs=2).submit([refused, fine], "two", tmp_path)
     assert asked == ["a", "b"]  # once each
     assert (refused.outcome.steps, refused.outcome.run) == ({"run": "failed"}, None)
     log = tmp_path / "a" / "run.log"

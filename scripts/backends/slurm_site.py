@@ -1,0 +1,185 @@
+"""A SLURM site: settings for its jobs, its commands, and the states of the jobs in its queue."""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
+
+from ..base import yamlfiles
+from ..base.errors import UserError
+from ..base.progress import say_once
+from ..configs.config import merge
+from ..runs.records import Job, JobState
+from ..runs.tasks import Step
+
+STEPS: tuple[Step, ...] = get_args(Step)
+_OWN = {  # options that this project sets for each job, or that would hide its id
+    *("array", "chdir", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "output"),
+    *("clusters", "parsable", "test-only", "wait", "wrap"),
+}
+TIMEOUT = 60  # seconds for a command of SLURM
+
+
+def _allowed(option: str) -> str:
+    if option in _OWN:
+        raise ValueError(f"{option} cannot be set; the command sets it, --nodes for example")
+    return option
+
+
+_Line = Annotated[str, StringConstraints(pattern="^.*$")]
+_Options = dict[Annotated[str, AfterValidator(_allowed)], _Line]
+
+
+class Site(BaseModel):
+    """Settings of the jobs at a site.
+
+    Attributes:
+        card: the GPU that jobs get, to check and plan for.
+        prefix: what stands before `recipe` in a job, such as a container's `apptainer exec --nv IMAGE`; None where jobs
+            have the environment of this command.
+        setup: shell commands at the start of each job, one or several lines.
+        options: sbatch's long options and their values, in which {gpus} stands for the number of GPUs on a node; an
+            empty value gives the option without one.
+        of_step: further options for single steps.
+    """
+
+    card: _Line | None = None
+    prefix: _Line | None = None
+    setup: str | list[str] = []
+    options: _Options = {}
+    of_step: dict[Step, _Options] = {}
+
+
+def settings_file() -> Path:
+    """The user's settings for their clusters."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "qlora-recipes" / "slurm.yaml"
+
+
+def site_settings(overrides: Sequence[str]) -> Site:
+    """The settings of the user's file, with the values of --slurm merged in.
+
+    Raises:
+        UserError: the file or an option is malformed.
+    """
+    file = settings_file()
+    content = _read(file) if file.is_file() else {}
+    site = _site(content, str(file))
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"--slurm {text}: expected key=value, as in --slurm partition=gpu")
+        step, dot, option = key.partition(".")
+        content = merge(content, {step: {option: value}} if dot else {key: value})
+        site = _site(content, f"--slurm {text}")
+    return site
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The file's mapping, with values as text: YAML would read 12:00:00 as a number."""
+    try:
+        content = yaml.load(yamlfiles.read_text(file), yaml.BaseLoader) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a mapping of sbatch's long options to values")
+    return content
+
+
+def _site(content: dict[str, Any], where: str) -> Site:
+    own = {key: content[key] for key in ("card", "prefix", "setup") if key in content}
+    of_step = {key: content[key] for key in STEPS if key in content}
+    options = {key: value for key, value in content.items() if key not in own | of_step}
+    try:
+        return Site.model_validate(own | {"of_step": of_step, "options": options})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{where}: {' '.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def active(jobs: Sequence[Job]) -> dict[str, JobState] | None:
+    """The states of those jobs that have not ended, by id, in their order; None where SLURM does not answer."""
+    if not jobs:
+        return {}
+    states = queue(job.user for job in jobs)
+    if isinstance(states, UserError):
+        if shutil.which("squeue"):
+            say_once(str(states))
+        return None
+    return {job.id: states[job.id, job.script] for job in jobs if (job.id, job.script) in states}
+
+
+def cancel(jobs: Sequence[Job]) -> list[str]:
+    """Cancel jobs; a message for each. A running training ends at a checkpoint if KillWait leaves it time to."""
+    if ids := list(active(jobs) or {}):
+        ask("scancel", *ids)
+        forget_queue()
+    return [f"job {id_} is cancelled" for id_ in ids]
+
+
+def queue(users: Iterable[str]) -> dict[tuple[str, str], JobState] | UserError:
+    """The states of users' jobs that have not ended, by id and script; an error where SLURM does not answer. It is
+    asked once a minute, since it can be slow."""
+    return _queue(frozenset(users), int(time.monotonic() / 60))
+
+
+@lru_cache(maxsize=16)  # runs in one folder can be of several users
+def _queue(users: frozenset[str], minute: int) -> dict[tuple[str, str], JobState] | UserError:
+    # %i is a task's id, as 12_0; -r gives each task a line of its own; a script can have any name
+    form = "--format=%i|%T|%r|%o"
+    try:
+        shown = ask("squeue", f"--user={','.join(sorted(users))}", "--noheader", "-r", form)
+    except UserError as error:
+        return error
+    lines = (line.split("|", 3) for line in shown.splitlines() if line.count("|") >= 3)
+    return {(job, script): _state(job, state, reason) for job, state, reason, script in lines}
+
+
+def forget_queue() -> None:
+    """Have SLURM asked again, once something has changed."""
+    _queue.cache_clear()
+
+
+def _state(job: str, state: str, reason: str) -> JobState:
+    if state in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED"):
+        return JobState("running", "" if state == "RUNNING" else state.lower(), job)
+    return JobState("queued", "" if reason in ("None", "Dependency") else reason, job)
+
+
+def ask(*command: str, script: str = "") -> str:
+    """The output of one of SLURM's commands, with a script on its stdin.
+
+    Raises:
+        UserError: it is missing, refuses, or does not end.
+    """
+    where = f"--on slurm: {command[0]}"
+    try:
+        done = subprocess.run(command, input=script, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
+    except FileNotFoundError:
+        raise UserError(f"{where}: not found on this machine; log in to a machine of the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{where}: no end within {TIMEOUT} s; `squeue --me` shows whether it did its work") from None
+    if done.returncode:
+        problem = done.stderr.strip().replace(f"{command[0]}: error: ", "")
+        raise UserError(f"{where}: {'; '.join(problem.splitlines())}")
+    return done.stdout
+
+
+def sbatch(*arguments: str) -> str:
+    """Have sbatch submit a job; its id.
+
+    Raises:
+        UserError: sbatch is missing, refuses, does not end, or names no id.
+    """
+    output = ask("sbatch", "--parsable", *arguments)
+    if found := re.fullmatch(r"(\d+)(;\S+)?", (output.strip().splitlines() or [""])[-1]):
+        return found[1]
+    problem = f"printed {output[-200:]!r} and not a job's id; `squeue --me` shows whether the job is queued"
+    raise UserError(f"--on slurm: sbatch: {problem}")
