@@ -5,8 +5,6 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from itertools import groupby
-from operator import itemgetter
 from shutil import get_terminal_size
 from typing import Any, Literal
 
@@ -219,22 +217,8 @@ def write(
 
 
 def print_tokens(rows: Sequence[Row]) -> None:
-    """Tokenized rows on stdout: those tokens that carry loss between marks, and in colour on a terminal."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(width=None if sys.stdout.isatty() else 250, highlight=False)
-    loss = "bold green"
-    console.print(f"[{loss}]⟪green⟫[/] carries loss, [dim]dim[/] does not, [reverse]reversed[/] is a special token")
+    """Tokenized rows on stdout."""
     for row in rows:
         about = f"{row['dataset']}, row {row['row']}: {row['length']} tokens, {row['learnt']} with loss"
-        console.print(f"\n[bold]{about}{', longer than sequence_len' if row['too_long'] else ''}[/]")
-        text = Text()
-        for learnt, tokens in groupby(row["tokens"], itemgetter("loss")):
-            text.append("⟪" if learnt else "", loss)
-            for token in tokens:
-                text.append(
-                    harmless(token["text"]), f"{loss if learnt else 'dim'} {'reverse' if token['special'] else ''}"
-                )
-            text.append("⟫" if learnt else "", loss)
-        console.print(text)
+        click.secho(f"{about}{', longer than sequence_len' if row['too_long'] else ''}", bold=True)
+        print(harmless(row["text"]), end="\n\n")

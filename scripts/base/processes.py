@@ -20,14 +20,13 @@ LOCK_TIMEOUT = 600  # seconds to wait for a process that prepares what this one 
 
 
 @contextmanager
-def held(file: Path, otherwise: str, timeout: float = LOOK, remove: bool = False) -> Iterator[int]:
+def held(file: Path, otherwise: str, timeout: float = LOOK) -> Iterator[int]:
     """Hold a lock for this process and those that inherit the yielded descriptor, until the last of them ends.
 
     Args:
         file: the lock's file; its folder is made if need be.
         otherwise: the message if another process holds it.
         timeout: seconds to wait for that process.
-        remove: whether to remove the file at the end.
 
     Raises:
         UserError: another process holds it.
@@ -48,22 +47,8 @@ def held(file: Path, otherwise: str, timeout: float = LOOK, remove: bool = False
                     f"{file.parent}: its file system does not lock files (flock: {error.strerror}); "
                     "choose a folder on another, for runs with --runs"
                 ) from None
-            if not _is_at(lock.fileno(), file):
-                continue  # the process that held it has removed it
-            try:
-                yield lock.fileno()
-            finally:
-                if remove:
-                    file.unlink(missing_ok=True)
+            yield lock.fileno()
             return
-
-
-def _is_at(descriptor: int, file: Path) -> bool:
-    """Whether an open file is still the one at a path; its link count would not show that on NFS."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), file.stat())
-    except FileNotFoundError:
-        return False
 
 
 def is_held(file: Path) -> bool:
@@ -90,7 +75,7 @@ def make_once(folder: Path, make: Callable[[Path], object]) -> Path:
         return folder
     part = folder.with_name(f".{folder.name}.part")
     lock = folder.with_name(f".{folder.name}.lock")
-    with held(lock, f"another process has not finished {folder.name} in {LOCK_TIMEOUT} s", LOCK_TIMEOUT, remove=True):
+    with held(lock, f"another process has not finished {folder.name} in {LOCK_TIMEOUT} s", LOCK_TIMEOUT):
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
         if not folder.is_dir():
             try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base import paths, yamlfiles
-from ..base.errors import UserError, did_you_mean
+from ..base.errors import UserError
 from ..base.files import DISK_FULL
 from ..base.hub import importing_axolotl
 from ..base.progress import MASK, is_secret
@@ -15,12 +15,11 @@ from ..base.yamlfiles import Config
 from ..configs import compose, models, substitution, variants
 from ..configs.compatibility import VARIANTS
 from ..configs.compose import Composed, Request
-from ..configs.config import check_not_of_the_run
 from ..configs.gpus import Gpu
 from ..data import study
 from ..runs import provenance
 from . import data_rules, model_rules, rows, schema, settings_rules  # noqa: F401 (each adds its rules to RULES)
-from .finding import LEVELS, RULES, Case, Finding
+from .finding import LEVELS, RULES, Case, Finding, override_errors, refuse
 
 
 @dataclass
@@ -96,7 +95,7 @@ def check(
         composed = composed or compose.compose(request, gpu)
         report = examine(composed, gpu, request.gpus, launching, data, ask_hub=True, runs=runs)
         report.name = request.name
-        _override(report.findings, request.force)
+        override_errors(report.findings, request.force)
         may_run = not any(finding.level == "error" and finding.scope == "code" for finding in report.findings)
         for finding in report.findings:
             if finding.rule == "not-prepared" and not (launching or data):
@@ -327,56 +326,6 @@ def _unreadable(name: str, message: str) -> Finding:
     return Finding("error", "unreadable", "", match[3], where=match[1], line=int(match[2]) if match[2] else None)
 
 
-_NEVER_FORCED = ("secret:", *(f"value:{key}" for key in ("plugins", "datasets", "test_datasets", "trl", "trust_")))
-"""What begins the names of errors that a run cannot start with, or whose values no rule about code would see."""
-
-
-def _override(findings: Iterable[Finding], force: Sequence[str]) -> None:
-    """Make warnings of the errors that --force names."""
-    for finding in findings:
-        if finding.level == "error" and finding.name in force and not finding.name.startswith(_NEVER_FORCED):
-            finding.level, finding.remedy = "warning", "overridden by --force"
-
-
-def unknown_force(force: Sequence[str], names: set[str]) -> None:
-    """Raise UserError where --force names none of some findings."""
-    for name in force:
-        if name not in names:
-            hint = did_you_mean(name, names) or "; names are in brackets"
-            raise UserError(f"--force {name}: no error of this config has that name{hint}")
-
-
-def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
-    """The findings that are left to show once the errors that --force names are overridden.
-
-    Raises:
-        UserError: an error is left, or --force names none.
-    """
-    unknown_force(force, {finding.name for finding in findings if finding.level == "error"})
-    for name in force:
-        if name.startswith(_NEVER_FORCED):
-            raise UserError(f"--force {name}: a run cannot start with this")
-    _override(findings, force)
-    left = [finding for finding in findings if finding.name not in force or finding.scope == "code"]
-    if errors := [str(finding) for finding in left if finding.level == "error"]:
-        raise UserError("\n".join(errors))
-    return left
-
-
-def code_in(content: Config, file: Path) -> list[Finding]:
-    """What a run's config runs that is neither Axolotl's nor this project's.
-
-    Args:
-        content: the config.
-        file: where it is.
-    """
-    usable, wrong = schema.usable(content, schema.findings(content))
-    found = [finding for finding in rule_findings(Case(usable, wrong)) if finding.scope == "code"]
-    for finding in found:
-        finding.where = paths.shown(file)
-    return found
-
-
 def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]:
     """The findings with the file and line, or the option, that their key is from.
 
@@ -405,19 +354,3 @@ def _without_secret(option: str, key: str) -> str:
     """An option such as `--set key=value`, without a value that is secret."""
     head, _, value = option.partition("=")
     return f"{head}={MASK}" if value and is_secret(key) else option
-
-
-def check_arguments(arguments: list[str]) -> None:
-    """Refuse options for `axolotl train` that it does not have, and those that must not be given to it."""
-    for argument in arguments:
-        option = argument.lstrip("-").partition("=")[0].replace("-", "_")
-        check_not_of_the_run(option, argument)
-        if is_secret(option, argument):
-            raise UserError(
-                f"{argument.partition('=')[0]}: would be stored in the run's folder; set it in an environment variable"
-            )
-        key = schema.key_of_option(option)
-        if argument.startswith("--") and key:
-            raise UserError(f"{argument}: a key of the config; --set {key}=... is checked and recorded as well")
-        if argument.startswith("--") and option not in schema.TRAIN_OPTIONS:
-            raise UserError(f"{argument}: `axolotl train` has no such option, and would ignore it")

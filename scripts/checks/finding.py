@@ -8,13 +8,14 @@ one that keeps a plan from being made, has its scope in `_SCOPES`.
 
 import importlib.metadata
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..base import paths
+from ..base.errors import UserError, did_you_mean
 from ..base.yamlfiles import Config
 from ..configs import datafiles, models
 from ..configs.gpus import Gpu
@@ -87,6 +88,42 @@ class Finding:
         remedy = f"; {self.remedy}" if self.remedy else ""
         name = f" [{self.name}]" if self.rule else ""
         return f"{place}: {self.level}: {about}{self.problem}{remedy}{name}"
+
+
+_NEVER_FORCED = ("secret:", *(f"value:{key}" for key in ("plugins", "datasets", "test_datasets", "trl", "trust_")))
+"""What begins the names of errors that a run cannot start with, or whose values no rule about code would see."""
+
+
+def override_errors(findings: Iterable[Finding], force: Sequence[str]) -> None:
+    """Make warnings of the errors that --force names."""
+    for finding in findings:
+        if finding.level == "error" and finding.name in force and not finding.name.startswith(_NEVER_FORCED):
+            finding.level, finding.remedy = "warning", "overridden by --force"
+
+
+def unknown_force(force: Sequence[str], names: set[str]) -> None:
+    """Raise UserError where --force names none of some findings."""
+    for name in force:
+        if name not in names:
+            hint = did_you_mean(name, names) or "; names are in brackets"
+            raise UserError(f"--force {name}: no error of this config has that name{hint}")
+
+
+def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
+    """The findings that are left to show once the errors that --force names are overridden.
+
+    Raises:
+        UserError: an error is left, or --force names none.
+    """
+    unknown_force(force, {finding.name for finding in findings if finding.level == "error"})
+    for name in force:
+        if name.startswith(_NEVER_FORCED):
+            raise UserError(f"--force {name}: a run cannot start with this")
+    override_errors(findings, force)
+    left = [finding for finding in findings if finding.name not in force or finding.scope == "code"]
+    if errors := [str(finding) for finding in left if finding.level == "error"]:
+        raise UserError("\n".join(errors))
+    return left
 
 
 Problems = Iterator[tuple[Level, str, str, str]]

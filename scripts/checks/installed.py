@@ -1,4 +1,4 @@
-"""What the installed Axolotl accepts: its configuration as a JSON Schema, and its own validation of a config.
+"""What the installed Axolotl accepts and makes of rows: its schema, its validation, and its tokenization.
 
 Importing this imports Axolotl, some 10 s.
 """
@@ -8,9 +8,11 @@ import importlib
 import inspect
 import json
 import logging
+import os
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
@@ -21,21 +23,30 @@ import torch
 from axolotl import prompt_strategies
 from axolotl.integrations.base import BasePlugin, PluginManager, get_builtin_plugins
 from axolotl.prompters import PromptStyle
-from axolotl.utils.config import prepare_plugins, validate_config
-from axolotl.utils.data.wrappers import DATASET_HANDLERS
+from axolotl.utils.config import normalize_cfg_datasets, normalize_config, prepare_plugins, validate_config
+from axolotl.utils.data.wrappers import DATASET_HANDLERS, get_dataset_wrapper
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.enums import CANONICAL_ATTN_IMPLS, ChatTemplate, CustomSupportedOptimizers
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
 from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema, NoDefault
 from transformers import BitsAndBytesConfig, SchedulerType
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
+from ..base.errors import UserError
+from ..base.processes import end_with_parent
 from ..base.yamlfiles import Config
 from ..configs.gpus import Gpu
+from ..runs.eval_loss import MASKED
 from .finding import Finding
 from .schema import BOUNDS, DESCRIPTIONS
+
+disable_progress_bar()
+# Axolotl tokenizes in a process that it forks, which would outlive a killed command and keep the locks it inherited
+os.register_at_fork(after_in_child=end_with_parent)
 
 
 class _Schema(GenerateJsonSchema):
@@ -260,3 +271,67 @@ def validate(content: Config, gpu: Gpu) -> list[Finding]:
             findings.append(Finding("error", "axolotl", "", f"{type(error).__name__}: {error}"))
     logging.disable(disabled)
     return findings
+
+
+@dataclass
+class Tokens:
+    """A tokenized row: token ids, and for each the id that is to be learnt there, or MASKED."""
+
+    ids: list[int]
+    labels: list[int]
+
+    @property
+    def learnt(self) -> int:
+        """How many tokens carry loss."""
+        return sum(label != MASKED for label in self.labels)
+
+
+def tokenize(
+    where: str, cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], longest: int
+) -> list[Tokens]:
+    """Rows as Axolotl tokenizes them for training, before it drops or cuts the long ones.
+
+    Args:
+        where: what messages call the rows.
+        cfg: a config, as Axolotl's DictDefault.
+        dataset: the entry of the rows' data set in it.
+        tokenizer: the tokenizer.
+        rows: fields by name.
+        longest: the most tokens of a prompt, and of an answer, which Axolotl cuts separately.
+
+    Raises:
+        UserError: Axolotl cannot tokenize them.
+    """
+    kind = dataset["type"]
+    base, _, style = kind.partition(":") if isinstance(kind, str) else ("", "", "")
+    # its | would keep cfg's values; any number of processes, 1 too, would have some started for these few rows
+    limited = DictDefault({**cfg, "sequence_len": longest, "dataset_num_proc": None})
+    fields = dict.fromkeys(name for row in rows for name in row)
+    try:
+        table = Dataset.from_list([{name: row.get(name) for name in fields} for row in rows])
+        tokenized, _ = get_dataset_wrapper(dataset, tokenizer, limited, base, table, style or None)
+    except Exception as error:  # a strategy can raise anything, and so can values of several types in a field
+        problem = f"Axolotl cannot tokenize these rows as {kind}: {type(error).__name__}: {error}"
+        raise UserError(f"{where}: {problem}") from None
+    return [Tokens(row["input_ids"], row["labels"]) for row in tokenized]
+
+
+def require_one_each(where: str, dataset: Any, rows: Sequence[Any], tokenized: Sequence[Tokens]) -> None:
+    """Raise UserError where a data set's type does not make one training row of each row."""
+    if len(tokenized) != len(rows):
+        problem = f"Axolotl makes {len(tokenized)} training rows of {len(rows)} ({dataset['type']})"
+        raise UserError(f"{where}: {problem}; they cannot be evaluated")
+
+
+def taught_ends(cfg: Config, tokenizer: Any) -> set[int]:
+    """Tokens that a training teaches as the end of an answer: the end-of-text token and `eot_tokens`."""
+    of_turns = tokenizer.convert_tokens_to_ids(list(cfg.get("eot_tokens") or []))
+    return ({tokenizer.eos_token_id} | (set(of_turns) - {tokenizer.unk_token_id})) - {None}
+
+
+def as_trained(content: Config) -> Any:
+    """A config as a training has it: validated, with defaults, and each data set's chat template. Raises anything."""
+    cfg = validated(content)
+    normalize_config(cfg)
+    normalize_cfg_datasets(cfg)
+    return cfg

@@ -7,8 +7,7 @@ import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import batched, islice
+from itertools import batched, groupby, islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,95 +15,21 @@ from unittest.mock import patch
 import numpy
 from axolotl.loaders import load_tokenizer
 from axolotl.prompt_strategies import load as load_strategy
-from axolotl.utils.config import normalize_cfg_datasets, normalize_config
 from axolotl.utils.data import prepare_datasets, sft
 from axolotl.utils.data.shared import datasets_with_name_generator
-from axolotl.utils.data.wrappers import get_dataset_wrapper
-from axolotl.utils.dict import DictDefault
 from axolotl.utils.samplers import MultipackBatchSampler
-from datasets import Dataset
-from datasets.utils.logging import disable_progress_bar
 from torch.utils.data import RandomSampler
 
 from ..base.errors import UserError, did_you_mean
 from ..base.files import json_rows
-from ..base.processes import end_with_parent
 from ..base.progress import Bar
 from ..base.yamlfiles import Config
 from ..configs import datafiles
 from ..runs.eval_loss import MASKED
 from .finding import Finding, Level
-from .installed import validated
-
-disable_progress_bar()
-# Axolotl tokenizes in a process that it forks, which would outlive a killed command and keep the locks it inherited
-os.register_at_fork(after_in_child=end_with_parent)
+from .installed import Tokens, as_trained, require_one_each, taught_ends, tokenize
 
 _NO_LIMIT = 2**24  # tokens
-
-
-@dataclass
-class Tokens:
-    """A tokenized row: token ids, and for each the id that is to be learnt there, or MASKED."""
-
-    ids: list[int]
-    labels: list[int]
-
-    @property
-    def learnt(self) -> int:
-        """How many tokens carry loss."""
-        return sum(label != MASKED for label in self.labels)
-
-
-def tokenize(
-    where: str, cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], longest: int
-) -> list[Tokens]:
-    """Rows as Axolotl tokenizes them for training, before it drops or cuts the long ones.
-
-    Args:
-        where: what messages call the rows.
-        cfg: a config, as Axolotl's DictDefault.
-        dataset: the entry of the rows' data set in it.
-        tokenizer: the tokenizer.
-        rows: fields by name.
-        longest: the most tokens of a prompt, and of an answer, which Axolotl cuts separately.
-
-    Raises:
-        UserError: Axolotl cannot tokenize them.
-    """
-    kind = dataset["type"]
-    base, _, style = kind.partition(":") if isinstance(kind, str) else ("", "", "")
-    # its | would keep cfg's values; any number of processes, 1 too, would have some started for these few rows
-    limited = DictDefault({**cfg, "sequence_len": longest, "dataset_num_proc": None})
-    fields = dict.fromkeys(name for row in rows for name in row)
-    try:
-        table = Dataset.from_list([{name: row.get(name) for name in fields} for row in rows])
-        tokenized, _ = get_dataset_wrapper(dataset, tokenizer, limited, base, table, style or None)
-    except Exception as error:  # a strategy can raise anything, and so can values of several types in a field
-        problem = f"Axolotl cannot tokenize these rows as {kind}: {type(error).__name__}: {error}"
-        raise UserError(f"{where}: {problem}") from None
-    return [Tokens(row["input_ids"], row["labels"]) for row in tokenized]
-
-
-def require_one_each(where: str, dataset: Any, rows: Sequence[Any], tokenized: Sequence[Tokens]) -> None:
-    """Raise UserError where a data set's type does not make one training row of each row."""
-    if len(tokenized) != len(rows):
-        problem = f"Axolotl makes {len(tokenized)} training rows of {len(rows)} ({dataset['type']})"
-        raise UserError(f"{where}: {problem}; they cannot be evaluated")
-
-
-def taught_ends(cfg: Config, tokenizer: Any) -> set[int]:
-    """Tokens that a training teaches as the end of an answer: the end-of-text token and `eot_tokens`."""
-    of_turns = tokenizer.convert_tokens_to_ids(list(cfg.get("eot_tokens") or []))
-    return ({tokenizer.eos_token_id} | (set(of_turns) - {tokenizer.unk_token_id})) - {None}
-
-
-def as_trained(content: Config) -> Any:
-    """A config as a training has it: validated, with defaults, and each data set's chat template. Raises anything."""
-    cfg = validated(content)
-    normalize_config(cfg)
-    normalize_cfg_datasets(cfg)
-    return cfg
 
 
 class Tokenizer:
@@ -189,32 +114,23 @@ class Tokenizer:
             raise UserError(f"val_set_size: {len(held_out) - len(found)} rows that it holds out are not in the data")
         return [found[position] for position in range(len(held_out))]
 
-    def texts(self, ids: Sequence[int]) -> list[str]:
-        """The text that each token adds; a character of several tokens is counted to the last of them."""
-        texts = []
-        before = ""
-        for end in range(1, len(ids) + 1):
-            now = self.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            whole = not now.endswith("\ufffd") or end == len(ids)
-            texts.append(now[len(before) :] if whole else "")
-            before = now if whole else before
-        return texts
-
 
 def by_token(content: Config, count: int) -> list[dict[str, Any]]:
-    """The first rows of each training data set, token by token.
+    """The first rows of each training data set as they are trained on.
 
     Returns:
         For each row the data set's key, the row's number, its length and how many tokens carry loss, whether it is
-        longer than sequence_len, and its tokens: id, text, whether it is special, and whether it carries loss.
+        longer than sequence_len, its token ids and labels, and its text, in which ⟪ and ⟫ enclose what carries loss.
     """
     tokenizer = Tokenizer(content)
-    special = set(tokenizer.tokenizer.all_special_ids) | set(tokenizer.tokenizer.added_tokens_decoder)
     rows = []
     for key, dataset in datafiles.datasets(content, "datasets"):
         read = [row for _, row in islice(_numbered(dataset), count)]
         for number, row in enumerate(tokenizer.tokenize(key, read) if read else [], start=1):
-            parts = zip(row.ids, tokenizer.texts(row.ids), row.labels, strict=True)
+            text = ""
+            for learnt, parts in groupby(zip(row.ids, row.labels, strict=True), lambda part: part[1] != MASKED):
+                decoded = tokenizer.tokenizer.decode([token for token, _ in parts], skip_special_tokens=False)
+                text += f"⟪{decoded}⟫" if learnt else decoded
             rows.append(
                 {
                     "dataset": key,
@@ -222,10 +138,9 @@ def by_token(content: Config, count: int) -> list[dict[str, Any]]:
                     "length": len(row.ids),
                     "learnt": row.learnt,
                     "too_long": len(row.ids) > tokenizer.cfg.sequence_len,
-                    "tokens": [
-                        {"id": token, "text": text, "special": token in special, "loss": label != MASKED}
-                        for token, text, label in parts
-                    ],
+                    "ids": row.ids,
+                    "labels": row.labels,
+                    "text": text,
                 }
             )
     return rows

@@ -86,6 +86,7 @@ def check_verb(
 ) -> None:
     """All that is wrong with a config, before it reaches a GPU. Exit code 2 if there is an error."""
     from ..checks import check
+    from ..checks.finding import unknown_force
     from ..configs import gpus
     from ..configs.compose import Request
 
@@ -101,7 +102,7 @@ def check_verb(
         tables.print_json(rows) if json else tables.print_tokens(rows)
         return
     reports = _checked(requests, target, data, full)
-    check.unknown_force(force or [], {finding.name for report in reports for finding in report.findings})
+    unknown_force(force or [], {finding.name for report in reports for finding in report.findings})
     if json:
         tables.print_json([report.as_json() for report in reports])
     else:

@@ -127,6 +127,7 @@ def new_verb(
     """Write a variant of a recipe: the whole file with its comments, changed lines marked."""
     from ..base.progress import say
     from ..checks import check
+    from ..checks.finding import refuse
     from ..configs import compose
     from ..writing import new
 
@@ -134,7 +135,7 @@ def new_verb(
     other = new.for_model(from_, model) if model else None
     request = compose.Request(from_, overrides=[*(other.overrides if other else []), *overrides])
     found = check.examine(compose.compose(request)).findings
-    check.refuse([finding for finding in found if finding.scope not in ("code", "data", "file")])
+    refuse([finding for finding in found if finding.scope not in ("code", "data", "file")])
     print(new.write(name, from_, overrides, other))
     for line in other.not_known if other else []:
         say(line)

@@ -63,7 +63,7 @@ def prepare(
     for file in raw:
         if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
             raise UserError(f"{file}: would be overwritten; write to another folder with --out")
-    lock = held(out / PREPARE_LOCK, "another preparation is running", timeout, remove=True)
+    lock = held(out / PREPARE_LOCK, "another preparation is running", timeout)
     with lock, ExitStack() as stack:
         files = find(raw, of_study.data.raw_files)
         splits = _Preparation(changed, files, input_format, sorted(fields or {}), out, stack).splits()

@@ -10,6 +10,7 @@ from typing import Any
 from ..base import paths
 from ..base.yamlfiles import Config
 from ..checks import check
+from ..checks.finding import refuse
 from ..configs import datafiles
 from ..configs.compose import Composed, Request, compose
 from ..configs.gpus import Gpu, engine_of
@@ -69,7 +70,7 @@ def composed_for(request: Request, gpu: Gpu | None = None) -> Composed:
     """
     composed = compose(request, gpu)
     findings = check.examine(composed, gpus=request.gpus).findings
-    check.refuse([finding for finding in findings if finding.scope == "step" or finding.rule == "secret"])
+    refuse([finding for finding in findings if finding.scope == "step" or finding.rule == "secret"])
     return composed
 
 

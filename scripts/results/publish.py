@@ -143,7 +143,7 @@ def _scratch(folder: RunDir) -> Iterator[Path]:
     no new one is in its place."""
     scratch = folder.path / ".merge"
     busy = "another process is merging it; wait for that"
-    with held(folder.path / ".merge.lock", busy, remove=True):
+    with held(folder.path / ".merge.lock", busy):
         try:
             _clear(scratch, folder)
             scratch.mkdir()

@@ -18,7 +18,8 @@ from ..base.errors import UserError, WorkFailed
 from ..base.files import sha256
 from ..base.progress import Bar, say
 from ..checks import check, trust
-from ..checks.check import check_arguments
+from ..checks.finding import refuse
+from ..checks.schema import check_arguments
 from ..configs import datafiles, gpus
 from ..configs.compose import Composed, Request, compose, is_rehearsal
 from ..planning import fit
@@ -60,14 +61,14 @@ def prepare(request: Request, backend: Backend, runs: Path) -> Composed:
     for finding in found:
         if not starts and finding.scope == "data":
             finding.level = "note"  # a dry run only shows the config
-    for finding in check.refuse(backends.relevant(backend, found), request.force):
+    for finding in refuse(backends.relevant(backend, found), request.force):
         say(str(finding))
     # a job would wait in the queue only to be refused; on a CPU, and in a rehearsal, Axolotl says so at once
     if starts and (not backend.here or (gpu and not composed.rehearsal) or composed.config.get("sample_packing")):
         asked = check.Report(composed.recipe, composed, check.by_axolotl(composed, gpu))
         if not asked.count("error") and check.has_tokenizer(composed):
             check.tokenize(asked, composed, request.ranks, most=check.SOME)
-        for finding in check.refuse(asked.findings):
+        for finding in refuse(asked.findings):
             say(str(finding))
     if starts:
         composed.data = datafiles.record(composed.config)
@@ -225,7 +226,7 @@ def _check_here(folder: RunDir, record: Run) -> None:
         found = [finding for finding in report.findings if finding.scope != "code"]  # of a run that is trusted
         errors = {finding.name for finding in found if finding.level == "error"}
         forced = [name for name in record.forced if name in errors]  # not those of the rows, or of another GPU
-        check.refuse(found, forced)
+        refuse(found, forced)
         if not record.rehearsal and record.gpus_used > max(visible := len(machine.visible_gpus()), 1):
             raise UserError(f"{folder.path}: a run on {record.gpus_used} GPUs, and there are {visible} here")
     except UserError:

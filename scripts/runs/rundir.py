@@ -96,7 +96,7 @@ class RunDir:
 
     def add_job(self, job: Job) -> None:
         """Note a job."""
-        with held(self.path / ".jobs.lock", "another process is noting a job", LOCK_TIMEOUT, remove=True):
+        with held(self.path / ".jobs.lock", "another process is noting a job", LOCK_TIMEOUT):
             write_atomically(self._jobs, _JOBS.dump_json([*self.jobs(), job], indent=2).decode() + "\n")
 
     @contextmanager

@@ -15,7 +15,8 @@ from qlora_recipes.configs import substitution
 from qlora_recipes.runs.eval_loss import MASKED
 
 with importing_axolotl(offline=True):
-    from qlora_recipes.checks.tokens import Tokenizer, Tokens
+    from qlora_recipes.checks.installed import Tokens
+    from qlora_recipes.checks.tokens import Tokenizer
 
 ROWS = 500  # of GSM8K's 7,473 training rows, where they are here
 LOFTQS_QUESTION = "\nAnswer the above question. First think step by step and then answer the final number.\n"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qlora_recipes.base import hub, paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check, schema
-from qlora_recipes.checks.finding import _SCOPES, RULES, Case, Finding
+from qlora_recipes.checks.finding import _SCOPES, RULES, Case, Finding, refuse
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Composed, Request
 from qlora_recipes.data import study
@@ -142,7 +142,7 @@ def test_a_rehearsal_is_refused_for_what_is_wrong_with_keys_that_it_replaces(pla
 
 def test_a_secret_cannot_be_forced() -> None:
     with pytest.raises(UserError, match="secret:hub_token"):
-        check.refuse([Finding("error", "secret", "hub_token", "x")], ["secret:hub_token"])
+        refuse([Finding("error", "secret", "hub_token", "x")], ["secret:hub_token"])
 
 
 def test_a_run_refuses_bad_rows(place: Path, recipe: Recipe) -> None:

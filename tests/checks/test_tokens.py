@@ -89,10 +89,7 @@ def agree(content: yamlfiles.Config, folder: Path, change: dict[str, Any]) -> No
     content = content | change | {"datasets": [content["datasets"][0] | {"type": kind}]}
     rows = shown(content, 200)
     ours = sorted(
-        (
-            [token["id"] for token in row["tokens"]],
-            [token["id"] if token["loss"] else -100 for token in row["tokens"]],
-        )
+        (row["ids"], row["labels"])
         for row in rows
         if not row["too_long"] or content["excess_length_strategy"] == "truncate"
     )
@@ -104,29 +101,18 @@ def agree(content: yamlfiles.Config, folder: Path, change: dict[str, Any]) -> No
     assert any(row["too_long"] for row in rows) == (limit == 300)
 
 
-def test_texts_add_up_to_the_row_and_mark_what_is_special(llama: yamlfiles.Config) -> None:
-    row = shown(llama, 1)[0]
-    texts = [token["text"] for token in row["tokens"]]
-    assert (texts[0], texts[-1]) == ("<s>", "</s>")
-    assert [token["special"] for token in row["tokens"]] == [True, *[False] * (len(texts) - 2), True]
-    learnt = "".join(token["text"] for token in row["tokens"] if token["loss"])
-    assert learnt.startswith("Can we turn")
-    assert (row["learnt"], row["length"]) == (sum(token["loss"] for token in row["tokens"]), len(texts))
-
-
-def test_a_character_of_several_tokens_is_shown_whole(llama: yamlfiles.Config, tmp_path: Path) -> None:
+def test_the_text_of_a_row_shows_what_carries_loss(llama: yamlfiles.Config, tmp_path: Path) -> None:
     file = tmp_path / "odd.jsonl"
-    file.write_text('{"instruction": "\U0001f600 \u4e2d", "output": "\u00e9\U0001f680"}\n')
-    (row,) = shown(llama | {"datasets": [{"path": str(file), "type": "alpaca"}]}, 5)
-    assert "\ufffd" not in "".join(token["text"] for token in row["tokens"])
-    assert "".join(token["text"] for token in row["tokens"] if token["loss"]) == "\u00e9\U0001f680</s>"
-
-
-def test_a_row_with_fields_that_the_first_lacks(llama: yamlfiles.Config, tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "input": "SEEN", "output": "b"}\n')
-    _, second = shown(llama | {"datasets": [{"path": str(file), "type": "alpaca"}]}, 2)
-    assert "SEEN" in "".join(token["text"] for token in second["tokens"])
+    rows = [
+        {"instruction": "\U0001f600", "output": "\u00e9\U0001f680"},
+        {"instruction": "a", "input": "SEEN", "output": "b"},
+    ]
+    file.write_bytes(b"\n".join(map(orjson.dumps, rows)))
+    first, second = shown(llama | {"datasets": [{"path": str(file), "type": "alpaca"}]}, 5)
+    assert first["text"].startswith("<s>") and first["text"].endswith("⟪\u00e9\U0001f680</s>⟫")
+    assert "\U0001f600" in first["text"]
+    assert (first["length"], first["learnt"]) == (len(first["ids"]), sum(label != -100 for label in first["labels"]))
+    assert "SEEN" in second["text"]  # a field that the first row has not
 
 
 def test_a_long_row_is_measured_whole(llama: yamlfiles.Config, tmp_path: Path) -> None:
@@ -160,7 +146,7 @@ def test_lengths(llama: yamlfiles.Config, sample: Path) -> None:
 def test_an_unknown_token_that_ends_texts_is_an_end(tiny: Path) -> None:
     from transformers import AutoTokenizer
 
-    from qlora_recipes.checks.tokens import taught_ends
+    from qlora_recipes.checks.installed import taught_ends
 
     tokenizer = AutoTokenizer.from_pretrained(tiny, unk_token="</s>")
     assert taught_ends({"eot_tokens": ["<s>", "no token"]}, tokenizer) == {1, 2}

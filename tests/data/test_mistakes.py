@@ -176,7 +176,7 @@ def test_a_mistake_in_rows_is_refused_with_its_place(
         prepare.prepare([tmp_path / name], tmp_path / "out", of_study, "default")
     print(refused.value)
     assert str(refused.value).startswith(f"{tmp_path / place}: ")
-    assert not list(tmp_path.glob("out/*"))
+    assert not list(tmp_path.glob("out/[!.]*"))
 
 
 def test_many_mistakes_are_listed_in_the_order_of_their_lines(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
         bad = write(tmp_path / "raw", name, content)
         with pytest.raises(UserError, match=name):
             prepared([good, bad], tmp_path / "out")
-        assert list(tmp_path.glob("out/*")) == []
+        assert list(tmp_path.glob("out/[!.]*")) == []
 
 
 def test_two_preparations_in_one_folder_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
