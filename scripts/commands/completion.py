@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from ..base import paths, yamlfiles
+from ..base import paths
 from ..base.files import read_json
 
 
@@ -69,30 +69,6 @@ def gpus(incomplete: str) -> list[str]:
 def studies(incomplete: str) -> list[str]:
     """The studies."""
     return _beginning(incomplete, [folder.name for folder in paths.studies()])
-
-
-def input_formats(incomplete: str) -> list[str]:
-    """The formats of the studies' rows."""
-    of_studies = (yamlfiles.read_yaml(folder / "study.yaml")["data"] for folder in paths.studies())
-    return _beginning(incomplete, [name for data in of_studies for name in data.get("input_formats", {})])
-
-
-def metrics(incomplete: str) -> list[str]:
-    """The metrics."""
-    from ..metrics.registry import METRICS
-
-    return _beginning(incomplete, sorted(METRICS))
-
-
-def criteria(incomplete: str) -> list[str]:
-    """Ranking criteria of a sweep's members."""
-    return _beginning(incomplete, ["eval_loss", "memory", "perplexity", "time"])
-
-
-def data_sets(incomplete: str) -> list[str]:
-    """The data sets of the studies."""
-    of_studies = (yamlfiles.read_yaml(folder / "study.yaml")["data"] for folder in paths.studies())
-    return _beginning(incomplete, [data["key"] for data in of_studies])
 
 
 def keys(incomplete: str) -> list[str]:

@@ -36,7 +36,6 @@ def fetch_verb(
         str | None,
         typer.Argument(
             metavar="[DATA]",
-            autocompletion=completion.data_sets,
             help="The data set, or its study's name; needed where there are several.",
         ),
     ] = None,
@@ -93,9 +92,7 @@ def prepare_verb(
     ] = None,
     input_format: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", autocompletion=completion.input_formats, help="The study's format; by default its first."
-        ),
+        typer.Option(metavar="NAME", help="The study's format; by default its first."),
     ] = None,
     row: Annotated[
         list[str] | None,

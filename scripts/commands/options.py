@@ -168,7 +168,6 @@ Metrics = Annotated[
     typer.Option(
         "--metric",
         metavar="NAME",
-        autocompletion=completion.metrics,
         help="Score with this, as in rouge_l, or with parameters, as in 'number: {markers: [\"A: \"]}'. Repeatable.",
     ),
 ]
@@ -196,7 +195,6 @@ Best = Annotated[
     typer.Option(
         "--best",
         metavar="BY",
-        autocompletion=completion.criteria,
         help="Mark the best member by eval_loss, perplexity (where it is a metric), memory or time; never by scores of "
         "test rows.",
     ),

@@ -13,7 +13,6 @@ from ..data.manifest import is_the_studys
 from ..data.published import Published
 from ..data.study import Study
 from ..metrics.metric import Column
-from ..runs import health
 from ..runs.records import Run
 from ..runs.rundir import RunDir
 from ..scores import evaluations
@@ -47,7 +46,7 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
         "steps": summary.max_steps,
         "ended": summary.ended,
         "kept_step": summary.kept_step,
-        "trouble": summary.trouble or (health.stalled(folder.metrics) if run.state == "running" else ended_by),
+        "trouble": summary.trouble or ended_by,
         "eval_loss_first": summary.eval_loss_per_token_first,
         "eval_loss": summary.eval_loss_per_token,
         "eval_loss_axolotl": summary.eval_loss,

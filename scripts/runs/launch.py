@@ -299,7 +299,7 @@ def _wait(
     while child.poll() is None:
         time.sleep(0.1)
         progress.read()
-        trouble = (watch.losses or watch.stalled(time.time()) or "").partition(":")
+        trouble = (watch.losses or "").partition(":")
         if trouble[0] != said and (said := trouble[0]):
             say(f"  {''.join(trouble)}; `recipe cancel {folder.path}` stops it at a checkpoint")
         if stops and not asked:

@@ -34,21 +34,6 @@ def test_a_loss_that_is_none_or_diverges_is_told(losses: list[float | None], say
     assert (told and " ".join(re.findall(r"NaN|\d+", told))) == says
 
 
-@pytest.mark.parametrize(
-    ("phase", "after", "stalls"),
-    [
-        ("training", 81, True),
-        ("training", 79, False),
-        *((phase, 9000, False) for phase in ("evaluating", "saving a checkpoint", "loading the model")),
-    ],
-)
-def test_only_steps_that_no_longer_come_are_a_stall(phase: str, after: float, stalls: bool) -> None:
-    watch = health.Watch()
-    for record in [*records(1.0, 1.0, 1.0), {"time": 12.0, "phase": phase}]:
-        watch.add(record)
-    assert bool(watch.stalled(12.0 + after)) == stalls
-
-
 def test_it_stands_in_results_report_and_card(recipe: Recipe, tmp_path: Path) -> None:
     run = a_run(tmp_path / "runs", "haider2024/code-llama-7b", "a", 5.0, state="failed")
     run.metrics.write_bytes(b"\n".join(map(orjson.dumps, records(2.0, None))))
