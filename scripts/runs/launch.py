@@ -100,15 +100,24 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     record.adapter = FileState.of(adapter) if adapter.is_file() else None
     record.state = _state(launch.exit_code, stopped, record.summary.ended, record.adapter is not None)
     folder.write(record)
-    on = " --on slurm" if this_job(os.environ) else ""
-    again = f"recipe resume {folder.path}{on}"
+    _require_finished(folder, record, launch, stopped, logged)
+
+
+def _require_finished(folder: RunDir, record: Run, launch: Launch, stopped: bool, logged: int) -> None:
+    """Raise what ended a launch, unless the run is finished.
+
+    Args:
+        stopped: whether `recipe` was asked to stop it.
+        logged: where the launch begins in the run's log, in bytes.
+    """
+    again = f"`recipe resume {folder.path}{' --on slurm' if this_job(os.environ) else ''}` continues it"
     if launch.problem:
-        raise WorkFailed(f"{folder.path}: {record.state}, {launch.problem}; free some, and `{again}` continues it")
+        raise WorkFailed(f"{folder.path}: {record.state}, {launch.problem}; free some, and {again}")
     if record.state == "interrupted":
         if launch.exit_code == -signal.SIGKILL and not stopped:
             how = "killed by signal 9 (SIGKILL), which this command did not send; probably memory ran out"
-            raise OutOfMemory(f"{folder.path}: {how}; `{again}` continues it", gpu=False)
-        raise WorkFailed(f"{folder.path}: interrupted{_signal(launch.exit_code, stopped)}; `{again}` continues it")
+            raise OutOfMemory(f"{folder.path}: {how}; {again}", gpu=False)
+        raise WorkFailed(f"{folder.path}: interrupted{_signal(launch.exit_code or 0, stopped)}; {again}")
     if record.state == "failed" and record.summary.ended == "callback":
         where = f"step {record.summary.step} of {record.summary.max_steps}"
         raise WorkFailed(f"{folder.path}: a callback stopped the training at {where}; {folder.log} says why")
@@ -116,7 +125,7 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
         few = "its rows fill no batch, so that no step was trained; more rows, or a smaller micro_batch_size"
         raise WorkFailed(f"{folder.path}: {few}")
     if record.state == "failed":
-        raise _failed(folder.path, folder.log, launch.exit_code, logged)
+        raise _failed(folder.path, folder.log, launch.exit_code or 0, logged)
 
 
 def _signal(code: int, stopped: bool) -> str:
