@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from ..base import paths
+from ..base import paths, yamlfiles
 from ..base.files import read_json
 
 
@@ -74,3 +74,9 @@ def studies(incomplete: str) -> list[str]:
 def keys(incomplete: str) -> list[str]:
     """The keys of Axolotl's configuration, each to be given a value."""
     return _beginning(incomplete, [f"{key}=" for key in read_json(paths.RECIPES / "axolotl.schema.json")["properties"]])
+
+
+def data_sets(incomplete: str) -> list[str]:
+    """The data sets of the studies."""
+    of_studies = (yamlfiles.read_yaml(folder / "study.yaml")["data"] for folder in paths.studies())
+    return _beginning(incomplete, [data["key"] for data in of_studies])

@@ -36,6 +36,7 @@ def fetch_verb(
         str | None,
         typer.Argument(
             metavar="[DATA]",
+            autocompletion=completion.data_sets,
             help="The data set, or its study's name; needed where there are several.",
         ),
     ] = None,

@@ -69,10 +69,7 @@ SWEEPS = ["latest", "ranks/haider2024/llama-2-7b", "ranks/haider2024/llama-2-7b/
         ("recipe plan --gpu 40", ["4000-Ada", "4060", "4070", "4080", "4090"]),
         ("recipe reproduce ", [folder.name for folder in paths.studies()]),
         ("recipe data fetch ", sorted({each.data.key for each in study.every()})),
-        ("recipe data prepare --input-format ", ["diff", "tagged"]),
         ("recipe run wide --set lora_alpha", ["lora_alpha=", "lora_alpha_pattern="]),
-        ("recipe score x --metric b", ["bertscore_f1", "bleu4"]),
-        ("recipe results --sweep ranks --best m", ["memory"]),
     ],
 )
 def test_names_are_completed(complete: Complete, place: Path, line: str, offered: list[str]) -> None:
