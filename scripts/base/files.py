@@ -199,10 +199,9 @@ def reserved(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         with naming(folder):
             # without a name, so that nobody who is killed leaves it
-            file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
-            content = os.urandom(RESERVED_BYTES)  # zeros would take no room on some disks
-            while content:
-                content = content[file.write(content) :]
+            file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+            file.write(os.urandom(RESERVED_BYTES))  # zeros would take no room on some disks
+            file.flush()
             os.fsync(file.fileno())  # a disk elsewhere says only then that it is full
         yield
 

@@ -327,10 +327,7 @@ def _unreadable(name: str, message: str) -> Finding:
 
 
 def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]:
-    """The findings with the file and line, or the option, that their key is from.
-
-    A warning whose line says `accepts RULE: reason` in a comment becomes a note.
-    """
+    """The findings with the file and line, or the option, that their key is from."""
     for finding in findings:
         if finding.where:  # a row of a file
             yield finding
@@ -343,10 +340,6 @@ def placed(findings: Iterable[Finding], composed: Composed) -> Iterator[Finding]
                 finding.where = _without_secret(difference.why, difference.key)
         if file:
             finding.where, finding.line = paths.shown(file), yamlfiles.line_of(file, finding.key)
-            line = yamlfiles.read_text(file).splitlines()[finding.line - 1]
-            accepted = re.search(rf"#.*\baccepts {re.escape(finding.rule)}: (.+)", line)
-            if accepted and finding.level == "warning":
-                finding.level, finding.remedy = "note", f"accepted: {accepted[1]}"
         yield finding
 
 

@@ -74,9 +74,9 @@ def missing_file(case: Case) -> Problems:
 
 def _near(missing: Path) -> str:
     """Names beside a path that does not exist that may be meant; of its folder's where that is missing too."""
-    if missing.parent.is_dir():
-        return did_you_mean(missing.name, [file.name for file in missing.parent.iterdir()])
     folder = missing.parent
+    if folder.is_dir():
+        return did_you_mean(missing.name, [file.name for file in folder.iterdir()])
     near = did_you_mean(folder.name, [beside.name for beside in folder.parent.glob("*/")])
     return f": there is no folder {paths.shown(folder)}{near}"
 

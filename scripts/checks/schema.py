@@ -154,7 +154,6 @@ _TYPES = {
     "array": "a list",
     "object": "a mapping of keys",
 }
-_MOST_NEAR = 20  # unknown keys for which a near one is looked for, which takes milliseconds each
 
 
 def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
@@ -163,8 +162,8 @@ def _as_findings(error: Any, foreign: list[str]) -> Iterator[Finding]:
     start = f"{path}." if path else ""
     value = error.instance
     if error.validator == "additionalProperties":
-        for number, key in enumerate(_unknown(error)):
-            near = did_you_mean(key, error.schema.get("properties", {})) if number < _MOST_NEAR else ""
+        for key in _unknown(error):
+            near = did_you_mean(key, error.schema.get("properties", {}))
             problem = f"no key of Axolotl's{near or '; it would be ignored'}"
             if value[key] is None:
                 yield Finding("warning", "unknown-key", f"{start}{key}", problem, "it is empty: delete it")

@@ -184,7 +184,10 @@ def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[li
                     "rows": len(sizes),
                     "tokens": sum(sizes),
                     "tokens_with_loss": read.learnt,
-                    "percentiles": {str(share): _percentile(sizes, share) for share in (50, 90, 95, 99, 100)},
+                    "percentiles": {
+                        str(share): int(numpy.percentile(sizes, share, method="inverted_cdf"))
+                        for share in (50, 90, 95, 99, 100)
+                    },
                     "rows_trained_on": len(kept),
                     "tokens_trained_on": sum(kept),
                     "longest_trained_on": max(kept, default=0),
@@ -308,11 +311,6 @@ def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:
         problem = f"the rows fill {sequences} packed sequences, a micro batch takes {needed}{each}: no step is trained"
         fewer = f"micro_batch_size={sequences // gpus}" if sequences >= gpus else "sample_packing=false"
         yield Finding("error", "no-batch", "micro_batch_size", problem, f"--set {fewer}, or more rows")
-
-
-def _percentile(sizes: list[int], share: int) -> int:
-    """The length that a share of the rows, in percent, does not exceed."""
-    return sorted(sizes)[math.ceil(len(sizes) * share / 100) - 1]
 
 
 def _kept(cfg: Any, sizes: list[int]) -> list[int]:

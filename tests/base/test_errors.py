@@ -69,8 +69,3 @@ def test_of_a_folder_and_what_is_in_it_a_part_means_the_folder() -> None:
     assert meant("bbb", runs, "run") == "mine/20260102-000000-bbbbbbb"
     with pytest.raises(UserError, match=r"--x latets: .* latest\?"):
         meant("latets", runs, "run", option="--x")
-
-
-def test_of_many_the_first_are_named() -> None:
-    with pytest.raises(UserError, match=r"a0, a1, a2, a3, a4, a5, a6, a7 and 2 more"):
-        meant("a", [f"a{i}" for i in range(10)], "thing")

@@ -133,19 +133,6 @@ def test_the_hub_is_asked_once_for_a_model_and_no_more_once_it_is_silent(server:
     assert len(server.asked) == 2
 
 
-def test_a_hub_that_cannot_be_reached_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert hub.access("owner/open") == hub.Answer("unknown", "[Errno 111] Connection refused")
-
-
-def test_what_a_function_raises_in_time_is_raised() -> None:
-    def late() -> None:
-        raise TimeoutError("own")
-
-    with pytest.raises(TimeoutError, match="own"):
-        hub.within(5, late)
-
-
 def test_the_config_of_a_model_is_fetched_once(server: Server) -> None:
     named = {"base_model": "owner/open"}
     assert models.architecture(named) == CONFIG
@@ -192,14 +179,6 @@ def test_check_and_run_say_what_the_hub_refuses(
     assert "error: base_model: " in ran.stderr and model in ran.stderr
     assert not (tmp_path / "runs").exists()
     assert server.asked == [f"api/models/{model}/auth-check"]  # one process: asked once
-
-
-def test_a_near_name_is_offered_for_a_model_that_the_hub_does_not_have(
-    server: Server, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(ANSWERS, "codelama/CodeLlama-7b-hf", ANSWERS["owner/none"])
-    own(tmp_path, "codelama/CodeLlama-7b-hf")
-    assert "codellama/CodeLlama-7b-hf" in recipe("check", "own.yaml").stdout
 
 
 @pytest.mark.parametrize("model", ["codellama/CodeLlama-7b-hf", "./folder"])

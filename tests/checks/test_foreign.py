@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 from conftest import Recipe, config_with
-from run_folders import a_run
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.checks.check import rule_findings
@@ -91,16 +90,6 @@ def test_no_verb_imports_a_strangers_plugin_without_consent(ran: Path, recipe: R
     assert not ran.exists()
 
 
-def test_a_runs_plugin_is_not_imported_to_evaluate_it_without_consent(ran: Path, recipe: Recipe) -> None:
-    folder = a_run(ran.parent / "runs", NAME, "20260101-000000-abcdef0", 5.0, set={"plugins": [f"{EVIL}.Plugin"]})
-    folder.output.mkdir(exist_ok=True)
-    done = recipe("evaluate", str(folder.path))
-    assert (done.returncode, "[foreign-code:plugins.0]" in done.stderr) == (2, True)
-    agreed = recipe("evaluate", str(folder.path), "--force", "foreign-code:plugins.0")
-    assert "foreign-code" not in agreed.stderr  # it goes on, to an adapter that is not there
-    assert not ran.exists()
-
-
 def test_consent_leaves_a_warning_and_wrong_names_are_told(ran: Path, recipe: Recipe) -> None:
     agreed = recipe("check", "mine.yaml", "--force", "foreign-code:plugins.0")
     assert "error: plugins" not in agreed.stdout
@@ -111,11 +100,6 @@ def test_consent_leaves_a_warning_and_wrong_names_are_told(ran: Path, recipe: Re
     wrong = recipe("check", "mine.yaml", "--force", "foreign-code:plugin.0")
     assert wrong.returncode == 2
     assert "foreign-code:plugins.0?" in wrong.stderr
-
-
-def test_a_variant_can_be_written_as_that_runs_nothing(ran: Path, recipe: Recipe) -> None:
-    assert recipe("new", "another", "--from", "mine.yaml", "--set", "lora_r=8").returncode == 0
-    assert not ran.exists()
 
 
 @pytest.mark.parametrize("value", ["yes please", 1])

@@ -81,18 +81,6 @@ def test_what_axolotl_warns_of_is_a_warning() -> None:
         assert "warning" in {finding.level for finding in installed.validate(config_with(change), V100)}
 
 
-def test_gpus_differ_in_what_axolotl_is_told() -> None:
-    assert installed.capabilities(gpus.find("T4"))[0] | {"n_gpu": 0} == {
-        "bf16": True,
-        "fp8": False,
-        "tf32": False,
-        "n_gpu": 0,
-        "n_node": 1,
-        "compute_capability": "sm_75",
-    }
-    assert installed.capabilities(gpus.find("H100"))[0]["fp8"]
-
-
 def test_attention() -> None:
     from axolotl.utils.schemas.enums import ATTN_IMPLS_SUPPORTING_PACKING, LEGACY_ATTN_FLAG_TO_IMPL
 

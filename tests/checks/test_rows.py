@@ -1,8 +1,6 @@
 """Rows that spoil a training, found with their lines, without a tokenizer."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,24 +208,3 @@ def test_fields_are_those_that_axolotl_reads(kind: str, tiny: Path) -> None:
     for name in needed:
         with pytest.raises(UserError, match="KeyError"):
             tokenized({other: text for other, text in row.items() if other != name} | {"some": "x"})
-
-
-@pytest.mark.long
-def test_a_large_file_is_read_as_a_stream(place: Path) -> None:
-    """100,000 rows of 2 KB, in a process of its own, whose memory is measured."""
-    code = """
-import json, re
-from qlora_recipes.checks import rows
-with open("train.jsonl", "w") as file:
-    for i in range(100_000):
-        row = {"instruction": "Review it.", "input": f"line {i}\\n" * 150, "output": f"Why {i}?"}
-        file.write(json.dumps(row) + "\\n")
-findings, files = rows.check({"datasets": [{"path": "train.jsonl", "type": "alpaca"}]})
-peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
-print(len(findings), files[0]["rows"], files[0]["bytes"], int(peak) // 1024)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=True)
-    findings, read, size, mebibytes = map(int, done.stdout.split())
-    assert (findings, read) == (0, 100_000)
-    assert size > 150_000_000
-    assert mebibytes < 300

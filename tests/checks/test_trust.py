@@ -1,6 +1,5 @@
 """A run folder from elsewhere: it is resumed only with --trust, and its record cannot consent to code of its config."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 from conftest import Recipe
 from run_folders import a_run
 
-from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import trust
 from qlora_recipes.runs import launch
@@ -55,19 +54,6 @@ def test_no_key_no_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     folder = theirs(tmp_path / "runs")
     assert trust.seal(folder, folder.read()) is None
     assert not trust.is_own(folder, folder.read())
-
-
-def test_a_run_stays_ones_own_when_the_cache_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "kept"))
-    paths.cache().mkdir(parents=True)
-    trust._make_key(paths.cache() / "seal")  # as earlier versions did
-    key = (paths.cache() / "seal" / "key").read_bytes()
-    folder = theirs(tmp_path / "runs")
-    seal(folder)
-    shutil.rmtree(paths.cache())
-    assert trust.is_own(folder, folder.read())
-    assert (paths.kept() / "seal" / "key").read_bytes() == key
 
 
 @pytest.mark.parametrize("words", [("evaluate",), ("publish", "--merge")])

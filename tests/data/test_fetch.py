@@ -140,13 +140,6 @@ def test_what_is_downloaded_is_not_asked_for_again(
     assert len(server.seen) == 1
 
 
-def test_what_a_killed_extraction_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".fetching-x").mkdir()
-    (tmp_path / ".fetching-x" / "msg-train.jsonl").write_bytes(b"x")
-    fetch(data(""), tmp_path, str(mine(tmp_path)))
-    assert wanted(tmp_path) == FILES and not list(tmp_path.glob(".fetching*"))
-
-
 @pytest.mark.parametrize(("there", "compares"), [(100_000, True), (1_500_000, False)])
 def test_a_file_that_changed_on_the_server_is_fetched_from_the_beginning(
     tmp_path: Path, server: Server, there: int, compares: bool
@@ -172,12 +165,6 @@ def test_a_server_that_cannot_send_the_rest_sends_all(tmp_path: Path, server: Se
     fetch(data(server.url), tmp_path)
     assert wanted(tmp_path) == FILES
     assert server.sent == 300_000 + len(ARCHIVE)
-
-
-def test_a_server_that_does_not_send_the_length(tmp_path: Path, server: Server) -> None:
-    server.length = False
-    fetch(data(server.url), tmp_path)
-    assert wanted(tmp_path) == FILES
 
 
 @pytest.mark.parametrize("status", [500, 429])
@@ -271,14 +258,6 @@ def test_a_file_that_is_not_as_recorded_is_fetched_again(
     assert len(server.seen) == 2
 
 
-def test_checksums_that_the_study_has_meanwhile_are_compared(tmp_path: Path, server: Server) -> None:
-    fetch(data(server.url, test=None), tmp_path)
-    assert [row["verified"] for row in fetch(data(server.url), tmp_path)] == [None, True, True]
-    with pytest.raises(UserError, match=r"msg-test\.jsonl"):
-        fetch(data(server.url, test=digest(b"")), tmp_path)
-    assert len(server.seen) == 2
-
-
 def test_a_wrong_checksum_is_reported_and_puts_the_download_aside(tmp_path: Path, server: Server) -> None:
     aside = tmp_path / "Comment_Generation.zip.rejected"
     says = f"msg-test.jsonl .*{digest(b'')} .*{digest(FILES['msg-test.jsonl'])} .*{aside}"
@@ -321,26 +300,6 @@ def test_what_is_wrong_with_an_own_archive_is_reported_and_it_stays(tmp_path: Pa
     assert archive.read_bytes() == content
 
 
-def changed_directory(name: str, at: int, field: bytes) -> bytes:
-    """The archive with another field in a member's entry of its directory, `at` so many bytes from its start."""
-    start = ARCHIVE.rindex(b"PK\1\2", 0, ARCHIVE.rindex(f"Comment_Generation/{name}".encode()))
-    return ARCHIVE[: start + at] + field + ARCHIVE[start + at + len(field) :]
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (changed_directory("msg-test.jsonl", 8, b"\1\0"), "encrypted"),
-        (changed_directory("msg-test.jsonl", 10, b"\x61\0"), "compression"),
-        (changed_directory("msg-test.jsonl", 24, (399_999).to_bytes(4, "little")), "msg-test"),
-    ],
-)
-def test_a_directory_that_does_not_fit_is_reported(tmp_path: Path, content: bytes, says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        fetch(data(""), tmp_path / "raw", str(mine(tmp_path, content)))
-    assert wanted(tmp_path / "raw") == {}
-
-
 def link() -> zipfile.ZipInfo:
     member = zipfile.ZipInfo("Comment_Generation/link")
     member.external_attr = (stat.S_IFLNK | 0o777) << 16
@@ -376,13 +335,6 @@ def test_a_full_disk_keeps_what_is_downloaded(tmp_path: Path, server: Server) ->
     fetch(data(server.url), tmp_path)
     assert server.asked_for() == [None, "bytes=300000-"]
     assert wanted(tmp_path) == FILES
-
-
-def test_a_full_disk_keeps_no_half_of_a_file(tmp_path: Path) -> None:
-    archive = mine(tmp_path)
-    with files_no_larger_than(399_999), pytest.raises(OSError, match="raw"):
-        fetch(data(""), tmp_path / "raw", str(archive))
-    assert wanted(tmp_path / "raw") == {}
 
 
 def test_two_fetches_at_once(tmp_path: Path, server: Server) -> None:

@@ -16,6 +16,7 @@ MODEL = {"hub": "a/b", "revision": "1", "kind": "model"}
 RECIPE = "haider2024/llama-2-7b"
 TRAIN, TEST, VALID = "data > splits > train", "data > splits > test", "data > splits > valid"
 SOURCE = "data > sources > train.jsonl"
+FORMAT, SUBSETS, RESULTS = "data > input_formats > a", f"{TEST} > subsets", f"published > {RECIPE}"
 
 IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the values that make it; the key that is named
     ("no title", {"title": None}, "title"),
@@ -35,15 +36,11 @@ IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the val
     ("zip without files", {"data > sources > a.zip": {"url": URL, "files": {}}}, "data > sources > a.zip > files"),
     ("two sources of a file", {"data > sources > a.zip": {"url": URL, "files": {"test.csv": {}}}}, "data > sources"),
     ("file outside the folder", {"data > sources > ../x.jsonl": {"url": URL}}, "data > sources > ../x.jsonl"),
-    (
-        "format in the raw folder",
-        {"data > input_formats > a > folder": "data/sums-raw"},
-        "data > input_formats > a > folder",
-    ),
+    ("format in the raw folder", {f"{FORMAT} > folder": "data/sums-raw"}, f"{FORMAT} > folder"),
     (
         "unknown field of a format",
-        {"data > input_formats > a": {"folder": "data/a", "fields": {"inptu": "sum"}}},
-        "data > input_formats > a > fields > inptu",
+        {FORMAT: {"folder": "data/a", "fields": {"inptu": "sum"}}},
+        f"{FORMAT} > fields > inptu",
     ),
     ("extra field of a used name", {"data > extra_fields > output": "answer"}, "data > fields > output"),
     ("field called idx", {"data > fields > idx": "answer"}, "data > fields > idx"),
@@ -57,36 +54,28 @@ IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the val
     ("split sampled from itself", {f"{VALID} > sample_from": "valid"}, f"{VALID} > sample_from"),
     ("filters of a sampled split", {f"{VALID} > filters": {"a": "b"}}, VALID),
     ("subset of train", {f"{TRAIN} > subsets > a": {"title": "a", "rows": 1, "seed": 0}}, f"{TRAIN} > subsets"),
-    ("subset without seed", {f"{TEST} > subsets > a": {"title": "a", "rows": 1}}, f"{TEST} > subsets > a"),
+    ("subset without seed", {f"{SUBSETS} > a": {"title": "a", "rows": 1}}, f"{SUBSETS} > a"),
     (
         "missing file of positions",
-        {f"{TEST} > subsets > a": {"title": "a", "rows": 1, "positions": "none.json"}},
-        f"{TEST} > subsets > a > positions",
+        {f"{SUBSETS} > a": {"title": "a", "rows": 1, "positions": "none.json"}},
+        f"{SUBSETS} > a > positions",
     ),
-    (
-        "subset called valid",
-        {f"{TEST} > subsets > valid": {"title": "a", "rows": 1, "seed": 0}},
-        f"{TEST} > subsets > valid",
-    ),
+    ("subset called valid", {f"{SUBSETS} > valid": {"title": "a", "rows": 1, "seed": 0}}, f"{SUBSETS} > valid"),
     ("misspelt test set", {"data > test_set": "tset"}, "data > test_set"),
     ("missing sample", {"data > sample": "few"}, "data > sample"),
     ("unknown metric", {"metrics > blue": {}}, "metrics > blue"),
     ("misspelt parameter", {"metrics > number": {"marker": ["x"]}}, "metrics > number > marker"),
     ("metric of a reserved name", {"metrics > rows": {"metric": "number"}}, "metrics > rows"),
-    (
-        "score of an unknown metric",
-        {f"published > {RECIPE} > scores > bleu": 5},
-        f"published > {RECIPE} > scores > bleu",
-    ),
-    ("text for a score", {f"published > {RECIPE} > scores > bleu4": "5 ± 1"}, f"published > {RECIPE} > scores > bleu4"),
-    ("missing curve", {f"published > {RECIPE} > curve": "c.csv"}, f"published > {RECIPE} > curve"),
-    ("a single repeat", {f"published > {RECIPE} > repeats > bleu4": [5.0]}, f"published > {RECIPE} > repeats > bleu4"),
+    ("score of an unknown metric", {f"{RESULTS} > scores > bleu": 5}, f"{RESULTS} > scores > bleu"),
+    ("text for a score", {f"{RESULTS} > scores > bleu4": "5 ± 1"}, f"{RESULTS} > scores > bleu4"),
+    ("missing curve", {f"{RESULTS} > curve": "c.csv"}, f"{RESULTS} > curve"),
+    ("a single repeat", {f"{RESULTS} > repeats > bleu4": [5.0]}, f"{RESULTS} > repeats > bleu4"),
     (
         "predictions without references",
-        {f"published > {RECIPE} > predictions > prediction > file": "test.csv"},
-        f"published > {RECIPE} > predictions",
+        {f"{RESULTS} > predictions > prediction > file": "test.csv"},
+        f"{RESULTS} > predictions",
     ),
-    ("adapter without files", {f"published > {RECIPE} > adapter": "mine"}, f"published > {RECIPE} > adapter"),
+    ("adapter without files", {f"{RESULTS} > adapter": "mine"}, f"{RESULTS} > adapter"),
     (
         "variant of an unknown recipe",
         {"variants > a/b": {"of": "haider2024/lama-2-7b", "reproduces": True}},

@@ -188,14 +188,3 @@ def test_the_table_says_which_rows_are_not_there_and_why(tmp_path: Path) -> None
     assert (valid["file"], valid["rows"], valid["read"]) == ("valid.jsonl", 3, 6)
     assert re.findall(r"\d+", str(valid["left out"])) == ["1", "2"] and "empty msg" in valid["left out"]
     assert valid["raw file"]  # as it is not the study's
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs rows of CodeReviewer's data, which are not ours to ship")
-def test_real_rows(tmp_path: Path) -> None:
-    raw = tmp_path / "msg-test.jsonl"
-    raw.write_bytes((SHARED / "codereviewer-msg-test-60.jsonl").read_bytes())
-    for form in STUDY.data.formats:
-        made = prepared([raw], tmp_path / form, input_format=form)
-        assert made["splits"]["test"]["kept"] == 60
-        assert made["splits"]["test"]["is_the_study_file"] is False
-    assert all("\n" not in r["input"] for r in read(tmp_path / "tagged" / "test.jsonl"))

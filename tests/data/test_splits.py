@@ -12,7 +12,6 @@ from typing import Any
 
 import orjson
 import pytest
-from conftest import SHARED
 from declared import sums
 
 from qlora_recipes.base import files
@@ -150,41 +149,6 @@ def test_a_users_expressions_replace_the_studys_where_a_split_has_the_field(tmp_
     assert manifest.is_not_prepared(of_study, tmp_path / "out", "default") is None
     with pytest.raises(UserError, match=r"^--row output: "):
         prepared(of_study, fields={"output": "no text"})
-
-
-GSM8K = {
-    "data > sources > train.jsonl": {
-        "rows": 7473,
-        "bytes": 4_166_206,
-        "sha256": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
-    },
-    "data > sources > test.csv": None,
-    "data > sources > test.jsonl": {
-        "url": "https://example.org/test.jsonl",
-        "rows": 1319,
-        "bytes": 749_738,
-        "sha256": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
-    },
-    "data > fields > output": "answer | replace('#### ', 'The final answer is:  ')",
-    "data > extra_fields": {"steps": "answer.count('<<')"},
-    "data > splits > valid > sample": 50,
-    "data > splits > test": {"from": "test.jsonl", "fields": None, "filters": None},
-}
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs GSM8K's files, which are not ours to ship")
-def test_the_real_rows_of_gsm8k(tmp_path: Path) -> None:
-    of_study = sums(tmp_path, GSM8K)
-    splits = prepare([SHARED / "gsm8k"], tmp_path / "out", of_study, "default")["splits"]
-    assert {name: (split["read"], split["rows"]) for name, split in splits.items()} == {
-        "train": (7473, 7423),
-        "valid": (7473, 50),
-        "test": (1319, 1319),
-    }
-    assert all(split["is_the_study_file"] for split in splits.values())
-    assert sum(split["duplicates_kept"] for split in splits.values()) == 0
-    assert read(of_study, "test")[0]["output"].endswith("\nThe final answer is:  18")
-    assert read(of_study, "test")[0]["steps"] == 2
 
 
 @pytest.mark.long
