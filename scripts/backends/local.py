@@ -19,7 +19,7 @@ from ..base.progress import PART, say
 from ..configs import gpus
 from ..configs.gpus import Gpu
 from ..runs.rundir import this_job
-from ..runs.tasks import DOES, DONE, Command, Work
+from ..runs.tasks import DOES, DONE, Command, Task
 
 _AGAIN = "run the same command again to continue"
 
@@ -29,7 +29,7 @@ class Local:
 
     Args:
         rehearsal: whether a rehearsal is to run, which needs no GPU.
-        jobs: how many works to carry out at a time, each on a GPU of its own; None for one.
+        jobs: how many tasks to carry out at a time, each on a GPU of its own; None for one.
 
     Raises:
         UserError: there are fewer GPUs than jobs.
@@ -59,12 +59,12 @@ class Local:
         if gpus > max(available := len(machine.visible_gpus()), 1):
             raise UserError(f"--gpus {gpus}: only {available} can be used here")
 
-    def submit(self, works: Sequence[Work], title: str, runs: Path) -> None:
-        """Carry works out, as many at a time as there are devices.
+    def submit(self, tasks: Sequence[Task], title: str, runs: Path) -> None:
+        """Carry tasks out, as many at a time as there are devices.
 
         A request to stop is passed on to the running commands, which end at a checkpoint, and nothing more is begun.
         """
-        waiting = deque((f"{n} of {len(works)}, {work.outcome.label}", work) for n, work in enumerate(works, start=1))
+        waiting = deque((f"{n} of {len(tasks)}, {task.result.label}", task) for n, task in enumerate(tasks, start=1))
         with stop_requests() as stops:
             passed_on = 0
             workers = [self._worker(device, waiting, stops) for device in self.devices]
@@ -74,39 +74,39 @@ class Local:
                     for process in running:
                         process.terminate()
                 time.sleep(0.05)
-        for _, work in waiting:
-            work.outcome.problem = f"interrupted before it was begun; {_AGAIN}"
+        for _, task in waiting:
+            task.result.problem = f"interrupted before it was begun; {_AGAIN}"
 
     def _worker(
-        self, device: str | None, waiting: deque[tuple[str, Work]], stops: list[int]
+        self, device: str | None, waiting: deque[tuple[str, Task]], stops: list[int]
     ) -> Iterator["subprocess.Popen[bytes]"]:
-        """Carry out waiting works, named for messages, on a device, one by one; yields the running process."""
+        """Carry out waiting tasks, named for messages, on a device, one by one; yields the running process."""
         while waiting and not stops:
             yield from self._commands(*waiting.popleft(), device, stops)
 
     def _commands(
-        self, label: str, work: Work, device: str | None, stops: list[int]
+        self, label: str, task: Task, device: str | None, stops: list[int]
     ) -> Iterator["subprocess.Popen[bytes]"]:
         try:
-            commands = work.commands()
+            commands = task.commands()
         except UserError as error:
-            work.outcome.fail("run", str(error))
+            task.result.fail("run", str(error))
             return
         for command in commands:
             process = self._start(command, label, device)
             while process.poll() is None:
                 yield process
             if not process.returncode:
-                work.outcome.steps[command.step] = DONE
+                task.result.steps[command.step] = DONE
                 if command.step == "run":
-                    work.outcome.run = command.folder.path
+                    task.result.run = command.folder.path
             elif not stops:
                 log = self._log(command)
                 where = f"; the messages are in {log}" if log else ""
-                work.outcome.fail(command.step, f"{DOES[command.step]} failed{where}")
+                task.result.fail(command.step, f"{DOES[command.step]} failed{where}")
                 return
             if stops:
-                work.outcome.problem = f"interrupted; {_AGAIN}"
+                task.result.problem = f"interrupted; {_AGAIN}"
                 return
 
     def _start(self, command: Command, label: str, device: str | None) -> "subprocess.Popen[bytes]":

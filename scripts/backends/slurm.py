@@ -21,7 +21,7 @@ from ..configs import gpus
 from ..configs.gpus import Gpu
 from ..runs.records import Job
 from ..runs.rundir import RunDir, new_folder
-from ..runs.tasks import Command, Outcome, Step, Work
+from ..runs.tasks import Command, Step, Task, TaskResult
 from .slurm_site import STEPS, Site, active, ask, forget_queue, queue, sbatch, settings_file, site_settings
 
 GRACE = 300  # seconds before a time limit in which a training can end at a checkpoint; --slurm signal=... sets others
@@ -55,22 +55,22 @@ class Slurm:
     def check_size(self, gpus: int, nodes: int) -> None:
         """sbatch checks the size, see `Batch.check`."""
 
-    def carry_out(self, work: Work, title: str, runs: Path) -> RunDir:
-        """Submit one work; the run's folder.
+    def carry_out(self, task: Task, title: str, runs: Path) -> RunDir:
+        """Submit one task; the run's folder.
 
         Raises:
             UserError: SLURM refuses it; nothing was submitted.
         """
-        folders = self.submit([work], title, runs)
+        folders = self.submit([task], title, runs)
         if not folders:
-            raise UserError(str(work.outcome.problem))
+            raise UserError(str(task.result.problem))
         return folders[0]
 
-    def submit(self, works: Sequence[Work], title: str, runs: Path) -> list[RunDir]:
-        """Submit works as arrays that wait for each other; the jobs of each are noted in its outcome.
+    def submit(self, tasks: Sequence[Task], title: str, runs: Path) -> list[RunDir]:
+        """Submit tasks as arrays that wait for each other; the jobs of each are noted in its result.
 
         Args:
-            works: each is independent of the others.
+            tasks: each is independent of the others.
             title: a name for all of them.
             runs: the folder with the runs.
 
@@ -81,31 +81,31 @@ class Slurm:
             UserError: SLURM refuses them; nothing was submitted.
             WorkFailed: SLURM accepted only some of them, which are queued.
         """
-        if not works:
+        if not tasks:
             return []
         forget_queue()  # checks and plans take a while
-        batch = Batch(self.site, self.jobs, title.replace("/", "-"), runs, works[0].gpus, works[0].nodes)
-        batch.check({step for work in works for step in work.steps}, len(works))
+        batch = Batch(self.site, self.jobs, title.replace("/", "-"), runs, tasks[0].gpus, tasks[0].nodes)
+        batch.check({step for task in tasks for step in task.steps}, len(tasks))
         claimed = []
-        for work in works:
+        for task in tasks:
             try:
-                claimed.append((work.outcome, work.commands()))
+                claimed.append((task.result, task.commands()))
             except UserError as error:
-                work.outcome.fail("run", str(error))
+                task.result.fail("run", str(error))
         self._queue(batch, claimed)
         return [commands[0].folder for _, commands in claimed if commands]
 
-    def _queue(self, batch: "Batch", claimed: Sequence[tuple[Outcome, list[Command]]]) -> None:
+    def _queue(self, batch: "Batch", claimed: Sequence[tuple[TaskResult, list[Command]]]) -> None:
         to_train: list[ArrayTask] = []
         trained: list[ArrayTask] = []  # each waits for the one of `to_train` in its place
         by_training: dict[str | None, list[ArrayTask]] = {}  # by the job that trains, or has trained, the run
-        for outcome, commands in claimed:
-            tasks = {
-                command.step: ArrayTask(command.folder, command.words, outcome, command.rows) for command in commands
+        for result, commands in claimed:
+            by_step = {
+                command.step: ArrayTask(command.folder, command.words, result, command.rows) for command in commands
             }
-            scoring = tasks.get("evaluate")
-            if "run" in tasks:
-                to_train.append(tasks["run"])
+            scoring = by_step.get("evaluate")
+            if "run" in by_step:
+                to_train.append(by_step["run"])
                 trained += [scoring] if scoring else []
             elif scoring:
                 earlier = active([job for job in scoring.folder.jobs() if job.step == "run"])
@@ -125,13 +125,13 @@ class ArrayTask:
     Attributes:
         folder: the run, which gets its log and its job.
         words: the arguments of `recipe`.
-        outcome: where its job is noted.
+        result: where its job is noted.
         rows: see `Command`.
     """
 
     folder: RunDir
     words: list[str]
-    outcome: Outcome | None = None
+    result: TaskResult | None = None
     rows: str = ""
 
 
@@ -203,8 +203,8 @@ class Batch:
         for i, task in enumerate(tasks):
             id_ = f"{job}_{i}"
             task.folder.add_job(Job(id=id_, step=step, user=getuser(), script=str(file), words=task.words))
-            if task.outcome:
-                task.outcome.steps[step] = f"queued (job {id_})"
+            if task.result:
+                task.result.steps[step] = f"queued (job {id_})"
         forget_queue()
         return job
 

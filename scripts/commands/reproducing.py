@@ -109,11 +109,11 @@ def reproduce_verb(
             say("next: the same command without --dry-run")
         return
     if from_ == "adapter":
-        outcomes = stages.evaluate_adapters(of_study, request, only or [], evaluation, runs, backend)
+        results = stages.evaluate_adapters(of_study, request, only or [], evaluation, runs, backend)
     else:
-        outcomes = reproduce.reproduce(of_study, request, only or [], evaluation, runs, backend, seeds)
-    rows = verdict.rows(of_study, runs, request.rehearse, reproduce.speakers(outcomes))
-    end(outcomes, form, {}, rows, lambda: listing.show_study(of_study, rows, request.rehearse, form))
+        results = reproduce.reproduce(of_study, request, only or [], evaluation, runs, backend, seeds)
+    rows = verdict.rows(of_study, runs, request.rehearse, reproduce.representative_runs(results))
+    end(results, form, {}, rows, lambda: listing.show_study(of_study, rows, request.rehearse, form))
     rehearsed = ["--rehearse"] if request.rehearse else []
     next_step("report" if backend.here else "results", "--study", study, *rehearsed, runs=runs, json=json)
 

@@ -40,7 +40,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..runs.tasks import Outcome
+    from ..runs.tasks import TaskResult
 
 HEADING = "Running"
 Tried = Annotated[
@@ -184,7 +184,7 @@ def sweep_verb(
     evaluation = EvaluationRequest(limit=limit, judge=bertscore)
     backend = backend_of(on, slurm, request.rehearse, jobs)
     card = gpus.find(gpu) if gpu else None
-    record, outcomes = sweep.sweep(
+    record, results = sweep.sweep(
         sweep_name,
         members,
         request,
@@ -198,33 +198,33 @@ def sweep_verb(
     rows = sweep_results.rows(record, runs, best)
     form = form_of(json)
     scored = sweep_results.columns(record, runs)
-    end(outcomes, form, {"sweep": record.label}, rows, lambda: sweep_results.show(record, scored, rows, best, form))
+    end(results, form, {"sweep": record.label}, rows, lambda: sweep_results.show(record, scored, rows, best, form))
     if not dry_run:
         next_step("report" if backend.here else "results", "--sweep", record.label, runs=runs, json=json)
 
 
 def end(
-    outcomes: "list[Outcome]",
+    results: "list[TaskResult]",
     form: tables.Form,
     head: dict[str, Any],
     rows: list[dict[str, Any]],
     show: Callable[[], None],
 ) -> None:
-    """Print the outcomes of recipes or members and their results, and exit with the code that the outcomes give."""
+    """Print the results of recipes or members and their results, and exit with the code that the results give."""
     from ..running import pipeline
 
-    steps = [outcome.as_row() for outcome in outcomes]
+    steps = [result.as_row() for result in results]
     if form == "json":
-        steps = [step | {"problem": outcome.problem} for step, outcome in zip(steps, outcomes, strict=True)]
+        steps = [step | {"problem": result.problem} for step, result in zip(steps, results, strict=True)]
         tables.print_json(head | {"steps": steps, "results": rows})
     else:
         tables.write(steps, form, empty=True, below=["run"])
         print()
         show()
-    for outcome in outcomes:
-        if outcome.problem:
-            say(f"{outcome.label}: {outcome.problem}")
-    if code := pipeline.exit_code(outcomes):
+    for result in results:
+        if result.problem:
+            say(f"{result.label}: {result.problem}")
+    if code := pipeline.exit_code(results):
         raise typer.Exit(code)
 
 

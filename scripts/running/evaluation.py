@@ -20,7 +20,7 @@ from ..configs import datafiles, models, substitution
 from ..configs.compose import Composed, Request
 from ..runs.records import FileState
 from ..runs.rundir import RunDir, find_run
-from ..runs.tasks import Outcome, Work
+from ..runs.tasks import Task, TaskResult
 from ..scores import checkpoint_selection, evaluate, evaluation_rows
 from ..scores.evaluations import ADAPTER, SERVER, Evaluation
 from ..scores.predict import require
@@ -86,8 +86,8 @@ def start(folder: RunDir, request: EvaluationRequest, runs: Path, backend: Backe
             remedy = f"`recipe cancel {folder.path}` cancels all jobs of the run"
             raise UserError(f"{folder.path}: this evaluation is already {job}; {remedy}")
         gpus = 0 if record.rehearsal else 1
-        work = Work(Outcome(record.recipe), lambda: [evaluation], gpus, steps=["evaluate"])
-        return backend.carry_out(work, record.recipe, runs)
+        queued = Task(TaskResult(record.recipe), lambda: [evaluation], gpus, steps=["evaluate"])
+        return backend.carry_out(queued, record.recipe, runs)
     return checkpoint_selection.choose(folder, request) if request.checkpoints else evaluate.evaluate(folder, request)
 
 
@@ -136,9 +136,9 @@ def checked(request: Request, runs: Path, backend: Backend) -> Composed:
         UserError: something is wrong with it, or this machine lacks the GPU that it needs.
     """
     request = replace(request, overrides=[*request.overrides, "lora_model_dir=null"])
-    pipeline = Pipeline(Outcome(request.name), request, EvaluationRequest(), runs, backend)
+    pipeline = Pipeline(TaskResult(request.name), request, EvaluationRequest(), runs, backend)
     if not pipeline.check(with_data=False) or pipeline.composed is None:
-        raise UserError(pipeline.outcome.problem or f"{request.name}: refused")
+        raise UserError(pipeline.result.problem or f"{request.name}: refused")
     return pipeline.composed
 
 

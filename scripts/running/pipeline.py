@@ -21,7 +21,7 @@ from ..metrics.metric import Column
 from ..planning import fit, need, plan
 from ..runs.records import Run
 from ..runs.rundir import RunDir, all_runs, note_versions
-from ..runs.tasks import DONE, FAILED, SKIPPED, Command, Outcome, Step, Work
+from ..runs.tasks import DONE, FAILED, SKIPPED, Command, Step, Task, TaskResult
 from ..scores import evaluate
 from ..scores.columns import require_models, scorer_models
 from ..scores.task import EvaluationRequest, EvaluationTask
@@ -57,11 +57,11 @@ def seeds_of(recipe: str, count: int) -> list[int]:
     return [first + i for i in range(count)]
 
 
-def exit_code(outcomes: list[Outcome]) -> int:
+def exit_code(results: list[TaskResult]) -> int:
     """0 where all is done or queued, 2 where nothing was started because no recipe could be, otherwise 1."""
-    problems = [outcome for outcome in outcomes if outcome.problem]
+    problems = [result for result in results if result.problem]
     refused = all(
-        outcome.problem and FAILED in (outcome.steps.get("check"), outcome.steps.get("plan")) for outcome in outcomes
+        result.problem and FAILED in (result.steps.get("check"), result.steps.get("plan")) for result in results
     )
     return 2 if refused else 1 if problems else 0
 
@@ -70,7 +70,7 @@ class Pipeline:
     """A recipe, or a member of a sweep, on its way to its scores.
 
     Args:
-        outcome: where the results of its steps are noted.
+        result: where the results of its steps are noted.
         request: the run that is asked for.
         evaluation: how that run is evaluated; in a rehearsal BERTScore's model is the stand-in, unless one is named.
         runs: the folder for the runs.
@@ -86,14 +86,14 @@ class Pipeline:
 
     def __init__(
         self,
-        outcome: Outcome,
+        result: TaskResult,
         request: Request,
         evaluation: EvaluationRequest,
         runs: Path,
         backend: Backend,
         gpu: Gpu | None = None,
     ):
-        self.outcome = outcome
+        self.result = result
         self.request = request
         self.evaluation = evaluation
         self.runs = runs
@@ -106,7 +106,7 @@ class Pipeline:
         try:
             self.composed = compose.compose(request, self.gpu)
         except UserError as error:
-            outcome.fail("check", str(error))
+            result.fail("check", str(error))
 
     @property
     def state(self) -> str | None:
@@ -121,13 +121,13 @@ class Pipeline:
     def look_up(self) -> None:
         """Read its existing run from the run folders."""
         if digest := self.digest():
-            self.existing = existing_runs(self.runs, self.outcome.recipe).get(digest)
+            self.existing = existing_runs(self.runs, self.result.recipe).get(digest)
 
     def is_finished(self) -> bool:
         """Whether it was trained before on the data that is there."""
         if self.state != "finished":
             return False
-        self.outcome.steps |= {"check": SKIPPED, "plan": SKIPPED}
+        self.result.steps |= {"check": SKIPPED, "plan": SKIPPED}
         return True
 
     def check(self, with_data: bool, starts: bool = True) -> bool:
@@ -151,9 +151,9 @@ class Pipeline:
             refused = check.by_axolotl(self.composed, self.gpu)
             errors = [str(finding) for finding in refused if finding.level == "error"]
         if errors:
-            self.outcome.fail("check", "\n".join(errors))
+            self.result.fail("check", "\n".join(errors))
         elif with_data:
-            self.outcome.steps["check"] = DONE
+            self.result.steps["check"] = DONE
             for finding in found:
                 if finding.level == "warning":
                     say(str(finding))
@@ -171,14 +171,14 @@ class Pipeline:
             assert planned
             self.needed_gib = need.needed_gib(planned.config, gpu, anew=True)
         except UserError as error:
-            say(f"{self.outcome.label}: not planned: {error}")
-            self.outcome.steps["plan"] = "not known"
+            say(f"{self.result.label}: not planned: {error}")
+            self.result.steps["plan"] = "not known"
             return True
         needed = f"{self.needed_gib:.1f} GiB"
         if gpu and gpu.memory and (self.needed_gib or 0) > fit.usable_gib(gpu) and not rehearsal:
-            self.outcome.fail("plan", f"needs {needed}, more than {gpu} has; `recipe plan` says what to change")
+            self.result.fail("plan", f"needs {needed}, more than {gpu} has; `recipe plan` says what to change")
             return False
-        self.outcome.steps["plan"] = f"{DONE}: {needed}"
+        self.result.steps["plan"] = f"{DONE}: {needed}"
         return True
 
     def digest(self) -> str | None:
@@ -188,7 +188,7 @@ class Pipeline:
                 self.composed.data = datafiles.record(self.composed.config)
         return self.composed.digest if self.composed and self.composed.data else None
 
-    def work(self) -> Work:
+    def task(self) -> Task:
         """What has to be carried out for it, judged by its existing run."""
         steps: list[Step] = ["evaluate"]
         if self.state not in ("queued", "running", "finished"):
@@ -197,10 +197,10 @@ class Pipeline:
             with suppress(UserError):
                 steps = [] if self._evaluation() else ["evaluate"]
         gpus = 0 if self.request.rehearse else 1
-        return Work(self.outcome, self._commands, gpus, steps=steps)
+        return Task(self.result, self._commands, gpus, steps=steps)
 
     def _commands(self) -> list[Command]:
-        """The commands still to be carried out; steps done before, or queued, are noted in its outcome."""
+        """The commands still to be carried out; steps done before, or queued, are noted in its result."""
         assert self.composed
         self._settle()
         job = backends.job_state(self.existing[0], "run") if self.existing and self.state != "finished" else None
@@ -213,18 +213,18 @@ class Pipeline:
             return [run.command(folder, self.runs, self.rows), self._scoring(folder)]
         folder = self.existing[0]
         if self.state == "finished":
-            self.outcome.run = folder.path
-        self.outcome.steps["run"] = SKIPPED if self.state == "finished" else str(job or self.state)
+            self.result.run = folder.path
+        self.result.steps["run"] = SKIPPED if self.state == "finished" else str(job or self.state)
         try:
             evaluation = self._evaluation()
         except UserError as error:
-            self.outcome.fail("evaluate", str(error))
+            self.result.fail("evaluate", str(error))
             return []
         waits = not self.backend.here and job is not None and job.kind != "unknown"
         if not evaluation and self.state != "finished" and not waits:
             evaluation = "not queued; run the same command again once this is trained"
         if evaluation:
-            self.outcome.steps["evaluate"] = evaluation
+            self.result.steps["evaluate"] = evaluation
             return []
         return [self._scoring(folder)]
 
@@ -259,15 +259,15 @@ class Pipeline:
         return str(job) if job and (job.kind != "unknown" or not self.backend.here) else None
 
 
-def need_judges(
-    works: Sequence[Work], columns: Mapping[str, Column], evaluation: EvaluationRequest, rehearsal: bool
+def require_scorer_models(
+    tasks: Sequence[Task], columns: Mapping[str, Column], evaluation: EvaluationRequest, rehearsal: bool
 ) -> None:
-    """Have the models at hand that are to score what works generate, before GPU hours are spent on that.
+    """Have the models at hand that are to score what tasks generate, before GPU hours are spent on that.
 
     Raises:
         UserError, WorkFailed: see `columns.require_models`.
     """
-    if any("evaluate" in work.steps for work in works):
+    if any("evaluate" in task.steps for task in tasks):
         require_models(scorer_models(columns, evaluation.judge, rehearsal).values())
 
 

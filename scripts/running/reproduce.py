@@ -24,10 +24,10 @@ from ..data.study import Study
 from ..planning import plan
 from ..planning.plan_tables import hours_are
 from ..planning.planner import GIB
-from ..runs.tasks import Outcome
+from ..runs.tasks import TaskResult
 from ..scores.columns import declared_models, scorer_models
 from ..scores.task import REHEARSED, EvaluationRequest
-from .pipeline import Pipeline, need_judges, seeds_of
+from .pipeline import Pipeline, require_scorer_models, seeds_of
 
 
 def chosen(of_study: Study, only: list[str]) -> list[str]:
@@ -49,7 +49,7 @@ def reproduce(
     runs: Path,
     backend: Backend,
     seeds: int = 1,
-) -> list[Outcome]:
+) -> list[TaskResult]:
     """Bring every recipe of a study to its scores; what was done before with the same inputs is not done again.
 
     All recipes are checked and planned before the first starts. One that fails does not stop the others.
@@ -74,7 +74,7 @@ def reproduce(
         by = next(iter(declared.values()))
         evaluation.judge = by.model
     with held(lock(request.name, runs), "another reproduction of it is running there"):
-        pipelines = [Pipeline(outcome, asked, evaluation, runs, backend) for outcome, asked in wanted]
+        pipelines = [Pipeline(result, asked, evaluation, runs, backend) for result, asked in wanted]
         for pipeline in pipelines:
             pipeline.look_up()
         begun = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check(with_data=False)]
@@ -85,21 +85,21 @@ def reproduce(
         ready = []
         with Bar("checking and planning", len(begun)) as bar:
             for done, pipeline in enumerate(begun, start=1):
-                bar.begin(f"checking and planning {pipeline.outcome.label}")
+                bar.begin(f"checking and planning {pipeline.result.label}")
                 if pipeline.is_finished() or (pipeline.check(with_data=True) and pipeline.plan()):
                     ready.append(pipeline)
                 bar.update(done)
-        works = [pipeline.work() for pipeline in ready]
-        need_judges(works, of_study.columns, evaluation, request.rehearse)
-        backend.submit(works, request.name, runs)
-    return [outcome for outcome, _ in wanted]
+        tasks = [pipeline.task() for pipeline in ready]
+        require_scorer_models(tasks, of_study.columns, evaluation, request.rehearse)
+        backend.submit(tasks, request.name, runs)
+    return [result for result, _ in wanted]
 
 
-def speakers(outcomes: Iterable[Outcome]) -> dict[str, Path | None]:
-    """For each recipe the run that speaks for it: of several seeds the first that came to its end; None for none."""
+def representative_runs(results: Iterable[TaskResult]) -> dict[str, Path | None]:
+    """Representative run of each recipe: of several seeds the first that finished."""
     first: dict[str, Path | None] = {}
-    for outcome in outcomes:
-        first[outcome.recipe] = first.get(outcome.recipe) or outcome.run
+    for result in results:
+        first[result.recipe] = first.get(result.recipe) or result.run
     return first
 
 
@@ -126,8 +126,8 @@ def outline(
         UserError: a recipe that is named is not the study's.
     """
     pipelines = [
-        Pipeline(outcome, asked, evaluation, runs, backend, gpu)
-        for outcome, asked in _wanted(of_study, request, only, seeds)
+        Pipeline(result, asked, evaluation, runs, backend, gpu)
+        for result, asked in _wanted(of_study, request, only, seeds)
     ]
     gpu = gpu or backend.gpu()
     test_rows = REHEARSED if request.rehearse else of_study.data.scored_rows
@@ -135,7 +135,7 @@ def outline(
     rows = []
     with Bar("planning", len(pipelines)) as bar:
         for pipeline in pipelines:
-            bar.begin(f"planning {pipeline.outcome.label}")
+            bar.begin(f"planning {pipeline.result.label}")
             pipeline.look_up()
             row, said = _outlined(pipeline, gpu)
             rows.append(row | {"test rows": test_rows})
@@ -160,7 +160,7 @@ def outline(
 
 def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list[str]]:
     """What would become of one recipe, and what is to be said of it."""
-    row: dict[str, Any] = {"recipe": pipeline.outcome.label, "training": "new"}
+    row: dict[str, Any] = {"recipe": pipeline.result.label, "training": "new"}
     row |= dict.fromkeys(("fetch GB", "epochs", "steps", "needs GiB", "fits", "hours"))
     if pipeline.existing:
         row["training"] = f"{pipeline.state}: {pipeline.existing[0].path}"
@@ -168,7 +168,7 @@ def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list
             return row, []
     composed, request = pipeline.composed, pipeline.request
     if composed is None:
-        return row | {"training": "refused"}, [f"{pipeline.outcome.label}: {pipeline.outcome.problem}"]
+        return row | {"training": "refused"}, [f"{pipeline.result.label}: {pipeline.result.problem}"]
     report = check.check(request, gpu, launching=not request.rehearse, composed=composed, runs=pipeline.runs)
     found = backends.relevant(pipeline.backend, report.findings)
     errors = [finding for finding in found if finding.level == "error" and finding.scope != "data"]
@@ -184,7 +184,7 @@ def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list
     try:
         planned = plan.of_request(request, gpu, runs=pipeline.runs)
     except UserError as error:
-        return row, [*notes, f"{pipeline.outcome.label}: not planned: {error}"]
+        return row, [*notes, f"{pipeline.result.label}: not planned: {error}"]
     work = planned["work"]
     row["needs GiB"] = planned["memory"]["needed"] / GIB
     if not models.find(composed.config).weights_here:
@@ -229,7 +229,7 @@ def lock(name: str, runs: Path) -> Path:
     return runs / f".reproduce-{name.replace('/', '--')}.lock"
 
 
-def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> list[tuple[Outcome, Request]]:
+def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> list[tuple[TaskResult, Request]]:
     """The runs of a study that are asked for: each recipe, or each of its seeds, with its request.
 
     Raises:
@@ -237,11 +237,11 @@ def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> l
     """
     recipes = chosen(of_study, only)
     if seeds == 1:
-        return [(Outcome(recipe), request_for(request, recipe)) for recipe in recipes]
+        return [(TaskResult(recipe), request_for(request, recipe)) for recipe in recipes]
     if any(parse_override(text)[0] == "seed" for text in request.overrides):
         raise UserError("--seeds: --set seed names one already; leave one of the two out")
     return [
-        (Outcome(recipe, seed=seed), replace(asked, overrides=[*asked.overrides, f"seed={seed}"]))
+        (TaskResult(recipe, seed=seed), replace(asked, overrides=[*asked.overrides, f"seed={seed}"]))
         for recipe in recipes
         for asked in [request_for(request, recipe)]
         for seed in seeds_of(recipe, seeds)

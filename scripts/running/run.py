@@ -27,7 +27,7 @@ from ..runs import launch
 from ..runs.launch import OutOfMemory
 from ..runs.records import Run
 from ..runs.rundir import RunDir, find_run, this_job
-from ..runs.tasks import Command, Outcome, Work
+from ..runs.tasks import Command, Task, TaskResult
 from .create import create
 
 _GIB = 2**30
@@ -84,13 +84,13 @@ def start(request: Request, runs: Path, backend: Backend) -> RunDir:
     """
     composed = prepare(request, backend, runs)
     if isinstance(backend, Slurm):
-        work = Work(
-            Outcome(composed.recipe),
+        task = Task(
+            TaskResult(composed.recipe),
             lambda: [command(create(composed, request, runs), runs)],
             gpus=0 if composed.rehearsal else request.gpus,
             nodes=request.nodes,
         )
-        return backend.carry_out(work, composed.recipe, runs)
+        return backend.carry_out(task, composed.recipe, runs)
     launch.require(Path.cwd())
     folder = create(composed, request, runs)
     with folder.held() as lock:
@@ -135,8 +135,8 @@ def resume(
         if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):
             raise UserError(f"{folder.path}: {reason}")
         gpus_a_node = 0 if record.rehearsal else record.gpus_used
-        work = Work(Outcome(record.recipe), lambda: [command(folder, runs)], gpus_a_node, record.nodes)
-        return backend.carry_out(work, record.recipe, runs)
+        task = Task(TaskResult(record.recipe), lambda: [command(folder, runs)], gpus_a_node, record.nodes)
+        return backend.carry_out(task, record.recipe, runs)
     return _resume_here(folder, prepare_only, own)
 
 

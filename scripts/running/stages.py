@@ -11,7 +11,7 @@ from ..configs.compose import Request
 from ..data import fetch
 from ..data.published import adapter_files
 from ..data.study import Study
-from ..runs.tasks import DONE, Outcome
+from ..runs.tasks import DONE, TaskResult
 from ..scores import evaluate, published
 from ..scores.columns import scorer_models
 from ..scores.task import EvaluationRequest
@@ -65,7 +65,7 @@ def score_predictions(
 
 def evaluate_adapters(
     of_study: Study, request: Request, only: Sequence[str], evaluation: EvaluationRequest, runs: Path, backend: Backend
-) -> list[Outcome]:
+) -> list[TaskResult]:
     """Fetch the published adapters of a study's recipes, and evaluate each under its recipe.
 
     Args:
@@ -77,7 +77,7 @@ def evaluate_adapters(
         backend: this machine.
 
     Returns:
-        The outcomes; one that fails does not stop the others.
+        The results; one that fails does not stop the others.
 
     Raises:
         UserError: a name is wrong, or no adapter is published.
@@ -86,11 +86,11 @@ def evaluate_adapters(
     named = {name: adapter for name in chosen if (adapter := of_study.published[name].adapter)}
     if not named:
         raise UserError(_none_published(of_study, "adapter", only))
-    outcomes = [Outcome(recipe) for recipe in named]
-    for outcome, adapter in zip(outcomes, named.values(), strict=True):
+    results = [TaskResult(recipe) for recipe in named]
+    for result, adapter in zip(results, named.values(), strict=True):
         step = "check"
         try:
-            asked = reproduce.request_for(request, outcome.recipe)
+            asked = reproduce.request_for(request, result.recipe)
             composed = checked(asked, runs, backend)
             files = adapter_files(of_study.data, adapter)
             if not request.rehearse:
@@ -99,17 +99,17 @@ def evaluate_adapters(
             elif missing := reproduce.missing(of_study.data, files):
                 fetching = " ".join(f"--only {source}" for source in missing)
                 problem = f"a rehearsal does not fetch the adapter; `recipe data fetch {of_study.data.key} {fetching}`"
-                raise UserError(f"{outcome.recipe}: {problem}")
+                raise UserError(f"{result.recipe}: {problem}")
             if not all(of_study.data.files[file].sha256 for file in files):
-                say(f"{outcome.recipe}: study.yaml has no checksum of its adapter, which is therefore not verified")
+                say(f"{result.recipe}: study.yaml has no checksum of its adapter, which is therefore not verified")
             folder, _ = located(str(of_study.data.raw / adapter))
             step = "evaluate"
             with run_of(composed, asked, folder, adapter, runs) as made:
                 evaluate.evaluate(made, evaluation)
-            outcome.run, outcome.steps[step] = made.path, DONE
+            result.run, result.steps[step] = made.path, DONE
         except (UserError, WorkFailed) as error:
-            outcome.fail(step, str(error))
-    return outcomes
+            result.fail(step, str(error))
+    return results
 
 
 def _none_published(of_study: Study, what: Stage, only: Sequence[str]) -> str:

@@ -23,10 +23,10 @@ from ..configs import config, variants
 from ..configs.compose import Request
 from ..configs.gpus import Gpu
 from ..metrics.metric import Column
-from ..runs.tasks import DONE, Outcome
+from ..runs.tasks import DONE, TaskResult
 from ..scores.columns import columns_of
 from ..scores.task import EvaluationRequest
-from .pipeline import Pipeline, existing_runs, need_judges, seeds_of
+from .pipeline import Pipeline, existing_runs, require_scorer_models, seeds_of
 
 PAIRED = "_"
 
@@ -104,7 +104,7 @@ def sweep(
     seeds: int = 1,
     gpu: Gpu | None = None,
     dry_run: bool = False,
-) -> tuple[Sweep, list[Outcome]]:
+) -> tuple[Sweep, list[TaskResult]]:
     """Bring every member of a sweep to its scores.
 
     All are checked and planned before the first starts. A member that does not fit the GPU, or fails, does not stop the
@@ -129,7 +129,7 @@ def sweep(
     members = _seeded(members, recipe, seeds)
     pipelines = [
         Pipeline(
-            Outcome(recipe, re.sub(r"[/\0]", "-", member.label)),
+            TaskResult(recipe, re.sub(r"[/\0]", "-", member.label)),
             replace(request, overrides=member.overrides),
             evaluation,
             runs,
@@ -151,7 +151,7 @@ def sweep(
     )
     if not dry_run:
         _carry_out(record, pipelines, evaluation, runs, backend)
-    return record, [pipeline.outcome for pipeline in pipelines]
+    return record, [pipeline.result for pipeline in pipelines]
 
 
 def _plan(members: list[SweepMember], pipelines: list[Pipeline], gpu: Gpu | None, starts: bool) -> None:
@@ -160,8 +160,8 @@ def _plan(members: list[SweepMember], pipelines: list[Pipeline], gpu: Gpu | None
             bar.begin(f"planning {member.label}")
             member.digest = pipeline.digest()
             pipeline.plan(gpu)
-            if pipeline.outcome.problem and starts:
-                say(f"{member.label}: {pipeline.outcome.problem}")
+            if pipeline.result.problem and starts:
+                say(f"{member.label}: {pipeline.result.problem}")
             member.planned_gib = pipeline.needed_gib
             bar.update(done)
 
@@ -175,15 +175,15 @@ def _carry_out(
 ) -> None:
     with held(record.lock(runs), f"the sweep {record.label} is already running there"):
         record.write(runs)
-        fitting = [pipeline for pipeline in pipelines if not pipeline.outcome.problem]
+        fitting = [pipeline for pipeline in pipelines if not pipeline.result.problem]
         existing = existing_runs(runs, record.recipe)
         for pipeline in fitting:
             pipeline.existing = existing.get(pipeline.digest() or "")
-        works = [pipeline.work() for pipeline in fitting]
-        need_judges(works, of_recipe(record.recipe), evaluation, record.rehearsal)
-        if any("run" in work.steps for work in works):
+        tasks = [pipeline.task() for pipeline in fitting]
+        require_scorer_models(tasks, of_recipe(record.recipe), evaluation, record.rehearsal)
+        if any("run" in task.steps for task in tasks):
             _show_shared_differences(pipelines)
-        backend.submit(works, record.name, runs)
+        backend.submit(tasks, record.name, runs)
 
 
 def _seeded(members: list[SweepMember], recipe: str, seeds: int) -> list[SweepMember]:
@@ -206,9 +206,9 @@ def _check(pipelines: list[Pipeline], starts: bool) -> None:
         with Bar("reading the rows of members" if with_data else "checking members", len(some)) as bar:
             for done, pipeline in enumerate(some, start=1):
                 if not pipeline.check(with_data, starts):
-                    for problem in str(pipeline.outcome.problem).splitlines():
-                        wrong.setdefault(problem, []).append(pipeline.outcome.label)
-                pipeline.outcome.steps["check"] = DONE
+                    for problem in str(pipeline.result.problem).splitlines():
+                        wrong.setdefault(problem, []).append(pipeline.result.label)
+                pipeline.result.steps["check"] = DONE
                 bar.update(done)
         if wrong:
             raise UserError(
@@ -222,7 +222,7 @@ def _check(pipelines: list[Pipeline], starts: bool) -> None:
 def _refuse_twins(pipelines: list[Pipeline]) -> None:
     for a, b in itertools.combinations(pipelines, 2):
         if a.composed and b.composed and not config.differences(a.composed.config, b.composed.config):
-            raise UserError(f"{a.outcome.label} and {b.outcome.label} come to the same config; leave one out")
+            raise UserError(f"{a.result.label} and {b.result.label} come to the same config; leave one out")
 
 
 def _show_shared_differences(pipelines: list[Pipeline]) -> None:

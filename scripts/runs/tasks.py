@@ -15,7 +15,7 @@ DOES = {"run": "the training", "evaluate": "the evaluation"}
 
 
 @dataclass
-class Outcome:
+class TaskResult:
     """What became of a recipe: each step done, skipped because its inputs are as they were, or failed, and why.
 
     Attributes:
@@ -64,18 +64,18 @@ class Command:
 
 
 @dataclass
-class Work:
+class Task:
     """The commands that bring a run to its end, in order; each is worth carrying out once the one before is done.
 
     Attributes:
         commands: claims the run's folder where it has none yet, and returns the commands; called once, when the
-            work is about to begin.
+            task is about to begin.
         gpus: how many its training needs on each node.
         nodes: how many of those.
         steps: those that may be among the commands.
     """
 
-    outcome: Outcome
+    result: TaskResult
     commands: Callable[[], list[Command]]
     gpus: int
     nodes: int = 1

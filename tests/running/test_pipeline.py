@@ -15,11 +15,11 @@ from qlora_recipes.configs.compose import Request
 from qlora_recipes.planning import plan
 from qlora_recipes.running import pipeline, reproduce, run
 from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.runs.tasks import Command, Outcome, Step, Work
+from qlora_recipes.runs.tasks import Command, Step, Task, TaskResult
 from qlora_recipes.scores.task import EvaluationRequest
 
 
-def work(folder: Path, words: dict[Step, list[str]], asked: list[str]) -> Work:
+def task(folder: Path, words: dict[Step, list[str]], asked: list[str]) -> Task:
     """Commands; that they are asked for is noted."""
     folder.mkdir()
 
@@ -27,7 +27,7 @@ def work(folder: Path, words: dict[Step, list[str]], asked: list[str]) -> Work:
         asked.append(folder.name)
         return [Command(step, RunDir(folder), line) for step, line in words.items()]
 
-    return Work(Outcome(folder.name), commands, gpus=0)
+    return Task(TaskResult(folder.name), commands, gpus=0)
 
 
 def test_jobs_each_see_a_gpu_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,35 +42,35 @@ def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[str] = []
-    refused = work(tmp_path / "a", {"run": ["show", "nothing"], "evaluate": ["list"]}, asked)
-    fine = work(tmp_path / "b", {"run": ["list"], "evaluate": ["list"]}, asked)
+    refused = task(tmp_path / "a", {"run": ["show", "nothing"], "evaluate": ["list"]}, asked)
+    fine = task(tmp_path / "b", {"run": ["list"], "evaluate": ["list"]}, asked)
     Local(rehearsal=True, jobs=2).submit([refused, fine], "two", tmp_path)
     assert asked == ["a", "b"]  # once each
-    assert (refused.outcome.steps, refused.outcome.run) == ({"run": "failed"}, None)
+    assert (refused.result.steps, refused.result.run) == ({"run": "failed"}, None)
     log = tmp_path / "a" / "run.log"
     logs = [log, tmp_path / "b" / "evaluate.log", tmp_path / "b" / "run.log"]
     assert [line.split()[-1] for line in sorted(capfd.readouterr().err.splitlines())] == [*map(str, logs)]
     assert "next:" not in (tmp_path / "b" / "run.log").read_text()  # which `recipe list` says to a user
-    assert str(log) in (refused.outcome.problem or "") and "nothing" in log.read_text()
-    assert (fine.outcome.steps, fine.outcome.problem) == ({"run": "done", "evaluate": "done"}, None)
-    assert fine.outcome.run == tmp_path / "b"
+    assert str(log) in (refused.result.problem or "") and "nothing" in log.read_text()
+    assert (fine.result.steps, fine.result.problem) == ({"run": "done", "evaluate": "done"}, None)
+    assert fine.result.run == tmp_path / "b"
 
 
 def test_a_pipeline_is_composed_for_the_card_that_is_named(tmp_path: Path) -> None:
     asked, backend = Request("haider2024/llama-2-7b", ["packed"]), Local(rehearsal=False, jobs=1)
     for gpu, varlen in (("T4", False), ("A100", True)):
-        one = pipeline.Pipeline(Outcome(gpu), asked, EvaluationRequest(), tmp_path, backend, gpus.find(gpu))
+        one = pipeline.Pipeline(TaskResult(gpu), asked, EvaluationRequest(), tmp_path, backend, gpus.find(gpu))
         assert one.composed and one.composed.config["sdpa_varlen"] is varlen
 
 
 def test_what_axolotl_refuses_is_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     asked = Request("haider2024/llama-2-7b", rehearse=True, overrides=["early_stopping_patience=2"])
-    outcome, backend = Outcome("one"), Local(rehearsal=True, jobs=1)
-    one = pipeline.Pipeline(outcome, asked, EvaluationRequest(), tmp_path, backend)
+    result, backend = TaskResult("one"), Local(rehearsal=True, jobs=1)
+    one = pipeline.Pipeline(result, asked, EvaluationRequest(), tmp_path, backend)
     assert one.check(with_data=False, starts=False)
     assert not one.check(with_data=False)
-    assert outcome.steps == {"check": "failed"} and "[axolotl]" in str(outcome.problem)
+    assert result.steps == {"check": "failed"} and "[axolotl]" in str(result.problem)
     monkeypatch.setattr(backend, "here", False)
     with pytest.raises(UserError, match=r"\[axolotl\]"):
         run.prepare(asked, backend, tmp_path)
@@ -103,7 +103,7 @@ def test_the_former_run_of_a_config_is_the_newest_but_a_finished_one_before_othe
 
 
 def test_exit_codes() -> None:
-    fine, refused, failed = Outcome("a"), Outcome("b"), Outcome("c")
+    fine, refused, failed = TaskResult("a"), TaskResult("b"), TaskResult("c")
     refused.fail("check", "wrong")
     failed.fail("run", "broke")
     codes = [pipeline.exit_code(some) for some in ([fine], [fine, refused], [refused], [refused, failed])]
@@ -118,7 +118,7 @@ def test_the_disk_that_needs_room_is_that_of_the_runs(
     short = f"{tmp_path / 'elsewhere'}: 1e-06 GB"
     asked = Request("haider2024/code-llama-7b")
     backend = Local(rehearsal=False, jobs=None)
-    one = pipeline.Pipeline(Outcome(asked.name), asked, EvaluationRequest(), tmp_path / "elsewhere", backend)
-    assert not one.check(with_data=False) and short in (one.outcome.problem or "")
+    one = pipeline.Pipeline(TaskResult(asked.name), asked, EvaluationRequest(), tmp_path / "elsewhere", backend)
+    assert not one.check(with_data=False) and short in (one.result.problem or "")
     assert any(short in note for note in reproduce._outlined(one, None)[1])
     assert short in recipe("run", asked.name, "--dry-run", "--runs", tmp_path / "elsewhere").stderr

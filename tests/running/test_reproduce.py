@@ -24,7 +24,7 @@ from qlora_recipes.data import prepare, study
 from qlora_recipes.data.declaration import Source, SourceFile
 from qlora_recipes.running import reproduce
 from qlora_recipes.runs import rundir
-from qlora_recipes.runs.tasks import Outcome
+from qlora_recipes.runs.tasks import TaskResult
 from qlora_recipes.scores import evaluations
 
 STUDY = study.find("haider2024")
@@ -101,8 +101,8 @@ def test_a_dry_run_of_several_seeds_lists_each(recipe: Recipe, tmp_path: Path) -
 
 
 def test_of_several_seeds_the_first_that_ended_speaks() -> None:
-    outcomes = [Outcome("a", seed=1), Outcome("a", seed=2, run=Path("2")), Outcome("a", seed=3, run=Path("3"))]
-    assert reproduce.speakers([*outcomes, Outcome("b")]) == {"a": Path("2"), "b": None}
+    results = [TaskResult("a", seed=1), TaskResult("a", seed=2, run=Path("2")), TaskResult("a", seed=3, run=Path("3"))]
+    assert reproduce.representative_runs([*results, TaskResult("b")]) == {"a": Path("2"), "b": None}
 
 
 @pytest.mark.long
