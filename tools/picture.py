@@ -1,14 +1,11 @@
 """Draws recipes/terminal.svg, the picture of a terminal in the README: `make picture`."""
 
-import fcntl
 import io
 import os
-import pty
 import re
-import struct
+import shlex
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 from rich.console import Console
@@ -36,20 +33,10 @@ line-height: {line_height}px }} {styles}</style>
 
 
 def in_terminal(words: list[str]) -> str:
-    """What a command writes to a terminal."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, WIDTH, 0, 0))
-    process = subprocess.Popen([RECIPE, *words], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    written = b""
-    try:
-        while piece := os.read(ours, 65536):
-            written += piece
-    except OSError:
-        pass  # the command has closed its end
-    process.wait()
-    os.close(ours)
-    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-ln-z]", "", written.decode()).splitlines()  # but for colours
+    """The output of a command in a terminal, which `script` emulates."""
+    command = f"stty cols {WIDTH}; {shlex.join([str(RECIPE), *words])}"
+    done = subprocess.run(["script", "--quiet", "--command", command, os.devnull], cwd=ROOT, capture_output=True)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-ln-z]", "", done.stdout.decode()).splitlines()  # but for colours
     return "\n".join(line for line in lines if "━" not in line).strip()  # nor does a terminal keep a bar
 
 
