@@ -43,17 +43,17 @@ def training(folder: Path) -> Path:
 
 
 @pytest.fixture
-def judge(request: pytest.FixtureRequest) -> Callable[..., None]:
+def check(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Records figures, and fails the test if one of them does not keep its bound."""
 
-    def check(*figures: Figure) -> None:
+    def add(*figures: Figure) -> None:
         for one in figures:
             result = "pass" if one.passed else "FAIL"
             more = {"expected": one.expected, "bound": one.limit, "unit": one.unit}
             add_row(request.node.nodeid, one.what, result, measured=one.measured, **more)
         assert [one for one in figures if not one.passed] == []
 
-    return check
+    return add
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

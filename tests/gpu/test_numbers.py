@@ -33,7 +33,7 @@ from qlora_recipes.scores.evaluations import EvaluationSettings
 from qlora_recipes.scores.prompter import Prompter
 from qlora_recipes.scores.reference import Reference
 
-ScorerModel = Callable[..., None]
+Check = Callable[..., None]
 HALF = torch.bfloat16 if BF16 else torch.float16
 # the levels of NF4 (arXiv 2305.14314, appendix E)
 LEVELS = [
@@ -96,7 +96,7 @@ def compared(name: str, found: Sequence[float], expected: Sequence[float], bound
     return [Figure(*each) for each in zip(names, found, expected, bounds, strict=True)]
 
 
-def test_quantized_weights_and_products_with_them(judge: ScorerModel) -> None:
+def test_quantized_weights_and_products_with_them(check: Check) -> None:
     """Weights near NF4's levels become them; products of one row and of several are different kernels on a GPU."""
     dtype, random = torch.float16 if GPU else torch.float32, torch.Generator().manual_seed(0)
     codes = torch.randint(16, (256, 8, 64), generator=random)
@@ -109,7 +109,7 @@ def test_quantized_weights_and_products_with_them(judge: ScorerModel) -> None:
     packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     rows = torch.randn(8, 512, generator=random).to(dtype)
     products = {n: bnb.matmul_4bit(rows[:n].to(DEVICE), packed.t(), quant_state=state) for n in (1, 8)}
-    judge(
+    check(
         Figure("NF4 weights, largest error", apart(bnb.functional.dequantize_4bit(packed, state), exact), bound=5e-3),
         # fp16 rounds by 5e-4
         *(Figure(f"NF4 products of {n}, largest error", apart(products[n], rows[:n].float() @ exact.T), bound=1e-2)
@@ -122,12 +122,12 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float().cpu() - expected.float().cpu()).abs().max() / expected.abs().max())
 
 
-def test_model_in_4_bits(training: Path, judge: ScorerModel) -> None:
+def test_model_in_4_bits(training: Path, check: Check) -> None:
     model = load(training, DEVICE, torch.float32)
     found = loss_and_norm(model, DEVICE)
     put_plain_layers(model)
     # fp32 rounds by 6e-8 in each of some 200 sums one after the other
-    judge(*compared("NF4 beside its definition", found, loss_and_norm(model, DEVICE), (1e-5, 1e-4)))
+    check(*compared("NF4 beside its definition", found, loss_and_norm(model, DEVICE), (1e-5, 1e-4)))
 
 
 def put_plain_layers(model: Any) -> None:
@@ -156,20 +156,20 @@ def dequantized(weight: Any) -> torch.Tensor:
 
 
 @pytest.mark.skipif(not BF16, reason="needs a processor, or a GPU, that computes in bf16")
-def test_model_in_bf16(training: Path, judge: ScorerModel) -> None:
+def test_model_in_bf16(training: Path, check: Check) -> None:
     exact = loss_and_norm(load(training, DEVICE, torch.float32), DEVICE)
     found = loss_and_norm(load(training, DEVICE, torch.bfloat16), DEVICE, torch.bfloat16)
     # rounds by 4e-3, of which the mean over a few hundred tokens keeps little, and a norm more
-    judge(*compared("bf16 beside fp32", found, exact, (0.01, 0.05)))
+    check(*compared("bf16 beside fp32", found, exact, (0.01, 0.05)))
 
 
 @needs_gpu
-def test_model_on_gpu_and_cpu(training: Path, judge: ScorerModel) -> None:
+def test_model_on_gpu_and_cpu(training: Path, check: Check) -> None:
     found, exact = (loss_and_norm(load(training, device, torch.float32), device) for device in (DEVICE, "cpu"))
-    judge(*compared("NF4 on GPU beside CPU", found, exact, (1e-3, 1e-2)))  # GPUs add in another order
+    check(*compared("NF4 on GPU beside CPU", found, exact, (1e-3, 1e-2)))  # GPUs add in another order
 
 
-def test_saved_adapter(training: Path, judge: ScorerModel) -> None:
+def test_saved_adapter(training: Path, check: Check) -> None:
     """In fp64, where rounding does not show."""
     config = yamlfiles.read_yaml(find_recipe(RECIPE)[1])
     model = load(training, DEVICE, torch.float64, quantized=False).double()
@@ -178,7 +178,7 @@ def test_saved_adapter(training: Path, judge: ScorerModel) -> None:
         scale = scale_of(model, inputs)
         plain = model(inputs).logits
         merged = model.merge_and_unload()(inputs).logits
-    judge(
+    check(
         # over sums of thousands of products
         Figure("adapter scale, as saved", scale, config["lora_alpha"] / config["lora_r"], 1e-9),
         Figure("merged adapter, largest error", apart(merged, plain), bound=1e-6),  # Llama's norms round to fp32
@@ -206,7 +206,7 @@ def scale_of(model: Any, inputs: torch.Tensor) -> float | None:
     return along / updates if straight else None
 
 
-def test_packed_rows_do_not_see_each_other(judge: ScorerModel) -> None:
+def test_packed_rows_do_not_see_each_other(check: Check) -> None:
     """With the attention that Axolotl takes (loaders/patch_manager.py), on a GPU in half precision."""
     if GPU and BF16:  # from Ampere on
         patch_sdpa_varlen()
@@ -225,7 +225,7 @@ def test_packed_rows_do_not_see_each_other(judge: ScorerModel) -> None:
     one, other = losses(model, alone), losses(model, packed)
     found = float((one - other).abs().mean()) if one.shape == other.shape else None
     # seen on a CPU: 1e-7 in fp32, 8e-4 in bf16, and 0.8 or more where rows see each other
-    judge(Figure("packed rows, mean difference of losses", found, bound=0.01 if GPU else 1e-5))
+    check(Figure("packed rows, mean difference of losses", found, bound=0.01 if GPU else 1e-5))
 
 
 @torch.inference_mode()
@@ -237,7 +237,7 @@ def losses(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[labels != MASKED], labels[labels != MASKED], reduction="none").cpu()
 
 
-def test_answers_are_those_of_a_pass_without_a_cache(training: Path, judge: ScorerModel) -> None:
+def test_answers_are_those_of_a_pass_without_a_cache(training: Path, check: Check) -> None:
     attention = yamlfiles.read_yaml(find_recipe(RECIPE)[1])["attn_implementation"]  # not that of the training
     cfg = yamlfiles.read_yaml(training / "config.yaml") | {"attn_implementation": attention}
     data = usual_sample() / "valid.jsonl"
@@ -259,7 +259,7 @@ def test_answers_are_those_of_a_pass_without_a_cache(training: Path, judge: Scor
     found = max(map(shortfall, [reference.model] * 4, prompts, reference.answers(prompts, 0)))
     # nearly equal logits change places by rounding: in fp32 by 1e-5 of a logit of some 20, in fp16, which rounds such
     # logits to 1/64, by a few of these steps after 30 layers
-    judge(Figure("answers, logits below the best", found, bound=0.25 if GPU else 1e-3))
+    check(Figure("answers, logits below the best", found, bound=0.25 if GPU else 1e-3))
 
 
 @torch.inference_mode()

@@ -6,50 +6,28 @@ from typing import Any
 
 import pytest
 import random_models
+import trainings
 from figures import Figure
 from memory_plugin import BEGUN
 from safetensors.torch import load_file
-from trainings import (
-    BF16,
-    GPU,
-    LAYERS,
-    RECIPE,
-    SHAPES,
-    STEPS,
-    STOPPED_AT,
-    UNSAVED,
-    free_memory,
-    logged,
-    memory,
-    metrics,
-    needs_gpu,
-    needs_two_gpus,
-    of_stand_in,
-    plan,
-    random_weights,
-    rate,
-    recipe,
-    relative,
-    settings,
-    train,
-)  # fmt: skip
+from trainings import GPU, RECIPE, logged, needs_gpu, of_stand_in, rate, relative, settings, train
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import read_json
 from qlora_recipes.base.paths import find_recipe
 from qlora_recipes.data.sample import usual_sample
 
-ScorerModel = Callable[..., None]
+Check = Callable[..., None]
 MIB = 2**20
 WEIGHTS = ("base weights", "quantization constants", "embeddings and head", "adapters")
 HALF = {"lora_dropout": 0.0, "attn_implementation": "sdpa"}
 
 
-def test_memory_of_a_step(training: Path, judge: ScorerModel) -> None:
-    found, planned = memory(training), plan(training)
+def test_memory_of_a_step(training: Path, check: Check) -> None:
+    found, planned = trainings.memory(training), trainings.plan(training)
     parts = planned["memory"]["parts"]
     allocated = planned["memory"]["allocated"] - (0 if GPU else parts["kernels' own"])  # CUDA's alone
-    judge(
+    check(
         Figure("trained parameters", found["trainable"], planned["trainable"]),
         # plans round tensors to CUDA's blocks of 512 bytes, 0.2 % of a small model
         Figure("weights in memory", found["loaded"] / MIB, sum(parts[name] for name in WEIGHTS) / MIB, 0.005, "MiB"),
@@ -58,22 +36,22 @@ def test_memory_of_a_step(training: Path, judge: ScorerModel) -> None:
     )
 
 
-def test_adapter_scale_in_training(training: Path, judge: ScorerModel) -> None:
+def test_adapter_scale_in_training(training: Path, check: Check) -> None:
     config = yamlfiles.read_yaml(find_recipe(RECIPE)[1])
-    scales = memory(training)["scales"]
+    scales = trainings.memory(training)["scales"]
     found = scales[0] if len(scales) == 1 else None
-    judge(Figure("adapter scale, in training", found, config["lora_alpha"] / config["lora_r"]))
+    check(Figure("adapter scale, in training", found, config["lora_alpha"] / config["lora_r"]))
 
 
-def test_resume_to_the_same_adapter(training: Path, folder: Path, judge: ScorerModel) -> None:
-    run = train(folder, "stopped", RECIPE, of_stand_in(folder), stop=STOPPED_AT)
-    recipe("resume", run)
+def test_resume_to_the_same_adapter(training: Path, folder: Path, check: Check) -> None:
+    run = train(folder, "stopped", RECIPE, of_stand_in(folder), stop=trainings.STOPPED_AT)
+    trainings.recipe("resume", run)
     pairs = [logged(each, key) for key in ("loss", "grad_norm") for each in (training, run)]
     adapters = [load_file(each / "output" / "adapter_model.safetensors") for each in (training, run)]
     same = [{name: tensor.shape for name, tensor in adapter.items()} for adapter in adapters]
     differ = sum(int((tensor != adapters[1][name]).sum()) for name, tensor in adapters[0].items())
-    judge(
-        Figure("resumed after step", read_json(run / BEGUN)["step"], STOPPED_AT),
+    check(
+        Figure("resumed after step", read_json(run / BEGUN)["step"], trainings.STOPPED_AT),
         Figure("resumed, difference of losses", relative(*pairs[:2])),  # the same numbers are added in the same order
         Figure("resumed, difference of gradient norms", relative(*pairs[2:])),
         Figure("resumed, values of the adapter that differ", differ if same[0] == same[1] else None),
@@ -81,8 +59,8 @@ def test_resume_to_the_same_adapter(training: Path, folder: Path, judge: ScorerM
 
 
 @needs_gpu
-def test_half_precision(folder: Path, judge: ScorerModel) -> None:
-    formats = ["fp32", "fp16", *(["bf16"] if BF16 else [])]
+def test_half_precision(folder: Path, check: Check) -> None:
+    formats = ["fp32", "fp16", *(["bf16"] if trainings.BF16 else [])]
     runs = {
         name: train(folder, name, RECIPE, of_stand_in(folder, **HALF, fp16=name == "fp16", bf16=name == "bf16"))
         for name in formats
@@ -94,23 +72,20 @@ def test_half_precision(folder: Path, judge: ScorerModel) -> None:
     ]
     overflows = sum(norm == float("inf") for norm in logged(runs["fp16"], "grad_norm").values())
     # the scaler begins with a factor of 65,536, and halves it each time
-    judge(*figures, Figure(f"fp16, steps of {STEPS} that overflow", overflows, bound=2))
+    check(*figures, Figure(f"fp16, steps of {trainings.STEPS} that overflow", overflows, bound=2))
 
 
 @needs_gpu
-def test_profile_fast(folder: Path, judge: ScorerModel) -> None:
-    every = {
-        "lora_dropout": 0.0,
-        "lora_target_linear": True,
-        "lora_target_modules": None,
-    }  # so that nothing is left out
+def test_profile_fast(folder: Path, check: Check) -> None:
+    every = {"lora_dropout": 0.0, "lora_target_linear": True, "lora_target_modules": None}  # so that it applies whole
     changes = of_stand_in(folder, attn_implementation="sdpa", **every)
-    plain, fast = (train(folder, f"stand-in{of}", RECIPE, changes, *words) for of, words in with_and_without("fast"))
-    with random_weights(folder, SHAPES[0], LAYERS) as (model, length):
+    plain, fast = pair(folder, "stand-in", RECIPE, changes, "fast")
+    with trainings.random_weights(folder, trainings.SHAPES[0], trainings.LAYERS) as (model, length):
         rows = folder / "full.jsonl"
-        random_models.write_full_rows(rows, model, length, 4 * STEPS)
-        before, after = compare_speed(folder, "fast", settings(model, rows, length, **UNSAVED, **every))
-    judge(
+        random_models.write_full_rows(rows, model, length, 4 * trainings.STEPS)
+        full = settings(model, rows, length, **trainings.UNSAVED, **every)
+        before, after = pair(folder, "layers", trainings.SHAPES[0], full, "fast")
+    check(
         # other orders of adding, in half precision, as under an engine
         Figure("fast, losses", relative(logged(fast, "loss"), logged(plain, "loss")), bound=0.01),
         Figure("fast, share by which it is slower", 1 - rate(after) / rate(before), bound=0.05),  # that may be chance
@@ -118,40 +93,35 @@ def test_profile_fast(folder: Path, judge: ScorerModel) -> None:
 
 
 @needs_gpu
-def test_profile_packed(folder: Path, judge: ScorerModel) -> None:
-    with random_weights(folder, SHAPES[0], LAYERS) as (model, length):
+def test_profile_packed(folder: Path, check: Check) -> None:
+    with trainings.random_weights(folder, trainings.SHAPES[0], trainings.LAYERS) as (model, length):
         rows = usual_sample() / "train.jsonl"
-        changes = settings(model, rows, length, **UNSAVED, pad_to_sequence_len=False)
-        before, after = compare_speed(folder, "packed", changes)
-    counted = [sum(record.get("tokens", 0) for record in metrics(run)) for run in (before, after)]
+        changes = settings(model, rows, length, **trainings.UNSAVED, pad_to_sequence_len=False)
+        before, after = pair(folder, "packed", trainings.SHAPES[0], changes, "packed")
+    counted = [sum(record.get("tokens", 0) for record in trainings.metrics(run)) for run in (before, after)]
     filled = min(counted[0] / counted[1], 1.0)  # all tokens of packed rows count, as they have no mask
-    judge(Figure("packed, share by which it is slower", 1 - rate(after) * filled / rate(before), bound=0.05))
+    check(Figure("packed, share by which it is slower", 1 - rate(after) * filled / rate(before), bound=0.05))
 
 
-def with_and_without(profile: str) -> list[tuple[str, tuple[str, ...]]]:
-    return [("", ()), (f"-{profile}", ("--profile", profile))]
-
-
-def compare_speed(folder: Path, profile: str, changes: dict[str, Any]) -> list[Path]:
-    """Trainings of a few layers without a profile, and with it."""
-    return [
-        train(folder, f"layers-{profile}-{of}", SHAPES[0], changes, *words) for of, words in with_and_without(profile)
-    ]
+def pair(folder: Path, name: str, recipe_name: str, changes: dict[str, Any], profile: str) -> list[Path]:
+    """Trainings without a profile, and with it."""
+    options = ((), ("--profile", profile))
+    return [train(folder, f"{name}-{len(words)}", recipe_name, changes, *words) for words in options]
 
 
 @needs_gpu
-@pytest.mark.parametrize("name", SHAPES)
-def test_shape(folder: Path, judge: ScorerModel, name: str) -> None:
+@pytest.mark.parametrize("name", trainings.SHAPES)
+def test_shape(folder: Path, check: Check, name: str) -> None:
     short = name.rpartition("/")[2]
-    with random_weights(folder, name) as (model, length):
+    with trainings.random_weights(folder, name) as (model, length):
         rows = folder / f"{short}.jsonl"
         config = yamlfiles.read_yaml(find_recipe(name)[1])
         random_models.write_full_rows(rows, model, length, 6 * config["micro_batch_size"])
-        free = free_memory()
-        run = train(folder, short, name, settings(model, rows, length, **UNSAVED))
-        found, planned = memory(run), plan(run)
+        free = trainings.free_memory()
+        run = train(folder, short, name, settings(model, rows, length, **trainings.UNSAVED))
+        found, planned = trainings.memory(run), trainings.plan(run)
         in_use, needed, speed = free - found["free"], planned["memory"], planned["work"]["tokens_per_second"]
-        judge(
+        check(
             Figure(f"{short}, allocated", found["allocated"] / MIB, needed["allocated"] / MIB, 0.02, "MiB"),
             # what is reserved was at most 14 % off in the same runs
             Figure(f"{short}, reserved", found["reserved"] / MIB, needed["reserved"] / MIB, 0.15, "MiB"),
@@ -161,12 +131,12 @@ def test_shape(folder: Path, judge: ScorerModel, name: str) -> None:
         )
 
 
-@needs_two_gpus
+@trainings.needs_two_gpus
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
-def test_engine(folder: Path, judge: ScorerModel, engine: str) -> None:
+def test_engine(folder: Path, check: Check, engine: str) -> None:
     changes = of_stand_in(folder, lora_dropout=0.0)  # each rank would drop others
     runs = [*folder.glob("alone/**/run.json")]
     alone = runs[0].parent if runs else train(folder, "alone", RECIPE, changes)
     divided = train(folder, engine, RECIPE, changes, "--profile", engine, "--gpus", "2")
     # other orders of adding, in half precision; as in tests/runs/test_engines.py
-    judge(Figure(f"{engine}, losses", relative(logged(divided, "loss"), logged(alone, "loss")), bound=0.01))
+    check(Figure(f"{engine}, losses", relative(logged(divided, "loss"), logged(alone, "loss")), bound=0.01))
