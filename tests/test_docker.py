@@ -67,15 +67,6 @@ def test_compose_accepts_its_file_which_fits_the_dockerfile() -> None:
     assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", -1, ["gpu"])
 
 
-def test_a_base_with_a_digest_is_that_of_both_stages_and_named_in_the_image() -> None:
-    pinned = f"nvidia/cuda:13.0.1-base-ubuntu24.04@sha256:{64 * 'a'}"
-    given = [[word.replace("${BASE}", pinned) for word in words] for name, words in instructions() if name == "FROM"]
-    assert given == [[pinned, "AS", "build"], [pinned]]
-    *_, last = [number for number, (name, _) in enumerate(instructions()) if name == "FROM"]
-    assert ("ARG", ["BASE"]) in instructions()[last:]  # an argument from before the first stage is empty in it
-    assert ("LABEL", ["org.opencontainers.image.base.name=${BASE}"]) in instructions()[last:]
-
-
 def test_nothing_is_copied_that_dockerignore_keeps_out() -> None:
     let_in = (ROOT / ".dockerignore").read_text().splitlines()
     copied = [words[:-1] for name, words in instructions() if name == "COPY" and words[0] != "--from=build"]

@@ -42,23 +42,13 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def setup(checkout: Path, *words: str, code: int = 0, **env: str) -> list[str]:
-    """What `make setup` has uv do."""
-    return make(checkout, "setup", *words, code=code, **env)
-
-
-def make(checkout: Path, *words: str, code: int = 0, **env: str) -> list[str]:
+def setup(checkout: Path, *words: str, target: str = "setup", code: int = 0, **env: str) -> list[str]:
     """What make has uv do."""
     log = checkout / "uv.log"
     log.write_text("")
-    command = ["make", "UV=./uv", *words]
-    done = subprocess.run(
-        command,
-        cwd=checkout,
-        env=os.environ | {"MAKEFLAGS": "", "FAILS": "no such"} | env,
-        capture_output=True,
-        text=True,
-    )
+    env = os.environ | {"MAKEFLAGS": "", "FAILS": "no such"} | env
+    command = ["make", "UV=./uv", target, *words]
+    done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout + done.stderr) == (code, done.stdout + done.stderr)
     return log.read_text().splitlines()
 
@@ -133,7 +123,7 @@ def test_vllm_gets_the_lock_of_the_machine_as_it_is(checkout: Path) -> None:
     gpu = checkout / "nvidia-smi"
 
     def installed() -> list[str]:
-        return [line.rpartition(" ")[2] for line in make(checkout, "vllm", **path) if " sync " in line]
+        return [line.rpartition(" ")[2] for line in setup(checkout, target="vllm", **path) if " sync " in line]
 
     assert installed() == ["requirements-vllm-cpu.lock"]
     assert installed() == []

@@ -6,7 +6,6 @@ The environment variable `STOP` names the step to stop after. Figures go to `MEM
 import gc
 import os
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,8 @@ class Measure(TrainerCallback):
     """Writes what the second step of a training takes, and the scale of its adapters.
 
     Fields: allocated, bytes at the peak, as torch.cuda counts them or, on a CPU, those of all storages; on a GPU also
-    reserved, and free, bytes that the driver reports; loaded, bytes before the step without the optimizer's state;
-    held, what is there at the peak by what it holds, as in a plan, other than activations; trainable, parameters;
-    scales, the factors that PEFT multiplies with B A.
+    reserved, and free, bytes that the driver reports; loaded, bytes of the model before the step; trainable,
+    parameters; scales, the factors that PEFT multiplies with B A.
 
     On a CPU storages are recorded by the means of a plan's, so that both can be compared byte by byte.
     """
@@ -64,7 +62,6 @@ class Measure(TrainerCallback):
         self.trainer, self.file = trainer, file
         self.stop = int(os.environ.get(STOP, "0"))
         self.recorder: Recorder | None = None
-        self.held: Counter[str] = Counter()
         self.loaded = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -78,31 +75,21 @@ class Measure(TrainerCallback):
         if state.global_step == MEASURED:
             self._begin()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count the gradients while they are there."""
-        if state.global_step == MEASURED:
-            gradients = [weight.grad for weight in self.trainer.model.parameters() if weight.grad is not None]
-            self.held["gradients"] = _bytes(gradients)
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write what was measured."""
         if state.global_step == MEASURED + 1:
             write_json(self.file, self._end())
 
     def _begin(self) -> None:
-        optimizer = self.trainer.optimizer
-        state = list(_tensors(dict(getattr(optimizer, "optimizer", optimizer).state)))
-        if torch.cuda.is_available():
-            state = [tensor for tensor in state if tensor.is_cuda]  # one that is paged is the driver's to place
-        self.held = Counter(_of_model(self.trainer.model))
-        self.loaded = self.held.total()
-        self.held["optimizer"] = _bytes(state)
+        tensors = list(_of_module(self.trainer.model))
+        self.loaded = sum({(storage := each.untyped_storage())._cdata: storage.nbytes() for each in tensors}.values())
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             return
+        optimizer = self.trainer.optimizer
         self.recorder = Recorder()
-        for tensor in (*_of_module(self.trainer.model), *state):
+        for tensor in (*tensors, *_tensors(dict(getattr(optimizer, "optimizer", optimizer).state))):
             self.recorder.add(tensor, "held")
         gc.disable()  # so that what is in a cycle is freed at the same place as in a plan
         self.recorder.__enter__()
@@ -120,8 +107,9 @@ class Measure(TrainerCallback):
             }
         model = self.trainer.model
         trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-        about = {"loaded": self.loaded, "held": self.held, "trainable": trainable, "scales": _scales(model)}
-        return found | about
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        scales = sorted({float(scale) for layer in layers for scale in layer.scaling.values()})
+        return found | {"loaded": self.loaded, "trainable": trainable, "scales": scales}
 
 
 def _of_module(module: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -129,17 +117,6 @@ def _of_module(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     for tensor in (*module.parameters(), *module.buffers()):
         yield tensor
         yield from _tensors(getattr(tensor, "quant_state", None))
-
-
-def _of_model(model: torch.nn.Module) -> dict[str, int]:
-    """The bytes of a model's tensors by what they hold, as a plan names it."""
-    groups: dict[str, list[torch.Tensor]] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        head = "embed_tokens" in name or "lm_head" in name
-        kind = "adapters" if tensor.requires_grad else "embeddings and head" if head else "base weights"
-        groups.setdefault(kind, []).append(tensor)
-        groups.setdefault("quantization constants", []).extend(_tensors(getattr(tensor, "quant_state", None)))
-    return {kind: _bytes(tensors) for kind, tensors in groups.items()}
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -151,14 +128,3 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(below)
     elif type(value).__name__ == "QuantState":
         yield from _tensors(vars(value))
-
-
-def _bytes(tensors: list[torch.Tensor]) -> int:
-    """The bytes of tensors' storages, each counted once."""
-    return sum({(storage := tensor.untyped_storage())._cdata: storage.nbytes() for tensor in tensors}.values())
-
-
-def _scales(model: torch.nn.Module) -> list[float]:
-    """The factors of a model's adapters, each once."""
-    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
-    return sorted({float(scale) for layer in layers for scale in layer.scaling.values()})
