@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import time
-import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -163,15 +162,9 @@ def run_folder(place: Path) -> Target:
     names = ("config.yaml", "run.json", "metrics.jsonl", "scores.json", "predictions.jsonl", "jobs.json")
     files = [path / name for path in (folder.path, folder.path.with_name("left")) for name in names]
     files.append(recorded_runs.recorded(folder))
-    lines = ["results --json", "results", "results --study sums2030", f"results --compare {ONE} {TWO}"]
+    lines = ["results --json", "results --study sums2030", f"results --compare {ONE} {TWO}", f"report {ONE} {TWO}"]
     lines += [f"{verb} {run}" for verb in ("report", "results --export", "publish", "cancel") for run in (ONE, LEFT)]
-    lines += [
-        f"results --by lang --run {ONE}",
-        f"resume --trust {LEFT}",
-        "results --power sums2030",
-        "results --ledger --study sums2030 --json",
-        f"report {ONE} {TWO}",
-    ]
+    lines += [f"results --by lang --run {ONE}", f"resume --trust {LEFT}", "results --ledger --study sums2030 --json"]
     return files, lines
 
 
@@ -189,12 +182,7 @@ def config(place: Path) -> Target:
     profile = place / "more.yaml"
     (place / "x.jsonl").write_text('{"instruction": "Add.", "input": "1 + 1", "output": "2"}\n')
     profile.write_text(yamlfiles.write_yaml({"warmup_steps": 0, "datasets": [{"path": "x.jsonl", "type": "alpaca"}]}))
-    lines = [
-        "check mine.yaml",
-        "check mine.yaml --rehearse --json",
-        "show mine.yaml",
-        "diff mine.yaml haider2024/code-llama-7b",
-    ]
+    lines = ["check mine.yaml --rehearse --json", "show mine.yaml", "diff mine.yaml haider2024/code-llama-7b"]
     lines += ["check haider2024/code-llama-7b --profile more.yaml", "new other --from mine.yaml"]
     return [own, own, own, profile], lines
 
@@ -203,8 +191,6 @@ def rows(place: Path) -> Target:
     sample = [json.loads(line) for line in (SAMPLE / "msg-train.jsonl").read_text().splitlines()[:6]]
     (place / "raw").mkdir()
     write_rows(place / "raw" / "msg-train.jsonl", sample)
-    with zipfile.ZipFile(place / "raw.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.write(place / "raw" / "msg-train.jsonl", "Comment_Generation/msg-train.jsonl")
     declared.sums(place / "recipes" / "sums2030")
     (place / "sums").mkdir()
     write_rows(place / "sums" / "train.jsonl", [{"question": "1 + 1", "answer": "2", "kind": "a"}] * 8)
@@ -220,11 +206,11 @@ def rows(place: Path) -> Target:
     pairs = [{"row": i, "idx": i, "lang": "go", "reference": "a b", "prediction": "a c"} for i in range(3)]
     write_rows(place / "p.jsonl", pairs)
     write_rows(place / "q.jsonl", pairs)
-    lines = ["data prepare --study haider2024 --out out raw", "data prepare --study haider2024 --out out raw.zip"]
-    lines += ["data prepare --study sums2030 --out out sums", "check alpaca.yaml --data", "check chat.yaml --data"]
+    lines = ["data prepare --study haider2024 --out out raw", "data prepare --study sums2030 --out out sums"]
+    lines += ["check alpaca.yaml --data", "check chat.yaml --data"]
     lines += ["score p.jsonl", "score p.jsonl --out out.jsonl", "results --by lang --run p.jsonl"]
     lines += ["results --compare p.jsonl q.jsonl", "results --by length --run p.jsonl --json"]
-    files = ["raw/msg-train.jsonl", "raw.zip", "sums/train.jsonl", "sums/test.csv", "rows.jsonl", "p.jsonl"]
+    files = ["raw/msg-train.jsonl", "sums/train.jsonl", "sums/test.csv", "rows.jsonl", "p.jsonl"]
     return [place / file for file in files], lines
 
 

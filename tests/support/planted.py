@@ -44,7 +44,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     import trainings
 
     forward, load, settings = Linear4bit.forward, PeftModel.from_pretrained, trainings.settings
-    Linear4bit.forward = lambda self, inputs: 1.001 * forward(self, inputs)
+    Linear4bit.forward = lambda self, inputs: 1.01 * forward(self, inputs)
     PeftModel.from_pretrained = lambda *given, **options: scaled(load(*given, **options))
     plugins = [*settings(trainings.SUPPORT, trainings.SUPPORT, 0)["plugins"], "planted.Planted"]
     trainings.settings = lambda *given, **changes: settings(*given, plugins=plugins, **changes)
