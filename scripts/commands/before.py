@@ -8,21 +8,18 @@ import typer
 
 from .. import tables
 from ..base import yamlfiles
-from ..base.errors import UserError
-from ..base.paths import RUNS, find_recipe, recipe_names
+from ..base.paths import find_recipe, recipe_names
 from ..base.progress import Bar, harmless, say
 from . import completion
 from .data import verbs as data_verbs
 from .help import Verb, Verbs, next_step, over
 from .options import (
-    FigureFile,
     Force,
     Json,
     Mirror,
     Names,
     Overrides,
     Profiles,
-    Runs,
     check_finite,
     exclusive,
     single_name,
@@ -125,7 +122,7 @@ def check_verb(
 def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, full: bool) -> "list[Report]":
     """The report of each request; which one is at work is shown where that takes a while."""
     from ..checks import check
-    from ..planning import fit
+    from ..planning import plan
 
     reports: list[Report] = []
     with Bar("checking", len(requests)) as bar:
@@ -133,7 +130,7 @@ def _checked(requests: "list[Request]", gpu: "Gpu | None", data: bool, full: boo
             if data or full:
                 bar.begin(f"checking {request.name}")
             reports.append(check.check(request, gpu, data, full))
-            fit.add_to(reports[-1], gpu, anew=full)
+            plan.add_to(reports[-1], gpu, anew=full)
             bar.update(len(reports))
     return reports
 
@@ -171,13 +168,10 @@ def plan_verb(
     ] = None,
     gpu_count: Annotated[int, typer.Option("--gpus", min=1, help="How many GPUs to train on.")] = 1,
     data: Measured = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Full fine-tuning, LoRA and QLoRA side by side.")] = False,
     price: Annotated[
         float | None, typer.Option(metavar="USD", min=0, callback=check_finite, help="What the card costs an hour.")
     ] = None,
-    figure: FigureFile = None,
     force: Force = None,
-    runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
     """Parameters, memory and work of a config, and the cards that it fits, without a GPU."""
@@ -189,22 +183,12 @@ def plan_verb(
     requests = [
         Request(name, profile or [], set_ or [], gpus=gpu_count, force=force or []) for name in names or recipe_names()
     ]
-    if compare:
-        single_name(names, "--compare")
-        if figure or data or vram or price or gpu_count > 1:
-            raise UserError("--compare: takes --gpu and --json, and none of the other options of a plan")
-        with Bar(f"planning {requests[0].name} in three ways", 1):
-            compared = plan.compare(requests[0], target)
-        tables.print_json(compared) if json else plan_tables.comparison(compared, requests[0].name)
-        return
     plans = {}
     with Bar("planning", len(requests)) as bar:
         for request in requests:
             bar.begin(f"planning {request.name}")
-            plans[request.name] = plan.of_request(request, target, vram, data, price, runs)
+            plans[request.name] = plan.of_request(request, target, vram, data, price)
             bar.update(len(plans))
-    if figure:
-        plan_tables.draw(plans, figure)
     if json:
         tables.print_json([{"recipe": name, **planned} for name, planned in plans.items()])
     elif len(plans) > 1:
@@ -228,7 +212,7 @@ def _launching(request: "Request") -> list[str]:
     return [request.name, *over(request.profiles, request.overrides), *mirrored, *several, *rehearsed]
 
 
-@analyze_verbs.command("quantization", cls=Verb, epilog="recipe analyze quantization --figure losses.png")
+@analyze_verbs.command("quantization", cls=Verb, epilog="recipe analyze quantization --layers 1")
 def quantization_verb(
     model: Annotated[
         Path | None,
@@ -236,7 +220,6 @@ def quantization_verb(
     ] = None,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Normally distributed values instead.")] = False,
     layers: Annotated[int, typer.Option(min=0, help="How many decoder layers, evenly spaced; 0 takes all.")] = 5,
-    figure: FigureFile = None,
     json: Json = False,
 ) -> None:
     """What bitsandbytes' formats lose of real weights, and the bits that they take."""
@@ -245,32 +228,31 @@ def quantization_verb(
 
     exclusive({"--model": model, "--synthetic": synthetic})
     with importing_axolotl(), Bar("measuring what each format loses", 1):
-        from ..planning import quantization
+        from ..planning import analysis
 
         folder = None if synthetic else model or substitution.model_folder()
-        weights = quantization.weights_of(folder, layers) if folder else quantization.synthetic()
-        rows = quantization.measure(weights)
-        if figure:
-            quantization.draw(weights, rows, figure)
+        weights = analysis.weights_of(folder, layers) if folder else analysis.synthetic()
+        rows = analysis.measure(weights)
     if json:
         tables.print_json(rows)
         return
-    tables.print_table(quantization.table(rows), spare=["mse"])
-    tables.print_table(list(quantization.by_layer(rows)), "nf4 + double, 64: as the recipes have it")
+    tables.print_table(analysis.quantization_table(rows), spare=["mse"])
+    tables.print_table(list(analysis.by_layer(rows)), "nf4 + double, 64: as the recipes have it")
 
 
-@analyze_verbs.command("lora", cls=Verb, epilog="recipe analyze lora llama-3.2-3b --figure lora.svg")
-def lora_verb(names: Names = None, figure: FigureFile = None, json: Json = False) -> None:
+@analyze_verbs.command("lora", cls=Verb, epilog="recipe analyze lora llama-3.2-3b")
+def lora_verb(names: Names = None, json: Json = False) -> None:
     """How many parameters LoRA trains, by layers and rank."""
     from ..base.hub import importing_axolotl
-    from ..planning import lora
+    from ..configs import models
 
     recipes = [yamlfiles.read_yaml(find_recipe(name)[1]) for name in names or recipe_names()]
+    architectures = {str(recipe.get("base_model")): models.architecture(recipe) for recipe in recipes}
     with importing_axolotl(), Bar("counting parameters", 1):
-        rows = lora.rows({str(recipe.get("base_model")): recipe for recipe in recipes})
-    if figure:
-        lora.draw(rows, figure)
+        from ..planning import analysis
+
+        rows = analysis.lora(architectures)
     if json:
         tables.print_json({"parameters": rows})
         return
-    tables.print_table(lora.table(rows), spare=lora.SPARE)
+    tables.print_table(analysis.lora_table(rows), spare=analysis.SPARE)

@@ -128,15 +128,6 @@ Force = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _check_figure(file: Path | None) -> Path | None:
-    """Refuse what matplotlib cannot write before anything is measured."""
-    if file and file.suffix not in (".png", ".svg"):
-        raise UserError(f"--figure {file}: name a .png or .svg file")
-    if file and not file.parent.is_dir():
-        raise UserError(f"--figure {file}: there is no folder {file.parent}")
-    return file
-
-
 def check_finite(param: typer.CallbackParam, value: float | None) -> float | None:
     """Refuse inf and nan, which a range of numbers lets pass."""
     if value is not None and not math.isfinite(value):
@@ -144,10 +135,6 @@ def check_finite(param: typer.CallbackParam, value: float | None) -> float | Non
     return value
 
 
-FigureFile = Annotated[
-    Path | None,
-    typer.Option("--figure", metavar="FILE", callback=_check_figure, help="Also draw it, to a .png or .svg file."),
-]
 Seeds = Annotated[
     int, typer.Option("--seeds", metavar="N", min=1, help="Run each of them with N seeds, from the recipe's own on.")
 ]

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .allocator import rounded
-from .traces import Events, MemoryTrace, Shape, Step, ordered
+from .steps import Step
+from .traces import Events, MemoryTrace, Shape, ordered, rounded
 
 SHALLOW = 4
 """The layers of the shallower one, so that there are some that neither the first nor the last one touches."""

@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, masking_utils
 from transformers.initialization import no_init_weights
 
-from .allocator import MIB
 from .cuda import CudaRecorder, Recorder, cuda_attention, cuda_dropout, cuda_softmax
-from .traces import Events, MemoryTrace, Shape, Step, lasting, ordered
+from .steps import Step
+from .traces import MIB, Events, MemoryTrace, Shape, lasting, ordered
 
 
 @contextmanager

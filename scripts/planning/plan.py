@@ -1,23 +1,30 @@
-"""`recipe plan`: parameters, memory and work of a config before it runs."""
+"""`recipe plan`: parameters, memory and work of a config before it runs, and whether it fits a GPU's memory."""
 
 from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from ..base import paths
+from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..checks import check
-from ..checks.finding import refuse
+from ..checks.finding import Finding, refuse
 from ..configs import datafiles
 from ..configs.compose import Composed, Request, compose
-from ..configs.gpus import Gpu, engine_of
-from . import lengths, steps, work
-from .fit import usable_gib
-from .need import held_at_peak, per_gpu, planner_of, totals
-from .planner import CONTEXT, GIB, ROUND, Planner
+from ..configs.gpus import ENGINE_KEYS, Gpu, engine_of, offloads
+from . import steps, work
+from .planner import (
+    CONTEXT,
+    GIB,
+    ROUND,
+    USABLE,
+    Planner,
+    per_gpu,
+    planner_of,
+    required_gib,
+    totals,
+)
 from .traces import NotAlike
 
 SIZES = (8, 12, 16, 24, 40, 48, 80)
@@ -31,7 +38,6 @@ def of_request(
     vram: float | None = None,
     data: bool = False,
     price: float | None = None,
-    runs: Path = paths.RUNS,
 ) -> dict[str, Any]:
     """Parameters, memory and work of a request.
 
@@ -39,14 +45,13 @@ def of_request(
         gpu: the card that it is meant for.
         vram: its memory in GiB, if different from the card's, or if nothing else is known.
         data: tokenize all training data, to count its tokens and to plan for its longest row; else some of it.
-        price: of a card for an hour.
-        runs: the folder with earlier runs, whose speed is used.
+        price: of a GPU for an hour.
 
     Raises:
         UserError: it has an error that leaves nothing to plan, or it cannot be planned.
     """
     composed = composed_for(request, gpu)
-    found, unknown = lengths.lengths_of(composed, data, request.force)
+    found, unknown = work.lengths_of(composed, data, request.force)
     planned, planner = plan(composed.config, gpu, vram, request.gpus)
     told = [finding for finding in check.examine(composed, gpu).findings if finding.scope in ("gpu", "code")]
     for finding in told:
@@ -54,9 +59,9 @@ def of_request(
         planned["notes"].append(f"{about}{finding.problem}; {finding.remedy}".removesuffix("; "))
     if found and found.longest and not composed.config.get("sample_packing"):  # packed batches are always full
         with suppress(NotAlike):
-            size = planner.need(length=found.longest)
+            size = planner.required(length=found.longest)
             planned["longest_batch"] = {"rows": planner.rows, "tokens": found.longest, "needed": size}
-    planned["work"] = work.work(composed, planner, gpu, request.gpus, found, price, runs)
+    planned["work"] = work.work(composed, planner, gpu, request.gpus, found, price)
     if planned["work"]["hours"] and not found:
         planned["notes"].append(f"tokens are an upper bound, every row counted as a full one: {unknown}")
     return planned
@@ -87,7 +92,7 @@ def plan(
     engines = per_gpu(planner, gpus)
     if gpus > 1:
         notes.append(f"cards are judged under {engine_of(config)}")
-    saved = planner.need() - engines[engine_of(config)] if engines else 0
+    saved = planner.required() - engines[engine_of(config)] if engines else 0
     size = vram or (gpu and gpu.memory)
     cards = [
         Gpu(gpu.name if gpu and size else f"{gib:g} GB", planner.step.capability or (0, 0), gib)
@@ -100,7 +105,7 @@ def plan(
         "micro_batch": {"rows": planner.rows, "tokens": planner.length},
         "parameters": trace.parameters,
         **totals(trace.parameters),
-        "memory": asdict(planner.usage()) | {"paged": trace.paged, "context": CONTEXT, "needed": planner.need()},
+        "memory": asdict(planner.usage()) | {"paged": trace.paged, "context": CONTEXT, "needed": planner.required()},
         "cards": [_verdict(planner, card, saved) for card in cards],
         "changes": [],
         "per_gpu": engines,
@@ -132,10 +137,10 @@ def _verdict(planner: Planner, card: Gpu, saved: float) -> dict[str, Any]:
     return {
         "card": card.name,
         "usable": usable - saved,
-        "fits": planner.need() <= usable,
-        "free": usable - planner.need(),
-        "largest_micro_batch": largest(lambda n: planner.need(rows=n), usable, _MOST_ROWS),
-        "longest_row": largest(lambda n: planner.need(length=n), usable, context, ROUND),
+        "fits": planner.required() <= usable,
+        "free": usable - planner.required(),
+        "largest_micro_batch": largest(lambda n: planner.required(rows=n), usable, _MOST_ROWS),
+        "longest_row": largest(lambda n: planner.required(length=n), usable, context, ROUND),
     }
 
 
@@ -188,16 +193,17 @@ def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[
         settings = {key: value for key, value in settings.items() if value is not None or key in config}
         changed = {key: value for key, value in (changed | settings).items() if value is not None}
         tried, _ = planner_of(changed, card, alone=True)
-        changes.append({"set": settings, "effect": effect, "needed": tried.need(), "fits": tried.need() <= usable})
-        if changes[-1]["fits"]:
+        needed = tried.required()
+        changes.append({"set": settings, "effect": effect, "needed": needed, "fits": needed <= usable})
+        if needed <= usable:
             return changes
-    longest = largest(lambda n: tried.need(length=n), usable, planner.length, ROUND)
+    longest = largest(lambda n: tried.required(length=n), usable, planner.length, ROUND)
     if longest:
         changes.append(
             {
                 "set": {"sequence_len": longest},
                 "effect": "longer rows are lost",
-                "needed": tried.need(length=longest),
+                "needed": tried.required(length=longest),
                 "fits": True,
             }
         )
@@ -212,27 +218,48 @@ def _with_adapter(config: Config, adapter: str) -> Config:
     return settings | ({} if config.get("lora_r") else {"lora_r": 16, "lora_alpha": 32})
 
 
-def compare(request: Request, gpu: Gpu | None = None) -> list[dict[str, Any]]:
-    """Full fine-tuning, LoRA and QLoRA of a config's model side by side, in bytes.
+def usable_gib(gpu: Gpu) -> float:
+    """The GiB of a GPU that torch can use; 0 where its size is not known."""
+    return (gpu.memory or 0) * USABLE
 
-    `weights`, `gradients`, `optimizer` and `activations` are what a GPU holds at the peak, and `other` is what kernels,
-    the allocator and CUDA take; together they are `needed`. `optimizer_paged` comes on top, in main memory if need be.
+
+def add_to(report: check.Report, gpu: Gpu | None, gpus: int | None = None, anew: bool = False) -> None:
+    """Add to a check's report whether its config fits a GPU's memory, unless there is an error already.
+
+    A rehearsal has no GPU.
+
+    Args:
+        report: the check's.
+        gpu: the GPU; None where none is named, and this machine has none.
+        gpus: how many of them; None where that is not known.
+        anew: also plan its memory, in 5 s, where no earlier plan is cached.
     """
-    config = composed_for(request, gpu).config
-    rows = []
-    for adapter in (None, "lora", "qlora"):
-        changed = {key: value for key, value in config.items() if key not in ("adapter", "load_in_4bit")}
-        planner, notes = planner_of(changed | (_with_adapter(config, adapter) if adapter else {}), gpu, alone=True)
-        held = held_at_peak(planner)
-        rows.append(
-            {
-                "method": {None: "full", "lora": "LoRA", "qlora": "QLoRA"}[adapter],
-                **totals(planner.trace.parameters),
-                **held,
-                "other": planner.need() - sum(held.values()),
-                "needed": planner.need(),
-                "optimizer_paged": planner.trace.paged,
-                "notes": notes + _of_paged(planner.trace.paged),
-            }
-        )
-    return rows
+    composed = report.composed
+    if composed and gpu and not composed.rehearsal and not report.count("error"):
+        report.add(check.placed(_findings(composed.config, gpu, gpus, anew), composed))
+
+
+def _findings(content: Config, gpu: Gpu, gpus: int | None, anew: bool) -> list[Finding]:
+    """A finding where a config needs more memory than a GPU has, or where that is not known."""
+    if not gpu.memory:
+        return []
+    if gpus is None and any(content.get(key) for key in ENGINE_KEYS):
+        problem = f"memory is not planned: under {engine_of(content)} it depends on how many GPUs there are"
+        return [Finding("note", "not-checked", "micro_batch_size", problem, "`recipe plan` with --gpus plans it")]
+    if offloads(content) or any((content.get(key) or 1) > 1 for key in steps.SPLIT):
+        problem = "memory is not planned: some of it is in main memory, or divided as no plan knows"
+        return [Finding("note", "not-checked", "micro_batch_size", problem)]
+    try:
+        needed = required_gib(content, gpu, anew, gpus or 1)
+    except UserError as error:
+        return [Finding("note", "not-checked", "base_model", f"memory is not planned: {error}")]
+    if needed is None:
+        problem = "memory is not planned: `recipe plan` and --full do that"
+        return [Finding("note", "not-checked", "micro_batch_size", problem)]
+    usable = usable_gib(gpu)
+    if needed <= usable:
+        return []
+    aside = " beside its paged optimizer state" if "paged" in str(content.get("optimizer")) else ""
+    each = f" on each of {gpus} GPUs under {engine_of(content)}" if (gpus or 1) > 1 else ""
+    problem = f"a full batch needs {needed:.1f} GiB{each}{aside}, and {usable:.1f} of {gpu} can be used"
+    return [Finding("error", "too-big", "micro_batch_size", problem, "`recipe plan` with --gpu says what to change")]

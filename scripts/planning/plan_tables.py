@@ -1,13 +1,9 @@
-"""Plans as they are printed and drawn."""
+"""Plans as they are printed."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from .. import tables
-from ..base.files import replacing
 from .planner import GIB
 
 Plan = dict[str, Any]
@@ -51,24 +47,6 @@ def summary(plans: dict[str, Plan]) -> None:
     tables.print_table(rows, spare=spare)
     for name, planned in plans.items():
         show_notes(planned["notes"], name)
-
-
-def comparison(compared: list[dict[str, Any]], name: str) -> None:
-    """The methods on stdout, a row each: what adds up to what a GPU needs, and the optimizer state that is paged."""
-    sizes = ("weights", "gradients", "optimizer", "activations", "other", "needed")
-    rows = [
-        {
-            "method": row["method"],
-            "trainable": f"{row['trainable']:,}",
-            "share": f"{row['trainable_share']:.2%}",
-            **{size: f"{row[size] / GIB:.2f}" for size in sizes},
-            "paged": f"{row['optimizer_paged'] / GIB:.2f}" if row["optimizer_paged"] else None,
-        }
-        for row in compared
-    ]
-    tables.print_table(rows, f"{name}: GiB", spare=["trainable"])
-    for row in compared:
-        show_notes(row["notes"], row["method"])
 
 
 def _parameters(planned: Plan) -> list[dict[str, Any]]:
@@ -155,47 +133,3 @@ def _work(work: dict[str, Any]) -> list[dict[str, Any]]:
 def hours_are(work: dict[str, Any]) -> str:
     """What an estimate of hours rests on."""
     return f"speed: {work['rate_is']}; tokens: {work['tokens_are'].replace(': ', ', ')}"
-
-
-@contextmanager
-def drawing(file: Path, inches: tuple[float, float], panels: int = 1) -> Iterator[Any]:
-    """Axes of Matplotlib, written to a file when the block ends; a single panel has its legend beside it.
-
-    Args:
-        file: where to, as .png or .svg.
-        inches: width and height.
-        panels: how many axes there are in each row and column.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=inches, layout="constrained")
-    yield figure.subplots(panels, panels)
-    if panels == 1:
-        figure.legend(loc="outside right upper", fontsize="small")
-    with replacing(file) as stream:
-        figure.savefig(stream, format=file.suffix.removeprefix(".") or None)
-
-
-def draw(plans: dict[str, Plan], file: Path) -> None:
-    """What each plan's memory holds at the peak, a bar each, beside what its card has.
-
-    Args:
-        file: where to, as .png or .svg.
-    """
-    bars = {
-        name: plan["memory"]["parts"] | {"allocator and CUDA": plan["memory"]["needed"] - plan["memory"]["allocated"]}
-        for name, plan in plans.items()
-    }
-    first = next(iter(plans))
-    kinds = sorted(set().union(*bars.values()), key=lambda kind: (-bars[first].get(kind, 0), kind))
-    with drawing(file, (11, 3 + 0.4 * len(plans))) as axes:
-        left = [0.0] * len(plans)
-        for kind in kinds:
-            widths = [parts.get(kind, 0) / GIB for parts in bars.values()]
-            axes.barh(list(plans), widths, left=left, label=kind)
-            left = [start + width for start, width in zip(left, widths, strict=True)]
-        card, *more = plans[first]["cards"]
-        if not more:
-            axes.axvline(card["usable"] / GIB, color="black", linestyle="--", label=f"usable of {card['card']}")
-        axes.set(xlabel="GiB")
-        axes.invert_yaxis()

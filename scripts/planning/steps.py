@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from ..base.errors import UserError
@@ -9,7 +10,6 @@ from ..base.yamlfiles import Config
 from ..configs import datafiles
 from ..configs.gpus import offloads
 from ..configs.numerics import attention, precision, takes_varlen
-from .traces import Step
 
 OPTIMIZER = "adamw_torch_fused"  # Axolotl's default
 OPTIMIZERS = {
@@ -29,6 +29,57 @@ _TAKE_LESS = (
     *("peft_layers_to_transform", "peft_layers_pattern", "lora_exclude_modules"),
     *_KERNELS,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What the memory of a training step depends on.
+
+    Attributes:
+        model: the content of the model's config.json, as JSON.
+        adapter: qlora, lora, or None where all weights are trained.
+        weights: the dtype of what is not quantized, as torch names it.
+        autocast: the dtype of the forward pass under autocast; None where there is no autocast.
+        targets: the linear layers with LoRA, or a regular expression or all-linear, as in PEFT.
+        saved_modules: what is trained whole beside LoRA.
+        dora: whether LoRA trains the magnitude of each output as well (arXiv 2402.09353).
+        double_quantization: whether the quantization constants are quantized too.
+        checkpointing: whether a layer's activations are computed anew in the backward pass, and how: None, reentrant
+            or non-reentrant.
+        attention: sdpa, eager or flash_attention_2.
+        padded: whether rows of unequal length make a batch, so that attention needs a mask.
+        packed: whether documents share a row, so that sdpa and eager need a mask.
+        flat: whether the rows of a micro batch are laid end to end, as they are where FlashAttention keeps packed
+            documents apart (axolotl/core/trainers/base.py, multipack_real_batches).
+        accumulates: whether there are gradients of an earlier micro batch.
+        optimizer: its name, as in Axolotl.
+        chunked_loss: whether the loss is computed on an eighth of the tokens at a time.
+        axolotl: whether transformers' Trainer runs it, as Axolotl sets it up; else a plain loop, which keeps the
+            outputs until the next step, has no autocast, and leaves in fp32 what PEFT has put there.
+        capability: the GPU's compute capability; None for the CPU, where what kernels allocate inside is not counted.
+    """
+
+    model: str
+    adapter: str | None = "qlora"
+    weights: str = "float16"
+    autocast: str | None = None
+    rank: int = 32
+    targets: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj", "o_proj")
+    saved_modules: tuple[str, ...] = ()
+    dora: bool = False
+    dropout: float = 0.0
+    quantization: str = "nf4"
+    double_quantization: bool = True
+    checkpointing: str | None = "non-reentrant"
+    attention: str = "sdpa"
+    padded: bool = False
+    packed: bool = False
+    flat: bool = False
+    accumulates: bool = False
+    optimizer: str = "adamw_torch_fused"
+    chunked_loss: bool = False
+    axolotl: bool = True
+    capability: tuple[int, int] | None = (7, 5)
 
 
 def step_of(config: Config, architecture: dict[str, Any], capability: tuple[int, int]) -> tuple[Step, list[str]]:

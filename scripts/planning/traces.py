@@ -1,71 +1,197 @@
-"""The storages that a training step makes and frees, and what they take on a GPU. Needs no torch.
+"""The storages that a training step makes and frees, and what they take on a GPU: `memory.trace` makes a trace, `usage`
+replays it through a model of PyTorch's CUDA caching allocator. Needs no torch."""
 
-`memory.trace` makes a trace; `usage` replays it through a model of CUDA's allocator.
-"""
-
+from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod, sumprod
 from typing import Any
 
-from .allocator import Allocator, Block
+MIB = 2**20
+_ROUND = 512  # block sizes are multiples of it
+_SMALL = MIB  # the largest block of the pool for small ones
+_SMALL_SEGMENT = 2 * MIB
+_LARGE_SEGMENT = 20 * MIB
+_OWN_SEGMENT = 10 * MIB  # from this size on a segment is made to measure
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """A piece of a segment; `before` and `after` are its neighbours there."""
+
+    size: int
+    address: int
+    pool: "Pool" = field(repr=False)
+    free: bool = False
+    before: "Block | None" = field(default=None, repr=False)
+    after: "Block | None" = field(default=None, repr=False)
+
+
+@dataclass
+class Pool:
+    """Free blocks.
+
+    Attributes:
+        segment: bytes of a new segment, or by which a segment grows.
+        least: bytes that have to be left over for a block to be split.
+        order: their sizes and addresses, the smallest first; numbers are found in it much sooner than blocks are.
+        at: the blocks by address.
+        last: the block at the end of a growing segment.
+    """
+
+    segment: int
+    least: int
+    order: list[tuple[int, int]] = field(default_factory=list)
+    at: dict[int, Block] = field(default_factory=dict)
+    last: Block | None = None
+
+    def put(self, block: Block) -> None:
+        """Put a free block in."""
+        self.at[block.address] = block
+        insort(self.order, (block.size, block.address))
+
+    def take(self, block: Block) -> None:
+        """Take a free block out."""
+        self.order.pop(bisect_left(self.order, (block.size, block.address)))
+        del self.at[block.address]
+
+    def fitting(self, size: int) -> Block | None:
+        """Take the smallest free block of at least some bytes out; None if there is none."""
+        position = bisect_left(self.order, (size,))
+        return self.at.pop(self.order.pop(position)[1]) if position < len(self.order) else None
+
+
+class Allocator:
+    """The allocator on one stream, by the rules of c10/cuda/CUDACachingAllocator.cpp in torch 2.14.
+
+    Requests are rounded up to 512 bytes and served from the smallest free block that holds them, of two pools (up to
+    1 MiB, and above). A block is split where enough is left; neighbours that are free become one again. Where none
+    fits, a new segment is reserved; with expandable segments, which Axolotl switches on, one segment a pool grows
+    instead, and every block is split.
+
+    Attributes:
+        allocated, peak: bytes in blocks that are in use, as torch.cuda.max_memory_allocated counts them.
+        reserved, peak_reserved: bytes in segments.
+    """
+
+    def __init__(self, expandable: bool):
+        self.expandable = expandable
+        self.allocated = self.peak = self.reserved = self.peak_reserved = 0
+        self._small = Pool(_SMALL_SEGMENT, _ROUND)
+        self._large = Pool(_LARGE_SEGMENT, _ROUND if expandable else _SMALL + 1)
+        self._address = 0
+
+    def allocate(self, size: int) -> Block:
+        """A block of at least some bytes."""
+        size = max(_ROUND, rounded(size, _ROUND))
+        pool = self._small if size <= _SMALL else self._large
+        block = pool.fitting(size) or (self._grow(pool, size) if self.expandable else self._segment(pool, size))
+        _split(block, size)
+        block.free = False
+        self.allocated += block.size
+        self.peak = max(self.peak, self.allocated)
+        return block
+
+    def release(self, block: Block) -> None:
+        """Give a block back."""
+        self.allocated -= block.size
+        for neighbour in (block.before, block.after):
+            if neighbour and neighbour.free:
+                block.pool.take(neighbour)
+                block = _joined(neighbour, block) if neighbour is block.before else _joined(block, neighbour)
+        block.free = True
+        block.pool.put(block)
+
+    def empty_cache(self) -> None:
+        """Give segments without a block in use back to the device, and the pages at the end of growing ones."""
+        for pool in (self._small, self._large):
+            if not self.expandable:
+                for block in [block for block in pool.at.values() if not (block.before or block.after)]:
+                    pool.take(block)
+                    self.reserved -= block.size
+            elif pool.last and pool.last.free and pool.last.size >= pool.segment:
+                # a hole in a growing segment is filled again page by page: nothing is lost by forgetting where it was
+                self._shorten(pool, pool.last)
+
+    def reset_peaks(self) -> None:
+        """Measure peaks from here on."""
+        self.peak = self.allocated
+        self.peak_reserved = self.reserved
+
+    def _reserve(self, size: int) -> None:
+        self.reserved += size
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+
+    def _segment(self, pool: Pool, size: int) -> Block:
+        """A segment of its own for a block that fits nowhere."""
+        length = pool.segment if size < _OWN_SEGMENT else rounded(size, _SMALL_SEGMENT)
+        self._reserve(length)
+        self._address += length
+        return Block(length, self._address - length, pool)
+
+    def _grow(self, pool: Pool, size: int) -> Block:
+        """The free end of the pool's growing segment, made long enough."""
+        block = pool.last
+        if block and block.free:
+            pool.take(block)
+        else:
+            block = Block(0, block.address + block.size if block else 0, pool, before=block)
+            if block.before:
+                block.before.after = block
+            pool.last = block
+        added = rounded(size - block.size, pool.segment)
+        self._reserve(added)
+        block.size += added
+        return block
+
+    def _shorten(self, pool: Pool, block: Block) -> None:
+        """Give back the whole pages of the free block at the end of a growing segment."""
+        pool.take(block)
+        kept = -block.address % pool.segment
+        self.reserved -= block.size - kept
+        block.size = kept
+        if kept:
+            pool.put(block)
+        else:
+            pool.last = block.before
+            if block.before:
+                block.before.after = None
+
+
+def rounded(size: int, unit: int) -> int:
+    """A number rounded up to a multiple of a unit."""
+    return -(-size // unit) * unit
+
+
+def _split(block: Block, size: int) -> None:
+    """Cut off what a block has more than asked for, where that is worth while."""
+    left = block.size - size
+    if left < block.pool.least:
+        return
+    rest = Block(left, block.address + size, block.pool, True, block, block.after)
+    if block.after:
+        block.after.before = rest
+    else:
+        block.pool.last = rest
+    block.size = size
+    block.after = rest
+    block.pool.put(rest)
+
+
+def _joined(first: Block, second: Block) -> Block:
+    first.size += second.size
+    first.after = second.after
+    if second.after:
+        second.after.before = first
+    else:
+        first.pool.last = first
+    return first
+
 
 Shape = tuple[int, int]  # the rows of a micro batch, and the tokens of each
 Events = list[tuple[int, int]]
 """Storages being made (their id and size in bytes) and freed (their id and -1), in order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """What the memory of a training step depends on.
-
-    Attributes:
-        model: the content of the model's config.json, as JSON.
-        adapter: qlora, lora, or None where all weights are trained.
-        weights: the dtype of what is not quantized, as torch names it.
-        autocast: the dtype of the forward pass under autocast; None where there is no autocast.
-        targets: the linear layers with LoRA, or a regular expression or all-linear, as in PEFT.
-        saved_modules: what is trained whole beside LoRA.
-        dora: whether LoRA trains the magnitude of each output as well (arXiv 2402.09353).
-        double_quantization: whether the quantization constants are quantized too.
-        checkpointing: whether a layer's activations are computed anew in the backward pass, and how: None, reentrant
-            or non-reentrant.
-        attention: sdpa, eager or flash_attention_2.
-        padded: whether rows of unequal length make a batch, so that attention needs a mask.
-        packed: whether documents share a row, so that sdpa and eager need a mask.
-        flat: whether the rows of a micro batch are laid end to end, as they are where FlashAttention keeps packed
-            documents apart (axolotl/core/trainers/base.py, multipack_real_batches).
-        accumulates: whether there are gradients of an earlier micro batch.
-        optimizer: its name, as in Axolotl.
-        chunked_loss: whether the loss is computed on an eighth of the tokens at a time.
-        axolotl: whether transformers' Trainer runs it, as Axolotl sets it up; else a plain loop, which keeps the
-            outputs until the next step, has no autocast, and leaves in fp32 what PEFT has put there.
-        capability: the GPU's compute capability; None for the CPU, where what kernels allocate inside is not counted.
-    """
-
-    model: str
-    adapter: str | None = "qlora"
-    weights: str = "float16"
-    autocast: str | None = None
-    rank: int = 32
-    targets: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj", "o_proj")
-    saved_modules: tuple[str, ...] = ()
-    dora: bool = False
-    dropout: float = 0.0
-    quantization: str = "nf4"
-    double_quantization: bool = True
-    checkpointing: str | None = "non-reentrant"
-    attention: str = "sdpa"
-    padded: bool = False
-    packed: bool = False
-    flat: bool = False
-    accumulates: bool = False
-    optimizer: str = "adamw_torch_fused"
-    chunked_loss: bool = False
-    axolotl: bool = True
-    capability: tuple[int, int] | None = (7, 5)
 
 
 def lasting(events: Events) -> Events:
@@ -78,28 +204,6 @@ def ordered(events: Events) -> Events:
     """Events with what is freed at one time in the order of ids; Python's, in a set, is by chance."""
     groups = groupby(events, key=lambda event: event[1] >= 0)
     return [event for made, group in groups for event in (group if made else sorted(group))]
-
-
-def at_peak(events: Events, kinds: Mapping[int, str]) -> Counter[str]:
-    """The bytes of the storages that are there when these have most, by what they hold; not rounded to any allocator's
-    blocks.
-
-    Args:
-        kinds: what each storage holds, by its id.
-    """
-    live: dict[int, int] = {}
-    held: Counter[str] = Counter()
-    total = most = 0
-    peak: Counter[str] = Counter()
-    for storage, size in events:
-        change = size if size >= 0 else -live.pop(storage, 0)
-        if size >= 0:
-            live[storage] = size
-        held[kinds[storage]] += change
-        total += change
-        if total > most:
-            most, peak = total, held.copy()
-    return peak
 
 
 class NotAlike(Exception):

@@ -21,7 +21,7 @@ from ..base.machine import now
 from ..base.paths import template_environment
 from ..configs import gpus
 from ..data.study import Study
-from ..planning import need
+from ..planning import planner
 from ..results import listing, verdict
 from ..running import sweep_results
 from ..running.sweep import Sweep
@@ -217,7 +217,7 @@ def _memory(reported: ReportedRun) -> Row:
     cards = reported.run.provenance.get("gpus") or [{}]
     capability = cards[0].get("compute_capability")
     with suppress(UserError):  # some configs cannot be planned
-        planned = need.needed_gib(reported.config, gpus.find(capability) if capability else None)
+        planned = planner.required_gib(reported.config, gpus.find(capability) if capability else None)
     measured = reported.run.summary
     return {
         "member": reported.label,

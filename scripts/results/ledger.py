@@ -17,7 +17,7 @@ from ..configs.gpus import ENGINE_KEYS
 from ..data import study
 from ..data.study import Study
 from ..metrics.bertscore import ScorerModel
-from ..planning import need
+from ..planning import planner
 from ..runs.records import Run
 from ..runs.rundir import RunDir
 from ..scores import evaluations
@@ -121,7 +121,7 @@ def _planned(run: Run, cfg: yamlfiles.Config, capability: str | None) -> float |
     """The GiB that were planned for a run on one GPU; None for others, and where no plan is kept."""
     if capability and run.ranks == 1 and not any(cfg.get(key) for key in ENGINE_KEYS):
         with suppress(UserError):  # some configs cannot be planned
-            return need.needed_gib(cfg, gpus.find(capability))
+            return planner.required_gib(cfg, gpus.find(capability))
     return None
 
 

@@ -18,7 +18,7 @@ from ..configs.compose import Composed, Request
 from ..configs.config import Difference
 from ..configs.gpus import Gpu
 from ..metrics.metric import Column
-from ..planning import fit, need, plan
+from ..planning import plan, planner
 from ..runs.records import Run
 from ..runs.rundir import RunDir, all_runs, note_versions
 from ..runs.tasks import DONE, FAILED, SKIPPED, Command, Step, Task, TaskResult
@@ -169,13 +169,13 @@ class Pipeline:
         try:
             planned = plan.composed_for(replace(self.request, rehearse=False), gpu) if rehearsal else self.composed
             assert planned
-            self.needed_gib = need.needed_gib(planned.config, gpu, anew=True)
+            self.needed_gib = planner.required_gib(planned.config, gpu, anew=True)
         except UserError as error:
             say(f"{self.result.label}: not planned: {error}")
             self.result.steps["plan"] = "not known"
             return True
         needed = f"{self.needed_gib:.1f} GiB"
-        if gpu and gpu.memory and (self.needed_gib or 0) > fit.usable_gib(gpu) and not rehearsal:
+        if gpu and gpu.memory and (self.needed_gib or 0) > plan.usable_gib(gpu) and not rehearsal:
             self.result.fail("plan", f"needs {needed}, more than {gpu} has; `recipe plan` says what to change")
             return False
         self.result.steps["plan"] = f"{DONE}: {needed}"

@@ -182,7 +182,7 @@ def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list
     if request.rehearse:
         return row | {"steps": datafiles.training_steps(composed.config)}, notes
     try:
-        planned = plan.of_request(request, gpu, runs=pipeline.runs)
+        planned = plan.of_request(request, gpu)
     except UserError as error:
         return row, [*notes, f"{pipeline.result.label}: not planned: {error}"]
     work = planned["work"]

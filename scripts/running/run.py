@@ -22,7 +22,7 @@ from ..checks.finding import refuse
 from ..checks.schema import check_arguments
 from ..configs import datafiles, gpus
 from ..configs.compose import Composed, Request, compose, is_rehearsal
-from ..planning import fit
+from ..planning import plan
 from ..runs import launch
 from ..runs.launch import OutOfMemory
 from ..runs.records import Run
@@ -56,7 +56,7 @@ def prepare(request: Request, backend: Backend, runs: Path) -> Composed:
     starts = not request.dry_run
     with Bar(f"checking {composed.recipe}", 1):
         report = check.examine(composed, gpu, request.ranks, launching=starts, data=starts, runs=runs)
-        fit.add_to(report, gpu, request.ranks, anew=starts)
+        plan.add_to(report, gpu, request.ranks, anew=starts)
     found = report.findings
     for finding in found:
         if not starts and finding.scope == "data":
@@ -222,7 +222,7 @@ def _check_here(folder: RunDir, record: Run) -> None:
     )
     try:
         report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal, runs=folder.path)
-        fit.add_to(report, gpus.here(), record.ranks, anew=True)
+        plan.add_to(report, gpus.here(), record.ranks, anew=True)
         found = [finding for finding in report.findings if finding.scope != "code"]  # of a run that is trusted
         errors = {finding.name for finding in found if finding.level == "error"}
         forced = [name for name in record.forced if name in errors]  # not those of the rows, or of another GPU
@@ -274,14 +274,14 @@ def _of_machine(folder: RunDir, record: Run) -> Iterator[str]:
 
 def _of_gpu(folder: RunDir, record: Run) -> Iterator[str]:
     """What is known where a GPU's memory did not suffice, from a plan of the config and of milder ones."""
-    from ..planning import need, plan
+    from ..planning import planner
 
     config = yamlfiles.read_yaml(folder.config)
     if (local := Path(record.cwd, str(config.get("base_model")))).is_dir():
         config["base_model"] = str(local)
     try:
-        needed = need.planner_of(config, gpus.here(), alone=True)[0].need() / _GIB
-        changes = plan.plan(config, gpus.here(), needed * _LESS / need.USABLE, record.ranks)[0]["changes"]
+        needed = planner.planner_of(config, gpus.here(), alone=True)[0].required() / _GIB
+        changes = plan.plan(config, gpus.here(), needed * _LESS / planner.USABLE, record.ranks)[0]["changes"]
     except UserError as error:
         yield f"  {_measured(folder, record)}; memory is not planned: {error}"
         return

@@ -17,7 +17,7 @@ from qlora_recipes.checks.finding import _SCOPES, RULES, Case, Finding, refuse
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Composed, Request
 from qlora_recipes.data import study
-from qlora_recipes.planning import fit
+from qlora_recipes.planning import plan
 
 NAME = "haider2024/code-llama-7b"
 
@@ -143,7 +143,7 @@ def test_what_is_too_big_for_a_card_is_an_error(place: Path, tiny: Path) -> None
 
     def found(gpu: gpus.Gpu, anew: bool = False) -> list[Finding]:
         report = check.check(Request("tiny.yaml"), gpu)
-        fit.add_to(report, gpu, anew=anew)
+        plan.add_to(report, gpu, anew=anew)
         return report.findings
 
     (unplanned,) = found(small)
@@ -164,7 +164,7 @@ def test_what_is_too_big_for_a_card_is_an_error(place: Path, tiny: Path) -> None
     ):
         composed = Composed("x", place / "tiny.yaml", None, config_with(change | engine), [], {}, [], False)
         report = check.Report("x", composed)
-        fit.add_to(report, small, used)
+        plan.add_to(report, small, used)
         assert [each.name for each in report.findings] == [f"{rule}:micro_batch_size"], engine
 
 

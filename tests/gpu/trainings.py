@@ -140,7 +140,7 @@ def rate(run: Path) -> float:
 def plan(run: Path) -> dict[str, Any]:
     """The plan of a run's config for this machine's GPU, on a CPU for a T4."""
     card = ("--gpu", "T4") if GPU is None else ()
-    text = recipe("plan", run / "config.yaml", *card, *FORCE, "--runs", run / "none", "--json")
+    text = recipe("plan", run / "config.yaml", *card, *FORCE, "--json")
     return dict(json.loads(text)[0])
 
 

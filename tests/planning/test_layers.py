@@ -12,7 +12,8 @@ from qlora_recipes.base import paths
 from qlora_recipes.configs import models
 from qlora_recipes.planning import layers, memory, planner, traces
 from qlora_recipes.planning import steps as steps_of
-from qlora_recipes.planning.traces import MemoryTrace, Shape, Step
+from qlora_recipes.planning.steps import Step
+from qlora_recipes.planning.traces import MemoryTrace, Shape
 
 DEEP = {**SMALL, "num_hidden_layers": 7}
 SHAPES = [(2, 64), (2, 128)]

@@ -14,7 +14,7 @@ from conftest import SHARED, SMALL, config_with, train_many
 from families import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_plugin import MEMORY
+from memory_plugin import MEMORY, peak
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_recipes.base import yamlfiles
@@ -22,10 +22,14 @@ from qlora_recipes.configs import models
 from qlora_recipes.planning import steps as steps_of
 from qlora_recipes.planning import traces
 from qlora_recipes.planning.layers import trace
-from qlora_recipes.planning.traces import Step
+from qlora_recipes.planning.steps import Step
 
 STEP = Step(model=json.dumps(SMALL), autocast="float16", rank=8, padded=True)
 ALL_LINEAR = models.LINEAR_LAYERS
+
+
+def usage(step: Step, shape: traces.Shape = (2, 128)) -> traces.Usage:
+    return traces.usage(trace(step, [shape]), shape)
 
 
 def trainable(step: Step) -> int:
@@ -70,7 +74,7 @@ def test_trainable_parameters_are_those_of_pefts_runs(change: dict[str, Any], pa
 def test_one_length_of_rows_explains_the_memory_of_all_of_pefts_runs() -> None:
     """They publish the 99th percentile of what steps reserved, but not how long the rows of that step were."""
     shape = (4, 576)
-    planned = [traces.usage(trace(of_pefts_comparison(change), [shape]), shape).reserved for change, *_ in PEFTS_RUNS]
+    planned = [usage(of_pefts_comparison(change), shape).reserved for change, *_ in PEFTS_RUNS]
     ratios = [plan / reserved for plan, (*_, reserved) in zip(planned, PEFTS_RUNS, strict=True)]
     print(f"planned at {shape} over measured: {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
     assert max(ratios) - min(ratios) <= 0.005
@@ -171,11 +175,6 @@ def test_a_real_training_of_axolotls_allocates_what_the_fake_one_does(tmp_path: 
         compare(model, *case, real)
 
 
-def peak_of(fake: traces.MemoryTrace, shape: traces.Shape) -> int:
-    """The bytes at the peak of a traced step."""
-    return traces.at_peak(fake.loaded + fake.steps[shape], fake.kinds).total()
-
-
 def compare(model: Path, bf16: bool, checkpointing: bool, times: int, real: dict[str, Any]) -> None:
     """A real training's memory with that of the fake one."""
     step = Step(
@@ -193,7 +192,7 @@ def compare(model: Path, bf16: bool, checkpointing: bool, times: int, real: dict
     left = dict(fake.loaded)  # a size of -1 where freed again
     loaded = sum(size for i, size in left.items() if size > 0 and fake.kinds[i] != "optimizer")
     assert loaded == pytest.approx(real["loaded"], rel=0.005)
-    assert peak_of(fake, (2, 256)) == pytest.approx(real["allocated"], rel=0.01)
+    assert peak(fake.loaded + fake.steps[2, 256]) == pytest.approx(real["allocated"], rel=0.01)
 
 
 def of_family(family: str, attention: str, turn: int, tiny: Path, sample: Path, folder: Path) -> yamlfiles.Config:
@@ -225,14 +224,10 @@ def test_real_trainings_of_other_families_allocate_what_is_planned(tmp_path: Pat
         config = config_with(changes[kind] | {"fp16": False, "pad_to_sequence_len": True})
         step, notes = steps_of.step_of(config, models.architecture(config), (8, 0))
         fake = trace(replace(step, capability=None), [(2, 320)])
-        planned, found = peak_of(fake, (2, 320)), real["allocated"]
+        planned, found = peak(fake.loaded + fake.steps[2, 320]), real["allocated"]
         print(f"{kind}: planned {planned:,}, measured {found:,} bytes, {found / planned - 1:+.2%}")
         assert planned == pytest.approx(found, rel=0.001), kind
         assert notes == []
-
-
-def peak(step: Step, shape: traces.Shape = (2, 128)) -> int:
-    return traces.usage(trace(step, [shape]), shape).allocated
 
 
 steps = st.builds(
@@ -261,7 +256,7 @@ def test_flash_attention_needs_no_mask_for_a_sliding_window() -> None:
     step = replace(STEP, model=json.dumps(TINY["mistral"]), padded=False, capability=(8, 0))
     no_window = replace(step, model=json.dumps(TINY["mistral"] | {"sliding_window": None}))
     for attention, same in (("flash_attention_2", True), ("sdpa", False)):
-        whole, slides = (peak(replace(each, attention=attention)) for each in (no_window, step))
+        whole, slides = (usage(replace(each, attention=attention)).allocated for each in (no_window, step))
         assert (whole == slides) == same
 
 
@@ -283,9 +278,7 @@ def test_a_part_for_images_has_no_gradients_of_text() -> None:
 
 def test_a_chunked_loss_holds_fewer_logits() -> None:
     large = replace(STEP, model=json.dumps(SMALL | {"vocab_size": 65536}))
-    whole, chunked = (
-        traces.usage(trace(replace(large, chunked_loss=chunks), [(2, 128)]), (2, 128)) for chunks in (False, True)
-    )
+    whole, chunked = (usage(replace(large, chunked_loss=chunks)) for chunks in (False, True))
     assert chunked.parts["logits"] < whole.parts["logits"]
 
 

@@ -1,10 +1,91 @@
+"""PyTorch's allocator, and traces replayed through it."""
+
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_recipes.planning import traces
-from qlora_recipes.planning.allocator import MIB
-from qlora_recipes.planning.traces import MemoryTrace
+from qlora_recipes.planning.traces import MIB, Allocator, MemoryTrace
+
+
+@pytest.mark.parametrize(
+    ("sizes", "allocated", "reserved"),
+    [
+        ([1, 513], 512 + 1024, 2 * MIB),
+        ([MIB], MIB, 2 * MIB),
+        ([MIB + 1], MIB + 512, 20 * MIB),
+        ([9 * MIB], 9 * MIB, 20 * MIB),
+        ([11 * MIB], 12 * MIB, 12 * MIB),
+    ],
+)
+def test_requests_are_rounded_and_a_segment_is_sized_by_them(sizes: list[int], allocated: int, reserved: int) -> None:
+    allocator = Allocator(expandable=False)
+    for size in sizes:
+        allocator.allocate(size)
+    assert (allocator.allocated, allocator.reserved) == (allocated, reserved)
+
+
+def test_a_large_block_with_less_than_a_mebibyte_left_is_not_split() -> None:
+    allocator = Allocator(expandable=False)
+    allocator.release(allocator.allocate(12 * MIB))
+    allocator.allocate(11 * MIB + 512)
+    assert allocator.allocated == 12 * MIB
+
+
+def test_free_neighbours_become_one_block() -> None:
+    allocator = Allocator(expandable=False)
+    blocks = [allocator.allocate(5 * MIB) for _ in range(4)]
+    assert allocator.reserved == 20 * MIB
+    for i in (0, 2, 1):
+        allocator.release(blocks[i])
+    allocator.allocate(15 * MIB)
+    assert allocator.reserved == 20 * MIB
+
+
+def test_empty_cache_gives_back_what_holds_nothing() -> None:
+    allocator = Allocator(expandable=False)
+    kept, gone = allocator.allocate(30 * MIB), allocator.allocate(40 * MIB)
+    allocator.release(gone)
+    allocator.empty_cache()
+    assert allocator.reserved == kept.size
+
+
+def test_an_expandable_segment_grows_by_pages_and_is_used_to_the_byte() -> None:
+    allocator = Allocator(expandable=True)
+    first = allocator.allocate(30 * MIB)
+    assert allocator.reserved == 40 * MIB
+    allocator.allocate(30 * MIB)  # ten of them are there
+    assert allocator.reserved == 60 * MIB
+    allocator.release(first)
+    allocator.allocate(29 * MIB)
+    assert (allocator.allocated, allocator.reserved) == (59 * MIB, 60 * MIB)
+
+
+@given(
+    st.booleans(),
+    st.lists(st.tuples(st.integers(1, 50 * MIB) | st.integers(1, 2 * MIB), st.integers(0, 10)), max_size=60),
+)
+def test_any_sequence_keeps_the_books(expandable: bool, requests: list[tuple[int, int]]) -> None:
+    allocator = Allocator(expandable)
+    blocks = []
+    for size, order in requests:
+        blocks.append(allocator.allocate(size))
+        assert blocks[-1].size >= size
+        if order > 5:
+            allocator.release(blocks.pop(order % len(blocks)))
+        if order == 5:
+            allocator.empty_cache()
+        spans = sorted((block.pool is allocator._small, block.address, block.size) for block in blocks)
+        for (pool, address, length), (other_pool, after, _) in pairwise(spans):
+            assert pool != other_pool or address + length <= after
+        assert allocator.allocated == sum(block.size for block in blocks)
+        assert allocator.allocated <= allocator.reserved <= allocator.peak_reserved
+    for block in blocks:
+        allocator.release(block)
+    allocator.empty_cache()
+    assert (allocator.allocated, allocator.reserved) == (0, 0)
 
 
 def made_up(shapes: list[traces.Shape]) -> MemoryTrace:

@@ -22,7 +22,7 @@ from qlora_recipes.base.files import sha256, write_rows
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data import study
-from qlora_recipes.planning import need
+from qlora_recipes.planning import planner
 from qlora_recipes.reports import report, report_figures, report_runs
 from qlora_recipes.results import verdict
 from qlora_recipes.running import sweep_results
@@ -310,7 +310,7 @@ def test_a_run_with_5000_predictions_is_below_8_mb(tmp_path: Path) -> None:
 def test_a_plan_stands_beside_the_measured_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = a_run(tmp_path, rehearsal=False, provenance={"gpus": [{"compute_capability": "8.9"}]})
     assert "7.89" not in html_of(run)
-    monkeypatch.setattr(need, "needed_gib", lambda _, gpu: 7.89 if gpu.capability == (8, 9) else None)
+    monkeypatch.setattr(planner, "required_gib", lambda _, gpu: 7.89 if gpu.capability == (8, 9) else None)
     assert "llama-3-8b 7.89" in html_of(run)
 
 

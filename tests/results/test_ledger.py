@@ -18,7 +18,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import ledger as ledgers
 from qlora_recipes.configs.ledger import Record
 from qlora_recipes.data import study
-from qlora_recipes.planning import need
+from qlora_recipes.planning import planner
 from qlora_recipes.results import ledger
 from qlora_recipes.runs.records import Job
 from qlora_recipes.scores.evaluations import read_scores
@@ -153,7 +153,7 @@ def test_a_run_that_does_not_stand_for_its_recipe_has_none(recipe: Recipe, more:
 
 def test_the_plan_is_recorded_beside_the_measured_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = a_run("one")
-    monkeypatch.setattr(need, "needed_gib", lambda _, gpu: 3.0 if gpu.capability == (8, 9) else None)
+    monkeypatch.setattr(planner, "required_gib", lambda _, gpu: 3.0 if gpu.capability == (8, 9) else None)
     own = read_scores(folder.path)
     assert own and ledger.record_of_run(folder, folder.read(), own).planned_gib == 3
 

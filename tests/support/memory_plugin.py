@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from qlora_recipes.base.files import write_json
 from qlora_recipes.planning.cuda import Recorder
-from qlora_recipes.planning.traces import at_peak
+from qlora_recipes.planning.traces import Events
 
 SHARE = 0.9
 """Most of the GPU's free memory that a training takes, so that other programs on it go on."""
@@ -98,7 +98,7 @@ class Measure(TrainerCallback):
         if self.recorder:
             self.recorder.__exit__(None, None, None)
             gc.enable()
-            found = {"allocated": at_peak(self.recorder.events, self.recorder.kinds).total()}
+            found = {"allocated": peak(self.recorder.events)}
         else:
             found = {
                 "allocated": torch.cuda.max_memory_allocated(),
@@ -110,6 +110,18 @@ class Measure(TrainerCallback):
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         scales = sorted({float(scale) for layer in layers for scale in layer.scaling.values()})
         return found | {"loaded": self.loaded, "trainable": trainable, "scales": scales}
+
+
+def peak(events: Events) -> int:
+    """The most bytes of storages that are there at one time, not rounded to any allocator's blocks."""
+    live: dict[int, int] = {}
+    total = most = 0
+    for storage, size in events:
+        total += size if size >= 0 else -live.pop(storage, 0)
+        if size >= 0:
+            live[storage] = size
+        most = max(most, total)
+    return most
 
 
 def _of_module(module: torch.nn.Module) -> Iterator[torch.Tensor]:

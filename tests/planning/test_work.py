@@ -1,4 +1,4 @@
-"""How many tokens a plan counts with, and where it has them from."""
+"""What a training takes: how many tokens a plan counts with, where it has them from, and the operations of one."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request, compose
-from qlora_recipes.planning import cache, lengths, plan, work
+from qlora_recipes.planning import plan, planner, work
 
 PUBLISHED = "peft-metamathqa/lora-rank32"
 
@@ -30,15 +30,15 @@ def own(tiny: Path, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return file
 
 
-def found(file: Path | str, *overrides: str, **more: Any) -> lengths.Lengths:
+def found(file: Path | str, *overrides: str, **more: Any) -> work.Lengths:
     """The lengths of a config that are known."""
-    known, _ = lengths.lengths_of(compose(Request(str(file), overrides=list(overrides))), **more)
+    known, _ = work.lengths_of(compose(Request(str(file), overrides=list(overrides))), **more)
     assert known
     return known
 
 
 def test_some_rows_tell_of_all_and_are_tokenized_once(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lengths, "ENOUGH", 40)
+    monkeypatch.setattr(work, "ENOUGH", 40)
     some = found(own)
     assert " 37 " in some.are
     assert some.rows == 109 and some.longest is None
@@ -70,13 +70,13 @@ def test_rows_that_cannot_be_tokenized_say_so_and_hinder_no_plan(own: Path, tmp_
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
     composed = compose(Request(str(own), overrides=[f"datasets.0.path={broken}"]))
-    assert lengths.lengths_of(composed)[0] is None
+    assert work.lengths_of(composed)[0] is None
     with pytest.raises(UserError, match="row"):
-        lengths.lengths_of(composed, counted=True)
+        work.lengths_of(composed, counted=True)
 
 
-def test_hours_count_padding_at_the_cards_peak_and_not_at_a_measured_speed(own: Path, tmp_path: Path) -> None:
-    planned = plan.of_request(Request(str(own)), gpus.find("T4"), runs=tmp_path)
+def test_hours_count_padding(own: Path) -> None:
+    planned = plan.of_request(Request(str(own)), gpus.find("T4"))
     known, took = found(own), planned["work"]
     per_token = work.flops_of_token(plan.plan(yamlfiles.read_yaml(own))[1], round(known.padded / known.rows))
     padded = known.padded * yamlfiles.read_yaml(own)["num_epochs"]
@@ -92,7 +92,7 @@ def test_a_studys_own_count_is_taken_for_its_own_rows_and_tokenizer() -> None:
         *("datasets.0.path=mine.jsonl", "datasets.0.split=train[:100]", "special_tokens.bos_token=<s>"),
     ):
         composed = compose(Request(PUBLISHED, overrides=[change]))
-        assert lengths.lengths_of(composed)[0] is None, change
+        assert work.lengths_of(composed)[0] is None, change
 
 
 @pytest.mark.parametrize(
@@ -105,12 +105,12 @@ def test_a_studys_own_count_is_taken_for_its_own_rows_and_tokenizer() -> None:
     ids=str,
 )
 def test_a_studys_own_count_holds_where_only_padding_changes(request_of: dict[str, Any]) -> None:
-    known, _ = lengths.lengths_of(compose(Request(PUBLISHED, **request_of)))
+    known, _ = work.lengths_of(compose(Request(PUBLISHED, **request_of)))
     assert known and known.tokens == 4198051
 
 
-def test_where_no_row_is_left_a_plan_says_so(own: Path, tmp_path: Path) -> None:
-    planned = plan.of_request(Request(str(own), overrides=["sequence_len=8"]), gpus.find("T4"), runs=tmp_path)
+def test_where_no_row_is_left_a_plan_says_so(own: Path) -> None:
+    planned = plan.of_request(Request(str(own), overrides=["sequence_len=8"]), gpus.find("T4"))
     assert any("sequence_len" in note for note in planned["notes"])
 
 
@@ -123,15 +123,15 @@ def test_rows_that_would_be_counted_in_part_are_not(own: Path, sample: Path, tmp
         (f"datasets={orjson.dumps(both).decode()}", "datasets.1"),
     ):
         composed = compose(Request(str(own), overrides=[change]))
-        known, reason = lengths.lengths_of(composed)
+        known, reason = work.lengths_of(composed)
         assert known is None and key in reason
         with pytest.raises(UserError, match=f"--data: .*{key}"):
-            lengths.lengths_of(composed, counted=True)
+            work.lengths_of(composed, counted=True)
 
 
-def test_steps_of_packed_rows_are_of_full_sequences(own: Path, tmp_path: Path) -> None:
+def test_steps_of_packed_rows_are_of_full_sequences(own: Path) -> None:
     request = Request(str(own), overrides=["max_steps=3", "sample_packing=true"])
-    took = plan.of_request(request, runs=tmp_path)["work"]
+    took = plan.of_request(request)["work"]
     config = yamlfiles.read_yaml(own)
     assert (
         took["tokens"]
@@ -145,7 +145,7 @@ def test_what_tokenizes_rows_is_in_the_name_of_what_is_kept(
     def key(**change: Any) -> Path:
         config = yamlfiles.read_yaml(own) | {"base_model": str(model), "tokenizer_config": str(other)} | change
         (tmp_path / "changed.yaml").write_text(yamlfiles.write_yaml(config))
-        return lengths._cached(compose(Request(str(tmp_path / "changed.yaml"))))
+        return work._cached(compose(Request(str(tmp_path / "changed.yaml"))))
 
     model, other, written = tmp_path / "model", tmp_path / "other", tmp_path / "written.jinja"
     shutil.copytree(tiny, model)
@@ -160,7 +160,7 @@ def test_what_tokenizes_rows_is_in_the_name_of_what_is_kept(
     ):
         file.write_text(content)
         keys.append(key(chat_template_jinja=str(written)))
-    monkeypatch.setattr(cache, "packages", lambda: {"transformers": "6"})
+    monkeypatch.setattr(planner, "packages", lambda: {"transformers": "6"})
     keys.append(key(chat_template_jinja=str(written)))
     assert len(set(keys)) == len(keys) - 1
 
@@ -168,5 +168,5 @@ def test_what_tokenizes_rows_is_in_the_name_of_what_is_kept(
 @pytest.mark.long
 def test_hours_are_near_those_of_published_runs() -> None:
     """PEFT's run of a rank of 32 trained for 585.2 s on an L40S; with every row as a full one it would be 1,880 s."""
-    planned = plan.of_request(Request("peft-metamathqa/lora-rank32"), gpus.find("L40S"), runs=Path("none"))
+    planned = plan.of_request(Request("peft-metamathqa/lora-rank32"), gpus.find("L40S"))
     assert planned["work"]["hours"] * 3600 == pytest.approx(585.2, rel=0.2)

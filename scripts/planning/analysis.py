@@ -1,22 +1,109 @@
-"""`recipe analyze quantization`: what bitsandbytes' formats lose of real weights, and what they take. Imports torch."""
+"""`recipe analyze`: parameters that LoRA trains, and what bitsandbytes' formats lose of real weights. Imports torch."""
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby, product
+from operator import itemgetter
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import bitsandbytes as bnb
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from ..base.errors import UserError
 from ..base.files import tensor_shapes
-from .plan_tables import drawing
+from .layers import alike, having
 
+RANKS = (4, 8, 16, 32, 64, 128)
+SPARE = ("r 128", "r 4", "r 64", "r 16", "r 8")  # columns that a narrow table leaves out
 Weights = list[tuple[str, torch.Tensor]]  # kind of layer and fp32 weight, of any shape
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def lora(architectures: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trainable parameters and their share of all, for each model, set of layers and rank.
+
+    LoRA's matrices have rank x inputs and outputs x rank values (arXiv 2106.09685).
+
+    Args:
+        architectures: the content of each model's config.json, by its name.
+
+    Raises:
+        UserError: transformers or PEFT cannot build a model.
+    """
+    found = []
+    for name, architecture in architectures.items():
+        counted = counted_parameters(architecture)
+        total = counted.pop("total")
+        for (label, layers), rank in product(_sets(list(counted)).items(), RANKS):
+            trained = rank * sum(counted[layer] for layer in layers)
+            share = trained / (trained + total)
+            found.append({"model": name, "layers": label, "rank": rank, "trainable": trained, "share": share})
+    return found
+
+
+def lora_table(counts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each model and set of layers, a column for each rank."""
+    return [
+        {"model": model, "layers": layers}
+        | {f"r {row['rank']}": f"{row['trainable']:,} ({row['share']:.2%})" for row in line}
+        for (model, layers), line in groupby(counts, itemgetter("model", "layers"))
+    ]
+
+
+def _sets(layers: list[str]) -> dict[str, list[str]]:
+    """Sets of a model's linear layers: those that make queries and values, all of attention, all.
+
+    Where one layer makes queries, keys and values, as Phi-3's qkv_proj does, it is the first set, which has its name.
+    """
+    of_attention = [layer for layer in layers if "attn" in layer or "attention" in layer]
+    ends = {layer: layer.rpartition(".")[2] for layer in layers}
+    queries = {"q, v": [layer for layer in of_attention if ends[layer] in ("q_proj", "v_proj")]}
+    if not queries["q, v"]:
+        queries = {ends[layer]: [layer] for layer in of_attention if "qkv" in layer or "query_key_value" in layer}
+    return {label: of for label, of in (queries | {"attention": of_attention, "all linear": layers}).items() if of}
+
+
+def counted_parameters(architecture: dict[str, Any]) -> dict[str, int]:
+    """Under `total` all parameters of a model, and what LoRA of rank 1 trains on each kind of linear layer.
+
+    Where layers are alike, they are counted in models of one and two; each more adds as much.
+
+    Raises:
+        UserError: transformers or PEFT cannot build the model.
+    """
+    try:
+        if (number := alike(architecture)) <= 2:
+            return _count(architecture)
+        one, two = (_count(having(architecture, n)) for n in (1, 2))
+    except Exception as error:  # any model's code runs in it
+        problem = shorten(f"{type(error).__name__}: {error}", 200)
+        raise UserError(f"base_model: its parameters cannot be counted: {problem}") from None
+    return {key: one[key] + (number - 1) * (two[key] - one[key]) for key in two}
+
+
+def _count(architecture: dict[str, Any]) -> dict[str, int]:
+    """The same, of the whole model as transformers builds it and PEFT adapts it, on torch's meta device, which stores
+    no values."""
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"), no_init_weights():
+        model = auto.from_config(AutoConfig.for_model(**architecture))
+        model.tie_weights()
+        counts = Counter({"total": model.num_parameters()})
+        model = get_peft_model(model, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            layer = name.partition(".lora_")[0].split(".")
+            counts[".".join(layer[-2:])] += parameter.numel()
+    return dict(counts)
 
 
 @dataclass(frozen=True)
@@ -150,7 +237,7 @@ def measure(weights: Weights) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def quantization_table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows over all layers, as a table shows them."""
     return [
         {
@@ -178,38 +265,3 @@ def by_layer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows
         if (row["format"], row["block"], row["double"]) == ("nf4", 64, True)
     ]
-
-
-def draw(weights: Weights, rows: list[dict[str, Any]], file: Path) -> None:
-    """Four panels: weights before and after NF4, its levels, its error beside one scale's, memory by format.
-
-    Args:
-        file: where to, as .png or .svg.
-    """
-    kind, weight = max(weights, key=lambda named: named[1].numel())
-    back, _ = stored(weight, Format("nf4", 64, True))
-    one_scale, _ = stored(weight, Format("nf4", None))
-    edge = 4 * weight.std().item()
-    bits = {(row["format"], row["block"], row["double"]): row["bits"] for row in rows}
-    bars = {
-        "fp32": 32.0,
-        "fp16": 16.0,
-        "int8, 4096": bits["int8", 4096, False],
-        "nf4, 64": bits["nf4", 64, False],
-        "nf4, 64, double": bits["nf4", 64, True],
-    }
-    with drawing(file, (11, 7.5), panels=2) as ((before, of_levels), (errors, memory)):
-        for values, name in ((weight, "before"), (back, "after NF4, blocks of 64"), (one_scale, "after one scale")):
-            before.hist(values.flatten().numpy(), bins=120, range=(-edge, edge), histtype="step", label=name)
-        before.set(title=f"Weights of a {kind}", xlabel="value", ylabel="count", yscale="log")
-        before.legend()
-        of_levels.stem(range(16), levels())
-        of_levels.set(title="The 16 levels of NF4", xlabel="code", ylabel="value, as a share of the block's largest")
-        for values, name in ((back, "blocks of 64"), (one_scale, "one scale")):
-            error = ((values - weight) / weight.std()).flatten().numpy()
-            errors.hist(error, bins=120, range=(-1, 1), histtype="step", density=True, label=name)
-        errors.set(title="Error of NF4", xlabel="error, in standard deviations of the weights", ylabel="density")
-        errors.legend()
-        memory.bar_label(memory.barh(list(bars), list(bars.values())), fmt="%.3g", padding=3)
-        memory.set(title="Memory", xlabel="bits a parameter", xlim=(0, 37))
-        memory.invert_yaxis()
