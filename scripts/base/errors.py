@@ -16,13 +16,8 @@ class WorkFailed(Exception):
     """The request was right, but the work failed: the command prints the message and ends with exit code 1."""
 
 
-_LONGEST = 100  # letters of a word that may be meant for another; comparing takes their square
-
-
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A half-sentence that names the nearest choices, or nothing if none is near."""
-    if len(word) > _LONGEST:
-        return ""
     lower = {choice.lower(): choice for choice in choices}
     near = [lower[choice] for choice in get_close_matches(word.lower(), lower, n=3, cutoff=0.6)]
     return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -52,27 +52,27 @@ def importing_axolotl(offline: bool = True) -> Iterator[None]:
     Args:
         offline: do not contact the hub, from which bitsandbytes would fetch a kernel on a CPU.
     """
+    from unittest.mock import patch
+
     import huggingface_hub.constants as hub
 
     os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    was_offline = hub.HF_HUB_OFFLINE
     variable = os.environ.get("HF_HUB_OFFLINE", "0")
     if offline:
-        hub.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"
     else:
         limit_waiting()
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    asked = importlib.metadata.packages_distributions
-    importlib.metadata.packages_distributions = _packages_distributions
     try:
-        with redirect_stdout(sys.stderr):
+        with (
+            patch.object(hub, "HF_HUB_OFFLINE", offline or hub.HF_HUB_OFFLINE),
+            patch.object(importlib.metadata, "packages_distributions", _packages_distributions),
+            redirect_stdout(sys.stderr),
+        ):
             yield
     finally:
-        importlib.metadata.packages_distributions = asked
         logging.disable(disabled)
-        hub.HF_HUB_OFFLINE = was_offline
         os.environ["HF_HUB_OFFLINE"] = variable
 
 

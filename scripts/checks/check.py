@@ -12,12 +12,11 @@ from ..base.files import DISK_FULL
 from ..base.hub import importing_axolotl
 from ..base.progress import MASK, is_secret
 from ..base.yamlfiles import Config
-from ..configs import compose, models, substitution, variants
+from ..configs import compose, models, substitution
 from ..configs.compatibility import VARIANTS
 from ..configs.compose import Composed, Request
 from ..configs.gpus import Gpu
 from ..data import study
-from ..runs import provenance
 from . import data_rules, model_rules, rows, schema, settings_rules  # noqa: F401 (each adds its rules to RULES)
 from .finding import LEVELS, RULES, Case, Finding, override_errors, refuse
 
@@ -152,7 +151,6 @@ def examine(
     report.add(found)
     report.add(_replaced(composed))
     report.add(placed(_profile_compatibility(composed, gpu, launching), composed))
-    report.add(_other_axolotl(composed))
     report.add(_behind_rehearsal(composed, {finding.name for finding in report.findings}))
     if data:
         of_rows, report.data = rows.check(usable)
@@ -214,15 +212,6 @@ def _replaced(composed: Composed) -> Iterator[Finding]:
             problem = f"chats get the stand-in's chat template, as that of {difference.recipe} is not on this machine"
             remedy = "set chat_template to rehearse with another"
             yield Finding("note", "other-template", "chat_template", problem, remedy, paths.shown(composed.recipe_file))
-
-
-def _other_axolotl(composed: Composed) -> Iterator[Finding]:
-    """A variant, or the schema that all are checked with, that is of another Axolotl than is installed."""
-    stamp = variants.STAMP.search(yamlfiles.read_text(composed.recipe_file))
-    for what, version in {"the variant": stamp and stamp[1], "the schema of keys": schema.made_for()}.items():
-        if note := provenance.other_axolotl({"axolotl": version}):
-            problem = f"{what} was {note}: a key can mean something else"
-            yield Finding("note", "other-axolotl", "", problem, where=paths.shown(composed.recipe_file))
 
 
 def tokens_of(request: Request, count: int) -> list[dict[str, Any]]:

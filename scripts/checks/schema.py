@@ -65,11 +65,6 @@ def load() -> dict[str, Any]:
     return orjson.loads(FILE.read_bytes())
 
 
-def made_for() -> str:
-    """The version of that Axolotl."""
-    return str(load()["$comment"]).split()[1].rstrip(",")
-
-
 TRAIN_OPTIONS = {"debug", "debug_num_examples", "debug_text_only", "prompter", "shard"}
 """The options of `axolotl train` that are not keys of the config and start one training, with underscores."""
 

@@ -308,20 +308,3 @@ def test_what_is_wrong_with_several_recipes_is_printed_once(recipe: Recipe) -> N
     assert others[1:] == [""]  # which has another format
     assert len(done.stdout.splitlines()) == len({line.partition(": ")[2] for line in done.stdout.splitlines()})
     assert done.returncode == 0
-
-
-def test_a_variant_or_a_schema_of_another_axolotl_is_a_note(
-    place: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert recipe("new", "wide", "--from", NAME, "--set", "lora_r=64").returncode == 0
-    assert "other-axolotl" not in recipe("check", "wide").stdout
-    file = place / "variants" / "wide.yaml"
-    file.write_text(file.read_text().replace("# Written for Axolotl 0.", "# Written for Axolotl 9."))
-    done = recipe("check", "wide")
-    assert (done.returncode, "variants/wide.yaml: note: " in done.stdout, "[other-axolotl]" in done.stdout) == (
-        0,
-        True,
-        True,
-    )
-    monkeypatch.setattr(schema, "made_for", lambda: "0.20.1")
-    assert "0.20.1" in recipe("check", NAME).stdout
