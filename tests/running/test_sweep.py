@@ -99,7 +99,6 @@ def test_killed_and_started_again_it_has_its_members_and_none_ran_twice(place: P
 def test_its_members_compare_and_one_that_failed_has_nothing(finished: dict[str, Any]) -> None:
     low, high, broken = finished["results"]
     assert [row["member"] for row in (low, high, broken)] == ["low", "high", "broken"]
-    assert high["trainable"] == 2 * low["trainable"] > 0
     for row in (low, high):
         assert row["bleu4"] is not None and row["eval_loss"] > 0 and row["peak_memory_gib"] > 0
         assert row["planned_gib"] > 0

@@ -182,7 +182,7 @@ def test_test_rows_choose_no_member(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         sweep_results.rows(sweep, tmp_path, "bleu4")
     (test := tmp_path / "test.jsonl").write_text("{}\n")
-    write_json(tmp_path / "manifest.json", {"splits": {"test": {"sha256": sha256(test)}}})
+    write_json(tmp_path / "manifest.json", {"splits": {"test": {"sha256": sha256(test), "constants": {}}}})
     for config in tmp_path.rglob("config.yaml"):
         cfg = yamlfiles.read_yaml(config)
         cfg["test_datasets"][0]["path"] = str(test)
