@@ -30,6 +30,7 @@ from qlora_recipes.backends import slurm_site
 from qlora_recipes.base import paths, progress
 from qlora_recipes.data import study
 from qlora_recipes.data.sample import rehearsal_data, usual_sample
+from qlora_recipes.runs import launch
 from qlora_recipes.runs.rundir import RunDir
 
 importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)  # see quiet.py
@@ -167,6 +168,13 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "bin" / name).write_text(f"#!{folder / 'bin' / 'python'}\n{source}")
         (folder / "bin" / name).chmod(0o755)
     return folder / "bin" / "recipe"
+
+
+@pytest.fixture
+def trains_nothing(recipe: Recipe, stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """Runs the command as `recipe` does, with the `axolotl` of `stand_in`."""
+    monkeypatch.setattr(launch, "AXOLOTL", stand_in.with_name("axolotl"))
+    return recipe
 
 
 @pytest.fixture(scope="session")

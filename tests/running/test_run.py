@@ -1,10 +1,8 @@
 """Runs of a tiny Llama through the command, from launch to results; where they are stopped, mostly of a stand-in."""
 
-import hashlib
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -16,7 +14,7 @@ import orjson
 import psutil
 import pytest
 import torch
-from conftest import finish, start
+from conftest import Recipe, finish, start
 from filelock import FileLock
 
 from qlora_recipes.base import yamlfiles
@@ -29,12 +27,11 @@ from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores.evaluations import ADAPTER
 
 PAGED = "haider2024/code-llama-7b"
-Stop = Callable[["subprocess.Popen[str]"], None]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that all runs of this module are started in."""
+    """The folder of the undisturbed runs."""
     return tmp_path_factory.mktemp("place")
 
 
@@ -44,8 +41,11 @@ def undisturbed(place: Path, tiny_profile: Path) -> RunDir:
     return RunDir(place / finish(start(place, "run", PAGED, "--profile", tiny_profile)))
 
 
-def adapter_hash(run: RunDir) -> str:
-    return hashlib.sha256((run.output / "adapter_model.safetensors").read_bytes()).hexdigest()
+@pytest.fixture(scope="module")
+def stand_in_undisturbed(place: Path, tiny_profile: Path, stand_in: Path) -> RunDir:
+    """The same run with a stand-in for Axolotl."""
+    words = ("run", PAGED, "--profile", tiny_profile, "--runs", "stand-in")
+    return RunDir(place / finish(start(place, *words, command=stand_in)))
 
 
 def wait_until(holds: Callable[[], bool], process: "subprocess.Popen[str]", patience: float = 300) -> None:
@@ -55,12 +55,6 @@ def wait_until(holds: Callable[[], bool], process: "subprocess.Popen[str]", pati
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.003)
-
-
-def training(process: "subprocess.Popen[str]") -> psutil.Process:
-    """The process that trains; there is just one."""
-    (child,) = psutil.Process(process.pid).children()
-    return child
 
 
 def trains(process: "subprocess.Popen[str]") -> bool:
@@ -76,190 +70,166 @@ def end_of(process: "subprocess.Popen[str]", run: RunDir) -> None:
         time.sleep(0.01)
 
 
-def interrupted_run(process: "subprocess.Popen[str]", runs: Path, stop: Stop) -> RunDir:
-    """A run that `stop` is called on once it has done five of its sixteen steps."""
+def stop(process: "subprocess.Popen[str]", how: str) -> None:
+    """Send a signal to the process that trains, to its command, or to both."""
+    (child,) = psutil.Process(process.pid).children()
+    name, _, whom = how.partition(" to ")
+    for one in {"training": [child], "command": [process], "both": [process, child]}[whom]:
+        one.send_signal(signal.Signals[name])
+
+
+ENDS = {"SIGKILL to both": -signal.SIGKILL, "SIGHUP to command": -signal.SIGHUP}
+
+
+def has_done_five(runs: Path) -> bool:
+    return any(record["step"] >= 5 for run in rundir.all_runs(runs) for record in run.read_metrics())
+
+
+def interrupted_run(process: "subprocess.Popen[str]", runs: Path, how: str) -> RunDir:
+    """A run that is stopped once it has done five of its sixteen steps."""
     try:
-        wait_until(partial(_has_done_five, runs), process)
+        wait_until(
+            lambda: any(each["step"] >= 5 for run in rundir.all_runs(runs) for each in run.read_metrics()), process
+        )
         (run,) = rundir.all_runs(runs)
         assert run.read().state == "running"
-        stop(process)
+        if how == "cancel":
+            assert f"process {process.pid} " in finish(start(runs, "cancel", run.path))
+        else:
+            stop(process, how)
         end_of(process, run)
     finally:
         process.kill()
-    ends = {kill_both: -signal.SIGKILL, kill_command: -signal.SIGKILL, hang_up_command: -signal.SIGHUP}
-    assert process.returncode == ends.get(stop, 1)
+    assert process.returncode == ENDS.get(how, 1)
     return run
-
-
-def kill_child(process: "subprocess.Popen[str]") -> None:
-    training(process).kill()
-
-
-def terminate_child(process: "subprocess.Popen[str]") -> None:
-    training(process).terminate()
-
-
-def interrupt_child(process: "subprocess.Popen[str]") -> None:
-    training(process).send_signal(signal.SIGINT)
-
-
-def kill_both(process: "subprocess.Popen[str]") -> None:
-    child = training(process)
-    process.kill()
-    child.kill()
-    child.wait(30)
-
-
-def kill_command(process: "subprocess.Popen[str]") -> None:
-    process.kill()
-
-
-def hang_up_command(process: "subprocess.Popen[str]") -> None:
-    """As when its terminal is closed."""
-    process.send_signal(signal.SIGHUP)
-
-
-def terminate_command(process: "subprocess.Popen[str]") -> None:
-    process.terminate()
-
-
-def cancel(process: "subprocess.Popen[str]") -> None:
-    (folder,) = (
-        Path(file.path).parent for file in psutil.Process(process.pid).open_files() if file.path.endswith("lock")
-    )
-    assert f"process {process.pid} " in finish(start(folder, "cancel", folder))
-
-
-STOPS: list[Stop] = [interrupt_child, kill_both, kill_command, hang_up_command, terminate_command, cancel]
-IN_ORDER = (kill_command, hang_up_command, terminate_command, cancel)
-"""After these the training ends by itself, with a checkpoint; with its parent gone Linux sends it SIGTERM."""
 
 
 def losses(run: RunDir) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in run.read_metrics() if "loss" in record]
 
 
-def check_interrupted(run: RunDir, stop: Stop) -> None:
-    """A run that was stopped within a step tells how far it got, and has a checkpoint."""
+def check_interrupted(run: RunDir, saved: bool) -> None:
+    """A run that was stopped within a step records how far it got, and has a checkpoint, of that step if `saved`."""
     assert run.read().state == "interrupted"
     done = [step for step, _ in losses(run)]
     assert done == list(range(1, done[-1] + 1))
     assert 5 <= done[-1] < 16
     assert run.summary(run.read()).step == done[-1]
-    assert "Starting trainer" in run.log.read_text()
-    checkpoint = run.last_checkpoint()
-    assert checkpoint == run.output / f"checkpoint-{done[-1] if stop in IN_ORDER else 4}"
+    assert run.last_checkpoint() == run.output / f"checkpoint-{done[-1] if saved else 4}"
 
 
 def check_resumed(run: RunDir, undisturbed: RunDir) -> None:
     """A run that was interrupted and resumed is the same as one that was not."""
     record = run.read()
-    assert record.state == "finished"
-    assert [launch.exit_code for launch in record.launches][-1] == 0
+    assert (record.state, record.launches[-1].exit_code) == ("finished", 0)
     assert record.launches[1].resumed_from
-    assert record.adapter and record.adapter.sha256 == adapter_hash(run) == adapter_hash(undisturbed)
+    assert record.adapter and record.adapter.sha256 == sha256(run.output / ADAPTER)
+    assert record.adapter.sha256 == sha256(undisturbed.output / ADAPTER)
     assert record.test_rows and Path(record.test_rows.path).name == "test.jsonl"
     assert losses(run) == losses(undisturbed)
 
 
-@pytest.fixture(scope="module")
-def stand_in_undisturbed(place: Path, tiny_profile: Path, stand_in: Path) -> RunDir:
-    """The same run with a stand-in for Axolotl."""
-    words = ("run", PAGED, "--profile", tiny_profile, "--runs", "stand-in")
-    return RunDir(place / finish(start(place, *words, command=stand_in)))
-
-
-@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize(
+    ("how", "saved"),
+    [
+        ("SIGINT to training", False),
+        ("SIGKILL to both", False),
+        ("SIGHUP to command", True),  # as when its terminal is closed: with its parent gone Linux sends SIGTERM
+        ("cancel", True),
+    ],
+)
 def test_a_stopped_run_goes_on_to_the_same_adapter(
-    place: Path, tiny_profile: Path, stand_in: Path, stand_in_undisturbed: RunDir, stop: Stop
+    tmp_path: Path,
+    tiny_profile: Path,
+    stand_in: Path,
+    trains_nothing: Recipe,
+    stand_in_undisturbed: RunDir,
+    how: str,
+    saved: bool,
 ) -> None:
-    runs = stop.__name__
-    words = ("run", PAGED, "--profile", tiny_profile, "--runs", runs)
-    run = interrupted_run(start(place, *words, command=stand_in, STAND_IN_HOLD="5"), place / runs, stop)
-    check_interrupted(run, stop)
-    resumed = finish(start(place, "resume", "latest", "--runs", runs, command=stand_in))
-    assert place / resumed == run.path
+    words = ("run", PAGED, "--profile", tiny_profile)
+    run = interrupted_run(start(tmp_path, *words, command=stand_in, STAND_IN_HOLD="5"), tmp_path / "runs", how)
+    check_interrupted(run, saved)
+    resumed = trains_nothing("resume", "latest")
+    assert (resumed.returncode, tmp_path / resumed.stdout.strip()) == (0, run.path)
     check_resumed(run, stand_in_undisturbed)
+    before = {file: file.stat().st_mtime_ns for file in run.path.rglob("*")}
+    assert trains_nothing("resume", run.path).returncode == 0
+    assert {file: file.stat().st_mtime_ns for file in run.path.rglob("*")} == before
 
 
 @pytest.mark.long
 def test_a_killed_training_goes_on_to_the_same_adapter(place: Path, tiny_profile: Path, undisturbed: RunDir) -> None:
     """The same with real Axolotl."""
     process = start(place, "run", PAGED, "--profile", tiny_profile, "--runs", "real")
-    run = interrupted_run(process, place / "real", kill_both)
-    assert run.read().state == "interrupted"
-    assert 5 <= run.summary(run.read()).step < 16
+    run = interrupted_run(process, place / "real", "SIGKILL to both")
+    check_interrupted(run, saved=False)
     finish(start(place, "resume", "latest", "--runs", "real"))
     check_resumed(run, undisturbed)
 
 
-def _has_done_five(runs: Path) -> bool:
-    return any(record["step"] >= 5 for run in rundir.all_runs(runs) for record in run.read_metrics())
-
-
-def test_a_loss_that_is_no_number_is_said_while_it_trains(place: Path, tiny_profile: Path, stand_in: Path) -> None:
-    words = ("run", PAGED, "--profile", tiny_profile, "--runs", "nan")
-    process = start(place, *words, command=stand_in, STAND_IN_NAN="6", STAND_IN_STEP="0.2")
-    _, said = process.communicate(timeout=600)
-    assert len(re.findall(r"NaN.* 6; `recipe cancel nan/", said)) == 1
-
-
-def test_without_axolotl_or_its_folder_nothing_is_begun(
-    place: Path, tmp_path: Path, tiny_profile: Path, stand_in: Path
+def test_a_loss_that_is_no_number_is_reported_while_it_trains(
+    trains_nothing: Recipe, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    axolotl = stand_in.with_name("axolotl")
-    away = axolotl.rename(axolotl.with_name("away"))
-    try:
-        said = finish(start(tmp_path, "run", PAGED, "--profile", tiny_profile, command=stand_in), code=2)
-    finally:
-        away.rename(axolotl)
-    assert f"{axolotl}: " in said
-    assert not (tmp_path / "runs").exists()
-    there = tmp_path / "there"
-    there.mkdir()
-    words = ("run", PAGED, "--profile", tiny_profile, "--runs", tmp_path / "runs")
-    run = interrupted_run(
-        start(there, *words, command=stand_in, STAND_IN_HOLD="5"), tmp_path / "runs", terminate_command
-    )
-    there.rename(tmp_path / "elsewhere")
-    assert f"{there}: " in finish(start(tmp_path, "resume", run.path, command=stand_in), code=2)
-    assert (run.read().state, len(run.read().launches)) == ("interrupted", 1)
+    monkeypatch.setenv("STAND_IN_NAN", "6")
+    monkeypatch.setenv("STAND_IN_STEP", "0.05")
+    done = trains_nothing("run", PAGED, "--profile", tiny_profile)
+    assert len(re.findall(r"NaN.* 6; `recipe cancel runs/", done.stderr)) == 1
+
+
+@pytest.mark.parametrize("gone", ["axolotl", "there"])
+def test_without_axolotl_or_its_folder_nothing_is_begun(
+    recipe: Recipe, tmp_path: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    (there := tmp_path / "there").mkdir()
+    (axolotl := tmp_path / "axolotl").touch()
+    monkeypatch.setattr(launch, "AXOLOTL", axolotl)
+    with monkeypatch.context() as patch:
+        patch.chdir(there)
+        request = Request(PAGED, profiles=[str(tiny_profile)])
+        folder = create.create(compose.compose(request), request, tmp_path / "runs")
+    (tmp_path / gone).rename(tmp_path / "away")
+    done = recipe("resume", folder.path)
+    assert (done.returncode, f"{tmp_path / gone}: " in done.stderr) == (2, True)
+    assert folder.read().launches == []
+    if gone == "axolotl":
+        assert recipe("run", PAGED, "--profile", tiny_profile, "--runs", "none").returncode == 2
+        assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.long
 def test_where_a_gpus_memory_does_not_suffice_plan_and_measure_are_compared(
-    place: Path, tiny_profile: Path, stand_in: Path
+    trains_nothing: Recipe, tiny_profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("run", PAGED, "--profile", tiny_profile, "--runs", "too-big", "--set", "micro_batch_size=4")
-    words += ("--set", "gradient_checkpointing=null")
-    said = finish(start(place, *words, command=stand_in, STAND_IN_NO_MEMORY="5"), code=1)
-    (run,) = rundir.all_runs(place / "too-big")
-    assert run.read().state == "failed"
-    planned = re.search(r"planned: ([\d.]+) GiB; .* [\d.]+ GiB", said)
-    changes = re.findall(r"^    --set (\S+)=.*: ([\d.]+) GiB; ", said, re.MULTILINE)
+    monkeypatch.setenv("STAND_IN_NO_MEMORY", "5")
+    sets = ("--set", "micro_batch_size=4", "--set", "gradient_checkpointing=null")
+    done = trains_nothing("run", PAGED, "--profile", tiny_profile, *sets)
+    (run,) = rundir.all_runs(tmp_path / "runs")
+    assert (done.returncode, run.read().state) == (1, "failed")
+    planned = re.search(r"planned: ([\d.]+) GiB; .* [\d.]+ GiB", done.stderr)
+    changes = re.findall(r"^    --set (\S+)=.*: ([\d.]+) GiB; ", done.stderr, re.MULTILINE)
     assert planned and "gradient_checkpointing" in dict(changes)
     assert all(float(needed) <= float(planned[1]) for _, needed in changes)
 
 
 def test_a_damaged_checkpoint_is_skipped(
-    place: Path, tiny_profile: Path, stand_in: Path, stand_in_undisturbed: RunDir
+    tmp_path: Path, tiny_profile: Path, stand_in: Path, trains_nothing: Recipe, stand_in_undisturbed: RunDir
 ) -> None:
-    words = ("run", PAGED, "--profile", tiny_profile, "--runs", "damaged")
-    run = interrupted_run(start(place, *words, command=stand_in, STAND_IN_HOLD="5"), place / "damaged", cancel)
+    process = start(tmp_path, "run", PAGED, "--profile", tiny_profile, command=stand_in, STAND_IN_HOLD="5")
+    run = interrupted_run(process, tmp_path / "runs", "SIGTERM to command")
     before, last = sorted(run.output.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2]))
     (last / "optimizer.pt").unlink()  # without it, the trainer would go on with a new one
-    resuming = start(place, "resume", run.path, command=stand_in)
-    _, said = resuming.communicate(timeout=600)
+    said = trains_nothing("resume", run.path).stderr
     assert re.search(f"{last.name} .*optimizer.pt", said)
     step = before.name.partition("-")[2]
     expected = ("Axolotl\n", "tokenizing", f"training  {step}/16", "16/16  loss ")
     assert re.search(".*".join(map(re.escape, expected)), said, re.DOTALL), said
-    record = run.read()
-    assert (record.state, record.launches[-1].resumed_from) == ("finished", before.name)
-    assert adapter_hash(run) == adapter_hash(stand_in_undisturbed)
+    assert run.read().launches[-1].resumed_from == before.name
+    check_resumed(run, stand_in_undisturbed)
 
 
 STEPS_OF_A_LAUNCH = 45
+KILLS = ("SIGKILL to training", "SIGKILL to both", "SIGKILL to both", "SIGTERM to training", "SIGKILL to command")
 
 
 def moment(chance: random.Random, run: RunDir, launches: int, written: int) -> Callable[[], bool]:
@@ -319,67 +289,49 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(
         wait_until(moment(chance, run, kill, written), process)
         wait_until(partial(trains, process), process)
         time.sleep(chance.uniform(0, 0.05))
-        child, stop = (
-            training(process),
-            chance.choice([kill_child, kill_both, kill_both, terminate_child, kill_command]),
-        )
-        assert child.is_running() and process.poll() is None
-        stop(process)
+        assert process.poll() is None
+        stop(process, how := chance.choice(KILLS))
         end_of(process, run)
         record = run.read()
-        assert (record.state, len(record.launches)) == ("interrupted", kill + 1), stop
+        assert (record.state, len(record.launches)) == ("interrupted", kill + 1), how
         assert run.summary(record).step < steps
-        if stop is kill_both:
+        if how == "SIGKILL to both":
             tear(run, chance)
     finish(start(tmp_path, "resume", "latest", command=stand_in, STAND_IN_STEP="0"))
     record = run.read()
     assert (record.state, record.summary.step, len(record.launches)) == ("finished", steps, kills + 1)
-    assert adapter_hash(run) == adapter_hash(whole)
+    assert sha256(run.output / ADAPTER) == sha256(whole.output / ADAPTER)
     assert losses(run) == losses(whole)
     assert sum(launch.resumed_from is not None for launch in record.launches) > kills // 2
 
 
-def test_a_run_tells_all(undisturbed: RunDir, tiny_profile: Path) -> None:
+def test_a_real_run_records_all(undisturbed: RunDir, tiny_profile: Path) -> None:
     record = undisturbed.read()
-    assert record.state == "finished"
-    assert record.recipe == PAGED
-    assert record.profiles == [str(tiny_profile)]
+    assert (record.state, record.recipe, record.profiles) == ("finished", PAGED, [str(tiny_profile)])
     assert not record.rehearsal
     assert record.summary.step == record.summary.max_steps == 16
-    assert record.summary.eval_loss is not None
-    assert record.summary.eval_loss_first is not None
+    assert record.summary.eval_loss is not None and record.summary.eval_loss_first is not None
     assert record.summary.tokens_per_second
     assert {"base_model", "fp16", "datasets.0.path"} <= {difference.key for difference in record.differences}
     assert all(len(file.sha256) == 64 and file.rows for file in record.data)
     assert record.provenance["packages"]["axolotl"].startswith("0.21")
     assert record.provenance["cuda"] == torch.version.cuda
     assert record.provenance["git"] is None or len(record.provenance["git"]["revision"]) == 40
-    cfg = yamlfiles.read_yaml(undisturbed.config)
-    assert cfg["optimizer"] == "paged_adamw_32bit"
-    assert "Dropping attention" not in undisturbed.log.read_text()
-
-
-def test_a_finished_run_is_not_resumed(place: Path, undisturbed: RunDir) -> None:
-    before = {file: file.stat().st_mtime_ns for file in undisturbed.path.rglob("*")}
-    assert finish(start(place, "resume", undisturbed.path)) == str(undisturbed.path)
-    assert {file: file.stat().st_mtime_ns for file in undisturbed.path.rglob("*")} == before
+    assert yamlfiles.read_yaml(undisturbed.config)["optimizer"] == "paged_adamw_32bit"
+    assert "Starting trainer" in (log := undisturbed.log.read_text()) and "Dropping attention" not in log
 
 
 @pytest.mark.long
 def test_early_stopping_finishes_a_run_and_is_named(place: Path, tiny_profile: Path) -> None:
     settings = ("learning_rate=10", "early_stopping_patience=1", "evals_per_epoch=null", "saves_per_epoch=null")
     sets = [word for one in (*settings, "eval_steps=2", "save_steps=2") for word in ("--set", one)]
-    name = finish(
-        start(
-            place, "run", PAGED, "--profile", tiny_profile, *sets, "--force", "value:learning_rate", "--runs", "early"
-        )
-    )
-    record = RunDir(place / name).read()
+    words = ("run", PAGED, "--profile", tiny_profile, *sets, "--force", "value:learning_rate", "--runs", "early")
+    run = RunDir(place / finish(start(place, *words)))
+    record = run.read()
     assert (record.state, record.summary.ended) == ("finished", "early stopping")
     assert (record.summary.step, record.summary.kept_step) == (4, 2)
-    output = RunDir(place / name).output
-    assert sha256(output / ADAPTER) == sha256(output / "checkpoint-2" / ADAPTER)
-    of_step = {each["step"]: each["eval_loss"] for each in RunDir(place / name).read_metrics() if "eval_loss" in each}
+    assert sha256(run.output / ADAPTER) == sha256(run.output / "checkpoint-2" / ADAPTER)
+    of_step = {each["step"]: each["eval_loss"] for each in run.read_metrics() if "eval_loss" in each}
     assert record.summary.eval_loss == of_step[2] < of_step[4]
     assert "4/16, early stopping" in finish(start(place, "results", "--md", "--runs", "early"))
 
@@ -408,63 +360,53 @@ def test_a_run_is_finished_only_when_its_training_says_so(
     assert launch._state(code, stopped, ended, has_adapter) == state
 
 
-def test_a_failing_axolotl_fails_the_run(place: Path, tiny_profile: Path, stand_in: Path) -> None:
-    no_such_option = "lr_scheduler_kwargs={nonsense: 1}"
-    arguments = ("--profile", tiny_profile, "--set", no_such_option, "--runs", "failing")
-    message = finish(start(place, "run", PAGED, *arguments, command=stand_in), code=1)
-    (run,) = rundir.all_runs(place / "failing")
-    assert "TypeError: " in message and str(run.log.relative_to(place)) in message
-    assert run.read().state == "failed"
+def test_a_failing_axolotl_fails_the_run(trains_nothing: Recipe, tiny_profile: Path, tmp_path: Path) -> None:
+    done = trains_nothing("run", PAGED, "--profile", tiny_profile, "--set", "lr_scheduler_kwargs={nonsense: 1}")
+    (run,) = rundir.all_runs(tmp_path / "runs")
+    assert (done.returncode, run.read().state) == (1, "failed")
+    assert "TypeError: " in done.stderr and str(run.log.relative_to(tmp_path)) in done.stderr
 
 
-def test_a_run_whose_folder_is_deleted_while_it_trains_fails(
-    place: Path, tmp_path: Path, tiny_profile: Path, stand_in: Path
-) -> None:
-    runs, go = tmp_path / "runs", tmp_path / "go"
-    words = ("run", PAGED, "--profile", tiny_profile, "--runs", runs)
-    process = start(place, *words, command=stand_in, STAND_IN_HOLD="5", STAND_IN_GO=str(go))
-    wait_until(partial(_has_done_five, runs), process)
-    shutil.rmtree(runs)
-    go.touch()
-    assert "Traceback" not in finish(process, code=1)
-    assert not rundir.all_runs(runs)
+@pytest.fixture
+def half(tmp_path: Path) -> Path:
+    """Rows that a killed process half prepared."""
+    (folder := tmp_path / "prepared" / "half").mkdir(parents=True)
+    (folder / "data-00000-of-00001.arrow").touch()
+    return folder
 
 
-def test_rows_that_a_killed_process_half_prepared_are_prepared_anew(tmp_path: Path) -> None:
-    half, whole = tmp_path / "prepared" / "half", tmp_path / "prepared" / "whole"
-    for part in (half, whole):
-        part.mkdir(parents=True)
-        (part / "data-00000-of-00001.arrow").touch()
-    (whole / "dataset_info.json").touch()
-    folder = RunDir(tmp_path)
-    folder.config.write_text("dataset_prepared_path: prepared\n")
-    record = rundir.Run(recipe="r", recipe_file="f", recipe_sha256="s", cwd=str(tmp_path))
-    with FileLock(tmp_path / "prepared" / "datasets_prep.lock"):  # of a process that is writing them
-        launch._drop_half_prepared(folder, record)
+def drop_half_prepared(run: Path, prepared: Path) -> None:
+    run.mkdir(exist_ok=True)
+    (run / "config.yaml").write_text(f"dataset_prepared_path: {prepared}\n")
+    launch._drop_half_prepared(RunDir(run), rundir.Run(recipe="r", recipe_file="f", recipe_sha256="s", cwd=str(run)))
+
+
+def test_rows_that_a_killed_process_half_prepared_are_prepared_anew(tmp_path: Path, half: Path) -> None:
+    (whole := half.with_name("whole")).mkdir()
+    for file in ("data-00000-of-00001.arrow", "dataset_info.json"):
+        (whole / file).touch()
+    with FileLock(half.parent / "datasets_prep.lock"):  # of a process that is writing them
+        drop_half_prepared(tmp_path, half.parent)
         assert half.is_dir()
-    launch._drop_half_prepared(folder, record)
+    drop_half_prepared(tmp_path, half.parent)
     assert (half.is_dir(), whole.is_dir()) == (False, True)
 
 
-@pytest.mark.parametrize("linked", [False, True])
-def test_only_rows_in_the_cache_or_in_the_run_are_ever_removed(tmp_path: Path, linked: bool) -> None:
-    precious = tmp_path / "mine" / "data" / "data-00000-of-00001.arrow"
-    precious.parent.mkdir(parents=True)
-    precious.touch()
-    folder = RunDir(tmp_path / "run")
-    (folder.path / "prepared").mkdir(parents=True)
-    (folder.path / "prepared" / "data").symlink_to(precious.parent)
-    folder.config.write_text(f"dataset_prepared_path: {'prepared' if linked else precious.parents[1]}\n")
-    launch._drop_half_prepared(folder, rundir.Run(recipe="r", recipe_file="f", recipe_sha256="s", cwd=str(folder.path)))
-    assert precious.is_file()
+def test_only_rows_in_the_cache_or_in_the_run_are_ever_removed(tmp_path: Path, half: Path) -> None:
+    (linked := tmp_path / "run" / "prepared").mkdir(parents=True)
+    (linked / "half").symlink_to(half)
+    for prepared in (half.parent, linked):
+        drop_half_prepared(tmp_path / "run", prepared)
+        assert [file.name for file in half.iterdir()] == ["data-00000-of-00001.arrow"]
 
 
 def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
-    tmp_path: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, tmp_path: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     forced = ["bad-row:datasets.0.path"]  # not found a second time, when rows are not read
     request = Request(PAGED, profiles=[str(tiny_profile)], overrides=["fp16=true", "bf16=false"], force=forced)
     folder = create.create(compose.compose(request), request, Path("runs"))
-    assert "[no-gpu" in finish(start(tmp_path, "resume", folder.path), code=2)
+    done = recipe("resume", folder.path)
+    assert (done.returncode, "[no-gpu" in done.stderr) == (2, True)
     assert (folder.read().state, folder.read().launches) == ("failed", [])
