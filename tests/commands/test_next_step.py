@@ -57,12 +57,11 @@ def test_from_prepared_data_to_a_plan(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     ("change", "runs", "says"),
     [
-        ({}, "runs", "recipe evaluate 1-a"),
         ({}, "other place", "recipe evaluate 1-a --runs 'other place'"),
         ({"test_datasets": [{"path": "a.jsonl", "type": "completion"}]}, "runs", "recipe report 1-a"),
         ({"test_datasets": None}, "runs", "recipe report 1-a"),
     ],
-    ids=["answers", "elsewhere", "completion", "no rows"],
+    ids=["answers", "completion", "no rows"],
 )
 def test_a_run_is_evaluated_next_if_its_rows_have_answers(
     tmp_path: Path,
