@@ -66,7 +66,7 @@ def print_table(
     """A table on stdout. Where a terminal is too narrow for it, no value is cut and none but a long path is broken.
 
     The columns `below` then go below their rows, a first column of long names above them, and the columns `spare` are
-    left out as far as necessary, which a line says; at last other columns go below as well.
+    left out as far as necessary, which a line says; at last all others go below as well.
 
     Args:
         empty: whether to show columns without values too.
@@ -114,30 +114,24 @@ def _arranged(
     """Whether the first column goes above its rows; the columns that stand beside each other, below, and nowhere."""
     first, *_ = beside = list(widths)
     above = False
+    under: list[str] = []
+    left_out: list[str] = []
 
     def fits() -> bool:
         return sum(widths[column] + _GAP for column in beside) - (0 if above else _GAP) <= width
 
-    def take(column: str, to: list[str]) -> None:
-        beside.remove(column)
-        to.append(column)
-
-    under: list[str] = []
-    left_out: list[str] = []
-    for column in () if fits() else below:
-        if column in beside:
-            take(column, under)
+    if not fits():
+        under = [column for column in below if column in beside]
+        beside = [column for column in beside if column not in below]
     if not fits() and widths[first] > width // 2:
         above = True
         beside.remove(first)
     for column in spare:
         if column in beside and not fits():
-            take(column, left_out)
-    while len(beside) > (not above) and not fits():
-        take(max(beside[not above :], key=lambda column: widths[column]), under)
-    if not above and not fits():
-        above = True
-        beside.remove(first)
+            beside.remove(column)
+            left_out.append(column)
+    if not fits():
+        above, beside, under = True, [], [column for column in beside if column != first] + under
     return above, beside, under, left_out
 
 
