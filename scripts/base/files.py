@@ -94,9 +94,16 @@ def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) 
 
 
 def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Replace the content of `file` by rows, a JSON line each."""
+    """Replace the content of `file` by rows, a JSON line each.
+
+    Raises:
+        UserError: a row is nested too deeply for that.
+    """
     with replacing(file) as stream:
-        stream.writelines(orjson.dumps(row) + b"\n" for row in rows)
+        try:
+            stream.writelines(orjson.dumps(row) + b"\n" for row in rows)
+        except TypeError as error:
+            raise UserError(f"{file}: a row cannot be written as JSON: {error}; leave its fields out") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -1,18 +1,14 @@
 """`recipe check` as a user meets it, and whatever a file may hold."""
 
 from pathlib import Path
-from typing import Any
 
 import orjson
 import pytest
-import yaml
 from conftest import Recipe, config_with, recipe_config
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from qlora_recipes.base import hub, paths, yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.checks import check, schema
+from qlora_recipes.checks import check
 from qlora_recipes.checks.finding import _SCOPES, RULES, Case, Finding, refuse
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Composed, Request
@@ -168,24 +164,6 @@ def test_what_is_too_big_for_a_card_is_an_error(place: Path, tiny: Path) -> None
         assert [each.name for each in report.findings] == [f"{rule}:micro_batch_size"], engine
 
 
-@pytest.mark.parametrize(
-    ("rule", "key", "scope"),
-    [
-        ("value", "datasets.0.path", "step"),
-        ("not-quantized", "adapter", "step"),
-        ("two-precisions", "fp16", "config"),
-        ("no-data", "datasets", "config"),
-        ("missing-file", "test_datasets.0.path", "data"),
-        ("bad-row", "datasets.0.path", "data"),
-        ("missing-file", "deepspeed", "file"),
-        ("gpu-lacks", "bf16", "gpu"),
-        ("no-gpu", "fp16", "machine"),
-    ],
-)
-def test_a_finding_knows_its_scope(rule: str, key: str, scope: str) -> None:
-    assert Finding("error", rule, key, "").scope == scope
-
-
 def test_scopes_are_those_of_rules_that_exist() -> None:
     rules = {rule.__name__.replace("_", "-") for rule in RULES}
     assert _SCOPES.keys() <= rules | {"value", "unknown-key", "too-big", "no-batch", "unfit"}
@@ -221,38 +199,6 @@ def test_a_file_that_is_no_config_is_one_finding(place: Path, content: bytes) ->
     (only,) = checked(content)
     assert (only.level, only.rule, only.where) == ("error", "unreadable", "any.yaml")
     assert not (place / "hit").exists()
-
-
-KEYS = st.sampled_from(sorted(schema.load()["properties"])) | st.text(max_size=5) | st.sampled_from(["path", "type"])
-LEAVES = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-    | st.sampled_from(["alpaca", "qlora", "x.jsonl", "train[:3]", "auto", "no", "a/b", "..", "\0", "data", "(", "a.b"])
-)  # fmt: skip
-VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=3) | st.dictionaries(KEYS, v, max_size=3), max_leaves=8)
-
-
-@settings(max_examples=40)
-@given(st.dictionaries(KEYS, VALUES, max_size=8), st.booleans())
-@example({"plugins": [["a"]], "b": 1}, False)
-@example({"datasets": [{"path": ["a"], "type": {"b": 1}}, None, [[]]], "base_model": 3}, False)
-@example({"lora_target_modules": [None, {}], "adapter": "lora", "base_model": "codellama/CodeLlama-7b-hf"}, True)
-def test_any_mapping_gives_findings_only(
-    tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any], over: bool
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.getbasetemp())
-        base = config_with({}) if over else {}
-        well_formed(checked(yaml.safe_dump(base | content, allow_unicode=True).encode()), refused=not over)
-
-
-def well_formed(findings: list[Finding], refused: bool = True) -> None:
-    """Every finding has a rule and a problem, and any line it gives is in the file; `refused`: one is an error."""
-    lines = len(Path("any.yaml").read_text(errors="replace").splitlines()) + 1
-    for finding in findings:
-        assert finding.rule and finding.problem
-        assert finding.level in ("error", "warning", "note")
-        assert finding.line is None or (finding.where == "any.yaml" and 1 <= finding.line <= lines)
-    assert any(finding.level == "error" for finding in findings) or not refused
 
 
 def test_a_misspelt_path_of_ones_own_is_no_reason_to_rehearse_on_other_rows_in_silence(

@@ -6,55 +6,12 @@ from typing import Any
 import pytest
 from conftest import config_with
 
-from qlora_recipes.base import hub, paths, yamlfiles
+from qlora_recipes.base import hub, paths
 from qlora_recipes.checks import check, data_rules, installed, settings_rules
 from qlora_recipes.configs import gpus, numerics
 from qlora_recipes.configs.compose import Request
 
 V100 = gpus.find("V100")
-
-# What shared notes of this project, and trials with Axolotl 0.21, found it to accept in silence. Each is an error here.
-SILENT: list[dict[str, Any]] = [
-    {"lora_rr": 8},
-    {"learning_rte": 0.1},
-    {"datasets": [{"path": "sample.jsonl", "type": "alpaca", "typ": "alpaca"}]},
-    {"lora_rr": 8, "strict": True},
-    {"optimizer": "adamwx"},
-    {"lr_scheduler": "cosinus"},
-    {"num_epochs": -1},
-    {"micro_batch_size": None},
-    {"lora_target_modules": None},
-    {"deepspeed": "no/such/zero3.json"},
-    {"attn_implementation": "flash_attention_2"},  # on sm_70
-    {"fp16": False, "bf16": True},  # on sm_70
-    {"adapter": "lora"},  # beside load_in_4bit
-    {"fp16": True, "bf16": True},
-    {"lora_r": -1},
-    {"lora_dropout": 2.0},
-    {"weight_decay": -1},
-    {"gradient_accumulation_steps": 0},
-    {"datasets": [{"path": "sample.jsonl", "type": "alpacca"}]},
-    {"test_datasets": None},  # with evals_per_epoch
-    {"optimizer": "paged_adamw_32bit", "fsdp_version": 2, "fsdp_config": {"offload_params": False}},
-]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("change", SILENT, ids=map(str, SILENT))
-def test_what_axolotl_accepts_in_silence_is_an_error(
-    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "sample.jsonl").symlink_to(sample / "train.jsonl")
-    data = {"datasets": [{"path": "sample.jsonl", "type": "alpaca"}], "test_datasets": [{"path": "sample.jsonl"}]}
-    cfg = config_with(data | change)
-    assert [found for found in installed.validate(cfg, V100) if found.level == "error"] == []
-
-    file = tmp_path / "mine.yaml"
-    file.write_text(yamlfiles.write_yaml(cfg))
-    report = check.check(Request("mine.yaml"), V100)
-    card = {"gpu-lacks:base_model"} if "attn_implementation" not in change and "bf16" not in change else set()
-    assert [found for found in report.findings if found.level == "error" and found.name not in card]
 
 
 # what no rule here repeats, as Axolotl's own validation refuses it before anything is queued

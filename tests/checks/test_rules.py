@@ -371,27 +371,6 @@ def test_a_model_that_is_not_in_the_cache_when_offline(monkeypatch: pytest.Monke
     assert (names({}), names({"revision_of_model": "main"})) == ([], no_access)
 
 
-@pytest.mark.parametrize(
-    ("access", "level", "launching"),
-    [
-        ("gated", "error", True),
-        ("gated", "warning", False),
-        ("refused", "error", True),
-        ("missing", "error", False),
-        ("unknown", "warning", True),
-        ("open", None, True),
-    ],
-)
-def test_access_is_what_the_hub_says(
-    monkeypatch: pytest.MonkeyPatch, access: Any, level: str | None, launching: bool
-) -> None:
-    monkeypatch.setattr(hub, "access", lambda _: hub.Answer(access, "its reason"))
-    case = Case(config_with({}, LLAMA_3), set(), gpus.find("T4"), launching=launching, ask_hub=True)
-    said = [finding for finding in rule_findings(case) if finding.rule == "no-access"]
-    assert [finding.level for finding in said] == ([level] if level else [])
-    assert all("its reason" in finding.problem for finding in said)
-
-
 def test_chats_need_a_template_of_the_tokenizer_or_the_config(tiny: Path, place: Path) -> None:
     for model, count in (("Qwen/Qwen2.5-7B", 0), ("google/gemma-2-9b", 1)):
         assert len(of_rule("chat-template", CHAT | {"revision_of_model": None, "base_model": model})) == count

@@ -106,15 +106,6 @@ def test_a_connection_that_breaks_off_is_resumed(tmp_path: Path, server: Server)
     assert server.sent == len(ARCHIVE)
 
 
-def test_one_that_stalls_is_resumed(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "TIMEOUT", (5, 0.2))
-    server.breaks_after = [300_000]
-    server.stalls = 0.5
-    fetch(data(server.url), tmp_path)
-    assert wanted(tmp_path) == FILES
-    assert server.asked_for() == [None, "bytes=300000-"]
-
-
 def test_one_that_breaks_off_too_often_says_what_is_there_and_resumes_next_time(tmp_path: Path, server: Server) -> None:
     server.breaks_after = [50_000] * 6
     with pytest.raises(WorkFailed, match="300,000"):
@@ -212,15 +203,6 @@ def test_what_is_there_of_another_address_is_not_resumed_from(tmp_path: Path, se
     fetch(data(server.url), tmp_path, f"{server.url}.mirror")
     assert server.asked_for()[6:] == [None]
     assert wanted(tmp_path) == FILES
-
-
-def test_the_users_own_archive_is_only_read(tmp_path: Path) -> None:
-    archive = mine(tmp_path)
-    fetch(data(""), tmp_path / "raw", str(archive))
-    assert wanted(tmp_path / "raw") == FILES
-    assert archive.read_bytes() == ARCHIVE
-    record = orjson.loads((tmp_path / "raw" / "fetched.json").read_bytes())
-    assert record["sources"]["Comment_Generation.zip"]["from"] == str(archive)
 
 
 @pytest.mark.parametrize("source", ["missing.zip", "ftp://127.0.0.1/a.zip", ""])

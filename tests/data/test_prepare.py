@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from qlora_recipes.base import files, yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.data import manifest, prepare, raw_rows, study
+from qlora_recipes.base.processes import held
+from qlora_recipes.data import manifest, prepare, study
 from qlora_recipes.data.declaration import Data
 from qlora_recipes.data.raw_rows import tagged
 
@@ -147,26 +148,13 @@ def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
         assert list(tmp_path.glob("out/[!.]*")) == []
 
 
-def test_two_preparations_in_one_folder_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second starts in the midst of the first, with the same process id, as in two containers."""
-    raws = [write(tmp_path / name, "msg-train.jsonl", row(name), row(name)) for name in ("a", "b")]
-    refused = []
-
-    def tagged_while_another_starts(patch: str) -> str:
-        if not refused:
-            refused.append("")
-            with pytest.raises(UserError, match=f"^{tmp_path}/out: ") as error:
-                prepared([raws[1]], tmp_path / "out")
-            refused[0] = str(error.value)
-        return patch
-
-    monkeypatch.setitem(raw_rows._JINJA.filters, "tagged", tagged_while_another_starts)
+def test_a_second_preparation_in_a_folder_is_refused_and_parts_of_a_killed_one_go(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw", "msg-train.jsonl", row())
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".train.jsonl.123.part").touch()  # of a process that was killed
-    made = prepared([raws[0]], tmp_path / "out", input_format="tagged")
-    train = tmp_path / "out" / "train.jsonl"
-    assert [r["output"] for r in read(train)] == ["a", "a"]
-    assert made["splits"]["train"]["sha256"] == hashlib.sha256(train.read_bytes()).hexdigest()
+    (tmp_path / "out" / ".train.jsonl.123.part").touch()
+    with held(tmp_path / "out" / prepare.PREPARE_LOCK, ""), pytest.raises(UserError, match=f"^{tmp_path}/out: "):
+        prepared([raw], tmp_path / "out")
+    prepared([raw], tmp_path / "out")
     assert not list((tmp_path / "out").glob(".*.part"))
 
 

@@ -61,14 +61,6 @@ def test_a_plain_file_is_kept_as_it_is_and_verified(tmp_path: Path, server: Serv
     assert sorted(file.name for file in tmp_path.iterdir()) == [".fetch.lock", "fetched.json", "train.jsonl.gz"]
 
 
-def test_another_plain_file_is_put_aside(tmp_path: Path, server: Server) -> None:
-    server.content = b"x" * len(TRAIN)
-    with pytest.raises(UserError, match=r"train\.jsonl .*sha256 .*train\.jsonl\.rejected"):
-        fetch(data_of({"train.jsonl": plain(server.url)}), tmp_path)
-    assert not (tmp_path / "train.jsonl").exists()
-    assert (tmp_path / "train.jsonl.rejected").read_bytes() == server.content
-
-
 def several(url: str) -> Data:
     folder = url.rpartition("/")[0]
     files = {"train.jsonl": {"rows": 1, "sha256": digest(b"{}")}}
@@ -208,15 +200,6 @@ def test_a_file_of_a_hubs_repository_is_verified(tmp_path: Path, hub: Server) ->
     assert (tmp_path / "out" / "init" / "adapter.safetensors").read_bytes() == ADAPTER
     assert f"/owner/adapter/resolve/{COMMIT}/loftq_init/adapter_model.safetensors" in hub.paths
     assert recorded(tmp_path / "out")["init/adapter.safetensors"]["revision"] == COMMIT
-
-
-def test_another_file_of_a_hub_is_refused(tmp_path: Path, hub: Server) -> None:
-    hub.files = {"loftq_init/adapter_model.safetensors": ADAPTER[:-1]}
-    (tmp_path / "train.jsonl").write_bytes(TRAIN)
-    with pytest.raises(UserError, match=r"init/adapter\.safetensors .*512000"):
-        fetch(of_model(), tmp_path / "out", str(tmp_path / "train.jsonl"))
-    assert not (tmp_path / "out" / "init").exists()
-    assert not (tmp_path / "out" / "train.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,3 @@ def test_how_many_rows_a_split_will_have_is_known_where_nothing_is_left_out(tmp_
     assert [known.rows_of(split) for split in ("train", "valid", "test")] == [96, 4, None]
     assert sums(tmp_path, rows | {"data > splits > train > first": 30}).data.rows_of("train") == 30
     assert sums(tmp_path, rows | {"data > splits > train > rows": 90}).data.rows_of("train") == 90
-
-
-def test_the_only_format_needs_no_declaration(tmp_path: Path) -> None:
-    of_study = sums(tmp_path)
-    assert {name: form.folder for name, form in of_study.data.formats.items()} == {"default": "data/sums"}
