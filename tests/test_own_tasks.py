@@ -3,8 +3,6 @@
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,57 +19,29 @@ QUESTIONS = [f"What is {a} times {b}?" for a in range(2, 6) for b in range(2, 10
 ANSWERS = [f"It is {a * b}, as {a} times {b} is." for a in range(2, 6) for b in range(2, 10)]
 
 
-@dataclass(frozen=True)
-class Task:
-    """A task of one's own.
-
-    Attributes:
-        row: its row for a question and its answer.
-        keys: the keys of its data set.
-        sets: the keys of the config that it needs.
-        scored: whether its rows have an answer to score.
-    """
-
-    row: Callable[[str, str], dict[str, Any]]
-    keys: dict[str, Any]
-    sets: tuple[str, ...] = ()
-    scored: bool = True
-
-
-def turns(*texts: str) -> list[dict[str, str]]:
-    """Turns of a user and an assistant, who take them in turn."""
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-
-
 OWN_TEMPLATE = """\
 {% for message in messages %}{{ message.role }}:
 {{ message.content }}{{ eos_token }}
 {% endfor %}{% if add_generation_prompt %}assistant:
 {% endif %}"""
 """Of the model's tokenizer, for rows that name no other."""
-TASKS = {
-    "several turns": Task(
-        lambda question, answer: {
-            "messages": [{"role": "system", "content": "Be brief."}, *turns("Hello.", "Hi!", question, answer)]
-        },
-        {"type": "chat_template"},
-        ("chat_template=tokenizer_default",),
-    ),
-    "input_output": Task(
-        lambda question, answer: {
-            "segments": [{"label": False, "text": f"Q: {question}\nA: "}, {"label": True, "text": answer}]
-        },
-        {"type": "input_output"},
-    ),
-    "completion": Task(
-        lambda question, answer: {"text": f"{question} {answer}"}, {"type": "completion"}, scored=False
-    ),
-}  # fmt: skip
+
+
+def several_turns(question: str, answer: str) -> dict[str, Any]:
+    texts = ("Be brief.", "Hello.", "Hi!", question, answer)
+    roles = ("system", "user", "assistant", "user", "assistant")
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]}
+
+
+def segments(question: str, answer: str) -> dict[str, Any]:
+    return {"segments": [{"label": False, "text": f"Q: {question}\nA: "}, {"label": True, "text": answer}]}
+
+
+def whole_text(question: str, answer: str) -> dict[str, Any]:
+    return {"text": f"{question} {answer}"}
 
 
 LEARNING = ("--set", "learning_rate=0.02", "--set", "bf16=false")  # of a model without knowledge
-HELD_OUT = ("evaluation file", "share")
-"""Where the rows to evaluate on are: in a file of their own, or held out of those to train on."""
 
 
 @pytest.fixture(scope="module")
@@ -82,20 +52,31 @@ def model(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "held_out"), [*zip(TASKS, cycle(HELD_OUT))])
+@pytest.mark.parametrize(
+    ("row_of", "kind", "sets", "evaluation_file"),  # the latter, or a share of the rows, is evaluated on
+    [
+        (several_turns, "chat_template", ["chat_template=tokenizer_default"], True),
+        (segments, "input_output", [], False),
+        (whole_text, "completion", [], True),
+    ],
+)
 def test_a_task_of_ones_own_goes_the_whole_way(
-    name: str, held_out: str, recipe: Recipe, tmp_path: Path, model: Path
+    row_of: Callable[[str, str], dict[str, Any]],
+    kind: str,
+    sets: list[str],
+    evaluation_file: bool,
+    recipe: Recipe,
+    tmp_path: Path,
+    model: Path,
 ) -> None:
-    task, evaluation_file = TASKS[name], held_out == "evaluation file"
-    rows = [task.row(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
+    rows = [row_of(question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
     write_rows(tmp_path / "mine.jsonl", rows[:24])
     write_rows(tmp_path / "mine-eval.jsonl", rows[24:])
-    sets = [f"datasets={yamlfiles.write_flow([{'path': 'mine.jsonl'} | task.keys])}", *task.sets]
-    sets += ["num_epochs=1", "warmup_steps=1"]  # for so few rows
+    data = [{"path": "mine.jsonl", "type": kind}]
+    sets = [f"datasets={yamlfiles.write_flow(data)}", *sets, "num_epochs=1", "warmup_steps=1"]  # for so few rows
     if evaluation_file:
-        sets.append(
-            f"test_datasets={yamlfiles.write_flow([{'path': 'mine-eval.jsonl', 'split': 'train'} | task.keys])}"
-        )
+        test_data = [{"path": "mine-eval.jsonl", "split": "train", "type": kind}]
+        sets.append(f"test_datasets={yamlfiles.write_flow(test_data)}")
     else:
         sets += ["test_datasets=null", "val_set_size=0.25"]
 
@@ -125,7 +106,7 @@ def test_a_task_of_ones_own_goes_the_whole_way(
     (row,) = orjson.loads(recipe("results", "--json").stdout)
     assert (row["recipe"], row["state"], row["eval_loss"]) == ("mine", "finished", pytest.approx(losses[-1]))
     assert (row["bleu4_published"], row["test_set"]) == (None, None)
-    if task.scored:
+    if kind != "completion":
         assert evaluated.returncode == 0, evaluated.stderr
         predicted = [orjson.loads(line) for line in (run / "predictions.jsonl").read_bytes().splitlines()]
         references = [prediction["reference"] for prediction in predicted]
@@ -142,5 +123,5 @@ def test_a_task_of_ones_own_goes_the_whole_way(
     done("publish", "latest")
     card = (run / "output" / "README.md").read_text()
     assert "mine.jsonl" in card and "code-review" not in card
-    assert ("apply_chat_template" in card) == (task.keys["type"] == "chat_template")
-    assert "dataset type" in card if not task.scored else "inputs = tokenizer" in card
+    assert ("apply_chat_template" in card) == (kind == "chat_template")
+    assert "dataset type" in card if kind == "completion" else "inputs = tokenizer" in card

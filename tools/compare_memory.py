@@ -107,29 +107,25 @@ def planned(figure: dict[str, str]) -> float:
 
 def fitcheck(figure: dict[str, str], cache: Path) -> float:
     """MiB that fitcheck-llm predicts: the total, without its overhead where the figure is of allocated memory."""
-    folder = cache / "hub" / f"models--figures--{figure['model']}"
-    for below, name, text in (
-        ("refs", "main", "0"),
-        ("snapshots/0", "config.json", json.dumps(architecture(figure["model"]))),
-    ):
-        (folder / below).mkdir(parents=True, exist_ok=True)
-        (folder / below / name).write_text(text)
-    command = [
-        str(Path(sys.executable).with_name("fitcheck")),
-        *(f"figures/{figure['model']}", "--json", "--vram-mib", "81920"),
-        *("--precision", figure["dtype"], "--batch-size", figure["rows"], "--seq-len", figure["tokens"]),
-        *("--optimizer", "adam8bit" if "8bit" in figure["optimizer"] else "adamw"),
-        *(
-            ("--lora-r", figure["rank"], "--lora-targets", figure["targets"].replace(" ", ","))
-            if figure["rank"]
-            else ()
-        ),
-        *(("--no-lora",) if figure["method"] == "full" else ()),
-        *(("--quant", "nf4") if figure["method"] == "qlora" else ()),
-        *(("--double-quant",) if figure["double_quantization"] == "yes" else ()),
-        *(("--grad-checkpoint",) if figure["checkpointing"] != "no" else ()),
-        *(("--flash-attn",) if figure["attention"] != "eager" else ()),
-    ]
+    model = f"figures/{figure['model']}"
+    folder = cache / "hub" / f"models--{model.replace('/', '--')}"
+    for file, text in (("refs/main", "0"), ("snapshots/0/config.json", json.dumps(architecture(figure["model"])))):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text)
+    optimizer = "adam8bit" if "8bit" in figure["optimizer"] else "adamw"
+    words = ["--json", "--vram-mib", "81920", "--precision", figure["dtype"], "--optimizer", optimizer]
+    words += ["--batch-size", figure["rows"], "--seq-len", figure["tokens"]]
+    if figure["rank"]:
+        words += ["--lora-r", figure["rank"], "--lora-targets", figure["targets"].replace(" ", ",")]
+    flags = {
+        "--no-lora": figure["method"] == "full",
+        "--quant=nf4": figure["method"] == "qlora",
+        "--double-quant": figure["double_quantization"] == "yes",
+        "--grad-checkpoint": figure["checkpointing"] != "no",
+        "--flash-attn": figure["attention"] != "eager",
+    }
+    words += [flag for flag, is_set in flags.items() if is_set]
+    command = [Path(sys.executable).with_name("fitcheck"), model, *words]
     environment = os.environ | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     memory = json.loads(done.stdout)["memory_mib"]
@@ -138,15 +134,14 @@ def fitcheck(figure: dict[str, str], cache: Path) -> float:
 
 def main() -> None:
     """Print the comparison as Markdown, and its mean and worst errors for the plain loop."""
-    errors, others, rows = [], [], []
+    errors, rows = {"plan": [], "fitcheck-llm": []}, []
     with tempfile.TemporaryDirectory() as cache:
         for figure in figures():
             published, ours, theirs = float(figure["mib"]), planned(figure), fitcheck(figure, Path(cache))
             error, other = ours / published - 1, theirs / published - 1
-            exact = figure["framework"] == "plain loop"
-            if exact:
-                errors.append(abs(error))
-                others.append(abs(other))
+            if figure["framework"] == "plain loop":
+                errors["plan"].append(abs(error))
+                errors["fitcheck-llm"].append(abs(other))
             rows.append(
                 {
                     "figure": f"{figure['framework']} {figure['id']}",
@@ -160,7 +155,7 @@ def main() -> None:
                 }
             )
     tables.print_markdown(rows)
-    for name, of in (("plan", errors), ("fitcheck-llm", others)):
+    for name, of in errors.items():
         print(f"{name}: plain loop, n = {len(of)}: mean error {sum(of) / len(of):.2%}, worst {max(of):.2%}")
 
 
