@@ -33,10 +33,7 @@ SHIPPED: dict[str, tuple[dict[str, Any], int]] = {
     name.partition("/")[2]: (_CATALOGUE[name]["config"], parameters) for name, parameters in _LISTED.items()
 } | {
     "gemma-3-4b-it": (_WITH_IMAGES, 4_300_079_472),
-    "Phi-3-mini-128k-instruct": (
-        _CATALOGUE["microsoft/Phi-3-mini-128k-instruct"]["config"] | _LONG,
-        3_821_079_552,
-    ),
+    "Phi-3-mini-128k-instruct": (_CATALOGUE["microsoft/Phi-3-mini-128k-instruct"]["config"] | _LONG, 3_821_079_552),
 }
 
 _TINY = {
