@@ -10,7 +10,6 @@ import pytest
 
 SCRIPT = Path(__file__).parent / "support" / "fast_kernels.py"
 ROUNDING = 1e-5  # in fp32, in which 2e-6 was seen
-OTHERS = {"geglu, for a model with GELU by tanh", "LoRA kernels, with dropout: loss"}
 
 
 @pytest.mark.long
@@ -21,7 +20,6 @@ def test_kernels_only_round_otherwise_but_where_the_profile_leaves_them_out(tiny
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(found, indent=1))
-    assert len(found) == 15
+    assert len(found) == 10 and "LoRA kernels, with dropout: loss" in found
     for name, error in found.items():
-        assert (error > 1e-4) if name in OTHERS or "dropout" in name else (error <= ROUNDING), name
-    assert found.keys() >= OTHERS
+        assert (error > 1e-4) if "dropout" in name else (error <= ROUNDING), name

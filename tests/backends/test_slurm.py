@@ -236,19 +236,17 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], N
     return runs
 
 
-@pytest.mark.parametrize("said", ["12\\n", "12;east\\n", "Billing: 7 hours are left\\n12\\n"])
+@pytest.mark.parametrize("prints", ["12\\n", "12;east\\n", "Billing: 7 hours are left\\n12\\n"])
 def test_the_id_of_a_job_is_in_the_last_line_of_sbatch(
-    tmp_path: Path, sbatch: Callable[[str], None], said: str
+    tmp_path: Path, sbatch: Callable[[str], None], prints: str
 ) -> None:
-    sbatch(f"printf '{said}'")
+    sbatch(f"printf '{prints}'")
     (tmp_path / "a").mkdir()
     assert batch(slurm_site.Site()).submit("run", [task(Path("a"))]) == "12"
     assert [job.id for job in RunDir(tmp_path / "a").jobs()] == ["12_0"]
 
 
-@pytest.mark.parametrize(
-    "commands", ["", "echo queued", "echo 12 jobs", "printf '12\\0'", "printf '\\377'", "exec sleep 60"]
-)
+@pytest.mark.parametrize("commands", ["", "echo 12 jobs", "printf '12\\0'", "printf '\\377'", "exec sleep 60"])
 def test_what_sbatch_says_otherwise_is_no_job(
     tmp_path: Path, sbatch: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, commands: str
 ) -> None:

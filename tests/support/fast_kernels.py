@@ -1,7 +1,7 @@
 """The kernels that the profile fast turns on, run by Triton's interpreter on a CPU, beside what they take the place of.
 
-Run with a small Llama's folder; writes as JSON, for each comparison, the
-largest difference as a share of the largest value. The reference of Axolotl's activations is in fp64.
+Run with a small Llama's folder; writes as JSON, for each comparison, the largest difference as a share of the largest
+value.
 """
 
 import json
@@ -16,19 +16,14 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import torch
 import triton.language as tl
-from axolotl.kernels.geglu import geglu_backward, geglu_forward
-from axolotl.kernels.swiglu import swiglu_backward, swiglu_forward
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches, patch_self_attn_lora
 from axolotl.utils.dict import DictDefault
 from liger_kernel.ops import rms_norm
 from liger_kernel.transformers import apply_liger_kernel_to_llama
 from peft import LoraConfig, get_peft_model
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
-
-Found = Iterator[tuple[str, float]]
 
 
 def as_on_a_gpu(converted: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -58,28 +53,6 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.double() - other.double()).abs().max() / other.double().abs().max())
 
 
-def twins(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The same values in fp64, which gradients are asked of."""
-    return [tensor.detach().double().requires_grad_() for tensor in tensors]
-
-
-def of_axolotl() -> Found:
-    """Axolotl's gated activations, which write their gradients over their arguments."""
-    kernels = {"swiglu": (swiglu_forward, swiglu_backward), "geglu": (geglu_forward, geglu_backward)}
-    activations = {"swiglu": functional.silu, "geglu": functional.gelu}
-    for name, (forward, backward) in kernels.items():
-        gate, up, grad = torch.randn(3, 2, 33, 65)
-        exact_gate, exact_up = twins(gate, up)
-        exact = activations[name](exact_gate) * exact_up
-        exact.backward(grad.double())
-        yield f"{name}, forward", apart(forward(gate, up), exact.detach())
-        _, of_gate, of_up = backward(grad.clone(), gate.clone(), up.clone())
-        yield f"{name}, backward", max(apart(of_gate, exact_gate.grad), apart(of_up, exact_up.grad))
-        if name == "geglu":
-            by_tanh = functional.gelu(gate.double(), approximate="tanh") * up.double()
-            yield "geglu, for a model with GELU by tanh", apart(forward(gate, up), by_tanh)
-
-
 def small_model(folder: Path, **lora: Any) -> Any:
     """A 4-bit Llama with adapters that are not zero, the same each time."""
     torch.manual_seed(1)
@@ -104,7 +77,7 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach()[None], **gradients}
 
 
-def of_models(folder: Path) -> Found:
+def compared(folder: Path) -> Iterator[tuple[str, float]]:
     """A training step of a Llama in NF4: with the LoRA kernels, then with Liger's too, beside PEFT's and transformers'
     own. With dropout it is another step, so that a fitted profile leaves the LoRA kernels out."""
     variants: dict[str, dict[str, Any]] = {
@@ -117,7 +90,7 @@ def of_models(folder: Path) -> Found:
     kernels = DictDefault(base_model=str(folder), lora_qkv_kernel=True, lora_o_kernel=True, lora_mlp_kernel=True)
     patch_self_attn_lora(kernels)
 
-    def compare(name: str, options: dict[str, Any], expected: dict[str, torch.Tensor]) -> Found:
+    def compare(name: str, options: dict[str, Any], expected: dict[str, torch.Tensor]) -> Iterator[tuple[str, float]]:
         found = trained(apply_lora_kernel_patches(small_model(folder, **options), kernels))
         assert found.keys() == expected.keys()
         yield f"{name}: loss", apart(found["loss"], expected["loss"])
@@ -138,4 +111,4 @@ if __name__ == "__main__":
         patch.object(torch, "empty", on_the_cpu(torch.empty)),
         patch.object(rms_norm, "rsqrt", lambda x: tl.rsqrt(x)),  # libdevice's, which the interpreter does not have
     ):
-        print(json.dumps(dict([*of_axolotl(), *of_models(Path(sys.argv[1]))])))
+        print(json.dumps(dict(compared(Path(sys.argv[1])))))
