@@ -1,7 +1,7 @@
 """Two real ranks on the CPU, through the command, under every engine: a tiny Llama in NF4 with LoRA.
 
 Each engine's run but those of ZeRO-1 and ZeRO-2, which divide less than ZeRO-3 does, is broken off, by a request to
-stop or by killing a rank, and resumed; its losses and its adapter are then compared with those of one undisturbed process.
+stop or by killing a rank, and resumed; its losses and its adapter are then compared with those of one process.
 """
 
 import re
