@@ -39,6 +39,27 @@ FILES = {
 """What the server has of predictions; the last ends in an empty one."""
 
 
+STUDY = f"""
+metrics: {{bleu4: {{}}, chrf: {{}}}}
+columns: [bleu4]
+variants: {{}}
+published:
+  {RECIPE}:
+    scores: {{bleu4: 50.0}}
+    predictions: {{prediction: {{file: pred.txt}}, reference: {{file: gold.txt}}}}
+    adapter: theirs
+  reviews/other: {{scores: {{bleu4: 5.0}}}}
+baselines:
+  - name: {BASELINE}
+    scores: {{bleu4: 4.0}}
+    test_set: some
+    predictions:
+      prediction: {{file: whole.jsonl, field: model.output}}
+      reference: {{file: whole.jsonl, field: target}}
+      test_set: test
+"""
+
+
 def write(place: Path, url: str, scores: dict[str, float] | None = None, **sources: Any) -> None:
     """Write the study into a folder of work.
 
@@ -49,52 +70,22 @@ def write(place: Path, url: str, scores: dict[str, float] | None = None, **sourc
         sources: what is declared of the sources otherwise, by name, with __ for a dot.
     """
     first = paths.RECIPES / "haider2024"
-    content = yamlfiles.read_yaml(first / "study.yaml")
+    content = yamlfiles.read_yaml(first / "study.yaml") | yamlfiles.parse(STUDY, "")
+    content["published"][RECIPE]["scores"] = scores or content["published"][RECIPE]["scores"]
     raw = {
         file.name: {"rows": datafiles.count_rows(file), "sha256": sha256(file)} for file in SAMPLE.glob("msg-*.jsonl")
     }
     declared: dict[str, Any] = {"rows.zip": {"url": f"{url}/rows.zip", "files": raw}}
     for name, content_of in FILES.items():
         declared[name] = {"url": f"{url}/{name}", "bytes": len(content_of), "sha256": digest(content_of)}
+    of_hub = {"hub": "owner/theirs", "kind": "model", "revision": "c" * 40}
     for name in ADAPTER:
-        declared[f"theirs/{name}"] = {
-            "hub": "owner/theirs",
-            "kind": "model",
-            "revision": "c" * 40,
-            "file": f"sub/{name}",
-        }
+        declared[f"theirs/{name}"] = of_hub | {"file": f"sub/{name}"}
     for name, changed in sources.items():
         declared[name.replace("__", ".")] |= changed
-    content["data"] |= {"key": "reviews", "sources": declared}
-    content["data"]["splits"]["test"]["subsets"] = {
-        "some": {"title": "Some Rows", "rows": len(SUBSET), "positions": "some.json"}
-    }
-    content["data"]["test_set"] = "some"
-    content["metrics"] = {"bleu4": {}, "chrf": {}}
-    content["columns"] = ["bleu4"]
-    whole = {
-        "prediction": {"file": "whole.jsonl", "field": "model.output"},
-        "reference": {"file": "whole.jsonl", "field": "target"},
-    }
-    content |= {
-        "published": {
-            RECIPE: {
-                "scores": scores or {"bleu4": 50.0},
-                "predictions": {"prediction": {"file": "pred.txt"}, "reference": {"file": "gold.txt"}},
-                "adapter": "theirs",
-            },
-            "reviews/other": {"scores": {"bleu4": 5.0}},
-        },
-        "variants": {},
-        "baselines": [
-            {
-                "name": BASELINE,
-                "scores": {"bleu4": 4.0},
-                "test_set": "some",
-                "predictions": whole | {"test_set": "test"},
-            }
-        ],
-    }
+    content["data"] |= {"key": "reviews", "sources": declared, "test_set": "some"}
+    subset = {"title": "Some Rows", "rows": len(SUBSET), "positions": "some.json"}
+    content["data"]["splits"]["test"]["subsets"] = {"some": subset}
     folder = place / "recipes" / "reviews"
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("mine", "other"):
