@@ -22,14 +22,11 @@ class Server:
 
     url: str
     content: bytes | None = b""
-    files: dict[str, bytes] = field(
-        default_factory=dict
-    )  # by the end of their paths; `content` is all else, or nothing
+    files: dict[str, bytes] = field(default_factory=dict)  # by the end of their paths; `content` is all else
     paths: list[str] = field(default_factory=list)
     etag: str = '"1"'
     ranges: bool = True
     compares: bool = True  # If-Range
-    length: bool = True
     breaks_after: list[int] = field(default_factory=list)  # bytes, each for one request
     answers: list[int] = field(default_factory=list)  # statuses instead of the file, each for one request
     error_code: str = ""  # of these, as a hub has them
@@ -51,17 +48,14 @@ class Handler(BaseHTTPRequestHandler):
         if orders.answers:
             self._refuse(orders.answers.pop(0), orders.error_code)
             return
-        start = 0
-        name = next((name for name in orders.files if self.path.endswith(name)), None)
-        content, etag = (
-            (orders.files[name], f'"{hashlib.sha256(orders.files[name]).hexdigest()}"')
-            if name
-            else (orders.content, orders.etag)
-        )
+        content, etag = orders.content, orders.etag
+        for name, of_file in orders.files.items():
+            if self.path.endswith(name):
+                content, etag = of_file, f'"{hashlib.sha256(of_file).hexdigest()}"'
         if content is None:
             self._refuse(404, "EntryNotFound")
             return
-        size = len(content)
+        start, size = 0, len(content)
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if asked and orders.ranges and (self.headers["If-Range"] == etag or not orders.compares):
             start = int(asked[1])
@@ -72,8 +66,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
         else:
             self.send_response(200)
-        if orders.length:
-            self.send_header("Content-Length", str(size - start))
+        self.send_header("Content-Length", str(size - start))
         self.send_header("ETag", etag)
         self.send_header("X-Repo-Commit", "c" * 40)  # as a hub does
         self.end_headers()
