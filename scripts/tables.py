@@ -169,8 +169,9 @@ def print_markdown(rows: Sequence[Row], title: str | None = None) -> None:
 
 
 def print_csv(rows: Sequence[Row]) -> None:
-    """CSV with a header on stdout; numbers in full."""
-    writer = csv.DictWriter(sys.stdout, rows[0].keys(), lineterminator="\n")
+    """CSV on stdout, with a header of all keys; numbers in full."""
+    names = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(
         {key: harmless(item) if isinstance(item, str) else item for key, item in row.items()} for row in rows

@@ -164,7 +164,7 @@ def run_folder(place: Path) -> Target:
     files.append(recorded_runs.recorded(folder))
     lines = ["results --json", "results --study sums2030", f"results --compare {ONE} {TWO}", f"report {ONE} {TWO}"]
     lines += [f"{verb} {run}" for verb in ("report", "results --export", "publish", "cancel") for run in (ONE, LEFT)]
-    lines += [f"results --by lang --run {ONE}", f"resume --trust {LEFT}", "results --ledger --study sums2030 --json"]
+    lines += [f"resume --trust {LEFT}", "results --ledger --study sums2030 --json"]
     return files, lines
 
 
@@ -208,8 +208,8 @@ def rows(place: Path) -> Target:
     write_rows(place / "q.jsonl", pairs)
     lines = ["data prepare --study haider2024 --out out raw", "data prepare --study sums2030 --out out sums"]
     lines += ["check alpaca.yaml --data", "check chat.yaml --data"]
-    lines += ["score p.jsonl", "score p.jsonl --out out.jsonl", "results --by lang --run p.jsonl"]
-    lines += ["results --compare p.jsonl q.jsonl", "results --by length --run p.jsonl --json"]
+    lines += ["score p.jsonl", "score p.jsonl --out out.jsonl"]
+    lines += ["results --compare p.jsonl q.jsonl"]
     files = ["raw/msg-train.jsonl", "sums/train.jsonl", "sums/test.csv", "rows.jsonl", "p.jsonl"]
     return [place / file for file in files], lines
 

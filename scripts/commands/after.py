@@ -9,14 +9,12 @@ from .. import tables
 from ..base.files import write_atomically
 from ..base.paths import RUNS
 from ..base.progress import Bar, say
-from . import completion
 from .help import Verb
 from .options import (
     Best,
     Distance,
     ExportedRun,
     Force,
-    Group,
     Json,
     Metrics,
     OfLedger,
@@ -34,18 +32,6 @@ from .options import (
 )
 
 HEADING = "After"
-By = Annotated[
-    Group | None, typer.Option("--by", help="The latest run's scores by language, or by length of the reference.")
-]
-RunOrFile = Annotated[
-    str | None,
-    typer.Option(
-        "--run",
-        metavar="RUN",
-        autocompletion=completion.runs,
-        help="With --by: another run, or a file of predictions.",
-    ),
-]
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
 Markdown = Annotated[bool, typer.Option("--md", help="Print Markdown.")]
 verbs = typer.Typer()
@@ -65,8 +51,6 @@ def results_verb(
     pair: PairOfRuns = None,
     power_of: PowerOf = None,
     difference: Distance = None,
-    by: By = None,
-    run: RunOrFile = None,
     metric: Metrics = None,
     export: ExportedRun = None,
     of_ledger: OfLedger = False,
@@ -77,19 +61,16 @@ def results_verb(
 ) -> None:
     """One row per run: losses and scores, beside the published ones."""
     what = {"--ledger" if of_ledger else "--study": of_ledger or study_name, "--sweep": sweep_name}
-    exclusive(what | {"--compare": pair, "--by": by, "--export": export, "--power": power_of})
+    exclusive(what | {"--compare": pair, "--export": export, "--power": power_of})
     only_with("--difference", difference is not None, "--power", power_of)
     only_with("--best", best, "--sweep", sweep_name)
     only_with("--rehearse", rehearse, "--study", study_name and not of_ledger)
-    only_with("--run", run, "--by", by)
-    only_with("--metric", metric, "--compare or --by", pair or by)
+    only_with("--metric", metric, "--compare", pair)
     form = form_of(json, csv, md)
     if pair:
         from ..results import compare
 
         compare.show(pair, runs, metric or [], form)
-    elif by:
-        _show_groups(by, run or "latest", metric or [], runs, form)
     elif sweep_name:
         _show_sweep(sweep_name, best, runs, form)
     elif export:
@@ -118,13 +99,6 @@ def results_verb(
         tables.print_json([])
     else:
         say(f"no runs below {runs}/; `recipe run NAME --rehearse` makes one")
-
-
-def _show_groups(by: str, run: str, metrics: list[str], runs: Path, form: tables.Form) -> None:
-    from ..results import compare
-
-    (of_one,) = compare.several([run], runs, metrics)
-    tables.write(compare.by_group(of_one, by), form, None if run == "latest" else run)
 
 
 def _show_sweep(name: str, best: str | None, runs: Path, form: tables.Form) -> None:

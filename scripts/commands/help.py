@@ -114,7 +114,7 @@ def after_training(folder: "RunDir", runs: Path, on: str) -> None:
 
     run, cfg = folder.read(), yamlfiles.read_yaml(folder.config)
     try:
-        evaluation_rows.require_reference(folder, run, cfg, evaluation_rows.usual(run, cfg))
+        evaluation_rows.require_reference(folder, cfg, evaluation_rows.usual(run, cfg))
     except UserError:
         next_step("report", name_of(folder, runs), runs=runs)
     else:

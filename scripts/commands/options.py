@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ..backends import Backend
 
 BackendName = Literal["local", "slurm"]
-Group = Literal["lang", "length"]
 
 
 def whole_name(context: typer.Context, given: str | None) -> str | None:

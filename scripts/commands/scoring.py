@@ -112,11 +112,11 @@ def evaluate_verb(
         print(evaluated.path)
         next_step("results", runs=runs, json=json)
         return
-    if isinstance(evaluated, checkpoint_selection.Choice):
+    if isinstance(evaluated, checkpoint_selection.CheckpointSelection):
         checkpoint_selection.show(evaluated, form_of(False, json))
     elif not json:
-        for row in evaluations.beside_references(folder.path, evaluated, count=2):
-            _print_texts(f"row {row.pop('row') + 1}", row)
+        for row in evaluations.first_predictions(folder.path, evaluated, count=2):
+            _print_texts(f"row {row['row'] + 1}", {name: row[name] for name in ("reference", "prediction")})
     if isinstance(evaluated, evaluations.Evaluation):
         _print_scores(evaluated.scores, json)
     next_step("report", name_of(folder, runs), runs=runs, json=json)
@@ -149,10 +149,6 @@ def score_verb(
     if out:
         write_rows(out, rows)
     _print_scores(scores, json)
-    usual = (prediction_field, reference_field) == ("prediction", "reference")
-    if usual or out:
-        words = [word for text in metric or [] for word in ("--metric", text)]
-        next_step("results", "--by", "length", "--run", file if usual else out or file, *words, json=json)
 
 
 def _print_texts(title: str, texts: dict[str, str]) -> None:

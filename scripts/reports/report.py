@@ -64,7 +64,6 @@ def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
     about = "Published scores are left out: rehearsals compare with none." if rehearsal else (
         f"Published scores are on {study.test_title}."
     )  # fmt: skip
-    figures = [draw.study(study, rows, column) for column in study.table.values()]
     by_metric = {c.label: _without_empty(listing.of_metric(rows, study, c)) for c in study.table.values()}
     measured, gaps = listing.of_measured(rows), listing.of_curves(rows)
     section = {
@@ -75,7 +74,7 @@ def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
         | ({listing.CURVES: _without_empty(gaps)} if gaps else {}),
         "baselines": [] if rehearsal else listing.baselines(study),
         "notes": [] if rehearsal else verdict.notes(study, rows),
-        "figures": [figure for figure in figures if figure],
+        "figures": _existing(*(draw.study(study, rows, column) for column in study.table.values())),
     }
     return _page(study.title, f"Study {name}", reported_runs(folders), study=section)
 
@@ -97,15 +96,18 @@ def of_sweep(sweep: Sweep, runs: Path, best: str | None) -> str:
     folders = [RunDir(Path(run)) for row in rows for run in row["runs"]]
     if not folders:
         raise UserError(f"--sweep {sweep.name}: no member has a run yet; `recipe sweep` makes them")
-    memory = draw.memory(rows)
     section = {
         "about": f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}.",
         "notes": sweep_results.notes(sweep, scored, rows, best),
         "table": _without_empty([sweep_results.cells(sweep, scored, row) for row in rows]),
-        "figures": [*draw.sweep(rows, scored), *([memory] if memory else [])],
+        "figures": _existing(draw.sweep(rows), draw.memory(rows)),
     }
     labels = [row["member"] for row in rows for _ in row["runs"]]
     return _page(sweep.name, f"Sweep of {sweep.recipe}", reported_runs(folders, labels), sweep=section)
+
+
+def _existing(*figures: draw.Figure | None) -> list[draw.Figure]:
+    return [figure for figure in figures if figure]
 
 
 def _without_empty(rows: list[Row]) -> list[Row]:
@@ -130,16 +132,8 @@ def _page(title: str, kind: str, runs: Sequence[ReportedRun], **more: Any) -> st
     """The HTML of what all reports have in common, and of what this one has besides."""
     alone = len(runs) == 1
     training = [figure for figure in draw.training({r.label: r.folder.read_metrics() for r in runs}) if figure.traces]
-    training += [
-        draw.curve(number, reported.label, reported.folder.read_metrics(), points)
-        for number, reported in enumerate(runs)
-        if (points := reported.published_curve)
-    ]
-    notes = []
-    if "sweep" not in more and (memory := draw.memory([_memory(reported) for reported in runs])):
-        training.append(memory)
-        if all("planned" not in trace["name"] for trace in memory.traces):
-            notes.append("No plan of this config is kept; `recipe plan` makes one.")
+    if "sweep" not in more:
+        training += _existing(draw.memory([_memory(reported) for reported in runs]))
     reader = report_runs.reader(runs)
     figures = [*training, *(figure for part in more.values() for figure in part["figures"])]
     facts: dict[str, Any] = {"study": None, "sweep": None} | more
@@ -161,7 +155,6 @@ def _page(title: str, kind: str, runs: Sequence[ReportedRun], **more: Any) -> st
         "version": version("qlora-recipes"),
         "overview": _without_empty([report_runs.overview(reported, report_runs.headings(runs)) for reported in runs]),
         "training": training,
-        "training_notes": notes,
         "scores": report_runs.scores(runs),
         "scored_on": "; ".join(dict.fromkeys(report_runs.scored_on(r) for r in runs if r.evaluation)),
         "reader": bool(reader),
@@ -183,17 +176,14 @@ def _render(facts: dict[str, Any]) -> str:
     }
     script = "\n".join((TEMPLATES / name).read_text() for name in SCRIPTS)
     plotly = Path(str(distribution("plotly").locate_file("plotly/package_data/plotly.min.js"))).read_text()
+    digests = [hashlib.sha256(code.encode()).digest() for code in (script, plotly)]
     ours = {
         "script": Markup(script),
         "style": Markup((TEMPLATES / "report.css").read_text()),
         "plotly_code": _packed(plotly.encode()),
-        "script_hashes": " ".join(f"'sha256-{_hash(code)}'" for code in (script, plotly)),
+        "script_hashes": " ".join(f"'sha256-{b64encode(code).decode()}'" for code in digests),
     }
     return jinja.get_template("report.html.j2").render(facts | ours)
-
-
-def _hash(code: str) -> str:
-    return b64encode(hashlib.sha256(code.encode()).digest()).decode()
 
 
 def _packed(content: bytes) -> str:

@@ -9,16 +9,14 @@ from .. import tables
 from ..base.files import Row
 from ..data.study import Study
 from ..metrics.metric import Column
-from ..results import run_rows
-from ..running.sweep_results import LOSS, Columns, on_front
+from ..running.sweep_results import LOSS, on_front
 
 Trace = dict[str, Any]
+# Okabe and Ito's, which the colour-blind can distinguish too; a line's dash and a point's symbol say it again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's, which the colour-blind can distinguish too; a line's dash and a point's symbol say it again."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 PATTERNS = ("", "/", "x", ".", "-", "|")
-GREY = "#767676"
 MOST_POINTS = 1000  # of a line; more cannot be distinguished, and are slow to draw
 
 
@@ -152,8 +150,7 @@ def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
         per_token = any("eval_loss_per_token" in record for record in metrics)
         title, key = ("validation", "eval_loss_per_token") if per_token else ("validation, by Axolotl", "eval_loss")
         losses.append(_curve(f"{prefix}{title}", metrics, key, i + alone, points=True))
-    thinned = any(len(metrics) > 2 * MOST_POINTS for metrics in runs.values())
-    note = f"Long curves are drawn as at most {MOST_POINTS:,} means over steps." if thinned else ""
+    note = f"Curves of more steps are drawn as at most {MOST_POINTS:,} means."
     step = _axis("optimizer step", rangemode="tozero")
     yield Figure("loss", "Loss", [curve for curve in losses if curve["x"]], step, _axis("loss"), note)
     cpu = "Of the training process; 100 % is one processor."
@@ -186,34 +183,22 @@ def memory(runs: Sequence[Row]) -> Figure | None:
         if known := [(row["member"], row[key]) for row in runs if row[key] is not None]:
             traces.append(_bars(name, known, i, [f"{gib:.2f}" for _, gib in known]))
     note = ""
-    if len(traces) > 1 and "resident" in kinds:
-        note = "These are different kinds of memory, so one does not check the other: a plan is for a GPU."
-    elif len(traces) > 1:
-        note = "The plan counts 0.14 GiB for CUDA itself, which the measured figure does not include."
+    if len(traces) > 1:
+        on_gpu = "The plan counts 0.14 GiB for CUDA itself, which the measured figure does not include."
+        other = "These are different kinds of memory, so one does not check the other: a plan is for a GPU."
+        note = other if "resident" in kinds else on_gpu
     layout = {"height": 130 + 34 * len(traces) * len(runs), "barmode": "group"}
     x = _axis("GiB", rangemode="tozero")
     return Figure("memory", "Memory at the peak", traces, x, _categories(), note, layout) if traces else None
 
 
-def sweep(rows: Sequence[Row], scored: Columns) -> Iterator[Figure]:
-    """The members of a sweep: the loss over memory, and each score with its interval, where known."""
+def sweep(rows: Sequence[Row]) -> Figure | None:
+    """The members of a sweep by their eval loss and memory, those on the Pareto front set apart."""
     kinds = {row["memory_kind"] for row in rows if row["memory_kind"]}
-    qualities = {LOSS: "Validation loss (lower is better)"}
-    qualities |= {name: f"{column.label} ({column.direction})" for name, column in scored.items()}
-    if against := _against(rows, "peak_memory_gib"):
-        title, x = "Validation loss against memory", _axis(f"peak GiB ({', '.join(sorted(kinds))})")
-        yield Figure(f"sweep-memory-{LOSS}", title, against, x, _axis(qualities[LOSS]), _FRONT)
-    for score, title in qualities.items():
-        if measured := [row for row in rows if row.get(score) is not None]:
-            points = [(row[score], row["member"]) for row in measured]
-            within = [row.get(f"{score}_interval") for row in measured]
-            errors = _interval([value for value, _ in points], within)
-            marker = _style(0)["marker"] | {"size": 11}
-            trace = _scatter(title, "markers", points, marker=marker, error_x=errors, cliponaxis=False)
-            says = ", ".join(f"{member} {tables.text_of(value)}" for value, member in points)
-            note = "" if any(within) else "No intervals: they need seeds, or rows that were evaluated."
-            layout = {"height": 140 + 32 * len(measured)}
-            yield Figure(f"sweep-{score}", title, [trace], _axis(title), _categories(), note, layout, says)
+    x, y = _axis(f"peak GiB ({', '.join(sorted(kinds))})"), _axis("Validation loss (lower is better)")
+    traces = _against(rows, "peak_memory_gib")
+    title = "Validation loss against memory"
+    return Figure(f"sweep-memory-{LOSS}", title, traces, x, y, _FRONT) if traces else None
 
 
 _FRONT = (
@@ -250,39 +235,24 @@ def study(of_study: Study, rows: Sequence[Row], column: Column) -> Figure | None
     traces = [_scatter("ours, with its 95 % interval", "markers", points, marker=marker, error_x=errors)]
     if known := [row for row in rows if row[f"{name}_published"] is not None]:
         published = [(row[f"{name}_published"], short[row["recipe"]]) for row in known]
-        spread = [_around(row[f"{name}_published"], row[f"{name}_spread"]) for row in known]
+        spreads = [(row[f"{name}_published"], row[f"{name}_spread"]) for row in known]
+        spread = [None if margin is None else (value - margin, value + margin) for value, margin in spreads]
         marker = {"color": COLOURS[1], "symbol": "diamond-open", "size": 12, "line": {"width": 2}}
         more = {"error_x": _interval([value for value, _ in published], spread)} if any(spread) else {}
         title = "published, with its ±" if any(spread) else "published"
         traces.append(_scatter(title, "markers", published, marker=marker, **more))
-        within = [*within, *spread]
     says = "; ".join(
         f"{short[row['recipe']]} {tables.text_of(row[name])}, published {tables.text_of(row[f'{name}_published'])}"
         for row in rows
     )
     layout = {"height": 220 + 34 * len(rows)}
-    values = [x for trace in traces for x in trace["x"]] + [end for interval in within for end in interval or ()]
-    room = 0.05 * (max(values) - min(values)) or 1.0
-    x = _axis(column.label, range=[min(values) - room, max(values) + room])  # a line alone would lie on the frame
-    return Figure(f"study-{name}", f"{column.label} of the study's recipes", traces, x, _categories(), "", layout, says)
-
-
-def curve(number: int, name: str, metrics: Sequence[Row], published: Sequence[run_rows.Point]) -> Figure:
-    """A run's training loss over the published curve of what it tries for."""
-    theirs = {"color": COLOURS[1], "dash": DASHES[1], "width": 3}
-    ours = run_rows.over_the_same_steps(metrics, published)
-    traces = [
-        _curve(f"{name}, step by step", metrics, "loss", 0) | {"line": {"color": GREY, "width": 1}},
-        _scatter(
-            "published", "lines+markers", published, line=theirs, marker={"color": COLOURS[1], "symbol": "square"}
-        ),
-        _scatter(f"{name}, mean over the same steps", "lines+markers", ours, **_style(0)),
-    ]
-    note = "A point is the mean loss of the steps since the point before."
-    step, loss = _axis("optimizer step", rangemode="tozero"), _axis("training loss")
-    title = f"Training loss of {name}, and the published one"
-    return Figure(f"curve-{number}", title, [trace for trace in traces if trace["x"]], step, loss, note)
-
-
-def _around(value: float, spread: float | None) -> tuple[float, float] | None:
-    return None if spread is None else (value - spread, value + spread)
+    return Figure(
+        f"study-{name}",
+        f"{column.label} of the study's recipes",
+        traces,
+        _axis(column.label),
+        _categories(),
+        "",
+        layout,
+        says,
+    )

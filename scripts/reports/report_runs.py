@@ -16,11 +16,10 @@ from ..base.errors import UserError
 from ..base.files import Row, json_rows, sha256
 from ..base.progress import is_secret
 from ..configs import config
-from ..data import study
 from ..metrics import registry
 from ..metrics.metric import Column
 from ..results import listing, run_rows
-from ..runs.records import Run
+from ..results.run_rows import RunResult
 from ..runs.rundir import RunDir
 from ..scores import evaluations
 from ..scores.columns import model_record
@@ -36,7 +35,7 @@ _OTHERS = {
 
 
 @dataclass(frozen=True)
-class ReportedRun:
+class ReportedRun(RunResult):
     """A run of a report.
 
     Attributes:
@@ -44,8 +43,6 @@ class ReportedRun:
     """
 
     label: str
-    folder: RunDir
-    run: Run
 
     @cached_property
     def config(self) -> yamlfiles.Config:
@@ -55,41 +52,9 @@ class ReportedRun:
         return {}
 
     @cached_property
-    def evaluation(self) -> Evaluation | None:
-        """The evaluation of its adapter."""
-        return evaluations.current(self.folder.path, self.run)
-
-    @cached_property
-    def base_evaluation(self) -> Evaluation | None:
-        """The evaluation of its base model alone, where that compares with `evaluation`."""
-        return run_rows.of_base_model(self.folder, self.evaluation) if self.evaluation else None
-
-    @cached_property
-    def decoded(self) -> dict[str, Evaluation]:
-        """The evaluations by further decodings of its study, by name."""
-        found = run_rows.decoded(self.folder, self.run, self.evaluation)
-        return {name: other for name, other in found.items() if other}
-
-    @cached_property
-    def published_curve(self) -> list[run_rows.Point]:
-        """The published training loss of what it tries for; none where there is none."""
-        aim, of_study = run_rows.aim(self.run), study.of(self.run.origin)
-        return run_rows.published_curve(of_study, aim) if aim and of_study else []
-
-    @cached_property
-    def predictions(self) -> list[Row]:
-        """The rows of that evaluation."""
-        return read_predictions(self.folder.path) if self.evaluation else []
-
-    @cached_property
-    def columns(self) -> dict[str, Column]:
-        """What it is scored with, by name."""
-        return run_rows.columns(self.run, self.evaluation)
-
-    @cached_property
     def row(self) -> Row:
         """It as a row of results."""
-        return run_rows.row(self.folder, self.run)
+        return run_rows.row(self)
 
     def from_cwd(self, path: str) -> str:
         """A path relative to the folder that the run was started in, where it is below that."""
@@ -111,15 +76,9 @@ def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None
     names = labels or [run.recipe.rpartition("/")[2] for _, run in runs]
     times = Counter(names)
     return [
-        ReportedRun(name if times[name] == 1 else f"{name}, {folder.path.name}", folder, run)
+        ReportedRun(folder, run, name if times[name] == 1 else f"{name}, {folder.path.name}")
         for name, (folder, run) in zip(names, runs, strict=True)
     ]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def headings(runs: Sequence[ReportedRun]) -> dict[str, Column]:
@@ -149,17 +108,13 @@ def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
         },
         "peak GiB": row["peak_memory_gib"],
         "of": row["memory_kind"],
-        "tokens/s": _whole(row["tokens_per_second"]),
-        "time in steps": _duration(row["train_seconds"]),
+        "tokens/s": row["tokens_per_second"] and round(row["tokens_per_second"]),
+        "time in steps": f"{row['train_seconds'] / 60:.1f} min",
         "trouble": row["trouble"],
         "evaluation": row["evaluation"],
         "other base model": row["other_base_model"],
         "other data": "yes" if row["other_data"] else None,
     }
-
-
-def _whole(value: float | None) -> int | None:
-    return None if value is None else round(value)
 
 
 def scores(runs: Sequence[ReportedRun]) -> list[Row]:
@@ -172,7 +127,8 @@ def scores(runs: Sequence[ReportedRun]) -> list[Row]:
             continue
         columns[reported.label] = _column(reported.evaluation, by_heading)
         for name, other in reported.decoded.items():
-            columns[f"{reported.label}: {name}"] = _column(other, by_heading)
+            if other:
+                columns[f"{reported.label}: {name}"] = _column(other, by_heading)
         if reported.base_evaluation:
             columns[f"{reported.label}: base model alone"] = _column(reported.base_evaluation, by_heading)
         aim = run_rows.aim(reported.run)
@@ -214,16 +170,11 @@ def scored_on(reported: ReportedRun) -> str:
 def settings(reported: ReportedRun) -> dict[str, Any]:
     """A run's settings with the source of each, and its differences from its recipe."""
     run = reported.run
-    of_recipe: dict[str, str] = {}
-    note = ""
     file = paths.recipe_file(run.recipe)
     file = file if file.is_file() else Path(run.cwd, run.recipe_file)
-    if not file.is_file():
-        note = f"The recipe's file, {run.recipe_file}, is no longer there, so its sources are not known."
-    else:
-        of_recipe = yamlfiles.sources(file)
-        if sha256(file) != run.recipe_sha256:
-            note = "The recipe has changed since the run; the sources are today's."
+    of_recipe = yamlfiles.sources(file) if file.is_file() else {}
+    same = file.is_file() and sha256(file) == run.recipe_sha256
+    note = "" if same else f"{run.recipe_file} has changed since the run, or is gone; sources are today's."
     why = {difference.key: difference.why for difference in run.differences}
     of_parts = {key.partition(".")[0]: reason for key, reason in why.items()}
     sources = of_parts | of_recipe | why  # a difference below a key that the recipe has is not the source of all of it
@@ -286,7 +237,7 @@ def reader(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
     """For each file of test rows its references and diffs, and every model's predictions."""
     files: dict[str, dict[str, Any]] = {}
     for reported in runs:
-        sources = [(reported.label, reported.evaluation, reported.predictions)]
+        sources = [(reported.label, reported.evaluation, read_predictions(reported.folder.path))]
         if reported.base_evaluation and len(runs) == 1:
             base = read_predictions(reported.folder.path / "evaluations" / BASE_MODEL)
             sources.append(("the base model alone", reported.base_evaluation, base))
@@ -335,12 +286,10 @@ def _diffs(reported: ReportedRun, settings: EvaluationSettings) -> tuple[list[st
     """The inputs of the rows that were evaluated, in their order, or the reason why they cannot be shown."""
     file = Path(reported.run.cwd, settings.data)
     name = reported.from_cwd(settings.data)
-    if not Path(settings.data).is_absolute() and not file.is_file():
-        return [], f"Inputs are shown of rows in one JSONL file; these are {name}."
     if not file.is_file():
-        return [], f"The diffs are not shown: {name} is no longer there."
+        return [], f"The inputs are not shown: {name} is not a file here."
     if sha256(file) != settings.data_sha256:
-        return [], f"The diffs are not shown: {name} has changed since the evaluation (its SHA-256 differs)."
+        return [], f"The inputs are not shown: {name} has changed since the evaluation (its SHA-256 differs)."
     with file.open("rb") as lines:
         inputs = [str(row.get("input", "")) for row in json_rows(lines, file, ())]
     return (inputs, "") if any(inputs) else ([], "These rows have no field input.")

@@ -69,6 +69,10 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
     )
     paths_of_data = (each for each in run.from_origin if re.fullmatch(r"datasets\b.*path", each.key))
     moved = [changed.why for changed in paths_of_data]
+    with importing_axolotl(offline=True):
+        from ..scores.prompter import as_code
+
+        prompt = as_code(cfg, folder.output, _known(run, data))
     facts |= {
         "merged": merged,
         "repository": repository or ".",
@@ -77,7 +81,7 @@ def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, 
         "sample": any(why.startswith(REHEARSED) for why in moved),
         "own_data": not all(why.startswith(REHEARSED) for why in moved),
         "other_model": None if run.rehearsal else run_rows.other_model(run),
-        "prompt": _prompt(folder, cfg, _known(run, data)),
+        "prompt": prompt,
         "columns": evaluation.columns if evaluation else {},
         "published": {name: tables.plus_minus(score.value, score.spread) for name, score in published.scores.items()}
         if published
@@ -138,13 +142,6 @@ def _known(run: Run, data: Data | None) -> dict[str, str]:
     if data:
         constants.append(constants_of(data.fields))
     return {**constants[0], "input": _PATCH} if constants else {}
-
-
-def _prompt(folder: RunDir, cfg: yamlfiles.Config, known: dict[str, str]) -> str | None:
-    with importing_axolotl(offline=True):
-        from ..scores.prompter import as_code
-
-        return as_code(cfg, folder.output, known)
 
 
 def _front_matter(facts: dict[str, Any]) -> str:

@@ -1,34 +1,30 @@
-"""Two runs or sets of predictions compared, and scores by groups of rows: `recipe results --compare`, `--by`."""
+"""Two runs compared, their trainings and their predictions: `recipe results --compare`."""
 
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from .. import tables
 from ..base import yamlfiles
 from ..base.errors import UserError
-from ..base.files import Row, sha256
+from ..base.files import Row
 from ..base.progress import say
 from ..configs import config
 from ..metrics.metric import Column
-from ..metrics.text import words
 from ..runs.records import Run
 from ..runs.rundir import RunDir, find_run
 from ..scores import intervals
 from ..scores.columns import columns_of, declared_models, model_record
-from ..scores.evaluations import ADAPTER, changed, current, read_predictions, read_scores
+from ..scores.evaluations import changed, current, read_predictions, read_scores
 from ..scores.score import read_rows, with_scores
-
-LENGTHS = (10, 25, 50)  # tokens, as `words` divides a text: the bounds between groups of references by length
 
 
 @dataclass
 class Predictions:
-    """Scored rows; of a run also whether it was a rehearsal.
+    """Scored rows.
 
     Attributes:
         columns: what each row is scored with, by name.
@@ -37,7 +33,6 @@ class Predictions:
 
     rows: list[Row]
     columns: dict[str, Column]
-    rehearsal: bool | None = None
     models: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
 
@@ -71,7 +66,6 @@ def _of_run(name: str, runs: Path, named: dict[str, Column]) -> Predictions:
         problem = changed(folder, evaluation) or "not evaluated"
         raise UserError(f"{folder}: {problem}; `recipe evaluate {folder}` comes first")
     scored = _scored(rows, evaluation.columns | named)
-    scored.rehearsal = evaluation.rehearsal
     for judged in declared_models(scored.columns):
         scored.models[judged] = model_record(scored.columns[judged], evaluation.scores)
         for new, row in zip(scored.rows, rows, strict=True):
@@ -128,10 +122,8 @@ def compare(a: Predictions, b: Predictions) -> list[dict[str, Any]]:
     What a judge makes is compared only where the same one made both.
 
     Raises:
-        UserError: one is a rehearsal's and the other a real run's, or they cannot be paired, see `pair`.
+        UserError: they cannot be paired, see `pair`.
     """
-    if {a.rehearsal, b.rehearsal} == {True, False}:
-        raise UserError("--compare: one of the runs is a rehearsal, which compares with rehearsals only")
     pairs = pair(a.rows, b.rows)
     compared = []
     for name, column in a.columns.items():
@@ -141,33 +133,6 @@ def compare(a: Predictions, b: Predictions) -> list[dict[str, Any]]:
             means = {"a": sum(left) / len(pairs), "b": sum(right) / len(pairs)}
             compared.append({"score": name, "rows": len(pairs), **means, **intervals.paired(left, right)})
     return compared
-
-
-def by_group(of_one: Predictions, key: str) -> list[dict[str, Any]]:
-    """The means of scores by `lang`, or by `length` of the reference in tokens, with the first one's interval.
-
-    Raises:
-        UserError: no row has its language.
-    """
-    rows = of_one.rows
-    if key == "lang" and not any(row.get("lang") for row in rows):
-        raise UserError("--by lang: these rows have no field lang; `recipe data prepare` writes it for test rows")
-    group = _length if key == "length" else lambda row: (0, str(row.get("lang")))
-    groups = []
-    for (_, name), members in groupby(sorted(rows, key=group), key=group):
-        of_group = list(members)
-        scores = [score for score in of_one.columns if of_group[0].get(score) is not None]
-        means = {score: sum(row[score] for row in of_group) / len(of_group) for score in scores}
-        within = {f"{score}_interval": intervals.interval([row[score] for row in of_group]) for score in scores[:1]}
-        groups.append({key: name, "rows": len(of_group), **means, **within})
-    return groups
-
-
-def _length(row: Row) -> tuple[int, str]:
-    i = bisect_left(LENGTHS, len(words(row["reference"])))
-    if i == len(LENGTHS):
-        return i, f"more than {LENGTHS[-1]} tokens"
-    return i, f"{LENGTHS[i - 1] + 1 if i else 0} to {LENGTHS[i]} tokens"
 
 
 _SPARE = ["equal", "rows", "p_wilcoxon", "better", "worse"]
@@ -181,7 +146,6 @@ class Divergence:
         first, last: the first and the last step whose loss both have recorded.
         step: the first of these whose losses differ; None where all are equal, to the last bit.
         losses: the two losses of that step.
-        same_adapter: whether the adapters are equal; None unless both runs are finished.
         differences: the settings in which the runs differ, with the values of a and b.
     """
 
@@ -189,22 +153,18 @@ class Divergence:
     last: int
     step: int | None
     losses: tuple[float | None, float | None] | None
-    same_adapter: bool | None
     differences: dict[str, tuple[Any, Any]]
 
-    def sentences(self) -> list[str]:
+    def lines(self) -> list[str]:
         """In words."""
+        said = f"The losses of steps {self.first} to {self.last}, which both have recorded, are equal."
         if self.step and self.losses:
-            said = [f"The losses differ from step {self.step} on: {self.losses[0]} in a, {self.losses[1]} in b."]
-        else:
-            adapters = {None: "", True: ", and so are the adapters", False: ", but the adapters differ"}
-            steps = f"steps {self.first} to {self.last}, which both have recorded"
-            said = [f"The losses of {steps}, are equal{adapters[self.same_adapter]}."]
-        if self.differences:
-            return [*said, "What differs between the runs, by their records:"]
-        if self.step:
-            return [*said, "By their records, config, data, packages and machine are the same."]
-        return said
+            said = f"The losses differ from step {self.step} on: {self.losses[0]} in a, {self.losses[1]} in b."
+        differing = [f"{name}: {old} -> {new}" for name, (old, new) in self.differences.items()]
+        by_record = "What differs between the runs, by their records:" if differing else ""
+        if self.step and not differing:
+            by_record = "By their records, config, data, packages and machine are the same."
+        return [said, *filter(None, [by_record]), *differing]
 
 
 def show(pair: tuple[str, str], runs: Path, metrics: Sequence[str], form: tables.Form) -> None:
@@ -224,14 +184,17 @@ def show(pair: tuple[str, str], runs: Path, metrics: Sequence[str], form: tables
     folders = {name: find_run(name, runs) for name in pair if not Path(name).is_file()}
     names = [str(folders[name].path) if name in folders else name for name in pair]
     diverged = _divergence([folders[name] for name in pair]) if len(folders) == len(set(pair)) else None
-    unscored = [str(folder.path) for folder in folders.values() if not _is_evaluated(folder)] if diverged else []
+    evaluated = [bool(current(folder.path) and read_predictions(folder.path)) for folder in folders.values()]
+    unscored = [name for name, scored in zip(names, evaluated, strict=False) if not scored] if diverged else []
     rows = None if unscored else compare(*several(names, runs, metrics))
     if form == "json":
         tables.print_json({"training": asdict(diverged) if diverged else None, "scores": rows})
         return
     title = f"a: {pair[0]}, b: {pair[1]}"
     if diverged:
-        _show_divergence(diverged, f"Trainings, {title}", form)
+        print_line = say if form in ("csv", "md") else tables.print_text
+        for line in (f"Trainings, {title}", *diverged.lines(), *([""] if form == "table" else [])):
+            print_line(line)
     if rows is not None:
         tables.write(rows, form, title, spare=_SPARE)
         if len(rows) > 1:
@@ -239,10 +202,6 @@ def show(pair: tuple[str, str], runs: Path, metrics: Sequence[str], form: tables
     else:
         which = f"{unscored[0]} is" if len(unscored) == 1 else "they are"
         say(f"their predictions are not compared: {which} not evaluated; `recipe evaluate {unscored[0]}` comes first")
-
-
-def _is_evaluated(folder: RunDir) -> bool:
-    return bool(current(folder.path) and read_predictions(folder.path))
 
 
 def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
@@ -262,7 +221,6 @@ def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
         say("their trainings are not compared: they have recorded the loss of no step in common")
         return None
     step = next((step for step in common if of_a[step] != of_b[step]), None)
-    adapters = [_adapter(folder, run) for folder, run in zip(folders, (a, b), strict=True)]
     settings = [_settings(yamlfiles.read_yaml(folder.config), run) for folder, run in zip(folders, (a, b), strict=True)]
     keys = [key for key in settings[0] | settings[1] if settings[0].get(key) != settings[1].get(key)]
     return Divergence(
@@ -270,15 +228,8 @@ def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
         last=common[-1],
         step=step,
         losses=(of_a[step], of_b[step]) if step is not None else None,
-        same_adapter=adapters[0] == adapters[1] if all(adapters) else None,
         differences={key: (settings[0].get(key), settings[1].get(key)) for key in keys},
     )
-
-
-def _adapter(folder: RunDir, run: Run) -> str | None:
-    """Hash of a finished run's adapter."""
-    adapter = folder.output / ADAPTER
-    return sha256(adapter) if run.state == "finished" and adapter.is_file() else None
 
 
 def _settings(cfg: yamlfiles.Config, run: Run) -> dict[str, Any]:
@@ -299,14 +250,3 @@ def _settings(cfg: yamlfiles.Config, run: Run) -> dict[str, Any]:
         "Axolotl's arguments": " ".join(run.axolotl_arguments) or None,
         "resumed from": ", ".join(launch.resumed_from for launch in run.launches if launch.resumed_from) or None,
     }
-
-
-def _show_divergence(diverged: Divergence, title: str, form: tables.Form) -> None:
-    differences = (f"{name}: {old} -> {new}" for name, (old, new) in diverged.differences.items())
-    for line in (title, *diverged.sentences(), *differences):
-        if form in ("csv", "md"):
-            say(line)
-        else:
-            tables.print_text(line)
-    if form not in ("csv", "md"):
-        print()

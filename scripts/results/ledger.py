@@ -22,7 +22,7 @@ from ..runs.records import Run
 from ..runs.rundir import RunDir
 from ..scores import evaluations
 from ..scores.columns import model_record
-from . import run_rows
+from .run_rows import RunResult
 
 
 def export(folder: RunDir) -> Path:
@@ -32,12 +32,11 @@ def export(folder: RunDir) -> Path:
         UserError: the run is not a finished and evaluated one of a study's recipe, or does not say what it ran on.
     """
     run = backends.read(folder)
-    own = evaluations.current(folder.path, run)
-    if reason := _refused(folder, run, own):
+    result = RunResult(folder, run)
+    if reason := _refused(result):
         raise UserError(f"{folder.path}: no record is made of it: {reason}")
-    assert own
     try:
-        record = record_of_run(folder, run, own)
+        record = record_of_run(result)
     except ValidationError as error:
         wrong = ", ".join(".".join(map(str, found["loc"])) for found in error.errors())
         raise UserError(
@@ -51,23 +50,21 @@ def export(folder: RunDir) -> Path:
     return file
 
 
-def _refused(folder: RunDir, run: Run, own: evaluations.Evaluation | None) -> str | None:
+def _refused(result: RunResult) -> str | None:
     """The reason why a ledger does not take a run."""
+    run, own = result.run, result.evaluation
     of_study = study.of(run.origin)
-    again = f"`recipe evaluate {folder.path}` does that"
     if of_study is None or run.origin not in {*of_study.published, *of_study.variants}:
         return f"{run.origin} is not a recipe of a study"
-    if run.state != "finished" or run.rehearsal:
-        return f"it is {'a rehearsal' if run.rehearsal else run.state}, and a record needs a finished run"
-    if own is None or own.settings.adapter_sha256 is None:
-        return f"it has no current evaluation of its adapter; {again}"
-    if not own.settings.stands_for(own.settings.model_copy(update={"engine": evaluations.REFERENCE, "model": None})):
+    if run.state != "finished" or run.rehearsal or run.published_adapter:
+        what = "a rehearsal" if run.rehearsal else run.published_adapter or run.state
+        return f"it is {what}, and a record needs a finished run with an adapter that was trained here"
+    of_adapter = own is not None and own.settings.adapter_sha256 is not None
+    if not of_adapter or not result.is_comparable(of_study.first):
+        rows = f"a current evaluation of its adapter on {of_study.test_title} as study.yaml says"
+        return f"it needs the recipe's model and data, and {rows}; `recipe evaluate {result.folder.path}` does that"
+    if own and not own.settings.stands_for(own.settings.model_copy(update={"engine": evaluations.REFERENCE})):
         return f"its predictions were {own.settings.note}"
-    if run.published_adapter:
-        return f"its adapter {run.published_adapter} was not trained here"
-    if not run_rows.comparable(own, run, of_study.first):
-        rows = f"an evaluation on {of_study.test_title} as study.yaml says"
-        return f"it needs the recipe's model and data, and {rows}; {again}"
     if changed := [d.key for d in run.from_origin if not _allowed(d)] or run.axolotl_arguments:
         return f"it differs from the recipe in {', '.join(changed)}"
     return None
@@ -81,13 +78,15 @@ def _allowed(difference: config.Difference) -> bool:
     return of_profile or is_data or how in ("--mirror", "--gpus") or key == "seed" or bool(config.TRACKING.match(key))
 
 
-def record_of_run(folder: RunDir, run: Run, own: evaluations.Evaluation) -> ledger.Record:
+def record_of_run(result: RunResult) -> ledger.Record:
     """The record of a run and the evaluation of its adapter.
 
     Raises:
         ValidationError: the run lacks something, or records it in another form.
     """
-    cfg, git, summary = yamlfiles.read_yaml(folder.config), run.provenance.get("git"), folder.summary(run)
+    run, own, summary = result.run, result.evaluation, result.summary
+    assert own and result.study
+    cfg, git = yamlfiles.read_yaml(result.folder.config), run.provenance.get("git")
     card = (run.provenance.get("gpus") or [{}])[0]
     gpu = gpus.named(str(card.get("name")))
     versions = run.provenance.get("packages", {})
@@ -112,7 +111,7 @@ def record_of_run(folder: RunDir, run: Run, own: evaluations.Evaluation) -> ledg
             "peak_gib": summary.peak_memory,
             "planned_gib": _planned(run, cfg, card.get("compute_capability")),
             "eval_loss": summary.eval_loss_per_token,
-            "scores": _scores(run, own, summary.eval_loss_per_token),
+            "scores": _scores(result, result.study, own),
         }
     )
 
@@ -125,11 +124,11 @@ def _planned(run: Run, cfg: yamlfiles.Config, capability: str | None) -> float |
     return None
 
 
-def _scores(run: Run, own: evaluations.Evaluation, loss: float | None) -> dict[str, ledger.Score]:
+def _scores(result: RunResult, of_study: Study, own: evaluations.Evaluation) -> dict[str, ledger.Score]:
     """The scores by the study's metrics; one by another scorer model than the study's is left out."""
     found = {}
-    for name, column in run_rows.columns(run, None).items():
-        value, by = run_rows.value(column, own, loss), model_record(column, own.scores)
+    for name, column in of_study.columns.items():
+        value, by = result.score(column), model_record(column, own.scores)
         declared = column.parameters.model if isinstance(column.parameters, ScorerModel) else ""
         if value is not None and (by is None or by["model"] in (declared, declared.rpartition("/")[2])):
             interval = (own.scores.get("intervals") or {}).get(name)
@@ -146,8 +145,7 @@ def show(studies: Sequence[Study], form: tables.Form) -> None:
     elif not by_study:
         say("no record in any ledger here; `recipe results --export RUN` writes one, and CONTRIBUTING.md says more")
     elif form == "csv":
-        keys = dict.fromkeys(key for rows in by_study.values() for row in rows for key in row)
-        tables.write([{key: row.get(key) for key in keys} for rows in by_study.values() for row in rows], form)
+        tables.write([row for rows in by_study.values() for row in rows], form)
     else:
         for name, rows in by_study.items():
             tables.write(rows, form, f"{ledger.TITLE}: {name}", spare=["Axolotl", "seed", "hours", "tokens/s"])

@@ -6,15 +6,12 @@ from typing import Any
 
 from .. import backends, tables
 from ..base.progress import say
-from ..base.yamlfiles import write_flow
-from ..data import study
 from ..data.published import Score
 from ..data.study import Study
 from ..metrics.metric import Column
-from ..runs.records import Run
-from ..runs.rundir import RunDir, all_runs, readable
-from ..scores.evaluations import current
+from ..runs.rundir import all_runs, readable
 from . import run_rows
+from .run_rows import RunResult
 from .verdict import notes
 
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown for runs from before there was one per token
@@ -25,11 +22,11 @@ _SPARE = (
 _BELOW = ("trouble", "changed", "variant of", "jobs", "predictions", "adapter")
 
 
-def _jobs(folder: RunDir, run: Run) -> Iterator[str]:
+def _jobs(result: RunResult) -> Iterator[str]:
     """The jobs that have not ended of a run's next steps, in words."""
-    trained = run.state == "finished"
-    for step, done in {"prepare": trained, "run": trained, "evaluate": current(folder.path, run)}.items():
-        if not done and (state := backends.job_state(folder, step)):
+    trained = result.run.state == "finished"
+    for step, done in {"prepare": trained, "run": trained, "evaluate": result.evaluation}.items():
+        if not done and (state := backends.job_state(result.folder, step)):
             yield f"{step}: {state}"
 
 
@@ -72,17 +69,15 @@ def _short(full: dict[str, Any], columns: Mapping[str, Column], decodings: Itera
 
 def show(runs: Path, form: tables.Form) -> None:
     """Print the results of all runs below a folder, in a form of `tables.Form`."""
-    found = [(folder, run) for folder, run in readable(all_runs(runs), backends.read)]
-    rows = [run_rows.row(folder, run, _jobs(folder, run)) for folder, run in found]
+    found = [RunResult(folder, run) for folder, run in readable(all_runs(runs), backends.read)]
+    rows = [run_rows.row(result, _jobs(result)) for result in found]
     if changed := [full["run"] for full in rows if full["evaluation"]]:
         say(f"{len(changed)} evaluations are stale or edited; `recipe evaluate {changed[-1]}` checks that of the last")
-    if form == "json":
+    if form in ("json", "csv"):
         tables.write(rows, form)
-    elif form == "csv" and rows:
-        tables.write(_of_one_shape(found, rows), form)
     else:
         for rehearsal in (False, True):
-            some = [(*of, full) for of, full in zip(found, rows, strict=True) if full["rehearsal"] == rehearsal]
+            some = [pair for pair in zip(found, rows, strict=True) if pair[1]["rehearsal"] == rehearsal]
             groups = _groups(some)
             for of_study, columns, group in groups:
                 title = REHEARSALS if rehearsal else "Runs"
@@ -98,43 +93,18 @@ def show(runs: Path, form: tables.Form) -> None:
                     tables.write(baselines(of_study), form, "To compare with")
 
 
-Group = tuple[study.Study | None, dict[str, Column], list[dict[str, Any]]]
-
-
-def _groups(some: Sequence[tuple[RunDir, Run, dict[str, Any]]]) -> list[Group]:
-    """Runs by their study, and those of none by what they were scored with, so that no column has numbers of two
-    metrics: the study, the columns of scores, and the rows."""
-    groups: list[Group] = []
-    for folder, run, full in some:
-        of_study = study.of_any(run.origin)
-        columns = of_study.table if of_study else run_rows.columns(run, current(folder.path, run))
-        for other, there, rows in groups:
-            if other is of_study and all(
-                column.same_scores(there.get(name, column)) for name, column in columns.items()
-            ):
-                there |= columns
-                rows.append(full)
-                break
-        else:
-            groups.append((of_study, dict(columns), [full]))
-    return groups
-
-
-def _of_one_shape(found: Sequence[tuple[RunDir, Run]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with the same keys, those that a row lacks without a value; a name that means several metrics becomes one
-    for each of these, with what that is."""
-    of_rows = [run_rows.columns(run, current(folder.path, run)) for folder, run in found]
-    meant: dict[str, Column] = {}
-    several = set()
-    for columns in of_rows:
-        several |= {name for name, column in columns.items() if not column.same_scores(meant.setdefault(name, column))}
-    named = []
-    for full, columns in zip(rows, of_rows, strict=True):
-        of = {key: f"{key} {write_flow(columns[name].entry)}" for name in several & set(columns)
-              for key in full if key == name or key.startswith(f"{name}_")}  # fmt: skip
-        named.append({of.get(key, key): value for key, value in full.items()})
-    keys = dict.fromkeys(key for full in named for key in full)
-    return [{key: full.get(key) for key in keys} for full in named]
+def _groups(
+    some: Sequence[tuple[RunResult, dict[str, Any]]],
+) -> list[tuple[Study | None, dict[str, Column], list[dict[str, Any]]]]:
+    """Runs by their study, and those of no study by their metrics, so that no column has numbers of two metrics: the
+    study, the columns of scores, and the rows."""
+    groups: dict[str, tuple[Study | None, dict[str, Column], list[dict[str, Any]]]] = {}
+    for result, full in some:
+        of_study = result.study
+        columns = of_study.table if of_study else result.columns
+        key = of_study.folder.name if of_study else str({name: c.entry for name, c in columns.items()})
+        groups.setdefault(key, (of_study, columns, []))[2].append(full)
+    return list(groups.values())
 
 
 COSTS = "Other scores, and what they cost"
@@ -266,24 +236,19 @@ def show_study(of_study: Study, rows: list[dict[str, Any]], rehearsal: bool, for
             over = [heading for heading in of_one[0] if heading.startswith("over ")]
             spare = ["95 % is of", *over, "by", "rows", "difference"]
             first = column == of_study.first
-            title = column.label if not first else REHEARSALS if rehearsal else about(of_study)
+            about = f"{of_study.cited}; published scores are on {of_study.test_title}"
+            title = column.label if not first else REHEARSALS if rehearsal else about
             tables.write(of_one, form, title, empty=True, spare=spare)
-        spare = ["tokens/s", "peak GPU GiB", "eval loss"]
-        tables.write(of_costs(rows, of_study), form, COSTS, empty=True, spare=spare)
-        if measured := of_measured(rows):
-            tables.write(measured, form, MEASURED)
-        if gaps := of_curves(rows):
-            tables.write(gaps, form, CURVES)
+        costs = of_costs(rows, of_study)
+        tables.write(costs, form, COSTS, empty=True, spare=["tokens/s", "peak GPU GiB", "eval loss"])
+        for title, table in ((MEASURED, of_measured(rows)), (CURVES, of_curves(rows))):
+            if table:
+                tables.write(table, form, title)
         if not rehearsal:
             if of_study.compared:
                 tables.write(baselines(of_study), form, "To compare with")
             for line in notes(of_study, rows):
                 tables.print_text(line)
-
-
-def about(of_study: Study) -> str:
-    """The paper of a study, and the rows that its published scores are on."""
-    return f"{of_study.cited}; published scores are on {of_study.test_title}"
 
 
 def _flat(full: dict[str, Any]) -> dict[str, Any]:

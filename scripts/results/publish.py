@@ -15,7 +15,7 @@ from typing import Any
 from .. import backends
 from ..base import yamlfiles
 from ..base.errors import UserError, WorkFailed
-from ..base.files import opened, sha256, tensor_shapes, where_full, write_atomically
+from ..base.files import opened, sha256, tensor_shapes, write_atomically
 from ..base.hub import limit_waiting
 from ..base.processes import held, start_child, stop_requests
 from ..base.progress import Bar, say
@@ -60,10 +60,8 @@ def publish(
         raise UserError(f"{folder.path}: the run is {run.state}; {first}")
     if run.published_adapter:
         raise UserError(f"{folder.path}: its adapter {run.published_adapter} was not trained here; publish a run's own")
-    if not adapter.is_file():
-        raise UserError(f"{adapter}: no adapter there; `recipe run {run.recipe}` trains one")
     if tensor_shapes(adapter) is None:
-        raise UserError(f"{adapter}: damaged; put a copy in its place")
+        raise UserError(f"{adapter}: damaged, or not there; put a copy there, or `recipe run {run.recipe}` trains one")
     if push is not None:
         _check_push(folder, run, push)
     elif private:
@@ -112,15 +110,12 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
         new = scratch / "merged"
         if code or not any(new.glob("*.safetensors")):
             tail = log.read_text(errors="replace").splitlines()[-15:]
-            if full := where_full("\n".join(tail), [folder.path]):
-                raise WorkFailed(f"{full}: no space left for the merged model, which is as large as the base model")
             raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not merge; the whole log is {log}"]))
         require_applied(lambda: _base_folder(folder, run), folder.output, new)
         for file in (file for pattern in _TOKENIZER for file in folder.output.glob(pattern)):
             shutil.copy2(file, new)  # Axolotl copies the base model's, which lacks what the config adds to it
         (new / MERGED_FROM).write_text(digest)
-        if merged.exists():
-            merged.rename(scratch / "former")
+        shutil.rmtree(merged, ignore_errors=True)
         new.rename(merged)
     return merged
 
@@ -139,24 +134,15 @@ def _base_folder(folder: RunDir, run: Run) -> Path:
 @contextmanager
 def _scratch(folder: RunDir) -> Iterator[Path]:
     """A folder of its own to merge in: half a model must not look like one, and Axolotl would replace the training's
-    log. It is removed at the end, and so is what a merge left that was killed; the former model returns where
-    no new one is in its place."""
+    log. It is removed at the end, and so is what a merge left that was killed."""
     scratch = folder.path / ".merge"
-    busy = "another process is merging it; wait for that"
-    with held(folder.path / ".merge.lock", busy):
+    with held(folder.path / ".merge.lock", "another process is merging it; wait for that"):
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
         try:
-            _clear(scratch, folder)
-            scratch.mkdir()
             yield scratch
         finally:
-            _clear(scratch, folder)
-
-
-def _clear(scratch: Path, folder: RunDir) -> None:
-    """Remove a folder to merge in, but for the former model where the new one is not in its place."""
-    if (scratch / "former").is_dir() and not (merged := folder.output / "merged").exists():
-        (scratch / "former").rename(merged)
-    shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _run(stops: list[int], command: Sequence[str | Path], **options: Any) -> int:
@@ -219,8 +205,7 @@ def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
     return str(address)
 
 
-Shards = dict[str, tuple[Path, list[int]]]
-"""The tensors of a folder by name: their file and shape."""
+Shards = dict[str, tuple[Path, list[int]]]  # the tensors of a folder by name: their file and shape
 _LAYERS = 16  # are compared; names are of all
 _SURE = 6  # standard deviations
 

@@ -14,15 +14,14 @@ from ..configs import config
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs import rundir
-from ..runs.records import Run
 from ..runs.rundir import RunDir
 from ..scores import evaluations, intervals
 from ..scores.columns import model_record
 from ..scores.evaluations import Evaluation
 from ..scores.intervals import MeanSquares, Variances
 from . import run_rows
+from .run_rows import RunResult
 
-Found = tuple[RunDir, Run]
 SEED = "seed"
 _SAME_ROWS = {"data_sha256", "rows"}
 # settings of evaluations whose scores have one mean
@@ -30,51 +29,51 @@ _ALIKE = _SAME_ROWS | {"decoding", "quantized", "dtype", "engine"}
 ONE_SEED = " of one seed"
 
 
-def usable(runs: Path, rehearsal: bool) -> list[Found]:
+def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
     """The runs below a folder that can speak for their recipes: rehearsals or real ones, on the recipe's model and
     data."""
     return [
-        (folder, run)
+        RunResult(folder, run)
         for folder, run in rundir.readable(rundir.all_runs(runs), backends.read)
         if run.rehearsal == rehearsal and (rehearsal or not run_rows.of_something_else(run))
     ]
 
 
-def of(chosen: Found, candidates: Sequence[Found]) -> list[Found]:
+def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
     """A run, and behind it those of others that repeat it: finished, trained alike on the same data but for the seed,
     and evaluated alike on the same rows. Where there are several seeds, only the newest run of each counts: repeating a
     seed says nothing about others. A run that is not finished and evaluated has none."""
-    own = evaluations.current(chosen[0].path, chosen[1])
-    if chosen[1].state != "finished" or own is None or chosen[1].published_adapter:
+    own, trained = chosen.evaluation, _training(chosen)
+    if chosen.run.state != "finished" or own is None or chosen.run.published_adapter or trained is None:
         return [chosen]
-    trained = _training(*chosen)
     found = [
-        (folder, run)
-        for folder, run in candidates
-        if folder.path != chosen[0].path
-        and run.recipe == chosen[1].recipe
-        and run.state == "finished"
-        and not run.published_adapter
-        and run.rehearsal == chosen[1].rehearsal
-        and _alike(own, evaluations.current(folder.path, run), _ALIKE)
-        and trained is not None
-        and _training(folder, run) == trained
+        other
+        for other in candidates
+        if other.folder.path != chosen.folder.path
+        and other.run.recipe == chosen.run.recipe
+        and other.run.state == "finished"
+        and not other.run.published_adapter
+        and other.run.rehearsal == chosen.run.rehearsal
+        and _alike(own, other.evaluation, _ALIKE)
+        and _training(other) == trained
     ]
-    by_seed = {seed(folder): (folder, run) for folder, run in [*found, chosen]}
+    by_seed = {seed(result.folder): result for result in [*found, chosen]}
     return [chosen] + [one for one in (by_seed.values() if len(by_seed) > 1 else found) if one != chosen]
 
 
-def _training(folder: RunDir, run: Run) -> Any:
+def _training(result: RunResult) -> Any:
     """What the training of a run depended on, but for its seed; None where its config is gone."""
-    if not folder.config.is_file():
+    run = result.run
+    if not result.folder.config.is_file():
         return None
-    leaves = config.flatten(yamlfiles.read_yaml(folder.config))
-    settings = {key: repr(value) for key, value in leaves if not _matters_not(key.partition(".")[0])}
+    leaves = config.flatten(yamlfiles.read_yaml(result.folder.config))
+    of_run = {SEED, *config.OF_THE_RUN}
+    settings = {
+        key: repr(value)
+        for key, value in leaves
+        if key.partition(".")[0] not in of_run and not config.TRACKING.match(key)
+    }
     return settings, [file.sha256 for file in run.data], run.ranks, run.axolotl_arguments
-
-
-def _matters_not(key: str) -> bool:
-    return key == SEED or key in config.OF_THE_RUN or bool(config.TRACKING.match(key))
 
 
 def _alike(one: Evaluation, other: Evaluation | None, settings: set[str]) -> bool:
@@ -89,23 +88,19 @@ def seed(folder: RunDir) -> Any:
     return cfg.get(SEED, config.AXOLOTL_SEED)
 
 
-def scores(column: Column, found: Sequence[Found]) -> dict[RunDir, float]:
-    """The scores of runs by a metric, those of them that have one that compares with that of the first."""
-    if not found:
-        return {}
-    first = evaluations.current(found[0][0].path, found[0][1])
-    judge = model_record(column, first.scores) if first else None
-    reached = {}
-    for folder, run in found:
-        own = evaluations.current(folder.path, run)
-        value = run_rows.value(column, own, folder.summary(run).eval_loss_per_token)
-        if value is not None and (own is None or model_record(column, own.scores) == judge):
-            reached[folder] = value
-    return reached
+def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, float]]:
+    """Runs with their scores by a metric, those of them that have one that compares with that of the first."""
+    models = [model_record(column, result.evaluation.scores) if result.evaluation else None for result in found]
+    scored = [(result, result.score(column)) for result in found]
+    return [
+        (result, score)
+        for (result, score), model in zip(scored, models, strict=True)
+        if score is not None and (result.evaluation is None or model == models[0])
+    ]
 
 
 def interval(
-    name: str, found: Sequence[Found], scores: Sequence[float], known: Sequence[float] = ()
+    name: str, found: Sequence[RunResult], scores: Sequence[float], known: Sequence[float] = ()
 ) -> intervals.Interval | None:
     """The 95 % interval of the mean of runs' scores, see `intervals.of_runs`.
 
@@ -117,18 +112,18 @@ def interval(
     """
     if len(found) > 1:
         made = intervals.of_runs(scores, by_row(name, found))
-        one_seed = len({repr(seed(folder)) for folder, _ in found}) == 1
+        one_seed = len({repr(seed(result.folder)) for result in found}) == 1
         return intervals.Interval(made.low, made.high, made.method + ONE_SEED) if made and one_seed else made
-    own = evaluations.current(found[0][0].path, found[0][1])
+    own = found[0].evaluation
     return intervals.of_runs(scores, None, (own.scores.get("intervals") or {}).get(name) if own else None, known)
 
 
-def by_row(name: str, found: Sequence[Found]) -> list[list[float]] | None:
+def by_row(name: str, found: Sequence[RunResult]) -> list[list[float]] | None:
     """A score of each row, for each of some runs; None where rows have none, or are not the same in all."""
-    first = evaluations.current(found[0][0].path, found[0][1])
-    if first is None or not all(_alike(first, evaluations.current(f.path, run), _SAME_ROWS) for f, run in found):
+    first = found[0].evaluation
+    if first is None or not all(_alike(first, result.evaluation, _SAME_ROWS) for result in found):
         return None
-    predicted = [evaluations.read_predictions(folder.path) for folder, _ in found]
+    predicted = [evaluations.read_predictions(result.folder.path) for result in found]
     if len({tuple(row.get("row") for row in rows) for rows in predicted}) != 1 or not predicted[0]:
         return None
     table = [[row[name] for row in rows if row.get(name) is not None] for rows in predicted]
@@ -171,10 +166,9 @@ def outlook(of_study: Study, runs: Path, difference: float | None = None) -> dic
     column = of_study.first
     difference, why = _difference(of_study, column, difference)
     basis = _basis(of_study, column, runs)
-    if not basis.variances.deviation(1, 1):
-        raise UserError(f"--power {of_study.folder.name}: all rows of {basis.words} score the same; nothing is noise")
-    if basis.rows < _FEWEST:
-        raise UserError(f"--power {of_study.folder.name}: {basis.rows} rows are too few to plan with; score more")
+    if not basis.variances.deviation(1, 1) or basis.rows < _FEWEST:
+        few = f"{basis.rows} rows of {basis.words} are too few, or too alike, to plan with"
+        raise UserError(f"--power {of_study.folder.name}: {few}; score more")
     known = next(filter(None, (of_study.repeats(recipe, column.name) for recipe in of_study.published)), [])
     rows = []
     for part in PARTS:
@@ -224,10 +218,10 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
     scored = [(group, table) for group in _groups(of_study, runs) if (table := by_row(column.name, group))]
     most = max((len(table[0]) for _, table in scored), default=0)
     scored = [(group, table) for group, table in scored if len(table[0]) == most > 1]
-    several = [(group, table) for group, table in scored if len({repr(seed(f)) for f, _ in group}) > 1]
+    several = [(group, table) for group, table in scored if len({repr(seed(result.folder)) for result in group}) > 1]
     if several:
         layouts: list[MeanSquares] = [intervals.mean_squares(table) for _, table in several]
-        words = " and ".join(f"{len(group)} runs of {group[0][1].recipe}" for group, _ in several)
+        words = " and ".join(f"{len(group)} runs of {group[0].run.recipe}" for group, _ in several)
         return Basis(intervals.estimated(layouts), most, words)
     if not known:
         lacks = f"`recipe reproduce {name} --seeds 3` makes runs that show it"
@@ -237,7 +231,7 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
     borrowed = f"{len(values)} published repeats of {recipe}"
     if scored:
         of_rows = sum(variance(table[0]) for _, table in scored) / len(scored)
-        which = " and ".join(group[0][1].recipe for group, _ in scored)
+        which = " and ".join(group[0].run.recipe for group, _ in scored)
         return Basis(Variances(of_runs, of_rows, 0.0), most, f"{borrowed}, and the rows of {which}")
     metric, published = column.metric, of_study.published[recipe].scores.get(column.name)
     if metric.all_or_nothing and metric.high is not None and published and of_study.data.scored_rows:
@@ -249,18 +243,18 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
     raise UserError(f"--power {name}: how far rows lie apart is not known yet; {lacks}")
 
 
-def _groups(of_study: Study, runs: Path) -> list[list[Found]]:
+def _groups(of_study: Study, runs: Path) -> list[list[RunResult]]:
     """The runs of a study whose scores compare with its published ones, those that repeat each other together."""
+    recipes = {*of_study.published, *of_study.variants}
     comparable = [
-        (folder, run)
-        for folder, run in usable(runs, rehearsal=False)
-        if run.origin in {*of_study.published, *of_study.variants}
-        and run_rows.comparable(evaluations.current(folder.path, run), run, of_study.first)
+        result
+        for result in usable(runs, rehearsal=False)
+        if result.run.origin in recipes and result.is_comparable(of_study.first)
     ]
-    groups: list[list[Found]] = []
-    for each in comparable:
-        if all(each[0].path != folder.path for group in groups for folder, _ in group):
-            groups.append(of(each, comparable))
+    groups: list[list[RunResult]] = []
+    for result in comparable:
+        if all(result not in group for group in groups):
+            groups.append(of(result, comparable))
     return groups
 
 

@@ -2,6 +2,8 @@
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,31 +15,106 @@ from ..data.manifest import is_the_studys
 from ..data.published import Published
 from ..data.study import Study
 from ..metrics.metric import Column
-from ..runs.records import Run
+from ..runs.records import Run, Summary
 from ..runs.rundir import RunDir
 from ..scores import evaluations
 from ..scores.columns import columns_of
 from ..scores.evaluations import BASE_MODEL, Evaluation, changed, current, read_scores
 
+REHEARSED = ("profile rehearsal", "rehearsal: ")  # the reasons for what every rehearsal changes
+_ALIKE = {"data_sha256", "rows", "decoding"}  # settings of two evaluations that may be compared
 
-def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
-    """A run and what it reached. Rehearsals are not compared with published scores.
 
-    Args:
-        folder: the run's folder.
-        run: its record.
-        jobs: its jobs that have not ended, in words.
-    """
-    own = current(folder.path, run)
-    of_study = study.of_any(run.origin)
-    summary = folder.summary(run)
+@dataclass(frozen=True)
+class RunResult:
+    """A run, and the evaluations of it that are current."""
+
+    folder: RunDir
+    run: Run
+
+    @cached_property
+    def study(self) -> Study | None:
+        return study.of_any(self.run.origin)
+
+    @cached_property
+    def evaluation(self) -> Evaluation | None:
+        """The evaluation of its adapter."""
+        return current(self.folder.path, self.run)
+
+    @cached_property
+    def base_evaluation(self) -> Evaluation | None:
+        """The evaluation of its base model alone; None where that is of other rows, or decoded otherwise."""
+        base, own = current(self.folder.path / "evaluations" / BASE_MODEL), self.evaluation
+        if own and base and own.settings.model_dump(include=_ALIKE) != base.settings.model_dump(include=_ALIKE):
+            return None
+        return base
+
+    @cached_property
+    def decoded(self) -> dict[str, Evaluation | None]:
+        """The evaluations of its adapter by further decodings of its study, by name; None where there is none."""
+        declared = self.study.decodings if self.study else {}
+        return {name: evaluations.decoded(self.folder.path, name, d, self.evaluation) for name, d in declared.items()}
+
+    @cached_property
+    def columns(self) -> dict[str, Column]:
+        """What it is scored with: its study's metrics, and those that it was evaluated with beside them."""
+        recorded = self.evaluation.columns if self.evaluation else {}
+        declared = self.study.columns if self.study else {}
+        return declared | {name: recorded[name] for name in recorded if name not in declared} or columns_of()
+
+    @cached_property
+    def summary(self) -> Summary:
+        return self.folder.summary(self.run)
+
+    def score(self, column: Column) -> float | None:
+        """Its score by a metric; None also where it was scored before the metric was declared as it is now."""
+        return value(column, self.evaluation, self.summary.eval_loss_per_token)
+
+    def is_comparable(self, column: Column) -> bool:
+        """True if a score compares with a published one: the run is finished, and evaluated on exactly the rows, with
+        the decoding and with the metric of that; its eval loss needs no evaluation."""
+        run, own = self.run, self.evaluation
+        if not self.study or run.state != "finished" or run.rehearsal or of_something_else(run):
+            return False
+        return column.metric.of_loss is not None or bool(
+            own
+            and column.same_scores(own.columns.get(column.name))
+            and own.settings.limit is None
+            and own.settings.test_set == self.study.data.test_set
+            and own.settings.decoding == self.study.decoding
+        )
+
+    def scores(self) -> dict[str, Any]:
+        """Its scores, NAME each, and what they compare with: NAME_base_model, the base model's without adapter;
+        NAME_published; and NAME_difference from that, where the two compare. NAME_DECODING is that by one of the
+        study's further decodings."""
+        aimed = aim(self.run)
+        scores: dict[str, Any] = {}
+        for name, column in self.columns.items():
+            ours, published = self.score(column), aimed.scores.get(name) if aimed else None
+            difference = ours - published.value if published and ours is not None else None
+            scores |= {
+                name: ours,
+                f"{name}_base_model": value(column, self.base_evaluation, None),
+                f"{name}_published": published.value if published else None,
+                f"{name}_difference": difference if self.is_comparable(column) else None,
+            }
+            if not column.metric.of_loss:
+                scores |= {f"{name}_{decoding}": value(column, other, None) for decoding, other in self.decoded.items()}
+        return scores
+
+
+def row(result: RunResult, jobs: Iterable[str] = ()) -> dict[str, Any]:
+    """A run and what it reached, with its `jobs` that have not ended, in words. Rehearsals are not compared with
+    published scores."""
+    folder, run, own, summary = result.folder, result.run, result.evaluation, result.summary
     ended_by = run.launches[-1].problem if run.launches else None
     differing = [d.key for d in run.differences if not d.why.startswith(REHEARSED)] + run.axolotl_arguments
     return {
         "run": str(folder.path),
         "recipe": run.recipe,
         "variant_of": run.variant_of,
-        "study": of_study.folder.name if of_study else None,
+        "study": result.study.folder.name if result.study else None,
         "rehearsal": run.rehearsal,
         "state": run.state,
         "published_adapter": run.published_adapter,
@@ -54,7 +131,7 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
         "test_set": own.settings.test_set if own else None,
         "generated_by": own.settings.engine if own else None,
         "evaluation": changed(folder.path, read_scores(folder.path), run),
-        **scores(folder, run, own),
+        **result.scores(),
         "peak_memory_gib": summary.peak_memory,
         "memory_kind": summary.memory_kind,
         "other_base_model": None if run.rehearsal else other_model(run),
@@ -65,68 +142,12 @@ def row(folder: RunDir, run: Run, jobs: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
-REHEARSED = ("profile rehearsal", "rehearsal: ")  # the reasons for what every rehearsal changes
-_ALIKE = {"data_sha256", "rows", "decoding"}  # settings of two evaluations that may be compared
-
-
-def columns(run: Run, own: Evaluation | None) -> dict[str, Column]:
-    """What a run is scored with: its study's metrics, and those that it was evaluated with beside them."""
-    recorded = own.columns if own else {}
-    of_study = study.of_any(run.origin)
-    declared = of_study.columns if of_study else {}
-    return declared | {name: recorded[name] for name in recorded if name not in declared} or columns_of()
-
-
 def value(column: Column, own: Evaluation | None, loss: float | None) -> float | None:
     """A run's score by an evaluation, or by its eval loss where the metric is of that; None also where it was scored
     before the metric was declared as it is now."""
     if column.metric.of_loss:
         return None if loss is None else column.metric.of_loss(loss)
     return own.scores.get(column.name) if own and column.same_scores(own.columns.get(column.name)) else None
-
-
-def scores(folder: RunDir, run: Run, own: Evaluation | None) -> dict[str, Any]:
-    """A run's scores, NAME each, and what they compare with: NAME_base_model, the base model's without adapter;
-    NAME_published; and NAME_difference from that, where the two compare. NAME_DECODING is that by one of the study's
-    further decodings.
-
-    Args:
-        folder: the run's folder.
-        run: its record.
-        own: the evaluation of its adapter.
-    """
-    base = of_base_model(folder, own)
-    aimed = aim(run)
-    loss = folder.summary(run).eval_loss_per_token
-    others = decoded(folder, run, own)
-    row: dict[str, Any] = {}
-    for name, column in columns(run, own).items():
-        ours = value(column, own, loss)
-        published = aimed.scores.get(name) if aimed else None
-        compared = published and ours is not None and comparable(own, run, column)
-        row |= {
-            name: ours,
-            f"{name}_base_model": value(column, base, None),
-            f"{name}_published": published.value if published else None,
-            f"{name}_difference": ours - published.value if compared and published and ours is not None else None,
-        }
-        if not column.metric.of_loss:
-            row |= {f"{name}_{decoding}": value(column, other, None) for decoding, other in others.items()}
-    return row
-
-
-def decoded(folder: RunDir, run: Run, own: Evaluation | None) -> dict[str, Evaluation | None]:
-    """The evaluations of a run's adapter by its study's further decodings, by name; None where there is none."""
-    of_study = study.of_any(run.origin)
-    declared = of_study.decodings if of_study else {}
-    return {name: evaluations.decoded(folder.path, name, decoding, own) for name, decoding in declared.items()}
-
-
-def of_base_model(folder: RunDir, own: Evaluation | None) -> Evaluation | None:
-    """The evaluation of a run's base model alone; None where it is of other rows, or decoded otherwise, than `own`."""
-    base = current(folder.path / "evaluations" / BASE_MODEL)
-    alike = not (own and base) or own.settings.model_dump(include=_ALIKE) == base.settings.model_dump(include=_ALIKE)
-    return base if alike else None
 
 
 def aim(run: Run) -> Published | None:
@@ -161,21 +182,6 @@ def manifest_entries(run: Run) -> list[dict[str, Any]]:
 def of_something_else(run: Run) -> bool:
     """Whether a run is on another base model or other data than its recipe, so that no published score concerns it."""
     return bool(other_model(run)) or other_data(run)
-
-
-def comparable(own: Evaluation | None, run: Run, column: Column) -> bool:
-    """Whether a run's score compares with a published one: it is finished, and evaluated on exactly the rows, with the
-    decoding and with the metric of that; its eval loss needs no evaluation."""
-    of_study = study.of_any(run.origin)
-    if not of_study or run.state != "finished" or run.rehearsal or of_something_else(run):
-        return False
-    return column.metric.of_loss is not None or bool(
-        own
-        and column.same_scores(own.columns.get(column.name))
-        and own.settings.limit is None
-        and own.settings.test_set == of_study.data.test_set
-        and own.settings.decoding == of_study.decoding
-    )
 
 
 Point = tuple[int, float]  # a step, and the mean loss of the steps since the point before

@@ -1,5 +1,6 @@
 """A study's runs beside its published scores: the rows of `recipe results --study`."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -12,13 +13,10 @@ from ..configs.compose import REHEARSAL, TRACKERS
 from ..data.published import TRAIN_LOSS, Measured, Published, Score
 from ..data.study import Study
 from ..metrics.metric import Column
-from ..runs.records import Run
-from ..runs.rundir import RunDir
-from ..scores import evaluations, intervals
+from ..scores import intervals
 from ..scores.columns import model_record
-from ..scores.evaluations import Evaluation
 from . import repeats, run_rows
-from .repeats import Found
+from .run_rows import RunResult
 
 GIB = 1 << 30
 WITHIN, ACCEPTABLE, OFF = "within the interval", "acceptable", "off"
@@ -60,29 +58,31 @@ def rows(
         speakers: for some recipes, the folder of the run that speaks for it, or None for none.
     """
     all_runs = repeats.usable(runs, rehearsal)
-    candidates = [each for each in all_runs if (speakers or {}).get(each[1].recipe, each[0].path) == each[0].path]
+    candidates = [
+        each for each in all_runs if (speakers or {}).get(each.run.recipe, each.folder.path) == each.folder.path
+    ]
     table = []
     for recipe in [*of_study.published, *of_study.variants]:
-        of_recipe = [candidate for candidate in candidates if candidate[1].recipe == recipe]
+        of_recipe = [candidate for candidate in candidates if candidate.run.recipe == recipe]
         if of_recipe or (recipe in of_study.published and not rehearsal):
-            chosen = max(of_recipe, key=lambda candidate: _preference(*candidate), default=None)
+            chosen = max(of_recipe, key=_preference, default=None)
             found = repeats.of(chosen, all_runs) if chosen else []
             table.append(study_row(of_study, recipe, found, rehearsal))
     return table
 
 
-def _preference(folder: RunDir, run: Run) -> tuple[bool, bool, bool, bool, bool, str]:
+def _preference(result: RunResult) -> tuple[bool, bool, bool, bool, bool, str]:
     """The order in which a recipe's runs speak for it: trained here, finished and evaluated, plain, of its seed, new
     ones last."""
+    run, evaluated = result.run, result.evaluation is not None
     changed = [text for text in run.overrides if not text.startswith(f"{repeats.SEED}=")]
     plain = not changed and not set(run.profiles) - {REHEARSAL, *TRACKERS} and not run.axolotl_arguments
-    evaluated = evaluations.current(folder.path, run) is not None
     own_seed = all(difference.key != repeats.SEED for difference in run.differences)
     done = run.state == "finished" and evaluated
-    return not run.published_adapter, done, evaluated, plain and run.ranks == 1, own_seed, folder.path.name
+    return not run.published_adapter, done, evaluated, plain and run.ranks == 1, own_seed, result.folder.path.name
 
 
-def study_row(of_study: Study, recipe: str, found: Sequence[Found], rehearsal: bool) -> dict[str, Any]:
+def study_row(of_study: Study, recipe: str, found: Sequence[RunResult], rehearsal: bool) -> dict[str, Any]:
     """A run's results beside what was published; its scores are means over it and those that repeat it.
 
     Args:
@@ -101,18 +101,14 @@ def study_row(of_study: Study, recipe: str, found: Sequence[Found], rehearsal: b
         `open`, those that the paper leaves open, with the run's values.
     """
     chosen = found[0] if found else None
-    ours = run_rows.row(*chosen) if chosen else {}
-    scored = evaluations.current(chosen[0].path, chosen[1]) if chosen else None
-    on_gpu = _on_gpu(ours)
-    hours = chosen[0].summary(chosen[1]).train_seconds * chosen[1].ranks / 3600 if chosen and on_gpu else None
+    ours = run_rows.row(chosen) if chosen else {}
     aim = None if rehearsal else of_study.aimed_at(recipe)
     first = of_study.first
-    scored_first = chosen is not None and ours[first.name] is not None
-    compared = bool(chosen and scored_first and run_rows.comparable(scored, chosen[1], first))
+    compared = bool(chosen and ours[first.name] is not None and chosen.is_comparable(first))
     by_metric: dict[str, Any] = {}
     for column in of_study.columns.values():
         by_metric |= _scores(of_study, column, found, ours, aim)
-    differs, left_open = _settings(of_study, recipe, chosen, scored) if chosen and not rehearsal else ([], [])
+    differs, left_open = _settings(of_study, recipe, chosen) if chosen and not rehearsal else ([], [])
     return {
         "recipe": recipe,
         "run": ours.get("run"),
@@ -128,56 +124,52 @@ def study_row(of_study: Study, recipe: str, found: Sequence[Found], rehearsal: b
         "gains_percent": _gains(of_study, by_metric, compared),
         "eval_loss": ours.get("eval_loss"),
         **_costs(of_study, chosen, ours, aim),
-        "gpu_hours": hours,
         "differs": differs,
         "open": left_open,
     }
 
 
-def _on_gpu(ours: Mapping[str, Any]) -> bool:
-    return str(ours.get("memory_kind")).startswith("GPU")
-
-
-def _costs(
-    of_study: Study, chosen: tuple[RunDir, Run] | None, ours: Mapping[str, Any], aim: Published | None
-) -> dict[str, Any]:
+def _costs(of_study: Study, chosen: RunResult | None, ours: Mapping[str, Any], aim: Published | None) -> dict[str, Any]:
     """What a run took and how its loss ended, beside what was published of that."""
     measured = aim.measured if aim else Measured()
+    on_gpu = str(ours.get("memory_kind")).startswith("GPU")
     curve = run_rows.published_curve(of_study, aim) if aim else []
-    own = run_rows.over_the_same_steps(chosen[0].read_metrics(), curve) if chosen and curve else []
+    own = run_rows.over_the_same_steps(chosen.folder.read_metrics(), curve) if chosen and curve else []
     gap = run_rows.gap(own, curve)
+    tolerance, furthest = of_study.tolerances.get(TRAIN_LOSS, math.inf), gap["largest"] or 0
+    judged = ours.get("state") == "finished" and gap["step"] is not None and TRAIN_LOSS in of_study.tolerances
     gib = measured.reserved_bytes / GIB if measured.reserved_bytes else None
     return {
         "train_loss": own[-1][1] if own and own[-1][0] == curve[-1][0] else None,
         "train_loss_published": curve[-1][1] if curve else None,
         **{f"train_loss_gap_{key}": value for key, value in gap.items()},
-        "train_loss_verdict": curve_verdict(of_study, gap["largest"]) if ours.get("state") == "finished" else None,
-        "trainable": chosen[0].summary(chosen[1]).trainable_parameters if chosen else None,
+        "train_loss_verdict": (ACCEPTABLE if furthest <= tolerance else OFF) if judged else None,
+        "trainable": chosen.summary.trainable_parameters if chosen else None,
         "trainable_published": measured.trainable,
-        "peak_gpu_memory_gib": ours.get("peak_memory_gib") if _on_gpu(ours) else None,
+        "peak_gpu_memory_gib": ours.get("peak_memory_gib") if on_gpu else None,
         "peak_gpu_memory_gib_published": gib,
         "tokens_per_second": ours.get("tokens_per_second"),
         "tokens_per_second_published": measured.tokens_per_second,
         "train_seconds": ours.get("train_seconds"),
         "train_seconds_published": measured.train_seconds,
+        "gpu_hours": chosen.summary.train_seconds * chosen.run.ranks / 3600 if chosen and on_gpu else None,
     }
 
 
 def _scores(
-    of_study: Study, column: Column, found: Sequence[Found], ours: Mapping[str, Any], aim: Published | None
+    of_study: Study, column: Column, found: Sequence[RunResult], ours: Mapping[str, Any], aim: Published | None
 ) -> dict[str, Any]:
     """What a row of the study says of one metric."""
     name = column.name
     reached = repeats.scores(column, found)
-    of_these = [each for each in found if each[0] in reached]
-    known = [] if ours.get("rehearsal") or not found else of_study.repeats(found[0][1].origin, name)
-    mean = fmean(reached.values()) if reached else None
-    within = repeats.interval(name, of_these, [*reached.values()], known) if reached else None
+    values = [value for _, value in reached]
+    known = [] if ours.get("rehearsal") or not found else of_study.repeats(found[0].run.origin, name)
+    mean = fmean(values) if reached else None
+    within = repeats.interval(name, [result for result, _ in reached], values, known) if reached else None
     published = aim.scores.get(name) if aim else None
     compared = published is not None and mean is not None and ours.get(f"{name}_difference") is not None
-    others = [run_rows.row(*each) for each in found] if of_study.decodings else []
-    scored = evaluations.current(found[0][0].path, found[0][1]) if found else None
-    judge = model_record(column, scored.scores) if scored else None
+    others = [result.scores() for result in found] if of_study.decodings else []
+    model = model_record(column, found[0].evaluation.scores) if found and found[0].evaluation else None
     return {
         name: mean,
         f"{name}_low": within.low if within else None,
@@ -192,7 +184,7 @@ def _scores(
         )
         if published and mean is not None and compared
         else None,
-        **({f"{name}_model": judge.get("model") if judge else None} if column.judged else {}),
+        **({f"{name}_model": model and model.get("model")} if column.judged else {}),
         **{f"{name}_{decoding}": _mean(others, f"{name}_{decoding}") for decoding in of_study.decodings},
     }
 
@@ -201,14 +193,6 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
     """The mean of what some rows have; None where none has it."""
     values = [row[key] for row in rows if row.get(key) is not None]
     return fmean(values) if values else None
-
-
-def curve_verdict(of_study: Study, largest: float | None) -> str | None:
-    """How our training loss compares with a published curve, where the study says how near it is near enough."""
-    tolerance = of_study.tolerances.get(TRAIN_LOSS)
-    if largest is None or tolerance is None:
-        return None
-    return ACCEPTABLE if largest <= tolerance else OFF
 
 
 def _gains(of_study: Study, ours: Mapping[str, Any], compared: bool) -> dict[str, float | None]:
@@ -220,22 +204,20 @@ def _gains(of_study: Study, ours: Mapping[str, Any], compared: bool) -> dict[str
     return {label: 100 * (ours[name] / value - 1) if compared else None for label, value in baselines.items()}
 
 
-def _settings(
-    of_study: Study, recipe: str, chosen: tuple[RunDir, Run], scored: Evaluation | None
-) -> tuple[list[str], list[str]]:
+def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str], list[str]]:
     """The settings that the paper states and a run changed, and those that it leaves open, with the run's values.
 
     The comment behind a setting in the study's own recipe says which of the two it is; the source of the run's value is
     the comment in its recipe, or the reason for the difference from that.
     """
-    folder, run = chosen
+    run = chosen.run
     origin = of_study.origin(recipe)
     file = paths.recipe_file(origin)
     of_paper, comment_prefixes = yamlfiles.sources(file), tuple(of_study.comment_prefixes)
     paper = yamlfiles.read_yaml(file)
     sources = yamlfiles.sources(paths.recipe_file(recipe))
     sources |= {difference.key.partition(".")[0]: difference.why for difference in run.differences}
-    ours = yamlfiles.read_yaml(folder.config)
+    ours = yamlfiles.read_yaml(chosen.folder.config)
     differs = [
         f"{key}: {_in_words(after)} instead of {_in_words(before)}"
         for key, (before, after) in config.differences(paper, ours).items()
@@ -256,7 +238,9 @@ def _settings(
     if published.trainer != "Axolotl":
         left_open.append(f"trainer: Axolotl (the paper used {published.trainer})")
     if "decoding" in of_study.open_settings:
-        decoding = (scored.settings.decoding if scored else of_study.decoding).model_dump(exclude_defaults=True)
+        decoding = (chosen.evaluation.settings.decoding if chosen.evaluation else of_study.decoding).model_dump(
+            exclude_defaults=True
+        )
         left_open.append(f"decoding: {_in_words(decoding)} (the paper gives none)")
     return differs, left_open
 
@@ -272,16 +256,10 @@ def notes(of_study: Study, rows: list[dict[str, Any]]) -> Iterator[str]:
     departs from the paper, and what may explain a score that is off."""
     for difference in of_study.differences:
         yield f"All recipes: {difference}"
-    judged = [(full, name) for full in rows for name in of_study.columns if full[f"{name}_verdict"]]
-    if any(full[f"{name}_spread"] is not None for full, name in judged):
-        yield "A published ± widens what is within the interval: theirs and ours need a value in common."
     yield from _of_intervals(of_study, rows)
     for full in rows:
         if full["published_adapter"]:
             yield f"{full['recipe']}: scores of the adapter {full['published_adapter']}, which was not trained here."
-    for name in of_study.decodings:
-        if missing := [full for full in rows if full["verdict"] and full[f"{of_study.first.name}_{name}"] is None]:
-            yield f"`recipe evaluate {missing[0]['run']} --decoding {name}` shows that decoding beside it."
     for full in rows:
         if full["differs"]:
             yield f"{full['recipe']} differs from the paper: {'; '.join(full['differs'])}"

@@ -34,7 +34,7 @@ SUFFIXES = (".json", ".jinja", ".model", ".txt")
 """Of an adapter's and a tokenizer's files beside the weights."""
 
 
-Evaluated = Evaluation | checkpoint_selection.Choice | RunDir
+Evaluated = Evaluation | checkpoint_selection.CheckpointSelection | RunDir
 
 
 def of_name(name: str, request: EvaluationRequest, runs: Path, backend: Backend) -> tuple[RunDir, Evaluated]:
@@ -88,7 +88,7 @@ def start(folder: RunDir, request: EvaluationRequest, runs: Path, backend: Backe
         gpus = 0 if record.rehearsal else 1
         queued = Task(TaskResult(record.recipe), lambda: [evaluation], gpus, steps=["evaluate"])
         return backend.carry_out(queued, record.recipe, runs)
-    return checkpoint_selection.choose(folder, request) if request.checkpoints else evaluate.evaluate(folder, request)
+    return checkpoint_selection.select(folder, request) if request.checkpoints else evaluate.evaluate(folder, request)
 
 
 def located(adapter: str) -> tuple[Path, str]:

@@ -13,9 +13,10 @@ from ..data import study
 from ..metrics.metric import Column
 from ..results import repeats, run_rows
 from ..results.listing import REHEARSALS
+from ..results.run_rows import RunResult
 from ..runs.records import Run, Summary
 from ..runs.rundir import RunDir
-from ..scores import evaluation_rows, evaluations
+from ..scores import evaluation_rows
 from .pipeline import existing_runs
 from .sweep import Sweep, SweepMember, of_recipe
 
@@ -29,7 +30,7 @@ def columns(sweep: Sweep, runs: Path) -> dict[str, Column]:
     of_digest = existing_runs(runs, sweep.recipe)
     found: dict[str, Column] = {}
     for folder, run in (of_digest[m.digest] for m in sweep.members if m.digest in of_digest):
-        found |= run_rows.columns(run, evaluations.current(folder.path, run))
+        found |= RunResult(folder, run).columns
     return found or of_recipe(sweep.recipe)
 
 
@@ -107,8 +108,8 @@ def on_front(row: dict[str, Any], compared: Sequence[dict[str, Any]], cost: str)
 
 def _row(members: Sequence[SweepMember], of_runs: Sequence[tuple[RunDir, Run]], scored: Columns) -> dict[str, Any]:
     """The row of the members of a name; of the finished runs of these, the first stands for what is alike in all."""
-    done = [(folder, run) for folder, run in of_runs if run.state == "finished"]
-    measured = [run_rows.row(folder, run) for folder, run in done]
+    done = [RunResult(folder, run) for folder, run in of_runs if run.state == "finished"]
+    measured = [run_rows.row(result) for result in done]
     row: dict[str, Any] = {
         "member": members[0].name,
         "values": members[0].values,
@@ -116,11 +117,11 @@ def _row(members: Sequence[SweepMember], of_runs: Sequence[tuple[RunDir, Run]], 
         "runs": [str(folder.path) for folder, _ in of_runs],
         "states": [run.state for _, run in of_runs],
     }
-    of_study = study.of(done[0][1].origin) if done and not done[0][1].rehearsal else None
+    of_study = study.of(done[0].run.origin) if done and not done[0].run.rehearsal else None
     for score in qualities(scored):
         of_score = [(each, run[score]) for each, run in zip(done, measured, strict=True) if run.get(score) is not None]
         values = [value for _, value in of_score]
-        known = of_study.repeats(done[0][1].origin, score) if of_study else []
+        known = of_study.repeats(done[0].run.origin, score) if of_study else []
         within = repeats.interval(score, [each for each, _ in of_score], values, known) if values else None
         row |= {
             score: sum(values) / len(values) if values else None,
@@ -128,7 +129,7 @@ def _row(members: Sequence[SweepMember], of_runs: Sequence[tuple[RunDir, Run]], 
             f"{score}_interval_method": within.method if within else None,
         }
     first = measured[0] if measured else {}
-    summary = done[0][1].summary if done else Summary()
+    summary = done[0].run.summary if done else Summary()
     return row | {
         "planned_gib": members[0].planned_gib,
         "peak_memory_gib": max((run["peak_memory_gib"] for run in measured if run["peak_memory_gib"]), default=None),

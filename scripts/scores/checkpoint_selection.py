@@ -19,61 +19,41 @@ from .evaluate import evaluate
 from .evaluations import ADAPTER, Evaluation
 from .task import EvaluationRequest
 
-FINAL = "final"
-"""The name of the adapter that the training ended with, where that is none of its checkpoints'."""
+FINAL = "final"  # the name of the adapter that the training ended with, where that is none of its checkpoints'
 
 
 @dataclass
-class Choice:
+class CheckpointSelection:
     """Checkpoints by their scores.
 
     Attributes:
-        column: the metric that the best is chosen by.
+        column: the metric that the best is selected by.
         rows: the rows that they were scored on, in words.
-        chosen: whether a best one is named: not where the test rows are all there is to score them on.
         checkpoints: oldest first, each with `checkpoint`, its name; `step`, `epoch` and `eval_loss`, per token, where
             these were recorded; `score`, `low` and `high`, its 95 % interval; `best`; and for the best `test_score`,
-            `test_low` and `test_high`, where there are test rows beside those that it was chosen on.
+            `test_low` and `test_high`, where there are test rows beside those that it was selected on.
         test_rows: the rows of the test score, in words.
     """
 
     column: Column
     rows: str
-    chosen: bool
     checkpoints: list[dict[str, Any]]
     test_rows: str | None = None
 
-    @property
-    def spread(self) -> tuple[float, float]:
-        """The lowest and the highest score."""
-        scores = [row["score"] for row in self.checkpoints]
-        return min(scores), max(scores)
 
-    def as_json(self) -> dict[str, Any]:
-        """All of it for --json."""
-        return {
-            "metric": self.column.name,
-            "rows": self.rows,
-            "chosen": self.chosen,
-            "spread": self.spread,
-            "test_rows": self.test_rows,
-            "checkpoints": self.checkpoints,
-        }
-
-
-def choose(folder: RunDir, request: EvaluationRequest) -> Choice:
+def select(folder: RunDir, request: EvaluationRequest) -> CheckpointSelection:
     """Score every kept checkpoint on the rows that the run validates on, then the best of them on the test rows.
 
-    The best is that by the first metric; of equals the oldest. Until it is chosen no test row is read. Where a run
-    validates on nothing, or on the test rows, all are scored on the test rows and none is chosen. Each evaluation is
-    kept as one of another adapter or of other rows, and is not repeated.
+    The best is that by the first metric; of equals the oldest. Until it is selected no test row is read. Each
+    evaluation is kept as one of another adapter or of other rows, and is not repeated.
 
     Args:
         folder: the run's folder.
         request: how they are evaluated; its data are the test rows.
 
     Raises:
-        UserError: no checkpoint was kept, no metric can be scored, or see `evaluate`.
+        UserError: the run validates on no rows, or on the test rows; no checkpoint was kept; no metric can be scored;
+            or see `evaluate`.
         WorkFailed: see `evaluate`.
     """
     run = folder.read()
@@ -81,35 +61,39 @@ def choose(folder: RunDir, request: EvaluationRequest) -> Choice:
     column = _column(run, request)
     adapters = _adapters(folder)
     own = sha256(folder.output / ADAPTER) if (folder.output / ADAPTER).is_file() else None
+    validation = evaluation_rows.validation(run, cfg)
+    if validation is None:
+        problem = "the run validates on no rows but the test rows, which must not select a checkpoint"
+        raise UserError(f"{folder.path}: {problem}; `recipe evaluate {folder.path} --adapter DIR` scores one")
 
-    def evaluated(name: str, validation: bool) -> Evaluation:
+    def evaluated(name: str, of_validation: bool) -> Evaluation:
         path, digest = adapters[name]
         adapter = None if digest == own else str(path)  # the run's own evaluation
-        data = None if validation else request.data
-        return evaluate(folder, replace(request, adapter=adapter, data=data, validation=validation))
+        data = None if of_validation else request.data
+        return evaluate(folder, replace(request, adapter=adapter, data=data, validation=of_validation))
 
-    validation = evaluation_rows.validation(run, cfg)
     records = folder.read_metrics()
     kept_step = folder.summary(run).kept_step
     rows = []
     for number, (name, (path, _)) in enumerate(adapters.items(), start=1):
         say(f"{name}, {number} of {len(adapters)}")
-        result = evaluated(name, validation is not None)
+        result = evaluated(name, True)
         step = checkpoints.step_of(path) or kept_step
         recorded = [record for record in records if step is None or record["step"] == step]
         rows.append(_row(name, recorded, result, column))
-    scored_on = result.settings
-    choice = Choice(column, f"{scored_on.data_name}, {scored_on.rows_in_words}", validation is not None, rows)
-    if validation:
-        best = column.better(rows, key=lambda row: row["score"])
-        best["best"] = True
-        tested = request.data or evaluation_rows.usual(run, cfg) not in (None, validation)
-        if tested:
-            say(f"{best['checkpoint']} is the best on {choice.rows}; now its test score")
-            result = evaluated(best["checkpoint"], False)
-            choice.test_rows = f"{result.settings.data_name}, {result.settings.rows_in_words}"
-            best |= {f"test_{key}": value for key, value in _score(result, column).items()}
-    return choice
+    selection = CheckpointSelection(column, _in_words(result), rows)
+    best = column.better(rows, key=lambda row: row["score"])
+    best["best"] = True
+    if request.data or evaluation_rows.usual(run, cfg) not in (None, validation):
+        say(f"{best['checkpoint']} is the best on {selection.rows}; now its test score")
+        result = evaluated(best["checkpoint"], False)
+        selection.test_rows = _in_words(result)
+        best |= {f"test_{key}": value for key, value in _score(result, column).items()}
+    return selection
+
+
+def _in_words(result: Evaluation) -> str:
+    return f"{result.settings.data_name}, {result.settings.rows_in_words}"
 
 
 def _column(run: Run, request: EvaluationRequest) -> Column:
@@ -158,44 +142,34 @@ def _score(result: Evaluation, column: Column) -> dict[str, float | None]:
     return {"score": result.scores[column.name], "low": low, "high": high}
 
 
-def show(choice: Choice, form: tables.Form) -> None:
-    """Print a choice, in a form of `tables.Form`."""
+def show(selection: CheckpointSelection, form: tables.Form) -> None:
+    """Print a selection, in a form of `tables.Form`."""
+    label = selection.column.label
     if form == "json":
-        tables.print_json(choice.as_json())
+        facts = {"metric": selection.column.name, "rows": selection.rows, "test_rows": selection.test_rows}
+        tables.print_json(facts | {"checkpoints": selection.checkpoints})
         return
     rows = [
         {
             "checkpoint": row["checkpoint"],
             "epoch": None if row["epoch"] is None else round(row["epoch"], 2),
             "eval loss": row["eval_loss"],
-            choice.column.label: row["score"],
-            "95 %": _within(row["low"], row["high"]),
-            **({"best": "best" if row["best"] else None} if choice.chosen else {}),
-            **({"on test rows": row.get("test_score")} if choice.test_rows else {}),
+            label: row["score"],
+            "95 %": _interval(row),
+            "best": "best" if row["best"] else None,
+            "on test rows": row.get("test_score"),
         }
-        for row in choice.checkpoints
+        for row in selection.checkpoints
     ]
     tables.write(rows, form, spare=["eval loss", "epoch"])
-    tables.print_text(conclusion(choice))
+    best = next(row for row in selection.checkpoints if row["best"])
+    tables.print_text(f"{best['checkpoint']} is the best by {label} on {selection.rows}, on which the run validates.")
+    if selection.test_rows:
+        score = f"{tables.text_of(best['test_score'])}, 95 % {tables.text_of(_interval(best, 'test_'))}"
+        tables.print_text(f"On {selection.test_rows}, its {label} is {score}.")
+    else:
+        tables.print_text("There are no other rows to test it on, so its score is too good; --data FILE names some.")
 
 
-def _within(low: float | None, high: float | None) -> list[float] | None:
-    return None if low is None or high is None else [low, high]
-
-
-def conclusion(choice: Choice) -> str:
-    """What a choice comes to, in a sentence or two."""
-    low, high = choice.spread
-    label = choice.column.label
-    if not choice.chosen:
-        return (
-            f"The run validates on no rows of its own. These are scores on {choice.rows}; none is chosen, since the "
-            f"test rows would then no longer test it. Their {label} is {tables.text_of([low, high])}."
-        )
-    best = next(row for row in choice.checkpoints if row["best"])
-    said = f"{best['checkpoint']} is the best by {label} on {choice.rows}, on which the run validates."
-    if choice.test_rows is None:
-        return f"{said} There are no other rows to test it on, so its score is too good; --data FILE names some."
-    within = _within(best["test_low"], best["test_high"])
-    interval = f", 95 % {tables.text_of(within)}" if within else ""
-    return f"{said} On {choice.test_rows}, its {label} is {tables.text_of(best['test_score'])}{interval}."
+def _interval(row: dict[str, Any], prefix: str = "") -> list[float] | None:
+    return None if row[f"{prefix}low"] is None else [row[f"{prefix}low"], row[f"{prefix}high"]]

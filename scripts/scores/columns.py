@@ -11,8 +11,8 @@ from ..metrics import registry
 from ..metrics.bertscore import ScorerModel, layer_of, made_by
 from ..metrics.metric import Column
 
+# Scorer models by the names of the columns that need one; None where that column is left out.
 ScorerModels = Mapping[str, ScorerModel | None]
-"""Scorer models by the names of the columns that need one; None where that column is left out."""
 
 
 class StandIn(ScorerModel):

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from .evaluations import (
     REFERENCE,
     SCORES,
     Evaluation,
+    Prediction,
     changed,
     read_predictions,
     read_scores,
@@ -52,11 +52,11 @@ def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
 
 
 def _same_work(task: EvaluationTask) -> Evaluation | None:
+    """The evaluation in a task's folder, where its predictions are those that the task asks for."""
     former = read_scores(task.where)
-    same = former and former.settings.same_work() == task.settings.same_work()
-    if former and not former.settings.stands_for(task.settings):
-        same = False
-    if not (former and same and len(read_predictions(task.where)) == task.settings.rows):
+    if not former or former.settings.same_work() != task.settings.same_work():
+        return None
+    if not former.settings.stands_for(task.settings) or len(read_predictions(task.where)) != task.settings.rows:
         return None
     if changed(task.where, former) == "edited":
         raise UserError(
@@ -94,10 +94,12 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         if any(judged.values()):
             with Bar("looking for BERTScore's model", 1):
                 require_models(judged.values())
-        old: Iterable[str] = ()
         if former := _same_work(task):
             say(f"{predictions}: complete, made with the same settings; scoring it anew")
-            rows, old = read_predictions(task.where), former.columns
+            rows = [
+                {key: value for key, value in row.items() if key in Prediction.model_fields}
+                for row in read_predictions(task.where)
+            ]
             kept = {"batch_size", *ORIGIN}
             settings = settings.model_copy(update={key: getattr(former.settings, key) for key in kept})
         else:
@@ -107,7 +109,7 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         files = states(task.where, settings)
         with Bar("scoring", 1):
             own = request.adapter is None  # the eval loss is not that of another adapter
-            scores, rows = score(rows, task.columns, judged, old, summary.eval_loss_per_token if own else None)
+            scores, rows = score(rows, task.columns, judged, summary.eval_loss_per_token if own else None)
         if note := settings.note:
             scores["notes"] = [note, *scores.get("notes", [])]
         if evaluation_rows.changed_since(task.run, task.rows):

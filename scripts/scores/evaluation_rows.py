@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,10 @@ from ..data import manifest, study
 from ..data.manifest import is_the_studys
 from ..runs.records import Run
 from ..runs.rundir import RunDir
-from ..tables import text_of
 from .score import read_rows
 
+# In a run's folder: rows that only Axolotl can load, as they were at the first evaluation, with their data sets.
 KEPT = "evaluation-rows.jsonl"
-"""In a run's folder: rows that only Axolotl can load, as they were at the first evaluation, with their data sets."""
 _ELSEWHERE = "name a file with such rows with --data"
 
 
@@ -124,41 +122,27 @@ def _set_of(test: dict[str, Any], digest: str) -> str | None:
     return next((name for name, entry in sets.items() if entry.get("sha256") == digest), None)
 
 
-def require_reference(folder: RunDir, run: Run, cfg: Config, source: Source | None) -> Source:
+def require_reference(folder: RunDir, cfg: Config, source: Source | None) -> Source:
     """The source, if its rows have answers to compare predictions with.
 
     Raises:
         UserError: they have none, or there is no source.
     """
     entries = [entry for key, entry in datafiles.datasets(cfg) if source is None or key in source.keys]
-    kind = None
-    if cfg.get("rl"):
-        kind = f"data for rl: {cfg['rl']}"
-    elif cfg.get("reward_model") or cfg.get("process_reward_model"):
-        kind = "data for a reward model"
-    elif cfg.get("pretraining_dataset"):
-        kind = "data for pretraining"
-    elif any(str(entry.get("type")).partition(":")[0] == "completion" for entry in entries):
-        kind = "completion data"
-    if kind:
-        problem = f"{kind} has no answer to compare a prediction with; its measure is the eval loss"
-        raise UserError(f"{folder.path}: {problem}{_eval_loss(folder, run)}")
+    without_answers = {
+        f"data for rl: {cfg.get('rl')}": cfg.get("rl"),
+        "data for a reward model": cfg.get("reward_model") or cfg.get("process_reward_model"),
+        "data for pretraining": cfg.get("pretraining_dataset"),
+        "completion data": any(str(entry.get("type")).partition(":")[0] == "completion" for entry in entries),
+    }
+    if kind := next((kind for kind, given in without_answers.items() if given), None):
+        problem = f"{kind} has no answer to compare a prediction with; its measure is the eval loss in `recipe results`"
+        raise UserError(f"{folder.path}: {problem}, where test_datasets or val_set_size has the run measure it")
     if source is None:
-        problem = (
-            "its config has neither test_datasets nor val_set_size, and no test.jsonl lies beside its training data"
-        )
+        problem = "its config has neither test_datasets nor val_set_size, and no test.jsonl is beside its training data"
         remedy = f"{_ELSEWHERE}, and give the recipe test_datasets for the next run"
         raise UserError(f"{folder.path}: no rows to evaluate it on: {problem}; {remedy}")
     return source
-
-
-def _eval_loss(folder: RunDir, run: Run) -> str:
-    """A run's eval loss as the rest of a sentence about it."""
-    summary = folder.summary(run)
-    loss = summary.eval_loss if summary.eval_loss_per_token is None else summary.eval_loss_per_token
-    if loss is None:
-        return ", which the run has not measured; test_datasets or val_set_size has the next one do that"
-    return f": {text_of(loss)} at the end of the run, as `recipe results` shows"
 
 
 def read(source: Source, folder: RunDir, run: Run, cfg: Config) -> EvaluationRows:
@@ -175,11 +159,12 @@ def read(source: Source, folder: RunDir, run: Run, cfg: Config) -> EvaluationRow
         rows = read_rows(source.file, fields, hint)
         read = EvaluationRows(source.data, sha256(source.file), rows, source.keys * len(rows))
     else:
-        files = {key: _jsonl(entries[key], Path(run.cwd)) for key in source.keys}
-        if source.held_out or not all(files.values()):
+        files = {key: file for key in source.keys if (file := _jsonl(entries[key], Path(run.cwd)))}
+        if source.held_out or len(files) < len(source.keys):
             pairs = _loaded(source, folder, run, cfg)
         else:
-            pairs = [(key, row) for key, file in files.items() for row in _first_rows(entries[key], file)]
+            firsts = {key: read_rows(file, ())[: datafiles.first_rows(entries[key])] for key, file in files.items()}
+            pairs = [(key, row) for key, rows in firsts.items() for row in rows]
         digest = hashlib.sha256(orjson.dumps(pairs)).hexdigest()
         read = EvaluationRows(source.data, digest, [row for _, row in pairs], [key for key, _ in pairs])
     if not read.rows:
@@ -222,12 +207,6 @@ def _jsonl(entry: Config, folder: Path) -> Path | None:
     parts = any(entry.get(key) for key in ("shards", "weight", "preprocess_shards", "name", "ds_type"))
     whole = entry.get("split") in (None, "train") or datafiles.first_rows(entry) is not None
     return file if file.suffix == ".jsonl" and file.is_file() and whole and not parts else None
-
-
-def _first_rows(entry: Config, file: Path | None) -> list[Row]:
-    assert file
-    with file.open("rb") as lines:
-        return list(islice(json_rows(lines, file, ()), datafiles.first_rows(entry)))
 
 
 def _in_words(entries: dict[str, Config], folder: Path) -> str:

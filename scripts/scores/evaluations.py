@@ -24,8 +24,8 @@ ADAPTER = "adapter_model.safetensors"
 LOCK = ".evaluation.lock"
 BASE_MODEL = "base-model"  # the base model's folder below evaluations/
 REFERENCE, VLLM, SERVER = "transformers", "vllm", "server"
+# Those of an evaluation's settings that say what generated its predictions.
 ORIGIN = ("batch_tokens", "engine", "model", "served", "agreement")
-"""Those of an evaluation's settings that say what generated its predictions."""
 DECODED = "decoding-"  # how the folders of the study's further decodings begin there
 
 
@@ -245,29 +245,10 @@ def _damaged[T](file: Path, instead: T) -> T:
     return instead
 
 
-def beside_references(folder: Path, evaluation: Evaluation, count: int) -> list[Row]:
-    """The first predictions of an evaluation beside their references.
-
-    Args:
-        folder: the run's.
-        evaluation: one of the run.
-        count: how many.
-
-    Returns:
-        Rows with `row`, from 0, `reference` and `prediction`, and with `base_model`, what the model alone wrote, where
-        the run's base model was evaluated on the same rows too.
-    """
+def first_predictions(folder: Path, evaluation: Evaluation, count: int) -> list[Row]:
+    """The first rows of an evaluation of the run in a folder."""
     where = next(place for place in (folder, *folder.glob("evaluations/*")) if read_scores(place) == evaluation)
-    alone = folder / "evaluations" / BASE_MODEL
-    of_base = read_scores(alone)
-    same_rows = of_base and of_base.settings.data_sha256 == evaluation.settings.data_sha256
-    written = {row["row"]: row for row in read_predictions(alone)} if same_rows and where != alone else {}
-    return [
-        {"row": row["row"], "reference": row["reference"]}
-        | ({"base_model": written[row["row"]]["prediction"]} if row["row"] in written else {})
-        | {"prediction": row["prediction"]}
-        for row in read_predictions(where)[:count]
-    ]
+    return read_predictions(where)[:count]
 
 
 def _brought_up_to_date(record: Evaluation, folder: Path) -> Evaluation:
@@ -299,8 +280,8 @@ def states(folder: Path, settings: EvaluationSettings) -> dict[str, FileState]:
     return {name: FileState.of(files[name], digest) for name, digest in there.items() if digest}
 
 
+# What has changed since an evaluation: its adapter or test rows, or its predictions.
 Changed = Literal["stale", "edited"]
-"""What has changed since an evaluation: its adapter or test rows, or its predictions."""
 
 
 def changed(folder: Path, evaluation: Evaluation | None, run: Run | None = None) -> Changed | None:

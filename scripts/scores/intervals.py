@@ -42,13 +42,9 @@ def _within(means: np.ndarray) -> list[float]:
     return bounds
 
 
-def interval(values: Sequence[float]) -> list[float] | None:
-    """The 95 % bootstrap interval (percentiles) of the mean of values; None for fewer than two values."""
-    return each({"": values})[""]
-
-
 def each(columns: Mapping[str, Sequence[float]]) -> dict[str, list[float] | None]:
-    """The intervals of several scores of the same rows, whose resamples are drawn once for all; see `interval`."""
+    """The 95 % bootstrap intervals (percentiles) of means of scores of the same rows, whose resamples are drawn once
+    for all; None for fewer than two rows."""
     values = [np.asarray(column, dtype=float) for column in columns.values()]
     if not values or len(values[0]) < 2:
         return dict.fromkeys(columns)

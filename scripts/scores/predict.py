@@ -24,10 +24,8 @@ from .task import EvaluationTask
 if TYPE_CHECKING:
     from .prompter import Prompter  # with torch and Axolotl, which `require` does without
 
-COMPARED = 32
-"""Rows that are compared, at even distances, so that all kinds are among them."""
-KNOWN = {"batch_tokens", "served", "agreement"}
-"""Settings that are known once an engine has started."""
+COMPARED = 32  # rows that are compared, at even distances, so that all kinds are among them
+KNOWN = {"batch_tokens", "served", "agreement"}  # settings that are known once an engine has started
 
 
 def as_row(i: int, row: Row, reference: str) -> Row:

@@ -187,8 +187,6 @@ def _placeholders(dataset: Config) -> tuple[dict[str, Any], list[str]]:
         turns = ((user, "{question}"), (assistant, ANSWER))
         messages = [{names["role"]: role, names["content"]: text} for role, text in turns]
         return {dataset.get("field_messages") or "messages": messages}, ["question"]
-    if dataset.get("type") == "input_output":
-        return {"segments": [{"label": False, "text": "{text}"}, {"label": True, "text": ANSWER}]}, ["text"]
     fields = fields_of(dataset)
     if not fields or not fields.reference or not fields.texts:
         return {}, []

@@ -29,20 +29,20 @@ from .prompter import Prompter
 
 disable_progress_bar()
 
+# Of a batch, unless another number is asked for. Weights are read, and in 4 bit dequantized, once a token for all rows
+# of a batch; beyond some dozens that is little, and rows that have ended wait for those that have not.
 MOST_ROWS = 64
-"""Of a batch, unless another number is asked for. Weights are read, and in 4 bit dequantized, once a token for all rows
-of a batch; beyond some dozens that is little, and rows that have ended wait for those that have not."""
+# The most rows and tokens of a batch of large models on a CPU, where arithmetic takes the time and larger ones are not
+# faster, and of samples, whose seeds are those of their batches: they are not to depend on how much memory there is.
 FIXED = 16, 8192
-"""The most rows and tokens of a batch of large models on a CPU, where arithmetic takes the time and larger ones are not
-faster, and of samples, whose seeds are those of their batches: they are not to depend on how much memory there is."""
 
+# Bytes of memory below which a model is small on a CPU, as those of rehearsals are. Its weights are dequantized once,
+# unless a config has its 4-bit layers compute in another dtype: doing so for each token is slower, and bitsandbytes'
+# kernel for CPUs rounds to bf16, with answers that depend on how many rows are computed at once.
 SMALL = 4e9
-"""Bytes of memory below which a model is small on a CPU, as those of rehearsals are. Its weights are dequantized once,
-unless a config has its 4-bit layers compute in another dtype: doing so for each token is slower, and bitsandbytes'
-kernel for CPUs rounds to bf16, with answers that depend on how many rows are computed at once."""
+# The most bytes of keys and values of a small model's batch on a CPU, as far as a quarter of the free memory has room
+# for them.
 SMALL_CACHE = 1_000_000_000
-"""The most bytes of keys and values of a small model's batch on a CPU, as far as a quarter of the free memory has
-room for them."""
 
 
 class Reference:
@@ -228,16 +228,11 @@ def grow_embedding(model: PreTrainedModel, tokens: int, adapter: str | None) -> 
         model.resize_token_embeddings(rows)
 
 
-def weights_folder(prompter: Prompter, merges: bool = False) -> Path:
-    """The run's base model, quantized as in training and dequantized to the settings' dtype.
+def weights_folder(prompter: Prompter) -> Path:
+    """The run's base model, quantized as in training and dequantized to the settings' dtype, as a folder.
 
-    At each step a 4-bit layer does the same, unless `bnb_4bit_compute_dtype` is another, so that both compute with the
-    very same weights. The folder is made once, in the cache, where it takes as much room as the base model in 16 bit.
-
-    Args:
-        prompter: of the run.
-        merges: whether the adapter is merged into the weights, which rounds them once more, and takes memory for all of
-            them in fp32. The base model need not be quantized then.
+    At each step a 4-bit layer does the same, unless `bnb_4bit_compute_dtype` is another, so that both compute with
+    identical weights. The folder is made once, in the cache, where it takes as much room as the base model in 16 bit.
 
     Raises:
         OSError: there is not so much room.
@@ -251,27 +246,15 @@ def weights_folder(prompter: Prompter, merges: bool = False) -> Path:
         "kinds": prompter.quantization.to_diff_dict() if prompter.quantization else None,
         "config": settings.built_with,
         "dtype": settings.dtype,
-        "adapter": settings.adapter_sha256 if merges else None,
     }
     digest = hashlib.sha256(orjson.dumps(made_of, option=orjson.OPT_SORT_KEYS)).hexdigest()
-    made = paths.cache() / f"{'merged' if merges else 'dequantized'}-{model.name}-{digest[:16]}"
-    return make_once(made, lambda target: _make_weights(prompter, merges, target, made))
+    made = paths.cache() / f"dequantized-{model.name}-{digest[:16]}"
 
+    def make(target: Path) -> None:
+        say(f"dequantizing {model.name}, once, in {made}")
+        base_model(prompter).dequantize(dtype=getattr(torch, settings.dtype)).save_pretrained(target)
+        prompter.config.save_pretrained(target)  # as it was: the model's has what was asked for beside it
+        gc.collect()
+        torch.cuda.empty_cache()  # the engine needs it
 
-def _make_weights(prompter: Prompter, merges: bool, target: Path, made: Path) -> None:
-    what = "merging the adapter into" if merges else "dequantizing"
-    say(f"{what} {Path(prompter.settings.base_model).name}, once, in {made}")
-    _weights(prompter, merges).save_pretrained(target)
-    prompter.config.save_pretrained(target)  # as it was: the model's has what was asked for beside it
-    gc.collect()
-    torch.cuda.empty_cache()  # the engine needs it
-
-
-def _weights(prompter: Prompter, merges: bool) -> Any:
-    settings, model = prompter.settings, base_model(prompter)
-    dtype = getattr(torch, settings.dtype)
-    if settings.quantized:
-        model = model.dequantize(dtype=dtype)
-    if merges:
-        model = with_adapter(model.float(), settings.adapter).merge_and_unload().to(dtype)
-    return model
+    return make_once(made, make)

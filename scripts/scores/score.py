@@ -1,7 +1,7 @@
 """Scores of predictions against references, whoever made them: each row's, and their means."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from ..metrics.text import words
 from . import intervals
 from .columns import ScorerModels, declared_models
 
+# Of what scores mean. To be raised with any change after which the same texts score otherwise; scores of another
+# version are computed again.
 VERSION = 1
-"""Of what scores mean. To be raised with any change after which the same texts score otherwise; scores of another
-version are computed again."""
 
 
 def read_rows(file: Path, fields: Sequence[str] = ("reference", "prediction"), hint: str = "") -> list[Row]:
@@ -80,9 +80,7 @@ def of_predictions(columns: Mapping[str, Column]) -> Mapping[str, Column]:
     return columns
 
 
-def with_scores(
-    rows: Sequence[Row], columns: Mapping[str, Column], models: ScorerModels | None = None, former: Iterable[str] = ()
-) -> list[Row]:
+def with_scores(rows: Sequence[Row], columns: Mapping[str, Column], models: ScorerModels | None = None) -> list[Row]:
     """Rows with `exact` and the scores of those columns that have one for each row, and without older scores.
 
     A row is exact where both texts are the same but for space around them.
@@ -91,11 +89,10 @@ def with_scores(
         rows: each with `reference` and `prediction`.
         columns: what to score them with.
         models: the scorer models of those that need one; by default the ones that they declare.
-        former: the names of scores that rows may have of before.
     """
     judged = dict(models or {})
     pairs = [(row["reference"], row["prediction"]) for row in rows]
-    old = {*former, *columns, *registry.DEFAULT, "exact"}
+    old = {*columns, *registry.DEFAULT, "exact"}
     scored = [{key: value for key, value in row.items() if key not in old} for row in rows]
     for name, column in columns.items():
         parameters = judged.get(name, column.parameters)
@@ -111,7 +108,6 @@ def score(
     rows: Sequence[Row],
     columns: Mapping[str, Column],
     models: ScorerModels | None = None,
-    former: Iterable[str] = (),
     loss: float | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
     """The scores of all rows together, and the rows with their own scores.
@@ -120,7 +116,6 @@ def score(
         rows: each with `reference` and `prediction`.
         columns: what to score them with.
         models: the scorer models of those that need one; by default the ones that they declare.
-        former: the names of scores that rows may have of before.
         loss: the eval loss of the run that made the predictions, for the metrics that are of that.
 
     Returns:
@@ -131,7 +126,7 @@ def score(
     """
     judged = dict(models or declared_models(columns))
     kept = {name: column for name, column in columns.items() if judged.get(name, column.parameters)}
-    scored = with_scores(rows, kept, judged, former)
+    scored = with_scores(rows, kept, judged)
     references = [row["reference"] for row in rows]
     predictions = [row["prediction"] for row in rows]
     pairs = list(zip(references, predictions, strict=True))

@@ -17,8 +17,8 @@ from .evaluations import Answer
 if TYPE_CHECKING:
     from .prompter import Prompter  # with torch and Axolotl, which `require` does without
 
+# In the environment. No variable of another tool, whose key this server may not be meant to get.
 KEY = "QLORA_RECIPES_SERVER_KEY"
-"""In the environment. No variable of another tool, whose key this server may not be meant to get."""
 RETRIES = 9  # after pauses that the client doubles up to 8 s, for a minute in total, or that the server asks for
 TRIES_OF_A_FORM = 3  # as some servers answer 500 to a form that they refuse, others while they load
 TIMEOUT = 300.0  # seconds that an answer may take; all tries of a request together may take twice as long
@@ -40,12 +40,8 @@ class _Completion(BaseModel):
     choices: list[Choice] = Field(min_length=1)
 
 
-class _Model(BaseModel):
-    id: str
-
-
 class _Models(BaseModel):
-    data: list[_Model]
+    data: list[dict[str, Any]]
 
 
 @dataclass
@@ -90,7 +86,7 @@ class Api:
         """
         async with self.client(retries=0) as client:
             response = await client.models.with_raw_response.list()
-        return [model.id for model in _Models.model_validate_json(response.content).data]
+        return [str(model.get("id")) for model in _Models.model_validate_json(response.content).data]
 
     def require_model(self, name: str | None) -> None:
         """Refuse a model that the server does not have.

@@ -19,8 +19,8 @@ from .evaluations import ADAPTER, BASE_MODEL, DECODED, REFERENCE, SERVER, VLLM, 
 
 BASE = "none"  # --adapter none: the base model without an adapter
 REHEARSED = 12  # rows, which show that the path works
+# Keys of a config that change a model, or where its answers end, without a field of their own in the settings.
 BUILT_WITH = ("overrides_of_model_config", "eot_tokens")
-"""Keys of a config that change a model, or where its answers end, without a field of their own in the settings."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class EvaluationRequest:
         engine: what generates: transformers, vllm, or the address of a server with OpenAI's completions.
         model: the server's name for the run's model.
         force: findings about code in the run's config that are overridden, see `trust`.
-        checkpoints: whether it is about every kept checkpoint, see `checkpoint_selection.choose`.
+        checkpoints: whether it is about every kept checkpoint, see `checkpoint_selection.select`.
     """
 
     data: Path | None = None
@@ -107,12 +107,10 @@ class EvaluationTask:
         self.columns = columns_of(self.run.origin, request.metrics)
         adapter = request.adapter
         weights = None if adapter == BASE else folder.output if adapter is None else Path(adapter)
-        if weights and not (weights / ADAPTER).is_file():
-            raise UserError(
-                f"{weights}: no adapter ({ADAPTER}) there{'' if adapter else _unfinished(folder, self.run)}"
-            )
         if weights and tensor_shapes(weights / ADAPTER) is None:
-            raise UserError(f"{weights / ADAPTER}: damaged; --adapter takes the folder of a checkpoint instead")
+            unfinished = "" if adapter else _unfinished(folder, self.run)
+            remedy = "--adapter takes the folder of a checkpoint instead"
+            raise UserError(f"{weights / ADAPTER}: damaged, or not there{unfinished}; {remedy}")
         if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
             raise UserError(f"{folder.path}: no tokenizer and model there{_unfinished(folder, self.run)}")
         of_study = study.of(self.run.origin)
@@ -120,7 +118,7 @@ class EvaluationTask:
         source = evaluation_rows.validation(self.run, self.cfg) if request.validation else usual
         if request.data:
             source = evaluation_rows.named(request.data, self.cfg, Path(self.run.cwd))
-        source = evaluation_rows.require_reference(folder, self.run, self.cfg, source)
+        source = evaluation_rows.require_reference(folder, self.cfg, source)
         every = evaluation_rows.read(source, folder, self.run, self.cfg)
         limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
         self.rows = replace(every, rows=every.rows[:limit], keys=every.keys[:limit])
@@ -146,7 +144,9 @@ class EvaluationTask:
             engine=SERVER if request.server else request.engine,
             model=request.model,
         )
-        _require_engine(self.settings)
+        beams = self.settings.decoding.num_beams
+        if self.settings.engine != REFERENCE and beams > 1:
+            raise UserError(f"{beams} beams are asked for, and only --engine {REFERENCE} decodes with beams")
         trained = self.run.adapter
         if adapter is None and trained and trained.sha256 != self.settings.adapter_sha256:
             problem = "not the adapter that the training ended with"
@@ -157,7 +157,11 @@ class EvaluationTask:
             labels.append(f"{Path(self.settings.adapter).name}-{digest[:7]}" if digest else BASE_MODEL)
         if request.decoding:
             labels.append(f"{DECODED}{request.decoding}")
-        if usual and source != usual and (request.validation or not _is_of(usual.file, every.sha256)):
+        if (
+            usual
+            and source != usual
+            and (request.validation or not (usual.file and usual.file.is_file() and sha256(usual.file) == every.sha256))
+        ):
             labels.append(data_label(self.settings))
         self.where = folder.path / "evaluations" / "-".join(labels) if labels else folder.path
         evaluations.check_again(self.where)
@@ -178,14 +182,6 @@ def _decoding(of_study: study.Study | None, name: str | None) -> Decoding:
     return there[name]
 
 
-def _require_engine(settings: EvaluationSettings) -> None:
-    """Refuse what the engines beside the reference cannot decode."""
-    if settings.engine in (VLLM, SERVER) and settings.decoding.num_beams > 1:
-        raise UserError(
-            f"{settings.decoding.num_beams} beams are asked for, and only --engine {REFERENCE} decodes with beams"
-        )
-
-
 def _unfinished(folder: RunDir, run: Run) -> str:
     """The state of a run that left nothing to evaluate, and what to do about it."""
     if run.state in ("failed", "interrupted"):
@@ -196,7 +192,3 @@ def _unfinished(folder: RunDir, run: Run) -> str:
 def data_label(settings: EvaluationSettings) -> str:
     """The name, of a folder below evaluations/, for rows other than the usual ones."""
     return f"{evaluation_rows.slug(settings.data)}-{settings.data_sha256[:7]}"
-
-
-def _is_of(file: Path | None, digest: str) -> bool:
-    return file is not None and file.is_file() and sha256(file) == digest

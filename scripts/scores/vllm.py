@@ -26,12 +26,9 @@ if TYPE_CHECKING:
     from .prompter import Prompter  # with torch and Axolotl, which `require` does without
     from .server import Api, Server
 
-ENVIRONMENT = paths.LOCK.with_name(".vllm")
-"""Where `make vllm` installs it."""
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The ranks that it makes room for."""
-AT_ONCE = 128
-"""Requests that it gets at a time; it is vLLM that decides how many of them it works on."""
+ENVIRONMENT = paths.LOCK.with_name(".vllm")  # where `make vllm` installs it
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that it makes room for
+AT_ONCE = 128  # requests that it gets at a time; it is vLLM that decides how many of them it works on
 PATIENCE = 1800  # seconds until it is ready: a large model has to be read from disk, and compiled on a GPU
 _ENDS = "embed|lm_head"  # merged where a model has them in one tensor, either would change both
 _PLAIN = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -118,9 +115,7 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
     longest = max(map(len, prompts)) + settings.decoding.max_new_tokens
     port, key, log = _free_port(), secrets.token_hex(16), part.with_name("vllm.log")
     environment = _environment(prompter, longest, min(len(prompts), AT_ONCE)) | {"VLLM_API_KEY": key}
-    merges, model = _merges(settings), settings.base_model
-    if merges or settings.quantized:
-        model = str(weights_folder(prompter, merges))
+    model = str(weights_folder(prompter)) if settings.quantized else settings.base_model
     with naming(log), opened(log, "wb") as stream:
         command = _command(prompter, model, longest, port)
         server = start_child(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
@@ -128,7 +123,7 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
         api = Api(f"http://127.0.0.1:{port}/v1/", key, timeout=None)
         with Bar("starting vLLM"):
             asyncio.run(_wait(api, server, log))
-        name = "adapter" if settings.adapter_sha256 and not merges else "base"
+        name = "adapter" if settings.adapter_sha256 else "base"
         yield Server(prompter, api, name, prompts, settings.batch_size or AT_ONCE)
     except WorkFailed as error:
         if server.poll() is None:
@@ -140,13 +135,8 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
         _end(server)
 
 
-def _merges(settings: EvaluationSettings) -> bool:
-    """Whether the adapter is merged into the weights: on a CPU, vLLM's LoRA takes ten times as long as all else."""
-    return settings.adapter_sha256 is not None and for_cpu()
-
-
 def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[str]:
-    """The command that serves a model as `base`, and with an adapter that is not merged into it as `adapter`."""
+    """The command that serves a model as `base`, and with the adapter as `adapter`."""
     settings = prompter.settings
     words = [
         *(str(ENVIRONMENT / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"),
@@ -166,7 +156,7 @@ def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[
 
         free, total = torch.cuda.mem_get_info()
         words += ["--gpu-memory-utilization", f"{0.95 * free / total:.3f}"]
-    if settings.adapter_sha256 and not _merges(settings):
+    if settings.adapter_sha256:
         rank = _rank(read_json(Path(settings.adapter) / "adapter_config.json"))
         room = next(room for room in RANKS if room >= rank)
         words += ["--enable-lora", "--max-lora-rank", str(room), "--lora-modules", f"adapter={settings.adapter}"]

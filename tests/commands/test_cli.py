@@ -65,7 +65,7 @@ MISTAKES = [
     ("score pairs.jsonl", "--prediction-field"),
     ("resume latest", "latest"),
     ("cancel", "--sweep"),
-    ("results --by lang --study haider2024", "--study"),
+    ("results --power haider2024 --study haider2024", "--study"),
     (f"run {NAME} --nodes 2", "--on slurm"),
     (f"run {NAME} --gpus 2", "--gpus 2"),
 ]

@@ -71,7 +71,6 @@ def test_what_a_terminal_would_obey_does_not_reach_it(tmp_path: Path, recipe: Re
     (tmp_path / "p.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row | {'lang': 'c'})}\n")
     printed = [
         recipe("check", "r.yaml"),
-        *(recipe("results", "--by", "lang", "--run", "p.jsonl", *form) for form in ([], ["--md"], ["--csv"])),
         recipe("score", f"{ESCAPE}.jsonl"),
     ]
     for done in printed:

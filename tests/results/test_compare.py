@@ -50,15 +50,9 @@ def test_bertscores_are_compared_only_where_one_judge_made_both() -> None:
     judge, other = {"model": "m", "revision": "1"}, {"model": "m", "revision": "2"}
     for left, right, count in ((judge, judge, 3), (judge, other, 2), (None, None, 2), (judge, None, 2)):
         columns = PLAIN | {"bertscore_f1": USUAL["bertscore_f1"]}
-        of_a, of_b = (Predictions(rows, columns, False, {"bertscore_f1": by}) for rows, by in ((a, left), (b, right)))
+        of_a, of_b = (Predictions(rows, columns, {"bertscore_f1": by}) for rows, by in ((a, left), (b, right)))
         made = compare.compare(of_a, of_b)
         assert len(made) == count
-
-
-def test_a_rehearsal_is_not_compared_with_a_run() -> None:
-    with pytest.raises(UserError, match="rehearsal"):
-        compare.compare(Predictions(rows("x"), PLAIN, True), Predictions(rows("y"), PLAIN, False))
-    assert compare.compare(Predictions(rows("x"), PLAIN, True), Predictions(rows("y"), PLAIN))
 
 
 def test_scores_that_a_file_brings_along_are_not_believed(tmp_path: Path) -> None:
@@ -81,22 +75,6 @@ def test_other_rows_are_refused() -> None:
         compare.pair(rows("a", "b"), other)
     with pytest.raises(UserError, match="no row "):
         compare.pair(rows("a", idx=[1]), rows("a", idx=[2]))
-
-
-def test_groups_by_language_and_length() -> None:
-    found = compare.by_group(Predictions(rows("rename", "why", "x", lang=["py", "go", "py"]), PLAIN), "lang")
-    assert [(group["lang"], group["rows"]) for group in found] == [("go", 1), ("py", 2)]
-    lengths = [
-        row | {"reference": "word " * n} for row, n in zip(rows("a", "b", "c", "d"), (3, 10, 11, 60), strict=True)
-    ]
-    groups = compare.by_group(Predictions(lengths, PLAIN), "length")
-    assert [(g["length"], g["rows"]) for g in groups] == [
-        ("0 to 10 tokens", 2),
-        ("11 to 25 tokens", 1),
-        ("more than 50 tokens", 1),
-    ]
-    with pytest.raises(UserError, match="field lang"):
-        compare.by_group(Predictions(rows("a"), PLAIN), "lang")
 
 
 def test_the_command_compares_files(recipe: Recipe, tmp_path: Path) -> None:
@@ -127,11 +105,11 @@ def test_runs_that_are_not_evaluated_are_compared_by_their_trainings(recipe: Rec
         trained(tmp_path / "runs", name, rate)
     same = orjson.loads(recipe("results", "--compare", "one", "two", "--json").stdout)
     assert same == {
-        "training": {"first": 1, "last": 6, "step": None, "losses": None, "same_adapter": True, "differences": {}},
+        "training": {"first": 1, "last": 6, "step": None, "losses": None, "differences": {}},
         "scores": None,
     }
     other = orjson.loads(recipe("results", "--compare", "one", "other", "--json").stdout)["training"]
-    assert (other["step"], other["losses"], other["same_adapter"]) == (2, [1.0002, 1.0003], False)
+    assert (other["step"], other["losses"]) == (2, [1.0002, 1.0003])
     assert other["differences"] == {"learning_rate": [2e-4, 3e-4]}
     shown = recipe("results", "--compare", "one", "other")
     assert shown.returncode == 0 and "learning_rate: 0.0002 -> 0.0003" in shown.stdout.splitlines()
@@ -141,7 +119,6 @@ def test_both_parts_are_shown_where_both_are_there(recipe: Recipe, tmp_path: Pat
     for name in ("one", "two"):
         write_rows(trained(tmp_path / "runs", name, 2e-4).path / "predictions.jsonl", PREDICTIONS)
     as_json = orjson.loads(recipe("results", "--compare", "one", "two", "--json").stdout)
-    assert as_json["training"]["same_adapter"] is True
     assert "bleu4" in {row["score"] for row in as_json["scores"]}
     csv = recipe("results", "--compare", "one", "two", "--csv")
     several = recipe("results", "--compare", "one", "two", "--metric", "rouge_l")

@@ -20,8 +20,8 @@ from qlora_recipes.configs.ledger import Record
 from qlora_recipes.data import study
 from qlora_recipes.planning import planner
 from qlora_recipes.results import ledger
+from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.records import Job
-from qlora_recipes.scores.evaluations import read_scores
 
 PLAIN, WIDE = small_study.PLAIN, small_study.WIDE
 RESULTS = Path("recipes", "sums2030", "results")
@@ -154,8 +154,7 @@ def test_a_run_that_does_not_stand_for_its_recipe_has_none(recipe: Recipe, more:
 def test_the_plan_is_recorded_beside_the_measured_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = a_run("one")
     monkeypatch.setattr(planner, "required_gib", lambda _, gpu: 3.0 if gpu.capability == (8, 9) else None)
-    own = read_scores(folder.path)
-    assert own and ledger.record_of_run(folder, folder.read(), own).planned_gib == 3
+    assert ledger.record_of_run(RunResult(folder, folder.read())).planned_gib == 3
 
 
 @pytest.mark.long
@@ -164,14 +163,12 @@ def test_a_real_run_has_all_that_a_record_needs(recipe: Recipe, tiny: Path) -> N
     assert recipe("run", PLAIN, "--rehearse", *of_tiny).returncode == 0
     assert recipe("evaluate", "latest", "--max-new-tokens", "8").returncode == 0
     (folder,) = [recorded_runs.RunDir(file.parent) for file in Path("runs").rglob("run.json")]
-    own = read_scores(folder.path)
-    assert own
     with pytest.raises(ValidationError) as raised:  # as there is no GPU
-        ledger.record_of_run(folder, folder.read(), own)
+        ledger.record_of_run(RunResult(folder, folder.read()))
     assert {found["loc"][0] for found in raised.value.errors()} == {"gpu"}
     run = folder.read()
     run.provenance["gpus"] = [RTX_4090]
-    record = ledger.record_of_run(folder, run, own)
+    record = ledger.record_of_run(RunResult(folder, run))
     assert record.steps > 0 and record.scores.keys() >= {"perplexity", "accuracy"} and record.packages["axolotl"]
 
 

@@ -14,7 +14,6 @@ from safetensors import numpy as arrays
 from safetensors import torch as tensors
 
 from qlora_recipes.base.errors import WorkFailed
-from qlora_recipes.results import publish
 from qlora_recipes.results.publish import require_applied
 from qlora_recipes.runs.rundir import RunDir
 
@@ -70,18 +69,6 @@ def test_a_merge_that_is_stopped_leaves_no_process_and_no_half_a_model(
     finish(start(tmp_path, *words, command=stand_in))
     assert merged.read_bytes() == b"halfother half"
     assert what_is_in(run) == before
-
-
-def test_the_former_model_returns_where_a_merge_ended_between_the_two_renames(run: RunDir) -> None:
-    former, merged = run.path / ".merge" / "former", run.output / "merged"
-    former.parent.mkdir()
-    merged.rename(former)  # as one that was killed left it
-    with pytest.raises(OSError, match="full"), publish._scratch(run):
-        assert (merged / "model.safetensors").read_bytes() == b"former"
-        merged.rename(former)
-        raise OSError("full")
-    assert (merged / "model.safetensors").read_bytes() == b"former"
-    assert not former.parent.exists()
 
 
 @pytest.mark.long

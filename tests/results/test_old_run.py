@@ -40,7 +40,6 @@ def test_an_old_run_that_has_trained_on_since_its_evaluation_is_stale(recipe: Re
 
 
 def test_an_old_run_is_reported_and_compared(recipe: Recipe, old_run: Path, tmp_path: Path) -> None:
-    assert recipe("results", "--by", "length").returncode == 0
     compared = recipe("results", "--compare", str(old_run), str(old_run), "--json")
     assert compared.returncode == 0, compared.stderr
     assert recipe("report", str(old_run)).returncode == 0
@@ -50,4 +49,4 @@ def test_an_old_run_is_reported_and_compared(recipe: Recipe, old_run: Path, tmp_
 def test_an_old_run_without_its_adapter_is_not_published(recipe: Recipe, old_run: Path) -> None:
     done = recipe("publish", str(old_run))
     assert done.returncode == 2
-    assert "no adapter" in done.stderr
+    assert "recipe run" in done.stderr

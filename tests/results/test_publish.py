@@ -1,6 +1,5 @@
 """Cards of a faked finished run, pushes to a small hub of this machine's, and a real merge by Axolotl."""
 
-import base64
 import contextlib
 import io
 import json
@@ -10,10 +9,8 @@ import re
 import shlex
 import shutil
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +18,7 @@ import orjson
 import pytest
 import yaml
 from conftest import recipe_config
-from huggingface_hub import close_session, constants
+from huggingface_hub.utils import filter_repo_objects
 from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
 
@@ -387,88 +384,44 @@ def test_a_mirror_has_the_licence_of_the_model_that_it_copies(run: RunDir, tmp_p
     assert blocks(text)["sh"] == f"recipe run {RECIPE} --mirror\n"
 
 
-class Hub(ThreadingHTTPServer):
-    """As much of the hub as a push needs."""
+class Hub:
+    """As much of huggingface_hub's API as a push needs."""
+
+    public = False
+    fails: Exception | None = None
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server_port}"
         self.files: dict[str, bytes] = {}
-        self.created: list[dict[str, Any]] = []
-        self.refuses: int | None = None
-        self.public = False
+        self.created: list[tuple[str, bool | None]] = []
 
+    def create_repo(self, repository: str, private: bool | None, exist_ok: bool) -> str:
+        if self.fails:
+            raise self.fails
+        self.created.append((repository, private))
+        return f"https://hub/{repository}"
 
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
+    def repo_info(self, repository: str) -> SimpleNamespace:
+        return SimpleNamespace(private=not self.public)
 
-    def do_GET(self) -> None:
-        self._answer({"id": "owner/model", "private": not self.server.public})
-
-    def do_POST(self) -> None:
-        hub, body = self.server, self._body()
-        if hub.refuses or self.headers["Authorization"] != "Bearer hf_right":
-            self._answer({"error": "no"}, hub.refuses or 401)
-        elif self.path == "/api/repos/create":
-            hub.created.append(json.loads(body))
-            self._answer({"url": f"{hub.address}/owner/model"}, 409 if hub.public else 200)
-        elif self.path == "/api/models/owner/model/preupload/main":
-            files = [file["path"] for file in json.loads(body)["files"]]
-            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]
-            self._answer({"files": modes})
-        elif self.path == "/api/models/owner/model/commit/main":
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self._answer({"commitUrl": f"{hub.address}/owner/model/commit/1", "commitOid": "1"})
-        else:
-            self._answer({})
-
-    def _body(self) -> bytes:
-        if self.headers["Transfer-Encoding"] != "chunked":
-            return self.rfile.read(int(self.headers["Content-Length"] or 0))
-        content = b""
-        while size := int(self.rfile.readline(), 16):
-            content += self.rfile.read(size)
-            self.rfile.readline()
-        return content
-
-    def _answer(self, content: dict[str, Any], code: int = 200) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing on stderr."""
+    def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str) -> None:
+        names = [str(file.relative_to(folder_path)) for file in folder_path.rglob("*") if file.is_file()]
+        kept = filter_repo_objects(names, allow_patterns=allow_patterns)
+        self.files = {name: (folder_path / name).read_bytes() for name in kept}
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A hub that huggingface_hub takes for the real one, and a token for it."""
-    with Hub() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        monkeypatch.setattr(constants, "ENDPOINT", server.address)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", "hf_right")
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        close_session()
-        yield server
-        close_session()
-        server.shutdown()
-        thread.join()
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    made = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: made)
+    return made
 
 
 def test_a_push_brings_the_adapter_its_tokenizer_and_its_card(run: RunDir, hub: Hub) -> None:
     written = publish.publish(run, push="owner/model")
-    assert written == [str(run.output / "README.md"), f"{hub.address}/owner/model"]
+    assert written == [str(run.output / "README.md"), "https://hub/owner/model"]
     wanted = TOKENIZER | {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert hub.files == {name: (run.output / name).read_bytes() for name in wanted}
-    assert hub.created == [{"name": "model", "organization": "owner"}]
+    assert hub.created == [("owner/model", None)]
     assert 'PeftModel.from_pretrained(base, "owner/model")' in card(run.output)[1]
 
 
@@ -480,10 +433,10 @@ def test_a_push_of_a_merge_brings_the_merged_model(run: RunDir, hub: Hub, capsys
     os.utime(run.output / publish.ADAPTER)  # a copy's time is no change
     written = publish.publish(run, merge=True, push="owner/model", private=True)
     assert str(merged) in capsys.readouterr().err  # merged already
-    assert written == [str(run.output / "README.md"), str(merged / "README.md"), f"{hub.address}/owner/model"]
+    assert written == [str(run.output / "README.md"), str(merged / "README.md"), "https://hub/owner/model"]
     wanted = {"README.md", "config.json", "tokenizer.json", "LICENSE.txt", "model.safetensors"}
     assert hub.files == {name: (merged / name).read_bytes() for name in wanted}
-    assert hub.created[0]["visibility"] == "private"
+    assert hub.created == [("owner/model", True)]
     front, text = card(merged)
     assert (front["base_model_relation"], front["library_name"]) == ("finetune", "transformers")
     assert front["license"] == "llama3"
@@ -501,27 +454,18 @@ def test_what_is_to_be_private_is_not_pushed_to_a_public_repository(run: RunDir,
         publish.publish(run, private=True)
 
 
-@pytest.mark.parametrize(("token", "refuses"), [(None, None), ("hf_wrong", None), ("hf_right", 403)])
-def test_a_push_without_the_right_token_says_how_to_get_one(
-    run: RunDir, hub: Hub, token: str | None, refuses: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub.refuses = refuses
-    if token:
-        monkeypatch.setenv("HF_TOKEN", token)
-    else:
-        monkeypatch.delenv("HF_TOKEN")
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_push_without_the_right_token_says_how_to_get_one(run: RunDir, hub: Hub, code: int) -> None:
+    hub.fails = OSError("no")
+    hub.fails.response = SimpleNamespace(status_code=code)
     with pytest.raises(UserError, match="HF_TOKEN"):
         publish.publish(run, push="owner/model")
     assert hub.files == {}
 
 
-@pytest.mark.parametrize(("offline", "says"), [(True, "HF_HUB_OFFLINE"), (False, "refused")])
-def test_without_a_hub_the_card_is_there_and_the_push_can_be_repeated(
-    run: RunDir, hub: Hub, offline: bool, says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(WorkFailed, match=f"{says}.*\n.*README.md"):
+def test_without_a_hub_the_card_is_there_and_the_push_can_be_repeated(run: RunDir, hub: Hub) -> None:
+    hub.fails = ConnectionError("refused")
+    with pytest.raises(WorkFailed, match=r"refused.*\n.*README.md"):
         publish.publish(run, push="owner/model")
     assert card(run.output)[0]["base_model"] == BASE
 

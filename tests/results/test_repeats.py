@@ -14,6 +14,7 @@ from qlora_recipes.base.files import write_rows
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.data import study
 from qlora_recipes.results import listing, repeats, verdict
+from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import intervals
 from qlora_recipes.scores.evaluations import read_scores
@@ -165,10 +166,10 @@ def test_scores_by_another_judge_are_not_averaged(runs: Path) -> None:
     for name, model in (("a", "roberta-large"), ("b", "other")):
         scores = {"rows": 5000, "bleu4": 5.0, "bertscore_f1": 0.8, "bertscore": {"model": model}, "intervals": {}}
         folders.append(a_run(runs, recipe, name, 0, scores=scores))
-    found = [(folder, folder.read()) for folder in folders]
+    found = [RunResult(folder, folder.read()) for folder in folders]
     columns = read_scores(folders[0].path).columns
     assert len(repeats.scores(columns["bleu4"], found)) == 2
-    assert [*repeats.scores(columns["bertscore_f1"], found)] == folders[:1]
+    assert repeats.scores(columns["bertscore_f1"], found) == [(found[0], 0.8)]
 
 
 def test_the_curves_gap_has_a_verdict_where_the_study_gives_a_tolerance(

@@ -16,6 +16,7 @@ from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data import study
 from qlora_recipes.reports import report_runs
 from qlora_recipes.results import card, run_rows, verdict
+from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.records import FileState, Summary
 from qlora_recipes.scores import evaluations
 
@@ -68,13 +69,13 @@ def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores
     run.differences = [Difference(key=key, recipe=before, run=value, why=f"--set {key}")]
     run.data = [DataFile(path=value, sha256="a" * 64, bytes=9)] if key != "base_model" else []
     (tmp_path / "moved").mkdir()
-    known = {"train": {"sha256": "a" * 64, "is_the_study_file": True, "instruction": "Review it."}}
+    known = {"train": {"sha256": "a" * 64, "is_the_study_file": True, "constants": {}}}
     (tmp_path / "moved" / "manifest.json").write_bytes(orjson.dumps({"splits": known}))
     run.cwd = str(tmp_path)
     folder.write(run)
     (folder.output / evaluations.ADAPTER).parent.mkdir()
     (folder.output / evaluations.ADAPTER).write_bytes(b"")
-    listed, (member,) = run_rows.row(folder, run), report_runs.reported_runs([folder])
+    listed, (member,) = run_rows.row(RunResult(folder, run)), report_runs.reported_runs([folder])
     assert listed["bleu4"] == 5.0
     assert listed["bleu4_published"] == (5.02 if same else None)
     other_model = value if key == "base_model" and not same else None
@@ -236,4 +237,3 @@ def test_every_form_of_the_table(recipe: Recipe, tmp_path: Path) -> None:
         none = recipe("results", "--study", "haider2024", "--rehearse", *form)  # there is no rehearsal
         assert (none.returncode, none.stdout.strip(), none.stderr.count("rehearsed yet")) == (0, printed, said)
     assert recipe("results", "--study", "other").returncode == 2
-    assert recipe("results", "--study", "haider2024", "--by", "lang").returncode == 2

@@ -14,7 +14,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import checkpoint_selection, evaluate
-from qlora_recipes.scores.checkpoint_selection import choose
+from qlora_recipes.scores.checkpoint_selection import select
 from qlora_recipes.scores.evaluations import ADAPTER, Evaluation, EvaluationSettings, read_scores
 from qlora_recipes.scores.task import EvaluationRequest
 
@@ -76,21 +76,18 @@ def test_the_best_is_that_on_validation_rows_and_has_the_only_test_score(
     assert (rows[1][1], rows[1][2]) == ("0.8", "8.60")  # its epoch and eval loss
 
 
-def test_without_validation_rows_all_have_their_test_scores_and_none_is_chosen(
-    run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+@pytest.mark.parametrize("on_test_rows", [False, True])
+def test_a_run_that_does_not_validate_or_on_test_rows_has_no_best(
+    run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch, on_test_rows: bool
 ) -> None:
     asked = scored_as(VALUES, monkeypatch, sample / "test.jsonl")
     cfg = yamlfiles.read_yaml(run.config)
-    for change in (
-        {"test_datasets": None},
-        {"test_datasets": [{"path": str(sample / "test.jsonl"), "type": "alpaca", "split": "train[:4]"}]},
-    ):
-        run.config.write_text(yamlfiles.write_yaml({k: v for k, v in (cfg | change).items() if v is not None}))
-        asked.clear()
-        done = recipe("evaluate", run.path, "--checkpoints")
-        assert asked == [f"checkpoint-{step}: test" for step in STEPS]
-        assert "41.00 to 49.00" in done.stdout
-        assert "best" not in done.stdout
+    del cfg["test_datasets"]
+    on_test = {"test_datasets": [{"path": str(sample / "test.jsonl"), "type": "alpaca", "split": "train[:4]"}]}
+    run.config.write_text(yamlfiles.write_yaml(cfg | (on_test if on_test_rows else {})))
+    with pytest.raises(UserError, match="--adapter"):
+        select(run, EvaluationRequest())
+    assert not asked
 
 
 def test_where_there_are_no_other_rows_the_best_has_no_test_score(
@@ -105,10 +102,9 @@ def test_where_there_are_no_other_rows_the_best_has_no_test_score(
     cfg = yamlfiles.read_yaml(run.config)
     entries = {key: [cfg[key][0] | {"path": str(own), "split": "train"}] for key in ("datasets", "test_datasets")}
     run.config.write_text(yamlfiles.write_yaml(cfg | entries))
-    chosen = choose(run, EvaluationRequest())
-    assert chosen.test_rows is None and "--data FILE" in checkpoint_selection.conclusion(chosen)
+    assert select(run, EvaluationRequest()).test_rows is None
     assert len(asked) == 5
-    choose(run, EvaluationRequest(data=sample / "test.jsonl"))
+    select(run, EvaluationRequest(data=sample / "test.jsonl"))
     assert asked[-1] == "checkpoint-4: test"
 
 
@@ -118,16 +114,16 @@ def test_a_truncated_checkpoint_is_left_out_and_a_run_without_any_is_refused(
     asked = scored_as(VALUES | {"output": (99.0, 1.0)}, monkeypatch, sample / "test.jsonl")
     damaged = run.output / "checkpoint-4" / ADAPTER
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    choose(run, EvaluationRequest())
+    select(run, EvaluationRequest())
     assert f"checkpoint-4: no whole {ADAPTER}" in capsys.readouterr().err
     assert asked[-1] == "checkpoint-8: test"
     save_file({"other": torch.ones(1)}, run.output / ADAPTER)  # of a later step, as with early stopping
     monkeypatch.setitem(VALUES, "checkpoint-10", (1.0, 1.0))
-    assert [row["checkpoint"] for row in choose(run, EvaluationRequest()).checkpoints][-1] == "final"
+    assert [row["checkpoint"] for row in select(run, EvaluationRequest()).checkpoints][-1] == "final"
     for file in run.output.rglob(ADAPTER):
         file.unlink()
     with pytest.raises(UserError, match="saves_per_epoch"):
-        choose(run, EvaluationRequest())
+        select(run, EvaluationRequest())
 
 
 def test_what_does_not_go_with_checkpoints_is_refused(run: RunDir, recipe: Recipe) -> None:
@@ -181,7 +177,7 @@ def test_choosing_never_reads_the_test_rows(
     monkeypatch.setattr(checkpoint_selection, "evaluate", seen)
     _opened.append("begin")
     request = EvaluationRequest(limit=4, max_new_tokens=8, judge="none")
-    chosen = choose(run, request)
+    chosen = select(run, request)
     assert [validation for validation, _ in steps] == [True] * 5 + [False]
     assert [reads for _, reads in steps[:5]] == [0] * 5 and steps[5][1] > 0
     _opened.clear()
@@ -197,4 +193,4 @@ def test_choosing_never_reads_the_test_rows(
     alone = evaluate.evaluate(run, EvaluationRequest(adapter=str(run.output / best["checkpoint"]), limit=4,
                                                      max_new_tokens=8, judge="none"))  # fmt: skip
     assert alone.scores["bleu4"] == best["test_score"]
-    assert choose(run, request) == chosen  # from what is there
+    assert select(run, request) == chosen  # from what is there

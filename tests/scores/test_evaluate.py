@@ -2,7 +2,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 import pytest
@@ -19,9 +19,11 @@ from qlora_recipes.configs import config, substitution
 from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.results import run_rows
+from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.records import FileState, Launch, State
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate
+from qlora_recipes.scores import reference as references
 from qlora_recipes.scores.evaluations import (
     ADAPTER,
     Answer,
@@ -30,10 +32,9 @@ from qlora_recipes.scores.evaluations import (
     read_predictions,
     read_scores,
 )
+from qlora_recipes.scores.prompter import Prompter
+from qlora_recipes.scores.reference import Reference, base_model, batches
 from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
-
-if TYPE_CHECKING:
-    from qlora_recipes.scores.reference import Reference
 
 
 @pytest.fixture
@@ -90,8 +91,6 @@ def test_a_run_is_evaluated_in_the_precision_that_it_was_trained_in(
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_recipes.scores.reference import Reference
-
     whole = evaluated(run, limit=10, batch_size=4)
     expected = predictions(run)
     assert [row["row"] for row in expected] == list(range(10))
@@ -140,16 +139,14 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run: RunDir, mon
 
 
 @pytest.fixture
-def reference(run: RunDir) -> Callable[..., "Reference"]:
+def reference(run: RunDir) -> Callable[..., Reference]:
     """A maker of references for the run's base model, in fp32."""
-    from qlora_recipes.scores.prompter import Prompter
-    from qlora_recipes.scores.reference import Reference
 
     cfg = yamlfiles.read_yaml(run.config)
     return lambda **settings: Reference(Prompter(settings_of(cfg).model_copy(update=settings), cfg, run.output))
 
 
-def generated(reference: "Reference", rows: list[dict[str, Any]]) -> list[Answer]:
+def generated(reference: Reference, rows: list[dict[str, Any]]) -> list[Answer]:
     """A prediction for each row."""
     done: dict[int, Answer] = {}
     for answers in reference.generate([example.prompt for example in reference.prompter.examples(rows)], done):
@@ -157,25 +154,22 @@ def generated(reference: "Reference", rows: list[dict[str, Any]]) -> list[Answer
     return [done[i] for i in range(len(rows))]
 
 
-def test_batched_predictions_are_those_of_one_row_at_a_time(
-    reference: Callable[..., "Reference"], sample: Path
-) -> None:
+def test_batched_predictions_are_those_of_one_row_at_a_time(reference: Callable[..., Reference], sample: Path) -> None:
     rows = [orjson.loads(line) for line in (sample / "test.jsonl").read_bytes().splitlines()]
     single = generated(reference(batch_size=1), rows)
     assert generated(reference(batch_size=16), rows) == single
 
 
 def test_a_batch_that_does_not_fit_is_done_in_halves(
-    reference: Callable[..., "Reference"], sample: Path, monkeypatch: pytest.MonkeyPatch
+    reference: Callable[..., Reference], sample: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
 
     rows = [orjson.loads(line) for line in (sample / "test.jsonl").read_bytes().splitlines()][:7]
     small, fits, sizes = reference(batch_size=7), 7, []
     expected = generated(small, rows)
     answers = type(small).answers
 
-    def with_little_memory(self: "Reference", prompts: list[list[int]], *how: int) -> list[list[int]]:
+    def with_little_memory(self: Reference, prompts: list[list[int]], *how: int) -> list[list[int]]:
         sizes.append(len(prompts))
         if len(prompts) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -191,27 +185,22 @@ def test_a_batch_that_does_not_fit_is_done_in_halves(
 
 
 def test_a_small_model_is_given_many_rows_on_a_cpu(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from qlora_recipes.scores import reference
-    from qlora_recipes.scores.prompter import Prompter
-
     task = EvaluationTask(run, EvaluationRequest(adapter="none", judge="none"))
 
     def batched(**decoding: Any) -> tuple[int | None, list[int]]:
         """The tokens that there is room for, and the rows of each batch of 80."""
         settings = task.settings.model_copy(update={"decoding": task.settings.decoding.model_copy(update=decoding)})
-        engine = reference.Reference(Prompter(settings, task.cfg, run.output))
+        engine = Reference(Prompter(settings, task.cfg, run.output))
         monkeypatch.setattr(engine, "answers", lambda prompts, *_: [[5]] * len(prompts))
         return engine.settings.batch_tokens, [len(answers) for answers in engine.generate([[5] * 99] * 80, ())]
 
     # keys and values, two layers, two groups of heads of this size
     of_a_token = 2 * 2 * 2 * 16 * getattr(torch, task.settings.dtype).itemsize
-    monkeypatch.setattr(reference, "SMALL_CACHE", 2**14 * of_a_token)
+    monkeypatch.setattr(references, "SMALL_CACHE", 2**14 * of_a_token)
     assert batched() == (2**14, [64, 16])
     assert batched(num_beams=4) == (2**12, [16] * 5)  # each beam has its own
     assert batched(do_sample=True) == (None, [16] * 5)
-    monkeypatch.setattr(reference, "SMALL", 0)
+    monkeypatch.setattr(references, "SMALL", 0)
     assert batched() == (None, [16] * 5)
 
 
@@ -220,9 +209,6 @@ def test_weights_are_dequantized_where_their_layers_compute_in_the_models_dtype(
     run: RunDir, computes_in: yamlfiles.Config, dequantized: bool
 ) -> None:
     from bitsandbytes.nn import Linear4bit
-
-    from qlora_recipes.scores.prompter import Prompter
-    from qlora_recipes.scores.reference import Reference
 
     cfg = yamlfiles.read_yaml(run.config)
     run.config.write_text(yamlfiles.write_yaml(cfg | {"bnb_config_kwargs": cfg["bnb_config_kwargs"] | computes_in}))
@@ -237,8 +223,6 @@ def test_weights_are_dequantized_where_their_layers_compute_in_the_models_dtype(
     st.sampled_from([1, 512, 8192, 65536]),
 )
 def test_batches(lengths: list[int], most: int, tokens: int) -> None:
-    from qlora_recipes.scores.reference import batches
-
     made = list(batches(lengths, most, tokens))
     assert sorted(i for _, batch in made for i in batch) == list(range(len(lengths)))
     rooms = [room for room, _ in made]
@@ -273,9 +257,9 @@ def scored(run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir
 def again(run: RunDir) -> tuple[str | None, bool, str | None]:
     """What a list says of a run's evaluation and whether it has a score, before and after `evaluate`; the first alone
     where that refuses."""
-    row = run_rows.row(run, run.read())
+    row = run_rows.row(RunResult(run, run.read()))
     evaluate.evaluate(run, EvaluationRequest(limit=2, judge="none"))
-    return row["evaluation"], row["bleu4"] is not None, run_rows.row(run, run.read())["evaluation"]
+    return row["evaluation"], row["bleu4"] is not None, run_rows.row(RunResult(run, run.read()))["evaluation"]
 
 
 def test_times_alone_make_no_evaluation_another(scored: RunDir) -> None:
@@ -295,7 +279,7 @@ def test_edited_predictions_are_not_scored_as_the_adapters(scored: RunDir) -> No
     file = scored.path / "predictions.jsonl"
     before = file.read_bytes()
     file.write_bytes(before.replace(b'"a b"', b'"a b c d"'))
-    row = run_rows.row(scored, scored.read())
+    row = run_rows.row(RunResult(scored, scored.read()))
     assert (row["evaluation"], row["bleu4"]) == ("edited", None)
     with pytest.raises(UserError):
         again(scored)
@@ -305,7 +289,7 @@ def test_edited_predictions_are_not_scored_as_the_adapters(scored: RunDir) -> No
 
 def test_a_replaced_adapter_is_not_scored_as_the_runs(scored: RunDir) -> None:
     save_file({"other": torch.ones(1)}, scored.output / ADAPTER)
-    row = run_rows.row(scored, scored.read())
+    row = run_rows.row(RunResult(scored, scored.read()))
     assert (row["evaluation"], row["bleu4"]) == ("stale", None)
     with pytest.raises(UserError):
         again(scored)
@@ -396,9 +380,6 @@ def test_scoring_anew_leaves_no_score_of_another_judge(run: RunDir, monkeypatch:
 def test_decoding_is_the_studys_and_not_the_models_own(run: RunDir, tiny: Path) -> None:
     from transformers import GenerationConfig
 
-    from qlora_recipes.scores.prompter import Prompter
-    from qlora_recipes.scores.reference import Reference
-
     GenerationConfig(do_sample=True, temperature=5.0, max_new_tokens=3, eos_token_id=[7, 8]).save_pretrained(tiny)
     try:
         cfg = yamlfiles.read_yaml(run.config)
@@ -410,18 +391,11 @@ def test_decoding_is_the_studys_and_not_the_models_own(run: RunDir, tiny: Path) 
 
 
 def test_answers_end_at_each_token_that_training_taught_as_an_end(run: RunDir) -> None:
-    from qlora_recipes.scores.prompter import Prompter
-
     cfg = yamlfiles.read_yaml(run.config) | {"eot_tokens": ["<s>"]}
     assert Prompter(settings_of(cfg), cfg, run.output).ends == {1, 2}
 
 
 def test_the_model_is_configured_as_in_training(run: RunDir) -> None:
-    import torch
-
-    from qlora_recipes.scores.prompter import Prompter
-    from qlora_recipes.scores.reference import base_model
-
     def logits(cfg: yamlfiles.Config) -> torch.Tensor:
         run.config.write_text(yamlfiles.write_yaml(cfg))
         task = EvaluationTask(run, EvaluationRequest(adapter="none"))
@@ -437,9 +411,6 @@ def test_the_model_is_configured_as_in_training(run: RunDir) -> None:
 
 def test_a_run_in_8_bits_is_evaluated_in_8_bits(run: RunDir) -> None:
     from bitsandbytes.nn import Linear8bitLt
-
-    from qlora_recipes.scores.prompter import Prompter
-    from qlora_recipes.scores.reference import Reference
 
     changes = {"adapter": "lora", "load_in_4bit": None, "bnb_config_kwargs": None, "load_in_8bit": True}
     run.config.write_text(yamlfiles.write_yaml(config.merge(yamlfiles.read_yaml(run.config), changes)))
@@ -464,7 +435,7 @@ def zeroed(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_an_adapter_that_does_not_apply_is_refused(
-    reference: Callable[..., "Reference"], tiny: Path, tmp_path: Path
+    reference: Callable[..., Reference], tiny: Path, tmp_path: Path
 ) -> None:
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
@@ -483,112 +454,14 @@ def test_an_adapter_that_does_not_apply_is_refused(
 
 
 def test_sampled_predictions_depend_on_the_seed_and_not_on_the_batches_before(
-    reference: Callable[..., "Reference"],
+    reference: Callable[..., Reference],
 ) -> None:
     sampling = reference(decoding=Decoding(max_new_tokens=8, do_sample=True, seed=1))
     first, second = (sampling.answers([[1, 50, 60]], number) for number in (0, 1))
     assert sampling.answers([[1, 50, 60]], 0) == first != second
 
 
-def turns(*pairs: str) -> dict[str, Any]:
-    """A chat of user and assistant, by turns; a system message comes first where it is an odd number."""
-    roles = ["system"] * (len(pairs) % 2) + ["user", "assistant"] * (len(pairs) // 2)
-    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, pairs, strict=True)]}
-
-
-ALPACA = [{"instruction": "Add.", "input": "1 + 1", "output": " 2\n"}, {"instruction": "Wait.", "output": "I do."}]
-CHATS = [
-    turns("Is 1 odd?", "Yes."),
-    turns("Is 1 odd?", "Yes.", "And 2?", "No, even."),
-    turns("You are terse.", "Is 3 odd?", "Yes.", "And 4?", "No."),
-]
-SEGMENTS = [
-    {"segments": [{"label": False, "text": "<s>Q: 1 + 1\n"}, {"label": True, "text": "A: 2</s>"}]},
-    {"segments": [{"label": False, "text": "<s>Q: 1\n"}, {"label": True, "text": "A: 1</s>"},
-                  {"label": False, "text": "Q: 2\n"}, {"label": True, "text": "A: 2</s>"}]},
-]  # fmt: skip
-OWN = {"field_instruction": "question", "field_output": "answer"} | dict.fromkeys(
-    ("format", "no_input_format"), "Q: {instruction}\nA: "
-)
-ROW_TYPES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], list[str]]] = {
-    "alpaca": ({"type": "alpaca"}, ALPACA, [" 2\n", "I do."]),
-    "input_output": ({"type": "input_output"}, SEGMENTS, ["A: 2", "A: 2"]),
-    "chatml": ({"type": "chat_template", "chat_template": "chatml"}, CHATS, ["Yes.", "No, even.", "No."]),
-    "llama3": ({"type": "chat_template", "chat_template": "llama3"}, CHATS, ["Yes.", "No, even.", "No."]),
-    "chats with loss on the first answer alone": (
-        {"type": "chat_template", "chat_template": "chatml", "roles_to_train": ["user"], "train_on_eos": "all"},
-        CHATS,
-        ["Yes.", "No, even.", "No."],
-    ),
-    "own": ({"type": OWN}, [{"question": "1 + 1?", "answer": "Two."}], ["Two."]),
-}
-
-
-@pytest.mark.parametrize("on_inputs", [False, True])
-@pytest.mark.parametrize("kind", ROW_TYPES)
-def test_prompt_and_answer_are_what_was_trained(run: RunDir, tmp_path: Path, kind: str, on_inputs: bool) -> None:
-    from axolotl.common.datasets import load_datasets
-
-    from qlora_recipes.checks.tokens import Tokenizer
-    from qlora_recipes.scores.prompter import Prompter
-
-    dataset, rows, references = ROW_TYPES[kind]
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
-    cfg = yamlfiles.read_yaml(run.config) | {"train_on_inputs": on_inputs, "dataset_prepared_path": str(tmp_path / "p")}
-    cfg |= {"datasets": [{"path": str(file), **dataset}], "test_datasets": None, "evals_per_epoch": None}
-    prompter = Prompter(settings_of(cfg), cfg, run.output)
-    examples = prompter.examples(rows)
-    assert [example.reference for example in examples] == references
-
-    trained = load_datasets(cfg=Tokenizer({k: v for k, v in cfg.items() if v is not None}).cfg).train_dataset
-    assert len(trained) == len(rows)
-    left = [list(ids) for ids in trained["input_ids"]]  # in an order of their own
-    for row, example in sorted(zip(rows, examples, strict=True), key=lambda pair: -len(pair[1].prompt)):
-        (ids,) = (ids for ids in left if ids[: len(example.prompt)] == example.prompt)
-        left.remove(ids)
-        prompt, answer = (prompter.tokenizer.decode(part) for part in (example.prompt, ids[len(example.prompt) :]))
-        assert answer.strip().startswith(example.reference.strip())
-        assert answer.count("</s>") <= 1
-        for turn in row.get("messages", [])[:-1]:
-            assert prompt.count(turn["content"]) >= 1  # the turns before are whole
-        if kind in ("chatml", "llama3"):
-            assert prompt == rendered(kind, row["messages"][:-1])
-
-
-def rendered(template: str, messages: list[dict[str, str]]) -> str:
-    """A chat as its template writes it, up to where the assistant is to answer."""
-    from axolotl.utils.chat_templates import get_chat_template
-    from jinja2 import Environment
-
-    text = get_chat_template(template)
-    return Environment().from_string(text).render(messages=messages, add_generation_prompt=True, bos_token="<s>")
-
-
-CHAT = {"type": "chat_template", "chat_template": "chatml"}
-
-
-@pytest.mark.parametrize(
-    ("dataset", "row", "says"),
-    [
-        ({"type": "completion"}, {"text": "All of it."}, "row 1 .*prompt"),
-        (CHAT, {"messages": [{"role": "user", "content": "?"}]}, "row 1 .*answer"),
-        (CHAT, {"chat": []}, "chat_template"),
-    ],
-)
-def test_rows_without_prompt_or_answer_are_refused(
-    run: RunDir, dataset: dict[str, Any], row: dict[str, Any], says: str
-) -> None:
-    from qlora_recipes.scores.prompter import Prompter
-
-    cfg = yamlfiles.read_yaml(run.config) | {"datasets": [{"path": "x.jsonl", **dataset}]}
-    with pytest.raises(UserError, match=says):
-        Prompter(settings_of(cfg), cfg, run.output).examples([row])
-
-
 def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run: RunDir) -> None:
-    from qlora_recipes.scores.prompter import Prompter
-
     cfg = yamlfiles.read_yaml(run.config) | {"sequence_len": 64}
     patch = "+".join(f"line {i}" for i in range(40))
     prompter = Prompter(settings_of(cfg), cfg, run.output)

@@ -2,16 +2,13 @@
 
 import json
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
-from conftest import Recipe, finish, recipe_config, start
+from conftest import Recipe, recipe_config
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
@@ -109,6 +106,14 @@ TYPES: dict[str, tuple[Config, list[dict[str, Any]], list[str]]] = {
     "messages of several turns": (
         CHATML, [{"messages": chat} for chat in chats(1, 3)], ["Answer 2 of chat 0."],
     ),
+    "llama3": (
+        CHATML | {"chat_template": "llama3"}, [{"messages": chat} for chat in chats(1, 2)], ["Answer 1 of chat 0."],
+    ),
+    "loss on the first answer alone": (
+        CHATML | {"roles_to_train": ["user"], "train_on_eos": "all"},
+        [{"messages": chat} for chat in chats(1, 2)],
+        ["Answer 1 of chat 0."],
+    ),
     "conversations": (
         CHATML | {"field_messages": "conversations", "message_property_mappings": {"role": "from", "content": "value"}},
         [{"conversations": chat} for chat in chats(1, 2, "from", "value", "gpt")],
@@ -124,33 +129,40 @@ TYPES: dict[str, tuple[Config, list[dict[str, Any]], list[str]]] = {
 }  # fmt: skip
 
 
-def asked_of(run: RunDir, request: EvaluationRequest) -> list[tuple[str, str]]:
-    """The prompts of a run's rows, as texts, and their references."""
-    from qlora_recipes.scores.prompter import Prompter
-
-    of = EvaluationTask(run, replace(request, adapter="none"))
-    prompter = Prompter(of.settings, of.cfg, run.output)
-    examples = prompter.examples(of.rows.rows, of.rows.keys)
-    return [(prompter.tokenizer.decode(example.prompt), example.reference) for example in examples]
-
-
-@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("on_inputs", [False, True])
 @pytest.mark.parametrize("kind", TYPES)
-def test_prompts_and_references_of_own_rows(own: OwnRun, tmp_path: Path, kind: str, named: bool) -> None:
+def test_prompts_and_references_of_own_rows_are_what_was_trained(
+    own: OwnRun, tmp_path: Path, kind: str, on_inputs: bool
+) -> None:
+    from axolotl.common.datasets import load_datasets
+
+    from qlora_recipes.checks.tokens import Tokenizer
+
     form, rows, references = TYPES[kind]
     write_rows(tmp_path / "train.jsonl", rows)
-    write_rows(tmp_path / "mine.jsonl", rows)
-    run = own(
-        datasets=[{"path": "train.jsonl", **form}],
-        test_datasets=None if named else [{"path": "mine.jsonl", "split": "train", **form}],
-    )
-    request = EvaluationRequest(data=tmp_path / "mine.jsonl" if named else None)
-    given = asked_of(run, request)
-    assert [reference for _, reference in given] == references
-    for prompt, reference in given:
-        assert reference.strip() not in prompt
-    if kind in ("messages of several turns", "conversations"):
-        assert "Answer 0 of chat 0." in given[0][0]
+    run = own(datasets=[{"path": "train.jsonl", **form}], train_on_inputs=on_inputs)
+    named = EvaluationTask(run, EvaluationRequest(adapter="none", data=tmp_path / "train.jsonl"))
+    prompter, examples = examples_of(run, named)
+    assert [example.reference for example in examples] == references
+    trained = load_datasets(cfg=Tokenizer(yamlfiles.read_yaml(run.config)).cfg).train_dataset
+    left = [list(ids) for ids in trained["input_ids"]]  # in an order of their own
+    for row, example in sorted(zip(rows, examples, strict=True), key=lambda pair: -len(pair[1].prompt)):
+        (ids,) = (ids for ids in left if ids[: len(example.prompt)] == example.prompt)
+        left.remove(ids)
+        prompt, answer = (prompter.tokenizer.decode(part) for part in (example.prompt, ids[len(example.prompt) :]))
+        assert answer.strip().startswith(example.reference.strip()) and answer.count("</s>") <= 1
+        if kind in ("messages of several turns", "llama3", "loss on the first answer alone"):
+            assert prompt == rendered(str(form["chat_template"]), row["messages"][:-1])
+    assert left == []
+
+
+def rendered(template: str, messages: list[dict[str, str]]) -> str:
+    """A chat as its template writes it, up to where the assistant is to answer."""
+    from axolotl.utils.chat_templates import get_chat_template
+    from jinja2 import Environment
+
+    text = get_chat_template(template)
+    return Environment().from_string(text).render(messages=messages, add_generation_prompt=True, bos_token="<s>")
 
 
 def test_own_rows_are_evaluated_and_recognised_without_axolotl(
@@ -199,25 +211,8 @@ def test_results_tables_compare_and_groups_take_own_rows(own: OwnRun, tmp_path: 
     compared = recipe("results", "--compare", run.path, other, "--json")
     assert compared.returncode == 0, compared.stderr
     assert {one["rows"] for one in json.loads(compared.stdout)["scores"]} == {3}
-    (group,) = json.loads(recipe("results", "--by", "length", "--json").stdout)
-    assert (group["length"], group["rows"]) == ("0 to 10 tokens", 3)
-    assert "field input" in reported(run)
-
-
-def reported(run: RunDir) -> str:
-    """Why a report does not show the inputs of a run's rows."""
     (shown,) = reader(reported_runs([run]))
-    assert shown["diff"] is None
-    return str(shown["why"])
-
-
-def test_a_report_says_why_it_shows_no_inputs_of_rows_that_are_no_file(own: OwnRun, tmp_path: Path) -> None:
-    write_rows(tmp_path / "train.jsonl", alpaca(20))
-    run = own(datasets=[{"path": "train.jsonl", "type": "alpaca"}], val_set_size=2)
-    evaluate.evaluate(run, BASE)
-    for file in ("predictions.jsonl", "scores.json"):
-        shutil.copy(run.path / "evaluations" / "base-model" / file, run.path)
-    assert reported(run).endswith("val_set_size 2 of train.jsonl.")
+    assert shown["diff"] is None and "field input" in shown["why"]
 
 
 def test_what_the_config_names_wins_over_a_test_file_that_happens_to_lie_there(own: OwnRun, tmp_path: Path) -> None:
@@ -320,16 +315,16 @@ def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(
     names = "train.jsonl" + ("" if how == "without duplicates" else ", split train[:35]")
     names += " and chats.jsonl" if two else ""
     assert evaluated.settings.data == f"val_set_size {HELD_OUT[how]['val_set_size']} of {names}"
-    examples = prompts(run, evaluated)
-    for text, ids in zip(texts_of, examples, strict=True):
-        assert text.split()[1] in axolotl.tokenizer.decode(ids)
+    for text, example in zip(texts_of, examples_of(run, evaluated)[1], strict=True):
+        assert text.split()[1] in axolotl.tokenizer.decode(example.prompt)
 
 
-def prompts(run: RunDir, of_task: EvaluationTask) -> list[list[int]]:
+def examples_of(run: RunDir, of_task: EvaluationTask) -> tuple[Any, list[Any]]:
+    """The prompter of an evaluation, and what it makes of its rows."""
     from qlora_recipes.scores.prompter import Prompter
 
     prompter = Prompter(of_task.settings, of_task.cfg, run.output)
-    return [example.prompt for example in prompter.examples(of_task.rows.rows, of_task.rows.keys)]
+    return prompter, prompter.examples(of_task.rows.rows, of_task.rows.keys)
 
 
 def test_held_out_rows_are_kept_and_not_looked_for_in_data_that_has_changed(own: OwnRun, tmp_path: Path) -> None:
@@ -364,34 +359,21 @@ def test_a_data_set_of_other_files_with_a_split(own: OwnRun, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("changes", "summary", "says"),
+    ("changes", "says"),
     [
-        ({"datasets": [{"path": "a.jsonl", "type": "completion"}], "val_set_size": 0.1},
-         Summary(eval_loss=3.5, eval_loss_per_token=3.25),
-         r"completion .*eval loss: 3\.25 .*`recipe results`"),
-        ({"datasets": [{"path": "a.jsonl", "type": "completion"}]}, Summary(),
-         "completion .*; .*val_set_size"),
-        ({"datasets": [{"path": "a.jsonl", "type": "chatml.intel"}], "rl": "dpo"}, Summary(), "rl: dpo"),
-        ({"datasets": None, "pretraining_dataset": [{"path": "a.jsonl"}]}, Summary(), "pretraining"),
-        ({"datasets": [{"path": "a.jsonl", "type": "alpaca"}]}, Summary(),
-         "val_set_size.* --data.* test_datasets"),
+        ({"datasets": [{"path": "a.jsonl", "type": "completion"}], "val_set_size": 0.1}, "completion "),
+        ({"datasets": [{"path": "a.jsonl", "type": "chatml.intel"}], "rl": "dpo"}, "rl: dpo"),
+        ({"datasets": None, "pretraining_dataset": [{"path": "a.jsonl"}]}, "pretraining"),
+        ({"datasets": [{"path": "a.jsonl", "type": "alpaca"}]}, "val_set_size.* --data.* test_datasets"),
     ],
-)  # fmt: skip
-def test_where_there_is_nothing_to_score_that_is_said(
-    own: OwnRun, tmp_path: Path, changes: Config, summary: Summary, says: str
-) -> None:
+)
+def test_where_there_is_nothing_to_score_that_is_said(own: OwnRun, tmp_path: Path, changes: Config, says: str) -> None:
     write_rows(tmp_path / "a.jsonl", [{"text": "All of it."}])
-    run = own(summary=summary, **changes)
-    with pytest.raises(UserError, match=says):
-        task(run)
+    run = own(**changes)
+    for named in (None, tmp_path / "a.jsonl") if says == "completion " else (None,):
+        with pytest.raises(UserError, match=says):
+            task(run, data=named)
     assert not list(run.path.glob("evaluation*"))
-
-
-def test_completion_rows_that_are_named_have_no_answer_either(own: OwnRun, tmp_path: Path) -> None:
-    write_rows(tmp_path / "a.jsonl", [{"text": "All of it."}])
-    run = own(datasets=[{"path": "a.jsonl", "type": "completion"}])
-    with pytest.raises(UserError, match="completion"):
-        task(run, data=tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -402,7 +384,7 @@ def test_completion_rows_that_are_named_have_no_answer_either(own: OwnRun, tmp_p
         (CHATML, [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]}],
          "row 1 has no answer"),
         (CHATML, [{"messages": chats(1)[0]}, {"messages": chats(1)[0][:1]}], "row 2 "),
-        ({"type": "input_output"}, [{"segments": [{"label": True, "text": "All of it."}]}], "row 1 "),
+        ({"type": "input_output"}, [{"segments": [{"label": True, "text": "All of it."}]}], "row 1 .*prompt"),
     ],
 )  # fmt: skip
 def test_rows_without_an_answer_are_named(
@@ -412,79 +394,6 @@ def test_rows_without_an_answer_are_named(
     run = own(datasets=[{"path": "check.jsonl", **form}], test_datasets=[{"path": "check.jsonl", **form}])
     with pytest.raises(UserError, match=rf"check\.jsonl: {says}"):
         evaluate.evaluate(run, BASE)
-
-
-COMMIT = f"{1:040}"
-ON_HUB = {
-    "easy/train.jsonl": asked(4),
-    "easy/test.jsonl": asked(3, 10),
-    "hard/test.jsonl": asked(2, 100),
-}
-CARD = "---\nconfigs:\n" + "".join(
-    f"- config_name: {name}\n  data_files:\n"
-    + "".join(f"  - split: {Path(file).stem}\n    path: {file}\n" for file in ON_HUB if file.startswith(name))
-    for name in ("easy", "hard")
-) + "---\n"  # fmt: skip
-
-
-FILES = {name: b"".join(orjson.dumps(row) + b"\n" for row in rows) for name, rows in ON_HUB.items()}
-FILES["README.md"] = CARD.encode()
-
-
-class _Hub(BaseHTTPRequestHandler):
-    """The little of the hub's API that loading a data set takes: what there is, at which commit, and its content."""
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def _answer(self, code: int, content: bytes, **headers: str) -> None:
-        self.send_response(code)
-        for name, value in (headers | {"Content_Length": str(len(content))}).items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def do_GET(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        path = self.path.partition("?")[0]
-        if path.startswith("/api/datasets/somebody/sums"):
-            files = [{"type": "file", "path": name, "size": len(text)} for name, text in FILES.items()]
-            about = {"id": "somebody/sums", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
-            listed = "/tree/" in path or "/paths-info/" in path
-            self._answer(200, orjson.dumps([one | {"oid": COMMIT} for one in files] if listed else about))
-        elif "/resolve/" in path:
-            name = path.partition("/resolve/")[2].partition("/")[2]
-            content = FILES.get(name)
-            found = {"ETag": f'"{name}"'} if content else {"X_Error_Code": "EntryNotFound"}
-            self._answer(200 if content else 404, content or b"", X_Repo_Commit=COMMIT, **found)
-        else:
-            self._answer(404, b"")
-
-    do_HEAD = do_POST = do_GET
-
-
-@pytest.fixture
-def hub() -> Iterator[str]:
-    """The address of a hub with one data set."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-@pytest.mark.long
-def test_a_data_set_of_the_hub_with_name_and_split(own: OwnRun, tmp_path: Path, hub: str) -> None:
-    form = {"path": "somebody/sums", "type": USER_DEFINED}
-    tests = [form | {"name": "easy", "split": "test[:2]"}, form | {"name": "hard", "split": "test"}]
-    run = own(datasets=[form | {"name": "easy", "split": "train"}], test_datasets=tests)
-    words = ("evaluate", run.path, "--adapter", "none", "--max-new-tokens", "1", "--bertscore", "none")
-    # a process of its own, as the libraries read where the hub is when they are imported
-    finish(start(tmp_path, *words, HF_ENDPOINT=hub, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf")))
-    made = read_predictions(run.path / "evaluations" / "base-model")
-    assert [row["reference"] for row in made] == [row["answer"] for row in [*asked(2, 10), *asked(2, 100)]]
-    settings = task(run).settings  # without the hub, from the rows that were kept
-    assert settings.data == "somebody/sums, name easy, split test[:2] and somebody/sums, name hard, split test"
 
 
 def test_a_data_set_that_cannot_be_loaded_is_an_error_of_the_data(own: OwnRun, tmp_path: Path) -> None:

@@ -208,13 +208,6 @@ def test_a_model_is_asked_for_before_anything(models: Reply, model: str | None, 
         assert not server.requests
 
 
-def test_where_nothing_answers_is_said() -> None:
-    with serving(echo) as server:
-        there = servers.at(server.url)
-    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:\d+/v1/"):
-        there.require_model("m")
-
-
 @pytest.mark.parametrize(
     ("reply", "problem"),
     [

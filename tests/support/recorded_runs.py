@@ -11,6 +11,7 @@ import small_study
 from qlora_recipes.base import paths
 from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.results import ledger
+from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores.evaluations import read_scores
 from qlora_recipes.scores.score import VERSION
@@ -65,9 +66,7 @@ def completed(
 def recorded(folder: RunDir, **change: Any) -> Path:
     """Put the record of a run into its study's ledger in the folder of work, with some fields changed."""
     run = folder.read()
-    own = read_scores(folder.path)
-    assert own
-    content = ledger.record_of_run(folder, run, own).model_dump(mode="json") | change
+    content = ledger.record_of_run(RunResult(folder, run)).model_dump(mode="json") | change
     file = Path("recipes", run.origin.partition("/")[0], "results", f"{folder.path.name}.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(orjson.dumps(content))

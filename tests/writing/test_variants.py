@@ -16,6 +16,7 @@ from qlora_recipes.checks import check
 from qlora_recipes.configs import compose, config, variants
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.results import run_rows
+from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.running import create
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.writing import edit, new
@@ -220,7 +221,7 @@ def test_a_run_of_a_variant_lists_its_differences_from_that(place: Path) -> None
         "lora_r": (32, 16),
         "lora_alpha": (16, 8),
     }
-    row = run_rows.row(RunDir(place / "r"), record)
+    row = run_rows.row(RunResult(RunDir(place / "r"), record))
     assert (row["variant_of"], row["changed_keys"]) == (BASE, "lora_r, lora_alpha")
     assert row["other_base_model"] == "Qwen/Qwen3-0.6B"  # of the study's
 
