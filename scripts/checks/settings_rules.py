@@ -274,11 +274,3 @@ def long_warm_up(case: Case) -> Problems:
     """The learning rate then never reaches its value."""
     if case.steps and (case["warmup_steps"] or 0) >= case.steps:
         yield "error", "warmup_steps", f"as long as the whole training of {case.number_of_steps}", "lower it"
-
-
-@rule
-def unusual(case: Case) -> Problems:
-    """No recipe, nor any of Axolotl's examples, comes near: most such values are slips by a factor."""
-    alpha, rank = case["lora_alpha"], case["lora_r"] or 8
-    if case.lora and alpha and alpha / (rank**0.5 if case["peft_use_rslora"] else rank) > 16:
-        yield "note", "lora_alpha", f"{alpha} beside lora_r {rank} lets LoRA's update count many times", ""

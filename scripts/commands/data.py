@@ -1,6 +1,5 @@
 """The verbs of data: fetch and prepare."""
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,7 +7,7 @@ import typer
 
 from .. import tables
 from ..base import yamlfiles
-from ..base.errors import UserError, meant
+from ..base.errors import meant
 from ..base.paths import find_recipe
 from ..base.progress import Bar, say
 from . import completion
@@ -95,10 +94,6 @@ def prepare_verb(
         str | None,
         typer.Option(metavar="NAME", help="The study's format; by default its first."),
     ] = None,
-    row: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FIELD=EXPRESSION", help="Make a field of the rows otherwise. Repeatable."),
-    ] = None,
     valid_rows: Annotated[
         int | None, typer.Option(min=0, help="Rows to draw for validation; 0 keeps all; by default as the study says.")
     ] = None,
@@ -121,10 +116,8 @@ def prepare_verb(
     formats = of_study.data.formats
     form = next(iter(formats)) if input_format is None else meant(input_format, formats, "format", "", "--input-format")
     folder = out or Path(formats[form].folder)
-    fields = dict.fromkeys(field for split in of_study.data.splits for field in of_study.data.fields_of(split, form))
-    changed = _expressions(row or [], fields)
     with Bar(f"preparing {folder}", 1):
-        made = prepare.prepare(raw or fetched(of_study.data), folder, of_study, form, changed, valid_rows)
+        made = prepare.prepare(raw or fetched(of_study.data), folder, of_study, form, valid_rows)
     if json:
         tables.print_json(made)
         return
@@ -171,14 +164,3 @@ def _meant_study(name: str | None, raw: list[Path], input_format: str | None) ->
         if there and (input_format is None or input_format in each.data.formats):
             fitting.append(each)
     return fitting[0] if len(fitting) == 1 else study.find(None)
-
-
-def _expressions(given: list[str], fields: Collection[str]) -> dict[str, str]:
-    """The expressions of --row, by field."""
-    expressions = {}
-    for text in given:
-        field, equals, expression = text.partition("=")
-        if not equals or field.strip() not in fields:
-            raise UserError(f"--row {text}: give FIELD=EXPRESSION; the fields are {', '.join(fields)}")
-        expressions[field.strip()] = expression.strip()
-    return expressions

@@ -17,7 +17,7 @@ from ..base.files import clear_parts, read_json, replacing, sha256
 from ..base.paths import shown
 from ..base.processes import LOOK, held
 from . import manifest
-from .declaration import SPLITS, Data, Key, Mistake, Order, Subset
+from .declaration import SPLITS, Data, Mistake, Order, Subset
 from .raw_rows import BadRow, Expression, RawFile, RowMaker, find
 from .study import Study, refusal
 
@@ -30,7 +30,6 @@ def prepare(
     out: Path,
     of_study: Study,
     input_format: str,
-    fields: Mapping[str, str] | None = None,
     valid_rows: int | None = None,
     timeout: float = LOOK,
 ) -> dict[str, Any]:
@@ -45,7 +44,6 @@ def prepare(
         out: the folder to write to.
         of_study: the study.
         input_format: one of the study's.
-        fields: a user's expressions in the place of some of the study's.
         valid_rows: the number of rows to sample for validation; 0 keeps all, None samples as many as the study.
         timeout: seconds to wait for another process that is preparing data in the same folder.
 
@@ -58,7 +56,7 @@ def prepare(
             or another process is preparing data in the folder.
     """
     check_expressions(of_study)
-    data = _changed(of_study.data, input_format, fields or {}, valid_rows)
+    data = of_study.data if valid_rows is None else _with_valid_rows(of_study.data, valid_rows)
     changed = of_study.model_copy(update={"data": data})
     for file in raw:
         if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
@@ -66,42 +64,34 @@ def prepare(
     lock = held(out / PREPARE_LOCK, "another preparation is running", timeout)
     with lock, ExitStack() as stack:
         files = find(raw, of_study.data.raw_files)
-        splits = _Preparation(changed, files, input_format, sorted(fields or {}), out, stack).splits()
+        splits = _Preparation(changed, files, input_format, out, stack).splits()
         stack.close()  # puts the files in place
         return manifest.update(out, splits)
 
 
 def check_expressions(of_study: Study) -> None:
     """Raise UserError, with file and line, for invalid expressions of a study."""
-    if mistakes := list(_invalid(of_study.data.expressions())):
-        raise refusal(Path(shown(of_study.folder / "study.yaml")), mistakes)
-
-
-def _invalid(expressions: Iterable[tuple[Key, str]]) -> Iterator[Mistake]:
-    for key, text in expressions:
+    mistakes: list[Mistake] = []
+    for key, text in of_study.data.expressions():
         try:
             Expression(key[-1], text)
         except ValueError as error:
-            yield key, str(error)
+            mistakes.append((key, str(error)))
+    if mistakes:
+        raise refusal(Path(shown(of_study.folder / "study.yaml")), mistakes)
 
 
-def _changed(data: Data, input_format: str, fields: Mapping[str, str], valid_rows: int | None) -> Data:
-    """The data as a user wants it prepared.
+def _with_valid_rows(data: Data, count: int) -> Data:
+    """The data with another number of rows for validation.
 
     Raises:
-        UserError: an expression is invalid, or the study has no such rows for validation.
+        UserError: the study has no such rows.
     """
-    for (name,), problem in _invalid(((name,), text) for name, text in fields.items()):
-        raise UserError(f"--row {name}: {problem}")
-    form = data.formats[input_format]
-    formats = data.formats | {input_format: form.model_copy(update={"fields": {**form.fields, **fields}})}
-    splits = dict(data.splits)
-    if valid_rows is not None:
-        if not (valid := splits.get("valid")) or (valid.sample_from and not valid_rows):
-            source = f"rows sampled from {valid.sample_from}" if valid else f"only {', '.join(splits)}"
-            raise UserError(f"--valid-rows {valid_rows}: the study has {source}")
-        splits["valid"] = valid.model_copy(update={"sample": valid_rows, "first": None})
-    return data.model_copy(update={"input_formats": formats, "splits": splits})
+    if not (valid := data.splits.get("valid")) or (valid.sample_from and not count):
+        source = f"rows sampled from {valid.sample_from}" if valid else f"only {', '.join(data.splits)}"
+        raise UserError(f"--valid-rows {count}: the study has {source}")
+    valid = valid.model_copy(update={"sample": count, "first": None})
+    return data.model_copy(update={"splits": data.splits | {"valid": valid}})
 
 
 @dataclass
@@ -128,7 +118,6 @@ class _Preparation:
     study: Study
     raw: dict[str, RawFile]
     input_format: str
-    replaced: list[str]
     out: Path
     stack: ExitStack
     sampled: dict[str, tuple[list[PlacedRow], _Counts]] = field(default_factory=dict)
@@ -194,8 +183,6 @@ class _Preparation:
         entry = manifest.how_made(self.study, name, self.input_format) | self._account(name, raw, counts) | written
         if moved:
             entry["moved"] = {other: len(rows) for other, rows in moved.items()}
-        if replaced := [field for field in self.replaced if field in entry["fields"]]:
-            entry["replaced"] = replaced
         if name == "test":
             entry |= self._subsets(split.subsets, rows, bool(entry["is_the_study_file"]))
         return entry

@@ -70,7 +70,6 @@ def data(**change: Any) -> dict[str, Any]:
 # what is changed in a recipe, the level and name of the one finding that it gives, and a value that this tells
 CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"datasets": None}, "error", "no-data:datasets", ""),
-    ({"lora_alpha": 1600}, "note", "unusual:lora_alpha", "1600"),
     ({"hub_model_id": "x", "wandb_api_key": "x"}, "error", "secret:wandb_api_key", ""),
     (data(path="gone.jsonl"), "error", "missing-file:datasets.0.path", "gone.jsonl"),
     (data(path="data/codereviewer/trian.jsonl"), "error", "missing-file:datasets.0.path", "train.jsonl"),

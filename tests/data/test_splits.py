@@ -137,20 +137,6 @@ def test_messages_and_fields_with_spaces_can_be_made_of_a_row(tmp_path: Path) ->
     ]
 
 
-def test_a_users_expressions_replace_the_studys_where_a_split_has_the_field(tmp_path: Path) -> None:
-    write_rows(tmp_path / "train.jsonl", ROWS)
-    (tmp_path / "test.csv").write_text("sum,result\n1+1,2\n")
-    of_study = sums(tmp_path)
-    splits = prepared(of_study, fields={"output": "'none'"})
-    assert {row["output"] for split in ("train", "test") for row in read(of_study, split)} == {"none"}
-    assert splits["test"]["constants"] == {"output": "none"}
-    assert "train.jsonl" in str(manifest.is_not_prepared(of_study, tmp_path / "out", "default"))
-    prepared(of_study)
-    assert manifest.is_not_prepared(of_study, tmp_path / "out", "default") is None
-    with pytest.raises(UserError, match=r"^--row output: "):
-        prepared(of_study, fields={"output": "no text"})
-
-
 @pytest.mark.long
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     """In a process of its own, which is as large with ten times the rows."""
@@ -186,5 +172,4 @@ def test_a_test_set_is_the_studys_if_its_raw_file_and_its_expressions_are(tmp_pa
         return [evaluation_rows.test_set(file, files.sha256(file)) for file in made]
 
     assert names(of_study) == ["test", "few"]
-    assert names(of_study, fields={"output": "result ~ '.'"}) == [None, None]
     assert names(sums(tmp_path, subset)) == [None, None]  # no checksum is known
