@@ -1,8 +1,5 @@
 """`recipe plan`: parameters, memory and work of a config before it runs, and whether it fits a GPU's memory."""
 
-from bisect import bisect_right
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -14,22 +11,10 @@ from ..configs import datafiles
 from ..configs.compose import Composed, Request, compose
 from ..configs.gpus import ENGINE_KEYS, Gpu, engine_of, offloads
 from . import steps, work
-from .planner import (
-    CONTEXT,
-    GIB,
-    ROUND,
-    USABLE,
-    Planner,
-    per_gpu,
-    planner_of,
-    required_gib,
-    totals,
-)
-from .traces import NotAlike
+from .planner import CONTEXT, GIB, USABLE, Planner, per_gpu, planner_of, required_gib, totals
 
 SIZES = (8, 12, 16, 24, 40, 48, 80)
 """Cards by their memory in GB, for a plan that names none."""
-_MOST_ROWS = 1024
 
 
 def of_request(
@@ -58,9 +43,8 @@ def of_request(
         about = f"{finding.key}: " if finding.key else ""
         planned["notes"].append(f"{about}{finding.problem}; {finding.remedy}".removesuffix("; "))
     if found and found.longest and not composed.config.get("sample_packing"):  # packed batches are always full
-        with suppress(NotAlike):
-            size = planner.required(length=found.longest)
-            planned["longest_batch"] = {"rows": planner.rows, "tokens": found.longest, "needed": size}
+        size = Planner(planner.step, planner.rows, found.longest).required
+        planned["longest_batch"] = {"rows": planner.rows, "tokens": found.longest, "needed": size}
     planned["work"] = work.work(composed, planner, gpu, request.gpus, found, price)
     if planned["work"]["hours"] and not found:
         planned["notes"].append(f"tokens are an upper bound, every row counted as a full one: {unknown}")
@@ -88,11 +72,11 @@ def plan(
         UserError: it cannot be planned.
     """
     planner, notes = planner_of(config, gpu)
-    trace = planner.trace
+    memory = planner.memory
     engines = per_gpu(planner, gpus)
     if gpus > 1:
         notes.append(f"cards are judged under {engine_of(config)}")
-    saved = planner.required() - engines[engine_of(config)] if engines else 0
+    saved = planner.required - engines[engine_of(config)] if engines else 0
     size = vram or (gpu and gpu.memory)
     cards = [
         Gpu(gpu.name if gpu and size else f"{gib:g} GB", planner.step.capability or (0, 0), gib)
@@ -103,13 +87,13 @@ def plan(
         "adapter": planner.step.adapter,
         "loop": "Axolotl's",
         "micro_batch": {"rows": planner.rows, "tokens": planner.length},
-        "parameters": trace.parameters,
-        **totals(trace.parameters),
-        "memory": asdict(planner.usage()) | {"paged": trace.paged, "context": CONTEXT, "needed": planner.required()},
+        "parameters": memory.parameters,
+        **totals(memory.parameters),
+        "memory": asdict(memory.usage) | {"paged": memory.paged, "context": CONTEXT, "needed": planner.required},
         "cards": [_verdict(planner, card, saved) for card in cards],
         "changes": [],
         "per_gpu": engines,
-        "notes": notes + _of_paged(trace.paged),
+        "notes": notes + _of_paged(memory.paged),
     }
     if size and not planned["cards"][0]["fits"]:
         planned["changes"] = _changes(config, planner, cards[0], saved)
@@ -127,32 +111,14 @@ def _of_paged(paged: int) -> list[str]:
 
 
 def _verdict(planner: Planner, card: Gpu, saved: float) -> dict[str, Any]:
-    """Whether a card holds a step, and how far rows and tokens could grow, None where that is not known.
+    """Whether a card holds a step.
 
     Args:
         saved: bytes that an engine saves on each of several cards.
     """
-    usable = usable_gib(card) * GIB + saved
-    context = planner.trace.sizes["context"]
-    return {
-        "card": card.name,
-        "usable": usable - saved,
-        "fits": planner.required() <= usable,
-        "free": usable - planner.required(),
-        "largest_micro_batch": largest(lambda n: planner.required(rows=n), usable, _MOST_ROWS),
-        "longest_row": largest(lambda n: planner.required(length=n), usable, context, ROUND),
-    }
-
-
-def largest(needed: Callable[[int], float], usable: float, most: int, unit: int = 1) -> int | None:
-    """The largest multiple of a unit up to `most` whose need can be met, given that this grows; 0 where none's can.
-
-    None where shapes on the way do not follow from those that were traced.
-    """
-    try:
-        return bisect_right(range(1, most // unit + 1), usable, key=lambda n: needed(n * unit)) * unit
-    except NotAlike:
-        return None
+    usable = usable_gib(card) * GIB
+    free = usable + saved - planner.required
+    return {"card": card.name, "usable": usable, "fits": free >= 0, "free": free}
 
 
 def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[dict[str, Any]]:
@@ -182,37 +148,26 @@ def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[
             "the same rows a step, one at a time",
             planner.rows > 1,
         ),
-        (_with_adapter(config, "qlora"), "a base in 4 bits", step.adapter != "qlora"),
+        (_with_qlora(config), "a base in 4 bits", step.adapter != "qlora"),
+        *(({"sequence_len": planner.length // part}, "longer rows are lost", True) for part in (2, 4)),
     ]
     changes: list[dict[str, Any]] = []
     changed = config
-    tried = planner
     for settings, effect, applies in candidates:
         if not applies:
             continue
         settings = {key: value for key, value in settings.items() if value is not None or key in config}
         changed = {key: value for key, value in (changed | settings).items() if value is not None}
-        tried, _ = planner_of(changed, card, alone=True)
-        needed = tried.required()
+        needed = planner_of(changed, card)[0].required
         changes.append({"set": settings, "effect": effect, "needed": needed, "fits": needed <= usable})
         if needed <= usable:
-            return changes
-    longest = largest(lambda n: tried.required(length=n), usable, planner.length, ROUND)
-    if longest:
-        changes.append(
-            {
-                "set": {"sequence_len": longest},
-                "effect": "longer rows are lost",
-                "needed": tried.required(length=longest),
-                "fits": True,
-            }
-        )
+            break
     return changes
 
 
-def _with_adapter(config: Config, adapter: str) -> Config:
-    """The settings that give a config an adapter, on all linear layers where it names none."""
-    settings: Config = {"adapter": adapter, "load_in_4bit": adapter == "qlora"}
+def _with_qlora(config: Config) -> Config:
+    """The settings that give a config QLoRA, on all linear layers where it names none."""
+    settings: Config = {"adapter": "qlora", "load_in_4bit": True}
     if not (config.get("lora_target_modules") or config.get("lora_target_linear")):
         settings["lora_target_linear"] = True
     return settings | ({} if config.get("lora_r") else {"lora_r": 16, "lora_alpha": 32})
@@ -243,19 +198,18 @@ def _findings(content: Config, gpu: Gpu, gpus: int | None, anew: bool) -> list[F
     """A finding where a config needs more memory than a GPU has, or where that is not known."""
     if not gpu.memory:
         return []
+    needed, key, unplanned = None, "micro_batch_size", "`recipe plan` and --full do that"
     if gpus is None and any(content.get(key) for key in ENGINE_KEYS):
-        problem = f"memory is not planned: under {engine_of(content)} it depends on how many GPUs there are"
-        return [Finding("note", "not-checked", "micro_batch_size", problem, "`recipe plan` with --gpus plans it")]
-    if offloads(content) or any((content.get(key) or 1) > 1 for key in steps.SPLIT):
-        problem = "memory is not planned: some of it is in main memory, or divided as no plan knows"
-        return [Finding("note", "not-checked", "micro_batch_size", problem)]
-    try:
-        needed = required_gib(content, gpu, anew, gpus or 1)
-    except UserError as error:
-        return [Finding("note", "not-checked", "base_model", f"memory is not planned: {error}")]
+        unplanned = f"under {engine_of(content)} it depends on how many GPUs there are; `recipe plan --gpus N` plans it"
+    elif offloads(content) or any((content.get(key) or 1) > 1 for key in steps.SPLIT):
+        unplanned = "some of it is in main memory, or divided as no plan knows"
+    else:
+        try:
+            needed = required_gib(content, gpu, anew, gpus or 1)
+        except UserError as error:
+            key, unplanned = "base_model", str(error)
     if needed is None:
-        problem = "memory is not planned: `recipe plan` and --full do that"
-        return [Finding("note", "not-checked", "micro_batch_size", problem)]
+        return [Finding("note", "not-checked", key, f"memory is not planned: {unplanned}")]
     usable = usable_gib(gpu)
     if needed <= usable:
         return []

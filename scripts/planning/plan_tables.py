@@ -22,7 +22,7 @@ def show(planned: Plan) -> None:
         needed = f"{longest['needed'] / GIB:.2f} GiB at the longest batch of the data"
         tables.print_text(f"{needed}, {batch.format(**longest)}")
     print()
-    tables.print_table(_cards(planned), spare=["usable GiB", "longest row"])
+    tables.print_table(_cards(planned), spare=["usable GiB"])
     for change in planned["changes"]:
         settings = " ".join(f"--set {key}={json.dumps(value)}" for key, value in change["set"].items())
         verdict = "then it fits" if change["fits"] else "not enough"
@@ -79,8 +79,6 @@ def _cards(planned: Plan) -> list[dict[str, Any]]:
             "usable GiB": f"{card['usable'] / GIB:.2f}",
             "fits": "yes" if card["fits"] else "no",
             "free GiB": f"{card['free'] / GIB:.2f}",
-            "largest micro batch": card["largest_micro_batch"],
-            "longest row": card["longest_row"],
         }
         for card in planned["cards"]
     ]

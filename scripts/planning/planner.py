@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -58,6 +58,22 @@ def packages() -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
+@dataclass(frozen=True)
+class Memory:
+    """The memory of a step, in bytes, and what was counted in its trace.
+
+    Attributes:
+        usage: its peaks.
+        paged: optimizer state that can leave the GPU.
+        parameters, sizes: see `MemoryTrace`.
+    """
+
+    usage: Usage
+    paged: int
+    parameters: dict[str, dict[str, int]]
+    sizes: dict[str, int]
+
+
 @dataclass
 class Planner:
     """The memory of one step.
@@ -66,71 +82,52 @@ class Planner:
         step: the step.
         rows: the rows of its micro batch.
         length: the tokens of each.
-        alone: whether to trace no other shapes, which take most of the time, before they are asked for.
-        planned: whether the step was planned before.
     """
 
     step: Step
     rows: int
     length: int
-    alone: bool = False
-
-    def __post_init__(self) -> None:
-        self._usage_file = cache_file("plans", asdict(self.step), self.rows, self.length)
-        self._trace_file = self._usage_file.with_suffix(".trace.json")
-        self._usages = read_json(self._usage_file)
-        self.planned = bool(self._usages)
-        self._trace: MemoryTrace | None = None
 
     @property
-    def trace(self) -> MemoryTrace:
-        """The trace of the step at its own shape."""
-        return self._traced(self._shapes()[0])
+    def shape(self) -> Shape:
+        """The shape that Axolotl gives the model, its length rounded up."""
+        if self.step.flat:
+            return 1, rounded(self.rows * self.length, ROUND)
+        return self.rows, rounded(self.length, ROUND)
 
-    def usage(self, rows: int | None = None, length: int | None = None) -> Usage:
-        """Peaks at a number of rows and tokens, by default the step's own.
-
-        Raises:
-            traces.NotAlike: they do not follow from the shapes that were traced.
-            UserError: the step cannot be traced.
-        """
-        rows = rows or self.rows
-        length = length or self.length
-        if rows > 1 and self._several:
-            return self._several.usage(rows, length)
-        shape = self._shape(rows, length)
-        name = "x".join(map(str, shape))
-        with suppress(KeyError, TypeError):  # not kept, or damaged
-            return Usage(**self._usages[name])
-        usage = traces.usage(self._traced(shape), shape)
-        self._usages[name] = asdict(usage)
-        keep(self._usage_file, self._usages)
-        return usage
-
-    def required(self, rows: int | None = None, length: int | None = None) -> float:
-        """Bytes of required memory: what is reserved at the peak, as `usage` gives it, and CUDA's own."""
-        return self.usage(rows, length).reserved + CONTEXT
+    @property
+    def file(self) -> Path:
+        """Where its memory is cached."""
+        return cache_file("plans", asdict(self.step), self.shape)
 
     @cached_property
-    def _several(self) -> "Planner | None":
-        """The same step with more rows, where a single one needs no mask and several do."""
-        masks = self.step.attention != "flash_attention_2" and not (self.step.padded or self.step.packed)
-        return Planner(replace(self.step, padded=True), 2, self.length) if self.rows == 1 and masks else None
+    def cached(self) -> Memory | None:
+        """Its memory, where it was planned before."""
+        with suppress(KeyError, TypeError):  # not kept, or damaged
+            content = read_json(self.file)
+            return Memory(**content | {"usage": Usage(**content["usage"])})
+        return None
 
-    def _traced(self, shape: Shape) -> MemoryTrace:
-        """The trace from which the memory at a shape follows."""
-        shapes = self._shapes()
-        if self.alone and shape == shapes[0]:
-            shapes = shapes[:1]
-        if self._trace is None:
-            with suppress(KeyError, TypeError, ValueError):  # not kept, or damaged
-                self._trace = MemoryTrace.of_json(read_json(self._trace_file))
-        if self._trace is None or not self._trace.steps.keys() >= set(shapes):
-            self._trace = self._trace_anew(shapes)
-            keep(self._trace_file, self._trace.as_json())
-        return self._trace
+    @cached_property
+    def memory(self) -> Memory:
+        """Its memory, planned now or earlier.
 
-    def _trace_anew(self, shapes: list[Shape]) -> MemoryTrace:
+        Raises:
+            UserError: the step cannot be traced.
+        """
+        if self.cached:
+            return self.cached
+        trace = self._traced()
+        memory = Memory(traces.usage(trace, self.shape), trace.paged, trace.parameters, trace.sizes)
+        keep(self.file, asdict(memory))
+        return memory
+
+    @property
+    def required(self) -> float:
+        """Bytes of required memory: what is reserved at the peak, and CUDA's own."""
+        return self.memory.usage.reserved + CONTEXT
+
+    def _traced(self) -> MemoryTrace:
         from ..base.hub import importing_axolotl
 
         with importing_axolotl():
@@ -138,39 +135,23 @@ class Planner:
 
             logging.disable(logging.CRITICAL)  # torch would print its own traceback
             try:
-                return trace(self.step, shapes)
+                return trace(self.step, [self.shape])
             except Exception as error:  # any model's code runs in it
                 problem = shorten(f"{type(error).__name__}: {error}", 200)
                 raise UserError(f"this model and adapter cannot be planned: {problem}") from None
 
-    def _shape(self, rows: int, length: int) -> Shape:
-        """The shape that Axolotl gives the model, its length rounded up."""
-        return (1, rounded(rows * length, ROUND)) if self.step.flat else (rows, rounded(length, ROUND))
 
-    def _shapes(self) -> list[Shape]:
-        """The step's own shape, and the others to trace so that any number of rows, or of tokens, follows from them."""
-        rows, length = self._shape(self.rows, self.length)
-        others = [(rows, length + ROUND), (rows, length + 2 * ROUND)]
-        if self.step.flat or self._several:
-            return [(rows, length), *others]
-        more = [(rows + 1, length)] if rows > 1 else [(2, length), (3, length)]
-        return [(rows, length), *more, *others]
-
-
-def planner_of(
-    config: Config, gpu: Gpu | None, download: bool = True, alone: bool = False
-) -> tuple[Planner, list[str]]:
+def planner_of(config: Config, gpu: Gpu | None, download: bool = True) -> tuple[Planner, list[str]]:
     """The planned step of a config, and what of it is not traced.
 
     Args:
         config: the config.
         gpu: the GPU; None takes the oldest that has what the config asks for.
         download: whether a model's config.json may be fetched from the hub.
-        alone: see `Planner`.
     """
     capability = gpu.capability if gpu else _least_capability(config)
     step, notes = steps.step_of(config, models.architecture(config, download), capability)
-    return Planner(step, steps.rows_of(config), steps.length_of(config), alone), notes
+    return Planner(step, steps.rows_of(config), steps.length_of(config)), notes
 
 
 def required_gib(config: Config, gpu: Gpu | None = None, anew: bool = False, gpus: int = 1) -> float | None:
@@ -180,10 +161,10 @@ def required_gib(config: Config, gpu: Gpu | None = None, anew: bool = False, gpu
     Raises:
         UserError: it cannot be planned.
     """
-    planner, _ = planner_of(config, gpu, download=anew, alone=True)
-    if not planner.planned and not anew:
+    planner, _ = planner_of(config, gpu, download=anew)
+    if not planner.cached and not anew:
         return None
-    return per_gpu(planner, gpus).get(engine_of(config), planner.required()) / GIB
+    return per_gpu(planner, gpus).get(engine_of(config), planner.required) / GIB
 
 
 def _least_capability(config: Config) -> tuple[int, int]:
@@ -204,17 +185,17 @@ def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:
     """
     if gpus == 1:
         return {}
-    held = Counter(planner.usage().parts)
+    held = Counter(planner.memory.usage.parts)
     optimizer = held["optimizer"]
-    trained = totals(planner.trace.parameters)["trainable"]
+    trained = totals(planner.memory.parameters)["trainable"]
     weights = held["base weights"] + held["quantization constants"] + held["embeddings and head"]
     frozen = weights if planner.step.adapter else 0
-    rest = planner.required() - weights - held["adapters"] - held["gradients"] - optimizer
-    largest_layer = max((frozen + 2 * trained) / planner.trace.sizes["layers"], held["embeddings and head"])
+    rest = planner.required - weights - held["adapters"] - held["gradients"] - optimizer
+    largest_layer = max((frozen + 2 * trained) / planner.memory.sizes["layers"], held["embeddings and head"])
     gathered = largest_layer * (1 - 1 / gpus)
     state = (optimizer + 4 * trained) / gpus
     return {
-        "DDP": planner.required() + held["gradients"],
+        "DDP": planner.required + held["gradients"],
         "ZeRO-1": rest + frozen + 2 * trained + 2 * trained + state,
         "ZeRO-2": rest + frozen + 2 * trained + 2 * trained / gpus + state,
         "ZeRO-3": rest + (frozen + 4 * trained) / gpus + state + gathered,

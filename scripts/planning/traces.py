@@ -5,8 +5,6 @@ from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
-from math import prod, sumprod
-from typing import Any
 
 MIB = 2**20
 _ROUND = 512  # block sizes are multiples of it
@@ -206,17 +204,13 @@ def ordered(events: Events) -> Events:
     return [event for made, group in groups for event in (group if made else sorted(group))]
 
 
-class NotAlike(Exception):
-    """Steps of different shapes allocate so differently that none follows from the others."""
-
-
 @dataclass
 class MemoryTrace:
     """What a step allocates.
 
     Attributes:
         loaded: the events before the first step: weights, adapters, optimizer state.
-        steps: the events of a step for each traced shape, alike but for the sizes.
+        steps: the events of a step for each traced shape.
         kinds: what each storage holds.
         parameters: frozen and trainable parameters by the kind of layer.
         sizes: the model's: its layers, width, attention_width (heads times their size), vocabulary and context.
@@ -231,16 +225,6 @@ class MemoryTrace:
     sizes: dict[str, int]
     paged: int
     expandable: bool
-
-    def as_json(self) -> dict[str, Any]:
-        """The trace in types that JSON has."""
-        return vars(self) | {"steps": list(self.steps.items()), "kinds": list(self.kinds.items())}
-
-    @classmethod
-    def of_json(cls, content: dict[str, Any]) -> "MemoryTrace":
-        """The trace that `as_json` was called on."""
-        steps = {(rows, length): events for (rows, length), events in content["steps"]}
-        return cls(**content | {"steps": steps, "kinds": dict(content["kinds"])})
 
 
 @dataclass(frozen=True)
@@ -259,12 +243,8 @@ class Usage:
 
 
 def usage(trace: MemoryTrace, shape: Shape) -> Usage:
-    """The peaks of a step that follows one like it, from a model of CUDA's allocator.
-
-    Raises:
-        NotAlike: the shape was not traced, and does not follow from those that were.
-    """
-    step = _at(trace, shape)
+    """The peaks of a step of a traced shape that follows one like it, from a model of CUDA's allocator."""
+    step = trace.steps[shape]
     allocator = Allocator(trace.expandable)
     blocks: dict[int, Block] = {}
     held: Counter[str] = Counter()
@@ -285,34 +265,3 @@ def usage(trace: MemoryTrace, shape: Shape) -> Usage:
         if events is trace.loaded:
             allocator.empty_cache()  # axolotl/loaders/model.py does so once the model is loaded, PEFT before
     return Usage(allocator.peak, allocator.peak_reserved, parts)
-
-
-def _at(trace: MemoryTrace, shape: Shape) -> Events:
-    """A step's events at a shape: as traced, or with each size extrapolated from traced ones.
-
-    Sizes are linear in the rows, and at most quadratic in the length (masks and scores), so that two and three traced
-    shapes give them exactly; what kernels round to multiples of up to 64 tokens is exact for such lengths.
-    """
-    if shape in trace.steps:
-        return trace.steps[shape]
-    rows, length = shape
-    # a single row needs no copies where several do, so that it is no point on their line
-    among = [traced for traced in trace.steps if traced[1] == length and traced[0] > 1]
-    axis = 0
-    if not among or rows in {traced[0] for traced in trace.steps if traced[1] != length}:
-        among = [traced for traced in trace.steps if traced[0] == rows]
-        axis = 1
-    columns = [tuple(zip(*trace.steps[traced], strict=True)) for traced in among]
-    if len({storages for storages, _ in columns}) != 1:
-        raise NotAlike(f"steps of the shapes {among} do not allocate alike")
-    weights = _lagrange([traced[axis] for traced in among], shape[axis])
-    storages = columns[0][0]
-    return [
-        (storage, -1 if sizes[0] < 0 else round(sumprod(weights, sizes)))
-        for storage, *sizes in zip(storages, *(sizes for _, sizes in columns), strict=True)
-    ]
-
-
-def _lagrange(points: list[int], at: int) -> list[float]:
-    """The weight of each of some points in the polynomial through all of them."""
-    return [prod((at - other) / (point - other) for other in points if other != point) for point in points]

@@ -214,14 +214,14 @@ def flops_of_token(planner: Planner, length: int) -> float:
     its width times the tokens before, on average half the length, forward, and twice that backward. With
     checkpointing all of it is computed forward once more. LoRA's matrices are trained ones.
     """
-    sizes = planner.trace.sizes
+    sizes = planner.memory.sizes
     again = bool(planner.step.checkpointing)
     passes = 0.0
-    for kind, count in planner.trace.parameters.items():
+    for kind, count in planner.memory.parameters.items():
         if kind in ("norm", "embed_tokens", "vision_tower"):
             continue
         passes += 2 * count["frozen"] * (2 + again) + 2 * count["trainable"] * (3 + again)
-    if "lm_head" not in planner.trace.parameters:  # the embedding's matrix is the head's too
+    if "lm_head" not in planner.memory.parameters:  # the embedding's matrix is the head's too
         passes += 2 * sizes["vocabulary"] * sizes["width"] * (2 + again + (planner.step.adapter is None))
     attention = 4 * sizes["attention_width"] * length / 2 * sizes["layers"]
     return passes + attention * (3 + again)

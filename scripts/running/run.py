@@ -280,7 +280,7 @@ def _of_gpu(folder: RunDir, record: Run) -> Iterator[str]:
     if (local := Path(record.cwd, str(config.get("base_model")))).is_dir():
         config["base_model"] = str(local)
     try:
-        needed = planner.planner_of(config, gpus.here(), alone=True)[0].required() / _GIB
+        needed = planner.planner_of(config, gpus.here())[0].required / _GIB
         changes = plan.plan(config, gpus.here(), needed * _LESS / planner.USABLE, record.ranks)[0]["changes"]
     except UserError as error:
         yield f"  {_measured(folder, record)}; memory is not planned: {error}"

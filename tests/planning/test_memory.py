@@ -12,12 +12,11 @@ import pytest
 import torch
 from conftest import SHARED, SMALL, config_with, train_many
 from families import TINY
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from memory_plugin import MEMORY, peak
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.configs import models
 from qlora_recipes.planning import steps as steps_of
 from qlora_recipes.planning import traces
@@ -34,19 +33,6 @@ def usage(step: Step, shape: traces.Shape = (2, 128)) -> traces.Usage:
 
 def trainable(step: Step) -> int:
     return sum(count["trainable"] for count in trace(step, []).parameters.values())
-
-
-# shared/paper.md and models.json
-@pytest.mark.parametrize(
-    ("model", "rank", "targets", "expected"),
-    [
-        ("meta-llama/Llama-2-7b-hf", 32, ALL_LINEAR, 79_953_920),
-        ("meta-llama/Llama-2-7b-hf", 8, "all-linear", 19_988_480),
-    ],
-)
-def test_trainable_parameters_are_the_published_ones(model: str, rank: int, targets: Any, expected: int) -> None:
-    architecture = json.dumps(models.architecture({"base_model": model}))
-    assert trainable(Step(model=architecture, rank=rank, targets=targets)) == expected
 
 
 QUERIES_AND_VALUES = ("q_proj", "v_proj")
@@ -108,10 +94,7 @@ def test_published_figures_of_the_plain_loop_are_met() -> None:
     assert max(errors) <= 0.015
 
 
-CASES = [(True, True, 1), (False, False, 1), (True, False, 4), (False, True, 4)]  # each pair of settings is among them
-
-
-def measured(folder: Path, changes: dict[Any, yamlfiles.Config]) -> dict[Any, dict[str, Any]]:
+def measured(folder: Path, changes: dict[Any, Config]) -> dict[Any, dict[str, Any]]:
     """What the plugin records in real trainings, each of two steps, by their name.
 
     Args:
@@ -144,111 +127,49 @@ def measured(folder: Path, changes: dict[Any, yamlfiles.Config]) -> dict[Any, di
     return {name: orjson.loads(file.with_name(MEMORY).read_bytes()) for name, file in files.items()}
 
 
-def checkpointed(checkpointing: bool) -> yamlfiles.Config:
-    kwargs = {"use_reentrant": False} if checkpointing else None
-    return {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": kwargs}
-
-
-def optimizer(times: int) -> str:
-    return "paged_adamw_32bit" if times == 1 else "adamw_bnb_8bit"
-
-
-@pytest.mark.long
-def test_a_real_training_of_axolotls_allocates_what_the_fake_one_does(tmp_path: Path, tiny: Path, sample: Path) -> None:
-    model = shutil.copytree(tiny, tmp_path / "model")  # its tokenizer, and layers wide enough for 8-bit states
-    small = AutoConfig.for_model(**SMALL, tie_word_embeddings=True)
-    AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16).save_pretrained(model)
-    (tmp_path / "runs").mkdir()
-    changes = {
-        (bf16, checkpointing, times): checkpointed(checkpointing)
-        | {
-            "base_model": str(model),
-            "datasets": [{"path": str(sample / "train.jsonl"), "type": "alpaca"}],
-            "sequence_len": 256,  # some rows are shorter, so that there is a mask
-            "bf16": bf16,
-            "gradient_accumulation_steps": times,
-            "optimizer": optimizer(times),
-        }
-        for bf16, checkpointing, times in CASES
-    }
-    for case, real in measured(tmp_path / "runs", changes).items():
-        compare(model, *case, real)
-
-
-def compare(model: Path, bf16: bool, checkpointing: bool, times: int, real: dict[str, Any]) -> None:
-    """A real training's memory with that of the fake one."""
-    step = Step(
-        model=(model / "config.json").read_text(),
-        weights="bfloat16" if bf16 else "float32",
-        autocast="bfloat16" if bf16 else None,
-        dropout=0.05,
-        checkpointing="non-reentrant" if checkpointing else None,
-        padded=True,
-        accumulates=times > 1,
-        optimizer=optimizer(times),
-        capability=None,
-    )
-    fake = trace(step, [(2, 256)])
-    left = dict(fake.loaded)  # a size of -1 where freed again
-    loaded = sum(size for i, size in left.items() if size > 0 and fake.kinds[i] != "optimizer")
-    assert loaded == pytest.approx(real["loaded"], rel=0.005)
-    assert peak(fake.loaded + fake.steps[2, 256]) == pytest.approx(real["allocated"], rel=0.01)
-
-
-def of_family(family: str, attention: str, turn: int, tiny: Path, sample: Path, folder: Path) -> yamlfiles.Config:
+def change_of(family: str, attention: str, bf16: bool, turn: int, tiny: Path, data: Path, folder: Path) -> Config:
     """The change of a recipe to a training of a small model of a family, each turn with other settings."""
     folder.mkdir()
     for file in tiny.glob("*token*"):
         shutil.copy(file, folder)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY[family])).save_pretrained(folder)
-    return checkpointed(turn % 2 == 0) | {
+    sizes = TINY.get(family, SMALL | {"tie_word_embeddings": True})
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes), dtype=dtype).save_pretrained(folder)
+    return {
         "base_model": str(folder),
         "special_tokens": {"pad_token": "</s>"},
-        "datasets": [{"path": str(sample / "train.jsonl"), "type": "alpaca"}],
+        "datasets": [{"path": str(data), "type": "alpaca"}],
         "sequence_len": 320,  # most rows are shorter
-        "bf16": False,
+        "bf16": bf16,
         "attn_implementation": attention,
         "lora_target_modules": None,
         "lora_target_linear": True,
+        "gradient_checkpointing": turn % 2 == 0,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if turn % 2 == 0 else None,
         "gradient_accumulation_steps": 1 + turn % 3,
-        "optimizer": ("paged_adamw_32bit", "adamw_torch")[turn // 2 % 2],
+        "optimizer": ("paged_adamw_32bit", "adamw_torch", "adamw_bnb_8bit")[turn // 2 % 3],
     }
 
 
 @pytest.mark.long
-def test_real_trainings_of_other_families_allocate_what_is_planned(tmp_path: Path, tiny: Path, sample: Path) -> None:
-    kinds = [*((family, "sdpa") for family in TINY), ("gemma2", "eager")]  # whose scores only eager caps
-    changes = {kind: of_family(*kind, turn, tiny, sample, tmp_path / "-".join(kind)) for turn, kind in enumerate(kinds)}
+def test_real_trainings_of_axolotls_allocate_what_is_planned(tmp_path: Path, tiny: Path, sample: Path) -> None:
+    llamas = [("llama", "sdpa", bf16) for bf16 in (True, False, True)]
+    others = [(family, "sdpa", False) for family in TINY]
+    kinds = [*llamas, *others, ("gemma2", "eager", False)]  # whose scores only eager caps
+    data = sample / "train.jsonl"
+    changes = {turn: change_of(*kind, turn, tiny, data, tmp_path / f"model-{turn}") for turn, kind in enumerate(kinds)}
     (tmp_path / "runs").mkdir()
-    for kind, real in measured(tmp_path / "runs", changes).items():
-        config = config_with(changes[kind] | {"fp16": False, "pad_to_sequence_len": True})
+    for turn, real in measured(tmp_path / "runs", changes).items():
+        config = config_with(changes[turn] | {"fp16": False, "pad_to_sequence_len": True})
         step, notes = steps_of.step_of(config, models.architecture(config), (8, 0))
         fake = trace(replace(step, capability=None), [(2, 320)])
+        left = dict(fake.loaded)  # a size of -1 where freed again
+        loaded = sum(size for i, size in left.items() if size > 0 and fake.kinds[i] != "optimizer")
         planned, found = peak(fake.loaded + fake.steps[2, 320]), real["allocated"]
-        print(f"{kind}: planned {planned:,}, measured {found:,} bytes, {found / planned - 1:+.2%}")
-        assert planned == pytest.approx(found, rel=0.001), kind
+        print(f"{kinds[turn]}: planned {planned:,}, measured {found:,} bytes, {found / planned - 1:+.2%}")
+        assert planned == pytest.approx(found, rel=0.01 if kinds[turn][2] else 0.001), kinds[turn]
+        assert loaded == pytest.approx(real["loaded"], rel=0.005), kinds[turn]
         assert notes == []
-
-
-steps = st.builds(
-    lambda **changed: replace(STEP, **changed),
-    adapter=st.sampled_from(["qlora", "lora", None]),
-    checkpointing=st.sampled_from([None, "reentrant", "non-reentrant"]),
-    attention=st.sampled_from(["sdpa", "eager", "flash_attention_2"]),
-    optimizer=st.sampled_from(["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_32bit"]),
-    accumulates=st.booleans(),
-    dropout=st.sampled_from([0.0, 0.05]),
-    capability=st.sampled_from([(7, 5), (8, 0), (9, 0)]),
-)
-
-
-@pytest.mark.long
-@settings(max_examples=4)
-@given(steps)
-def test_other_shapes_are_those_that_a_trace_of_them_gives(step: Step) -> None:
-    known = trace(step, [(2, 256), (3, 256), (2, 128), (2, 64)])
-    for shape in ((5, 256), (2, 512)):
-        assert traces.usage(known, shape) == traces.usage(trace(step, [shape]), shape)
 
 
 @pytest.mark.long
