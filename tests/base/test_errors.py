@@ -23,14 +23,10 @@ RECIPES = [
         ("haider2024/llama-3-8b", "haider2024/llama-3-8b"),  # itself, though others have it as a part
         ("llama-3.2", "llama-3.2"),
         ("3.2-3b", "haider2024/llama-3.2-3b"),
-        ("3.1", "haider2024/llama-3.1-8b"),
         ("Llama-3.1", "haider2024/llama-3.1-8b"),
-        ("2-3b", "haider2024/llama-3.2-3b"),
         ("code-llama-7b", "haider2024/code-llama-7b"),  # of the fewest levels
-        ("all-linear/code-llama-7b", "haider2024/all-linear/code-llama-7b"),
         ("all-linear/code", "haider2024/all-linear/code-llama-7b"),
         ("as-released", "haider2024/as-released/llama-3-8b"),
-        ("as-released/", "haider2024/as-released/llama-3-8b"),
     ],
 )
 def test_a_part_that_no_other_has_is_enough(word: str, choice: str) -> None:
@@ -40,15 +36,8 @@ def test_a_part_that_no_other_has_is_enough(word: str, choice: str) -> None:
 @pytest.mark.parametrize(
     ("word", "names"),
     [
-        (
-            "all-linear",
-            "haider2024/all-linear/code-llama-7b, haider2024/all-linear/llama-2-7b;",
-        ),
+        ("all-linear", "haider2024/all-linear/code-llama-7b, haider2024/all-linear/llama-2-7b;"),
         ("code", " haider2024/all-linear/code-llama-7b, haider2024/code-llama-7b;"),
-        (
-            "llama-7b",
-            " haider2024/all-linear/code-llama-7b, haider2024/code-llama-7b;",
-        ),
         ("haider2024", "haider2024/llama-3.1-8b, haider2024/llama-3.2-3b;"),
         ("ode-llama", " code-llama-7b?"),  # not from the beginning of a word
         ("haider2024/lama-3.2-3b", " haider2024/llama-3.2-3b"),

@@ -12,11 +12,9 @@ from typing import Any
 
 import orjson
 import pytest
-from conftest import Recipe
 
 from qlora_recipes.base import progress
 from qlora_recipes.base.progress import Bar, TrainingProgress
-from qlora_recipes.planning import plan, plan_tables
 
 
 @pytest.fixture
@@ -90,15 +88,6 @@ def test_a_log_has_a_line_for_each_phase(
         "evaluating  4/8  loss 2.000  rate 1.00e-01",
         "  step 4: eval loss 2.500",
     ]
-
-
-def test_of_several_the_one_at_work_is_named(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_tables, "summary", lambda *_: None)
-    monkeypatch.setattr(plan, "of_request", lambda *_: {})
-    names = ("haider2024/llama-2-7b", "haider2024/llama-3-8b")
-    of_each = [f"ing {names[0]}  0/2", f"ing {names[1]}  1/2"]
-    assert recipe("plan", *names).stderr.splitlines() == [f"plann{each}" for each in of_each]
-    assert recipe("check", *names, "--data").stderr.splitlines()[:2] == [f"check{each}" for each in of_each]
 
 
 def test_quick_work_leaves_no_line_in_a_log(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:

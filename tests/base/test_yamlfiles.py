@@ -8,13 +8,10 @@ from qlora_recipes.base.yamlfiles import parse
 MISTAKES = [
     ("a: 1\n\tb: 2\n", 2, 1),
     ("a: x\nnote: see: here\n", 2, 10),
-    ("lora_r:8\nb: 1\n", 2, 2),
-    ("a: x\nb: [1, 2\nc: 3\n", 3, 2),
     ('a: "x\nb: 3\n', 3, 1),
     ("a:\n  - b\n - c\n", 3, 2),
     ("a: 1\nb: *c\n", 2, 4),
     ("a: !!python/object/apply:os.system [id]\n", 1, 4),
-    ("a: 1\n---\nb: 2\n", 2, 1),
     ("a: 1\nb: 2\na: 3\n", 3, 1),
 ]
 

@@ -139,12 +139,6 @@ def test_rows_of_which_none_has_a_field_name_those_that_they_have() -> None:
     assert "field_output" not in found([GOOD, {"question": "a", "answer": "b"}])[0][1]
 
 
-def test_special_tokens_are_the_models() -> None:
-    row = GOOD | {"input": "<|eot_id|> </s>"}
-    assert "</s>" in found([row])[0][1]
-    assert "<|eot_id|>" in found([row], model=LLAMA_3)[0][1]
-
-
 def test_a_byte_order_mark_is_found() -> None:
     ((where, _),) = found([b"\xef\xbb\xbf" + json.dumps(GOOD).encode()])
     assert where == (1, "warning", "byte-order-mark")
@@ -163,13 +157,6 @@ def test_evaluation_rows_that_were_trained_on_are_found() -> None:
     assert "train.jsonl:2" in findings[0].problem and "train.jsonl:1" in findings[1].problem
     sizes = [Path(file).stat().st_size for file in sections.values()]
     assert [(one["rows"], one["bytes"]) for one in read] == [(2, sizes[0]), (3, sizes[1])]
-
-
-def test_the_shipped_sample_has_none(sample: Path) -> None:
-    files = {"datasets": "train", "test_datasets": "test"}
-    data = {key: [{"path": str(sample / f"{name}.jsonl"), "type": "alpaca"}] for key, name in files.items()}
-    findings, read = rows.check({"base_model": LLAMA_3} | data)
-    assert (findings, [one["rows"] for one in read]) == ([], [109, 26])
 
 
 def test_a_folder_is_read_file_by_file(place: Path) -> None:

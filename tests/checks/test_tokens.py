@@ -143,17 +143,6 @@ def test_lengths(llama: yamlfiles.Config, sample: Path) -> None:
     assert lengths(llama | {"sample_packing": True})[1][0]["padding_share"] is None
 
 
-def test_an_unknown_token_that_ends_texts_is_an_end(tiny: Path) -> None:
-    from transformers import AutoTokenizer
-
-    from qlora_recipes.checks.installed import taught_ends
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny, unk_token="</s>")
-    assert taught_ends({"eot_tokens": ["<s>", "no token"]}, tokenizer) == {1, 2}
-    tokenizer.eos_token = None
-    assert taught_ends({}, tokenizer) == set()
-
-
 def judged(content: yamlfiles.Config, rows: list[Any], **dataset: Any) -> list[tuple[str, str, int | None]]:
     """The level, rule and line of what is found in some training rows by their tokens."""
     from qlora_recipes.checks.tokens import lengths

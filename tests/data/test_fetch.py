@@ -18,7 +18,6 @@ from file_server import Server, data_of, serving
 
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.base.processes import held
-from qlora_recipes.data import fetch as fetching
 from qlora_recipes.data.declaration import Data
 from qlora_recipes.data.fetch import fetch
 
@@ -114,21 +113,6 @@ def test_one_that_breaks_off_too_often_says_what_is_there_and_resumes_next_time(
     fetch(data(server.url), tmp_path)
     assert server.asked_for()[-1] == "bytes=300000-"
     assert server.sent == len(ARCHIVE)
-
-
-def test_what_is_downloaded_is_not_asked_for_again(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def extracted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(fetching._Fetching, "_extracted", extracted)
-        fetch(data(server.url), tmp_path)
-    assert wanted(tmp_path) == {}
-    fetch(data(server.url), tmp_path)
-    assert wanted(tmp_path) == FILES
-    assert len(server.seen) == 1
 
 
 @pytest.mark.parametrize(("there", "compares"), [(100_000, True), (1_500_000, False)])

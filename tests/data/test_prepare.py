@@ -158,16 +158,6 @@ def test_a_second_preparation_in_a_folder_is_refused_and_parts_of_a_killed_one_g
     assert not list((tmp_path / "out").glob(".*.part"))
 
 
-def test_two_writers_of_a_file_with_one_process_id_are_kept_apart(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    with files.replacing(file) as first:
-        first.write(b"first")
-        with files.replacing(file) as second:
-            second.write(b"2nd")
-        assert file.read_bytes() == b"2nd"
-    assert file.read_bytes() == b"first"
-
-
 def test_the_table_says_which_rows_are_not_there_and_why(tmp_path: Path) -> None:
     write(tmp_path / "raw", "msg-valid.jsonl", *(row(str(i)) for i in range(5)), row(" "))
     write(tmp_path / "raw", "other.jsonl", row("a"))

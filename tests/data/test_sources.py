@@ -84,16 +84,6 @@ def test_several_sources_are_put_in_place_together(tmp_path: Path, server: Serve
     assert len([path for path in server.paths if "rows.zip" in path]) == 1  # what was downloaded stayed
 
 
-def test_only_the_source_that_is_missing_is_fetched_again(tmp_path: Path, server: Server) -> None:
-    server.files = {"rows.zip": packed({"train.jsonl": b"{}"}), "test.jsonl": b"test"}
-    fetch(several(server.url), tmp_path)
-    before = recorded(tmp_path)
-    (tmp_path / "more" / "test.jsonl").unlink()
-    fetch(several(server.url), tmp_path)
-    assert [path.rpartition("/")[2] for path in server.paths] == ["rows.zip", "test.jsonl", "test.jsonl"]
-    assert recorded(tmp_path)["rows.zip"] == before["rows.zip"]
-
-
 def test_copies_are_taken_from_a_folder_and_what_is_not_there_from_its_place(tmp_path: Path, server: Server) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
