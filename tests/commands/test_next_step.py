@@ -46,7 +46,7 @@ def test_what_is_planned_is_run_next_if_it_fits(recipe: Recipe, monkeypatch: pyt
 
 
 def test_from_prepared_data_to_a_plan(recipe: Recipe) -> None:
-    checked = next_of(recipe, "data", "prepare", *sorted(SAMPLE.glob("*.jsonl")))
+    checked = next_of(recipe, "data", "prepare", SAMPLE)
     assert checked == ["check", "haider2024/llama-2-7b", "--data"]
     assert next_of(recipe, *checked) == ["plan", "haider2024/llama-2-7b"]
     assert next_of(recipe, "check", NAME, "--gpu", "T4") == ["plan", NAME, "--gpu", "T4"]

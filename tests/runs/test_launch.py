@@ -19,6 +19,12 @@ TORCHRUN = "E1127 05:27:43 31670 torch/distributed/elastic/multiprocessing/api.p
 )
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> RunDir:
+    """A run to train again."""
+    return a_run(tmp_path / "runs", "haider2024/code-llama-7b", "one", 5.0, state="failed")
+
+
 def fails(folder: RunDir, monkeypatch: pytest.MonkeyPatch, does: str) -> Exception:
     """The error of a run whose training is a shell's line."""
     (axolotl := folder.path.parent / "axolotl").write_text(f"#!/bin/sh\n{does}\n")
@@ -29,8 +35,7 @@ def fails(folder: RunDir, monkeypatch: pytest.MonkeyPatch, does: str) -> Excepti
     return failed.value
 
 
-def test_what_axolotl_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = a_run(tmp_path / "runs", "haider2024/code-llama-7b", "one", 5.0, state="failed")
+def test_what_axolotl_refuses_is_named(folder: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "said").write_text(
         f"{STEPS}pydantic_core._pydantic_core.ValidationError: 2 validation errors for AxolotlConfigWCapabilities\n"
         "num_epochs\n  Input should be a valid number [type=float_parsing, input_value='x', input_type=str]\n"
@@ -48,16 +53,20 @@ def test_what_axolotl_refuses_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         (f"{STEPS}{FULL}", "exit 1", "/data/x", WorkFailed),
         (f"{STEPS}{FULL}{TORCHRUN}", "exit 1", "/data/x", WorkFailed),
         (f"{TRITON}{STEPS}KeyError: 1\n", "exit 1", None, WorkFailed),
-        (f"{TRITON}{STEPS}{NO_MEMORY}", "exit 1", None, OutOfMemory),
         (f"{TRITON}{NO_MEMORY}", "exit 1", None, OutOfMemory),
         (f"{TRITON}{STEPS}", "kill -9 $$", None, OutOfMemory),
         (TRITON, "kill -15 $$", None, WorkFailed),
     ],
 )
 def test_a_full_disk_is_blamed_only_for_what_it_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, end: str, full: str | None, kind: type[WorkFailed]
+    folder: RunDir,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: str,
+    end: str,
+    full: str | None,
+    kind: type[WorkFailed],
 ) -> None:
-    folder = a_run(tmp_path / "runs", "haider2024/code-llama-7b", "one", 5.0, state="failed")
     (tmp_path / "said").write_text(said)
     error = fails(folder, monkeypatch, f"cat '{tmp_path}/said'; {end}")
     assert type(error) is kind
@@ -67,8 +76,12 @@ def test_a_full_disk_is_blamed_only_for_what_it_ended(
 
 @pytest.mark.parametrize(("sent", "resumed"), [("KILL", True), ("SEGV", False)])
 def test_the_signal_that_ended_a_training_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: str, resumed: bool
+    folder: RunDir, monkeypatch: pytest.MonkeyPatch, sent: str, resumed: bool
 ) -> None:
-    folder = a_run(tmp_path / "runs", "haider2024/code-llama-7b", "one", 5.0, state="failed")
     error = str(fails(folder, monkeypatch, f"kill -{sent} $$"))
     assert f"(SIG{sent})" in error and ("recipe resume" in error) == resumed
+
+
+def test_a_run_whose_folder_is_deleted_while_it_trains_fails(folder: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(fails(folder, monkeypatch, f"rm -r '{folder.path.absolute()}'"), WorkFailed)
+    assert not folder.path.exists()

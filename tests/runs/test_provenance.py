@@ -18,10 +18,6 @@ NAME = "haider2024/code-llama-7b"
 OURS = version("axolotl")
 
 
-def made_with(number: str | None) -> dict[str, Any]:
-    return {"provenance": {"packages": {"axolotl": number}}}
-
-
 @pytest.mark.parametrize("packages", [None, {}, [], "text", {"axolotl": None}, {"axolotl": OURS}])
 def test_nothing_is_said_of_the_same_axolotl_or_of_one_that_is_not_recorded(packages: Any) -> None:
     assert other_axolotl(packages) == ""
@@ -45,6 +41,6 @@ def test_the_index_of_the_checkout_is_not_written(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("words", [["report", "latest"], ["results"], ["cancel", "latest"]])
 def test_a_run_of_another_axolotl_says_so_where_it_is_used(recipe: Recipe, tmp_path: Path, words: list[str]) -> None:
-    folder = a_run(tmp_path / "runs", NAME, "one", 5.0, **made_with("0.20.1"))
+    folder = a_run(tmp_path / "runs", NAME, "one", 5.0, provenance={"packages": {"axolotl": "0.20.1"}})
     (said,) = [line for line in recipe(*words).stderr.splitlines() if "0.20.1" in line]
     assert str(folder.path.relative_to(tmp_path)) in said and OURS in said

@@ -33,9 +33,8 @@ def test_a_run_that_says_running_is_so_only_while_a_process_holds_it(tmp_path: P
     assert run.read().state == "interrupted"
     code = "import sys; from qlora_recipes.runs.rundir import RunDir; from pathlib import Path\n"
     code += "with RunDir(Path(sys.argv[1])).held(): print('held', flush=True); sys.stdin.read()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", code, str(run.path)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout and holder.stdout.readline() == "held\n"
     assert run.read().state == "running"
     with pytest.raises(UserError, match=r"`recipe cancel .*r`"), run.held():
@@ -92,37 +91,32 @@ def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path: Path, capsys: pyt
     assert found == [("checkpoint-12", "trainer_state.json"), ("checkpoint-11", "optimizer.pt")]
 
 
-def test_runs_are_found_by_folder_end_and_latest(tmp_path: Path) -> None:
-    runs = [a_run(tmp_path / "runs" / "s" / name).path for name in ("20260101-a1", "20260102-b1", "20260103-b2")]
-    found = [rundir.find_run(name, tmp_path / "runs").path for name in (str(runs[0]), "b2", "latest", "s/20260102-b1/")]
-    assert found == [runs[0], runs[2], runs[2], runs[1]]
-    for name in ("1", "c", "", "/"):
-        with pytest.raises(UserError):
-            rundir.find_run(name, tmp_path / "runs")
-
-
-def test_a_recipe_or_a_part_of_its_name_is_its_newest_run_which_is_said(
+def test_runs_are_found_by_folder_end_recipe_a_part_of_it_and_latest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = tmp_path / "runs"
-    old, new, other, below = (
-        a_run(runs / folder).path for folder in ("s/wide/20260101-a1", "s/wide/20260102-b1", "s/tall/20260103-c1",
-                                                 "s/x/wide/20260104-d1")
-    )  # fmt: skip
-    meant = {"s/wide": new, "wide": new, "wi": None, "tall": other, "ta": other, "x/wide": below, "20260101": old}
-    for name, path in meant.items():
-        if path is None:
-            with pytest.raises(UserError, match=r"wi: .* s/wide, s/x/wide"):
-                rundir.find_run(name, runs)
-            continue
+    names = ("s/wide/20260101-a1", "s/wide/20260102-b1", "s/tall/20260103-c1", "s/x/wide/20260104-d1")
+    old, new, other, below = (a_run(runs / name).path for name in names)
+    reported = {
+        "s/wide": new,
+        "wide": new,
+        "tall": other,
+        "ta": other,
+        "x/wide": below,
+        "20260101": old,
+        "wide/20260102-b1/": new,
+    }
+    for name, path in reported.items():  # a part of a name
         assert rundir.find_run(name, runs).path == path
         assert capsys.readouterr().err == f"run {path}\n"
-    assert rundir.find_run("s/wide/20260101-a1", runs).path == old
-    assert rundir.find_run("latest", runs).path == below
-    assert capsys.readouterr().err == ""  # neither is a part of a name
+    whole = {str(old): old, "s/wide/20260101-a1": old, "latest": below}
+    for name, path in whole.items():
+        assert rundir.find_run(name, runs).path == path
+        assert capsys.readouterr().err == ""
     assert [rundir.find_run(word, runs).path for word in ("Latest", "late")] == [below, below]
-    for name, near in {"latets": "latest", "tal1": "tall", "s/wode": "s/wide"}.items():
-        with pytest.raises(UserError, match=f"{name}: .*{near}"):
+    several = {"wi": "s/wide, s/x/wide", "latets": "latest", "tal1": "tall", "s/wode": "s/wide"}
+    for name, near in (several | dict.fromkeys(("1", "z", "", "/"), "")).items():
+        with pytest.raises(UserError, match=f"{name}.*{near}"):
             rundir.find_run(name, runs)
 
 
@@ -150,9 +144,8 @@ def test_a_run_that_was_resumed_from_before_its_newest_records_is_at_its_own_ste
     write_metrics(run, *before, *again)
     summary = run.summary(run.read())
     assert (summary.step, summary.loss, summary.train_seconds) == (4, 1.0, 4.0)
-    assert [(record["step"], record.get("loss")) for record in run.read_metrics()] == [
-        (1, 8.0), (2, 7.0), (3, 6.0), (3, None), (4, 1.0)
-    ]  # fmt: skip
+    kept = [(1, 8.0), (2, 7.0), (3, 6.0), (3, None), (4, 1.0)]
+    assert [(record["step"], record.get("loss")) for record in run.read_metrics()] == kept
 
 
 def test_jobs_that_are_noted_at_once_are_all_kept(tmp_path: Path) -> None:
@@ -160,7 +153,7 @@ def test_jobs_that_are_noted_at_once_are_all_kept(tmp_path: Path) -> None:
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda i: run.add_job(Job(id=str(i), step="run", user="u", script="s")), range(20)))
     assert {job.id for job in run.jobs()} == {str(i) for i in range(20)}
-    assert sorted(file.name for file in run.path.iterdir()) == ["jobs.json", "run.json"]
+    assert sorted(file.name for file in run.path.iterdir()) == [".jobs.lock", "jobs.json", "run.json"]
 
 
 def test_a_job_of_a_backend_that_is_gone_does_not_count(tmp_path: Path) -> None:
