@@ -193,10 +193,10 @@ def sample(cache: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A random Llama of two layers, with the small tokenizer of models with random weights."""
-    import tiny_llama
+    import random_models
 
     folder = tmp_path_factory.mktemp("tiny-llama")
-    tiny_llama.save(folder)
+    random_models.save_tiny_llama(folder)
     return folder
 
 

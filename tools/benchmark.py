@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil
-import tiny_llama
+import random_models
 
 from qlora_recipes import tables
 from qlora_recipes.base import paths, yamlfiles
@@ -63,7 +63,7 @@ def measured(program: str, *words: str | Path, **env: str) -> list[float]:
 
 def config(folder: Path) -> Path:
     """Write a recipe with a tiny model, the sample's rows and one step, without evaluation."""
-    tiny_llama.save(folder / "tiny")
+    random_models.save_tiny_llama(folder / "tiny")
     change = {
         "base_model": str(folder / "tiny"),
         "datasets": [{"path": str(usual_sample() / "train.jsonl"), "type": "alpaca"}],

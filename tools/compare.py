@@ -118,7 +118,7 @@ def findings(_: Path) -> dict[str, Any]:
 
 def adapters(_: Path) -> dict[str, Any]:
     """Hashes of an adapter that was trained at once, and of one whose training was killed and resumed."""
-    make = "import pathlib, tiny_llama; tiny_llama.save(pathlib.Path('tiny'))"
+    make = "import pathlib, random_models; random_models.save_tiny_llama(pathlib.Path('tiny'))"
     support = {"PYTHONPATH": str(ROOT / "tests" / "support")}
     subprocess.run([sys.executable, "-c", make], env=os.environ | support, check=True)
     Path("tiny.yaml").write_text(f"base_model: {Path('tiny').resolve()}\n")

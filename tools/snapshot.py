@@ -17,7 +17,7 @@ from qlora_recipes.configs import config
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = Path(sys.executable).with_name("recipe")
-TINY = "import pathlib, tiny_llama; tiny_llama.save(pathlib.Path('tiny'))"
+TINY = "import pathlib, random_models; random_models.save_tiny_llama(pathlib.Path('tiny'))"
 TRAINING = ("gradient_accumulation_steps=1", "max_steps=8", "logging_steps=1")
 
 

@@ -21,12 +21,13 @@ AT_ONCE = 4
 
 def begun(command: dict[str, Any]) -> int:
     """The id of a new process with a command."""
+    said = os.open(command["said"], os.O_WRONLY | os.O_CREAT)
     if process := os.fork():
+        os.close(said)
         return process
     code = 99
     try:
         end_with_parent(signal.SIGKILL)
-        said = os.open(command["said"], os.O_WRONLY | os.O_CREAT)
         os.dup2(said, 1)
         os.dup2(said, 2)
         os.environ |= command["environment"]

@@ -78,6 +78,19 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
+def save_tiny_llama(folder: Path) -> None:
+    """Save a random Llama of two layers, so small that nothing but starting takes time."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = tokenizer()
+    small.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 2048}
+    config = LlamaConfig(vocab_size=len(small), num_attention_heads=4, num_key_value_heads=2, **sizes)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
 def write_full_rows(file: Path, model: Path, length: int, count: int) -> None:
     """Rows of the sample, laid end to end until each nearly fills a length.
 
