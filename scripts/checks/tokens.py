@@ -99,17 +99,15 @@ class Tokenizer:
         truncates = str(self.cfg.excess_length_strategy).lower() == "truncate"
         cut = self.cfg.sequence_len if truncates else None
         found: dict[int, tuple[str, dict[str, Any]]] = {}
-        loaded = {f"datasets.{i}": self.load(f"datasets.{i}") for i in range(len(self.cfg.datasets))}
-        seen = 0
-        with Bar("find held-out rows", sum(map(len, loaded.values()))) as bar:
-            for dataset, (key, every) in zip(self.cfg.datasets, loaded.items(), strict=True):
-                for rows in batched(every, 1000):
+        with Bar("finding held-out rows"):
+            for i, dataset in enumerate(self.cfg.datasets):
+                key = f"datasets.{i}"
+                for rows in batched(self.load(key), 1000):
                     tokenized = tokenize(key, self.cfg, dataset, self.tokenizer, rows, self.cfg.sequence_len)
                     require_one_each(key, dataset, rows, tokenized)
                     for row, tokens in zip(rows, tokenized, strict=True):
                         if same := positions.get(tuple(tokens.ids[:cut])):
                             found[same.pop(0)] = key, row
-                    bar.update(seen := seen + len(rows))
         if len(found) < len(held_out):
             raise UserError(f"val_set_size: {len(held_out) - len(found)} rows that it holds out are not in the data")
         return [found[position] for position in range(len(held_out))]

@@ -18,7 +18,7 @@ from ..runs.records import Run
 from ..runs.rundir import RunDir
 from . import schema
 from .check import rule_findings
-from .finding import Case, Finding, refuse
+from .finding import Case, refuse
 
 
 def seal(folder: RunDir, record: Run) -> str | None:
@@ -43,20 +43,6 @@ def is_own(folder: RunDir, record: Run) -> bool:
     return own is not None and hmac.compare_digest(own, record.seal or "")
 
 
-def _code_in(content: Config, file: Path) -> list[Finding]:
-    """What a run's config runs that is neither Axolotl's nor this project's.
-
-    Args:
-        content: the config.
-        file: where it is.
-    """
-    usable, wrong = schema.usable(content, schema.findings(content))
-    found = [finding for finding in rule_findings(Case(usable, wrong)) if finding.scope == "code"]
-    for finding in found:
-        finding.where = paths.shown(file)
-    return found
-
-
 def refuse_code(folder: RunDir, record: Run, config: Config, force: Sequence[str] = ()) -> None:
     """Refuse to load the model of a run whose config names others' code, but for what its user agreed to.
 
@@ -69,7 +55,10 @@ def refuse_code(folder: RunDir, record: Run, config: Config, force: Sequence[str
     Raises:
         UserError: something of it needs consent.
     """
-    found = _code_in(config, folder.config)
+    usable, wrong = schema.usable(config, schema.findings(config))
+    found = [finding for finding in rule_findings(Case(usable, wrong)) if finding.scope == "code"]
+    for finding in found:
+        finding.where = paths.shown(folder.config)
     agreed = [*force, *(record.forced if is_own(folder, record) else ())]
     refuse(found, [finding.name for finding in found if finding.name in agreed])
 

@@ -53,7 +53,3 @@ def test_room_is_kept_until_the_block_ends_and_free_room_is_that_of_the_nearest_
         assert held_without_a_name() == before + files.RESERVED_BYTES
     assert held_without_a_name() == before
     assert files.free_bytes(tmp_path / "not" / "yet") == pytest.approx(files.free_bytes(tmp_path), abs=1 << 30)
-
-
-def test_a_file_system_without_a_size_is_not_full() -> None:
-    assert files.where_full("", [Path("/proc")]) is None

@@ -14,7 +14,6 @@ from huggingface_hub import close_session, constants
 
 from qlora_recipes.base import hub, yamlfiles
 from qlora_recipes.checks import check
-from qlora_recipes.configs import models
 from qlora_recipes.configs.compose import Request, compose
 from qlora_recipes.data.sample import usual_sample
 
@@ -131,14 +130,6 @@ def test_the_hub_is_asked_once_for_a_model_and_no_more_once_it_is_silent(server:
     assert hub.access("owner/gated") == hub.access("owner/never")
     assert hub.access("owner/open").access == "open"  # it is known already
     assert len(server.asked) == 2
-
-
-def test_the_config_of_a_model_is_fetched_once(server: Server) -> None:
-    named = {"base_model": "owner/open"}
-    assert models.architecture(named) == CONFIG
-    asked = len(server.asked)
-    assert models.architecture(named, download=False) == CONFIG
-    assert len(server.asked) == asked
 
 
 @pytest.mark.parametrize(("name", "says"), [("owner/none", "not found"), ("owner/never", "1 s")])

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, hf_hub_download
 
-from qlora_recipes import cli
 from qlora_recipes.base import hub as base_hub
 from qlora_recipes.base.errors import WorkFailed
 
@@ -33,17 +32,3 @@ def test_a_hub_that_hangs_is_given_up(hub: str, tmp_path: Path, ask: Callable[[s
     for _ in range(2):  # transformers goes on to the next file
         with pytest.raises(WorkFailed):
             ask(hub, tmp_path)
-
-
-def test_a_loader_that_cannot_reach_the_hub_ends_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def load() -> None:
-        try:
-            raise WorkFailed("hub:")
-        except WorkFailed:
-            raise OSError("cannot load a/b") from None
-
-    def unreachable() -> None:
-        raise OSError("unreachable")
-
-    assert (cli.ended(load), cli.ended(unreachable)) == (1, 1)
-    assert capsys.readouterr().err == "recipe: hub:\nrecipe: unreachable\n"

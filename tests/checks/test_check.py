@@ -173,11 +173,6 @@ def checked(content: bytes) -> list[Finding]:
         b"a: !!python/object/apply:os.system ['touch hit']\n",
         b"!!python/object/new:pathlib.Path [x]\n",
         b"a: !other {}\n",
-        b"[" * 5000,
-        b"a: " + b"{b: " * 3000 + b"}" * 3000,
-        b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
-            f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n".encode() for i in range(9)
-        ),
         b"a: &a {b: *a}\n",
         b"lora_r: 1\nlora_r: 2\n",
         b"\x00\xff\xfe",

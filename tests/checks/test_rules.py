@@ -387,18 +387,3 @@ def test_a_local_model_is_judged_by_its_own_files(tiny: Path) -> None:
     assert names(local | {"sequence_len": 2049}) == ["error beyond-context:sequence_len"]
     pad = {"special_tokens": {"pad_token": "<|im_end|>"}}
     assert names(local | pad) == ["warning missing-special-token:special_tokens.pad_token"]
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("config.json", '{"model_type": ["llama"], "max_position_embeddings": "x", "num_hidden_layers": null}'),
-        ("config.json", "[]"),
-        ("tokenizer.json", '{"added_tokens": null}'),
-        ("tokenizer.json", '{"added_tokens": [1, {"special": true}, {"special": true, "content": 5}]}'),
-    ],
-)
-def test_odd_files_of_a_local_model_do_no_harm(place: Path, file: str, content: str) -> None:
-    (place / "model").mkdir()
-    (place / "model" / file).write_text(content)
-    assert names({"base_model": "model"})[-1] == "error no-access:base_model"  # no weights

@@ -180,15 +180,6 @@ def test_a_mirror_is_taken_in_the_place_of_the_studys_address(tmp_path: Path, se
     assert record["sources"]["Comment_Generation.zip"]["from"] == server.url
 
 
-def test_what_is_there_of_another_address_is_not_resumed_from(tmp_path: Path, server: Server) -> None:
-    server.breaks_after = [100_000] * 6
-    with pytest.raises(WorkFailed):
-        fetch(data(server.url), tmp_path)
-    fetch(data(server.url), tmp_path, f"{server.url}.mirror")
-    assert server.asked_for()[6:] == [None]
-    assert wanted(tmp_path) == FILES
-
-
 @pytest.mark.parametrize("source", ["missing.zip", "ftp://127.0.0.1/a.zip", ""])
 def test_a_source_that_does_not_exist_is_reported(tmp_path: Path, source: str) -> None:
     with pytest.raises(UserError, match=f"^{source}: "):

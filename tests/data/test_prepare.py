@@ -133,12 +133,6 @@ def test_each_row_of_the_studys_subset_has_the_authors_reference() -> None:
     assert [references[position] for position in positions] == gold
 
 
-def test_splits_can_be_prepared_one_after_the_other(tmp_path: Path) -> None:
-    for name in ("train", "test"):
-        prepared([write(tmp_path / "raw", f"msg-{name}.jsonl", row())], tmp_path / "out")
-    assert set(orjson.loads((tmp_path / "out" / "manifest.json").read_bytes())["splits"]) == {"train", "test"}
-
-
 def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
     good = write(tmp_path / "raw", "msg-test.jsonl", row())
     for name, content in (("msg-train.jsonl", b'{"msg": "a'), ("rows.jsonl", b"{}")):

@@ -62,13 +62,6 @@ def test_rows_drawn_out_of_a_split_are_not_in_it(tmp_path: Path) -> None:
         prepared(of_study, valid_rows=0)
 
 
-def test_validation_rows_of_a_study_that_has_none_are_refused(tmp_path: Path) -> None:
-    write_rows(tmp_path / "train.jsonl", ROWS)
-    of_study = sums(tmp_path, {"data > splits": {"valid": None, "test": None}})
-    with pytest.raises(UserError, match="--valid-rows 3"):
-        prepared(of_study, valid_rows=3)
-
-
 def test_the_first_rows_can_be_taken_and_all_are_accounted_for(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [{"question": "no", "answer": ""}, *ROWS])
     of_study = sums(tmp_path, {"data > splits > train > first": 6, "data > splits > valid": None})
