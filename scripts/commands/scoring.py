@@ -138,8 +138,7 @@ def score_verb(
     json: Json = False,
 ) -> None:
     """Score predictions made anywhere."""
-    from ..scores.columns import columns_of, scorer_models
-    from ..scores.score import of_predictions, read_pairs, score
+    from ..scores.score import columns_of, of_predictions, read_pairs, score, scorer_models
 
     columns = of_predictions(columns_of(None, metric or []))
     rows = read_pairs(file, prediction_field, reference_field)

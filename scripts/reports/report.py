@@ -48,7 +48,7 @@ def of_runs(runs: Sequence[ReportedRun]) -> str:
 
 
 def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
-    """The report of a study: its table, and the runs that speak for its recipes.
+    """The report of a study: its table, and the representative runs of its recipes.
 
     Raises:
         UserError: it has no run.

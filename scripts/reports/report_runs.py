@@ -22,8 +22,8 @@ from ..results import listing, run_rows
 from ..results.run_rows import RunResult
 from ..runs.rundir import RunDir
 from ..scores import evaluations
-from ..scores.columns import model_record
 from ..scores.evaluations import BASE_MODEL, Evaluation, EvaluationSettings, read_predictions
+from ..scores.score import model_record
 
 _OTHERS = {
     "sacrebleu_signature": "its signature",

@@ -17,9 +17,8 @@ from ..metrics.metric import Column
 from ..runs.records import Run
 from ..runs.rundir import RunDir, find_run
 from ..scores import intervals
-from ..scores.columns import columns_of, declared_models, model_record
 from ..scores.evaluations import changed, current, read_predictions, read_scores
-from ..scores.score import read_rows, with_scores
+from ..scores.score import columns_of, declared_models, model_record, read_rows, with_scores
 
 
 @dataclass

@@ -21,7 +21,7 @@ from ..planning import planner
 from ..runs.records import Run
 from ..runs.rundir import RunDir
 from ..scores import evaluations
-from ..scores.columns import model_record
+from ..scores.score import model_record
 from .run_rows import RunResult
 
 

@@ -16,9 +16,9 @@ from ..metrics.metric import Column
 from ..runs import rundir
 from ..runs.rundir import RunDir
 from ..scores import evaluations, intervals
-from ..scores.columns import model_record
 from ..scores.evaluations import Evaluation
 from ..scores.intervals import MeanSquares, Variances
+from ..scores.score import model_record
 from . import run_rows
 from .run_rows import RunResult
 
@@ -30,7 +30,7 @@ ONE_SEED = " of one seed"
 
 
 def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
-    """The runs below a folder that can speak for their recipes: rehearsals or real ones, on the recipe's model and
+    """The runs below a folder that can represent their recipes: rehearsals or real ones, on the recipe's model and
     data."""
     return [
         RunResult(folder, run)

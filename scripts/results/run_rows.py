@@ -18,8 +18,8 @@ from ..metrics.metric import Column
 from ..runs.records import Run, Summary
 from ..runs.rundir import RunDir
 from ..scores import evaluations
-from ..scores.columns import columns_of
 from ..scores.evaluations import BASE_MODEL, Evaluation, changed, current, read_scores
+from ..scores.score import columns_of
 
 REHEARSED = ("profile rehearsal", "rehearsal: ")  # the reasons for what every rehearsal changes
 _ALIKE = {"data_sha256", "rows", "decoding"}  # settings of two evaluations that may be compared

@@ -14,7 +14,7 @@ from ..data.published import TRAIN_LOSS, Measured, Published, Score
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..scores import intervals
-from ..scores.columns import model_record
+from ..scores.score import model_record
 from . import repeats, run_rows
 from .run_rows import RunResult
 
@@ -43,23 +43,23 @@ def verdict(
 
 
 def rows(
-    of_study: Study, runs: Path, rehearsal: bool, speakers: Mapping[str, Path | None] | None = None
+    of_study: Study, runs: Path, rehearsal: bool, representatives: Mapping[str, Path | None] | None = None
 ) -> list[dict[str, Any]]:
-    """For each of a study's recipes the run that speaks for it, or none, and how its score compares.
+    """For each of a study's recipes its representative run, or none, and how its score compares.
 
     The run is the newest that was evaluated; a finished one, and one without overrides, is preferred. A run on another
-    base model or on other data speaks for no recipe. Rehearsals are never mixed with real runs, and compared with
+    base model or on other data represents no recipe. Rehearsals are never mixed with real runs, and compared with
     nothing; a recipe without a rehearsal has no row among them.
 
     Args:
         of_study: the study.
         runs: the folder with the runs.
         rehearsal: whether it is about rehearsals.
-        speakers: for some recipes, the folder of the run that speaks for it, or None for none.
+        representatives: for some recipes, the folder of the representative run, or None for none.
     """
     all_runs = repeats.usable(runs, rehearsal)
     candidates = [
-        each for each in all_runs if (speakers or {}).get(each.run.recipe, each.folder.path) == each.folder.path
+        each for each in all_runs if (representatives or {}).get(each.run.recipe, each.folder.path) == each.folder.path
     ]
     table = []
     for recipe in [*of_study.published, *of_study.variants]:
@@ -72,7 +72,7 @@ def rows(
 
 
 def _preference(result: RunResult) -> tuple[bool, bool, bool, bool, bool, str]:
-    """The order in which a recipe's runs speak for it: trained here, finished and evaluated, plain, of its seed, new
+    """Order of preference among a recipe's runs: trained here, finished and evaluated, plain, of its seed, new
     ones last."""
     run, evaluated = result.run, result.evaluation is not None
     changed = [text for text in run.overrides if not text.startswith(f"{repeats.SEED}=")]
@@ -88,7 +88,7 @@ def study_row(of_study: Study, recipe: str, found: Sequence[RunResult], rehearsa
     Args:
         of_study: the study.
         recipe: one of its recipes.
-        found: the run that speaks for it, and its repeats; none where it was not run.
+        found: its representative run, and repeats of that; none where it was not run.
         rehearsal: whether these are rehearsals.
 
     Returns:

@@ -23,7 +23,7 @@ from ..runs.records import Run
 from ..runs.rundir import RunDir, all_runs, note_versions
 from ..runs.tasks import DONE, FAILED, SKIPPED, Command, Step, Task, TaskResult
 from ..scores import evaluate
-from ..scores.columns import require_models, scorer_models
+from ..scores.score import require_models, scorer_models
 from ..scores.task import EvaluationRequest, EvaluationTask
 from . import create, run
 
@@ -265,7 +265,7 @@ def require_scorer_models(
     """Have the models at hand that are to score what tasks generate, before GPU hours are spent on that.
 
     Raises:
-        UserError, WorkFailed: see `columns.require_models`.
+        UserError, WorkFailed: see `score.require_models`.
     """
     if any("evaluate" in task.steps for task in tasks):
         require_models(scorer_models(columns, evaluation.judge, rehearsal).values())

@@ -25,7 +25,7 @@ from ..planning import plan
 from ..planning.plan_tables import hours_are
 from ..planning.planner import GIB
 from ..runs.tasks import TaskResult
-from ..scores.columns import declared_models, scorer_models
+from ..scores.score import declared_models, scorer_models
 from ..scores.task import REHEARSED, EvaluationRequest
 from .pipeline import Pipeline, require_scorer_models, seeds_of
 

@@ -13,7 +13,7 @@ from ..data.published import adapter_files
 from ..data.study import Study
 from ..runs.tasks import DONE, TaskResult
 from ..scores import evaluate, published
-from ..scores.columns import scorer_models
+from ..scores.score import scorer_models
 from ..scores.task import EvaluationRequest
 from . import reproduce
 from .evaluation import checked, located, run_of
@@ -29,7 +29,7 @@ def score_predictions(
     Args:
         of_study: the study.
         only: recipes; by default all, and the baselines.
-        judge: BERTScore's model, see `columns.scorer_model`.
+        judge: BERTScore's model, see `score.scorer_model`.
 
     Returns:
         The rows of `published.scores` with `of`, whose predictions they are of, and `verified`, whether the study has

@@ -24,7 +24,7 @@ from ..configs.compose import Request
 from ..configs.gpus import Gpu
 from ..metrics.metric import Column
 from ..runs.tasks import DONE, TaskResult
-from ..scores.columns import columns_of
+from ..scores.score import columns_of
 from ..scores.task import EvaluationRequest
 from .pipeline import Pipeline, existing_runs, require_scorer_models, seeds_of
 

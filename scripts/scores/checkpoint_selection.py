@@ -14,12 +14,10 @@ from ..runs import checkpoints
 from ..runs.records import Run
 from ..runs.rundir import RunDir
 from . import evaluation_rows
-from .columns import columns_of, scorer_models
 from .evaluate import evaluate
 from .evaluations import ADAPTER, Evaluation
+from .score import columns_of, scorer_models
 from .task import EvaluationRequest
-
-FINAL = "final"  # the name of the adapter that the training ended with, where that is none of its checkpoints'
 
 
 @dataclass
@@ -114,7 +112,7 @@ def _adapters(folder: RunDir) -> dict[str, tuple[Path, str]]:
     by_step = {checkpoints.step_of(path): path for path in folder.output.glob("checkpoint-*")}
     found = [(path.name, path) for step, path in sorted((s, p) for s, p in by_step.items() if s is not None)]
     kept: dict[str, tuple[Path, str]] = {}
-    for name, path in [*found, (FINAL, folder.output)]:
+    for name, path in [*found, ("final", folder.output)]:
         if not tensor_shapes(path / ADAPTER):
             say(f"{path}: no whole {ADAPTER} there; it is left out")
         elif (digest := sha256(path / ADAPTER)) not in [other for _, other in kept.values()]:

@@ -17,7 +17,6 @@ from ..runs.records import FileState
 from ..runs.rundir import RunDir
 from ..runs.tasks import Command
 from . import evaluation_rows
-from .columns import ScorerModels, require_models, same_models, scorer_models
 from .evaluations import (
     LOCK,
     ORIGIN,
@@ -32,7 +31,7 @@ from .evaluations import (
     states,
 )
 from .predict import predict
-from .score import VERSION, score
+from .score import VERSION, ScorerModels, require_models, same_models, score, scorer_models
 from .task import EvaluationRequest, EvaluationTask, data_label
 
 
@@ -74,7 +73,7 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     stopped, a complete one is not repeated.
 
     Raises:
-        UserError: see `EvaluationTask`, and `columns.require_models`.
+        UserError: see `EvaluationTask`, and `score.require_models`.
         WorkFailed: BERTScore's model cannot be loaded, or memory does not suffice.
     """
     task = EvaluationTask(folder, request)

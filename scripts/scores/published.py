@@ -14,8 +14,7 @@ from ..data.published import Predictions, Score, Texts
 from ..data.study import Study
 from ..metrics.metric import Column
 from . import evaluation_rows
-from .columns import ScorerModels
-from .score import below, read_rows, score
+from .score import ScorerModels, below, read_rows, score
 
 
 def scores(

@@ -14,8 +14,8 @@ from ..data.study import Decoding
 from ..runs.records import Run
 from ..runs.rundir import RunDir
 from . import evaluation_rows, evaluations
-from .columns import columns_of
 from .evaluations import ADAPTER, BASE_MODEL, DECODED, REFERENCE, SERVER, VLLM, EvaluationSettings
+from .score import columns_of
 
 BASE = "none"  # --adapter none: the base model without an adapter
 REHEARSED = 12  # rows, which show that the path works
@@ -33,7 +33,7 @@ class EvaluationRequest:
         adapter: an adapter's folder, or `none` for the base model alone; by default the run's adapter.
         max_new_tokens: by default the study's.
         batch_size: the most rows generated at a time; by default up to 64, as memory allows.
-        judge: BERTScore's model, see `columns.scorer_model`.
+        judge: BERTScore's model, see `score.scorer_model`.
         metrics: what to score with beside the study's metrics, as --metric takes it; without both see
             `registry.DEFAULT`.
         decoding: one of the study's further ways to decode, by name.

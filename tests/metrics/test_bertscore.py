@@ -7,7 +7,7 @@ from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.configs import substitution
 from qlora_recipes.metrics import bertscore
 from qlora_recipes.metrics.bertscore import DEFAULT, ScorerModel, layer_of, made_by
-from qlora_recipes.scores import columns
+from qlora_recipes.scores import score
 
 PAIRS = [
     ("please fix this typo now", "fix this typo"),
@@ -56,7 +56,7 @@ def test_scores_are_the_librarys() -> None:
 
 
 def test_empty_texts_score_nothing_and_change_nothing() -> None:
-    judge = columns.scorer_model(None, rehearsal=True)
+    judge = score.scorer_model(None, rehearsal=True)
     assert judge
     alone = bertscore.f1(PAIRS, judge)
     among = bertscore.f1([("", "a"), *PAIRS[:2], ("a", " \n"), *PAIRS[2:], ("", "")], judge)
@@ -118,7 +118,7 @@ def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta: Pat
     (other / "model.safetensors").write_bytes(b"others")
     assert not made_by(ScorerModel(model=str(other), layer=2), made)
     assert made_by(None, None) and not made_by(judge, None) and not made_by(None, made)
-    stand_in = columns.scorer_model(None, rehearsal=True)
+    stand_in = score.scorer_model(None, rehearsal=True)
     assert stand_in and made_by(stand_in, record(stand_in))
 
 
@@ -133,11 +133,11 @@ def test_a_folder_of_a_model_that_bert_score_knows_needs_no_layer(roberta: Path,
 
 
 def test_the_judge_is_the_default_only_where_it_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert columns.scorer_model(None) is None
-    assert columns.scorer_model("none", rehearsal=True) is None
+    assert score.scorer_model(None) is None
+    assert score.scorer_model("none", rehearsal=True) is None
     declared = ScorerModel(model="some/model", layer=3)
-    assert columns.scorer_model("some/model", declared=declared) == declared
-    assert columns.scorer_model("another/model", declared=declared) == ScorerModel(model="another/model")
+    assert score.scorer_model("some/model", declared=declared) == declared
+    assert score.scorer_model("another/model", declared=declared) == ScorerModel(model="another/model")
     folder = tmp_path / "models--roberta-large"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("abc")
@@ -145,4 +145,4 @@ def test_the_judge_is_the_default_only_where_it_is_here(tmp_path: Path, monkeypa
     (folder / "snapshots" / "abc" / "config.json").write_text("{}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
-    assert columns.scorer_model(None) == ScorerModel(model="roberta-large")
+    assert score.scorer_model(None) == ScorerModel(model="roberta-large")

@@ -12,7 +12,7 @@ from qlora_recipes.results import compare
 from qlora_recipes.results.compare import Predictions
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import intervals, score
-from qlora_recipes.scores.columns import columns_of
+from qlora_recipes.scores.score import columns_of
 
 USUAL = columns_of()
 PLAIN = {name: USUAL[name] for name in ("bleu4", "rouge_l")}

@@ -32,11 +32,8 @@ def row_of(runs: Path, recipe: str = LLAMA_2, rehearsal: bool = False) -> dict[s
     ("bleu4", "within", "expected"),
     [
         (5.02, 0.1, verdict.WITHIN),
-        (5.40, 0.5, verdict.WITHIN),
         (5.17, 0.1, verdict.ACCEPTABLE),
-        (4.87, 0.1, verdict.ACCEPTABLE),
         (5.30, 0.1, verdict.OFF),
-        (4.00, 0.1, verdict.OFF),
     ],
 )
 def test_the_verdict(tmp_path: Path, bleu4: float, within: float, expected: str) -> None:
@@ -121,7 +118,7 @@ def test_rehearsals_and_runs_are_apart(tmp_path: Path) -> None:
     assert row["differs"] == row["open"] == []
 
 
-def test_the_run_that_speaks_is_evaluated_without_overrides_and_new(tmp_path: Path) -> None:
+def test_the_representative_run_is_evaluated_without_overrides_and_new(tmp_path: Path) -> None:
     a_run(tmp_path, LLAMA_2, "1", 5.1)
     expected = a_run(tmp_path, LLAMA_2, "2", 5.2, profiles=["mlflow"])
     a_run(tmp_path, LLAMA_2, "3", 5.3, set={"lora_r": 64})
@@ -131,11 +128,11 @@ def test_the_run_that_speaks_is_evaluated_without_overrides_and_new(tmp_path: Pa
     assert row_of(tmp_path)["run"] == str(expected.path)
 
 
-def test_a_named_run_speaks_or_none(tmp_path: Path) -> None:
+def test_a_named_run_represents_its_recipe_or_none_does(tmp_path: Path) -> None:
     changed = a_run(tmp_path, LLAMA_2, "1", 5.1, set={"lora_r": 64})
     a_run(tmp_path, LLAMA_2, "2", 5.2)
-    for speaker, expected in ((changed.path, 5.1), (None, None)):
-        rows = verdict.rows(STUDY, tmp_path, False, {LLAMA_2: speaker})
+    for representative, expected in ((changed.path, 5.1), (None, None)):
+        rows = verdict.rows(STUDY, tmp_path, False, {LLAMA_2: representative})
         assert [row["bleu4"] for row in rows if row["recipe"] == LLAMA_2] == [expected]
 
 
@@ -161,7 +158,7 @@ def test_a_run_with_other_kernels_or_packed_rows_says_so(tmp_path: Path) -> None
     kernels, packed = row_of(tmp_path)["differs"]
     assert "kernels" in kernels and "sequences" in packed
     plain = a_run(tmp_path, LLAMA_2, "0", 5.1)
-    assert row_of(tmp_path)["run"] == str(plain.path)  # it speaks for the recipe, though it is older
+    assert row_of(tmp_path)["run"] == str(plain.path)  # it represents the recipe, though it is older
 
 
 def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.scores import checkpoint_selection, evaluate
+from qlora_recipes.scores import checkpoint_selection
 from qlora_recipes.scores.checkpoint_selection import select
-from qlora_recipes.scores.evaluations import ADAPTER, Evaluation, EvaluationSettings, read_scores
-from qlora_recipes.scores.task import EvaluationRequest
+from qlora_recipes.scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
+from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
 
 STEPS = (2, 4, 6, 8, 10)
 Scores = dict[str, tuple[float, float]]  # by checkpoint, on validation and on test rows
@@ -135,62 +135,15 @@ def test_what_does_not_go_with_checkpoints_is_refused(run: RunDir, recipe: Recip
 _opened: list[Any] = []  # by the audit hook, which cannot be taken back
 
 
-def _audit(event: str, arguments: Any) -> None:
-    if event == "open" and _opened:
-        _opened.append(arguments[0])
+def test_an_evaluation_on_validation_rows_opens_no_test_rows(run: RunDir, sample: Path) -> None:
+    def audit(event: str, arguments: Any) -> None:
+        if event == "open" and isinstance(arguments[0], str | Path):
+            _opened.append(Path(arguments[0]).resolve())
 
-
-@pytest.fixture
-def with_adapters(run: RunDir, tiny: Path) -> RunDir:
-    """The same run; each checkpoint is a random adapter of LoRA."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=4, target_modules=["q_proj"]))
-    torch.manual_seed(0)
-    for step in STEPS:
-        for name, weights in model.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(weights, std=0.5)
-        model.save_pretrained(run.output / f"checkpoint-{step}")
-    model.save_pretrained(run.output)
-    return run
-
-
-@pytest.mark.long
-def test_choosing_never_reads_the_test_rows(
-    with_adapters: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Five real checkpoints, generated from and scored; every file that is opened meanwhile is seen."""
-    run = with_adapters
-    sys.addaudithook(_audit)
-    test = (sample / "test.jsonl").resolve()
-    steps: list[tuple[bool, int]] = []
-    real = evaluate.evaluate
-
-    def seen(folder: RunDir, request: EvaluationRequest) -> Evaluation:
-        result = real(folder, request)
-        reads = sum(Path(name).resolve() == test for name in _opened if isinstance(name, str | Path))
-        steps.append((request.validation, reads))
-        return result
-
-    monkeypatch.setattr(checkpoint_selection, "evaluate", seen)
-    _opened.append("begin")
-    request = EvaluationRequest(limit=4, max_new_tokens=8, judge="none")
-    chosen = select(run, request)
-    assert [validation for validation, _ in steps] == [True] * 5 + [False]
-    assert [reads for _, reads in steps[:5]] == [0] * 5 and steps[5][1] > 0
-    _opened.clear()
-
-    by_name = {row["checkpoint"]: row for row in chosen.checkpoints}
-    for place in run.path.glob("evaluations/checkpoint-*-valid-*"):
-        evaluated = read_scores(place)
-        assert evaluated and evaluated.settings.rows == 4 and not evaluated.settings.test_set
-        assert by_name[place.name[: place.name.index("-", 11)]]["score"] == evaluated.scores["bleu4"]
-    best = max(chosen.checkpoints, key=lambda row: row["score"])
-    assert best["best"] and sum(row["best"] for row in chosen.checkpoints) == 1
-    monkeypatch.setattr(checkpoint_selection, "evaluate", real)
-    alone = evaluate.evaluate(run, EvaluationRequest(adapter=str(run.output / best["checkpoint"]), limit=4,
-                                                     max_new_tokens=8, judge="none"))  # fmt: skip
-    assert alone.scores["bleu4"] == best["test_score"]
-    assert select(run, request) == chosen  # from what is there
+    sys.addaudithook(audit)
+    task = EvaluationTask(run, EvaluationRequest(adapter=str(run.output / "checkpoint-2"), validation=True))
+    assert task.rows.data.startswith("valid.jsonl")
+    valid, test = ((sample / f"{name}.jsonl").resolve() for name in ("valid", "test"))
+    assert valid in _opened and test not in _opened
+    EvaluationTask(run, EvaluationRequest(adapter=str(run.output / "checkpoint-2")))
+    assert test in _opened

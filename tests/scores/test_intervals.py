@@ -82,15 +82,9 @@ def right_or_wrong(variances: Variances, runs: int, rows: int, rng: np.random.Ge
     return 100.0 * (normal(variances, runs, rows, rng) > 0) - 50
 
 
-def skewed(variances: Variances, runs: int, rows: int, rng: np.random.Generator) -> Any:
-    """The same with rows as BLEU has them, many near 0 and few large: squares, to which a run adds its effect."""
-    of_rows = normal(Variances(0, variances.of_rows, variances.rest), runs, rows, rng)
-    return of_rows**2 - variances.of_rows - variances.rest + variances.of_runs**0.5 * rng.normal(size=(runs, 1))
-
-
 @pytest.mark.parametrize("runs", [2, 3, 5, 10])
 @pytest.mark.parametrize("variances", [SEEDS, ROWS, BOTH], ids=["seeds", "rows", "both"])
-@pytest.mark.parametrize("scored", [normal, right_or_wrong, skewed])
+@pytest.mark.parametrize("scored", [normal, right_or_wrong])
 def test_the_interval_covers_the_truth(scored: Callable[..., Any], variances: Variances, runs: int) -> None:
     rng = np.random.default_rng(4)
     covered = 0

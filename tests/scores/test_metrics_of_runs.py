@@ -13,7 +13,7 @@ from qlora_recipes.base.files import write_rows
 from qlora_recipes.data import study
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import RunDir
-from qlora_recipes.scores import columns, evaluate, score
+from qlora_recipes.scores import evaluate, score
 from qlora_recipes.scores.evaluations import Answer, Evaluation, read_predictions
 from qlora_recipes.scores.task import EvaluationRequest
 
@@ -71,8 +71,8 @@ def test_a_metric_of_the_study_is_not_declared_anew(run: RunDir) -> None:
         evaluated(run, "bleu4: {metric: chrf}")
     with pytest.raises(UserError, match="--metric bleu: "):
         evaluated(run, "bleu")
-    assert list(columns.columns_of("mine")) == list(columns.columns_of())
-    assert list(columns.columns_of("mine", ["chrf"])) == ["chrf"]
+    assert list(score.columns_of("mine")) == list(score.columns_of())
+    assert list(score.columns_of("mine", ["chrf"])) == ["chrf"]
 
 
 def test_a_further_decoding_is_evaluated_beside_the_usual_one(
@@ -151,7 +151,7 @@ def test_the_verdicts_of_gsm8ks_authors(which: str, percent: float, by_peft: set
         'peft: {metric: number, parser: peft, markers: ["A: "]}',
         "theirs: {metric: number, parser: peft}",
     ]
-    scores, scored = score.score(rows, columns.columns_of(None, asked))
+    scores, scored = score.score(rows, score.columns_of(None, asked))
     verdicts = [row[which]["is_correct"] for row in rows]
     assert len(rows) == 1319
     assert [row["number"] == 100 for row in scored] == verdicts

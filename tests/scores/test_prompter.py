@@ -44,11 +44,6 @@ def trained(cfg: dict[str, Any], row: dict[str, Any], tokenizer: Any) -> list[in
         ({"type": "alpaca:chatml"}, {"instruction": "Do it.", "input": "", "output": "Yes."}, ["instruction"]),
         ({"type": "gpteacher"}, {"instruction": "Do.", "input": "Now", "response": "Yes."}, ["instruction", "input"]),
         ({"type": FORMAT}, {"ask": "Why \"it\"?", "reply": "So."}, ["ask"]),
-        (
-            {"type": "input_output"},
-            {"segments": [{"label": False, "text": "Q: Why?\nA: "}, {"label": True, "text": "So."}]},
-            ["text"],
-        ),
         (CHAT, {"talk": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}, None),
         (SHAREGPT, {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}, None),
     ],
@@ -69,10 +64,9 @@ def test_the_code_gives_the_tokens_of_the_training(
     code = prompter.as_code(cfg, folder, {})
     assert code
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = row | {"text": "Q: Why?\nA: "}
     for name in values or ():
         assert f'{name} = "..."' in code
-        code = code.replace(f'{name} = "..."', f"{name} = {texts[name]!r}")
+        code = code.replace(f'{name} = "..."', f"{name} = {row[name]!r}")
     if values is None:
         code = code.replace('"..."', '"Why?"')
     scope: dict[str, Any] = {"tokenizer": tokenizer}

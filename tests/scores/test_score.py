@@ -12,8 +12,8 @@ from qlora_recipes.metrics import registry
 from qlora_recipes.metrics.metric import Metric
 from qlora_recipes.metrics.text import bleu4
 from qlora_recipes.results import compare
-from qlora_recipes.scores import columns, score
-from qlora_recipes.scores.columns import columns_of
+from qlora_recipes.scores import score
+from qlora_recipes.scores.score import columns_of
 
 ROWS = [
     {"reference": "please fix this typo now", "prediction": "fix"},
@@ -77,7 +77,7 @@ def test_shares_and_lengths() -> None:
 
 
 def test_bertscore_is_named_with_its_model() -> None:
-    scores, rows = score.score(ROWS, USUAL, columns.scorer_models(USUAL, None, rehearsal=True))
+    scores, rows = score.score(ROWS, USUAL, score.scorer_models(USUAL, None, rehearsal=True))
     assert scores["bertscore"]["model"] == "all-MiniLM-L6-v2"
     assert scores["bertscore_f1"] == pytest.approx(statistics.fmean(row["bertscore_f1"] for row in rows))
     assert rows[1]["bertscore_f1"] == pytest.approx(1, abs=1e-5)
