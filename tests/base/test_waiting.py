@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, hf_hub_download
 
 from qlora_recipes.base import hub as base_hub
 from qlora_recipes.base.errors import WorkFailed
+from qlora_recipes.cli import ended
 
 
 @pytest.fixture
@@ -32,3 +33,14 @@ def test_a_hub_that_hangs_is_given_up(hub: str, tmp_path: Path, ask: Callable[[s
     for _ in range(2):  # transformers goes on to the next file
         with pytest.raises(WorkFailed):
             ask(hub, tmp_path)
+
+
+def test_a_loader_that_cannot_reach_the_hub_ends_with_the_hubs_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def load() -> None:
+        try:
+            raise WorkFailed("hub:")
+        except WorkFailed:
+            raise OSError("cannot load a/b") from None
+
+    assert ended(load) == 1
+    assert capsys.readouterr().err == "recipe: hub:\n"
