@@ -111,7 +111,7 @@ def _width() -> int:
 def _arranged(
     widths: dict[str, int], width: int, spare: Sequence[str], below: Sequence[str]
 ) -> tuple[bool, list[str], list[str], list[str]]:
-    """Whether the first column goes above its rows; the columns that stand beside each other, below, and nowhere."""
+    """True if the first column goes above its rows; then the columns beside each other, below, and left out."""
     first, *_ = beside = list(widths)
     above = False
     under: list[str] = []
@@ -136,7 +136,7 @@ def _arranged(
 
 
 def _length(text: str) -> int:
-    """How many cells of a terminal a text takes."""
+    """Cells of a terminal that a text takes."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len

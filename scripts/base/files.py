@@ -214,7 +214,7 @@ def reserved(folder: Path) -> Iterator[None]:
 
 
 def where_full(log: str, folders: list[Path]) -> Path | None:
-    """Where a process ran out of room: the file that its log names, else the fullest of some folders; None where it
+    """Place where a process ran out of room: the file in its log, else the fullest of some folders; None where it
     did not. The log itself may have had no room for saying so.
 
     Args:

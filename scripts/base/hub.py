@@ -77,12 +77,12 @@ def importing_axolotl(offline: bool = True) -> Iterator[None]:
 
 
 ANSWER_TIMEOUT = 5.0
-"""How many seconds the hub is waited for."""
+"""Seconds to wait for the hub."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Whether a user may have a model.
+    """A user's access to a model.
 
     Attributes:
         access: `open`, it may be downloaded; `gated`, not with this token, or not without one; `missing`, there is none
@@ -98,7 +98,7 @@ _answers: dict[str, Answer] = {}
 
 
 def access(name: str) -> Answer:
-    """Whether this user may have a model, with the token that huggingface_hub finds.
+    """Access of this user to a model, with the token that huggingface_hub finds.
 
     The hub is asked once for each model in a process, and no more once it did not answer.
     """
@@ -156,7 +156,7 @@ def within[T](seconds: float, ask: Callable[[], T]) -> T:
 
 
 def reason(error: Exception) -> str:
-    """What an error says in one line."""
+    """First line of an error."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -168,14 +168,14 @@ def page(name: str) -> str:
 
 
 def has_token() -> bool:
-    """Whether there is a token for the hub."""
+    """True if there is a token for the hub."""
     from huggingface_hub import get_token
 
     return bool(get_token())
 
 
 def is_offline() -> bool:
-    """Whether the hub must not be asked."""
+    """True if the hub must not be asked."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     return bool(HF_HUB_OFFLINE)

@@ -27,7 +27,7 @@ def cpu() -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor has instructions for bf16; without them it is slower than fp32."""
+    """True if the processor has instructions for bf16, which without them is slower than fp32."""
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_cpuinfo().split())
 
 

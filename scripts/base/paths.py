@@ -1,4 +1,4 @@
-"""Where recipes, templates and caches are, and which file a NAME, FILE or profile stands for."""
+"""Places of recipes, templates and caches, and the file that a NAME, FILE or profile stands for."""
 
 import os
 from pathlib import Path
@@ -27,12 +27,12 @@ LOCK = _PACKAGE.parent / "requirements.lock"
 
 
 def cache() -> Path:
-    """The folder for what is made again where it is missing: the stand-in model, prepared data, plans."""
+    """Cache directory: stand-in model, prepared data, plans; each is made again where it is missing."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-recipes"
 
 
 def kept() -> Path:
-    """The folder of this user for what cannot be made again."""
+    """Per-user data directory."""
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "qlora-recipes"
 
 

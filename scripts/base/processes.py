@@ -52,7 +52,7 @@ def held(file: Path, otherwise: str, timeout: float = LOOK) -> Iterator[int]:
 
 
 def is_held(file: Path) -> bool:
-    """Whether a process holds a lock; False too if this one may not read the lock's file."""
+    """True if a process holds a lock; False too if this one may not read the lock's file."""
     try:
         with opened(file, "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

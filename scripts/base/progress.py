@@ -34,7 +34,7 @@ MASK = "[a secret]"
 
 
 def is_secret(key: str, value: Any = None) -> bool:
-    """Whether a dotted key is for something that must not be written to a file, or a value looks like it.
+    """True for the dotted key of a secret, and for a value that looks like one.
 
     Names of tokens that a tokenizer has are none: `special_tokens.pad_token`.
     """

@@ -58,7 +58,7 @@ class Report:
         ]
 
     def count(self, level: str) -> int:
-        """How many findings there are of a level."""
+        """Number of findings of a level."""
         return sum(finding.level == level for finding in self.findings)
 
     def add(self, findings: Iterable[Finding]) -> None:
@@ -241,7 +241,7 @@ def _need_tokenizer(composed: Composed, option: str, instead: str = "") -> None:
 
 
 def has_tokenizer(composed: Composed) -> bool:
-    """Whether a config's tokenizer is on this machine; a rehearsal's is put there."""
+    """True if a config's tokenizer is on this machine; a rehearsal's is put there."""
     if composed.rehearsal and substitution.stands_in(composed.config):
         substitution.model_folder()
     return models.find(composed.config).tokenizer_here
@@ -279,7 +279,7 @@ SOME = 1000
 
 
 def training_lengths(composed: Composed, force: Sequence[str] = (), most: int | None = None) -> list[dict[str, Any]]:
-    """How long the rows of a config's training data are in tokens, as `tokens.lengths` describes them.
+    """Lengths in tokens of a config's training data, as `tokens.lengths` describes them.
 
     Args:
         composed: the config.

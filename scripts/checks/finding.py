@@ -70,7 +70,7 @@ class Finding:
 
     @property
     def scope(self) -> Scope:
-        """What it is about: `step`, the training step, which cannot be planned then; `config`, another setting;
+        """Its subject: `step`, the training step, which cannot be planned then; `config`, another setting;
         `code`, what it runs that is neither Axolotl's nor this project's;
         `data`, a data file or its rows; `file`, another file; `gpu`, the GPU that the config is meant for; `machine`,
         the hardware of this machine."""
@@ -79,7 +79,7 @@ class Finding:
 
     @property
     def name(self) -> str:
-        """What `--force` calls it."""
+        """Its name for `--force`."""
         return f"{self.rule}:{self.key}" if self.key else self.rule
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ class Finding:
 
 
 _NEVER_FORCED = ("secret:", *(f"value:{key}" for key in ("plugins", "datasets", "test_datasets", "trl", "trust_")))
-"""What begins the names of errors that a run cannot start with, or whose values no rule about code would see."""
+"""Prefixes of errors that a run cannot start with, or whose values no rule about code would see."""
 
 
 def override_errors(findings: Iterable[Finding], force: Sequence[str]) -> None:
@@ -138,7 +138,7 @@ def rule(function: Callable[["Case"], Problems]) -> Callable[["Case"], Problems]
 
 @dataclass
 class Case:
-    """What rules judge.
+    """A config and its circumstances, for rules.
 
     Attributes:
         config: the config, without the values that break the schema.
@@ -163,7 +163,7 @@ class Case:
 
     @cached_property
     def model(self) -> models.Model:
-        """What is known about the base model."""
+        """Facts about the base model."""
         return models.find(self.config)
 
     @cached_property
@@ -195,15 +195,15 @@ class Case:
 
     @property
     def lora(self) -> bool:
-        """Whether an adapter of PEFT's LoRA is trained."""
+        """True if an adapter of PEFT's LoRA is trained."""
         return self["adapter"] in ("lora", "qlora")
 
     def is_set(self, *keys: str) -> bool:
-        """Whether one of some keys has a value that is neither empty nor false; a wrong one counts."""
+        """True if one of some keys has a value that is neither empty nor false; a wrong one counts."""
         return any(self.config.get(key) or key in self.wrong for key in keys)
 
     def is_installed(self, package: str) -> bool:
-        """Whether a package is installed, by its name in the registry."""
+        """True if a package of that name in the registry is installed."""
         try:
             return bool(importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:

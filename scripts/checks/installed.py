@@ -1,4 +1,4 @@
-"""What the installed Axolotl accepts and makes of rows: its schema, its validation, and its tokenization.
+"""The installed Axolotl: the schema of its configs, its validation, and its tokenization of rows.
 
 Importing this imports Axolotl, some 10 s.
 """
@@ -218,7 +218,7 @@ def _preference_types(kind: str) -> list[str]:
 
 
 def _strategies(package: ModuleType, first: str) -> Iterator[tuple[str, str]]:
-    """What a package's modules define and can call with a first parameter of some name: paths of modules, and names."""
+    """Functions of a package's modules with a first parameter of some name: paths of modules, and names."""
     for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         path = found.name.removeprefix(f"{package.__name__}.")
         if not path.startswith("_"):
@@ -229,11 +229,11 @@ def _strategies(package: ModuleType, first: str) -> Iterator[tuple[str, str]]:
 
 
 ANY_GPU = Gpu("H100", (9, 0))
-"""What a config is validated for where no GPU is named or there."""
+"""The GPU that a config is validated for where none is named or there."""
 
 
 def capabilities(gpu: Gpu = ANY_GPU) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What Axolotl's probe (`axolotl.cli.config.gpu_capabilities`) would say of one GPU, and of this environment."""
+    """Answers of Axolotl's probe (`axolotl.cli.config.gpu_capabilities`) for one GPU and this environment."""
     of_gpu = {
         "bf16": True,  # it says so of every GPU, as torch emulates it
         "fp8": gpu.capability >= (9, 0),
@@ -254,7 +254,7 @@ def validated(content: Config, gpu: Gpu = ANY_GPU) -> DictDefault:
 
 
 def validate(content: Config, gpu: Gpu) -> list[Finding]:
-    """What Axolotl's own validation of a config says for a GPU: errors, and what it logs as warnings."""
+    """Errors of Axolotl's own validation of a config for a GPU, and what it logs as warnings."""
     findings = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: findings.append(Finding("warning", "axolotl-warning", "", record.getMessage()))
@@ -282,7 +282,7 @@ class Tokens:
 
     @property
     def learnt(self) -> int:
-        """How many tokens carry loss."""
+        """Number of tokens that carry loss."""
         return sum(label != MASKED for label in self.labels)
 
 

@@ -113,7 +113,7 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass
 class _File:
-    """What was read of one file of a data set; a kind of mistake is a rule, and what in a row breaks it."""
+    """Counts of one file of a data set; a kind of mistake is a rule, and what in a row breaks it."""
 
     key: str
     path: Path

@@ -103,7 +103,7 @@ def findings(content: Config) -> Iterator[Finding]:
 
 
 def usable(content: Config, broken: Iterable[Finding]) -> tuple[Config, set[str]]:
-    """What rules can rely on: a config without the values that break the schema, and the top-level keys that these are
+    """A config without the values that break the schema, for rules, and the top-level keys that these are
     part of. An item of a list becomes None, so that the others keep their positions."""
     keys = [finding.key for finding in broken if finding.rule in ("value", "plugin-key")]
     for key in keys:
@@ -128,7 +128,7 @@ def _closest(error: Any) -> Iterator[Any]:
 
 
 def _mistakes(error: Any) -> int:
-    """How many mistakes an error stands for: each unknown key is one."""
+    """Number of mistakes that an error stands for: each unknown key is one."""
     return len(_unknown(error)) if error.validator == "additionalProperties" else 1
 
 

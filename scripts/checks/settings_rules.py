@@ -29,7 +29,7 @@ def two_precisions(case: Case) -> Problems:
 
 @rule
 def gpu_lacks(case: Case) -> Problems:
-    """What a GPU has no hardware for.
+    """Features that a GPU has no hardware for.
 
     torch for CUDA 13 is built from compute capability 7.5 on. bf16 came with 8.0; below, torch emulates it slowly and
     reports it as supported, so that Axolotl's bf16: auto, its default, turns it on (seen). FlashAttention 2 and

@@ -1,4 +1,4 @@
-"""What a config trains on: its rows as Axolotl's own code tokenizes them. Importing this imports Axolotl: some 10 s."""
+"""Rows of a config as Axolotl's own code tokenizes them. Importing this imports Axolotl: some 10 s."""
 
 import math
 import os

@@ -38,7 +38,7 @@ def _make_key(folder: Path) -> None:
 
 
 def is_own(folder: RunDir, record: Run) -> bool:
-    """Whether a command of this user's created a run, and nothing was changed in it since."""
+    """True if a command of this user's created a run, and nothing was changed in it since."""
     own = seal(folder, record) if record.seal else None
     return own is not None and hmac.compare_digest(own, record.seal or "")
 

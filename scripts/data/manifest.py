@@ -57,7 +57,7 @@ def table(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def is_the_studys(entry: Entry) -> bool:
-    """Whether the rows of a split are made of the study's raw file, and by its expressions."""
+    """True for rows of the study's raw file, made by its expressions."""
     return bool(entry.get("is_the_study_file")) and not entry.get("replaced")  # which an earlier option did
 
 

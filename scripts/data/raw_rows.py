@@ -84,7 +84,7 @@ class Expression:
 
 
 def has_gap(value: Any) -> bool:
-    """Whether a value, or one within it, is null or a missing field."""
+    """True for null, a missing field, and what holds one."""
     if isinstance(value, list | tuple | dict):
         return any(map(has_gap, value.values() if isinstance(value, dict) else value))
     return value is None or isinstance(value, jinja2.Undefined)

@@ -66,5 +66,5 @@ def _valid_rows(of_study: study.Study) -> int | None:
 
 
 def folder(of_study: study.Study) -> Path:
-    """Where the raw files of a study's sample are."""
+    """Folder with the raw files of a study's sample."""
     return of_study.folder / str(of_study.data.sample)
