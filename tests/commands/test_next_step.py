@@ -8,6 +8,7 @@ from conftest import SAMPLE, Recipe
 from run_folders import a_run
 
 from qlora_recipes.base import yamlfiles
+from qlora_recipes.checks import rows
 from qlora_recipes.commands.help import after_training
 from qlora_recipes.planning import plan, plan_tables
 
@@ -45,7 +46,8 @@ def test_what_is_planned_is_run_next_if_it_fits(recipe: Recipe, monkeypatch: pyt
     assert next_of(recipe, "plan", NAME, "--profile", "zero2", *words)[2:4] == ["--profile", "zero2"]
 
 
-def test_from_prepared_data_to_a_plan(recipe: Recipe) -> None:
+def test_from_prepared_data_to_a_plan(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "check", lambda _: ([], []))
     checked = next_of(recipe, "data", "prepare", SAMPLE)
     assert checked == ["check", "haider2024/llama-2-7b", "--data"]
     assert next_of(recipe, *checked) == ["plan", "haider2024/llama-2-7b"]

@@ -13,23 +13,16 @@ SETTINGS = ["datasets.0.split=train[:16]", "gradient_accumulation_steps=2", "num
 NAME = "haider2024/llama-2-7b"
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path, cache: Path) -> list[RunDir]:
-    """Two equal rehearsals."""
-    place = tmp_path_factory.mktemp("repeat")
-    sets = [word for text in (*SETTINGS, f"base_model={tiny}") for word in ("--set", text)]
-    words = ("run", NAME, "--rehearse", "--profile", "deterministic", *sets)
-    return [RunDir(place / finish(start(place, *words))) for _ in range(2)]
-
-
 def losses(run: RunDir) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step."""
     return [(record["loss"], record["grad_norm"]) for record in run.read_metrics() if "loss" in record]
 
 
 @pytest.mark.long
-def test_two_trainings_are_equal_to_the_last_bit(recipe: Recipe, runs: list[RunDir]) -> None:
-    one, again = runs
+def test_two_trainings_are_equal_to_the_last_bit(recipe: Recipe, tmp_path: Path, tiny: Path) -> None:
+    sets = [word for text in (*SETTINGS, f"base_model={tiny}") for word in ("--set", text)]
+    words = ("run", NAME, "--rehearse", "--profile", "deterministic", *sets)
+    one, again = (RunDir(tmp_path / finish(start(tmp_path, *words))) for _ in range(2))
     assert len(losses(one)) == 8
     assert losses(one) == losses(again)
     for file in ("adapter_model.safetensors", "adapter_config.json", "checkpoint-8/optimizer.pt"):

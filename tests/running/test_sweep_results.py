@@ -65,21 +65,15 @@ def test_members_are_those_of_axolotl(tmp_path: Path) -> None:
     content = {"_": [{"lora_r": 8, "lora_alpha": 4}, {"lora_r": 16, "lora_alpha": 8}], "learning_rate": [1e-4, 2e-4]}
     (tmp_path / "s.yaml").write_text(yamlfiles.write_yaml(content))
     _, members = read_members(tmp_path / "s.yaml", [])
-    ours = [{**recipe_config(BASE), **member.values} for member in members]
     theirs = generate_sweep_configs(recipe_config(BASE), content)
-    assert sorted(map(str, map(sorted, map(dict.items, map(strings, ours))))) == sorted(
-        map(str, map(sorted, map(dict.items, map(strings, theirs))))
-    )
-    assert [member.name for member in members] == [
-        "lora_r=8, lora_alpha=4, learning_rate=0.0001",
-        "lora_r=8, lora_alpha=4, learning_rate=0.0002",
-        "lora_r=16, lora_alpha=8, learning_rate=0.0001",
-        "lora_r=16, lora_alpha=8, learning_rate=0.0002",
-    ]
+    ours = [recipe_config(BASE) | member.values for member in members]
+    assert sorted(map(strings, ours)) == sorted(map(strings, theirs))
+    names = [f"lora_r={r}, lora_alpha={r // 2}, learning_rate={rate}" for r in (8, 16) for rate in ("0.0001", "0.0002")]
+    assert [member.name for member in members] == names
 
 
-def strings(content: dict[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in content.items()}
+def strings(content: dict[str, Any]) -> list[tuple[str, str]]:
+    return sorted((key, str(value)) for key, value in content.items())
 
 
 def test_values_come_from_the_command_line_too() -> None:
@@ -134,7 +128,6 @@ def test_what_does_not_fit_is_told_before_anything_starts(tmp_path: Path, recipe
     fits, not_fits = orjson.loads(done.stdout)["steps"]
     assert (fits["problem"], not_fits["plan"]) == (None, "failed")
     assert "more than L4 (sm_89) has" in not_fits["problem"]
-    assert recipe("sweep", BASE, "--set", "micro_batch_size=4096,8192", *profile).returncode == 2
     assert not (tmp_path / "runs").exists()
 
 

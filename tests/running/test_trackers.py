@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ NAME = "haider2024/code-llama-7b"
 TRACKERS = ("tensorboard", "trackio", "mlflow", "wandb")
 
 Curve = list[tuple[int, float]]
+TAGS = {"loss": "train/loss", "eval_loss": "eval/loss"}
 
 
 @pytest.fixture(scope="module")
@@ -35,65 +37,58 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_profile: Path) -> RunDir:
     return RunDir(place / done.stdout.strip())
 
 
-def curve(run: RunDir, key: str = "loss") -> Curve:
-    """What metrics.jsonl has of a figure."""
-    found = [(record["step"], record[key]) for record in run.read_metrics() if key in record]
-    assert len(found) >= 2
-    return found
-
-
-@pytest.mark.long
-def test_tensorboard_reads_the_curves_from_the_runs_folder(run: RunDir) -> None:
+def of_tensorboard(run: RunDir, key: str) -> Curve:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
-    for key, tag in (("loss", "train/loss"), ("eval_loss", "eval/loss")):
-        found = [(event.step, event.value) for event in events.Scalars(tag)]
-        assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in curve(run, key)]  # kept as float32
+    return [(event.step, event.value) for event in events.Scalars(TAGS[key])]
 
 
-@pytest.mark.long
-def test_trackio_reads_the_curves_from_a_store_beside_all_runs(run: RunDir) -> None:
+def printed(command: list[str | Path], **env: str) -> str:
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def of_trackio(run: RunDir, key: str) -> Curve:
     def read(metric: str) -> Curve:
         words = ("get", "metric", "--project", "haider2024", "--run", f"code-llama-7b/{run.path.name}", "--json")
         command = [RECIPE.with_name("trackio"), *words, "--metric", metric]
-        environment = os.environ | {"TRACKIO_DIR": str(run.runs(NAME) / "trackio")}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return [(value["step"], value["value"]) for value in json.loads(done.stdout)["values"]]
+        values = json.loads(printed(command, TRACKIO_DIR=str(run.runs(NAME) / "trackio")))["values"]
+        return [(value["step"], value["value"]) for value in values]
 
     # trackio counts what it is given; the trainer's steps are a metric of their own
     step_of = dict(read("train/global_step"))
-    for key, metric in (("loss", "train/loss"), ("eval_loss", "eval/loss")):
-        assert [(step_of[entry], value) for entry, value in read(metric)] == curve(run, key)
+    return [(int(step_of[entry]), value) for entry, value in read(TAGS[key])]
 
 
-@pytest.mark.long
-def test_mlflow_reads_the_curves_from_a_store_beside_all_runs(run: RunDir) -> None:
+def of_mlflow(run: RunDir, key: str) -> Curve:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{run.runs(NAME)}/mlflow.db")
-    experiment = client.get_experiment_by_name("haider2024")
-    (tracked,) = client.search_runs([experiment.experiment_id])
+    (tracked,) = client.search_runs([client.get_experiment_by_name("haider2024").experiment_id])
     assert (tracked.info.run_name, tracked.info.status) == (f"code-llama-7b/{run.path.name}", "FINISHED")
-    for key in ("loss", "eval_loss"):
-        found = client.get_metric_history(tracked.info.run_id, key)
-        assert sorted((metric.step, metric.value) for metric in found) == curve(run, key)
+    return sorted((metric.step, metric.value) for metric in client.get_metric_history(tracked.info.run_id, key))
 
 
-@pytest.mark.long
-def test_wandb_keeps_the_curves_in_the_runs_folder(run: RunDir) -> None:
+def of_wandb(run: RunDir, key: str) -> Curve:
     command = [RECIPE.with_name("wandb"), "leet", "inspect", "--json", run.path / "wandb"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    records = list(map(json.loads, done.stdout.splitlines()))
+    records = list(map(json.loads, printed(command).splitlines()))
     started = next(record["run"] for record in records if record["type"] == "run")
     assert (started["project"], started["display_name"]) == ("haider2024", f"code-llama-7b/{run.path.name}")
     rows = [record["history"]["item"] for record in records if record["type"] == "history"]
-    for key, metric in (("loss", "train/loss"), ("eval_loss", "eval/loss")):
-        found = [(row["train/global_step"], row[metric]) for row in rows if metric in row]
-        assert found == curve(run, key)
+    return [(row["train/global_step"], row[TAGS[key]]) for row in rows if TAGS[key] in row]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("read", [of_tensorboard, of_trackio, of_mlflow, of_wandb])
+def test_each_tracker_reads_the_curves_of_the_metrics(run: RunDir, read: Callable[[RunDir, str], Curve]) -> None:
+    for key in TAGS:
+        expected = [(record["step"], record[key]) for record in run.read_metrics() if key in record]
+        rel = 1e-6 if read is of_tensorboard else 0  # kept as float32
+        assert len(expected) >= 2
+        assert read(run, key) == [(step, pytest.approx(value, rel=rel, abs=0)) for step, value in expected]
 
 
 @pytest.mark.long
@@ -122,12 +117,16 @@ def test_runs_that_begin_at_once_share_a_new_mlflow_store(tmp_path: Path, monkey
     assert MlflowClient(uri).search_experiments()
 
 
-def launched(*profiles: str, overrides: list[str] | None = None, rehearse: bool = False) -> yamlfiles.Config:
-    request = Request(NAME, profiles=list(profiles), overrides=overrides or [], rehearse=rehearse)
-    return create.launch_config(compose.compose(request), RunDir(Path("runs", NAME, "now")))
+def launched(*profiles: str, name: str = NAME, overrides: Sequence[str] = (), **more: bool) -> yamlfiles.Config:
+    request = Request(name, profiles=[*profiles], overrides=[*overrides], **more)
+    return create.launch_config(compose.compose(request), RunDir(Path("runs", name, "now")))
 
 
-def test_what_the_user_says_of_a_tracker_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_user_says_of_a_tracker_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    new.write("wide", NAME, ["lora_r=64"])
+    variant = launched("wandb", name="wide")
+    assert (variant["wandb_project"], variant["wandb_name"]) == ("haider2024", "wide/now")
     assert launched("mlflow")["mlflow_tracking_uri"] == "sqlite:///runs/mlflow.db"
     assert launched("trackio", rehearse=True)["trackio_project_name"] == "haider2024-rehearsal"
     assert launched("wandb", overrides=["wandb_mode=online"])["wandb_mode"] == "online"
@@ -143,14 +142,6 @@ def test_a_run_with_a_tracker_that_is_not_installed_does_not_start(recipe: Recip
     assert done.returncode == 2
     assert "[missing-package:comet_project_name]" in done.stderr
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_variant_is_of_the_project_of_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    new.write("wide", NAME, ["lora_r=64"])
-    composed = compose.compose(Request("wide", profiles=["wandb"]))
-    filled = create.launch_config(composed, RunDir(Path("runs", "wide", "now")))
-    assert (filled["wandb_project"], filled["wandb_name"]) == ("haider2024", "wide/now")
 
 
 def test_where_a_run_is_tracked_makes_it_no_other_run() -> None:

@@ -91,7 +91,7 @@ class Training:
         signal.signal(signal.SIGINT, self._interrupted)
         self.output.mkdir(parents=True, exist_ok=True)
         self._save_tokenizer()
-        self._record()
+        self._record(trainable_parameters=1000 * self.cfg["lora_r"])
         if not self.step and self.cfg.get("test_datasets"):
             self._evaluate()
         else:
