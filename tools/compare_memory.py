@@ -1,8 +1,8 @@
 """Published memory figures beside what a plan says of the same step, and what fitcheck-llm does: `make compare-memory`.
 
 memory_figures.csv has the figures, each with its source. Those of the plain loop are of transformers and PEFT on a T4
-and name their protocol whole. The others are of frameworks with loops, losses and kernels of their own: they show how
-far a plan of Axolotl's loop is from them, and a reason stands beside what is more than 10 % off.
+and name their protocol whole. The others are of frameworks with loops, losses and kernels of their own (chunked losses,
+norms in bf16, logits shifted by a copy in fp32): they show how far a plan of Axolotl's loop is from them.
 """
 
 import csv
@@ -39,18 +39,6 @@ _STUDY_MODELS = {
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
 }
 _TRAINER = ("Trainer, by Unsloth", "LLaMA-Factory", "Unsloth")
-_SHIFT = "transformers of 2024 shifted the logits by a copy in fp32; now the labels are shifted"
-_IN_BF16 = "keeps norms, embedding and residual stream in bf16, which PEFT's preparation makes fp32"
-REASONS = {
-    ("Trainer, by Unsloth", "qlora"): f"{_SHIFT}; the figure is the card, filled up to a step of a search",
-    ("LLaMA-Factory", "qlora"): f"{_SHIFT}; whole GB of the process",
-    ("fsdp_qlora", "qlora"): _IN_BF16,
-    ("Unsloth", "qlora"): "kernels and a loss of its own, and checkpoints off the GPU",
-    ("litgpt", "qlora"): _IN_BF16,
-    ("lit-gpt", "qlora"): _IN_BF16,
-    ("torchtune", "qlora"): "a chunked loss, checkpoints off the GPU, torch.compile",
-    ("torchtune", "full"): "a chunked loss; weights and optimizer state in bf16, in the plain loop fp32",
-}
 
 
 def architecture(name: str) -> dict[str, Any]:
@@ -151,7 +139,6 @@ def main() -> None:
                     "plan MiB": round(ours),
                     "error": f"{error:+.1%}",
                     "fitcheck-llm": f"{other:+.1%}",
-                    "reason": REASONS[figure["framework"], figure["method"]] if abs(error) > 0.1 else "",
                 }
             )
     tables.print_markdown(rows)
