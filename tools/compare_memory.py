@@ -88,7 +88,7 @@ def planned(figure: dict[str, str]) -> float:
     from qlora_recipes.planning.planner import CONTEXT
 
     shape = int(figure["rows"]), int(figure["tokens"])
-    used = traces.usage(trace(step_of(figure), [shape]), shape)
+    used = traces.usage(trace(step_of(figure), shape))
     size = used.allocated if figure["kind"] == "allocated" else used.reserved
     return (size + (CONTEXT if figure["kind"] in ("card", "process") else 0)) / MIB
 

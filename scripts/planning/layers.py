@@ -27,19 +27,19 @@ class Irregular(Exception):
     """Two traces differ otherwise than by what comes once for each layer."""
 
 
-def trace(step: Step, shapes: list[Shape]) -> MemoryTrace:
-    """What a step allocates, for micro batches of some shapes; see `memory.trace`, which is asked where this cannot."""
+def trace(step: Step, shape: Shape) -> MemoryTrace:
+    """What a step allocates, for micro batches of a shape; see `memory.trace`, which is asked where this cannot."""
     from . import memory
 
     layers = _alike(step)
     if layers > SHALLOW + 1:
-        fewer = memory.trace(_with_layers(step, SHALLOW), shapes[:1])
-        shallow = memory.trace(_with_layers(step, SHALLOW + 1), shapes)
+        fewer = memory.trace(_with_layers(step, SHALLOW), shape)
+        shallow = memory.trace(_with_layers(step, SHALLOW + 1), shape)
         try:
             return _grown(fewer, shallow, layers - SHALLOW - 1)
         except Irregular:
             pass
-    return memory.trace(step, shapes)
+    return memory.trace(step, shape)
 
 
 def _alike(step: Step) -> int:
@@ -74,23 +74,17 @@ def _grown(fewer: MemoryTrace, shallow: MemoryTrace, more: int) -> MemoryTrace:
     Raises:
         Irregular: it does not follow from them.
     """
-    whole = {shape: [*shallow.loaded, _BEGIN, *events] for shape, events in shallow.steps.items()}
-    first = next(iter(whole.values()), [*shallow.loaded, _BEGIN])
-    if any([_what(event) for event in events] != [_what(event) for event in first] for events in whole.values()):
-        raise Irregular
-    sections = _sections(_tokens([*fewer.loaded, _BEGIN, *next(iter(fewer.steps.values()), [])]), _tokens(first))
-    like, ids = _repeated(first, sections, more)
+    events = [*shallow.loaded, _BEGIN, *shallow.step]
+    sections = _sections(_tokens([*fewer.loaded, _BEGIN, *fewer.step]), _tokens(events))
+    like, ids = _repeated(events, sections, more)
     begin = ids.index(_BEGIN[0])
-
-    def events(of: Events) -> Events:
-        return ordered([(storage, of[at][1]) for storage, at in zip(ids, like, strict=True)])
-
+    grown = ordered([(storage, events[at][1]) for storage, at in zip(ids, like, strict=True)])
     before = fewer.parameters
     return replace(
         shallow,
-        loaded=events(first)[:begin],
-        steps={shape: events(of)[begin + 1 :] for shape, of in whole.items()},
-        kinds={new: shallow.kinds[first[at][0]] for new, at in zip(ids, like, strict=True) if new},
+        loaded=grown[:begin],
+        step=grown[begin + 1 :],
+        kinds={new: shallow.kinds[events[at][0]] for new, at in zip(ids, like, strict=True) if new},
         parameters={
             layer: {key: n + more * (n - before[layer][key]) for key, n in counts.items()}
             for layer, counts in shallow.parameters.items()
@@ -98,11 +92,6 @@ def _grown(fewer: MemoryTrace, shallow: MemoryTrace, more: int) -> MemoryTrace:
         sizes=shallow.sizes | {"layers": shallow.sizes["layers"] + more},
         paged=shallow.paged + more * (shallow.paged - fewer.paged),
     )
-
-
-def _what(event: tuple[int, int]) -> tuple[int, bool]:
-    """What an event does, whatever its size."""
-    return event[0], event[1] >= 0
 
 
 def _tokens(events: Events) -> list[int]:

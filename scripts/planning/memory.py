@@ -25,7 +25,7 @@ from transformers.initialization import no_init_weights
 
 from .cuda import CudaRecorder, Recorder, cuda_attention, cuda_dropout, cuda_softmax
 from .steps import Step
-from .traces import MIB, Events, MemoryTrace, Shape, lasting, ordered
+from .traces import MIB, MemoryTrace, Shape, lasting, ordered
 
 
 @contextmanager
@@ -211,8 +211,8 @@ def _run(step: Step, recorder: Recorder, model: Any, trained: list[torch.Tensor]
     model.zero_grad()
 
 
-def trace(step: Step, shapes: list[Shape]) -> MemoryTrace:
-    """What a step allocates, for micro batches of some shapes."""
+def trace(step: Step, shape: Shape) -> MemoryTrace:
+    """What a step allocates, for micro batches of a shape."""
     recorder = CudaRecorder() if step.capability else Recorder()
     gc.disable()  # so that what is in a cycle is freed at the same place in every trace
     gc.freeze()  # so that collecting does not go through older objects each time
@@ -243,19 +243,15 @@ def trace(step: Step, shapes: list[Shape]) -> MemoryTrace:
             gc.collect()
             loaded += lasting(recorder.events)
             recorder.vocabulary = sizes["vocabulary"]
-            count = recorder.storages
-            steps: dict[Shape, Events] = {}
-            for shape in shapes:
-                recorder.storages = count  # numbered alike in each step
-                recorder.events = []
-                with recorder:
-                    _run(step, recorder, model, trained, optimizer, shape)
-                gc.collect()
-                steps[shape] = ordered(recorder.events)
+            recorder.events = []
+            with recorder:
+                _run(step, recorder, model, trained, optimizer, shape)
+            gc.collect()
+            events = ordered(recorder.events)
     finally:
         gc.unfreeze()
         gc.enable()
-    return MemoryTrace(loaded, steps, recorder.kinds, parameters, sizes, recorder.paged, expandable=step.axolotl)
+    return MemoryTrace(loaded, events, recorder.kinds, parameters, sizes, recorder.paged, expandable=step.axolotl)
 
 
 def _chunked_loss() -> Any:

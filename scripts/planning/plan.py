@@ -38,10 +38,8 @@ def of_request(
     composed = composed_for(request, gpu)
     found, unknown = work.lengths_of(composed, data, request.force)
     planned, planner = plan(composed.config, gpu, vram, request.gpus)
-    told = [finding for finding in check.examine(composed, gpu).findings if finding.scope in ("gpu", "code")]
-    for finding in told:
-        about = f"{finding.key}: " if finding.key else ""
-        planned["notes"].append(f"{about}{finding.problem}; {finding.remedy}".removesuffix("; "))
+    findings = [finding for finding in check.examine(composed, gpu).findings if finding.scope in ("gpu", "code")]
+    planned["notes"] += [f"{finding.name}: {finding.problem}" for finding in findings]
     if found and found.longest and not composed.config.get("sample_packing"):  # packed batches are always full
         size = Planner(planner.step, planner.rows, found.longest).required
         planned["longest_batch"] = {"rows": planner.rows, "tokens": found.longest, "needed": size}
@@ -76,6 +74,11 @@ def plan(
     engines = per_gpu(planner, gpus)
     if gpus > 1:
         notes.append(f"cards are judged under {engine_of(config)}")
+    if memory.paged:  # bitsandbytes allocates it in CUDA's unified memory (cudaMallocManaged)
+        notes.append(
+            f"{memory.paged / GIB:.2f} GiB of optimizer state is paged, and not part of what a GPU needs: it stays on "
+            "the GPU while there is room, and moves to main memory, which must hold all of it, when there is none"
+        )
     saved = planner.required - engines[engine_of(config)] if engines else 0
     size = vram or (gpu and gpu.memory)
     cards = [
@@ -93,21 +96,11 @@ def plan(
         "cards": [_verdict(planner, card, saved) for card in cards],
         "changes": [],
         "per_gpu": engines,
-        "notes": notes + _of_paged(memory.paged),
+        "notes": notes,
     }
     if size and not planned["cards"][0]["fits"]:
         planned["changes"] = _changes(config, planner, cards[0], saved)
     return planned, planner
-
-
-def _of_paged(paged: int) -> list[str]:
-    """A note on the optimizer state that no figure for a GPU counts: bitsandbytes allocates it in CUDA's unified memory
-    (cudaMallocManaged), whose pages the driver moves to main memory where the GPU has no room for them."""
-    note = (
-        f"{paged / GIB:.2f} GiB of optimizer state is paged, and not part of what a GPU needs: it stays on the "
-        "GPU while there is room, and moves to main memory, which must hold all of it, when there is none"
-    )
-    return [note] if paged else []
 
 
 def _verdict(planner: Planner, card: Gpu, saved: float) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class Planner:
         if self.cached:
             return self.cached
         trace = self._traced()
-        memory = Memory(traces.usage(trace, self.shape), trace.paged, trace.parameters, trace.sizes)
+        memory = Memory(traces.usage(trace), trace.paged, trace.parameters, trace.sizes)
         keep(self.file, asdict(memory))
         return memory
 
@@ -135,7 +135,7 @@ class Planner:
 
             logging.disable(logging.CRITICAL)  # torch would print its own traceback
             try:
-                return trace(self.step, [self.shape])
+                return trace(self.step, self.shape)
             except Exception as error:  # any model's code runs in it
                 problem = shorten(f"{type(error).__name__}: {error}", 200)
                 raise UserError(f"this model and adapter cannot be planned: {problem}") from None

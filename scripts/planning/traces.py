@@ -210,7 +210,7 @@ class MemoryTrace:
 
     Attributes:
         loaded: the events before the first step: weights, adapters, optimizer state.
-        steps: the events of a step for each traced shape.
+        step: the events of a step.
         kinds: what each storage holds.
         parameters: frozen and trainable parameters by the kind of layer.
         sizes: the model's: its layers, width, attention_width (heads times their size), vocabulary and context.
@@ -219,7 +219,7 @@ class MemoryTrace:
     """
 
     loaded: Events
-    steps: dict[Shape, Events]
+    step: Events
     kinds: dict[int, str]
     parameters: dict[str, dict[str, int]]
     sizes: dict[str, int]
@@ -242,14 +242,13 @@ class Usage:
     parts: dict[str, int]
 
 
-def usage(trace: MemoryTrace, shape: Shape) -> Usage:
-    """The peaks of a step of a traced shape that follows one like it, from a model of CUDA's allocator."""
-    step = trace.steps[shape]
+def usage(trace: MemoryTrace) -> Usage:
+    """The peaks of a step that follows one like it, from a model of CUDA's allocator."""
     allocator = Allocator(trace.expandable)
     blocks: dict[int, Block] = {}
     held: Counter[str] = Counter()
     parts: dict[str, int] = {}
-    for events in (trace.loaded, step, step):
+    for events in (trace.loaded, trace.step, trace.step):
         allocator.reset_peaks()
         for storage, size in events:
             if size < 0:

@@ -118,7 +118,7 @@ def of_metric(rows: list[dict[str, Any]], of_study: Study, column: Column) -> li
     name = column.name
     first = name == of_study.first.name
     over = {b.name: f"over {b.scores[name].value}" for b in of_study.compared if first and name in b.scores}
-    judged = {"by": f"{name}_model"} if column.judged else {}
+    judged = {"by": f"{name}_model"} if column.metric.judged else {}
     return [
         {
             "recipe": full["recipe"],

@@ -184,7 +184,7 @@ def _scores(
         )
         if published and mean is not None and compared
         else None,
-        **({f"{name}_model": model and model.get("model")} if column.judged else {}),
+        **({f"{name}_model": model and model.get("model")} if column.metric.judged else {}),
         **{f"{name}_{decoding}": _mean(others, f"{name}_{decoding}") for decoding in of_study.decodings},
     }
 

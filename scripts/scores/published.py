@@ -152,6 +152,6 @@ def _unlike(column: Column, ours: list[str], theirs: list[str]) -> Iterator[int]
         one, other = (" ".join(text.split()) for text in pair)
         if one == other:
             continue
-        of_rows = None if column.judged else column.metric.of_rows
+        of_rows = None if column.metric.judged else column.metric.of_rows
         if of_rows is None or of_rows([pair], column.parameters) != [column.metric.high]:
             yield i

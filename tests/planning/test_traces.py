@@ -91,8 +91,8 @@ def test_any_sequence_keeps_the_books(expandable: bool, requests: list[tuple[int
 def test_usage_says_what_is_there_at_the_peak() -> None:
     step = [(2, 2 * MIB), (3, 3 * MIB), (3, -1), (2, -1)]
     kinds = {1: "weights", 2: "activations", 3: "mask"}
-    trace = MemoryTrace([(1, 64 * MIB)], {(2, 1024): step}, kinds, {}, {}, 0, expandable=True)
-    used = traces.usage(trace, (2, 1024))
+    trace = MemoryTrace([(1, 64 * MIB)], step, kinds, {}, {}, 0, expandable=True)
+    used = traces.usage(trace)
     assert used.parts == {"weights": 64 * MIB, "activations": 2 * MIB, "mask": 3 * MIB}
     assert (used.allocated, used.reserved) == (69 * MIB, 80 * MIB)
 
