@@ -63,6 +63,10 @@ EngineName = Annotated[
 ServersModel = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="The server's name for the run's base model and adapter.")
 ]
+BenchmarkTasks = Annotated[
+    list[str] | None,
+    typer.Option("--task", metavar="NAME", help="A task of lm-evaluation-harness, such as mmlu. Repeatable."),
+]
 verbs = typer.Typer()
 
 
@@ -83,6 +87,7 @@ def evaluate_verb(
     engine: EngineName = "transformers",
     model: ServersModel = None,
     metric: Metrics = None,
+    task: BenchmarkTasks = None,
     bertscore: JudgeModel = None,
     checkpoints: Checkpoints = False,
     force: Force = None,
@@ -92,13 +97,15 @@ def evaluate_verb(
     json: Json = False,
 ) -> None:
     """Generate predictions for test rows with a run's adapter, and score them."""
+    from ..metrics.benchmark import as_metric
     from ..running import evaluation
     from ..runs.rundir import RunDir
     from ..scores import checkpoint_selection, evaluations
     from ..scores.task import EvaluationRequest
 
     exclusive({"--checkpoints": checkpoints, "--adapter": adapter})
-    request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, bertscore, metric or [], decoding)
+    metric = [*(metric or []), *map(as_metric, task or [])]
+    request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, bertscore, metric, decoding)
     request.checkpoints, request.force, request.engine, request.model = checkpoints, force or [], engine, model
     only_with("--model", model, "--engine URL", request.server)
     exclusive({"--checkpoints": checkpoints, "--engine URL": request.server})

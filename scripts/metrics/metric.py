@@ -20,7 +20,7 @@ class Parameters(BaseModel):
 class Metric:
     """A score of predictions, or of a run.
 
-    It has one of `of_rows`, `of_all` and `of_loss`, and each gets its parameters too.
+    It has one of `of_rows`, `of_all`, `of_loss` and `of_model`, and the first two get its parameters too.
 
     Attributes:
         name: what it is called in study.yaml, options and files.
@@ -33,6 +33,7 @@ class Metric:
         of_rows: a score for each (reference, prediction); the score of all is their mean, and has an interval.
         of_all: one score of all pairs together.
         of_loss: one score of a run, from its eval loss in nats a token; it needs no predictions.
+        of_model: whether lm-evaluation-harness measures it with the run's model.
         parameters: what it can be told.
         record: what scores.json says besides of how it was computed.
         notes: what a reader has to know of the scores of these pairs.
@@ -51,6 +52,7 @@ class Metric:
     of_rows: Callable[[Sequence[Pair], Any], list[float]] | None = None
     of_all: Callable[[Sequence[Pair], Any], float] | None = None
     of_loss: Callable[[float], float] | None = None
+    of_model: bool = False
     parameters: type[Parameters] = Parameters
     record: Callable[[Any], dict[str, Any]] | None = None
     notes: Callable[[Sequence[Pair], Any], Iterator[str]] | None = None

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
-from . import bertscore, number
+from . import benchmark, bertscore, number
 from .metric import Column, Metric
 from .text import METRICS as OF_TEXTS
 
@@ -35,7 +35,10 @@ PERPLEXITY = Metric(
     higher_is_better=False,
     of_loss=math.exp,
 )
-METRICS = {metric.name: metric for metric in (*OF_TEXTS, bertscore.METRIC, number.METRIC, EVAL_LOSS, PERPLEXITY)}
+METRICS = {
+    metric.name: metric
+    for metric in (*OF_TEXTS, bertscore.METRIC, number.METRIC, EVAL_LOSS, PERPLEXITY, benchmark.METRIC)
+}
 DEFAULT = ("bleu4", "rouge_l", "bertscore_f1", "sacrebleu")
 """What is computed where neither a study nor the user says what."""
 _NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from ..base.hub import importing_axolotl
 from ..base.machine import now
 from ..base.processes import held
 from ..base.progress import Bar, say
+from ..metrics.benchmark import Benchmark
+from ..metrics.metric import Column
 from ..runs.records import FileState
 from ..runs.rundir import RunDir
 from ..runs.tasks import Command
-from . import evaluation_rows
+from . import benchmarks, evaluation_rows
 from .evaluations import (
     LOCK,
     ORIGIN,
@@ -32,7 +35,9 @@ from .evaluations import (
 )
 from .predict import predict
 from .score import VERSION, ScorerModels, require_models, same_models, score, scorer_models
-from .task import EvaluationRequest, EvaluationTask, data_label
+from .task import REHEARSED, EvaluationRequest, EvaluationTask, data_label
+
+Columns = Mapping[str, Column]
 
 
 def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
@@ -105,10 +110,13 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
             _make_way(task)
             with importing_axolotl(offline=task.run.rehearsal):
                 rows, settings = predict(task, folder.output, part)
+        columns = _with_benchmarks(task.columns, former)
+        measured = _measured(task, columns, former, folder.output)
         files = states(task.where, settings)
         with Bar("scoring", 1):
             own = request.adapter is None  # the eval loss is not that of another adapter
-            scores, rows = score(rows, task.columns, judged, summary.eval_loss_per_token if own else None)
+            loss = summary.eval_loss_per_token if own else None
+            scores, rows = score(rows, columns, judged, loss, measured)
         if note := settings.note:
             scores["notes"] = [note, *scores.get("notes", [])]
         if evaluation_rows.changed_since(task.run, task.rows):
@@ -135,6 +143,37 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
             stack.enter_context(replacing(task.where / SCORES)).write(result.model_dump_json(indent=1).encode() + b"\n")
         part.unlink(missing_ok=True)
     return result
+
+
+def _with_benchmarks(columns: Columns, former: Evaluation | None) -> Columns:
+    """Columns with the benchmarks that an evaluation of the same model has already."""
+    there = former.columns.items() if former else ()
+    return {name: column for name, column in there if column.metric.of_model} | dict(columns)
+
+
+def _measured(
+    task: EvaluationTask, columns: Columns, former: Evaluation | None, tokenizer: Path
+) -> dict[str, Benchmark]:
+    """The benchmarks of some columns, measured unless an evaluation of the same model has them.
+
+    Raises:
+        UserError, WorkFailed: see `benchmarks.measure`.
+    """
+    wanted = {name: column for name, column in columns.items() if column.metric.of_model}
+    found = {
+        name: Benchmark.model_validate(former.scores[f"{name}_benchmark"])
+        for name, column in wanted.items()
+        if former and column.same_scores(former.columns.get(name)) and f"{name}_benchmark" in former.scores
+    }
+    if missing := {name: column for name, column in wanted.items() if name not in found}:
+        with importing_axolotl(offline=task.run.rehearsal), Bar(f"benchmarks: {', '.join(missing)}"):
+            from .prompter import Prompter
+
+            if task.run.rehearsal:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""
+            limit = REHEARSED if task.run.rehearsal else task.request.limit
+            found |= benchmarks.measure(Prompter(task.settings, task.cfg, tokenizer), missing, limit)
+    return found
 
 
 def command(folder: RunDir, request: EvaluationRequest, runs: Path) -> Command:

@@ -11,6 +11,7 @@ from ..base.progress import say
 from ..configs import substitution
 from ..data import study
 from ..metrics import registry
+from ..metrics.benchmark import Benchmark
 from ..metrics.bertscore import ScorerModel, layer_of, made_by
 from ..metrics.metric import Column
 from ..metrics.text import words
@@ -55,7 +56,8 @@ def columns_of(recipe: str | None = None, asked: Iterable[str] = ()) -> dict[str
                 f"--metric {name}: {recipe}'s study declares {name} otherwise, and its runs are scored with that; give "
                 f"yours another name, as in 'other: {{metric: {column.metric.name}}}'"
             )
-    return named | own or registry.columns(registry.DEFAULT)
+    texts = own or {name: column for name, column in named.items() if not column.metric.of_model}
+    return named | (own if texts else registry.columns(registry.DEFAULT))
 
 
 def declared_models(columns: Mapping[str, Column]) -> dict[str, ScorerModel]:
@@ -172,10 +174,9 @@ def of_predictions(columns: Mapping[str, Column]) -> Mapping[str, Column]:
         UserError: one is.
     """
     for name, column in columns.items():
-        if column.metric.of_loss:
+        if column.metric.of_loss or column.metric.of_model:
             raise UserError(
-                f"--metric {name}: is of a run, from its eval loss, and not of predictions; `recipe evaluate RUN "
-                f"--metric {name}` gives it"
+                f"--metric {name}: measures a run, not predictions; `recipe evaluate RUN --metric {name}` gives it"
             )
     return columns
 
@@ -209,6 +210,7 @@ def score(
     columns: Mapping[str, Column],
     models: ScorerModels | None = None,
     loss: float | None = None,
+    measured: Mapping[str, Benchmark] | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
     """The scores of all rows together, and the rows with their own scores.
 
@@ -217,6 +219,7 @@ def score(
         columns: what to score them with.
         models: the scorer models of those that need one; by default the ones that they declare.
         loss: the eval loss of the run that made the predictions, for the metrics that are of that.
+        measured: scores of benchmarks by column.
 
     Returns:
         The means of the metrics per row with their 95 % intervals; those that are of all rows together, or of the run;
@@ -242,16 +245,20 @@ def score(
             others[name] = metric.of_all(pairs, parameters)
         elif metric.of_loss:
             others[name] = None if loss is None else metric.of_loss(loss)
+        elif metric.of_model and (benchmark := (measured or {}).get(name)):
+            others[name] = benchmark.value
+            records |= {f"{name}_benchmark": benchmark.model_dump()}
         if metric.record:
             records |= {column.recorded(key): value for key, value in metric.record(parameters).items()}
         if metric.notes:
             notes += [f"{name}: {note}" for note in metric.notes(pairs, parameters)]
+    of_benchmarks = {name: each.interval for name, each in (measured or {}).items() if each.interval}
     times = Counter(map(str.strip, predictions))
     reference_words, prediction_words = (len(words("\n".join(texts))) for texts in (references, predictions))
     return {
         "rows": len(rows),
         **{name: sum(values) / len(rows) for name, values in means.items()},
-        "intervals": intervals.each(means),
+        "intervals": intervals.each(means) | of_benchmarks,
         **others,
         **records,
         "exact": sum(row["exact"] for row in scored) / len(rows),

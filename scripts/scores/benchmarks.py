@@ -1,0 +1,120 @@
+"""Benchmarks of a run's model by lm-evaluation-harness, with base model and adapter as an evaluation loads them."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from ..base import paths, yamlfiles
+from ..base.errors import UserError
+from ..configs import datafiles
+from ..metrics.benchmark import Benchmark, BenchmarkParameters
+from ..metrics.metric import Column
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+    from .prompter import Prompter
+
+ROWS = 8
+"""Rows of a batch, unless another number is asked for."""
+
+
+def measure(prompter: "Prompter", columns: Mapping[str, Column], limit: int | None = None) -> dict[str, Benchmark]:
+    """Have the harness score the tasks of some columns.
+
+    Answers are kept in the cache, by model and adapter, so that an interrupted measurement continues.
+
+    Args:
+        prompter: the run's, with the settings that say which model and adapter.
+        columns: those whose metric is a benchmark.
+        limit: the most rows of each task.
+
+    Raises:
+        UserError: the harness has no such task, the task no such result, or its rows cannot be read.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from .reference import Reference
+
+    tasks = {name: _located(column) for name, column in columns.items()}
+    settings = prompter.settings
+    model = HFLM(
+        pretrained=Reference(prompter).model, tokenizer=prompter.tokenizer, batch_size=settings.batch_size or ROWS
+    )
+    of_model = settings.model_dump(include={"base_model", "adapter_sha256", "quantized", "dtype", "built_with"})
+    digest = hashlib.sha256(orjson.dumps(of_model)).hexdigest()[:16]
+    entries = [entry for _, entry in datafiles.datasets(prompter.cfg, "datasets")]
+    found = {}
+    for name, (task, manager) in tasks.items():
+        parameters = columns[name].parameters
+        assert isinstance(parameters, BenchmarkParameters)
+        done = simple_evaluate(
+            model=model,
+            tasks=[task],
+            task_manager=manager,
+            num_fewshot=parameters.shots,
+            limit=limit,
+            use_cache=str(paths.cache() / "benchmarks" / f"{digest}-{name}"),
+            apply_chat_template=any(entry.get("type") == "chat_template" for entry in entries),
+            log_samples=False,
+        )
+        found[name] = summarise(done, parameters)
+    return found
+
+
+def _located(column: Column) -> "tuple[str, TaskManager]":
+    """Return the name of a task, and the harness's tasks with those beside its file.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    from lm_eval.tasks import TaskManager
+
+    assert isinstance(column.parameters, BenchmarkParameters)
+    task, folder = column.parameters.task, None
+    if task.endswith(".yaml") and Path(task).is_file():
+        task, folder = yamlfiles.read_yaml(Path(task)).get("task", task), str(Path(task).parent.resolve())
+    manager = TaskManager(include_path=folder)
+    if task not in manager.all_tasks:
+        raise UserError(f"{column.name}: lm-evaluation-harness has no task {task}; `lm_eval ls tasks` lists them")
+    return task, manager
+
+
+def summarise(done: Mapping[str, Any], parameters: BenchmarkParameters) -> Benchmark:
+    """Return the score of a task from what the harness reports.
+
+    Raises:
+        UserError: it reports no such result.
+    """
+    from importlib.metadata import version
+
+    results, leaves = done["results"], list(done["configs"])
+    name = parameters.task if parameters.task in results else leaves[0]
+    counted = leaves if parameters.mean_of_tasks else [name]
+    reported = [key for key, value in results[counted[0]].items() if "," in key and isinstance(value, float | int)]
+    reported = [key for key in reported if "_stderr," not in key]
+    wanted = parameters.result or (reported[0] if reported else "")
+    result = next((key for key in reported if wanted in (key, key.partition(",")[0])), None)
+    if result is None:
+        raise UserError(f"{parameters.task}: reports no {wanted or 'number'}; it has {', '.join(reported) or 'none'}")
+    metric, _, filtered = result.partition(",")
+    values = [results[each][result] for each in counted]
+    errors = [results[each].get(f"{metric}_stderr,{filtered}") for each in counted]
+    known = all(isinstance(error, float | int) for error in errors)
+    shots = {done["n-shot"].get(each) for each in leaves}
+    return Benchmark(
+        value=100 * sum(values) / len(values),
+        stderr=100 * math.sqrt(sum(error**2 for error in errors)) / len(errors) if known else None,
+        task=parameters.task,
+        result=metric,
+        version=str(done["versions"].get(name)),
+        shots=shots.pop() if len(shots) == 1 else None,
+        filter=filtered,
+        rows=sum(done["n-samples"][each]["effective"] for each in leaves),
+        harness=version("lm_eval"),
+    )

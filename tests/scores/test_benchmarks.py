@@ -1,0 +1,100 @@
+"""Tasks of lm-evaluation-harness, on the model that an evaluation generates with."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from conftest import Recipe, finish, start
+
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.metrics import registry
+from qlora_recipes.metrics.benchmark import BenchmarkParameters, as_metric
+from qlora_recipes.runs import rundir
+from qlora_recipes.scores import benchmarks
+
+GROUP: dict[str, Any] = {
+    "results": {
+        "grp": {"alias": "grp", "acc,none": 0.6, "acc_stderr,none": 0.05},
+        "a": {"alias": "a", "acc,none": 0.5, "acc_stderr,none": 0.03, "f1,strict": 0.1, "f1_stderr,strict": "N/A"},
+        "b": {"alias": "b", "acc,none": 0.9, "acc_stderr,none": 0.04, "f1,strict": 0.3, "f1_stderr,strict": "N/A"},
+    },
+    "configs": {"a": {}, "b": {}},
+    "versions": {"grp": 2, "a": 1, "b": 1},
+    "n-shot": {"a": 5, "b": 5},
+    "n-samples": {"a": {"effective": 300}, "b": {"effective": 100}},
+}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "value", "stderr"),
+    [
+        ({"task": "grp"}, 60, 5),
+        ({"task": "grp", "mean_of_tasks": True}, 70, 2.5),
+        ({"task": "grp", "mean_of_tasks": True, "result": "f1,strict"}, 20, None),
+    ],
+)
+def test_a_group_is_scored_as_the_harness_or_as_the_mean_of_its_tasks(
+    parameters: dict[str, Any], value: float, stderr: float | None
+) -> None:
+    found = benchmarks.summarise(GROUP, BenchmarkParameters(**parameters))
+    assert (found.value, found.stderr) == (pytest.approx(value), stderr and pytest.approx(stderr))
+    assert (found.version, found.shots, found.rows) == ("2", 5, 400)
+
+
+def test_a_result_that_a_task_does_not_report_is_refused() -> None:
+    with pytest.raises(UserError):
+        benchmarks.summarise(GROUP, BenchmarkParameters(task="grp", result="exact_match"))
+
+
+def test_a_task_is_a_column_of_its_name() -> None:
+    (column,) = registry.asked([as_metric("some/my-task.yaml")]).values()
+    assert (column.name, column.label) == ("my_task", "my_task, %")
+
+
+def a_task(place: Path) -> Path:
+    """The file of a task whose rows are in a file beside it."""
+    rows = [{"question": f"{i} plus {i} is", "choices": [f" {2 * i}", f" {2 * i + 3}"], "label": 0} for i in range(20)]
+    (place / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(place / "rows.json")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+        "metadata": {"version": 3},
+    }
+    (place / "sums.yaml").write_text(yamlfiles.write_yaml(task))
+    return place / "sums.yaml"
+
+
+@pytest.mark.long
+def test_a_task_scores_as_by_the_harness_itself(tmp_path: Path, stand_in: Path, recipe: Recipe) -> None:
+    finish(start(tmp_path, "run", "haider2024/llama-3.2-3b", "--rehearse", command=stand_in))
+    (run,) = rundir.all_runs(tmp_path / "runs")
+    task = a_task(tmp_path)
+    done = recipe("evaluate", "latest", "--task", task, "--bertscore", "none", "--json")
+    assert done.returncode == 0, done.stderr
+    scores = orjson.loads(done.stdout)
+    own = scores["sums_benchmark"]
+    assert (own["version"], own["shots"], own["rows"], own["result"]) == ("3", 0, 12, "acc")
+    assert recipe("publish", "latest", "--merge").returncode == 0
+    model = f"pretrained={run.output / 'merged'},dtype=bfloat16"
+    words = ("--model", "hf", "--model_args", model, "--tasks", "sums", "--include_path", tmp_path, "--limit", "12")
+    command = [sys.executable, "-m", "lm_eval", *words, "--device", "cpu", "--output_path", tmp_path / "out"]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = orjson.loads(written.read_bytes())["results"]["sums"]
+    assert scores["sums"] == own["value"] == pytest.approx(100 * theirs["acc,none"])
+    assert own["stderr"] == pytest.approx(100 * theirs["acc_stderr,none"])
+    assert "sums" in orjson.loads(recipe("evaluate", "latest", "--bertscore", "none", "--json").stdout)  # kept
+    (row,) = orjson.loads(recipe("results", "--json").stdout)
+    assert row["sums"] == scores["sums"]
