@@ -133,6 +133,14 @@ def unknown_lora_target(case: Case) -> Problems:
 
 
 @rule
+def unusual(case: Case) -> Problems:
+    """No recipe, nor any of Axolotl's examples, comes near: most such values are slips by a factor."""
+    alpha, rank = case["lora_alpha"], case["lora_r"] or 8
+    if case.lora and alpha and alpha / (rank**0.5 if case["peft_use_rslora"] else rank) > 16:
+        yield "note", "lora_alpha", f"{alpha} beside lora_r {rank} lets LoRA's update count many times", ""
+
+
+@rule
 def no_lora_rank(case: Case) -> Problems:
     """PEFT gets None and fails once the model is loaded."""
     for key in ("lora_r", "lora_alpha"):

@@ -28,6 +28,11 @@ def test_what_is_wrong_with_a_value_is_one_line(text: str) -> None:
         parse(text, "mine.yaml")
 
 
+@pytest.mark.parametrize("number", ["012", "1:30", "-0_1", "1:30.5"])
+def test_a_number_of_another_base_is_text(number: str) -> None:
+    assert parse(f"a: {number}", "f") == {"a": number}
+
+
 def test_a_key_that_occurs_twice_is_named() -> None:
     with pytest.raises(UserError, match=r"mine\.yaml:2: .*the tag"):
         parse("the tag: 1\nthe tag: 2\n", "mine.yaml")
