@@ -1,8 +1,9 @@
-"""How long things take: quick commands, a plan and the start of a training.
+"""How long things take: quick commands, a plan, the preparation of data and the start of a training.
 
 `make benchmark` prints it; the ratios of two times that were measured one after the other are the README's table.
 """
 
+import json
 import os
 import statistics
 import subprocess
@@ -40,6 +41,12 @@ imported = time.process_time()
 plan.plan(yamlfiles.read_yaml(paths.recipe_file("haider2024/code-llama-7b")), gpus.find("T4"))
 print(time.process_time() - imported, imported)
 """
+PREPARE = """
+import sys, time
+from qlora_recipes import cli
+cli.main(["data", "prepare", sys.argv[1], "--out", sys.argv[1] + ".out"])
+print(time.process_time(), open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+"""
 
 
 def seconds(command: Sequence[str | Path], **env: str) -> float:
@@ -59,6 +66,20 @@ def measured(program: str, *words: str | Path, **env: str) -> list[float]:
     command = [sys.executable, "-c", program, *words]
     done = subprocess.run(command, env=os.environ | env, capture_output=True, check=True, text=True)
     return [float(word) for word in done.stdout.splitlines()[-1].split()]
+
+
+def preparation(folder: Path, count: int) -> tuple[float, float, float]:
+    """Seconds of processor time for a number of raw rows of 2 kB, no two alike, peak memory in MiB, and megabytes."""
+    file = folder / "msg-train.jsonl"
+    sample = sorted((paths.RECIPES / "haider2024" / "sample").glob("*.jsonl"))
+    texts = [json.loads(line) for source in sample for line in source.open()]
+    padding = "\n".join(text["patch"] for text in texts * 10)[:1000]
+    with file.open("w") as stream:
+        for i in range(count):
+            text = texts[i % len(texts)]
+            stream.write(json.dumps(text | {"id": i, "oldf": padding, "msg": f"{text['msg']} {i}"}) + "\n")
+    took, peak = measured(PREPARE, file)
+    return took, peak / 1024, file.stat().st_size / 1e6
 
 
 def config(folder: Path) -> Path:
@@ -118,11 +139,14 @@ def main() -> None:
     os.environ |= OFFLINE | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}  # has accelerate, for `axolotl train`
     with tempfile.TemporaryDirectory() as place:
         plan, imports = measured(PLAN, XDG_CACHE_HOME=place)  # no plan is kept there
+        (few, small, size), (many, large, sizes) = (preparation(Path(place), n) for n in (250_000, 1_000_000))
         ratio, ours, theirs = start(Path(place))
     packages = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("axolotl", "torch"))
     machine = f"{datetime.now(UTC):%Y-%m-%d}: {psutil.cpu_count()} cores, load {os.getloadavg()[0]:.0f}, {packages}"
+    memory = f"{large / small:.2f} times the memory, {large:.0f} MiB; {sizes / many:.0f} MB/s"
     rows = [
         ("a first plan of 7B", "its imports", f"{plan / imports:.2f}", f"{plan:.1f} s of processor time"),
+        ("a prepared row of 1,000,000", "one of 250,000", f"{many / sizes / (few / size):.2f}", memory),
         ("`recipe run` to the first step", "`axolotl train`", f"{ratio:.2f}", f"{ours:.1f} s, {theirs:.1f} s"),
     ]
     tables.print_markdown([dict(zip(("what", "over", "ratio", machine), row, strict=True)) for row in rows])
