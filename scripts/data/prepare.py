@@ -62,9 +62,8 @@ def prepare(
     for file in raw:
         if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
             raise UserError(f"{file}: would be overwritten; write to another folder with --out")
-    lock = held(out / PREPARE_LOCK, "another preparation is running", timeout)
-    with lock, ExitStack() as stack:
-        files = find(raw, of_study.data.raw_files)
+    files = find(raw, of_study.data.raw_files)
+    with held(out / PREPARE_LOCK, "another preparation is running", timeout), ExitStack() as stack:
         splits = _Preparation(changed, files, input_format, out, stack).splits()
         stack.close()  # puts the files in place
         return manifest.update(out, splits)
