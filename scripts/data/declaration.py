@@ -129,6 +129,8 @@ class Split(Strict):
         from_, sample_from: the raw file, or the split that rows are sampled from and removed from.
         sample: the number of rows to sample at random.
         seed: of that sample.
+        shuffle: the seed of the shuffle of the library datasets, whose order the rows are in before the first are
+            taken; of rows sampled from a split, these are its first, and the others stay in that order.
         first: the number of rows to take from the beginning.
         rows: the number of rows, where that is known and follows from nothing else.
         fields, filters: expressions in the place of all of the study's, for a raw file with other fields.
@@ -143,6 +145,7 @@ class Split(Strict):
     sample_from: str | None = None
     sample: Count | None = None
     seed: int = 42
+    shuffle: Annotated[int, Field(ge=0)] | None = None
     first: Count | None = None
     rows: Count | None = None
     fields: dict[str, Text] | None = None
@@ -158,7 +161,8 @@ class Split(Strict):
         for key in ("seed", "sample_from"):
             if key in given and self.sample is None:
                 raise ValueError(f"{key} needs sample, the number of rows to sample")
-        for key, other in (("first", "sample"), ("fields", "sample_from"), ("filters", "sample_from")):
+        excluding = (("first", "sample"), ("fields", "sample_from"), ("filters", "sample_from"), ("seed", "shuffle"))
+        for key, other in excluding:
             if {key, other} <= given:
                 raise ValueError(f"{key} and {other} exclude each other; delete one")
         return self

@@ -71,6 +71,8 @@ def how_made(of_study: Study, split: str, input_format: str) -> Entry:
     made["filters"] = data.filters_of(split)
     if split == "test":
         made["extra_fields"] = data.extra_fields
+    if data.splits[split].shuffle is not None:
+        made["shuffle"] = data.splits[split].shuffle
     if order := data.splits[split].order:
         made["order"] = order.model_dump()
     return made

@@ -124,17 +124,35 @@ class _Preparation:
     out: Path
     stack: ExitStack
     sampled: dict[str, tuple[list[PlacedRow], _Counts]] = field(default_factory=dict)
+    order: dict[str, list[int]] = field(default_factory=dict)  # positions of shuffled rows, by split
 
     def splits(self) -> dict[str, manifest.Entry]:
         """The manifest's entries of the splits, whose files take their places when the stack is closed."""
         data = self.study.data
         there = [name for name in SPLITS if name in data.splits and data.raw_file(name) in self.raw]
         for name in there:
-            split = data.splits[name]
-            if split.sample_from:  # before the other split is written without these rows
+            if data.splits[name].sample_from:  # before the other split is written without these rows
                 counts = _Counts()
-                self.sampled[name] = sample(self._kept(name, counts), split.sample or 0, split.seed), counts
+                self.sampled[name] = self._sampled(name, counts), counts
         return {name: self._split(name) for name in there}
+
+    def _sampled(self, name: str, counts: _Counts) -> list[PlacedRow]:
+        """The rows of a split that are sampled from another."""
+        split = self.study.data.splits[name]
+        if split.shuffle is None:
+            return sample(self._kept(name, counts), split.sample or 0, split.seed)
+        order = shuffled(self._positions(name), split.shuffle)
+        self.order[str(split.sample_from)] = order
+        return self._at(order[: split.sample], name, counts)
+
+    def _positions(self, name: str) -> list[int]:
+        return [row[0] for row in self._kept(name, _Counts())]
+
+    def _at(self, positions: Iterable[int], name: str, counts: _Counts) -> list[PlacedRow]:
+        """The rows at some positions, in the order of these."""
+        rank = {position: place for place, position in enumerate(positions)}
+        rows = [row for row in self._kept(name, counts) if row[0] in rank]
+        return sorted(rows, key=lambda row: rank[row[0]])
 
     def _kept(self, name: str, counts: _Counts) -> Iterator[PlacedRow]:
         """The rows to keep as JSON lines, each with its position in the raw file, and its value to be sorted by.
@@ -176,7 +194,7 @@ class _Preparation:
         else:
             counts = _Counts()
             gone = {row[0] for rows in moved.values() for row in rows}
-            chosen = self._chosen(name, (row for row in self._kept(name, counts) if row[0] not in gone))
+            chosen = self._chosen(name, gone, counts)
         rows: Iterable[PlacedRow] = _ordered(chosen, split.order)
         if split.subsets:
             rows = list(rows)
@@ -190,9 +208,15 @@ class _Preparation:
             entry |= self._subsets(split.subsets, rows, bool(entry["is_the_study_file"]))
         return entry
 
-    def _chosen(self, name: str, kept: Iterator[PlacedRow]) -> Iterator[PlacedRow]:
-        """The rows of a split among those kept, which are read to their end, for the counts."""
+    def _chosen(self, name: str, gone: set[int], counts: _Counts) -> Iterator[PlacedRow]:
+        """The rows of a split among those kept but for some, which are read to their end, for the counts."""
         split = self.study.data.splits[name]
+        if split.shuffle is not None or name in self.order:
+            order = [position for position in self.order.get(name) or self._positions(name) if position not in gone]
+            order = order if split.shuffle is None else shuffled(order, split.shuffle)
+            yield from self._at(order[: split.sample or split.first], name, counts)
+            return
+        kept = (row for row in self._kept(name, counts) if row[0] not in gone)
         if split.sample:
             yield from sample(kept, split.sample, split.seed)
         yield from islice(kept, split.first)
@@ -204,7 +228,7 @@ class _Preparation:
         if split.first and split.first < counts.kept:
             sampled = {"first": split.first}
         elif split.sample and split.sample < counts.kept:
-            sampled = {"rows": split.sample, "seed": split.seed}
+            sampled = {"rows": split.sample, "seed": split.seed if split.shuffle is None else split.shuffle}
             sampled |= {"sample_from": split.sample_from} if split.sample_from else {}
         checksum = sha256(raw.path)
         unknown = known.sha256 is None and known.rows in (None, raw.read)
@@ -264,6 +288,13 @@ def sample(rows: Iterable[PlacedRow], size: int, seed: int) -> list[PlacedRow]:
         elif (place := chance.randrange(count)) < size:
             chosen[place] = row
     return sorted(chosen, key=lambda row: row[0])
+
+
+def shuffled(positions: list[int], seed: int) -> list[int]:
+    """Positions in the order that `Dataset.shuffle` of the library datasets gives rows."""
+    import numpy
+
+    return [positions[place] for place in numpy.random.default_rng(seed).permutation(len(positions))]
 
 
 def choose(subset: Subset, folder: Path, rows: Iterable[PlacedRow]) -> list[PlacedRow]:

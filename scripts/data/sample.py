@@ -29,7 +29,7 @@ def _raw(of_study: study.Study) -> list[Path]:
 def _prepare(of_study: study.Study, input_format: str, out: Path) -> None:
     from .prepare import prepare
 
-    prepare(_raw(of_study), out, of_study, input_format, valid_rows=_valid_rows(of_study))
+    prepare(_raw(of_study), out, _with_few_sampled(of_study), input_format)
 
 
 def twin(path: str) -> Path | None:
@@ -56,13 +56,15 @@ def length_of(file: Path) -> int:
     return -(-longest // 512) * 256
 
 
-def _valid_rows(of_study: study.Study) -> int | None:
-    """As many validation rows as the study samples, and at most a quarter of those that its sample has for them."""
-    valid = of_study.data.splits.get("valid")
-    if not (valid and valid.sample_from and valid.sample):
-        return None
-    with (folder(of_study) / of_study.data.raw_file("valid")).open("rb") as lines:
-        return min(valid.sample, max(sum(1 for _ in lines) // 4, 1))
+def _with_few_sampled(of_study: study.Study) -> study.Study:
+    """The study, but with at most a quarter of the rows of its sample in each split that is sampled from another."""
+    splits = dict(of_study.data.splits)
+    for name, split in splits.items():
+        if split.sample_from and split.sample:
+            with (folder(of_study) / of_study.data.raw_file(name)).open("rb") as lines:
+                few = max(sum(1 for _ in lines) // 4, 1)
+            splits[name] = split.model_copy(update={"sample": min(split.sample, few)})
+    return of_study.model_copy(update={"data": of_study.data.model_copy(update={"splits": splits})})
 
 
 def folder(of_study: study.Study) -> Path:

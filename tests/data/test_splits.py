@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 import pytest
+from datasets import Dataset
 from declared import sums
 
 from qlora_recipes.base import files
@@ -69,6 +70,23 @@ def test_the_first_rows_can_be_taken_and_all_are_accounted_for(tmp_path: Path) -
     assert numbers(of_study, "train") == list(range(6))
     assert (name, split["read"], split["kept"], split["rows"], split["sampled"]) == ("train", 21, 20, 6, {"first": 6})
     assert manifest.table({"splits": {name: split}})[0]["left out"].startswith("1 (no answer), 14 (")
+
+
+def test_rows_are_shuffled_as_the_library_datasets_does_it(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [*ROWS[:7], {"question": "no", "answer": ""}, *ROWS[7:]])
+    drawn = {"data > splits > valid": {"seed": None, "shuffle": 0}, "data > splits > train > shuffle": 1}
+    splits = prepared(of_study := sums(tmp_path, drawn | {"data > splits > train > first": 9}))
+    shuffled = Dataset.from_list(ROWS).shuffle(seed=0)
+    rest = shuffled.skip(4)
+    for split, theirs in (("valid", shuffled.take(4)), ("train", rest.shuffle(seed=1).take(9))):
+        assert numbers(of_study, split) == [int(answer) - 1 for answer in theirs["answer"]]
+    assert (splits["train"]["kept"], splits["train"]["moved"], splits["train"]["shuffle"]) == (20, {"valid": 4}, 1)
+    prepared(of_study := sums(tmp_path, drawn | {"data > splits > train > shuffle": None}))
+    assert numbers(of_study, "train") == [int(answer) - 1 for answer in rest["answer"]]
+    prepared(of_study := sums(tmp_path, {"data > splits": {"valid": None, "train": {"shuffle": 2, "sample": 5}}}))
+    assert numbers(of_study, "train") == [
+        int(answer) - 1 for answer in Dataset.from_list(ROWS).shuffle(2)["answer"][:5]
+    ]
 
 
 def test_runs_of_rows_can_be_sorted_by_length(tmp_path: Path) -> None:
