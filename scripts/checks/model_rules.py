@@ -141,6 +141,19 @@ def unusual(case: Case) -> Problems:
 
 
 @rule
+def head_without_lora(case: Case) -> Problems:
+    """These losses read the head's base weight, and so pass over LoRA on it: Liger's (transformers/model/llama.py), and
+    cut cross entropy until its transformers/utils.py had apply_lce_lm_head, in 2026."""
+    targets = case["lora_target_modules"] or ()
+    adapted = case.lora and any(isinstance(name, str) and name.endswith("lm_head") for name in targets)
+    levels: dict[str, Level] = {"liger_fused_linear_cross_entropy": "error", "cut_cross_entropy": "warning"}
+    for key, level in levels.items():
+        if adapted and case[key]:
+            problem = "computes the loss without LoRA on lm_head, which then is not trained"
+            yield level, key, problem, "set chunked_cross_entropy: true instead"
+
+
+@rule
 def no_lora_rank(case: Case) -> Problems:
     """PEFT gets None and fails once the model is loaded."""
     for key in ("lora_r", "lora_alpha"):

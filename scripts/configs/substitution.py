@@ -190,7 +190,11 @@ _PLUGINS = re.compile("integrations[.](liger|cut_cross_entropy)[.:]")
 _LACKING = (  # keys and values, what takes their place, and why
     ("(liger_|cut_cross_entropy).*", None, "its kernels need a GPU"),
     (f"{_LORA_KERNELS}=.*", False, "its kernels need a GPU"),
-    ("(torch_compile.*|deepcompile)=.*", None, "compiling for a CPU takes longer than the training"),
+    (
+        "(torch_compile.*|deepcompile|chunked_cross_entropy)=.*",
+        None,
+        "compiling for a CPU takes longer than the training",
+    ),
     ("activation_offloading=(True|disk)", None, "there is no GPU to spare the memory of"),
     ("gradient_checkpointing=offload.*", True, "there is no GPU to spare the memory of"),
     ("fp8.*=.*", None, "a CPU does not train in fp8"),

@@ -221,7 +221,8 @@ def flops_of_token(planner: Planner, length: int) -> float:
         if kind in ("norm", "embed_tokens", "vision_tower"):
             continue
         passes += 2 * count["frozen"] * (2 + again) + 2 * count["trainable"] * (3 + again)
-    if "lm_head" not in planner.memory.parameters:  # the embedding's matrix is the head's too
+    head = planner.memory.parameters.get("lm_head", {})
+    if sum(head.values()) < sizes["vocabulary"] * sizes["width"]:  # the embedding's matrix is the head's too
         passes += 2 * sizes["vocabulary"] * sizes["width"] * (2 + again + (planner.step.adapter is None))
     attention = 4 * sizes["attention_width"] * length / 2 * sizes["layers"]
     return passes + attention * (3 + again)

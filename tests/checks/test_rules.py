@@ -55,6 +55,12 @@ DATA = {"path": "data/codereviewer/train.jsonl", "type": "alpaca"}
 CHATS = DATA | {"type": "chat_template"}
 CHAT = {"datasets": [CHATS]}
 PHI = {"base_model": "microsoft/Phi-3-mini-4k-instruct", "lora_target_modules": ["q_proj", "o_proj"]}
+LIGER = "axolotl.integrations.liger.LigerPlugin"
+FUSED_LOSS = {
+    "plugins": [LIGER],
+    "liger_fused_linear_cross_entropy": True,
+    "lora_target_modules": ["q_proj", "lm_head"],
+}
 CCE = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
 
 
@@ -114,6 +120,7 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     (own(format="Q: "), "error", "prompt-format:datasets.0.type.format", "{instruction}"),
     (own(system_format="a"), "error", "prompt-format:datasets.0.type.system_format", "{system}"),
     ({"adapter": "lora"}, "error", "not-quantized:adapter", "adapter: qlora"),
+    (FUSED_LOSS, "error", "head-without-lora:liger_fused_linear_cross_entropy", "chunked_cross_entropy"),
     ({"bf16": True}, "error", "two-precisions:fp16", "bf16"),
     ({"bfloat16": True}, "error", "two-precisions:fp16", "bfloat16"),
     ({"fp16": None, "float16": True, "bf16": "auto"}, "error", "two-precisions:float16", "auto"),

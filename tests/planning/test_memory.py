@@ -35,6 +35,17 @@ def trainable(step: Step) -> int:
     return sum(count["trainable"] for count in trace(step, (1, 64)).parameters.values())
 
 
+# thinking-machines-lab/tinker-cookbook@ece68c2a, hyperparam_utils.py; the first two share a matrix between both ends
+@pytest.mark.parametrize(
+    ("model", "rank", "of_each_rank"), [("3.2-1B", 128, 834_816), ("3.2-3B", 64, 1_650_944), ("3.1-8B", 4, 2_753_792)]
+)
+def test_trainable_parameters_of_lora_on_the_head_are_the_published_ones(
+    model: str, rank: int, of_each_rank: int
+) -> None:
+    architecture = json.dumps(models.architecture({"base_model": f"meta-llama/Llama-{model}"}))
+    assert trainable(Step(model=architecture, rank=rank, targets=(*ALL_LINEAR, "lm_head"))) == rank * of_each_rank
+
+
 QUERIES_AND_VALUES = ("q_proj", "v_proj")
 PEFTS_RUNS = [  # huggingface/peft@5d602fd, method_comparison/MetaMathQA/results: trainable parameters, reserved bytes
     ({"rank": 32, "targets": QUERIES_AND_VALUES}, 9_175_040, 20_120_076_288),

@@ -181,6 +181,10 @@ def test_the_operations_of_a_token(small: yamlfiles.Config) -> None:
     assert work.flops_of_token(whole, 2048) == 2 * (matrices + head) * 4 + attention * 4
     saved = planner.planner_of(small | {"lora_modules_to_save": ["embed_tokens", "lm_head"]}, None)[0]
     assert work.flops_of_token(saved, 2048) == operations + 2 * head
+    on_head = small | {"lora_target_linear": None, "lora_target_modules": ["lm_head"]}
+    of_head = 2 * small["lora_r"] * (256 + 128256) * 4  # the head's own matrix is the embedding's
+    on_head_alone = work.flops_of_token(planner.planner_of(on_head, None)[0], 2048)
+    assert on_head_alone == operations - 2 * lora * 4 + of_head
 
 
 def work_of(change: yamlfiles.Config, tmp_path: Path, *overrides: str, gpus: int = 1, **more: Any) -> dict[str, Any]:
