@@ -1,6 +1,6 @@
 """Published results of a study's recipes, as its study.yaml declares them."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Self
 
@@ -71,18 +71,32 @@ class Predictions(Strict):
         return list(dict.fromkeys(texts.file for texts in (self.prediction, self.reference) if texts))
 
 
+class Cell(Strict):
+    """Scores published of other settings of a recipe.
+
+    Attributes:
+        values: of keys of the recipe.
+        scores: by metric, of each run.
+    """
+
+    values: Annotated[dict[str, Any], Field(min_length=1)]
+    scores: dict[str, Annotated[list[float], Field(min_length=1)]]
+
+
 class Published(Strict):
     """Results published of one recipe.
 
     Attributes:
         scores: by metric, in the unit of that.
         repeats: by metric, the scores of runs that repeat it, itself among them.
+        cells: results of its other settings, for sweeps.
         curve: a CSV file beside study.yaml with the columns step and train_loss.
         adapter: the folder, among the data's files, of the adapter that the authors trained.
     """
 
     scores: dict[str, Score] = Field(default={})
     repeats: dict[str, Annotated[list[float], Field(min_length=2)]] = Field(default={})
+    cells: list[Cell] = Field(default=[])
     trainer: str = "Axolotl"
     measured: Measured = Measured()
     curve: str | None = None
@@ -91,9 +105,11 @@ class Published(Strict):
 
     def mistakes(self, at: Key, metrics: list[str], data: Data, folder: Path) -> Iterator[Mistake]:
         """Names that it uses and the study does not declare."""
-        for key, scores in (("scores", self.scores), ("repeats", self.repeats)):
-            for name in scores:
-                yield from undeclared((*at, key, name), name, metrics)
+        scores: dict[Key, Collection[str]] = {("scores",): self.scores, ("repeats",): self.repeats}
+        scores |= {("cells", str(i), "scores"): cell.scores for i, cell in enumerate(self.cells)}
+        for key, names in scores.items():
+            for name in names:
+                yield from undeclared((*at, *key, name), name, metrics)
         if self.curve and not (folder / self.curve).is_file():
             yield (*at, "curve"), f"no such file beside study.yaml: {self.curve}; add it"
         for file in ADAPTER_FILES if self.adapter else ():

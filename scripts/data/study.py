@@ -1,7 +1,7 @@
 """A study: the paper behind a folder of recipes, its data, its metrics and its published scores."""
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from ..base.progress import say_once
 from ..metrics import registry
 from ..metrics.metric import Column
 from .declaration import Data, Mistake, Strict, undeclared
-from .published import TRAIN_LOSS, Baseline, Published, Variant, released
+from .published import TRAIN_LOSS, Baseline, Cell, Published, Variant, released
 
 SCHEMA = paths.RECIPES / "study.schema.json"
 _OF_SCORES = (
@@ -39,7 +39,7 @@ class Decoding(Strict):
 
 
 OF_NO_STUDY = Decoding(max_new_tokens=96)
-"""Decoding for rows of the user's own."""
+"""Decoding where no study declares one."""
 
 
 class Study(Strict):
@@ -63,7 +63,7 @@ class Study(Strict):
     paper: dict[str, Any]
     tags: list[str] = Field(default=[])
     data: Data
-    decoding: Decoding
+    decoding: Decoding = OF_NO_STUDY
     decodings: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+$")], Decoding] = Field(default={})
     metrics: dict[str, dict[str, Any] | None] = Field(min_length=1)
     published: dict[str, Published]
@@ -89,6 +89,11 @@ class Study(Strict):
     def table(self) -> dict[str, Column]:
         """The metrics that are columns of tables."""
         return {name: self.columns[name] for name in self.shown or self.columns}
+
+    @property
+    def generates(self) -> bool:
+        """Whether one of the metrics is of predictions, and not all of the eval loss."""
+        return any(column.metric.of_loss is None for column in self.columns.values())
 
     @property
     def cited(self) -> str:
@@ -132,6 +137,12 @@ class Study(Strict):
         recipes = [self.origin(recipe), *self.published]
         known = (self.published[name].repeats.get(metric) for name in recipes if name in self.published)
         return next(filter(None, known), [])
+
+    def cell(self, recipe: str, settings: Mapping[str, Any]) -> Cell | None:
+        """The published scores of some settings of a recipe, or of the one that it is a variant of."""
+        published = self.published.get(self.origin(recipe))
+        cells = published.cells if published else []
+        return next((cell for cell in cells if cell.values.items() <= settings.items()), None)
 
     def aimed_at(self, recipe: str) -> Published | None:
         """The published results that a recipe aims at."""

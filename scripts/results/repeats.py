@@ -42,9 +42,9 @@ def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
 def of(chosen: RunResult, candidates: Sequence[RunResult]) -> list[RunResult]:
     """A run, and behind it those of others that repeat it: finished, trained alike on the same data but for the seed,
     and evaluated alike on the same rows. Where there are several seeds, only the newest run of each counts: repeating a
-    seed says nothing about others. A run that is not finished and evaluated has none."""
+    seed says nothing about others. A run that is not finished and scored has none."""
     own, trained = chosen.evaluation, _training(chosen)
-    if chosen.run.state != "finished" or own is None or chosen.run.published_adapter or trained is None:
+    if chosen.run.state != "finished" or not chosen.is_scored or chosen.run.published_adapter or trained is None:
         return [chosen]
     found = [
         other
@@ -76,10 +76,10 @@ def _training(result: RunResult) -> Any:
     return settings, [file.sha256 for file in run.data], run.ranks, run.axolotl_arguments
 
 
-def _alike(one: Evaluation, other: Evaluation | None, settings: set[str]) -> bool:
-    return other is not None and one.settings.model_dump(include=settings) == other.settings.model_dump(
-        include=settings
-    )
+def _alike(one: Evaluation | None, other: Evaluation | None, settings: set[str]) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.settings.model_dump(include=settings) == other.settings.model_dump(include=settings)
 
 
 def seed(folder: RunDir) -> Any:

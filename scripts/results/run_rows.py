@@ -41,6 +41,11 @@ class RunResult:
         """The evaluation of its adapter."""
         return current(self.folder.path, self.run)
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether its scores are there: it is evaluated, or all of them are of the eval loss."""
+        return self.evaluation is not None or (self.study is not None and not self.study.generates)
+
     @cached_property
     def base_evaluation(self) -> Evaluation | None:
         """The evaluation of its base model alone; None where that is of other rows, or decoded otherwise."""

@@ -74,7 +74,7 @@ def rows(
 def _preference(result: RunResult) -> tuple[bool, bool, bool, bool, bool, str]:
     """Order of preference among a recipe's runs: trained here, finished and evaluated, plain, of its seed, new
     ones last."""
-    run, evaluated = result.run, result.evaluation is not None
+    run, evaluated = result.run, result.is_scored
     changed = [text for text in run.overrides if not text.startswith(f"{repeats.SEED}=")]
     plain = not changed and not set(run.profiles) - {REHEARSAL, *TRACKERS} and not run.axolotl_arguments
     own_seed = all(difference.key != repeats.SEED for difference in run.differences)

@@ -23,7 +23,7 @@ from ..runs.records import Run
 from ..runs.rundir import RunDir, all_runs, note_versions
 from ..runs.tasks import DONE, FAILED, SKIPPED, Command, Step, Task, TaskResult
 from ..scores import evaluate
-from ..scores.score import require_models, scorer_models
+from ..scores.score import columns_of, require_models, scorer_models
 from ..scores.task import EvaluationRequest, EvaluationTask
 from . import create, run
 
@@ -192,7 +192,7 @@ class Pipeline:
         """What has to be carried out for it, judged by its existing run."""
         steps: list[Step] = ["evaluate"]
         if self.state not in ("queued", "running", "finished"):
-            steps = ["prepare", "run", "evaluate"]
+            steps = ["prepare", "run", "evaluate"] if self._generates() else ["prepare", "run"]
         else:
             with suppress(UserError):
                 steps = [] if self._evaluation() else ["evaluate"]
@@ -210,7 +210,8 @@ class Pipeline:
                 folder = self.existing[0]
             else:
                 folder = create.create(self.composed, self.request, self.runs, self.shared)
-            return [run.command(folder, self.runs, self.rows), self._scoring(folder)]
+            training = run.command(folder, self.runs, self.rows)
+            return [training, self._scoring(folder)] if self._generates() else [training]
         folder = self.existing[0]
         if self.state == "finished":
             self.result.run = folder.path
@@ -238,6 +239,12 @@ class Pipeline:
             time.sleep(0.5)
             self.look_up()
 
+    def _generates(self) -> bool:
+        """Whether its scores need predictions; those of the eval loss are there once it is trained."""
+        assert self.composed
+        columns = columns_of(self.composed.origin, self.evaluation.metrics)
+        return any(column.metric.of_loss is None for column in columns.values())
+
     def _scoring(self, folder: RunDir) -> Command:
         return evaluate.command(folder, self.evaluation, self.runs)
 
@@ -248,6 +255,8 @@ class Pipeline:
             UserError: see `EvaluationTask`.
         """
         assert self.existing
+        if not self._generates():
+            return SKIPPED
         folder = self.existing[0]
         if self.state == "finished":
             task = EvaluationTask(folder, self.evaluation)

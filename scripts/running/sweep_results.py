@@ -4,11 +4,13 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from .. import tables
-from ..base import yamlfiles
+from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
+from ..configs import variants
 from ..data import study
 from ..metrics.metric import Column
 from ..results import repeats, run_rows
@@ -82,12 +84,25 @@ def rows(sweep: Sweep, runs: Path, best: str | None = None) -> list[dict[str, An
     done = (of_digest[m.digest] for m in sweep.members if m.digest in of_digest)
     validated = next((_validates(*one) for one in done if one[1].state == "finished"), False)
     for row in compared:
+        row |= _published(sweep, row["values"])
         row["pareto"] = validated and on_front(row, compared, "peak_memory_gib")
         row["best"] = False
     key = _COSTS.get(best, best) if best else LOSS
     if best and (validated or best in _COSTS) and (ranked := [row for row in compared if row[key] is not None]):
         criteria(scored)[best](ranked, key=lambda row: row[key])["best"] = True
     return compared
+
+
+def _published(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, float | None]:
+    """The published scores of a member's settings, as NAME_published; empty where the study has none for sweeps."""
+    name, file = paths.find_recipe(sweep.recipe)
+    origin = variants.origin(name, file)
+    of_study = study.of_any(origin) if origin and not sweep.rehearsal else None
+    if not of_study or not origin or not any(published.cells for published in of_study.published.values()):
+        return {}
+    cell = of_study.cell(origin, {**yamlfiles.read_yaml(file), **values})
+    scores = cell.scores if cell else {}
+    return {f"{key}_published": fmean(scores[key]) if key in scores else None for key in of_study.columns}
 
 
 def _validates(folder: RunDir, run: Run) -> bool:
@@ -186,6 +201,7 @@ def cells(sweep: Sweep, scored: Columns, row: dict[str, Any]) -> dict[str, Any]:
         "eval loss": row["eval_loss"],
         first.label: row[first.name],
         "95 %": row[f"{first.name}_interval"],
+        "published": row.get(f"{first.name}_published"),
         **{column.label: row[column.name] for column in others},
         "trained": None if share is None else f"{share:.2%}",
         "planned GiB": row["planned_gib"],
