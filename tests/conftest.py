@@ -222,7 +222,7 @@ def tiny_profile(tmp_path_factory: pytest.TempPathFactory, tiny: Path, sample: P
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """A folder with the studies' samples where recipes look for their data; in all forms but one 25 times, each time
+    """A folder with the studies' samples where recipes look for their data; in all forms but one many times, each time
     with another answer, for recipes that warm up or evaluate at a step. What else is fetched is there, and empty."""
     folder = tmp_path_factory.mktemp("prepared")
     for of_study in study.every():
@@ -234,7 +234,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
         made = shutil.copytree(rehearsal_data(of_study, name), folder / form.folder)
         if name != "diff":
             lines = (made / "train.jsonl").read_text().splitlines()
-            again = (re.sub(r'("\}|"\}\]\})$', rf" ({i})\1", line) for i in range(25) for line in lines)
+            times = 1100 if of_study.data.key == "tulu3" else 25  # its steps are of 128 rows
+            again = (re.sub(r'("\}|"\}\]\})$', rf" ({i})\1", line) for i in range(times) for line in lines)
             (made / "train.jsonl").write_text("".join(f"{line}\n" for line in again))
     return folder / "data"
 

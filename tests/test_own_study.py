@@ -6,6 +6,8 @@ import orjson
 import pytest
 from conftest import Recipe
 
+from qlora_recipes.data import study
+
 STUDY = """\
 title: Capitals of countries
 paper: {title: A quiz, authors: Somebody}
@@ -145,12 +147,18 @@ def test_a_study_of_another_kind_goes_to_the_end(recipe: Recipe, tmp_path: Path)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["loftq-gsm8k/llama-2-7b-loftq", "peft-metamathqa/lora-rank32-dora"])
+@pytest.mark.parametrize(
+    "name", ["loftq-gsm8k/llama-2-7b-loftq", "peft-metamathqa/lora-rank32-dora", "tinker-tulu3/llama-3.2-1b-lora"]
+)
 def test_the_studies_of_other_kinds_are_rehearsed(recipe: Recipe, tiny: Path, name: str) -> None:
-    words = (name.partition("/")[0], "--rehearse", "--set", f"base_model={tiny}", "--only", name)
+    of_study = study.find(name.partition("/")[0])
+    words = (of_study.folder.name, "--rehearse", "--set", f"base_model={tiny}", "--only", name)
     done = recipe("reproduce", *words, "--json")
     assert done.returncode == 0, done.stderr
     reproduced = orjson.loads(done.stdout)
     (step,), (row,) = reproduced["steps"], reproduced["results"]
-    assert (step["recipe"], step["run"], step["evaluate"]) == (name, "done", "done")
-    assert (row["recipe"], row["rows"]) == (name, 12) and 0 <= row["accuracy"] <= 100
+    scored = ("done", 12) if of_study.generates else (None, None)  # a metric of the eval loss needs no predictions
+    assert (step["recipe"], step["run"], step["evaluate"], row["rows"]) == (name, "done", *scored)
+    assert row["recipe"] == name and 0 <= row[of_study.first.name] <= 100
+    again = orjson.loads(recipe("reproduce", *words, "--json").stdout)
+    assert {again["steps"][0][key] for key in ("run", "evaluate")} == {"skipped"}

@@ -38,7 +38,22 @@ def tojson(value: Any) -> str:
     return orjson.dumps(value).decode()
 
 
-FILTERS: dict[str, Callable[..., Any]] = {"tagged": tagged, "tojson": tojson}
+def role_colon(messages: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """A chat as segments, of which a last answer carries loss, and the `User:` behind it.
+
+    As the renderer of that name in thinking-machines-lab/tinker-cookbook cuts it: `Role:`, then the content.
+    """
+    segments: list[dict[str, Any]] = []
+    for message in messages:
+        header, content = f"{message['role'].capitalize()}:", f" {message['content']}\n\n"
+        segments += [{"label": False, "text": header}, {"label": False, "text": content}]
+    if messages[-1]["role"] == "assistant":
+        segments[-1]["label"] = True
+        segments.append({"label": True, "text": "User:"})
+    return segments
+
+
+FILTERS: dict[str, Callable[..., Any]] = {"tagged": tagged, "tojson": tojson, "role_colon": role_colon}
 """Filters that expressions have beside Jinja's own."""
 
 _JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)

@@ -1,6 +1,7 @@
-"""The studies on GSM8K have the tokens and the loss masks that their authors' code makes of the same rows."""
+"""The studies on GSM8K and Tulu 3 have the tokens and loss masks that their authors' code makes of the same rows."""
 
 import json
+import random
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,8 @@ from conftest import SHARED
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.hub import importing_axolotl
 from qlora_recipes.configs import substitution
+from qlora_recipes.data import study
+from qlora_recipes.data.raw_rows import RowMaker
 from qlora_recipes.runs.eval_loss import MASKED
 
 with importing_axolotl(offline=True):
@@ -86,3 +89,35 @@ def test_pefts_rows_have_the_authors_tokens_and_loss() -> None:
         ids = encoded(loaded.tokenizer, question.format(**row) + row["answer"])
         assert made.ids == [*ids, loaded.tokenizer.eos_token_id]
         assert made.labels[1:] == made.ids[1:]  # no model predicts the first
+
+
+WORDS = ("rain", " two  spaces ", "Größe", "日本", "🙂", "", "x\n\ny", "User:", "\ttab", "don't", "<b>", "3.14", "\n")
+
+
+def chat(chance: random.Random) -> list[dict[str, str]]:
+    """A chat with or without a system message, of one to four turns."""
+    roles = ["system"] * chance.randint(0, 1) + ["user", "assistant"] * chance.randint(1, 4)
+    return [{"role": role, "content": " ".join(chance.choices(WORDS, k=chance.randint(1, 9)))} for role in roles]
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bpe"])
+def test_tinkers_rows_have_the_authors_tokens_and_loss(kind: str, sentencepiece: Path) -> None:
+    model = sentencepiece if kind == "sentencepiece" else substitution.model_folder()
+    loaded = tokenizer_of("tinker-tulu3/llama-3.2-1b-lora", model)
+    fields = study.find("tinker-tulu3").data.fields
+    own = {name: text.replace("<|begin_of_text|>", loaded.tokenizer.bos_token) for name, text in fields.items()}
+    assert own != fields
+    chats = [chat(random.Random(seed)) for seed in range(200)]
+    maker = RowMaker(own, {}, {}, "0")
+    made = loaded.tokenize("datasets.0", [maker.make({"messages": messages})[0] for messages in chats])
+    for messages, tokens in zip(chats, made, strict=True):
+        pieces = [(loaded.tokenizer.bos_token, False)]  # renderers/base.py and role_colon.py, each encoded alone
+        for message in messages:
+            answers = message is messages[-1]
+            pieces += [(f"{message['role'].capitalize()}:", False), (f" {message['content']}\n\n", answers)]
+        pieces.append(("User:", True))
+        parts = [(loaded.tokenizer.encode(text, add_special_tokens=False), loss) for text, loss in pieces]
+        assert tokens.ids == [token for ids, _ in parts for token in ids]
+        assert tokens.labels == [token if loss else MASKED for ids, loss in parts for token in ids]
+    joined = [loaded.tokenizer.encode("".join(text for text, _ in pieces), add_special_tokens=False)]
+    assert joined != [made[-1].ids]  # that they are cut apart is seen in the tokens

@@ -127,7 +127,7 @@ def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe: Recipe) -
             "datasets.0.split",
             *({"test_datasets.0.path", "test_datasets.0.split"} if "test_datasets.0.path" in own else ()),
             "sequence_len",
-            *(key for key in ("warmup_steps", "fp16", "eval_steps") if own.get(key)),
+            *(key for key in ("warmup_steps", "fp16", "eval_steps", "chunked_cross_entropy") if own.get(key)),
         }
         assert ("bf16" in changed) == (composed.config["bf16"] and not own.get("bf16"))
         steps = 4 * composed.config["num_epochs"]

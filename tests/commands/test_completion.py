@@ -64,7 +64,7 @@ SWEEPS = ["latest", "ranks/haider2024/llama-2-7b", "ranks/haider2024/llama-2-7b/
         ("recipe results --compare wide wi", ["wide"]),
         ("recipe publish --runs elsewhere/of-wide haid", ["haider2024/llama-2-7b"]),
         ("recipe results --sweep ", SWEEPS),
-        ("recipe sweep wide ", ["lora-tradeoffs", "targets", "mine.yaml"]),
+        ("recipe sweep wide ", ["lora-tradeoffs", "rate-and-rank", "targets", "mine.yaml"]),
         ("recipe run wide --profile zero3", ["zero3", "zero3-offload"]),
         ("recipe plan --gpu 40", ["4000-Ada", "4060", "4070", "4080", "4090"]),
         ("recipe reproduce ", [folder.name for folder in paths.studies()]),

@@ -170,6 +170,22 @@ def test_members_compare_by_what_their_runs_measured(tmp_path: Path) -> None:
         assert [row["member"] for row in sweep_results.rows(sweep, tmp_path, criterion) if row["best"]] == [name]
 
 
+@pytest.mark.parametrize(
+    "name", [f"llama-{model}-{kind}" for model in ("3.2-1b", "3.1-8b") for kind in ("lora", "qlora")]
+)
+def test_members_stand_beside_the_published_scores_of_their_settings(tmp_path: Path, name: str) -> None:
+    _, members = read_members(find_sweep_file("rate-and-rank"), [])
+    recipe = f"tinker-tulu3/{name}"
+    sweep = Sweep(name="rate-and-rank", recipe=recipe, rehearsal=False, keys=varying(members), members=members)
+    of_study = study.find("tinker-tulu3")
+    published = [row["nll_published"] for row in sweep_results.rows(sweep, tmp_path)]
+    assert min(published) == of_study.published[of_study.origin(recipe)].scores["nll"].value and len(published) == 16
+    sweep.members = [SweepMember(name="two runs", values={"learning_rate": 0.00004, "lora_r": 4})]
+    sweep.members += [SweepMember(name="diverged", values={"learning_rate": 0.003})]
+    both = [row["nll_published"] for row in sweep_results.rows(sweep, tmp_path)]
+    assert both == [pytest.approx(0.85635 if "1b" in name else 0.61205), None]
+
+
 def test_test_rows_choose_no_member(tmp_path: Path) -> None:
     sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
     with pytest.raises(UserError):
