@@ -190,6 +190,16 @@ def sample(cache: Path) -> Path:
     return usual_sample()
 
 
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for runs in a folder of work with the small study."""
+    import small_study
+
+    small_study.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return Path("runs")
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A random Llama of two layers, with the small tokenizer of models with random weights."""

@@ -1,4 +1,4 @@
-"""The report of a study of another kind than the first."""
+"""The report and the card of a study of another kind than the first."""
 
 import re
 from pathlib import Path
@@ -11,14 +11,6 @@ from small_study import PLAIN, WIDE
 from qlora_recipes.reports import report, report_figures, report_runs
 from qlora_recipes.results import card, verdict
 from qlora_recipes.scores.evaluations import read_scores
-
-
-@pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for runs in a folder of work with the small study."""
-    small_study.write(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return Path("runs")
 
 
 def test_scores_spreads_curves_and_what_was_measured_stand_in_it(runs: Path) -> None:
@@ -35,8 +27,7 @@ def test_scores_spreads_curves_and_what_was_measured_stand_in_it(runs: Path) -> 
 def test_a_published_spread_is_drawn(runs: Path) -> None:
     small_study.ran(runs, PLAIN, "a", 66.0)
     of_study = small_study.read()
-    table = verdict.rows(of_study, runs, False)
-    figure = report_figures.study(of_study, table, of_study.first)
+    figure = report_figures.study(of_study, verdict.rows(of_study, runs, False), of_study.first)
     assert figure
     published = next(trace for trace in figure.traces if trace["name"] == "published, with its ±")
     assert published["x"] == [67.4, 70] and published["error_x"]["array"] == [pytest.approx(1), 0]
@@ -53,9 +44,8 @@ def test_runs_of_different_studies_share_no_column(runs: Path) -> None:
     assert rows["accuracy, %"]["plain: published"] == "67.40 ± 1.00"
 
 
-def test_a_card_has_the_studys_metrics_and_its_tags(runs: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipes" / "sums2030").rename(tmp_path / "before")
-    small_study.write(tmp_path, tags=["arithmetic"])
+def test_a_card_has_the_studys_metrics_and_its_tags(runs: Path) -> None:
+    small_study.write(Path(), tags=["arithmetic"])
     folder = small_study.ran(runs, PLAIN, "a", 66.0)
     folder.output.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):

@@ -25,12 +25,7 @@ from qlora_recipes.runs.records import Job
 
 PLAIN, WIDE = small_study.PLAIN, small_study.WIDE
 RESULTS = Path("recipes", "sums2030", "results")
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    recorded_runs.study_here(monkeypatch, tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("runs")
 
 
 def exported(recipe: Recipe, run: str) -> tuple[Path, dict[str, Any]]:
@@ -63,7 +58,7 @@ def test_a_record_is_exported_added_and_shown(recipe: Recipe) -> None:
     assert orjson.loads(recipe("results", "--ledger", "--study", "haider2024", "--json").stdout) == []
 
 
-def test_a_record_names_no_folder_host_or_user(recipe: Recipe, place: Path) -> None:
+def test_a_record_names_no_folder_host_or_user(recipe: Recipe, tmp_path: Path) -> None:
     planted = {"hub_token": "hf_abcdefghijklmnopqrstuvwx12", "wandb_entity": "mmuster", "seed": 43}
     folder = a_run("one", 67.0, set=planted, settings={"adapter": "/home/mmuster/a", "data": "/home/mmuster/t.jsonl"})
     run = folder.read()
@@ -74,7 +69,7 @@ def test_a_record_names_no_folder_host_or_user(recipe: Recipe, place: Path) -> N
     folder.write(run)
     folder.add_job(Job(place="slurm", id="1", step="run", user="mmuster", script="/home/mmuster/s.sh"))
     file, content = exported(recipe, "one")
-    for word in ("mmuster", "home", "hf_", HOST, "hub_", "wandb", str(place)):
+    for word in ("mmuster", "home", "hf_", HOST, "hub_", "wandb", str(tmp_path)):
         assert word not in file.read_text(), word
     assert (content["profiles"], content["seed"]) == (["zero2"], 43)
 

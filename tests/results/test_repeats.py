@@ -8,7 +8,7 @@ import pytest
 import small_study
 from conftest import Recipe
 from run_folders import a_run
-from small_study import PLAIN, WIDE
+from small_study import PLAIN, WIDE, row_of
 
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.configs.config import Difference
@@ -22,32 +22,17 @@ from qlora_recipes.scores.evaluations import read_scores
 RIGHT = [100.0, 0.0, 100.0, 0.0, 100.0, 100.0]
 
 
-@pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for runs in a folder of work with the small study."""
-    small_study.write(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return Path("runs")
-
-
-def row_of(runs: Path, recipe: str = PLAIN) -> dict[str, Any]:
-    (found,) = [row for row in verdict.rows(small_study.read(), runs, False) if row["recipe"] == recipe]
-    return found
-
-
-TEXTS = {"reference": "1", "prediction": "1"}
-
-
-def with_seed(runs: Path, seed: int, right: list[float], name: str = "", **more: Any) -> RunDir:
-    """A run of a seed with the scores of its rows; 42 is the recipe's own."""
-    changed = more.pop("set", {})
-    accuracy = sum(right) / len(right)
-    changed |= {"seed": seed} if seed != 42 else {}
-    folder = small_study.ran(runs, PLAIN, name or f"2026-{seed}", accuracy, set=changed, **more)
-    write_rows(
-        folder.path / "predictions.jsonl", [{"row": i, "accuracy": value} | TEXTS for i, value in enumerate(right)]
-    )
+def with_rows(folder: RunDir, right: list[float], first: int = 0) -> RunDir:
+    """Give a run the scores of its rows, the number of the first of which is given."""
+    rows = [{"row": i, "accuracy": value, "reference": "1", "prediction": "1"} for i, value in enumerate(right, first)]
+    write_rows(folder.path / "predictions.jsonl", rows)
     return folder
+
+
+def with_seed(runs: Path, seed: int, right: list[float], name: str = "", recipe: str = PLAIN, **more: Any) -> RunDir:
+    """A run of a seed with the scores of its rows; 42 is the recipe's own."""
+    changed = ({"seed": seed} if seed != 42 else {}) | more.pop("set", {})
+    return with_rows(small_study.ran(runs, recipe, name or f"2026-{seed}", np.mean(right), set=changed, **more), right)
 
 
 def test_runs_of_other_seeds_count_as_one(runs: Path) -> None:
@@ -67,42 +52,26 @@ def test_runs_of_other_seeds_count_as_one(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("other", "counted"),
     [
-        {"set": {"lora_r": 64}},
-        {"set": {"micro_batch_size": True}},  # not the 1 of the recipe
-        {"gpus_used": 2},
-        {"state": "interrupted"},
-        {"axolotl_arguments": ["--debug"]},
-        {"settings": {"data_sha256": "y"}},
-        {"settings": {"rows": 100, "limit": 100}},
-        {"decoding": small_study.GREEDY},
-        {"rehearsal": True},
+        ({"set": {"lora_r": 64}}, 1),
+        ({"set": {"micro_batch_size": True}}, 1),  # not the 1 of the recipe
+        ({"gpus_used": 2}, 1),
+        ({"state": "interrupted"}, 1),
+        ({"axolotl_arguments": ["--debug"]}, 1),
+        ({"settings": {"data_sha256": "y"}}, 1),
+        ({"settings": {"rows": 100, "limit": 100}}, 1),
+        ({"decoding": small_study.GREEDY}, 1),
+        ({"rehearsal": True}, 1),
+        ({"set": {"output_dir": "other", "dataset_prepared_path": "a", "wandb_project": "p", "use_mlflow": True}}, 2),
     ],
 )
-def test_a_run_that_differs_in_more_is_no_repeat(runs: Path, other: dict[str, Any]) -> None:
+def test_a_repeat_differs_in_its_seed_output_and_trackers_only(runs: Path, other: dict[str, Any], counted: int) -> None:
     with_seed(runs, 42, RIGHT)
-    with_seed(runs, 43, [0.0] * 6, **other)
-    assert (row_of(runs)["runs"], row_of(runs)["accuracy"]) == (1, pytest.approx(400 / 6))
-
-
-def test_output_places_and_trackers_make_no_difference(runs: Path) -> None:
-    with_seed(runs, 42, RIGHT, set={"output_dir": "one", "dataset_prepared_path": "a"})
-    with_seed(runs, 43, RIGHT, set={"output_dir": "other", "wandb_project": "p", "use_mlflow": True})
-    assert row_of(runs)["runs"] == 2
-
-
-def test_a_run_whose_config_is_gone_is_no_repeat(runs: Path) -> None:
-    with_seed(runs, 42, RIGHT)
-    with_seed(runs, 43, RIGHT).config.unlink()
+    folder = with_seed(runs, 43, [0.0] * 6, **other)
+    assert (row_of(runs)["runs"], row_of(runs)["accuracy"]) == (counted, pytest.approx(400 / 6 / counted))
+    folder.config.unlink()
     assert row_of(runs)["runs"] == 1
-
-
-def test_the_same_seed_again_is_told(runs: Path, recipe: Recipe) -> None:
-    with_seed(runs, 42, RIGHT, "a")
-    with_seed(runs, 42, RIGHT, "b")
-    assert "one seed" in row_of(runs)["accuracy_interval_method"]
-    assert "`recipe reproduce sums2030 --seeds 3`" in recipe("results", "--study", "sums2030").stdout
 
 
 def test_one_more_run_of_a_seed_does_not_make_the_interval_narrower(runs: Path) -> None:
@@ -116,28 +85,27 @@ def test_one_more_run_of_a_seed_does_not_make_the_interval_narrower(runs: Path) 
 
 def test_other_rows_leave_the_spread_of_runs(runs: Path) -> None:
     with_seed(runs, 42, RIGHT)
-    folder = with_seed(runs, 43, [0.0, *RIGHT[1:]])
-    rows = [{"row": i + 1, "accuracy": value} | TEXTS for i, value in enumerate(RIGHT)]
-    write_rows(folder.path / "predictions.jsonl", rows)
+    with_rows(with_seed(runs, 43, RIGHT), RIGHT, first=1)
     assert row_of(runs)["accuracy_interval_method"] == "2 runs only"
 
 
-def test_one_run_knows_rows_only_and_says_how_to_know_more(runs: Path, recipe: Recipe) -> None:
-    with_seed(runs, 42, RIGHT)
+def test_runs_of_one_seed_know_nothing_of_others_and_say_how_to_know_more(runs: Path, recipe: Recipe) -> None:
+    with_seed(runs, 42, RIGHT, "a")
     row = row_of(runs)
     assert (row["runs"], row["accuracy_interval_method"]) == (1, intervals.ROWS_ONLY)
     assert [row["perplexity_low"], row["perplexity_interval_method"]] == [None, None]
-    said = recipe("results", "--study", "sums2030").stdout
-    assert "`recipe reproduce sums2030 --seeds 3`" in said
+    assert "`recipe reproduce sums2030 --seeds 3`" in recipe("results", "--study", "sums2030").stdout
+    with_seed(runs, 42, RIGHT, "b")
+    assert "one seed" in row_of(runs)["accuracy_interval_method"]
+    assert "`recipe reproduce sums2030 --seeds 3`" in recipe("results", "--study", "sums2030").stdout
     with_seed(runs, 43, RIGHT)
     said = recipe("results", "--study", "sums2030").stdout
     assert "--seeds" not in said and "sums2030/plain." in said
 
 
-def test_a_known_spread_stands_in_and_is_marked(runs: Path, tmp_path: Path, recipe: Recipe) -> None:
-    (tmp_path / "recipes" / "sums2030").rename(tmp_path / "before")
+def test_a_known_spread_stands_in_and_is_marked(runs: Path, recipe: Recipe) -> None:
     published = {PLAIN: {"scores": {"accuracy": 67.4}, "repeats": {"accuracy": [67.4, 68.0, 66.9]}}, WIDE: {}}
-    small_study.write(tmp_path, published=published, tolerances={})
+    small_study.write(Path(), published=published, tolerances={})
     with_seed(runs, 42, RIGHT)
     small_study.ran(runs, WIDE, "a", 70.0)
     row = row_of(runs)
@@ -147,8 +115,7 @@ def test_a_known_spread_stands_in_and_is_marked(runs: Path, tmp_path: Path, reci
         intervals.half_width(np.std([67.4, 68.0, 66.9], ddof=1) ** 2, (0.5 / intervals.NORMAL) ** 2, 2, intervals.MANY)
     )
     assert row["accuracy_high"] - row["accuracy"] == pytest.approx(half) and half > 0.5
-    said = recipe("results", "--study", "sums2030").stdout
-    assert method in said
+    assert method in recipe("results", "--study", "sums2030").stdout
     with_seed(runs, 43, RIGHT)
     assert row_of(runs)["accuracy_interval_method"] == "rows and 2 runs"  # ours are better than any borrowed
 
@@ -172,9 +139,7 @@ def test_scores_by_another_judge_are_not_averaged(runs: Path) -> None:
     assert repeats.scores(columns["bertscore_f1"], found) == [(found[0], 0.8)]
 
 
-def test_the_curves_gap_has_a_verdict_where_the_study_gives_a_tolerance(
-    runs: Path, tmp_path: Path, recipe: Recipe
-) -> None:
+def test_the_curves_gap_has_a_verdict_where_the_study_gives_a_tolerance(runs: Path, recipe: Recipe) -> None:
     with_seed(runs, 42, RIGHT)  # 2.5 and 1.4, where 2.5 and 1.5 were published
     row = row_of(runs)
     assert row["train_loss_gap_mean"] == pytest.approx(-0.05)
@@ -182,8 +147,7 @@ def test_the_curves_gap_has_a_verdict_where_the_study_gives_a_tolerance(
     assert row["train_loss_verdict"] is None and row_of(runs, WIDE)["train_loss_gap_mean"] is None
     assert listing.CURVES in recipe("results", "--study", "sums2030").stdout
     for tolerance, expected in ((0.11, verdict.ACCEPTABLE), (0.09, verdict.OFF)):
-        (tmp_path / "recipes" / "sums2030").rename(tmp_path / f"before {tolerance}")
-        small_study.write(tmp_path, tolerances={"train_loss": tolerance})
+        small_study.write(Path(), tolerances={"train_loss": tolerance})
         assert row_of(runs)["train_loss_verdict"] == expected
     said = recipe("results", "--study", "sums2030").stdout.splitlines()
     assert [line for line in said if PLAIN in line and verdict.OFF in line and "train_loss" not in line]
@@ -210,14 +174,9 @@ def of_seeds(runs: Path, seeds: int, recipe: str = PLAIN, **more: Any) -> list[l
     rng = np.random.default_rng(len(recipe))
     hard, table = rng.normal(size=ROWS), []
     for seed in range(42, 42 + seeds):
-        right = 100.0 * (hard + 0.1 * rng.normal() + 0.5 * rng.normal(size=ROWS) > 0)
-        changed = {"seed": seed} if seed != 42 else {}
-        folder = small_study.ran(runs, recipe, f"2026-{seed}", float(right.mean()), set=changed, **more)
-        rows = [
-            {"row": i, "accuracy": value, "reference": "1", "prediction": "1"} for i, value in enumerate(right.tolist())
-        ]
-        write_rows(folder.path / "predictions.jsonl", rows)
-        table.append(right.tolist())
+        right = (100.0 * (hard + 0.1 * rng.normal() + 0.5 * rng.normal(size=ROWS) > 0)).tolist()
+        with_seed(runs, seed, right, recipe=recipe, **more)
+        table.append(right)
     return table
 
 
@@ -268,21 +227,16 @@ def test_too_few_rows_to_plan_with_are_told(runs: Path, recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [{"rehearsal": True}, {"settings": {"test_set": "test"}}, {"state": "failed"}, {"set_again": True}]
+    "more", [{"rehearsal": True}, {"settings": {"test_set": "test"}}, {"state": "failed"}, {"set": {"seed": 42}}]
 )
 def test_runs_that_do_not_compare_tell_nothing(runs: Path, recipe: Recipe, more: dict[str, Any]) -> None:
-    again = more.pop("set_again", False)
     of_seeds(runs, 3, **more)
-    if again:  # all of one seed
-        for folder in runs.glob(f"{PLAIN}/*"):
-            (folder / "config.yaml").write_text((runs / PLAIN / "2026-42" / "config.yaml").read_text())
     assert recipe("results", "--power", "sums2030").returncode == 2
 
 
-def test_published_repeats_stand_in_for_seeds(runs: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipes" / "sums2030").rename(tmp_path / "before")
+def test_published_repeats_stand_in_for_seeds(runs: Path) -> None:
     published = {PLAIN: {"scores": {"accuracy": 60}, "repeats": {"accuracy": [60, 61.0, 62.0]}}, WIDE: {}}
-    small_study.write(tmp_path, published=published, tolerances={"accuracy": 2.5})
+    small_study.write(Path(), published=published, tolerances={"accuracy": 2.5})
     found = repeats.outlook(small_study.read(), runs)
     assert found["deviation_of_runs"] == 1 and found["deviation_of_rows"] == pytest.approx((60 * 40) ** 0.5)
     rests_on = found["rests_on"]
@@ -295,23 +249,24 @@ def test_published_repeats_stand_in_for_seeds(runs: Path, tmp_path: Path) -> Non
     assert (found["deviation_of_rows"], found["rows"][0]["rows"]) == (pytest.approx(np.std(table, ddof=1)), ROWS)
 
 
-def test_a_published_score_that_none_can_have_tells_nothing_of_rows(runs: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipes" / "sums2030").rename(tmp_path / "before")
-    published = {PLAIN: {"scores": {"accuracy": 120}, "repeats": {"accuracy": [60, 60.0]}}, WIDE: {}}
-    small_study.write(tmp_path, published=published)
-    with pytest.raises(repeats.UserError, match="--only"):
-        repeats.outlook(small_study.read(), runs)
+OF_PERPLEXITY = {"metrics": {"perplexity": {}}, "columns": ["perplexity"], "tolerances": {}}
+IMPOSSIBLE = {"scores": {"accuracy": 120}, "repeats": {"accuracy": [60, 60.0]}}
 
 
-def test_a_metric_of_no_range_needs_a_difference_and_one_of_no_rows_has_no_power(runs: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipes" / "sums2030").rename(tmp_path / "before")
-    small_study.write(
-        tmp_path, metrics={"perplexity": {}}, columns=["perplexity"], published={PLAIN: {}, WIDE: {}}, tolerances={}
-    )
-    with pytest.raises(repeats.UserError, match="--difference"):
-        repeats.outlook(small_study.read(), runs)
-    with pytest.raises(repeats.UserError, match="perplexity"):
-        repeats.outlook(small_study.read(), runs, 0.1)
+@pytest.mark.parametrize(
+    ("changes", "difference", "named"),
+    [
+        ({"published": {PLAIN: IMPOSSIBLE, WIDE: {}}}, None, "--only"),  # tells nothing of rows
+        ({"published": {PLAIN: {}, WIDE: {}}} | OF_PERPLEXITY, None, "--difference"),  # a metric of no range
+        ({"published": {PLAIN: {}, WIDE: {}}} | OF_PERPLEXITY, 0.1, "perplexity"),  # which has no rows
+    ],
+)
+def test_a_study_that_cannot_be_planned_is_refused(
+    runs: Path, changes: dict[str, Any], difference: float | None, named: str
+) -> None:
+    small_study.write(Path(), **changes)
+    with pytest.raises(repeats.UserError, match=named):
+        repeats.outlook(small_study.read(), runs, difference)
 
 
 def test_peft_can_be_planned_before_any_run(recipe: Recipe) -> None:

@@ -3,33 +3,19 @@
 import csv
 import io
 from pathlib import Path
-from typing import Any
 
 import orjson
 import pytest
 import small_study
 from conftest import Recipe
 from run_folders import a_run
-from small_study import PLAIN, WIDE
+from small_study import PLAIN, WIDE, row_of
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.data.published import Score
 from qlora_recipes.results import listing, run_rows, verdict
 
 LLAMA_2 = "haider2024/llama-2-7b"
-
-
-@pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for runs in a folder of work with the small study."""
-    small_study.write(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return Path("runs")
-
-
-def row_of(runs: Path, recipe: str = PLAIN) -> dict[str, Any]:
-    (found,) = [row for row in verdict.rows(small_study.read(), runs, False) if row["recipe"] == recipe]
-    return found
 
 
 @pytest.mark.parametrize(
@@ -66,10 +52,9 @@ def test_every_published_metric_has_a_verdict(runs: Path) -> None:
     assert row_of(runs, WIDE)["accuracy_published"] == 70 and row_of(runs, WIDE)["accuracy"] is None
 
 
-def test_a_score_by_another_declaration_of_the_metric_is_not_compared(runs: Path, tmp_path: Path) -> None:
+def test_a_score_by_another_declaration_of_the_metric_is_not_compared(runs: Path) -> None:
     folder = small_study.ran(runs, PLAIN, "a", 66.0)
-    (tmp_path / "recipes" / "sums2030").rename(tmp_path / "before")
-    small_study.write(tmp_path, metrics={"accuracy": {"metric": "number"}, "perplexity": {}, "chrf": {}})
+    small_study.write(Path(), metrics={"accuracy": {"metric": "number"}, "perplexity": {}, "chrf": {}})
     row = row_of(runs)
     assert (row["run"], row["accuracy"], row["verdict"], row["chrf"]) == (str(folder.path), None, None, 20.5)
 
@@ -91,19 +76,15 @@ def test_what_was_measured_and_how_the_loss_ended_stand_beside_the_published(run
     assert "67.40 ± 1.00" in table
 
 
-def test_a_curve_is_compared_over_the_same_steps(runs: Path, tmp_path: Path) -> None:
+def test_a_curve_is_compared_over_the_same_steps(runs: Path) -> None:
     of_study = small_study.read()
     curve = run_rows.published_curve(of_study, of_study.published[PLAIN])
     assert curve == [(2, 2.5), (4, 1.5)]
-    metrics = [
-        {"step": 1, "loss": 3.0},
-        {"step": 2, "loss": 2.0},
-        {"step": 2, "eval_loss": 9.0},
-        {"step": 3, "loss": 1.0},
-    ]
+    metrics = [{"step": step, "loss": loss} for step, loss in ((1, 3.0), (2, 2.0), (3, 1.0))]
+    metrics.insert(2, {"step": 2, "eval_loss": 9.0})
     assert run_rows.over_the_same_steps(metrics, curve) == [(2, 2.5)]  # step 4 is not reached
     assert run_rows.published_curve(of_study, of_study.published[WIDE]) == []
-    (tmp_path / "recipes" / "sums2030" / "plain.csv").write_text("step,loss\n1,2\n")
+    Path("recipes/sums2030/plain.csv").write_text("step,loss\n1,2\n")
     with pytest.raises(UserError, match=r"plain\.csv"):
         run_rows.published_curve(of_study, of_study.published[PLAIN])
 
@@ -115,8 +96,7 @@ def test_a_further_decoding_is_a_column_of_its_own(runs: Path, recipe: Recipe) -
     row = row_of(runs)
     assert (row["accuracy"], row["accuracy_greedy"], row["accuracy_difference"]) == (66, 64.5, pytest.approx(-1.4))
     assert "accuracy, %, greedy" in recipe("results").stdout and "64.50" in recipe("results").stdout
-    table = recipe("results", "--study", "sums2030").stdout
-    assert "greedy" in table
+    assert "greedy" in recipe("results", "--study", "sums2030").stdout
 
 
 def test_numbers_of_different_metrics_never_share_a_column(runs: Path, recipe: Recipe) -> None:
@@ -124,9 +104,7 @@ def test_numbers_of_different_metrics_never_share_a_column(runs: Path, recipe: R
     a_run(runs, LLAMA_2, "b", 5.0)
     own = {"rows": 9, "accuracy": 12.5, "metrics": {"accuracy": {"metric": "number"}}, "intervals": {}}
     folder = a_run(runs, LLAMA_2, "c", 0, scores=own)
-    run = folder.read()
-    run.recipe = "mine"
-    folder.write(run)
+    folder.write(folder.read().model_copy(update={"recipe": "mine"}))
     parts = recipe("results").stdout.strip().split("\n\n")
     by_title = {part.splitlines()[0]: part for part in parts if part.startswith("Runs")}
     (none,) = set(by_title) - {"Runs: sums2030", "Runs: haider2024"}
@@ -137,10 +115,8 @@ def test_numbers_of_different_metrics_never_share_a_column(runs: Path, recipe: R
     lines = csv.DictReader(io.StringIO(recipe("results", "--csv").stdout))
     assert sorted((line["accuracy"], line["bleu4"]) for line in lines) == [("", "5.0"), ("12.5", ""), ("66.0", "")]
     rows = orjson.loads(recipe("results", "--json").stdout)
-    assert [(row["study"], row.get("accuracy")) for row in rows if "accuracy" in row] == [
-        ("sums2030", 66),
-        (None, 12.5),
-    ]
+    found = [(row["study"], row["accuracy"]) for row in rows if "accuracy" in row]
+    assert found == [("sums2030", 66), (None, 12.5)]
 
 
 def test_the_list_has_a_table_for_each_study(runs: Path, recipe: Recipe) -> None:
@@ -152,10 +128,9 @@ def test_the_list_has_a_table_for_each_study(runs: Path, recipe: Recipe) -> None
     assert "published_accuracy" not in rows[LLAMA_2] and rows[LLAMA_2]["published_bleu4"] == 5.02
 
 
-def test_a_study_says_how_its_authors_statements_begin(runs: Path, tmp_path: Path) -> None:
+def test_a_study_says_how_its_authors_statements_begin(runs: Path) -> None:
     small_study.ran(runs, PLAIN, "a", 66.0, set={"lora_r": 64})
     assert row_of(runs)["differs"] == ["lora_r: 64 instead of 32"]  # a comment that begins with "paper"
-    (tmp_path / "recipes" / "sums2030").rename(tmp_path / "before")
-    small_study.write(tmp_path, comment_prefixes=["the appendix"], open_settings=["lora_r"])
+    small_study.write(Path(), comment_prefixes=["the appendix"], open_settings=["lora_r"])
     row = row_of(runs)
     assert row["differs"] == [] and row["open"] == ["lora_r: 64 (--set lora_r)"]

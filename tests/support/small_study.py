@@ -11,6 +11,7 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.data import study
 from qlora_recipes.data.study import Decoding, Study
+from qlora_recipes.results import verdict
 from qlora_recipes.runs.records import Summary
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores.evaluations import read_scores
@@ -23,7 +24,7 @@ GIB = 1 << 30
 
 
 def write(place: Path, **changes: Any) -> None:
-    """Write the study into a folder of work."""
+    """Write the study into a folder of work, over the one that is there."""
     first = paths.RECIPES / "haider2024"
     data = yamlfiles.read_yaml(first / "study.yaml")["data"]
     content: dict[str, Any] = {
@@ -51,17 +52,24 @@ def write(place: Path, **changes: Any) -> None:
         "differences": ["The authors tokenize prompt and answer together"],
     }
     folder = place / "recipes" / "sums2030"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ("plain", "wide"):
         shutil.copy(first / "llama-3.2-3b.yaml", folder / f"{name}.yaml")
     shutil.copytree(first, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.yaml"))
     (folder / "plain.csv").write_text("step,train_loss\n2,2.5\n4,1.5\n")
     (folder / "study.yaml").write_text(yamlfiles.write_yaml(content | changes))
+    study._load.cache_clear()
 
 
 def read() -> Study:
     """The study, in its folder of work."""
     return study.find("sums2030")
+
+
+def row_of(runs: Path, recipe: str = PLAIN) -> dict[str, Any]:
+    """The row of a recipe in the study's table."""
+    (found,) = [row for row in verdict.rows(read(), runs, False) if row["recipe"] == recipe]
+    return found
 
 
 def ran(
