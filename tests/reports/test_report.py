@@ -28,10 +28,9 @@ from qlora_recipes.running import sweep_results
 from qlora_recipes.running.sweep import Sweep, SweepMember
 from qlora_recipes.runs.records import Summary
 from qlora_recipes.runs.rundir import RunDir, summarise
-from qlora_recipes.scores.evaluations import read_scores
 
 STUDY = study.find("haider2024")
-LLAMA_3 = "haider2024/llama-3-8b"
+LLAMA_3, LLAMA_2 = "haider2024/llama-3-8b", "haider2024/llama-2-7b"
 SCORES = ("bleu4", "rouge_l", "bertscore_f1")  # of rows
 ATTACKS = [
     "<script>alert(1)</script>",
@@ -83,29 +82,23 @@ def a_run(
         bleu4=0,
         set={"lora_r": 64, "hub_token": "the-secret"},
         settings={"data": str(test), "data_sha256": sha256(test), "rows": len(predictions), "test_set": None},
-        scores={
-            **means,
-            "rows": len(predictions),
-            "intervals": intervals,
-            "bertscore": {"model": "a-judge"},
-            "exact": 0.0,
-        },
+        scores=means | {"rows": len(predictions), "intervals": intervals, "bertscore": {"model": "a-judge"}},
         rehearsal=rehearsal,
     )
     write_rows(run.path / "predictions.jsonl", predictions)
-    on_gpu = {"memory_reserved_gib": 7.25, "gpu_utilization": 97}
-    on_cpu = {"rss_peak_gib": 2.42, "cpu_percent": 187.5}
+    load = {"rss_peak_gib": 2.42, "cpu_percent": 187.5}
+    if not rehearsal:
+        load = {"memory_reserved_gib": 7.25, "gpu_utilization": 97}
     records = []
     for step in range(31):
-        record = {"time": 1.0 + step, "step": step, "max_steps": 30, "epoch": step / 15}
-        record |= on_cpu if rehearsal else on_gpu
+        record = {"time": 1.0 + step, "step": step, "max_steps": 30, "epoch": step / 15} | load
         if step % 10 == 0:
             loss = 4 * math.exp(-step / 60) + data.random() / 10
             records.append(record | {"eval_loss": loss + 0.1, "eval_loss_per_token": loss})
         if step:
             loss = 4 * math.exp(-step / 50) + data.random() / 5
-            more_of = {"loss": loss, "grad_norm": 1 + data.random(), "learning_rate": 2e-4 * (1 - step / 31)}
-            records.append(record | more_of | {"step_seconds": 2.0, "tokens": 600, "tokens_per_second": 300.0})
+            record |= {"loss": loss, "grad_norm": 1 + data.random(), "learning_rate": 2e-4 * (1 - step / 31)}
+            records.append(record | {"step_seconds": 2.0, "tokens": 600, "tokens_per_second": 300.0})
     write_rows(run.metrics, records)
     changed = {
         "recipe_sha256": sha256(paths.RECIPES / f"{recipe}.yaml"),
@@ -140,15 +133,9 @@ def a_sweep(folder: Path) -> Sweep:
 
 def test_a_report_says_what_the_run_was(tmp_path: Path) -> None:
     html = html_of(a_run(tmp_path))
-    for said in (
-        LLAMA_3,
-        "Rehearsal.",
-        "--set lora_r &lt;b&gt;⟨U+202E⟩&lt;/b&gt;",
-        "f" * 64,
-        "a &lt;processor&gt;",
-        "a-judge",
-    ):
+    for said in (LLAMA_3, "Rehearsal.", "--set lora_r &lt;b&gt;⟨U+202E⟩&lt;/b&gt;", "f" * 64, "a &lt;processor&gt;"):
         assert said in html
+    assert "a-judge" in html
     assert "paper: its card" in html  # the source of fp16
     assert "the-secret" not in html
     assert "5.27" not in html  # published, and nothing for a rehearsal to stand beside
@@ -175,7 +162,7 @@ def test_figures_are_what_plotly_draws(tmp_path: Path) -> None:
 
     sweep, sweep_runs = a_sweep(tmp_path / "sweep"), tmp_path / "sweep" / "runs"
     members = sweep_results.rows(sweep, sweep_runs)
-    runs = {"a": a_run(tmp_path), "b": a_run(tmp_path, "haider2024/llama-2-7b", rehearsal=False)}
+    runs = {"a": a_run(tmp_path), "b": a_run(tmp_path, LLAMA_2, rehearsal=False)}
     figures = list(report_figures.training({name: run.read_metrics() for name, run in runs.items()}))
     figures += [report_figures.sweep(members)]
     table = verdict.rows(STUDY, tmp_path / "runs", False)
@@ -214,31 +201,25 @@ def test_memory_of_different_kinds_is_said_to_be_that(tmp_path: Path) -> None:
 
 
 def test_diffs_are_those_that_were_evaluated(tmp_path: Path) -> None:
-    run = a_run(tmp_path)
-    (shown,) = report_runs.reader(report_runs.reported_runs([run]))
+    members = report_runs.reported_runs([a_run(tmp_path)])
+    (shown,) = report_runs.reader(members)
     assert shown["diff"][3].startswith("@@ -3,4") and shown["data"] == "data/test.jsonl"
     test = tmp_path / "data" / "test.jsonl"
     test.write_bytes(test.read_bytes() + b"\n")
-    (shown,) = report_runs.reader(report_runs.reported_runs([run]))
+    (shown,) = report_runs.reader(members)
     assert shown["diff"] is None and "SHA-256" in shown["why"]
     test.unlink()
-    (shown,) = report_runs.reader(report_runs.reported_runs([run]))
+    (shown,) = report_runs.reader(members)
     assert shown["diff"] is None and "test.jsonl" in shown["why"] and "SHA-256" not in shown["why"]
 
 
-def test_runs_on_the_same_rows_share_them(tmp_path: Path) -> None:
-    one, other = a_run(tmp_path), a_run(tmp_path, "haider2024/llama-2-7b")
-    (shown,) = report_runs.reader(report_runs.reported_runs([one, other]))
-    assert [model["label"] for model in shown["models"]] == ["llama-3-8b", "llama-2-7b"]
+def test_runs_on_the_same_rows_share_them_and_are_told_apart_by_their_labels(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path, name="1"), a_run(tmp_path, name="2"), a_run(tmp_path, LLAMA_2)]
+    (shown,) = report_runs.reader(report_runs.reported_runs(runs))
+    assert [model["label"] for model in shown["models"]] == ["llama-3-8b, 1", "llama-3-8b, 2", "llama-2-7b"]
     (tmp_path / "data" / "test.jsonl").unlink()
-    third = a_run(tmp_path, "haider2024/llama-2-7b", "3", rows=7)
-    assert len(report_runs.reader(report_runs.reported_runs([one, other, third]))) == 2
-
-
-def test_labels_tell_runs_apart(tmp_path: Path) -> None:
-    runs = [a_run(tmp_path, name="1"), a_run(tmp_path, name="2"), a_run(tmp_path, "haider2024/llama-2-7b")]
-    labels = [member.label for member in report_runs.reported_runs(runs)]
-    assert labels == ["llama-3-8b, 1", "llama-3-8b, 2", "llama-2-7b"]
+    runs.append(a_run(tmp_path, LLAMA_2, "3", rows=7))
+    assert len(report_runs.reader(report_runs.reported_runs(runs))) == 2
 
 
 def test_the_study_stands_beside_what_is_published_and_rehearsals_do_not(tmp_path: Path) -> None:
@@ -258,15 +239,6 @@ def test_a_sweep_shows_its_trade_offs(recipe: Recipe, tmp_path: Path) -> None:
     assert "Low rank 43" in html and "Odd" in html
     assert re.search("eval_loss: (Paper|High rank|Low rank)", html)
     assert 'data-figure="sweep-memory-eval_loss"' in html
-
-
-def of_other_rows(run: RunDir, count: int) -> None:
-    """Have a run's evaluation be of the rows that its data file holds now."""
-    made = read_scores(run.path)
-    assert made
-    changed = {"data_sha256": sha256(Path(made.settings.data)), "rows": count}
-    settings = made.settings.model_copy(update=changed)
-    (run.path / "scores.json").write_text(made.model_copy(update={"settings": settings}).model_dump_json())
 
 
 def test_a_plan_stands_beside_the_measured_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,18 +270,13 @@ def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.html"))
 
 
-def test_the_command_writes_the_file_and_says_where(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_command_writes_the_file_says_where_and_imports_no_torch(tmp_path: Path) -> None:
     a_run(tmp_path)
-    done = recipe("report", "-o", "mine.html")
-    assert (done.returncode, done.stdout) == (0, "mine.html\n")
-    assert (tmp_path / "mine.html").read_text().startswith("<!doctype html>")
-
-
-def test_a_report_imports_no_torch(tmp_path: Path) -> None:
-    a_run(tmp_path)
-    code = "import sys; from qlora_recipes import cli\nassert cli.main(['report']) == 0 and 'torch' not in sys.modules"
+    code = "import sys; from qlora_recipes import cli\n"
+    code += "assert cli.main(['report', '-o', 'mine.html']) == 0 and 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stdout) == (0, "mine.html\n"), done.stderr
+    assert (tmp_path / "mine.html").read_text().startswith("<!doctype html>")
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +293,7 @@ def browser() -> Iterator[Any]:
 
 
 PHONE, DESKTOP = (390, 844), (1280, 900)
+FITS = "document.documentElement.scrollWidth <= innerWidth"
 
 
 @contextmanager
@@ -356,13 +324,21 @@ def run_html(tmp_path_factory: pytest.TempPathFactory) -> str:
     return html_of(a_run(tmp_path_factory.mktemp("run")))
 
 
-def test_every_figure_is_drawn_and_nothing_overflows(browser: Any, run_html: str, tmp_path: Path) -> None:
-    for size in (PHONE, DESKTOP):
-        with opened(browser, run_html, tmp_path, size) as page:
-            figures = page.locator("figure")
-            assert figures.count() == 6
-            assert page.locator("figure .main-svg").count() >= figures.count()
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+@pytest.mark.parametrize(("scheme", "size"), [("light", PHONE), ("dark", DESKTOP)])
+def test_every_figure_is_drawn_fits_and_is_accessible(
+    browser: Any, run_html: str, tmp_path: Path, scheme: str, size: tuple[int, int]
+) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    with opened(browser, run_html, tmp_path, size, scheme) as page:
+        assert page.locator("figure").count() == 6
+        assert page.locator("figure:has(.main-svg)").count() == 6
+        assert page.evaluate(FITS)
+        for details in page.locator("details > summary").all():
+            details.click()
+        found = axe.Axe().run(page).response
+        assert "color-contrast" in [one["id"] for one in found["passes"]]
+        grave = [one for one in found["violations"] if one["impact"] in ("serious", "critical")]
+        assert [(one["id"], one["nodes"][0]["html"]) for one in grave] == []
 
 
 def test_figures_can_be_saved_and_read_as_tables(browser: Any, run_html: str, tmp_path: Path) -> None:
@@ -433,7 +409,7 @@ def test_what_others_wrote_is_shown_as_text(browser: Any, run_html: str, tmp_pat
                 while said.locator("button").count():
                     said.locator("button").click()
                 assert said.evaluate("one => one.textContent") == attack
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            assert page.evaluate(FITS)
             assert page.locator("main script, main img, main iframe, #row :is(b, a)").count() == 0
             if i + 1 < len(ATTACKS):
                 page.keyboard.press("j")
@@ -441,12 +417,9 @@ def test_what_others_wrote_is_shown_as_text(browser: Any, run_html: str, tmp_pat
 
 
 def test_the_tagged_form_is_shown_as_lines(browser: Any, tmp_path: Path) -> None:
-    run = a_run(tmp_path, rows=9)
-    test = tmp_path / "data" / "test.jsonl"
-    rows = list(map(orjson.loads, test.read_bytes().splitlines()))
-    write_rows(test, [row | {"input": "<keep>a<add>b <i>c</i><del>d"} for row in rows])
-    of_other_rows(run, 9)
-    with opened(browser, html_of(run), tmp_path) as page:
+    tagged = {"input": "<keep>a<add>b <i>c</i><del>d"}
+    write_rows(tmp_path / "data" / "test.jsonl", [row | tagged for row in some_rows(9, random.Random(1))])
+    with opened(browser, html_of(a_run(tmp_path)), tmp_path) as page:
         assert page.locator(".diff > *").all_text_contents() == [" a", "+b <i>c</i>", "-d"]
 
 
@@ -465,20 +438,8 @@ def test_the_theme_can_be_chosen(browser: Any, run_html: str, tmp_path: Path) ->
         assert page.evaluate(ground) == "rgb(255, 255, 255)"
 
 
-@pytest.mark.parametrize(("scheme", "size"), [("light", PHONE), ("dark", DESKTOP)])
-def test_accessibility(browser: Any, run_html: str, tmp_path: Path, scheme: str, size: tuple[int, int]) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-    with opened(browser, run_html, tmp_path, size, scheme) as page:
-        for details in page.locator("details > summary").all():
-            details.click()
-        found = axe.Axe().run(page).response
-        assert "color-contrast" in [one["id"] for one in found["passes"]]
-        grave = [one for one in found["violations"] if one["impact"] in ("serious", "critical")]
-        assert [(one["id"], one["nodes"][0]["html"]) for one in grave] == []
-
-
 def test_several_runs_the_study_and_a_sweep_open_too(browser: Any, tmp_path: Path) -> None:
-    one, other = a_run(tmp_path), a_run(tmp_path, "haider2024/llama-2-7b")
+    one, other = a_run(tmp_path), a_run(tmp_path, LLAMA_2)
     with opened(browser, html_of(one, other), tmp_path) as page:
         headings = [text.split()[-1] for text in page.locator("#row h4").all_inner_texts()]
         assert headings == ["Diff", "Reference", "llama-3-8b", "llama-2-7b"]
@@ -490,4 +451,4 @@ def test_several_runs_the_study_and_a_sweep_open_too(browser: Any, tmp_path: Pat
     html = report.of_sweep(sweep, tmp_path / "sweep" / "runs", None)
     with opened(browser, html, tmp_path, PHONE) as page:
         assert page.locator("figure[data-figure=sweep-memory-eval_loss] .main-svg").count()
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert page.evaluate(FITS)

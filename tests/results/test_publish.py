@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+import run_folders
 import yaml
 from conftest import recipe_config
 from huggingface_hub.utils import filter_repo_objects
@@ -39,6 +40,7 @@ from qlora_recipes.scores.prompter import Prompter
 RECIPE = "haider2024/llama-3-8b"
 BASE = "meta-llama/Meta-Llama-3-8B"
 OF_THE_SAME = "Test Subset 1, 5,000 rows.\n"
+PATH = {"key": "datasets.0.path", "recipe": "data/codereviewer/train.jsonl", "run": "mine.jsonl"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
 
 
@@ -98,26 +100,22 @@ def evaluated(run: RunDir, **settings: Any) -> None:
     """Give a run the scores of an evaluation."""
     scores = {"rows": 5000, "bleu4": 5.12345, "rouge_l": 0.1, "bertscore_f1": None, "bertscore": None, "exact": 0}
     scores |= {"intervals": {"bleu4": [4.9, 5.3]}, "sacrebleu": 1.5, "sacrebleu_signature": "nrefs:1|case:mixed"}
-    usual = {
+    default = {
         "base_model": BASE,
         "adapter": str(run.output),
-        "adapter_sha256": sha256(run.output / "adapter_model.safetensors"),
+        "adapter_sha256": sha256(run.output / publish.ADAPTER),
         "data": str(run.path.parents[1] / "data" / "codereviewer" / "test-subset-1.jsonl"),
         "data_sha256": "9" * 64,
-        "test_set": "test-subset-1",
-        "rows": 5000,
         "decoding": Decoding(max_new_tokens=96),
         "batch_size": 16,
-        "quantized": True,
-        "dtype": "float16",
     }
-    evaluation = evaluations.Evaluation(
-        made="2026-01-02T00:00:00+00:00",
-        rehearsal=False,
-        scores=scores,
-        settings=evaluations.EvaluationSettings(**usual | settings),
-    )
-    (run.path / "scores.json").write_text(evaluation.model_dump_json())
+    run_folders.evaluated(run, scores, **default | settings)
+
+
+def published(run: RunDir, **options: Any) -> tuple[dict[str, Any], str]:
+    """Publish a run; the front matter and the text of its card."""
+    publish.publish(run, **options)
+    return card(run.output)
 
 
 def card(folder: Path) -> tuple[dict[str, Any], str]:
@@ -179,22 +177,13 @@ def test_the_card_says_how_the_model_was_made(run: RunDir, capsys: pytest.Captur
 
     assert blocks(text)["sh"] == f"recipe run {RECIPE}\n"
     shown = yaml.safe_load(blocks(text)["yaml"])
-    hidden = {"output_dir", "deepspeed"}
-    assert {key: value for key, value in shown.items() if key != "deepspeed"} == {
-        key: value for key, value in recipe_config(RECIPE).items() if key not in hidden
-    }
-    assert shown["deepspeed"] == "zero2.json"
-    for said in (
-        OF_THE_SAME,
-        "CC-BY-4.0",
-        "`data/codereviewer/test-subset-1.jsonl`",
-        "9" * 64,
-        '"max_new_tokens": 96',
-        "`nrefs:1|case:mixed`",
-        "**Built with Meta Llama 3**",
-        f'revision="{recipe_config(RECIPE)["revision_of_model"]}"',
-    ):
+    assert shown.pop("deepspeed") == "zero2.json"
+    assert shown == {key: value for key, value in recipe_config(RECIPE).items() if key != "output_dir"}
+    for said in (OF_THE_SAME, "CC-BY-4.0", "`data/codereviewer/test-subset-1.jsonl`", "9" * 64):
         assert said in text
+    for said in ('"max_new_tokens": 96', "`nrefs:1|case:mixed`", "**Built with Meta Llama 3**"):
+        assert said in text
+    assert f'revision="{recipe_config(RECIPE)["revision_of_model"]}"' in text
     assert "https://arxiv.org/abs/2411.10129" in links(text)
     assert "ehearsal" not in text
 
@@ -230,8 +219,7 @@ def test_a_card_names_nothing_of_the_machine_and_no_secret(run: RunDir, tmp_path
         )
     )
     evaluated(run, data=absolute, test_set=None, limit=12)
-    publish.publish(run)
-    front, text = card(run.output)
+    front, text = published(run)
     whole = f"{front}{text}"
     for private in (str(tmp_path), "/home", "someone", str(Path.home()), f"`{platform.node()}`", ".cache", "planted"):
         assert private not in whole
@@ -264,11 +252,10 @@ def test_text_of_a_run_neither_breaks_its_card_nor_is_markdown_or_html(run: RunD
     run.config.write_text(yamlfiles.write_yaml(recipe_config(RECIPE) | {"chat_template": odd, "base_model": BASE}))
     adapter_for(run, odd)
     evaluated(run, test_set=None, data="|`.jsonl", batch_size=None)
-    scores = orjson.loads((run.path / "scores.json").read_bytes())
-    scores["scores"] |= {"notes": [odd]}
-    (run.path / "scores.json").write_bytes(orjson.dumps(scores | {"made": odd}))
-    publish.publish(run)
-    front, text = card(run.output)
+    scores = evaluations.read_scores(run.path).model_copy(update={"made": odd})
+    scores.scores["notes"] = [odd]
+    (run.path / "scores.json").write_text(scores.model_dump_json())
+    front, text = published(run)
     assert front["model-index"][0]["name"] == name
     differences, data = tables(text)[:2]
     assert differences[1:] == [["k|k", "`", " ".join(odd.split()), "|"]]
@@ -284,11 +271,9 @@ def test_text_of_a_run_neither_breaks_its_card_nor_is_markdown_or_html(run: RunD
 
 
 def test_a_rehearsal_is_marked_and_never_pushed(run: RunDir, tmp_path: Path) -> None:
-    path = {"key": "datasets.0.path", "recipe": "data/codereviewer/train.jsonl", "run": "sample/train.jsonl"}
-    run.write(record(tmp_path, rehearsal=True, differences=[Difference(**path, why="profile rehearsal")]))
+    run.write(record(tmp_path, rehearsal=True, differences=[Difference(**PATH, why="profile rehearsal")]))
     evaluated(run)
-    publish.publish(run)
-    front, text = card(run.output)
+    front, text = published(run)
     assert "[!WARNING]" in text and "model-index" not in front
     assert "2411.10129" in text and "published" not in text and "CC-BY" not in text
     with pytest.raises(UserError, match="rehearsal"):
@@ -296,20 +281,18 @@ def test_a_rehearsal_is_marked_and_never_pushed(run: RunDir, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("state", ["interrupted", "failed", "running"])  # nothing runs, so that it was interrupted
-def test_only_a_finished_run_is_published(run: RunDir, tmp_path: Path, state: str) -> None:
-    run.write(record(tmp_path, state=state))
+def test_only_a_finished_run_with_its_adapter_is_published(run: RunDir, tmp_path: Path, state: str) -> None:
     before = (run.output / "README.md").read_bytes()
+    run.write(record(tmp_path, state=state))
     with pytest.raises(UserError, match="`recipe resume"):
         publish.publish(run)
     with run.held(), pytest.raises(UserError, match="running" if state == "running" else "resume"):
         publish.publish(run)
-    assert (run.output / "README.md").read_bytes() == before
-
-
-def test_a_run_without_its_adapter_is_not_published(run: RunDir) -> None:
-    (run.output / "adapter_model.safetensors").unlink()
+    run.write(record(tmp_path))
+    (run.output / publish.ADAPTER).unlink()
     with pytest.raises(UserError, match=f"`recipe run {RECIPE}`"):
         publish.publish(run)
+    assert (run.output / "README.md").read_bytes() == before
 
 
 @pytest.mark.parametrize("stale", [False, True])
@@ -318,16 +301,14 @@ def test_a_card_without_scores_of_this_adapter_says_so(
 ) -> None:
     if stale:
         evaluated(run, adapter_sha256="0" * 64)
-    publish.publish(run)
-    front, text = card(run.output)
+    front, text = published(run)
     assert "model-index" not in front and len(tables(text)) == 3  # none of scores
     assert f"`recipe evaluate {run.path}`" in capsys.readouterr().err
 
 
 def test_scores_of_other_rows_are_not_set_beside_the_published_without_a_word(run: RunDir) -> None:
     evaluated(run, limit=100, rows=100)
-    publish.publish(run)
-    text = card(run.output)[1]
+    text = published(run)[1]
     assert "Test Subset 1, 5,000 rows" in text and OF_THE_SAME not in text
 
 
@@ -337,8 +318,7 @@ def test_a_recipe_of_ones_own_has_a_card_without_a_study(run: RunDir, tmp_path: 
     run.config.write_text(yamlfiles.write_yaml(recipe_config(RECIPE) | own))
     adapter_for(run, "owner/model")
     evaluated(run)
-    publish.publish(run)
-    front, text = card(run.output)
+    front, text = published(run)
     assert (front["base_model"], front["datasets"]) == ("owner/model", ["owner/data"])
     assert "license" not in front and "code-review" not in front["tags"]
     assert "https://huggingface.co/owner/model" in links(text)
@@ -350,36 +330,36 @@ def test_a_recipe_of_ones_own_has_a_card_without_a_study(run: RunDir, tmp_path: 
 def test_the_card_of_a_variant_on_other_data_claims_nothing_of_its_study(
     run: RunDir, tmp_path: Path, rehearsal: bool
 ) -> None:
-    path = {"key": "datasets.0.path", "recipe": "data/codereviewer/train.jsonl", "run": "mine.jsonl"}
     data = [DataFile(path="mine.jsonl", sha256="b" * 64, bytes=9, rows=40)]
-    differs = {"variant_of": RECIPE, "of_variant": [Difference(**path, why="variants/mine.yaml")]}
+    differs = {"variant_of": RECIPE, "of_variant": [Difference(**PATH, why="variants/mine.yaml")]}
     run.write(record(tmp_path, recipe="mine", rehearsal=rehearsal, data=data, **differs))
     evaluated(run, test_set=None)
-    publish.publish(run)
-    front, text = card(run.output)
+    front, text = published(run)
     assert "code-review" not in front["tags"]
     assert ["mine.jsonl", "40", "b" * 64] in [row for table in tables(text) for row in table]
     assert "other data" in text and "CC-BY" not in text and "published" not in text
 
 
-def test_a_licence_is_named_as_the_hub_knows_it(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    for licence, expected in {
-        "apache-2.0": {"license": "apache-2.0"},
-        "odd-1": {"license": "other", "license_name": "odd-1", "license_link": f"https://huggingface.co/{BASE}"},
-    }.items():
-        with monkeypatch.context() as patch:
-            patch.setattr(models, "catalogue", lambda licence=licence: {BASE: {"licence": licence, "title": "T"}})
-            publish.publish(run)
-        front, text = card(run.output)
-        assert {key: value for key, value in front.items() if key.startswith("license")} == expected
-        assert "Built with" not in text
+@pytest.mark.parametrize(
+    ("licence", "expected"),
+    [
+        ("apache-2.0", {"license": "apache-2.0"}),
+        ("odd-1", {"license": "other", "license_name": "odd-1", "license_link": f"https://huggingface.co/{BASE}"}),
+    ],
+)
+def test_a_licence_is_named_as_the_hub_knows_it(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, licence: str, expected: dict[str, str]
+) -> None:
+    monkeypatch.setattr(models, "catalogue", lambda: {BASE: {"licence": licence, "title": "T"}})
+    front, text = published(run)
+    assert {key: value for key, value in front.items() if key.startswith("license")} == expected
+    assert "Built with" not in text
 
 
 def test_a_mirror_has_the_licence_of_the_model_that_it_copies(run: RunDir, tmp_path: Path) -> None:
     adapter_for(run, "NousResearch/Meta-Llama-3-8B")
     run.write(record(tmp_path, mirror=True))
-    publish.publish(run)
-    front, text = card(run.output)
+    front, text = published(run)
     assert (front["base_model"], front["license"]) == ("NousResearch/Meta-Llama-3-8B", "llama3")
     assert blocks(text)["sh"] == f"recipe run {RECIPE} --mirror\n"
 
@@ -454,20 +434,18 @@ def test_what_is_to_be_private_is_not_pushed_to_a_public_repository(run: RunDir,
         publish.publish(run, private=True)
 
 
-@pytest.mark.parametrize("code", [401, 403])
-def test_a_push_without_the_right_token_says_how_to_get_one(run: RunDir, hub: Hub, code: int) -> None:
-    hub.fails = OSError("no")
-    hub.fails.response = SimpleNamespace(status_code=code)
-    with pytest.raises(UserError, match="HF_TOKEN"):
-        publish.publish(run, push="owner/model")
-    assert hub.files == {}
-
-
-def test_without_a_hub_the_card_is_there_and_the_push_can_be_repeated(run: RunDir, hub: Hub) -> None:
+@pytest.mark.parametrize(
+    ("status", "expected", "named"),
+    [(401, UserError, "HF_TOKEN"), (403, UserError, "HF_TOKEN"), (None, WorkFailed, r"refused.*\n.*README.md")],
+)
+def test_a_push_that_fails_names_the_remedy_and_leaves_the_card(
+    run: RunDir, hub: Hub, status: int | None, expected: type[Exception], named: str
+) -> None:
     hub.fails = ConnectionError("refused")
-    with pytest.raises(WorkFailed, match=r"refused.*\n.*README.md"):
+    hub.fails.response = SimpleNamespace(status_code=status)
+    with pytest.raises(expected, match=named):
         publish.publish(run, push="owner/model")
-    assert card(run.output)[0]["base_model"] == BASE
+    assert hub.files == {} and card(run.output)[0]["base_model"] == BASE
 
 
 @pytest.mark.parametrize("name", ["model", "", "owner/", "a/b/c", "owner/mo del"])
@@ -484,8 +462,7 @@ def test_an_adapter_for_a_folder_is_not_pushed(run: RunDir, tmp_path: Path, name
     adapter_for(run, name)
     with pytest.raises(UserError, match="--push"):
         publish.publish(run, push="owner/model")
-    publish.publish(run)
-    assert "base_model" not in card(run.output)[0]
+    assert "base_model" not in published(run)[0]
 
 
 def test_a_merge_that_fails_shows_the_end_of_its_log(
@@ -534,10 +511,8 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
         of_base = plain(ids).logits
         for name, module in plain.named_modules():
             if isinstance(module, torch.nn.Linear) and name != "lm_head":
-                codes, state = quantize_4bit(
-                    module.weight.to(torch.bfloat16), compress_statistics=True, quant_type="nf4"
-                )
-                module.weight.copy_(dequantize_4bit(codes, state))
+                codes = quantize_4bit(module.weight.to(torch.bfloat16), compress_statistics=True, quant_type="nf4")
+                module.weight.copy_(dequantize_4bit(*codes))
         expected = PeftModel.from_pretrained(plain, run.output).merge_and_unload()(ids).logits
         merged = AutoModelForCausalLM.from_pretrained(run.output / "merged", dtype=torch.float32)(ids).logits
     assert (merged - expected).abs().max() < 1e-2
@@ -545,6 +520,8 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
     assert AutoTokenizer.from_pretrained(run.output / "merged").pad_token == pad_token
 
     # the cards' own instructions work, and prompt as the training did
+    evaluated(run, base_model=cfg["base_model"])
+    prompter = Prompter(evaluations.read_scores(run.path).settings, cfg, run.output)
     row = orjson.loads((sample / "train.jsonl").read_bytes().splitlines()[0])
     for folder in (run.output, run.output / "merged"):
         snippet = blocks(card(folder)[1])["python"].replace(f'"{tiny.name}"', repr(str(tiny)))
@@ -552,16 +529,8 @@ def test_a_merge_by_axolotl_is_the_adapter_on_its_quantized_base(
         with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(snippet, scope)
         assert printed.getvalue().strip()
-        expected_prompt = prompter(run, cfg).examples([row | {"input": scope["input"]}])[0].prompt
-        assert scope["inputs"]["input_ids"][0].tolist() == expected_prompt
-
-
-def prompter(run: RunDir, cfg: yamlfiles.Config, **changes: Any) -> Prompter:
-    """That of an evaluation of the run."""
-    evaluated(run, base_model=cfg["base_model"])
-    scores = evaluations.read_scores(run.path)
-    assert scores
-    return Prompter(scores.settings.model_copy(update=changes), cfg, run.output)
+        (example,) = prompter.examples([row | {"input": scope["input"]}])
+        assert scope["inputs"]["input_ids"][0].tolist() == example.prompt
 
 
 def test_the_code_of_a_card_decodes_as_the_run_was_evaluated() -> None:

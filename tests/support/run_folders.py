@@ -29,20 +29,7 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
     folder.config.write_text(yamlfiles.write_yaml(recipe_config(recipe) | changed))
     ended = Launch(command=[], started="2026-01-01T00:00:00+00:00", ended="2026-01-01T10:00:00+00:00", exit_code=0)
     summary = Summary(train_seconds=9000, peak_memory=7.5, memory_kind="GPU, reserved", tokens_per_second=812.0)
-    settings: dict[str, Any] = {
-        "base_model": "m",
-        "adapter": "a",
-        "adapter_sha256": "x",
-        "data": "d",
-        "data_sha256": "x",
-        "test_set": "test-subset-1",
-        "rows": 5000,
-        "decoding": STUDY.decoding,
-        "batch_size": None,
-        "batch_tokens": 8192,
-        "quantized": True,
-        "dtype": "float16",
-    } | more.pop("settings", {})
+    settings = more.pop("settings", {})
     scores = {"rows": 5000, "bleu4": bleu4, "intervals": {"bleu4": [bleu4 - within, bleu4 + within]}}
     scores = more.pop("scores", scores)
     run = Run(
@@ -58,14 +45,33 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
         **more,
     )
     folder.write(run)
+    evaluated(folder, scores, run.rehearsal, **settings)
+    return folder
+
+
+def evaluated(folder: RunDir, scores: dict[str, Any], rehearsal: bool = False, **settings: Any) -> None:
+    """Give a run the scores of an evaluation."""
+    default = {
+        "base_model": "m",
+        "adapter": "a",
+        "adapter_sha256": "x",
+        "data": "d",
+        "data_sha256": "x",
+        "test_set": "test-subset-1",
+        "rows": 5000,
+        "decoding": STUDY.decoding,
+        "batch_size": None,
+        "batch_tokens": 8192,
+        "quantized": True,
+        "dtype": "float16",
+    }
     made = Evaluation(
         made="2026-01-01T11:00:00+00:00",
-        rehearsal=run.rehearsal,
+        rehearsal=rehearsal,
         scores=scores,
-        settings=EvaluationSettings(**settings),
+        settings=EvaluationSettings(**default | settings),
     )
     (folder.path / "scores.json").write_text(made.model_dump_json())
-    return folder
 
 
 def a_tiny_run(place: Path, tiny: Path, profile: Path, sample: Path) -> RunDir:
