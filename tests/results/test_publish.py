@@ -430,8 +430,6 @@ def test_what_is_to_be_private_is_not_pushed_to_a_public_repository(run: RunDir,
     with pytest.raises(UserError, match="--private: owner/model"):
         publish.publish(run, push="owner/model", private=True)
     assert hub.files == {}
-    with pytest.raises(UserError, match="--push"):
-        publish.publish(run, private=True)
 
 
 @pytest.mark.parametrize(
@@ -448,11 +446,11 @@ def test_a_push_that_fails_names_the_remedy_and_leaves_the_card(
     assert hub.files == {} and card(run.output)[0]["base_model"] == BASE
 
 
-@pytest.mark.parametrize("name", ["model", "", "owner/", "a/b/c", "owner/mo del"])
-def test_a_bad_name_of_a_repository_is_refused_before_anything_is_written(run: RunDir, name: str) -> None:
+@pytest.mark.parametrize("name", ["model", "", "owner/", "a/b/c", "owner/mo del", None])
+def test_a_bad_name_of_a_repository_is_refused_before_anything_is_written(run: RunDir, name: str | None) -> None:
     before = (run.output / "README.md").read_bytes()
     with pytest.raises(UserError, match="--push"):
-        publish.publish(run, push=name)
+        publish.publish(run, push=name, private=True)
     assert (run.output / "README.md").read_bytes() == before
 
 
