@@ -68,9 +68,9 @@ def test_training_steps(place: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"sample_packing": True}, {"num_epochs": "two"}, {"datasets": [{"path": "a/b"}]}]
-    + [
-        {"datasets": [{"path": "t.jsonl"} | more]} for more in ({"split": "train[5:9]"}, {"shards": 2}, {"weight": 0.5})
+    [
+        *({"sample_packing": True}, {"num_epochs": "two"}, {"datasets": [{"path": "a/b"}]}),
+        *({"datasets": [{"path": "t.jsonl"} | odd]} for odd in ({"split": "train[5:9]"}, {"shards": 2}, {"weight": 3})),
     ],
 )
 def test_training_steps_that_nobody_can_tell(place: Path, change: yamlfiles.Config) -> None:

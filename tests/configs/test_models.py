@@ -23,17 +23,10 @@ def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("key", ["revision_of_model", "model_revision"])
 def test_facts_are_those_of_the_revision_that_a_config_names(snapshot: Path, key: str) -> None:
-    for revision, layers in ((OTHER, 1), (PINNED, 32), (None, 32)):
+    for revision, layers in ((OTHER, 1), (PINNED, 32), (None, 32), ("1" * 40, 32)):  # the last is not there
         config = {"base_model": NAME, key: revision}
         assert models.architecture(config, download=False)["num_hidden_layers"] == layers
         assert models.find(config).layers == layers
-
-
-def test_the_listed_facts_stand_in_for_a_revision_that_is_not_there(snapshot: Path) -> None:
-    config = {"base_model": NAME, "revision_of_model": "1" * 40}
-    assert models.architecture(config, download=False)["num_hidden_layers"] == 32
-    with pytest.raises(UserError, match=r"nobody/nothing"):
-        models.architecture({"base_model": "nobody/nothing"}, download=False)
 
 
 def test_an_entry_that_lacks_sizes_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,6 +35,8 @@ def test_an_entry_that_lacks_sizes_names_them(monkeypatch: pytest.MonkeyPatch) -
     lacks = "lacks intermediate_size, num_hidden_layers, num_attention_heads, vocab_size"
     with pytest.raises(UserError, match=lacks):
         models.architecture({"base_model": "some/model"}, download=False)
+    with pytest.raises(UserError, match=r"nobody/nothing"):
+        models.architecture({"base_model": "nobody/nothing"}, download=False)
     found = models.find({"base_model": "some/model"})
     assert (found.linear, found.layers, found.context, found.gated) == (models.LINEAR_LAYERS, None, None, None)
 
@@ -55,26 +50,12 @@ def test_a_mirror_has_its_models_facts_but_for_the_revision() -> None:
 # In billions, as the makers give them: arXiv 2412.15115 and the models' cards (Qwen2.5), 2505.09388 (Qwen3), the hub's
 # count (Mistral), 2408.00118 (Gemma 2), 2503.19786 (Gemma 3), 2404.14219 (Phi-3)
 PARAMETERS = {
-    "Qwen/Qwen2.5-0.5B": 0.49,
-    "Qwen/Qwen2.5-1.5B": 1.54,
-    "Qwen/Qwen2.5-3B": 3.09,
-    "Qwen/Qwen2.5-7B": 7.61,
-    "Qwen/Qwen2.5-14B": 14.7,
-    "Qwen/Qwen2.5-32B": 32.5,
-    "Qwen/Qwen2.5-72B": 72.7,
-    "Qwen/Qwen3-0.6B": 0.6,
-    "Qwen/Qwen3-1.7B": 1.7,
-    "Qwen/Qwen3-4B": 4.0,
-    "Qwen/Qwen3-8B": 8.2,
-    "Qwen/Qwen3-14B": 14.8,
-    "Qwen/Qwen3-32B": 32.8,
-    "mistralai/Mistral-7B-v0.1": 7.24,
-    "mistralai/Mistral-7B-v0.3": 7.25,
-    "google/gemma-2-2b": 2.61,
-    "google/gemma-2-9b": 9.24,
-    "google/gemma-2-27b": 27.2,
-    "google/gemma-3-1b-it": 1.0,
-    "microsoft/Phi-3-mini-4k-instruct": 3.8,
+    "Qwen/Qwen2.5": {"0.5B": 0.49, "1.5B": 1.54, "3B": 3.09, "7B": 7.61, "14B": 14.7, "32B": 32.5, "72B": 72.7},
+    "Qwen/Qwen3": {"0.6B": 0.6, "1.7B": 1.7, "4B": 4.0, "8B": 8.2, "14B": 14.8, "32B": 32.8},
+    "mistralai/Mistral-7B": {"v0.1": 7.24, "v0.3": 7.25},
+    "google/gemma-2": {"2b": 2.61, "9b": 9.24, "27b": 27.2},
+    "google/gemma-3": {"1b-it": 1.0},
+    "microsoft/Phi-3-mini": {"4k-instruct": 3.8},
 }
 
 
@@ -83,7 +64,8 @@ def test_the_listed_sizes_make_models_of_the_published_size() -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    for name, billions in PARAMETERS.items():
+    published = {f"{family}-{size}": n for family, sizes in PARAMETERS.items() for size, n in sizes.items()}
+    for name, billions in published.items():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**models.catalogue()[name]["config"]))
         model.tie_weights()

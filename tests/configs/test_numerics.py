@@ -72,7 +72,8 @@ def test_precision_is_what_axolotl_resolves(
     assert differ == {}
 
 
-REPEAT = "from transformers import enable_full_determinism as on; on(42)"
+REPEAT = "import os, torch; from transformers import enable_full_determinism as on; on(42)"
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 CHECK = "from qlora_recipes.configs import numerics; print(len(numerics.deterministic_settings()))"
 
 
@@ -87,12 +88,8 @@ def test_the_environment_is_set_only_where_a_training_is_to_repeat() -> None:
         (f"{REPEAT}; {CHECK}", "0", ""),
         (CHECK, "0", "torch deterministic algorithms: False"),
         (f"{REPEAT}; {CHECK}", "random", "order of sets is random: True"),
-        (f"{REPEAT}; import torch; torch.backends.cudnn.benchmark = True; {CHECK}", "0", "cudnn benchmark: True"),
-        (
-            f"{REPEAT}; import os; os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':0:0'; {CHECK}",
-            "0",
-            "CUBLAS_WORKSPACE_CONFIG: :0:0",
-        ),
+        (f"{REPEAT}; torch.backends.cudnn.benchmark = True; {CHECK}", "0", "cudnn benchmark: True"),
+        (f"{REPEAT}; os.environ['{CUBLAS}'] = ':0:0'; {CHECK}", "0", f"{CUBLAS}: :0:0"),
     ],
 )
 @pytest.mark.long

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from run_folders import a_checkpoint, a_tiny_run
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
@@ -24,14 +24,7 @@ from qlora_recipes.runs.records import FileState, Launch, State
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate
 from qlora_recipes.scores import reference as references
-from qlora_recipes.scores.evaluations import (
-    ADAPTER,
-    Answer,
-    Evaluation,
-    EvaluationSettings,
-    read_predictions,
-    read_scores,
-)
+from qlora_recipes.scores.evaluations import ADAPTER, Answer, Evaluation, read_predictions, read_scores
 from qlora_recipes.scores.prompter import Prompter
 from qlora_recipes.scores.reference import Reference, base_model, batches
 from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
@@ -43,30 +36,28 @@ def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
     return a_tiny_run(tmp_path, tiny, tiny_profile, sample)
 
 
-def predictions(run: RunDir) -> list[dict[str, Any]]:
-    file = run.path / "evaluations" / "base-model" / "predictions.jsonl"
-    return [orjson.loads(line) for line in file.read_bytes().splitlines()]
-
-
 def evaluated(run: RunDir, **more: Any) -> Evaluation:
-    request = EvaluationRequest(adapter="none", max_new_tokens=8, judge="none", **more)
-    return evaluate.evaluate(run, request)
+    return evaluate.evaluate(run, EvaluationRequest(adapter="none", max_new_tokens=8, judge="none", **more))
 
 
-def settings_of(cfg: yamlfiles.Config) -> EvaluationSettings:
-    """What an evaluation of a config's base model without adapter and rows would depend on."""
-    return EvaluationSettings(
-        base_model=cfg["base_model"],
-        adapter="none",
-        adapter_sha256=None,
-        data="",
-        data_sha256="",
-        rows=0,
-        decoding=Decoding(max_new_tokens=8),
-        batch_size=1,
-        quantized=True,
-        dtype="float32",
-    )
+def task_of(run: RunDir, **more: Any) -> EvaluationTask:
+    """An evaluation of a run's base model."""
+    return EvaluationTask(run, EvaluationRequest(adapter="none", max_new_tokens=8, **more))
+
+
+def prompter_of(run: RunDir, **settings: Any) -> Prompter:
+    """The prompter of a run's base model, with some settings changed."""
+    task = task_of(run)
+    return Prompter(task.settings.model_copy(update=settings), task.cfg, run.output)
+
+
+def configure(run: RunDir, **changes: Any) -> None:
+    """Merge keys into a run's config; None deletes one."""
+    run.config.write_text(yamlfiles.write_yaml(config.merge(yamlfiles.read_yaml(run.config), changes)))
+
+
+def record(run: RunDir, **changes: Any) -> None:
+    run.write(run.read().model_copy(update=changes))
 
 
 @pytest.mark.parametrize(
@@ -82,20 +73,17 @@ def settings_of(cfg: yamlfiles.Config) -> EvaluationSettings:
 def test_a_run_is_evaluated_in_the_precision_that_it_was_trained_in(
     run: RunDir, formats: yamlfiles.Config, on_gpu: bool, dtype: str
 ) -> None:
-    cfg = {key: value for key, value in yamlfiles.read_yaml(run.config).items() if key not in ("fp16", "bf16")}
-    run.config.write_text(yamlfiles.write_yaml(cfg | formats))
-    record = run.read()
-    record.provenance["gpus"] = [{"name": "Tesla T4"}] if on_gpu else []
-    run.write(record)
-    assert EvaluationTask(run, EvaluationRequest(adapter="none")).settings.dtype == dtype
+    configure(run, **{"fp16": None, "bf16": None} | formats)
+    record(run, provenance={"gpus": [{"name": "Tesla T4"}] if on_gpu else []})
+    assert task_of(run).settings.dtype == dtype
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluated(run, limit=10, batch_size=4)
-    expected = predictions(run)
+    where = run.path / "evaluations" / "base-model"
+    expected = read_predictions(where)
     assert [row["row"] for row in expected] == list(range(10))
-    (run.path / "evaluations" / "base-model" / "scores.json").unlink()
-
+    (where / "scores.json").unlink()
     answers, calls = Reference.answers, []
 
     def interrupted(self: Reference, prompts: list[list[int]], *how: int) -> list[list[int]]:
@@ -107,20 +95,13 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(run: RunDir, monke
     monkeypatch.setattr(Reference, "answers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluated(run, limit=10, batch_size=4)
-    with (run.path / "evaluations" / "base-model" / "predictions.part.jsonl").open("ab") as part:
-        left = [
-            b"\0" * 4096,
-            b"{}",
-            b"[3]",
-            b'{"row": "x"}',
-            orjson.dumps(expected[0] | {"row": 99}),
-            b'{"row": 1, "prediction": "',
-        ]
-        part.write(b"\n".join(left))  # what machines without power, and processes that were killed, leave
+    with (where / "predictions.part.jsonl").open("ab") as part:
+        broken = b'{"row": "x"}', orjson.dumps(expected[0] | {"row": 99}), b'{"row": 1, "prediction": "'
+        part.write(b"\n".join([b"\0" * 4096, b"{}", b"[3]", *broken]))  # as killed processes leave
     again = evaluated(run, limit=10, batch_size=4)
     assert calls[0] == 4 and calls[1] == calls[2]
     assert calls[0] + sum(calls[2:]) == 10  # the first batch was not done twice
-    assert predictions(run) == expected
+    assert read_predictions(where) == expected
     assert (again.scores, again.settings) == (whole.scores, whole.settings)
 
 
@@ -141,9 +122,12 @@ def test_a_complete_evaluation_is_not_done_again_but_another_is(run: RunDir, mon
 @pytest.fixture
 def reference(run: RunDir) -> Callable[..., Reference]:
     """A maker of references for the run's base model, in fp32."""
+    return lambda **settings: Reference(prompter_of(run, **settings))
 
-    cfg = yamlfiles.read_yaml(run.config)
-    return lambda **settings: Reference(Prompter(settings_of(cfg).model_copy(update=settings), cfg, run.output))
+
+@pytest.fixture
+def rows(sample: Path) -> list[dict[str, Any]]:
+    return [orjson.loads(line) for line in (sample / "test.jsonl").read_bytes().splitlines()]
 
 
 def generated(reference: Reference, rows: list[dict[str, Any]]) -> list[Answer]:
@@ -154,20 +138,17 @@ def generated(reference: Reference, rows: list[dict[str, Any]]) -> list[Answer]:
     return [done[i] for i in range(len(rows))]
 
 
-def test_batched_predictions_are_those_of_one_row_at_a_time(reference: Callable[..., Reference], sample: Path) -> None:
-    rows = [orjson.loads(line) for line in (sample / "test.jsonl").read_bytes().splitlines()]
+def test_batched_predictions_are_those_of_one_row_at_a_time(reference: Callable[..., Reference], rows: Any) -> None:
     single = generated(reference(batch_size=1), rows)
     assert generated(reference(batch_size=16), rows) == single
 
 
 def test_a_batch_that_does_not_fit_is_done_in_halves(
-    reference: Callable[..., Reference], sample: Path, monkeypatch: pytest.MonkeyPatch
+    reference: Callable[..., Reference], rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
-    rows = [orjson.loads(line) for line in (sample / "test.jsonl").read_bytes().splitlines()][:7]
-    small, fits, sizes = reference(batch_size=7), 7, []
-    expected = generated(small, rows)
-    answers = type(small).answers
+    small, fits, sizes = reference(batch_size=7), 2, []
+    expected = generated(small, rows[:7])
+    answers = Reference.answers
 
     def with_little_memory(self: Reference, prompts: list[list[int]], *how: int) -> list[list[int]]:
         sizes.append(len(prompts))
@@ -175,27 +156,25 @@ def test_a_batch_that_does_not_fit_is_done_in_halves(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return answers(self, prompts, *how)
 
-    monkeypatch.setattr(type(small), "answers", with_little_memory)
-    fits = 2
-    assert generated(small, rows) == expected
-    assert max(sizes) > fits and sum(size for size in sizes if size <= fits) == len(rows)
+    monkeypatch.setattr(Reference, "answers", with_little_memory)
+    assert generated(small, rows[:7]) == expected
+    assert max(sizes) > fits and sum(size for size in sizes if size <= fits) == 7
     fits = 0
     with pytest.raises(WorkFailed, match=r"row .* \d+ tokens.* GPU"):
-        generated(small, rows)
+        generated(small, rows[:7])
 
 
 def test_a_small_model_is_given_many_rows_on_a_cpu(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = EvaluationTask(run, EvaluationRequest(adapter="none", judge="none"))
+    usual = task_of(run).settings
 
     def batched(**decoding: Any) -> tuple[int | None, list[int]]:
         """The tokens that there is room for, and the rows of each batch of 80."""
-        settings = task.settings.model_copy(update={"decoding": task.settings.decoding.model_copy(update=decoding)})
-        engine = Reference(Prompter(settings, task.cfg, run.output))
+        engine = Reference(prompter_of(run, decoding=usual.decoding.model_copy(update=decoding)))
         monkeypatch.setattr(engine, "answers", lambda prompts, *_: [[5]] * len(prompts))
         return engine.settings.batch_tokens, [len(answers) for answers in engine.generate([[5] * 99] * 80, ())]
 
     # keys and values, two layers, two groups of heads of this size
-    of_a_token = 2 * 2 * 2 * 16 * getattr(torch, task.settings.dtype).itemsize
+    of_a_token = 2 * 2 * 2 * 16 * getattr(torch, usual.dtype).itemsize
     monkeypatch.setattr(references, "SMALL_CACHE", 2**14 * of_a_token)
     assert batched() == (2**14, [64, 16])
     assert batched(num_beams=4) == (2**12, [16] * 5)  # each beam has its own
@@ -204,17 +183,23 @@ def test_a_small_model_is_given_many_rows_on_a_cpu(run: RunDir, monkeypatch: pyt
     assert batched() == (None, [16] * 5)
 
 
-@pytest.mark.parametrize(("computes_in", "dequantized"), [({}, True), ({"bnb_4bit_compute_dtype": "float16"}, False)])
-def test_weights_are_dequantized_where_their_layers_compute_in_the_models_dtype(
-    run: RunDir, computes_in: yamlfiles.Config, dequantized: bool
+@pytest.mark.parametrize(
+    ("changes", "in_4_bits", "in_8_bits"),
+    [
+        ({}, 0, 0),  # dequantized, as its layers compute in the model's dtype
+        ({"bnb_config_kwargs": {"bnb_4bit_compute_dtype": "float16"}}, 14, 0),
+        ({"adapter": "lora", "load_in_4bit": None, "bnb_config_kwargs": None, "load_in_8bit": True}, 0, 14),
+    ],
+)
+def test_layers_are_quantized_as_in_training_or_dequantized_where_that_gives_the_same(
+    run: RunDir, changes: yamlfiles.Config, in_4_bits: int, in_8_bits: int
 ) -> None:
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    cfg = yamlfiles.read_yaml(run.config)
-    run.config.write_text(yamlfiles.write_yaml(cfg | {"bnb_config_kwargs": cfg["bnb_config_kwargs"] | computes_in}))
-    task = EvaluationTask(run, EvaluationRequest(adapter="none", judge="none"))
-    model = Reference(Prompter(task.settings, task.cfg, run.output)).model
-    assert any(isinstance(layer, Linear4bit) for layer in model.modules()) != dequantized
+    configure(run, **changes)
+    layers = [*Reference(prompter_of(run)).model.modules()]
+    assert sum(isinstance(layer, Linear4bit) for layer in layers) == in_4_bits
+    assert sum(isinstance(layer, Linear8bitLt) for layer in layers) == in_8_bits
 
 
 @given(
@@ -238,77 +223,70 @@ def test_batches(lengths: list[int], most: int, tokens: int) -> None:
 def scored(run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """The same run with an adapter, evaluated on two rows of a file of its own; what it generates is made up."""
 
-    def predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row], EvaluationSettings]:
+    def predicted(task: EvaluationTask, *_: Path) -> tuple[list[Row], Any]:
         rows = [{"row": i, "reference": "a b c d", "prediction": "a b"} for i in range(task.settings.rows)]
         return rows, task.settings
 
     monkeypatch.setattr(evaluate, "predict", predicted)
     a_checkpoint(run.path, 1).joinpath(ADAPTER).rename(adapter := run.output / ADAPTER)
     shutil.copy(sample / "test.jsonl", data := run.path / "test.jsonl")
-    cfg = yamlfiles.read_yaml(run.config)
-    entry = cfg["test_datasets"][0] | {"path": str(data), "split": "train"}
-    run.config.write_text(yamlfiles.write_yaml(cfg | {"test_datasets": [entry]}))
+    configure(run, test_datasets=[{"path": str(data), "type": "alpaca"}])
     files = [DataFile(path=str(data), sha256=sha256(data), bytes=0)]
-    run.write(run.read().model_copy(update={"test_data": str(data), "adapter": FileState.of(adapter), "data": files}))
+    record(run, test_data=str(data), adapter=FileState.of(adapter), data=files)
     evaluate.evaluate(run, EvaluationRequest(limit=2, judge="none"))
     return run
 
 
-def again(run: RunDir) -> tuple[str | None, bool, str | None]:
-    """What a list says of a run's evaluation and whether it has a score, before and after `evaluate`; the first alone
-    where that refuses."""
+def listed(run: RunDir) -> tuple[str | None, bool]:
+    """What a list says of a run's evaluation, and whether it has a score."""
     row = run_rows.row(RunResult(run, run.read()))
-    evaluate.evaluate(run, EvaluationRequest(limit=2, judge="none"))
-    return row["evaluation"], row["bleu4"] is not None, run_rows.row(RunResult(run, run.read()))["evaluation"]
+    return row["evaluation"], row["bleu4"] is not None
+
+
+def scored_again(run: RunDir) -> Evaluation:
+    made = evaluate.evaluate(run, EvaluationRequest(limit=2, judge="none"))
+    assert listed(run) == (None, True)
+    return made
 
 
 def test_times_alone_make_no_evaluation_another(scored: RunDir) -> None:
     before = read_scores(scored.path)
-    record = scored.read()
-    record.launches = [Launch(command=[], started=(later := "2999-01-01T00:00:00+00:00"), ended=later)]
-    scored.write(record)
-    assert again(scored) == (None, True, None)
+    later = "2999-01-01T00:00:00+00:00"
+    record(scored, launches=[Launch(command=[], started=later, ended=later)])
+    assert listed(scored) == (None, True)
     for file in (scored.output / ADAPTER, scored.path / "test.jsonl", scored.path / "predictions.jsonl"):
         os.utime(file, (1, 1))  # as a copy's
-    assert again(scored) == ("stale", False, None)
-    after = read_scores(scored.path)
-    assert before and after and (after.made, after.scores) == (before.made, before.scores)
+    assert listed(scored) == ("stale", False)
+    after = scored_again(scored)
+    assert before and (after.made, after.scores) == (before.made, before.scores)
 
 
 def test_edited_predictions_are_not_scored_as_the_adapters(scored: RunDir) -> None:
     file = scored.path / "predictions.jsonl"
     before = file.read_bytes()
     file.write_bytes(before.replace(b'"a b"', b'"a b c d"'))
-    row = run_rows.row(RunResult(scored, scored.read()))
-    assert (row["evaluation"], row["bleu4"]) == ("edited", None)
+    assert listed(scored) == ("edited", False)
     with pytest.raises(UserError):
-        again(scored)
+        scored_again(scored)
     file.write_bytes(before)
-    assert again(scored)[2] is None
+    scored_again(scored)
 
 
 def test_a_replaced_adapter_is_not_scored_as_the_runs(scored: RunDir) -> None:
     save_file({"other": torch.ones(1)}, scored.output / ADAPTER)
-    row = run_rows.row(RunResult(scored, scored.read()))
-    assert (row["evaluation"], row["bleu4"]) == ("stale", None)
+    assert listed(scored) == ("stale", False)
     with pytest.raises(UserError):
-        again(scored)
+        scored_again(scored)
     named = evaluate.evaluate(scored, EvaluationRequest(adapter=str(scored.output), limit=2, judge="none"))
     assert named.settings.adapter_sha256 == sha256(scored.output / ADAPTER)
 
 
 def test_rows_that_changed_since_the_run_are_not_evaluated_without_a_word(scored: RunDir) -> None:
-    assert "notes" not in evaluation_of(scored).scores
+    assert "notes" not in scored_again(scored).scores
     with (scored.path / "test.jsonl").open("ab") as stream:
         stream.write((scored.path / "test.jsonl").read_bytes().splitlines()[0])
-    assert again(scored) == ("stale", False, None)
-    assert len(evaluation_of(scored).scores["notes"]) == 1
-
-
-def evaluation_of(run: RunDir) -> Evaluation:
-    made = read_scores(run.path)
-    assert made
-    return made
+    assert listed(scored) == ("stale", False)
+    assert len(scored_again(scored).scores["notes"]) == 1
 
 
 def test_other_rows_are_evaluated_beside_the_usual_ones(run: RunDir, sample: Path, tmp_path: Path) -> None:
@@ -316,47 +294,37 @@ def test_other_rows_are_evaluated_beside_the_usual_ones(run: RunDir, sample: Pat
     few = tmp_path / "few.jsonl"
     few.write_bytes(b"".join((sample / "valid.jsonl").read_bytes().splitlines(keepends=True)[:2]))
     other = evaluated(run, data=few)
-    assert EvaluationTask(run, EvaluationRequest(adapter="none", data=few)).where.name.startswith("base-model-few-")
+    assert task_of(run, data=few).where.name.startswith("base-model-few-")
     assert (usual.scores["rows"], other.scores["rows"]) == (3, 2)
     assert evaluated(run, limit=3) == usual
 
 
 def test_where_a_run_has_no_usual_rows_those_that_are_named_are_its_own(run: RunDir, sample: Path) -> None:
-    record = run.read()
-    record.test_data = None
-    run.write(record)
-    cfg = yamlfiles.read_yaml(run.config) | {"datasets": [{"path": "x/y", "type": "alpaca"}], "test_datasets": []}
-    run.config.write_text(yamlfiles.write_yaml(cfg))
+    record(run, test_data=None)
+    configure(run, datasets=[{"path": "x/y", "type": "alpaca"}], test_datasets=[])
     with pytest.raises(UserError, match=r"test_datasets .*val_set_size.*test\.jsonl"):
-        EvaluationTask(run, EvaluationRequest(adapter="none"))
-    task = EvaluationTask(run, EvaluationRequest(adapter="none", data=sample / "valid.jsonl"))
-    assert task.where == run.path / "evaluations" / "base-model"
+        task_of(run)
+    assert task_of(run, data=sample / "valid.jsonl").where == run.path / "evaluations" / "base-model"
 
 
 def test_an_evaluation_of_rows_that_were_the_usual_ones_is_kept(run: RunDir, sample: Path) -> None:
     before = evaluated(run, limit=3)
-    record = run.read()
-    record.test_data = str(sample / "valid.jsonl")
-    run.write(record)
+    record(run, test_data=str(sample / "valid.jsonl"))
     evaluated(run, limit=2)
     (kept,) = (run.path / "evaluations" / "base-model" / "evaluations").iterdir()
     assert read_scores(kept) == before
     assert len(read_predictions(kept)) == 3
 
 
-@pytest.mark.parametrize(
-    ("state", "then"),
-    [("interrupted", "`recipe resume .*run`"), ("queued", "queued")],
-)
+@pytest.mark.parametrize(("state", "then"), [("interrupted", "`recipe resume .*run`"), ("queued", "queued")])
 def test_a_run_without_an_adapter_is_said_what_to_do_about(run: RunDir, state: State, then: str) -> None:
-    run.write(run.read().model_copy(update={"state": state}))
+    record(run, state=state)
     with pytest.raises(UserError, match=rf"adapter_model\.safetensors.*{then}"):
         EvaluationTask(run, EvaluationRequest())
 
 
 def test_a_limit_that_leaves_nothing_out_is_none(run: RunDir) -> None:
-    assert EvaluationTask(run, EvaluationRequest(adapter="none", limit=26)).settings.limit is None
-    assert EvaluationTask(run, EvaluationRequest(adapter="none", limit=25)).settings.limit == 25
+    assert [task_of(run, limit=limit).settings.limit for limit in (26, 25)] == [None, 25]
 
 
 def test_a_judge_that_is_not_there_is_told_before_anything_is_generated(run: RunDir) -> None:
@@ -368,87 +336,57 @@ def test_a_judge_that_is_not_there_is_told_before_anything_is_generated(run: Run
 def test_scoring_anew_leaves_no_score_of_another_judge(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     from bert_score import utils as bert_score_utils
 
-    request = EvaluationRequest(adapter="none", max_new_tokens=8, limit=3)
-    request.judge = str(substitution.scorer_folder())
-    monkeypatch.setitem(bert_score_utils.model2layers, substitution.scorer_folder().name, 6)
+    judge = substitution.scorer_folder()
+    request = EvaluationRequest(adapter="none", max_new_tokens=8, limit=3, judge=str(judge))
+    monkeypatch.setitem(bert_score_utils.model2layers, judge.name, 6)
     assert evaluate.evaluate(run, request).scores["bertscore"]["model"] == "model"
     without = evaluated(run, limit=3)
     assert "bertscore" not in without.scores and "bertscore_f1" not in without.scores
-    assert not any("bertscore_f1" in row for row in predictions(run))
+    assert not any("bertscore_f1" in row for row in read_predictions(run.path / "evaluations" / "base-model"))
 
 
 def test_decoding_is_the_studys_and_not_the_models_own(run: RunDir, tiny: Path) -> None:
     from transformers import GenerationConfig
 
     GenerationConfig(do_sample=True, temperature=5.0, max_new_tokens=3, eos_token_id=[7, 8]).save_pretrained(tiny)
+    configure(run, eot_tokens=["<s>"])
     try:
-        cfg = yamlfiles.read_yaml(run.config)
-        used = Reference(Prompter(settings_of(cfg), cfg, run.output)).decoding()
+        used = Reference(prompter_of(run)).decoding()
     finally:
         (tiny / "generation_config.json").unlink()
     assert (used.do_sample, used.temperature, used.max_new_tokens) == (False, None, 8)
-    assert used.eos_token_id == [2, 7, 8]  # the tokenizer's, which the training taught, and the model's
-
-
-def test_answers_end_at_each_token_that_training_taught_as_an_end(run: RunDir) -> None:
-    cfg = yamlfiles.read_yaml(run.config) | {"eot_tokens": ["<s>"]}
-    assert Prompter(settings_of(cfg), cfg, run.output).ends == {1, 2}
+    assert used.eos_token_id == [1, 2, 7, 8]  # the ends that training taught, the tokenizer's too, and the model's
 
 
 def test_the_model_is_configured_as_in_training(run: RunDir) -> None:
-    def logits(cfg: yamlfiles.Config) -> torch.Tensor:
-        run.config.write_text(yamlfiles.write_yaml(cfg))
-        task = EvaluationTask(run, EvaluationRequest(adapter="none"))
+    def logits() -> torch.Tensor:
         with torch.inference_mode():
-            computed: torch.Tensor = base_model(Prompter(task.settings, task.cfg, run.output))(tokens).logits
+            computed: torch.Tensor = base_model(prompter_of(run))(torch.arange(5, 205)[None]).logits
         return computed
 
-    cfg, tokens = yamlfiles.read_yaml(run.config), torch.arange(5, 205)[None]
-    stretched = cfg | {"overrides_of_model_config": {"rope_parameters": {"rope_type": "linear", "factor": 4.0,
-                                                                         "rope_theta": 10000.0}}}  # fmt: skip
-    assert not torch.allclose(logits(stretched), logits(cfg), atol=1e-3)
-
-
-def test_a_run_in_8_bits_is_evaluated_in_8_bits(run: RunDir) -> None:
-    from bitsandbytes.nn import Linear8bitLt
-
-    changes = {"adapter": "lora", "load_in_4bit": None, "bnb_config_kwargs": None, "load_in_8bit": True}
-    run.config.write_text(yamlfiles.write_yaml(config.merge(yamlfiles.read_yaml(run.config), changes)))
-    task = EvaluationTask(run, EvaluationRequest(adapter="none", judge="none"))
-    model = Reference(Prompter(task.settings, task.cfg, run.output)).model
-    assert sum(isinstance(layer, Linear8bitLt) for layer in model.modules()) == 14
-
-
-def renamed(tensors: dict[str, Any]) -> dict[str, Any]:
-    """As of a model whose attention is called otherwise."""
-    return {name.replace("layers.1.self_attn", "layers.1.attention"): tensor for name, tensor in tensors.items()}
-
-
-def without_one(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Without the last layer's values."""
-    return {name: tensor for name, tensor in tensors.items() if "layers.1.self_attn.v_proj" not in name}
-
-
-def zeroed(tensors: dict[str, Any]) -> dict[str, Any]:
-    """As before the training."""
-    return {name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}
+    before = logits()
+    stretched = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    configure(run, overrides_of_model_config={"rope_parameters": stretched})
+    assert not torch.allclose(logits(), before, atol=1e-3)
 
 
 def test_an_adapter_that_does_not_apply_is_refused(
     reference: Callable[..., Reference], tiny: Path, tmp_path: Path
 ) -> None:
     from peft import LoraConfig, get_peft_model
-    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), lora).save_pretrained(tmp_path / "adapter")
     settings = {"adapter": str(tmp_path / "adapter"), "adapter_sha256": "x"}
     reference(**settings)
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file = tmp_path / "adapter" / ADAPTER
     trained = load_file(file)
-    for damaged in (renamed, without_one, zeroed):
-        save_file(damaged(trained), file)
+    renamed = {name.replace("layers.1.self_attn", "layers.1.attention"): part for name, part in trained.items()}
+    without_one = {name: part for name, part in trained.items() if "layers.1.self_attn.v_proj" not in name}
+    untrained = {name: part * ("lora_A" in name) for name, part in trained.items()}
+    for damaged in (renamed, without_one, untrained):
+        save_file(damaged, file)
         with pytest.raises(UserError):
             reference(**settings)
 
@@ -462,9 +400,9 @@ def test_sampled_predictions_depend_on_the_seed_and_not_on_the_batches_before(
 
 
 def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run: RunDir) -> None:
-    cfg = yamlfiles.read_yaml(run.config) | {"sequence_len": 64}
+    configure(run, sequence_len=64)
     patch = "+".join(f"line {i}" for i in range(40))
-    prompter = Prompter(settings_of(cfg), cfg, run.output)
+    prompter = prompter_of(run)
     (example,) = prompter.examples([{"instruction": "Review.", "input": patch, "output": "Fine."}])
     assert len(example.prompt) > 64
     assert patch in prompter.tokenizer.decode(example.prompt)
@@ -472,11 +410,7 @@ def test_a_prompt_longer_than_the_trainings_rows_stays_whole(run: RunDir) -> Non
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [
-        ("", r"x\.jsonl: "),
-        ('{"instruction": "a"}\n', r"x\.jsonl:1: .*output"),
-        ("[\n", r"x\.jsonl:1: "),
-    ],
+    [("", r"x\.jsonl: "), ('{"instruction": "a"}\n', r"x\.jsonl:1: .*output"), ("[\n", r"x\.jsonl:1: ")],
 )
 def test_bad_test_data_is_told_before_a_model_is_loaded(run: RunDir, tmp_path: Path, content: str, says: str) -> None:
     file = tmp_path / "x.jsonl"

@@ -6,20 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
-from conftest import Recipe, recipe_config
+from conftest import Recipe
+from run_folders import a_tiny_run
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import sha256, write_rows
 from qlora_recipes.base.yamlfiles import Config
-from qlora_recipes.configs import config, datafiles
+from qlora_recipes.configs import datafiles
 from qlora_recipes.reports.report_runs import reader, reported_runs
-from qlora_recipes.runs.records import Run, Summary
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate, evaluation_rows
-from qlora_recipes.scores.evaluations import Evaluation, read_predictions, read_scores
+from qlora_recipes.scores.evaluations import read_predictions, read_scores
 from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
 
 OwnRun = Callable[..., RunDir]
@@ -29,34 +28,19 @@ BASE = EvaluationRequest(adapter="none", max_new_tokens=4, judge="none")
 @pytest.fixture
 def own(tmp_path: Path, tiny: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch) -> OwnRun:
     """A maker of finished runs of an own task, in a folder with own files, as far as their base model needs one."""
-    from transformers import AutoTokenizer
-
     monkeypatch.chdir(tmp_path)
 
-    def make(rehearsal: bool = False, summary: Summary | None = None, **changes: Any) -> RunDir:
-        folder = RunDir(tmp_path / "runs" / "mine" / "1")
-        folder.output.mkdir(parents=True)
-        AutoTokenizer.from_pretrained(tiny, pad_token="</s>").save_pretrained(folder.output)
-        cfg = config.merge(recipe_config("haider2024/llama-2-7b"), yamlfiles.read_yaml(tiny_profile))
-        cfg |= {"bf16": False, "special_tokens": {"pad_token": "</s>"}, "sequence_len": 256}
-        cfg |= {"dataset_prepared_path": str(tmp_path / "prepared"), "evals_per_epoch": None, "eval_steps": 5}
-        cfg |= {"test_datasets": None} | changes
-        cfg = {key: value for key, value in cfg.items() if value is not None}
+    def make(rehearsal: bool = False, **changes: Any) -> RunDir:
+        folder = a_tiny_run(tmp_path / "runs" / "mine", tiny, tiny_profile, tmp_path)
+        cfg = yamlfiles.read_yaml(folder.config) | {"sequence_len": 256, "evals_per_epoch": None, "eval_steps": 5}
+        cfg |= {"dataset_prepared_path": str(tmp_path / "prepared"), "test_datasets": None} | changes
         if not cfg.get("test_datasets") and not cfg.get("val_set_size"):
-            cfg.pop("eval_steps")
+            cfg["eval_steps"] = None
+        cfg = {key: value for key, value in cfg.items() if value is not None}
         folder.config.write_text(yamlfiles.write_yaml(cfg))
-        record = Run(
-            state="finished",
-            recipe="mine",
-            recipe_file="mine.yaml",
-            recipe_sha256="x",
-            rehearsal=rehearsal,
-            cwd=str(tmp_path),
-            test_data=datafiles.test_file(cfg),
-            data=[file for file in datafiles.record(cfg)] if "pretraining_dataset" not in cfg else [],
-            summary=summary or Summary(),
-        )
-        folder.write(record)
+        data = [] if "pretraining_dataset" in cfg else datafiles.record(cfg)
+        here = {"recipe": "mine", "cwd": str(tmp_path), "test_data": datafiles.test_file(cfg), "data": data}
+        folder.write(folder.read().model_copy(update=here | {"rehearsal": rehearsal}))
         return folder
 
     return make
@@ -66,10 +50,8 @@ def task(run: RunDir, **more: Any) -> EvaluationTask:
     return EvaluationTask(run, EvaluationRequest(adapter="none", **more))
 
 
-def alpaca(count: int, start: int = 0) -> list[dict[str, Any]]:
-    return [
-        {"instruction": f"Add {i} and {i}.", "output": f"{i} and {i} is {2 * i}."} for i in range(start, start + count)
-    ]
+def alpaca(count: int) -> list[dict[str, Any]]:
+    return [{"instruction": f"Add {i} and {i}.", "output": f"{i} and {i} is {2 * i}."} for i in range(count)]
 
 
 def asked(count: int, start: int = 0) -> list[dict[str, Any]]:
@@ -97,15 +79,11 @@ SEGMENTS = [
     for i in range(3)
 ]  # fmt: skip
 TYPES: dict[str, tuple[Config, list[dict[str, Any]], list[str]]] = {
-    "alpaca": ({"type": "alpaca"}, alpaca(2, 1), ["1 and 1 is 2.", "2 and 2 is 4."]),
-    "alpaca with other names": (
-        {"type": "alpaca_chat.load_qa"}, asked(2), [" 0, I say.", " 2, I say."],
-    ),
+    "alpaca": ({"type": "alpaca"}, alpaca(2), ["0 and 0 is 0.", "1 and 1 is 2."]),
+    "alpaca with other names": ({"type": "alpaca_chat.load_qa"}, asked(2), [" 0, I say.", " 2, I say."]),
     "user-defined": ({"type": USER_DEFINED}, asked(2), [" 0, I say.", " 2, I say."]),
     "messages": (CHATML, [{"messages": chat} for chat in chats(2)], ["Answer 0 of chat 0.", "Answer 0 of chat 1."]),
-    "messages of several turns": (
-        CHATML, [{"messages": chat} for chat in chats(1, 3)], ["Answer 2 of chat 0."],
-    ),
+    "messages of several turns": (CHATML, [{"messages": chat} for chat in chats(1, 3)], ["Answer 2 of chat 0."]),
     "llama3": (
         CHATML | {"chat_template": "llama3"}, [{"messages": chat} for chat in chats(1, 2)], ["Answer 1 of chat 0."],
     ),
@@ -195,12 +173,9 @@ def test_results_tables_compare_and_groups_take_own_rows(own: OwnRun, tmp_path: 
     write_rows(tmp_path / "train.jsonl", asked(4))
     write_rows(tmp_path / "check.jsonl", asked(3, 50))
     entry = {"type": USER_DEFINED}
-    run = own(
-        datasets=[{"path": "train.jsonl"} | entry],
-        test_datasets=[{"path": "check.jsonl"} | entry],
-    )
+    run = own(datasets=[{"path": "train.jsonl"} | entry], test_datasets=[{"path": "check.jsonl"} | entry])
     made = evaluate.evaluate(run, BASE)
-    assert made.settings.data == str(tmp_path / "check.jsonl") and made.settings.data_name == "check.jsonl"
+    assert made.settings.data_name == "check.jsonl"
     assert made.settings.data_sha256 == sha256(tmp_path / "check.jsonl")
     for file in ("predictions.jsonl", "scores.json"):  # as if they were the adapter's
         shutil.copy(run.path / "evaluations" / "base-model" / file, run.path)
@@ -226,12 +201,8 @@ def test_what_the_config_names_wins_over_a_test_file_that_happens_to_lie_there(o
 
 
 def test_a_studys_data_is_evaluated_on_its_test_set_whatever_the_config_evaluates(own: OwnRun, sample: Path) -> None:
-    entry = {"type": "alpaca"}
-    run = own(
-        datasets=[{"path": str(sample / "train.jsonl")} | entry],
-        test_datasets=[{"path": str(sample / "valid.jsonl")} | entry],
-    )
-    assert task(run).settings.data == str(sample / "test.jsonl")
+    train, valid = ([{"path": str(sample / f"{name}.jsonl"), "type": "alpaca"}] for name in ("train", "valid"))
+    assert task(own(datasets=train, test_datasets=valid)).settings.data == str(sample / "test.jsonl")
 
 
 def test_a_rehearsal_takes_the_first_of_its_own_rows(own: OwnRun, tmp_path: Path) -> None:
@@ -250,35 +221,23 @@ def outputs(rows: Any, tokenizer: Any) -> set[str]:
 
 
 HELD_OUT: dict[str, Config] = {
-    "share": {"val_set_size": 0.2},
+    "share": {},
     "number": {"val_set_size": 7},
-    "packed": {
-        "val_set_size": 0.2,
-        "sample_packing": True,
-        "eval_sample_packing": False,
-        "attn_implementation": "sdpa",
-    },
-    "not shuffled": {"val_set_size": 0.2, "shuffle_merged_datasets": False},
-    "each shuffled first": {"val_set_size": 0.2, "shuffle_before_merging_datasets": True, "seed": 7},
-    "without duplicates": {"val_set_size": 0.2, "dataset_exact_deduplication": True},
-    "cut": {"val_set_size": 0.2, "excess_length_strategy": "truncate"},
-    "loss on all": {"val_set_size": 0.2, "train_on_inputs": True},
+    "packed": {"sample_packing": True, "eval_sample_packing": False, "attn_implementation": "sdpa"},
+    "without duplicates": {"dataset_exact_deduplication": True},
+    "not shuffled": {"shuffle_merged_datasets": False},
+    "each shuffled first": {"shuffle_before_merging_datasets": True, "seed": 7},
+    "cut": {"excess_length_strategy": "truncate"},
+    "loss on all": {"train_on_inputs": True},
 }
+ALONE = "share", "number"  # of one data set, the others of two
+FAST = *ALONE, "packed", "without duplicates"
+LONG = [pytest.param(how, marks=pytest.mark.long) for how in HELD_OUT if how not in FAST]
 
 
-@pytest.mark.parametrize(
-    ("how", "two"),
-    [
-        *[("share", False), ("number", False), ("packed", True), ("without duplicates", True)],
-        *(
-            pytest.param(how, True, marks=pytest.mark.long)
-            for how in HELD_OUT
-            if how not in ("packed", "without duplicates")
-        ),
-    ],
-)
+@pytest.mark.parametrize("how", [*FAST, *LONG])
 def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(
-    own: OwnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, two: bool
+    own: OwnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     from axolotl.common.datasets import load_datasets
 
@@ -289,15 +248,16 @@ def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(
     if how == "without duplicates":
         rows += rows[10:20]
     write_rows(tmp_path / "train.jsonl", rows)
-    texts = [f"row{i}" for i in range(100, 130)]
-    turns = [(("user", f"Say {text} ."), ("assistant", f"Here: {text} now.")) for text in texts]
-    write_rows(tmp_path / "chats.jsonl", [{"messages": [{"role": r, "content": t} for r, t in turn]} for turn in turns])
-    datasets: list[Config] = [{"path": "train.jsonl", "type": "alpaca", "split": "train[:35]"}]
-    if how == "without duplicates":
-        datasets[0].pop("split")
-    if two:
+    turns = [("user", "Say row{} ."), ("assistant", "Here: row{} now.")]
+    talks = [[{"role": role, "content": text.format(i)} for role, text in turns] for i in range(100, 130)]
+    write_rows(tmp_path / "chats.jsonl", [{"messages": talk} for talk in talks])
+    datasets: list[Config] = [{"path": "train.jsonl", "type": "alpaca"}]
+    if how != "without duplicates":
+        datasets[0]["split"] = "train[:35]"
+    if two := how not in ALONE:
         datasets.append({"path": "chats.jsonl", **CHATML})
-    run = own(datasets=datasets, **HELD_OUT[how])
+    changes = {"val_set_size": 0.2} | HELD_OUT[how]
+    run = own(datasets=datasets, **changes)
     axolotl = Tokenizer(yamlfiles.read_yaml(run.config))
     with monkeypatch.context() as patch:
         patch.setenv("AXOLOTL_IS_PREPROCESS", "1")  # does not count steps
@@ -309,12 +269,11 @@ def test_rows_that_were_held_out_are_exactly_those_that_the_training_held_out(
     assert {text.split()[1] for text in texts_of} == held_out
     assert len(evaluated.rows.rows) == len(split.eval_dataset) == len(held_out)
     assert not held_out & trained
-    if HELD_OUT[how]["val_set_size"] == 7:
-        assert len(held_out) == 7
+    assert how != "number" or len(held_out) == 7
     assert two == ("datasets.1" in evaluated.rows.keys)
     names = "train.jsonl" + ("" if how == "without duplicates" else ", split train[:35]")
     names += " and chats.jsonl" if two else ""
-    assert evaluated.settings.data == f"val_set_size {HELD_OUT[how]['val_set_size']} of {names}"
+    assert evaluated.settings.data == f"val_set_size {changes['val_set_size']} of {names}"
     for text, example in zip(texts_of, examples_of(run, evaluated)[1], strict=True):
         assert text.split()[1] in axolotl.tokenizer.decode(example.prompt)
 
@@ -346,9 +305,8 @@ def test_a_data_set_of_other_files_with_a_split(own: OwnRun, tmp_path: Path) -> 
 
     write_rows(tmp_path / "train.jsonl", asked(4))
     Dataset.from_list(asked(6)).to_parquet(tmp_path / "check.parquet")
-    DatasetDict(
-        {name: Dataset.from_list(asked(3, start)) for name, start in (("test", 70), ("train", 80))}
-    ).save_to_disk(tmp_path / "saved")
+    saved = DatasetDict({"test": Dataset.from_list(asked(3, 70)), "train": Dataset.from_list(asked(3, 80))})
+    saved.save_to_disk(tmp_path / "saved")
     entry = {"type": USER_DEFINED}
     tests = [{"path": "check.parquet", "split": "train[2:4]"} | entry, {"path": "saved", "split": "test"} | entry]
     run = own(datasets=[{"path": "train.jsonl"} | entry], test_datasets=tests)
@@ -396,38 +354,18 @@ def test_rows_without_an_answer_are_named(
         evaluate.evaluate(run, BASE)
 
 
-def test_a_data_set_that_cannot_be_loaded_is_an_error_of_the_data(own: OwnRun, tmp_path: Path) -> None:
-    write_rows(tmp_path / "train.jsonl", asked(4))
-    form = {"type": USER_DEFINED}
-    run = own(
-        datasets=[{"path": "train.jsonl"} | form], test_datasets=[{"path": "somebody/none", "split": "test"} | form]
-    )
+def test_data_that_is_gone_is_named(own: OwnRun, tmp_path: Path) -> None:
+    write_rows(tmp_path / "check.jsonl", alpaca(4))
+    entry = {"path": "check.jsonl", "type": "alpaca"}
+    hub = own(datasets=[entry], test_datasets=[{"path": "somebody/none", "split": "test", "type": "alpaca"}])
     with pytest.raises(UserError, match=r"test_datasets\.0: somebody/none"):
-        task(run)
-
-
-def test_files_that_are_gone_are_named(own: OwnRun, tmp_path: Path, sample: Path) -> None:
-    write_rows(tmp_path / "train.jsonl", asked(4))
-    write_rows(tmp_path / "check.jsonl", asked(4))
-    entry = {"type": "alpaca"}
-    run = own(datasets=[{"path": "train.jsonl"} | entry], test_datasets=[{"path": "check.jsonl"} | entry])
+        task(hub)
+    shutil.rmtree(hub.path)
+    run = own(datasets=[entry], test_datasets=[entry])
     (tmp_path / "check.jsonl").unlink()
     with pytest.raises(UserError, match=r"test_datasets\.0\.path: .*/check\.jsonl"):
         task(run)
-    record = run.read()
-    record.recipe, record.test_data = "haider2024/llama-2-7b", "data/codereviewer/test.jsonl"
-    run.write(record)
+    study_data = {"recipe": "haider2024/llama-2-7b", "test_data": "data/codereviewer/test.jsonl"}
+    run.write(run.read().model_copy(update=study_data))
     with pytest.raises(UserError, match=r"data/codereviewer/test\.jsonl: "):
         task(run)
-
-
-def test_scores_of_earlier_versions_are_read(own: OwnRun, tmp_path: Path) -> None:
-    settings = {
-        "base_model": "m", "adapter": "none", "adapter_sha256": None, "data": "/x/test.jsonl", "data_sha256": "x",
-        "rows": 2, "decoding": {"max_new_tokens": 4}, "batch_size": 1, "quantized": True,
-        "dtype": "float32",
-    }  # fmt: skip
-    content = {"made": "x", "rehearsal": False, "scores": {}, "code_sha256": "x", "settings": settings}
-    (tmp_path / "scores.json").write_bytes(orjson.dumps(content))
-    old = read_scores(tmp_path)
-    assert isinstance(old, Evaluation) and old.settings.data_name == "test.jsonl"

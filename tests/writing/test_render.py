@@ -46,36 +46,29 @@ def test_drift_shows_what_differs() -> None:
     assert "+adapter: lora  # paper" in drift
 
 
+def without_source(text: str) -> list[str]:
+    """The settings of a recipe beside which no source stands."""
+    body = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [line for line in body if "  # " not in line and not re.match(r" +- \w+_proj$", line)]
+
+
 @pytest.mark.parametrize("name", paths.recipe_names())
 def test_every_setting_names_its_source(name: str) -> None:
-    text = (paths.RECIPES / f"{name}.yaml").read_text()
-    body = [line for line in text.splitlines() if line and not line.startswith("#")]
-    settings = [line for line in body if not re.match(r" +- \w+_proj$", line)]
-    assert [line for line in settings if "  # " not in line] == []
+    assert without_source((paths.RECIPES / f"{name}.yaml").read_text()) == []
 
 
 def test_the_settings_of_the_study() -> None:
+    paged, plain = "paged_adamw_32bit", "adamw_bnb_8bit"
     expected = {
-        "haider2024/llama-2-7b": ("meta-llama/Llama-2-7b-hf", "paged_adamw_32bit"),
-        "haider2024/code-llama-7b": ("codellama/CodeLlama-7b-hf", "paged_adamw_32bit"),
-        "haider2024/llama-3-8b": ("meta-llama/Meta-Llama-3-8B", "adamw_bnb_8bit"),
-        "haider2024/llama-3.1-8b": ("meta-llama/Llama-3.1-8B", "adamw_bnb_8bit"),
-        "haider2024/llama-3.2-3b": ("meta-llama/Llama-3.2-3B-Instruct", "adamw_bnb_8bit"),
+        "haider2024/llama-2-7b": ("meta-llama/Llama-2-7b-hf", paged),
+        "haider2024/code-llama-7b": ("codellama/CodeLlama-7b-hf", paged),
+        "haider2024/llama-3-8b": ("meta-llama/Meta-Llama-3-8B", plain),
+        "haider2024/llama-3.1-8b": ("meta-llama/Llama-3.1-8B", plain),
+        "haider2024/llama-3.2-3b": ("meta-llama/Llama-3.2-3B-Instruct", plain),
     }
-    common = {
-        "adapter": "qlora",
-        "load_in_4bit": True,
-        "lora_r": 32,
-        "lora_alpha": 16,
-        "lora_dropout": 0.05,
-        "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-        "micro_batch_size": 2,
-        "learning_rate": 0.0002,
-        "weight_decay": 0.01,
-        "sequence_len": 2048,
-        "fp16": True,
-        "bf16": False,
-    }
+    common = {"adapter": "qlora", "load_in_4bit": True, "lora_r": 32, "lora_alpha": 16, "lora_dropout": 0.05}
+    common |= {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "sequence_len": 2048}
+    common |= {"micro_batch_size": 2, "learning_rate": 0.0002, "weight_decay": 0.01, "fp16": True, "bf16": False}
     assert set(expected) <= set(paths.recipe_names())
     for name, (model, optimizer) in expected.items():
         recipe = recipe_config(name)
@@ -97,9 +90,9 @@ def test_the_gains_of_table_ii_follow_from_its_scores() -> None:
     }
     assert {f"haider2024/{name}" for name in gains} == set(of_study.published)
     for name, of_recipe in gains.items():
-        for metric, gain in of_recipe.items():
-            score = of_study.published[f"haider2024/{name}"].scores[metric].value
-            assert 100 * (score / printed[metric].value - 1) == pytest.approx(gain, abs=0.02)
+        scores = of_study.published[f"haider2024/{name}"].scores
+        made = {metric: 100 * (scores[metric].value / printed[metric].value - 1) for metric in of_recipe}
+        assert made == pytest.approx(of_recipe, abs=0.02)
 
 
 @pytest.fixture
@@ -158,8 +151,7 @@ def test_a_template_for_a_model_of_another_family_says_what_is_true_of_that(temp
     assert "\n# special_tokens is not set: the tokenizer has a padding token, <|endoftext|>\n" in text
     assert "\n# Model     licence mit, not gated\n# Not known special tokens\n" in text
     assert "Table II" not in text and "Unsloth" not in text and "not one of the paper's runs" in text
-    body = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert [line for line in body if "  # " not in line and not re.match(r" +- \w+_proj$", line)] == []
+    assert without_source(text) == []
     assert "| [haider2024/other](haider2024/other.yaml) |" in render.rendered(templates)[render.README]
 
 
