@@ -60,18 +60,16 @@ def test_scores_that_a_file_brings_along_are_not_believed(tmp_path: Path) -> Non
     assert row["bleu4"] == pytest.approx(100) and "bertscore_f1" not in row
 
 
-def test_rows_without_a_position_are_told_by_their_order() -> None:
+def test_rows_are_matched_by_position_or_order_and_others_are_refused() -> None:
     assert len(compare.pair(rows("a", "b"), rows("c", "d"))) == 2
-    with pytest.raises(UserError, match="2 rows and 1"):
-        compare.pair(rows("a", "b"), rows("c"))
-
-
-def test_other_rows_are_refused() -> None:
     other = [row | {"reference": "something else"} for row in rows("a", "b")]
-    with pytest.raises(UserError, match="row 0 "):
-        compare.pair(rows("a", "b"), other)
-    with pytest.raises(UserError, match="no row "):
-        compare.pair(rows("a", idx=[1]), rows("a", idx=[2]))
+    for left, right, named in (
+        (rows("a", "b"), rows("c"), "2 rows and 1"),
+        (rows("a", "b"), other, "row 0 "),
+        (rows("a", idx=[1]), rows("a", idx=[2]), "no row "),
+    ):
+        with pytest.raises(UserError, match=named):
+            compare.pair(left, right)
 
 
 def test_the_command_compares_files(recipe: Recipe, tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def test_only_a_finished_run_with_its_adapter_is_published(run: RunDir, tmp_path
 
 
 @pytest.mark.parametrize("stale", [False, True])
-def test_a_card_without_scores_of_this_adapter_says_so(
+def test_a_card_says_when_scores_are_missing_or_of_other_rows(
     run: RunDir, stale: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if stale:
@@ -304,10 +304,7 @@ def test_a_card_without_scores_of_this_adapter_says_so(
     front, text = published(run)
     assert "model-index" not in front and len(tables(text)) == 3  # none of scores
     assert f"`recipe evaluate {run.path}`" in capsys.readouterr().err
-
-
-def test_scores_of_other_rows_are_not_set_beside_the_published_without_a_word(run: RunDir) -> None:
-    evaluated(run, limit=100, rows=100)
+    evaluated(run, limit=100, rows=100)  # of other rows than the published
     text = published(run)[1]
     assert "Test Subset 1, 5,000 rows" in text and OF_THE_SAME not in text
 
