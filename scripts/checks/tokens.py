@@ -145,7 +145,7 @@ def by_token(content: Config, count: int) -> list[dict[str, Any]]:
 
 
 def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[list[Finding], list[dict[str, Any]]]:
-    """ScorerModel each data set's rows by their tokens and labels, and measure their lengths.
+    """Judge each data set's rows by their tokens and labels, and measure their lengths.
 
     Args:
         content: the config.

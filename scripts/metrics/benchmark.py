@@ -33,6 +33,7 @@ class Benchmark(BaseModel):
         version: the task's; a group has its own.
         filter: how the harness took answers from texts.
         rows: how many were scored, in all tasks of a group.
+        limit: the most rows of a task that were asked for.
     """
 
     value: float
@@ -43,6 +44,7 @@ class Benchmark(BaseModel):
     shots: int | None
     filter: str
     rows: int
+    limit: int | None = None
     harness: str
 
     @property

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,13 @@ ROWS = 8
 """Rows of a batch, unless another number is asked for."""
 
 
+def require(columns: Mapping[str, Column]) -> None:
+    """Raise UserError where the harness has no task of a column's, before anything is generated."""
+    for column in columns.values():
+        if column.metric.of_model:
+            _located(column)
+
+
 def measure(prompter: "Prompter", columns: Mapping[str, Column], limit: int | None = None) -> dict[str, Benchmark]:
     """Have the harness score the tasks of some columns.
 
@@ -34,20 +42,20 @@ def measure(prompter: "Prompter", columns: Mapping[str, Column], limit: int | No
         limit: the most rows of each task.
 
     Raises:
-        UserError: the harness has no such task, the task no such result, or its rows cannot be read.
+        UserError: the harness has no such task, or the task no such result.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from .reference import Reference
+    from .reference import Reference, base_weights
 
     tasks = {name: _located(column) for name, column in columns.items()}
     settings = prompter.settings
     model = HFLM(
         pretrained=Reference(prompter).model, tokenizer=prompter.tokenizer, batch_size=settings.batch_size or ROWS
     )
-    of_model = settings.model_dump(include={"base_model", "adapter_sha256", "quantized", "dtype", "built_with"})
-    digest = hashlib.sha256(orjson.dumps(of_model)).hexdigest()[:16]
+    of_model = base_weights(prompter) | {"adapter": settings.adapter_sha256}
+    digest = hashlib.sha256(orjson.dumps(of_model, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
     entries = [entry for _, entry in datafiles.datasets(prompter.cfg, "datasets")]
     found = {}
     for name, (task, manager) in tasks.items():
@@ -63,7 +71,7 @@ def measure(prompter: "Prompter", columns: Mapping[str, Column], limit: int | No
             apply_chat_template=any(entry.get("type") == "chat_template" for entry in entries),
             log_samples=False,
         )
-        found[name] = summarise(done, parameters)
+        found[name] = summarise(done, parameters).model_copy(update={"limit": limit})
     return found
 
 
@@ -73,16 +81,22 @@ def _located(column: Column) -> "tuple[str, TaskManager]":
     Raises:
         UserError: there is no such task.
     """
-    from lm_eval.tasks import TaskManager
-
     assert isinstance(column.parameters, BenchmarkParameters)
     task, folder = column.parameters.task, None
     if task.endswith(".yaml") and Path(task).is_file():
         task, folder = yamlfiles.read_yaml(Path(task)).get("task", task), str(Path(task).parent.resolve())
-    manager = TaskManager(include_path=folder)
+    manager = _tasks(folder)
     if task not in manager.all_tasks:
         raise UserError(f"{column.name}: lm-evaluation-harness has no task {task}; `lm_eval ls tasks` lists them")
     return task, manager
+
+
+@cache
+def _tasks(folder: str | None) -> "TaskManager":
+    """Return the harness's tasks, and those in a folder; finding them takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder)
 
 
 def summarise(done: Mapping[str, Any], parameters: BenchmarkParameters) -> Benchmark:

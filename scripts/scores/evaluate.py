@@ -49,6 +49,8 @@ def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
         and former.version == VERSION
         and same_models(judged, task.columns, former.scores)
         and all(column.same_scores(scored.get(name)) for name, column in task.columns.items() if name not in judged)
+        and {name for name, column in task.columns.items() if column.metric.of_model}
+        <= kept_benchmarks(task, former).keys()
         and former.settings.limit == task.settings.limit
         and former.settings.test_set == task.settings.test_set
     )
@@ -78,7 +80,7 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     stopped, a complete one is not repeated.
 
     Raises:
-        UserError: see `EvaluationTask`, and `score.require_models`.
+        UserError: see `EvaluationTask`, `score.require_models` and `benchmarks.require`.
         WorkFailed: BERTScore's model cannot be loaded, or memory does not suffice.
     """
     task = EvaluationTask(folder, request)
@@ -98,6 +100,9 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         if any(judged.values()):
             with Bar("looking for BERTScore's model", 1):
                 require_models(judged.values())
+        if any(column.metric.of_model for column in task.columns.values()):
+            with importing_axolotl(offline=task.run.rehearsal):
+                benchmarks.require(task.columns)
         if former := _same_work(task):
             say(f"{predictions}: complete, made with the same settings; scoring it anew")
             rows = [
@@ -160,20 +165,32 @@ def _measured(
         UserError, WorkFailed: see `benchmarks.measure`.
     """
     wanted = {name: column for name, column in columns.items() if column.metric.of_model}
-    found = {
-        name: Benchmark.model_validate(former.scores[f"{name}_benchmark"])
-        for name, column in wanted.items()
-        if former and column.same_scores(former.columns.get(name)) and f"{name}_benchmark" in former.scores
-    }
+    found = kept_benchmarks(task, former) if former else {}
     if missing := {name: column for name, column in wanted.items() if name not in found}:
         with importing_axolotl(offline=task.run.rehearsal), Bar(f"benchmarks: {', '.join(missing)}"):
             from .prompter import Prompter
 
             if task.run.rehearsal:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-            limit = REHEARSED if task.run.rehearsal else task.request.limit
-            found |= benchmarks.measure(Prompter(task.settings, task.cfg, tokenizer), missing, limit)
+            found |= benchmarks.measure(Prompter(task.settings, task.cfg, tokenizer), missing, _limit(task))
     return found
+
+
+def kept_benchmarks(task: EvaluationTask, former: Evaluation) -> dict[str, Benchmark]:
+    """Benchmarks of an evaluation of the same model, but for those that are asked for otherwise."""
+    found = {}
+    for name, column in former.columns.items():
+        asked = task.columns.get(name, column)
+        if column.metric.of_model and column.same_scores(asked) and f"{name}_benchmark" in former.scores:
+            benchmark = Benchmark.model_validate(former.scores[f"{name}_benchmark"])
+            if name not in task.columns or benchmark.limit == _limit(task):
+                found[name] = benchmark
+    return found
+
+
+def _limit(task: EvaluationTask) -> int | None:
+    """The most rows of a benchmark's task."""
+    return REHEARSED if task.run.rehearsal else task.request.limit
 
 
 def command(folder: RunDir, request: EvaluationRequest, runs: Path) -> Command:

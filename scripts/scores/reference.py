@@ -228,6 +228,21 @@ def grow_embedding(model: PreTrainedModel, tokens: int, adapter: str | None) -> 
         model.resize_token_embeddings(rows)
 
 
+def base_weights(prompter: Prompter) -> dict[str, Any]:
+    """All that the weights of the run's base model depend on: revision, files and quantization among it."""
+    settings = prompter.settings
+    return {
+        "model": settings.base_model,
+        "revision": getattr(prompter.config, "_commit_hash", None) or prompter.revision,
+        "files": sorted(
+            (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(settings.base_model).glob("*.*")
+        ),
+        "kinds": prompter.quantization.to_diff_dict() if prompter.quantization else None,
+        "config": settings.built_with,
+        "dtype": settings.dtype,
+    }
+
+
 def weights_folder(prompter: Prompter) -> Path:
     """The run's base model, quantized as in training and dequantized to the settings' dtype, as a folder.
 
@@ -237,17 +252,8 @@ def weights_folder(prompter: Prompter) -> Path:
     Raises:
         OSError: there is not so much room.
     """
-    settings = prompter.settings
-    model = Path(settings.base_model)
-    made_of = {
-        "model": settings.base_model,
-        "revision": getattr(prompter.config, "_commit_hash", None) or prompter.revision,
-        "files": sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in model.glob("*.*")),
-        "kinds": prompter.quantization.to_diff_dict() if prompter.quantization else None,
-        "config": settings.built_with,
-        "dtype": settings.dtype,
-    }
-    digest = hashlib.sha256(orjson.dumps(made_of, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    settings, model = prompter.settings, Path(prompter.settings.base_model)
+    digest = hashlib.sha256(orjson.dumps(base_weights(prompter), option=orjson.OPT_SORT_KEYS)).hexdigest()
     made = paths.cache() / f"dequantized-{model.name}-{digest[:16]}"
 
     def make(target: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -15,7 +16,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.metrics import registry
 from qlora_recipes.metrics.benchmark import BenchmarkParameters, as_metric
 from qlora_recipes.runs import rundir
-from qlora_recipes.scores import benchmarks
+from qlora_recipes.scores import benchmarks, evaluate
 
 GROUP: dict[str, Any] = {
     "results": {
@@ -56,6 +57,18 @@ def test_a_task_is_a_column_of_its_name() -> None:
     assert (column.name, column.label) == ("my_task", "my_task, %")
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(5, True), (None, False), (6, False)])
+def test_a_benchmark_of_other_rows_is_measured_anew(limit: int | None, kept: bool) -> None:
+    columns = registry.asked([as_metric("grp")])
+    scored = benchmarks.summarise(GROUP, BenchmarkParameters(task="grp")).model_copy(update={"limit": 5})
+    former: Any = SimpleNamespace(columns=columns, scores={"grp_benchmark": scored.model_dump()})
+    of_run, request = SimpleNamespace(rehearsal=False), SimpleNamespace(limit=limit)
+    task: Any = SimpleNamespace(columns=columns, run=of_run, request=request)
+    assert bool(evaluate.kept_benchmarks(task, former)) == kept
+    task.columns = {}  # not asked for again
+    assert evaluate.kept_benchmarks(task, former)
+
+
 def a_task(place: Path) -> Path:
     """The file of a task whose rows are in a file beside it."""
     rows = [{"question": f"{i} plus {i} is", "choices": [f" {2 * i}", f" {2 * i + 3}"], "label": 0} for i in range(20)]
@@ -80,6 +93,8 @@ def a_task(place: Path) -> Path:
 def test_a_task_scores_as_by_the_harness_itself(tmp_path: Path, stand_in: Path, recipe: Recipe) -> None:
     finish(start(tmp_path, "run", "haider2024/llama-3.2-3b", "--rehearse", command=stand_in))
     (run,) = rundir.all_runs(tmp_path / "runs")
+    assert recipe("evaluate", "latest", "--task", "no_such_task", "--bertscore", "none").returncode == 2
+    assert not (run.path / "predictions.jsonl").exists()
     task = a_task(tmp_path)
     done = recipe("evaluate", "latest", "--task", task, "--bertscore", "none", "--json")
     assert done.returncode == 0, done.stderr
