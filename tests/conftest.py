@@ -33,7 +33,7 @@ from qlora_recipes.data.sample import rehearsal_data, usual_sample
 from qlora_recipes.runs import launch
 from qlora_recipes.runs.rundir import RunDir
 
-importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)  # see quiet.py
+importlib.metadata.packages_distributions = functools.cache(importlib.metadata.packages_distributions)  # see base.hub
 # A busy machine is slow at times; that is no fault of the code under test.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")

@@ -115,7 +115,8 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
         for file in (file for pattern in _TOKENIZER for file in folder.output.glob(pattern)):
             shutil.copy2(file, new)  # Axolotl copies the base model's, which lacks what the config adds to it
         (new / MERGED_FROM).write_text(digest)
-        shutil.rmtree(merged, ignore_errors=True)
+        if merged.exists():
+            merged.rename(scratch / "former")  # deleting it takes seconds, in which this process may be killed
         new.rename(merged)
     return merged
 
