@@ -55,6 +55,7 @@ def _short(full: dict[str, Any], columns: Mapping[str, Column], decodings: Itera
         short |= {"published": full.get(f"{first}_published"), "difference": full.get(f"{first}_difference")}
     return short | {
         **{columns[name].label: full.get(name) for name in others},
+        **_gained(full, columns),
         "rows": full["rows_evaluated"],
         "peak GiB": full["peak_memory_gib"],
         "tokens/s": round(full["tokens_per_second"]) if full["tokens_per_second"] else None,
@@ -65,6 +66,15 @@ def _short(full: dict[str, Any], columns: Mapping[str, Column], decodings: Itera
         "variant of": full["variant_of"],
         "changed": full["changed_keys"] or None,
     }
+
+
+def _gained(full: dict[str, Any], columns: Mapping[str, Column]) -> dict[str, float | None]:
+    """Differences of benchmarks from the base model's: what a training gained, or forgot."""
+    gained = {}
+    for name, column in columns.items():
+        if column.metric.of_model and full.get(f"{name}_base_model") is not None and full.get(name) is not None:
+            gained[f"{column.label}, gained"] = full[name] - full[f"{name}_base_model"]
+    return gained
 
 
 def show(runs: Path, form: tables.Form) -> None:
@@ -103,7 +113,9 @@ def _groups(
         of_study = result.study
         columns = of_study.table if of_study else result.columns
         key = of_study.folder.name if of_study else str({name: c.entry for name, c in columns.items()})
-        groups.setdefault(key, (of_study, columns, []))[2].append(full)
+        _, shown, rows = groups.setdefault(key, (of_study, dict(columns), []))
+        shown |= {name: column for name, column in result.columns.items() if column.metric.of_model}
+        rows.append(full)
     return list(groups.values())
 
 

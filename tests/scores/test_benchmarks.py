@@ -111,5 +111,8 @@ def test_a_task_scores_as_by_the_harness_itself(tmp_path: Path, stand_in: Path, 
     assert scores["sums"] == own["value"] == pytest.approx(100 * theirs["acc,none"])
     assert own["stderr"] == pytest.approx(100 * theirs["acc_stderr,none"])
     assert "sums" in orjson.loads(recipe("evaluate", "latest", "--bertscore", "none", "--json").stdout)  # kept
+    base = ("--adapter", "none", "--bertscore", "none")
+    assert recipe("evaluate", "latest", "--task", task, *base).returncode == 0
     (row,) = orjson.loads(recipe("results", "--json").stdout)
-    assert row["sums"] == scores["sums"]
+    assert row["sums"] == scores["sums"] and row["sums_base_model"] is not None
+    assert "sums, %, gained" in recipe("results", "--md").stdout
