@@ -58,7 +58,7 @@ MISTAKES = [
     ("data prepare train.jsonl --study haider2024 --out .", "train.jsonl"),
     ("data prepare data --study haider2024", "data: "),
     ("data prepare msg-train.jsonl --input-format taged --study haider2024", "--input-format taged"),
-    ("data prepare good-train.jsonl --study haider2024 --out pairs.jsonl", "pairs.jsonl"),
+    ("data prepare msg-train.jsonl --study haider2024 --out pairs.jsonl", "pairs.jsonl"),
     ("data prepare", ", ".join(folder.name for folder in paths.studies())),
     ("results --study haidr", "haider2024"),
     ("score pairs.jsonl", "--prediction-field"),
