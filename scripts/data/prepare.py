@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import shutil
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -62,11 +63,16 @@ def prepare(
     for file in raw:
         if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
             raise UserError(f"{file}: would be overwritten; write to another folder with --out")
-    files = find(raw, of_study.data.raw_files)
-    with held(out / PREPARE_LOCK, "another preparation is running", timeout), ExitStack() as stack:
-        splits = _Preparation(changed, files, input_format, out, stack).splits()
-        stack.close()  # puts the files in place
-        return manifest.update(out, splits)
+    files, is_new = find(raw, of_study.data.raw_files), not out.exists()
+    try:
+        with held(out / PREPARE_LOCK, "another preparation is running", timeout), ExitStack() as stack:
+            splits = _Preparation(changed, files, input_format, out, stack).splits()
+            stack.close()  # puts the files in place
+            return manifest.update(out, splits)
+    except UserError:
+        if is_new:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def check_expressions(of_study: Study) -> None:
