@@ -1,7 +1,6 @@
 """Sources of every kind: plain files, several at once, data sets and single files of a hub."""
 
 import gzip
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from unittest.mock import Mock
 import orjson
 import pyarrow
 import pytest
-from file_server import Server, data_of, serving
-from huggingface_hub import close_session, constants
+from file_server import Server, as_hub, data_of, serving
 from pyarrow import parquet
 from test_fetch import digest, packed
 
@@ -32,15 +30,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def hub(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
-    """A server that huggingface_hub takes for the hub, with an empty cache."""
-    address = re.sub("/files/.*", "", server.url)
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    close_session()
-    yield server
-    close_session()
+    with as_hub(server, tmp_path / "hub", monkeypatch):
+        yield server
 
 
 def plain(url: str, content: bytes = TRAIN, **more: Any) -> dict[str, Any]:
@@ -172,12 +163,8 @@ ADAPTER = bytes(range(256)) * 2000
 
 
 def of_model(content: bytes = ADAPTER) -> Data:
-    model = {
-        "hub": "owner/adapter",
-        "kind": "model",
-        "revision": COMMIT,
-        "file": "loftq_init/adapter_model.safetensors",
-    }
+    file = "loftq_init/adapter_model.safetensors"
+    model = {"hub": "owner/adapter", "kind": "model", "revision": COMMIT, "file": file}
     model |= {"bytes": len(content), "sha256": digest(content)}
     return data_of({"train.jsonl": {"url": "https://127.0.0.1:9/train.jsonl"}, "init/adapter.safetensors": model})
 
@@ -194,11 +181,7 @@ def test_a_file_of_a_hubs_repository_is_verified(tmp_path: Path, hub: Server) ->
 
 @pytest.mark.parametrize(
     ("status", "code", "kind"),
-    [
-        (404, "EntryNotFound", UserError),
-        (403, "GatedRepo", UserError),
-        (503, "", WorkFailed),
-    ],
+    [(404, "EntryNotFound", UserError), (403, "GatedRepo", UserError), (503, "", WorkFailed)],
 )
 def test_a_hub_that_refuses_is_named_with_the_repository(
     tmp_path: Path, hub: Server, monkeypatch: pytest.MonkeyPatch, status: int, code: str, kind: type[Exception]

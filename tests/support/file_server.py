@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import close_session, constants
 
 from qlora_recipes.data import fetch as fetching
 from qlora_recipes.data.declaration import Data
@@ -30,6 +32,9 @@ class Server:
     breaks_after: list[int] = field(default_factory=list)  # bytes, each for one request
     answers: list[int] = field(default_factory=list)  # statuses instead of the file, each for one request
     error_code: str = ""  # of these, as a hub has them
+    refusals: dict[str, tuple[int, str, str]] = field(default_factory=dict)  # by the end of a path, as `_refuse` takes
+    silent: tuple[str, ...] = ()  # ends of paths that are never answered
+    ended: threading.Event = field(default_factory=threading.Event)
     stalls: float = 0.0  # seconds, where it breaks off
     seen: list[dict[str, str]] = field(default_factory=list)  # the requests' headers
     sent: int = 0
@@ -48,6 +53,13 @@ class Handler(BaseHTTPRequestHandler):
         if orders.answers:
             self._refuse(orders.answers.pop(0), orders.error_code)
             return
+        if self.path.endswith(orders.silent):
+            orders.ended.wait()
+            return
+        for name, refusal in orders.refusals.items():
+            if self.path.endswith(name):
+                self._refuse(*refusal)
+                return
         content, etag = orders.content, orders.etag
         for name, of_file in orders.files.items():
             if self.path.endswith(name):
@@ -82,9 +94,11 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def _refuse(self, status: int, code: str) -> None:
+    def _refuse(self, status: int, code: str, message: str = "") -> None:
         self.send_response(status)
-        self.send_header("X-Error-Code", code)
+        for name, value in (("X-Error-Code", code), ("X-Error-Message", message)):
+            if value:
+                self.send_header(name, value)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -103,9 +117,23 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     thread = threading.Thread(target=http.serve_forever, args=(0.01,))
     thread.start()
     yield orders
+    orders.ended.set()
     http.shutdown()
     http.server_close()
     thread.join()
+
+
+@contextmanager
+def as_hub(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Have huggingface_hub take a server for the hub, with an empty cache."""
+    address = re.sub("/files/.*", "", server.url)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    close_session()
+    yield server
+    close_session()
 
 
 def data_of(sources: dict[str, Any]) -> Data:
