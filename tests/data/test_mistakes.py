@@ -16,7 +16,10 @@ MODEL = {"hub": "a/b", "revision": "1", "kind": "model"}
 RECIPE = "haider2024/llama-2-7b"
 TRAIN, TEST, VALID = "data > splits > train", "data > splits > test", "data > splits > valid"
 SOURCE = "data > sources > train.jsonl"
-FORMAT, SUBSETS, RESULTS = "data > input_formats > a", f"{TEST} > subsets", f"published > {RECIPE}"
+FORMAT, SUBSET, RESULTS = "data > input_formats > a", f"{TEST} > subsets > a", f"published > {RECIPE}"
+ONE = {"title": "a", "rows": 1, "seed": 0}
+ORDER = f"{TRAIN} > order"
+INPUT, MORE, ZIP = "data > fields > input", "data > sources > more", "data > sources > a.zip"
 
 IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the values that make it; the key that is named
     ("no title", {"title": None}, "title"),
@@ -25,17 +28,13 @@ IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the val
     ("source with url and hub", {f"{SOURCE} > hub": "a/b"}, SOURCE),
     ("source with neither", {f"{SOURCE} > url": None}, SOURCE),
     ("revision of a url", {f"{SOURCE} > revision": "1"}, SOURCE),
-    ("hub without revision", {"data > sources > more": {"hub": "a/b"}}, "data > sources > more"),
-    ("split of a model", {"data > sources > more": MODEL | {"split": "x"}}, "data > sources > more"),
-    ("zip without files", {"data > sources > a.zip": {"url": URL, "files": {}}}, "data > sources > a.zip > files"),
-    ("two sources of a file", {"data > sources > a.zip": {"url": URL, "files": {"test.csv": {}}}}, "data > sources"),
+    ("hub without revision", {MORE: {"hub": "a/b"}}, MORE),
+    ("split of a model", {MORE: MODEL | {"split": "x"}}, MORE),
+    ("zip without files", {ZIP: {"url": URL, "files": {}}}, f"{ZIP} > files"),
+    ("two sources of a file", {ZIP: {"url": URL, "files": {"test.csv": {}}}}, "data > sources"),
     ("file outside the folder", {"data > sources > ../x.jsonl": {"url": URL}}, "data > sources > ../x.jsonl"),
     ("format in the raw folder", {f"{FORMAT} > folder": "data/sums-raw"}, f"{FORMAT} > folder"),
-    (
-        "unknown field of a format",
-        {FORMAT: {"folder": "data/a", "fields": {"inptu": "sum"}}},
-        f"{FORMAT} > fields > inptu",
-    ),
+    ("unknown field", {FORMAT: {"folder": "data/a", "fields": {"inptu": "sum"}}}, f"{FORMAT} > fields > inptu"),
     ("extra field of a used name", {"data > extra_fields > output": "answer"}, "data > fields > output"),
     ("field called idx", {"data > fields > idx": "answer"}, "data > fields > idx"),
     ("unknown split", {"data > splits > training": {"from": "train.jsonl"}}, "data > splits > training"),
@@ -46,14 +45,14 @@ IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the val
     ("sample_from without sample", {f"{VALID} > sample": None, f"{VALID} > seed": None}, VALID),
     ("split sampled from itself", {f"{VALID} > sample_from": "valid"}, f"{VALID} > sample_from"),
     ("filters of a sampled split", {f"{VALID} > filters": {"a": "b"}}, VALID),
-    ("subset of train", {f"{TRAIN} > subsets > a": {"title": "a", "rows": 1, "seed": 0}}, f"{TRAIN} > subsets"),
-    ("subset without seed", {f"{SUBSETS} > a": {"title": "a", "rows": 1}}, f"{SUBSETS} > a"),
+    ("subset of train", {f"{TRAIN} > subsets > a": ONE}, f"{TRAIN} > subsets"),
+    ("subset without seed", {SUBSET: {"title": "a", "rows": 1}}, SUBSET),
+    ("no positions", {SUBSET: {"title": "a", "rows": 1, "positions": "none.json"}}, f"{SUBSET} > positions"),
     (
-        "missing file of positions",
-        {f"{SUBSETS} > a": {"title": "a", "rows": 1, "positions": "none.json"}},
-        f"{SUBSETS} > a > positions",
+        "subset called valid",
+        {f"{TEST} > subsets > valid": ONE},
+        f"{TEST} > subsets > valid",
     ),
-    ("subset called valid", {f"{SUBSETS} > valid": {"title": "a", "rows": 1, "seed": 0}}, f"{SUBSETS} > valid"),
     ("missing sample", {"data > sample": "few"}, "data > sample"),
     ("unknown metric", {"metrics > blue": {}}, "metrics > blue"),
     ("misspelt parameter", {"metrics > number": {"marker": ["x"]}}, "metrics > number > marker"),
@@ -62,29 +61,17 @@ IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the val
     ("text for a score", {f"{RESULTS} > scores > bleu4": "5 ± 1"}, f"{RESULTS} > scores > bleu4"),
     ("missing curve", {f"{RESULTS} > curve": "c.csv"}, f"{RESULTS} > curve"),
     ("a single repeat", {f"{RESULTS} > repeats > bleu4": [5.0]}, f"{RESULTS} > repeats > bleu4"),
-    (
-        "predictions without references",
-        {f"{RESULTS} > predictions > prediction > file": "test.csv"},
-        f"{RESULTS} > predictions",
-    ),
+    ("no references", {f"{RESULTS} > predictions > prediction > file": "test.csv"}, f"{RESULTS} > predictions"),
     ("adapter without files", {f"{RESULTS} > adapter": "mine"}, f"{RESULTS} > adapter"),
-    (
-        "variant of an unknown recipe",
-        {"variants > a/b": {"of": "haider2024/lama-2-7b", "reproduces": True}},
-        "variants > a/b > of",
-    ),
+    ("variant of no recipe", {"variants > a/b": {"of": "lama-2-7b", "reproduces": True}}, "variants > a/b > of"),
     ("tolerance of an unknown metric", {"tolerances > bleu": 0.1}, "tolerances > bleu"),
     ("decoding of a name with a space", {"decodings > by beam": {"max_new_tokens": 9}}, "decodings > by beam"),
-    ("expression that ends early", {"data > fields > input": "question ~"}, "data > fields > input"),
-    ("text without quotes", {"data > fields > input": "Review this."}, "data > fields > input"),
-    ("unknown filter", {"data > fields > input": "question | tagd"}, "data > fields > input"),
+    ("expression that ends early", {INPUT: "question ~"}, INPUT),
+    ("text without quotes", {INPUT: "Review this."}, INPUT),
+    ("unknown filter", {INPUT: "question | tagd"}, INPUT),
     ("unknown test", {"data > filters > no answer": "answer is nothing"}, "data > filters > no answer"),
     ("wrong expression of a split", {f"{TEST} > fields > input": "sum sum"}, f"{TEST} > fields > input"),
-    (
-        "wrong expression of an order",
-        {f"{TRAIN} > order": {"buckets": 3, "longest_first": "question |"}},
-        f"{TRAIN} > order > longest_first",
-    ),
+    ("wrong order", {ORDER: {"buckets": 3, "longest_first": "question |"}}, f"{ORDER} > longest_first"),
 ]
 
 
@@ -94,7 +81,6 @@ IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the val
 def test_a_mistake_in_study_yaml_is_refused_with_its_line(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError) as refused:
         prepare.check_expressions(sums(tmp_path, changes))
-    print(refused.value)
     place, named, _ = str(refused.value).splitlines()[0].split(": ", 2)
     file, line = place.rsplit(":", 1)
     assert file == str(tmp_path / "study.yaml")
@@ -141,14 +127,12 @@ IN_ROWS: list[tuple[str, str, str, bytes, str]] = [  # mistake, expression of in
 def test_a_mistake_in_rows_is_refused_with_its_place(
     tmp_path: Path, expression: str, name: str, content: bytes, place: str
 ) -> None:
-    sources = {name: {"url": URL}, "train.jsonl": None}
-    changes = {"data > sources": sources, f"{TRAIN} > from": name, VALID: None, "data > fields > input": expression}
-    changes[f"{TRAIN} > order"] = {"buckets": 2, "longest_first": "at | default(1)"}
+    sources, order = {name: {"url": URL}, "train.jsonl": None}, {"buckets": 2, "longest_first": "at | default(1)"}
+    changes = {"data > sources": sources, f"{TRAIN} > from": name, VALID: None, INPUT: expression, ORDER: order}
     of_study = sums(tmp_path, changes)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as refused:
         prepare.prepare([tmp_path / name], tmp_path / "out", of_study, "default")
-    print(refused.value)
     assert str(refused.value).startswith(f"{tmp_path / place}: ")
     assert not list(tmp_path.glob("out/[!.]*"))
 

@@ -1,4 +1,3 @@
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -58,8 +57,8 @@ def test_the_manifest_accounts_for_every_row(tmp_path: Path) -> None:
     assert split["read"] == split["rows"] + sum(split["dropped"].values())
     assert split["dropped"] == {"empty msg": 1, "empty patch": 1}
     assert split["duplicates_kept"] == 1
-    assert split["source_sha256"] == hashlib.sha256(raw.read_bytes()).hexdigest()
-    assert split["sha256"] == hashlib.sha256((tmp_path / "out" / "train.jsonl").read_bytes()).hexdigest()
+    assert split["source_sha256"] == files.sha256(raw)
+    assert split["sha256"] == files.sha256(tmp_path / "out" / "train.jsonl")
     assert split["is_the_study_file"] is False  # too few rows
     assert orjson.loads((tmp_path / "out" / "manifest.json").read_bytes()) == made
 
@@ -85,27 +84,18 @@ def test_test_rows_have_their_position_and_language(tmp_path: Path) -> None:
     assert [(r["idx"], r["lang"]) for r in read(tmp_path / "out" / "test.jsonl")] == [(0, "py"), (2, None)]
 
 
-def test_a_listed_subset_has_its_rows_in_the_lists_order(tmp_path: Path) -> None:
+def test_a_listed_subset_has_its_rows_in_the_lists_order_and_goes_with_its_file(tmp_path: Path) -> None:
     raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
     (tmp_path / "raw" / "positions.json").write_text('{"rows": [7, 3, 7, 19]}')
     of_study = small_study(raw, listed={"positions": "positions.json"})
     split = prepared([raw], tmp_path / "out", of_study)["splits"]["test"]
     file = tmp_path / "out" / "listed.jsonl"
     assert [r["output"] for r in read(file)] == ["7", "3", "7", "19"]
-    assert split["subsets"]["listed"]["rows"] == 4
-    assert split["subsets"]["listed"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def test_a_listed_subset_of_another_file_is_left_out_and_an_earlier_one_goes(tmp_path: Path) -> None:
-    raw = write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(20)))
-    (tmp_path / "raw" / "positions.json").write_text('{"rows": [7, 3]}')
-    of_study = small_study(raw, listed={"positions": "positions.json"})
-    prepared([raw], tmp_path / "out", of_study)
+    assert (split["subsets"]["listed"]["rows"], split["subsets"]["listed"]["sha256"]) == (4, files.sha256(file))
     write(tmp_path / "raw", "msg-test.jsonl", *(row(str(i)) for i in range(30)))
     split = prepared([raw], tmp_path / "out", of_study)["splits"]["test"]
-    assert split["subsets"] == {}
-    assert list(split["left_out"]) == ["listed"]
-    assert not (tmp_path / "out" / "listed.jsonl").exists()
+    assert (split["subsets"], list(split["left_out"])) == ({}, ["listed"])
+    assert not file.exists()
 
 
 def test_drawn_subsets_have_a_seed_and_are_left_out_where_rows_are_too_few(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,11 @@ def read(of_study: Study, split: str) -> list[dict[str, Any]]:
 
 
 def numbers(of_study: Study, split: str) -> list[int]:
-    return [int(row["output"]) - 1 for row in read(of_study, split)]
+    return answered(read(of_study, split), "output")
+
+
+def answered(rows: Iterable[dict[str, Any]], field: str = "answer") -> list[int]:
+    return [int(row[field]) - 1 for row in rows]
 
 
 def test_rows_drawn_out_of_a_split_are_not_in_it(tmp_path: Path) -> None:
@@ -79,22 +84,19 @@ def test_rows_are_shuffled_as_the_library_datasets_does_it(tmp_path: Path) -> No
     shuffled = Dataset.from_list(ROWS).shuffle(seed=0)
     rest = shuffled.skip(4)
     for split, theirs in (("valid", shuffled.take(4)), ("train", rest.shuffle(seed=1).take(9))):
-        assert numbers(of_study, split) == [int(answer) - 1 for answer in theirs["answer"]]
+        assert numbers(of_study, split) == answered(theirs)
     assert (splits["train"]["kept"], splits["train"]["moved"], splits["train"]["shuffle"]) == (20, {"valid": 4}, 1)
     prepared(of_study := sums(tmp_path, drawn | {"data > splits > train > shuffle": None}))
-    assert numbers(of_study, "train") == [int(answer) - 1 for answer in rest["answer"]]
+    assert numbers(of_study, "train") == answered(rest)
     prepared(of_study := sums(tmp_path, {"data > splits": {"valid": None, "train": {"shuffle": 2, "sample": 5}}}))
-    assert numbers(of_study, "train") == [
-        int(answer) - 1 for answer in Dataset.from_list(ROWS).shuffle(2)["answer"][:5]
-    ]
+    assert numbers(of_study, "train") == answered(Dataset.from_list(ROWS).shuffle(2).take(5))
 
 
 def test_runs_of_rows_can_be_sorted_by_length(tmp_path: Path) -> None:
     rows = [{"question": "q" * n, "answer": str(i + 1)} for i, n in enumerate([1, 3, 3, 2, 9, 1, 2, 4])]
     write_rows(tmp_path / "train.jsonl", rows)
     order = {"buckets": 3, "longest_first": "(question ~ output) | length"}
-    of_study = sums(tmp_path, {"data > splits > valid": None, "data > splits > train > order": order})
-    prepared(of_study)
+    prepared(of_study := sums(tmp_path, {"data > splits": {"valid": None, "train": {"order": order}}}))
     assert numbers(of_study, "train") == [1, 2, 0, 4, 3, 5, 7, 6]
 
 
@@ -125,27 +127,20 @@ def packed(name: str, rows: list[dict[str, Any]]) -> bytes:
 def test_rows_are_the_same_from_every_kind_of_file(tmp_path: Path, name: str) -> None:
     content = packed(name, ROWS)
     sources = {name: {"url": "https://example.org/a"}, "train.jsonl": None}
-    of_study = sums(
-        tmp_path, {"data > sources": sources, "data > splits > train > from": name, "data > splits > valid": None}
-    )
+    of_study = sums(tmp_path, {"data > sources": sources, "data > splits": {"train": {"from": name}, "valid": None}})
     (tmp_path / name).write_bytes(content)
-    split = prepare([tmp_path / name], tmp_path / "out", of_study, "default")["splits"]["train"]
+    assert prepared(of_study)["train"]["source_bytes"] == len(content)
     assert numbers(of_study, "train") == list(range(20))
-    assert split["source_bytes"] == len(content)
 
 
 def test_messages_and_fields_with_spaces_can_be_made_of_a_row(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [{"the question": "<a> & b", "answer": "c"}])
     expression = "[{'role': 'user', 'content': row['the question']}, {'role': 'assistant', 'content': answer}]"
-    row = {"input": expression, "output": "row | tojson"}
-    of_study = sums(tmp_path, {"data > fields": row, "data > splits > valid": None})
-    prepared(of_study)
-    assert read(of_study, "train") == [
-        {
-            "input": [{"role": "user", "content": "<a> & b"}, {"role": "assistant", "content": "c"}],
-            "output": '{"the question":"<a> & b","answer":"c"}',
-        }
-    ]
+    fields = {"input": expression, "output": "row | tojson"}
+    prepared(of_study := sums(tmp_path, {"data > fields": fields, "data > splits > valid": None}))
+    [row] = read(of_study, "train")
+    assert row["input"] == [{"role": "user", "content": "<a> & b"}, {"role": "assistant", "content": "c"}]
+    assert row["output"] == '{"the question":"<a> & b","answer":"c"}'
 
 
 @pytest.mark.long
@@ -154,9 +149,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     text = "".join(random.Random(0).choices("abc de", k=800))
     peaks = []
     for times in (1, 10):
-        rows = [{"question": f"{i}{text}", "answer": "b"} for i in range(3000)]
-        write_rows(tmp_path / "train.jsonl", rows)
-        (tmp_path / "train.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes() * times)
+        write_rows(tmp_path / "train.jsonl", [{"question": f"{i}{text}", "answer": "b"} for i in range(3000)] * times)
         of_study = sums(tmp_path, {"data > splits > valid": None})
         code = (
             "from pathlib import Path; from qlora_recipes.data import prepare, study;"

@@ -33,16 +33,11 @@ def test_the_committed_schema_is_that_of_the_declaration() -> None:
 def test_what_a_study_declares(tmp_path: Path) -> None:
     curve = tmp_path / "a.csv"
     curve.write_text("step,train_loss\n1,2.5\n")
-    score = {"value": 67.4, "spread": 1.0}
-    of_study = loaded(
-        tmp_path,
-        {
-            "metrics": {"accuracy": {"metric": "number", "label": "GSM8K"}, "perplexity": None},
-            "published": {RECIPE: {"scores": {"accuracy": score, "perplexity": 3}, "curve": "a.csv"}},
-            **{"columns": None, "variants": None, "tolerances": None, "baselines": None, "open_settings": None},
-            "decodings": {"greedy": {"max_new_tokens": 9}},
-        },
-    )
+    scores = {"accuracy": {"value": 67.4, "spread": 1.0}, "perplexity": 3}
+    changes: dict[str, Any] = dict.fromkeys(("columns", "variants", "tolerances", "baselines", "open_settings"))
+    changes["metrics"] = {"accuracy": {"metric": "number", "label": "GSM8K"}, "perplexity": None}
+    changes["published"] = {RECIPE: {"scores": scores, "curve": "a.csv"}}
+    of_study = loaded(tmp_path, changes | {"decodings": {"greedy": {"max_new_tokens": 9}}})
     assert (of_study.first.name, of_study.first.label) == ("accuracy", "GSM8K, %")
     assert list(of_study.table) == list(of_study.columns) == ["accuracy", "perplexity"]
     published = of_study.published[RECIPE].scores
@@ -54,15 +49,9 @@ def test_what_a_study_declares(tmp_path: Path) -> None:
 def test_what_authors_published_on_the_way_is_fetched_only_when_it_is_asked_for() -> None:
     first, loftq = study.find("haider2024"), study.find("loftq-gsm8k")
     assert first.fetched == ["Comment_Generation.zip"]
-    others = set(loftq.data.sources) - set(loftq.fetched)
-    assert others == {
-        "example_model_solutions.jsonl",
-        *(
-            f"{model}-4bit-64rank/gsm8k/{file}"
-            for model in ("Llama-2-7b-hf", "Meta-Llama-3-8B")
-            for file in ADAPTER_FILES
-        ),
-    }
+    adapters = [f"{model}-4bit-64rank/gsm8k" for model in ("Llama-2-7b-hf", "Meta-Llama-3-8B")]
+    published = {f"{adapter}/{file}" for adapter in adapters for file in ADAPTER_FILES}
+    assert set(loftq.data.sources) - set(loftq.fetched) == {"example_model_solutions.jsonl", *published}
     assert loftq.compared == loftq.baselines[:1]
 
 
