@@ -34,17 +34,11 @@ def test_who_holds_a_lock_is_asked_to_stop(tmp_path: Path) -> None:
         assert child.wait(10) == -15
 
 
-@pytest.mark.parametrize("does", [LOCKS, READS])
-def test_a_link_to_a_file_of_another_process_stops_nobody(tmp_path: Path, does: str) -> None:
-    (tmp_path / "theirs").touch()
-    (tmp_path / ".lock").symlink_to("theirs")
-    with process(does, tmp_path / "theirs") as child:
-        assert stop_holders([tmp_path / ".lock"]) == []
-        assert child.poll() is None
-
-
-def test_who_only_reads_a_lock_goes_on(tmp_path: Path) -> None:
-    (tmp_path / ".lock").touch()
-    with process(READS, tmp_path / ".lock") as child:
+@pytest.mark.parametrize(("does", "name"), [(LOCKS, "theirs"), (READS, "theirs"), (READS, ".lock")])
+def test_who_only_reads_a_lock_or_holds_the_file_that_it_links_to_goes_on(tmp_path: Path, does: str, name: str) -> None:
+    (tmp_path / name).touch()
+    if name == "theirs":
+        (tmp_path / ".lock").symlink_to("theirs")
+    with process(does, tmp_path / name) as child:
         assert stop_holders([tmp_path / ".lock"]) == []
         assert child.poll() is None

@@ -10,14 +10,12 @@ from qlora_recipes.backends.local import Local
 from qlora_recipes.base import machine
 from qlora_recipes.configs import gpus
 
-PARTS = [
-    {"name": f"NVIDIA A100-SXM4-40GB MIG {size}g", "uuid": f"MIG-{size}", "gib": 5 * size, "whole": 2}
-    for size in (1, 3)
-]
+A100 = "NVIDIA A100-SXM4-40GB"
+PARTS = [{"name": f"{A100} MIG {size}g", "uuid": f"MIG-{size}", "gib": 5 * size, "whole": 2} for size in (1, 3)]
 CARDS: list[dict[str, Any]] = [
     {"name": "Tesla T4", "uuid": "GPU-1a", "gib": 15, "cores": 2560, "capability": (7, 5)},
-    {"name": "NVIDIA A100-SXM4-40GB", "uuid": "GPU-1b", "gib": 40, "cores": 6912, "capability": (8, 0)},
-    {"name": "NVIDIA A100-SXM4-40GB", "uuid": "GPU-2c", "gib": 40, "cores": 6911, "capability": (8, 0), "parts": PARTS},
+    {"name": A100, "uuid": "GPU-1b", "gib": 40, "cores": 6912, "capability": (8, 0)},
+    {"name": A100, "uuid": "GPU-2c", "gib": 40, "cores": 6911, "capability": (8, 0), "parts": PARTS},
 ]
 
 
@@ -85,22 +83,21 @@ def test_gpus_are_those_that_cuda_shows(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-    found = machine.visible_gpus()
-    assert list(found) == list(memory)
-    assert {name: card["memory_gib"] for name, card in found.items()} == memory
+    found = [(name, card["memory_gib"]) for name, card in machine.visible_gpus().items()]
+    assert found == list(memory.items())
 
 
 def test_an_index_counts_in_cudas_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
-    assert [card["name"] for card in machine.visible_gpus().values()] == ["Tesla T4", "NVIDIA A100-SXM4-40GB"]
+    assert [card["name"] for card in machine.visible_gpus().values()] == ["Tesla T4", A100]
     assert len(machine.gpus()) == 3
 
 
 def test_checks_and_plans_are_for_the_first_that_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     here = gpus.here()
-    assert here and (here.name, here.capability, here.memory) == ("NVIDIA A100-SXM4-40GB", (8, 0), 40)
+    assert here and (here.name, here.capability, here.memory) == (A100, (8, 0), 40)
     assert Local(rehearsal=False, jobs=2).devices == ["1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
     part = gpus.here()

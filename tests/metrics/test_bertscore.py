@@ -86,24 +86,20 @@ def test_a_roberta_gets_the_space_before_the_first_word_that_the_published_score
         def encode(self, text: str, **more: object) -> list[int]:
             return tokenizer.encode(f" {text}", **more | {"max_length": 512})
 
+    scorer = ScorerModel(model=str(roberta), layer=2)
     weights = dict.fromkeys(range(400), 1.0) | {tokenizer.cls_token_id: 0.0, tokenizer.sep_token_id: 0.0}
     for wanted, given in PAIRS[:3]:
         sides = [get_bert_embedding([text], model.eval(), Spaced(), weights, device="cpu") for text in (wanted, given)]
         (ref, ref_mask, ref_idf), (hyp, hyp_mask, hyp_idf) = sides
         expected = greedy_cos_idf(ref, ref_mask, ref_idf, hyp, hyp_mask, hyp_idf)[2].item()
-        assert bertscore.f1([(wanted, given)], ScorerModel(model=str(roberta), layer=2))[0] == pytest.approx(
-            expected, abs=1e-5
-        )
-    assert bertscore.f1(PAIRS, ScorerModel(model=str(roberta), layer=2))[3] > 0  # longer than its positions
+        assert bertscore.f1([(wanted, given)], scorer)[0] == pytest.approx(expected, abs=1e-5)
+    assert bertscore.f1(PAIRS, scorer)[3] > 0  # longer than its positions
 
 
-@pytest.mark.parametrize("layer", [None, 9])
-def test_a_layer_that_is_not_there_is_told(layer: int | None) -> None:
-    with pytest.raises(UserError, match="6 layers"):
-        bertscore.f1(PAIRS, ScorerModel(model=str(substitution.scorer_folder()), layer=layer))
-
-
-def test_a_model_that_is_not_there_is_told() -> None:
+def test_a_missing_layer_or_model_is_reported() -> None:
+    for layer in (None, 9):
+        with pytest.raises(UserError, match="6 layers"):
+            bertscore.f1(PAIRS, ScorerModel(model=str(substitution.scorer_folder()), layer=layer))
     with pytest.raises(WorkFailed, match=r"roberta-large .*--bertscore none"):
         bertscore.f1(PAIRS, ScorerModel(model=DEFAULT))
 
@@ -123,13 +119,10 @@ def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta: Pat
 
 
 def test_a_folder_of_a_model_that_bert_score_knows_needs_no_layer(roberta: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "distilroberta-base"  # its best layer is 5, more than this one has
-    folder.symlink_to(roberta)
+    (folder := tmp_path / "distilroberta-base").symlink_to(roberta)  # its best layer is 5, more than this one has
     with pytest.raises(UserError, match="3 layers"):
         layer_of(ScorerModel(model=str(folder)))
-    small = tmp_path / "roberta-base"
-    small.symlink_to(roberta)
-    assert layer_of(ScorerModel(model=str(small), layer=3)) == 3
+    assert layer_of(ScorerModel(model=str(folder), layer=3)) == 3
 
 
 def test_the_judge_is_the_default_only_where_it_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,10 +132,9 @@ def test_the_judge_is_the_default_only_where_it_is_here(tmp_path: Path, monkeypa
     assert score.scorer_model("some/model", declared=declared) == declared
     assert score.scorer_model("another/model", declared=declared) == ScorerModel(model="another/model")
     folder = tmp_path / "models--roberta-large"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text("abc")
-    (folder / "snapshots" / "abc").mkdir(parents=True)
-    (folder / "snapshots" / "abc" / "config.json").write_text("{}")
+    for name, content in (("refs/main", "abc"), ("snapshots/abc/config.json", "{}")):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(content)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
     assert score.scorer_model(None) == ScorerModel(model="roberta-large")

@@ -14,46 +14,37 @@ def right(reference: str, prediction: str, **parameters: object) -> bool:
     return score == 100
 
 
-@pytest.mark.parametrize(
-    ("prediction", "found"),
-    [
-        ("3 + 4 = 7. The final answer is:  7", 7),
-        ("The final answer is: 1,234 of 9", 1234),
-        ("The final answer is: -2.50", -2.5),
-        ("The final answer is: 5. The final answer is: 6", 5),
-        ("The final answer is: so The final answer is: 6 of 9", 9),  # nothing up to the second marker
-        ("first 3, then 12 apples.", 12),  # no marker: the last of all
-        ("it was 8. The final answer is: none", 8),  # none behind the marker
-        ("The final answer is 3, of 4", 4),  # not the marker
-        ("no number at all", None),
-        ("", None),
-    ],
-)
-def test_as_loftq_finds_it(prediction: str, found: float | None) -> None:
-    assert number.number_of(prediction, number.NumberParameters()) == found
-    assert right("The final answer is:  7", prediction) == (found == 7)
+FOUND: list[tuple[str, str, float | None]] = [  # parser, prediction, the number in it
+    ("loftq", "3 + 4 = 7. The final answer is:  7", 7),
+    ("loftq", "The final answer is: 1,234 of 9", 1234),
+    ("loftq", "The final answer is: -2.50", -2.5),
+    ("loftq", "The final answer is: 5. The final answer is: 6", 5),
+    ("loftq", "The final answer is: so The final answer is: 6 of 9", 9),  # nothing up to the second marker
+    ("loftq", "first 3, then 12 apples.", 12),  # no marker: the last of all
+    ("loftq", "it was 8. The final answer is: none", 8),  # none behind the marker
+    ("loftq", "The final answer is 3, of 4", 4),  # not the marker
+    ("loftq", "no number at all", None),
+    ("loftq", "", None),
+    ("peft", "So it is 4. The answer is: 7", 7),
+    ("peft", "The answer is: 5\nThe answer is: 6.50!\nand 3", 6.5),  # the last of the marker, and its first line
+    ("peft", "#### 9 The answer is 7", 7),  # the marker that stands first in the list
+    ("peft", "The final answer is: $12.", 12),
+    ("peft", "#### 50%", 50),
+    ("peft", "The answer is: 3/4", 0.75),
+    ("peft", "The answer is: 3/0", None),
+    ("peft", "The answer is: 1/2/3", None),
+    ("peft", "The answer is: 1,234", None),  # a comma stays, and this is then no decimal
+    ("peft", "The answer is: seven", None),
+    ("peft", "The answer is: NaN", None),
+    ("peft", "it is 7", None),
+]
 
 
-@pytest.mark.parametrize(
-    ("prediction", "found"),
-    [
-        ("So it is 4. The answer is: 7", 7),
-        ("The answer is: 5\nThe answer is: 6.50!\nand 3", 6.5),  # the last of the marker, and its first line
-        ("#### 9 The answer is 7", 7),  # the marker that stands first in the list
-        ("The final answer is: $12.", 12),
-        ("#### 50%", 50),
-        ("The answer is: 3/4", 0.75),
-        ("The answer is: 3/0", None),
-        ("The answer is: 1/2/3", None),
-        ("The answer is: 1,234", None),  # a comma stays, and this is then no decimal
-        ("The answer is: seven", None),
-        ("The answer is: NaN", None),
-        ("it is 7", None),
-    ],
-)
-def test_as_peft_finds_it(prediction: str, found: float | None) -> None:
-    assert number.number_of(prediction, number.NumberParameters(parser="peft")) == found
-    assert right("so #### 7", prediction, parser="peft") == (found == 7)
+@pytest.mark.parametrize(("parser", "prediction", "found"), FOUND)
+def test_a_number_is_found_as_each_evaluation_finds_it(parser: str, prediction: str, found: float | None) -> None:
+    assert number.number_of(prediction, number.NumberParameters.model_validate({"parser": parser})) == found
+    reference = {"loftq": "The final answer is:  7", "peft": "so #### 7"}[parser]
+    assert right(reference, prediction, parser=parser) == (found == 7)
 
 
 def test_what_has_no_number_is_never_right_and_noted_with_an_example() -> None:
