@@ -148,17 +148,25 @@ def test_a_study_of_another_kind_goes_to_the_end(recipe: Recipe, tmp_path: Path)
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "name", ["loftq-gsm8k/llama-2-7b-loftq", "peft-metamathqa/lora-rank32-dora", "tinker-tulu3/llama-3.2-1b-lora"]
+    ("name", "evaluated", "rows"),
+    [
+        ("loftq-gsm8k/llama-2-7b-loftq", "done", 12),
+        ("peft-metamathqa/lora-rank32-dora", "done", 12),
+        ("tinker-tulu3/llama-3.2-1b-lora", None, None),  # a metric of the eval loss needs no predictions
+        ("qlora-guanaco/llama-7b", "done", 0),  # nor does a benchmark, whose rows are on a hub
+    ],
 )
-def test_the_studies_of_other_kinds_are_rehearsed(recipe: Recipe, tiny: Path, name: str) -> None:
+def test_the_studies_of_other_kinds_are_rehearsed(
+    recipe: Recipe, tiny: Path, name: str, evaluated: str | None, rows: int | None
+) -> None:
     of_study = study.find(name.partition("/")[0])
     words = (of_study.folder.name, "--rehearse", "--set", f"base_model={tiny}", "--only", name)
     done = recipe("reproduce", *words, "--json")
     assert done.returncode == 0, done.stderr
     reproduced = orjson.loads(done.stdout)
     (step,), (row,) = reproduced["steps"], reproduced["results"]
-    scored = ("done", 12) if of_study.generates else (None, None)  # a metric of the eval loss needs no predictions
-    assert (step["recipe"], step["run"], step["evaluate"], row["rows"]) == (name, "done", *scored)
-    assert row["recipe"] == name and 0 <= row[of_study.first.name] <= 100
+    assert (step["recipe"], step["run"], step["evaluate"], row["rows"]) == (name, "done", evaluated, rows)
+    score = row[of_study.first.name]
+    assert row["recipe"] == name and (score is None) == (rows == 0) and 0 <= (score or 0) <= 100
     again = orjson.loads(recipe("reproduce", *words, "--json").stdout)
     assert {again["steps"][0][key] for key in ("run", "evaluate")} == {"skipped"}

@@ -25,6 +25,7 @@ from ..base.files import json_rows
 from ..base.progress import Bar
 from ..base.yamlfiles import Config
 from ..configs import datafiles
+from ..configs.substitution import stands_in
 from ..runs.eval_loss import MASKED
 from .finding import Finding, Level
 from .installed import Tokens, as_trained, require_one_each, taught_ends, tokenize
@@ -214,7 +215,8 @@ class _Read:
         self.ends = taught_ends(tokenizer.cfg, tokenizer.tokenizer)
         self.rows = self.learnt = 0
         self.sizes: list[int] = []
-        self.learns_end = False
+        # the writer of an input_output row puts the end of the model's texts there, which the stand-in does not know
+        self.learns_end = self.dataset["type"] == "input_output" and stands_in(tokenizer.cfg)
         self.found: dict[tuple[str, str], list[str]] = defaultdict(list)
 
     def add(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> bool:

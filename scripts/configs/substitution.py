@@ -64,8 +64,9 @@ def substitutions(
         yield {"max_steps": None}, "as many steps as its few rows give"
     yield _few_steps(composed, ranks), "at most a tenth of the steps"
     steps = datafiles.training_steps(composed, ranks)
-    if steps and isinstance(every := composed.get("eval_steps"), int) and every > steps:
-        yield {"eval_steps": max(steps // 2, 1)}, "its few rows give fewer steps"
+    for key in ("eval_steps", "save_steps"):
+        if steps and isinstance(every := composed.get(key), int) and every > steps:
+            yield {key: max(steps // 2, 1)}, "its few rows give fewer steps"
 
 
 def _rows(composed: Config, sample: Config, given: Config) -> Iterator[tuple[Config, str]]:

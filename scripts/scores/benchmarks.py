@@ -11,6 +11,7 @@ import orjson
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
+from ..base.progress import say
 from ..configs import datafiles
 from ..metrics.benchmark import Benchmark, BenchmarkParameters
 from ..metrics.metric import Column
@@ -31,7 +32,9 @@ def require(columns: Mapping[str, Column]) -> None:
             _located(column)
 
 
-def measure(prompter: "Prompter", columns: Mapping[str, Column], limit: int | None = None) -> dict[str, Benchmark]:
+def measure(
+    prompter: "Prompter", columns: Mapping[str, Column], limit: int | None = None, rehearsal: bool = False
+) -> dict[str, Benchmark]:
     """Have the harness score the tasks of some columns.
 
     Answers are kept in the cache, by model and adapter, so that an interrupted measurement continues.
@@ -40,9 +43,10 @@ def measure(prompter: "Prompter", columns: Mapping[str, Column], limit: int | No
         prompter: the run's, with the settings that say which model and adapter.
         columns: those whose metric is a benchmark.
         limit: the most rows of each task.
+        rehearsal: whether a task is left out where its rows are not on this machine.
 
     Raises:
-        UserError: the harness has no such task, or the task no such result.
+        UserError: the harness has no such task, the task no such result, or its rows cannot be read.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -61,16 +65,23 @@ def measure(prompter: "Prompter", columns: Mapping[str, Column], limit: int | No
     for name, (task, manager) in tasks.items():
         parameters = columns[name].parameters
         assert isinstance(parameters, BenchmarkParameters)
-        done = simple_evaluate(
-            model=model,
-            tasks=[task],
-            task_manager=manager,
-            num_fewshot=parameters.shots,
-            limit=limit,
-            use_cache=str(paths.cache() / "benchmarks" / f"{digest}-{name}"),
-            apply_chat_template=any(entry.get("type") == "chat_template" for entry in entries),
-            log_samples=False,
-        )
+        try:
+            done = simple_evaluate(
+                model=model,
+                tasks=[task],
+                task_manager=manager,
+                num_fewshot=parameters.shots,
+                limit=limit,
+                use_cache=str(paths.cache() / "benchmarks" / f"{digest}-{name}"),
+                apply_chat_template=any(entry.get("type") == "chat_template" for entry in entries),
+                log_samples=False,
+            )
+        except OSError as error:  # of a hub, too
+            problem = f"{columns[name].label}: the rows of the task {task} cannot be loaded: {error}"
+            if not rehearsal:
+                raise UserError(problem) from None
+            say(f"{problem}; it is left out of the rehearsal")
+            continue
         found[name] = summarise(done, parameters).model_copy(update={"limit": limit})
     return found
 

@@ -49,8 +49,11 @@ def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
         and former.version == VERSION
         and same_models(judged, task.columns, former.scores)
         and all(column.same_scores(scored.get(name)) for name, column in task.columns.items() if name not in judged)
-        and {name for name, column in task.columns.items() if column.metric.of_model}
-        <= kept_benchmarks(task, former).keys()
+        and (
+            task.run.rehearsal  # which may have left some out
+            or {name for name, column in task.columns.items() if column.metric.of_model}
+            <= kept_benchmarks(task, former).keys()
+        )
         and former.settings.limit == task.settings.limit
         and former.settings.test_set == task.settings.test_set
     )
@@ -172,7 +175,8 @@ def _measured(
 
             if task.run.rehearsal:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-            found |= benchmarks.measure(Prompter(task.settings, task.cfg, tokenizer), missing, _limit(task))
+            prompter = Prompter(task.settings, task.cfg, tokenizer)
+            found |= benchmarks.measure(prompter, missing, _limit(task), task.run.rehearsal)
     return found
 
 

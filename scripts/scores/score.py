@@ -215,7 +215,7 @@ def score(
     """The scores of all rows together, and the rows with their own scores.
 
     Args:
-        rows: each with `reference` and `prediction`.
+        rows: each with `reference` and `prediction`; none where no metric is of predictions.
         columns: what to score them with.
         models: the scorer models of those that need one; by default the ones that they declare.
         loss: the eval loss of the run that made the predictions, for the metrics that are of that.
@@ -253,18 +253,23 @@ def score(
         if metric.notes:
             notes += [f"{name}: {note}" for note in metric.notes(pairs, parameters)]
     of_benchmarks = {name: each.interval for name, each in (measured or {}).items() if each.interval}
-    times = Counter(map(str.strip, predictions))
-    reference_words, prediction_words = (len(words("\n".join(texts))) for texts in (references, predictions))
+    shares: dict[str, Any] = {}
+    if rows:
+        times = Counter(map(str.strip, predictions))
+        reference_words, prediction_words = (len(words("\n".join(texts))) for texts in (references, predictions))
+        shares = {
+            "exact": sum(row["exact"] for row in scored) / len(rows),
+            "empty": times[""] / len(rows),
+            "repeated": sum(count for text, count in times.items() if text and count > 1) / len(rows),
+            "length_ratio": prediction_words / reference_words if reference_words else None,
+        }
     return {
         "rows": len(rows),
         **{name: sum(values) / len(rows) for name, values in means.items()},
         "intervals": intervals.each(means) | of_benchmarks,
         **others,
         **records,
-        "exact": sum(row["exact"] for row in scored) / len(rows),
-        "empty": times[""] / len(rows),
-        "repeated": sum(count for text, count in times.items() if text and count > 1) / len(rows),
-        "length_ratio": prediction_words / reference_words if reference_words else None,
+        **shares,
         "metrics": {name: column.entry for name, column in kept.items()},
         **({"notes": notes} if notes else {}),
     }, scored

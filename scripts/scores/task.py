@@ -89,7 +89,7 @@ class EvaluationTask:
         request: what was asked for.
         run: the run.
         cfg: its config.
-        rows: the rows, as many as are evaluated.
+        rows: the rows, as many as are evaluated: none where no metric is of predictions.
         settings: what their predictions depend on.
         columns: what they are scored with.
         where: the folder for predictions and scores.
@@ -121,7 +121,9 @@ class EvaluationTask:
         source = evaluation_rows.require_reference(folder, self.cfg, source)
         every = evaluation_rows.read(source, folder, self.run, self.cfg)
         limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
-        self.rows = replace(every, rows=every.rows[:limit], keys=every.keys[:limit])
+        predicts = any(column.metric.of_rows or column.metric.of_all for column in self.columns.values())
+        taken = limit if predicts else 0  # the loss is there, and a benchmark has rows of its own
+        self.rows = replace(every, rows=every.rows[:taken], keys=every.keys[:taken])
         evaluation_rows.require_answers(self.rows, self.cfg)
         decoding = _decoding(of_study, request.decoding)
         local = Path(self.run.cwd, str(self.cfg["base_model"]))

@@ -1,4 +1,4 @@
-"""The studies on GSM8K and Tulu 3 have the tokens and loss masks that their authors' code makes of the same rows."""
+"""The studies on GSM8K, Tulu 3 and OASST1 have the tokens and loss masks that their authors' code makes of the rows."""
 
 import json
 import random
@@ -92,6 +92,37 @@ def test_pefts_rows_have_the_authors_tokens_and_loss() -> None:
 
 
 WORDS = ("rain", " two  spaces ", "Größe", "日本", "🙂", "", "x\n\ny", "User:", "\ttab", "don't", "<b>", "3.14", "\n")
+
+
+CUT = 513  # tokens, where the recipes of QLoRA's study end a row
+
+
+def text_of(chance: random.Random) -> str:
+    """A dialogue, in some cases longer than that."""
+    return "### Human:" + "### Assistant:".join(
+        " ".join(chance.choices(WORDS, k=chance.choice((3, 400)))) for _ in "ab"
+    )
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bpe"])
+def test_qloras_rows_have_the_authors_tokens_and_loss(kind: str, sentencepiece: Path) -> None:
+    loaded = tokenizer_of(
+        "qlora-guanaco/llama-7b", sentencepiece if kind == "sentencepiece" else substitution.model_folder()
+    )
+    tokenizer = loaded.tokenizer
+    assert (loaded.cfg.sequence_len, loaded.cfg.excess_length_strategy) == (CUT, "truncate")
+    segments = study.find("qlora-guanaco").data.fields["segments"]
+    own = segments.replace("</s>", tokenizer.eos_token).replace("<s>", tokenizer.bos_token)
+    texts = [text_of(random.Random(seed)) for seed in range(200)]
+    maker = RowMaker({"segments": own}, {}, {}, "0")
+    made = loaded.tokenize("datasets.0", [maker.make({"text": text})[0] for text in texts])
+    assert 0 < sum(len(row.ids) > CUT for row in made) < len(made)
+    for text, row in zip(texts, made, strict=True):
+        limits: dict[str, Any] = {"truncation": True, "add_special_tokens": False}
+        source = tokenizer(tokenizer.bos_token, max_length=16, **limits).input_ids
+        target = tokenizer(text + tokenizer.eos_token, max_length=512, **limits).input_ids
+        assert row.ids[:CUT] == source + target
+        assert row.labels[:CUT] == [MASKED] * len(source) + target
 
 
 def chat(chance: random.Random) -> list[dict[str, str]]:

@@ -127,9 +127,10 @@ def test_a_rehearsal_lists_every_difference_and_keeps_the_rest(recipe: Recipe) -
             "datasets.0.split",
             *({"test_datasets.0.path", "test_datasets.0.split"} if "test_datasets.0.path" in own else ()),
             "sequence_len",
-            *(key for key in ("warmup_steps", "fp16", "eval_steps", "chunked_cross_entropy") if own.get(key)),
+            *(key for key in ("warmup_steps", "fp16", "tf32", "chunked_cross_entropy") if own.get(key)),
+            *(key for key in ("max_steps", "eval_steps", "save_steps") if own.get(key)),
         }
         assert ("bf16" in changed) == (composed.config["bf16"] and not own.get("bf16"))
         steps = 4 * composed.config["num_epochs"]
-        assert composed.config.get("warmup_steps") in (None, min(10, steps // 10))
+        assert composed.config.get("warmup_steps") in (None, min(own.get("warmup_steps") or 0, steps // 10))
         assert "max_steps" not in composed.config
