@@ -68,7 +68,7 @@ SWEEPS = ["latest", "ranks/haider2024/llama-2-7b", "ranks/haider2024/llama-2-7b/
         ("recipe run wide --profile zero3", ["zero3", "zero3-offload"]),
         ("recipe plan --gpu 40", ["4000-Ada", "4060", "4070", "4080", "4090"]),
         ("recipe reproduce ", [folder.name for folder in paths.studies()]),
-        ("recipe data fetch ", sorted({each.data.key for each in study.every()})),
+        ("recipe data fetch ", list(dict.fromkeys(each.data.key for each in study.every()))),
         ("recipe run wide --set lora_alpha", ["lora_alpha=", "lora_alpha_pattern="]),
     ],
 )
