@@ -95,9 +95,8 @@ def stored(values: np.ndarray, how: Format) -> np.ndarray:
 
 @pytest.mark.parametrize("block", [64, 256, pytest.param(4096, marks=pytest.mark.long)])
 def test_nf4(block: int) -> None:
-    values = weight()
-    expected = in_blocks(values, block, nf4_levels())
-    assert np.allclose(stored(values, Format("nf4", block)), expected, atol=1e-6)
+    expected = in_blocks(weight(), block, nf4_levels())
+    assert np.allclose(stored(weight(), Format("nf4", block)), expected, atol=1e-6)
 
 
 def test_fp4() -> None:
@@ -125,13 +124,7 @@ def test_int8() -> None:
     assert (np.abs(found - values) - np.abs(expected - values)).max() < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("how", "bits"),
-    [
-        (Format("nf4", 64, True), 4.127),
-        (Format("int8", 256), 8.125),
-    ],
-)
+@pytest.mark.parametrize(("how", "bits"), [(Format("nf4", 64, True), 4.127), (Format("int8", 256), 8.125)])
 def test_bits_count_the_constants(how: Format, bits: float) -> None:
     tensor = torch.randn(1024, 1024)
     assert analysis.stored(tensor, how)[1] / tensor.numel() == pytest.approx(bits, abs=1e-3)
@@ -166,7 +159,6 @@ def test_layers_are_spread_over_the_depth_by_the_names_of_their_family(tmp_path:
 
 
 def test_weights_that_are_none_are_refused(tmp_path: Path) -> None:
-
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"junk" * 10)
     with pytest.raises(UserError, match=r"model\.safetensors"):

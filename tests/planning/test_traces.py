@@ -27,21 +27,13 @@ def test_requests_are_rounded_and_a_segment_is_sized_by_them(sizes: list[int], a
     assert (allocator.allocated, allocator.reserved) == (allocated, reserved)
 
 
-def test_a_large_block_with_less_than_a_mebibyte_left_is_not_split() -> None:
-    allocator = Allocator(expandable=False)
-    allocator.release(allocator.allocate(12 * MIB))
-    allocator.allocate(11 * MIB + 512)
-    assert allocator.allocated == 12 * MIB
-
-
-def test_free_neighbours_become_one_block() -> None:
+def test_free_neighbours_become_one_block_of_which_less_than_a_mebibyte_is_not_split_off() -> None:
     allocator = Allocator(expandable=False)
     blocks = [allocator.allocate(5 * MIB) for _ in range(4)]
-    assert allocator.reserved == 20 * MIB
     for i in (0, 2, 1):
         allocator.release(blocks[i])
-    allocator.allocate(15 * MIB)
-    assert allocator.reserved == 20 * MIB
+    allocator.allocate(14 * MIB + 512)
+    assert (allocator.allocated, allocator.reserved) == (20 * MIB, 20 * MIB)
 
 
 def test_empty_cache_gives_back_what_holds_nothing() -> None:

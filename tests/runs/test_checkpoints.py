@@ -4,14 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from run_folders import a_checkpoint
+from run_folders import ADAPTER, a_checkpoint
 
 from qlora_recipes.base.files import read_json
 from qlora_recipes.runs import checkpoints
 from qlora_recipes.runs.plugin import RunCallback
-
-ADAPTER = "adapter_model.safetensors"
-
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "cut off": lambda content: content[:-100],

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from run_folders import a_run
+from run_folders import a_run, shell_for_axolotl
 
 from qlora_recipes.base.errors import WorkFailed
 from qlora_recipes.runs import launch
@@ -27,9 +27,7 @@ def folder(tmp_path: Path) -> RunDir:
 
 def fails(folder: RunDir, monkeypatch: pytest.MonkeyPatch, does: str) -> Exception:
     """The error of a run whose training is a shell's line."""
-    (axolotl := folder.path.parent / "axolotl").write_text(f"#!/bin/sh\n{does}\n")
-    axolotl.chmod(0o755)
-    monkeypatch.setattr(launch, "AXOLOTL", axolotl)
+    shell_for_axolotl(folder.path.parent, monkeypatch, does)
     with pytest.raises((WorkFailed, OSError)) as failed, folder.held() as lock:
         launch.train(folder, folder.read(), lock)
     return failed.value
@@ -54,32 +52,23 @@ def test_what_axolotl_refuses_is_named(folder: RunDir, tmp_path: Path, monkeypat
         (f"{STEPS}{FULL}{TORCHRUN}", "exit 1", "/data/x", WorkFailed),
         (f"{TRITON}{STEPS}KeyError: 1\n", "exit 1", None, WorkFailed),
         (f"{TRITON}{NO_MEMORY}", "exit 1", None, OutOfMemory),
-        (f"{TRITON}{STEPS}", "kill -9 $$", None, OutOfMemory),
-        (TRITON, "kill -15 $$", None, WorkFailed),
+        (f"{TRITON}{STEPS}", "kill -KILL $$", None, OutOfMemory),
+        (TRITON, "kill -TERM $$", None, WorkFailed),
+        (STEPS, "kill -SEGV $$", None, WorkFailed),
     ],
 )
-def test_a_full_disk_is_blamed_only_for_what_it_ended(
-    folder: RunDir,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    said: str,
-    end: str,
-    full: str | None,
-    kind: type[WorkFailed],
+def test_a_full_disk_is_blamed_only_for_what_it_ended_and_a_signal_is_named(
+    folder: RunDir, monkeypatch: pytest.MonkeyPatch, said: str, end: str, full: str | None, kind: type[WorkFailed]
 ) -> None:
-    (tmp_path / "said").write_text(said)
-    error = fails(folder, monkeypatch, f"cat '{tmp_path}/said'; {end}")
+    file = folder.path.parent / "said"
+    file.write_text(said)
+    error = fails(folder, monkeypatch, f"cat '{file}'; {end}")
     assert type(error) is kind
     problem = folder.read().launches[-1].problem
     assert (problem or "").endswith(full or "") and bool(problem) == bool(full)
-
-
-@pytest.mark.parametrize(("sent", "resumed"), [("KILL", True), ("SEGV", False)])
-def test_the_signal_that_ended_a_training_is_named(
-    folder: RunDir, monkeypatch: pytest.MonkeyPatch, sent: str, resumed: bool
-) -> None:
-    error = str(fails(folder, monkeypatch, f"kill -{sent} $$"))
-    assert f"(SIG{sent})" in error and ("recipe resume" in error) == resumed
+    if end.startswith("kill"):
+        sent = end.split()[1].removeprefix("-")
+        assert f"(SIG{sent})" in str(error) and ("recipe resume" in str(error)) == (sent != "SEGV")
 
 
 def test_a_run_whose_folder_is_deleted_while_it_trains_fails(folder: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import orjson
 import pytest
 import torch
 from conftest import recipe_config, train_runs
-from run_folders import a_run
+from run_folders import a_run, shell_for_axolotl
 from transformers import AutoTokenizer
 
 from qlora_recipes.base import yamlfiles
@@ -132,9 +132,7 @@ def test_a_training_without_a_step_had_no_batch(tmp_path: Path, step: int, ended
 
 def test_the_gpu_that_torch_trains_on_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = a_run(tmp_path / "runs", "haider2024/code-llama-7b", "one", 5.0, state="failed")
-    (axolotl := tmp_path / "axolotl").write_text("#!/bin/sh\nexit 1\n")
-    axolotl.chmod(0o755)
-    monkeypatch.setattr(launch, "AXOLOTL", axolotl)
+    shell_for_axolotl(tmp_path, monkeypatch, "exit 1")
     card = SimpleNamespace(name="NVIDIA A100-SXM4-40GB", total_memory=40 * plugin.GIB, major=8, minor=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pytest
 import torch
 from conftest import recipe_config
 from safetensors.torch import save_file
@@ -12,6 +13,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs import config
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.data import study
+from qlora_recipes.runs import launch
 from qlora_recipes.runs.records import Launch, Run, Summary
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings
@@ -47,6 +49,13 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
     folder.write(run)
     evaluated(folder, scores, run.rehearsal, **settings)
     return folder
+
+
+def shell_for_axolotl(folder: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
+    """Have a shell's line train in the place of Axolotl."""
+    (axolotl := folder / "axolotl").write_text(f"#!/bin/sh\n{does}\n")
+    axolotl.chmod(0o755)
+    monkeypatch.setattr(launch, "AXOLOTL", axolotl)
 
 
 def evaluated(folder: RunDir, scores: dict[str, Any], rehearsal: bool = False, **settings: Any) -> None:
