@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -223,39 +224,27 @@ def task(folder: Path, *words: str) -> slurm_module.ArrayTask:
     return slurm_module.ArrayTask(RunDir(folder), list(words))
 
 
-@pytest.fixture
-def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Has sbatch run some commands of a shell in its place."""
+def program(file: Path, script: str) -> None:
+    file.write_text(script)
+    file.chmod(0o755)
 
-    def runs(commands: str) -> None:
-        (tmp_path / "sbatch").write_text(f"#!/bin/sh\n{commands}\n")
-        (tmp_path / "sbatch").chmod(0o755)
 
+JOBS = ["printf '12\\n'", "printf '12;east\\n'", "printf 'Billing: 7 hours are left\\n12\\n'"]
+NO_JOBS = ["", "echo 12 jobs", "printf '12\\0'", "printf '\\377'", "exec sleep 60"]
+
+
+@pytest.mark.parametrize("commands", [*JOBS, *NO_JOBS])
+def test_the_id_of_a_job_is_in_the_last_line_of_sbatch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: str
+) -> None:
+    program(tmp_path / "sbatch", f"#!/bin/sh\n{commands}\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.chdir(tmp_path)
-    return runs
-
-
-@pytest.mark.parametrize("prints", ["12\\n", "12;east\\n", "Billing: 7 hours are left\\n12\\n"])
-def test_the_id_of_a_job_is_in_the_last_line_of_sbatch(
-    tmp_path: Path, sbatch: Callable[[str], None], prints: str
-) -> None:
-    sbatch(f"printf '{prints}'")
+    monkeypatch.setattr(slurm_site, "TIMEOUT", 60 if commands in JOBS else 0.2)
     (tmp_path / "a").mkdir()
-    assert batch(slurm_site.Site()).submit("run", [task(Path("a"))]) == "12"
-    assert [job.id for job in RunDir(tmp_path / "a").jobs()] == ["12_0"]
-
-
-@pytest.mark.parametrize("commands", ["", "echo 12 jobs", "printf '12\\0'", "printf '\\377'", "exec sleep 60"])
-def test_what_sbatch_says_otherwise_is_no_job(
-    tmp_path: Path, sbatch: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, commands: str
-) -> None:
-    monkeypatch.setattr(slurm_site, "TIMEOUT", 0.2)
-    sbatch(commands)
-    (tmp_path / "a").mkdir()
-    with pytest.raises(WorkFailed):
-        batch(slurm_site.Site()).submit("run", [task(Path("a"))])
-    assert RunDir(tmp_path / "a").jobs() == []
+    with nullcontext() if commands in JOBS else pytest.raises(WorkFailed):
+        assert batch(slurm_site.Site()).submit("run", [task(Path("a"))]) == "12"
+    assert [job.id for job in RunDir(tmp_path / "a").jobs()] == (["12_0"] if commands in JOBS else [])
 
 
 STUB = """#!/bin/bash
@@ -281,12 +270,8 @@ def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(
 ) -> None:
     """The script alone; the test before has SLURM send the signals."""
     (tmp_path / "a").mkdir()
-    for name, content in (
-        ("stub", STUB.replace("{progress}", progress)),
-        ("scontrol", '#!/bin/bash\necho "$@" >> asked'),
-    ):
-        (tmp_path / name).write_text(content)
-        (tmp_path / name).chmod(0o755)
+    program(tmp_path / "stub", STUB.replace("{progress}", progress))
+    program(tmp_path / "scontrol", '#!/bin/bash\necho "$@" >> asked')
     settings = slurm_site.Site(prefix=f"{tmp_path}/stub")
     monkeypatch.chdir(tmp_path)
     script = batch(settings).script("run", [task(Path("a"), "resume", "a b")], 1)
