@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> RunDir:
 
 def what_is_in(run: RunDir) -> set[str]:
     """The files of a run that a merge could leave."""
-    return {path.name for path in run.path.iterdir()} - {"merge.log"}
+    return {path.name for path in run.path.iterdir()} - {"merge.log", ".merge.lock"}
 
 
 def wait_until_half(run: RunDir, process: "subprocess.Popen[str]") -> None:
