@@ -155,8 +155,9 @@ def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
     yield Figure("loss", "Loss", [curve for curve in losses if curve["x"]], step, _axis("loss"), note)
     cpu = "Of the training process; 100 % is one processor."
     speed = "Padding, evaluation and saving are not counted."
+    rate = _axis("learning rate", exponentformat="e", rangemode="tozero")
     panels = [
-        ("rate", "Learning rate", "learning_rate", _axis("learning rate", exponentformat="e"), ""),
+        ("rate", "Learning rate", "learning_rate", rate, ""),  # from 0 on, as a constant one has no range of its own
         ("load", "GPU utilization", "gpu_utilization", _axis("%", range=[0, 105]), ""),
         ("load", "CPU load", "cpu_percent", _axis("%", rangemode="tozero"), cpu),
         ("norm", "Gradient norm", "grad_norm", _axis("L2 norm", rangemode="tozero"), ""),
