@@ -127,7 +127,7 @@ def ended(command: Callable[[], object]) -> int:
             raise
         return _refused(f"memory did not suffice, or its limit is too low{f': {error}' if str(error) else ''}", 1)
     except OSError as error:
-        if error.errno is None:  # transformers' words for what the hub lacks, or for a hub that was given up
+        if error.errno is None:  # transformers' error where the hub lacks a file or does not answer
             return _refused(str(error.__context__ if isinstance(error.__context__, WorkFailed) else error), 1)
         if error.filename is None and error.errno not in (*DISK_FULL, errno.EIO):
             raise  # not of a file that the user named

@@ -89,7 +89,7 @@ def next_step(*words: str | Path, runs: Path = RUNS, json: bool = False) -> None
     Args:
         words: its arguments.
         runs: the folder with the runs, which is added where it is not the usual one.
-        json: whether the verb prints JSON; nothing is said then, nor in a command that is a part of another.
+        json: whether the verb prints JSON, which silences it, as within another command.
     """
     if not json and PART not in os.environ:
         where = [] if runs == RUNS else ["--runs", runs]
@@ -103,7 +103,7 @@ def over(profiles: list[str] | None, sets: list[str] | None) -> list[str]:
 
 
 def name_of(folder: "RunDir", runs: Path) -> str:
-    """How a run is named beside --runs: by the end of its path, if it is there."""
+    """Name of a run beside --runs: the end of its path, if it is there."""
     return folder.path.name if folder.path.is_relative_to(runs) else str(folder.path)
 
 

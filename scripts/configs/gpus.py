@@ -93,7 +93,7 @@ def _capability(text: str) -> tuple[int, int]:
 
 
 def engine_of(config: Any) -> str:
-    """What divides a training among several GPUs: DDP, ZeRO-1, ZeRO-2, ZeRO-3 or FSDP."""
+    """Engine that divides a training among several GPUs: DDP, ZeRO-1, ZeRO-2, ZeRO-3 or FSDP."""
     engine = config.get("deepspeed")
     if isinstance(engine, str):
         if not Path(engine).is_file():
@@ -106,7 +106,7 @@ def engine_of(config: Any) -> str:
 
 
 def offloads(config: Any) -> bool:
-    """Whether an engine keeps weights or the optimizer's state in main memory."""
+    """True if an engine keeps weights or the optimizer's state in main memory."""
     deepspeed = config.get("deepspeed")
     if isinstance(deepspeed, str):
         deepspeed = read_json(Path(deepspeed)) or {"offload_param.device": "offload" in deepspeed}
