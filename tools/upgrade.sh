@@ -13,7 +13,7 @@ git worktree add --quiet --detach build/upgrade
 sed -i -E "s/(\"axolotl\[[a-z,]+\])[^\"]*\"/\1$pin\"/" build/upgrade/pyproject.toml
 make -C build/upgrade lock "AXOLOTL=$1"
 make -C build/upgrade setup
-(cd build/upgrade && .venv/bin/recipe render --schema)
+(cd build/upgrade && .venv/bin/python tools/schemas.py)
 .venv/bin/python tools/snapshot.py > build/before.txt &
 build/upgrade/.venv/bin/python build/upgrade/tools/snapshot.py > build/after.txt
 wait $!

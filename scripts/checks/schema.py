@@ -1,4 +1,4 @@
-"""The JSON Schema of Axolotl's configuration, which `installed` writes, applied without importing Axolotl."""
+"""The JSON Schema of Axolotl's configuration, which tools/schemas.py writes, applied without importing Axolotl."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -16,45 +16,6 @@ from ..configs.config import check_not_of_the_run, override
 from .finding import Finding
 
 FILE = RECIPES / "axolotl.schema.json"
-
-# Values that Axolotl takes and that cannot train: JSON Schema's bounds for a key. Axolotl 0.21 lets each of them pass.
-BOUNDS: dict[str, dict[str, float]] = {
-    "num_epochs": {"exclusiveMinimum": 0},
-    "max_steps": {"minimum": 1},
-    "micro_batch_size": {"minimum": 1},
-    "eval_batch_size": {"minimum": 1},
-    "batch_size": {"minimum": 1},
-    "gradient_accumulation_steps": {"minimum": 1},
-    "sequence_len": {"minimum": 2},
-    "warmup_steps": {"minimum": 0},
-    "warmup_ratio": {"minimum": 0, "exclusiveMaximum": 1},
-    "weight_decay": {"minimum": 0},
-    "learning_rate": {"exclusiveMinimum": 0, "maximum": 1},
-    "max_grad_norm": {"minimum": 0},
-    "val_set_size": {"minimum": 0},
-    "evals_per_epoch": {"minimum": 0},
-    "saves_per_epoch": {"minimum": 0},
-    "eval_steps": {"minimum": 0},
-    "save_steps": {"minimum": 0},
-    "save_total_limit": {"minimum": 1},
-    "logging_steps": {"minimum": 1},
-    "lora_r": {"minimum": 1},
-    "lora_alpha": {"exclusiveMinimum": 0},
-    "lora_dropout": {"minimum": 0, "exclusiveMaximum": 1},
-    "seed": {"minimum": 0, "maximum": 2**32 - 1},
-}
-
-# What Axolotl leaves undescribed of the keys that the recipes use.
-DESCRIPTIONS = {
-    "learning_rate": "The highest learning rate, which the warm-up ends at",
-    "lr_scheduler": "How the learning rate changes after the warm-up: one of transformers' schedules, one_cycle or rex",
-    "num_epochs": "How often the training goes through the data; part of an epoch is possible",
-    "lora_r": "The rank of LoRA's update matrices: more can learn more, and takes more memory",
-    "lora_alpha": "LoRA's update counts lora_alpha / lora_r times (lora_alpha / sqrt(lora_r) with peft_use_rslora)",
-    "lora_dropout": "The share of LoRA's inputs that is dropped in training, from 0 to 1",
-    "lora_target_modules": "The layers that LoRA adapts: names, each the end of a layer's path, or one regular "
-    "expression for whole paths. lora_target_linear: true takes all linear layers",
-}
 
 
 @cache

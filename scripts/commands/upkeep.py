@@ -6,7 +6,6 @@ import typer
 
 from .. import tables
 from ..base.errors import WorkFailed
-from ..base.files import write_atomically
 from ..base.paths import homes, shown
 from ..base.progress import say
 from . import completion
@@ -52,22 +51,10 @@ def render_verb(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; fail with a diff where a recipe has drifted.")
     ] = False,
-    write_schema: Annotated[
-        bool, typer.Option("--schema", help="Write the JSON Schemas of recipes and of study.yaml instead.")
-    ] = False,
 ) -> None:
     """Write the recipes from their templates."""
-    from ..checks import schema
     from ..writing import render
 
-    if write_schema:
-        from ..checks import installed
-        from ..data import study
-
-        for file, written in {schema.FILE: installed.generate_schema(), study.SCHEMA: study.generate_schema()}.items():
-            write_atomically(file, written)
-            print(file)
-        return
     drifts = ""
     for recipes, templates in homes():
         rendered = render.rendered(templates)

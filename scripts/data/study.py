@@ -1,6 +1,5 @@
 """A study: the paper behind a folder of recipes, its data, its metrics and its published scores."""
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from pathlib import Path
@@ -173,13 +172,6 @@ class Study(Strict):
             yield from undeclared(("variants", name, "of"), variant.of, self.published)
         for i, baseline in enumerate(self.baselines):
             yield from baseline.mistakes(("baselines", str(i)), metrics, self.data)
-
-
-def generate_schema() -> str:
-    """The JSON Schema of a study.yaml, for editors."""
-    schema = Study.model_json_schema()
-    schema["$defs"]["Score"] = {"anyOf": [{"type": "number"}, schema["$defs"]["Score"]]}
-    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
 def load(folder: Path) -> Study:

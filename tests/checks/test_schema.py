@@ -3,12 +3,14 @@ from conftest import recipe_config
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.checks import schema
+from qlora_recipes.data import study
 
 
-def test_the_committed_schema_is_that_of_the_installed_axolotl() -> None:
-    from qlora_recipes.checks import installed
+def test_the_committed_schemas_are_those_of_the_installed_axolotl_and_of_the_code() -> None:
+    import schemas
 
-    assert schema.FILE.read_text(encoding="utf-8") == installed.generate_schema()
+    assert schema.FILE.read_text(encoding="utf-8") == schemas.axolotl_schema()
+    assert study.SCHEMA.read_text(encoding="utf-8") == schemas.study_schema()
 
 
 BASE = recipe_config("haider2024/llama-2-7b")

@@ -26,10 +26,6 @@ def loaded(folder: Path, change: dict[str, Any]) -> Study:
     return study.load(folder)
 
 
-def test_the_committed_schema_is_that_of_the_declaration() -> None:
-    assert study.SCHEMA.read_text(encoding="utf-8") == study.generate_schema()
-
-
 def test_what_a_study_declares(tmp_path: Path) -> None:
     curve = tmp_path / "a.csv"
     curve.write_text("step,train_loss\n1,2.5\n")
