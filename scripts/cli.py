@@ -34,7 +34,7 @@ class _Verbs(Verbs):
     EXAMPLES = "First steps"
     ORDER = (
         *("list", "show", "diff", "new"),
-        *("data", "check", "plan", "analyze"),
+        *("data", "check", "plan"),
         *("run", "resume", "sweep", "reproduce", "cancel"),
         *("evaluate", "score", "results", "report", "publish"),
         *("doctor", "render", "study"),

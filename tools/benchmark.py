@@ -36,7 +36,7 @@ PLAN = """
 import time
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.configs import gpus
-from qlora_recipes.planning import layers, plan
+from qlora_recipes.planning import memory, plan
 imported = time.process_time()
 plan.plan(yamlfiles.read_yaml(paths.recipe_file("haider2024/code-llama-7b")), gpus.find("T4"))
 print(time.process_time() - imported, imported)

@@ -17,7 +17,7 @@ from typing import Any
 from qlora_recipes import tables
 from qlora_recipes.configs import gpus, models
 from qlora_recipes.planning import traces
-from qlora_recipes.planning.layers import trace
+from qlora_recipes.planning.memory import trace
 from qlora_recipes.planning.steps import Step
 
 FIGURES = Path(__file__).with_name("memory_figures.csv")

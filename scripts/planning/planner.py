@@ -131,7 +131,7 @@ class Planner:
         from ..base.hub import importing_axolotl
 
         with importing_axolotl():
-            from .layers import trace
+            from .memory import trace
 
             logging.disable(logging.CRITICAL)  # torch would print its own traceback
             try:

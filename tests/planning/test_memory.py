@@ -11,16 +11,16 @@ import orjson
 import pytest
 import torch
 from conftest import SHARED, SMALL, config_with, train_many
-from families import TINY
+from families import SHIPPED, TINY
 from memory_plugin import MEMORY, peak
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.yamlfiles import Config
 from qlora_recipes.configs import models
+from qlora_recipes.planning import memory, traces
 from qlora_recipes.planning import steps as steps_of
-from qlora_recipes.planning import traces
-from qlora_recipes.planning.layers import trace
+from qlora_recipes.planning.memory import trace
 from qlora_recipes.planning.steps import Step
 
 STEP = Step(model=json.dumps(SMALL), autocast="float16", rank=8, padded=True)
@@ -31,8 +31,17 @@ def usage(step: Step, shape: traces.Shape = (2, 128)) -> traces.Usage:
     return traces.usage(trace(step, shape))
 
 
-def trainable(step: Step) -> int:
-    return sum(count["trainable"] for count in trace(step, (1, 64)).parameters.values())
+def parameters(step: Step) -> dict[str, int]:
+    """Frozen and trainable parameters of a step's model."""
+    with memory._fake(step):
+        counts = memory._count(memory._build(step, memory.Recorder())).values()
+    return {kind: sum(count[kind] for count in counts) for kind in ("frozen", "trainable")}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_frozen_parameters_are_the_published_weights(name: str) -> None:
+    architecture, published = SHIPPED[name]
+    assert parameters(Step(model=json.dumps(architecture), targets="all-linear"))["frozen"] == published
 
 
 # thinking-machines-lab/tinker-cookbook@ece68c2a, hyperparam_utils.py; the first two share a matrix between both ends
@@ -43,7 +52,8 @@ def test_trainable_parameters_of_lora_on_the_head_are_the_published_ones(
     model: str, rank: int, of_each_rank: int
 ) -> None:
     architecture = json.dumps(models.architecture({"base_model": f"meta-llama/Llama-{model}"}))
-    assert trainable(Step(model=architecture, rank=rank, targets=(*ALL_LINEAR, "lm_head"))) == rank * of_each_rank
+    step = Step(model=architecture, rank=rank, targets=(*ALL_LINEAR, "lm_head"))
+    assert parameters(step)["trainable"] == rank * of_each_rank
 
 
 QUERIES_AND_VALUES = ("q_proj", "v_proj")
@@ -62,9 +72,9 @@ def of_pefts_comparison(change: dict[str, Any]) -> Step:
     return Step(model=model, axolotl=False, padded=True, capability=(8, 9), **kind, **change)
 
 
-@pytest.mark.parametrize(("change", "parameters", "reserved"), PEFTS_RUNS)
-def test_trainable_parameters_are_those_of_pefts_runs(change: dict[str, Any], parameters: int, reserved: int) -> None:
-    assert trainable(of_pefts_comparison(change)) == parameters
+@pytest.mark.parametrize(("change", "trained", "reserved"), PEFTS_RUNS)
+def test_trainable_parameters_are_those_of_pefts_runs(change: dict[str, Any], trained: int, reserved: int) -> None:
+    assert parameters(of_pefts_comparison(change))["trainable"] == trained
 
 
 @pytest.mark.long
@@ -89,9 +99,8 @@ def test_parameters_equal_those_of_every_known_model() -> None:
         architecture = {"model_type": "llama"} | {
             key: facts[key] for key in (*compare_memory._SIZES, "vocab_size", "head_dim", "tie_word_embeddings")
         }
-        counts = trace(Step(model=json.dumps(architecture), targets=ALL_LINEAR), (1, 64)).parameters
-        assert sum(count["frozen"] for count in counts.values()) == facts["param_count"], name
-        assert sum(count["trainable"] for count in counts.values()) == facts["lora_r32_all7_trainable"], name
+        counts = parameters(Step(model=json.dumps(architecture), targets=ALL_LINEAR))
+        assert counts == {"frozen": facts["param_count"], "trainable": facts["lora_r32_all7_trainable"]}, name
         checked += 1
     assert checked >= 5
 
