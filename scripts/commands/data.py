@@ -94,9 +94,6 @@ def prepare_verb(
         str | None,
         typer.Option(metavar="NAME", help="The study's format; by default its first."),
     ] = None,
-    valid_rows: Annotated[
-        int | None, typer.Option(min=0, help="Rows to draw for validation; 0 keeps all; by default as the study says.")
-    ] = None,
     study_name: Annotated[
         str | None,
         typer.Option(
@@ -117,7 +114,7 @@ def prepare_verb(
     form = next(iter(formats)) if input_format is None else meant(input_format, formats, "format", "", "--input-format")
     folder = out or Path(formats[form].folder)
     with Bar(f"preparing {folder}", 1):
-        made = prepare.prepare(raw or fetched(of_study.data), folder, of_study, form, valid_rows)
+        made = prepare.prepare(raw or fetched(of_study.data), folder, of_study, form)
     if json:
         tables.print_json(made)
         return

@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$")]
 FilePath = Annotated[str, StringConstraints(pattern=r"^([^/\\.][^/\\]*/)*[^/\\.][^/\\]*$")]
-RowsFile = Annotated[str, StringConstraints(pattern=r"\.(jsonl|json|csv)(\.gz)?$")]
+RowsFile = Annotated[str, StringConstraints(pattern=r"\.(jsonl|json|csv)$")]
 SplitName = Annotated[str, StringConstraints(pattern=r"^(train|valid|test)$")]
 
 

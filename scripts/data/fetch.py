@@ -1,4 +1,4 @@
-"""Fetches a data set's files from where they are published, verifies them, and puts them in place together.
+"""Fetches a data set's files from where they are published, verifies them, and puts them in place.
 
 An interrupted download is resumed.
 """
@@ -10,16 +10,14 @@ import time
 import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
 
 import orjson
 import requests
 
 from .. import __version__
 from ..base.errors import UserError, WorkFailed
-from ..base.files import DAMAGED_ZIP, naming, read_json, sha256, write_json
+from ..base.files import DAMAGED_ZIP, Row, naming, read_json, sha256, write_json
 from ..base.hub import limit_waiting
 from ..base.machine import now
 from ..base.processes import held
@@ -30,18 +28,18 @@ TIMEOUT = (15, 60)  # seconds: to connect, and without a byte
 PAUSES = (2, 5, 15, 30, 60)  # seconds before each further try
 CHUNK = 1 << 18  # bytes; at most this many are lost when a connection breaks
 RECORD = "fetched.json"
-FileRow = dict[str, Any]
 
 
 class Rejected(Exception):
     """A file's content is not what the study says."""
 
 
-def fetch(data: Data, out: Path, given: str | None = None, only: Collection[str] | None = None) -> list[FileRow]:
+def fetch(data: Data, out: Path, given: str | None = None, only: Collection[str] | None = None) -> list[Row]:
     """Put the data set's files into a folder, unless they are there, and record in fetched.json what they are.
 
     An interrupted download stays as <file>.part, from which the next call resumes; downloads from the hub stay in its
-    cache. A file that is not as the study says becomes <file>.rejected. No file is replaced before all are verified.
+    cache. A file that is not as the study says becomes <file>.rejected. No file of a source is replaced before all of
+    them are verified.
 
     Args:
         data: the study's data; its sources say where everything is.
@@ -64,16 +62,24 @@ def fetch(data: Data, out: Path, given: str | None = None, only: Collection[str]
     with held(out / ".fetch.lock", "another fetch is running"), naming(out):
         rows = _present(data, out, wanted)
         missing = [name for name in wanted if name not in rows]
-        if missing:
-            for left in out.glob(".fetching-*"):  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as staging:
-                fetching = _Fetching(data, out, Path(staging))
-                rows |= {name: fetching.source(name, places.get(name)) for name in missing}
-                fetching.finish(rows)
-        else:
+        if not missing:
             say(f"{out}: all files are there, as recorded in {RECORD}; nothing is fetched")
+        for left in out.glob(".fetching-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        for name in missing:
+            place, source = places.get(name), data.sources[name]
+            with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as staging:
+                rows[name] = _fetched(data, name, place, out, Path(staging))
+            origin = str(place.resolve()) if isinstance(place, Path) else public(place or source.url or str(source.hub))
+            record = {"from": origin, "revision": None if place else source.revision, "time": now()}
+            _record(out, {name: record}, [row for of_source in rows.values() for row in of_source])
         return [row for name in wanted for row in rows[name]]
+
+
+def _record(out: Path, source: Row, files: list[Row]) -> None:
+    former = read_json(out / RECORD).get("sources", {})
+    record = {"made_by": f"qlora-recipes {__version__}", "sources": former | source, "files": files}
+    write_json(out / RECORD, record)
 
 
 def _places(data: Data, given: str | None, wanted: list[str]) -> dict[str, str | Path]:
@@ -82,10 +88,10 @@ def _places(data: Data, given: str | None, wanted: list[str]) -> dict[str, str |
         return {}
     path = Path(given)
     if given and path.is_dir():
-        copies = {name: copy for name, source in data.sources.items() if (copy := _copy_in(path, name, source))}
+        copies: dict[str, str | Path] = {name: path / name for name in data.sources if (path / name).is_file()}
         if not copies:
             raise UserError(f"{given}: holds none of {', '.join(data.sources)}")
-        return dict(copies)
+        return copies
     is_address = re.match("https?://", given, re.IGNORECASE)
     if not is_address and not path.is_file():
         raise UserError(f"{public(given)}: no such file, nor an address that begins with http:// or https://")
@@ -98,15 +104,7 @@ def _places(data: Data, given: str | None, wanted: list[str]) -> dict[str, str |
     return {named[0]: given if is_address else path}
 
 
-def _copy_in(folder: Path, name: str, source: Source) -> Path | None:
-    """The copy of a source in a folder: the file of its name, or a copy of a hub's repository."""
-    repository = folder / str(source.hub).rpartition("/")[2]
-    if (folder / name).is_file():
-        return folder / name
-    return repository if source.hub and source.kind == "dataset" and repository.is_dir() else None
-
-
-def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[FileRow]]:
+def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[Row]]:
     """The rows of the sources whose files are all there, as fetched.json records and the study wants them; reports
     wanted files that are otherwise."""
     recorded = {was["file"]: was["sha256"] for was in read_json(out / RECORD).get("files", [])}
@@ -125,12 +123,12 @@ def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[FileRow
     return present
 
 
-def _row(name: str, file: Path, known: SourceFile) -> FileRow:
+def _row(name: str, file: Path, known: SourceFile) -> Row:
     verified = True if known.sha256 else None
     return {"file": name, "bytes": file.stat().st_size, "sha256": sha256(file), "verified": verified}
 
 
-def _verified(name: str, file: Path, known: SourceFile) -> FileRow:
+def _verified(name: str, file: Path, known: SourceFile) -> Row:
     """The row of a file.
 
     Raises:
@@ -143,106 +141,76 @@ def _verified(name: str, file: Path, known: SourceFile) -> FileRow:
     return row
 
 
-@dataclass
-class _Fetching:
-    """Files that are fetched together; they take their places at the end."""
+def _fetched(data: Data, name: str, given: str | Path | None, out: Path, staging: Path) -> list[Row]:
+    """Fetch and verify a source, and put its files in place; their rows."""
+    source, part = data.sources[name], out / f"{name}.part"
+    file = given if isinstance(given, Path) else part
+    try:
+        if isinstance(given, Path):
+            found = {name: given if source.files else Path(shutil.copyfile(given, staging / "copy"))}
+        elif url := given or source.url:
+            download(url, part)
+            found = {name: part}
+        else:
+            with _hub_errors(str(source.hub)):
+                found = {name: _from_hub(name, source, staging / "copy")}
+        if source.files:
+            found = _extracted(found[name], source, staging)
+        files = source.files or {name: source}
+        rows = [_verified(member, path, files[member]) for member, path in found.items()]
+    except (Rejected, RuntimeError, *DAMAGED_ZIP) as error:  # RuntimeError: encrypted, or packed by another method
+        aside = ""
+        if file == part and part.exists():
+            aside = f"; it is now {part.replace(part.with_suffix('.rejected'))}; the next fetch starts over"
+            _version_file(part).unlink()
+        raise UserError(f"{file}: {error}{aside}") from None
+    except (UserError, WorkFailed) as error:
+        raise type(error)(
+            f"{error}; or fetch it on another machine (page: {data.source}), copy it here, and run "
+            f"`recipe data fetch {data.key} --only {name} --from FILE`"
+        ) from None
+    for member, path in found.items():
+        (out / member).parent.mkdir(parents=True, exist_ok=True)
+        path.replace(out / member)
+    for left in (part, _version_file(part)):
+        left.unlink(missing_ok=True)
+    return rows
 
-    data: Data
-    out: Path
-    staging: Path
-    places: dict[str, Path] = field(default_factory=dict)  # verified files, by the name that they will have
-    record: dict[str, Any] = field(default_factory=dict)
 
-    def source(self, name: str, given: str | Path | None) -> list[FileRow]:
-        """Fetch and verify a source; the rows of its files."""
-        source = self.data.sources[name]
-        place = given or source.url or str(source.hub)
-        origin = str(place.resolve()) if isinstance(place, Path) else public(place)
-        self.record[name] = {"from": origin, "revision": None if given else source.revision, "time": now()}
-        file = part = self.out / f"{name}.part"
-        try:
-            if isinstance(given, Path) and given.is_file():
-                file = given
-            elif url := given if isinstance(given, str) else source.url:
-                download(url, part)
-            else:
-                with _hub_errors(str(source.hub)):
-                    file = self._from_hub(name, source, Path(given) if given else None)
-            if source.files:
-                return self._extracted(file, source.files, source.sha256)
-            self.places[name] = file if file == part else self._copied(name, file)
-            return [_verified(name, file, source)]
-        except (Rejected, RuntimeError, *DAMAGED_ZIP) as error:  # RuntimeError: encrypted, or packed by another method
-            aside = ""
-            if file == part and part.exists():
-                aside = f"; it is now {part.replace(part.with_suffix('.rejected'))}; the next fetch starts over"
-                _version_file(part).unlink()
-            raise UserError(f"{file}: {error}{aside}") from None
-        except (UserError, WorkFailed) as error:
-            raise type(error)(
-                f"{error}; or download {public(source.url or str(source.hub))} (page: {self.data.source}) on another "
-                f"machine, copy it here, and run `recipe data fetch {self.data.key} --only {name} --from FILE`"
-            ) from None
+def _from_hub(name: str, source: Source, file: Path) -> Path:
+    """Write a file of a hub's repository, or a split of a data set as JSON lines."""
+    if source.kind == "model":
+        from huggingface_hub import hf_hub_download
 
-    def _from_hub(self, name: str, source: Source, copy: Path | None) -> Path:
-        """A file of a hub's repository, in the hub's cache, or a split of a data set, or of a copy, as JSON lines."""
-        if source.kind == "model":
-            from huggingface_hub import hf_hub_download
+        return Path(
+            shutil.copyfile(hf_hub_download(str(source.hub), source.file or name, revision=source.revision), file)
+        )
+    import datasets
 
-            return Path(hf_hub_download(str(source.hub), source.file or name, revision=source.revision))
-        import datasets
+    datasets.disable_progress_bars()
+    rows = datasets.load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
+    if source.rows not in (None, len(rows)):
+        raise Rejected(f"{name} is not the study's: rows {source.rows} expected, {len(rows)} found")
+    with Bar(f"{name}, rows", len(rows)) as bar, file.open("wb") as stream:
+        for count, batch in enumerate(rows.iter(1000), start=1):
+            for values in zip(*batch.values(), strict=True):
+                stream.write(orjson.dumps(dict(zip(batch, values, strict=True)), default=str) + b"\n")
+            bar.update(min(count * 1000, len(rows)))
+    return file
 
-        datasets.disable_progress_bars()
-        where, revision = (str(copy), None) if copy else (source.hub, source.revision)
-        rows = datasets.load_dataset(where, source.config, split=source.split, revision=revision)
-        if source.rows not in (None, len(rows)):
-            raise Rejected(f"{name} is not the study's: rows {source.rows} expected, {len(rows)} found")
-        file = self._staged(name)
-        with Bar(f"{name}, rows", len(rows)) as bar, file.open("wb") as stream:
-            for count, batch in enumerate(rows.iter(1000), start=1):
-                for values in zip(*batch.values(), strict=True):
-                    stream.write(orjson.dumps(dict(zip(batch, values, strict=True)), default=str) + b"\n")
-                bar.update(min(count * 1000, len(rows)))
-        return file
 
-    def _staged(self, name: str) -> Path:
-        """The path of a file until it takes its place."""
-        file = self.staging / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return file
-
-    def _copied(self, name: str, file: Path) -> Path:
-        copy = self._staged(name)
-        if file != copy:
-            shutil.copyfile(file, copy)
-        return copy
-
-    def _extracted(self, file: Path, files: dict[str, SourceFile], checksum: str | None) -> list[FileRow]:
-        """The rows of the wanted files of a zip, which are extracted by their names alone."""
-        _verified(file.name, file, SourceFile(sha256=checksum))
-        with zipfile.ZipFile(file) as archive:
-            members = {name: [m for m in archive.infolist() if PurePath(m.filename).name == name] for name in files}
-            if wrong := [name for name, found in members.items() if len(found) != 1]:
-                raise Rejected(f"{', '.join(wrong)}: not in it, or twice")
-            for name, (member,) in members.items():
-                self.places[name] = self.staging / name
-                with archive.open(member) as stream, self.places[name].open("wb") as copy:
-                    shutil.copyfileobj(stream, copy)
-        return [_verified(name, self.places[name], known) for name, known in files.items()]
-
-    def finish(self, rows: dict[str, list[FileRow]]) -> None:
-        """Put all files in place, record them, and remove downloads that are not needed any more."""
-        for name, file in self.places.items():
-            (self.out / name).parent.mkdir(parents=True, exist_ok=True)
-            file.replace(self.out / name)
-        files = [row for of_source in rows.values() for row in of_source]
-        former = read_json(self.out / RECORD).get("sources", {})
-        record = {"made_by": f"qlora-recipes {__version__}", "sources": former | self.record, "files": files}
-        write_json(self.out / RECORD, record)
-        for name in self.record:
-            part = self.out / f"{name}.part"
-            part.unlink(missing_ok=True)
-            _version_file(part).unlink(missing_ok=True)
+def _extracted(file: Path, source: Source, staging: Path) -> dict[str, Path]:
+    """The wanted files of a zip, which are extracted by their names alone."""
+    _verified(file.name, file, SourceFile(sha256=source.sha256))
+    files = {name: staging / name for name in source.files or ()}
+    with zipfile.ZipFile(file) as archive:
+        members = {name: [m for m in archive.infolist() if PurePath(m.filename).name == name] for name in files}
+        if wrong := [name for name, found in members.items() if len(found) != 1]:
+            raise Rejected(f"{', '.join(wrong)}: not in it, or twice")
+        for name, (member,) in members.items():
+            with archive.open(member) as stream, files[name].open("wb") as copy:
+                shutil.copyfileobj(stream, copy)
+    return files
 
 
 def public(url: str) -> str:

@@ -19,7 +19,7 @@ from ..base.files import clear_parts, read_json, replacing, sha256
 from ..base.paths import shown
 from ..base.processes import LOOK, held
 from . import manifest
-from .declaration import SPLITS, Data, Mistake, Order, Subset
+from .declaration import SPLITS, Mistake, Order, Subset
 from .raw_rows import BadRow, Expression, RawFile, RowMaker, find
 from .study import Study, refusal
 
@@ -32,7 +32,6 @@ def prepare(
     out: Path,
     of_study: Study,
     input_format: str,
-    valid_rows: int | None = None,
     timeout: float = LOOK,
 ) -> dict[str, Any]:
     """Write train.jsonl, valid.jsonl and test.jsonl, those for which there are raw files, and a manifest.
@@ -46,7 +45,6 @@ def prepare(
         out: the folder to write to.
         of_study: the study.
         input_format: one of the study's.
-        valid_rows: the number of rows to sample for validation; 0 keeps all, None samples as many as the study.
         timeout: seconds to wait for another process that is preparing data in the same folder.
 
     Returns:
@@ -58,15 +56,13 @@ def prepare(
             or another process is preparing data in the folder.
     """
     check_expressions(of_study)
-    data = of_study.data if valid_rows is None else _with_valid_rows(of_study.data, valid_rows)
-    changed = of_study.model_copy(update={"data": data})
     for file in raw:
         if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
             raise UserError(f"{file}: would be overwritten; write to another folder with --out")
     files, is_new = find(raw, of_study.data.raw_files), not out.exists()
     try:
         with held(out / PREPARE_LOCK, "another preparation is running", timeout), ExitStack() as stack:
-            splits = _Preparation(changed, files, input_format, out, stack).splits()
+            splits = _Preparation(of_study, files, input_format, out, stack).splits()
             stack.close()  # puts the files in place
             return manifest.update(out, splits)
     except UserError:
@@ -85,19 +81,6 @@ def check_expressions(of_study: Study) -> None:
             mistakes.append((key, str(error)))
     if mistakes:
         raise refusal(Path(shown(of_study.folder / "study.yaml")), mistakes)
-
-
-def _with_valid_rows(data: Data, count: int) -> Data:
-    """The data with another number of rows for validation.
-
-    Raises:
-        UserError: the study has no such rows.
-    """
-    if not (valid := data.splits.get("valid")) or (valid.sample_from and not count):
-        source = f"rows sampled from {valid.sample_from}" if valid else f"only {', '.join(data.splits)}"
-        raise UserError(f"--valid-rows {count}: the study has {source}")
-    valid = valid.model_copy(update={"sample": count, "first": None})
-    return data.model_copy(update={"splits": data.splits | {"valid": valid}})
 
 
 @dataclass

@@ -4,11 +4,8 @@ Expressions are Jinja's, in a sandbox.
 """
 
 import csv
-import gzip
 import sys
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -153,7 +150,7 @@ class RowMaker:
 
 
 class RawFile:
-    """A raw file, plain or packed by gzip.
+    """A raw file.
 
     Attributes:
         read: the number of rows that were read.
@@ -172,21 +169,16 @@ class RawFile:
         """Its rows, as a stream; only an array of JSON is read whole.
 
         Raises:
-            UserError: a row is not a mapping, or the file is damaged.
+            UserError: a row is not a mapping, or the file is malformed.
         """
         self.read = self._line = 0
-        packed = self.path.suffix == ".gz"
-        parse = {".csv": self._csv_rows, ".json": self._array}.get(Path(self.path.name.removesuffix(".gz")).suffix)
-        try:
-            stream: Any
-            with self.path.open("rb", 1 << 18) as file, gzip.open(file) if packed else nullcontext(file) as stream:
-                for row in parse(stream) if parse else json_rows(self._lines(stream), self.path, ()):
-                    self.read += 1
-                    yield row
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{self.path}: damaged ({error}); fetch it again") from None
+        parse = {".csv": self._csv_rows, ".json": self._array}.get(self.path.suffix)
+        with self.path.open("rb", 1 << 18) as stream:
+            for row in parse(stream) if parse else json_rows(self._lines(stream), self.path, ()):
+                self.read += 1
+                yield row
 
-    def _lines(self, stream: Iterable[bytes]) -> Iterator[bytes]:
+    def _lines(self, stream: IO[bytes]) -> Iterator[bytes]:
         for self._line, line in enumerate(stream, start=1):
             yield line
 
@@ -195,16 +187,13 @@ class RawFile:
             rows = orjson.loads(stream.read())
         except orjson.JSONDecodeError as error:
             raise UserError(f"{self.path}:{error.lineno}: not JSON: {error.msg}") from None
-        if not isinstance(rows, list):
-            raise UserError(f"{self.path}: not a JSON array of rows; a file with a row a line ends in .jsonl")
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row, dict):
-                raise UserError(f"{self.path}: row {number}: a row is a mapping of fields to values")
-            yield row
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"{self.path}: not a JSON array of mappings; a file with a row a line ends in .jsonl")
+        yield from rows
 
     def _csv_rows(self, stream: IO[bytes]) -> Iterator[Row]:
         csv.field_size_limit(sys.maxsize)
-        reader = csv.DictReader(self._texts(stream), strict=True)
+        reader = csv.DictReader((line.decode("utf-8-sig") for line in self._lines(stream)), strict=True)
         try:
             names = reader.fieldnames or []
             if len(set(names)) < len(names) or "" in names:
@@ -213,15 +202,8 @@ class RawFile:
                 if None in row or None in row.values():
                     raise UserError(f"{self.where}: has not the {len(names)} fields that the first line names")
                 yield row
-        except csv.Error as error:
-            raise UserError(f"{self.where}: not CSV: {error}") from None
-
-    def _texts(self, stream: Iterable[bytes]) -> Iterator[str]:
-        for line in self._lines(stream):
-            try:
-                yield line.decode("utf-8-sig" if self._line == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise UserError(f"{self.where}: not text in UTF-8") from None
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{self.where}: not CSV in UTF-8: {error}") from None
 
 
 def within(given: Path, names: Collection[str]) -> dict[str, RawFile]:

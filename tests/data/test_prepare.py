@@ -1,4 +1,3 @@
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from qlora_recipes.base import files, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.processes import held
-from qlora_recipes.data import manifest, prepare, study
+from qlora_recipes.data import prepare, study
 from qlora_recipes.data.declaration import Data
 from qlora_recipes.data.raw_rows import tagged
 
@@ -35,10 +34,8 @@ def read(file: Path) -> list[dict[str, str]]:
     return [orjson.loads(line) for line in file.read_bytes().splitlines()]
 
 
-def prepared(
-    raw: list[Path], out: Path, of_study: study.Study = STUDY, input_format: str = "diff", **changes: Any
-) -> dict[str, Any]:
-    return prepare.prepare(raw, out, of_study, input_format, **changes)
+def prepared(raw: list[Path], out: Path, of_study: study.Study = STUDY, input_format: str = "diff") -> dict[str, Any]:
+    return prepare.prepare(raw, out, of_study, input_format)
 
 
 def test_the_tagged_form() -> None:
@@ -140,13 +137,3 @@ def test_a_second_preparation_in_a_folder_is_refused_and_parts_of_a_killed_one_g
         prepared([raw], tmp_path / "out")
     prepared([raw], tmp_path / "out")
     assert not list((tmp_path / "out").glob(".*.part"))
-
-
-def test_the_table_says_which_rows_are_not_there_and_why(tmp_path: Path) -> None:
-    write(tmp_path / "raw", "msg-valid.jsonl", *(row(str(i)) for i in range(5)), row(" "))
-    write(tmp_path / "raw", "other.jsonl", row("a"))
-    made = prepared([tmp_path / "raw"], tmp_path / "out", STUDY, valid_rows=3)
-    (valid,) = manifest.table(made)
-    assert (valid["file"], valid["rows"], valid["read"]) == ("valid.jsonl", 3, 6)
-    assert re.findall(r"\d+", str(valid["left out"])) == ["1", "2"] and "empty msg" in valid["left out"]
-    assert valid["raw file"]  # as it is not the study's

@@ -1,10 +1,8 @@
 """Sources of every kind: plain files, several at once, data sets and single files of a hub."""
 
-import gzip
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import orjson
 import pyarrow
@@ -43,13 +41,12 @@ def recorded(out: Path) -> dict[str, Any]:
 
 
 def test_a_plain_file_is_kept_as_it_is_and_verified(tmp_path: Path, server: Server) -> None:
-    server.content = content = gzip.compress(TRAIN)
-    rows = fetch(data_of({"train.jsonl.gz": plain(server.url, content)}), tmp_path)
-    assert (tmp_path / "train.jsonl.gz").read_bytes() == content
+    rows = fetch(data_of({"train.jsonl": plain(server.url)}), tmp_path)
+    assert (tmp_path / "train.jsonl").read_bytes() == TRAIN
     assert rows == [
-        {"file": "train.jsonl.gz", "bytes": len(content), "sha256": digest(content), "verified": True},
+        {"file": "train.jsonl", "bytes": len(TRAIN), "sha256": digest(TRAIN), "verified": True},
     ]
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".fetch.lock", "fetched.json", "train.jsonl.gz"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".fetch.lock", "fetched.json", "train.jsonl"]
 
 
 def several(url: str) -> Data:
@@ -63,16 +60,18 @@ def several(url: str) -> Data:
     )
 
 
-def test_several_sources_are_put_in_place_together(tmp_path: Path, server: Server) -> None:
+def test_a_source_that_is_rejected_leaves_those_before_it_in_place(tmp_path: Path, server: Server) -> None:
     server.files = {"rows.zip": packed({"train.jsonl": b"{}"}), "test.jsonl": b"tset"}
     with pytest.raises(UserError, match=r"more/test\.jsonl"):
         fetch(several(server.url), tmp_path)
-    assert not (tmp_path / "train.jsonl").exists()
+    assert {file.name for file in tmp_path.glob("*.jsonl")} == {"train.jsonl"} and not list(
+        tmp_path.glob("more/*.jsonl")
+    )
     server.files["test.jsonl"] = b"test"
     rows = fetch(several(server.url), tmp_path)
     assert [row["file"] for row in rows] == ["train.jsonl", "more/test.jsonl"]
     assert (tmp_path / "more" / "test.jsonl").read_bytes() == b"test"
-    assert len([path for path in server.paths if "rows.zip" in path]) == 1  # what was downloaded stayed
+    assert len([path for path in server.paths if "rows.zip" in path]) == 1  # it is there, as recorded
 
 
 def test_copies_are_taken_from_a_folder_and_what_is_not_there_from_its_place(tmp_path: Path, server: Server) -> None:
@@ -120,37 +119,32 @@ def copy_of_hub(folder: Path) -> Path:
     return repository
 
 
-def test_a_data_set_of_a_hub_becomes_json_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_data_set_of_a_hub_becomes_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
+
+    load, asked, repository = datasets.load_dataset, [], str(copy_of_hub(tmp_path))
+
+    def load_copy(name: str, config: str | None, split: str, revision: str) -> Any:
+        asked.append((name, config, split, revision))
+        return load(repository, config, split=split)
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    copy_of_hub(tmp_path)
-    [row] = fetch(of_hub(config="main"), tmp_path / "out", str(tmp_path))
+    monkeypatch.setattr(datasets, "load_dataset", load_copy)
+    [row] = fetch(of_hub(config="main"), tmp_path / "out")
+    assert asked == [("owner/Maths", "main", "train", COMMIT)]
     assert [orjson.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_bytes().splitlines()] == MATHS
+    assert recorded(tmp_path / "out")["train.jsonl"]["from"] == "owner/Maths"
     assert row["verified"] is None
-    [again] = fetch(of_hub(config="main", sha256=row["sha256"]), tmp_path / "out2", str(tmp_path))
+    [again] = fetch(of_hub(config="main", sha256=row["sha256"]), tmp_path / "out2", str(tmp_path / "out"))
     assert again == row | {"verified": True}
-    with pytest.raises(UserError, match=r"train\.jsonl .*rows 2500 .*3 "):
-        fetch(of_hub(config="other"), tmp_path / "out3", str(tmp_path))
-    with pytest.raises(UserError, match=r"owner/Maths: .*main"):
-        fetch(of_hub(), tmp_path / "out3", str(tmp_path))
-    with pytest.raises(UserError, match=r"owner/Maths: .*tset"):
-        fetch(of_hub(config="main", split="tset"), tmp_path / "out3", str(tmp_path))
+    for wrong, says in (
+        ({"config": "other"}, r"train\.jsonl .*rows 2500 .*3 "),
+        ({}, "owner/Maths: .*main"),
+        ({"config": "main", "split": "tset"}, "owner/Maths: .*tset"),
+    ):
+        with pytest.raises(UserError, match=says):
+            fetch(of_hub(**wrong), tmp_path / "out3")
     assert not list((tmp_path / "out3").glob("*.jsonl"))
-
-
-def test_a_data_set_comes_from_the_hub_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    rows = datasets.Dataset.from_list(MATHS)
-    asked = Mock(return_value=rows)
-    monkeypatch.setattr(datasets, "load_dataset", asked)
-    fetch(of_hub(config="main"), tmp_path)
-    asked.assert_called_once_with("owner/Maths", "main", split="train", revision=COMMIT)
-    assert [orjson.loads(line) for line in (tmp_path / "train.jsonl").read_bytes().splitlines()] == MATHS
-    assert recorded(tmp_path)["train.jsonl"]["from"] == "owner/Maths"
 
 
 def test_without_the_hub_the_way_by_hand_is_shown(tmp_path: Path) -> None:
