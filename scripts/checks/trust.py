@@ -68,7 +68,7 @@ def restore_stand_in(folder: RunDir, record: Run) -> None:
     """Convert a rehearsal's stand-in model again where it is gone from the cache.
 
     Raises:
-        UserError: it would be another model.
+        UserError: it is that of another version of its package.
     """
     if record.rehearsal and folder.config.is_file():
-        substitution.restore(Path(str(yamlfiles.read_yaml(folder.config).get("base_model"))), record.stand_in_sha256)
+        substitution.restore(Path(str(yamlfiles.read_yaml(folder.config).get("base_model"))))

@@ -11,11 +11,8 @@ bitsandbytes has no such switch and does not need one for QLoRA: its kernels for
 element, or each block, by itself. Its LAMB and LARS add up norms in no fixed order.
 """
 
-import os
 import re
-import sys
 from dataclasses import dataclass
-from typing import Any
 
 from ..base.yamlfiles import Config
 
@@ -105,43 +102,8 @@ def takes_varlen(config: Config, model: Config) -> bool:
 DETERMINISM = "full_determinism"
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 """What the process has to be started with."""
-_HELD: dict[str, tuple[object, ...]] = {
-    "torch deterministic algorithms": (True,),
-    "torch only warns where there is none": (False,),
-    "torch inductor deterministic": (True,),
-    "cudnn deterministic": (True,),
-    "cudnn benchmark": (False,),
-    "CUBLAS_WORKSPACE_CONFIG": (":16:8", ":4096:8"),  # the two that NVIDIA calls deterministic
-    "FLASH_ATTENTION_DETERMINISTIC": ("1",),
-    "order of sets is random": (False,),
-}
 
 
 def environment(config: Config) -> dict[str, str]:
     """The environment variables that the process of a config's training needs; none where it need not repeat."""
     return ENVIRONMENT if config.get(DETERMINISM) else {}
-
-
-def deterministic_settings() -> dict[str, Any]:
-    """The settings of this process, which trains, by name.
-
-    Raises:
-        RuntimeError: one of them is not as a repeatable training needs it.
-    """
-    import torch
-    from torch._inductor import config as inductor
-
-    found: dict[str, Any] = {
-        "torch deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "torch only warns where there is none": torch.is_deterministic_algorithms_warn_only_enabled(),
-        "torch inductor deterministic": inductor.deterministic,
-        "cudnn deterministic": torch.backends.cudnn.deterministic,
-        "cudnn benchmark": torch.backends.cudnn.benchmark,
-        "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
-        "FLASH_ATTENTION_DETERMINISTIC": os.environ.get("FLASH_ATTENTION_DETERMINISTIC"),
-        "order of sets is random": bool(sys.flags.hash_randomization),
-    }
-    for name, value in found.items():
-        if value not in _HELD[name]:
-            raise RuntimeError(f"asked for a training that repeats bit for bit, but {name}: {value}")
-    return found

@@ -2,14 +2,12 @@
 
 import re
 from collections.abc import Iterator
-from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 from ..base import paths
 from ..base.errors import UserError
-from ..base.files import sha256
 from ..base.hub import importing_axolotl
 from ..base.processes import make_once
 from ..base.progress import say
@@ -251,34 +249,16 @@ def model_folder() -> Path:
     return make_once(folder(), _convert)
 
 
-def digest() -> str:
-    """The SHA-256 of the stand-in model's weights, which are converted if need be."""
-    weights = model_folder() / "model.safetensors"
-    return _digest(weights, weights.stat().st_mtime_ns)
-
-
-@cache
-def _digest(weights: Path, _: int) -> str:
-    return sha256(weights)
-
-
-def restore(model: Path, recorded: str | None) -> None:
+def restore(model: Path) -> None:
     """Convert the stand-in model again where it is gone from the cache; other models are left as they are.
 
-    Args:
-        model: the base model of a rehearsal.
-        recorded: what `digest` was then.
-
     Raises:
-        UserError: another version of its package, or of what converts it, is installed, which makes another model.
+        UserError: it is the stand-in of another version of its package.
     """
-    if model.parent != paths.cache() or not model.name.startswith(NAME):
-        return
-    if model != folder():
-        if not model.is_dir():
-            raise UserError(f"{model}: is gone, and {folder().name} is another; rehearse anew")
-    elif recorded and digest() != recorded:
-        raise UserError(f"{model}: is not the model that was trained, but one that other packages made; rehearse anew")
+    if model == folder():
+        model_folder()
+    elif model.parent == paths.cache() and not model.is_dir():
+        raise UserError(f"{model}: is gone, and {folder().name} is another; rehearse anew")
 
 
 def _convert(target: Path) -> None:

@@ -63,7 +63,6 @@ def record_of(composed: Composed, request: Request) -> Run:
         composed: its checked config.
         request: what it was composed from.
     """
-    stands_in = composed.rehearsal and substitution.stands_in(composed.config)
     record = Run(
         recipe=composed.recipe,
         variant_of=composed.origin if composed.origin != composed.recipe else None,
@@ -83,7 +82,6 @@ def record_of(composed: Composed, request: Request) -> Run:
         of_variant=composed.of_variant,
         data=composed.data,
         test_data=datafiles.test_file(composed.config),
-        stand_in_sha256=substitution.digest() if stands_in else None,
         cwd=str(Path.cwd()),
         provenance=provenance.collect(),
     )

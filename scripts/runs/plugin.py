@@ -24,7 +24,7 @@ from ..base.files import append_line
 from ..base.hub import limit_waiting
 from ..base.machine import Card
 from ..base.processes import LOCK_TIMEOUT, end_with_parent, held
-from ..configs import models, numerics
+from ..configs import models
 from ..configs.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
 from . import checkpoints, eval_loss, ranks
 from .packed import PackedWeights
@@ -183,8 +183,6 @@ class RunCallback(TrainerCallback):
             begun = begun | {"engine": self.engine}
         if self.packed:
             self.packed.compare_in_first_pass()
-        if args.full_determinism:
-            begun = begun | {"deterministic": numerics.deterministic_settings()}
         self._append(state, begun | {"gpus": _gpus()})
         if not args.eval_on_start:
             _note_phase(args.output_dir, "training")

@@ -208,7 +208,6 @@ class Run(BaseModel):
     data: list[DataFile] = Field(default_factory=list)
     test_data: str | None = None
     test_rows: DataFile | None = None  # the file that it is evaluated on
-    stand_in_sha256: str | None = None  # of a rehearsal, see `substitution.digest`
     cwd: str
     created: Moment = Field(default_factory=now)
     launches: list[Launch] = Field(default_factory=list)

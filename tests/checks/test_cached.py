@@ -70,10 +70,6 @@ def test_a_rehearsal_whose_model_is_another_or_whose_rows_are_gone_is_refused(
     own_cache: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = rehearsal(recipe, tmp_path, monkeypatch)
-    weights = next(own_cache.glob(f"{substitution.NAME}*/model.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    done = recipe("evaluate", run.path)
-    assert (done.returncode, str(weights.parent) in done.stderr) == (2, True)
     model = forget_model(own_cache)
     (rows,) = own_cache.glob("sample-*")
     shutil.rmtree(rows)
