@@ -74,10 +74,7 @@ def results_verb(
     elif sweep_name:
         _show_sweep(sweep_name, best, runs, form)
     elif export:
-        from ..results import ledger
-        from ..runs.rundir import find_run
-
-        print(ledger.export(find_run(export, runs)))
+        _export(export, runs)
     elif of_ledger:
         from ..data import study
         from ..results import ledger
@@ -99,6 +96,30 @@ def results_verb(
         tables.print_json([])
     else:
         say(f"no runs below {runs}/; `recipe run NAME --rehearse` makes one")
+
+
+def _export(name: str, runs: Path) -> None:
+    """Write the record of a run, or of the predictions that were published with a study's scores.
+
+    Raises:
+        typer.Exit: with 1, where predictions cannot be scored; the records of the others are written.
+    """
+    from ..data import study
+    from ..results import ledger
+    from ..running import stages
+    from ..runs.rundir import find_run
+
+    of_study = next((each for each in study.every() if each.folder.name == name), None)
+    if of_study is None:
+        print(ledger.export(find_run(name, runs)))
+        return
+    rows, problems = stages.score_predictions(of_study, [], None)
+    for file in ledger.export_predictions(of_study, rows):
+        print(file)
+    for owner, problem in problems.items():
+        say(f"{owner}: {problem}")
+    if problems:
+        raise typer.Exit(1)
 
 
 def _show_sweep(name: str, best: str | None, runs: Path, form: tables.Form) -> None:

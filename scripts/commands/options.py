@@ -201,14 +201,16 @@ ExportedRun = Annotated[
     str | None,
     typer.Option(
         "--export",
-        metavar="RUN",
+        metavar="RUN|STUDY",
         autocompletion=completion.runs,
-        help="Write a record of a run, without folders, hosts or names, for its study's ledger into this folder.",
+        help="Write the record of a run, or of a study's published predictions, to hand in; see CONTRIBUTING.md.",
     ),
 ]
 OfLedger = Annotated[
     bool,
-    typer.Option("--ledger", help="The records of runs, planned memory beside measured. With --study: of that one."),
+    typer.Option(
+        "--ledger", help="The status of each published number, and the recorded runs. With --study: of that one."
+    ),
 ]
 
 DecodingName = Annotated[

@@ -1,17 +1,20 @@
-"""A study's ledger: records of finished runs in the folder results/ beside its recipes.
+"""A study's ledger: records in the folder results/ beside its recipes, and the status of its published numbers.
 
 No field of a record can hold a secret, a folder, or the name of a machine or user: fields are numbers, hashes, version
 numbers, dates, and names that the project defines. `recipe results --export` writes a record.
 """
 
 import hashlib
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal
+from statistics import fmean
+from typing import Annotated, Literal, Self
 
 import orjson
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
@@ -21,7 +24,12 @@ from ..data.study import Study
 from .gpus import catalogue
 
 FOLDER = "results"
-TITLE = "Measured by those who ran them"
+TITLES = {
+    "predictions": "scored from the authors' predictions",
+    "adapter": "evaluated from the authors' adapter",
+    "training": "retrained",
+}
+"""Statuses by the stage of a record, the furthest last."""
 
 
 def _known(names: Callable[[], Collection[str]]) -> AfterValidator:
@@ -54,51 +62,110 @@ class Score(_Strict):
 
 
 class Record(_Strict):
-    """The result of one run of a study's recipe.
+    """Fields of every record.
 
     Attributes:
-        made: the day of its evaluation, in UTC.
-        settings_sha256: of the recipe's settings, see `settings_sha256`.
-        config_sha256: of the config that ran and of its data, as in run.json.
-        profiles: the shipped profiles that were merged into the recipe.
+        made: the day of the scoring or of a failed training, in UTC.
+        of: the recipe or baseline of the study with the published scores.
         revision: the project's commit, with a + where files had been changed; None outside of a checkout.
-        gpu: its name in gpus.yaml, or as sm_86 for another GPU.
-        seconds: of the training steps, without evaluation and saving.
-        tokens_per_second: padding not counted, of all GPUs together.
-        peak_gib, planned_gib: measured and planned memory of one GPU.
-        eval_loss: in nats a token, at the end.
-        scores: by the study's names of metrics.
+        scores: by the study's names of metrics, on its test set for published scores.
+        invalidated: the commit that shows the record to be wrong, and the reason; the only change to a record.
     """
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     made: Annotated[date, Field(strict=False)]
-    recipe: Annotated[str, _known(paths.recipe_names)]
-    settings_sha256: Sha
-    config_sha256: Sha
-    adapter_sha256: Sha
-    profiles: list[Profile]
-    seed: int
+    of: str
     revision: str | None = Field(pattern=r"^[0-9a-f]{40}\+?$")
-    lock_sha256: Sha | None
-    packages: dict[Package, Version]
-    gpus: int = Field(ge=1)
-    gpu: Annotated[str, _known(lambda: [*catalogue(), *(gpu.sm for gpu in catalogue().values())])]
-    steps: int = Field(ge=1)
-    seconds: Positive
-    tokens_per_second: Positive | None
-    peak_gib: Positive | None
-    planned_gib: Positive | None
-    eval_loss: float | None = Field(ge=0)
     scores: dict[str, Score]
+    invalidated: str | None = Field(default=None, pattern=r"^by [0-9a-f]{7,40}, because( [A-Za-z]{1,20}[,.]?){1,40}$")
+
+    @property
+    def where(self) -> str:
+        """The hardware and seed of a run; empty where only predictions were scored."""
+        return ""
 
     def text(self) -> str:
         """The content of its file."""
         return f"{self.model_dump_json(indent=1)}\n"
 
     def file_name(self) -> str:
-        """The recipe, the GPU, and a hash of the content."""
-        name = f"{self.recipe.partition('/')[2]}-{self.gpu}".lower().replace(" ", "-")
-        return f"{name}-{hashlib.sha256(self.text().encode()).hexdigest()[:7]}.json"
+        """The recipe or baseline, the hardware, and a hash of the content but for `invalidated`."""
+        name = re.findall("[a-z0-9.]+", f"{self.of.partition('/')[2] or self.of} {self.where}".lower())
+        content = self.model_copy(update={"invalidated": None}).text()
+        return f"{'-'.join([*name, hashlib.sha256(content.encode()).hexdigest()[:12]])}.json"
+
+
+class PredictionsRecord(Record):
+    """Scores of published predictions; `texts_sha256` is of their JSON lines of reference and prediction."""
+
+    stage: Literal["predictions"] = "predictions"
+    rows: int = Field(ge=1)
+    texts_sha256: Sha
+
+
+class AdapterRecord(Record):
+    """An evaluation of a published adapter under its recipe.
+
+    Attributes:
+        settings_sha256: of the recipe's settings, see `settings_sha256`.
+        config_sha256: of the config that ran and of its data, as in run.json.
+        profiles: the shipped profiles that were merged into the recipe.
+        gpu: its name in gpus.yaml, or as sm_86 for another GPU.
+    """
+
+    stage: Literal["adapter"] = "adapter"
+    settings_sha256: Sha
+    config_sha256: Sha
+    adapter_sha256: Sha | None
+    profiles: list[Profile]
+    lock_sha256: Sha | None
+    packages: dict[Package, Version]
+    gpus: int = Field(ge=1)
+    gpu: Annotated[str, _known(lambda: [*catalogue(), *(gpu.sm for gpu in catalogue().values())])]
+
+    @property
+    def where(self) -> str:
+        """Its GPUs."""
+        return self.gpu if self.gpus == 1 else f"{self.gpus} x {self.gpu}"
+
+
+class TrainingRecord(AdapterRecord):
+    """A training run of a recipe and the evaluation of its adapter; without scores where it failed.
+
+    Attributes:
+        values: the settings of a published cell, which the recipe was run with.
+        seconds: of the training steps, without evaluation and saving.
+        tokens_per_second: padding not counted, of all GPUs together.
+        peak_gib, planned_gib: measured and planned memory of one GPU.
+        eval_loss: in nats a token, at the end.
+    """
+
+    stage: Literal["training"] = "training"  # type: ignore[assignment]  # the union below tells records by it
+    outcome: Literal["finished", "failed", "out of memory"]
+    values: dict[str, float] = Field(default={})
+    seed: int
+    steps: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    tokens_per_second: Positive | None
+    peak_gib: Positive | None
+    planned_gib: Positive | None
+    eval_loss: float | None = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _scored_if_finished(self) -> Self:
+        if (bool(self.scores) and self.adapter_sha256 is not None) != (self.outcome == "finished"):
+            raise ValueError("outcome: finished if, and only if, there are an adapter and scores")
+        return self
+
+    @property
+    def where(self) -> str:
+        """Its GPUs and seed."""
+        return f"{super().where}, seed {self.seed}"
+
+
+_RECORD: TypeAdapter[Record] = TypeAdapter(
+    Annotated[PredictionsRecord | AdapterRecord | TrainingRecord, Field(discriminator="stage")]
+)
 
 
 def settings_sha256(recipe: str) -> str:
@@ -111,22 +178,35 @@ def read(file: Path, of_study: Study) -> Record:
     """Read a record of a study's ledger.
 
     Raises:
-        UserError: it is malformed, or names a recipe or a metric that the study lacks.
+        UserError: it is malformed or was edited, or names what the study does not declare.
     """
     try:
-        record = Record.model_validate_json(file.read_bytes())
+        record = _RECORD.validate_json(file.read_bytes())
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()]
+        wrong = [": ".join([*map(str, found["loc"][1:]), found["msg"]]) for found in error.errors()]
     except OSError as error:
         wrong = [str(error.strerror)]
     else:
-        of_another = record.recipe not in {*of_study.published, *of_study.variants}
-        wrong = [f"recipe: {record.recipe} is not of the study {of_study.folder.name}"] if of_another else []
-        unknown = record.scores.keys() - of_study.columns.keys()
-        wrong += [f"scores: {', '.join(unknown)} is not a metric of the study"] if unknown else []
+        wrong = list(_undeclared(record, of_study))
+        if file.name != record.file_name():
+            wrong.append(f"was edited, or its name, which was {record.file_name()}; only `invalidated` may be added")
     if wrong:
         raise UserError("\n".join(f"{paths.shown(file)}: {problem}" for problem in wrong))
     return record
+
+
+def _undeclared(record: Record, of_study: Study) -> Iterator[str]:
+    """The names in a record that its study does not declare."""
+    recipes = [*of_study.published, *of_study.variants]
+    names = recipes if isinstance(record, AdapterRecord) else [*recipes, *(each.name for each in of_study.baselines)]
+    if record.of not in names:
+        yield f"of: {record.of} is not of the study {of_study.folder.name}"
+    elif unknown := record.scores.keys() - of_study.columns.keys():
+        yield f"scores: {', '.join(unknown)} is not a metric of the study"
+    elif isinstance(record, TrainingRecord) and record.values:
+        cell = of_study.cell(record.of, record.values)
+        if not cell or cell.values != record.values:
+            yield f"values: {record.values} is not a published cell of {record.of}"
 
 
 def records(of_study: Study, strict: bool = False) -> list[Record]:
@@ -148,14 +228,94 @@ def records(of_study: Study, strict: bool = False) -> list[Record]:
     return found
 
 
+@dataclass
+class Status:
+    """Status of a published number.
+
+    Attributes:
+        of: its recipe or baseline.
+        cell: the settings of a cell, as overrides.
+        published: the number.
+        status: the furthest stage with a valid record, and its GPU; failed trainings and invalidated records.
+        here: the score of that stage, of one record with its 95 % interval, else the mean.
+        command: reproduces it; None for a baseline without predictions.
+    """
+
+    of: str
+    cell: str
+    metric: str
+    published: str
+    status: str
+    here: str | None
+    command: str | None
+
+
+def statuses(of_study: Study, found: list[Record]) -> list[Status]:
+    """The status of each published number of a study."""
+    rows = []
+    for name, published in of_study.published.items():
+        own = yamlfiles.read_yaml(paths.recipe_file(name))
+        rows += [_status(of_study, found, name, {}, metric, str(score)) for metric, score in published.scores.items()]
+        for cell in (cell for cell in published.cells if not cell.values.items() <= own.items()):
+            for metric, scores in cell.scores.items():
+                rows.append(_status(of_study, found, name, cell.values, metric, ", ".join(map(str, scores))))
+    for baseline in of_study.baselines:
+        scored = baseline.scores.items()
+        rows += [_status(of_study, found, baseline.name, {}, metric, str(score)) for metric, score in scored]
+    return rows
+
+
+def _status(
+    of_study: Study, found: list[Record], of: str, values: yamlfiles.Config, metric: str, published: str
+) -> Status:
+    aims = {name: variant.of for name, variant in of_study.variants.items() if variant.reproduces}
+    own = [record for record in found if of in (record.of, aims.get(record.of))]
+    own = [record for record in own if getattr(record, "values", {}) == values]
+    valid = [record for record in own if not record.invalidated]
+    by_stage = {
+        stage: [record for record in valid if getattr(record, "stage", "") == stage and metric in record.scores]
+        for stage in TITLES
+    }
+    stage = next((stage for stage in reversed(TITLES) if by_stage[stage]), None)
+    best = by_stage[stage] if stage else []
+    notes = [f"{run.outcome} on {run.where}" for run in valid if isinstance(run, TrainingRecord) and not run.scores]
+    notes += [f"a record is invalidated {record.invalidated}" for record in own if record.invalidated]
+    reached, here = "not run", None
+    if stage:
+        reached = " on ".join([TITLES[stage], *filter(None, [" and ".join(record.where for record in best)])])
+        score = best[0].scores[metric]
+        here = f"{fmean(record.scores[metric].value for record in best):.4g}"
+        here += f" ({score.interval[0]:.4g} to {score.interval[1]:.4g})" if score.interval and len(best) == 1 else ""
+    cell = " ".join(f"--set {key}={value}" for key, value in values.items())
+    study, recipe = of_study.folder.name, of in of_study.published
+    command: str | None = None
+    if stage in ("predictions", "adapter"):
+        command = f"recipe reproduce {study} --from {stage}" + (f" --only {of}" if recipe else "")
+    elif cell:
+        command = f"recipe sweep {of} {cell}"
+    elif recipe:
+        command = f"recipe reproduce {study} --only {of}"
+    return Status(
+        of=of,
+        cell=cell,
+        metric=of_study.columns[metric].label,
+        published=published,
+        status="; ".join([reached, *notes]),
+        here=here,
+        command=command,
+    )
+
+
 def table(of_study: Study, some: list[Record]) -> list[Row]:
-    """A row for each record, in the order of the study's recipes."""
+    """A row for each run with a record, in the order of the study's recipes."""
     order = [*of_study.published, *of_study.variants]
     rows = []
-    for record in sorted(some, key=lambda record: order.index(record.recipe)):
-        aim = of_study.aimed_at(record.recipe)
+    runs = [record for record in some if isinstance(record, TrainingRecord)]
+    for record in sorted(runs, key=lambda record: order.index(record.of)):
+        aim = of_study.aimed_at(record.of)
         row: Row = {
-            "recipe": record.recipe,
+            "recipe": record.of,
+            "outcome": f"invalidated {record.invalidated}" if record.invalidated else record.outcome,
             "GPU": record.gpu if record.gpus == 1 else f"{record.gpus} x {record.gpu}",
             "profiles": ", ".join(record.profiles) or None,
             "seed": record.seed,
@@ -167,7 +327,7 @@ def table(of_study: Study, some: list[Record]) -> list[Row]:
                 f"{column.label}, 95 %": score and score.interval and list(score.interval),
                 f"{column.label}, published": published and str(published),
             }
-        changed = record.settings_sha256 != settings_sha256(record.recipe)
+        changed = record.settings_sha256 != settings_sha256(record.of)
         rows.append(
             row
             | {

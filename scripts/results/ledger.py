@@ -1,38 +1,45 @@
-"""Records for a study's ledger: `recipe results --export` makes one of a run, and `--ledger` shows them."""
+"""Records for a study's ledger: `recipe results --export` makes them, and `--ledger` shows them."""
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import get_args
 
+import orjson
 from pydantic import ValidationError
 
 from .. import backends, tables
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.files import write_atomically
+from ..base.files import Row, write_atomically
 from ..base.progress import say
 from ..configs import config, gpus, ledger
 from ..configs.gpus import ENGINE_KEYS
 from ..data import study
+from ..data.published import Baseline
 from ..data.study import Study
 from ..metrics.bertscore import ScorerModel
 from ..planning import planner
-from ..runs.records import Run
+from ..runs import launch, provenance
+from ..runs.records import Provenance, Run
 from ..runs.rundir import RunDir
-from ..scores import evaluations
+from ..scores import evaluations, published
 from ..scores.score import model_record
 from .run_rows import RunResult
 
 
 def export(folder: RunDir) -> Path:
-    """Write the record of a run, for a study's ledger, into the current folder.
+    """Write the record of a run, for its study's ledger, into the current folder.
 
     Raises:
-        UserError: the run is not a finished and evaluated one of a study's recipe, or does not say what it ran on.
+        UserError: the run is not one of a study's recipe that failed, or was finished and evaluated; or it does not
+            record what it ran on.
     """
-    run = backends.read(folder)
-    result = RunResult(folder, run)
+    result = RunResult(folder, backends.read(folder))
     if reason := _refused(result):
         raise UserError(f"{folder.path}: no record is made of it: {reason}")
     try:
@@ -42,11 +49,48 @@ def export(folder: RunDir) -> Path:
         raise UserError(
             f"{folder.path}: no record is made of it: the run does not record {wrong} as expected"
         ) from None
+    return _written(record, result.run.origin.partition("/")[0])
+
+
+def export_predictions(of_study: Study, rows: Sequence[Row]) -> list[Path]:
+    """Write the records of published predictions, for their study's ledger, into the current folder.
+
+    Args:
+        rows: their scores, as `stages.score_predictions` returns them; those of other test sets are left out.
+    """
+    files = []
+    owners = of_study.published | {baseline.name: baseline for baseline in of_study.baselines}
+    for name, of_owner in groupby(rows, key=lambda row: str(row["of"])):
+        owner = owners[name]
+        recipe, test_set = name, of_study.data.test_set
+        if isinstance(owner, Baseline):
+            recipe, test_set = next(iter(of_study.published)), owner.test_set
+        assert owner.predictions
+        read, _ = published.read(of_study, recipe, owner.predictions, owner.predictions.test_set or test_set)
+        pairs = b"".join(orjson.dumps([row["reference"], row["prediction"]]) + b"\n" for row in read)
+        scored = [row for row in of_owner if row["test_set"] == test_set]
+        record = ledger.PredictionsRecord.model_validate(
+            {
+                "made": datetime.now(UTC).date(),
+                "of": name,
+                "revision": _revision(provenance.collect()),
+                "scores": {row["metric"]: _score(row["score"], row["low"], row["high"]) for row in scored},
+                "rows": scored[0]["rows"],
+                "texts_sha256": hashlib.sha256(pairs).hexdigest(),
+            }
+        )
+        files.append(_written(record, of_study.folder.name))
+    return files
+
+
+def _score(value: float, low: float | None, high: float | None) -> ledger.Score:
+    return ledger.Score(value=value, interval=None if low is None or high is None else (low, high))
+
+
+def _written(record: ledger.Record, study_name: str) -> Path:
     file = Path(record.file_name())
     write_atomically(file, record.text())
-    say(
-        f"it belongs in recipes/{run.origin.partition('/')[0]}/{ledger.FOLDER}/; CONTRIBUTING.md says how to hand it in"
-    )
+    say(f"it belongs in recipes/{study_name}/{ledger.FOLDER}/; CONTRIBUTING.md says how to hand it in")
     return file
 
 
@@ -56,18 +100,36 @@ def _refused(result: RunResult) -> str | None:
     of_study = study.of(run.origin)
     if of_study is None or run.origin not in {*of_study.published, *of_study.variants}:
         return f"{run.origin} is not a recipe of a study"
-    if run.state != "finished" or run.rehearsal or run.published_adapter:
-        what = "a rehearsal" if run.rehearsal else run.published_adapter or run.state
-        return f"it is {what}, and a record needs a finished run with an adapter that was trained here"
-    of_adapter = own is not None and own.settings.adapter_sha256 is not None
-    if not of_adapter or not result.is_comparable(of_study.first):
+    if run.rehearsal or run.state not in ("finished", "failed"):
+        return f"it is {'a rehearsal' if run.rehearsal else run.state}, and a record needs a finished or failed run"
+    if run.state == "finished" and not (result.is_comparable(of_study.first) and _adapter(result)):
         rows = f"a current evaluation of its adapter on {of_study.test_title} as study.yaml says"
         return f"it needs the recipe's model and data, and {rows}; `recipe evaluate {result.folder.path}` does that"
     if own and not own.settings.stands_for(own.settings.model_copy(update={"engine": evaluations.REFERENCE})):
         return f"its predictions were {own.settings.note}"
-    if changed := [d.key for d in run.from_origin if not _allowed(d)] or run.axolotl_arguments:
+    if changed := [key for key in _changes(run) if key not in _cell_values(run, of_study)] or run.axolotl_arguments:
         return f"it differs from the recipe in {', '.join(changed)}"
     return None
+
+
+def _adapter(result: RunResult) -> str | None:
+    """The hash of the adapter that was scored."""
+    if result.evaluation:
+        return result.evaluation.settings.adapter_sha256
+    return result.run.adapter.sha256 if result.run.adapter else None
+
+
+def _changes(run: Run) -> yamlfiles.Config:
+    """The keys in which a run differs from its recipe other than by a shipped profile, and which affect the result."""
+    return {difference.key: difference.run for difference in run.from_origin if not _allowed(difference)}
+
+
+def _cell_values(run: Run, of_study: Study) -> yamlfiles.Config:
+    """The values of the published cell that a run with other settings than its recipe's is of, if it is of one."""
+    changes = _changes(run)
+    recipe = yamlfiles.read_yaml(paths.recipe_file(run.origin))
+    cell = of_study.cell(run.origin, recipe | changes) if changes else None
+    return cell.values if cell else {}
 
 
 def _allowed(difference: config.Difference) -> bool:
@@ -78,40 +140,56 @@ def _allowed(difference: config.Difference) -> bool:
     return of_profile or is_data or how in ("--mirror", "--gpus") or key == "seed" or bool(config.TRACKING.match(key))
 
 
+def _revision(made_with: Provenance) -> str | None:
+    git = made_with.get("git")
+    return f"{git['revision']}{'+' if git['dirty'] else ''}" if git else None
+
+
 def record_of_run(result: RunResult) -> ledger.Record:
-    """The record of a run and the evaluation of its adapter.
+    """The record of a run.
 
     Raises:
         ValidationError: the run lacks something, or records it in another form.
     """
     run, own, summary = result.run, result.evaluation, result.summary
-    assert own and result.study
-    cfg, git = yamlfiles.read_yaml(result.folder.config), run.provenance.get("git")
+    assert result.study
+    cfg = yamlfiles.read_yaml(result.folder.config)
     card = (run.provenance.get("gpus") or [{}])[0]
     gpu = gpus.named(str(card.get("name")))
     versions = run.provenance.get("packages", {})
-    used = {change.why.partition(" ")[2] for change in run.from_origin if change.why.startswith("profile ")}
-    return ledger.Record.model_validate(
-        {
-            "made": own.made[:10],
-            "recipe": run.origin,
-            "settings_sha256": ledger.settings_sha256(run.origin),
-            "config_sha256": run.digest,
-            "adapter_sha256": own.settings.adapter_sha256,
-            "profiles": sorted(used),
+    finished = run.state == "finished"
+    ended = own.made if own else run.launches[-1].ended if run.launches else None
+    content = {
+        "made": (ended or run.created)[:10],
+        "of": run.origin,
+        "settings_sha256": ledger.settings_sha256(run.origin),
+        "config_sha256": run.digest,
+        "adapter_sha256": _adapter(result) if finished else None,
+        "profiles": sorted(
+            {change.why.partition(" ")[2] for change in run.from_origin if change.why.startswith("profile ")}
+        ),
+        "revision": _revision(run.provenance),
+        "lock_sha256": run.provenance.get("lock_sha256"),
+        "packages": {name: versions[name] for name in get_args(ledger.Package) if versions.get(name)},
+        "gpus": run.ranks,
+        "gpu": gpu.name if gpu else f"sm_{card.get('compute_capability')}".replace(".", ""),
+        "scores": _scores(result, result.study) if finished else {},
+    }
+    if run.published_adapter:
+        return ledger.AdapterRecord.model_validate(content)
+    failed = "out of memory" if launch.ran_out_of_memory(result.folder.log) else "failed"
+    return ledger.TrainingRecord.model_validate(
+        content
+        | {
+            "outcome": "finished" if finished else failed,
+            "values": _cell_values(run, result.study),
             "seed": cfg.get("seed", config.AXOLOTL_SEED),
-            "revision": f"{git['revision']}{'+' if git['dirty'] else ''}" if git else None,
-            "lock_sha256": run.provenance.get("lock_sha256"),
-            "packages": {name: versions[name] for name in get_args(ledger.Package) if versions.get(name)},
-            "gpus": run.ranks,
-            "gpu": gpu.name if gpu else f"sm_{card.get('compute_capability')}".replace(".", ""),
             "steps": summary.step,
             "seconds": summary.train_seconds,
             "tokens_per_second": summary.tokens_per_second,
             "peak_gib": summary.peak_memory,
             "planned_gib": _planned(run, cfg, card.get("compute_capability")),
             "eval_loss": summary.eval_loss_per_token,
-            "scores": _scores(result, result.study, own),
         }
     )
 
@@ -124,28 +202,25 @@ def _planned(run: Run, cfg: yamlfiles.Config, capability: str | None) -> float |
     return None
 
 
-def _scores(result: RunResult, of_study: Study, own: evaluations.Evaluation) -> dict[str, ledger.Score]:
+def _scores(result: RunResult, of_study: Study) -> dict[str, ledger.Score]:
     """The scores by the study's metrics; one by another scorer model than the study's is left out."""
-    found = {}
+    found, own = {}, result.evaluation.scores if result.evaluation else {}
     for name, column in of_study.columns.items():
-        value, by = result.score(column), model_record(column, own.scores)
+        value, by = result.score(column), model_record(column, own)
         declared = column.parameters.model if isinstance(column.parameters, ScorerModel) else ""
         if value is not None and (by is None or by["model"] in (declared, declared.rpartition("/")[2])):
-            interval = (own.scores.get("intervals") or {}).get(name)
-            found[name] = ledger.Score(value=value, interval=interval and (interval[0], interval[1]))
+            interval = (own.get("intervals") or {}).get(name)
+            found[name] = _score(value, *(interval or (None, None)))
     return found
 
 
 def show(studies: Sequence[Study], form: tables.Form) -> None:
-    """Print the ledgers of studies in a form of `tables.Form`; as JSON the records themselves."""
+    """Print the status of the published numbers of studies, and their runs with a record; as JSON the records."""
     found = {of_study.folder.name: (of_study, ledger.records(of_study)) for of_study in studies}
-    by_study = {name: ledger.table(of_study, records) for name, (of_study, records) in found.items() if records}
     if form == "json":
         tables.write([record.model_dump(mode="json") for _, records in found.values() for record in records], form)
-    elif not by_study:
-        say("no record in any ledger here; `recipe results --export RUN` writes one, and CONTRIBUTING.md says more")
-    elif form == "csv":
-        tables.write([row for rows in by_study.values() for row in rows], form)
-    else:
-        for name, rows in by_study.items():
-            tables.write(rows, form, f"{ledger.TITLE}: {name}", spare=["Axolotl", "seed", "hours", "tokens/s"])
+        return
+    for name, (of_study, records) in found.items():
+        tables.write([asdict(status) for status in ledger.statuses(of_study, records)], form, f"Status: {name}")
+        if rows := ledger.table(of_study, records):
+            tables.write(rows, form, f"Runs: {name}", spare=["Axolotl", "seed", "hours", "tokens/s"])

@@ -250,6 +250,12 @@ def _no_room(folder: RunDir, log: Path, since: int) -> str | None:
     return f"no space left in {full}" if full else None
 
 
+def ran_out_of_memory(log: Path) -> bool:
+    """True if the log of a failed run reports that memory did not suffice."""
+    text, _ = _said(log, 0) if log.is_file() else ("", [])
+    return bool(_NO_GPU_MEMORY.search(text) or _RANK_KILLED.search(text))
+
+
 def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFailed:
     """What ended a launch that failed with an exit code, whose log begins at a byte of its file."""
     text, tail = _said(log, since)

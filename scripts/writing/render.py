@@ -72,12 +72,11 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
                 recipe = yamlfiles.parse(text, f"recipes/{name}.yaml")
                 by_study.setdefault(of_study.title, (of_study, []))[1].append(recipe | {"name": name})
     if (templates / f"{README}.j2").is_file():
-        measured = {
-            title: ledger.table(of_study, ledger.records(of_study, strict=True))
-            for title, (of_study, _) in by_study.items()
-        }
-        tables = {"studies": by_study.values(), "measured": measured}
-        recipes[README] = text_of(f"{README}.j2", **tables)
+        studies = []
+        for of_study, rows in by_study.values():
+            records = ledger.records(of_study, strict=True)
+            studies.append((of_study, rows, ledger.statuses(of_study, records), ledger.table(of_study, records)))
+        recipes[README] = text_of(f"{README}.j2", studies=studies)
     return recipes
 
 

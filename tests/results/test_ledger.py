@@ -13,7 +13,7 @@ from conftest import Recipe
 from pydantic import ValidationError
 from recorded_runs import HOST, RTX_4090, a_run, recorded
 
-from qlora_recipes.base import paths
+from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import ledger as ledgers
 from qlora_recipes.configs.ledger import Record
@@ -35,27 +35,72 @@ def exported(recipe: Recipe, run: str) -> tuple[Path, dict[str, Any]]:
     return file, orjson.loads(file.read_bytes())
 
 
+def status_of(name: str, metric: str = "accuracy, %") -> ledgers.Status:
+    of_study = small_study.read()
+    rows = ledgers.statuses(of_study, ledgers.records(of_study))
+    (row,) = [row for row in rows if f"{row.of} {row.cell}".strip() == name and row.metric == metric]
+    return row
+
+
 def test_a_record_is_exported_added_and_shown(recipe: Recipe) -> None:
     a_run("one", 67.0)
     file, content = exported(recipe, "latest")
-    assert re.fullmatch(r"plain-rtx-4090-[0-9a-f]{7}\.json", str(file))
+    assert re.fullmatch(r"plain-rtx-4090-seed-42-[0-9a-f]{12}\.json", str(file))
     assert exported(recipe, "one")[0] == file  # of the same run: no second record
-    assert content | {"recipe": PLAIN, "gpu": "RTX 4090", "gpus": 1, "seed": 42, "profiles": [], "steps": 4} == content
+    assert content | {"of": PLAIN, "gpu": "RTX 4090", "gpus": 1, "seed": 42, "profiles": [], "steps": 4} == content
     assert content["scores"]["accuracy"] == {"value": 67.0, "interval": [66.5, 67.5]}
     assert content["scores"].keys() == {"accuracy", "perplexity", "chrf"}
-    assert recipe("results", "--ledger").stdout == ""
+    assert orjson.loads(recipe("results", "--ledger", "--json").stdout)[-1:] != [content]
     RESULTS.mkdir()
     file.rename(RESULTS / file.name)
     recorded(a_run("two", 70.0, recipe=WIDE), planned_gib=18.5)
-    columns, _, *rows = recipe("results", "--ledger", "--md").stdout.strip().splitlines()[2:]
-    cells = [dict(zip(columns.split(" | "), row.split(" | "), strict=True)) for row in rows]
-    assert [(row["accuracy, %"], row["accuracy, %, published"]) for row in cells] == [
-        ("67.00", "67.4 ± 1"), ("70.00", "70"),
-    ]  # fmt: skip
-    assert (cells[1]["peak GiB"], cells[1]["planned GiB"]) == ("19.50", "18.50")
-    assert [row["recipe"] for row in orjson.loads(recipe("results", "--ledger", "--json").stdout)] == [PLAIN, WIDE]
-    assert len(recipe("results", "--ledger", "--csv").stdout.splitlines()) == 3
-    assert orjson.loads(recipe("results", "--ledger", "--study", "haider2024", "--json").stdout) == []
+    of_study = small_study.read()
+    rows = ledgers.table(of_study, ledgers.records(of_study))
+    assert [(row["accuracy, %"], row["accuracy, %, published"]) for row in rows] == [(67.0, "67.4 ± 1"), (70.0, "70")]
+    assert (rows[1]["peak GiB"], rows[1]["planned GiB"]) == (19.5, 18.5)
+    shown = recipe("results", "--ledger", "--study", "sums2030", "--md").stdout
+    assert "| 67 (66.5 to 67.5) |" in shown and "| 18.50 |" in shown
+
+
+def test_the_status_of_a_published_number_is_the_furthest_stage_with_a_valid_record() -> None:
+    assert (status_of(PLAIN).status, status_of(PLAIN).here) == ("not run", None)
+    assert status_of(PLAIN).command == f"recipe reproduce sums2030 --only {PLAIN}"
+    recorded(a_run("evaluated", 66.0, published_adapter="authors"))
+    assert status_of(PLAIN).status == "evaluated from the authors' adapter on RTX 4090"
+    assert status_of(PLAIN).command == f"recipe reproduce sums2030 --from adapter --only {PLAIN}"
+    failed = recorded(a_run("failed", state="failed"))
+    assert "out of memory" not in status_of(PLAIN).status and "; failed on RTX 4090" in status_of(PLAIN).status
+    first, _ = recorded(a_run("one", 67.0)), recorded(a_run("two", 68.0), seed=43)
+    assert status_of(PLAIN).status.startswith("retrained on RTX 4090, seed 42 and RTX 4090, seed 43; failed on")
+    assert (status_of(PLAIN).published, status_of(PLAIN).here) == ("67.4 ± 1", "67.5")
+    assert status_of(WIDE).status == "not run"
+    for file in (failed, first):
+        file.write_bytes(orjson.dumps(orjson.loads(file.read_bytes()) | {"invalidated": "by abcdef1, because wrong"}))
+    assert status_of(PLAIN).here == "68 (67.5 to 68.5)"
+    assert "a record is invalidated by abcdef1, because wrong" in status_of(PLAIN).status
+    assert len(ledgers.records(small_study.read(), strict=True)) == 4
+
+
+def test_a_run_that_ran_out_of_memory_is_recorded(recipe: Recipe) -> None:
+    made = a_run("one", state="failed")
+    made.log.write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB\n")
+    _, content = exported(recipe, "one")
+    assert (content["outcome"], content["scores"], content["adapter_sha256"]) == ("out of memory", {}, None)
+    recorded(made)
+    assert status_of(PLAIN).status == "not run; out of memory on RTX 4090, seed 42"
+
+
+def test_a_cell_has_a_status_of_its_own() -> None:
+    cells = [{"values": {"lora_r": r}, "scores": {"accuracy": [60 + r]}} for r in (4, 8)]
+    published = yamlfiles.read_yaml(Path("recipes", "sums2030", "study.yaml"))["published"]
+    published[PLAIN]["cells"] = cells
+    small_study.write(Path(), published=published)
+    recorded(a_run("one", 64.5, set={"lora_r": 4}))
+    assert status_of(f"{PLAIN} --set lora_r=4").status.startswith("retrained")
+    untouched = status_of(f"{PLAIN} --set lora_r=8")
+    assert (untouched.status, untouched.published) == ("not run", "68.0")
+    assert untouched.command == f"recipe sweep {PLAIN} --set lora_r=8"
+    assert status_of(PLAIN).status == "not run"
 
 
 def test_a_record_names_no_folder_host_or_user(recipe: Recipe, tmp_path: Path) -> None:
@@ -80,8 +125,12 @@ def test_a_record_names_no_folder_host_or_user(recipe: Recipe, tmp_path: Path) -
         {"gpu": "gpu7.example.com"},
         {"gpu": "hf_abcdefghijklmnopqrstuvwx12"},
         {"host": "box"},
-        {"recipe": "sums2030/plane"},
-        {"recipe": "haider2024/llama-2-7b"},
+        {"of": "sums2030/plane"},
+        {"of": "haider2024/llama-2-7b"},
+        {"values": {"lora_r": 8}},
+        {"outcome": "failed"},
+        {"stage": "guess"},
+        {"invalidated": "by abcdef1, because hf_abcdefghijklmnopqrstuvwx12"},
         {"profiles": ["/home/me/mine.yaml"]},
         {"packages": {"torch": "2+0123456789abcdef0123456789abcdef01234567"}},
         {"packages": {"hf_abcdefghijklmnopqrstuvwx12": "1.0"}},
@@ -92,25 +141,33 @@ def test_a_record_names_no_folder_host_or_user(recipe: Recipe, tmp_path: Path) -
         {"made": "yesterday"},
         {"seconds": -1},
         {"seconds": "600"},
-        {"version": 1},
+        {"version": 2},
     ],
 )
 def test_a_field_takes_only_what_it_is_for(recipe: Recipe, change: dict[str, Any]) -> None:
     recorded(a_run("good", 67.0))
-    recorded(a_run("edited", 68.0), **change)
+    recorded(a_run("edited", 68.0), **change).rename(RESULTS / "edited.json")
     done = recipe("results", "--ledger", "--json")
     assert [row["scores"]["accuracy"]["value"] for row in orjson.loads(done.stdout)] == [67.0]
-    (line,) = [line for line in done.stderr.splitlines() if "results/edited.json" in line]
-    assert f": {next(iter(change))}" in line and "hf_" not in line
+    lines = [line for line in done.stderr.splitlines() if "results/edited.json: " in line]
+    assert next(iter(change)) in lines[0] and "hf_" not in done.stderr
     with pytest.raises(UserError, match=r"edited\.json"):
         ledgers.records(small_study.read(), strict=True)
 
 
 @pytest.mark.parametrize("broken", ["", "{", "[]", "[" * 100_000, "\xff", '{"seconds": NaN}', '{"\x1b[31m": 1}'])
 def test_a_broken_file_is_reported(recipe: Recipe, broken: str) -> None:
-    recorded(a_run("one")).write_text(broken, encoding="latin-1")
-    done = recipe("results", "--ledger")
-    assert (done.returncode, done.stdout) == (0, "") and "one.json" in done.stderr and "\x1b" not in done.stderr
+    file = recorded(a_run("one"))
+    file.write_text(broken, encoding="latin-1")
+    done = recipe("results", "--ledger", "--json")
+    assert done.returncode == 0 and file.name in done.stderr and "\x1b" not in done.stderr
+
+
+def test_an_edited_record_is_refused() -> None:
+    file = recorded(a_run("one", 67.0))
+    file.write_text(file.read_text().replace("67.0", "67.4"))
+    with pytest.raises(UserError, match="edited"):
+        ledgers.read(file, small_study.read())
 
 
 def test_a_changed_recipe_is_marked() -> None:
@@ -125,7 +182,7 @@ def test_a_changed_recipe_is_marked() -> None:
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"state": "failed"}, "failed"),
+        ({"state": "interrupted"}, "interrupted"),
         ({"rehearsal": True}, "rehearsal"),
         ({"settings": {"limit": 100}}, "study.yaml"),
         ({"settings": {"engine": "elsewhere"}}, "elsewhere"),

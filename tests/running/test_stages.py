@@ -17,6 +17,7 @@ from published_study import ADAPTER, BASELINE, FILES, GOLD, PREDICTED, RECIPE, S
 from safetensors.numpy import save_file
 
 from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.configs import ledger
 from qlora_recipes.data import study
 from qlora_recipes.data.published import Score
 from qlora_recipes.metrics.text import bleu4
@@ -74,6 +75,25 @@ def test_published_predictions_are_fetched_and_scored_beside_the_published_score
     assert (some["difference"], some["agrees"]) == (pytest.approx(step), False)
     assert {row["of"] for row in found["scores"]} == {RECIPE, BASELINE}
     assert rundir.all_runs(tmp_path / "runs") == []
+
+
+def test_published_predictions_are_recorded(
+    recipe: Recipe, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    published_study.write(tmp_path, address(server), {"bleu4": 1.0})
+    done = recipe("results", "--export", "reviews")
+    assert done.returncode == 0, done.stderr
+    results = tmp_path / "recipes" / "reviews" / "results"
+    results.mkdir()
+    for name in done.stdout.split():
+        (tmp_path / name).rename(results / name)
+    of_study = study.find("reviews")
+    records = ledger.records(of_study)
+    assert {(record.of, record.rows) for record in records} == {(RECIPE, 4), (BASELINE, 4)}
+    own, _, base = ledger.statuses(of_study, records)
+    assert (own.status, base.status) == ("scored from the authors' predictions",) * 2
+    assert own.command == f"recipe reproduce reviews --from predictions --only {RECIPE}"
 
 
 @pytest.mark.parametrize(("difference", "agrees"), [(0.05, True), (-0.05, True), (0.06, False)])

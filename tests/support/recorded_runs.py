@@ -1,12 +1,14 @@
 """Runs that are complete enough for a record of the ledger, most of the small study, and such records in results/."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import orjson
 import small_study
+from pydantic import ValidationError
 
 from qlora_recipes.base import paths
 from qlora_recipes.configs.datafiles import DataFile
@@ -66,8 +68,11 @@ def completed(
 def recorded(folder: RunDir, **change: Any) -> Path:
     """Put the record of a run into its study's ledger in the folder of work, with some fields changed."""
     run = folder.read()
-    content = ledger.record_of_run(RunResult(folder, run)).model_dump(mode="json") | change
-    file = Path("recipes", run.origin.partition("/")[0], "results", f"{folder.path.name}.json")
+    record = ledger.record_of_run(RunResult(folder, run))
+    content = record.model_dump(mode="json") | change
+    with suppress(ValidationError):
+        record = type(record).model_validate_json(orjson.dumps(content))
+    file = Path("recipes", run.origin.partition("/")[0], "results", record.file_name())
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(orjson.dumps(content))
     return file
