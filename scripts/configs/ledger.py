@@ -234,7 +234,7 @@ class Status:
 
     Attributes:
         of: its recipe or baseline.
-        cell: the settings of a cell, as overrides.
+        cell: the settings of a published cell, as overrides.
         published: the number.
         status: the furthest stage with a valid record, and its GPU; failed trainings and invalidated records.
         here: the score of that stage, of one record with its 95 % interval, else the mean.
@@ -242,7 +242,7 @@ class Status:
     """
 
     of: str
-    cell: str
+    cell: str | None
     metric: str
     published: str
     status: str
@@ -297,7 +297,7 @@ def _status(
         command = f"recipe reproduce {study} --only {of}"
     return Status(
         of=of,
-        cell=cell,
+        cell=cell or None,
         metric=of_study.columns[metric].label,
         published=published,
         status="; ".join([reached, *notes]),

@@ -221,6 +221,7 @@ def show(studies: Sequence[Study], form: tables.Form) -> None:
         tables.write([record.model_dump(mode="json") for _, records in found.values() for record in records], form)
         return
     for name, (of_study, records) in found.items():
-        tables.write([asdict(status) for status in ledger.statuses(of_study, records)], form, f"Status: {name}")
+        statuses = [asdict(status) for status in ledger.statuses(of_study, records)]
+        tables.write(statuses, form, f"Status: {name}", spare=["command", "cell"])
         if rows := ledger.table(of_study, records):
             tables.write(rows, form, f"Runs: {name}", spare=["Axolotl", "seed", "hours", "tokens/s"])

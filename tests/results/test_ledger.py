@@ -38,7 +38,7 @@ def exported(recipe: Recipe, run: str) -> tuple[Path, dict[str, Any]]:
 def status_of(name: str, metric: str = "accuracy, %") -> ledgers.Status:
     of_study = small_study.read()
     rows = ledgers.statuses(of_study, ledgers.records(of_study))
-    (row,) = [row for row in rows if f"{row.of} {row.cell}".strip() == name and row.metric == metric]
+    (row,) = [row for row in rows if f"{row.of} {row.cell or ''}".strip() == name and row.metric == metric]
     return row
 
 
