@@ -1,12 +1,14 @@
 """What comes before a run: check and plan; data is a module of its own."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import tables
+from ..base import yamlfiles
 from ..base.paths import recipe_names
 from ..base.progress import Bar, harmless, say
 from . import completion
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from ..checks.finding import Finding
     from ..configs.compose import Request
     from ..configs.gpus import Gpu
+    from ..planning.plan import Plan
+    from ..planning.work import Work
 
 HEADING = "Before a run"
 verbs = typer.Typer()
@@ -159,16 +163,13 @@ def plan_verb(
     ] = None,
     gpu_count: Annotated[int, typer.Option("--gpus", min=1, help="How many GPUs to train on.")] = 1,
     data: Measured = False,
-    price: Annotated[
-        float | None, typer.Option(metavar="USD", min=0, callback=check_finite, help="What the card costs an hour.")
-    ] = None,
     force: Force = None,
     json: Json = False,
 ) -> None:
     """Parameters, memory and work of a config, and the cards that it fits, without a GPU."""
     from ..configs import gpus
     from ..configs.compose import Request
-    from ..planning import plan, plan_tables
+    from ..planning import plan
 
     target = gpus.find(gpu) if gpu else None if vram else gpus.here()
     requests = [
@@ -178,16 +179,113 @@ def plan_verb(
     with Bar("planning", len(requests)) as bar:
         for request in requests:
             bar.begin(f"planning {request.name}")
-            plans[request.name] = plan.of_request(request, target, vram, data, price)
+            plans[request.name] = plan.of_request(request, target, vram, data)
             bar.update(len(plans))
     if json:
-        tables.print_json([{"recipe": name, **planned} for name, planned in plans.items()])
+        tables.print_json([{"recipe": name, **asdict(planned)} for name, planned in plans.items()])
     elif len(plans) > 1:
-        plan_tables.summary(plans)
+        _print_plans(plans)
     else:
-        plan_tables.show(plans[requests[0].name])
-        if any(card["fits"] for card in plans[requests[0].name]["cards"]):
+        planned = plans[requests[0].name]
+        _print_plan(planned)
+        if any(card.fits for card in planned.cards):
             next_step("run", *_launching(requests[0]))
+
+
+def _print_plan(planned: "Plan") -> None:
+    """A plan in tables."""
+    from ..planning.planner import GIB
+
+    batch, memory = planned.micro_batch, planned.memory
+    tables.print_text(
+        f"{planned.model}, {planned.adapter or 'all weights'}, {batch.rows} x {batch.tokens} tokens a micro batch"
+    )
+    print()
+    counts = planned.parameters | {"all": {"frozen": planned.frozen, "trainable": planned.trainable}}
+    tables.print_table(
+        [{"parameters": layer} | {kind: f"{n:,}" for kind, n in count.items()} for layer, count in counts.items()]
+    )
+    print(f"{planned.trainable_share:.3%} trainable\n")
+    lines = [
+        *sorted(memory.parts.items(), key=lambda part: -part[1]),
+        ("allocated at the peak", memory.allocated),
+        ("held back by the allocator", memory.reserved - memory.allocated),
+        ("CUDA's own", memory.context),
+        ("needed", memory.needed),
+        ("paged optimizer state, not part of it", memory.paged),
+        *((f"needed on each GPU with {method}", size) for method, size in planned.per_gpu.items()),
+    ]
+    tables.print_table([{"memory": name, "GiB": f"{size / GIB:.2f}"} for name, size in lines if size])
+    if longest := planned.longest_batch:
+        needed = f"{longest.needed / GIB:.2f} GiB at the longest batch of the data"
+        tables.print_text(f"{needed}, {longest.rows} x {longest.tokens} tokens")
+    print()
+    tables.print_table(
+        [
+            {
+                "card": card.card,
+                "usable GiB": f"{card.usable / GIB:.2f}",
+                "fits": "yes" if card.fits else "no",
+                "free GiB": f"{card.free / GIB:.2f}",
+            }
+            for card in planned.cards
+        ],
+        spare=["usable GiB"],
+    )
+    for change in planned.changes:
+        settings = " ".join(f"--set {key}={yamlfiles.write_flow(value)}" for key, value in change.set.items())
+        verdict = "then it fits" if change.fits else "not enough"
+        tables.print_text(f"{verdict}, {change.needed / GIB:.2f} GiB: {settings} ({change.effect})")
+    fits = [*(card.fits for card in planned.cards), *(change.fits for change in planned.changes)]
+    if len(planned.cards) == 1 and not any(fits):
+        print("no known change makes it fit: take a larger card or a smaller model")
+    print()
+    if planned.work:
+        tables.print_table([{"work": name, "": text} for name, text in _work(planned.work)], below=[""])
+    for note in planned.notes:
+        tables.print_text(f"note: {note}")
+
+
+def _work(work: "Work") -> Iterator[tuple[str, str]]:
+    """The lines of a training's work that are known."""
+    yield "rows", f"{work.rows:,} ({work.rows_are})" if work.rows else "not known: the training data is not here"
+    if work.tokens:
+        yield "tokens in all epochs", f"{work.tokens:,} ({work.tokens_are})"
+    if work.steps:
+        yield "optimizer steps", f"{work.steps:,}"
+    yield "operations a token", f"{work.flops_per_token:.3g}"
+    if work.tokens_per_second:
+        yield "tokens a second", f"{work.tokens_per_second:,.0f}"
+    if work.hours:
+        yield "hours", f"{work.hours:,.{1 if work.hours >= 1 else 2}f} ({work.hours_are})"
+
+
+def _print_plans(plans: "dict[str, Plan]") -> None:
+    """Several plans in a table, a row each."""
+    from ..planning.planner import GIB
+
+    rows = []
+    for name, planned in plans.items():
+        memory, cards = planned.memory, planned.cards
+        row = {
+            "recipe": name,
+            "trainable": f"{planned.trainable:,}",
+            "share": f"{planned.trainable_share:.2%}",
+            "micro batch": f"{planned.micro_batch.rows} x {planned.micro_batch.tokens}",
+            "logits GiB": f"{memory.parts.get('logits', 0) / GIB:.2f}",
+            "allocated GiB": f"{memory.allocated / GIB:.2f}",
+            "reserved GiB": f"{memory.reserved / GIB:.2f}",
+            "needed GiB": f"{memory.needed / GIB:.2f}",
+        }
+        if len(cards) == 1:
+            row |= {f"fits {cards[0].card}": "yes" if cards[0].fits else "no", "free GiB": f"{cards[0].free / GIB:.2f}"}
+        else:
+            row["smallest card"] = next((card.card for card in cards if card.fits), "none")
+        rows.append(row)
+    tables.print_table(rows, spare=["logits GiB", "reserved GiB", "allocated GiB", "trainable", "share", "micro batch"])
+    for name, planned in plans.items():
+        for note in planned.notes:
+            tables.print_text(f"note: {name}: {note}")
 
 
 def _launching(request: "Request") -> list[str]:

@@ -25,7 +25,7 @@ from transformers.initialization import no_init_weights
 
 from .cuda import CudaRecorder, Recorder, cuda_attention, cuda_dropout, cuda_softmax
 from .steps import Step
-from .traces import MIB, MemoryTrace, Shape, lasting, ordered
+from .traces import MIB, Counts, MemoryTrace, Shape, lasting, ordered
 
 
 @contextmanager
@@ -280,12 +280,12 @@ def _sizes(config: PreTrainedConfig) -> dict[str, int]:
     }
 
 
-def _count(model: nn.Module) -> dict[str, dict[str, int]]:
+def _count(model: nn.Module) -> Counts:
     """Trainable and frozen parameters by the name of their layer, those in 4 bits before they were packed.
 
     Of a module that is trained whole beside LoRA, the frozen original is not counted too.
     """
-    counts: dict[str, dict[str, int]] = {}
+    counts: Counts = {}
     for name, parameter in model.named_parameters():
         layer = _LAYER.search(name)
         if "original_module" in name or not layer:

@@ -1,7 +1,7 @@
 """`recipe plan`: parameters, memory and work of a config before it runs, and whether it fits a GPU's memory."""
 
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
@@ -11,10 +11,85 @@ from ..configs import datafiles
 from ..configs.compose import Composed, Request, compose
 from ..configs.gpus import ENGINE_KEYS, Gpu, engine_of, offloads
 from . import steps, work
-from .planner import CONTEXT, GIB, USABLE, Planner, per_gpu, planner_of, required_gib, totals
+from .planner import CONTEXT, GIB, USABLE, Planner, per_gpu, planner_of, required_gib
+from .traces import Counts, Usage
+from .work import Work
 
 SIZES = (8, 12, 16, 24, 40, 48, 80)
 """Cards by their memory in GB, for a plan that names none."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro batch: its rows, the tokens of each, and the bytes that it needs."""
+
+    rows: int
+    tokens: int
+    needed: float
+
+
+@dataclass(frozen=True)
+class PeakMemory(Usage):
+    """Bytes at the peak of a step.
+
+    Attributes:
+        paged: optimizer state that can leave the GPU, not part of the others.
+        context: CUDA's own.
+        needed: reserved and context.
+    """
+
+    paged: int
+    context: float
+    needed: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A card, and the bytes of it that torch can use and that a step leaves free."""
+
+    card: str
+    usable: float
+    fits: bool
+    free: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings to change, beside those of the changes before, and the bytes that a step then needs."""
+
+    set: Config
+    effect: str
+    needed: float
+    fits: bool
+
+
+@dataclass
+class Plan:
+    """Parameters, memory and work of a config.
+
+    Attributes:
+        adapter: qlora, lora, or None where all weights are trained.
+        parameters: by the kind of layer.
+        cards: the card that was asked for, or one of each of `SIZES`.
+        changes: the mildest first, where the one card does not hold a step.
+        per_gpu: bytes on each of several GPUs, by engine.
+        notes: what the figures leave out.
+    """
+
+    model: str
+    adapter: str | None
+    micro_batch: Batch
+    parameters: Counts
+    frozen: int
+    trainable: int
+    trainable_share: float
+    memory: PeakMemory
+    cards: list[Fit]
+    per_gpu: dict[str, float]
+    notes: list[str]
+    changes: list[Change] = field(default_factory=list)
+    longest_batch: Batch | None = None
+    work: Work | None = None
 
 
 def of_request(
@@ -22,30 +97,28 @@ def of_request(
     gpu: Gpu | None = None,
     vram: float | None = None,
     data: bool = False,
-    price: float | None = None,
-) -> dict[str, Any]:
+) -> Plan:
     """Parameters, memory and work of a request.
 
     Args:
         gpu: the card that it is meant for.
         vram: its memory in GiB, if different from the card's, or if nothing else is known.
-        data: tokenize all training data, to count its tokens and to plan for its longest row; else some of it.
-        price: of a GPU for an hour.
+        data: tokenize all training data, to count its tokens and to plan for its longest row.
 
     Raises:
         UserError: it has an error that leaves nothing to plan, or it cannot be planned.
     """
     composed = composed_for(request, gpu)
-    found, unknown = work.lengths_of(composed, data, request.force)
+    found = work.counted(composed, request.force) if data else work.published(composed)
     planned, planner = plan(composed.config, gpu, vram, request.gpus)
     findings = [finding for finding in check.examine(composed, gpu).findings if finding.scope in ("gpu", "code")]
-    planned["notes"] += [f"{finding.name}: {finding.problem}" for finding in findings]
+    planned.notes += [f"{finding.name}: {finding.problem}" for finding in findings]
     if found and found.longest and not composed.config.get("sample_packing"):  # packed batches are always full
         size = Planner(planner.step, planner.rows, found.longest).required
-        planned["longest_batch"] = {"rows": planner.rows, "tokens": found.longest, "needed": size}
-    planned["work"] = work.work(composed, planner, gpu, request.gpus, found, price)
-    if planned["work"]["hours"] and not found:
-        planned["notes"].append(f"tokens are an upper bound, every row counted as a full one: {unknown}")
+        planned.longest_batch = Batch(planner.rows, found.longest, size)
+    planned.work = work.work(composed, planner, gpu, request.gpus, found)
+    if planned.work.hours and not found:
+        planned.notes.append("tokens are an upper bound, every row counted as a full one; --data counts them")
     return planned
 
 
@@ -61,9 +134,7 @@ def composed_for(request: Request, gpu: Gpu | None = None) -> Composed:
     return composed
 
 
-def plan(
-    config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus: int = 1
-) -> tuple[dict[str, Any], Planner]:
+def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus: int = 1) -> tuple[Plan, Planner]:
     """What a config needs: parameters, bytes of memory at a full micro batch, and the cards that hold it.
 
     Raises:
@@ -85,38 +156,36 @@ def plan(
         Gpu(gpu.name if gpu and size else f"{gib:g} GB", planner.step.capability or (0, 0), gib)
         for gib in ([size] if size else SIZES)
     ]
-    planned = {
-        "model": config["base_model"],
-        "adapter": planner.step.adapter,
-        "loop": "Axolotl's",
-        "micro_batch": {"rows": planner.rows, "tokens": planner.length},
-        "parameters": memory.parameters,
-        **totals(memory.parameters),
-        "memory": asdict(memory.usage) | {"paged": memory.paged, "context": CONTEXT, "needed": planner.required},
-        "cards": [_verdict(planner, card, saved) for card in cards],
-        "changes": [],
-        "per_gpu": engines,
-        "notes": notes,
-    }
-    if size and not planned["cards"][0]["fits"]:
-        planned["changes"] = _changes(config, planner, cards[0], saved)
+    fits = []
+    for card in cards:
+        usable = usable_gib(card) * GIB
+        free = usable + saved - planner.required
+        fits.append(Fit(card.name, usable, free >= 0, free))
+    frozen, trainable = memory.total("frozen"), memory.total("trainable")
+    planned = Plan(
+        model=config["base_model"],
+        adapter=planner.step.adapter,
+        micro_batch=Batch(planner.rows, planner.length, planner.required),
+        parameters=memory.parameters,
+        frozen=frozen,
+        trainable=trainable,
+        trainable_share=trainable / (frozen + trainable),
+        memory=PeakMemory(**asdict(memory.usage), paged=memory.paged, context=CONTEXT, needed=planner.required),
+        cards=fits,
+        per_gpu=engines,
+        notes=notes,
+    )
+    if size and not fits[0].fits:
+        planned.changes += _changes(config, planner, cards[0], fits[0].usable + saved)
     return planned, planner
 
 
-def _verdict(planner: Planner, card: Gpu, saved: float) -> dict[str, Any]:
-    """Whether a card holds a step.
+def _changes(config: Config, planner: Planner, card: Gpu, usable: float) -> Iterator[Change]:
+    """What to change where a step does not fit: the mildest first, each on top of those before, until it fits.
 
     Args:
-        saved: bytes that an engine saves on each of several cards.
+        usable: bytes, with those that an engine saves on each of several cards.
     """
-    usable = usable_gib(card) * GIB
-    free = usable + saved - planner.required
-    return {"card": card.name, "usable": usable, "fits": free >= 0, "free": free}
-
-
-def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[dict[str, Any]]:
-    """What to change where a step does not fit: the mildest first, each on top of those before, until it fits."""
-    usable = usable_gib(card) * GIB + saved
     step = planner.step
     optimizer = str(config.get("optimizer") or steps.OPTIMIZER)
     paged = "paged_adamw_8bit" if "8bit" in optimizer else "paged_adamw_32bit"
@@ -144,7 +213,6 @@ def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[
         (_with_qlora(config), "a base in 4 bits", step.adapter != "qlora"),
         *(({"sequence_len": planner.length // part}, "longer rows are lost", True) for part in (2, 4)),
     ]
-    changes: list[dict[str, Any]] = []
     changed = config
     for settings, effect, applies in candidates:
         if not applies:
@@ -152,10 +220,9 @@ def _changes(config: Config, planner: Planner, card: Gpu, saved: float) -> list[
         settings = {key: value for key, value in settings.items() if value is not None or key in config}
         changed = {key: value for key, value in (changed | settings).items() if value is not None}
         needed = planner_of(changed, card)[0].required
-        changes.append({"set": settings, "effect": effect, "needed": needed, "fits": needed <= usable})
+        yield Change(settings, effect, needed, needed <= usable)
         if needed <= usable:
             break
-    return changes
 
 
 def _with_qlora(config: Config) -> Config:

@@ -25,7 +25,7 @@ from ..configs.gpus import Gpu, engine_of
 from ..configs.numerics import attention, precision
 from . import steps, traces
 from .steps import Step
-from .traces import MemoryTrace, Shape, Usage, rounded
+from .traces import Counts, MemoryTrace, Shape, Usage, rounded
 
 VERSION = 1
 """Of the code that computes what is cached; to be raised when it computes something else."""
@@ -70,8 +70,12 @@ class Memory:
 
     usage: Usage
     paged: int
-    parameters: dict[str, dict[str, int]]
+    parameters: Counts
     sizes: dict[str, int]
+
+    def total(self, kind: str) -> int:
+        """Parameters that are `frozen` or `trainable`."""
+        return sum(count[kind] for count in self.parameters.values())
 
 
 @dataclass
@@ -187,7 +191,7 @@ def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:
         return {}
     held = Counter(planner.memory.usage.parts)
     optimizer = held["optimizer"]
-    trained = totals(planner.memory.parameters)["trainable"]
+    trained = planner.memory.total("trainable")
     weights = held["base weights"] + held["quantization constants"] + held["embeddings and head"]
     frozen = weights if planner.step.adapter else 0
     rest = planner.required - weights - held["adapters"] - held["gradients"] - optimizer
@@ -201,9 +205,3 @@ def per_gpu(planner: Planner, gpus: int) -> dict[str, float]:
         "ZeRO-3": rest + (frozen + 4 * trained) / gpus + state + gathered,
         "FSDP": rest + (frozen + 8 * trained + optimizer) / gpus + gathered,
     }
-
-
-def totals(parameters: dict[str, dict[str, int]]) -> dict[str, Any]:
-    frozen = sum(count["frozen"] for count in parameters.values())
-    trainable = sum(count["trainable"] for count in parameters.values())
-    return {"frozen": frozen, "trainable": trainable, "trainable_share": trainable / (frozen + trainable)}

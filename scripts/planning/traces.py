@@ -190,6 +190,8 @@ def _joined(first: Block, second: Block) -> Block:
 Shape = tuple[int, int]  # the rows of a micro batch, and the tokens of each
 Events = list[tuple[int, int]]
 """Storages being made (their id and size in bytes) and freed (their id and -1), in order."""
+Counts = dict[str, dict[str, int]]
+"""Frozen and trainable parameters by the kind of layer."""
 
 
 def lasting(events: Events) -> Events:
@@ -212,7 +214,6 @@ class MemoryTrace:
         loaded: the events before the first step: weights, adapters, optimizer state.
         step: the events of a step.
         kinds: what each storage holds.
-        parameters: frozen and trainable parameters by the kind of layer.
         sizes: the model's: its layers, width, attention_width (heads times their size), vocabulary and context.
         paged: bytes of optimizer state that can leave the GPU.
         expandable: whether the allocator's segments are expandable, as Axolotl sets it.
@@ -221,7 +222,7 @@ class MemoryTrace:
     loaded: Events
     step: Events
     kinds: dict[int, str]
-    parameters: dict[str, dict[str, int]]
+    parameters: Counts
     sizes: dict[str, int]
     paged: int
     expandable: bool

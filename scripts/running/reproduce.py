@@ -22,7 +22,6 @@ from ..data.declaration import Data, PreparedFormat
 from ..data.raw_rows import fetched
 from ..data.study import Study
 from ..planning import plan
-from ..planning.plan_tables import hours_are
 from ..planning.planner import GIB
 from ..runs.tasks import TaskResult
 from ..scores.score import declared_models, scorer_models
@@ -185,14 +184,15 @@ def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list
         planned = plan.of_request(request, gpu)
     except UserError as error:
         return row, [*notes, f"{pipeline.result.label}: not planned: {error}"]
-    work = planned["work"]
-    row["needs GiB"] = planned["memory"]["needed"] / GIB
+    row["needs GiB"] = planned.memory.needed / GIB
     if not models.find(composed.config).weights_here:
-        row["fetch GB"] = planned["frozen"] * 2 / 1e9  # in 16 bits
-    row |= {"steps": work["steps"], "hours": work["hours"]}
+        row["fetch GB"] = planned.frozen * 2 / 1e9  # in 16 bits
     if gpu and gpu.memory:
-        row["fits"] = f"{gpu.name}: {'yes' if planned['cards'][0]['fits'] else 'no'}"
-    return row, [*notes, f"hours: {hours_are(work)}"] if work["hours"] else notes
+        row["fits"] = f"{gpu.name}: {'yes' if planned.cards[0].fits else 'no'}"
+    if work := planned.work:
+        row |= {"steps": work.steps, "hours": work.hours}
+        notes += [f"hours: {work.hours_are}"] if work.hours else []
+    return row, notes
 
 
 def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:

@@ -281,14 +281,14 @@ def _of_gpu(folder: RunDir, record: Run) -> Iterator[str]:
         config["base_model"] = str(local)
     try:
         needed = planner.planner_of(config, gpus.here())[0].required / _GIB
-        changes = plan.plan(config, gpus.here(), needed * _LESS / planner.USABLE, record.ranks)[0]["changes"]
+        changes = plan.plan(config, gpus.here(), needed * _LESS / planner.USABLE, record.ranks)[0].changes
     except UserError as error:
         yield f"  {_measured(folder, record)}; memory is not planned: {error}"
         return
     yield f"  planned: {needed:.1f} GiB; {_measured(folder, record)}; `nvidia-smi` shows what else is on the GPU"
-    less = [change for change in changes if change["needed"] / _GIB < needed][:_CHANGES]
+    less = [change for change in changes if change.needed / _GIB < needed][:_CHANGES]
     if less:
         yield f"  what to change, `recipe run {record.recipe}` with, each beside those above it:"
     for change in less:
-        sets = " ".join(f"--set {key}={yamlfiles.write_flow(value)}" for key, value in change["set"].items())
-        yield f"    {sets}: {change['needed'] / _GIB:.1f} GiB; {change['effect']}"
+        sets = " ".join(f"--set {key}={yamlfiles.write_flow(value)}" for key, value in change.set.items())
+        yield f"    {sets}: {change.needed / _GIB:.1f} GiB; {change.effect}"
