@@ -19,7 +19,7 @@ import pytest
 from conftest import SUPPORT
 
 from qlora_recipes.base import yamlfiles
-from qlora_recipes.base.processes import is_held
+from qlora_recipes.base.machine import is_held
 from qlora_recipes.runs.rundir import all_runs
 
 NAME = "haider2024/llama-3.2-3b"

@@ -248,7 +248,7 @@ def _strategies(package: ModuleType, first: str) -> Iterator[tuple[str, str]]:
 def study_schema() -> str:
     """The JSON Schema of a study.yaml, for editors."""
     of_study = study.Study.model_json_schema()
-    of_study["$defs"]["Score"] = {"anyOf": [{"type": "number"}, of_study["$defs"]["Score"]]}
+    of_study["$defs"]["PublishedScore"] = {"anyOf": [{"type": "number"}, of_study["$defs"]["PublishedScore"]]}
     return json.dumps(of_study, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -14,7 +14,7 @@ import psutil
 from ..base import machine
 from ..base.errors import UserError
 from ..base.files import opened
-from ..base.processes import start_child, stop_requests
+from ..base.machine import start_child, stop_requests
 from ..base.progress import PART, say
 from ..configs import gpus
 from ..configs.gpus import Gpu

@@ -81,7 +81,7 @@ ANSWER_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True)
-class Answer:
+class HubAccess:
     """A user's access to a model.
 
     Attributes:
@@ -94,10 +94,10 @@ class Answer:
     says: str = ""
 
 
-_answers: dict[str, Answer] = {}
+_answers: dict[str, HubAccess] = {}
 
 
-def access(name: str) -> Answer:
+def access(name: str) -> HubAccess:
     """Access of this user to a model, with the token that huggingface_hub finds.
 
     The hub is asked once for each model in a process, and no more once it did not answer.
@@ -108,7 +108,7 @@ def access(name: str) -> Answer:
     return _answers[name]
 
 
-def _ask(name: str) -> Answer:
+def _ask(name: str) -> HubAccess:
     """The answer as huggingface_hub 1.x raises it (utils/_http.py, hf_raise_for_status).
 
     Without a token the hub answers 401 for a model that does not exist, too, which huggingface_hub takes for missing.
@@ -123,13 +123,13 @@ def _ask(name: str) -> Answer:
         status = error.response.status_code
         says = error.response.headers.get("X-Error-Message") or f"status {status}"
         if isinstance(error, GatedRepoError):  # which is a RepositoryNotFoundError, too
-            return Answer("gated", says)
+            return HubAccess("gated", says)
         if isinstance(error, RepositoryNotFoundError):
-            return Answer("missing", says)
-        return Answer("refused" if status in (401, 403) else "unknown", says)
+            return HubAccess("missing", says)
+        return HubAccess("refused" if status in (401, 403) else "unknown", says)
     except Exception as error:  # of the network, which httpx has many of
-        return Answer("unknown", reason(error))
-    return Answer("open")
+        return HubAccess("unknown", reason(error))
+    return HubAccess("open")
 
 
 def within[T](seconds: float, ask: Callable[[], T]) -> T:

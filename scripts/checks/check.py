@@ -13,9 +13,9 @@ from ..base.hub import importing_axolotl
 from ..base.progress import MASK, is_secret
 from ..base.yamlfiles import Config
 from ..configs import compose, models, substitution
-from ..configs.compatibility import VARIANTS
 from ..configs.compose import Composed, Request
 from ..configs.gpus import Gpu
+from ..configs.numerics import ADAPTED
 from ..data import study
 from . import data_rules, model_rules, rows, schema, settings_rules  # noqa: F401 (each adds its rules to RULES)
 from .finding import LEVELS, RULES, Case, Finding, override_errors, refuse
@@ -190,7 +190,7 @@ def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool)
         key = next(iter(changes)) if len(changes) == 1 else ""
         problem = f"the profile sets {left}" if left else f"the profile leaves out {', '.join(changes)}"
         yield Finding("note", "unfit", key, f"{problem}, because {why}")
-    laid = [profile for profile in composed.profiles if profile in VARIANTS]
+    laid = [profile for profile in composed.profiles if profile in ADAPTED]
     if laid and gpu is None and not composed.rehearsal:
         problem = f"no GPU is known, so that {' and '.join(laid)} are for one from Ampere on"
         remedy = "for another, name it: --gpu for checks and plans, the setting card for SLURM"

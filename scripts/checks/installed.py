@@ -20,7 +20,7 @@ from datasets.utils.logging import disable_progress_bar
 from pydantic import ValidationError
 
 from ..base.errors import UserError
-from ..base.processes import end_with_parent
+from ..base.machine import end_with_parent
 from ..base.yamlfiles import Config
 from ..configs.gpus import Gpu
 from ..runs.eval_loss import MASKED

@@ -5,9 +5,8 @@ import re
 from ..base.machine import torch_cuda
 from ..base.progress import is_secret
 from ..configs import substitution
-from ..configs.compatibility import AMPERE
 from ..configs.config import flatten
-from ..configs.numerics import OLD_KEYS, precision, quantized, takes_varlen
+from ..configs.numerics import AMPERE, OLD_KEYS, precision, quantized, takes_varlen
 from .finding import Case, Level, Problems, rule
 
 

@@ -11,7 +11,7 @@ import orjson
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.processes import make_once
+from ..base.machine import make_once
 from ..base.yamlfiles import Config
 from ..configs import substitution
 from ..runs.records import Run

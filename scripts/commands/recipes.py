@@ -24,10 +24,10 @@ def list_verb(
     json: Json = False,
 ) -> None:
     """The recipes and your variants, with model, epochs, optimizer and published scores."""
-    from ..configs import variants
+    from ..configs import config
     from ..results import catalogue
 
-    rows = variants.tree() if as_tree else catalogue.recipes()
+    rows = config.variants_tree() if as_tree else catalogue.recipes()
     if json:
         tables.print_json(rows)
     elif as_tree:
@@ -85,9 +85,9 @@ def diff_verb(
     json: Json = False,
 ) -> None:
     """The keys in which two recipes or configs differ, except where they write to."""
-    from ..configs import variants
+    from ..configs import config
 
-    rows = variants.diff(a, b)
+    rows = config.recipe_diff(a, b)
     if json:
         tables.print_json(rows)
     elif rows:

@@ -97,7 +97,7 @@ def evaluate_verb(
     json: Json = False,
 ) -> None:
     """Generate predictions for test rows with a run's adapter, and score them."""
-    from ..metrics.benchmark import as_metric
+    from ..metrics.registry import as_metric
     from ..running import evaluation
     from ..runs.rundir import RunDir
     from ..scores import checkpoint_selection, evaluations

@@ -13,7 +13,7 @@ from ..base import machine, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.yamlfiles import Config
 from ..data.sample import usual_sample
-from . import compatibility, config, gpus, models, substitution, variants
+from . import config, gpus, models, numerics, substitution
 from .config import Difference, check_not_of_the_run
 from .datafiles import DataFile
 from .gpus import Gpu
@@ -53,7 +53,7 @@ class Composed:
         files: for each key that a variant or a profile changed, its file.
         data: the data files that it names, once they have been read.
         plain: of a rehearsal, the same request without that, and without its overrides, too, where it has some.
-        incompatible: keys that profiles would set and that do not suit it, by the reason; see `compatibility.adapted`.
+        incompatible: keys that profiles would set and that do not suit it, by the reason; see `numerics.adapted`.
         of_variant: the differences of the file that is run from its origin.
     """
 
@@ -67,7 +67,7 @@ class Composed:
     rehearsal: bool
     data: list[DataFile] = field(default_factory=list)
     plain: "list[Composed]" = field(default_factory=list)
-    incompatible: compatibility.Incompatible = field(default_factory=dict)
+    incompatible: numerics.Incompatible = field(default_factory=dict)
     of_variant: list[Difference] = field(default_factory=list)
 
     @property
@@ -91,7 +91,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     """
     name, file = paths.find_recipe(request.name)
     recipe = yamlfiles.read_yaml(file)
-    origin = variants.origin(name, file)
+    origin = config.origin_of(name, file)
     base = recipe if origin in (name, None) else yamlfiles.read_yaml(paths.recipe_file(origin or name))
     profiles = [paths.find_profile(profile) for profile in request.profiles]
     if request.rehearse and REHEARSAL not in dict(profiles):
@@ -103,7 +103,7 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     sample: Config = {}
     untouched: Config = {}  # before a rehearsal's own values
     given: Config = {}  # what was laid over a rehearsal's own values, by dotted key
-    incompatible: compatibility.Incompatible = {}
+    incompatible: numerics.Incompatible = {}
 
     def lay(changed: Config, reason: str, source: Path | None = None) -> None:
         nonlocal composed
@@ -178,13 +178,13 @@ def _fragments(
     begun: Config,
     overrides: list[str],
     gpu: Gpu | None,
-    incompatible: compatibility.Incompatible,
+    incompatible: numerics.Incompatible,
 ) -> Iterator[Config]:
     """What profiles lay over a config in turn: of those that are fitted, what suits all else that is laid over it."""
     before = begun
     for profile, file in profiles:
         fragment = yamlfiles.read_yaml(file)
-        if profile in compatibility.VARIANTS:
+        if profile in numerics.ADAPTED:
             with_others = begun
             for name, other in profiles:
                 if name not in (profile, REHEARSAL):
@@ -192,7 +192,7 @@ def _fragments(
             for text in overrides:
                 with suppress(UserError):  # one that is wrong is refused where it is laid
                     with_others = config.override(with_others, *config.parse_override(text))
-            fragment = compatibility.adapted(fragment, before, with_others, gpu, incompatible)
+            fragment = numerics.adapted(fragment, before, with_others, gpu, incompatible)
         before = config.merge(before, fragment)
         yield fragment
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..base import paths
 from ..base.errors import UserError
 from ..base.hub import importing_axolotl
-from ..base.processes import make_once
+from ..base.machine import make_once
 from ..base.progress import say
 from ..base.yamlfiles import Config
 from ..data.sample import length_of, twin

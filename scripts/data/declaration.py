@@ -57,7 +57,7 @@ _KEYS_OF = {
 }
 
 
-class Source(SourceFile):
+class DataSource(SourceFile):
     """A download of `recipe data fetch`: a file at an address or of a hub's repository, or a data set of a hub.
 
     Attributes:
@@ -188,7 +188,7 @@ class Data(Strict):
     source: Text
     licence: Text
     paper: str = ""
-    sources: Annotated[dict[FilePath, Source], Field(min_length=1)]
+    sources: Annotated[dict[FilePath, DataSource], Field(min_length=1)]
     fields: dict[str, Text]
     extra_fields: dict[str, Text] = {}
     filters: dict[Text, Text] = {}

@@ -19,10 +19,9 @@ from .. import __version__
 from ..base.errors import UserError, WorkFailed
 from ..base.files import DAMAGED_ZIP, Row, naming, read_json, sha256, write_json
 from ..base.hub import limit_waiting
-from ..base.machine import now
-from ..base.processes import held
+from ..base.machine import held, now
 from ..base.progress import Bar, say
-from .declaration import Data, Source, SourceFile
+from .declaration import Data, DataSource, SourceFile
 
 TIMEOUT = (15, 60)  # seconds: to connect, and without a byte
 PAUSES = (2, 5, 15, 30, 60)  # seconds before each further try
@@ -177,7 +176,7 @@ def _fetched(data: Data, name: str, given: str | Path | None, out: Path, staging
     return rows
 
 
-def _from_hub(name: str, source: Source, file: Path) -> Path:
+def _from_hub(name: str, source: DataSource, file: Path) -> Path:
     """Write a file of a hub's repository, or a split of a data set as JSON lines."""
     if source.kind == "model":
         from huggingface_hub import hf_hub_download
@@ -199,7 +198,7 @@ def _from_hub(name: str, source: Source, file: Path) -> Path:
     return file
 
 
-def _extracted(file: Path, source: Source, staging: Path) -> dict[str, Path]:
+def _extracted(file: Path, source: DataSource, staging: Path) -> dict[str, Path]:
     """The wanted files of a zip, which are extracted by their names alone."""
     _verified(file.name, file, SourceFile(sha256=source.sha256))
     files = {name: staging / name for name in source.files or ()}

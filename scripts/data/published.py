@@ -14,7 +14,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TRAIN_LOSS = "train_loss"  # a curve's column; in a study's tolerances the largest acceptable gap to it
 
 
-class Score(Strict):
+class PublishedScore(Strict):
     """A published score, and the ± that it is printed with. A number alone is one without that."""
 
     value: float
@@ -46,7 +46,7 @@ class Texts(Strict):
     field: Text | None = None
 
 
-class Predictions(Strict):
+class PublishedPredictions(Strict):
     """Predictions that authors published, with the references that they scored them against, in the test rows' order.
 
     Attributes:
@@ -94,13 +94,13 @@ class Published(Strict):
         adapter: the folder, among the data's files, of the adapter that the authors trained.
     """
 
-    scores: dict[str, Score] = Field(default={})
+    scores: dict[str, PublishedScore] = Field(default={})
     repeats: dict[str, Annotated[list[float], Field(min_length=2)]] = Field(default={})
     cells: list[Cell] = Field(default=[])
     trainer: str = "Axolotl"
     measured: Measured = Measured()
     curve: str | None = None
-    predictions: Predictions | None = None
+    predictions: PublishedPredictions | None = None
     adapter: Text | None = None
 
     def mistakes(self, at: Key, metrics: list[str], data: Data, folder: Path) -> Iterator[Mistake]:
@@ -137,9 +137,9 @@ class Baseline(Strict):
     """
 
     name: str
-    scores: dict[str, Score]
+    scores: dict[str, PublishedScore]
     test_set: str
-    predictions: Predictions | None = None
+    predictions: PublishedPredictions | None = None
     compared: bool = True
 
     def mistakes(self, at: Key, metrics: list[str], data: Data) -> Iterator[Mistake]:
@@ -149,7 +149,7 @@ class Baseline(Strict):
         yield from undeclared_predictions(at, self.predictions, data)
 
 
-def undeclared_predictions(at: Key, predictions: Predictions | None, data: Data) -> Iterator[Mistake]:
+def undeclared_predictions(at: Key, predictions: PublishedPredictions | None, data: Data) -> Iterator[Mistake]:
     """Names that published predictions use and the data does not declare."""
     if predictions:
         at = (*at, "predictions")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..base import paths
 from ..base.files import sha256
-from ..base.processes import make_once
+from ..base.machine import make_once
 from . import study
 
 VERSION = 1

@@ -6,14 +6,71 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ..base import yamlfiles
 from ..base.errors import UserError, did_you_mean
-from . import benchmark, bertscore, number
-from .metric import Column, Metric
+from . import bertscore
+from .metric import Column, Metric, Parameters
 from .text import METRICS as OF_TEXTS
 
+
+class BenchmarkParameters(Parameters):
+    """A task of the harness, and the number of its results that counts.
+
+    Attributes:
+        task: its name there, that of a group of tasks, or a YAML file that declares one.
+        result: the metric of that number, with its filter if the task has several, as in `exact_match,strict-match`;
+            by default the first.
+        mean_of_tasks: whether the score of a group is the unweighted mean of its tasks, as published tables often have
+            it; the harness weights some groups by size.
+        shots: the number of examples in each prompt; by default the task's.
+    """
+
+    task: str
+    result: str | None = None
+    mean_of_tasks: bool = False
+    shots: int | None = None
+
+
+class Benchmark(BaseModel):
+    """The score of a task, in percent, and how it was measured.
+
+    Attributes:
+        version: the task's; a group has its own.
+        filter: how the harness took answers from texts.
+        rows: how many were scored, in all tasks of a group.
+        limit: the most rows of a task that were asked for.
+    """
+
+    value: float
+    stderr: float | None
+    task: str
+    result: str
+    version: str
+    shots: int | None
+    filter: str
+    rows: int
+    limit: int | None = None
+    harness: str
+
+    @property
+    def interval(self) -> list[float] | None:
+        """The 95 % interval of the value, by its standard error."""
+        return [self.value - 1.96 * self.stderr, self.value + 1.96 * self.stderr] if self.stderr else None
+
+
+BENCHMARK = Metric(
+    name="benchmark",
+    label="benchmark",
+    hub_type="accuracy",
+    low=0,
+    high=100,
+    unit="%",
+    source="a task of lm-evaluation-harness",
+    of_model=True,
+    parameters=BenchmarkParameters,
+)
 EVAL_LOSS = Metric(
     name="eval_loss",
     label="eval loss",
@@ -35,10 +92,7 @@ PERPLEXITY = Metric(
     higher_is_better=False,
     of_loss=math.exp,
 )
-METRICS = {
-    metric.name: metric
-    for metric in (*OF_TEXTS, bertscore.METRIC, number.METRIC, EVAL_LOSS, PERPLEXITY, benchmark.METRIC)
-}
+METRICS = {metric.name: metric for metric in (*OF_TEXTS, bertscore.METRIC, EVAL_LOSS, PERPLEXITY, BENCHMARK)}
 DEFAULT = ("bleu4", "rouge_l", "bertscore_f1", "sacrebleu")
 """What is computed where neither a study nor the user says what."""
 _NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")
@@ -154,3 +208,9 @@ def heading(column: Column, headings: Mapping[str, Column]) -> str | None:
     """The heading of a column among those of `distinct`."""
     same = (text for text, c in headings.items() if c.name == column.name and c.same_scores(column))
     return next(same, None)
+
+
+def as_metric(task: str) -> str:
+    """Return a task as `--metric` takes it, in a column of its name."""
+    name = re.sub(r"\W+", "_", task.removesuffix(".yaml").rpartition("/")[2])
+    return yamlfiles.write_flow({name: {"metric": BENCHMARK.name, "label": name, "task": task}})

@@ -8,7 +8,7 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.progress import say
-from ..configs import variants
+from ..configs import config
 
 
 def recipes() -> list[Row]:
@@ -24,8 +24,8 @@ def recipes() -> list[Row]:
     for name, file in (shipped | own).items():
         try:
             recipe = yamlfiles.read_yaml(file)
-            variant_of = variants.parent(name, file) if name in own else None
-            study = str(name if name in shipped else variants.origin(name, file)).partition("/")[0]
+            variant_of = config.parent_of(name, file) if name in own else None
+            study = str(name if name in shipped else config.origin_of(name, file)).partition("/")[0]
         except UserError as error:
             say(str(error))
             continue
@@ -76,7 +76,7 @@ def _shown(row: Row) -> Row:
 
 
 def variants_table(tree: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`variants.tree` as the rows of a table."""
+    """`config.variants_tree` as the rows of a table."""
     return [
         {"recipe": "  " * row["depth"] + row["recipe"], "changed": ", ".join(row["changed"]) or None} for row in tree
     ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import backends, tables
 from ..base.progress import say
-from ..data.published import Score
+from ..data.published import PublishedScore
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs.rundir import all_runs, readable
@@ -215,7 +215,7 @@ def _whole(value: float | None) -> str | float | None:
     return f"{value:,.0f}" if value is not None and value >= 100 else value
 
 
-def published(score: Score | None) -> float | str | None:
+def published(score: PublishedScore | None) -> float | str | None:
     """A published score in a table: with its ± as text, otherwise as a number, which is aligned."""
     if score is None or score.spread is None:
         return score.value if score else None

@@ -17,7 +17,7 @@ from ..base import yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import opened, sha256, tensor_shapes, write_atomically
 from ..base.hub import limit_waiting
-from ..base.processes import held, start_child, stop_requests
+from ..base.machine import held, start_child, stop_requests
 from ..base.progress import Bar, say
 from ..checks import trust
 from ..runs.records import Run

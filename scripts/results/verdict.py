@@ -8,9 +8,9 @@ from typing import Any
 
 from ..base import paths, yamlfiles
 from ..configs import config, datafiles
-from ..configs.compatibility import departures
 from ..configs.compose import REHEARSAL, TRACKERS
-from ..data.published import TRAIN_LOSS, Measured, Published, Score
+from ..configs.numerics import departures
+from ..data.published import TRAIN_LOSS, Measured, Published, PublishedScore
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..scores import intervals
@@ -23,7 +23,7 @@ WITHIN, ACCEPTABLE, OFF = "within the interval", "acceptable", "off"
 
 
 def verdict(
-    ours: float, interval: Sequence[float] | None, published: Score, tolerance: float | None = None
+    ours: float, interval: Sequence[float] | None, published: PublishedScore, tolerance: float | None = None
 ) -> str | None:
     """How a score of ours compares with a published one.
 

@@ -9,8 +9,8 @@ from .. import backends, tables
 from ..backends import Backend
 from ..base import yamlfiles
 from ..base.errors import UserError, meant
+from ..base.machine import LOCK_TIMEOUT, held
 from ..base.paths import find_recipe
-from ..base.processes import LOCK_TIMEOUT, held
 from ..base.progress import Bar, say
 from ..checks import check
 from ..configs import datafiles, models

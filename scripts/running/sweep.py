@@ -15,11 +15,10 @@ from ..backends import Backend
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, meant
 from ..base.files import write_atomically
-from ..base.machine import now
+from ..base.machine import held, now
 from ..base.paths import find_recipe
-from ..base.processes import held
 from ..base.progress import Bar, say
-from ..configs import config, variants
+from ..configs import config
 from ..configs.compose import Request
 from ..configs.gpus import Gpu
 from ..metrics.metric import Column
@@ -239,7 +238,7 @@ def of_recipe(recipe: str) -> dict[str, Column]:
     """What the runs of a recipe, or of a variant of one, are scored with."""
     origin: str | None = recipe
     with suppress(UserError):  # it is no longer there
-        origin = variants.origin(*paths.find_recipe(recipe))
+        origin = config.origin_of(*paths.find_recipe(recipe))
     return columns_of(origin)
 
 

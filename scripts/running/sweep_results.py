@@ -10,7 +10,7 @@ from typing import Any
 from .. import tables
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
-from ..configs import variants
+from ..configs import config
 from ..data import study
 from ..metrics.metric import Column
 from ..results import repeats, run_rows
@@ -96,7 +96,7 @@ def rows(sweep: Sweep, runs: Path, best: str | None = None) -> list[dict[str, An
 def _published(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, float | None]:
     """The published scores of a member's settings, as NAME_published; empty where the study has none for sweeps."""
     name, file = paths.find_recipe(sweep.recipe)
-    origin = variants.origin(name, file)
+    origin = config.origin_of(name, file)
     of_study = study.of_any(origin) if origin and not sweep.rehearsal else None
     if not of_study or not origin or not any(published.cells for published in of_study.published.values()):
         return {}

@@ -18,8 +18,7 @@ from filelock import FileLock, Timeout
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import opened, reserved, where_full
-from ..base.machine import now
-from ..base.processes import start_child, stop_requests
+from ..base.machine import now, start_child, stop_requests
 from ..base.progress import TrainingProgress, say
 from ..configs import numerics
 from ..configs.gpus import CPU_RANKS

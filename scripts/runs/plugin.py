@@ -22,8 +22,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..base.files import append_line
 from ..base.hub import limit_waiting
-from ..base.machine import Card
-from ..base.processes import LOCK_TIMEOUT, end_with_parent, held
+from ..base.machine import LOCK_TIMEOUT, Card, end_with_parent, held
 from ..configs import models
 from ..configs.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
 from . import checkpoints, eval_loss, ranks

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..base.errors import UserError, meant
 from ..base.files import clear_parts, write_atomically
+from ..base.machine import LOCK_TIMEOUT, held, is_held
 from ..base.paths import RUNS
-from ..base.processes import LOCK_TIMEOUT, held, is_held
 from ..base.progress import say, say_once
 from . import checkpoints, health
 from .provenance import other_axolotl

@@ -13,8 +13,8 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.progress import say
 from ..configs import datafiles
-from ..metrics.benchmark import Benchmark, BenchmarkParameters
 from ..metrics.metric import Column
+from ..metrics.registry import Benchmark, BenchmarkParameters
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -11,11 +11,10 @@ import orjson
 from ..base.errors import UserError
 from ..base.files import clear_parts, replacing
 from ..base.hub import importing_axolotl
-from ..base.machine import now
-from ..base.processes import held
+from ..base.machine import held, now
 from ..base.progress import Bar, say
-from ..metrics.benchmark import Benchmark
 from ..metrics.metric import Column
+from ..metrics.registry import Benchmark
 from ..runs.records import FileState
 from ..runs.rundir import RunDir
 from ..runs.tasks import Command

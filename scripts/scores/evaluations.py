@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, TypeAdapter, field_validator, model_valid
 
 from ..base.errors import UserError
 from ..base.files import Row, read_json, write_atomically
-from ..base.processes import held
+from ..base.machine import held
 from ..base.progress import say_once
 from ..data.study import Decoding
 from ..metrics import registry

@@ -10,7 +10,7 @@ from ..base.files import Row, sha256
 from ..base.progress import Bar, say
 from ..checks.rows import fields_of
 from ..data import prepare
-from ..data.published import Predictions, Score, Texts
+from ..data.published import PublishedPredictions, PublishedScore, Texts
 from ..data.study import Study
 from ..metrics.metric import Column
 from . import evaluation_rows
@@ -20,9 +20,9 @@ from .score import ScorerModels, below, read_rows, score
 def scores(
     of_study: Study,
     recipe: str,
-    predictions: Predictions,
+    predictions: PublishedPredictions,
     own: str,
-    published: Mapping[str, Score],
+    published: Mapping[str, PublishedScore],
     judged: ScorerModels,
 ) -> list[dict[str, Any]]:
     """Score published predictions on their test set and, where that is all test rows, on that of the published scores.
@@ -61,7 +61,7 @@ def scores(
     return table
 
 
-def _beside(ours: float, theirs: Score | None, comparable: bool) -> dict[str, Any]:
+def _beside(ours: float, theirs: PublishedScore | None, comparable: bool) -> dict[str, Any]:
     """Return a published score beside ours of the same texts, from which nothing but rounding may differ."""
     if theirs is None or not comparable:
         return {"published": None, "difference": None, "agrees": None}
@@ -71,7 +71,7 @@ def _beside(ours: float, theirs: Score | None, comparable: bool) -> dict[str, An
     return {"published": theirs.value, "difference": difference, "agrees": agrees}
 
 
-def read(of_study: Study, recipe: str, predictions: Predictions, own: str) -> tuple[list[Row], bool]:
+def read(of_study: Study, recipe: str, predictions: PublishedPredictions, own: str) -> tuple[list[Row], bool]:
     """Rows with `row`, `idx`, the position in the study's test file where that is known, `reference` and `prediction`;
     and whether the references were compared with those of prepared rows.
 

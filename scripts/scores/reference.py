@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..base import paths
 from ..base.errors import UserError, WorkFailed
 from ..base.files import embedding_rows, tensor_shapes
-from ..base.processes import make_once
+from ..base.machine import make_once
 from ..base.progress import say
 from .evaluations import ADAPTER, Answer
 from .prompter import Prompter

@@ -11,9 +11,9 @@ from ..base.progress import say
 from ..configs import substitution
 from ..data import study
 from ..metrics import registry
-from ..metrics.benchmark import Benchmark
 from ..metrics.bertscore import ScorerModel, layer_of, made_by
 from ..metrics.metric import Column
+from ..metrics.registry import Benchmark
 from ..metrics.text import words
 from . import intervals
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ..base import paths
 from ..base.errors import UserError, WorkFailed
 from ..base.files import embedding_rows, naming, opened, read_json
-from ..base.processes import start_child
+from ..base.machine import start_child
 from ..base.progress import Bar
 from .evaluations import ADAPTER, EvaluationSettings
 

@@ -13,10 +13,10 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
 from ..base.files import write_atomically
 from ..base.yamlfiles import Config
-from ..configs import config, datafiles, models, variants
+from ..configs import config, datafiles, models
 from ..data import study
-from .base_model import SPECIAL_TOKENS, BaseModel, describe
 from .edit import edited
+from .render import SPECIAL_TOKENS, BaseModel, describe
 
 _SCHEMA = re.compile(r"(# yaml-language-server: \$schema=)\S+(.*\n)")
 # Keys whose values are about one model, beside those that are set anew for another
@@ -158,9 +158,9 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
     head = f"{editor[1]}{schema}{editor[2]}" if editor else ""
     head += f"# {name}: a variant of {base_name}\n"
     head += f"# `recipe diff {name}` lists what it changes, `recipe run {name}` trains it.\n"
-    stamp = variants.STAMP.search(text)  # a variant's text is as old as that which it is made from
+    stamp = config.STAMP.search(text)  # a variant's text is as old as that which it is made from
     head += stamp[0] if stamp else f"# Written for Axolotl {version('axolotl')}.\n"
-    text = variants.STAMP.sub("", text)
+    text = config.STAMP.sub("", text)
     if other:
         rest = "the other settings are as they were"
         text = _for_other_model(text, base, base_name, other.about, str(recipe.get("base_model")))
@@ -216,7 +216,7 @@ def _for_other_model(text: str, base: str, base_name: str, about: BaseModel, bef
         and not any(_LABEL.match(line) or _VARIANT.fullmatch(line) for line in paragraph.splitlines())
     ]  # fmt: skip
     lines = [line for line in head.splitlines() if _VARIANT.fullmatch(line)]
-    origin = variants.origin(*paths.find_recipe(base))
+    origin = config.origin_of(*paths.find_recipe(base))
     if origin and origin != base_name and not any(line.endswith(f" {origin}") for line in lines):
         lines.append(f"# {base_name}: a variant of {origin}")
     lines += [*_labelled("Model", f"{about.title}: {about.about}")]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora_recipes.base.processes import start_child
+from qlora_recipes.base.machine import start_child
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from qlora_recipes.base.processes import start_child
 def test_a_child_that_is_not_yet_a_program_ends_too(at_fork: str, end: str) -> None:
     script = f"""
     import os, signal, time
-    from qlora_recipes.base.processes import start_child, stop_requests
+    from qlora_recipes.base.machine import start_child, stop_requests
 
     os.register_at_fork(after_in_child=lambda: ({at_fork}))
     with stop_requests():

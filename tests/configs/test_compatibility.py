@@ -11,11 +11,11 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.paths import recipe_names
 from qlora_recipes.checks import check
-from qlora_recipes.configs import compatibility, compose, gpus
+from qlora_recipes.configs import compose, gpus, numerics
 from qlora_recipes.configs.compose import Composed, Request
 
-LIGER = {*compatibility._LIGER} - {"plugins"}
-KERNELS = {*compatibility._LORA}
+LIGER = {*numerics._LIGER} - {"plugins"}
+KERNELS = {*numerics._LORA}
 NO_DROPOUT = "peft-metamathqa/qlora-rank32"
 
 
@@ -30,7 +30,7 @@ def on(composed: Composed) -> set[str]:
 
 def mine(*profiles: str, overrides: tuple[str, ...] = (), **change: Any) -> Composed:
     """The profile fast, and others behind it, over a recipe without dropout that has all layers as targets."""
-    layers = [layer for needed in compatibility._LORA.values() for layer in needed]
+    layers = [layer for needed in numerics._LORA.values() for layer in needed]
     every = {"lora_dropout": 0, "lora_target_modules": layers}
     Path("mine.yaml").write_text(yamlfiles.write_yaml(config_with(every | change, NO_DROPOUT)))
     return laid("mine.yaml", "fast", *profiles, overrides=overrides)
@@ -86,7 +86,7 @@ def test_what_axolotl_refuses_or_would_compute_otherwise_stays_off(
 ) -> None:
     if "gemma" in str(change.get("base_model")):
         gemma = {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}
-        monkeypatch.setattr(compatibility.models, "architecture", lambda config, download: gemma)
+        monkeypatch.setattr(numerics.models, "architecture", lambda config, download: gemma)
     composed = mine(**change)
     assert on(composed) == (LIGER | KERNELS) - off
     assert {key for keys in composed.incompatible.values() for key in keys} - {"plugins"} == off

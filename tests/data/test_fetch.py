@@ -17,7 +17,7 @@ import pytest
 from file_server import Server, data_of, serving
 
 from qlora_recipes.base.errors import UserError, WorkFailed
-from qlora_recipes.base.processes import held
+from qlora_recipes.base.machine import held
 from qlora_recipes.data.declaration import Data
 from qlora_recipes.data.fetch import fetch
 

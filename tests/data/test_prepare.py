@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qlora_recipes.base import files, yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.base.processes import held
+from qlora_recipes.base.machine import held
 from qlora_recipes.data import prepare, study
 from qlora_recipes.data.declaration import Data
 from qlora_recipes.data.raw_rows import tagged

@@ -11,7 +11,7 @@ from run_folders import a_run
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.data import study
-from qlora_recipes.data.published import ADAPTER_FILES, Score
+from qlora_recipes.data.published import ADAPTER_FILES, PublishedScore
 from qlora_recipes.data.study import Study
 
 RECIPE = "haider2024/llama-2-7b"
@@ -37,7 +37,7 @@ def test_what_a_study_declares(tmp_path: Path) -> None:
     assert (of_study.first.name, of_study.first.label) == ("accuracy", "GSM8K, %")
     assert list(of_study.table) == list(of_study.columns) == ["accuracy", "perplexity"]
     published = of_study.published[RECIPE].scores
-    assert published == {"accuracy": Score(value=67.4, spread=1.0), "perplexity": Score(value=3)}
+    assert published == {"accuracy": PublishedScore(value=67.4, spread=1.0), "perplexity": PublishedScore(value=3)}
     assert [str(score) for score in published.values()] == ["67.4 ± 1", "3"]
     assert (of_study.decodings["greedy"].top_k, of_study.variants, of_study.baselines) == (0, {}, [])
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_recipes.metrics import number, registry
+from qlora_recipes.metrics import registry, text
 
 
 def right(reference: str, prediction: str, **parameters: object) -> bool:
@@ -42,7 +42,7 @@ FOUND: list[tuple[str, str, float | None]] = [  # parser, prediction, the number
 
 @pytest.mark.parametrize(("parser", "prediction", "found"), FOUND)
 def test_a_number_is_found_as_each_evaluation_finds_it(parser: str, prediction: str, found: float | None) -> None:
-    assert number.number_of(prediction, number.NumberParameters.model_validate({"parser": parser})) == found
+    assert text.number_of(prediction, text.NumberParameters.model_validate({"parser": parser})) == found
     reference = {"loftq": "The final answer is:  7", "peft": "so #### 7"}[parser]
     assert right(reference, prediction, parser=parser) == (found == 7)
 

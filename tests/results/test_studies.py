@@ -12,7 +12,7 @@ from run_folders import a_run
 from small_study import PLAIN, WIDE, row_of
 
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.data.published import Score
+from qlora_recipes.data.published import PublishedScore
 from qlora_recipes.results import listing, run_rows, verdict
 
 LLAMA_2 = "haider2024/llama-2-7b"
@@ -36,7 +36,7 @@ def test_a_published_spread_widens_what_is_within(
     ours: float, interval: list[float] | None, published: float, spread: float | None, tolerance: float | None,
     expected: str | None,
 ) -> None:  # fmt: skip
-    assert verdict.verdict(ours, interval, Score(value=published, spread=spread), tolerance) == expected
+    assert verdict.verdict(ours, interval, PublishedScore(value=published, spread=spread), tolerance) == expected
 
 
 def test_every_published_metric_has_a_verdict(runs: Path) -> None:

@@ -16,11 +16,11 @@ from file_server import Server, serving
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.base.processes import held
+from qlora_recipes.base.machine import held
 from qlora_recipes.configs import compose, datafiles
 from qlora_recipes.configs.compose import Composed, Request
 from qlora_recipes.data import prepare, study
-from qlora_recipes.data.declaration import Source, SourceFile
+from qlora_recipes.data.declaration import DataSource, SourceFile
 from qlora_recipes.running import reproduce
 from qlora_recipes.runs import rundir
 from qlora_recipes.runs.tasks import TaskResult
@@ -148,7 +148,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def published_data(server: Server) -> study.Study:
     """The study with the sample on the server as its data."""
     files = {file.name: SourceFile(rows=datafiles.count_rows(file)) for file in SAMPLE.glob("msg-*.jsonl")}
-    sources = {"Comment_Generation.zip": Source(url=server.url, files=files)}
+    sources = {"Comment_Generation.zip": DataSource(url=server.url, files=files)}
     return STUDY.model_copy(update={"data": STUDY.data.model_copy(update={"sources": sources})})
 
 
@@ -174,7 +174,7 @@ def test_an_adapter_that_a_recipe_starts_from_is_fetched_beside_its_rows(
 ) -> None:
     server.files["adapter_config.json"] = b"{}"
     url = server.url.replace("Comment_Generation.zip", "adapter_config.json")
-    published_data.data.sources["init/adapter_config.json"] = Source(url=url)
+    published_data.data.sources["init/adapter_config.json"] = DataSource(url=url)
     reproduce.have_data(published_data, composed("llama-2-7b"))
     assert not Path("data/codereviewer-raw/init").exists()
     start = composed("llama-2-7b", overrides=["lora_model_dir=data/codereviewer-raw/init"])

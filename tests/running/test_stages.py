@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.configs import ledger
 from qlora_recipes.data import study
-from qlora_recipes.data.published import Score
+from qlora_recipes.data.published import PublishedScore
 from qlora_recipes.metrics.text import bleu4
 from qlora_recipes.runs import rundir
 from qlora_recipes.scores import published
@@ -98,7 +98,7 @@ def test_published_predictions_are_recorded(
 
 @pytest.mark.parametrize(("difference", "agrees"), [(0.05, True), (-0.05, True), (0.06, False)])
 def test_scores_of_the_same_texts_agree_to_the_last_printed_digit(difference: float, agrees: bool) -> None:
-    assert published._beside(50.0 + difference, Score(value=50.0), True)["agrees"] is agrees
+    assert published._beside(50.0 + difference, PublishedScore(value=50.0), True)["agrees"] is agrees
 
 
 def test_references_are_compared_with_the_prepared_rows(recipe: Recipe, server: Server, tmp_path: Path) -> None:

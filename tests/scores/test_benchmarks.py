@@ -14,7 +14,7 @@ from conftest import Recipe, finish, start
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.metrics import registry
-from qlora_recipes.metrics.benchmark import BenchmarkParameters, as_metric
+from qlora_recipes.metrics.registry import BenchmarkParameters, as_metric
 from qlora_recipes.runs import rundir
 from qlora_recipes.scores import benchmarks, evaluate
 

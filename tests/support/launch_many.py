@@ -14,7 +14,7 @@ import traceback
 from typing import Any
 
 from qlora_recipes import cli
-from qlora_recipes.base.processes import end_with_parent
+from qlora_recipes.base.machine import end_with_parent
 
 AT_ONCE = 4
 

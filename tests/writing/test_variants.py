@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check
-from qlora_recipes.configs import compose, config, variants
+from qlora_recipes.configs import compose, config
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.results import run_rows
 from qlora_recipes.results.run_rows import RunResult
@@ -81,7 +81,7 @@ def test_a_variant_keeps_every_comment_is_clean_and_differs_in_just_what_was_cha
         text = file.read_text()
         assert all(comment in text for comment in comments(TEXT))
         differing = set(config.differences(base, expected))
-        assert set(variants.changed(BASE, "mine")) == differing
+        assert set(config.changed_keys(BASE, "mine")) == differing
         composed = compose.compose(Request("mine"))
         assert composed.config == expected
         assert composed.differences == []
@@ -229,4 +229,4 @@ def test_headers_that_go_in_a_circle_are_listed(place: Path) -> None:
     (place / "variants").mkdir()
     for name, of in (("a", "b"), ("b", "a")):
         (place / f"variants/{name}.yaml").write_text(f"# {name}: a variant of {of}\nlora_r: 1\n")
-    assert {"a", "b"} <= {row["recipe"] for row in variants.tree()}
+    assert {"a", "b"} <= {row["recipe"] for row in config.variants_tree()}
