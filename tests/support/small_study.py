@@ -55,7 +55,7 @@ def write(place: Path, **changes: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("plain", "wide"):
         shutil.copy(first / "llama-3.2-3b.yaml", folder / f"{name}.yaml")
-    shutil.copytree(first, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.yaml"))
+    shutil.copytree(first, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.yaml", "results"))
     (folder / "plain.csv").write_text("step,train_loss\n2,2.5\n4,1.5\n")
     (folder / "study.yaml").write_text(yamlfiles.write_yaml(content | changes))
     study._load.cache_clear()
