@@ -56,8 +56,7 @@ EngineName = Annotated[
     typer.Option(
         "--engine",
         metavar="transformers|vllm|URL",
-        help="What generates: vllm is much faster, and `make vllm` installs it; URL is a server with OpenAI's "
-        "completions, such as Ollama's.",
+        help="What generates: vllm is much faster, and `make vllm` installs it; URL is a vLLM server of yours.",
     ),
 ]
 ServersModel = Annotated[

@@ -58,12 +58,11 @@ class Agreement(BaseModel):
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a model wrote: the text, without special tokens and space around it, and the tokens, without padding; None
-    from a server that does not tell them."""
+class Completion:
+    """Text that a model wrote, without special tokens and space around it, and its tokens, without padding."""
 
     text: str
-    tokens: list[int] | None
+    tokens: list[int]
 
 
 class EvaluationSettings(BaseModel):
@@ -152,7 +151,7 @@ class Engine(Protocol):
     settings: EvaluationSettings
     served: str | None
 
-    def generate(self, prompts: Sequence[list[int]], done: Container[int]) -> Iterator[dict[int, Answer]]:
+    def generate(self, prompts: Sequence[list[int]], done: Container[int]) -> Iterator[dict[int, Completion]]:
         """The answers that are not there yet, in groups as they get ready.
 
         Args:

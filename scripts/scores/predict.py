@@ -18,7 +18,7 @@ from ..base.files import Row, naming, opened, replacing
 from ..base.progress import Bar, say
 from ..configs import gpus
 from ..data.study import Decoding
-from .evaluations import REFERENCE, SERVER, VLLM, Agreement, Answer, Engine, EvaluationSettings, Prediction
+from .evaluations import REFERENCE, SERVER, VLLM, Agreement, Completion, Engine, EvaluationSettings, Prediction
 from .task import EvaluationTask
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def started(
         from .server import AT_ONCE, Server, at
 
         at_once = settings.batch_size or AT_ONCE
-        return nullcontext(Server(prompter, at(str(server)), str(settings.model), prompts, at_once))
+        return nullcontext(Server(prompter, at(str(server)), str(settings.model), at_once))
     with Bar("loading the model"):
         from .reference import Reference
 
@@ -122,7 +122,7 @@ def predict(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row
         with started(prompter, prompts, asked.server, part) as engine:
             if done and settings.served and settings.served != engine.served:
                 raise UserError(f"{part}: started by {settings.served}, which is now {engine.served}; move it away")
-            found = agreement(expected, engine, prompter, sampled(prompts)) if compares else settings.agreement
+            found = agreement(expected, engine, sampled(prompts)) if compares else settings.agreement
             known = {"batch_tokens": engine.settings.batch_tokens, "served": engine.served, "agreement": found}
             settings = settings.model_copy(update=known)
             with Bar("evaluating", len(rows), len(done)) as bar, naming(part), opened(part, "ab") as stream:
@@ -176,7 +176,7 @@ def sampled(prompts: Sequence[list[int]]) -> list[list[int]]:
     return [prompts[i] for i in sorted({i * len(prompts) // COMPARED for i in range(COMPARED)})]
 
 
-def answers_of_reference(prompter: "Prompter", prompts: Sequence[list[int]]) -> list[Answer]:
+def answers_of_reference(prompter: "Prompter", prompts: Sequence[list[int]]) -> list[Completion]:
     """The reference's greedy answers; its memory, which the engine may need, is free afterwards."""
     from .reference import Reference
 
@@ -186,35 +186,28 @@ def answers_of_reference(prompter: "Prompter", prompts: Sequence[list[int]]) -> 
     return answers
 
 
-def agreement(
-    expected: Sequence[Answer], engine: Engine, prompter: "Prompter", prompts: Sequence[list[int]]
-) -> Agreement:
+def agreement(expected: Sequence[Completion], engine: Engine, prompts: Sequence[list[int]]) -> Agreement:
     """Compare an engine's greedy answers with the reference's, and log the result."""
     name = engine.settings.engine
     pairs = list(zip(expected, _greedily(engine, prompts, f"{name} answers"), strict=True))
-    tokens_before = [_tokens_before(prompter, *pair) for pair in pairs if pair[0].text != pair[1].text]
+    tokens_before = []
+    for own, other in pairs:
+        if own.text != other.text:
+            same = [one == another for one, another in zip(own.tokens, other.tokens, strict=False)]
+            tokens_before.append(same.index(False) if False in same else len(same))
     found = Agreement(rows=len(pairs), equal=len(pairs) - len(tokens_before), tokens_before=tokens_before)
     say(f"{name}: {found}")
     return found
 
 
-def _greedily(engine: Engine, prompts: Sequence[list[int]], doing: str) -> list[Answer]:
+def _greedily(engine: Engine, prompts: Sequence[list[int]], doing: str) -> list[Completion]:
     usual = engine.settings
     greedy = Decoding(max_new_tokens=usual.decoding.max_new_tokens)
     engine.settings = usual.model_copy(update={"decoding": greedy})
-    done: dict[int, Answer] = {}
+    done: dict[int, Completion] = {}
     with Bar(doing, len(prompts)) as bar:
         for answers in engine.generate(prompts, done):
             done |= answers
             bar.update(len(done))
     engine.settings = usual
     return [done[i] for i in range(len(prompts))]
-
-
-def _tokens_before(prompter: "Prompter", own: Answer, other: Answer) -> int:
-    """Count the tokens before two answers differ, those of their texts where a server does not send tokens."""
-    pair = [own.tokens or [], other.tokens or []]
-    if other.tokens is None:
-        pair = [prompter.tokenizer(answer.text, add_special_tokens=False)["input_ids"] for answer in (own, other)]
-    same = [one == another for one, another in zip(*pair, strict=False)]
-    return same.index(False) if False in same else len(same)

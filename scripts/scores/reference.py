@@ -24,7 +24,7 @@ from ..base.errors import UserError, WorkFailed
 from ..base.files import embedding_rows, tensor_shapes
 from ..base.machine import make_once
 from ..base.progress import say
-from .evaluations import ADAPTER, Answer
+from .evaluations import ADAPTER, Completion
 from .prompter import Prompter
 
 disable_progress_bar()
@@ -99,7 +99,7 @@ class Reference:
             memory = min(SMALL_CACHE, psutil.virtual_memory().available // 4)
         return 1 << max(memory // self.prompter.cache_of(self.settings.decoding.num_beams), 1).bit_length() - 1
 
-    def generate(self, prompts: Sequence[list[int]], done: Container[int]) -> Iterator[dict[int, Answer]]:
+    def generate(self, prompts: Sequence[list[int]], done: Container[int]) -> Iterator[dict[int, Completion]]:
         """See `Engine`.
 
         Batches are the same whatever is done: in half precision an answer can depend on the other rows of its batch.
@@ -127,7 +127,7 @@ class Reference:
                     waiting += [list(half) for half in batched(part, fits)][::-1]
                     continue
                 texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-                yield {i: Answer(text.strip(), ids) for i, text, ids in zip(part, texts, answers, strict=True)}
+                yield {i: Completion(text.strip(), ids) for i, text, ids in zip(part, texts, answers, strict=True)}
 
     @torch.inference_mode()
     def answers(self, prompts: Sequence[list[int]], number: int) -> list[list[int]]:

@@ -124,7 +124,7 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
         with Bar("starting vLLM"):
             asyncio.run(_wait(api, server, log))
         name = "adapter" if settings.adapter_sha256 else "base"
-        yield Server(prompter, api, name, prompts, settings.batch_size or AT_ONCE)
+        yield Server(prompter, api, name, settings.batch_size or AT_ONCE)
     except WorkFailed as error:
         if server.poll() is None:
             raise

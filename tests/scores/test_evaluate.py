@@ -24,7 +24,7 @@ from qlora_recipes.runs.records import FileState, Launch, State
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate
 from qlora_recipes.scores import reference as references
-from qlora_recipes.scores.evaluations import ADAPTER, Answer, Evaluation, read_predictions, read_scores
+from qlora_recipes.scores.evaluations import ADAPTER, Completion, Evaluation, read_predictions, read_scores
 from qlora_recipes.scores.prompter import Prompter
 from qlora_recipes.scores.reference import Reference, base_model, batches
 from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
@@ -130,9 +130,9 @@ def rows(sample: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in (sample / "test.jsonl").read_bytes().splitlines()]
 
 
-def generated(reference: Reference, rows: list[dict[str, Any]]) -> list[Answer]:
+def generated(reference: Reference, rows: list[dict[str, Any]]) -> list[Completion]:
     """A prediction for each row."""
-    done: dict[int, Answer] = {}
+    done: dict[int, Completion] = {}
     for answers in reference.generate([example.prompt for example in reference.prompter.examples(rows)], done):
         done |= answers
     return [done[i] for i in range(len(rows))]

@@ -14,7 +14,7 @@ from qlora_recipes.data import study
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate, score
-from qlora_recipes.scores.evaluations import Answer, Evaluation, read_predictions
+from qlora_recipes.scores.evaluations import Completion, Evaluation, read_predictions
 from qlora_recipes.scores.task import EvaluationRequest
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list["Reference"]:
 
     batches: list[Reference] = []
 
-    def generate(self: Reference, prompts: list[list[int]], done: dict[int, Answer]) -> list[dict[int, Answer]]:
+    def generate(self: Reference, prompts: list[list[int]], done: dict[int, Completion]) -> list[dict[int, Completion]]:
         batches.append(self)
-        return [{i: Answer(f"answer {len(prompt)}", None) for i, prompt in enumerate(prompts)}]
+        return [{i: Completion(f"answer {len(prompt)}", prompt) for i, prompt in enumerate(prompts)}]
 
     monkeypatch.setattr(Reference, "generate", generate)
     return batches

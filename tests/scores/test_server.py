@@ -14,7 +14,7 @@ from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.scores import evaluate
 from qlora_recipes.scores import server as servers
-from qlora_recipes.scores.evaluations import PREDICTIONS, SCORES, Answer, read_predictions
+from qlora_recipes.scores.evaluations import PREDICTIONS, SCORES, Completion, read_predictions
 from qlora_recipes.scores.task import EvaluationRequest
 
 PROMPTS = [[5, 6, 7, 8], [5, 6], [9, 10, 11], [12, 13, 14, 15, 16]]
@@ -23,7 +23,6 @@ PROMPTS = [[5, 6, 7, 8], [5, 6], [9, 10, 11], [12, 13, 14, 15, 16]]
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "RETRIES", 2)
-    monkeypatch.setattr(servers, "TRIES_OF_A_FORM", 1)
     monkeypatch.delenv(servers.KEY, raising=False)
 
 
@@ -41,73 +40,37 @@ def prompter(**decoding: Any) -> Any:
 
 def engine(server: AServer, at_once: int = 2, timeout: float = 5, **decoding: Any) -> Any:
     there = servers.Api(servers.at(server.url).url, timeout=timeout)
-    return servers.Server(prompter(**decoding), there, "m", PROMPTS, at_once)
+    return servers.Server(prompter(**decoding), there, "m", at_once)
 
 
-def answers(of: Any, done: tuple[int, ...] = ()) -> dict[int, Answer]:
+def answers(of: Any, done: tuple[int, ...] = ()) -> dict[int, Completion]:
     return {i: answer for group in of.generate(PROMPTS, done) for i, answer in group.items()}
 
 
 def echo(body: dict[str, Any]) -> Reply:
-    """The prompt's length, so that answers tell which prompt they belong to."""
-    return completed(f" {len(body['prompt'])} ")
+    """The prompt's own tokens."""
+    return completed("not this", token_ids=body["prompt"])
 
 
-def test_prompts_go_as_tokens_and_tokens_come_back_where_the_server_can() -> None:
-    def reply(body: dict[str, Any]) -> Reply:
-        assert body["prompt"] in PROMPTS
-        return completed("not this", token_ids=[*body["prompt"], 2])
+def echoed(of: Any, *numbers: int) -> dict[int, Completion]:
+    return {i: Completion(of.tokenizer.decode(PROMPTS[i]).strip(), PROMPTS[i]) for i in numbers}
 
-    with serving(reply) as server:
+
+def test_prompts_and_answers_are_tokens() -> None:
+    with serving(echo) as server:
         of = engine(server)
-        made = answers(of, done=(1,))
-    tokenizer = of.tokenizer
-    assert made == {i: Answer(tokenizer.decode(PROMPTS[i]).strip(), [*PROMPTS[i], 2]) for i in (0, 2, 3)}
-    assert of.exact
+        assert answers(of, done=(1,)) == echoed(of, 0, 2, 3)
     asked = server.requests[-1]
     assert (asked["model"], asked["max_tokens"], asked["temperature"]) == ("m", 8, 0)
-    assert asked["stop_token_ids"] == sorted({2, 77, tokenizer.eos_token_id})  # as the reference's
+    assert asked["stop_token_ids"] == sorted({2, 77, of.tokenizer.eos_token_id})  # as the reference's
     assert "seed" not in asked and "top_p" not in asked
-    assert server.requests[0]["max_tokens"] == 1  # which only finds out the form
-
-
-def test_prompts_go_as_text_where_the_server_takes_no_tokens() -> None:
-    def reply(body: dict[str, Any]) -> Reply:
-        if "stop_token_ids" in body:
-            return 400, {"error": "unknown parameter stop_token_ids"}
-        return echo(body) if isinstance(body["prompt"], str) else (500, {"error": "prompt has to be a string"})
-
-    with serving(reply) as server:
-        of = engine(server)
-        made = answers(of)
-    texts = [of.tokenizer.decode(prompt) for prompt in PROMPTS]
-    assert made == {i: Answer(str(len(text)), None) for i, text in enumerate(texts)}
-    others = sum(of.tokenizer(text)["input_ids"] != prompt for text, prompt in zip(texts, PROMPTS, strict=True))
-    assert not of.exact and (f" {others} of 4 " in of.served) == bool(others)
-
-
-def test_the_tokens_that_begin_any_text_are_left_to_the_server() -> None:
-    from tokenizers import processors
-
-    of: Any = prompter()
-    first = of.tokenizer.convert_ids_to_tokens(1)
-    of.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A", special_tokens=[(first, 1)]
-    )
-    assert [servers.Server._as_text(of, [*start, 5, 6]) for start in ([1], [])] == [of.tokenizer.decode([5, 6])] * 2
 
 
 def test_samples_differ_by_row_and_repeat() -> None:
     with serving(echo) as server:
         answers(engine(server, do_sample=True, temperature=0.7, top_p=0.9, top_k=5, seed=3))
-        sampled = server.requests[1:]
-    assert sorted(body["seed"] for body in sampled) == [3, 4, 5, 6]
-    assert {(body["temperature"], body["top_p"], body["top_k"]) for body in sampled} == {(0.7, 0.9, 5)}
-    with (
-        serving(lambda body: (400, {"error": "no top_k"}) if "top_k" in body else echo(body)) as server,
-        pytest.raises(UserError, match=r"top_k.* 400 "),
-    ):
-        engine(server, do_sample=True, top_k=5)
+    assert sorted(body["seed"] for body in server.requests) == [3, 4, 5, 6]
+    assert {(body["temperature"], body["top_p"], body["top_k"]) for body in server.requests} == {(0.7, 0.9, 5)}
 
 
 def test_errors_that_pass_are_waited_for_and_no_row_is_asked_twice() -> None:
@@ -116,11 +79,12 @@ def test_errors_that_pass_are_waited_for_and_no_row_is_asked_twice() -> None:
 
     def reply(body: dict[str, Any]) -> Reply:
         with lock:
-            return next(failures, echo(body)) if body["max_tokens"] == 8 else echo(body)
+            return next(failures, echo(body))
 
     with serving(reply) as server:
-        assert {i: answer.text for i, answer in answers(engine(server)).items()} == {0: "4", 1: "2", 2: "3", 3: "5"}
-    assert len(server.requests) == 1 + 4 + 4
+        of = engine(server)
+        assert answers(of) == echoed(of, 0, 1, 2, 3)
+    assert len(server.requests) == 4 + 4
 
 
 @pytest.mark.parametrize(
@@ -131,19 +95,19 @@ def test_errors_that_pass_are_waited_for_and_no_row_is_asked_twice() -> None:
         (None, "row 4, "),
         ((200, b"<html>Welcome</html>"), "<html>Welcome</html>"),
         ((200, {"choices": []}), "choices"),
-        ((200, {"choices": [{"text": 3}]}), "text"),
+        (completed("x"), "token_ids"),
         ((200, ["a"]), "row 4, "),
         ((200, b"[" * 100_000), "row 4, "),
         (completed("x", token_ids="17"), "token_ids"),
-        (completed("x", "abort"), "abort"),
-        (completed("x", None), "finish_reason"),
+        (completed("x", "abort", token_ids=[]), "abort"),
+        (completed("x", None, token_ids=[]), "finish_reason"),
         ((401, {"error": "expired"}), "401 .*expired"),
         ((400, {"error": "context of 4 tokens"}), "row 4, .* 5 .*: .*400 .*context"),
     ],
 )
 def test_what_a_server_cannot_answer_ends_it_and_loses_nothing(reply: Reply, problem: str) -> None:
     with serving(lambda body: reply if len(body["prompt"]) == 5 else echo(body)) as server:
-        made: dict[int, Answer] = {}
+        made: dict[int, Completion] = {}
         with pytest.raises(WorkFailed, match=problem):
             for group in engine(server, at_once=1).generate(PROMPTS, ()):
                 made |= group
@@ -152,7 +116,7 @@ def test_what_a_server_cannot_answer_ends_it_and_loses_nothing(reply: Reply, pro
 
 def test_a_server_that_never_answers_is_given_up() -> None:
     def reply(body: dict[str, Any]) -> Reply:
-        time.sleep(0.4 if body["max_tokens"] == 8 else 0)
+        time.sleep(0.4)
         return echo(body)
 
     with serving(reply) as server, pytest.raises(WorkFailed, match="row "):
@@ -160,10 +124,9 @@ def test_a_server_that_never_answers_is_given_up() -> None:
 
 
 def test_a_server_that_wants_to_be_left_alone_for_an_hour_is() -> None:
-    with serving(lambda body: (429, {}) if body["max_tokens"] == 8 else echo(body)) as server:
+    with serving(lambda body: (429, {})) as server:
         of = engine(server)
         server.headers = {"Retry-After": "3600"}
-        server.requests.clear()
         with pytest.raises(WorkFailed, match="429"):
             answers(of)
         assert len(server.requests) <= of.at_once
@@ -171,12 +134,12 @@ def test_a_server_that_wants_to_be_left_alone_for_an_hour_is() -> None:
 
 def test_whoever_needs_no_more_answers_leaves_at_once() -> None:
     def reply(body: dict[str, Any]) -> Reply:
-        time.sleep(3 if body["max_tokens"] == 8 and len(body["prompt"]) > 2 else 0)
+        time.sleep(3 if len(body["prompt"]) > 2 else 0)
         return echo(body)
 
     with serving(reply) as server:
         began = time.monotonic()
-        groups: Iterator[dict[int, Answer]] = engine(server, at_once=4).generate(PROMPTS, ())
+        groups: Iterator[dict[int, Completion]] = engine(server, at_once=4).generate(PROMPTS, ())
         assert list(next(groups)) == [1]
         groups.close()  # type: ignore[attr-defined]
         assert time.monotonic() - began < 2
@@ -199,19 +162,6 @@ def test_a_model_is_asked_for_before_anything(models: Reply, model: str | None, 
         with pytest.raises(UserError, match=problem):
             servers.at(server.url).require_model(model)
         assert not server.requests
-
-
-@pytest.mark.parametrize(
-    ("reply", "problem"),
-    [
-        ((404, {"error": "none"}), "/v1/completions"),
-        ((400, {"error": "never"}), "400 .*never"),
-        ((401, {"error": "no"}), servers.KEY),
-    ],
-)
-def test_a_server_without_completions_is_refused(reply: Reply, problem: str) -> None:
-    with serving(lambda body: reply) as server, pytest.raises(UserError, match=problem):
-        engine(server)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +195,7 @@ def test_a_server_gets_no_key_of_another(key: str | None, monkeypatch: pytest.Mo
     with serving(echo) as server:
         there = servers.at(server.url)
         there.require_model("m")
-        servers.Server(prompter(), there, "m", PROMPTS, 1)
+        assert answers(servers.Server(prompter(), there, "m", 1))
         with serving(echo) as other:
             server.models = 307, {}
             server.headers = {"Location": f"{other.url}/v1/models"}
@@ -279,7 +229,7 @@ def test_an_evaluation_goes_on_when_its_server_is_there_again(
     def dies(body: dict[str, Any]) -> Reply:
         nonlocal left
         with lock:
-            left -= body["max_tokens"] == 8
+            left -= 1
             return echo(body) if left >= 0 else None
 
     where = run.path / "evaluations" / "base-model"
@@ -289,7 +239,7 @@ def test_an_evaluation_goes_on_when_its_server_is_there_again(
     with serving(echo) as server:
         request.engine = server.url
         resumed = evaluate.evaluate(run, request)
-        assert len([body for body in server.requests if body["max_tokens"] == 8]) == 9 - 5
+        assert len(server.requests) == 9 - 5
         rows = read_predictions(where)
         assert [row["row"] for row in rows] == list(range(9))
         for file in (PREDICTIONS, SCORES):
