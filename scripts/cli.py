@@ -71,8 +71,15 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show its version and Axolotl's.")
     ] = False,
+    runs: Annotated[
+        str | None,
+        typer.Option(
+            "--runs", metavar="DIR", help=f"The folder that holds the runs; by default that of {paths.RUNS}, or runs."
+        ),
+    ] = None,
 ) -> None:
-    pass
+    if runs:
+        os.environ[paths.RUNS] = runs  # for the commands that this one starts, too
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -92,6 +92,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
+            patch.setenv(paths.RUNS, "")  # which the command sets
             code = cli.main(words)
         said = capsys.readouterr()
         return subprocess.CompletedProcess(words, code, said.out, said.err)

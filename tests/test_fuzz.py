@@ -162,16 +162,16 @@ def run_folder(place: Path) -> Target:
     names = ("config.yaml", "run.json", "metrics.jsonl", "scores.json", "predictions.jsonl", "jobs.json")
     files = [path / name for path in (folder.path, folder.path.with_name("left")) for name in names]
     files.append(recorded_runs.recorded(folder))
-    lines = ["results --json", "results --study sums2030", f"results --compare {ONE} {TWO}", f"report {ONE} {TWO}"]
+    lines = ["results --json", "results sums2030", f"results {ONE} {TWO}", f"report {ONE} {TWO}"]
     lines += [f"{verb} {run}" for verb in ("report", "results --export", "publish", "cancel") for run in (ONE, LEFT)]
-    lines += [f"resume --trust {LEFT}", "results --ledger --study sums2030 --json"]
+    lines += [f"resume --trust {LEFT}", "results sums2030 --ledger --json"]
     return files, lines
 
 
 def study_file(place: Path) -> Target:
     a_run(place)
-    lines = ["study check sums2030", "list", "list --json", "results --study sums2030", "show sums2030/plain"]
-    lines += ["results --power sums2030", "report --study sums2030", "check sums2030/plain", "render"]
+    lines = ["study check sums2030", "list", "list --json", "results sums2030", "show sums2030/plain"]
+    lines += ["results sums2030 --power tolerance", "report sums2030", "check sums2030/plain", "render"]
     folder = place / "recipes" / "sums2030"
     return [folder / "study.yaml", folder / "study.yaml", folder / "plain.csv"], lines
 
@@ -209,7 +209,7 @@ def rows(place: Path) -> Target:
     lines = ["data prepare --study haider2024 --out out raw", "data prepare --study sums2030 --out out sums"]
     lines += ["check alpaca.yaml --data", "check chat.yaml --data"]
     lines += ["score p.jsonl", "score p.jsonl --out out.jsonl"]
-    lines += ["results --compare p.jsonl q.jsonl"]
+    lines += ["results p.jsonl q.jsonl"]
     files = ["raw/msg-train.jsonl", "sums/train.jsonl", "sums/test.csv", "rows.jsonl", "p.jsonl"]
     return [place / file for file in files], lines
 

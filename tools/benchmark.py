@@ -120,7 +120,7 @@ def start(folder: Path) -> tuple[float, float, float]:
     A pair before these tokenizes the rows and reads the packages from the disk.
     """
     file = config(folder)
-    ours, theirs = [BIN / "recipe", "run", file, "--runs", folder / "runs"], [BIN / "axolotl", "train", file]
+    ours, theirs = [BIN / "recipe", "--runs", folder / "runs", "run", file], [BIN / "axolotl", "train", file]
     pairs = [
         (first_step(ours, folder, "runs/**/train.log"), first_step(theirs, folder, "plain.log"))
         for _ in range(PAIRS + 1)

@@ -122,14 +122,14 @@ def adapters(_: Path) -> dict[str, Any]:
     support = {"PYTHONPATH": str(ROOT / "tests" / "support")}
     subprocess.run([sys.executable, "-c", make], env=os.environ | support, check=True)
     Path("tiny.yaml").write_text(f"base_model: {Path('tiny').resolve()}\n")
-    whole = Path(recipe(*TRAINING, "--runs", "whole").strip())
-    process = subprocess.Popen([RECIPE, *TRAINING, "--runs", "killed"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    whole = Path(recipe("--runs", "whole", *TRAINING).strip())
+    process = subprocess.Popen([RECIPE, "--runs", "killed", *TRAINING], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not list(Path("killed").rglob("checkpoint-*/manifest.json")):
         time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     psutil.wait_procs([process, *children])
-    resumed = Path(recipe("resume", "latest", "--runs", "killed").strip())
+    resumed = Path(recipe("--runs", "killed", "resume", "latest").strip())
     file = "output/adapter_model.safetensors"
     return {"whole": digest(whole / file), "killed and resumed": digest(resumed / file)}
 

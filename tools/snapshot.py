@@ -64,7 +64,7 @@ def losses() -> Iterator[tuple[str, Any]]:
     sets = [word for change in (f"base_model={Path('tiny').resolve()}", *TRAINING) for word in ("--set", change)]
     recipes = {yamlfiles.read_yaml(paths.find_recipe(name)[1])["optimizer"]: name for name in paths.recipe_names()}
     for optimizer, name in recipes.items():
-        run = Path(recipe("run", name, "--rehearse", *sets, "--runs", "runs").strip())
+        run = Path(recipe("--runs", "runs", "run", name, "--rehearse", *sets).strip())
         for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
             for key in ("loss", "eval_loss"):
                 if key in row:

@@ -59,7 +59,7 @@ class Local:
         if gpus > max(available := len(machine.visible_gpus()), 1):
             raise UserError(f"--gpus {gpus}: only {available} can be used here")
 
-    def submit(self, tasks: Sequence[Task], title: str, runs: Path) -> None:
+    def submit(self, tasks: Sequence[Task], title: str) -> None:
         """Carry tasks out, as many at a time as there are devices.
 
         A request to stop is passed on to the running commands, which end at a checkpoint, and nothing more is begun.

@@ -24,7 +24,7 @@ from ..runs.rundir import RunDir, new_folder
 from ..runs.tasks import Command, Step, Task, TaskResult
 from .slurm_site import STEPS, Site, active, ask, forget_queue, queue, sbatch, settings_file, site_settings
 
-GRACE = 300  # seconds before a time limit in which a training can end at a checkpoint; --slurm signal=... sets others
+GRACE = 300  # seconds before a time limit in which a training can end at a checkpoint; --on slurm,signal=… sets others
 
 
 class Slurm:
@@ -33,7 +33,7 @@ class Slurm:
     Args:
         rehearsal: whether a rehearsal is to run, which needs no GPU.
         jobs: how many tasks of an array run at a time; None leaves that to the queue.
-        options: the values of --slurm.
+        options: of sbatch, as KEY=VALUE.
 
     Raises:
         UserError: a setting is wrong, or SLURM does not answer.
@@ -55,24 +55,23 @@ class Slurm:
     def check_size(self, gpus: int, nodes: int) -> None:
         """sbatch checks the size, see `Batch.check`."""
 
-    def carry_out(self, task: Task, title: str, runs: Path) -> RunDir:
+    def carry_out(self, task: Task, title: str) -> RunDir:
         """Submit one task; the run's folder.
 
         Raises:
             UserError: SLURM refuses it; nothing was submitted.
         """
-        folders = self.submit([task], title, runs)
+        folders = self.submit([task], title)
         if not folders:
             raise UserError(str(task.result.problem))
         return folders[0]
 
-    def submit(self, tasks: Sequence[Task], title: str, runs: Path) -> list[RunDir]:
+    def submit(self, tasks: Sequence[Task], title: str) -> list[RunDir]:
         """Submit tasks as arrays that wait for each other; the jobs of each are noted in its result.
 
         Args:
             tasks: each is independent of the others.
             title: a name for all of them.
-            runs: the folder with the runs.
 
         Returns:
             The folders of the runs whose jobs are queued.
@@ -84,7 +83,7 @@ class Slurm:
         if not tasks:
             return []
         forget_queue()  # checks and plans take a while
-        batch = Batch(self.site, self.jobs, title.replace("/", "-"), runs, tasks[0].gpus, tasks[0].nodes)
+        batch = Batch(self.site, self.jobs, title.replace("/", "-"), tasks[0].gpus, tasks[0].nodes)
         batch.check({step for task in tasks for step in task.steps}, len(tasks))
         claimed = []
         for task in tasks:
@@ -143,7 +142,6 @@ class Batch:
         site: how jobs are submitted there.
         jobs: how many tasks of an array run at a time; None leaves that to the queue.
         title: what is submitted, as file names have it.
-        runs: the folder with the runs.
         gpus: how many each training needs on each node.
         nodes: how many nodes each training needs.
         folder: the folder of the scripts, once there is one.
@@ -153,7 +151,6 @@ class Batch:
     site: Site
     jobs: int | None
     title: str
-    runs: Path
     gpus: int
     nodes: int
     folder: Path | None = None
@@ -174,7 +171,7 @@ class Batch:
             try:
                 ask("sbatch", "--test-only", *options, script=self.script(step, [], tasks))
             except UserError as error:
-                where = f"--slurm KEY=VALUE or {settings_file()}"
+                where = f"--on slurm,KEY=VALUE or {settings_file()}"
                 raise UserError(f"{error}; {where} changes the options of {step}: {' '.join(options)}") from None
 
     def submit(self, step: Step, tasks: Sequence[ArrayTask], after: str | None = None) -> str | None:
@@ -188,7 +185,7 @@ class Batch:
         """
         if not tasks:
             return None
-        self.folder = self.folder or new_folder(self.runs / "slurm", self.title)
+        self.folder = self.folder or new_folder(paths.runs() / "slurm", self.title)
         file = (self.folder / f"{len(self.submitted) + 1}-{step}.sh").resolve()
         write_atomically(file, self.script(step, tasks, len(tasks)))
         waits = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []

@@ -64,7 +64,7 @@ def settings_file() -> Path:
 
 
 def site_settings(overrides: Sequence[str]) -> Site:
-    """The settings of the user's file, with the values of --slurm merged in.
+    """The settings of the user's file, with the options of --on merged in.
 
     Raises:
         UserError: the file or an option is malformed.
@@ -75,10 +75,10 @@ def site_settings(overrides: Sequence[str]) -> Site:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UserError(f"--slurm {text}: expected key=value, as in --slurm partition=gpu")
+            raise UserError(f"--on slurm,{text}: expected key=value, as in --on slurm,partition=gpu")
         step, dot, option = key.partition(".")
         content = merge(content, {step: {option: value}} if dot else {key: value})
-        site = _site(content, f"--slurm {text}")
+        site = _site(content, f"--on slurm,{text}")
     return site
 
 

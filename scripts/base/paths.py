@@ -21,9 +21,14 @@ def _shipped(folder: str) -> Path:
 RECIPES = _shipped("recipes")
 TEMPLATES = _shipped("templates")
 PROFILES = RECIPES / "profiles"
-RUNS = Path("runs")
+RUNS = "QLORA_RUNS"
 VARIANTS = Path("variants")
 LOCK = _PACKAGE.parent / "requirements.lock"
+
+
+def runs() -> Path:
+    """The folder that holds the runs: that of --runs, or of the environment variable."""
+    return Path(os.environ.get(RUNS) or "runs")
 
 
 def cache() -> Path:

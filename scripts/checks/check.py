@@ -73,7 +73,6 @@ def check(
     full: bool = False,
     launching: bool = False,
     composed: Composed | None = None,
-    runs: Path = paths.RUNS,
 ) -> Report:
     """All that is wrong with one recipe or file.
 
@@ -85,14 +84,13 @@ def check(
             request forces that.
         launching: a run is about to start here.
         composed: the request's config, where it is composed already.
-        runs: the folder that the run's is to be in.
 
     Without data and full no torch is imported.
     """
     report = Report(request.name)
     try:
         composed = composed or compose.compose(request, gpu)
-        report = examine(composed, gpu, request.gpus, launching, data, ask_hub=True, runs=runs)
+        report = examine(composed, gpu, request.gpus, launching, data, ask_hub=True)
         report.name = request.name
         override_errors(report.findings, request.force)
         may_run = not any(finding.level == "error" and finding.scope == "code" for finding in report.findings)
@@ -131,7 +129,6 @@ def examine(
     launching: bool = False,
     data: bool = False,
     ask_hub: bool = False,
-    runs: Path = paths.RUNS,
 ) -> Report:
     """The findings of the schema and the rules about a config, each with its place. A rehearsal has no GPU.
 
@@ -139,7 +136,6 @@ def examine(
         launching: a run is about to start here.
         data: also read its rows.
         ask_hub: also ask the hub about a base model that is not here, as before a run.
-        runs: the folder that the run's is to be in.
 
     Raises:
         UserError: the recipe's study is malformed.
@@ -147,7 +143,7 @@ def examine(
     study.of(composed.origin or composed.recipe)
     gpu = None if composed.rehearsal else gpu
     report = Report(composed.recipe, composed)
-    found, usable = _of_keys(composed, gpu, gpus, launching, ask_hub or launching, runs)
+    found, usable = _of_keys(composed, gpu, gpus, launching, ask_hub or launching)
     report.add(found)
     report.add(_replaced(composed))
     report.add(placed(_profile_compatibility(composed, gpu, launching), composed))

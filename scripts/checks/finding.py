@@ -11,10 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..base import paths
 from ..base.errors import UserError, did_you_mean
 from ..base.yamlfiles import Config
 from ..configs import datafiles, models
@@ -147,7 +145,6 @@ class Case:
         gpus: how many of them.
         launching: whether a run is about to start here, so that what only this machine lacks is an error.
         ask_hub: whether the hub may be asked about a model that is not here.
-        runs: the folder with the runs.
     """
 
     config: Config
@@ -156,7 +153,6 @@ class Case:
     gpus: int = 1
     launching: bool = False
     ask_hub: bool = False
-    runs: Path = paths.RUNS
 
     def __getitem__(self, key: str) -> Any:
         return self.config.get(key)

@@ -176,7 +176,7 @@ def no_room(case: Case) -> Problems:
     starts, the base model's download. Models are saved in 16 bits, and adapters in 32 (seen).
     """
     model, trained = _parameters(case)
-    needs = {"output_dir": (case.runs, 2 * trained * (4 if case["adapter"] else 2), "its result and a checkpoint")}
+    needs = {"output_dir": (paths.runs(), 2 * trained * (4 if case["adapter"] else 2), "its result and a checkpoint")}
     if case.launching and not case.model.weights_here and not models.is_path(str(case["base_model"])):
         from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -1,39 +1,36 @@
 """What comes after a run and its evaluation: results, report and publish."""
 
+import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import tables
+from ..base import paths
+from ..base.errors import UserError
 from ..base.files import write_atomically
-from ..base.paths import RUNS
 from ..base.progress import Bar, say
+from ..tables import Form
 from .help import Verb
 from .options import (
     Best,
-    Distance,
     ExportedRun,
     Force,
     Json,
     Metrics,
     OfLedger,
-    PairOfRuns,
-    PowerOf,
+    Power,
     RehearsalsOfStudy,
     RunName,
-    Runs,
-    SeveralRuns,
-    StudyName,
-    SweepName,
+    Things,
     exclusive,
-    form_of,
     only_with,
+    single_name,
 )
 
 HEADING = "After"
-Csv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
-Markdown = Annotated[bool, typer.Option("--md", help="Print Markdown.")]
 verbs = typer.Typer()
 
 
@@ -41,64 +38,60 @@ verbs = typer.Typer()
     "results",
     cls=Verb,
     rich_help_panel=HEADING,
-    epilog="recipe results --study haider2024\nrecipe results --sweep latest --best eval_loss",
+    epilog="recipe results haider2024\nrecipe results lora-tradeoffs --best eval_loss\nrecipe results RUN RUN",
 )
 def results_verb(
-    study_name: StudyName = None,
+    names: Things = None,
     rehearse: RehearsalsOfStudy = False,
-    sweep_name: SweepName = None,
     best: Best = None,
-    pair: PairOfRuns = None,
-    power_of: PowerOf = None,
-    difference: Distance = None,
     metric: Metrics = None,
-    export: ExportedRun = None,
+    power: Power = None,
     of_ledger: OfLedger = False,
-    runs: Runs = RUNS,
+    export: ExportedRun = None,
+    format_: Annotated[Form, typer.Option("--format", help="A table, Markdown, CSV with numbers in full.")] = "table",
     json: Json = False,
-    csv: Csv = False,
-    md: Markdown = False,
 ) -> None:
-    """One row per run: losses and scores, beside the published ones."""
-    what = {"--ledger" if of_ledger else "--study": of_ledger or study_name, "--sweep": sweep_name}
-    exclusive(what | {"--compare": pair, "--export": export, "--power": power_of})
-    only_with("--difference", difference is not None, "--power", power_of)
-    only_with("--best", best, "--sweep", sweep_name)
-    only_with("--rehearse", rehearse, "--study", study_name and not of_ledger)
-    only_with("--metric", metric, "--compare", pair)
-    form = form_of(json, csv, md)
-    if pair:
-        from ..results import compare
+    """Losses and scores: of all runs, of one, of a study beside the published ones, of a sweep; or two runs compared.
 
-        compare.show(pair, runs, metric or [], form)
-    elif sweep_name:
-        _show_sweep(sweep_name, best, runs, form)
-    elif export:
-        _export(export, runs)
+    Two runs, or a run and a file of predictions, are compared on the same rows.
+    """
+    names = names or []
+    exclusive({"--ledger": of_ledger, "--export": export, "--power": power})
+    only_with("--metric", metric, "two runs", len(names) == 2)
+    only_with("--best", best, "a sweep", len(names) == 1)
+    only_with("--rehearse", rehearse, "a study", len(names) == 1)
+    form: Form = "json" if json else format_
+    if export:
+        _export(export)
     elif of_ledger:
         from ..data import study
         from ..results import ledger
 
-        ledger.show([study.find(study_name)] if study_name else study.every(), form)
-    elif study_name:
-        _show_study(study_name, rehearse, runs, form)
-    elif power_of:
+        ledger.show([study.find(name) for name in names] or study.every(), form)
+    elif power:
         from ..data import study
         from ..results import repeats
 
-        of_study = study.find(power_of)
-        repeats.show_power(repeats.outlook(of_study, runs, difference), of_study, form)
-    elif any(runs.rglob("run.json")):
-        from ..results import listing
+        of_study = study.find(single_name(names, "--power"))
+        repeats.show_power(repeats.outlook(of_study, paths.runs(), _difference(power)), of_study, form)
+    elif len(names) == 1:
+        _show_one(names[0], rehearse, best, form)
+    elif names:
+        from ..results import compare
 
-        listing.show(runs, form)
+        compare.show(_pair(names), paths.runs(), metric or [], form)
+    elif any(paths.runs().rglob("run.json")):
+        from ..results import listing
+        from ..runs.rundir import all_runs
+
+        listing.show(all_runs(paths.runs()), form)
     elif json:
         tables.print_json([])
     else:
-        say(f"no runs below {runs}/; `recipe run NAME --rehearse` makes one")
+        say(f"no runs below {paths.runs()}/; `recipe run NAME --rehearse` makes one")
 
 
-def _export(name: str, runs: Path) -> None:
+def _export(name: str) -> None:
     """Write the record of a run, or of the predictions that were published with a study's scores.
 
     Raises:
@@ -111,7 +104,7 @@ def _export(name: str, runs: Path) -> None:
 
     of_study = next((each for each in study.every() if each.folder.name == name), None)
     if of_study is None:
-        print(ledger.export(find_run(name, runs)))
+        print(ledger.export(find_run(name, paths.runs())))
         return
     rows, problems = stages.score_predictions(of_study, [], None)
     for file in ledger.export_predictions(of_study, rows):
@@ -122,38 +115,51 @@ def _export(name: str, runs: Path) -> None:
         raise typer.Exit(1)
 
 
-def _show_sweep(name: str, best: str | None, runs: Path, form: tables.Form) -> None:
-    from ..running import sweep_results
-    from ..running.sweep import find_sweep
-
-    sweep = find_sweep(name, runs)
-    rows = sweep_results.rows(sweep, runs, best)
-    sweep_results.show(sweep, sweep_results.columns(sweep, runs), rows, best, form)
-
-
-def _show_study(name: str, rehearse: bool, runs: Path, form: tables.Form) -> None:
-    from ..data import study
+def _show_one(name: str, rehearse: bool, best: str | None, form: Form) -> None:
+    from ..data.study import Study
     from ..results import listing, verdict
+    from ..running import sweep_results
+    from ..running.sweep import Sweep, find_any
 
-    of_study = study.find(name)
-    rows = verdict.rows(of_study, runs, rehearse)
-    listing.show_study(of_study, rows, rehearse, form)
+    thing = find_any(name)
+    only_with("--rehearse", rehearse, "a study", isinstance(thing, Study))
+    only_with("--best", best, "a sweep", isinstance(thing, Sweep))
+    if isinstance(thing, Study):
+        listing.show_study(thing, verdict.rows(thing, paths.runs(), rehearse), rehearse, form)
+    elif isinstance(thing, Sweep):
+        rows = sweep_results.rows(thing, paths.runs(), best)
+        sweep_results.show(thing, sweep_results.columns(thing, paths.runs()), rows, best, form)
+    else:
+        listing.show([thing], form)
+
+
+def _difference(power: str) -> float | None:
+    """The difference that --power names; None for the study's tolerance."""
+    if power == "tolerance":
+        return None
+    with suppress(ValueError):
+        if 0 <= (difference := float(power)) < math.inf:
+            return difference
+    raise UserError(f"--power {power}: give a difference in the unit of the study's first metric, or tolerance")
+
+
+def _pair(names: list[str]) -> tuple[str, str]:
+    if len(names) > 2:
+        raise UserError(f"{' '.join(names)}: two runs are compared, or a run and a file of predictions")
+    return names[0], names[1]
 
 
 @verbs.command(
     "report",
     cls=Verb,
     rich_help_panel=HEADING,
-    epilog="recipe report latest\nrecipe report --study haider2024 --out study.html",
+    epilog="recipe report latest\nrecipe report haider2024 --out study.html",
 )
 def report_verb(
-    run: SeveralRuns = None,
-    study_name: StudyName = None,
+    names: Things = None,
     rehearse: RehearsalsOfStudy = False,
-    sweep_name: SweepName = None,
     best: Best = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="The file.")] = Path("report.html"),
-    runs: Runs = RUNS,
 ) -> None:
     """One HTML file of runs, a study or a sweep: curves, scores, predictions to read, settings, provenance.
 
@@ -161,23 +167,26 @@ def report_verb(
     It is self-contained and opens without a network. Mind whom you give it to: it shows the diffs and references
     of the test data, and names of folders of this machine.
     """
-    from ..data import study
+    from ..data.study import Study
     from ..reports import report, report_runs
-    from ..running.sweep import find_sweep
-    from ..runs.rundir import find_run
+    from ..running.sweep import Sweep, find_any
+    from ..runs.rundir import RunDir
 
-    exclusive({"RUN": run, "--study": study_name, "--sweep": sweep_name})
-    only_with("--rehearse", rehearse, "--study", study_name)
-    only_with("--best", best, "--sweep", sweep_name)
+    things = [find_any(name) for name in names or ["latest"]]
+    only_with("--rehearse", rehearse, "a study", isinstance(things[0], Study))
+    only_with("--best", best, "a sweep", isinstance(things[0], Sweep))
     report.check_file(out)
     with Bar(f"writing {out}", 1):
-        if study_name:
-            html = report.of_study(study.find(study_name), rehearse, runs)
-        elif sweep_name:
-            html = report.of_sweep(find_sweep(sweep_name, runs), runs, best)
-        else:
-            folders = {folder.path: folder for folder in (find_run(name, runs) for name in run or ["latest"])}
-            html = report.of_runs(report_runs.reported_runs(list(folders.values())))
+        match things:
+            case [Study() as study]:
+                html = report.of_study(study, rehearse, paths.runs())
+            case [Sweep() as sweep]:
+                html = report.of_sweep(sweep, paths.runs(), best)
+            case _:
+                folders = {thing.path: thing for thing in things if isinstance(thing, RunDir)}
+                if not all(isinstance(thing, RunDir) for thing in things):
+                    raise UserError(f"{' '.join(names or ())}: a report is of runs, of one study or of one sweep")
+                html = report.of_runs(report_runs.reported_runs(list(folders.values())))
     write_atomically(out, html)
     print(out)
     say(f"next: open {out} in a browser; it needs no network")
@@ -199,11 +208,10 @@ def publish_verb(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     force: Force = None,
-    runs: Runs = RUNS,
 ) -> None:
     """Write a model card beside a run's adapter; merge it, or upload it, only when asked."""
     from ..results import publish
     from ..runs.rundir import find_run
 
-    for published in publish.publish(find_run(run, runs), merge, push, private, force or []):
+    for published in publish.publish(find_run(run, paths.runs()), merge, push, private, force or []):
         print(published)

@@ -30,18 +30,22 @@ def recipes(incomplete: str) -> list[str]:
 
 def runs(context: typer.Context, incomplete: str) -> list[str]:
     """`latest`, the recipes that have runs, and these."""
-    folder = Path(context.params.get("runs") or paths.RUNS)
+    folder = _runs_folder(context)
     found = sorted(file.parent.relative_to(folder) for file in folder.rglob("run.json"))
     of_recipes = dict.fromkeys(run.parent.as_posix() for run in found)
     return _beginning(incomplete, [*["latest"][: len(found)], *of_recipes, *(run.name for run in found)])
 
 
-def recorded_sweeps(context: typer.Context, incomplete: str) -> list[str]:
-    """`latest` and the sweeps that were begun."""
-    folder = Path(context.params.get("runs") or paths.RUNS) / "sweeps"
+def things(context: typer.Context, incomplete: str) -> list[str]:
+    """Runs as above, studies, and the sweeps that were started."""
+    folder = _runs_folder(context) / "sweeps"
     files = sorted(file.relative_to(folder).as_posix() for file in folder.glob("*/*.json"))  # see Sweep.file
     labels = [file.removesuffix(".json").replace(".rehearsal", "/rehearsal").replace("--", "/") for file in files]
-    return _beginning(incomplete, [*["latest"][: len(labels)], *labels])
+    return [*runs(context, incomplete), *_beginning(incomplete, [*labels, *(study.name for study in paths.studies())])]
+
+
+def _runs_folder(context: typer.Context) -> Path:
+    return Path(context.find_root().params.get("runs") or paths.runs())
 
 
 def sweep_files(incomplete: str) -> list[str]:

@@ -246,7 +246,7 @@ def check_disks() -> Iterator[Line]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folders = {
-        "runs": (paths.RUNS, 1, "work in a folder with more space, or name one with --runs"),
+        "runs": (paths.runs(), 1, "work in a folder with more space, or name one with --runs"),
         "cache": (paths.cache(), 1, "set XDG_CACHE_HOME to a folder with more space"),
         "models": (Path(HF_HUB_CACHE), _MODEL_GB, "set HF_HUB_CACHE to a folder with more space"),
     }

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 from typer.core import TyperCommand, TyperGroup
 
+from ..base import paths
 from ..base.errors import UserError
-from ..base.paths import RUNS
 from ..base.progress import PART, say
 
 if TYPE_CHECKING:
@@ -83,17 +83,16 @@ class Verbs(TyperGroup):
         _write_examples(self.epilog, formatter, self.EXAMPLES)
 
 
-def next_step(*words: str | Path, runs: Path = RUNS, json: bool = False) -> None:
+def next_step(*words: str | Path, json: bool = False) -> None:
     """Say which command of `recipe` comes next.
 
     Args:
         words: its arguments.
-        runs: the folder with the runs, which is added where it is not the usual one.
         json: whether the verb prints JSON, which silences it, as within another command.
     """
     if not json and PART not in os.environ:
-        where = [] if runs == RUNS else ["--runs", runs]
-        say(f"next: recipe {shlex.join(map(str, [*words, *where]))}")
+        where = [] if paths.runs() == Path("runs") else ["--runs", paths.runs()]
+        say(f"next: recipe {shlex.join(map(str, [*where, *words]))}")
 
 
 def over(profiles: list[str] | None, sets: list[str] | None) -> list[str]:
@@ -102,12 +101,12 @@ def over(profiles: list[str] | None, sets: list[str] | None) -> list[str]:
     return [word for option, values in laid for value in values or [] for word in (option, value)]
 
 
-def name_of(folder: "RunDir", runs: Path) -> str:
+def name_of(folder: "RunDir") -> str:
     """Name of a run beside --runs: the end of its path, if it is there."""
-    return folder.path.name if folder.path.is_relative_to(runs) else str(folder.path)
+    return folder.path.name if folder.path.is_relative_to(paths.runs()) else str(folder.path)
 
 
-def after_training(folder: "RunDir", runs: Path, on: str) -> None:
+def after_training(folder: "RunDir", on: str) -> None:
     """Say what follows a run: its evaluation, or a report where its rows have no answers to compare with."""
     from ..base import yamlfiles
     from ..scores import evaluation_rows
@@ -116,6 +115,6 @@ def after_training(folder: "RunDir", runs: Path, on: str) -> None:
     try:
         evaluation_rows.require_reference(folder, cfg, evaluation_rows.usual(run, cfg))
     except UserError:
-        next_step("report", name_of(folder, runs), runs=runs)
+        next_step("report", name_of(folder))
     else:
-        next_step("evaluate", name_of(folder, runs), *([] if on == "local" else ["--on", on]), runs=runs)
+        next_step("evaluate", name_of(folder), *([] if on == "local" else ["--on", on]))

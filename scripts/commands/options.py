@@ -1,6 +1,7 @@
 """Arguments and options that several verbs share, the values that they take, and which exclude or need one another."""
 
 import math
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,8 +16,6 @@ from . import completion
 
 if TYPE_CHECKING:
     from ..backends import Backend
-
-BackendName = Literal["local", "slurm"]
 
 
 def whole_name(context: typer.Context, given: str | None) -> str | None:
@@ -61,25 +60,12 @@ RunName = Annotated[
         help="A run's folder or a part of its name, a recipe for its newest run, or latest.",
     ),
 ]
-SeveralRuns = Annotated[
+Things = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[RUN]...",
-        autocompletion=completion.runs,
-        help="Runs: folders or parts of their names, recipes for their newest runs, or latest.",
-    ),
-]
-StudyName = Annotated[
-    str | None,
-    typer.Option("--study", metavar="S", autocompletion=completion.studies, help="A study: the runs of its recipes."),
-]
-SweepName = Annotated[
-    str | None,
-    typer.Option(
-        "--sweep",
-        metavar="S",
-        autocompletion=completion.recorded_sweeps,
-        help="A sweep: the runs of its members; latest is the newest.",
+        metavar="[RUN|STUDY|SWEEP]...",
+        autocompletion=completion.things,
+        help="A run's folder or a part of its name, a recipe for its newest run, latest, a study or a sweep.",
     ),
 ]
 PlannedGpu = Annotated[
@@ -100,7 +86,6 @@ SweepFile = Annotated[
         help="A YAML file in Axolotl's sweep format, or the name of a shipped one.",
     ),
 ]
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="The folder that holds the runs.")]
 Profiles = Annotated[
     list[str] | None,
     typer.Option(
@@ -161,19 +146,13 @@ BatchSize = Annotated[
     int | None, typer.Option(min=1, help="The most rows generated at a time; by default up to 64, as memory allows.")
 ]
 On = Annotated[
-    BackendName,
+    str,
     typer.Option(
         "--on",
-        help="Where to run it: on this machine, or in SLURM's queue, which this does not wait for.",
-    ),
-]
-SlurmOptions = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--slurm",
-        metavar="KEY=VALUE",
-        help="With --on slurm: an option of sbatch, as in time=8:00:00, or for one step, as in evaluate.time=1:00:00. "
-        "Repeatable; slurm.yaml in ~/.config/qlora-recipes holds those that always apply.",
+        metavar="local|slurm[,KEY=VALUE]...",
+        help="Where to run it: here, or in SLURM's queue, which this does not wait for, with options of sbatch, as in "
+        "slurm,time=8:00:00, or of one step, as in slurm,evaluate.time=1:00:00; slurm.yaml in ~/.config/qlora-recipes "
+        "holds those that always apply.",
     ),
 ]
 Best = Annotated[
@@ -196,7 +175,7 @@ FromStage = Annotated[
         "with their adapters; or train.",
     ),
 ]
-RehearsalsOfStudy = Annotated[bool, typer.Option("--rehearse", help="With --study: rehearsals instead.")]
+RehearsalsOfStudy = Annotated[bool, typer.Option("--rehearse", help="Of a study: rehearsals instead.")]
 ExportedRun = Annotated[
     str | None,
     typer.Option(
@@ -208,43 +187,20 @@ ExportedRun = Annotated[
 ]
 OfLedger = Annotated[
     bool,
-    typer.Option(
-        "--ledger", help="The status of each published number, and the recorded runs. With --study: of that one."
-    ),
+    typer.Option("--ledger", help="The status of each published number, and recorded runs; of all studies or of one."),
 ]
 
 DecodingName = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Decode in a further way that the study declares; shown beside the usual one."),
 ]
-PairOfRuns = Annotated[
-    tuple[str, str] | None,
-    typer.Option(
-        "--compare",
-        metavar="A B",
-        autocompletion=completion.runs,
-        help="Two runs, or a run and a file of predictions, on the same rows.",
-    ),
-]
-
-
-PowerOf = Annotated[
+Power = Annotated[
     str | None,
     typer.Option(
         "--power",
-        metavar="STUDY",
-        autocompletion=completion.studies,
-        help="How many seeds and rows it takes to see a difference from a study's published scores.",
-    ),
-]
-Distance = Annotated[
-    float | None,
-    typer.Option(
-        "--difference",
-        metavar="X",
-        min=0,
-        callback=check_finite,
-        help="With --power: the difference, in the unit of the study's first metric; by default its tolerance.",
+        metavar="X|tolerance",
+        help="How many seeds and rows it takes to see a difference of X from a study's published scores, in the unit "
+        "of its first metric, or of its tolerance.",
     ),
 ]
 
@@ -275,30 +231,34 @@ def only_with(option: str, given: object, other: str, needed: object, why: str =
         raise UserError(f"{option}: works only with {other}{f'; {why}' if why else ''}")
 
 
-def backend_of(on: BackendName, slurm: list[str] | None, rehearsal: bool = False, jobs: int | None = None) -> "Backend":
-    """The backend that --on names, with its own options.
+def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None) -> "Backend":
+    """The backend that --on names, with its own options; a part without = belongs to the value before it.
 
     Raises:
-        UserError: --slurm is given without --on slurm, or the backend refuses the options.
+        UserError: there is no such backend, or it refuses the options.
     """
     from ..backends.local import Local
     from ..backends.slurm import Slurm
 
-    only_with(f"--slurm {slurm[0] if slurm else ''}", slurm, "--on slurm", on == "slurm")
-    return Slurm(rehearsal, jobs, slurm or []) if on == "slurm" else Local(rehearsal, jobs)
+    if on == "local":
+        return Local(rehearsal, jobs)
+    name, *options = re.split(r",(?=[^,]*=)", on)
+    if name != "slurm":
+        raise UserError(f"--on {on}: give local or slurm, with options as in slurm,partition=gpu,time=8:00:00")
+    return Slurm(rehearsal, jobs, options)
 
 
-def form_of(json: bool, csv: bool = False, md: bool = False) -> Form:
-    """The form that rows are asked for in; JSON comes before CSV, that before Markdown."""
-    return "json" if json else "csv" if csv else "md" if md else "table"
+def form_of(json: bool) -> Form:
+    """The form that rows are asked for in."""
+    return "json" if json else "table"
 
 
 def single_name(names: list[str] | None, option: str) -> str:
-    """The only recipe or file that is named.
+    """The only name.
 
     Raises:
         UserError: it is not just one, which an option needs.
     """
     if not names or len(names) > 1:
-        raise UserError(f"{option}: name one recipe or file")
+        raise UserError(f"{option}: give one name")
     return names[0]

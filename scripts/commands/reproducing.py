@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import tables
-from ..base.paths import RUNS
+from ..base import paths
 from ..base.progress import say
 from . import completion
 from .help import Verb, next_step
@@ -21,9 +21,7 @@ from .options import (
     PlannedGpu,
     Profiles,
     RehearseAll,
-    Runs,
     Seeds,
-    SlurmOptions,
     backend_of,
     form_of,
     only_with,
@@ -60,7 +58,6 @@ def reproduce_verb(
     seeds: Seeds = 1,
     jobs: Jobs = None,
     on: On = "local",
-    slurm: SlurmOptions = None,
     profile: Profiles = None,
     set_: Overrides = None,
     mirror: Mirror = False,
@@ -68,7 +65,6 @@ def reproduce_verb(
     force: Force = None,
     dry_run: Outlined = False,
     gpu: PlannedGpu = None,
-    runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
     """Fetch, check, plan, train, evaluate and compare all of a study. What is done already is not done again."""
@@ -96,26 +92,26 @@ def reproduce_verb(
     for option, given in of_model.items():
         only_with(option, given, "--from adapter or training", from_ != "predictions", "predictions need no model")
     evaluation = EvaluationRequest(judge=bertscore)
-    backend = backend_of(on, slurm, request.rehearse, jobs)
+    backend = backend_of(on, request.rehearse, jobs)
     form = form_of(json)
     if from_ == "predictions":
         _score_predictions(of_study, only or [], bertscore, form)
         return
     if dry_run:
         card = gpus.find(gpu) if gpu else None
-        outline = reproduce.outline(of_study, request, only or [], evaluation, runs, backend, card, seeds)
+        outline = reproduce.outline(of_study, request, only or [], evaluation, backend, card, seeds)
         reproduce.show_outline(outline, form)
         if not json:
             say("next: the same command without --dry-run")
         return
     if from_ == "adapter":
-        results = stages.evaluate_adapters(of_study, request, only or [], evaluation, runs, backend)
+        results = stages.evaluate_adapters(of_study, request, only or [], evaluation, backend)
     else:
-        results = reproduce.reproduce(of_study, request, only or [], evaluation, runs, backend, seeds)
-    rows = verdict.rows(of_study, runs, request.rehearse, reproduce.representative_runs(results))
+        results = reproduce.reproduce(of_study, request, only or [], evaluation, backend, seeds)
+    rows = verdict.rows(of_study, paths.runs(), request.rehearse, reproduce.representative_runs(results))
     end(results, form, {}, rows, lambda: listing.show_study(of_study, rows, request.rehearse, form))
     rehearsed = ["--rehearse"] if request.rehearse else []
-    next_step("report" if backend.here else "results", "--study", study, *rehearsed, runs=runs, json=json)
+    next_step("report" if backend.here else "results", study, *rehearsed, json=json)
 
 
 def _score_predictions(of_study: "data_study.Study", only: list[str], judge: str | None, form: tables.Form) -> None:

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import tables
-from ..base import yamlfiles
+from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.paths import RUNS
 from ..base.progress import say
 from . import completion
 from .help import Verb, after_training, name_of, next_step
 from .options import (
-    Best,
     Force,
     Jobs,
     Json,
@@ -26,15 +24,10 @@ from .options import (
     Profiles,
     RehearseAll,
     RunName,
-    Runs,
     Seeds,
-    SeveralRuns,
-    SlurmOptions,
-    StudyName,
     SweepFile,
-    SweepName,
+    Things,
     backend_of,
-    exclusive,
     form_of,
     only_with,
 )
@@ -78,10 +71,8 @@ def run_verb(
     ] = 1,
     nodes: Annotated[int, typer.Option(help="How many machines to train on, with --on slurm.")] = 1,
     on: On = "local",
-    slurm: SlurmOptions = None,
     force: Force = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and start nothing.")] = False,
-    runs: Runs = RUNS,
 ) -> None:
     """Train a recipe with Axolotl, in a run folder of its own."""
     from ..configs.compose import Request, is_rehearsal
@@ -104,15 +95,15 @@ def run_verb(
         axolotl_arguments=axolotl_arguments or [],
         force=force or [],
     )
-    backend = backend_of(on, slurm, is_rehearsal(request))
+    backend = backend_of(on, is_rehearsal(request))
     if dry_run:
-        composed = run.prepare(request, backend, runs)
+        composed = run.prepare(request, backend)
         own = yamlfiles.read_yaml(composed.recipe_file)  # with the folders that plain Axolotl is to write to
         print(yamlfiles.write_yaml(composed.config | {key: own[key] for key in OF_THE_RUN if key in own}), end="")
     else:
-        folder = run.start(request, runs, backend)
+        folder = run.start(request, backend)
         print(folder.path)
-        after_training(folder, runs, on)
+        after_training(folder, on)
 
 
 @verbs.command("resume", cls=Verb, rich_help_panel=HEADING, epilog="recipe resume latest")
@@ -127,20 +118,18 @@ def resume_verb(
     ] = False,
     force: Force = None,
     on: On = "local",
-    slurm: SlurmOptions = None,
-    runs: Runs = RUNS,
 ) -> None:
     """Resume an interrupted run from its last whole checkpoint."""
     from ..running.run import resume
 
     only_with("--prepare", prepare, "--on local", on == "local", "jobs prepare by themselves")
-    backend = backend_of(on, slurm)
-    folder = resume(run, runs, backend, prepare, force or [], trust)
+    backend = backend_of(on)
+    folder = resume(run, backend, prepare, force or [], trust)
     print(folder.path)
     if prepare:
-        next_step("resume", name_of(folder, runs), runs=runs)
+        next_step("resume", name_of(folder))
     else:
-        after_training(folder, runs, on)
+        after_training(folder, on)
 
 
 @verbs.command(
@@ -159,16 +148,13 @@ def sweep_verb(
     seeds: Seeds = 1,
     jobs: Jobs = None,
     on: On = "local",
-    slurm: SlurmOptions = None,
     gpu: PlannedGpu = None,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Evaluate the first N test rows; in a rehearsal 12.")
     ] = None,
     bertscore: JudgeModel = None,
-    best: Best = None,
     force: Force = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan all members, and start none.")] = False,
-    runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
     """Run a recipe with each of several settings, and compare them. What is done already is not done again."""
@@ -178,29 +164,27 @@ def sweep_verb(
     from ..scores.task import EvaluationRequest
 
     sweep_name, members = sweep.read_members(sweep.find_sweep_file(file) if file else None, set_ or [])
-    sweep_results.check_best(best, sweep.of_recipe(name))
     request = Request(name, profiles=profile or [], rehearse=rehearse, mirror=mirror, force=force or [])
     request.rehearse = is_rehearsal(request)
     evaluation = EvaluationRequest(limit=limit, judge=bertscore)
-    backend = backend_of(on, slurm, request.rehearse, jobs)
+    backend = backend_of(on, request.rehearse, jobs)
     card = gpus.find(gpu) if gpu else None
     record, results = sweep.sweep(
         sweep_name,
         members,
         request,
         evaluation,
-        runs,
         backend,
         seeds=seeds,
         gpu=card,
         dry_run=dry_run,
     )
-    rows = sweep_results.rows(record, runs, best)
+    rows = sweep_results.rows(record, paths.runs())
     form = form_of(json)
-    scored = sweep_results.columns(record, runs)
-    end(results, form, {"sweep": record.label}, rows, lambda: sweep_results.show(record, scored, rows, best, form))
+    scored = sweep_results.columns(record, paths.runs())
+    end(results, form, {"sweep": record.label}, rows, lambda: sweep_results.show(record, scored, rows, None, form))
     if not dry_run:
-        next_step("report" if backend.here else "results", "--sweep", record.label, runs=runs, json=json)
+        next_step("report" if backend.here else "results", record.label, json=json)
 
 
 def end(
@@ -228,18 +212,10 @@ def end(
         raise typer.Exit(code)
 
 
-@verbs.command(
-    "cancel", cls=Verb, rich_help_panel=HEADING, epilog="recipe cancel latest\nrecipe cancel --sweep lora-tradeoffs"
-)
-def cancel_verb(
-    run: SeveralRuns = None,
-    sweep_name: SweepName = None,
-    study_name: StudyName = None,
-    runs: Runs = RUNS,
-) -> None:
-    """Stop runs at a checkpoint, and take queued ones out of the queue."""
+@verbs.command("cancel", cls=Verb, rich_help_panel=HEADING, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")
+def cancel_verb(names: Things) -> None:
+    """Stop runs, or all of a study or sweep, at a checkpoint, and take queued ones out of the queue."""
     from ..running import cancel
 
-    exclusive({"RUN": run, "--sweep": sweep_name, "--study": study_name}, required=True)
-    for message in cancel.cancel(run or [], sweep_name, study_name, runs):
+    for message in cancel.cancel(names or []):
         print(message)

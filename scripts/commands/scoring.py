@@ -9,7 +9,6 @@ import typer
 
 from .. import tables
 from ..base.files import write_rows
-from ..base.paths import RUNS
 from ..base.progress import Bar, harmless, say
 from .after import HEADING
 from .help import Verb, name_of, next_step
@@ -22,8 +21,6 @@ from .options import (
     Metrics,
     On,
     RunName,
-    Runs,
-    SlurmOptions,
     backend_of,
     exclusive,
     form_of,
@@ -91,8 +88,6 @@ def evaluate_verb(
     checkpoints: Checkpoints = False,
     force: Force = None,
     on: On = "local",
-    slurm: SlurmOptions = None,
-    runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
     """Generate predictions for test rows with a run's adapter, and score them."""
@@ -112,20 +107,20 @@ def evaluate_verb(
         from ..scores import server
 
         server.at(request.server)  # an address that has to be refused is noted nowhere
-    backend = backend_of(on, slurm)
-    folder, evaluated = evaluation.of_name(run, request, runs, backend)
+    backend = backend_of(on)
+    folder, evaluated = evaluation.of_name(run, request, backend)
     if isinstance(evaluated, RunDir):
         print(evaluated.path)
-        next_step("results", runs=runs, json=json)
+        next_step("results", json=json)
         return
     if isinstance(evaluated, checkpoint_selection.CheckpointSelection):
-        checkpoint_selection.show(evaluated, form_of(False, json))
+        checkpoint_selection.show(evaluated, form_of(json))
     elif not json:
         for row in evaluations.first_predictions(folder.path, evaluated, count=2):
             _print_texts(f"row {row['row'] + 1}", {name: row[name] for name in ("reference", "prediction")})
     if isinstance(evaluated, evaluations.Evaluation):
         _print_scores(evaluated.scores, json)
-    next_step("report", name_of(folder, runs), runs=runs, json=json)
+    next_step("report", name_of(folder), json=json)
 
 
 @verbs.command("score", cls=Verb, rich_help_panel=HEADING, epilog="recipe score predictions.jsonl --out scored.jsonl")

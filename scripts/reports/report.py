@@ -60,7 +60,7 @@ def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
     name = study.folder.name
     if not folders:
         kind, other = ("rehearsals", "") if rehearsal else ("runs", "; --rehearse takes its rehearsals")
-        raise UserError(f"--study {name}: no {kind} of it below {runs}/{other}; `recipe reproduce {name}` makes them")
+        raise UserError(f"{name}: no {kind} of it below {runs}/{other}; `recipe reproduce {name}` makes them")
     about = "Published scores are left out: rehearsals compare with none." if rehearsal else (
         f"Published scores are on {study.test_title}."
     )  # fmt: skip
@@ -95,7 +95,7 @@ def of_sweep(sweep: Sweep, runs: Path, best: str | None) -> str:
     rows, scored = sweep_results.rows(sweep, runs, best), sweep_results.columns(sweep, runs)
     folders = [RunDir(Path(run)) for row in rows for run in row["runs"]]
     if not folders:
-        raise UserError(f"--sweep {sweep.name}: no member has a run yet; `recipe sweep` makes them")
+        raise UserError(f"{sweep.name}: no member has a run yet; `recipe sweep` makes them")
     section = {
         "about": f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}.",
         "notes": sweep_results.notes(sweep, scored, rows, best),

@@ -1,4 +1,4 @@
-"""Two runs compared, their trainings and their predictions: `recipe results --compare`."""
+"""Two runs compared, their trainings and their predictions: `recipe results A B`."""
 
 from collections import defaultdict
 from collections.abc import Sequence

@@ -9,7 +9,7 @@ from ..base.progress import say
 from ..data.published import PublishedScore
 from ..data.study import Study
 from ..metrics.metric import Column
-from ..runs.rundir import all_runs, readable
+from ..runs.rundir import RunDir, readable
 from . import run_rows
 from .run_rows import RunResult
 from .verdict import notes
@@ -77,9 +77,9 @@ def _gained(full: dict[str, Any], columns: Mapping[str, Column]) -> dict[str, fl
     return gained
 
 
-def show(runs: Path, form: tables.Form) -> None:
-    """Print the results of all runs below a folder, in a form of `tables.Form`."""
-    found = [RunResult(folder, run) for folder, run in readable(all_runs(runs), backends.read)]
+def show(folders: Sequence[RunDir], form: tables.Form) -> None:
+    """Print the results of runs, in a form of `tables.Form`."""
+    found = [RunResult(folder, run) for folder, run in readable(folders, backends.read)]
     rows = [run_rows.row(result, _jobs(result)) for result in found]
     if changed := [full["run"] for full in rows if full["evaluation"]]:
         say(f"{len(changed)} evaluations are stale or edited; `recipe evaluate {changed[-1]}` checks that of the last")

@@ -1,4 +1,4 @@
-"""Runs that repeat one another but for their seed, their interval, and `recipe results --power`."""
+"""Runs that repeat one another but for their seed, their interval, and `recipe results STUDY --power`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -168,7 +168,7 @@ def outlook(of_study: Study, runs: Path, difference: float | None = None) -> dic
     basis = _basis(of_study, column, runs)
     if not basis.variances.deviation(1, 1) or basis.rows < _FEWEST:
         few = f"{basis.rows} rows of {basis.words} are too few, or too alike, to plan with"
-        raise UserError(f"--power {of_study.folder.name}: {few}; score more")
+        raise UserError(f"{of_study.folder.name}: {few}; score more")
     known = next(filter(None, (of_study.repeats(recipe, column.name) for recipe in of_study.published)), [])
     rows = []
     for part in PARTS:
@@ -201,11 +201,11 @@ def outlook(of_study: Study, runs: Path, difference: float | None = None) -> dic
 
 def _difference(of_study: Study, column: Column, given: float | None) -> tuple[float, str]:
     if given is not None:
-        return given, "--difference"
+        return given, "--power"
     if column.name in of_study.tolerances:
         return of_study.tolerances[column.name], "the study's tolerance"
     if column.metric.high is None:
-        raise UserError(f"--power {of_study.folder.name}: give --difference, in the unit of {column.label}")
+        raise UserError(f"{of_study.folder.name}: give a difference, as in --power 1, in the unit of {column.label}")
     return (column.metric.high - column.metric.low) / 100, "a hundredth of the metric's range"
 
 

@@ -1,4 +1,4 @@
-"""A study's runs beside its published scores: the rows of `recipe results --study`."""
+"""A study's runs beside its published scores: the rows of `recipe results STUDY`."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -24,18 +24,17 @@ from ..scores import evaluation_rows
 AUTO_RESUME = "auto_resume_from_checkpoints"
 
 
-def create(composed: Composed, request: Request, runs: Path, shared: Container[Difference] = ()) -> RunDir:
+def create(composed: Composed, request: Request, shared: Container[Difference] = ()) -> RunDir:
     """A new run folder with the config and the record of a run that is yet to be launched.
 
     Args:
         composed: the run's checked config.
         request: what it was composed from.
-        runs: the folder for it.
         shared: differences from the recipe that have been shown already, for several runs together.
     """
     if composed.rehearsal and substitution.stands_in(composed.config):
         substitution.model_folder()
-    folder = RunDir(new_folder(runs / composed.recipe, composed.digest[:7]))
+    folder = RunDir(new_folder(paths.runs() / composed.recipe, composed.digest[:7]))
     ours = launch_config(composed, folder)
     new = [difference for difference in composed.differences if difference not in shared]
     for difference in composed.differences:  # with a tracker's placeholders filled in

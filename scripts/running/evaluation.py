@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import backends
 from ..backends import Backend
 from ..backends.slurm import Slurm
-from ..base import yamlfiles
+from ..base import paths, yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import read_json, sha256, tensor_shapes
 from ..base.hub import importing_axolotl
@@ -37,23 +37,22 @@ SUFFIXES = (".json", ".jinja", ".model", ".txt")
 Evaluated = Evaluation | checkpoint_selection.CheckpointSelection | RunDir
 
 
-def of_name(name: str, request: EvaluationRequest, runs: Path, backend: Backend) -> tuple[RunDir, Evaluated]:
+def of_name(name: str, request: EvaluationRequest, backend: Backend) -> tuple[RunDir, Evaluated]:
     """Evaluate a run, see `start`, or an adapter under a recipe, in a run folder that is marked as not trained here.
 
     Args:
         name: a run, see `find_run`; with an adapter also a recipe.
         request: how it is evaluated.
-        runs: the folder with the runs.
         backend: where it is evaluated.
     """
     if request.adapter in (None, BASE) or not _is_recipe(name):
-        folder = find_run(name, runs)
-        return folder, start(folder, request, runs, backend)
+        folder = find_run(name, paths.runs())
+        return folder, start(folder, request, backend)
     adapter, label = located(str(request.adapter))
     asked = request_for(name, adapter, request.force)
-    composed = checked(asked, runs, backend)
-    with run_of(composed, asked, adapter, label, runs) as folder:
-        return folder, start(folder, replace(request, adapter=None), runs, backend)
+    composed = checked(asked, backend)
+    with run_of(composed, asked, adapter, label) as folder:
+        return folder, start(folder, replace(request, adapter=None), backend)
 
 
 def _is_recipe(name: str) -> bool:
@@ -62,7 +61,7 @@ def _is_recipe(name: str) -> bool:
     return False
 
 
-def start(folder: RunDir, request: EvaluationRequest, runs: Path, backend: Backend) -> Evaluated:
+def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evaluated:
     """Evaluate a run, or queue that behind its training if the run is queued or running there.
 
     Returns:
@@ -73,7 +72,7 @@ def start(folder: RunDir, request: EvaluationRequest, runs: Path, backend: Backe
         WorkFailed: see `evaluate.evaluate`.
     """
     record = folder.read()
-    evaluation = evaluate.command(folder, request, runs)
+    evaluation = evaluate.command(folder, request)
     if isinstance(backend, Slurm):
         if not backends.job_state(folder, "run"):
             task = EvaluationTask(folder, request)
@@ -87,7 +86,7 @@ def start(folder: RunDir, request: EvaluationRequest, runs: Path, backend: Backe
             raise UserError(f"{folder.path}: this evaluation is already {job}; {remedy}")
         gpus = 0 if record.rehearsal else 1
         queued = Task(TaskResult(record.recipe), lambda: [evaluation], gpus, steps=["evaluate"])
-        return backend.carry_out(queued, record.recipe, runs)
+        return backend.carry_out(queued, record.recipe)
     return checkpoint_selection.select(folder, request) if request.checkpoints else evaluate.evaluate(folder, request)
 
 
@@ -129,21 +128,21 @@ def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:
     return Request(name, rehearse=rehearsal, mirror=copied and base != own, force=[*force])
 
 
-def checked(request: Request, runs: Path, backend: Backend) -> Composed:
+def checked(request: Request, backend: Backend) -> Composed:
     """Return the config that an adapter is evaluated under, which is not that of a training from another adapter.
 
     Raises:
         UserError: something is wrong with it, or this machine lacks the GPU that it needs.
     """
     request = replace(request, overrides=[*request.overrides, "lora_model_dir=null"])
-    pipeline = Pipeline(TaskResult(request.name), request, EvaluationRequest(), runs, backend)
+    pipeline = Pipeline(TaskResult(request.name), request, EvaluationRequest(), backend)
     if not pipeline.check(with_data=False) or pipeline.composed is None:
         raise UserError(pipeline.result.problem or f"{request.name}: refused")
     return pipeline.composed
 
 
 @contextmanager
-def run_of(composed: Composed, request: Request, adapter: Path, name: str, runs: Path) -> Iterator[RunDir]:
+def run_of(composed: Composed, request: Request, adapter: Path, name: str) -> Iterator[RunDir]:
     """Yield the run folder of an adapter under a config; the same adapter and config have the same folder.
 
     Args:
@@ -151,17 +150,16 @@ def run_of(composed: Composed, request: Request, adapter: Path, name: str, runs:
         request: what it was composed from.
         adapter: the folder of the adapter, see `located`.
         name: its name, which marks the run as one that was not trained here.
-        runs: the folder with the runs.
 
     Raises:
         UserError: the data or the tokenizer is not on this machine; or the block raises it, which removes a new folder.
     """
     composed.data = composed.data or datafiles.record(composed.config)
     digest = hashlib.sha256(f"{composed.digest} {sha256(adapter / ADAPTER)}".encode()).hexdigest()
-    if existing := existing_runs(runs, composed.recipe).get(digest):
+    if existing := existing_runs(paths.runs(), composed.recipe).get(digest):
         yield existing[0]
         return
-    folder = create.create(composed, request, runs)
+    folder = create.create(composed, request)
     try:
         folder.output.mkdir(exist_ok=True)
         for file in adapter.iterdir():

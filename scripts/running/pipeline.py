@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import backends
 from ..backends import Backend
-from ..base import yamlfiles
+from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.paths import find_recipe
 from ..base.progress import say
@@ -73,7 +73,6 @@ class Pipeline:
         result: where the results of its steps are noted.
         request: the run that is asked for.
         evaluation: how that run is evaluated; in a rehearsal BERTScore's model is the stand-in, unless one is named.
-        runs: the folder for the runs.
         backend: where its commands are carried out.
         gpu: the card that it is composed, checked and planned for, by default the backend's.
 
@@ -89,14 +88,12 @@ class Pipeline:
         result: TaskResult,
         request: Request,
         evaluation: EvaluationRequest,
-        runs: Path,
         backend: Backend,
         gpu: Gpu | None = None,
     ):
         self.result = result
         self.request = request
         self.evaluation = evaluation
-        self.runs = runs
         self.backend = backend
         self.gpu = gpu or backend.gpu()
         self.composed: Composed | None = None
@@ -121,7 +118,7 @@ class Pipeline:
     def look_up(self) -> None:
         """Read its existing run from the run folders."""
         if digest := self.digest():
-            self.existing = existing_runs(self.runs, self.result.recipe).get(digest)
+            self.existing = existing_runs(paths.runs(), self.result.recipe).get(digest)
 
     def is_finished(self) -> bool:
         """Whether it was trained before on the data that is there."""
@@ -140,9 +137,7 @@ class Pipeline:
         if self.composed is None:
             return False
         launching = starts and not self.request.rehearse
-        report = check.check(
-            self.request, self.gpu, with_data, launching=launching, composed=self.composed, runs=self.runs
-        )
+        report = check.check(self.request, self.gpu, with_data, launching=launching, composed=self.composed)
         found = backends.relevant(self.backend, report.findings)
         if not with_data:
             found = [finding for finding in found if finding.scope != "data"]
@@ -209,8 +204,8 @@ class Pipeline:
             if self.existing and _is_resumable(*self.existing):
                 folder = self.existing[0]
             else:
-                folder = create.create(self.composed, self.request, self.runs, self.shared)
-            training = run.command(folder, self.runs, self.rows)
+                folder = create.create(self.composed, self.request, self.shared)
+            training = run.command(folder, self.rows)
             return [training, self._scoring(folder)] if self._generates() else [training]
         folder = self.existing[0]
         if self.state == "finished":
@@ -246,7 +241,7 @@ class Pipeline:
         return any(column.metric.of_loss is None for column in columns.values())
 
     def _scoring(self, folder: RunDir) -> Command:
-        return evaluate.command(folder, self.evaluation, self.runs)
+        return evaluate.command(folder, self.evaluation)
 
     def _evaluation(self) -> str | None:
         """The state of its existing run's evaluation: done before, or its job's; None where that is yet to be done.

@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import backends, tables
 from ..backends import Backend
-from ..base import yamlfiles
+from ..base import paths, yamlfiles
 from ..base.errors import UserError, meant
 from ..base.machine import LOCK_TIMEOUT, held
 from ..base.paths import find_recipe
@@ -45,7 +45,6 @@ def reproduce(
     request: Request,
     only: list[str],
     evaluation: EvaluationRequest,
-    runs: Path,
     backend: Backend,
     seeds: int = 1,
 ) -> list[TaskResult]:
@@ -59,7 +58,6 @@ def reproduce(
         only: the recipes to run; by default those with published scores.
         evaluation: how each run is evaluated; BERTScore's model is by default that of the published scores, and the
             stand-in in a rehearsal.
-        runs: the folder for the runs.
         backend: where the recipes are carried out.
         seeds: how many seeds each recipe is run with, from its own on.
 
@@ -72,8 +70,8 @@ def reproduce(
     if not request.rehearse and evaluation.judge is None and declared:  # to be fetched where it is not here
         by = next(iter(declared.values()))
         evaluation.judge = by.model
-    with held(lock(request.name, runs), "another reproduction of it is running there"):
-        pipelines = [Pipeline(result, asked, evaluation, runs, backend) for result, asked in wanted]
+    with held(lock(request.name), "another reproduction of it is running there"):
+        pipelines = [Pipeline(result, asked, evaluation, backend) for result, asked in wanted]
         for pipeline in pipelines:
             pipeline.look_up()
         begun = [pipeline for pipeline in pipelines if pipeline.is_finished() or pipeline.check(with_data=False)]
@@ -90,7 +88,7 @@ def reproduce(
                 bar.update(done)
         tasks = [pipeline.task() for pipeline in ready]
         require_scorer_models(tasks, of_study.columns, evaluation, request.rehearse)
-        backend.submit(tasks, request.name, runs)
+        backend.submit(tasks, request.name)
     return [result for result, _ in wanted]
 
 
@@ -107,7 +105,6 @@ def outline(
     request: Request,
     only: list[str],
     evaluation: EvaluationRequest,
-    runs: Path,
     backend: Backend,
     gpu: Gpu | None,
     seeds: int = 1,
@@ -125,8 +122,7 @@ def outline(
         UserError: a recipe that is named is not the study's.
     """
     pipelines = [
-        Pipeline(result, asked, evaluation, runs, backend, gpu)
-        for result, asked in _wanted(of_study, request, only, seeds)
+        Pipeline(result, asked, evaluation, backend, gpu) for result, asked in _wanted(of_study, request, only, seeds)
     ]
     gpu = gpu or backend.gpu()
     test_rows = REHEARSED if request.rehearse else of_study.data.scored_rows
@@ -168,7 +164,7 @@ def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list
     composed, request = pipeline.composed, pipeline.request
     if composed is None:
         return row | {"training": "refused"}, [f"{pipeline.result.label}: {pipeline.result.problem}"]
-    report = check.check(request, gpu, launching=not request.rehearse, composed=composed, runs=pipeline.runs)
+    report = check.check(request, gpu, launching=not request.rehearse, composed=composed)
     found = backends.relevant(pipeline.backend, report.findings)
     errors = [finding for finding in found if finding.level == "error" and finding.scope != "data"]
     notes = [
@@ -224,9 +220,9 @@ def show_outline(outlined: dict[str, Any], form: tables.Form) -> None:
         tables.print_text(f"note: {note}")
 
 
-def lock(name: str, runs: Path) -> Path:
+def lock(name: str) -> Path:
     """The lock that a command holds while it reproduces the study of a name."""
-    return runs / f".reproduce-{name.replace('/', '--')}.lock"
+    return paths.runs() / f".reproduce-{name.replace('/', '--')}.lock"
 
 
 def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> list[tuple[TaskResult, Request]]:

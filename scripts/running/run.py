@@ -13,7 +13,7 @@ import psutil
 from .. import backends
 from ..backends import Backend
 from ..backends.slurm import Slurm
-from ..base import machine, yamlfiles
+from ..base import machine, paths, yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import sha256
 from ..base.progress import Bar, say
@@ -35,13 +35,12 @@ _LESS = 0.8  # of the planned memory, the most that a change may need: the overs
 _CHANGES = 3  # the most that are listed
 
 
-def prepare(request: Request, backend: Backend, runs: Path) -> Composed:
+def prepare(request: Request, backend: Backend) -> Composed:
     """The checked config of a run; what is worth knowing about it goes to stderr.
 
     Args:
         request: the run.
         backend: where it is to run.
-        runs: the folder for the run's.
 
     Raises:
         UserError: the request or the config is wrong.
@@ -55,7 +54,7 @@ def prepare(request: Request, backend: Backend, runs: Path) -> Composed:
     composed = compose(request, gpu)
     starts = not request.dry_run
     with Bar(f"checking {composed.recipe}", 1):
-        report = check.examine(composed, gpu, request.ranks, launching=starts, data=starts, runs=runs)
+        report = check.examine(composed, gpu, request.ranks, launching=starts, data=starts)
         plan.add_to(report, gpu, request.ranks, anew=starts)
     found = report.findings
     for finding in found:
@@ -75,24 +74,24 @@ def prepare(request: Request, backend: Backend, runs: Path) -> Composed:
     return composed
 
 
-def start(request: Request, runs: Path, backend: Backend) -> RunDir:
+def start(request: Request, backend: Backend) -> RunDir:
     """Train a recipe in a new run folder, in this process or as a job.
 
     Raises:
         UserError: the request is wrong, or the backend refuses it; nothing was started.
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
-    composed = prepare(request, backend, runs)
+    composed = prepare(request, backend)
     if isinstance(backend, Slurm):
         task = Task(
             TaskResult(composed.recipe),
-            lambda: [command(create(composed, request, runs), runs)],
+            lambda: [command(create(composed, request))],
             gpus=0 if composed.rehearsal else request.gpus,
             nodes=request.nodes,
         )
-        return backend.carry_out(task, composed.recipe, runs)
+        return backend.carry_out(task, composed.recipe)
     launch.require(Path.cwd())
-    folder = create(composed, request, runs)
+    folder = create(composed, request)
     with folder.held() as lock:
         train(folder, folder.read(), lock)
     return folder
@@ -100,7 +99,6 @@ def start(request: Request, runs: Path, backend: Backend) -> RunDir:
 
 def resume(
     name: str,
-    runs: Path,
     backend: Backend,
     prepare_only: bool = False,
     force: Sequence[str] = (),
@@ -112,7 +110,6 @@ def resume(
 
     Args:
         name: the run, see `find_run`.
-        runs: the folder with the runs.
         backend: where it is to run.
         prepare_only: only have its rows tokenized and its base model fetched, in this process.
         force: the names of findings that are overridden, which the run's record then has.
@@ -122,7 +119,7 @@ def resume(
         UserError: there is no such run, it is still running, it is another user's, or the backend cannot train it.
         WorkFailed: as in `start`.
     """
-    folder = find_run(name, runs)
+    folder = find_run(name, paths.runs())
     record = folder.read()
     own = trust.is_own(folder, record)
     _agree(folder, record, force, own, trusted)
@@ -135,8 +132,8 @@ def resume(
         if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):
             raise UserError(f"{folder.path}: {reason}")
         gpus_a_node = 0 if record.rehearsal else record.gpus_used
-        task = Task(TaskResult(record.recipe), lambda: [command(folder, runs)], gpus_a_node, record.nodes)
-        return backend.carry_out(task, record.recipe, runs)
+        task = Task(TaskResult(record.recipe), lambda: [command(folder)], gpus_a_node, record.nodes)
+        return backend.carry_out(task, record.recipe)
     return _resume_here(folder, prepare_only, own)
 
 
@@ -221,7 +218,7 @@ def _check_here(folder: RunDir, record: Run) -> None:
         rehearsal=record.rehearsal,
     )
     try:
-        report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal, runs=folder.path)
+        report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
         plan.add_to(report, gpus.here(), record.ranks, anew=True)
         found = [finding for finding in report.findings if finding.scope != "code"]  # of a run that is trusted
         errors = {finding.name for finding in found if finding.level == "error"}
@@ -235,9 +232,9 @@ def _check_here(folder: RunDir, record: Run) -> None:
         raise
 
 
-def command(folder: RunDir, runs: Path, rows: str = "") -> Command:
+def command(folder: RunDir, rows: str = "") -> Command:
     """The command that trains or resumes a run that is trusted; see `Command` for `rows`."""
-    return Command("run", folder, ["resume", str(folder.path), "--trust", "--runs", str(runs)], rows)
+    return Command("run", folder, ["resume", str(folder.path), "--trust"], rows)
 
 
 def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:

@@ -1,7 +1,6 @@
 """Stages of a reproduction before the training, by what authors published: `recipe reproduce --from`."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from ..backends import Backend
@@ -64,7 +63,7 @@ def score_predictions(
 
 
 def evaluate_adapters(
-    of_study: Study, request: Request, only: Sequence[str], evaluation: EvaluationRequest, runs: Path, backend: Backend
+    of_study: Study, request: Request, only: Sequence[str], evaluation: EvaluationRequest, backend: Backend
 ) -> list[TaskResult]:
     """Fetch the published adapters of a study's recipes, and evaluate each under its recipe.
 
@@ -73,7 +72,6 @@ def evaluate_adapters(
         request: what is merged over the recipes, with the study's name.
         only: the recipes; by default all.
         evaluation: how an adapter is evaluated.
-        runs: the folder for the runs.
         backend: this machine.
 
     Returns:
@@ -91,7 +89,7 @@ def evaluate_adapters(
         step = "check"
         try:
             asked = reproduce.request_for(request, result.recipe)
-            composed = checked(asked, runs, backend)
+            composed = checked(asked, backend)
             files = adapter_files(of_study.data, adapter)
             if not request.rehearse:
                 reproduce.have_data(of_study, [composed])
@@ -104,7 +102,7 @@ def evaluate_adapters(
                 say(f"{result.recipe}: study.yaml has no checksum of its adapter, which is therefore not verified")
             folder, _ = located(str(of_study.data.raw / adapter))
             step = "evaluate"
-            with run_of(composed, asked, folder, adapter, runs) as made:
+            with run_of(composed, asked, folder, adapter) as made:
                 evaluate.evaluate(made, evaluation)
             result.run, result.steps[step] = made.path, DONE
         except (UserError, WorkFailed) as error:

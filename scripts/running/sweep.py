@@ -21,7 +21,10 @@ from ..base.progress import Bar, say
 from ..configs import config
 from ..configs.compose import Request
 from ..configs.gpus import Gpu
+from ..data import study
+from ..data.study import Study
 from ..metrics.metric import Column
+from ..runs.rundir import RunDir, find_run, is_run, run_names
 from ..runs.tasks import DONE, TaskResult
 from ..scores.score import columns_of
 from ..scores.task import EvaluationRequest
@@ -97,7 +100,6 @@ def sweep(
     members: list[SweepMember],
     request: Request,
     evaluation: EvaluationRequest,
-    runs: Path,
     backend: Backend,
     *,
     seeds: int = 1,
@@ -114,7 +116,6 @@ def sweep(
         members: see `read_members`.
         request: what is laid over the recipe for every member.
         evaluation: how each run is evaluated.
-        runs: the folder for the runs.
         backend: where the members are carried out.
         seeds: how many seeds each member is run with, from the recipe's own on.
         gpu: what they are planned for, by default the backend's GPU.
@@ -131,7 +132,6 @@ def sweep(
             TaskResult(recipe, re.sub(r"[/\0]", "-", member.label)),
             replace(request, overrides=member.overrides),
             evaluation,
-            runs,
             backend,
             gpu if dry_run else None,
         )
@@ -149,7 +149,7 @@ def sweep(
         members=members,
     )
     if not dry_run:
-        _carry_out(record, pipelines, evaluation, runs, backend)
+        _carry_out(record, pipelines, evaluation, backend)
     return record, [pipeline.result for pipeline in pipelines]
 
 
@@ -169,20 +169,19 @@ def _carry_out(
     record: Sweep,
     pipelines: list[Pipeline],
     evaluation: EvaluationRequest,
-    runs: Path,
     backend: Backend,
 ) -> None:
-    with held(record.lock(runs), f"the sweep {record.label} is already running there"):
-        record.write(runs)
+    with held(record.lock(paths.runs()), f"the sweep {record.label} is already running there"):
+        record.write(paths.runs())
         fitting = [pipeline for pipeline in pipelines if not pipeline.result.problem]
-        existing = existing_runs(runs, record.recipe)
+        existing = existing_runs(paths.runs(), record.recipe)
         for pipeline in fitting:
             pipeline.existing = existing.get(pipeline.digest() or "")
         tasks = [pipeline.task() for pipeline in fitting]
         require_scorer_models(tasks, of_recipe(record.recipe), evaluation, record.rehearsal)
         if any("run" in task.steps for task in tasks):
             _show_shared_differences(pipelines)
-        backend.submit(tasks, record.name, runs)
+        backend.submit(tasks, record.name)
 
 
 def _seeded(members: list[SweepMember], recipe: str, seeds: int) -> list[SweepMember]:
@@ -292,26 +291,36 @@ def varying(members: Sequence[SweepMember]) -> list[str]:
     return [key for key in keys if any(m.values.get(key) != members[0].values.get(key) for m in members)]
 
 
-def find_sweep(name: str, runs: Path) -> Sweep:
-    """The sweep of a name: its label or a part of that, see `meant`, or `latest`.
+def find_any(name: str) -> RunDir | Sweep | Study:
+    """The run, sweep or study of a name or a part of it, see `meant`; `latest` is the newest run.
 
     Raises:
         UserError: there is none, or more than one.
     """
+    runs = paths.runs()
+    if is_run(Path(name)):
+        return find_run(name, runs)
+    sweeps = recorded_sweeps()
+    folders = {folder.name: folder for folder in paths.studies()}
+    named = run_names(runs)
+    choices = [*named, *sweeps, *folders]
+    chosen = meant(name, choices, "run, sweep or study", f" below {runs}/; there are {', '.join([*folders, *sweeps])}")
+    also = f"{chosen}/rehearsal"
+    if choices.count(chosen) > 1 or (chosen != name and also in sweeps):  # one of them is not to stop for the other
+        several = f"{chosen} or {also}" if also in sweeps else "a run, a sweep or a study"
+        raise UserError(f"{name}: may be {several}; give its whole name, or a run's folder")
+    if chosen in folders:
+        return study.load(folders[chosen])
+    return sweeps[chosen] if chosen in sweeps else find_run(chosen, runs)
+
+
+def recorded_sweeps() -> dict[str, Sweep]:
+    """The sweeps that were started, by label, oldest first."""
     recorded = []
-    for file in runs.glob("sweeps/*/*.json"):
+    for file in paths.runs().glob("sweeps/*/*.json"):
         with suppress(OSError, ValidationError):
             recorded.append(Sweep.model_validate_json(file.read_bytes()))
-    recorded.sort(key=lambda sweep: sweep.made)
-    if name == "latest" and recorded:
-        return recorded[-1]
-    wanted = Path(name).stem if name.endswith((".yaml", ".yml")) else name
-    labels = {sweep.label: sweep for sweep in recorded}
-    there = f"there are {', '.join(labels)}" if labels else "`recipe sweep` makes one"
-    found = meant(wanted, labels, "sweep", f" below {runs}/; {there}")
-    if found != wanted and (rehearsal := f"{found}/rehearsal") in labels:  # one of them is not to stop for the other
-        raise UserError(f"{name}: may be {found} or {rehearsal}; give its whole name")
-    return labels[found]
+    return {sweep.label: sweep for sweep in sorted(recorded, key=lambda sweep: sweep.made)}
 
 
 def find_sweep_file(name: str) -> Path:

@@ -13,7 +13,6 @@ from pydantic import TypeAdapter, ValidationError
 from ..base.errors import UserError, meant
 from ..base.files import clear_parts, write_atomically
 from ..base.machine import LOCK_TIMEOUT, held, is_held
-from ..base.paths import RUNS
 from ..base.progress import say, say_once
 from . import checkpoints, health
 from .provenance import other_axolotl
@@ -228,26 +227,34 @@ def summarise(metrics: list[dict[str, Any]]) -> Summary:
     )
 
 
-def all_runs(runs: Path = RUNS) -> list[RunDir]:
+def all_runs(runs: Path) -> list[RunDir]:
     """Every run folder below `runs`, oldest first."""
     return sorted((RunDir(file.parent) for file in runs.rglob("run.json")), key=lambda run: run.path.name)
 
 
-def find_run(name: str, runs: Path = RUNS) -> RunDir:
-    """The run given as its folder, by its name, as `latest`, or by a recipe, whose newest run it is.
+def is_run(folder: Path) -> bool:
+    """True for a run's folder."""
+    return (folder / "run.json").is_file()
 
-    Of names a part is enough, see `meant`; which run is meant is then said.
+
+def run_names(runs: Path) -> dict[str, RunDir]:
+    """The runs by their paths below a folder, by recipe, whose newest is meant, and the newest of all as `latest`."""
+    folders = all_runs(runs)
+    named = {run.path.relative_to(runs).as_posix(): run for run in folders}
+    named |= {path.rpartition("/")[0]: run for path, run in named.items() if "/" in path}  # the last is the newest
+    return ({"latest": folders[-1]} if folders else {}) | named
+
+
+def find_run(name: str, runs: Path) -> RunDir:
+    """The run given as its folder, or by one of `run_names` or a part of that, see `meant`; which one is then said.
 
     Raises:
         UserError: no run, or more than one, matches.
     """
-    if (Path(name) / "run.json").is_file():
+    if is_run(Path(name)):
         return _noted(RunDir(Path(name)))
-    folders = all_runs(runs)
-    named = {run.path.relative_to(runs).as_posix(): run for run in folders}
-    named |= {path.rpartition("/")[0]: run for path, run in named.items() if "/" in path}  # the last is the newest
-    hint = f" below {runs}/; " + ("`recipe results` lists the runs" if named else "`recipe run` makes one")
-    choices = ({"latest": folders[-1]} if folders else {}) | named
+    choices = run_names(runs)
+    hint = f" below {runs}/; " + ("`recipe results` lists the runs" if choices else "`recipe run` makes one")
     found = choices[meant(name.removeprefix(f"{runs}/"), choices, "run", hint)]
     if name != "latest" and found.path != runs / name:
         say(f"run {found.path}")

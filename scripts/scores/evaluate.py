@@ -196,9 +196,9 @@ def _limit(task: EvaluationTask) -> int | None:
     return REHEARSED if task.run.rehearsal else task.request.limit
 
 
-def command(folder: RunDir, request: EvaluationRequest, runs: Path) -> Command:
+def command(folder: RunDir, request: EvaluationRequest) -> Command:
     """The command that evaluates a run as requested."""
-    return Command("evaluate", folder, ["evaluate", str(folder.path), *request.options(), "--runs", str(runs)])
+    return Command("evaluate", folder, ["evaluate", str(folder.path), *request.options()])
 
 
 def _make_way(task: EvaluationTask) -> None:

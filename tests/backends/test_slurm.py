@@ -64,9 +64,9 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     """
     asked = partial(submitted, tmp_path, command=stand_in, STAND_IN_HOLD="3", STAND_IN_GO=str(tmp_path / "go"))
     (tmp_path / "three.yaml").write_text(yamlfiles.write_yaml({"_": MEMBERS}))
-    queue = ("--on", "slurm", "--slurm", "gres=gpu:1")
-    rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--set", "num_epochs=1", *queue)
-    rehearsed += ("--slurm", "run.hold=")
+    queue = ("--on", "slurm,gres=gpu:1")
+    rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--set", "num_epochs=1")
+    rehearsed += ("--on", "slurm,gres=gpu:1,run.hold=")
     alone = RunDir(tmp_path / asked("run", NAME, "--set", "lora_r=4", *rehearsed))
     of_base_model = ("evaluate", alone.path, "--adapter", "none", "--bertscore", "none", *queue)
     assert asked(*of_base_model) == str(alone.path)
@@ -110,7 +110,7 @@ def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
 ) -> None:
     """A stand-in trains, for as long as the shortest time limit takes."""
     steps = ("--set", "num_epochs=800", "--set", "save_steps=10", "--set", "saves_per_epoch=null")
-    queue = ("--on", "slurm", "--slurm", "signal=B:USR1@119")
+    queue = ("--on", "slurm,signal=B:USR1@119")
     words = ("run", NAME, "--profile", tiny_profile, *steps, *queue)
     run = RunDir(tmp_path / submitted(tmp_path, *words, command=stand_in, STAND_IN_STEP="0.2"))
     (job,) = (one.id for one in run.jobs() if one.step == "run")
@@ -132,7 +132,7 @@ def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
     wait_for(run, lambda record: record.state == "interrupted")
     assert run.last_checkpoint()
     finish(start(tmp_path, "cancel", "latest"), code=2)
-    submitted(tmp_path, "resume", "latest", "--on", "slurm", "--slurm", "begin=now+1hour", command=stand_in)
+    submitted(tmp_path, "resume", "latest", "--on", "slurm,begin=now+1hour", command=stand_in)
     wait_for(run, lambda record: record.state == "queued")
     for place in ("local", "slurm"):
         assert f"recipe cancel {run.path.relative_to(tmp_path)}" in finish(
@@ -146,10 +146,10 @@ def test_cancelling_a_sweep_takes_it_out_of_the_queue(
     recipe: Recipe, tmp_path: Path, tiny_profile: Path, slurm: Cluster
 ) -> None:
     rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--bertscore", "none")
-    queue = ("--on", "slurm", "--slurm", "begin=now+1hour")
+    queue = ("--on", "slurm,begin=now+1hour")
     done = recipe("sweep", NAME, "--set", "lora_r=4,8", *rehearsed, *queue)
     assert done.returncode == 0, done.stderr
-    assert len(submitted(tmp_path, "cancel", "--sweep", "latest").splitlines()) == 5
+    assert len(submitted(tmp_path, "cancel", "lora_r").splitlines()) == 5
     for run in rundir.all_runs(tmp_path / "runs"):
         assert wait_for(run, lambda record: record.state == "interrupted").launches == []
     slurm.wait_until_empty(20)
@@ -158,13 +158,13 @@ def test_cancelling_a_sweep_takes_it_out_of_the_queue(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--gpus", "5", "--profile", "zero2"], "--gres=gpu:5"),
-        (["--slurm", "partition=nowhere"], r"slurm\.yaml.*--partition=nowhere"),
-        (["--slurm", "tyme=1:00:00"], "'--tyme"),  # in sbatch's own words
-        (["--slurm", "partition"], "--slurm partition: "),
-        (["--slurm", "array=1-5"], "--slurm array=1-5: "),
-        (["--slurm", "card=H1000"], "card H1000: .* H100"),
-        (["--slurm", "card=T4", "--set", "micro_batch_size=4096"], r"T4.*\[too-big"),
+        (["slurm", "--gpus", "5", "--profile", "zero2"], "--gres=gpu:5"),
+        (["slurm,partition=nowhere"], r"slurm\.yaml.*--partition=nowhere"),
+        (["slurm,tyme=1:00:00"], "'--tyme"),  # in sbatch's own words
+        (["slurm,partition"], "--on slurm,partition: "),
+        (["slurm,array=1-5"], "--on slurm,array=1-5: "),
+        (["slurm,card=H1000"], "card H1000: .* H100"),
+        (["slurm,card=T4", "--set", "micro_batch_size=4096"], r"T4.*\[too-big"),
     ],
 )
 def test_what_the_queue_would_not_take_is_told_and_leaves_nothing(
@@ -175,7 +175,7 @@ def test_what_the_queue_would_not_take_is_told_and_leaves_nothing(
     (tmp_path / "model").symlink_to(tiny)
     own = ["--set", "base_model=model", "--set", "revision_of_model=null", "--set", "special_tokens=null"]
     rows = ["--set", "gradient_accumulation_steps=15", "--set", "warmup_steps=0"]
-    done = recipe("run", NAME, "--on", "slurm", *own, *rows, *options)
+    done = recipe("run", NAME, *own, *rows, "--on", *options)
     assert done.returncode == 2, done.stderr
     assert re.search(says, done.stderr), done.stderr
     assert not (tmp_path / "runs").exists()
@@ -187,8 +187,6 @@ def test_without_slurm_that_is_told(recipe: Recipe, tmp_path: Path, monkeypatch:
     done = recipe("run", NAME, "--rehearse", "--on", "slurm")
     assert (done.returncode, done.stdout) == (2, "")
     assert " squeue: " in done.stderr
-    done = recipe("run", NAME, "--rehearse", "--slurm", "time=1:00:00")
-    assert done.returncode == 2 and "--slurm time=1:00:00: " in done.stderr
 
 
 def test_settings_are_read_as_they_stand(no_settings: Path) -> None:

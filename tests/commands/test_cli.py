@@ -60,12 +60,13 @@ MISTAKES = [
     ("data prepare msg-train.jsonl --input-format taged --study haider2024", "--input-format taged"),
     ("data prepare msg-train.jsonl --study haider2024 --out pairs.jsonl", "pairs.jsonl"),
     ("data prepare", ", ".join(folder.name for folder in paths.studies())),
-    ("results --study haidr", "haider2024"),
+    ("results haidr", "haider2024"),
     ("score pairs.jsonl", "--prediction-field"),
     ("resume latest", "latest"),
-    ("cancel", "--sweep"),
-    ("results --power haider2024 --study haider2024", "--study"),
+    ("cancel nothing", "haider2024"),
+    ("results haider2024 --power 1 --ledger", "--ledger"),
     (f"run {NAME} --nodes 2", "--on slurm"),
+    (f"run {NAME} --on slrum,time=1:00:00", "slurm,"),
     (f"run {NAME} --gpus 2", "--gpus 2"),
 ]
 

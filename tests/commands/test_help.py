@@ -82,7 +82,7 @@ def test_the_versions_of_the_package_and_of_axolotl(recipe: Recipe) -> None:
     [
         (["run", "x", "--rehears"], "'--rehearse'"),
         (["evalute", "latest"], "'evaluate'"),
-        (["sweep", "x", "--on", "slrum"], "'local', 'slurm'"),
+        (["results", "--format", "pdf"], "'md', 'csv'"),
     ],
 )
 def test_wrong_usage_is_said_in_lines_that_a_log_can_hold(recipe: Recipe, words: list[str], says: str) -> None:

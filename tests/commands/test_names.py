@@ -41,7 +41,7 @@ def test_a_variant_is_found_by_its_name_and_parts_of_that(recipe: Recipe, tmp_pa
         (("show", "variants/wode.yaml"), " variants/wide.yaml?"),
         (("show", "wide.yaml"), " wide?"),
         (("run", BASE, "--profile", "tensorb", "--rehearse", "--dry-run"), "use_tensorboard: true"),
-        (("results", "--study", "haider", "--json"), "haider2024/llama-3-8b"),
+        (("results", "haider", "--json"), "haider2024/llama-3-8b"),
         (("data", "fetch", "code", "--from", "nowhere.zip"), "nowhere.zip"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from conftest import SAMPLE, Recipe
 from run_folders import a_run
 
-from qlora_recipes.base import yamlfiles
+from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.checks import check
 from qlora_recipes.commands import before
 from qlora_recipes.commands.help import after_training
@@ -65,7 +65,7 @@ def test_from_prepared_data_to_a_plan(recipe: Recipe, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("change", "runs", "says"),
     [
-        ({}, "other place", "recipe evaluate 1-a --runs 'other place'"),
+        ({}, "other place", "recipe --runs 'other place' evaluate 1-a"),
         ({"test_datasets": [{"path": "a.jsonl", "type": "completion"}]}, "runs", "recipe report 1-a"),
         ({"test_datasets": None}, "runs", "recipe report 1-a"),
     ],
@@ -81,5 +81,6 @@ def test_a_run_is_evaluated_next_if_its_rows_have_answers(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = a_run(Path(runs), NAME, "1-a", 5.0, set=change)
-    after_training(folder, Path(runs), "local")
+    monkeypatch.setenv(paths.RUNS, runs)
+    after_training(folder, "local")
     assert capsys.readouterr().err == f"next: {says}\n"

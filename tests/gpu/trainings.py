@@ -106,9 +106,9 @@ def train(folder: Path, name: str, recipe_name: str, changes: dict[str, Any], *w
     file = folder / f"{name}.yaml"
     file.write_text(yamlfiles.write_yaml(changes), encoding="utf-8")
     rehearsal = () if GPU else ("--profile", "rehearsal")
-    runs = ("--runs", folder / name)
     env = {STOP: str(stop)}
-    recipe("run", recipe_name, *rehearsal, "--profile", file, *words, *FORCE, *runs, code=1 if stop else 0, **env)
+    asked = ("run", recipe_name, *rehearsal, "--profile", file, *words, *FORCE)
+    recipe("--runs", folder / name, *asked, code=1 if stop else 0, **env)
     (record,) = (folder / name).rglob("run.json")
     return record.parent
 

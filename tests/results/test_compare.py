@@ -75,11 +75,11 @@ def test_rows_are_matched_by_position_or_order_and_others_are_refused() -> None:
 def test_the_command_compares_files(recipe: Recipe, tmp_path: Path) -> None:
     for name, made in (("a.jsonl", rows("rename variable", "why")), ("b.jsonl", rows("x", "y"))):
         (tmp_path / name).write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in made))
-    done = recipe("results", "--compare", "a.jsonl", "b.jsonl", "--json")
+    done = recipe("results", "a.jsonl", "b.jsonl", "--json")
     assert done.returncode == 0, done.stderr
     assert orjson.loads(done.stdout)["scores"][0]["better"] == 1
-    assert recipe("results", "--compare", "a.jsonl", "nowhere.jsonl").returncode == 2
-    assert "a: a.jsonl, b: b.jsonl" in recipe("results", "--compare", "a.jsonl", "b.jsonl").stdout
+    assert recipe("results", "a.jsonl", "nowhere.jsonl").returncode == 2
+    assert "a: a.jsonl, b: b.jsonl" in recipe("results", "a.jsonl", "b.jsonl").stdout
 
 
 LLAMA_2 = "haider2024/llama-2-7b"
@@ -98,7 +98,7 @@ def trained(place: Path, name: str, rate: float = 2e-4, predicted: bool = True, 
 
 
 def as_json(recipe: Recipe, *compared: str) -> dict[str, Any]:
-    return orjson.loads(recipe("results", "--compare", *compared, "--json").stdout)
+    return orjson.loads(recipe("results", *compared, "--json").stdout)
 
 
 def test_runs_that_are_not_evaluated_are_compared_by_their_trainings(recipe: Recipe, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_runs_that_are_not_evaluated_are_compared_by_their_trainings(recipe: Rec
     other = as_json(recipe, "one", "other")["training"]
     assert (other["step"], other["losses"]) == (2, [1.0002, 1.0003])
     assert other["differences"] == {"learning_rate": [2e-4, 3e-4]}
-    shown = recipe("results", "--compare", "one", "other")
+    shown = recipe("results", "one", "other")
     assert shown.returncode == 0 and "learning_rate: 0.0002 -> 0.0003" in shown.stdout.splitlines()
 
 
@@ -118,8 +118,8 @@ def test_both_parts_are_shown_where_both_are_there(recipe: Recipe, tmp_path: Pat
         run = trained(tmp_path, name)
     compared = as_json(recipe, "one", "two")
     assert compared["training"] and "bleu4" in {row["score"] for row in compared["scores"]}
-    csv = recipe("results", "--compare", "one", "two", "--csv")
-    several = recipe("results", "--compare", "one", "two", "--metric", "rouge_l")
+    csv = recipe("results", "one", "two", "--format", "csv")
+    several = recipe("results", "one", "two", "--metric", "rouge_l")
     assert csv.stdout.startswith("score,")
     assert ["not corrected" in done.stderr for done in (csv, several)] == [False, True]
     write_rows(tmp_path / "p.jsonl", PREDICTIONS)
@@ -128,7 +128,7 @@ def test_both_parts_are_shown_where_both_are_there(recipe: Recipe, tmp_path: Pat
         compared = as_json(recipe, "one", other)
         assert compared["training"] is None and compared["scores"]
     (run.path / "predictions.jsonl").unlink()
-    assert recipe("results", "--compare", "one", "two").returncode == 2
+    assert recipe("results", "one", "two").returncode == 2
 
 
 def test_versions_and_machine_are_among_what_differs(recipe: Recipe, tmp_path: Path) -> None:
@@ -146,4 +146,4 @@ def test_versions_and_machine_are_among_what_differs(recipe: Recipe, tmp_path: P
 def test_a_rehearsal_is_not_compared_with_a_real_run(recipe: Recipe, tmp_path: Path) -> None:
     for name, rehearsal in (("one", True), ("two", False)):
         trained(tmp_path, name, rehearsal=rehearsal)
-    assert recipe("results", "--compare", "one", "two").returncode == 2
+    assert recipe("results", "one", "two").returncode == 2

@@ -69,7 +69,7 @@ def test_a_damaged_run_is_named_and_the_others_are_listed(
         edit(bad.path / file, **content)
     else:
         (bad.path / file).write_bytes(orjson.dumps(content))
-    for words in (["results", "--json"], ["results", "--study", "haider2024"]):
+    for words in (["results", "--json"], ["results", "haider2024"]):
         listed = recipe(*words)
         assert listed.returncode == 0
         assert says in listed.stderr
@@ -90,7 +90,7 @@ def test_a_provenance_of_odd_types_is_named_with_its_place(
 ) -> None:
     edit(bad.path / "run.json", provenance=provenance)
     says = re.compile(rf"bad/run\.json: .*provenance{re.escape(at)}; ")
-    for words in (["report"], ["results", "--export"], ["results", "--compare", f"{NAME}/good"]):
+    for words in (["report"], ["results", "--export"], ["results", f"{NAME}/good"]):
         done = recipe(*words, f"{NAME}/bad")
         assert done.returncode == 2 and says.search(done.stderr), done.stderr
 
@@ -120,7 +120,7 @@ def test_scores_that_are_none_are_named_and_the_run_is_as_one_that_is_not_evalua
 def test_predictions_that_are_none_are_named(recipe: Recipe, bad: RunDir, change: dict[str, Any]) -> None:
     row = {"row": 1, "idx": 1, "lang": "go", "reference": "a", "prediction": "b", "bleu4": 1.0, "exact": False}
     write_rows(bad.path / "predictions.jsonl", [row, row | {"row": 2} | change])
-    for words in (["results", "--study", "haider2024"], ["report", f"{NAME}/bad"]):
+    for words in (["results", "haider2024"], ["report", f"{NAME}/bad"]):
         assert recipe(*words).returncode == 0
     assert "bad/predictions.jsonl: damaged" in recipe("report", f"{NAME}/bad").stderr
 

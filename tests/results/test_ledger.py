@@ -65,7 +65,7 @@ def test_a_record_is_exported_added_and_shown(recipe: Recipe) -> None:
     rows = ledgers.table(of_study, ledgers.records(of_study))
     assert [(row["accuracy, %"], row["accuracy, %, published"]) for row in rows] == [(67.0, "67.4 ± 1"), (70.0, "70")]
     assert (rows[1]["peak GiB"], rows[1]["planned GiB"]) == (19.5, 18.5)
-    shown = recipe("results", "--ledger", "--study", "sums2030", "--md").stdout
+    shown = recipe("results", "sums2030", "--ledger", "--format", "md").stdout
     assert "| 67 (66.5 to 67.5) |" in shown and "| 18.50 |" in shown
 
 

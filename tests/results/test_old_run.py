@@ -28,7 +28,7 @@ def test_an_old_run_is_listed(recipe: Recipe, old_run: Path) -> None:
     assert (row["rehearsal"], row["rows_evaluated"]) == (True, 12)
     assert row["bleu4"] == pytest.approx(1.4204, abs=1e-4)
     assert "1.42" in recipe("results").stdout
-    assert NAME in recipe("results", "--study", "haider2024", "--rehearse").stdout
+    assert NAME in recipe("results", "haider2024", "--rehearse").stdout
 
 
 def test_an_old_run_that_has_trained_on_since_its_evaluation_is_stale(recipe: Recipe, old_run: Path) -> None:
@@ -42,7 +42,7 @@ def test_an_old_run_that_has_trained_on_since_its_evaluation_is_stale(recipe: Re
 def test_an_old_run_is_reported_and_compared_but_not_published_without_its_adapter(
     recipe: Recipe, old_run: Path, tmp_path: Path
 ) -> None:
-    compared = recipe("results", "--compare", str(old_run), str(old_run), "--json")
+    compared = recipe("results", str(old_run), str(old_run), "--json")
     assert compared.returncode == 0, compared.stderr
     assert recipe("report", str(old_run)).returncode == 0
     assert "4.105" in (tmp_path / "report.html").read_text()

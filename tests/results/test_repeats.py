@@ -93,12 +93,12 @@ def test_runs_of_one_seed_know_nothing_of_others_and_say_how_to_know_more(runs: 
     row = row_of(runs)
     assert (row["runs"], row["accuracy_interval_method"]) == (1, intervals.ROWS_ONLY)
     assert [row["perplexity_low"], row["perplexity_interval_method"]] == [None, None]
-    assert "`recipe reproduce sums2030 --seeds 3`" in recipe("results", "--study", "sums2030").stdout
+    assert "`recipe reproduce sums2030 --seeds 3`" in recipe("results", "sums2030").stdout
     with_seed(runs, 42, RIGHT, "b")
     assert "one seed" in row_of(runs)["accuracy_interval_method"]
-    assert "`recipe reproduce sums2030 --seeds 3`" in recipe("results", "--study", "sums2030").stdout
+    assert "`recipe reproduce sums2030 --seeds 3`" in recipe("results", "sums2030").stdout
     with_seed(runs, 43, RIGHT)
-    said = recipe("results", "--study", "sums2030").stdout
+    said = recipe("results", "sums2030").stdout
     assert "--seeds" not in said and "sums2030/plain." in said
 
 
@@ -114,7 +114,7 @@ def test_a_known_spread_stands_in_and_is_marked(runs: Path, recipe: Recipe) -> N
         intervals.half_width(np.std([67.4, 68.0, 66.9], ddof=1) ** 2, (0.5 / intervals.NORMAL) ** 2, 2, intervals.MANY)
     )
     assert row["accuracy_high"] - row["accuracy"] == pytest.approx(half) and half > 0.5
-    assert method in recipe("results", "--study", "sums2030").stdout
+    assert method in recipe("results", "sums2030").stdout
     with_seed(runs, 43, RIGHT)
     assert row_of(runs)["accuracy_interval_method"] == "rows and 2 runs"  # ours are better than any borrowed
 
@@ -144,11 +144,11 @@ def test_the_curves_gap_has_a_verdict_where_the_study_gives_a_tolerance(runs: Pa
     assert row["train_loss_gap_mean"] == pytest.approx(-0.05)
     assert (row["train_loss_gap_largest"], row["train_loss_gap_step"]) == (pytest.approx(0.1), 4)
     assert row["train_loss_verdict"] is None and row_of(runs, WIDE)["train_loss_gap_mean"] is None
-    assert listing.CURVES in recipe("results", "--study", "sums2030").stdout
+    assert listing.CURVES in recipe("results", "sums2030").stdout
     for tolerance, expected in ((0.11, verdict.ACCEPTABLE), (0.09, verdict.OFF)):
         small_study.write(Path(), tolerances={"train_loss": tolerance})
         assert row_of(runs)["train_loss_verdict"] == expected
-    said = recipe("results", "--study", "sums2030").stdout.splitlines()
+    said = recipe("results", "sums2030").stdout.splitlines()
     assert [line for line in said if PLAIN in line and verdict.OFF in line and "train_loss" not in line]
 
 
@@ -200,20 +200,19 @@ def test_runs_of_several_seeds_tell_all_of_it(runs: Path) -> None:
 def test_what_it_lacks_is_told(runs: Path, recipe: Recipe) -> None:
     for seeds in (0, 1):
         of_seeds(runs, seeds)
-        lacks = recipe("results", "--power", "sums2030")
+        lacks = recipe("results", "sums2030", "--power", "tolerance")
         assert lacks.returncode == 2
         assert "recipe reproduce sums2030 --seeds 3" in lacks.stderr
-    both = recipe("results", "--power", "sums2030", "--study", "sums2030")
-    assert both.returncode == 2
-    assert "--power" in recipe("results", "--difference", "0").stderr
-    assert recipe("results", "--power", "sums2030", "--difference", "nan").returncode == 2
+    for words in (("--power", "0"), ("sums2030", "--power", "nan"), ("sums2030", "--power", "1", "--ledger")):
+        wrong = recipe("results", *words)
+        assert (wrong.returncode, "--power" in wrong.stderr) == (2, True)
 
 
 def test_too_few_rows_to_plan_with_are_told(runs: Path, recipe: Recipe) -> None:
     of_seeds(runs, 3)
     for file in runs.rglob("predictions.jsonl"):
         file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[-4:]))
-    done = recipe("results", "--power", "sums2030")
+    done = recipe("results", "sums2030", "--power", "tolerance")
     assert (done.returncode, "4 rows" in done.stderr) == (2, True)
 
 
@@ -222,7 +221,7 @@ def test_too_few_rows_to_plan_with_are_told(runs: Path, recipe: Recipe) -> None:
 )
 def test_runs_that_do_not_compare_tell_nothing(runs: Path, recipe: Recipe, more: dict[str, Any]) -> None:
     of_seeds(runs, 3, **more)
-    assert recipe("results", "--power", "sums2030").returncode == 2
+    assert recipe("results", "sums2030", "--power", "tolerance").returncode == 2
 
 
 def test_published_repeats_stand_in_for_seeds(runs: Path) -> None:
@@ -248,7 +247,7 @@ IMPOSSIBLE = {"scores": {"accuracy": 120}, "repeats": {"accuracy": [60, 60.0]}}
     ("changes", "difference", "named"),
     [
         ({"published": {PLAIN: IMPOSSIBLE, WIDE: {}}}, None, "--only"),  # tells nothing of rows
-        ({"published": {PLAIN: {}, WIDE: {}}} | OF_PERPLEXITY, None, "--difference"),  # a metric of no range
+        ({"published": {PLAIN: {}, WIDE: {}}} | OF_PERPLEXITY, None, "--power"),  # a metric of no range
         ({"published": {PLAIN: {}, WIDE: {}}} | OF_PERPLEXITY, 0.1, "perplexity"),  # which has no rows
     ],
 )
@@ -261,9 +260,10 @@ def test_a_study_that_cannot_be_planned_is_refused(
 
 
 def test_peft_can_be_planned_before_any_run(recipe: Recipe) -> None:
-    found = orjson.loads(recipe("results", "--power", "peft", "--json").stdout)
+    found = orjson.loads(recipe("results", "peft", "--power", "tolerance", "--json").stdout)
     assert found["difference"] == study.find("peft").tolerances["accuracy"]
     assert found["deviation_of_runs"] == pytest.approx(np.std([47.84, 48.22, 49.05], ddof=1))
-    table = recipe("results", "--power", "peft", "--difference", "4")
+    table = recipe("results", "peft", "--power", "4")
     assert "sees 4.00" in table.stdout
-    assert recipe("results", "--power", "peft", "--csv").stdout.startswith("seeds,rows,sees,smallest,false_alarms\n")
+    csv = recipe("results", "peft", "--power", "tolerance", "--format", "csv").stdout
+    assert csv.startswith("seeds,rows,sees,smallest,false_alarms\n")

@@ -67,7 +67,7 @@ def test_what_was_measured_and_how_the_loss_ended_stand_beside_the_published(run
     assert (row["train_seconds"], row["train_seconds_published"]) == (600, 585.2)
     assert (row["tokens_per_second"], row["tokens_per_second_published"]) == (7000, 7198)
     assert (row["train_loss"], row["train_loss_published"]) == (pytest.approx(1.4), 1.5)  # of steps 3 and 4
-    table = recipe("results", "--study", "sums2030").stdout
+    table = recipe("results", "sums2030").stdout
     assert listing.MEASURED in table and "trainable, published" in table
     assert "9,175,040" in table and "585" in table
     titles = [part.splitlines()[0] for part in table.split("\n\n")]
@@ -96,7 +96,7 @@ def test_a_further_decoding_is_a_column_of_its_own(runs: Path, recipe: Recipe) -
     row = row_of(runs)
     assert (row["accuracy"], row["accuracy_greedy"], row["accuracy_difference"]) == (66, 64.5, pytest.approx(-1.4))
     assert "accuracy, %, greedy" in recipe("results").stdout and "64.50" in recipe("results").stdout
-    assert "greedy" in recipe("results", "--study", "sums2030").stdout
+    assert "greedy" in recipe("results", "sums2030").stdout
 
 
 def test_numbers_of_different_metrics_never_share_a_column(runs: Path, recipe: Recipe) -> None:
@@ -112,7 +112,7 @@ def test_numbers_of_different_metrics_never_share_a_column(runs: Path, recipe: R
     assert "accuracy, %" in by_title["Runs: sums2030"] and "BLEU-4" not in by_title["Runs: sums2030"]
     assert "BLEU-4" in by_title["Runs: haider2024"] and "accuracy" not in by_title["Runs: haider2024"]
     assert "right numbers, %" in by_title[none]
-    lines = csv.DictReader(io.StringIO(recipe("results", "--csv").stdout))
+    lines = csv.DictReader(io.StringIO(recipe("results", "--format", "csv").stdout))
     assert sorted((line["accuracy"], line["bleu4"]) for line in lines) == [("", "5.0"), ("12.5", ""), ("66.0", "")]
     rows = orjson.loads(recipe("results", "--json").stdout)
     found = [(row["study"], row["accuracy"]) for row in rows if "accuracy" in row]

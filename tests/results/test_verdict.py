@@ -205,8 +205,19 @@ def test_the_open_settings_are_some_recipes_and_not_the_papers() -> None:
 
 def test_every_form_of_the_table(recipe: Recipe, tmp_path: Path) -> None:
     a_run(tmp_path / "runs", LLAMA_2, "a", 5.0)
-    forms = ((), ("--md",), ("--csv",), ("--json",))
-    table, md, csv, json = (recipe("results", "--study", "haider2024", *form) for form in forms)
+    forms = (
+        (),
+        (
+            "--format",
+            "md",
+        ),
+        (
+            "--format",
+            "csv",
+        ),
+        ("--json",),
+    )
+    table, md, csv, json = (recipe("results", "haider2024", *form) for form in forms)
     assert verdict.WITHIN in table.stdout and "over 5.47" in table.stdout and "4.90 to 5.10" in table.stdout
     assert md.stdout.startswith("**Haider") and f"| {LLAMA_2} | 5000 | 5.00 |" in md.stdout
     header, *lines = csv.stdout.splitlines()
@@ -216,6 +227,6 @@ def test_every_form_of_the_table(recipe: Recipe, tmp_path: Path) -> None:
     ]
     assert orjson.loads(json.stdout) == expected
     for form, printed, said in zip(forms, ("", "", "", "[]"), (1, 1, 1, 0), strict=True):
-        none = recipe("results", "--study", "haider2024", "--rehearse", *form)  # there is no rehearsal
+        none = recipe("results", "haider2024", "--rehearse", *form)  # there is no rehearsal
         assert (none.returncode, none.stdout.strip(), none.stderr.count("rehearsed yet")) == (0, printed, said)
-    assert recipe("results", "--study", "other").returncode == 2
+    assert recipe("results", "other").returncode == 2

@@ -41,15 +41,15 @@ def fill(folder: Path, but: int = 0) -> None:
 def test_a_run_that_fills_its_disk_has_failed_and_goes_on_to_the_same_end(
     disk: Path, recipe: Recipe, tmp_path: Path, tiny_profile: Path
 ) -> None:
-    words = ("run", NAME, "--profile", tiny_profile, "--runs")
-    assert recipe(*words, "roomy").returncode == 0
-    done = recipe(*words, disk)
+    words = ("run", NAME, "--profile", tiny_profile)
+    assert recipe("--runs", "roomy", *words).returncode == 0
+    done = recipe("--runs", disk, *words)
     (run,) = all_runs(disk)
     assert done.returncode == 1 and f"`recipe resume {run.path}`" in done.stderr.splitlines()[-1]
     record = run.read()
     assert (record.state, record.launches[-1].exit_code) == ("failed", 1)
     full = record.launches[-1].problem
-    assert full and str(run.path) in full and full in recipe("results", "--runs", disk, "--json").stdout
+    assert full and str(run.path) in full and full in recipe("--runs", disk, "results", "--json").stdout
     for room in (40_000, 0):
         fill(disk, room)
         again = recipe("resume", run.path)
@@ -73,7 +73,7 @@ def test_whatever_is_written_to_a_full_disk_ends_with_a_line_and_leaves_nothing(
     a_run(tmp_path / "runs", NAME, "20260101-000000-abcdef0", 5.0)
     fill(disk)
     for words in (
-        ("run", NAME, "--profile", tiny_profile, "--runs", disk, "--force", "no-room:output_dir"),
+        ("--runs", disk, "run", NAME, "--profile", tiny_profile, "--force", "no-room:output_dir"),
         ("score", "p.jsonl", "--out", disk / "scores.json"),
         ("data", "prepare", "raw", "--out", disk),
         ("report", "--out", disk / "report.html"),

@@ -8,7 +8,7 @@ from conftest import Recipe
 from run_folders import a_run
 
 from qlora_recipes.backends.local import Local
-from qlora_recipes.base import machine
+from qlora_recipes.base import machine, paths
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request
@@ -44,7 +44,7 @@ def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(
     asked: list[str] = []
     refused = task(tmp_path / "a", {"run": ["show", "nothing"], "evaluate": ["list"]}, asked)
     fine = task(tmp_path / "b", {"run": ["list"], "evaluate": ["list"]}, asked)
-    Local(rehearsal=True, jobs=2).submit([refused, fine], "two", tmp_path)
+    Local(rehearsal=True, jobs=2).submit([refused, fine], "two")
     assert asked == ["a", "b"]  # once each
     assert (refused.result.steps, refused.result.run) == ({"run": "failed"}, None)
     log = tmp_path / "a" / "run.log"
@@ -59,7 +59,7 @@ def test_a_command_that_fails_is_the_last_of_its_work_and_of_no_other(
 def test_a_pipeline_is_composed_for_the_card_that_is_named(tmp_path: Path) -> None:
     asked, backend = Request("haider2024/llama-2-7b", ["packed"]), Local(rehearsal=False, jobs=1)
     for gpu, varlen in (("T4", False), ("A100", True)):
-        one = pipeline.Pipeline(TaskResult(gpu), asked, EvaluationRequest(), tmp_path, backend, gpus.find(gpu))
+        one = pipeline.Pipeline(TaskResult(gpu), asked, EvaluationRequest(), backend, gpus.find(gpu))
         assert one.composed and one.composed.config["sdpa_varlen"] is varlen
 
 
@@ -67,13 +67,13 @@ def test_what_axolotl_refuses_is_not_submitted(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     asked = Request("haider2024/llama-2-7b", rehearse=True, overrides=["early_stopping_patience=2"])
     result, backend = TaskResult("one"), Local(rehearsal=True, jobs=1)
-    one = pipeline.Pipeline(result, asked, EvaluationRequest(), tmp_path, backend)
+    one = pipeline.Pipeline(result, asked, EvaluationRequest(), backend)
     assert one.check(with_data=False, starts=False)
     assert not one.check(with_data=False)
     assert result.steps == {"check": "failed"} and "[axolotl]" in str(result.problem)
     monkeypatch.setattr(backend, "here", False)
     with pytest.raises(UserError, match=r"\[axolotl\]"):
-        run.prepare(asked, backend, tmp_path)
+        run.prepare(asked, backend)
 
 
 def test_a_run_that_this_machine_cannot_check_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,8 @@ def test_the_disk_that_needs_room_is_that_of_the_runs(
     short = f"{tmp_path / 'elsewhere'}: 1e-06 GB"
     asked = Request("haider2024/code-llama-7b")
     backend = Local(rehearsal=False, jobs=None)
-    one = pipeline.Pipeline(TaskResult(asked.name), asked, EvaluationRequest(), tmp_path / "elsewhere", backend)
+    monkeypatch.setenv(paths.RUNS, str(tmp_path / "elsewhere"))
+    one = pipeline.Pipeline(TaskResult(asked.name), asked, EvaluationRequest(), backend)
     assert not one.check(with_data=False) and short in (one.result.problem or "")
     assert any(short in note for note in reproduce._outlined(one, None)[1])
-    assert short in recipe("run", asked.name, "--dry-run", "--runs", tmp_path / "elsewhere").stderr
+    assert short in recipe("--runs", tmp_path / "elsewhere", "run", asked.name, "--dry-run").stderr

@@ -27,7 +27,7 @@ def test_two_trainings_are_equal_to_the_last_bit(recipe: Recipe, tmp_path: Path,
     assert losses(one) == losses(again)
     for file in ("adapter_model.safetensors", "adapter_config.json", "checkpoint-8/optimizer.pt"):
         assert sha256(one.output / file) == sha256(again.output / file), file
-    done = recipe("results", "--compare", one.path, again.path, "--json")
+    done = recipe("results", one.path, again.path, "--json")
     assert done.returncode == 0, done.stderr
     made = orjson.loads(done.stdout)["training"]
     assert (made["step"], made["last"], made["differences"]) == (None, 8, {})

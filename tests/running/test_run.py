@@ -44,7 +44,7 @@ def undisturbed(place: Path, tiny_profile: Path) -> RunDir:
 @pytest.fixture(scope="module")
 def stand_in_undisturbed(place: Path, tiny_profile: Path, stand_in: Path) -> RunDir:
     """The same run with a stand-in for Axolotl."""
-    words = ("run", PAGED, "--profile", tiny_profile, "--runs", "stand-in")
+    words = ("--runs", "stand-in", "run", PAGED, "--profile", tiny_profile)
     return RunDir(place / finish(start(place, *words, command=stand_in)))
 
 
@@ -161,10 +161,10 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(
 @pytest.mark.long
 def test_a_killed_training_goes_on_to_the_same_adapter(place: Path, tiny_profile: Path, undisturbed: RunDir) -> None:
     """The same with real Axolotl."""
-    process = start(place, "run", PAGED, "--profile", tiny_profile, "--runs", "real")
+    process = start(place, "--runs", "real", "run", PAGED, "--profile", tiny_profile)
     run = interrupted_run(process, place / "real", "SIGKILL to both")
     check_interrupted(run, saved=False)
-    finish(start(place, "resume", "latest", "--runs", "real"))
+    finish(start(place, "--runs", "real", "resume", "latest"))
     check_resumed(run, undisturbed)
 
 
@@ -193,7 +193,7 @@ def test_without_axolotl_or_its_folder_nothing_is_begun(
     assert (done.returncode, f"{tmp_path / gone}: " in done.stderr) == (2, True)
     assert folder.read().launches == []
     if gone == "axolotl":
-        assert recipe("run", PAGED, "--profile", tiny_profile, "--runs", "none").returncode == 2
+        assert recipe("--runs", "none", "run", PAGED, "--profile", tiny_profile).returncode == 2
         assert not (tmp_path / "none").exists()
 
 
@@ -275,7 +275,7 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(
     steps = kills * 50
     sets = (f"max_steps={steps}", "evals_per_epoch=null", "saves_per_epoch=null", "eval_steps=50", "save_steps=10")
     words = ["run", PAGED, "--profile", tiny_profile, *(word for one in sets for word in ("--set", one))]
-    whole = RunDir(tmp_path / finish(start(tmp_path, *words, "--runs", "whole", command=stand_in, STAND_IN_STEP="0")))
+    whole = RunDir(tmp_path / finish(start(tmp_path, "--runs", "whole", *words, command=stand_in, STAND_IN_STEP="0")))
     runs = tmp_path / "runs"
     slow = {"STAND_IN_STEP": "0.004", "STAND_IN_HOLD": str(STEPS_OF_A_LAUNCH)}  # so that no launch comes to the end
     process = start(tmp_path, *words, command=stand_in, **slow)
@@ -325,7 +325,7 @@ def test_a_real_run_records_all(undisturbed: RunDir, tiny_profile: Path) -> None
 def test_early_stopping_finishes_a_run_and_is_named(place: Path, tiny_profile: Path) -> None:
     settings = ("learning_rate=10", "early_stopping_patience=1", "evals_per_epoch=null", "saves_per_epoch=null")
     sets = [word for one in (*settings, "eval_steps=2", "save_steps=2") for word in ("--set", one)]
-    words = ("run", PAGED, "--profile", tiny_profile, *sets, "--force", "value:learning_rate", "--runs", "early")
+    words = ("--runs", "early", "run", PAGED, "--profile", tiny_profile, *sets, "--force", "value:learning_rate")
     run = RunDir(place / finish(start(place, *words)))
     record = run.read()
     assert (record.state, record.summary.ended) == ("finished", "early stopping")
@@ -333,7 +333,7 @@ def test_early_stopping_finishes_a_run_and_is_named(place: Path, tiny_profile: P
     assert sha256(run.output / ADAPTER) == sha256(run.output / "checkpoint-2" / ADAPTER)
     of_step = {each["step"]: each["eval_loss"] for each in run.read_metrics() if "eval_loss" in each}
     assert record.summary.eval_loss == of_step[2] < of_step[4]
-    assert "4/16, early stopping" in finish(start(place, "results", "--md", "--runs", "early"))
+    assert "4/16, early stopping" in finish(start(place, "--runs", "early", "results", "--format", "md"))
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_a_published_adapter_is_evaluated_once_and_marked(
     assert adapters(recipe, tiny_profile) == found
     assert [run.path for run in rundir.all_runs(tmp_path / "runs")] == [made.path]
     assert recipe("publish", "latest").returncode == 2
-    for verb in (("results",), ("results", "--study", "reviews", "--rehearse"), ("report", "-o", "a.html")):
+    for verb in (("results",), ("results", "reviews", "--rehearse"), ("report", "-o", "a.html")):
         assert recipe(*verb).returncode == 0
     assert "theirs" in recipe("results").stdout
 
@@ -283,7 +283,7 @@ def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(
     (other,) = [made for made in rundir.all_runs(tmp_path / "runs") if made.path != run.path]
     assert read_predictions(other.path) == read_predictions(run.path)
     assert any(row["prediction"] for row in read_predictions(run.path))
-    (row,) = orjson.loads(recipe("results", "--study", "haider2024", "--rehearse", "--json").stdout)
+    (row,) = orjson.loads(recipe("results", "haider2024", "--rehearse", "--json").stdout)
     assert row["run"] == str(run.path.relative_to(tmp_path))  # the one that was trained here
     assert (other.read().rehearsal, other.read().published_adapter) == (True, str(adapter))
 

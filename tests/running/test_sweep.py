@@ -43,7 +43,7 @@ def stop(process: "subprocess.Popen[bytes]", place: Path, how: str) -> None:
     if how != "cancel":
         process.send_signal(signal.Signals[how])
         return
-    done = subprocess.run([RECIPE, "cancel", "--sweep", "latest"], cwd=place, capture_output=True, text=True)
+    done = subprocess.run([RECIPE, "cancel", "s"], cwd=place, capture_output=True, text=True)
     assert re.findall(r"process (\d+)", done.stdout) == [str(process.pid)], done.stderr
 
 

@@ -116,9 +116,6 @@ def test_nothing_is_started_where_a_member_is_wrong(tmp_path: Path, recipe: Reci
     assert not (tmp_path / "runs").exists()
     assert recipe("sweep", BASE).returncode == 2
     assert " targets" in recipe("sweep", BASE, "tragets").stderr
-    best = recipe("sweep", BASE, "--set", "lora_r=8,16", "--best", "bleu")
-    assert (best.returncode, "eval_loss, memory, time" in best.stderr) == (2, True)
-    assert recipe("sweep", BASE, "--set", "lora_r=8,16", "--best", "bleu4").returncode == 2  # of test rows
 
 
 def test_what_does_not_fit_is_told_before_anything_starts(tmp_path: Path, recipe: Recipe, tiny_profile: Path) -> None:
@@ -225,16 +222,19 @@ def test_results_of_a_sweep_in_every_form(tmp_path: Path, recipe: Recipe) -> Non
     sweep = a_sweep(runs, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
     sweep.file(runs).parent.mkdir(parents=True)
     sweep.write(runs)
-    table = recipe("results", "--sweep", "ranks", "--best", "memory")
+    table = recipe("results", "ranks", "--best", "memory")
     assert re.findall(r"(?:Best|Pareto).*: (.*)", table.stdout) == ["low; high", "low"]
-    rows = orjson.loads(recipe("results", "--sweep", "latest", "--json").stdout)
+    rows = orjson.loads(recipe("results", "ranks", "--json").stdout)
     assert [row["values"] for row in rows] == [{"lora_r": 8}, {"lora_r": 16}]
-    assert recipe("results", "--sweep", f"ranks/{BASE}", "--csv").stdout.startswith("member,lora_r,eval_loss,")
-    assert "| high | 16 |" in recipe("results", "--sweep", "ranks", "--md").stdout
-    wrong = recipe("results", "--sweep", "rnaks")
+    assert recipe("results", f"ranks/{BASE}", "--format", "csv").stdout.startswith("member,lora_r,eval_loss,")
+    assert "| high | 16 |" in recipe("results", "ranks", "--format", "md").stdout
+    wrong = recipe("results", "rnaks")
     assert (wrong.returncode, " ranks" in wrong.stderr) == (2, True)
     assert recipe("results", "--best", "memory").returncode == 2
+    for unfit in ("bleu", "bleu4"):  # not a metric, and a score of test rows
+        best = recipe("results", "ranks", "--best", unfit)
+        assert (best.returncode, "eval_loss, memory, time" in best.stderr) == (2, True)
     sweep.model_copy(update={"rehearsal": True}).write(runs)
-    several = recipe("results", "--sweep", "ranks")
+    several = recipe("results", "ranks")
     assert (several.returncode, f" ranks/{BASE}/rehearsal" in several.stderr) == (2, True)
-    assert recipe("results", "--sweep", f"ranks/{BASE}/rehearsal").returncode == 0
+    assert recipe("results", f"ranks/{BASE}/rehearsal").returncode == 0

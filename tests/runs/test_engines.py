@@ -54,7 +54,7 @@ def rehearsal(profile: Path, runs: str, *more: str) -> list[str | Path]:
     # the learning rate of a model without knowledge; dropout would differ from rank to rank
     settings = ("num_epochs=1", "saves_per_epoch=4", "learning_rate=0.02", "lora_dropout=0", "bf16=false", ODD)
     sets = (word for setting in settings for word in ("--set", setting))
-    return ["run", NAME, "--profile", "rehearsal", "--profile", profile, *sets, "--runs", runs, *more]
+    return ["--runs", runs, "run", NAME, "--profile", "rehearsal", "--profile", profile, *sets, *more]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def divided(place: Path, tiny_profile: Path, request: pytest.FixtureRequest) -> 
     assert checkpoint is not None
     if profile not in KILLED:
         assert checkpoint.name == f"checkpoint-{done}"  # of the step at which both ranks stopped
-    finish(start(place, "resume", "latest", "--runs", profile))
+    finish(start(place, "--runs", profile, "resume", "latest"))
     assert run.read().launches[1].resumed_from == checkpoint.name
     return profile, run
 

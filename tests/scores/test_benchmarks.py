@@ -115,4 +115,4 @@ def test_a_task_scores_as_by_the_harness_itself(tmp_path: Path, stand_in: Path, 
     assert recipe("evaluate", "latest", "--task", task, *base).returncode == 0
     (row,) = orjson.loads(recipe("results", "--json").stdout)
     assert row["sums"] == scores["sums"] and row["sums_base_model"] is not None
-    assert "sums, %, gained" in recipe("results", "--md").stdout
+    assert "sums, %, gained" in recipe("results", "--format", "md").stdout

@@ -183,7 +183,7 @@ def test_results_tables_compare_and_groups_take_own_rows(own: OwnRun, tmp_path: 
     assert (row["rows_evaluated"], row["test_set"], row["bleu4_published"]) == (3, None, None)
     other = tmp_path / "baseline.jsonl"
     write_rows(other, [{"reference": row["answer"], "prediction": row["answer"]} for row in asked(3, 50)])
-    compared = recipe("results", "--compare", run.path, other, "--json")
+    compared = recipe("results", run.path, other, "--json")
     assert compared.returncode == 0, compared.stderr
     assert {one["rows"] for one in json.loads(compared.stdout)["scores"]} == {3}
     (shown,) = reader(reported_runs([run]))

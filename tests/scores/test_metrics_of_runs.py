@@ -109,7 +109,7 @@ def test_predictions_are_scored_by_other_fields(recipe: Recipe, tmp_path: Path) 
     rows = list(map(orjson.loads, (tmp_path / "s.jsonl").read_bytes().splitlines()))
     assert [row["number"] == 100 for row in rows] == [row["model"]["right"] for row in rows]
     assert [row["question"] for row in rows] == [row["question"] for row in ANSWERS]
-    compared = recipe("results", "--compare", "s.jsonl", "s.jsonl", "--metric", "number", "--json")
+    compared = recipe("results", "s.jsonl", "s.jsonl", "--metric", "number", "--json")
     assert [row["score"] for row in orjson.loads(compared.stdout)["scores"]] == ["number"]
 
 
