@@ -32,7 +32,10 @@ print("INFO this is vLLM")
 if Path(__file__).with_name("broken").exists():
     print("RuntimeError: no kernel for this processor")
     sys.exit(3)
-AServer(lambda body: completed(str(len(body["prompt"]))), int(given["--port"])).serve_forever(0.02)
+def reply(body):
+    Path(__file__).with_name(f"{{len(body['prompt'])}}.tokens").touch()
+    return completed("", token_ids=body["prompt"])
+AServer(reply, int(given["--port"])).serve_forever(0.02)
 """
 
 
@@ -76,7 +79,7 @@ def evaluated(run: RunDir, limit: int = 5, **more: Any) -> Evaluation:
 def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run: RunDir, stand_in: Path) -> None:
     settings = evaluated(run, engine="vllm").settings
     assert settings.engine == "vllm"
-    assert settings.agreement and settings.agreement.rows == 5  # but the stand-in only counts tokens
+    assert settings.agreement and settings.agreement.rows == 5  # but the stand-in only repeats prompts
     given, environment, process = json.loads((stand_in / "bin" / "given.json").read_text())
     assert not psutil.pid_exists(process)
     expected = {
@@ -88,7 +91,7 @@ def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run: R
     assert given | expected == given
     assert given["--lora-modules"] == f"adapter={run.output}"
     assert (Path(given["--model"]) / "model.safetensors").is_file()
-    assert int(given["--max-model-len"]) >= 8 + max(int(row["prediction"]) for row in read_predictions(run.path))
+    assert int(given["--max-model-len"]) == 8 + max(int(file.stem) for file in (stand_in / "bin").glob("*.tokens"))
     assert len(environment["VLLM_API_KEY"]) == 32 and environment["VLLM_NO_USAGE_STATS"] == "1"
     assert environment["VLLM_API_KEY"] not in "".join(given)
     log = (run.path / "vllm.log").read_text()
