@@ -12,7 +12,7 @@ from ..base.errors import UserError, did_you_mean
 from ..base.paths import RECIPES
 from ..base.progress import is_secret
 from ..base.yamlfiles import Config
-from ..configs.config import check_not_of_the_run, override
+from ..configs.config import override
 from .finding import Finding
 
 FILE = RECIPES / "axolotl.schema.json"
@@ -24,27 +24,6 @@ def load() -> dict[str, Any]:
     import orjson
 
     return orjson.loads(FILE.read_bytes())
-
-
-TRAIN_OPTIONS = {"debug", "debug_num_examples", "debug_text_only", "prompter", "shard"}
-"""The options of `axolotl train` that are not keys of the config and start one training, with underscores."""
-
-
-def check_arguments(arguments: list[str]) -> None:
-    """Refuse options for `axolotl train` that it does not have, and those that must not be given to it."""
-    for argument in arguments:
-        option = argument.lstrip("-").partition("=")[0].replace("-", "_")
-        check_not_of_the_run(option, argument)
-        if is_secret(option, argument):
-            raise UserError(
-                f"{argument.partition('=')[0]}: would be stored in the run's folder; set it in an environment variable"
-            )
-        keys = (option, option.removeprefix("no_"))
-        key = next((key for key in keys if key.partition(".")[0] in load()["properties"]), None)
-        if argument.startswith("--") and key:
-            raise UserError(f"{argument}: a key of the config; --set {key}=... is checked and recorded as well")
-        if argument.startswith("--") and option not in TRAIN_OPTIONS:
-            raise UserError(f"{argument}: `axolotl train` has no such option, and would ignore it")
 
 
 def findings(content: Config) -> Iterator[Finding]:

@@ -15,31 +15,23 @@ HEADING = "Recipes"
 verbs = typer.Typer()
 
 
-@verbs.command("list", cls=Verb, rich_help_panel=HEADING, epilog="recipe list\nrecipe list --variants")
+@verbs.command("list", cls=Verb, rich_help_panel=HEADING, epilog="recipe list")
 def list_verb(
-    as_tree: Annotated[
-        bool,
-        typer.Option("--variants", help="Show instead which recipes are variants of which, with yours in variants/."),
-    ] = False,
     json: Json = False,
 ) -> None:
     """The recipes and your variants, with model, epochs, optimizer and published scores."""
-    from ..configs import config
     from ..results import catalogue
 
-    rows = config.variants_tree() if as_tree else catalogue.recipes()
+    rows = catalogue.recipes()
     if json:
         tables.print_json(rows)
-    elif as_tree:
-        tables.print_table(catalogue.variants_table(rows), below=["changed"])
     else:
         for title, table in catalogue.tables_of(rows):
             shown = [column for column in table[0] if column not in ("recipe", "epochs", "optimizer", "variant of")]
             spare = ["base model", *shown[:0:-1]]  # all but the first score, the last one first
             tables.print_table(table, title, spare=spare, below=["variant of"])
-    if not as_tree:
-        published = next(row["recipe"] for row in rows if any(row[key] for key in row if key.startswith("published_")))
-        next_step("run", published, "--rehearse", json=json)
+    published = next(row["recipe"] for row in rows if any(row[key] for key in row if key.startswith("published_")))
+    next_step("run", published, "--rehearse", json=json)
 
 
 @verbs.command("show", cls=Verb, rich_help_panel=HEADING, epilog="recipe show llama-3.2-3b")

@@ -7,7 +7,6 @@ import typer
 
 from .. import tables
 from ..base import paths, yamlfiles
-from ..base.errors import UserError
 from ..base.progress import say
 from . import completion
 from .help import Verb, after_training, name_of, next_step
@@ -56,10 +55,6 @@ verbs = typer.Typer()
 )
 def run_verb(
     name: Name,
-    axolotl_arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[-- AXOLOTL ARGUMENTS]", help="Passed on to `axolotl train`."),
-    ] = None,
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="Try it on the CPU: small model, few rows, no network.")
     ] = False,
@@ -76,13 +71,9 @@ def run_verb(
 ) -> None:
     """Train a recipe with Axolotl, in a run folder of its own."""
     from ..configs.compose import Request, is_rehearsal
-    from ..configs.config import OF_THE_RUN, parse_override
+    from ..configs.config import OF_THE_RUN
     from ..running import run
 
-    for text in set_ or []:
-        parse_override(text)  # `--set lora_r 8` leaves an 8 that looks like another recipe
-    if axolotl_arguments and not axolotl_arguments[0].startswith("-"):
-        raise UserError(f"{axolotl_arguments[0]}: one recipe at a time; Axolotl's own options go after --")
     request = Request(
         name,
         profiles=profile or [],
@@ -92,7 +83,6 @@ def run_verb(
         gpus=gpu_count,
         nodes=nodes,
         dry_run=dry_run,
-        axolotl_arguments=axolotl_arguments or [],
         force=force or [],
     )
     backend = backend_of(on, is_rehearsal(request))

@@ -33,7 +33,6 @@ class Request:
     mirror: bool = False
     gpus: int = 1  # on each node
     dry_run: bool = False
-    axolotl_arguments: list[str] = field(default_factory=list)
     force: list[str] = field(default_factory=list)
     nodes: int = 1
 

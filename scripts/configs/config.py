@@ -146,26 +146,6 @@ def parent_of(name: str, file: Path) -> str | None:
     return next((of for of in ancestors(file) if of != name and (of in existing or Path(of).is_file())), None)
 
 
-def variants_tree() -> list[dict[str, Any]]:
-    """Every recipe, shipped or a variant, below the one that it is a variant of: `depth`, `of`, and `changed` keys."""
-    names = [*paths.recipe_names(), *paths.variant_names()]
-    parents = {name: parent_of(name, paths.find_recipe(name)[1]) for name in names}
-    rows: dict[str, dict[str, Any]] = {}
-
-    def add(name: str, depth: int) -> None:
-        if name in rows:
-            return
-        of = parents[name] if parents[name] in names else None
-        rows[name] = {"recipe": name, "of": of, "depth": depth, "changed": list(changed_keys(of, name)) if of else []}
-        for variant in names:
-            if parents[variant] == name:
-                add(variant, depth + 1)
-
-    for name in sorted(names, key=lambda name: parents[name] in names):  # a circle has no first one
-        add(name, 0)
-    return list(rows.values())
-
-
 def changed_keys(a: str, b: str) -> dict[str, tuple[Any, Any]]:
     """The dotted keys in which two recipes or files differ, with both values, except for where they write to."""
     first, second = (yamlfiles.read_yaml(paths.find_recipe(name)[1]) for name in (a, b))

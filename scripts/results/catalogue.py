@@ -73,10 +73,3 @@ def _shown(row: Row) -> Row:
     scores = {key.removeprefix("published_"): value for key, value in row.items() if key.startswith("published_")}
     shown = {key: row[key] for key in ("recipe", "epochs", "optimizer")} | scores
     return shown | {"base model": row["base_model"], "variant of": row["variant_of"]}
-
-
-def variants_table(tree: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`config.variants_tree` as the rows of a table."""
-    return [
-        {"recipe": "  " * row["depth"] + row["recipe"], "changed": ", ".join(row["changed"]) or None} for row in tree
-    ]

@@ -76,7 +76,6 @@ def record_of(composed: Composed, request: Request) -> Run:
         mirror=request.mirror,
         gpus_used=request.gpus,
         nodes=request.nodes,
-        axolotl_arguments=request.axolotl_arguments,
         differences=composed.differences,
         of_variant=composed.of_variant,
         data=composed.data,

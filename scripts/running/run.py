@@ -19,7 +19,6 @@ from ..base.files import sha256
 from ..base.progress import Bar, say
 from ..checks import check, trust
 from ..checks.finding import refuse
-from ..checks.schema import check_arguments
 from ..configs import datafiles, gpus
 from ..configs.compose import Composed, Request, compose, is_rehearsal
 from ..planning import plan
@@ -49,7 +48,6 @@ def prepare(request: Request, backend: Backend) -> Composed:
         if value < 1:
             raise UserError(f"{option} {value}: at least 1")
     backend.check_size(1 if request.dry_run or is_rehearsal(request) else request.gpus, request.nodes)
-    check_arguments(request.axolotl_arguments)
     gpu = backend.gpu()
     composed = compose(request, gpu)
     starts = not request.dry_run

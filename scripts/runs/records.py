@@ -202,7 +202,7 @@ class Run(BaseModel):
     mirror: bool = False
     gpus_used: int = 1  # on each node
     nodes: int = 1
-    axolotl_arguments: list[str] = Field(default_factory=list)
+    axolotl_arguments: list[str] = Field(default_factory=list)  # of earlier versions
     differences: list[Difference] = Field(default_factory=list)  # from the file that was run
     of_variant: list[Difference] = Field(default_factory=list)  # of that file from the shipped recipe
     data: list[DataFile] = Field(default_factory=list)

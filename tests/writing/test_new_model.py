@@ -78,9 +78,9 @@ def test_a_known_model_takes_the_place_of_another_with_true_comments(tmp_path: P
 def test_what_is_changed_is_all_that_list_and_diff_name(tmp_path: Path, recipe: Recipe) -> None:
     written(recipe, tmp_path, "microsoft/Phi-3-mini-4k-instruct", "--set", "lora_r=8")
     keys = ["base_model", "revision_of_model", "special_tokens.pad_token", "lora_r", "lora_target_modules"]
-    rows = {row["recipe"]: row for row in orjson.loads(recipe("list", "--variants", "--json").stdout)}
-    assert (rows["mine"]["of"], sorted(rows["mine"]["changed"])) == (BASE, sorted(keys))
+    rows = {row["recipe"]: row for row in orjson.loads(recipe("list", "--json").stdout)}
     changed = {row["key"]: row["mine"] for row in orjson.loads(recipe("diff", "mine", "--json").stdout)}
+    assert (rows["mine"]["variant_of"], sorted(changed)) == (BASE, sorted(keys))
     assert changed["lora_target_modules"] == ["qkv_proj", "o_proj"]
     assert recipe("show", "mine").stdout.startswith("# yaml-language-server")
     assert wrong(recipe) == []
