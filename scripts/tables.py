@@ -4,7 +4,8 @@ import csv
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from shutil import get_terminal_size
 from typing import Any, Literal
 
@@ -16,6 +17,18 @@ from .base.progress import harmless, masked
 from .base.yamlfiles import write_flow
 
 Form = Literal["table", "md", "csv", "json"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with a title; for the other attributes see `print_table`."""
+
+    rows: Sequence[Row]
+    title: str | None = None
+    empty: bool = False
+    spare: Sequence[str] = ()
+    below: Sequence[str] = ()
+
 
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]\d+)?( ?%)?|nan|–")  # on the right of their columns
 _GAP = 2  # spaces between columns, and before what stands below a row
@@ -170,12 +183,20 @@ def print_markdown(rows: Sequence[Row], title: str | None = None) -> None:
 
 def print_csv(rows: Sequence[Row]) -> None:
     """CSV on stdout, with a header of all keys; numbers in full."""
-    names = dict.fromkeys(key for row in rows for key in row)
-    writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
+    flat = [dict(_flat(row)) for row in rows]
+    writer = csv.DictWriter(sys.stdout, dict.fromkeys(key for row in flat for key in row), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(
-        {key: harmless(item) if isinstance(item, str) else item for key, item in row.items()} for row in rows
-    )
+    writer.writerows(flat)
+
+
+def _flat(row: Row, above: str = "") -> Iterator[tuple[str, Any]]:
+    """The cells of a row for CSV, mappings as dotted keys and lists in one cell."""
+    for key, value in row.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            text = "; ".join(map(str, value)) if isinstance(value, list) else value
+            yield f"{above}{key}", harmless(text) if isinstance(text, str) else text
 
 
 def print_json(value: Any) -> None:
@@ -209,6 +230,18 @@ def write(
             print_markdown(rows, title)
         case _:
             print_table(rows, title, empty, spare, below)
+
+
+def show(form: Form, records: Any, tables: Iterable[Table], notes: Iterable[str] = ()) -> None:
+    """Records as JSON or CSV on stdout, or the tables that are made of them, with notes below; empty tables are left
+    out."""
+    if form in ("json", "csv"):
+        write(records, form)
+        return
+    for table in (table for table in tables if table.rows):
+        write(table.rows, form, table.title, table.empty, table.spare, table.below)
+    for line in notes:
+        print_text(line)
 
 
 def print_tokens(rows: Sequence[Row]) -> None:

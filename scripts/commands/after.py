@@ -70,16 +70,17 @@ def results_verb(
         ledger.show([study.find(name) for name in names] or study.every(), form)
     elif power:
         from ..data import study
-        from ..results import repeats
+        from ..results import listing, repeats
 
         of_study = study.find(single_name(names, "--power"))
-        repeats.show_power(repeats.outlook(of_study, paths.runs(), _difference(power)), of_study, form)
+        listing.show_power(repeats.outlook(of_study, paths.runs(), _difference(power)), of_study, form)
     elif len(names) == 1:
         _show_one(names[0], rehearse, best, form)
     elif names:
-        from ..results import compare
+        from ..results import compare, listing
 
-        compare.show(_pair(names), paths.runs(), metric or [], form)
+        pair = _pair(names)
+        listing.show_comparison(compare.comparison(pair, paths.runs(), metric or []), pair, form)
     elif any(paths.runs().rglob("run.json")):
         from ..results import listing
         from ..runs.rundir import all_runs

@@ -109,7 +109,8 @@ def reproduce_verb(
     else:
         results = reproduce.reproduce(of_study, request, only or [], evaluation, backend, seeds)
     rows = verdict.rows(of_study, paths.runs(), request.rehearse, reproduce.representative_runs(results))
-    end(results, form, {}, rows, lambda: listing.show_study(of_study, rows, request.rehearse, form))
+    records = [verdict.record(row, of_study) for row in rows]
+    end(results, form, {}, records, lambda: listing.show_study(of_study, rows, request.rehearse, form))
     rehearsed = ["--rehearse"] if request.rehearse else []
     next_step("report" if backend.here else "results", study, *rehearsed, json=json)
 

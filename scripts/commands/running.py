@@ -7,6 +7,7 @@ import typer
 
 from .. import tables
 from ..base import paths, yamlfiles
+from ..base.files import Row
 from ..base.progress import say
 from . import completion
 from .help import Verb, after_training, name_of, next_step
@@ -172,7 +173,8 @@ def sweep_verb(
     rows = sweep_results.rows(record, paths.runs())
     form = form_of(json)
     scored = sweep_results.columns(record, paths.runs())
-    end(results, form, {"sweep": record.label}, rows, lambda: sweep_results.show(record, scored, rows, None, form))
+    records = [sweep_results.record(row) for row in rows]
+    end(results, form, {"sweep": record.label}, records, lambda: sweep_results.show(record, scored, rows, None, form))
     if not dry_run:
         next_step("report" if backend.here else "results", record.label, json=json)
 
@@ -181,7 +183,7 @@ def end(
     results: "list[TaskResult]",
     form: tables.Form,
     head: dict[str, Any],
-    rows: list[dict[str, Any]],
+    rows: list[Row],
     show: Callable[[], None],
 ) -> None:
     """Print the results of recipes or members and their results, and exit with the code that the results give."""

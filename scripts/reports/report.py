@@ -6,6 +6,7 @@ import re
 from base64 import b64encode
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from markupsafe import Markup, escape
 from .. import tables
 from ..base import paths
 from ..base.errors import UserError
-from ..base.files import Row
 from ..base.machine import now
 from ..base.paths import template_environment
 from ..configs import gpus
@@ -25,11 +25,26 @@ from ..planning import planner
 from ..results import listing, verdict
 from ..running import sweep_results
 from ..running.sweep import Sweep
-from ..runs.rundir import RunDir, all_runs
+from ..runs.rundir import all_runs
 from ..scores import evaluations
+from ..tables import Table
 from . import report_figures as draw
 from . import report_runs
+from .report_figures import Figure, Memory
 from .report_runs import ReportedRun, reported_runs
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the report of a study or sweep has besides its runs."""
+
+    key: str
+    name: str
+    about: str
+    tables: list[Table]
+    notes: list[str]
+    figures: list[Figure]
+
 
 TEMPLATES = paths.TEMPLATES / "report"
 SCRIPTS = ("page.js", "charts.js", "reader.js")
@@ -56,27 +71,20 @@ def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
     for folder in all_runs(runs):
         evaluations.check_again(folder.path)
     rows = verdict.rows(study, runs, rehearsal)
-    folders = [RunDir(Path(row["run"])) for row in rows if row["run"]]
+    folders = [row.chosen.folder for row in rows if row.chosen]
     name = study.folder.name
     if not folders:
         kind, other = ("rehearsals", "") if rehearsal else ("runs", "; --rehearse takes its rehearsals")
         raise UserError(f"{name}: no {kind} of it below {runs}/{other}; `recipe reproduce {name}` makes them")
-    about = "Published scores are left out: rehearsals compare with none." if rehearsal else (
-        f"Published scores are on {study.test_title}."
-    )  # fmt: skip
-    by_metric = {c.label: _without_empty(listing.of_metric(rows, study, c)) for c in study.table.values()}
-    measured, gaps = listing.of_measured(rows), listing.of_curves(rows)
-    section = {
-        "about": f"{study.cited}: {study.paper.get('title', study.title)}. {about}",
-        "tables": by_metric
-        | {listing.COSTS: _without_empty(listing.of_costs(rows, study))}
-        | ({listing.MEASURED: measured} if measured else {})
-        | ({listing.CURVES: _without_empty(gaps)} if gaps else {}),
-        "baselines": [] if rehearsal else listing.baselines(study),
-        "notes": [] if rehearsal else verdict.notes(study, rows),
-        "figures": _existing(*(draw.study(study, rows, column) for column in study.table.values())),
-    }
-    return _page(study.title, f"Study {name}", reported_runs(folders), study=section)
+    section = Section(
+        key="study",
+        name="Study",
+        about=f"{study.cited}: {study.paper.get('title', study.title)}.",
+        tables=[_without_empty(table) for table in listing.of_rows(study, rows, rehearsal) if table.rows],
+        notes=[] if rehearsal else [*listing.notes(study, rows)],
+        figures=[figure for column in study.table.values() if (figure := draw.study(study, rows, column))],
+    )
+    return _page(study.title, f"Study {name}", reported_runs(folders), section)
 
 
 def of_sweep(sweep: Sweep, runs: Path, best: str | None) -> str:
@@ -93,27 +101,27 @@ def of_sweep(sweep: Sweep, runs: Path, best: str | None) -> str:
     for folder in all_runs(runs):
         evaluations.check_again(folder.path)
     rows, scored = sweep_results.rows(sweep, runs, best), sweep_results.columns(sweep, runs)
-    folders = [RunDir(Path(run)) for row in rows for run in row["runs"]]
-    if not folders:
+    labels = {result.folder: row.member.name for row in rows for result in row.runs}
+    if not labels:
         raise UserError(f"{sweep.name}: no member has a run yet; `recipe sweep` makes them")
-    section = {
-        "about": f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}.",
-        "notes": sweep_results.notes(sweep, scored, rows, best),
-        "table": _without_empty([sweep_results.cells(sweep, scored, row) for row in rows]),
-        "figures": _existing(draw.sweep(rows), draw.memory(rows)),
-    }
-    labels = [row["member"] for row in rows for _ in row["runs"]]
-    return _page(sweep.name, f"Sweep of {sweep.recipe}", reported_runs(folders, labels), sweep=section)
+    memory = [
+        Memory(row.member.name, row.member.planned_gib, row.peak_memory_gib, row.summary.memory_kind) for row in rows
+    ]
+    section = Section(
+        key="sweep",
+        name="Trade-offs",
+        about=f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}.",
+        tables=[_without_empty(sweep_results.table_of(sweep, scored, rows))],
+        notes=[*sweep_results.notes(sweep, scored, rows, best)],
+        figures=[figure for figure in (draw.sweep(rows), draw.memory(memory)) if figure],
+    )
+    return _page(sweep.name, f"Sweep of {sweep.recipe}", reported_runs([*labels], [*labels.values()]), section)
 
 
-def _existing(*figures: draw.Figure | None) -> list[draw.Figure]:
-    return [figure for figure in figures if figure]
-
-
-def _without_empty(rows: list[Row]) -> list[Row]:
-    """Rows without the columns that are empty in all of them."""
-    kept = [column for column in rows[0] if any(row[column] not in (None, "") for row in rows)]
-    return [{column: row[column] for column in kept} for row in rows]
+def _without_empty(table: Table) -> Table:
+    """A table without the columns that are empty in all rows."""
+    kept = [column for column in table.rows[0] if any(row[column] not in (None, "") for row in table.rows)]
+    return replace(table, rows=[{column: row[column] for column in kept} for row in table.rows])
 
 
 def check_file(file: Path) -> None:
@@ -128,46 +136,25 @@ def check_file(file: Path) -> None:
         raise UserError(f"-o {file}: there is no folder {file.parent}")
 
 
-def _page(title: str, kind: str, runs: Sequence[ReportedRun], **more: Any) -> str:
-    """The HTML of what all reports have in common, and of what this one has besides."""
-    alone = len(runs) == 1
+def _page(title: str, kind: str, runs: Sequence[ReportedRun], section: Section | None = None) -> str:
+    """The HTML of what all reports have in common, and of a section that this one has besides."""
     training = [figure for figure in draw.training({r.label: r.folder.read_metrics() for r in runs}) if figure.traces]
-    if "sweep" not in more:
-        training += _existing(draw.memory([_memory(reported) for reported in runs]))
+    memory = draw.memory([_memory(reported) for reported in runs])
+    if memory and not (section and section.key == "sweep"):  # whose own figure has it
+        training.append(memory)
     reader = report_runs.reader(runs)
-    figures = [*training, *(figure for part in more.values() for figure in part["figures"])]
-    facts: dict[str, Any] = {"study": None, "sweep": None} | more
-    sections = {
-        "overview": ("At a glance", True),
-        "study": ("Study", facts["study"]),
-        "sweep": ("Trade-offs", facts["sweep"]),
-        "training": ("Training", True),
-        "scores": ("Scores", True),
-        "predictions": ("Predictions", reader),
-        "settings": ("Settings", True),
-        "provenance": ("Provenance", True),
+    figures = [*training, *(section.figures if section else [])]
+    headings = report_runs.headings(runs)
+    overview = [report_runs.overview(reported, headings) for reported in runs]
+    contents = {
+        "overview": "At a glance",
+        **({section.key: section.name} if section else {}),
+        "training": "Training",
+        "scores": "Scores",
+        **({"predictions": "Predictions"} if reader else {}),
+        "settings": "Settings",
+        "provenance": "Provenance",
     }
-    facts |= {
-        "title": title,
-        "kind": kind,
-        "rehearsal": runs[0].run.rehearsal,
-        "made": now(),
-        "version": version("qlora-recipes"),
-        "overview": _without_empty([report_runs.overview(reported, report_runs.headings(runs)) for reported in runs]),
-        "training": training,
-        "scores": report_runs.scores(runs),
-        "scored_on": "; ".join(dict.fromkeys(report_runs.scored_on(r) for r in runs if r.evaluation)),
-        "reader": bool(reader),
-        "reader_data": _packed(orjson.dumps(reader)),
-        "settings": [report_runs.settings(r) | {"of": "" if alone else f" of {r.label}"} for r in runs],
-        "provenance": [report_runs.provenance(r) | {"of": "" if alone else f" of {r.label}"} for r in runs],
-        "figures_data": _packed(orjson.dumps({figure.key: figure.as_json() for figure in figures})),
-        "contents": [(key, name) for key, (name, there) in sections.items() if there],
-    }
-    return _render(facts)
-
-
-def _render(facts: dict[str, Any]) -> str:
     jinja = template_environment(TEMPLATES, escape=True)
     jinja.filters |= {
         "text": visible,
@@ -177,13 +164,25 @@ def _render(facts: dict[str, Any]) -> str:
     script = "\n".join((TEMPLATES / name).read_text() for name in SCRIPTS)
     plotly = Path(str(distribution("plotly").locate_file("plotly/package_data/plotly.min.js"))).read_text()
     digests = [hashlib.sha256(code.encode()).digest() for code in (script, plotly)]
-    ours = {
-        "script": Markup(script),
-        "style": Markup((TEMPLATES / "report.css").read_text()),
-        "plotly_code": _packed(plotly.encode()),
-        "script_hashes": " ".join(f"'sha256-{b64encode(code).decode()}'" for code in digests),
-    }
-    return jinja.get_template("report.html.j2").render(facts | ours)
+    return jinja.get_template("report.html.j2").render(
+        title=title,
+        kind=kind,
+        runs=runs,
+        section=section,
+        contents=contents,
+        made=now(),
+        version=version("qlora-recipes"),
+        overview=_without_empty(Table(overview)).rows,
+        training=training,
+        scores=report_runs.scores(runs),
+        scored_on="; ".join(dict.fromkeys(report_runs.scored_on(r) for r in runs if r.evaluation)),
+        reader_data=_packed(orjson.dumps(reader)) if reader else None,
+        figures_data=_packed(orjson.dumps({figure.key: figure.as_json() for figure in figures})),
+        script=Markup(script),
+        style=Markup((TEMPLATES / "report.css").read_text()),
+        plotly_code=_packed(plotly.encode()),
+        script_hashes=" ".join(f"'sha256-{b64encode(code).decode()}'" for code in digests),
+    )
 
 
 def _packed(content: bytes) -> str:
@@ -201,17 +200,12 @@ def _note(text: str) -> Markup:
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(visible(text))))
 
 
-def _memory(reported: ReportedRun) -> Row:
+def _memory(reported: ReportedRun) -> Memory:
     """A run's measured memory, and the planned memory where a plan is kept."""
     planned = None
     cards = reported.run.provenance.get("gpus") or [{}]
     capability = cards[0].get("compute_capability")
     with suppress(UserError):  # some configs cannot be planned
         planned = planner.required_gib(reported.config, gpus.find(capability) if capability else None)
-    measured = reported.run.summary
-    return {
-        "member": reported.label,
-        "planned_gib": planned,
-        "peak_memory_gib": measured.peak_memory,
-        "memory_kind": measured.memory_kind,
-    }
+    measured = reported.summary
+    return Memory(reported.label, planned, measured.peak_memory, measured.memory_kind)

@@ -9,9 +9,10 @@ from .. import tables
 from ..base.files import Row
 from ..data.study import Study
 from ..metrics.metric import Column
-from ..running.sweep_results import LOSS, on_front
+from ..results.verdict import StudyRow
+from ..running.sweep_results import LOSS, SweepRow, on_front
 
-Trace = dict[str, Any]
+Trace = dict[str, Any]  # Plotly's JSON
 # Okabe and Ito's, which the colour-blind can distinguish too; a line's dash and a point's symbol say it again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -38,16 +39,16 @@ class Figure:
     key: str
     title: str
     traces: list[Trace]
-    x: dict[str, Any]
-    y: dict[str, Any]
+    x: Trace
+    y: Trace
     note: str = ""
-    layout: dict[str, Any] = field(default_factory=dict)
+    layout: Trace = field(default_factory=dict)
     says: str = ""
 
     def __post_init__(self) -> None:
         self.says = self.says or "; ".join(map(_sentence, self.traces))
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Trace:
         """What the page draws it from."""
         return {"title": self.title, "traces": self.traces, "layout": {"xaxis": self.x, "yaxis": self.y} | self.layout}
 
@@ -67,15 +68,15 @@ def _sentence(trace: Trace) -> str:
     return f"{trace['name']}: {', '.join(listed) or 'nothing'}"
 
 
-def _axis(title: str, **more: Any) -> dict[str, Any]:
+def _axis(title: str, **more: Any) -> Trace:
     return {"title": {"text": title}, **more}
 
 
-def _categories() -> dict[str, Any]:
+def _categories() -> Trace:
     return {"autorange": "reversed", "type": "category"}
 
 
-def _style(i: int) -> dict[str, Any]:
+def _style(i: int) -> Trace:
     """The look of the lines and points of run number i."""
     colour = COLOURS[i % len(COLOURS)]
     turn = i + i // len(COLOURS)
@@ -104,9 +105,9 @@ def _points(name: str, rows: Sequence[tuple[float, float, str]], i: int, **more:
     )
 
 
-def _interval(values: Sequence[float], intervals: Sequence[Sequence[float] | None]) -> dict[str, Any]:
-    """Plotly's error bars from intervals; none where one is not known."""
-    pairs = list(zip(values, intervals, strict=True))
+def _error_bars(points: Sequence[tuple[float, str]], intervals: Sequence[Any]) -> Trace:
+    """Plotly's error bars from intervals (low, high) of values; none where one is not known."""
+    pairs = [(value, within) for (value, _), within in zip(points, intervals, strict=True)]
     return {
         "type": "data",
         "symmetric": False,
@@ -172,17 +173,32 @@ def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
             yield Figure(key, title, drawn, step, axis, note)
 
 
-def memory(runs: Sequence[Row]) -> Figure | None:
-    """Planned beside measured memory of rows with member, planned_gib, peak_memory_gib and memory_kind."""
-    kinds = dict.fromkeys(row["memory_kind"] for row in runs if row["peak_memory_gib"] is not None)
+@dataclass(frozen=True)
+class Memory:
+    """Planned and measured memory of a run, in GiB, and the kind of the measured one."""
+
+    label: str
+    planned: float | None
+    measured: float | None
+    kind: str | None
+
+
+def memory(runs: Sequence[Memory]) -> Figure | None:
+    """Planned beside measured memory."""
+    kinds = dict.fromkeys(one.kind for one in runs if one.measured is not None)
     on_cpu = "resident memory of the process, on the CPU"
-    measured = f"measured: {', '.join(on_cpu if kind == 'resident' else kind for kind in kinds)}"
-    traces = []
-    for i, (name, key) in enumerate(
-        {measured: "peak_memory_gib", "planned: for a GPU, reserved and CUDA's own": "planned_gib"}.items()
-    ):
-        if known := [(row["member"], row[key]) for row in runs if row[key] is not None]:
-            traces.append(_bars(name, known, i, [f"{gib:.2f}" for _, gib in known]))
+    title = f"measured: {', '.join(on_cpu if kind == 'resident' else str(kind) for kind in kinds)}"
+    series = {
+        title: [(one.label, one.measured) for one in runs if one.measured is not None],
+        "planned: for a GPU, reserved and CUDA's own": [
+            (one.label, one.planned) for one in runs if one.planned is not None
+        ],
+    }
+    traces = [
+        _bars(name, known, i, [f"{gib:.2f}" for _, gib in known])
+        for i, (name, known) in enumerate(series.items())
+        if known
+    ]
     note = ""
     if len(traces) > 1:
         on_gpu = "The plan counts 0.14 GiB for CUDA itself, which the measured figure does not include."
@@ -193,67 +209,52 @@ def memory(runs: Sequence[Row]) -> Figure | None:
     return Figure("memory", "Memory at the peak", traces, x, _categories(), note, layout) if traces else None
 
 
-def sweep(rows: Sequence[Row]) -> Figure | None:
-    """The members of a sweep by their eval loss and memory, those on the Pareto front set apart."""
-    kinds = {row["memory_kind"] for row in rows if row["memory_kind"]}
-    x, y = _axis(f"peak GiB ({', '.join(sorted(kinds))})"), _axis("Validation loss (lower is better)")
-    traces = _against(rows, "peak_memory_gib")
-    title = "Validation loss against memory"
-    return Figure(f"sweep-memory-{LOSS}", title, traces, x, y, _FRONT) if traces else None
-
-
 _FRONT = (
     "A filled diamond is on the Pareto front: no other member is better in one of the two and as good in the other."
 )
 
 
-def _against(rows: Sequence[Row], x: str) -> list[Trace]:
-    """Members by a cost and their eval loss, with those on the Pareto front of the two set apart."""
-    y = LOSS
-    known = [row for row in rows if row.get(x) is not None and row.get(y) is not None]
-    points = {(row[x], row[y], row["member"]): on_front(row, known, x) for row in known}
-    front = sorted(point for point, is_on_front in points.items() if is_on_front)
-    others = [point for point, is_on_front in points.items() if not is_on_front]
+def sweep(rows: Sequence[SweepRow]) -> Figure | None:
+    """The members of a sweep by their eval loss and memory, those on the Pareto front set apart."""
+    kinds = sorted({row.summary.memory_kind for row in rows if row.summary.memory_kind})
+    points = {(*costs, row.member.name): costs for row in rows if (costs := row.costs)}
+    front = sorted(point for point, costs in points.items() if on_front(costs, [*points.values()]))
+    others = [point for point in points if point not in front]
     line = {"dash": "dot", "color": COLOURS[2], "width": 1.5}
     traces = [_points("on the Pareto front", front, 2, symbol="diamond") | {"mode": "lines+markers+text", "line": line}]
     furthest = max((cost for cost, _, _ in points), default=None)
     beside = ["middle left" if cost == furthest else "middle right" for cost, _, _ in others]
     traces.append(_points("not on it", others, 1, symbol="circle-open") | {"textposition": beside})
-    return [trace for trace in traces if trace["x"]]
+    if not points:
+        return None
+    x, y = _axis(f"peak GiB ({', '.join(kinds)})"), _axis("Validation loss (lower is better)")
+    drawn = [trace for trace in traces if trace["x"]]
+    return Figure(f"sweep-memory-{LOSS}", "Validation loss against memory", drawn, x, y, _FRONT)
 
 
-def study(of_study: Study, rows: Sequence[Row], column: Column) -> Figure | None:
-    """A score of `verdict.rows` with its interval beside the published one and its ±."""
-    name = column.name
-    ours = [row for row in rows if row[name] is not None]
+def study(of_study: Study, rows: Sequence[StudyRow], column: Column) -> Figure | None:
+    """A study's scores by a metric with their intervals, beside the published ones and their ±."""
+    names = {row.recipe: row.recipe.removeprefix(f"{of_study.folder.name}/") for row in rows}
+    scores = {names[row.recipe]: row.scores[column.name] for row in rows}
+    ours = [(score.value, name) for name, score in scores.items() if score.value is not None]
     if not ours:
         return None
-    short = {row["recipe"]: row["recipe"].removeprefix(f"{of_study.folder.name}/") for row in rows}
-    within = [None if row[f"{name}_low"] is None else (row[f"{name}_low"], row[f"{name}_high"]) for row in ours]
-    points = [(row[name], short[row["recipe"]]) for row in ours]
-    errors = _interval([value for value, _ in points], within)
+    within = [scores[name].interval for _, name in ours]
+    errors = _error_bars(ours, [one and (one.low, one.high) for one in within])
     marker = _style(0)["marker"] | {"size": 11}
-    traces = [_scatter("ours, with its 95 % interval", "markers", points, marker=marker, error_x=errors)]
-    if known := [row for row in rows if row[f"{name}_published"] is not None]:
-        published = [(row[f"{name}_published"], short[row["recipe"]]) for row in known]
-        spreads = [(row[f"{name}_published"], row[f"{name}_spread"]) for row in known]
-        spread = [None if margin is None else (value - margin, value + margin) for value, margin in spreads]
+    traces = [_scatter("ours, with its 95 % interval", "markers", ours, marker=marker, error_x=errors)]
+    theirs = {name: score.published for name, score in scores.items() if score.published}
+    if theirs:
+        published = [(score.value, name) for name, score in theirs.items()]
+        spreads = [s.spread and (s.value - s.spread, s.value + s.spread) for s in theirs.values()]
         marker = {"color": COLOURS[1], "symbol": "diamond-open", "size": 12, "line": {"width": 2}}
-        more = {"error_x": _interval([value for value, _ in published], spread)} if any(spread) else {}
-        title = "published, with its ±" if any(spread) else "published"
+        more = {"error_x": _error_bars(published, spreads)} if any(spreads) else {}
+        title = "published, with its ±" if any(spreads) else "published"
         traces.append(_scatter(title, "markers", published, marker=marker, **more))
     says = "; ".join(
-        f"{short[row['recipe']]} {tables.text_of(row[name])}, published {tables.text_of(row[f'{name}_published'])}"
-        for row in rows
+        f"{name} {tables.text_of(score.value)}, published {tables.text_of(score.published and score.published.value)}"
+        for name, score in scores.items()
     )
+    title = f"{column.label} of the study's recipes"
     layout = {"height": 220 + 34 * len(rows)}
-    return Figure(
-        f"study-{name}",
-        f"{column.label} of the study's recipes",
-        traces,
-        _axis(column.label),
-        _categories(),
-        "",
-        layout,
-        says,
-    )
+    return Figure(f"study-{column.name}", title, traces, _axis(column.label), _categories(), "", layout, says)

@@ -18,7 +18,7 @@ from ..base.progress import is_secret
 from ..configs import config
 from ..metrics import registry
 from ..metrics.metric import Column
-from ..results import listing, run_rows
+from ..results import listing
 from ..results.run_rows import RunResult
 from ..runs.rundir import RunDir
 from ..scores import evaluations
@@ -51,14 +51,82 @@ class ReportedRun(RunResult):
             return yamlfiles.read_yaml(self.folder.config)
         return {}
 
-    @cached_property
-    def row(self) -> Row:
-        """It as a row of results."""
-        return run_rows.row(self)
-
     def from_cwd(self, path: str) -> str:
         """A path relative to the folder that the run was started in, where it is below that."""
         return str(Path(path).relative_to(self.run.cwd)) if Path(path).is_relative_to(self.run.cwd) else path
+
+    @property
+    def differs(self) -> list[Row]:
+        """Its differences from its recipe."""
+        return [
+            {"setting": d.key, "recipe": _on_one_line(d.recipe), "this run": _on_one_line(d.run), "why": d.why}
+            for d in self.run.differences
+            if not is_secret(d.key, [d.recipe, d.run])
+        ]
+
+    @cached_property
+    def _recipe_file(self) -> Path:
+        shipped = paths.recipe_file(self.run.recipe)
+        return shipped if shipped.is_file() else Path(self.run.cwd, self.run.recipe_file)
+
+    @property
+    def settings(self) -> list[Row]:
+        """Its settings with the source of each."""
+        of_recipe = yamlfiles.sources(self._recipe_file) if self._recipe_file.is_file() else {}
+        why = {difference.key: difference.why for difference in self.run.differences}
+        of_parts = {key.partition(".")[0]: reason for key, reason in why.items()}
+        sources = of_parts | of_recipe | why  # a difference below a key of the recipe is not the source of all of it
+        return [
+            {
+                "setting": key,
+                "value": _on_one_line(value),
+                "source": sources.get(key) or sources.get(key.partition(".")[0]) or "the run's own",
+            }
+            for key, value in config.flatten(self.config)
+            if not is_secret(key, value)
+        ]
+
+    @property
+    def note(self) -> str:
+        """What to know of the sources."""
+        file = self._recipe_file
+        if file.is_file() and sha256(file) == self.run.recipe_sha256:
+            return ""
+        return f"{self.run.recipe_file} has changed since the run, or is gone; sources are today's."
+
+    @property
+    def data(self) -> list[Row]:
+        """Its data files."""
+        return [
+            {"file": self.from_cwd(file.path), "rows": file.rows, "bytes": f"{file.bytes:,}", "SHA-256": file.sha256}
+            for file in self.run.data
+        ]
+
+    @property
+    def launches(self) -> list[Row]:
+        """The starts of its training."""
+        return [
+            {
+                "started": launch.started,
+                "ended": launch.ended,
+                "exit code": launch.exit_code,
+                "resumed from": launch.resumed_from,
+                "command": " ".join(launch.command),
+            }
+            for launch in self.run.launches
+        ]
+
+    @property
+    def records(self) -> dict[str, list[tuple[str, str | None]]]:
+        """The keys and values of its files, without what has its own table, and without secrets."""
+        apart = {"differences", "of_variant", "data", "launches"}
+        files = {"run.json": self.run.model_dump(exclude=apart)}
+        if self.evaluation:
+            files["scores.json"] = self.evaluation.model_dump()
+        return {
+            name: [(key, _on_one_line(value)) for key, value in config.flatten(content) if not is_secret(key, value)]
+            for name, content in files.items()
+        }
 
 
 def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None) -> list[ReportedRun]:
@@ -68,9 +136,8 @@ def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None
         UserError: a folder holds no run, or rehearsals and real runs are mixed.
     """
     runs = [(folder, backends.read(folder)) for folder in folders]
-    for folder, run in runs:
+    for folder, _ in runs:
         evaluations.check_again(folder.path)
-        run.summary = folder.summary(run)
     if len({run.rehearsal for _, run in runs}) > 1:
         raise UserError("rehearsals and real runs do not compare: a report shows one kind or the other")
     names = labels or [run.recipe.rpartition("/")[2] for _, run in runs]
@@ -93,27 +160,28 @@ def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
         reported: the run.
         scored: the scores by their headings.
     """
-    row = reported.row
+    run, summary = reported.run, reported.summary
+    loss = summary.eval_loss_per_token
     return {
         "run": reported.label,
-        "recipe": row["recipe"],
-        "state": row["state"],
-        "steps": f"{row['step']} of {row['steps'] or '?'}",
-        "eval loss, first": row["eval_loss_first"],
-        "last": row["eval_loss"],
-        listing.AXOLOTL_EVAL_LOSS: row["eval_loss_axolotl"] if row["eval_loss"] is None else None,
+        "recipe": run.recipe,
+        "state": run.state,
+        "steps": f"{summary.step} of {summary.max_steps or '?'}",
+        "eval loss, first": summary.eval_loss_per_token_first,
+        "last": loss,
+        listing.AXOLOTL_EVAL_LOSS: summary.eval_loss if loss is None else None,
         **{
-            heading: row[column.name] if column.same_scores(reported.columns.get(column.name)) else None
+            heading: reported.score(column) if column.same_scores(reported.columns.get(column.name)) else None
             for heading, column in scored.items()
         },
-        "peak GiB": row["peak_memory_gib"],
-        "of": row["memory_kind"],
-        "tokens/s": row["tokens_per_second"] and round(row["tokens_per_second"]),
-        "time in steps": f"{row['train_seconds'] / 60:.1f} min",
-        "trouble": row["trouble"],
-        "evaluation": row["evaluation"],
-        "other base model": row["other_base_model"],
-        "other data": "yes" if row["other_data"] else None,
+        "peak GiB": summary.peak_memory,
+        "of": summary.memory_kind,
+        "tokens/s": summary.tokens_per_second and round(summary.tokens_per_second),
+        "time in steps": f"{summary.train_seconds / 60:.1f} min",
+        "trouble": reported.trouble,
+        "evaluation": reported.changed,
+        "other base model": None if run.rehearsal else reported.other_model,
+        "other data": "yes" if reported.other_data and not run.rehearsal else None,
     }
 
 
@@ -131,11 +199,10 @@ def scores(runs: Sequence[ReportedRun]) -> list[Row]:
                 columns[f"{reported.label}: {name}"] = _column(other, by_heading)
         if reported.base_evaluation:
             columns[f"{reported.label}: base model alone"] = _column(reported.base_evaluation, by_heading)
-        aim = run_rows.aim(reported.run)
         published: dict[str, str | None] = {
-            str(registry.heading(column, by_heading)): tables.plus_minus(score.value, score.spread)
-            for name, column in reported.columns.items()
-            if aim and (score := aim.scores.get(name)) and reported.row[f"{name}_difference"] is not None
+            str(registry.heading(reported.columns[name], by_heading)): tables.plus_minus(aim.value, aim.spread)
+            for name, score in reported.scores.items()
+            if (aim := score.published) and score.difference is not None
         }
         if published:
             columns[f"{reported.label}: published"] = published
@@ -167,75 +234,14 @@ def scored_on(reported: ReportedRun) -> str:
     return f"{settings.rows_in_words} of {reported.from_cwd(settings.data)}{by}"
 
 
-def settings(reported: ReportedRun) -> dict[str, Any]:
-    """A run's settings with the source of each, and its differences from its recipe."""
-    run = reported.run
-    file = paths.recipe_file(run.recipe)
-    file = file if file.is_file() else Path(run.cwd, run.recipe_file)
-    of_recipe = yamlfiles.sources(file) if file.is_file() else {}
-    same = file.is_file() and sha256(file) == run.recipe_sha256
-    note = "" if same else f"{run.recipe_file} has changed since the run, or is gone; sources are today's."
-    why = {difference.key: difference.why for difference in run.differences}
-    of_parts = {key.partition(".")[0]: reason for key, reason in why.items()}
-    sources = of_parts | of_recipe | why  # a difference below a key that the recipe has is not the source of all of it
-    shown = [
-        {
-            "setting": key,
-            "value": _on_one_line(value),
-            "source": sources.get(key) or sources.get(key.partition(".")[0]) or "the run's own",
-        }
-        for key, value in config.flatten(reported.config)
-        if not is_secret(key, value)
-    ]
-    differs = [
-        {"setting": d.key, "recipe": _on_one_line(d.recipe), "this run": _on_one_line(d.run), "why": d.why}
-        for d in run.differences
-        if not is_secret(d.key, [d.recipe, d.run])
-    ]
-    return {"label": reported.label, "recipe": run.recipe, "differs": differs, "all": shown, "note": note}
-
-
 def _on_one_line(value: Any) -> str | None:
     """A setting's value as YAML has it on one line."""
     return value if value is None or isinstance(value, str) else orjson.dumps(value).decode()
 
 
-def _facts(record: Any) -> list[tuple[str, str | None]]:
-    """The keys and values of a record, without secrets."""
-    return [(key, _on_one_line(value)) for key, value in config.flatten(record) if not is_secret(key, value)]
-
-
-def provenance(reported: ReportedRun) -> dict[str, Any]:
-    """All that is recorded of how a run was made."""
-    run = reported.run
-    launches = [
-        {
-            "started": launch.started,
-            "ended": launch.ended,
-            "exit code": launch.exit_code,
-            "resumed from": launch.resumed_from,
-            "command": " ".join(launch.command),
-        }
-        for launch in run.launches
-    ]
-    data = [
-        {"file": reported.from_cwd(file.path), "rows": file.rows, "bytes": f"{file.bytes:,}", "SHA-256": file.sha256}
-        for file in run.data
-    ]
-    return {
-        "label": reported.label,
-        "data": data,
-        "launches": launches,
-        "record": _facts(
-            run.model_dump(exclude={"differences", "of_variant", "data", "launches"})
-        ),  # these have their own tables
-        "evaluation": _facts(reported.evaluation.model_dump()) if reported.evaluation else [],
-    }
-
-
-def reader(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
+def reader(runs: Sequence[ReportedRun]) -> list[Row]:
     """For each file of test rows its references and diffs, and every model's predictions."""
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, Row] = {}
     for reported in runs:
         sources = [(reported.label, reported.evaluation, read_predictions(reported.folder.path))]
         if reported.base_evaluation and len(runs) == 1:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -10,7 +11,7 @@ from urllib.parse import quote
 from .. import tables
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.files import embedding_rows, read_json, sha256
+from ..base.files import Row, embedding_rows, read_json, sha256
 from ..base.hub import importing_axolotl
 from ..base.paths import template_environment
 from ..base.progress import is_secret, masked
@@ -18,11 +19,11 @@ from ..configs import config, datafiles, models
 from ..data import study
 from ..data.declaration import Data
 from ..data.raw_rows import constants as constants_of
+from ..metrics.metric import Column
 from ..runs.records import Run
 from ..runs.rundir import PLUGIN, RunDir
 from ..scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
-from . import run_rows
-from .run_rows import REHEARSED
+from .run_rows import REHEARSED, RunResult, manifest_entries
 
 # The licences of https://huggingface.co/docs/hub/repositories-licenses that language models have
 _HUB_LICENCES = ("apache-2.0", "mit", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma")
@@ -32,70 +33,72 @@ _PATCH = "@@ -1 +1 @@\n-x = 1\n+x = 2"
 _LOCAL_PATH = re.compile(r"(?<![\w.<>/~-])(?:\.\.(?:/[^\s/=,:'\")\]}]+)+|(?:file://)?(?:/[^\s/=,:'\")\]}]+){2,})")
 
 
-def card(folder: RunDir, run: Run, evaluation: Evaluation | None, merged: bool, repository: str | None) -> str:
+def card(result: RunResult, evaluation: Evaluation | None, merged: bool, repository: str | None) -> str:
     """The text of a model card, without anything that names this machine, its folders or its users.
 
     Args:
-        folder: the run's folder.
-        run: its record.
+        result: the run.
         evaluation: the evaluation of its adapter.
         merged: whether the card is that of the merged model.
         repository: the model's future place on the hub.
     """
-    of_study = study.of(run.origin)
-    cfg = yamlfiles.read_yaml(folder.config)
-    base, is_local = base_model(folder, run)
-    about: dict[str, Any] = next(
-        (entry for name, entry in models.catalogue().items() if base in (name, entry.get("mirror"))), {}
-    )
-    shown = {key: value for key, value in cfg.items() if not is_private(key)}
-    if plugins := [name for name in cfg.get("plugins") or [] if name != PLUGIN]:
-        shown["plugins"] = plugins
-    data = None if of_study is None or run_rows.other_data(run) else of_study.data
-    published = run_rows.aim(run)
-    differences = [difference for difference in run.differences if not is_private(difference.key)]
-    overrides = [override for override in run.overrides if not _sets_private(override)]
-    facts: dict[str, Any] = _public(
-        {
-            "run": run.model_copy(update={"differences": differences, "overrides": overrides}).model_dump(
-                exclude={"of_variant"}
-            ),
-            "evaluation": evaluation.model_dump() if evaluation else None,
-            "base": {"name": base, "local": is_local, "title": about.get("title", base)},
-            "licence": about.get("licence"),
-            "config": shown,
-        },
-        Path(run.cwd),
-    )
-    paths_of_data = (each for each in run.from_origin if re.fullmatch(r"datasets\b.*path", each.key))
-    moved = [changed.why for changed in paths_of_data]
+    folder, run, of_study = result.folder, result.run, study.of(result.run.origin)
+    data = None if of_study is None or result.other_data else of_study.data
+    moved = [d.why for d in run.from_origin if re.fullmatch(r"datasets\b.*path", d.key)]
     with importing_axolotl(offline=True):
         from ..scores.prompter import as_code
 
-        prompt = as_code(cfg, folder.output, _known(run, data))
-    facts |= {
-        "merged": merged,
-        "repository": repository or ".",
-        "study": of_study,
-        "data": data,
-        "sample": any(why.startswith(REHEARSED) for why in moved),
-        "own_data": not all(why.startswith(REHEARSED) for why in moved),
-        "other_model": None if run.rehearsal else run_rows.other_model(run),
-        "prompt": prompt,
-        "columns": evaluation.columns if evaluation else {},
-        "published": {name: tables.plus_minus(score.value, score.spread) for name, score in published.scores.items()}
-        if published
-        else {},
-        "embedding_rows": embedding_rows(folder.output / ADAPTER),
-        "config_sha256": sha256(folder.config),
-        "adapter_sha256": sha256(folder.output / ADAPTER),
-    }
-    facts["scored_file"] = evaluation is not None and Path(evaluation.settings.data).is_absolute()
-    facts["scored_on"] = _scored_on(evaluation.settings, of_study) if evaluation else None
+        prompt = as_code(yamlfiles.read_yaml(folder.config), folder.output, _known(run, data))
+    facts = _facts(result, evaluation)
     declared = of_study.decoding if of_study else study.OF_NO_STUDY
-    facts["decoding"] = _arguments(evaluation.settings.decoding if evaluation else declared)
-    facts |= {"front_matter": _front_matter(facts), "command": _command(facts["run"])}
-    return _template().render(facts)
+    scored_on = _scored_on(evaluation.settings, of_study) if evaluation else None
+    tags = of_study.tags if of_study and data else []
+    return _template().render(
+        **facts,
+        front_matter=_front_matter(facts, evaluation.columns if evaluation else {}, scored_on, merged, tags),
+        command=_command(facts["run"]),
+        merged=merged,
+        repository=repository or ".",
+        study=of_study,
+        data=data,
+        sample=any(why.startswith(REHEARSED) for why in moved),
+        own_data=not all(why.startswith(REHEARSED) for why in moved),
+        other_model=None if run.rehearsal else result.other_model,
+        prompt=prompt,
+        columns=evaluation.columns if evaluation else {},
+        published={
+            name: tables.plus_minus(score.value, score.spread)
+            for name, score in (result.aim.scores if result.aim else {}).items()
+        },
+        embedding_rows=embedding_rows(folder.output / ADAPTER),
+        config_sha256=sha256(folder.config),
+        adapter_sha256=sha256(folder.output / ADAPTER),
+        scored_file=evaluation is not None and Path(evaluation.settings.data).is_absolute(),
+        scored_on=scored_on,
+        decoding=_arguments(evaluation.settings.decoding if evaluation else declared),
+    )
+
+
+def _facts(result: RunResult, evaluation: Evaluation | None) -> Row:
+    """What a card says of a run's record, config, evaluation and base model, as far as it is public."""
+    run, cfg = result.run, yamlfiles.read_yaml(result.folder.config)
+    base, is_local = base_model(result.folder, run)
+    entries = models.catalogue().items()
+    about: yamlfiles.Config = next((entry for name, entry in entries if base in (name, entry.get("mirror"))), {})
+    shown = {key: value for key, value in cfg.items() if not is_private(key)}
+    if plugins := [name for name in cfg.get("plugins") or [] if name != PLUGIN]:
+        shown["plugins"] = plugins
+    differences = [difference for difference in run.differences if not is_private(difference.key)]
+    overrides = [override for override in run.overrides if not _sets_private(override)]
+    public_run = run.model_copy(update={"differences": differences, "overrides": overrides})
+    facts = {
+        "run": public_run.model_dump(exclude={"of_variant"}),
+        "evaluation": evaluation.model_dump() if evaluation else None,
+        "base": {"name": base, "local": is_local, "title": about.get("title", base)},
+        "licence": about.get("licence"),
+        "config": shown,
+    }
+    return _public(facts, Path(run.cwd))
 
 
 def _template() -> Any:
@@ -138,13 +141,15 @@ def _known(run: Run, data: Data | None) -> dict[str, str]:
 
     What they have in common is that of the run's rows, where a manifest records it.
     """
-    constants = [entry["constants"] for entry in run_rows.manifest_entries(run)]
+    constants = [entry["constants"] for entry in manifest_entries(run)]
     if data:
         constants.append(constants_of(data.fields))
     return {**constants[0], "input": _PATCH} if constants else {}
 
 
-def _front_matter(facts: dict[str, Any]) -> str:
+def _front_matter(
+    facts: Row, columns: Mapping[str, Column], scored_on: str | None, merged: bool, tags: list[str]
+) -> str:
     """The metadata that the hub reads from a card, as YAML; where it wants an id of the hub, nothing else is given."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -160,16 +165,16 @@ def _front_matter(facts: dict[str, Any]) -> str:
         EvalResult(
             task_type="text-generation",
             dataset_type="json",
-            dataset_name=facts["scored_on"],
+            dataset_name=scored_on or "",
             metric_type=column.metric.hub_type,
             metric_name=column.title,
             metric_value=round(scores[name], 4),
         )
-        for name, column in facts["columns"].items()
+        for name, column in columns.items()
         if scores.get(name) is not None
     ]
     qlora = ["qlora"] if facts["config"].get("adapter") == "qlora" else []
-    relation = "finetune" if facts["merged"] else "adapter"  # what the hub calls a merge is of several models
+    relation = "finetune" if merged else "adapter"  # what the hub calls a merge is of several models
     return ModelCardData(
         base_model=None if base["local"] else base["name"],
         base_model_relation=None if base["local"] else relation,
@@ -179,9 +184,9 @@ def _front_matter(facts: dict[str, Any]) -> str:
         datasets=on_hub or None,
         model_name=run["recipe"] if results else None,
         eval_results=results or None,
-        library_name="transformers" if facts["merged"] else "peft",
+        library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
-        tags=["axolotl", "lora", *qlora, *(facts["study"].tags if facts["data"] else [])],
+        tags=["axolotl", "lora", *qlora, *tags],
     ).to_yaml()
 
 
@@ -193,7 +198,7 @@ def _scored_on(settings: EvaluationSettings, of_study: study.Study | None) -> st
     return f"{of_study.data.name}, {subset.title if subset else 'the test set'}, {settings.rows_in_words}"
 
 
-def _command(run: dict[str, Any]) -> str:
+def _command(run: Row) -> str:
     """The command that repeats a run."""
     words = ["recipe", "run", run["recipe"] if run["recipe"] in paths.recipe_names() else run["recipe_file"]]
     for option, key in (("--profile", "profiles"), ("--set", "overrides"), ("--force", "forced")):

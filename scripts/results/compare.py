@@ -1,18 +1,21 @@
-"""Two runs compared, their trainings and their predictions: `recipe results A B`."""
+"""Two runs compared, their trainings and their predictions; and a training loss with a published curve."""
 
+import csv
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise, zip_longest
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from .. import tables
 from ..base import yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.progress import say
 from ..configs import config
+from ..data.published import Published
+from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs.records import Run
 from ..runs.rundir import RunDir, find_run
@@ -22,7 +25,7 @@ from ..scores.score import columns_of, declared_models, model_record, read_rows,
 
 
 @dataclass
-class Predictions:
+class ScoredRows:
     """Scored rows.
 
     Attributes:
@@ -35,7 +38,7 @@ class Predictions:
     models: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
 
-def several(names: Sequence[str], runs: Path, asked: Sequence[str] = ()) -> list[Predictions]:
+def several(names: Sequence[str], runs: Path, asked: Sequence[str] = ()) -> list[ScoredRows]:
     """The rows of runs, or of JSONL files with the fields reference and prediction, scored.
 
     A run's are scored as its evaluation was, a file's as the runs beside it, and both with the metrics asked for too;
@@ -57,7 +60,7 @@ def several(names: Sequence[str], runs: Path, asked: Sequence[str] = ()) -> list
     return [found[name] for name in names]
 
 
-def _of_run(name: str, runs: Path, named: dict[str, Column]) -> Predictions:
+def _of_run(name: str, runs: Path, named: dict[str, Column]) -> ScoredRows:
     folder = find_run(name, runs).path
     rows = read_predictions(folder)
     evaluation = read_scores(folder)
@@ -72,10 +75,10 @@ def _of_run(name: str, runs: Path, named: dict[str, Column]) -> Predictions:
     return scored
 
 
-def _scored(rows: Sequence[Row], columns: dict[str, Column]) -> Predictions:
+def _scored(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
     """Rows scored with those of some columns that have a score for each row and need no judge."""
     of_rows = {name: column for name, column in columns.items() if column.metric.of_rows}
-    return Predictions(with_scores(rows, of_rows, dict.fromkeys(declared_models(of_rows))), of_rows)
+    return ScoredRows(with_scores(rows, of_rows, dict.fromkeys(declared_models(of_rows))), of_rows)
 
 
 def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
@@ -115,7 +118,7 @@ def _by_idx(rows: Sequence[Row]) -> dict[int | str, list[Row]]:
     return grouped
 
 
-def compare(a: Predictions, b: Predictions) -> list[dict[str, Any]]:
+def compare(a: ScoredRows, b: ScoredRows) -> list[Row]:
     """Per score that both have: the means on the rows in common, and how they differ, see `intervals.paired`.
 
     What a judge makes is compared only where the same one made both.
@@ -132,9 +135,6 @@ def compare(a: Predictions, b: Predictions) -> list[dict[str, Any]]:
             means = {"a": sum(left) / len(pairs), "b": sum(right) / len(pairs)}
             compared.append({"score": name, "rows": len(pairs), **means, **intervals.paired(left, right)})
     return compared
-
-
-_SPARE = ["equal", "rows", "p_wilcoxon", "better", "worse"]
 
 
 @dataclass(frozen=True)
@@ -154,53 +154,41 @@ class Divergence:
     losses: tuple[float | None, float | None] | None
     differences: dict[str, tuple[Any, Any]]
 
-    def lines(self) -> list[str]:
-        """In words."""
-        said = f"The losses of steps {self.first} to {self.last}, which both have recorded, are equal."
-        if self.step and self.losses:
-            said = f"The losses differ from step {self.step} on: {self.losses[0]} in a, {self.losses[1]} in b."
-        differing = [f"{name}: {old} -> {new}" for name, (old, new) in self.differences.items()]
-        by_record = "What differs between the runs, by their records:" if differing else ""
-        if self.step and not differing:
-            by_record = "By their records, config, data, packages and machine are the same."
-        return [said, *filter(None, [by_record]), *differing]
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs compared, or a run and a file of predictions.
+
+    Attributes:
+        training: where their losses diverge; None for files, and for trainings without a step in common.
+        scores: see `compare`; None where runs are not evaluated.
+        unscored: the folders of these.
+    """
+
+    training: Divergence | None
+    scores: list[Row] | None
+    unscored: list[str]
 
 
-def show(pair: tuple[str, str], runs: Path, metrics: Sequence[str], form: tables.Form) -> None:
-    """Two runs, or a run and a file of predictions, on stdout: where losses diverge, then how the scores differ.
-
-    Runs need not be evaluated for the first, and files have none.
+def comparison(pair: tuple[str, str], runs: Path, metrics: Sequence[str] = ()) -> Comparison:
+    """Compare two runs, or files of predictions. Runs need not be evaluated for where their losses diverge.
 
     Args:
         pair: runs, or files of predictions.
         runs: the folder of the runs.
         metrics: what to score with beside what the runs were.
-        form: the form; in Markdown and CSV only the scores go to stdout.
 
     Raises:
         UserError: there is no such run or file, they cannot be compared, or nothing of them can.
     """
     folders = {name: find_run(name, runs) for name in pair if not Path(name).is_file()}
     names = [str(folders[name].path) if name in folders else name for name in pair]
-    diverged = _divergence([folders[name] for name in pair]) if len(folders) == len(set(pair)) else None
-    evaluated = [bool(current(folder.path) and read_predictions(folder.path)) for folder in folders.values()]
-    unscored = [name for name, scored in zip(names, evaluated, strict=False) if not scored] if diverged else []
-    rows = None if unscored else compare(*several(names, runs, metrics))
-    if form == "json":
-        tables.print_json({"training": asdict(diverged) if diverged else None, "scores": rows})
-        return
-    title = f"a: {pair[0]}, b: {pair[1]}"
-    if diverged:
-        print_line = say if form in ("csv", "md") else tables.print_text
-        for line in (f"Trainings, {title}", *diverged.lines(), *([""] if form == "table" else [])):
-            print_line(line)
-    if rows is not None:
-        tables.write(rows, form, title, spare=_SPARE)
-        if len(rows) > 1:
-            say(f"{len(rows)} metrics: their intervals and p are not corrected for multiple comparisons")
-    else:
-        which = f"{unscored[0]} is" if len(unscored) == 1 else "they are"
-        say(f"their predictions are not compared: {which} not evaluated; `recipe evaluate {unscored[0]}` comes first")
+    training = _divergence([folders[name] for name in pair]) if len(folders) == len(set(pair)) else None
+    if training:
+        evaluated = {folder.path: current(folder.path) and read_predictions(folder.path) for folder in folders.values()}
+        if unscored := [str(path) for path, predictions in evaluated.items() if not predictions]:
+            return Comparison(training, None, unscored)
+    return Comparison(training, compare(*several(names, runs, metrics)), [])
 
 
 def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
@@ -231,7 +219,7 @@ def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
     )
 
 
-def _settings(cfg: yamlfiles.Config, run: Run) -> dict[str, Any]:
+def _settings(cfg: yamlfiles.Config, run: Run) -> yamlfiles.Config:
     """What the steps of a run may depend on, by name, as far as it is recorded."""
     machine = run.provenance
     gpus = [f"{gpu.get('name')}, driver {gpu.get('driver')}" for gpu in machine.get("gpus") or []]
@@ -249,3 +237,65 @@ def _settings(cfg: yamlfiles.Config, run: Run) -> dict[str, Any]:
         "Axolotl's arguments": " ".join(run.axolotl_arguments) or None,
         "resumed from": ", ".join(launch.resumed_from for launch in run.launches if launch.resumed_from) or None,
     }
+
+
+Point = tuple[int, float]  # a step, and the mean loss of the steps since the point before
+
+
+def published_curve(of_study: Study, of_recipe: Published) -> list[Point]:
+    """The published curve of a recipe; none where it has none.
+
+    Raises:
+        UserError: its file is not a CSV file with numbers in the columns step and train_loss.
+    """
+    if not of_recipe.curve:
+        return []
+    file = of_study.folder / of_recipe.curve
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            return [(int(row["step"]), float(row["train_loss"])) for row in csv.DictReader(stream)]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        problem = f"expected the columns step and train_loss with a number in each row ({error!r:.60})"
+        raise UserError(f"{file}: {problem}") from None
+
+
+@dataclass(frozen=True)
+class CurveGap:
+    """Distance of a run's training loss from a published curve.
+
+    Attributes:
+        mean: ours less theirs.
+        largest: of the absolute values.
+        step: the step with that.
+    """
+
+    mean: float
+    largest: float
+    step: int
+
+
+def curve_gap(ours: Sequence[Point], curve: Sequence[Point]) -> CurveGap | None:
+    """The distance of a run's points from those of a curve at the same steps; None where there is no point."""
+    theirs = dict(curve)
+    gaps = {step: loss - theirs[step] for step, loss in ours}
+    if not gaps:
+        return None
+    furthest = max(gaps, key=lambda step: abs(gaps[step]))
+    return CurveGap(mean=fmean(gaps.values()), largest=abs(gaps[furthest]), step=furthest)
+
+
+def over_the_same_steps(metrics: Iterable[Row], curve: Sequence[Point]) -> list[Point]:
+    """A run's training loss at the steps of a curve: the mean since the step before; without those it has not reached.
+
+    Args:
+        metrics: the run's records by step.
+        curve: the published points.
+    """
+    losses = [(record["step"], record["loss"]) for record in metrics if record.get("loss") is not None]
+    last = max((step for step, _ in losses), default=0)
+    points = []
+    for before, step in pairwise([0, *(step for step, _ in curve)]):
+        within = [loss for at, loss in losses if before < at <= step]
+        if within and step <= last:
+            points.append((step, fmean(within)))
+    return points

@@ -1,25 +1,51 @@
-"""Tables of runs, and of a study's runs beside its published scores: `recipe results`."""
+"""Printed results: of runs, of a study beside what was published, of two runs compared, and a study's power."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from .. import backends, tables
+from ..base.files import Row
 from ..base.progress import say
 from ..data.published import PublishedScore
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs.rundir import RunDir, readable
-from . import run_rows
+from ..scores import intervals
+from ..tables import Table
+from . import repeats, run_rows, verdict
+from .compare import Comparison, Divergence
+from .repeats import Outlook
 from .run_rows import RunResult
-from .verdict import notes
+from .verdict import StudyRow
 
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown for runs from before there was one per token
+COSTS = "Other scores, and what they cost"
+MEASURED = "What the runs took, and the mean loss of their last steps, beside what was published"
+CURVES = "Our training loss less the published one, over the same steps"
+REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
 _SPARE = (
     *("minutes", "tokens/s", "rows", "peak GiB", "base model"),
     *("step", AXOLOTL_EVAL_LOSS, "eval loss", "published", "difference"),
 )
 _BELOW = ("trouble", "changed", "variant of", "jobs", "predictions", "adapter")
+_HEADINGS = {
+    "train_loss": "train loss",
+    "trainable": "trainable",
+    "peak_gpu_memory_gib": "peak GPU GiB",
+    "tokens_per_second": "tokens/s",
+    "train_seconds": "seconds",
+}
+
+
+def show(folders: Sequence[RunDir], form: tables.Form) -> None:
+    """Print the results of runs."""
+    found = [RunResult(folder, run) for folder, run in readable(folders, backends.read)]
+    jobs = {result.folder.path: [*_jobs(result)] for result in found}
+    if changed := [result.folder.path for result in found if result.changed]:
+        say(f"{len(changed)} evaluations are stale or edited; `recipe evaluate {changed[-1]}` checks that of the last")
+    records = [run_rows.record(result, jobs[result.folder.path]) for result in found]
+    tables.show(form, records, _of_runs(found, jobs))
 
 
 def _jobs(result: RunResult) -> Iterator[str]:
@@ -30,184 +56,139 @@ def _jobs(result: RunResult) -> Iterator[str]:
             yield f"{step}: {state}"
 
 
-def _short(full: dict[str, Any], columns: Mapping[str, Column], decodings: Iterable[str]) -> dict[str, Any]:
-    """The cells of a row that fit a terminal; the first of its columns is set beside what it compares with, further
+def _of_runs(found: Sequence[RunResult], jobs: Mapping[Path, list[str]]) -> Iterator[Table]:
+    """A table for the runs of each study, and of those of no study for each set of metrics, so that no column has
+    numbers of two metrics; rehearsals apart."""
+    for rehearsal in (False, True):
+        groups: dict[str, list[RunResult]] = {}
+        for result in (result for result in found if result.run.rehearsal == rehearsal):
+            of_none = str({name: column.entry for name, column in result.columns.items()})
+            groups.setdefault(result.study.folder.name if result.study else of_none, []).append(result)
+        for group in groups.values():
+            of_study = group[0].study
+            columns = dict(of_study.table if of_study else group[0].columns)
+            for result in group:
+                columns |= {name: column for name, column in result.columns.items() if column.metric.of_model}
+            title = REHEARSALS if rehearsal else "Runs"
+            if len(groups) > 1:
+                title += f": {of_study.folder.name}" if of_study else ": of no study"
+            spare = [*[column.label for column in columns.values()][:0:-1], *_SPARE]  # but for the first
+            rows = [_cells(result, columns, jobs[result.folder.path]) for result in group]
+            yield Table(rows, title, spare=spare, below=_BELOW)
+            if of_study and not rehearsal and not all(result.is_of_something_else for result in group):
+                yield baselines(of_study)
+
+
+def _cells(result: RunResult, columns: Mapping[str, Column], jobs: Sequence[str]) -> Row:
+    """The cells of a run that fit a terminal; the first of its scores is set beside what it compares with, further
     decodings among it."""
-    early = ", early stopping" if full["ended"] == "early stopping" else ""
-    kept = "" if full["kept_step"] in (None, full["step"]) else f", step {full['kept_step']} kept"
+    run, summary, scores = result.run, result.summary, result.scores
+    early = ", early stopping" if summary.ended == "early stopping" else ""
+    kept = "" if summary.kept_step in (None, summary.step) else f", step {summary.kept_step} kept"
     losses = None
-    if full["eval_loss"] is not None:
-        losses = f"{tables.text_of(full['eval_loss_first'])} → {tables.text_of(full['eval_loss'])}"
+    if summary.eval_loss_per_token is not None:
+        first_and_last = (summary.eval_loss_per_token_first, summary.eval_loss_per_token)
+        losses = " → ".join(map(tables.text_of, first_and_last))
     first, *others = columns
-    short = {
-        "run": Path(full["run"]).name,
-        "recipe": full["recipe"],
-        "state": full["state"],
-        "jobs": full["jobs"],
-        "step": f"{full['step']}/{full['steps'] or '?'}{early}{kept}",
+    of_first = scores.get(first)
+    cells: Row = {
+        "run": result.folder.path.name,
+        "recipe": run.recipe,
+        "state": run.state,
+        "jobs": "; ".join(jobs) or None,
+        "step": f"{summary.step}/{summary.max_steps or '?'}{early}{kept}",
         "eval loss": losses,
-        AXOLOTL_EVAL_LOSS: None if losses else full["eval_loss_axolotl"],
-        columns[first].label: full.get(first),
-        **{f"{columns[first].label}, {name}": full.get(f"{first}_{name}") for name in decodings},
-        "base model": full.get(f"{first}_base_model"),
+        AXOLOTL_EVAL_LOSS: None if losses else summary.eval_loss,
     }
-    if not full["rehearsal"]:
-        short |= {"published": full.get(f"{first}_published"), "difference": full.get(f"{first}_difference")}
-    return short | {
-        **{columns[name].label: full.get(name) for name in others},
-        **_gained(full, columns),
-        "rows": full["rows_evaluated"],
-        "peak GiB": full["peak_memory_gib"],
-        "tokens/s": round(full["tokens_per_second"]) if full["tokens_per_second"] else None,
-        "minutes": f"{full['train_seconds'] / 60:.1f}",
-        "predictions": full["evaluation"],
-        "adapter": full["published_adapter"],
-        "trouble": full["trouble"],
-        "variant of": full["variant_of"],
-        "changed": full["changed_keys"] or None,
+    if of_first:
+        label = columns[first].label
+        cells |= {label: of_first.value} | {f"{label}, {name}": value for name, value in of_first.decodings.items()}
+        cells |= {"base model": of_first.base_model}
+        if not run.rehearsal:
+            cells |= {"published": of_first.published and of_first.published.value, "difference": of_first.difference}
+    for name in others:
+        cells[columns[name].label] = scores[name].value if name in scores else None
+    for name, score in scores.items():
+        if name in columns and columns[name].metric.of_model and score.gain is not None:
+            cells[f"{columns[name].label}, gained"] = score.gain
+    return cells | {
+        "rows": result.rows_evaluated,
+        "peak GiB": summary.peak_memory,
+        "tokens/s": round(summary.tokens_per_second) if summary.tokens_per_second else None,
+        "minutes": f"{summary.train_seconds / 60:.1f}",
+        "predictions": result.changed,
+        "adapter": run.published_adapter,
+        "trouble": result.trouble,
+        "variant of": run.variant_of,
+        "changed": ", ".join(result.changed_keys) or None,
     }
 
 
-def _gained(full: dict[str, Any], columns: Mapping[str, Column]) -> dict[str, float | None]:
-    """Differences of benchmarks from the base model's: what a training gained, or forgot."""
-    gained = {}
-    for name, column in columns.items():
-        if column.metric.of_model and full.get(f"{name}_base_model") is not None and full.get(name) is not None:
-            gained[f"{column.label}, gained"] = full[name] - full[f"{name}_base_model"]
-    return gained
+def show_study(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool, form: tables.Form) -> None:
+    """Print the rows of a study."""
+    if not rows and form != "json":
+        say("no run of its recipes is rehearsed yet; `recipe reproduce` with --rehearse does that")
+        return
+    records = [verdict.record(row, of_study) for row in rows]
+    tables.show(form, records, of_rows(of_study, rows, rehearsal), [] if rehearsal else notes(of_study, rows))
 
 
-def show(folders: Sequence[RunDir], form: tables.Form) -> None:
-    """Print the results of runs, in a form of `tables.Form`."""
-    found = [RunResult(folder, run) for folder, run in readable(folders, backends.read)]
-    rows = [run_rows.row(result, _jobs(result)) for result in found]
-    if changed := [full["run"] for full in rows if full["evaluation"]]:
-        say(f"{len(changed)} evaluations are stale or edited; `recipe evaluate {changed[-1]}` checks that of the last")
-    if form in ("json", "csv"):
-        tables.write(rows, form)
-    else:
-        for rehearsal in (False, True):
-            some = [pair for pair in zip(found, rows, strict=True) if pair[1]["rehearsal"] == rehearsal]
-            groups = _groups(some)
-            for of_study, columns, group in groups:
-                title = REHEARSALS if rehearsal else "Runs"
-                if len(groups) > 1:
-                    title += f": {of_study.folder.name}" if of_study else ": of no study"
-                decodings = [*of_study.decodings] if of_study else []
-                spare = [*[column.label for column in columns.values()][:0:-1], *_SPARE]  # but for the first
-                tables.write(
-                    [_short(full, columns, decodings) for full in group], form, title, spare=spare, below=_BELOW
-                )
-                compared = not rehearsal and any(not (r["other_base_model"] or r["other_data"]) for r in group)
-                if of_study and of_study.compared and compared:
-                    tables.write(baselines(of_study), form, "To compare with")
-
-
-def _groups(
-    some: Sequence[tuple[RunResult, dict[str, Any]]],
-) -> list[tuple[Study | None, dict[str, Column], list[dict[str, Any]]]]:
-    """Runs by their study, and those of no study by their metrics, so that no column has numbers of two metrics: the
-    study, the columns of scores, and the rows."""
-    groups: dict[str, tuple[Study | None, dict[str, Column], list[dict[str, Any]]]] = {}
-    for result, full in some:
-        of_study = result.study
-        columns = of_study.table if of_study else result.columns
-        key = of_study.folder.name if of_study else str({name: c.entry for name, c in columns.items()})
-        _, shown, rows = groups.setdefault(key, (of_study, dict(columns), []))
-        shown |= {name: column for name, column in result.columns.items() if column.metric.of_model}
-        rows.append(full)
-    return list(groups.values())
-
-
-COSTS = "Other scores, and what they cost"
-MEASURED = "What the runs took, and the mean loss of their last steps, beside what was published"
-CURVES = "Our training loss less the published one, over the same steps"
-REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
-
-
-def of_metric(rows: list[dict[str, Any]], of_study: Study, column: Column) -> list[dict[str, Any]]:
-    """The rows of a study by one of its metrics, beside the published scores; by the first also over baselines."""
-    name = column.name
-    first = name == of_study.first.name
-    over = {b.name: f"over {b.scores[name].value}" for b in of_study.compared if first and name in b.scores}
-    judged = {"by": f"{name}_model"} if column.metric.judged else {}
-    return [
-        {
-            "recipe": full["recipe"],
-            "rows": full["rows"],
-            column.label: full[name],
-            "95 %": None if full[f"{name}_low"] is None else [full[f"{name}_low"], full[f"{name}_high"]],
-            "published": full[f"{name}_published"]
-            if full[f"{name}_spread"] is None
-            else tables.plus_minus(full[f"{name}_published"], full[f"{name}_spread"]),
-            "difference": full[f"{name}_difference"],
-            "verdict": full[f"{name}_verdict"],
-            "95 % is of": full[f"{name}_interval_method"],
-            **{decoding: full[f"{name}_{decoding}"] for decoding in of_study.decodings},
-            **{
-                heading: None if (gain := full["gains_percent"][label]) is None else f"{gain:+.1f} %"
-                for label, heading in over.items()
-            },
-            **{heading: full[key] for heading, key in judged.items()},
-        }
-        for full in rows
-    ]
-
-
-def of_costs(rows: list[dict[str, Any]], of_study: Study) -> list[dict[str, Any]]:
-    """The rows of a study by the metrics that have no table of their own, and what the runs cost."""
+def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Iterator[Table]:
+    """The tables of a study: one for each metric, of costs, of other published figures, and of baselines."""
+    about = REHEARSALS if rehearsal else f"{of_study.cited}; published scores are on {of_study.test_title}"
+    for column in of_study.table.values():
+        title = about if column == of_study.first else column.label
+        cells = [_of_metric(row, column) for row in rows]
+        yield Table(cells, title, empty=True, spare=["95 % is of", "by", "rows", "difference"])
     others = {name: column for name, column in of_study.columns.items() if name not in of_study.table}
-    return [
-        {
-            "recipe": full["recipe"],
-            **{column.label: full[name] for name, column in others.items()},
-            "eval loss": full["eval_loss"],
-            "peak GPU GiB": full["peak_gpu_memory_gib"],
-            "tokens/s": round(full["tokens_per_second"]) if full["tokens_per_second"] else None,
-            "GPU hours": full["gpu_hours"],
-        }
-        for full in rows
-    ]
+    costs = [_of_costs(row, others) for row in rows]
+    yield Table(costs, COSTS, empty=True, spare=["tokens/s", "peak GPU GiB", "eval loss"])
+    if known := [key for key in _HEADINGS if any(row.costs()[key][1] is not None for row in rows)]:
+        yield Table([_of_measured(row, known) for row in rows], MEASURED)
+    gaps = [{"recipe": row.recipe, "mean gap": row.gap.mean, "largest gap": row.gap.largest, "at step": row.gap.step,
+             "verdict": row.gap_verdict} for row in rows if row.gap]  # fmt: skip
+    yield Table(gaps, CURVES)
+    if not rehearsal:
+        yield baselines(of_study)
 
 
-_MEASURED = {
-    "train_loss": "train loss",
-    "trainable": "trainable",
-    "peak_gpu_memory_gib": "peak GPU GiB",
-    "tokens_per_second": "tokens/s",
-    "train_seconds": "seconds",
-}
+def _of_metric(row: StudyRow, column: Column) -> Row:
+    """The cells of a row of a study by one of its metrics."""
+    score, within = row.scores[column.name], row.scores[column.name].interval
+    return {
+        "recipe": row.recipe,
+        "rows": row.chosen and row.chosen.rows_evaluated,
+        column.label: score.value,
+        "95 %": within and [within.low, within.high],
+        "published": _published(score.published),
+        "difference": score.difference,
+        "verdict": score.verdict,
+        "95 % is of": within and within.method,
+        **score.decodings,
+        **({"by": score.model} if column.metric.judged else {}),
+    }
 
 
-def of_measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a study by what else was published of its runs, ours and theirs beside each other; none where
-    nothing was."""
-    known = [key for key in _MEASURED if any(full[f"{key}_published"] is not None for full in rows)]
-    return [
-        {"recipe": full["recipe"]}
-        | {
-            f"{_MEASURED[key]}{theirs.replace('_', ', ')}": _whole(full[f"{key}{theirs}"])
-            for key in known
-            for theirs in ("", "_published")
-        }
-        for full in rows
-        if known
-    ]
+def _of_costs(row: StudyRow, others: Mapping[str, Column]) -> Row:
+    """The cells of a row of a study by the metrics that have no table of their own, and what the run cost."""
+    ours, costs = row.chosen and row.chosen.summary, row.costs()
+    speed = costs["tokens_per_second"][0]
+    return {
+        "recipe": row.recipe,
+        **{column.label: row.scores[name].value for name, column in others.items()},
+        "eval loss": ours and ours.eval_loss_per_token,
+        "peak GPU GiB": costs["peak_gpu_memory_gib"][0],
+        "tokens/s": speed and round(speed),
+        "GPU hours": row.gpu_hours,
+    }
 
 
-def of_curves(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How far the training losses of a study's runs lie from the published curves; of those with a step in common."""
-    return [
-        {
-            "recipe": full["recipe"],
-            "mean gap": full["train_loss_gap_mean"],
-            "largest gap": full["train_loss_gap_largest"],
-            "at step": full["train_loss_gap_step"],
-            "verdict": full["train_loss_verdict"],
-        }
-        for full in rows
-        if full["train_loss_gap_step"] is not None
-    ]
+def _of_measured(row: StudyRow, known: Iterable[str]) -> Row:
+    """The cells of a row of a study by what else was published, ours and theirs beside each other."""
+    cells: Row = {"recipe": row.recipe}
+    for key, (ours, published) in ((key, row.costs()[key]) for key in known):
+        cells |= {_HEADINGS[key]: _whole(ours), f"{_HEADINGS[key]}, published": _whole(published)}
+    return cells
 
 
 def _whole(value: float | None) -> str | float | None:
@@ -215,56 +196,110 @@ def _whole(value: float | None) -> str | float | None:
     return f"{value:,.0f}" if value is not None and value >= 100 else value
 
 
-def published(score: PublishedScore | None) -> float | str | None:
+def _published(score: PublishedScore | None) -> float | str | None:
     """A published score in a table: with its ± as text, otherwise as a number, which is aligned."""
     if score is None or score.spread is None:
         return score.value if score else None
     return tables.plus_minus(score.value, score.spread)
 
 
-def baselines(of_study: Study) -> list[dict[str, Any]]:
-    """A study's baselines, each named."""
-    return [
+def baselines(of_study: Study) -> Table:
+    """A study's baselines."""
+    rows = [
         {
             "baseline": baseline.name,
-            **{column.label: published(baseline.scores.get(name)) for name, column in of_study.table.items()},
+            **{column.label: _published(baseline.scores.get(name)) for name, column in of_study.table.items()},
             "on": baseline.test_set,
         }
         for baseline in of_study.compared
     ]
+    return Table(rows, "To compare with")
 
 
-def show_study(of_study: Study, rows: list[dict[str, Any]], rehearsal: bool, form: tables.Form) -> None:
-    """Print the rows of `verdict.rows`, in a form of `tables.Form`."""
+def notes(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
+    """The lines under the tables: what Axolotl does otherwise than the authors, how to read the verdicts, where a run
+    departs from the paper, and what may explain a score that is off."""
+    for difference in of_study.differences:
+        yield f"All recipes: {difference}"
+    yield from _of_intervals(of_study, rows)
+    for row in rows:
+        if adapter := row.chosen and row.chosen.run.published_adapter:
+            yield f"{row.recipe}: scores of the adapter {adapter}, which was not trained here."
+        if row.differs:
+            yield f"{row.recipe} differs from the paper: {'; '.join(row.differs)}"
+        judged = {of_study.columns[name].label: score.verdict for name, score in row.scores.items()}
+        judged["training loss"] = row.gap_verdict
+        if off := [label for label, found in judged.items() if found == verdict.OFF]:
+            of_which = "" if off == [of_study.first.label] else f" in {' and '.join(off)}"
+            yield f"{row.recipe} is off{of_which}, and the paper leaves open: {'; '.join(row.open)}"
+
+
+def _of_intervals(of_study: Study, rows: Sequence[StudyRow]) -> Iterator[str]:
+    """What the intervals behind the verdicts do not know, and how to have it known."""
+    scores = [score for row in rows for score in row.scores.values() if score.verdict]
+    methods = [score.interval.method for score in scores if score.interval]
+    if several := [row.recipe for row in rows if len(row.runs) > 1]:
+        yield f"Scores are means of runs that differ at most in their seed: of {', '.join(several)}."
+    seeds = f"`recipe reproduce {of_study.folder.name} --seeds 3` runs each recipe with three seeds"
+    if any(method == intervals.ROWS_ONLY or method.endswith(repeats.ONE_SEED) for method in methods):
+        yield f"An interval of {intervals.ROWS_ONLY}, or of one seed, knows nothing of other seeds: {seeds}."
+    if any(intervals.BORROWED in method for method in methods):
+        yield f"A borrowed spread is that of repeats which the authors published, not of our runs: {seeds}."
+
+
+def show_comparison(compared: Comparison, pair: tuple[str, str], form: tables.Form) -> None:
+    """Print two runs compared; in Markdown and CSV only the scores go to stdout."""
     if form == "json":
-        tables.write(rows, form)
-    elif not rows:
-        say("no run of its recipes is rehearsed yet; `recipe reproduce` with --rehearse does that")
-    elif form == "csv":
-        tables.write([_flat(full) for full in rows], form)
+        training = compared.training and asdict(compared.training)
+        tables.print_json({"training": training, "scores": compared.scores})
+        return
+    title = f"a: {pair[0]}, b: {pair[1]}"
+    if compared.training:
+        print_line = say if form in ("csv", "md") else tables.print_text
+        for line in (f"Trainings, {title}", *_in_words(compared.training), *([""] if form == "table" else [])):
+            print_line(line)
+    if compared.scores is None:
+        say(f"not compared by scores, as not evaluated: {', '.join(compared.unscored)}; `recipe evaluate` comes first")
     else:
-        for column in of_study.table.values():
-            of_one = of_metric(rows, of_study, column)
-            over = [heading for heading in of_one[0] if heading.startswith("over ")]
-            spare = ["95 % is of", *over, "by", "rows", "difference"]
-            first = column == of_study.first
-            about = f"{of_study.cited}; published scores are on {of_study.test_title}"
-            title = column.label if not first else REHEARSALS if rehearsal else about
-            tables.write(of_one, form, title, empty=True, spare=spare)
-        costs = of_costs(rows, of_study)
-        tables.write(costs, form, COSTS, empty=True, spare=["tokens/s", "peak GPU GiB", "eval loss"])
-        for title, table in ((MEASURED, of_measured(rows)), (CURVES, of_curves(rows))):
-            if table:
-                tables.write(table, form, title)
-        if not rehearsal:
-            if of_study.compared:
-                tables.write(baselines(of_study), form, "To compare with")
-            for line in notes(of_study, rows):
-                tables.print_text(line)
+        tables.write(compared.scores, form, title, spare=["equal", "rows", "p_wilcoxon", "better", "worse"])
+        if len(compared.scores) > 1:
+            say(f"{len(compared.scores)} metrics: intervals and p are not corrected for multiple comparisons")
 
 
-def _flat(full: dict[str, Any]) -> dict[str, Any]:
-    """A row without nested values, for CSV."""
-    gains = {f"gain_percent over {name}": gain for name, gain in full["gains_percent"].items()}
-    texts = {key: "; ".join(full[key]) for key in ("differs", "open")}
-    return {key: value for key, value in full.items() if key != "gains_percent"} | gains | texts
+def _in_words(training: Divergence) -> Iterator[str]:
+    if training.step is None or training.losses is None:
+        yield f"The losses of steps {training.first} to {training.last}, which both have recorded, are equal."
+    else:
+        a, b = training.losses
+        yield f"The losses differ from step {training.step} on: {a} in a, {b} in b."
+    yield "What differs between the runs, by their records:" if training.differences else "Their records are the same."
+    for name, (old, new) in training.differences.items():
+        yield f"{name}: {old} -> {new}"
+
+
+def show_power(found: Outlook, of_study: Study, form: tables.Form) -> None:
+    """Print the chance to see a difference from a published score."""
+    difference = tables.text_of(found.difference)
+    rows = [
+        {
+            "seeds": chance.seeds,
+            "rows": chance.rows,
+            f"sees {difference}": f"{chance.sees:.0%}",
+            f"smallest seen, {repeats.CHANCE:.0%}": chance.smallest,
+            "false alarms": f"{chance.false_alarms:.0%}",
+        }
+        for chance in found.rows
+    ]
+    title = f"{of_study.first.label}: what runs of {found.study} can tell from a published score"
+    by_run, by_row, rest = map(
+        tables.text_of, (found.deviation_of_runs, found.deviation_of_rows, found.deviation_of_a_row_in_a_run)
+    )
+    lines = [
+        f"{difference} is {found.difference_from}. Seen is a score whose 95 % interval excludes one so far away.",
+        f"Rests on {found.rests_on}.",
+        f"Standard deviations: {by_run} between runs, {by_row} between rows, {rest} of a row between runs.",
+        f"The interval of one run is of {found.one_run}.",
+        "A false alarm is a difference that is seen where there is none; 5 % are usual.",
+    ]
+    records = asdict(found) if form == "json" else [asdict(chance) for chance in found.rows]
+    tables.show(form, records, [Table(rows, title)], lines)

@@ -24,6 +24,7 @@ from ..runs.records import Run
 from ..runs.rundir import RunDir
 from ..scores.evaluations import ADAPTER, changed, check_again, current, read_scores
 from .card import base_model, card
+from .run_rows import RunResult
 
 CARD = "README.md"
 MERGED_FROM = "adapter.sha256"  # hash of the adapter that is in a merged model
@@ -75,7 +76,7 @@ def publish(
     models = [folder.output, *([_merge(folder, run, force)] if merge else [])]
     for model in models:
         repository = push if model == models[-1] else None
-        write_atomically(model / CARD, card(folder, run, evaluation, model != folder.output, repository))
+        write_atomically(model / CARD, card(RunResult(folder, run), evaluation, model != folder.output, repository))
     cards = [str(model / CARD) for model in models]
     return cards if push is None else [*cards, _push(models[-1], push, private, run.recipe)]
 

@@ -1,15 +1,15 @@
-"""Runs that repeat one another but for their seed, their interval, and `recipe results STUDY --power`."""
+"""Runs that repeat one another but for their seed, their interval, and the power of a study of several seeds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import variance
 from typing import Any
 
-from .. import backends, tables
+from .. import backends
 from ..base import yamlfiles
 from ..base.errors import UserError
-from ..base.yamlfiles import Config
+from ..base.files import Row
 from ..configs import config
 from ..data.study import Study
 from ..metrics.metric import Column
@@ -19,7 +19,6 @@ from ..scores import evaluations, intervals
 from ..scores.evaluations import Evaluation
 from ..scores.intervals import MeanSquares, Variances
 from ..scores.score import model_record
-from . import run_rows
 from .run_rows import RunResult
 
 SEED = "seed"
@@ -32,10 +31,11 @@ ONE_SEED = " of one seed"
 def usable(runs: Path, rehearsal: bool) -> list[RunResult]:
     """The runs below a folder that can represent their recipes: rehearsals or real ones, on the recipe's model and
     data."""
+    found = (RunResult(folder, run) for folder, run in rundir.readable(rundir.all_runs(runs), backends.read))
     return [
-        RunResult(folder, run)
-        for folder, run in rundir.readable(rundir.all_runs(runs), backends.read)
-        if run.rehearsal == rehearsal and (rehearsal or not run_rows.of_something_else(run))
+        result
+        for result in found
+        if result.run.rehearsal == rehearsal and (rehearsal or not result.is_of_something_else)
     ]
 
 
@@ -84,7 +84,7 @@ def _alike(one: Evaluation | None, other: Evaluation | None, settings: set[str])
 
 def seed(folder: RunDir) -> Any:
     """The seed of a run."""
-    cfg: Config = yamlfiles.read_yaml(folder.config) if folder.config.is_file() else {}
+    cfg = yamlfiles.read_yaml(folder.config) if folder.config.is_file() else {}
     return cfg.get(SEED, config.AXOLOTL_SEED)
 
 
@@ -100,22 +100,31 @@ def scores(column: Column, found: Sequence[RunResult]) -> list[tuple[RunResult, 
 
 
 def interval(
-    name: str, found: Sequence[RunResult], scores: Sequence[float], known: Sequence[float] = ()
+    name: str, scored: Sequence[tuple[RunResult, float]], known: Sequence[float] = ()
 ) -> intervals.Interval | None:
     """The 95 % interval of the mean of runs' scores, see `intervals.of_runs`.
 
     Args:
         name: the score's.
-        found: the runs.
-        scores: what they reached.
+        scored: the runs, with what they reached.
         known: published scores of repeats, whose spread stands in where there is only one run.
     """
+    found, values = [result for result, _ in scored], [value for _, value in scored]
     if len(found) > 1:
-        made = intervals.of_runs(scores, by_row(name, found))
+        made = intervals.of_runs(values, by_row(name, found))
         one_seed = len({repr(seed(result.folder)) for result in found}) == 1
-        return intervals.Interval(made.low, made.high, made.method + ONE_SEED) if made and one_seed else made
+        return replace(made, method=made.method + ONE_SEED) if made and one_seed else made
     own = found[0].evaluation
-    return intervals.of_runs(scores, None, (own.scores.get("intervals") or {}).get(name) if own else None, known)
+    return intervals.of_runs(values, None, (own.scores.get("intervals") or {}).get(name) if own else None, known)
+
+
+def interval_cells(name: str, within: intervals.Interval | None) -> Row:
+    """The keys of a score's interval in a record."""
+    return {
+        f"{name}_low": within.low if within else None,
+        f"{name}_high": within.high if within else None,
+        f"{name}_interval_method": within.method if within else None,
+    }
 
 
 def by_row(name: str, found: Sequence[RunResult]) -> list[list[float]] | None:
@@ -145,20 +154,53 @@ class Basis:
     words: str
 
 
-def outlook(of_study: Study, runs: Path, difference: float | None = None) -> dict[str, Any]:
-    """The chance to see a difference from a published score in the study's first metric, by seeds and rows.
+@dataclass(frozen=True)
+class Chance:
+    """What so many seeds and rows can see.
 
-    To see it is to have a 95 % interval of the mean of our runs that excludes a value so far from the truth.
+    Attributes:
+        sees: the chance to see the difference.
+        smallest: the smallest difference that is seen with the chance `CHANCE`.
+        false_alarms: the chance to see one where there is none.
+    """
+
+    seeds: int
+    rows: int
+    sees: float
+    smallest: float
+    false_alarms: float
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The chance to see a difference from a published score in a study's first metric, by seeds and rows.
+
+    Attributes:
+        difference_from: the origin of the difference.
+        rests_on: the origin of the standard deviations.
+        one_run: what the interval of one run is of.
+    """
+
+    study: str
+    metric: str
+    difference: float
+    difference_from: str
+    rests_on: str
+    one_run: str
+    deviation_of_runs: float
+    deviation_of_rows: float
+    deviation_of_a_row_in_a_run: float
+    rows: list[Chance]
+
+
+def outlook(of_study: Study, runs: Path, difference: float | None = None) -> Outlook:
+    """The chance to see a difference: to have a 95 % interval of the mean of our runs that excludes a value so far from
+    the truth.
 
     Args:
         of_study: the study.
         runs: the folder with the runs.
         difference: in the metric's unit; by default the study's tolerance, or a hundredth of the metric's range.
-
-    Returns:
-        `metric`, `difference` and where that is from, what the variances rest on, the standard deviations, and `rows`:
-        for each number of seeds and of rows the chance to see it, the smallest difference seen with 80 %, and the
-        chance to see one where there is none.
 
     Raises:
         UserError: the noise of rows, or that of seeds, is not known yet; or there is no difference to take.
@@ -166,37 +208,28 @@ def outlook(of_study: Study, runs: Path, difference: float | None = None) -> dic
     column = of_study.first
     difference, why = _difference(of_study, column, difference)
     basis = _basis(of_study, column, runs)
-    if not basis.variances.deviation(1, 1) or basis.rows < _FEWEST:
+    spread = basis.variances
+    if not spread.deviation(1, 1) or basis.rows < _FEWEST:
         few = f"{basis.rows} rows of {basis.words} are too few, or too alike, to plan with"
         raise UserError(f"{of_study.folder.name}: {few}; score more")
     known = next(filter(None, (of_study.repeats(recipe, column.name) for recipe in of_study.published)), [])
     rows = []
-    for part in PARTS:
-        if (count := basis.rows // part) >= _FEWEST:
-            for seeds in SEEDS:
-                planned = intervals.power(basis.variances, seeds, count, known)
-                rows.append(
-                    {
-                        "seeds": seeds,
-                        "rows": count,
-                        "sees": planned.sees(difference),
-                        "smallest": planned.smallest(CHANCE),
-                        "false_alarms": planned.sees(0),
-                    }
-                )
-    spread = basis.variances
-    return {
-        "study": of_study.folder.name,
-        "metric": column.name,
-        "difference": difference,
-        "difference_from": why,
-        "rests_on": basis.words,
-        "one_run": f"rows, and {intervals.BORROWED}" if known else intervals.ROWS_ONLY,
-        "deviation_of_runs": spread.of_runs**0.5,
-        "deviation_of_rows": spread.of_rows**0.5,
-        "deviation_of_a_row_in_a_run": spread.rest**0.5,
-        "rows": rows,
-    }
+    for count in (basis.rows // part for part in PARTS if basis.rows // part >= _FEWEST):
+        for seeds in SEEDS:
+            planned = intervals.power(spread, seeds, count, known)
+            rows.append(Chance(seeds, count, planned.sees(difference), planned.smallest(CHANCE), planned.sees(0)))
+    return Outlook(
+        study=of_study.folder.name,
+        metric=column.name,
+        difference=difference,
+        difference_from=why,
+        rests_on=basis.words,
+        one_run=f"rows, and {intervals.BORROWED}" if known else intervals.ROWS_ONLY,
+        deviation_of_runs=spread.of_runs**0.5,
+        deviation_of_rows=spread.of_rows**0.5,
+        deviation_of_a_row_in_a_run=spread.rest**0.5,
+        rows=rows,
+    )
 
 
 def _difference(of_study: Study, column: Column, given: float | None) -> tuple[float, str]:
@@ -227,18 +260,13 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
         lacks = f"`recipe reproduce {name} --seeds 3` makes runs that show it"
         raise UserError(f"--power {name}: how far runs with other seeds lie apart is not known yet; {lacks}")
     recipe, values = next(iter(known.items()))
-    of_runs = variance(values)
-    borrowed = f"{len(values)} published repeats of {recipe}"
-    if scored:
-        of_rows = sum(variance(table[0]) for _, table in scored) / len(scored)
-        which = " and ".join(group[0].run.recipe for group, _ in scored)
-        return Basis(Variances(of_runs, of_rows, 0.0), most, f"{borrowed}, and the rows of {which}")
     metric, published = column.metric, of_study.published[recipe].scores.get(column.name)
     if metric.all_or_nothing and metric.high is not None and published and of_study.data.scored_rows:
         of_rows = (published.value - metric.low) * (metric.high - published.value)
-        words = f"{borrowed}, and rows that are right or wrong, {published.value:g} % of them right as published"
+        right = f"rows that are right or wrong, {published.value:g} % of them right as published"
         if of_rows >= 0:  # otherwise no score can be as published
-            return Basis(Variances(of_runs, of_rows, 0.0), of_study.data.scored_rows, words)
+            words = f"{len(values)} published repeats of {recipe}, and {right}"
+            return Basis(Variances(variance(values), of_rows, 0.0), of_study.data.scored_rows, words)
     lacks = f"`recipe reproduce {name} --only {recipe}` makes a run that shows it"
     raise UserError(f"--power {name}: how far rows lie apart is not known yet; {lacks}")
 
@@ -256,41 +284,3 @@ def _groups(of_study: Study, runs: Path) -> list[list[RunResult]]:
         if all(result not in group for group in groups):
             groups.append(of(result, comparable))
     return groups
-
-
-def show_power(found: dict[str, Any], of_study: Study, form: tables.Form) -> None:
-    """Print what `outlook` returns, in a form of `tables.Form`."""
-    if form == "json":
-        tables.print_json(found)
-        return
-    column, difference = of_study.first, tables.text_of(float(found["difference"]))
-    rows: Sequence[dict[str, Any]] = [
-        {
-            "seeds": row["seeds"],
-            "rows": row["rows"],
-            f"sees {difference}": f"{row['sees']:.0%}",
-            f"smallest seen, {CHANCE:.0%}": row["smallest"],
-            "false alarms": f"{row['false_alarms']:.0%}",
-        }
-        for row in found["rows"]
-    ]
-    if form == "csv":
-        tables.write(found["rows"], form)
-        return
-    tables.write(rows, form, f"{column.label}: what runs of {found['study']} can tell from a published score")
-    for line in _notes(found, difference):
-        tables.print_text(line)
-
-
-def _notes(found: dict[str, Any], difference: str) -> list[str]:
-    of_runs, of_rows, rest = (
-        tables.text_of(float(found[f"deviation_of_{what}"])) for what in ("runs", "rows", "a_row_in_a_run")
-    )
-    of_rest = f", and {rest} of a row between runs" if found["deviation_of_a_row_in_a_run"] else ""
-    return [
-        f"{difference} is {found['difference_from']}. Seen is a score whose 95 % interval excludes one so far away.",
-        f"Rests on {found['rests_on']}.",
-        f"Standard deviations: {of_runs} between runs, {of_rows} between rows{of_rest}.",
-        f"The interval of one run is of {found['one_run']}.",
-        "A false alarm is a difference that is seen where there is none; 5 % are usual.",
-    ]

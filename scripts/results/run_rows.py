@@ -1,28 +1,49 @@
-"""A run and its results as a row, and the scores and the curve that it may be compared with."""
+"""A run with its results, and the scores that it compares with."""
 
-import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from ..base.errors import UserError
+from ..base.files import Row
+from ..base.yamlfiles import Config
 from ..configs import models
 from ..data import manifest, study
 from ..data.manifest import is_the_studys
-from ..data.published import Published
+from ..data.published import Published, PublishedScore
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs.records import Run, Summary
 from ..runs.rundir import RunDir
 from ..scores import evaluations
-from ..scores.evaluations import BASE_MODEL, Evaluation, changed, current, read_scores
+from ..scores.evaluations import BASE_MODEL, Changed, Evaluation, changed, current, read_scores
 from ..scores.score import columns_of
 
 REHEARSED = ("profile rehearsal", "rehearsal: ")  # the reasons for what every rehearsal changes
 _ALIKE = {"data_sha256", "rows", "decoding"}  # settings of two evaluations that may be compared
+
+
+@dataclass(frozen=True, slots=True)
+class RunScore:
+    """A run's score by a metric.
+
+    Attributes:
+        base_model: the base model's, without adapter.
+        published: the score that it tries for.
+        difference: from that, where the two compare.
+        decodings: by the study's further decodings, by their names.
+    """
+
+    value: float | None
+    base_model: float | None
+    published: PublishedScore | None
+    difference: float | None
+    decodings: dict[str, float | None]
+
+    @property
+    def gain(self) -> float | None:
+        """What the training gained over the base model."""
+        return None if self.value is None or self.base_model is None else self.value - self.base_model
 
 
 @dataclass(frozen=True)
@@ -37,9 +58,18 @@ class RunResult:
         return study.of_any(self.run.origin)
 
     @cached_property
+    def _last_evaluation(self) -> Evaluation | None:
+        return read_scores(self.folder.path)
+
+    @cached_property
+    def changed(self) -> Changed | None:
+        """What has changed since its evaluation."""
+        return changed(self.folder.path, self._last_evaluation, self.run)
+
+    @property
     def evaluation(self) -> Evaluation | None:
-        """The evaluation of its adapter."""
-        return current(self.folder.path, self.run)
+        """The evaluation of its adapter, if nothing has changed since."""
+        return None if self.changed else self._last_evaluation
 
     @property
     def is_scored(self) -> bool:
@@ -71,15 +101,33 @@ class RunResult:
     def summary(self) -> Summary:
         return self.folder.summary(self.run)
 
+    @property
+    def trouble(self) -> str | None:
+        """The trouble of its losses, or what ended its last launch."""
+        return self.summary.trouble or (self.run.launches[-1].problem if self.run.launches else None)
+
+    @property
+    def changed_keys(self) -> list[str]:
+        """The keys that its user changed, and the arguments for Axolotl."""
+        own = [difference.key for difference in self.run.differences if not difference.why.startswith(REHEARSED)]
+        return own + self.run.axolotl_arguments
+
+    @property
+    def rows_evaluated(self) -> int | None:
+        return self.evaluation.scores.get("rows") if self.evaluation else None
+
     def score(self, column: Column) -> float | None:
         """Its score by a metric; None also where it was scored before the metric was declared as it is now."""
-        return value(column, self.evaluation, self.summary.eval_loss_per_token)
+        if column.metric.of_loss is None:
+            return _value(column, self.evaluation)
+        loss = self.summary.eval_loss_per_token
+        return None if loss is None else column.metric.of_loss(loss)
 
     def is_comparable(self, column: Column) -> bool:
         """True if a score compares with a published one: the run is finished, and evaluated on exactly the rows, with
         the decoding and with the metric of that; its eval loss needs no evaluation."""
         run, own = self.run, self.evaluation
-        if not self.study or run.state != "finished" or run.rehearsal or of_something_else(run):
+        if not self.study or run.state != "finished" or run.rehearsal or self.is_of_something_else:
             return False
         return column.metric.of_loss is not None or bool(
             own
@@ -89,32 +137,84 @@ class RunResult:
             and own.settings.decoding == self.study.decoding
         )
 
-    def scores(self) -> dict[str, Any]:
-        """Its scores, NAME each, and what they compare with: NAME_base_model, the base model's without adapter;
-        NAME_published; and NAME_difference from that, where the two compare. NAME_DECODING is that by one of the
-        study's further decodings."""
-        aimed = aim(self.run)
-        scores: dict[str, Any] = {}
+    @cached_property
+    def scores(self) -> dict[str, RunScore]:
+        """Its scores by name, each with what it compares with."""
+        found = {}
         for name, column in self.columns.items():
-            ours, published = self.score(column), aimed.scores.get(name) if aimed else None
-            difference = ours - published.value if published and ours is not None else None
-            scores |= {
-                name: ours,
-                f"{name}_base_model": value(column, self.base_evaluation, None),
-                f"{name}_published": published.value if published else None,
-                f"{name}_difference": difference if self.is_comparable(column) else None,
-            }
-            if not column.metric.of_loss:
-                scores |= {f"{name}_{decoding}": value(column, other, None) for decoding, other in self.decoded.items()}
-        return scores
+            ours, published = self.score(column), self.aim.scores.get(name) if self.aim else None
+            difference = None
+            if published and ours is not None and self.is_comparable(column):
+                difference = ours - published.value
+            decoded = {} if column.metric.of_loss else self.decoded
+            found[name] = RunScore(
+                value=ours,
+                base_model=_value(column, self.base_evaluation),
+                published=published,
+                difference=difference,
+                decodings={decoding: _value(column, other) for decoding, other in decoded.items()},
+            )
+        return found
+
+    @cached_property
+    def aim(self) -> Published | None:
+        """The published results that it tries for; a rehearsal, or a run of something else, tries for none."""
+        if self.study is None or self.run.rehearsal or self.is_of_something_else:
+            return None
+        return self.study.aimed_at(self.run.origin)
+
+    @cached_property
+    def other_model(self) -> str | None:
+        """Its base model, where that is neither its recipe's nor a copy of that on the hub."""
+        changed = next((difference for difference in self.run.from_origin if difference.key == "base_model"), None)
+        return str(changed.run) if changed and not models.is_copy(changed.run, changed.recipe) else None
+
+    @cached_property
+    def other_data(self) -> bool:
+        """Whether it trains on other rows than its recipe: at another place, and not known there as the study's."""
+        moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in self.run.from_origin)
+        return moved and not 0 < len(self.run.data) == sum(map(is_the_studys, manifest_entries(self.run)))
+
+    @property
+    def is_of_something_else(self) -> bool:
+        """Whether it is on another base model or other data than its recipe, so that no published score concerns it."""
+        return bool(self.other_model) or self.other_data
 
 
-def row(result: RunResult, jobs: Iterable[str] = ()) -> dict[str, Any]:
-    """A run and what it reached, with its `jobs` that have not ended, in words. Rehearsals are not compared with
-    published scores."""
+def manifest_entries(run: Run) -> list[Config]:
+    """The entries of a run's data files, by their hash, in the manifests of `recipe data prepare`."""
+    return [
+        entry
+        for file in run.data
+        for entry in manifest.entries(Path(run.cwd, file.path).parent).values()
+        if entry.get("sha256") == file.sha256
+    ]
+
+
+def _value(column: Column, evaluation: Evaluation | None) -> float | None:
+    """A score of an evaluation; None also where it was scored before the metric was declared as it is now."""
+    if evaluation is None or not column.same_scores(evaluation.columns.get(column.name)):
+        return None
+    return evaluation.scores.get(column.name)
+
+
+def record(result: RunResult, jobs: Iterable[str] = ()) -> Row:
+    """A run and what it reached, as JSON has it.
+
+    Args:
+        result: the run.
+        jobs: its jobs that have not ended, in words.
+    """
     folder, run, own, summary = result.folder, result.run, result.evaluation, result.summary
-    ended_by = run.launches[-1].problem if run.launches else None
-    differing = [d.key for d in run.differences if not d.why.startswith(REHEARSED)] + run.axolotl_arguments
+    scores: Row = {}
+    for name, score in result.scores.items():
+        scores |= {
+            name: score.value,
+            f"{name}_base_model": score.base_model,
+            f"{name}_published": score.published and score.published.value,
+            f"{name}_difference": score.difference,
+            **{f"{name}_{decoding}": value for decoding, value in score.decodings.items()},
+        }
     return {
         "run": str(folder.path),
         "recipe": run.recipe,
@@ -128,112 +228,20 @@ def row(result: RunResult, jobs: Iterable[str] = ()) -> dict[str, Any]:
         "steps": summary.max_steps,
         "ended": summary.ended,
         "kept_step": summary.kept_step,
-        "trouble": summary.trouble or ended_by,
+        "trouble": result.trouble,
         "eval_loss_first": summary.eval_loss_per_token_first,
         "eval_loss": summary.eval_loss_per_token,
         "eval_loss_axolotl": summary.eval_loss,
-        "rows_evaluated": own.scores.get("rows") if own else None,
+        "rows_evaluated": result.rows_evaluated,
         "test_set": own.settings.test_set if own else None,
         "generated_by": own.settings.engine if own else None,
-        "evaluation": changed(folder.path, read_scores(folder.path), run),
-        **result.scores(),
+        "evaluation": result.changed,
+        **scores,
         "peak_memory_gib": summary.peak_memory,
         "memory_kind": summary.memory_kind,
-        "other_base_model": None if run.rehearsal else other_model(run),
-        "other_data": not run.rehearsal and other_data(run),
+        "other_base_model": None if run.rehearsal else result.other_model,
+        "other_data": not run.rehearsal and result.other_data,
         "tokens_per_second": summary.tokens_per_second,
         "train_seconds": summary.train_seconds,
-        "changed_keys": ", ".join(differing),
+        "changed_keys": ", ".join(result.changed_keys),
     }
-
-
-def value(column: Column, own: Evaluation | None, loss: float | None) -> float | None:
-    """A run's score by an evaluation, or by its eval loss where the metric is of that; None also where it was scored
-    before the metric was declared as it is now."""
-    if column.metric.of_loss:
-        return None if loss is None else column.metric.of_loss(loss)
-    return own.scores.get(column.name) if own and column.same_scores(own.columns.get(column.name)) else None
-
-
-def aim(run: Run) -> Published | None:
-    """What was published of that which a run tries for; a rehearsal, or a run of something else, tries for none."""
-    of_study = study.of_any(run.origin)
-    return of_study.aimed_at(run.origin) if of_study and not run.rehearsal and not of_something_else(run) else None
-
-
-def other_model(run: Run) -> str | None:
-    """The base model of a run that is neither its recipe's nor a copy of that on the hub."""
-    changed = next((difference for difference in run.from_origin if difference.key == "base_model"), None)
-    return str(changed.run) if changed and not models.is_copy(changed.run, changed.recipe) else None
-
-
-def other_data(run: Run) -> bool:
-    """Whether a run trains on other rows than its recipe: at another place, and not known there as the study's."""
-    moved = any(d.key.startswith("datasets") and d.key.endswith("path") for d in run.from_origin)
-    known = [entry for entry in manifest_entries(run) if is_the_studys(entry)]
-    return moved and not 0 < len(run.data) == len(known)
-
-
-def manifest_entries(run: Run) -> list[dict[str, Any]]:
-    """What the manifests of `recipe data prepare` say of a run's data files, which they identify by their hash."""
-    return [
-        entry
-        for file in run.data
-        for entry in manifest.entries(Path(run.cwd, file.path).parent).values()
-        if entry.get("sha256") == file.sha256
-    ]
-
-
-def of_something_else(run: Run) -> bool:
-    """Whether a run is on another base model or other data than its recipe, so that no published score concerns it."""
-    return bool(other_model(run)) or other_data(run)
-
-
-Point = tuple[int, float]  # a step, and the mean loss of the steps since the point before
-
-
-def published_curve(of_study: Study, of_recipe: Published) -> list[Point]:
-    """The published curve of a recipe; none where it has none.
-
-    Raises:
-        UserError: its file is not a CSV file with numbers in the columns step and train_loss.
-    """
-    if not of_recipe.curve:
-        return []
-    file = of_study.folder / of_recipe.curve
-    try:
-        with file.open(encoding="utf-8", newline="") as stream:
-            return [(int(row["step"]), float(row["train_loss"])) for row in csv.DictReader(stream)]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        problem = f"expected the columns step and train_loss with a number in each row ({error!r:.60})"
-        raise UserError(f"{file}: {problem}") from None
-
-
-def gap(ours: Sequence[Point], curve: Sequence[Point]) -> dict[str, float | int | None]:
-    """How far a run's points lie from those of a curve at the same steps: `mean`, ours less theirs; `largest`, of the
-    absolute values, and the `step` with that. None where there is no point."""
-    theirs = dict(curve)
-    gaps = {step: loss - theirs[step] for step, loss in ours}
-    furthest = max(gaps, key=lambda step: abs(gaps[step]), default=None)
-    return {
-        "mean": sum(gaps.values()) / len(gaps) if gaps else None,
-        "largest": None if furthest is None else abs(gaps[furthest]),
-        "step": furthest,
-    }
-
-
-def over_the_same_steps(metrics: Iterable[Mapping[str, Any]], curve: Sequence[Point]) -> list[Point]:
-    """A run's training loss at the steps of a curve: the mean since the step before; without those it has not reached.
-
-    Args:
-        metrics: the run's records by step.
-        curve: the published points.
-    """
-    losses = [(record["step"], record["loss"]) for record in metrics if record.get("loss") is not None]
-    last = max((step for step, _ in losses), default=0)
-    points = []
-    for before, step in pairwise([0, *(step for step, _ in curve)]):
-        within = [loss for at, loss in losses if before < at <= step]
-        if within and step <= last:
-            points.append((step, sum(within) / len(within)))
-    return points

@@ -1,29 +1,115 @@
-"""A study's runs beside its published scores: the rows of `recipe results STUDY`."""
+"""A study's runs beside its published results."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from ..base import paths, yamlfiles
+from ..base.files import Row
 from ..configs import config, datafiles
 from ..configs.compose import REHEARSAL, TRACKERS
 from ..configs.numerics import departures
 from ..data.published import TRAIN_LOSS, Measured, Published, PublishedScore
 from ..data.study import Study
 from ..metrics.metric import Column
-from ..scores import intervals
+from ..runs.records import Summary
+from ..scores.intervals import Interval
 from ..scores.score import model_record
-from . import repeats, run_rows
+from . import compare, repeats
+from .compare import CurveGap, Point
 from .run_rows import RunResult
 
 GIB = 1 << 30
+_NOTHING = Summary()
 WITHIN, ACCEPTABLE, OFF = "within the interval", "acceptable", "off"
 
 
+@dataclass(frozen=True, slots=True)
+class MetricRow:
+    """A study's runs of a recipe by one metric.
+
+    Attributes:
+        value: the mean over the runs.
+        interval: its 95 % interval.
+        base_model: the base model's, without adapter, of the representative run.
+        difference: from the published score, where the two compare.
+        verdict: see `verdict`.
+        model: the scorer model, of a metric that has one.
+        decodings: the means by the study's further decodings.
+    """
+
+    value: float | None
+    interval: Interval | None
+    base_model: float | None
+    published: PublishedScore | None
+    difference: float | None
+    verdict: str | None
+    model: str | None
+    decodings: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class StudyRow:
+    """A recipe's runs beside what was published of it.
+
+    Attributes:
+        runs: the representative run, and behind it those that repeat it; none where it was not run.
+        scores: by the names of the study's metrics.
+        measured: the other published figures.
+        curve: the points of the published curve.
+        losses: the run's training loss at its steps.
+        gap: its distance from the curve.
+        gap_verdict: the verdict on that.
+        differs: the settings that the paper states and the run changed.
+        open: those that the paper leaves open, with the run's values.
+    """
+
+    recipe: str
+    rehearsal: bool
+    runs: list[RunResult]
+    scores: dict[str, MetricRow]
+    measured: Measured
+    curve: list[Point]
+    losses: list[Point]
+    gap: CurveGap | None
+    gap_verdict: str | None
+    differs: list[str]
+    open: list[str]
+
+    @property
+    def chosen(self) -> RunResult | None:
+        """The representative run."""
+        return self.runs[0] if self.runs else None
+
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.chosen and str(self.chosen.summary.memory_kind).startswith("GPU"))
+
+    @property
+    def gpu_hours(self) -> float | None:
+        run = self.chosen
+        return run.summary.train_seconds * run.run.ranks / 3600 if run and self.on_gpu else None
+
+    def costs(self) -> dict[str, tuple[float | None, float | None]]:
+        """What the run took and how its loss ended, each beside what was published."""
+        published, ours = self.measured, self.chosen.summary if self.chosen else _NOTHING
+        ended = self.losses and self.losses[-1][0] == self.curve[-1][0]
+        return {
+            "train_loss": (self.losses[-1][1] if ended else None, self.curve[-1][1] if self.curve else None),
+            "trainable": (ours.trainable_parameters, published.trainable),
+            "peak_gpu_memory_gib": (
+                ours.peak_memory if self.on_gpu else None,
+                published.reserved_bytes / GIB if published.reserved_bytes else None,
+            ),
+            "tokens_per_second": (ours.tokens_per_second, published.tokens_per_second),
+            "train_seconds": (ours.train_seconds if self.chosen else None, published.train_seconds),
+        }
+
+
 def verdict(
-    ours: float, interval: Sequence[float] | None, published: PublishedScore, tolerance: float | None = None
+    ours: float, interval: Interval | None, published: PublishedScore, tolerance: float | None = None
 ) -> str | None:
     """How a score of ours compares with a published one.
 
@@ -35,7 +121,7 @@ def verdict(
     spread = published.spread
     if interval is None and spread is None and tolerance is None:
         return None
-    low, high = interval or (ours, ours)
+    low, high = (interval.low, interval.high) if interval else (ours, ours)
     least, most = published.value - (spread or 0), published.value + (spread or 0)
     if (interval or spread is not None) and low <= most and least <= high:
         return WITHIN
@@ -44,7 +130,7 @@ def verdict(
 
 def rows(
     of_study: Study, runs: Path, rehearsal: bool, representatives: Mapping[str, Path | None] | None = None
-) -> list[dict[str, Any]]:
+) -> list[StudyRow]:
     """For each of a study's recipes its representative run, or none, and how its score compares.
 
     The run is the newest that was evaluated; a finished one, and one without overrides, is preferred. A run on another
@@ -67,7 +153,7 @@ def rows(
         if of_recipe or (recipe in of_study.published and not rehearsal):
             chosen = max(of_recipe, key=_preference, default=None)
             found = repeats.of(chosen, all_runs) if chosen else []
-            table.append(study_row(of_study, recipe, found, rehearsal))
+            table.append(_row(of_study, recipe, found, rehearsal))
     return table
 
 
@@ -82,126 +168,106 @@ def _preference(result: RunResult) -> tuple[bool, bool, bool, bool, bool, str]:
     return not run.published_adapter, done, evaluated, plain and run.ranks == 1, own_seed, result.folder.path.name
 
 
-def study_row(of_study: Study, recipe: str, found: Sequence[RunResult], rehearsal: bool) -> dict[str, Any]:
-    """A run's results beside what was published; its scores are means over it and those that repeat it.
-
-    Args:
-        of_study: the study.
-        recipe: one of its recipes.
-        found: its representative run, and repeats of that; none where it was not run.
-        rehearsal: whether these are rehearsals.
-
-    Returns:
-        `runs`, how many the means are over; for each metric NAME, NAME_low and NAME_high, its interval, and
-        NAME_interval_method, what that knows; NAME_base_model, NAME_published, with NAME_spread as its ±,
-        NAME_difference and NAME_verdict, see `verdict`; NAME_DECODING by a further decoding; `verdict`, that of the
-        study's first metric; the gain over each baseline in percent; of the run itself costs, and the loss of the last
-        stretch of steps that the published curve has, each with _published, how far it lies from that curve, see
-        `run_rows.gap`, and `train_loss_verdict`; `differs`, the settings that the paper states and the run changed; and
-        `open`, those that the paper leaves open, with the run's values.
-    """
+def _row(of_study: Study, recipe: str, found: list[RunResult], rehearsal: bool) -> StudyRow:
+    """The row of a recipe's representative run and of those that repeat it."""
     chosen = found[0] if found else None
-    ours = run_rows.row(chosen) if chosen else {}
     aim = None if rehearsal else of_study.aimed_at(recipe)
-    first = of_study.first
-    compared = bool(chosen and ours[first.name] is not None and chosen.is_comparable(first))
-    by_metric: dict[str, Any] = {}
-    for column in of_study.columns.values():
-        by_metric |= _scores(of_study, column, found, ours, aim)
+    curve = compare.published_curve(of_study, aim) if aim else []
+    losses = compare.over_the_same_steps(chosen.folder.read_metrics(), curve) if chosen and curve else []
+    gap = compare.curve_gap(losses, curve)
+    gap_verdict = None
+    if gap and chosen and chosen.run.state == "finished" and TRAIN_LOSS in of_study.tolerances:
+        gap_verdict = ACCEPTABLE if gap.largest <= of_study.tolerances[TRAIN_LOSS] else OFF
     differs, left_open = _settings(of_study, recipe, chosen) if chosen and not rehearsal else ([], [])
-    return {
-        "recipe": recipe,
-        "run": ours.get("run"),
-        "state": ours.get("state"),
-        "published_adapter": ours.get("published_adapter"),
-        "runs": len(found),
-        "rehearsal": rehearsal,
-        "rows": ours.get("rows_evaluated"),
-        "test_set": ours.get("test_set"),
-        "generated_by": ours.get("generated_by"),
-        **by_metric,
-        "verdict": by_metric[f"{first.name}_verdict"],
-        "gains_percent": _gains(of_study, by_metric, compared),
-        "eval_loss": ours.get("eval_loss"),
-        **_costs(of_study, chosen, ours, aim),
-        "differs": differs,
-        "open": left_open,
-    }
+    return StudyRow(
+        recipe=recipe,
+        rehearsal=rehearsal,
+        runs=found,
+        scores={name: _by_metric(of_study, column, found, aim) for name, column in of_study.columns.items()},
+        measured=aim.measured if aim else Measured(),
+        curve=curve,
+        losses=losses,
+        gap=gap,
+        gap_verdict=gap_verdict,
+        differs=differs,
+        open=left_open,
+    )
 
 
-def _costs(of_study: Study, chosen: RunResult | None, ours: Mapping[str, Any], aim: Published | None) -> dict[str, Any]:
-    """What a run took and how its loss ended, beside what was published of that."""
-    measured = aim.measured if aim else Measured()
-    on_gpu = str(ours.get("memory_kind")).startswith("GPU")
-    curve = run_rows.published_curve(of_study, aim) if aim else []
-    own = run_rows.over_the_same_steps(chosen.folder.read_metrics(), curve) if chosen and curve else []
-    gap = run_rows.gap(own, curve)
-    tolerance, furthest = of_study.tolerances.get(TRAIN_LOSS, math.inf), gap["largest"] or 0
-    judged = ours.get("state") == "finished" and gap["step"] is not None and TRAIN_LOSS in of_study.tolerances
-    gib = measured.reserved_bytes / GIB if measured.reserved_bytes else None
-    return {
-        "train_loss": own[-1][1] if own and own[-1][0] == curve[-1][0] else None,
-        "train_loss_published": curve[-1][1] if curve else None,
-        **{f"train_loss_gap_{key}": value for key, value in gap.items()},
-        "train_loss_verdict": (ACCEPTABLE if furthest <= tolerance else OFF) if judged else None,
-        "trainable": chosen.summary.trainable_parameters if chosen else None,
-        "trainable_published": measured.trainable,
-        "peak_gpu_memory_gib": ours.get("peak_memory_gib") if on_gpu else None,
-        "peak_gpu_memory_gib_published": gib,
-        "tokens_per_second": ours.get("tokens_per_second"),
-        "tokens_per_second_published": measured.tokens_per_second,
-        "train_seconds": ours.get("train_seconds"),
-        "train_seconds_published": measured.train_seconds,
-        "gpu_hours": chosen.summary.train_seconds * chosen.run.ranks / 3600 if chosen and on_gpu else None,
-    }
-
-
-def _scores(
-    of_study: Study, column: Column, found: Sequence[RunResult], ours: Mapping[str, Any], aim: Published | None
-) -> dict[str, Any]:
-    """What a row of the study says of one metric."""
-    name = column.name
+def _by_metric(of_study: Study, column: Column, found: Sequence[RunResult], aim: Published | None) -> MetricRow:
+    """The scores of a representative run, and of those that repeat it, by one metric."""
+    name, chosen = column.name, found[0] if found else None
+    published, of_chosen = aim.scores.get(name) if aim else None, chosen.scores[name] if chosen else None
     reached = repeats.scores(column, found)
-    values = [value for _, value in reached]
-    known = [] if ours.get("rehearsal") or not found else of_study.repeats(found[0].run.origin, name)
-    mean = fmean(values) if reached else None
-    within = repeats.interval(name, [result for result, _ in reached], values, known) if reached else None
-    published = aim.scores.get(name) if aim else None
-    compared = published is not None and mean is not None and ours.get(f"{name}_difference") is not None
-    others = [result.scores() for result in found] if of_study.decodings else []
-    model = model_record(column, found[0].evaluation.scores) if found and found[0].evaluation else None
+    known = of_study.repeats(chosen.run.origin, name) if chosen and not chosen.run.rehearsal else []
+    within = repeats.interval(name, reached, known) if reached else None
+    mean = _mean(value for _, value in reached)
+    difference = found_verdict = None
+    if published and mean is not None and of_chosen and of_chosen.difference is not None:
+        difference = mean - published.value
+        found_verdict = verdict(mean, within, published, of_study.tolerances.get(name))
+    model = model_record(column, chosen.evaluation.scores) if chosen and chosen.evaluation else None
+    return MetricRow(
+        value=mean,
+        interval=within,
+        base_model=of_chosen.base_model if of_chosen else None,
+        published=published,
+        difference=difference,
+        verdict=found_verdict,
+        model=model.get("model") if model else None,
+        decodings={
+            decoding: _mean(result.scores[name].decodings.get(decoding) for result in found)
+            for decoding in of_study.decodings
+        },
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are there; None where none is."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def record(row: StudyRow, of_study: Study) -> Row:
+    """A row as JSON has it: flat, but for lists, with NAME, NAME_low and others for each metric NAME."""
+    chosen = row.chosen
+    own = chosen.evaluation if chosen else None
+    scores: Row = {}
+    for name, score in row.scores.items():
+        scores |= {
+            name: score.value,
+            **repeats.interval_cells(name, score.interval),
+            f"{name}_base_model": score.base_model,
+            f"{name}_published": score.published and score.published.value,
+            f"{name}_spread": score.published and score.published.spread,
+            f"{name}_difference": score.difference,
+            f"{name}_verdict": score.verdict,
+            **({f"{name}_model": score.model} if of_study.columns[name].metric.judged else {}),
+            **{f"{name}_{decoding}": value for decoding, value in score.decodings.items()},
+        }
+    costs: Row = {}
+    for key, (ours, published) in row.costs().items():
+        costs |= {key: ours, f"{key}_published": published}
     return {
-        name: mean,
-        f"{name}_low": within.low if within else None,
-        f"{name}_high": within.high if within else None,
-        f"{name}_interval_method": within.method if within else None,
-        f"{name}_base_model": ours.get(f"{name}_base_model"),
-        f"{name}_published": published.value if published else None,
-        f"{name}_spread": published.spread if published else None,
-        f"{name}_difference": mean - published.value if published and mean is not None and compared else None,
-        f"{name}_verdict": verdict(
-            mean, [within.low, within.high] if within else None, published, of_study.tolerances.get(name)
-        )
-        if published and mean is not None and compared
-        else None,
-        **({f"{name}_model": model and model.get("model")} if column.metric.judged else {}),
-        **{f"{name}_{decoding}": _mean(others, f"{name}_{decoding}") for decoding in of_study.decodings},
+        "recipe": row.recipe,
+        "run": chosen and str(chosen.folder.path),
+        "state": chosen and chosen.run.state,
+        "published_adapter": chosen and chosen.run.published_adapter,
+        "runs": len(row.runs),
+        "rehearsal": row.rehearsal,
+        "rows": chosen and chosen.rows_evaluated,
+        "test_set": own and own.settings.test_set,
+        "generated_by": own and own.settings.engine,
+        **scores,
+        "verdict": row.scores[of_study.first.name].verdict,
+        "eval_loss": chosen and chosen.summary.eval_loss_per_token,
+        **costs,
+        **{f"train_loss_gap_{key}": getattr(row.gap, key, None) for key in ("mean", "largest", "step")},
+        "train_loss_verdict": row.gap_verdict,
+        "gpu_hours": row.gpu_hours,
+        "differs": row.differs,
+        "open": row.open,
     }
-
-
-def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """The mean of what some rows have; None where none has it."""
-    values = [row[key] for row in rows if row.get(key) is not None]
-    return fmean(values) if values else None
-
-
-def _gains(of_study: Study, ours: Mapping[str, Any], compared: bool) -> dict[str, float | None]:
-    """How much higher than each baseline a score by the study's first metric is, in percent of that."""
-    name = of_study.first.name
-    baselines = {
-        baseline.name: baseline.scores[name].value for baseline in of_study.compared if name in baseline.scores
-    }
-    return {label: 100 * (ours[name] / value - 1) if compared else None for label, value in baselines.items()}
 
 
 def _settings(of_study: Study, recipe: str, chosen: RunResult) -> tuple[list[str], list[str]]:
@@ -249,39 +315,3 @@ def _in_words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_in_words(item)}" for key, item in value.items())
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def notes(of_study: Study, rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The lines under the tables: what Axolotl does otherwise than the authors, how to read the verdicts, where a run
-    departs from the paper, and what may explain a score that is off."""
-    for difference in of_study.differences:
-        yield f"All recipes: {difference}"
-    yield from _of_intervals(of_study, rows)
-    for full in rows:
-        if full["published_adapter"]:
-            yield f"{full['recipe']}: scores of the adapter {full['published_adapter']}, which was not trained here."
-    for full in rows:
-        if full["differs"]:
-            yield f"{full['recipe']} differs from the paper: {'; '.join(full['differs'])}"
-        judged_by = {c.label: full[f"{name}_verdict"] for name, c in of_study.columns.items()}
-        judged_by["training loss"] = full["train_loss_verdict"]
-        if off := [label for label, found in judged_by.items() if found == OFF]:
-            of_which = "" if off == [of_study.first.label] else f" in {' and '.join(off)}"
-            yield f"{full['recipe']} is off{of_which}, and the paper leaves open: {'; '.join(full['open'])}"
-
-
-def _of_intervals(of_study: Study, rows: list[dict[str, Any]]) -> Iterator[str]:
-    """What the intervals behind the verdicts do not know, and how to have it known."""
-    methods = [
-        method
-        for full in rows
-        for name in of_study.columns
-        if full[f"{name}_verdict"] and (method := full[f"{name}_interval_method"])
-    ]
-    if several := [full["recipe"] for full in rows if full["runs"] > 1]:
-        yield f"Scores are means of runs that differ at most in their seed: of {', '.join(several)}."
-    seeds = f"`recipe reproduce {of_study.folder.name} --seeds 3` runs each recipe with three seeds"
-    if any(method == intervals.ROWS_ONLY or method.endswith(repeats.ONE_SEED) for method in methods):
-        yield f"An interval of {intervals.ROWS_ONLY}, or of one seed, knows nothing of other seeds: {seeds}."
-    if any(intervals.BORROWED in method for method in methods):
-        yield f"A borrowed spread is that of repeats which the authors published, not of our runs: {seeds}."

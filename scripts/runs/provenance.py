@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -58,6 +59,7 @@ def other_axolotl(made_with: Any) -> str:
     return f"made with Axolotl {theirs}, and {ours} is installed" if theirs and ours not in (None, theirs) else ""
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -10,6 +10,7 @@ from small_study import PLAIN, WIDE
 
 from qlora_recipes.reports import report, report_figures, report_runs
 from qlora_recipes.results import card, verdict
+from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.scores.evaluations import read_scores
 
 
@@ -50,7 +51,7 @@ def test_a_card_has_the_studys_metrics_and_its_tags(runs: Path) -> None:
     folder.output.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder.output / name).write_text("{}")
-    text = card.card(folder, folder.read(), read_scores(folder.path), merged=False, repository=None)
+    text = card.card(RunResult(folder, folder.read()), read_scores(folder.path), merged=False, repository=None)
     assert "- arithmetic" in text and "code-review" not in text
     assert "name: accuracy, %" in text and "type: accuracy" in text and "- `accuracy`: " in text
     assert "67.40 ± 1.00" in text and "A. Nobody: On sums" in text

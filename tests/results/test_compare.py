@@ -9,7 +9,7 @@ from run_folders import ADAPTER, a_run
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import write_rows
 from qlora_recipes.results import compare
-from qlora_recipes.results.compare import Predictions
+from qlora_recipes.results.compare import ScoredRows
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import intervals, score
 from qlora_recipes.scores.score import columns_of
@@ -28,7 +28,7 @@ def rows(*texts: str, **more: list[Any]) -> list[dict[str, Any]]:
 def test_a_comparison_is_of_the_same_rows() -> None:
     a = rows("rename variable", "why", "rename it please", "nit", idx=[7, 8, 9, 11])
     b = rows("nit", "x", "rename", "nit", idx=[7, 8, 9, 10])
-    compared = compare.compare(Predictions(a, PLAIN), Predictions(list(reversed(b)), PLAIN))
+    compared = compare.compare(ScoredRows(a, PLAIN), ScoredRows(list(reversed(b)), PLAIN))
     assert [row["score"] for row in compared] == ["bleu4", "rouge_l"]
     expected = intervals.paired([row["bleu4"] for row in a[:3]], [row["bleu4"] for row in b[:3]])
     assert compared[0] == {"score": "bleu4", "rows": 3, "a": pytest.approx(sum(r["bleu4"] for r in a[:3]) / 3),
@@ -47,7 +47,7 @@ def test_bertscores_are_compared_only_where_one_judge_made_both() -> None:
     judge, other = {"model": "m", "revision": "1"}, {"model": "m", "revision": "2"}
     for left, right, count in ((judge, judge, 3), (judge, other, 2), (None, None, 2), (judge, None, 2)):
         columns = PLAIN | {"bertscore_f1": USUAL["bertscore_f1"]}
-        of_a, of_b = (Predictions(rows, columns, {"bertscore_f1": by}) for rows, by in ((a, left), (b, right)))
+        of_a, of_b = (ScoredRows(rows, columns, {"bertscore_f1": by}) for rows, by in ((a, left), (b, right)))
         made = compare.compare(of_a, of_b)
         assert len(made) == count
 

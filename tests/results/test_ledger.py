@@ -36,7 +36,7 @@ def exported(recipe: Recipe, run: str) -> tuple[Path, dict[str, Any]]:
 
 
 def listed(recipe: Recipe) -> list[Any]:
-    done = recipe("results", "--ledger", "--study", "sums2030", "--json")
+    done = recipe("results", "sums2030", "--ledger", "--json")
     assert done.returncode == 0, done.stderr
     return [row["scores"]["accuracy"]["value"] for row in orjson.loads(done.stdout)]
 
@@ -154,7 +154,7 @@ def test_a_record_names_no_folder_host_or_user(recipe: Recipe, tmp_path: Path) -
 def test_a_field_takes_only_what_it_is_for(recipe: Recipe, change: dict[str, Any]) -> None:
     recorded(a_run("good", 67.0))
     recorded(a_run("edited", 68.0), **change).rename(RESULTS / "edited.json")
-    done = recipe("results", "--ledger", "--study", "sums2030", "--json")
+    done = recipe("results", "sums2030", "--ledger", "--json")
     assert [row["scores"]["accuracy"]["value"] for row in orjson.loads(done.stdout)] == [67.0]
     lines = [line for line in done.stderr.splitlines() if "results/edited.json: " in line]
     assert next(iter(change)) in lines[0] and "hf_" not in done.stderr
@@ -166,7 +166,7 @@ def test_a_field_takes_only_what_it_is_for(recipe: Recipe, change: dict[str, Any
 def test_a_broken_file_is_reported(recipe: Recipe, broken: str) -> None:
     file = recorded(a_run("one"))
     file.write_text(broken, encoding="latin-1")
-    done = recipe("results", "--ledger", "--study", "sums2030", "--json")
+    done = recipe("results", "sums2030", "--ledger", "--json")
     assert done.returncode == 0 and file.name in done.stderr and "\x1b" not in done.stderr
 
 

@@ -178,23 +178,23 @@ def of_seeds(runs: Path, seeds: int, recipe: str = PLAIN, **more: Any) -> list[l
 def test_runs_of_several_seeds_tell_all_of_it(runs: Path) -> None:
     one, other = of_seeds(runs, 3), of_seeds(runs, 2, WIDE)
     found = repeats.outlook(small_study.read(), runs)
-    assert re.findall(r"(\d) runs \w+ (\S+)", found["rests_on"]) == [("3", PLAIN), ("2", WIDE)]
+    assert re.findall(r"(\d) runs \w+ (\S+)", found.rests_on) == [("3", PLAIN), ("2", WIDE)]
     expected = intervals.estimated([intervals.mean_squares(one), intervals.mean_squares(other)])
-    assert found["deviation_of_rows"] == pytest.approx(expected.of_rows**0.5)
-    assert found["deviation_of_a_row_in_a_run"] == pytest.approx(expected.rest**0.5)
-    assert found["difference"] == 1
-    assert [(row["seeds"], row["rows"]) for row in found["rows"]] == [
+    assert found.deviation_of_rows == pytest.approx(expected.of_rows**0.5)
+    assert found.deviation_of_a_row_in_a_run == pytest.approx(expected.rest**0.5)
+    assert found.difference == 1
+    assert [(row.seeds, row.rows) for row in found.rows] == [
         (seeds, rows) for rows in (400, 200, 100) for seeds in (1, 2, 3, 5, 10)
     ]
-    by_seeds = {row["seeds"]: row for row in found["rows"][:5]}
-    assert by_seeds[10]["sees"] > by_seeds[3]["sees"] and by_seeds[10]["smallest"] < by_seeds[3]["smallest"]
-    assert found["rows"][4]["smallest"] < found["rows"][14]["smallest"]  # with a quarter of the rows
-    assert all(0.03 <= row["false_alarms"] <= 0.07 for row in found["rows"] if row["seeds"] > 1)
-    assert by_seeds[1]["false_alarms"] > by_seeds[10]["false_alarms"] and found["one_run"] == intervals.ROWS_ONLY
+    by_seeds = {row.seeds: row for row in found.rows[:5]}
+    assert by_seeds[10].sees > by_seeds[3].sees and by_seeds[10].smallest < by_seeds[3].smallest
+    assert found.rows[4].smallest < found.rows[14].smallest  # with a quarter of the rows
+    assert all(0.03 <= row.false_alarms <= 0.07 for row in found.rows if row.seeds > 1)
+    assert by_seeds[1].false_alarms > by_seeds[10].false_alarms and found.one_run == intervals.ROWS_ONLY
     planned = intervals.power(expected, 3, 400)
-    larger = repeats.outlook(small_study.read(), runs, 20)["rows"][2]["sees"]
-    assert (by_seeds[3]["sees"], larger) == (pytest.approx(planned.sees(1)), pytest.approx(planned.sees(20)))
-    assert by_seeds[3]["sees"] < 0.1 and larger > 0.4 and planned.sees(by_seeds[3]["smallest"]) >= 0.8
+    larger = repeats.outlook(small_study.read(), runs, 20).rows[2].sees
+    assert (by_seeds[3].sees, larger) == (pytest.approx(planned.sees(1)), pytest.approx(planned.sees(20)))
+    assert by_seeds[3].sees < 0.1 and larger > 0.4 and planned.sees(by_seeds[3].smallest) >= 0.8
 
 
 def test_what_it_lacks_is_told(runs: Path, recipe: Recipe) -> None:
@@ -228,15 +228,11 @@ def test_published_repeats_stand_in_for_seeds(runs: Path) -> None:
     published = {PLAIN: {"scores": {"accuracy": 60}, "repeats": {"accuracy": [60, 61.0, 62.0]}}, WIDE: {}}
     small_study.write(Path(), published=published, tolerances={"accuracy": 2.5})
     found = repeats.outlook(small_study.read(), runs)
-    assert found["deviation_of_runs"] == 1 and found["deviation_of_rows"] == pytest.approx((60 * 40) ** 0.5)
-    rests_on = found["rests_on"]
+    assert found.deviation_of_runs == 1 and found.deviation_of_rows == pytest.approx((60 * 40) ** 0.5)
+    rests_on = found.rests_on
     assert rests_on.startswith("3 ") and PLAIN in rests_on and "60 %" in rests_on
-    assert (found["rows"][0]["rows"], found["difference"]) == (5000, 2.5)
-    assert intervals.BORROWED in found["one_run"]
-    (table,) = of_seeds(runs, 1)
-    found = repeats.outlook(small_study.read(), runs)
-    assert found["rests_on"].count(PLAIN) == 2 and "%" not in found["rests_on"]
-    assert (found["deviation_of_rows"], found["rows"][0]["rows"]) == (pytest.approx(np.std(table, ddof=1)), ROWS)
+    assert (found.rows[0].rows, found.difference) == (5000, 2.5)
+    assert intervals.BORROWED in found.one_run
 
 
 OF_PERPLEXITY = {"metrics": {"perplexity": {}}, "columns": ["perplexity"], "tolerances": {}}

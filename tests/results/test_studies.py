@@ -13,7 +13,8 @@ from small_study import PLAIN, WIDE, row_of
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.data.published import PublishedScore
-from qlora_recipes.results import listing, run_rows, verdict
+from qlora_recipes.results import compare, listing, verdict
+from qlora_recipes.scores.intervals import Interval
 
 LLAMA_2 = "haider2024/llama-2-7b"
 
@@ -36,7 +37,8 @@ def test_a_published_spread_widens_what_is_within(
     ours: float, interval: list[float] | None, published: float, spread: float | None, tolerance: float | None,
     expected: str | None,
 ) -> None:  # fmt: skip
-    assert verdict.verdict(ours, interval, PublishedScore(value=published, spread=spread), tolerance) == expected
+    within = Interval(*interval, "rows only") if interval else None
+    assert verdict.verdict(ours, within, PublishedScore(value=published, spread=spread), tolerance) == expected
 
 
 def test_every_published_metric_has_a_verdict(runs: Path) -> None:
@@ -78,15 +80,15 @@ def test_what_was_measured_and_how_the_loss_ended_stand_beside_the_published(run
 
 def test_a_curve_is_compared_over_the_same_steps(runs: Path) -> None:
     of_study = small_study.read()
-    curve = run_rows.published_curve(of_study, of_study.published[PLAIN])
+    curve = compare.published_curve(of_study, of_study.published[PLAIN])
     assert curve == [(2, 2.5), (4, 1.5)]
     metrics = [{"step": step, "loss": loss} for step, loss in ((1, 3.0), (2, 2.0), (3, 1.0))]
     metrics.insert(2, {"step": 2, "eval_loss": 9.0})
-    assert run_rows.over_the_same_steps(metrics, curve) == [(2, 2.5)]  # step 4 is not reached
-    assert run_rows.published_curve(of_study, of_study.published[WIDE]) == []
+    assert compare.over_the_same_steps(metrics, curve) == [(2, 2.5)]  # step 4 is not reached
+    assert compare.published_curve(of_study, of_study.published[WIDE]) == []
     Path("recipes/sums2030/plain.csv").write_text("step,loss\n1,2\n")
     with pytest.raises(UserError, match=r"plain\.csv"):
-        run_rows.published_curve(of_study, of_study.published[PLAIN])
+        compare.published_curve(of_study, of_study.published[PLAIN])
 
 
 def test_a_further_decoding_is_a_column_of_its_own(runs: Path, recipe: Recipe) -> None:

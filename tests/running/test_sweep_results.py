@@ -152,19 +152,19 @@ def a_sweep(runs: Path, finished: dict[str, list[tuple[float, float, float]]], s
 def test_members_compare_by_what_their_runs_measured(tmp_path: Path) -> None:
     sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "bad": [(9.0, 1.3, 7.5)]})
     sweep.members.append(SweepMember(name="not yet", values={"lora_r": 1}, digest="none"))
-    rows = {row["member"]: row for row in sweep_results.rows(sweep, tmp_path, "eval_loss")}
-    assert [(name, row["pareto"], row["best"]) for name, row in rows.items()] == [
+    rows = {row.member.name: row for row in sweep_results.rows(sweep, tmp_path, "eval_loss")}
+    assert [(name, row.pareto, row.best) for name, row in rows.items()] == [
         ("low", True, False),
         ("high", True, True),
         ("bad", False, False),
         ("not yet", False, False),
     ]
-    high = rows["high"]
-    assert (high["bleu4"], high["bleu4_interval"], high["peak_memory_gib"]) == (5.5, [5.4, 5.6], 8.0)
+    high = sweep_results.record(rows["high"])
+    assert (high["bleu4"], high["bleu4_low"], high["bleu4_high"], high["peak_memory_gib"]) == (5.5, 5.4, 5.6, 8.0)
     assert (high["trainable"], high["trainable_share"]) == (480, 0.01)
-    assert rows["not yet"]["bleu4"] is None
+    assert rows["not yet"].scores["bleu4"] == (None, None)
     for criterion, name in (("memory", "low"), ("time", "low")):
-        assert [row["member"] for row in sweep_results.rows(sweep, tmp_path, criterion) if row["best"]] == [name]
+        assert [row.member.name for row in sweep_results.rows(sweep, tmp_path, criterion) if row.best] == [name]
 
 
 @pytest.mark.parametrize(
@@ -175,11 +175,11 @@ def test_members_stand_beside_the_published_scores_of_their_settings(tmp_path: P
     recipe = f"tinker-tulu3/{name}"
     sweep = Sweep(name="rate-and-rank", recipe=recipe, rehearsal=False, keys=varying(members), members=members)
     of_study = study.find("tinker-tulu3")
-    published = [row["nll_published"] for row in sweep_results.rows(sweep, tmp_path)]
+    published = [row.published["nll"] for row in sweep_results.rows(sweep, tmp_path)]
     assert min(published) == of_study.published[of_study.origin(recipe)].scores["nll"].value and len(published) == 16
     sweep.members = [SweepMember(name="two runs", values={"learning_rate": 0.00004, "lora_r": 4})]
     sweep.members += [SweepMember(name="diverged", values={"learning_rate": 0.003})]
-    both = [row["nll_published"] for row in sweep_results.rows(sweep, tmp_path)]
+    both = [row.published["nll"] for row in sweep_results.rows(sweep, tmp_path)]
     assert both == [pytest.approx(0.85635 if "1b" in name else 0.61205), None]
 
 
@@ -193,28 +193,28 @@ def test_test_rows_choose_no_member(tmp_path: Path) -> None:
         cfg = yamlfiles.read_yaml(config)
         cfg["test_datasets"][0]["path"] = str(test)
         config.write_text(yamlfiles.write_yaml(cfg))
-    marked = [[row for row in sweep_results.rows(sweep, tmp_path, by) if row["best"]] for by in ("eval_loss", "memory")]
+    marked = [[row for row in sweep_results.rows(sweep, tmp_path, by) if row.best] for by in ("eval_loss", "memory")]
     assert list(map(len, marked)) == [0, 1]
-    assert not any(row["pareto"] for row in sweep_results.rows(sweep, tmp_path))
+    assert not any(row.pareto for row in sweep_results.rows(sweep, tmp_path))
 
 
 def test_scores_over_seeds_have_students_interval(tmp_path: Path) -> None:
     values = [5.0, 5.3, 5.1]
     sweep = a_sweep(tmp_path, {"low": [(bleu4, 1.0, 7.0) for bleu4 in values]}, seeds=True)
     (row,) = sweep_results.rows(sweep, tmp_path)
-    assert row["seeds"] == [0, 1, 2]
-    assert row["bleu4"] == pytest.approx(np.mean(values))
+    assert row.seeds == [0, 1, 2]
+    mean, within = row.scores["bleu4"]
+    assert mean == pytest.approx(np.mean(values))
     expected = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
-    assert row["bleu4_interval"] == pytest.approx(list(expected))
-    assert row["bleu4_interval_method"] == row["eval_loss_interval_method"]
+    assert (within.low, within.high) == pytest.approx(expected)
+    assert within.method == row.scores["eval_loss"][1].method
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=8))
 def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
-    rows = [{"peak_memory_gib": float(memory), "eval_loss": float(loss)} for memory, loss in points]
-    for (memory, loss), row in zip(points, rows, strict=True):
+    for memory, loss in points:
         beaten = any(m <= memory and other <= loss and (m, other) != (memory, loss) for m, other in points)
-        assert sweep_results.on_front(row, rows, "peak_memory_gib") != beaten
+        assert sweep_results.on_front((memory, loss), points) != beaten
 
 
 def test_results_of_a_sweep_in_every_form(tmp_path: Path, recipe: Recipe) -> None:
@@ -226,7 +226,7 @@ def test_results_of_a_sweep_in_every_form(tmp_path: Path, recipe: Recipe) -> Non
     assert re.findall(r"(?:Best|Pareto).*: (.*)", table.stdout) == ["low; high", "low"]
     rows = orjson.loads(recipe("results", "ranks", "--json").stdout)
     assert [row["values"] for row in rows] == [{"lora_r": 8}, {"lora_r": 16}]
-    assert recipe("results", f"ranks/{BASE}", "--format", "csv").stdout.startswith("member,lora_r,eval_loss,")
+    assert recipe("results", f"ranks/{BASE}", "--format", "csv").stdout.startswith("member,values.lora_r,")
     assert "| high | 16 |" in recipe("results", "ranks", "--format", "md").stdout
     wrong = recipe("results", "rnaks")
     assert (wrong.returncode, " ranks" in wrong.stderr) == (2, True)

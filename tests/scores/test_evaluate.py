@@ -239,7 +239,7 @@ def scored(run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir
 
 def listed(run: RunDir) -> tuple[str | None, bool]:
     """What a list says of a run's evaluation, and whether it has a score."""
-    row = run_rows.row(RunResult(run, run.read()))
+    row = run_rows.record(RunResult(run, run.read()))
     return row["evaluation"], row["bleu4"] is not None
 
 

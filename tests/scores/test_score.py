@@ -60,7 +60,7 @@ def test_a_metric_is_an_entry_in_the_list(monkeypatch: pytest.MonkeyPatch) -> No
     assert scores["length"] == statistics.fmean(len(row["prediction"]) for row in ROWS)
     low, high = scores["intervals"]["length"]
     assert low <= scores["length"] <= high
-    compared = compare.compare(*(compare.Predictions(rows, columns) for _ in range(2)))
+    compared = compare.compare(*(compare.ScoredRows(rows, columns) for _ in range(2)))
     assert [row["score"] for row in compared] == ["length", "bleu4"]
 
 

@@ -68,8 +68,8 @@ def read() -> Study:
 
 def row_of(runs: Path, recipe: str = PLAIN) -> dict[str, Any]:
     """The row of a recipe in the study's table."""
-    (found,) = [row for row in verdict.rows(read(), runs, False) if row["recipe"] == recipe]
-    return found
+    (found,) = [row for row in verdict.rows(read(), runs, False) if row.recipe == recipe]
+    return verdict.record(found, read())
 
 
 def ran(

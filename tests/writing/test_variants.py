@@ -218,6 +218,6 @@ def test_a_run_of_a_variant_lists_its_differences_from_that(place: Path) -> None
     own = {d.key: (d.recipe, d.run) for d in record.from_origin}
     assert own.pop("base_model") == (yamlfiles.parse(TEXT, "")["base_model"], "Qwen/Qwen3-0.6B")
     assert own == {"lora_r": (32, 16), "lora_alpha": (16, 8)}
-    row = run_rows.row(RunResult(RunDir(place / "r"), record))
+    row = run_rows.record(RunResult(RunDir(place / "r"), record))
     assert (row["variant_of"], row["changed_keys"]) == (BASE, "lora_r, lora_alpha")
     assert row["other_base_model"] == "Qwen/Qwen3-0.6B"  # of the study's
