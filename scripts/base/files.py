@@ -67,7 +67,7 @@ def clear_parts(file: Path) -> None:
         part.unlink()
 
 
-def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) -> Iterator[Row]:
     """The rows of a JSONL file; blank lines are skipped.
 
     Args:
@@ -93,7 +93,7 @@ def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) 
         yield row
 
 
-def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(file: Path, rows: Iterable[Row]) -> None:
     """Replace the content of `file` by rows, a JSON line each.
 
     Raises:
@@ -106,7 +106,7 @@ def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
             raise UserError(f"{file}: a row cannot be written as JSON: {error}; leave its fields out") from None
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> Row:
     """The mapping in a JSON file; empty if there is no such file or it holds something else."""
     try:
         content = orjson.loads(file.read_bytes())

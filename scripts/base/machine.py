@@ -60,15 +60,14 @@ def visible_gpus() -> dict[str, Card]:
     """The GPUs that CUDA shows to this process, in its order, each by its name in CUDA_VISIBLE_DEVICES.
 
     As CUDA does (CUDA C++ Programming Guide, "CUDA Environment Variables"): the list ends at the first name that is no
-    GPU's, a list that names one twice is empty, and a GPU that is divided (MIG) is its first instance.
+    GPU's, a list that names one twice is empty, and a GPU that is divided (MIG) is its first instance. Numbers are
+    those of CUDA_DEVICE_ORDER=PCI_BUS_ID; without that CUDA puts the fastest first, by a rule that is not published.
     """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None and not listed.strip():
         return {}
     found: dict[str, Card] = {}
     with _driver() as handles:
-        if os.environ.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST") == "FASTEST_FIRST":
-            handles.sort(key=_speed, reverse=True)
         every = map(str, range(len(handles)))
         for name in every if listed is None else map(str.strip, listed.split(",")):
             handle = _handle(name, handles)
@@ -114,16 +113,6 @@ def _handle(name: str, handles: list[Any]) -> Any:
         if pynvml.nvmlDeviceGetMigMode(named[0])[0]:
             return pynvml.nvmlDeviceGetMigDeviceHandleByIndex(named[0], 0)
     return named[0]
-
-
-def _speed(handle: Any) -> int:
-    """The figure by which CUDA probably orders GPUs as FASTEST_FIRST, whose rule is not published."""
-    import pynvml
-
-    with suppress(pynvml.NVMLError):  # a part of a GPU does not tell
-        clock = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)
-        return int(pynvml.nvmlDeviceGetNumGpuCores(handle) * clock)
-    return 0
 
 
 def _card(handle: Any) -> Card:

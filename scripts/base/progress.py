@@ -13,6 +13,8 @@ from typing import Any, Self
 
 import orjson
 
+from .files import Row
+
 _TOKEN = (
     r"(?-i:(?<![A-Za-z0-9])(hf_(?=[a-z]*[\dA-Z])[A-Za-z0-9]{10,}|hf_[a-z]{16,}|gh[oprsu]_[A-Za-z0-9]{10,}"
     r"|github_pat_\w{10,}|[sp]k(-|_(live|test)_)(?=[\w-]*\d)[\w-]{16,}|glpat-[\w-]{10,}|npm_[A-Za-z0-9]{16,}|pypi-[\w-]{16,}"
@@ -160,7 +162,7 @@ class Bar:
 class TrainingProgress(Bar):
     """The bar of a training process, updated from what it appends to metrics.jsonl; `seen` gets each record of that."""
 
-    def __init__(self, metrics: Path, seen: Callable[[dict[str, Any]], None] = lambda record: None):
+    def __init__(self, metrics: Path, seen: Callable[[Row], None] = lambda record: None):
         super().__init__("starting Axolotl")
         self.metrics = metrics
         self.seen = seen
@@ -177,7 +179,7 @@ class TrainingProgress(Bar):
                     self._show(record := orjson.loads(line))
                     self.seen(record)
 
-    def _show(self, record: dict[str, Any]) -> None:
+    def _show(self, record: Row) -> None:
         phase = record.get("phase")
         if "eval_loss_per_token" in record:
             say(f"  step {record['step']}: eval loss {_number(record['eval_loss_per_token'], '.3f')}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.files import DISK_FULL
+from ..base.files import DISK_FULL, Row
 from ..base.hub import importing_axolotl
 from ..base.progress import MASK, is_secret
 from ..base.yamlfiles import Config
@@ -32,14 +32,14 @@ class Report:
     name: str
     composed: Composed | None = None
     findings: list[Finding] = field(default_factory=list)
-    data: list[dict[str, Any]] = field(default_factory=list)
+    data: list[Row] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Row:
         """The report for --json."""
         findings = [asdict(finding) | {"name": finding.name} for finding in self.findings]
         return {"checked": self.name, "findings": findings, "data": self.data}
 
-    def data_table(self) -> list[dict[str, Any]]:
+    def data_table(self) -> list[Row]:
         """Its data sets, a row each: size, lengths in tokens, and what becomes of them."""
         return [
             {
@@ -194,23 +194,15 @@ def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool)
 
 
 def _replaced(composed: Composed) -> Iterator[Finding]:
-    """Replaced parts of a rehearsal: the user's own data, whose path may be misspelt, and a chat template."""
+    """The user's own data that a rehearsal replaces, as its path may be misspelt."""
     for difference in composed.differences:
         own = difference.key.endswith(".path") and not study.input_format(str(difference.recipe))
         if own and substitution.FROM_SAMPLE in difference.why:
             where = paths.shown(composed.recipe_file), yamlfiles.line_of(composed.recipe_file, difference.key)
             yield Finding("warning", "other-rows", difference.key, difference.why, "correct the path", *where)
-        if (
-            difference.key == "base_model"
-            and composed.rehearsal
-            and substitution.takes_models_template(composed.config)
-        ):
-            problem = f"chats get the stand-in's chat template, as that of {difference.recipe} is not on this machine"
-            remedy = "set chat_template to rehearse with another"
-            yield Finding("note", "other-template", "chat_template", problem, remedy, paths.shown(composed.recipe_file))
 
 
-def tokens_of(request: Request, count: int) -> list[dict[str, Any]]:
+def tokens_of(request: Request, count: int) -> list[Row]:
     """The first rows of a config's training data, token by token, as `tokens.by_token` describes them.
 
     Raises:
@@ -274,7 +266,7 @@ SOME = 1000
 """Rows of each data set that are tokenized before a run, or by another model's tokenizer."""
 
 
-def training_lengths(composed: Composed, force: Sequence[str] = (), most: int | None = None) -> list[dict[str, Any]]:
+def training_lengths(composed: Composed, force: Sequence[str] = (), most: int | None = None) -> list[Row]:
     """Lengths in tokens of a config's training data, as `tokens.lengths` describes them.
 
     Args:
@@ -296,7 +288,7 @@ def training_lengths(composed: Composed, force: Sequence[str] = (), most: int | 
     return measured
 
 
-def _lengths(config: Config, most: int | None, gpus: int = 1) -> tuple[list[Finding], list[dict[str, Any]]]:
+def _lengths(config: Config, most: int | None, gpus: int = 1) -> tuple[list[Finding], list[Row]]:
     with importing_axolotl():
         from . import tokens
 

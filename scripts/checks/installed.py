@@ -20,6 +20,7 @@ from datasets.utils.logging import disable_progress_bar
 from pydantic import ValidationError
 
 from ..base.errors import UserError
+from ..base.files import Row
 from ..base.machine import end_with_parent
 from ..base.yamlfiles import Config
 from ..configs.gpus import Gpu
@@ -89,9 +90,7 @@ class Tokens:
         return sum(label != MASKED for label in self.labels)
 
 
-def tokenize(
-    where: str, cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], longest: int
-) -> list[Tokens]:
+def tokenize(where: str, cfg: Any, dataset: Any, tokenizer: Any, rows: Sequence[Row], longest: int) -> list[Tokens]:
     """Rows as Axolotl tokenizes them for training, before it drops or cuts the long ones.
 
     Args:

@@ -6,6 +6,7 @@ from pathlib import Path
 from ..base import hub, paths
 from ..base.errors import did_you_mean
 from ..base.files import free_bytes
+from ..base.yamlfiles import Config
 from ..configs import models
 from .finding import Case, Level, Problems, rule
 
@@ -172,11 +173,11 @@ def not_quantized(case: Case) -> Problems:
 def no_room(case: Case) -> Problems:
     """A disk that fills ends a training, at a checkpoint as a rule, and so after hours.
 
-    Counted is what surely comes, of models whose sizes are known: the result, a checkpoint of it and, when the run
-    starts, the base model's download. Models are saved in 16 bits, and adapters in 32 (seen).
+    Counted are the models of known sizes that surely come, in 16 bits: of a full training the result and a
+    checkpoint of it, and the base model's download when the run starts. Adapters are small.
     """
-    model, trained = _parameters(case)
-    needs = {"output_dir": (paths.runs(), 2 * trained * (4 if case["adapter"] else 2), "its result and a checkpoint")}
+    model = _parameters(case.architecture)
+    needs = {} if case["adapter"] else {"output_dir": (paths.runs(), 4 * model, "its result and a checkpoint")}
     if case.launching and not case.model.weights_here and not models.is_path(str(case["base_model"])):
         from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -189,34 +190,14 @@ def no_room(case: Case) -> Problems:
             yield level, key, f"{problem}{size / 1e9:.2g} GB", "make room, or take another disk"
 
 
-def _parameters(case: Case) -> tuple[int, int]:
-    """The parameters of a model of known sizes, and those that are surely trained (arXiv 2106.09685); else 0."""
-    sizes = {key: value for key, value in case.architecture.items() if isinstance(value, int) and value > 0}
-    names = models.LAYERS.get(str(case.architecture.get("model_type")), ())
-    if not names or not sizes.keys() >= {*models.NEEDED[1:]}:
-        return 0, 0
+def _parameters(model: Config) -> int:
+    """The parameters of a model by its config.json; 0 where its sizes are not known."""
+    sizes = {key: value for key, value in model.items() if isinstance(value, int) and value > 0}
+    if not sizes.keys() >= {*models.NEEDED[1:]} or str(model.get("model_type")) not in models.LAYERS:
+        return 0
     hidden, mlp, heads = (sizes[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
-    head = sizes.get("head_dim") or hidden // heads
-    queries, keys = heads * head, (sizes.get("num_key_value_heads") or heads) * head
-    shapes = {
-        "q_proj": (hidden, queries),
-        "k_proj": (hidden, keys),
-        "v_proj": (hidden, keys),
-        "qkv_proj": (hidden, queries + 2 * keys),
-        "o_proj": (queries, hidden),
-        "gate_proj": (hidden, mlp),
-        "up_proj": (hidden, mlp),
-        "gate_up_proj": (hidden, 2 * mlp),
-        "down_proj": (mlp, hidden),
-    }
-    layers, embedding = sizes["num_hidden_layers"], sizes["vocab_size"] * hidden
-    model = layers * sum(i * o for i, o in map(shapes.__getitem__, names))
-    model += embedding * (1 if case.architecture.get("tie_word_embeddings", True) else 2)
-    if not case["adapter"]:
-        return model, model
-    targets = case["lora_target_modules"]
-    named = targets if isinstance(targets, list) else ()  # which layers a regular expression means is not known
-    adapted = [sum(shapes[name]) for name in names if case["lora_target_linear"] or name in named]
-    rank = case["lora_r"] if isinstance(case["lora_r"], int) else 0
-    whole = {"embed_tokens", "lm_head"} & set(case["lora_modules_to_save"] or ())
-    return model, (0 if case["peft_layers_to_transform"] else layers * rank * sum(adapted)) + len(whole) * embedding
+    queries = heads * (sizes.get("head_dim") or hidden // heads)
+    keys = queries * (sizes.get("num_key_value_heads") or heads) // heads
+    embeddings = 1 if model.get("tie_word_embeddings", True) else 2
+    layer = hidden * (2 * queries + 2 * keys + 3 * mlp)
+    return sizes["num_hidden_layers"] * layer + embeddings * sizes["vocab_size"] * hidden

@@ -1,5 +1,6 @@
 """The rows of a config's data, read as a stream without a tokenizer: JSON, fields, repeated and shared rows."""
 
+import codecs
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import orjson
 
 from ..base import yamlfiles
+from ..base.files import Row
 from ..base.yamlfiles import Config
 from ..configs import datafiles, models
 from .finding import Finding, Level
@@ -105,12 +107,6 @@ def misspelt(names: tuple[str, ...], known: tuple[str, ...]) -> dict[str, str]:
     return {close[0]: name for name, close in near.items() if close}
 
 
-# What no text of a review or a program should hold: control characters but tab and line ends, and U+FFFD, which is
-# what is left of a character in another encoding.
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd]")
-_BOM = b"\xef\xbb\xbf"
-
-
 @dataclass
 class _File:
     """Counts of one file of a data set; a kind of mistake is a rule, and what in a row breaks it."""
@@ -129,10 +125,10 @@ class _File:
         self.first.setdefault((rule, about), (line, example))
 
 
-def check(config: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
+def check(config: Config) -> tuple[list[Finding], list[Row]]:
     """Find mistakes in the rows of a config's local JSONL files; return also how many rows and bytes each data set has.
 
-    Each file is read once, as a stream; of each row two hashes are kept (some 200 bytes), to find rows that repeat
+    Each file is read once, as a stream; of each row a hash is kept (some 100 bytes), to find rows that repeat
     within the training data, or that evaluation data has in common with it.
 
     Args:
@@ -140,7 +136,7 @@ def check(config: Config) -> tuple[list[Finding], list[dict[str, Any]]]:
     """
     special = models.find(config).special_tokens
     findings: list[Finding] = []
-    read: list[dict[str, Any]] = []
+    read: list[Row] = []
     seen: dict[int, str] = {}
     for key, dataset in datafiles.datasets(config):
         reader = _Reader(dataset, special, seen, trained=key.startswith("datasets"))
@@ -176,7 +172,7 @@ class _Reader:
     Args:
         dataset: its entry in the config.
         special: a regular expression for the tokenizer's special tokens, where they are known.
-        seen: where a row of the training data was seen first, by the hash of its text, as it is and folded.
+        seen: where a row of the training data was seen first, by the hash of its text.
         trained: whether it is training data, whose rows are added to `seen`.
     """
 
@@ -199,9 +195,7 @@ class _Reader:
                 if limit is not None and file.rows >= limit:
                     break
                 file.bytes += len(line)
-                if number == 1 and line.startswith(_BOM):
-                    file.count("byte-order-mark", "", number)
-                    line = line.removeprefix(_BOM)
+                line = line.removeprefix(codecs.BOM_UTF8)
                 if not line.strip():
                     continue
                 file.rows += 1
@@ -211,11 +205,11 @@ class _Reader:
                     file.count("bad-row", "not UTF-8" if "UTF-8" in error.msg else "no JSON", number, str(error)[:60])
                     continue
                 if isinstance(row, dict):
-                    self._row(file, number, line, row)
+                    self._row(file, number, row)
                 else:
                     file.count("bad-row", "no mapping of fields to values", number)
 
-    def _row(self, file: _File, number: int, line: bytes, row: dict[str, Any]) -> None:
+    def _row(self, file: _File, number: int, row: Row) -> None:
         fields = self.fields
         meant = misspelt(tuple(row), self.names)
         for name in self.names:
@@ -236,9 +230,9 @@ class _Reader:
             self._items(file, number, row)
         if self.needs_input and not row.get(fields.optional[0]):
             file.count("no-format", fields.optional[0], number)
-        self._text(file, number, line, "\n".join(_texts([row.get(name) for name in self.names] if self.names else row)))
+        self._text(file, number, "\n".join(_texts([row.get(name) for name in self.names] if self.names else row)))
 
-    def _items(self, file: _File, number: int, row: dict[str, Any]) -> None:
+    def _items(self, file: _File, number: int, row: Row) -> None:
         """Check the messages of a chat, or the segments of an input_output row."""
         fields = self.fields
         known = (*fields.items, *fields.optional_items)
@@ -262,30 +256,20 @@ class _Reader:
             if system is None and items[0].get(fields.items[0]) != "system":
                 file.count("lacks-system", "", number)
 
-    def _text(self, file: _File, number: int, line: bytes, text: str) -> None:
+    def _text(self, file: _File, number: int, text: str) -> None:
         if not text:
             return
         if self.special and (match := self.special.search(text)):
             file.count("special-token", match[0], number)
-        # JSON escapes nearly all of them, so that most rows need no search
-        may_have = not line.isascii() or any(sign in line for sign in (b"\\u", b"\\b", b"\\f", b"\x7f"))
-        if may_have and (match := _CONTROL.search(text)):
-            file.count("control-character", f"U+{ord(match[0]):04X}", number)
-        exact = hash(text)
-        folded = hash(" ".join(text.split()))
-        if before := self.seen.get(exact):
+        if before := self.seen.get(hash(text)):
             file.count("repeated-row" if self.trained else "leaked-row", "", number, before)
-        elif not self.trained and (before := self.seen.get(folded)):
-            file.count("leaked-row", " but for white space", number, before)
         if self.trained:
-            for key in (exact, folded):
-                self.seen.setdefault(key, f"{file.path}:{number}")
+            self.seen.setdefault(hash(text), f"{file.path}:{number}")
 
 
 # level, problem and remedy by rule; {n} rows, {about} what the kind is, {example} of the first row
 _WORDS: dict[str, tuple[Level, str, str]] = {
     "bad-row": ("error", "{n} with {about}", "correct or drop them"),
-    "byte-order-mark": ("warning", "a byte order mark before {n}", "save the file as UTF-8 without one"),
     "empty-reference": ("warning", "{n} with an empty {about}: nothing is learnt from them", "drop them"),
     "lacks-system": ("error", "{n} without system, which others have: Axolotl makes it None", 'add it, or ""'),
     "no-format": (
@@ -295,9 +279,8 @@ _WORDS: dict[str, tuple[Level, str, str]] = {
     ),
     "misspelt-field": ("warning", "{n} with the field {about}", ""),
     "special-token": ("warning", "{n} with the text {about}, which the tokenizer reads as its special token", ""),
-    "control-character": ("warning", "{n} with the control character {about}", "clean or drop them"),
     "repeated-row": ("warning", "{n} seen before", ""),
-    "leaked-row": ("warning", "{n} that the training data has too{about}: their score says little", "drop them there"),
+    "leaked-row": ("warning", "{n} that the training data has too: their score says little", "drop them there"),
 }
 
 

@@ -19,7 +19,7 @@ FILE = RECIPES / "axolotl.schema.json"
 
 
 @cache
-def load() -> dict[str, Any]:
+def load() -> Config:
     """The schema of the Axolotl that this project was made for."""
     import orjson
 

@@ -21,7 +21,7 @@ from axolotl.utils.samplers import MultipackBatchSampler
 from torch.utils.data import RandomSampler
 
 from ..base.errors import UserError, did_you_mean
-from ..base.files import json_rows
+from ..base.files import Row, json_rows
 from ..base.progress import Bar
 from ..base.yamlfiles import Config
 from ..configs import datafiles
@@ -47,7 +47,7 @@ class Tokenizer:
         except Exception as error:  # plugins, validators and tokenizers can raise anything
             raise UserError(f"{content.get('base_model')}: its tokenizer cannot be loaded: {error}") from None
 
-    def tokenize(self, key: str, rows: Sequence[dict[str, Any]]) -> list[Tokens]:
+    def tokenize(self, key: str, rows: Sequence[Row]) -> list[Tokens]:
         """Rows of the data set at a key such as `datasets.0`, not cut. Raises as `tokenize`."""
         section, _, position = key.partition(".")
         dataset = self.cfg[section][int(position)]
@@ -55,7 +55,7 @@ class Tokenizer:
         longest = self.cfg.sequence_len if pieces else _NO_LIMIT
         return tokenize(key, self.cfg, dataset, self.tokenizer, rows, longest)
 
-    def load(self, key: str) -> list[dict[str, Any]]:
+    def load(self, key: str) -> list[Row]:
         """The rows of the data set at a key as Axolotl loads them, from wherever they are: its split, shard and weight.
 
         That is Axolotl's own code (axolotl/utils/data/sft.py), stopped before it tokenizes them.
@@ -79,7 +79,7 @@ class Tokenizer:
             raise UserError(f"{key}: {dataset['path']}: {problem}") from None
         return rows
 
-    def held_out(self) -> list[tuple[str, dict[str, Any]]]:
+    def held_out(self) -> list[tuple[str, Row]]:
         """The rows that val_set_size holds out of the training data, in their order, each with the key of its data set.
 
         Axolotl divides tokenized rows, after it has merged, shuffled and filtered them. So it is asked for those, which
@@ -99,7 +99,7 @@ class Tokenizer:
             positions[tuple(ids)].append(position)
         truncates = str(self.cfg.excess_length_strategy).lower() == "truncate"
         cut = self.cfg.sequence_len if truncates else None
-        found: dict[int, tuple[str, dict[str, Any]]] = {}
+        found: dict[int, tuple[str, Row]] = {}
         with Bar("finding held-out rows"):
             for i, dataset in enumerate(self.cfg.datasets):
                 key = f"datasets.{i}"
@@ -114,7 +114,7 @@ class Tokenizer:
         return [found[position] for position in range(len(held_out))]
 
 
-def by_token(content: Config, count: int) -> list[dict[str, Any]]:
+def by_token(content: Config, count: int) -> list[Row]:
     """The first rows of each training data set as they are trained on.
 
     Returns:
@@ -145,7 +145,7 @@ def by_token(content: Config, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[list[Finding], list[dict[str, Any]]]:
+def lengths(content: Config, most: int | None = None, gpus: int = 1) -> tuple[list[Finding], list[Row]]:
     """Judge each data set's rows by their tokens and labels, and measure their lengths.
 
     Args:
@@ -219,7 +219,7 @@ class _Read:
         self.learns_end = self.dataset["type"] == "input_output" and stands_in(tokenizer.cfg)
         self.found: dict[tuple[str, str], list[str]] = defaultdict(list)
 
-    def add(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> bool:
+    def add(self, rows: Sequence[tuple[str, Row]]) -> bool:
         """Tokenize more rows, each with its file and line; False where Axolotl cannot."""
         try:
             tokenized = self.tokenizer.tokenize(self.key, [row for _, row in rows])
@@ -242,7 +242,7 @@ class _Read:
                     self.found["unknown-role", role].append(place)
         return True
 
-    def _first_failing(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    def _first_failing(self, rows: Sequence[tuple[str, Row]]) -> str:
         """The place of the first row with which rows cannot be tokenized."""
 
         def fails(count: int) -> bool:
@@ -282,7 +282,7 @@ class _Read:
             yield Finding("warning", "eos-masked", f"{self.key}.type", problem, "see --show-tokens")
 
 
-def _unknown_roles(strategy: Any, row: dict[str, Any]) -> set[str]:
+def _unknown_roles(strategy: Any, row: Row) -> set[str]:
     """Roles of a row that neither its data set nor the template names."""
     roles = {strategy.transform_message(message)["role"] for message in strategy._get_messages(row)}
     template = strategy.prompter.chat_template
@@ -331,7 +331,7 @@ def _padding(cfg: Any, kept: list[int]) -> float:
     return 1 - sum(kept) / padded if kept else 0.0
 
 
-def _numbered(dataset: Config, every: int = 1, batch: int = 1) -> Iterator[tuple[str, dict[str, Any]]]:
+def _numbered(dataset: Config, every: int = 1, batch: int = 1) -> Iterator[tuple[str, Row]]:
     """The rows of a data set's local JSONL files that its split takes, each with its file and line; of each so many
     batches of lines only the first one's."""
     rows = (row for file in datafiles.jsonl_files(dataset) for row in _of_file(file, every, batch))
@@ -339,7 +339,7 @@ def _numbered(dataset: Config, every: int = 1, batch: int = 1) -> Iterator[tuple
     return islice(rows, first and math.ceil(first / every))
 
 
-def _of_file(file: Path, every: int, batch: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _of_file(file: Path, every: int, batch: int) -> Iterator[tuple[str, Row]]:
     with file.open("rb") as stream:
         for number, line in enumerate(stream):
             if number // batch % every == 0 and line.strip():

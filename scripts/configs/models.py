@@ -53,7 +53,7 @@ class Model:
 
 
 @cache
-def catalogue() -> dict[str, Any]:
+def catalogue() -> Config:
     """The models of templates/models.yaml."""
     return yamlfiles.read_yaml(paths.TEMPLATES / "models.yaml")
 
@@ -86,7 +86,7 @@ def find(composed: Config) -> Model:
     )
 
 
-def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
+def architecture(composed: Config, download: bool = True) -> Config:
     """The content of a base model's config.json at the revision that a config names.
 
     It is that of the model's folder; of models.yaml, where the config names its revision or none; or of the hub's cache
@@ -104,7 +104,7 @@ def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
         raise UserError("base_model: names no model")
     revision = _revision(composed)
     entry = entry_of(name)
-    listed: dict[str, Any] = entry.get("config") or {}
+    listed: Config = entry.get("config") or {}
     missing = [size for size in NEEDED if size not in listed]
     file = Path(name) / "config.json"
     if not Path(name).is_dir():
@@ -124,7 +124,7 @@ def architecture(composed: Config, download: bool = True) -> dict[str, Any]:
     return content
 
 
-def architecture_here(composed: Config) -> dict[str, Any]:
+def architecture_here(composed: Config) -> Config:
     """What `architecture` finds without asking the hub; empty where it finds nothing."""
     with suppress(UserError):
         return architecture(composed, download=False)
@@ -177,7 +177,7 @@ def is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def entry_of(name: str) -> dict[str, Any]:
+def entry_of(name: str) -> Config:
     """What models.yaml says of a model, or of the one that it is a mirror of; empty where it has neither."""
     for entry in catalogue().values():
         if entry.get("mirror") == name:

@@ -14,7 +14,6 @@ element, or each block, by itself. Its LAMB and LARS add up norms in no fixed or
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from ..base.yamlfiles import Config
 from . import models
@@ -165,7 +164,7 @@ def _incompatible(config: Config, gpu: Gpu | None) -> Iterator[tuple[Config, str
     yield from _incompatible_lora(config, model)
 
 
-def _incompatible_liger(config: Config, model: dict[str, Any]) -> Iterator[tuple[Config, str]]:
+def _incompatible_liger(config: Config, model: Config) -> Iterator[tuple[Config, str]]:
     if (kind := model.get("model_type")) and kind not in models.LAYERS:
         yield dict.fromkeys(_LIGER), f"they were not tried with models of type {kind}"
     if config.get("tensor_parallel_size") not in (None, 1):
@@ -178,7 +177,7 @@ def _incompatible_liger(config: Config, model: dict[str, Any]) -> Iterator[tuple
         yield dict.fromkeys(_LIGER[-1:]), "lm_head is trained, which it was not tried with"
 
 
-def _incompatible_lora(config: Config, model: dict[str, Any]) -> Iterator[tuple[Config, str]]:
+def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, str]]:
     """Dropout: a kernel draws one mask for all its layers, where PEFT draws one for each (axolotl/kernels/lora.py)."""
     if config.get("adapter") not in ("lora", "qlora") or config.get("rl"):
         yield dict.fromkeys(_LORA), "there is no LoRA to speed up, or it is for preference training"

@@ -116,12 +116,6 @@ def _is_elsewhere(entries: dict[str, Config]) -> bool:
     return bool(entries) and all(entry.get("path") and not datafiles.local_files(entry) for entry in entries.values())
 
 
-def takes_models_template(config: Config) -> bool:
-    """Whether chats are written with the chat template of the base model's tokenizer."""
-    chats = [entry for _, entry in datafiles.datasets(config) if entry.get("type") == "chat_template"]
-    return any(_is_models(entry.get("chat_template") or _default_template(config)) for entry in chats)
-
-
 def _default_template(config: Config) -> str:
     return str(config.get("chat_template") or ("jinja" if config.get("chat_template_jinja") else "tokenizer_default"))
 
@@ -134,7 +128,9 @@ def _template(composed: Config, own: Config) -> Iterator[tuple[Config, str]]:
     """The chat template of the model that the stand-in takes the place of, where it is on this machine."""
     name = own.get("tokenizer_config") or own.get("base_model")
     template = models.chat_template(models.folder_of(own | {"base_model": name}))
-    if not (template and stands_in(composed) and takes_models_template(composed)):
+    chats = [entry for _, entry in datafiles.datasets(composed) if entry.get("type") == "chat_template"]
+    takes_models = any(_is_models(entry.get("chat_template") or _default_template(composed)) for entry in chats)
+    if not (template and takes_models and stands_in(composed)):
         return
     other = {"chat_template": "jinja", "chat_template_jinja": template}
     change: Config = dict(other) if _is_models(_default_template(composed)) else {}

@@ -1,25 +1,23 @@
 """The manifest beside prepared rows, which accounts for every raw row, and says whether they are a study's."""
 
 from pathlib import Path
-from typing import Any
 
 from .. import __version__
-from ..base.files import clear_parts, read_json, sha256, write_json
+from ..base.files import Row, clear_parts, read_json, sha256, write_json
 from .declaration import Subset
 from .study import Study
 
 MANIFEST = "manifest.json"
-Entry = dict[str, Any]
 
 
-def entries(out: Path) -> dict[str, Entry]:
+def entries(out: Path) -> dict[str, Row]:
     """The splits in a folder's manifest; without those of early versions, which have other keys."""
     splits = read_json(out / MANIFEST).get("splits")
     found = splits if isinstance(splits, dict) else {}
     return {name: entry for name, entry in found.items() if isinstance(entry, dict) and "constants" in entry}
 
 
-def update(out: Path, splits: dict[str, Entry]) -> dict[str, Any]:
+def update(out: Path, splits: dict[str, Row]) -> Row:
     """Put the entries of some splits into the manifest; removes earlier subsets that there are no more."""
     former = entries(out)
     clear_parts(out / MANIFEST)
@@ -31,7 +29,7 @@ def update(out: Path, splits: dict[str, Entry]) -> dict[str, Any]:
     return manifest
 
 
-def table(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def table(manifest: Row) -> list[Row]:
     """The files of a manifest, a row each: the rows read for it, and those of them that are not in it."""
     raw_file = {True: "the study's", False: "not the study's", None: "the study's, as far as is known"}
     rows = []
@@ -56,18 +54,18 @@ def table(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def is_the_studys(entry: Entry) -> bool:
+def is_the_studys(entry: Row) -> bool:
     """True for rows of the study's raw file, made by its expressions."""
     return bool(entry.get("is_the_study_file")) and not entry.get("replaced")  # which an earlier option did
 
 
-def how_made(of_study: Study, split: str, input_format: str) -> Entry:
+def how_made(of_study: Study, split: str, input_format: str) -> Row:
     """The manifest's record of how a split's rows are made."""
     from .raw_rows import constants
 
     data = of_study.data
     fields = data.fields_of(split, input_format)
-    made: Entry = {"input_format": input_format, "fields": fields, "constants": constants(fields)}
+    made: Row = {"input_format": input_format, "fields": fields, "constants": constants(fields)}
     made["filters"] = data.filters_of(split)
     if split == "test":
         made["extra_fields"] = data.extra_fields
@@ -78,7 +76,7 @@ def how_made(of_study: Study, split: str, input_format: str) -> Entry:
     return made
 
 
-def how_chosen(subset: Subset, folder: Path) -> dict[str, Any]:
+def how_chosen(subset: Subset, folder: Path) -> Row:
     """The manifest's record of how the rows of a subset are chosen; `folder` is the study's."""
     if subset.positions is None:
         return {"rows": subset.rows, "seed": subset.seed or 0}

@@ -10,12 +10,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import orjson
 
 from ..base.errors import UserError
-from ..base.files import clear_parts, read_json, replacing, sha256
+from ..base.files import Row, clear_parts, read_json, replacing, sha256
 from ..base.machine import LOOK, held
 from ..base.paths import shown
 from . import manifest
@@ -33,7 +32,7 @@ def prepare(
     of_study: Study,
     input_format: str,
     timeout: float = LOOK,
-) -> dict[str, Any]:
+) -> Row:
     """Write train.jsonl, valid.jsonl and test.jsonl, those for which there are raw files, and a manifest.
 
     The study's subsets of test.jsonl are written beside it. Rows are read as a stream, of which only a hash of each is
@@ -115,7 +114,7 @@ class _Preparation:
     sampled: dict[str, tuple[list[PlacedRow], _Counts]] = field(default_factory=dict)
     order: dict[str, list[int]] = field(default_factory=dict)  # positions of shuffled rows, by split
 
-    def splits(self) -> dict[str, manifest.Entry]:
+    def splits(self) -> dict[str, Row]:
         """The manifest's entries of the splits, whose files take their places when the stack is closed."""
         data = self.study.data
         there = [name for name in SPLITS if name in data.splits and data.raw_file(name) in self.raw]
@@ -172,7 +171,7 @@ class _Preparation:
                 raise UserError(f"{raw.where}: its row cannot be written as JSON: {error}") from None
             yield position, line + b"\n", length
 
-    def _split(self, name: str) -> manifest.Entry:
+    def _split(self, name: str) -> Row:
         """Write a split's file, and subsets of the test rows; the manifest's entry."""
         data = self.study.data
         split, raw = data.splits[name], self.raw[data.raw_file(name)]
@@ -211,9 +210,9 @@ class _Preparation:
         yield from islice(kept, split.first)
         deque(kept, maxlen=0)
 
-    def _account(self, name: str, raw: RawFile, counts: _Counts) -> manifest.Entry:
+    def _account(self, name: str, raw: RawFile, counts: _Counts) -> Row:
         split, known = self.study.data.splits[name], self.study.data.files[self.study.data.raw_file(name)]
-        sampled: dict[str, Any] | None = None
+        sampled: Row | None = None
         if split.first and split.first < counts.kept:
             sampled = {"first": split.first}
         elif split.sample and split.sample < counts.kept:
@@ -233,9 +232,9 @@ class _Preparation:
             "sampled": sampled,
         }
 
-    def _subsets(self, subsets: Mapping[str, Subset], rows: Iterable[PlacedRow], is_study_file: bool) -> manifest.Entry:
+    def _subsets(self, subsets: Mapping[str, Subset], rows: Iterable[PlacedRow], is_study_file: bool) -> Row:
         """Write the subsets of the test rows; the manifest's entries of them, and of those that cannot be."""
-        entry: manifest.Entry = {"subsets": {}, "left_out": {}}
+        entry: Row = {"subsets": {}, "left_out": {}}
         for key, subset in subsets.items():
             chosen = choose(subset, self.study.folder, rows)
             if subset.positions and not is_study_file:
@@ -247,7 +246,7 @@ class _Preparation:
                 entry["subsets"][key] = how | self._write(key, chosen)
         return entry
 
-    def _write(self, name: str, rows: Iterable[PlacedRow]) -> manifest.Entry:
+    def _write(self, name: str, rows: Iterable[PlacedRow]) -> Row:
         """Write a file of rows, which takes its place when the stack is closed; the manifest's entry of it."""
         file = self.out / f"{name}.jsonl"
         clear_parts(file)

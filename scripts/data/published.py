@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from ..base.yamlfiles import Config
 from .declaration import Data, Key, Mistake, Strict, Text, undeclared
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -79,7 +80,7 @@ class Cell(Strict):
         scores: by metric, of each run.
     """
 
-    values: Annotated[dict[str, Any], Field(min_length=1)]
+    values: Annotated[Config, Field(min_length=1)]
     scores: dict[str, Annotated[list[float], Field(min_length=1)]]
 
 

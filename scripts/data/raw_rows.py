@@ -35,12 +35,12 @@ def tojson(value: Any) -> str:
     return orjson.dumps(value).decode()
 
 
-def role_colon(messages: list[dict[str, str]]) -> list[dict[str, Any]]:
+def role_colon(messages: list[dict[str, str]]) -> list[Row]:
     """A chat as segments, of which a last answer carries loss, and the `User:` behind it.
 
     As the renderer of that name in thinking-machines-lab/tinker-cookbook cuts it: `Role:`, then the content.
     """
-    segments: list[dict[str, Any]] = []
+    segments: list[Row] = []
     for message in messages:
         header, content = f"{message['role'].capitalize()}:", f" {message['content']}\n\n"
         segments += [{"label": False, "text": header}, {"label": False, "text": content}]

@@ -11,6 +11,7 @@ from pydantic.json_schema import SkipJsonSchema
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, meant
 from ..base.progress import say_once
+from ..base.yamlfiles import Config
 from ..metrics import registry
 from ..metrics.metric import Column
 from .declaration import Data, Mistake, Strict, undeclared
@@ -59,12 +60,12 @@ class Study(Strict):
 
     folder: SkipJsonSchema[Path]
     title: str
-    paper: dict[str, Any]
+    paper: Config
     tags: list[str] = Field(default=[])
     data: Data
     decoding: Decoding = OF_NO_STUDY
     decodings: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+$")], Decoding] = Field(default={})
-    metrics: dict[str, dict[str, Any] | None] = Field(min_length=1)
+    metrics: dict[str, Config | None] = Field(min_length=1)
     published: dict[str, Published]
     variants: dict[str, Variant] = Field(default={})
     comment_prefixes: list[str] = Field(default=["paper"])

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from ..base.errors import UserError, WorkFailed
-from ..base.files import sha256
+from ..base.files import Row, sha256
 from ..base.hub import importing_axolotl
 from .metric import Metric, Pair, Parameters
 
@@ -52,7 +52,7 @@ class ScorerModel(Parameters):
         )
 
 
-def made_by(by: ScorerModel | None, record: dict[str, Any] | None) -> bool:
+def made_by(by: ScorerModel | None, record: Row | None) -> bool:
     """Whether the record of a BERTScore is of this model; None is no model and no score."""
     if by is None or record is None:
         return by is None and record is None
@@ -127,7 +127,7 @@ def f1(pairs: Sequence[Pair], by: ScorerModel) -> list[float]:
     return values
 
 
-def record(by: ScorerModel) -> dict[str, Any]:
+def record(by: ScorerModel) -> Row:
     """What identifies the model of scores, and bert-score's own hash of its settings."""
     config, layer = _config_of(by), layer_of(by)
     with importing_axolotl(offline=by.is_local):

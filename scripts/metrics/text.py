@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..base.errors import UserError
+from ..base.files import Row
 from .metric import Metric, Pair, Parameters
 
 MOST = 300_000
@@ -146,7 +147,7 @@ def sacrebleu(pairs: Sequence[Pair], parameters: SacrebleuParameters) -> float:
     return float(_corpus_bleu(parameters).corpus_score(predictions, [references]).score)
 
 
-def _signature(parameters: SacrebleuParameters) -> dict[str, Any]:
+def _signature(parameters: SacrebleuParameters) -> Row:
     scorer = _corpus_bleu(parameters)
     scorer.corpus_score([""], [[""]])  # the signature tells how many references there are
     return {"sacrebleu_signature": str(scorer.get_signature())}

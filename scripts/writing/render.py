@@ -13,8 +13,9 @@ import jinja2
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, did_you_mean
-from ..base.files import read_json, write_atomically
+from ..base.files import Row, read_json, write_atomically
 from ..base.paths import template_environment
+from ..base.yamlfiles import Config
 from ..configs import ledger, models
 from ..data import study
 from ..data.study import Study
@@ -61,7 +62,7 @@ class BaseModel:
         return models.renamed(wanted, self.layers) if self.layers else wanted
 
 
-def describe(entry: dict[str, Any], name: str, folder: Path | None = None) -> BaseModel:
+def describe(entry: Config, name: str, folder: Path | None = None) -> BaseModel:
     """What a recipe says of a base model.
 
     Args:
@@ -97,7 +98,7 @@ def describe(entry: dict[str, Any], name: str, folder: Path | None = None) -> Ba
     )
 
 
-def _access(entry: dict[str, Any], is_folder: bool) -> str:
+def _access(entry: Config, is_folder: bool) -> str:
     if is_folder:
         return "a folder of this machine"
     if entry.get("gated"):
@@ -105,7 +106,7 @@ def _access(entry: dict[str, Any], is_folder: bool) -> str:
     return "not gated" if "gated" in entry else "not known whether it is gated"
 
 
-def _padding(entry: dict[str, Any], folder: Path | None) -> tuple[str | None, str]:
+def _padding(entry: Config, folder: Path | None) -> tuple[str | None, str]:
     """The padding token that a recipe sets, or None; and the reason."""
     if folder and (folder / "tokenizer_config.json").is_file():
         own = models.token(folder, "pad_token")
@@ -164,7 +165,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
         return describe(entry, base_model)
 
     recipes = {}
-    by_study: dict[str, tuple[Study, list[dict[str, Any]]]] = {}
+    by_study: dict[str, tuple[Study, list[Row]]] = {}
     for file in sorted(templates.rglob("*.yaml.j2")):
         if not file.name.startswith("_"):
             template = file.relative_to(templates).as_posix()
