@@ -60,9 +60,10 @@ def studies() -> list[Path]:
 
 
 def recipe_names() -> list[str]:
-    """Every study's recipes by name: their paths under recipes/ without suffix."""
-    files = [(study, file) for study in studies() for file in study.rglob("*.yaml") if file.name != "study.yaml"]
-    return sorted({file.relative_to(study.parent).with_suffix("").as_posix() for study, file in files})
+    """The starting points and every study's recipes by name: their paths under recipes/ without suffix."""
+    folders = [*studies(), RECIPES / "start"]
+    files = [(folder, file) for folder in folders for file in folder.rglob("*.yaml") if file.name != "study.yaml"]
+    return sorted({file.relative_to(folder.parent).with_suffix("").as_posix() for folder, file in files})
 
 
 def recipe_file(name: str) -> Path:

@@ -165,6 +165,7 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
         return describe(entry, base_model)
 
     recipes = {}
+    starts: list[Row] = []
     by_study: dict[str, tuple[Study, list[Row]]] = {}
     for file in sorted(templates.rglob("*.yaml.j2")):
         if not file.name.startswith("_"):
@@ -172,15 +173,17 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
             name = template.removesuffix(".yaml.j2")
             text = text_of(template, name=name, facts=facts)
             recipes[f"{name}.yaml"] = text
+            recipe = yamlfiles.parse(text, f"recipes/{name}.yaml") | {"name": name}
             if of_study := study.of(name):
-                recipe = yamlfiles.parse(text, f"recipes/{name}.yaml")
-                by_study.setdefault(of_study.title, (of_study, []))[1].append(recipe | {"name": name})
+                by_study.setdefault(of_study.title, (of_study, []))[1].append(recipe)
+            elif name.startswith("start/"):
+                starts.append(recipe)
     if (templates / f"{README}.j2").is_file():
         studies = []
         for of_study, rows in by_study.values():
             records = ledger.records(of_study, strict=True)
             studies.append((of_study, rows, ledger.statuses(of_study, records), ledger.table(of_study, records)))
-        recipes[README] = text_of(f"{README}.j2", studies=studies)
+        recipes[README] = text_of(f"{README}.j2", studies=studies, starts=starts)
     return recipes
 
 
