@@ -1,6 +1,6 @@
 """How long things take: quick commands, a plan, the preparation of data and the start of a training.
 
-`make benchmark` prints it; the ratios of two times that were measured one after the other are the README's table.
+`make benchmark` prints it; the ratios of two times that were measured one after the other are the table of CONTRIBUTING.md.
 """
 
 import json
@@ -130,7 +130,7 @@ def start(folder: Path) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    """Print the seconds of quick commands, then the README's table."""
+    """Print the seconds of quick commands, then CONTRIBUTING.md's table."""
     for words in COMMANDS:
         took = beyond(*words.split())
         slow = took > QUICK and words.split()[0] in ("list", "show", "results")
