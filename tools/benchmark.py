@@ -1,6 +1,6 @@
 """How long things take: quick commands, a plan, the preparation of data and the start of a training.
 
-`make benchmark` prints it; the ratios of two times that were measured one after the other are the table of CONTRIBUTING.md.
+`make benchmark` prints it; ratios are of two times measured one after the other, and a table of CONTRIBUTING.md.
 """
 
 import json
