@@ -83,7 +83,7 @@ def scores(shared: Path) -> dict[str, Any]:
     for which in ("6b_finetuning", "6b_verification"):
         field = ("--prediction-field", f"{which}.solution")
         asked[which] = (shared / "gsm8k" / "solutions-6b.jsonl", *field, "--metric", "number: {markers: ['A: ']}")
-    words = ("--metric", "bleu4", "--bertscore", "none", "--json")
+    words = ("--metric", "bleu4", "--metric", "bertscore:none", "--json")
     return {name: json.loads(recipe("score", *of_file, *words)) for name, of_file in asked.items()}
 
 

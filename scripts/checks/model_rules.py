@@ -84,7 +84,7 @@ def _of_the_hub(name: str, level: Level, launching: bool) -> Problems:
 
 def _how_to_get(name: str) -> str:
     """Remedy that gives access to a gated model."""
-    mirror = ", or take its ungated copy by --mirror" if models.catalogue().get(name, {}).get("mirror") else ""
+    mirror = ", or take its ungated copy by --profile mirror" if models.catalogue().get(name, {}).get("mirror") else ""
     return f"accept its licence at {hub.page(name)} and `hf auth login`{mirror}"
 
 

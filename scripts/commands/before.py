@@ -1,5 +1,6 @@
 """What comes before a run: check and plan; data is a module of its own."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +18,9 @@ from .help import Verb, next_step, over
 from .options import (
     Force,
     Json,
-    Mirror,
     Names,
     Overrides,
     Profiles,
-    check_finite,
     single_name,
 )
 
@@ -57,7 +56,6 @@ def check_verb(
     names: Names = None,
     profile: Profiles = None,
     set_: Overrides = None,
-    mirror: Mirror = False,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Check the rehearsal of it.")] = False,
     gpu: Annotated[
         str | None,
@@ -84,8 +82,7 @@ def check_verb(
 
     target = gpus.here() if gpu is None else gpus.find(gpu)
     requests = [
-        Request(name, profile or [], set_ or [], rehearse, mirror, force=force or [])
-        for name in names or recipe_names()
+        Request(name, profile or [], set_ or [], rehearse, force=force or []) for name in names or recipe_names()
     ]
     if show_tokens:
         single_name(names, "--show-tokens")
@@ -108,7 +105,7 @@ def check_verb(
     say(f"{len(reports)} checked; errors: {counts['error']}, warnings: {counts['warning']}")
     if counts["error"]:
         raise typer.Exit(2)
-    if not rehearse and not mirror:  # which a plan does not take
+    if not rehearse:  # which a plan does not take
         next_step("plan", *names or [], *over(profile, set_), *(["--gpu", gpu] if gpu else []), json=json)
     elif len(requests) == 1:
         next_step("run", *_launching(requests[0]), json=json)
@@ -144,7 +141,7 @@ def _print_findings(findings: "Iterable[Finding]") -> None:
     "plan",
     cls=Verb,
     rich_help_panel=HEADING,
-    epilog="recipe plan llama-3.2-3b --gpu 4090\nrecipe plan llama-3.2-3b --set sequence_len=4096 --vram 16",
+    epilog="recipe plan llama-3.2-3b --gpu 4090\nrecipe plan llama-3.2-3b --gpu 16GB",
 )
 def plan_verb(
     names: Names = None,
@@ -155,11 +152,8 @@ def plan_verb(
         typer.Option(
             metavar="NAME",
             autocompletion=completion.gpus,
-            help="The card, as T4; by default this machine's, or a table of memory sizes.",
+            help="The card, as T4, or its memory, as 24GB; by default this machine's, or a table of memory sizes.",
         ),
-    ] = None,
-    vram: Annotated[
-        float | None, typer.Option(metavar="GB", min=1, callback=check_finite, help="A card of this memory.")
     ] = None,
     gpu_count: Annotated[int, typer.Option("--gpus", min=1, help="How many GPUs to train on.")] = 1,
     data: Measured = False,
@@ -171,7 +165,9 @@ def plan_verb(
     from ..configs.compose import Request
     from ..planning import plan
 
-    target = gpus.find(gpu) if gpu else None if vram else gpus.here()
+    size = re.fullmatch(r"(\d{1,3}) ?Gi?B", gpu or "", re.IGNORECASE)
+    memory = float(size[1]) if size else None
+    target = None if memory else gpus.find(gpu) if gpu else gpus.here()
     requests = [
         Request(name, profile or [], set_ or [], gpus=gpu_count, force=force or []) for name in names or recipe_names()
     ]
@@ -179,7 +175,7 @@ def plan_verb(
     with Bar("planning", len(requests)) as bar:
         for request in requests:
             bar.begin(f"planning {request.name}")
-            plans[request.name] = plan.of_request(request, target, vram, data)
+            plans[request.name] = plan.of_request(request, target, memory, data)
             bar.update(len(plans))
     if json:
         tables.print_json([{"recipe": name, **asdict(planned)} for name, planned in plans.items()])
@@ -296,6 +292,5 @@ def _launching(request: "Request") -> list[str]:
     entries = datafiles.datasets(compose(request).config)
     ready = gpus.here() and all(file.is_file() for _, entry in entries for file in datafiles.local_files(entry))
     rehearsed = ["--rehearse"] if request.rehearse or not ready else []
-    mirrored = ["--mirror"] if request.mirror else []
     several = ["--gpus", str(request.gpus)] if request.gpus > 1 else []
-    return [request.name, *over(request.profiles, request.overrides), *mirrored, *several, *rehearsed]
+    return [request.name, *over(request.profiles, request.overrides), *several, *rehearsed]

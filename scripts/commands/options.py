@@ -1,6 +1,5 @@
 """Arguments and options that several verbs share, the values that they take, and which exclude or need one another."""
 
-import math
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -92,7 +91,7 @@ Profiles = Annotated[
         "--profile",
         metavar="P",
         autocompletion=completion.profiles,
-        help="Lay a profile over it: a shipped one or a file. Repeatable.",
+        help="Lay a profile over it: shipped, as mirror, an ungated copy of a gated model, or a file. Repeatable.",
     ),
 ]
 Overrides = Annotated[
@@ -104,7 +103,6 @@ Overrides = Annotated[
         help="Override a key (a.b.0.c reaches below). Repeatable.",
     ),
 ]
-Mirror = Annotated[bool, typer.Option("--mirror", help="Use an ungated copy of a gated base model.")]
 Force = Annotated[
     list[str] | None,
     typer.Option("--force", metavar="FINDING", help="Despite the error of this name in `recipe check`. Repeatable."),
@@ -112,34 +110,17 @@ Force = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def check_finite(param: typer.CallbackParam, value: float | None) -> float | None:
-    """Refuse inf and nan, which a range of numbers lets pass."""
-    if value is not None and not math.isfinite(value):
-        raise UserError(f"{param.opts[0]} {value}: give a finite number")
-    return value
-
-
 Seeds = Annotated[
     int, typer.Option("--seeds", metavar="N", min=1, help="Run each of them with N seeds, from the recipe's own on.")
-]
-JudgeModel = Annotated[
-    str | None,
-    typer.Option(
-        "--bertscore", metavar="MODEL|none", help="BERTScore's model; by default roberta-large if it is here."
-    ),
-]
-FetchedJudge = Annotated[
-    str | None,
-    typer.Option(
-        "--bertscore", metavar="MODEL|none", help="BERTScore's model; by default roberta-large, which training fetches."
-    ),
 ]
 Metrics = Annotated[
     list[str] | None,
     typer.Option(
         "--metric",
         metavar="NAME",
-        help="Score with this, as in rouge_l, or with parameters, as in 'number: {markers: [\"A: \"]}'. Repeatable.",
+        help="Score with this, as in rouge_l, or with parameters, as in 'number: {markers: [\"A: \"]}'; benchmark:mmlu "
+        "is a task of lm-evaluation-harness, bertscore:MODEL names BERTScore's model, bertscore:none leaves it out. "
+        "Repeatable.",
     ),
 ]
 BatchSize = Annotated[

@@ -10,12 +10,11 @@ from ..base.progress import say
 from . import completion
 from .help import Verb, next_step
 from .options import (
-    FetchedJudge,
     Force,
     FromStage,
     Jobs,
     Json,
-    Mirror,
+    Metrics,
     On,
     Overrides,
     PlannedGpu,
@@ -60,8 +59,7 @@ def reproduce_verb(
     on: On = "local",
     profile: Profiles = None,
     set_: Overrides = None,
-    mirror: Mirror = False,
-    bertscore: FetchedJudge = None,
+    metric: Metrics = None,
     force: Force = None,
     dry_run: Outlined = False,
     gpu: PlannedGpu = None,
@@ -80,22 +78,21 @@ def reproduce_verb(
     for option, given in own.items():
         only_with(option, given, "--from training", from_ == "training")
     of_study = find(study)
-    request = Request(of_study.folder.name, profile or [], set_ or [], rehearse, mirror, force=force or [])
+    request = Request(of_study.folder.name, profile or [], set_ or [], rehearse, force=force or [])
     request.rehearse = is_rehearsal(request)
     of_model: dict[str, Any] = {
         "--rehearse": request.rehearse,
         "--set": set_,
         "--profile": profile,
-        "--mirror": mirror,
         "--jobs": jobs,
     }
     for option, given in of_model.items():
         only_with(option, given, "--from adapter or training", from_ != "predictions", "predictions need no model")
-    evaluation = EvaluationRequest(judge=bertscore)
+    evaluation = EvaluationRequest(metrics=metric or [])
     backend = backend_of(on, request.rehearse, jobs)
     form = form_of(json)
     if from_ == "predictions":
-        _score_predictions(of_study, only or [], bertscore, form)
+        _score_predictions(of_study, only or [], evaluation.judge, form)
         return
     if dry_run:
         card = gpus.find(gpu) if gpu else None

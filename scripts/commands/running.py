@@ -15,8 +15,7 @@ from .options import (
     Force,
     Jobs,
     Json,
-    JudgeModel,
-    Mirror,
+    Metrics,
     Name,
     On,
     Overrides,
@@ -61,7 +60,6 @@ def run_verb(
     ] = False,
     profile: Profiles = None,
     set_: Overrides = None,
-    mirror: Mirror = False,
     gpu_count: Annotated[
         int, typer.Option("--gpus", help="How many GPUs to train on; with --nodes, on each node.")
     ] = 1,
@@ -80,7 +78,6 @@ def run_verb(
         profiles=profile or [],
         overrides=set_ or [],
         rehearse=rehearse,
-        mirror=mirror,
         gpus=gpu_count,
         nodes=nodes,
         dry_run=dry_run,
@@ -135,7 +132,6 @@ def sweep_verb(
     set_: Tried = None,
     rehearse: RehearseAll = False,
     profile: Profiles = None,
-    mirror: Mirror = False,
     seeds: Seeds = 1,
     jobs: Jobs = None,
     on: On = "local",
@@ -143,7 +139,7 @@ def sweep_verb(
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Evaluate the first N test rows; in a rehearsal 12.")
     ] = None,
-    bertscore: JudgeModel = None,
+    metric: Metrics = None,
     force: Force = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan all members, and start none.")] = False,
     json: Json = False,
@@ -155,9 +151,9 @@ def sweep_verb(
     from ..scores.task import EvaluationRequest
 
     sweep_name, members = sweep.read_members(sweep.find_sweep_file(file) if file else None, set_ or [])
-    request = Request(name, profiles=profile or [], rehearse=rehearse, mirror=mirror, force=force or [])
+    request = Request(name, profiles=profile or [], rehearse=rehearse, force=force or [])
     request.rehearse = is_rehearsal(request)
-    evaluation = EvaluationRequest(limit=limit, judge=bertscore)
+    evaluation = EvaluationRequest(limit=limit, metrics=metric or [])
     backend = backend_of(on, request.rehearse, jobs)
     card = gpus.find(gpu) if gpu else None
     record, results = sweep.sweep(

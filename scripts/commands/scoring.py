@@ -17,7 +17,6 @@ from .options import (
     DecodingName,
     Force,
     Json,
-    JudgeModel,
     Metrics,
     On,
     RunName,
@@ -59,10 +58,6 @@ EngineName = Annotated[
 ServersModel = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="The server's name for the run's base model and adapter.")
 ]
-BenchmarkTasks = Annotated[
-    list[str] | None,
-    typer.Option("--task", metavar="NAME", help="A task of lm-evaluation-harness, such as mmlu. Repeatable."),
-]
 verbs = typer.Typer()
 
 
@@ -83,23 +78,19 @@ def evaluate_verb(
     engine: EngineName = "transformers",
     model: ServersModel = None,
     metric: Metrics = None,
-    task: BenchmarkTasks = None,
-    bertscore: JudgeModel = None,
     checkpoints: Checkpoints = False,
     force: Force = None,
     on: On = "local",
     json: Json = False,
 ) -> None:
     """Generate predictions for test rows with a run's adapter, and score them."""
-    from ..metrics.registry import as_metric
     from ..running import evaluation
     from ..runs.rundir import RunDir
     from ..scores import checkpoint_selection, evaluations
     from ..scores.task import EvaluationRequest
 
     exclusive({"--checkpoints": checkpoints, "--adapter": adapter})
-    metric = [*(metric or []), *map(as_metric, task or [])]
-    request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, bertscore, metric, decoding)
+    request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, metric or [], decoding)
     request.checkpoints, request.force, request.engine, request.model = checkpoints, force or [], engine, model
     only_with("--model", model, "--engine URL", request.server)
     exclusive({"--checkpoints": checkpoints, "--engine URL": request.server})
@@ -132,18 +123,18 @@ def score_verb(
         typer.Option(metavar="FIELD", help="The field with the prediction; a dot reaches below, as in answer.text."),
     ] = "prediction",
     reference_field: Annotated[str, typer.Option(metavar="FIELD", help="The field with the reference.")] = "reference",
-    bertscore: JudgeModel = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the rows with their own scores to a JSONL file.")
     ] = None,
     json: Json = False,
 ) -> None:
     """Score predictions made anywhere."""
+    from ..metrics.registry import scorer_named
     from ..scores.score import columns_of, of_predictions, read_pairs, score, scorer_models
 
     columns = of_predictions(columns_of(None, metric or []))
     rows = read_pairs(file, prediction_field, reference_field)
-    judged = scorer_models(columns, bertscore)
+    judged = scorer_models(columns, scorer_named(metric or []))
     with Bar("scoring", 1):
         scores, rows = score(rows, columns, judged)
     if out:

@@ -19,6 +19,7 @@ from .datafiles import DataFile
 from .gpus import Gpu
 
 REHEARSAL = "rehearsal"
+MIRROR = "mirror"  # the profile that takes an ungated copy of the base model
 TRACKERS = {"tensorboard", "trackio", "mlflow", "wandb"}  # profiles that do not affect the training
 
 
@@ -30,7 +31,6 @@ class Request:
     profiles: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     rehearse: bool = False
-    mirror: bool = False
     gpus: int = 1  # on each node
     dry_run: bool = False
     force: list[str] = field(default_factory=list)
@@ -113,10 +113,12 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     lay({key: value for key, value in own.items() if value is not None}, paths.shown(file), file)
     of_variant = _differences(base, composed, reasons)
     base = composed
-    if request.mirror:
-        lay(_mirrored(composed), "--mirror")
-    fragments = _fragments(profiles, composed, request.overrides, gpu, incompatible)
-    for (profile, profile_file), fragment in zip(profiles, fragments, strict=True):
+    if MIRROR in dict(profiles):
+        lay(_mirrored(composed), f"profile {MIRROR}")
+    fragments = _fragments(
+        [one for one in profiles if one[0] != MIRROR], composed, request.overrides, gpu, incompatible
+    )
+    for (profile, profile_file), fragment in fragments:
         if profile == REHEARSAL:
             folders = {"stand_in": str(substitution.folder()), "sample": str(usual_sample())}
             fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
@@ -178,7 +180,7 @@ def _fragments(
     overrides: list[str],
     gpu: Gpu | None,
     incompatible: numerics.Incompatible,
-) -> Iterator[Config]:
+) -> Iterator[tuple[tuple[str, Path], Config]]:
     """What profiles lay over a config in turn: of those that are fitted, what suits all else that is laid over it."""
     before = begun
     for profile, file in profiles:
@@ -193,7 +195,7 @@ def _fragments(
                     with_others = config.override(with_others, *config.parse_override(text))
             fragment = numerics.adapted(fragment, before, with_others, gpu, incompatible)
         before = config.merge(before, fragment)
-        yield fragment
+        yield (profile, file), fragment
 
 
 def is_rehearsal(request: Request) -> bool:
@@ -207,7 +209,7 @@ def _mirrored(composed: Config) -> Config:
     entry = models.catalogue().get(str(model), {})
     if "mirror" not in entry:
         reason = "it is not gated" if entry.get("gated") is False else f"{paths.TEMPLATES / 'models.yaml'} names none"
-        raise UserError(f"--mirror: no mirror for {model}: {reason}")
+        raise UserError(f"profile {MIRROR}: no mirror for {model}: {reason}")
     return config.merge(composed, {"base_model": entry["mirror"], "revision_of_model": None})
 
 

@@ -47,8 +47,8 @@ class ScorerModel(Parameters):
 
     def not_loaded(self, error: Exception) -> WorkFailed:
         return WorkFailed(
-            f"BERTScore: {self.model} cannot be loaded: {str(error).splitlines()[0]}; `--bertscore none` leaves it "
-            "out, `--bertscore DIR` takes a model's folder"
+            f"BERTScore: {self.model} cannot be loaded: {str(error).splitlines()[0]}; `--metric bertscore:none` leaves "
+            "it out, `--metric bertscore:DIR` takes a model's folder"
         )
 
 

@@ -93,6 +93,7 @@ PERPLEXITY = Metric(
     of_loss=math.exp,
 )
 METRICS = {metric.name: metric for metric in (*OF_TEXTS, bertscore.METRIC, EVAL_LOSS, PERPLEXITY, BENCHMARK)}
+TASK, SCORER = "benchmark:", "bertscore:"  # before what --metric names
 DEFAULT = ("bleu4", "rouge_l", "bertscore_f1", "sacrebleu")
 """What is computed where neither a study nor the user says what."""
 _NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")
@@ -154,15 +155,19 @@ def columns(entries: Mapping[str, Mapping[str, Any] | None] | Iterable[str]) -> 
 
 
 def asked(texts: Iterable[str]) -> dict[str, Column]:
-    """The columns that are named with --metric, as in `bleu4` or `number: {markers: ["A: "]}`.
+    """The columns that are named with --metric, as in `bleu4`, `number: {markers: ["A: "]}` or `benchmark:mmlu`.
 
     Raises:
         UserError: one is malformed, or two have the same name.
     """
     found: dict[str, Column] = {}
     for text in texts:
+        if text.startswith(SCORER):
+            continue
         parsed = yamlfiles.parse(text, f"--metric {text}")
-        entries = {parsed: None} if isinstance(parsed, str) else parsed
+        if isinstance(parsed, str):
+            parsed = _of_task(text.removeprefix(TASK)) if text.startswith(TASK) else {parsed: None}
+        entries = parsed
         well_formed = isinstance(entries, dict) and all(isinstance(e, dict | None) for e in entries.values())
         if not well_formed or not entries:
             raise UserError(f"--metric {text}: expected a metric's name, or as in 'number: {{markers: [\"A: \"]}}'")
@@ -176,6 +181,17 @@ def asked(texts: Iterable[str]) -> dict[str, Column]:
                                 f"'other: {{metric: {new.metric.name}}}'")  # fmt: skip
             found[name] = new
     return found
+
+
+def _of_task(task: str) -> dict[str, Any]:
+    """A task of the harness as the declaration of a column of its name."""
+    name = re.sub(r"\W+", "_", task.removesuffix(".yaml").rpartition("/")[2])
+    return {name: {"metric": BENCHMARK.name, "label": name, "task": task}}
+
+
+def scorer_named(texts: Iterable[str]) -> str | None:
+    """BERTScore's model as --metric names it, `none` to leave it out; None where it does not."""
+    return next((text.removeprefix(SCORER) for text in texts if text.startswith(SCORER)), None)
 
 
 def recorded(scores: Mapping[str, Any]) -> dict[str, Column]:
@@ -208,9 +224,3 @@ def heading(column: Column, headings: Mapping[str, Column]) -> str | None:
     """The heading of a column among those of `distinct`."""
     same = (text for text, c in headings.items() if c.name == column.name and c.same_scores(column))
     return next(same, None)
-
-
-def as_metric(task: str) -> str:
-    """Return a task as `--metric` takes it, in a column of its name."""
-    name = re.sub(r"\W+", "_", task.removesuffix(".yaml").rpartition("/")[2])
-    return yamlfiles.write_flow({name: {"metric": BENCHMARK.name, "label": name, "task": task}})

@@ -203,7 +203,6 @@ def _command(run: Row) -> str:
     words = ["recipe", "run", run["recipe"] if run["recipe"] in paths.recipe_names() else run["recipe_file"]]
     for option, key in (("--profile", "profiles"), ("--set", "overrides"), ("--force", "forced")):
         words += [word for value in run[key] for word in (option, value)]
-    words += ["--mirror"] if run["mirror"] else []
     for option, key in (("--gpus", "gpus_used"), ("--nodes", "nodes")):
         words += [option, str(run[key])] if run[key] > 1 else []
     return shlex.join([*words, *(["--", *run["axolotl_arguments"]] if run["axolotl_arguments"] else [])])

@@ -137,7 +137,7 @@ def _allowed(difference: config.Difference) -> bool:
     key, (how, _, which) = difference.key, difference.why.partition(" ")
     of_profile = how == "profile" and (paths.PROFILES / f"{which}.yaml").is_file()
     is_data = key.partition(".")[0] in ("datasets", "test_datasets") and key.endswith(".path")
-    return of_profile or is_data or how in ("--mirror", "--gpus") or key == "seed" or bool(config.TRACKING.match(key))
+    return of_profile or is_data or how == "--gpus" or key == "seed" or bool(config.TRACKING.match(key))
 
 
 def _revision(made_with: Provenance) -> str | None:

@@ -73,7 +73,6 @@ def record_of(composed: Composed, request: Request) -> Run:
         profiles=composed.profiles,
         overrides=request.overrides,
         forced=request.force,
-        mirror=request.mirror,
         gpus_used=request.gpus,
         nodes=request.nodes,
         differences=composed.differences,

@@ -17,7 +17,7 @@ from ..base.hub import importing_axolotl
 from ..base.paths import find_recipe
 from ..base.progress import say
 from ..configs import datafiles, models, substitution
-from ..configs.compose import Composed, Request
+from ..configs.compose import MIRROR, Composed, Request
 from ..runs.records import FileState
 from ..runs.rundir import RunDir, find_run
 from ..runs.tasks import Task, TaskResult
@@ -125,7 +125,7 @@ def request_for(name: str, adapter: Path, force: Sequence[str]) -> Request:
     rehearsal, copied = Path(base).name == substitution.folder().name, models.is_copy(base, own)
     if not (rehearsal or copied):
         say(f"{adapter}: trained on {base}; it is evaluated with {own}, as {name} says")
-    return Request(name, rehearse=rehearsal, mirror=copied and base != own, force=[*force])
+    return Request(name, [MIRROR] if copied and base != own else [], rehearse=rehearsal, force=[*force])
 
 
 def checked(request: Request, backend: Backend) -> Composed:

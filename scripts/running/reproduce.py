@@ -14,13 +14,14 @@ from ..base.paths import find_recipe
 from ..base.progress import Bar, say
 from ..checks import check
 from ..configs import datafiles, models
-from ..configs.compose import Composed, Request
+from ..configs.compose import MIRROR, Composed, Request
 from ..configs.config import parse_override
 from ..configs.gpus import Gpu
 from ..data import fetch, manifest, prepare
 from ..data.declaration import Data, PreparedFormat
 from ..data.raw_rows import fetched
 from ..data.study import Study
+from ..metrics.registry import SCORER
 from ..planning import plan
 from ..planning.planner import GIB
 from ..runs.tasks import TaskResult
@@ -69,7 +70,7 @@ def reproduce(
     declared = declared_models(of_study.columns)
     if not request.rehearse and evaluation.judge is None and declared:  # to be fetched where it is not here
         by = next(iter(declared.values()))
-        evaluation.judge = by.model
+        evaluation.metrics = [*evaluation.metrics, f"{SCORER}{by.model}"]
     with held(lock(request.name), "another reproduction of it is running there"):
         pipelines = [Pipeline(result, asked, evaluation, backend) for result, asked in wanted]
         for pipeline in pipelines:
@@ -247,7 +248,9 @@ def _wanted(of_study: Study, request: Request, only: list[str], seeds: int) -> l
 def request_for(shared: Request, recipe: str) -> Request:
     """The request for one recipe, with a mirror only where the model is gated."""
     base_model = str(yamlfiles.read_yaml(find_recipe(recipe)[1]).get("base_model"))
-    return replace(shared, name=recipe, mirror=shared.mirror and bool(models.entry_of(base_model).get("gated")))
+    gated = models.entry_of(base_model).get("gated")
+    profiles = [name for name in shared.profiles if gated or paths.find_profile(name)[0] != MIRROR]
+    return replace(shared, name=recipe, profiles=profiles)
 
 
 def have_data(of_study: Study, configs: list[Composed]) -> None:

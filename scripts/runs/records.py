@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, Required, Self, TypedDict
+from typing import Annotated, Any, Literal, Required, Self, TypedDict
 
-from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, with_config
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, model_validator, with_config
 
 from ..base.files import sha256
 from ..base.machine import Card, now
@@ -199,7 +199,6 @@ class Run(BaseModel):
     overrides: list[str] = Field(default_factory=list)
     forced: list[str] = Field(default_factory=list)  # findings of the check that were overridden
     seal: str | None = None  # see `checks.trust`
-    mirror: bool = False
     gpus_used: int = 1  # on each node
     nodes: int = 1
     axolotl_arguments: list[str] = Field(default_factory=list)  # of earlier versions
@@ -215,6 +214,14 @@ class Run(BaseModel):
     published_adapter: str | None = None  # the name of one that was not trained here
     summary: Summary = Field(default_factory=Summary)  # as of the last launch's end; `RunDir.summary` is up to date
     provenance: Provenance = Field(default_factory=Provenance)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _brought_up_to_date(cls, content: Any) -> Any:
+        """The record of an earlier version as this one writes it."""
+        if isinstance(content, dict) and content.get("mirror"):  # was an option; now a profile
+            return content | {"profiles": [*content.get("profiles", []), "mirror"]}
+        return content
 
     @property
     def origin(self) -> str:

@@ -89,7 +89,7 @@ def scorer_models(
     models = {name: scorer_model(asked, rehearsal, declared) for name, declared in declared_models(columns).items()}
     for name, declared in declared_models(columns).items():
         if report and models[name] is None and asked is None:
-            fetched = f"`--bertscore {declared.model}` fetches it"
+            fetched = f"`--metric bertscore:{declared.model}` fetches it"
             say(f"{columns[name].label} is left out: {declared.model} is not on this machine; {fetched}")
     return models
 

@@ -11,6 +11,7 @@ from ..checks import trust
 from ..configs.numerics import precision, quantized
 from ..data import study
 from ..data.study import Decoding
+from ..metrics.registry import scorer_named
 from ..runs.records import Run
 from ..runs.rundir import RunDir
 from . import evaluation_rows, evaluations
@@ -33,7 +34,6 @@ class EvaluationRequest:
         adapter: an adapter's folder, or `none` for the base model alone; by default the run's adapter.
         max_new_tokens: by default the study's.
         batch_size: the most rows generated at a time; by default up to 64, as memory allows.
-        judge: BERTScore's model, see `score.scorer_model`.
         metrics: what to score with beside the study's metrics, as --metric takes it; without both see
             `registry.DEFAULT`.
         decoding: one of the study's further ways to decode, by name.
@@ -49,7 +49,6 @@ class EvaluationRequest:
     adapter: str | None = None
     max_new_tokens: int | None = None
     batch_size: int | None = None
-    judge: str | None = None
     metrics: Sequence[str] = ()
     decoding: str | None = None
     validation: bool = False
@@ -63,6 +62,11 @@ class EvaluationRequest:
         """Address of the server that generates, where one does."""
         return None if self.engine in (REFERENCE, VLLM) else self.engine
 
+    @property
+    def judge(self) -> str | None:
+        """BERTScore's model, see `score.scorer_model`."""
+        return scorer_named(self.metrics)
+
     def options(self) -> list[str]:
         """The request as options of `recipe evaluate`."""
         options = {
@@ -71,7 +75,6 @@ class EvaluationRequest:
             "--adapter": self.adapter,
             "--max-new-tokens": self.max_new_tokens,
             "--batch-size": self.batch_size,
-            "--bertscore": self.judge,
             "--decoding": self.decoding,
             "--engine": None if self.engine == REFERENCE else self.engine,
             "--model": self.model,

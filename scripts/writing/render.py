@@ -102,7 +102,7 @@ def _access(entry: Config, is_folder: bool) -> str:
     if is_folder:
         return "a folder of this machine"
     if entry.get("gated"):
-        return f"gated: accept it on the hub and log in{', or use --mirror' if 'mirror' in entry else ''}"
+        return f"gated: accept it on the hub and log in{', or use --profile mirror' if 'mirror' in entry else ''}"
     return "not gated" if "gated" in entry else "not known whether it is gated"
 
 

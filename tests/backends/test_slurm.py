@@ -68,12 +68,12 @@ def test_a_sweep_is_an_array_whose_members_are_evaluated_as_they_end(
     rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--set", "num_epochs=1")
     rehearsed += ("--on", "slurm,gres=gpu:1,run.hold=")
     alone = RunDir(tmp_path / asked("run", NAME, "--set", "lora_r=4", *rehearsed))
-    of_base_model = ("evaluate", alone.path, "--adapter", "none", "--bertscore", "none", *queue)
+    of_base_model = ("evaluate", alone.path, "--adapter", "none", "--metric", "bertscore:none", *queue)
     assert asked(*of_base_model) == str(alone.path)
     (waiting,) = (job.id for job in alone.jobs() if job.step == "evaluate")
     assert f"(job {waiting})" in finish(start(tmp_path, *of_base_model), code=2)
     slurm.ask("scancel", waiting)
-    command = ["sweep", NAME, "three.yaml", *rehearsed, "--bertscore", "none", "--json"]
+    command = ["sweep", NAME, "three.yaml", *rehearsed, "--metric", "bertscore:none", "--json"]
     first = orjson.loads(asked(*command))
     assert all("job" in step["run"] and step["evaluate"].startswith("queued (job") for step in first["steps"])
     runs = rundir.all_runs(tmp_path / "runs")
@@ -145,7 +145,7 @@ def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
 def test_cancelling_a_sweep_takes_it_out_of_the_queue(
     recipe: Recipe, tmp_path: Path, tiny_profile: Path, slurm: Cluster
 ) -> None:
-    rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--bertscore", "none")
+    rehearsed = ("--profile", "rehearsal", "--profile", tiny_profile, "--metric", "bertscore:none")
     queue = ("--on", "slurm,begin=now+1hour")
     done = recipe("sweep", NAME, "--set", "lora_r=4,8", *rehearsed, *queue)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check
 from qlora_recipes.checks.finding import _SCOPES, RULES, Case, Finding, refuse
 from qlora_recipes.configs import gpus
-from qlora_recipes.configs.compose import Composed, Request
+from qlora_recipes.configs.compose import MIRROR, Composed, Request
 from qlora_recipes.data import study
 from qlora_recipes.planning import plan
 
@@ -84,7 +84,7 @@ def test_json(place: Path, recipe: Recipe) -> None:
 OF_EACH_STUDY = {(name.partition("/")[0], recipe_config(name)["optimizer"]): name for name in paths.recipe_names()}
 
 
-@pytest.mark.parametrize("profile", [file.stem for file in paths.PROFILES.glob("*.yaml")])
+@pytest.mark.parametrize("profile", [file.stem for file in paths.PROFILES.glob("*.yaml") if file.stem != MIRROR])
 @pytest.mark.parametrize("name", OF_EACH_STUDY.values())
 def test_recipes_and_profiles_laid_over_them_are_clean(place: Path, name: str, profile: str) -> None:
     report = check.check(Request(name, profiles=[profile]))

@@ -79,7 +79,7 @@ def test_all_recipes_and_profiles_over_them_pass_with_axolotl_asked(
     monkeypatch.setenv("HF_TOKEN", "for the test")
     monkeypatch.setattr(hub, "is_offline", lambda: False)
     (tmp_path / "data").symlink_to(prepared)
-    profiles = [[], *([file.stem] for file in paths.PROFILES.glob("*.yaml"))]
+    profiles = [[], *([file.stem] for file in paths.PROFILES.glob("*.yaml") if file.stem != "mirror")]
     one_of_each_optimizer = {str(config_with({}, name)["optimizer"]): name for name in paths.recipe_names()}.values()
     for name in paths.recipe_names():
         cards = ["H100"] if config_with({}, name)["bf16"] else ["T4", "H100"]  # a T4 has no bf16

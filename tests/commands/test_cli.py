@@ -45,7 +45,7 @@ MISTAKES = [
     (f"run {NAME}.yaml", f" {NAME} "),
     (f"run {NAME} --gpus 0", "--gpus 0"),
     (f"run {NAME} --rehearse --gpus 3", "gradient_accumulation_steps"),
-    (f"run {NAME} --mirror", "codellama/CodeLlama-7b-hf"),
+    (f"run {NAME} --profile mirror", "codellama/CodeLlama-7b-hf"),
     (f"run {NAME} --rehearse --set datasets.0.path=good-trian.jsonl", "good-train.jsonl"),
     (f"run {NAME} --rehearse --set datasets.0.path=data/codereviewer/train.jsonl", "recipe data prepare"),
     ("data prepare msg-train.jsonl", "msg-train.jsonl:2:"),
@@ -98,7 +98,9 @@ def test_data_prepare_and_a_dry_run(recipe: Recipe, tmp_path: Path) -> None:
     assert train.split() == ["train.jsonl", "109", "109", "none", "0", "not", "the", "study's"]
     assert written == "data/codereviewer/manifest.json"
     assert {file.name for file in files(tmp_path)} == {"manifest.json", "test.jsonl", "train.jsonl", "valid.jsonl"}
-    dry = recipe("run", "haider2024/llama-2-7b", "--mirror", "--set", "fp16=false", "--set", "lora_r=8", "--dry-run")
+    dry = recipe(
+        "run", "haider2024/llama-2-7b", "--profile", "mirror", "--set", "fp16=false", "--set", "lora_r=8", "--dry-run"
+    )
     assert (dry.returncode, "revision_of_model" in dry.stdout) == (0, False)
     assert "base_model: NousResearch/Llama-2-7b-hf" in dry.stdout and "lora_r: 8\n" in dry.stdout
     elsewhere = recipe("run", NAME, "--set", "datasets.0.path=mine.jsonl", "--dry-run")

@@ -39,9 +39,9 @@ def test_changed_data_is_prepared_anew(place: Path) -> None:
 
 
 def test_a_mirror_is_a_difference() -> None:
-    found = {d.key: (d.run, d.why) for d in compose.compose(Request(NAME, mirror=True)).differences}
-    assert found["base_model"] == ("NousResearch/Llama-2-7b-hf", "--mirror")
-    assert found["revision_of_model"] == (None, "--mirror")
+    found = {d.key: (d.run, d.why) for d in compose.compose(Request(NAME, ["mirror"])).differences}
+    assert found["base_model"] == ("NousResearch/Llama-2-7b-hf", "profile mirror")
+    assert found["revision_of_model"] == (None, "profile mirror")
 
 
 def test_the_shipped_rehearsal_profile_given_as_a_file_is_a_rehearsal(place: Path) -> None:

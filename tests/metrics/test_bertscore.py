@@ -100,7 +100,7 @@ def test_a_missing_layer_or_model_is_reported() -> None:
     for layer in (None, 9):
         with pytest.raises(UserError, match="6 layers"):
             bertscore.f1(PAIRS, ScorerModel(model=str(substitution.scorer_folder()), layer=layer))
-    with pytest.raises(WorkFailed, match=r"roberta-large .*--bertscore none"):
+    with pytest.raises(WorkFailed, match=r"roberta-large .*--metric bertscore:none"):
         bertscore.f1(PAIRS, ScorerModel(model=DEFAULT))
 
 

@@ -275,7 +275,7 @@ def test_the_longest_batch_of_the_data(recipe: Recipe, small: yamlfiles.Config, 
         (["haider2024/llama-2-7b", "--gpu", "T5"], "T5"),
         (["haider2024/llama-2-7b", "--set", "optimizer=adamwx"], "optimizer"),
         (["haider2024/llama-2-7b", "--data"], "datasets.0"),
-        (["haider2024/llama-2-7b", "--vram", "nan"], "--vram"),
+        (["haider2024/llama-2-7b", "--gpu", "nanGB"], "--gpu"),
     ],
 )
 def test_mistakes_are_reported(recipe: Recipe, arguments: list[str], names: str) -> None:

@@ -60,7 +60,7 @@ def test_hours_count_padding(own: Path) -> None:
         ({}, 4198051),
         ({"overrides": ["micro_batch_size=2", "gradient_accumulation_steps=2"]}, 4198051),  # padding aside
         ({"profiles": ["packed"]}, 4198051),
-        ({"mirror": True}, 4198051),
+        ({"profiles": ["mirror"]}, 4198051),
         *(
             ({"overrides": [change]}, None)
             for change in (

@@ -355,10 +355,10 @@ def test_a_licence_is_named_as_the_hub_knows_it(
 
 def test_a_mirror_has_the_licence_of_the_model_that_it_copies(run: RunDir, tmp_path: Path) -> None:
     adapter_for(run, "NousResearch/Meta-Llama-3-8B")
-    run.write(record(tmp_path, mirror=True))
+    run.write(record(tmp_path, profiles=["mirror"]))
     front, text = published(run)
     assert (front["base_model"], front["license"]) == ("NousResearch/Meta-Llama-3-8B", "llama3")
-    assert blocks(text)["sh"] == f"recipe run {RECIPE} --mirror\n"
+    assert blocks(text)["sh"] == f"recipe run {RECIPE} --profile mirror\n"
 
 
 class Hub:

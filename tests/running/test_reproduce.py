@@ -32,7 +32,7 @@ ONE = "haider2024/llama-3.2-3b"
 
 def reproduced(recipe: Recipe, profile: Path) -> dict[str, Any]:
     profiles = ("--profile", "rehearsal", "--profile", profile)  # of another model, only rehearsals are in the table
-    done = recipe("reproduce", "haider2024", "--only", ONE, "--bertscore", "none", *profiles, "--json")
+    done = recipe("reproduce", "haider2024", "--only", ONE, "--metric", "bertscore:none", *profiles, "--json")
     assert done.returncode == 0, done.stderr
     return orjson.loads(done.stdout)
 
@@ -227,16 +227,18 @@ def change(folder: Path, split: str, **values: object) -> None:
 
 
 def test_a_mirror_is_taken_where_a_model_is_gated() -> None:
-    shared = Request("", mirror=True)
-    mirrored = {name: reproduce.request_for(shared, name).mirror for name in STUDY.published}
-    assert mirrored.pop("haider2024/code-llama-7b") is False
-    assert set(mirrored.values()) == {True}
+    shared = Request("", ["mirr", "fast"])
+    mirrored = {name: reproduce.request_for(shared, name).profiles for name in STUDY.published}
+    assert mirrored.pop("haider2024/code-llama-7b") == ["fast"]
+    assert all(profiles == ["mirr", "fast"] for profiles in mirrored.values())
 
 
 def test_a_judge_that_is_not_there_is_told_before_anything_starts(
     recipe: Recipe, tmp_path: Path, tiny_profile: Path
 ) -> None:
-    done = recipe("reproduce", "haider2024", "--only", ONE, "--profile", tiny_profile, "--bertscore", "some/nowhere")
+    done = recipe(
+        "reproduce", "haider2024", "--only", ONE, "--profile", tiny_profile, "--metric", "bertscore:some/nowhere"
+    )
     assert done.returncode == 1
     assert "some/nowhere" in done.stderr
     assert rundir.all_runs(tmp_path / "runs") == []

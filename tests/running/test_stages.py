@@ -216,7 +216,7 @@ def test_the_first_studys_predictions(recipe: Recipe, server: Server, tmp_path: 
 def adapters(recipe: Recipe, profile: Path, code: int = 0) -> Any:
     """Evaluate the study's published adapters in a rehearsal."""
     rehearse = ("--profile", "rehearsal", "--profile", profile)
-    done = recipe("reproduce", "reviews", "--from", "adapter", "--bertscore", "none", *rehearse, "--json")
+    done = recipe("reproduce", "reviews", "--from", "adapter", "--metric", "bertscore:none", *rehearse, "--json")
     assert done.returncode == code, done.stderr
     return orjson.loads(done.stdout)
 
@@ -274,11 +274,11 @@ def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(
 ) -> None:
     assert trains_nothing("run", "haider2024/llama-3.2-3b", "--rehearse").returncode == 0
     (run,) = rundir.all_runs(tmp_path / "runs")
-    assert recipe("evaluate", "latest", "--bertscore", "none").returncode == 0
+    assert recipe("evaluate", "latest", "--metric", "bertscore:none").returncode == 0
     (adapter := tmp_path / "theirs").mkdir()
     for file in ADAPTER:  # without a tokenizer
         shutil.copy(run.output / file, adapter)
-    done = recipe("evaluate", "llama-3.2-3b", "--adapter", adapter, "--bertscore", "none")
+    done = recipe("evaluate", "llama-3.2-3b", "--adapter", adapter, "--metric", "bertscore:none")
     assert done.returncode == 0, done.stderr
     (other,) = [made for made in rundir.all_runs(tmp_path / "runs") if made.path != run.path]
     assert read_predictions(other.path) == read_predictions(run.path)

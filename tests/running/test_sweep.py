@@ -28,7 +28,7 @@ MEMBERS = [
 
 
 def command(recipe: Path, profile: Path, *more: str) -> list[str]:
-    fixed = ["--profile", str(profile), "--limit", "4", "--bertscore", "none"]
+    fixed = ["--profile", str(profile), "--limit", "4", "--metric", "bertscore:none"]
     return [str(recipe), "sweep", BASE, "s.yaml", *fixed, "--json", *more]
 
 

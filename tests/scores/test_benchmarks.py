@@ -14,7 +14,7 @@ from conftest import Recipe, finish, start
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.metrics import registry
-from qlora_recipes.metrics.registry import BenchmarkParameters, as_metric
+from qlora_recipes.metrics.registry import BenchmarkParameters
 from qlora_recipes.runs import rundir
 from qlora_recipes.scores import benchmarks, evaluate
 
@@ -53,13 +53,13 @@ def test_a_result_that_a_task_does_not_report_is_refused() -> None:
 
 
 def test_a_task_is_a_column_of_its_name() -> None:
-    (column,) = registry.asked([as_metric("some/my-task.yaml")]).values()
+    (column,) = registry.asked(["benchmark:some/my-task.yaml"]).values()
     assert (column.name, column.label) == ("my_task", "my_task, %")
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(5, True), (None, False), (6, False)])
 def test_a_benchmark_of_other_rows_is_measured_anew(limit: int | None, kept: bool) -> None:
-    columns = registry.asked([as_metric("grp")])
+    columns = registry.asked(["benchmark:grp"])
     scored = benchmarks.summarise(GROUP, BenchmarkParameters(task="grp")).model_copy(update={"limit": 5})
     former: Any = SimpleNamespace(columns=columns, scores={"grp_benchmark": scored.model_dump()})
     of_run, request = SimpleNamespace(rehearsal=False), SimpleNamespace(limit=limit)
@@ -93,10 +93,12 @@ def a_task(place: Path) -> Path:
 def test_a_task_scores_as_by_the_harness_itself(tmp_path: Path, stand_in: Path, recipe: Recipe) -> None:
     finish(start(tmp_path, "run", "haider2024/llama-3.2-3b", "--rehearse", command=stand_in))
     (run,) = rundir.all_runs(tmp_path / "runs")
-    assert recipe("evaluate", "latest", "--task", "no_such_task", "--bertscore", "none").returncode == 2
+    assert (
+        recipe("evaluate", "latest", "--metric", "benchmark:no_such_task", "--metric", "bertscore:none").returncode == 2
+    )
     assert not (run.path / "predictions.jsonl").exists()
     task = a_task(tmp_path)
-    done = recipe("evaluate", "latest", "--task", task, "--bertscore", "none", "--json")
+    done = recipe("evaluate", "latest", "--metric", f"benchmark:{task}", "--metric", "bertscore:none", "--json")
     assert done.returncode == 0, done.stderr
     scores = orjson.loads(done.stdout)
     own = scores["sums_benchmark"]
@@ -110,9 +112,9 @@ def test_a_task_scores_as_by_the_harness_itself(tmp_path: Path, stand_in: Path, 
     theirs = orjson.loads(written.read_bytes())["results"]["sums"]
     assert scores["sums"] == own["value"] == pytest.approx(100 * theirs["acc,none"])
     assert own["stderr"] == pytest.approx(100 * theirs["acc_stderr,none"])
-    assert "sums" in orjson.loads(recipe("evaluate", "latest", "--bertscore", "none", "--json").stdout)  # kept
-    base = ("--adapter", "none", "--bertscore", "none")
-    assert recipe("evaluate", "latest", "--task", task, *base).returncode == 0
+    assert "sums" in orjson.loads(recipe("evaluate", "latest", "--metric", "bertscore:none", "--json").stdout)  # kept
+    base = ("--adapter", "none", "--metric", "bertscore:none")
+    assert recipe("evaluate", "latest", "--metric", f"benchmark:{task}", *base).returncode == 0
     (row,) = orjson.loads(recipe("results", "--json").stdout)
     assert row["sums"] == scores["sums"] and row["sums_base_model"] is not None
     assert "sums, %, gained" in recipe("results", "--format", "md").stdout

@@ -37,7 +37,9 @@ def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
 
 
 def evaluated(run: RunDir, **more: Any) -> Evaluation:
-    return evaluate.evaluate(run, EvaluationRequest(adapter="none", max_new_tokens=8, judge="none", **more))
+    return evaluate.evaluate(
+        run, EvaluationRequest(adapter="none", max_new_tokens=8, metrics=["bertscore:none"], **more)
+    )
 
 
 def task_of(run: RunDir, **more: Any) -> EvaluationTask:
@@ -233,7 +235,7 @@ def scored(run: RunDir, sample: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir
     configure(run, test_datasets=[{"path": str(data), "type": "alpaca"}])
     files = [DataFile(path=str(data), sha256=sha256(data), bytes=0)]
     record(run, test_data=str(data), adapter=FileState.of(adapter), data=files)
-    evaluate.evaluate(run, EvaluationRequest(limit=2, judge="none"))
+    evaluate.evaluate(run, EvaluationRequest(limit=2, metrics=["bertscore:none"]))
     return run
 
 
@@ -244,7 +246,7 @@ def listed(run: RunDir) -> tuple[str | None, bool]:
 
 
 def scored_again(run: RunDir) -> Evaluation:
-    made = evaluate.evaluate(run, EvaluationRequest(limit=2, judge="none"))
+    made = evaluate.evaluate(run, EvaluationRequest(limit=2, metrics=["bertscore:none"]))
     assert listed(run) == (None, True)
     return made
 
@@ -277,7 +279,9 @@ def test_a_replaced_adapter_is_not_scored_as_the_runs(scored: RunDir) -> None:
     assert listed(scored) == ("stale", False)
     with pytest.raises(UserError):
         scored_again(scored)
-    named = evaluate.evaluate(scored, EvaluationRequest(adapter=str(scored.output), limit=2, judge="none"))
+    named = evaluate.evaluate(
+        scored, EvaluationRequest(adapter=str(scored.output), limit=2, metrics=["bertscore:none"])
+    )
     assert named.settings.adapter_sha256 == sha256(scored.output / ADAPTER)
 
 
@@ -329,7 +333,7 @@ def test_a_limit_that_leaves_nothing_out_is_none(run: RunDir) -> None:
 
 def test_a_judge_that_is_not_there_is_told_before_anything_is_generated(run: RunDir) -> None:
     with pytest.raises(WorkFailed, match="some/nowhere"):
-        evaluate.evaluate(run, EvaluationRequest(adapter="none", judge="some/nowhere"))
+        evaluate.evaluate(run, EvaluationRequest(adapter="none", metrics=["bertscore:some/nowhere"]))
     assert not list(run.path.rglob("predictions*"))
 
 
@@ -337,7 +341,7 @@ def test_scoring_anew_leaves_no_score_of_another_judge(run: RunDir, monkeypatch:
     from bert_score import utils as bert_score_utils
 
     judge = substitution.scorer_folder()
-    request = EvaluationRequest(adapter="none", max_new_tokens=8, limit=3, judge=str(judge))
+    request = EvaluationRequest(adapter="none", max_new_tokens=8, limit=3, metrics=[f"bertscore:{judge}"])
     monkeypatch.setitem(bert_score_utils.model2layers, judge.name, 6)
     assert evaluate.evaluate(run, request).scores["bertscore"]["model"] == "model"
     without = evaluated(run, limit=3)

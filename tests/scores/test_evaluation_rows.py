@@ -22,7 +22,7 @@ from qlora_recipes.scores.evaluations import read_predictions, read_scores
 from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
 
 OwnRun = Callable[..., RunDir]
-BASE = EvaluationRequest(adapter="none", max_new_tokens=4, judge="none")
+BASE = EvaluationRequest(adapter="none", max_new_tokens=4, metrics=["bertscore:none"])
 
 
 @pytest.fixture

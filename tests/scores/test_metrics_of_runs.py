@@ -50,7 +50,7 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list["Reference"]:
 
 
 def evaluated(run: RunDir, *metrics: str, decoding: str | None = None) -> Evaluation:
-    request = EvaluationRequest(adapter="none", limit=3, judge="none", metrics=metrics, decoding=decoding)
+    request = EvaluationRequest(adapter="none", limit=3, metrics=[*metrics, "bertscore:none"], decoding=decoding)
     return evaluate.evaluate(run, request)
 
 

@@ -111,13 +111,13 @@ def test_another_model_is_recorded_and_does_not_stand_for_the_references(
     other = Changed(parts.reference, lambda _: Completion("another", [7]))
     monkeypatch.setattr(predict, "started", lambda *_: nullcontext(other))
     request = EvaluationRequest(
-        adapter="none", max_new_tokens=6, limit=ROWS, judge="none", engine="http://x", model="m"
+        adapter="none", max_new_tokens=6, limit=ROWS, metrics=["bertscore:none"], engine="http://x", model="m"
     )
     done = evaluate(run, request)
     assert done.settings.agreement and done.settings.agreement.equal == 0
     assert "0 of 3 " in done.scores["notes"][0] and "0 of 3 " in capfd.readouterr().err
     with pytest.raises(UserError, match=re.escape(str(run.path / "evaluations" / "base-model" / "scores.json"))):
-        evaluate(run, EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, judge="none"))
+        evaluate(run, EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, metrics=["bertscore:none"]))
 
 
 def test_only_greedy_answers_that_mostly_agree_stand_for_the_references(run: RunDir) -> None:
@@ -146,7 +146,7 @@ def test_a_record_of_differences_is_brought_up_to_date() -> None:
 def test_an_evaluation_that_was_left_goes_on_and_a_server_is_compared_again(
     run: RunDir, parts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, engine: Any
 ) -> None:
-    request = EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, judge="none")
+    request = EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, metrics=["bertscore:none"])
     request.engine, request.model = ("http://x", "m") if engine == "server" else (engine, None)
     changed = Changed(parts.reference, rows=3 + 2)
     monkeypatch.setattr(predict, "require", lambda *_: None)
@@ -164,9 +164,9 @@ def test_an_evaluation_that_was_left_goes_on_and_a_server_is_compared_again(
     assert done.settings.agreement and done.settings.agreement.equal == 3
     assert len(done.scores["notes"]) == 1 and "3 of 3 " in done.scores["notes"][0]
     assert not part.exists()
-    whole = evaluate(run, EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, judge="none"))
+    whole = evaluate(run, EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, metrics=["bertscore:none"]))
     assert whole == done  # the same model on the same rows, whatever generated
     more = evaluate(
-        run, EvaluationRequest(adapter="none", max_new_tokens=6, judge="none", limit=ROWS, metrics=["chrf"])
+        run, EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, metrics=["chrf", "bertscore:none"])
     )
     assert more.settings == done.settings and "chrf" in more.scores

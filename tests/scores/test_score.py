@@ -85,7 +85,7 @@ def test_bertscore_is_named_with_its_model() -> None:
 
 def test_the_command_prints_scores_and_writes_rows(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in ROWS))
-    result = recipe("score", "pairs.jsonl", "--out", "scored.jsonl", "--bertscore", "none", "--json")
+    result = recipe("score", "pairs.jsonl", "--out", "scored.jsonl", "--metric", "bertscore:none", "--json")
     assert result.returncode == 0, result.stderr
     assert orjson.loads(result.stdout) == scored(ROWS)[0]
     assert list(map(orjson.loads, (tmp_path / "scored.jsonl").read_bytes().splitlines())) == scored(ROWS)[1]

@@ -222,7 +222,9 @@ def test_an_evaluation_goes_on_when_its_server_is_there_again(
 ) -> None:
     monkeypatch.setenv(servers.KEY, "geheim")
     run = a_tiny_run(tmp_path, tiny, tiny_profile, sample)
-    request = EvaluationRequest(adapter="none", max_new_tokens=8, judge="none", model="m", limit=9, batch_size=2)
+    request = EvaluationRequest(
+        adapter="none", max_new_tokens=8, metrics=["bertscore:none"], model="m", limit=9, batch_size=2
+    )
     left = 5
     lock = threading.Lock()
 

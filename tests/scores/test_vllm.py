@@ -72,7 +72,7 @@ def an_adapter(model: Path, output: Path, **more: Any) -> None:
 
 
 def evaluated(run: RunDir, limit: int = 5, **more: Any) -> Evaluation:
-    request = EvaluationRequest(max_new_tokens=8, judge="none", limit=limit, **more)
+    request = EvaluationRequest(max_new_tokens=8, metrics=["bertscore:none"], limit=limit, **more)
     return evaluate.evaluate(run, request)
 
 
