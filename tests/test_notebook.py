@@ -1,4 +1,4 @@
-"""The cells of a notebook in recipes/GUIDE.md, run as they stand on two days in an empty folder, each on a new machine.
+"""The cells of a notebook in docs/free-t4.md, run as they stand on two days in an empty folder, each on a new machine.
 
 Stand-ins take the place of what needs a GPU, the network or the notebook's host. For the end of the session, a run gets
 the signal that it sends itself before its limit.
@@ -26,7 +26,7 @@ from qlora_recipes.runs import rundir
 from qlora_recipes.runs.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
-SECTION = (ROOT / "recipes" / "GUIDE.md").read_text().partition("## On a free T4\n")[2].partition("\n## ")[0]
+SECTION = (ROOT / "docs" / "free-t4.md").read_text().partition("\n## A limit of time")[0]
 COLAB, KAGGLE, *CELLS = re.findall(r"^```python\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
 
 PROGRAMS = {

@@ -23,7 +23,7 @@ PLUGIN = "qlora_recipes.plugin.RunPlugin"
 
 
 class RunDir:
-    """The folder of one run; recipes/GUIDE.md says what the files in it are."""
+    """The folder of one run; docs/files.md describes its files."""
 
     def __init__(self, path: Path):
         self.path = path
