@@ -1,17 +1,21 @@
 """The verbs about recipes: list, show, diff and new."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .. import tables
 from ..base import paths, yamlfiles
-from ..base.progress import harmless
+from ..base.errors import UserError
+from ..base.files import Row
+from ..base.progress import harmless, say
 from . import completion
 from .help import Verb, next_step
 from .options import Json, Name, Overrides, whole_name
 
 HEADING = "Recipes"
+_COLUMNS = ("recipe", "epochs", "optimizer", "base model", "variant of")
 verbs = typer.Typer()
 
 
@@ -20,18 +24,82 @@ def list_verb(
     json: Json = False,
 ) -> None:
     """The recipes and your variants, with model, epochs, optimizer and published scores."""
-    from ..results import catalogue
-
-    rows = catalogue.recipes()
+    rows = _listed()
     if json:
         tables.print_json(rows)
     else:
-        for title, table in catalogue.tables_of(rows):
-            shown = [column for column in table[0] if column not in ("recipe", "epochs", "optimizer", "variant of")]
-            spare = ["base model", *shown[:0:-1]]  # all but the first score, the last one first
+        by_study: dict[str | None, list[Row]] = {}
+        for row in rows:
+            by_study.setdefault(row["study"], []).append(_shown(row))
+        for name, table in by_study.items():
+            scores = [column for column in table[0] if column not in _COLUMNS]
+            spare = ["base model", *scores[:0:-1]]  # all but the first score, the last one first
+            title = name or "Of no study" if len(by_study) > 1 else None
             tables.print_table(table, title, spare=spare, below=["variant of"])
     published = next(row["recipe"] for row in rows if any(row[key] for key in row if key.startswith("published_")))
     next_step("run", published, "--rehearse", json=json)
+
+
+def _listed() -> list[Row]:
+    """Every shipped recipe and every variant in the working folder, with published scores as `published_METRIC`.
+
+    It reads study.yaml without the models of a study, which take longer to build than all of the rest. What cannot be
+    read is reported on stderr.
+    """
+    from ..configs import config
+
+    rows = []
+    studies = {folder.name: _declared(folder) for folder in paths.studies()}
+    shipped = {name: paths.recipe_file(name) for name in paths.recipe_names()}
+    own = {name: paths.VARIANTS / f"{name}.yaml" for name in paths.variant_names() if name not in shipped}
+    for name, file in (shipped | own).items():
+        try:
+            recipe = yamlfiles.read_yaml(file)
+            variant_of = config.parent_of(name, file) if name in own else None
+            study = str(name if name in shipped else config.origin_of(name, file)).partition("/")[0]
+        except UserError as error:
+            say(str(error))
+            continue
+        row: Row = {
+            "recipe": name,
+            "study": study if study in studies else None,
+            "base_model": recipe.get("base_model"),
+            "epochs": recipe.get("num_epochs"),
+            "optimizer": recipe.get("optimizer"),
+            "variant_of": variant_of,
+        }
+        declared = studies.get(study, {})
+        scores = _mapping(_mapping(_mapping(declared.get("published")).get(name)).get("scores"))
+        for metric in _mapping(declared.get("metrics")):
+            score = scores.get(metric)
+            row[f"published_{metric}"] = score.get("value") if isinstance(score, dict) else score
+        rows.append(row)
+    return rows
+
+
+def _declared(folder: Path) -> yamlfiles.Config:
+    try:
+        return yamlfiles.read_yaml(folder / "study.yaml")
+    except UserError as error:
+        say(str(error))
+        return {}
+
+
+def _mapping(value: Any) -> Row:
+    """A value if it is a mapping, otherwise an empty one; `recipe study check` reports a malformed value."""
+    return value if isinstance(value, dict) else {}
+
+
+def _shown(row: Row) -> Row:
+    scores = {key.removeprefix("published_"): value for key, value in row.items() if key.startswith("published_")}
+    return {
+        "recipe": row["recipe"],
+        "epochs": row["epochs"],
+        "optimizer": row["optimizer"],
+        **scores,
+        "base model": row["base_model"],
+        "variant of": row["variant_of"],
+    }
 
 
 @verbs.command("show", cls=Verb, rich_help_panel=HEADING, epilog="recipe show llama-3.2-3b")

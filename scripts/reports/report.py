@@ -5,7 +5,6 @@ import hashlib
 import re
 from base64 import b64encode
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import distribution, version
 from pathlib import Path
@@ -19,9 +18,7 @@ from ..base import paths
 from ..base.errors import UserError
 from ..base.machine import now
 from ..base.paths import template_environment
-from ..configs import gpus
 from ..data.study import Study
-from ..planning import planner
 from ..results import listing, verdict
 from ..running import sweep_results
 from ..running.sweep import Sweep
@@ -30,7 +27,7 @@ from ..scores import evaluations
 from ..tables import Table
 from . import report_figures as draw
 from . import report_runs
-from .report_figures import Figure, Memory
+from .report_figures import Figure
 from .report_runs import ReportedRun, reported_runs
 
 
@@ -104,16 +101,13 @@ def of_sweep(sweep: Sweep, runs: Path, best: str | None) -> str:
     labels = {result.folder: row.member.name for row in rows for result in row.runs}
     if not labels:
         raise UserError(f"{sweep.name}: no member has a run yet; `recipe sweep` makes them")
-    memory = [
-        Memory(row.member.name, row.member.planned_gib, row.peak_memory_gib, row.summary.memory_kind) for row in rows
-    ]
     section = Section(
         key="sweep",
         name="Trade-offs",
         about=f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}.",
         tables=[_without_empty(sweep_results.table_of(sweep, scored, rows))],
         notes=[*sweep_results.notes(sweep, scored, rows, best)],
-        figures=[figure for figure in (draw.sweep(rows), draw.memory(memory)) if figure],
+        figures=[figure for figure in [draw.sweep(rows)] if figure],
     )
     return _page(sweep.name, f"Sweep of {sweep.recipe}", reported_runs([*labels], [*labels.values()]), section)
 
@@ -139,9 +133,6 @@ def check_file(file: Path) -> None:
 def _page(title: str, kind: str, runs: Sequence[ReportedRun], section: Section | None = None) -> str:
     """The HTML of what all reports have in common, and of a section that this one has besides."""
     training = [figure for figure in draw.training({r.label: r.folder.read_metrics() for r in runs}) if figure.traces]
-    memory = draw.memory([_memory(reported) for reported in runs])
-    if memory and not (section and section.key == "sweep"):  # whose own figure has it
-        training.append(memory)
     reader = report_runs.reader(runs)
     figures = [*training, *(section.figures if section else [])]
     headings = report_runs.headings(runs)
@@ -198,14 +189,3 @@ def visible(value: Any) -> str:
 def _note(text: str) -> Markup:
     """A sentence as HTML, with code between backticks."""
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(visible(text))))
-
-
-def _memory(reported: ReportedRun) -> Memory:
-    """A run's measured memory, and the planned memory where a plan is kept."""
-    planned = None
-    cards = reported.run.provenance.get("gpus") or [{}]
-    capability = cards[0].get("compute_capability")
-    with suppress(UserError):  # some configs cannot be planned
-        planned = planner.required_gib(reported.config, gpus.find(capability) if capability else None)
-    measured = reported.summary
-    return Memory(reported.label, planned, measured.peak_memory, measured.memory_kind)

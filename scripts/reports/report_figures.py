@@ -117,21 +117,6 @@ def _error_bars(points: Sequence[tuple[float, str]], intervals: Sequence[Any]) -
     }
 
 
-def _bars(name: str, values: Sequence[tuple[str, float]], i: int, text: Sequence[str]) -> Trace:
-    """Horizontal bars of (name, value) with a text beside each."""
-    return {
-        "type": "bar",
-        "orientation": "h",
-        "name": name,
-        "x": [value for _, value in values],
-        "y": [label for label, _ in values],
-        "marker": {"color": COLOURS[i % len(COLOURS)], "pattern": {"shape": PATTERNS[i % len(PATTERNS)]}},
-        "textposition": "outside",
-        "cliponaxis": False,
-        "text": text,
-    }
-
-
 def _curve(name: str, metrics: Sequence[Row], key: str, i: int, points: bool = False) -> Trace:
     """A value by step; where there are more than can be drawn, means over stretches of equally many steps."""
     known = [(record["step"], y) for record in metrics if (y := record.get(key)) is not None]
@@ -171,42 +156,6 @@ def training(runs: dict[str, list[Row]]) -> Iterator[Figure]:
         drawn = [curve for curve in curves if curve["x"]]
         if drawn and not (on_gpu and metric == "cpu_percent"):
             yield Figure(key, title, drawn, step, axis, note)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Planned and measured memory of a run, in GiB, and the kind of the measured one."""
-
-    label: str
-    planned: float | None
-    measured: float | None
-    kind: str | None
-
-
-def memory(runs: Sequence[Memory]) -> Figure | None:
-    """Planned beside measured memory."""
-    kinds = dict.fromkeys(one.kind for one in runs if one.measured is not None)
-    on_cpu = "resident memory of the process, on the CPU"
-    title = f"measured: {', '.join(on_cpu if kind == 'resident' else str(kind) for kind in kinds)}"
-    series = {
-        title: [(one.label, one.measured) for one in runs if one.measured is not None],
-        "planned: for a GPU, reserved and CUDA's own": [
-            (one.label, one.planned) for one in runs if one.planned is not None
-        ],
-    }
-    traces = [
-        _bars(name, known, i, [f"{gib:.2f}" for _, gib in known])
-        for i, (name, known) in enumerate(series.items())
-        if known
-    ]
-    note = ""
-    if len(traces) > 1:
-        on_gpu = "The plan counts 0.14 GiB for CUDA itself, which the measured figure does not include."
-        other = "These are different kinds of memory, so one does not check the other: a plan is for a GPU."
-        note = other if "resident" in kinds else on_gpu
-    layout = {"height": 130 + 34 * len(traces) * len(runs), "barmode": "group"}
-    x = _axis("GiB", rangemode="tozero")
-    return Figure("memory", "Memory at the peak", traces, x, _categories(), note, layout) if traces else None
 
 
 _FRONT = (

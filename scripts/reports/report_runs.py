@@ -15,9 +15,10 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row, json_rows, sha256
 from ..base.progress import is_secret
-from ..configs import config
+from ..configs import config, gpus
 from ..metrics import registry
 from ..metrics.metric import Column
+from ..planning import planner
 from ..results import listing
 from ..results.run_rows import RunResult
 from ..runs.rundir import RunDir
@@ -50,6 +51,15 @@ class ReportedRun(RunResult):
         with suppress(UserError):
             return yamlfiles.read_yaml(self.folder.config)
         return {}
+
+    @property
+    def planned_gib(self) -> float | None:
+        """The planned memory of its GPU, where a plan is kept."""
+        cards = self.run.provenance.get("gpus") or [{}]
+        capability = cards[0].get("compute_capability")
+        with suppress(UserError):  # some configs cannot be planned
+            return planner.required_gib(self.config, gpus.find(capability) if capability else None)
+        return None
 
     def from_cwd(self, path: str) -> str:
         """A path relative to the folder that the run was started in, where it is below that."""
@@ -174,6 +184,7 @@ def overview(reported: ReportedRun, scored: Mapping[str, Column]) -> Row:
             heading: reported.score(column) if column.same_scores(reported.columns.get(column.name)) else None
             for heading, column in scored.items()
         },
+        "planned GiB": reported.planned_gib,
         "peak GiB": summary.peak_memory,
         "of": summary.memory_kind,
         "tokens/s": summary.tokens_per_second and round(summary.tokens_per_second),

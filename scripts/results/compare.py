@@ -1,10 +1,9 @@
 """Two runs compared, their trainings and their predictions; and a training loss with a published curve."""
 
 import csv
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -84,24 +83,18 @@ def _scored(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
 def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
     """The rows that two sets of predictions have in common, in the order of the first.
 
-    Rows are matched by `idx`, their position in the test file, where all have it, otherwise by their order. A position
-    that occurs several times in one set counts as often.
+    Rows are matched by `idx`, their position in the test file, where all have one of their own, otherwise by order.
 
     Raises:
         UserError: they have none in common, or the references of a pair differ.
     """
-    if all(isinstance(row.get("idx"), int | str) for row in (*a, *b)):
-        pairs: list[tuple[Row, Row]] = []
-        by_idx = _by_idx(b)
-        for idx, ours in _by_idx(a).items():
-            if theirs := by_idx.get(idx):
-                pairs += zip_longest(ours, theirs, fillvalue=min(ours, theirs, key=len)[-1])
+    by_idx, of_a = ({row.get("idx"): row for row in rows} for rows in (b, a))
+    if None not in (*by_idx, *of_a) and (len(by_idx), len(of_a)) == (len(b), len(a)):
+        pairs = [(row, by_idx[row["idx"]]) for row in a if row["idx"] in by_idx]
     elif len(a) == len(b):
         pairs = list(zip(a, b, strict=True))
     else:
-        raise UserError(
-            f"--compare: {len(a)} rows and {len(b)}, and not all have their position, idx, to match them by"
-        )
+        raise UserError(f"{len(a)} rows and {len(b)}, and not all have a position of their own, idx, to match them by")
     for row, other in pairs:
         if row["reference"].split() != other["reference"].split():
             where = row.get("idx", row.get("row"))
@@ -109,13 +102,6 @@ def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
     if not pairs:
         raise UserError("--compare: no row is in both")
     return pairs
-
-
-def _by_idx(rows: Sequence[Row]) -> dict[int | str, list[Row]]:
-    grouped = defaultdict(list)
-    for row in rows:
-        grouped[row["idx"]].append(row)
-    return grouped
 
 
 def compare(a: ScoredRows, b: ScoredRows) -> list[Row]:

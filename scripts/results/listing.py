@@ -1,6 +1,6 @@
 """Printed results: of runs, of a study beside what was published, of two runs compared, and a study's power."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,8 +20,7 @@ from .run_rows import RunResult
 from .verdict import StudyRow
 
 AXOLOTL_EVAL_LOSS = "Axolotl's eval loss"  # shown for runs from before there was one per token
-COSTS = "Other scores, and what they cost"
-MEASURED = "What the runs took, and the mean loss of their last steps, beside what was published"
+COSTS = "Other scores, and what the runs took"
 CURVES = "Our training loss less the published one, over the same steps"
 REHEARSALS = "Rehearsals (small stand-in model, few rows; not comparable with any published score)"
 _SPARE = (
@@ -141,10 +140,9 @@ def of_rows(of_study: Study, rows: Sequence[StudyRow], rehearsal: bool) -> Itera
         cells = [_of_metric(row, column) for row in rows]
         yield Table(cells, title, empty=True, spare=["95 % is of", "by", "rows", "difference"])
     others = {name: column for name, column in of_study.columns.items() if name not in of_study.table}
-    costs = [_of_costs(row, others) for row in rows]
-    yield Table(costs, COSTS, empty=True, spare=["tokens/s", "peak GPU GiB", "eval loss"])
-    if known := [key for key in _HEADINGS if any(row.costs()[key][1] is not None for row in rows)]:
-        yield Table([_of_measured(row, known) for row in rows], MEASURED)
+    beside = {key: any(row.costs()[key][1] is not None for row in rows) for key in _HEADINGS}
+    costs = [_of_costs(row, others, beside) for row in rows]
+    yield Table(costs, COSTS, empty=True, spare=["seconds", "trainable", "tokens/s", "peak GPU GiB", "eval loss"])
     gaps = [{"recipe": row.recipe, "mean gap": row.gap.mean, "largest gap": row.gap.largest, "at step": row.gap.step,
              "verdict": row.gap_verdict} for row in rows if row.gap]  # fmt: skip
     yield Table(gaps, CURVES)
@@ -169,26 +167,18 @@ def _of_metric(row: StudyRow, column: Column) -> Row:
     }
 
 
-def _of_costs(row: StudyRow, others: Mapping[str, Column]) -> Row:
-    """The cells of a row of a study by the metrics that have no table of their own, and what the run cost."""
-    ours, costs = row.chosen and row.chosen.summary, row.costs()
-    speed = costs["tokens_per_second"][0]
-    return {
-        "recipe": row.recipe,
-        **{column.label: row.scores[name].value for name, column in others.items()},
-        "eval loss": ours and ours.eval_loss_per_token,
-        "peak GPU GiB": costs["peak_gpu_memory_gib"][0],
-        "tokens/s": speed and round(speed),
-        "GPU hours": row.gpu_hours,
-    }
-
-
-def _of_measured(row: StudyRow, known: Iterable[str]) -> Row:
-    """The cells of a row of a study by what else was published, ours and theirs beside each other."""
+def _of_costs(row: StudyRow, others: Mapping[str, Column], beside: Mapping[str, bool]) -> Row:
+    """The cells of a row of a study by the metrics that have no table of their own, and what the run cost, beside what
+    was published of some of that."""
     cells: Row = {"recipe": row.recipe}
-    for key, (ours, published) in ((key, row.costs()[key]) for key in known):
-        cells |= {_HEADINGS[key]: _whole(ours), f"{_HEADINGS[key]}, published": _whole(published)}
-    return cells
+    cells |= {column.label: row.scores[name].value for name, column in others.items()}
+    cells["eval loss"] = row.chosen and row.chosen.summary.eval_loss_per_token
+    for key, (ours, published) in row.costs().items():
+        if beside[key] or key in ("peak_gpu_memory_gib", "tokens_per_second"):
+            cells[_HEADINGS[key]] = _whole(ours)
+        if beside[key]:
+            cells[f"{_HEADINGS[key]}, published"] = _whole(published)
+    return cells | {"GPU hours": row.gpu_hours}
 
 
 def _whole(value: float | None) -> str | float | None:

@@ -17,7 +17,7 @@ from ..runs import rundir
 from ..runs.rundir import RunDir
 from ..scores import evaluations, intervals
 from ..scores.evaluations import Evaluation
-from ..scores.intervals import MeanSquares, Variances
+from ..scores.intervals import Variances
 from ..scores.score import model_record
 from .run_rows import RunResult
 
@@ -200,7 +200,7 @@ def outlook(of_study: Study, runs: Path, difference: float | None = None) -> Out
     Args:
         of_study: the study.
         runs: the folder with the runs.
-        difference: in the metric's unit; by default the study's tolerance, or a hundredth of the metric's range.
+        difference: in the metric's unit; by default the study's tolerance.
 
     Raises:
         UserError: the noise of rows, or that of seeds, is not known yet; or there is no difference to take.
@@ -235,11 +235,9 @@ def outlook(of_study: Study, runs: Path, difference: float | None = None) -> Out
 def _difference(of_study: Study, column: Column, given: float | None) -> tuple[float, str]:
     if given is not None:
         return given, "--power"
-    if column.name in of_study.tolerances:
-        return of_study.tolerances[column.name], "the study's tolerance"
-    if column.metric.high is None:
+    if column.name not in of_study.tolerances:
         raise UserError(f"{of_study.folder.name}: give a difference, as in --power 1, in the unit of {column.label}")
-    return (column.metric.high - column.metric.low) / 100, "a hundredth of the metric's range"
+    return of_study.tolerances[column.name], "the study's tolerance"
 
 
 def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
@@ -248,14 +246,13 @@ def _basis(of_study: Study, column: Column, runs: Path) -> Basis:
     if column.metric.of_rows is None:
         raise UserError(f"--power {name}: {column.label} has no score for each row, so that rows show no noise")
     known = {r: values for r, of in of_study.published.items() if (values := of.repeats.get(column.name))}
-    scored = [(group, table) for group in _groups(of_study, runs) if (table := by_row(column.name, group))]
+    several = [group for group in _groups(of_study, runs) if len({repr(seed(result.folder)) for result in group}) > 1]
+    scored = [(group, table) for group in several if (table := by_row(column.name, group))]
     most = max((len(table[0]) for _, table in scored), default=0)
-    scored = [(group, table) for group, table in scored if len(table[0]) == most > 1]
-    several = [(group, table) for group, table in scored if len({repr(seed(result.folder)) for result in group}) > 1]
-    if several:
-        layouts: list[MeanSquares] = [intervals.mean_squares(table) for _, table in several]
-        words = " and ".join(f"{len(group)} runs of {group[0].run.recipe}" for group, _ in several)
-        return Basis(intervals.estimated(layouts), most, words)
+    if most > 1:
+        scored = [(group, table) for group, table in scored if len(table[0]) == most]
+        words = " and ".join(f"{len(group)} runs of {group[0].run.recipe}" for group, _ in scored)
+        return Basis(intervals.estimated([intervals.mean_squares(table) for _, table in scored]), most, words)
     if not known:
         lacks = f"`recipe reproduce {name} --seeds 3` makes runs that show it"
         raise UserError(f"--power {name}: how far runs with other seeds lie apart is not known yet; {lacks}")

@@ -35,13 +35,6 @@ def test_a_comparison_is_of_the_same_rows() -> None:
                            "b": pytest.approx(sum(r["bleu4"] for r in b[:3]) / 3)} | expected  # fmt: skip
 
 
-def test_a_row_that_stands_twice_counts_twice_from_either_side() -> None:
-    a = [row | {"idx": 3, "reference": "same"} for row in rows("rename variable", "why")]
-    there, back = compare.pair(a, a[:1]), compare.pair(a[:1], a)
-    assert len(there) == 2
-    assert back == [(one, other) for other, one in there]
-
-
 def test_bertscores_are_compared_only_where_one_judge_made_both() -> None:
     a, b = ([row | {"bertscore_f1": value} for row in rows("x", "y")] for value in (0.8, 0.9))
     judge, other = {"model": "m", "revision": "1"}, {"model": "m", "revision": "2"}

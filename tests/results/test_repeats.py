@@ -177,7 +177,7 @@ def of_seeds(runs: Path, seeds: int, recipe: str = PLAIN, **more: Any) -> list[l
 
 def test_runs_of_several_seeds_tell_all_of_it(runs: Path) -> None:
     one, other = of_seeds(runs, 3), of_seeds(runs, 2, WIDE)
-    found = repeats.outlook(small_study.read(), runs)
+    found = repeats.outlook(small_study.read(), runs, 1)
     assert re.findall(r"(\d) runs \w+ (\S+)", found.rests_on) == [("3", PLAIN), ("2", WIDE)]
     expected = intervals.estimated([intervals.mean_squares(one), intervals.mean_squares(other)])
     assert found.deviation_of_rows == pytest.approx(expected.of_rows**0.5)
@@ -200,7 +200,7 @@ def test_runs_of_several_seeds_tell_all_of_it(runs: Path) -> None:
 def test_what_it_lacks_is_told(runs: Path, recipe: Recipe) -> None:
     for seeds in (0, 1):
         of_seeds(runs, seeds)
-        lacks = recipe("results", "sums2030", "--power", "tolerance")
+        lacks = recipe("results", "sums2030", "--power", "1")
         assert lacks.returncode == 2
         assert "recipe reproduce sums2030 --seeds 3" in lacks.stderr
     for words in (("--power", "0"), ("sums2030", "--power", "nan"), ("sums2030", "--power", "1", "--ledger")):
@@ -212,7 +212,7 @@ def test_too_few_rows_to_plan_with_are_told(runs: Path, recipe: Recipe) -> None:
     of_seeds(runs, 3)
     for file in runs.rglob("predictions.jsonl"):
         file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[-4:]))
-    done = recipe("results", "sums2030", "--power", "tolerance")
+    done = recipe("results", "sums2030", "--power", "1")
     assert (done.returncode, "4 rows" in done.stderr) == (2, True)
 
 
@@ -221,7 +221,7 @@ def test_too_few_rows_to_plan_with_are_told(runs: Path, recipe: Recipe) -> None:
 )
 def test_runs_that_do_not_compare_tell_nothing(runs: Path, recipe: Recipe, more: dict[str, Any]) -> None:
     of_seeds(runs, 3, **more)
-    assert recipe("results", "sums2030", "--power", "tolerance").returncode == 2
+    assert recipe("results", "sums2030", "--power", "1").returncode == 2
 
 
 def test_published_repeats_stand_in_for_seeds(runs: Path) -> None:
@@ -242,7 +242,7 @@ IMPOSSIBLE = {"scores": {"accuracy": 120}, "repeats": {"accuracy": [60, 60.0]}}
 @pytest.mark.parametrize(
     ("changes", "difference", "named"),
     [
-        ({"published": {PLAIN: IMPOSSIBLE, WIDE: {}}}, None, "--only"),  # tells nothing of rows
+        ({"published": {PLAIN: IMPOSSIBLE, WIDE: {}}}, 1, "--only"),  # tells nothing of rows
         ({"published": {PLAIN: {}, WIDE: {}}} | OF_PERPLEXITY, None, "--power"),  # a metric of no range
         ({"published": {PLAIN: {}, WIDE: {}}} | OF_PERPLEXITY, 0.1, "perplexity"),  # which has no rows
     ],
