@@ -94,16 +94,9 @@ def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) 
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
-    """Replace the content of `file` by rows, a JSON line each.
-
-    Raises:
-        UserError: a row is nested too deeply for that.
-    """
+    """Replace the content of `file` by rows, a JSON line each."""
     with replacing(file) as stream:
-        try:
-            stream.writelines(orjson.dumps(row) + b"\n" for row in rows)
-        except TypeError as error:
-            raise UserError(f"{file}: a row cannot be written as JSON: {error}; leave its fields out") from None
+        stream.writelines(orjson.dumps(row) + b"\n" for row in rows)
 
 
 def read_json(file: Path) -> Row:

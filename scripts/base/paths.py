@@ -94,8 +94,6 @@ def find_recipe(name: str) -> tuple[str, Path]:
             beside = did_you_mean(name, map(str, given.parent.glob("*.y*ml")))
             hint = beside or did_you_mean(str(given.with_suffix("")), files)
             raise UserError(f"{given}: no such file{hint}")
-        if given.stem.startswith(".") or not given.stem.isprintable():
-            raise UserError(f"{given}: its runs' folder cannot be called {given.stem!r}; give it another name")
         return next((name for name, file in files.items() if file.samefile(given)), given.stem), given
     found = meant(name, files, "recipe", "; `recipe list` shows them all")
     return found, files[found]

@@ -37,9 +37,9 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
     )
-OTHER_BASE = re.compile(r"^[-+]?(0[\d_]+|[\d_]+(:[0-5]?\d)+(\.[\d_]*)?)$")  # to YAML 1.1, 012 is 10 and 1:30 is 90
+_OTHER_BASE = re.compile(r"^[-+]?(0[\d_]+|[\d_]+(:[0-5]?\d)+(\.[\d_]*)?)$")  # to YAML 1.1, 012 is 10 and 1:30 is 90
 for _first in "-+0123456789":
-    _Loader.yaml_implicit_resolvers[_first].insert(0, ("tag:yaml.org,2002:str", OTHER_BASE))
+    _Loader.yaml_implicit_resolvers[_first].insert(0, ("tag:yaml.org,2002:str", _OTHER_BASE))
 
 
 _PLAIN = (type(None), bool, int, float, str, list, dict)

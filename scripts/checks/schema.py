@@ -133,8 +133,6 @@ def _how_to_write(value: Any) -> str:
     """The remedy for a value that YAML reads as another type than its writer meant."""
     if isinstance(value, bool):
         return "YAML reads yes, no, on and off as true or false; put text in quotes"
-    if isinstance(value, str) and yamlfiles.OTHER_BASE.match(value):
-        return "write it in decimal digits, without a leading 0 or a colon"
     if isinstance(value, str) and re.fullmatch(r"[-+.\deE_]+|true|false|null", value):
         return "write it without quotes"
     return ""

@@ -34,8 +34,7 @@ def seal(folder: RunDir, record: Run) -> str | None:
 
 def _make_key(folder: Path) -> None:
     folder.mkdir(mode=0o700)
-    former = paths.cache() / "seal" / "key"  # where earlier versions kept it
-    (folder / "key").write_bytes(former.read_bytes() if former.is_file() else secrets.token_bytes(32))
+    (folder / "key").write_bytes(secrets.token_bytes(32))
 
 
 def is_own(folder: RunDir, record: Run) -> bool:

@@ -40,10 +40,8 @@ def fetch_verb(
         ),
     ] = None,
     from_: Annotated[
-        str | None,
-        typer.Option(
-            "--from", metavar="URL|PATH", help="A mirror's address, or the file or folder that you already have."
-        ),
+        Path | None,
+        typer.Option("--from", metavar="PATH", help="The file, or the folder of files, that you already have."),
     ] = None,
     only: Annotated[
         list[str] | None,
@@ -62,7 +60,7 @@ def fetch_verb(
     of_study = study.with_data(name)
     data = of_study.data
     wanted = [meant(word, data.sources, "source", option="--only") for word in only or ()]
-    given = [name for name in data.sources if from_ and name not in of_study.fetched and _may_be(Path(from_), name)]
+    given = [name for name in data.sources if from_ and name not in of_study.fetched and _may_be(from_, name)]
     rows = fetch.fetch(data, out or data.raw, from_, wanted or [*of_study.fetched, *given])
     tables.print_json(rows) if json else tables.print_table(rows)
     raw = [] if out in (None, data.raw) else [out / file for file in data.raw_files]
@@ -70,7 +68,7 @@ def fetch_verb(
 
 
 def _may_be(given: Path, source: str) -> bool:
-    """Whether a path, or an address, is that of a source, or of a folder that has it."""
+    """Whether a path is that of a source, or of a folder that has it."""
     return given.name == source or (given / source).is_file()
 
 

@@ -167,8 +167,6 @@ def _incompatible(config: Config, gpu: Gpu | None) -> Iterator[tuple[Config, str
 def _incompatible_liger(config: Config, model: Config) -> Iterator[tuple[Config, str]]:
     if (kind := model.get("model_type")) and kind not in models.LAYERS:
         yield dict.fromkeys(_LIGER), f"they were not tried with models of type {kind}"
-    if config.get("tensor_parallel_size") not in (None, 1):
-        yield dict.fromkeys(_LIGER), "Axolotl refuses them under tensor parallelism"
     losses = ("chunked_cross_entropy", "cut_cross_entropy", "liger_cross_entropy")
     if other := next((key for key in losses if config.get(key)), None):
         yield dict.fromkeys(_LIGER[-1:]), f"the config has {other}"

@@ -33,7 +33,7 @@ class Rejected(Exception):
     """A file's content is not what the study says."""
 
 
-def fetch(data: Data, out: Path, given: str | None = None, only: Collection[str] | None = None) -> list[Row]:
+def fetch(data: Data, out: Path, given: Path | None = None, only: Collection[str] | None = None) -> list[Row]:
     """Put the data set's files into a folder, unless they are there, and record in fetched.json what they are.
 
     An interrupted download stays as <file>.part, from which the next call resumes; downloads from the hub stay in its
@@ -43,8 +43,7 @@ def fetch(data: Data, out: Path, given: str | None = None, only: Collection[str]
     Args:
         data: the study's data; its sources say where everything is.
         out: the folder to write to.
-        given: another place of a source: an address, the path of a copy of it, or a folder with several, under the
-            names of the sources. Copies are only read.
+        given: a copy of a source, or a folder with several, under the names of the sources; they are only read.
         only: the wanted sources; by default all.
 
     Returns:
@@ -69,8 +68,8 @@ def fetch(data: Data, out: Path, given: str | None = None, only: Collection[str]
             place, source = places.get(name), data.sources[name]
             with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as staging:
                 rows[name] = _fetched(data, name, place, out, Path(staging))
-            origin = str(place.resolve()) if isinstance(place, Path) else public(place or source.url or str(source.hub))
-            record = {"from": origin, "revision": None if place else source.revision, "time": now()}
+            origin = place.resolve() if place else source.url or source.hub
+            record = {"from": str(origin), "revision": None if place else source.revision, "time": now()}
             _record(out, {name: record}, [row for of_source in rows.values() for row in of_source])
         return [row for name in wanted for row in rows[name]]
 
@@ -81,26 +80,21 @@ def _record(out: Path, source: Row, files: list[Row]) -> None:
     write_json(out / RECORD, record)
 
 
-def _places(data: Data, given: str | None, wanted: list[str]) -> dict[str, str | Path]:
-    """The addresses and copies that a user names, by source."""
+def _places(data: Data, given: Path | None, wanted: list[str]) -> dict[str, Path]:
+    """The copies that a user names, by source."""
     if given is None:
         return {}
-    path = Path(given)
-    if given and path.is_dir():
-        copies: dict[str, str | Path] = {name: path / name for name in data.sources if (path / name).is_file()}
+    if given.is_dir():
+        copies = {name: given / name for name in data.sources if (given / name).is_file()}
         if not copies:
             raise UserError(f"{given}: holds none of {', '.join(data.sources)}")
         return copies
-    is_address = re.match("https?://", given, re.IGNORECASE)
-    if not is_address and not path.is_file():
-        raise UserError(f"{public(given)}: no such file, nor an address that begins with http:// or https://")
-    name = PurePath(public(given)).name
-    named = wanted if len(wanted) == 1 else [source for source in wanted if PurePath(source).name == name]
+    if not given.is_file():
+        raise UserError(f"{given}: no such file")
+    named = wanted if len(wanted) == 1 else [name for name in wanted if PurePath(name).name == given.name]
     if not named:
-        raise UserError(
-            f"{public(given)}: no source of that name; there are {', '.join(data.sources)}; name it by --only"
-        )
-    return {named[0]: given if is_address else path}
+        raise UserError(f"{given}: no source of that name; there are {', '.join(data.sources)}; name it by --only")
+    return {named[0]: given}
 
 
 def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[Row]]:
@@ -140,15 +134,15 @@ def _verified(name: str, file: Path, known: SourceFile) -> Row:
     return row
 
 
-def _fetched(data: Data, name: str, given: str | Path | None, out: Path, staging: Path) -> list[Row]:
+def _fetched(data: Data, name: str, given: Path | None, out: Path, staging: Path) -> list[Row]:
     """Fetch and verify a source, and put its files in place; their rows."""
     source, part = data.sources[name], out / f"{name}.part"
-    file = given if isinstance(given, Path) else part
+    file = given or part
     try:
-        if isinstance(given, Path):
+        if given:
             found = {name: given if source.files else Path(shutil.copyfile(given, staging / "copy"))}
-        elif url := given or source.url:
-            download(url, part)
+        elif source.url:
+            download(source.url, part)
             found = {name: part}
         else:
             with _hub_errors(str(source.hub)):
@@ -212,11 +206,6 @@ def _extracted(file: Path, source: DataSource, staging: Path) -> dict[str, Path]
     return files
 
 
-def public(url: str) -> str:
-    """A URL without name, password and query, any of which can be secret; a path is unchanged."""
-    return re.sub(r"(://)([^/?#:]*:(?!\d+/)[^?#]*@|[^/?#]*@)?([^?#]*).*", r"\1\3", url)
-
-
 def _version_file(part: Path) -> Path:
     """The file with the address and version of a file whose download has begun."""
     return part.with_name(f"{part.name}.json")
@@ -229,7 +218,6 @@ def download(url: str, part: Path) -> None:
         UserError: the address is invalid, or the server refuses.
         WorkFailed: the server cannot be reached, fails, or breaks off too often.
     """
-    shown = public(url)
     part.parent.mkdir(parents=True, exist_ok=True)
     with Bar(f"{part.stem}, MiB") as bar:
         for pause in (*PAUSES, None):
@@ -239,16 +227,16 @@ def download(url: str, part: Path) -> None:
                 problem = f"the connection failed: {_cause(error)}"
                 if not _version_file(part).exists():  # the server was never reached
                     break
-            except requests.RequestException as error:  # whose text can show a password
+            except requests.RequestException as error:
                 answer = f"{error.response.status_code} {error.response.reason}" if error.response is not None else ""
-                raise UserError(f"{shown}: {answer or type(error).__name__}; name another address") from None
+                raise UserError(f"{url}: {answer or type(error).__name__}") from None
             if not problem:
                 return
             if pause is not None:
-                say(f"{shown}: {problem}; next try in {pause} s")
+                say(f"{url}: {problem}; next try in {pause} s")
                 time.sleep(pause)
     size = part.stat().st_size if part.exists() else 0
-    raise WorkFailed(f"{shown}: {problem}; run it again to resume from {size:,} bytes")
+    raise WorkFailed(f"{url}: {problem}; run it again to resume from {size:,} bytes")
 
 
 def _receive(url: str, part: Path, bar: Bar) -> str:
@@ -257,7 +245,7 @@ def _receive(url: str, part: Path, bar: Bar) -> str:
     Beside the file are its address and version, by which another call resumes.
     """
     known = read_json(_version_file(part))
-    size = part.stat().st_size if part.exists() and known.get("url") == public(url) and known.get("version") else 0
+    size = part.stat().st_size if part.exists() and known.get("url") == url and known.get("version") else 0
     if size and size == known["bytes"]:
         return ""
     headers = {"Accept-Encoding": "identity"}  # so that lengths and ranges are the file's own
@@ -279,7 +267,7 @@ def _receive(url: str, part: Path, bar: Bar) -> str:
             if size:
                 say(f"{part}: starting over; the server has another file now, or cannot send a part of it")
             part.unlink(missing_ok=True)  # before the new version is recorded, which would else seem to be its own
-            known = {"url": public(url), "version": version, "bytes": int(response.headers.get("Content-Length", 0))}
+            known = {"url": url, "version": version, "bytes": int(response.headers.get("Content-Length", 0))}
             write_json(_version_file(part), known)
         with naming(part), part.open("ab") as stream:
             for chunk in response.iter_content(CHUNK):

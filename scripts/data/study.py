@@ -156,8 +156,7 @@ class Study(Strict):
             try:
                 registry.column(name, entry)
             except registry.WrongMetric as error:
-                for key, problem in error.problems.items():
-                    yield ("metrics", name, *filter(None, key.split("."))), problem
+                yield ("metrics", name, *filter(None, error.key.split("."))), error.problem
         yield from self.data.mistakes(self.folder)
         metrics = list(self.metrics)
         curve = [TRAIN_LOSS] if any(published.curve for published in self.published.values()) else []

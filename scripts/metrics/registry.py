@@ -107,11 +107,11 @@ _TAKEN = (
 
 
 class WrongMetric(ValueError):
-    """A metric is not declared as it can be: `problems` by key, which is empty for the entry as a whole."""
+    """A metric is not declared as it can be: the problem, and the key that it is at, empty for the entry as a whole."""
 
-    def __init__(self, problems: Mapping[str, str]):
-        self.problems = problems
-        super().__init__("; ".join(f"{key}: {problem}" if key else problem for key, problem in problems.items()))
+    def __init__(self, key: str, problem: str):
+        self.key, self.problem = key, problem
+        super().__init__(f"{key}: {problem}" if key else problem)
 
 
 def column(name: str, entry: Mapping[str, Any] | None = None) -> Column:
@@ -122,26 +122,21 @@ def column(name: str, entry: Mapping[str, Any] | None = None) -> Column:
     """
     if not _NAME.fullmatch(name) or name in _TAKEN:
         problem = "means something else in results" if name in _TAKEN else "is no name of letters, digits and _"
-        raise WrongMetric({"": f"{name} {problem}; give the column another name"})
+        raise WrongMetric("", f"{name} {problem}; give the column another name")
     given = dict(entry or {})
-    kind, label = given.pop("metric", name), given.pop("label", None)
-    if not isinstance(kind, str) or kind not in METRICS:
-        key = "metric" if "metric" in (entry or {}) else ""
-        remedy = "" if key else "; a column of another name says which one it is with `metric: NAME`"
-        hint = did_you_mean(str(kind), METRICS) or f"; there are {', '.join(METRICS)}"
-        raise WrongMetric({key: f"no metric is called {kind}{remedy}{hint}"})
+    kind, label = str(given.pop("metric", name)), given.pop("label", None)
+    if kind not in METRICS:
+        hint = did_you_mean(kind, METRICS) or f"; there are {', '.join(METRICS)}"
+        raise WrongMetric("metric" if "metric" in (entry or {}) else "", f"no metric is called {kind}{hint}")
     if label is not None and not (isinstance(label, str) and label.strip()):
-        raise WrongMetric({"label": "expected a text"})
+        raise WrongMetric("label", "expected a text")
+    parameters = METRICS[kind].parameters
     try:
-        return Column(name, METRICS[kind], METRICS[kind].parameters.model_validate(given), label)
+        return Column(name, METRICS[kind], parameters.model_validate(given), label)
     except ValidationError as error:
-        problems = {}
-        for found in error.errors():
-            key = ".".join(map(str, found["loc"]))
-            there = [*METRICS[kind].parameters.model_fields]
-            hint = f"no parameter of {kind}; {f'it takes {", ".join(there)}' if there else 'it takes none'}"
-            problems[key] = hint if found["type"] == "extra_forbidden" else yamlfiles.in_words(found)
-        raise WrongMetric(problems) from None
+        first, there = error.errors()[0], ", ".join(parameters.model_fields) or "no parameters"
+        key = ".".join(map(str, first["loc"]))
+        raise WrongMetric(key, f"{yamlfiles.in_words(first)}; {kind} takes {there}") from None
 
 
 def columns(entries: Mapping[str, Mapping[str, Any] | None] | Iterable[str]) -> dict[str, Column]:

@@ -118,12 +118,6 @@ def _padding(entry: Config, folder: Path | None) -> tuple[str | None, str]:
         return str(entry["pad_token"]), str(entry.get("pad_reason", "the one in templates/models.yaml"))
     if not folder:
         return None, _NOT_KNOWN
-    by_id = {
-        added.get("id"): added.get("content") for added in read_json(folder / "tokenizer.json").get("added_tokens", [])
-    }
-    for file in ("generation_config.json", "config.json"):
-        if token := by_id.get(read_json(folder / file).get("pad_token_id", -1)):
-            return str(token), f"pad_token_id of the model's {file}"
     eos = models.token(folder, "eos_token")
     return (eos, _EOS) if eos else (None, _NOT_KNOWN)
 

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_recipes.base import files
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.base.files import append_line, json_rows, opened, replacing, write_rows
+from qlora_recipes.base.files import append_line, opened, replacing, write_rows
 from qlora_recipes.base.machine import held, is_held
 
 
@@ -34,13 +34,6 @@ def test_a_full_disk_is_reported_with_the_file_and_other_errors_as_they_are(tmp_
     with pytest.raises(OSError) as full:
         write_rows(Path("/dev/full"), [{"a": 1}])
     assert full.value.filename == "/dev/full" and Path("/dev/full").is_char_device()
-
-
-def test_a_row_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
-    (row,) = json_rows([b'{"a": ' + b"[" * 400 + b"]" * 400 + b"}"], "rows.jsonl", ())
-    with pytest.raises(UserError, match=r"new\.jsonl: "):
-        write_rows(tmp_path / "new.jsonl", [row])
-    assert not any(tmp_path.iterdir())
 
 
 def test_no_link_is_followed(tmp_path: Path) -> None:

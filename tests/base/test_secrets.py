@@ -7,7 +7,6 @@ from conftest import Recipe, config_with
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.progress import is_secret, masked
-from qlora_recipes.data.fetch import public
 
 NAME = "haider2024/code-llama-7b"
 TOKEN = "hf_" + "aB3" * 8
@@ -85,8 +84,3 @@ def test_what_is_refused_for_its_form_is_not_echoed(tmp_path: Path, recipe: Reci
     done = recipe("check", "mine.yaml")
     assert done.returncode == 2
     assert "planted" not in done.stdout + done.stderr
-
-
-def test_a_url_is_shown_without_a_password_that_has_a_slash() -> None:
-    assert public("https://me:pass/word@example.org/a.zip?token=x") == "https://example.org/a.zip"
-    assert public("https://example.org:8080/a@v1/b.zip") == "https://example.org:8080/a@v1/b.zip"

@@ -77,7 +77,6 @@ def test_a_recipe_that_does_not_allow_all_says_why() -> None:
         ({"lora_target_modules": ["q_proj"], "lora_target_linear": True}, set()),
         ({"chunked_cross_entropy": True}, {"liger_fused_linear_cross_entropy"}),
         ({"lora_modules_to_save": ["lm_head"]}, {"liger_fused_linear_cross_entropy"}),
-        ({"tensor_parallel_size": 2}, LIGER),
         ({"base_model": "google/gemma-2-2b", "revision_of_model": None}, {"lora_mlp_kernel"}),
     ],
 )

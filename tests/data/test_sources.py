@@ -79,22 +79,22 @@ def test_copies_are_taken_from_a_folder_and_what_is_not_there_from_its_place(tmp
     mine.mkdir()
     (mine / "rows.zip").write_bytes(packed({"train.jsonl": b"{}"}))
     server.files = {"test.jsonl": b"test"}
-    fetch(several(server.url), tmp_path / "out", str(mine))
+    fetch(several(server.url), tmp_path / "out", mine)
     assert [path.rpartition("/")[2] for path in server.paths] == ["test.jsonl"]
     assert recorded(tmp_path / "out")["rows.zip"]["from"] == str(mine / "rows.zip")
     (mine / "rows.zip").unlink()
     with pytest.raises(UserError, match=r"mine: .*rows\.zip, more/test\.jsonl"):
-        fetch(several(server.url), tmp_path / "again", str(mine))
+        fetch(several(server.url), tmp_path / "again", mine)
 
 
 def test_a_copy_of_one_source_is_known_by_its_name(tmp_path: Path, server: Server) -> None:
     server.files = {"rows.zip": packed({"train.jsonl": b"{}"})}
     (tmp_path / "test.jsonl").write_bytes(b"test")
-    fetch(several(server.url), tmp_path / "out", str(tmp_path / "test.jsonl"))
+    fetch(several(server.url), tmp_path / "out", tmp_path / "test.jsonl")
     assert len(server.paths) == 1
     (tmp_path / "mine.jsonl").write_bytes(b"test")
     with pytest.raises(UserError, match=r"mine\.jsonl: .*rows\.zip, more/test\.jsonl"):
-        fetch(several(server.url), tmp_path / "again", str(tmp_path / "mine.jsonl"))
+        fetch(several(server.url), tmp_path / "again", tmp_path / "mine.jsonl")
 
 
 MATHS = [{"query": f"{i}+1?", "response": str(i + 1), "parts": [i]} for i in range(2500)]
@@ -135,7 +135,7 @@ def test_a_data_set_of_a_hub_becomes_json_lines(tmp_path: Path, monkeypatch: pyt
     assert [orjson.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_bytes().splitlines()] == MATHS
     assert recorded(tmp_path / "out")["train.jsonl"]["from"] == "owner/Maths"
     assert row["verified"] is None
-    [again] = fetch(of_hub(config="main", sha256=row["sha256"]), tmp_path / "out2", str(tmp_path / "out"))
+    [again] = fetch(of_hub(config="main", sha256=row["sha256"]), tmp_path / "out2", tmp_path / "out")
     assert again == row | {"verified": True}
     for wrong, says in (
         ({"config": "other"}, r"train\.jsonl .*rows 2500 .*3 "),
@@ -166,7 +166,7 @@ def of_model(content: bytes = ADAPTER) -> Data:
 def test_a_file_of_a_hubs_repository_is_verified(tmp_path: Path, hub: Server) -> None:
     hub.files = {"loftq_init/adapter_model.safetensors": ADAPTER}
     (tmp_path / "train.jsonl").write_bytes(TRAIN)
-    rows = fetch(of_model(), tmp_path / "out", str(tmp_path / "train.jsonl"))
+    rows = fetch(of_model(), tmp_path / "out", tmp_path / "train.jsonl")
     assert [row["file"] for row in rows] == ["train.jsonl", "init/adapter.safetensors"]
     assert (tmp_path / "out" / "init" / "adapter.safetensors").read_bytes() == ADAPTER
     assert f"/owner/adapter/resolve/{COMMIT}/loftq_init/adapter_model.safetensors" in hub.paths
@@ -185,4 +185,4 @@ def test_a_hub_that_refuses_is_named_with_the_repository(
     hub.error_code = code
     (tmp_path / "train.jsonl").write_bytes(TRAIN)
     with pytest.raises(kind, match=f"^owner/adapter: .*{status if status < 500 else 'FILE'}"):
-        fetch(of_model(), tmp_path / "out", str(tmp_path / "train.jsonl"))
+        fetch(of_model(), tmp_path / "out", tmp_path / "train.jsonl")

@@ -83,8 +83,8 @@ def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label() -> None
 def test_what_is_no_metric_is_refused_with_its_key(name: str, entry: dict[str, Any], key: str, says: str) -> None:
     with pytest.raises(WrongMetric) as error:
         registry.column(name, entry)
-    assert list(error.value.problems) == [key]
-    assert says in error.value.problems[key]
+    assert error.value.key == key
+    assert says in error.value.problem
 
 
 def test_metrics_are_asked_for_as_study_yaml_declares_them() -> None:

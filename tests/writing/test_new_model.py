@@ -101,20 +101,18 @@ ADDED = [{"id": i, "content": token, "special": True} for i, token in enumerate(
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "generation", "pad_token", "reason"),
+    ("tokenizer", "pad_token", "reason"),
     [
-        ({"tokenizer_class": "Qwen2TokenizerFast"}, None, None, "the tokenizer has a padding token, <|endoftext|>"),
-        ({"pad_token": {"content": "<unused>"}}, None, None, "the tokenizer has a padding token, <unused>"),
-        ({"pad_token": None, "eos_token": "</s>"}, None, "</s>", "EOS, as Axolotl falls back to"),
-        ({"eos_token": "</s>"}, {"pad_token_id": 2}, "<unused>", "pad_token_id of the model's generation_config.json"),
-        *((unknown, None, None, "not known whether the tokenizer names a padding token") for unknown in ({}, None)),
+        ({"tokenizer_class": "Qwen2TokenizerFast"}, None, "the tokenizer has a padding token, <|endoftext|>"),
+        ({"pad_token": {"content": "<unused>"}}, None, "the tokenizer has a padding token, <unused>"),
+        ({"pad_token": None, "eos_token": "</s>"}, "</s>", "EOS, as Axolotl falls back to"),
+        *((unknown, None, "not known whether the tokenizer names a padding token") for unknown in ({}, None)),
     ],
 )
 def test_facts_of_a_folder_are_read_and_a_padding_token_set_only_where_it_is_known_to_name_none(
-    tmp_path: Path, recipe: Recipe, tokenizer: Any, generation: Any, pad_token: str | None, reason: str
+    tmp_path: Path, recipe: Recipe, tokenizer: Any, pad_token: str | None, reason: str
 ) -> None:
-    files = {"tokenizer": {"added_tokens": ADDED}, "generation_config": generation}
-    folder = write_model(tmp_path / "phi", PHI, tokenizer, **files)
+    folder = write_model(tmp_path / "phi", PHI, tokenizer, tokenizer={"added_tokens": ADDED})
     text, said = written(recipe, tmp_path, folder)
     tokens = {"pad_token": pad_token} if pad_token else None
     assert yamlfiles.parse(text, "").get("special_tokens") == tokens
