@@ -10,39 +10,10 @@ from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
-
-from .errors import WorkFailed
-
-REQUEST_TIMEOUT = 60.0
-"""Seconds after which a hub that does not answer is given up."""
+from typing import Literal
 
 # transformers and trl ask for it as they are imported, and searching all installed packages twice takes 3 s
 _packages_distributions = cache(importlib.metadata.packages_distributions)
-
-
-@cache
-def limit_waiting() -> None:
-    """Have huggingface_hub give up a hub that leaves a request without an answer; its client waits without end."""
-    from httpx import Client, TimeoutException
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
-
-    def client() -> Client:
-        made = default_client_factory()
-        send = made.send
-
-        def send_in_time(request: Any, **options: Any) -> Any:
-            request.extensions["timeout"] = dict.fromkeys(request.extensions["timeout"], REQUEST_TIMEOUT)
-            try:
-                return send(request, **options)
-            except TimeoutException:
-                raise WorkFailed(f"{request.url.host}: did not answer within {REQUEST_TIMEOUT:g} s") from None
-
-        made.send = send_in_time  # type: ignore[method-assign]  # its factory sets up the client
-        return made
-
-    set_client_factory(client)
 
 
 @contextmanager
@@ -60,8 +31,6 @@ def importing_axolotl(offline: bool = True) -> Iterator[None]:
     variable = os.environ.get("HF_HUB_OFFLINE", "0")
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    else:
-        limit_waiting()
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -18,7 +18,6 @@ import requests
 from .. import __version__
 from ..base.errors import UserError, WorkFailed
 from ..base.files import DAMAGED_ZIP, Row, naming, read_json, sha256, write_json
-from ..base.hub import limit_waiting
 from ..base.machine import held, now
 from ..base.progress import Bar, say
 from .declaration import Data, DataSource, SourceFile
@@ -290,7 +289,6 @@ def _hub_errors(repository: str) -> Iterator[None]:
     from httpx import HTTPError
     from huggingface_hub import errors
 
-    limit_waiting()
     absent = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError)
     unreached = (errors.LocalEntryNotFoundError, ConnectionError, HTTPError)
     try:

@@ -80,10 +80,7 @@ def layer_of(by: ScorerModel) -> int:
     config = _config_of(by)
     with importing_axolotl(offline=by.is_local):
         import bert_score
-    try:
-        layers = config.num_hidden_layers
-    except AttributeError as error:
-        raise by.not_loaded(error) from None
+    layers = getattr(config, "num_hidden_layers", 0)
     layer = by.layer or bert_score.utils.model2layers.get(Path(by.model).name)
     if layer is None or not 0 < layer <= layers:
         raise UserError(f"bertscore_f1: name one of the {layers} layers of {by.model} with the parameter layer")

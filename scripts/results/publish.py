@@ -16,7 +16,6 @@ from .. import backends
 from ..base import yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import opened, sha256, tensor_shapes, write_atomically
-from ..base.hub import limit_waiting
 from ..base.machine import held, start_child, stop_requests
 from ..base.progress import Bar, say
 from ..checks import trust
@@ -182,7 +181,6 @@ def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
     """Upload a model's folder; the repository's address."""
     from huggingface_hub import HfApi
 
-    limit_waiting()
     api = HfApi()
     try:
         # None rather than False: an organization may want its repositories private

@@ -21,7 +21,6 @@ from pynvml import NVMLError
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..base.files import append_line
-from ..base.hub import limit_waiting
 from ..base.machine import LOCK_TIMEOUT, Card, end_with_parent, held
 from ..configs import models
 from ..configs.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
@@ -41,7 +40,6 @@ class RunPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         """Note the engine that is asked for, before Axolotl overwrites it, and let a rehearsal's ranks use the CPU."""
-        limit_waiting()
         if ranks.WORLD_SIZE > 1:
             end_with_parent(signal.SIGKILL)  # ranks of a killed launcher would keep training
         self.engine = engine_of(cfg) if ranks.WORLD_SIZE > 1 or any(cfg.get(key) for key in ENGINE_KEYS) else None

@@ -1,14 +1,13 @@
 """What the hub says, against a local server that answers like it."""
 
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Recipe, config_with
 from file_server import Server, as_hub, serving
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import constants
 
 from qlora_recipes.base import hub, yamlfiles
 from qlora_recipes.base.errors import WorkFailed
@@ -129,29 +128,6 @@ def test_a_silent_hub_is_no_reason_not_to_start(server: Server, tmp_path: Path) 
     assert [f for f in check.examine(composed, ask_hub=True).findings if f.rule == "no-access"] == []
     (only,) = [f for f in check.examine(composed, launching=True).findings if f.rule == "no-access"]
     assert only.level == "warning" and "owner/never" in only.problem
-
-
-@pytest.fixture
-def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a hub that is given up after half a second."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "REQUEST_TIMEOUT", 0.5)
-    hub.limit_waiting.__wrapped__()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
-    monkeypatch.undo()
-    hub.limit_waiting.__wrapped__()  # of the hub as it was
-
-
-def load(address: str, cache: Path) -> None:
-    hf_hub_download("owner/model", "config.json", endpoint=address, cache_dir=cache)
-
-
-@pytest.mark.parametrize("ask", [lambda address, _: HfApi(endpoint=address, token="t").whoami(), load])
-def test_a_hub_that_hangs_is_given_up(hanging: str, tmp_path: Path, ask: Callable[[str, Path], object]) -> None:
-    for _ in range(2):  # transformers goes on to the next file
-        with pytest.raises(WorkFailed):
-            ask(hanging, tmp_path)
 
 
 def test_a_loader_that_cannot_reach_the_hub_ends_with_the_hubs_line(capsys: pytest.CaptureFixture[str]) -> None:
