@@ -1,15 +1,14 @@
 """This machine, which carries out the commands of runs while the user waits."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-
-import psutil
 
 from ..base import machine
 from ..base.errors import UserError
@@ -18,7 +17,6 @@ from ..base.machine import start_child, stop_requests
 from ..base.progress import PART, say
 from ..configs import gpus
 from ..configs.gpus import Gpu
-from ..runs.rundir import this_job
 from ..runs.tasks import DOES, DONE, Command, Task
 
 _AGAIN = "run the same command again to continue"
@@ -88,7 +86,7 @@ class Local:
         self, label: str, task: Task, device: str | None, stops: list[int]
     ) -> Iterator["subprocess.Popen[bytes]"]:
         try:
-            commands = task.commands()
+            commands = task.claim()
         except UserError as error:
             task.result.fail("run", str(error))
             return
@@ -125,33 +123,9 @@ class Local:
         return command.folder.path / f"{command.step}.log" if len(self.devices) > 1 else None
 
 
-def stop_holders(locks: Iterable[Path], jobs: Container[str] = ()) -> list[str]:
-    """Ask the processes on this machine that hold some locks to stop, their children only through them.
-
-    Args:
-        locks: the locks' files.
-        jobs: ids of jobs whose processes are left alone.
-
-    Returns:
-        A message for each process.
-    """
-    files = {str(lock.parent.resolve() / lock.name) for lock in locks if not lock.is_symlink()}
-    holding = {
-        process.pid: process
-        for process in psutil.process_iter(["open_files"])  # None of another user's process
-        if any(file.path in files and _locks(process.pid, file.fd) for file in process.info["open_files"] or ())
-    }
-    messages = []
-    for process in holding.values():
-        with suppress(psutil.Error):
-            if process.ppid() not in holding and this_job(process.environ()) not in jobs:
-                process.terminate()
-                messages.append(f"process {process.pid} is asked to stop")
-    return messages
-
-
-def _locks(pid: int, descriptor: int) -> bool:
-    """Whether a process holds a lock by one of its descriptors: others only read the file, as a pager does."""
-    with suppress(OSError):
-        return "FLOCK" in Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text()
-    return False
+def stop_holders(locks: Iterable[Path]) -> list[str]:
+    """Ask the processes of this machine that hold some locks to stop; a message for each."""
+    pids = dict.fromkeys(pid for lock in locks if (pid := machine.holder(lock)))
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    return [f"process {pid} is asked to stop" for pid in pids]

@@ -88,20 +88,18 @@ class Slurm:
         claimed = []
         for task in tasks:
             try:
-                claimed.append((task.result, task.commands()))
+                claimed.append((task.result, task.claim()))
             except UserError as error:
                 task.result.fail("run", str(error))
         self._queue(batch, claimed)
         return [commands[0].folder for _, commands in claimed if commands]
 
     def _queue(self, batch: "Batch", claimed: Sequence[tuple[TaskResult, list[Command]]]) -> None:
-        to_train: list[ArrayTask] = []
-        trained: list[ArrayTask] = []  # each waits for the one of `to_train` in its place
-        by_training: dict[str | None, list[ArrayTask]] = {}  # by the job that trains, or has trained, the run
+        to_train: list[Command] = []
+        trained: list[Command] = []  # each waits for the one of `to_train` in its place
+        by_training: dict[str | None, list[Command]] = {}  # by the job that trains, or has trained, the run
         for result, commands in claimed:
-            by_step = {
-                command.step: ArrayTask(command.folder, command.words, result, command.rows) for command in commands
-            }
+            by_step = {command.step: replace(command, result=result) for command in commands}
             scoring = by_step.get("evaluate")
             if "run" in by_step:
                 to_train.append(by_step["run"])
@@ -109,29 +107,12 @@ class Slurm:
             elif scoring:
                 earlier = active([job for job in scoring.folder.jobs() if job.step == "run"])
                 by_training.setdefault(next(iter(earlier or ()), None), []).append(scoring)
-        preparing = {task.rows: replace(task, words=[*task.words, "--prepare"]) for task in to_train}
+        preparing = {each.rows: replace(each, words=[*each.words, "--prepare"]) for each in to_train}
         prepared = batch.submit("prepare", list(preparing.values()))
         trainings = batch.submit("run", to_train, f"afterany:{prepared}")  # it can prepare for itself
         batch.submit("evaluate", trained, f"aftercorr:{trainings}")
         for job, others in by_training.items():
             batch.submit("evaluate", others, f"afterok:{job}" if job else None)
-
-
-@dataclass
-class ArrayTask:
-    """A task of an array.
-
-    Attributes:
-        folder: the run, which gets its log and its job.
-        words: the arguments of `recipe`.
-        result: where its job is noted.
-        rows: see `Command`.
-    """
-
-    folder: RunDir
-    words: list[str]
-    result: TaskResult | None = None
-    rows: str = ""
 
 
 @dataclass
@@ -174,7 +155,7 @@ class Batch:
                 where = f"--on slurm,KEY=VALUE or {settings_file()}"
                 raise UserError(f"{error}; {where} changes the options of {step}: {' '.join(options)}") from None
 
-    def submit(self, step: Step, tasks: Sequence[ArrayTask], after: str | None = None) -> str | None:
+    def submit(self, step: Step, tasks: Sequence[Command], after: str | None = None) -> str | None:
         """Submit an array; its id, or None where there is no task.
 
         Args:
@@ -205,7 +186,7 @@ class Batch:
         forget_queue()
         return job
 
-    def script(self, step: Step, tasks: Sequence[ArrayTask], count: int) -> str:
+    def script(self, step: Step, tasks: Sequence[Command], count: int) -> str:
         """The script of an array.
 
         Args:

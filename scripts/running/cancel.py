@@ -35,8 +35,8 @@ def _cancelled(thing: RunDir | Sweep | Study) -> list[str]:
         folders = _members(thing) if isinstance(thing, Sweep) else _of_study(thing)
     messages = []
     for folder in folders:
-        jobs = folder.jobs()
-        asked = slurm_site.cancel(jobs) + stop_holders(folder.path.rglob("*lock"), {job.id for job in jobs})
+        # a second request to stop would stop a job's training at once
+        asked = slurm_site.cancel(folder.jobs()) or stop_holders(folder.path.rglob("*lock"))
         messages += [f"{folder.path}: {message}" for message in asked]
     return messages
 

@@ -4,17 +4,15 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Container
 from pathlib import Path
 
 from ..base import paths, yamlfiles
 from ..base.files import sha256, write_atomically
-from ..base.progress import say
+from ..base.progress import say, say_once
 from ..base.yamlfiles import Config
 from ..checks import trust
 from ..configs import datafiles, substitution
 from ..configs.compose import Composed, Request, filled
-from ..configs.config import Difference
 from ..configs.datafiles import DataFile
 from ..runs import provenance
 from ..runs.records import Run
@@ -24,19 +22,17 @@ from ..scores import evaluation_rows
 AUTO_RESUME = "auto_resume_from_checkpoints"
 
 
-def create(composed: Composed, request: Request, shared: Container[Difference] = ()) -> RunDir:
+def create(composed: Composed, request: Request) -> RunDir:
     """A new run folder with the config and the record of a run that is yet to be launched.
 
     Args:
         composed: the run's checked config.
         request: what it was composed from.
-        shared: differences from the recipe that have been shown already, for several runs together.
     """
     if composed.rehearsal and substitution.stands_in(composed.config):
         substitution.model_folder()
     folder = RunDir(new_folder(paths.runs() / composed.recipe, composed.digest[:7]))
     ours = launch_config(composed, folder)
-    new = [difference for difference in composed.differences if difference not in shared]
     for difference in composed.differences:  # with a tracker's placeholders filled in
         difference.run = ours.get(difference.key, difference.run)
     record = record_of(composed, request)
@@ -50,8 +46,8 @@ def create(composed: Composed, request: Request, shared: Container[Difference] =
     say(f"run {folder.path}")
     if record.variant_of:
         say(f"  a variant of {record.variant_of}")
-    for difference in new:
-        say(f"  {difference}")
+    for difference in composed.differences:
+        say_once(f"  {difference}")  # for several runs together where they share it
     return folder
 
 

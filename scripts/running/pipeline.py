@@ -1,7 +1,7 @@
 """From a config to its scores, skipping the steps that were done before: for `recipe reproduce` and `recipe sweep`."""
 
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,6 @@ from ..base.progress import say
 from ..checks import check, trust
 from ..configs import compose, config, datafiles
 from ..configs.compose import Composed, Request
-from ..configs.config import Difference
 from ..configs.gpus import Gpu
 from ..metrics.metric import Column
 from ..planning import plan, planner
@@ -80,7 +79,6 @@ class Pipeline:
         composed: its config; None where it is wrong.
         existing: the newest run of this config on the same data, but a finished one before others; see `look_up`.
         needed_gib: the memory that it needs, once it is planned.
-        shared: differences from the recipe that are shown once for several runs.
     """
 
     def __init__(
@@ -99,7 +97,6 @@ class Pipeline:
         self.composed: Composed | None = None
         self.existing: tuple[RunDir, Run] | None = None
         self.needed_gib: float | None = None
-        self.shared: Container[Difference] = ()
         try:
             self.composed = compose.compose(request, self.gpu)
         except UserError as error:
@@ -192,9 +189,9 @@ class Pipeline:
             with suppress(UserError):
                 steps = [] if self._evaluation() else ["evaluate"]
         gpus = 0 if self.request.rehearse else 1
-        return Task(self.result, self._commands, gpus, steps=steps)
+        return Task(self.result, self._claim, gpus, steps=steps)
 
-    def _commands(self) -> list[Command]:
+    def _claim(self) -> list[Command]:
         """The commands still to be carried out; steps done before, or queued, are noted in its result."""
         assert self.composed
         self._settle()
@@ -204,7 +201,7 @@ class Pipeline:
             if self.existing and _is_resumable(*self.existing):
                 folder = self.existing[0]
             else:
-                folder = create.create(self.composed, self.request, self.shared)
+                folder = create.create(self.composed, self.request)
             training = run.command(folder, self.rows)
             return [training, self._scoring(folder)] if self._generates() else [training]
         folder = self.existing[0]

@@ -179,8 +179,6 @@ def _carry_out(
             pipeline.existing = existing.get(pipeline.digest() or "")
         tasks = [pipeline.task() for pipeline in fitting]
         require_scorer_models(tasks, of_recipe(record.recipe), evaluation, record.rehearsal)
-        if any("run" in task.steps for task in tasks):
-            _show_shared_differences(pipelines)
         backend.submit(tasks, record.name)
 
 
@@ -221,16 +219,6 @@ def _refuse_twins(pipelines: list[Pipeline]) -> None:
     for a, b in itertools.combinations(pipelines, 2):
         if a.composed and b.composed and not config.differences(a.composed.config, b.composed.config):
             raise UserError(f"{a.result.label} and {b.result.label} come to the same config; leave one out")
-
-
-def _show_shared_differences(pipelines: list[Pipeline]) -> None:
-    """Show once, instead of for each run, how all members differ from the recipe."""
-    first, *others = [pipeline.composed.differences for pipeline in pipelines if pipeline.composed]
-    shared = [difference for difference in first if all(difference in other for other in others)]
-    for pipeline in pipelines:
-        pipeline.shared = [replace(difference) for difference in shared]  # a run fills in its own
-    if shared:
-        say("\n  ".join(["every member:", *map(str, shared)]))
 
 
 def of_recipe(recipe: str) -> dict[str, Column]:

@@ -55,12 +55,14 @@ class Command:
         folder: the run's.
         words: the arguments of `recipe`.
         rows: what commands that prepare the same rows for training have in common.
+        result: where its job is noted.
     """
 
     step: Step
     folder: RunDir
     words: list[str]
     rows: str = ""
+    result: TaskResult | None = None
 
 
 @dataclass
@@ -68,15 +70,15 @@ class Task:
     """The commands that bring a run to its end, in order; each is worth carrying out once the one before is done.
 
     Attributes:
-        commands: claims the run's folder where it has none yet, and returns the commands; called once, when the
-            task is about to begin.
+        claim: takes the run's folder, a new one if need be, and returns the commands; called once, when the task is
+            about to start.
         gpus: how many its training needs on each node.
         nodes: how many of those.
         steps: those that may be among the commands.
     """
 
     result: TaskResult
-    commands: Callable[[], list[Command]]
+    claim: Callable[[], list[Command]]
     gpus: int
     nodes: int = 1
     steps: Sequence[Step] = ("prepare", "run")

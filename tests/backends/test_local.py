@@ -1,44 +1,60 @@
 """Which processes on this machine are asked to stop."""
 
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from qlora_recipes.backends.local import stop_holders
 
-LOCKS = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
-READS = "import sys; f = open(sys.argv[1]); print(1, flush=True); input()"
+HOLDS = """
+import sys
+from pathlib import Path
+from qlora_recipes.base.machine import held
+with held(Path(sys.argv[1]), "held"):
+    print(1, flush=True)
+    input()
+"""
 
 
-@contextmanager
-def process(does: str, file: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    words = [sys.executable, "-c", does, str(file)]
+@pytest.fixture
+def holding(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that holds the lock `.lock`."""
+    words = [sys.executable, "-c", HOLDS, str(tmp_path / ".lock")]
     child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout
     child.stdout.readline()
-    try:
-        yield child
-    finally:
-        child.kill()
-        child.wait()
+    yield child
+    child.kill()
+    child.wait()
 
 
-def test_who_holds_a_lock_is_asked_to_stop(tmp_path: Path) -> None:
-    with process(LOCKS, tmp_path / ".lock") as child:
-        (said,) = stop_holders([tmp_path / ".lock"])
-        assert f" {child.pid} " in said
-        assert child.wait(10) == -15
+def test_who_holds_a_lock_is_asked_to_stop(tmp_path: Path, holding: "subprocess.Popen[bytes]") -> None:
+    assert stop_holders([tmp_path / ".lock", tmp_path / ".lock"]) == [f"process {holding.pid} is asked to stop"]
+    assert holding.wait(10) == -15
+    assert stop_holders([tmp_path / ".lock"]) == []  # what it left there is of nobody
 
 
-@pytest.mark.parametrize(("does", "name"), [(LOCKS, "theirs"), (READS, "theirs"), (READS, ".lock")])
-def test_who_only_reads_a_lock_or_holds_the_file_that_it_links_to_goes_on(tmp_path: Path, does: str, name: str) -> None:
-    (tmp_path / name).touch()
-    if name == "theirs":
-        (tmp_path / ".lock").symlink_to("theirs")
-    with process(does, tmp_path / name) as child:
-        assert stop_holders([tmp_path / ".lock"]) == []
-        assert child.poll() is None
+@pytest.mark.parametrize(
+    "record", ["elsewhere {pid} {started}", "{host} {pid} 1", "{host} 1 {started}", "{host} {pid}", "{host} -1 1", ""]
+)
+def test_a_lock_that_names_another_process_or_machine_stops_none(
+    tmp_path: Path, holding: "subprocess.Popen[bytes]", record: str
+) -> None:
+    lock = tmp_path / ".lock"
+    host, pid, started = lock.read_text().split()
+    assert (host, pid) == (platform.node(), str(holding.pid))
+    lock.write_text(record.format(host=host, pid=pid, started=started))
+    assert stop_holders([lock]) == []
+    (tmp_path / "linked.lock").symlink_to(".lock")
+    assert stop_holders([tmp_path / "linked.lock", tmp_path / "none"]) == []
+    assert holding.poll() is None
+
+
+def test_a_lock_that_nobody_holds_stops_none(tmp_path: Path, holding: "subprocess.Popen[bytes]") -> None:
+    (tmp_path / "copy").write_text((tmp_path / ".lock").read_text())
+    assert stop_holders([tmp_path / "copy"]) == []
+    assert holding.poll() is None

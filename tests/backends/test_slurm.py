@@ -23,6 +23,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.runs import rundir
 from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.runs.tasks import Command
 
 TOOLS = Path(sys.executable).parent
 NAME = "haider2024/code-llama-7b"
@@ -215,11 +216,11 @@ def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
 
 
 def batch(site: slurm_site.Site, gpus: int = 1, nodes: int = 1) -> slurm_module.Batch:
-    return slurm_module.Batch(site, None, "title", Path("runs"), gpus, nodes)
+    return slurm_module.Batch(site, None, "title", gpus, nodes)
 
 
-def task(folder: Path, *words: str) -> slurm_module.ArrayTask:
-    return slurm_module.ArrayTask(RunDir(folder), list(words))
+def command(folder: Path, *words: str) -> Command:
+    return Command("run", RunDir(folder), list(words))
 
 
 def program(file: Path, script: str) -> None:
@@ -241,7 +242,7 @@ def test_the_id_of_a_job_is_in_the_last_line_of_sbatch(
     monkeypatch.setattr(slurm_site, "TIMEOUT", 60 if commands in JOBS else 0.2)
     (tmp_path / "a").mkdir()
     with nullcontext() if commands in JOBS else pytest.raises(WorkFailed):
-        assert batch(slurm_site.Site()).submit("run", [task(Path("a"))]) == "12"
+        assert batch(slurm_site.Site()).submit("run", [command(Path("a"))]) == "12"
     assert [job.id for job in RunDir(tmp_path / "a").jobs()] == (["12_0"] if commands in JOBS else [])
 
 
@@ -272,7 +273,7 @@ def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(
     program(tmp_path / "scontrol", '#!/bin/bash\necho "$@" >> asked')
     settings = slurm_site.Site(prefix=f"{tmp_path}/stub")
     monkeypatch.chdir(tmp_path)
-    script = batch(settings).script("run", [task(Path("a"), "resume", "a b")], 1)
+    script = batch(settings).script("run", [command(Path("a"), "resume", "a b")], 1)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}
     process = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=env)
     while not (tmp_path / "started").exists():
@@ -293,7 +294,7 @@ def test_a_job_near_its_time_limit_is_queued_again_if_it_got_any_further(
 @pytest.mark.parametrize("prefix", [None, 'apptainer exec --nv --bind "$PWD" image.sif'])
 def test_scripts_are_sound(tmp_path: Path, nodes: int, prefix: str | None) -> None:
     settings = slurm_site.Site(prefix=prefix, setup=["module load cuda"], options={"comment": "it's a test"})
-    tasks = [task(Path(folder), "resume", folder) for folder in ("runs/a b", "runs/c")]
+    tasks = [command(Path(folder), "resume", folder) for folder in ("runs/a b", "runs/c")]
     for step in slurm_site.STEPS:
         script = batch(settings, nodes=nodes).script(step, tasks, 2)
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)

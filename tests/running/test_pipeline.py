@@ -4,16 +4,14 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from conftest import Recipe
 from run_folders import a_run
 
 from qlora_recipes.backends.local import Local
-from qlora_recipes.base import machine, paths
+from qlora_recipes.base import machine
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.planning import plan
-from qlora_recipes.running import pipeline, reproduce, run
+from qlora_recipes.running import pipeline, run
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.runs.tasks import Command, Step, Task, TaskResult
 from qlora_recipes.scores.task import EvaluationRequest
@@ -108,18 +106,3 @@ def test_exit_codes() -> None:
     failed.fail("run", "broke")
     codes = [pipeline.exit_code(some) for some in ([fine], [fine, refused], [refused], [refused, failed])]
     assert codes == [0, 1, 2, 1]
-
-
-def test_the_disk_that_needs_room_is_that_of_the_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
-) -> None:
-    monkeypatch.setattr("qlora_recipes.checks.model_rules.free_bytes", lambda _: 10**3)
-    monkeypatch.setattr(plan, "of_request", Mock(side_effect=UserError("takes seconds")))
-    short = f"{tmp_path / 'elsewhere'}: 1e-06 GB"
-    asked = Request("haider2024/code-llama-7b")
-    backend = Local(rehearsal=False, jobs=None)
-    monkeypatch.setenv(paths.RUNS, str(tmp_path / "elsewhere"))
-    one = pipeline.Pipeline(TaskResult(asked.name), asked, EvaluationRequest(), backend)
-    assert not one.check(with_data=False) and short in (one.result.problem or "")
-    assert any(short in note for note in reproduce._outlined(one, None)[1])
-    assert short in recipe("--runs", tmp_path / "elsewhere", "run", asked.name, "--dry-run").stderr
