@@ -9,20 +9,16 @@ import secrets
 import shutil
 import sys
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import orjson
-from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
 
 Row = dict[str, Any]
-DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeError)  # what zipfile raises for one
 
 
 @contextmanager
@@ -116,6 +112,8 @@ def write_json(file: Path, value: Any) -> None:
 
 def tensor_shapes(file: Path) -> dict[str, list[int]] | None:
     """The shapes of the tensors in a safetensors file by name; None if it cannot be read or is not whole."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(file, "numpy") as tensors:
             return {name: tensors.get_slice(name).get_shape() for name in tensors.offset_keys()}

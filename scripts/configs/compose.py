@@ -82,6 +82,43 @@ class Composed:
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
+@dataclass
+class _Layers:
+    """A config under composition, laid over by one change after another.
+
+    Attributes:
+        reasons: why each key was last changed, and by which file.
+        sample: the shipped sample, from a rehearsal's profile.
+        untouched: the config before that profile.
+        given: what was laid over that profile's values, by dotted key.
+    """
+
+    config: Config
+    reasons: dict[str, tuple[str, Path | None]] = field(default_factory=dict)
+    sample: Config = field(default_factory=dict)
+    untouched: Config = field(default_factory=dict)
+    given: Config = field(default_factory=dict)
+
+    def lay(self, changed: Config, reason: str, source: Path | None = None) -> None:
+        """Take a changed config, and note the reason for each key that differs."""
+        self.reasons.update(dict.fromkeys(config.differences(self.config, changed), (reason, source)))
+        self.config = changed
+
+    def differences(self, before: Config) -> list[Difference]:
+        """The keys that differ from an earlier config."""
+        differing = config.differences(before, self.config).items()
+        return [Difference(key=key, recipe=old, run=new, why=self.reasons[key][0]) for key, (old, new) in differing]
+
+    def lay_rehearsal(self, fragment: Config) -> Config:
+        """Note what a rehearsal replaces; the profile as far as it is laid over any recipe."""
+        folders = {"stand_in": str(substitution.folder()), "sample": str(usual_sample())}
+        fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
+        self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
+        self.untouched = self.config
+        own_model = substitution.OF_MODEL if models.is_small(self.config) else ()
+        return {key: value for key, value in fragment.items() if key not in own_model}
+
+
 def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     """The config that a request comes to, for a card where that is known, not yet checked.
 
@@ -96,82 +133,49 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     if request.rehearse and REHEARSAL not in dict(profiles):
         profiles.append(paths.find_profile(REHEARSAL))  # last, so that nothing takes the run off the CPU
     rehearsal = REHEARSAL in dict(profiles)
-
-    composed = base
-    reasons: dict[str, tuple[str, Path | None]] = {}  # why a key was last changed, and by which file
-    sample: Config = {}
-    untouched: Config = {}  # before a rehearsal's own values
-    given: Config = {}  # what was laid over a rehearsal's own values, by dotted key
     incompatible: numerics.Incompatible = {}
 
-    def lay(changed: Config, reason: str, source: Path | None = None) -> None:
-        nonlocal composed
-        reasons.update(dict.fromkeys(config.differences(composed, changed), (reason, source)))
-        composed = changed
-
+    layers = _Layers(base)
     own = recipe | {key: base.get(key) for key in config.OF_THE_RUN}
-    lay({key: value for key, value in own.items() if value is not None}, paths.shown(file), file)
-    of_variant = _differences(base, composed, reasons)
-    base = composed
+    layers.lay({key: value for key, value in own.items() if value is not None}, paths.shown(file), file)
+    of_variant, of_file = layers.differences(base), layers.config
     if MIRROR in dict(profiles):
-        lay(_mirrored(composed), f"profile {MIRROR}")
-    fragments = _fragments(
-        [one for one in profiles if one[0] != MIRROR], composed, request.overrides, gpu, incompatible
-    )
-    for (profile, profile_file), fragment in fragments:
+        layers.lay(_mirrored(layers.config), f"profile {MIRROR}")
+    laid = [profile for profile in profiles if profile[0] != MIRROR]
+    for (profile, source), fragment in _fragments(laid, layers.config, request.overrides, gpu, incompatible):
         if profile == REHEARSAL:
-            folders = {"stand_in": str(substitution.folder()), "sample": str(usual_sample())}
-            fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
-            sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
-            if models.is_small(composed):
-                fragment = {key: value for key, value in fragment.items() if key not in substitution.OF_MODEL}
-            untouched = composed
-        elif sample:
-            given |= dict(config.flatten(fragment))
-        lay(config.merge(composed, fragment), f"profile {profile}", profile_file)
+            fragment = layers.lay_rehearsal(fragment)
+        elif layers.sample:
+            layers.given |= dict(config.flatten(fragment))
+        layers.lay(config.merge(layers.config, fragment), f"profile {profile}", source)
     for text in request.overrides:
         key, value = config.parse_override(text)
         check_not_of_the_run(key, f"--set {text}")
-        lay(config.override(composed, key, value), f"--set {text}")
-        given |= dict(config.flatten({key: value}))
+        layers.lay(config.override(layers.config, key, value), f"--set {text}")
+        layers.given |= dict(config.flatten({key: value}))
     if rehearsal and request.ranks == 1:
-        lay(
-            config.merge(composed, dict.fromkeys(gpus.ENGINE_KEYS)),
-            "rehearsal in one process; --gpus 2 rehearses the engine too",
-        )
+        without = config.merge(layers.config, dict.fromkeys(gpus.ENGINE_KEYS))
+        layers.lay(without, "rehearsal in one process; --gpus 2 rehearses the engine too")
     several = f"--gpus {request.gpus}" + (f" --nodes {request.nodes}" if request.nodes > 1 else "")
-    lay(gpus.divided(composed, request.ranks, several), f"{several}: steps of as many rows as on one")
+    layers.lay(gpus.divided(layers.config, request.ranks, several), f"{several}: steps of as many rows as on one")
     if rehearsal:
-        for changes, reason in substitution.substitutions(composed, sample, given, untouched, request.ranks):
-            lay(config.merge(composed, changes), f"rehearsal: {reason}")
-    differences = _differences(base, composed, reasons)
-    files = {key: source for key, (_, source) in reasons.items() if source}
-    others = [given for given, (profile, _) in zip(request.profiles, profiles, strict=False) if profile != REHEARSAL]
-    plain: list[Composed] = []
-    if rehearsal:
-        real = replace(request, rehearse=False, profiles=others)
-        untouched_too = [replace(real, overrides=[], gpus=1, nodes=1)] if request.overrides else []
-        plain = [compose(each, gpu) for each in (real, *untouched_too)]
-    return Composed(
-        name,
-        file,
-        origin,
-        composed,
-        differences,
-        files,
-        [*dict(profiles)],
-        rehearsal,
-        plain=plain,
-        incompatible=incompatible,
-        of_variant=of_variant,
-    )
+        replaced = layers.sample, layers.given, layers.untouched
+        for changes, reason in substitution.substitutions(layers.config, *replaced, request.ranks):
+            layers.lay(config.merge(layers.config, changes), f"rehearsal: {reason}")
+    files = {key: source for key, (_, source) in layers.reasons.items() if source}
+    differences = layers.differences(of_file)
+    composed = Composed(name, file, origin, layers.config, differences, files, [*dict(profiles)], rehearsal)
+    composed.incompatible, composed.of_variant = incompatible, of_variant
+    composed.plain = _plain(request, profiles, gpu) if rehearsal else []
+    return composed
 
 
-def _differences(before: Config, after: Config, reasons: dict[str, tuple[str, Path | None]]) -> list[Difference]:
-    return [
-        Difference(key=key, recipe=old, run=new, why=reasons[key][0])
-        for key, (old, new) in config.differences(before, after).items()
-    ]
+def _plain(request: Request, profiles: list[tuple[str, Path]], gpu: Gpu | None) -> list[Composed]:
+    """What a rehearsal is of: the same request without that, and without its overrides, too."""
+    others = [given for given, (name, _) in zip(request.profiles, profiles, strict=False) if name != REHEARSAL]
+    real = replace(request, rehearse=False, profiles=others)
+    untouched_too = [replace(real, overrides=[], gpus=1, nodes=1)] if request.overrides else []
+    return [compose(each, gpu) for each in (real, *untouched_too)]
 
 
 def _fragments(

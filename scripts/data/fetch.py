@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -17,7 +18,7 @@ import requests
 
 from .. import __version__
 from ..base.errors import UserError, WorkFailed
-from ..base.files import DAMAGED_ZIP, Row, naming, read_json, sha256, write_json
+from ..base.files import Row, naming, read_json, sha256, write_json
 from ..base.machine import held, now
 from ..base.progress import Bar, say
 from .declaration import Data, DataSource, SourceFile
@@ -26,6 +27,7 @@ TIMEOUT = (15, 60)  # seconds: to connect, and without a byte
 PAUSES = (2, 5, 15, 30, 60)  # seconds before each further try
 CHUNK = 1 << 18  # bytes; at most this many are lost when a connection breaks
 RECORD = "fetched.json"
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, UnicodeError)  # what zipfile raises for one
 
 
 class Rejected(Exception):
