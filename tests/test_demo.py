@@ -10,7 +10,7 @@ import typer.main
 from qlora_recipes import cli
 from qlora_recipes.configs import datafiles
 from qlora_recipes.configs.compose import Request, compose
-from qlora_recipes.scores.task import REHEARSED
+from qlora_recipes.scores.evaluate import REHEARSED
 
 
 def test_the_demo_does_what_it_says() -> None:

@@ -71,7 +71,7 @@ def reproduce_verb(
     from ..data.study import find
     from ..results import listing, verdict
     from ..running import reproduce, stages
-    from ..scores.task import EvaluationRequest
+    from ..scores.evaluate import EvaluationRequest
 
     only_with("--gpu", gpu, "--dry-run", dry_run)
     own = {f"--on {on}": on != "local", "--seeds": seeds > 1, "--dry-run": dry_run}

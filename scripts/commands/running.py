@@ -148,7 +148,7 @@ def sweep_verb(
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
     from ..running import sweep, sweep_results
-    from ..scores.task import EvaluationRequest
+    from ..scores.evaluate import EvaluationRequest
 
     sweep_name, members = sweep.read_members(sweep.find_sweep_file(file) if file else None, set_ or [])
     request = Request(name, profiles=profile or [], rehearse=rehearse, force=force or [])

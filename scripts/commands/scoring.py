@@ -87,7 +87,7 @@ def evaluate_verb(
     from ..running import evaluation
     from ..runs.rundir import RunDir
     from ..scores import checkpoint_selection, evaluations
-    from ..scores.task import EvaluationRequest
+    from ..scores.evaluate import EvaluationRequest
 
     exclusive({"--checkpoints": checkpoints, "--adapter": adapter})
     request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, metric or [], decoding)

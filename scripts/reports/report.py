@@ -22,8 +22,6 @@ from ..data.study import Study
 from ..results import listing, verdict
 from ..running import sweep_results
 from ..running.sweep import Sweep
-from ..runs.rundir import all_runs
-from ..scores import evaluations
 from ..tables import Table
 from . import report_figures as draw
 from . import report_runs
@@ -65,8 +63,6 @@ def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
     Raises:
         UserError: it has no run.
     """
-    for folder in all_runs(runs):
-        evaluations.check_again(folder.path)
     rows = verdict.rows(study, runs, rehearsal)
     folders = [row.chosen.folder for row in rows if row.chosen]
     name = study.folder.name
@@ -95,8 +91,6 @@ def of_sweep(sweep: Sweep, runs: Path, best: str | None) -> str:
     Raises:
         UserError: no member has a run, or see `sweep_results.check_best`.
     """
-    for folder in all_runs(runs):
-        evaluations.check_again(folder.path)
     rows, scored = sweep_results.rows(sweep, runs, best), sweep_results.columns(sweep, runs)
     labels = {result.folder: row.member.name for row in rows for result in row.runs}
     if not labels:

@@ -146,8 +146,6 @@ def reported_runs(folders: Sequence[RunDir], labels: Sequence[str] | None = None
         UserError: a folder holds no run, or rehearsals and real runs are mixed.
     """
     runs = [(folder, backends.read(folder)) for folder in folders]
-    for folder, _ in runs:
-        evaluations.check_again(folder.path)
     if len({run.rehearsal for _, run in runs}) > 1:
         raise UserError("rehearsals and real runs do not compare: a report shows one kind or the other")
     names = labels or [run.recipe.rpartition("/")[2] for _, run in runs]

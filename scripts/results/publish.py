@@ -21,7 +21,7 @@ from ..base.progress import Bar, say
 from ..checks import trust
 from ..runs.records import Run
 from ..runs.rundir import RunDir
-from ..scores.evaluations import ADAPTER, changed, check_again, current, read_scores
+from ..scores.evaluations import ADAPTER, changed, current, read_scores
 from .card import base_model, card
 from .run_rows import RunResult
 
@@ -66,7 +66,6 @@ def publish(
         _check_push(folder, run, push)
     elif private:
         raise UserError("--private: works only with --push")
-    check_again(folder.path)
     evaluation = current(folder.path, run)
     if not evaluation or evaluation.settings.adapter_sha256 != sha256(adapter):
         problem = changed(folder.path, read_scores(folder.path), run) or ("stale" if evaluation else "not evaluated")

@@ -22,9 +22,9 @@ from ..runs.records import FileState
 from ..runs.rundir import RunDir, find_run
 from ..runs.tasks import Task, TaskResult
 from ..scores import checkpoint_selection, evaluate, evaluation_rows
+from ..scores.evaluate import BASE, EvaluationRequest, EvaluationTask
 from ..scores.evaluations import ADAPTER, SERVER, Evaluation
 from ..scores.predict import require
-from ..scores.task import BASE, EvaluationRequest, EvaluationTask
 from . import create
 from .pipeline import Pipeline, existing_runs
 

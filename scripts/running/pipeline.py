@@ -22,8 +22,8 @@ from ..runs.records import Run
 from ..runs.rundir import RunDir, all_runs, note_versions
 from ..runs.tasks import DONE, FAILED, SKIPPED, Command, Step, Task, TaskResult
 from ..scores import evaluate
+from ..scores.evaluate import EvaluationRequest, EvaluationTask
 from ..scores.score import columns_of, require_models, scorer_models
-from ..scores.task import EvaluationRequest, EvaluationTask
 from . import create, run
 
 SETTLING = 120  # seconds to wait for a run to end whose command was killed

@@ -25,8 +25,8 @@ from ..metrics.registry import SCORER
 from ..planning import plan
 from ..planning.planner import GIB
 from ..runs.tasks import TaskResult
+from ..scores.evaluate import REHEARSED, EvaluationRequest
 from ..scores.score import declared_models, scorer_models
-from ..scores.task import REHEARSED, EvaluationRequest
 from .pipeline import Pipeline, require_scorer_models, seeds_of
 
 

@@ -12,8 +12,8 @@ from ..data.published import adapter_files
 from ..data.study import Study
 from ..runs.tasks import DONE, TaskResult
 from ..scores import evaluate, published
+from ..scores.evaluate import EvaluationRequest
 from ..scores.score import scorer_models
-from ..scores.task import EvaluationRequest
 from . import reproduce
 from .evaluation import checked, located, run_of
 

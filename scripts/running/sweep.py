@@ -26,8 +26,8 @@ from ..data.study import Study
 from ..metrics.metric import Column
 from ..runs.rundir import RunDir, find_run, is_run, run_names
 from ..runs.tasks import DONE, TaskResult
+from ..scores.evaluate import EvaluationRequest
 from ..scores.score import columns_of
-from ..scores.task import EvaluationRequest
 from .pipeline import Pipeline, existing_runs, require_scorer_models, seeds_of
 
 PAIRED = "_"

@@ -71,7 +71,7 @@ class Provenance(TypedDict, total=False):
 
 
 class FileState(BaseModel):
-    """Content of a file by its hash; size and time of change show, without reading it, whether it may have another."""
+    """Content of a file by its hash; size and time of change show, without reading it, that it is the same."""
 
     sha256: str
     bytes: int
@@ -83,12 +83,13 @@ class FileState(BaseModel):
         status = file.stat()
         return cls(sha256=digest or sha256(file), bytes=status.st_size, mtime=status.st_mtime)
 
-    def may_differ(self, file: Path) -> bool:
-        """True if a file's size or time of change is another, but for parts of a second, which not all copies keep."""
+    def differs(self, file: Path) -> bool:
+        """True if a file is there with other content; it is read where its size or time of change is another."""
         if not file.is_file():
-            return self.bytes < 0
+            return False
         status = file.stat()
-        return status.st_size != self.bytes or abs(status.st_mtime - self.mtime) >= 1
+        same = status.st_size == self.bytes and abs(status.st_mtime - self.mtime) < 1  # parts of seconds get lost
+        return not same and sha256(file) != self.sha256
 
 
 def _moment(text: str) -> str:

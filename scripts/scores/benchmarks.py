@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -11,10 +12,12 @@ import orjson
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.progress import say
+from ..base.progress import Bar, say
+from ..base.yamlfiles import Config
 from ..configs import datafiles
 from ..metrics.metric import Column
 from ..metrics.registry import Benchmark, BenchmarkParameters
+from .evaluations import Evaluation, EvaluationSettings
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -32,28 +35,69 @@ def require(columns: Mapping[str, Column]) -> None:
             _located(column)
 
 
-def measure(
-    prompter: "Prompter", columns: Mapping[str, Column], limit: int | None = None, rehearsal: bool = False
+def of_evaluation(evaluation: Evaluation | None) -> dict[str, Column]:
+    """The columns of an evaluation that are benchmarks."""
+    columns = evaluation.columns if evaluation else {}
+    return {name: column for name, column in columns.items() if column.metric.of_model}
+
+
+def kept(asked: Mapping[str, Column], former: Evaluation, limit: int | None) -> dict[str, Benchmark]:
+    """Benchmarks of an evaluation of the same model, but for those that are asked for otherwise."""
+    found = {}
+    for name, column in of_evaluation(former).items():
+        if column.same_scores(asked.get(name, column)) and f"{name}_benchmark" in former.scores:
+            benchmark = Benchmark.model_validate(former.scores[f"{name}_benchmark"])
+            if name not in asked or benchmark.limit == limit:
+                found[name] = benchmark
+    return found
+
+
+def measured(
+    columns: Mapping[str, Column],
+    former: Evaluation | None,
+    settings: EvaluationSettings,
+    cfg: Config,
+    tokenizer: Path,
+    limit: int | None = None,
+    rehearsal: bool = False,
 ) -> dict[str, Benchmark]:
-    """Have the harness score the tasks of some columns.
+    """Scores of tasks by the harness, unless an evaluation of the same model has them.
 
     Answers are kept in the cache, by model and adapter, so that an interrupted measurement continues.
 
     Args:
-        prompter: the run's, with the settings that say which model and adapter.
-        columns: those whose metric is a benchmark.
+        columns: those that are benchmarks are measured.
+        former: the evaluation of the same model, if there is one.
+        settings: the model and adapter.
+        cfg: the run's config.
+        tokenizer: the folder with its tokenizer.
         limit: the most rows of each task.
         rehearsal: whether a task is left out where its rows are not on this machine.
 
     Raises:
         UserError: the harness has no such task, the task no such result, or its rows cannot be read.
     """
+    found = kept(columns, former, limit) if former else {}
+    missing = {name: column for name, column in columns.items() if column.metric.of_model and name not in found}
+    if missing:
+        if rehearsal:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        with Bar(f"benchmarks: {', '.join(missing)}"):
+            from .prompter import Prompter
+
+            found |= _measure(missing, Prompter(settings, cfg, tokenizer), limit, rehearsal)
+    return found
+
+
+def _measure(
+    missing: Mapping[str, Column], prompter: "Prompter", limit: int | None, rehearsal: bool
+) -> dict[str, Benchmark]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     from .reference import Reference, base_weights
 
-    tasks = {name: _located(column) for name, column in columns.items()}
+    tasks = {name: _located(column) for name, column in missing.items()}
     settings = prompter.settings
     model = HFLM(
         pretrained=Reference(prompter).model, tokenizer=prompter.tokenizer, batch_size=settings.batch_size or ROWS
@@ -63,7 +107,7 @@ def measure(
     entries = [entry for _, entry in datafiles.datasets(prompter.cfg, "datasets")]
     found = {}
     for name, (task, manager) in tasks.items():
-        parameters = columns[name].parameters
+        parameters = missing[name].parameters
         assert isinstance(parameters, BenchmarkParameters)
         try:
             done = simple_evaluate(
@@ -77,7 +121,7 @@ def measure(
                 log_samples=False,
             )
         except OSError as error:  # of a hub, too
-            problem = f"{columns[name].label}: the rows of the task {task} cannot be loaded: {error}"
+            problem = f"{missing[name].label}: the rows of the task {task} cannot be loaded: {error}"
             if not rehearsal:
                 raise UserError(problem) from None
             say(f"{problem}; it is left out of the rehearsal")

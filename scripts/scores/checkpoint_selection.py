@@ -14,10 +14,9 @@ from ..runs import checkpoints
 from ..runs.records import Run
 from ..runs.rundir import RunDir
 from . import evaluation_rows
-from .evaluate import evaluate
+from .evaluate import EvaluationRequest, evaluate
 from .evaluations import ADAPTER, Evaluation
 from .score import columns_of, scorer_models
-from .task import EvaluationRequest
 
 
 @dataclass

@@ -1,42 +1,225 @@
 """Predictions of a run's model on test rows, and their scores: `recipe evaluate`."""
 
-import hashlib
-import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import orjson
-
-from ..base.errors import UserError
-from ..base.files import clear_parts, replacing
+from ..base import yamlfiles
+from ..base.errors import UserError, did_you_mean
+from ..base.files import Row, sha256, tensor_shapes
 from ..base.hub import importing_axolotl
 from ..base.machine import held, now
 from ..base.progress import Bar, say
-from ..metrics.metric import Column
-from ..metrics.registry import Benchmark
-from ..runs.records import FileState
+from ..checks import trust
+from ..configs.numerics import precision, quantized
+from ..data import study
+from ..data.study import Decoding
+from ..metrics.registry import scorer_named
 from ..runs.rundir import RunDir
 from ..runs.tasks import Command
-from . import benchmarks, evaluation_rows
+from . import benchmarks, evaluation_rows, evaluations
 from .evaluations import (
-    LOCK,
-    ORIGIN,
+    ADAPTER,
     PREDICTIONS,
     REFERENCE,
     SCORES,
+    SERVER,
+    VLLM,
     Evaluation,
+    EvaluationSettings,
     Prediction,
     changed,
     read_predictions,
     read_scores,
-    states,
+    write,
 )
 from .predict import predict
-from .score import VERSION, ScorerModels, require_models, same_models, score, scorer_models
-from .task import REHEARSED, EvaluationRequest, EvaluationTask, data_label
+from .score import VERSION, ScorerModels, columns_of, require_models, same_models, score, scorer_models
 
-Columns = Mapping[str, Column]
+BASE = "none"  # --adapter none: the base model without an adapter
+REHEARSED = 12  # rows, which show that the path works
+# Keys of a config that change a model, or where its answers end, without a field of their own in the settings.
+BUILT_WITH = ("overrides_of_model_config", "eot_tokens")
+
+
+@dataclass
+class EvaluationRequest:
+    """What to evaluate, and how.
+
+    Attributes:
+        data: a JSONL file; by default see `evaluation_rows.usual`.
+        limit: evaluate only this many rows, from the first; by default all, or `REHEARSED` of a rehearsal's own.
+        adapter: an adapter's folder, or `none` for the base model alone; by default the run's adapter.
+        max_new_tokens: by default the study's.
+        batch_size: the most rows generated at a time; by default up to 64, as memory allows.
+        metrics: what to score with beside the study's, as --metric takes it; without both `registry.DEFAULT`.
+        decoding: one of the study's further ways to decode, by name.
+        validation: whether the rows are those that the run validates on.
+        engine: what generates: transformers, vllm, or the address of a server with OpenAI's completions.
+        model: the server's name for the run's model.
+        force: findings about code in the run's config that are overridden, see `trust`.
+        checkpoints: whether it is about every kept checkpoint, see `checkpoint_selection.select`.
+    """
+
+    data: Path | None = None
+    limit: int | None = None
+    adapter: str | None = None
+    max_new_tokens: int | None = None
+    batch_size: int | None = None
+    metrics: Sequence[str] = ()
+    decoding: str | None = None
+    validation: bool = False
+    checkpoints: bool = False
+    engine: str = REFERENCE
+    model: str | None = None
+    force: Sequence[str] = ()
+
+    @property
+    def server(self) -> str | None:
+        """Address of the server that generates, where one does."""
+        return None if self.engine in (REFERENCE, VLLM) else self.engine
+
+    @property
+    def judge(self) -> str | None:
+        """BERTScore's model, see `score.scorer_model`."""
+        return scorer_named(self.metrics)
+
+    def options(self) -> list[str]:
+        """The request as options of `recipe evaluate`."""
+        options = {
+            "--data": self.data,
+            "--limit": self.limit,
+            "--adapter": self.adapter,
+            "--max-new-tokens": self.max_new_tokens,
+            "--batch-size": self.batch_size,
+            "--decoding": self.decoding,
+            "--engine": None if self.engine == REFERENCE else self.engine,
+            "--model": self.model,
+        }
+        words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+        words += ["--checkpoints"] if self.checkpoints else []
+        words += [word for name in self.force for word in ("--force", name)]
+        return words + [word for metric in self.metrics for word in ("--metric", metric)]
+
+
+class EvaluationTask:
+    """A checked request.
+
+    Attributes:
+        request: what was asked for.
+        run: the run.
+        cfg: its config.
+        rows: the rows, as many as are evaluated: none where no metric is of predictions.
+        settings: what their predictions depend on.
+        columns: what they are scored with.
+        where: the folder for predictions and scores.
+
+    Raises:
+        UserError: a metric, the adapter or the data is missing, or there is no answer to compare a prediction with.
+    """
+
+    def __init__(self, folder: RunDir, request: EvaluationRequest):
+        self.request = request
+        self.run = folder.read()
+        self.cfg = yamlfiles.read_yaml(folder.config)
+        trust.refuse_code(folder, self.run, self.cfg, request.force)
+        trust.restore_stand_in(folder, self.run)
+        self.columns = columns_of(self.run.origin, request.metrics)
+        adapter = self._adapter(folder)
+        usual = evaluation_rows.usual(self.run, self.cfg)
+        source = evaluation_rows.validation(self.run, self.cfg) if request.validation else usual
+        if request.data:
+            source = evaluation_rows.named(request.data, self.cfg, Path(self.run.cwd))
+        source = evaluation_rows.require_reference(folder, self.cfg, source)
+        every = evaluation_rows.read(source, folder, self.run, self.cfg)
+        limit = request.limit or (REHEARSED if self.run.rehearsal and request.data is None else None)
+        predicts = any(column.metric.of_rows or column.metric.of_all for column in self.columns.values())
+        taken = limit if predicts else 0  # the loss is there, and a benchmark has rows of its own
+        self.rows = replace(every, rows=every.rows[:taken], keys=every.keys[:taken])
+        evaluation_rows.require_answers(self.rows, self.cfg)
+        self.settings = self._settings(adapter)
+        if source.file:
+            self.settings.test_set = evaluation_rows.test_set(source.file, every.sha256)
+        if len(self.rows.rows) < len(every.rows):
+            self.settings.limit = limit
+        beside = usual is not None and source != usual
+        if beside and usual and usual.file and usual.file.is_file() and not request.validation:
+            beside = sha256(usual.file) != every.sha256
+        self.where = self._folder(folder, beside)
+
+    @property
+    def most_rows(self) -> int | None:
+        """The most rows of a benchmark's task."""
+        return REHEARSED if self.run.rehearsal else self.request.limit
+
+    def _adapter(self, folder: RunDir) -> Path | None:
+        """The folder of the adapter; None for the base model alone."""
+        asked = self.request.adapter
+        adapter = folder.output if asked is None else Path(asked)
+        if asked != BASE and tensor_shapes(adapter / ADAPTER) is None:
+            of_run = "" if asked else f", and the run is {self.run.state}; evaluate it once it is finished"
+            remedy = "--adapter takes the folder of a checkpoint instead"
+            raise UserError(f"{adapter / ADAPTER}: damaged, or not there{of_run}; {remedy}")
+        if not (folder.output / "tokenizer_config.json").is_file() or "base_model" not in self.cfg:
+            raise UserError(f"{folder.path}: no tokenizer and model there; the run is {self.run.state}")
+        trained = self.run.adapter
+        if asked is None and trained and trained.sha256 != sha256(adapter / ADAPTER):
+            problem = "not the adapter that the training ended with"
+            raise UserError(f"{adapter}: {problem}; put that back, or evaluate this one with --adapter {adapter}")
+        return None if asked == BASE else adapter
+
+    def _settings(self, adapter: Path | None) -> EvaluationSettings:
+        """What predictions of the rows depend on."""
+        request, run, cfg = self.request, self.run, self.cfg
+        decoding = _decoding(study.of(run.origin), request.decoding)
+        if request.engine != REFERENCE and decoding.num_beams > 1:
+            problem = f"{decoding.num_beams} beams are asked for"
+            raise UserError(f"{problem}, and only --engine {REFERENCE} decodes with beams")
+        local = Path(run.cwd, str(cfg["base_model"]))
+        # what bf16: auto became in the training; runs from before their GPUs were recorded had one
+        on_gpu = not run.rehearsal and bool(run.provenance.get("gpus", True))
+        return EvaluationSettings(
+            base_model=str(local) if local.is_dir() else cfg["base_model"],
+            adapter=str(adapter.resolve()) if adapter else BASE,
+            adapter_sha256=sha256(adapter / ADAPTER) if adapter else None,
+            data=self.rows.data,
+            data_sha256=self.rows.sha256,
+            rows=len(self.rows.rows),
+            decoding=decoding.model_copy(update={"max_new_tokens": request.max_new_tokens or decoding.max_new_tokens}),
+            batch_size=request.batch_size,
+            quantized=quantized(cfg),
+            built_with={key: cfg[key] for key in BUILT_WITH if cfg.get(key)},
+            dtype=precision(cfg, on_gpu).weights,
+            engine=SERVER if request.server else request.engine,
+            model=request.model,
+        )
+
+    def _folder(self, folder: RunDir, beside: bool) -> Path:
+        """The run's folder, or one below evaluations/ for another adapter, decoding or rows beside the usual ones."""
+        settings, labels = self.settings, []
+        if self.request.adapter is not None:
+            digest = settings.adapter_sha256
+            labels.append(f"{Path(settings.adapter).name}-{digest[:7]}" if digest else evaluations.BASE_MODEL)
+        if self.request.decoding:
+            labels.append(f"{evaluations.DECODED}{self.request.decoding}")
+        if beside:
+            labels.append(settings.label)
+        return folder.path / "evaluations" / "-".join(labels) if labels else folder.path
+
+
+def _decoding(of_study: study.Study | None, name: str | None) -> Decoding:
+    """The study's decoding, or the further one of a name.
+
+    Raises:
+        UserError: the study declares none of that name.
+    """
+    if name is None:
+        return of_study.decoding if of_study else study.OF_NO_STUDY
+    there = of_study.decodings if of_study else {}
+    if name not in there:
+        declared = f"its study declares {', '.join(there)}" if there else "decodings in study.yaml declares some"
+        raise UserError(f"--decoding {name}: no decoding of that name{did_you_mean(name, there)}; {declared}")
+    return there[name]
 
 
 def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
@@ -51,7 +234,7 @@ def complete(task: EvaluationTask, judged: ScorerModels) -> Evaluation | None:
         and (
             task.run.rehearsal  # which may have left some out
             or {name for name, column in task.columns.items() if column.metric.of_model}
-            <= kept_benchmarks(task, former).keys()
+            <= benchmarks.kept(task.columns, former, task.most_rows).keys()
         )
         and former.settings.limit == task.settings.limit
         and former.settings.test_set == task.settings.test_set
@@ -77,9 +260,7 @@ def _same_work(task: EvaluationTask) -> Evaluation | None:
 def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     """Generate a prediction for each test row and score them all.
 
-    predictions.jsonl and scores.json go to the run's folder; those of the base model, of another adapter, decoding or
-    rows than the usual, to a folder below evaluations/. An interrupted evaluation continues where it
-    stopped, a complete one is not repeated.
+    An interrupted evaluation continues where it stopped, a complete one is not repeated.
 
     Raises:
         UserError: see `EvaluationTask`, `score.require_models` and `benchmarks.require`.
@@ -91,135 +272,77 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
     if task.run.state != "finished":
         say(f"{folder.path}: the run is {task.run.state} at step {summary.step} of {summary.max_steps}")
     task.where.mkdir(parents=True, exist_ok=True)
-    with held(task.where / LOCK, "another evaluation is running"):
-        predictions = task.where / PREDICTIONS
-        settings = task.settings
-        part = task.where / f"predictions.{'' if settings.engine == REFERENCE else f'{settings.engine}.'}part.jsonl"
+    with held(task.where / evaluations.LOCK, "another evaluation is running"):
         if former := complete(task, judged):
             how = f"made by {former.settings.engine} and scored with the same settings"
-            say(f"{predictions}: complete, {how}")
+            say(f"{task.where / PREDICTIONS}: complete, {how}")
             return former
-        if any(judged.values()):
-            with Bar("looking for BERTScore's model", 1):
-                require_models(judged.values())
-        if any(column.metric.of_model for column in task.columns.values()):
-            with importing_axolotl(offline=task.run.rehearsal):
-                benchmarks.require(task.columns)
-        if former := _same_work(task):
-            say(f"{predictions}: complete, made with the same settings; scoring it anew")
-            rows = [
-                {key: value for key, value in row.items() if key in Prediction.model_fields}
-                for row in read_predictions(task.where)
-            ]
-            kept = {"batch_size", *ORIGIN}
-            settings = settings.model_copy(update={key: getattr(former.settings, key) for key in kept})
-        else:
-            _make_way(task)
-            with importing_axolotl(offline=task.run.rehearsal):
-                rows, settings = predict(task, folder.output, part)
-        columns = _with_benchmarks(task.columns, former)
-        measured = _measured(task, columns, former, folder.output)
-        files = states(task.where, settings)
+        _require(task, judged)
+        part = task.where / f"predictions.{f'{task.settings.engine}.' * (task.settings.engine != REFERENCE)}part.jsonl"
+        former = _same_work(task)
+        rows, settings = _kept(task, former) if former else _predicted(task, folder.output, part)
+        columns = benchmarks.of_evaluation(former) | task.columns
+        rehearsal = task.run.rehearsal
+        with importing_axolotl(offline=rehearsal):
+            measured = benchmarks.measured(
+                columns, former, settings, task.cfg, folder.output, task.most_rows, rehearsal
+            )
         with Bar("scoring", 1):
             own = request.adapter is None  # the eval loss is not that of another adapter
             loss = summary.eval_loss_per_token if own else None
             scores, rows = score(rows, columns, judged, loss, measured)
-        if note := settings.note:
-            scores["notes"] = [note, *scores.get("notes", [])]
+        notes = [settings.note] if settings.note else []
         if evaluation_rows.changed_since(task.run, task.rows):
-            note = "the rows that it is evaluated on have changed since the run was created"
-            say(f"{task.rows.data}: {note}")
-            scores["notes"] = [note, *scores.get("notes", [])]
-        with ExitStack() as stack:  # no predictions without their scores
-            clear_parts(predictions)
-            stream = stack.enter_context(replacing(predictions))
-            content = b"".join(orjson.dumps(row) + b"\n" for row in rows)
-            stream.write(content)
-            stream.flush()
-            mtime = os.fstat(stream.fileno()).st_mtime
-            digest = hashlib.sha256(content).hexdigest()
-            files["predictions"] = FileState(sha256=digest, bytes=len(content), mtime=mtime)
-            result = Evaluation(
-                made=now(),
-                rehearsal=task.run.rehearsal,
-                scores=scores,
-                version=VERSION,
-                settings=settings,
-                files=files,
-            )
-            stack.enter_context(replacing(task.where / SCORES)).write(result.model_dump_json(indent=1).encode() + b"\n")
+            notes.append("the rows that it is evaluated on have changed since the run was created")
+            say(f"{task.rows.data}: {notes[-1]}")
+        if notes:
+            scores["notes"] = [*notes[::-1], *scores.get("notes", [])]
+        result = Evaluation(made=now(), rehearsal=rehearsal, scores=scores, version=VERSION, settings=settings)
+        write(task.where, result, rows)
         part.unlink(missing_ok=True)
     return result
 
 
-def _with_benchmarks(columns: Columns, former: Evaluation | None) -> Columns:
-    """Columns with the benchmarks that an evaluation of the same model has already."""
-    there = former.columns.items() if former else ()
-    return {name: column for name, column in there if column.metric.of_model} | dict(columns)
+def _require(task: EvaluationTask, judged: ScorerModels) -> None:
+    """Have all that scores at hand, before hours are spent on what it is to score."""
+    if any(judged.values()):
+        with Bar("looking for BERTScore's model", 1):
+            require_models(judged.values())
+    if any(column.metric.of_model for column in task.columns.values()):
+        with importing_axolotl(offline=task.run.rehearsal):
+            benchmarks.require(task.columns)
 
 
-def _measured(
-    task: EvaluationTask, columns: Columns, former: Evaluation | None, tokenizer: Path
-) -> dict[str, Benchmark]:
-    """The benchmarks of some columns, measured unless an evaluation of the same model has them.
-
-    Raises:
-        UserError, WorkFailed: see `benchmarks.measure`.
-    """
-    wanted = {name: column for name, column in columns.items() if column.metric.of_model}
-    found = kept_benchmarks(task, former) if former else {}
-    if missing := {name: column for name, column in wanted.items() if name not in found}:
-        with importing_axolotl(offline=task.run.rehearsal), Bar(f"benchmarks: {', '.join(missing)}"):
-            from .prompter import Prompter
-
-            if task.run.rehearsal:
-                os.environ["CUDA_VISIBLE_DEVICES"] = ""
-            prompter = Prompter(task.settings, task.cfg, tokenizer)
-            found |= benchmarks.measure(prompter, missing, _limit(task), task.run.rehearsal)
-    return found
+def _kept(task: EvaluationTask, former: Evaluation) -> tuple[list[Row], EvaluationSettings]:
+    """The predictions of an evaluation with the same settings, to be scored anew."""
+    say(f"{task.where / PREDICTIONS}: complete, made with the same settings; scoring it anew")
+    fields = Prediction.model_fields
+    rows = [{key: row[key] for key in fields if key in row} for row in read_predictions(task.where)]
+    kept = former.settings.model_dump(include={"batch_size", *evaluations.ORIGIN})
+    return rows, EvaluationSettings.model_validate(task.settings.model_dump() | kept)
 
 
-def kept_benchmarks(task: EvaluationTask, former: Evaluation) -> dict[str, Benchmark]:
-    """Benchmarks of an evaluation of the same model, but for those that are asked for otherwise."""
-    found = {}
-    for name, column in former.columns.items():
-        asked = task.columns.get(name, column)
-        if column.metric.of_model and column.same_scores(asked) and f"{name}_benchmark" in former.scores:
-            benchmark = Benchmark.model_validate(former.scores[f"{name}_benchmark"])
-            if name not in task.columns or benchmark.limit == _limit(task):
-                found[name] = benchmark
-    return found
-
-
-def _limit(task: EvaluationTask) -> int | None:
-    """The most rows of a benchmark's task."""
-    return REHEARSED if task.run.rehearsal else task.request.limit
+def _predicted(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row], EvaluationSettings]:
+    """New predictions. Those of other rows are moved aside, and more of the same rows not lost for fewer."""
+    former = read_scores(task.where)
+    if former and former.settings.adapter_sha256 == task.settings.adapter_sha256:
+        there = former.settings
+        if there.data_sha256 != task.settings.data_sha256:
+            aside = task.where / "evaluations" / there.label
+            aside.mkdir(parents=True, exist_ok=True)
+            for file in filter(Path.is_file, (task.where / PREDICTIONS, task.where / SCORES)):
+                file.replace(aside / file.name)
+            say(f"{task.where / SCORES}: of other rows; it is now in {aside}")
+        elif there.rows > task.settings.rows or not there.stands_for(task.settings):
+            raise UserError(
+                f"{task.where / SCORES}: of {there.rows_in_words} by {there.engine}; move it and {PREDICTIONS} away to "
+                f"evaluate {task.settings.rows} by {task.settings.engine} instead"
+            )
+    server, rehearsal = task.request.server, task.run.rehearsal
+    with importing_axolotl(offline=rehearsal):
+        return predict(task.settings, task.rows, task.cfg, tokenizer, part, server, rehearsal)
 
 
 def command(folder: RunDir, request: EvaluationRequest) -> Command:
     """The command that evaluates a run as requested."""
     return Command("evaluate", folder, ["evaluate", str(folder.path), *request.options()])
-
-
-def _make_way(task: EvaluationTask) -> None:
-    """Move an evaluation of the same adapter on other rows aside, as they may have been the usual ones; refuse to lose
-    rows of the same data."""
-    former = read_scores(task.where)
-    if former is None or former.settings.adapter_sha256 != task.settings.adapter_sha256:
-        return
-    if former.settings.data_sha256 != task.settings.data_sha256:
-        aside = task.where / "evaluations" / data_label(former.settings)
-        aside.mkdir(parents=True, exist_ok=True)
-        for file in filter(Path.is_file, (task.where / PREDICTIONS, task.where / SCORES)):
-            file.replace(aside / file.name)
-        say(f"{task.where / SCORES}: of other rows; it is now in {aside}")
-    elif former.settings.rows > task.settings.rows:
-        raise UserError(
-            f"{task.where / SCORES}: of {former.settings.rows} rows, more than the {task.settings.rows} asked for; "
-            f"move it and {PREDICTIONS} away to evaluate fewer"
-        )
-    elif not former.settings.stands_for(task.settings):
-        raise UserError(
-            f"{task.where / SCORES}: {former.settings.note}; move it and {PREDICTIONS} away to generate by "
-            f"{task.settings.engine}"
-        )

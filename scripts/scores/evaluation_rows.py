@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ _ELSEWHERE = "name a file with such rows with --data"
 
 
 @dataclass(frozen=True)
-class Source:
+class RowSource:
     """Where rows are.
 
     Attributes:
@@ -56,16 +55,16 @@ class EvaluationRows:
     keys: list[str]
 
 
-def named(file: Path, cfg: Config, folder: Path) -> Source:
+def named(file: Path, cfg: Config, folder: Path) -> RowSource:
     """A file that the user names, with rows like those of the config's data set of that path, or else of its first for
     evaluation, or of its first."""
     path = file.resolve()
     entries = dict(datafiles.datasets(cfg, "test_datasets", "datasets"))
     same = (key for key, entry in entries.items() if Path(folder, str(entry.get("path"))).resolve() == path)
-    return Source(str(path), [next(same, next(iter(entries), "datasets.0"))], file)
+    return RowSource(str(path), [next(same, next(iter(entries), "datasets.0"))], file)
 
 
-def usual(run: Run, cfg: Config) -> Source | None:
+def usual(run: Run, cfg: Config) -> RowSource | None:
     """The rows that a run is evaluated on unless others are named; None where there are none.
 
     For a study's prepared data they are the study's test set. Else what the config names counts more than a test.jsonl
@@ -80,10 +79,10 @@ def usual(run: Run, cfg: Config) -> Source | None:
         beside = scored_on if scored_on.is_file() else beside
     elif configured := _configured(cfg, folder):
         return configured
-    return Source(str(beside.resolve()), ["datasets.0"], beside) if beside else None
+    return RowSource(str(beside.resolve()), ["datasets.0"], beside) if beside else None
 
 
-def validation(run: Run, cfg: Config) -> Source | None:
+def validation(run: Run, cfg: Config) -> RowSource | None:
     """The rows that a run validates on, in its training; None where there are none, or where they are its study's test
     rows."""
     folder = Path(run.cwd)
@@ -92,16 +91,16 @@ def validation(run: Run, cfg: Config) -> Source | None:
     return None if is_test else _configured(cfg, folder)
 
 
-def _configured(cfg: Config, folder: Path) -> Source | None:
+def _configured(cfg: Config, folder: Path) -> RowSource | None:
     """The rows of a config's test_datasets, or those that val_set_size held out of its training data."""
     if tests := dict(datafiles.datasets(cfg, "test_datasets")):
         [entry, *more] = tests.values()
         file = None if more or datafiles.first_rows(entry) else _jsonl(entry, folder)
-        return Source(str(file.resolve()) if file else _in_words(tests, folder), [*tests], file)
+        return RowSource(str(file.resolve()) if file else _in_words(tests, folder), [*tests], file)
     if cfg.get("val_set_size"):
         trained = dict(datafiles.datasets(cfg, "datasets"))
         words = f"val_set_size {cfg['val_set_size']} of {_in_words(trained, folder)}"
-        return Source(words, [*trained], held_out=True)
+        return RowSource(words, [*trained], held_out=True)
     return None
 
 
@@ -122,7 +121,7 @@ def _set_of(test: dict[str, Any], digest: str) -> str | None:
     return next((name for name, entry in sets.items() if entry.get("sha256") == digest), None)
 
 
-def require_reference(folder: RunDir, cfg: Config, source: Source | None) -> Source:
+def require_reference(folder: RunDir, cfg: Config, source: RowSource | None) -> RowSource:
     """The source, if its rows have answers to compare predictions with.
 
     Raises:
@@ -145,7 +144,7 @@ def require_reference(folder: RunDir, cfg: Config, source: Source | None) -> Sou
     return source
 
 
-def read(source: Source, folder: RunDir, run: Run, cfg: Config) -> EvaluationRows:
+def read(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> EvaluationRows:
     """The rows of a source. Those that are not in local JSONL files are loaded by Axolotl, once for a run.
 
     Raises:
@@ -219,7 +218,7 @@ def _in_words(entries: dict[str, Config], folder: Path) -> str:
     return " and ".join(named)
 
 
-def _loaded(source: Source, folder: RunDir, run: Run, cfg: Config) -> list[tuple[str, Row]]:
+def _loaded(source: RowSource, folder: RunDir, run: Run, cfg: Config) -> list[tuple[str, Row]]:
     """The rows of a source with their data sets, as Axolotl loads them."""
     kept = folder.path / KEPT
     if kept.is_file():
@@ -255,8 +254,3 @@ def _require_same_data(run: Run) -> None:
                 f"{path}: not the data that the run trained on, of which val_set_size held rows out; put that back, or "
                 f"{_ELSEWHERE}"
             )
-
-
-def slug(data: str) -> str:
-    """What rows are as a part of a folder's name."""
-    return re.sub(r"[^\w.-]+", "-", Path(data).stem if Path(data).is_absolute() else data)[:80].strip("-")

@@ -1,7 +1,10 @@
 """What an evaluation leaves in a folder: predictions.jsonl, and scores.json with the settings that they depend on."""
 
+import hashlib
+import os
+import re
 from collections.abc import Container, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -9,9 +12,7 @@ from typing import Annotated, Any, Literal, Protocol
 import orjson
 from pydantic import BaseModel, Field, TypeAdapter, field_validator, model_validator
 
-from ..base.errors import UserError
-from ..base.files import Row, read_json, write_atomically
-from ..base.machine import held
+from ..base.files import Row, clear_parts, replacing
 from ..base.progress import say_once
 from ..data.study import Decoding
 from ..metrics import registry
@@ -109,6 +110,12 @@ class EvaluationSettings(BaseModel):
         return Path(self.data).name if Path(self.data).is_absolute() else self.data
 
     @property
+    def label(self) -> str:
+        """The name, of a folder below evaluations/, for its rows beside the usual ones."""
+        name = Path(self.data).stem if Path(self.data).is_absolute() else self.data
+        return f"{re.sub(r'[^\w.-]+', '-', name)[:80].strip('-')}-{self.data_sha256[:7]}"
+
+    @property
     def rows_in_words(self) -> str:
         return f"{'the first ' if self.limit else ''}{self.rows:,} rows"
 
@@ -127,10 +134,6 @@ class EvaluationSettings(BaseModel):
             return True
         found = self.agreement
         return found is not None and 2 * found.equal >= found.rows and not self.decoding.do_sample
-
-    def same_predictions(self) -> dict[str, Any]:
-        """What makes two evaluations have the same predictions, to the last token."""
-        return self.model_dump(exclude={"adapter", "data", "limit", "test_set", *ORIGIN})
 
     def same_work(self) -> dict[str, Any]:
         """What makes two evaluations be of the same model on the same rows, in whatever batches.
@@ -250,15 +253,31 @@ def first_predictions(folder: Path, evaluation: Evaluation, count: int) -> list[
     return read_predictions(where)[:count]
 
 
+def write(folder: Path, evaluation: Evaluation, rows: Sequence[Row]) -> None:
+    """Write predictions with their scores; neither without the other."""
+    evaluation.files = states(folder, evaluation.settings)
+    content = b"".join(orjson.dumps(row) + b"\n" for row in rows)
+    predictions = folder / PREDICTIONS
+    clear_parts(predictions)
+    with ExitStack() as stack:
+        stream = stack.enter_context(replacing(predictions))
+        stream.write(content)
+        stream.flush()
+        state = FileState(
+            sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), mtime=os.fstat(stream.fileno()).st_mtime
+        )
+        evaluation.files["predictions"] = state
+        text = evaluation.model_dump_json(indent=1).encode() + b"\n"
+        stack.enter_context(replacing(folder / SCORES)).write(text)
+
+
 def _brought_up_to_date(record: Evaluation, folder: Path) -> Evaluation:
-    """Give a record from before there were `files` those that are there now; an adapter that was trained on since, by
-    the times that such records were told apart by, is another."""
-    record.files = states(folder, record.settings)
+    """Give a record from before there were `files` those that are there now, whose content is not known."""
+    record.files = {
+        name: state.model_copy(update={"bytes": -1}) for name, state in states(folder, record.settings).items()
+    }
     if (predictions := folder / PREDICTIONS).is_file():
         record.files["predictions"] = FileState.of(predictions)
-    last: dict[str, Any] = (read_json(folder / "run.json").get("launches") or [{}])[-1]
-    if record.made < (last.get("ended") or last.get("started") or ""):
-        record.files["adapter"] = FileState(sha256=record.settings.adapter_sha256 or "", bytes=-1, mtime=0)
     return record
 
 
@@ -284,7 +303,8 @@ Changed = Literal["stale", "edited"]
 
 
 def changed(folder: Path, evaluation: Evaluation | None, run: Run | None = None) -> Changed | None:
-    """What has changed since an evaluation, by the sizes and times of files; None for nothing, or without one.
+    """What has changed since an evaluation; None for nothing, or without one. Files of another size or time, as copies
+    have, are hashed.
 
     Args:
         folder: the evaluation's.
@@ -296,21 +316,8 @@ def changed(folder: Path, evaluation: Evaluation | None, run: Run | None = None)
     if run and run.adapter and evaluation.settings.adapter_sha256 != run.adapter.sha256:
         return "stale"
     files = _files(folder, evaluation.settings)
-    differing = [name for name, state in evaluation.files.items() if state.may_differ(files[name])]
+    differing = [name for name, state in evaluation.files.items() if state.differs(files[name])]
     return ("edited" if differing == ["predictions"] else "stale") if differing else None
-
-
-def check_again(folder: Path) -> None:
-    """Hash again what may have changed since the evaluations in a folder and below it, and note what has not: files get
-    other times by being copied."""
-    for place in (folder, *folder.glob("evaluations/*")):
-        if changed(place, read_scores(place)):
-            with suppress(OSError, UserError), held(place / LOCK, "another evaluation is running"):
-                if evaluation := read_scores(place):
-                    files = _files(place, evaluation.settings)
-                    now = {name: FileState.of(files[name]) for name in evaluation.files if files[name].is_file()}
-                    evaluation.files |= {n: s for n, s in now.items() if s.sha256 == evaluation.files[n].sha256}
-                    write_atomically(place / SCORES, evaluation.model_dump_json(indent=1) + "\n")
 
 
 def current(folder: Path, run: Run | None = None) -> Evaluation | None:

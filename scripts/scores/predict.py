@@ -16,10 +16,11 @@ import orjson
 from ..base.errors import UserError, WorkFailed
 from ..base.files import Row, naming, opened, replacing
 from ..base.progress import Bar, say
+from ..base.yamlfiles import Config
 from ..configs import gpus
 from ..data.study import Decoding
+from .evaluation_rows import EvaluationRows
 from .evaluations import REFERENCE, SERVER, VLLM, Agreement, Completion, Engine, EvaluationSettings, Prediction
-from .task import EvaluationTask
 
 if TYPE_CHECKING:
     from .prompter import Prompter  # with torch and Axolotl, which `require` does without
@@ -87,39 +88,51 @@ def started(
         return nullcontext(Reference(prompter))
 
 
-def predict(task: EvaluationTask, tokenizer: Path, part: Path) -> tuple[list[Row], EvaluationSettings]:
-    """The test rows with their predictions, and the task's settings with what became known of its engine.
+def predict(
+    settings: EvaluationSettings,
+    test: EvaluationRows,
+    cfg: Config,
+    tokenizer: Path,
+    part: Path,
+    server: str | None = None,
+    rehearsal: bool = False,
+) -> tuple[list[Row], EvaluationSettings]:
+    """The test rows with their predictions, and the settings with what became known of the engine.
 
     vLLM is compared with the reference before it generates all rows, and so is a server where this machine has a GPU or
     the run is a rehearsal. A rehearsal leaves the GPU alone.
 
     Args:
-        task: what is evaluated.
+        settings: which model generates, and how.
+        test: the rows.
+        cfg: the run's config.
         tokenizer: the folder in which the training left its tokenizer.
         part: a file that keeps what is generated, from which a second call continues.
+        server: the address of a server, where that is the engine.
+        rehearsal: whether the run is one.
 
     Raises:
         UserError: see `Prompter.examples` and `started`.
         WorkFailed: the engine cannot go on.
     """
-    rows, asked = task.rows.rows, task.request
-    on_gpu = not task.run.rehearsal and bool(gpus.here())
-    require(task.settings, asked.server, on_gpu)
-    done, settings = _continue(part, task.settings)
+    rows = test.rows
+    on_gpu = not rehearsal and bool(gpus.here())
+    require(settings, server, on_gpu)
+    done, settings = _continue(part, settings)
     if len(done) < len(rows):
-        if task.run.rehearsal:
+        if rehearsal:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         with Bar("tokenizing the prompts"):
             from .prompter import Prompter
 
-            prompter = Prompter(settings, task.cfg, tokenizer)
-            examples = prompter.examples(rows, task.rows.keys)
+            prompter = Prompter(settings, cfg, tokenizer)
+            examples = prompter.examples(rows, test.keys)
         prompts = [example.prompt for example in examples]
         # vLLM that was compared is the same again; what a server has may have changed since
-        compared_again = settings.engine == SERVER and (on_gpu or task.run.rehearsal)
+        compared_again = settings.engine == SERVER and (on_gpu or rehearsal)
         compares = compared_again or (settings.engine == VLLM and settings.agreement is None)
         expected = answers_of_reference(prompter, sampled(prompts)) if compares else []
-        with started(prompter, prompts, asked.server, part) as engine:
+        with started(prompter, prompts, server, part) as engine:
             if done and settings.served and settings.served != engine.served:
                 raise UserError(f"{part}: started by {settings.served}, which is now {engine.served}; move it away")
             found = agreement(expected, engine, sampled(prompts)) if compares else settings.agreement
@@ -151,9 +164,8 @@ def _line(settings: EvaluationSettings) -> bytes:
 def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row], EvaluationSettings]:
     """The rows of an interrupted evaluation with the same settings, and what it knew of its engine; otherwise a new
     file for them."""
-    of_batches = set() if settings.engine == REFERENCE else {"batch_size"}  # which it has not
-    same = {key: value for key, value in settings.same_predictions().items() if key not in of_batches}
-    header = orjson.dumps(same | settings.model_dump(include={"engine", "model"}))
+    asked = {"engine", "model", *(["batch_size"] if settings.engine == REFERENCE else [])}
+    header = orjson.dumps(settings.same_work() | settings.model_dump(include=asked))
     first, *lines = part.read_bytes().split(b"\n") if part.is_file() else [b""]
     done: dict[int, Row] = {}
     for line in lines if first == header else ():

@@ -13,7 +13,7 @@ from qlora_recipes.configs import substitution
 from qlora_recipes.running import run
 from qlora_recipes.runs import launch
 from qlora_recipes.runs.rundir import RunDir, all_runs
-from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
+from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask
 
 NAME = "haider2024/llama-3.2-3b"
 

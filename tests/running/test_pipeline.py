@@ -14,7 +14,7 @@ from qlora_recipes.configs.compose import Request
 from qlora_recipes.running import pipeline, run
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.runs.tasks import Command, Step, Task, TaskResult
-from qlora_recipes.scores.task import EvaluationRequest
+from qlora_recipes.scores.evaluate import EvaluationRequest
 
 
 def task(folder: Path, words: dict[Step, list[str]], asked: list[str]) -> Task:

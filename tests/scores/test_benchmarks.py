@@ -16,7 +16,7 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.metrics import registry
 from qlora_recipes.metrics.registry import BenchmarkParameters
 from qlora_recipes.runs import rundir
-from qlora_recipes.scores import benchmarks, evaluate
+from qlora_recipes.scores import benchmarks
 
 GROUP: dict[str, Any] = {
     "results": {
@@ -62,11 +62,8 @@ def test_a_benchmark_of_other_rows_is_measured_anew(limit: int | None, kept: boo
     columns = registry.asked(["benchmark:grp"])
     scored = benchmarks.summarise(GROUP, BenchmarkParameters(task="grp")).model_copy(update={"limit": 5})
     former: Any = SimpleNamespace(columns=columns, scores={"grp_benchmark": scored.model_dump()})
-    of_run, request = SimpleNamespace(rehearsal=False), SimpleNamespace(limit=limit)
-    task: Any = SimpleNamespace(columns=columns, run=of_run, request=request)
-    assert bool(evaluate.kept_benchmarks(task, former)) == kept
-    task.columns = {}  # not asked for again
-    assert evaluate.kept_benchmarks(task, former)
+    assert bool(benchmarks.kept(columns, former, limit)) == kept
+    assert benchmarks.kept({}, former, limit)  # not asked for again
 
 
 def a_task(place: Path) -> Path:

@@ -15,8 +15,8 @@ from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import checkpoint_selection
 from qlora_recipes.scores.checkpoint_selection import select
+from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask
 from qlora_recipes.scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
-from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
 
 STEPS = (2, 4, 6, 8, 10)
 Scores = dict[str, tuple[float, float]]  # by checkpoint, on validation and on test rows

@@ -14,8 +14,8 @@ from qlora_recipes.data import study
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate, score
+from qlora_recipes.scores.evaluate import EvaluationRequest
 from qlora_recipes.scores.evaluations import Completion, Evaluation, read_predictions
-from qlora_recipes.scores.task import EvaluationRequest
 
 if TYPE_CHECKING:
     from qlora_recipes.scores.reference import Reference

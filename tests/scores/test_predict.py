@@ -12,9 +12,8 @@ from run_folders import a_tiny_run
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import predict
-from qlora_recipes.scores.evaluate import evaluate
+from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask, evaluate
 from qlora_recipes.scores.evaluations import Agreement, Completion, EvaluationSettings
-from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
 
 ROWS = 6
 

@@ -14,8 +14,8 @@ from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.data.study import Decoding
 from qlora_recipes.scores import evaluate
 from qlora_recipes.scores import server as servers
+from qlora_recipes.scores.evaluate import EvaluationRequest
 from qlora_recipes.scores.evaluations import PREDICTIONS, SCORES, Completion, read_predictions
-from qlora_recipes.scores.task import EvaluationRequest
 
 PROMPTS = [[5, 6, 7, 8], [5, 6], [9, 10, 11], [12, 13, 14, 15, 16]]
 

@@ -16,8 +16,8 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate
+from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask
 from qlora_recipes.scores.evaluations import SCORES, Evaluation, EvaluationSettings, read_predictions
-from qlora_recipes.scores.task import EvaluationRequest, EvaluationTask
 
 STAND_IN = f"""#!{sys.executable}
 import json, os, sys
