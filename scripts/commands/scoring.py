@@ -2,8 +2,9 @@
 
 import shutil
 import textwrap
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +26,9 @@ from .options import (
     form_of,
     only_with,
 )
+
+if TYPE_CHECKING:
+    from ..scores.checkpoint_selection import CheckpointSelection
 
 Data = Annotated[
     Path | None,
@@ -105,7 +109,7 @@ def evaluate_verb(
         next_step("results", json=json)
         return
     if isinstance(evaluated, checkpoint_selection.CheckpointSelection):
-        checkpoint_selection.show(evaluated, form_of(json))
+        _print_selection(evaluated, json)
     elif not json:
         for row in evaluations.first_predictions(folder.path, evaluated, count=2):
             _print_texts(f"row {row['row'] + 1}", {name: row[name] for name in ("reference", "prediction")})
@@ -140,6 +144,31 @@ def score_verb(
     if out:
         write_rows(out, rows)
     _print_scores(scores, json)
+
+
+def _print_selection(selection: "CheckpointSelection", json: bool) -> None:
+    """Checkpoints by their scores, and the best of them."""
+    label, best = selection.column.label, selection.best
+    rows = [
+        {
+            "checkpoint": row.checkpoint,
+            "epoch": None if row.epoch is None else round(row.epoch, 2),
+            "eval loss": row.eval_loss,
+            label: row.score,
+            "95 %": row.interval,
+            "best": "best" if row.best else None,
+            "on test rows": selection.test_score if row.best else None,
+        }
+        for row in selection.checkpoints
+    ]
+    notes = [f"{best.checkpoint} is the best by {label} on {selection.rows}, on which the run validates."]
+    if selection.test_rows:
+        score = f"{tables.text_of(selection.test_score)}, 95 % {tables.text_of(selection.test_interval)}"
+        notes.append(f"On {selection.test_rows}, its {label} is {score}.")
+    else:
+        notes.append("There are no other rows to test it on, so its score is too good; --data FILE names some.")
+    records = vars(selection) | {"column": selection.column.name, "checkpoints": [*map(asdict, selection.checkpoints)]}
+    tables.show(form_of(json), records, [tables.Table(rows, spare=["eval loss", "epoch"])], notes)
 
 
 def _print_texts(title: str, texts: dict[str, str]) -> None:

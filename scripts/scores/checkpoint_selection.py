@@ -1,13 +1,13 @@
 """The kept checkpoints of a run by their scores, and the best of them: `recipe evaluate --checkpoints`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import tables
 from ..base import yamlfiles
 from ..base.errors import UserError
-from ..base.files import sha256, tensor_shapes
+from ..base.files import Row, sha256, tensor_shapes
 from ..base.progress import say
 from ..metrics.metric import Column
 from ..runs import checkpoints
@@ -20,22 +20,47 @@ from .score import columns_of, scorer_models
 
 
 @dataclass
+class CheckpointScore:
+    """A checkpoint's score on validation rows.
+
+    Attributes:
+        eval_loss: a token.
+        interval: of 95 %, of the score.
+        best: whether it is the selected one.
+    """
+
+    checkpoint: str
+    step: int | None
+    epoch: float | None
+    eval_loss: float | None
+    score: float
+    interval: list[float] | None
+    best: bool = False
+
+
+@dataclass
 class CheckpointSelection:
     """Checkpoints by their scores.
 
     Attributes:
         column: the metric that the best is selected by.
         rows: the rows that they were scored on, in words.
-        checkpoints: oldest first, each with `checkpoint`, its name; `step`, `epoch` and `eval_loss`, per token, where
-            these were recorded; `score`, `low` and `high`, its 95 % interval; `best`; and for the best `test_score`,
-            `test_low` and `test_high`, where there are test rows beside those that it was selected on.
-        test_rows: the rows of the test score, in words.
+        checkpoints: oldest first.
+        test_rows: the rows beside these that the best was tested on, in words; None where there are not any.
+        test_score, test_interval: of the best on the test rows.
     """
 
     column: Column
     rows: str
-    checkpoints: list[dict[str, Any]]
+    checkpoints: list[CheckpointScore]
     test_rows: str | None = None
+    test_score: float | None = None
+    test_interval: list[float] | None = None
+
+    @property
+    def best(self) -> CheckpointScore:
+        """The selected checkpoint: of equals the oldest."""
+        return next(checkpoint for checkpoint in self.checkpoints if checkpoint.best)
 
 
 def select(folder: RunDir, request: EvaluationRequest) -> CheckpointSelection:
@@ -77,15 +102,16 @@ def select(folder: RunDir, request: EvaluationRequest) -> CheckpointSelection:
         result = evaluated(name, True)
         step = checkpoints.step_of(path) or kept_step
         recorded = [record for record in records if step is None or record["step"] == step]
-        rows.append(_row(name, recorded, result, column))
+        at, epoch, loss = (_last(recorded, key) for key in ("step", "epoch", "eval_loss_per_token"))
+        rows.append(CheckpointScore(name, at, epoch, loss, *_score(result, column)))
     selection = CheckpointSelection(column, _in_words(result), rows)
-    best = column.better(rows, key=lambda row: row["score"])
-    best["best"] = True
+    best = column.better(rows, key=lambda row: row.score)
+    best.best = True
     if request.data or evaluation_rows.usual(run, cfg) not in (None, validation):
-        say(f"{best['checkpoint']} is the best on {selection.rows}; now its test score")
-        result = evaluated(best["checkpoint"], False)
+        say(f"{best.checkpoint} is the best on {selection.rows}; now its test score")
+        result = evaluated(best.checkpoint, False)
         selection.test_rows = _in_words(result)
-        best |= {f"test_{key}": value for key, value in _score(result, column).items()}
+        selection.test_score, selection.test_interval = _score(result, column)
     return selection
 
 
@@ -124,49 +150,10 @@ def _adapters(folder: RunDir) -> dict[str, tuple[Path, str]]:
     return kept
 
 
-def _row(name: str, records: list[dict[str, Any]], result: Evaluation, column: Column) -> dict[str, Any]:
-    """The row of a checkpoint, from what the training recorded at its step."""
-
-    def last(key: str) -> Any:
-        return next((record[key] for record in reversed(records) if record.get(key) is not None), None)
-
-    recorded = {"step": last("step"), "epoch": last("epoch"), "eval_loss": last("eval_loss_per_token")}
-    return {"checkpoint": name} | recorded | _score(result, column) | {"best": False}
+def _last(records: Sequence[Row], key: str) -> Any:
+    """What the training recorded last under a key."""
+    return next((record[key] for record in reversed(records) if record.get(key) is not None), None)
 
 
-def _score(result: Evaluation, column: Column) -> dict[str, float | None]:
-    low, high = result.scores["intervals"].get(column.name) or (None, None)
-    return {"score": result.scores[column.name], "low": low, "high": high}
-
-
-def show(selection: CheckpointSelection, form: tables.Form) -> None:
-    """Print a selection, in a form of `tables.Form`."""
-    label = selection.column.label
-    if form == "json":
-        facts = {"metric": selection.column.name, "rows": selection.rows, "test_rows": selection.test_rows}
-        tables.print_json(facts | {"checkpoints": selection.checkpoints})
-        return
-    rows = [
-        {
-            "checkpoint": row["checkpoint"],
-            "epoch": None if row["epoch"] is None else round(row["epoch"], 2),
-            "eval loss": row["eval_loss"],
-            label: row["score"],
-            "95 %": _interval(row),
-            "best": "best" if row["best"] else None,
-            "on test rows": row.get("test_score"),
-        }
-        for row in selection.checkpoints
-    ]
-    tables.write(rows, form, spare=["eval loss", "epoch"])
-    best = next(row for row in selection.checkpoints if row["best"])
-    tables.print_text(f"{best['checkpoint']} is the best by {label} on {selection.rows}, on which the run validates.")
-    if selection.test_rows:
-        score = f"{tables.text_of(best['test_score'])}, 95 % {tables.text_of(_interval(best, 'test_'))}"
-        tables.print_text(f"On {selection.test_rows}, its {label} is {score}.")
-    else:
-        tables.print_text("There are no other rows to test it on, so its score is too good; --data FILE names some.")
-
-
-def _interval(row: dict[str, Any], prefix: str = "") -> list[float] | None:
-    return None if row[f"{prefix}low"] is None else [row[f"{prefix}low"], row[f"{prefix}high"]]
+def _score(result: Evaluation, column: Column) -> tuple[float, list[float] | None]:
+    return result.scores[column.name], result.scores["intervals"].get(column.name)

@@ -1,13 +1,11 @@
 """The prompts of an evaluation: the very ones that the run was trained on."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from axolotl.loaders import ModelLoader
@@ -153,8 +151,8 @@ ANSWER = "An answer."
 def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
     """Python code that sets `inputs` to a prompt's tokens, as Axolotl wrote them in the training.
 
-    It is made from what Axolotl makes of a row of placeholders, and checked: its tokens are the same. None where no
-    code is known that has them, or the tokenizer cannot be loaded.
+    Its text is what Axolotl makes of a row of {placeholders}, and checked: its tokens are the same. None where they are
+    not, for a type that is not known here, or where the tokenizer cannot be loaded.
 
     Args:
         cfg: the run's config.
@@ -162,22 +160,28 @@ def as_code(cfg: Config, tokenizer: Path, known: dict[str, str]) -> str | None:
         known: texts of some fields; others are left to be filled in.
     """
     dataset = next((dataset for _, dataset in datafiles.datasets(cfg, "datasets")), {})
-    row, names = _placeholders(dataset)
-    if not names:
+    row = _placeholders(dataset)
+    if not row:
         return None
     cfg, dataset = DictDefault(cfg | {"train_on_inputs": False}), DictDefault(dataset | LOSS_ON_ANSWERS)
+    row |= {name: text for name, text in known.items() if name in row}
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         (tokens,) = tokenize("its prompt", cfg, dataset, loaded, [row], 2**20)
     except (OSError, ValueError, UserError):
         return None
     ids = tokens.ids[: answer_of(tokens.labels)[0]]
-    return _chat(loaded, ids) if dataset.type == "chat_template" else _text(loaded, ids, names, known)
+    begun = len(loaded("")["input_ids"])  # tokens that begin every text
+    text = str(loaded.decode(ids[begun:], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    if loaded(text)["input_ids"] != list(ids):
+        return None
+    lines = "".join(f"    {json.dumps(line, ensure_ascii=False)}\n" for line in text.splitlines(keepends=True))
+    call = 'inputs = tokenizer(prompt, return_tensors="pt")'
+    return f"# texts go where names are in braces\nprompt = (\n{lines})\n{call}"
 
 
-def _placeholders(dataset: Config) -> tuple[dict[str, Any], list[str]]:
-    """A row of a data set with {placeholders} for what a prompt is made of, and their names; none for a type that is
-    not known here.
+def _placeholders(dataset: Config) -> Row:
+    """A row of a data set with {placeholders} for what a prompt is made of; empty for a type that is not known here.
 
     It has the optional fields that the first row has, as prompts can be worded otherwise without them.
     """
@@ -186,47 +190,13 @@ def _placeholders(dataset: Config) -> tuple[dict[str, Any], list[str]]:
         user, assistant = ((dataset.get("roles") or {}).get(role, [role])[0] for role in ("user", "assistant"))
         turns = ((user, "{question}"), (assistant, ANSWER))
         messages = [{names["role"]: role, names["content"]: text} for role, text in turns]
-        return {dataset.get("field_messages") or "messages": messages}, ["question"]
+        return {dataset.get("field_messages") or "messages": messages}
     fields = fields_of(dataset)
     if not fields or not fields.reference or not fields.texts:
-        return {}, []
-    first: dict[str, Any] = {}
+        return {}
+    first: Row = {}
     for file in datafiles.jsonl_files(dataset)[:1]:
         with file.open("rb") as lines:
             first = next(islice(json_rows(lines, file, ()), 1), {})
     named = [name for name in (*fields.texts, *fields.optional) if not first or first.get(name)]
-    return {name: f"{{{name}}}" for name in named} | {fields.reference: ANSWER}, named
-
-
-def _chat(tokenizer: Any, ids: Sequence[int]) -> str | None:
-    messages = [{"role": "user", "content": "{question}"}]
-    options = {"add_generation_prompt": True, "return_dict": True}
-    if tokenizer.chat_template is None or tokenizer.apply_chat_template(messages, **options)["input_ids"] != ids:
-        return None
-    return (
-        'messages = [{"role": "user", "content": "..."}]\n'
-        "inputs = tokenizer.apply_chat_template(\n"
-        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n'
-        ")"
-    )
-
-
-def _text(tokenizer: Any, ids: Sequence[int], names: Sequence[str], known: dict[str, str]) -> str | None:
-    """The code for a prompt with placeholders, with the tokens that begin a text added by the tokenizer or in it."""
-    for added in (True, False):
-        begun = len(tokenizer("")["input_ids"]) if added else 0
-        text = tokenizer.decode(ids[begun:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if tokenizer(text, add_special_tokens=added)["input_ids"] == list(ids):
-            lines = [f"{name} = {json.dumps(known.get(name, '...'), ensure_ascii=False)}" for name in names]
-            option = "" if added else ", add_special_tokens=False"
-            call = f'inputs = tokenizer(prompt, return_tensors="pt"{option})'
-            return "\n".join([*lines, f"prompt = {_formatted(text, names)}", call])
-    return None
-
-
-def _formatted(text: str, names: Sequence[str]) -> str:
-    """A text as an f-string in which only the placeholders of some names are replaced, on lines as in the text."""
-    parts = re.split(f"({'|'.join(re.escape(f'{{{name}}}') for name in names)})", text)
-    escaped = [part if i % 2 else part.replace("{", "{{").replace("}", "}}") for i, part in enumerate(parts)]
-    lines = "".join(escaped).splitlines(keepends=True)
-    return "(\n" + "".join(f"    f{json.dumps(line, ensure_ascii=False)}\n" for line in lines) + ")"
+    return {name: f"{{{name}}}" for name in named} | {fields.reference: ANSWER}

@@ -230,9 +230,7 @@ def score(
     judged = dict(models or declared_models(columns))
     kept = {name: column for name, column in columns.items() if judged.get(name, column.parameters)}
     scored = with_scores(rows, kept, judged)
-    references = [row["reference"] for row in rows]
-    predictions = [row["prediction"] for row in rows]
-    pairs = list(zip(references, predictions, strict=True))
+    pairs = [(row["reference"], row["prediction"]) for row in rows]
     means: dict[str, list[float]] = {}
     others: dict[str, float | None] = {}
     records: dict[str, Any] = {}
@@ -253,23 +251,26 @@ def score(
         if metric.notes:
             notes += [f"{name}: {note}" for note in metric.notes(pairs, parameters)]
     of_benchmarks = {name: each.interval for name, each in (measured or {}).items() if each.interval}
-    shares: dict[str, Any] = {}
-    if rows:
-        times = Counter(map(str.strip, predictions))
-        reference_words, prediction_words = (len(words("\n".join(texts))) for texts in (references, predictions))
-        shares = {
-            "exact": sum(row["exact"] for row in scored) / len(rows),
-            "empty": times[""] / len(rows),
-            "repeated": sum(count for text, count in times.items() if text and count > 1) / len(rows),
-            "length_ratio": prediction_words / reference_words if reference_words else None,
-        }
     return {
         "rows": len(rows),
         **{name: sum(values) / len(rows) for name, values in means.items()},
         "intervals": intervals.each(means) | of_benchmarks,
         **others,
         **records,
-        **shares,
+        **(_shares(scored) if rows else {}),
         "metrics": {name: column.entry for name, column in kept.items()},
         **({"notes": notes} if notes else {}),
     }, scored
+
+
+def _shares(rows: Sequence[Row]) -> dict[str, float | None]:
+    """Shares of rows that are exact, empty, and equal to another, and the length of predictions over references."""
+    references, predictions = ([row[key] for row in rows] for key in ("reference", "prediction"))
+    times = Counter(map(str.strip, predictions))
+    reference_words, prediction_words = (len(words("\n".join(texts))) for texts in (references, predictions))
+    return {
+        "exact": sum(row["exact"] for row in rows) / len(rows),
+        "empty": times[""] / len(rows),
+        "repeated": sum(count for text, count in times.items() if text and count > 1) / len(rows),
+        "length_ratio": prediction_words / reference_words if reference_words else None,
+    }

@@ -119,7 +119,7 @@ def test_a_truncated_checkpoint_is_left_out_and_a_run_without_any_is_refused(
     assert asked[-1] == "checkpoint-8: test"
     save_file({"other": torch.ones(1)}, run.output / ADAPTER)  # of a later step, as with early stopping
     monkeypatch.setitem(VALUES, "checkpoint-10", (1.0, 1.0))
-    assert [row["checkpoint"] for row in select(run, EvaluationRequest()).checkpoints][-1] == "final"
+    assert [row.checkpoint for row in select(run, EvaluationRequest()).checkpoints][-1] == "final"
     for file in run.output.rglob(ADAPTER):
         file.unlink()
     with pytest.raises(UserError, match="saves_per_epoch"):

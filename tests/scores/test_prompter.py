@@ -1,5 +1,6 @@
 """The prompt of a run as code: run, it gives the tokens that the training had."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,12 @@ def trained(cfg: dict[str, Any], row: dict[str, Any], tokenizer: Any) -> list[in
         ({"type": "alpaca:chatml"}, {"instruction": "Do it.", "input": "", "output": "Yes."}, ["instruction"]),
         ({"type": "gpteacher"}, {"instruction": "Do.", "input": "Now", "response": "Yes."}, ["instruction", "input"]),
         ({"type": FORMAT}, {"ask": "Why \"it\"?", "reply": "So."}, ["ask"]),
-        (CHAT, {"talk": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}, None),
-        (SHAREGPT, {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}, None),
+        (CHAT, {"talk": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}, []),
+        (SHAREGPT, {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}, []),
     ],
 )  # fmt: skip
 def test_the_code_gives_the_tokens_of_the_training(
-    dataset: dict[str, Any], row: dict[str, Any], values: list[str] | None, tmp_path: Path
+    dataset: dict[str, Any], row: dict[str, Any], values: list[str], tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -64,11 +65,9 @@ def test_the_code_gives_the_tokens_of_the_training(
     code = prompter.as_code(cfg, folder, {})
     assert code
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    for name in values or ():
-        assert f'{name} = "..."' in code
-        code = code.replace(f'{name} = "..."', f"{name} = {row[name]!r}")
-    if values is None:
-        code = code.replace('"..."', '"Why?"')
+    for name, text in {name: row[name] for name in values}.items() or [("question", "Why?")]:
+        assert f"{{{name}}}" in code
+        code = code.replace(f"{{{name}}}", json.dumps(text)[1:-1])
     scope: dict[str, Any] = {"tokenizer": tokenizer}
     exec(code, scope)
     assert scope["inputs"]["input_ids"][0].tolist() == trained(cfg, row, tokenizer)
