@@ -87,7 +87,21 @@ def a_task(place: Path) -> Path:
 
 
 @pytest.mark.long
-def test_a_task_scores_as_by_the_harness_itself(tmp_path: Path, stand_in: Path, recipe: Recipe) -> None:
+def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(
+    tmp_path: Path, stand_in: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    answer, batches = HFLM._model_call, list[int]()
+
+    def interrupted(model: HFLM, rows: Any, *others: Any, **more: Any) -> Any:
+        if len(batches) == 1:
+            batches.append(0)
+            raise KeyboardInterrupt
+        batches.append(len(rows))
+        return answer(model, rows, *others, **more)
+
+    monkeypatch.setattr(HFLM, "_model_call", interrupted)
     finish(start(tmp_path, "run", "haider2024/llama-3.2-3b", "--rehearse", command=stand_in))
     (run,) = rundir.all_runs(tmp_path / "runs")
     assert (
@@ -95,11 +109,14 @@ def test_a_task_scores_as_by_the_harness_itself(tmp_path: Path, stand_in: Path, 
     )
     assert not (run.path / "predictions.jsonl").exists()
     task = a_task(tmp_path)
-    done = recipe("evaluate", "latest", "--metric", f"benchmark:{task}", "--metric", "bertscore:none", "--json")
+    wanted = ("evaluate", "latest", "--metric", f"benchmark:{task}", "--metric", "bertscore:none")
+    assert recipe(*wanted).returncode != 0 and not (run.path / "scores.json").exists()
+    done = recipe(*wanted, "--json")
     assert done.returncode == 0, done.stderr
     scores = orjson.loads(done.stdout)
     own = scores["sums_benchmark"]
     assert (own["version"], own["shots"], own["rows"], own["result"]) == ("3", 0, 12, "acc")
+    resumed = sum(batches)  # the batch before the interruption is not answered again
     assert recipe("publish", "latest", "--merge").returncode == 0
     model = f"pretrained={run.output / 'merged'},dtype=bfloat16"
     words = ("--model", "hf", "--model_args", model, "--tasks", "sums", "--include_path", tmp_path, "--limit", "12")
@@ -110,8 +127,8 @@ def test_a_task_scores_as_by_the_harness_itself(tmp_path: Path, stand_in: Path, 
     assert scores["sums"] == own["value"] == pytest.approx(100 * theirs["acc,none"])
     assert own["stderr"] == pytest.approx(100 * theirs["acc_stderr,none"])
     assert "sums" in orjson.loads(recipe("evaluate", "latest", "--metric", "bertscore:none", "--json").stdout)  # kept
-    base = ("--adapter", "none", "--metric", "bertscore:none")
-    assert recipe("evaluate", "latest", "--metric", f"benchmark:{task}", *base).returncode == 0
+    assert recipe(*wanted, "--adapter", "none").returncode == 0
+    assert sum(batches) == 2 * resumed
     (row,) = orjson.loads(recipe("results", "--json").stdout)
     assert row["sums"] == scores["sums"] and row["sums_base_model"] is not None
     assert "sums, %, gained" in recipe("results", "--format", "md").stdout
