@@ -164,7 +164,7 @@ def _setting(value: Any) -> str | None:
     "new",
     cls=Verb,
     rich_help_panel=HEADING,
-    epilog="recipe new wide --from llama-3.2-3b --set lora_r=64\nrecipe new mine --from 3.2-3b --model Qwen/Qwen3-4B",
+    epilog="recipe new mine --data mine.jsonl\nrecipe new wide --from llama-3.2-3b --set lora_r=64",
 )
 def new_verb(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; it is written to variants/NAME.yaml.")],
@@ -177,10 +177,16 @@ def new_verb(
             autocompletion=completion.recipes,
             help="The recipe or YAML file to start from.",
         ),
-    ],
+    ] = "start/qlora",
     model: Annotated[
         str | None,
         typer.Option("--model", metavar="MODEL", help="Another base model: owner/name on the hub, or a folder."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Your rows, a JSON object a line; their fields decide the type."
+        ),
     ] = None,
     set_: Overrides = None,
 ) -> None:
@@ -191,13 +197,13 @@ def new_verb(
     from ..configs import compose
     from ..writing import new
 
-    overrides = set_ or []
+    overrides = [*(new.for_data(from_, data) if data else []), *(set_ or [])]
     other = new.for_model(from_, model) if model else None
     request = compose.Request(from_, overrides=[*(other.overrides if other else []), *overrides])
     found = check.examine(compose.compose(request)).findings
     refuse([finding for finding in found if finding.scope not in ("code", "data", "file")])
     print(new.write(name, from_, overrides, other))
-    for line in other.not_known if other else []:
+    for line in [*([f"from {from_}", *overrides] if data else []), *(other.not_known if other else [])]:
         say(line)
     if not model and any(override.startswith("base_model=") for override in overrides):
         say("revision, special tokens, layers and comments are still those of the model before; --model replaces them")

@@ -4,12 +4,14 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import orjson
 from pydantic import BaseModel
 
 from ..base import paths
@@ -73,6 +75,47 @@ def _looks_local(path: Path) -> bool:
     """Whether a path that does not exist must have been meant for this machine, and not for a hub."""
     in_a_folder = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
     return path.is_absolute() or path.suffix in _SUFFIXES or in_a_folder
+
+
+_PROMPT = "Question: {instruction}\nAnswer: "
+_PAIRS = (("question", "answer"), ("prompt", "completion"), ("prompt", "response"))
+_FORMS: list[tuple[set[str], Config]] = [
+    ({"messages"}, {"type": "chat_template"}),
+    ({"conversations"}, {"type": "chat_template", "field_messages": "conversations"}),
+    ({"segments"}, {"type": "input_output"}),
+    ({"instruction", "output"}, {"type": "alpaca"}),
+    *(
+        (
+            {question, answer},
+            {"type": {"field_instruction": question, "field_output": answer, "no_input_format": _PROMPT}},
+        )
+        for question, answer in _PAIRS
+    ),
+    ({"text"}, {"type": "completion"}),
+]
+"""Fields of rows, and the keys of a data set that reads them."""
+
+
+def entry_for(file: Path) -> Config:
+    """The data set entry for a file of rows, by the fields of its first row.
+
+    Raises:
+        UserError: it is not a JSON object a line, or no known form of rows has its fields.
+    """
+    row: object = None
+    with file.open("rb") as lines, suppress(orjson.JSONDecodeError):
+        row = orjson.loads(next(filter(bytes.strip, lines), b"null"))
+    if not isinstance(row, dict):
+        raise UserError(f'{file}: not a JSON object a line; write each row so, as in {{"messages": [...]}}')
+    entry = next((entry for fields, entry in _FORMS if fields <= row.keys()), None)
+    if entry is None:
+        known = "; ".join(" and ".join(sorted(fields)) for fields, _ in _FORMS)
+        hint = f"known are {known}; name another form by --set 'datasets=[{{path: {file}, type: ...}}]'"
+        raise UserError(f"{file}: rows with {', '.join(row)}; {hint}")
+    turns = row.get("conversations")
+    if "field_messages" in entry and isinstance(turns, list) and turns and "from" in turns[0]:
+        entry = entry | {"message_property_mappings": {"role": "from", "content": "value"}}
+    return {"path": str(file)} | entry
 
 
 def record(composed: Config) -> list[DataFile]:

@@ -18,6 +18,8 @@ from ..data import study
 from .edit import edited
 from .render import SPECIAL_TOKENS, BaseModel, describe
 
+HELD_OUT = 0.05
+"""Share of the rows for the eval loss, where a recipe states none."""
 _SCHEMA = re.compile(r"(# yaml-language-server: \$schema=)\S+(.*\n)")
 # Keys whose values are about one model, beside those that are set anew for another
 _OF_ONE_MODEL = (
@@ -98,6 +100,25 @@ def for_model(base: str, name: str) -> OtherModel:
         hint = "" if entry or folder else did_you_mean(name, models.catalogue())
         lines.insert(0, f"not known of {name}: {', '.join(about.unknown)}{fetch if in_files else ''}{hint}")
     return OtherModel(about, changes, lines)
+
+
+def for_data(base: str, file: Path) -> list[str]:
+    """The overrides that train a recipe or file on a file of rows, with a held-out share.
+
+    Raises:
+        UserError: see `datafiles.entry_for`.
+    """
+    recipe = yamlfiles.read_yaml(paths.find_recipe(base)[1])
+    entry = datafiles.entry_for(file)
+    changes: Config = {"datasets": [entry]}
+    if entry["type"] != "chat_template":
+        changes |= {key: None for key in ("chat_template", "chat_template_jinja") if key in recipe}
+    elif not recipe.get("chat_template"):
+        changes["chat_template"] = "tokenizer_default"
+    if not recipe.get("val_set_size"):
+        changes |= {"test_datasets": None} if recipe.get("test_datasets") else {}
+        changes["val_set_size"] = HELD_OUT
+    return [f"{key}={yamlfiles.write_flow(value)}" for key, value in changes.items()]
 
 
 def _chat_templates(recipe: Config, folder: Path | None, entry: Config, changes: dict[str, Change]) -> list[str]:

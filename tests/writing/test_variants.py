@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check
-from qlora_recipes.configs import compose, config
+from qlora_recipes.configs import compose, config, datafiles
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.results import run_rows
 from qlora_recipes.results.run_rows import RunResult
@@ -166,7 +166,6 @@ def test_a_variant_from_the_command_line_to_its_config(place: Path, recipe: Reci
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["x"], "'--from'"),
         (["x", "--from", "haider2024/code-lama-7b"], BASE),
         (["../x", "--from", BASE], "../x: "),
         ([BASE, "--from", BASE], f"{BASE}: "),
@@ -221,3 +220,58 @@ def test_a_run_of_a_variant_lists_its_differences_from_that(place: Path) -> None
     row = run_rows.record(RunResult(RunDir(place / "r"), record))
     assert (row["variant_of"], row["changed_keys"]) == (BASE, "lora_r, lora_alpha")
     assert row["other_base_model"] == "Qwen/Qwen3-0.6B"  # of the study's
+
+
+PROMPTED = {
+    "field_instruction": "question",
+    "field_output": "answer",
+    "no_input_format": "Question: {instruction}\nAnswer: ",
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "entry"),
+    [
+        ({"messages": []}, {"type": "chat_template"}),
+        (
+            {"conversations": [{"from": "human", "value": "a"}]},
+            {
+                "type": "chat_template",
+                "field_messages": "conversations",
+                "message_property_mappings": {"role": "from", "content": "value"},
+            },
+        ),
+        (
+            {"conversations": [{"role": "user", "content": "a"}]},
+            {"type": "chat_template", "field_messages": "conversations"},
+        ),
+        ({"instruction": "a", "output": "b", "text": "c"}, {"type": "alpaca"}),
+        ({"segments": []}, {"type": "input_output"}),
+        ({"question": "a", "answer": "b"}, {"type": PROMPTED}),
+        ({"text": "a"}, {"type": "completion"}),
+    ],
+)
+def test_the_fields_of_rows_decide_their_type(tmp_path: Path, row: dict[str, Any], entry: dict[str, Any]) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"\n" + orjson.dumps(row))
+    assert datafiles.entry_for(file) == {"path": str(file)} | entry
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1}', "\xff"])
+def test_rows_of_no_known_form_are_refused(recipe: Recipe, tmp_path: Path, content: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(content, encoding="latin-1")
+    assert recipe("new", "mine", "--data", "rows.jsonl").returncode == 2
+    assert not (tmp_path / "variants").exists()
+
+
+def test_a_variant_for_rows_of_ones_own(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 30)
+    assert recipe("new", "mine", "--model", "Qwen/Qwen3-4B", "--data", "rows.jsonl").returncode == 0
+    made = yamlfiles.read_yaml(tmp_path / "variants" / "mine.yaml")
+    assert made["datasets"] == [{"path": "rows.jsonl", "type": PROMPTED}] and "chat_template" not in made
+    assert (made["val_set_size"], made["bf16"], made["base_model"]) == (0.05, True, "Qwen/Qwen3-4B")
+    of_study = ("--from", "peft-metamathqa/lora-rank32", "--data", "rows.jsonl")
+    assert recipe("new", "other", *of_study).returncode == 0
+    other = yamlfiles.read_yaml(tmp_path / "variants" / "other.yaml")
+    assert (other["val_set_size"], other.get("test_datasets")) == (new.HELD_OUT, None)
