@@ -53,11 +53,10 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
     assert mine.read_text() == "mine" and not link.is_symlink()
 
 
-def test_a_lock_does_not_truncate_its_file(tmp_path: Path) -> None:
-    (file := tmp_path / ".lock").write_text("kept")
-    with held(file, "is held"):
+def test_a_lock_is_held_as_long_as_its_block(tmp_path: Path) -> None:
+    with held(file := tmp_path / ".lock", "is held"):
         assert is_held(file)
-    assert file.read_text() == "kept"
+    assert not is_held(file)
 
 
 @pytest.mark.parametrize(

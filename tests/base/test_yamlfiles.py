@@ -15,7 +15,7 @@ MISTAKES = {
     "a: !!python/object/apply:os.system [id]\n": AT.format(1, 4),
     "the tag: 1\nb: 2\nthe tag: 3\n": "mine.yaml:3: .*the tag .*\\(column 1\\)$",
     **dict.fromkeys(
-        ("a: \x01\n", "? [a]\n: 1\n", "1: a", "a: 2024-99-01", "a: 2024-01-01", "a: .nan"), r"mine.yaml: .*$"
+        ("a: \x01\n", "? [a]\n: 1\n", "1: a", "\x00", "a: 2024-99-01", "a: 2024-01-01", "a: .nan"), r"mine.yaml: .*$"
     ),
     # texts that would explode
     "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)): "mine.yaml: ",

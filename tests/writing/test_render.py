@@ -6,11 +6,10 @@ import pytest
 import recorded_runs
 import run_folders
 import yaml
-from conftest import recipe_config
 
 from qlora_recipes.base import paths
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.configs import config, ledger
+from qlora_recipes.configs import ledger
 from qlora_recipes.data import study
 from qlora_recipes.writing import render
 
@@ -57,25 +56,6 @@ def test_every_setting_names_its_source(name: str) -> None:
     assert without_source((paths.RECIPES / f"{name}.yaml").read_text()) == []
 
 
-def test_the_settings_of_the_study() -> None:
-    paged, plain = "paged_adamw_32bit", "adamw_bnb_8bit"
-    expected = {
-        "haider2024/llama-2-7b": ("meta-llama/Llama-2-7b-hf", paged),
-        "haider2024/code-llama-7b": ("codellama/CodeLlama-7b-hf", paged),
-        "haider2024/llama-3-8b": ("meta-llama/Meta-Llama-3-8B", plain),
-        "haider2024/llama-3.1-8b": ("meta-llama/Llama-3.1-8B", plain),
-        "haider2024/llama-3.2-3b": ("meta-llama/Llama-3.2-3B-Instruct", plain),
-    }
-    common = {"adapter": "qlora", "load_in_4bit": True, "lora_r": 32, "lora_alpha": 16, "lora_dropout": 0.05}
-    common |= {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "sequence_len": 2048}
-    common |= {"micro_batch_size": 2, "learning_rate": 0.0002, "weight_decay": 0.01, "fp16": True, "bf16": False}
-    assert set(expected) <= set(paths.recipe_names())
-    for name, (model, optimizer) in expected.items():
-        recipe = recipe_config(name)
-        assert (recipe["base_model"], recipe["optimizer"]) == (model, optimizer)
-        assert recipe | common == recipe
-
-
 def test_the_gains_of_table_ii_follow_from_its_scores() -> None:
     of_study = study.of("haider2024/llama-2-7b")
     assert of_study
@@ -111,14 +91,6 @@ def test_a_broken_template_is_an_error_with_its_place(templates: Path, text: str
     (templates / "haider2024" / "other.yaml.j2").write_text(text)
     with pytest.raises(UserError, match=place):
         render.rendered(templates)
-
-
-def test_a_new_epoch_count_is_one_line_in_one_template(templates: Path) -> None:
-    file = templates / "haider2024" / "llama-2-7b.yaml.j2"
-    file.write_text(re.sub(r"num_epochs_source = \d+", "num_epochs_source = 41", file.read_text()))
-    name = "haider2024/llama-2-7b"
-    changed = yaml.safe_load(render.rendered(templates)[f"{name}.yaml"])
-    assert config.differences(recipe_config(name), changed) == {"num_epochs": (recipe_config(name)["num_epochs"], 41)}
 
 
 def test_the_table_names_every_recipe() -> None:
