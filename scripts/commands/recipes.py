@@ -184,9 +184,7 @@ def new_verb(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(
-            exists=True, dir_okay=False, help="Your rows, a JSON object a line; their fields decide the type."
-        ),
+        typer.Option(metavar="FILE", help="Your rows, a JSON object a line; their fields decide the type."),
     ] = None,
     set_: Overrides = None,
 ) -> None:
