@@ -81,7 +81,8 @@ def test_the_skeleton_of_a_study_passes_every_check(recipe: Recipe, tmp_path: Pa
     assert recipe("render", "--check").returncode == 0
     checked = recipe("study", "check", "mine")
     assert checked.returncode == 0 and not {"error:", "warning:"} & {*checked.stdout.split()}
-    assert recipe("check", "mine/llama-3.2-3b", "--rehearse").returncode == 0
+    assert recipe("check", "mine/llama-3.2-3b-mine", "--rehearse").returncode == 0
+    assert "haider2024" in recipe("show", "llama-3.2-3b").stdout  # a shipped recipe's short name stays its own
     again = recipe("study", "new", "mine")
     assert again.returncode == 2 and "recipes/mine: " in again.stderr
 

@@ -240,7 +240,7 @@ def write_study(name: str, base_model: str) -> list[Path]:
     for there in (*(folder for folder in paths.studies() if folder.name == name), recipes, templates):
         if there.exists():
             raise UserError(f"{paths.shown(there)}: there already; choose another name, or move it away")
-    model = base_model.rpartition("/")[2].lower()
+    model = f"{base_model.rpartition('/')[2].lower()}-{name}"  # no shipped recipe's short name
     words = {
         "{NAME}": name,
         "{MODEL}": model,
