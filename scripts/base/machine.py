@@ -44,10 +44,7 @@ def cpu_has_bf16() -> bool:
 
 
 def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
+    return Path("/proc/cpuinfo").read_text()
 
 
 def gpus() -> list[Card]:

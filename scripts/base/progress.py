@@ -183,8 +183,6 @@ class TrainingProgress(Bar):
         phase = record.get("phase")
         if "eval_loss_per_token" in record:
             say(f"  step {record['step']}: eval loss {_number(record['eval_loss_per_token'], '.3f')}")
-        elif "eval_loss" in record:
-            say(f"  step {record['step']}: Axolotl's eval loss {_number(record['eval_loss'], '.3f')}")
         elif not phase:
             note = f"loss {_number(record.get('loss'), '.3f')}  rate {_number(record.get('learning_rate'), '.2e')}"
             self.update(record["step"], record["max_steps"], note if "loss" in record else "")

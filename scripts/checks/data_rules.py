@@ -56,9 +56,7 @@ def missing_file(case: Case) -> Problems:
             yield "error", f"{key}.path", f"the folder {paths.shown(Path(name))} is empty", "put rows into it"
         for file in datafiles.local_files(dataset):
             made_by = study.preparation(str(file))
-            if file.exists() and not file.is_file():
-                yield "error", f"{key}.path", f"{paths.shown(file)} is no regular file", "write its rows to one"
-            elif not file.is_file() and not made_by:
+            if not file.is_file() and not made_by:
                 yield "error", f"{key}.path", f"{paths.shown(file)} does not exist{_near(file)}", "correct the path"
             elif file.is_file() and not file.stat().st_size:
                 remedy = f"run {made_by}" if made_by else "write rows to it, or name another file"

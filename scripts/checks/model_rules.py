@@ -32,17 +32,14 @@ def missing_special_token(case: Case) -> Problems:
         return
     for name, token in (case["special_tokens"] or {}).items():
         if isinstance(token, str) and not re.fullmatch(own, token):
+            level: Level = "warning" if name == "pad_token" else "error"
             problem = (
                 f"{token} is not a special token of this model: Axolotl adds it, and a row to an embedding that has no "
-                "spare one, which is saved with the adapter and has to be added to the base model to load that"
+                "spare one, which LoRA does not train, and which has to be added to the base model to load the adapter"
             )
-            remedy = "name one that it has"
-            if name != "pad_token":
-                remedy += ", or set lora_modules_to_save: [embed_tokens, lm_head]"
-                yield "error", f"special_tokens.{name}", f"{problem}; LoRA does not train it", remedy
-            else:
-                remedy += f", as its own {case.model.pad_token}" if case.model.pad_token else ""
-                yield "warning", f"special_tokens.{name}", problem, remedy
+            own_pad = f", as {case.model.pad_token} for padding" if case.model.pad_token else ""
+            remedy = f"name one that it has{own_pad}, or set lora_modules_to_save: [embed_tokens, lm_head]"
+            yield level, f"special_tokens.{name}", problem, remedy
 
 
 @rule
@@ -65,16 +62,13 @@ def no_access(case: Case) -> Problems:
     elif case.model.gated and not hub.has_token():
         yield level, "base_model", f"{name} is gated, and there is no token", _how_to_get(name)
     elif case.ask_hub and case.model.gated is not False:
-        yield from _of_the_hub(name, level, case.launching)
+        yield from _of_the_hub(name, level)
 
 
-def _of_the_hub(name: str, level: Level, launching: bool) -> Problems:
+def _of_the_hub(name: str, level: Level) -> Problems:
     """Access to a model as the hub states it: that it takes the token, and that the licence is accepted."""
     answer = hub.access(name)
-    if answer.access == "unknown" and launching:
-        problem = f"the hub did not say whether {name} may be downloaded: {answer.says}"
-        yield "warning", "base_model", problem, "without it the run fails when it loads the model"
-    elif answer.access == "missing":
+    if answer.access == "missing":
         problem = f"the hub has no model {name}, or a private one: {answer.says}"
         near = did_you_mean(name, models.catalogue())
         yield "error", "base_model", f"{problem}{near}", "correct the name, or `hf auth login` if it is private"

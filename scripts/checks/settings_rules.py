@@ -17,13 +17,11 @@ def two_precisions(case: Case) -> Problems:
     ignored = next((key for key in ("fp16", "float16") if case[key]), None)
     if not ignored or precision(case.config, on_gpu=True).weights != "bfloat16":
         return
-    if case["bf16"] is True:
-        problem = f"{ignored} and bf16 are both true: Axolotl would take bf16"
-    elif case["bfloat16"]:
-        problem = f"{ignored} and bfloat16 are both true: Axolotl would load the model in bfloat16"
-    else:
-        problem = f"{ignored} is true, but bf16 is auto, the default: Axolotl would take bf16"
-    yield "error", ignored, problem, f"set {ignored} or {'bfloat16' if case['bfloat16'] else 'bf16'} to false"
+    taken = "bfloat16" if case["bfloat16"] else "bf16"
+    problem = (
+        f"{ignored} is true, and {taken} is {str(case.config.get(taken, 'auto')).lower()}: Axolotl would take {taken}"
+    )
+    yield "error", ignored, problem, f"set {ignored} or {taken} to false"
 
 
 @rule
@@ -45,9 +43,8 @@ def gpu_lacks(case: Case) -> Problems:
         remedy = "take a GPU from Turing (7.5) on, or torch's build for CUDA 12.6: `make setup CUDA=12.6`"
         yield "error", "base_model", f"torch for CUDA 13 does not run on {name}", remedy
     if has < AMPERE and precision(case.config, on_gpu=True).weights == "bfloat16":
-        asked = case["bf16"] is True or case["bfloat16"]
-        default = "" if asked else " (auto, the default, turns it on all the same)"
-        yield "error", "bf16", f"{name} emulates bf16, slowly{default}", "set fp16: true and bf16: false"
+        problem = f"{name} emulates bf16, slowly (auto, the default, turns it on all the same)"
+        yield "error", "bf16", problem, "set fp16: true and bf16: false"
     if has < AMPERE and case["tf32"] is True:
         yield "error", "tf32", f"{name} has no tf32", "set it to false"
     least, most = _ATTENTION_RUNS_ON.get(case.attention, ((0, 0), (99, 0)))

@@ -181,8 +181,6 @@ def _incompatible_lora(config: Config, model: Config) -> Iterator[tuple[Config, 
         yield dict.fromkeys(_LORA), "there is no LoRA to speed up, or it is for preference training"
     if config.get("lora_dropout"):
         yield dict.fromkeys(_LORA), f"with lora_dropout {config['lora_dropout']} they would drop other values than PEFT"
-    if refused := next((key for key in ("load_in_8bit", "trust_remote_code") if config.get(key)), None):
-        yield dict.fromkeys(_LORA), f"Axolotl refuses them beside {refused}"
     if dict(flatten(config)).get("bnb_config_kwargs.bnb_4bit_quant_type", "nf4") != "nf4":
         yield dict.fromkeys(_LORA), "they would decode doubly quantized weights as NF4 (axolotl/kernels/quantize.py)"
     if (activation := model.get("hidden_activation") or model.get("hidden_act") or "silu") != "silu":

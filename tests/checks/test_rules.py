@@ -1,7 +1,6 @@
 """A case or more for each rule, and none for a recipe as it is."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Pa
     (tmp_path / "data").symlink_to(prepared)
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "hollow").mkdir()
-    os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "adapter_model.bin").touch()
     monkeypatch.setenv("HF_TOKEN", "for the test")
@@ -82,7 +80,6 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     (data(path="data/codereviewr/train.jsonl"), "error", "missing-file:datasets.0.path", "mean codereviewer"),
     (data(path="data/codereviewer/test-subset-2.jsonl"), "error", "not-prepared:datasets.0.path", "codereviewer`"),
     (data(path="./hollow"), "error", "missing-file:datasets.0.path", "hollow"),
-    (data(path="pipe.jsonl"), "error", "missing-file:datasets.0.path", "pipe.jsonl"),
     (data(path="empty.jsonl"), "error", "missing-file:datasets.0.path", "empty.jsonl"),
     ({"datasets": [{"type": "alpaca"}]}, "error", "missing-file:datasets.0.path", "None"),
     ({"deepspeed": "zero3.json"}, "error", "missing-file:deepspeed", "zero3.json"),

@@ -69,8 +69,6 @@ def test_a_recipe_that_does_not_allow_all_says_why() -> None:
         ({}, set()),
         ({"lora_dropout": 0.05}, KERNELS),
         ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}}, KERNELS),
-        ({"adapter": "lora", "load_in_4bit": False, "load_in_8bit": True}, KERNELS),
-        ({"trust_remote_code": True}, KERNELS),
         ({"adapter": None, "load_in_4bit": False}, KERNELS),
         ({"lora_target_modules": ["q_proj", "v_proj"]}, KERNELS),
         ({"lora_target_modules": ["q_proj", "k_proj", "v_proj"]}, KERNELS - {"lora_qkv_kernel"}),
