@@ -20,7 +20,7 @@ SIZES = (8, 12, 16, 24, 40, 48, 80)
 
 
 @dataclass(frozen=True)
-class Batch:
+class MicroBatch:
     """A micro batch: its rows, the tokens of each, and the bytes that it needs."""
 
     rows: int
@@ -54,7 +54,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Change:
+class PlannedChange:
     """Settings to change, beside those of the changes before, and the bytes that a step then needs."""
 
     set: Config
@@ -78,7 +78,7 @@ class Plan:
 
     model: str
     adapter: str | None
-    micro_batch: Batch
+    micro_batch: MicroBatch
     parameters: Counts
     frozen: int
     trainable: int
@@ -87,8 +87,8 @@ class Plan:
     cards: list[Fit]
     per_gpu: dict[str, float]
     notes: list[str]
-    changes: list[Change] = field(default_factory=list)
-    longest_batch: Batch | None = None
+    changes: list[PlannedChange] = field(default_factory=list)
+    longest_batch: MicroBatch | None = None
     work: Work | None = None
 
 
@@ -115,7 +115,7 @@ def of_request(
     planned.notes += [f"{finding.name}: {finding.problem}" for finding in findings]
     if found and found.longest and not composed.config.get("sample_packing"):  # packed batches are always full
         size = Planner(planner.step, planner.rows, found.longest).required
-        planned.longest_batch = Batch(planner.rows, found.longest, size)
+        planned.longest_batch = MicroBatch(planner.rows, found.longest, size)
     planned.work = work.work(composed, planner, gpu, request.gpus, found)
     if planned.work.hours and not found:
         planned.notes.append("tokens are an upper bound, every row counted as a full one; --data counts them")
@@ -165,7 +165,7 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
     planned = Plan(
         model=config["base_model"],
         adapter=planner.step.adapter,
-        micro_batch=Batch(planner.rows, planner.length, planner.required),
+        micro_batch=MicroBatch(planner.rows, planner.length, planner.required),
         parameters=memory.parameters,
         frozen=frozen,
         trainable=trainable,
@@ -180,7 +180,7 @@ def plan(config: Config, gpu: Gpu | None = None, vram: float | None = None, gpus
     return planned, planner
 
 
-def _changes(config: Config, planner: Planner, card: Gpu, usable: float) -> Iterator[Change]:
+def _changes(config: Config, planner: Planner, card: Gpu, usable: float) -> Iterator[PlannedChange]:
     """What to change where a step does not fit: the mildest first, each on top of those before, until it fits.
 
     Args:
@@ -220,7 +220,7 @@ def _changes(config: Config, planner: Planner, card: Gpu, usable: float) -> Iter
         settings = {key: value for key, value in settings.items() if value is not None or key in config}
         changed = {key: value for key, value in (changed | settings).items() if value is not None}
         needed = planner_of(changed, card)[0].required
-        yield Change(settings, effect, needed, needed <= usable)
+        yield PlannedChange(settings, effect, needed, needed <= usable)
         if needed <= usable:
             break
 

@@ -12,6 +12,7 @@ import orjson
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
+from ..base.hub import importing_axolotl
 from ..base.progress import Bar, say
 from ..base.yamlfiles import Config
 from ..configs import datafiles
@@ -82,7 +83,7 @@ def measured(
     if missing:
         if rehearsal:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        with Bar(f"benchmarks: {', '.join(missing)}"):
+        with importing_axolotl(offline=rehearsal), Bar(f"benchmarks: {', '.join(missing)}"):
             from .prompter import Prompter
 
             found |= _measure(missing, Prompter(settings, cfg, tokenizer), limit, rehearsal)

@@ -283,10 +283,7 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
         rows, settings = _kept(task, former) if former else _predicted(task, folder.output, part)
         columns = benchmarks.of_evaluation(former) | task.columns
         rehearsal = task.run.rehearsal
-        with importing_axolotl(offline=rehearsal):
-            measured = benchmarks.measured(
-                columns, former, settings, task.cfg, folder.output, task.most_rows, rehearsal
-            )
+        measured = benchmarks.measured(columns, former, settings, task.cfg, folder.output, task.most_rows, rehearsal)
         with Bar("scoring", 1):
             own = request.adapter is None  # the eval loss is not that of another adapter
             loss = summary.eval_loss_per_token if own else None

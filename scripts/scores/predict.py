@@ -138,22 +138,27 @@ def predict(
             found = agreement(expected, engine, sampled(prompts)) if compares else settings.agreement
             known = {"batch_tokens": engine.settings.batch_tokens, "served": engine.served, "agreement": found}
             settings = settings.model_copy(update=known)
-            with Bar("evaluating", len(rows), len(done)) as bar, naming(part), opened(part, "ab") as stream:
-                stream.write(_line(settings))
-                try:
-                    for answers in engine.generate(prompts, done):
-                        made = {
-                            i: as_row(i, rows[i], examples[i].reference) | {"prediction": answer.text}
-                            for i, answer in answers.items()
-                        }
-                        stream.write(b"".join(orjson.dumps(row) + b"\n" for row in made.values()))
-                        stream.flush()
-                        done |= made
-                        bar.update(len(done))
-                except WorkFailed as error:
-                    kept = f"{len(done):,} of {len(rows):,} rows are kept, and the same command goes on from there"
-                    raise WorkFailed(f"{error}\n{kept}") from None
+            asked = [as_row(i, row, examples[i].reference) for i, row in enumerate(rows)]
+            _generate(engine, prompts, asked, done, part, _line(settings))
     return [done[i] for i in range(len(rows))], settings
+
+
+def _generate(
+    engine: Engine, prompts: Sequence[list[int]], asked: Sequence[Row], done: dict[int, Row], part: Path, first: bytes
+) -> None:
+    """Add the rows asked for, with their predictions, to those done and to a file, behind a first line."""
+    with Bar("evaluating", len(asked), len(done)) as bar, naming(part), opened(part, "ab") as stream:
+        stream.write(first)
+        try:
+            for answers in engine.generate(prompts, done):
+                made = {i: asked[i] | {"prediction": answer.text} for i, answer in answers.items()}
+                stream.write(b"".join(orjson.dumps(row) + b"\n" for row in made.values()))
+                stream.flush()
+                done |= made
+                bar.update(len(done))
+        except WorkFailed as error:
+            kept = f"{len(done):,} of {len(asked):,} rows are kept, and the same command goes on from there"
+            raise WorkFailed(f"{error}\n{kept}") from None
 
 
 def _line(settings: EvaluationSettings) -> bytes:
