@@ -6,7 +6,6 @@ the signal that it sends itself before its limit.
 
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -15,13 +14,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import click
 import psutil
 import pytest
-import typer.main
 from conftest import SAMPLE
 
-from qlora_recipes import cli
 from qlora_recipes.runs import rundir
 from qlora_recipes.runs.rundir import RunDir
 
@@ -56,17 +52,10 @@ def script(cells: Sequence[str]) -> str:
     return IN_A_NOTEBOOK + re.sub(r"^%cd (.*)$", lambda line: f"os.chdir({line[1]!r})", shell, flags=re.MULTILINE)
 
 
-def test_every_command_of_the_cells_is_one(tmp_path: Path) -> None:
-    verbs = typer.main.get_command(cli.app)
-    assert isinstance(verbs, click.Group)
-    lines = re.findall(r"^!(?:timeout .* 10h )?\.venv/bin/recipe (.*)", "\n".join(CELLS), re.MULTILINE)
-    assert [line.split()[0] for line in lines] == ["doctor", "data", "data", "run", "resume"]
-    for verb, *words in map(shlex.split, lines):
-        command = verbs.commands[verb]
-        while isinstance(command, click.Group):
-            command = command.commands[words.pop(0)]
-        with command.make_context(verb, words):
-            pass
+def test_the_stand_in_knows_every_command_of_the_cells() -> None:
+    """That they are commands, tests/test_docs.py shows."""
+    verbs = re.findall(r"^!(?:timeout .* 10h )?\.venv/bin/recipe (\S+)", "\n".join(CELLS), re.MULTILINE)
+    assert verbs == ["doctor", "data", "data", "run", "resume"]
 
 
 def test_matplotlib_does_not_want_the_backend_of_the_notebook() -> None:

@@ -1,29 +1,14 @@
 """What `--help` shows, whatever the width of the terminal, and that its examples are commands; `--version`."""
 
 import re
-import shlex
-from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
-import click
 import pytest
-import typer.main
+from command_line import COMMANDS, parsed
 from conftest import Recipe
 
-from qlora_recipes import cli
 from qlora_recipes.base import paths
-
-ALL = typer.main.get_command(cli.app)
-
-
-def commands(name: str = "recipe", command: click.Command = ALL) -> Iterator[tuple[str, click.Command]]:
-    """All commands with their names, groups before their verbs."""
-    yield name, command
-    for verb, below in getattr(command, "commands", {}).items():
-        yield from commands(f"{name} {verb}", below)
-
-
-COMMANDS = dict(commands())
 
 
 def records(name: str) -> list[tuple[str, str]]:
@@ -60,13 +45,14 @@ EXAMPLES = [(name, line) for name, command in COMMANDS.items() for line in (comm
 
 
 @pytest.mark.parametrize(("name", "example"), EXAMPLES)
-def test_an_example_is_a_command_of_this_verb(name: str, example: str) -> None:
+def test_an_example_is_a_command_of_this_verb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, example: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").touch()  # of `recipe new --data`
     assert f"{example} ".startswith(f"{name} ")
-    words = shlex.split(example, comments=True)
-    verb = max((name for name in COMMANDS if f"{example} ".startswith(f"{name} ")), key=len)
-    context = COMMANDS[verb].make_context(verb, words[len(verb.split()) :])  # parses, and starts nothing
-    assert context.args == []
-    named = [word for word in words if re.fullmatch(r"[a-z-]*llama-[\d.]*-?\d+b", word)]
+    assert parsed(example).args == []
+    named = [word for word in example.split() if re.fullmatch(r"[a-z-]*llama-[\d.]*-?\d+b", word)]
     assert named or "llama" not in example
     assert {f"haider2024/{word}" for word in named} <= {*paths.recipe_names()}
 

@@ -1,0 +1,38 @@
+"""Command lines of `recipe`, parsed by its own parser; nothing is started."""
+
+import shlex
+from collections.abc import Iterator
+
+import click
+import typer.main
+
+from qlora_recipes import cli
+
+ALL = typer.main.get_command(cli.app)
+
+
+def commands(name: str = "recipe", command: click.Command = ALL) -> Iterator[tuple[str, click.Command]]:
+    """All commands with their names, groups before their verbs."""
+    yield name, command
+    for verb, below in getattr(command, "commands", {}).items():
+        yield from commands(f"{name} {verb}", below)
+
+
+COMMANDS = dict(commands())
+
+
+def parsed(line: str) -> click.Context:
+    """Parse a line that begins with `recipe`; the context of its verb.
+
+    Raises:
+        click.UsageError: there is no such verb or option, or an argument is missing.
+    """
+    name, *words = shlex.split(line, comments=True)
+    command: click.Command = ALL
+    while True:
+        context = command.make_context(name, words)
+        if not isinstance(command, click.Group):
+            return context
+        found, below, words = command.resolve_command(context, [*context._protected_args, *context.args])
+        assert found and below
+        name, command = found, below

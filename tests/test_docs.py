@@ -1,0 +1,116 @@
+"""The documentation: its commands parse, its links lead somewhere, its pages are short and its words plain."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from command_line import ALL, COMMANDS, parsed
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "AGENTS.md", "CONTRIBUTING.md", "templates/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+FOLDERS = ("docker", "docs", "recipes", "scripts", "templates")
+ALL_PAGES = [*ROOT.glob("*.md"), *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.md"))]
+SOURCES = [*(ROOT / "scripts").rglob("*.py")]
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(
+    r"^(?:\$ |!)?(?:timeout .* 10h )?(?:\.venv/bin/)?(recipe (?!.*--help|--install)\S.*)", re.MULTILINE
+)
+OF_OTHERS = {"--env", "--foreground", "--gres", "--secret"}  # options of timeout, sbatch and SkyPilot
+QUESTIONS = 143  # docstrings of scripts/ that begin with a question; the number may only fall
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return FENCE.sub("", page.read_text())
+
+
+def options(command: click.Command) -> set[str]:
+    return {option for param in command.params for option in param.opts} | {"--help"}
+
+
+EXAMPLES = [(named(page), line) for page in PAGES for block in FENCE.findall(page.read_text())
+            for line in COMMAND.findall(block)]  # fmt: skip
+
+
+def test_every_command_in_a_block_of_code_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").touch()  # of `recipe new --data`
+    wrong = []
+    for page, line in EXAMPLES:
+        try:
+            parsed(line)
+        except click.UsageError as error:
+            wrong.append(f"{page}: {line}: {error.format_message()}")
+    assert wrong == []
+    assert len(EXAMPLES) > 100
+
+
+def unknown(words: list[str]) -> Iterator[str]:
+    """Words of a command in running text, which may lack arguments, that are no verb or option."""
+    command: click.Command = ALL
+    for word in words:
+        below = getattr(command, "commands", {})
+        if word in below:
+            command = below[word]
+        elif word.startswith("-"):
+            if word.partition("=")[0] not in options(command):
+                yield word
+        elif below and word.islower():
+            yield word
+
+
+def test_commands_and_options_in_running_text_exist() -> None:
+    known = OF_OTHERS.union(*map(options, COMMANDS.values()))
+    wrong = []
+    for page in PAGES:
+        for code in re.findall(r"`([^`]+)`", prose(page)):
+            first, *words = code.split()
+            if first == "recipe":
+                wrong += [f"{named(page)}: {code}: {word}" for word in unknown(words)]
+            elif first.startswith("--") and first.partition("=")[0] not in known:
+                wrong.append(f"{named(page)}: {code}")
+    assert wrong == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_leads_to_a_file_and_a_heading() -> None:
+    wrong = []
+    for page in ALL_PAGES:
+        for link in re.findall(r"\]\(((?!https?:)[^)]+)\)", prose(page)):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                wrong.append(f"{named(page)}: {link}")
+    for file in [*SOURCES, *(ROOT / "templates").rglob("*.txt"), ROOT / "docker" / "sky.yaml"]:
+        pages = re.findall(r"docs/[\w-]+\.md", file.read_text())
+        wrong += [f"{named(file)}: {page}" for page in pages if not (ROOT / page).is_file()]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_a_page_is_short_and_begins_with_a_command(page: Path) -> None:
+    lines = page.read_text().splitlines()
+    assert len(lines) <= 150
+    if page.parent.name == "docs":
+        assert [line for line in prose(page).splitlines() if len(line) > 120 and not line.startswith("|")] == []
+        assert lines[0].startswith("# ") and lines[2] == "```"
+
+
+def test_words_are_plain() -> None:
+    phrases = re.compile(r"\b(is none|what of|is said)\b", re.IGNORECASE)
+    assert [(named(page), found) for page in ALL_PAGES for found in phrases.findall(page.read_text())] == []
+    question = re.compile(r'"""(?:What|Which|That|Those|Whether|How)\b.*')
+    found = [f"{named(file)}: {text}" for file in SOURCES for text in question.findall(file.read_text())]
+    assert len(found) <= QUESTIONS, "\n".join(found)
