@@ -85,7 +85,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_link_leads_to_a_file_and_a_heading() -> None:
+def test_every_link_and_module_leads_to_a_file_and_a_heading() -> None:
     wrong = []
     for page in ALL_PAGES:
         for link in re.findall(r"\]\(((?!https?:)[^)]+)\)", prose(page)):
@@ -93,6 +93,9 @@ def test_every_link_leads_to_a_file_and_a_heading() -> None:
             target = (page.parent / path).resolve() if path else page
             if not target.exists() or (anchor and anchor not in anchors(target)):
                 wrong.append(f"{named(page)}: {link}")
+        for module in re.findall(r"`(\w+/[\w/]+\.py)`", prose(page)):
+            if not any((ROOT / folder / module).is_file() for folder in ("", "scripts")):
+                wrong.append(f"{named(page)}: {module}")
     for file in [*SOURCES, *(ROOT / "templates").rglob("*.txt"), ROOT / "docker" / "sky.yaml"]:
         pages = re.findall(r"docs/[\w-]+\.md", file.read_text())
         wrong += [f"{named(file)}: {page}" for page in pages if not (ROOT / page).is_file()]
