@@ -173,11 +173,6 @@ class Case:
         return None if self.wrong else datafiles.training_steps(self.config | {"sample_packing": False}, self.gpus)
 
     @property
-    def number_of_steps(self) -> str:
-        """The steps in words."""
-        return f"{'at most ' if self['sample_packing'] and not self['max_steps'] else ''}{self.steps} steps"
-
-    @property
     def attention(self) -> str:
         """The attention that the config asks for."""
         return attention(self.config)

@@ -255,18 +255,18 @@ def never_evaluated(case: Case) -> Problems:
     elif asked == ["evals_per_epoch"] and share <= 1:
         yield "warning", "evals_per_epoch", "one in all, which Axolotl drops", "write eval_strategy: epoch in its place"
     elif case.steps and (case["eval_steps"] or 0) > case.steps:
-        yield "warning", "eval_steps", f"the training has {case.number_of_steps}, so it never evaluates", "lower it"
+        yield "warning", "eval_steps", f"the training has at most {case.steps} steps, so it never evaluates", "lower it"
 
 
 @rule
 def never_saved(case: Case) -> Problems:
     """Without a checkpoint an interrupted run starts over; the adapter is saved at the end in any case."""
     if case.steps and (case["save_steps"] or 0) > case.steps:
-        yield "warning", "save_steps", f"the training has {case.number_of_steps}, so it never saves one", "lower it"
+        yield "warning", "save_steps", f"the training has at most {case.steps} steps, so it never saves one", "lower it"
 
 
 @rule
 def long_warm_up(case: Case) -> Problems:
     """The learning rate then never reaches its value."""
     if case.steps and (case["warmup_steps"] or 0) >= case.steps:
-        yield "error", "warmup_steps", f"as long as the whole training of {case.number_of_steps}", "lower it"
+        yield "error", "warmup_steps", f"as long as the whole training of {case.steps} steps", "lower it"

@@ -51,10 +51,8 @@ def chat(*messages: Any, **fields: Any) -> dict[str, Any]:
 # a row, or line, behind a good one; the level and rule of the one finding that it gives, and a value that this tells
 MISTAKES: list[tuple[Any, dict[str, Any], str, str]] = [
     (b'{"instruction": ', {}, "error bad-row", "JSON"),
-    (b"[1, 2]", {}, "error bad-row", "mapping"),
     (b'{"instruction": "caf\xe9", "output": "a"}', {}, "error bad-row", "UTF-8"),
     ({"instruction": "a"}, {}, "error bad-row", "output"),
-    (GOOD | {"output": 3}, {}, "error bad-row", "output"),
     (GOOD | {"instruction": None}, {}, "error bad-row", "instruction"),
     (GOOD | {"output": " \n"}, {}, "warning empty-reference", "output"),
     (GOOD | {"input": "<s>old</s>"}, {}, "warning special-token", "<s>"),
@@ -65,15 +63,12 @@ MISTAKES: list[tuple[Any, dict[str, Any], str, str]] = [
     ({"instruction": "a", "output": "b"}, NO_FORMAT, "error no-format", "no_input_format"),
     ({"text": "a"}, CHATS, "error bad-row", "messages"),
     ({"mesages": [ASKED]}, CHATS, "error bad-row", "mesages"),
-    (chat(), CHATS, "error bad-row", "messages"),
     (chat(ASKED, "A test."), CHATS, "error bad-row", "mapping"),
     (chat({"content": "a"}, ANSWER), CHATS, "error bad-row", "role"),
     (chat({"role": "user", "content": None}, ANSWER), CHATS, "error bad-row", "content"),
     (chat({"role": "user", "contnet": "a"}, ANSWER), CHATS, "error bad-row", "contnet"),
     (chat(ASKED, ANSWER, sytem="Be brief."), CHATS, "warning misspelt-field", "mean system?"),
-    (chat(ASKED | {"content": "<s>a"}, ANSWER), CHATS, "warning special-token", "<s>"),
     ({"messages": [dict(reversed(turn.items())) for turn in GOOD_CHAT["messages"]]}, CHATS, "warning repeated-row", ""),
-    ({"segments": [{"text": "a"}]}, SEGMENTS, "error bad-row", "label"),
     ({"segments": [{"lable": True, "text": "a"}]}, SEGMENTS, "error bad-row", "lable"),
     ({"segments": [{"label": "false", "text": "a"}]}, SEGMENTS, "error bad-row", "label"),
 ]
@@ -90,7 +85,6 @@ def test_a_row_that_spoils_a_training_is_found_with_its_line(
 
 
 SHAREGPT = {"field_messages": "conversations", "message_property_mappings": {"role": "from", "content": "value"}}
-OLDER = {"field_messages": "conversations", "message_field_role": "from", "message_field_content": "value"}
 SHARED = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
 
 
@@ -102,7 +96,6 @@ SHARED = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "va
         ([{"question": "a", "answer": "b"}], {"type": "alpaca_chat.load_qa"}),
         ([{"code": "a"}], {"type": "completion", "field": "code"}),
         ([{"patch": "a", "msg": "b"}], {"type": {"field_instruction": "patch", "field_output": "msg"}}),
-        ([GOOD | {"inputs": "a"}, {"instruction": "a", "output": "b", "id": 1, "language": "c"}], {}),
         ([{"q": "a", "output": "b", "input": "c"}], {"type": {"field_instruction": "q"} | FORMATS}),
         ([{"input_ids": [1], "attention_mask": [1], "labels": [1]}], {"type": None}),
         ([GOOD, b"{"], {"split": "train[:1]"}),  # what is not trained on is not judged
@@ -112,7 +105,6 @@ SHARED = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "va
         ([chat(ASKED, ANSWER, tools=[{"type": "function"}])], CHATS),
         ([{"messages": json.dumps([ASKED, ANSWER])}], CHATS),
         ([SHARED], CHATS | SHAREGPT),
-        ([SHARED], CHATS | OLDER),
         ([chat(SYSTEM, ASKED, ANSWER), chat(ASKED, ANSWER, system="Be brief.")], CHATS),
         ([{"segments": [{"label": False, "text": "<s>a"}, {"label": True, "text": "b</s>"}], "more": 1}], SEGMENTS),
     ],

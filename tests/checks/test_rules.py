@@ -84,7 +84,6 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"datasets": [{"type": "alpaca"}]}, "error", "missing-file:datasets.0.path", "None"),
     ({"deepspeed": "zero3.json"}, "error", "missing-file:deepspeed", "zero3.json"),
     ({"micro_batch_size": None}, "error", "no-batch-size:micro_batch_size", ""),
-    ({"lora_target_modules": None}, "error", "no-lora-targets:adapter", "lora_target_modules"),
     ({"lora_target_modules": []}, "error", "no-lora-targets:adapter", "lora_target_modules"),
     ({"lora_target_modules": None, "lora_target_linear": False}, "error", "no-lora-targets:adapter", "true"),
     ({"lora_target_modules": ["q_proj", "v_prj"]}, "error", "unknown-lora-target:lora_target_modules.1", "v_proj"),
@@ -95,7 +94,6 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "qkv_proj",
     ),
     ({"lora_target_modules": ".*_projj"}, "error", "unknown-lora-target:lora_target_modules", ".*_projj"),
-    ({"lora_target_modules": "(q"}, "error", "unknown-lora-target:lora_target_modules", "(q"),
     ({"lora_target_modules": "a{99999999999999999999}"}, "error", "unknown-lora-target:lora_target_modules", "999"),
     ({"lora_r": None}, "error", "no-lora-rank:adapter", "lora_r"),
     ({"lora_alpha": 1600}, "note", "unusual:lora_alpha", "1600"),
@@ -118,16 +116,9 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     (own(system_format="a"), "error", "prompt-format:datasets.0.type.system_format", "{system}"),
     ({"adapter": "lora"}, "error", "not-quantized:adapter", "adapter: qlora"),
     (FUSED_LOSS, "error", "head-without-lora:liger_fused_linear_cross_entropy", "chunked_cross_entropy"),
-    ({"bf16": True}, "error", "two-precisions:fp16", "bf16"),
     ({"bfloat16": True}, "error", "two-precisions:fp16", "bfloat16"),
     ({"fp16": None, "float16": True, "bf16": "auto"}, "error", "two-precisions:float16", "auto"),
     ({"sample_packing": True, "attn_implementation": None}, "error", "packing-leaks:sample_packing", ""),
-    (
-        {"optimizer": "paged_adamw_32bit", "fsdp_config": {"offload_params": False}},
-        "error",
-        "optimizer-and-engine:optimizer",
-        "FSDP2",
-    ),
     (
         {"optimizer": "adamw_bnb_8bit", "fsdp_config": {"offload_params": False}},
         "error",
@@ -146,13 +137,11 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED}, "error", "optimizer-and-engine:optimizer", "adamw_"),
     ({"lr_scheduler": "cosine_with_min_lr"}, "error", "scheduler-needs:lr_scheduler", "min_lr_rate"),
     ({"test_datasets": None}, "error", "never-evaluated:evals_per_epoch", "val_set_size"),
-    ({"test_datasets": None, "val_set_size": 0}, "error", "never-evaluated:evals_per_epoch", "val_set_size"),
     ({"evals_per_epoch": None}, "warning", "never-evaluated:test_datasets", "evals_per_epoch"),
     ({"evals_per_epoch": 1, "num_epochs": 1}, "warning", "never-evaluated:evals_per_epoch", "eval_strategy: epoch"),
     ({"num_epochs": 2, "evals_per_epoch": None, "eval_steps": 500}, "warning", "never-evaluated:eval_steps", "28"),
     ({"num_epochs": 2, "saves_per_epoch": None, "save_steps": 500}, "warning", "never-saved:save_steps", "28"),
     ({"max_steps": 5}, "error", "long-warm-up:warmup_steps", "5 steps"),
-    ({"num_epochs": 2, "sample_packing": True, "warmup_steps": 28}, "error", "long-warm-up:warmup_steps", "most 28"),
     ({"num_epochs": 2, "warmup_steps": 28}, "error", "long-warm-up:warmup_steps", "28 steps"),
     ({"sequence_len": 16385}, "error", "beyond-context:sequence_len", "16384"),
     ({"special_tokens": {"pad_token": "<pad>"}}, "warning", "missing-special-token:special_tokens.pad_token", "<pad>"),
@@ -197,7 +186,6 @@ def test_a_recipe_gives_no_error_and_no_warning(name: str, gpu: str) -> None:
 # what is changed in a recipe, or for some GPU, and gives no finding
 RIGHT: list[tuple[dict[str, Any], str | None]] = [
     ({"lora_target_modules": None, "lora_target_linear": True}, None),
-    ({"lora_target_modules": r".*\.self_attn\.[qv]_proj"}, None),
     ({"lora_target_modules": "all-linear"}, None),
     ({"lora_target_modules": ["self_attn.q_proj", "lm_head", "model.layers.31.mlp.up_proj"]}, None),
     ({"lora_target_modules": r".*layers\.(2[0-9]|3[01])\..*"}, None),
@@ -207,7 +195,6 @@ RIGHT: list[tuple[dict[str, Any], str | None]] = [
     ({"sample_packing": True, "attn_implementation": "kernels-community/flash-attn2@v1"}, None),
     ({"optimizer": "adamw_torch_fused", "fsdp_config": {"offload_params": False}}, None),
     ({"optimizer": "paged_adamw_8bit", "deepspeed": {"zero_optimization": {"stage": 2}}}, None),
-    ({"optimizer": "paged_adamw_32bit", "deepspeed": OFFLOADED}, None),
     ({"deepspeed": {"a": 1}, "bnb_config_kwargs": {"bnb_4bit_quant_storage": "float16"}}, None),
     ({"deepspeed": {"a": 1}, "bnb_config_kwargs": None, "fp16": False, "bf16": True}, None),
     ({"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED | {"zero_force_ds_cpu_optimizer": False}}, None),
@@ -229,7 +216,6 @@ RIGHT: list[tuple[dict[str, Any], str | None]] = [
         {"fp16": False, "bf16": True, "tf32": True, "attn_implementation": "kernels-community/flash-attn3"},
         "H100",
     ),
-    ({"fp16": None, "bf16": None, "attn_implementation": "kernels-community/flash-attn2"}, "A100"),
     ({"fp16": True, "bf16": "auto"}, "T4"),  # Axolotl then leaves bf16 off
 ]
 
@@ -246,15 +232,12 @@ TRITON = {"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rope": T
     ("gpu", "change", "keys"),
     [
         ("V100", {}, ["base_model"]),
-        ("T4", {"fp16": False, "bf16": True}, ["bf16"]),
-        ("T4", {"fp16": None, "bf16": "auto"}, ["bf16"]),
         ("T4", {"fp16": None, "bf16": None}, ["bf16"]),
         ("T4", {"fp16": None, "bf16": False, "bfloat16": True}, ["bf16"]),
         ("T4", {"tf32": True}, ["tf32"]),
         ("T4", {"sample_packing": True}, ["sample_packing"]),
         ("T4", {"sample_packing": True, "base_model": "mistralai/Mistral-7B-v0.1"}, []),  # its window has a mask
         ("sm_75", {"attn_implementation": "flash_attention_2"}, ["attn_implementation"]),
-        ("7.5", {"attn_implementation": None, "flash_attention": True}, ["attn_implementation"]),
         ("A100", {"attn_implementation": "flash_attention_3"}, ["attn_implementation"]),
         ("T4", {"attn_implementation": "sage"}, ["attn_implementation"]),
         ("T4", TRITON | {"liger_glu_activation": False}, ["liger_rope", "lora_mlp_kernel"]),
@@ -322,7 +305,6 @@ PACKED = {"fp16": False, "bf16": True, "sample_packing": True}
     [
         ({}, {}, False),
         ({}, {"sdpa_varlen": False}, True),
-        ({}, {"sdpa_varlen": False, "fp16": None, "bf16": "auto"}, True),
         ({"head_dim": 512}, {}, True),
         ({"sliding_window": 4096}, {}, True),
         ({"sliding_window": 4096, "use_sliding_window": False}, {}, False),

@@ -30,13 +30,10 @@ def found(change: yamlfiles.Config) -> dict[str, str]:
         ({"bnb_config_kwargs": {"quant_type": "nf4"}}, "unknown-key:bnb_config_kwargs.quant_type", "bnb_4bit_quant"),
         ({"liger_rope": True}, "plugin-key:liger_rope", "axolotl.integrations.liger"),
         ({"optimizer": "adamwx"}, "value:optimizer", "adamw"),
-        ({"lr_scheduler": "cosinus"}, "value:lr_scheduler", "cosine"),
-        ({"adapter": "qlra"}, "value:adapter", "qlora"),
         ({"attn_implementation": "flash"}, "value:attn_implementation", "flash_attention_2"),
         ({"datasets": [{"path": "x", "type": "alpacca"}]}, "value:datasets.0.type", "alpaca"),
         ({"datasets": [{"path": "x", "type": "alpaca_chat.load_q"}]}, "value:datasets.0.type", "alpaca_chat.load_qa"),
         ({"datasets": ["x"]}, "value:datasets.0", "mapping"),
-        ({"chat_template": "llama33"}, "value:chat_template", "llama3"),
         ({"chat_template": "tokenizer_default_fallback_chatlm"}, "value:chat_template", "fallback_chatml"),
         ({"datasets": [{"path": "x", "chat_template": "lama3"}]}, "value:datasets.0.chat_template", "llama3"),
         ({"learning_rate": 2}, "value:learning_rate", "2"),
@@ -68,7 +65,6 @@ def test_a_missing_key_is_found() -> None:
         {"deepspeed": {"zero_optimization": {"stage": 2}}},
         {"model_revision": "x", "revision_of_model": "x"},  # two names for one key
         {"liger_rope": True, "plugins": ["axolotl.integrations.liger.LigerPlugin"]},
-        {"liger_rope": True, "plugins": ["axolotl.integrations.liger.plugin.LigerPlugin"]},
         {"liger_rope": True, "plugins": ["axolotl.integrations.liger:LigerPlugin"]},
         {"fsdp_config": {"fsdp_offload_params": True}},  # the old prefix
         {"plugins": ["qlora_recipes.plugin.RunPlugin"]},

@@ -40,7 +40,6 @@ def test_merge_reaches_below_replaces_lists_and_deletes_by_null() -> None:
         ("a=2e-4", {"a": 0.0002, "d": [{"p": "x"}, {"p": "y"}]}),
         ("d.1.p=z", {"a": 1, "d": [{"p": "x"}, {"p": "z"}]}),
         ("d.0.q=[1, two]", {"a": 1, "d": [{"p": "x", "q": [1, "two"]}, {"p": "y"}]}),
-        ("d.0.p=null", {"a": 1, "d": [{}, {"p": "y"}]}),
         ("n.o.p=true", {"a": 1, "d": [{"p": "x"}, {"p": "y"}], "n": {"o": {"p": True}}}),
         ("a=null", {"d": [{"p": "x"}, {"p": "y"}]}),
     ],

@@ -73,7 +73,6 @@ def test_a_column_is_a_metric_with_parameters_under_a_name_and_a_label() -> None
         ("bleu4", {"n": 3}, "n", "bleu4"),
         ("number", {"parser": "us"}, "parser", "'loftq' or 'peft'"),
         ("number", {"markers": "A: "}, "markers", "'A: '"),
-        ("chrf", {"word_order": "2"}, "word_order", "'2'"),
         ("chrf", {"char_order": 99999999}, "char_order", "20"),
         ("bleu4", {"label": ""}, "label", "text"),
         ("rows", {"metric": "bleu4"}, "", "rows"),
