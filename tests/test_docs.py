@@ -8,6 +8,8 @@ import click
 import pytest
 from command_line import ALL, COMMANDS, parsed
 
+from qlora_recipes.checks.check import RULES
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "AGENTS.md", "CONTRIBUTING.md", "templates/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
@@ -109,6 +111,11 @@ def test_a_page_is_short_and_begins_with_a_command(page: Path) -> None:
     if page.parent.name == "docs":
         assert [line for line in prose(page).splitlines() if len(line) > 120 and not line.startswith("|")] == []
         assert lines[0].startswith("# ") and lines[2] == "```"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/check.md"])
+def test_the_number_of_rules_is_the_present_one(page: str) -> None:
+    assert {*re.findall(r"(\d+) rules", (ROOT / page).read_text())} == {str(len(RULES))}
 
 
 def test_words_are_plain() -> None:
