@@ -158,7 +158,8 @@ def change_of(family: str, attention: str, bf16: bool, turn: int, tiny: Path, da
     return {
         "base_model": str(folder),
         "special_tokens": {"pad_token": "</s>"},
-        "datasets": [{"path": str(data), "type": "alpaca"}],
+        "datasets": [{"path": str(data), "type": "alpaca", "split": "train[:16]"}],
+        "dataset_num_proc": 1,
         "sequence_len": 320,  # most rows are shorter
         "bf16": bf16,
         "attn_implementation": attention,

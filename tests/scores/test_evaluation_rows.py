@@ -107,8 +107,10 @@ TYPES: dict[str, tuple[Config, list[dict[str, Any]], list[str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("on_inputs", [False, True])
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(
+    ("kind", "on_inputs"),
+    [*((kind, False) for kind in TYPES), *((kind, True) for kind in ("alpaca", "messages", "input_output"))],
+)
 def test_prompts_and_references_of_own_rows_are_what_was_trained(
     own: OwnRun, tmp_path: Path, kind: str, on_inputs: bool
 ) -> None:
