@@ -270,14 +270,51 @@ def test_text_of_a_run_neither_breaks_its_card_nor_is_markdown_or_html(run: RunD
     assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1", *["h2"] * 7]
 
 
-def test_a_rehearsal_is_marked_and_never_pushed(run: RunDir, tmp_path: Path) -> None:
-    run.write(record(tmp_path, rehearsal=True, differences=[Difference(**PATH, why="profile rehearsal")]))
-    evaluated(run)
-    front, text = published(run)
-    assert "[!WARNING]" in text and "model-index" not in front
-    assert "2411.10129" in text and "published" not in text and "CC-BY" not in text
-    with pytest.raises(UserError, match="rehearsal"):
-        publish.publish(run, push="someone/model")
+MINE = {"recipe": "mine", "data": [DataFile(path="mine.jsonl", sha256="b" * 64, bytes=9, rows=40)]}
+VARIANT = {"variant_of": RECIPE, "of_variant": [Difference(**PATH, why="variants/mine.yaml")]}
+OWN = {"base_model": "owner/model", "datasets": [{"path": "owner/data", "type": "chat_template"}]}
+MIRROR = "NousResearch/Meta-Llama-3-8B"
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "base", "front", "said", "unsaid"),
+    [
+        (
+            {"rehearsal": True, "differences": [Difference(**PATH, why="profile rehearsal")]}, {}, BASE,
+            {"model-index": None}, ["[!WARNING]", "2411.10129"], ["published", "CC-BY"],
+        ),
+        (
+            {"recipe": "mine", "data": []}, OWN, "owner/model",
+            {"base_model": "owner/model", "datasets": ["owner/data"], "license": None},
+            ["https://huggingface.co/owner/model"],
+            ["study", "2411.10129", "CC-BY", "published", "Below is an instruction", "code-review"],
+        ),
+        (MINE | VARIANT, {}, BASE, {}, ["mine.jsonl", "other data"], ["CC-BY", "published", "code-review"]),
+        (
+            MINE | VARIANT | {"rehearsal": True}, {}, BASE,
+            {"model-index": None}, ["mine.jsonl", "other data"], ["CC-BY", "published", "code-review"],
+        ),
+        (
+            {"profiles": ["mirror"]}, {}, MIRROR,
+            {"base_model": MIRROR, "license": "llama3"}, [f"recipe run {RECIPE} --profile mirror\n"], [],
+        ),
+    ],
+)  # fmt: skip
+def test_a_card_claims_no_more_than_the_run_was(
+    run: RunDir, tmp_path: Path, changes: dict[str, Any], settings: dict[str, Any], base: str, front: dict[str, Any],
+    said: list[str], unsaid: list[str],
+) -> None:  # fmt: skip
+    run.write(record(tmp_path, **changes))
+    run.config.write_text(yamlfiles.write_yaml(recipe_config(RECIPE) | settings))
+    adapter_for(run, base)
+    evaluated(run, test_set=None)
+    found, text = published(run)
+    assert {key: found.get(key) for key in front} == front
+    assert [word for word in said if word not in text] == []
+    assert [word for word in unsaid if word in text or word in found["tags"]] == []
+    if changes.get("rehearsal"):
+        with pytest.raises(UserError, match="rehearsal"):
+            publish.publish(run, push="someone/model")
 
 
 @pytest.mark.parametrize("state", ["interrupted", "failed", "running"])  # nothing runs, so that it was interrupted
@@ -309,34 +346,6 @@ def test_a_card_says_when_scores_are_missing_or_of_other_rows(
     assert "Test Subset 1, 5,000 rows" in text and OF_THE_SAME not in text
 
 
-def test_a_recipe_of_ones_own_has_a_card_without_a_study(run: RunDir, tmp_path: Path) -> None:
-    run.write(record(tmp_path, recipe="mine", data=[]))
-    own = {"base_model": "owner/model", "datasets": [{"path": "owner/data", "type": "chat_template"}]}
-    run.config.write_text(yamlfiles.write_yaml(recipe_config(RECIPE) | own))
-    adapter_for(run, "owner/model")
-    evaluated(run)
-    front, text = published(run)
-    assert (front["base_model"], front["datasets"]) == ("owner/model", ["owner/data"])
-    assert "license" not in front and "code-review" not in front["tags"]
-    assert "https://huggingface.co/owner/model" in links(text)
-    for absent in ("study", "2411.10129", "CC-BY", "published", "Below is an instruction"):
-        assert absent not in text
-
-
-@pytest.mark.parametrize("rehearsal", [False, True])
-def test_the_card_of_a_variant_on_other_data_claims_nothing_of_its_study(
-    run: RunDir, tmp_path: Path, rehearsal: bool
-) -> None:
-    data = [DataFile(path="mine.jsonl", sha256="b" * 64, bytes=9, rows=40)]
-    differs = {"variant_of": RECIPE, "of_variant": [Difference(**PATH, why="variants/mine.yaml")]}
-    run.write(record(tmp_path, recipe="mine", rehearsal=rehearsal, data=data, **differs))
-    evaluated(run, test_set=None)
-    front, text = published(run)
-    assert "code-review" not in front["tags"]
-    assert ["mine.jsonl", "40", "b" * 64] in [row for table in tables(text) for row in table]
-    assert "other data" in text and "CC-BY" not in text and "published" not in text
-
-
 @pytest.mark.parametrize(
     ("licence", "expected"),
     [
@@ -351,14 +360,6 @@ def test_a_licence_is_named_as_the_hub_knows_it(
     front, text = published(run)
     assert {key: value for key, value in front.items() if key.startswith("license")} == expected
     assert "Built with" not in text
-
-
-def test_a_mirror_has_the_licence_of_the_model_that_it_copies(run: RunDir, tmp_path: Path) -> None:
-    adapter_for(run, "NousResearch/Meta-Llama-3-8B")
-    run.write(record(tmp_path, profiles=["mirror"]))
-    front, text = published(run)
-    assert (front["base_model"], front["license"]) == ("NousResearch/Meta-Llama-3-8B", "llama3")
-    assert blocks(text)["sh"] == f"recipe run {RECIPE} --profile mirror\n"
 
 
 class Hub:
