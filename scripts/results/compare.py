@@ -48,14 +48,9 @@ def several(names: Sequence[str], runs: Path, asked: Sequence[str] = ()) -> list
     """
     named = columns_of(None, asked) if asked else {}
     found = {name: _of_run(name, runs, named) for name in names if not Path(name).is_file()}
-    beside: dict[str, Column] = {}
-    for of_run in found.values():
-        beside |= of_run.columns
-    for name in names:
-        if name not in found:
-            columns = beside | named or columns_of()
-            plain = {name: column for name, column in columns.items() if name not in declared_models(columns)}
-            found[name] = _scored(read_rows(Path(name)), plain)
+    beside = {name: column for of_run in found.values() for name, column in of_run.columns.items()}
+    for name in (name for name in names if name not in found):
+        found[name] = _scored(read_rows(Path(name)), beside | named or columns_of())
     return [found[name] for name in names]
 
 
@@ -66,9 +61,10 @@ def _of_run(name: str, runs: Path, named: dict[str, Column]) -> ScoredRows:
     if not rows or not evaluation or changed(folder, evaluation):
         problem = changed(folder, evaluation) or "not evaluated"
         raise UserError(f"{folder}: {problem}; `recipe evaluate {folder}` comes first")
-    scored = _scored(rows, evaluation.columns | named)
-    for judged in declared_models(scored.columns):
-        scored.models[judged] = model_record(scored.columns[judged], evaluation.scores)
+    scored = _scored(rows, columns := evaluation.columns | named)
+    for judged in declared_models(columns):
+        scored.columns[judged] = columns[judged]
+        scored.models[judged] = model_record(columns[judged], evaluation.scores)
         for new, row in zip(scored.rows, rows, strict=True):
             new[judged] = row.get(judged)
     return scored
@@ -76,8 +72,9 @@ def _of_run(name: str, runs: Path, named: dict[str, Column]) -> ScoredRows:
 
 def _scored(rows: Sequence[Row], columns: dict[str, Column]) -> ScoredRows:
     """Rows scored with those of some columns that have a score for each row and need no judge."""
-    of_rows = {name: column for name, column in columns.items() if column.metric.of_rows}
-    return ScoredRows(with_scores(rows, of_rows, dict.fromkeys(declared_models(of_rows))), of_rows)
+    judged = declared_models(columns)
+    of_rows = {name: column for name, column in columns.items() if column.metric.of_rows and name not in judged}
+    return ScoredRows(with_scores(rows, of_rows, {}), of_rows)
 
 
 def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:

@@ -29,7 +29,6 @@ _SPARE = (
 )
 _BELOW = ("trouble", "changed", "variant of", "jobs", "predictions", "adapter")
 _HEADINGS = {
-    "train_loss": "train loss",
     "trainable": "trainable",
     "peak_gpu_memory_gib": "peak GPU GiB",
     "tokens_per_second": "tokens/s",

@@ -18,7 +18,7 @@ from ..runs.records import Summary
 from ..scores.intervals import Interval
 from ..scores.score import model_record
 from . import compare, repeats
-from .compare import CurveGap, Point
+from .compare import CurveGap
 from .run_rows import RunResult
 
 GIB = 1 << 30
@@ -58,9 +58,7 @@ class StudyRow:
         runs: the representative run, and behind it those that repeat it; none where it was not run.
         scores: by the names of the study's metrics.
         measured: the other published figures.
-        curve: the points of the published curve.
-        losses: the run's training loss at its steps.
-        gap: its distance from the curve.
+        gap: the distance of the run's training loss from the published curve.
         gap_verdict: the verdict on that.
         differs: the settings that the paper states and the run changed.
         open: those that the paper leaves open, with the run's values.
@@ -71,8 +69,6 @@ class StudyRow:
     runs: list[RunResult]
     scores: dict[str, MetricRow]
     measured: Measured
-    curve: list[Point]
-    losses: list[Point]
     gap: CurveGap | None
     gap_verdict: str | None
     differs: list[str]
@@ -93,11 +89,9 @@ class StudyRow:
         return run.summary.train_seconds * run.run.ranks / 3600 if run and self.on_gpu else None
 
     def costs(self) -> dict[str, tuple[float | None, float | None]]:
-        """What the run took and how its loss ended, each beside what was published."""
+        """What the run took, each beside what was published."""
         published, ours = self.measured, self.chosen.summary if self.chosen else _NOTHING
-        ended = self.losses and self.losses[-1][0] == self.curve[-1][0]
         return {
-            "train_loss": (self.losses[-1][1] if ended else None, self.curve[-1][1] if self.curve else None),
             "trainable": (ours.trainable_parameters, published.trainable),
             "peak_gpu_memory_gib": (
                 ours.peak_memory if self.on_gpu else None,
@@ -185,8 +179,6 @@ def _row(of_study: Study, recipe: str, found: list[RunResult], rehearsal: bool) 
         runs=found,
         scores={name: _by_metric(of_study, column, found, aim) for name, column in of_study.columns.items()},
         measured=aim.measured if aim else Measured(),
-        curve=curve,
-        losses=losses,
         gap=gap,
         gap_verdict=gap_verdict,
         differs=differs,
