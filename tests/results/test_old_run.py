@@ -31,14 +31,6 @@ def test_an_old_run_is_listed(recipe: Recipe, old_run: Path) -> None:
     assert NAME in recipe("results", "haider2024", "--rehearse").stdout
 
 
-def test_an_old_run_that_has_trained_on_since_its_evaluation_is_stale(recipe: Recipe, old_run: Path) -> None:
-    record = orjson.loads((file := old_run / "run.json").read_bytes())
-    record["launches"][-1]["ended"] = "2999-01-01T00:00:00+00:00"
-    file.write_bytes(orjson.dumps(record))
-    (row,) = orjson.loads(recipe("results", "--json").stdout)
-    assert (row["evaluation"], row["bleu4"]) == ("stale", None)
-
-
 def test_an_old_run_is_reported_and_compared_but_not_published_without_its_adapter(
     recipe: Recipe, old_run: Path, tmp_path: Path
 ) -> None:
