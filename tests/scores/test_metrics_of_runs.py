@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 from conftest import SHARED, Recipe
-from run_folders import STUDY, a_tiny_run
+from run_folders import STUDY, a_run, a_tiny_run
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import write_rows
@@ -15,7 +15,7 @@ from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate, score
 from qlora_recipes.scores.evaluate import EvaluationRequest
-from qlora_recipes.scores.evaluations import Completion, Evaluation, read_predictions
+from qlora_recipes.scores.evaluations import Completion, Evaluation, read_predictions, read_scores
 
 if TYPE_CHECKING:
     from qlora_recipes.scores.reference import Reference
@@ -94,6 +94,22 @@ def test_a_further_decoding_is_evaluated_beside_the_usual_one(
         evaluated(run, decoding="smpled")
     words = EvaluationRequest(metrics=["chrf"], decoding="sampled").options()
     assert words[-4:] == ["--decoding", "sampled", "--metric", "chrf"]
+
+
+def test_the_first_two_predictions_are_shown_wrapped_and_cut(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_run = a_run(tmp_path / "runs", "haider2024/llama-2-7b", "20260101-000000-a", 5.0).path
+    texts = [("short", "Reuse it."), ("Why not reuse the pool? " * 40, ""), ("short", "x")]
+    rows = ({"row": i, "reference": text, "prediction": answer} for i, (text, answer) in enumerate(texts))
+    write_rows(of_run / "predictions.jsonl", rows)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: read_scores(of_run))
+    monkeypatch.setenv("COLUMNS", "60")
+    shown, empty, scores = recipe("evaluate", "latest").stdout.split("\n\n")
+    assert shown == "row 1\nreference   short\nprediction  Reuse it."
+    assert len(empty.splitlines()) == 8 and all(len(line) <= 60 for line in empty.splitlines())
+    assert scores.startswith("rows ")
+    assert "row 1" not in recipe("evaluate", "latest", "--json").stdout
 
 
 def test_predictions_are_scored_by_other_fields(recipe: Recipe, tmp_path: Path) -> None:

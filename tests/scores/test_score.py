@@ -1,6 +1,4 @@
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +6,7 @@ import orjson
 import pytest
 from conftest import SHARED, Recipe
 
-from qlora_recipes.metrics import registry
-from qlora_recipes.metrics.metric import Metric
 from qlora_recipes.metrics.text import bleu4
-from qlora_recipes.results import compare
 from qlora_recipes.scores import score
 from qlora_recipes.scores.score import columns_of
 
@@ -44,26 +39,6 @@ def test_rows_keep_their_own_scores_and_their_means_are_the_scores() -> None:
     assert scores["sacrebleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
 
 
-def test_a_metric_is_an_entry_in_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    length = Metric(
-        name="length",
-        label="length in characters",
-        hub_type="length",
-        low=0,
-        high=None,
-        source="this test",
-        of_rows=lambda pairs, _: [float(len(prediction)) for _, prediction in pairs],
-    )
-    monkeypatch.setitem(registry.METRICS, "length", length)
-    columns = columns_of(None, ["length", "bleu4"])
-    scores, rows = score.score(ROWS, columns)
-    assert scores["length"] == statistics.fmean(len(row["prediction"]) for row in ROWS)
-    low, high = scores["intervals"]["length"]
-    assert low <= scores["length"] <= high
-    compared = compare.compare(*(compare.ScoredRows(rows, columns) for _ in range(2)))
-    assert [row["score"] for row in compared] == ["length", "bleu4"]
-
-
 def test_older_scores_of_rows_are_dropped() -> None:
     before = [row | {"bertscore_f1": 0.5, "bleu4": 1.0, "exact": True} for row in ROWS[:2]]
     assert scored([*before, *ROWS[2:]]) == scored(ROWS)
@@ -90,18 +65,6 @@ def test_the_command_prints_scores_and_writes_rows(recipe: Recipe, tmp_path: Pat
     assert orjson.loads(result.stdout) == scored(ROWS)[0]
     assert list(map(orjson.loads, (tmp_path / "scored.jsonl").read_bytes().splitlines())) == scored(ROWS)[1]
     assert "bleu4" in recipe("score", "pairs.jsonl").stdout
-
-
-def test_scoring_imports_nothing_that_takes_longer_than_the_scores(tmp_path: Path) -> None:
-    (tmp_path / "pairs.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in ROWS))
-    code = (
-        "import sys; from qlora_recipes.cli import main; main(sys.argv[1:]); print(sys.modules.keys() & "
-        "{'scipy', 'sklearn', 'pandas', 'torch'}, file=sys.stderr); import scipy.stats"  # it can still be imported
-    )
-    command = [sys.executable, "-c", code, "score", "pairs.jsonl"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1] == "set()"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs CodeReviewer's predictions, which are not ours to ship")

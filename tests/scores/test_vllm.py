@@ -82,12 +82,8 @@ def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run: R
     assert settings.agreement and settings.agreement.rows == 5  # but the stand-in only repeats prompts
     given, environment, process = json.loads((stand_in / "bin" / "given.json").read_text())
     assert not psutil.pid_exists(process)
-    expected = {
-        "--host": "127.0.0.1",
-        "--tokenizer": str(run.output),
-        "--dtype": "float32",
-        "--generation-config": "vllm",
-    }
+    expected = {"--host": "127.0.0.1", "--tokenizer": str(run.output), "--dtype": "float32"}
+    expected |= {"--generation-config": "vllm"}
     assert given | expected == given
     assert given["--lora-modules"] == f"adapter={run.output}"
     assert (Path(given["--model"]) / "model.safetensors").is_file()
@@ -97,12 +93,8 @@ def test_vllm_is_started_with_the_runs_model_and_ends_with_the_evaluation(run: R
     log = (run.path / "vllm.log").read_text()
     assert log.startswith("INFO this is vLLM")
     assert not list(run.path.rglob("*.part.*"))
-
-
-def test_a_base_model_alone_is_served_without_lora(run: RunDir, stand_in: Path) -> None:
     evaluated(run, engine="vllm", adapter="none")
-    given, *_ = json.loads((stand_in / "bin" / "given.json").read_text())
-    assert "--lora-modules" not in given
+    assert "--lora-modules" not in json.loads((stand_in / "bin" / "given.json").read_text())[0]
 
 
 def test_on_a_gpu_the_adapter_is_served_as_lora(run: RunDir, stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
