@@ -79,8 +79,14 @@ def _tokenizer(stemmed: bool) -> Callable[[str], list[str]]:
 
     if not stemmed:
         return lambda text: list(tokenize(text, None))
-    from nltk.stem.porter import PorterStemmer
-
+    # nltk imports these two where they are installed, for what is not used here, and that takes 2 s
+    hidden: dict[str, Any] = dict.fromkeys({"scipy", "sklearn"} - sys.modules.keys())
+    sys.modules.update(hidden)  # None has an import raise ModuleNotFoundError
+    try:
+        from nltk.stem.porter import PorterStemmer
+    finally:
+        for name in hidden:
+            del sys.modules[name]
     once = SimpleNamespace(stem=cache(PorterStemmer().stem))
     return lambda text: list(tokenize(text, once))
 

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 from conftest import Recipe
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_recipes.base import paths, yamlfiles
@@ -62,6 +62,7 @@ def comments(text: str) -> list[str]:
     return [comment.strip() for comment in found if "yaml-language-server" not in comment]
 
 
+@settings(max_examples=25)  # each composes and checks a variant
 @given(OVERRIDES)
 def test_a_variant_keeps_every_comment_is_clean_and_differs_in_just_what_was_changed(
     tmp_path_factory: pytest.TempPathFactory, overrides: tuple[tuple[str, Any], ...]
