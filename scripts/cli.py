@@ -18,7 +18,7 @@ from .base import paths
 from .base.errors import UserError, WorkFailed
 from .base.files import DISK_FULL, RESERVED_BYTES, free_bytes
 from .base.progress import say
-from .commands import after, before, recipes, reproducing, running, scoring, upkeep
+from .commands import after, before, recipes, running, scoring, upkeep
 from .commands.help import Verbs
 
 FIRST_STEPS = """\
@@ -54,7 +54,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _heading in (recipes, before, running, reproducing, scoring, after, upkeep):
+for _heading in (recipes, before, running, scoring, after, upkeep):
     app.add_typer(_heading.verbs)
 
 

@@ -12,7 +12,6 @@ from .. import tables
 from ..base import yamlfiles
 from ..base.paths import recipe_names
 from ..base.progress import Bar, harmless, say
-from . import completion
 from .data import verbs as data_verbs
 from .help import Verb, next_step, over
 from .options import (
@@ -21,6 +20,7 @@ from .options import (
     Names,
     Overrides,
     Profiles,
+    complete_gpus,
     single_name,
 )
 
@@ -61,7 +61,7 @@ def check_verb(
         str | None,
         typer.Option(
             metavar="NAME",
-            autocompletion=completion.gpus,
+            autocompletion=complete_gpus,
             help="The GPU it is for, as T4 or sm_75; by default this machine's.",
         ),
     ] = None,
@@ -151,7 +151,7 @@ def plan_verb(
         str | None,
         typer.Option(
             metavar="NAME",
-            autocompletion=completion.gpus,
+            autocompletion=complete_gpus,
             help="The card, as T4, or its memory, as 24GB; by default this machine's, or a table of memory sizes.",
         ),
     ] = None,

@@ -10,9 +10,8 @@ from ..base import yamlfiles
 from ..base.errors import meant
 from ..base.paths import find_recipe
 from ..base.progress import Bar, say
-from . import completion
 from .help import Verb, Verbs, next_step
-from .options import Json
+from .options import Json, complete_data_sets, complete_studies
 
 if TYPE_CHECKING:
     from ..data.study import Study
@@ -35,7 +34,7 @@ def fetch_verb(
         str | None,
         typer.Argument(
             metavar="[DATA]",
-            autocompletion=completion.data_sets,
+            autocompletion=complete_data_sets,
             help="The data set, or its study's name; needed where there are several.",
         ),
     ] = None,
@@ -97,7 +96,7 @@ def prepare_verb(
         typer.Option(
             "--study",
             metavar="S",
-            autocompletion=completion.studies,
+            autocompletion=complete_studies,
             help="The study; needed where several have such raw files.",
         ),
     ] = None,

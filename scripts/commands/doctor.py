@@ -15,21 +15,20 @@ import orjson
 from packaging.requirements import InvalidRequirement, Requirement
 
 from ..base import hub, machine, paths, yamlfiles
-from ..base.machine import Card
 
-NEEDS = {11: 450, 12: 525, 13: 580}
-"""Oldest driver for each major version of CUDA (NVIDIA, "CUDA Compatibility", minor version compatibility)."""
-OLDER_CUDA, BEYOND = "12.6", (10, 0)
-"""CUDA of `make setup CUDA=` for older drivers, and the first compute capability that torch's build for it lacks."""
+OLDER_CUDA = "12.6"
+"""CUDA of `make setup CUDA=` for older drivers and GPUs."""
 TIMEOUT = 180
 """Seconds for importing torch; minutes on a slow network disk."""
 _PROBE = """
 import json, torch
-facts = {"version": torch.__version__, "cuda": torch.version.cuda, "arch": torch.cuda.get_arch_list(), "problem": ""}
+facts = {"version": torch.__version__, "cuda": torch.version.cuda, "problem": ""}
 try:
+    for i in range(torch.cuda.device_count()):
+        torch.ones(1, device=f"cuda:{i}").add(1).item()
     torch.cuda.init()
 except Exception as error:
-    facts["problem"] = str(error).partition("\\n")[0]
+    facts["problem"] = str(error).strip().partition("\\n")[0]
 print(json.dumps(facts | {"gpus": torch.cuda.device_count()}))
 """
 _OF_TORCH = re.compile(r"(nvidia|cuda)-(?!ml-py)")  # packages that torch brings for the CUDA that it is built for
@@ -62,21 +61,13 @@ class Line:
 def examine() -> list[Line]:
     """Run every check; one that fails is a line too."""
     lines: list[Line] = []
-    for name, check in {"GPU": check_cuda, "lock": check_lock, "hub": check_hub, "disk": check_disks}.items():
+    for name, check in {"torch": check_torch, "lock": check_lock, "hub": check_hub, "disk": check_disks}.items():
         try:
             lines += check()
         except Exception as error:  # a broken environment can raise anything
             text = f"the check failed: {type(error).__name__}: {error}"
             lines.append(Line(name, "wrong", text, "if the other lines do not explain it, report this output"))
     return lines
-
-
-def check_cuda() -> Iterator[Line]:
-    """Check torch, the driver and the GPUs."""
-    cards, facts = machine.gpus(), ask_torch()
-    yield from check_torch(cards, facts, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    yield from check_driver(cards, facts)
-    yield from check_gpus(cards, facts)
 
 
 def ask_torch() -> Facts:
@@ -91,77 +82,29 @@ def ask_torch() -> Facts:
     return dict(orjson.loads(done.stdout.splitlines()[-1]))
 
 
-def check_torch(cards: list[Card], facts: Facts, visible: str | None) -> Iterator[Line]:
-    """Check that torch can be imported and sees the GPUs; `visible` is CUDA_VISIBLE_DEVICES."""
+def check_torch() -> Iterator[Line]:
+    """Check that torch can be imported, and that it computes on each GPU."""
+    cards, facts, visible = machine.gpus(), ask_torch(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if "error" in facts:
         yield Line("torch", "wrong", f"cannot be imported: {facts['error']}", "reinstall it", install_torch())
         return
-    text = f"{facts['version']}, built {'for CUDA ' + facts['cuda'] if facts['cuda'] else 'without CUDA'}"
-    if cards and not facts["cuda"]:
-        yield Line("torch", "wrong", f"{text}: it cannot use the GPU", "install a build for CUDA", install_torch())
-    elif cards and not facts["gpus"] and visible is not None:
-        hidden = f"{text}; CUDA_VISIBLE_DEVICES={visible} hides the GPUs"
-        yield Line("torch", "note", hidden, "unset it to use them", "unset CUDA_VISIBLE_DEVICES")
-    elif cards and not facts["gpus"]:
-        remedy = "see the line on the driver; if that is ok, restart the machine"
-        yield Line("torch", "wrong", f"{text}, sees no GPU: {facts['problem']}", remedy)
-    else:
-        yield Line("torch", "ok", text)
-
-
-def check_driver(cards: list[Card], facts: Facts) -> Iterator[Line]:
-    """Check the driver's version against the CUDA that torch is built for."""
+    built = f"{facts['version']}, built {'for CUDA ' + facts['cuda'] if facts['cuda'] else 'without CUDA'}"
+    yield Line("torch", "ok", built)
     if not cards:
-        text = "no NVIDIA driver with a GPU: rehearsals, checks, plans and reports work; trainings need one"
-        yield Line("driver", "note", text, "if this machine has a GPU, `nvidia-smi` shows why it is not found")
+        found = "no NVIDIA driver with a GPU: rehearsals, checks, plans and reports work; trainings need one"
+        yield Line("GPU", "note", found, "if this machine has a GPU, `nvidia-smi` shows why it is not found")
         return
-    installed, cuda = cards[0]["driver"], facts.get("cuda")
-    needed = NEEDS.get(int(cuda.partition(".")[0]), 0) if cuda else 0
-    number = int(installed.partition(".")[0])
-    if number >= needed:
-        yield Line("driver", "ok", f"{installed}{f'; CUDA {cuda} needs {needed} or newer' if cuda else ''}")
-        return
-    text = f"{installed}; torch's CUDA {cuda} needs {needed} or newer"
-    if number >= NEEDS[12] and all(_capability(card) < BEYOND for card in cards):
-        remedy = f"install a newer driver, or torch's build for CUDA {OLDER_CUDA}"
-        yield Line("driver", "wrong", text, remedy, install_torch(OLDER_CUDA))
+    kinds = dict.fromkeys(f"{card['name']} ({card['compute_capability']}), driver {card['driver']}" for card in cards)
+    found = "; ".join(kinds)
+    if not facts["gpus"] and visible is not None:
+        hidden = f"{found}; CUDA_VISIBLE_DEVICES={visible} hides it"
+        yield Line("GPU", "note", hidden, "unset it to use the GPU", "unset CUDA_VISIBLE_DEVICES")
+    elif facts["problem"] or not facts["gpus"]:
+        remedy = f"install a newer driver, or torch's build for CUDA {OLDER_CUDA}, which has kernels for older GPUs"
+        problem = f"{found}; torch does not compute on it: {facts['problem'] or built}"
+        yield Line("GPU", "wrong", problem, remedy, install_torch(OLDER_CUDA))
     else:
-        yield Line("driver", "wrong", text, "install a newer driver")
-
-
-def check_gpus(cards: list[Card], facts: Facts) -> Iterator[Line]:
-    """Check each kind of GPU for kernels in torch's build."""
-    kinds = {f"{card['name']}, {card['memory_gib']:g} GiB": card for card in cards}
-    for name, card in kinds.items():
-        capability, built = _capability(card), facts.get("arch", [])
-        text = f"{name}, compute capability {card['compute_capability']}"
-        lacks = f"{text}; torch has no kernels for it, only for {', '.join(built)}"
-        if has_kernels(capability, built):
-            yield Line("GPU", "ok", text)
-        elif facts["cuda"] != OLDER_CUDA and capability < BEYOND:
-            remedy = f"try torch's build for CUDA {OLDER_CUDA}, which has kernels for older GPUs"
-            yield Line("GPU", "wrong", lacks, remedy, install_torch(OLDER_CUDA))
-        else:
-            remedy = f"take another GPU, or torch's default build, which needs driver {max(NEEDS.values())} or newer"
-            yield Line("GPU", "wrong", lacks, remedy, install_torch())
-
-
-def _capability(card: Card) -> tuple[int, int]:
-    major, minor = card["compute_capability"].split(".")
-    return int(major), int(minor)
-
-
-def has_kernels(capability: tuple[int, int], built: list[str]) -> bool:
-    """Whether torch's code runs on a GPU: sm_ code on later ones of its generation, compute_ code on all later ones.
-
-    True if nothing is known of the build.
-    """
-    for name in built:
-        if match := re.match(r"(sm|compute)_(\d+)(\d)", name):
-            since = int(match[2]), int(match[3])
-            if since <= capability and (match[1] == "compute" or since[0] == capability[0]):
-                return True
-    return not built
+        yield Line("GPU", "ok", found)
 
 
 def install_torch(cuda: str = "") -> str:

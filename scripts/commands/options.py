@@ -1,17 +1,19 @@
-"""Arguments and options that several verbs share, the values that they take, and which exclude or need one another."""
+"""Arguments and options that several verbs share: completion, values, and which exclude or need one another."""
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..base import paths, yamlfiles
 from ..base.errors import UserError
+from ..base.files import read_json
 from ..base.paths import find_recipe
 from ..base.progress import say
 from ..tables import Form
-from . import completion
 
 if TYPE_CHECKING:
     from ..backends import Backend
@@ -33,12 +35,92 @@ def whole_names(context: typer.Context, given: list[str] | None) -> list[str]:
     return [whole_name(context, name) or name for name in given or ()]
 
 
+def _beginning(incomplete: str, names: Sequence[str]) -> list[str]:
+    """The names that begin like this; where none does the ends of their paths that do, which stand for them."""
+    ends = ["/".join(name.split("/")[level:]) for name in names for level in range(1, name.count("/") + 1)]
+    whole, parts = ([name for name in dict.fromkeys(some) if name.startswith(incomplete)] for some in (names, ends))
+    return whole or parts
+
+
+def _yaml_files(incomplete: str) -> list[str]:
+    folder = incomplete.rpartition("/")[0]
+    place = Path(folder or ".")
+    files = sorted(place.iterdir()) if place.is_dir() else []
+    return [f"{folder}/{file.name}" if folder else file.name for file in files if file.suffix in (".yaml", ".yml")]
+
+
+def complete_recipes(incomplete: str) -> list[str]:
+    """Recipes, variants and YAML files."""
+    return _beginning(incomplete, [*paths.variant_names(), *paths.recipe_names(), *_yaml_files(incomplete)])
+
+
+def complete_runs(context: typer.Context, incomplete: str) -> list[str]:
+    """`latest`, the recipes that have runs, and these."""
+    folder = _runs_folder(context)
+    found = sorted(file.parent.relative_to(folder) for file in folder.rglob("run.json"))
+    of_recipes = dict.fromkeys(run.parent.as_posix() for run in found)
+    return _beginning(incomplete, [*["latest"][: len(found)], *of_recipes, *(run.name for run in found)])
+
+
+def complete_things(context: typer.Context, incomplete: str) -> list[str]:
+    """Runs as above, studies, and the sweeps that were started."""
+    folder = _runs_folder(context) / "sweeps"
+    files = sorted(file.relative_to(folder).as_posix() for file in folder.glob("*/*.json"))  # see Sweep.file
+    labels = [file.removesuffix(".json").replace(".rehearsal", "/rehearsal").replace("--", "/") for file in files]
+    return [
+        *complete_runs(context, incomplete),
+        *_beginning(incomplete, [*labels, *(study.name for study in paths.studies())]),
+    ]
+
+
+def _runs_folder(context: typer.Context) -> Path:
+    return Path(context.find_root().params.get("runs") or paths.runs())
+
+
+def complete_sweep_files(incomplete: str) -> list[str]:
+    """The shipped sweeps, and YAML files."""
+    shipped = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml"))
+    return _beginning(incomplete, [*shipped, *_yaml_files(incomplete)])
+
+
+def complete_profiles(incomplete: str) -> list[str]:
+    """The shipped profiles, and YAML files."""
+    shipped = sorted(file.stem for file in paths.PROFILES.glob("*.yaml"))
+    return _beginning(incomplete, [*shipped, *_yaml_files(incomplete)])
+
+
+def complete_gpus(incomplete: str) -> list[str]:
+    """The GPUs in the case that was begun with, without spaces, which would divide them for a shell."""
+    from ..configs.gpus import catalogue
+
+    names = [name.replace(" ", "-") for name in catalogue()]
+    names += [name.removeprefix("RTX-") for name in names]
+    matching = [name for name in names if name.lower().startswith(incomplete.lower())]
+    return [incomplete + name[len(incomplete) :] for name in dict.fromkeys(matching)]
+
+
+def complete_studies(incomplete: str) -> list[str]:
+    """The studies."""
+    return _beginning(incomplete, [folder.name for folder in paths.studies()])
+
+
+def complete_keys(incomplete: str) -> list[str]:
+    """The keys of Axolotl's configuration, each to be given a value."""
+    return _beginning(incomplete, [f"{key}=" for key in read_json(paths.RECIPES / "axolotl.schema.json")["properties"]])
+
+
+def complete_data_sets(incomplete: str) -> list[str]:
+    """The data sets of the studies."""
+    of_studies = (yamlfiles.read_yaml(folder / "study.yaml")["data"] for folder in paths.studies())
+    return _beginning(incomplete, [data["key"] for data in of_studies])
+
+
 Name = Annotated[
     str,
     typer.Argument(
         metavar="NAME|FILE",
         callback=whole_name,
-        autocompletion=completion.recipes,
+        autocompletion=complete_recipes,
         help="A recipe's name or a part of it (see `recipe list`), or a YAML file.",
     ),
 ]
@@ -47,7 +129,7 @@ Names = Annotated[
     typer.Argument(
         metavar="[NAME|FILE]...",
         callback=whole_names,
-        autocompletion=completion.recipes,
+        autocompletion=complete_recipes,
         help="Recipes' names or parts of them, or YAML files; by default all recipes.",
     ),
 ]
@@ -55,7 +137,7 @@ RunName = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        autocompletion=completion.runs,
+        autocompletion=complete_runs,
         help="A run's folder or a part of its name, a recipe for its newest run, or latest.",
     ),
 ]
@@ -63,14 +145,14 @@ Things = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[RUN|STUDY|SWEEP]...",
-        autocompletion=completion.things,
+        autocompletion=complete_things,
         help="A run's folder or a part of its name, a recipe for its newest run, latest, a study or a sweep.",
     ),
 ]
 PlannedGpu = Annotated[
     str | None,
     typer.Option(
-        "--gpu", metavar="NAME", autocompletion=completion.gpus, help="The GPU to plan for; by default this machine's."
+        "--gpu", metavar="NAME", autocompletion=complete_gpus, help="The GPU to plan for; by default this machine's."
     ),
 ]
 Jobs = Annotated[
@@ -81,7 +163,7 @@ SweepFile = Annotated[
     str | None,
     typer.Argument(
         metavar="[SWEEP]",
-        autocompletion=completion.sweep_files,
+        autocompletion=complete_sweep_files,
         help="A YAML file in Axolotl's sweep format, or the name of a shipped one.",
     ),
 ]
@@ -90,7 +172,7 @@ Profiles = Annotated[
     typer.Option(
         "--profile",
         metavar="P",
-        autocompletion=completion.profiles,
+        autocompletion=complete_profiles,
         help="Lay a profile over it: shipped, as mirror, an ungated copy of a gated model, or a file. Repeatable.",
     ),
 ]
@@ -99,7 +181,7 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        autocompletion=completion.keys,
+        autocompletion=complete_keys,
         help="Override a key (a.b.0.c reaches below). Repeatable.",
     ),
 ]
@@ -162,7 +244,7 @@ ExportedRun = Annotated[
     typer.Option(
         "--export",
         metavar="RUN|STUDY",
-        autocompletion=completion.runs,
+        autocompletion=complete_runs,
         help="Write the record of a run, or of a study's published predictions, to hand in; see CONTRIBUTING.md.",
     ),
 ]

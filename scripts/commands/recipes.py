@@ -10,9 +10,8 @@ from ..base import paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import Row
 from ..base.progress import harmless, say
-from . import completion
 from .help import Verb, next_step
-from .options import Json, Name, Overrides, whole_name
+from .options import Json, Name, Overrides, complete_recipes, whole_name
 
 HEADING = "Recipes"
 _COLUMNS = ("recipe", "epochs", "optimizer", "base model", "variant of")
@@ -129,7 +128,7 @@ def diff_verb(
         typer.Argument(
             metavar="A",
             callback=whole_name,
-            autocompletion=completion.recipes,
+            autocompletion=complete_recipes,
             help="A recipe's name or a YAML file, such as a run's config.yaml.",
         ),
     ],
@@ -138,7 +137,7 @@ def diff_verb(
         typer.Argument(
             metavar="[B]",
             callback=whole_name,
-            autocompletion=completion.recipes,
+            autocompletion=complete_recipes,
             help="Another; by default what A is a variant of.",
         ),
     ] = None,
@@ -174,7 +173,7 @@ def new_verb(
             "--from",
             metavar="BASE",
             callback=whole_name,
-            autocompletion=completion.recipes,
+            autocompletion=complete_recipes,
             help="The recipe or YAML file to start from.",
         ),
     ] = "start/qlora",

@@ -8,9 +8,8 @@ from .. import tables
 from ..base.errors import WorkFailed
 from ..base.paths import homes, shown
 from ..base.progress import say
-from . import completion
 from .help import Verb, Verbs, next_step
-from .options import Json
+from .options import Json, complete_studies
 
 HEADING = "Upkeep"
 verbs = typer.Typer()
@@ -89,7 +88,7 @@ def study_new_verb(
 def study_check_verb(
     name: Annotated[
         str,
-        typer.Argument(metavar="STUDY", autocompletion=completion.studies, help="The study, or a part of its name."),
+        typer.Argument(metavar="STUDY", autocompletion=complete_studies, help="The study, or a part of its name."),
     ],
     json: Json = False,
 ) -> None:

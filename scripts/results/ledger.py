@@ -24,8 +24,8 @@ from ..data.published import Baseline
 from ..data.study import Study
 from ..metrics.bertscore import ScorerModel
 from ..planning import planner
-from ..runs import launch, provenance
-from ..runs.records import Provenance, Run
+from ..runs import launch
+from ..runs.records import Provenance, Run, collect
 from ..runs.rundir import RunDir
 from ..scores import evaluations, published
 from ..scores.score import model_record
@@ -73,7 +73,7 @@ def export_predictions(of_study: Study, rows: Sequence[Row]) -> list[Path]:
             {
                 "made": datetime.now(UTC).date(),
                 "of": name,
-                "revision": _revision(provenance.collect()),
+                "revision": _revision(collect()),
                 "scores": {row["metric"]: _score(row["score"], row["low"], row["high"]) for row in scored},
                 "rows": scored[0]["rows"],
                 "texts_sha256": hashlib.sha256(pairs).hexdigest(),

@@ -14,8 +14,7 @@ from ..checks import trust
 from ..configs import datafiles, substitution
 from ..configs.compose import Composed, Request, filled
 from ..configs.datafiles import DataFile
-from ..runs import provenance
-from ..runs.records import Run
+from ..runs.records import Run, collect
 from ..runs.rundir import PLUGIN, RunDir, new_folder
 from ..scores import evaluation_rows
 
@@ -76,7 +75,7 @@ def record_of(composed: Composed, request: Request) -> Run:
         data=composed.data,
         test_data=datafiles.test_file(composed.config),
         cwd=str(Path.cwd()),
-        provenance=provenance.collect(),
+        provenance=collect(),
     )
     usual = evaluation_rows.usual(record, composed.config)
     if usual and usual.file:

@@ -19,7 +19,7 @@ from ..configs.gpus import Gpu
 from ..metrics.metric import Column
 from ..planning import plan, planner
 from ..runs.records import Run
-from ..runs.rundir import RunDir, all_runs, note_versions
+from ..runs.rundir import RunDir, all_runs
 from ..runs.tasks import DONE, FAILED, SKIPPED, Command, Step, Task, TaskResult
 from ..scores import evaluate
 from ..scores.evaluate import EvaluationRequest, EvaluationTask
@@ -46,7 +46,6 @@ def existing_runs(runs: Path, recipe: str) -> dict[str, tuple[RunDir, Run]]:
             continue
         if run.digest not in found or run.state == "finished" or found[run.digest][1].state != "finished":
             found[run.digest] = (folder, run)
-    note_versions(found.values())
     return found
 
 

@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import backends, tables
+from .. import tables
 from ..backends import Backend
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, meant
+from ..base.files import Row
 from ..base.machine import LOCK_TIMEOUT, held
 from ..base.paths import find_recipe
 from ..base.progress import Bar, say
-from ..checks import check
 from ..configs import datafiles, models
 from ..configs.compose import MIRROR, Composed, Request
 from ..configs.config import parse_override
@@ -25,8 +25,8 @@ from ..metrics.registry import SCORER
 from ..planning import plan
 from ..planning.planner import GIB
 from ..runs.tasks import TaskResult
-from ..scores.evaluate import REHEARSED, EvaluationRequest
-from ..scores.score import declared_models, scorer_models
+from ..scores.evaluate import EvaluationRequest
+from ..scores.score import declared_models
 from .pipeline import Pipeline, require_scorer_models, seeds_of
 
 
@@ -109,116 +109,71 @@ def outline(
     backend: Backend,
     gpu: Gpu | None,
     seeds: int = 1,
-) -> dict[str, Any]:
+) -> dict[str, list[Any]]:
     """What `reproduce` would do with the same arguments; nothing is started, and plans alone are kept, in the cache.
 
     Args:
         gpu: the card to plan for, by default the backend's.
 
     Returns:
-        `data`, what would be fetched and prepared, in words; `recipes`, a row each: what would be trained, what that
-        takes, and on how many rows it would be evaluated; and `notes` on these.
+        `data`, what would be fetched and prepared, in words; and `recipes`, a row each: what would be trained, and what
+        that takes.
 
     Raises:
         UserError: a recipe that is named is not the study's.
     """
-    pipelines = [
-        Pipeline(result, asked, evaluation, backend, gpu) for result, asked in _wanted(of_study, request, only, seeds)
-    ]
-    gpu = gpu or backend.gpu()
-    test_rows = REHEARSED if request.rehearse else of_study.data.scored_rows
-    notes: list[str] = []
+    wanted = _wanted(of_study, request, only, seeds)
+    pipelines = [Pipeline(result, asked, evaluation, backend, gpu) for result, asked in wanted]
     rows = []
     with Bar("planning", len(pipelines)) as bar:
         for pipeline in pipelines:
             bar.begin(f"planning {pipeline.result.label}")
-            pipeline.look_up()
-            row, said = _outlined(pipeline, gpu)
-            rows.append(row | {"test rows": test_rows})
-            notes += said
+            rows.append(_outlined(pipeline))
             bar.update(len(rows))
-    if request.rehearse:
-        notes.append(
-            "a rehearsal takes some three minutes on two cores of a CPU; --dry-run without --rehearse plans the recipes"
-        )
-    else:
-        hours = [row["hours"] for row in rows if row["hours"]]
-        total = f"hours are of the training alone of each run, {sum(hours):.1f} in total" if hours else ""
-        notes.append(f"{total or 'hours are of the training alone'}; what generating and scoring takes is not planned")
-        if not gpu:
-            notes.append("whether it fits, and for how long it trains, is not known without a GPU; --gpu names one")
-        for name, by in scorer_models(of_study.columns, evaluation.judge).items():
-            if by is None and evaluation.judge is None:
-                notes.append(f"{declared_models(of_study.columns)[name].model}, for BERTScore, is to be fetched too")
-    configs = [pipeline.composed for pipeline in pipelines if pipeline.composed]
-    return {"data": _outlined_data(of_study, configs), "recipes": rows, "notes": list(dict.fromkeys(notes))}
+    return {"data": _outlined_data(of_study, [one.composed for one in pipelines if one.composed]), "recipes": rows}
 
 
-def _outlined(pipeline: Pipeline, gpu: Gpu | None) -> tuple[dict[str, Any], list[str]]:
-    """What would become of one recipe, and what is to be said of it."""
-    row: dict[str, Any] = {"recipe": pipeline.result.label, "training": "new"}
-    row |= dict.fromkeys(("fetch GB", "epochs", "steps", "needs GiB", "fits", "hours"))
+def _outlined(pipeline: Pipeline) -> Row:
+    """What would become of one recipe; hours are those of its training alone."""
+    row: Row = {"recipe": pipeline.result.label, "training": "new"}
+    row |= dict.fromkeys(("steps", "needs GiB", "fits", "hours", "problem"))
+    pipeline.look_up()
     if pipeline.existing:
         row["training"] = f"{pipeline.state}: {pipeline.existing[0].path}"
-        if pipeline.state == "finished":
-            return row, []
-    composed, request = pipeline.composed, pipeline.request
-    if composed is None:
-        return row | {"training": "refused"}, [f"{pipeline.result.label}: {pipeline.result.problem}"]
-    report = check.check(request, gpu, launching=not request.rehearse, composed=composed)
-    found = backends.relevant(pipeline.backend, report.findings)
-    errors = [finding for finding in found if finding.level == "error" and finding.scope != "data"]
-    notes = [
-        f"{row['recipe']}: refused as of now: {error.key}: {error.problem}{f'; {error.remedy}' if error.remedy else ''}"
-        for error in errors
-    ]
-    if errors:
-        row["training"] = "refused"
-    row["epochs"] = composed.config.get("num_epochs")
-    if request.rehearse:
-        return row | {"steps": datafiles.training_steps(composed.config)}, notes
+    if pipeline.state == "finished":
+        return row
+    if not pipeline.composed or not pipeline.check(with_data=False, starts=False):
+        return row | {"training": "refused", "problem": pipeline.result.problem}
+    if pipeline.request.rehearse:
+        return row | {"steps": datafiles.training_steps(pipeline.composed.config)}
     try:
-        planned = plan.of_request(request, gpu)
+        planned = plan.of_request(pipeline.request, pipeline.gpu)
     except UserError as error:
-        return row, [*notes, f"{pipeline.result.label}: not planned: {error}"]
+        return row | {"problem": f"not planned: {error}"}
     row["needs GiB"] = planned.memory.needed / GIB
-    if not models.find(composed.config).weights_here:
-        row["fetch GB"] = planned.frozen * 2 / 1e9  # in 16 bits
-    if gpu and gpu.memory:
-        row["fits"] = f"{gpu.name}: {'yes' if planned.cards[0].fits else 'no'}"
-    if work := planned.work:
-        row |= {"steps": work.steps, "hours": work.hours}
-        notes += [f"hours: {work.hours_are}"] if work.hours else []
-    return row, notes
+    if pipeline.gpu and pipeline.gpu.memory:
+        row["fits"] = f"{pipeline.gpu.name}: {'yes' if planned.cards[0].fits else 'no'}"
+    return row | ({"steps": planned.work.steps, "hours": planned.work.hours} if planned.work else {})
 
 
 def _outlined_data(of_study: Study, configs: list[Composed]) -> list[str]:
     """What would be fetched and prepared for some configs."""
     data = of_study.data
-    lines = []
-    for name, form in _needed_formats(of_study, configs):
-        if any(Path(form.folder).glob("[!.]*")):
-            lines.append(f"{form.folder}: there already")
-        else:
-            lines.append(f"{form.folder}: to be prepared, in the format {name}")
-    files = [*(data.raw_files if any("prepared" in line for line in lines) else ()), *_needed_beside(data, configs)]
-    if sources := missing(data, files):
-        sizes = [data.sources[name].bytes for name in sources]
-        size = f"{sum(filter(None, sizes)) / 1e6:,.0f} MB{'' if all(sizes) else ' and more'} " if any(sizes) else ""
-        lines.insert(0, f"{data.raw}: to be fetched, {size}from {data.source}")
-    return lines or ["nothing to fetch or prepare"]
+    forms = [form for form in _needed_formats(of_study, configs) if not any(Path(form[1].folder).glob("[!.]*"))]
+    sources = missing(data, [*(data.raw_files if forms else ()), *_needed_beside(data, configs)])
+    fetched = sum(data.sources[name].bytes or 0 for name in sources) / 1e6
+    lines = [f"{data.raw}: to be fetched, {fetched:,.0f} MB or more from {data.source}"] if sources else []
+    return lines + [f"{form.folder}: to be prepared, in the format {name}" for name, form in forms]
 
 
-def show_outline(outlined: dict[str, Any], form: tables.Form) -> None:
+def show_outline(outlined: dict[str, list[Any]], form: tables.Form) -> None:
     """What `outline` returns, on stdout."""
     if form == "json":
         tables.print_json(outlined)
         return
     for line in outlined["data"]:
         tables.print_text(f"data: {line}")
-    tables.print_table(outlined["recipes"], spare=["test rows", "epochs", "fetch GB"])
-    for note in outlined["notes"]:
-        tables.print_text(f"note: {note}")
+    tables.print_table(outlined["recipes"], below=["problem"])
 
 
 def lock(name: str) -> Path:

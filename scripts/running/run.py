@@ -5,16 +5,14 @@ its record; the others only launch their share of the ranks.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import psutil
 
 from .. import backends
 from ..backends import Backend
 from ..backends.slurm import Slurm
 from ..base import machine, paths, yamlfiles
-from ..base.errors import UserError, WorkFailed
+from ..base.errors import UserError
 from ..base.files import sha256
 from ..base.progress import Bar, say
 from ..checks import check, trust
@@ -23,15 +21,10 @@ from ..configs import datafiles, gpus
 from ..configs.compose import Composed, Request, compose, is_rehearsal
 from ..planning import plan
 from ..runs import launch
-from ..runs.launch import OutOfMemory
 from ..runs.records import Run
 from ..runs.rundir import RunDir, find_run, this_job
 from ..runs.tasks import Command, Task, TaskResult
 from .create import create
-
-_GIB = 2**30
-_LESS = 0.8  # of the planned memory, the most that a change may need: the overshoot is unknown
-_CHANGES = 3  # the most that are listed
 
 
 def prepare(request: Request, backend: Backend) -> Composed:
@@ -91,7 +84,7 @@ def start(request: Request, backend: Backend) -> RunDir:
     launch.require(Path.cwd())
     folder = create(composed, request)
     with folder.held() as lock:
-        train(folder, folder.read(), lock)
+        launch.train(folder, folder.read(), lock)
     return folder
 
 
@@ -171,7 +164,7 @@ def _resume_here(folder: RunDir, prepare_only: bool, own: bool) -> RunDir:
         if record.launches:
             begin = checkpoint.name if checkpoint else "the beginning: it has no whole checkpoint"
             say(f"resume {folder.path} from {begin}")
-        train(folder, record, lock, checkpoint)
+        launch.train(folder, record, lock, checkpoint)
     return folder
 
 
@@ -233,57 +226,3 @@ def _check_here(folder: RunDir, record: Run) -> None:
 def command(folder: RunDir, rows: str = "") -> Command:
     """The command that trains or resumes a run that is trusted; see `Command` for `rows`."""
     return Command("run", folder, ["resume", str(folder.path), "--trust"], rows)
-
-
-def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None) -> None:
-    """`launch.train`; where memory ran out it says how much there was and what to change.
-
-    Raises:
-        WorkFailed: as in `launch.train`.
-    """
-    try:
-        launch.train(folder, record, lock, checkpoint)
-    except OutOfMemory as error:
-        lines = _of_gpu(folder, record) if error.gpu else _of_machine(folder, record)
-        raise WorkFailed("\n".join([str(error), *lines])) from None
-
-
-def _measured(folder: RunDir, record: Run) -> str:
-    summary = folder.summary(record)
-    if summary.peak_memory is None:
-        return "nothing was measured before that"
-    return f"measured until then: {summary.peak_memory:.1f} GiB ({summary.memory_kind})"
-
-
-def _of_machine(folder: RunDir, record: Run) -> Iterator[str]:
-    """What is known where the kernel killed a process for the machine's memory; what the process needs of that is not
-    planned."""
-    memory = psutil.virtual_memory()
-    yield f"  {_measured(folder, record)}; of this machine's {memory.total / _GIB:.1f} GiB, "\
-          f"{memory.available / _GIB:.1f} are free now, and a job has less"  # fmt: skip
-    yield (
-        "  what to change: end other processes, ask for more memory for a job, or run anew with --set "
-        "dataloader_num_workers=0 --set dataset_num_proc=1; `dmesg` says whether the kernel killed it for memory"
-    )
-
-
-def _of_gpu(folder: RunDir, record: Run) -> Iterator[str]:
-    """What is known where a GPU's memory did not suffice, from a plan of the config and of milder ones."""
-    from ..planning import planner
-
-    config = yamlfiles.read_yaml(folder.config)
-    if (local := Path(record.cwd, str(config.get("base_model")))).is_dir():
-        config["base_model"] = str(local)
-    try:
-        needed = planner.planner_of(config, gpus.here())[0].required / _GIB
-        changes = plan.plan(config, gpus.here(), needed * _LESS / planner.USABLE, record.ranks)[0].changes
-    except UserError as error:
-        yield f"  {_measured(folder, record)}; memory is not planned: {error}"
-        return
-    yield f"  planned: {needed:.1f} GiB; {_measured(folder, record)}; `nvidia-smi` shows what else is on the GPU"
-    less = [change for change in changes if change.needed / _GIB < needed][:_CHANGES]
-    if less:
-        yield f"  what to change, `recipe run {record.recipe}` with, each beside those above it:"
-    for change in less:
-        sets = " ".join(f"--set {key}={yamlfiles.write_flow(value)}" for key, value in change.set.items())
-        yield f"    {sets}: {change.needed / _GIB:.1f} GiB; {change.effect}"

@@ -17,13 +17,12 @@ from filelock import FileLock, Timeout
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, WorkFailed
-from ..base.files import opened, reserved, where_full
+from ..base.files import Row, opened, reserved, where_full
 from ..base.machine import now, start_child, stop_requests
 from ..base.progress import TrainingProgress, say
 from ..configs import numerics
 from ..configs.gpus import CPU_RANKS
-from . import health, provenance
-from .records import Ended, FileState, Launch, Run, State
+from .records import Ended, FileState, Launch, Run, State, collect
 from .rundir import RunDir, summarise, this_job
 
 AXOLOTL = Path(sys.executable).with_name("axolotl")
@@ -32,15 +31,10 @@ _RANK_KILLED = re.compile(r"exitcode\s*: -9\b")  # as torchrun says it
 _OF_TORCHRUN = re.compile("^.*torch/distributed/elastic/multiprocessing/api.py", re.MULTILINE)  # 50 lines at the end
 _REFUSED = re.compile(r"^(?:([\w.]+)\n)?  (?:Value error, )?(.+?) \[type=\w+, input_value=", re.MULTILINE)  # pydantic's
 _KILLED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
+_LESS_MEMORY = (
+    "end other processes, give a job more, or run anew with --set dataloader_num_workers=0 --set dataset_num_proc=1"
+)
 LAST_SECONDS = 15  # for ranks to end by themselves once one of them has failed
-
-
-class OutOfMemory(WorkFailed):
-    """Memory did not suffice, or so it seems; `gpu` is whether that of a GPU."""
-
-    def __init__(self, message: str, gpu: bool):
-        super().__init__(message)
-        self.gpu = gpu
 
 
 def require(cwd: Path) -> None:
@@ -67,11 +61,11 @@ def train(folder: RunDir, record: Run, lock: int, checkpoint: Path | None = None
     Raises:
         UserError: see `require`; nothing was recorded.
         OSError: there is no room for the record of a launch; nothing was recorded.
-        WorkFailed: Axolotl failed, or the run was interrupted; `OutOfMemory` where memory did not suffice.
+        WorkFailed: Axolotl failed, or the run was interrupted.
     """
     require(Path(record.cwd))
     if not record.launches:
-        here = provenance.collect()  # of the machine that trains it, which may have the sources without their history
+        here = collect()  # of the machine that trains it, which may have the sources without their history
         record.provenance = here | {"git": here["git"] or record.provenance.get("git")}
     _drop_half_prepared(folder, record)
     launch = Launch(
@@ -115,7 +109,7 @@ def _require_finished(folder: RunDir, record: Run, launch: Launch, stopped: bool
     if record.state == "interrupted":
         if launch.exit_code == -signal.SIGKILL and not stopped:
             how = "killed by signal 9 (SIGKILL), which this command did not send; probably memory ran out"
-            raise OutOfMemory(f"{folder.path}: {how}; {again}", gpu=False)
+            raise WorkFailed(f"{folder.path}: {how}: {_LESS_MEMORY}; {again}")
         raise WorkFailed(f"{folder.path}: interrupted{_signal(launch.exit_code or 0, stopped)}; {again}")
     if record.state == "failed" and record.summary.ended == "callback":
         where = f"step {record.summary.step} of {record.summary.max_steps}"
@@ -259,12 +253,11 @@ def _failed(folder: Path, log: Path, code: int = 1, since: int = 0) -> WorkFaile
     """What ended a launch that failed with an exit code, whose log begins at a byte of its file."""
     text, tail = _said(log, since)
     if (gpu := bool(_NO_GPU_MEMORY.search(text))) or _RANK_KILLED.search(text):
-        whose = (
-            "the GPU's memory did not suffice"
-            if gpu
-            else "a rank was killed by signal 9 (SIGKILL); probably memory ran out"
-        )
-        return OutOfMemory("\n".join([*tail, f"{folder}: {whose}; the whole log is {log}"]), gpu)
+        problem = f"a rank was killed by signal 9 (SIGKILL); probably memory ran out: {_LESS_MEMORY}"
+        if gpu:
+            changes = f"`recipe plan {folder / 'config.yaml'}` says what needs it, and what to change"
+            problem = f"the GPU's memory did not suffice: {changes}; `nvidia-smi` shows what else is on it"
+        return WorkFailed("\n".join([*tail, f"{folder}: {problem}; the whole log is {log}"]))
     if refused := [f"{key}: {why}" if key else why for key, why in _REFUSED.findall("\n".join(tail))]:
         return WorkFailed(f"{folder}: Axolotl refuses the config: {'; '.join(refused)}; the whole log is {log}")
     return WorkFailed("\n".join([*tail, f"{folder}: Axolotl failed{_signal(code, False)}; the whole log is {log}"]))
@@ -286,8 +279,15 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
         WorkFailed: the run's folder is gone.
     """
     with stop_requests() as stops, opened(log, "ab") as stream:
-        watch = health.Watch()
-        progress = TrainingProgress(folder.metrics, watch.add)  # before the process can write there
+        troubled: list[Row] = []
+
+        def seen(record: Row) -> None:
+            if "loss" in record and record["loss"] is None and not troubled:
+                troubled.append(record)
+                stop = f"`recipe cancel {folder.path}` stops it at a checkpoint"
+                say(f"  the loss is no number (NaN) since step {record['step']}; {stop}")
+
+        progress = TrainingProgress(folder.metrics, seen)  # before the process can write there
         child = start_child(
             command,
             cwd=record.cwd,
@@ -297,7 +297,7 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
             pass_fds=locks,
         )
         with progress:
-            _wait(child, folder, stops, watch, progress)
+            _wait(child, stops, progress)
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # data loader workers outlive a killed parent by seconds
     if not log.exists():
@@ -305,17 +305,12 @@ def _launch(command: list[str], folder: RunDir, record: Run, log: Path, *locks: 
     return child.returncode, bool(stops)
 
 
-def _wait(
-    child: "subprocess.Popen[bytes]", folder: RunDir, stops: list[int], watch: health.Watch, progress: TrainingProgress
-) -> None:
+def _wait(child: "subprocess.Popen[bytes]", stops: list[int], progress: TrainingProgress) -> None:
     """Show the child's progress until it ends; forward a request to stop, and at the second one kill it."""
-    asked, said = False, ""
+    asked = False
     while child.poll() is None:
         time.sleep(0.1)
         progress.read()
-        trouble = (watch.losses or "").partition(":")
-        if trouble[0] != said and (said := trouble[0]):
-            say(f"  {''.join(trouble)}; `recipe cancel {folder.path}` stops it at a checkpoint")
         if stops and not asked:
             asked = True
             say("stopping after this step, with a checkpoint; once more to stop at once")

@@ -25,7 +25,7 @@ from ..base.machine import LOCK_TIMEOUT, Card, end_with_parent, held
 from ..configs import models
 from ..configs.gpus import CPU_RANKS, ENGINE_KEYS, engine_of
 from . import checkpoints, eval_loss, ranks
-from .packed import PackedWeights
+from .ranks import PackedWeights
 from .records import Ended
 
 GIB = 2**30

@@ -1,14 +1,21 @@
-"""Contents of a run's files: run.json, jobs.json, a line of metrics.jsonl."""
+"""Contents of a run's files: run.json and the provenance in it, jobs.json, a line of metrics.jsonl."""
 
+import os
+import platform
+import subprocess
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Required, Self, TypedDict
 
+import psutil
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, model_validator, with_config
 
+from ..base import paths
 from ..base.files import sha256
-from ..base.machine import Card, now
+from ..base.machine import Card, cpu, now, torch_cuda, visible_gpus
+from ..base.progress import say
 from ..configs.config import Difference, chained
 from ..configs.datafiles import DataFile
 
@@ -55,7 +62,7 @@ class Git(TypedDict):
 
 @with_config(extra="allow")
 class Provenance(TypedDict, total=False):
-    """What `provenance.collect` found; older runs lack some of it."""
+    """What `collect` found; older runs lack some of it."""
 
     git: Git | None
     lock_sha256: str | None
@@ -176,7 +183,7 @@ class Summary(BaseModel):
     peak_memory_by_rank: list[float] | None = None
     trainable_parameters: int | None = None
     parameters: int | None = None
-    trouble: str | None = None  # see `health.of_losses`
+    trouble: str | None = None  # that its last losses are no numbers
     ended: Ended | None = None  # None also for a training that was killed, or that is older than this record
 
     @property
@@ -238,3 +245,67 @@ class Run(BaseModel):
     def ranks(self) -> int:
         """The processes that train, each with a GPU of its own."""
         return self.gpus_used * self.nodes
+
+
+PACKAGES = [
+    "qlora-recipes",
+    "axolotl",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "bitsandbytes",
+    "deepspeed",
+    "datasets",
+    "tokenizers",
+]
+
+
+def collect() -> Provenance:
+    """Git state, lock, package versions, the CUDA of torch, and machine, for run.json."""
+    return {
+        "git": _git(),
+        "lock_sha256": sha256(paths.LOCK) if paths.LOCK.is_file() else None,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": torch_cuda(),
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "os": platform.platform(),
+        "cpu": cpu(),
+        "cores": os.cpu_count() or 1,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [*visible_gpus().values()],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> Git | None:
+    """Revision of the checkout that the recipes are from, and whether it had changes; None outside of one, and where
+    git refuses to look, as into one of another owner, which is said."""
+    if not paths.LOCK.is_file():
+        return None  # installed from a wheel; a repository around it would be another's
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(paths.RECIPES), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return done.stdout.strip()
+
+    # GIT_DIR and its like would name another repository; without that lock, status leaves the checkout's index as it is
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    environment["GIT_OPTIONAL_LOCKS"] = "0"
+    try:
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except OSError as error:
+        problem = str(error)
+    except subprocess.CalledProcessError as error:
+        problem = error.stderr.strip()
+    if "not a git repository" not in problem:
+        say(f"no git revision is recorded: {problem.partition('\n')[0]}")
+    return None

@@ -1,8 +1,9 @@
 """Run folders: record, state, jobs, metrics and checkpoints of one, and the one that a user means."""
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,10 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from ..base.errors import UserError, meant
-from ..base.files import clear_parts, write_atomically
+from ..base.files import Row, clear_parts, write_atomically
 from ..base.machine import LOCK_TIMEOUT, held, is_held
 from ..base.progress import say, say_once
-from . import checkpoints, health
-from .provenance import other_axolotl
+from . import checkpoints
 from .records import RECORD, Job, JobState, Run, State, Summary
 
 PLUGIN = "qlora_recipes.plugin.RunPlugin"
@@ -222,9 +222,16 @@ def summarise(metrics: list[dict[str, Any]]) -> Summary:
         peak_memory_by_rank=by_rank or None,
         trainable_parameters=last("trainable_parameters"),
         parameters=last("parameters"),
-        trouble=health.of_losses(metrics),
+        trouble=_trouble(metrics),
         ended=newest.get("ended"),
     )
+
+
+def _trouble(metrics: Sequence[Row]) -> str | None:
+    """That the last losses are no numbers, which JSON has as null."""
+    losses = [record for record in metrics if "loss" in record]
+    steps = [record["step"] for record in itertools.takewhile(lambda each: each["loss"] is None, reversed(losses))]
+    return f"the loss is no number (NaN) since step {steps[-1]}" if steps else None
 
 
 def all_runs(runs: Path) -> list[RunDir]:
@@ -252,44 +259,19 @@ def find_run(name: str, runs: Path) -> RunDir:
         UserError: no run, or more than one, matches.
     """
     if is_run(Path(name)):
-        return _noted(RunDir(Path(name)))
+        return RunDir(Path(name))
     choices = run_names(runs)
     hint = f" below {runs}/; " + ("`recipe results` lists the runs" if choices else "`recipe run` makes one")
     found = choices[meant(name.removeprefix(f"{runs}/"), choices, "run", hint)]
     if name != "latest" and found.path != runs / name:
         say(f"run {found.path}")
-    return _noted(found)
-
-
-def _noted(folder: RunDir) -> RunDir:
-    """A run, once it is said whether another Axolotl made it."""
-    with suppress(UserError):  # which whoever reads it reports
-        note_versions([(folder, folder.read())])
-    return folder
-
-
-def note_versions(found: Iterable[tuple[RunDir, Run]]) -> None:
-    """Say which runs were made with another Axolotl than is installed."""
-    by_note: dict[str, list[RunDir]] = {}
-    for folder, run in found:
-        by_note.setdefault(other_axolotl(run.provenance.get("packages")), []).append(folder)
-    for note, folders in by_note.items():
-        which = f"{len(folders)} runs, {folders[-1].path} the last, were" if folders[1:] else f"{folders[0].path} was"
-        if note:
-            say_once(f"{which} {note}")
+    return found
 
 
 def readable(folders: Sequence[RunDir], read: Callable[[RunDir], Run] = RunDir.read) -> Iterator[tuple[RunDir, Run]]:
-    """Runs whose run.json can be read, by `RunDir.read` or `backends.read`; the others are reported on stderr.
-
-    So are those of another Axolotl.
-    """
-    found = []
+    """Runs whose run.json can be read, by `RunDir.read` or `backends.read`; the others are reported on stderr."""
     for folder in folders:
         try:
-            found.append((folder, read(folder)))
+            yield folder, read(folder)
         except UserError as error:
             say(str(error))
-            continue
-        yield found[-1]
-    note_versions(found)

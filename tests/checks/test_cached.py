@@ -10,7 +10,6 @@ from conftest import Recipe
 from qlora_recipes.base import paths
 from qlora_recipes.base.files import sha256
 from qlora_recipes.configs import substitution
-from qlora_recipes.running import run
 from qlora_recipes.runs import launch
 from qlora_recipes.runs.rundir import RunDir, all_runs
 from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask
@@ -32,7 +31,6 @@ def rehearsal(recipe: Recipe, place: Path, monkeypatch: pytest.MonkeyPatch, fail
     with monkeypatch.context() as patch:
         if fails:
             patch.setenv("STAND_IN_NO_MEMORY", "6")
-            patch.setattr(run, "_of_gpu", lambda *_: ())  # plans for seconds
         done = recipe("run", NAME, "--rehearse", "--set", "saves_per_epoch=4")
     assert done.returncode == fails, done.stderr
     return all_runs(place / "runs")[-1]

@@ -19,14 +19,10 @@ Lines = dict[str, dict[str, str]]
 TORCH = {
     "version": "2.14.1+cu130",
     "cuda": "13.0",
-    "arch": ["sm_75", "sm_80", "sm_86", "sm_90", "sm_120"],
     "gpus": 1,
     "problem": "",
 }
 T4 = {"name": "Tesla T4", "memory_gib": 15.0, "compute_capability": "7.5", "driver": "580.65.06"}
-V100 = T4 | {"name": "Tesla V100", "compute_capability": "7.0"}
-A100 = T4 | {"name": "NVIDIA A100-SXM4-40GB", "compute_capability": "8.0"}
-BLACKWELL = T4 | {"name": "NVIDIA GeForce RTX 5090", "compute_capability": "12.0"}
 OLDER = "make setup CUDA=12.6"
 USAGE = SimpleNamespace(free=10**9 // 2)
 
@@ -52,17 +48,17 @@ def wrong(found: Lines) -> set[str]:
 
 def test_each_check_of_a_whole_environment_is_one_line(recipe: Recipe) -> None:
     found = lines(recipe, 0)
-    assert list(found) == ["torch", "driver", "GPU", "lock", "hub", "runs", "cache", "models"]
-    assert {found[name]["state"] for name in ("torch", "driver", "GPU", "lock", "runs", "cache")} == {"ok"}
+    assert list(found) == ["torch", "GPU", "lock", "hub", "runs", "cache", "models"]
+    assert {found[name]["state"] for name in ("torch", "GPU", "lock", "runs", "cache")} == {"ok"}
     assert found["hub"]["state"] == "note" and "HF_HUB_OFFLINE" in found["hub"]["found"]
 
 
 @pytest.mark.parametrize(
     ("module", "name", "returns", "code", "states"),
     [
-        (machine, "gpus", lambda: [], 0, {"driver": "note", "GPU": None}),
-        (machine, "gpus", lambda: 1 / 0, 1, {"GPU": "wrong", "lock": "ok"}),
-        (doctor, "ask_torch", lambda: TORCH | {"gpus": 0}, 0, {"torch": "note"}),
+        (machine, "gpus", lambda: [], 0, {"torch": "ok", "GPU": "note"}),
+        (machine, "gpus", lambda: 1 / 0, 1, {"torch": "wrong", "lock": "ok"}),
+        (doctor, "ask_torch", lambda: TORCH | {"gpus": 0}, 0, {"GPU": "note"}),
         (doctor.shutil, "disk_usage", lambda _: USAGE, 1, {"runs": "wrong", "cache": "wrong", "models": "note"}),
     ],
     ids=["no GPU", "a check that fails", "hidden GPUs", "half a GB free"],
@@ -78,36 +74,15 @@ def test_what_a_machine_lacks_is_wrong_or_a_note_and_leaves_the_other_checks(
 
 
 @pytest.mark.parametrize(
-    ("card", "driver", "torch", "broken", "command"),
-    [
-        (T4, "575.57.08", {}, "driver", OLDER),
-        (T4, "470.256.02", {}, "driver", ""),  # CUDA 12 needs a newer one too
-        (BLACKWELL, "575.57.08", {}, "driver", ""),  # the older build has no kernels for it
-        (V100, "580.65.06", {}, "GPU", OLDER),
-        (A100, "580.65.06", {"arch": ["sm_86"]}, "GPU", OLDER),
-        (BLACKWELL, "580.65.06", {"cuda": "12.6", "arch": ["sm_50", "sm_90"]}, "GPU", "make setup"),
-        (BLACKWELL, "580.65.06", {"arch": ["sm_90", "compute_90"]}, None, ""),
-        (BLACKWELL, "580.65.06", {"arch": ["sm_120a"]}, None, ""),
-        (T4, "580.65.06", {"cuda": None}, "torch", "make setup"),
-        (T4, "580.65.06", {"gpus": 0, "problem": "Error 802"}, "torch", ""),
-    ],
+    "torch", [{"cuda": None, "gpus": 0}, {"gpus": 0, "problem": "Error 802"}, {"problem": "no kernel image"}]
 )
-def test_torch_driver_and_gpu_have_to_fit_each_other(
-    recipe: Recipe,
-    monkeypatch: Patch,
-    card: dict[str, Any],
-    driver: str,
-    torch: dict[str, Any],
-    broken: str | None,
-    command: str,
-) -> None:
+def test_torch_has_to_compute_on_the_gpu(recipe: Recipe, monkeypatch: Patch, torch: dict[str, Any]) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(machine, "gpus", lambda: [card | {"driver": driver}])
     monkeypatch.setattr(doctor, "ask_torch", lambda: TORCH | torch)
-    found = lines(recipe, 1 if broken else 0)
-    assert wrong(found) == ({broken} if broken else set())
-    given = found[broken]["command"] if broken else ""
-    assert given.endswith(command) and bool(given) == bool(command)
+    found = lines(recipe, 1)
+    assert wrong(found) == {"GPU"} and found["GPU"]["command"] == OLDER
+    assert torch.get("problem", "without CUDA") in found["GPU"]["found"]
+    assert OLDER in map(str.strip, recipe("doctor").stdout.splitlines())  # in a line of its own, to paste
 
 
 @pytest.mark.parametrize(
@@ -120,7 +95,8 @@ def test_torch_is_asked_in_a_process_that_may_crash(monkeypatch: Patch, probe: s
     monkeypatch.setattr(doctor, "TIMEOUT", 5 if error else 0.2)
     facts = doctor.ask_torch()
     assert facts.keys() == {"error"} and error in facts["error"]
-    (line,) = doctor.check_torch([], facts, None)
+    monkeypatch.setattr(doctor, "ask_torch", lambda: facts)
+    (line,) = doctor.check_torch()
     assert line.state == "wrong" and line.command
 
 
@@ -173,9 +149,3 @@ def test_the_hub_is_asked_for_the_recipes_models(
         (line,) = doctor.check_hub()
         close_session()
     assert (line.state, value in line.found) == (state, True)
-
-
-def test_a_command_stands_in_a_line_of_its_own_to_paste(recipe: Recipe, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(machine, "gpus", lambda: [T4 | {"driver": "550.54.14"}])
-    done = recipe("doctor")
-    assert done.returncode == 1 and OLDER in map(str.strip, done.stdout.splitlines())

@@ -18,7 +18,7 @@ import trainings
 from figures import Figure
 
 from qlora_recipes.base.files import write_json
-from qlora_recipes.runs import provenance
+from qlora_recipes.runs.records import collect
 
 RESULTS = Path("build", "verify.json")
 COLUMNS = ("what", "measured", "bound", "result", "why")
@@ -73,7 +73,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         terminalreporter.write_line("  ".join([*cells, row[-1]]).rstrip())
     RESULTS.parent.mkdir(exist_ok=True)
-    write_json(RESULTS, {"machine": provenance.collect(), "rows": ROWS})
+    write_json(RESULTS, {"machine": collect(), "rows": ROWS})
     terminalreporter.write_line(f"written to {RESULTS}")
 
 

@@ -17,7 +17,7 @@ import torch
 from conftest import Recipe, finish, start
 from filelock import FileLock
 
-from qlora_recipes.base import yamlfiles
+from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import sha256
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
@@ -187,7 +187,8 @@ def test_without_axolotl_or_its_folder_nothing_is_begun(
     with monkeypatch.context() as patch:
         patch.chdir(there)
         request = Request(PAGED, profiles=[str(tiny_profile)])
-        folder = create.create(compose.compose(request), request, tmp_path / "runs")
+        patch.setenv(paths.RUNS, str(tmp_path / "runs"))
+        folder = create.create(compose.compose(request), request)
     (tmp_path / gone).rename(tmp_path / "away")
     done = recipe("resume", folder.path)
     assert (done.returncode, f"{tmp_path / gone}: " in done.stderr) == (2, True)
@@ -195,21 +196,6 @@ def test_without_axolotl_or_its_folder_nothing_is_begun(
     if gone == "axolotl":
         assert recipe("--runs", "none", "run", PAGED, "--profile", tiny_profile).returncode == 2
         assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.long
-def test_where_a_gpus_memory_does_not_suffice_plan_and_measure_are_compared(
-    trains_nothing: Recipe, tiny_profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("STAND_IN_NO_MEMORY", "5")
-    sets = ("--set", "micro_batch_size=4", "--set", "gradient_checkpointing=null")
-    done = trains_nothing("run", PAGED, "--profile", tiny_profile, *sets)
-    (run,) = rundir.all_runs(tmp_path / "runs")
-    assert (done.returncode, run.read().state) == (1, "failed")
-    planned = re.search(r"planned: ([\d.]+) GiB; .* [\d.]+ GiB", done.stderr)
-    changes = re.findall(r"^    --set (\S+)=.*: ([\d.]+) GiB; ", done.stderr, re.MULTILINE)
-    assert planned and "gradient_checkpointing" in dict(changes)
-    assert all(float(needed) <= float(planned[1]) for _, needed in changes)
 
 
 def test_a_damaged_checkpoint_is_skipped(
@@ -406,7 +392,7 @@ def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
     monkeypatch.chdir(tmp_path)
     forced = ["bad-row:datasets.0.path"]  # not found a second time, when rows are not read
     request = Request(PAGED, profiles=[str(tiny_profile)], overrides=["fp16=true", "bf16=false"], force=forced)
-    folder = create.create(compose.compose(request), request, Path("runs"))
+    folder = create.create(compose.compose(request), request)
     done = recipe("resume", folder.path)
     assert (done.returncode, "[no-gpu" in done.stderr) == (2, True)
     assert (folder.read().state, folder.read().launches) == ("failed", [])

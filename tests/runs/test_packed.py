@@ -9,8 +9,8 @@ from conftest import recipe_config
 from deepspeed import DeepSpeedEngine
 
 from qlora_recipes.base import paths
-from qlora_recipes.runs.packed import PackedWeights
 from qlora_recipes.runs.plugin import require_sane
+from qlora_recipes.runs.ranks import PackedWeights
 
 IN_FP16 = [name for name in paths.recipe_names() if recipe_config(name).get("fp16")]
 
@@ -46,6 +46,6 @@ def test_weights_that_were_cast_end_the_first_pass() -> None:
 
 def test_a_first_loss_that_is_worse_than_guessing_ends_the_training() -> None:
     require_sane(10.9, 49_152)
-    require_sane(float("nan"), 49_152)  # which the run's health reports
+    require_sane(float("nan"), 49_152)  # which `recipe` reports
     with pytest.raises(RuntimeError):
         require_sane(21.29, 49_152)
