@@ -8,7 +8,7 @@ from typing import Any
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.files import DISK_FULL, Row
+from ..base.files import Row
 from ..base.hub import importing_axolotl
 from ..base.progress import MASK, is_secret
 from ..base.yamlfiles import Config
@@ -107,10 +107,6 @@ def check(
             tokenize(report, composed, request.ranks)
     except UserError as error:
         report.add([_unreadable(request.name, str(error))])
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise
-        report.add([_unreadable(request.name, f"{error.filename}: {error.strerror}")])
     return report
 
 

@@ -1,15 +1,22 @@
-"""Precision, beside what Axolotl's own code makes of the same settings; and settings of a training that repeats."""
+"""Precision, as Axolotl's own code makes it of the same settings; and profiles that suit a config and a card."""
 
 import copy
 import functools
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import orjson
 import pytest
-from conftest import config_with
+from conftest import Recipe, config_with
 
-from qlora_recipes.configs import numerics
+from qlora_recipes.base import yamlfiles
+from qlora_recipes.base.errors import UserError
+from qlora_recipes.base.paths import recipe_names
+from qlora_recipes.checks import check
+from qlora_recipes.configs import compose, gpus, numerics
+from qlora_recipes.configs.compose import Composed, Request
 from qlora_recipes.configs.numerics import Precision, precision
 
 UNSET = object()
@@ -72,3 +79,169 @@ def test_precision_is_what_axolotl_resolves(
 def test_the_environment_is_set_only_where_a_training_is_to_repeat() -> None:
     assert numerics.environment({numerics.DETERMINISM: True}) == {"PYTHONHASHSEED": "0"}
     assert numerics.environment({numerics.DETERMINISM: False}) == numerics.environment({}) == {}
+
+
+LIGER = {*numerics._LIGER} - {"plugins"}
+KERNELS = {*numerics._LORA}
+NO_DROPOUT = "peft-metamathqa/qlora-rank32"
+
+
+def laid(name: str, *profiles: str, gpu: str | None = "A100", overrides: tuple[str, ...] = ()) -> Composed:
+    return compose.compose(Request(name, [*profiles], [*overrides]), gpus.find(gpu) if gpu else None)
+
+
+def on(composed: Composed) -> set[str]:
+    """The kernels that a config turns on."""
+    return {key for key in LIGER | KERNELS if composed.config.get(key)}
+
+
+def mine(*profiles: str, overrides: tuple[str, ...] = (), **change: Any) -> Composed:
+    """The profile fast, and others behind it, over a recipe without dropout that has all layers as targets."""
+    layers = [layer for needed in numerics._LORA.values() for layer in needed]
+    every = {"lora_dropout": 0, "lora_target_modules": layers}
+    Path("mine.yaml").write_text(yamlfiles.write_yaml(config_with(every | change, NO_DROPOUT)))
+    return laid("mine.yaml", "fast", *profiles, overrides=overrides)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("gpu", ["T4", "A100", "H100", None])
+def test_lora_kernels_are_on_only_without_dropout_and_triton_only_where_it_runs(name: str, gpu: str | None) -> None:
+    fast = laid(name, "fast", gpu=gpu)
+    kept = config_with({}, name)
+    on_head = "lm_head" in kept.get("lora_target_modules", ())  # which the fused loss would pass over
+    liger = LIGER - ({"liger_fused_linear_cross_entropy"} if on_head else set())
+    assert on(fast) & LIGER == (set() if gpu == "T4" else liger)
+    assert ("plugins" in fast.config) == (gpu != "T4")
+    if kept["lora_dropout"]:
+        assert not on(fast) & KERNELS
+    if gpu == "T4":
+        assert "lora_mlp_kernel" not in on(fast)
+    changed = {difference.key.partition(".")[0] for difference in fast.differences}
+    assert changed <= {*LIGER, *KERNELS, "plugins", "pad_to_sequence_len", "pad_to_multiple_of"}  # nothing else
+
+
+def test_a_recipe_that_does_not_allow_all_says_why() -> None:
+    (reason,) = laid("loftq-gsm8k/llama-2-7b-qlora", "fast").incompatible
+    assert "lora_dropout 0.1" in reason
+
+
+@pytest.mark.parametrize(
+    ("change", "off"),
+    [
+        ({}, set()),
+        ({"lora_dropout": 0.05}, KERNELS),
+        ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}}, KERNELS),
+        ({"adapter": None, "load_in_4bit": False}, KERNELS),
+        ({"lora_target_modules": ["q_proj", "v_proj"]}, KERNELS),
+        ({"lora_target_modules": ["q_proj", "k_proj", "v_proj"]}, KERNELS - {"lora_qkv_kernel"}),
+        ({"lora_target_modules": ["q_proj"], "lora_target_linear": True}, set()),
+        ({"chunked_cross_entropy": True}, {"liger_fused_linear_cross_entropy"}),
+        ({"lora_modules_to_save": ["lm_head"]}, {"liger_fused_linear_cross_entropy"}),
+        ({"base_model": "google/gemma-2-2b", "revision_of_model": None}, {"lora_mlp_kernel"}),
+    ],
+)
+def test_what_axolotl_refuses_or_would_compute_otherwise_stays_off(
+    change: dict[str, Any], off: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "gemma" in str(change.get("base_model")):
+        gemma = {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}
+        monkeypatch.setattr(numerics.models, "architecture", lambda config, download: gemma)
+    composed = mine(**change)
+    assert on(composed) == (LIGER | KERNELS) - off
+    assert {key for keys in composed.incompatible.values() for key in keys} - {"plugins"} == off
+
+
+@pytest.mark.parametrize(
+    ("override", "off"),
+    [
+        ("lora_dropout=0.1", KERNELS),
+        ("chunked_cross_entropy=true", {"liger_fused_linear_cross_entropy"}),
+        ("lora_o_kernel=false", {"lora_o_kernel"}),
+    ],
+)
+def test_a_profile_fits_what_is_laid_over_it(override: str, off: set[str]) -> None:
+    assert on(mine(overrides=(override,))) == (LIGER | KERNELS) - off
+    key, _, value = override.partition("=")
+    Path("own.yaml").write_text(f"{key}: {value}\n")
+    assert on(mine("own.yaml")) == (LIGER | KERNELS) - off
+
+
+def test_what_is_laid_over_a_recipe_lets_a_profile_do_more() -> None:
+    name = "haider2024/all-linear/llama-2-7b"
+    without_dropout = laid(name, "fast", overrides=("lora_dropout=0",))
+    assert (on(without_dropout), without_dropout.incompatible) == (LIGER | KERNELS, {})
+    explicit = laid(name, "fast", overrides=("lora_mlp_kernel=true",))
+    assert on(explicit) == LIGER | {"lora_mlp_kernel"}
+    with pytest.raises(UserError, match="plugins"):
+        laid(name, "fast", overrides=("plugins.4=x",))
+
+
+@pytest.mark.parametrize("profiles", [("packed", "fast"), ("fast", "packed")])
+def test_sequences_of_one_length_stay_that(profiles: tuple[str, str]) -> None:
+    both = laid(NO_DROPOUT, *profiles)
+    assert (both.config["pad_to_sequence_len"], both.config["pad_to_multiple_of"]) == (True, 8)
+    assert mine(pad_to_sequence_len=True).config["pad_to_sequence_len"] is True
+    assert "pad_to_sequence_len" not in mine(pad_to_sequence_len=False).config
+
+
+def test_plugins_join_those_of_the_config() -> None:
+    own = mine(plugins=["axolotl.integrations.spectrum.SpectrumPlugin"]).config["plugins"]
+    assert own == ["axolotl.integrations.spectrum.SpectrumPlugin", "axolotl.integrations.liger.LigerPlugin"]
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [
+        *(("plugins", wrong) for wrong in (3, [{"a": 1}])),
+        *(("lora_target_modules", [["q_proj"], 4]), ("bnb_config_kwargs", ["nf4"])),
+        *(("tensor_parallel_size", "two"), ("base_model", 7), ("lora_dropout", "much")),
+    ],
+)
+def test_wrong_values_are_left_for_check_to_find(key: str, wrong: Any) -> None:
+    mine(**{key: wrong})
+    found = check.check(Request("mine.yaml", profiles=["fast"]), gpus.find("T4")).findings
+    assert not [str(finding) for finding in found if finding.rule == "unreadable"]
+
+
+def test_packed_rows_are_kept_apart_by_a_mask_on_turing() -> None:
+    name = "haider2024/llama-2-7b"
+    varlen = [laid(name, "packed", gpu=gpu).config["sdpa_varlen"] for gpu in ("T4", "A100", "H100")]
+    assert varlen == [False, True, True]
+    Path("mine.yaml").write_text(yamlfiles.write_yaml(config_with({"sample_packing": True})))
+    for gpu, refused in (("T4", True), ("A100", False)):
+        found = check.check(Request("mine.yaml"), gpus.find(gpu)).findings
+        assert ("gpu-lacks:sample_packing" in {finding.name for finding in found}) == refused
+
+
+def test_a_users_own_profile_is_laid_over_as_it_is() -> None:
+    Path("fast.yaml").write_text("lora_mlp_kernel: true\n")
+    composed = laid("haider2024/llama-2-7b", "fast.yaml")
+    assert composed.config["lora_mlp_kernel"] is True
+    assert composed.incompatible == {}
+
+
+def test_check_notes_what_a_profile_leaves_once_a_reason(recipe: Recipe) -> None:
+    done = recipe("check", "haider2024/llama-2-7b", "--profile", "fast", "--gpu", "T4", "--json")
+    (report,) = orjson.loads(done.stdout)
+    notes = [found["problem"] for found in report["findings"] if found["rule"] == "unfit"]
+    assert len(notes) == 2 and "T4 (sm_75)" in notes[0] and "lora_dropout 0.05" in notes[1]
+    assert "lora_qkv_kernel, lora_o_kernel" in notes[1]
+
+
+def test_that_no_card_is_known_is_noted(recipe: Recipe) -> None:
+    mine()
+
+    def unfit(*words: str) -> list[str]:
+        (report,) = orjson.loads(recipe("check", "mine.yaml", *words, "--json").stdout)
+        return [found["level"] for found in report["findings"] if found["rule"] == "unfit"]
+
+    assert unfit("--profile", "fast") == ["note"]
+    found = check.check(Request("mine.yaml", ["packed"]), launching=True).findings  # as on SLURM without its setting
+    assert [finding.level for finding in found if finding.rule == "unfit"] == ["warning"]
+    for more in (["--profile", "fast", "--gpu", "A100"], ["--profile", "mlflow"], ["--profile", "fast", "--rehearse"]):
+        assert unfit(*more) == []
