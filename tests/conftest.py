@@ -232,6 +232,14 @@ def tiny_profile(tmp_path_factory: pytest.TempPathFactory, tiny: Path, sample: P
     return file
 
 
+@pytest.fixture
+def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
+    """A finished run of the tiny Llama as far as an evaluation of its base model needs one."""
+    from run_folders import a_tiny_run
+
+    return a_tiny_run(tmp_path, tiny, tiny_profile, sample)
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A folder with the studies' samples where recipes look for their data; in all forms but one many times, each time

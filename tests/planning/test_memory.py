@@ -38,24 +38,6 @@ def parameters(step: Step) -> dict[str, int]:
     return {kind: sum(count[kind] for count in counts) for kind in ("frozen", "trainable")}
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_frozen_parameters_are_the_published_weights(name: str) -> None:
-    architecture, published = SHIPPED[name]
-    assert parameters(Step(model=json.dumps(architecture), targets="all-linear"))["frozen"] == published
-
-
-# thinking-machines-lab/tinker-cookbook@ece68c2a, hyperparam_utils.py; the first two share a matrix between both ends
-@pytest.mark.parametrize(
-    ("model", "rank", "of_each_rank"), [("3.2-1B", 128, 834_816), ("3.2-3B", 64, 1_650_944), ("3.1-8B", 4, 2_753_792)]
-)
-def test_trainable_parameters_of_lora_on_the_head_are_the_published_ones(
-    model: str, rank: int, of_each_rank: int
-) -> None:
-    architecture = json.dumps(models.architecture({"base_model": f"meta-llama/Llama-{model}"}))
-    step = Step(model=architecture, rank=rank, targets=(*ALL_LINEAR, "lm_head"))
-    assert parameters(step)["trainable"] == rank * of_each_rank
-
-
 QUERIES_AND_VALUES = ("q_proj", "v_proj")
 PEFTS_RUNS = [  # huggingface/peft@5d602fd, method_comparison/MetaMathQA/results: trainable parameters, reserved bytes
     ({"rank": 32, "targets": QUERIES_AND_VALUES}, 9_175_040, 20_120_076_288),
@@ -72,9 +54,24 @@ def of_pefts_comparison(change: dict[str, Any]) -> Step:
     return Step(model=model, axolotl=False, padded=True, capability=(8, 9), **kind, **change)
 
 
-@pytest.mark.parametrize(("change", "trained", "reserved"), PEFTS_RUNS)
-def test_trainable_parameters_are_those_of_pefts_runs(change: dict[str, Any], trained: int, reserved: int) -> None:
-    assert parameters(of_pefts_comparison(change))["trainable"] == trained
+def on_the_head(model: str, rank: int) -> Step:
+    architecture = json.dumps(models.architecture({"base_model": f"meta-llama/Llama-{model}"}))
+    return Step(model=architecture, rank=rank, targets=(*ALL_LINEAR, "lm_head"))
+
+
+PARAMETERS = [
+    *((Step(model=json.dumps(config), targets="all-linear"), "frozen", known) for config, known in SHIPPED.values()),
+    *((of_pefts_comparison(change), "trainable", trained) for change, trained, _ in PEFTS_RUNS),
+    # thinking-machines-lab/tinker-cookbook@ece68c2a, hyperparam_utils.py; two share a matrix between both ends
+    (on_the_head("3.2-1B", 128), "trainable", 128 * 834_816),
+    (on_the_head("3.2-3B", 64), "trainable", 64 * 1_650_944),
+    (on_the_head("3.1-8B", 4), "trainable", 4 * 2_753_792),
+]
+
+
+@pytest.mark.parametrize(("step", "kind", "published"), PARAMETERS)
+def test_parameters_are_the_published_ones(step: Step, kind: str, published: int) -> None:
+    assert parameters(step)[kind] == published
 
 
 @pytest.mark.long

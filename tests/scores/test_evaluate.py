@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from run_folders import a_checkpoint, a_tiny_run
+from run_folders import a_checkpoint
 from safetensors.torch import load_file, save_file
 
 from qlora_recipes.base import yamlfiles
@@ -35,12 +35,6 @@ from qlora_recipes.scores.evaluations import (
 )
 from qlora_recipes.scores.prompter import Prompter
 from qlora_recipes.scores.reference import Reference, base_model, batches
-
-
-@pytest.fixture
-def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
-    """A finished run of the tiny Llama as far as an evaluation of its base model needs one."""
-    return a_tiny_run(tmp_path, tiny, tiny_profile, sample)
 
 
 def evaluated(run: RunDir, **more: Any) -> Evaluation:

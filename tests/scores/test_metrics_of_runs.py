@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 from conftest import SHARED, Recipe
-from run_folders import STUDY, a_run, a_tiny_run
+from run_folders import STUDY, a_run
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import write_rows
@@ -26,12 +26,6 @@ ANSWERS = [
     {"question": "5 - 1?", "gold": "A: 4", "model": {"solution": "5 - 1 is\nA: 5", "right": False}},
 ]
 FIELDS = ("--prediction-field", "model.solution", "--reference-field", "gold")
-
-
-@pytest.fixture
-def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
-    """A finished run of the tiny Llama as far as an evaluation of its base model needs one."""
-    return a_tiny_run(tmp_path, tiny, tiny_profile, sample)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from typing import Any
 
 import orjson
 import pytest
-from run_folders import a_tiny_run
 
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.base.files import write_rows
@@ -17,12 +16,6 @@ from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask, eva
 from qlora_recipes.scores.evaluations import Agreement, Completion, EvaluationSettings, read_predictions
 
 ROWS = 6
-
-
-@pytest.fixture
-def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
-    """A finished run of the tiny Llama as far as an evaluation of its base model needs one."""
-    return a_tiny_run(tmp_path, tiny, tiny_profile, sample)
 
 
 class Changed:
