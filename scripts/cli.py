@@ -5,9 +5,7 @@ import io
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +14,7 @@ import typer
 
 from .base import paths
 from .base.errors import UserError, WorkFailed
-from .base.files import DISK_FULL, RESERVED_BYTES, free_bytes
+from .base.files import DISK_FULL
 from .base.progress import say
 from .commands import after, before, recipes, running, scoring, upkeep
 from .commands.help import Verbs
@@ -138,21 +136,10 @@ def ended(command: Callable[[], object]) -> int:
             return _refused(str(error.__context__ if isinstance(error.__context__, WorkFailed) else error), 1)
         if error.filename is None and error.errno not in (*DISK_FULL, errno.EIO):
             raise  # not of a file that the user named
-        where = error.filename or _unnamed()
+        if error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        where = error.filename or "standard output, or a folder for temporary files"
         return _refused(f"{where}: {_in_words(error)}", 1 if error.errno in (*DISK_FULL, errno.EIO) else 2)
-
-
-def _unnamed() -> str:
-    """Where there was no room by an error that does not say so: standard output if it still takes nothing, or else the
-    cache or the folder for temporary files, where libraries write, if one is full; what else is written is named."""
-    libraries = paths.cache(), Path(tempfile.gettempdir())
-    full = next((folder for folder in libraries if free_bytes(folder) < RESERVED_BYTES), None)
-    if full:
-        with suppress(OSError):
-            print(flush=True)  # a line, as there may be nothing left to flush
-            return str(full)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
-    return "standard output"
 
 
 def _in_words(error: OSError) -> str:

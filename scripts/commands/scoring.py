@@ -1,7 +1,5 @@
 """What comes after a run, its predictions: evaluate and score."""
 
-import shutil
-import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +8,7 @@ import typer
 
 from .. import tables
 from ..base.files import write_rows
-from ..base.progress import Bar, harmless, say
+from ..base.progress import Bar, say
 from .after import HEADING
 from .help import Verb, name_of, next_step
 from .options import (
@@ -110,9 +108,6 @@ def evaluate_verb(
         return
     if isinstance(evaluated, checkpoint_selection.CheckpointSelection):
         _print_selection(evaluated, json)
-    elif not json:
-        for row in evaluations.first_predictions(folder.path, evaluated, count=2):
-            _print_texts(f"row {row['row'] + 1}", {name: row[name] for name in ("reference", "prediction")})
     if isinstance(evaluated, evaluations.Evaluation):
         _print_scores(evaluated.scores, json)
     next_step("report", name_of(folder), json=json)
@@ -169,17 +164,6 @@ def _print_selection(selection: "CheckpointSelection", json: bool) -> None:
         notes.append("There are no other rows to test it on, so its score is too good; --data FILE names some.")
     records = vars(selection) | {"column": selection.column.name, "checkpoints": [*map(asdict, selection.checkpoints)]}
     tables.show(form_of(json), records, [tables.Table(rows, spare=["eval loss", "epoch"])], notes)
-
-
-def _print_texts(title: str, texts: dict[str, str]) -> None:
-    """Texts under their names, in a column as wide as the terminal, the first lines of each."""
-    margin = " " * 12
-    width = max(shutil.get_terminal_size((100, 24)).columns, 40)
-    print(title)
-    for name, text in zip(texts, map(harmless, texts.values()), strict=True):
-        wrapped = textwrap.fill(text, width, initial_indent=margin, subsequent_indent=margin, max_lines=6)
-        print(f"{name.replace('_', ' '):12}{wrapped.strip() or '(nothing)'}")
-    print()
 
 
 def _print_scores(scores: dict[str, Any], json: bool) -> None:

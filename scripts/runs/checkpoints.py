@@ -1,12 +1,10 @@
 """Whether training can be resumed from a checkpoint: the manifest of its files, and checks against it."""
 
-import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..base.files import read_json, tensor_shapes, write_json
+from ..base.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 22  # bytes
@@ -36,9 +34,7 @@ def write_manifest(folder: Path) -> None:
 def damage(folder: Path, ranks: int) -> str | None:
     """What keeps training from being resumed from a checkpoint, as in `optimizer.pt is missing`; None if nothing does.
 
-    A checkpoint has no manifest if an earlier version saved it, or if its process was killed just before writing one.
-    Its files are then checked by what is in any whole file of their kind, which finds all damage but zeros within an
-    adapter.
+    A checkpoint has no manifest if its process was killed before writing one: its files cannot be told to be whole.
 
     Args:
         folder: the checkpoint.
@@ -50,7 +46,7 @@ def damage(folder: Path, ranks: int) -> str | None:
     if missing := _missing(folder, ranks):
         return f"{missing} is missing"
     listed = read_json(folder / MANIFEST).get("files")
-    return _difference(folder, listed) if listed else _unreadable(folder)
+    return _difference(folder, listed) if listed else f"{MANIFEST} is missing"
 
 
 def _missing(folder: Path, ranks: int) -> str | None:
@@ -80,27 +76,6 @@ def _difference(folder: Path, listed: dict[str, Any]) -> str | None:
         if _crc32(file) != saved["crc32"]:
             return f"{name} is not as it was saved"
     return None
-
-
-def _unreadable(folder: Path) -> str | None:
-    """The first file of weights or of torch that is truncated or not of its kind."""
-    checks: dict[str, Callable[[Path], bool]] = dict.fromkeys((".pt", ".pth", ".bin"), _is_whole_zip)
-    checks[".safetensors"] = lambda file: tensor_shapes(file) is not None
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix in checks]
-    return next((f"{file.relative_to(folder)} cannot be read" for file in files if not checks[file.suffix](file)), None)
-
-
-def _is_whole_zip(file: Path) -> bool:
-    """Whether a file from torch.save, which is a zip, matches its own checksums.
-
-    zipfile raises NotImplementedError or RuntimeError where damage makes a member look encrypted or compressed by an
-    unknown method.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
-        return False
 
 
 def _crc32(file: Path) -> int:

@@ -247,12 +247,6 @@ def _damaged[T](file: Path, instead: T) -> T:
     return instead
 
 
-def first_predictions(folder: Path, evaluation: Evaluation, count: int) -> list[Row]:
-    """The first rows of an evaluation of the run in a folder."""
-    where = next(place for place in (folder, *folder.glob("evaluations/*")) if read_scores(place) == evaluation)
-    return read_predictions(where)[:count]
-
-
 def write(folder: Path, evaluation: Evaluation, rows: Sequence[Row]) -> None:
     """Write predictions with their scores; neither without the other."""
     evaluation.files = states(folder, evaluation.settings)

@@ -22,7 +22,7 @@ def shell(line: str, place: Path, **env: str) -> "subprocess.CompletedProcess[st
 @pytest.mark.parametrize(
     ("line", "code", "says"),
     [
-        (f"{RECIPE} list > /dev/full", 1, "recipe: standard output:"),
+        (f"{RECIPE} list > /dev/full", 1, "recipe: standard output"),
         (f"{RECIPE} list | head -1", 0, ""),
         (f"{RECIPE} score p.jsonl --out /dev/full", 1, "recipe: /dev/full:"),
         *((f"{RECIPE} {words} >&-", 0, "") for words in ("list", "score p.jsonl")),

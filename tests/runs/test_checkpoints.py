@@ -19,26 +19,20 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "gone"])
-@pytest.mark.parametrize("name", [ADAPTER, "optimizer.pt", "rng_state.pth"])
-@pytest.mark.parametrize("has_manifest", [True, False])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str, has_manifest: bool) -> None:
+@pytest.mark.parametrize("name", [ADAPTER, "optimizer.pt", "rng_state.pth", checkpoints.MANIFEST])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
     folder = a_checkpoint(tmp_path, 4)
-    if has_manifest:
-        checkpoints.write_manifest(folder)
     assert checkpoints.damage(folder, ranks=1) is None
     content = (file := folder / name).read_bytes()
     file.unlink()
     if damage in DAMAGES:
         file.write_bytes(DAMAGES[damage](content))
-    found = checkpoints.damage(folder, ranks=1)
-    if (name, damage, has_manifest) == (ADAPTER, "zeros within", False):
-        assert found is None  # an adapter has no checksum of its own, as torch's files have
-    else:
-        assert (found or "").startswith(f"{name} ")
+    assert (checkpoints.damage(folder, ranks=1) or "").startswith(f"{name} ")
 
 
 def test_a_run_saves_manifests(tmp_path: Path) -> None:
     folder = a_checkpoint(tmp_path / "output", 4)
+    (folder / checkpoints.MANIFEST).unlink()
     state = SimpleNamespace(is_world_process_zero=True, global_step=4)
     RunCallback(tmp_path / "metrics.jsonl", None, None).on_save(
         SimpleNamespace(output_dir=str(folder.parent), device=torch.device("cpu")), state, None

@@ -13,7 +13,7 @@ from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs import config
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.data import study
-from qlora_recipes.runs import launch
+from qlora_recipes.runs import checkpoints, launch
 from qlora_recipes.runs.records import Launch, Run, Summary
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores.evaluations import Evaluation, EvaluationSettings
@@ -107,7 +107,7 @@ def a_tiny_run(place: Path, tiny: Path, profile: Path, sample: Path) -> RunDir:
 
 
 def a_checkpoint(output: Path, step: int, ranks: int = 1) -> Path:
-    """A checkpoint with the files that a trainer saves, but for the manifest."""
+    """A checkpoint with the files that a run saves."""
     folder = output / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     save_file({"lora_A": torch.ones(8, 64), "lora_B": torch.ones(64, 8)}, folder / ADAPTER)
@@ -115,4 +115,5 @@ def a_checkpoint(output: Path, step: int, ranks: int = 1) -> Path:
     for name in ("optimizer.pt", "scheduler.pt", *rng_states):
         torch.save({"state": torch.ones(1000)}, folder / name)
     (folder / "trainer_state.json").write_bytes(orjson.dumps({"global_step": step}))
+    checkpoints.write_manifest(folder)
     return folder
