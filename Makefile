@@ -71,7 +71,7 @@ core:  ## How many lines the core path has, from a recipe to the row of its run
 	@cat scripts/base/*.py scripts/configs/*.py scripts/runs/*.py scripts/results/run_rows.py | wc -l
 
 benchmark: setup  ## How long things take; prints the table of CONTRIBUTING.md
-	PYTHONPATH=tests/support .venv/bin/python tools/benchmark.py
+	PYTHONPATH=tests:tests/support .venv/bin/python tools/benchmark.py
 
 compare-memory: setup  ## Planned memory beside published figures, and another planner's
 	.venv/bin/python tools/compare_memory.py

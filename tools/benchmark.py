@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import random_models
+import run_folders
 
 from qlora_recipes import tables
 from qlora_recipes.base import paths, yamlfiles
@@ -31,6 +32,9 @@ COMPLETION = {"_RECIPE_COMPLETE": "complete_bash", "COMP_WORDS": "recipe run cod
 QUICK = 0.3
 """Seconds beyond an empty interpreter that `list`, `show` and `results` without runs may take."""
 OFFLINE = {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
+RUNS = 500
+"""Runs that `results` lists within `LISTED` seconds."""
+LISTED = 0.5
 PAIRS = 5
 PLAN = """
 import time
@@ -135,6 +139,12 @@ def main() -> None:
         took = beyond(*words.split())
         slow = took > QUICK and words.split()[0] in ("list", "show", "results")
         print(f"{words:55}{took:6.3f} s beyond an empty interpreter{', MORE than it may' if slow else ''}")
+    with tempfile.TemporaryDirectory() as place:
+        for number in range(RUNS):
+            run_folders.a_run(Path(place), "haider2024/llama-2-7b", str(number), 5.0)
+        took = beyond("results", **{paths.RUNS: place})
+    more = ", MORE than it may" if took > LISTED else ""
+    print(f"{f'results of {RUNS} runs':55}{took:6.3f} s beyond an empty interpreter{more}")
     print(f"{'a completion':55}{beyond(**COMPLETION):6.3f} s beyond an empty interpreter")
     os.environ |= OFFLINE | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}  # has accelerate, for `axolotl train`
     with tempfile.TemporaryDirectory() as place:

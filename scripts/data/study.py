@@ -304,4 +304,6 @@ def of_any(recipe: str) -> Study | None:
 
 
 def _folder(recipe: str) -> Path | None:
-    return next((folder for folder in paths.studies() if recipe.startswith(f"{folder.name}/")), None)
+    name, slash, _ = recipe.partition("/")
+    folders = (recipes / name for recipes, _ in paths.homes() if slash)  # looked up, as listing all takes long for many
+    return next((folder for folder in folders if (folder / "study.yaml").is_file()), None)

@@ -1,6 +1,6 @@
 """A run with its results, and the scores that it compares with."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,9 +91,14 @@ class RunResult:
         return {name: evaluations.decoded(self.folder.path, name, d, self.evaluation) for name, d in declared.items()}
 
     @cached_property
+    def evaluated_columns(self) -> dict[str, Column]:
+        """What it was evaluated with."""
+        return self.evaluation.columns if self.evaluation else {}
+
+    @cached_property
     def columns(self) -> dict[str, Column]:
         """What it is scored with: its study's metrics, and those that it was evaluated with beside them."""
-        recorded = self.evaluation.columns if self.evaluation else {}
+        recorded = self.evaluated_columns
         declared = self.study.columns if self.study else {}
         return declared | {name: recorded[name] for name in recorded if name not in declared} or columns_of()
 
@@ -119,7 +124,7 @@ class RunResult:
     def score(self, column: Column) -> float | None:
         """Its score by a metric; None also where it was scored before the metric was declared as it is now."""
         if column.metric.of_loss is None:
-            return _value(column, self.evaluation)
+            return _value(column, self.evaluation, self.evaluated_columns)
         loss = self.summary.eval_loss_per_token
         return None if loss is None else column.metric.of_loss(loss)
 
@@ -131,7 +136,7 @@ class RunResult:
             return False
         return column.metric.of_loss is not None or bool(
             own
-            and column.same_scores(own.columns.get(column.name))
+            and column.same_scores(self.evaluated_columns.get(column.name))
             and own.settings.limit is None
             and own.settings.test_set == self.study.data.test_set
             and own.settings.decoding == self.study.decoding
@@ -191,9 +196,15 @@ def manifest_entries(run: Run) -> list[Config]:
     ]
 
 
-def _value(column: Column, evaluation: Evaluation | None) -> float | None:
-    """A score of an evaluation; None also where it was scored before the metric was declared as it is now."""
-    if evaluation is None or not column.same_scores(evaluation.columns.get(column.name)):
+def _value(column: Column, evaluation: Evaluation | None, columns: Mapping[str, Column] | None = None) -> float | None:
+    """A score of an evaluation; None also where it was scored before the metric was declared as it is now.
+
+    Args:
+        column: the metric.
+        evaluation: the evaluation.
+        columns: what that scored with, if it is known already.
+    """
+    if evaluation is None or not column.same_scores((columns or evaluation.columns).get(column.name)):
         return None
     return evaluation.scores.get(column.name)
 
