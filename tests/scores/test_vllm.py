@@ -40,10 +40,9 @@ AServer(reply, int(given["--port"])).serve_forever(0.02)
 
 
 @pytest.fixture
-def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
-    made = a_tiny_run(tmp_path, tiny, tiny_profile, sample)
-    an_adapter(tiny, made.output)
-    return made
+def run(run: RunDir, tiny: Path) -> RunDir:
+    an_adapter(tiny, run.output)
+    return run
 
 
 @pytest.fixture
