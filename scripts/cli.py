@@ -16,7 +16,7 @@ from .base import paths
 from .base.errors import UserError, WorkFailed
 from .base.files import DISK_FULL
 from .base.progress import say
-from .commands import after, before, recipes, running, scoring, upkeep
+from .commands import after, before, recipes, running, scoring
 from .commands.help import Verbs
 
 FIRST_STEPS = """\
@@ -52,7 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _heading in (recipes, before, running, scoring, after, upkeep):
+for _heading in (recipes, before, running, scoring, after):
     app.add_typer(_heading.verbs)
 
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 from ..checks.finding import Finding
 from ..runs.records import JobState, Run
 from ..runs.rundir import RunDir
-from .slurm_site import active
 
 if TYPE_CHECKING:
     from .local import Local
@@ -41,5 +40,9 @@ def job_state(folder: RunDir, step: str, words: Sequence[str] | None = None) -> 
         UserError: jobs.json is damaged.
     """
     jobs = [job for job in folder.jobs() if job.step == step and words in (None, job.words)]
+    if not jobs:
+        return None
+    from .slurm_site import active
+
     states = active(jobs)
     return JobState("unknown") if states is None else next(iter(states.values()), None)

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 from ..base import machine
 from ..base.errors import UserError
@@ -33,7 +34,7 @@ class Local:
         UserError: there are fewer GPUs than jobs.
     """
 
-    here = True
+    here: Literal[True] = True
 
     def __init__(self, rehearsal: bool, jobs: int | None = None):
         jobs = jobs or 1

@@ -11,6 +11,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from getpass import getuser
 from pathlib import Path
+from typing import Literal
 
 from ..base import paths
 from ..base.errors import UserError, WorkFailed
@@ -39,7 +40,7 @@ class Slurm:
         UserError: a setting is wrong, or SLURM does not answer.
     """
 
-    here = False
+    here: Literal[False] = False
 
     def __init__(self, rehearsal: bool, jobs: int | None, options: Sequence[str]):
         self.site = site_settings(options)

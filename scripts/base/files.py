@@ -89,6 +89,21 @@ def json_rows(lines: Iterable[bytes], where: Path | str, fields: Sequence[str]) 
         yield row
 
 
+def read_rows(file: Path, fields: Sequence[str] = ("reference", "prediction"), hint: str = "") -> list[Row]:
+    """The rows of a JSONL file with some text fields, whatever else they have.
+
+    Raises:
+        UserError: the file is missing, which `hint` helps with, or empty, or a row lacks a field.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file{hint}")
+    with file.open("rb") as lines:
+        rows = list(json_rows(lines, file, fields))
+    if not rows:
+        raise UserError(f"{file}: has no rows")
+    return rows
+
+
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
     """Replace the content of `file` by rows, a JSON line each."""
     with replacing(file) as stream:

@@ -301,13 +301,14 @@ def backend_of(on: str, rehearsal: bool = False, jobs: int | None = None) -> "Ba
         UserError: there is no such backend, or it refuses the options.
     """
     from ..backends.local import Local
-    from ..backends.slurm import Slurm
 
     if on == "local":
         return Local(rehearsal, jobs)
     name, *options = re.split(r",(?=[^,]*=)", on)
     if name != "slurm":
         raise UserError(f"--on {on}: give local or slurm, with options as in slurm,partition=gpu,time=8:00:00")
+    from ..backends.slurm import Slurm
+
     return Slurm(rehearsal, jobs, options)
 
 

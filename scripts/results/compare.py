@@ -10,7 +10,7 @@ from typing import Any
 
 from ..base import yamlfiles
 from ..base.errors import UserError
-from ..base.files import Row
+from ..base.files import Row, read_rows
 from ..base.progress import say
 from ..configs import config
 from ..data.published import Published
@@ -20,7 +20,7 @@ from ..runs.records import Run
 from ..runs.rundir import RunDir, find_run
 from ..scores import intervals
 from ..scores.evaluations import changed, current, read_predictions, read_scores
-from ..scores.score import columns_of, declared_models, model_record, read_rows, with_scores
+from ..scores.score import columns_of, declared_models, model_record, with_scores
 
 
 @dataclass

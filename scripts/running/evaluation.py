@@ -9,7 +9,6 @@ from pathlib import Path
 
 from .. import backends
 from ..backends import Backend
-from ..backends.slurm import Slurm
 from ..base import paths, yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import read_json, sha256, tensor_shapes
@@ -73,7 +72,7 @@ def start(folder: RunDir, request: EvaluationRequest, backend: Backend) -> Evalu
     """
     record = folder.read()
     evaluation = evaluate.command(folder, request)
-    if isinstance(backend, Slurm):
+    if not backend.here:
         if not backends.job_state(folder, "run"):
             task = EvaluationTask(folder, request)
             if task.settings.engine != SERVER:  # a node may reach it, and this machine not

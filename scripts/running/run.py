@@ -10,7 +10,6 @@ from pathlib import Path
 
 from .. import backends
 from ..backends import Backend
-from ..backends.slurm import Slurm
 from ..base import machine, paths, yamlfiles
 from ..base.errors import UserError
 from ..base.files import sha256
@@ -19,7 +18,7 @@ from ..checks import check, trust
 from ..checks.finding import refuse
 from ..configs import datafiles, gpus
 from ..configs.compose import Composed, Request, compose, is_rehearsal
-from ..planning import plan
+from ..configs.gpus import Gpu
 from ..runs import launch
 from ..runs.records import Run
 from ..runs.rundir import RunDir, find_run, this_job
@@ -46,7 +45,7 @@ def prepare(request: Request, backend: Backend) -> Composed:
     starts = not request.dry_run
     with Bar(f"checking {composed.recipe}", 1):
         report = check.examine(composed, gpu, request.ranks, launching=starts, data=starts)
-        plan.add_to(report, gpu, request.ranks, anew=starts)
+        _add_plan(report, gpu, request.ranks, anew=starts)
     found = report.findings
     for finding in found:
         if not starts and finding.scope == "data":
@@ -65,6 +64,13 @@ def prepare(request: Request, backend: Backend) -> Composed:
     return composed
 
 
+def _add_plan(report: check.Report, gpu: Gpu | None, ranks: int, anew: bool) -> None:
+    if gpu:  # without one nothing is planned
+        from ..planning import plan
+
+        plan.add_to(report, gpu, ranks, anew)
+
+
 def start(request: Request, backend: Backend) -> RunDir:
     """Train a recipe in a new run folder, in this process or as a job.
 
@@ -73,7 +79,7 @@ def start(request: Request, backend: Backend) -> RunDir:
         WorkFailed: Axolotl failed, or the run was interrupted.
     """
     composed = prepare(request, backend)
-    if isinstance(backend, Slurm):
+    if not backend.here:
         task = Task(
             TaskResult(composed.recipe),
             lambda: [command(create(composed, request))],
@@ -118,7 +124,7 @@ def resume(
         say(f"{folder.path}: the run is finished")
         return folder
     trust.restore_stand_in(folder, record)
-    if isinstance(backend, Slurm):  # here, what holds the run decides
+    if not backend.here:  # here, what holds the run decides
         current = backends.read(folder)
         if reason := "the run is still running" if current.state == "running" else hindrance(folder, current):
             raise UserError(f"{folder.path}: {reason}")
@@ -210,7 +216,7 @@ def _check_here(folder: RunDir, record: Run) -> None:
     )
     try:
         report = check.examine(composed, gpus.here(), record.ranks, launching=not record.rehearsal)
-        plan.add_to(report, gpus.here(), record.ranks, anew=True)
+        _add_plan(report, gpus.here(), record.ranks, anew=True)
         found = [finding for finding in report.findings if finding.scope != "code"]  # of a run that is trusted
         errors = {finding.name for finding in found if finding.level == "error"}
         forced = [name for name in record.forced if name in errors]  # not those of the rows, or of another GPU

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from ..base.errors import UserError
-from ..base.files import Row, json_rows, sha256, write_rows
+from ..base.files import Row, json_rows, read_rows, sha256, write_rows
 from ..base.hub import importing_axolotl
 from ..base.progress import say
 from ..base.yamlfiles import Config
@@ -21,7 +21,6 @@ from ..data import manifest, study
 from ..data.manifest import is_the_studys
 from ..runs.records import Run
 from ..runs.rundir import RunDir
-from .score import read_rows
 
 # In a run's folder: rows that only Axolotl can load, as they were at the first evaluation, with their data sets.
 KEPT = "evaluation-rows.jsonl"

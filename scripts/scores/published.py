@@ -6,7 +6,7 @@ from typing import Any
 
 from ..base import paths, yamlfiles
 from ..base.errors import UserError
-from ..base.files import Row, sha256
+from ..base.files import Row, read_rows, sha256
 from ..base.progress import Bar, say
 from ..checks.rows import fields_of
 from ..data import prepare
@@ -14,7 +14,7 @@ from ..data.published import PublishedPredictions, PublishedScore, Texts
 from ..data.study import Study
 from ..metrics.metric import Column
 from . import evaluation_rows
-from .score import ScorerModels, below, read_rows, score
+from .score import ScorerModels, below, score
 
 
 def scores(

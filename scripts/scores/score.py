@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import UserError
-from ..base.files import Row, json_rows
+from ..base.files import Row, read_rows
 from ..base.progress import say
 from ..configs import substitution
 from ..data import study
@@ -118,21 +118,6 @@ def same_models(models: ScorerModels, columns: Mapping[str, Column], scores: Map
 # Of what scores mean. To be raised with any change after which the same texts score otherwise; scores of another
 # version are computed again.
 VERSION = 1
-
-
-def read_rows(file: Path, fields: Sequence[str] = ("reference", "prediction"), hint: str = "") -> list[Row]:
-    """The rows of a JSONL file with some text fields, whatever else they have.
-
-    Raises:
-        UserError: the file is missing, which `hint` helps with, or empty, or a row lacks a field.
-    """
-    if not file.is_file():
-        raise UserError(f"{file}: no such file{hint}")
-    with file.open("rb") as lines:
-        rows = list(json_rows(lines, file, fields))
-    if not rows:
-        raise UserError(f"{file}: has no rows")
-    return rows
 
 
 def read_pairs(file: Path, prediction: str = "prediction", reference: str = "reference") -> list[Row]:

@@ -1,7 +1,8 @@
 """A run folder that an earlier version left is still listed, scored and reported.
 
 tests/support/old_run is a rehearsal by revision 24b9ed8, before there was a loss per token, a reason for a run's end or
-the version of a score; its folders are placeholders, and its adapter and checkpoints are left out.
+the version of a score; its folders are placeholders, and its adapter and checkpoints are left out. So are those of
+tests/support/old_run_interrupted, by revision 167dafe, when an ungated copy was an option.
 """
 
 import shutil
@@ -10,6 +11,8 @@ from pathlib import Path
 import orjson
 import pytest
 from conftest import SUPPORT, Recipe
+
+from qlora_recipes.runs.rundir import RunDir
 
 NAME = "haider2024/code-llama-7b"
 
@@ -40,3 +43,16 @@ def test_an_old_run_is_reported_and_compared_but_not_published_without_its_adapt
     assert "4.105" in (tmp_path / "report.html").read_text()
     done = recipe("publish", str(old_run))
     assert (done.returncode, "recipe run" in done.stderr) == (2, True)
+
+
+def test_a_run_that_an_earlier_version_left_unfinished_is_read_as_todays(recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "haider2024/llama-3-8b" / "20261128-202704-883091f"
+    shutil.copytree(SUPPORT / "old_run_interrupted", folder)
+    assert RunDir(folder).read().profiles == ["rehearsal", "mirror"]
+    (row,) = orjson.loads(recipe("results", "--json").stdout)
+    assert (row["state"], row["step"], row["steps"], row["changed_keys"]) == ("interrupted", 2, 12, "num_epochs")
+    assert recipe("report", "latest").returncode == 0
+    assert recipe("cancel", "latest").returncode == 2
+    strange, moved = recipe("resume", "latest"), recipe("resume", "latest", "--trust")
+    assert (strange.returncode, "--trust" in strange.stderr, moved.returncode) == (2, True, 2)
+    assert "/home/someone/work/runs/" in moved.stderr

@@ -6,6 +6,7 @@ import orjson
 import pytest
 from conftest import SHARED, Recipe
 
+from qlora_recipes.base.files import read_rows
 from qlora_recipes.metrics.text import bleu4
 from qlora_recipes.scores import score
 from qlora_recipes.scores.score import columns_of
@@ -71,7 +72,7 @@ def test_the_command_prints_scores_and_writes_rows(recipe: Recipe, tmp_path: Pat
 def test_the_baselines_predictions_score_as_recomputed() -> None:
     from qlora_recipes.data import study
 
-    rows = score.read_rows(SHARED / "codereviewer-test-predictions.jsonl")
+    rows = read_rows(SHARED / "codereviewer-test-predictions.jsonl")
     rows = score.with_scores(rows, columns_of(None, ["bleu4"]))
     assert statistics.fmean(row["bleu4"] for row in rows) == pytest.approx(5.44, abs=0.005)
     of_study = study.find("haider2024")
