@@ -278,7 +278,8 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
             say(f"{task.where / PREDICTIONS}: complete, {how}")
             return former
         _require(task, judged)
-        part = task.where / f"predictions.{f'{task.settings.engine}.' * (task.settings.engine != REFERENCE)}part.jsonl"
+        engine = "" if task.settings.engine == REFERENCE else f"{task.settings.engine}."
+        part = task.where / f"predictions.{engine}part.jsonl"
         former = _same_work(task)
         rows, settings = _kept(task, former) if former else _predicted(task, folder.output, part)
         columns = benchmarks.of_evaluation(former) | task.columns
@@ -288,12 +289,13 @@ def evaluate(folder: RunDir, request: EvaluationRequest) -> Evaluation:
             own = request.adapter is None  # the eval loss is not that of another adapter
             loss = summary.eval_loss_per_token if own else None
             scores, rows = score(rows, columns, judged, loss, measured)
-        notes = [settings.note] if settings.note else []
+        notes = []
         if evaluation_rows.changed_since(task.run, task.rows):
             notes.append("the rows that it is evaluated on have changed since the run was created")
-            say(f"{task.rows.data}: {notes[-1]}")
+            say(f"{task.rows.data}: {notes[0]}")
+        notes += [settings.note] if settings.note else []
         if notes:
-            scores["notes"] = [*notes[::-1], *scores.get("notes", [])]
+            scores["notes"] = notes + scores.get("notes", [])
         result = Evaluation(made=now(), rehearsal=rehearsal, scores=scores, version=VERSION, settings=settings)
         write(task.where, result, rows)
         part.unlink(missing_ok=True)
