@@ -31,11 +31,13 @@ def edit(file: Path, **change: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"step": "two"}, {"step": None}, {"loss": "text"}, {"loss": {"a": 1}}, {"step_seconds": "long"},
-        {"tokens": "many"}, {"rss_peak_gib": "many"}, {"peak_gib_by_rank": "ab"}, {"eval_loss": "x"},
-        {"eval_loss_per_token": [1]}, {"ended": "elsewhere"}, {"max_steps": "x"},
+        {"step": None},
+        {"loss": "text"},
+        {"peak_gib_by_rank": "ab"},
+        {"eval_loss_per_token": [1]},
+        {"ended": "elsewhere"},
     ],
-)  # fmt: skip
+)
 def test_a_damaged_line_of_metrics_is_left_out_and_said(recipe: Recipe, bad: RunDir, change: dict[str, Any]) -> None:
     edit(bad.path / "run.json", state="failed")
     bad.metrics.write_bytes(orjson.dumps(RECORD) + b"\n" + orjson.dumps(RECORD | {"step": 2} | change) + b"\n")
@@ -79,12 +81,8 @@ def test_a_damaged_run_is_named_and_the_others_are_listed(
 
 @pytest.mark.parametrize(
     ("provenance", "at"),
-    [
-        ("T4", ""), ({"gpus": 3}, ".gpus"), ({"gpus": [3]}, ".gpus.0"), ({"gpus": [{"name": 1}]}, ".gpus.0.name"),
-        ({"git": {}}, ".git.revision"), ({"packages": ["torch"]}, ".packages"), ({"python": [3]}, ".python"),
-        ({"memory_gib": "much"}, ".memory_gib"), ({"cpu": None}, ".cpu"),
-    ],
-)  # fmt: skip
+    [("T4", ""), ({"gpus": [{"name": 1}]}, ".gpus.0.name"), ({"git": {}}, ".git.revision"), ({"cpu": None}, ".cpu")],
+)
 def test_a_provenance_of_odd_types_is_named_with_its_place(
     recipe: Recipe, bad: RunDir, provenance: Any, at: str
 ) -> None:
@@ -97,7 +95,7 @@ def test_a_provenance_of_odd_types_is_named_with_its_place(
 
 @pytest.mark.parametrize(
     "scores",
-    [{"bleu4": "good"}, {"bleu4": 1.0, "intervals": [1]}, {"bleu4": 1.0, "metrics": "x"}, {"metrics": [{}]}, []],
+    [{"bleu4": "good"}, {"bleu4": 1.0, "intervals": [1]}, {"bleu4": 1.0, "metrics": "x"}, []],
 )
 def test_scores_that_are_none_are_named_and_the_run_is_as_one_that_is_not_evaluated(
     recipe: Recipe, bad: RunDir, scores: Any
@@ -112,11 +110,8 @@ def test_scores_that_are_none_are_named_and_the_run_is_as_one_that_is_not_evalua
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"row": None}, {"row": [1]}, {"idx": [1]}, {"lang": {"a": 1}}, {"bleu4": "good"}, {"bleu4": [1]},
-        {"bleu4": 1e308}, {"exact": 2}, {"reference": None}, {"prediction": 1}, {"x": "\0"},
-    ],
-)  # fmt: skip
+    [{"row": None}, {"idx": [1]}, {"bleu4": "good"}, {"bleu4": 1e308}, {"exact": 2}, {"prediction": 1}],
+)
 def test_predictions_that_are_none_are_named(recipe: Recipe, bad: RunDir, change: dict[str, Any]) -> None:
     row = {"row": 1, "idx": 1, "lang": "go", "reference": "a", "prediction": "b", "bleu4": 1.0, "exact": False}
     write_rows(bad.path / "predictions.jsonl", [row, row | {"row": 2} | change])
