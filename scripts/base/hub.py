@@ -63,13 +63,25 @@ class HubAccess:
     says: str = ""
 
 
-@cache
-def access(name: str) -> HubAccess:
-    """Access of this user to a model, with the token that huggingface_hub finds; asked once in a process.
+_answers: dict[str, HubAccess] = {}
 
-    The answer is as huggingface_hub 1.x raises it (utils/_http.py, hf_raise_for_status). Without a token the hub
-    answers 401 for a model that does not exist, too, which huggingface_hub takes for missing. A 404 that does not speak
-    of a repository is that of a mirror of the hub which has no such call.
+
+def access(name: str) -> HubAccess:
+    """Access of this user to a model, with the token that huggingface_hub finds.
+
+    The hub is asked once for each model in a process, and no more once it did not answer.
+    """
+    silent = next((answer for answer in _answers.values() if answer.access == "unknown"), None)
+    if name not in _answers:
+        _answers[name] = silent or _ask(name)
+    return _answers[name]
+
+
+def _ask(name: str) -> HubAccess:
+    """The answer as huggingface_hub 1.x raises it (utils/_http.py, hf_raise_for_status).
+
+    Without a token the hub answers 401 for a model that does not exist, too, which huggingface_hub takes for missing.
+    A 404 that does not speak of a repository is that of a mirror of the hub which has no such call.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError

@@ -41,7 +41,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
         running.silent = ("owner/never/auth-check",)
         hub.access("owner/open")  # the first request of a process imports much
         running.paths.clear()
-        hub.access.cache_clear()
+        monkeypatch.setattr(hub, "_answers", {})
         monkeypatch.setattr(hub, "ANSWER_TIMEOUT", 1.0)
         yield running
 
@@ -65,6 +65,15 @@ def test_each_answer_of_the_hub_is_told_apart(server: Server, name: str, access:
     answer = hub.access(name)
     assert answer.access == access
     assert says in answer.says
+
+
+def test_the_hub_is_asked_once_for_a_model_and_no_more_once_it_is_silent(server: Server) -> None:
+    for _ in range(2):
+        assert hub.access("owner/open").access == "open"
+    assert server.paths == ["/api/models/owner/open/auth-check"]
+    assert hub.access("owner/never").access == "unknown"
+    assert hub.access("owner/gated") == hub.access("owner/never")
+    assert len(server.paths) == 2
 
 
 @pytest.mark.parametrize(("name", "says"), [("owner/none", "not found"), ("owner/never", "1 s")])

@@ -141,7 +141,7 @@ def test_the_hub_is_asked_for_the_recipes_models(
     with serving(monkeypatch) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url.partition("/files")[0])
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        hub.access.cache_clear()
+        monkeypatch.setattr(hub, "_answers", {})
         monkeypatch.setattr(doctor, "base_models", lambda: ["a/closed", "b/open"])
         monkeypatch.setenv("HF_TOKEN", "hf_QxW3vBn7mKzLp0aSdFgH")
         server.content, server.answers, server.error_code = b"{}", answers, "GatedRepo" if 403 in answers else ""
