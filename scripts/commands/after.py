@@ -48,7 +48,9 @@ def results_verb(
     power: Power = None,
     of_ledger: OfLedger = False,
     export: ExportedRun = None,
-    format_: Annotated[Form, typer.Option("--format", help="A table, Markdown, CSV with numbers in full.")] = "table",
+    format_: Annotated[
+        Form, typer.Option("--format", rich_help_panel="Output", help="A table, Markdown, CSV with numbers in full.")
+    ] = "table",
     json: Json = False,
 ) -> None:
     """Losses and scores: of all runs, of one, of a study beside the published ones, of a sweep; or two runs compared.

@@ -62,6 +62,17 @@ class Verb(TyperCommand):
 
     context_class = _Context
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write arguments, then options under their headings."""
+        headings: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            kind = "Arguments" if isinstance(param, click.Argument) else "Options"
+            if record := param.get_help_record(ctx):
+                headings.setdefault(getattr(param, "rich_help_panel", None) or kind, []).append(record)
+        for heading, records in headings.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _write_examples(self.epilog, formatter)
 

@@ -115,6 +115,7 @@ def complete_data_sets(incomplete: str) -> list[str]:
     return _beginning(incomplete, [data["key"] for data in of_studies])
 
 
+WHERE = "Where it runs"
 Name = Annotated[
     str,
     typer.Argument(
@@ -152,12 +153,20 @@ Things = Annotated[
 PlannedGpu = Annotated[
     str | None,
     typer.Option(
-        "--gpu", metavar="NAME", autocompletion=complete_gpus, help="The GPU to plan for; by default this machine's."
+        "--gpu",
+        rich_help_panel=WHERE,
+        metavar="NAME",
+        autocompletion=complete_gpus,
+        help="The GPU to plan for; by default this machine's.",
     ),
 ]
 Jobs = Annotated[
     int | None,
-    typer.Option(min=1, help="Runs to work on at a time, each on a GPU of its own; by default 1 here, all on SLURM."),
+    typer.Option(
+        rich_help_panel=WHERE,
+        min=1,
+        help="Runs to work on at a time, each on a GPU of its own; by default 1 here, all on SLURM.",
+    ),
 ]
 SweepFile = Annotated[
     str | None,
@@ -189,7 +198,7 @@ Force = Annotated[
     list[str] | None,
     typer.Option("--force", metavar="FINDING", help="Despite the error of this name in `recipe check`. Repeatable."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, typer.Option("--json", rich_help_panel="Output", help="Print JSON.")]
 
 
 Seeds = Annotated[
@@ -212,6 +221,7 @@ On = Annotated[
     str,
     typer.Option(
         "--on",
+        rich_help_panel=WHERE,
         metavar="local|slurm[,KEY=VALUE]...",
         help="Where to run it: here, or in SLURM's queue, which this does not wait for, with options of sbatch, as in "
         "slurm,time=8:00:00, or of one step, as in slurm,evaluate.time=1:00:00; slurm.yaml in ~/.config/qlora-recipes "

@@ -11,6 +11,7 @@ from ..base.files import Row
 from ..base.progress import say
 from .help import Verb, after_training, name_of, next_step
 from .options import (
+    WHERE,
     Force,
     FromStage,
     Jobs,
@@ -75,9 +76,12 @@ def run_verb(
     profile: Profiles = None,
     set_: Overrides = None,
     gpu_count: Annotated[
-        int, typer.Option("--gpus", help="How many GPUs to train on; with --nodes, on each node.")
+        int,
+        typer.Option("--gpus", rich_help_panel=WHERE, help="How many GPUs to train on; with --nodes, on each node."),
     ] = 1,
-    nodes: Annotated[int, typer.Option(help="How many machines to train on, with --on slurm.")] = 1,
+    nodes: Annotated[
+        int, typer.Option(rich_help_panel=WHERE, help="How many machines to train on, with --on slurm.")
+    ] = 1,
     on: On = "local",
     force: Force = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and start nothing.")] = False,
@@ -245,20 +249,20 @@ def reproduce_verb(
     from ..scores.evaluate import EvaluationRequest
 
     only_with("--gpu", gpu, "--dry-run", dry_run)
-    own = {f"--on {on}": on != "local", "--seeds": seeds > 1, "--dry-run": dry_run}
-    for option, given in own.items():
-        only_with(option, given, "--from training", from_ == "training")
     of_study = find(study)
     request = Request(of_study.folder.name, profile or [], set_ or [], rehearse, force=force or [])
     request.rehearse = is_rehearsal(request)
-    of_model: dict[str, Any] = {
-        "--rehearse": request.rehearse,
-        "--set": set_,
-        "--profile": profile,
-        "--jobs": jobs,
-    }
-    for option, given in of_model.items():
-        only_with(option, given, "--from adapter or training", from_ != "predictions", "predictions need no model")
+    if from_ != "training":
+        later = {f"--on {on}": on != "local", "--seeds": seeds > 1, "--dry-run": dry_run}
+        if from_ == "predictions":
+            later |= {
+                "--rehearse": request.rehearse,
+                "--set": bool(set_),
+                "--profile": bool(profile),
+                "--jobs": bool(jobs),
+            }
+        for option, given in later.items():
+            only_with(option, given, f"a later stage than --from {from_}", False)
     evaluation = EvaluationRequest(metrics=metric or [])
     backend = backend_of(on, request.rehearse, jobs)
     form = form_of(json)
@@ -279,8 +283,7 @@ def reproduce_verb(
     rows = verdict.rows(of_study, paths.runs(), request.rehearse, reproduce.representative_runs(results))
     records = [verdict.record(row, of_study) for row in rows]
     end(results, form, {}, records, lambda: listing.show_study(of_study, rows, request.rehearse, form))
-    rehearsed = ["--rehearse"] if request.rehearse else []
-    next_step("report" if backend.here else "results", study, *rehearsed, json=json)
+    next_step("report" if backend.here else "results", study, *["--rehearse"][: request.rehearse], json=json)
 
 
 def _score_predictions(of_study: "Study", only: list[str], judge: str | None, form: tables.Form) -> None:
