@@ -9,7 +9,7 @@ from .. import tables
 from ..base import paths, yamlfiles
 from ..base.files import Row
 from ..base.progress import say
-from .help import Verb, after_training, name_of, next_step
+from .help import Verb, after_training, next_step
 from .options import (
     WHERE,
     Force,
@@ -116,7 +116,8 @@ def run_verb(
 def resume_verb(
     run: RunName,
     prepare: Annotated[
-        bool, typer.Option("--prepare", help="Only tokenize its rows and fetch its base model; needs no GPU.")
+        bool,
+        typer.Option("--prepare", hidden=True, help="Only tokenize its rows and fetch its base model; needs no GPU."),
     ] = False,
     trust: Annotated[
         bool,
@@ -128,13 +129,10 @@ def resume_verb(
     """Resume an interrupted run from its last whole checkpoint."""
     from ..running.run import resume
 
-    only_with("--prepare", prepare, "--on local", on == "local", "jobs prepare by themselves")
     backend = backend_of(on)
     folder = resume(run, backend, prepare, force or [], trust)
     print(folder.path)
-    if prepare:
-        next_step("resume", name_of(folder))
-    else:
+    if not prepare:  # which is a job of its own
         after_training(folder, on)
 
 
