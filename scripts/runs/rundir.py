@@ -111,7 +111,7 @@ class RunDir:
             clear_parts(self._json)
             yield lock
 
-    def read_metrics(self, since: int = 0) -> list[dict[str, Any]]:
+    def read_metrics(self, since: int = 0) -> list[Row]:
         """The records of metrics.jsonl by step, without those of steps that a resumed run does again. Damaged lines are
         left out, which is said on stderr.
 
@@ -122,7 +122,7 @@ class RunDir:
             lines = self.metrics.read_bytes()[since:].split(b"\n")
         except OSError:
             return []
-        records: dict[tuple[int, int], dict[str, Any]] = {}
+        records: dict[tuple[int, int], Row] = {}
         previous = 0
         for line in filter(None, lines):
             try:
@@ -181,7 +181,7 @@ def new_folder(parent: Path, name: str) -> Path:
             time.sleep(0.2)
 
 
-def is_evaluation(record: dict[str, Any]) -> bool:
+def is_evaluation(record: Row) -> bool:
     """Whether a metrics record is of an evaluation; Axolotl logs no loss for rows too few for a packed batch."""
     return "eval_loss" in record or "eval_loss_per_token" in record
 
@@ -189,7 +189,7 @@ def is_evaluation(record: dict[str, Any]) -> bool:
 _MEMORY = {"memory_reserved_gib": "GPU, reserved", "rss_peak_gib": "resident"}
 
 
-def summarise(metrics: list[dict[str, Any]]) -> Summary:
+def summarise(metrics: list[Row]) -> Summary:
     """The summary of a run's metrics."""
 
     def last(key: str) -> Any:
