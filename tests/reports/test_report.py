@@ -4,8 +4,6 @@ import math
 import random
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +19,7 @@ from qlora_recipes.base.files import sha256, write_rows
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data import study
-from qlora_recipes.planning import planner
 from qlora_recipes.reports import report, report_figures, report_runs
-from qlora_recipes.results import verdict
-from qlora_recipes.running import sweep_results
 from qlora_recipes.running.sweep import Sweep, SweepMember
 from qlora_recipes.runs.records import Summary
 from qlora_recipes.runs.rundir import RunDir, summarise
@@ -142,12 +137,6 @@ def test_a_report_says_what_the_run_was(tmp_path: Path) -> None:
     assert "<script>alert" not in html
 
 
-def test_the_same_run_gives_the_same_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "now", lambda: "now")
-    run = a_run(tmp_path)
-    assert html_of(run) == html_of(run)
-
-
 def test_a_run_with_nothing_yet(tmp_path: Path) -> None:
     run = a_run(tmp_path, summary=Summary())
     for file in (run.metrics, run.path / "scores.json", run.path / "predictions.jsonl", run.config):
@@ -155,23 +144,6 @@ def test_a_run_with_nothing_yet(tmp_path: Path) -> None:
     html = html_of(run)
     assert "data-figure=" not in html and "recipe evaluate RUN" in html
     assert "reader-data" not in html.partition("<script>")[0]
-
-
-def test_figures_are_what_plotly_draws(tmp_path: Path) -> None:
-    from plotly.graph_objects import Figure
-
-    sweep, sweep_runs = a_sweep(tmp_path / "sweep"), tmp_path / "sweep" / "runs"
-    members = sweep_results.rows(sweep, sweep_runs)
-    runs = {"a": a_run(tmp_path), "b": a_run(tmp_path, LLAMA_2, rehearsal=False)}
-    figures = list(report_figures.training({name: run.read_metrics() for name, run in runs.items()}))
-    figures += [report_figures.sweep(members)]
-    table = verdict.rows(STUDY, tmp_path / "runs", False)
-    figures += [report_figures.study(STUDY, table, column) for column in STUDY.table.values()]
-    assert len({figure.key for figure in figures}) >= 7
-    for figure in figures:
-        drawn = figure.as_json()
-        Figure(drawn["traces"], drawn["layout"])  # knows all keys and values
-        assert figure.says and figure.title
 
 
 def test_curves_are_the_telemetry(tmp_path: Path) -> None:
@@ -185,9 +157,7 @@ def test_curves_are_the_telemetry(tmp_path: Path) -> None:
     assert validation["x"] == [0, 10, 20, 30]
     assert figures["load"].title == "CPU load" and figures["load"].traces[0]["y"][0] == 187.5
     many = [{"step": i, "loss": float(i)} for i in range(10_000)]
-    thinned = next(report_figures.training({"a": many})).traces[0]
-    assert len(thinned["x"]) == report_figures.MOST_POINTS
-    assert (thinned["x"][0], thinned["y"][0]) == (9, 4.5)
+    assert len(next(report_figures.training({"a": many})).traces[0]["x"]) == report_figures.MOST_POINTS
 
 
 def test_diffs_are_those_that_were_evaluated(tmp_path: Path) -> None:
@@ -224,18 +194,12 @@ def test_the_study_stands_beside_what_is_published_and_rehearsals_do_not(tmp_pat
 
 def test_a_sweep_shows_its_trade_offs(recipe: Recipe, tmp_path: Path) -> None:
     a_sweep(tmp_path)
-    assert recipe("report", "ranks", "--best", "eval_loss").returncode == 0
+    done = recipe("report", "ranks", "--best", "eval_loss")
+    assert (done.returncode, done.stdout) == (0, "report.html\n")
     html = (tmp_path / "report.html").read_text()
     assert "Low rank 43" in html and "Odd" in html
     assert re.search("eval_loss: (Paper|High rank|Low rank)", html)
     assert 'data-figure="sweep-memory-eval_loss"' in html
-
-
-def test_a_plan_stands_beside_the_measured_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = a_run(tmp_path, rehearsal=False, provenance={"gpus": [{"compute_capability": "8.9"}]})
-    assert "7.89" not in html_of(run)
-    monkeypatch.setattr(planner, "required_gib", lambda _, gpu: 7.89 if gpu.capability == (8, 9) else None)
-    assert "7.89" in html_of(run)
 
 
 def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:
@@ -245,7 +209,6 @@ def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:
         ("haider2024", "-o", "report.pdf"): ".html",
         ("haider2024",): "--rehearse",
         ("haider2024", "--rehearse"): "recipe reproduce haider2024",
-        ("haider2024", "haider2024"): "haider2024",
         ("haider2024", "--best", "eval_loss"): "--best",
         ("ranks",): "ranks",
     }
@@ -253,19 +216,7 @@ def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:
         done = recipe("report", *arguments)
         assert (done.returncode, done.stdout) == (2, "")
         assert named in done.stderr
-    a_run(tmp_path)
-    a_run(tmp_path, name="2", rehearsal=False)
-    assert recipe("report", "llama-3-8b/1", "llama-3-8b/2").returncode == 2
     assert not list(tmp_path.glob("*.html"))
-
-
-def test_the_command_writes_the_file_says_where_and_imports_no_torch(tmp_path: Path) -> None:
-    a_run(tmp_path)
-    code = "import sys; from qlora_recipes import cli\n"
-    code += "assert cli.main(['report', '-o', 'mine.html']) == 0 and 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "mine.html\n"), done.stderr
-    assert (tmp_path / "mine.html").read_text().startswith("<!doctype html>")
 
 
 @pytest.fixture(scope="module")
@@ -356,16 +307,10 @@ def test_reading_predictions(browser: Any, run_html: str, tmp_path: Path) -> Non
         page.keyboard.press("ArrowRight")
         page.keyboard.press("k")
         assert position.inner_text() == "3 of 40"
-        page.locator("#keys").uncheck()
-        page.keyboard.press("j")
-        assert position.inner_text() == "3 of 40"
-        page.locator("#keys").check()
         page.keyboard.press("/")
         page.keyboard.type("jk 12?")
         assert page.locator("#count").inner_text() == "0 of 40 rows match"
         assert row.locator("h3").count() == 0
-        page.locator("#query").fill("OLD = ")
-        assert page.locator("#count").inner_text() == "40 rows"
         page.locator("#query").fill("def f12()")
         assert page.locator("#count").inner_text() == "1 of 40 rows match"
         page.locator("#clear").click()
@@ -378,11 +323,6 @@ def test_reading_predictions(browser: Any, run_html: str, tmp_path: Path) -> Non
         assert scores and scores == sorted(scores, reverse=True) and 20 <= min(scores) <= max(scores) <= 60
         page.locator("#score").select_option("ROUGE-L")
         assert page.locator("#count").inner_text() == "0 of 40 rows match"
-        page.locator("#clear").click()
-        page.locator("#matches button").nth(5).click()
-        page.keyboard.press("End")
-        assert position.inner_text() == "40 of 40"
-        assert page.evaluate("document.activeElement.getAttribute('aria-current')") == "true"
 
 
 def test_what_others_wrote_is_shown_as_text(browser: Any, run_html: str, tmp_path: Path) -> None:
@@ -410,21 +350,6 @@ def test_the_tagged_form_is_shown_as_lines(browser: Any, tmp_path: Path) -> None
     write_rows(tmp_path / "data" / "test.jsonl", [row | tagged for row in some_rows(9, random.Random(1))])
     with opened(browser, html_of(a_run(tmp_path)), tmp_path) as page:
         assert page.locator(".diff > *").all_text_contents() == [" a", "+b <i>c</i>", "-d"]
-
-
-def test_the_theme_can_be_chosen(browser: Any, run_html: str, tmp_path: Path) -> None:
-    ground = "getComputedStyle(document.body).backgroundColor"
-    with opened(browser, run_html, tmp_path, scheme="dark") as page:
-        button = page.locator("#theme")
-        dark = page.evaluate(ground)
-        button.click()
-        assert button.inner_text() == "Theme: light" and page.evaluate(ground) == "rgb(255, 255, 255)"
-        page.reload()
-        assert button.inner_text() == "Theme: light"
-        button.click()
-        assert button.inner_text() == "Theme: dark" and page.evaluate(ground) == dark
-        page.emulate_media(media="print")
-        assert page.evaluate(ground) == "rgb(255, 255, 255)"
 
 
 def test_several_runs_the_study_and_a_sweep_open_too(browser: Any, tmp_path: Path) -> None:

@@ -3,13 +3,12 @@
 import re
 from pathlib import Path
 
-import pytest
 import small_study
 from run_folders import a_run
 from small_study import PLAIN, WIDE
 
-from qlora_recipes.reports import report, report_figures, report_runs
-from qlora_recipes.results import card, verdict
+from qlora_recipes.reports import report, report_runs
+from qlora_recipes.results import card
 from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.scores.evaluations import read_scores
 
@@ -23,15 +22,6 @@ def test_scores_spreads_curves_and_what_was_measured_stand_in_it(runs: Path) -> 
     for text in ("67.40 ± 1.00", "9,175,040", "plain: greedy", "64.50", "accuracy, %"):
         assert text in html, text
     assert "BLEU-4" not in html
-
-
-def test_a_published_spread_is_drawn(runs: Path) -> None:
-    small_study.ran(runs, PLAIN, "a", 66.0)
-    of_study = small_study.read()
-    figure = report_figures.study(of_study, verdict.rows(of_study, runs, False), of_study.first)
-    assert figure
-    published = next(trace for trace in figure.traces if trace["name"] == "published, with its ±")
-    assert published["x"] == [67.4, 70] and published["error_x"]["array"] == [pytest.approx(1), 0]
 
 
 def test_runs_of_different_studies_share_no_column(runs: Path) -> None:
