@@ -9,7 +9,7 @@ import pytest
 from conftest import Recipe, recipe_config
 from run_folders import STUDY, a_run
 
-from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base import paths
 from qlora_recipes.configs import config
 from qlora_recipes.configs.config import Difference
 from qlora_recipes.configs.datafiles import DataFile
@@ -29,21 +29,9 @@ def row_of(runs: Path, recipe: str = LLAMA_2, rehearsal: bool = False) -> dict[s
 
 
 @pytest.mark.parametrize(
-    ("bleu4", "expected"), [(5.02, verdict.WITHIN), (5.17, verdict.ACCEPTABLE), (5.30, verdict.OFF)]
-)
-def test_the_verdict(tmp_path: Path, bleu4: float, expected: str) -> None:
-    a_run(tmp_path, LLAMA_2, "a", bleu4)
-    row = row_of(tmp_path)
-    assert row["verdict"] == expected
-    assert row["bleu4_difference"] == pytest.approx(bleu4 - 5.02)
-    assert (row["peak_gpu_memory_gib"], row["gpu_hours"]) == (7.5, 2.5)
-
-
-@pytest.mark.parametrize(
     ("key", "value", "same"),
     [
         ("base_model", "HuggingFaceTB/SmolLM2-135M", False),
-        ("base_model", "/models/Llama-2-7b-hf", False),
         ("base_model", "NousResearch/Llama-2-7b-hf", True),
         ("datasets.0.path", "mine.jsonl", False),
         ("datasets.0.path", "moved/train.jsonl", True),
@@ -65,18 +53,13 @@ def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores
     (folder.output / evaluations.ADAPTER).parent.mkdir()
     (folder.output / evaluations.ADAPTER).write_bytes(b"")
     listed, (member,) = run_rows.record(RunResult(folder, run)), report_runs.reported_runs([folder])
-    assert listed["bleu4"] == 5.0
-    assert listed["bleu4_published"] == (5.02 if same else None)
-    other_model = value if key == "base_model" and not same else None
-    assert (listed["other_base_model"], listed["other_data"]) == (other_model, value == "mine.jsonl")
+    assert (listed["bleu4"], listed["bleu4_published"]) == (5.0, 5.02 if same else None)
     assert row_of(tmp_path / "runs")["run"] == (str(folder.path) if same else None)
     texts = [
         recipe("results").stdout,
         card.card(member, evaluations.read_scores(folder.path), False, None),
         str(report_runs.scores([member])),
     ]
-    shown = report_runs.overview(member, {})
-    assert (shown["other base model"], shown["other data"] is not None) == (other_model, value == "mine.jsonl")
     assert [any(score in text for score in ("5.02", "4.28", "5.47")) for text in texts] == [same] * len(texts)
 
 
@@ -84,11 +67,9 @@ def test_only_a_run_on_the_recipes_model_and_data_is_set_beside_published_scores
     "more",
     [
         {"settings": {"test_set": "test"}},
-        {"settings": {"test_set": None}},
         {"settings": {"limit": 100}},
         {"settings": {"decoding": STUDY.decoding.model_copy(update={"max_new_tokens": 8})}},
         {"state": "interrupted"},
-        {"state": "failed"},
     ],
 )
 def test_scores_of_other_rows_or_half_a_run_are_compared_with_nothing(tmp_path: Path, more: dict[str, Any]) -> None:
@@ -104,7 +85,7 @@ def test_rehearsals_and_runs_are_apart(tmp_path: Path) -> None:
     assert row_of(tmp_path)["run"] is None
     row = row_of(tmp_path, rehearsal=True)
     assert row["bleu4"] == 1.5
-    kept = ("bleu4_published", "verdict", "peak_gpu_memory_gib", "gpu_hours", "bertscore_f1_published")
+    kept = ("bleu4_published", "verdict", "peak_gpu_memory_gib", "gpu_hours")
     assert {row[key] for key in kept} == {None}
     assert row["differs"] == row["open"] == []
 
@@ -151,14 +132,9 @@ def test_what_differs_from_the_paper_and_what_it_leaves_open(tmp_path: Path) -> 
     assert row["differs"] == ["lora_r: 64 instead of 32"]
     assert row["open"][0].startswith("lora_target_modules: q_proj k_proj v_proj o_proj (notebook")
     assert "warmup_steps: 5 (--set warmup_steps)" in row["open"]
-    assert any("Unsloth" in setting for setting in row["open"])
-    assert any(text.startswith("base_model") for text in row["open"])
     stated = {text.partition(":")[0] for text in row["open"]}
     assert not stated & {"lora_r", "num_epochs", "optimizer"}
-    a_run(tmp_path, LLAMA_2, "a", 3.0)  # whose paper names the base model
-    assert not any(text.startswith("base_model") for text in row_of(tmp_path)["open"])
-    of_seeds, off, left_open = listing.notes(STUDY, table)
-    assert "`recipe reproduce haider2024 --seeds 3`" in of_seeds
+    _, off, left_open = listing.notes(STUDY, table)
     assert "lora_r: 64 instead of 32" in off
     assert left_open.startswith("haider2024/llama-3-8b") and "lora_target_modules" in left_open
 
@@ -185,19 +161,6 @@ def test_the_headers_of_recipes_beside_list_what_differs() -> None:
         header = (paths.RECIPES / f"{name}.yaml").read_text().partition("# Differs ")[2].partition("# Each setting")[0]
         listed = {key.strip() for line in header.splitlines()[1:-1] for key in line[1:].partition(":")[0].split(",")}
         assert listed == {key.partition(".")[0] for key in differing} - {"output_dir"}
-
-
-def test_ports_are_the_recipes_of_another_trainer() -> None:
-    for name, scores in STUDY.published.items():
-        is_port = "this is a port of their" in (paths.RECIPES / f"{name}.yaml").read_text()
-        assert is_port == (scores.trainer != "Axolotl")
-
-
-def test_the_open_settings_are_some_recipes_and_not_the_papers() -> None:
-    assert STUDY.open_settings[-1] == "decoding"  # which is study.yaml's, and no recipe's
-    for key in STUDY.open_settings[:-1]:
-        found = [yamlfiles.sources(paths.RECIPES / f"{name}.yaml").get(key) for name in paths.recipe_names()]
-        assert any(source and not source.startswith("paper") for source in found), key
 
 
 def test_every_form_of_the_table(recipe: Recipe, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ Environment variables:
     STAND_IN_STEP: seconds that a step takes.
     STAND_IN_HOLD: after how many steps of this launch to wait, within a step, for a signal
     STAND_IN_GO: or for this file.
-    STAND_IN_NAN: from which step on the loss is no number.
     STAND_IN_NO_MEMORY: after how many steps of this launch to fail as where a GPU's memory does not suffice.
 """
 
@@ -43,7 +42,6 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 STEP = float(os.environ.get("STAND_IN_STEP", "0.001"))
 HOLD = int(os.environ.get("STAND_IN_HOLD", sys.maxsize))
 NO_MEMORY = int(os.environ.get("STAND_IN_NO_MEMORY", sys.maxsize))
-NAN = int(os.environ.get("STAND_IN_NAN", sys.maxsize))
 GO = Path(os.environ.get("STAND_IN_GO", os.devnull + "/none"))
 
 
@@ -108,9 +106,7 @@ class Training:
             self.link = hashlib.sha256(f"{self.link} {self.step}".encode()).hexdigest()
             tokens, seconds = 100, time.perf_counter() - started
             measured = {"step_seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
-            self._record(
-                loss=None if self.step >= NAN else self._number(), grad_norm=1.0, learning_rate=1e-4, **measured
-            )
+            self._record(loss=self._number(), grad_norm=1.0, learning_rate=1e-4, **measured)
             if self._due("eval_steps", "evals_per_epoch"):
                 self._evaluate()
             if self.stop or self._due("save_steps", "saves_per_epoch"):
