@@ -5,7 +5,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
 from ..base import paths, yamlfiles
@@ -48,15 +48,13 @@ class Study(Strict):
     Attributes:
         tags: of the model cards of its runs.
         decodings: further ways to decode, each reported beside the first, by name.
-        metrics: the declarations of the columns of scores, see `columns`.
+        metrics: by name, what its runs are scored with; `columns` are made of them.
         variants: recipes that the authors did not publish.
         comment_prefixes: the beginnings of a recipe's comments behind settings that the authors state.
         tolerances: by metric, the difference from a published score that is acceptable; for a curve as `train_loss`.
         differences: what Axolotl does differently from the authors, in words.
         shown: the metrics that are columns of tables; by default all.
     """
-
-    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
     folder: SkipJsonSchema[Path]
     title: str
@@ -73,7 +71,7 @@ class Study(Strict):
     tolerances: dict[str, float] = Field(default={})
     baselines: list[Baseline] = Field(default=[])
     differences: list[str] = Field(default=[])
-    shown: list[str] = Field(default=[], alias="columns")
+    shown: list[str] = Field(default=[])
 
     @cached_property
     def columns(self) -> dict[str, Column]:
@@ -163,7 +161,7 @@ class Study(Strict):
         for name in self.tolerances:
             yield from undeclared(("tolerances", name), name, [*metrics, *curve])
         for i, name in enumerate(self.shown):
-            yield from undeclared(("columns", str(i)), name, metrics)
+            yield from undeclared(("shown", str(i)), name, metrics)
         for name in self.decodings.keys() & _OF_SCORES:
             yield ("decodings", name), f"METRIC_{name} has another meaning in results; choose another name"
         for name, published in self.published.items():

@@ -195,7 +195,7 @@ def _by_metric(of_study: Study, column: Column, found: Sequence[RunResult], aim:
     within = repeats.interval(name, reached, known) if reached else None
     mean = _mean(value for _, value in reached)
     difference = found_verdict = None
-    if published and mean is not None and of_chosen and of_chosen.difference is not None:
+    if published and mean is not None and of_chosen and of_chosen.difference is not None:  # the run compares
         difference = mean - published.value
         found_verdict = verdict(mean, within, published, of_study.tolerances.get(name))
     model = model_record(column, chosen.evaluation.scores) if chosen and chosen.evaluation else None

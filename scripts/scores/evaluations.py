@@ -77,7 +77,7 @@ class EvaluationSettings(BaseModel):
             for other rows.
         batch_size: the most rows generated at a time; None where it was left to the engine.
         batch_tokens: the most tokens of the reference's batches, by the memory there was for their keys and values.
-        built_with: other keys of the run's config that predictions depend on, see `task.BUILT_WITH`.
+        built_with: other keys of the run's config that predictions depend on, see `evaluate.BUILT_WITH`.
         engine: what generated: `REFERENCE`, in a process of this project; `VLLM`, which it started; `SERVER`, which
             somebody started, with whatever model; or, in earlier versions, `elsewhere`: a file of the user's.
         model: the name of the server's model.

@@ -30,7 +30,7 @@ def test_what_a_study_declares(tmp_path: Path) -> None:
     curve = tmp_path / "a.csv"
     curve.write_text("step,train_loss\n1,2.5\n")
     scores = {"accuracy": {"value": 67.4, "spread": 1.0}, "perplexity": 3}
-    changes: dict[str, Any] = dict.fromkeys(("columns", "variants", "tolerances", "baselines", "open_settings"))
+    changes: dict[str, Any] = dict.fromkeys(("shown", "variants", "tolerances", "baselines", "open_settings"))
     changes["metrics"] = {"accuracy": {"metric": "number", "label": "GSM8K"}, "perplexity": None}
     changes["published"] = {RECIPE: {"scores": scores, "curve": "a.csv"}}
     of_study = loaded(tmp_path, changes | {"decodings": {"greedy": {"max_new_tokens": 9}}})

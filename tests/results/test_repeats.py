@@ -187,7 +187,7 @@ def test_what_it_lacks_is_told(runs: Path, recipe: Recipe, seeds: int, more: dic
     assert recipe("results", "sums2030", "--power", "0").returncode == 2
 
 
-OF_PERPLEXITY = {"metrics": {"perplexity": {}}, "columns": ["perplexity"], "tolerances": {}}
+OF_PERPLEXITY = {"metrics": {"perplexity": {}}, "shown": ["perplexity"], "tolerances": {}}
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def write(place: Path, **changes: Any) -> None:
         "decoding": SAMPLED,
         "decodings": {"greedy": GREEDY},
         "metrics": {"accuracy": ACCURACY, "perplexity": {}, "chrf": {}},
-        "columns": ["accuracy", "perplexity"],
+        "shown": ["accuracy", "perplexity"],
         "published": {
             PLAIN: {
                 "scores": {"accuracy": {"value": 67.4, "spread": 1.0}, "perplexity": 3.0},
