@@ -42,7 +42,7 @@ Measured = Annotated[
 ]
 ShownTokens = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, help="Show instead what the model is trained on: N rows, token by token."),
+    typer.Option(metavar="N", min=1, help="Show instead what the model is trained on: N rows, learnt tokens marked."),
 ]
 
 

@@ -95,9 +95,9 @@ def pair(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
     for row, other in pairs:
         if row["reference"].split() != other["reference"].split():
             where = row.get("idx", row.get("row"))
-            raise UserError(f"--compare: row {where} has another reference in each: not predictions for the same rows")
+            raise UserError(f"row {where} has another reference in each: not predictions for the same rows")
     if not pairs:
-        raise UserError("--compare: no row is in both")
+        raise UserError("no row is in both; compare predictions for the same rows")
     return pairs
 
 
@@ -182,7 +182,7 @@ def _divergence(folders: Sequence[RunDir]) -> Divergence | None:
     """
     a, b = (folder.read() for folder in folders)
     if a.rehearsal != b.rehearsal:
-        raise UserError("--compare: one of the runs is a rehearsal, which compares with rehearsals only")
+        raise UserError("one of the runs is a rehearsal, and the other is not; compare two of a kind")
     of_a, of_b = (
         {record["step"]: record["loss"] for record in folder.read_metrics() if "loss" in record} for folder in folders
     )
