@@ -1,7 +1,5 @@
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -9,8 +7,6 @@ from qlora_recipes.base import paths
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import compose, datafiles
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.data import manifest, prepare, sample
-from qlora_recipes.data.declaration import SPLITS
 from qlora_recipes.running import create
 from qlora_recipes.runs.rundir import RunDir
 
@@ -100,22 +96,3 @@ def test_steps_keep_their_rows_on_several_gpus(gpus: int, change: list[str], key
 def test_steps_that_cannot_keep_their_rows_are_refused(gpus: int, change: list[str], unit: str) -> None:
     with pytest.raises(UserError, match=unit):
         compose.compose(Request(NAME, overrides=change, gpus=gpus))
-
-
-def test_rehearsals_that_start_at_once_prepare_the_sample_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    really, began, others = prepare.prepare, list[Path](), list[Future[Path]]()
-
-    def prepare_while_others_start(raw: list[Path], out: Path, *more: Any, **options: Any) -> dict[str, Any]:
-        began.append(out)
-        if len(began) == 1:
-            others.extend(pool.submit(sample.usual_sample) for _ in range(2))
-            assert not wait(others, timeout=0.5).done
-        return really(raw, out, *more, **options)
-
-    monkeypatch.setattr(prepare, "prepare", prepare_while_others_start)
-    with ThreadPoolExecutor() as pool:
-        folder = sample.usual_sample()
-        assert [other.result() for other in others] == [folder, folder]
-    assert len(began) == 1
-    assert manifest.entries(folder).keys() == set(SPLITS)

@@ -1,5 +1,4 @@
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -58,13 +57,6 @@ def test_override_refuses_what_it_cannot_set(text: str) -> None:
 @given(configs)
 def test_a_config_written_and_read_again_is_the_same(content: yamlfiles.Config) -> None:
     assert yaml.load(yamlfiles.write_yaml(content), yamlfiles._Loader) == content
-
-
-@given(configs, keys, leaves)
-def test_an_override_changes_its_key_and_no_other(content: yamlfiles.Config, key: str, value: Any) -> None:
-    changed = config.override(content, key, value)
-    assert changed[key] == value
-    assert {name.partition(".")[0] for name in config.differences(content, changed)} <= {key}
 
 
 def test_the_line_of_a_nested_key_is_found(tmp_path: Path) -> None:

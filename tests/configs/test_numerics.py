@@ -125,11 +125,6 @@ def test_lora_kernels_are_on_only_without_dropout_and_triton_only_where_it_runs(
     assert changed <= {*LIGER, *KERNELS, "plugins", "pad_to_sequence_len", "pad_to_multiple_of"}  # nothing else
 
 
-def test_a_recipe_that_does_not_allow_all_says_why() -> None:
-    (reason,) = laid("loftq-gsm8k/llama-2-7b-qlora", "fast").incompatible
-    assert "lora_dropout 0.1" in reason
-
-
 @pytest.mark.parametrize(
     ("change", "off"),
     [
@@ -218,30 +213,9 @@ def test_packed_rows_are_kept_apart_by_a_mask_on_turing() -> None:
         assert ("gpu-lacks:sample_packing" in {finding.name for finding in found}) == refused
 
 
-def test_a_users_own_profile_is_laid_over_as_it_is() -> None:
-    Path("fast.yaml").write_text("lora_mlp_kernel: true\n")
-    composed = laid("haider2024/llama-2-7b", "fast.yaml")
-    assert composed.config["lora_mlp_kernel"] is True
-    assert composed.incompatible == {}
-
-
 def test_check_notes_what_a_profile_leaves_once_a_reason(recipe: Recipe) -> None:
     done = recipe("check", "haider2024/llama-2-7b", "--profile", "fast", "--gpu", "T4", "--json")
     (report,) = orjson.loads(done.stdout)
     notes = [found["problem"] for found in report["findings"] if found["rule"] == "unfit"]
     assert len(notes) == 2 and "T4 (sm_75)" in notes[0] and "lora_dropout 0.05" in notes[1]
     assert "lora_qkv_kernel, lora_o_kernel" in notes[1]
-
-
-def test_that_no_card_is_known_is_noted(recipe: Recipe) -> None:
-    mine()
-
-    def unfit(*words: str) -> list[str]:
-        (report,) = orjson.loads(recipe("check", "mine.yaml", *words, "--json").stdout)
-        return [found["level"] for found in report["findings"] if found["rule"] == "unfit"]
-
-    assert unfit("--profile", "fast") == ["note"]
-    found = check.check(Request("mine.yaml", ["packed"]), launching=True).findings  # as on SLURM without its setting
-    assert [finding.level for finding in found if finding.rule == "unfit"] == ["warning"]
-    for more in (["--profile", "fast", "--gpu", "A100"], ["--profile", "mlflow"], ["--profile", "fast", "--rehearse"]):
-        assert unfit(*more) == []

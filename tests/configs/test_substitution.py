@@ -222,12 +222,6 @@ def test_a_rehearsal_makes_as_many_steps_as_its_rows() -> None:
     assert rehearsed({"max_steps": 5000}, "max_steps=3").config["max_steps"] == 3
 
 
-def test_a_config_of_odd_types_is_left_to_the_check() -> None:
-    odd = {"lora_target_modules": [["q_proj"]], "max_steps": "x", "datasets": "x", "plugins": "x", "val_set_size": "x"}
-    own = rehearsed(odd | {"lora_qkv_kernel": None, "attn_implementation": 3, "sequence_len": "x", "warmup_steps": []})
-    assert own.config["max_steps"] == "x"
-
-
 def test_data_that_is_set_and_wrong_is_left_to_the_check() -> None:
     for wrong in ("datasets.0.path=gone.jsonl", "datasets.0={path: gone.jsonl, typ: x}", "datasets=null"):
         assert "sample" not in str(rehearsed(None, wrong).config.get("datasets"))

@@ -2,12 +2,10 @@ import hashlib
 import io
 import os
 import random
-import resource
 import socket
 import stat
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +66,6 @@ def wanted(out: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in out.glob("msg-*")}
 
 
-def part(out: Path) -> Path:
-    return out / f"{ARCHIVE_NAME}.part"
-
-
 def mine(folder: Path, content: bytes = ARCHIVE) -> Path:
     file = folder / "mine.zip"
     file.write_bytes(content)
@@ -113,21 +107,6 @@ def test_one_that_breaks_off_too_often_says_what_is_there_and_resumes_next_time(
     assert server.sent == len(ARCHIVE)
 
 
-@pytest.mark.parametrize(("there", "compares"), [(100_000, True), (1_500_000, False)])
-def test_a_file_that_changed_on_the_server_is_fetched_from_the_beginning(
-    tmp_path: Path, server: Server, there: int, compares: bool
-) -> None:
-    server.content, server.etag = bytes(2_000_000), '"0"'
-    server.breaks_after = [there] + [0] * 5
-    with pytest.raises(WorkFailed):
-        fetch(data(server.url), tmp_path)
-    assert wanted(tmp_path) == {}
-    server.content, server.etag, server.compares = ARCHIVE, '"1"', compares
-    fetch(data(server.url), tmp_path)
-    assert wanted(tmp_path) == FILES
-    assert server.seen[6]["If-Range"] == '"0"'
-
-
 @pytest.mark.parametrize("change", [{"ranges": False}, {"etag": 'W/"1"'}, {"etag": ""}])
 def test_a_server_that_cannot_send_the_rest_sends_all(tmp_path: Path, server: Server, change: dict[str, Any]) -> None:
     vars(server).update(change)
@@ -163,12 +142,6 @@ def test_without_a_network_the_way_by_hand_is_shown(tmp_path: Path, server: Serv
         with pytest.raises(WorkFailed, match=r"Connection refused; .*--from FILE"):
             fetch(data(f"http://127.0.0.1:{closed.getsockname()[1]}/a.zip"), tmp_path)
     assert wanted(tmp_path) == {}
-
-
-def test_a_copy_that_does_not_exist_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"missing\.zip: "):
-        fetch(data(""), tmp_path / "raw", Path("missing.zip"))
-    assert not (tmp_path / "raw").exists()
 
 
 def test_what_is_there_as_recorded_is_not_fetched_again(tmp_path: Path, server: Server) -> None:
@@ -247,24 +220,3 @@ def test_only_wanted_files_of_an_archive_are_extracted(tmp_path: Path, member: z
     assert wanted(tmp_path / "raw") == FILES
     assert sorted(file.name for file in tmp_path.iterdir()) == ["mine.zip", "raw"]
     assert {file.name for file in (tmp_path / "raw").iterdir()} == {*FILES, "fetched.json", ".fetch.lock"}
-
-
-@contextmanager
-def files_no_larger_than(size: int) -> Iterator[None]:
-    """Lets a write fail, as one to a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk_keeps_what_is_downloaded(tmp_path: Path, server: Server) -> None:
-    with files_no_larger_than(300_000), pytest.raises(OSError, match=f"{part(tmp_path)}"):
-        fetch(data(server.url), tmp_path)
-    assert wanted(tmp_path) == {}
-    assert part(tmp_path).stat().st_size == 300_000
-    fetch(data(server.url), tmp_path)
-    assert server.asked_for() == [None, "bytes=300000-"]
-    assert wanted(tmp_path) == FILES

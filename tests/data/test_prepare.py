@@ -3,9 +3,6 @@ from typing import Any
 
 import orjson
 import pytest
-from conftest import SHARED
-from hypothesis import given
-from hypothesis import strategies as st
 
 from qlora_recipes.base import files, yamlfiles
 from qlora_recipes.base.errors import UserError
@@ -60,13 +57,6 @@ def test_the_manifest_accounts_for_every_row(tmp_path: Path) -> None:
     assert orjson.loads((tmp_path / "out" / "manifest.json").read_bytes()) == made
 
 
-@given(st.integers(1, 40), st.integers(1, 40))
-def test_a_draw_has_as_many_rows_as_there_are_to_draw(rows: int, size: int) -> None:
-    drawn = prepare.sample([(i, bytes([i]), None) for i in range(rows)], size, seed=0)
-    assert len(drawn) == min(rows, size)
-    assert drawn == sorted(set(drawn))
-
-
 def small_study(raw: Path, **subsets: Any) -> study.Study:
     """The study with `raw` as its test file."""
     changed = DATA | {"sources": {"msg-test.jsonl": {"url": "https://a.b/c", "sha256": files.sha256(raw)}}}
@@ -110,14 +100,6 @@ def test_the_studys_subset_lists_as_many_distinct_rows_as_the_paper_has() -> Non
     positions = orjson.loads((STUDY.folder / subset.positions).read_bytes())["rows"]
     assert len(positions) == len(set(positions)) == subset.rows
     assert set(positions) <= set(range(10_169))
-
-
-@pytest.mark.skipif(not (SHARED / "haider2024").is_dir(), reason="the authors' files are not part of the project")
-def test_each_row_of_the_studys_subset_has_the_authors_reference() -> None:
-    positions = orjson.loads((STUDY.folder / "test-subset-1.json").read_bytes())["rows"]
-    references = [line["reference"] for line in read(SHARED / "codereviewer-test-predictions.jsonl")]
-    gold = (SHARED / "haider2024" / "msg-5000-gold.txt").read_bytes().decode().split("\n")
-    assert [references[position] for position in positions] == gold
 
 
 def test_bad_input_leaves_nothing(tmp_path: Path) -> None:

@@ -60,11 +60,6 @@ def test_a_recipe_is_no_longer_than_the_samples_rows_need_or_than_it_was(recipes
     assert rehearsed(recipes, "sequence_len=300", sequence_len=128).config["sequence_len"] == 300
 
 
-def test_the_split_that_a_user_sets_stays(recipes: Path) -> None:
-    [entry] = rehearsed(recipes, "datasets.0.split=train").config["datasets"]
-    assert (entry["split"], entry["type"]) == ("train", OWN)
-
-
 def test_rows_that_are_no_studys_are_exchanged_for_those_of_the_first(recipes: Path) -> None:
     [entry] = rehearsed(recipes, entry={"path": "owner/name"}).config["datasets"]
     first = sample.rehearsal_data(study.find("haider2024"), "diff")

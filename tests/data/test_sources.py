@@ -87,16 +87,6 @@ def test_copies_are_taken_from_a_folder_and_what_is_not_there_from_its_place(tmp
         fetch(several(server.url), tmp_path / "again", mine)
 
 
-def test_a_copy_of_one_source_is_known_by_its_name(tmp_path: Path, server: Server) -> None:
-    server.files = {"rows.zip": packed({"train.jsonl": b"{}"})}
-    (tmp_path / "test.jsonl").write_bytes(b"test")
-    fetch(several(server.url), tmp_path / "out", tmp_path / "test.jsonl")
-    assert len(server.paths) == 1
-    (tmp_path / "mine.jsonl").write_bytes(b"test")
-    with pytest.raises(UserError, match=r"mine\.jsonl: .*rows\.zip, more/test\.jsonl"):
-        fetch(several(server.url), tmp_path / "again", tmp_path / "mine.jsonl")
-
-
 MATHS = [{"query": f"{i}+1?", "response": str(i + 1), "parts": [i]} for i in range(2500)]
 
 

@@ -1,9 +1,5 @@
 """Raw files of every kind, and what splits are made of them."""
 
-import random
-import re
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -123,27 +119,6 @@ def test_messages_and_fields_with_spaces_can_be_made_of_a_row(tmp_path: Path) ->
     [row] = read(of_study, "train")
     assert row["input"] == [{"role": "user", "content": "<a> & b"}, {"role": "assistant", "content": "c"}]
     assert row["output"] == '{"the question":"<a> & b","answer":"c"}'
-
-
-@pytest.mark.long
-def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    """In a process of its own, which is as large with ten times the rows."""
-    text = "".join(random.Random(0).choices("abc de", k=800))
-    peaks = []
-    for times in (1, 10):
-        write_rows(tmp_path / "train.jsonl", [{"question": f"{i}{text}", "answer": "b"} for i in range(3000)] * times)
-        of_study = sums(tmp_path, {"data > splits > valid": None})
-        code = (
-            "from pathlib import Path; from qlora_recipes.data import prepare, study;"
-            f"of = study.load(Path({str(of_study.folder)!r}));"
-            "prepare.prepare([of.folder / 'train.jsonl'], of.folder / 'out', of, 'default');"
-            "print(Path('/proc/self/status').read_text())"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", done.stdout)
-        peaks.append(int(peak) / 1024)
-    assert (tmp_path / "train.jsonl").stat().st_size > 24_000_000
-    assert peaks[1] < peaks[0] + 4
 
 
 def test_a_test_set_is_the_studys_if_its_raw_file_and_its_expressions_are(tmp_path: Path) -> None:
