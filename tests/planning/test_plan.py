@@ -4,7 +4,6 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import orjson
 import pytest
@@ -220,11 +219,6 @@ def test_a_damaged_cache_is_planned_anew(small: yamlfiles.Config, content: str) 
     assert cached.file.is_file()
     cached.file.write_text(content)
     assert plan.plan(small)[0] == sound
-
-
-def test_a_cache_that_cannot_be_written_is_no_error(small: yamlfiles.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "write_atomically", Mock(side_effect=PermissionError))
-    assert (planner.required_gib(small | {"lora_r": 5}, anew=True) or 0) > 0
 
 
 def test_a_full_fine_tuning_that_does_not_fit_gets_an_adapter(small: yamlfiles.Config) -> None:

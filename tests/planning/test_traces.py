@@ -87,11 +87,3 @@ def test_usage_says_what_is_there_at_the_peak() -> None:
     used = traces.usage(trace)
     assert used.parts == {"weights": 64 * MIB, "activations": 2 * MIB, "mask": 3 * MIB}
     assert (used.allocated, used.reserved) == (69 * MIB, 80 * MIB)
-
-
-def test_what_is_freed_together_is_put_in_order() -> None:
-    assert traces.ordered([(5, 1), (6, 1), (6, -1), (5, -1), (7, 1)]) == [(5, 1), (6, 1), (5, -1), (6, -1), (7, 1)]
-
-
-def test_what_comes_and_goes_does_not_last() -> None:
-    assert traces.lasting([(5, 1), (6, 7), (2, -1), (5, -1)]) == [(6, 7), (2, -1)]
