@@ -1,7 +1,5 @@
 import errno
 import os
-import stat
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -73,22 +71,3 @@ def test_a_lock_is_held_as_long_as_its_block(tmp_path: Path) -> None:
 def test_a_log_tells_of_a_full_disk(tmp_path: Path, said: str, where: str | None) -> None:
     found = files.where_full(said, [tmp_path])
     assert found == (None if where is None else Path(where or tmp_path))
-
-
-def held_without_a_name() -> int:
-    """The bytes of the files that this process has open and that are in no folder."""
-    found = 0
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):
-            of_file = descriptor.stat()
-            found += of_file.st_size if stat.S_ISREG(of_file.st_mode) and not of_file.st_nlink else 0
-    return found
-
-
-def test_room_is_kept_until_the_block_ends_and_free_room_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
-    before = held_without_a_name()
-    with files.reserved(tmp_path):
-        assert not any(tmp_path.iterdir())  # which whoever is killed here would leave
-        assert held_without_a_name() == before + files.RESERVED_BYTES
-    assert held_without_a_name() == before
-    assert files.free_bytes(tmp_path / "not" / "yet") == pytest.approx(files.free_bytes(tmp_path), abs=1 << 30)

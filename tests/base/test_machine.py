@@ -1,9 +1,7 @@
 """The GPUs that CUDA shows, from a made-up driver (a T4, an A100, one in two parts); and processes that end."""
 
-import subprocess
 import sys
 from pathlib import Path
-from textwrap import dedent
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,27 +92,6 @@ def test_checks_and_plans_are_for_the_first_that_is_shown(monkeypatch: pytest.Mo
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
     part = gpus.here()
     assert part and (part.capability, part.memory) == ((8, 0), 5)
-
-
-@pytest.mark.parametrize(
-    ("at_fork", "end"),
-    [
-        ("os.kill(os.getpid(), signal.SIGTERM)", "-15"),  # by what stops all processes of a user
-        ("os.kill(os.getppid(), signal.SIGKILL), time.sleep(0.5)", ""),
-    ],
-    ids=["the child is stopped", "the parent is killed"],
-)
-def test_a_child_that_is_not_yet_a_program_ends_too(at_fork: str, end: str) -> None:
-    script = f"""
-    import os, signal, time
-    from qlora_recipes.base.machine import start_child, stop_requests
-
-    os.register_at_fork(after_in_child=lambda: ({at_fork}))
-    with stop_requests():
-        print(start_child(["sleep", "60"]).wait(), end="")
-    """
-    run = subprocess.run([sys.executable, "-c", dedent(script)], capture_output=True, text=True, timeout=30)
-    assert run.stdout == end  # the child has the same stdout, which is open until it ends
 
 
 @pytest.mark.parametrize("options", [{}, {"env": {}}])

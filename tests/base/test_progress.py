@@ -7,7 +7,7 @@ import orjson
 import pytest
 
 from qlora_recipes.base import progress
-from qlora_recipes.base.progress import Bar, TrainingProgress
+from qlora_recipes.base.progress import TrainingProgress
 
 
 @pytest.fixture
@@ -45,11 +45,3 @@ def test_a_log_has_a_line_for_each_phase(
         "evaluating  4/8  loss 2.000  rate 1.00e-01",
         "  step 4: eval loss 2.500",
     ]
-
-
-def test_quick_work_leaves_no_line_in_a_log(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
-    for seconds in (0.1, 10):
-        with Bar("tokenizing", total=2) as bar:
-            clock[0] += seconds
-            bar.update(2)
-    assert capsys.readouterr().err == "tokenizing  2/2\n"

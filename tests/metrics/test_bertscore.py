@@ -6,7 +6,7 @@ import pytest
 from qlora_recipes.base.errors import UserError, WorkFailed
 from qlora_recipes.configs import substitution
 from qlora_recipes.metrics import bertscore
-from qlora_recipes.metrics.bertscore import DEFAULT, ScorerModel, layer_of, made_by
+from qlora_recipes.metrics.bertscore import DEFAULT, ScorerModel, made_by
 from qlora_recipes.scores import score
 
 PAIRS = [
@@ -116,13 +116,6 @@ def test_a_judge_is_told_by_its_weights_and_not_by_its_folders_name(roberta: Pat
     assert made_by(None, None) and not made_by(judge, None) and not made_by(None, made)
     stand_in = score.scorer_model(None, rehearsal=True)
     assert stand_in and made_by(stand_in, record(stand_in))
-
-
-def test_a_folder_of_a_model_that_bert_score_knows_needs_no_layer(roberta: Path, tmp_path: Path) -> None:
-    (folder := tmp_path / "distilroberta-base").symlink_to(roberta)  # its best layer is 5, more than this one has
-    with pytest.raises(UserError, match="3 layers"):
-        layer_of(ScorerModel(model=str(folder)))
-    assert layer_of(ScorerModel(model=str(folder), layer=3)) == 3
 
 
 def test_the_judge_is_the_default_only_where_it_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

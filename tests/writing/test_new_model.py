@@ -155,29 +155,6 @@ def test_layers_get_the_names_of_the_family(targets: list[str], expected: list[s
     assert set(models.renamed(expected, models.LINEAR_LAYERS)) <= set(models.LINEAR_LAYERS)
 
 
-def test_a_model_after_a_model_leaves_no_comment_on_the_first(tmp_path: Path, recipe: Recipe) -> None:
-    names, base = ("one", "two", "three", "four"), BASE
-    others = ("google/gemma-2-2b", "nobody/some-7b", "mistralai/Mistral-7B-Instruct-v0.3", "meta-llama/Llama-2-7b-hf")
-    for name, model in zip(names, others, strict=True):
-        assert recipe("new", name, "--from", base, "--model", model).returncode == 0
-        base = name
-    texts = [(tmp_path / f"variants/{name}.yaml").read_text() for name in names]
-    one, two, three, four = texts
-    assert re.search("(?m)^attn_implementation: eager  # variant, was sdpa; .*cap on attention scores", one)
-    assert "the tokenizer has a padding token, <pad>" in one and "<pad>" not in two
-    assert re.search("(?m)^attn_implementation: sdpa  # variant, was eager; ", two)
-    assert "Gemma" not in two and "licence gemma" not in two
-    assert "revision_of_model: c170c708c41dac9275d15a8fff4eca08d52bab71  # variant, was not set; this project" in three
-    assert "some-7b" not in re.sub("was nobody/some-7b;", "", three)
-    assert "special_tokens: {pad_token: </s>}  # variant, was not set; this project: the tokenizer names no " in four
-    assert "not known" not in four.lower()
-    for text in texts:
-        assert f"a variant of {BASE}\n" in text
-        assert len(re.findall("(?m)^#.*special_tokens|^special_tokens", text)) == 1
-    dry = recipe("run", "four", "--dry-run")
-    assert dry.returncode == 0 and "base_model: meta-llama/Llama-2-7b-hf" in dry.stdout
-
-
 def test_set_has_the_last_word_beside_a_model(tmp_path: Path, recipe: Recipe) -> None:
     options = ["--set", "revision_of_model=v1", "--set", "special_tokens.pad_token=<|endoftext|>"]
     text, _ = written(recipe, tmp_path, "Qwen/Qwen3-8B", *options, "--set", "num_epochs=1")

@@ -93,12 +93,6 @@ def test_a_broken_template_is_an_error_with_its_place(templates: Path, text: str
         render.rendered(templates)
 
 
-def test_the_table_names_every_recipe() -> None:
-    table = render.rendered()[render.README]
-    assert all(f"[{name}]({name}.yaml)" in table for name in paths.recipe_names())
-    assert "| haider2024/code-llama-7b | BLEU-4 | 5.58 | not run | – | " in table
-
-
 PHI = "microsoft/Phi-3-mini-4k-instruct"
 
 
@@ -125,16 +119,6 @@ def test_a_template_for_a_model_of_another_family_says_what_is_true_of_that(temp
     assert "Table II" not in text and "Unsloth" not in text and "not one of the paper's runs" in text
     assert without_source(text) == []
     assert "| [haider2024/other](haider2024/other.yaml) |" in render.rendered(templates)[render.README]
-
-
-def test_what_an_entry_does_not_say_of_a_model_is_named_in_the_recipe(templates: Path) -> None:
-    listed = templates / "models.yaml"
-    listed.write_text(listed.read_text() + "some/model: {title: Some model, licence: mit}\n")
-    text = template_for(templates, "some/model")
-    assert not {"revision_of_model", "special_tokens"} & set(yaml.safe_load(text))
-    assert "\n# revision_of_model is not set: no commit of this model is listed" in text
-    assert "\n# special_tokens is not set: not known whether the tokenizer names a padding token" in text
-    assert "\n# Not known whether it is gated, revision, padding token, special tokens, type and sizes, " in text
 
 
 def test_a_model_without_an_entry_or_without_what_every_recipe_states_is_an_error_with_its_place(

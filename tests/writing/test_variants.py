@@ -94,50 +94,6 @@ def test_a_variant_keeps_every_comment_is_clean_and_differs_in_just_what_was_cha
             assert line.startswith("#") or "  # variant, " in line
 
 
-LINES = st.lists(
-    st.sampled_from(
-        [
-            "a: 1  # one",
-            "a: [1, {b: 2}]  # list",
-            "b:\n  c: 3  # three\n  # between\n  d: [x]\n",
-            "e: |\n  text # no comment\n  more\n",
-            "f: 'quoted # no comment'  # yes",
-            "g:\n- 1\n# first\n- h: 2\n  i: {}\n",
-            "j: &x {k: 1}",
-            "l: *x",
-            "# alone",
-            "",
-            "m:",
-            "n: >-\n  folded\n\n\n",
-            "o: {p: {q: 1}}  # deep",
-            '"r": 1 # s',
-        ]
-    ),
-    max_size=8,
-    unique=True,
-).map(lambda lines: ["z: 0", *lines])
-BELOW = "a.0 a.1.b b.c b.d.0 b.x e.f g.0 g.1.h g.1.z j.k l.k m.a.b n.x o.p.q o.p.z"
-KEYS = st.sampled_from([*"abefgjlmnorz", "new", *BELOW.split()])
-
-
-@given(LINES, KEYS, st.none() | st.integers(-9, 9) | st.text(max_size=5) | st.just([1, {"a": "# no, [x"}]))
-def test_any_text_is_edited_right_or_refused(lines: list[str], key: str, value: Any) -> None:
-    text = "\n".join(lines)
-    try:
-        before = yamlfiles.parse(text, "t.yaml") or {}
-        expected = config.override(before, key, value)
-    except UserError:
-        return
-    try:
-        made = edit.edited(text, key, value, "t.yaml")
-    except UserError as error:
-        assert f"--set {key}: t.yaml" in str(error)
-        return
-    assert (yamlfiles.parse(made, "t.yaml") or {}) == expected
-    for comment in ("one", "list", "three", "between", "yes", "first", "alone", "deep", "s"):
-        assert len(re.findall(rf"# {comment}\b|; {comment}\b", made)) >= len(re.findall(rf"# {comment}\b", text))
-
-
 def test_true_in_the_place_of_1_is_a_change() -> None:
     assert edit.edited("a: 1\n", "a", True, "t.yaml") == "a: true  # variant, was 1\n"
     with pytest.raises(UserError, match=r"--set a\.k: t\.yaml"):
