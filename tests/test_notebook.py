@@ -52,12 +52,6 @@ def script(cells: Sequence[str]) -> str:
     return IN_A_NOTEBOOK + re.sub(r"^%cd (.*)$", lambda line: f"os.chdir({line[1]!r})", shell, flags=re.MULTILINE)
 
 
-def test_the_stand_in_knows_every_command_of_the_cells() -> None:
-    """That they are commands, tests/test_docs.py shows."""
-    verbs = re.findall(r"^!(?:timeout .* 10h )?\.venv/bin/recipe (\S+)", "\n".join(CELLS), re.MULTILINE)
-    assert verbs == ["doctor", "data", "data", "run", "resume"]
-
-
 def test_matplotlib_does_not_want_the_backend_of_the_notebook() -> None:
     """bert-score imports it."""
     code = "from qlora_recipes import cli; cli.main(['--help']); import matplotlib.pyplot"

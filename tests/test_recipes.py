@@ -27,8 +27,3 @@ def test_axolotl_validates_the_recipe(name: str) -> None:
         for part in key.split("."):
             of_result = of_result[int(part) if part.isdigit() else part]
         assert of_result == value, f"{key} came out of Axolotl's validation changed"
-
-
-def test_axolotls_validation_does_refuse() -> None:
-    with pytest.raises(ValueError, match="load_in_4bit"):
-        validated(recipe_config("haider2024/llama-2-7b") | {"load_in_4bit": False}, "T4")

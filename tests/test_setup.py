@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -93,13 +92,6 @@ def test_a_setup_that_was_interrupted_goes_on_with_its_cuda(checkout: Path, fail
     setup(checkout)
     setup(checkout, "CUDA=12.6", code=2, FAILS=fails)
     assert setup(checkout) == FOR_12_6
-
-
-def test_what_computes_in_4_bits_is_built_for_both() -> None:
-    """bitsandbytes brings a library for each CUDA, and loads that of torch's."""
-    assert find_spec("bitsandbytes")
-    folder = Path(find_spec("bitsandbytes").origin).parent  # type: ignore[union-attr, arg-type]
-    assert {f"libbitsandbytes_cuda{cuda}.so" for cuda in ("126", "130")} <= {file.name for file in folder.iterdir()}
 
 
 def test_vllm_gets_the_lock_of_the_machine_as_it_is(checkout: Path) -> None:

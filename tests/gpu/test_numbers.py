@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import orjson
 import pytest
 import torch
@@ -35,12 +34,6 @@ from qlora_recipes.scores.reference import Reference
 
 Check = Callable[..., None]
 HALF = torch.bfloat16 if BF16 else torch.float16
-# the levels of NF4 (arXiv 2305.14314, appendix E)
-LEVELS = [
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
-    *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-]
 LENGTHS = (17, 120, 64, 33, 5)  # tokens of packed rows, which start and end anywhere
 
 
@@ -94,27 +87,6 @@ def compared(name: str, found: Sequence[float], expected: Sequence[float], bound
     """Figures of a loss and a gradient norm."""
     names = (f"{name}, loss", f"{name}, gradient norm")
     return [Figure(*each) for each in zip(names, found, expected, bounds, strict=True)]
-
-
-def test_quantized_weights_and_products_with_them(check: Check) -> None:
-    """Weights near NF4's levels become them; products of one row and of several are different kernels on a GPU."""
-    dtype, random = torch.float16 if GPU else torch.float32, torch.Generator().manual_seed(0)
-    codes = torch.randint(16, (256, 8, 64), generator=random)
-    codes[..., 0] = 15  # the level 1: a block's largest value is its constant
-    constants = 0.5 + torch.rand(256, 8, 1, generator=random)
-    exact = (torch.tensor(LEVELS)[codes] * constants).view(256, 512)
-    off = 0.02 * (torch.rand(codes.shape, generator=random) - 0.5)  # levels are at least 0.08 apart
-    off[(codes == 0) | (codes == 15)] = 0
-    weight = (exact + (off * constants).view(256, 512)).to(DEVICE, dtype)
-    packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    rows = torch.randn(8, 512, generator=random).to(dtype)
-    products = {n: bnb.matmul_4bit(rows[:n].to(DEVICE), packed.t(), quant_state=state) for n in (1, 8)}
-    check(
-        Figure("NF4 weights, largest error", apart(bnb.functional.dequantize_4bit(packed, state), exact), bound=5e-3),
-        # fp16 rounds by 5e-4
-        *(Figure(f"NF4 products of {n}, largest error", apart(products[n], rows[:n].float() @ exact.T), bound=1e-2)
-          for n in products),
-    )  # fmt: skip
 
 
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
