@@ -9,9 +9,7 @@ from file_server import Server, as_hub, serving
 from huggingface_hub import constants
 
 from qlora_recipes.base import hub, yamlfiles
-from qlora_recipes.base.errors import WorkFailed
 from qlora_recipes.checks import check
-from qlora_recipes.cli import ended
 from qlora_recipes.configs.compose import Request, compose
 from qlora_recipes.data.sample import usual_sample
 
@@ -115,14 +113,3 @@ def test_a_silent_hub_is_no_reason_not_to_start(server: Server, tmp_path: Path) 
     own(tmp_path, "owner/never")
     composed = compose(Request(str(tmp_path / "own.yaml")))
     assert [f for f in check.examine(composed, launching=True).findings if f.rule == "no-access"] == []
-
-
-def test_a_loader_that_cannot_reach_the_hub_ends_with_the_hubs_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def load() -> None:
-        try:
-            raise WorkFailed("hub:")
-        except WorkFailed:
-            raise OSError("cannot load a/b") from None
-
-    assert ended(load) == 1
-    assert capsys.readouterr().err == "recipe: hub:\n"

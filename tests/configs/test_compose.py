@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from qlora_recipes.base import paths
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import compose, datafiles
 from qlora_recipes.configs.compose import Request
@@ -38,12 +37,6 @@ def test_a_mirror_is_a_difference() -> None:
     found = {d.key: (d.run, d.why) for d in compose.compose(Request(NAME, ["mirror"])).differences}
     assert found["base_model"] == ("NousResearch/Llama-2-7b-hf", "profile mirror")
     assert found["revision_of_model"] == (None, "profile mirror")
-
-
-def test_the_shipped_rehearsal_profile_given_as_a_file_is_a_rehearsal(place: Path) -> None:
-    assert compose.is_rehearsal(Request(NAME, profiles=[str(paths.PROFILES / "rehearsal.yaml")]))
-    (place / "rehearsal.yaml").write_text("lora_r: 8\n")
-    assert not compose.is_rehearsal(Request(NAME, profiles=["rehearsal.yaml"]))
 
 
 def test_a_rehearsal_in_one_process_drops_the_engine_and_caps_a_warm_up_ratio() -> None:

@@ -3,7 +3,6 @@ from pathlib import Path
 import orjson
 import pytest
 
-from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import models
 
 NAME = "meta-llama/Llama-2-7b-hf"
@@ -27,18 +26,6 @@ def test_facts_are_those_of_the_revision_that_a_config_names(snapshot: Path, key
         config = {"base_model": NAME, key: revision}
         assert models.architecture(config, download=False)["num_hidden_layers"] == layers
         assert models.find(config).layers == layers
-
-
-def test_an_entry_that_lacks_sizes_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = {"title": "Some model", "config": {"model_type": "llama", "hidden_size": 64}}
-    monkeypatch.setattr(models, "catalogue", lambda: {"some/model": entry})
-    lacks = "lacks intermediate_size, num_hidden_layers, num_attention_heads, vocab_size"
-    with pytest.raises(UserError, match=lacks):
-        models.architecture({"base_model": "some/model"}, download=False)
-    with pytest.raises(UserError, match=r"nobody/nothing"):
-        models.architecture({"base_model": "nobody/nothing"}, download=False)
-    found = models.find({"base_model": "some/model"})
-    assert (found.linear, found.layers, found.context, found.gated) == (models.LINEAR_LAYERS, None, None, None)
 
 
 def test_a_mirror_has_its_models_facts_but_for_the_revision() -> None:

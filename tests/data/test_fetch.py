@@ -175,16 +175,6 @@ def test_a_wrong_checksum_is_reported_and_puts_the_download_aside(tmp_path: Path
     assert server.asked_for() == [None, None]
 
 
-def test_files_stay_where_the_archive_is_rejected(tmp_path: Path) -> None:
-    fetch(data(""), tmp_path, mine(tmp_path))
-    (tmp_path / "msg-valid.jsonl").write_bytes(b"edited")
-    before = wanted(tmp_path)
-    other = mine(tmp_path, packed(FILES | {"msg-test.jsonl": b"x"}))
-    with pytest.raises(UserError, match=r"msg-test\.jsonl .*\b400000\b"):
-        fetch(data(""), tmp_path, other)
-    assert wanted(tmp_path) == before
-
-
 TEST = FILES["msg-test.jsonl"]
 
 

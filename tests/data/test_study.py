@@ -11,7 +11,7 @@ from run_folders import a_run
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.data import study
-from qlora_recipes.data.published import ADAPTER_FILES, PublishedScore
+from qlora_recipes.data.published import PublishedScore
 from qlora_recipes.data.study import Study
 
 RECIPE = "haider2024/llama-2-7b"
@@ -40,15 +40,6 @@ def test_what_a_study_declares(tmp_path: Path) -> None:
     assert published == {"accuracy": PublishedScore(value=67.4, spread=1.0), "perplexity": PublishedScore(value=3)}
     assert [str(score) for score in published.values()] == ["67.4 ± 1", "3"]
     assert (of_study.decodings["greedy"].top_k, of_study.variants, of_study.baselines) == (0, {}, [])
-
-
-def test_what_authors_published_on_the_way_is_fetched_only_when_it_is_asked_for() -> None:
-    first, loftq = study.find("haider2024"), study.find("loftq-gsm8k")
-    assert first.fetched == ["Comment_Generation.zip"]
-    adapters = [f"{model}-4bit-64rank/gsm8k" for model in ("Llama-2-7b-hf", "Meta-Llama-3-8B")]
-    published = {f"{adapter}/{file}" for adapter in adapters for file in ADAPTER_FILES}
-    assert set(loftq.data.sources) - set(loftq.fetched) == {"example_model_solutions.jsonl", *published}
-    assert loftq.compared == loftq.baselines[:1]
 
 
 def test_repeats_of_a_recipe_stand_for_the_others_of_its_study(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from qlora_recipes.planning import steps as steps_of
 from qlora_recipes.planning.memory import trace
 from qlora_recipes.planning.steps import Step
 
-STEP = Step(model=json.dumps(SMALL), autocast="float16", rank=8, padded=True)
 ALL_LINEAR = models.LINEAR_LAYERS
 
 
@@ -171,12 +170,3 @@ def test_real_trainings_of_axolotls_allocate_what_is_planned(tmp_path: Path, tin
         assert planned == pytest.approx(found, rel=0.01 if kinds[turn][2] else 0.001), kinds[turn]
         assert loaded == pytest.approx(real["loaded"], rel=0.005), kinds[turn]
         assert notes == []
-
-
-@pytest.mark.long
-def test_flash_attention_needs_no_mask_for_a_sliding_window() -> None:
-    step = replace(STEP, model=json.dumps(TINY["mistral"]), padded=False, capability=(8, 0))
-    no_window = replace(step, model=json.dumps(TINY["mistral"] | {"sliding_window": None}))
-    for attention, same in (("flash_attention_2", True), ("sdpa", False)):
-        whole, slides = (usage(replace(each, attention=attention)).allocated for each in (no_window, step))
-        assert (whole == slides) == same

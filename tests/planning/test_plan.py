@@ -35,12 +35,9 @@ def test_a_recipe_becomes_its_step() -> None:
     ("change", "field", "value"),
     [
         ({"bf16": True, "fp16": None}, "weights", "bfloat16"),
-        ({"bf16": "auto", "fp16": None}, "autocast", "bfloat16"),
-        ({"fp16": False}, "autocast", None),
         ({"fp16": False}, "weights", "float32"),
         ({"fp16": None, "float16": True, "adapter": None, "load_in_4bit": None}, "weights", "float16"),  # no scaler
         ({"gradient_checkpointing": None}, "checkpointing", None),
-        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "checkpointing", "reentrant"),
         ({"lora_target_linear": True}, "targets", "all-linear"),
         ({"gradient_accumulation_steps": 1}, "accumulates", False),
         ({"micro_batch_size": 1}, "padded", False),
@@ -48,7 +45,6 @@ def test_a_recipe_becomes_its_step() -> None:
         ({"sample_packing": True, "attn_implementation": "flash_attention_2"}, "packed", False),
         ({"chunked_cross_entropy": True}, "chunked_loss", True),
         ({"bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}}, "double_quantization", False),
-        ({"attn_implementation": None, "flash_attention": True}, "attention", "flash_attention_2"),
         ({"adapter": None, "load_in_4bit": None}, "weights", "float32"),
         ({"optimizer": "lion_8bit"}, "optimizer", "adamw_torch_fused"),
         ({"peft_use_dora": True}, "dora", True),
@@ -62,12 +58,10 @@ def test_settings_that_memory_depends_on(change: dict[str, Any], field: str, val
     ("change", "names"),
     [
         ({"optimizer": "lion_8bit"}, "lion_8bit"),
-        ({"attn_implementation": "flex_attention"}, "flex_attention"),
         ({"liger_cross_entropy": True}, "liger_cross_entropy"),
         ({"sample_packing": True}, "varlen_attn"),
         (dict.fromkeys(steps._KERNELS), "LoRA kernels"),
         ({"unfrozen_parameters": ["norm"]}, "unfrozen_parameters"),
-        ({"eval_batch_size": 8}, "eval_batch_size"),
     ],
 )
 def test_what_is_not_traced_is_noted(change: dict[str, Any], names: str) -> None:
@@ -170,10 +164,6 @@ def test_the_operations_of_a_token(small: yamlfiles.Config) -> None:
     assert work.flops_of_token(whole, 2048) == 2 * (matrices + head) * 4 + attention * 4
     saved = planner.planner_of(small | {"lora_modules_to_save": ["embed_tokens", "lm_head"]}, None)[0]
     assert work.flops_of_token(saved, 2048) == operations + 2 * head
-    on_head = small | {"lora_target_linear": None, "lora_target_modules": ["lm_head"]}
-    of_head = 2 * small["lora_r"] * (256 + 128256) * 4  # the head's own matrix is the embedding's
-    on_head_alone = work.flops_of_token(planner.planner_of(on_head, None)[0], 2048)
-    assert on_head_alone == operations - 2 * lora * 4 + of_head
 
 
 def test_work_counts_the_rows_that_are_there(small: yamlfiles.Config, sample: Path, tmp_path: Path) -> None:
@@ -256,7 +246,6 @@ def test_the_longest_batch_of_the_data(recipe: Recipe, small: yamlfiles.Config, 
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        (["haider2024/llama-2-7b", "--gpu", "T5"], "T5"),
         (["haider2024/llama-2-7b", "--set", "optimizer=adamwx"], "optimizer"),
         (["haider2024/llama-2-7b", "--data"], "datasets.0"),
         (["haider2024/llama-2-7b", "--gpu", "nanGB"], "--gpu"),

@@ -36,14 +36,6 @@ def test_free_neighbours_become_one_block_of_which_less_than_a_mebibyte_is_not_s
     assert (allocator.allocated, allocator.reserved) == (20 * MIB, 20 * MIB)
 
 
-def test_empty_cache_gives_back_what_holds_nothing() -> None:
-    allocator = Allocator(expandable=False)
-    kept, gone = allocator.allocate(30 * MIB), allocator.allocate(40 * MIB)
-    allocator.release(gone)
-    allocator.empty_cache()
-    assert allocator.reserved == kept.size
-
-
 def test_an_expandable_segment_grows_by_pages_and_is_used_to_the_byte() -> None:
     allocator = Allocator(expandable=True)
     first = allocator.allocate(30 * MIB)

@@ -92,8 +92,6 @@ def test_a_model_that_nothing_is_known_of_is_taken_with_its_missing_facts_named(
     facts = f"licence, whether it is gated, revision, padding token, special tokens, {of_model}"
     assert "nobody/some-7b: " in said and facts in said and "`hf download nobody/some-7b --include '*.json'`" in said
     assert facts in " ".join(re.sub(r"\n# +", " ", text).split())
-    assert "\n# variant, removed: revision_of_model; no commit of this model is listed" in text
-    assert "\n# variant, removed: special_tokens; not known whether the tokenizer names a padding token" in text
     assert "Qwen/Qwen3-8B" in recipe("new", "other", "--from", BASE, "--model", "Qwen/Qwen3-8B-B").stderr
 
 
@@ -174,19 +172,3 @@ def test_keys_about_the_model_before_go_and_its_chat_template_gives_way(tmp_path
     assert "chat_template: tokenizer_default  # variant, was llama3; the one that comes with the model" in text
     done = recipe("new", "other", "--from", "chat", "--model", "mistralai/Mistral-7B-v0.3")
     assert "chat_template" in done.stderr and "llama3" in done.stderr
-
-
-def test_comments_of_ones_own_stay_but_for_those_on_the_model_before(tmp_path: Path, recipe: Recipe) -> None:
-    text = (paths.RECIPES / f"{BASE}.yaml").read_text()
-    head = "# Ask Kim before you change this.\n#\n# Chosen because Llama 3.2 3B Instruct fits our card.\n#\n"
-    (tmp_path / "copy.yaml").write_text(head + text.partition("\n")[2])
-    made, _ = written(recipe, tmp_path, "Qwen/Qwen3-4B", base="copy.yaml")
-    assert "# Ask Kim before you change this.\n" in made
-    assert "fits our card" not in made
-    assert f"# copy.yaml: a variant of {BASE}\n" in made
-
-
-def test_a_base_model_that_is_only_set_is_said_to_leave_the_rest(tmp_path: Path, recipe: Recipe) -> None:
-    done = recipe("new", "mine", "--from", BASE, "--set", "base_model=Qwen/Qwen3-4B")
-    assert done.returncode == 0
-    assert "--model" in done.stderr

@@ -119,14 +119,3 @@ def test_a_template_for_a_model_of_another_family_says_what_is_true_of_that(temp
     assert "Table II" not in text and "Unsloth" not in text and "not one of the paper's runs" in text
     assert without_source(text) == []
     assert "| [haider2024/other](haider2024/other.yaml) |" in render.rendered(templates)[render.README]
-
-
-def test_a_model_without_an_entry_or_without_what_every_recipe_states_is_an_error_with_its_place(
-    templates: Path,
-) -> None:
-    listed = templates / "models.yaml"
-    with pytest.raises(UserError, match=r"models\.yaml: .*microsoft/Phi-3-mini; .*microsoft/Phi-3-mini-4k"):
-        template_for(templates, "microsoft/Phi-3-mini")
-    listed.write_text(listed.read_text() + "some/model:\n  title: Some model\n")
-    with pytest.raises(UserError, match=r"models\.yaml: some/model: .*`licence: "):
-        template_for(templates, "some/model")
