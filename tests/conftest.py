@@ -61,7 +61,7 @@ Recipe = Callable[..., "subprocess.CompletedProcess[str]"]
 LONGEST = (
     *("verify", "memory", "engines", "own_study", "own_tasks", "eval_loss", "stages", "benchmarks", "sky_task"),
     *("slurm", "evaluation_rows", "sweep", "run", "report", "tokens", "work", "vllm", "bertscore", "authors_tokens"),
-    *("predict", "reproduce", "plan", "repeat", "launches", "plugin"),
+    *("predict", "reproduce", "plan", "repeat", "plugin"),
 )
 
 
