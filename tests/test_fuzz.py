@@ -1,6 +1,6 @@
 """Files that a user, another program or a failing disk has changed end a command with a message, never a traceback.
 
-The files are real ones, each time with one thing changed in their structure or their bytes. For a longer search:
+The files are real ones, each time with one thing changed in their structure, or cut off. For a longer search:
 FUZZ_SECONDS=600 FUZZ_SEED=7 .venv/bin/pytest tests/test_fuzz.py -m long -s
 """
 
@@ -15,12 +15,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import declared
 import pytest
 import recorded_runs
 import small_study
 import torch
-from conftest import SAMPLE, Recipe, config_with
+from conftest import Recipe, config_with
 from run_folders import ADAPTER
 from safetensors.torch import save_file
 
@@ -77,30 +76,10 @@ def restructured(text: str, chance: random.Random) -> str:
     return text_of(value)
 
 
-def damaged(content: bytes, chance: random.Random) -> bytes:
-    """Bytes of which some are gone or others, or lines of which some are gone."""
-    at = chance.randrange(len(content) + 1)
-    before, after = content[:at], content[at:]
-    match chance.randrange(6):
-        case 0:
-            return before + b"\0" * chance.choice([0, 4096, len(after)])
-        case 1:
-            return before + chance.randbytes(8) + after[8:]
-        case 2:
-            return before + b"[" * 100_000 + after
-        case 3:
-            lines = content.splitlines(keepends=True)
-            return b"".join(chance.choices(lines, k=chance.randrange(len(lines) + 1)))
-        case 4:
-            return b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n")
-        case _:
-            return before + "é\u202e\ud800".encode("utf-8", "surrogatepass") + after
-
-
 def changed(file: Path, content: bytes, chance: random.Random) -> bytes:
-    """A file's content with one change, three times out of four of its structure."""
-    if chance.random() < 0.25 or file.suffix not in (".json", ".jsonl", ".yaml"):
-        return damaged(content, chance)
+    """A file's content with one change of its structure, one time out of four cut off."""
+    if chance.random() < 0.25:
+        return content[: chance.randrange(len(content) + 1)]
     text = content.decode()
     if file.suffix == ".json":
         return restructured(text, chance).encode()
@@ -121,7 +100,6 @@ REFUSED = {
     f"publish {LEFT}": (2, "interrupted"),
     f"results --export {LEFT}": (2, LEFT),
     f"resume --trust {LEFT}": (1, "train.log"),
-    "study check sums2030": (2, "render"),
 }
 """Exit code of commands that fail where nothing is changed, and what they name: they have read their files by then."""
 
@@ -150,10 +128,6 @@ def a_run(place: Path) -> RunDir:
     left.write(left.read().model_copy(update=changes))
     folder.output.mkdir()
     save_file({"base_model.model.lora_A.weight": torch.zeros(2, 2)}, folder.output / ADAPTER)
-    study = place / "recipes" / "sums2030" / "study.yaml"
-    content = yamlfiles.read_yaml(study)
-    content["published"][small_study.PLAIN]["repeats"] = {"accuracy": [66.0, 67.4, 68.0]}
-    study.write_text(yamlfiles.write_yaml(content))
     return folder
 
 
@@ -168,14 +142,6 @@ def run_folder(place: Path) -> Target:
     return files, lines
 
 
-def study_file(place: Path) -> Target:
-    a_run(place)
-    lines = ["study check sums2030", "list", "list --json", "results sums2030", "show sums2030/plain"]
-    lines += ["results sums2030 --power tolerance", "report sums2030", "check sums2030/plain", "render"]
-    folder = place / "recipes" / "sums2030"
-    return [folder / "study.yaml", folder / "study.yaml", folder / "plain.csv"], lines
-
-
 def config(place: Path) -> Target:
     own = place / "mine.yaml"
     own.write_text(yamlfiles.write_yaml(config_with({"lora_target_parameters": ["x"]})))
@@ -187,34 +153,7 @@ def config(place: Path) -> Target:
     return [own, own, own, profile], lines
 
 
-def rows(place: Path) -> Target:
-    sample = [json.loads(line) for line in (SAMPLE / "msg-train.jsonl").read_text().splitlines()[:6]]
-    (place / "raw").mkdir()
-    write_rows(place / "raw" / "msg-train.jsonl", sample)
-    declared.sums(place / "recipes" / "sums2030")
-    (place / "sums").mkdir()
-    write_rows(place / "sums" / "train.jsonl", [{"question": "1 + 1", "answer": "2", "kind": "a"}] * 8)
-    (place / "sums" / "test.csv").write_text('sum,result\n1 + 1,2\n"2, + 2",4\n')
-    texts = {"instruction": "Add.", "input": "1 + 1", "output": "2", "idx": 1, "lang": "go"}
-    chat = {"messages": [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]}
-    write_rows(place / "rows.jsonl", [texts | chat] * 3)
-    data = {"path": str(place / "rows.jsonl"), "type": "alpaca"}
-    for name, kind in (("alpaca", "alpaca"), ("chat", "chat_template")):
-        data |= {"type": kind, "chat_template": "chatml"}
-        own = config_with({"datasets": [data], "test_datasets": [data], "warmup_steps": 0})
-        (place / f"{name}.yaml").write_text(yamlfiles.write_yaml(own))
-    pairs = [{"row": i, "idx": i, "lang": "go", "reference": "a b", "prediction": "a c"} for i in range(3)]
-    write_rows(place / "p.jsonl", pairs)
-    write_rows(place / "q.jsonl", pairs)
-    lines = ["data prepare --study haider2024 --out out raw", "data prepare --study sums2030 --out out sums"]
-    lines += ["check alpaca.yaml --data", "check chat.yaml --data"]
-    lines += ["score p.jsonl", "score p.jsonl --out out.jsonl"]
-    lines += ["results p.jsonl q.jsonl"]
-    files = ["raw/msg-train.jsonl", "sums/train.jsonl", "sums/test.csv", "rows.jsonl", "p.jsonl"]
-    return [place / file for file in files], lines
-
-
-TARGETS: list[Callable[[Path], Target]] = [run_folder, study_file, config, rows]
+TARGETS: list[Callable[[Path], Target]] = [run_folder, config]
 
 
 @pytest.mark.long

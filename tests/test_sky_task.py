@@ -3,10 +3,9 @@
 import os
 import shutil
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -76,32 +75,6 @@ def done(checkout: Path, section: str, **envs: str) -> tuple[int, str]:
     return process.returncode, said.decode()
 
 
-@contextmanager
-def machine(place: Path) -> Iterator[None]:
-    """Mount a bucket as SkyPilot does, with a cache that is lost with the machine; just a folder without rclone."""
-    mount, bucket = place / "storage", place / "bucket"
-    bucket.mkdir(exist_ok=True)
-    if not (shutil.which("rclone") and os.access("/dev/fuse", os.W_OK)):
-        mount.is_symlink() or mount.symlink_to(bucket)
-        yield
-        return
-    mount.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place) as cache:
-        options = ["--vfs-cache-mode", "full", "--dir-cache-time", "10s", "--vfs-fast-fingerprint"]
-        rclone = subprocess.Popen(
-            ["rclone", "mount", bucket, mount, *options, "--cache-dir", cache, "--vfs-write-back=1s"]
-        )
-        while not mount.is_mount():
-            assert rclone.poll() is None
-            time.sleep(0.1)
-        try:
-            yield
-        finally:
-            rclone.kill()
-            rclone.wait()
-            subprocess.run(["umount", "--lazy", mount], check=True)
-
-
 def kill(process: "subprocess.Popen[bytes]") -> None:
     """Kill all that a process has started."""
     for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
@@ -121,12 +94,12 @@ def wait_until(holds: Callable[[], object], process: "subprocess.Popen[bytes]") 
 def test_a_job_that_is_taken_away_goes_on_to_an_evaluated_run(
     checkout: Path, tmp_path: Path, tiny_profile: Path
 ) -> None:
-    """With real Axolotl; each machine has the bucket alone, and another key for what is the user's own."""
+    """With real Axolotl; each machine has what is stored alone, and another key for what is the user's own."""
     saves = "--set save_steps=2 --set saves_per_epoch=null --set num_epochs=4"
     envs = {"RECIPE": NAME, "ARGS": f"--profile rehearsal --profile {tiny_profile} {saves}"}
 
     def runs(job: str = "sky-managed-1") -> list[RunDir]:
-        return rundir.all_runs(tmp_path / "bucket" / job)
+        return rundir.all_runs(tmp_path / "storage" / job)
 
     def evaluates() -> bool:
         job = psutil.Process(process.pid)
@@ -136,25 +109,22 @@ def test_a_job_that_is_taken_away_goes_on_to_an_evaluated_run(
                     return True
         return False
 
-    with machine(tmp_path):
-        assert done(checkout, "setup") == (0, "")
-        process = begun(checkout, "run", **envs)
-        wait_until(lambda: any(run.last_checkpoint() for run in runs()), process)
-        other = begun(checkout, "run", **envs, SKYPILOT_TASK_ID="sky-managed-2")  # has nothing to do with that run
-        wait_until(lambda: runs("sky-managed-2"), other)
-        kill(other)
-        kill(process)
-    with machine(tmp_path):
-        process = begun(checkout, "run", **envs, XDG_DATA_HOME=str(tmp_path / "second"))
-        wait_until(evaluates, process)
-        kill(process)  # the last files of the training may not have reached the bucket
-    with machine(tmp_path):
-        assert done(checkout, "run", **envs, XDG_DATA_HOME=str(tmp_path / "third"))[0] == 0
-        (folder,) = rundir.all_runs(tmp_path / "storage" / "sky-managed-1")
-        record, scores = folder.read(), (folder.path / "scores.json").read_bytes()
-        assert record.state == "finished" and record.launches[1].resumed_from
-        assert done(checkout, "run", **envs, XDG_DATA_HOME=str(tmp_path / "third"))[0] == 0
-        assert folder.read() == record and (folder.path / "scores.json").read_bytes() == scores
+    assert done(checkout, "setup") == (0, "")
+    process = begun(checkout, "run", **envs)
+    wait_until(lambda: any(run.last_checkpoint() for run in runs()), process)
+    other = begun(checkout, "run", **envs, SKYPILOT_TASK_ID="sky-managed-2")  # has nothing to do with that run
+    wait_until(lambda: runs("sky-managed-2"), other)
+    kill(other)
+    kill(process)
+    process = begun(checkout, "run", **envs, XDG_DATA_HOME=str(tmp_path / "second"))
+    wait_until(evaluates, process)
+    kill(process)
+    assert done(checkout, "run", **envs, XDG_DATA_HOME=str(tmp_path / "third"))[0] == 0
+    (folder,) = rundir.all_runs(tmp_path / "storage" / "sky-managed-1")
+    record, scores = folder.read(), (folder.path / "scores.json").read_bytes()
+    assert record.state == "finished" and record.launches[1].resumed_from
+    assert done(checkout, "run", **envs, XDG_DATA_HOME=str(tmp_path / "third"))[0] == 0
+    assert folder.read() == record and (folder.path / "scores.json").read_bytes() == scores
 
 
 def test_mistakes_end_a_job_before_it_trains(checkout: Path, tmp_path: Path) -> None:

@@ -64,24 +64,6 @@ def test_it_goes_on_to_the_same_adapter_and_is_evaluated(
     assert Path(after.settings.base_model).is_dir()
 
 
-def test_a_rehearsal_whose_model_is_another_or_whose_rows_are_gone_is_refused(
-    own_cache: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = rehearsal(recipe, tmp_path, monkeypatch)
-    model = forget_model(own_cache)
-    (rows,) = own_cache.glob("sample-*")
-    shutil.rmtree(rows)
-    record = run.read()
-    record.state = "interrupted"
-    run.write(record)
-    done = recipe("evaluate", run.path)
-    assert (done.returncode, str(rows) in done.stderr) == (2, True)
-    monkeypatch.setattr(substitution, "folder", lambda: own_cache / f"{substitution.NAME}-0.2")
-    shutil.rmtree(model, ignore_errors=True)
-    done = recipe("resume", run.path)
-    assert (done.returncode, str(model) in done.stderr) == (2, True)
-
-
 @pytest.mark.long
 def test_the_stand_in_is_converted_to_the_same_bytes(tmp_path: Path) -> None:
     made = substitution.model_folder()

@@ -9,7 +9,7 @@ from conftest import Recipe, config_with
 from qlora_recipes.base import hub, paths, yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.checks import check
-from qlora_recipes.checks.finding import _SCOPES, RULES, Case, Finding, refuse
+from qlora_recipes.checks.finding import Case, Finding, refuse
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import MIRROR, Composed, Request
 from qlora_recipes.data import study
@@ -152,11 +152,6 @@ def test_what_is_too_big_for_a_card_is_an_error(place: Path, tiny: Path) -> None
     assert [each.name for each in report.findings] == ["not-checked:micro_batch_size"]
 
 
-def test_scopes_are_those_of_rules_that_exist() -> None:
-    rules = {rule.__name__.replace("_", "-") for rule in RULES}
-    assert _SCOPES.keys() <= rules | {"value", "unknown-key", "too-big", "no-batch", "unfit"}
-
-
 def checked(content: bytes) -> list[Finding]:
     file = Path("any.yaml")
     file.write_bytes(content)
@@ -216,18 +211,3 @@ def test_what_is_not_written_by_preparing_data_or_is_to_be_read_now_is_an_error(
     assert own.returncode == 2 and "[missing-file:datasets.0.path]" in own.stdout
     read = recipe("check", "haider2024/llama-3.2-3b", "--data")
     assert read.returncode == 2 and "error: datasets.0.path: data/codereviewer/train.jsonl" in read.stdout
-    levels = [
-        line.split(": ")[1]
-        for line in recipe("check", "haider2024/llama-3.2-3b", "--set", "lora_rr=1").stdout.splitlines()
-    ]
-    assert levels == sorted(levels, key=["error", "warning", "note"].index)
-
-
-def test_what_is_wrong_with_several_recipes_is_printed_once(recipe: Recipe) -> None:
-    done = recipe("check")
-    said = [line for line in done.stdout.splitlines() if "not-prepared" in line and "codereviewer" in line]
-    others = [line.partition("] ")[2] for line in said]
-    assert "llama-2-7b.yaml" in others[0] and others[0].count(".yaml") > 1
-    assert others[1:] == [""]  # which has another format
-    assert len(done.stdout.splitlines()) == len({line.partition(": ")[2] for line in done.stdout.splitlines()})
-    assert done.returncode == 0

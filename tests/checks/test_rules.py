@@ -23,7 +23,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(prepared)
     (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "hollow").mkdir()
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "adapter_model.bin").touch()
     monkeypatch.setenv("HF_TOKEN", "for the test")
@@ -77,14 +76,10 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"hub_model_id": "x", "wandb_api_key": "x"}, "error", "secret:wandb_api_key", ""),
     (data(path="gone.jsonl"), "error", "missing-file:datasets.0.path", "gone.jsonl"),
     (data(path="data/codereviewer/trian.jsonl"), "error", "missing-file:datasets.0.path", "train.jsonl"),
-    (data(path="data/codereviewr/train.jsonl"), "error", "missing-file:datasets.0.path", "mean codereviewer"),
     (data(path="data/codereviewer/test-subset-2.jsonl"), "error", "not-prepared:datasets.0.path", "codereviewer`"),
-    (data(path="./hollow"), "error", "missing-file:datasets.0.path", "hollow"),
     (data(path="empty.jsonl"), "error", "missing-file:datasets.0.path", "empty.jsonl"),
-    ({"datasets": [{"type": "alpaca"}]}, "error", "missing-file:datasets.0.path", "None"),
     ({"deepspeed": "zero3.json"}, "error", "missing-file:deepspeed", "zero3.json"),
     ({"micro_batch_size": None}, "error", "no-batch-size:micro_batch_size", ""),
-    ({"lora_target_modules": []}, "error", "no-lora-targets:adapter", "lora_target_modules"),
     ({"lora_target_modules": None, "lora_target_linear": False}, "error", "no-lora-targets:adapter", "true"),
     ({"lora_target_modules": ["q_proj", "v_prj"]}, "error", "unknown-lora-target:lora_target_modules.1", "v_proj"),
     (
@@ -93,7 +88,6 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "unknown-lora-target:lora_target_modules.0",
         "qkv_proj",
     ),
-    ({"lora_target_modules": ".*_projj"}, "error", "unknown-lora-target:lora_target_modules", ".*_projj"),
     ({"lora_target_modules": "a{99999999999999999999}"}, "error", "unknown-lora-target:lora_target_modules", "999"),
     ({"lora_r": None}, "error", "no-lora-rank:adapter", "lora_r"),
     ({"lora_alpha": 1600}, "note", "unusual:lora_alpha", "1600"),
@@ -113,10 +107,8 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "tools",
     ),
     (own(format="Q: "), "error", "prompt-format:datasets.0.type.format", "{instruction}"),
-    (own(system_format="a"), "error", "prompt-format:datasets.0.type.system_format", "{system}"),
     ({"adapter": "lora"}, "error", "not-quantized:adapter", "adapter: qlora"),
     (FUSED_LOSS, "error", "head-without-lora:liger_fused_linear_cross_entropy", "chunked_cross_entropy"),
-    ({"bfloat16": True}, "error", "two-precisions:fp16", "bfloat16"),
     ({"fp16": None, "float16": True, "bf16": "auto"}, "error", "two-precisions:float16", "auto"),
     ({"sample_packing": True, "attn_implementation": None}, "error", "packing-leaks:sample_packing", ""),
     (
@@ -126,23 +118,13 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "FSDP2",
     ),
     ({"deepspeed": {"a": 1}, "bnb_config_kwargs": None}, "error", "packed-weights-cast:bnb_config_kwargs", "uint8"),
-    (
-        {"optimizer": "adamw_torch_fused", "fsdp_config": {"offload_params": False}, "fp16": False, "bf16": True}
-        | {"bnb_config_kwargs": {"bnb_4bit_quant_storage": "float16"}},
-        "error",
-        "packed-weights-cast:bnb_config_kwargs",
-        "float16",
-    ),
-    ({"bnb_config_kwargs": None}, "note", "packed-weights-cast:bnb_config_kwargs", "uint8"),
     ({"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED}, "error", "optimizer-and-engine:optimizer", "adamw_"),
     ({"lr_scheduler": "cosine_with_min_lr"}, "error", "scheduler-needs:lr_scheduler", "min_lr_rate"),
     ({"test_datasets": None}, "error", "never-evaluated:evals_per_epoch", "val_set_size"),
     ({"evals_per_epoch": None}, "warning", "never-evaluated:test_datasets", "evals_per_epoch"),
     ({"evals_per_epoch": 1, "num_epochs": 1}, "warning", "never-evaluated:evals_per_epoch", "eval_strategy: epoch"),
-    ({"num_epochs": 2, "evals_per_epoch": None, "eval_steps": 500}, "warning", "never-evaluated:eval_steps", "28"),
     ({"num_epochs": 2, "saves_per_epoch": None, "save_steps": 500}, "warning", "never-saved:save_steps", "28"),
     ({"max_steps": 5}, "error", "long-warm-up:warmup_steps", "5 steps"),
-    ({"num_epochs": 2, "warmup_steps": 28}, "error", "long-warm-up:warmup_steps", "28 steps"),
     ({"sequence_len": 16385}, "error", "beyond-context:sequence_len", "16384"),
     ({"special_tokens": {"pad_token": "<pad>"}}, "warning", "missing-special-token:special_tokens.pad_token", "<pad>"),
     ({"special_tokens": {"eos_token": "<|im_end|>"}}, "error", "missing-special-token:special_tokens.eos_token", ""),
@@ -151,7 +133,6 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"lora_model_dir": "pickled"}, "error", "pickled-weights:lora_model_dir", "adapter_model.bin"),
     ({"use_comet": True}, "warning", "missing-package:use_comet", "comet-ml"),
     ({"attn_implementation": "sage"}, "warning", "missing-package:attn_implementation", "github.com/thu-ml"),
-    ({"attn_implementation": "flash_attention_2"}, "note", "missing-package:attn_implementation", "flash-attn2"),
     ({"plugins": [CCE]}, "warning", "missing-package:plugins", "axolotl-ai-cloud/ml-cross-entropy"),
     ({"batch_size": 7, "gradient_accumulation_steps": None}, "error", "does-not-divide:batch_size", "7"),
     ({"full_determinism": True, "cut_cross_entropy": True}, "warning", "does-not-repeat:full_determinism", ""),
@@ -186,32 +167,22 @@ def test_a_recipe_gives_no_error_and_no_warning(name: str, gpu: str) -> None:
 # what is changed in a recipe, or for some GPU, and gives no finding
 RIGHT: list[tuple[dict[str, Any], str | None]] = [
     ({"lora_target_modules": None, "lora_target_linear": True}, None),
-    ({"lora_target_modules": "all-linear"}, None),
     ({"lora_target_modules": ["self_attn.q_proj", "lm_head", "model.layers.31.mlp.up_proj"]}, None),
     ({"lora_target_modules": r".*layers\.(2[0-9]|3[01])\..*"}, None),
-    ({"max_steps": 500, "warmup_steps": 50}, None),
     ({"adapter": "lora", "load_in_4bit": None}, None),
-    ({"sample_packing": True}, None),
     ({"sample_packing": True, "attn_implementation": "kernels-community/flash-attn2@v1"}, None),
-    ({"optimizer": "adamw_torch_fused", "fsdp_config": {"offload_params": False}}, None),
     ({"optimizer": "paged_adamw_8bit", "deepspeed": {"zero_optimization": {"stage": 2}}}, None),
     ({"deepspeed": {"a": 1}, "bnb_config_kwargs": {"bnb_4bit_quant_storage": "float16"}}, None),
-    ({"deepspeed": {"a": 1}, "bnb_config_kwargs": None, "fp16": False, "bf16": True}, None),
     ({"optimizer": "adamw_bnb_8bit", "deepspeed": OFFLOADED | {"zero_force_ds_cpu_optimizer": False}}, None),
     ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}}, None),
-    ({"test_datasets": None, "val_set_size": 0.05}, None),
     ({"test_datasets": None, "evals_per_epoch": None}, None),
-    ({"evals_per_epoch": None, "eval_strategy": "no"}, None),
     ({"warmup_steps": 27}, None),
     ({"sequence_len": 32768, "overrides_of_model_config": {"rope_scaling": {"type": "linear", "factor": 2}}}, None),
     ({"special_tokens": {"pad_token": "<unk>"}}, None),
     ({"special_tokens": {"eos_token": "<|im_end|>"}, "lora_modules_to_save": ["embed_tokens", "lm_head"]}, None),
     ({"datasets": [{"path": "some/data-set", "type": "alpaca"}]}, None),
     (data(path="json", data_files="data/codereviewer/t*.jsonl"), None),
-    (own(format="{instruction}"), None),
-    ({"batch_size": 8, "gradient_accumulation_steps": None}, None),
     ({"plugins": [CCE], "cut_cross_entropy": False}, None),
-    ({"attn_implementation": "kernels-community/flash-attn3@v1"}, None),
     (
         {"fp16": False, "bf16": True, "tf32": True, "attn_implementation": "kernels-community/flash-attn3"},
         "H100",
@@ -233,12 +204,10 @@ TRITON = {"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rope": T
     [
         ("V100", {}, ["base_model"]),
         ("T4", {"fp16": None, "bf16": None}, ["bf16"]),
-        ("T4", {"fp16": None, "bf16": False, "bfloat16": True}, ["bf16"]),
         ("T4", {"tf32": True}, ["tf32"]),
         ("T4", {"sample_packing": True}, ["sample_packing"]),
         ("T4", {"sample_packing": True, "base_model": "mistralai/Mistral-7B-v0.1"}, []),  # its window has a mask
         ("sm_75", {"attn_implementation": "flash_attention_2"}, ["attn_implementation"]),
-        ("A100", {"attn_implementation": "flash_attention_3"}, ["attn_implementation"]),
         ("T4", {"attn_implementation": "sage"}, ["attn_implementation"]),
         ("T4", TRITON | {"liger_glu_activation": False}, ["liger_rope", "lora_mlp_kernel"]),
         ("A100", TRITON, []),
@@ -308,9 +277,7 @@ PACKED = {"fp16": False, "bf16": True, "sample_packing": True}
         ({"head_dim": 512}, {}, True),
         ({"sliding_window": 4096}, {}, True),
         ({"sliding_window": 4096, "use_sliding_window": False}, {}, False),
-        ({"sliding_window": 4096, "layer_types": ["full_attention"]}, {}, False),
         ({"query_pre_attn_scalar": 144}, {}, True),
-        ({"attention_multiplier": 0.0078125}, {}, True),
         ({"attention_dropout": 0.1}, {}, True),
     ],
     ids=str,
@@ -356,14 +323,7 @@ def test_chats_need_a_template_of_the_tokenizer_or_the_config(tiny: Path, place:
     assert names(local) == ["error chat-template:datasets.0.type"]
     for name in ("chatml", "tokenizer_default_fallback_chatml"):
         assert found(local | {"chat_template": name}) == []
-    model = place / "model"
-    shutil.copytree(tiny, model)
-    named = [{"name": "default", "template": "{{ messages }}"}]
-    for template in ("{{ messages }}", named):
-        settings = json.loads((tiny / "tokenizer_config.json").read_text()) | {"chat_template": template}
-        (model / "tokenizer_config.json").write_text(json.dumps(settings))
-        assert found(local | {"base_model": str(model)}) == []
-    shutil.copy(tiny / "tokenizer_config.json", model)
+    model = shutil.copytree(tiny, place / "model")
     (model / "chat_template.jinja").write_text("{{ messages }}")
     assert found(local | {"base_model": str(model)}) == []
 

@@ -48,14 +48,6 @@ def test_consent_to_code_counts_in_a_run_of_ones_own_alone(tmp_path: Path) -> No
     assert refused(folder) == {PLUGIN, "remote-code:trust_remote_code"}
 
 
-def test_no_key_no_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
-    folder = theirs(tmp_path / "runs")
-    assert trust.seal(folder, folder.read()) is None
-    assert not trust.is_own(folder, folder.read())
-
-
 @pytest.mark.parametrize("words", [("evaluate",), ("publish", "--merge")])
 def test_no_verb_loads_a_strangers_model_unseen(tmp_path: Path, recipe: Recipe, words: tuple[str, ...]) -> None:
     folder = theirs(tmp_path / "runs", state="finished")

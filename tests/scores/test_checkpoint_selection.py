@@ -1,7 +1,5 @@
 import re
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import checkpoint_selection
 from qlora_recipes.scores.checkpoint_selection import select
-from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask
+from qlora_recipes.scores.evaluate import EvaluationRequest
 from qlora_recipes.scores.evaluations import ADAPTER, Evaluation, EvaluationSettings
 
 STEPS = (2, 4, 6, 8, 10)
@@ -130,20 +128,3 @@ def test_what_does_not_go_with_checkpoints_is_refused(run: RunDir, recipe: Recip
     for option, value in (("--adapter", "none"), ("--engine", "http://host")):
         refused = recipe("evaluate", run.path, "--checkpoints", option, value)
         assert refused.returncode == 2 and option in refused.stderr
-
-
-_opened: list[Any] = []  # by the audit hook, which cannot be taken back
-
-
-def test_an_evaluation_on_validation_rows_opens_no_test_rows(run: RunDir, sample: Path) -> None:
-    def audit(event: str, arguments: Any) -> None:
-        if event == "open" and isinstance(arguments[0], str | Path):
-            _opened.append(Path(arguments[0]).resolve())
-
-    sys.addaudithook(audit)
-    task = EvaluationTask(run, EvaluationRequest(adapter=str(run.output / "checkpoint-2"), validation=True))
-    assert task.rows.data.startswith("valid.jsonl")
-    valid, test = ((sample / f"{name}.jsonl").resolve() for name in ("valid", "test"))
-    assert valid in _opened and test not in _opened
-    EvaluationTask(run, EvaluationRequest(adapter=str(run.output / "checkpoint-2")))
-    assert test in _opened

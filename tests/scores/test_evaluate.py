@@ -7,8 +7,6 @@ from typing import Any
 import orjson
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from run_folders import a_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +21,6 @@ from qlora_recipes.results.run_rows import RunResult
 from qlora_recipes.runs.records import FileState, Launch, State
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate
-from qlora_recipes.scores import reference as references
 from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask
 from qlora_recipes.scores.evaluations import (
     ADAPTER,
@@ -34,7 +31,7 @@ from qlora_recipes.scores.evaluations import (
     read_scores,
 )
 from qlora_recipes.scores.prompter import Prompter
-from qlora_recipes.scores.reference import Reference, base_model, batches
+from qlora_recipes.scores.reference import Reference, base_model
 
 
 def evaluated(run: RunDir, **more: Any) -> Evaluation:
@@ -167,25 +164,6 @@ def test_a_batch_that_does_not_fit_is_done_in_halves(
         generated(small, rows[:7])
 
 
-def test_a_small_model_is_given_many_rows_on_a_cpu(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = task_of(run).settings
-
-    def batched(**decoding: Any) -> tuple[int | None, list[int]]:
-        """The tokens that there is room for, and the rows of each batch of 80."""
-        engine = Reference(prompter_of(run, decoding=usual.decoding.model_copy(update=decoding)))
-        monkeypatch.setattr(engine, "answers", lambda prompts, *_: [[5]] * len(prompts))
-        return engine.settings.batch_tokens, [len(answers) for answers in engine.generate([[5] * 99] * 80, ())]
-
-    # keys and values, two layers, two groups of heads of this size
-    of_a_token = 2 * 2 * 2 * 16 * getattr(torch, usual.dtype).itemsize
-    monkeypatch.setattr(references, "SMALL_CACHE", 2**14 * of_a_token)
-    assert batched() == (2**14, [64, 16])
-    assert batched(num_beams=4) == (2**12, [16] * 5)  # each beam has its own
-    assert batched(do_sample=True) == (None, [16] * 5)
-    monkeypatch.setattr(references, "SMALL", 0)
-    assert batched() == (None, [16] * 5)
-
-
 @pytest.mark.parametrize(
     ("changes", "in_4_bits", "in_8_bits"),
     [
@@ -203,23 +181,6 @@ def test_layers_are_quantized_as_in_training_or_dequantized_where_that_gives_the
     layers = [*Reference(prompter_of(run)).model.modules()]
     assert sum(isinstance(layer, Linear4bit) for layer in layers) == in_4_bits
     assert sum(isinstance(layer, Linear8bitLt) for layer in layers) == in_8_bits
-
-
-@given(
-    st.lists(st.integers(1, 40_000), min_size=1, max_size=60),
-    st.integers(1, 20),
-    st.sampled_from([1, 512, 8192, 65536]),
-)
-def test_batches(lengths: list[int], most: int, tokens: int) -> None:
-    made = list(batches(lengths, most, tokens))
-    assert sorted(i for _, batch in made for i in batch) == list(range(len(lengths)))
-    rooms = [room for room, _ in made]
-    assert rooms == sorted(rooms, reverse=True)
-    for room, batch in made:
-        assert max(lengths[i] for i in batch) <= room
-        assert len(batch) <= most
-        assert len(batch) * room <= tokens or len(batch) == 1
-        assert room <= max(2 * min(lengths[i] for i in batch), 256)
 
 
 @pytest.fixture
@@ -303,32 +264,11 @@ def test_other_rows_are_evaluated_beside_the_usual_ones(run: RunDir, sample: Pat
     assert evaluated(run, limit=3) == usual
 
 
-def test_where_a_run_has_no_usual_rows_those_that_are_named_are_its_own(run: RunDir, sample: Path) -> None:
-    record(run, test_data=None)
-    configure(run, datasets=[{"path": "x/y", "type": "alpaca"}], test_datasets=[])
-    with pytest.raises(UserError, match=r"test_datasets .*val_set_size.*test\.jsonl"):
-        task_of(run)
-    assert task_of(run, data=sample / "valid.jsonl").where == run.path / "evaluations" / "base-model"
-
-
-def test_an_evaluation_of_rows_that_were_the_usual_ones_is_kept(run: RunDir, sample: Path) -> None:
-    before = evaluated(run, limit=3)
-    record(run, test_data=str(sample / "valid.jsonl"))
-    evaluated(run, limit=2)
-    (kept,) = (run.path / "evaluations" / "base-model" / "evaluations").iterdir()
-    assert read_scores(kept) == before
-    assert len(read_predictions(kept)) == 3
-
-
 @pytest.mark.parametrize(("state", "then"), [("interrupted", "interrupted"), ("queued", "queued")])
 def test_a_run_without_an_adapter_is_said_what_to_do_about(run: RunDir, state: State, then: str) -> None:
     record(run, state=state)
     with pytest.raises(UserError, match=rf"adapter_model\.safetensors.*{then}"):
         EvaluationTask(run, EvaluationRequest())
-
-
-def test_a_limit_that_leaves_nothing_out_is_none(run: RunDir) -> None:
-    assert [task_of(run, limit=limit).settings.limit for limit in (26, 25)] == [None, 25]
 
 
 def test_a_judge_that_is_not_there_is_told_before_anything_is_generated(run: RunDir) -> None:

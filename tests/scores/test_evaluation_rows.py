@@ -84,9 +84,6 @@ TYPES: dict[str, tuple[Config, list[dict[str, Any]], list[str]]] = {
     "user-defined": ({"type": USER_DEFINED}, asked(2), [" 0, I say.", " 2, I say."]),
     "messages": (CHATML, [{"messages": chat} for chat in chats(2)], ["Answer 0 of chat 0.", "Answer 0 of chat 1."]),
     "messages of several turns": (CHATML, [{"messages": chat} for chat in chats(1, 3)], ["Answer 2 of chat 0."]),
-    "llama3": (
-        CHATML | {"chat_template": "llama3"}, [{"messages": chat} for chat in chats(1, 2)], ["Answer 1 of chat 0."],
-    ),
     "loss on the first answer alone": (
         CHATML | {"roles_to_train": ["user"], "train_on_eos": "all"},
         [{"messages": chat} for chat in chats(1, 2)],
@@ -96,12 +93,6 @@ TYPES: dict[str, tuple[Config, list[dict[str, Any]], list[str]]] = {
         CHATML | {"field_messages": "conversations", "message_property_mappings": {"role": "from", "content": "value"}},
         [{"conversations": chat} for chat in chats(1, 2, "from", "value", "gpt")],
         ["Answer 1 of chat 0."],
-    ),
-    "conversations with a role of their own, and the names of before": (
-        CHATML | {"field_messages": "talk", "message_field_role": "by", "message_field_content": "said"}
-        | {"roles": {"user": ["user"], "assistant": ["bot"]}},
-        [{"talk": chat} for chat in chats(1, 1, "by", "said", "bot")],
-        ["Answer 0 of chat 0."],
     ),
     "input_output": ({"type": "input_output"}, SEGMENTS, ["A0", "A1", "A2"]),
 }  # fmt: skip
@@ -126,23 +117,12 @@ def test_prompts_and_references_of_own_rows_are_what_was_trained(
     assert [example.reference for example in examples] == references
     trained = load_datasets(cfg=Tokenizer(yamlfiles.read_yaml(run.config)).cfg).train_dataset
     left = [list(ids) for ids in trained["input_ids"]]  # in an order of their own
-    for row, example in sorted(zip(rows, examples, strict=True), key=lambda pair: -len(pair[1].prompt)):
+    for example in sorted(examples, key=lambda one: -len(one.prompt)):
         (ids,) = (ids for ids in left if ids[: len(example.prompt)] == example.prompt)
         left.remove(ids)
-        prompt, answer = (prompter.tokenizer.decode(part) for part in (example.prompt, ids[len(example.prompt) :]))
+        answer = prompter.tokenizer.decode(ids[len(example.prompt) :])
         assert answer.strip().startswith(example.reference.strip()) and answer.count("</s>") <= 1
-        if kind in ("messages of several turns", "llama3", "loss on the first answer alone"):
-            assert prompt == rendered(str(form["chat_template"]), row["messages"][:-1])
     assert left == []
-
-
-def rendered(template: str, messages: list[dict[str, str]]) -> str:
-    """A chat as its template writes it, up to where the assistant is to answer."""
-    from axolotl.utils.chat_templates import get_chat_template
-    from jinja2 import Environment
-
-    text = get_chat_template(template)
-    return Environment().from_string(text).render(messages=messages, add_generation_prompt=True, bos_token="<s>")
 
 
 def test_own_rows_are_evaluated_and_recognised_without_axolotl(
@@ -361,8 +341,4 @@ def test_data_that_is_gone_is_named(own: OwnRun, tmp_path: Path) -> None:
     run = own(datasets=[entry], test_datasets=[entry])
     (tmp_path / "check.jsonl").unlink()
     with pytest.raises(UserError, match=r"test_datasets\.0\.path: .*/check\.jsonl"):
-        task(run)
-    study_data = {"recipe": "haider2024/llama-2-7b", "test_data": "data/codereviewer/test.jsonl"}
-    run.write(run.read().model_copy(update=study_data))
-    with pytest.raises(UserError, match=r"data/codereviewer/test\.jsonl: "):
         task(run)

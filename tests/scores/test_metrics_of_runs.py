@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import orjson
 import pytest
-from conftest import SHARED, Recipe
-from run_folders import STUDY, a_run
+from conftest import Recipe
+from run_folders import STUDY
 
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.files import write_rows
@@ -15,7 +15,7 @@ from qlora_recipes.data.study import Decoding
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import evaluate, score
 from qlora_recipes.scores.evaluate import EvaluationRequest
-from qlora_recipes.scores.evaluations import Completion, Evaluation, read_predictions, read_scores
+from qlora_recipes.scores.evaluations import Completion, Evaluation, read_predictions
 
 if TYPE_CHECKING:
     from qlora_recipes.scores.reference import Reference
@@ -90,22 +90,6 @@ def test_a_further_decoding_is_evaluated_beside_the_usual_one(
     assert words[-4:] == ["--decoding", "sampled", "--metric", "chrf"]
 
 
-def test_the_first_two_predictions_are_shown_wrapped_and_cut(
-    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    of_run = a_run(tmp_path / "runs", "haider2024/llama-2-7b", "20260101-000000-a", 5.0).path
-    texts = [("short", "Reuse it."), ("Why not reuse the pool? " * 40, ""), ("short", "x")]
-    rows = ({"row": i, "reference": text, "prediction": answer} for i, (text, answer) in enumerate(texts))
-    write_rows(of_run / "predictions.jsonl", rows)
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_: read_scores(of_run))
-    monkeypatch.setenv("COLUMNS", "60")
-    shown, empty, scores = recipe("evaluate", "latest").stdout.split("\n\n")
-    assert shown == "row 1\nreference   short\nprediction  Reuse it."
-    assert len(empty.splitlines()) == 8 and all(len(line) <= 60 for line in empty.splitlines())
-    assert scores.startswith("rows ")
-    assert "row 1" not in recipe("evaluate", "latest", "--json").stdout
-
-
 def test_predictions_are_scored_by_other_fields(recipe: Recipe, tmp_path: Path) -> None:
     write_rows(tmp_path / "answers.jsonl", ANSWERS)
     done = recipe(
@@ -121,13 +105,6 @@ def test_predictions_are_scored_by_other_fields(recipe: Recipe, tmp_path: Path) 
     assert [row["question"] for row in rows] == [row["question"] for row in ANSWERS]
     compared = recipe("results", "s.jsonl", "s.jsonl", "--metric", "number", "--json")
     assert [row["score"] for row in orjson.loads(compared.stdout)["scores"]] == ["number"]
-
-
-def test_why_no_number_is_found_is_said(recipe: Recipe, tmp_path: Path) -> None:
-    write_rows(tmp_path / "answers.jsonl", ANSWERS)
-    done = recipe("score", "answers.jsonl", "--metric", "number: {parser: peft}", *FIELDS)
-    assert "number                0" in done.stdout
-    assert "number: 3 of 3 " in done.stderr and "`markers`" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -146,28 +123,3 @@ def test_what_cannot_be_scored_is_refused(recipe: Recipe, tmp_path: Path, words:
     done = recipe("score", "answers.jsonl", *words, *reference)
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr
-
-
-@pytest.mark.skipif(not (SHARED / "gsm8k").is_dir(), reason="needs GSM8K's published solutions, which are not ours")
-@pytest.mark.parametrize(
-    ("which", "percent", "by_peft"),
-    [("6b_finetuning", 21.68, {610, 819}), ("6b_verification", 39.04, {249, 610})],
-)
-def test_the_verdicts_of_gsm8ks_authors(which: str, percent: float, by_peft: set[int]) -> None:
-    """LoftQ's way agrees with each; PEFT's, whose numbers keep their commas, counts some of these wrong."""
-    rows = score.read_pairs(SHARED / "gsm8k" / "solutions-6b.jsonl", f"{which}.solution")
-    asked = [
-        'number: {markers: ["A: "]}',
-        'peft: {metric: number, parser: peft, markers: ["A: "]}',
-        "theirs: {metric: number, parser: peft}",
-    ]
-    scores, scored = score.score(rows, score.columns_of(None, asked))
-    verdicts = [row[which]["is_correct"] for row in rows]
-    assert len(rows) == 1319
-    assert [row["number"] == 100 for row in scored] == verdicts
-    assert round(scores["number"], 2) == percent
-    disagreeing = {i for i, row in enumerate(scored) if (row["peft"] == 100) != verdicts[i]}
-    assert disagreeing == by_peft
-    assert all("," in rows[i]["reference"].rpartition("A: ")[2] and verdicts[i] for i in disagreeing)
-    assert scores["theirs"] == 0
-    assert any("theirs: 1319 of 1319 predictions" in note for note in scores["notes"])

@@ -1,7 +1,6 @@
 import re
 from collections.abc import Container, Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +8,10 @@ import orjson
 import pytest
 
 from qlora_recipes.base.errors import UserError, WorkFailed
-from qlora_recipes.base.files import write_rows
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores import predict
 from qlora_recipes.scores.evaluate import EvaluationRequest, EvaluationTask, evaluate
-from qlora_recipes.scores.evaluations import Agreement, Completion, EvaluationSettings, read_predictions
+from qlora_recipes.scores.evaluations import Agreement, Completion, EvaluationSettings
 
 ROWS = 6
 
@@ -163,11 +161,3 @@ def test_an_evaluation_that_was_left_goes_on_and_a_server_is_compared_again(
         run, EvaluationRequest(adapter="none", max_new_tokens=6, limit=ROWS, metrics=["chrf", "bertscore:none"])
     )
     assert more.settings == done.settings and "chrf" in more.scores
-
-
-@pytest.mark.parametrize("idx", [True, 3, "a", 1.5, None, [3]])
-def test_whatever_data_has_for_a_position_predictions_can_be_read(tmp_path: Path, idx: Any) -> None:
-    row = predict.as_row(0, {"idx": idx, "lang": idx}, "a = 1") | {"prediction": "a = 2"}
-    write_rows(tmp_path / "predictions.jsonl", [row])
-    assert read_predictions(tmp_path) == [row]
-    assert row.get("idx") == (idx if idx in (3, "a") else None)
