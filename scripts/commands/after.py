@@ -102,8 +102,8 @@ def _export(name: str) -> None:
     """
     from ..data import study
     from ..results import ledger
-    from ..running import stages
     from ..runs.rundir import find_run
+    from ..workflows import stages
 
     of_study = next((each for each in study.every() if each.folder.name == name), None)
     if of_study is None:
@@ -121,8 +121,8 @@ def _export(name: str) -> None:
 def _show_one(name: str, rehearse: bool, best: str | None, form: Form) -> None:
     from ..data.study import Study
     from ..results import listing, verdict
-    from ..running import sweep_results
-    from ..running.sweep import Sweep, find_any
+    from ..workflows import sweep_results
+    from ..workflows.sweep import Sweep, find_any
 
     thing = find_any(name)
     only_with("--rehearse", rehearse, "a study", isinstance(thing, Study))
@@ -172,8 +172,8 @@ def report_verb(
     """
     from ..data.study import Study
     from ..reports import report, report_runs
-    from ..running.sweep import Sweep, find_any
     from ..runs.rundir import RunDir
+    from ..workflows.sweep import Sweep, find_any
 
     things = [find_any(name) for name in names or ["latest"]]
     only_with("--rehearse", rehearse, "a study", isinstance(things[0], Study))

@@ -89,7 +89,7 @@ def run_verb(
     """Train a recipe with Axolotl, in a run folder of its own."""
     from ..configs.compose import Request, is_rehearsal
     from ..configs.config import OF_THE_RUN
-    from ..running import run
+    from ..workflows import run
 
     request = Request(
         name,
@@ -127,7 +127,7 @@ def resume_verb(
     on: On = "local",
 ) -> None:
     """Resume an interrupted run from its last whole checkpoint."""
-    from ..running.run import resume
+    from ..workflows.run import resume
 
     backend = backend_of(on)
     folder = resume(run, backend, prepare, force or [], trust)
@@ -163,8 +163,8 @@ def sweep_verb(
     """Run a recipe with each of several settings, and compare them. What is done already is not done again."""
     from ..configs import gpus
     from ..configs.compose import Request, is_rehearsal
-    from ..running import sweep, sweep_results
     from ..scores.evaluate import EvaluationRequest
+    from ..workflows import sweep, sweep_results
 
     sweep_name, members = sweep.read_members(sweep.find_sweep_file(file) if file else None, set_ or [])
     request = Request(name, profiles=profile or [], rehearse=rehearse, force=force or [])
@@ -199,7 +199,7 @@ def end(
     show: Callable[[], None],
 ) -> None:
     """Print the results of recipes or members and their results, and exit with the code that the results give."""
-    from ..running import pipeline
+    from ..workflows import pipeline
 
     steps = [result.as_row() for result in results]
     if form == "json":
@@ -243,8 +243,8 @@ def reproduce_verb(
     from ..configs.compose import Request, is_rehearsal
     from ..data.study import find
     from ..results import listing, verdict
-    from ..running import reproduce, stages
     from ..scores.evaluate import EvaluationRequest
+    from ..workflows import reproduce, stages
 
     only_with("--gpu", gpu, "--dry-run", dry_run)
     of_study = find(study)
@@ -290,7 +290,7 @@ def _score_predictions(of_study: "Study", only: list[str], judge: str | None, fo
     Raises:
         typer.Exit: with 1, where predictions cannot be scored; the others are printed.
     """
-    from ..running import stages
+    from ..workflows import stages
 
     rows, problems = stages.score_predictions(of_study, only, judge)
     if form == "json":
@@ -307,7 +307,7 @@ def _score_predictions(of_study: "Study", only: list[str], judge: str | None, fo
 @verbs.command("cancel", cls=Verb, rich_help_panel=HEADING, epilog="recipe cancel latest\nrecipe cancel lora-tradeoffs")
 def cancel_verb(names: Things) -> None:
     """Stop runs, or all of a study or sweep, at a checkpoint, and take queued ones out of the queue."""
-    from ..running import cancel
+    from ..workflows import cancel
 
     for message in cancel.cancel(names or []):
         print(message)

@@ -86,10 +86,10 @@ def evaluate_verb(
     json: Json = False,
 ) -> None:
     """Generate predictions for test rows with a run's adapter, and score them."""
-    from ..running import evaluation
     from ..runs.rundir import RunDir
     from ..scores import checkpoint_selection, evaluations
     from ..scores.evaluate import EvaluationRequest
+    from ..workflows import evaluation
 
     exclusive({"--checkpoints": checkpoints, "--adapter": adapter})
     request = EvaluationRequest(data, limit, adapter, max_new_tokens, batch_size, metric or [], decoding)

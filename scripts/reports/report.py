@@ -20,9 +20,9 @@ from ..base.machine import now
 from ..base.paths import template_environment
 from ..data.study import Study
 from ..results import listing, verdict
-from ..running import sweep_results
-from ..running.sweep import Sweep
 from ..tables import Table
+from ..workflows import sweep_results
+from ..workflows.sweep import Sweep
 from . import report_figures as draw
 from . import report_runs
 from .report_figures import Figure

@@ -10,7 +10,7 @@ from ..base.files import Row
 from ..data.study import Study
 from ..metrics.metric import Column
 from ..results.verdict import StudyRow
-from ..running.sweep_results import LOSS, SweepRow, on_front
+from ..workflows.sweep_results import LOSS, SweepRow, on_front
 
 Trace = dict[str, Any]  # Plotly's JSON
 # Okabe and Ito's, which the colour-blind can distinguish too; a line's dash and a point's symbol say it again.

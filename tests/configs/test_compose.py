@@ -6,8 +6,8 @@ import pytest
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import compose, datafiles
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.running import create
 from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.workflows import create
 
 NAME = "haider2024/llama-2-7b"
 

@@ -20,9 +20,9 @@ from qlora_recipes.configs.config import Difference
 from qlora_recipes.configs.datafiles import DataFile
 from qlora_recipes.data import study
 from qlora_recipes.reports import report, report_figures, report_runs
-from qlora_recipes.running.sweep import Sweep, SweepMember
 from qlora_recipes.runs.records import Summary
 from qlora_recipes.runs.rundir import RunDir, summarise
+from qlora_recipes.workflows.sweep import Sweep, SweepMember
 
 STUDY = study.find("haider2024")
 LLAMA_3, LLAMA_2 = "haider2024/llama-3-8b", "haider2024/llama-2-7b"

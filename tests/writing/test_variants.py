@@ -17,8 +17,8 @@ from qlora_recipes.configs import compose, config, datafiles
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.results import run_rows
 from qlora_recipes.results.run_rows import RunResult
-from qlora_recipes.running import create
 from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.workflows import create
 from qlora_recipes.writing import new
 
 BASE = "haider2024/code-llama-7b"

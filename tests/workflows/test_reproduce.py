@@ -21,10 +21,10 @@ from qlora_recipes.configs import compose, datafiles
 from qlora_recipes.configs.compose import Composed, Request
 from qlora_recipes.data import prepare, study
 from qlora_recipes.data.declaration import DataSource, SourceFile
-from qlora_recipes.running import reproduce
 from qlora_recipes.runs import rundir
 from qlora_recipes.runs.tasks import TaskResult
 from qlora_recipes.scores import evaluations
+from qlora_recipes.workflows import reproduce
 
 STUDY = study.find("haider2024")
 ONE = "haider2024/llama-3.2-3b"

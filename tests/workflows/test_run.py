@@ -20,10 +20,10 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import sha256
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.running import create
 from qlora_recipes.runs import checkpoints, launch, records, rundir
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores.evaluations import ADAPTER
+from qlora_recipes.workflows import create
 
 PAGED = "haider2024/code-llama-7b"
 

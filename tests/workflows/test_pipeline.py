@@ -11,10 +11,10 @@ from qlora_recipes.base import machine
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.running import pipeline, run
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.runs.tasks import Command, Step, Task, TaskResult
 from qlora_recipes.scores.evaluate import EvaluationRequest
+from qlora_recipes.workflows import pipeline, run
 
 
 def task(folder: Path, words: dict[Step, list[str]], asked: list[str]) -> Task:

@@ -14,8 +14,8 @@ from conftest import RECIPE, Recipe
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.running import create
 from qlora_recipes.runs.rundir import RunDir
+from qlora_recipes.workflows import create
 from qlora_recipes.writing import new
 
 NAME = "haider2024/code-llama-7b"

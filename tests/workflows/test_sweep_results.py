@@ -21,9 +21,9 @@ from qlora_recipes.checks import check
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
 from qlora_recipes.data import study
-from qlora_recipes.running import sweep_results
-from qlora_recipes.running.sweep import Sweep, SweepMember, find_sweep_file, read_members, varying
 from qlora_recipes.runs.records import Summary
+from qlora_recipes.workflows import sweep_results
+from qlora_recipes.workflows.sweep import Sweep, SweepMember, find_sweep_file, read_members, varying
 
 BASE = "haider2024/code-llama-7b"
 SHIPPED = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml"))
