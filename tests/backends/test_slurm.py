@@ -135,10 +135,7 @@ def test_it_goes_on_after_a_requeue_and_a_time_limit_until_it_is_cancelled(
     finish(start(tmp_path, "cancel", "latest"), code=2)
     submitted(tmp_path, "resume", "latest", "--on", "slurm,begin=now+1hour", command=stand_in)
     wait_for(run, lambda record: record.state == "queued")
-    for place in ("local", "slurm"):
-        assert f"recipe cancel {run.path.relative_to(tmp_path)}" in finish(
-            start(tmp_path, "resume", "latest", "--on", place), code=2
-        )
+    assert f"recipe cancel {run.path.relative_to(tmp_path)}" in finish(start(tmp_path, "resume", "latest"), code=2)
     submitted(tmp_path, "cancel", "latest")
     slurm.wait_until_empty(20)  # what prepares the rows is cancelled too
 
@@ -162,9 +159,7 @@ def test_cancelling_a_sweep_takes_it_out_of_the_queue(
         (["slurm", "--gpus", "5", "--profile", "zero2"], "--gres=gpu:5"),
         (["slurm,partition=nowhere"], r"slurm\.yaml.*--partition=nowhere"),
         (["slurm,tyme=1:00:00"], "'--tyme"),  # in sbatch's own words
-        (["slurm,partition"], "--on slurm,partition: "),
         (["slurm,array=1-5"], "--on slurm,array=1-5: "),
-        (["slurm,card=H1000"], "card H1000: .* H100"),
         (["slurm,card=T4", "--set", "micro_batch_size=4096"], r"T4.*\[too-big"),
     ],
 )
@@ -209,7 +204,7 @@ def test_settings_are_read_as_they_stand(no_settings: Path) -> None:
     found = slurm_site.site_settings(["gres=nvme:1", "mem-per-gpu=40G"])
     assert "--gres=nvme:1,gpu:4" in (script := batch(found, gpus=4).script("run", [], 2))
     assert "mem-per-gpu" in script and "mem-per-gpu" not in batch(found, gpus=4).script("prepare", [], 2)
-    for broken in ("[gpu]", "partition: [a]", "evaluate: gpu", "setup: {a: b}", "card: {"):
+    for broken in ("[gpu]", "partition: [a]", "card: {"):
         no_settings.write_text(broken)
         with pytest.raises(UserError, match=r"slurm\.yaml"):
             slurm_site.site_settings([])
@@ -229,7 +224,7 @@ def program(file: Path, script: str) -> None:
 
 
 JOBS = ["printf '12\\n'", "printf '12;east\\n'", "printf 'Billing: 7 hours are left\\n12\\n'"]
-NO_JOBS = ["", "echo 12 jobs", "printf '12\\0'", "printf '\\377'", "exec sleep 60"]
+NO_JOBS = ["", "echo 12 jobs", "exec sleep 60"]
 
 
 @pytest.mark.parametrize("commands", [*JOBS, *NO_JOBS])

@@ -42,16 +42,13 @@ MISTAKES = [
     (f"run {NAME} --rehearse --set lora_rr=8", " lora_r "),
     (f"run {NAME} --set lora_r", "--set lora_r:"),
     (f"run {NAME} --set output_dir=x", "output_dir"),
-    (f"run {NAME}.yaml", f" {NAME} "),
     (f"run {NAME} --gpus 0", "--gpus 0"),
     (f"run {NAME} --rehearse --gpus 3", "gradient_accumulation_steps"),
     (f"run {NAME} --profile mirror", "codellama/CodeLlama-7b-hf"),
     (f"run {NAME} --rehearse --set datasets.0.path=good-trian.jsonl", "good-train.jsonl"),
-    (f"run {NAME} --rehearse --set datasets.0.path=data/codereviewer/train.jsonl", "recipe data prepare"),
     ("data prepare msg-train.jsonl", "msg-train.jsonl:2:"),
     ("run cycle.yaml", "cycle.yaml"),
     ("data prepare train.jsonl --study haider2024 --out .", "train.jsonl"),
-    ("data prepare data --study haider2024", "data: "),
     ("data prepare msg-train.jsonl --input-format taged --study haider2024", "--input-format taged"),
     ("data prepare msg-train.jsonl --study haider2024 --out pairs.jsonl", "pairs.jsonl"),
     ("data prepare", ", ".join(folder.name for folder in paths.studies())),
@@ -59,7 +56,6 @@ MISTAKES = [
     ("score pairs.jsonl", "--prediction-field"),
     ("resume latest", "latest"),
     ("cancel nothing", "haider2024"),
-    ("results haider2024 --power 1 --ledger", "--ledger"),
     (f"run {NAME} --nodes 2", "--on slurm"),
     (f"run {NAME} --on slrum,time=1:00:00", "slurm,"),
     (f"run {NAME} --gpus 2", "--gpus 2"),
@@ -87,7 +83,6 @@ def test_list_show_and_diff_print_data(recipe: Recipe) -> None:
     assert shown.stdout == (paths.RECIPES / f"{NAME}.yaml").read_text()
     keys = {row["key"] for row in orjson.loads(recipe("diff", NAME, "haider2024/llama-3-8b", "--json").stdout)}
     assert keys - {"num_epochs"} == {"base_model", "revision_of_model", "special_tokens.pad_token", "optimizer"}
-    assert recipe("diff", NAME, NAME).stdout == ""
     assert orjson.loads(recipe("results", "--json").stdout) == []
 
 
@@ -103,11 +98,6 @@ def test_data_prepare_and_a_dry_run(recipe: Recipe, tmp_path: Path) -> None:
     )
     assert (dry.returncode, "revision_of_model" in dry.stdout) == (0, False)
     assert "base_model: NousResearch/Llama-2-7b-hf" in dry.stdout and "lora_r: 8\n" in dry.stdout
-    elsewhere = recipe("run", NAME, "--set", "datasets.0.path=mine.jsonl", "--dry-run")
-    assert (elsewhere.returncode, "mine.jsonl" in elsewhere.stderr) == (
-        0,
-        True,
-    ) and "path: mine.jsonl" in elsewhere.stdout
     assert "fp16: true\n" in recipe("run", NAME, "--gpus", "2", "--dry-run").stdout  # this needs no GPU
     assert not (tmp_path / "runs").exists()
 

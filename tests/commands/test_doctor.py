@@ -57,11 +57,10 @@ def test_each_check_of_a_whole_environment_is_one_line(recipe: Recipe) -> None:
     ("module", "name", "returns", "code", "states"),
     [
         (machine, "gpus", lambda: [], 0, {"torch": "ok", "GPU": "note"}),
-        (machine, "gpus", lambda: 1 / 0, 1, {"torch": "wrong", "lock": "ok"}),
         (doctor, "ask_torch", lambda: TORCH | {"gpus": 0}, 0, {"GPU": "note"}),
         (doctor.shutil, "disk_usage", lambda _: USAGE, 1, {"runs": "wrong", "cache": "wrong", "models": "note"}),
     ],
-    ids=["no GPU", "a check that fails", "hidden GPUs", "half a GB free"],
+    ids=["no GPU", "hidden GPUs", "half a GB free"],
 )
 def test_what_a_machine_lacks_is_wrong_or_a_note_and_leaves_the_other_checks(
     recipe: Recipe, monkeypatch: Patch, module: Any, name: str, returns: Any, code: int, states: dict[str, str | None]
@@ -82,7 +81,6 @@ def test_torch_has_to_compute_on_the_gpu(recipe: Recipe, monkeypatch: Patch, tor
     found = lines(recipe, 1)
     assert wrong(found) == {"GPU"} and found["GPU"]["command"] == OLDER
     assert torch.get("problem", "without CUDA") in found["GPU"]["found"]
-    assert OLDER in map(str.strip, recipe("doctor").stdout.splitlines())  # in a line of its own, to paste
 
 
 @pytest.mark.parametrize(
@@ -111,8 +109,6 @@ def test_torch_is_asked(monkeypatch: Patch) -> None:
     [
         ("orjson==0.0.1 ; sys_platform == 'linux' \\\n    --hash=sha256:00\n", "wrong", "orjson==0.0.1"),
         ("# by uv\ngone==1.0 ; python_full_version < '3.0' \\\n    --hash=sha256:00\n", "ok", ""),
-        ("".join(f"gone{number}==1\n" for number in range(8)), "wrong", "3 more"),
-        ("<<<<<<< ours\n", "wrong", "requirements.lock"),
         ("torch==2.14.1\ntriton==3.0\nnvidia-nothing-cu13==13.0\n", "ok", ""),  # torch for another CUDA has its own
         ("torch==2.14.1\ntriton==3.1\n", "wrong", "triton==3.1"),
         (None, "wrong", "typer<0.1"),  # of a wheel, its requirements

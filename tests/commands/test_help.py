@@ -31,14 +31,10 @@ def test_help_explains_all_within_the_width_and_breaks_no_word(
     words = " ".join(done.stdout.split())
     assert command.help and " ".join(command.help.split()) in words
     for written, explained in records(name):
+        assert explained.strip()
         assert written.replace("INTEGER RANGE", "N").replace("INTEGER", "N") in words
         assert " ".join(explained.replace("x>=", "at least ").split()) in words
     assert command.epilog and " ".join(command.epilog.split()) in words
-
-
-def test_every_argument_and_option_is_explained() -> None:
-    missing = [(name, written) for name in COMMANDS for written, explained in records(name) if not explained.strip()]
-    assert missing == []
 
 
 EXAMPLES = [(name, line) for name, command in COMMANDS.items() for line in (command.epilog or "").splitlines()]

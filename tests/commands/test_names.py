@@ -20,8 +20,6 @@ def test_a_part_of_a_recipes_name_is_enough_and_the_whole_is_said(recipe: Recipe
     assert f"recipe {BASE}\n" in part.stderr
     assert f"recipe {BASE}\n" not in whole.stderr
     assert orjson.loads(recipe("show", "linear/code-llama", "--json").stdout)["recipe"] == BASE
-    (found,) = orjson.loads(recipe("check", PART, "--json").stdout)
-    assert found["checked"] == BASE
 
 
 def test_a_variant_is_found_by_its_name_and_parts_of_that(recipe: Recipe, tmp_path: Path) -> None:
@@ -37,7 +35,6 @@ def test_a_variant_is_found_by_its_name_and_parts_of_that(recipe: Recipe, tmp_pa
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("show", "variants/wide.yaml"), "base_model: "),
         (("show", "variants/wode.yaml"), " variants/wide.yaml?"),
         (("show", "wide.yaml"), " wide?"),
         (("run", BASE, "--profile", "tensorb", "--rehearse", "--dry-run"), "use_tensorboard: true"),
@@ -61,19 +58,11 @@ def test_list_shows_the_variants_of_the_working_folder_by_the_names_that_run_tak
     assert {row["variant_of"] for row in shipped} == {None}
     assert recipe("new", "wide", "--from", BASE, "--set", "lora_r=64").returncode == 0
     assert recipe("new", "more/wider", "--from", "wide", "--set", "num_epochs=1").returncode == 0
+    (tmp_path / "variants" / "broken.yaml").write_text("lora_r: [1\n")  # hides no other
     listed = recipe("list", "--json")
     rows = orjson.loads(listed.stdout)
-    assert (rows[: len(shipped)], listed.stderr) == (shipped, "")
+    assert rows[: len(shipped)] == shipped and listed.stderr.startswith("variants/broken.yaml:")
     wider, wide = rows[len(shipped) :]
     assert (wide["recipe"], wide["variant_of"], wide["epochs"]) == ("wide", BASE, recipe_config(BASE)["num_epochs"])
     assert (wider["recipe"], wider["variant_of"], wider["epochs"]) == ("more/wider", "wide", 1)
     assert wide["published_bleu4"] is None  # which is the recipe's
-    assert all(recipe("show", row["recipe"]).returncode == 0 for row in rows)
-
-
-def test_a_variant_that_cannot_be_read_hides_no_other(recipe: Recipe, tmp_path: Path) -> None:
-    (tmp_path / "variants").mkdir()
-    (tmp_path / "variants" / "broken.yaml").write_text("lora_r: [1\n")
-    listed = recipe("list", "--json")
-    assert [row["recipe"] for row in orjson.loads(listed.stdout)] == paths.recipe_names()
-    assert listed.stderr.startswith("variants/broken.yaml:")

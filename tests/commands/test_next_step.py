@@ -2,7 +2,6 @@
 
 import shlex
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 from conftest import SAMPLE, Recipe
@@ -10,9 +9,7 @@ from run_folders import a_run
 
 from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.checks import check
-from qlora_recipes.commands import before
 from qlora_recipes.commands.help import after_training
-from qlora_recipes.planning import plan
 
 NAME = "haider2024/code-llama-7b"
 
@@ -36,20 +33,6 @@ def test_from_a_list_to_a_rehearsal_without_a_gpu_and_data(recipe: Recipe) -> No
     checked = next_of(recipe, "check", "my-wide", "--rehearse", *laid)
     assert checked == ["run", "my-wide", *laid, "--rehearse"]
     assert recipe(*checked, "--dry-run").returncode == 0
-
-
-def test_what_is_planned_is_run_next_if_it_fits(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    def planned(*fits: bool) -> Mock:
-        cards = [Mock(fits=fit) for fit in fits]
-        return Mock(return_value=Mock(cards=cards))
-
-    monkeypatch.setattr(before, "_print_plan", lambda *_: None)
-    monkeypatch.setattr(plan, "of_request", planned(False))
-    assert "next:" not in recipe("plan", NAME).stderr
-    monkeypatch.setattr(plan, "of_request", planned(False, True))
-    words = ("--set", "lora_r=8", "--gpus", "2")
-    assert next_of(recipe, "plan", NAME, *words) == ["run", NAME, *words, "--rehearse"]
-    assert next_of(recipe, "plan", NAME, "--profile", "zero2", *words)[2:4] == ["--profile", "zero2"]
 
 
 def test_from_prepared_data_to_a_plan(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,6 @@ def test_the_command_compares_files(recipe: Recipe, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert orjson.loads(done.stdout)["scores"][0]["better"] == 1
     assert recipe("results", "a.jsonl", "nowhere.jsonl").returncode == 2
-    assert "a: a.jsonl, b: b.jsonl" in recipe("results", "a.jsonl", "b.jsonl").stdout
 
 
 LLAMA_2 = "haider2024/llama-2-7b"
@@ -102,8 +101,6 @@ def test_runs_that_are_not_evaluated_are_compared_by_their_trainings(recipe: Rec
     other = as_json(recipe, "one", "other")["training"]
     assert (other["step"], other["losses"]) == (2, [1.0002, 1.0003])
     assert other["differences"] == {"learning_rate": [2e-4, 3e-4]}
-    shown = recipe("results", "one", "other")
-    assert shown.returncode == 0 and "learning_rate: 0.0002 -> 0.0003" in shown.stdout.splitlines()
 
 
 def test_both_parts_are_shown_where_both_are_there(recipe: Recipe, tmp_path: Path) -> None:
@@ -111,10 +108,6 @@ def test_both_parts_are_shown_where_both_are_there(recipe: Recipe, tmp_path: Pat
         run = trained(tmp_path, name)
     compared = as_json(recipe, "one", "two")
     assert compared["training"] and "bleu4" in {row["score"] for row in compared["scores"]}
-    csv = recipe("results", "one", "two", "--format", "csv")
-    several = recipe("results", "one", "two", "--metric", "rouge_l")
-    assert csv.stdout.startswith("score,")
-    assert ["not corrected" in done.stderr for done in (csv, several)] == [False, True]
     write_rows(tmp_path / "p.jsonl", PREDICTIONS)
     run.metrics.unlink()
     for other in ("p.jsonl", "two"):  # without a training
@@ -125,10 +118,9 @@ def test_both_parts_are_shown_where_both_are_there(recipe: Recipe, tmp_path: Pat
 
 
 def test_versions_and_machine_are_among_what_differs(recipe: Recipe, tmp_path: Path) -> None:
-    machine = {"packages": {"torch": "2.14.1"}, "python": "3.13", "gpus": [{"name": "T4", "driver": "580"}]}
-    newer = machine | {"packages": {"torch": "2.15.0"}, "gpus": [{"name": "T4", "driver": "590"}]}
-    for name, provenance, ranks in (("one", machine, 1), ("two", newer, 2)):
-        trained(tmp_path, name, provenance=provenance, gpus_used=ranks)
+    for name, torch, driver, ranks in (("one", "2.14.1", "580", 1), ("two", "2.15.0", "590", 2)):
+        machine = {"packages": {"torch": torch}, "python": "3.13", "gpus": [{"name": "T4", "driver": driver}]}
+        trained(tmp_path, name, provenance=machine, gpus_used=ranks)
     assert as_json(recipe, "one", "two")["training"]["differences"] == {
         "version of torch": ["2.14.1", "2.15.0"],
         "GPUs": ["T4, driver 580", "T4, driver 590"],

@@ -33,9 +33,7 @@ def edit(file: Path, **change: Any) -> None:
     [
         {"step": None},
         {"loss": "text"},
-        {"peak_gib_by_rank": "ab"},
         {"eval_loss_per_token": [1]},
-        {"ended": "elsewhere"},
     ],
 )
 def test_a_damaged_line_of_metrics_is_left_out_and_said(recipe: Recipe, bad: RunDir, change: dict[str, Any]) -> None:
@@ -60,7 +58,6 @@ def test_zeros_at_the_end_of_metrics_cost_no_whole_line(recipe: Recipe, bad: Run
     [
         ("jobs.json", [{"place": "slurm"}], "bad/jobs.json: "),
         ("run.json", {"created": "2026-01-01T00:00:00"}, "bad/run.json: "),
-        ("run.json", {"created": "yesterday"}, " created"),
     ],
 )
 def test_a_damaged_run_is_named_and_the_others_are_listed(
@@ -68,9 +65,8 @@ def test_a_damaged_run_is_named_and_the_others_are_listed(
 ) -> None:
     edit(bad.path / "run.json", state="interrupted")
     if file == "run.json":
-        edit(bad.path / file, **content)
-    else:
-        (bad.path / file).write_bytes(orjson.dumps(content))
+        content = orjson.loads((bad.path / file).read_bytes()) | content
+    (bad.path / file).write_bytes(orjson.dumps(content))
     for words in (["results", "--json"], ["results", "haider2024"]):
         listed = recipe(*words)
         assert listed.returncode == 0
@@ -110,7 +106,7 @@ def test_scores_that_are_none_are_named_and_the_run_is_as_one_that_is_not_evalua
 
 @pytest.mark.parametrize(
     "change",
-    [{"row": None}, {"idx": [1]}, {"bleu4": "good"}, {"bleu4": 1e308}, {"exact": 2}, {"prediction": 1}],
+    [{"row": None}, {"bleu4": "good"}, {"bleu4": 1e308}, {"prediction": 1}],
 )
 def test_predictions_that_are_none_are_named(recipe: Recipe, bad: RunDir, change: dict[str, Any]) -> None:
     row = {"row": 1, "idx": 1, "lang": "go", "reference": "a", "prediction": "b", "bleu4": 1.0, "exact": False}

@@ -71,19 +71,6 @@ def test_a_merge_that_is_stopped_leaves_no_process_and_no_half_a_model(
     assert what_is_in(run) == before
 
 
-@pytest.mark.long
-def test_two_merges_of_a_run_do_not_meet(tmp_path: Path, stand_in: Path, run: RunDir) -> None:
-    words = ("publish", run.path, "--merge")
-    first = start(tmp_path, *words, command=stand_in, STAND_IN_GO=str(tmp_path / "go"))
-    try:
-        wait_until_half(run, first)
-        assert f"{run.path}: " in finish(start(tmp_path, *words, command=stand_in), 2)
-        (tmp_path / "go").touch()
-        finish(first)
-    finally:
-        first.kill()
-
-
 LAYER = "model.layers.0.self_attn.q_proj"
 
 

@@ -4,22 +4,17 @@ Each engine's run but those of ZeRO-1 and ZeRO-2, which divide less than ZeRO-3 
 stop or by killing a rank, and resumed; its losses and its adapter are then compared with those of one process.
 """
 
-import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import deepspeed
 import psutil
 import pytest
 import torch
 from cluster import Cluster
-from conftest import finish, path_of, start
+from conftest import finish, start
 
-from qlora_recipes.base import yamlfiles
-from qlora_recipes.runs import ranks, rundir
-from qlora_recipes.runs.plugin import RunPlugin
+from qlora_recipes.runs import rundir
 from qlora_recipes.runs.rundir import RunDir
 
 pytestmark = pytest.mark.long
@@ -31,16 +26,6 @@ KILLED = ("ddp", "zero3")  # of these a rank is killed, FSDP's is asked to stop
 STEPS = 8
 CLOSE = 1e-2
 ODD = "test_datasets.0.split=train[:7]"  # rows for evaluation, which no two ranks can share evenly
-
-
-class DdpAtMost(RunPlugin):
-    """The plugin of a run that is adapted to the CPU as for DDP, whatever the engine."""
-
-    def register(self, cfg: yamlfiles.Config) -> None:
-        """Note the engine that is asked for, and adapt to DDP."""
-        super().register(cfg)
-        ranks.use_cpu("DDP")
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as `use_cpu` does for ZeRO
 
 
 @pytest.fixture(scope="module")
@@ -180,18 +165,3 @@ def test_two_nodes_train_like_one_process(alone: RunDir, place: Path, tiny_profi
     assert {step: found[step] for step in expected} == pytest.approx(expected, abs=CLOSE)
     (difference,) = (one for one in record.differences if one.key == "gradient_accumulation_steps")
     assert difference.why.startswith("--gpus 1 --nodes 2: ")
-
-
-def test_an_engine_that_is_not_used_stops_the_run(place: Path, tiny_profile: Path) -> None:
-    profile = "zero3"
-    shown = start(place, *rehearsal(tiny_profile, "none", "--profile", profile, "--gpus", "2", "--dry-run"))
-    content = yamlfiles.parse(finish(shown), "--dry-run")
-    file = place / f"{profile}.yaml"
-    plugin = {"plugins": [f"{__name__}.{DdpAtMost.__name__}"], "output_dir": str(place / "fallen-back" / profile)}
-    file.write_text(yamlfiles.write_yaml(content | plugin | {"dataset_prepared_path": str(place / "prepared")}))
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "axolotl.cli.train", str(file)], env=path_of(__file__), capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert re.search(f"{ENGINES[profile]} among 2 .*DDP among 2", done.stderr)

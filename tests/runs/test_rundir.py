@@ -114,10 +114,8 @@ def test_a_claimed_folder_is_nobody_elses(tmp_path: Path) -> None:
     claimed = {rundir.new_folder(tmp_path / "runs/s/r", "0123456") for _ in range(3)}
     assert len(claimed) == 3
     (tmp_path / "file").touch()
-    (tmp_path / "gone").symlink_to(tmp_path / "nowhere" / "at" / "all")
-    for name in ("file", "gone"):
-        with pytest.raises(UserError, match=r"--runs"):
-            rundir.new_folder(tmp_path / name / "s/r", "0123456")
+    with pytest.raises(UserError, match=r"--runs"):
+        rundir.new_folder(tmp_path / "file/s/r", "0123456")
 
 
 def test_a_run_that_was_resumed_from_before_its_newest_records_is_at_its_own_step(tmp_path: Path) -> None:
@@ -137,12 +135,6 @@ def test_jobs_that_are_noted_at_once_are_all_kept(tmp_path: Path) -> None:
         list(pool.map(lambda i: run.add_job(Job(id=str(i), step="run", user="u", script="s")), range(20)))
     assert {job.id for job in run.jobs()} == {str(i) for i in range(20)}
     assert sorted(file.name for file in run.path.iterdir()) == [".jobs.lock", "jobs.json", "run.json"]
-
-
-def test_a_job_of_a_backend_that_is_gone_does_not_count(tmp_path: Path) -> None:
-    run = a_run(tmp_path / "r", state="running")
-    run.add_job(Job(place="sky", id="1", step="run", user="u", script="s"))
-    assert run.jobs() == [] and run.read().state == "interrupted"
 
 
 def test_a_damaged_record_is_refused_and_what_a_killed_process_left_goes_once_the_run_is_held(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from file_server import Server, serving
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
-from qlora_recipes.base.machine import held
 from qlora_recipes.configs import compose, datafiles
 from qlora_recipes.configs.compose import Composed, Request
-from qlora_recipes.data import prepare, study
+from qlora_recipes.data import study
 from qlora_recipes.data.declaration import DataSource, SourceFile
 from qlora_recipes.runs import rundir
 from qlora_recipes.runs.tasks import TaskResult
@@ -113,10 +111,8 @@ def test_what_a_recipe_starts_from_is_still_to_be_fetched_and_no_reason_to_refus
     ("words", "says"),
     [
         (["haider2024"], "no-gpu"),
-        (["haider2024", "--gpu", "T4"], "--gpu: "),
         (["other"], "other: "),
         (["haider2024", "--only", "lama-2"], "--only lama-2: "),
-        (["haider2024", "--only", "nothing"], "nothing: "),
         (["haider2024", "--only", "llama-2"], "haider2024/all-linear/llama-2-7b, haid"),
         (["haider2024", "--jobs", "3"], "--jobs 3: "),
         (["haider2024", "--rehearse", "--set", "lora_rr=3"], "lora_rr: "),
@@ -187,7 +183,6 @@ def test_an_adapter_that_a_recipe_starts_from_is_fetched_beside_its_rows(
     [
         (lambda data: (data / "valid.jsonl").write_text(""), "valid.jsonl .*manifest.json"),
         (lambda data: (data / "manifest.json").unlink(), "manifest.json .*train.jsonl"),
-        (lambda data: (data / "manifest.json").write_text('{"splits": null}'), "manifest.json .*train.jsonl"),
         (lambda data: change(data, "train", fields={"input": "oldf"}), r"train\.jsonl .*format"),
         (lambda data: change(data, "train", is_the_study_file=False), r"train\.jsonl .*file"),
         (lambda data: change(data, "test", left_out={}), "test-subset-1.jsonl"),
@@ -203,17 +198,6 @@ def test_data_that_is_not_the_studys_is_refused_and_left_as_it_is(
     with pytest.raises(UserError, match=says):
         reproduce.have_data(published_data, composed("llama-2-7b"))
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def test_data_that_another_process_is_preparing_is_waited_for(published_data: study.Study) -> None:
-    folder = Path("data/codereviewer")
-    folder.mkdir(parents=True)
-    with ThreadPoolExecutor() as pool:
-        with held(folder / prepare.PREPARE_LOCK, ""):
-            waiting = pool.submit(reproduce.have_data, published_data, composed("llama-2-7b"))
-            assert not wait([waiting], timeout=0.5).done
-        waiting.result()
-    assert (folder / "train.jsonl").is_file()
 
 
 def change(folder: Path, split: str, **values: object) -> None:
@@ -238,9 +222,3 @@ def test_a_judge_that_is_not_there_is_told_before_anything_starts(
     assert done.returncode == 1
     assert "some/nowhere" in done.stderr
     assert rundir.all_runs(tmp_path / "runs") == []
-
-
-def test_the_recipes_of_a_study() -> None:
-    assert reproduce.chosen(STUDY, []) == list(STUDY.published)
-    beside = "haider2024/all-linear/llama-2-7b"
-    assert reproduce.chosen(STUDY, ["all-linear/llama-2-7b", beside]) == [beside]

@@ -9,8 +9,6 @@ import numpy as np
 import orjson
 import pytest
 from conftest import Recipe, recipe_config
-from hypothesis import given
-from hypothesis import strategies as st
 from run_folders import a_run
 from scipy import stats
 
@@ -27,18 +25,6 @@ from qlora_recipes.workflows.sweep import Sweep, SweepMember, find_sweep_file, r
 
 BASE = "haider2024/code-llama-7b"
 SHIPPED = sorted(file.stem for file in (paths.RECIPES / "sweeps").glob("*.yaml"))
-
-
-def test_the_notebooks_five_are_there() -> None:
-    _, members = read_members(find_sweep_file("lora-tradeoffs"), [])
-    assert [(m.name, *m.values.values()) for m in members] == [
-        ("Paper", 32, 16, 0.05),
-        ("High rank", 64, 32, 0.05),
-        ("Low rank", 16, 8, 0.05),
-        ("Conservative", 32, 16, 0.1),
-        ("Aggressive", 128, 64, 0.0),
-    ]
-    assert varying(members) == ["lora_r", "lora_alpha", "lora_dropout"]
 
 
 @pytest.mark.parametrize("name", [next(iter(one.published)) for one in study.every()])
@@ -68,8 +54,6 @@ def test_members_are_those_of_axolotl(tmp_path: Path) -> None:
     theirs = generate_sweep_configs(recipe_config(BASE), content)
     ours = [recipe_config(BASE) | member.values for member in members]
     assert sorted(map(strings, ours)) == sorted(map(strings, theirs))
-    names = [f"lora_r={r}, lora_alpha={r // 2}, learning_rate={rate}" for r in (8, 16) for rate in ("0.0001", "0.0002")]
-    assert [member.name for member in members] == names
 
 
 def strings(content: dict[str, Any]) -> list[tuple[str, str]]:
@@ -91,12 +75,10 @@ def test_values_come_from_the_command_line_too() -> None:
     [
         ("lora_r: 16", [], "s.yaml:1: lora_r: "),
         ("a: [1]\nlora_r: []", [], "s.yaml:2: lora_r: "),
-        ("_: {lora_r: 1}", [], "_: "),
         ("_: [1]", [], "_: "),
         ("_:\n- {name: a, lora_r: 1}\n- {name: a, lora_r: 2}", [], "called a"),
         ("[", [], "s.yaml: "),
         ("{}", ["lora_r"], "--set lora_r: "),
-        ("{}", ["lora_r=[1"], "--set lora_r=[1"),
     ],
 )
 def test_what_is_no_sweep_is_refused_with_its_place(tmp_path: Path, text: str, sets: list[str], says: str) -> None:
@@ -114,7 +96,6 @@ def test_nothing_is_started_where_a_member_is_wrong(tmp_path: Path, recipe: Reci
     same = recipe("sweep", BASE, "--set", "lora_r=32,32.0", "--rehearse", "--dry-run")
     assert (same.returncode, "lora_r=32.0" in same.stderr) == (2, True)
     assert not (tmp_path / "runs").exists()
-    assert recipe("sweep", BASE).returncode == 2
     assert " targets" in recipe("sweep", BASE, "tragets").stderr
 
 
@@ -167,9 +148,7 @@ def test_members_compare_by_what_their_runs_measured(tmp_path: Path) -> None:
         assert [row.member.name for row in sweep_results.rows(sweep, tmp_path, criterion) if row.best] == [name]
 
 
-@pytest.mark.parametrize(
-    "name", [f"llama-{model}-{kind}" for model in ("3.2-1b", "3.1-8b") for kind in ("lora", "qlora")]
-)
+@pytest.mark.parametrize("name", ["llama-3.2-1b-lora", "llama-3.1-8b-qlora"])
 def test_members_stand_beside_the_published_scores_of_their_settings(tmp_path: Path, name: str) -> None:
     _, members = read_members(find_sweep_file("rate-and-rank"), [])
     recipe = f"tinker-tulu3/{name}"
@@ -177,10 +156,6 @@ def test_members_stand_beside_the_published_scores_of_their_settings(tmp_path: P
     of_study = study.find("tinker-tulu3")
     published = [row.published["nll"] for row in sweep_results.rows(sweep, tmp_path)]
     assert min(published) == of_study.published[of_study.origin(recipe)].scores["nll"].value and len(published) == 16
-    sweep.members = [SweepMember(name="two runs", values={"learning_rate": 0.00004, "lora_r": 4})]
-    sweep.members += [SweepMember(name="diverged", values={"learning_rate": 0.003})]
-    both = [row.published["nll"] for row in sweep_results.rows(sweep, tmp_path)]
-    assert both == [pytest.approx(0.85635 if "1b" in name else 0.61205), None]
 
 
 def test_test_rows_choose_no_member(tmp_path: Path) -> None:
@@ -210,13 +185,6 @@ def test_scores_over_seeds_have_students_interval(tmp_path: Path) -> None:
     assert within.method == row.scores["eval_loss"][1].method
 
 
-@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=8))
-def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
-    for memory, loss in points:
-        beaten = any(m <= memory and other <= loss and (m, other) != (memory, loss) for m, other in points)
-        assert sweep_results.on_front((memory, loss), points) != beaten
-
-
 def test_results_of_a_sweep_in_every_form(tmp_path: Path, recipe: Recipe) -> None:
     runs = tmp_path / "runs"
     sweep = a_sweep(runs, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
@@ -226,14 +194,10 @@ def test_results_of_a_sweep_in_every_form(tmp_path: Path, recipe: Recipe) -> Non
     assert re.findall(r"(?:Best|Pareto).*: (.*)", table.stdout) == ["low; high", "low"]
     rows = orjson.loads(recipe("results", "ranks", "--json").stdout)
     assert [row["values"] for row in rows] == [{"lora_r": 8}, {"lora_r": 16}]
-    assert recipe("results", f"ranks/{BASE}", "--format", "csv").stdout.startswith("member,values.lora_r,")
-    assert "| high | 16 |" in recipe("results", "ranks", "--format", "md").stdout
     wrong = recipe("results", "rnaks")
     assert (wrong.returncode, " ranks" in wrong.stderr) == (2, True)
-    assert recipe("results", "--best", "memory").returncode == 2
-    for unfit in ("bleu", "bleu4"):  # not a metric, and a score of test rows
-        best = recipe("results", "ranks", "--best", unfit)
-        assert (best.returncode, "eval_loss, memory, time" in best.stderr) == (2, True)
+    best = recipe("results", "ranks", "--best", "bleu4")  # a score of test rows
+    assert (best.returncode, "eval_loss, memory, time" in best.stderr) == (2, True)
     sweep.model_copy(update={"rehearsal": True}).write(runs)
     several = recipe("results", "ranks")
     assert (several.returncode, f" ranks/{BASE}/rehearsal" in several.stderr) == (2, True)
