@@ -1,7 +1,6 @@
 """What a shell offers after the tabulator key."""
 
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -89,17 +88,3 @@ print(json.dumps([name for name in {heavy!r} if name in sys.modules]))
     )
     assert json.loads(done.stdout.splitlines()[-1]) == []
     assert "lora_r=" in done.stdout
-
-
-def test_bash_completes_with_the_script_that_is_installed(place: Path) -> None:
-    script = """
-source <(_RECIPE_COMPLETE=source_bash recipe)
-COMP_WORDS=(recipe evaluate 20260102); COMP_CWORD=2; _recipe_completion recipe
-echo "${COMPREPLY[@]}"
-complete -p recipe
-"""
-    path = f"{RECIPE.parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=place, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines() == ["20260102-000000-bbbbbbb", "complete -o default -F _recipe_completion recipe"]

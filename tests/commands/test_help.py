@@ -57,19 +57,3 @@ def test_the_versions_of_the_package_and_of_axolotl(recipe: Recipe) -> None:
     done = recipe("--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"qlora-recipes {version('qlora-recipes')}\naxolotl {version('axolotl')}\n"
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["run", "x", "--rehears"], "'--rehearse'"),
-        (["evalute", "latest"], "'evaluate'"),
-        (["results", "--format", "pdf"], "'md', 'csv'"),
-    ],
-)
-def test_wrong_usage_is_said_in_lines_that_a_log_can_hold(recipe: Recipe, words: list[str], says: str) -> None:
-    done = recipe(*words)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert says in done.stderr
-    verb = "" if words[0] == "evalute" else f" {words[0]}"
-    assert f"'recipe{verb} --help'" in done.stderr.splitlines()[1]

@@ -18,7 +18,7 @@ from qlora_recipes.results.publish import require_applied
 from qlora_recipes.runs.rundir import RunDir
 
 NAME = "haider2024/code-llama-7b"
-STOPS = [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGHUP, 1), (signal.SIGKILL, -signal.SIGKILL)]
+STOPS = [(signal.SIGTERM, 1), (signal.SIGKILL, -signal.SIGKILL)]
 
 
 @pytest.fixture

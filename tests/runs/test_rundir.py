@@ -1,7 +1,6 @@
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from run_folders import a_checkpoint
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.base.progress import TrainingProgress
 from qlora_recipes.runs import rundir
-from qlora_recipes.runs.records import Job, Run
+from qlora_recipes.runs.records import Run
 from qlora_recipes.runs.rundir import RunDir
 
 
@@ -127,14 +126,6 @@ def test_a_run_that_was_resumed_from_before_its_newest_records_is_at_its_own_ste
     assert (summary.step, summary.loss, summary.train_seconds) == (4, 1.0, 4.0)
     kept = [(1, 8.0), (2, 7.0), (3, 6.0), (3, None), (4, 1.0)]
     assert [(record["step"], record.get("loss")) for record in run.read_metrics()] == kept
-
-
-def test_jobs_that_are_noted_at_once_are_all_kept(tmp_path: Path) -> None:
-    run = a_run(tmp_path / "r")
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda i: run.add_job(Job(id=str(i), step="run", user="u", script="s")), range(20)))
-    assert {job.id for job in run.jobs()} == {str(i) for i in range(20)}
-    assert sorted(file.name for file in run.path.iterdir()) == [".jobs.lock", "jobs.json", "run.json"]
 
 
 def test_a_damaged_record_is_refused_and_what_a_killed_process_left_goes_once_the_run_is_held(tmp_path: Path) -> None:

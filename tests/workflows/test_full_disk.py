@@ -1,14 +1,12 @@
 """Disks that fill, each a small one of its own: what is said, the state of runs, and what is left behind."""
 
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLE, Recipe
-from run_folders import a_run
+from conftest import Recipe
 
 from qlora_recipes.base.files import sha256
 from qlora_recipes.runs.rundir import all_runs
@@ -63,25 +61,3 @@ def test_a_run_that_fills_its_disk_has_failed_and_goes_on_to_the_same_end(
     adapters = [each.output / "adapter_model.safetensors" for each in (run, all_runs(tmp_path / "roomy")[0])]
     assert sha256(adapters[0]) == sha256(adapters[1])
     assert run.read().state == "finished"
-
-
-def test_whatever_is_written_to_a_full_disk_ends_with_a_line_and_leaves_nothing(
-    disk: Path, recipe: Recipe, tmp_path: Path, tiny_profile: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "p.jsonl").write_text('{"reference": "a b", "prediction": "a b"}\n')
-    shutil.copytree(SAMPLE, tmp_path / "raw")
-    a_run(tmp_path / "runs", NAME, "20260101-000000-abcdef0", 5.0)
-    fill(disk)
-    for words in (
-        ("--runs", disk, "run", NAME, "--profile", tiny_profile),
-        ("score", "p.jsonl", "--out", disk / "scores.json"),
-        ("data", "prepare", "raw", "--out", disk),
-        ("report", "--out", disk / "report.html"),
-    ):
-        done = recipe(*words)
-        assert (done.returncode, f"{disk}" in done.stderr.splitlines()[-1]) == (1, True), (words, done.stderr)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(disk))
-    done = recipe("check", NAME, "--rehearse")
-    assert done.returncode == 1 and str(disk) in done.stderr
-    assert {path.name for path in disk.rglob("*") if path.is_file() and path.suffix != ".lock"} == {"ballast"}
-    assert all_runs(disk) == []

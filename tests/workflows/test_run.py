@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import orjson
 import psutil
 import pytest
 import torch
@@ -20,7 +19,7 @@ from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.base.files import sha256
 from qlora_recipes.configs import compose
 from qlora_recipes.configs.compose import Request
-from qlora_recipes.runs import checkpoints, launch, records, rundir
+from qlora_recipes.runs import launch, records, rundir
 from qlora_recipes.runs.rundir import RunDir
 from qlora_recipes.scores.evaluations import ADAPTER
 from qlora_recipes.workflows import create
@@ -190,8 +189,8 @@ KILLS = ("SIGKILL to training", "SIGKILL to both", "SIGKILL to both", "SIGTERM t
 
 
 def moment(chance: random.Random, run: RunDir, launches: int, written: int) -> Callable[[], bool]:
-    """A moment of a launch: when it begins, when it has got somewhere, while it saves; of the third when it has a whole
-    checkpoint, so that the later ones go on from one."""
+    """A moment of a launch: when it begins, or has got somewhere; of the third when it has a whole checkpoint, so that
+    the later ones go on from one."""
 
     def launched() -> bool:
         return len(run.read().launches) > launches
@@ -199,26 +198,10 @@ def moment(chance: random.Random, run: RunDir, launches: int, written: int) -> C
     def got_somewhere() -> bool:
         return run.metrics.exists() and run.metrics.stat().st_size > written
 
-    def is_saving() -> bool:
-        """On a machine too busy to see that, when it has got as far as it gets."""
-        folders = run.output.glob("checkpoint-*")
-        saving = any(not (folder / checkpoints.MANIFEST).exists() for folder in folders)
-        return got_somewhere() and (saving or run.metrics.read_bytes()[written:].count(b"\n") >= STEPS_OF_A_LAUNCH)
-
     def has_saved() -> bool:
         return run.last_checkpoint() is not None
 
-    return has_saved if launches == 2 else chance.choice([launched, got_somewhere, got_somewhere, is_saving])
-
-
-def tear(run: RunDir, chance: random.Random) -> None:
-    """Cut the last line of the metrics, as a crash of the machine does; not that of a step that is in a checkpoint."""
-    content, checkpoint = run.metrics.read_bytes() if run.metrics.exists() else b"", run.last_checkpoint()
-    if not content.endswith(b"\n"):  # cut before, and nothing was added
-        return
-    last = content.splitlines()[-1]
-    if not checkpoint or orjson.loads(last).get("step", 0) > int(checkpoint.name.partition("-")[2]):
-        run.metrics.write_bytes(content[: -chance.randrange(2, len(last))])
+    return has_saved if launches == 2 else chance.choice([launched, got_somewhere, got_somewhere])
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(int(os.environ.get("KILLS", "30")), marks=pytest.mark.long)])
@@ -245,15 +228,13 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_adapter(
             process = start(tmp_path, "resume", "latest", command=stand_in, **slow)
         wait_until(moment(chance, run, kill, written), process)
         wait_until(partial(trains, process), process)
-        time.sleep(chance.uniform(0, 0.05))
+        time.sleep(chance.uniform(0, 0.1))  # in which it saves checkpoints, too
         assert process.poll() is None
         stop(process, how := chance.choice(KILLS))
         end_of(process, run)
         record = run.read()
         assert (record.state, len(record.launches)) == ("interrupted", kill + 1), how
         assert run.summary(record).step < steps
-        if how == "SIGKILL to both":
-            tear(run, chance)
     finish(start(tmp_path, "resume", "latest", command=stand_in, STAND_IN_STEP="0"))
     record = run.read()
     assert (record.state, record.summary.step, len(record.launches)) == ("finished", steps, kills + 1)

@@ -1,12 +1,10 @@
 """One real run that four trackers follow, read back from what each of them keeps."""
 
 import json
-import multiprocessing
 import os
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import RECIPE, Recipe
@@ -96,25 +94,6 @@ def test_trackers_leave_nothing_elsewhere(run: RunDir) -> None:
     place = run.runs(NAME).parent
     assert {file.name for file in place.iterdir()} <= {"runs", ".cache"}  # the home folder too; wandb logs to its cache
     assert {file.name for file in run.runs(NAME).iterdir()} == {"haider2024", "trackio", "mlflow.db", ".mlflow.db.lock"}
-
-
-@pytest.mark.long
-def test_runs_that_begin_at_once_share_a_new_mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlflow import MlflowClient
-
-    from qlora_recipes.runs.plugin import RunPlugin
-
-    uri = f"sqlite:///{tmp_path}/new/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    context = multiprocessing.get_context("fork")
-    cfg = SimpleNamespace(use_mlflow=True, output_dir=f"{tmp_path}/output")
-    processes = [context.Process(target=RunPlugin().pre_model_load, args=(cfg,)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert MlflowClient(uri).search_experiments()
 
 
 def launched(*profiles: str, name: str = NAME, overrides: Sequence[str] = (), **more: bool) -> yamlfiles.Config:
