@@ -114,15 +114,6 @@ def test_numbers_of_different_metrics_never_share_a_column(runs: Path, recipe: R
     assert found == [("sums2030", 66), (None, 12.5)]
 
 
-def test_the_list_has_a_table_for_each_study(runs: Path, recipe: Recipe) -> None:
-    listed = recipe("list").stdout
-    ours = listed[listed.index("sums2030") :].split("\n\n")[0]
-    assert "accuracy" in ours and "perplexity" in ours and "67.40" in ours and "bleu4" not in ours
-    rows = {row["recipe"]: row for row in orjson.loads(recipe("list", "--json").stdout)}
-    assert (rows[PLAIN]["study"], rows[PLAIN]["published_accuracy"]) == ("sums2030", 67.4)
-    assert "published_accuracy" not in rows[LLAMA_2] and rows[LLAMA_2]["published_bleu4"] == 5.02
-
-
 def test_a_study_says_how_its_authors_statements_begin(runs: Path) -> None:
     small_study.ran(runs, PLAIN, "a", 66.0, set={"lora_r": 64})
     assert row_of(runs)["differs"] == ["lora_r: 64 instead of 32"]  # a comment that begins with "paper"

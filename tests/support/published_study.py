@@ -41,7 +41,7 @@ FILES = {
 
 STUDY = f"""
 metrics: {{bleu4: {{}}, chrf: {{}}}}
-columns: [bleu4]
+shown: [bleu4]
 variants: {{}}
 published:
   {RECIPE}:
