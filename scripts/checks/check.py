@@ -245,7 +245,7 @@ def tokenize(report: Report, composed: Composed, gpus: int = 1, most: int | None
     if has_tokenizer(composed):
         findings, measured = _lengths(composed.config, most, gpus)
     else:
-        problem = f"its tokenizer is not on this machine: {substitution.NAME}'s read {SOME} rows, lengths are unknown"
+        problem = f"its tokenizer is not here: {substitution.NAME}'s reads up to {SOME} rows, and lengths are unknown"
         report.add([Finding("note", "not-checked", "base_model", problem, where=report.name)])
         config = {key: value for key, value in composed.config.items() if key not in substitution.OF_MODEL}
         config |= {"base_model": str(substitution.model_folder()), "sequence_len": substitution.CONTEXT}

@@ -43,7 +43,8 @@ def gpu_lacks(case: Case) -> Problems:
         remedy = "take a GPU from Turing (7.5) on, or torch's build for CUDA 12.6: `make setup CUDA=12.6`"
         yield "error", "base_model", f"torch for CUDA 13 does not run on {name}", remedy
     if has < AMPERE and precision(case.config, on_gpu=True).weights == "bfloat16":
-        problem = f"{name} emulates bf16, slowly (auto, the default, turns it on all the same)"
+        default = "" if case["bf16"] is True or case["bfloat16"] else " (auto, the default, turns it on all the same)"
+        problem = f"{name} emulates bf16, slowly{default}"
         yield "error", "bf16", problem, "set fp16: true and bf16: false"
     if has < AMPERE and case["tf32"] is True:
         yield "error", "tf32", f"{name} has no tf32", "set it to false"

@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -13,12 +14,13 @@ from unittest.mock import patch
 
 import numpy
 from axolotl.loaders import load_tokenizer
+from axolotl.prompt_strategies import load as load_strategy
 from axolotl.utils.data import prepare_datasets, sft
 from axolotl.utils.data.shared import datasets_with_name_generator
 from axolotl.utils.samplers import MultipackBatchSampler
 from torch.utils.data import RandomSampler
 
-from ..base.errors import UserError
+from ..base.errors import UserError, did_you_mean
 from ..base.files import Row, json_rows
 from ..base.progress import Bar
 from ..base.yamlfiles import Config
@@ -209,6 +211,7 @@ class _Read:
         section, _, position = key.partition(".")
         self.tokenizer, self.key = tokenizer, key
         self.dataset = tokenizer.cfg[section][int(position)]
+        self.chats: Any = None
         self.ends = taught_ends(tokenizer.cfg, tokenizer.tokenizer)
         self.rows = self.learnt = 0
         self.sizes: list[int] = []
@@ -231,6 +234,12 @@ class _Read:
         for (place, _), tokens in zip(rows, tokenized, strict=False):
             if not tokens.learnt and len(tokenized) == len(rows):
                 self.found["nothing-learnt", ""].append(place)
+        if self.dataset["type"] == "chat_template":
+            cfg, tokenizer = self.tokenizer.cfg, self.tokenizer.tokenizer
+            self.chats = self.chats or load_strategy("chat_template", tokenizer, cfg, self.dataset)
+            for place, row in rows:
+                for role in _unknown_roles(self.chats, row):
+                    self.found["unknown-role", role].append(place)
         return True
 
     def _first_failing(self, rows: Sequence[tuple[str, Row]]) -> str:
@@ -254,9 +263,14 @@ class _Read:
             rows = "1 row" if len(places) == 1 else f"{len(places)} rows"
             if rule == "bad-row":
                 yield Finding("error", rule, data, about, "correct the rows, or their type or template", *where)
+            elif rule == "unknown-role":
+                problem = f"{rows} with the role {about[:60]}, which neither roles nor the template names"
+                near = did_you_mean(about.lower(), [*self.chats.prompter.roles])
+                yield Finding("warning", rule, data, f"{problem}{near}", "correct it, or name it in roles", *where)
             else:
                 level: Level = "error" if len(places) == self.rows else "warning"
-                yield Finding(level, rule, data, f"{rows} without a token to learn, which Axolotl drops", "", *where)
+                problem = f"{rows} without a token to learn, which Axolotl drops: an empty answer, or another role"
+                yield Finding(level, rule, data, problem, "correct them, or leave them out", *where)
         long = sum(size > cfg.sequence_len for size in sizes)
         if long:
             becomes = {"truncate": "cut", "raise": "an error"}.get(cfg.excess_length_strategy, "dropped")
@@ -267,6 +281,14 @@ class _Read:
         if sizes and not self.learns_end and self.key.startswith("datasets"):
             problem = "no token that ends a text carries loss in any row: the model would not learn to stop"
             yield Finding("warning", "eos-masked", f"{self.key}.type", problem, "see --show-tokens")
+
+
+def _unknown_roles(strategy: Any, row: Row) -> set[str]:
+    """Roles of a row that neither its data set nor the template names."""
+    roles = {strategy.transform_message(message)["role"] for message in strategy._get_messages(row)}
+    template = strategy.prompter.chat_template
+    known = {*strategy.prompter.roles.values(), *strategy.roles_to_train}
+    return {role for role in roles - known if not re.search(rf"""['"]{re.escape(role)}['"]""", template)}
 
 
 def _without_batch(cfg: Any, sizes: list[int], gpus: int) -> Iterator[Finding]:

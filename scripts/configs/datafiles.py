@@ -15,7 +15,7 @@ import orjson
 from pydantic import BaseModel
 
 from ..base import paths
-from ..base.errors import UserError
+from ..base.errors import UserError, did_you_mean
 from ..base.files import sha256
 from ..base.yamlfiles import Config
 
@@ -103,6 +103,8 @@ def entry_for(file: Path) -> Config:
         UserError: it is not a JSON object a line, or no known form of rows has its fields.
     """
     row: object = None
+    if not file.is_file():
+        raise UserError(f"--data {file}: no such file{did_you_mean(str(file), map(str, file.parent.glob('*.jsonl')))}")
     with file.open("rb") as lines, suppress(orjson.JSONDecodeError):
         row = orjson.loads(next(filter(bytes.strip, lines), b"null"))
     if not isinstance(row, dict):

@@ -151,7 +151,7 @@ ASKED, ANSWER, SYSTEM = said("user", "What is it?"), said("assistant", "A test."
 PARTS = [{"type": "text", "text": "A test."}]
 SEGMENTS = {"segments": [{"label": False, "text": "a"}, {"label": True, "text": "b</s>"}]}
 ROW = {"instruction": "Say it.", "output": "x"}
-FAILS, UNLEARNT = ("error", "bad-row"), ("warning", "nothing-learnt")
+FAILS, UNLEARNT, UNKNOWN = ("error", "bad-row"), ("warning", "nothing-learnt"), ("warning", "unknown-role")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,8 @@ FAILS, UNLEARNT = ("error", "bad-row"), ("warning", "nothing-learnt")
         ("chatml", chat(said("user", PARTS), said("assistant", PARTS)), []),
         ("chatml", chat(ASKED, {"role": "assistant"}), [FAILS]),
         ("chatml", chat(ASKED), [UNLEARNT]),
-        ("chatml", chat(said("User", "a"), said("Assistant", "b")), [UNLEARNT]),
+        ("chatml", chat(said("User", "a"), said("Assistant", "b")), [UNLEARNT, UNKNOWN, UNKNOWN]),
+        ("chatml", chat(ASKED, ANSWER, said("observer", "a"), ANSWER), [UNKNOWN]),
         ("gemma", chat(ASKED, ASKED, ANSWER), [FAILS]),
         ("gemma", chat(SYSTEM, ASKED, ANSWER), [FAILS]),
         ("input_output", SEGMENTS, []),
