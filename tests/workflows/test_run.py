@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import Recipe, finish, start
+from conftest import RECIPE, Recipe, finish, start
 from filelock import FileLock
 
 from qlora_recipes.base import paths, yamlfiles
@@ -337,3 +337,28 @@ def test_a_run_that_was_queued_is_checked_against_the_machine_that_trains_it(
     done = recipe("resume", folder.path)
     assert (done.returncode, "[no-gpu" in done.stderr) == (2, True)
     assert (folder.read().state, folder.read().launches) == ("failed", [])
+
+
+REACHED = """
+import os, subprocess, sys, traceback
+from qlora_recipes import cli
+
+class Counted(subprocess.Popen):
+    def __init__(self, command, *args, **options):
+        if not str(command[0]).endswith("axolotl"):  # git, for the provenance
+            return super().__init__(command, *args, **options)
+        root = os.path.dirname(cli.__file__)
+        frames = [frame.filename for frame in traceback.extract_stack() if frame.filename.startswith(root)]
+        print(sum(name.startswith("qlora_recipes.") for name in sys.modules), len(frames), flush=True)
+        os._exit(0)
+
+subprocess.Popen = Counted
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_training_is_started_through_few_modules_and_frames(tmp_path: Path, tiny_profile: Path) -> None:
+    command = [RECIPE.with_name("python"), "-c", REACHED, "run", PAGED, "--profile", tiny_profile]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    modules, frames = map(int, done.stdout.split())
+    assert modules <= 60 and frames <= 8

@@ -11,11 +11,12 @@ import numpy as np
 import orjson
 import published_study
 import pytest
-from conftest import SAMPLE, Recipe
+from conftest import SAMPLE, SHARED, Recipe
 from file_server import Server, serving
 from published_study import ADAPTER, BASELINE, FILES, GOLD, PREDICTED, RECIPE, SUBSET, TEST
 from safetensors.numpy import save_file
 
+from qlora_recipes.base import paths, yamlfiles
 from qlora_recipes.configs import ledger
 from qlora_recipes.data import study
 from qlora_recipes.metrics.text import bleu4
@@ -161,6 +162,38 @@ def test_a_wrong_request_fetches_nothing(
     done = recipe("reproduce", *words, "--from", "predictions")
     assert done.returncode == 2 and re.search(says, done.stderr)
     assert not server.paths
+
+
+@pytest.mark.skipif(not (SHARED / "haider2024").is_dir(), reason="the authors' files are not part of the project")
+def test_the_first_studys_predictions(recipe: Recipe, server: Server, tmp_path: Path) -> None:
+    """The real files behind a server in place of the internet: Table II's score of Llama 3, and not its baseline's."""
+    of_study = study.find("haider2024")
+    content = yamlfiles.read_yaml(of_study.folder / "study.yaml")
+    server.files = {}
+    for file in ("msg-5000-pred.txt", "msg-5000-gold.txt"):
+        server.files[file] = (SHARED / "haider2024" / file).read_bytes()
+        content["data"]["sources"][file]["url"] = f"{address(server)}/{file}"
+    server.files["base.jsonl"] = (SHARED / "codereviewer-test-predictions.jsonl").read_bytes()
+    content["data"]["sources"]["base.jsonl"] = {"url": f"{address(server)}/base.jsonl"}
+    content["published"] = {"reviews/mine": content["published"]["haider2024/llama-3-8b"]}
+    content |= {"variants": {}, "metrics": {"bleu4": {}, "bertscore_f1": {}}}  # the others take longer
+    sides = {side: {"file": "base.jsonl", "field": side} for side in ("prediction", "reference")}
+    content["baselines"][0]["predictions"] = {"test_set": "test"} | sides
+    published_study.write(tmp_path, address(server))
+    (tmp_path / "recipes" / "reviews" / "study.yaml").write_text(yamlfiles.write_yaml(content))
+    shutil.copy(paths.RECIPES / "haider2024" / "test-subset-1.json", tmp_path / "recipes" / "reviews")
+    study._load.cache_clear()
+    found = [
+        (row["of"], row["test_set"], round(row["score"], 2), row["published"], row["agrees"])
+        for row in scored(recipe)["scores"]
+        if row["metric"] == "bleu4"
+    ]
+    baseline = content["baselines"][0]["name"]
+    assert found == [
+        (RECIPE, "test-subset-1", 5.27, 5.27, True),
+        (baseline, "test-subset-1", 5.47, 4.28, False),
+        (baseline, "test", 5.44, None, None),
+    ]
 
 
 def adapters(recipe: Recipe, profile: Path, code: int = 0) -> Any:
