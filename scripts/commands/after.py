@@ -105,10 +105,10 @@ def _export(name: str) -> None:
     from ..runs.rundir import find_run
     from ..workflows import stages
 
-    of_study = next((each for each in study.every() if each.folder.name == name), None)
-    if of_study is None:
+    if name not in {folder.name for folder in paths.studies()}:
         print(ledger.export(find_run(name, paths.runs())))
         return
+    of_study = study.find(name)
     rows, problems = stages.score_predictions(of_study, [], None)
     for file in ledger.export_predictions(of_study, rows):
         print(file)

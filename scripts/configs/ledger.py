@@ -103,8 +103,8 @@ class PredictionsRecord(Record):
     texts_sha256: Sha
 
 
-class AdapterRecord(Record):
-    """An evaluation of a published adapter under its recipe.
+class RunRecord(Record):
+    """Fields of the records of runs.
 
     Attributes:
         settings_sha256: of the recipe's settings, see `settings_sha256`.
@@ -113,7 +113,6 @@ class AdapterRecord(Record):
         gpu: its name in gpus.yaml, or as sm_86 for another GPU.
     """
 
-    stage: Literal["adapter"] = "adapter"
     settings_sha256: Sha
     config_sha256: Sha
     adapter_sha256: Sha | None
@@ -129,7 +128,13 @@ class AdapterRecord(Record):
         return self.gpu if self.gpus == 1 else f"{self.gpus} x {self.gpu}"
 
 
-class TrainingRecord(AdapterRecord):
+class AdapterRecord(RunRecord):
+    """An evaluation of a published adapter under its recipe."""
+
+    stage: Literal["adapter"] = "adapter"
+
+
+class TrainingRecord(RunRecord):
     """A training run of a recipe and the evaluation of its adapter; without scores where it failed.
 
     Attributes:
@@ -140,7 +145,7 @@ class TrainingRecord(AdapterRecord):
         eval_loss: in nats a token, at the end.
     """
 
-    stage: Literal["training"] = "training"  # type: ignore[assignment]  # the union below tells records by it
+    stage: Literal["training"] = "training"
     outcome: Literal["finished", "failed", "out of memory"]
     values: dict[str, float] = Field(default={})
     seed: int
@@ -198,7 +203,7 @@ def read(file: Path, of_study: Study) -> Record:
 def _undeclared(record: Record, of_study: Study) -> Iterator[str]:
     """The names in a record that its study does not declare."""
     recipes = [*of_study.published, *of_study.variants]
-    names = recipes if isinstance(record, AdapterRecord) else [*recipes, *(each.name for each in of_study.baselines)]
+    names = recipes if isinstance(record, RunRecord) else [*recipes, *(each.name for each in of_study.baselines)]
     if record.of not in names:
         yield f"of: {record.of} is not of the study {of_study.folder.name}"
     elif unknown := record.scores.keys() - of_study.columns.keys():
