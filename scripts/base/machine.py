@@ -262,15 +262,10 @@ def start_child(command: list[str], **options: Any) -> "subprocess.Popen[bytes]"
 
 
 @contextmanager
-def stop_requests(*more: signal.Signals) -> Iterator[list[int]]:
-    """A list that grows by each signal to stop that arrives within the block; SIGUSR1 is a scheduler's warning.
-
-    Args:
-        more: further signals, as far as they are not ignored: nohup has SIGHUP be.
-    """
+def stop_requests() -> Iterator[list[int]]:
+    """A list that grows by each signal to stop that arrives within the block; SIGUSR1 is a scheduler's warning."""
     received: list[int] = []
-    further = (number for number in more if signal.getsignal(number) != signal.SIG_IGN)
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *further)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     handlers = {number: signal.signal(number, lambda n, _: received.append(n)) for number in signals}
     try:
         yield received

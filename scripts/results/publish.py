@@ -1,22 +1,17 @@
-"""A run's adapter made ready for others: its model card, the merged model, and the hub. `recipe publish`."""
+"""Publication of a run's adapter: model card, merged model, and push to the hub."""
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from .. import backends
 from ..base import yamlfiles
 from ..base.errors import UserError, WorkFailed
 from ..base.files import opened, sha256, tensor_shapes, write_atomically
-from ..base.machine import held, start_child, stop_requests
+from ..base.machine import make_once, start_child
 from ..base.progress import Bar, say
 from ..checks import trust
 from ..runs.records import Run
@@ -80,11 +75,10 @@ def publish(
 
 
 def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
-    """The folder of base model and adapter as one model; made by Axolotl unless it is of the adapter that is there."""
-    merged = folder.output / "merged"
-    log = folder.path / "merge.log"
+    """Return the folder of base model and adapter as one model, merged by Axolotl unless it holds this adapter."""
+    merged, log = folder.output / "merged", folder.path / "merge.log"
     digest, merged_from = sha256(folder.output / ADAPTER), merged / MERGED_FROM
-    if merged_from.is_file() and merged_from.read_text() == digest and any(merged.glob("*.safetensors")):
+    if merged_from.is_file() and merged_from.read_text() == digest:
         say(f"{merged}: merged already")
         return merged
     trust.refuse_code(folder, run, yamlfiles.read_yaml(folder.config), force)
@@ -92,67 +86,25 @@ def _merge(folder: RunDir, run: Run, force: Sequence[str]) -> Path:
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
     if run.rehearsal:
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with (
-        stop_requests(signal.SIGHUP) as stops,
-        _scratch(folder) as scratch,
-        opened(log, "wb") as stream,
-        Bar(f"merging into {merged}"),
-    ):
-        code = _run(
-            stops,
-            [Path(sys.executable).with_name("axolotl"), "merge-lora", folder.config.resolve(),
-             "--lora-model-dir", folder.output.resolve(), "--output-dir", scratch.resolve()],
-            cwd=run.cwd if Path(run.cwd).is_dir() else None, env=environment, stdout=stream,
-        )  # fmt: skip
-        if stops:
-            raise WorkFailed(f"{folder.path}: interrupted, and not merged; the same command begins anew")
-        new = scratch / "merged"
-        if code or not any(new.glob("*.safetensors")):
+
+    def make(part: Path) -> None:  # not in the run's output, where Axolotl would replace the training's log
+        axolotl = [str(Path(sys.executable).with_name("axolotl")), "merge-lora", str(folder.config.resolve())]
+        axolotl += ["--lora-model-dir", str(folder.output.resolve()), "--output-dir", str(part.resolve())]
+        cwd = run.cwd if Path(run.cwd).is_dir() else None
+        part.mkdir()
+        with opened(log, "wb") as stream, Bar(f"merging into {merged}"):
+            code = start_child(axolotl, cwd=cwd, env=environment, stdout=stream, stderr=subprocess.STDOUT).wait()
+        if code or not any(part.glob("merged/*.safetensors")):
             tail = log.read_text(errors="replace").splitlines()[-15:]
             raise WorkFailed("\n".join([*tail, f"{folder.path}: Axolotl could not merge; the whole log is {log}"]))
-        require_applied(lambda: _base_folder(folder, run), folder.output, new)
+        for file in (part / "merged").iterdir():
+            file.rename(part / file.name)
         for file in (file for pattern in _TOKENIZER for file in folder.output.glob(pattern)):
-            shutil.copy2(file, new)  # Axolotl copies the base model's, which lacks what the config adds to it
-        (new / MERGED_FROM).write_text(digest)
-        if merged.exists():
-            merged.rename(scratch / "former")  # deleting it takes seconds, in which this process may be killed
-        new.rename(merged)
-    return merged
+            shutil.copy2(file, part)  # Axolotl copies the base model's, which lacks what the config adds to it
+        (part / MERGED_FROM).write_text(digest)
 
-
-def _base_folder(folder: RunDir, run: Run) -> Path:
-    """The folder with the base model that was merged, in the hub's cache unless it is local."""
-    from huggingface_hub import snapshot_download
-
-    cfg = yamlfiles.read_yaml(folder.config)
-    local = Path(run.cwd, str(cfg["base_model"]))
-    if local.is_dir():
-        return local
-    return Path(snapshot_download(cfg["base_model"], revision=cfg.get("revision_of_model"), local_files_only=True))
-
-
-@contextmanager
-def _scratch(folder: RunDir) -> Iterator[Path]:
-    """A folder of its own to merge in: half a model must not look like one, and Axolotl would replace the training's
-    log. It is removed at the end, and so is what a merge left that was killed."""
-    scratch = folder.path / ".merge"
-    with held(folder.path / ".merge.lock", "another process is merging it; wait for that"):
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        try:
-            yield scratch
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _run(stops: list[int], command: Sequence[str | Path], **options: Any) -> int:
-    """The exit code of a process, which is killed as soon as this one is asked to stop."""
-    child = start_child([*map(str, command)], stderr=subprocess.STDOUT, **options)
-    while child.poll() is None and not stops:
-        time.sleep(0.05)
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)  # and what it has started
-    return child.wait()
+    shutil.rmtree(merged, ignore_errors=True)  # of another adapter
+    return make_once(merged, make)
 
 
 def _check_push(folder: RunDir, run: Run, repository: str) -> None:
@@ -177,7 +129,7 @@ def _check_push(folder: RunDir, run: Run, repository: str) -> None:
 
 
 def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
-    """Upload a model's folder; the repository's address."""
+    """Upload a model's folder and return the repository's address."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -202,59 +154,3 @@ def _push(model: Path, repository: str, private: bool, recipe: str) -> str:
             f"{repository}: not pushed: {reason}\n{model / CARD} is written; the same command tries the push again"
         ) from None
     return str(address)
-
-
-Shards = dict[str, tuple[Path, list[int]]]  # the tensors of a folder by name: their file and shape
-_LAYERS = 16  # are compared; names are of all
-_SURE = 6  # standard deviations
-
-
-def require_applied(base: Callable[[], Path], adapter: Path, merged: Path) -> None:
-    """Refuse a merged model without the change that its adapter makes.
-
-    Axolotl rounds a base of QLoRA to NF4 as it merges, so merged weights differ from the base's in any case. Their
-    difference is therefore compared along the adapter's own change, to which that rounding has no relation.
-
-    Args:
-        base: finds the folder of the base model.
-        adapter: the folder of the adapter, of LoRA's kind; others are not compared.
-        merged: the folder of both.
-
-    Raises:
-        WorkFailed: a layer of the adapter is not in the model, or the change is not there.
-    """
-    import torch
-    from safetensors import safe_open
-
-    def read(shards: Shards, name: str) -> torch.Tensor:
-        with safe_open(shards[name][0], "pt") as tensors:
-            tensor: torch.Tensor = tensors.get_tensor(name)
-        return tensor.float()
-
-    suffix = ".lora_A.weight"
-    changes, after = _shards(adapter), _shards(merged)
-    layers = sorted(name.removesuffix(suffix) for name in changes if name.endswith(suffix))
-    weights = {layer: f"{layer.removeprefix('base_model.model.')}.weight" for layer in layers}
-    missing = [weight for weight in weights.values() if weight not in after and "experts" not in weight]
-    if missing and len(missing) < len(weights):  # all are where a checkpoint calls its layers otherwise than the model
-        raise WorkFailed(f"{merged}: {missing[0]} is a layer of the adapter and not of the model; it was not merged")
-    before = _shards(base()) if layers else {}
-    along = variance = 0.0
-    for layer, weight in islice(((layer, weight) for layer, weight in weights.items() if weight in before), _LAYERS):
-        a, b = read(changes, f"{layer}{suffix}"), read(changes, f"{layer}.lora_B.weight")
-        shapes = before[weight][1], after.get(weight, (None, []))[1]
-        if shapes != ([len(b), a.shape[-1]],) * 2:  # packed in the base, transposed, or of a convolution
-            continue
-        delta = b @ a
-        change = read(after, weight) - read(before, weight)
-        along += (change * delta).sum().item()
-        variance += (change.square().mean() * delta.square().sum()).item()
-    if not variance:
-        say(f"{merged}: not compared with its base, whose weights are in another form")
-    elif along <= _SURE * variance**0.5:
-        raise WorkFailed(f"{merged}: its weights lack the adapter's change; evaluate the adapter itself instead")
-
-
-def _shards(folder: Path) -> Shards:
-    files = [folder / ADAPTER] if (folder / ADAPTER).is_file() else folder.glob("*.safetensors")
-    return {name: (file, shape) for file in files for name, shape in (tensor_shapes(file) or {}).items()}
