@@ -296,7 +296,7 @@ def _score_predictions(of_study: "Study", only: list[str], judge: str | None, fo
     if form == "json":
         tables.print_json({"scores": rows, "problems": problems})
     elif rows:
-        tables.write(rows, form, spare=["matched", "verified", "low", "high"])
+        tables.write(rows, form, spare=["verified", "low", "high"])
     for name, problem in problems.items():
         say(f"{name}: {problem}")
     if problems:

@@ -147,8 +147,6 @@ def _print_selection(selection: "CheckpointSelection", json: bool) -> None:
     rows = [
         {
             "checkpoint": row.checkpoint,
-            "epoch": None if row.epoch is None else round(row.epoch, 2),
-            "eval loss": row.eval_loss,
             label: row.score,
             "95 %": row.interval,
             "best": "best" if row.best else None,
@@ -163,7 +161,7 @@ def _print_selection(selection: "CheckpointSelection", json: bool) -> None:
     else:
         notes.append("There are no other rows to test it on, so its score is too good; --data FILE names some.")
     records = vars(selection) | {"column": selection.column.name, "checkpoints": [*map(asdict, selection.checkpoints)]}
-    tables.show(form_of(json), records, [tables.Table(rows, spare=["eval loss", "epoch"])], notes)
+    tables.show(form_of(json), records, [tables.Table(rows)], notes)
 
 
 def _print_scores(scores: dict[str, Any], json: bool) -> None:

@@ -62,11 +62,9 @@ def export_predictions(of_study: Study, rows: Sequence[Row]) -> list[Path]:
     owners = of_study.published | {baseline.name: baseline for baseline in of_study.baselines}
     for name, of_owner in groupby(rows, key=lambda row: str(row["of"])):
         owner = owners[name]
-        recipe, test_set = name, of_study.data.test_set
-        if isinstance(owner, Baseline):
-            recipe, test_set = next(iter(of_study.published)), owner.test_set
+        test_set = owner.test_set if isinstance(owner, Baseline) else of_study.data.test_set
         assert owner.predictions
-        read, _ = published.read(of_study, recipe, owner.predictions, owner.predictions.test_set or test_set)
+        read = published.read(of_study, owner.predictions, owner.predictions.test_set or test_set)
         pairs = b"".join(orjson.dumps([row["reference"], row["prediction"]]) + b"\n" for row in read)
         scored = [row for row in of_owner if row["test_set"] == test_set]
         record = ledger.PredictionsRecord.model_validate(

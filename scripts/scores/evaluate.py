@@ -142,10 +142,7 @@ class EvaluationTask:
             self.settings.test_set = evaluation_rows.test_set(source.file, every.sha256)
         if len(self.rows.rows) < len(every.rows):
             self.settings.limit = limit
-        beside = usual is not None and source != usual
-        if beside and usual and usual.file and usual.file.is_file() and not request.validation:
-            beside = sha256(usual.file) != every.sha256
-        self.where = self._folder(folder, beside)
+        self.where = self._folder(folder, usual is not None and source.data != usual.data)
 
     @property
     def most_rows(self) -> int | None:

@@ -18,28 +18,23 @@ RESAMPLES = 9_999
 
 
 def _resampled(*columns: np.ndarray) -> list[np.ndarray]:
-    """The means of resamples of some columns, the same rows of each, and in each call with as many rows."""
+    """Means of resamples of columns; each resample has the same rows of all columns."""
     rng = np.random.default_rng(0)
     rows, batch = len(columns[0]), 20  # which stays in the processor's cache
-    means: list[list[np.ndarray]] = [[] for _ in columns]
+    means = []
     for done in range(0, RESAMPLES, batch):
         drawn = rng.integers(0, rows, (min(batch, RESAMPLES - done), rows))
-        for column, of_column in zip(columns, means, strict=True):
-            of_column.append(column[drawn].mean(axis=1))
-    return [*map(np.concatenate, means)]
+        means.append([column[drawn].mean(axis=1) for column in columns])
+    return [np.concatenate(of_column) for of_column in zip(*means, strict=True)]
 
 
 def _within(means: np.ndarray) -> list[float]:
-    """What the middle 95 % of the means of resamples lie within, computed as scipy does: numpy's own percentiles
-    round the last digit otherwise."""
-    ordered, count = np.sort(means), len(means)
-    outside = (1 - 0.95) / 2
-    bounds = []
-    for share in (outside, 1 - outside):
-        place, part = divmod(share * count + 1 - share, 1)
-        low, high = ordered[int(place) - 1 : int(place) + 1]
-        bounds.append(float((1 - part) * low + part * high))
-    return bounds
+    """Bounds of the middle 95 % of means, to the last digit those of scipy, unlike numpy's percentiles."""
+    ordered, outside = np.sort(means), (1 - 0.95) / 2
+    shares = np.array([outside, 1 - outside])
+    places, parts = np.divmod(shares * len(means) + 1 - shares, 1)
+    above = places.astype(int)
+    return ((1 - parts) * ordered[above - 1] + parts * ordered[above]).tolist()
 
 
 def each(columns: Mapping[str, Sequence[float]]) -> dict[str, list[float] | None]:

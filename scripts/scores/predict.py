@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from ..base.errors import UserError, WorkFailed
+from ..base.errors import WorkFailed
 from ..base.files import Row, naming, opened, replacing
 from ..base.progress import Bar, say
 from ..base.yamlfiles import Config
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .prompter import Prompter  # with torch and Axolotl, which `require` does without
 
 COMPARED = 32  # rows that are compared, at even distances, so that all kinds are among them
-KNOWN = {"batch_tokens", "served", "agreement"}  # settings that are known once an engine has started
+KNOWN = {"batch_tokens", "agreement"}  # settings that are known once an engine has started
 
 
 def as_row(i: int, row: Row, reference: str) -> Row:
@@ -133,10 +133,8 @@ def predict(
         compares = compared_again or (settings.engine == VLLM and settings.agreement is None)
         expected = answers_of_reference(prompter, sampled(prompts)) if compares else []
         with started(prompter, prompts, server, part) as engine:
-            if done and settings.served and settings.served != engine.served:
-                raise UserError(f"{part}: started by {settings.served}, which is now {engine.served}; move it away")
             found = agreement(expected, engine, sampled(prompts)) if compares else settings.agreement
-            known = {"batch_tokens": engine.settings.batch_tokens, "served": engine.served, "agreement": found}
+            known = {"batch_tokens": engine.settings.batch_tokens, "agreement": found}
             settings = settings.model_copy(update=known)
             asked = [as_row(i, row, examples[i].reference) for i, row in enumerate(rows)]
             _generate(engine, prompts, asked, done, part, _line(settings))
@@ -176,7 +174,7 @@ def _continue(part: Path, settings: EvaluationSettings) -> tuple[dict[int, Row],
     for line in lines if first == header else ():
         with suppress(ValueError):  # what a killed process or a machine without power left is made again
             row = orjson.loads(line)
-            if isinstance(row, dict) and "served" in row:
+            if isinstance(row, dict) and "agreement" in row:
                 known = {key: row.get(key) for key in KNOWN}
                 settings = EvaluationSettings.model_validate(settings.model_dump() | known)
             else:
@@ -206,13 +204,9 @@ def answers_of_reference(prompter: "Prompter", prompts: Sequence[list[int]]) -> 
 def agreement(expected: Sequence[Completion], engine: Engine, prompts: Sequence[list[int]]) -> Agreement:
     """Compare an engine's greedy answers with the reference's, and log the result."""
     name = engine.settings.engine
-    pairs = list(zip(expected, _greedily(engine, prompts, f"{name} answers"), strict=True))
-    tokens_before = []
-    for own, other in pairs:
-        if own.text != other.text:
-            same = [one == another for one, another in zip(own.tokens, other.tokens, strict=False)]
-            tokens_before.append(same.index(False) if False in same else len(same))
-    found = Agreement(rows=len(pairs), equal=len(pairs) - len(tokens_before), tokens_before=tokens_before)
+    answers = _greedily(engine, prompts, f"{name} answers")
+    equal = sum(own.text == other.text for own, other in zip(expected, answers, strict=True))
+    found = Agreement(rows=len(answers), equal=equal)
     say(f"{name}: {found}")
     return found
 

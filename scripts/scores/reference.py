@@ -52,8 +52,6 @@ class Reference:
         prompter: the run's, with the settings that say which model and adapter, and how it decodes.
     """
 
-    served: str | None = None
-
     def __init__(self, prompter: Prompter):
         self.prompter = prompter
         self.settings = settings = prompter.settings

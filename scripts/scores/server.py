@@ -3,13 +3,12 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Container, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 import openai
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AnyHttpUrl, BaseModel, Field, ValidationError
 
 from ..base.errors import UserError, WorkFailed, did_you_mean
 from .evaluations import Completion
@@ -49,8 +48,8 @@ class Api:
 
     Attributes:
         url: where its protocol begins, with a slash at the end.
-        key: that it asks for; None where it asks for none.
-        timeout: seconds that an answer may take; None for no limit.
+        key: its key; None for a server without one.
+        timeout: of an answer in seconds; None for no limit.
     """
 
     url: str
@@ -58,9 +57,9 @@ class Api:
     timeout: float | None = TIMEOUT
 
     def client(self, retries: int) -> openai.AsyncOpenAI:
-        """Return a client that sends this server's key alone, whatever the environment has for OpenAI.
+        """Client that sends this server's key alone, whatever the environment has for OpenAI.
 
-        A proxy of the environment is not asked for a server on this machine.
+        A server on this machine is asked directly, without the environment's proxy.
         """
         os.environ.pop("OPENAI_CUSTOM_HEADERS", None)  # no argument of the client's leaves these out
         local = urlsplit(self.url).hostname in ("127.0.0.1", "::1", "localhost")
@@ -78,7 +77,7 @@ class Api:
         )
 
     async def models(self) -> list[str]:
-        """Return the names of the server's models.
+        """Names of the server's models.
 
         Raises:
             openai.APIError, ValidationError: it does not answer, or not in OpenAI's protocol.
@@ -121,7 +120,6 @@ class Server:
         self.model = model
         self.at_once = at_once
         self.ends = sorted(prompter.ends)
-        self.served: str | None = f"{model}; prompts as tokens"
 
     def generate(self, prompts: Sequence[list[int]], done: Container[int]) -> Iterator[dict[int, Completion]]:
         """See `Engine`."""
@@ -146,7 +144,7 @@ class Server:
     async def _answer(
         self, client: openai.AsyncOpenAI, free: asyncio.Semaphore, i: int, prompt: list[int]
     ) -> dict[int, Completion]:
-        """Return the answer to a prompt; the client waits for errors that may pass."""
+        """Answer to a prompt; the client repeats requests after errors that may pass."""
         decoding = self.settings.decoding
         extra: dict[str, object] = {"stop_token_ids": self.ends, "return_token_ids": True, "repetition_penalty": 1.0}
         if decoding.do_sample:
@@ -171,36 +169,28 @@ class Server:
 
 
 def at(url: str) -> Api:
-    """Return the server at an address that a user gave, with the key in the environment.
+    """Server at a user's address, with the key in the environment.
 
     Raises:
-        UserError: it is not an address, or holds a key.
+        UserError: the address is malformed, or holds a key.
     """
     if set("@?#") & set(url):
         raise UserError(f"--engine: the address has a user, a password or a query, which others see; set {KEY} instead")
-    usable = False
-    with suppress(ValueError):  # an impossible host or port
-        parsed = urlsplit(url)
-        usable = parsed.scheme in ("http", "https") and bool(parsed.hostname) and parsed.port != 0
-    if not usable:
-        raise UserError(f"--engine {url}: give transformers, vllm, or a server as in http://localhost:8000/v1")
-    path = parsed.path.rstrip("/").removesuffix("/completions")
-    where = parsed._replace(path=f"{path if path.endswith('/v1') or path else '/v1'}/").geturl()
+    try:
+        address = AnyHttpUrl(url)
+    except ValidationError:
+        raise UserError(
+            f"--engine {url}: give transformers, vllm, or a server as in http://localhost:8000/v1"
+        ) from None
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise UserError(f"{KEY}: has characters that no key has, such as line breaks")
-    return Api(where, key or None)
+    path = "" if (address.path or "/") != "/" else "/v1"
+    return Api(f"{str(address).rstrip('/')}{path}/", key or None)
 
 
 def cause(error: Exception) -> str:
-    """Return an error's reason in a line: a server's status and the beginning of its answer, or the wrong value."""
-    if isinstance(error, openai.APIStatusError):
-        text = f"the server answers {error.status_code} {error.response.text[:2000] or error.response.reason_phrase}"
-    elif isinstance(error, openai.APITimeoutError | TimeoutError):
-        text = "no answer in time"
-    elif isinstance(error, ValidationError):
-        wrong = error.errors()[0]
-        text = f"not vLLM's protocol: {'.'.join(map(str, wrong['loc']))} {wrong['msg']}: {str(wrong['input'])[:150]}"
-    else:
-        text = str(error.__cause__ or error)
-    return " ".join(text.split())[:300]
+    """Reason of an error in a line, with the server's answer where it refuses a request."""
+    reason = error.__cause__ or error
+    answer = error.response.text if isinstance(error, openai.APIStatusError) else ""
+    return " ".join(f"{type(reason).__name__}: {reason} {answer}".split())[:300]

@@ -11,7 +11,6 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +29,13 @@ ENVIRONMENT = paths.LOCK.with_name(".vllm")  # where `make vllm` installs it
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that it makes room for
 AT_ONCE = 128  # requests that it gets at a time; it is vLLM that decides how many of them it works on
 PATIENCE = 1800  # seconds until it is ready: a large model has to be read from disk, and compiled on a GPU
+PRIVATE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_COLOR": "0"}
+"""Variables of its environment: no usage statistics, and a plain log."""
+ON_CPU = {
+    "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB of keys and values
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+}
 _ENDS = "embed|lm_head"  # merged where a model has them in one tensor, either would change both
 _PLAIN = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
@@ -114,7 +120,7 @@ def started(prompter: "Prompter", prompts: Sequence[list[int]], part: Path) -> I
         raise UserError("--engine vllm: it cannot serve a base model that the training added tokens to; leave it out")
     longest = max(map(len, prompts)) + settings.decoding.max_new_tokens
     port, key, log = _free_port(), secrets.token_hex(16), part.with_name("vllm.log")
-    environment = _environment(prompter, longest, min(len(prompts), AT_ONCE)) | {"VLLM_API_KEY": key}
+    environment = os.environ | PRIVATE | (ON_CPU if for_cpu() else {}) | {"VLLM_API_KEY": key}
     model = str(weights_folder(prompter)) if settings.quantized else settings.base_model
     with naming(log), opened(log, "wb") as stream:
         command = _command(prompter, model, longest, port)
@@ -161,20 +167,6 @@ def _command(prompter: "Prompter", model: str, longest: int, port: int) -> list[
         room = next(room for room in RANKS if room >= rank)
         words += ["--enable-lora", "--max-lora-rank", str(room), "--lora-modules", f"adapter={settings.adapter}"]
     return words
-
-
-def _environment(prompter: "Prompter", longest: int, at_once: int) -> dict[str, str]:
-    """The environment of vLLM, which phones nobody; on a CPU all of that is its own to use, and so is the memory for
-    the keys and values of the rows that it works on, as far as there is some."""
-    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_COLOR": "0"}
-    if for_cpu():
-        import psutil
-
-        room = min(prompter.cache_of(longest * at_once), psutil.virtual_memory().available // 3)
-        processors = str(len(os.sched_getaffinity(0)))
-        environment |= {"VLLM_CPU_KVCACHE_SPACE": str(ceil(room / 2**30)), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        environment |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", processors)}
-    return environment
 
 
 def _free_port() -> int:

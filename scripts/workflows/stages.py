@@ -40,14 +40,14 @@ def score_predictions(
     chosen = reproduce.chosen(of_study, list(only))
     data = of_study.data
     recipes = {name: of_study.published[name] for name in chosen if name in of_study.published}
-    owners = [(name, name, of.scores, of.predictions, data.test_set) for name, of in recipes.items()]
+    owners = [(name, of.scores, of.predictions, data.test_set) for name, of in recipes.items()]
     if not only:
-        owners += [(of.name, chosen[0], of.scores, of.predictions, of.test_set) for of in of_study.baselines]
+        owners += [(of.name, of.scores, of.predictions, of.test_set) for of in of_study.baselines]
     if not any(predictions for *_, predictions, _ in owners):
         raise UserError(_none_published(of_study, "predictions", only))
     judged = scorer_models(of_study.columns, judge, report=True)
     rows, problems = [], {}
-    for name, recipe, scores, predictions, test_set in owners:
+    for name, scores, predictions, test_set in owners:
         if predictions is None or predictions.absent:
             say(f"{name}: {predictions.absent if predictions else 'no predictions are published'}")
             continue
@@ -55,7 +55,7 @@ def score_predictions(
             fetched = fetch.fetch(data, data.raw, only=data.sources_of(predictions.files))
             verified = all(row["verified"] for row in fetched if row["file"] in predictions.files)
             own = predictions.test_set or test_set
-            made = published.scores(of_study, recipe, predictions, own, scores, judged)
+            made = published.scores(of_study, predictions, own, scores, judged)
             rows += [{"of": name} | row | {"verified": verified} for row in made]
         except (UserError, WorkFailed) as error:
             problems[name] = str(error)

@@ -28,8 +28,6 @@ def run(tmp_path: Path, tiny: Path, tiny_profile: Path, sample: Path) -> RunDir:
         (folder.output / f"checkpoint-{step}").mkdir()
         save_file({"lora": torch.full((1,), step)}, folder.output / f"checkpoint-{step}" / ADAPTER)
     save_file({"lora": torch.full((1,), STEPS[-1])}, folder.output / ADAPTER)
-    lines = [f'{{"step": {step}, "epoch": {step / 5}, "eval_loss_per_token": {9 - step / 10}}}' for step in STEPS]
-    folder.metrics.write_text("".join(f"{line}\n" for line in lines))
     return folder
 
 
@@ -71,7 +69,6 @@ def test_the_best_is_that_on_validation_rows_and_has_the_only_test_score(
     )
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("checkpoint-")][:5]
     assert [row[0] for row in rows if "best" in row] == ["checkpoint-4"]
-    assert (rows[1][1], rows[1][2]) == ("0.8", "8.60")  # its epoch and eval loss
 
 
 @pytest.mark.parametrize("on_test_rows", [False, True])
