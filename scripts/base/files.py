@@ -174,13 +174,8 @@ _NO_ROOM = re.compile(rf"(?:{_SAID})(?:[^\n']*: '(/[^'\n]+)')?")  # as Python, s
 def free_bytes(path: Path) -> int:
     """The bytes that this user can still write where a path lies, or would lie; without end where its file system, as
     /proc, has no size."""
-    usage = shutil.disk_usage(existing_parent(path))
+    usage = shutil.disk_usage(next(parent for parent in (path, *path.absolute().parents) if parent.exists()))
     return usage.free if usage.total else sys.maxsize
-
-
-def existing_parent(path: Path) -> Path:
-    """A path, or the nearest of the folders above it that exists."""
-    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
 @contextmanager

@@ -56,9 +56,9 @@ def gpus() -> list[Card]:
 def visible_gpus() -> dict[str, Card]:
     """The GPUs that CUDA shows to this process, in its order, each by its name in CUDA_VISIBLE_DEVICES.
 
-    As CUDA does (CUDA C++ Programming Guide, "CUDA Environment Variables"): the list ends at the first name that is no
-    GPU's, a list that names one twice is empty, and a GPU that is divided (MIG) is its first instance. Numbers are
-    those of CUDA_DEVICE_ORDER=PCI_BUS_ID; without that CUDA puts the fastest first, by a rule that is not published.
+    As in CUDA (CUDA C++ Programming Guide, "CUDA Environment Variables"), the list ends at the first name of no GPU,
+    and a divided GPU (MIG) is its first instance. Numbers are those of CUDA_DEVICE_ORDER=PCI_BUS_ID; without that CUDA
+    puts the fastest first, by an unpublished rule.
     """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None and not listed.strip():
@@ -70,8 +70,6 @@ def visible_gpus() -> dict[str, Card]:
             handle = _handle(name, handles)
             if handle is None:
                 break
-            if name in found:
-                return {}
             found[name] = _card(handle)
     return found
 

@@ -143,7 +143,6 @@ def examine(
     report.add(found)
     report.add(_replaced(composed))
     report.add(placed(_profile_compatibility(composed, gpu, launching), composed))
-    report.add(_behind_rehearsal(composed, {finding.name for finding in report.findings}))
     if data:
         of_rows, report.data = rows.check(usable)
         report.add(of_rows)
@@ -162,14 +161,6 @@ def rule_findings(case: Case) -> Iterator[Finding]:
     for judge in RULES:
         for level, key, problem, remedy in judge(case):
             yield Finding(level, judge.__name__.replace("_", "-"), key, problem, remedy)
-
-
-def _behind_rehearsal(composed: Composed, known: set[str]) -> Iterator[Finding]:
-    """Errors of keys that a rehearsal replaces, unless an override meant for the rehearsal causes them."""
-    errors = [{found.name: found for found in _of_keys(each)[0] if found.level == "error"} for each in composed.plain]
-    for name, found in errors[0].items() if errors else ():
-        if all(name in others for others in errors) and found.scope in ("step", "config") and name not in known:
-            yield found
 
 
 def _profile_compatibility(composed: Composed, gpu: Gpu | None, launching: bool) -> Iterator[Finding]:

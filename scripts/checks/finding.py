@@ -40,7 +40,6 @@ _SCOPES: dict[str, Scope] = {
     "too-big": "gpu",
     "unfit": "gpu",
     "no-gpu": "machine",
-    "no-room": "machine",
 }
 
 

@@ -1,12 +1,10 @@
-"""Rules about the base model: its access, layers, tokens and context, and the room that a run takes on disks."""
+"""Rules about the base model: its access, layers, tokens and context."""
 
 import re
 from pathlib import Path
 
 from ..base import hub, paths
 from ..base.errors import did_you_mean
-from ..base.files import free_bytes
-from ..base.yamlfiles import Config
 from ..configs import models
 from .finding import Case, Level, Problems, rule
 
@@ -102,37 +100,25 @@ def no_lora_targets(case: Case) -> Problems:
 @rule
 def unknown_lora_target(case: Case) -> Problems:
     """PEFT passes over a name that matches no layer, as long as another does (BaseTuner.inject_adapter)."""
-    targets = case["lora_target_modules"]
-    known = case.model.linear
-    linear = known or models.LINEAR_LAYERS
-    if not (case.lora and targets and (known or isinstance(targets, str))) or targets == "all-linear":
+    targets, linear = case["lora_target_modules"], case.model.linear
+    if not (case.lora and targets and linear) or targets == "all-linear":
         return
-    paths = ["model.embed_tokens", "lm_head"]
+    layers = ["model.embed_tokens", "lm_head"]
     for i in range(case.model.layers or 1000):
-        paths += [f"model.layers.{i}.{'mlp' if name in models.MLP else 'self_attn'}.{name}" for name in linear]
-    if isinstance(targets, str):
+        layers += [f"model.layers.{i}.{'mlp' if name in models.MLP else 'self_attn'}.{name}" for name in linear]
+    listed = isinstance(targets, list)
+    first = "lora_target_modules"
+    named = {f"{first}.{i}": name for i, name in enumerate(targets)} if listed else {first: targets}
+    for key, name in named.items():
+        pattern = rf"(.*\.)?{re.escape(str(name))}" if listed else name
         try:
-            found = [path for path in paths if re.fullmatch(targets, path)]
+            is_layer = any(re.fullmatch(pattern, layer) for layer in layers)
         except (re.error, OverflowError, RecursionError) as error:
-            problem = f"{targets} is not a regular expression: {error}"
-            yield "error", "lora_target_modules", problem, "use a list of names"
+            yield "error", key, f"{name} is not a regular expression: {error}", "use a list of names"
             return
-        if known and not found:
-            problem = f"{targets} matches no layer of this model"
-            yield "error", "lora_target_modules", problem, f"it has {', '.join(linear)}"
-        return
-    for i, target in enumerate(targets):
-        if target is not None and not any(f".{path}".endswith(f".{target}") for path in paths):
-            hint = did_you_mean(target, linear) or f"; it has {', '.join(linear)}"
-            yield "error", f"lora_target_modules.{i}", f"no layer of this model is called {target}{hint}", ""
-
-
-@rule
-def unusual(case: Case) -> Problems:
-    """No recipe, nor any of Axolotl's examples, comes near: most such values are slips by a factor."""
-    alpha, rank = case["lora_alpha"], case["lora_r"] or 8
-    if case.lora and alpha and alpha / (rank**0.5 if case["peft_use_rslora"] else rank) > 16:
-        yield "note", "lora_alpha", f"{alpha} beside lora_r {rank} lets LoRA's update count many times", ""
+        if name is not None and not is_layer:
+            hint = did_you_mean(name, linear) or f"; it has {', '.join(linear)}"
+            yield "error", key, f"no layer of this model is called {name}{hint}", ""
 
 
 @rule
@@ -161,37 +147,3 @@ def not_quantized(case: Case) -> Problems:
     """Axolotl quantizes to 4 bits for the adapters qlora and mixlora only (axolotl/loaders/model.py)."""
     if case["adapter"] == "lora" and case["load_in_4bit"]:
         yield "error", "adapter", "lora leaves the base in 16 bits, load_in_4bit or not", "set adapter: qlora"
-
-
-@rule
-def no_room(case: Case) -> Problems:
-    """A disk that fills ends a training, at a checkpoint as a rule, and so after hours.
-
-    Counted are the models of known sizes that surely come, in 16 bits: of a full training the result and a
-    checkpoint of it, and the base model's download when the run starts. Adapters are small.
-    """
-    model = _parameters(case.architecture)
-    needs = {} if case["adapter"] else {"output_dir": (paths.runs(), 4 * model, "its result and a checkpoint")}
-    if case.launching and not case.model.weights_here and not models.is_path(str(case["base_model"])):
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        needs["base_model"] = Path(HF_HUB_CACHE), 2 * model, "the base model's download"
-    for key, (folder, size, what) in needs.items():
-        free = free_bytes(folder)
-        if size > free:
-            problem = f"{folder.absolute()}: {free / 1e9:.2g} GB are free on its disk, and a run writes {what}, "
-            level: Level = "error" if case.launching else "warning"
-            yield level, key, f"{problem}{size / 1e9:.2g} GB", "make room, or take another disk"
-
-
-def _parameters(model: Config) -> int:
-    """The parameters of a model by its config.json; 0 where its sizes are not known."""
-    sizes = {key: value for key, value in model.items() if isinstance(value, int) and value > 0}
-    if not sizes.keys() >= {*models.NEEDED[1:]} or str(model.get("model_type")) not in models.LAYERS:
-        return 0
-    hidden, mlp, heads = (sizes[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
-    queries = heads * (sizes.get("head_dim") or hidden // heads)
-    keys = queries * (sizes.get("num_key_value_heads") or heads) // heads
-    embeddings = 1 if model.get("tie_word_embeddings", True) else 2
-    layer = hidden * (2 * queries + 2 * keys + 3 * mlp)
-    return sizes["num_hidden_layers"] * layer + embeddings * sizes["vocab_size"] * hidden

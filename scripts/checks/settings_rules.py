@@ -83,12 +83,8 @@ def missing_package(case: Case) -> Problems:
     asked |= {package: "plugins" for plugin, package in _PLUGIN_NEEDS.items() if plugin in case.plugins}
     package, kernel = _ATTENTION_NEEDS.get(case.attention, ("", case.attention if "/" in case.attention else ""))
     of_attention = next((old for old in OLD_KEYS if case[old]), "attn_implementation")
-    here = bool(package) and case.is_installed(package)
-    if not here and not (kernel and case.is_installed("kernels")):
+    if not (kernel and case.is_installed("kernels")):
         asked[package or "kernels"] = of_attention if package or kernel else None
-    elif package and not here:
-        problem = f"{package} is not installed, so that transformers takes the kernel {kernel} from the hub"
-        yield "note", of_attention, problem, "the hub must have a build for the installed torch"
     for package, key in asked.items():
         if key and not case.is_installed(package):
             remedy = f"install it{_FROM.get(package, '')}, or delete {key}"

@@ -24,7 +24,7 @@ def findings(of_study: Study) -> list[Finding]:
     found = [_finding(of_study, "error", mistake) for mistake in _errors(of_study, names)]
     if not found:
         for name in names:
-            report = check.check(Request(name, rehearse=True))
+            report = check.check(Request(name))
             found += (finding for finding in report.findings if finding.level == "error")
     found += (_finding(of_study, "warning", mistake) for mistake in _warnings(of_study, names))
     report = check.Report(of_study.folder.name)

@@ -4,7 +4,6 @@ import math
 import os
 import random
 import re
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import batched, groupby, islice
@@ -224,7 +223,9 @@ class _Read:
         try:
             tokenized = self.tokenizer.tokenize(self.key, [row for _, row in rows])
         except UserError as error:
-            self.found["bad-row", str(error).partition(": ")[2]].append(self._first_failing(rows))
+            middle = len(rows) // 2  # halved until the first row that fails is alone, unless only both together fail
+            if not middle or (self.add(rows[:middle]) and self.add(rows[middle:])):
+                self.found["bad-row", str(error).partition(": ")[2]].append(rows[middle][0])
             return False
         self.rows += len(rows)
         for tokens in tokenized:
@@ -241,18 +242,6 @@ class _Read:
                 for role in _unknown_roles(self.chats, row):
                     self.found["unknown-role", role].append(place)
         return True
-
-    def _first_failing(self, rows: Sequence[tuple[str, Row]]) -> str:
-        """The place of the first row with which rows cannot be tokenized."""
-
-        def fails(count: int) -> bool:
-            try:
-                self.tokenizer.tokenize(self.key, [row for _, row in rows[:count]])
-            except UserError:
-                return True
-            return False
-
-        return rows[bisect_left(range(1, len(rows)), True, key=fails)][0]
 
     def findings(self) -> Iterator[Finding]:
         """The findings, at the first row that has each."""

@@ -127,7 +127,7 @@ def _print_manifest(made: dict[str, Any], folder: Path) -> None:
     for split in made["splits"].values():
         for name, reason in split.get("left_out", {}).items():
             say(f"{name}.jsonl: not written: {reason}")
-    tables.print_table(manifest.table(made), spare=["repeated rows kept"])
+    tables.print_table(manifest.table(made))
     print(folder / manifest.MANIFEST)
 
 

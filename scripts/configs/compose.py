@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,6 @@ class Composed:
         differences: from the file that is run.
         files: for each key that a variant or a profile changed, its file.
         data: the data files that it names, once they have been read.
-        plain: of a rehearsal, the same request without that, and without its overrides, too, where it has some.
         incompatible: keys that profiles would set and that do not suit it, by the reason; see `numerics.adapted`.
         of_variant: the differences of the file that is run from its origin.
     """
@@ -65,7 +64,6 @@ class Composed:
     profiles: list[str]
     rehearsal: bool
     data: list[DataFile] = field(default_factory=list)
-    plain: "list[Composed]" = field(default_factory=list)
     incompatible: numerics.Incompatible = field(default_factory=dict)
     of_variant: list[Difference] = field(default_factory=list)
 
@@ -89,14 +87,12 @@ class _Layers:
     Attributes:
         reasons: why each key was last changed, and by which file.
         sample: the shipped sample, from a rehearsal's profile.
-        untouched: the config before that profile.
         given: what was laid over that profile's values, by dotted key.
     """
 
     config: Config
     reasons: dict[str, tuple[str, Path | None]] = field(default_factory=dict)
     sample: Config = field(default_factory=dict)
-    untouched: Config = field(default_factory=dict)
     given: Config = field(default_factory=dict)
 
     def lay(self, changed: Config, reason: str, source: Path | None = None) -> None:
@@ -114,7 +110,6 @@ class _Layers:
         folders = {"stand_in": str(substitution.folder()), "sample": str(usual_sample())}
         fragment = filled(fragment, folders) | {"bf16": machine.cpu_has_bf16()}
         self.sample = {key: fragment.pop(key) for key in substitution.OF_SAMPLE}
-        self.untouched = self.config
         own_model = substitution.OF_MODEL if models.is_small(self.config) else ()
         return {key: value for key, value in fragment.items() if key not in own_model}
 
@@ -159,23 +154,13 @@ def compose(request: Request, gpu: Gpu | None = None) -> Composed:
     several = f"--gpus {request.gpus}" + (f" --nodes {request.nodes}" if request.nodes > 1 else "")
     layers.lay(gpus.divided(layers.config, request.ranks, several), f"{several}: steps of as many rows as on one")
     if rehearsal:
-        replaced = layers.sample, layers.given, layers.untouched
-        for changes, reason in substitution.substitutions(layers.config, *replaced, request.ranks):
+        for changes, reason in substitution.substitutions(layers.config, layers.sample, layers.given, request.ranks):
             layers.lay(config.merge(layers.config, changes), f"rehearsal: {reason}")
     files = {key: source for key, (_, source) in layers.reasons.items() if source}
     differences = layers.differences(of_file)
     composed = Composed(name, file, origin, layers.config, differences, files, [*dict(profiles)], rehearsal)
     composed.incompatible, composed.of_variant = incompatible, of_variant
-    composed.plain = _plain(request, profiles, gpu) if rehearsal else []
     return composed
-
-
-def _plain(request: Request, profiles: list[tuple[str, Path]], gpu: Gpu | None) -> list[Composed]:
-    """What a rehearsal is of: the same request without that, and without its overrides, too."""
-    others = [given for given, (name, _) in zip(request.profiles, profiles, strict=False) if name != REHEARSAL]
-    real = replace(request, rehearse=False, profiles=others)
-    untouched_too = [replace(real, overrides=[], gpus=1, nodes=1)] if request.overrides else []
-    return [compose(each, gpu) for each in (real, *untouched_too)]
 
 
 def _fragments(

@@ -118,8 +118,6 @@ def check_not_of_the_run(key: str, where: str) -> None:
         raise UserError(f"{where}: {key} is the run's own; --runs moves runs, `recipe resume` continues one")
 
 
-STAMP = re.compile(r"(?m)^# Written for Axolotl (\S+)\.\n")
-"""What the head of a variant says of the Axolotl that its text is for."""
 _NAMED = re.compile(r"# (?:\S+: a variant of (\S+)|(\S+): .*)")
 
 

@@ -123,9 +123,15 @@ class RunRecord(Record):
     gpu: Annotated[str, _known(lambda: [*catalogue(), *(gpu.sm for gpu in catalogue().values())])]
 
     @property
-    def where(self) -> str:
+    def hardware(self) -> str:
         """Its GPUs."""
         return self.gpu if self.gpus == 1 else f"{self.gpus} x {self.gpu}"
+
+    @property
+    def where(self) -> str:
+        """Its GPUs, and the seed of a training."""
+        seed = getattr(self, "seed", None)
+        return self.hardware if seed is None else f"{self.hardware}, seed {seed}"
 
 
 class AdapterRecord(RunRecord):
@@ -162,15 +168,9 @@ class TrainingRecord(RunRecord):
             raise ValueError("outcome: finished if, and only if, there are an adapter and scores")
         return self
 
-    @property
-    def where(self) -> str:
-        """Its GPUs and seed."""
-        return f"{super().where}, seed {self.seed}"
 
-
-_RECORD: TypeAdapter[Record] = TypeAdapter(
-    Annotated[PredictionsRecord | AdapterRecord | TrainingRecord, Field(discriminator="stage")]
-)
+AnyRecord = PredictionsRecord | AdapterRecord | TrainingRecord
+_RECORD: TypeAdapter[AnyRecord] = TypeAdapter(Annotated[AnyRecord, Field(discriminator="stage")])
 
 
 def settings_sha256(recipe: str) -> str:
@@ -179,7 +179,7 @@ def settings_sha256(recipe: str) -> str:
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def read(file: Path, of_study: Study) -> Record:
+def read(file: Path, of_study: Study) -> AnyRecord:
     """Read a record of a study's ledger.
 
     Raises:
@@ -214,7 +214,7 @@ def _undeclared(record: Record, of_study: Study) -> Iterator[str]:
             yield f"values: {record.values} is not a published cell of {record.of}"
 
 
-def records(of_study: Study, strict: bool = False) -> list[Record]:
+def records(of_study: Study, strict: bool = False) -> list[AnyRecord]:
     """Read the records beside a study's recipes, and those in the same place below recipes/ of the current folder.
 
     Args:
@@ -255,63 +255,68 @@ class Status:
     command: str | None
 
 
-def statuses(of_study: Study, found: list[Record]) -> list[Status]:
+def statuses(of_study: Study, found: list[AnyRecord]) -> list[Status]:
     """The status of each published number of a study."""
-    rows = []
+    return [_status(of_study, found, *number) for number in _numbers(of_study)]
+
+
+def _numbers(of_study: Study) -> Iterator[tuple[str, yamlfiles.Config, str, str]]:
+    """The recipe or baseline, the settings of the cell, the metric and the text of each published number."""
     for name, published in of_study.published.items():
-        own = yamlfiles.read_yaml(paths.recipe_file(name))
-        rows += [_status(of_study, found, name, {}, metric, str(score)) for metric, score in published.scores.items()]
-        for cell in (cell for cell in published.cells if not cell.values.items() <= own.items()):
-            for metric, scores in cell.scores.items():
-                rows.append(_status(of_study, found, name, cell.values, metric, ", ".join(map(str, scores))))
+        own = yamlfiles.read_yaml(paths.recipe_file(name)).items()
+        yield from ((name, {}, metric, str(score)) for metric, score in published.scores.items())
+        for cell in published.cells:
+            if not cell.values.items() <= own:
+                texts = {metric: ", ".join(map(str, scores)) for metric, scores in cell.scores.items()}
+                yield from ((name, cell.values, metric, text) for metric, text in texts.items())
     for baseline in of_study.baselines:
-        scored = baseline.scores.items()
-        rows += [_status(of_study, found, baseline.name, {}, metric, str(score)) for metric, score in scored]
-    return rows
+        yield from ((baseline.name, {}, metric, str(score)) for metric, score in baseline.scores.items())
 
 
 def _status(
-    of_study: Study, found: list[Record], of: str, values: yamlfiles.Config, metric: str, published: str
+    of_study: Study, found: list[AnyRecord], of: str, values: yamlfiles.Config, metric: str, published: str
 ) -> Status:
     aims = {name: variant.of for name, variant in of_study.variants.items() if variant.reproduces}
     own = [record for record in found if of in (record.of, aims.get(record.of))]
     own = [record for record in own if getattr(record, "values", {}) == values]
     valid = [record for record in own if not record.invalidated]
-    by_stage = {
-        stage: [record for record in valid if getattr(record, "stage", "") == stage and metric in record.scores]
-        for stage in TITLES
-    }
-    stage = next((stage for stage in reversed(TITLES) if by_stage[stage]), None)
-    best = by_stage[stage] if stage else []
+    stages = [*TITLES]
+    stage = max((record.stage for record in valid if metric in record.scores), key=stages.index, default=None)
+    best = [record for record in valid if record.stage == stage and metric in record.scores]
+    where = " and ".join(filter(None, (record.where for record in best)))
+    reached = " on ".join(filter(None, (TITLES[stage] if stage else "not run", where)))
     notes = [f"{run.outcome} on {run.where}" for run in valid if isinstance(run, TrainingRecord) and not run.scores]
     notes += [f"a record is invalidated {record.invalidated}" for record in own if record.invalidated]
-    reached, here = "not run", None
-    if stage:
-        reached = " on ".join([TITLES[stage], *filter(None, [" and ".join(record.where for record in best)])])
-        score = best[0].scores[metric]
-        here = f"{fmean(record.scores[metric].value for record in best):.4g}"
-        here += f" ({score.interval[0]:.4g} to {score.interval[1]:.4g})" if score.interval and len(best) == 1 else ""
     cell = " ".join(f"--set {key}={value}" for key, value in values.items())
-    study, recipe = of_study.folder.name, of in of_study.published
-    command: str | None = None
-    if stage in ("predictions", "adapter"):
-        command = f"recipe reproduce {study} --from {stage}" + (f" --only {of}" if recipe else "")
-    elif cell:
-        command = f"recipe sweep {of} {cell}"
-    elif recipe:
-        command = f"recipe reproduce {study} --only {of}"
     return Status(
         of=of,
         cell=cell or None,
         metric=of_study.columns[metric].label,
         published=published,
         status="; ".join([reached, *notes]),
-        here=here,
-        command=command,
+        here=_mean([record.scores[metric] for record in best]) if best else None,
+        command=_command(of_study, of, stage, cell),
     )
 
 
-def table(of_study: Study, some: list[Record]) -> list[Row]:
+def _mean(scores: list[Score]) -> str:
+    """The mean of scores; of one score also its interval."""
+    interval = scores[0].interval if len(scores) == 1 else None
+    mean = f"{fmean(score.value for score in scores):.4g}"
+    return f"{mean} ({interval[0]:.4g} to {interval[1]:.4g})" if interval else mean
+
+
+def _command(of_study: Study, of: str, stage: str | None, cell: str) -> str | None:
+    """The command that reproduces a number: its furthest stage, else the cell or the training."""
+    reproduce, only = f"recipe reproduce {of_study.folder.name}", f" --only {of}" if of in of_study.published else ""
+    if stage in ("predictions", "adapter"):
+        return f"{reproduce} --from {stage}{only}"
+    if cell:
+        return f"recipe sweep {of} {cell}"
+    return f"{reproduce}{only}" if only else None
+
+
+def table(of_study: Study, some: list[AnyRecord]) -> list[Row]:
     """A row for each run with a record, in the order of the study's recipes."""
     order = [*of_study.published, *of_study.variants]
     rows = []
@@ -321,7 +326,7 @@ def table(of_study: Study, some: list[Record]) -> list[Row]:
         row: Row = {
             "recipe": record.of,
             "outcome": f"invalidated {record.invalidated}" if record.invalidated else record.outcome,
-            "GPU": record.gpu if record.gpus == 1 else f"{record.gpus} x {record.gpu}",
+            "GPU": record.hardware,
             "profiles": ", ".join(record.profiles) or None,
             "seed": record.seed,
         }

@@ -34,22 +34,19 @@ FROM_SAMPLE = "rows of the shipped sample"
 _MOST_ROWS = {"datasets": 32, "test_datasets": 8}  # few enough for a rehearsal of minutes
 
 
-def substitutions(
-    composed: Config, sample: Config, given: Config, own: Config, ranks: int
-) -> Iterator[tuple[Config, str]]:
+def substitutions(composed: Config, sample: Config, given: Config, ranks: int) -> Iterator[tuple[Config, str]]:
     """Changes to lay over the config of a rehearsal, each with its reason.
 
     Args:
         composed: the config.
         sample: the shipped sample, as the profile's values of `OF_SAMPLE`.
         given: by dotted keys, what was laid over the profile's values; it stays.
-        own: the config before the profile, with its own base model.
         ranks: the processes that train.
     """
     for change, reason in _rows(composed, sample, given):
         composed = merge(composed, change)
         yield change, reason
-    for change, reason in (*_template(composed, own), *_layers(composed), *_ends(composed), *lacking(composed)):
+    for change, reason in (*_layers(composed), *_ends(composed), *lacking(composed)):
         composed = merge(composed, change)
         yield change, reason
     held_out = composed.get("val_set_size")
@@ -114,31 +111,6 @@ def _lent(entries: dict[str, Config], sample: list[Config]) -> list[Config]:
 def _is_elsewhere(entries: dict[str, Config]) -> bool:
     """Whether data sets are on a hub or in a cloud, and not on this machine under a path that may be misspelt."""
     return bool(entries) and all(entry.get("path") and not datafiles.local_files(entry) for entry in entries.values())
-
-
-def _default_template(config: Config) -> str:
-    return str(config.get("chat_template") or ("jinja" if config.get("chat_template_jinja") else "tokenizer_default"))
-
-
-def _is_models(template: Any) -> bool:
-    return str(template).startswith("tokenizer_default")
-
-
-def _template(composed: Config, own: Config) -> Iterator[tuple[Config, str]]:
-    """The chat template of the model that the stand-in takes the place of, where it is on this machine."""
-    name = own.get("tokenizer_config") or own.get("base_model")
-    template = models.chat_template(models.folder_of(own | {"base_model": name}))
-    chats = [entry for _, entry in datafiles.datasets(composed) if entry.get("type") == "chat_template"]
-    takes_models = any(_is_models(entry.get("chat_template") or _default_template(composed)) for entry in chats)
-    if not (template and takes_models and stands_in(composed)):
-        return
-    other = {"chat_template": "jinja", "chat_template_jinja": template}
-    change: Config = dict(other) if _is_models(_default_template(composed)) else {}
-    for section in ("datasets", "test_datasets"):
-        entries = [entry for _, entry in datafiles.datasets(composed, section)]
-        new = [entry | other if _is_models(entry.get("chat_template")) else entry for entry in entries]
-        change |= {section: new} if new != entries else {}
-    yield change, f"the chat template of {name}"
 
 
 def _layers(composed: Config) -> Iterator[tuple[Config, str]]:

@@ -86,16 +86,13 @@ def _places(data: Data, given: Path | None, wanted: list[str]) -> dict[str, Path
     if given is None:
         return {}
     if given.is_dir():
-        copies = {name: given / name for name in data.sources if (given / name).is_file()}
-        if not copies:
-            raise UserError(f"{given}: holds none of {', '.join(data.sources)}")
-        return copies
-    if not given.is_file():
-        raise UserError(f"{given}: no such file")
-    named = wanted if len(wanted) == 1 else [name for name in wanted if PurePath(name).name == given.name]
-    if not named:
-        raise UserError(f"{given}: no source of that name; there are {', '.join(data.sources)}; name it by --only")
-    return {named[0]: given}
+        copies = {name: given / name for name in wanted}
+    else:
+        copies = {name: given for name in wanted if len(wanted) == 1 or PurePath(name).name == given.name}
+    found = {name: copy for name, copy in copies.items() if copy.is_file()}
+    if not found:
+        raise UserError(f"{given}: no file of the sources {', '.join(wanted)}; name one by --only")
+    return found
 
 
 def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[Row]]:

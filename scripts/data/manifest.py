@@ -44,13 +44,11 @@ def table(manifest: Row) -> list[Row]:
                 "rows": split["rows"],
                 "read": split["read"],
                 "left out": ", ".join(f"{count} ({why})" for why, count in left_out.items() if count) or "none",
-                "repeated rows kept": split["duplicates_kept"],
                 "raw file": raw_file[split["is_the_study_file"]],
             }
         )
-        empty = {"read": None, "left out": None, "repeated rows kept": None, "raw file": None}
-        subsets = split.get("subsets", {}).values()
-        rows += [{"file": subset["file"], "rows": subset["rows"]} | empty for subset in subsets]
+        for subset in split.get("subsets", {}).values():
+            rows.append(dict.fromkeys(rows[-1]) | {"file": subset["file"], "rows": subset["rows"]})
     return rows
 
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import random
-import shutil
-from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -35,8 +33,8 @@ def prepare(
 ) -> Row:
     """Write train.jsonl, valid.jsonl and test.jsonl, those for which there are raw files, and a manifest.
 
-    The study's subsets of test.jsonl are written beside it. Rows are read as a stream, of which only a hash of each is
-    held in memory, and those that others are sampled from or sorted with. No file is replaced before every raw file
+    The study's subsets of test.jsonl are written beside it. Rows are read as a stream; in memory are
+    only those that others are sampled from or sorted with. No file is replaced before every raw file
     was read without an error.
 
     Args:
@@ -47,8 +45,8 @@ def prepare(
         timeout: seconds to wait for another process that is preparing data in the same folder.
 
     Returns:
-        The manifest: for each split the rows read, kept, dropped by filter and duplicate, and checksums of the
-        raw file and of the file written. Duplicates are counted and kept.
+        The manifest: for each split the rows read, kept and dropped by filter, and checksums of the raw file and of
+        the file written.
 
     Raises:
         UserError: a file is missing, empty, or has a row that no prepared one can be made of, an expression is invalid,
@@ -58,16 +56,11 @@ def prepare(
     for file in raw:
         if file.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
             raise UserError(f"{file}: would be overwritten; write to another folder with --out")
-    files, is_new = find(raw, of_study.data.raw_files), not out.exists()
-    try:
-        with held(out / PREPARE_LOCK, "another preparation is running", timeout), ExitStack() as stack:
-            splits = _Preparation(of_study, files, input_format, out, stack).splits()
-            stack.close()  # puts the files in place
-            return manifest.update(out, splits)
-    except UserError:
-        if is_new:
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+    files = find(raw, of_study.data.raw_files)
+    with held(out / PREPARE_LOCK, "another preparation is running", timeout), ExitStack() as stack:
+        splits = _Preparation(of_study, files, input_format, out, stack).splits()
+        stack.close()  # puts the files in place
+        return manifest.update(out, splits)
 
 
 def check_expressions(of_study: Study) -> None:
@@ -84,22 +77,10 @@ def check_expressions(of_study: Study) -> None:
 
 @dataclass
 class _Counts:
-    """The numbers of raw rows that were dropped, and the hashes of those that were kept, of 8 bytes each."""
+    """The numbers of raw rows that were dropped, by reason, and of those that were kept."""
 
     dropped: Counter[str] = field(default_factory=Counter)
-    hashes: "array[int]" = field(default_factory=lambda: array("q"))
-
-    @property
-    def kept(self) -> int:
-        return len(self.hashes)
-
-    @property
-    def repeated(self) -> int:
-        """The number of rows that are equal to another before them."""
-        import numpy as np
-
-        in_order = np.sort(np.array(self.hashes, copy=False))
-        return int((in_order[1:] == in_order[:-1]).sum())
+    kept: int = 0
 
 
 @dataclass
@@ -162,7 +143,7 @@ class _Preparation:
                     counts.dropped[reason] += 1
                     continue
                 line = orjson.dumps(made)
-                counts.hashes.append(hash(line))
+                counts.kept += 1
                 if scored:
                     line = orjson.dumps(made | {"idx": position} | extra)
             except BadRow as error:
@@ -228,7 +209,6 @@ class _Preparation:
             "read": raw.read,
             "kept": counts.kept,
             "dropped": dict(counts.dropped),
-            "duplicates_kept": counts.repeated,
             "sampled": sampled,
         }
 

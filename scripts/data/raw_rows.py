@@ -227,8 +227,6 @@ def find(raw: Iterable[Path], names: Collection[str]) -> dict[str, RawFile]:
         if not files:
             raise UserError(f"{given}: no raw file of the study; those are {', '.join(names)}")
         for name, file in files.items():
-            if file.path.stat().st_size == 0:
-                raise UserError(f"{file.path}: the file is empty")
             if name in found:
                 raise UserError(f"{file.path}: a second file for {name}, after {found[name].path}")
             found[name] = file

@@ -101,15 +101,6 @@ class Study(Strict):
         return ", ".join(str(part) for part in (paper.get("authors"), where) if part) or self.title
 
     @property
-    def citation(self) -> str:
-        """Its paper in Markdown, with title and link, from what study.yaml gives."""
-        paper = self.paper
-        arxiv = paper.get("arxiv")
-        link = f"[arXiv {arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else paper.get("url")
-        titled = ": ".join(str(part) for part in (paper.get("authors"), paper.get("title") or self.title) if part)
-        return f"{titled}, {link}" if link else titled
-
-    @property
     def test_title(self) -> str:
         """The rows that the published scores are on."""
         return self.data.title_of(self.data.test_set)

@@ -4,7 +4,6 @@ import os
 import re
 import textwrap
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from .render import SPECIAL_TOKENS, BaseModel, describe
 HELD_OUT = 0.05
 """Share of the rows for the eval loss, where a recipe states none."""
 _SCHEMA = re.compile(r"(# yaml-language-server: \$schema=)\S+(.*\n)")
+_ABSENT = re.compile(r"(?m)^# (variant, removed: )?(revision_of_model|special_tokens)( is not set:|;) .*\n")
+"""Comments on keys of the base model that a recipe lacks."""
 # Keys whose values are about one model, beside those that are set anew for another
 _OF_ONE_MODEL = (
     *("tokenizer_config", "tokenizer_type", "model_type", "base_model_config", "processor_type"),
@@ -170,7 +171,7 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
     if "output_dir" in recipe:  # so that plain Axolotl leaves the other's alone
         changes["output_dir"] = Change(f"outputs/{name}")
     if other:
-        text = _beside_model(text, changes, recipe)
+        text = _ABSENT.sub("", text)
     for key, change in changes.items():
         text = edited(text, key, change.value, str(base_file), change.source)
     editor = _SCHEMA.match(text)
@@ -179,9 +180,6 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
     head = f"{editor[1]}{schema}{editor[2]}" if editor else ""
     head += f"# {name}: a variant of {base_name}\n"
     head += f"# `recipe diff {name}` lists what it changes, `recipe run {name}` trains it.\n"
-    stamp = config.STAMP.search(text)  # a variant's text is as old as that which it is made from
-    head += stamp[0] if stamp else f"# Written for Axolotl {version('axolotl')}.\n"
-    text = config.STAMP.sub("", text)
     if other:
         rest = "the other settings are as they were"
         text = _for_other_model(text, base, base_name, other.about, str(recipe.get("base_model")))
@@ -189,25 +187,6 @@ def write(name: str, base: str, overrides: list[str], other: OtherModel | None =
         rest = "all else, from here on, is as it was"
     write_atomically(file, f"{head}# Changed lines say what was there before; {rest}.\n#\n{text}")
     return file
-
-
-_ABSENT = re.compile(r"(?m)^# (variant, removed: )?(revision_of_model|special_tokens)( is not set:|;) .*\n")
-
-
-def _beside_model(text: str, changes: dict[str, Change], recipe: Config) -> str:
-    """A text in which what a recipe lacks of its model's keys is said, or set, below the model.
-
-    Comments that say why it lacks them are those of the model before. The keys are taken out of `changes`.
-    """
-    lines = ""
-    for key in ("revision_of_model", "special_tokens"):
-        if "base_model" in recipe and key not in recipe:
-            change = changes.pop(key)
-            if change.value is None:
-                lines += f"# {key} is not set: {change.source}\n"
-            else:
-                lines += f"{key}: {yamlfiles.write_flow(change.value)}  # variant, was not set; {change.source}\n"
-    return re.sub(r"(?m)^base_model:.*\n", lambda line: line[0] + lines, _ABSENT.sub("", text), count=1)
 
 
 # As in templates/*/_base.yaml.j2

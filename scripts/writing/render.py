@@ -23,7 +23,7 @@ from ..data.study import Study
 README = "README.md"
 _SKELETON = ".txt"  # so that no file of the skeleton is taken for a template or a recipe
 _STUDY = re.compile(r"[a-z0-9][a-z0-9_.-]*")
-_REQUIRED = {"title": "Qwen2.5 7B", "licence": "apache-2.0"}  # what a recipe states of every model
+_REQUIRED = ("title", "licence")  # facts that a recipe states of every model
 SPECIAL_TOKENS = "this project: the tokenizer names no padding token"
 _EOS = "EOS, as Axolotl falls back to; padding carries no label"
 _NOT_KNOWN = "not known whether the tokenizer names a padding token; Axolotl pads with EOS where it names none"
@@ -149,13 +149,10 @@ def rendered(templates: Path = paths.TEMPLATES) -> dict[str, str]:
         Raises:
             UserError: it has no entry, or the entry lacks what every recipe states.
         """
-        if base_model not in models:
-            hint = did_you_mean(base_model, models) or "; add an entry with its title, licence and config"
-            raise UserError(f"{listed}: no entry for {base_model}{hint}")
-        entry = models[base_model] or {}
-        for fact, example in _REQUIRED.items():
-            if not entry.get(fact):
-                raise UserError(f"{listed}: {base_model}: no {fact}; add it, as in `{fact}: {example}`")
+        entry = models.get(base_model) or {}
+        if absent := [fact for fact in _REQUIRED if not entry.get(fact)]:
+            near = did_you_mean(base_model, models.keys() - {base_model})
+            raise UserError(f"{listed}: {base_model}: add its {' and '.join(absent)}{near}")
         return describe(entry, base_model)
 
     recipes = {}

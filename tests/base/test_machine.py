@@ -66,7 +66,6 @@ def _driver(monkeypatch: pytest.MonkeyPatch) -> None:
         ("", {}),
         ("1,0", {"1": 40, "0": 15}),
         ("1, 0,7,0", {"1": 40, "0": 15}),
-        ("0,0", {}),
         ("GPU-1b", {"GPU-1b": 40}),
         ("GPU-1", {}),  # two begin like that
         ("GPU-2,GPU-1a", {"GPU-2": 5, "GPU-1a": 15}),

@@ -99,22 +99,6 @@ def test_force_overrides_a_named_finding_only(place: Path, recipe: Recipe) -> No
         assert (other.returncode, f"--force {name}: " in other.stderr) == (2, True)
 
 
-def test_a_rehearsal_is_refused_for_what_is_wrong_with_keys_that_it_replaces(place: Path, recipe: Recipe) -> None:
-    wrong = {"bf16": "nope", "fp16": True, "sequence_len": "long", "lora_rr": 1}
-    (place / "bad.yaml").write_text(yamlfiles.write_yaml(config_with(wrong)))
-    alone, rehearsed = (check.check(Request("bad.yaml", rehearse=rehearse)) for rehearse in (False, True))
-    errors = {str(finding) for finding in alone.findings if finding.level == "error"}
-    assert len(errors) == 3
-    assert {str(finding) for finding in rehearsed.findings if finding.level == "error"} == errors
-    mended = Request("bad.yaml", overrides=["bf16=false", "sequence_len=512"], rehearse=True)
-    assert [finding.name for finding in check.check(mended).findings if finding.level == "error"] == [
-        "unknown-key:lora_rr"
-    ]
-    assert recipe("run", "bad.yaml", "--rehearse", "--dry-run").returncode == 2
-    few_steps = Request(NAME, overrides=["max_steps=2"], rehearse=True)  # for the rehearsal alone
-    assert not [finding for finding in check.check(few_steps).findings if finding.level == "error"]
-
-
 def test_a_secret_cannot_be_forced() -> None:
     with pytest.raises(UserError, match="secret:hub_token"):
         refuse([Finding("error", "secret", "hub_token", "x")], ["secret:hub_token"])

@@ -177,7 +177,7 @@ def test_axolotl_reads_a_row_behind_good_ones(
     good: Any = {"input_output": SEGMENTS, "alpaca": ROW}.get(kind, chat(said("user", "Fine?"), ANSWER))
     chats = {"type": "chat_template", "chat_template": kind, "eot_tokens": None} if kind in ("chatml", "gemma") else {}
     rows = [good, good, row] if found else [row]
-    masked = [("warning", "eos-masked", None)] * (bool(chats) and FAILS not in found)  # as of a base model
+    masked = [("warning", "eos-masked", None)] * bool(chats)  # as of a base model
     assert judged(llama, rows, **({"type": kind} | chats)) == [*((*one, 3) for one in found), *masked]
 
 

@@ -184,21 +184,6 @@ def test_a_small_model_that_is_here_is_kept_with_what_belongs_to_it(mib: int, ke
     assert {key for key in of_model if content.get(key) == of_model[key]} == (of_model.keys() if kept else set())
 
 
-def test_chats_keep_the_template_of_the_model_that_is_replaced() -> None:
-    own = rehearsed()
-    assert not {"chat_template", "chat_template_jinja"} & own.config.keys()
-    Path("own").mkdir()
-    Path("own", "chat_template.jinja").write_text("{{ messages }}")
-    here = rehearsed({"base_model": "./own"})
-    assert here.config["chat_template_jinja"] == "{{ messages }}"
-    assert "./own" in why(here, "chat_template_jinja")
-    of_set = {"datasets": [{**OWN["datasets"][0], "chat_template": "tokenizer_default"}], "chat_template": "llama3"}
-    apart = rehearsed({"base_model": "./own"} | of_set).config
-    assert (apart["chat_template"], apart["datasets"][0]["chat_template_jinja"]) == ("llama3", "{{ messages }}")
-    for change in ({"chat_template": "llama3"}, {"datasets": [ROWS]}):
-        assert "chat_template_jinja" not in rehearsed({"base_model": "./own"} | change).config
-
-
 def test_layers_that_the_stand_in_has_apart_are_named_apart() -> None:
     fused = {"lora_target_modules": ["qkv_proj", "o_proj", "gate_up_prj"]}
     assert rehearsed(fused).config["lora_target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_prj"]

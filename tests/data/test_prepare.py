@@ -50,7 +50,6 @@ def test_the_manifest_accounts_for_every_row(tmp_path: Path) -> None:
     assert (split["read"], split["kept"], split["rows"]) == (5, 3, 3)
     assert split["read"] == split["rows"] + sum(split["dropped"].values())
     assert split["dropped"] == {"empty msg": 1, "empty patch": 1}
-    assert split["duplicates_kept"] == 1
     assert split["source_sha256"] == files.sha256(raw)
     assert split["sha256"] == files.sha256(tmp_path / "out" / "train.jsonl")
     assert split["is_the_study_file"] is False  # too few rows
