@@ -129,8 +129,8 @@ endif
 	touch $@
 
 .venv/.complete: .venv/.locked pyproject.toml
-	UV_COMPILE_BYTECODE=1 $(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
-	.venv/bin/python -m compileall -q scripts  # uv leaves out what is installed as editable
+	$(UV) pip install --quiet --python .venv --no-deps --no-build-isolation --editable .
+	.venv/bin/python -m compileall -q scripts .venv/lib/python3.*/site-packages/__editable__*  # the rest is compiled
 	touch $@
 
 # The stamp bears the lock's name: a machine that gets a GPU, or loses it, needs the other one.
