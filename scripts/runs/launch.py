@@ -211,6 +211,7 @@ def _environment(folder: RunDir, record: Run) -> dict[str, str]:
     }
     if record.rehearsal:
         added |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        added["AXOLOTL_DATASET_NUM_PROC"] = "0"  # else a process for each of few rows, which imports torch
         if record.ranks > 1:
             threads = max((os.cpu_count() or 1) // record.gpus_used, 1)
             added |= {CPU_RANKS: "1", "OMP_NUM_THREADS": str(threads)}
