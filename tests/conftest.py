@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
 import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster import Cluster, running
@@ -21,6 +23,7 @@ from qlora_recipes.base import yamlfiles
 
 os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+os.environ["AXOLOTL_DATASET_NUM_PROC"] = "0"  # else it maps a few rows in processes that import torch
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # see cli.main
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its share of the processors, not all of them
     os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // int(workers), 1))
@@ -118,26 +121,14 @@ def train_runs(folder: Path, configs: dict[str, yamlfiles.Config], plugins: str 
 
 
 def train_many(*configs: Path, plugins: str = __file__) -> None:
-    """Train configs one after the other in one process, because importing Axolotl takes most of a tiny run.
-
-    Args:
-        configs: their files.
-        plugins: the test's file, where they name plugins of that.
-    """
+    """Train configs one after the other in one process, because importing Axolotl takes most of a tiny run."""
     command = [sys.executable, str(SUPPORT / "train_many.py"), *map(str, configs)]
     done = subprocess.run(command, cwd=SUPPORT, env=path_of(plugins), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def start(place: Path, *arguments: str | Path, command: Path = RECIPE, **env: str) -> "subprocess.Popen[str]":
-    """Start the command in a folder.
-
-    Args:
-        place: the folder.
-        arguments: what follows the command's name.
-        command: which one, see `stand_in`.
-        env: environment variables to add.
-    """
+    """Start the command in a folder, with environment variables added."""
     words = [str(command), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
@@ -153,6 +144,15 @@ def finish(process: "subprocess.Popen[str]", code: int = 0, seconds: float = 600
     out, err = process.communicate(timeout=seconds)
     assert process.returncode == code, err
     return out.strip() or err
+
+
+def wait_until(holds: Callable[[], object], process: "subprocess.Popen[Any] | None" = None) -> None:
+    """Wait until something holds, while a process goes on."""
+    deadline = time.monotonic() + 300
+    while not holds():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="session")
@@ -181,20 +181,17 @@ def trains_nothing(recipe: Recipe, stand_in: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A real cluster's queue."""
     with running(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
 def sample(cache: Path) -> Path:
-    """The folder of the shipped sample as prepared data."""
     return usual_sample()
 
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for runs in a folder of work with the small study."""
     import small_study
 
     small_study.write(tmp_path)
@@ -266,5 +263,4 @@ def config_with(change: yamlfiles.Config, name: str = "haider2024/code-llama-7b"
 
 
 def recipe_config(name: str) -> yamlfiles.Config:
-    """A shipped recipe as a mapping."""
     return yamlfiles.read_yaml(paths.find_recipe(name)[1])

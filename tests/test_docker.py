@@ -16,13 +16,11 @@ TOOLS = Path(sys.executable).parent
 
 
 def instructions() -> list[tuple[str, list[str]]]:
-    """The Dockerfile's instructions, a name and its words each."""
     lines = (line.split() for line in DOCKERFILE.read_text().splitlines() if line and not line.startswith("#"))
     return [(name, words) for name, *words in lines]
 
 
 def environment() -> dict[str, str]:
-    """What the Dockerfile's ENV sets."""
     return dict(word.split("=", 1) for name, words in instructions() if name == "ENV" for word in words)
 
 

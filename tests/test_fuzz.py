@@ -47,7 +47,6 @@ def text_of(value: Any) -> str:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every container and key in a value."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
 

@@ -10,13 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import SAMPLE
+from conftest import SAMPLE, wait_until
 
 from qlora_recipes.runs import rundir
 from qlora_recipes.runs.rundir import RunDir
@@ -60,7 +59,6 @@ def test_matplotlib_does_not_want_the_backend_of_the_notebook() -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """What is cloned: as much of this project as `make setup` reads."""
     folder = tmp_path / "repository"
     folder.mkdir()
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
@@ -98,7 +96,6 @@ def a_session(place: Path, cells: Sequence[str], repository: Path, env: dict[str
 
 
 def limited(session: "subprocess.Popen[str]") -> psutil.Process:
-    """The `timeout` in a session."""
     every = psutil.Process(session.pid).children(recursive=True)
     (found,) = (each for each in every if each.name() == "timeout")
     return found
@@ -112,10 +109,7 @@ def test_the_cells_train_on_one_day_and_go_on_the_next(
     env = a_machine(tmp_path, "first", stand_in, tiny) | {"STAND_IN_HOLD": "3"}
     session = a_session(tmp_path, [first, *CELLS[:-1]], repository, env)
     runs = tmp_path / "disk" / "qlora-recipes" / "runs"
-    deadline = time.monotonic() + 300
-    while not any(run.summary(run.read()).step >= 3 for run in rundir.all_runs(runs)):
-        assert session.poll() is None and time.monotonic() < deadline, session.communicate()
-        time.sleep(0.1)
+    wait_until(lambda: any(run.summary(run.read()).step >= 3 for run in rundir.all_runs(runs)), session)
     limited(session).send_signal(signal.SIGALRM)  # as when the time is up
     said, _ = session.communicate(timeout=120)
     assert "Tesla T4, 550.54.15" in said

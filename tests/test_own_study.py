@@ -1,12 +1,17 @@
 """A study that a user adds to an empty folder, without Python: its skeleton, and one of another kind to the end."""
 
+import sys
 from pathlib import Path
 
 import orjson
 import pytest
 from conftest import Recipe
+from pydantic import ValidationError
 
 from qlora_recipes.data import study
+from qlora_recipes.results import ledger
+from qlora_recipes.results.run_rows import RunResult
+from qlora_recipes.runs.rundir import RunDir
 
 STUDY = """\
 title: Capitals of countries
@@ -122,8 +127,11 @@ def test_a_study_says_what_it_lacks(recipe: Recipe, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_study_of_another_kind_goes_to_the_end(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_study_of_another_kind_goes_to_the_end(
+    recipe: Recipe, tmp_path: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another task, CSV, accuracy, no validation rows, and not a line of Python."""
+    monkeypatch.setattr(sys, "executable", str(stand_in.with_name("python")))  # of the commands that it starts
     write_capitals(tmp_path)
 
     def done(*arguments: str | Path) -> str:
@@ -149,17 +157,27 @@ def test_a_study_of_another_kind_goes_to_the_end(recipe: Recipe, tmp_path: Path)
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("name", "evaluated", "rows"),
+    ("name", "real", "evaluated", "rows"),
     [
-        ("loftq-gsm8k/llama-2-7b-loftq", "done", 12),
-        ("peft-metamathqa/lora-rank32-dora", "done", 12),
-        ("tinker-tulu3/llama-3.2-1b-lora", None, None),  # a metric of the eval loss needs no predictions
-        ("qlora-guanaco/llama-7b", "done", 0),  # nor does a benchmark, whose rows are on a hub
+        ("loftq-gsm8k/llama-2-7b-loftq", True, "done", 12),
+        ("peft-metamathqa/lora-rank32-dora", True, "done", 12),
+        ("tinker-tulu3/llama-3.2-1b-lora", False, None, None),  # a metric of the eval loss needs no predictions
+        ("qlora-guanaco/llama-7b", False, "done", 0),  # nor does a benchmark, whose rows are on a hub
     ],
 )
 def test_the_studies_of_other_kinds_are_rehearsed(
-    recipe: Recipe, tiny: Path, name: str, evaluated: str | None, rows: int | None
+    recipe: Recipe,
+    tiny: Path,
+    stand_in: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    real: bool,
+    evaluated: str | None,
+    rows: int | None,
 ) -> None:
+    if not real:
+        monkeypatch.setattr(sys, "executable", str(stand_in.with_name("python")))
     of_study = study.find(name.partition("/")[0])
     words = (of_study.folder.name, "--rehearse", "--set", f"base_model={tiny}", "--only", name)
     done = recipe("reproduce", *words, "--json")
@@ -171,3 +189,8 @@ def test_the_studies_of_other_kinds_are_rehearsed(
     assert row["recipe"] == name and (score is None) == (rows == 0) and 0 <= (score or 0) <= 100
     again = orjson.loads(recipe("reproduce", *words, "--json").stdout)
     assert {again["steps"][0][key] for key in ("run", "evaluate")} == {"skipped"}
+    if real:  # it has all that a record needs, but for a GPU
+        run = RunDir(tmp_path / row["run"])
+        with pytest.raises(ValidationError) as raised:
+            ledger.record_of_run(RunResult(run, run.read()))
+        assert {found["loc"][0] for found in raised.value.errors()} == {"gpu"}

@@ -46,7 +46,6 @@ LEARNING = ("--set", "learning_rate=0.02", "--set", "bf16=false")  # of a model 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
-    """The tiny Llama, with a chat template."""
     folder = shutil.copytree(tiny, tmp_path_factory.mktemp("model") / "tiny")
     (folder / "chat_template.jinja").write_text(OWN_TEMPLATE)
     return folder

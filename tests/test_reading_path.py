@@ -10,7 +10,6 @@ MODULES = re.findall(r"(?m)^\d+\. `(\S+\.py)`", PATH)
 
 
 def statements(module: str) -> int:
-    """The statements of a module but for imports and docstrings."""
     nodes = [node for node in ast.walk(ast.parse((SCRIPTS / module).read_text())) if isinstance(node, ast.stmt)]
     texts = [node for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
     return sum(not isinstance(node, ast.Import | ast.ImportFrom) for node in nodes) - len(texts)

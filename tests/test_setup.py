@@ -33,7 +33,6 @@ FOR_12_6 = [
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder with what `make setup` reads."""
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         shutil.copy2(ROOT / name, tmp_path)
     (tmp_path / "uv").write_text(UV)
@@ -42,7 +41,6 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def setup(checkout: Path, *words: str, target: str = "setup", code: int = 0, **env: str) -> list[str]:
-    """What make has uv do."""
     log = checkout / "uv.log"
     log.write_text("")
     env = os.environ | {"MAKEFLAGS": "", "FAILS": "no such"} | env

@@ -3,13 +3,12 @@
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from conftest import wait_until
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.runs import rundir
@@ -46,15 +45,15 @@ def test_skypilot_takes_the_task(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A clean folder in which `make setup` has nothing left to do."""
-    if not (ROOT / ".venv").is_dir():
-        pytest.skip("needs the environment of `make setup`")
+def checkout(tmp_path: Path, stand_in: Path) -> Path:
+    """A clean folder in which `make setup` has nothing left to do, and `axolotl` trains nothing."""
     (folder := tmp_path / "checkout").mkdir()
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         shutil.copy2(ROOT / name, folder)
-    for name in (".venv", ".uv"):
-        (folder / name).symlink_to(ROOT / name)
+    (folder / ".venv").symlink_to(environment := stand_in.parents[1])
+    (folder / ".uv").symlink_to(ROOT / ".uv")
+    for stamp in (".locked", ".complete"):
+        (environment / stamp).touch()
     subprocess.run(["make", "--question", "setup"], cwd=folder, check=True)  # it would change the tests' environment
     return folder
 
@@ -69,34 +68,26 @@ def begun(checkout: Path, section: str, **envs: str) -> "subprocess.Popen[bytes]
 
 
 def done(checkout: Path, section: str, **envs: str) -> tuple[int, str]:
-    """The exit code of a section, and what it says."""
     process = begun(checkout, section, **envs)
     _, said = process.communicate(timeout=900)
     return process.returncode, said.decode()
 
 
 def kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kill all that a process has started."""
     for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):  # it ended with its parent
             each.kill()
     process.communicate()
 
 
-def wait_until(holds: Callable[[], object], process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 600
-    while not holds():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @pytest.mark.long
 def test_a_job_that_is_taken_away_goes_on_to_an_evaluated_run(
     checkout: Path, tmp_path: Path, tiny_profile: Path
 ) -> None:
-    """With real Axolotl; each machine has what is stored alone, and another key for what is the user's own."""
-    saves = "--set save_steps=2 --set saves_per_epoch=null --set num_epochs=4"
+    """Each machine has what is stored alone, and another key for what is the user's own."""
+    saves = "--set save_steps=2 --set saves_per_epoch=null --set num_epochs=1"
     envs = {"RECIPE": NAME, "ARGS": f"--profile rehearsal --profile {tiny_profile} {saves}"}
+    holds = envs | {"STAND_IN_HOLD": "3"}
 
     def runs(job: str = "sky-managed-1") -> list[RunDir]:
         return rundir.all_runs(tmp_path / "storage" / job)
@@ -110,9 +101,9 @@ def test_a_job_that_is_taken_away_goes_on_to_an_evaluated_run(
         return False
 
     assert done(checkout, "setup") == (0, "")
-    process = begun(checkout, "run", **envs)
+    process = begun(checkout, "run", **holds)
     wait_until(lambda: any(run.last_checkpoint() for run in runs()), process)
-    other = begun(checkout, "run", **envs, SKYPILOT_TASK_ID="sky-managed-2")  # has nothing to do with that run
+    other = begun(checkout, "run", **holds, SKYPILOT_TASK_ID="sky-managed-2")  # has nothing to do with that run
     wait_until(lambda: runs("sky-managed-2"), other)
     kill(other)
     kill(process)

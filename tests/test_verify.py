@@ -14,7 +14,6 @@ TESTS = Path(__file__).parent / "gpu"
 
 
 def verify(folder: Path, *words: str) -> tuple[int, dict[str, set[str]]]:
-    """The exit code, and what passed, failed and was skipped."""
     command = [sys.executable, "-m", "pytest", str(TESTS), f"--confcutdir={TESTS}", f"--basetemp={folder / 'runs'}"]
     env = os.environ | {"PYTHONPATH": str(TESTS.with_name("support"))}
     done = subprocess.run([*command, *words], cwd=folder, env=env, capture_output=True, text=True)
@@ -33,12 +32,10 @@ def test_what_a_cpu_can_show_passes(tmp_path: Path) -> None:
 
 
 def test_planted_errors_are_found(tmp_path: Path) -> None:
-    code, results = verify(tmp_path, "-p", "planted", "-k", "adapter or 4_bits")
+    code, results = verify(tmp_path, "-p", "planted", "-k", "scale or saved_adapter or 4_bits")
     assert code == 1
     assert results["FAIL"] == {
         *("adapter scale, in training", "adapter scale, as saved"),
-        *("resumed, difference of losses", "resumed, difference of gradient norms"),
-        "resumed, values of the adapter that differ",
         *("NF4 beside its definition, loss", "NF4 beside its definition, gradient norm"),
     }
-    assert results["pass"] == {"resumed after step", "merged adapter, largest error"}
+    assert results["pass"] == {"merged adapter, largest error"}

@@ -32,7 +32,6 @@ MEMBERS = [{"name": f"rank {rank}", "lora_r": rank} for rank in (4, 8, 16)]
 
 @pytest.fixture(autouse=True)
 def no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The settings file of a user who has none."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     return tmp_path / "config" / "qlora-recipes" / "slurm.yaml"
 

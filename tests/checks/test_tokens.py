@@ -35,7 +35,6 @@ def shown(content: yamlfiles.Config, count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> yamlfiles.Config:
-    """A recipe's rehearsal."""
     substitution.model_folder()
     return compose.compose(Request(NAME, rehearse=True)).config
 

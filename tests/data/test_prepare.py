@@ -57,7 +57,6 @@ def test_the_manifest_accounts_for_every_row(tmp_path: Path) -> None:
 
 
 def small_study(raw: Path, **subsets: Any) -> study.Study:
-    """The study with `raw` as its test file."""
     changed = DATA | {"sources": {"msg-test.jsonl": {"url": "https://a.b/c", "sha256": files.sha256(raw)}}}
     made = {name: {"title": name, "rows": 1} | subset for name, subset in subsets.items()}
     changed |= {"splits": {"test": {"from": raw.name, "subsets": made}}, "test_set": "test"}

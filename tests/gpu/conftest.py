@@ -12,6 +12,7 @@ import pytest
 
 os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as in cli.main
+os.environ["AXOLOTL_DATASET_NUM_PROC"] = "0"  # as in tests/conftest.py
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 import trainings
@@ -26,7 +27,6 @@ ROWS: list[dict[str, Any]] = []
 
 
 def add_row(test: str, what: str, result: str, why: str = "", measured: float | None = None, **more: Any) -> None:
-    """Add a row to the table, see `Figure`."""
     ROWS.append({"test": test, "what": what, "measured": measured, "result": result, "why": why} | more)
 
 
@@ -57,7 +57,6 @@ def check(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add a row for a test that was skipped, or failed without a figure."""
     what = report.nodeid.rpartition("::test_")[2].replace("_", " ")
     if report.skipped:
         add_row(report.nodeid, what, "skip", report.longrepr[2].removeprefix("Skipped: "))
@@ -66,7 +65,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the table, and write it with the machine, the packages and the commit."""
     table = [COLUMNS, *([_cell(row, name) for name in COLUMNS] for row in ROWS)]
     widths = [max(len(row[column]) for row in table) for column in range(len(COLUMNS) - 1)]
     for row in table:

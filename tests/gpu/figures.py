@@ -5,15 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured figure.
-
-    Attributes:
-        what: the quantity, in words.
-        measured: None where it could not be measured, which fails.
-        expected: None where the figure only has to be small.
-        bound: largest share of `expected` that `measured` may be away from it; largest `measured` without one.
-        unit: of both.
-    """
+    """One measured figure; a bound is relative where a value is expected."""
 
     what: str
     measured: float | None
@@ -32,7 +24,6 @@ class Figure:
 
     @property
     def limit(self) -> str:
-        """The bound in words."""
         if self.expected is None:
             return f"at most {self.bound:g}"
         return f"{self.expected:,.7g}{f' ±{self.bound:.4g} of it' if self.bound else ''}"

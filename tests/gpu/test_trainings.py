@@ -15,7 +15,6 @@ from trainings import GPU, RECIPE, logged, needs_gpu, of_stand_in, rate, relativ
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.files import read_json
 from qlora_recipes.base.paths import find_recipe
-from qlora_recipes.data.sample import usual_sample
 
 Check = Callable[..., None]
 MIB = 2**20
@@ -92,19 +91,7 @@ def test_profile_fast(folder: Path, check: Check) -> None:
     )
 
 
-@needs_gpu
-def test_profile_packed(folder: Path, check: Check) -> None:
-    with trainings.random_weights(folder, trainings.SHAPES[0], trainings.LAYERS) as (model, length):
-        rows = usual_sample() / "train.jsonl"
-        changes = settings(model, rows, length, **trainings.UNSAVED, pad_to_sequence_len=False)
-        before, after = pair(folder, "packed", trainings.SHAPES[0], changes, "packed")
-    counted = [sum(record.get("tokens", 0) for record in trainings.metrics(run)) for run in (before, after)]
-    filled = min(counted[0] / counted[1], 1.0)  # all tokens of packed rows count, as they have no mask
-    check(Figure("packed, share by which it is slower", 1 - rate(after) * filled / rate(before), bound=0.05))
-
-
 def pair(folder: Path, name: str, recipe_name: str, changes: dict[str, Any], profile: str) -> list[Path]:
-    """Trainings without a profile, and with it."""
     options = ((), ("--profile", profile))
     return [train(folder, f"{name}-{len(words)}", recipe_name, changes, *words) for words in options]
 

@@ -90,19 +90,7 @@ def stand_in(folder: Path) -> Path:
 
 
 def train(folder: Path, name: str, recipe_name: str, changes: dict[str, Any], *words: str, stop: int = 0) -> Path:
-    """Train a recipe with some changes to its end, or until after a step.
-
-    Args:
-        folder: where to.
-        name: of the training.
-        recipe_name: the recipe.
-        changes: to it; null deletes a key.
-        words: more options of `recipe run`.
-        stop: the step to stop after; 0 for none.
-
-    Returns:
-        The run's folder.
-    """
+    """Train a recipe with some changes, to its end or until after a step; the run's folder."""
     file = folder / f"{name}.yaml"
     file.write_text(yamlfiles.write_yaml(changes), encoding="utf-8")
     rehearsal = () if GPU else ("--profile", "rehearsal")
@@ -114,7 +102,6 @@ def train(folder: Path, name: str, recipe_name: str, changes: dict[str, Any], *w
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl that belong to steps."""
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [record for record in records if "step" in record]
 
@@ -168,5 +155,4 @@ def free_memory() -> int:
 
 
 def memory(run: Path) -> dict[str, Any]:
-    """Figures of the plugin."""
     return read_json(run / MEMORY)

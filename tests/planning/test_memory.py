@@ -31,7 +31,6 @@ def usage(step: Step, shape: traces.Shape = (2, 128)) -> traces.Usage:
 
 
 def parameters(step: Step) -> dict[str, int]:
-    """Frozen and trainable parameters of a step's model."""
     with memory._fake(step):
         counts = memory._count(memory._build(step, memory.Recorder())).values()
     return {kind: sum(count[kind] for count in counts) for kind in ("frozen", "trainable")}
@@ -86,20 +85,17 @@ def test_one_length_of_rows_explains_the_memory_of_all_of_pefts_runs() -> None:
 
 @pytest.mark.long
 def test_published_figures_of_the_plain_loop_are_met() -> None:
-    figures = [figure for figure in compare_memory.figures() if figure["framework"] == "plain loop"]
+    """Of each model the longest rows; `make compare-memory` takes all."""
+    loops = (figure for figure in compare_memory.figures() if figure["framework"] == "plain loop")
+    figures = {figure["model"]: figure for figure in loops}.values()
     errors = [abs(compare_memory.planned(figure) / float(figure["mib"]) - 1) for figure in figures]
-    assert len(errors) == 8
+    assert len(errors) == 6
     assert sum(errors) / len(errors) <= 0.005
     assert max(errors) <= 0.015
 
 
 def measured(folder: Path, changes: dict[Any, Config]) -> dict[Any, dict[str, Any]]:
-    """What the plugin records in real trainings, each of two steps, by their name.
-
-    Args:
-        folder: an empty folder.
-        changes: to a recipe, by name.
-    """
+    """Records of the plugin in real trainings of two steps, by name."""
     files = {}
     for i, (name, change) in enumerate(changes.items()):
         output = folder / str(i)
@@ -138,7 +134,6 @@ def change_of(family: str, attention: str, bf16: bool, turn: int, tiny: Path, da
         "base_model": str(folder),
         "special_tokens": {"pad_token": "</s>"},
         "datasets": [{"path": str(data), "type": "alpaca", "split": "train[:16]"}],
-        "dataset_num_proc": 1,
         "sequence_len": 320,  # most rows are shorter
         "bf16": bf16,
         "attn_implementation": attention,
@@ -153,9 +148,9 @@ def change_of(family: str, attention: str, bf16: bool, turn: int, tiny: Path, da
 
 @pytest.mark.long
 def test_real_trainings_of_axolotls_allocate_what_is_planned(tmp_path: Path, tiny: Path, sample: Path) -> None:
-    llamas = [("llama", "sdpa", bf16) for bf16 in (True, False, True)]
-    others = [(family, "sdpa", False) for family in TINY]
-    kinds = [*llamas, *others, ("gemma2", "eager", False)]  # whose scores only eager caps
+    attention = {"gemma2": "eager"}  # which alone caps its scores
+    others = [(family, attention.get(family, "sdpa"), False) for family in TINY]
+    kinds = [("llama", "sdpa", True), ("llama", "sdpa", False), *others]
     data = sample / "train.jsonl"
     changes = {turn: change_of(*kind, turn, tiny, data, tmp_path / f"model-{turn}") for turn, kind in enumerate(kinds)}
     (tmp_path / "runs").mkdir()

@@ -9,7 +9,7 @@ import orjson
 import pytest
 from conftest import SMALL, Recipe, config_with, recipe_config
 
-from qlora_recipes.base import paths, yamlfiles
+from qlora_recipes.base import yamlfiles
 from qlora_recipes.base.errors import UserError
 from qlora_recipes.configs import gpus
 from qlora_recipes.configs.compose import Request
@@ -93,7 +93,6 @@ def test_packed_documents_make_one_row_where_flash_attention_keeps_them_apart() 
 
 @pytest.fixture
 def small(tmp_path: Path) -> yamlfiles.Config:
-    """The recipe for Llama 3, of a small model with a large vocabulary."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SMALL | {"vocab_size": 128256, "max_position_embeddings": 8192}))
@@ -259,8 +258,9 @@ def test_mistakes_are_reported(recipe: Recipe, arguments: list[str], names: str)
 
 
 @pytest.mark.long
-def test_every_recipe_of_the_first_study_fits_its_card() -> None:
+def test_recipes_of_the_first_study_fit_its_card() -> None:
     card = gpus.find("Quadro RTX 5000")
-    for name in (name for name in paths.recipe_names() if name.startswith("haider2024/")):
+    for name in ("all-linear/code-llama-7b", "as-released/llama-3-8b", "llama-3.2-3b"):  # the largest of each shape
+        name = f"haider2024/{name}"
         needed = planner.required_gib(recipe_config(name), card, anew=True)
         assert needed and needed <= planner.USABLE * 16, name

@@ -18,7 +18,6 @@ PUBLISHED = "peft-metamathqa/lora-rank32"
 
 @pytest.fixture
 def own(tiny: Path, sample: Path, tmp_path: Path) -> Path:
-    """A config with a tokenizer and rows that are here."""
     data = [{"path": str(sample / "train.jsonl"), "type": "alpaca"}]
     change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": {"pad_token": "</s>"}}
     file = tmp_path / "own.yaml"

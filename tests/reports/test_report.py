@@ -218,7 +218,6 @@ def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Debian's chromium."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
     chromium = shutil.which("chromium")
     if not chromium:

@@ -24,7 +24,6 @@ def bad(tmp_path: Path) -> RunDir:
 
 
 def edit(file: Path, **change: Any) -> None:
-    """Change keys of a JSON file."""
     file.write_bytes(orjson.dumps(orjson.loads(file.read_bytes()) | change))
 
 

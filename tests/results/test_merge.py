@@ -1,12 +1,10 @@
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from conftest import finish, start
+from conftest import finish, start, wait_until
 from run_folders import ADAPTER, a_run
 from safetensors import numpy as arrays
 
@@ -27,14 +25,6 @@ def run(tmp_path: Path) -> RunDir:
     return folder
 
 
-def wait_until_half(run: RunDir, process: "subprocess.Popen[str]") -> None:
-    """Wait until the stand-in has written half a model."""
-    deadline = time.monotonic() + 120
-    while not [*run.output.glob(".merged.part/merged/*.safetensors")]:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize(("by", "code"), STOPS)
 def test_a_merge_that_is_stopped_leaves_no_process_and_no_half_a_model(
@@ -44,7 +34,7 @@ def test_a_merge_that_is_stopped_leaves_no_process_and_no_half_a_model(
     words = ("publish", run.path, "--merge")
     process = start(tmp_path, *words, command=stand_in, STAND_IN_GO=str(tmp_path / "go"))
     try:
-        wait_until_half(run, process)
+        wait_until(lambda: [*run.output.glob(".merged.part/merged/*.safetensors")], process)  # half of a model
         child = psutil.Process(process.pid).children()
         process.send_signal(by)
         process.communicate(timeout=60)

@@ -75,7 +75,6 @@ def adapter_for(run: RunDir, base: str) -> None:
 
 
 def record(tmp_path: Path, **changes: Any) -> Run:
-    """The record of a run on a GPU."""
     usual = {
         "state": "finished",
         "recipe": RECIPE,
@@ -98,7 +97,6 @@ def record(tmp_path: Path, **changes: Any) -> Run:
 
 
 def evaluated(run: RunDir, **settings: Any) -> None:
-    """Give a run the scores of an evaluation."""
     scores = {"rows": 5000, "bleu4": 5.12345, "rouge_l": 0.1, "bertscore_f1": None, "bertscore": None, "exact": 0}
     scores |= {"intervals": {"bleu4": [4.9, 5.3]}, "sacrebleu": 1.5, "sacrebleu_signature": "nrefs:1|case:mixed"}
     default = {
@@ -114,13 +112,11 @@ def evaluated(run: RunDir, **settings: Any) -> None:
 
 
 def published(run: RunDir, **options: Any) -> tuple[dict[str, Any], str]:
-    """Publish a run; the front matter and the text of its card."""
     publish.publish(run, **options)
     return card(run.output)
 
 
 def card(folder: Path) -> tuple[dict[str, Any], str]:
-    """The front matter and the text of a card."""
     found = re.fullmatch(r"---\n(.*?)\n---\n(.*)", (folder / "README.md").read_text(), re.DOTALL)
     assert found
     return yaml.safe_load(found[1]), found[2]

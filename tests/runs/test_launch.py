@@ -20,7 +20,6 @@ TORCHRUN = "E1127 05:27:43 31670 torch/distributed/elastic/multiprocessing/api.p
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunDir:
-    """A run to train again."""
     return a_run(tmp_path / "runs", "haider2024/code-llama-7b", "one", 5.0, state="failed")
 
 

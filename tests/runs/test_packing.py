@@ -15,8 +15,8 @@ pytestmark = pytest.mark.long  # three trainings of a step
 
 ROWS = 8
 NAME = "haider2024/llama-2-7b"
-ALONE = {"micro_batch_size": 2, "gradient_accumulation_steps": ROWS // 2, "dataset_num_proc": 1}  # a step is all rows
-TOGETHER = {"micro_batch_size": 1, "gradient_accumulation_steps": ROWS, "dataset_num_proc": 1}
+ALONE = {"micro_batch_size": 2, "gradient_accumulation_steps": ROWS // 2}  # a step is all rows
+TOGETHER = {"micro_batch_size": 1, "gradient_accumulation_steps": ROWS}
 
 
 class Leaking(BasePlugin):
@@ -24,7 +24,6 @@ class Leaking(BasePlugin):
     for one sequence."""
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Called by Axolotl."""
         trainer.args.sample_packing_drop_attention_mask = False
 
 

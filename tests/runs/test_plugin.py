@@ -26,7 +26,6 @@ STOPPING = SimpleNamespace(should_training_stop=True)
 
 
 def state_at(step: int, **more: Any) -> SimpleNamespace:
-    """A trainer's state."""
     return SimpleNamespace(is_world_process_zero=True, global_step=step, max_steps=8, epoch=0.1, log_history=[], **more)
 
 
@@ -38,7 +37,6 @@ class UseCpuOnly(RunPlugin):
 
 
 def steps(run: RunDir) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each training step."""
     return [(record["loss"], record["grad_norm"]) for record in run.read_metrics() if "loss" in record]
 
 

@@ -1,8 +1,6 @@
 """Tasks of lm-evaluation-harness, on the model that an evaluation generates with."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,9 +86,11 @@ def a_task(place: Path) -> Path:
 
 @pytest.mark.long
 def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(
-    tmp_path: Path, stand_in: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, stand_in: Path, recipe: Recipe, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     answer, batches = HFLM._model_call, list[int]()
 
@@ -102,14 +102,14 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(
         return answer(model, rows, *others, **more)
 
     monkeypatch.setattr(HFLM, "_model_call", interrupted)
-    finish(start(tmp_path, "run", "haider2024/llama-3.2-3b", "--rehearse", command=stand_in))
+    words = ("run", "haider2024/llama-3.2-3b", "--rehearse", "--set", f"base_model={tiny}")
+    finish(start(tmp_path, *words, command=stand_in))
     (run,) = rundir.all_runs(tmp_path / "runs")
-    assert (
-        recipe("evaluate", "latest", "--metric", "benchmark:no_such_task", "--metric", "bertscore:none").returncode == 2
-    )
+    evaluate = ("evaluate", "latest", "--max-new-tokens", "8", "--metric", "bertscore:none")
+    assert recipe(*evaluate, "--metric", "benchmark:no_such_task").returncode == 2
     assert not (run.path / "predictions.jsonl").exists()
     task = a_task(tmp_path)
-    wanted = ("evaluate", "latest", "--metric", f"benchmark:{task}", "--metric", "bertscore:none")
+    wanted = (*evaluate, "--metric", f"benchmark:{task}")
     assert recipe(*wanted).returncode != 0 and not (run.path / "scores.json").exists()
     done = recipe(*wanted, "--json")
     assert done.returncode == 0, done.stderr
@@ -118,15 +118,12 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(
     assert (own["version"], own["shots"], own["rows"], own["result"]) == ("3", 0, 12, "acc")
     resumed = sum(batches)  # the batch before the interruption is not answered again
     assert recipe("publish", "latest", "--merge").returncode == 0
-    model = f"pretrained={run.output / 'merged'},dtype=bfloat16"
-    words = ("--model", "hf", "--model_args", model, "--tasks", "sums", "--include_path", tmp_path, "--limit", "12")
-    command = [sys.executable, "-m", "lm_eval", *words, "--device", "cpu", "--output_path", tmp_path / "out"]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-    (written,) = (tmp_path / "out").rglob("results_*.json")
-    theirs = orjson.loads(written.read_bytes())["results"]["sums"]
+    model = HFLM(str(run.output / "merged"), dtype="bfloat16", device="cpu")
+    tasks = TaskManager(include_path=str(tmp_path))
+    theirs = simple_evaluate(model, tasks=["sums"], task_manager=tasks, limit=12)["results"]["sums"]
     assert scores["sums"] == own["value"] == pytest.approx(100 * theirs["acc,none"])
     assert own["stderr"] == pytest.approx(100 * theirs["acc_stderr,none"])
-    assert "sums" in orjson.loads(recipe("evaluate", "latest", "--metric", "bertscore:none", "--json").stdout)  # kept
+    assert "sums" in orjson.loads(recipe(*evaluate, "--json").stdout)  # kept
     assert recipe(*wanted, "--adapter", "none").returncode == 0
     assert sum(batches) == 2 * resumed
     (row,) = orjson.loads(recipe("results", "--json").stdout)

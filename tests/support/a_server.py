@@ -69,13 +69,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def completed(text: str, reason: str | None = "stop", **more: Any) -> Reply:
-    """An answer with a completion."""
     return 200, {"choices": [{"text": text, "finish_reason": reason} | more]}
 
 
 @contextmanager
 def serving(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[AServer]:
-    """A server that answers until the block ends."""
     with AServer(reply) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server

@@ -40,14 +40,10 @@ _COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged")
 
 
 class Cluster:
-    """What tests ask of the cluster."""
-
     def ask(self, *command: str) -> str:
-        """What one of its commands prints."""
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     def wait_until_empty(self, seconds: float = 400) -> None:
-        """Wait for the end of all jobs."""
         deadline = time.monotonic() + seconds
         while jobs := self.ask("squeue", "--noheader"):
             assert time.monotonic() < deadline, jobs

@@ -12,7 +12,6 @@ ALL = typer.main.get_command(cli.app)
 
 
 def commands(name: str = "recipe", command: click.Command = ALL) -> Iterator[tuple[str, click.Command]]:
-    """All commands with their names, groups before their verbs."""
     yield name, command
     for verb, below in getattr(command, "commands", {}).items():
         yield from commands(f"{name} {verb}", below)

@@ -108,7 +108,6 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server of this machine."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(fetching, "PAUSES", (0,) * 5)
     monkeypatch.setattr(fetching, "CHUNK", 10_000)
@@ -137,7 +136,6 @@ def as_hub(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def data_of(sources: dict[str, Any]) -> Data:
-    """Data of some sources."""
     first, *_ = (file for name, source in sources.items() for file in source.get("files", [name]))
     about = {"key": "codereviewer", "name": "Reviews", "source": "https://zenodo.org/records/1", "licence": "CC"}
     return Data.model_validate(

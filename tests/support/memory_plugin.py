@@ -28,10 +28,7 @@ MEASURED = 1  # the step that is measured, from 0: it has the optimizer's state,
 
 
 class MemoryPlugin(BasePlugin):
-    """Caps the memory of the training, and adds `Measure`."""
-
     def pre_model_load(self, cfg: Any) -> None:
-        """Leave some of the free memory to other programs on the GPU."""
         cap_memory()
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
@@ -65,7 +62,6 @@ class Measure(TrainerCallback):
         self.loaded = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the step that this training begins after."""
         write_json(self.file.with_name(BEGUN), {"step": state.global_step})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -76,7 +72,6 @@ class Measure(TrainerCallback):
             self._begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write what was measured."""
         if state.global_step == MEASURED + 1:
             write_json(self.file, self._end())
 
@@ -125,7 +120,6 @@ def peak(events: Events) -> int:
 
 
 def _of_module(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """All tensors of a model, its quantization constants among them."""
     for tensor in (*module.parameters(), *module.buffers()):
         yield tensor
         yield from _tensors(getattr(tensor, "quant_state", None))

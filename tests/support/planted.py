@@ -1,4 +1,4 @@
-"""Errors in adapter scale, resume and 4-bit weights, for `make verify` to find: a plugin of pytest, and of Axolotl."""
+"""Errors in adapter scale and 4-bit weights, for `make verify` to find: a plugin of pytest, and of Axolotl."""
 
 from typing import Any
 
@@ -7,11 +7,9 @@ from axolotl.integrations.base import BasePlugin
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import TrainerCallback
 
 
 def scaled(model: Any) -> Any:
-    """A model whose adapters have another scale."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.scaling = {name: 1.1 * scale for name, scale in module.scaling.items()}
@@ -19,28 +17,13 @@ def scaled(model: Any) -> Any:
 
 
 class Planted(BasePlugin):
-    """Adapters of another scale, and weights that a resumed training does not take from its checkpoint."""
+    """Adapters of another scale."""
 
     def post_lora_load(self, cfg: Any, model: Any) -> None:
-        """Change the scale."""
         scaled(model)
-
-    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
-        """The callback that changes a weight."""
-        return [Forget()]
-
-
-class Forget(TrainerCallback):
-    """Changes a weight of a resumed training."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Change it."""
-        if state.global_step:
-            next(weight for weight in kwargs["model"].parameters() if weight.requires_grad).data += 0.01
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Plant the errors."""
     import trainings
 
     forward, load, settings = Linear4bit.forward, PeftModel.from_pretrained, trainings.settings

@@ -61,14 +61,7 @@ baselines:
 
 
 def write(place: Path, url: str, scores: dict[str, float] | None = None, **sources: Any) -> None:
-    """Write the study into a folder of work.
-
-    Args:
-        place: the folder.
-        url: the address of the folder of files on a server.
-        scores: the published ones of the recipe.
-        sources: what is declared of the sources otherwise, by name, with __ for a dot.
-    """
+    """Write the study into a folder of work; `sources` are other declarations by name, with __ for a dot."""
     first = paths.RECIPES / "haider2024"
     content = yamlfiles.read_yaml(first / "study.yaml") | yamlfiles.parse(STUDY, "")
     content["published"][RECIPE]["scores"] = scores or content["published"][RECIPE]["scores"]
@@ -97,5 +90,4 @@ def write(place: Path, url: str, scores: dict[str, float] | None = None, **sourc
 
 
 def digest(content: bytes) -> str:
-    """The checksum of some bytes."""
     return hashlib.sha256(content).hexdigest()

@@ -20,12 +20,7 @@ _INSTRUCTION = "Review the code change and comment on it."
 
 
 def make(folder: Path, architecture: dict[str, Any]) -> None:
-    """A model's folder with random weights in bf16, a layer at a time, so that main memory holds no more than one.
-
-    Args:
-        folder: the folder, which is made.
-        architecture: the content of a config.json.
-    """
+    """A model's folder with random weights in bf16, a layer at a time, so that main memory holds no more than one."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -92,14 +87,7 @@ def save_tiny_llama(folder: Path) -> None:
 
 
 def write_full_rows(file: Path, model: Path, length: int, count: int) -> None:
-    """Rows of the sample, laid end to end until each nearly fills a length.
-
-    Args:
-        file: where to.
-        model: the folder with the tokenizer that they are measured with.
-        length: in tokens.
-        count: how many rows.
-    """
+    """Rows of the sample, laid end to end until each nearly fills a length in the model's tokens."""
     from axolotl.prompters import AlpacaPrompter
     from transformers import AutoTokenizer
 
@@ -119,7 +107,6 @@ def write_full_rows(file: Path, model: Path, length: int, count: int) -> None:
 
 
 def _texts() -> Iterator[str]:
-    """The inputs and outputs of the sample, again and again."""
     rows = list(map(orjson.loads, (usual_sample() / "train.jsonl").read_bytes().splitlines()))
     while True:
         for row in rows:

@@ -79,7 +79,6 @@ def recorded(folder: RunDir, **change: Any) -> Path:
 
 
 def study_here(monkeypatch: Any, place: Path) -> None:
-    """Have the small study in a folder of work, and work there."""
     small_study.write(place)
     monkeypatch.chdir(place)
     assert "sums2030" in {folder.name for folder in paths.studies()}

@@ -52,14 +52,12 @@ def a_run(runs: Path, recipe: str, name: str, bleu4: float, within: float = 0.1,
 
 
 def shell_for_axolotl(folder: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
-    """Have a shell's line train in the place of Axolotl."""
     (axolotl := folder / "axolotl").write_text(f"#!/bin/sh\n{does}\n")
     axolotl.chmod(0o755)
     monkeypatch.setattr(launch, "AXOLOTL", axolotl)
 
 
 def evaluated(folder: RunDir, scores: dict[str, Any], rehearsal: bool = False, **settings: Any) -> None:
-    """Give a run the scores of an evaluation."""
     default = {
         "base_model": "m",
         "adapter": "a",
@@ -107,7 +105,6 @@ def a_tiny_run(place: Path, tiny: Path, profile: Path, sample: Path) -> RunDir:
 
 
 def a_checkpoint(output: Path, step: int, ranks: int = 1) -> Path:
-    """A checkpoint with the files that a run saves."""
     folder = output / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     save_file({"lora_A": torch.ones(8, 64), "lora_B": torch.ones(64, 8)}, folder / ADAPTER)

@@ -24,7 +24,6 @@ GIB = 1 << 30
 
 
 def write(place: Path, **changes: Any) -> None:
-    """Write the study into a folder of work, over the one that is there."""
     first = paths.RECIPES / "haider2024"
     data = yamlfiles.read_yaml(first / "study.yaml")["data"]
     content: dict[str, Any] = {
@@ -62,12 +61,10 @@ def write(place: Path, **changes: Any) -> None:
 
 
 def read() -> Study:
-    """The study, in its folder of work."""
     return study.find("sums2030")
 
 
 def row_of(runs: Path, recipe: str = PLAIN) -> dict[str, Any]:
-    """The row of a recipe in the study's table."""
     (found,) = [row for row in verdict.rows(read(), runs, False) if row.recipe == recipe]
     return verdict.record(found, read())
 
@@ -97,7 +94,6 @@ def ran(
 
 
 def decoded(folder: RunDir, accuracy: float) -> None:
-    """Have a run be evaluated greedily, too."""
     own = read_scores(folder.path)
     assert own
     settings = own.settings.model_copy(update={"decoding": Decoding.model_validate(GREEDY)})

@@ -14,7 +14,6 @@ NAME = "haider2024/llama-2-7b"
 
 
 def losses(run: RunDir) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step."""
     return [(record["loss"], record["grad_norm"]) for record in run.read_metrics() if "loss" in record]
 
 

@@ -126,7 +126,6 @@ def test_a_wrong_request_starts_nothing(recipe: Recipe, tmp_path: Path, words: l
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server with the shipped sample, zipped."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as stream:
         for file in SAMPLE.glob("msg-*.jsonl"):
@@ -139,7 +138,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def published_data(server: Server) -> study.Study:
-    """The study with the sample on the server as its data."""
     files = {file.name: SourceFile(rows=datafiles.count_rows(file)) for file in SAMPLE.glob("msg-*.jsonl")}
     sources = {"Comment_Generation.zip": DataSource(url=server.url, files=files)}
     return STUDY.model_copy(update={"data": STUDY.data.model_copy(update={"sources": sources})})

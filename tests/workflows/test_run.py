@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import RECIPE, Recipe, finish, start
+from conftest import RECIPE, Recipe, finish, start, wait_until
 from filelock import FileLock
 
 from qlora_recipes.base import paths, yamlfiles
@@ -29,13 +29,11 @@ PAGED = "haider2024/code-llama-7b"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the undisturbed runs."""
     return tmp_path_factory.mktemp("place")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Path, tiny_profile: Path) -> RunDir:
-    """A run of a recipe with the paged optimizer that nothing interrupts."""
     return RunDir(place / finish(start(place, "run", PAGED, "--profile", tiny_profile)))
 
 
@@ -46,15 +44,6 @@ def stand_in_undisturbed(place: Path, tiny_profile: Path, stand_in: Path) -> Run
     return RunDir(place / finish(start(place, *words, command=stand_in)))
 
 
-def wait_until(holds: Callable[[], bool], process: "subprocess.Popen[str]", patience: float = 300) -> None:
-    """Wait until something holds, while the command goes on."""
-    deadline = time.monotonic() + patience
-    while not holds():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.003)
-
-
 def trains(process: "subprocess.Popen[str]") -> bool:
     return len(psutil.Process(process.pid).children()) == 1
 
@@ -62,14 +51,10 @@ def trains(process: "subprocess.Popen[str]") -> bool:
 def end_of(process: "subprocess.Popen[str]", run: RunDir) -> None:
     """Wait for the end of a command that was stopped, and of what it left behind."""
     process.communicate(timeout=120)
-    deadline = time.monotonic() + 60
-    while run.read().state == "running":  # whoever still holds its lock
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: run.read().state != "running")  # whoever still holds its lock
 
 
 def stop(process: "subprocess.Popen[str]", how: str) -> None:
-    """Send a signal to the process that trains, to its command, or to both."""
     (child,) = psutil.Process(process.pid).children()
     name, _, whom = how.partition(" to ")
     for one in {"training": [child], "command": [process], "both": [process, child]}[whom]:

@@ -239,7 +239,7 @@ def test_an_adapter_makes_the_predictions_of_the_rehearsal_that_trained_it(
 ) -> None:
     assert trains_nothing("run", "haider2024/llama-3.2-3b", "--rehearse").returncode == 0
     (run,) = rundir.all_runs(tmp_path / "runs")
-    few = ("--limit", "3", "--metric", "bertscore:none")
+    few = ("--limit", "3", "--max-new-tokens", "8", "--metric", "bertscore:none")
     assert recipe("evaluate", "latest", *few).returncode == 0
     (adapter := tmp_path / "theirs").mkdir()
     for file in ADAPTER:  # without a tokenizer

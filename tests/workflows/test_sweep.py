@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 import pytest
-from conftest import RECIPE
+from conftest import RECIPE, wait_until
 
 from qlora_recipes.base import yamlfiles
 from qlora_recipes.runs import rundir
@@ -56,18 +56,14 @@ def finished(place: Path, tiny_profile: Path, stand_in: Path) -> dict[str, Any]:
     held = os.environ | {"STAND_IN_STEP": "0.02", "STAND_IN_HOLD": "3"}  # of sixteen steps
     with (place / "said").open("w") as said:
         process = subprocess.Popen(command(stand_in, tiny_profile), cwd=place, env=held, stderr=said)
-    deadline = time.monotonic() + 300
-    while not (folders := rundir.all_runs(place / "runs" / BASE)) or not folders[0].read().launches:
-        assert process.poll() is None and time.monotonic() < deadline, (place / "said").read_text()
-        time.sleep(0.01)
+    wait_until(lambda: [run for run in rundir.all_runs(place / "runs" / BASE) if run.read().launches], process)
     time.sleep(chance.uniform(0, 0.5))
     assert process.poll() is None
     stop(process, place, chance.choice(("SIGKILL", "SIGTERM", "cancel")))
     process.wait(120)
-    while (record := folders[0].read()).state == "running":  # ends by itself when the sweep was killed
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert (record.state, len(record.launches), len(folders)) == ("interrupted", 1, 1), stop
+    (run,) = rundir.all_runs(place / "runs" / BASE)
+    wait_until(lambda: run.read().state != "running")  # ends by itself when the sweep was killed
+    assert (run.read().state, len(run.read().launches)) == ("interrupted", 1), stop
     done = subprocess.run(command(stand_in, tiny_profile), cwd=place, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr  # for the member that fails
     assert re.findall(r"(\d) of 3, (\w+): ", done.stderr)[-2:] == [("2", "high"), ("3", "broken")]

@@ -17,7 +17,6 @@ PHI |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 512, "
 
 
 def write_model(folder: Path, sizes: dict[str, Any], tokenizer_config: dict[str, Any] | None, **files: Any) -> Path:
-    """A model's folder without real weights."""
     folder.mkdir(parents=True)
     contents = {"config": sizes, "tokenizer_config": tokenizer_config} | files
     for name, content in contents.items():

@@ -46,7 +46,6 @@ GO = Path(os.environ.get("STAND_IN_GO", os.devnull + "/none"))
 
 
 def write(file: Path, content: bytes) -> None:
-    """Write a file piece by piece."""
     with file.open("wb") as stream:
         for begin in range(0, len(content), quarter := -(-len(content) // 4)):
             stream.write(content[begin : begin + quarter])
@@ -182,7 +181,6 @@ class Training:
             raise ValueError(f"{folder / ADAPTER} is not what was learnt by then")
 
     def save_adapter(self, folder: Path) -> None:
-        """Save a LoRA adapter that PEFT loads."""
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -222,7 +220,6 @@ class Training:
 
 
 def note_phase(cfg: yamlfiles.Config, phase: str) -> None:
-    """Note what begins, as the plugin does."""
     record = orjson.dumps({"time": time.time(), "phase": phase})
     append_line(Path(str(cfg["output_dir"])).parent / "metrics.jsonl", record)
 
