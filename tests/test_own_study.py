@@ -92,13 +92,6 @@ def test_the_skeleton_of_a_study_passes_every_check(recipe: Recipe, tmp_path: Pa
     assert again.returncode == 2 and "recipes/mine: " in again.stderr
 
 
-@pytest.mark.parametrize("name", ["../up", "haider2024"])
-def test_a_name_that_no_study_can_have(recipe: Recipe, tmp_path: Path, name: str) -> None:
-    result = recipe("study", "new", name)
-    assert result.returncode == 2 and name in result.stderr
-    assert [*tmp_path.iterdir()] == []
-
-
 def test_a_study_says_what_it_lacks(recipe: Recipe, tmp_path: Path) -> None:
     write_capitals(tmp_path)
     study = tmp_path / "recipes" / "capitals" / "study.yaml"
@@ -161,7 +154,7 @@ def test_a_study_of_another_kind_goes_to_the_end(
     [
         ("loftq-gsm8k/llama-2-7b-loftq", True, "done", 12),
         ("peft-metamathqa/lora-rank32-dora", True, "done", 12),
-        ("tinker-tulu3/llama-3.2-1b-lora", False, None, None),  # a metric of the eval loss needs no predictions
+        ("tinker-tulu3/llama-3.2-1b-lora", True, None, None),  # a metric of the eval loss needs no predictions
         ("qlora-guanaco/llama-7b", False, "done", 0),  # nor does a benchmark, whose rows are on a hub
     ],
 )
@@ -189,7 +182,7 @@ def test_the_studies_of_other_kinds_are_rehearsed(
     assert row["recipe"] == name and (score is None) == (rows == 0) and 0 <= (score or 0) <= 100
     again = orjson.loads(recipe("reproduce", *words, "--json").stdout)
     assert {again["steps"][0][key] for key in ("run", "evaluate")} == {"skipped"}
-    if real:  # it has all that a record needs, but for a GPU
+    if rows:  # it has all that a record needs, but for a GPU
         run = RunDir(tmp_path / row["run"])
         with pytest.raises(ValidationError) as raised:
             ledger.record_of_run(RunResult(run, run.read()))

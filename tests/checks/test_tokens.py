@@ -22,7 +22,6 @@ def trained(content: yamlfiles.Config, cache: Path) -> list[tuple[list[int], lis
     from qlora_recipes.checks.tokens import Tokenizer
 
     cfg = Tokenizer(content | {"dataset_prepared_path": str(cache)}).cfg
-    cfg.dataset_num_proc = None  # no processes for few rows
     data = load_datasets(cfg=cfg).train_dataset
     return sorted(zip(map(list, data["input_ids"]), map(list, data["labels"]), strict=True))
 
@@ -234,13 +233,8 @@ def test_roles_are_judged_by_the_rehearsals_tokenizer_where_the_models_is_missin
     recipe: Recipe, tmp_path: Path
 ) -> None:
     data = [{"path": "rows.jsonl", "type": "chat_template"}]
-    change = {
-        "chat_template": "gemma",
-        "datasets": data,
-        "test_datasets": None,
-        "evals_per_epoch": None,
-        "warmup_steps": 0,
-    }
+    change = {"chat_template": "gemma", "datasets": data, "warmup_steps": 0}
+    change |= {"test_datasets": None, "evals_per_epoch": None}
     (tmp_path / "own.yaml").write_text(yamlfiles.write_yaml(config_with(change)))
     lines = [chat(ASKED, ANSWER), chat(SYSTEM, ASKED, ANSWER)]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
@@ -261,18 +255,13 @@ def test_run_asks_axolotl_before_it_starts_on_a_gpu(
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_command(recipe: Recipe, tmp_path: Path, tiny: Path, sample: Path) -> None:
-    data = {"path": str(sample / "train.jsonl"), "type": "alpaca"}
-    change = {"base_model": str(tiny), "revision_of_model": None, "special_tokens": None, "test_datasets": None}
-    (tmp_path / "mine.yaml").write_text(
-        yamlfiles.write_yaml(config_with(change | {"datasets": [data], "evals_per_epoch": None}))
-    )
+def test_the_command(recipe: Recipe, tmp_path: Path, llama: yamlfiles.Config) -> None:
+    (tmp_path / "mine.yaml").write_text(yamlfiles.write_yaml(llama))
     done = recipe("check", "mine.yaml", "--show-tokens", "2")
     assert done.returncode == 0, done.stderr
     assert "⟪Can we turn" in done.stdout
     assert done.stdout.count("</s>⟫") == 2
-    unknown = recipe(
-        "check", NAME, "--set", "datasets.0.path=x/y", "--set", "test_datasets.0.path=x/y", "--show-tokens", "1"
-    )
+    elsewhere = ("--set", "datasets.0.path=x/y", "--set", "test_datasets.0.path=x/y")
+    unknown = recipe("check", NAME, *elsewhere, "--show-tokens", "1")
     assert unknown.returncode == 2
     assert "codellama/CodeLlama-7b-hf" in unknown.stderr

@@ -59,6 +59,19 @@ MISTAKES = [
     (f"run {NAME} --nodes 2", "--on slurm"),
     (f"run {NAME} --on slrum,time=1:00:00", "slurm,"),
     (f"run {NAME} --gpus 2", "--gpus 2"),
+    (f"run {NAME} --rehearse --set comet_project_name=x", "[missing-package:comet_project_name]"),
+    ("report", "latest"),
+    ("report haider2024 -o gone/report.html", "gone"),
+    ("report haider2024 -o report.pdf", ".html"),
+    ("report haider2024", "--rehearse"),
+    ("report haider2024 --rehearse", "recipe reproduce haider2024"),
+    ("report haider2024 --best eval_loss", "--best"),
+    ("reproduce other", "other: "),
+    ("reproduce haider2024 --only lama-2", "--only lama-2: "),
+    ("reproduce haider2024 --only llama-2", "haider2024/all-linear/llama-2-7b, haid"),
+    ("reproduce haider2024 --jobs 3", "--jobs 3: "),
+    ("study new ../up", "../up"),
+    ("study new haider2024", "haider2024"),
 ]
 
 

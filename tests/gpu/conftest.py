@@ -18,6 +18,7 @@ os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 import trainings
 from figures import Figure
 
+from qlora_recipes import tables
 from qlora_recipes.base.files import write_json
 from qlora_recipes.runs.records import collect
 
@@ -65,11 +66,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    table = [COLUMNS, *([_cell(row, name) for name in COLUMNS] for row in ROWS)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(COLUMNS) - 1)]
-    for row in table:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        terminalreporter.write_line("  ".join([*cells, row[-1]]).rstrip())
+    tables.print_table([{name: _cell(row, name) for name in COLUMNS} for row in ROWS])
     RESULTS.parent.mkdir(exist_ok=True)
     write_json(RESULTS, {"machine": collect(), "rows": ROWS})
     terminalreporter.write_line(f"written to {RESULTS}")

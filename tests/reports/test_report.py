@@ -199,23 +199,6 @@ def test_a_sweep_shows_its_trade_offs(recipe: Recipe, tmp_path: Path) -> None:
     assert 'data-figure="sweep-memory-eval_loss"' in html
 
 
-def test_mistakes_write_nothing(recipe: Recipe, tmp_path: Path) -> None:
-    mistakes = {
-        (): "latest",
-        ("haider2024", "-o", "gone/report.html"): "gone",
-        ("haider2024", "-o", "report.pdf"): ".html",
-        ("haider2024",): "--rehearse",
-        ("haider2024", "--rehearse"): "recipe reproduce haider2024",
-        ("haider2024", "--best", "eval_loss"): "--best",
-        ("ranks",): "ranks",
-    }
-    for arguments, named in mistakes.items():
-        done = recipe("report", *arguments)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert named in done.stderr
-    assert not list(tmp_path.glob("*.html"))
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")

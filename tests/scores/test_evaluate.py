@@ -264,10 +264,10 @@ def test_other_rows_are_evaluated_beside_the_usual_ones(run: RunDir, sample: Pat
     assert evaluated(run, limit=3) == usual
 
 
-@pytest.mark.parametrize(("state", "then"), [("interrupted", "interrupted"), ("queued", "queued")])
-def test_a_run_without_an_adapter_is_said_what_to_do_about(run: RunDir, state: State, then: str) -> None:
+@pytest.mark.parametrize("state", ["interrupted", "queued"])
+def test_a_run_without_an_adapter_is_said_what_to_do_about(run: RunDir, state: State) -> None:
     record(run, state=state)
-    with pytest.raises(UserError, match=rf"adapter_model\.safetensors.*{then}"):
+    with pytest.raises(UserError, match=rf"adapter_model\.safetensors.*{state}"):
         EvaluationTask(run, EvaluationRequest())
 
 

@@ -107,19 +107,9 @@ def test_what_a_recipe_starts_from_is_still_to_be_fetched_and_no_reason_to_refus
     assert outlined["data"][0].startswith("data/gsm8k-raw: ")
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["haider2024"], "no-gpu"),
-        (["other"], "other: "),
-        (["haider2024", "--only", "lama-2"], "--only lama-2: "),
-        (["haider2024", "--only", "llama-2"], "haider2024/all-linear/llama-2-7b, haid"),
-        (["haider2024", "--jobs", "3"], "--jobs 3: "),
-        (["haider2024", "--rehearse", "--set", "lora_rr=3"], "lora_rr: "),
-    ],
-)
+@pytest.mark.parametrize(("words", "says"), [([], "no-gpu"), (["--rehearse", "--set", "lora_rr=3"], "lora_rr: ")])
 def test_a_wrong_request_starts_nothing(recipe: Recipe, tmp_path: Path, words: list[str], says: str) -> None:
-    done = recipe("reproduce", *words)
+    done = recipe("reproduce", "haider2024", *words)
     assert (done.returncode, says in done.stderr) == (2, True)
     assert rundir.all_runs(tmp_path / "runs") == [] and not (tmp_path / "data").exists()
 
