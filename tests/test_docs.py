@@ -1,6 +1,8 @@
-"""The documentation: its commands parse, its links lead somewhere, its pages are short and its words plain."""
+"""The documentation and `make demo`: commands parse, links lead somewhere, pages are short and words plain."""
 
+import ast
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,9 @@ import pytest
 from command_line import ALL, COMMANDS, parsed
 
 from qlora_recipes.checks.check import RULES
+from qlora_recipes.configs import datafiles
+from qlora_recipes.configs.compose import Request, compose
+from qlora_recipes.scores.evaluate import REHEARSED
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "AGENTS.md", "CONTRIBUTING.md", "templates/README.md")]
@@ -123,3 +128,32 @@ def test_words_are_plain() -> None:
     question = re.compile(r'"""(?:What|Which|That|Those|Whether|How)\b.*')
     found = [f"{named(file)}: {text}" for file in SOURCES for text in question.findall(file.read_text())]
     assert len(found) <= QUESTIONS, "\n".join(found)
+
+
+def test_the_demo_does_what_it_says() -> None:
+    make = ["make", "--dry-run", "--no-print-directory", "demo"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    verbs = [parsed(line.partition(" > ")[0]) for line in re.findall(r"(?m)^\S*/(recipe .*)", done)]
+    assert [verb.info_name for verb in verbs] == ["run", "evaluate", "evaluate", "results", "report"]
+    trained, alone, *_, reported = (verb.params for verb in verbs)
+    assert alone["adapter"] == "none" and trained["rehearse"]
+    composed = compose(Request(trained["name"], overrides=trained["set_"], rehearse=True))
+    shown = " ".join(re.findall(r'(?m)^echo "(.*)"', done))
+    assert f"trained on {datafiles.training_rows(composed.config)} rows" in shown
+    assert f"on {REHEARSED} other rows" in shown
+    assert str(reported["out"]) in shown
+
+
+def statements(module: str) -> int:
+    nodes = [
+        node for node in ast.walk(ast.parse((ROOT / "scripts" / module).read_text())) if isinstance(node, ast.stmt)
+    ]
+    texts = [node for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    return sum(not isinstance(node, ast.Import | ast.ImportFrom) for node in nodes) - len(texts)
+
+
+def test_the_reading_path_is_short() -> None:
+    _, path, *_ = re.split(r"(?m)^## ", (ROOT / "scripts" / "README.md").read_text())
+    modules = re.findall(r"(?m)^\d+\. `(\S+\.py)`", path)
+    assert path.startswith("Reading path") and 15 < len(modules) == len(set(modules)) <= 25
+    assert sum(map(statements, modules)) <= 2500

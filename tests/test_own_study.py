@@ -121,7 +121,7 @@ def test_a_study_says_what_it_lacks(recipe: Recipe, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_study_of_another_kind_goes_to_the_end(
-    recipe: Recipe, tmp_path: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, tmp_path: Path, tiny: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another task, CSV, accuracy, no validation rows, and not a line of Python."""
     monkeypatch.setattr(sys, "executable", str(stand_in.with_name("python")))  # of the commands that it starts
@@ -138,7 +138,7 @@ def test_a_study_of_another_kind_goes_to_the_end(
     done("data", "prepare", *raw, "--study", "capitals")
     rows = [orjson.loads(line) for line in (tmp_path / "data" / "capitals" / "test.jsonl").read_bytes().splitlines()]
     assert rows[0] == {"question": "What is the capital of France?", "answer": "Paris", "idx": 0}
-    table = done("reproduce", "capitals", "--rehearse")
+    table = done("reproduce", "capitals", "--rehearse", "--set", f"base_model={tiny}")
     assert "capitals/first" in table and "accuracy, %" in table
     scores = orjson.loads(done("evaluate", "latest", "--json"))
     assert scores["rows"] == 4 and 0 <= scores["accuracy"] <= 100 and "bleu4" not in scores
