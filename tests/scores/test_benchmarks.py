@@ -121,11 +121,12 @@ def test_a_task_scores_as_by_the_harness_itself_also_when_resumed(
     model = HFLM(str(run.output / "merged"), dtype="bfloat16", device="cpu")
     tasks = TaskManager(include_path=str(tmp_path))
     theirs = simple_evaluate(model, tasks=["sums"], task_manager=tasks, limit=12)["results"]["sums"]
+    before = sum(batches)
     assert scores["sums"] == own["value"] == pytest.approx(100 * theirs["acc,none"])
     assert own["stderr"] == pytest.approx(100 * theirs["acc_stderr,none"])
     assert "sums" in orjson.loads(recipe(*evaluate, "--json").stdout)  # kept
     assert recipe(*wanted, "--adapter", "none").returncode == 0
-    assert sum(batches) == 2 * resumed
+    assert sum(batches) == before + resumed
     (row,) = orjson.loads(recipe("results", "--json").stdout)
     assert row["sums"] == scores["sums"] and row["sums_base_model"] is not None
     assert "sums, %, gained" in recipe("results", "--format", "md").stdout
