@@ -113,14 +113,10 @@ def refuse(findings: list[Finding], force: Sequence[str] = ()) -> list[Finding]:
         UserError: an error is left, or --force names none.
     """
     unknown_force(force, {finding.name for finding in findings if finding.level == "error"})
-    for name in force:
-        if name.startswith(_NEVER_FORCED):
-            raise UserError(f"--force {name}: a run cannot start with this")
     override_errors(findings, force)
-    left = [finding for finding in findings if finding.name not in force or finding.scope == "code"]
-    if errors := [str(finding) for finding in left if finding.level == "error"]:
+    if errors := [str(finding) for finding in findings if finding.level == "error"]:
         raise UserError("\n".join(errors))
-    return left
+    return [finding for finding in findings if finding.name not in force or finding.scope == "code"]
 
 
 Problems = Iterator[tuple[Level, str, str, str]]

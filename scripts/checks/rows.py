@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import orjson
 
@@ -154,18 +153,6 @@ def check(config: Config) -> tuple[list[Finding], list[Row]]:
     return findings, read
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """The values within a JSON value as texts, whatever the order of its keys."""
-    if isinstance(value, dict):
-        for key in sorted(value):
-            yield from _texts(value[key])
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif value is not None:
-        yield str(value)
-
-
 class _Reader:
     """Reads and checks the rows of one data set.
 
@@ -230,7 +217,9 @@ class _Reader:
             self._items(file, number, row)
         if self.needs_input and not row.get(fields.optional[0]):
             file.count("no-format", fields.optional[0], number)
-        self._text(file, number, "\n".join(_texts([row.get(name) for name in self.names] if self.names else row)))
+        read = [row[name] for name in self.names if row.get(name) is not None] if self.names else row
+        if read:
+            self._text(file, number, orjson.dumps(read, option=orjson.OPT_SORT_KEYS).decode())
 
     def _items(self, file: _File, number: int, row: Row) -> None:
         """Check the messages of a chat, or the segments of an input_output row."""
@@ -257,8 +246,6 @@ class _Reader:
                 file.count("lacks-system", "", number)
 
     def _text(self, file: _File, number: int, text: str) -> None:
-        if not text:
-            return
         if self.special and (match := self.special.search(text)):
             file.count("special-token", match[0], number)
         if before := self.seen.get(hash(text)):

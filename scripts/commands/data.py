@@ -27,7 +27,7 @@ verbs = typer.Typer(
 @verbs.command(
     "fetch",
     cls=Verb,
-    epilog="recipe data fetch codereviewer\nrecipe data fetch gsm8k --from my-folder",
+    epilog="recipe data fetch codereviewer\nrecipe data fetch gsm8k --only test.jsonl",
 )
 def fetch_verb(
     name: Annotated[
@@ -37,10 +37,6 @@ def fetch_verb(
             autocompletion=complete_data_sets,
             help="The data set, or its study's name; needed where there are several.",
         ),
-    ] = None,
-    from_: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="PATH", help="The file, or the folder of files, that you already have."),
     ] = None,
     only: Annotated[
         list[str] | None,
@@ -59,16 +55,10 @@ def fetch_verb(
     of_study = study.with_data(name)
     data = of_study.data
     wanted = [meant(word, data.sources, "source", option="--only") for word in only or ()]
-    given = [name for name in data.sources if from_ and name not in of_study.fetched and _may_be(from_, name)]
-    rows = fetch.fetch(data, out or data.raw, from_, wanted or [*of_study.fetched, *given])
+    rows = fetch.fetch(data, out or data.raw, wanted or of_study.fetched)
     tables.print_json(rows) if json else tables.print_table(rows)
     raw = [] if out in (None, data.raw) else [out / file for file in data.raw_files]
     next_step("data", "prepare", *raw, "--study", of_study.folder.name, json=json)
-
-
-def _may_be(given: Path, source: str) -> bool:
-    """Whether a path is that of a source, or of a folder that has it."""
-    return given.name == source or (given / source).is_file()
 
 
 @verbs.command(

@@ -34,7 +34,7 @@ class Rejected(Exception):
     """A file's content is not what the study says."""
 
 
-def fetch(data: Data, out: Path, given: Path | None = None, only: Collection[str] | None = None) -> list[Row]:
+def fetch(data: Data, out: Path, only: Collection[str] | None = None) -> list[Row]:
     """Put the data set's files into a folder, unless they are there, and record in fetched.json what they are.
 
     An interrupted download stays as <file>.part, from which the next call resumes; downloads from the hub stay in its
@@ -44,7 +44,6 @@ def fetch(data: Data, out: Path, given: Path | None = None, only: Collection[str
     Args:
         data: the study's data; its sources say where everything is.
         out: the folder to write to.
-        given: a copy of a source, or a folder with several, under the names of the sources; they are only read.
         only: the wanted sources; by default all.
 
     Returns:
@@ -56,7 +55,6 @@ def fetch(data: Data, out: Path, given: Path | None = None, only: Collection[str
         OSError: the disk is full.
     """
     wanted = [name for name in data.sources if only is None or name in only]
-    places = _places(data, given, wanted)
     out.mkdir(parents=True, exist_ok=True)
     with held(out / ".fetch.lock", "another fetch is running"), naming(out):
         rows = _present(data, out, wanted)
@@ -66,11 +64,10 @@ def fetch(data: Data, out: Path, given: Path | None = None, only: Collection[str
         for left in out.glob(".fetching-*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         for name in missing:
-            place, source = places.get(name), data.sources[name]
+            source = data.sources[name]
             with tempfile.TemporaryDirectory(dir=out, prefix=".fetching-") as staging:
-                rows[name] = _fetched(data, name, place, out, Path(staging))
-            origin = place.resolve() if place else source.url or source.hub
-            record = {"from": str(origin), "revision": None if place else source.revision, "time": now()}
+                rows[name] = _fetched(data, name, out, Path(staging))
+            record = {"from": source.url or source.hub, "revision": source.revision, "time": now()}
             _record(out, {name: record}, [row for of_source in rows.values() for row in of_source])
         return [row for name in wanted for row in rows[name]]
 
@@ -79,20 +76,6 @@ def _record(out: Path, source: Row, files: list[Row]) -> None:
     former = read_json(out / RECORD).get("sources", {})
     record = {"made_by": f"qlora-recipes {__version__}", "sources": former | source, "files": files}
     write_json(out / RECORD, record)
-
-
-def _places(data: Data, given: Path | None, wanted: list[str]) -> dict[str, Path]:
-    """The copies that a user names, by source."""
-    if given is None:
-        return {}
-    if given.is_dir():
-        copies = {name: given / name for name in wanted}
-    else:
-        copies = {name: given for name in wanted if len(wanted) == 1 or PurePath(name).name == given.name}
-    found = {name: copy for name, copy in copies.items() if copy.is_file()}
-    if not found:
-        raise UserError(f"{given}: no file of the sources {', '.join(wanted)}; name one by --only")
-    return found
 
 
 def _present(data: Data, out: Path, wanted: list[str]) -> dict[str, list[Row]]:
@@ -132,14 +115,11 @@ def _verified(name: str, file: Path, known: SourceFile) -> Row:
     return row
 
 
-def _fetched(data: Data, name: str, given: Path | None, out: Path, staging: Path) -> list[Row]:
+def _fetched(data: Data, name: str, out: Path, staging: Path) -> list[Row]:
     """Fetch and verify a source, and put its files in place; their rows."""
     source, part = data.sources[name], out / f"{name}.part"
-    file = given or part
     try:
-        if given:
-            found = {name: given if source.files else Path(shutil.copyfile(given, staging / "copy"))}
-        elif source.url:
+        if source.url:
             download(source.url, part)
             found = {name: part}
         else:
@@ -151,14 +131,14 @@ def _fetched(data: Data, name: str, given: Path | None, out: Path, staging: Path
         rows = [_verified(member, path, files[member]) for member, path in found.items()]
     except (Rejected, RuntimeError, *DAMAGED_ZIP) as error:  # RuntimeError: encrypted, or packed by another method
         aside = ""
-        if file == part and part.exists():
+        if part.exists():
             aside = f"; it is now {part.replace(part.with_suffix('.rejected'))}; the next fetch starts over"
             _version_file(part).unlink()
-        raise UserError(f"{file}: {error}{aside}") from None
+        raise UserError(f"{part}: {error}{aside}") from None
     except (UserError, WorkFailed) as error:
         raise type(error)(
-            f"{error}; or fetch it on another machine (page: {data.source}), copy it here, and run "
-            f"`recipe data fetch {data.key} --only {name} --from FILE`"
+            f"{error}; or run `recipe data fetch {data.key}` on another machine and copy its folder to {out}, or give "
+            f"files from {data.source} to `recipe data prepare`"
         ) from None
     for member, path in found.items():
         (out / member).parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ def test_a_variant_is_found_by_its_name_and_parts_of_that(recipe: Recipe, tmp_pa
         (("show", "wide.yaml"), " wide?"),
         (("run", BASE, "--profile", "tensorb", "--rehearse", "--dry-run"), "use_tensorboard: true"),
         (("results", "haider", "--json"), "haider2024/llama-3-8b"),
-        (("data", "fetch", "code", "--from", "nowhere.zip"), "nowhere.zip"),
+        (("data", "fetch", "code", "--only", "nowhere"), "--only nowhere: "),
     ],
 )
 def test_files_profiles_studies_and_data_sets_by_a_part(

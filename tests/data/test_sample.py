@@ -90,9 +90,7 @@ def test_with_several_studies_the_one_that_is_meant_is_named(recipes: Path, reci
     assert "`recipe data fetch sums`" in remedy and "`recipe data prepare --study sums`" in remedy
 
 
-def test_what_a_recipe_starts_from_is_fetched_and_not_in_a_rehearsal(
-    recipes: Path, recipe: Recipe, tmp_path: Path
-) -> None:
+def test_what_a_recipe_starts_from_is_fetched_and_not_in_a_rehearsal(recipes: Path, recipe: Recipe) -> None:
     model = {"hub": "owner/adapter", "kind": "model", "revision": "main", "file": "init/adapter_config.json"}
     sums(recipes / "sums", {"data > sample": "few", "data > sources > init/adapter_config.json": model})
     study._load.cache_clear()
@@ -102,8 +100,3 @@ def test_what_a_recipe_starts_from_is_fetched_and_not_in_a_rehearsal(
     assert "lora_model_dir: data/sums-raw/init " in checked.stdout and "`recipe data fetch sums`" in checked.stdout
     wrong = recipe("data", "fetch", "sums", "--only", "test.csvv")
     assert wrong.returncode == 2 and "--only test.csvv: " in wrong.stderr
-    (tmp_path / "test.csv").write_text("sum,result\n1+1,2\n")
-    done = recipe("data", "fetch", "sums", "--only", "csv", "--from", "test.csv")
-    assert done.returncode == 0 and "test.csv" in done.stdout
-    fetched = {file.name for file in (tmp_path / "data" / "sums-raw").iterdir()}
-    assert fetched == {".fetch.lock", "fetched.json", "test.csv"}
