@@ -15,7 +15,6 @@ from ..base.progress import Bar, say
 from ..tables import Form
 from .help import Verb
 from .options import (
-    Best,
     ExportedRun,
     Force,
     Json,
@@ -38,12 +37,11 @@ verbs = typer.Typer()
     "results",
     cls=Verb,
     rich_help_panel=HEADING,
-    epilog="recipe results haider2024\nrecipe results lora-tradeoffs --best eval_loss\nrecipe results RUN RUN",
+    epilog="recipe results haider2024\nrecipe results lora-tradeoffs\nrecipe results RUN RUN",
 )
 def results_verb(
     names: Things = None,
     rehearse: RehearsalsOfStudy = False,
-    best: Best = None,
     metric: Metrics = None,
     power: Power = None,
     of_ledger: OfLedger = False,
@@ -60,7 +58,6 @@ def results_verb(
     names = names or []
     exclusive({"--ledger": of_ledger, "--export": export, "--power": power})
     only_with("--metric", metric, "two runs", len(names) == 2)
-    only_with("--best", best, "a sweep", len(names) == 1)
     only_with("--rehearse", rehearse, "a study", len(names) == 1)
     form: Form = "json" if json else format_
     if export:
@@ -77,7 +74,7 @@ def results_verb(
         of_study = study.find(single_name(names, "--power"))
         listing.show_power(repeats.outlook(of_study, paths.runs(), _difference(power)), of_study, form)
     elif len(names) == 1:
-        _show_one(names[0], rehearse, best, form)
+        _show_one(names[0], rehearse, form)
     elif names:
         from ..results import compare, listing
 
@@ -118,7 +115,7 @@ def _export(name: str) -> None:
         raise typer.Exit(1)
 
 
-def _show_one(name: str, rehearse: bool, best: str | None, form: Form) -> None:
+def _show_one(name: str, rehearse: bool, form: Form) -> None:
     from ..data.study import Study
     from ..results import listing, verdict
     from ..workflows import sweep_results
@@ -126,12 +123,11 @@ def _show_one(name: str, rehearse: bool, best: str | None, form: Form) -> None:
 
     thing = find_any(name)
     only_with("--rehearse", rehearse, "a study", isinstance(thing, Study))
-    only_with("--best", best, "a sweep", isinstance(thing, Sweep))
     if isinstance(thing, Study):
         listing.show_study(thing, verdict.rows(thing, paths.runs(), rehearse), rehearse, form)
     elif isinstance(thing, Sweep):
-        rows = sweep_results.rows(thing, paths.runs(), best)
-        sweep_results.show(thing, sweep_results.columns(thing, paths.runs()), rows, best, form)
+        rows = sweep_results.rows(thing, paths.runs())
+        sweep_results.show(thing, sweep_results.columns(thing, paths.runs()), rows, form)
     else:
         listing.show([thing], form)
 
@@ -161,7 +157,6 @@ def _pair(names: list[str]) -> tuple[str, str]:
 def report_verb(
     names: Things = None,
     rehearse: RehearsalsOfStudy = False,
-    best: Best = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="The file.")] = Path("report.html"),
 ) -> None:
     """One HTML file of runs, a study or a sweep: curves, scores, predictions to read, settings, provenance.
@@ -177,14 +172,13 @@ def report_verb(
 
     things = [find_any(name) for name in names or ["latest"]]
     only_with("--rehearse", rehearse, "a study", isinstance(things[0], Study))
-    only_with("--best", best, "a sweep", isinstance(things[0], Sweep))
     report.check_file(out)
     with Bar(f"writing {out}", 1):
         match things:
             case [Study() as study]:
                 html = report.of_study(study, rehearse, paths.runs())
             case [Sweep() as sweep]:
-                html = report.of_sweep(sweep, paths.runs(), best)
+                html = report.of_sweep(sweep, paths.runs())
             case _:
                 folders = {thing.path: thing for thing in things if isinstance(thing, RunDir)}
                 if not all(isinstance(thing, RunDir) for thing in things):

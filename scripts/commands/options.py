@@ -228,15 +228,6 @@ On = Annotated[
         "holds those that always apply.",
     ),
 ]
-Best = Annotated[
-    str | None,
-    typer.Option(
-        "--best",
-        metavar="BY",
-        help="Mark the best member by eval_loss, perplexity (where it is a metric), memory or time; never by scores of "
-        "test rows.",
-    ),
-]
 RehearseAll = Annotated[
     bool, typer.Option("--rehearse", help="Try all of it on the CPU: small model, few rows, no network.")
 ]

@@ -186,7 +186,7 @@ def sweep_verb(
     form = form_of(json)
     scored = sweep_results.columns(record, paths.runs())
     records = [sweep_results.record(row) for row in rows]
-    end(results, form, {"sweep": record.label}, records, lambda: sweep_results.show(record, scored, rows, None, form))
+    end(results, form, {"sweep": record.label}, records, lambda: sweep_results.show(record, scored, rows, form))
     if not dry_run:
         next_step("report" if backend.here else "results", record.label, json=json)
 

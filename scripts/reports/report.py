@@ -80,18 +80,13 @@ def of_study(study: Study, rehearsal: bool, runs: Path) -> str:
     return _page(study.title, f"Study {name}", reported_runs(folders), section)
 
 
-def of_sweep(sweep: Sweep, runs: Path, best: str | None) -> str:
+def of_sweep(sweep: Sweep, runs: Path) -> str:
     """The report of a sweep: the trade-offs of its members, and their runs.
 
-    Args:
-        sweep: the sweep.
-        runs: the folder with its runs.
-        best: one of `sweep_results.criteria`, by which a member is the best.
-
     Raises:
-        UserError: no member has a run, or see `sweep_results.check_best`.
+        UserError: no member has a run.
     """
-    rows, scored = sweep_results.rows(sweep, runs, best), sweep_results.columns(sweep, runs)
+    rows, scored = sweep_results.rows(sweep, runs), sweep_results.columns(sweep, runs)
     labels = {result.folder: row.member.name for row in rows for result in row.runs}
     if not labels:
         raise UserError(f"{sweep.name}: no member has a run yet; `recipe sweep` makes them")
@@ -100,7 +95,7 @@ def of_sweep(sweep: Sweep, runs: Path, best: str | None) -> str:
         name="Trade-offs",
         about=f"{len(rows)} variants of {sweep.recipe}, which differ in {', '.join(sweep.keys)}.",
         tables=[_without_empty(sweep_results.table_of(sweep, scored, rows))],
-        notes=[*sweep_results.notes(sweep, scored, rows, best)],
+        notes=[*sweep_results.notes(sweep, scored, rows)],
         figures=[figure for figure in [draw.sweep(rows)] if figure],
     )
     return _page(sweep.name, f"Sweep of {sweep.recipe}", reported_runs([*labels], [*labels.values()]), section)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -10,7 +10,6 @@ from typing import Any
 
 from .. import tables
 from ..base import paths, yamlfiles
-from ..base.errors import UserError, did_you_mean
 from ..base.files import Row
 from ..configs import config
 from ..data import study
@@ -26,7 +25,6 @@ from .pipeline import existing_runs
 from .sweep import Sweep, SweepMember, of_recipe
 
 LOSS = "eval_loss"
-_COSTS = ("memory", "time")
 Columns = Mapping[str, Column]
 
 
@@ -40,8 +38,7 @@ class SweepRow:
         summary: of the first finished run, which stands for what is alike in all.
         scores: by name the means over finished runs with their 95 % intervals, the eval loss among them.
         published: the published scores of the member's settings, by metric; empty where the study has none for sweeps.
-        pareto: whether no other is as good in both memory and eval loss, and better in one.
-        best: whether it is the best by the criterion that was asked for.
+        pareto: on the front over peak memory and eval loss.
     """
 
     member: SweepMember
@@ -53,7 +50,6 @@ class SweepRow:
     peak_memory_gib: float | None
     train_seconds: float | None
     pareto: bool = False
-    best: bool = False
 
     @property
     def costs(self) -> tuple[float, float] | None:
@@ -76,46 +72,12 @@ def _results(sweep: Sweep, runs: Path) -> dict[str, RunResult]:
     return {m.digest: RunResult(*of_digest[m.digest]) for m in sweep.members if m.digest in of_digest}
 
 
-def qualities(scored: Columns) -> dict[str, Callable[..., Any]]:
-    """The eval loss and scores, and for each whether the least or the most of it is the best."""
-    return {LOSS: min} | {name: column.better for name, column in scored.items()}
+def rows(sweep: Sweep, runs: Path) -> list[SweepRow]:
+    """Return a row for each name among the members, with the measurements of its finished runs.
 
-
-def criteria(scored: Columns) -> dict[str, Callable[..., Any]]:
-    """Ranking criteria, and whether the least or the most of each is the best. Scores are of test rows, which choose no
-    member: its score would then be too good."""
-    of_loss = {name: column for name, column in scored.items() if column.metric.of_loss}
-    return qualities(of_loss) | dict.fromkeys(_COSTS, min)
-
-
-def check_best(best: str | None, scored: Columns) -> None:
-    """Refuse what a member cannot be the best by.
-
-    Raises:
-        UserError: it is not one of `criteria`.
-    """
-    if best and best not in criteria(scored):
-        hint = did_you_mean(best, criteria(scored))
-        problem = "a score of test rows, which choose no member; name" if best in scored else "not"
-        raise UserError(f"--best {best}: {problem} one of {', '.join(criteria(scored))}{hint}")
-
-
-def rows(sweep: Sweep, runs: Path, best: str | None = None) -> list[SweepRow]:
-    """A row for each name among the members: what it sets and what its finished runs measured.
-
-    The Pareto front is over peak memory and eval loss. Where the runs validate on test rows, there is no front, and no
-    best by eval loss.
-
-    Args:
-        sweep: the sweep.
-        runs: the folder with the runs.
-        best: one of `criteria`, to mark the best row by.
-
-    Raises:
-        UserError: see `check_best`.
+    Runs that validate on test rows have no Pareto front: such a loss selects no member.
     """
     scored = columns(sweep, runs)
-    check_best(best, scored)
     results = _results(sweep, runs)
     by_name = [list(of_name) for _, of_name in itertools.groupby(sweep.members, key=lambda member: member.name)]
     compared = [
@@ -124,16 +86,7 @@ def rows(sweep: Sweep, runs: Path, best: str | None = None) -> list[SweepRow]:
     validated = next((_validates(result) for result in results.values() if result.run.state == "finished"), False)
     for row in compared:
         row.pareto = validated and on_front(row.costs, [other.costs for other in compared])
-    if best and (validated or best in _COSTS):
-        known = [(value, row) for row in compared if (value := _criterion(row, best)) is not None]
-        if known:
-            criteria(scored)[best](known, key=lambda one: one[0])[1].best = True
     return compared
-
-
-def _criterion(row: SweepRow, name: str) -> float | None:
-    costs = {"memory": row.peak_memory_gib, "time": row.train_seconds}
-    return costs[name] if name in costs else row.scores[name][0]
 
 
 def _published(sweep: Sweep, values: Mapping[str, Any]) -> dict[str, float | None]:
@@ -164,7 +117,7 @@ def _row(sweep: Sweep, members: Sequence[SweepMember], results: list[RunResult],
     done = [result for result in results if result.run.state == "finished"]
     of_study = done[0].study if done and not sweep.rehearsal else None
     scores: dict[str, tuple[float | None, Interval | None]] = {}
-    for name in qualities(scored):
+    for name in (LOSS, *scored):
         found = [(result, value) for result in done if (value := _score(result, name)) is not None]
         known = of_study.repeats(done[0].run.origin, name) if of_study else []
         mean = fmean(value for _, value in found) if found else None
@@ -208,24 +161,19 @@ def record(row: SweepRow) -> Row:
         "tokens_per_second": row.summary.tokens_per_second,
         **{f"{name}_published": value for name, value in row.published.items()},
         "pareto": row.pareto,
-        "best": row.best,
     }
 
 
-def show(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow], best: str | None, form: tables.Form) -> None:
+def show(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow], form: tables.Form) -> None:
     """Print `rows` with `columns`, in a form of `tables.Form`."""
-    asked = {best: scored[best]} if best and best in scored else {}
-    table = table_of(sweep, dict([*scored.items()][:1]) | asked, rows)
-    tables.show(form, [record(row) for row in rows], [table], notes(sweep, scored, rows, best))
+    first = dict(itertools.islice(scored.items(), 1))
+    tables.show(form, [record(row) for row in rows], [table_of(sweep, first, rows)], notes(sweep, scored, rows))
 
 
-def notes(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow], best: str | None) -> Iterator[str]:
+def notes(sweep: Sweep, scored: Columns, rows: Sequence[SweepRow]) -> Iterator[str]:
     """The notes below the table."""
     if front := [row.member.name for row in rows if row.pareto]:
         yield f"Pareto front over peak memory and {LOSS}: {'; '.join(front)}"
-    if best:
-        found = next((row.member.name for row in rows if row.best), "none: not measured, or on test rows only")
-        yield f"Best by {best}: {found}"
     if any(row.member.planned_gib is not None for row in rows):
         measured = ", measured the rehearsal's process on the CPU" if sweep.rehearsal else ""
         yield f"Memory planned is the recipe's on a GPU{measured}."
@@ -263,7 +211,6 @@ def _cells(sweep: Sweep, scored: Columns, row: SweepRow) -> Row:
         "measured GiB": row.peak_memory_gib,
         "minutes": None if row.train_seconds is None else f"{row.train_seconds / 60:.1f}",
         "front": "*" if row.pareto else None,
-        "best": "*" if row.best else None,
     }
 
 

@@ -191,7 +191,7 @@ def test_the_study_stands_beside_what_is_published_and_rehearsals_do_not(tmp_pat
 
 def test_a_sweep_shows_its_trade_offs(recipe: Recipe, tmp_path: Path) -> None:
     a_sweep(tmp_path)
-    done = recipe("report", "ranks", "--best", "eval_loss")
+    done = recipe("report", "ranks")
     assert (done.returncode, done.stdout) == (0, "report.html\n")
     html = (tmp_path / "report.html").read_text()
     assert "Low rank 43" in html and "Odd" in html
@@ -341,7 +341,7 @@ def test_several_runs_the_study_and_a_sweep_open_too(browser: Any, tmp_path: Pat
     with opened(browser, report.of_study(STUDY, False, tmp_path / "runs"), tmp_path) as page:
         assert page.locator("figure[data-figure=study-bleu4] .main-svg").count()
     sweep = a_sweep(tmp_path / "sweep")
-    html = report.of_sweep(sweep, tmp_path / "sweep" / "runs", None)
+    html = report.of_sweep(sweep, tmp_path / "sweep" / "runs")
     with opened(browser, html, tmp_path, PHONE) as page:
         assert page.locator("figure[data-figure=sweep-memory-eval_loss] .main-svg").count()
         assert page.evaluate(FITS)

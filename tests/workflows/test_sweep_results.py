@@ -133,19 +133,12 @@ def a_sweep(runs: Path, finished: dict[str, list[tuple[float, float, float]]], s
 def test_members_compare_by_what_their_runs_measured(tmp_path: Path) -> None:
     sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)], "bad": [(9.0, 1.3, 7.5)]})
     sweep.members.append(SweepMember(name="not yet", values={"lora_r": 1}, digest="none"))
-    rows = {row.member.name: row for row in sweep_results.rows(sweep, tmp_path, "eval_loss")}
-    assert [(name, row.pareto, row.best) for name, row in rows.items()] == [
-        ("low", True, False),
-        ("high", True, True),
-        ("bad", False, False),
-        ("not yet", False, False),
-    ]
+    rows = {row.member.name: row for row in sweep_results.rows(sweep, tmp_path)}
+    assert [name for name, row in rows.items() if row.pareto] == ["low", "high"]
     high = sweep_results.record(rows["high"])
     assert (high["bleu4"], high["bleu4_low"], high["bleu4_high"], high["peak_memory_gib"]) == (5.5, 5.4, 5.6, 8.0)
     assert (high["trainable"], high["trainable_share"]) == (480, 0.01)
     assert rows["not yet"].scores["bleu4"] == (None, None)
-    for criterion, name in (("memory", "low"), ("time", "low")):
-        assert [row.member.name for row in sweep_results.rows(sweep, tmp_path, criterion) if row.best] == [name]
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b-lora", "llama-3.1-8b-qlora"])
@@ -160,16 +153,12 @@ def test_members_stand_beside_the_published_scores_of_their_settings(tmp_path: P
 
 def test_test_rows_choose_no_member(tmp_path: Path) -> None:
     sweep = a_sweep(tmp_path, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
-    with pytest.raises(UserError):
-        sweep_results.rows(sweep, tmp_path, "bleu4")
     (test := tmp_path / "test.jsonl").write_text("{}\n")
     write_json(tmp_path / "manifest.json", {"splits": {"test": {"sha256": sha256(test), "constants": {}}}})
     for config in tmp_path.rglob("config.yaml"):
         cfg = yamlfiles.read_yaml(config)
         cfg["test_datasets"][0]["path"] = str(test)
         config.write_text(yamlfiles.write_yaml(cfg))
-    marked = [[row for row in sweep_results.rows(sweep, tmp_path, by) if row.best] for by in ("eval_loss", "memory")]
-    assert list(map(len, marked)) == [0, 1]
     assert not any(row.pareto for row in sweep_results.rows(sweep, tmp_path))
 
 
@@ -190,14 +179,12 @@ def test_results_of_a_sweep_in_every_form(tmp_path: Path, recipe: Recipe) -> Non
     sweep = a_sweep(runs, {"low": [(5.0, 1.2, 7.0)], "high": [(5.5, 1.1, 8.0)]})
     sweep.file(runs).parent.mkdir(parents=True)
     sweep.write(runs)
-    table = recipe("results", "ranks", "--best", "memory")
-    assert re.findall(r"(?:Best|Pareto).*: (.*)", table.stdout) == ["low; high", "low"]
+    table = recipe("results", "ranks")
+    assert re.findall(r"Pareto.*: (.*)", table.stdout) == ["low; high"]
     rows = orjson.loads(recipe("results", "ranks", "--json").stdout)
     assert [row["values"] for row in rows] == [{"lora_r": 8}, {"lora_r": 16}]
     wrong = recipe("results", "rnaks")
     assert (wrong.returncode, " ranks" in wrong.stderr) == (2, True)
-    best = recipe("results", "ranks", "--best", "bleu4")  # a score of test rows
-    assert (best.returncode, "eval_loss, memory, time" in best.stderr) == (2, True)
     sweep.model_copy(update={"rehearsal": True}).write(runs)
     several = recipe("results", "ranks")
     assert (several.returncode, f" ranks/{BASE}/rehearsal" in several.stderr) == (2, True)
